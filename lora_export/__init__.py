@@ -1,0 +1,77 @@
+"""Take a trained LoRA adapter from PyTorch to the runtime that serves it.
+
+The names below are loaded on first use, so that ``import lora_export`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_export.adapter import Adapter, LoraModule
+    from lora_export.errors import (
+        AdapterError,
+        BackendError,
+        BackendUnavailable,
+        CheckpointError,
+        GraphError,
+        LoraExportError,
+        OutputError,
+        ParityError,
+        SiteError,
+    )
+    from lora_export.formats import load_adapter, save_adapter
+    from lora_export.modes.merge_checkpoint import merge_checkpoint
+    from lora_export.modes.merge_onnx import export_onnx, merge_onnx
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Adapter": "lora_export.adapter",
+    "AdapterError": "lora_export.errors",
+    "BackendError": "lora_export.errors",
+    "BackendUnavailable": "lora_export.errors",
+    "CheckpointError": "lora_export.errors",
+    "GraphError": "lora_export.errors",
+    "LoraExportError": "lora_export.errors",
+    "LoraModule": "lora_export.adapter",
+    "OutputError": "lora_export.errors",
+    "ParityError": "lora_export.errors",
+    "SiteError": "lora_export.errors",
+    "export_onnx": "lora_export.modes.merge_onnx",
+    "load_adapter": "lora_export.formats",
+    "merge_checkpoint": "lora_export.modes.merge_checkpoint",
+    "merge_onnx": "lora_export.modes.merge_onnx",
+    "save_adapter": "lora_export.formats",
+}
+
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "BackendError",
+    "BackendUnavailable",
+    "CheckpointError",
+    "GraphError",
+    "LoraExportError",
+    "LoraModule",
+    "OutputError",
+    "ParityError",
+    "SiteError",
+    "__version__",
+    "export_onnx",
+    "load_adapter",
+    "merge_checkpoint",
+    "merge_onnx",
+    "save_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lora_export' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

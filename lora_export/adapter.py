@@ -1,0 +1,157 @@
+"""One adapter, whatever file it came from: the modules it changes, and the only place where scaling is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Kind = Literal["linear", "conv", "embedding", "parameter"]
+
+
+@dataclass(frozen=True, eq=False)
+class LoraModule:
+    """The low-rank change of one module's weight.
+
+    The *canonical weight* is the one the module holds in PyTorch: ``(out_dim, in_dim)`` for
+    `nn.Linear` (also for GPT-2's Conv1D, which stores the transpose), ``(out_dim, in_dim/groups,
+    *kernel)`` for a convolution, ``(num_embeddings, dim)`` for an embedding, and for a ``parameter``
+    of ``experts`` stacked matrices, ``(out_dim, in_dim)`` for each expert.
+
+    Attributes:
+        path: Dotted module path in the base model, without PEFT's ``base_model.model.``. For files
+            whose names were flattened (kohya) the dots are underscores; see `Adapter.flattened`.
+        kind: What the module is.
+        lora_a: As in the file: linear ``(rank, in_dim)``, conv ``(rank, in_dim, *kernel)``, embedding
+            ``(rank, num_embeddings)``, parameter ``(experts * rank, in_dim)``, expert-major.
+        lora_b: As in the file: linear ``(out_dim, rank)``, conv ``(out_dim, rank/groups, 1, …)``,
+            embedding ``(dim, rank)``, parameter ``(out_dim, rank * experts)``, rank-major.
+        alpha: Numerator of the scaling.
+        rank: Rank of one product.
+        rslora: Divide alpha by √rank instead of rank.
+        magnitude: DoRA's magnitude vector ``(out_dim,)``, for an embedding ``(dim,)``.
+        lora_bias: Bias of lora_B ``(out_dim,)``; scaled like the weight.
+        parameter: Name of the changed parameter inside the module.
+        experts: Number of stacked matrices.
+        groups: Groups of a convolution, when the factors tell (more than 1: cannot be merged).
+        component: ``unet``, ``text_encoder``, … where one file serves several models.
+        tensor_names: The tensors of the file this module was made of.
+    """
+
+    path: str
+    kind: Kind
+    lora_a: Array
+    lora_b: Array
+    alpha: float
+    rank: int
+    rslora: bool = False
+    magnitude: Array | None = None
+    lora_bias: Array | None = None
+    parameter: str = "weight"
+    experts: int = 1
+    groups: int = 1
+    component: str | None = None
+    tensor_names: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The changed parameter's path, the module's identity inside an adapter."""
+        prefix = f"{self.component}/" if self.component else ""
+        return f"{prefix}{self.path}.{self.parameter}"
+
+    @property
+    def scaling(self) -> float:
+        """``alpha / rank``, or ``alpha / sqrt(rank)`` for rsLoRA (arXiv:2312.03732)."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the canonical weight (of one expert), as far as the factors tell it."""
+        if self.kind == "conv":
+            return (self.lora_b.shape[0], *self.lora_a.shape[1:])
+        if self.kind == "embedding":
+            return (self.lora_a.shape[1], self.lora_b.shape[0])
+        return (self.lora_b.shape[0], self.lora_a.shape[1])
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """The canonical weight as a matrix: everything behind the first axis in one."""
+        shape = self.weight_shape
+        return shape[0], math.prod(shape[1:])
+
+    @property
+    def magnitude_axis(self) -> int:
+        """Axis of the canonical matrix along which `magnitude` lies (PEFT ``tuners/lora/dora.py``)."""
+        return 1 if self.kind == "embedding" else 0
+
+    def factors(self, expert: int = 0, dtype: type[np.floating[Any]] = np.float32) -> tuple[Array, Array]:
+        """Return ``(left, right)`` with ``delta = left @ right`` in the canonical matrix, scaling in ``left``.
+
+        Args:
+            expert: Which of the stacked matrices.
+            dtype: float32 or float64; the factors are widened to it before the scaling.
+
+        Returns:
+            ``left`` of shape ``(rows, rank)`` and ``right`` of shape ``(rank, cols)``.
+        """
+        a, b = self.lora_a.astype(dtype), self.lora_b.astype(dtype)
+        if self.kind == "embedding":
+            left, right = a.T, b.T
+        elif self.kind == "parameter" and self.experts > 1:
+            # PEFT's ParamWrapper.get_delta_weight: A is (experts, rank, in), B is (out, rank, experts).
+            right = a.reshape(self.experts, self.rank, -1)[expert]
+            left = b.reshape(b.shape[0], self.rank, self.experts)[:, :, expert]
+        else:
+            left, right = b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1)
+        return np.ascontiguousarray(left * dtype(self.scaling)), np.ascontiguousarray(right)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A trained adapter.
+
+    Attributes:
+        name: What to call it: the file's or folder's name.
+        source: Path it was read from.
+        format: Key of the format that read it.
+        modules: `LoraModule.key` → module, in the file's order.
+        extras: Whole parameters that the adapter replaces (``modules_to_save``, ``bias``): the
+            parameter's path → its values.
+        flattened: The paths' dots are underscores (kohya); compare them flattened.
+        base_model: What the file says it was trained on, if it says so.
+        fan_in_fan_out: The config says that the base stores the transposed weight (GPT-2's Conv1D).
+        config: The format's own configuration, for `inspect`.
+        tensor_names: Every tensor of the file; each belongs to a module or to ``extras``.
+        sha256: Of the weights file.
+        notes: What a user should know: said by `inspect` and kept in manifests.
+    """
+
+    name: str
+    source: str
+    format: str
+    modules: Mapping[str, LoraModule]
+    extras: Mapping[str, Array] = field(default_factory=dict)
+    flattened: bool = False
+    base_model: str | None = None
+    fan_in_fan_out: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tensor_names: tuple[str, ...] = ()
+    sha256: str = ""
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def parameter_count(self) -> int:
+        """Number of trained values."""
+        lora = sum(
+            part.size
+            for module in self.modules.values()
+            for part in (module.lora_a, module.lora_b, module.magnitude, module.lora_bias)
+            if part is not None
+        )
+        return lora + sum(values.size for values in self.extras.values())

@@ -1,0 +1,80 @@
+"""The `lora-export` command: a group that loads a verb only when it is called."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+from lora_export import __version__
+from lora_export.commands import COMMANDS
+from lora_export.errors import InternalError, LoraExportError
+
+ISSUES = "https://github.com/lora-export/lora-export/issues"
+
+
+class VerbGroup(click.Group):
+    """A click group whose verbs are looked up in `COMMANDS`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the verbs in the order of the registry: the order in which a user meets them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the verb's module and return its click command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name].partition(":")
+        command = getattr(import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lora-export")
+@click.option("--debug", is_flag=True, help="Show Python tracebacks.")
+def root(debug: bool) -> None:
+    """Take a trained LoRA adapter to the runtime that serves it.
+
+    Results go to stdout, messages to stderr.
+    Exit codes: 0 good, 1 a problem with the input, 2 usage, 3 parity failed, 4 a defect of ours.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    # Accept --debug behind the verb as well: that is where people add it after a failure.
+    arguments = ["--debug", *(a for a in arguments if a != "--debug")] if debug else arguments
+    sys.exit(_run(arguments, debug))
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    try:
+        code: Any = root.main(args=arguments, prog_name="lora-export", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Abort:
+        click.echo("Aborted: nothing was replaced.", err=True)
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except LoraExportError as error:
+        if debug:
+            raise
+        click.echo(f"Error: {error}", err=True)
+        return error.exit_code
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        click.echo(
+            f"Internal error: {type(error).__name__}: {error}\n"
+            f"hint: this is a defect of lora-export; run again with --debug and report it at {ISSUES}",
+            err=True,
+        )
+        return InternalError.exit_code

@@ -1,0 +1,122 @@
+"""Write outputs so that a killed process leaves the old file or the new one, never half of either."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from lora_export.errors import OutputError
+
+
+class OutputSet:
+    """A group of files that appear together.
+
+    Each file is written under a temporary name in its own folder. `commit` syncs them and renames
+    them in the order of their creation. Where the *last* file exists already it is removed before
+    the first rename: a process killed between two renames leaves no last file, and never one that
+    points at data of another run. Leaving the `with` block without `commit` removes every temporary.
+
+    Args:
+        force: Replace files that exist already.
+    """
+
+    def __init__(self, force: bool = False) -> None:
+        self._force = force
+        self._staged: list[tuple[Path, Path]] = []
+        self._suffix = f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
+
+    def __enter__(self) -> OutputSet:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for temporary, _ in self._staged:
+            with contextlib.suppress(OSError):
+                if temporary.is_dir():
+                    shutil.rmtree(temporary)
+                else:
+                    temporary.unlink()
+
+    def stage(self, target: Path) -> Path:
+        """Return the temporary path under which ``target`` is to be written.
+
+        Raises:
+            OutputError: ``target`` exists and ``force`` is off, or its folder can't be written.
+        """
+        refuse_existing([target], self._force)
+        make_parent(target)
+        temporary = target.with_name(target.name + self._suffix)
+        self._staged.append((temporary, target))
+        return temporary
+
+    def commit(self) -> None:
+        """Sync every staged file and give each its own name."""
+        if not self._staged:
+            return
+        with output_errors(self._staged[-1][1]):
+            for temporary, _ in self._staged:
+                sync_tree(temporary)
+            last = self._staged[-1][1]
+            retired = last.with_name(last.name + self._suffix + ".old")
+            if last.is_dir():
+                last.rename(retired)
+            elif last.exists() and len(self._staged) > 1:
+                last.unlink()
+            for temporary, target in self._staged:
+                temporary.replace(target)
+            for folder in {target.parent for _, target in self._staged}:
+                sync_path(folder)
+            if retired.is_dir():
+                shutil.rmtree(retired)
+        self._staged.clear()
+
+
+def refuse_existing(targets: list[Path], force: bool) -> None:
+    """Raise `OutputError` naming every target that exists already, unless ``force``."""
+    existing = [str(target) for target in targets if target.exists() or target.is_symlink()]
+    if existing and not force:
+        raise OutputError("the output exists already", "choose another name, or give --force", existing)
+
+
+def make_parent(target: Path) -> None:
+    """Create the folder of ``target``; `OutputError` if that can't be done or it can't be written."""
+    with output_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write into {target.parent}", "choose a folder that you may write to")
+
+
+def sync_tree(path: Path) -> None:
+    """Flush a file, or each file of a folder, to the disk."""
+    if path.is_dir():
+        for child in path.rglob("*"):
+            sync_path(child)
+    sync_path(path)
+
+
+def sync_path(path: Path) -> None:
+    """Flush one file or folder entry to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def output_errors(target: Path) -> Iterator[None]:
+    """Turn an `OSError` met while writing into an `OutputError` about ``target``."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        hint = (
+            "free some space and run it again" if error.errno == 28 else "check the path and its permissions"
+        )
+        raise OutputError(f"cannot write {target}: {reason} (nothing was replaced)", hint) from error
