@@ -1,0 +1,180 @@
+"""Load, check and save ONNX graphs with `onnx_ir`; where each constant's bytes lie.
+
+External data is never read here: a constant is a `Source`, a byte range of some file, until something asks
+for its values. What may be referred to (`facts <https://onnx.ai/onnx/repo-docs/ExternalData.html>`_): a file
+in the model's own folder or below it, never an absolute path or one through ``..``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_export.adapter import Array
+from lora_export.errors import GraphError
+
+# What a merge can compute in. Everything else (int8, uint4, float8 …) is a quantised weight.
+FLOAT_TYPES = frozenset(
+    {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Where a constant's bytes are: ``length`` bytes at ``offset`` of ``path``, or ``data`` in memory."""
+
+    length: int
+    path: Path | None = None
+    offset: int = 0
+    data: bytes | None = None
+
+
+@dataclass(eq=False)
+class GraphFile:
+    """An ONNX model and the folder that its external data is relative to."""
+
+    model: ir.Model
+    path: Path
+
+    @property
+    def graph(self) -> ir.Graph:
+        """The main graph."""
+        return self.model.graph
+
+    def graphs(self) -> Iterator[ir.Graph]:
+        """Yield the main graph and every subgraph (If, Loop, Scan)."""
+        seen: list[ir.Graph] = [self.model.graph]
+        for node in self.model.graph.all_nodes():
+            if isinstance(node.graph, ir.Graph) and all(node.graph is not graph for graph in seen):
+                seen.append(node.graph)
+        yield from seen
+
+    def initializers(self) -> Iterator[ir.Value]:
+        """Yield every initializer that has values, of the main graph and of subgraphs."""
+        for graph in self.graphs():
+            for value in graph.initializers.values():
+                if value.const_value is not None:
+                    yield value
+
+
+def load_graph(path: str | os.PathLike[str]) -> GraphFile:
+    """Read an ONNX file without its external data, and check that the external data is all there.
+
+    Functions are inlined, so that every node is in a graph.
+
+    Raises:
+        GraphError: Not an ONNX file, empty, or external data missing, short or outside the folder.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise GraphError(f"no ONNX file at {file}", "check the path; a checkpoint must be a folder")
+    try:
+        model = ir.load(file)
+    except Exception as error:  # protobuf and onnx_ir raise many kinds for a damaged file
+        raise GraphError(
+            f"{file} is not a readable ONNX file: {type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            "export it again, or copy it again if it was cut short",
+        ) from error
+    if not len(model.graph):
+        raise GraphError(f"{file} holds no nodes: it is empty, cut short or no ONNX file", "export it again")
+    if model.functions:
+        from onnx_ir.passes.common import InlinePass
+
+        model = InlinePass()(model).model
+    graph = GraphFile(model, file)
+    for node in model.graph.all_nodes():
+        if node.op_type == "Constant" and (tensor := _constant_tensor(node)) is not None:
+            node.outputs[0].const_value = tensor
+    problems = [problem for value in graph.initializers() for problem in _external_problems(value)]
+    if problems:
+        raise GraphError(
+            f"{file} has {len(problems)} tensors whose external data can't be read",
+            "put the .data file that belongs to this .onnx beside it",
+            problems,
+        )
+    return graph
+
+
+def _constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
+    attribute = node.attributes.get("value")
+    return attribute.as_tensor() if attribute is not None and not attribute.is_ref() else None
+
+
+def _external_problems(value: ir.Value) -> Iterator[str]:
+    tensor = value.const_value
+    if not isinstance(tensor, ir.ExternalTensor):
+        return
+    location = str(tensor.location)
+    if os.path.isabs(location) or ".." in Path(location).parts:
+        yield f"{value.name}: external data at {location!r} is outside the model's folder"
+        return
+    path = Path(tensor.path)
+    if not path.is_file():
+        yield f"{value.name}: external data file {location!r} does not exist"
+        return
+    needed, offset = byte_size(tensor), tensor.offset or 0
+    length = needed if tensor.length is None else tensor.length
+    size = path.stat().st_size
+    if length != needed:
+        yield f"{value.name}: says {length} bytes, its shape {tuple(tensor.shape)} needs {needed}"
+    elif offset + length > size:
+        yield f"{value.name}: bytes {offset}–{offset + length} of {location!r}, which has {size}"
+
+
+def byte_size(tensor: ir.TensorProtocol) -> int:
+    """Bytes that a dense tensor of this dtype and shape takes in ONNX (4-bit types packed in pairs)."""
+    return math.ceil(math.prod(int(d) for d in tensor.shape.numpy()) * tensor.dtype.bitwidth / 8)
+
+
+def source_of(tensor: ir.TensorProtocol) -> Source:
+    """Return where the bytes of ``tensor`` are (little-endian, as ONNX stores raw data)."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return Source(byte_size(tensor), Path(tensor.path), tensor.offset or 0)
+    data = tensor.tobytes()
+    return Source(len(data), data=data)
+
+
+def stored_matrix(tensor: ir.TensorProtocol) -> Array:
+    """Return a (memory-mapped) view of a tensor as a matrix: see `matrix_shape`."""
+    values: Array = np.asarray(tensor.numpy())
+    return values.reshape(matrix_shape(values.shape))
+
+
+def matrix_shape(shape: tuple[int, ...], stacked: bool = False) -> tuple[int, int]:
+    """Shape of a stored tensor seen as a matrix.
+
+    The first axis are the rows and the rest the columns; a vector is one column; ``stacked`` matrices
+    (experts) have the first two axes as rows.
+    """
+    if stacked and len(shape) == 3:
+        return shape[0] * shape[1], shape[2]
+    if not shape:
+        return 1, 1
+    return shape[0], math.prod(shape[1:])
+
+
+def shape_of(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    """Static shape of a tensor as plain integers."""
+    return tuple(int(d) for d in tensor.shape.numpy())
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Write the protobuf; external tensors are written as the references that they are.
+
+    Raises:
+        GraphError: The protobuf would exceed 2 GB.
+    """
+    proto = ir.to_proto(model)
+    if proto.ByteSize() >= 2**31:
+        raise GraphError(
+            f"the graph without its external data is {proto.ByteSize()} bytes; protobuf stops at 2 GB",
+            "save the base with external data first (onnx_ir.save(..., external_data=...))",
+        )
+    # Deterministic: map fields (metadata) in key order, so that the same inputs give the same bytes.
+    path.write_bytes(proto.SerializeToString(deterministic=True))

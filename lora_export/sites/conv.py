@@ -1,0 +1,17 @@
+"""Conv and FusedConv: the operand is PyTorch's own ``(out_dim, in_dim/groups, *kernel)``."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from lora_export.sites.slot import Slot
+
+
+def slots(node: ir.Node) -> list[Slot]:
+    """Return weight and bias."""
+    return [Slot(1, "conv"), Slot(2, "vector", parameter="bias")]
+
+
+def refused_slots(node: ir.Node) -> list[Slot]:
+    """Return the weight of an operator whose layout is not PyTorch's."""
+    return [Slot(1, "conv", refusal=f"{node.op_type} stores its weight in another layout")]

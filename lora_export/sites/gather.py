@@ -1,0 +1,12 @@
+"""Gather along axis 0: an embedding ``(num_embeddings, dim)``, or the selection of experts."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from lora_export.sites.slot import Slot
+
+
+def slots(node: ir.Node) -> list[Slot]:
+    """Return the table; a Gather along another axis is no embedding."""
+    return [Slot(0, "embedding")] if node.attributes.get_int("axis", 0) == 0 else []

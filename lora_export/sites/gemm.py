@@ -1,0 +1,26 @@
+"""Gemm and its fused forms: ``y = alpha * x @ W + beta * c``; a merge into W leaves alpha and beta alone."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from lora_export.sites.slot import Slot
+
+
+def slots(node: ir.Node) -> list[Slot]:
+    """Return both matrix operands and the bias."""
+    trans_b = node.attributes.get_int("transB", 0)
+    trans_a = node.attributes.get_int("transA", 0)
+    # beta is not 1 only where an exporter folded a factor into the product: the bias is then not the module's.
+    beta = node.attributes.get_float("beta", 1.0)
+    refusal = "" if beta == 1.0 else f"Gemm with beta={beta}: the bias operand is not the module's bias"
+    return [
+        Slot(1, "linear", transposed=not trans_b),
+        Slot(0, "linear", transposed=bool(trans_a)),
+        Slot(2, "vector", parameter="bias", refusal=refusal),
+    ]
+
+
+def fused_slots(node: ir.Node) -> list[Slot]:
+    """Return the operands of GemmFastGelu, which takes ``(in_dim, out_dim)`` and has no attributes."""
+    return [Slot(1, "linear", transposed=True), Slot(2, "vector", parameter="bias")]

@@ -1,0 +1,24 @@
+"""MatMul and com.microsoft.FusedMatMul: ``y = x @ W``, so the operand is ``(in_dim, out_dim)``.
+
+FusedMatMul (ONNX Runtime ``ContribOperators.md``) adds transA/transB, and a factor alpha on the product,
+which a merge into W leaves as it is.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from lora_export.sites.slot import Slot
+
+
+def slots(node: ir.Node) -> list[Slot]:
+    """Return both operands: an exporter may also write ``W @ x`` for a weight on the left."""
+    trans_b = node.attributes.get_int("transB", 0)
+    trans_a = node.attributes.get_int("transA", 0)
+    refusal = ""
+    if node.attributes.get_int("transBatchA", 0) or node.attributes.get_int("transBatchB", 0):
+        refusal = "FusedMatMul with transBatchA/transBatchB is not understood"
+    return [
+        Slot(1, "linear", transposed=not trans_b, refusal=refusal),
+        Slot(0, "linear", transposed=bool(trans_a), refusal=refusal),
+    ]

@@ -1,0 +1,95 @@
+"""Find every weight of a graph and its way into an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib import import_module
+
+import onnx_ir as ir
+
+from lora_export.graph import FLOAT_TYPES, GraphFile, shape_of
+from lora_export.sites import OPERATORS
+from lora_export.sites.slot import Slot, Use
+
+# Nodes that a weight may pass on its way; what each does to the values.
+_PASS = {"Transpose", "Cast", "CastLike", "Identity"}
+_DEQUANTIZE = {"DequantizeLinear", "DequantizeLinearBlock"}
+# What else a vector may feed, so that biases and norms (modules_to_save, bias="all") have a place.
+_VECTOR_PARAMETERS = {"Add": "bias", "Mul": "weight"}
+_NORMS = {"LayerNormalization", "GroupNormalization", "InstanceNormalization", "BatchNormalization"}
+_NORMS |= {"RMSNormalization", "SimplifiedLayerNormalization"}
+_SKIP_NORMS = {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
+
+
+@cache
+def _operator(domain: str, op_type: str) -> Callable[[ir.Node], list[Slot]] | None:
+    target = OPERATORS.get((domain, op_type))
+    if target is None:
+        return None
+    module, _, name = target.partition(":")
+    found: Callable[[ir.Node], list[Slot]] = getattr(import_module(module), name)
+    return found
+
+
+def find_uses(graph: GraphFile) -> list[Use]:
+    """Return every use of a constant as a weight, in graph order.
+
+    A use through a node that changes the values (Reshape, Mul, Dequantize …) has a ``refusal``.
+    """
+    return [use for node in graph.graph.all_nodes() for use in _uses_of(node)]
+
+
+def _uses_of(node: ir.Node) -> Iterator[Use]:
+    operator = _operator(node.domain, node.op_type)
+    slots = operator(node) if operator else []
+    taken = {slot.index for slot in slots}
+    for slot in [*slots, *_vector_slots(node, taken)]:
+        value = node.inputs[slot.index] if slot.index < len(node.inputs) else None
+        if value is not None and (use := _trace(node, slot, value)) is not None:
+            yield use
+
+
+def _vector_slots(node: ir.Node, taken: set[int]) -> Iterator[Slot]:
+    for index in range(len(node.inputs)):
+        if index in taken:
+            continue
+        if node.op_type in _VECTOR_PARAMETERS:
+            yield Slot(index, "vector", parameter=_VECTOR_PARAMETERS[node.op_type])
+        elif node.op_type in _NORMS and index in (1, 2):
+            yield Slot(index, "vector", parameter="weight" if index == 1 else "bias")
+        elif node.op_type in _SKIP_NORMS and index in (2, 3):
+            yield Slot(index, "vector", parameter="weight" if index == 2 else "bias")
+        elif node.op_type not in _PASS | _DEQUANTIZE:
+            yield Slot(index, "other", parameter="")
+
+
+def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
+    """Walk from an operand back to the constant that it comes from, if it does."""
+    chain: list[ir.Node] = []
+    transposed, refusal = slot.transposed, slot.refusal
+    while (maker := value.producer()) is not None:
+        source = maker.inputs[0] if maker.inputs else None
+        if maker.op_type == "Constant" or source is None:
+            break
+        if maker.op_type == "Transpose":
+            permutation = maker.attributes.get_ints("perm", ())
+            if tuple(permutation) in ((1, 0), (0, 2, 1)) or not permutation:
+                transposed = not transposed
+            else:
+                refusal = refusal or f"the weight passes a Transpose with perm {list(permutation)}"
+        elif maker.op_type in _DEQUANTIZE:
+            refusal = refusal or f"quantised weight ({maker.op_type})"
+        elif maker.op_type not in _PASS:
+            return None
+        chain.insert(0, maker)
+        value = source
+    if value.const_value is None:
+        return None
+    shape = shape_of(value.const_value)
+    if (slot.kind in ("linear", "conv", "embedding") and len(shape) < 2) or not shape:
+        return None
+    if value.const_value.dtype not in FLOAT_TYPES:
+        if slot.kind == "other" or not refusal:
+            return None
+    return Use(node, slot, value, tuple(chain), transposed, refusal)
