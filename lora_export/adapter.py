@@ -1,4 +1,4 @@
-"""One adapter, whatever file it came from: the modules it changes, and the only place where scaling is computed."""
+"""One adapter, whatever file it came from: what it changes, and the only place where scaling is computed."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class LoraModule:
         return 1 if self.kind == "embedding" else 0
 
     def factors(self, expert: int = 0, dtype: type[np.floating[Any]] = np.float32) -> tuple[Array, Array]:
-        """Return ``(left, right)`` with ``delta = left @ right`` in the canonical matrix, scaling in ``left``.
+        """Return ``(left, right)`` with ``delta = left @ right``, a canonical matrix; scaling in ``left``.
 
         Args:
             expert: Which of the stacked matrices.

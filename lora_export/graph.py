@@ -20,9 +20,7 @@ from lora_export.adapter import Array
 from lora_export.errors import GraphError
 
 # What a merge can compute in. Everything else (int8, uint4, float8 …) is a quantised weight.
-FLOAT_TYPES = frozenset(
-    {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
-)
+FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +109,7 @@ def _external_problems(value: ir.Value) -> Iterator[str]:
     if not isinstance(tensor, ir.ExternalTensor):
         return
     location = str(tensor.location)
-    if os.path.isabs(location) or ".." in Path(location).parts:
+    if Path(location).is_absolute() or ".." in Path(location).parts:
         yield f"{value.name}: external data at {location!r} is outside the model's folder"
         return
     path = Path(tensor.path)

@@ -25,7 +25,9 @@ SOURCES = (SCOPE, NODE_NAME, FOLDED, WEIGHT_NAME)
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _FOLDED = "pkg.onnxscript.optimizer.folded_from"
 # What builders append to a parameter's name, e.g. `….q_proj.MatMul.weight_Q4`.
-_WEIGHT_SUFFIX = re.compile(r"(?:\.(?:MatMul|Gemm|Add|LayerNorm))?\.(weight|bias)(?:_DQ)?(?:_Q4|_Q8|_quantized)?$")
+_WEIGHT_SUFFIX = re.compile(
+    r"(?:\.(?:MatMul|Gemm|Add|LayerNorm))?\.(weight|bias)(?:_DQ)?(?:_Q4|_Q8|_quantized)?$"
+)
 _CALL = re.compile(r"_\d+$")
 
 Evidence = Mapping[str, Mapping[str, Sequence[Use]]]
@@ -83,7 +85,7 @@ def node_path(node: ir.Node) -> str | None:
 
 
 def folded_from(value: ir.Value) -> list[str]:
-    """Names of the initializers that onnxscript's optimiser folded into this one, without its own ``val_N``."""
+    """Names of the initializers that onnxscript's optimiser folded into this one, without its ``val_N``."""
     tensor = value.const_value
     text = value.metadata_props.get(_FOLDED) or (tensor.metadata_props.get(_FOLDED) if tensor else None)
     try:

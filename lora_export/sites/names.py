@@ -29,7 +29,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Prefix:
-    """How an adapter's paths become the graph's: ``strip`` is taken off the front, then ``add`` is put there."""
+    """How an adapter's paths become the graph's: ``strip`` goes off the front, then ``add`` comes there."""
 
     strip: str = ""
     add: str = ""
@@ -59,7 +59,9 @@ def variants(key: str) -> Iterator[Variant]:
             if leaf in parts:
                 note = f"part {parts.index(leaf) + 1} of {len(parts)} of {fused}"
                 yield Variant(
-                    (f"{stem}{fused}.{parameter}",), (parts.index(leaf), len(parts)), f"{note}; {how}".rstrip("; ")
+                    (f"{stem}{fused}.{parameter}",),
+                    (parts.index(leaf), len(parts)),
+                    f"{note}; {how}".rstrip("; "),
                 )
             if leaf == fused:
                 keys = tuple(f"{stem}{part}.{parameter}" for part in parts)
@@ -82,7 +84,7 @@ def find_prefixes(wanted: Iterable[str], known: Collection[str]) -> list[Prefix]
         by_tail[_tail(key)].append(key)
     votes: Counter[Prefix] = Counter()
     for want in wanted:
-        pairs = set()
+        pairs: set[Prefix | None] = set()
         for variant in variants(want):
             for name in variant.keys:
                 pairs.update(_prefix(name, key) for key in by_tail.get(_tail(name), ()))

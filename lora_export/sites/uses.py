@@ -89,7 +89,6 @@ def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
     shape = shape_of(value.const_value)
     if (slot.kind in ("linear", "conv", "embedding") and len(shape) < 2) or not shape:
         return None
-    if value.const_value.dtype not in FLOAT_TYPES:
-        if slot.kind == "other" or not refusal:
-            return None
+    if value.const_value.dtype not in FLOAT_TYPES and (slot.kind == "other" or not refusal):
+        return None
     return Use(node, slot, value, tuple(chain), transposed, refusal)

@@ -1,0 +1,58 @@
+"""Several adapters at once: which can be blended, and with which weights."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_export.adapter import Adapter
+from lora_export.errors import AdapterError
+
+AdapterLike = str | os.PathLike[str] | Adapter
+
+
+def check_blend(
+    adapters: AdapterLike | Sequence[AdapterLike], weights: Sequence[float] | None
+) -> tuple[list[Adapter], list[float]]:
+    """Load what is given as paths and check that the adapters can be merged together.
+
+    The blend is ``W0 + Σ wᵢ·ΔWᵢ`` (PEFT's ``add_weighted_adapter`` with ``combination_type="cat"``).
+
+    Returns:
+        The adapters and one weight for each.
+
+    Raises:
+        AdapterError: Fewer or more weights than adapters, a weight that is no number, DoRA or whole
+            replaced parameters in a blend (they are not sums), grouped convolutions.
+    """
+    from lora_export.formats import load_adapter
+
+    given = [adapters] if isinstance(adapters, (str, os.PathLike, Adapter)) else list(adapters)
+    if not given:
+        raise AdapterError("no adapter given", "give at least one adapter")
+    loaded = [item if isinstance(item, Adapter) else load_adapter(Path(item)) for item in given]
+    factors = [1.0] * len(loaded) if not weights else [float(weight) for weight in weights]
+    problems = []
+    if len(factors) != len(loaded):
+        problems.append(f"{len(loaded)} adapters and {len(factors)} weights")
+    problems += [f"weight {factor} is not a finite number" for factor in factors if not math.isfinite(factor)]
+    plain = len(loaded) == 1 and factors == [1.0]
+    for adapter in loaded:
+        dora = [module.path for module in adapter.modules.values() if module.magnitude is not None]
+        if dora and not plain:
+            problems.append(
+                f"{adapter.name}: DoRA ({len(dora)} modules, {dora[0]} …) is not a sum: "
+                "alone and with weight 1 only"
+            )
+        if adapter.extras and not plain:
+            problems.append(
+                f"{adapter.name}: replaces whole parameters ({next(iter(adapter.extras))} …): "
+                "alone and with weight 1 only"
+            )
+    if problems:
+        raise AdapterError(
+            "these adapters can't be blended", "merge them one by one, or drop --weight", problems
+        )
+    return loaded, factors

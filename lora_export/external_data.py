@@ -1,0 +1,149 @@
+"""Lay out a graph's constants in one data file and write it, streamed, with patches applied on the way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_export.errors import OutputError
+from lora_export.graph import GraphFile, Source, matrix_shape, shape_of, source_of
+from lora_export.patch import Patch
+from lora_export.rounding import Mode, Rounding
+from lora_export.stream import BytesPiece, CopyPiece, MergePiece, Piece, write_pieces
+
+# Constants below this size stay in the protobuf: shape inference needs the small ones at hand.
+INLINE_BYTES = 1024
+_PAGE_BYTES = 4096
+_SMALL_ALIGNMENT = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """Patches for one initializer.
+
+    Attributes:
+        patches: In the view of `graph.matrix_shape`.
+        stacked: The first two axes are rows (experts).
+    """
+
+    patches: tuple[Patch, ...]
+    stacked: bool = False
+
+
+@dataclass(frozen=True)
+class _Slot:
+    value: ir.Value
+    source: Source
+    at: int
+
+
+def plan_data(
+    graph: GraphFile, changes: Mapping[ir.Value, Change], out: Path, share: bool
+) -> tuple[list[_Slot], int, int]:
+    """Decide what goes into the data file.
+
+    Returns:
+        The constants that go there, the file's size, and how many bytes stay in the base's files.
+
+    Raises:
+        OutputError: ``share`` and the base's data is not in the output's folder or below it.
+    """
+    slots: list[_Slot] = []
+    position = shared = 0
+    outside: set[str] = set()
+    for value in _once(graph.initializers()):
+        tensor = value.const_value
+        assert tensor is not None
+        if value not in changes:
+            if not isinstance(tensor, ir.ExternalTensor) and tensor.nbytes < INLINE_BYTES:
+                continue
+            if share and isinstance(tensor, ir.ExternalTensor):
+                location = os.path.relpath(Path(tensor.path).resolve(), out.parent.resolve())
+                if location.startswith(".."):
+                    outside.add(str(tensor.path))
+                else:
+                    value.const_value = _reference(value, tensor, location, tensor.offset or 0)
+                    shared += source_of(tensor).length
+                continue
+            if tensor.dtype == ir.DataType.STRING:
+                continue
+        source = source_of(tensor)
+        alignment = _PAGE_BYTES if source.length >= 1 << 20 else _SMALL_ALIGNMENT
+        position = -(-position // alignment) * alignment
+        slots.append(_Slot(value, source, position))
+        position += source.length
+    if outside:
+        raise OutputError(
+            "the base's weights can't be shared from there: ONNX Runtime reads external data only from the "
+            "model's own folder or below it",
+            f"write the output into {Path(next(iter(outside))).parent}, or leave out --share-base",
+            sorted(outside),
+        )
+    return slots, position, shared
+
+
+def _once(values: Iterator[ir.Value]) -> Iterator[ir.Value]:
+    seen: set[int] = set()
+    for value in values:
+        if id(value) not in seen:
+            seen.add(id(value))
+            yield value
+
+
+def write_data(
+    staged: Path,
+    name: str,
+    slots: list[_Slot],
+    size: int,
+    changes: Mapping[ir.Value, Change],
+    rounding: Mode,
+    progress: Callable[[int], None] | None,
+) -> dict[str, Rounding]:
+    """Write the data file at ``staged`` and let each constant refer to it under ``name``.
+
+    Returns:
+        What rounding cost, by module.
+    """
+    pieces = (_piece(slot, changes.get(slot.value)) for slot in slots)
+    costs = write_pieces(staged, size, pieces, rounding=rounding, progress=progress)
+    for slot in slots:
+        assert slot.value.const_value is not None
+        slot.value.const_value = _reference(slot.value, slot.value.const_value, name, slot.at)
+    return costs
+
+
+def _piece(slot: _Slot, change: Change | None) -> Piece:
+    source, tensor = slot.source, slot.value.const_value
+    assert tensor is not None
+    if change is None:
+        if source.path is not None:
+            return CopyPiece(source.path, source.offset, source.length, slot.at)
+        assert source.data is not None
+        return BytesPiece(source.data, slot.at)
+    dtype = tensor.dtype.numpy()
+    shape = matrix_shape(shape_of(tensor), change.stacked)
+    where: Path | np.ndarray
+    if source.path is None:
+        assert source.data is not None
+        where = np.frombuffer(source.data, dtype).reshape(shape)
+    else:
+        where = source.path
+    return MergePiece(
+        str(slot.value.name), where, source.offset, slot.at, shape, dtype, dtype, change.patches
+    )
+
+
+def _reference(value: ir.Value, tensor: ir.TensorProtocol, location: str, offset: int) -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        location,
+        offset,
+        source_of(tensor).length if not isinstance(tensor, ir.ExternalTensor) else tensor.nbytes,
+        tensor.dtype,
+        shape=ir.Shape(shape_of(tensor)),
+        name=str(value.name),
+    )

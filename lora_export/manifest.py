@@ -1,0 +1,112 @@
+"""What was written, as data: inputs by hash, the plan, what rounding cost, versions. JSON, read and written.
+
+Nothing in a manifest depends on the clock, the machine or absolute paths: same inputs, same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lora_export.errors import GraphError
+
+FORMAT = 1
+# Larger files are known by a sample: hashing 2.5 GB takes longer than merging it.
+_WHOLE_BYTES = 64 << 20
+_SAMPLES = 256
+_SAMPLE_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class FileHash:
+    """A file's identity.
+
+    Attributes:
+        name: File name without folders.
+        size_bytes: Its size.
+        sha256: Of its content, or see ``sampled``.
+        sampled: The hash is over the size and 256 evenly spaced blocks of 64 KiB instead of the whole.
+    """
+
+    name: str
+    size_bytes: int
+    sha256: str
+    sampled: bool = False
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The record beside a written model, ``OUT.lora.json``.
+
+    Attributes:
+        mode: ``merge-onnx`` or ``merge``.
+        base: The base model's files.
+        adapters: For each adapter: name, format, sha256, weight in the blend, scaling by module.
+        plan: `Plan.as_dict`.
+        rounding: What rounding cost: total and by module.
+        outputs: The files written, by what they are.
+        versions: Packages that decide about the bytes written.
+    """
+
+    mode: str
+    base: list[FileHash]
+    adapters: list[dict[str, Any]]
+    plan: dict[str, Any]
+    rounding: dict[str, Any]
+    outputs: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """Return the manifest as indented JSON with sorted keys."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Read what `to_json` wrote.
+
+        Raises:
+            GraphError: It is no manifest, or one of another format.
+        """
+        try:
+            data = json.loads(text)
+            if data["format"] != FORMAT:
+                raise GraphError(f"the manifest has format {data['format']}, this version reads {FORMAT}")
+            data["base"] = [FileHash(**entry) for entry in data["base"]]
+            return cls(**data)
+        except (ValueError, TypeError, KeyError) as error:
+            raise GraphError(
+                f"not a lora-export manifest: {error}", "give the OUT.lora.json of a merge"
+            ) from error
+
+
+def hash_file(path: Path) -> FileHash:
+    """Return a file's identity; above 64 MiB over a sample of it."""
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= _WHOLE_BYTES:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        else:
+            digest.update(str(size).encode())
+            for number in range(_SAMPLES):
+                file.seek((size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return FileHash(path.name, size, digest.hexdigest(), sampled=size > _WHOLE_BYTES)
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the installed versions of packages; those not installed are left out."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

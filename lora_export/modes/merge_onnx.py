@@ -1,0 +1,397 @@
+"""Merge adapters into the constants of an ONNX graph: W' = W0 + Σ wᵢ·scalingᵢ·Bᵢ·Aᵢ."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_export import __version__
+from lora_export.adapter import Adapter, Array
+from lora_export.blend import check_blend
+from lora_export.errors import GraphError, SiteError
+from lora_export.external_data import Change, plan_data, write_data
+from lora_export.graph import GraphFile, load_graph, save_graph
+from lora_export.manifest import Manifest, hash_file, package_versions
+from lora_export.output import OutputSet, refuse_existing
+from lora_export.patch import Patch, Placement, join, patch_from, replacement
+from lora_export.plan import Plan, PlanRow, unaccounted
+from lora_export.rounding import Mode, Rounding, total_of
+from lora_export.sites.isolate import Isolator
+from lora_export.sites.resolve import Resolver, WeightOf
+from lora_export.sites.target import Miss, Site, Target, targets_of
+
+if TYPE_CHECKING:
+    import torch
+
+PathLike = str | os.PathLike[str]
+_MERGED_KEY = "lora_export.merged"
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did, or with ``dry_run`` would do.
+
+    Attributes:
+        plan: Every tensor of the adapters and where it went.
+        rounding: What rounding cost, by module.
+        outputs: Files written: ``graph``, ``data``, ``manifest``; empty for a dry run.
+        data_bytes: Size of the data file.
+        shared_bytes: Weights that stay in the base's files.
+    """
+
+    plan: Plan
+    rounding: Mapping[str, Rounding] = field(default_factory=dict)
+    outputs: Mapping[str, Path] = field(default_factory=dict)
+    data_bytes: int = 0
+    shared_bytes: int = 0
+
+    @property
+    def total_rounding(self) -> Rounding:
+        """The costs of all modules together."""
+        return total_of(self.rounding.values())
+
+
+def merge_onnx(
+    base: PathLike,
+    adapters: PathLike | Adapter | Sequence[PathLike | Adapter],
+    output: PathLike,
+    *,
+    checkpoint: PathLike | None = None,
+    weights: Sequence[float] | None = None,
+    share_base: bool = False,
+    allow_unmatched: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    rounding: Mode = "sample",
+    progress: Callable[[int], None] | None = None,
+) -> MergeReport:
+    """Merge adapters into an ONNX graph and write it as ``output``, ``output.data`` and ``*.lora.json``.
+
+    Args:
+        base: An ONNX file from any exporter, or a Hugging Face checkpoint folder, which is then captured.
+        adapters: What `load_adapter` reads, or `Adapter` values; one or several.
+        output: The ``.onnx`` file to write.
+        checkpoint: The folder of the checkpoint that ``base`` was exported from. Weights are then found, and
+            every match by name is verified, by content.
+        weights: Factor on each adapter's delta; 1 by default.
+        share_base: Leave unchanged weights in the base's own data files; the output's data file holds
+            only what the adapters changed.
+        allow_unmatched: Go on without the tensors that have no place; the manifest says which.
+        force: Replace existing output files.
+        dry_run: Make the plan and write nothing.
+        rounding: Measure rounding on a sample of large weights, or ``exact`` on every element.
+        progress: Called with the number of bytes just written.
+
+    Returns:
+        The plan, the rounding report and the files.
+
+    Raises:
+        AdapterError: An adapter can't be read or used.
+        GraphError: The base can't be read.
+        SiteError: Tensors of an adapter have no place in the graph, or none has.
+        OutputError: The output exists or can't be written.
+    """
+    out = Path(output)
+    targets = output_paths(out)
+    if not dry_run:
+        refuse_existing(list(targets.values()), force)
+    loaded, factors = check_blend(adapters, weights)
+    base = Path(base)
+    with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
+        if base.is_dir():
+            from lora_export.capture import capture_checkpoint
+
+            checkpoint = checkpoint or base
+            base_graph = capture_checkpoint(base, Path(scratch) / "base.onnx")
+        else:
+            base_graph = base
+        graph = load_graph(base_graph)
+        weight_of = None
+        if checkpoint is not None:
+            from lora_export.checkpoint import Checkpoint
+
+            weight_of = _weights_in(Checkpoint.open(Path(checkpoint)))
+        plan, changes = _plan_changes(graph, loaded, factors, weight_of, allow_unmatched)
+        if dry_run:
+            return MergeReport(plan)
+        hashes = _base_files(base, graph)
+        with OutputSet(force) as outputs:
+            staged = {name: outputs.stage(path) for name, path in targets.items()}
+            slots, size, shared = plan_data(graph, changes, out, share_base)
+            costs = write_data(staged["data"], targets["data"].name, slots, size, changes, rounding, progress)
+            _mark(graph.model, loaded, factors)
+            save_graph(graph.model, staged["graph"])
+            manifest = Manifest(
+                "merge-onnx",
+                [hash_file(path) for path in hashes],
+                [describe(adapter, factor) for adapter, factor in zip(loaded, factors, strict=True)],
+                plan.as_dict(),
+                rounding_dict(costs),
+                {name: path.name for name, path in targets.items()} | {"shared_bytes": shared},
+                {"lora-export": __version__} | package_versions(["numpy", "ml_dtypes", "onnx-ir"]),
+            )
+            staged["manifest"].write_text(manifest.to_json(), encoding="utf-8")
+            outputs.commit()
+    return MergeReport(plan, costs, targets, size, shared)
+
+
+def output_paths(out: Path) -> dict[str, Path]:
+    """Return the files that belong to an output graph, the graph last: it appears when the rest is there."""
+    return {
+        "data": out.with_name(out.name + ".data"),
+        "manifest": out.with_suffix(".lora.json"),
+        "graph": out,
+    }
+
+
+def export_onnx(
+    module: torch.nn.Module,
+    adapters: PathLike | Adapter | Sequence[PathLike | Adapter],
+    example_inputs: tuple[Any, ...] | Mapping[str, Any],
+    output: PathLike,
+    *,
+    dynamic_shapes: Any = None,
+    weights: Sequence[float] | None = None,
+    allow_unmatched: bool = False,
+    force: bool = False,
+    rounding: Mode = "sample",
+) -> MergeReport:
+    """Export a PyTorch module with adapters merged into it.
+
+    The module itself is not changed.
+
+    Args:
+        module: Any `nn.Module`; put it into eval mode first.
+        adapters: As for `merge_onnx`; module paths are those of ``module.named_modules()``.
+        example_inputs: Positional or keyword inputs to trace with.
+        output: The ``.onnx`` file to write.
+        dynamic_shapes: As for `torch.export.export`.
+        weights: Factor on each adapter's delta.
+        allow_unmatched: Go on without the tensors that have no place.
+        force: Replace existing output files.
+        rounding: As for `merge_onnx`.
+
+    Returns:
+        As `merge_onnx`.
+
+    Raises:
+        LoraExportError: As `merge_onnx`; `GraphError` where torch.onnx can't export the module.
+    """
+    from lora_export.capture import capture_module
+
+    refuse_existing(list(output_paths(Path(output)).values()), force)
+    with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
+        base = capture_module(module, example_inputs, Path(scratch) / "base.onnx", dynamic_shapes)
+        return merge_onnx(
+            base,
+            adapters,
+            output,
+            weights=weights,
+            allow_unmatched=allow_unmatched,
+            force=force,
+            rounding=rounding,
+        )
+
+
+def _plan_changes(
+    graph: GraphFile,
+    adapters: Sequence[Adapter],
+    factors: Sequence[float],
+    weight_of: WeightOf | None,
+    allow_unmatched: bool,
+) -> tuple[Plan, dict[ir.Value, Change]]:
+    """Resolve every target of every adapter, then give each its constant and its patches."""
+    _refuse_merged(graph, adapters)
+    resolver, isolator = Resolver(graph, weight_of), Isolator()
+    found: list[tuple[Adapter, float, list[Site]]] = []
+    rows: list[PlanRow] = []
+    for adapter, factor in zip(adapters, factors, strict=True):
+        sites, misses = resolver.resolve(targets_of(adapter), adapter.flattened)
+        grouped = [site for site in sites if site.target.module and site.target.module.groups > 1]
+        sites = [site for site in sites if site not in grouped]
+        misses += [Miss(site.target, _GROUPED) for site in grouped]
+        _refuse(graph, adapter, sites, misses, allow_unmatched)
+        rows += [_placed_row(adapter, site) for site in sites]
+        rows += [_refused_row(adapter, miss) for miss in misses]
+        lost = unaccounted(adapter.tensor_names, rows)
+        if lost:
+            raise SiteError(f"adapter {adapter.name!r} has tensors that the plan does not speak of", "", lost)
+        found.append((adapter, factor, sites))
+    changes = _changes(found, isolator)
+    _drop_dead(graph)
+    return Plan(tuple(rows), tuple(isolator.notes)), changes
+
+
+_GROUPED = (
+    "a grouped convolution mixes the groups through lora_A and can't be merged (PEFT refuses it as well); "
+    "expose the LoRA instead"
+)
+
+
+def _refuse_merged(graph: GraphFile, adapters: Sequence[Adapter]) -> None:
+    merged = graph.model.metadata_props.get(_MERGED_KEY, "")
+    again = [adapter.name for adapter in adapters if adapter.sha256 and adapter.sha256 in merged]
+    if again:
+        raise GraphError(
+            f"{graph.path} has this adapter merged into it already", "merge into the base instead", again
+        )
+
+
+def _refuse(
+    graph: GraphFile, adapter: Adapter, sites: Sequence[Site], misses: Sequence[Miss], allow: bool
+) -> None:
+    if not misses or (allow and sites):
+        return
+    total = len(sites) + len(misses)
+    lines = [f"{miss.target.key}  {miss.reason}" for miss in misses]
+    if not sites:
+        raise SiteError(
+            f"adapter {adapter.name!r} was made for another model: none of its {total} parameters "
+            f"has a place in {graph.path.name}",
+            "check the base; if the graph's names are gone, give --checkpoint BASE_DIR to match by value",
+            lines,
+        )
+    raise SiteError(
+        f"adapter {adapter.name!r} has {len(misses)} parameters with no place in {graph.path.name} "
+        f"(of {total})",
+        "give --checkpoint BASE_DIR to match by value, or --allow-unmatched to go on without them",
+        lines,
+    )
+
+
+def _changes(found: list[tuple[Adapter, float, list[Site]]], isolator: Isolator) -> dict[ir.Value, Change]:
+    patches: dict[ir.Value, list[Patch]] = defaultdict(list)
+    stacked: set[ir.Value] = set()
+    for _, factor, sites in found:
+        for site in sites:
+            target = site.target
+            for part in site.parts:
+                value = isolator.constant_for(part, target.path, target.key.rpartition(".")[2])
+                dtype = _work_dtype(value)
+                patches[value] += [
+                    patch_of(target, placement, factor, dtype) for placement in part.placements
+                ]
+                if target.experts > 1:
+                    stacked.add(value)
+    return {value: Change(tuple(join(group)), value in stacked) for value, group in patches.items()}
+
+
+def _work_dtype(value: ir.Value) -> type[np.floating[Any]]:
+    return np.float64 if value.dtype == ir.DataType.DOUBLE else np.float32
+
+
+def patch_of(target: Target, placement: Placement, factor: float, dtype: type[np.floating[Any]]) -> Patch:
+    """Return the patch that a target makes at a placement."""
+    if target.action == "merge":
+        assert target.module is not None
+        return patch_from(target.module, placement, factor, dtype)
+    assert target.values is not None
+    start, stop = placement.rows
+    values = np.asarray(target.values).reshape(target.matrix)[start:stop].astype(dtype)
+    if placement.row_scale is not None:
+        values = values * placement.row_scale.astype(dtype)[:, None]
+    if placement.transposed:
+        values = np.ascontiguousarray(values.T)
+    if target.action == "replace":
+        return replacement(target.key, values, placement.row, placement.col)
+    # A vector is one column: its addend is the outer product with 1.
+    one = np.ones((1, 1), dtype)
+    height, width = values.shape
+    return Patch(target.key, placement.row, placement.col, height, width, values * dtype(factor), one)
+
+
+def _placed_row(adapter: Adapter, site: Site) -> PlanRow:
+    operators = sorted({use.node.op_type for part in site.parts for use in part.uses})
+    layouts = []
+    for part in site.parts:
+        first = part.placements[0]
+        words = ["transposed"] if first.transposed else []
+        if first.row or first.col or first.rows != (0, site.target.matrix[0]):
+            words.append(
+                f"rows {first.rows[0]}–{first.rows[1]} at {first.col if first.transposed else first.row}"
+            )
+        if len(part.placements) > 1:
+            words.append(f"{len(part.placements)} experts")
+        if first.row_scale is not None:
+            words.append("rescaled by a folded batch norm")
+        layouts.append(" ".join(words) or "as in PyTorch")
+    return PlanRow(
+        adapter.name,
+        site.target.key,
+        site.target.tensor_names,
+        site.target.action,
+        ", ".join(str(part.root.name) for part in site.parts),
+        ", ".join(operators),
+        "; ".join(layouts),
+        site.evidence,
+    )
+
+
+def _refused_row(adapter: Adapter, miss: Miss) -> PlanRow:
+    return PlanRow(adapter.name, miss.target.key, miss.target.tensor_names, "refused", reason=miss.reason)
+
+
+def _drop_dead(graph: GraphFile) -> None:
+    """Remove constants that nothing reads after copies took over."""
+    for owner in graph.graphs():
+        inputs = {id(value) for value in owner.inputs}
+        for name, value in list(owner.initializers.items()):
+            if not value.uses() and not value.is_graph_output() and id(value) not in inputs:
+                owner.initializers.pop(name)
+
+
+def _weights_in(checkpoint: Any) -> WeightOf:
+    def weight_of(target: Target) -> Array | None:
+        found: Array | None = checkpoint.canonical(target.key, target.shape)
+        return found
+
+    return weight_of
+
+
+def _base_files(base: Path, graph: GraphFile) -> list[Path]:
+    if base.is_dir():
+        return sorted(path for path in base.iterdir() if path.suffix in (".safetensors", ".json"))
+    external = {
+        Path(value.const_value.path)
+        for value in graph.initializers()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    return [base, *sorted(external)]
+
+
+def _mark(model: ir.Model, adapters: Sequence[Adapter], factors: Sequence[float]) -> None:
+    """Say in the graph itself what was merged: a later merge of the same adapter is then refused."""
+    mine = "; ".join(f"{a.name} sha256={a.sha256} weight={w}" for a, w in zip(adapters, factors, strict=True))
+    before = model.metadata_props.get(_MERGED_KEY)
+    model.metadata_props[_MERGED_KEY] = f"{before}; {mine}" if before else mine
+
+
+def describe(adapter: Adapter, factor: float) -> dict[str, Any]:
+    """Return what a manifest says of an adapter."""
+    return {
+        "name": adapter.name,
+        "format": adapter.format,
+        "sha256": adapter.sha256,
+        "weight": factor,
+        "modules": {
+            key: {"rank": module.rank, "alpha": module.alpha, "scaling": module.scaling}
+            for key, module in adapter.modules.items()
+        },
+        "replaced": sorted(adapter.extras),
+    }
+
+
+def rounding_dict(costs: Mapping[str, Rounding]) -> dict[str, Any]:
+    """Return the rounding report for a manifest."""
+    return {
+        "total": total_of(costs.values()).as_dict(),
+        "modules": {name: cost.as_dict() for name, cost in costs.items()},
+    }

@@ -1,0 +1,75 @@
+"""The plan: every tensor of an adapter, where it goes, what will happen to it and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What happens to one parameter that an adapter changes.
+
+    Attributes:
+        adapter: Adapter's name.
+        parameter: The changed parameter's path in the model.
+        tensors: The adapter's tensors behind it.
+        action: ``merge``, ``replace``, ``add to bias`` or ``refused``.
+        place: Name of the stored weight(s).
+        operator: Operators that read it, in a graph.
+        layout: How the canonical weight lies there: transposed, which rows of a fused weight, rescaled.
+        reason: What led to the place, or why there is none.
+    """
+
+    adapter: str
+    parameter: str
+    tensors: tuple[str, ...]
+    action: str
+    place: str = ""
+    operator: str = ""
+    layout: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows in the order of the adapters' files."""
+
+    rows: tuple[PlanRow, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def refused(self) -> list[PlanRow]:
+        """Rows without a place."""
+        return [row for row in self.rows if row.action == "refused"]
+
+    @property
+    def placed(self) -> list[PlanRow]:
+        """Rows with a place."""
+        return [row for row in self.rows if row.action != "refused"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {"rows": [asdict(row) for row in self.rows], "notes": list(self.notes)}
+
+    def lines(self) -> list[str]:
+        """Return the table as text lines, columns aligned."""
+        head = ("parameter", "action", "place", "operator", "layout", "reason")
+        table = [head, *(tuple(str(getattr(row, name)) for name in head) for row in self.rows)]
+        return [*align(table), *self.notes]
+
+
+def align(table: Sequence[Sequence[str]]) -> list[str]:
+    """Return the rows of a table as lines with aligned columns."""
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
+
+
+def unaccounted(file_tensors: Iterable[str], rows: Iterable[PlanRow]) -> list[str]:
+    """Return the tensors of an adapter file that no row of the plan speaks of."""
+    spoken = {name for row in rows for name in row.tensors}
+    return [name for name in file_tensors if name not in spoken]

@@ -1,0 +1,101 @@
+"""Find and verify weights by their values, for graphs whose names are gone and for names that lie.
+
+The values to compare with come from the checkpoint that the graph was made of. Everything here works on
+views of stored constants (memory-mapped where external) and reads a few rows of each unless it must search.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_export.adapter import Array
+
+# The same weight in another float type differs by rounding (bf16: 2⁻⁹ relative); another weight by about 1.4.
+SAME = 1e-2
+# Directions: a row of a folded batch norm is the checkpoint's row times a factor, so its cosine is ±1.
+COSINE = 0.999
+_PROBES = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """How well stored values are a checkpoint's.
+
+    Attributes:
+        cosine: Smallest absolute cosine of the compared rows.
+        difference: ‖stored − wanted‖ / ‖wanted‖ over the compared rows.
+        row_scale: Factor per canonical row, where the rows are multiples of the checkpoint's.
+    """
+
+    cosine: float
+    difference: float
+    row_scale: Array | None = None
+
+    @property
+    def same(self) -> bool:
+        """The stored values are the checkpoint's, up to rounding."""
+        return self.difference <= SAME
+
+    @property
+    def scaled(self) -> bool:
+        """The stored rows are the checkpoint's times a factor each."""
+        return not self.same and self.cosine >= COSINE and self.row_scale is not None
+
+
+def compare(stored: Array, wanted: Array) -> Match:
+    """Compare two matrices of the same shape, rows of the canonical weight.
+
+    A few evenly spaced rows are enough to tell the same weight; all are read where rows were rescaled.
+    """
+    picks = np.unique(np.linspace(0, len(wanted) - 1, 4 * _PROBES).astype(int))
+    match = _compare_rows(_f64(stored[picks]), _f64(wanted[picks]))
+    if match.same or match.cosine < COSINE:
+        return match
+    return _compare_rows(_f64(stored), _f64(wanted))
+
+
+def _compare_rows(stored: Array, wanted: Array) -> Match:
+    norms = np.linalg.norm(wanted, axis=1)
+    stored_norms = np.linalg.norm(stored, axis=1)
+    products = np.einsum("ij,ij->i", stored, wanted)
+    # A row that is zero on both sides agrees; its factor can't be known and does not matter for the base.
+    both_zero = (norms == 0) & (stored_norms == 0)
+    cosines = np.where(both_zero, 1.0, np.abs(products) / np.maximum(norms * stored_norms, 1e-300))
+    total = float(np.linalg.norm(wanted))
+    difference = (
+        float(np.linalg.norm(stored - wanted)) / total if total else float(np.linalg.norm(stored) > 0)
+    )
+    scale = None if both_zero.any() else products / np.maximum(norms**2, 1e-300)
+    return Match(float(cosines.min(initial=1.0)), difference, scale)
+
+
+def find_rows(stored: Array, wanted: Array) -> int | None:
+    """Return at which row of ``stored`` (canonical orientation) the rows of ``wanted`` begin.
+
+    Args:
+        stored: ``(height, cols)``, at least as high as ``wanted``.
+        wanted: ``(rows, cols)``.
+
+    Returns:
+        The offset at which the first distinctive row of ``wanted`` is found, else None.
+    """
+    rows = len(wanted)
+    probe = next((i for i in range(min(rows, 4 * _PROBES)) if np.any(wanted[i])), None)
+    if probe is None:
+        return None
+    vector = _f32(wanted[probe])
+    stored32 = _f32(stored[probe : len(stored) - rows + probe + 1])
+    norms = np.linalg.norm(stored32, axis=1) * np.linalg.norm(vector)
+    cosines = np.abs(stored32 @ vector) / np.maximum(norms, 1e-30)
+    best = int(np.argmax(cosines))
+    return best if cosines[best] >= COSINE else None
+
+
+def _f64(values: Array) -> Array:
+    return np.asarray(values, dtype=np.float64)
+
+
+def _f32(values: Array) -> Array:
+    return np.asarray(values, dtype=np.float32)
