@@ -1,1 +1,99 @@
-"""Placeholder."""
+"""Adapter files in, `Adapter` out: name → ``module:attribute``, imported when a file is read.
+
+A new format is one module with one `Format`, and one line here.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+from lora_export.adapter import Adapter
+from lora_export.errors import AdapterError
+from lora_export.formats.pairs import check_options
+from lora_export.formats.peft_folder import save_adapter
+from lora_export.formats.source import Format, Options, Source, open_source
+
+__all__ = ["FORMATS", "load_adapter", "save_adapter"]
+
+FORMATS: dict[str, str] = {
+    "peft": "lora_export.formats.peft:FORMAT",
+    "diffusers": "lora_export.formats.diffusers:FORMAT",
+    "kohya": "lora_export.formats.kohya:FORMAT",
+    "loralib": "lora_export.formats.loralib:FORMAT",
+    "plain": "lora_export.formats.plain:FORMAT",
+}
+_SHOWN = 8
+
+
+def load_adapter(
+    path: str | Path,
+    *,
+    alpha: float | None = None,
+    rank: int | None = None,
+    rslora: bool | None = None,
+    format: str | None = None,
+    component: str | None = None,
+    name: str | None = None,
+) -> Adapter:
+    """Read a trained adapter, whatever tool wrote it.
+
+    Args:
+        path: A PEFT folder, or a ``.safetensors``, ``.bin``, ``.pt``, ``.pth`` or ``.ckpt`` file. Only the
+            last four import torch.
+        alpha: Numerator of the scaling, where the file doesn't say it.
+        rank: Rank, to be checked against the tensors.
+        rslora: The scaling is alpha / √rank.
+        format: A key of `FORMATS`, where the names alone don't tell.
+        component: ``unet``, ``text_encoder``, …: read only this part of a file that serves several models.
+        name: What to call the adapter; by default the folder's or the file's name.
+
+    Raises:
+        AdapterError: The file is missing, damaged, of no known format, or breaks rules; all are listed.
+        BackendUnavailable: A torch checkpoint, and torch is not installed.
+    """
+    options = Options(alpha, rank, rslora, component)
+    check_options(options)
+    if format is not None and format not in FORMATS:
+        raise AdapterError(f"there is no format '{format}'", f"one of: {', '.join(FORMATS)}")
+    source = open_source(Path(path), name)
+    if not source.tensors:
+        raise AdapterError(f"adapter '{source.name}' is empty: {source.file} has no tensors", "save it again")
+    adapter = _format(format or detect_format(source)).read(source, options)
+    if component is not None and not any(m.component for m in adapter.modules.values()):
+        raise AdapterError(
+            f"adapter '{adapter.name}' serves one model only: there is no component '{component}'",
+            "leave --component away",
+        )
+    return adapter
+
+
+def detect_format(source: Source) -> str:
+    """Return the one format whose names the file has.
+
+    Raises:
+        AdapterError: None recognises it, or several do.
+    """
+    formats = {name: _format(name) for name in FORMATS}
+    found = [name for name, candidate in formats.items() if candidate.recognises(source)]
+    if len(found) == 1:
+        return found[0]
+    names = list(source.tensors)
+    seen = ", ".join(names[:_SHOWN]) + (f", … ({len(names)} in all)" if len(names) > _SHOWN else "")
+    listed = [f"seen: {seen}", *(f"{n} expects {f.expects}" for n, f in formats.items())]
+    if found:
+        raise AdapterError(
+            f"{source.file} looks like several formats: {', '.join(found)}", "say which with --format", listed
+        )
+    raise AdapterError(
+        f"{source.file} is in no adapter format that we know",
+        "rename the tensors to one of these forms, or save only the adapter's tensors",
+        listed,
+    )
+
+
+def _format(name: str) -> Format:
+    module, _, attribute = FORMATS[name].partition(":")
+    found = getattr(import_module(module), attribute)
+    assert isinstance(found, Format)
+    return found

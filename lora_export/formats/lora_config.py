@@ -1,0 +1,183 @@
+"""What PEFT's ``LoraConfig`` means for weights: which keys matter, which don't, which we refuse.
+
+Source: PEFT 0.21, ``tuners/lora/config.py`` (the keys) and ``tuners/lora/model.py`` (pattern matching).
+Every key is accounted for: one that we don't know and that isn't off is refused, because it may change
+what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lora_export.formats.source import Options
+
+# Change how the tensors are made or trained, not what they mean once saved.
+_HARMLESS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "merge_weights",
+        "modules_to_save",
+        "monteclora_config",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "velora_config",
+    }
+)
+# Read by the formats that use this module.
+_READ = frozenset(
+    {
+        "alpha_pattern",
+        "bias",
+        "fan_in_fan_out",
+        "lora_alpha",
+        "lora_bias",
+        "r",
+        "rank_pattern",
+        "target_parameters",
+        "use_bdlora",
+        "use_dora",
+        "use_rslora",
+    }
+)
+_REFUSED = {
+    "alora_invocation_tokens": "aLoRA acts only behind its invocation tokens, which no merged or exported "
+    "weight can do; serve it with PEFT or vLLM",
+    "arrow_config": "Arrow routes between adapters for each token; export the task adapters one by one",
+    "enable_lora": "a MergedLinear of PEFT 0.2; load it with that version and save it per projection",
+    "kasa_config": "KaSA truncates the base weights themselves; merge it with PEFT's merge_and_unload",
+    "layer_replication": "the adapter belongs to a model whose layers were replicated; save that model as a "
+    "base of its own and train or rename the adapter for it",
+    "megatron_config": "Megatron's parallel layers may hold a shard of a factor; gather and save without it",
+    "trainable_token_indices": "single rows of an embedding are replaced; merge it with PEFT's "
+    "merge_and_unload, or train with modules_to_save=['embed_tokens']",
+    "use_qalora": "QALoRA's lora_A works on pooled inputs of a GPTQ base; PEFT itself can't merge it",
+}  # fmt: skip
+# Initialisations that change the base weights: what was saved counts from the changed base.
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+def pattern_value(pattern: Any, path: str, default: Any) -> Any:
+    """Return the value that PEFT's rule finds for ``path``, or ``default``.
+
+    The rule (``peft.utils.other.get_pattern_key``): the first key that matches as a regular expression the
+    end of the path, from a dot on; failing that, a key that is the path itself.
+    """
+    if not isinstance(pattern, Mapping):
+        return default
+    for key, value in pattern.items():
+        try:
+            if re.match(rf"(.*\.)?({key})$", path):
+                return value
+        except re.error:
+            continue
+    return pattern.get(path, default)
+
+
+class LoraRules:
+    """The part of a ``LoraConfig`` that turns tensors into a change of weights.
+
+    Args:
+        config: The JSON object.
+        options: What the user states besides; it may not contradict the config.
+
+    Attributes:
+        problems: One line for each key that is refused or makes no sense.
+        notes: What a user should know about keys that were left aside.
+    """
+
+    def __init__(self, config: Mapping[str, Any], options: Options) -> None:
+        self._config = config
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self.rslora = bool(config.get("use_rslora"))
+        targets = config.get("target_parameters") or []
+        self.target_parameters: list[str] = targets if isinstance(targets, list) else []
+        self._check_numbers(options)
+        self._check_keys()
+        if options.rslora is not None and options.rslora != self.rslora:
+            self.problems.append(f"use_rslora: the config says {self.rslora}, the option {options.rslora}")
+
+    def alpha(self, path: str) -> float | None:
+        """Alpha of a module; None where the config has no usable number (already a problem)."""
+        value = pattern_value(self._config.get("alpha_pattern"), path, self._config.get("lora_alpha"))
+        return float(value) if _is_number(value) else None
+
+    def rank(self, path: str) -> int | None:
+        """Rank of a module; None where the config has no usable number (already a problem)."""
+        value = pattern_value(self._config.get("rank_pattern"), path, self._config.get("r"))
+        return int(value) if _is_number(value) else None
+
+    def _check_numbers(self, options: Options) -> None:
+        for key, option in (("r", options.rank), ("lora_alpha", options.alpha)):
+            value: Any = self._config.get(key)
+            if not _is_number(value):
+                self.problems.append(f"config {key}: {value!r}, wanted a number")
+            elif value <= 0:
+                self.problems.append(f"config {key}: {value:g}, wanted a number above 0")
+            elif option is not None and option != value:
+                self.problems.append(
+                    f"{key}: the config says {value:g}, the option {option:g}; leave it away"
+                )
+        for key in ("rank_pattern", "alpha_pattern"):
+            pattern = self._config.get(key)
+            for name, value in pattern.items() if isinstance(pattern, Mapping) else ():
+                if not _is_number(value) or value <= 0:
+                    self.problems.append(f"config {key} {name!r}: {value!r}, wanted a number above 0")
+
+    def _check_keys(self) -> None:
+        for key, wanted in (
+            ("rank_pattern", Mapping),
+            ("alpha_pattern", Mapping),
+            ("use_bdlora", Mapping),
+            ("target_parameters", list),
+        ):
+            if (value := self._config.get(key)) and not isinstance(value, wanted):
+                kind = "a list" if wanted is list else "an object"
+                self.problems.append(f"config {key}: {value!r}, wanted {kind}")
+        for key, value in self._config.items():
+            if key in _REFUSED and value:
+                self.problems.append(f"config {key}: {_REFUSED[key]}")
+            elif key not in _HARMLESS | _READ | _REFUSED.keys() and value:
+                self.problems.append(
+                    f"config {key}: {value!r} under a key that we don't know may change what the tensors mean"
+                )
+        init = str(self._config.get("init_lora_weights", "")).lower()
+        if init.startswith(_CHANGES_BASE):
+            self.problems.append(
+                f"config init_lora_weights: '{init}' changed the base weights, and the tensors count from "
+                "there; save again with save_pretrained(…, path_initial_model_for_weight_conversion=INITIAL) "
+                "(not for loftq: merge into its own base), or, where the base given here is the changed one, "
+                "set init_lora_weights to true in the config"
+            )
+        if self._config.get("velora_config"):
+            self.notes.append("VeLoRA changes the backward pass only: read as plain LoRA")
+        if self._config.get("monteclora_config"):
+            self.notes.append(
+                "Monteclora's sampling is left away, as PEFT does in a merge: read as plain LoRA"
+            )
+        if self._config.get("ensure_weight_tying"):
+            self.notes.append("trained with tied embeddings: both ends carry the same change of one weight")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value

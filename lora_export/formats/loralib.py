@@ -1,0 +1,156 @@
+"""Checkpoints of Microsoft's loralib: ``<module>.lora_A`` ``(rank, in)``, ``….lora_B`` ``(out, rank)``.
+
+Source: https://github.com/microsoft/LoRA, ``loralib/layers.py``. ``lora_state_dict(model, bias)`` saves the
+factors and, with ``bias="all"`` or ``"lora_only"``, biases, which replace the base's. The file tells neither
+alpha nor the kind of layer:
+
+- Embedding: factors as for a Linear, but the change is transposed. Taken for one where the module bears a
+  customary embedding name; a wrong guess shows as a wrong shape when the weight is looked up.
+- MergedLinear (GPT-2's fused qkv): ``lora_A`` stacks one factor for each enabled part, ``lora_B`` their rows.
+  Which parts are enabled is read from ``enable_lora`` in the checkpoint's dict; without it, it is refused.
+- ConvLoRA: its factors make a reshaped matrix whose rank is a multiple of the stated one: refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+
+from lora_export.adapter import Adapter, Array
+from lora_export.formats.pairs import Parts, PartsTable, build_module, raise_problems, stated_alpha
+from lora_export.formats.source import Format, Options, Source
+
+_LORA = re.compile(r"^(?P<path>.+)\.lora_(?P<part>[AB])$")
+_EMBEDDINGS = frozenset(
+    {
+        "embed_positions",
+        "embed_tokens",
+        "embedding",
+        "embeddings",
+        "position_embeddings",
+        "tok_embeddings",
+        "token_type_embeddings",
+        "word_embeddings",
+        "wpe",
+        "wte",
+    }
+)
+
+
+def recognises(source: Source) -> bool:
+    """Whether a tensor name ends in ``.lora_A`` or ``.lora_B``."""
+    return any(_LORA.match(name) for name in source.tensors)
+
+
+def read(source: Source, options: Options) -> Adapter:
+    """Make an adapter of a loralib checkpoint.
+
+    Raises:
+        AdapterError: alpha is stated nowhere, or a list of all that is wrong.
+    """
+    table = PartsTable()
+    extras: dict[str, Array] = {}
+    for name, values in source.tensors.items():
+        if match := _LORA.match(name):
+            table.add(match["path"], f"lora_{match['part'].lower()}", name, values)
+        elif name.endswith(".bias"):
+            extras[name] = values
+        else:
+            table.unknown(
+                [name], "neither a LoRA factor nor a bias; save only loralib.lora_state_dict(model)"
+            )
+    settings = source.settings
+    alpha = stated_alpha(options, settings.get("alpha"), table.problems)
+    rank = options.rank or settings.get("rank")
+    rslora = bool(settings.get("rslora") if options.rslora is None else options.rslora)
+    if alpha is None and settings.get("scaling") is None:
+        table.problems.append("alpha: stated nowhere in the file; give --alpha")
+    modules = {}
+    for parts in table.rows.values():
+        parts.kind = "embedding" if parts.path.rpartition(".")[2] in _EMBEDDINGS else None
+        parts.rank = rank
+        factor = _unstack(parts, settings.get("enable_lora"), rslora, table.problems)
+        own = alpha if alpha is not None else _alpha_of(parts, settings.get("scaling"), rslora)
+        module = build_module(parts, None if own is None else own * factor, rslora, table.problems)
+        if module:
+            modules[module.key] = module
+    raise_problems(
+        source, table.problems, "mend what is listed; a loralib file holds lora_A, lora_B and biases"
+    )
+    return Adapter(
+        name=source.name,
+        source=str(source.path),
+        format="loralib",
+        modules=modules,
+        extras=extras,
+        config=dict(settings),
+        tensor_names=tuple(source.tensors),
+        sha256=source.sha256,
+        notes=source.notes,
+    )
+
+
+def _alpha_of(parts: Parts, scaling: Any, rslora: bool) -> float | None:
+    """Alpha that gives the scaling which the checkpoint states instead."""
+    lora_a = parts.tensors.get("lora_a")
+    if lora_a is None or scaling is None:
+        return None
+    rank = int(lora_a.shape[0])
+    return float(scaling) * (math.sqrt(rank) if rslora else rank)
+
+
+def _unstack(parts: Parts, enabled: Any, rslora: bool, problems: list[str]) -> float:
+    """Turn MergedLinear's stacked factors into one pair, in place.
+
+    With ``k`` enabled parts ``lora_A`` is ``(k * rank, in)`` and ``lora_B`` ``(k * part, rank)``: part i
+    of the weight gets ``lora_B[i] @ lora_A[i]``. As one pair that is a ``lora_B`` of blocks, with rows of
+    zeros for the parts that are not enabled, and rank ``k * rank``.
+
+    Returns:
+        What alpha is to be multiplied with, so that the scaling stays.
+    """
+    lora_a, lora_b = parts.tensors.get("lora_a"), parts.tensors.get("lora_b")
+    if lora_a is None or lora_b is None or lora_a.ndim != 2 or lora_b.ndim != 2 or not lora_b.shape[1]:
+        return 1.0
+    rank = lora_b.shape[1]
+    stacked, rest = divmod(lora_a.shape[0], rank)
+    if rest or stacked == 1:
+        if parts.rank and parts.rank != rank and rank % parts.rank == 0:
+            problems.append(
+                f"{parts.label}: rank {parts.rank} is stated and the factors have "
+                f"{rank // parts.rank} times that: loralib's ConvLoRA? it is not supported; merge it with "
+                "loralib (model.eval()) and export that"
+            )
+            parts.rank = rank
+        return 1.0
+    if (
+        not isinstance(enabled, (list, tuple))
+        or sum(map(bool, enabled)) != stacked
+        or lora_b.shape[0] % stacked
+    ):
+        problems.append(
+            f"{parts.label}: lora_A {lora_a.shape} stacks {stacked} factors for lora_B {lora_b.shape}: "
+            "loralib's MergedLinear; add its enable_lora to the checkpoint's dict, such as "
+            "'enable_lora': [True, False, True]"
+        )
+        parts.rank = None
+        return 1.0
+    part_rows = lora_b.shape[0] // stacked
+    full = np.zeros((part_rows * len(enabled), lora_a.shape[0]), lora_b.dtype)
+    slots = [slot for slot, on in enumerate(enabled) if on]
+    for i, slot in enumerate(slots):
+        block = lora_b[i * part_rows : (i + 1) * part_rows]
+        full[slot * part_rows : (slot + 1) * part_rows, i * rank : (i + 1) * rank] = block
+    parts.tensors["lora_b"] = full
+    parts.rank = parts.rank and parts.rank * stacked
+    return math.sqrt(stacked) if rslora else float(stacked)
+
+
+FORMAT = Format(
+    expects="<module>.lora_A, <module>.lora_B (no .weight behind), and --alpha",
+    recognises=recognises,
+    read=read,
+)
