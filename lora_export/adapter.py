@@ -123,6 +123,7 @@ class Adapter:
         modules: `LoraModule.key` → module, in the file's order.
         extras: Whole parameters that the adapter replaces (``modules_to_save``, ``bias``): the
             parameter's path → its values.
+        extra_tensors: Path of an extra → its tensor's name in the file, where the two differ.
         flattened: The paths' dots are underscores (kohya); compare them flattened.
         base_model: What the file says it was trained on, if it says so.
         fan_in_fan_out: The config says that the base stores the transposed weight (GPT-2's Conv1D).
@@ -137,6 +138,7 @@ class Adapter:
     format: str
     modules: Mapping[str, LoraModule]
     extras: Mapping[str, Array] = field(default_factory=dict)
+    extra_tensors: Mapping[str, str] = field(default_factory=dict)
     flattened: bool = False
     base_model: str | None = None
     fan_in_fan_out: bool = False

@@ -89,6 +89,7 @@ def read(source: Source, options: Options) -> Adapter:
         format="peft",
         modules=modules,
         extras=extras,
+        extra_tensors=dict(zip(extras, extra_names, strict=True)),
         base_model=config.get("base_model_name_or_path") or None,
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         config=config,

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export import __version__
-from lora_export.adapter import Adapter, Array
+from lora_export.adapter import Adapter
 from lora_export.blend import check_blend
 from lora_export.errors import GraphError, SiteError
 from lora_export.external_data import Change, plan_data, write_data
@@ -116,9 +116,10 @@ def merge_onnx(
         graph = load_graph(base_graph)
         weight_of = None
         if checkpoint is not None:
+            from lora_export.canonical import CheckpointWeights
             from lora_export.checkpoint import Checkpoint
 
-            weight_of = _weights_in(Checkpoint.open(Path(checkpoint)))
+            weight_of = CheckpointWeights(Checkpoint.open(Path(checkpoint)))
         plan, changes = _plan_changes(graph, loaded, factors, weight_of, allow_unmatched)
         if dry_run:
             return MergeReport(plan)
@@ -346,14 +347,6 @@ def _drop_dead(graph: GraphFile) -> None:
         for name, value in list(owner.initializers.items()):
             if not value.uses() and not value.is_graph_output() and id(value) not in inputs:
                 owner.initializers.pop(name)
-
-
-def _weights_in(checkpoint: Any) -> WeightOf:
-    def weight_of(target: Target) -> Array | None:
-        found: Array | None = checkpoint.canonical(target.key, target.shape)
-        return found
-
-    return weight_of
 
 
 def _base_files(base: Path, graph: GraphFile) -> list[Path]:

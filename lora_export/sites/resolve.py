@@ -291,10 +291,11 @@ def _canonical(target: Target, part: Part, placement: Placement) -> Array:
 def _check_content(target: Target, part: Part, wanted: Array) -> Part | str:
     if target.kind == "vector" or target.experts > 1:
         return _check_whole(part, wanted)
-    matrix = wanted.reshape(target.matrix)
     (placement,) = part.placements
     start, stop = placement.rows
-    match = content.compare(_canonical(target, part, placement), matrix[start:stop])
+    stored = _canonical(target, part, placement)
+    matches = [content.compare(stored, matrix[start:stop]) for matrix in _orientations(target, wanted)]
+    match = min(matches, key=lambda match: match.difference)
     if match.same:
         return part
     if match.scaled and target.kind == "conv":
@@ -303,6 +304,13 @@ def _check_content(target: Target, part: Part, wanted: Array) -> Part | str:
         f"the weight {part.root.name!r} does not hold the checkpoint's values "
         f"(relative difference {match.difference:.2g}, least cosine {match.cosine:.3f})"
     )
+
+
+def _orientations(target: Target, wanted: Array) -> list[Array]:
+    """Return the checkpoint's matrix; a square one also transposed: it may be a Conv1D's."""
+    matrix = wanted.reshape(target.matrix)
+    square = target.kind in ("linear", "any") and wanted.ndim == 2 and matrix.shape[0] == matrix.shape[1]
+    return [matrix, matrix.T] if square else [matrix]
 
 
 def _check_whole(part: Part, wanted: Array) -> Part | str:
@@ -321,11 +329,11 @@ def _search(target: Target, use: Use, wanted: Array) -> Part | None:
     assert use.root.const_value is not None
     stored = stored_matrix(use.root.const_value)
     view = stored.T if use.transposed else stored
-    matrix = wanted.reshape(target.matrix)
-    rows, cols = matrix.shape
+    rows, cols = target.matrix
     if view.shape[1] != cols or len(view) < rows:
         return None
-    offset = content.find_rows(view, matrix)
+    offsets = [content.find_rows(view, matrix) for matrix in _orientations(target, wanted)]
+    offset = next((offset for offset in offsets if offset is not None), None)
     if offset is None:
         return None
     placement = fit.placement_at(offset, (0, rows), use.transposed)

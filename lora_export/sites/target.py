@@ -56,7 +56,14 @@ class Target:
 def targets_of(adapter: Adapter) -> list[Target]:
     """Return what an adapter changes, whole replacements first: a delta comes on top of them."""
     targets = [
-        Target(key, "vector" if values.ndim == 1 else "any", values.shape, "replace", (key,), values=values)
+        Target(
+            key,
+            "vector" if values.ndim == 1 else "any",
+            values.shape,
+            "replace",
+            (adapter.extra_tensors.get(key, key),),
+            values=values,
+        )
         for key, values in adapter.extras.items()
     ]
     for module in adapter.modules.values():

@@ -1,0 +1,177 @@
+"""Who may import whom, what stands at the top level, and what `--help` loads."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "lora_export"
+
+# A module may import modules of its own layer and of earlier ones. A folder is one entry.
+LAYERS = [
+    ("errors",),
+    ("adapter", "output"),
+    ("patch", "plan", "graph", "manifest", "rounding", "spectrum"),
+    ("blocks", "stream"),
+    ("checkpoint", "checkpoint_names", "formats", "external_data", "sites"),
+    ("blend", "canonical", "capture"),
+    ("modes",),
+    ("engines", "runtimes"),
+    ("parity", "bench", "packages", "reports"),
+    ("recipe", "demo"),
+    ("commands",),
+    ("cli",),
+]
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+
+
+def modules():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def entry(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported(path: Path, top_level: bool = False):
+    """Yield (dotted name, line) of what a file imports; `if TYPE_CHECKING` blocks do not count."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    nodes = tree.body if top_level else ast.walk(tree)
+    for node in nodes:
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module, node.lineno
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", node.lineno
+
+
+def test_layers_are_imported_downwards_only():
+    wrong = []
+    for path in modules():
+        own = entry(path)
+        if own == "__init__":
+            continue
+        assert own in RANK, f"{path.relative_to(ROOT)}: give '{own}' a place in LAYERS"
+        for name, line in imported(path):
+            parts = name.split(".")
+            if parts[0] != "lora_export" or len(parts) < 2 or parts[1] not in RANK:
+                continue
+            if RANK[parts[1]] > RANK[own]:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_plug_ins_do_not_import_their_siblings():
+    """Registered files (an operator, a format, a mode, a verb) stand alone."""
+    from lora_export.commands import COMMANDS
+    from lora_export.formats import FORMATS
+    from lora_export.sites import OPERATORS
+
+    targets = [*COMMANDS.values(), *FORMATS.values(), *OPERATORS.values()]
+    plug_ins = {target.partition(":")[0] for target in targets}
+    plug_ins |= {f"lora_export.modes.{path.stem}" for path in (PACKAGE / "modes").glob("[!_]*.py")}
+    wrong = []
+    for module in sorted(plug_ins):
+        path = ROOT / (module.replace(".", "/") + ".py")
+        for name, line in imported(path):
+            if name in plug_ins and name != module:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports its sibling {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", ["torch", "transformers", "peft", "onnxruntime", "tensorrt", "matplotlib"])
+def test_heavy_packages_are_imported_late(name):
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in modules()
+        for found, line in imported(path, top_level=True)
+        if found.split(".")[0] == name
+    ]
+    assert not wrong, f"{name} at module top: {wrong}"
+
+
+def test_tensorrt_is_imported_in_engines_and_runtimes_only():
+    wrong = [
+        str(path.relative_to(ROOT))
+        for path in modules()
+        for found, _ in imported(path)
+        if found.split(".")[0] in ("tensorrt", "tensorrt_rtx") and entry(path) not in ("engines", "runtimes")
+    ]
+    assert not wrong
+
+
+def test_no_module_is_named_after_nothing():
+    assert not [path for path in modules() if path.stem in ("utils", "helpers", "common", "misc")]
+
+
+def test_top_level_is_what_the_design_lists():
+    known = {
+        *("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt"),
+        *("lora_export", "recipes", "tests", "tools"),
+        *(".ci", ".github", ".gitignore", ".pre-commit-config.yaml"),
+    }
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.splitlines()
+    if not listed:
+        pytest.skip("not a git checkout")
+    assert {name.split("/")[0] for name in listed} <= known
+
+
+LIGHT = """
+import sys
+sys.argv = ["lora-export", *{arguments!r}]
+from lora_export.cli import main
+try:
+    main()
+except SystemExit as stop:
+    assert stop.code == 0, stop.code
+heavy = ["torch", "transformers", "onnxruntime", "tensorrt", "tensorrt_rtx", "peft", "matplotlib"]
+heavy += {more!r}
+loaded = [name for name in heavy if name in sys.modules]
+assert not loaded, loaded
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "more"),
+    [
+        (["--help"], ["numpy", "onnx", "onnx_ir", "rich"]),
+        (["--version"], ["numpy", "onnx", "onnx_ir", "rich"]),
+        (["merge-onnx", "--help"], ["numpy", "onnx_ir"]),
+        (["merge", "--help"], ["numpy", "onnx_ir"]),
+        (["inspect", "--help"], ["numpy", "onnx_ir"]),
+        (["demo", "--help"], ["numpy", "onnx_ir"]),
+    ],
+)
+def test_help_loads_nothing_heavy(arguments, more):
+    script = LIGHT.format(arguments=arguments, more=more)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_of_the_package_loads_nothing_heavy():
+    script = "import sys, lora_export; assert not {'numpy', 'torch', 'onnx_ir'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_every_public_name_is_there():
+    import lora_export
+
+    for name in lora_export.__all__:
+        assert getattr(lora_export, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = lora_export.nothing
