@@ -1,0 +1,124 @@
+"""An `AdapterReport` as text: a table on a terminal, aligned columns elsewhere."""
+
+from __future__ import annotations
+
+from lora_export.reports.adapter import AdapterReport, ModuleReport
+
+HEADINGS = ("module", "weight", "rank", "alpha", "scaling", "dtype", "‖ΔW‖", "σ₁", "90 %", "99 %")
+_LEFT = 2  # the first columns are words
+
+
+def heading_lines(report: AdapterReport) -> list[str]:
+    """Return the lines above the table: what it is and how large."""
+    lines = [
+        f"adapter   {report.name}",
+        f"format    {report.format}, {report.tuner}",
+        f"sha256    {report.sha256}",
+    ]
+    if report.base_model:
+        lines.append(f"trained on {report.base_model}")
+    size = (
+        f"{report.parameters:,} parameters, {human_bytes(report.size_bytes)}, {len(report.modules)} modules"
+    )
+    lines.append(f"size      {size}")
+    if report.base:
+        share = [f"{human_bytes(report.base.size_bytes)}"]
+        if report.base.parameters:
+            share.insert(0, f"{report.base.parameters:,} parameters")
+        lines.append(f"base      {', '.join(share)} ({report.base.path})")
+        parts = [
+            f"{value:.3%} of its {what}"
+            for value, what in ((report.parameter_share, "parameters"), (report.size_share, "bytes"))
+            if value is not None
+        ]
+        lines.append(f"share     {', '.join(parts)}")
+    return lines
+
+
+def rows(report: AdapterReport) -> list[tuple[str, ...]]:
+    """Return the table's cells, one row for each module."""
+    return [
+        (
+            f"{row.component}/{row.module}" if row.component else row.module,
+            _weight(row),
+            str(row.rank),
+            f"{row.alpha:g}",
+            f"{row.scaling:.4g}",
+            row.dtype,
+            f"{row.norm:.4g}",
+            f"{row.spectral_norm:.4g}",
+            str(row.effective_rank_90),
+            str(row.effective_rank_99),
+        )
+        for row in report.modules
+    ]
+
+
+def closing_lines(report: AdapterReport) -> list[str]:
+    """Return the lines below the table: replaced parameters, what the columns mean, notes."""
+    lines = [
+        f"replaces  {extra.parameter} {'×'.join(map(str, extra.shape)) or 'scalar'} {extra.dtype}"
+        for extra in report.extras
+    ]
+    if report.modules:
+        median = sorted(row.effective_rank_90 for row in report.modules)[len(report.modules) // 2]
+        lines.append(
+            "σ₁: largest singular value; 90 %, 99 %: directions that hold that share of ‖ΔW‖² "
+            f"(median of 90 %: {median})"
+        )
+    if any(row.dora for row in report.modules):
+        lines.append(
+            "DoRA: the figures are those of the low-rank part; the magnitude's share depends on the base"
+        )
+    return lines + [f"note: {note}" for note in report.notes]
+
+
+def plain_text(report: AdapterReport) -> str:
+    """Return the whole report as aligned columns without colours or boxes, for files and pipes."""
+    table = [HEADINGS, *rows(report)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(HEADINGS))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i < _LEFT else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+    return "\n".join([*heading_lines(report), "", *lines, "", *closing_lines(report)])
+
+
+def print_table(report: AdapterReport) -> None:
+    """Print the report to the terminal with rich."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    for line in heading_lines(report):
+        label, _, rest = line.partition(" ")
+        console.print(f"[bold]{label:<9}[/bold]", rest.strip(), markup=True)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for i, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="left" if i < _LEFT else "right", no_wrap=i > 0, overflow="fold")
+    for row in rows(report):
+        table.add_row(*row)
+    console.print(table)
+    for line in closing_lines(report):
+        console.print(line, markup=False)
+
+
+def human_bytes(size: int) -> str:
+    """Return a size in the largest unit that leaves a number above one, powers of 1000."""
+    value, unit = float(size), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def _weight(row: ModuleReport) -> str:
+    shape = "×".join(map(str, row.weight_shape))
+    extra = (
+        f" ×{row.experts} experts" if row.experts > 1 else f" groups {row.groups}" if row.groups > 1 else ""
+    )
+    return f"{row.kind} {shape}{extra}"
