@@ -63,15 +63,6 @@ class StoredTensor:
     offset: int
     length: int
 
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """As a matrix: stacked experts have two row axes, others one; a vector is one row."""
-        if len(self.shape) < 2:
-            return 1, math.prod(self.shape)
-        if len(self.shape) == 3:
-            return self.shape[0] * self.shape[1], self.shape[2]
-        return self.shape[0], math.prod(self.shape[1:])
-
 
 @dataclass(frozen=True)
 class Shard:

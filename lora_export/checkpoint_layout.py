@@ -1,0 +1,135 @@
+"""The layout of a shard that is written: tensors and order as before, another dtype or one tensor more."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lora_export.checkpoint import FLOATS, Shard, StoredTensor
+from lora_export.checkpoint_sites import Added, Placed, view_of
+from lora_export.stream import BytesPiece, CopyPiece, MergePiece, Piece
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor of the output.
+
+    Attributes:
+        name: Its name there.
+        tensor: The stored tensor that it comes from.
+        code: Its dtype there.
+        at: Where it starts, in bytes from the start of the output file.
+        length: Its size there.
+    """
+
+    name: str
+    tensor: StoredTensor
+    code: str
+    at: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One file of the output: its header's bytes and its tensors, in file order."""
+
+    header: bytes
+    slots: tuple[Slot, ...]
+    size: int
+
+
+def layout_of(shard: Shard, placed: Placed, code: str | None) -> Layout:
+    """Lay a shard out again.
+
+    The header is written anew only if it has to say something new; the metadata and the order of names and
+    data stay. An added tensor goes behind the others of the shard that holds its source.
+
+    Args:
+        shard: The base's file.
+        placed: The plan.
+        code: Dtype of every float tensor, or None to leave each as it is.
+    """
+    wanted = [(tensor.name, tensor) for tensor in shard.tensors]
+    by_name = dict(wanted)
+    added = [(a.name, by_name[a.source]) for a in placed.added if a.source in by_name]
+    codes = [code if code and t.code in FLOATS else t.code for _, t in wanted + added]
+    if not added and all(c == t.code for c, (_, t) in zip(codes, wanted, strict=True)):
+        header = shard.path.open("rb").read(shard.data_start)
+        return Layout(header, tuple(Slot(n, t, t.code, t.offset, t.length) for n, t in wanted), shard.size)
+    at, slots = 0, []
+    for (name, tensor), new in zip(wanted + added, codes, strict=True):
+        length = tensor.length if new == tensor.code else _count(tensor) * FLOATS[new].itemsize
+        slots.append(Slot(name, tensor, new, at, length))
+        at += length
+    header = _header(shard, slots)
+    moved = tuple(Slot(s.name, s.tensor, s.code, s.at + len(header), s.length) for s in slots)
+    return Layout(header, moved, at + len(header))
+
+
+def pieces_of(layout: Layout, placed: Placed) -> Iterator[Piece]:
+    """Yield what the file is made of; runs of untouched tensors become one copy, patches are made late."""
+    yield BytesPiece(layout.header, 0)
+    run: CopyPiece | None = None
+    for slot in layout.slots:
+        makers = placed.changes.get(slot.name, [])
+        if not makers and slot.code == slot.tensor.code:
+            run, done = _extended(run, slot)
+            if done is not None:
+                yield done
+            continue
+        if run is not None:
+            yield run
+            run = None
+        stored, out = FLOATS[slot.tensor.code], FLOATS[slot.code]
+        wide: type[Any] = np.float64 if np.dtype(np.float64) in (stored, out) else np.float32
+        yield MergePiece(
+            slot.name,
+            slot.tensor.file,
+            slot.tensor.offset,
+            slot.at,
+            view_of(slot.tensor.shape, slot.name in placed.stacked),
+            stored,
+            out,
+            [make(wide) for make in makers],
+        )
+    if run is not None:
+        yield run
+
+
+def added_to(shard: Shard, added: list[Added]) -> list[str]:
+    """Return the names of the tensors that this shard gains."""
+    names = {tensor.name for tensor in shard.tensors}
+    return [tensor.name for tensor in added if tensor.source in names]
+
+
+def _extended(run: CopyPiece | None, slot: Slot) -> tuple[CopyPiece, CopyPiece | None]:
+    """Return the run with the slot, and a finished run if the slot doesn't continue it."""
+    tensor = slot.tensor
+    if run is not None and (run.offset + run.length, run.at + run.length) == (tensor.offset, slot.at):
+        return CopyPiece(run.source, run.offset, run.length + slot.length, run.at), None
+    return CopyPiece(tensor.file, tensor.offset, slot.length, slot.at), run
+
+
+def _header(shard: Shard, slots: list[Slot]) -> bytes:
+    by_name = {slot.name: slot for slot in slots}
+    order = [*shard.header, *(name for name in by_name if name not in shard.header)]
+    header: dict[str, Any] = {}
+    for name in order:
+        if name == "__metadata__":
+            header[name] = shard.header[name]
+            continue
+        slot = by_name[name]
+        offsets = [slot.at, slot.at + slot.length]
+        header[name] = {"dtype": slot.code, "shape": list(slot.tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # The format aligns the data to 8 bytes with spaces.
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _count(tensor: StoredTensor) -> int:
+    return tensor.length // FLOATS[tensor.code].itemsize

@@ -1,0 +1,328 @@
+"""Where an adapter's changes lie in a checkpoint: the plan, and patches that are made when they are written.
+
+Layouts that a stored weight can have against the module's canonical one:
+
+- as it is (`nn.Linear`, convolutions, embeddings);
+- transposed: GPT-2's Conv1D stores ``(in_dim, out_dim)``. Shapes tell; for square ones the names of
+  Conv1D modules in the model families that use it, else ``fan_in_fan_out`` in the adapter's config;
+- experts stacked in one tensor, or one tensor for each expert and half;
+- not at all: an output head that is tied to the input embedding. PEFT's `merge_and_unload` adds the head's
+  change to the one shared parameter, so that the embedding changes as well, which the trained adapter
+  never did (PEFT warns of it). Here the head becomes a tensor of its own and the config says
+  ``tie_word_embeddings: false``; so too when the embedding is changed, for the sake of the head. An
+  adapter trained with ``ensure_weight_tying`` changes both alike, and they stay tied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from lora_export.adapter import Adapter, Array, LoraModule
+from lora_export.checkpoint import FLOATS, Checkpoint, StoredTensor
+from lora_export.checkpoint_names import Names, Part, tied_head
+from lora_export.patch import Patch, Placement, patch_from, replacement
+from lora_export.plan import Plan, PlanRow, unaccounted
+
+# Model families with Conv1D, and its names there (transformers ``pytorch_utils.Conv1D``).
+_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
+_CONV1D_NAMES = {"c_attn", "c_proj", "c_fc", "q_attn"}
+# Families whose stacked experts are ``(experts, in_dim, out_dim)`` (``is_transposed`` in transformers).
+_TRANSPOSED_EXPERTS = {"gpt_oss", "llama4", "llama4_text"}
+_HEADS = {"lm_head", "embed_out", "output_projection"}
+_EMBEDDINGS = {"embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embed_in", "tokens_embed"}
+
+MakePatch = Callable[[type[Any]], Patch]
+
+
+@dataclass(frozen=True)
+class Added:
+    """A tensor that the output has and the base has not: a head that was tied.
+
+    Attributes:
+        name: Its name.
+        source: The stored tensor that it starts from.
+    """
+
+    name: str
+    source: str
+
+
+@dataclass
+class Placed:
+    """The plan for a checkpoint.
+
+    Attributes:
+        plan: What happens to each parameter.
+        changes: Name of a stored or added tensor → its patches, in the order given, made on demand.
+        stacked: Names of tensors whose first two axes are rows (stacked experts).
+        added: Heads that are no longer tied.
+        absent: Parameters without a place because the base has no such name.
+    """
+
+    plan: Plan = field(default_factory=Plan)
+    changes: dict[str, list[MakePatch]] = field(default_factory=dict)
+    stacked: set[str] = field(default_factory=set)
+    added: list[Added] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+
+
+class NoPlace(Exception):
+    """Why a parameter can't be placed; caught here and written into the plan."""
+
+
+def place_adapters(checkpoint: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float]) -> Placed:
+    """Find every change of some adapters in a checkpoint; what has no place is ``refused`` in the plan.
+
+    Args:
+        checkpoint: The base.
+        adapters: What to merge.
+        weights: A factor for each adapter's ΔW.
+    """
+    placer = _Placer(checkpoint)
+    for adapter, weight in zip(adapters, weights, strict=True):
+        start = len(placer.rows)
+        for path, values in adapter.extras.items():
+            names: tuple[str, ...] = (adapter.extra_tensors.get(path, path),)
+            placer.place(adapter, path, names, "replace", partial(placer.replaced, path, values, adapter))
+        for module in adapter.modules.values():
+            biases = tuple(n for n in module.tensor_names if n.endswith("bias")) if _biased(module) else ()
+            names = tuple(n for n in module.tensor_names if n not in biases)
+            path = f"{module.path}.{module.parameter}"
+            placer.place(adapter, path, names, "merge", partial(placer.merged, module, adapter, weight))
+            if _biased(module):
+                act = partial(placer.bias_added, module, adapter, weight)
+                placer.place(adapter, f"{module.path}.bias", biases, "add to bias", act)
+        lost = unaccounted(adapter.tensor_names, placer.rows[start:])
+        placer.rows += [PlanRow(adapter.name, n, (n,), "refused", reason="no rule for it") for n in lost]
+    return placer.finish(any(a.config.get("ensure_weight_tying") for a in adapters))
+
+
+def _biased(module: LoraModule) -> bool:
+    return module.lora_bias is not None
+
+
+class _Placer:
+    """Collects rows and changes of all adapters over one checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._names = Names(checkpoint)
+        self._result = Placed()
+        self._tied = tied_head(checkpoint.config)
+        self._heads: dict[str, str] = {}
+        self.rows: list[PlanRow] = []
+
+    def place(
+        self,
+        adapter: Adapter,
+        parameter: str,
+        tensors: tuple[str, ...],
+        action: str,
+        act: Callable[[], tuple[list[str], str, str]],
+    ) -> None:
+        """Add one row: ``act`` registers the change and returns places, layout and reason."""
+        try:
+            places, layout, reason = act()
+        except NoPlace as problem:
+            self.rows.append(PlanRow(adapter.name, parameter, tensors, "refused", reason=str(problem)))
+            return
+        shown = ", ".join(places[:2]) + (f", … ({len(places)})" if len(places) > 2 else "")
+        self.rows.append(PlanRow(adapter.name, parameter, tensors, action, shown, "", layout, reason))
+
+    def finish(self, tied_adapter: bool) -> Placed:
+        """Untie heads whose embedding changes, and return the whole."""
+        result, notes = self._result, []
+        embedding = next((name for name in result.changes if self._is_tied_embedding(name)), None)
+        if embedding is not None and not self._heads:
+            self._heads["lm_head.weight"] = embedding
+        for name, source in self._heads.items():
+            if tied_adapter and source in result.changes:
+                result.changes.pop(name, None)
+                notes.append(f"{name} stays tied to {source}: the adapter was trained so")
+                continue
+            result.added.append(Added(name, source))
+            notes.append(
+                f"{name} was tied to {source}; the adapter changes only one of them, so the output stores "
+                "both and its config says tie_word_embeddings: false"
+            )
+        result.plan = Plan(tuple(self.rows), tuple(notes))
+        return result
+
+    def _is_tied_embedding(self, name: str) -> bool:
+        return self._tied and _leaf(name) in _EMBEDDINGS and not self._stored_head()
+
+    def _stored_head(self) -> bool:
+        return any(_leaf(name) in _HEADS for name in self._checkpoint.tensors)
+
+    # What each kind of change does.
+
+    def replaced(self, path: str, values: Array, adapter: Adapter) -> tuple[list[str], str, str]:
+        """Put whole values in place of a parameter."""
+        name, reason = self._single(path, adapter.flattened, values.shape)
+        tensor = self._tensor(name)
+        if tensor.shape != values.shape:
+            raise NoPlace(f"{tensor.name} has shape {tensor.shape}, the adapter's values {values.shape}")
+        matrix = values.reshape(view_of(tensor.shape, name in self._result.stacked))
+        self._add(name, lambda _: replacement(path, matrix))
+        return [name], "", reason
+
+    def bias_added(self, module: LoraModule, adapter: Adapter, weight: float) -> tuple[list[str], str, str]:
+        """Add the scaled bias of lora_B to the module's own bias."""
+        assert module.lora_bias is not None
+        path, bias = f"{module.path}.bias", module.lora_bias
+        parts = self._names.find(path, adapter.flattened)
+        if isinstance(parts, str):
+            raise NoPlace("lora_bias needs a bias to be added to, and the base has none here")
+        name = parts[0].tensor
+        if self._tensor(name).shape != bias.shape:
+            raise NoPlace(f"{name} has shape {self._tensor(name).shape}, lora_bias {bias.shape}")
+
+        def make(dtype: type[Any]) -> Patch:
+            row = bias.astype(dtype)[None, :] * dtype(weight * module.scaling)
+            return Patch(path, 0, 0, 1, bias.size, left=np.ones((1, 1), dtype), right=row)
+
+        self._add(name, make)
+        return [name], "", parts[0].reason
+
+    def merged(self, module: LoraModule, adapter: Adapter, weight: float) -> tuple[list[str], str, str]:
+        """Add ΔW where the module's weight, or each part of it, is stored."""
+        if module.groups > 1:
+            raise NoPlace(
+                f"a convolution of {module.groups} groups can't be merged (PEFT refuses it, too); "
+                "it can be exposed"
+            )
+        parts = self._parts(f"{module.path}.{module.parameter}", adapter.flattened, module.weight_shape)
+        rows, _ = module.matrix_shape
+        experts = {part.expert for part in parts}
+        if None not in experts and len(experts) != module.experts:
+            raise NoPlace(f"the base has {len(experts)} experts, the adapter {module.experts}")
+        layouts = []
+        for part in parts:
+            index, count = part.piece
+            if rows % count:
+                raise NoPlace(f"{rows} rows can't be cut into {count} equal tensors")
+            span = (rows // count * index, rows // count * (index + 1))
+            placements, layout = self._fit(module, adapter, part, span)
+            layouts.append(layout)
+            for placement in placements:
+                self._add(part.tensor, partial(_make, module, placement, weight))
+        return [part.tensor for part in parts], layouts[0], parts[0].reason
+
+    def _fit(
+        self, module: LoraModule, adapter: Adapter, part: Part, span: tuple[int, int]
+    ) -> tuple[list[Placement], str]:
+        """Return where canonical rows ``span`` lie in a stored tensor; NoPlace if shapes don't allow it."""
+        tensor = self._tensor(part.tensor)
+        wanted = (span[1] - span[0], module.matrix_shape[1])
+        stacked = module.experts > 1 and part.expert is None
+        shape = tensor.shape[1:] if stacked and len(tensor.shape) == 3 else tensor.shape
+        if stacked and (len(tensor.shape) != 3 or tensor.shape[0] != module.experts):
+            raise NoPlace(f"{tensor.name} has shape {tensor.shape}, wanted {module.experts} × {wanted}")
+        # kohya and diffusers write a 1×1 convolution's factors as a Linear's, and the other way round.
+        plain = len(shape) >= 2 and all(size == 1 for size in shape[2:])
+        same = shape == module.weight_shape or (plain and shape[:2] == wanted)
+        turned = module.kind in ("linear", "parameter") and shape == wanted[::-1]
+        if not same and not turned:
+            raise NoPlace(f"{tensor.name} has shape {tensor.shape}, the adapter fits {module.weight_shape}")
+        transposed = turned and (not same or self._square_is_transposed(module, adapter))
+        layout = "transposed" if transposed else ""
+        if not stacked:
+            return [Placement(span, 0, 0, transposed, expert=part.expert or 0)], layout
+        self._result.stacked.add(tensor.name)
+        height = tensor.shape[1]
+        placements = [Placement(span, e * height, 0, transposed, expert=e) for e in range(module.experts)]
+        return placements, f"{module.experts} experts stacked" + (", transposed" if transposed else "")
+
+    def _square_is_transposed(self, module: LoraModule, adapter: Adapter) -> bool:
+        model = self._checkpoint.config.get("model_type")
+        if module.experts > 1:
+            return model in _TRANSPOSED_EXPERTS
+        if model in _CONV1D_MODELS:
+            return module.path.rpartition(".")[2] in _CONV1D_NAMES
+        # PEFT writes fan_in_fan_out only for Conv1D and corrects it for Linear (tuners/lora/model.py).
+        return adapter.fan_in_fan_out
+
+    # Names.
+
+    def _parts(self, parameter: str, flattened: bool, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        parts = self._names.find(parameter, flattened)
+        if not isinstance(parts, str):
+            self._check(parts)
+            return parts
+        source = self._tied_source(parameter, shape)
+        if source is None:
+            self._result.absent.append(parameter)
+            raise NoPlace(parts)
+        self._heads[parameter] = source
+        return (Part(parameter, reason=f"tied to {source}"),)
+
+    def _check(self, parts: Sequence[Part]) -> None:
+        """Refuse what can't be merged into: other dtypes than floats, and embeddings tied in unknown ways."""
+        for part in parts:
+            tensor = self._checkpoint.tensors[part.tensor]
+            if tensor.code not in FLOATS:
+                raise NoPlace(
+                    f"{tensor.name} is stored as {tensor.code}: a quantised weight can't be merged into"
+                )
+            if self._is_tied_embedding(part.tensor) and not self._causal():
+                raise NoPlace(
+                    f"{tensor.name} is tied to the output head, which would change as well; save the base "
+                    "without its head, or with tie_word_embeddings=False"
+                )
+
+    def _single(self, path: str, flattened: bool, shape: tuple[int, ...]) -> tuple[str, str]:
+        parts = self._parts(path, flattened, shape)
+        if len(parts) != 1 or parts[0].piece != (0, 1) or parts[0].expert is not None:
+            raise NoPlace(f"the base stores it as {len(parts)} tensors: replacing it whole is not possible")
+        return parts[0].tensor, parts[0].reason
+
+    def _tied_source(self, parameter: str, shape: tuple[int, ...]) -> str | None:
+        if not self._tied or _leaf(parameter) not in _HEADS or not self._causal():
+            return None
+        found = [t.name for t in self._checkpoint.tensors.values() if _leaf(t.name) in _EMBEDDINGS]
+        fitting = [name for name in found if self._checkpoint.tensors[name].shape == shape]
+        return fitting[0] if len(fitting) == 1 else None
+
+    def _causal(self) -> bool:
+        """Whether the output head is known to be a plain Linear beside the embedding.
+
+        Others do more where tied: T5 scales its output then, BERT has a transform and a bias before it.
+        """
+        kinds = self._checkpoint.config.get("architectures") or []
+        return any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
+
+    def _tensor(self, name: str) -> StoredTensor:
+        """Return a stored tensor, or for a head that is tied its source under the head's name."""
+        if name in self._heads and name not in self._checkpoint.tensors:
+            return replace(self._checkpoint.tensors[self._heads[name]], name=name)
+        return self._checkpoint.tensors[name]
+
+    def _add(self, name: str, make: MakePatch) -> None:
+        self._result.changes.setdefault(name, []).append(make)
+
+
+def _make(module: LoraModule, placement: Placement, weight: float, dtype: type[Any]) -> Patch:
+    return patch_from(module, placement, weight, dtype)
+
+
+def _leaf(name: str) -> str:
+    """Return ``embed_tokens`` for ``model.embed_tokens.weight``."""
+    module, _, leaf = name.rpartition(".")
+    return module.rpartition(".")[2] if leaf == "weight" else ""
+
+
+def view_of(shape: tuple[int, ...], stacked: bool) -> tuple[int, int]:
+    """Return a shape as a matrix: the first axis are the rows, of stacked experts the first two.
+
+    A vector or a scalar is one row.
+    """
+    size = int(np.prod(shape, dtype=np.int64))
+    if len(shape) < 2:
+        return 1, size
+    rows = shape[0] * shape[1] if stacked else shape[0]
+    return rows, size // rows if rows else 0

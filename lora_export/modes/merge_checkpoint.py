@@ -1,0 +1,363 @@
+"""Merge adapters into a Hugging Face folder: W0 + Σ wᵢ·ΔWᵢ, streamed from shard to shard.
+
+Everything but the changed weights stays as it was: the shards, the order of their tensors, the headers'
+metadata, config, tokenizer and other small files. The output folder appears as a whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_export.adapter import Adapter
+from lora_export.blend import AdapterLike, check_blend
+from lora_export.checkpoint import Checkpoint
+from lora_export.checkpoint_layout import Layout, added_to, layout_of, pieces_of
+from lora_export.checkpoint_sites import Placed, place_adapters
+from lora_export.errors import AdapterError, CheckpointError, OutputError, SiteError
+from lora_export.output import OutputSet, output_errors
+from lora_export.plan import Plan
+from lora_export.rounding import Mode, Rounding, total_of, update
+from lora_export.stream import nonfinite_error, write_pieces
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+MANIFEST = "lora.json"
+# Weights in other formats: left out, or the output would hold the unmerged model beside the merged one.
+_OTHER_WEIGHTS = {
+    *(".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".tflite"),
+    *(".onnx", ".onnx_data", ".data", ".safetensors"),
+}
+_EXAMPLES = 4
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What `merge_checkpoint` did, or with ``dry_run`` would do.
+
+    Attributes:
+        output: The folder written.
+        plan: Every tensor of the adapters and what happened to it.
+        roundings: Module → what rounding cost; empty for a dry run.
+        size_bytes: Size of the weights written.
+        left_out: Files of the base that were not copied, because they hold unmerged weights.
+        dry_run: Nothing was written.
+    """
+
+    output: Path
+    plan: Plan
+    roundings: dict[str, Rounding] = field(default_factory=dict)
+    size_bytes: int = 0
+    left_out: tuple[str, ...] = ()
+    dry_run: bool = False
+
+    @property
+    def total(self) -> Rounding:
+        """What rounding cost over all modules."""
+        return total_of(self.roundings.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            "output": str(self.output),
+            "dry_run": self.dry_run,
+            "size_bytes": self.size_bytes,
+            "plan": self.plan.as_dict(),
+            "rounding": _rounding_dict(self.roundings),
+            "left_out": list(self.left_out),
+        }
+
+
+def merge_checkpoint(
+    base: str | Path,
+    adapters: AdapterLike | Sequence[AdapterLike],
+    output: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str | None = None,
+    allow_unmatched: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    rounding: Mode = "sample",
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeReport:
+    """Write ``base`` with adapters merged into it to the folder ``output``.
+
+    Sums are made in float32 (float64 where the base is) and rounded once to the type they are stored in.
+
+    Args:
+        base: Folder with config.json and safetensors.
+        adapters: Paths or `Adapter` values.
+        output: The folder to create.
+        weights: One factor for each adapter's ΔW; 1 if left out.
+        dtype: ``float32``, ``float16`` or ``bfloat16`` for all float tensors; as they are if left out.
+        allow_unmatched: Leave out what has no place in the base, instead of refusing.
+        force: Replace ``output`` if it holds a model.
+        dry_run: Only make the plan.
+        rounding: ``sample`` measures large weights on evenly spaced blocks, ``exact`` on every element.
+        progress: Called with the bytes written so far and the bytes to write.
+
+    Raises:
+        AdapterError: An adapter can't be read or blended, or is for another architecture.
+        CheckpointError: The base is damaged, quantised, or a sum is beyond what the dtype can hold.
+        SiteError: Some of the adapter has no place in the base; all of it is listed.
+        OutputError: The folder exists, or can't be written.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise OutputError(f"there is no output dtype '{dtype}'", f"one of: {', '.join(DTYPES)}")
+    loaded, factors = check_blend(adapters, weights)
+    checkpoint = Checkpoint.open(base)
+    _refuse_quantised(checkpoint)
+    placed = place_adapters(checkpoint, loaded, factors)
+    _refuse_unplaced(checkpoint, loaded, placed, allow_unmatched)
+    target = Path(output)
+    _refuse_output(target, [Path(base), *(Path(a.source) for a in loaded)], force)
+    layouts = [layout_of(shard, placed, DTYPES[dtype] if dtype else None) for shard in checkpoint.shards]
+    size = sum(layout.size for layout in layouts)
+    small, left_out = _small_files(checkpoint)
+    if dry_run:
+        return MergeReport(target, placed.plan, {}, size, tuple(left_out), True)
+    roundings: dict[str, Rounding] = {}
+    with OutputSet(force) as outputs:
+        folder = outputs.stage(target)
+        with output_errors(target):
+            folder.mkdir()
+        _refuse_small_disk(folder, size)
+        _write_shards(checkpoint, layouts, placed, folder, rounding, progress, roundings)
+        with output_errors(target):
+            _copy_small_files(checkpoint.folder, small, folder)
+            _write_index(checkpoint, layouts, placed, folder)
+            _write_config(checkpoint, folder, dtype, untied=bool(placed.added))
+            manifest = _manifest(checkpoint, loaded, factors, placed, roundings, dtype)
+            (folder / MANIFEST).write_text(manifest, "utf-8")
+        outputs.commit()
+    return MergeReport(target, placed.plan, roundings, size, tuple(left_out))
+
+
+def _refuse_quantised(checkpoint: Checkpoint) -> None:
+    quantisation = checkpoint.config.get("quantization_config")
+    if quantisation:
+        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
+        raise CheckpointError(
+            f"the base {checkpoint.folder} is quantised ({method})",
+            "merge into the unquantised base and quantise the result, or keep the adapter apart",
+        )
+
+
+def _refuse_unplaced(
+    checkpoint: Checkpoint, adapters: Sequence[Adapter], placed: Placed, allow_unmatched: bool
+) -> None:
+    refused, rows = placed.plan.refused, placed.plan.rows
+    names = ", ".join(f"'{adapter.name}'" for adapter in adapters)
+    if not rows:
+        raise AdapterError(f"adapter {names} changes nothing", "check that the right file was given")
+    if len(refused) == len(rows) and len(set(placed.absent)) >= len({row.parameter for row in rows}):
+        examples = [f"the adapter has {row.parameter}" for row in rows[:_EXAMPLES]]
+        matrices = [t.name for t in checkpoint.tensors.values() if len(t.shape) > 1]
+        raise AdapterError(
+            f"adapter {names} is for another architecture: none of its {len(rows)} parameters is in "
+            f"{checkpoint.folder}",
+            _trained_on(adapters) or "give the base that the adapter was trained on",
+            examples + [f"the base has {name}" for name in matrices[:_EXAMPLES]],
+        )
+    if not refused or (allow_unmatched and len(refused) < len(rows)):
+        return
+    raise SiteError(
+        f"adapter {names} has {len(refused)} parameters (of {len(rows)}) with no place in {checkpoint.folder}",
+        "; ".join(
+            filter(None, (_trained_on(adapters), "--allow-unmatched merges the others and leaves these out"))
+        ),
+        [f"{row.parameter}   {row.reason}" for row in refused],
+    )
+
+
+def _trained_on(adapters: Sequence[Adapter]) -> str:
+    names = sorted({adapter.base_model for adapter in adapters if adapter.base_model})
+    return f"it was trained on {', '.join(names)}" if names else ""
+
+
+def _refuse_output(target: Path, inputs: list[Path], force: bool) -> None:
+    """Refuse to replace what is no model, and to write over what is read: ``inputs``, the base first."""
+    resolved = target.resolve()
+    for number, source in enumerate(inputs):
+        place = source.resolve()
+        # Replacing the output would remove an input; an output inside the base would be copied into itself.
+        inside_base = number == 0 and place in resolved.parents
+        if place == resolved or resolved in place.parents or inside_base:
+            raise OutputError(f"the output {target} and the input {source} overlap", "choose another folder")
+    if not target.exists() or not force:
+        return
+    looks = target.is_dir() and (
+        not any(target.iterdir())
+        or (target / "config.json").exists()
+        or (target / MANIFEST).exists()
+        or any(target.glob("*.safetensors"))
+    )
+    if not looks:
+        raise OutputError(
+            f"{target} is not a model's folder: it is not replaced, even with --force",
+            "choose another name, or remove it yourself",
+        )
+
+
+def _refuse_small_disk(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OutputError(
+            f"the disk of {folder.parent} has {free / 1e9:.2f} GB free, {size / 1e9:.2f} GB are needed "
+            "(nothing was replaced)",
+            "free some space, or choose a folder on another disk",
+        )
+
+
+def _write_shards(
+    checkpoint: Checkpoint,
+    layouts: list[Layout],
+    placed: Placed,
+    folder: Path,
+    rounding: Mode,
+    progress: Callable[[int, int], None] | None,
+    roundings: dict[str, Rounding],
+) -> None:
+    size, done = sum(layout.size for layout in layouts), 0
+
+    def advance(step: int) -> None:
+        nonlocal done
+        done += step
+        if progress is not None:
+            progress(done, size)
+
+    problems: list[str] = []
+    for shard, layout in zip(checkpoint.shards, layouts, strict=True):
+        found = write_pieces(
+            folder / shard.path.name,
+            layout.size,
+            pieces_of(layout, placed),
+            progress=advance,
+            rounding=rounding,
+            nonfinite=problems,
+        )
+        update(roundings, found)
+    if problems:
+        raise nonfinite_error(problems)
+
+
+def _small_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
+    """Return the files to copy as they are, relative to the base, and those to leave out."""
+    shards = {shard.path for shard in checkpoint.shards}
+    written = {*shards, checkpoint.folder / MANIFEST}
+    small, left_out = [], []
+    for path in _files(checkpoint.folder):
+        relative = path.relative_to(checkpoint.folder)
+        if path in written:
+            continue
+        nested_part = len(relative.parts) > 1 and path.suffix == ".safetensors"
+        adapter = path.name.startswith("adapter_") and path.suffix in (".json", ".safetensors", ".bin")
+        if adapter or (path.suffix in _OTHER_WEIGHTS and not nested_part) or _is_index(path, checkpoint):
+            left_out.append(str(relative))
+        else:
+            small.append(relative)
+    return small, left_out
+
+
+def _is_index(path: Path, checkpoint: Checkpoint) -> bool:
+    return path.name.endswith((".bin.index.json", ".h5.index.json")) and path != checkpoint.index
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield a folder's files, sorted, without hidden ones (.git, .cache)."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
+
+
+def _copy_small_files(base: Path, files: list[Path], folder: Path) -> None:
+    for relative in files:
+        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(base / relative, folder / relative)
+
+
+def _write_index(checkpoint: Checkpoint, layouts: list[Layout], placed: Placed, folder: Path) -> None:
+    """Write the index anew where sizes or names changed; otherwise its copy stays."""
+    if checkpoint.index is None:
+        return
+    size = sum(slot.length for layout in layouts for slot in layout.slots)
+    index = json.loads(checkpoint.index.read_text("utf-8"))
+    added = {name: s.path.name for s in checkpoint.shards for name in added_to(s, placed.added)}
+    before = sum(tensor.length for tensor in checkpoint.tensors.values())
+    if not added and size == before:
+        return
+    index["weight_map"] = dict(sorted({**index["weight_map"], **added}.items()))
+    if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
+        index["metadata"]["total_size"] = size
+    (folder / checkpoint.index.name).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def _write_config(checkpoint: Checkpoint, folder: Path, dtype: str | None, untied: bool) -> None:
+    """Change what the config says of the dtype and of tied embeddings, if that changed."""
+    if not checkpoint.config or (dtype is None and not untied):
+        return
+    config = dict(checkpoint.config)
+    nested = {key: dict(value) for key, value in config.items() if isinstance(value, dict)}
+    config.update(nested)
+    if dtype is not None:
+        for level in (config, *nested.values()):
+            for key in ("dtype", "torch_dtype"):
+                if isinstance(level.get(key), str):
+                    level[key] = dtype
+        if "dtype" not in config and "torch_dtype" not in config:
+            config["dtype"] = dtype
+    if untied:
+        config["tie_word_embeddings"] = False
+        for level in nested.values():
+            if "tie_word_embeddings" in level:
+                level["tie_word_embeddings"] = False
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / "config.json").write_text(text, "utf-8")
+
+
+def _rounding_dict(roundings: dict[str, Rounding]) -> dict[str, Any]:
+    return {
+        "total": total_of(roundings.values()).as_dict(),
+        "modules": {label: rounding.as_dict() for label, rounding in roundings.items()},
+    }
+
+
+def _manifest(
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    placed: Placed,
+    roundings: dict[str, Rounding],
+    dtype: str | None,
+) -> str:
+    """Return the record that lies beside the weights, as JSON without time or absolute paths."""
+    from lora_export.manifest import FileHash, Manifest, package_versions
+
+    base = [FileHash(s.path.name, s.size, s.header_sha256, sampled=True) for s in checkpoint.shards]
+    described = [
+        {
+            "name": adapter.name,
+            "format": adapter.format,
+            "sha256": adapter.sha256,
+            "weight": weight,
+            "modules": {
+                key: {"rank": module.rank, "alpha": module.alpha, "scaling": module.scaling}
+                for key, module in adapter.modules.items()
+            },
+            "replaced": sorted(adapter.extras),
+        }
+        for adapter, weight in zip(adapters, weights, strict=True)
+    ]
+    outputs = {"dtype": dtype or "as the base", "untied": [added.name for added in placed.added]}
+    versions = package_versions(["lora-export", "numpy", "ml_dtypes"])
+    return Manifest(
+        "merge", base, described, placed.plan.as_dict(), _rounding_dict(roundings), outputs, versions
+    ).to_json()
