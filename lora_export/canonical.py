@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
 from lora_export.adapter import Array
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_names import Names
+from lora_export.errors import OutputError
+from lora_export.graph import GraphFile, shape_of
 from lora_export.sites.target import Target
 
 
@@ -40,3 +47,39 @@ class CheckpointWeights:
         if target.kind in ("linear", "any") and values.ndim == 2 and values.shape == target.shape[::-1]:
             return values.T
         return None
+
+
+def link_weights(graph: GraphFile, checkpoint: Checkpoint) -> set[Path]:
+    """Let each constant that the checkpoint stores byte for byte refer to the ``.safetensors`` file instead.
+
+    ONNX external data may lie at any offset of any file in the model's folder, also inside a checkpoint.
+
+    Returns:
+        The checkpoint files that are referred to.
+
+    Raises:
+        OutputError: No constant is stored there in this dtype and orientation.
+    """
+    files: set[Path] = set()
+    for value in graph.initializers():
+        tensor, stored = value.const_value, checkpoint.tensors.get(str(value.name))
+        if tensor is None or stored is None or stored.shape != shape_of(tensor):
+            continue
+        values = checkpoint.read(stored.name)
+        if values.dtype == tensor.dtype.numpy() and np.array_equal(values, tensor.numpy()):
+            value.const_value = ir.ExternalTensor(
+                stored.file.name,
+                stored.offset,
+                stored.length,
+                tensor.dtype,
+                shape=ir.Shape(stored.shape),
+                name=str(value.name),
+                base_dir=stored.file.parent,
+            )
+            files.add(stored.file)
+    if not files:
+        raise OutputError(
+            f"no weight of the graph can stay in {checkpoint.folder}: a captured graph is float32",
+            "save the checkpoint in float32, or leave out --share-base",
+        )
+    return files

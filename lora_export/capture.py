@@ -120,10 +120,9 @@ def _optimize(model: ir.Model) -> None:
     from onnxscript import optimizer
 
     def should_fold(node: ir.Node) -> bool | None:
-        big = any(
-            v is not None and v.const_value is not None and v.const_value.size > 1024 for v in node.inputs
-        )
-        return False if big else None
+        # A folded Transpose or Cast would be a second copy of a weight under a name of its own.
+        weights = any(v is not None and v.is_initializer() and len(v.shape or ()) > 1 for v in node.inputs)
+        return False if weights else None
 
     optimizer.optimize_ir(model, should_fold=should_fold)
 

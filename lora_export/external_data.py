@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,15 +43,15 @@ class _Slot:
 
 
 def plan_data(
-    graph: GraphFile, changes: Mapping[ir.Value, Change], out: Path, share: bool
+    graph: GraphFile, changes: Mapping[ir.Value, Change], out: Path, shared_files: Set[Path]
 ) -> tuple[list[_Slot], int, int]:
-    """Decide what goes into the data file.
+    """Decide what goes into the data file; let constants that stay in ``shared_files`` refer to them there.
 
     Returns:
         The constants that go there, the file's size, and how many bytes stay in the base's files.
 
     Raises:
-        OutputError: ``share`` and the base's data is not in the output's folder or below it.
+        OutputError: A shared file is not in the output's folder or below it.
     """
     slots: list[_Slot] = []
     position = shared = 0
@@ -62,7 +62,7 @@ def plan_data(
         if value not in changes:
             if not isinstance(tensor, ir.ExternalTensor) and tensor.nbytes < INLINE_BYTES:
                 continue
-            if share and isinstance(tensor, ir.ExternalTensor):
+            if isinstance(tensor, ir.ExternalTensor) and Path(tensor.path) in shared_files:
                 location = os.path.relpath(Path(tensor.path).resolve(), out.parent.resolve())
                 if location.startswith(".."):
                     outside.add(str(tensor.path))

@@ -114,19 +114,22 @@ def merge_onnx(
         else:
             base_graph = base
         graph = load_graph(base_graph)
-        weight_of = None
+        weight_of, shared_files = None, _data_files(graph) if share_base else set()
         if checkpoint is not None:
-            from lora_export.canonical import CheckpointWeights
+            from lora_export.canonical import CheckpointWeights, link_weights
             from lora_export.checkpoint import Checkpoint
 
-            weight_of = CheckpointWeights(Checkpoint.open(Path(checkpoint)))
+            opened = Checkpoint.open(Path(checkpoint))
+            weight_of = CheckpointWeights(opened)
+            if share_base and base.is_dir():
+                shared_files = link_weights(graph, opened)
         plan, changes = _plan_changes(graph, loaded, factors, weight_of, allow_unmatched)
         if dry_run:
             return MergeReport(plan)
         hashes = _base_files(base, graph)
         with OutputSet(force) as outputs:
             staged = {name: outputs.stage(path) for name, path in targets.items()}
-            slots, size, shared = plan_data(graph, changes, out, share_base)
+            slots, size, shared = plan_data(graph, changes, out, shared_files)
             costs = write_data(staged["data"], targets["data"].name, slots, size, changes, rounding, progress)
             _mark(graph.model, loaded, factors)
             save_graph(graph.model, staged["graph"])
@@ -351,13 +354,13 @@ def _drop_dead(graph: GraphFile) -> None:
 
 def _base_files(base: Path, graph: GraphFile) -> list[Path]:
     if base.is_dir():
-        return sorted(path for path in base.iterdir() if path.suffix in (".safetensors", ".json"))
-    external = {
-        Path(value.const_value.path)
-        for value in graph.initializers()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    }
-    return [base, *sorted(external)]
+        return sorted([*base.glob("*.safetensors"), *base.glob("config.json")])
+    return [base, *sorted(_data_files(graph))]
+
+
+def _data_files(graph: GraphFile) -> set[Path]:
+    tensors = (value.const_value for value in graph.initializers())
+    return {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
 
 
 def _mark(model: ir.Model, adapters: Sequence[Adapter], factors: Sequence[float]) -> None:
