@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 import subprocess
@@ -585,3 +586,108 @@ def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
         save_adapter(adapter, tmp_path / name)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "c" / file).read_bytes()
+
+
+# --- whatever the bytes: an adapter, or one error of ours ------------------------------------------------
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_damage_to_the_file_is_one_clear_error(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = peft_folder(tmp_path_factory.mktemp("a"), GOOD)
+    file = folder / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    file.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    with contextlib.suppress(AdapterError):
+        assert load_adapter(folder).modules
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = [
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "lora_bias",
+    "use_bdlora",
+]
+KEYS += [
+    "target_parameters",
+    "modules_to_save",
+    "bias",
+    "fan_in_fan_out",
+    "init_lora_weights",
+    "peft_type",
+    "x",
+]
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4))
+@settings(max_examples=300, deadline=None)
+def test_any_config_is_an_adapter_or_one_clear_error(
+    tmp_path_factory: pytest.TempPathFactory, change: dict[str, Any]
+) -> None:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **change}
+    folder = peft_folder(tmp_path_factory.mktemp("a"), GOOD, config)
+    with contextlib.suppress(AdapterError):
+        (module,) = load_adapter(folder).modules.values()
+        assert 0 < module.scaling < float("inf")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "change", "message"),
+    [
+        ({}, {"use_dora": True}, "m: has no magnitude, but the config's use_dora is on"),
+        ({}, {"lora_bias": True}, "m: has no lora_bias, but the config's lora_bias is on"),
+        ({"m.lora_magnitude_vector": values(3)}, {}, "m: has a magnitude, but the config's use_dora is off"),
+        ({"m.lora_B.bias": values(3)}, {}, "m: has a lora_bias, but the config's lora_bias is off"),
+        ({"m.bias": np.full(3, np.nan)}, {}, r"m\.bias: 3 of 3 values are NaN"),
+        ({}, {"use_rslora": "yes"}, "config use_rslora: 'yes', wanted true or false"),
+        ({}, {"r": 2.5}, "config r: 2.5, wanted a whole number"),
+        ({}, {"lora_alpha": float("inf")}, "config lora_alpha: inf, wanted a number above 0"),
+        ({}, {"target_parameters": "m.weight"}, "config target_parameters: 'm.weight', wanted a list"),
+        ({}, {"use_bdlora": {"nblocks": 0}}, "nblocks is 0, wanted a whole number above 0"),
+    ],
+)
+def test_config_and_tensors_contradict(
+    tensors: dict[str, np.ndarray], change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    named = {f"base_model.model.{name}": array for name, array in tensors.items()}
+    folder = peft_folder(tmp_path, GOOD | named, {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **change})
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(folder)
+
+
+def test_a_header_with_a_name_twice_or_odd_metadata(tmp_path: Path) -> None:
+    entry = '{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+    for text, message in (
+        (f'{{"a": {entry}, "a": {entry}}}', "a: is there twice"),
+        ('{"__metadata__": [1]}', "its __metadata__ is not a JSON object"),
+    ):
+        file = tmp_path / "a.safetensors"
+        file.write_bytes(struct.pack("<Q", len(text)) + text.encode() + bytes(4))
+        with pytest.raises(AdapterError, match=message):
+            load_adapter(file, alpha=1)
+
+
+def test_settings_of_a_checkpoint_that_we_cannot_honour(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="config/use_dora: True is not supported in this format"):
+        load_adapter(loralib_file(tmp_path, {**PAIR, "config": {"alpha": 8, "use_dora": True}}))
+    with pytest.raises(AdapterError, match=r"alpha_pattern: .* is not supported in this format"):
+        load_adapter(loralib_file(tmp_path, {**PAIR, "alpha": 8, "alpha_pattern": {"q": 1}}))
+
+
+def test_flat_diffusers_metadata_serves_every_component(tmp_path: Path) -> None:
+    metadata = {"lora_adapter_metadata": json.dumps({"r": 2, "lora_alpha": 8})}
+    (module,) = load_adapter(write(tmp_path / "a.safetensors", flux(2), metadata)).modules.values()
+    assert module.scaling == 4.0

@@ -266,7 +266,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         for init in ("pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "loftq")
     },
     "unknown key": ({"use_hyper": 3}, "config use_hyper: 3 under a key that we don't know"),
-    "r 0": ({"r": 0}, "config r: 0, wanted a number above 0"),
+    "r 0": ({"r": 0}, "config r: 0, wanted a whole number above 0"),
     "alpha negative": ({"lora_alpha": -4}, "config lora_alpha: -4, wanted a number above 0"),
     "alpha missing": ({"lora_alpha": None}, "config lora_alpha: None, wanted a number"),
     "alpha text": ({"lora_alpha": "16"}, "config lora_alpha: '16', wanted a number"),
@@ -412,3 +412,31 @@ def test_existing_files_stay_without_force(tmp_path: Path) -> None:
     assert len(caught.value.problems) == 2
     save_adapter(adapter, tmp_path, force=True)
     assert_same(load_adapter(tmp_path), adapter)
+
+
+def test_tied_embeddings_say_that_their_change_counts_once(tmp_path: Path) -> None:
+    """PEFT's own merge_and_unload adds the change twice here (0.21); its unmerged model once at each end."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=20,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    tied = make(lambda: LlamaForCausalLM(config))
+    tied.tie_weights()
+    adapt(tied, target_modules=["embed_tokens"], ensure_weight_tying=True).save_pretrained(tmp_path)
+    adapter = load_adapter(tmp_path)
+    assert any("counts once" in note for note in adapter.notes)
+    embed, head = (adapter.modules[f"{name}.weight"] for name in ("model.embed_tokens", "lm_head"))
+    (a, b), (c, d) = embed.factors(), head.factors()
+    np.testing.assert_allclose(a @ b, c @ d, rtol=1e-5)
+
+
+def test_a_missing_module_to_save_is_noted(tmp_path: Path) -> None:
+    adapt(make(Layers), **QK).save_pretrained(tmp_path)
+    _edit_config(tmp_path, {"modules_to_save": ["classifier"]})
+    assert any("the file holds none" in note for note in load_adapter(tmp_path).notes)

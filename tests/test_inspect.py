@@ -180,7 +180,7 @@ def test_a_wrong_adapter_lists_its_problems_without_a_traceback(
     config.write_text(json.dumps({**json.loads(config.read_text()), "r": 0, "use_qalora": True}))
     run(adapter, code=1)
     error = capsys.readouterr().err
-    assert "config r: 0, wanted a number above 0" in error
+    assert "config r: 0, wanted a whole number above 0" in error
     assert "config use_qalora" in error
     assert "hint:" in error
     assert "Traceback" not in error

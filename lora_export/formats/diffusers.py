@@ -71,7 +71,7 @@ def read(source: Source, options: Options) -> Adapter:
         table.problems += one.problems
     modules = {}
     for parts in table.rows.values():
-        alpha, rslora = _scaling(parts, rules.get(parts.component), options, table)
+        alpha, rslora = _scaling(parts, rules.get(parts.component, rules.get(None)), options, table)
         module = build_module(parts, alpha, rslora, table.problems)
         if module:
             modules[module.key] = module

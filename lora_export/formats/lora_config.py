@@ -112,6 +112,7 @@ class LoraRules:
         self.rslora = bool(config.get("use_rslora"))
         targets = config.get("target_parameters") or []
         self.target_parameters: list[str] = targets if isinstance(targets, list) else []
+        self._check_types()
         self._check_numbers(options)
         self._check_keys()
         if options.rslora is not None and options.rslora != self.rslora:
@@ -120,20 +121,18 @@ class LoraRules:
     def alpha(self, path: str) -> float | None:
         """Alpha of a module; None where the config has no usable number (already a problem)."""
         value = pattern_value(self._config.get("alpha_pattern"), path, self._config.get("lora_alpha"))
-        return float(value) if _is_number(value) else None
+        return None if _number_problem(value) else float(value)
 
     def rank(self, path: str) -> int | None:
         """Rank of a module; None where the config has no usable number (already a problem)."""
         value = pattern_value(self._config.get("rank_pattern"), path, self._config.get("r"))
-        return int(value) if _is_number(value) else None
+        return None if _number_problem(value, whole=True) else int(value)
 
     def _check_numbers(self, options: Options) -> None:
         for key, option in (("r", options.rank), ("lora_alpha", options.alpha)):
             value: Any = self._config.get(key)
-            if not _is_number(value):
-                self.problems.append(f"config {key}: {value!r}, wanted a number")
-            elif value <= 0:
-                self.problems.append(f"config {key}: {value:g}, wanted a number above 0")
+            if problem := _number_problem(value, whole=key == "r"):
+                self.problems.append(f"config {key}: {problem}")
             elif option is not None and option != value:
                 self.problems.append(
                     f"{key}: the config says {value:g}, the option {option:g}; leave it away"
@@ -141,19 +140,23 @@ class LoraRules:
         for key in ("rank_pattern", "alpha_pattern"):
             pattern = self._config.get(key)
             for name, value in pattern.items() if isinstance(pattern, Mapping) else ():
-                if not _is_number(value) or value <= 0:
-                    self.problems.append(f"config {key} {name!r}: {value!r}, wanted a number above 0")
+                if problem := _number_problem(value, whole=key == "rank_pattern"):
+                    self.problems.append(f"config {key} {name!r}: {problem}")
+
+    def _check_types(self) -> None:
+        for kind, what, keys in (
+            (Mapping, "an object", ("rank_pattern", "alpha_pattern", "use_bdlora")),
+            (list, "a list", ("target_parameters",)),
+            (bool, "true or false", ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias")),
+        ):
+            for key in keys:
+                if (value := self._config.get(key)) is not None and not isinstance(value, kind):
+                    self.problems.append(f"config {key}: {value!r}, wanted {what}")
+        if not all(isinstance(target, str) for target in self.target_parameters):
+            self.problems.append("config target_parameters: wanted a list of names")
+            self.target_parameters = []
 
     def _check_keys(self) -> None:
-        for key, wanted in (
-            ("rank_pattern", Mapping),
-            ("alpha_pattern", Mapping),
-            ("use_bdlora", Mapping),
-            ("target_parameters", list),
-        ):
-            if (value := self._config.get(key)) and not isinstance(value, wanted):
-                kind = "a list" if wanted is list else "an object"
-                self.problems.append(f"config {key}: {value!r}, wanted {kind}")
         for key, value in self._config.items():
             if key in _REFUSED and value:
                 self.problems.append(f"config {key}: {_REFUSED[key]}")
@@ -176,8 +179,15 @@ class LoraRules:
                 "Monteclora's sampling is left away, as PEFT does in a merge: read as plain LoRA"
             )
         if self._config.get("ensure_weight_tying"):
-            self.notes.append("trained with tied embeddings: both ends carry the same change of one weight")
+            self.notes.append(
+                "trained with tied embeddings: both ends carry the same change of one weight; it counts once"
+            )
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+def _number_problem(value: Any, whole: bool = False) -> str:
+    """Return what is wrong with a rank or an alpha, or an empty string."""
+    wanted = "a whole number" if whole else "a number"
+    if isinstance(value, bool) or not isinstance(value, int | float) or (whole and value % 1):
+        return f"{value!r}, wanted {wanted}"
+    # The upper bound keeps absurd JSON (1e999 is infinity) away from arithmetic.
+    return "" if 0 < value < 1e15 else f"{value!r}, wanted {wanted} above 0"

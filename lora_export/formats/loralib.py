@@ -22,6 +22,7 @@ import numpy as np
 from lora_export.adapter import Adapter, Array
 from lora_export.formats.pairs import Parts, PartsTable, build_module, raise_problems, stated_alpha
 from lora_export.formats.source import Format, Options, Source
+from lora_export.formats.tensors import value_problems
 
 _LORA = re.compile(r"^(?P<path>.+)\.lora_(?P<part>[AB])$")
 _EMBEDDINGS = frozenset(
@@ -77,6 +78,7 @@ def read(source: Source, options: Options) -> Adapter:
         module = build_module(parts, None if own is None else own * factor, rslora, table.problems)
         if module:
             modules[module.key] = module
+    table.problems += value_problems(extras.items())
     raise_problems(
         source, table.problems, "mend what is listed; a loralib file holds lora_A, lora_B and biases"
     )

@@ -23,6 +23,7 @@ from lora_export.formats.experts import nesting, parameters_of
 from lora_export.formats.lora_config import LoraRules
 from lora_export.formats.pairs import Parts, PartsTable, build_module, raise_problems
 from lora_export.formats.source import CONFIG_NAME, WEIGHT_NAMES, Format, Options, Source
+from lora_export.formats.tensors import value_problems
 
 PREFIX = "base_model.model."
 _PARTS = {
@@ -79,8 +80,13 @@ def read(source: Source, options: Options) -> Adapter:
     if not table.rows and not extras:
         table.problems.append("the file has no LoRA tensors")
     _check_experts(modules, table.problems)
+    if source.config is not None:
+        _check_switches(modules, config, table.problems)
+    table.problems += value_problems((n, v) for n, v in extras.items() if v.dtype.kind not in "iub")
     raise_problems(source, table.problems, "mend what is listed, or merge with PEFT's merge_and_unload")
     notes = [*source.notes, *rules.notes]
+    if config.get("modules_to_save") and not extras:
+        notes.append(f"the config names modules_to_save {config['modules_to_save']}, and the file holds none")
     if aside:
         notes.append(f"left aside, needed in training only: {', '.join(aside)}")
     return Adapter(
@@ -200,6 +206,22 @@ def _name_parameters(table: PartsTable, rules: LoraRules) -> None:
             parts.path, parts.kind, parts.parameter = path, "parameter", name
 
 
+def _check_switches(
+    modules: Mapping[str, LoraModule], config: Mapping[str, Any], problems: list[str]
+) -> None:
+    """PEFT loads a magnitude or a bias only where its switch is on, and starts anew where it is missing."""
+    for switch, attribute, kinds in (
+        ("use_dora", "magnitude", ("linear", "conv", "embedding")),
+        ("lora_bias", "lora_bias", ("linear", "conv")),
+    ):
+        for module in modules.values():
+            there = getattr(module, attribute) is not None
+            if there and not config.get(switch):
+                problems.append(f"{module.path}: has a {attribute}, but the config's {switch} is off")
+            elif config.get(switch) is True and not there and module.kind in kinds:
+                problems.append(f"{module.path}: has no {attribute}, but the config's {switch} is on")
+
+
 def _check_experts(modules: Mapping[str, LoraModule], problems: list[str]) -> None:
     """A wrong nesting shows in the shapes: ``down_proj`` puts out what ``gate_up_proj`` takes in."""
     for key, up in modules.items():
@@ -215,9 +237,12 @@ def _check_experts(modules: Mapping[str, LoraModule], problems: list[str]) -> No
 
 def _expand_blocks(parts: Parts, blocks: Mapping[str, Any], problems: list[str]) -> None:
     """Make BD-LoRA's stacked blocks the block-diagonal matrix they stand for (``lora/variants.py``)."""
-    count = int(blocks.get("nblocks") or 1)
+    count = blocks.get("nblocks")
+    if not isinstance(count, int) or count < 1:
+        problems.append(f"config use_bdlora: nblocks is {count!r}, wanted a whole number above 0")
+        return
     for part, key in (("lora_a", "target_modules_bd_a"), ("lora_b", "target_modules_bd_b")):
-        if part not in parts.tensors or not any(word in parts.path for word in blocks.get(key) or []):
+        if part not in parts.tensors or not any(str(word) in parts.path for word in blocks.get(key) or []):
             continue
         stacked = parts.tensors[part]
         if stacked.ndim != 2 or stacked.shape[0] % count:

@@ -38,6 +38,8 @@ _SPELLINGS = {
     "rslora": "rslora", "use_rslora": "rslora",
     "enable_lora": "enable_lora",
 }  # fmt: skip
+# Settings that change what the factors mean, which these formats can't say.
+_MEANINGFUL = ("use_dora", "dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication")
 _BOOKKEEPING = ("optim", "sched", "epoch", "step", "rng", "loss", "callbacks", "loops", "version", "metric")
 
 
@@ -112,13 +114,22 @@ def _collect(content: Mapping[Any, Any], where: str, into: Checkpoint, tensor_ty
         elif isinstance(value, tensor_type):
             if str(key) in into.tensors:
                 into.problems.append(f"{name}: a second tensor of this name")
-            into.tensors[str(key)] = _array(value)
+            try:
+                into.tensors[str(key)] = _array(value)
+            # A sparse, quantised or meta tensor: torch says so in one of these.
+            except (RuntimeError, TypeError, NotImplementedError) as error:
+                into.problems.append(f"{name}: {str(error).splitlines()[0]}")
         elif isinstance(value, Mapping) and key in _NESTS:
             _collect(value, f"{name}/", into, tensor_type)
         elif isinstance(value, Mapping) and key in _CONFIGS:
             for setting, stated in value.items():
+                if setting in _MEANINGFUL and stated:
+                    into.problems.append(f"{name}/{setting}: {stated!r} is not supported in this format")
                 if (known := _SPELLINGS.get(str(setting))) and isinstance(stated, (bool, int, float, list)):
                     _set(into, known, stated, f"{name}/{setting}")
+        elif key in _MEANINGFUL:
+            if value:
+                into.problems.append(f"{name}: {value!r} is not supported in this format")
         elif any(word in str(key).lower() for word in _BOOKKEEPING) or isinstance(value, (str, type(None))):
             into.ignored.append(name)
         else:

@@ -90,28 +90,39 @@ def read_header(path: Path) -> Header:
         raise AdapterError(
             f"cannot read {path}: {error.strerror}", "check the path and its permissions"
         ) from error
+    problems: list[str] = []
     try:
-        header = json.loads(raw)
-    except ValueError as error:
+        header = json.loads(raw, object_pairs_hook=lambda pairs: _object(pairs, problems))
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, "its header is not JSON") from error
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
     metadata = header.pop("__metadata__", None) or {}
-    problems: list[str] = []
+    if not isinstance(metadata, dict):
+        raise _damaged(path, "its __metadata__ is not a JSON object")
     entries = {name: _entry(name, value, 8 + length, size, problems) for name, value in header.items()}
     if problems:
         raise _damaged(path, "its header doesn't fit its values", problems)
     return Header({name: entry for name, entry in entries.items() if entry}, metadata)
 
 
+def _object(pairs: list[tuple[str, Any]], problems: list[str]) -> dict[str, Any]:
+    """Make an object of its pairs; json would silently keep the last of two tensors of one name."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        problems += [f"{name}: is there twice" for name in made if names.count(name) > 1]
+    return made
+
+
 def _entry(name: str, value: Any, base: int, size: int, problems: list[str]) -> Entry | None:
     try:
         code, shape = value["dtype"], tuple(int(n) for n in value["shape"])
         start, stop = (int(n) for n in value["data_offsets"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         problems.append(f"{name}: has no dtype, shape or data_offsets")
         return None
-    if code not in DTYPES:
+    if not isinstance(code, str) or code not in DTYPES:
         problems.append(f"{name}: dtype {code} is not one of {', '.join(DTYPES)}")
         return None
     wanted = math.prod(shape) * DTYPES[code].itemsize
