@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -52,17 +53,7 @@ def read(source: Source, options: Options) -> Adapter:
     Raises:
         AdapterError: alpha is stated nowhere, or a list of all that is wrong.
     """
-    table = PartsTable()
-    extras: dict[str, Array] = {}
-    for name, values in source.tensors.items():
-        if match := _LORA.match(name):
-            table.add(match["path"], f"lora_{match['part'].lower()}", name, values)
-        elif name.endswith(".bias"):
-            extras[name] = values
-        else:
-            table.unknown(
-                [name], "neither a LoRA factor nor a bias; save only loralib.lora_state_dict(model)"
-            )
+    table, extras = _sort_tensors(source)
     settings = source.settings
     alpha = stated_alpha(options, settings.get("alpha"), table.problems)
     rank = options.rank or settings.get("rank")
@@ -78,7 +69,6 @@ def read(source: Source, options: Options) -> Adapter:
         module = build_module(parts, None if own is None else own * factor, rslora, table.problems)
         if module:
             modules[module.key] = module
-    table.problems += value_problems(extras.items())
     raise_problems(
         source, table.problems, "mend what is listed; a loralib file holds lora_A, lora_B and biases"
     )
@@ -93,6 +83,22 @@ def read(source: Source, options: Options) -> Adapter:
         sha256=source.sha256,
         notes=source.notes,
     )
+
+
+def _sort_tensors(source: Source) -> tuple[PartsTable, dict[str, Array]]:
+    table = PartsTable()
+    extras: dict[str, Array] = {}
+    for name, values in source.tensors.items():
+        if match := _LORA.match(name):
+            table.add(match["path"], f"lora_{match['part'].lower()}", name, values)
+        elif name.endswith(".bias"):
+            extras[name] = values
+        else:
+            table.unknown(
+                [name], "neither a LoRA factor nor a bias; save only loralib.lora_state_dict(model)"
+            )
+    table.problems += value_problems(extras.items())
+    return table, extras
 
 
 def _alpha_of(parts: Parts, scaling: Any, rslora: bool) -> float | None:
@@ -140,15 +146,20 @@ def _unstack(parts: Parts, enabled: Any, rslora: bool, problems: list[str]) -> f
         )
         parts.rank = None
         return 1.0
-    part_rows = lora_b.shape[0] // stacked
-    full = np.zeros((part_rows * len(enabled), lora_a.shape[0]), lora_b.dtype)
+    parts.tensors["lora_b"] = _spread(lora_b, enabled, stacked)
+    parts.rank = parts.rank and parts.rank * stacked
+    return math.sqrt(stacked) if rslora else float(stacked)
+
+
+def _spread(lora_b: Array, enabled: Sequence[Any], stacked: int) -> Array:
+    """Put each enabled part's rows into its place and its own columns; the rest is zeros."""
+    part_rows, rank = lora_b.shape[0] // stacked, lora_b.shape[1]
+    full = np.zeros((part_rows * len(enabled), stacked * rank), lora_b.dtype)
     slots = [slot for slot, on in enumerate(enabled) if on]
     for i, slot in enumerate(slots):
         block = lora_b[i * part_rows : (i + 1) * part_rows]
         full[slot * part_rows : (slot + 1) * part_rows, i * rank : (i + 1) * rank] = block
-    parts.tensors["lora_b"] = full
-    parts.rank = parts.rank and parts.rank * stacked
-    return math.sqrt(stacked) if rslora else float(stacked)
+    return full
 
 
 FORMAT = Format(

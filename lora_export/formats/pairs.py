@@ -72,7 +72,7 @@ def build_module(parts: Parts, alpha: float | None, rslora: bool, problems: list
 
     Args:
         parts: Its tensors; ``parts.rank`` is what config or user state, compared with the tensors.
-        alpha: Numerator of the scaling.
+        alpha: Numerator of the scaling; None where a problem about it is in the list already.
         rslora: Divide by √rank.
         problems: Gets one line for each thing wrong.
     """
@@ -82,22 +82,8 @@ def build_module(parts: Parts, alpha: float | None, rslora: bool, problems: list
         missing = " and ".join(n for n, v in (("lora_A", lora_a), ("lora_B", lora_b)) if v is None)
         problems.append(f"{parts.label}: {missing} is missing (there is {', '.join(parts.names)})")
         return None
-    shapes = f"lora_A {lora_a.shape}, lora_B {lora_b.shape}"
     problems += value_problems((f"{parts.label} {part}", values) for part, values in parts.tensors.items())
-    if lora_a.ndim < 2 or lora_a.ndim != lora_b.ndim:
-        problems.append(f"{parts.label}: {shapes}; wanted two matrices, or two convolution kernels")
-        return None
-    kind: Kind = parts.kind or ("conv" if lora_a.ndim > 2 else "linear")
-    experts, groups = 1, 1
-    rank = seen = lora_a.shape[0]
-    if kind == "parameter" and parts.rank and parts.rank > 0 and seen % parts.rank == 0:
-        rank, experts = parts.rank, seen // parts.rank
-    if kind == "conv" and lora_b.shape[1] and seen % lora_b.shape[1] == 0:
-        groups = seen // lora_b.shape[1]
-    if lora_b.shape[1] * groups != seen or any(n != 1 for n in lora_b.shape[2:]):
-        problems.append(_shape_problem(parts, lora_a, lora_b))
-    elif parts.rank is not None and rank != parts.rank:
-        problems.append(f"{parts.label}: rank {parts.rank} is stated, but {shapes} have rank {rank}")
+    kind, rank, experts, groups = _measure(parts, lora_a, lora_b, problems)
     for part in ("magnitude", "lora_bias"):
         values = parts.tensors.get(part)
         if values is not None and values.size != lora_b.shape[0]:
@@ -123,6 +109,30 @@ def build_module(parts: Parts, alpha: float | None, rslora: bool, problems: list
         component=parts.component,
         tensor_names=tuple(parts.names),
     )
+
+
+def _measure(parts: Parts, lora_a: Array, lora_b: Array, problems: list[str]) -> tuple[Kind, int, int, int]:
+    """Return kind, rank, experts and groups as the shapes tell them, compared with the stated rank.
+
+    A grouped convolution's ``lora_B`` is ``(out, rank / groups, 1, …)``; stacked experts have ``rank`` rows
+    of ``lora_A`` each (PEFT ``tuners/lora/layer.py``, ``_ConvNd`` and ``ParamWrapper``).
+    """
+    kind: Kind = parts.kind or ("conv" if lora_a.ndim > 2 else "linear")
+    shapes = f"lora_A {lora_a.shape}, lora_B {lora_b.shape}"
+    if lora_a.ndim < 2 or lora_a.ndim != lora_b.ndim:
+        problems.append(f"{parts.label}: {shapes}; wanted two matrices, or two convolution kernels")
+        return kind, 0, 1, 1
+    experts, groups = 1, 1
+    rank = seen = lora_a.shape[0]
+    if kind == "parameter" and parts.rank and parts.rank > 0 and seen % parts.rank == 0:
+        rank, experts = parts.rank, seen // parts.rank
+    if kind == "conv" and lora_b.shape[1] and seen % lora_b.shape[1] == 0:
+        groups = seen // lora_b.shape[1]
+    if lora_b.shape[1] * groups != seen or any(n != 1 for n in lora_b.shape[2:]):
+        problems.append(_shape_problem(parts, lora_a, lora_b))
+    elif parts.rank is not None and rank != parts.rank:
+        problems.append(f"{parts.label}: rank {parts.rank} is stated, but {shapes} have rank {rank}")
+    return kind, rank, experts, groups
 
 
 def _shape_problem(parts: Parts, lora_a: Array, lora_b: Array) -> str:

@@ -68,15 +68,7 @@ def read(source: Source, options: Options) -> Adapter:
     extras, extra_names, aside = _sort_tensors(source.tensors, table)
     _refuse_attention(table)
     _name_parameters(table, rules)
-    modules: dict[str, LoraModule] = {}
-    for parts in table.rows.values():
-        pattern_path = f"{parts.path}.{parts.parameter}" if parts.kind == "parameter" else parts.path
-        parts.rank = rules.rank(pattern_path)
-        if isinstance(config.get("use_bdlora"), Mapping):
-            _expand_blocks(parts, config["use_bdlora"], table.problems)
-        module = build_module(parts, rules.alpha(pattern_path), rules.rslora, table.problems)
-        if module:
-            modules[module.key] = module
+    modules = _build_modules(table, rules, config)
     if not table.rows and not extras:
         table.problems.append("the file has no LoRA tensors")
     _check_experts(modules, table.problems)
@@ -103,6 +95,20 @@ def read(source: Source, options: Options) -> Adapter:
         sha256=source.sha256,
         notes=tuple(notes),
     )
+
+
+def _build_modules(table: PartsTable, rules: LoraRules, config: Mapping[str, Any]) -> dict[str, LoraModule]:
+    modules: dict[str, LoraModule] = {}
+    for parts in table.rows.values():
+        # PEFT matches its patterns against the module, and for target_parameters against the parameter.
+        pattern_path = f"{parts.path}.{parts.parameter}" if parts.kind == "parameter" else parts.path
+        parts.rank = rules.rank(pattern_path)
+        if isinstance(config.get("use_bdlora"), Mapping):
+            _expand_blocks(parts, config["use_bdlora"], table.problems)
+        module = build_module(parts, rules.alpha(pattern_path), rules.rslora, table.problems)
+        if module:
+            modules[module.key] = module
+    return modules
 
 
 def _config_from(source: Source, options: Options) -> dict[str, Any]:
