@@ -75,6 +75,18 @@ def test_a_table_on_a_terminal(
     assert "linear 6×4" in text
 
 
+def test_a_narrow_terminal_drops_columns_and_keeps_names_whole(
+    adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "50")
+    run(adapter)
+    text = capsys.readouterr().out
+    assert "layers.0.k<b>" in text
+    assert "90 %" in text
+    assert "dtype" not in text
+
+
 def test_share_of_a_checkpoint(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = tmp_path / "base"
     base.mkdir()

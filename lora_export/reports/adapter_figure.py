@@ -9,6 +9,7 @@ import numpy as np
 
 from lora_export.errors import BackendUnavailable
 from lora_export.reports.adapter import AdapterReport
+from lora_export.reports.adapter_text import label
 
 _SHOWN = 60
 
@@ -40,9 +41,9 @@ def write_figure(report: AdapterReport, path: Path, file_format: str) -> None:
     height = max(4.0, 0.18 * len(shown) + 1.5)
     figure, (energy, norms) = pyplot.subplots(1, 2, figsize=(12, height), layout="constrained")
     _draw_energy(energy, report)
-    norms.barh([row.module for row in shown], [row.norm for row in shown], color="#4c72b0")
-    norms.invert_yaxis()
-    norms.tick_params(axis="y", labelsize=7)
+    norms.barh(range(len(shown)), [row.norm for row in shown], color="#4c72b0")
+    norms.set_yticks(range(len(shown)), [label(row) for row in shown], fontsize=7)
+    norms.set_ylim(len(shown) - 0.4, -0.6)
     norms.set(xlabel="‖ΔW‖ (Frobenius)", title=f"the {len(shown)} largest changes")
     figure.suptitle(f"{report.name}: {report.tuner}, {len(report.modules)} modules")
     metadata = {"Date": None} if file_format == "svg" else {"Software": None}
@@ -56,6 +57,7 @@ def _draw_energy(axes: Any, report: AdapterReport) -> None:
         if energy.size and energy[-1] > 0:
             share = np.concatenate([[0.0], energy / energy[-1]])
             axes.plot(range(share.size), 100 * share, color="#4c72b0", alpha=0.35, linewidth=1)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.axhline(90, color="#999999", linewidth=0.8, linestyle="--")
     axes.set(
         xlabel="k, directions of ΔW",

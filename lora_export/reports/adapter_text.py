@@ -6,6 +6,12 @@ from lora_export.reports.adapter import AdapterReport, ModuleReport
 
 HEADINGS = ("module", "weight", "rank", "alpha", "scaling", "dtype", "‖ΔW‖", "σ₁", "90 %", "99 %")
 _LEFT = 2  # the first columns are words
+_DROPPED = ("dtype", "σ₁", "alpha", "99 %", "weight")  # in this order, on a narrow terminal
+
+
+def label(row: ModuleReport) -> str:
+    """Return a module's name, with its component where the file serves several models."""
+    return f"{row.component}/{row.module}" if row.component else row.module
 
 
 def heading_lines(report: AdapterReport) -> list[str]:
@@ -39,7 +45,7 @@ def rows(report: AdapterReport) -> list[tuple[str, ...]]:
     """Return the table's cells, one row for each module."""
     return [
         (
-            f"{row.component}/{row.module}" if row.component else row.module,
+            label(row),
             _weight(row),
             str(row.rank),
             f"{row.alpha:g}",
@@ -97,13 +103,27 @@ def print_table(report: AdapterReport) -> None:
         label, _, rest = line.partition(" ")
         console.print(f"[bold]{label:<9}[/bold]", rest.strip(), markup=True)
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for i, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="left" if i < _LEFT else "right", no_wrap=i > 0, overflow="fold")
-    for row in rows(report):
-        table.add_row(*row)
+    cells = [HEADINGS, *rows(report)]
+    shown = _columns_that_fit(cells, console.width)
+    for i in shown:
+        table.add_column(
+            HEADINGS[i], justify="left" if i < _LEFT else "right", no_wrap=i > 0, overflow="fold"
+        )
+    for row in cells[1:]:
+        table.add_row(*(row[i] for i in shown))
     console.print(table)
     for line in closing_lines(report):
         console.print(line, markup=False)
+
+
+def _columns_that_fit(cells: list[tuple[str, ...]], width: int) -> list[int]:
+    """Return the columns for a terminal: all, or where that would fold the names, fewer."""
+    shown = list(range(len(HEADINGS)))
+    for heading in _DROPPED:
+        if sum(max(len(row[i]) for row in cells) + 2 for i in shown) <= width + 2:
+            break
+        shown.remove(HEADINGS.index(heading))
+    return shown
 
 
 def human_bytes(size: int) -> str:
