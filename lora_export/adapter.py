@@ -121,8 +121,8 @@ class Adapter:
         source: Path it was read from.
         format: Key of the format that read it.
         modules: `LoraModule.key` → module, in the file's order.
-        extras: Whole parameters that the adapter replaces (``modules_to_save``, ``bias``): the
-            parameter's path → its values.
+        extras: Whole parameters that the adapter replaces (``modules_to_save``, ``bias``, embeddings that
+            were resized): the parameter's path → its values. Replaced first, changed by modules after.
         extra_tensors: Path of an extra → its tensor's name in the file, where the two differ.
         flattened: The paths' dots are underscores (kohya); compare them flattened.
         base_model: What the file says it was trained on, if it says so.

@@ -440,3 +440,28 @@ def test_a_missing_module_to_save_is_noted(tmp_path: Path) -> None:
     adapt(make(Layers), **QK).save_pretrained(tmp_path)
     _edit_config(tmp_path, {"modules_to_save": ["classifier"]})
     assert any("the file holds none" in note for note in load_adapter(tmp_path).notes)
+
+
+def test_alpha_patterns_that_overlap_are_noted(tmp_path: Path) -> None:
+    saved_and_merged(CASES["patterns that overlap"], tmp_path, torch.float32)
+    notes = load_adapter(tmp_path).notes
+    assert any(note.startswith("layers.0.q_proj: several alpha_pattern keys match") for note in notes)
+
+
+def test_a_full_disk_leaves_the_old_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    from lora_export.formats import peft_folder
+
+    saved_and_merged(CASES["linear"], tmp_path, torch.float32)
+    adapter = load_adapter(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(path: Path, *_: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(peft_folder, "write_safetensors", full)
+    with pytest.raises(OutputError, match=r"(?s)No space left on device \(nothing was replaced\).*free some"):
+        save_adapter(adapter, tmp_path, force=True)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

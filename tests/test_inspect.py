@@ -208,3 +208,8 @@ def test_inspect_imports_nothing_heavy(adapter: Path) -> None:
         "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_help_imports_not_even_numpy() -> None:
+    code = "import sys, lora_export.commands.inspect; assert 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,14 +6,15 @@ import json
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lora_export.formats import FORMATS, load_adapter
-from lora_export.output import OutputSet
 from lora_export.reports import ADAPTER_PLOTS
-from lora_export.reports.adapter import AdapterReport, inspect_adapter
-from lora_export.reports.adapter_text import plain_text, print_table
+
+if TYPE_CHECKING:
+    from lora_export.reports.adapter import AdapterReport
 
 
 @click.command(short_help="Show what an adapter holds: modules, ranks, scaling, ‖ΔW‖, effective rank.")
@@ -58,6 +59,9 @@ def inspect(
     Example:
       lora-export inspect my-adapter --base my-model --plot spectra.html
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
+    from lora_export.reports.adapter import inspect_adapter
+    from lora_export.reports.adapter_text import plain_text, print_table
+
     if plot is not None and plot.suffix[1:] not in ADAPTER_PLOTS:
         raise click.BadParameter(f"{plot} doesn't end in .{', .'.join(ADAPTER_PLOTS)}", param_hint="--plot")
     loaded = load_adapter(
@@ -75,6 +79,8 @@ def inspect(
 
 
 def _draw(report: AdapterReport, plot: Path, force: bool) -> None:
+    from lora_export.output import OutputSet
+
     module, _, attribute = ADAPTER_PLOTS[plot.suffix[1:]].partition(":")
     with OutputSet(force) as outputs:
         getattr(import_module(module), attribute)(report, outputs.stage(plot), plot.suffix[1:])

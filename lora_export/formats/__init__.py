@@ -1,18 +1,20 @@
 """Adapter files in, `Adapter` out: name → ``module:attribute``, imported when a file is read.
 
-A new format is one module with one `Format`, and one line here.
+A new format is one module with one `Format`, and one line here. Listing the names (a command's help) imports
+nothing, numpy included.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError
-from lora_export.formats.pairs import check_options
-from lora_export.formats.peft_folder import save_adapter
-from lora_export.formats.source import Format, Options, Source, open_source
+
+if TYPE_CHECKING:
+    from lora_export.adapter import Adapter
+    from lora_export.formats.source import Format, Source
 
 __all__ = ["FORMATS", "load_adapter", "save_adapter"]
 
@@ -52,6 +54,9 @@ def load_adapter(
         AdapterError: The file is missing, damaged, of no known format, or breaks rules; all are listed.
         BackendUnavailable: A torch checkpoint, and torch is not installed.
     """
+    from lora_export.formats.pairs import check_options
+    from lora_export.formats.source import Options, open_source
+
     options = Options(alpha, rank, rslora, component)
     check_options(options)
     if format is not None and format not in FORMATS:
@@ -66,6 +71,26 @@ def load_adapter(
             "leave --component away",
         )
     return adapter
+
+
+def save_adapter(adapter: Adapter, folder: str | Path, force: bool = False) -> Path:
+    """Write a PEFT folder: ``adapter_config.json`` and ``adapter_model.safetensors``; both or neither.
+
+    Args:
+        adapter: What to write. Dtypes stay as they are.
+        folder: Where; it is made if it isn't there.
+        force: Replace files that exist.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: The adapter has something that PEFT's config can't say; all of it is listed.
+        OutputError: The files exist already, or can't be written.
+    """
+    from lora_export.formats.peft_folder import write_folder
+
+    return write_folder(adapter, Path(folder), force)
 
 
 def detect_format(source: Source) -> str:
@@ -94,6 +119,5 @@ def detect_format(source: Source) -> str:
 
 def _format(name: str) -> Format:
     module, _, attribute = FORMATS[name].partition(":")
-    found = getattr(import_module(module), attribute)
-    assert isinstance(found, Format)
+    found: Format = getattr(import_module(module), attribute)
     return found

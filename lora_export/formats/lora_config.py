@@ -76,21 +76,24 @@ _REFUSED = {
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
-def pattern_value(pattern: Any, path: str, default: Any) -> Any:
-    """Return the value that PEFT's rule finds for ``path``, or ``default``.
+def pattern_values(pattern: Any, path: str) -> list[Any]:
+    """Return the values of all keys that match ``path`` under PEFT's rule; the first one counts.
 
-    The rule (``peft.utils.other.get_pattern_key``): the first key that matches as a regular expression the
-    end of the path, from a dot on; failing that, a key that is the path itself.
+    The rule (``peft.utils.other.get_pattern_key``): a key matches as a regular expression the end of the
+    path, from a dot on; where none does, a key that is the path itself.
     """
     if not isinstance(pattern, Mapping):
-        return default
+        return []
+    found = []
     for key, value in pattern.items():
         try:
             if re.match(rf"(.*\.)?({key})$", path):
-                return value
+                found.append(value)
         except re.error:
             continue
-    return pattern.get(path, default)
+    if not found and path in pattern:
+        return [pattern[path]]
+    return found
 
 
 class LoraRules:
@@ -120,12 +123,20 @@ class LoraRules:
 
     def alpha(self, path: str) -> float | None:
         """Alpha of a module; None where the config has no usable number (already a problem)."""
-        value = pattern_value(self._config.get("alpha_pattern"), path, self._config.get("lora_alpha"))
+        found = pattern_values(self._config.get("alpha_pattern"), path)
+        value: Any = found[0] if found else self._config.get("lora_alpha")
+        if any(other != value for other in found):
+            # Seen with peft 0.21: save_pretrained sorts the keys, training used them as they were given.
+            self.notes.append(
+                f"{path}: several alpha_pattern keys match; read as PEFT reads the file, alpha {value}, "
+                "but PEFT sorted the keys on saving, so training may have used another"
+            )
         return None if _number_problem(value) else float(value)
 
     def rank(self, path: str) -> int | None:
         """Rank of a module; None where the config has no usable number (already a problem)."""
-        value = pattern_value(self._config.get("rank_pattern"), path, self._config.get("r"))
+        found = pattern_values(self._config.get("rank_pattern"), path)
+        value: Any = found[0] if found else self._config.get("r")
         return None if _number_problem(value, whole=True) else int(value)
 
     def _check_numbers(self, options: Options) -> None:

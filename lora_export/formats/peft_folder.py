@@ -23,21 +23,8 @@ from lora_export.output import OutputSet, output_errors, refuse_existing
 _PREFIX = "base_model.model."
 
 
-def save_adapter(adapter: Adapter, folder: str | Path, force: bool = False) -> Path:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors``; both appear, or neither.
-
-    Args:
-        adapter: What to write. Dtypes stay as they are.
-        folder: Where; it is made if it isn't there.
-        force: Replace files that exist.
-
-    Returns:
-        The folder.
-
-    Raises:
-        AdapterError: The adapter has something that PEFT's config can't say; all of it is listed.
-        OutputError: The files exist already, or can't be written.
-    """
+def write_folder(adapter: Adapter, folder: Path, force: bool) -> Path:
+    """Write both files; see `lora_export.formats.save_adapter`."""
     problems = _problems(adapter)
     if problems:
         raise AdapterError(
@@ -46,14 +33,14 @@ def save_adapter(adapter: Adapter, folder: str | Path, force: bool = False) -> P
             problems,
         )
     config, tensors = _config(adapter), _tensors(adapter)
-    weights_file, config_file = Path(folder) / WEIGHT_NAMES[0], Path(folder) / CONFIG_NAME
+    weights_file, config_file = folder / WEIGHT_NAMES[0], folder / CONFIG_NAME
     refuse_existing([weights_file, config_file], force)
     with OutputSet(force) as outputs, output_errors(weights_file):
         write_safetensors(outputs.stage(weights_file), tensors, {"format": "pt"})
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         outputs.stage(config_file).write_text(text, encoding="utf-8")
         outputs.commit()
-    return Path(folder)
+    return folder
 
 
 def _problems(adapter: Adapter) -> list[str]:

@@ -22,7 +22,7 @@ def heading_lines(report: AdapterReport) -> list[str]:
         f"sha256    {report.sha256}",
     ]
     if report.base_model:
-        lines.append(f"trained on {report.base_model}")
+        lines.append(f"trained   on {report.base_model}")
     size = (
         f"{report.parameters:,} parameters, {human_bytes(report.size_bytes)}, {len(report.modules)} modules"
     )
@@ -98,10 +98,10 @@ def print_table(report: AdapterReport) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    # No markup: a name may hold brackets.
+    console = Console(highlight=False, markup=False)
     for line in heading_lines(report):
-        label, _, rest = line.partition(" ")
-        console.print(f"[bold]{label:<9}[/bold]", rest.strip(), markup=True)
+        console.print(line)
     table = Table(box=None, header_style="bold", pad_edge=False)
     cells = [HEADINGS, *rows(report)]
     shown = _columns_that_fit(cells, console.width)
@@ -113,7 +113,7 @@ def print_table(report: AdapterReport) -> None:
         table.add_row(*(row[i] for i in shown))
     console.print(table)
     for line in closing_lines(report):
-        console.print(line, markup=False)
+        console.print(line)
 
 
 def _columns_that_fit(cells: list[tuple[str, ...]], width: int) -> list[int]:
