@@ -34,7 +34,11 @@ _CONV1D_NAMES = {"c_attn", "c_proj", "c_fc", "q_attn"}
 # Families whose stacked experts are ``(experts, in_dim, out_dim)`` (``is_transposed`` in transformers).
 _TRANSPOSED_EXPERTS = {"gpt_oss", "llama4", "llama4_text"}
 _HEADS = {"lm_head", "embed_out", "output_projection"}
-_EMBEDDINGS = {"embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embed_in", "tokens_embed"}
+_EMBEDDINGS = {
+    *("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embed_in", "tokens_embed", "shared")
+}
+# Classes with an output head over the vocabulary, by a part of their name.
+_LANGUAGE_MODELS = ("LM", "PreTraining", "ConditionalGeneration")
 
 MakePatch = Callable[[type[Any]], Patch]
 
@@ -113,7 +117,9 @@ class _Placer:
         self._checkpoint = checkpoint
         self._names = Names(checkpoint)
         self._result = Placed()
-        self._tied = tied_head(checkpoint.config)
+        kinds = checkpoint.config.get("architectures") or []
+        headless = bool(kinds) and not any(part in kind for kind in kinds for part in _LANGUAGE_MODELS)
+        self._tied = tied_head(checkpoint.config) and not headless
         self._heads: dict[str, str] = {}
         self.rows: list[PlanRow] = []
 
@@ -256,7 +262,8 @@ class _Placer:
             return parts
         source = self._tied_source(parameter, shape)
         if source is None:
-            self._result.absent.append(parameter)
+            if not parts.startswith("ambiguous"):
+                self._result.absent.append(parameter)
             raise NoPlace(parts)
         self._heads[parameter] = source
         return (Part(parameter, reason=f"tied to {source}"),)

@@ -31,7 +31,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 base, adapter, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out, max_shard_size="{SHARD_BYTES}")
+merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+merged.save_pretrained(out, max_shard_size="{SHARD_BYTES}")
 """
 BUILD = f"""
 import sys, torch

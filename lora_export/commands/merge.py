@@ -8,14 +8,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from lora_export.modes.merge_checkpoint import DTYPES, MergeReport, merge_checkpoint
 from lora_export.plan import align
 from lora_export.rounding import WARN_LOST, WARN_RELATIVE
 
+if TYPE_CHECKING:
+    from lora_export.modes.merge_checkpoint import MergeReport
+
 _WORST = 3
+# Written out, as the module that knows them imports numpy: --help has to be quick.
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 @click.command(short_help="Merge adapters into a Hugging Face folder, streamed, in little memory.")
@@ -33,7 +38,7 @@ _WORST = 3
 )
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to create.")
 @click.option(
-    "--dtype", type=click.Choice(list(DTYPES)), help="Type of the weights written; as the base's if left out."
+    "--dtype", type=click.Choice(DTYPES), help="Type of the weights written; as the base's if left out."
 )
 @click.option(
     "--rounding",
@@ -74,6 +79,7 @@ def merge(
       lora-export merge --base my-model --adapter a --weight 0.7 --adapter b --weight 0.3 -o blend
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
     from lora_export.formats import load_adapter
+    from lora_export.modes.merge_checkpoint import merge_checkpoint
 
     loaded = [load_adapter(path, alpha=alpha, rank=rank) for path in adapters]
     started = time.monotonic()
@@ -131,7 +137,7 @@ def _warnings(report: MergeReport) -> Iterator[str]:
     if total.relative > WARN_RELATIVE or total.lost_share > WARN_LOST:
         yield (
             "warning: rounding to the stored type lost much of the adapter: "
-            f"error {total.relative:.0%} of ‖ΔW‖, {total.lost_share:.0%} of the changed weights came out unchanged"
+            f"error {total.relative:.0%} of ‖ΔW‖, {total.lost_share:.0%} of the changed weights are as before"
         )
         yield (
             "hint: --dtype float32 keeps it all, float16 is 8 times finer than bfloat16; "

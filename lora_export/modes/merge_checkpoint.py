@@ -165,11 +165,11 @@ def _refuse_unplaced(
         )
     if not refused or (allow_unmatched and len(refused) < len(rows)):
         return
+    hints = [_trained_on(adapters), "--allow-unmatched merges the others and leaves these out"]
     raise SiteError(
-        f"adapter {names} has {len(refused)} parameters (of {len(rows)}) with no place in {checkpoint.folder}",
-        "; ".join(
-            filter(None, (_trained_on(adapters), "--allow-unmatched merges the others and leaves these out"))
-        ),
+        f"adapter {names} has {len(refused)} parameters with no place in {checkpoint.folder} "
+        f"(of {len(rows)})",
+        "; ".join(hint for hint in hints if hint),
         [f"{row.parameter}   {row.reason}" for row in refused],
     )
 
