@@ -169,7 +169,8 @@ def _example_inputs(model: Any, path: Path) -> dict[str, Any]:
         )
     inputs = {"input_ids": torch.ones(2, 7, dtype=torch.int64)}
     for name in ("attention_mask", "token_type_ids"):
-        if name in accepted:
+        # Models without token types still accept the argument (GPT-2 takes it for word ids).
+        if name in accepted and (name == "attention_mask" or getattr(config, "type_vocab_size", None)):
             inputs[name] = torch.full((2, 7), int(name == "attention_mask"), dtype=torch.int64)
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = torch.ones(2, 5, dtype=torch.int64)

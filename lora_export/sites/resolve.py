@@ -24,8 +24,6 @@ from lora_export.patch import Placement
 from lora_export.sites import content, fit, names
 from lora_export.sites.evidence import (
     FOLDED,
-    NODE_NAME,
-    SCOPE,
     SOURCES,
     WEIGHT_NAME,
     collect,
@@ -191,26 +189,26 @@ class Resolver:
     def _by_content(self, target: Target, miss: Miss) -> Site | Miss:
         assert self._weight_of is not None
         wanted = self._weight_of(target)
-        if wanted is None or target.kind == "vector" or target.experts > 1:
+        if wanted is None or target.experts > 1:
             return miss
-        hits: dict[int, tuple[list[Use], Part]] = {}
+        hits: dict[int, Part] = {}
         for use in self.uses:
             if id(use.root) in hits:
-                hits[id(use.root)][0].append(use)
+                part = hits[id(use.root)]
+                hits[id(use.root)] = replace(part, uses=(*part.uses, use))
             elif not use.refusal and fit.accepts(target, use):
-                part = _search(target, use, wanted)
-                if part is not None:
-                    hits[id(use.root)] = ([use], part)
-        if len(hits) == 1:
-            uses, part = next(iter(hits.values()))
-            if len({(use.node.op_type, use.transposed) for use in uses}) > 1 or len(uses) > 1:
-                return Miss(
-                    target, f"ambiguous: its values are read by {len(uses)} nodes and no name tells which"
-                )
-            return Site(target, (replace(part, uses=tuple(uses)),), "content")
-        if hits:
-            where = ", ".join(str(part.root.name) for _, part in list(hits.values())[:4])
-            return Miss(target, f"ambiguous: its values are found in {len(hits)} weights ({where})")
+                found = _search(target, use, wanted)
+                if found is not None:
+                    hits[id(use.root)] = found
+        parts = sorted(hits.values(), key=lambda part: part.placements[0].rows)
+        readers = max((len(part.uses) for part in parts), default=0)
+        if readers > 1:
+            return Miss(target, f"ambiguous: its values are read by {readers} nodes and no name tells which")
+        if _tile(target, parts):
+            return Site(target, tuple(parts), "content")
+        if parts:
+            where = ", ".join(str(part.root.name) for part in parts[:4])
+            return Miss(target, f"ambiguous: its values are found in {len(parts)} weights ({where})")
         return miss if miss.reason else Miss(target, "not found: no weight of the graph holds its values")
 
 
@@ -327,19 +325,31 @@ def _check_whole(part: Part, wanted: Array) -> Part | str:
 def _search(target: Target, use: Use, wanted: Array) -> Part | None:
     """Find the target's values in a use's constant, also as some rows of it, or it as some rows of them."""
     assert use.root.const_value is not None
+    transposed = use.transposed and target.kind != "vector"
     stored = stored_matrix(use.root.const_value)
-    view = stored.T if use.transposed else stored
+    view = stored.T if transposed else stored
     rows, cols = target.matrix
-    if view.shape[1] != cols or len(view) < rows:
+    if view.shape[1] != cols or (target.kind == "vector" and len(view) != rows):
         return None
-    offsets = [content.find_rows(view, matrix) for matrix in _orientations(target, wanted)]
-    offset = next((offset for offset in offsets if offset is not None), None)
-    if offset is None:
-        return None
-    placement = fit.placement_at(offset, (0, rows), use.transposed)
-    part = Part(use.root, (use,), (placement,))
-    checked = _check_content(target, part, wanted)
-    return None if isinstance(checked, str) else checked
+    for matrix in _orientations(target, wanted):
+        fused = len(view) >= rows
+        offset = content.find_rows(view, matrix) if fused else content.find_rows(matrix, view)
+        if offset is None:
+            continue
+        covered = (0, rows) if fused else (offset, offset + len(view))
+        placement = fit.placement_at(offset if fused else 0, covered, transposed)
+        checked = _check_content(target, Part(use.root, (use,), (placement,)), wanted)
+        if not isinstance(checked, str):
+            return checked
+    return None
 
 
-__all__ = ["NODE_NAME", "SCOPE", "Resolver", "WeightOf"]
+def _tile(target: Target, parts: Sequence[Part]) -> bool:
+    """Whether the parts are the whole target: one of them, or rows that follow each other."""
+    row = 0
+    for part in parts:
+        start, stop = part.placements[0].rows
+        if start != row:
+            return False
+        row = stop
+    return row == target.matrix[0]

@@ -73,11 +73,11 @@ def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
         if maker.op_type == "Constant" or source is None:
             break
         if maker.op_type == "Transpose":
-            permutation = maker.attributes.get_ints("perm", ())
-            if tuple(permutation) in ((1, 0), (0, 2, 1)) or not permutation:
+            permutation = list(maker.attributes.get_ints("perm", ()))
+            if permutation in ([1, 0], [0, 2, 1]) or not permutation:
                 transposed = not transposed
-            else:
-                refusal = refusal or f"the weight passes a Transpose with perm {list(permutation)}"
+            elif permutation != sorted(permutation):
+                refusal = refusal or f"the weight passes a Transpose with perm {permutation}"
         elif maker.op_type in _DEQUANTIZE:
             refusal = refusal or f"quantised weight ({maker.op_type})"
         elif maker.op_type not in _PASS:
