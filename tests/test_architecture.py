@@ -17,7 +17,7 @@ LAYERS = [
     ("patch", "plan", "graph", "manifest", "rounding", "spectrum"),
     ("blocks", "stream"),
     ("checkpoint", "checkpoint_names", "formats", "external_data", "sites"),
-    ("checkpoint_sites", "checkpoint_layout"),
+    ("checkpoint_sites", "checkpoint_layout", "checkpoint_files"),
     ("blend", "canonical", "capture"),
     ("modes",),
     ("engines", "runtimes"),

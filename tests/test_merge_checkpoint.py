@@ -332,6 +332,13 @@ def test_dora_and_replacements_cannot_be_blended(tmp_path):
     assert "DoRA" in refused(AdapterError, base, [dora, adapter_of(UP)], tmp_path / "out").problems[0]
 
 
+def test_an_adapter_is_not_merged_twice(tmp_path):
+    base, adapter = small_base(tmp_path / "base"), adapter_of(UP, sha256="ab")
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    error = refused(AdapterError, tmp_path / "out", adapter, tmp_path / "again")
+    assert error.problems == ("task (as 'task')",)
+
+
 def test_quantised_base(tmp_path):
     base = small_base(tmp_path / "base", config={"quantization_config": {"quant_method": "gptq"}})
     assert "gptq" in refused(CheckpointError, base, adapter_of(UP), tmp_path / "out").message

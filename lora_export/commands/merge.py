@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from lora_export.plan import align
+from lora_export.progress import byte_progress
 from lora_export.rounding import WARN_LOST, WARN_RELATIVE
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ def merge(
 
     loaded = [load_adapter(path, alpha=alpha, rank=rank) for path in adapters]
     started = time.monotonic()
-    with _progress(quiet or dry_run) as progress:
+    with byte_progress("merging", quiet or dry_run) as progress:
         report = merge_checkpoint(
             base,
             loaded,
@@ -143,31 +142,3 @@ def _warnings(report: MergeReport) -> Iterator[str]:
             "hint: --dtype float32 keeps it all, float16 is 8 times finer than bfloat16; "
             "or serve the adapter unmerged"
         )
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a function for bytes done and to do: a bar on a terminal, else a line for every quarter."""
-    if quiet:
-        yield None
-        return
-    if not sys.stderr.isatty():
-        shown = 0
-
-        def line(done: int, size: int) -> None:
-            nonlocal shown
-            quarter = done * 4 // max(size, 1)
-            # Small models are done before anyone reads it.
-            if quarter > shown and size > 1 << 30:
-                shown = quarter
-                click.echo(f"merging: {done / 1e9:.2f} of {size / 1e9:.2f} GB", err=True)
-
-        yield line
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("merging", total=None)
-        yield lambda done, size: bar.update(task, completed=done, total=size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 from lora_export.adapter import Adapter
 from lora_export.blend import AdapterLike, check_blend
 from lora_export.checkpoint import Checkpoint
-from lora_export.checkpoint_layout import Layout, added_to, layout_of, pieces_of
+from lora_export.checkpoint_files import MANIFEST, copy_small_files, small_files, write_config, write_index
+from lora_export.checkpoint_layout import Layout, layout_of, pieces_of
 from lora_export.checkpoint_sites import Placed, place_adapters
 from lora_export.errors import AdapterError, CheckpointError, OutputError, SiteError
 from lora_export.output import OutputSet, output_errors
@@ -25,12 +26,6 @@ from lora_export.rounding import Mode, Rounding, total_of, update
 from lora_export.stream import nonfinite_error, write_pieces
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-MANIFEST = "lora.json"
-# Weights in other formats: left out, or the output would hold the unmerged model beside the merged one.
-_OTHER_WEIGHTS = {
-    *(".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".tflite"),
-    *(".onnx", ".onnx_data", ".data", ".safetensors"),
-}
 _EXAMPLES = 4
 
 
@@ -82,7 +77,7 @@ def merge_checkpoint(
     force: bool = False,
     dry_run: bool = False,
     rounding: Mode = "sample",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> MergeReport:
     """Write ``base`` with adapters merged into it to the folder ``output``.
 
@@ -98,7 +93,7 @@ def merge_checkpoint(
         force: Replace ``output`` if it holds a model.
         dry_run: Only make the plan.
         rounding: ``sample`` measures large weights on evenly spaced blocks, ``exact`` on every element.
-        progress: Called with the bytes written so far and the bytes to write.
+        progress: Called with the number of bytes just written.
 
     Raises:
         AdapterError: An adapter can't be read or blended, or is for another architecture.
@@ -111,13 +106,14 @@ def merge_checkpoint(
     loaded, factors = check_blend(adapters, weights)
     checkpoint = Checkpoint.open(base)
     _refuse_quantised(checkpoint)
+    _refuse_merged(checkpoint, loaded)
     placed = place_adapters(checkpoint, loaded, factors)
     _refuse_unplaced(checkpoint, loaded, placed, allow_unmatched)
     target = Path(output)
     _refuse_output(target, [Path(base), *(Path(a.source) for a in loaded)], force)
     layouts = [layout_of(shard, placed, DTYPES[dtype] if dtype else None) for shard in checkpoint.shards]
     size = sum(layout.size for layout in layouts)
-    small, left_out = _small_files(checkpoint)
+    small, left_out = small_files(checkpoint)
     if dry_run:
         return MergeReport(target, placed.plan, {}, size, tuple(left_out), True)
     roundings: dict[str, Rounding] = {}
@@ -128,9 +124,9 @@ def merge_checkpoint(
         _refuse_small_disk(folder, size)
         _write_shards(checkpoint, layouts, placed, folder, rounding, progress, roundings)
         with output_errors(target):
-            _copy_small_files(checkpoint.folder, small, folder)
-            _write_index(checkpoint, layouts, placed, folder)
-            _write_config(checkpoint, folder, dtype, untied=bool(placed.added))
+            copy_small_files(checkpoint.folder, small, folder)
+            write_index(checkpoint, layouts, placed, folder)
+            write_config(checkpoint, folder, dtype, untied=bool(placed.added))
             manifest = _manifest(checkpoint, loaded, factors, placed, roundings, dtype)
             (folder / MANIFEST).write_text(manifest, "utf-8")
         outputs.commit()
@@ -144,6 +140,26 @@ def _refuse_quantised(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"the base {checkpoint.folder} is quantised ({method})",
             "merge into the unquantised base and quantise the result, or keep the adapter apart",
+        )
+
+
+def _refuse_merged(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
+    """Refuse an adapter that the base's own manifest says is in it already."""
+    try:
+        record = json.loads((checkpoint.folder / MANIFEST).read_text("utf-8"))
+        known = {entry["sha256"]: entry["name"] for entry in record["adapters"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    twice = [
+        f"{adapter.name} (as '{known[adapter.sha256]}')"
+        for adapter in adapters
+        if adapter.sha256 and adapter.sha256 in known
+    ]
+    if twice:
+        raise AdapterError(
+            f"the base {checkpoint.folder} has this adapter merged into it already",
+            f"merge into the original base; or, if it is meant twice, remove {MANIFEST} from the base",
+            twice,
         )
 
 
@@ -219,108 +235,22 @@ def _write_shards(
     placed: Placed,
     folder: Path,
     rounding: Mode,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int], None] | None,
     roundings: dict[str, Rounding],
 ) -> None:
-    size, done = sum(layout.size for layout in layouts), 0
-
-    def advance(step: int) -> None:
-        nonlocal done
-        done += step
-        if progress is not None:
-            progress(done, size)
-
     problems: list[str] = []
     for shard, layout in zip(checkpoint.shards, layouts, strict=True):
         found = write_pieces(
             folder / shard.path.name,
             layout.size,
             pieces_of(layout, placed),
-            progress=advance,
+            progress=progress,
             rounding=rounding,
             nonfinite=problems,
         )
         update(roundings, found)
     if problems:
         raise nonfinite_error(problems)
-
-
-def _small_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
-    """Return the files to copy as they are, relative to the base, and those to leave out."""
-    shards = {shard.path for shard in checkpoint.shards}
-    written = {*shards, checkpoint.folder / MANIFEST}
-    small, left_out = [], []
-    for path in _files(checkpoint.folder):
-        relative = path.relative_to(checkpoint.folder)
-        if path in written:
-            continue
-        nested_part = len(relative.parts) > 1 and path.suffix == ".safetensors"
-        adapter = path.name.startswith("adapter_") and path.suffix in (".json", ".safetensors", ".bin")
-        if adapter or (path.suffix in _OTHER_WEIGHTS and not nested_part) or _is_index(path, checkpoint):
-            left_out.append(str(relative))
-        else:
-            small.append(relative)
-    return small, left_out
-
-
-def _is_index(path: Path, checkpoint: Checkpoint) -> bool:
-    return path.name.endswith((".bin.index.json", ".h5.index.json")) and path != checkpoint.index
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """Yield a folder's files, sorted, without hidden ones (.git, .cache)."""
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield from _files(path)
-        else:
-            yield path
-
-
-def _copy_small_files(base: Path, files: list[Path], folder: Path) -> None:
-    for relative in files:
-        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(base / relative, folder / relative)
-
-
-def _write_index(checkpoint: Checkpoint, layouts: list[Layout], placed: Placed, folder: Path) -> None:
-    """Write the index anew where sizes or names changed; otherwise its copy stays."""
-    if checkpoint.index is None:
-        return
-    size = sum(slot.length for layout in layouts for slot in layout.slots)
-    index = json.loads(checkpoint.index.read_text("utf-8"))
-    added = {name: s.path.name for s in checkpoint.shards for name in added_to(s, placed.added)}
-    before = sum(tensor.length for tensor in checkpoint.tensors.values())
-    if not added and size == before:
-        return
-    index["weight_map"] = dict(sorted({**index["weight_map"], **added}.items()))
-    if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
-        index["metadata"]["total_size"] = size
-    (folder / checkpoint.index.name).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-
-
-def _write_config(checkpoint: Checkpoint, folder: Path, dtype: str | None, untied: bool) -> None:
-    """Change what the config says of the dtype and of tied embeddings, if that changed."""
-    if not checkpoint.config or (dtype is None and not untied):
-        return
-    config = dict(checkpoint.config)
-    nested = {key: dict(value) for key, value in config.items() if isinstance(value, dict)}
-    config.update(nested)
-    if dtype is not None:
-        for level in (config, *nested.values()):
-            for key in ("dtype", "torch_dtype"):
-                if isinstance(level.get(key), str):
-                    level[key] = dtype
-        if "dtype" not in config and "torch_dtype" not in config:
-            config["dtype"] = dtype
-    if untied:
-        config["tie_word_embeddings"] = False
-        for level in nested.values():
-            if "tie_word_embeddings" in level:
-                level["tie_word_embeddings"] = False
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (folder / "config.json").write_text(text, "utf-8")
 
 
 def _rounding_dict(roundings: dict[str, Rounding]) -> dict[str, Any]:

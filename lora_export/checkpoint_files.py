@@ -1,0 +1,98 @@
+"""The files of a merged folder beside its weights: copies, the index, and what the config has to say anew."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from lora_export.checkpoint import Checkpoint
+from lora_export.checkpoint_layout import Layout, added_to
+from lora_export.checkpoint_sites import Placed
+
+MANIFEST = "lora.json"
+# Weights in other formats: left out, or the output would hold the unmerged model beside the merged one.
+_OTHER_WEIGHTS = {
+    *(".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".tflite"),
+    *(".onnx", ".onnx_data", ".data", ".safetensors"),
+}
+
+
+def small_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
+    """Return the files to copy as they are, relative to the base, and those to leave out."""
+    shards = {shard.path for shard in checkpoint.shards}
+    written = {*shards, checkpoint.folder / MANIFEST}
+    small, left_out = [], []
+    for path in _files(checkpoint.folder):
+        relative = path.relative_to(checkpoint.folder)
+        if path in written:
+            continue
+        nested_part = len(relative.parts) > 1 and path.suffix == ".safetensors"
+        adapter = path.name.startswith("adapter_") and path.suffix in (".json", ".safetensors", ".bin")
+        if adapter or (path.suffix in _OTHER_WEIGHTS and not nested_part) or _is_index(path, checkpoint):
+            left_out.append(str(relative))
+        else:
+            small.append(relative)
+    return small, left_out
+
+
+def _is_index(path: Path, checkpoint: Checkpoint) -> bool:
+    return path.name.endswith((".bin.index.json", ".h5.index.json")) and path != checkpoint.index
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield a folder's files, sorted, without hidden ones (.git, .cache)."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
+
+
+def copy_small_files(base: Path, files: list[Path], folder: Path) -> None:
+    """Copy files, given relative to ``base``, with their subfolders."""
+    for relative in files:
+        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(base / relative, folder / relative)
+
+
+def write_index(checkpoint: Checkpoint, layouts: list[Layout], placed: Placed, folder: Path) -> None:
+    """Write the index anew where sizes or names changed; otherwise its copy stays."""
+    if checkpoint.index is None:
+        return
+    size = sum(slot.length for layout in layouts for slot in layout.slots)
+    index = json.loads(checkpoint.index.read_text("utf-8"))
+    added = {name: s.path.name for s in checkpoint.shards for name in added_to(s, placed.added)}
+    before = sum(tensor.length for tensor in checkpoint.tensors.values())
+    if not added and size == before:
+        return
+    index["weight_map"] = dict(sorted({**index["weight_map"], **added}.items()))
+    if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
+        index["metadata"]["total_size"] = size
+    (folder / checkpoint.index.name).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def write_config(checkpoint: Checkpoint, folder: Path, dtype: str | None, untied: bool) -> None:
+    """Change what the config says of the dtype and of tied embeddings, if that changed."""
+    if not checkpoint.config or (dtype is None and not untied):
+        return
+    config = dict(checkpoint.config)
+    nested = {key: dict(value) for key, value in config.items() if isinstance(value, dict)}
+    config.update(nested)
+    if dtype is not None:
+        for level in (config, *nested.values()):
+            for key in ("dtype", "torch_dtype"):
+                if isinstance(level.get(key), str):
+                    level[key] = dtype
+        if "dtype" not in config and "torch_dtype" not in config:
+            config["dtype"] = dtype
+    if untied:
+        config["tie_word_embeddings"] = False
+        for level in nested.values():
+            if "tie_word_embeddings" in level:
+                level["tie_word_embeddings"] = False
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / "config.json").write_text(text, "utf-8")
