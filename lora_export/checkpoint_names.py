@@ -127,11 +127,17 @@ def _by_transformers(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[Part, 
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
     name = (checkpoint.config.get("architectures") or [""])[0]
     kind = getattr(transformers, name, None)
-    with torch.device("meta"):
-        model = kind(config) if kind else transformers.AutoModel.from_config(config)
+    verbosity = transformers.logging.get_verbosity()
+    # Its remarks about the config are for those who run the model.
+    transformers.logging.set_verbosity_error()
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
+        with torch.device("meta"):
+            model = kind(config) if kind else transformers.AutoModel.from_config(config)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]

@@ -65,6 +65,7 @@ class Placed:
         changes: Name of a stored or added tensor → its patches, in the order given, made on demand.
         stacked: Names of tensors whose first two axes are rows (stacked experts).
         added: Heads that are no longer tied.
+        untied: The config says that head and embedding are tied, and the output's has to say no.
         absent: Parameters without a place because the base has no such name.
     """
 
@@ -72,6 +73,7 @@ class Placed:
     changes: dict[str, list[MakePatch]] = field(default_factory=dict)
     stacked: set[str] = field(default_factory=set)
     added: list[Added] = field(default_factory=list)
+    untied: bool = False
     absent: list[str] = field(default_factory=list)
 
 
@@ -143,8 +145,11 @@ class _Placer:
     def finish(self, tied_adapter: bool) -> Placed:
         """Untie heads whose embedding changes, and return the whole."""
         result, notes = self._result, []
-        embedding = next((name for name in result.changes if self._is_tied_embedding(name)), None)
-        if embedding is not None and not self._heads:
+        embedding = next((name for name in result.changes if self._is_tied(name, _EMBEDDINGS)), None)
+        stored = next((name for name in self._checkpoint.tensors if self._is_tied(name, _HEADS)), None)
+        if stored is not None and (embedding is not None or stored in result.changes):
+            notes.append(self._part_stored_head(stored, embedding, tied_adapter))
+        if stored is None and embedding is not None and not self._heads:
             self._heads["lm_head.weight"] = embedding
         for name, source in self._heads.items():
             if tied_adapter and source in result.changes:
@@ -152,6 +157,7 @@ class _Placer:
                 notes.append(f"{name} stays tied to {source}: the adapter was trained so")
                 continue
             result.added.append(Added(name, source))
+            result.untied = True
             notes.append(
                 f"{name} was tied to {source}; the adapter changes only one of them, so the output stores "
                 "both and its config says tie_word_embeddings: false"
@@ -159,11 +165,18 @@ class _Placer:
         result.plan = Plan(tuple(self.rows), tuple(notes))
         return result
 
-    def _is_tied_embedding(self, name: str) -> bool:
-        return self._tied and _leaf(name) in _EMBEDDINGS and not self._stored_head()
+    def _part_stored_head(self, head: str, embedding: str | None, tied_adapter: bool) -> str:
+        """Settle a head that the file holds although the config ties it: loading would drop it."""
+        if tied_adapter and embedding is not None:
+            self._result.changes[head] = self._result.changes[embedding]
+            return f"{head} stays tied to {embedding}: the adapter was trained so"
+        self._result.untied = True
+        return (
+            f"{head} is stored, and tied by the config: the output's config says tie_word_embeddings: false"
+        )
 
-    def _stored_head(self) -> bool:
-        return any(_leaf(name) in _HEADS for name in self._checkpoint.tensors)
+    def _is_tied(self, name: str, leaves: set[str]) -> bool:
+        return self._tied and _leaf(name) in leaves
 
     # What each kind of change does.
 
@@ -172,7 +185,7 @@ class _Placer:
         name, reason = self._single(path, adapter.flattened, values.shape)
         tensor = self._tensor(name)
         if tensor.shape != values.shape:
-            raise NoPlace(f"{tensor.name} has shape {tensor.shape}, the adapter's values {values.shape}")
+            raise NoPlace(f"stored with shape {tensor.shape}, the adapter's values have {values.shape}")
         matrix = values.reshape(view_of(tensor.shape, name in self._result.stacked))
         self._add(name, lambda _: replacement(path, matrix))
         return [name], "", reason
@@ -234,7 +247,10 @@ class _Placer:
         same = shape == module.weight_shape or (plain and shape[:2] == wanted)
         turned = module.kind in ("linear", "parameter") and shape == wanted[::-1]
         if not same and not turned:
-            raise NoPlace(f"{tensor.name} has shape {tensor.shape}, the adapter fits {module.weight_shape}")
+            as_name = "" if tensor.name.endswith(f"{module.path}.{module.parameter}") else f" ({tensor.name})"
+            raise NoPlace(
+                f"stored with shape {tensor.shape}, the adapter fits {module.weight_shape}{as_name}"
+            )
         transposed = turned and (not same or self._square_is_transposed(module, adapter))
         layout = "transposed" if transposed else ""
         if not stacked:
@@ -276,10 +292,10 @@ class _Placer:
                 raise NoPlace(
                     f"{tensor.name} is stored as {tensor.code}: a quantised weight can't be merged into"
                 )
-            if self._is_tied_embedding(part.tensor) and not self._causal():
+            if self._is_tied(part.tensor, _EMBEDDINGS | _HEADS) and not self._causal():
                 raise NoPlace(
-                    f"{tensor.name} is tied to the output head, which would change as well; save the base "
-                    "without its head, or with tie_word_embeddings=False"
+                    "embedding and output head are tied: both would change; save the base without its "
+                    "head, or with tie_word_embeddings=False"
                 )
 
     def _single(self, path: str, flattened: bool, shape: tuple[int, ...]) -> tuple[str, str]:

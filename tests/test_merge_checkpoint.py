@@ -184,7 +184,7 @@ def test_same_input_same_bytes(tmp_path):
 # --- tied heads --------------------------------------------------------------------------------------
 
 
-def tied_llama(folder, target, **options):
+def tied_llama(folder, target, store_head=False, **options):
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -196,6 +196,10 @@ def tied_llama(folder, target, **options):
     with tiny.quiet():
         model = LlamaForCausalLM(config).eval()
         model.save_pretrained(folder / "base")
+        if store_head:
+            stored = load_file(folder / "base/model.safetensors")
+            stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+            save_file(stored, folder / "base/model.safetensors", metadata={"format": "pt"})
         lora = LoraConfig(r=2, target_modules=target, init_lora_weights=False, **options)
         peft = get_peft_model(model, lora)
         torch.nn.init.normal_(next(p for n, p in peft.named_parameters() if "_B" in n), std=0.1)
@@ -207,9 +211,10 @@ def tied_llama(folder, target, **options):
     return tiny.relative_error(merged(ids).logits.detach().numpy(), expected.numpy()), merged
 
 
+@pytest.mark.parametrize("store_head", [False, True])
 @pytest.mark.parametrize("target", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens", "q_proj"]])
-def test_a_tied_head_is_untied_and_nothing_else_changes(tmp_path, target):
-    error, merged = tied_llama(tmp_path, target)
+def test_a_tied_head_is_untied_and_nothing_else_changes(tmp_path, target, store_head):
+    error, merged = tied_llama(tmp_path, target, store_head)
     assert error <= 2e-6
     assert merged.config.tie_word_embeddings is False
     before = load_file(tmp_path / "base/model.safetensors")["model.embed_tokens.weight"]
@@ -217,8 +222,9 @@ def test_a_tied_head_is_untied_and_nothing_else_changes(tmp_path, target):
     assert same == ("embed_tokens" not in target)
 
 
-def test_an_adapter_trained_tied_stays_tied(tmp_path):
-    error, merged = tied_llama(tmp_path, ["embed_tokens"], ensure_weight_tying=True)
+@pytest.mark.parametrize("store_head", [False, True])
+def test_an_adapter_trained_tied_stays_tied(tmp_path, store_head):
+    error, merged = tied_llama(tmp_path, ["embed_tokens"], store_head, ensure_weight_tying=True)
     assert error <= 2e-6
     assert merged.config.tie_word_embeddings is True
 
@@ -229,7 +235,7 @@ def test_a_head_tied_in_another_way_is_refused(tmp_path):
         tmp_path / "base", config={"architectures": ["BertForMaskedLM"], "tie_word_embeddings": True}, **table
     )
     module = linear("bert.embeddings.word_embeddings", 9, 4)
-    with pytest.raises(SiteError, match="tied to the output head"):
+    with pytest.raises(SiteError, match="head are tied"):
         merge_checkpoint(base, adapter_of(module, UP), tmp_path / "out")
 
 

@@ -126,7 +126,7 @@ def merge_checkpoint(
         with output_errors(target):
             copy_small_files(checkpoint.folder, small, folder)
             write_index(checkpoint, layouts, placed, folder)
-            write_config(checkpoint, folder, dtype, untied=bool(placed.added))
+            write_config(checkpoint, folder, dtype, placed.untied)
             manifest = _manifest(checkpoint, loaded, factors, placed, roundings, dtype)
             (folder / MANIFEST).write_text(manifest, "utf-8")
         outputs.commit()
@@ -181,7 +181,11 @@ def _refuse_unplaced(
         )
     if not refused or (allow_unmatched and len(refused) < len(rows)):
         return
-    hints = [_trained_on(adapters), "--allow-unmatched merges the others and leaves these out"]
+    others = "--allow-unmatched merges the others and leaves these out"
+    hints = [
+        _trained_on(adapters),
+        others if len(refused) < len(rows) else "give the base that the adapter was trained on",
+    ]
     raise SiteError(
         f"adapter {names} has {len(refused)} parameters with no place in {checkpoint.folder} "
         f"(of {len(rows)})",
@@ -286,7 +290,7 @@ def _manifest(
         }
         for adapter, weight in zip(adapters, weights, strict=True)
     ]
-    outputs = {"dtype": dtype or "as the base", "untied": [added.name for added in placed.added]}
+    outputs = {"dtype": dtype or "as the base", "added": [added.name for added in placed.added]}
     versions = package_versions(["lora-export", "numpy", "ml_dtypes"])
     return Manifest(
         "merge", base, described, placed.plan.as_dict(), _rounding_dict(roundings), outputs, versions
