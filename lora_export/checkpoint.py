@@ -6,7 +6,6 @@ before anything is written (https://github.com/huggingface/safetensors, "Format"
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -73,7 +72,6 @@ class Shard:
         size: Its size in bytes.
         data_start: Where the tensors start: behind the header.
         header: The header, in its own order.
-        header_sha256: Of the header's bytes.
         tensors: The tensors by their place in the file.
     """
 
@@ -81,7 +79,6 @@ class Shard:
     size: int
     data_start: int
     header: Mapping[str, Any]
-    header_sha256: str
     tensors: tuple[StoredTensor, ...]
 
 
@@ -149,18 +146,6 @@ class Checkpoint:
             return np.zeros(tensor.shape, dtype)
         raw = np.memmap(tensor.file, np.uint8, "r", tensor.offset, (tensor.length,))
         return raw.view(np.ndarray).view(dtype).reshape(tensor.shape)
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over every shard's name, size and header.
-
-        It tells checkpoints of different shapes, dtypes or layouts apart at no cost; not two trainings of
-        one architecture, for which every byte would have to be read.
-        """
-        digest = hashlib.sha256()
-        for shard in self.shards:
-            digest.update(f"{shard.path.name}\n{shard.size}\n{shard.header_sha256}\n".encode())
-        return digest.hexdigest()
 
 
 def _weight_files(folder: Path) -> tuple[Path | None, list[str]]:
@@ -247,7 +232,7 @@ def _read_shard(path: Path, problems: list[str]) -> Shard | None:
     if problem:
         problems.append(f"{path.name}: {problem}")
         return None
-    return Shard(path, size, 8 + length, header, hashlib.sha256(raw).hexdigest(), tuple(tensors))
+    return Shard(path, size, 8 + length, header, tuple(tensors))
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -273,9 +273,9 @@ def _manifest(
     dtype: str | None,
 ) -> str:
     """Return the record that lies beside the weights, as JSON without time or absolute paths."""
-    from lora_export.manifest import FileHash, Manifest, package_versions
+    from lora_export.manifest import Manifest, hash_file, package_versions
 
-    base = [FileHash(s.path.name, s.size, s.header_sha256, sampled=True) for s in checkpoint.shards]
+    base = [hash_file(shard.path) for shard in checkpoint.shards]
     described = [
         {
             "name": adapter.name,
