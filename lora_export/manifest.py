@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lora_export.adapter import Adapter
 from lora_export.errors import GraphError
 
 FORMAT = 1
@@ -110,3 +111,18 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def adapter_entry(adapter: Adapter, weight: float) -> dict[str, Any]:
+    """Return what a manifest says of an adapter."""
+    return {
+        "name": adapter.name,
+        "format": adapter.format,
+        "sha256": adapter.sha256,
+        "weight": weight,
+        "modules": {
+            key: {"rank": module.rank, "alpha": module.alpha, "scaling": module.scaling}
+            for key, module in adapter.modules.items()
+        },
+        "replaced": sorted(adapter.extras),
+    }

@@ -7,7 +7,7 @@ number, it is rounded away, and the merged model is nearer to the base than the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -134,3 +134,11 @@ def total_of(roundings: Iterable[Rounding]) -> Rounding:
         total.changed += round(rounding.changed * scale)
         total.lost += round(rounding.lost * scale)
     return total
+
+
+def rounding_dict(roundings: Mapping[str, Rounding]) -> dict[str, Any]:
+    """Return the report as plain data, the total and each module."""
+    return {
+        "total": total_of(roundings.values()).as_dict(),
+        "modules": {label: rounding.as_dict() for label, rounding in roundings.items()},
+    }

@@ -1,4 +1,4 @@
-"""Settings for every test: offline, one thread a process (small models are faster so, and xdist runs several)."""
+"""Settings for every test: offline, one thread a process (small models run faster so; xdist runs several)."""
 
 import os
 

@@ -151,7 +151,7 @@ def test_tensors_without_a_place(capsys, base, adapter, out):
     assert "model.layers.1.mlp.side_proj.weight" in said
     arguments = ["merge-onnx", "--base", base, "--adapter", adapter, "-o", out / "m.onnx", "--force"]
     assert _run([*map(str, arguments), "--allow-unmatched"], False) == 0
-    assert "left out (--allow-unmatched): model.layers.1.mlp.side_proj.weight" in capsys.readouterr().err
+    assert "left out: model.layers.1.mlp.side_proj.weight" in capsys.readouterr().err
     rows = json.loads((out / "m.lora.json").read_text())["plan"]["rows"]
     assert [row["parameter"] for row in rows if row["action"] == "refused"] == [
         "model.layers.1.mlp.side_proj.weight"
@@ -223,6 +223,17 @@ def test_output_folder_that_can_not_be_written(base, adapter, tmp_path, capsys):
     assert _run([*map(str, arguments[:-1]), str(tmp_path / "closed" / "m.onnx")], False) == 1
 
 
+def test_output_that_would_replace_the_base(capsys, base, adapter, tmp_path):
+    copy = tmp_path / "base"
+    shutil.copytree(base.parent, copy)
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    arguments = ["merge-onnx", "--base", copy / "model.onnx", "--adapter", adapter, "--force"]
+    capsys.readouterr()
+    assert _run([*map(str, arguments), "-o", str(copy / "model.onnx")], False) == 1
+    assert "would replace the base" in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in copy.iterdir()}
+
+
 def half_graph(path, dtype):
     """Write ``y = x @ W`` with W of 64 × 64 in a 16-bit type."""
     values = np.linspace(-1, 1, 64 * 64).reshape(64, 64).astype(dtype)
@@ -271,9 +282,9 @@ def test_16_bit_weights_are_rounded_once(dtype, tmp_path):
     assert np.array_equal(got.astype(np.float32), exact.to(half).float().numpy())
     delta = (b @ a).T.double()
     error = (exact.to(half).double() - exact.double()).norm() / delta.norm()
-    assert report.total_rounding.relative == pytest.approx(error.item(), rel=1e-3)
+    assert report.total.relative == pytest.approx(error.item(), rel=1e-3)
     lost = (exact.to(half).float() == torch.from_numpy(stored)).double().mean().item()
-    assert report.total_rounding.lost_share == pytest.approx(lost, abs=1e-3)
+    assert report.total.lost_share == pytest.approx(lost, abs=1e-3)
 
 
 def test_rounding_loss_is_warned_about(capsys, tmp_path):
@@ -281,7 +292,7 @@ def test_rounding_loss_is_warned_about(capsys, tmp_path):
     base = half_graph(tmp_path / "half.onnx", ml_dtypes.bfloat16)
     arguments = ["merge-onnx", "--base", base, "--adapter", folder, "-o", tmp_path / "m.onnx"]
     assert _run([str(argument) for argument in arguments], False) == 0
-    assert "warning: rounding took" in capsys.readouterr().err
+    assert "warning: rounding to the stored type lost much" in capsys.readouterr().err
 
 
 SCRIPT = """

@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +16,15 @@ import onnx_ir as ir
 from lora_export import __version__
 from lora_export.adapter import Adapter
 from lora_export.blend import check_blend
-from lora_export.errors import GraphError, SiteError
+from lora_export.errors import GraphError, OutputError, SiteError
 from lora_export.external_data import Change, plan_data, write_data
 from lora_export.graph import GraphFile, load_graph, save_graph
-from lora_export.manifest import Manifest, hash_file, package_versions
+from lora_export.manifest import Manifest, adapter_entry, hash_file, package_versions
+from lora_export.merge_report import MergeReport
 from lora_export.output import OutputSet, refuse_existing
 from lora_export.patch import Patch, Placement, join, patch_from, replacement
 from lora_export.plan import Plan, PlanRow, unaccounted
-from lora_export.rounding import Mode, Rounding, total_of
+from lora_export.rounding import Mode, rounding_dict
 from lora_export.sites.isolate import Isolator
 from lora_export.sites.resolve import Resolver, WeightOf
 from lora_export.sites.target import Miss, Site, Target, targets_of
@@ -33,30 +34,6 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 _MERGED_KEY = "lora_export.merged"
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge did, or with ``dry_run`` would do.
-
-    Attributes:
-        plan: Every tensor of the adapters and where it went.
-        rounding: What rounding cost, by module.
-        outputs: Files written: ``graph``, ``data``, ``manifest``; empty for a dry run.
-        data_bytes: Size of the data file.
-        shared_bytes: Weights that stay in the base's files.
-    """
-
-    plan: Plan
-    rounding: Mapping[str, Rounding] = field(default_factory=dict)
-    outputs: Mapping[str, Path] = field(default_factory=dict)
-    data_bytes: int = 0
-    shared_bytes: int = 0
-
-    @property
-    def total_rounding(self) -> Rounding:
-        """The costs of all modules together."""
-        return total_of(self.rounding.values())
 
 
 def merge_onnx(
@@ -99,52 +76,74 @@ def merge_onnx(
         SiteError: Tensors of an adapter have no place in the graph, or none has.
         OutputError: The output exists or can't be written.
     """
-    out = Path(output)
+    out, base = Path(output), Path(base)
     targets = output_paths(out)
     if not dry_run:
         refuse_existing(list(targets.values()), force)
     loaded, factors = check_blend(adapters, weights)
-    base = Path(base)
     with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
-        if base.is_dir():
-            from lora_export.capture import capture_checkpoint
-
-            checkpoint = checkpoint or base
-            base_graph = capture_checkpoint(base, Path(scratch) / "base.onnx")
-        else:
-            base_graph = base
-        graph = load_graph(base_graph)
-        weight_of, shared_files = None, _data_files(graph) if share_base else set()
-        if checkpoint is not None:
-            from lora_export.canonical import CheckpointWeights, link_weights
-            from lora_export.checkpoint import Checkpoint
-
-            opened = Checkpoint.open(Path(checkpoint))
-            weight_of = CheckpointWeights(opened)
-            if share_base and base.is_dir():
-                shared_files = link_weights(graph, opened)
+        graph, weight_of, shared_files = _open_base(base, checkpoint, share_base, Path(scratch))
+        base_files = _base_files(base, graph)
+        _refuse_overlap(base_files, targets)
         plan, changes = _plan_changes(graph, loaded, factors, weight_of, allow_unmatched)
+        slots, size, shared = plan_data(graph, changes, out, shared_files)
+        report = MergeReport(plan, {}, targets, size, shared, dry_run=dry_run)
         if dry_run:
-            return MergeReport(plan)
-        hashes = _base_files(base, graph)
+            return report
         with OutputSet(force) as outputs:
             staged = {name: outputs.stage(path) for name, path in targets.items()}
-            slots, size, shared = plan_data(graph, changes, out, shared_files)
             costs = write_data(staged["data"], targets["data"].name, slots, size, changes, rounding, progress)
+            report = replace(report, roundings=costs)
             _mark(graph.model, loaded, factors)
             save_graph(graph.model, staged["graph"])
-            manifest = Manifest(
-                "merge-onnx",
-                [hash_file(path) for path in hashes],
-                [describe(adapter, factor) for adapter, factor in zip(loaded, factors, strict=True)],
-                plan.as_dict(),
-                rounding_dict(costs),
-                {name: path.name for name, path in targets.items()} | {"shared_bytes": shared},
-                {"lora-export": __version__} | package_versions(["numpy", "ml_dtypes", "onnx-ir"]),
-            )
+            manifest = _manifest(report, base_files, loaded, factors)
             staged["manifest"].write_text(manifest.to_json(), encoding="utf-8")
             outputs.commit()
-    return MergeReport(plan, costs, targets, size, shared)
+    return report
+
+
+def _open_base(
+    base: Path, checkpoint: PathLike | None, share_base: bool, scratch: Path
+) -> tuple[GraphFile, WeightOf | None, set[Path]]:
+    """Load or capture the base; return it with the lookup of its checkpoint and the files it may share."""
+    if base.is_dir():
+        from lora_export.capture import capture_checkpoint
+
+        graph = load_graph(capture_checkpoint(base, scratch / "base.onnx"))
+    else:
+        graph = load_graph(base)
+    folder = base if base.is_dir() and checkpoint is None else checkpoint
+    if folder is None:
+        return graph, None, _data_files(graph) if share_base else set()
+    from lora_export.canonical import CheckpointWeights, link_weights
+    from lora_export.checkpoint import Checkpoint
+
+    opened = Checkpoint.open(Path(folder))
+    shared = set()
+    if share_base:
+        shared = link_weights(graph, opened) if base.is_dir() else _data_files(graph)
+    return graph, CheckpointWeights(opened), shared
+
+
+def _refuse_overlap(base_files: Sequence[Path], targets: Mapping[str, Path]) -> None:
+    inputs = {path.resolve() for path in base_files}
+    both = [str(path) for path in targets.values() if path.resolve() in inputs]
+    if both:
+        raise OutputError("the output would replace the base", "choose another name", both)
+
+
+def _manifest(
+    report: MergeReport, base_files: Sequence[Path], adapters: Sequence[Adapter], factors: Sequence[float]
+) -> Manifest:
+    return Manifest(
+        "merge-onnx",
+        [hash_file(path) for path in base_files],
+        [adapter_entry(adapter, factor) for adapter, factor in zip(adapters, factors, strict=True)],
+        report.plan.as_dict(),
+        rounding_dict(report.roundings),
+        {name: path.name for name, path in report.outputs.items()} | {"shared_bytes": report.shared_bytes},
+        {"lora-export": __version__} | package_versions(["numpy", "ml_dtypes", "onnx-ir"]),
+    )
 
 
 def output_paths(out: Path) -> dict[str, Path]:
@@ -368,26 +367,3 @@ def _mark(model: ir.Model, adapters: Sequence[Adapter], factors: Sequence[float]
     mine = "; ".join(f"{a.name} sha256={a.sha256} weight={w}" for a, w in zip(adapters, factors, strict=True))
     before = model.metadata_props.get(_MERGED_KEY)
     model.metadata_props[_MERGED_KEY] = f"{before}; {mine}" if before else mine
-
-
-def describe(adapter: Adapter, factor: float) -> dict[str, Any]:
-    """Return what a manifest says of an adapter."""
-    return {
-        "name": adapter.name,
-        "format": adapter.format,
-        "sha256": adapter.sha256,
-        "weight": factor,
-        "modules": {
-            key: {"rank": module.rank, "alpha": module.alpha, "scaling": module.scaling}
-            for key, module in adapter.modules.items()
-        },
-        "replaced": sorted(adapter.extras),
-    }
-
-
-def rounding_dict(costs: Mapping[str, Rounding]) -> dict[str, Any]:
-    """Return the rounding report for a manifest."""
-    return {
-        "total": total_of(costs.values()).as_dict(),
-        "modules": {name: cost.as_dict() for name, cost in costs.items()},
-    }
