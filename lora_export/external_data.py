@@ -27,11 +27,12 @@ class Change:
     """Patches for one initializer.
 
     Attributes:
-        patches: In the view of `graph.matrix_shape`.
+        patches: Makes them, in the view of `graph.matrix_shape`, when the constant's turn comes: all
+            adapters' factors in float32 at once would be the largest thing in memory.
         stacked: The first two axes are rows (experts).
     """
 
-    patches: tuple[Patch, ...]
+    patches: Callable[[], tuple[Patch, ...]]
     stacked: bool = False
 
 
@@ -134,7 +135,7 @@ def _piece(slot: _Slot, change: Change | None) -> Piece:
     else:
         where = source.path
     return MergePiece(
-        str(slot.value.name), where, source.offset, slot.at, shape, dtype, dtype, change.patches
+        str(slot.value.name), where, source.offset, slot.at, shape, dtype, dtype, change.patches()
     )
 
 

@@ -1,7 +1,9 @@
-"""Measure merging into a checkpoint of a 1B Llama's shape, side by side with `cp` and PEFT.
+"""Measure merging into a checkpoint and a graph of a 1B Llama's shape, side by side with `cp` and PEFT.
 
 Run: python tools/bench_merge.py --workdir /tmp/bench [--repeats 3] [--only cp "lora-export merge"]
-Makes 2.5 GB of random weights in the work folder (kept there for the next run) and needs 5 GB more. Each
+Makes 2.5 GB of random weights in the work folder, as a checkpoint and as a graph's external data (kept
+there for the next run), and needs 5 GB more. The graph has the checkpoint's weights, transposed as torch.onnx
+stores them, behind one MatMul each: merging reads names and weights, not what lies between. Each
 contender runs in a process of its own, one after the other, right behind a `cp` and `rm` of the base: fresh
 memory pages of a virtual machine cost seconds, and the `cp` says what the machine gives at that moment.
 Prints medians of wall time, processor seconds and peak memory as a Markdown table. This process imports
@@ -55,6 +57,43 @@ for name, parameter in peft.named_parameters():
         torch.nn.init.normal_(parameter, std=0.01)
 peft.save_pretrained(adapter)
 """
+# The weights as torch.onnx's dynamo exporter with optimisation leaves them: bfloat16, (in, out), 2.5 GB.
+BUILD_GRAPH = """
+import sys
+from pathlib import Path
+import numpy as np
+import onnx_ir as ir
+from lora_export.checkpoint import Checkpoint
+base, out = Path(sys.argv[1]), Path(sys.argv[2])
+out.mkdir(exist_ok=True)
+checkpoint = Checkpoint.open(base)
+kind = ir.DataType.BFLOAT16
+x = ir.val("x", shape=ir.Shape(("batch", "sequence", "width")), type=ir.TensorType(kind))
+nodes, weights = [], []
+with (out / "base.onnx.data").open("wb") as data:
+    for name in checkpoint.tensors:
+        values = checkpoint.read(name)
+        linear = values.ndim == 2 and "embed" not in name
+        values = np.ascontiguousarray(values.T) if linear else values
+        tensor = ir.ExternalTensor(
+            "base.onnx.data", data.tell(), values.nbytes, kind, shape=ir.Shape(values.shape), name=name,
+            base_dir=out,
+        )
+        data.write(values.tobytes())
+        weights.append(
+            ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(kind), const_value=tensor)
+        )
+        path = "/" + "/".join(name.removesuffix(".weight").replace("layers.", "layers#").split("."))
+        operator = "MatMul" if linear else "Mul"
+        nodes.append(ir.node(operator, [x, weights[-1]], name=f"{path.replace('#', '.')}/{operator}"))
+for number, node in enumerate(nodes):
+    node.outputs[0].name, node.outputs[0].type = f"y{number}", ir.TensorType(kind)
+graph = ir.Graph(
+    [x], [node.outputs[0] for node in nodes], nodes=nodes, initializers=weights, opset_imports={"": 20},
+    name="g",
+)
+ir.save(ir.Model(graph, ir_version=10), out / "base.onnx")
+"""
 
 
 @dataclass(frozen=True)
@@ -74,6 +113,12 @@ def merge_arguments(work: Path, out: Path) -> list[str]:
     return ["merge", "--base", str(base), "--adapter", str(adapter), "-o", str(out), "--quiet"]
 
 
+def graph_arguments(work: Path, out: Path) -> list[str]:
+    base, adapter = work / "graph" / "base.onnx", work / "adapter"
+    output = out / "merged.onnx"
+    return ["merge-onnx", "--base", str(base), "--adapter", str(adapter), "-o", str(output), "--quiet"]
+
+
 # A contender is a command line that reads work/base and work/adapter and writes the folder `out`.
 CONTENDERS: dict[str, Command] = {
     "cp": lambda work, out: ["cp", "-r", str(work / "base"), str(out)],
@@ -82,6 +127,12 @@ CONTENDERS: dict[str, Command] = {
     ],
     "lora-export merge, fsync off": lambda work, out: [
         sys.executable, "-c", NO_FSYNC, *merge_arguments(work, out)
+    ],
+    "lora-export merge-onnx": lambda work, out: [
+        sys.executable, "-c", CLI, *graph_arguments(work, out)
+    ],
+    "lora-export merge-onnx, fsync off": lambda work, out: [
+        sys.executable, "-c", NO_FSYNC, *graph_arguments(work, out)
     ],
     "PEFT merge_and_unload": lambda work, out: [
         sys.executable, "-c", PEFT, str(work / "base"), str(work / "adapter"), str(out)
@@ -105,11 +156,14 @@ def measure(command: list[str]) -> Run:
 
 def build(work: Path) -> None:
     """Make the base and the adapter unless an earlier run left them."""
-    if (work / "adapter" / "adapter_config.json").exists():
-        return
-    print(f"making the base and the adapter in {work} …", file=sys.stderr)
+    print(f"making what is missing of base, adapter and graph in {work} …", file=sys.stderr)
     work.mkdir(parents=True, exist_ok=True)
-    subprocess.run([sys.executable, "-c", BUILD, str(work / "base"), str(work / "adapter")], check=True)
+    if not (work / "adapter" / "adapter_config.json").exists():
+        subprocess.run([sys.executable, "-c", BUILD, str(work / "base"), str(work / "adapter")], check=True)
+    if not (work / "graph" / "base.onnx").exists():
+        subprocess.run(
+            [sys.executable, "-c", BUILD_GRAPH, str(work / "base"), str(work / "graph")], check=True
+        )
 
 
 def compare(work: Path, names: list[str], repeats: int) -> dict[str, list[Run]]:

@@ -7,6 +7,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -271,20 +272,23 @@ def _refuse(
 
 
 def _changes(found: list[tuple[Adapter, float, list[Site]]], isolator: Isolator) -> dict[ir.Value, Change]:
-    patches: dict[ir.Value, list[Patch]] = defaultdict(list)
-    stacked: set[ir.Value] = set()
+    wanted: dict[ir.Value, list[tuple[Target, Placement, float]]] = defaultdict(list)
     for _, factor, sites in found:
         for site in sites:
             target = site.target
             for part in site.parts:
                 value = isolator.constant_for(part, target.path, target.key.rpartition(".")[2])
-                dtype = _work_dtype(value)
-                patches[value] += [
-                    patch_of(target, placement, factor, dtype) for placement in part.placements
-                ]
-                if target.experts > 1:
-                    stacked.add(value)
-    return {value: Change(tuple(join(group)), value in stacked) for value, group in patches.items()}
+                wanted[value] += [(target, placement, factor) for placement in part.placements]
+    return {
+        value: Change(partial(_patches, group, _work_dtype(value)), group[0][0].experts > 1)
+        for value, group in wanted.items()
+    }
+
+
+def _patches(
+    group: Sequence[tuple[Target, Placement, float]], dtype: type[np.floating[Any]]
+) -> tuple[Patch, ...]:
+    return tuple(join([patch_of(target, placement, factor, dtype) for target, placement, factor in group]))
 
 
 def _work_dtype(value: ir.Value) -> type[np.floating[Any]]:
