@@ -415,7 +415,7 @@ def test_command(tmp_path):
     assert not (tmp_path / "out").exists()
     done = CliRunner().invoke(merge, [*args, "-o", str(tmp_path / "out")])
     assert done.exit_code == 0
-    assert "changes lost" in done.stdout
+    assert "rounding: nothing of the adapter's change was lost" in done.stdout
     as_json = CliRunner().invoke(merge, [*args, "-o", str(tmp_path / "out"), "--force", "--json"])
     assert json.loads(as_json.stdout)["rounding"]["total"]["relative_error"] == 0
     quiet = CliRunner().invoke(merge, [*args, "-o", str(tmp_path / "out"), "--force", "--quiet"])

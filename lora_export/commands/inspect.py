@@ -6,11 +6,11 @@ import json
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_export.formats import FORMATS, load_adapter
+from lora_export.commands.options import adapter_options, load_adapters
 from lora_export.reports import ADAPTER_PLOTS
 
 if TYPE_CHECKING:
@@ -31,24 +31,14 @@ if TYPE_CHECKING:
     "--plot", type=click.Path(path_type=Path), help=f"Also draw the spectra: .{', .'.join(ADAPTER_PLOTS)}."
 )
 @click.option("--force", is_flag=True, help="Replace the plot if it exists.")
-@click.option("--alpha", type=float, help="Numerator of the scaling, where the file doesn't say it.")
-@click.option("--rank", type=int, help="Rank, checked against the tensors.")
-@click.option("--rslora", is_flag=True, default=None, help="The scaling is alpha / √rank.")
-@click.option(
-    "--format", "format_name", type=click.Choice(list(FORMATS)), help="Where the names don't tell it."
-)
-@click.option("--component", help="Only this part of the file: unet, text_encoder, …")
+@adapter_options
 def inspect(
     adapter: Path,
     base: Path | None,
     as_json: bool,
     plot: Path | None,
     force: bool,
-    alpha: float | None,
-    rank: int | None,
-    rslora: bool | None,
-    format_name: str | None,
-    component: str | None,
+    **options: Any,
 ) -> None:
     """Show what ADAPTER holds: a PEFT folder, or a .safetensors, .bin or .pt file.
 
@@ -64,9 +54,7 @@ def inspect(
 
     if plot is not None and plot.suffix[1:] not in ADAPTER_PLOTS:
         raise click.BadParameter(f"{plot} doesn't end in .{', .'.join(ADAPTER_PLOTS)}", param_hint="--plot")
-    loaded = load_adapter(
-        adapter, alpha=alpha, rank=rank, rslora=rslora, format=format_name, component=component
-    )
+    (loaded,) = load_adapters([adapter], options)
     report = inspect_adapter(loaded, base)
     if plot is not None:
         _draw(report, plot, force)

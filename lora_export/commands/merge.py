@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
-from lora_export.plan import align
-from lora_export.progress import byte_progress
-from lora_export.rounding import WARN_LOST, WARN_RELATIVE
+from lora_export.commands.options import adapter_options, load_adapters
 
-if TYPE_CHECKING:
-    from lora_export.modes.merge_checkpoint import MergeReport
-
-_WORST = 3
+_FINER = "--dtype float32 keeps it all, float16 is 8 times finer than bfloat16; or serve the adapter unmerged"
 # Written out, as the module that knows them imports numpy: --help has to be quick.
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -51,22 +44,9 @@ DTYPES = ("float32", "float16", "bfloat16")
 @click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress and no summary; warnings stay.")
-@click.option("--alpha", type=float, help="Numerator of the scaling, where the file doesn't say it.")
-@click.option("--rank", type=int, help="Rank, checked against the tensors.")
+@adapter_options
 def merge(
-    base: Path,
-    adapters: tuple[Path, ...],
-    weights: tuple[float, ...],
-    output: Path,
-    dtype: str | None,
-    rounding: str,
-    allow_unmatched: bool,
-    force: bool,
-    dry_run: bool,
-    as_json: bool,
-    quiet: bool,
-    alpha: float | None,
-    rank: int | None,
+    base: Path, adapters: tuple[Path, ...], output: Path, as_json: bool, quiet: bool, **options: Any
 ) -> None:
     """Write the base with the adapters merged into it: W0 + Σ weight · scaling · B · A.
 
@@ -77,68 +57,19 @@ def merge(
       lora-export merge --base my-model --adapter my-adapter -o merged
       lora-export merge --base my-model --adapter a --weight 0.7 --adapter b --weight 0.3 -o blend
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
-    from lora_export.formats import load_adapter
     from lora_export.modes.merge_checkpoint import merge_checkpoint
+    from lora_export.progress import byte_progress
+    from lora_export.reports import merge as text
 
-    loaded = [load_adapter(path, alpha=alpha, rank=rank) for path in adapters]
+    loaded = load_adapters(adapters, options)
     started = time.monotonic()
-    with byte_progress("merging", quiet or dry_run) as progress:
-        report = merge_checkpoint(
-            base,
-            loaded,
-            output,
-            weights=weights or None,
-            dtype=dtype,
-            allow_unmatched=allow_unmatched,
-            force=force,
-            dry_run=dry_run,
-            rounding="exact" if rounding == "exact" else "sample",
-            progress=progress,
-        )
-    seconds = time.monotonic() - started
+    with byte_progress(f"writing {output}", quiet or options["dry_run"]) as progress:
+        report = merge_checkpoint(base, loaded, output, progress=progress, **options)
     if as_json:
-        click.echo(json.dumps(report.as_dict(), indent=1, ensure_ascii=False))
-    elif dry_run:
-        click.echo("\n".join(report.plan.lines()))
-        click.echo(f"dry run: {report.size_bytes / 1e9:.3f} GB would be written to {output}")
+        click.echo(text.merge_json(report))
+    elif report.dry_run:
+        click.echo("\n".join(text.plan_lines(report)))
     elif not quiet:
-        click.echo("\n".join(_summary(report, seconds)))
-    for line in _warnings(report):
+        click.echo("\n".join(text.summary_lines(report, time.monotonic() - started)))
+    for line in text.warning_lines(report, _FINER):
         click.echo(line, err=True)
-
-
-def _summary(report: MergeReport, seconds: float) -> list[str]:
-    placed, total = report.plan.placed, report.total
-    lines = [
-        f"{report.output}: {len(placed)} parameters merged, "
-        f"{report.size_bytes / 1e9:.3f} GB in {seconds:.1f} s"
-    ]
-    lines += [f"note: {note}" for note in report.plan.notes]
-    if not report.roundings:
-        return lines
-    worst = sorted(report.roundings.values(), key=lambda r: (-r.relative, r.label))[:_WORST]
-    table = [("rounding", "error / ‖ΔW‖", "changes lost", "measured")]
-    table += [
-        (r.label, f"{r.relative:.2%}", f"{r.lost_share:.2%}", f"{r.sampled_share:.0%}")
-        for r in [total, *worst]
-    ]
-    return [*lines, *align(table)]
-
-
-def _warnings(report: MergeReport) -> Iterator[str]:
-    if report.plan.refused:
-        names = ", ".join(row.parameter for row in report.plan.refused[:_WORST])
-        count = len(report.plan.refused)
-        yield f"warning: {count} parameters were left out ({names}, …); lora.json lists them"
-    if report.left_out:
-        yield f"warning: not copied, they hold unmerged weights: {', '.join(report.left_out)}"
-    total = report.total
-    if total.relative > WARN_RELATIVE or total.lost_share > WARN_LOST:
-        yield (
-            "warning: rounding to the stored type lost much of the adapter: "
-            f"error {total.relative:.0%} of ‖ΔW‖, {total.lost_share:.0%} of the changed weights are as before"
-        )
-        yield (
-            "hint: --dtype float32 keeps it all, float16 is 8 times finer than bfloat16; "
-            "or serve the adapter unmerged"
-        )

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lora_export.adapter import Adapter
 from lora_export.blend import AdapterLike, check_blend
@@ -20,50 +19,13 @@ from lora_export.checkpoint_files import MANIFEST, copy_small_files, small_files
 from lora_export.checkpoint_layout import Layout, layout_of, pieces_of
 from lora_export.checkpoint_sites import Placed, place_adapters
 from lora_export.errors import AdapterError, CheckpointError, OutputError, SiteError
+from lora_export.merge_report import MergeReport
 from lora_export.output import OutputSet, output_errors
-from lora_export.plan import Plan
-from lora_export.rounding import Mode, Rounding, total_of, update
+from lora_export.rounding import Mode, Rounding, rounding_dict, update
 from lora_export.stream import nonfinite_error, write_pieces
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _EXAMPLES = 4
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What `merge_checkpoint` did, or with ``dry_run`` would do.
-
-    Attributes:
-        output: The folder written.
-        plan: Every tensor of the adapters and what happened to it.
-        roundings: Module → what rounding cost; empty for a dry run.
-        size_bytes: Size of the weights written.
-        left_out: Files of the base that were not copied, because they hold unmerged weights.
-        dry_run: Nothing was written.
-    """
-
-    output: Path
-    plan: Plan
-    roundings: dict[str, Rounding] = field(default_factory=dict)
-    size_bytes: int = 0
-    left_out: tuple[str, ...] = ()
-    dry_run: bool = False
-
-    @property
-    def total(self) -> Rounding:
-        """What rounding cost over all modules."""
-        return total_of(self.roundings.values())
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return {
-            "output": str(self.output),
-            "dry_run": self.dry_run,
-            "size_bytes": self.size_bytes,
-            "plan": self.plan.as_dict(),
-            "rounding": _rounding_dict(self.roundings),
-            "left_out": list(self.left_out),
-        }
 
 
 def merge_checkpoint(
@@ -114,8 +76,9 @@ def merge_checkpoint(
     layouts = [layout_of(shard, placed, DTYPES[dtype] if dtype else None) for shard in checkpoint.shards]
     size = sum(layout.size for layout in layouts)
     small, left_out = small_files(checkpoint)
+    report = MergeReport(placed.plan, {}, {"folder": target}, size, 0, tuple(left_out), dry_run)
     if dry_run:
-        return MergeReport(target, placed.plan, {}, size, tuple(left_out), True)
+        return report
     roundings: dict[str, Rounding] = {}
     with OutputSet(force) as outputs:
         folder = outputs.stage(target)
@@ -130,7 +93,7 @@ def merge_checkpoint(
             manifest = _manifest(checkpoint, loaded, factors, placed, roundings, dtype)
             (folder / MANIFEST).write_text(manifest, "utf-8")
         outputs.commit()
-    return MergeReport(target, placed.plan, roundings, size, tuple(left_out))
+    return replace(report, roundings=roundings)
 
 
 def _refuse_quantised(checkpoint: Checkpoint) -> None:
@@ -257,13 +220,6 @@ def _write_shards(
         raise nonfinite_error(problems)
 
 
-def _rounding_dict(roundings: dict[str, Rounding]) -> dict[str, Any]:
-    return {
-        "total": total_of(roundings.values()).as_dict(),
-        "modules": {label: rounding.as_dict() for label, rounding in roundings.items()},
-    }
-
-
 def _manifest(
     checkpoint: Checkpoint,
     adapters: Sequence[Adapter],
@@ -273,25 +229,12 @@ def _manifest(
     dtype: str | None,
 ) -> str:
     """Return the record that lies beside the weights, as JSON without time or absolute paths."""
-    from lora_export.manifest import Manifest, hash_file, package_versions
+    from lora_export.manifest import Manifest, adapter_entry, hash_file, package_versions
 
     base = [hash_file(shard.path) for shard in checkpoint.shards]
-    described = [
-        {
-            "name": adapter.name,
-            "format": adapter.format,
-            "sha256": adapter.sha256,
-            "weight": weight,
-            "modules": {
-                key: {"rank": module.rank, "alpha": module.alpha, "scaling": module.scaling}
-                for key, module in adapter.modules.items()
-            },
-            "replaced": sorted(adapter.extras),
-        }
-        for adapter, weight in zip(adapters, weights, strict=True)
-    ]
+    described = [adapter_entry(adapter, weight) for adapter, weight in zip(adapters, weights, strict=True)]
     outputs = {"dtype": dtype or "as the base", "added": [added.name for added in placed.added]}
     versions = package_versions(["lora-export", "numpy", "ml_dtypes"])
     return Manifest(
-        "merge", base, described, placed.plan.as_dict(), _rounding_dict(roundings), outputs, versions
+        "merge", base, described, placed.plan.as_dict(), rounding_dict(roundings), outputs, versions
     ).to_json()
