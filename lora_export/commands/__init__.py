@@ -5,4 +5,5 @@ COMMANDS: dict[str, str] = {
     "inspect": "lora_export.commands.inspect:inspect",
     "merge": "lora_export.commands.merge:merge",
     "merge-onnx": "lora_export.commands.merge_onnx:merge_onnx",
+    "run": "lora_export.commands.run:run",
 }

@@ -1,0 +1,50 @@
+"""`lora-export run`: the steps of a recipe, one after the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command(short_help="Run a recipe: several verbs with their options, from a YAML file.")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Give --force to every step that knows it.")
+@click.option("--dry-run", is_flag=True, help="Check the recipe and print its commands; run nothing.")
+@click.option("--quiet", is_flag=True, help="Give --quiet to every step that knows it; no step lines.")
+@click.pass_context
+def run(context: click.Context, recipe: Path, force: bool, dry_run: bool, quiet: bool) -> None:
+    """Run the steps of RECIPE in their order; stop at the first that fails.
+
+    The whole file is checked before the first step. Paths in it are relative to the current directory.
+
+    \b
+    Example:
+      lora-export run recipes/demo-minilm.yaml --dry-run
+    """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
+    from lora_export.errors import LoraExportError
+    from lora_export.recipe import load_recipe
+
+    root = context.find_root()
+    group = root.command
+    assert isinstance(group, click.Group)
+    loaded = load_recipe(recipe, group.list_commands(root), lambda verb: group.get_command(root, verb))
+    flags = [name for name, given in (("force", force), ("quiet", quiet)) if given]
+    steps = list(loaded.steps)
+    for flag in flags:
+        steps = [step.with_flag(flag) for step in steps]
+    if dry_run:
+        click.echo("\n".join(str(step) for step in steps))
+        return
+    loaded.check_needs()
+    for number, step in enumerate(steps, 1):
+        if not quiet:
+            click.echo(f"step {number} of {len(steps)}: {step}", err=True)
+        try:
+            with step.command.make_context(step.verb, list(step.arguments), parent=root) as inner:
+                code = step.command.invoke(inner)
+        except LoraExportError as error:
+            error.message = f"step {number} ({step.verb}) of {recipe}: {error.message}"
+            raise
+        if isinstance(code, int) and code:
+            context.exit(code)
