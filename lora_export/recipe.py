@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from lora_export.errors import BackendUnavailable, RecipeError
 
