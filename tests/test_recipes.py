@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -59,6 +61,26 @@ def test_our_recipes_explain_themselves(path: Path) -> None:
 
 def test_there_are_recipes() -> None:
     assert RECIPES
+
+
+@pytest.mark.slow
+def test_the_demo_recipe_runs_where_it_is_called(tmp_path: Path) -> None:
+    from lora_export.demo.report import Parity
+    from lora_export.demo.run import run_graph
+    from lora_export.demo.sentences import load_tasks
+    from lora_export.demo.training import Trainer
+
+    command = [sys.executable, "-c", "from lora_export.cli import main; main()"]
+    arguments = ["run", str(ROOT / "recipes" / "demo-minilm.yaml"), "--quiet"]
+    done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "lora-export-demo"
+    trainer, tasks = Trainer(folder / "base", 0), {task.name: task for task in load_tasks()}
+    for name in ("topic", "question"):
+        examples = tasks[name].held_out
+        got = run_graph(folder / f"{name}-shared.onnx", trainer.encode(examples))
+        wanted = trainer.logits(folder / "adapters" / name, examples)
+        assert Parity.between(got, wanted).relative_l2 <= 1e-5
 
 
 def test_steps_become_what_would_be_typed(tmp_path: Path) -> None:
