@@ -47,11 +47,8 @@ class GraphFile:
 
     def graphs(self) -> Iterator[ir.Graph]:
         """Yield the main graph and every subgraph (If, Loop, Scan)."""
-        seen: list[ir.Graph] = [self.model.graph]
-        for node in self.model.graph.all_nodes():
-            if isinstance(node.graph, ir.Graph) and all(node.graph is not graph for graph in seen):
-                seen.append(node.graph)
-        yield from seen
+        yield self.model.graph
+        yield from self.model.graph.subgraphs()
 
     def initializers(self) -> Iterator[ir.Value]:
         """Yield every initializer that has values, of the main graph and of subgraphs."""
@@ -75,8 +72,9 @@ def load_graph(path: str | os.PathLike[str]) -> GraphFile:
     try:
         model = ir.load(file)
     except Exception as error:  # protobuf and onnx_ir raise many kinds for a damaged file
+        first_line = (str(error).splitlines() or [""])[0][:200]
         raise GraphError(
-            f"{file} is not a readable ONNX file: {type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            f"{file} is not a readable ONNX file: {type(error).__name__}: {first_line}",
             "export it again, or copy it again if it was cut short",
         ) from error
     if not len(model.graph):
@@ -86,9 +84,7 @@ def load_graph(path: str | os.PathLike[str]) -> GraphFile:
 
         model = InlinePass()(model).model
     graph = GraphFile(model, file)
-    for node in model.graph.all_nodes():
-        if node.op_type == "Constant" and (tensor := _constant_tensor(node)) is not None:
-            node.outputs[0].const_value = tensor
+    _read_constants(model)
     problems = [problem for value in graph.initializers() for problem in _external_problems(value)]
     if problems:
         raise GraphError(
@@ -97,6 +93,32 @@ def load_graph(path: str | os.PathLike[str]) -> GraphFile:
             problems,
         )
     return graph
+
+
+def _read_constants(model: ir.Model) -> None:
+    """Let Constant nodes' outputs know their values; those in other files become initializers."""
+    for node in list(model.graph.all_nodes()):
+        if node.op_type != "Constant" or (tensor := _constant_tensor(node)) is None:
+            continue
+        node.outputs[0].const_value = tensor
+        if isinstance(tensor, ir.ExternalTensor):
+            initializer_of(node.outputs[0])
+
+
+def initializer_of(value: ir.Value) -> ir.Value:
+    """Turn a Constant node's output into an initializer of the same name; return an initializer as it is."""
+    maker = value.producer()
+    if maker is None:
+        return value
+    graph, tensor = maker.graph, value.const_value
+    assert isinstance(graph, ir.Graph)
+    assert tensor is not None
+    name, outputs = value.name, value.is_graph_output()
+    new = ir.Value(name=name, shape=value.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    ir.convenience.replace_all_uses_with(value, new, replace_graph_outputs=outputs)
+    graph.remove(maker, safe=False)
+    graph.register_initializer(new)
+    return new
 
 
 def _constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
@@ -119,7 +141,9 @@ def _external_problems(value: ir.Value) -> Iterator[str]:
     needed, offset = byte_size(tensor), tensor.offset or 0
     length = needed if tensor.length is None else tensor.length
     size = path.stat().st_size
-    if length != needed:
+    if offset < 0:
+        yield f"{value.name}: external data at the negative offset {offset}"
+    elif length != needed:
         yield f"{value.name}: says {length} bytes, its shape {tuple(tensor.shape)} needs {needed}"
     elif offset + length > size:
         yield f"{value.name}: bytes {offset}–{offset + length} of {location!r}, which has {size}"

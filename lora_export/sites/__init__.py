@@ -24,6 +24,8 @@ OPERATORS: dict[tuple[str, str], str] = {
     ("com.microsoft", "MatMulBnb4"): "lora_export.sites.quantized:slots",
     ("com.microsoft", "DynamicQuantizeMatMul"): "lora_export.sites.quantized:slots",
     ("com.microsoft", "MatMulIntegerToFloat"): "lora_export.sites.quantized:slots",
+    ("com.microsoft", "QGemm"): "lora_export.sites.quantized:slots",
+    ("com.microsoft", "QAttention"): "lora_export.sites.quantized:slots",
     ("", "MatMulInteger"): "lora_export.sites.quantized:slots",
     ("", "QLinearMatMul"): "lora_export.sites.quantized:slots",
     ("", "QLinearConv"): "lora_export.sites.quantized:slots",

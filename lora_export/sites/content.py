@@ -14,6 +14,9 @@ from lora_export.adapter import Array
 
 # The same weight in another float type differs by rounding (bf16: 2⁻⁹ relative); another weight by about 1.4.
 SAME = 1e-2
+# Less than this is the arithmetic of the types in use: no factor is looked for. Norms that do nothing but
+# add 1e-5 to a variance of 1 change more.
+EXACT = 1e-6
 # Directions: a row of a folded batch norm is the checkpoint's row times a factor, so its cosine is ±1.
 COSINE = 0.999
 _PROBES = 8
@@ -40,19 +43,25 @@ class Match:
 
     @property
     def scaled(self) -> bool:
-        """The stored rows are the checkpoint's times a factor each."""
-        return not self.same and self.cosine >= COSINE and self.row_scale is not None
+        """The stored rows are the checkpoint's times a factor each, and not all factors are 1."""
+        return self.difference > EXACT and self.cosine >= COSINE and self.row_scale is not None
 
 
-def compare(stored: Array, wanted: Array) -> Match:
+def compare(stored: Array, wanted: Array, every: bool = False) -> Match:
     """Compare two matrices of the same shape, rows of the canonical weight.
 
     A few evenly spaced rows are enough to tell the same weight; all are read where rows were rescaled.
+
+    Args:
+        stored: The graph's values.
+        wanted: The checkpoint's.
+        every: Read all rows in any case.
     """
-    picks = np.unique(np.linspace(0, len(wanted) - 1, 4 * _PROBES).astype(int))
-    match = _compare_rows(_f64(stored[picks]), _f64(wanted[picks]))
-    if match.same or match.cosine < COSINE:
-        return match
+    if not every:
+        picks = np.unique(np.linspace(0, len(wanted) - 1, 4 * _PROBES).astype(int))
+        match = _compare_rows(_f64(stored[picks]), _f64(wanted[picks]))
+        if match.same or match.cosine < COSINE:
+            return match
     return _compare_rows(_f64(stored), _f64(wanted))
 
 
@@ -62,7 +71,9 @@ def _compare_rows(stored: Array, wanted: Array) -> Match:
     products = np.einsum("ij,ij->i", stored, wanted)
     # A row that is zero on both sides agrees; its factor can't be known and does not matter for the base.
     both_zero = (norms == 0) & (stored_norms == 0)
-    cosines = np.where(both_zero, 1.0, np.abs(products) / np.maximum(norms * stored_norms, 1e-300))
+    # A stored row of zeros is the checkpoint's times 0, as long as other rows are there to show a factor.
+    agree = both_zero | ((stored_norms == 0) & bool(stored_norms.any()))
+    cosines = np.where(agree, 1.0, np.abs(products) / np.maximum(norms * stored_norms, 1e-300))
     total = float(np.linalg.norm(wanted))
     difference = (
         float(np.linalg.norm(stored - wanted)) / total if total else float(np.linalg.norm(stored) > 0)
@@ -71,26 +82,27 @@ def _compare_rows(stored: Array, wanted: Array) -> Match:
     return Match(float(cosines.min(initial=1.0)), difference, scale)
 
 
-def find_rows(stored: Array, wanted: Array) -> int | None:
-    """Return at which row of ``stored`` (canonical orientation) the rows of ``wanted`` begin.
+def find_rows(stored: Array, wanted: Array) -> list[int]:
+    """Return at which rows of ``stored`` (canonical orientation) the rows of ``wanted`` may begin.
 
     Args:
         stored: ``(height, cols)``, at least as high as ``wanted``.
         wanted: ``(rows, cols)``.
 
     Returns:
-        The offset at which the first distinctive row of ``wanted`` is found, else None.
+        The offsets at which the first row of ``wanted`` that is not zero is found.
     """
     rows = len(wanted)
-    probe = next((i for i in range(min(rows, 4 * _PROBES)) if np.any(wanted[i])), None)
+    whole = len(stored) == rows
+    # Of equal heights, a row that a batch norm has not set to zero.
+    probe = next((i for i in range(rows) if np.any(wanted[i]) and (not whole or np.any(stored[i]))), None)
     if probe is None:
-        return None
+        return []
     vector = _f32(wanted[probe])
     stored32 = _f32(stored[probe : len(stored) - rows + probe + 1])
     norms = np.linalg.norm(stored32, axis=1) * np.linalg.norm(vector)
     cosines = np.abs(stored32 @ vector) / np.maximum(norms, 1e-30)
-    best = int(np.argmax(cosines))
-    return best if cosines[best] >= COSINE else None
+    return [int(offset) for offset in np.flatnonzero(cosines >= COSINE)]
 
 
 def _f64(values: Array) -> Array:

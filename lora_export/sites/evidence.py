@@ -39,7 +39,7 @@ def collect(uses: Sequence[Use]) -> dict[str, dict[str, list[Use]]]:
     for use in uses:
         for source, key in _keys(use):
             found[source][key].append(use)
-    _add_repeated_calls(found[NODE_NAME])
+    _add_repeated_calls(found)
     return {source: dict(table) for source, table in found.items()}
 
 
@@ -51,7 +51,16 @@ def _keys(use: Use) -> Iterator[tuple[str, str]]:
         yield NODE_NAME, _join(path, parameter)
     for name in folded_from(use.root):
         yield FOLDED, weight_path(name)
-    yield WEIGHT_NAME, weight_path(use.root.name or "")
+    yield WEIGHT_NAME, weight_path(_name(use))
+
+
+def _name(use: Use) -> str:
+    """Name of the weight: the TorchScript exporter writes ``b.bias = Identity(a.bias)`` for equal values."""
+    for node in reversed(use.chain):
+        name = str(node.outputs[0].name)
+        if node.op_type == "Identity" and _WEIGHT_SUFFIX.search(name):
+            return name
+    return use.root.name or ""
 
 
 def _join(path: str, parameter: str) -> str:
@@ -85,16 +94,25 @@ def node_path(node: ir.Node) -> str | None:
 
 
 def folded_from(value: ir.Value) -> list[str]:
-    """Names of the initializers that onnxscript's optimiser folded into this one, without its ``val_N``."""
+    """Name of the initializer that onnxscript's optimiser folded into this one, if it is one alone."""
+    names = _folded_names(value)
+    return names if len(names) == 1 else []
+
+
+def computed_from(value: ir.Value) -> list[str]:
+    """Names of all that went into a folded constant, where that is more than one: it is none of them."""
+    names = _folded_names(value)
+    return names if len(names) > 1 else []
+
+
+def _folded_names(value: ir.Value) -> list[str]:
     tensor = value.const_value
     text = value.metadata_props.get(_FOLDED) or (tensor.metadata_props.get(_FOLDED) if tensor else None)
     try:
         names = ast.literal_eval(text) if text else []
     except (SyntaxError, ValueError):
         return []
-    names = [str(name) for name in names if "." in str(name)]
-    # More than one parameter went into it: it is no longer any of them.
-    return names if len(names) == 1 else []
+    return [str(name) for name in names] if isinstance(names, (list, tuple, set)) else []
 
 
 def weight_path(name: str) -> str:
@@ -103,16 +121,18 @@ def weight_path(name: str) -> str:
     return f"{name[: match.start()]}.{match.group(1)}" if match else name
 
 
-def _add_repeated_calls(table: dict[str, list[Use]]) -> None:
+def _add_repeated_calls(found: Mapping[str, dict[str, list[Use]]]) -> None:
     """Add the uses of ``sh_1.weight`` to ``sh.weight``: the TorchScript exporter numbers repeated calls.
 
-    Only where both read the same constant: a module may really be called ``sh_1``.
+    Only where both read the same constant, and no parameter is named ``sh_1.…``: a module may really be
+    called so.
     """
+    table, named = found[NODE_NAME], {key.rpartition(".")[0] for key in found[WEIGHT_NAME]}
     for key in list(table):
         path, _, parameter = key.rpartition(".")
         parts = path.split(".")
         for position, part in enumerate(parts):
-            if not _CALL.search(part):
+            if not _CALL.search(part) or path in named:
                 continue
             first = ".".join([*parts[:position], _CALL.sub("", part), *parts[position + 1 :], parameter])
             known = {id(use.root) for use in table.get(first, ())}

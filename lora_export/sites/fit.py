@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from lora_export.graph import matrix_shape, shape_of
+import numpy as np
+import onnx_ir as ir
+
+from lora_export.graph import matrix_shape, shape_of, stored_matrix
 from lora_export.patch import Placement
+from lora_export.sites.heads import heads_of
 from lora_export.sites.slot import Use
-from lora_export.sites.target import Target
+from lora_export.sites.target import Miss, Part, Site, Target
 
 
 def accepts(target: Target, use: Use) -> bool:
@@ -40,14 +44,14 @@ def place(target: Target, use: Use, part: tuple[int, int] | None = None) -> tupl
         return _place_experts(target, shape_of(use.root.const_value))
     rows, cols = target.matrix
     shape = shape_of(use.root.const_value)
-    if target.kind == "conv" and shape != target.shape:
+    if len(target.shape) > 2 and shape != target.shape:
         return f"the graph's weight is {shape}, the adapter's {target.shape}"
     stored = stored_shape(target, use)
     transposed = use.transposed and target.kind != "vector"
     height, width = (stored[1], stored[0]) if transposed else stored
     if width != cols or (height != rows and part is None):
         return f"the graph's weight is {(height, width)}, the adapter's {target.matrix}"
-    offset = 0 if part is None else _fused_offset(height, rows, *part)
+    offset = 0 if part is None else _fused_offset(height, rows, *part, heads_of(use.node))
     if offset is None:
         return f"the graph's fused weight has {height} rows, which {rows} rows at {part} do not fit"
     return (placement_at(offset, (0, rows), transposed),)
@@ -58,14 +62,28 @@ def placement_at(offset: int, rows: tuple[int, int], transposed: bool) -> Placem
     return Placement(rows, 0 if transposed else offset, offset if transposed else 0, transposed)
 
 
-def _fused_offset(height: int, rows: int, position: int, count: int) -> int | None:
-    """First row of a part: halves are equal; of q, k, v the last two are equal (grouped-query attention)."""
+def _fused_offset(
+    height: int, rows: int, position: int, count: int, heads: tuple[int, int] | None
+) -> int | None:
+    """First row of a part: halves are equal; of q, k, v the last two are equal (grouped-query attention).
+
+    Args:
+        height: Rows of the fused weight.
+        rows: Rows of the part.
+        position: Which part.
+        count: How many there are.
+        heads: Query heads and key-value heads, where the graph says so: else q has as many as k, or a
+            multiple.
+    """
     if count == 2:
         return position * rows if height == 2 * rows else None
-    if position == 0:
-        return 0 if height > rows and (height - rows) % 2 == 0 else None
-    queries = height - 2 * rows
-    return (queries if position == 1 else queries + rows) if queries > 0 else None
+    keys, odd = divmod(height - rows, 2) if position == 0 else (rows, 0)
+    queries = height - 2 * keys
+    if odd or keys <= 0 or queries <= 0 or queries % keys:
+        return None
+    if heads is not None and queries * heads[1] != keys * heads[0]:
+        return None
+    return (0, queries, queries + keys)[position]
 
 
 def _place_experts(target: Target, shape: tuple[int, ...]) -> tuple[Placement, ...] | str:
@@ -80,3 +98,48 @@ def _place_experts(target: Target, shape: tuple[int, ...]) -> tuple[Placement, .
         Placement((0, rows), row=expert * shape[1], transposed=transposed, expert=expert)
         for expert in range(target.experts)
     )
+
+
+def place_split(target: Target, groups: list[list[Use]], evidence: str) -> Site | Miss:
+    """Fit a module that the exporter split along its rows into several weights."""
+    parts, start = [], 0
+    rows, cols = target.matrix
+    for uses in groups:
+        roots = {id(use.root) for use in uses}
+        stored = stored_shape(target, uses[0])
+        transposed = uses[0].transposed and target.kind != "vector"
+        height, width = (stored[1], stored[0]) if transposed else stored
+        if len(roots) > 1 or width != cols:
+            return Miss(target, f"shapes differ: a part of the split weight is {(height, width)}")
+        placement = placement_at(0, (start, start + height), transposed)
+        parts.append(Part(uses[0].root, tuple(uses), (placement,)))
+        start += height
+    if start != rows:
+        return Miss(target, f"shapes differ: the split weight has {start} rows, the adapter {rows}")
+    return Site(target, tuple(parts), evidence)
+
+
+def site_of(target: Target, fits: list[tuple[Use, tuple[Placement, ...]]], evidence: str) -> Site | Miss:
+    """Rule 3: one constant, or several with the same bytes (an exporter folds a shared weight once a use)."""
+    roots: dict[int, list[tuple[Use, tuple[Placement, ...]]]] = {}
+    for use, placed in fits:
+        roots.setdefault(id(use.root), []).append((use, placed))
+    parts = tuple(
+        Part(group[0][0].root, tuple(use for use, _ in group), group[0][1]) for group in roots.values()
+    )
+    if any(use.transposed != group[0][0].transposed for group in roots.values() for use, _ in group):
+        return Miss(target, "ambiguous: its weight is read in both orientations")
+    if len(parts) > 1 and not _same_bytes([part.root for part in parts]):
+        where = ", ".join(str(part.root.name) for part in parts[:4])
+        return Miss(target, f"ambiguous: {len(parts)} weights have its name and shape ({where})")
+    return Site(target, parts, evidence)
+
+
+def _same_bytes(roots: list[ir.Value]) -> bool:
+    first = roots[0].const_value
+    assert first is not None
+    for root in roots[1:]:
+        assert root.const_value is not None
+        if not np.array_equal(stored_matrix(first), stored_matrix(root.const_value)):
+            return False
+    return True

@@ -10,12 +10,10 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from lora_export.sites.slot import Use
+from lora_export.errors import SiteError
+from lora_export.graph import initializer_of
+from lora_export.sites.slot import PASSED, SHAPE_ONLY, Use
 from lora_export.sites.target import Part
-
-_PASS = {"Transpose", "Cast", "CastLike", "Identity"}
-# Nodes that read the shape alone: no values reach them.
-_SHAPE_ONLY = {"Shape", "Size"}
 
 
 class Isolator:
@@ -23,6 +21,9 @@ class Isolator:
 
     def __init__(self) -> None:
         self._owners: dict[tuple[int, frozenset[tuple[int, int]]], ir.Value] = {}
+        self._owned: dict[tuple[int, int], frozenset[tuple[int, int]]] = {}
+        # A Constant node is replaced once; later parts still speak of its old output.
+        self._roots: dict[int, tuple[ir.Value, ir.Value]] = {}
         self.notes: list[str] = []
 
     def constant_for(self, part: Part, path: str, parameter: str) -> ir.Value:
@@ -32,45 +33,61 @@ class Isolator:
             part: Where a target lives.
             path: Module path, the beginning of the new names.
             parameter: ``weight`` or ``bias``, the end of the new names.
+
+        Raises:
+            SiteError: Some of the uses, but not all, belong to another part already.
         """
         mine = frozenset((id(use.node), use.slot.index) for use in part.uses)
         key = (id(part.root), mine)
-        if key not in self._owners:
-            readers = set(_readers(part.root))
-            root = _as_initializer(part.root, part.uses)
-            if readers <= mine and not part.root.is_graph_output():
-                self._owners[key] = root
-            else:
-                self._owners[key] = _copy(root, part.uses, f"{path}.lora_merged.{parameter}")
-                others = len(readers - mine) + part.root.is_graph_output()
-                self.notes.append(
-                    f"{path}: its weight {part.root.name!r} is shared with {others} other reader(s); "
-                    f"it got its own copy {path}.lora_merged.{parameter}"
-                )
-        return self._owners[key]
+        if key in self._owners:
+            return self._owners[key]
+        self._claim(mine, part, path)
+        root = self._initializer(part.root)
+        others = set(_readers(root)) - mine
+        if others:
+            name = _free_name(root, f"{path}.lora_merged.{parameter}")
+            self.notes.append(
+                f"{path}: its weight {root.name!r} is shared with {len(others)} other reader(s); "
+                f"it got its own copy {name}"
+            )
+            root = _copy(root, part.uses, name)
+        self._owners[key] = root
+        return root
+
+    def _claim(self, mine: frozenset[tuple[int, int]], part: Part, path: str) -> None:
+        if any(self._owned.get(use, mine) != mine for use in mine):
+            raise SiteError(
+                f"{path}: some, but not all, of the nodes that read {part.root.name!r} belong to "
+                "another target",
+                "merge the adapters one by one",
+            )
+        self._owned.update(dict.fromkeys(mine, mine))
+
+    def _initializer(self, root: ir.Value) -> ir.Value:
+        if id(root) not in self._roots:
+            self._roots[id(root)] = (root, initializer_of(root))
+        return self._roots[id(root)][1]
 
 
 def _readers(value: ir.Value) -> Iterator[tuple[int, int]]:
-    """Yield (node, input index) of each operator that a constant's values reach."""
+    """Yield (node, input index) of each operator that a constant's values reach, and outputs of graphs."""
+    if value.is_graph_output():
+        yield id(value), -1
     for usage in value.uses():
-        if usage.node.op_type in _PASS:
+        if usage.node.op_type in PASSED:
             yield from _readers(usage.node.outputs[0])
-        elif usage.node.op_type not in _SHAPE_ONLY:
+        elif usage.node.op_type not in SHAPE_ONLY:
             yield id(usage.node), usage.idx
 
 
-def _as_initializer(root: ir.Value, uses: tuple[Use, ...]) -> ir.Value:
-    """Turn a Constant node's output into an initializer of the same name; keep an initializer as it is."""
-    maker = root.producer()
-    if maker is None:
-        return root
-    graph = maker.graph
-    assert isinstance(graph, ir.Graph)
-    value = _new_value(str(root.name), root)
-    ir.convenience.replace_all_uses_with(root, value)
-    graph.remove(maker, safe=False)
-    graph.register_initializer(value)
-    return value
+def _free_name(root: ir.Value, name: str) -> str:
+    """Return ``name``, numbered where the graph has it already (merged before, or in two constants)."""
+    graph, number, free = root.graph, 1, name
+    assert graph is not None
+    while free in graph.initializers:
+        number += 1
+        free = f"{name}.{number}"
+    return free
 
 
 def _new_value(name: str, like: ir.Value) -> ir.Value:

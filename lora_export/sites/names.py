@@ -73,6 +73,31 @@ def flatten(key: str) -> str:
     return key.replace(".", "_")
 
 
+class Flattened:
+    """Paths of a graph by their flattened form.
+
+    Args:
+        known: The paths.
+    """
+
+    def __init__(self, known: Iterable[str]) -> None:
+        self._exact: dict[str, set[str]] = defaultdict(set)
+        self._tails: dict[str, set[str]] = defaultdict(set)
+        for path in known:
+            self._exact[flatten(path)].add(path)
+            parts = path.split(".")
+            for start in range(1, len(parts) - 1):
+                self._tails[flatten(".".join(parts[start:]))].add(path)
+
+    def find(self, key: str) -> list[str]:
+        """Return the paths that ``key`` may stand for: exactly, else with more in front.
+
+        What stands in front ends at a dot: ``attn_q`` is not ``cross_attn.q``.
+        """
+        flat = flatten(key)
+        return sorted(self._exact.get(flat) or self._tails.get(flat) or ())
+
+
 def find_prefixes(wanted: Iterable[str], known: Collection[str]) -> list[Prefix]:
     """Return the prefix changes under which most wanted paths are known; more than one if they tie.
 

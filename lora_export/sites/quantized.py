@@ -7,7 +7,7 @@ import onnx_ir as ir
 from lora_export.sites.slot import Slot, SlotKind
 
 # Position of the weight among the inputs, where it is not 1.
-_WEIGHT_INDEX = {"QLinearMatMul": 3, "QLinearConv": 3, "GatherBlockQuantized": 0}
+_WEIGHT_INDEX = {"QLinearMatMul": 3, "QLinearConv": 3, "QGemm": 3, "GatherBlockQuantized": 0}
 
 
 def slots(node: ir.Node) -> list[Slot]:

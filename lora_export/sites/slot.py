@@ -7,6 +7,10 @@ from typing import Literal
 
 import onnx_ir as ir
 
+# Nodes that read a weight's shape alone: no values reach them.
+SHAPE_ONLY = frozenset({"Shape", "Size"})
+# Nodes that a weight may pass on its way into an operator.
+PASSED = frozenset({"Transpose", "Cast", "CastLike", "Identity"})
 SlotKind = Literal["linear", "conv", "embedding", "vector", "other"]
 
 

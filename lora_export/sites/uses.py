@@ -10,10 +10,8 @@ import onnx_ir as ir
 
 from lora_export.graph import FLOAT_TYPES, GraphFile, shape_of
 from lora_export.sites import OPERATORS
-from lora_export.sites.slot import Slot, Use
+from lora_export.sites.slot import PASSED, SHAPE_ONLY, Slot, Use
 
-# Nodes that a weight may pass on its way; what each does to the values.
-_PASS = {"Transpose", "Cast", "CastLike", "Identity"}
 _DEQUANTIZE = {"DequantizeLinear", "DequantizeLinearBlock"}
 # What else a vector may feed, so that biases and norms (modules_to_save, bias="all") have a place.
 _VECTOR_PARAMETERS = {"Add": "bias", "Mul": "weight"}
@@ -35,7 +33,8 @@ def _operator(domain: str, op_type: str) -> Callable[[ir.Node], list[Slot]] | No
 def find_uses(graph: GraphFile) -> list[Use]:
     """Return every use of a constant as a weight, in graph order.
 
-    A use through a node that changes the values (Reshape, Mul, Dequantize …) has a ``refusal``.
+    A quantised weight's use, or one through a Transpose that is not a matrix's, has a ``refusal``. Another
+    node that changes the values (Reshape, Mul …) is the reader itself, an ``other`` use.
     """
     return [use for node in graph.graph.all_nodes() for use in _uses_of(node)]
 
@@ -60,35 +59,49 @@ def _vector_slots(node: ir.Node, taken: set[int]) -> Iterator[Slot]:
             yield Slot(index, "vector", parameter="weight" if index == 1 else "bias")
         elif node.op_type in _SKIP_NORMS and index in (2, 3):
             yield Slot(index, "vector", parameter="weight" if index == 2 else "bias")
-        elif node.op_type not in _PASS | _DEQUANTIZE:
+        elif node.op_type not in PASSED | SHAPE_ONLY | _DEQUANTIZE:
             yield Slot(index, "other", parameter="")
 
 
 def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
     """Walk from an operand back to the constant that it comes from, if it does."""
     chain: list[ir.Node] = []
-    transposed, refusal = slot.transposed, slot.refusal
+    refusal = slot.refusal
     while (maker := value.producer()) is not None:
         source = maker.inputs[0] if maker.inputs else None
         if maker.op_type == "Constant" or source is None:
             break
-        if maker.op_type == "Transpose":
-            permutation = list(maker.attributes.get_ints("perm", ()))
-            if permutation in ([1, 0], [0, 2, 1]) or not permutation:
-                transposed = not transposed
-            elif permutation != sorted(permutation):
-                refusal = refusal or f"the weight passes a Transpose with perm {permutation}"
-        elif maker.op_type in _DEQUANTIZE:
+        if maker.op_type in _DEQUANTIZE:
             refusal = refusal or f"quantised weight ({maker.op_type})"
-        elif maker.op_type not in _PASS:
+        elif maker.op_type not in PASSED:
             return None
         chain.insert(0, maker)
         value = source
     if value.const_value is None:
         return None
-    shape = shape_of(value.const_value)
+    shape, dtype = shape_of(value.const_value), value.const_value.dtype
     if (slot.kind in ("linear", "conv", "embedding") and len(shape) < 2) or not shape:
         return None
-    if value.const_value.dtype not in FLOAT_TYPES and (slot.kind == "other" or not refusal):
-        return None
-    return Use(node, slot, value, tuple(chain), transposed, refusal)
+    if dtype not in FLOAT_TYPES and not refusal:
+        if slot.kind not in ("linear", "conv") and not (slot.kind == "embedding" and chain):
+            return None
+        refusal = f"quantised weight ({node.op_type} of {dtype.name})"
+    transposed, wrong = _orientation(slot, chain, len(shape))
+    return Use(node, slot, value, tuple(chain), transposed, refusal or wrong)
+
+
+def _orientation(slot: Slot, chain: list[ir.Node], rank: int) -> tuple[bool, str]:
+    """Whether the constant is the transpose of the canonical weight, and what its Transposes do besides."""
+    transposed, wrong = slot.transposed, ""
+    for node in chain:
+        if node.op_type != "Transpose":
+            continue
+        straight = list(range(rank))
+        permutation = list(node.attributes.get_ints("perm", ())) or straight[::-1]
+        if permutation == straight:
+            continue
+        if slot.kind != "conv" and permutation == [*straight[:-2], rank - 1, rank - 2]:
+            transposed = not transposed
+        else:
+            wrong = f"the weight passes a Transpose with perm {permutation}"
+    return transposed, wrong

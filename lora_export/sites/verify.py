@@ -1,0 +1,109 @@
+"""Hold what was found by name against the checkpoint's values, and find weights by their values alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from lora_export.adapter import Array
+from lora_export.graph import stored_matrix
+from lora_export.patch import Placement
+from lora_export.sites import content, fit
+from lora_export.sites.readers import folded_into_conv, foreign_reader
+from lora_export.sites.slot import Use
+from lora_export.sites.target import Part, Target
+
+# Kinds whose rows are output channels: a factor on each can be followed (also through DoRA's norms).
+_SCALABLE = ("conv", "linear")
+
+
+def check_content(target: Target, part: Part, wanted: Array) -> Part | str:
+    """Compare a part with the checkpoint's weight.
+
+    Returns:
+        The part, with the factors of rescaled rows; or what differs.
+    """
+    if target.kind == "vector" or target.experts > 1:
+        return _check_whole(target, part, wanted)
+    (placement,) = part.placements
+    start, stop = placement.rows
+    stored = _canonical(part, placement)
+    # A batch norm may rescale some channels, and by little: then a sample of the rows does not tell.
+    every = folded_into_conv(target, part) or bool(foreign_reader(target.path, part.uses))
+    matches = [content.compare(stored, matrix[start:stop], every) for matrix in _orientations(target, wanted)]
+    match = min(matches, key=lambda match: match.difference)
+    if match.scaled and target.kind in _SCALABLE and (every or not match.same):
+        return replace(part, placements=(replace(placement, row_scale=match.row_scale),))
+    if match.same:
+        return part
+    return (
+        f"the weight {part.root.name!r} does not hold the checkpoint's values "
+        f"(relative difference {match.difference:.2g}, least cosine {match.cosine:.3f})"
+    )
+
+
+def _canonical(part: Part, placement: Placement) -> Array:
+    """Return the stored rectangle of a placement, in canonical orientation."""
+    assert part.root.const_value is not None
+    matrix = stored_matrix(part.root.const_value)
+    view = matrix.T if placement.transposed else matrix
+    offset = placement.col if placement.transposed else placement.row
+    start, stop = placement.rows
+    return view[offset : offset + stop - start]
+
+
+def _orientations(target: Target, wanted: Array) -> list[Array]:
+    """Return the checkpoint's matrix; a square one also transposed: it may be a Conv1D's."""
+    matrix = wanted.reshape(target.matrix)
+    square = target.kind in ("linear", "any") and wanted.ndim == 2 and matrix.shape[0] == matrix.shape[1]
+    return [matrix, matrix.T] if square else [matrix]
+
+
+def _check_whole(target: Target, part: Part, wanted: Array) -> Part | str:
+    assert part.root.const_value is not None
+    stored = np.asarray(part.root.const_value.numpy())
+    if stored.ndim == 1 and part.placements[0].rows == (0, target.shape[0]):
+        start = part.placements[0].row
+        stored = stored[start : start + target.shape[0]]
+    if folded_into_conv(target, part) and not np.any(wanted):
+        return f"the bias {part.root.name!r} was zero: what a folded batch norm made of it can't be known"
+    for candidate in (wanted, wanted.swapaxes(-1, -2) if wanted.ndim > 1 else wanted):
+        if candidate.shape == stored.shape:
+            flat = (-1, candidate.shape[-1]) if candidate.ndim > 1 else (-1, 1)
+            if content.compare(stored.reshape(flat), candidate.reshape(flat), wanted.ndim == 1).same:
+                return part
+    return f"the weight {part.root.name!r} does not hold the checkpoint's values"
+
+
+def search(target: Target, use: Use, wanted: Array) -> Iterator[Part]:
+    """Yield where a use's constant holds the target's values: all of it, some rows of it, or some of them."""
+    assert use.root.const_value is not None
+    transposed = use.transposed and target.kind != "vector"
+    stored = stored_matrix(use.root.const_value)
+    view = stored.T if transposed else stored
+    rows, cols = target.matrix
+    if view.shape[1] != cols or (target.kind == "vector" and len(view) != rows):
+        return
+    seen: set[int] = set()
+    for matrix in _orientations(target, wanted):
+        fused = len(view) >= rows
+        for offset in content.find_rows(view, matrix) if fused else content.find_rows(matrix, view):
+            covered = (0, rows) if fused else (offset, offset + len(view))
+            placement = fit.placement_at(offset if fused else 0, covered, transposed)
+            checked = check_content(target, Part(use.root, (use,), (placement,)), wanted)
+            if not isinstance(checked, str) and offset not in seen:
+                seen.add(offset)
+                yield checked
+
+
+def tile(target: Target, parts: Sequence[Part]) -> bool:
+    """Whether the parts are the whole target: one of them, or rows that follow each other."""
+    row = 0
+    for part in parts:
+        start, stop = part.placements[0].rows
+        if start != row:
+            return False
+        row = stop
+    return row == target.matrix[0]
