@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.parser
 import onnx_ir as ir
 import onnxruntime as ort
 
@@ -18,13 +20,16 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def graph(text: str, weights: dict[str, Any], scopes: dict[str, str] | None = None) -> ir.Model:
+def graph(
+    text: str, weights: dict[str, Any], scopes: dict[str, str] | None = None, head: str = HEAD
+) -> ir.Model:
     """Build a model: ``weights`` are initializers; ``_`` in the text's names stands for a dot in theirs.
 
     Args:
-        text: Graph in ONNX text, without the head.
+        text: Graph in ONNX text, and functions.
         weights: Name with dots → array or tensor.
         scopes: Node name → module path for the metadata that torch.onnx writes.
+        head: Versions.
     """
     tensors = [
         value if isinstance(value, ir.TensorProtocol) else ir.tensor(value, name=name)
@@ -32,7 +37,9 @@ def graph(text: str, weights: dict[str, Any], scopes: dict[str, str] | None = No
     ]
     for name, tensor in zip(weights, tensors, strict=True):
         tensor.name = name.replace(".", "_")
-    model = ir.from_onnx_text(HEAD + text, initializers=tensors)
+    proto = onnx.parser.parse_model(head + text)
+    proto.graph.initializer.extend(ir.to_proto(tensor) for tensor in tensors)
+    model = ir.from_proto(proto)
     for name in weights:
         model.graph.initializers[name.replace(".", "_")].name = name
     for node in model.graph.all_nodes():

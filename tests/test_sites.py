@@ -391,7 +391,8 @@ def test_weight_in_a_constant_node(square, tmp_path):
     weight, module = random(out_dim, IN, seed=7), linear("fc", out_dim, IN)
     numbers = ", ".join(repr(float(v)) for v in weight.reshape(-1))
     text = (
-        f"g (float[B,S,4] x) => (float[B,S,N] y) {{ w = Constant <value = float[{out_dim},{IN}] {{{numbers}}}> () "
+        "g (float[B,S,4] x) => (float[B,S,N] y) { "
+        f"w = Constant <value = float[{out_dim},{IN}] {{{numbers}}}> () "
         "t = Transpose (w) [n] y = MatMul (x, t) }"
     )
     base = save(graph(text, {}, {"n": "fc"}), tmp_path)
