@@ -230,7 +230,9 @@ class Matrix:
         else:
             np.multiply(grid[region], grid[region], out=product[region])
             norms = np.sqrt(product[region].sum(axis=1))
-        factor = patch.magnitude[along] / norms
+        magnitude = patch.magnitude[along]
+        # A channel that a folded batch norm multiplies by 0 has no norm and no magnitude: it stays 0.
+        factor = np.divide(magnitude, norms, out=np.zeros_like(norms), where=(norms != 0) | (magnitude != 0))
         grid[region] *= factor[:, None] if patch.magnitude_axis == 0 else factor[None, :]
 
     def _is_measured(self, patch: Patch, block: Block) -> bool:
