@@ -141,9 +141,7 @@ def _external_problems(value: ir.Value) -> Iterator[str]:
     needed, offset = byte_size(tensor), tensor.offset or 0
     length = needed if tensor.length is None else tensor.length
     size = path.stat().st_size
-    if offset < 0:
-        yield f"{value.name}: external data at the negative offset {offset}"
-    elif length != needed:
+    if length != needed:
         yield f"{value.name}: says {length} bytes, its shape {tuple(tensor.shape)} needs {needed}"
     elif offset + length > size:
         yield f"{value.name}: bytes {offset}–{offset + length} of {location!r}, which has {size}"
