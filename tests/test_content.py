@@ -81,6 +81,23 @@ def test_folded_batch_norm(exporter, kind, dora, tmp_path):
     assert error(run(tmp_path / "m.onnx", x=image)[0], wanted) < 2e-6
 
 
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize("kind", ["fresh", "positive"])
+def test_a_bias_that_a_norm_was_folded_into_is_refused(exporter, kind, tmp_path):
+    """Even where it is zero before and after: what is added to it would need the norm's factor."""
+    model, base = Normed(kind).eval(), tmp_path / "base.onnx"
+    nn.init.zeros_(model.conv.bias)
+    options = {"dynamo": True, "verbose": False} if exporter == "dynamo" else {"dynamo": False}
+    with contextlib.redirect_stdout(io.StringIO()):
+        torch.onnx.export(model, (torch.tensor(random(1, 3, 8, 8)),), str(base), **options)
+    folder = checkpoint(tmp_path / "c", **{k: v.numpy() for k, v in model.state_dict().items()})
+    saved = adapter(extras={"conv.bias": random(6)})
+    added = adapter(conv("conv", 6, 3, 3, 3, lora_bias=random(6)))
+    for given in (saved, added):
+        assert "conv.bias" in refusals(base, given, tmp_path)
+        assert refusals(base, given, tmp_path, checkpoint=folder).keys() == {"conv.bias"}
+
+
 def test_a_channel_of_zeros_has_no_known_factor(tmp_path):
     weight = random(6, 3, 3)
     weight[2] = 0
@@ -219,6 +236,16 @@ def test_a_checkpoint_without_the_weight_does_not_silence_doubt(tmp_path):
     folder = checkpoint(tmp_path / "c", other__weight=random(8, 8, seed=5))
     found = refusals(base, adapter(linear("fc", 8, 8)), tmp_path, checkpoint=folder)
     assert "read by a node of 'norm'" in found["fc.weight"]
+
+
+def test_a_name_whose_readers_are_several_modules_is_ambiguous(tmp_path):
+    """The exporter kept one of two equal weights, under a name that fits neither reader."""
+    text = HEAD + "{ [m] h = MatMul (x, fc_weight) [n] y = MatMul (h, fc_weight) }"
+    weight = random(8, 8)
+    base = save(graph(text, {"fc.weight": weight}, {"m": "one", "n": "two"}), tmp_path)
+    folder = checkpoint(tmp_path / "c", fc__weight=np.ascontiguousarray(weight.T))
+    found = refusals(base, adapter(linear("fc", 8, 8)), tmp_path, checkpoint=folder)
+    assert "ambiguous" in found["fc.weight"]
 
 
 @pytest.mark.parametrize("stored", [np.float16, np.float32])

@@ -194,6 +194,27 @@ def test_tied_weights(exporter, which, tmp_path):
     assert error(run(tmp_path / "m.onnx", x=ids)[0], wanted) < 2e-6
 
 
+class Norms(nn.Module):
+    """Two norms with equal weights, as every untrained pair has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.LayerNorm(6), nn.LayerNorm(6)
+
+    def forward(self, x):
+        return self.two(torch.relu(self.one(x)))
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+@pytest.mark.parametrize("which", ["one", "two"])
+def test_equal_norms(exporter, which, tmp_path):
+    base = export(Norms(), exporter, tmp_path)
+    saved = {f"{which}.weight": random(6, seed=4), f"{which}.bias": random(6, seed=5)}
+    merge_onnx(base, adapter(extras=saved), tmp_path / "m.onnx")
+    changes = {f"{which}__weight": saved[f"{which}.weight"] - 1.0, f"{which}__bias": saved[f"{which}.bias"]}
+    assert error(run(tmp_path / "m.onnx", x=X)[0], answer(Norms(), **changes)) < 2e-6
+
+
 # --- what the exporters compute from weights ----------------------------------------------------------
 
 

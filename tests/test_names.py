@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 import tiny
 import torch
+from safetensors.numpy import save_file
 from small_graphs import adapter, delta, error, graph, linear, random, refusals, run, save
 from torch import nn
 
@@ -155,14 +156,22 @@ def test_the_graphs_own_head_counts_decide(rows, fits, tmp_path):
         assert "shapes differ" in next(iter(refusals(base, given, tmp_path).values()))
 
 
-def test_a_bias_of_a_fused_weight(tmp_path):
+@pytest.mark.parametrize("verified", [False, True], ids=["by-name", "verified"])
+def test_a_bias_of_a_fused_weight(verified, tmp_path):
     key, bias = "model.layers.0.attn.qkv_proj.Add.bias", random(16, seed=6)
     stored = {"model.layers.0.attn.qkv_proj.MatMul.weight": random(8, 16, seed=7), key: bias}
     first, second = (name.replace(".", "_") for name in stored)
     text = HEAD + f"{{ h = MatMul (x, {first}) y = Add (h, {second}) }}"
     base = save(graph(text, stored), tmp_path)
     module = linear("model.layers.0.self_attn.v_proj", 4, 8, lora_bias=random(4, seed=4))
-    merge_onnx(base, adapter(module), tmp_path / "m.onnx")
+    options = {}
+    if verified:
+        rows = {"q": (0, 8), "k": (8, 12), "v": (12, 16)}
+        values = {f"model.layers.0.self_attn.{n}_proj.bias": bias[a:b].copy() for n, (a, b) in rows.items()}
+        save_file(values, tmp_path / "model.safetensors")
+        options = {"checkpoint": tmp_path}
+    report = merge_onnx(base, adapter(module), tmp_path / "m.onnx", **options)
+    assert ("content agrees" in report.plan.rows[1].reason) == verified
     change = np.zeros((16, 8))
     change[12:] = delta(module)
     wanted = X.astype(np.float64) @ (next(iter(stored.values())) + change.T) + bias
@@ -181,6 +190,14 @@ def test_a_split_weight(tmp_path):
     merge_onnx(base, adapter(module), tmp_path / "m.onnx")
     wanted = X.astype(np.float64) @ (np.hstack(list(stored.values())) + delta(module).T)
     assert error(run(tmp_path / "m.onnx", x=X)[0], wanted) < 2e-6
+    # The checkpoint holds it whole; each part is compared with its rows.
+    save_file(
+        {"m.self_attn.qkv_proj.weight": np.hstack(list(stored.values())).T.copy()},
+        tmp_path / "model.safetensors",
+    )
+    report = merge_onnx(base, adapter(module), tmp_path / "v.onnx", checkpoint=tmp_path)
+    assert "content agrees" in report.plan.rows[0].reason
+    assert error(run(tmp_path / "v.onnx", x=X)[0], wanted) < 2e-6
     reason = refusals(base, adapter(linear("m.self_attn.qkv_proj", 20, 8)), tmp_path)
     assert "shapes differ" in reason["m.self_attn.qkv_proj.weight"]
 

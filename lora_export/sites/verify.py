@@ -64,9 +64,10 @@ def _orientations(target: Target, wanted: Array) -> list[Array]:
 def _check_whole(target: Target, part: Part, wanted: Array) -> Part | str:
     assert part.root.const_value is not None
     stored = np.asarray(part.root.const_value.numpy())
-    if stored.ndim == 1 and part.placements[0].rows == (0, target.shape[0]):
-        start = part.placements[0].row
-        stored = stored[start : start + target.shape[0]]
+    if target.kind == "vector":
+        start, stop = part.placements[0].rows
+        row = part.placements[0].row
+        stored, wanted = stored[row : row + stop - start], wanted[start:stop]
     if folded_into_conv(target, part) and not np.any(wanted):
         return f"the bias {part.root.name!r} was zero: what a folded batch norm made of it can't be known"
     for candidate in (wanted, wanted.swapaxes(-1, -2) if wanted.ndim > 1 else wanted):
