@@ -5,6 +5,7 @@ import io
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from small_graphs import (
@@ -166,6 +167,20 @@ def test_a_second_module_without_a_bias_is_known_by_adapter_or_checkpoint(known_
         merge_onnx(base, adapter(one), tmp_path / "m.onnx", checkpoint=folder)
         wanted = answer(model, fc__weight=delta(one))
     assert error(run(tmp_path / "m.onnx", x=X)[0], wanted) < 2e-6
+
+
+def test_a_file_that_onnxruntime_has_optimised(tmp_path):
+    """MatMul and Add have become Gemm, and the nodes `/block/sh/MatMul/MatMulAddFusion`."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimised.onnx"), 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    plain = export(Nested(), "torchscript", tmp_path)
+    ort.InferenceSession(str(plain), options, providers=["CPUExecutionProvider"])
+    module = linear("block.sh", 6, 6, lora_bias=random(6, seed=4))
+    report = merge_onnx(tmp_path / "optimised.onnx", adapter(module), tmp_path / "m.onnx")
+    assert {row.operator for row in report.plan.rows} == {"Gemm"}
+    changes = {"block__sh__weight": delta(module), "block__sh__bias": 1.5 * module.lora_bias}
+    assert error(run(tmp_path / "m.onnx", x=X)[0], answer(Nested(), **changes)) < 2e-6
 
 
 class Tied(nn.Module):

@@ -28,6 +28,8 @@ _FOLDED = "pkg.onnxscript.optimizer.folded_from"
 _WEIGHT_SUFFIX = re.compile(
     r"(?:\.(?:MatMul|Gemm|Add|LayerNorm))?\.(weight|bias)(?:_DQ)?(?:_Q4|_Q8|_quantized)?$"
 )
+# What ONNX Runtime appends to the name of a node that it has fused, e.g. `/fc/MatMul/MatMulAddFusion`.
+_FUSION = re.compile(r"(/\w*Fusion/?)+$")
 _CALL = re.compile(r"_\d+$")
 
 Evidence = Mapping[str, Mapping[str, Sequence[Use]]]
@@ -81,7 +83,7 @@ def scope_path(node: ir.Node) -> str | None:
 
 def node_path(node: ir.Node) -> str | None:
     """Module path from a node name such as ``/seq/seq.0/MatMul``, where ``seq.0`` stands inside ``seq``."""
-    name = node.name or ""
+    name = _FUSION.sub("", node.name or "")
     if not name.startswith("/"):
         return None
     parts: list[str] = []
