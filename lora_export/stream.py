@@ -125,7 +125,8 @@ def nonfinite_error(problems: list[str]) -> CheckpointError:
     """Return the error for values that are, or became, NaN or infinite."""
     return CheckpointError(
         f"{len(problems)} tensors would hold values that are not finite; nothing was replaced",
-        "beyond float16's 65504: --dtype bfloat16 or float32; NaN in the base: take a sound copy of it",
+        "beyond float16's 65504: write bfloat16 or float32 (merge --dtype, or a graph of that type); "
+        "NaN in the base: take a sound copy of it",
         problems,
     )
 

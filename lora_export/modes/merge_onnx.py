@@ -26,6 +26,7 @@ from lora_export.output import OutputSet, refuse_existing
 from lora_export.patch import Patch, Placement, join, patch_from, replacement
 from lora_export.plan import Plan, PlanRow, unaccounted
 from lora_export.rounding import Mode, rounding_dict
+from lora_export.sites.bias import restore_biases
 from lora_export.sites.isolate import Isolator
 from lora_export.sites.resolve import Resolver, WeightOf
 from lora_export.sites.target import Miss, Site, Target, targets_of
@@ -219,6 +220,7 @@ def _plan_changes(
     rows: list[PlanRow] = []
     for adapter, factor in zip(adapters, factors, strict=True):
         sites, misses = resolver.resolve(targets_of(adapter), adapter.flattened)
+        sites, misses = restore_biases(sites, misses, weight_of)
         grouped = [site for site in sites if site.target.module and site.target.module.groups > 1]
         sites = [site for site in sites if site not in grouped]
         misses += [Miss(site.target, _GROUPED) for site in grouped]
@@ -231,7 +233,10 @@ def _plan_changes(
         found.append((adapter, factor, sites))
     changes = _changes(found, isolator)
     _drop_dead(graph)
-    return Plan(tuple(rows), tuple(isolator.notes)), changes
+    notes = list(isolator.notes)
+    if weight_of is None:
+        notes.append("places were found by name alone; --checkpoint BASE_DIR would compare their values")
+    return Plan(tuple(rows), tuple(notes)), changes
 
 
 _GROUPED = (
@@ -254,21 +259,41 @@ def _refuse(
 ) -> None:
     if not misses or (allow and sites):
         return
-    total = len(sites) + len(misses)
+    total, name, file = len(sites) + len(misses), repr(adapter.name), graph.path.name
+    reasons = [miss.reason for miss in misses]
     lines = [f"{miss.target.key}  {miss.reason}" for miss in misses]
-    if not sites:
+    if any(reason.startswith("quantised") for reason in reasons):
         raise SiteError(
-            f"adapter {adapter.name!r} was made for another model: none of its {total} parameters "
-            f"has a place in {graph.path.name}",
+            f"{file} has quantised weights: adapter {name} can't be merged into {len(misses)} of its "
+            f"{total} parameters' places",
+            "merge into the unquantised base and quantise the result, or deploy with exposed LoRA",
+            lines,
+        )
+    if not sites and all(reason.startswith("not found") for reason in reasons):
+        raise SiteError(
+            f"adapter {name} was made for another model: none of its {total} parameters "
+            f"has a place in {file}",
             "check the base; if the graph's names are gone, give --checkpoint BASE_DIR to match by value",
             lines,
         )
     raise SiteError(
-        f"adapter {adapter.name!r} has {len(misses)} parameters with no place in {graph.path.name} "
-        f"(of {total})",
-        "give --checkpoint BASE_DIR to match by value, or --allow-unmatched to go on without them",
+        f"adapter {name} has {len(misses)} parameters with no place in {file} (of {total})",
+        _hint(reasons, bool(sites)),
         lines,
     )
+
+
+def _hint(reasons: Sequence[str], some: bool) -> str:
+    hints = []
+    if any(reason.startswith("shapes differ") for reason in reasons):
+        hints.append("give the base that the adapter was trained on")
+    if any("--checkpoint" in reason or reason.startswith("not found") for reason in reasons):
+        hints.append("give --checkpoint BASE_DIR to match by value")
+    if any(" is found as well" in reason for reason in reasons):
+        hints.append("give --component where the adapter's file serves several models")
+    if some:
+        hints.append("--allow-unmatched goes on without them")
+    return "; ".join(hints) or "export the graph again, with names kept, and give --checkpoint BASE_DIR"
 
 
 def _changes(found: list[tuple[Adapter, float, list[Site]]], isolator: Isolator) -> dict[ir.Value, Change]:
@@ -328,7 +353,7 @@ def _placed_row(adapter: Adapter, site: Site) -> PlanRow:
         if len(part.placements) > 1:
             words.append(f"{len(part.placements)} experts")
         if first.row_scale is not None:
-            words.append("rescaled by a folded batch norm")
+            words.append("rescaled per output channel")
         layouts.append(" ".join(words) or "as in PyTorch")
     return PlanRow(
         adapter.name,

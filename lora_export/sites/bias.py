@@ -1,0 +1,124 @@
+"""Give a module back the bias of zeros that an exporter dropped, so that an adapter can set it.
+
+onnxscript's optimiser removes a bias whose values are all zero: that of every freshly made classifier head,
+which ``modules_to_save`` then trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_export.adapter import Array
+from lora_export.sites.fit import placement_at
+from lora_export.sites.slot import Slot, Use
+from lora_export.sites.target import Miss, Part, Site, Target
+
+WeightOf = Callable[[Target], Array | None]
+_NOT_FOUND = "not found"
+# Position of the bias among the inputs of operators that take one.
+_BIAS_INDEX = {"Gemm": 2, "Conv": 2}
+
+
+def restore_biases(
+    sites: Sequence[Site], misses: Sequence[Miss], weight_of: WeightOf | None
+) -> tuple[list[Site], list[Miss]]:
+    """Add a bias of zeros where one is missing and the module's weight is found; return sites and misses.
+
+    The weight's operator has to compute this module alone, unscaled, with no vector added to its result; and
+    where the checkpoint is at hand its bias has to be zero.
+    """
+    weights = {site.target.key: site for site in sites}
+    added: list[Site] = []
+    remaining: list[Miss] = []
+    for miss in misses:
+        target = miss.target
+        weight = weights.get(f"{target.path}.weight")
+        lost = target.kind == "vector" and target.key.endswith(".bias") and miss.reason.startswith(_NOT_FOUND)
+        stored = weight_of(target) if lost and weight_of else None
+        if lost and weight is not None and _can_add(weight, target) and (stored is None or not stored.any()):
+            added.append(_add(weight, target))
+        else:
+            remaining.append(miss)
+    return [*sites, *added], remaining
+
+
+def _can_add(weight: Site, target: Target) -> bool:
+    if len(weight.parts) != 1 or weight.target.matrix[0] != target.shape[0]:
+        return False
+    (part,) = weight.parts
+    whole = all(placement.row == placement.col == 0 for placement in part.placements)
+    return whole and all(_is_bare(use.node) for use in part.uses) and _rows(part) == target.shape[0]
+
+
+def _rows(part: Part) -> int:
+    tensor = part.root.const_value
+    assert tensor is not None
+    return int(tensor.shape.numpy()[1 if part.placements[0].transposed else 0])
+
+
+def _is_bare(node: ir.Node) -> bool:
+    """Whether a node computes ``x @ W`` and nothing else: no bias, no factor."""
+    if node.domain != "" or node.op_type not in ("MatMul", *_BIAS_INDEX):
+        return False
+    index = _BIAS_INDEX.get(node.op_type)
+    has_bias = index is not None and len(node.inputs) > index and node.inputs[index] is not None
+    alpha, beta = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
+    return not has_bias and alpha == beta == 1.0 and not _gets_a_vector(node)
+
+
+def _gets_a_vector(node: ir.Node) -> bool:
+    """Whether what reads the product also reads a constant vector: that may be the bias, fused."""
+    others = (value for usage in node.outputs[0].uses() for value in usage.node.inputs if value is not None)
+    return any(value.const_value is not None and len(value.const_value.shape) == 1 for value in others)
+
+
+def _add(weight: Site, target: Target) -> Site:
+    (part,) = weight.parts
+    tensor = part.root.const_value
+    assert tensor is not None
+    zeros = ir.tensor(np.zeros(target.shape, tensor.dtype.numpy()), name=f"{target.path}.lora_merged.bias")
+    bias = ir.Value(
+        name=zeros.name, shape=ir.Shape(target.shape), type=ir.TensorType(tensor.dtype), const_value=zeros
+    )
+    nodes = {id(use.node): use.node for use in part.uses}.values()
+    owner = next(iter(nodes)).graph
+    assert isinstance(owner, ir.Graph)
+    owner.register_initializer(bias)
+    uses = tuple(_wire(node, bias) for node in nodes)
+    rows = (0, target.shape[0])
+    return Site(
+        target,
+        (Part(bias, uses, (placement_at(0, rows, False),)),),
+        "added: the exporter dropped a bias of zeros",
+    )
+
+
+def _wire(node: ir.Node, bias: ir.Value) -> Use:
+    """Let a node read the bias, or an Add behind a MatMul, which has no input for one."""
+    index = _BIAS_INDEX.get(node.op_type)
+    if index is not None:
+        if len(node.inputs) <= index:
+            node.resize_inputs(index + 1)
+        node.replace_input_with(index, bias)
+        return Use(node, Slot(index, "vector", parameter="bias"), bias, (), False)
+    product = node.outputs[0]
+    total = ir.Value(name=f"{bias.name}.sum", shape=product.shape, type=product.type)
+    readers = list(product.uses())
+    add = ir.Node("", "Add", [product, bias], outputs=[total], name=f"{bias.name}.node")
+    node.append(add)
+    for reader in readers:
+        reader.node.replace_input_with(reader.idx, total)
+    if product.is_graph_output():
+        _take_over(node.graph, product, total)
+    return Use(add, Slot(1, "vector", parameter="bias"), bias, (), False)
+
+
+def _take_over(graph: ir.Graph | ir.Function | None, product: ir.Value, total: ir.Value) -> None:
+    """Let the sum be the graph's output, under the name that the output had."""
+    assert isinstance(graph, ir.Graph)
+    name = product.name
+    product.name, total.name = total.name, name
+    graph.outputs[list(graph.outputs).index(product)] = total
