@@ -67,6 +67,8 @@ def merge_onnx(
         click.echo("\n".join(text.plan_lines(report)))
     elif not quiet:
         click.echo("\n".join(text.summary_lines(report, time.monotonic() - started)))
+        if options["checkpoint"] is None and not base.is_dir():
+            click.echo("note: found by name alone; --checkpoint BASE_DIR would also compare the values")
     finer = "a float32 or float16 base keeps more of it, and so does serving the adapter unmerged"
     for line in text.warning_lines(report, finer):
         click.echo(line, err=True)

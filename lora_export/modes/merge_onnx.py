@@ -233,10 +233,7 @@ def _plan_changes(
         found.append((adapter, factor, sites))
     changes = _changes(found, isolator)
     _drop_dead(graph)
-    notes = list(isolator.notes)
-    if weight_of is None:
-        notes.append("places were found by name alone; --checkpoint BASE_DIR would compare their values")
-    return Plan(tuple(rows), tuple(notes)), changes
+    return Plan(tuple(rows), tuple(isolator.notes)), changes
 
 
 _GROUPED = (

@@ -49,7 +49,8 @@ def _can_add(weight: Site, target: Target) -> bool:
     if len(weight.parts) != 1 or weight.target.matrix[0] != target.shape[0]:
         return False
     (part,) = weight.parts
-    whole = all(placement.row == placement.col == 0 for placement in part.placements)
+    # Rescaled rows: a norm was folded in, and its factor would be the bias's as well.
+    whole = all(p.row == p.col == 0 and p.row_scale is None for p in part.placements)
     return whole and all(_is_bare(use.node) for use in part.uses) and _rows(part) == target.shape[0]
 
 
