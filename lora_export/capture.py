@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
+_TRACES = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node", "pkg.torch.onnx.class_hierarchy")
 _INSTALL = "pip install 'lora-export[hf]'"
 
 
@@ -111,6 +112,7 @@ def capture_module(
             ) from error
         assert program is not None
         _optimize(program.model)
+        _drop_traces(program.model)
     ir.save(program.model, output, external_data=output.name + ".data")
     return output
 
@@ -125,6 +127,13 @@ def _optimize(model: ir.Model) -> None:
         return False if weights else None
 
     optimizer.optimize_ir(model, should_fold=should_fold)
+
+
+def _drop_traces(model: ir.Model) -> None:
+    """Remove the exporter's stack traces: they name files of this machine and are most of a graph's size."""
+    for node in model.graph.all_nodes():
+        for key in _TRACES:
+            node.metadata_props.pop(key, None)
 
 
 def _output_names(module: torch.nn.Module, example_inputs: Any) -> list[str] | None:

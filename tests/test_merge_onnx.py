@@ -163,6 +163,20 @@ def test_same_inputs_same_bytes_and_no_leftovers(tmp_path):
     assert len(list((tmp_path / "one").iterdir())) == 3
 
 
+@group("bert")
+@pytest.mark.slow
+def test_a_captured_checkpoint_gives_the_same_bytes_and_names_no_file_of_this_machine(tmp_path):
+    import transformers
+
+    for name in ("one", "two"):
+        merge_onnx(tiny.checkpoint("bert"), tiny.adapter("bert"), tmp_path / name / "m.onnx")
+    for name in ("m.onnx", "m.onnx.data", "m.lora.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    graph = (tmp_path / "one" / "m.onnx").read_bytes()
+    assert str(tmp_path).encode() not in graph
+    assert transformers.__path__[0].encode() not in graph
+
+
 @group("llama")
 def test_base_is_not_touched_and_the_rest_of_the_graph_is_the_same(tmp_path):
     base, adapter = tiny.base_onnx("llama", "torchscript"), tiny.adapter("llama")
