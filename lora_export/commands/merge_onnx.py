@@ -59,6 +59,10 @@ def merge_onnx(
 
     loaded = load_adapters(adapters, options)
     started = time.monotonic()
+    if base.is_dir() and not quiet:
+        click.echo(
+            f"capturing {base} with torch.onnx (seconds for a small model, minutes for 1B) …", err=True
+        )
     with byte_progress(f"writing {output}", quiet or options["dry_run"]) as progress:
         report = mode.merge_onnx(base, loaded, output, progress=progress, **options)
     if as_json:
