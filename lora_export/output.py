@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -117,6 +118,8 @@ def output_errors(target: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         hint = (
-            "free some space and run it again" if error.errno == 28 else "check the path and its permissions"
+            "free some space and run it again"
+            if error.errno == errno.ENOSPC
+            else "check the path and its permissions"
         )
         raise OutputError(f"cannot write {target}: {reason} (nothing was replaced)", hint) from error

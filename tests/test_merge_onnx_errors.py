@@ -404,3 +404,16 @@ def test_above_2_gb_in_little_memory(tmp_path):
         for row in (0, 1, size - 1):
             wanted = delta[row] + (layer + 1 if row == 0 else 0)
             assert np.abs(values[row] - wanted).max() < 1e-4
+
+
+@pytest.mark.parametrize("step", ["save_graph", "write_data"])
+def test_no_space_at_any_step_leaves_the_old_files(capsys, base, adapter, out, monkeypatch, step):
+    import errno
+
+    import lora_export.modes.merge_onnx as mode
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(mode, step, full)
+    assert "No space left on device" in refused(capsys, base, adapter, out)

@@ -22,7 +22,7 @@ from lora_export.external_data import Change, plan_data, write_data
 from lora_export.graph import GraphFile, load_graph, save_graph
 from lora_export.manifest import Manifest, adapter_entry, hash_file, package_versions
 from lora_export.merge_report import MergeReport
-from lora_export.output import OutputSet, refuse_existing
+from lora_export.output import OutputSet, output_errors, refuse_existing
 from lora_export.patch import Patch, Placement, join, patch_from, replacement
 from lora_export.plan import Plan, PlanRow, unaccounted
 from lora_export.rounding import Mode, rounding_dict
@@ -83,7 +83,9 @@ def merge_onnx(
     if not dry_run:
         refuse_existing(list(targets.values()), force)
     loaded, factors = check_blend(adapters, weights)
-    with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
+    # A capture is as large as the base: it goes where the output will have room, not to a small /tmp.
+    place = out.parent if base.is_dir() and out.parent.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=place) as scratch:
         graph, weight_of, shared_files = _open_base(base, checkpoint, share_base, Path(scratch))
         base_files = _base_files(base, graph)
         _refuse_overlap(base_files, targets)
@@ -92,7 +94,7 @@ def merge_onnx(
         report = MergeReport(plan, {}, targets, size, shared, dry_run=dry_run)
         if dry_run:
             return report
-        with OutputSet(force) as outputs:
+        with output_errors(out), OutputSet(force) as outputs:
             staged = {name: outputs.stage(path) for name, path in targets.items()}
             costs = write_data(staged["data"], targets["data"].name, slots, size, changes, rounding, progress)
             report = replace(report, roundings=costs)
