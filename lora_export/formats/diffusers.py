@@ -25,7 +25,7 @@ from lora_export.formats.pairs import (
     raise_problems,
     select_component,
 )
-from lora_export.formats.source import Format, Options, Source
+from lora_export.formats.source import Format, Options, Source, adapter_of
 
 METADATA_KEY = "lora_adapter_metadata"
 _COMPONENT = re.compile(
@@ -40,11 +40,14 @@ _LORA = re.compile(
 
 
 def recognises(source: Source) -> bool:
-    """Whether names are in one of the old spellings, or in PEFT's behind a component."""
+    """Whether names are in one of the old spellings, or in PEFT's behind a component or with metadata."""
     if source.config is not None:
         return False
+    # A model's own `save_lora_adapter` writes no component, but says in the metadata what it is.
+    described = METADATA_KEY in source.metadata
     return any(
-        (match := _LORA.match(name)) and (match["old"] or (match["new"] and _COMPONENT.match(name)))
+        (match := _LORA.match(name))
+        and (match["old"] or (match["new"] and (described or _COMPONENT.match(name))))
         for name in source.tensors
     )
 
@@ -76,16 +79,8 @@ def read(source: Source, options: Options) -> Adapter:
         if module:
             modules[module.key] = module
     raise_problems(source, table.problems, "mend what is listed; the file holds LoRA pairs and their alpha")
-    return Adapter(
-        name=source.name,
-        source=str(source.path),
-        format="diffusers",
-        modules=modules,
-        config={str(key): dict(config) for key, config in configs.items()},
-        tensor_names=tuple(name for module in modules.values() for name in module.tensor_names),
-        sha256=source.sha256,
-        notes=(*source.notes, *notes),
-    )
+    shown = {str(key): dict(config) for key, config in configs.items()}
+    return adapter_of(source, "diffusers", modules, shown, notes)
 
 
 def _part(match: re.Match[str]) -> str | None:
