@@ -20,12 +20,13 @@ from lora_export.formats.lora_config import LoraRules
 from lora_export.formats.pairs import (
     Parts,
     PartsTable,
+    adapter_of,
     build_module,
     number,
     raise_problems,
     select_component,
 )
-from lora_export.formats.source import Format, Options, Source, adapter_of
+from lora_export.formats.source import Format, Options, Source
 
 METADATA_KEY = "lora_adapter_metadata"
 _COMPONENT = re.compile(
@@ -80,7 +81,7 @@ def read(source: Source, options: Options) -> Adapter:
             modules[module.key] = module
     raise_problems(source, table.problems, "mend what is listed; the file holds LoRA pairs and their alpha")
     shown = {str(key): dict(config) for key, config in configs.items()}
-    return adapter_of(source, "diffusers", modules, shown, notes)
+    return adapter_of(source, "diffusers", table, modules, shown, notes)
 
 
 def _part(match: re.Match[str]) -> str | None:

@@ -9,11 +9,13 @@ for each output.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from lora_export.adapter import Adapter, Array
 from lora_export.formats.pairs import (
     Parts,
     PartsTable,
+    adapter_of,
     build_module,
     number,
     raise_problems,
@@ -71,17 +73,10 @@ def read(source: Source, options: Options) -> Adapter:
         if module:
             modules[module.key] = module
     raise_problems(source, table.problems, "mend what is listed; other LyCORIS algorithms can't be read")
-    return Adapter(
-        name=source.name,
-        source=str(source.path),
-        format="kohya",
-        modules=modules,
+    return replace(
+        adapter_of(source, "kohya", table, modules, dict(source.metadata), notes),
         flattened=all("." not in module.path for module in modules.values()),
         base_model=source.metadata.get("ss_sd_model_name"),
-        config=dict(source.metadata),
-        tensor_names=tuple(name for module in modules.values() for name in module.tensor_names),
-        sha256=source.sha256,
-        notes=(*source.notes, *notes),
     )
 
 

@@ -16,12 +16,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from lora_export.adapter import Adapter, Array
-from lora_export.formats.pairs import Parts, PartsTable, build_module, raise_problems, stated_alpha
+from lora_export.formats.pairs import (
+    Parts,
+    PartsTable,
+    adapter_of,
+    build_module,
+    raise_problems,
+    stated_alpha,
+)
 from lora_export.formats.source import Format, Options, Source
 from lora_export.formats.tensors import value_problems
 
@@ -72,17 +80,7 @@ def read(source: Source, options: Options) -> Adapter:
     raise_problems(
         source, table.problems, "mend what is listed; a loralib file holds lora_A, lora_B and biases"
     )
-    return Adapter(
-        name=source.name,
-        source=str(source.path),
-        format="loralib",
-        modules=modules,
-        extras=extras,
-        config=dict(settings),
-        tensor_names=tuple(source.tensors),
-        sha256=source.sha256,
-        notes=source.notes,
-    )
+    return replace(adapter_of(source, "loralib", table, modules, dict(settings)), extras=extras)
 
 
 def _sort_tensors(source: Source) -> tuple[PartsTable, dict[str, Array]]:

@@ -6,10 +6,11 @@ Every format names its tensors in its own way; what makes a pair right is the sa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from lora_export.adapter import Array, Kind, LoraModule
+from lora_export.adapter import Adapter, Array, Kind, LoraModule
 from lora_export.errors import AdapterError
 from lora_export.formats.source import Options, Source
 from lora_export.formats.tensors import value_problems
@@ -42,11 +43,13 @@ class PartsTable:
 
     Attributes:
         problems: One line for each thing wrong so far.
+        aside: Names of tensors that are left out on purpose.
     """
 
     def __init__(self) -> None:
         self.rows: dict[tuple[str | None, str], Parts] = {}
         self.problems: list[str] = []
+        self.aside: list[str] = []
 
     def add(self, path: str, part: str, name: str, values: Array, component: str | None = None) -> Parts:
         """Put the tensor ``name`` down as ``part`` (``lora_a``, ``lora_b``, …) of the module ``path``."""
@@ -193,5 +196,37 @@ def select_component(source: Source, table: PartsTable, component: str | None) -
         )
     aside = [key for key in table.rows if key[0] != component]
     for key in aside:
-        del table.rows[key]
+        table.aside += table.rows.pop(key).names
     return (f"{len(aside)} modules of other components were left aside",) if aside else ()
+
+
+def adapter_of(
+    source: Source,
+    format: str,
+    table: PartsTable,
+    modules: Mapping[str, LoraModule],
+    config: Mapping[str, Any],
+    notes: Sequence[str] = (),
+) -> Adapter:
+    """Make an adapter of what every format says alike; `dataclasses.replace` sets the rest.
+
+    Args:
+        source: The file.
+        format: Key of the format that read it.
+        table: What became of the file's tensors.
+        modules: Made of the table.
+        config: The format's own configuration.
+        notes: What to say behind the source's own notes.
+    """
+    aside = frozenset(table.aside)
+    return Adapter(
+        name=source.name,
+        source=str(source.path),
+        format=format,
+        modules=modules,
+        config=config,
+        # Of the file, not of the modules: a plan that speaks of each of them has lost none.
+        tensor_names=tuple(name for name in source.tensors if name not in aside),
+        sha256=source.sha256,
+        notes=(*source.notes, *notes),
+    )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from lora_export.adapter import Adapter, Array, LoraModule
 from lora_export.errors import AdapterError
 from lora_export.formats.experts import nesting, parameters_of
 from lora_export.formats.lora_config import LoraRules
-from lora_export.formats.pairs import Parts, PartsTable, build_module, raise_problems
+from lora_export.formats.pairs import Parts, PartsTable, adapter_of, build_module, raise_problems
 from lora_export.formats.source import CONFIG_NAME, WEIGHT_NAMES, Format, Options, Source
 from lora_export.formats.tensors import value_problems
 
@@ -65,7 +66,7 @@ def read(source: Source, options: Options) -> Adapter:
     rules = LoraRules(config, options)
     table = PartsTable()
     table.problems += rules.problems
-    extras, extra_names, aside = _sort_tensors(source.tensors, table)
+    extras, extra_tensors = _sort_tensors(source.tensors, table)
     _refuse_attention(table)
     _name_parameters(table, rules)
     modules = _build_modules(table, rules, config)
@@ -76,24 +77,17 @@ def read(source: Source, options: Options) -> Adapter:
         _check_switches(modules, config, table.problems)
     table.problems += value_problems((n, v) for n, v in extras.items() if v.dtype.kind not in "iub")
     raise_problems(source, table.problems, "mend what is listed, or merge with PEFT's merge_and_unload")
-    notes = [*source.notes, *rules.notes]
+    notes = list(rules.notes)
     if config.get("modules_to_save") and not extras:
         notes.append(f"the config names modules_to_save {config['modules_to_save']}, and the file holds none")
-    if aside:
-        notes.append(f"left aside, needed in training only: {', '.join(aside)}")
-    return Adapter(
-        name=source.name,
-        source=str(source.path),
-        format="peft",
-        modules=modules,
+    if table.aside:
+        notes.append(f"left aside, needed in training only: {', '.join(table.aside)}")
+    return replace(
+        adapter_of(source, "peft", table, modules, config, notes),
         extras=extras,
-        extra_tensors=dict(zip(extras, extra_names, strict=True)),
+        extra_tensors=extra_tensors,
         base_model=config.get("base_model_name_or_path") or None,
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
-        config=config,
-        tensor_names=(*(name for m in modules.values() for name in m.tensor_names), *extra_names),
-        sha256=source.sha256,
-        notes=tuple(notes),
     )
 
 
@@ -155,13 +149,10 @@ def _refuse_other_tuners(source: Source, config: Mapping[str, Any]) -> None:
     )
 
 
-def _sort_tensors(
-    tensors: Mapping[str, Array], table: PartsTable
-) -> tuple[dict[str, Array], list[str], list[str]]:
-    """Give each tensor its place: a module's part, a whole parameter, or left aside."""
+def _sort_tensors(tensors: Mapping[str, Array], table: PartsTable) -> tuple[dict[str, Array], dict[str, str]]:
+    """Give each tensor its place: a module's part, a whole parameter (with its tensor's name), or aside."""
     extras: dict[str, Array] = {}
-    names: list[str] = []
-    aside: list[str] = []
+    names: dict[str, str] = {}
     for name, values in tensors.items():
         path = name.removeprefix(PREFIX)
         match = _LORA.match(path)
@@ -171,7 +162,7 @@ def _sort_tensors(
             if "embedding" in match["part"]:
                 row.kind = "embedding"
         elif _ASIDE.search(path):
-            aside.append(name)
+            table.aside.append(name)
         elif ".token_adapter." in path or ".lora_" in path:
             table.unknown([name], "not a tensor that a LoRA adapter has; merge with PEFT's merge_and_unload")
         else:
@@ -179,12 +170,12 @@ def _sort_tensors(
             target = re.sub(r"\.modules_to_save\.(default\.)?", ".", target)
             if target not in extras:
                 extras[target] = values
-                names.append(name)
+                names[target] = name
             elif np.array_equal(extras[target], values):
-                aside.append(name)  # PEFT saves the bias of a module to save twice
+                table.aside.append(name)  # PEFT saves the bias of a module to save twice
             else:
                 table.unknown([name], f"a second, different value of {target}")
-    return extras, names, aside
+    return extras, names
 
 
 def _refuse_attention(table: PartsTable) -> None:

@@ -10,7 +10,7 @@ import math
 import re
 
 from lora_export.adapter import Adapter
-from lora_export.formats.pairs import PartsTable, build_module, raise_problems, stated_alpha
+from lora_export.formats.pairs import PartsTable, adapter_of, build_module, raise_problems, stated_alpha
 from lora_export.formats.source import Format, Options, Source
 
 _LORA = re.compile(r"^(?P<path>.+)\.(?P<part>[AB])\.weight$")
@@ -52,16 +52,7 @@ def read(source: Source, options: Options) -> Adapter:
         if module:
             modules[module.key] = module
     raise_problems(source, table.problems, "mend what is listed; the file holds A.weight, B.weight and alpha")
-    return Adapter(
-        name=source.name,
-        source=str(source.path),
-        format="plain",
-        modules=modules,
-        config=dict(settings),
-        tensor_names=tuple(source.tensors),
-        sha256=source.sha256,
-        notes=source.notes,
-    )
+    return adapter_of(source, "plain", table, modules, dict(settings))
 
 
 FORMAT = Format(
