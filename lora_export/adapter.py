@@ -100,13 +100,15 @@ class LoraModule:
         Returns:
             ``left`` of shape ``(rows, rank)`` and ``right`` of shape ``(rank, cols)``.
         """
-        a, b = self.lora_a.astype(dtype), self.lora_b.astype(dtype)
+        a, b = self.lora_a, self.lora_b
+        if self.kind == "parameter" and self.experts > 1:
+            # PEFT's ParamWrapper.get_delta_weight: A is (experts, rank, in), B is (out, rank, experts).
+            # Cut out before widening, or every expert's call would widen all of them.
+            a = a.reshape(self.experts, self.rank, -1)[expert]
+            b = b.reshape(b.shape[0], self.rank, self.experts)[:, :, expert]
+        a, b = a.astype(dtype), b.astype(dtype)
         if self.kind == "embedding":
             left, right = a.T, b.T
-        elif self.kind == "parameter" and self.experts > 1:
-            # PEFT's ParamWrapper.get_delta_weight: A is (experts, rank, in), B is (out, rank, experts).
-            right = a.reshape(self.experts, self.rank, -1)[expert]
-            left = b.reshape(b.shape[0], self.rank, self.experts)[:, :, expert]
         else:
             left, right = b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1)
         return np.ascontiguousarray(left * dtype(self.scaling)), np.ascontiguousarray(right)
