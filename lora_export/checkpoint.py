@@ -1,39 +1,22 @@
 """The weights of a Hugging Face folder: where each tensor lies in which safetensors file, without torch.
 
-Only headers are read. Every rule of the format that a damaged or hand-made file can break is checked
-before anything is written (https://github.com/huggingface/safetensors, "Format").
+Only headers are read, and checked by `lora_export.safetensors_header` before anything is written.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from lora_export.adapter import Array
 from lora_export.errors import CheckpointError
+from lora_export.safetensors_header import DTYPES, HeaderError, read_file_header
 
-FLOATS: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-}
-_OTHERS: dict[str, np.dtype[Any]] = {
-    "BOOL": np.dtype(np.bool_),
-    **{f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits // 8}") for kind in "IU" for bits in (8, 16, 32, 64)},
-}
-DTYPES = {**FLOATS, **_OTHERS}
-# What the format's own reader refuses as well: a header beyond this is no header.
-_MAX_HEADER_BYTES = 100_000_000
 _OTHER_FORMATS = {
     "pytorch_model.bin": "PyTorch pickles",
     "pytorch_model.bin.index.json": "PyTorch pickles",
@@ -204,72 +187,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_shard(path: Path, problems: list[str]) -> Shard | None:
     """Return a file's layout, or None after adding to ``problems``."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                problems.append(
-                    f"{path.name}: {size} bytes, header of {length}: truncated, or no safetensors"
-                )
-                return None
-            raw = file.read(length)
+        found = read_file_header(path)
     except OSError as error:
         problems.append(f"{path.name}: {error.strerror or error}")
         return None
-    try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
-        if not isinstance(header, dict):
-            raise ValueError("the header is not an object")
-        tensors = [
-            _stored(path, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"
-        ]
-    except ValueError as error:
-        problems.append(f"{path.name}: {error}")
+    except HeaderError as error:
+        problems += [f"{path.name}: {problem}" for problem in error.problems]
         return None
-    tensors.sort(key=lambda tensor: (tensor.offset, tensor.length))
-    problem = _layout_problem(tensors, 8 + length, size)
-    if problem:
-        problems.append(f"{path.name}: {problem}")
-        return None
-    return Shard(path, size, 8 + length, header, tuple(tensors))
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if twice:
-        raise ValueError(f"the header names {', '.join(twice)} twice")
-    return dict(pairs)
-
-
-def _stored(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
-    """Return a header entry as a tensor; ValueError says which rule it breaks."""
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise ValueError(f"the header's entry for '{name}' lacks dtype, shape or data_offsets")
-    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [-1]
-    if len(numbers) != len(shape) + 2 or not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError(f"'{name}' has the shape {shape} and data_offsets {offsets}: not counts")
-    begin, end = offsets
-    wanted = math.prod(shape) * DTYPES[code].itemsize if code in DTYPES else end - begin
-    if begin > end or end - begin != wanted:
-        raise ValueError(f"'{name}' {code} {shape} needs {wanted} bytes, data_offsets give {end - begin}")
-    return StoredTensor(name, path, code, tuple(shape), data_start + begin, end - begin)
-
-
-def _layout_problem(tensors: list[StoredTensor], data_start: int, size: int) -> str:
-    """Return what is wrong with the tensors' places, or nothing. The format knows no gaps."""
-    expected = data_start
-    for tensor in tensors:
-        if tensor.offset < expected:
-            return f"'{tensor.name}' overlaps the tensor before it"
-        if tensor.offset > expected:
-            return f"{tensor.offset - expected} bytes before '{tensor.name}' belong to no tensor"
-        expected = tensor.offset + tensor.length
-        if expected > size:
-            return f"'{tensor.name}' ends at byte {expected}, the file at {size}: truncated"
-    return "" if expected == size else f"{size - expected} bytes at the end belong to no tensor"
+    tensors = [StoredTensor(e.name, path, e.code, e.shape, e.start, e.stop - e.start) for e in found.entries]
+    return Shard(path, found.size, found.data_start, found.content, tuple(tensors))
 
 
 def _joined(shards: list[Shard], problems: list[str]) -> dict[str, StoredTensor]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from lora_export.checkpoint import FLOATS, Shard, StoredTensor
+from lora_export.checkpoint import Shard, StoredTensor
 from lora_export.checkpoint_sites import Added, Placed, view_of
+from lora_export.safetensors_header import FLOATS, METADATA, header_bytes
 from lora_export.stream import BytesPiece, CopyPiece, MergePiece, Piece
 
 
@@ -119,16 +119,13 @@ def _header(shard: Shard, slots: list[Slot]) -> bytes:
     order = [*shard.header, *(name for name in by_name if name not in shard.header)]
     header: dict[str, Any] = {}
     for name in order:
-        if name == "__metadata__":
+        if name == METADATA:
             header[name] = shard.header[name]
             continue
         slot = by_name[name]
         offsets = [slot.at, slot.at + slot.length]
         header[name] = {"dtype": slot.code, "shape": list(slot.tensor.shape), "data_offsets": offsets}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    # The format aligns the data to 8 bytes with spaces.
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return header_bytes(header)
 
 
 def _count(tensor: StoredTensor) -> int:

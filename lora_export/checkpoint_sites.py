@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Adapter, Array, LoraModule
-from lora_export.checkpoint import FLOATS, Checkpoint, StoredTensor
+from lora_export.checkpoint import Checkpoint, StoredTensor
 from lora_export.checkpoint_names import Names, Part, tied_head
 from lora_export.patch import Patch, Placement, patch_from, replacement
 from lora_export.plan import Plan, PlanRow, unaccounted
+from lora_export.safetensors_header import FLOATS
 
 # Model families with Conv1D, and its names there (transformers ``pytorch_utils.Conv1D``).
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "lora_export"
 # A module may import modules of its own layer and of earlier ones. A folder is one entry.
 LAYERS = [
     ("errors",),
-    ("adapter", "output", "progress"),
+    ("adapter", "output", "progress", "safetensors_header"),
     ("patch", "plan", "graph", "manifest", "rounding", "spectrum"),
     ("blocks", "stream"),
     ("checkpoint", "checkpoint_names", "formats", "external_data", "sites"),

@@ -64,8 +64,8 @@ def test_reads_every_dtype_and_shape(tmp_path):
         (b"\x01\x02", "truncated"),
         ((1 << 40).to_bytes(8, "little") + b"{}", "truncated"),
         (raw(b"{nonsense"), "Expecting property name"),
-        (raw([]), "not an object"),
-        (raw({"a": {"dtype": "F32"}}), "lacks dtype"),
+        (raw([]), "is not a JSON object"),
+        (raw({"a": {"dtype": "F32"}}), "has no dtype, shape or data_offsets"),
         (raw({"a": entry([2], 0, 4)}, bytes(4)), "needs 8 bytes"),
         (raw({"a": entry([-1], 0, 4)}, bytes(4)), "not counts"),
         (raw({"a": entry("x", 0, 4)}, bytes(4)), "not counts"),
@@ -74,7 +74,7 @@ def test_reads_every_dtype_and_shape(tmp_path):
         (raw({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, bytes(12)), "overlaps"),
         (raw({"a": entry([1], 4, 8)}, bytes(8)), "belong to no tensor"),
         (raw({"a": entry([1], 0, 4)}, bytes(8)), "belong to no tensor"),
-        (raw(b'{"a": {}, "a": {}}'), "names a twice"),
+        (raw(b'{"a": {}, "a": {}}'), "'a' is there twice"),
     ],
 )
 def test_damaged_files(tmp_path, content, says):

@@ -467,10 +467,10 @@ def test_damaged_safetensors(tmp_path: Path) -> None:
         (struct.pack("<Q", 2**60) + whole[8:], "its header claims"),
         (struct.pack("<Q", 4) + b"{}xx", "its header is not JSON"),
         (struct.pack("<Q", 2) + b"[]", "its header is not a JSON object"),
-        (struct.pack("<Q", 8) + b'{"a": 1}', "a: has no dtype, shape or data_offsets"),
+        (struct.pack("<Q", 8) + b'{"a": 1}', "'a' has no dtype, shape or data_offsets"),
         (_header({"a": {"dtype": "F4", "shape": [1], "data_offsets": [0, 4]}}), "dtype F4 is not one of"),
         (_header({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 4]}}), "needs 12 bytes"),
-        (_header({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}), "data_offsets give -4"),
+        (_header({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}), "not counts"),
     ):
         file.write_bytes(content)
         with pytest.raises(AdapterError, match=r"is not a complete \.safetensors file") as caught:
@@ -671,7 +671,7 @@ def test_config_and_tensors_contradict(
 def test_a_header_with_a_name_twice_or_odd_metadata(tmp_path: Path) -> None:
     entry = '{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
     for text, message in (
-        (f'{{"a": {entry}, "a": {entry}}}', "a: is there twice"),
+        (f'{{"a": {entry}, "a": {entry}}}', "'a' is there twice"),
         ('{"__metadata__": [1]}', "its __metadata__ is not a JSON object"),
     ):
         file = tmp_path / "a.safetensors"
