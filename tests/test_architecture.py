@@ -157,6 +157,7 @@ assert not loaded, loaded
         (["merge", "--help"], ["numpy", "onnx_ir"]),
         (["inspect", "--help"], ["numpy", "onnx_ir"]),
         (["demo", "--help"], ["numpy", "onnx_ir"]),
+        (["run", "--help"], ["numpy", "onnx_ir", "yaml"]),
     ],
 )
 def test_help_loads_nothing_heavy(arguments, more):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_export.errors import AdapterError, CheckpointError, GraphError
-from lora_export.formats.tensors import read_header
-
-_INDEX = "model.safetensors.index.json"
+from lora_export.checkpoint import Checkpoint
+from lora_export.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -32,8 +29,8 @@ def base_size(path: Path) -> BaseSize:
     """Measure a Hugging Face checkpoint folder or an ONNX file with its external data.
 
     Raises:
-        CheckpointError: Nothing is there, or a folder without weights.
-        GraphError: A damaged ONNX file.
+        CheckpointError: Nothing is there, or a folder that is damaged or without weights.
+        GraphError: A damaged ONNX file, or one without its external data.
     """
     if path.is_file() and path.suffix == ".onnx":
         return _onnx_size(path)
@@ -41,13 +38,9 @@ def base_size(path: Path) -> BaseSize:
         raise CheckpointError(
             f"there is no base model at {path}", "give a Hugging Face folder or an .onnx file"
         )
-    shards = _shards(path)
-    if shards:
-        try:
-            entries = [entry for shard in shards for entry in read_header(shard).entries.values()]
-        except AdapterError as error:
-            raise CheckpointError(error.message, error.hint, error.problems) from error
-        return BaseSize(str(path), sum(e.parameters for e in entries), sum(e.stop - e.start for e in entries))
+    if any(path.glob("*.safetensors*")):
+        tensors = Checkpoint.open(path).tensors.values()
+        return BaseSize(str(path), sum(math.prod(t.shape) for t in tensors), sum(t.length for t in tensors))
     pickles = sorted(path.glob("pytorch_model*.bin"))
     if pickles:
         return BaseSize(str(path), None, sum(file.stat().st_size for file in pickles))
@@ -56,29 +49,9 @@ def base_size(path: Path) -> BaseSize:
     )
 
 
-def _shards(path: Path) -> list[Path]:
-    index = path / _INDEX
-    if not index.is_file():
-        return sorted(path.glob("*.safetensors"))
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index} is no index of shards", "download it again") from error
-    return sorted(path / name for name in names)
-
-
 def _onnx_size(path: Path) -> BaseSize:
-    import onnx_ir as ir
+    from lora_export.graph import byte_size, load_graph, shape_of
 
-    try:
-        model = ir.load(path)
-    # onnx_ir passes on whatever protobuf raised.
-    except Exception as error:
-        raise GraphError(f"{path} can't be read as ONNX: {error}", "export it again") from error
-    tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
-    files = {path.parent / tensor.location for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
-    missing = sorted(str(file) for file in files if not file.is_file())
-    if missing:
-        raise GraphError(f"{path} points at external data that isn't there", "put it beside", missing)
-    parameters = sum(math.prod(tensor.shape.numpy()) for tensor in tensors if tensor is not None)
-    return BaseSize(str(path), parameters, sum(t.nbytes for t in tensors if t is not None))
+    tensors = [value.const_value for value in load_graph(path).initializers()]
+    sizes = [(math.prod(shape_of(t)), byte_size(t)) for t in tensors if t is not None]
+    return BaseSize(str(path), sum(count for count, _ in sizes), sum(size for _, size in sizes))
