@@ -36,7 +36,10 @@ def check_blend(
     factors = [1.0] * len(loaded) if not weights else [float(weight) for weight in weights]
     problems = []
     if len(factors) != len(loaded):
-        problems.append(f"{len(loaded)} adapters and {len(factors)} weights")
+        raise AdapterError(
+            f"{len(loaded)} adapters and {len(factors)} weights",
+            "give one --weight for each --adapter, or none",
+        )
     problems += [f"weight {factor} is not a finite number" for factor in factors if not math.isfinite(factor)]
     plain = len(loaded) == 1 and factors == [1.0]
     for adapter in loaded:

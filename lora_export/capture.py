@@ -49,6 +49,10 @@ def capture_checkpoint(folder: str | os.PathLike[str], output: Path) -> Path:
     import transformers
 
     path = Path(folder)
+    if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{path} is an adapter, not a base model", "give it as --adapter, and its base as --base"
+        )
     with _quiet():
         try:
             config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)

@@ -94,7 +94,7 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError(
-                f"the base {folder} is not a folder",
+                f"{folder} is not a folder of a checkpoint",
                 "give a local folder with config.json and model.safetensors; a model of the hub is "
                 "fetched with: hf download NAME --local-dir DIR",
             )
@@ -107,7 +107,7 @@ class Checkpoint:
             _check_index(index, tensors, problems)
         if problems:
             raise CheckpointError(
-                f"the base {folder} is damaged or incomplete", "download or save it again", problems
+                f"the checkpoint {folder} is damaged or incomplete", "download or save it again", problems
             )
         return cls(folder, config, tuple(shards), tensors, index)
 

@@ -69,6 +69,12 @@ def _run(arguments: list[str], debug: bool) -> int:
         return error.exit_code
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        if debug:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        click.echo(f"Error: the system refused to read or write{where}: {error.strerror or error}", err=True)
+        return LoraExportError.exit_code
     except Exception as error:
         if debug:
             raise

@@ -68,7 +68,11 @@ def load_graph(path: str | os.PathLike[str]) -> GraphFile:
     """
     file = Path(path)
     if not file.is_file():
-        raise GraphError(f"no ONNX file at {file}", "check the path; a checkpoint must be a folder")
+        raise GraphError(f"no ONNX file at {file}", "check the path")
+    if file.suffix == ".safetensors":
+        raise GraphError(
+            f"{file} holds weights, not a graph", "give the folder that it is in, or an .onnx file"
+        )
     try:
         model = ir.load(file)
     except Exception as error:  # protobuf and onnx_ir raise many kinds for a damaged file

@@ -13,6 +13,8 @@ from types import TracebackType
 
 from lora_export.errors import OutputError
 
+_ANOTHER_NAME = "choose another name"
+
 
 class OutputSet:
     """A group of files that appear together.
@@ -44,13 +46,23 @@ class OutputSet:
                 else:
                     temporary.unlink()
 
-    def stage(self, target: Path) -> Path:
+    def stage(self, target: Path, folder: bool = False) -> Path:
         """Return the temporary path under which ``target`` is to be written.
 
+        Args:
+            target: What to write.
+            folder: It is a folder, and the caller has made sure that one of that name may be replaced.
+
         Raises:
-            OutputError: ``target`` exists and ``force`` is off, or its folder can't be written.
+            OutputError: ``target`` exists and ``force`` is off, it is a folder where a file is to be written
+                or the other way round, or its folder can't be written.
         """
-        refuse_existing([target], self._force)
+        if folder:
+            refuse_existing([target], self._force)
+            if target.is_file():
+                raise OutputError(f"{target} is a file, and a folder is to be written", _ANOTHER_NAME)
+        else:
+            refuse_replacing([target], self._force)
         make_parent(target)
         temporary = target.with_name(target.name + self._suffix)
         self._staged.append((temporary, target))
@@ -85,8 +97,19 @@ def refuse_existing(targets: list[Path], force: bool) -> None:
         raise OutputError("the output exists already", "choose another name, or give --force", existing)
 
 
+def refuse_replacing(files: list[Path], force: bool) -> None:
+    """Raise `OutputError` for files that exist already, unless ``force``; for folders always."""
+    folders = [str(file) for file in files if file.is_dir()]
+    if folders:
+        raise OutputError("the output is a folder, and a file is to be written", _ANOTHER_NAME, folders)
+    refuse_existing(files, force)
+
+
 def make_parent(target: Path) -> None:
     """Create the folder of ``target``; `OutputError` if that can't be done or it can't be written."""
+    above = next((path for path in target.parents if path.exists() and not path.is_dir()), None)
+    if above is not None:
+        raise OutputError(f"cannot write {target}: {above} is a file, not a folder", _ANOTHER_NAME)
     with output_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(target.parent, os.W_OK | os.X_OK):

@@ -18,19 +18,40 @@ def byte_progress(label: str, quiet: bool = False) -> Iterator[Advance | None]:
     if quiet:
         yield None
     elif sys.stderr.isatty():
-        yield from _bar(label)
+        with _Bar(label) as bar:
+            yield bar.advance
     else:
         yield _lines(label)
 
 
-def _bar(label: str) -> Iterator[Advance]:
-    from rich.console import Console
-    from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
+class _Bar:
+    """A line on the terminal that appears with the first byte: planning may take longer than writing."""
 
-    columns = (SpinnerColumn(), TextColumn(label), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(label, total=None)
-        yield lambda count: progress.advance(task, count)
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._stack = contextlib.ExitStack()
+        self._add: Advance | None = None
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def advance(self, count: int) -> None:
+        """Count bytes written."""
+        if self._add is None:
+            self._add = self._open()
+        self._add(count)
+
+    def _open(self) -> Advance:
+        from rich.console import Console
+        from rich.progress import FileSizeColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
+
+        columns = (SpinnerColumn(), TextColumn(self._label), FileSizeColumn(), TransferSpeedColumn())
+        progress = self._stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
+        task = progress.add_task(self._label, total=None)
+        return lambda count: progress.advance(task, count)
 
 
 def _lines(label: str) -> Advance:

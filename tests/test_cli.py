@@ -45,6 +45,11 @@ def test_every_verb_has_a_short_help_and_an_example(verb):
         (KeyError("x"), 4, "defect of lora-export"),
         (click.exceptions.Abort(), 130, "nothing was replaced"),
         (BrokenPipeError(), 0, ""),
+        (
+            OSError(28, "No space left on device", "x.json"),
+            1,
+            "refused to read or write x.json: No space left",
+        ),
     ],
 )
 def test_errors_become_exit_codes(monkeypatch, capsys, error, code, said):

@@ -174,4 +174,4 @@ def test_the_text_says_what_was_wrong() -> None:
     assert "joy      b   (wrong: fear)" in text
     assert "same label 0%" in text
     assert "OTHER bits" in text
-    assert "6.0 MB  100%   = 3 × 2.0" in text
+    assert "6.0 MB  100%   ≈ 3 × 2.0" in text

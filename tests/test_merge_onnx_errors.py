@@ -230,7 +230,7 @@ def test_output_that_would_replace_the_base(capsys, base, adapter, tmp_path):
     arguments = ["merge-onnx", "--base", copy / "model.onnx", "--adapter", adapter, "--force"]
     capsys.readouterr()
     assert _run([*map(str, arguments), "-o", str(copy / "model.onnx")], False) == 1
-    assert "would replace the base" in capsys.readouterr().err
+    assert "would replace what is read" in capsys.readouterr().err
     assert before == {path.name: path.read_bytes() for path in copy.iterdir()}
 
 
@@ -417,3 +417,85 @@ def test_no_space_at_any_step_leaves_the_old_files(capsys, base, adapter, out, m
 
     monkeypatch.setattr(mode, step, full)
     assert "No space left on device" in refused(capsys, base, adapter, out)
+
+
+def test_a_folder_is_never_replaced_by_a_file(capsys, base, adapter, tmp_path):
+    """Not even with --force: it may be the adapter, the checkpoint, or somebody's work."""
+    folder = tmp_path / "work.onnx"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years")
+    arguments = ["merge-onnx", "--base", base, "--adapter", adapter, "-o", folder, "--force"]
+    capsys.readouterr()
+    assert _run([str(argument) for argument in arguments], False) == 1
+    assert "the output is a folder" in capsys.readouterr().err
+    plot = tmp_path / "plot.html"
+    folder.rename(plot)
+    assert _run(["inspect", str(adapter), "--plot", str(plot), "--force"], False) == 1
+    assert "the output is a folder" in capsys.readouterr().err
+    assert (plot / "thesis.txt").read_text() == "years"
+
+
+def test_the_inputs_are_never_replaced(capsys, base, adapter, tmp_path):
+    for target in (adapter, base):
+        capsys.readouterr()
+        arguments = ["merge-onnx", "--base", base, "--adapter", adapter, "-o", target, "--force"]
+        assert _run([str(argument) for argument in arguments], False) == 1
+        assert target.exists()
+    assert (adapter / "adapter_config.json").exists()
+
+
+def test_an_output_of_another_ending(capsys, base, adapter, tmp_path):
+    capsys.readouterr()
+    arguments = ["merge-onnx", "--base", base, "--adapter", adapter, "-o", tmp_path / "merged"]
+    assert _run([str(argument) for argument in arguments], False) == 1
+    assert f"-o {tmp_path / 'merged' / 'model.onnx'}" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_confirms_nothing(capsys, base, adapter, out):
+    said = refused(capsys, base, adapter, out, "--checkpoint", tiny.checkpoint("bert"))
+    assert "stores none of the 14 parameters" in said
+
+
+def test_a_checkpoint_that_confirms_some(capsys, base, adapter, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny.checkpoint("llama"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    report = merge_onnx(base, adapter, tmp_path / "m.onnx", checkpoint=folder)
+    assert [note.split(":")[0] for note in report.plan.notes] == ["model.layers.0.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+def test_a_quantised_graph_is_called_so(capsys, adapter, out, tmp_path, exporter):
+    """The quantiser of onnxruntime drops the names of a dynamo export; the operators still tell."""
+    import contextlib
+    import io
+
+    from onnxruntime.quantization import quantize_dynamic
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        quantize_dynamic(tiny.base_onnx("llama", exporter), tmp_path / "q.onnx")
+    said = refused(capsys, tmp_path / "q.onnx", adapter, out)
+    assert "has quantised weights (MatMulInteger)" in said
+    assert "exposed LoRA" in said
+
+
+def test_share_base_with_nothing_to_share(capsys, adapter, out):
+    said = refused(capsys, tiny.base_onnx("llama", "torchscript"), adapter, out, "--share-base")
+    assert "nothing can be shared" in said
+
+
+def test_weights_or_an_adapter_as_the_base(capsys, adapter, out):
+    weights = tiny.checkpoint("llama") / "model.safetensors"
+    assert "holds weights, not a graph" in refused(capsys, weights, adapter, out)
+    assert "is an adapter, not a base model" in refused(
+        capsys, tiny.adapter("llama"), adapter, out, "--quiet"
+    )
+
+
+def test_a_dry_run_says_what_is_in_the_way(capsys, base, adapter, out):
+    capsys.readouterr()
+    arguments = ["merge-onnx", "--base", base, "--adapter", adapter, "-o", out / "m.onnx", "--dry-run"]
+    assert _run([str(argument) for argument in arguments], False) == 0
+    assert "--force would be needed" in capsys.readouterr().out

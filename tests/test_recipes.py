@@ -74,7 +74,7 @@ def test_the_demo_recipe_runs_where_it_is_called(tmp_path: Path) -> None:
     arguments = ["run", str(ROOT / "recipes" / "demo-minilm.yaml"), "--quiet"]
     done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "lora-export-demo"
+    folder = tmp_path / "lora-export-recipe"
     trainer, tasks = Trainer(folder / "base", 0), {task.name: task for task in load_tasks()}
     for name in ("topic", "question"):
         examples = tasks[name].held_out

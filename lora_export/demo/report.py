@@ -160,8 +160,12 @@ def _storage_lines(report: DemoReport) -> list[str]:
     largest = max(row.total_bytes for row in report.storage)
     lines = []
     for row in report.storage:
-        parts = " + ".join(f"{count} × {size / 1e6:.1f}" for count, size in row.parts)
+        # Equal sizes are one term; each is rounded, so the terms add up to the total only nearly.
+        counts: dict[str, int] = {}
+        for count, size in row.parts:
+            counts[f"{size / 1e6:.1f}"] = counts.get(f"{size / 1e6:.1f}", 0) + count
+        parts = " + ".join(f"{count} × {size}" for size, count in counts.items())
         lines.append(
-            f"  {row.name:<38} {row.total_bytes / 1e6:6.1f} MB  {row.total_bytes / largest:4.0%}   = {parts}"
+            f"  {row.name:<38} {row.total_bytes / 1e6:6.1f} MB  {row.total_bytes / largest:4.0%}   ≈ {parts}"
         )
     return lines

@@ -49,7 +49,7 @@ def run_demo(
     force = _check_output(output, force)
     say("loading the libraries and MiniLM", 0.0)
     with output_errors(output), OutputSet(force) as outputs, training_session():
-        folder = outputs.stage(output)
+        folder = outputs.stage(output, folder=True)
         tasks = load_tasks()
         save_base(folder / "base", max(len(task.labels) for task in tasks), seed)
         trainer = Trainer(folder / "base", seed)

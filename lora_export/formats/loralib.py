@@ -126,9 +126,8 @@ def _unstack(parts: Parts, enabled: Any, rslora: bool, problems: list[str]) -> f
     if rest or stacked == 1:
         if parts.rank and parts.rank != rank and rank % parts.rank == 0:
             problems.append(
-                f"{parts.label}: rank {parts.rank} is stated and the factors have "
-                f"{rank // parts.rank} times that: loralib's ConvLoRA? it is not supported; merge it with "
-                "loralib (model.eval()) and export that"
+                f"{parts.label}: rank {parts.rank} is stated, but the factors have rank {rank} "
+                "(a multiple is loralib's ConvLoRA: merge that with loralib, model.eval(), and export it)"
             )
             parts.rank = rank
         return 1.0

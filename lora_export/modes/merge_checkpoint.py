@@ -81,7 +81,7 @@ def merge_checkpoint(
         return report
     roundings: dict[str, Rounding] = {}
     with OutputSet(force) as outputs:
-        folder = outputs.stage(target)
+        folder = outputs.stage(target, folder=True)
         with output_errors(target):
             folder.mkdir()
         _refuse_small_disk(folder, size)

@@ -22,7 +22,7 @@ from lora_export.external_data import Change, plan_data, write_data
 from lora_export.graph import GraphFile, load_graph, save_graph
 from lora_export.manifest import Manifest, adapter_entry, hash_file, package_versions
 from lora_export.merge_report import MergeReport
-from lora_export.output import OutputSet, output_errors, refuse_existing
+from lora_export.output import OutputSet, output_errors, refuse_replacing
 from lora_export.patch import Patch, Placement, join, patch_from, replacement
 from lora_export.plan import Plan, PlanRow, unaccounted
 from lora_export.rounding import Mode, rounding_dict
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     import torch
 
 PathLike = str | os.PathLike[str]
+# Part of `Site.evidence` wherever values were compared.
+_CONFIRMED = "content"
+_EXAMPLES = 4
+_OTHER_VALUES = "does not hold the checkpoint's values"
 _MERGED_KEY = "lora_export.merged"
 
 
@@ -80,9 +84,10 @@ def merge_onnx(
     """
     out, base = Path(output), Path(base)
     targets = output_paths(out)
-    if not dry_run:
-        refuse_existing(list(targets.values()), force)
     loaded, factors = check_blend(adapters, weights)
+    _refuse_overlap([base, *(Path(adapter.source) for adapter in loaded)], targets)
+    if not dry_run:
+        refuse_replacing(list(targets.values()), force)
     # A capture is as large as the base: it goes where the output will have room, not to a small /tmp.
     place = out.parent if base.is_dir() and out.parent.is_dir() else None
     with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=place) as scratch:
@@ -90,7 +95,14 @@ def merge_onnx(
         base_files = _base_files(base, graph)
         _refuse_overlap(base_files, targets)
         plan, changes = _plan_changes(graph, loaded, factors, weight_of, allow_unmatched)
+        if checkpoint is not None:
+            plan = _with_unverified(plan, Path(checkpoint))
         slots, size, shared = plan_data(graph, changes, out, shared_files)
+        if share_base and not shared:
+            raise OutputError(
+                f"{base} has no weights in files of their own: nothing can be shared",
+                "leave out --share-base, or save the base with external data first",
+            )
         report = MergeReport(plan, {}, targets, size, shared, dry_run=dry_run)
         if dry_run:
             return report
@@ -133,7 +145,22 @@ def _refuse_overlap(base_files: Sequence[Path], targets: Mapping[str, Path]) -> 
     inputs = {path.resolve() for path in base_files}
     both = [str(path) for path in targets.values() if path.resolve() in inputs]
     if both:
-        raise OutputError("the output would replace the base", "choose another name", both)
+        raise OutputError("the output would replace what is read", "choose another name", both)
+
+
+def _with_unverified(plan: Plan, checkpoint: Path) -> Plan:
+    """Say which places the checkpoint could not confirm; refuse one that confirms none."""
+    silent = [row for row in plan.placed if _CONFIRMED not in row.reason]
+    if silent and len(silent) == len(plan.placed):
+        raise SiteError(
+            f"the checkpoint {checkpoint} stores none of the {len(silent)} parameters that would change",
+            "give the folder that the graph was exported from, or leave out --checkpoint",
+            [row.parameter for row in silent[:_EXAMPLES]],
+        )
+    notes = [
+        f"{row.parameter}: found by {row.reason} alone, the checkpoint does not store it" for row in silent
+    ]
+    return replace(plan, notes=(*plan.notes, *notes))
 
 
 def _manifest(
@@ -151,7 +178,13 @@ def _manifest(
 
 
 def output_paths(out: Path) -> dict[str, Path]:
-    """Return the files that belong to an output graph, the graph last: it appears when the rest is there."""
+    """Return the files that belong to an output graph, the graph last: it appears when the rest is there.
+
+    Raises:
+        OutputError: The name does not end in ``.onnx``.
+    """
+    if out.suffix != ".onnx":
+        raise OutputError(f"the output {out} does not end in .onnx", f"-o {out / 'model.onnx'}")
     return {
         "data": out.with_name(out.name + ".data"),
         "manifest": out.with_suffix(".lora.json"),
@@ -194,7 +227,7 @@ def export_onnx(
     """
     from lora_export.capture import capture_module
 
-    refuse_existing(list(output_paths(Path(output)).values()), force)
+    refuse_replacing(list(output_paths(Path(output)).values()), force)
     with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
         base = capture_module(module, example_inputs, Path(scratch) / "base.onnx", dynamic_shapes)
         return merge_onnx(
@@ -226,7 +259,8 @@ def _plan_changes(
         grouped = [site for site in sites if site.target.module and site.target.module.groups > 1]
         sites = [site for site in sites if site not in grouped]
         misses += [Miss(site.target, _GROUPED) for site in grouped]
-        _refuse(graph, adapter, sites, misses, allow_unmatched)
+        if misses and not (allow_unmatched and sites):
+            _refuse(graph, adapter, sites, misses, _quantised_operators(resolver))
         rows += [_placed_row(adapter, site) for site in sites]
         rows += [_refused_row(adapter, miss) for miss in misses]
         lost = unaccounted(adapter.tensor_names, rows)
@@ -253,22 +287,35 @@ def _refuse_merged(graph: GraphFile, adapters: Sequence[Adapter]) -> None:
         )
 
 
+def _quantised_operators(resolver: Resolver) -> str:
+    """Return ``" (MatMulInteger)"`` where weights are quantised, whatever their names; else ""."""
+    found = {use.node.op_type for use in resolver.uses if use.refusal.startswith("quantised")}
+    return f" ({', '.join(sorted(found))})" if found else ""
+
+
 def _refuse(
-    graph: GraphFile, adapter: Adapter, sites: Sequence[Site], misses: Sequence[Miss], allow: bool
+    graph: GraphFile, adapter: Adapter, sites: Sequence[Site], misses: Sequence[Miss], quantised: str
 ) -> None:
-    if not misses or (allow and sites):
-        return
     total, name, file = len(sites) + len(misses), repr(adapter.name), graph.path.name
     reasons = [miss.reason for miss in misses]
     lines = [f"{miss.target.key}  {miss.reason}" for miss in misses]
-    if any(reason.startswith("quantised") for reason in reasons):
+    lost = all(reason.startswith("not found") for reason in reasons)
+    if any(reason.startswith("quantised") for reason in reasons) or (lost and not sites and quantised):
         raise SiteError(
-            f"{file} has quantised weights: adapter {name} can't be merged into {len(misses)} of its "
-            f"{total} parameters' places",
-            "merge into the unquantised base and quantise the result, or deploy with exposed LoRA",
+            f"{file} has quantised weights{quantised}: adapter {name} can't be merged into {len(misses)} of "
+            f"its {total} parameters' places",
+            "merge into the unquantised base and quantise the result, or serve the adapter unmerged, with "
+            "exposed LoRA (this version can't write such a graph yet)",
             lines,
         )
-    if not sites and all(reason.startswith("not found") for reason in reasons):
+    if any(_OTHER_VALUES in reason for reason in reasons):
+        raise SiteError(
+            f"{file} was not exported from this checkpoint, or was changed since: adapter {name} has "
+            f"{len(misses)} places (of {total}) that are not confirmed",
+            "give the folder that the graph was exported from",
+            lines,
+        )
+    if not sites and lost:
         raise SiteError(
             f"adapter {name} was made for another model: none of its {total} parameters "
             f"has a place in {file}",

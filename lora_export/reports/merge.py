@@ -20,17 +20,19 @@ def merge_json(report: MergeReport) -> str:
 
 def plan_lines(report: MergeReport) -> list[str]:
     """Return what a dry run prints."""
-    size = report.size_bytes / 1e6
-    return [*report.plan.lines(), f"dry run: {size:.1f} MB of weights would be written, nothing was"]
+    lines = [*report.plan.lines(), f"dry run: {_size(report.size_bytes)} of weights would be written"]
+    existing = [str(path) for path in report.outputs.values() if path.exists()]
+    if existing:
+        lines.append(f"note: --force would be needed, there is already: {', '.join(existing)}")
+    return lines
 
 
 def summary_lines(report: MergeReport, seconds: float) -> list[str]:
     """Return the lines that a user reads after a merge."""
-    size, shared = report.size_bytes / 1e6, report.shared_bytes / 1e6
-    lines = [
-        f"merged {len(report.plan.placed)} parameters in {seconds:.1f} s: {size:.1f} MB of weights written"
-        + (f", {shared:.1f} MB shared with the base" if shared else "")
-    ]
+    changed = len({row.parameter for row in report.plan.placed})
+    shared = f", {_size(report.shared_bytes)} shared with the base" if report.shared_bytes else ""
+    written = f"{_size(report.size_bytes)} of weights written"
+    lines = [f"changed {changed} parameters in {seconds:.1f} s: {written}{shared}"]
     lines += [f"note: {note}" for note in report.plan.notes]
     lines += _rounding_lines(report.roundings)
     return lines + [f"wrote {path}" for path in report.outputs.values()]
@@ -46,7 +48,15 @@ def _rounding_lines(costs: Mapping[str, Rounding]) -> list[str]:
         (cost.label, f"{cost.relative:.2%}", f"{cost.lost_share:.2%}", f"{cost.sampled_share:.0%}")
         for cost in [total, *worst]
     ]
-    return align(table)
+    legend = "(error: ‖round(W) − W‖ / ‖ΔW‖; changes lost: weights that came out as they were before)"
+    return [*align(table), legend]
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} bytes"
 
 
 def warning_lines(report: MergeReport, help_for_rounding: str) -> Iterator[str]:

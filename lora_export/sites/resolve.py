@@ -143,7 +143,7 @@ class Resolver:
     ) -> Site | Miss:
         refused = [use.refusal for group in groups for use in group if use.refusal]
         if refused:
-            return Miss(target, f"{refused[0]}: it can't be merged into; deploy with exposed LoRA instead")
+            return Miss(target, f"{refused[0]}: it can't be merged into")
         if len(groups) > 1:
             return fit.place_split(target, groups, evidence)
         (uses,) = groups
