@@ -366,7 +366,11 @@ def test_output_rules(tmp_path):
     assert "dtype" in refused(OutputError, base, adapter, out, dtype="int8").message
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.tex").write_text("x")
-    assert "not a model" in refused(OutputError, base, adapter, tmp_path / "thesis", force=True).message
+    model = small_base(tmp_path / "model")
+    for precious in (tmp_path / "thesis", model):
+        before = sorted(path.name for path in precious.iterdir())
+        assert "no merge has written it" in refused(OutputError, base, adapter, precious, force=True).message
+        assert sorted(path.name for path in precious.iterdir()) == before
     merge_checkpoint(base, adapter, out)
     assert "exists" in refused(OutputError, base, adapter, out).message
     (out / "stale.txt").write_text("x")
@@ -483,13 +487,14 @@ def test_killed_while_writing(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("old")
+    (out / "lora.json").write_text("{}")
     with subprocess.Popen([sys.executable, "-c", RUN, *arguments, "--force", "--quiet"]) as run:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("out.tmp-*/model.safetensors")) and time.monotonic() < deadline:
             time.sleep(0.001)
         run.send_signal(signal.SIGKILL)
     assert run.returncode == -signal.SIGKILL
-    assert [p.name for p in out.iterdir()] == ["config.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "lora.json"]
     assert (out / "config.json").read_text() == "old"
 
 

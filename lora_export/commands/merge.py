@@ -40,7 +40,7 @@ DTYPES = ("float32", "float16", "bfloat16")
     help="Measure what rounding cost on evenly spaced blocks of large weights, or on every element.",
 )
 @click.option("--allow-unmatched", is_flag=True, help="Leave out what has no place in the base.")
-@click.option("--force", is_flag=True, help="Replace the output if it is a model's folder.")
+@click.option("--force", is_flag=True, help="Replace the output folder if an earlier merge wrote it.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress and no summary; warnings stay.")

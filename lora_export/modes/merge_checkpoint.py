@@ -52,7 +52,7 @@ def merge_checkpoint(
         weights: One factor for each adapter's ΔW; 1 if left out.
         dtype: ``float32``, ``float16`` or ``bfloat16`` for all float tensors; as they are if left out.
         allow_unmatched: Leave out what has no place in the base, instead of refusing.
-        force: Replace ``output`` if it holds a model.
+        force: Replace ``output``, with all that is in it, if an earlier merge wrote it.
         dry_run: Only make the plan.
         rounding: ``sample`` measures large weights on evenly spaced blocks, ``exact`` on every element.
         progress: Called with the number of bytes just written.
@@ -173,15 +173,11 @@ def _refuse_output(target: Path, inputs: list[Path], force: bool) -> None:
             raise OutputError(f"the output {target} and the input {source} overlap", "choose another folder")
     if not target.exists() or not force:
         return
-    looks = target.is_dir() and (
-        not any(target.iterdir())
-        or (target / "config.json").exists()
-        or (target / MANIFEST).exists()
-        or any(target.glob("*.safetensors"))
-    )
-    if not looks:
+    # A folder goes as a whole: only one that an earlier merge wrote, never a model that somebody trained.
+    ours = target.is_dir() and (not any(target.iterdir()) or (target / MANIFEST).exists())
+    if not ours:
         raise OutputError(
-            f"{target} is not a model's folder: it is not replaced, even with --force",
+            f"{target} has no {MANIFEST}, so no merge has written it: it is not replaced, even with --force",
             "choose another name, or remove it yourself",
         )
 
