@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import onnx_ir as ir
 
 from lora_export.adapter import Array
 from lora_export.checkpoint import Checkpoint
-from lora_export.checkpoint_names import Names
+from lora_export.checkpoint_names import Names, Part
 from lora_export.errors import OutputError
 from lora_export.graph import GraphFile, shape_of
 from lora_export.sites.target import Target
@@ -27,26 +28,38 @@ class CheckpointWeights:
         self._names = Names(checkpoint)
 
     def __call__(self, target: Target) -> Array | None:
-        """Return a view in the target's canonical shape, or None.
+        """Return a view in the target's canonical shape, or None; of stacked experts, the first and the last.
 
-        None where the checkpoint doesn't store it (a tied head), stores it in pieces (experts one by one),
-        or in another shape. Conv1D's ``(in_dim, out_dim)`` is returned transposed; a square one can't be
-        told from Linear's by its shape, so that a comparison has to try both orientations.
+        None where the checkpoint doesn't store it (a tied head) or in another shape. Conv1D's ``(in_dim,
+        out_dim)`` is returned transposed; a square one can't be told from Linear's by its shape, so that a
+        comparison has to try both orientations, as with experts.
         """
         parts = self._names.find(target.key)
-        if isinstance(parts, str) or len(parts) != 1:
+        if isinstance(parts, str) or not parts:
             return None
-        (part,) = parts
-        if part.expert is not None or part.piece != (0, 1):
-            return None
-        values = self._checkpoint.read(part.tensor)
         if target.experts > 1:
-            return values if values.ndim == 3 else None
+            return self._end_experts(parts, target.experts)
+        if len(parts) != 1 or parts[0].piece != (0, 1):
+            return None
+        values = self._checkpoint.read(parts[0].tensor)
         if values.shape == target.shape:
             return values
         if target.kind in ("linear", "any") and values.ndim == 2 and values.shape == target.shape[::-1]:
             return values.T
         return None
+
+    def _end_experts(self, parts: Sequence[Part], experts: int) -> Array | None:
+        """Return ``(2, …, …)``: the first and the last expert, put together where stored in pieces."""
+        if len(parts) == 1 and parts[0].expert is None:
+            values = self._checkpoint.read(parts[0].tensor)
+            return values[[0, -1]] if values.ndim == 3 and len(values) == experts else None
+        ends = []
+        for expert in (0, experts - 1):
+            mine = sorted((part for part in parts if part.expert == expert), key=lambda part: part.piece)
+            if not mine or len(mine) != mine[0].piece[1]:
+                return None
+            ends.append(np.concatenate([self._checkpoint.read(part.tensor) for part in mine]))
+        return np.stack(ends)
 
 
 def link_weights(graph: GraphFile, checkpoint: Checkpoint) -> set[Path]:

@@ -68,7 +68,7 @@ def test_merge_agrees_with_peft(arch, exporter, feature, tmp_path, capsys):
     [pytest.param(*pair, marks=group(pair[0]), id="-".join(pair)) for pair in tiny.pairs(*EXPORTERS)],
 )
 def test_checkpoint_verifies_every_match(arch, exporter, tmp_path):
-    adapter = tiny.adapter(arch)
+    adapter = tiny.adapter(arch, "target_parameters" if arch == "qwen2_moe" else "plain")
     report = merge_onnx(
         tiny.base_onnx(arch, exporter), adapter, tmp_path / "m.onnx", checkpoint=tiny.checkpoint(arch)
     )
@@ -93,15 +93,12 @@ def stripped(path, output):
 
 @pytest.mark.parametrize(
     ("arch", "exporter"),
-    [
-        pytest.param(*pair, marks=group(pair[0]), id="-".join(pair))
-        for pair in tiny.pairs(*EXPORTERS)
-        if pair[0] != "qwen2_moe"
-    ],
+    [pytest.param(*pair, marks=group(pair[0]), id="-".join(pair)) for pair in tiny.pairs(*EXPORTERS)],
 )
 def test_content_alone_finds_everything(arch, exporter, tmp_path):
     base = stripped(tiny.base_onnx(arch, exporter), tmp_path / "bare.onnx")
-    adapter, output = tiny.adapter(arch), tmp_path / "m.onnx"
+    feature = "target_parameters" if arch == "qwen2_moe" else "plain"
+    adapter, output = tiny.adapter(arch, feature), tmp_path / "m.onnx"
     report = merge_onnx(base, adapter, output, checkpoint=tiny.checkpoint(arch))
     assert {row.reason for row in report.plan.rows} == {"content"}
     assert merged_error(arch, adapter, output) < TOLERANCE

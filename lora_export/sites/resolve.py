@@ -29,7 +29,8 @@ from lora_export.sites.target import Miss, Part, Site, Target
 from lora_export.sites.uses import find_uses
 from lora_export.sites.verify import check_content, search, tile
 
-# Canonical weight of a parameter path in the base checkpoint, or None where the checkpoint has none.
+# Canonical weight of a parameter path in the base checkpoint, or None where the checkpoint has none; of stacked
+# experts the first and the last.
 WeightOf = Callable[[Target], Array | None]
 
 
@@ -191,8 +192,6 @@ class Resolver:
         return replace(site, parts=tuple(parts), evidence=f"{site.evidence}; content agrees")
 
     def _by_content(self, target: Target, miss: Miss, wanted: Array) -> Site | Miss:
-        if target.experts > 1:
-            return miss
         hits: dict[int, list[Part]] = {}
         for use in self.uses:
             if not fit.accepts(target, use) or use.refusal:

@@ -25,7 +25,9 @@ def check_content(target: Target, part: Part, wanted: Array) -> Part | str:
     Returns:
         The part, with the factors of rescaled rows; or what differs.
     """
-    if target.kind == "vector" or target.experts > 1:
+    if target.experts > 1:
+        return part if holds_experts(part, wanted) else _differs(part)
+    if target.kind == "vector":
         return _check_whole(target, part, wanted)
     (placement,) = part.placements
     start, stop = placement.rows
@@ -63,24 +65,48 @@ def _orientations(target: Target, wanted: Array) -> list[Array]:
 
 def _check_whole(target: Target, part: Part, wanted: Array) -> Part | str:
     assert part.root.const_value is not None
-    stored = np.asarray(part.root.const_value.numpy())
-    if target.kind == "vector":
-        start, stop = part.placements[0].rows
-        row = part.placements[0].row
-        stored, wanted = stored[row : row + stop - start], wanted[start:stop]
+    start, stop = part.placements[0].rows
+    row = part.placements[0].row
+    stored = np.asarray(part.root.const_value.numpy())[row : row + stop - start]
+    wanted = wanted[start:stop]
     if folded_into_conv(target, part) and not np.any(wanted):
         return f"the bias {part.root.name!r} was zero: what a folded batch norm made of it can't be known"
-    for candidate in (wanted, wanted.swapaxes(-1, -2) if wanted.ndim > 1 else wanted):
-        if candidate.shape == stored.shape:
-            flat = (-1, candidate.shape[-1]) if candidate.ndim > 1 else (-1, 1)
-            if content.compare(stored.reshape(flat), candidate.reshape(flat), wanted.ndim == 1).same:
-                return part
+    if wanted.shape == stored.shape and content.compare(stored[:, None], wanted[:, None], every=True).same:
+        return part
+    return _differs(part)
+
+
+def _differs(part: Part) -> str:
     return f"the weight {part.root.name!r} does not hold the checkpoint's values"
+
+
+def holds_experts(part: Part, wanted: Array) -> bool:
+    """Whether a stacked constant's first and last matrices are the checkpoint's, in either orientation.
+
+    Args:
+        part: A constant of ``(experts, …, …)``.
+        wanted: The checkpoint's first and last, ``(2, …, …)``: all experts at once may be gigabytes.
+    """
+    assert part.root.const_value is not None
+    stored = np.asarray(part.root.const_value.numpy())
+    ends = stored[[0, -1]]
+    return any(
+        candidate.shape == ends.shape
+        and content.compare(
+            ends.reshape(-1, ends.shape[-1]), candidate.reshape(-1, ends.shape[-1]), every=False
+        ).same
+        for candidate in (wanted, wanted.swapaxes(-1, -2))
+    )
 
 
 def search(target: Target, use: Use, wanted: Array) -> Iterator[Part]:
     """Yield where a use's constant holds the target's values: all of it, some rows of it, or some of them."""
     assert use.root.const_value is not None
+    if target.experts > 1:
+        placed = fit.place(target, use)
+        if not isinstance(placed, str) and holds_experts(Part(use.root, (use,), placed), wanted):
+            yield Part(use.root, (use,), placed)
+        return
     transposed = use.transposed and target.kind != "vector"
     stored = stored_matrix(use.root.const_value)
     view = stored.T if transposed else stored
