@@ -29,8 +29,8 @@ from lora_export.sites.target import Miss, Part, Site, Target
 from lora_export.sites.uses import find_uses
 from lora_export.sites.verify import check_content, search, tile
 
-# Canonical weight of a parameter path in the base checkpoint, or None where the checkpoint has none; of stacked
-# experts the first and the last.
+# Canonical weight of a parameter path in the base checkpoint, or None where the checkpoint has none.
+# Of stacked experts it is the first and the last.
 WeightOf = Callable[[Target], Array | None]
 
 
