@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lora_export.commands.options import adapter_options, load_adapters
+from lora_export.commands.options import load_adapters, merge_options, print_merge
 
 _FINER = "--dtype float32 keeps it all, float16 is 8 times finer than bfloat16; or serve the adapter unmerged"
 # Written out, as the module that knows them imports numpy: --help has to be quick.
@@ -17,34 +17,12 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @click.command(short_help="Merge adapters into a Hugging Face folder, streamed, in little memory.")
 @click.option("--base", required=True, type=click.Path(path_type=Path), help="Folder of the base model.")
-@click.option(
-    "--adapter",
-    "adapters",
-    required=True,
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Trained adapter; several are added up.",
-)
-@click.option(
-    "--weight", "weights", multiple=True, type=float, help="Factor of each adapter, in their order."
-)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to create.")
 @click.option(
     "--dtype", type=click.Choice(DTYPES), help="Type of the weights written; as the base's if left out."
 )
-@click.option(
-    "--rounding",
-    type=click.Choice(["sample", "exact"]),
-    default="sample",
-    show_default=True,
-    help="Measure what rounding cost on evenly spaced blocks of large weights, or on every element.",
-)
-@click.option("--allow-unmatched", is_flag=True, help="Leave out what has no place in the base.")
 @click.option("--force", is_flag=True, help="Replace the output folder if an earlier merge wrote it.")
-@click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("--quiet", is_flag=True, help="No progress and no summary; warnings stay.")
-@adapter_options
+@merge_options
 def merge(
     base: Path, adapters: tuple[Path, ...], output: Path, as_json: bool, quiet: bool, **options: Any
 ) -> None:
@@ -59,17 +37,9 @@ def merge(
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
     from lora_export.modes.merge_checkpoint import merge_checkpoint
     from lora_export.progress import byte_progress
-    from lora_export.reports import merge as text
 
     loaded = load_adapters(adapters, options)
     started = time.monotonic()
     with byte_progress(f"writing {output}", quiet or options["dry_run"]) as progress:
         report = merge_checkpoint(base, loaded, output, progress=progress, **options)
-    if as_json:
-        click.echo(text.merge_json(report))
-    elif report.dry_run:
-        click.echo("\n".join(text.plan_lines(report)))
-    elif not quiet:
-        click.echo("\n".join(text.summary_lines(report, time.monotonic() - started)))
-    for line in text.warning_lines(report, _FINER):
-        click.echo(line, err=True)
+    print_merge(report, time.monotonic() - started, as_json, quiet, _FINER)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,6 +12,7 @@ from lora_export.formats import FORMATS, load_adapter
 
 if TYPE_CHECKING:
     from lora_export.adapter import Adapter
+    from lora_export.merge_report import MergeReport
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -24,11 +25,71 @@ _ADAPTER_OPTIONS = [
 ]
 
 
+_PATH = click.Path(path_type=Path)
+_MERGE_INPUTS = [
+    click.option(
+        "--adapter",
+        "adapters",
+        required=True,
+        multiple=True,
+        type=_PATH,
+        help="Folder or file of a trained adapter; repeat to add up several.",
+    ),
+    click.option(
+        "--weight", "weights", multiple=True, type=float, help="Factor on an adapter, one for each --adapter."
+    ),
+]
+_MERGE_SWITCHES = [
+    click.option(
+        "--rounding",
+        type=click.Choice(["sample", "exact"]),
+        default="sample",
+        show_default=True,
+        help="Measure what rounding cost on evenly spaced blocks of large weights, or on every element.",
+    ),
+    click.option("--allow-unmatched", is_flag=True, help="Go on without what has no place in the base."),
+    click.option("--dry-run", is_flag=True, help="Print the plan; write nothing."),
+    click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+    click.option("--quiet", is_flag=True, help="No progress and no summary; warnings stay."),
+]
+
+
 def adapter_options(command: Command) -> Command:
     """Add the options that say what an adapter's file does not; they arrive as `load_adapter` takes them."""
-    for option in reversed(_ADAPTER_OPTIONS):
+    return _with(command, _ADAPTER_OPTIONS)
+
+
+def merge_options(command: Command) -> Command:
+    """Add what every merge has: adapters and weights, what their files do not say, switches."""
+    return _with(command, [*_MERGE_INPUTS, *_ADAPTER_OPTIONS, *_MERGE_SWITCHES])
+
+
+def _with(command: Command, options: Sequence[Callable[[Command], Command]]) -> Command:
+    for option in reversed(options):
         command = option(command)
     return command
+
+
+def print_merge(report: MergeReport, seconds: float, as_json: bool, quiet: bool, finer: str) -> None:
+    """Print a merge's result, and its warnings to stderr.
+
+    Args:
+        report: What the merge did.
+        seconds: How long it took.
+        as_json: Print JSON instead of a summary.
+        quiet: Print warnings only.
+        finer: What keeps more of an adapter than the type that was written.
+    """
+    from lora_export.reports import merge as text
+
+    if as_json:
+        click.echo(text.merge_json(report))
+    elif report.dry_run:
+        click.echo("\n".join(text.plan_lines(report)))
+    elif not quiet:
+        click.echo("\n".join(text.summary_lines(report, seconds)))
+    for line in text.warning_lines(report, finer):
+        click.echo(line, err=True)
 
 
 def load_adapters(paths: Iterable[Path], options: dict[str, Any]) -> list[Adapter]:

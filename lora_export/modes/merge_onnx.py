@@ -98,11 +98,6 @@ def merge_onnx(
         if checkpoint is not None:
             plan = _with_unverified(plan, Path(checkpoint))
         slots, size, shared = plan_data(graph, changes, out, shared_files)
-        if share_base and not shared:
-            raise OutputError(
-                f"{base} has no weights in files of their own: nothing can be shared",
-                "leave out --share-base, or save the base with external data first",
-            )
         report = MergeReport(plan, {}, targets, size, shared, dry_run=dry_run)
         if dry_run:
             return report
@@ -112,8 +107,7 @@ def merge_onnx(
             report = replace(report, roundings=costs)
             _mark(graph.model, loaded, factors)
             save_graph(graph.model, staged["graph"])
-            manifest = _manifest(report, base_files, loaded, factors)
-            staged["manifest"].write_text(manifest.to_json(), encoding="utf-8")
+            _save_manifest(staged["manifest"], report, base_files, loaded, factors)
             outputs.commit()
     return report
 
@@ -128,16 +122,22 @@ def _open_base(
         graph = load_graph(capture_checkpoint(base, scratch / "base.onnx"))
     else:
         graph = load_graph(base)
+    data_files = _data_files(graph)
+    if share_base and not data_files:
+        raise OutputError(
+            f"{base} has no weights in files of their own: nothing can be shared",
+            "leave out --share-base, or save the base with external data first",
+        )
     folder = base if base.is_dir() and checkpoint is None else checkpoint
     if folder is None:
-        return graph, None, _data_files(graph) if share_base else set()
+        return graph, None, data_files if share_base else set()
     from lora_export.canonical import CheckpointWeights, link_weights
     from lora_export.checkpoint import Checkpoint
 
     opened = Checkpoint.open(Path(folder))
     shared = set()
     if share_base:
-        shared = link_weights(graph, opened) if base.is_dir() else _data_files(graph)
+        shared = link_weights(graph, opened) if base.is_dir() else data_files
     return graph, CheckpointWeights(opened), shared
 
 
@@ -163,10 +163,14 @@ def _with_unverified(plan: Plan, checkpoint: Path) -> Plan:
     return replace(plan, notes=(*plan.notes, *notes))
 
 
-def _manifest(
-    report: MergeReport, base_files: Sequence[Path], adapters: Sequence[Adapter], factors: Sequence[float]
-) -> Manifest:
-    return Manifest(
+def _save_manifest(
+    path: Path,
+    report: MergeReport,
+    base_files: Sequence[Path],
+    adapters: Sequence[Adapter],
+    factors: Sequence[float],
+) -> None:
+    manifest = Manifest(
         "merge-onnx",
         [hash_file(path) for path in base_files],
         [adapter_entry(adapter, factor) for adapter, factor in zip(adapters, factors, strict=True)],
@@ -175,6 +179,7 @@ def _manifest(
         {name: path.name for name, path in report.outputs.items()} | {"shared_bytes": report.shared_bytes},
         {"lora-export": __version__} | package_versions(["numpy", "ml_dtypes", "onnx-ir"]),
     )
+    path.write_text(manifest.to_json(), encoding="utf-8")
 
 
 def output_paths(out: Path) -> dict[str, Path]:
