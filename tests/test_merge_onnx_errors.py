@@ -223,10 +223,24 @@ def test_output_folder_that_can_not_be_written(base, adapter, tmp_path, capsys):
     capsys.readouterr()
     assert _run([str(argument) for argument in arguments], False) == 1
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_output_folder_that_is_read_only(base, adapter, tmp_path):
+    """Root may write anywhere, so as root the process gives up its capabilities first."""
+    without_rights = []
     if os.geteuid() == 0:
-        return  # root may write anywhere: the next lines would show nothing
-    (tmp_path / "closed").mkdir(mode=0o500)
-    assert _run([*map(str, arguments[:-1]), str(tmp_path / "closed" / "m.onnx")], False) == 1
+        if not shutil.which("setpriv"):
+            pytest.skip("runs as root, and there is no setpriv to give up root's rights with")
+        without_rights = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    arguments = ["merge-onnx", "--base", base, "--adapter", adapter, "-o", closed / "m.onnx"]
+    script = "from lora_export.cli import main; main()"
+    command = [*without_rights, sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "cannot write into" in done.stderr
+    assert not list(closed.iterdir())
 
 
 def test_output_that_would_replace_the_base(capsys, base, adapter, tmp_path):
