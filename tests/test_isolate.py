@@ -135,6 +135,11 @@ def test_a_module_called_twice_changes_in_every_call(exporter, model, path, tmp_
     changes = {f"{name}__weight": delta(module), f"{name}__bias": 1.5 * module.lora_bias}
     assert error(run(tmp_path / "m.onnx", x=X)[0], answer(model(), **changes)) < 2e-6
     assert not report.plan.notes
+    if exporter == "torchscript":
+        # It numbers repeated calls, so that the plan can only suppose: it says so.
+        reason = report.plan.rows[0].reason
+        assert f"; {path}_1" in reason
+        assert reason.endswith("taken for further calls of it")
 
 
 @pytest.mark.parametrize("exporter", EXPORTERS)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from lora_export.sites.evidence import FOLDED, WEIGHT_NAME, computed_from, node_path, scope_path
+from lora_export.sites.evidence import FOLDED, NODE_NAME, WEIGHT_NAME, computed_from, node_path, scope_path
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Part, Site, Target
 
@@ -55,6 +55,15 @@ def doubt(site: Site, path: str, source: str, uses: Sequence[Use]) -> str:
         if found:
             return f"ambiguous: the weight {part.root.name!r} {found}"
     return ""
+
+
+def repeated_calls(site: Site, path: str, source: str) -> str:
+    """Say which nodes of other names were taken for further calls of the module."""
+    if source != NODE_NAME:
+        return ""
+    modules = {module_of(use.node) for part in site.parts for use in part.uses}
+    others = sorted(str(module) for module in modules if module and not module.endswith(path))
+    return f"; {', '.join(others)} taken for further calls of it" if others else ""
 
 
 def _unclear(part: Part, source: str) -> str:

@@ -116,6 +116,9 @@ class Resolver:
                 found = self._fit(target, path, groups, variant.part, evidence, wanted is not None)
                 if isinstance(found, Site):
                     problem = readers.doubt(found, path, source, self.uses)
+                    found = replace(
+                        found, evidence=found.evidence + readers.repeated_calls(found, path, source)
+                    )
                     return Miss(target, problem) if problem else self._verified(found, wanted)
                 reason = reason or found.reason
         return Miss(target, reason or unread)
