@@ -34,13 +34,12 @@ def check_blend(
         raise AdapterError("no adapter given", "give at least one adapter")
     loaded = [item if isinstance(item, Adapter) else load_adapter(Path(item)) for item in given]
     factors = [1.0] * len(loaded) if not weights else [float(weight) for weight in weights]
-    problems = []
     if len(factors) != len(loaded):
         raise AdapterError(
             f"{len(loaded)} adapters and {len(factors)} weights",
             "give one --weight for each --adapter, or none",
         )
-    problems += [f"weight {factor} is not a finite number" for factor in factors if not math.isfinite(factor)]
+    problems = [f"weight {factor} is not a finite number" for factor in factors if not math.isfinite(factor)]
     plain = len(loaded) == 1 and factors == [1.0]
     for adapter in loaded:
         dora = [module.path for module in adapter.modules.values() if module.magnitude is not None]

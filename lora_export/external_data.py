@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.errors import OutputError
-from lora_export.graph import GraphFile, Source, matrix_shape, shape_of, source_of
+from lora_export.graph import GraphFile, Source, byte_size, matrix_shape, shape_of, source_of
 from lora_export.patch import Patch
 from lora_export.rounding import Mode, Rounding
 from lora_export.stream import BytesPiece, CopyPiece, MergePiece, Piece, write_pieces
@@ -57,7 +57,7 @@ def plan_data(
     slots: list[_Slot] = []
     position = shared = 0
     outside: set[str] = set()
-    for value in _once(graph.initializers()):
+    for value in graph.initializers():
         tensor = value.const_value
         assert tensor is not None
         if value not in changes:
@@ -69,7 +69,7 @@ def plan_data(
                     outside.add(str(tensor.path))
                 else:
                     value.const_value = _reference(value, tensor, location, tensor.offset or 0)
-                    shared += source_of(tensor).length
+                    shared += byte_size(tensor)
                 continue
             if tensor.dtype == ir.DataType.STRING:
                 continue
@@ -86,14 +86,6 @@ def plan_data(
             sorted(outside),
         )
     return slots, position, shared
-
-
-def _once(values: Iterator[ir.Value]) -> Iterator[ir.Value]:
-    seen: set[int] = set()
-    for value in values:
-        if id(value) not in seen:
-            seen.add(id(value))
-            yield value
 
 
 def write_data(
@@ -143,7 +135,7 @@ def _reference(value: ir.Value, tensor: ir.TensorProtocol, location: str, offset
     return ir.ExternalTensor(
         location,
         offset,
-        source_of(tensor).length if not isinstance(tensor, ir.ExternalTensor) else tensor.nbytes,
+        byte_size(tensor),
         tensor.dtype,
         shape=ir.Shape(shape_of(tensor)),
         name=str(value.name),

@@ -62,14 +62,6 @@ class Patch:
     magnitude_axis: int = 0
     values: Array | None = None
 
-    @property
-    def delta_norm_squared(self) -> float:
-        """‖left @ right‖² from the factors' Gram matrices, without the product."""
-        if self.left is None or self.right is None:
-            return 0.0
-        left, right = self.left.astype(np.float64), self.right.astype(np.float64)
-        return float(max(0.0, np.sum((left.T @ left) * (right @ right.T))))
-
 
 def patch_from(
     module: LoraModule, placement: Placement, weight: float = 1.0, dtype: type[np.floating] = np.float32

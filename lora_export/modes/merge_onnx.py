@@ -28,8 +28,8 @@ from lora_export.plan import Plan, PlanRow, unaccounted
 from lora_export.rounding import Mode, rounding_dict
 from lora_export.sites.bias import restore_biases
 from lora_export.sites.isolate import Isolator
-from lora_export.sites.resolve import Resolver, WeightOf
-from lora_export.sites.target import Miss, Site, Target, targets_of
+from lora_export.sites.resolve import Resolver
+from lora_export.sites.target import Miss, Site, Target, WeightOf, targets_of
 
 if TYPE_CHECKING:
     import torch

@@ -6,17 +6,15 @@ which ``modules_to_save`` then trains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.adapter import Array
 from lora_export.sites.fit import placement_at
 from lora_export.sites.slot import Slot, Use
-from lora_export.sites.target import Miss, Part, Site, Target
+from lora_export.sites.target import Miss, Part, Site, Target, WeightOf
 
-WeightOf = Callable[[Target], Array | None]
 _NOT_FOUND = "not found"
 # Position of the bias among the inputs of operators that take one.
 _BIAS_INDEX = {"Gemm": 2, "Conv": 2}

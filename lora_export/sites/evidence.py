@@ -32,8 +32,6 @@ _WEIGHT_SUFFIX = re.compile(
 _FUSION = re.compile(r"(/\w*Fusion/?)+$")
 _CALL = re.compile(r"_\d+$")
 
-Evidence = Mapping[str, Mapping[str, Sequence[Use]]]
-
 
 def collect(uses: Sequence[Use]) -> dict[str, dict[str, list[Use]]]:
     """Return evidence source → parameter path (``model.layers.0.mlp.up_proj.weight``) → uses."""

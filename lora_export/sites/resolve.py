@@ -15,7 +15,7 @@ the same for renamed, fused and split modules, then content. Rules:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -25,13 +25,9 @@ from lora_export.patch import Placement
 from lora_export.sites import fit, names, readers
 from lora_export.sites.evidence import FOLDED, NODE_NAME, SOURCES, WEIGHT_NAME, collect
 from lora_export.sites.slot import Use
-from lora_export.sites.target import Miss, Part, Site, Target
+from lora_export.sites.target import Miss, Part, Site, Target, WeightOf
 from lora_export.sites.uses import find_uses
 from lora_export.sites.verify import check_content, search, tile
-
-# Canonical weight of a parameter path in the base checkpoint, or None where the checkpoint has none.
-# Of stacked experts it is the first and the last.
-WeightOf = Callable[[Target], Array | None]
 
 
 class Resolver:

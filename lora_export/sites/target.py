@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,6 +52,11 @@ class Target:
         for size in self.shape[1:]:
             rest *= size
         return self.shape[0], rest
+
+
+# Canonical weight of a parameter path in the base checkpoint, or None where the checkpoint has none.
+# Of stacked experts it is the first and the last.
+WeightOf = Callable[[Target], Array | None]
 
 
 def targets_of(adapter: Adapter) -> list[Target]:
