@@ -125,6 +125,16 @@ def initializer_of(value: ir.Value) -> ir.Value:
     return new
 
 
+def take_over_output(product: ir.Value, total: ir.Value) -> None:
+    """Let ``total`` be the graph's output in place of ``product``, under the name that the output had."""
+    node = product.producer()
+    assert node is not None
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    product.name, total.name = total.name, product.name
+    graph.outputs[list(graph.outputs).index(product)] = total
+
+
 def _constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
     attribute = node.attributes.get("value")
     return attribute.as_tensor() if attribute is not None and not attribute.is_ref() else None

@@ -45,13 +45,14 @@ class Manifest:
     """The record beside a written model, ``OUT.lora.json``.
 
     Attributes:
-        mode: ``merge-onnx`` or ``merge``.
+        mode: ``merge-onnx``, ``merge``, ``swap-onnx`` or ``bank-onnx``.
         base: The base model's files.
         adapters: For each adapter: name, format, sha256, weight in the blend, scaling by module.
         plan: `Plan.as_dict`.
         rounding: What rounding cost: total and by module.
         outputs: The files written, by what they are.
         versions: Packages that decide about the bytes written.
+        exposed: The record of a graph with exposed LoRA, see `exposed.ExposedGraph`.
     """
 
     mode: str
@@ -61,6 +62,7 @@ class Manifest:
     rounding: dict[str, Any]
     outputs: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    exposed: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
     def to_json(self) -> str:
@@ -100,6 +102,14 @@ def hash_file(path: Path) -> FileHash:
                 file.seek((size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
     return FileHash(path.name, size, digest.hexdigest(), sampled=size > _WHOLE_BYTES)
+
+
+def identity_of(files: Iterable[Path]) -> str:
+    """Return one SHA-256 for a model of several files: of their hashes, whatever the files are called."""
+    digest = hashlib.sha256()
+    for entry in sorted(hash_file(path).sha256 for path in files):
+        digest.update(entry.encode())
+    return digest.hexdigest()
 
 
 def package_versions(names: Iterable[str]) -> dict[str, str]:

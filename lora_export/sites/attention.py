@@ -9,4 +9,8 @@ from lora_export.sites.slot import Slot
 
 def slots(node: ir.Node) -> list[Slot]:
     """Return the fused weight and the fused bias (ONNX Runtime ``ContribOperators.md``)."""
-    return [Slot(1, "linear", transposed=True), Slot(2, "vector", parameter="bias")]
+    inside = "com.microsoft.Attention projects and attends in one operator: nothing can be added in between"
+    return [
+        Slot(1, "linear", transposed=True, no_branch=inside),
+        Slot(2, "vector", parameter="bias"),
+    ]

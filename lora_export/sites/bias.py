@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from lora_export.graph import take_over_output
 from lora_export.sites.fit import placement_at
 from lora_export.sites.slot import Slot, Use
 from lora_export.sites.target import Miss, Part, Site, Target, WeightOf
@@ -111,13 +112,5 @@ def _wire(node: ir.Node, bias: ir.Value) -> Use:
     for reader in readers:
         reader.node.replace_input_with(reader.idx, total)
     if product.is_graph_output():
-        _take_over(node.graph, product, total)
+        take_over_output(product, total)
     return Use(add, Slot(1, "vector", parameter="bias"), bias, (), False)
-
-
-def _take_over(graph: ir.Graph | ir.Function | None, product: ir.Value, total: ir.Value) -> None:
-    """Let the sum be the graph's output, under the name that the output had."""
-    assert isinstance(graph, ir.Graph)
-    name = product.name
-    product.name, total.name = total.name, name
-    graph.outputs[list(graph.outputs).index(product)] = total

@@ -14,4 +14,5 @@ def slots(node: ir.Node) -> list[Slot]:
 
 def refused_slots(node: ir.Node) -> list[Slot]:
     """Return the weight of an operator whose layout is not PyTorch's."""
-    return [Slot(1, "conv", refusal=f"{node.op_type} stores its weight in another layout")]
+    layout = f"{node.op_type} stores its weight in another layout"
+    return [Slot(1, "conv", refusal=layout, no_branch=layout)]

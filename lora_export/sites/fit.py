@@ -26,8 +26,10 @@ def accepts(target: Target, use: Use) -> bool:
 
 
 def stored_shape(target: Target, use: Use) -> tuple[int, int]:
-    """Shape of the stored tensor as a matrix."""
+    """Shape of the stored tensor as a matrix, for a packed one the shape that it stands for."""
     assert use.root.const_value is not None
+    if use.slot.shape is not None:
+        return use.slot.shape
     return matrix_shape(shape_of(use.root.const_value), stacked=target.experts > 1)
 
 
@@ -84,6 +86,16 @@ def _fused_offset(
     if heads is not None and queries * heads[1] != keys * heads[0]:
         return None
     return (0, queries, queries + keys)[position]
+
+
+def fused_rows(height: int, count: int, heads: tuple[int, int] | None) -> list[int] | None:
+    """Return the rows of each part of a fused weight, or None where the graph doesn't say."""
+    if count == 2:
+        return [height // 2] * 2 if height % 2 == 0 else None
+    if heads is None:
+        return None
+    size, odd = divmod(height, heads[0] + 2 * heads[1])
+    return None if odd else [heads[0] * size, heads[1] * size, heads[1] * size]
 
 
 def _place_experts(target: Target, shape: tuple[int, ...]) -> tuple[Placement, ...] | str:

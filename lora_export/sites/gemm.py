@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lora_export.sites.slot import Slot
+from lora_export.sites.slot import LEFT, Slot
 
 
 def slots(node: ir.Node) -> list[Slot]:
@@ -16,11 +16,12 @@ def slots(node: ir.Node) -> list[Slot]:
     refusal = "" if beta == 1.0 else f"Gemm with beta={beta}: the bias operand is not the module's bias"
     return [
         Slot(1, "linear", transposed=not trans_b),
-        Slot(0, "linear", transposed=bool(trans_a)),
+        Slot(0, "linear", transposed=bool(trans_a), no_branch=LEFT),
         Slot(2, "vector", parameter="bias", refusal=refusal),
     ]
 
 
 def fused_slots(node: ir.Node) -> list[Slot]:
     """Return the operands of GemmFastGelu, which takes ``(in_dim, out_dim)`` and has no attributes."""
-    return [Slot(1, "linear", transposed=True), Slot(2, "vector", parameter="bias")]
+    inside = "GemmFastGelu applies its activation inside: nothing can be added before it"
+    return [Slot(1, "linear", transposed=True, no_branch=inside), Slot(2, "vector", parameter="bias")]

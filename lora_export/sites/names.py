@@ -68,6 +68,14 @@ def variants(key: str) -> Iterator[Variant]:
                 yield Variant(keys, how=f"split into {', '.join(parts)}; {how}".rstrip("; "))
 
 
+def parts_of(key: str) -> list[str]:
+    """Return the parameters that a builder's fused one stands for, or nothing."""
+    module, _, parameter = key.rpartition(".")
+    parent, _, leaf = module.rpartition(".")
+    stem = f"{parent}." if parent else ""
+    return [f"{stem}{part}.{parameter}" for part in _FUSED.get(leaf, ())]
+
+
 def flatten(key: str) -> str:
     """Return a path with its dots as underscores: how kohya's files write it."""
     return key.replace(".", "_")

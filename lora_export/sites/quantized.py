@@ -1,4 +1,4 @@
-"""Operators with quantised weights: recognised, so that a merge is refused by name and not "not found"."""
+"""Operators with quantised weights: no merge goes into them, a branch beside those that take floats."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from lora_export.sites.slot import Slot, SlotKind
 
 # Position of the weight among the inputs, where it is not 1.
 _WEIGHT_INDEX = {"QLinearMatMul": 3, "QLinearConv": 3, "QGemm": 3, "GatherBlockQuantized": 0}
+# Activations and result are floats, and the attributes N and K tell the weight's shape.
+_FLOAT_ACTIVATIONS = {"MatMulNBits", "MatMulBnb4"}
 
 
 def slots(node: ir.Node) -> list[Slot]:
@@ -16,4 +18,9 @@ def slots(node: ir.Node) -> list[Slot]:
         "embedding" if node.op_type.startswith("Gather") else "conv" if "Conv" in node.op_type else "linear"
     )
     refusal = f"quantised weight ({node.op_type})"
-    return [Slot(_WEIGHT_INDEX.get(node.op_type, 1), kind, transposed=True, refusal=refusal)]
+    shape = (node.attributes.get_int("N", 0), node.attributes.get_int("K", 0))
+    if node.op_type in _FLOAT_ACTIVATIONS and all(shape):
+        return [Slot(1, kind, refusal=refusal, shape=shape)]
+    no_branch = f"{node.op_type}: no branch is known for it"
+    index = _WEIGHT_INDEX.get(node.op_type, 1)
+    return [Slot(index, kind, transposed=True, refusal=refusal, no_branch=no_branch)]

@@ -15,7 +15,7 @@ the same for renamed, fused and split modules, then content. Rules:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -36,15 +36,19 @@ class Resolver:
     Args:
         graph: The graph.
         weight_of: Looks up a target's weight in the base checkpoint; enables content.
+        branches: Places are wanted beside the weights, not in them: quantised weights have such places too.
     """
 
-    def __init__(self, graph: GraphFile, weight_of: WeightOf | None = None) -> None:
+    def __init__(
+        self, graph: GraphFile, weight_of: WeightOf | None = None, *, branches: bool = False
+    ) -> None:
         self.uses = find_uses(graph)
         self._evidence = collect(self.uses)
         self._known = {key for table in self._evidence.values() for key in table}
         self._weight_of = weight_of or (lambda target: None)
         self._has_checkpoint = weight_of is not None
         self._wanted: set[str] = set()
+        self._branches = branches
 
     def resolve(self, targets: Sequence[Target], flattened: bool = False) -> tuple[list[Site], list[Miss]]:
         """Return a site or a miss for each target."""
@@ -64,6 +68,16 @@ class Resolver:
         misses += [miss for miss in found if isinstance(miss, Miss)]
         sites, claimed = _without_conflicts([site for site in found if isinstance(site, Site)])
         return sites, [*misses, *claimed]
+
+    def named_uses(self) -> Iterator[tuple[Use, str]]:
+        """Yield each use that has a name, with the one to be believed; of repeated calls the first one's."""
+        best: dict[int, str] = {}
+        for source in reversed(SOURCES):
+            for key, uses in sorted(self._evidence[source].items(), key=lambda item: len(item[1])):
+                best.update((id(use), key) for use in uses)
+        for use in self.uses:
+            if id(use) in best:
+                yield use, best[id(use)]
 
     def _find(self, target: Target, key: str, prefix: names.Prefix | None) -> Site | Miss:
         wanted = self._weight_of(target)
@@ -141,9 +155,9 @@ class Resolver:
         evidence: str,
         verified: bool,
     ) -> Site | Miss:
-        refused = [use.refusal for group in groups for use in group if use.refusal]
-        if refused:
-            return Miss(target, f"{refused[0]}: it can't be merged into")
+        if refused := [why for group in groups for use in group if (why := self._refusal(use))]:
+            tail = "" if self._branches else ": it can't be merged into"
+            return Miss(target, f"{refused[0]}{tail}")
         if len(groups) > 1:
             return fit.place_split(target, groups, evidence)
         (uses,) = groups
@@ -164,6 +178,9 @@ class Resolver:
             return Miss(target, f"shapes differ: {reason}")
         return fit.site_of(target, fits, evidence)
 
+    def _refusal(self, use: Use) -> str:
+        return use.no_branch if self._branches else use.refusal
+
     def _verified(self, site: Site, wanted: Array | None) -> Site | Miss:
         """Rule 4, and rescaled rows: a name alone can't tell that values were computed from the module's."""
         target = site.target
@@ -182,6 +199,8 @@ class Resolver:
                         "give --checkpoint to compare the values",
                     )
             return site
+        if any(use.quantised for part in site.parts for use in part.uses):
+            return replace(site, evidence=f"{site.evidence}; quantised, its values are not compared")
         parts = []
         for part in site.parts:
             checked = check_content(target, part, wanted)
@@ -193,7 +212,7 @@ class Resolver:
     def _by_content(self, target: Target, miss: Miss, wanted: Array) -> Site | Miss:
         hits: dict[int, list[Part]] = {}
         for use in self.uses:
-            if not fit.accepts(target, use) or use.refusal:
+            if not fit.accepts(target, use) or use.quantised or self._refusal(use):
                 continue
             if id(use.root) in hits:
                 hits[id(use.root)] = [replace(part, uses=(*part.uses, use)) for part in hits[id(use.root)]]

@@ -11,6 +11,10 @@ import onnx_ir as ir
 SHAPE_ONLY = frozenset({"Shape", "Size"})
 # Nodes that a weight may pass on its way into an operator.
 PASSED = frozenset({"Transpose", "Cast", "CastLike", "Identity"})
+# Nodes behind which a quantised weight is a float matrix.
+DEQUANTIZE = frozenset({"DequantizeLinear", "DequantizeLinearBlock"})
+# A branch is x·A·B: for W·x it would be another one.
+LEFT = "the weight stands on the left (W @ x): no branch is known for it"
 SlotKind = Literal["linear", "conv", "embedding", "vector", "other"]
 
 
@@ -24,6 +28,8 @@ class Slot:
         transposed: The operand is the transpose of PyTorch's canonical weight.
         parameter: Name of the module's parameter that it is: ``weight`` or ``bias``.
         refusal: Why nothing can be merged into it, if so.
+        no_branch: Why no branch can be added beside it, if so.
+        shape: The operand's logical ``(out_dim, in_dim)``, where it is stored packed.
     """
 
     index: int
@@ -31,6 +37,8 @@ class Slot:
     transposed: bool = False
     parameter: str = "weight"
     refusal: str = ""
+    no_branch: str = ""
+    shape: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +52,8 @@ class Use:
         chain: Nodes between ``root`` and ``node`` (Transpose, Cast, Identity …), from the root on.
         transposed: ``root`` as stored is the transpose of the canonical weight.
         refusal: Why nothing can be merged here, if so.
+        no_branch: Why no branch can be added here, if so.
+        quantised: The constant holds no floats, so that its values can't be compared with a checkpoint's.
     """
 
     node: ir.Node
@@ -52,3 +62,5 @@ class Use:
     chain: tuple[ir.Node, ...]
     transposed: bool
     refusal: str = ""
+    no_branch: str = ""
+    quantised: bool = False

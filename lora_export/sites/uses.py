@@ -10,9 +10,8 @@ import onnx_ir as ir
 
 from lora_export.graph import FLOAT_TYPES, GraphFile, shape_of
 from lora_export.sites import OPERATORS
-from lora_export.sites.slot import PASSED, SHAPE_ONLY, Slot, Use
+from lora_export.sites.slot import DEQUANTIZE, PASSED, SHAPE_ONLY, Slot, Use
 
-_DEQUANTIZE = {"DequantizeLinear", "DequantizeLinearBlock"}
 # What else a vector may feed, so that biases and norms (modules_to_save, bias="all") have a place.
 _VECTOR_PARAMETERS = {"Add": "bias", "Mul": "weight"}
 _NORMS = {"LayerNormalization", "GroupNormalization", "InstanceNormalization", "BatchNormalization"}
@@ -59,20 +58,21 @@ def _vector_slots(node: ir.Node, taken: set[int]) -> Iterator[Slot]:
             yield Slot(index, "vector", parameter="weight" if index == 1 else "bias")
         elif node.op_type in _SKIP_NORMS and index in (2, 3):
             yield Slot(index, "vector", parameter="weight" if index == 2 else "bias")
-        elif node.op_type not in PASSED | SHAPE_ONLY | _DEQUANTIZE:
+        elif node.op_type not in PASSED | SHAPE_ONLY | DEQUANTIZE:
             yield Slot(index, "other", parameter="")
 
 
 def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
     """Walk from an operand back to the constant that it comes from, if it does."""
     chain: list[ir.Node] = []
-    refusal = slot.refusal
+    refusal, quantised = slot.refusal, slot.shape is not None
     while (maker := value.producer()) is not None:
         source = maker.inputs[0] if maker.inputs else None
         if maker.op_type == "Constant" or source is None:
             break
-        if maker.op_type in _DEQUANTIZE:
+        if maker.op_type in DEQUANTIZE:
             refusal = refusal or f"quantised weight ({maker.op_type})"
+            quantised = True
         elif maker.op_type not in PASSED:
             return None
         chain.insert(0, maker)
@@ -82,12 +82,13 @@ def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
     shape, dtype = shape_of(value.const_value), value.const_value.dtype
     if (slot.kind in ("linear", "conv", "embedding") and len(shape) < 2) or not shape:
         return None
+    no_branch = slot.no_branch
     if dtype not in FLOAT_TYPES and not refusal:
         if slot.kind not in ("linear", "conv") and not (slot.kind == "embedding" and chain):
             return None
-        refusal = f"quantised weight ({node.op_type} of {dtype.name})"
+        refusal = no_branch = f"quantised weight ({node.op_type} of {dtype.name})"
     transposed, wrong = _orientation(slot, chain, len(shape))
-    return Use(node, slot, value, tuple(chain), transposed, refusal or wrong)
+    return Use(node, slot, value, tuple(chain), transposed, refusal or wrong, no_branch or wrong, quantised)
 
 
 def _orientation(slot: Slot, chain: list[ir.Node], rank: int) -> tuple[bool, str]:

@@ -1,0 +1,119 @@
+"""From what an adapter changes to the branches of a graph; what gets none is listed with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lora_export.adapter import Adapter
+from lora_export.branches.calls import Branch, Call, branch_of
+from lora_export.errors import GraphError, SiteError
+from lora_export.exposed import KEY
+from lora_export.graph import GraphFile
+from lora_export.placing import placed_row, refuse, refuse_unaccounted, refused_row
+from lora_export.plan import Plan, PlanRow
+from lora_export.sites.resolve import Resolver
+from lora_export.sites.target import Miss, Site, Target
+
+_NO_ADAPTER = "target modules"
+# An activation is computed inside: a factor on the product can't come before it.
+_ACTIVATED = {"FusedConv", "FusedGemm"}
+
+
+def place_branches(
+    graph: GraphFile,
+    resolver: Resolver,
+    adapter: Adapter | None,
+    targets: Sequence[Target],
+    *,
+    dora: bool,
+    allow_unmatched: bool,
+    calls: dict[int, Call] | None = None,
+) -> tuple[Plan, list[Branch]]:
+    """Find a branch for each target.
+
+    Args:
+        graph: The graph.
+        resolver: Its weights, with ``branches``.
+        adapter: Whose targets they are, if anybody's.
+        targets: What is to get a branch.
+        dora: There will be factors as well.
+        allow_unmatched: Leave out what has no place.
+        calls: Node → its call, where several adapters share them.
+
+    Returns:
+        The plan and the branches, in the targets' order.
+
+    Raises:
+        GraphError: The graph has exposed LoRA already.
+        SiteError: Targets without a place; all are listed.
+    """
+    refuse_exposed(graph)
+    calls = {} if calls is None else calls
+    wanted = [target for target in targets if not _unsuited(target, dora)]
+    sites, misses = resolver.resolve(wanted, adapter.flattened if adapter else False)
+    misses += [Miss(target, reason) for target in targets if (reason := _unsuited(target, dora))]
+    placed: list[Site] = []
+    branches: list[Branch] = []
+    for site in sites:
+        branch = branch_of(site, calls)
+        if isinstance(branch, Branch) and dora:
+            branch = _without_activation(branch)
+        if isinstance(branch, str):
+            misses.append(Miss(site.target, branch))
+        else:
+            placed.append(site)
+            branches.append(branch)
+    misses += _doubled(placed, branches)
+    name = adapter.name if adapter else _NO_ADAPTER
+    shown = adapter or Adapter(_NO_ADAPTER, "", "", {})
+    if misses and not (allow_unmatched and branches):
+        refuse(graph, shown, placed, misses)
+    rows: list[PlanRow] = [placed_row(shown, site, "expose") for site in placed]
+    rows += [refused_row(shown, miss) for miss in misses]
+    if adapter:
+        refuse_unaccounted(adapter, rows)
+    if not branches:
+        raise SiteError(f"{name}: nothing to expose in {graph.path.name}", "check the base and the targets")
+    return Plan(tuple(rows)), branches
+
+
+def refuse_exposed(graph: GraphFile) -> None:
+    """Raise `GraphError` for a graph that has LoRA inputs already, ours or another tool's."""
+    inputs = [str(value.name) for value in graph.graph.inputs if ".lora_" in str(value.name)]
+    if inputs or KEY in graph.model.metadata_props:
+        raise GraphError(
+            f"{graph.path} has exposed LoRA already", "give the base that it was made of", inputs[:4]
+        )
+
+
+def _unsuited(target: Target, dora: bool) -> str:
+    """Why a target can't be exposed as a low-rank branch, or an empty text."""
+    if target.action == "replace":
+        return "the adapter replaces this whole parameter, which has no low-rank branch; merge it"
+    if target.action == "add to bias":
+        return "a bias of lora_B (lora_bias) is not exposed; merge it"
+    if target.experts > 1:
+        return "stacked experts are not exposed; merge them"
+    if target.module is not None and target.module.magnitude is not None and not dora:
+        return "DoRA scales the whole product: give --dora to expose its factor as well"
+    return ""
+
+
+def _without_activation(branch: Branch) -> Branch | str:
+    operators = {piece.call.node.op_type for piece in branch.pieces} & _ACTIVATED
+    if operators:
+        return f"{operators.pop()} applies its activation inside: DoRA's factor can't come before it"
+    return branch
+
+
+def _doubled(placed: list[Site], branches: list[Branch]) -> list[Miss]:
+    """Take out modules whose path two targets have: their tensors would have one name."""
+    seen: set[str] = set()
+    misses = []
+    for number in range(len(branches) - 1, -1, -1):
+        if branches[number].path in seen:
+            misses.append(Miss(placed[number].target, "two targets have this path (give --component)"))
+            del placed[number], branches[number]
+        else:
+            seen.add(branches[number].path)
+    return misses

@@ -1,0 +1,253 @@
+"""What a graph with exposed LoRA says about itself: its modules, the tensors they take, the base it was made of.
+
+The record is JSON in the model's own metadata (`KEY`), so that a graph alone is enough: for a runtime, for
+`convert-adapter`, and for a reader without lora-export.
+
+The tensors, named by module path (the names that ONNX Runtime, Olive and TensorRT-Edge-LLM share), with the
+scaling folded into B:
+
+========== ============================ =============================== ======================
+kind       ``<name>.lora_A.weight``     ``<name>.lora_B.weight``        what the graph adds
+========== ============================ =============================== ======================
+linear     ``(in_dim, rank)``           ``(rank, out_dim)``             ``(x·A)·B``
+embedding  ``(num_embeddings, rank)``   ``(rank, dim)``                 ``A[ids]·B``
+conv       ``(rank, in_dim, *kernel)``  ``(out_dim, rank/groups, 1…)``  ``conv(conv(x, A), B)``
+========== ============================ =============================== ======================
+
+With DoRA there is ``<name>.lora_scale.weight`` ``(out_dim,)`` as well, m/‖W0 + ΔW‖ (arXiv:2402.09353), which
+multiplies the module's whole product.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from lora_export.errors import GraphError
+
+KEY = "lora_export.exposed"
+FORMAT = 1
+WEIGHTS_INPUT = "lora.adapter_weights"
+ExposedKind = Literal["linear", "conv", "embedding"]
+Mode = Literal["swap", "bank"]
+Flavour = Literal["ort", "tensorrt"]
+Resident = Literal["initializers", "inputs"]
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Where rows of a module's W0 lie in the graph; what DoRA's norm is computed from.
+
+    Attributes:
+        weight: Name of the initializer.
+        rows: Range of the module's output rows.
+        row: First stored row.
+        col: First stored column.
+        transposed: Stored as ``(in_dim, out_dim)``.
+    """
+
+    weight: str
+    rows: tuple[int, int]
+    row: int = 0
+    col: int = 0
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Member:
+    """One module of the base model that a pair of tensors changes.
+
+    Attributes:
+        path: Module path.
+        start: Where its outputs begin among the pair's.
+        out_dim: How many they are.
+        ranks: In a bank, the rank that each slot has for this module (0: the slot leaves it alone).
+        stored: Where its W0 lies; empty where the weight is quantised or was rescaled.
+    """
+
+    path: str
+    start: int
+    out_dim: int
+    ranks: tuple[int, ...] = ()
+    stored: tuple[StoredRows, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExposedModule:
+    """A pair of LoRA tensors of a graph and the modules behind it: one, or siblings packed into one product.
+
+    A pack's A holds its members' A side by side, its B theirs on the diagonal. In a bank the columns of A
+    (rows of B) are those of the first member's slots, in order, then of the next member's.
+
+    Attributes:
+        name: Beginning of the tensors' names: the module's path.
+        kind: What the graph adds.
+        in_dim: Inputs; for an embedding the number of rows, for a convolution channels (per group of A: all).
+        out_dim: Outputs, of all members.
+        dtype: ``float32``, ``float16``, ``bfloat16`` or ``float64``.
+        members: The modules, in the order of their outputs.
+        kernel: Of a convolution.
+        groups: Of a convolution's B.
+        rank: The rank where the graph fixes it, else 0.
+    """
+
+    name: str
+    kind: ExposedKind
+    in_dim: int
+    out_dim: int
+    dtype: str
+    members: tuple[Member, ...]
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+    rank: int = 0
+
+    @property
+    def lora_a(self) -> str:
+        """Name of A."""
+        return f"{self.name}.lora_A.weight"
+
+    @property
+    def lora_b(self) -> str:
+        """Name of B."""
+        return f"{self.name}.lora_B.weight"
+
+    @property
+    def scale(self) -> str:
+        """Name of DoRA's factor."""
+        return f"{self.name}.lora_scale.weight"
+
+    @property
+    def rank_symbol(self) -> str:
+        """The module's own symbolic dimension: modules of one adapter may have different ranks."""
+        return f"{self.name}.rank"
+
+    def a_shape(self, rank: int) -> tuple[int, ...]:
+        """Shape of A."""
+        return (rank, self.in_dim, *self.kernel) if self.kind == "conv" else (self.in_dim, rank)
+
+    def b_shape(self, rank: int) -> tuple[int, ...]:
+        """Shape of B."""
+        if self.kind == "conv":
+            return (self.out_dim, rank // self.groups, *(1 for _ in self.kernel))
+        return rank, self.out_dim
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One resident adapter of a bank.
+
+    Attributes:
+        name: What a request calls it.
+        adapter: Identity of its file (sha256), or "" for an empty slot.
+    """
+
+    name: str
+    adapter: str = ""
+
+
+@dataclass(frozen=True)
+class ExposedGraph:
+    """The record of a graph with exposed LoRA.
+
+    Attributes:
+        mode: ``swap`` (one adapter a run) or ``bank`` (one a row).
+        base: File name of the base graph.
+        base_sha256: Its identity, see `manifest.identity_of`.
+        modules: The pairs of tensors.
+        max_rank: Largest rank that a converted adapter may have.
+        flavour: ``ort``: tensors are inputs with an empty default; ``tensorrt``: plain inputs.
+        dora: There are factors too.
+        slots: Of a bank.
+        resident: Whether a bank's tensors are constants or inputs.
+        batch_input: The graph input whose first dimension is the batch, in a bank.
+    """
+
+    mode: Mode
+    base: str
+    base_sha256: str
+    modules: tuple[ExposedModule, ...]
+    max_rank: int
+    flavour: Flavour = "ort"
+    dora: bool = False
+    slots: tuple[Slot, ...] = ()
+    resident: Resident = "initializers"
+    batch_input: str = ""
+    format: int = field(default=FORMAT)
+
+    def members(self) -> Iterator[tuple[ExposedModule, Member]]:
+        """Yield every module of the base with the pair that it belongs to."""
+        for module in self.modules:
+            for member in module.members:
+                yield module, member
+
+    def tensor_names(self) -> list[str]:
+        """Return the names of all LoRA tensors, in the graph's order."""
+        names = []
+        for module in self.modules:
+            names += [module.lora_a, module.lora_b, *([module.scale] if self.dora else [])]
+        return names
+
+    def to_json(self) -> str:
+        """Return the record as one line of JSON with sorted keys."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> ExposedGraph:
+        """Read what `to_json` wrote.
+
+        Raises:
+            GraphError: It is damaged, or of another version.
+        """
+        try:
+            data = json.loads(text)
+            if data["format"] != FORMAT:
+                raise GraphError(
+                    f"the graph's LoRA record has format {data['format']}, this version reads {FORMAT}",
+                    "make the graph again with swap-onnx or bank-onnx",
+                )
+            data["modules"] = tuple(_module(entry) for entry in data["modules"])
+            data["slots"] = tuple(Slot(**entry) for entry in data["slots"])
+            return cls(**data)
+        except (ValueError, TypeError, KeyError) as error:
+            raise GraphError(
+                f"the graph's LoRA record is damaged: {type(error).__name__}: {error}",
+                "make the graph again with swap-onnx or bank-onnx",
+            ) from error
+
+
+def _module(data: dict[str, Any]) -> ExposedModule:
+    members = tuple(
+        Member(
+            **{
+                **entry,
+                "ranks": tuple(entry["ranks"]),
+                "stored": tuple(
+                    StoredRows(**{**rows, "rows": (rows["rows"][0], rows["rows"][1])})
+                    for rows in entry["stored"]
+                ),
+            }
+        )
+        for entry in data["members"]
+    )
+    return ExposedModule(**{**data, "members": members, "kernel": tuple(data["kernel"])})
+
+
+def exposed_of(metadata: Mapping[str, str], where: str) -> ExposedGraph:
+    """Return the record in a model's metadata.
+
+    Args:
+        metadata: ``metadata_props`` of an ONNX file, or ONNX Runtime's ``custom_metadata_map``.
+        where: The file, for messages.
+
+    Raises:
+        GraphError: There is none, or it is damaged.
+    """
+    text = metadata.get(KEY)
+    if text is None:
+        raise GraphError(
+            f"{where} has no exposed LoRA that we know of: its metadata lack {KEY!r}",
+            "make it with: lora-export swap-onnx --base BASE.onnx --adapter ADAPTER -o OUT.onnx",
+        )
+    return ExposedGraph.from_json(text)

@@ -1,0 +1,99 @@
+"""Write a graph with exposed LoRA: the graph with its record, the base's weights, the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lora_export import __version__
+from lora_export.adapter import Adapter
+from lora_export.exposed import KEY, ExposedGraph
+from lora_export.external_data import plan_data, write_data
+from lora_export.graph import save_graph
+from lora_export.manifest import Manifest, adapter_entry, hash_file, package_versions
+from lora_export.onnx_base import Base
+from lora_export.output import OutputSet, output_errors
+from lora_export.plan import Plan
+
+
+@dataclass(frozen=True)
+class ExposeReport:
+    """What exposing did, or with ``dry_run`` would do.
+
+    Attributes:
+        plan: Every target and where its branch goes.
+        exposed: The graph's record.
+        outputs: What was (or would be) written: ``graph``, ``data``, ``manifest``.
+        size_bytes: Size of the weights written.
+        shared_bytes: Weights that stay in the base's files.
+        dry_run: Nothing was written.
+    """
+
+    plan: Plan
+    exposed: ExposedGraph
+    outputs: dict[str, Path] = field(default_factory=dict)
+    size_bytes: int = 0
+    shared_bytes: int = 0
+    dry_run: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            "outputs": {name: str(path) for name, path in self.outputs.items()},
+            "dry_run": self.dry_run,
+            "size_bytes": self.size_bytes,
+            "shared_bytes": self.shared_bytes,
+            "plan": self.plan.as_dict(),
+            "exposed": asdict(self.exposed),
+        }
+
+
+def base_name(base: Path) -> str:
+    """What a record calls the base: its file or folder name."""
+    return base.resolve().name
+
+
+def write_exposed(
+    base: Base,
+    report: ExposeReport,
+    adapters: Sequence[Adapter],
+    force: bool,
+    progress: Callable[[int], None] | None,
+) -> ExposeReport:
+    """Write what ``report`` says, unless it is a dry run; return it with the sizes.
+
+    Args:
+        base: The graph with its branches.
+        report: Plan, record and paths.
+        adapters: Those that it was made from.
+        force: Replace existing files.
+        progress: Called with the number of bytes just written.
+
+    Raises:
+        OutputError: A file exists or can't be written.
+    """
+    paths, out = report.outputs, report.outputs["graph"]
+    slots, size, shared = plan_data(base.graph, {}, out, base.shared_files)
+    report = replace(report, size_bytes=size, shared_bytes=shared)
+    if report.dry_run:
+        return report
+    base.graph.model.metadata_props[KEY] = report.exposed.to_json()
+    with output_errors(out), OutputSet(force) as outputs:
+        staged = {name: outputs.stage(path) for name, path in paths.items()}
+        write_data(staged["data"], paths["data"].name, slots, size, {}, "sample", progress)
+        save_graph(base.graph.model, staged["graph"])
+        manifest = Manifest(
+            f"{report.exposed.mode}-onnx",
+            [hash_file(path) for path in base.files],
+            [adapter_entry(adapter, 1.0) for adapter in adapters],
+            report.plan.as_dict(),
+            {},
+            {name: path.name for name, path in paths.items()} | {"shared_bytes": shared},
+            {"lora-export": __version__} | package_versions(["numpy", "ml_dtypes", "onnx-ir"]),
+            asdict(report.exposed),
+        )
+        staged["manifest"].write_text(manifest.to_json(), encoding="utf-8")
+        outputs.commit()
+    return report

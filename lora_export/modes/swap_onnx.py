@@ -1,0 +1,185 @@
+"""Expose LoRA in an ONNX graph: y = W0 x + (x·A)·B beside each target, with A and B as inputs of the graph.
+
+One copy of W0 serves many adapters, which are changed while it runs. Two flavours from one code path: ``ort``
+gives each LoRA tensor an empty default (an initializer of rank 0 of the same name), so that the graph without
+an adapter is the base, bit for bit; ``tensorrt`` makes them plain inputs, because a TensorRT parser takes an
+input with an initializer for a constant and would build the base.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_export.adapter import Adapter
+from lora_export.branches.bundles import Bundle, bundles_of
+from lora_export.branches.calls import Branch
+from lora_export.branches.place import place_branches
+from lora_export.branches.write import BranchWriter, Tensors
+from lora_export.errors import AdapterError
+from lora_export.exposed import ExposedGraph, ExposedModule, Flavour
+from lora_export.exposed_output import ExposeReport, base_name, write_exposed
+from lora_export.graph import GraphFile
+from lora_export.manifest import identity_of
+from lora_export.onnx_base import open_base, output_paths, refuse_overlap
+from lora_export.output import refuse_replacing
+from lora_export.sites.listing import targets_named
+from lora_export.sites.resolve import Resolver
+from lora_export.sites.target import targets_of
+
+PathLike = str | os.PathLike[str]
+DEFAULT_MAX_RANK = 64
+
+
+def swap_onnx(
+    base: PathLike,
+    output: PathLike,
+    *,
+    adapter: PathLike | Adapter | None = None,
+    target_modules: Sequence[str] = (),
+    max_rank: int | None = None,
+    flavour: Flavour = "ort",
+    dora: bool = False,
+    pack: bool = False,
+    checkpoint: PathLike | None = None,
+    share_base: bool = False,
+    allow_unmatched: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> ExposeReport:
+    """Write ``base`` with LoRA tensors as inputs to ``output``, ``output.data`` and ``*.lora.json``.
+
+    Args:
+        base: An ONNX file from any exporter, or a Hugging Face checkpoint folder, which is then captured.
+        output: The ``.onnx`` file to write.
+        adapter: Expose the modules that this one changes; other adapters of the same shape fit as well.
+        target_modules: Or the modules whose path is, or ends in, one of these (PEFT's ``target_modules``).
+        max_rank: Largest rank that an adapter may have; 64, or the adapter's if that is larger.
+        flavour: ``ort`` or ``tensorrt``, see above.
+        dora: Expose DoRA's factor too.
+        pack: One pair of tensors for siblings that read the same activation (q, k, v; gate, up).
+        checkpoint: The folder that ``base`` was exported from: matches by name are verified by content.
+        share_base: Leave the weights in the base's own data files.
+        allow_unmatched: Go on without modules that have no place.
+        force: Replace existing output files.
+        dry_run: Make the plan and write nothing.
+        progress: Called with the number of bytes just written.
+
+    Returns:
+        The plan, the record and the files.
+
+    Raises:
+        AdapterError: The adapter can't be read or used, or none and no ``target_modules`` are given.
+        GraphError: The base can't be read, or has exposed LoRA already.
+        SiteError: Modules have no place in the graph.
+        OutputError: The output exists or can't be written.
+    """
+    from lora_export.formats import load_adapter
+
+    out, base = Path(output), Path(base)
+    paths = output_paths(out)
+    if (adapter is None) == (not target_modules):
+        raise AdapterError(
+            "which modules are to be exposed?", "give an adapter, or target modules; one of them, not both"
+        )
+    like = adapter if adapter is None or isinstance(adapter, Adapter) else load_adapter(Path(adapter))
+    refuse_overlap([base, *([Path(like.source)] if like else [])], paths)
+    if not dry_run:
+        refuse_replacing(list(paths.values()), force)
+    place = out.parent if base.is_dir() and out.parent.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=place) as scratch:
+        opened = open_base(base, checkpoint, share_base, Path(scratch))
+        refuse_overlap(opened.files, paths)
+        resolver = Resolver(opened.graph, opened.weight_of, branches=True)
+        targets = targets_of(like) if like else targets_named(resolver, opened.graph, target_modules)
+        plan, branches = place_branches(
+            opened.graph, resolver, like, targets, dora=dora, allow_unmatched=allow_unmatched
+        )
+        bundles = [_fixed(bundle, branches, flavour) for bundle in bundles_of(branches, pack)]
+        ranks = [branch.rank for branch in branches]
+        record = ExposedGraph(
+            "swap",
+            base_name(base),
+            identity_of(opened.files),
+            tuple(bundle.module for bundle in bundles),
+            _max_rank(max_rank, ranks),
+            flavour,
+            dora,
+        )
+        tensors = {bundle.module.name: _expose(opened.graph, bundle.module, record) for bundle in bundles}
+        BranchWriter(opened.graph).write(bundles, tensors)
+        report = ExposeReport(plan, record, paths, dry_run=dry_run)
+        return write_exposed(opened, report, [like] if like else [], force, progress)
+
+
+def _max_rank(wanted: int | None, ranks: Sequence[int]) -> int:
+    largest = max(ranks, default=0)
+    if wanted is None:
+        return max(DEFAULT_MAX_RANK, largest)
+    if wanted < 1 or wanted < largest:
+        raise AdapterError(
+            f"max_rank is {wanted}, the adapter has rank {largest}"
+            if wanted >= 1
+            else f"max_rank is {wanted}; a rank is at least 1",
+            f"give --max-rank {max(largest, 1)} or more",
+        )
+    return wanted
+
+
+def _fixed(bundle: Bundle, branches: Sequence[Branch], flavour: Flavour) -> Bundle:
+    """Fix the rank of a convolution for TensorRT, which builds none with a dynamic number of channels."""
+    if flavour == "ort" or bundle.module.kind != "conv":
+        return bundle
+    rank = next(branch.rank for branch in branches if branch.path == bundle.module.name)
+    if not rank:
+        raise AdapterError(
+            f"{bundle.module.name}: TensorRT needs a convolution's rank when the graph is made",
+            "give --adapter instead of --target-modules",
+        )
+    return replace(bundle, module=replace(bundle.module, rank=rank))
+
+
+def _expose(graph: GraphFile, module: ExposedModule, record: ExposedGraph) -> Tensors:
+    """Add a module's tensors to the graph's inputs."""
+    dtype = ir.DataType[_IR_TYPES[module.dtype]]
+    rank: int | str = module.rank or module.rank_symbol
+    empty = module.rank
+    shapes = [
+        (module.lora_a, module.a_shape(0), 0 if module.kind == "conv" else 1),
+        (module.lora_b, module.b_shape(0), 1 if module.kind == "conv" else 0),
+    ]
+    values = []
+    for name, shape, axis in shapes:
+        # B of a grouped convolution has rank/groups channels.
+        symbol: int | str = rank
+        if axis == 1 and name == module.lora_b and module.groups > 1:
+            symbol = rank // module.groups if isinstance(rank, int) else f"{rank}/{module.groups}"
+        dims = [symbol if number == axis else size for number, size in enumerate(shape)]
+        default = np.zeros([empty if number == axis else size for number, size in enumerate(shape)])
+        values.append(_input(graph, name, dims, dtype, default if record.flavour == "ort" else None))
+    scale = None
+    if record.dora:
+        ones = np.ones(module.out_dim) if record.flavour == "ort" else None
+        scale = _input(graph, module.scale, [module.out_dim], dtype, ones)
+    return Tensors(values[0], values[1], scale)
+
+
+_IR_TYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "float64": "DOUBLE"}
+
+
+def _input(
+    graph: GraphFile, name: str, dims: Sequence[int | str], dtype: ir.DataType, default: np.ndarray | None
+) -> ir.Value:
+    value = ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(dtype))
+    graph.graph.inputs.append(value)
+    if default is not None:
+        value.const_value = ir.tensor(default.astype(dtype.numpy()), name=name)
+        graph.graph.register_initializer(value)
+    return value

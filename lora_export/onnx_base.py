@@ -1,0 +1,116 @@
+"""The base graph of a mode: loaded or captured, with what its weights may be compared with and shared with.
+
+Also the names of what is written for it: a graph, its data, a manifest.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from lora_export.errors import OutputError
+from lora_export.graph import GraphFile, load_graph
+from lora_export.sites.target import WeightOf
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A base graph.
+
+    Attributes:
+        graph: The graph.
+        weight_of: Looks up a target's weight in the checkpoint, where there is one.
+        shared_files: Data files in which unchanged weights may stay.
+        files: What it was read from.
+    """
+
+    graph: GraphFile
+    weight_of: WeightOf | None
+    shared_files: set[Path]
+    files: list[Path]
+
+
+def open_base(base: Path, checkpoint: str | os.PathLike[str] | None, share_base: bool, scratch: Path) -> Base:
+    """Load a graph, or capture a checkpoint folder into ``scratch``.
+
+    Args:
+        base: An ONNX file or a Hugging Face folder.
+        checkpoint: The folder that an ONNX file was exported from.
+        share_base: Unchanged weights are to stay in the base's files.
+        scratch: For the captured graph.
+
+    Raises:
+        GraphError: The graph can't be read.
+        CheckpointError: The folder can't be read or captured.
+        OutputError: There is nothing to share.
+    """
+    if base.is_dir():
+        from lora_export.capture import capture_checkpoint
+
+        graph = load_graph(capture_checkpoint(base, scratch / "base.onnx"))
+    else:
+        graph = load_graph(base)
+    data_files = _data_files(graph)
+    if share_base and not data_files:
+        raise OutputError(
+            f"{base} has no weights in files of their own: nothing can be shared",
+            "leave out --share-base, or save the base with external data first",
+        )
+    folder = base if base.is_dir() and checkpoint is None else checkpoint
+    if folder is None:
+        return Base(graph, None, data_files if share_base else set(), _base_files(base, graph))
+    from lora_export.canonical import CheckpointWeights, link_weights
+    from lora_export.checkpoint import Checkpoint
+
+    opened = Checkpoint.open(Path(folder))
+    shared = set()
+    if share_base:
+        shared = link_weights(graph, opened) if base.is_dir() else data_files
+    return Base(graph, CheckpointWeights(opened), shared, _base_files(base, graph))
+
+
+def refuse_overlap(base_files: Sequence[Path], targets: Mapping[str, Path]) -> None:
+    """Raise `OutputError` where an output would replace what is read."""
+    inputs = {path.resolve() for path in base_files}
+    both = [str(path) for path in targets.values() if path.resolve() in inputs]
+    if both:
+        raise OutputError("the output would replace what is read", "choose another name", both)
+
+
+def output_paths(out: Path) -> dict[str, Path]:
+    """Return the files that belong to an output graph, the graph last: it appears when the rest is there.
+
+    Raises:
+        OutputError: The name does not end in ``.onnx``.
+    """
+    if out.suffix != ".onnx":
+        raise OutputError(f"the output {out} does not end in .onnx", f"-o {out / 'model.onnx'}")
+    return {
+        "data": out.with_name(out.name + ".data"),
+        "manifest": out.with_suffix(".lora.json"),
+        "graph": out,
+    }
+
+
+def drop_dead(graph: GraphFile) -> None:
+    """Remove constants that nothing reads after copies took over."""
+    for owner in graph.graphs():
+        inputs = {id(value) for value in owner.inputs}
+        for name, value in list(owner.initializers.items()):
+            if not value.uses() and not value.is_graph_output() and id(value) not in inputs:
+                owner.initializers.pop(name)
+
+
+def _base_files(base: Path, graph: GraphFile) -> list[Path]:
+    if base.is_dir():
+        return sorted([*base.glob("*.safetensors"), *base.glob("config.json")])
+    return [base, *sorted(_data_files(graph))]
+
+
+def _data_files(graph: GraphFile) -> set[Path]:
+    tensors = (value.const_value for value in graph.initializers())
+    return {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}

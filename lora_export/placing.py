@@ -1,0 +1,138 @@
+"""Place adapters in a graph: rows of the plan, and one error that lists all that has no place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lora_export.adapter import Adapter
+from lora_export.errors import SiteError
+from lora_export.graph import GraphFile
+from lora_export.plan import Plan, PlanRow, unaccounted
+from lora_export.sites.resolve import Resolver
+from lora_export.sites.target import Miss, Site
+
+# Part of `Site.evidence` wherever values were compared.
+_CONFIRMED = "content"
+_EXAMPLES = 4
+_OTHER_VALUES = "does not hold the checkpoint's values"
+
+
+def refuse_unaccounted(adapter: Adapter, rows: Sequence[PlanRow]) -> None:
+    """Raise `SiteError` where the plan does not speak of some of an adapter's tensors."""
+    lost = unaccounted(adapter.tensor_names, rows)
+    if lost:
+        raise SiteError(f"adapter {adapter.name!r} has tensors that the plan does not speak of", "", lost)
+
+
+def with_unverified(plan: Plan, checkpoint: Path) -> Plan:
+    """Say which places the checkpoint could not confirm; raise `SiteError` where it confirms none."""
+    silent = [row for row in plan.placed if _CONFIRMED not in row.reason]
+    if silent and len(silent) == len(plan.placed):
+        raise SiteError(
+            f"the checkpoint {checkpoint} stores none of the {len(silent)} parameters that would change",
+            "give the folder that the graph was exported from, or leave out --checkpoint",
+            [row.parameter for row in silent[:_EXAMPLES]],
+        )
+    notes = [
+        f"{row.parameter}: found by {row.reason} alone, the checkpoint does not store it" for row in silent
+    ]
+    return replace(plan, notes=(*plan.notes, *notes))
+
+
+def quantised_operators(resolver: Resolver) -> str:
+    """Return ``" (MatMulInteger)"`` where weights are quantised, whatever their names; else ""."""
+    found = {use.node.op_type for use in resolver.uses if use.refusal.startswith("quantised")}
+    return f" ({', '.join(sorted(found))})" if found else ""
+
+
+def refuse(
+    graph: GraphFile, adapter: Adapter, sites: Sequence[Site], misses: Sequence[Miss], quantised: str = ""
+) -> None:
+    """Raise `SiteError` with a reason for each miss.
+
+    Args:
+        graph: The graph.
+        adapter: The adapter.
+        sites: What was placed.
+        misses: What was not.
+        quantised: What `quantised_operators` says, where weights are to be changed.
+    """
+    total, name, file = len(sites) + len(misses), repr(adapter.name), graph.path.name
+    reasons = [miss.reason for miss in misses]
+    lines = [f"{miss.target.key}  {miss.reason}" for miss in misses]
+    lost = all(reason.startswith("not found") for reason in reasons)
+    if any(reason.startswith("quantised") for reason in reasons) or (lost and not sites and quantised):
+        raise SiteError(
+            f"{file} has quantised weights{quantised}: adapter {name} can't be merged into {len(misses)} of "
+            f"its {total} parameters' places",
+            "keep the adapter beside the quantised weights (lora-export swap-onnx), or merge into the "
+            "unquantised base and quantise the result",
+            lines,
+        )
+    if any(_OTHER_VALUES in reason for reason in reasons):
+        raise SiteError(
+            f"{file} was not exported from this checkpoint, or was changed since: adapter {name} has "
+            f"{len(misses)} places (of {total}) that are not confirmed",
+            "give the folder that the graph was exported from",
+            lines,
+        )
+    if not sites and lost:
+        raise SiteError(
+            f"adapter {name} was made for another model: none of its {total} parameters "
+            f"has a place in {file}",
+            "check the base; if the graph's names are gone, give --checkpoint BASE_DIR to match by value",
+            lines,
+        )
+    raise SiteError(
+        f"adapter {name} has {len(misses)} parameters with no place in {file} (of {total})",
+        _hint(reasons, bool(sites)),
+        lines,
+    )
+
+
+def _hint(reasons: Sequence[str], some: bool) -> str:
+    hints = []
+    if any(reason.startswith("shapes differ") for reason in reasons):
+        hints.append("give the base that the adapter was trained on")
+    if any("--checkpoint" in reason or reason.startswith("not found") for reason in reasons):
+        hints.append("give --checkpoint BASE_DIR to match by value")
+    if any(" is found as well" in reason for reason in reasons):
+        hints.append("give --component where the adapter's file serves several models")
+    if some:
+        hints.append("--allow-unmatched goes on without them")
+    return "; ".join(hints) or "export the graph again, with names kept, and give --checkpoint BASE_DIR"
+
+
+def placed_row(adapter: Adapter, site: Site, action: str = "") -> PlanRow:
+    """Return the plan's row of a site; the action is the target's own unless given."""
+    operators = sorted({use.node.op_type for part in site.parts for use in part.uses})
+    layouts = []
+    for part in site.parts:
+        first = part.placements[0]
+        words = ["transposed"] if first.transposed else []
+        if first.row or first.col or first.rows != (0, site.target.matrix[0]):
+            words.append(
+                f"rows {first.rows[0]}–{first.rows[1]} at {first.col if first.transposed else first.row}"
+            )
+        if len(part.placements) > 1:
+            words.append(f"{len(part.placements)} experts")
+        if first.row_scale is not None:
+            words.append("rescaled per output channel")
+        layouts.append(" ".join(words) or "as in PyTorch")
+    return PlanRow(
+        adapter.name,
+        site.target.key,
+        site.target.tensor_names,
+        action or site.target.action,
+        ", ".join(str(part.root.name) for part in site.parts),
+        ", ".join(operators),
+        "; ".join(layouts),
+        site.evidence,
+    )
+
+
+def refused_row(adapter: Adapter, miss: Miss) -> PlanRow:
+    """Return the plan's row of a miss."""
+    return PlanRow(adapter.name, miss.target.key, miss.target.tensor_names, "refused", reason=miss.reason)

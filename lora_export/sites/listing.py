@@ -1,0 +1,80 @@
+"""Targets by module name, for graphs that are made before there is an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lora_export.errors import SiteError
+from lora_export.graph import GraphFile, shape_of
+from lora_export.sites import fit, names
+from lora_export.sites.heads import heads_of
+from lora_export.sites.resolve import Resolver
+from lora_export.sites.slot import Use
+from lora_export.sites.target import Target, TargetKind
+
+ALL_LINEAR = "all-linear"
+_SHOWN = 12
+_KINDS: dict[str, TargetKind] = {"linear": "linear", "conv": "conv", "embedding": "embedding"}
+
+
+def targets_named(resolver: Resolver, graph: GraphFile, wanted: Sequence[str]) -> list[Target]:
+    """Return a target for each module whose path is, or ends in, one of the wanted names.
+
+    PEFT's rule for ``target_modules``; ``all-linear`` means every linear module but ``lm_head``. ``q_proj``
+    also means the part of a ``qkv_proj`` that builders fuse.
+
+    Raises:
+        SiteError: A name that no module of the graph has.
+    """
+    known = list(_modules(resolver))
+    found: dict[str, Target] = {}
+    missing = []
+    for name in wanted:
+        mine = [target for target in known if _means(name, target)]
+        if not mine:
+            missing.append(name)
+        found.update((target.path, target) for target in mine)
+    if missing:
+        leaves = sorted({target.path.rpartition(".")[2] for target in known})
+        more = ", …" if len(leaves) > _SHOWN else ""
+        raise SiteError(
+            f"{graph.path.name} has no modules of these names",
+            f"it has: {', '.join(leaves[:_SHOWN])}{more}; names may be gone: give --adapter and --checkpoint",
+            missing,
+        )
+    return [target for target in known if target.path in found]
+
+
+def _means(name: str, target: Target) -> bool:
+    if name == ALL_LINEAR:
+        return target.kind == "linear" and not target.path.endswith("lm_head")
+    return target.path == name or target.path.endswith(f".{name}")
+
+
+def _modules(resolver: Resolver) -> Iterator[Target]:
+    """Yield every module that a branch could go beside, by the most trusted name of each of its uses."""
+    seen: set[str] = set()
+    for use, key in resolver.named_uses():
+        kind = _KINDS.get(use.slot.kind)
+        if key in seen or kind is None or not key.endswith(".weight"):
+            continue
+        seen.add(key)
+        shape = _canonical_shape(use)
+        yield Target(key, kind, shape, "merge", ())
+        yield from _fused_parts(key, use, shape)
+
+
+def _canonical_shape(use: Use) -> tuple[int, ...]:
+    assert use.root.const_value is not None
+    if use.slot.kind == "conv":
+        return shape_of(use.root.const_value)
+    rows, cols = fit.stored_shape(Target("", "linear", (), "merge", ()), use)
+    return (cols, rows) if use.transposed else (rows, cols)
+
+
+def _fused_parts(key: str, use: Use, shape: tuple[int, ...]) -> Iterator[Target]:
+    parts = names.parts_of(key)
+    rows = fit.fused_rows(shape[0], len(parts), heads_of(use.node)) if parts else None
+    if rows:
+        for part, count in zip(parts, rows, strict=True):
+            yield Target(part, "linear", (count, shape[1]), "merge", ())
