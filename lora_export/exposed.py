@@ -1,4 +1,4 @@
-"""What a graph with exposed LoRA says about itself: its modules, the tensors they take, the base it was made of.
+"""What a graph with exposed LoRA says about itself: its modules, the tensors they take, its base.
 
 The record is JSON in the model's own metadata (`KEY`), so that a graph alone is enough: for a runtime, for
 `convert-adapter`, and for a reader without lora-export.

@@ -59,13 +59,15 @@ def refuse(
         misses: What was not.
         quantised: What `quantised_operators` says, where weights are to be changed.
     """
-    total, name, file = len(sites) + len(misses), repr(adapter.name), graph.path.name
+    total, file = len(sites) + len(misses), graph.path.name
+    # Without a format it is no file but what the user typed.
+    name = f"adapter {adapter.name!r}" if adapter.format else adapter.name
     reasons = [miss.reason for miss in misses]
     lines = [f"{miss.target.key}  {miss.reason}" for miss in misses]
     lost = all(reason.startswith("not found") for reason in reasons)
     if any(reason.startswith("quantised") for reason in reasons) or (lost and not sites and quantised):
         raise SiteError(
-            f"{file} has quantised weights{quantised}: adapter {name} can't be merged into {len(misses)} of "
+            f"{file} has quantised weights{quantised}: {name} can't be merged into {len(misses)} of "
             f"its {total} parameters' places",
             "keep the adapter beside the quantised weights (lora-export swap-onnx), or merge into the "
             "unquantised base and quantise the result",
@@ -73,20 +75,19 @@ def refuse(
         )
     if any(_OTHER_VALUES in reason for reason in reasons):
         raise SiteError(
-            f"{file} was not exported from this checkpoint, or was changed since: adapter {name} has "
+            f"{file} was not exported from this checkpoint, or was changed since: {name} has "
             f"{len(misses)} places (of {total}) that are not confirmed",
             "give the folder that the graph was exported from",
             lines,
         )
     if not sites and lost:
         raise SiteError(
-            f"adapter {name} was made for another model: none of its {total} parameters "
-            f"has a place in {file}",
+            f"{name} was made for another model: none of its {total} parameters has a place in {file}",
             "check the base; if the graph's names are gone, give --checkpoint BASE_DIR to match by value",
             lines,
         )
     raise SiteError(
-        f"adapter {name} has {len(misses)} parameters with no place in {file} (of {total})",
+        f"{name} has {len(misses)} parameters with no place in {file} (of {total})",
         _hint(reasons, bool(sites)),
         lines,
     )

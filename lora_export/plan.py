@@ -15,7 +15,8 @@ class PlanRow:
         adapter: Adapter's name.
         parameter: The changed parameter's path in the model.
         tensors: The adapter's tensors behind it.
-        action: ``merge``, ``replace``, ``add to bias`` or ``refused``.
+        action: ``merge``, ``replace``, ``add to bias``, ``expose``, ``unchanged`` (the base holds the same
+            values already) or ``refused``.
         place: Name of the stored weight(s).
         operator: Operators that read it, in a graph.
         layout: How the canonical weight lies there: transposed, which rows of a fused weight, rescaled.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from lora_export.adapter import Array
+from lora_export.adapter import Array, LoraModule
 from lora_export.exposed import ExposedKind, StoredRows
 from lora_export.sites.fit import stored_shape
 from lora_export.sites.slot import DEQUANTIZE, Use
@@ -61,7 +61,7 @@ class Branch:
         pieces: Where its outputs are computed: one, or more where its weight is split or it is called again.
         kernel: Of a convolution.
         groups: Of the convolution that B is.
-        rank: Of the adapter that asked for it, 0 if none did.
+        lora: The factors of the adapter that asked for it, if one did.
         stored: Where its weight lies; empty where that is no help (quantised, rescaled).
     """
 
@@ -72,8 +72,13 @@ class Branch:
     pieces: tuple[Piece, ...]
     kernel: tuple[int, ...] = ()
     groups: int = 1
-    rank: int = 0
+    lora: LoraModule | None = None
     stored: tuple[StoredRows, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """Of the adapter that asked for it, 0 if none did."""
+        return self.lora.rank if self.lora else 0
 
 
 def branch_of(site: Site, calls: dict[int, Call]) -> Branch | str:
@@ -108,7 +113,7 @@ def branch_of(site: Site, calls: dict[int, Call]) -> Branch | str:
         tuple(pieces),
         tuple(target.shape[2:]),
         module.groups if module else 1,
-        module.rank if module else 0,
+        module,
         _stored(site.parts),
     )
 

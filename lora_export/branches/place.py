@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from lora_export.adapter import Adapter
 from lora_export.branches.calls import Branch, Call, branch_of
 from lora_export.errors import GraphError, SiteError
 from lora_export.exposed import KEY
-from lora_export.graph import GraphFile
+from lora_export.graph import GraphFile, stored_matrix
 from lora_export.placing import placed_row, refuse, refuse_unaccounted, refused_row
 from lora_export.plan import Plan, PlanRow
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.target import Miss, Site, Target
 
-_NO_ADAPTER = "target modules"
+_NO_ADAPTER = "--target-modules"
 # An activation is computed inside: a factor on the product can't come before it.
+_REPLACED = "the adapter replaces this whole parameter, which has no low-rank branch; merge it"
 _ACTIVATED = {"FusedConv", "FusedGemm"}
 
 
@@ -25,8 +28,9 @@ def place_branches(
     adapter: Adapter | None,
     targets: Sequence[Target],
     *,
-    dora: bool,
     allow_unmatched: bool,
+    dora: bool = False,
+    bank: bool = False,
     calls: dict[int, Call] | None = None,
 ) -> tuple[Plan, list[Branch]]:
     """Find a branch for each target.
@@ -36,8 +40,9 @@ def place_branches(
         resolver: Its weights, with ``branches``.
         adapter: Whose targets they are, if anybody's.
         targets: What is to get a branch.
-        dora: There will be factors as well.
         allow_unmatched: Leave out what has no place.
+        dora: There will be factors as well.
+        bank: It is for a bank.
         calls: Node → its call, where several adapters share them.
 
     Returns:
@@ -49,12 +54,20 @@ def place_branches(
     """
     refuse_exposed(graph)
     calls = {} if calls is None else calls
-    wanted = [target for target in targets if not _unsuited(target, dora)]
+    reasons = {id(target): _unsuited(target, dora, bank) for target in targets}
+    wanted = [target for target in targets if not reasons[id(target)]]
     sites, misses = resolver.resolve(wanted, adapter.flattened if adapter else False)
-    misses += [Miss(target, reason) for target in targets if (reason := _unsuited(target, dora))]
+    misses += [Miss(target, reasons[id(target)]) for target in targets if reasons[id(target)]]
     placed: list[Site] = []
+    unchanged: list[Site] = []
     branches: list[Branch] = []
     for site in sites:
+        if site.target.action == "replace":
+            if holds(site):
+                unchanged.append(site)
+            else:
+                misses.append(Miss(site.target, _REPLACED))
+            continue
         branch = branch_of(site, calls)
         if isinstance(branch, Branch) and dora:
             branch = _without_activation(branch)
@@ -68,7 +81,8 @@ def place_branches(
     shown = adapter or Adapter(_NO_ADAPTER, "", "", {})
     if misses and not (allow_unmatched and branches):
         refuse(graph, shown, placed, misses)
-    rows: list[PlanRow] = [placed_row(shown, site, "expose") for site in placed]
+    rows: list[PlanRow] = [placed_row(shown, site, "unchanged") for site in unchanged]
+    rows += [placed_row(shown, site, "expose") for site in placed]
     rows += [refused_row(shown, miss) for miss in misses]
     if adapter:
         refuse_unaccounted(adapter, rows)
@@ -86,17 +100,35 @@ def refuse_exposed(graph: GraphFile) -> None:
         )
 
 
-def _unsuited(target: Target, dora: bool) -> str:
+def _unsuited(target: Target, dora: bool, bank: bool) -> str:
     """Why a target can't be exposed as a low-rank branch, or an empty text."""
-    if target.action == "replace":
-        return "the adapter replaces this whole parameter, which has no low-rank branch; merge it"
     if target.action == "add to bias":
         return "a bias of lora_B (lora_bias) is not exposed; merge it"
     if target.experts > 1:
         return "stacked experts are not exposed; merge them"
     if target.module is not None and target.module.magnitude is not None and not dora:
-        return "DoRA scales the whole product: give --dora to expose its factor as well"
+        how = "swap-onnx --dora exposes it" if bank else "give --dora to expose it as well"
+        return f"DoRA has a factor on the whole product: {how}"
     return ""
+
+
+def holds(site: Site) -> bool:
+    """Whether the graph holds a replacement's values already: PEFT saves untrained embeddings too."""
+    target = site.target
+    assert target.values is not None
+    for part in site.parts:
+        if any(use.quantised for use in part.uses):
+            return False
+        (placement,) = part.placements
+        assert part.root.const_value is not None
+        stored = stored_matrix(part.root.const_value)
+        wanted = np.asarray(target.values).reshape(target.matrix)[slice(*placement.rows)]
+        wanted = wanted.T if placement.transposed else wanted
+        rows, cols = placement.row + wanted.shape[0], placement.col + wanted.shape[1]
+        here = stored[placement.row : rows, placement.col : cols]
+        if placement.row_scale is not None or not np.array_equal(here, wanted.astype(stored.dtype)):
+            return False
+    return True
 
 
 def _without_activation(branch: Branch) -> Branch | str:

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from lora_export.adapter import Adapter
 from lora_export.branches.bundles import Bundle, bundles_of
 from lora_export.branches.calls import Branch
+from lora_export.branches.inputs import IR_TYPES, add_input
 from lora_export.branches.place import place_branches
 from lora_export.branches.write import BranchWriter, Tensors
 from lora_export.errors import AdapterError
@@ -148,7 +149,7 @@ def _fixed(bundle: Bundle, branches: Sequence[Branch], flavour: Flavour) -> Bund
 
 def _expose(graph: GraphFile, module: ExposedModule, record: ExposedGraph) -> Tensors:
     """Add a module's tensors to the graph's inputs."""
-    dtype = ir.DataType[_IR_TYPES[module.dtype]]
+    dtype = ir.DataType[IR_TYPES[module.dtype]]
     rank: int | str = module.rank or module.rank_symbol
     empty = module.rank
     shapes = [
@@ -163,23 +164,9 @@ def _expose(graph: GraphFile, module: ExposedModule, record: ExposedGraph) -> Te
             symbol = rank // module.groups if isinstance(rank, int) else f"{rank}/{module.groups}"
         dims = [symbol if number == axis else size for number, size in enumerate(shape)]
         default = np.zeros([empty if number == axis else size for number, size in enumerate(shape)])
-        values.append(_input(graph, name, dims, dtype, default if record.flavour == "ort" else None))
+        values.append(add_input(graph, name, dims, dtype, default if record.flavour == "ort" else None))
     scale = None
     if record.dora:
         ones = np.ones(module.out_dim) if record.flavour == "ort" else None
-        scale = _input(graph, module.scale, [module.out_dim], dtype, ones)
+        scale = add_input(graph, module.scale, [module.out_dim], dtype, ones)
     return Tensors(values[0], values[1], scale)
-
-
-_IR_TYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "float64": "DOUBLE"}
-
-
-def _input(
-    graph: GraphFile, name: str, dims: Sequence[int | str], dtype: ir.DataType, default: np.ndarray | None
-) -> ir.Value:
-    value = ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(dtype))
-    graph.graph.inputs.append(value)
-    if default is not None:
-        value.const_value = ir.tensor(default.astype(dtype.numpy()), name=name)
-        graph.graph.register_initializer(value)
-    return value

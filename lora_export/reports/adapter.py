@@ -13,7 +13,7 @@ from lora_export.adapter import Adapter, LoraModule
 from lora_export.reports.base_size import BaseSize, base_size
 from lora_export.spectrum import spectrum
 
-PARTS = ("lora_a", "lora_b", "magnitude", "lora_bias")
+PARTS = ("lora_a", "lora_b", "magnitude", "scale", "lora_bias")
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _module_report(module: LoraModule) -> ModuleReport:
         alpha=module.alpha,
         scaling=module.scaling,
         rslora=module.rslora,
-        dora=module.magnitude is not None,
+        dora=_is_dora(module),
         experts=module.experts,
         groups=module.groups,
         weight_shape=module.weight_shape,
@@ -166,9 +166,13 @@ def _module_report(module: LoraModule) -> ModuleReport:
     )
 
 
+def _is_dora(module: LoraModule) -> bool:
+    return module.magnitude is not None or module.scale is not None
+
+
 def _tuner(adapter: Adapter) -> str:
     kinds = Counter(
-        ("DoRA" if module.magnitude is not None else "LoRA") + (" (rsLoRA scaling)" if module.rslora else "")
+        ("DoRA" if _is_dora(module) else "LoRA") + (" (rsLoRA scaling)" if module.rslora else "")
         for module in adapter.modules.values()
     )
     if len(kinds) < 2:

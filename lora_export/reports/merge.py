@@ -20,7 +20,7 @@ def merge_json(report: MergeReport) -> str:
 
 def plan_lines(report: MergeReport) -> list[str]:
     """Return what a dry run prints."""
-    lines = [*report.plan.lines(), f"dry run: {_size(report.size_bytes)} of weights would be written"]
+    lines = [*report.plan.lines(), f"dry run: {size_text(report.size_bytes)} of weights would be written"]
     existing = [str(path) for path in report.outputs.values() if path.exists()]
     if existing:
         lines.append(f"note: --force would be needed, there is already: {', '.join(existing)}")
@@ -30,8 +30,8 @@ def plan_lines(report: MergeReport) -> list[str]:
 def summary_lines(report: MergeReport, seconds: float) -> list[str]:
     """Return the lines that a user reads after a merge."""
     changed = len({row.parameter for row in report.plan.placed})
-    shared = f", {_size(report.shared_bytes)} shared with the base" if report.shared_bytes else ""
-    written = f"{_size(report.size_bytes)} of weights written"
+    shared = f", {size_text(report.shared_bytes)} shared with the base" if report.shared_bytes else ""
+    written = f"{size_text(report.size_bytes)} of weights written"
     lines = [f"changed {changed} parameters in {seconds:.1f} s: {written}{shared}"]
     lines += [f"note: {note}" for note in report.plan.notes]
     lines += _rounding_lines(report.roundings)
@@ -52,7 +52,8 @@ def _rounding_lines(costs: Mapping[str, Rounding]) -> list[str]:
     return [*align(table), legend]
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Return a number of bytes for people."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.1f} {unit}"

@@ -27,6 +27,7 @@ def targets_named(resolver: Resolver, graph: GraphFile, wanted: Sequence[str]) -
         SiteError: A name that no module of the graph has.
     """
     known = list(_modules(resolver))
+    _refuse_fused(graph, known, wanted)
     found: dict[str, Target] = {}
     missing = []
     for name in wanted:
@@ -43,6 +44,19 @@ def targets_named(resolver: Resolver, graph: GraphFile, wanted: Sequence[str]) -
             missing,
         )
     return [target for target in known if target.path in found]
+
+
+def _refuse_fused(graph: GraphFile, known: Sequence[Target], wanted: Sequence[str]) -> None:
+    """A fused weight may be one module (Phi-3) or a builder's work: an adapter is for one or the other."""
+    keys = {target.key for target in known}
+    fused = [target.path for target in known if keys & set(names.parts_of(target.key))]
+    if ALL_LINEAR in wanted and fused:
+        raise SiteError(
+            f"{graph.path.name} has fused weights: {ALL_LINEAR!r} doesn't say whether adapters change the whole "
+            "or its parts",
+            "name the modules as the adapters do: q_proj,k_proj,v_proj or qkv_proj, …; or give --adapter",
+            fused,
+        )
 
 
 def _means(name: str, target: Target) -> bool:

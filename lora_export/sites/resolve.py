@@ -66,7 +66,11 @@ class Resolver:
         self._wanted = {prefix.apply(key) or "" for key in keys.values()} if prefix else set()
         found = [self._find(target, keys[id(target)], prefix) for target in targets]
         misses += [miss for miss in found if isinstance(miss, Miss)]
-        sites, claimed = _without_conflicts([site for site in found if isinstance(site, Site)])
+        placed = [site for site in found if isinstance(site, Site)]
+        if flattened and self._branches:
+            # The names of what is exposed are paths, with their dots.
+            placed = [replace(s, target=replace(s.target, key=keys[id(s.target)])) for s in placed]
+        sites, claimed = _without_conflicts(placed)
         return sites, [*misses, *claimed]
 
     def named_uses(self) -> Iterator[tuple[Use, str]]:

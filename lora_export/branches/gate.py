@@ -1,0 +1,211 @@
+"""What a bank puts between the two products: each row of the batch lets through the ranks of its adapters.
+
+``d · e`` with d = x·A_all ``(…, Σ ranks)`` and e the row's `adapter_weights`, each repeated over its slot's
+ranks: Gather along the slots, so that a slot that is not chosen can't reach a row in any way. e is computed
+once for each sequence of ranks that modules have, usually one for the whole graph.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_export.branches.nodes import NodeWriter, model_names
+from lora_export.errors import SiteError
+from lora_export.exposed import WEIGHTS_INPUT, ExposedModule
+from lora_export.graph import GraphFile
+
+
+class BankGate:
+    """Adds the input `WEIGHTS_INPUT` ``[batch, n_slots]`` and multiplies ranks by it.
+
+    Args:
+        graph: The graph.
+        slots: Number of slots.
+        batch_input: Name of the input whose first axis is the batch; the first input with a free one if
+            left out.
+        same_symbol: The weights' first axis has the batch's symbol, which TensorRT holds to be equal; else
+            (ONNX Runtime compares none) a node does.
+
+    Raises:
+        SiteError: There is no such input.
+    """
+
+    def __init__(
+        self, graph: GraphFile, slots: int, batch_input: str | None = None, same_symbol: bool = False
+    ) -> None:
+        self.batch_input = _batch_input(graph, batch_input)
+        assert self.batch_input.shape is not None
+        self.batch = self.batch_input.shape[0]
+        self._same_symbol = same_symbol
+        self._other_axes = {
+            str(size) for value in graph.graph.inputs if value.shape is not None for size in value.shape
+        } - {str(self.batch)}
+        self._first = next(iter(graph.graph))
+        self._write = NodeWriter(model_names(graph.model))
+        self._expanded: dict[tuple[tuple[int, ...], ir.DataType], ir.Value] = {}
+        self._shaped: dict[tuple[int, str], ir.Value] = {}
+        self._sizes: dict[int, ir.Value] = {}
+        self.weights = ir.Value(
+            name=WEIGHTS_INPUT,
+            shape=ir.Shape([self.batch if same_symbol else f"{WEIGHTS_INPUT}.rows", slots]),
+            type=ir.TensorType(ir.DataType.FLOAT),
+        )
+        graph.graph.inputs.append(self.weights)
+        self._checked = self._check()
+
+    def __call__(
+        self, write: NodeWriter, anchor: ir.Node, module: ExposedModule, down: ir.Value, x: ir.Value
+    ) -> ir.Value:
+        """Return ``down`` with each rank multiplied by its row's weight of the rank's slot."""
+        ranks = _slots_of_ranks(module)
+        dtype = down.dtype
+        assert dtype is not None
+        expanded = self._expand(ranks, dtype)
+        name = f"{module.name}.lora.chosen"
+        if module.kind == "conv":
+            shaped = self._shape(
+                expanded, f"{len(module.kernel)} behind", [0, -1, *(1 for _ in module.kernel)]
+            )
+            return write.add(anchor, "Mul", [down, shaped], name, dtype=dtype)
+        axes = _axes(x, module)
+        if axes is not None and self._has_batch_in_front(x, module):
+            shaped = self._shape(expanded, f"{axes} before", [0, *(1 for _ in range(axes - 2)), len(ranks)])
+            return write.add(anchor, "Mul", [down, shaped], name, dtype=dtype)
+        return self._by_rows(write, anchor, module, down, expanded, len(ranks))
+
+    def _by_rows(
+        self,
+        write: NodeWriter,
+        anchor: ir.Node,
+        module: ExposedModule,
+        down: ir.Value,
+        expanded: ir.Value,
+        total: int,
+    ) -> ir.Value:
+        """For an activation ``(batch · sequence, in_dim)``, or of unknown shape: the batch is outermost."""
+        name, dtype = f"{module.name}.lora", down.dtype
+        assert dtype is not None
+        shaped = self._shape(expanded, "3 before", [0, 1, total])
+        rows = write.add(anchor, "Reshape", [down, self._rows(total)], f"{name}.rows", dtype=dtype)
+        chosen = write.add(anchor, "Mul", [rows, shaped], f"{name}.chosen_rows", dtype=dtype)
+        shape = write.add(anchor, "Shape", [down], f"{name}.shape", dtype=ir.DataType.INT64)
+        return write.add(anchor, "Reshape", [chosen, shape], f"{name}.chosen", dtype=dtype)
+
+    # --- once in the graph --------------------------------------------------------------------------
+
+    def _check(self) -> ir.Value:
+        """Give the weights the batch's number of rows: a Split into that many fails where they have another.
+
+        (Not a Reshape: ONNX Runtime's ReshapeFusion would put -1 for the batch.)
+        """
+        write, first = self._write, self._first
+        int64 = ir.DataType.INT64
+        shape = write.add(first, "Shape", [self.batch_input], "lora.batch_shape", dtype=int64)
+        zero = write.constant(first, np.array([0], np.int64), "lora.first_axis")
+        self._batch_size = write.add(first, "Gather", [shape, zero], "lora.batch", dtype=int64)
+        if self._same_symbol:
+            return self.weights
+        return write.add(
+            first,
+            "Split",
+            [self.weights, self._batch_size],
+            "lora.weights_of_batch",
+            dtype=ir.DataType.FLOAT,
+            attributes={"axis": 0},
+        )
+
+    def _expand(self, ranks: tuple[int, ...], dtype: ir.DataType) -> ir.Value:
+        key = ranks, dtype
+        if key not in self._expanded:
+            write, first = self._write, self._first
+            index = write.constant(first, np.array(ranks, np.int64), "lora.slot_of_rank")
+            value = write.add(
+                first,
+                "Gather",
+                [self._checked, index],
+                "lora.expanded",
+                dtype=ir.DataType.FLOAT,
+                attributes={"axis": 1},
+            )
+            if dtype != ir.DataType.FLOAT:
+                value = write.add(
+                    first, "Cast", [value], "lora.expanded_cast", dtype=dtype, attributes={"to": dtype.value}
+                )
+            self._expanded[key] = value
+        return self._expanded[key]
+
+    def _shape(self, expanded: ir.Value, kind: str, dims: list[int]) -> ir.Value:
+        """Reshape the expanded weights so that they lie along the activation's axes."""
+        key = id(expanded), kind
+        if key not in self._shaped:
+            shape = self._write.constant(self._first, np.array(dims, np.int64), "lora.axes")
+            assert expanded.dtype is not None
+            self._shaped[key] = self._write.add(
+                self._first, "Reshape", [expanded, shape], "lora.expanded_axes", dtype=expanded.dtype
+            )
+        return self._shaped[key]
+
+    def _rows(self, total: int) -> ir.Value:
+        """The shape ``(batch, -1, Σ ranks)``."""
+        if total not in self._sizes:
+            write, first = self._write, self._first
+            rest = write.constant(first, np.array([-1, total], np.int64), "lora.rows")
+            self._sizes[total] = write.add(
+                first,
+                "Concat",
+                [self._batch_size, rest],
+                "lora.rows_shape",
+                dtype=ir.DataType.INT64,
+                attributes={"axis": 0},
+            )
+        return self._sizes[total]
+
+    # --- does the activation have the batch in front? -----------------------------------------------
+
+    def _has_batch_in_front(self, x: ir.Value, module: ExposedModule) -> bool:
+        """Whether the activation is known to have the batch in front; `SiteError` if it is known not to.
+
+        In between are products (``batch*sequence``) and symbols that exporters make up.
+        """
+        assert x.shape is not None
+        first = x.shape[0]
+        if first == self.batch:
+            return True
+        if isinstance(first, int) or str(first) in self._other_axes:
+            raise SiteError(
+                f"{module.name}: the first axis of its activation is {first}, the batch is {self.batch} "
+                f"(of {self.batch_input.name}): its rows are not the batch's",
+                "name the input whose first axis is the batch with --batch-input, or leave the module out",
+            )
+        return False
+
+
+def _slots_of_ranks(module: ExposedModule) -> tuple[int, ...]:
+    """The slot of each rank; of a grouped convolution, group after group (see `packing`)."""
+    return tuple(
+        slot
+        for _ in range(module.groups)
+        for member in module.members
+        for slot, rank in enumerate(member.ranks)
+        for _ in range(rank // module.groups)
+    )
+
+
+def _axes(x: ir.Value, module: ExposedModule) -> int | None:
+    """Number of axes of the down-projection, where it is known."""
+    if x.shape is None:
+        return None
+    return len(x.shape) + 1 if module.kind == "embedding" else len(x.shape)
+
+
+def _batch_input(graph: GraphFile, name: str | None) -> ir.Value:
+    inputs = [value for value in graph.graph.inputs if value.const_value is None and value.shape]
+    free = [value for value in inputs if value.shape and not isinstance(value.shape[0], int)]
+    for value in free + inputs:
+        if name is None or value.name == name:
+            return value
+    raise SiteError(
+        f"{graph.path.name} has no input {name!r} with a batch axis" if name else "no input has any axis",
+        f"name one with --batch-input: {', '.join(str(value.name) for value in inputs)}",
+    )

@@ -1,0 +1,63 @@
+"""`lora-export bank-onnx`: several adapters resident in one graph, chosen for each row of the batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lora_export.commands.options import adapter_options, expose_options, load_adapters, run_expose
+
+
+@click.command("bank-onnx", short_help="Keep several adapters in one ONNX graph, chosen by each row.")
+@click.option(
+    "--adapter",
+    "adapters",
+    required=True,
+    multiple=True,
+    metavar="NAME=PATH",
+    help="A slot's name and its adapter; repeat for each slot.",
+)
+@click.option(
+    "--resident",
+    type=click.Choice(["initializers", "inputs"]),
+    default="initializers",
+    show_default=True,
+    help="Adapters as constants, or as inputs, whose slots can be replaced while it runs.",
+)
+@click.option("--slot-rank", type=int, help="With --resident inputs: the rank that every slot has room for.")
+@click.option(
+    "--flavour",
+    type=click.Choice(["ort", "tensorrt"]),
+    default="ort",
+    show_default=True,
+    help="For --resident inputs: ort gives them defaults, tensorrt makes them plain inputs.",
+)
+@click.option("--pack", is_flag=True, help="One product for q, k and v, one for gate and up: faster on GPUs.")
+@click.option("--batch-input", help="Input whose first axis is the batch; the first with a free one.")
+@expose_options
+@adapter_options
+def bank_onnx(base: Path, output: Path, adapters: tuple[str, ...], **options: Any) -> None:
+    """Write the base with all adapters in it, and an input that chooses one for each row.
+
+    ``lora.adapter_weights`` is ``[batch, slots]``: a one-hot row chooses, zeros are the base, others blend.
+
+    \b
+    Example:
+      lora-export bank-onnx --base model.onnx --adapter emotion=a --adapter topic=b -o bank/model.onnx
+    """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
+    from lora_export.modes import bank_onnx as mode
+
+    named = [entry.partition("=") for entry in adapters]
+    wrong = [
+        entry for entry, (name, equals, path) in zip(adapters, named, strict=True) if not (name and path)
+    ]
+    if wrong:
+        raise click.BadParameter(f"{wrong[0]!r} is not NAME=PATH", param_hint="--adapter")
+    twice = {name for name, _, _ in named if [n for n, _, _ in named].count(name) > 1}
+    if twice:
+        raise click.BadParameter(f"two slots are called {', '.join(sorted(twice))}", param_hint="--adapter")
+    loaded = load_adapters([Path(path) for _, _, path in named], options)
+    slots = {name: adapter for (name, _, _), adapter in zip(named, loaded, strict=True)}
+    run_expose(mode.bank_onnx, base, output, (slots,), options, companions=False)

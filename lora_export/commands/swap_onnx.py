@@ -1,0 +1,55 @@
+"""`lora-export swap-onnx`: LoRA as inputs of a graph, beside the base's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lora_export.commands.options import adapter_options, expose_options, load_adapters, run_expose
+
+
+@click.command("swap-onnx", short_help="Expose LoRA as inputs of an ONNX graph: adapters change at run time.")
+@click.option("--adapter", type=click.Path(path_type=Path), help="Expose the modules that this one changes.")
+@click.option(
+    "--target-modules",
+    help="Or these, by the ends of their paths: q_proj,v_proj; or all-linear.",
+)
+@click.option("--max-rank", type=int, help="Largest rank of an adapter; 64, or --adapter's if larger.")
+@click.option(
+    "--flavour",
+    type=click.Choice(["ort", "tensorrt"]),
+    default="ort",
+    show_default=True,
+    help="ort: inputs with an empty default, without an adapter it is the base; tensorrt: plain inputs.",
+)
+@click.option("--dora", is_flag=True, help="Expose DoRA's factor as well.")
+@click.option(
+    "--pack", is_flag=True, help="One pair of tensors for q, k and v, one for gate and up: fewer kernels."
+)
+@expose_options
+@adapter_options
+def swap_onnx(
+    base: Path, output: Path, adapter: Path | None, target_modules: str | None, **options: Any
+) -> None:
+    """Write the base with y = W x + (x·A)·B beside each target, A and B being inputs of the graph.
+
+    One copy of the weights serves every adapter. Writes OUT.onnx, OUT.onnx.data and OUT.lora.json, and where
+    the base is in a folder of onnxruntime-genai's, what lies beside it there. Then: convert-adapter.
+
+    \b
+    Examples:
+      lora-export swap-onnx --base model.onnx --adapter my-adapter -o swap/model.onnx
+      lora-export swap-onnx --base model.onnx --target-modules q_proj,v_proj --max-rank 16 -o swap/model.onnx
+    """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
+    from lora_export.modes import swap_onnx as mode
+
+    names = [name.strip() for name in (target_modules or "").split(",") if name.strip()]
+    if (adapter is None) == (not names):
+        raise click.UsageError(
+            "which modules are to be exposed? Give --adapter or --target-modules, not both"
+        )
+    loaded = load_adapters([adapter] if adapter else [], options)
+    options |= {"adapter": loaded[0] if loaded else None, "target_modules": names}
+    run_expose(mode.swap_onnx, base, output, (), options, companions=options["flavour"] == "ort")

@@ -1,0 +1,229 @@
+"""N adapters resident in one ONNX graph, chosen for each row of the batch.
+
+One more input, ``lora.adapter_weights`` ``[batch, n_slots]``: a one-hot row chooses an adapter, zeros are
+the base, other values blend. Two dense products a module, ``((x·A_all) · weights)·B_all``, with all A side by
+side: mixed ranks need no padding, and nothing but standard operators is used.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from lora_export.adapter import Adapter, LoraModule
+from lora_export.branches.bundles import Bundle, bundles_of, with_ranks
+from lora_export.branches.calls import Branch, Call
+from lora_export.branches.gate import BankGate
+from lora_export.branches.inputs import IR_TYPES, add_initializer, add_input
+from lora_export.branches.place import place_branches
+from lora_export.branches.write import BranchWriter, Tensors
+from lora_export.casting import Caster
+from lora_export.errors import AdapterError
+from lora_export.exposed import ExposedGraph, Flavour, Resident, Slot
+from lora_export.exposed_output import ExposeReport, base_name, write_exposed
+from lora_export.graph import GraphFile
+from lora_export.manifest import identity_of
+from lora_export.onnx_base import open_base, output_paths, refuse_overlap
+from lora_export.output import refuse_replacing
+from lora_export.packing import assemble, blocks_of_slot
+from lora_export.plan import Plan
+from lora_export.sites.resolve import Resolver
+from lora_export.sites.target import targets_of
+
+PathLike = str | os.PathLike[str]
+Places = frozenset[tuple[int, int, tuple[int, int]]]
+
+
+def bank_onnx(
+    base: PathLike,
+    adapters: Mapping[str, PathLike | Adapter],
+    output: PathLike,
+    *,
+    resident: Resident = "initializers",
+    slot_rank: int | None = None,
+    flavour: Flavour = "ort",
+    pack: bool = False,
+    batch_input: str | None = None,
+    checkpoint: PathLike | None = None,
+    share_base: bool = False,
+    allow_unmatched: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> ExposeReport:
+    """Write ``base`` with all adapters in it to ``output``, ``output.data`` and ``*.lora.json``.
+
+    Args:
+        base: An ONNX file from any exporter, or a Hugging Face checkpoint folder, which is then captured.
+        adapters: Slot's name → what `load_adapter` reads, or an `Adapter`.
+        output: The ``.onnx`` file to write.
+        resident: ``initializers``: the adapters are constants; ``inputs``: their tensors are inputs, with the
+            adapters as defaults, so that slots can be replaced while it runs.
+        slot_rank: With ``inputs``, the rank that each slot has room for in every module; that of its adapter
+            if left out.
+        flavour: With ``inputs``, ``ort`` gives them defaults and ``tensorrt`` makes them plain inputs.
+        pack: One product for siblings that read the same activation.
+        batch_input: Name of the input whose first axis is the batch; the first input with a free one.
+        checkpoint: The folder that ``base`` was exported from: matches by name are verified by content.
+        share_base: Leave the weights in the base's own data files.
+        allow_unmatched: Go on without what has no place.
+        force: Replace existing output files.
+        dry_run: Make the plan and write nothing.
+        progress: Called with the number of bytes just written.
+
+    Returns:
+        The plan, the record and the files.
+
+    Raises:
+        AdapterError: An adapter can't be read, or holds values that are not finite; a name is not usable.
+        GraphError: The base can't be read, or has exposed LoRA already.
+        SiteError: Modules have no place in the graph, or rows that are not the batch's.
+        OutputError: The output exists or can't be written.
+    """
+    out, base = Path(output), Path(base)
+    paths = output_paths(out)
+    loaded = _load(adapters)
+    refuse_overlap([base, *(Path(adapter.source) for adapter in loaded.values())], paths)
+    if not dry_run:
+        refuse_replacing(list(paths.values()), force)
+    place = out.parent if base.is_dir() and out.parent.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=place) as scratch:
+        opened = open_base(base, checkpoint, share_base, Path(scratch))
+        refuse_overlap(opened.files, paths)
+        resolver = Resolver(opened.graph, opened.weight_of, branches=True)
+        union = _Union(opened.graph, resolver, allow_unmatched)
+        for slot, adapter in enumerate(loaded.values()):
+            union.add(slot, adapter)
+        ranks = union.ranks(len(loaded), slot_rank if resident == "inputs" else None)
+        bundles = [with_ranks(bundle, ranks) for bundle in bundles_of(union.branches, pack)]
+        gate = BankGate(opened.graph, len(loaded), batch_input, same_symbol=flavour == "tensorrt")
+        record = ExposedGraph(
+            "bank",
+            base_name(base),
+            identity_of(opened.files),
+            tuple(bundle.module for bundle in bundles),
+            max(rank for found in ranks.values() for rank in found),
+            flavour,
+            slots=tuple(Slot(name, adapter.sha256) for name, adapter in loaded.items()),
+            resident=resident,
+            batch_input=str(gate.batch_input.name),
+        )
+        tensors = _tensors(opened.graph, record, union.loras, bundles)
+        BranchWriter(opened.graph, gate).write(bundles, tensors)
+        report = ExposeReport(union.plan(), record, paths, dry_run=dry_run)
+        return write_exposed(opened, report, list(loaded.values()), force, progress)
+
+
+def _load(adapters: Mapping[str, PathLike | Adapter]) -> dict[str, Adapter]:
+    from lora_export.formats import load_adapter
+
+    problems = [
+        f"{name!r}: a slot's name is a word without commas or spaces"
+        for name in adapters
+        if not name or any(c in name for c in ", \t\n=")
+    ]
+    if problems or not adapters:
+        raise AdapterError("a bank needs adapters with names", "give --adapter NAME=PATH for each", problems)
+    return {
+        name: given if isinstance(given, Adapter) else load_adapter(Path(given))
+        for name, given in adapters.items()
+    }
+
+
+class _Union:
+    """The branches of several adapters: one for each place, whatever the adapters call it."""
+
+    def __init__(self, graph: GraphFile, resolver: Resolver, allow_unmatched: bool) -> None:
+        self._graph, self._resolver, self._allow_unmatched = graph, resolver, allow_unmatched
+        self._calls: dict[int, Call] = {}
+        self._by_place: dict[Places, Branch] = {}
+        self._plans: list[Plan] = []
+        self.loras: list[dict[str, LoraModule]] = []
+
+    @property
+    def branches(self) -> list[Branch]:
+        """In the order in which adapters brought them."""
+        return list(self._by_place.values())
+
+    def add(self, slot: int, adapter: Adapter) -> None:
+        """Place an adapter; what it has no place for is refused."""
+        targets = targets_of(adapter)
+        plan, branches = place_branches(
+            self._graph,
+            self._resolver,
+            adapter,
+            targets,
+            allow_unmatched=self._allow_unmatched,
+            bank=True,
+            calls=self._calls,
+        )
+        self._plans.append(plan)
+        mine: dict[str, LoraModule] = {}
+        for branch in branches:
+            places = frozenset((id(p.call), p.offset, p.rows) for p in branch.pieces)
+            known = self._by_place.setdefault(places, branch)
+            assert branch.lora is not None
+            mine[known.path] = branch.lora
+        assert len(self.loras) == slot
+        self.loras.append(mine)
+
+    def ranks(self, slots: int, room: int | None) -> dict[str, tuple[int, ...]]:
+        """Return module's path → the rank of each slot.
+
+        Args:
+            slots: Number of slots.
+            room: Rank that every slot is to have, if it is not that of its adapter.
+        """
+        found = {}
+        for branch in self.branches:
+            own = [
+                self.loras[slot][branch.path].rank if branch.path in self.loras[slot] else 0
+                for slot in range(slots)
+            ]
+            if room is not None and max(own) > room:
+                raise AdapterError(
+                    f"{branch.path} has rank {max(own)}, the slots are to have {room}",
+                    f"give --slot-rank {max(own)} or more",
+                )
+            found[branch.path] = tuple(own) if room is None else (room,) * slots
+        return found
+
+    def plan(self) -> Plan:
+        """Return all adapters' rows."""
+        return Plan(
+            tuple(row for plan in self._plans for row in plan.rows),
+            tuple(note for plan in self._plans for note in plan.notes),
+        )
+
+
+def _tensors(
+    graph: GraphFile, record: ExposedGraph, loras: Sequence[dict[str, LoraModule]], bundles: Sequence[Bundle]
+) -> dict[str, Tensors]:
+    """Make each module's A_all and B_all; NaN is refused, it would reach rows that don't use its slot."""
+    caster = Caster()
+    blocks = [
+        block for slot, mine in enumerate(loras) for block in blocks_of_slot(record, slot, mine, caster)
+    ]
+    if caster.problems:
+        raise AdapterError(
+            "adapters have values that can't be used", "train or save them again", caster.problems
+        )
+    made = {}
+    for bundle in bundles:
+        module = bundle.module
+        total = sum(sum(member.ranks) for member in module.members)
+        own = [block for block in blocks if block.tensor in (module.lora_a, module.lora_b)]
+        dtype = ir.DataType[IR_TYPES[module.dtype]]
+        values = []
+        for name, array in zip((module.lora_a, module.lora_b), assemble(module, total, own), strict=True):
+            if record.resident == "initializers":
+                values.append(add_initializer(graph, name, array))
+            else:
+                default = array if record.flavour == "ort" else None
+                values.append(add_input(graph, name, list(array.shape), dtype, default))
+        made[module.name] = Tensors(*values)
+    return made

@@ -1,0 +1,54 @@
+"""What exposing LoRA did, as text and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+
+from lora_export.exposed import WEIGHTS_INPUT
+from lora_export.exposed_output import ExposeReport
+from lora_export.reports.merge import size_text
+
+_SHOWN = 4
+
+
+def expose_json(report: ExposeReport) -> str:
+    """Return the report as one JSON object."""
+    return json.dumps(report.as_dict(), indent=1, sort_keys=True, ensure_ascii=False)
+
+
+def expose_plan_lines(report: ExposeReport) -> list[str]:
+    """Return what a dry run prints."""
+    lines = [*report.plan.lines(), f"dry run: {size_text(report.size_bytes)} of weights would be written"]
+    existing = [str(path) for path in report.outputs.values() if path.exists()]
+    if existing:
+        lines.append(f"note: --force would be needed, there is already: {', '.join(existing)}")
+    return lines
+
+
+def expose_summary_lines(report: ExposeReport, seconds: float) -> list[str]:
+    """Return the lines that a user reads afterwards."""
+    record = report.exposed
+    kinds = Counter(module.kind for module in record.modules)
+    members = sum(len(module.members) for module in record.modules)
+    said = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    packed = f" in {len(record.modules)} packs" if members > len(record.modules) else ""
+    shared = f", {size_text(report.shared_bytes)} shared with the base" if report.shared_bytes else ""
+    lines = [
+        f"exposed {members} modules{packed} ({said}) in {seconds:.1f} s: "
+        f"{size_text(report.size_bytes)} of weights written{shared}"
+    ]
+    if record.mode == "bank":
+        names = ", ".join(slot.name for slot in record.slots)
+        lines.append(f"slots: {names}; chosen by the input {WEIGHTS_INPUT} [batch, {len(record.slots)}]")
+    else:
+        lines.append(f"ranks up to {record.max_rank}; tensors {', '.join(record.tensor_names()[:2])}, …")
+    lines += [f"note: {note}" for note in report.plan.notes]
+    return lines + [f"wrote {path}" for path in report.outputs.values()]
+
+
+def expose_warning_lines(report: ExposeReport) -> Iterator[str]:
+    """Yield what a user should not miss, also with ``--quiet``."""
+    for row in report.plan.refused:
+        yield f"warning: left out: {row.parameter}: {row.reason}"
