@@ -14,8 +14,9 @@ embedding  ``(num_embeddings, rank)``   ``(rank, dim)``                 ``A[ids]
 conv       ``(rank, in_dim, *kernel)``  ``(out_dim, rank/groups, 1…)``  ``conv(conv(x, A), B)``
 ========== ============================ =============================== ======================
 
-With DoRA there is ``<name>.lora_scale.weight`` ``(out_dim,)`` as well, m/‖W0 + ΔW‖ (arXiv:2402.09353), which
-multiplies the module's whole product.
+A module whose bias adapters change has ``<name>.lora_B.bias`` ``(out_dim,)`` as well, in a bank
+``(n_slots, out_dim)``; it is added to the product. With DoRA there is ``<name>.lora_scale.weight``
+``(out_dim,)``, m/‖W0 + ΔW‖ (arXiv:2402.09353), which multiplies the module's whole product.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class Member:
         out_dim: How many they are.
         ranks: In a bank, the rank that each slot has for this module (0: the slot leaves it alone).
         stored: Where its W0 lies; empty where the weight is quantised or was rescaled.
+        stored_bias: Where its bias lies, as one row; empty where it has none or it is a part of another.
     """
 
     path: str
@@ -72,6 +74,7 @@ class Member:
     out_dim: int
     ranks: tuple[int, ...] = ()
     stored: tuple[StoredRows, ...] = ()
+    stored_bias: tuple[StoredRows, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class ExposedModule:
         kernel: Of a convolution.
         groups: Of a convolution's B.
         rank: The rank where the graph fixes it, else 0.
+        bias: There is a bias of the branch too.
     """
 
     name: str
@@ -102,6 +106,7 @@ class ExposedModule:
     kernel: tuple[int, ...] = ()
     groups: int = 1
     rank: int = 0
+    bias: bool = False
 
     @property
     def lora_a(self) -> str:
@@ -117,6 +122,11 @@ class ExposedModule:
     def scale(self) -> str:
         """Name of DoRA's factor."""
         return f"{self.name}.lora_scale.weight"
+
+    @property
+    def lora_bias(self) -> str:
+        """Name of the branch's bias."""
+        return f"{self.name}.lora_B.bias"
 
     @property
     def rank_symbol(self) -> str:
@@ -186,7 +196,8 @@ class ExposedGraph:
         """Return the names of all LoRA tensors, in the graph's order."""
         names = []
         for module in self.modules:
-            names += [module.lora_a, module.lora_b, *([module.scale] if self.dora else [])]
+            names += [module.lora_a, module.lora_b]
+            names += [module.lora_bias] * module.bias + [module.scale] * self.dora
         return names
 
     def to_json(self) -> str:
@@ -223,15 +234,17 @@ def _module(data: dict[str, Any]) -> ExposedModule:
             **{
                 **entry,
                 "ranks": tuple(entry["ranks"]),
-                "stored": tuple(
-                    StoredRows(**{**rows, "rows": (rows["rows"][0], rows["rows"][1])})
-                    for rows in entry["stored"]
-                ),
+                "stored": _stored(entry["stored"]),
+                "stored_bias": _stored(entry["stored_bias"]),
             }
         )
         for entry in data["members"]
     )
     return ExposedModule(**{**data, "members": members, "kernel": tuple(data["kernel"])})
+
+
+def _stored(entries: list[dict[str, Any]]) -> tuple[StoredRows, ...]:
+    return tuple(StoredRows(**{**rows, "rows": (rows["rows"][0], rows["rows"][1])}) for rows in entries)
 
 
 def exposed_of(metadata: Mapping[str, str], where: str) -> ExposedGraph:

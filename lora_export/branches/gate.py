@@ -53,8 +53,9 @@ class BankGate:
         )
         graph.graph.inputs.append(self.weights)
         self._checked = self._check()
+        self._cast = {ir.DataType.FLOAT: self._checked}
 
-    def __call__(
+    def choose(
         self, write: NodeWriter, anchor: ir.Node, module: ExposedModule, down: ir.Value, x: ir.Value
     ) -> ir.Value:
         """Return ``down`` with each rank multiplied by its row's weight of the rank's slot."""
@@ -63,34 +64,53 @@ class BankGate:
         assert dtype is not None
         expanded = self._expand(ranks, dtype)
         name = f"{module.name}.lora.chosen"
-        if module.kind == "conv":
-            shaped = self._shape(
-                expanded, f"{len(module.kernel)} behind", [0, -1, *(1 for _ in module.kernel)]
-            )
-            return write.add(anchor, "Mul", [down, shaped], name, dtype=dtype)
-        axes = _axes(x, module)
-        if axes is not None and self._has_batch_in_front(x, module):
-            shaped = self._shape(expanded, f"{axes} before", [0, *(1 for _ in range(axes - 2)), len(ranks)])
-            return write.add(anchor, "Mul", [down, shaped], name, dtype=dtype)
-        return self._by_rows(write, anchor, module, down, expanded, len(ranks))
+        return self._combine(write, anchor, "Mul", module, down, expanded, len(ranks), x, name)
 
-    def _by_rows(
+    def add_bias(
         self,
         write: NodeWriter,
         anchor: ir.Node,
         module: ExposedModule,
-        down: ir.Value,
-        expanded: ir.Value,
-        total: int,
+        up: ir.Value,
+        bias: ir.Value,
+        x: ir.Value,
     ) -> ir.Value:
-        """For an activation ``(batch · sequence, in_dim)``, or of unknown shape: the batch is outermost."""
-        name, dtype = f"{module.name}.lora", down.dtype
+        """Return ``up`` plus each row's own mixture of the slots' biases ``[n_slots, out_dim]``."""
+        dtype = up.dtype
         assert dtype is not None
-        shaped = self._shape(expanded, "3 before", [0, 1, total])
-        rows = write.add(anchor, "Reshape", [down, self._rows(total)], f"{name}.rows", dtype=dtype)
-        chosen = write.add(anchor, "Mul", [rows, shaped], f"{name}.chosen_rows", dtype=dtype)
-        shape = write.add(anchor, "Shape", [down], f"{name}.shape", dtype=ir.DataType.INT64)
-        return write.add(anchor, "Reshape", [chosen, shape], f"{name}.chosen", dtype=dtype)
+        name = f"{module.name}.lora.bias"
+        mixed = write.add(self._first, "MatMul", [self._typed(dtype), bias], f"{name}_of_row", dtype=dtype)
+        return self._combine(write, anchor, "Add", module, up, mixed, module.out_dim, x, name)
+
+    def _combine(
+        self,
+        write: NodeWriter,
+        anchor: ir.Node,
+        operator: str,
+        module: ExposedModule,
+        value: ir.Value,
+        of_row: ir.Value,
+        count: int,
+        x: ir.Value,
+        name: str,
+    ) -> ir.Value:
+        """Combine a value with what each row of the batch has: ``of_row`` is ``[batch, count]``."""
+        dtype = value.dtype
+        assert dtype is not None
+        if module.kind == "conv":
+            behind = [1 for _ in module.kernel]
+            shaped = self._shape(of_row, f"{len(behind)} behind", [0, -1, *behind])
+            return write.add(anchor, operator, [value, shaped], name, dtype=dtype)
+        axes = _axes(x, module)
+        if axes is not None and self._has_batch_in_front(x, module):
+            shaped = self._shape(of_row, f"{axes} before", [0, *(1 for _ in range(axes - 2)), count])
+            return write.add(anchor, operator, [value, shaped], name, dtype=dtype)
+        # An activation (batch · sequence, in_dim), or of unknown shape: the batch is outermost.
+        shaped = self._shape(of_row, "3 before", [0, 1, count])
+        rows = write.add(anchor, "Reshape", [value, self._rows(count)], f"{name}.rows", dtype=dtype)
+        combined = write.add(anchor, operator, [rows, shaped], f"{name}.of_rows", dtype=dtype)
+        shape = write.add(anchor, "Shape", [value], f"{name}.shape", dtype=ir.DataType.INT64)
+        return write.add(anchor, "Reshape", [combined, shape], name, dtype=dtype)
 
     # --- once in the graph --------------------------------------------------------------------------
 
@@ -120,20 +140,28 @@ class BankGate:
         if key not in self._expanded:
             write, first = self._write, self._first
             index = write.constant(first, np.array(ranks, np.int64), "lora.slot_of_rank")
-            value = write.add(
+            self._expanded[key] = write.add(
                 first,
                 "Gather",
-                [self._checked, index],
+                [self._typed(dtype), index],
                 "lora.expanded",
-                dtype=ir.DataType.FLOAT,
+                dtype=dtype,
                 attributes={"axis": 1},
             )
-            if dtype != ir.DataType.FLOAT:
-                value = write.add(
-                    first, "Cast", [value], "lora.expanded_cast", dtype=dtype, attributes={"to": dtype.value}
-                )
-            self._expanded[key] = value
         return self._expanded[key]
+
+    def _typed(self, dtype: ir.DataType) -> ir.Value:
+        """The weights in the type that a module computes in."""
+        if dtype not in self._cast:
+            self._cast[dtype] = self._write.add(
+                self._first,
+                "Cast",
+                [self._checked],
+                "lora.weights_cast",
+                dtype=dtype,
+                attributes={"to": dtype.value},
+            )
+        return self._cast[dtype]
 
     def _shape(self, expanded: ir.Value, kind: str, dims: list[int]) -> ir.Value:
         """Reshape the expanded weights so that they lie along the activation's axes."""

@@ -11,7 +11,7 @@ Rules:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from lora_export.branches.bundles import Bundle, partly_covered
 from lora_export.branches.calls import Call, Piece
+from lora_export.branches.gate import BankGate
 from lora_export.branches.nodes import Attributes, NodeWriter, model_names
 from lora_export.errors import GraphError
 from lora_export.exposed import ExposedModule
@@ -37,15 +38,13 @@ class Tensors:
         a: Down-projection.
         b: Up-projection.
         scale: DoRA's factor ``(out_dim,)``.
+        bias: Added to the product ``(out_dim,)``, in a bank ``(n_slots, out_dim)``.
     """
 
     a: ir.Value
     b: ir.Value
     scale: ir.Value | None = None
-
-
-# Changes what lies between the two products: (writer, anchor, module, d, x) → d.
-Gate = Callable[[NodeWriter, ir.Node, ExposedModule, ir.Value, ir.Value], ir.Value]
+    bias: ir.Value | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +65,7 @@ class BranchWriter:
         GraphError: The graph's opset is too old.
     """
 
-    def __init__(self, graph: GraphFile, gate: Gate | None = None) -> None:
+    def __init__(self, graph: GraphFile, gate: BankGate | None = None) -> None:
         version = graph.model.opset_imports.get("", 0)
         if version < MIN_OPSET:
             raise GraphError(
@@ -117,7 +116,7 @@ class BranchWriter:
             down = self._write.add(anchor, "Conv", [call.x, a], name, dtype=dtype, attributes=attributes)
         else:
             down = self._write.add(anchor, "MatMul", [call.x, a], name, dtype=dtype)
-        return self._gate(self._write, anchor, module, down, call.x) if self._gate else down
+        return self._gate.choose(self._write, anchor, module, down, call.x) if self._gate else down
 
     def _split(
         self, anchor: ir.Node, module: ExposedModule, down: ir.Value, pieces: list[Piece], tensors: Tensors
@@ -125,6 +124,7 @@ class BranchWriter:
         """One up-projection, cut into the pieces' rows; a module called twice with one x needs no cut."""
         dtype = pieces[0].call.dtype
         up = self._up(anchor, module, down, tensors.b, dtype)
+        up = self._with_bias(anchor, module, up, tensors.bias, pieces[0].call)
         ranges = sorted({piece.rows for piece in pieces})
         if ranges == [(0, module.out_dim)]:
             parts, scales = {ranges[0]: up}, {ranges[0]: tensors.scale}
@@ -151,17 +151,42 @@ class BranchWriter:
     ) -> _Added:
         """The up-projection of one piece; where its call has gaps, in the call's width, with B padded."""
         start, stop = piece.rows
-        b, scale, dtype = tensors.b, tensors.scale, piece.call.dtype
+        b, scale, bias, dtype = tensors.b, tensors.scale, tensors.bias, piece.call.dtype
         if (start, stop) != (0, module.out_dim):
             b = self._slice(anchor, b, start, stop, f"{module.name}.lora.rows", dtype, axis=1)
             if scale is not None:
                 scale = self._slice(anchor, scale, start, stop, f"{module.name}.lora.scale", dtype, axis=0)
+            if bias is not None:
+                bias = self._slice(anchor, bias, start, stop, f"{module.name}.lora.bias", dtype, axis=-1)
         if partly:
-            pads = np.array([0, piece.offset, 0, piece.call.width - piece.offset - (stop - start)], np.int64)
-            sizes = self._write.constant(anchor, pads, f"{module.name}.lora.pads")
-            b = self._write.add(anchor, "Pad", [b, sizes], f"{module.name}.lora.padded", dtype=dtype)
+            b = self._padded(anchor, module, b, piece, axes=2)
+            if bias is not None:
+                bias = self._padded(anchor, module, bias, piece, axes=2 if self._gate else 1)
         up = self._up(anchor, module, down, b, dtype)
+        up = self._with_bias(anchor, module, up, bias, piece.call)
         return _Added(piece, self._rescaled(anchor, module, up, piece), scale)
+
+    def _padded(
+        self, anchor: ir.Node, module: ExposedModule, value: ir.Value, piece: Piece, axes: int
+    ) -> ir.Value:
+        """Put zeros before and behind along the last axis, up to the call's width."""
+        before, (start, stop) = piece.offset, piece.rows
+        zeros = [0] * (axes - 1)
+        pads = np.array([*zeros, before, *zeros, piece.call.width - before - (stop - start)], np.int64)
+        sizes = self._write.constant(anchor, pads, f"{module.name}.lora.pads")
+        name = f"{module.name}.lora.padded"
+        return self._write.add(anchor, "Pad", [value, sizes], name, dtype=piece.call.dtype)
+
+    def _with_bias(
+        self, anchor: ir.Node, module: ExposedModule, up: ir.Value, bias: ir.Value | None, call: Call
+    ) -> ir.Value:
+        if bias is None:
+            return up
+        if self._gate:
+            return self._gate.add_bias(self._write, anchor, module, up, bias, call.x)
+        if module.kind == "conv":
+            bias = self._column(call, bias, f"{module.name}.lora.bias_column")
+        return self._write.add(anchor, "Add", [up, bias], f"{module.name}.lora.bias", dtype=call.dtype)
 
     def _slice(
         self,

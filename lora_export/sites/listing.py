@@ -52,8 +52,8 @@ def _refuse_fused(graph: GraphFile, known: Sequence[Target], wanted: Sequence[st
     fused = [target.path for target in known if keys & set(names.parts_of(target.key))]
     if ALL_LINEAR in wanted and fused:
         raise SiteError(
-            f"{graph.path.name} has fused weights: {ALL_LINEAR!r} doesn't say whether adapters change the whole "
-            "or its parts",
+            f"{graph.path.name} has fused weights: {ALL_LINEAR!r} doesn't say whether adapters change the "
+            "whole or its parts",
             "name the modules as the adapters do: q_proj,k_proj,v_proj or qkv_proj, …; or give --adapter",
             fused,
         )

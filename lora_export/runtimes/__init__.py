@@ -1,0 +1,1 @@
+"""Run a graph: `ort` with ONNX Runtime. A runtime takes named tensors; it knows no adapter format."""

@@ -1,0 +1,220 @@
+"""Which adapters are on the device: the least recently used make room, and come back when they are asked for.
+
+The cache's lock is held for bookkeeping alone, never while an adapter is read, copied or run.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from lora_export.errors import AdapterError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared(Generic[T]):
+    """An adapter that is ready to go to the device.
+
+    Attributes:
+        nbytes: What it will take there.
+        place: Put it there.
+    """
+
+    nbytes: int
+    place: Callable[[], T]
+
+
+@dataclass(eq=False)
+class _Entry(Generic[T]):
+    """One name: how to load it, and the value while it is on the device. Identity is what counts."""
+
+    name: str
+    load: Callable[[], Prepared[T]]
+    value: T | None = None
+    nbytes: int = 0
+    users: int = 0
+    loading: threading.Lock = field(default_factory=threading.Lock)
+
+
+class AdapterCache(Generic[T]):
+    """Adapters by name, at most so many and so many bytes of them on the device.
+
+    An adapter that a run is using is not evicted: while every adapter is in use the limits are exceeded, and
+    kept again as soon as one is free. Bytes of adapters that were unloaded or replaced while a run still uses
+    them are not counted.
+
+    Attributes:
+        max_items: Most adapters on the device.
+        max_bytes: Most bytes of them, or None.
+    """
+
+    def __init__(self, max_items: int, max_bytes: int | None = None) -> None:
+        self.max_items = max_items
+        self.max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._entries: dict[str, _Entry[T]] = {}
+        self._on_device: OrderedDict[_Entry[T], None] = OrderedDict()  # least recently used first
+        self._arriving = 0
+        self._bytes = 0
+
+    def names(self) -> list[str]:
+        """Return every name, in the order of loading, evicted ones as well."""
+        with self._lock:
+            return list(self._entries)
+
+    def on_device(self) -> list[str]:
+        """Return the names on the device, the least recently used first."""
+        with self._lock:
+            return [entry.name for entry in self._on_device]
+
+    def bytes_on_device(self) -> int:
+        """Return what they take there."""
+        with self._lock:
+            return self._bytes
+
+    def check_free(self, name: str) -> None:
+        """Refuse a name that is taken.
+
+        Raises:
+            AdapterError: It is.
+        """
+        with self._lock:
+            self._check_free(name)
+
+    def add(
+        self, name: str, prepared: Prepared[T], load: Callable[[], Prepared[T]], *, replace: bool = False
+    ) -> None:
+        """Put an adapter on the device under a name; a run that uses the one it replaces is not disturbed.
+
+        Args:
+            name: What runs call it.
+            prepared: The adapter.
+            load: How to get it again after it was evicted.
+            replace: Take the place of an adapter of this name.
+
+        Raises:
+            AdapterError: The name is taken, or the adapter alone is larger than the budget.
+        """
+        entry = _Entry(name, load)
+        self._admit(entry, prepared)
+        with self._lock:
+            old = self._entries.get(name)
+            if old is not None and not replace:
+                self._forget(entry)
+                self._check_free(name)
+            if old is not None:
+                self._forget(old)
+            self._entries[name] = entry
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter; a run that uses it finishes with it.
+
+        Raises:
+            AdapterError: There is none of this name.
+        """
+        with self._lock:
+            self._forget(self._known(name))
+            del self._entries[name]
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[T]:
+        """Give an adapter to a run and keep it on the device meanwhile; load it again if it was evicted.
+
+        Raises:
+            AdapterError: There is none of this name, or it can't be loaded again.
+        """
+        with self._lock:
+            entry = self._known(name)
+            entry.users += 1
+            value = entry.value
+            if value is not None and entry in self._on_device:
+                self._on_device.move_to_end(entry)
+        try:
+            yield self._load_again(entry) if value is None else value
+        finally:
+            with self._lock:
+                entry.users -= 1
+                self._shrink(0, 0)
+
+    def _load_again(self, entry: _Entry[T]) -> T:
+        with entry.loading:  # of several runs that want it, one loads it
+            if entry.value is None:
+                self._admit(entry, entry.load())
+                with self._lock:
+                    if self._entries.get(entry.name) is not entry:  # unloaded or replaced meanwhile
+                        self._forget(entry)
+            assert entry.value is not None
+            return entry.value
+
+    def _admit(self, entry: _Entry[T], prepared: Prepared[T]) -> None:
+        """Make room first, so that the device never holds more than the budget because of us."""
+        if self.max_bytes is not None and prepared.nbytes > self.max_bytes:
+            raise AdapterError(
+                f"adapter '{entry.name}' takes {prepared.nbytes} bytes on the device, "
+                f"the budget for all adapters is {self.max_bytes}",
+                "give the session a larger max_bytes",
+            )
+        with self._lock:
+            self._shrink(1, prepared.nbytes)
+            self._arriving += 1
+            self._bytes += prepared.nbytes
+        try:
+            value = prepared.place()
+        except BaseException:
+            with self._lock:
+                self._arriving -= 1
+                self._bytes -= prepared.nbytes
+            raise
+        with self._lock:
+            self._arriving -= 1
+            entry.value, entry.nbytes = value, prepared.nbytes
+            self._on_device[entry] = None
+
+    def _shrink(self, items: int, nbytes: int) -> None:
+        """Evict what is not in use, the least recently used first, until there is room for so much more."""
+        for entry in list(self._on_device) if self._over(items, nbytes) else ():
+            if entry.users == 0:
+                self._forget(entry)
+                entry.value = None
+                if not self._over(items, nbytes):
+                    return
+
+    def _over(self, items: int, nbytes: int) -> bool:
+        count = len(self._on_device) + self._arriving + items
+        return count > self.max_items or (
+            self.max_bytes is not None and self._bytes + nbytes > self.max_bytes
+        )
+
+    def _forget(self, entry: _Entry[T]) -> None:
+        """Count an entry no longer; whoever uses it holds its value."""
+        if entry in self._on_device:
+            del self._on_device[entry]
+            self._bytes -= entry.nbytes
+
+    def _known(self, name: str) -> _Entry[T]:
+        entry = self._entries.get(name)
+        if entry is None:
+            raise unknown_adapter(name, list(self._entries))
+        return entry
+
+    def _check_free(self, name: str) -> None:
+        if name in self._entries:
+            raise AdapterError(
+                f"there is an adapter '{name}' already", "give replace=True, or unload_adapter it first"
+            )
+
+
+def unknown_adapter(name: object, known: list[str]) -> AdapterError:
+    """Return the error for a name that no adapter has."""
+    return AdapterError(
+        f"there is no adapter {name!r}",
+        f"load it with load_adapter, or use one of: {', '.join(known)}"
+        if known
+        else "load it with load_adapter",
+    )

@@ -1,0 +1,288 @@
+"""The slots of a bank: which adapters are in them, a request's weights, and slots replaced while runs go on.
+
+A run takes one `BankState` and keeps to it. Whoever changes a slot makes a new state with new tensors beside
+the old one, so that a run in flight sees the bank as it was when it started.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Real
+
+import numpy as np
+
+from lora_export.adapter import Adapter, Array
+from lora_export.binding import clear_slot, slot_blocks
+from lora_export.casting import dtype_of
+from lora_export.errors import AdapterError
+from lora_export.exposed import WEIGHTS_INPUT
+from lora_export.graph import load_graph
+from lora_export.packing import Block
+from lora_export.runtimes.adapter_cache import unknown_adapter
+from lora_export.runtimes.ort_model import OrtModel
+from lora_export.runtimes.resident import Feeds, Resident
+
+# What a request says of one row: an adapter, none, or several with their weights.
+Row = str | None | Mapping[str, float]
+Rows = Sequence[Row] | Array
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True, eq=False)
+class BankState:
+    """The bank as one run sees it.
+
+    Attributes:
+        slots: Adapter name → number of its slot.
+        resident: The bank's tensors; those that no load has touched are the graph's own.
+    """
+
+    slots: Mapping[str, int]
+    resident: Resident
+
+
+class BankSlots:
+    """The slots of one session's bank.
+
+    Attributes:
+        state: What a run that starts now sees.
+    """
+
+    def __init__(self, model: OrtModel) -> None:
+        self._model = model
+        self._record = model.record
+        self._writing = threading.Lock()
+        self._host: dict[str, Array] = {}
+        # Plain inputs have no default: such a bank is empty until adapters are loaded.
+        filled = [slot for slot in self._record.slots if slot.adapter and not self._plain]
+        numbers = {slot.name: number for number, slot in enumerate(self._record.slots)}
+        self.state = BankState(
+            {slot.name: numbers[slot.name] for slot in filled},
+            model.put(self._tensors() if self._plain else {}),
+        )
+
+    @property
+    def _plain(self) -> bool:
+        return any(port.required for port in self._model.lora.values())
+
+    def names(self) -> list[str]:
+        """Return the names that a run may ask for, by slot."""
+        slots = self.state.slots
+        return sorted(slots, key=lambda name: slots[name])
+
+    def on_device(self) -> list[str]:
+        """Return the names of those on the device: a bank's all are."""
+        return self.names()
+
+    @contextmanager
+    def use(
+        self, feeds: Feeds, adapter: str | None, adapters: Rows | None
+    ) -> Iterator[tuple[Resident, Feeds]]:
+        """Give a run the bank as it is now, and its rows' weights.
+
+        Raises:
+            AdapterError: The rows' adapters can't be used, or the request has one adapter for all.
+        """
+        if adapter is not None:
+            raise AdapterError(
+                f"{self._model.path.name} is a bank: it takes one adapter for each row",
+                f"give adapters=[{adapter!r}, …] in place of adapter=",
+            )
+        state = self.state
+        batch = dict(feeds)[self._record.batch_input]
+        shape = batch.shape if isinstance(batch, np.ndarray) else batch.shape()
+        weights = self.weights(state, adapters, shape[0] if len(shape) else 0)
+        yield state.resident, [*feeds, (WEIGHTS_INPUT, weights)]
+
+    def weights(self, state: BankState, rows: Rows | None, batch: int) -> Array:
+        """Return the input ``lora.adapter_weights`` ``(batch, n_slots)``.
+
+        Args:
+            state: What the run sees.
+            rows: One entry a row of the batch; None: every row is the base; or the array itself.
+            batch: Rows of the request.
+
+        Raises:
+            AdapterError: Another number of rows, unknown adapters, or weights that are no finite numbers.
+        """
+        n_slots = len(self._record.slots)
+        if rows is None:
+            return np.zeros((batch, n_slots), np.float32)
+        if isinstance(rows, np.ndarray):
+            return _checked_array(rows, batch, n_slots)
+        if isinstance(rows, (str, Mapping)):
+            raise AdapterError(
+                f"adapters is a {type(rows).__name__}, wanted a list with one entry for each row",
+                f"for all {batch} rows: adapters=[…] * {batch}",
+            )
+        if len(rows) != batch:
+            raise AdapterError(
+                f"adapters has {len(rows)} entries, '{self._record.batch_input}' has {batch} rows",
+                "give one entry for each row: a name, None, or a dict of names and weights",
+            )
+        weights, problems = np.zeros((batch, n_slots), np.float32), []
+        for number, row in enumerate(rows):
+            found = _fill_row(weights[number], row, state.slots)
+            problems += [f"row {number}: {problem}" for problem in found]
+        if problems:
+            raise AdapterError(
+                f"adapters can't be used with {self._model.path.name}",
+                f"it has: {', '.join(state.slots) or 'no adapters yet; load_adapter loads one'}",
+                problems,
+            )
+        return weights
+
+    def load(
+        self,
+        name: str,
+        read: Callable[[], Adapter],
+        slot: str | None = None,
+        *,
+        allow_unmatched: bool = False,
+        force: bool = False,
+        replace: bool = False,
+    ) -> tuple[str, ...]:
+        """Put an adapter into a slot; return what the user should know.
+
+        Args:
+            name: What requests call it.
+            read: Read it.
+            slot: Name of the slot in the graph's record; by default the one of this name, or a free one.
+            allow_unmatched: Go on without what has no place.
+            force: Load a converted file of another base.
+            replace: Take the place of the adapter that is there.
+
+        Raises:
+            AdapterError: The bank's tensors are constants, the slot is unknown or taken, or none is free.
+            SiteError: Something of the adapter has no place, or the slot's rank is too small.
+        """
+        self._check_replaceable()
+        adapter = read()
+        with self._writing:
+            number = self._choose(name, slot, replace)
+            where = str(self._model.path)
+            bound = slot_blocks(
+                adapter, self._record, number, where=where, allow_unmatched=allow_unmatched, force=force
+            )
+            kept = {known: at for known, at in self.state.slots.items() if at != number}
+            self._write(bound.blocks, {**kept, name: number})
+        return bound.notes
+
+    def unload(self, name: str) -> None:
+        """Empty an adapter's slot.
+
+        Raises:
+            AdapterError: The bank's tensors are constants, or there is no such adapter.
+        """
+        self._check_replaceable()
+        with self._writing:
+            kept = dict(self.state.slots)
+            if name not in kept:
+                raise unknown_adapter(name, list(kept))
+            self._write(clear_slot(self._record, kept.pop(name)), kept)
+
+    def _check_replaceable(self) -> None:
+        if self._record.resident != "inputs":
+            raise AdapterError(
+                f"the adapters of {self._model.path.name} are constants: none can be loaded or unloaded",
+                "make the bank with bank-onnx --resident inputs",
+            )
+
+    def _choose(self, name: str, slot: str | None, replace: bool) -> int:
+        names = [known.name for known in self._record.slots]
+        taken = {number: known for known, number in self.state.slots.items()}
+        if slot is not None and slot not in names:
+            raise AdapterError(f"the bank has no slot '{slot}'", f"it has: {', '.join(names)}")
+        own = self.state.slots.get(name)
+        if own is not None and slot is not None and names[own] != slot:
+            raise AdapterError(
+                f"adapter '{name}' is in slot '{names[own]}'", f"unload_adapter('{name}') first"
+            )
+        if own is None and slot is None and (name not in names or names.index(name) in taken):
+            free = [number for number in range(len(names)) if number not in taken]
+            if not free:
+                listed = [f"slot '{names[number]}': adapter '{known}'" for number, known in taken.items()]
+                raise AdapterError(
+                    f"the bank has no free slot for '{name}'",
+                    "unload_adapter one, or give slot=… and replace=True",
+                    listed,
+                )
+            return free[0]
+        number = own if own is not None else names.index(slot if slot is not None else name)
+        if number in taken and not replace:
+            raise AdapterError(
+                f"slot '{names[number]}' holds adapter '{taken[number]}' already", "give replace=True"
+            )
+        return number
+
+    def _write(self, blocks: Sequence[Block], slots: Mapping[str, int]) -> None:
+        host = self._tensors()
+        changed: dict[str, Array] = {}
+        for block in blocks:
+            if block.tensor not in changed:
+                changed[block.tensor] = host[block.tensor].copy()
+            changed[block.tensor][block.index] = block.values
+        resident = self._model.put(changed, self.state.resident)
+        host.update(changed)
+        self.state = BankState(slots, resident)
+
+    def _tensors(self) -> dict[str, Array]:
+        """Return the bank's tensors in the host's memory; at first those of the file, or zeros."""
+        if not self._host and self._model.lora:
+            self._host = self._empty() if self._plain else self._defaults()
+        return self._host
+
+    def _empty(self) -> dict[str, Array]:
+        tensors: dict[str, Array] = {}
+        for module in self._record.modules:
+            rank = sum(sum(member.ranks) for member in module.members)
+            tensors[module.lora_a] = np.zeros(module.a_shape(rank), dtype_of(module.dtype))
+            tensors[module.lora_b] = np.zeros(module.b_shape(rank), dtype_of(module.dtype))
+        return tensors
+
+    def _defaults(self) -> dict[str, Array]:
+        constants = load_graph(self._model.path).graph.initializers
+        tensors: dict[str, Array] = {}
+        for name in self._model.lora:
+            constant = constants[name].const_value
+            assert constant is not None
+            tensors[name] = np.array(constant.numpy())
+        return tensors
+
+
+def _checked_array(rows: Array, batch: int, n_slots: int) -> Array:
+    problems = []
+    if rows.shape != (batch, n_slots):
+        problems.append(f"shape {rows.shape}, wanted {(batch, n_slots)}: a row each, a column for each slot")
+    if rows.dtype.kind not in "fiu":
+        problems.append(f"{rows.dtype}, wanted float32")
+    else:
+        with np.errstate(over="ignore"):
+            rows = rows.astype(np.float32)
+        if not np.isfinite(rows).all():
+            problems.append("values that are NaN, infinite or too large for float32")
+    if problems:
+        raise AdapterError("the array of adapter weights can't be used", "give finite weights", problems)
+    return rows
+
+
+def _fill_row(weights: Array, row: object, slots: Mapping[str, int]) -> list[str]:
+    """Set one row's weights; return what is wrong with it."""
+    if row is None:
+        return []
+    if isinstance(row, str):
+        row = {row: 1.0}
+    if not isinstance(row, Mapping):
+        return [f"{type(row).__name__}, wanted a name, None, or a dict of names and weights"]
+    problems = []
+    for name, weight in row.items():
+        if name not in slots:
+            problems.append(f"no adapter {name!r}")
+        elif not isinstance(weight, Real) or not abs(float(weight)) <= _LARGEST:
+            problems.append(f"{name}: weight {weight!r}, wanted a finite number that float32 can hold")
+        else:
+            weights[slots[name]] = weight
+    return problems

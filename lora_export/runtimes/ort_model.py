@@ -1,0 +1,254 @@
+"""An ONNX Runtime session of a graph with exposed LoRA: opened, described, and its feeds checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_export.adapter import Array
+from lora_export.errors import BackendError, BackendUnavailable, GraphError
+from lora_export.exposed import WEIGHTS_INPUT, ExposedGraph, exposed_of
+from lora_export.runtimes.cuda_graphs import CudaGraphs
+from lora_export.runtimes.device import DTYPES, DeviceMemory, OrtValue, Provider, host_value
+from lora_export.runtimes.resident import Feeds, Resident
+
+_CUDA = "CUDAExecutionProvider"
+_ERRORS_ONLY = 3
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input of the graph.
+
+    Attributes:
+        name: Its name.
+        type: As ONNX Runtime says it, ``tensor(float)``.
+        shape: Sizes, names of symbols, or None.
+        required: It has no default in the graph.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int | str | None, ...]
+    required: bool
+
+    @property
+    def dtype(self) -> np.dtype[Any] | None:
+        """What an array for it must have; None where that is not checked."""
+        return DTYPES.get(self.type)
+
+
+class OrtModel:
+    """The opened graph.
+
+    Attributes:
+        path: The file.
+        session: `onnxruntime.InferenceSession`.
+        memory: The device.
+        graphs: Captured CUDA graphs, where they are wanted.
+        record: What the graph says about its LoRA tensors.
+        inputs: What a request feeds, by name: all inputs but LoRA's.
+        lora: LoRA's inputs, by name.
+        outputs: Names, in the graph's order.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        provider: Provider,
+        threads: int | None = None,
+        cuda_graphs: int = 0,
+        session_options: Any = None,
+    ) -> None:
+        if not path.is_file():
+            raise GraphError(f"no ONNX file at {path}", "check the path")
+        self.path = path
+        self.memory = DeviceMemory(provider)
+        self.session = _open(path, provider, threads, cuda_graphs > 0, session_options)
+        self.graphs = CudaGraphs(self.session, self.memory, cuda_graphs) if cuda_graphs else None
+        self.record = exposed_of(self.session.get_modelmeta().custom_metadata_map, str(path))
+        ports = {
+            port.name: Port(port.name, port.type, tuple(port.shape), required)
+            for listed, required in (
+                (self.session.get_inputs(), True),
+                (self.session.get_overridable_initializers(), False),
+            )
+            for port in listed
+        }
+        lora = _lora_inputs(self.record)
+        self.lora = {name: ports[name] for name in lora if name in ports}
+        self.inputs = {name: port for name, port in ports.items() if name not in self.lora}
+        self.outputs = [output.name for output in self.session.get_outputs()]
+        _check_record(self.record, ports, path)
+
+    def choose_outputs(self, names: Sequence[str] | None) -> Sequence[str]:
+        """Return the outputs to compute: all of them, or those asked for.
+
+        Raises:
+            BackendError: The graph has no such outputs.
+        """
+        if names is None:
+            return self.outputs
+        if unknown := [name for name in names if name not in self.outputs]:
+            raise BackendError(
+                f"{self.path.name} has no output {', '.join(map(repr, unknown))}",
+                f"it has: {', '.join(self.outputs)}",
+            )
+        return names
+
+    def check_feeds(self, feeds: Mapping[str, Array | OrtValue]) -> list[tuple[str, Array | OrtValue]]:
+        """Return the feeds as they are bound.
+
+        Raises:
+            BackendError: Inputs missing, unknown or of another dtype; all of them are listed.
+        """
+        problems: list[str] = []
+        checked = []
+        for name, value in feeds.items():
+            port = self.inputs.get(name)
+            if port is None or name == WEIGHTS_INPUT:
+                problems.append(f"{name}: {self._why_not(name)}")
+            elif problem := _type_problem(port, value):
+                problems.append(f"{name}: {problem}")
+            elif isinstance(value, np.ndarray):
+                values = np.asarray(value, order="C")
+                checked.append((name, host_value(values) if values.dtype.kind == "V" else values))
+            else:
+                checked.append((name, value))
+        if len(checked) < len(self.inputs):
+            problems += [
+                f"{port.name}: missing, {port.type}"
+                for port in self.inputs.values()
+                if port.required and port.name != WEIGHTS_INPUT and port.name not in feeds
+            ]
+        if problems:
+            raise BackendError(
+                f"the feeds don't fit {self.path.name}",
+                f"it takes: {', '.join(n for n in self.inputs if n != WEIGHTS_INPUT)}",
+                problems,
+            )
+        return checked
+
+    def put(self, tensors: Mapping[str, Array], beside: Resident | None = None) -> Resident:
+        """Copy LoRA tensors to the device; those that are not among them are ``beside``'s, shared."""
+
+        def copy() -> Resident:
+            values = {name: self.memory.put(array) for name, array in tensors.items()}
+            return Resident(self.session, {**(beside.tensors if beside else {}), **values})
+
+        return self.graphs.call(copy) if self.graphs else copy()
+
+    def run(self, resident: Resident, feeds: Feeds, outputs: Sequence[str]) -> list[Array]:
+        """Run the graph; return the outputs' values in the order asked for.
+
+        Raises:
+            BackendError: ONNX Runtime refused the inputs or failed.
+        """
+        try:
+            if self.graphs:
+                return self.graphs.run(resident, feeds, outputs)
+            return [self.memory.read(value) for value in resident.run(feeds, outputs, "cpu")]
+        except Exception as error:  # ONNX Runtime's exceptions have no common class
+            raise self._failed(error) from error
+
+    def run_on_device(self, resident: Resident, feeds: Feeds, outputs: Sequence[str]) -> list[OrtValue]:
+        """Run the graph; leave the outputs on the device.
+
+        Raises:
+            BackendError: As `run`, or the session replays CUDA graphs, which write over their outputs.
+        """
+        if self.graphs:
+            raise BackendError(
+                "the outputs of a CUDA graph are overwritten by the next run and can't be handed out",
+                "use run, or make the session with cuda_graph=False",
+            )
+        try:
+            return resident.run(feeds, outputs, self.memory.kind, self.memory.device_id)
+        except Exception as error:  # ONNX Runtime's exceptions have no common class
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> BackendError:
+        return BackendError(
+            f"ONNX Runtime could not run {self.path.name}: {error}",
+            "compare the feeds' shapes with the graph's inputs",
+            [f"{port.name}: {port.type} {list(port.shape)}" for port in self.inputs.values()],
+        )
+
+    def _why_not(self, name: str) -> str:
+        if name == WEIGHTS_INPUT:
+            return "run(adapters=…) sets it"
+        if name in self.lora:
+            return "a LoRA tensor; load_adapter and run(adapter=…) set it"
+        return "no input of the graph"
+
+
+def _lora_inputs(record: ExposedGraph) -> list[str]:
+    """Return the LoRA tensors that are inputs of the graph."""
+    constant = record.mode == "bank" and record.resident == "initializers"
+    return [] if constant else record.tensor_names()
+
+
+def _type_problem(port: Port, value: object) -> str:
+    if isinstance(value, np.ndarray):
+        fits = port.dtype is None or value.dtype == port.dtype
+        return "" if fits else f"{value.dtype}, the graph wants {port.dtype}"
+    if not hasattr(value, "data_type"):
+        return f"{type(value).__name__}, wanted a numpy array or an onnxruntime.OrtValue"
+    return "" if value.data_type() == port.type else f"{value.data_type()}, the graph wants {port.type}"
+
+
+def _check_record(record: ExposedGraph, ports: Iterable[str], path: Path) -> None:
+    wanted = _lora_inputs(record)
+    if record.mode == "bank":
+        wanted += [WEIGHTS_INPUT, record.batch_input]
+    if missing := [name or "(the batch input has no name)" for name in wanted if name not in ports]:
+        raise GraphError(
+            f"{path}: the LoRA record names {len(missing)} inputs that the graph lacks (of {len(wanted)})",
+            "a tool has changed the graph since; make it again with swap-onnx or bank-onnx",
+            missing,
+        )
+
+
+def _open(path: Path, provider: Provider, threads: int | None, cuda_graph: bool, session_options: Any) -> Any:
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        extra = "gpu" if provider == "cuda" else "cpu"
+        raise BackendUnavailable(
+            "running a graph needs onnxruntime, which is not installed", f"pip install 'lora-export[{extra}]'"
+        ) from error
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if provider == "cuda":
+        if _CUDA not in ort.get_available_providers():
+            raise BackendUnavailable(
+                f"this onnxruntime ({ort.__version__}) has no CUDA provider",
+                "pip uninstall onnxruntime; pip install 'lora-export[gpu]'",
+            )
+        ort.preload_dlls()  # CUDA's libraries where pip installed them; nothing if they are elsewhere
+        providers.insert(0, (_CUDA, {"enable_cuda_graph": "1"} if cuda_graph else {}))
+    options = session_options
+    if options is None:
+        options = ort.SessionOptions()
+        # Its warning level prints a line for each LoRA tensor: that it may be overridden, which is the point.
+        options.log_severity_level = _ERRORS_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # ONNX Runtime's exceptions have no common class
+        raise BackendError(
+            f"ONNX Runtime can't open {path}: {error}",
+            "a CUDA graph needs every node on the GPU: try cuda_graph=False"
+            if cuda_graph
+            else "check the file, and the operators that this onnxruntime supports",
+        ) from error
+    if provider == "cuda" and _CUDA not in session.get_providers():
+        raise BackendUnavailable(
+            "ONNX Runtime could not start its CUDA provider and fell back to the CPU",
+            "install CUDA and cuDNN for it: pip install 'onnxruntime-gpu[cuda,cudnn]'",
+        )
+    return session

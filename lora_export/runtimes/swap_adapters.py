@@ -1,0 +1,163 @@
+"""The adapters of a swap graph: bound, put on the device, evicted, and read again when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_export.adapter import Adapter, Array
+from lora_export.binding import bind_adapter
+from lora_export.casting import dtype_of
+from lora_export.errors import AdapterError
+from lora_export.graph import load_graph
+from lora_export.runtimes.adapter_cache import AdapterCache, Prepared
+from lora_export.runtimes.ort_model import OrtModel
+from lora_export.runtimes.resident import Feeds, Resident
+
+
+class SwapAdapters:
+    """The adapters of one session.
+
+    Attributes:
+        cache: Those that have a name.
+    """
+
+    def __init__(self, model: OrtModel, max_adapters: int, max_bytes: int | None) -> None:
+        self.cache: AdapterCache[Resident] = AdapterCache(max_adapters, max_bytes)
+        self._model = model
+        self._base = model.put(_neutral_tensors(model))
+
+    def names(self) -> list[str]:
+        """Return the names that a run may ask for, in the order of loading, evicted ones as well."""
+        return self.cache.names()
+
+    def on_device(self) -> list[str]:
+        """Return the names of those on the device, the least recently used first."""
+        return self.cache.on_device()
+
+    @contextmanager
+    def use(self, feeds: Feeds, adapter: str | None, adapters: object) -> Iterator[tuple[Resident, Feeds]]:
+        """Give a run its tensors, an adapter's or for None the base's, and keep them there meanwhile.
+
+        Raises:
+            AdapterError: There is no such adapter, it was evicted and can't be read again, or the request has
+                an adapter for each row.
+        """
+        if adapters is not None:
+            raise AdapterError(
+                f"{self._model.path.name} is a swap graph: it takes one adapter a run",
+                "give adapter=, or make a bank with bank-onnx",
+            )
+        if adapter is None:
+            yield self._base, feeds
+        else:
+            with self.cache.use(adapter) as resident:
+                yield resident, feeds
+
+    def load(
+        self,
+        name: str,
+        read: Callable[[], Adapter],
+        slot: str | None = None,
+        *,
+        allow_unmatched: bool = False,
+        force: bool = False,
+        replace: bool = False,
+    ) -> tuple[str, ...]:
+        """Put an adapter on the device; return what the user should know.
+
+        Args:
+            name: What requests call it.
+            read: Read it; called again when it is asked for after it was evicted.
+            slot: Of a bank; refused.
+            allow_unmatched: Go on without what has no place.
+            force: Load a converted file of another base.
+            replace: Take the place of the adapter of this name.
+
+        Raises:
+            AdapterError: The name is taken, the adapter can't be used, or exceeds the byte budget.
+            SiteError: Something of the adapter has no place.
+        """
+        if slot is not None:
+            raise AdapterError(f"{self._model.path.name} has no slots: it is a swap graph", "leave slot away")
+        if not replace:
+            self.cache.check_free(name)
+        adapter = read()
+        known = _fingerprint(adapter)
+
+        def again() -> Prepared[Resident]:
+            fresh = read()
+            if _fingerprint(fresh) != known:
+                raise AdapterError(
+                    f"adapter '{name}' had left the device, and {fresh.source} is not what it was then",
+                    "load it again with replace=True, or give the session larger max_adapters and max_bytes",
+                )
+            return self._bind(fresh, allow_unmatched, force)[0]
+
+        prepared, notes = self._bind(adapter, allow_unmatched, force)
+        self.cache.add(name, prepared, again, replace=replace)
+        return notes
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter; runs that use it finish with it.
+
+        Raises:
+            AdapterError: There is none of this name.
+        """
+        self.cache.remove(name)
+
+    def _bind(
+        self, adapter: Adapter, allow_unmatched: bool, force: bool
+    ) -> tuple[Prepared[Resident], tuple[str, ...]]:
+        binding = bind_adapter(
+            adapter,
+            self._model.record,
+            where=str(self._model.path),
+            weight_of=_Weights(self._model.path),
+            allow_unmatched=allow_unmatched,
+            force=force,
+        )
+
+        def place() -> Resident:
+            # What the adapter leaves alone is the base's, where the graph has no default of its own.
+            return self._model.put(binding.tensors, self._base)
+
+        nbytes = sum(values.nbytes for values in binding.tensors.values())
+        return Prepared(nbytes, place), binding.notes
+
+
+class _Weights:
+    """The graph's constants by name; the file is opened when the first is asked for (DoRA)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._constants: Mapping[str, Any] = {}
+
+    def __call__(self, name: str) -> Array:
+        if not self._constants:
+            self._constants = load_graph(self._path).graph.initializers
+        constant = self._constants[name].const_value
+        assert constant is not None
+        return np.asarray(constant.numpy())
+
+
+def _fingerprint(adapter: Adapter) -> tuple[Any, ...]:
+    """Return what makes an adapter the one it was: its weights file, and what the config makes of it."""
+    return adapter.sha256, *((key, module.rank, module.scaling) for key, module in adapter.modules.items())
+
+
+def _neutral_tensors(model: OrtModel) -> dict[str, Array]:
+    """Return tensors that change nothing, for inputs without a default (flavour ``tensorrt``)."""
+    tensors: dict[str, Array] = {}
+    for module in model.record.modules:
+        rank = module.rank or module.groups  # the smallest that the graph takes
+        dtype = dtype_of(module.dtype)
+        tensors[module.lora_a] = np.zeros(module.a_shape(rank), dtype)
+        tensors[module.lora_b] = np.zeros(module.b_shape(rank), dtype)
+        if model.record.dora:
+            tensors[module.scale] = np.ones(module.out_dim, dtype)
+    return {name: values for name, values in tensors.items() if model.lora[name].required}
