@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_export.adapter import Adapter, LoraModule
+    from lora_export.convert import convert_adapter
     from lora_export.errors import (
         AdapterError,
         BackendError,
@@ -22,14 +23,18 @@ if TYPE_CHECKING:
         SiteError,
     )
     from lora_export.formats import load_adapter, save_adapter
+    from lora_export.modes.bank_onnx import bank_onnx
     from lora_export.modes.merge_checkpoint import merge_checkpoint
     from lora_export.modes.merge_onnx import export_onnx, merge_onnx
+    from lora_export.modes.swap_onnx import swap_onnx
+    from lora_export.runtimes.ort import AdapterSession
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Adapter": "lora_export.adapter",
     "AdapterError": "lora_export.errors",
+    "AdapterSession": "lora_export.runtimes.ort",
     "BackendError": "lora_export.errors",
     "BackendUnavailable": "lora_export.errors",
     "CheckpointError": "lora_export.errors",
@@ -39,16 +44,20 @@ _HOME = {
     "OutputError": "lora_export.errors",
     "ParityError": "lora_export.errors",
     "SiteError": "lora_export.errors",
+    "bank_onnx": "lora_export.modes.bank_onnx",
+    "convert_adapter": "lora_export.convert",
     "export_onnx": "lora_export.modes.merge_onnx",
     "load_adapter": "lora_export.formats",
     "merge_checkpoint": "lora_export.modes.merge_checkpoint",
     "merge_onnx": "lora_export.modes.merge_onnx",
     "save_adapter": "lora_export.formats",
+    "swap_onnx": "lora_export.modes.swap_onnx",
 }
 
 __all__ = [
     "Adapter",
     "AdapterError",
+    "AdapterSession",
     "BackendError",
     "BackendUnavailable",
     "CheckpointError",
@@ -59,11 +68,14 @@ __all__ = [
     "ParityError",
     "SiteError",
     "__version__",
+    "bank_onnx",
+    "convert_adapter",
     "export_onnx",
     "load_adapter",
     "merge_checkpoint",
     "merge_onnx",
     "save_adapter",
+    "swap_onnx",
 ]
 
 

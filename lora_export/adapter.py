@@ -36,6 +36,7 @@ class LoraModule:
         rank: Rank of one product.
         rslora: Divide alpha by √rank instead of rank.
         magnitude: DoRA's magnitude vector ``(out_dim,)``, for an embedding ``(dim,)``.
+        scale: In a file converted for a graph, DoRA's factor m/‖W0 + ΔW‖ ``(out_dim,)``, computed already.
         lora_bias: Bias of lora_B ``(out_dim,)``; scaled like the weight.
         parameter: Name of the changed parameter inside the module.
         experts: Number of stacked matrices.
@@ -52,6 +53,7 @@ class LoraModule:
     rank: int
     rslora: bool = False
     magnitude: Array | None = None
+    scale: Array | None = None
     lora_bias: Array | None = None
     parameter: str = "weight"
     experts: int = 1
@@ -155,7 +157,7 @@ class Adapter:
         lora = sum(
             part.size
             for module in self.modules.values()
-            for part in (module.lora_a, module.lora_b, module.magnitude, module.lora_bias)
+            for part in (module.lora_a, module.lora_b, module.magnitude, module.scale, module.lora_bias)
             if part is not None
         )
         return lora + sum(values.size for values in self.extras.values())

@@ -25,7 +25,7 @@ def check_blend(
 
     Raises:
         AdapterError: Fewer or more weights than adapters, a weight that is no number, DoRA or whole
-            replaced parameters in a blend (they are not sums), grouped convolutions.
+            replaced parameters in a blend (they are not sums), DoRA converted for a graph.
     """
     from lora_export.formats import load_adapter
 
@@ -42,6 +42,12 @@ def check_blend(
     problems = [f"weight {factor} is not a finite number" for factor in factors if not math.isfinite(factor)]
     plain = len(loaded) == 1 and factors == [1.0]
     for adapter in loaded:
+        computed = [module.path for module in adapter.modules.values() if module.scale is not None]
+        if computed:
+            problems.append(
+                f"{adapter.name}: DoRA, converted for a graph ({len(computed)} modules): "
+                "its factors hold for the exposed tensors only; give the adapter that it was made of"
+            )
         dora = [module.path for module in adapter.modules.values() if module.magnitude is not None]
         if dora and not plain:
             problems.append(
@@ -55,6 +61,6 @@ def check_blend(
             )
     if problems:
         raise AdapterError(
-            "these adapters can't be blended", "merge them one by one, or drop --weight", problems
+            "these adapters can't be merged so", "merge them one by one, or drop --weight", problems
         )
     return loaded, factors

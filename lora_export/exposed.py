@@ -30,6 +30,7 @@ from lora_export.errors import GraphError
 
 KEY = "lora_export.exposed"
 FORMAT = 1
+UNHASHED = "unhashed"
 WEIGHTS_INPUT = "lora.adapter_weights"
 ExposedKind = Literal["linear", "conv", "embedding"]
 Mode = Literal["swap", "bank"]
@@ -43,7 +44,7 @@ class StoredRows:
 
     Attributes:
         weight: Name of the initializer.
-        rows: Range of the module's output rows.
+        rows: Range of the canonical weight's rows: outputs, for an embedding its entries.
         row: First stored row.
         col: First stored column.
         transposed: Stored as ``(in_dim, out_dim)``.
@@ -150,7 +151,7 @@ class Slot:
 
     Attributes:
         name: What a request calls it.
-        adapter: Identity of its file (sha256), or "" for an empty slot.
+        adapter: Identity of its file (sha256), `UNHASHED` if it was no file, or "" for an empty slot.
     """
 
     name: str

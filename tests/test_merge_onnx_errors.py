@@ -498,7 +498,7 @@ def test_a_quantised_graph_is_called_so(capsys, adapter, out, tmp_path, exporter
         quantize_dynamic(tiny.base_onnx("llama", exporter), tmp_path / "q.onnx")
     said = refused(capsys, tmp_path / "q.onnx", adapter, out)
     assert "has quantised weights (MatMulInteger)" in said
-    assert "exposed LoRA" in said
+    assert "lora-export swap-onnx" in said
 
 
 def test_share_base_with_nothing_to_share(capsys, adapter, out):

@@ -223,6 +223,8 @@ def feeds(arch: str, onnx_path: Path) -> dict[str, Array]:
     for value in graph.input:
         if value.name in initializers:
             continue
+        if ".lora_" in value.name or value.name == "lora.adapter_weights":
+            continue
         if value.name.startswith("past_key_values."):
             result[value.name] = np.zeros((batch, KV_HEADS, 0, HIDDEN // HEADS), np.float32)
         elif value.name == "position_ids":

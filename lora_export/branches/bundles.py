@@ -49,12 +49,13 @@ def _pack_key(branch: Branch) -> object:
 
 
 def _single(branch: Branch) -> Bundle:
-    member = Member(branch.path, 0, branch.out_dim, stored=branch.stored)
+    member = Member(branch.path, 0, branch.out_dim, (), branch.stored, branch.stored_bias)
     return Bundle(_module(branch.path, [branch], [member], branch.out_dim), branch.pieces)
 
 
 def _packed(group: list[Branch], everything: Iterable[Branch]) -> Bundle:
     """Lay the calls side by side, each in its full width: gaps in a fused weight become zeros of B."""
+    group = sorted(group, key=_place_in_pack)
     starts: dict[int, int] = {}
     pieces: list[Piece] = []
     total = 0
@@ -69,13 +70,21 @@ def _packed(group: list[Branch], everything: Iterable[Branch]) -> Bundle:
             branch.path,
             starts[id(branch.pieces[0].call)] + branch.pieces[0].offset,
             branch.out_dim,
-            stored=branch.stored,
+            (),
+            branch.stored,
+            branch.stored_bias,
         )
         for branch in group
     ]
     members.sort(key=lambda member: member.start)
     taken = {branch.path for branch in everything}
     return Bundle(_module(_pack_name(members, taken), group, members, total), tuple(pieces))
+
+
+def _place_in_pack(branch: Branch) -> int:
+    """Q before k before v, whatever the order in the adapter's file."""
+    leaf = branch.path.rpartition(".")[2]
+    return next((names.index(leaf) for names in _PACKS if leaf in names), 0)
 
 
 def _pack_name(members: Sequence[Member], taken: set[str]) -> str:
@@ -97,6 +106,7 @@ def _module(name: str, group: Sequence[Branch], members: Sequence[Member], out_d
         tuple(members),
         first.kernel,
         first.groups,
+        bias=any(branch.bias for branch in group),
     )
 
 

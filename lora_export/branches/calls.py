@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import onnx_ir as ir
 
 from lora_export.adapter import Array, LoraModule
 from lora_export.exposed import ExposedKind, StoredRows
+from lora_export.graph import stored_matrix
+from lora_export.saved import LARGEST_RANK, change_of
 from lora_export.sites.fit import stored_shape
 from lora_export.sites.slot import DEQUANTIZE, Use
 from lora_export.sites.target import Part, Site, Target
 
 _TRANSPOSING = ("transA", "transBatchA")
+
+_KINDS: dict[str, ExposedKind] = {"linear": "linear", "conv": "conv", "embedding": "embedding"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +68,8 @@ class Branch:
         groups: Of the convolution that B is.
         lora: The factors of the adapter that asked for it, if one did.
         stored: Where its weight lies; empty where that is no help (quantised, rescaled).
+        bias: The branch has a bias too.
+        stored_bias: Where the module's own bias lies.
     """
 
     path: str
@@ -74,6 +81,8 @@ class Branch:
     groups: int = 1
     lora: LoraModule | None = None
     stored: tuple[StoredRows, ...] = ()
+    bias: bool = False
+    stored_bias: tuple[StoredRows, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -88,9 +97,10 @@ def branch_of(site: Site, calls: dict[int, Call]) -> Branch | str:
         site: Where the module's weight is.
         calls: Node → its call; several modules share the call of a fused weight.
     """
-    target = site.target
-    if target.kind not in ("linear", "conv", "embedding"):
-        return f"a {target.kind} has no product that a branch could be added to; merge it instead"
+    target = _as_module(site)
+    if isinstance(target, str):
+        return target
+    kind = _KINDS[target.kind]
     pieces: list[Piece] = []
     for part in site.parts:
         placement = part.placements[0]
@@ -104,18 +114,58 @@ def branch_of(site: Site, calls: dict[int, Call]) -> Branch | str:
                 calls[id(use.node)] = call
             pieces.append(Piece(calls[id(use.node)], rows, offset, placement.row_scale))
     out_dim, in_dim = target.shape[:2] if target.kind != "embedding" else target.shape[:2][::-1]
-    module = target.module
+    module, groups = target.module, site.parts[0].uses[0].node.attributes.get_int("group", 1)
+    if module is not None and module.groups != groups:
+        return f"lora_B has {module.groups} groups, the graph's convolution {groups}"
     return Branch(
         target.path,
-        target.kind,
-        in_dim,
+        kind,
+        in_dim * groups,
         out_dim,
         tuple(pieces),
         tuple(target.shape[2:]),
-        module.groups if module else 1,
+        groups,
         module,
         _stored(site.parts),
     )
+
+
+def _as_module(site: Site) -> Target | str:
+    """The target as a low-rank change: a whole matrix that replaces one becomes the difference to it."""
+    target = site.target
+    if target.action == "merge" and target.kind in _KINDS:
+        return target
+    kind = site.parts[0].uses[0].slot.kind
+    if target.kind != "any" or kind not in ("linear", "embedding") or len(target.shape) != 2:
+        return f"the adapter changes a {target.kind} that no branch goes beside; merge it instead"
+    if min(target.shape) > LARGEST_RANK:
+        rank = min(target.shape)
+        return (
+            f"the adapter replaces this whole matrix {target.shape}, as a change of rank {rank}: more than "
+            f"{LARGEST_RANK}; merge it instead"
+        )
+    old = _values(site)
+    if isinstance(old, str):
+        return old
+    assert target.values is not None
+    module = change_of(target.path, kind, np.asarray(target.values), old, target.tensor_names)
+    return replace(target, kind=kind, module=module)
+
+
+def _values(site: Site) -> Array | str:
+    """The base's values of a whole canonical matrix."""
+    values = np.zeros(site.target.shape, np.float32)
+    for part in site.parts:
+        (placement,) = part.placements
+        if placement.row_scale is not None or any(use.quantised for use in part.uses):
+            return "the adapter replaces it, and the base's values are not in the graph as they are; merge it"
+        assert part.root.const_value is not None
+        matrix = stored_matrix(part.root.const_value)
+        start, stop = placement.rows
+        view = matrix.T if placement.transposed else matrix
+        offset = placement.col if placement.transposed else placement.row
+        values[start:stop] = view[offset : offset + stop - start]
+    return values
 
 
 def _stored(parts: tuple[Part, ...]) -> tuple[StoredRows, ...]:
@@ -136,6 +186,8 @@ def _call_of(target: Target, use: Use) -> Call | str:
     node = use.node
     if any(node.attributes.get_int(name, 0) for name in _TRANSPOSING):
         return f"{node.op_type} reads its activation transposed: no branch is known for it"
+    if node.op_type.startswith("MatMulInteger"):
+        return _integer_call(target, use)
     # Gather takes the table first; the others the activation.
     x = node.inputs[1] if target.kind == "embedding" else node.inputs[0]
     if x is None:
@@ -144,6 +196,20 @@ def _call_of(target: Target, use: Use) -> Call | str:
     if dtype is None:
         return f"the type that {node.op_type} computes in can't be told"
     return Call(node, _unquantised(x), _width(target, use), dtype)
+
+
+def _integer_call(target: Target, use: Use) -> Call | str:
+    """Integers, quantised dynamically: x is before its quantiser, the float product behind Cast and Mul."""
+    quantiser = use.node.inputs[0].producer() if use.node.inputs[0] is not None else None
+    last = use.node
+    for operator in ("Cast", "Mul") if last.op_type == "MatMulInteger" else ():
+        readers = [usage.node for usage in last.outputs[0].uses()]
+        if len(readers) != 1 or readers[0].op_type != operator:
+            return "MatMulInteger without the Cast and Mul of dynamic quantisation: no branch is known for it"
+        (last,) = readers
+    if quantiser is None or quantiser.op_type != "DynamicQuantizeLinear" or quantiser.inputs[0] is None:
+        return f"{use.node.op_type} whose activation no DynamicQuantizeLinear makes: no branch is known"
+    return Call(last, quantiser.inputs[0], _width(target, use), ir.DataType.FLOAT)
 
 
 def _width(target: Target, use: Use) -> int:
@@ -159,6 +225,8 @@ def _dtype(use: Use) -> ir.DataType | None:
         # Packed weights come with scales, in the type of the activation.
         scales = use.node.inputs[2]
         return scales.dtype if scales is not None else None
+    if use.node.op_type == "DynamicQuantizeMatMul":
+        return ir.DataType.FLOAT
     for node in reversed(use.chain):
         if node.op_type == "Cast":
             return ir.DataType(node.attributes["to"].as_int())

@@ -98,6 +98,8 @@ class BankGate:
         dtype = value.dtype
         assert dtype is not None
         if module.kind == "conv":
+            if x.shape is not None:
+                self._has_batch_in_front(x, module)
             behind = [1 for _ in module.kernel]
             shaped = self._shape(of_row, f"{len(behind)} behind", [0, -1, *behind])
             return write.add(anchor, operator, [value, shaped], name, dtype=dtype)
@@ -194,11 +196,13 @@ class BankGate:
     def _has_batch_in_front(self, x: ir.Value, module: ExposedModule) -> bool:
         """Whether the activation is known to have the batch in front; `SiteError` if it is known not to.
 
-        In between are products (``batch*sequence``) and symbols that exporters make up.
+        In between are products (``batch*sequence``) and symbols that exporters make up. Two axes without a
+        name are equal only in a shape that can't be flattened: those with further axes.
         """
         assert x.shape is not None
-        first = x.shape[0]
-        if first == self.batch:
+        first, flat = x.shape[0], 1 if module.kind == "embedding" else 2
+        unnamed = isinstance(first, ir.SymbolicDim) and first.value is None
+        if first == self.batch and not (unnamed and len(x.shape) <= flat):
             return True
         if isinstance(first, int) or str(first) in self._other_axes:
             raise SiteError(

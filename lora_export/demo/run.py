@@ -46,7 +46,7 @@ def run_demo(
     """
     started, say = time.monotonic(), progress or (lambda _what, _share: None)
     require_packages()
-    force = _check_output(output, force)
+    force = check_output(output, force, _NEEDED_BYTES)
     say("loading the libraries and MiniLM", 0.0)
     with output_errors(output), OutputSet(force) as outputs, training_session():
         folder = outputs.stage(output, folder=True)
@@ -65,8 +65,17 @@ def run_demo(
     return report
 
 
-def _check_output(output: Path, force: bool) -> bool:
-    """Return whether the output may be replaced; refuse what no demo wrote, whatever ``force`` says."""
+def check_output(output: Path, force: bool, needed_bytes: int) -> bool:
+    """Return whether the output may be replaced.
+
+    Args:
+        output: The folder to write.
+        force: Replace the folder of an earlier demo.
+        needed_bytes: What the demo writes.
+
+    Raises:
+        OutputError: No demo wrote what is there, whatever ``force`` says, or the disk is too full.
+    """
     empty = output.is_dir() and not any(output.iterdir())
     if output.exists() and not empty and not (output / REPORT).is_file():
         raise OutputError(
@@ -77,9 +86,9 @@ def _check_output(output: Path, force: bool) -> bool:
         raise OutputError("the output exists already", "choose another name, or give --force", [str(output)])
     make_parent(output)
     free = shutil.disk_usage(output.parent).free
-    if free < _NEEDED_BYTES:
+    if free < needed_bytes:
         raise OutputError(
-            f"the demo needs {_NEEDED_BYTES / 1e6:.0f} MB and {output.parent} has {free / 1e6:.0f} MB free",
+            f"the demo needs {needed_bytes / 1e6:.0f} MB and {output.parent} has {free / 1e6:.0f} MB free",
             "choose an --output on another disk",
         )
     return force or empty

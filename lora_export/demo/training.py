@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
@@ -153,22 +155,37 @@ def training_session() -> Iterator[None]:
     Threads, random state and verbosity are as before when it ends.
     """
     import torch
-    from transformers.utils import logging
+    from transformers.utils import logging as chatter
 
     threads, verbosity, bars = (
         torch.get_num_threads(),
-        logging.get_verbosity(),
-        logging.is_progress_bar_enabled(),
+        chatter.get_verbosity(),
+        chatter.is_progress_bar_enabled(),
     )
     torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.set_num_threads(threads)
-        logging.set_verbosity(verbosity)
+        chatter.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()
+            chatter.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Hold back everything printed or logged: lines by the hundred, and bars that heed no setting.
+
+    Not for our own progress. Errors are raised all the same.
+    """
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)

@@ -14,9 +14,10 @@ from lora_export.errors import AdapterError
 
 if TYPE_CHECKING:
     from lora_export.adapter import Adapter
+    from lora_export.formats.provenance import Writer
     from lora_export.formats.source import Format, Source
 
-__all__ = ["FORMATS", "load_adapter", "save_adapter"]
+__all__ = ["FORMATS", "WRITERS", "load_adapter", "save_adapter", "writer_of"]
 
 FORMATS: dict[str, str] = {
     "peft": "lora_export.formats.peft:FORMAT",
@@ -24,6 +25,17 @@ FORMATS: dict[str, str] = {
     "kohya": "lora_export.formats.kohya:FORMAT",
     "loralib": "lora_export.formats.loralib:FORMAT",
     "plain": "lora_export.formats.plain:FORMAT",
+    "edge-llm": "lora_export.formats.edge_llm:FORMAT",
+    "converted": "lora_export.formats.converted:FORMAT",
+    "genai": "lora_export.formats.genai:FORMAT",
+    "onnx_adapter": "lora_export.formats.onnx_adapter:FORMAT",
+}
+# What `convert-adapter` writes, each read back by the format in its module.
+WRITERS: dict[str, str] = {
+    "safetensors": "lora_export.formats.converted:WRITER",
+    "onnx_adapter": "lora_export.formats.onnx_adapter:WRITER",
+    "edge-llm": "lora_export.formats.edge_llm:WRITER",
+    "genai": "lora_export.formats.genai:WRITER",
 }
 _SHOWN = 8
 
@@ -41,8 +53,8 @@ def load_adapter(
     """Read a trained adapter, whatever tool wrote it.
 
     Args:
-        path: A PEFT folder, or a ``.safetensors``, ``.bin``, ``.pt``, ``.pth`` or ``.ckpt`` file. Only the
-            last four import torch.
+        path: A PEFT folder, or a ``.safetensors``, ``.bin``, ``.pt``, ``.pth``, ``.ckpt`` or
+            ``.onnx_adapter`` file. The last imports onnxruntime, the four before it torch.
         alpha: Numerator of the scaling, where the file doesn't say it.
         rank: Rank, to be checked against the tensors.
         rslora: The scaling is alpha / √rank.
@@ -52,7 +64,8 @@ def load_adapter(
 
     Raises:
         AdapterError: The file is missing, damaged, of no known format, or breaks rules; all are listed.
-        BackendUnavailable: A torch checkpoint, and torch is not installed.
+        BackendUnavailable: A torch checkpoint or an ``.onnx_adapter``, and torch or onnxruntime is not
+            installed.
     """
     from lora_export.formats.pairs import check_options
     from lora_export.formats.source import Options, open_source
@@ -94,13 +107,14 @@ def save_adapter(adapter: Adapter, folder: str | Path, force: bool = False) -> P
 
 
 def detect_format(source: Source) -> str:
-    """Return the one format whose names the file has.
+    """Return the one format whose names the file has; a format that is certain comes first.
 
     Raises:
         AdapterError: None recognises it, or several do.
     """
     formats = {name: _format(name) for name in FORMATS}
     found = [name for name, candidate in formats.items() if candidate.recognises(source)]
+    found = [name for name in found if formats[name].certain][:1] or found
     if len(found) == 1:
         return found[0]
     names = list(source.tensors)
@@ -115,6 +129,13 @@ def detect_format(source: Source) -> str:
         "rename the tensors to one of these forms, or save only the adapter's tensors",
         listed,
     )
+
+
+def writer_of(name: str) -> Writer:
+    """Return an entry of `WRITERS`."""
+    module, _, attribute = WRITERS[name].partition(":")
+    found: Writer = getattr(import_module(module), attribute)
+    return found
 
 
 def _format(name: str) -> Format:

@@ -55,6 +55,8 @@ def _problems(adapter: Adapter) -> list[str]:
         problems.append(
             "flattened names: kohya's files have lost the dots, and PEFT needs the modules' real paths"
         )
+    if any(module.scale is not None for module in modules):
+        problems.append("DoRA's factors, computed for a graph: PEFT keeps the magnitude; save the original")
     for label, having in (
         ("a DoRA magnitude", [m for m in modules if m.magnitude is not None]),
         ("a bias of lora_B", [m for m in modules if m.lora_bias is not None]),

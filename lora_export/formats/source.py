@@ -10,11 +10,15 @@ from typing import Any
 
 from lora_export.adapter import Adapter, Array
 from lora_export.errors import AdapterError
+from lora_export.formats.ort_file import SUFFIX as ORT_SUFFIX
+from lora_export.formats.ort_file import read_ort_file
 from lora_export.formats.pickles import SUFFIXES, read_checkpoint
 from lora_export.formats.tensors import file_sha256, read_safetensors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+# TensorRT-Edge-LLM's folder of one adapter, in the layout of its engines' inputs.
+EDGE_LLM_NAME = "processed_adapter_model.safetensors"
 _DIFFUSERS_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 
 
@@ -45,7 +49,8 @@ class Source:
         name: The folder's or the file's name.
         tensors: Name → values.
         metadata: Of a ``.safetensors`` file.
-        settings: Of a torch checkpoint: ``alpha``, ``rank``, ``scaling``, ``rslora``, ``enable_lora``.
+        settings: Of a torch checkpoint: ``alpha``, ``rank``, ``scaling``, ``rslora``, ``enable_lora``; of an
+            ``.onnx_adapter`` its versions.
         config: ``adapter_config.json``, if there is one.
         sha256: Of the weights file.
         notes: What was left aside while opening it.
@@ -70,11 +75,13 @@ class Format:
         expects: The tensor names that it reads, for the error that lists the formats.
         recognises: Whether a source is of this format.
         read: Make the adapter; raises `AdapterError` with every problem found.
+        certain: What `recognises` looks at leaves no doubt (who wrote the file): nobody else is asked.
     """
 
     expects: str
     recognises: Callable[[Source], bool]
     read: Callable[[Source, Options], Adapter]
+    certain: bool = False
 
 
 def open_source(path: Path, name: str | None = None) -> Source:
@@ -94,13 +101,16 @@ def open_source(path: Path, name: str | None = None) -> Source:
         tensors, settings = checkpoint.tensors, checkpoint.settings
         if checkpoint.ignored:
             notes = (f"left aside, training bookkeeping: {', '.join(checkpoint.ignored)}",)
+    elif file.suffix == ORT_SUFFIX:
+        tensors, versions = read_ort_file(file)
+        settings = dict(versions)
     else:
         raise AdapterError(
             f"{file} is no adapter: its name ends in {file.suffix or 'nothing'!r}",
-            f"give a PEFT folder, or a file ending in .safetensors, {', '.join(SUFFIXES)}",
+            f"give a PEFT folder, or a file ending in .safetensors, {', '.join(SUFFIXES)}, {ORT_SUFFIX}",
         )
     config_file = file.parent / CONFIG_NAME
-    own_name = file.parent.resolve().name if file.name in WEIGHT_NAMES else file.stem
+    own_name = file.parent.resolve().name if file.name in (*WEIGHT_NAMES, EDGE_LLM_NAME) else file.stem
     return Source(
         path=path,
         file=file,
@@ -146,7 +156,7 @@ def _weights_file(path: Path) -> Path:
         raise AdapterError(f"there is no adapter at {path}", hint)
     if not path.is_dir():
         raise AdapterError(f"{path} is neither a file nor a folder", "give a PEFT folder or a weights file")
-    for name in (*WEIGHT_NAMES, *_DIFFUSERS_NAMES):
+    for name in (*WEIGHT_NAMES, *_DIFFUSERS_NAMES, EDGE_LLM_NAME):
         if (path / name).is_file():
             return path / name
     if (path / CONFIG_NAME).is_file():
@@ -169,7 +179,9 @@ def _only_candidate(path: Path) -> Path:
             f"{path} is a model, not an adapter: it has config.json and no {CONFIG_NAME}",
             "give the adapter's folder; the base model goes behind --base",
         )
-    found = sorted(child for child in path.iterdir() if child.suffix in (".safetensors", *SUFFIXES))
+    found = sorted(
+        child for child in path.iterdir() if child.suffix in (".safetensors", *SUFFIXES, ORT_SUFFIX)
+    )
     if len(found) == 1:
         return found[0]
     raise AdapterError(

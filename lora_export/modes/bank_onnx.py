@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from lora_export.adapter import Adapter, LoraModule
@@ -23,7 +25,7 @@ from lora_export.branches.place import place_branches
 from lora_export.branches.write import BranchWriter, Tensors
 from lora_export.casting import Caster
 from lora_export.errors import AdapterError
-from lora_export.exposed import ExposedGraph, Flavour, Resident, Slot
+from lora_export.exposed import UNHASHED, ExposedGraph, Flavour, Resident, Slot
 from lora_export.exposed_output import ExposeReport, base_name, write_exposed
 from lora_export.graph import GraphFile
 from lora_export.manifest import identity_of
@@ -108,7 +110,7 @@ def bank_onnx(
             tuple(bundle.module for bundle in bundles),
             max(rank for found in ranks.values() for rank in found),
             flavour,
-            slots=tuple(Slot(name, adapter.sha256) for name, adapter in loaded.items()),
+            slots=tuple(Slot(name, adapter.sha256 or UNHASHED) for name, adapter in loaded.items()),
             resident=resident,
             batch_input=str(gate.batch_input.name),
         )
@@ -166,6 +168,10 @@ class _Union:
         for branch in branches:
             places = frozenset((id(p.call), p.offset, p.rows) for p in branch.pieces)
             known = self._by_place.setdefault(places, branch)
+            if branch.bias and not known.bias:
+                # One adapter changes the bias: the others leave it as it is.
+                known = replace(known, bias=True, stored_bias=branch.stored_bias)
+                self._by_place[places] = known
             assert branch.lora is not None
             mine[known.path] = branch.lora
         assert len(self.loras) == slot
@@ -188,6 +194,11 @@ class _Union:
                 raise AdapterError(
                     f"{branch.path} has rank {max(own)}, the slots are to have {room}",
                     f"give --slot-rank {max(own)} or more",
+                )
+            if room is not None and room % branch.groups:
+                raise AdapterError(
+                    f"{branch.path} has {branch.groups} groups, which ranks of {room} can't be shared out to",
+                    f"give --slot-rank a multiple of {branch.groups}",
                 )
             found[branch.path] = tuple(own) if room is None else (room,) * slots
         return found
@@ -218,12 +229,17 @@ def _tensors(
         total = sum(sum(member.ranks) for member in module.members)
         own = [block for block in blocks if block.tensor in (module.lora_a, module.lora_b)]
         dtype = ir.DataType[IR_TYPES[module.dtype]]
+        arrays = dict(zip((module.lora_a, module.lora_b), assemble(module, total, own), strict=True))
+        if module.bias:
+            arrays[module.lora_bias] = np.concatenate([
+                block.values for block in blocks if block.tensor == module.lora_bias
+            ])  # fmt: skip
         values = []
-        for name, array in zip((module.lora_a, module.lora_b), assemble(module, total, own), strict=True):
+        for name, array in arrays.items():
             if record.resident == "initializers":
                 values.append(add_initializer(graph, name, array))
             else:
                 default = array if record.flavour == "ort" else None
                 values.append(add_input(graph, name, list(array.shape), dtype, default))
-        made[module.name] = Tensors(*values)
+        made[module.name] = Tensors(values[0], values[1], bias=values[2] if module.bias else None)
     return made

@@ -169,4 +169,8 @@ def _expose(graph: GraphFile, module: ExposedModule, record: ExposedGraph) -> Te
     if record.dora:
         ones = np.ones(module.out_dim) if record.flavour == "ort" else None
         scale = add_input(graph, module.scale, [module.out_dim], dtype, ones)
-    return Tensors(values[0], values[1], scale)
+    bias = None
+    if module.bias:
+        zeros = np.zeros(module.out_dim) if record.flavour == "ort" else None
+        bias = add_input(graph, module.lora_bias, [module.out_dim], dtype, zeros)
+    return Tensors(values[0], values[1], scale, bias)

@@ -15,6 +15,7 @@ from numbers import Real
 import numpy as np
 
 from lora_export.adapter import Adapter, Array
+from lora_export.base_weights import GraphWeights
 from lora_export.binding import clear_slot, slot_blocks
 from lora_export.casting import dtype_of
 from lora_export.errors import AdapterError
@@ -165,7 +166,13 @@ class BankSlots:
             number = self._choose(name, slot, replace)
             where = str(self._model.path)
             bound = slot_blocks(
-                adapter, self._record, number, where=where, allow_unmatched=allow_unmatched, force=force
+                adapter,
+                self._record,
+                number,
+                where=where,
+                weight_of=GraphWeights(self._model.path),
+                allow_unmatched=allow_unmatched,
+                force=force,
             )
             kept = {known: at for known, at in self.state.slots.items() if at != number}
             self._write(bound.blocks, {**kept, name: number})
@@ -241,6 +248,9 @@ class BankSlots:
             rank = sum(sum(member.ranks) for member in module.members)
             tensors[module.lora_a] = np.zeros(module.a_shape(rank), dtype_of(module.dtype))
             tensors[module.lora_b] = np.zeros(module.b_shape(rank), dtype_of(module.dtype))
+            if module.bias:
+                shape = len(self._record.slots), module.out_dim
+                tensors[module.lora_bias] = np.zeros(shape, dtype_of(module.dtype))
         return tensors
 
     def _defaults(self) -> dict[str, Array]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lora_export.adapter import Adapter, Array
+from lora_export.base_weights import GraphWeights
 from lora_export.binding import bind_adapter
 from lora_export.casting import dtype_of
 from lora_export.errors import AdapterError
-from lora_export.graph import load_graph
 from lora_export.runtimes.adapter_cache import AdapterCache, Prepared
 from lora_export.runtimes.ort_model import OrtModel
 from lora_export.runtimes.resident import Feeds, Resident
@@ -117,7 +116,7 @@ class SwapAdapters:
             adapter,
             self._model.record,
             where=str(self._model.path),
-            weight_of=_Weights(self._model.path),
+            weight_of=GraphWeights(self._model.path),
             allow_unmatched=allow_unmatched,
             force=force,
         )
@@ -128,21 +127,6 @@ class SwapAdapters:
 
         nbytes = sum(values.nbytes for values in binding.tensors.values())
         return Prepared(nbytes, place), binding.notes
-
-
-class _Weights:
-    """The graph's constants by name; the file is opened when the first is asked for (DoRA)."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._constants: Mapping[str, Any] = {}
-
-    def __call__(self, name: str) -> Array:
-        if not self._constants:
-            self._constants = load_graph(self._path).graph.initializers
-        constant = self._constants[name].const_value
-        assert constant is not None
-        return np.asarray(constant.numpy())
 
 
 def _fingerprint(adapter: Adapter) -> tuple[Any, ...]:
@@ -160,4 +144,6 @@ def _neutral_tensors(model: OrtModel) -> dict[str, Array]:
         tensors[module.lora_b] = np.zeros(module.b_shape(rank), dtype)
         if model.record.dora:
             tensors[module.scale] = np.ones(module.out_dim, dtype)
+        if module.bias:
+            tensors[module.lora_bias] = np.zeros(module.out_dim, dtype)
     return {name: values for name, values in tensors.items() if model.lora[name].required}

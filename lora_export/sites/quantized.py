@@ -9,7 +9,9 @@ from lora_export.sites.slot import Slot, SlotKind
 # Position of the weight among the inputs, where it is not 1.
 _WEIGHT_INDEX = {"QLinearMatMul": 3, "QLinearConv": 3, "QGemm": 3, "GatherBlockQuantized": 0}
 # Activations and result are floats, and the attributes N and K tell the weight's shape.
-_FLOAT_ACTIVATIONS = {"MatMulNBits", "MatMulBnb4"}
+_PACKED = {"MatMulNBits", "MatMulBnb4"}
+# The weight is an integer matrix (in_dim, out_dim); the activation is quantised inside or just before.
+_DYNAMIC = {"DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
 
 
 def slots(node: ir.Node) -> list[Slot]:
@@ -19,8 +21,10 @@ def slots(node: ir.Node) -> list[Slot]:
     )
     refusal = f"quantised weight ({node.op_type})"
     shape = (node.attributes.get_int("N", 0), node.attributes.get_int("K", 0))
-    if node.op_type in _FLOAT_ACTIVATIONS and all(shape):
+    if node.op_type in _PACKED and all(shape):
         return [Slot(1, kind, refusal=refusal, shape=shape)]
+    if node.op_type in _DYNAMIC:
+        return [Slot(1, kind, transposed=True, refusal=refusal)]
     no_branch = f"{node.op_type}: no branch is known for it"
     index = _WEIGHT_INDEX.get(node.op_type, 1)
     return [Slot(index, kind, transposed=True, refusal=refusal, no_branch=no_branch)]

@@ -45,6 +45,7 @@ class Resolver:
         self.uses = find_uses(graph)
         self._evidence = collect(self.uses)
         self._known = {key for table in self._evidence.values() for key in table}
+        self.weight_of = weight_of
         self._weight_of = weight_of or (lambda target: None)
         self._has_checkpoint = weight_of is not None
         self._wanted: set[str] = set()

@@ -79,7 +79,7 @@ def targets_of(adapter: Adapter) -> list[Target]:
             Target(
                 f"{module.path}.{module.parameter}",
                 module.kind,
-                module.weight_shape,
+                _canonical_shape(module),
                 "merge",
                 names,
                 module.experts,
@@ -94,6 +94,12 @@ def targets_of(adapter: Adapter) -> list[Target]:
                 )
             )
     return targets
+
+
+def _canonical_shape(module: LoraModule) -> tuple[int, ...]:
+    """Shape of the weight; of a grouped convolution lora_A has all input channels, the weight a group's."""
+    out_dim, in_dim, *kernel = module.weight_shape
+    return out_dim, in_dim // module.groups, *kernel
 
 
 @dataclass(frozen=True, eq=False)

@@ -83,10 +83,12 @@ def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
     if (slot.kind in ("linear", "conv", "embedding") and len(shape) < 2) or not shape:
         return None
     no_branch = slot.no_branch
+    quantised = quantised or dtype not in FLOAT_TYPES
     if dtype not in FLOAT_TYPES and not refusal:
         if slot.kind not in ("linear", "conv") and not (slot.kind == "embedding" and chain):
             return None
-        refusal = no_branch = f"quantised weight ({node.op_type} of {dtype.name})"
+        refusal = f"quantised weight ({node.op_type} of {dtype.name})"
+        no_branch = f"{node.op_type} of {dtype.name} values: no branch is known for it"
     transposed, wrong = _orientation(slot, chain, len(shape))
     return Use(node, slot, value, tuple(chain), transposed, refusal or wrong, no_branch or wrong, quantised)
 

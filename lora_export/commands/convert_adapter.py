@@ -1,0 +1,78 @@
+"""`lora-export convert-adapter`: an adapter as the tensors that a graph with exposed LoRA takes."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lora_export.commands.options import load_adapters, reading_options
+from lora_export.formats import WRITERS
+
+if TYPE_CHECKING:
+    from lora_export.convert import ConvertReport
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command("convert-adapter", short_help="Convert an adapter for a graph with exposed LoRA.")
+@click.argument("adapter", type=_PATH)
+@click.option("--for", "graph", required=True, type=_PATH, help="The .onnx file that it is for.")
+@click.option("-o", "--output", required=True, type=_PATH, help="File or folder to write.")
+@click.option("--format", type=click.Choice(list(WRITERS)), help="By default what the output's name says.")
+@click.option("--force", is_flag=True, help="Take a file of another base; replace an existing output.")
+@click.option("--allow-unmatched", is_flag=True, help="Go on without what has no place in the graph.")
+@click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--quiet", is_flag=True, help="No summary; warnings stay.")
+@reading_options
+def convert_adapter(
+    adapter: Path, output: Path, force: bool, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Write ADAPTER as tensors for the LoRA inputs of a graph: checked, in its layout, scaling folded in.
+
+    onnx_adapter is what onnxruntime and onnxruntime-genai load, safetensors what AdapterSession takes with
+    all of its provenance, edge-llm TensorRT-Edge-LLM's folder, genai the names of graphs that
+    onnxruntime-genai's own builder gave LoRA.
+
+    \b
+    Examples:
+      lora-export convert-adapter my-adapter --for swap.onnx -o my-adapter.onnx_adapter
+      lora-export convert-adapter my-adapter --for swap.onnx -o edge --format edge-llm
+    """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
+    from lora_export import convert
+
+    started = time.monotonic()
+    target = options.pop("format")
+    options["format"] = options.pop("from_format")
+    (loaded,) = load_adapters([adapter], options)
+    report = convert.convert_adapter(
+        loaded, output=output, format=target, force=force, overwrite=force, **options
+    )
+    if as_json:
+        click.echo(json.dumps(report.as_dict(), indent=1, sort_keys=True, ensure_ascii=False))
+    elif report.dry_run or not quiet:
+        _print(report, time.monotonic() - started)
+    for row in report.plan.refused:
+        click.echo(f"warning: left out: {row.parameter}: {row.reason}", err=True)
+
+
+def _print(report: ConvertReport, seconds: float) -> None:
+    size = f"{report.size_bytes / 1e6:.1f} MB"
+    if report.dry_run:
+        click.echo("\n".join(report.plan.lines()))
+        click.echo(f"dry run: {size} would be written")
+        if report.output.exists():
+            click.echo(f"note: --force would be needed, there is already: {report.output}")
+        return
+    ranks = sorted(set(report.ranks.values()))
+    said = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}–{ranks[-1]}"
+    click.echo(
+        f"converted {len(report.ranks)} modules ({said}, {size}) for {report.graph} in {seconds:.1f} s"
+    )
+    for note in report.notes:
+        click.echo(f"note: {note}")
+    click.echo(f"wrote {report.output}")

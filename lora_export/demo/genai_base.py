@@ -1,0 +1,102 @@
+"""Bases by onnxruntime-genai's own model builder, and the weights that its int4 base computes with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lora_export.adapter import Array
+from lora_export.demo.training import silence
+from lora_export.errors import BackendError, InternalError
+
+Precision = Literal["fp32", "int4"]
+# The builder's own choice on a CPU, 4, also rounds the activations to int8, which PyTorch has no equal of:
+# 1 keeps them in float32, so that its tokens can be compared with PyTorch's exactly.
+_EXACT = ["accuracy_level=1"]
+_BITS = 4
+
+
+def build_base(checkpoint: Path, folder: Path, precision: Precision, cache: Path) -> Path:
+    """Build ``folder/model.onnx`` for onnxruntime-genai's CPU provider, with config and tokenizer.
+
+    Args:
+        checkpoint: A Hugging Face folder with a tokenizer.
+        folder: Where to.
+        precision: Of the weights.
+        cache: A folder for the builder's temporary files.
+
+    Returns:
+        The graph.
+
+    Raises:
+        BackendError: The builder failed.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    from onnxruntime_genai.models import builder
+
+    source, target = str(checkpoint), str(folder)
+    extra = _EXACT if precision == "int4" else []
+    try:
+        with silence():
+            options = builder.parse_extra_options(None, source, target, precision, "cpu", str(cache), extra)
+            builder.create_model(None, source, target, precision, "cpu", str(cache), **options)
+    except Exception as error:
+        raise BackendError(
+            f"onnxruntime-genai's model builder failed: {type(error).__name__}: {error}",
+            "pip install 'lora-export[genai]' for a version that we know",
+        ) from error
+    return folder / "model.onnx"
+
+
+def load_int4_weights(model: Any, graph: Path) -> None:
+    """Give a Llama in PyTorch the rounded weights of its int4 graph, in float32.
+
+    Args:
+        model: A ``LlamaForCausalLM`` of the checkpoint that the graph was built from; it is changed.
+        graph: The builder's ``model.onnx``.
+    """
+    import torch
+
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    waiting = set(linears)
+    for name, rows in _rounded_weights(graph):
+        start = 0
+        for path in _modules_of(name):
+            weight = linears[path].weight
+            stop = start + weight.shape[0]
+            # A copy into the same parameter, so that a tied embedding follows its lm_head.
+            weight.data.copy_(torch.from_numpy(rows[start:stop, : weight.shape[1]]))
+            start = stop
+            waiting.discard(path)
+    if waiting:
+        raise InternalError(f"no int4 weight in {graph} for {sorted(waiting)}")
+
+
+def _rounded_weights(graph: Path) -> Iterator[tuple[str, Array]]:
+    """Yield the name of each quantised weight and its values ``(out_dim, in_dim or more)``."""
+    import onnx_ir as ir
+
+    for node in ir.load(graph).graph:
+        if node.op_type != "MatMulNBits":
+            continue
+        stored, scales = (value.const_value for value in node.inputs[1:3] if value is not None)
+        assert stored is not None
+        assert scales is not None
+        packed = stored.numpy()
+        # Two weights a byte, the first in the low half, around 8; one scale for each block of a row.
+        pairs = np.stack([packed & 15, packed >> _BITS], axis=-1).reshape(*packed.shape[:2], -1)
+        blocks = (pairs.astype(np.float32) - 8) * scales.numpy().reshape(*packed.shape[:2], 1)
+        yield stored.name or "", blocks.reshape(len(packed), -1)
+
+
+def _modules_of(name: str) -> list[str]:
+    """Return the modules whose rows a weight of the builder's holds, in their order."""
+    path = name.partition(".MatMul.")[0].replace(".attn.", ".self_attn.")
+    above, _, last = path.rpartition(".")
+    if last != "qkv_proj":
+        return [path]
+    return [f"{above}.{part}_proj" for part in "qkv"]

@@ -1,0 +1,70 @@
+"""TensorRT-Edge-LLM's folder of one adapter: ``processed_adapter_model.safetensors`` and ``config.json``.
+
+The layout is that of its engines' inputs (its ``insert_lora`` step): ``<module>.lora_A.weight``
+``(in_dim, rank)`` and ``.lora_B.weight`` ``(rank, out_dim)`` in float16, scaling folded into B, on every
+linear module but ``lm_head``. Its own converter folds one alpha / r only; here each module has its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from lora_export.adapter import Adapter, Array
+from lora_export.formats.graph_layout import EXPECTS, has_names, read_converted
+from lora_export.formats.provenance import Provenance, Writer
+from lora_export.formats.source import EDGE_LLM_NAME, Format, Options, Source
+from lora_export.formats.tensors import write_safetensors
+
+_CONFIG_NAME = "config.json"
+# Parts of module paths that live outside its engine's LoRA inputs.
+_OUTSIDE = frozenset({"lm_head", "embed_tokens", "vision_tower", "audio_tower", "visual"})
+
+
+def recognises(source: Source) -> bool:
+    """Whether the file has the name that Edge-LLM's tools give it."""
+    return source.file.name == EDGE_LLM_NAME and has_names(source.tensors)
+
+
+def read(source: Source, options: Options) -> Adapter:
+    """Make an adapter of such a folder; the base is known where we wrote it.
+
+    Raises:
+        AdapterError: A list of all that is wrong.
+    """
+    return read_converted(source, options, "edge-llm", dict(source.metadata))
+
+
+def write(path: Path, tensors: Mapping[str, Array], provenance: Provenance) -> None:
+    """Write the folder ``path``."""
+    path.mkdir()
+    write_safetensors(path / EDGE_LLM_NAME, tensors, provenance.metadata())
+    rank = max(provenance.ranks.values())
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        # The scaling is in lora_B: alpha / r is 1.
+        "lora_alpha": rank,
+        "target_modules": sorted(provenance.ranks),
+        "rank_pattern": {name: own for name, own in provenance.ranks.items() if own != rank},
+        "lora_export": provenance.metadata(),
+    }
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (path / _CONFIG_NAME).write_text(text, encoding="utf-8")
+
+
+def _refusal(name: str, kind: str) -> str:
+    if kind != "linear":
+        return f"TensorRT-Edge-LLM adapts linear modules only, this is {kind}"
+    outside = _OUTSIDE.intersection(name.split("."))
+    return f"TensorRT-Edge-LLM has no LoRA inputs for {', '.join(sorted(outside))}" if outside else ""
+
+
+WRITER = Writer("", write, dtype="float16", refusal=_refusal)
+FORMAT = Format(
+    expects=f"{EXPECTS} in a file called {EDGE_LLM_NAME}",
+    recognises=recognises,
+    read=read,
+    certain=True,
+)

@@ -1,0 +1,103 @@
+"""Tensors that lie as a graph takes them, read as an adapter: what the converted formats have in common.
+
+``<module>.lora_A.weight`` ``(in_dim, rank)``, ``.lora_B.weight`` ``(rank, out_dim)`` with the scaling in it,
+``.lora_B.bias`` and ``.lora_scale.weight`` ``(out_dim,)``; of a convolution as in PyTorch. See
+`lora_export.exposed`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from lora_export.adapter import Adapter, Array, LoraModule
+from lora_export.formats.pairs import PartsTable, adapter_of, build_module, raise_problems
+from lora_export.formats.provenance import LAYOUT, LAYOUT_KEY
+from lora_export.formats.source import Options, Source
+from lora_export.formats.tensors import value_problems
+
+_NAME = re.compile(
+    r"^(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_scale)(?:\.MatMul)?\.(?P<leaf>weight|(?<=B\.)bias)$"
+)
+_PARTS = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_scale": "scale"}
+_FOLDED = "is folded into the file's lora_B already; leave the option away"
+EXPECTS = "<module>.lora_A.weight (in_dim, rank), .lora_B.weight (rank, out_dim)"
+
+
+def has_names(tensors: Mapping[str, Array]) -> bool:
+    """Whether tensors are named as a graph's LoRA inputs are."""
+    return any(_NAME.match(name) for name in tensors)
+
+
+def read_converted(source: Source, options: Options, format: str, config: Mapping[str, Any]) -> Adapter:
+    """Make an adapter of tensors in a graph's layout; scaling is 1, the factors are views.
+
+    Args:
+        source: The file.
+        options: What the user states; alpha has no place here.
+        format: Key of the format that reads it.
+        config: What the file says of itself, with ``kinds`` as JSON where not all modules are linear.
+
+    Raises:
+        AdapterError: A list of all that is wrong.
+    """
+    table = PartsTable()
+    for key, value in (("alpha", options.alpha), ("rslora", options.rslora)):
+        if value is not None:
+            table.problems.append(f"{key}: {_FOLDED}")
+    kinds = _kinds(config, table.problems)
+    for name, values in source.tensors.items():
+        if match := _NAME.match(name):
+            part = "lora_bias" if match["leaf"] == "bias" else _PARTS[match["part"]]
+            _add(table, match["path"], part, name, values, kinds)
+        else:
+            table.unknown([name], f"not {EXPECTS}")
+    modules = {}
+    for parts in table.rows.values():
+        parts.rank = options.rank
+        scale = parts.tensors.pop("scale", None)
+        lora_a = parts.tensors.get("lora_a")
+        module = build_module(
+            parts, float(lora_a.shape[0] or 1) if lora_a is not None else 1.0, False, table.problems
+        )
+        if module:
+            modules[module.key] = _with_scale(module, scale, table.problems)
+    raise_problems(source, table.problems, "convert the original adapter again")
+    notes = []
+    if not config.get("base_sha256") and not config.get("base_version"):
+        notes.append("the file doesn't say which base it was converted for: that can't be checked")
+    made = adapter_of(source, format, table, modules, {LAYOUT_KEY: LAYOUT, **config}, notes)
+    return replace(made, base_model=config.get("base") or None)
+
+
+def _add(table: PartsTable, path: str, part: str, name: str, values: Array, kinds: Mapping[str, str]) -> None:
+    kind = kinds.get(path)
+    row = table.add(path, part, name, values.T if values.ndim == 2 and kind != "conv" else values)
+    if kind == "embedding":
+        row.kind = "embedding"
+
+
+def _kinds(config: Mapping[str, Any], problems: list[str]) -> dict[str, str]:
+    text = config.get("kinds") or "{}"
+    try:
+        kinds = json.loads(text)
+        if isinstance(kinds, dict):
+            return kinds
+    except ValueError:
+        pass
+    problems.append(f"metadata kinds: {text[:80]!r} is not a JSON object")
+    return {}
+
+
+def _with_scale(module: LoraModule, scale: Array | None, problems: list[str]) -> LoraModule:
+    if scale is None:
+        return module
+    problems += value_problems([(f"{module.path} lora_scale", scale)])
+    if scale.shape != (module.lora_b.shape[0],):
+        problems.append(
+            f"{module.path}: lora_scale {scale.shape}, wanted one value for each of {module.lora_b.shape[0]}"
+        )
+    return replace(module, scale=scale)

@@ -1,0 +1,46 @@
+"""onnxruntime's ``.onnx_adapter``: what `LoraAdapter` loads, always in the layout of the graph's inputs.
+
+The format has no metadata, but two integers. In files of ours the model's version is a part of the base's
+identity, so that a wrong base is refused here as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from lora_export.adapter import Adapter, Array
+from lora_export.formats.graph_layout import EXPECTS, read_converted
+from lora_export.formats.ort_file import SUFFIX, config_of, write_ort_file
+from lora_export.formats.provenance import Provenance, Writer, base_version
+from lora_export.formats.source import Format, Options, Source
+
+
+def recognises(source: Source) -> bool:
+    """Whether the file's name says so: onnxruntime's reader has checked the rest."""
+    return source.file.suffix == SUFFIX
+
+
+def read(source: Source, options: Options) -> Adapter:
+    """Make an adapter of an ``.onnx_adapter``.
+
+    The format doesn't tell an embedding from a linear module; both are read as linear, and lie alike.
+
+    Raises:
+        AdapterError: A list of all that is wrong.
+    """
+    return read_converted(source, options, "onnx_adapter", config_of(source.settings))
+
+
+def write(path: Path, tensors: Mapping[str, Array], provenance: Provenance) -> None:
+    """Write the file through onnxruntime."""
+    write_ort_file(path, tensors, base_version(provenance.base_sha256))
+
+
+WRITER = Writer(SUFFIX, write)
+FORMAT = Format(
+    expects=f"{EXPECTS}, in a file ending in {SUFFIX}",
+    recognises=recognises,
+    read=read,
+    certain=True,
+)

@@ -1,0 +1,279 @@
+"""Pair what an adapter changes with the tensors of a graph with exposed LoRA, and check that it fits there.
+
+A whole parameter that the adapter replaces fits where the graph has tensors for its module: as the change
+from the base's values, which are read from the graph.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from lora_export.adapter import Adapter, Array, LoraModule
+from lora_export.base_weights import WeightOf, holds, read_stored
+from lora_export.exposed import ExposedGraph, ExposedModule, Member
+from lora_export.finding import Finder, Place
+from lora_export.formats.provenance import is_converted
+from lora_export.plan import PlanRow
+from lora_export.saved import change_of, with_bias
+
+_MERGE = "merge it with merge-onnx"
+_REPLACED = f"replaces the whole parameter, which the graph keeps as a constant; {_MERGE}"
+
+
+@dataclass(frozen=True, eq=False)
+class Pairing:
+    """A module of an adapter and its place.
+
+    Attributes:
+        lora: The trained factors.
+        module: The pair of tensors of the graph.
+        member: The module of the base; for a whole pack one that stands for all of them.
+        how: What was assumed about names, for the plan.
+    """
+
+    lora: LoraModule
+    module: ExposedModule
+    member: Member
+    how: str = ""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the factors are those of a pack of several modules."""
+        return self.member not in self.module.members
+
+    def rows(self, adapter: str) -> list[PlanRow]:
+        """Return what the plan says of its weight, and of its bias if it has one."""
+        lora, module = self.lora, self.module
+        part = f"outputs {self.member.start}–{self.member.start + self.member.out_dim} of a pack"
+        weight = PlanRow(
+            adapter,
+            f"{lora.path}.{lora.parameter}",
+            weight_tensors(lora),
+            "expose",
+            place=f"{module.lora_a}, {module.lora_b}",
+            operator=module.kind,
+            layout=part if self.member.out_dim < module.out_dim else "",
+            reason=self.how or "path",
+        )
+        if lora.lora_bias is None:
+            return [weight]
+        bias = replace(
+            weight, parameter=f"{lora.path}.bias", tensors=bias_tensors(lora), place=module.lora_bias
+        )
+        return [weight, bias]
+
+
+@dataclass
+class Matches:
+    """What `match_modules` found.
+
+    Attributes:
+        pairings: Modules with a place.
+        unchanged: Whole parameters that the base holds already.
+        refused: What has no place, with the reason.
+        notes: What was assumed.
+    """
+
+    pairings: list[Pairing] = field(default_factory=list)
+    unchanged: list[PlanRow] = field(default_factory=list)
+    refused: list[PlanRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def weight_tensors(lora: LoraModule) -> tuple[str, ...]:
+    """The file's tensors of a module without the bias, which is a parameter of its own."""
+    return tuple(name for name in lora.tensor_names if name not in bias_tensors(lora))
+
+
+def bias_tensors(lora: LoraModule) -> tuple[str, ...]:
+    """The file's tensors of a module's bias."""
+    if lora.lora_bias is None:
+        return ()
+    return tuple(name for name in lora.tensor_names if name.endswith("bias"))
+
+
+def match_modules(adapter: Adapter, exposed: ExposedGraph, where: str, weight_of: WeightOf | None) -> Matches:
+    """Pair what an adapter changes with a graph's modules; everything without a place gets its reason.
+
+    Args:
+        adapter: What to place.
+        exposed: The graph's record.
+        where: The graph's file, for reasons.
+        weight_of: The graph's constants; without them every whole parameter is refused.
+    """
+    finder, found = Finder(adapter, exposed, where), Matches()
+    found.notes += finder.notes
+    converted = is_converted(adapter.config)
+    for lora in adapter.modules.values():
+        place = _unsupported(lora, exposed) or finder.find(lora.path)
+        if isinstance(place, Place):
+            place = _misfit(lora, place, converted) or place
+        if isinstance(place, str):
+            _refuse_module(adapter, lora, place, found)
+            continue
+        if lora.lora_bias is not None and (reason := _no_bias(lora, place.module)):
+            found.refused.append(
+                PlanRow(adapter.name, f"{lora.path}.bias", bias_tensors(lora), "refused", reason=reason)
+            )
+            lora = replace(lora, lora_bias=None, tensor_names=weight_tensors(lora))
+        found.pairings.append(Pairing(lora, place.module, place.member, place.how))
+    _place_replaced(adapter, finder, found, weight_of)
+    _drop_conflicts(adapter, found)
+    return found
+
+
+def split_pack(pairing: Pairing) -> list[Pairing] | str:
+    """Cut a whole pack's factors into its members'; a sentence where that can't be done.
+
+    Each rank's column of B must lie within one member: a column that is all zeros changes nothing and is
+    left away.
+    """
+    lora, module = pairing.lora, pairing.module
+    used = np.stack([
+        (lora.lora_b[member.start : member.start + member.out_dim] != 0).any(axis=0)
+        for member in module.members
+    ])  # fmt: skip
+    if (used.sum(axis=0) > 1).any():
+        return "its B mixes the modules of the pack; give the adapter that it was converted from"
+    parts = []
+    for member, columns in zip(module.members, used, strict=True):
+        rows = slice(member.start, member.start + member.out_dim)
+        bias = None if lora.lora_bias is None else lora.lora_bias[rows]
+        if not columns.any() and (bias is None or not bias.any()):
+            continue
+        # A bias alone: some column that is zero here carries it.
+        columns = columns if columns.any() else np.arange(len(columns)) == 0
+        rank = int(columns.sum())
+        part = replace(
+            lora,
+            path=member.path,
+            lora_a=lora.lora_a[columns],
+            lora_b=lora.lora_b[rows][:, columns],
+            rank=rank,
+            alpha=lora.scaling * rank,
+            rslora=False,
+            lora_bias=bias,
+        )
+        parts.append(Pairing(part, module, member, pairing.how))
+    return parts
+
+
+def _unsupported(lora: LoraModule, exposed: ExposedGraph) -> str:
+    """Why no graph of this kind can take a module, or an empty text."""
+    if lora.experts > 1:
+        return f"stacked experts ({lora.experts}) have no tensors of their own in the graph; {_MERGE}"
+    if lora.parameter != "weight":
+        return f"the parameter {lora.parameter!r} has no tensors of its own in the graph; {_MERGE}"
+    if lora.magnitude is None and lora.scale is None:
+        return ""
+    if exposed.mode == "bank":
+        return f"DoRA's factor can't differ by row; {_MERGE}, or make a graph with swap-onnx --dora"
+    return "" if exposed.dora else f"DoRA, and the graph has no factors; swap-onnx --dora, or {_MERGE}"
+
+
+def _misfit(lora: LoraModule, place: Place, converted: bool) -> str:
+    """Why the factors don't fit their place, or an empty text."""
+    module = place.module
+    kind = "linear" if lora.kind == "parameter" else lora.kind
+    # A converted file without metadata doesn't tell an embedding from a linear; their layouts are alike.
+    if kind != module.kind and not (converted and "conv" not in (kind, module.kind)):
+        return f"the adapter has a {kind} module, the graph a {module.kind} one"
+    seen = (*lora.lora_a.shape[1:], lora.lora_b.shape[0])
+    wanted = (module.in_dim, *module.kernel, place.member.out_dim)
+    if seen != wanted:
+        dims = "(in_dim, kernel…, out_dim)" if module.kind == "conv" else "(in_dim, out_dim)"
+        return f"shapes differ: {dims} {seen}, the graph has {wanted}"
+    if module.kind == "conv" and lora.groups != module.groups:
+        return f"lora_B has {lora.groups} groups, the graph's convolution {module.groups}"
+    return ""
+
+
+def _no_bias(lora: LoraModule, module: ExposedModule) -> str:
+    """Why the graph can't take a bias of the branch, or an empty text."""
+    if not module.bias:
+        return f"lora_bias: the graph has no tensor for a bias of lora_B; {_MERGE}"
+    if lora.magnitude is not None or lora.scale is not None:
+        return f"lora_bias: its module has DoRA, whose factor would scale the bias as well; {_MERGE}"
+    return ""
+
+
+def _refuse_module(adapter: Adapter, lora: LoraModule, reason: str, found: Matches) -> None:
+    parameters = [(f"{lora.path}.{lora.parameter}", weight_tensors(lora))]
+    if lora.lora_bias is not None:
+        parameters.append((f"{lora.path}.bias", bias_tensors(lora)))
+    found.refused += [
+        PlanRow(adapter.name, key, tensors, "refused", reason=reason) for key, tensors in parameters
+    ]
+
+
+def _place_replaced(adapter: Adapter, finder: Finder, found: Matches, weight_of: WeightOf | None) -> None:
+    """Place whole parameters; weights first, as a bias needs its module's pairing.
+
+    PEFT saves whole embeddings along with LoRA on them; those that weren't trained change nothing.
+    """
+    for key, values in sorted(adapter.extras.items(), key=lambda extra: extra[0].endswith(".bias")):
+        path, _, leaf = key.rpartition(".")
+        tensors = (adapter.extra_tensors.get(key, key),)
+        place = finder.find(path)
+        member = place.member if isinstance(place, Place) else Member(path, 0, 0)
+        stored = member.stored_bias if leaf == "bias" else member.stored
+        if weight_of is not None and holds(values, stored, key, weight_of):
+            reason = "the base holds the same values"
+            found.unchanged.append(PlanRow(adapter.name, key, tensors, "unchanged", reason=reason))
+            continue
+        index = next((n for n, pair in enumerate(found.pairings) if pair.lora.path == path), None)
+        reason = _REPLACED
+        if isinstance(place, Place) and weight_of is not None and stored:
+            if leaf == "bias" and index is not None:
+                pair = found.pairings[index]
+                changed = _bias_change(pair, values, weight_of, tensors)
+                reason = changed if isinstance(changed, str) else ""
+                found.pairings[index] = pair if isinstance(changed, str) else replace(pair, lora=changed)
+            elif leaf == "weight" and index is None and place.module.kind != "conv":
+                lora = _weight_change(path, place, values, weight_of, tensors)
+                reason = lora if isinstance(lora, str) else _misfit(lora, place, converted=False)
+                if not isinstance(lora, str) and not reason:
+                    found.pairings.append(Pairing(lora, place.module, member, place.how))
+        if reason:
+            found.refused.append(PlanRow(adapter.name, key, tensors, "refused", reason=reason))
+
+
+def _weight_change(
+    path: str, place: Place, values: Array, weight_of: WeightOf, tensors: tuple[str, ...]
+) -> LoraModule | str:
+    kind, size = place.module.kind, (place.member.out_dim, place.module.in_dim)
+    wanted = size[::-1] if kind == "embedding" else size
+    if values.shape != wanted:
+        return f"shapes differ: {values.shape}, the graph has {wanted}"
+    old = read_stored(place.member.stored, wanted, weight_of)
+    return change_of(path, kind, values, old, tensors)
+
+
+def _bias_change(
+    pair: Pairing, values: Array, weight_of: WeightOf, tensors: tuple[str, ...]
+) -> LoraModule | str:
+    if reason := _no_bias(pair.lora, pair.module):
+        return reason
+    size = pair.member.out_dim
+    if values.shape != (size,):
+        return f"shapes differ: {values.shape}, the graph has {(size,)}"
+    old = read_stored(pair.member.stored_bias, (size, 1), weight_of)[:, 0]
+    return with_bias(pair.lora, values.astype(np.float64) - old, tensors)
+
+
+def _drop_conflicts(adapter: Adapter, found: Matches) -> None:
+    """Two modules of one adapter in one place can't both be right."""
+    taken = Counter((pair.module.name, pair.member.path) for pair in found.pairings)
+    whole = {pair.module.name for pair in found.pairings if pair.whole}
+    kept = []
+    for pair in found.pairings:
+        mixed = pair.module.name in whole and not pair.whole
+        if taken[pair.module.name, pair.member.path] > 1 or mixed:
+            reason = "ambiguous: another module of the adapter has the same place (give --component?)"
+            _refuse_module(adapter, pair.lora, reason, found)
+        else:
+            kept.append(pair)
+    found.pairings = kept

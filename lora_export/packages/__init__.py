@@ -1,0 +1,1 @@
+"""SEAM: what a server wants in its folder beside the graph."""

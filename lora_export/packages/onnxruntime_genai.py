@@ -1,0 +1,135 @@
+"""A folder that onnxruntime-genai runs as it is: the graph, its ``genai_config.json``, the tokenizer's files.
+
+Its model builder writes them beside the base. A graph made of that base serves in its place once they lie
+beside it too: the config names the graph's own inputs only, and LoRA inputs with an empty default need no
+entry. What is not copied: other graphs, weights, adapters, folders, and our manifests.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_export.errors import PackageError
+from lora_export.output import OutputSet, output_errors, refuse_existing
+
+CONFIG = "genai_config.json"
+# What tokenizers, chat templates and processors are kept in.
+_SUFFIXES = {".json", ".jinja", ".model", ".tiktoken", ".txt"}
+_MANIFEST = ".lora.json"
+
+
+@dataclass(frozen=True)
+class Companions:
+    """The files to be written beside a graph.
+
+    Attributes:
+        files: Name → content; the config last, because without it onnxruntime-genai refuses the folder.
+        output: The graph that they go beside.
+        notes: What the user has to do or know.
+        force: Replace files that differ.
+    """
+
+    files: dict[str, bytes]
+    output: Path
+    notes: tuple[str, ...] = ()
+    force: bool = False
+
+    def write(self) -> None:
+        """Write the files that are not there yet; all of them or, if that fails, none.
+
+        Raises:
+            OutputError: A file of that name and another content exists, or the folder can't be written.
+        """
+        with output_errors(self.output.parent), OutputSet(self.force) as outputs:
+            for path, content in self._missing():
+                outputs.stage(path).write_bytes(content)
+            outputs.commit()
+
+    def check(self) -> None:
+        """Raise `OutputError` naming every file that exists with another content, unless ``force``."""
+        refuse_existing([path for path, _ in self._missing()], self.force)
+
+    def _missing(self) -> Iterator[tuple[Path, bytes]]:
+        for name, content in self.files.items():
+            path = self.output.parent / name
+            if not (path.is_file() and path.read_bytes() == content):
+                yield path, content
+
+
+def companions_of(base: Path, output: Path, force: bool = False) -> Companions:
+    """Return what must lie beside ``output`` so that onnxruntime-genai runs it in place of ``base``.
+
+    Nothing where ``base`` has no ``genai_config.json`` beside it, or one that runs another graph.
+
+    Args:
+        base: The base's ONNX file.
+        output: The graph made of it.
+        force: Replace files that exist with another content.
+
+    Raises:
+        PackageError: The config beside the base can't be read.
+    """
+    nothing = Companions({}, output)
+    config_path = base.parent / CONFIG
+    if base.is_dir() or not config_path.is_file():
+        return nothing
+    config = _read(config_path)
+    named = list(_graphs(config))
+    if base.name not in named:
+        return nothing
+    if output.parent.resolve() == base.parent.resolve():
+        # The config there is the base's own; what it runs is not ours to change.
+        note = f"{config_path} runs {base.name}; to run {output.name}, put that name there"
+        return Companions({}, output, (note,))
+    files = {
+        path.name: path.read_bytes()
+        for path in sorted(base.parent.iterdir())
+        if path.suffix in _SUFFIXES and not path.name.endswith(_MANIFEST) and path.is_file()
+    }
+    del files[CONFIG]
+    files[CONFIG] = config_path.read_bytes() if output.name == base.name else _renamed(config, base, output)
+    others = sorted(set(named) - {base.name})
+    notes = (f"{CONFIG} also names {', '.join(others)}: copy them from {base.parent}",) if others else ()
+    return Companions(files, output, notes, force)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PackageError(
+            f"{path} is no JSON ({error}), and onnxruntime-genai could not run the output with it",
+            "mend the file, or move it away if the output is not for onnxruntime-genai",
+        ) from error
+
+
+def _graphs(config: Any) -> Iterator[str]:
+    """Yield the graphs that a config names, wherever: a pipeline or a vision model has several."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            if key == "filename" and isinstance(value, str):
+                if value.endswith(".onnx"):
+                    yield value
+            else:
+                yield from _graphs(value)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _graphs(value)
+
+
+def _renamed(config: Any, base: Path, output: Path) -> bytes:
+    """Return the config with the output's name for the base's, laid out as the builder lays it out."""
+
+    def rename(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {
+                key: output.name if key == "filename" and inner == base.name else rename(inner)
+                for key, inner in value.items()
+            }
+        return [rename(inner) for inner in value] if isinstance(value, list) else value
+
+    return (json.dumps(rename(config), indent=4) + "\n").encode()

@@ -1,0 +1,106 @@
+"""What goes beside a graph for onnxruntime-genai: which files, under which rules, and what is only said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_export.errors import OutputError, PackageError
+from lora_export.packages.onnxruntime_genai import CONFIG, companions_of
+
+CONFIG_DATA = {"model": {"decoder": {"filename": "model.onnx", "head_size": 16}, "type": "llama"}}
+TOKENIZER = ["chat_template.jinja", "merges.txt", "tokenizer.json", "tokenizer.model"]
+# The builder's folder after a while: a graph, adapters, a manifest of ours, notes, folders.
+OTHERS = ["model.onnx", "model.onnx.data", "a.onnx_adapter", "model.lora.json", "notes.md", "x.safetensors"]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    folder = tmp_path / "base"
+    (folder / "sub.json").mkdir(parents=True)
+    for name in [*TOKENIZER, *OTHERS]:
+        (folder / name).write_text(f"the content of {name}")
+    write_config(folder, CONFIG_DATA)
+    return folder / "model.onnx"
+
+
+def write_config(folder: Path, data: Any) -> None:
+    (folder / CONFIG).write_text(json.dumps(data, indent=4))
+
+
+def test_tokenizer_and_config_go_and_nothing_else(base: Path, tmp_path: Path) -> None:
+    companions = companions_of(base, tmp_path / "out" / "model.onnx")
+    companions.check()
+    companions.write()
+    assert not companions.notes
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*TOKENIZER, CONFIG}
+    for name in (*TOKENIZER, CONFIG):
+        assert (tmp_path / "out" / name).read_bytes() == (base.parent / name).read_bytes()
+    # A folder without it is no model: what is half written must not look whole.
+    assert list(companions.files)[-1] == CONFIG
+
+
+def test_the_config_names_the_new_graph(base: Path, tmp_path: Path) -> None:
+    companions_of(base, tmp_path / "out" / "lora.onnx").write()
+    got = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert got == {"model": {"decoder": {"filename": "lora.onnx", "head_size": 16}, "type": "llama"}}
+
+
+def test_a_second_graph_beside_the_first_finds_its_files(base: Path, tmp_path: Path) -> None:
+    companions_of(base, tmp_path / "out" / "model.onnx").write()
+    again = companions_of(base, tmp_path / "out" / "model.onnx")
+    again.check()
+    before = (tmp_path / "out" / "tokenizer.json").stat().st_ino
+    again.write()
+    assert (tmp_path / "out" / "tokenizer.json").stat().st_ino == before
+
+
+def test_every_other_file_of_that_name_is_named(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for name in ("tokenizer.json", CONFIG):
+        (tmp_path / "out" / name).write_text("another model's")
+    with pytest.raises(OutputError) as caught:
+        companions_of(base, tmp_path / "out" / "model.onnx").check()
+    assert set(caught.value.problems) == {str(tmp_path / "out" / name) for name in ("tokenizer.json", CONFIG)}
+    with pytest.raises(OutputError):
+        companions_of(base, tmp_path / "out" / "model.onnx").write()
+    assert (tmp_path / "out" / CONFIG).read_text() == "another model's"
+    companions_of(base, tmp_path / "out" / "model.onnx", force=True).write()
+    assert json.loads((tmp_path / "out" / CONFIG).read_text()) == CONFIG_DATA
+
+
+def test_beside_the_base_its_own_config_stays(base: Path) -> None:
+    companions = companions_of(base, base.with_name("lora.onnx"))
+    assert not companions.files
+    (note,) = companions.notes
+    assert note == f"{base.parent / CONFIG} runs model.onnx; to run lora.onnx, put that name there"
+
+
+def test_other_graphs_of_the_config_are_named(base: Path, tmp_path: Path) -> None:
+    pipeline = {"pipeline": [{"embed": {"filename": "embed.onnx"}}], "vision": {"filename": "vision.onnx"}}
+    write_config(base.parent, {"model": CONFIG_DATA["model"] | pipeline})
+    companions = companions_of(base, tmp_path / "out" / "model.onnx")
+    assert companions.notes == (f"{CONFIG} also names embed.onnx, vision.onnx: copy them from {base.parent}",)
+    assert CONFIG in companions.files
+
+
+@pytest.mark.parametrize("config", [None, {"model": {"decoder": {"filename": "other.onnx"}}}, [], {"a": 1}])
+def test_a_base_that_no_config_runs_needs_nothing(base: Path, tmp_path: Path, config: Any) -> None:
+    (base.parent / CONFIG).unlink()
+    if config is not None:
+        write_config(base.parent, config)
+    companions = companions_of(base, tmp_path / "out" / "model.onnx")
+    assert not companions.files
+    assert not companions.notes
+    companions.write()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe"])
+def test_a_damaged_config_is_refused(base: Path, tmp_path: Path, content: bytes) -> None:
+    (base.parent / CONFIG).write_bytes(content)
+    with pytest.raises(PackageError, match=f"{CONFIG} is no JSON"):
+        companions_of(base, tmp_path / "out" / "model.onnx")
