@@ -5,6 +5,7 @@ The names below are loaded on first use, so that ``import lora_export`` costs no
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from lora_export.runtimes.ort import AdapterSession
 
 __version__ = "0.1.0"
+
+# onnxruntime's wheels look up a telemetry host when they are imported: nothing of ours reaches the network.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOME = {
     "Adapter": "lora_export.adapter",

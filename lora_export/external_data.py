@@ -116,8 +116,7 @@ def _piece(slot: _Slot, change: Change | None) -> Piece:
     if change is None:
         if source.path is not None:
             return CopyPiece(source.path, source.offset, source.length, slot.at)
-        assert source.data is not None
-        return BytesPiece(source.data, slot.at)
+        return BytesPiece(tensor.tobytes() if source.data is None else source.data, slot.at)
     dtype = tensor.dtype.numpy()
     shape = matrix_shape(shape_of(tensor), change.stacked)
     where: Path | np.ndarray

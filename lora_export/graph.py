@@ -25,7 +25,10 @@ FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOA
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Where a constant's bytes are: ``length`` bytes at ``offset`` of ``path``, or ``data`` in memory."""
+    """Where a constant's bytes are: ``length`` bytes at ``offset`` of ``path``, or ``data`` in memory.
+
+    Neither, where they are made when the constant is written (`ir.LazyTensor`).
+    """
 
     length: int
     path: Path | None = None
@@ -170,6 +173,8 @@ def source_of(tensor: ir.TensorProtocol) -> Source:
     """Return where the bytes of ``tensor`` are (little-endian, as ONNX stores raw data)."""
     if isinstance(tensor, ir.ExternalTensor):
         return Source(byte_size(tensor), Path(tensor.path), tensor.offset or 0)
+    if isinstance(tensor, ir.LazyTensor):
+        return Source(byte_size(tensor))
     data = tensor.tobytes()
     return Source(len(data), data=data)
 

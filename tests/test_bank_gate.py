@@ -168,7 +168,8 @@ def test_float16(tmp_path):
 
 
 def test_an_adapter_without_some_module(tmp_path):
-    text = "g (float[b,s,8] x) => (float[b,s,n] y) { z = MatMul (x, fc_weight) u = Tanh (z) y = MatMul (u, up_weight) }"
+    lines = "z = MatMul (x, fc_weight) u = Tanh (z) y = MatMul (u, up_weight)"
+    text = f"g (float[b,s,8] x) => (float[b,s,n] y) {{ {lines} }}"
     up = random(5, OUT, seed=3)
     base = fc_base(text, tmp_path, **{"up.weight": up.T.copy()})
     given = {
@@ -244,34 +245,46 @@ def test_siblings_in_a_bank(pack, tmp_path):
     check_values(run_bank(out, BLENDED, {"x": X}), wanted, TOLERANCE)
 
 
-@pytest.mark.parametrize("changed", ["q", "qv", "qkv"])
-def test_biases_of_parts_of_a_fused_weight(changed, tmp_path):
+@pytest.mark.parametrize("pack", [False, True], ids=["single", "pack"])
+@pytest.mark.parametrize("changed", ["q", "q v", "q k v", "qkv"])
+@pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
+def test_biases_of_fused_and_split_modules(fused, changed, pack, tmp_path):
     """Each row has its own mixture of the branches' biases, and the other parts none."""
-    spans = {"q": (0, 8), "k": (8, 12), "v": (12, 16)}
+    parts = {"q": (0, 8), "k": (8, 12), "v": (12, 16)}
+    spans = parts | {"qkv": (0, 16)}
     weight, own = random(16, IN, seed=6), random(16, seed=5)
-    text = "g (float[b,s,8] x) => (float[b,s,16] y) { z = MatMul (x, a_qkv_proj_weight) y = Add (z, a_qkv_proj_bias) }"
-    base = save(graph(text, {"a.qkv_proj.weight": weight.T.copy(), "a.qkv_proj.bias": own}), tmp_path)
+    if fused:
+        lines = "z = MatMul (x, a_qkv_proj_weight) y = Add (z, a_qkv_proj_bias)"
+        weights = {"a.qkv_proj.weight": weight.T.copy(), "a.qkv_proj.bias": own}
+    else:
+        lines = " ".join(
+            f"z{n} = MatMul (x, a_{n}_proj_weight) {n} = Add (z{n}, a_{n}_proj_bias)" for n in parts
+        )
+        lines += " y = Concat <axis = -1> (q, k, v)"
+        weights = {f"a.{n}_proj.weight": weight[slice(*rows)].T.copy() for n, rows in parts.items()}
+        weights |= {f"a.{n}_proj.bias": own[slice(*rows)] for n, rows in parts.items()}
+    base = save(graph(f"g (float[b,s,8] x) => (float[b,s,16] y) {{ {lines} }}", weights), tmp_path)
 
-    def made(seed):
+    def made(seed, names):
         modules = []
-        for name in changed:
+        for number, name in enumerate(names.split()):
             height = spans[name][1] - spans[name][0]
-            path, bias = f"a.{name}_proj", random(height, seed=seed + 20)
-            modules.append(lora(path, height, IN, 2, seed + ord(name), lora_bias=bias))
+            bias = random(height, seed=seed + 20 + number)
+            modules.append(lora(f"a.{name}_proj", height, IN, 2, seed + 9 * number, lora_bias=bias))
         return adapter(*modules)
 
-    given = {"a": made(1), "b": made(2)}
-    out, _ = banked(base, given)
+    given = {"a": made(1, changed), "b": made(2, changed.split()[0])}
+    out, _ = banked(base, given, pack=pack)
     check_bits(run(base, x=X), run_bank(out, BASE_ROWS, {"x": X}))
     rows = []
     for row in range(BATCH):
         full, bias = weight.astype(np.float64), own.astype(np.float64)
-        for name in changed:
-            span = slice(*spans[name])
-            full[span] = mixed(full[span], given, BLENDED, f"a.{name}_proj", row)
+        for name, span in spans.items():
+            key = f"a.{name}_proj"
+            full[slice(*span)] = mixed(full[slice(*span)], given, BLENDED, key, row)
             for share, one in zip(BLENDED[row], given.values(), strict=True):
-                module = one.modules[f"a.{name}_proj.weight"]
-                bias[span] += share * module.scaling * module.lora_bias.astype(np.float64)
+                if module := one.modules.get(f"{key}.weight"):
+                    bias[slice(*span)] += share * module.scaling * module.lora_bias.astype(np.float64)
         rows.append(X[row].astype(np.float64) @ full.T + bias)
     check_values(run_bank(out, BLENDED, {"x": X}), [np.stack(rows)], TOLERANCE)
 
@@ -286,7 +299,8 @@ def test_conv(kernel, groups, tmp_path):
     weight, bias = random(6, 4 // groups, *kernel, seed=7), random(6, seed=8)
     x = random(BATCH, 4, *(6, 5, 4)[: len(kernel)], seed=9)
     axes = ",".join("bchwd"[: x.ndim])
-    text = f"g (float[{axes}] x) => (float[{axes.upper()}] y) {{ y = Conv <group = {groups}> (x, c_weight, c_bias) }}"
+    line = f"y = Conv <group = {groups}> (x, c_weight, c_bias)"
+    text = f"g (float[{axes}] x) => (float[{axes.upper()}] y) {{ {line} }}"
     base = save(graph(text.replace("[b,c", "[b,4", 1), {"c.weight": weight, "c.bias": bias}), tmp_path)
     given = {
         name: adapter(conv_lora("c", 6, 4, *kernel, rank=rank, seed=rank, groups=groups))
@@ -347,10 +361,11 @@ SEQUENCE_FIRST = (
     ("text", "axis"),
     [
         (SEQUENCE_FIRST.format(b="b", s="s", info=" <float[s,b,8] f>"), "s"),
+        (SEQUENCE_FIRST.format(b="b", s="s", info=""), "s"),
         (SEQUENCE_FIRST.format(b="b", s="4", info=" <float[4,b,8] f>"), "4"),
         (f"g (float[3,4,8] x) => (float[3,4,6] y) <float[12,8] f> {{ {FLATTENED} }}", "12"),
     ],
-    ids=["sequence-first", "static-sequence-first", "static-flattened"],
+    ids=["sequence-first", "inferred-sequence-first", "static-sequence-first", "static-flattened"],
 )
 def test_an_activation_without_the_batch_in_front(text, axis, tmp_path):
     caught = refused(bank_onnx, fc_base(text, tmp_path), FC)
@@ -361,19 +376,23 @@ def test_an_activation_without_the_batch_in_front(text, axis, tmp_path):
 
 @pytest.mark.xfail(
     strict=True,
-    reason="the shape of f is not in the graph and not inferred: its first axis is taken for the batch, so that "
-    "positions of the sequence get the adapters of rows, in silence",
+    reason="shapes are not known, of unnamed axes or behind an operator that inference does not know: the "
+    "activation's first axis is taken for the batch, in silence",
 )
-@pytest.mark.parametrize("names", [{"b": "b", "s": "s"}, {"b": "?", "s": "?"}], ids=["named", "unnamed"])
-def test_sequence_first_of_unknown_shape(names, tmp_path):
-    """Refused or right; not something else."""
-    base = fc_base(SEQUENCE_FIRST.format(**names, info=""), tmp_path)
+@pytest.mark.parametrize("axes", [{"b": "b", "s": "s"}, {"b": "?", "s": "?"}], ids=["operator", "unnamed"])
+def test_sequence_first_of_unknown_shape(axes, tmp_path):
+    """Refused, stopped when it runs, or right; not something else."""
+    text, hidden = SEQUENCE_FIRST.format(**axes, info=""), X
+    if axes["b"] == "b":
+        text = text.replace("(f, fc", "(e, fc")
+        text = text.replace("z =", "e = com.microsoft.QuickGelu <alpha = 1.0> (f) z =")
+        hidden = X / (1 + np.exp(-X.astype(np.float64)))
     try:
-        report = bank_onnx(base, FC, tmp_path / "bank.onnx")
-    except SiteError:
+        report = bank_onnx(fc_base(text, tmp_path), FC, tmp_path / "bank.onnx")
+        (got,) = run_bank(report.outputs["graph"], BLENDED, {"x": X})
+    except (SiteError, RuntimeError):
         return
-    (got,) = run_bank(report.outputs["graph"], BLENDED, {"x": X})
-    check_values([got], [fc_answer(X, BLENDED)], TOLERANCE)
+    check_values([got], [fc_answer(hidden, BLENDED)], TOLERANCE)
 
 
 def test_a_convolution_without_the_batch_in_front(tmp_path):
@@ -403,15 +422,13 @@ TWO_INPUTS = (
 
 
 def test_the_batch_input_is_named(tmp_path):
-    """The first input's first axis isn't the batch: its name is asked for, and nothing is guessed at run time."""
+    """The first input's first axis isn't the batch, and the activation's is not the input's."""
     base, shift = fc_base(TWO_INPUTS, tmp_path), random(4, IN, seed=4)
     out, report = banked(base, FC, batch_input="x")
     assert report.exposed.batch_input == "x"
     wanted = fc_answer(X + shift, BLENDED)
     check_values(run_bank(out, BLENDED, {"x": X, "shift": shift}), [wanted], TOLERANCE)
-    bank_onnx(base, FC, tmp_path / "guessed.onnx")
-    with pytest.raises(Exception, match=r"lora\."):
-        run_bank(tmp_path / "guessed.onnx", BLENDED, {"x": X, "shift": shift})
+    assert "the batch is s (of shift)" in str(refused(bank_onnx, base, FC))
 
 
 def test_a_batch_input_that_is_none(tmp_path):
@@ -544,8 +561,8 @@ def test_values_that_would_poison_other_rows(factor, value, tmp_path):
 
 @pytest.mark.xfail(
     strict=True,
-    reason="x·A of a slot that a row does not use is multiplied by 0, and infinity times 0 is NaN: finite values "
-    "that overflow in the product reach every row",
+    reason="x·A of a slot that a row does not use is multiplied by 0, and infinity times 0 is NaN: finite "
+    "values that overflow in the product reach every row",
 )
 def test_products_that_overflow_stay_in_their_rows(tmp_path):
     text, x = LAYOUTS["3-D"]

@@ -260,6 +260,7 @@ FUSES_SCALE = "ONNX Runtime folds a Mul behind MatMul into alpha, which the bran
 LONG_PRODUCTS = {
     "symbolic-3-D": ("a,b", "z = MatMul (x, fc_weight) y = Add (z, fc_bias)", ""),
     "symbolic-3-D-gelu": ("a,b", "z = MatMul (x, fc_weight) u = Add (z, fc_bias) y = Gelu (u)", ""),
+    "symbolic-batch": ("a,5", "z = MatMul (x, fc_weight) y = Add (z, fc_bias)", ""),
     "no-bias": ("5", "y = MatMul (x, fc_weight)", ""),
     "gemm": ("a", "y = Gemm (x, fc_weight, fc_bias)", ""),
     "gemm-beta": ("a", "y = Gemm <alpha = 0.3, beta = 0.7> (x, fc_weight, fc_bias)", ""),
@@ -435,6 +436,70 @@ def test_dora_beside_a_constant_node(tmp_path):
     tensors = bind(given, report, base).tensors
     wanted = X3.astype(np.float64) @ effective(W, given.modules["fc.weight"]).T
     check_values(run(tmp_path / "swap.onnx", x=X3, **tensors), [wanted], TOLERANCE)
+
+
+# --- biases of lora_B --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pack", [False, True], ids=["single", "pack"])
+@pytest.mark.parametrize("changed", ["q", "q v", "q k v", "qkv"])
+@pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
+def test_biases_of_fused_and_split_modules(fused, changed, pack, tmp_path):
+    """``lora_bias`` of parts of a fused weight, or of a whole that the exporter split."""
+    spans = PARTS["qkv"] | {"qkv": (0, 32)}
+    weight, own = random(32, IN, seed=7) / 5, random(32, seed=8)
+    if fused:
+        text = one("z = MatMul (x, a_qkv_proj_weight) y = Add (z, a_qkv_proj_bias)", X3)
+        weights = {"a.qkv_proj.weight": weight.T.copy(), "a.qkv_proj.bias": own}
+    else:
+        lines = (
+            f"z{n} = MatMul (x, a_{n}_proj_weight) {n} = Add (z{n}, a_{n}_proj_bias)" for n in PARTS["qkv"]
+        )
+        text = one(f"{' '.join(lines)} y = Concat <axis = -1> (q, k, v)", X3)
+        weights = {f"a.{n}_proj.weight": weight[slice(*rows)].T.copy() for n, rows in PARTS["qkv"].items()}
+        weights |= {f"a.{n}_proj.bias": own[slice(*rows)] for n, rows in PARTS["qkv"].items()}
+    base = save(graph(text, weights), tmp_path)
+
+    def made(seed):
+        modules = []
+        for number, name in enumerate(changed.split()):
+            height = spans[name][1] - spans[name][0]
+            bias = random(height, seed=seed + number)
+            modules.append(lora(f"a.{name}_proj", height, IN, seed, seed + 9 * number, lora_bias=bias))
+        return adapter(*modules)
+
+    def answer(modules):
+        full, bias = weight.astype(np.float64), own.astype(np.float64)
+        for name, span in spans.items():
+            module = modules.get(f"a.{name}_proj")
+            full[slice(*span)] = effective(full[slice(*span)], module)
+            bias[slice(*span)] += module.scaling * module.lora_bias.astype(np.float64) if module else 0
+        return [X3.astype(np.float64) @ full.T + bias]
+
+    check_swap(base, made(2), answer, {"x": X3}, made(3), pack=pack)
+
+
+@pytest.mark.parametrize("case", ["gemm", "conv", "conv-relu"])
+def test_biases_of_other_operators(case, tmp_path):
+    bias = random(OUT, seed=3)
+    if case == "gemm":
+        base, weight, feeds = linear_base("gemm", tmp_path)
+        given = adapter(lora("fc", OUT, IN, lora_bias=bias))
+
+        def answer(modules):
+            more = sum(m.scaling * m.lora_bias.astype(np.float64) for m in modules.values())
+            return [feeds["x"].astype(np.float64) @ effective(weight, modules.get("fc")).T + BIAS + more]
+    else:
+        behind = "y = Relu (z)" if case == "conv-relu" else None
+        base, weight, own, x = conv_base(tmp_path, 8, OUT, (3, 3), "pads = [1, 1, 1, 1]", behind=behind)
+        given, feeds = adapter(conv_lora("c", OUT, 8, 3, 3, lora_bias=bias)), {"x": x}
+
+        def answer(modules):
+            more = sum(m.scaling * m.lora_bias.astype(np.float64) for m in modules.values())
+            y = convolve(x, effective(weight, modules.get("c")), own + more, padding=1)
+            return [relu(y) if behind else y]
+
+    check_swap(base, given, answer, feeds)
 
 
 # --- convolutions ------------------------------------------------------------------------------------

@@ -28,8 +28,6 @@ from onnx import numpy_helper
 
 from lora_export.cli import _run
 
-# Before it is imported; else it reports over the network.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 og = pytest.importorskip("onnxruntime_genai")
 
 ROOT = Path(__file__).resolve().parents[1]

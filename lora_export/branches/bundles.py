@@ -35,11 +35,11 @@ def bundles_of(branches: Sequence[Branch], pack: bool) -> list[Bundle]:
     """Return a bundle for each branch, or for each set of siblings, in the order of the branches."""
     groups: dict[object, list[Branch]] = defaultdict(list)
     for branch in branches:
-        groups[_pack_key(branch) if pack else id(branch)].append(branch)
+        groups[pack_key(branch) if pack else id(branch)].append(branch)
     return [_single(group[0]) if len(group) == 1 else _packed(group, branches) for group in groups.values()]
 
 
-def _pack_key(branch: Branch) -> object:
+def pack_key(branch: Branch) -> object:
     """Siblings have the same key: linears that read one activation, each in one call, unscaled."""
     (first, *more) = branch.pieces
     plain = branch.kind == "linear" and not more and first.row_scale is None
@@ -55,7 +55,7 @@ def _single(branch: Branch) -> Bundle:
 
 def _packed(group: list[Branch], everything: Iterable[Branch]) -> Bundle:
     """Lay the calls side by side, each in its full width: gaps in a fused weight become zeros of B."""
-    group = sorted(group, key=_place_in_pack)
+    group = sorted(group, key=place_in_pack)
     starts: dict[int, int] = {}
     pieces: list[Piece] = []
     total = 0
@@ -81,7 +81,7 @@ def _packed(group: list[Branch], everything: Iterable[Branch]) -> Bundle:
     return Bundle(_module(_pack_name(members, taken), group, members, total), tuple(pieces))
 
 
-def _place_in_pack(branch: Branch) -> int:
+def place_in_pack(branch: Branch) -> int:
     """Q before k before v, whatever the order in the adapter's file."""
     leaf = branch.path.rpartition(".")[2]
     return next((names.index(leaf) for names in _PACKS if leaf in names), 0)

@@ -41,7 +41,7 @@ class BankGate:
         self._other_axes = {
             str(size) for value in graph.graph.inputs if value.shape is not None for size in value.shape
         } - {str(self.batch)}
-        self._first = next(iter(graph.graph))
+        self.first = next(iter(graph.graph))
         self._write = NodeWriter(model_names(graph.model))
         self._expanded: dict[tuple[tuple[int, ...], ir.DataType], ir.Value] = {}
         self._shaped: dict[tuple[int, str], ir.Value] = {}
@@ -73,14 +73,18 @@ class BankGate:
         module: ExposedModule,
         up: ir.Value,
         bias: ir.Value,
+        width: int,
         x: ir.Value,
     ) -> ir.Value:
-        """Return ``up`` plus each row's own mixture of the slots' biases ``[n_slots, out_dim]``."""
+        """Return ``up`` plus each row's own mixture of the slots' biases ``[n_slots, width]``.
+
+        The mixture is made at the beginning of the graph, and so must the bias be.
+        """
         dtype = up.dtype
         assert dtype is not None
         name = f"{module.name}.lora.bias"
-        mixed = write.add(self._first, "MatMul", [self._typed(dtype), bias], f"{name}_of_row", dtype=dtype)
-        return self._combine(write, anchor, "Add", module, up, mixed, module.out_dim, x, name)
+        mixed = write.add(self.first, "MatMul", [self._typed(dtype), bias], f"{name}_of_row", dtype=dtype)
+        return self._combine(write, anchor, "Add", module, up, mixed, width, x, name)
 
     def _combine(
         self,
@@ -121,7 +125,7 @@ class BankGate:
 
         (Not a Reshape: ONNX Runtime's ReshapeFusion would put -1 for the batch.)
         """
-        write, first = self._write, self._first
+        write, first = self._write, self.first
         int64 = ir.DataType.INT64
         shape = write.add(first, "Shape", [self.batch_input], "lora.batch_shape", dtype=int64)
         zero = write.constant(first, np.array([0], np.int64), "lora.first_axis")
@@ -140,7 +144,7 @@ class BankGate:
     def _expand(self, ranks: tuple[int, ...], dtype: ir.DataType) -> ir.Value:
         key = ranks, dtype
         if key not in self._expanded:
-            write, first = self._write, self._first
+            write, first = self._write, self.first
             index = write.constant(first, np.array(ranks, np.int64), "lora.slot_of_rank")
             self._expanded[key] = write.add(
                 first,
@@ -156,7 +160,7 @@ class BankGate:
         """The weights in the type that a module computes in."""
         if dtype not in self._cast:
             self._cast[dtype] = self._write.add(
-                self._first,
+                self.first,
                 "Cast",
                 [self._checked],
                 "lora.weights_cast",
@@ -169,17 +173,17 @@ class BankGate:
         """Reshape the expanded weights so that they lie along the activation's axes."""
         key = id(expanded), kind
         if key not in self._shaped:
-            shape = self._write.constant(self._first, np.array(dims, np.int64), "lora.axes")
+            shape = self._write.constant(self.first, np.array(dims, np.int64), "lora.axes")
             assert expanded.dtype is not None
             self._shaped[key] = self._write.add(
-                self._first, "Reshape", [expanded, shape], "lora.expanded_axes", dtype=expanded.dtype
+                self.first, "Reshape", [expanded, shape], "lora.expanded_axes", dtype=expanded.dtype
             )
         return self._shaped[key]
 
     def _rows(self, total: int) -> ir.Value:
         """The shape ``(batch, -1, Σ ranks)``."""
         if total not in self._sizes:
-            write, first = self._write, self._first
+            write, first = self._write, self.first
             rest = write.constant(first, np.array([-1, total], np.int64), "lora.rows")
             self._sizes[total] = write.add(
                 first,

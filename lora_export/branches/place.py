@@ -148,18 +148,17 @@ def _add_bias(site: Site, branches: list[Branch]) -> str:
     assert branch.lora is not None
     if branch.lora.magnitude is not None:
         return "its module has DoRA, whose factor would scale the bias as well; merge it"
-    change, (part, *more) = np.asarray(target.values), site.parts
+    lora, change, (part, *more) = branch.lora, np.asarray(target.values), site.parts
     start = part.placements[0].row
     stored = StoredRows(str(part.root.name), (0, len(change)), row=start)
     if target.action == "replace":
         assert part.root.const_value is not None
-        values = np.asarray(part.root.const_value.numpy())
-        if more or start or values.shape != change.shape:
-            return "its bias is a part of another in the graph; merge it"
+        values = np.asarray(part.root.const_value.numpy())[start : start + len(change)]
+        if more or values.shape != change.shape:
+            return "its bias is stored in several parts; merge it"
         change = change.astype(np.float64) - values.astype(np.float64)
-    branches[number] = replace(
-        branch, lora=with_bias(branch.lora, change, target.tensor_names), bias=True, stored_bias=(stored,)
-    )
+        lora = with_bias(lora, change, target.tensor_names)
+    branches[number] = replace(branch, lora=lora, bias=True, stored_bias=(stored,))
     return ""
 
 

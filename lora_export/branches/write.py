@@ -139,7 +139,7 @@ class BranchWriter:
         """One up-projection, cut into the pieces' rows; a module called twice with one x needs no cut."""
         dtype = pieces[0].call.dtype
         up = self._up(anchor, module, down, tensors.b, dtype)
-        up = self._with_bias(anchor, module, up, tensors.bias, pieces[0].call)
+        up = self._with_bias(anchor, module, up, tensors.bias, module.out_dim, pieces[0].call)
         ranges = sorted({piece.rows for piece in pieces})
         if ranges == [(0, module.out_dim)]:
             parts, scales = {ranges[0]: up}, {ranges[0]: tensors.scale}
@@ -167,18 +167,20 @@ class BranchWriter:
         """The up-projection of one piece; where its call has gaps, in the call's width, with B padded."""
         start, stop = piece.rows
         b, scale, bias, dtype = tensors.b, tensors.scale, tensors.bias, piece.call.dtype
+        front = self._gate.first if self._gate else anchor
         if (start, stop) != (0, module.out_dim):
             b = self._slice(anchor, b, start, stop, f"{module.name}.lora.rows", dtype, axis=1)
             if scale is not None:
                 scale = self._slice(anchor, scale, start, stop, f"{module.name}.lora.scale", dtype, axis=0)
             if bias is not None:
-                bias = self._slice(anchor, bias, start, stop, f"{module.name}.lora.bias", dtype, axis=-1)
+                bias = self._slice(front, bias, start, stop, f"{module.name}.lora.bias", dtype, axis=-1)
         if partly:
             b = self._padded(anchor, module, b, piece, axes=2)
             if bias is not None:
-                bias = self._padded(anchor, module, bias, piece, axes=2 if self._gate else 1)
+                bias = self._padded(front, module, bias, piece, axes=2 if self._gate else 1)
         up = self._up(anchor, module, down, b, dtype)
-        up = self._with_bias(anchor, module, up, bias, piece.call)
+        width = piece.call.width if partly else stop - start
+        up = self._with_bias(anchor, module, up, bias, width, piece.call)
         return _Added(piece, self._rescaled(anchor, module, up, piece), scale)
 
     def _padded(
@@ -193,12 +195,18 @@ class BranchWriter:
         return self._write.add(anchor, "Pad", [value, sizes], name, dtype=piece.call.dtype)
 
     def _with_bias(
-        self, anchor: ir.Node, module: ExposedModule, up: ir.Value, bias: ir.Value | None, call: Call
+        self,
+        anchor: ir.Node,
+        module: ExposedModule,
+        up: ir.Value,
+        bias: ir.Value | None,
+        width: int,
+        call: Call,
     ) -> ir.Value:
         if bias is None:
             return up
         if self._gate:
-            return self._gate.add_bias(self._write, anchor, module, up, bias, call.x)
+            return self._gate.add_bias(self._write, anchor, module, up, bias, width, call.x)
         if module.kind == "conv":
             bias = self._column(call, bias, f"{module.name}.lora.bias_column")
         return self._write.add(anchor, "Add", [up, bias], f"{module.name}.lora.bias", dtype=call.dtype)

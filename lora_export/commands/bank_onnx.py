@@ -34,6 +34,7 @@ from lora_export.commands.options import adapter_options, expose_options, load_a
     show_default=True,
     help="For --resident inputs: ort gives them defaults, tensorrt makes them plain inputs.",
 )
+@click.option("--fuse-base", is_flag=True, help="--pack, and the base's own q, k, v as one product.")
 @click.option("--pack", is_flag=True, help="One product for q, k and v, one for gate and up: faster on GPUs.")
 @click.option("--batch-input", help="Input whose first axis is the batch; the first with a free one.")
 @expose_options

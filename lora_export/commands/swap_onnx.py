@@ -25,6 +25,7 @@ from lora_export.commands.options import adapter_options, expose_options, load_a
     help="ort: inputs with an empty default, without an adapter it is the base; tensorrt: plain inputs.",
 )
 @click.option("--dora", is_flag=True, help="Expose DoRA's factor as well.")
+@click.option("--fuse-base", is_flag=True, help="--pack, and the base's own q, k, v as one product.")
 @click.option(
     "--pack", is_flag=True, help="One pair of tensors for q, k and v, one for gate and up: fewer kernels."
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +34,6 @@ def build_base(checkpoint: Path, folder: Path, precision: Precision, cache: Path
     Raises:
         BackendError: The builder failed.
     """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     from onnxruntime_genai.models import builder
 
     source, target = str(checkpoint), str(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -174,8 +173,6 @@ def serve(folder: Path) -> Served:
 
 
 def _genai() -> Any:
-    # Else it and onnxruntime report to Microsoft over the network, seconds after a model is loaded.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime_genai
     except ImportError as error:

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_export.adapter import Adapter, LoraModule
 from lora_export.branches.bundles import Bundle, bundles_of, with_ranks
 from lora_export.branches.calls import Branch, Call
+from lora_export.branches.fuse import fuse_calls
 from lora_export.branches.gate import BankGate
 from lora_export.branches.inputs import IR_TYPES, add_initializer, add_input
 from lora_export.branches.place import place_branches
@@ -49,6 +51,7 @@ def bank_onnx(
     slot_rank: int | None = None,
     flavour: Flavour = "ort",
     pack: bool = False,
+    fuse_base: bool = False,
     batch_input: str | None = None,
     checkpoint: PathLike | None = None,
     share_base: bool = False,
@@ -69,6 +72,7 @@ def bank_onnx(
             if left out.
         flavour: With ``inputs``, ``ort`` gives them defaults and ``tensorrt`` makes them plain inputs.
         pack: One product for siblings that read the same activation.
+        fuse_base: Also compute q, k and v of the base in one product; see `swap_onnx`.
         batch_input: Name of the input whose first axis is the batch; the first input with a free one.
         checkpoint: The folder that ``base`` was exported from: matches by name are verified by content.
         share_base: Leave the weights in the base's own data files.
@@ -101,7 +105,11 @@ def bank_onnx(
         for slot, adapter in enumerate(loaded.values()):
             union.add(slot, adapter)
         ranks = union.ranks(len(loaded), slot_rank if resident == "inputs" else None)
-        bundles = [with_ranks(bundle, ranks) for bundle in bundles_of(union.branches, pack)]
+        branches = fuse_calls(opened.graph, union.branches) if fuse_base else union.branches
+        bundles = [with_ranks(bundle, ranks) for bundle in bundles_of(branches, pack or fuse_base)]
+        if any(piece.call.x.shape is None for bundle in bundles for piece in bundle.pieces):
+            # Whether the batch is in front of an activation must be known where it can be.
+            ShapeInferencePass(check_type=False, strict_mode=False)(opened.graph.model)
         gate = BankGate(opened.graph, len(loaded), batch_input, same_symbol=flavour == "tensorrt")
         record = ExposedGraph(
             "bank",

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from lora_export.adapter import Adapter
 from lora_export.branches.bundles import Bundle, bundles_of
 from lora_export.branches.calls import Branch
+from lora_export.branches.fuse import fuse_calls
 from lora_export.branches.inputs import IR_TYPES, add_input
 from lora_export.branches.place import place_branches
 from lora_export.branches.write import BranchWriter, Tensors
@@ -48,6 +49,7 @@ def swap_onnx(
     flavour: Flavour = "ort",
     dora: bool = False,
     pack: bool = False,
+    fuse_base: bool = False,
     checkpoint: PathLike | None = None,
     share_base: bool = False,
     allow_unmatched: bool = False,
@@ -66,6 +68,8 @@ def swap_onnx(
         flavour: ``ort`` or ``tensorrt``, see above.
         dora: Expose DoRA's factor too.
         pack: One pair of tensors for siblings that read the same activation (q, k, v; gate, up).
+        fuse_base: Also compute q, k and v of the base in one product, where they are separate: faster on a
+            GPU, at the cost of a second copy of these weights with ``share_base``. Implies ``pack``.
         checkpoint: The folder that ``base`` was exported from: matches by name are verified by content.
         share_base: Leave the weights in the base's own data files.
         allow_unmatched: Go on without modules that have no place.
@@ -103,7 +107,9 @@ def swap_onnx(
         plan, branches = place_branches(
             opened.graph, resolver, like, targets, dora=dora, allow_unmatched=allow_unmatched
         )
-        bundles = [_fixed(bundle, branches, flavour) for bundle in bundles_of(branches, pack)]
+        if fuse_base:
+            branches = fuse_calls(opened.graph, branches)
+        bundles = [_fixed(bundle, branches, flavour) for bundle in bundles_of(branches, pack or fuse_base)]
         ranks = [branch.rank for branch in branches]
         record = ExposedGraph(
             "swap",

@@ -43,7 +43,7 @@ class Isolator:
             return self._owners[key]
         self._claim(mine, part, path)
         root = self._initializer(part.root)
-        others = set(_readers(root)) - mine
+        others = set(readers_of(root)) - mine
         if others:
             name = _free_name(root, f"{path}.lora_merged.{parameter}")
             self.notes.append(
@@ -69,13 +69,13 @@ class Isolator:
         return self._roots[id(root)][1]
 
 
-def _readers(value: ir.Value) -> Iterator[tuple[int, int]]:
+def readers_of(value: ir.Value) -> Iterator[tuple[int, int]]:
     """Yield (node, input index) of each operator that a constant's values reach, and outputs of graphs."""
     if value.is_graph_output():
         yield id(value), -1
     for usage in value.uses():
         if usage.node.op_type in PASSED:
-            yield from _readers(usage.node.outputs[0])
+            yield from readers_of(usage.node.outputs[0])
         elif usage.node.op_type not in SHAPE_ONLY:
             yield id(usage.node), usage.idx
 
