@@ -910,7 +910,7 @@ def test_siblings_packed(kind, tmp_path):
         base, made("vqk", 2), answer, {"x": X3}, made("qkv", 1), made("k", 3), pack=True, dora=kind == "dora"
     )
     (module,) = report.exposed.modules
-    assert [member.path for member in module.members] == ["a.v_proj", "a.q_proj", "a.k_proj"]
+    assert [member.path for member in module.members] == ["a.q_proj", "a.k_proj", "a.v_proj"]
 
 
 # --- shared and repeated weights ---------------------------------------------------------------------

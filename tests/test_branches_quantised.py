@@ -355,6 +355,54 @@ def test_between_quantised_values(tmp_path):
     assert np.mean(np.abs(got - wanted) < 1e-5) > 0.99
 
 
+# --- integers, quantised while it runs ---------------------------------------------------------------
+
+STORED, COLUMN_SCALES, INT8_VALUES = int8_columns(W)
+DYNAMIC = "q, s, p = DynamicQuantizeLinear (x) "
+CASTS = "c = Cast <to = 1> (i) f = Mul (s, fc_scale) "
+# id: (graph behind x, does ONNX Runtime's own fusion leave the base's bits alone)
+INTEGER_PRODUCTS = {
+    "MatMulInteger": f"{DYNAMIC} i = MatMulInteger (q, fc_weight, p) {CASTS} y = Mul (c, f)",
+    "MatMulInteger-bias": (
+        f"{DYNAMIC} i = MatMulInteger (q, fc_weight, p) {CASTS} z = Mul (f, c) y = Add (z, fc_bias)"
+    ),
+    "MatMulIntegerToFloat": (
+        f"{DYNAMIC} y = {CONTRIB}MatMulIntegerToFloat (q, fc_weight, s, fc_scale, p, , fc_bias)"
+    ),
+    "DynamicQuantizeMatMul": f"y = {CONTRIB}DynamicQuantizeMatMul (x, fc_weight, fc_scale, , fc_bias)",
+}
+
+
+@pytest.mark.parametrize("case", INTEGER_PRODUCTS)
+def test_integer_products(case, tmp_path):
+    """The branch reads the floats before the quantiser and is added to the float product."""
+    text = INTEGER_PRODUCTS[case]
+    weights = {"fc.weight": STORED, "fc.scale": COLUMN_SCALES}
+    weights |= {"fc.bias": BIAS} if "fc_bias" in text else {}
+    base = save(graph(one(text), weights), tmp_path)
+    given, other = (adapter(lora("fc", OUT, IN, rank)) for rank in (2, 3))
+    out, report = swapped(base, given)
+    check_bits(run(base, x=X), run(out, x=X))
+    check_bits(unoptimised(base, x=X), unoptimised(out, x=X))
+    for one_of_them in (given, other):
+        change = effective(INT8_VALUES, one_of_them.modules["fc.weight"]) - INT8_VALUES
+        wanted = run(base, x=X)[0] + X.astype(np.float64) @ change.T
+        check_values(run(out, x=X, **bind(one_of_them, report, base).tensors), [wanted], KERNEL)
+
+
+@pytest.mark.parametrize("case", ["MatMulIntegerToFloat", "DynamicQuantizeMatMul"])
+def test_a_dora_factor_leaves_the_bias_of_integer_products_alone(case, tmp_path):
+    weights = {"fc.weight": STORED, "fc.scale": COLUMN_SCALES, "fc.bias": BIAS}
+    base = save(graph(one(INTEGER_PRODUCTS[case]), weights), tmp_path)
+    given, factor = adapter(lora("fc", OUT, IN)), np.abs(magnitude(OUT))
+    out, report = swapped(base, given, dora=True)
+    check_bits(run(base, x=X), run(out, x=X))
+    tensors = bind(given, report, base).tensors | {"fc.lora_scale.weight": factor}
+    change = X.astype(np.float64) @ (effective(INT8_VALUES, given.modules["fc.weight"]) - INT8_VALUES).T
+    wanted = (run(base, x=X)[0] - BIAS + change) * factor + BIAS
+    check_values(run(out, x=X, **tensors), [wanted], KERNEL)
+
+
 # --- what has no branch ------------------------------------------------------------------------------
 
 INT8, SCALE = np.rint(W * 60).astype(np.int8), np.array(1 / 60, np.float32)
@@ -363,7 +411,7 @@ REFUSED = {
     "MatMulInteger": (
         one("q, s, p = DynamicQuantizeLinear (x) i = MatMulInteger (q, fc_weight, p) y = Cast <to = 1> (i)"),
         {"fc.weight": INT8.T.copy()},
-        "MatMulInteger: no branch is known for it",
+        "MatMulInteger without the Cast and Mul",
     ),
     "QLinearMatMul": (
         one(
@@ -373,10 +421,21 @@ REFUSED = {
         {"fc.weight": INT8.T.copy(), "s": SCALE, "p": np.array(0, np.int8)},
         "QLinearMatMul: no branch is known for it",
     ),
-    "DynamicQuantizeMatMul": (
-        one(f"y = {CONTRIB}DynamicQuantizeMatMul (x, fc_weight, s)"),
-        {"fc.weight": INT8.T.copy(), "s": SCALE},
-        "DynamicQuantizeMatMul: no branch is known for it",
+    "MatMulInteger-static": (
+        one(
+            "q = QuantizeLinear (x, s, p) i = MatMulInteger (q, fc_weight, p) c = Cast <to = 1> (i) "
+            "f = Mul (s, s) y = Mul (c, f)"
+        ),
+        {"fc.weight": INT8.T.copy(), "s": SCALE, "p": np.array(0, np.int8)},
+        "not by both scales at once",
+    ),
+    "MatMulInteger-two-scales": (
+        one(
+            "q, s, p = DynamicQuantizeLinear (x) i = MatMulInteger (q, fc_weight, p) c = Cast <to = 1> (i) "
+            "h = Mul (c, s) y = Mul (h, w)"
+        ),
+        {"fc.weight": INT8.T.copy(), "w": SCALE},
+        "not by both scales at once",
     ),
     "cast": (
         one("w = Cast <to = 1> (fc_weight) y = MatMul (x, w)"),

@@ -40,9 +40,9 @@ def refused(arch, exporter, feature):
 def table():
     for arch, exporter in tiny.pairs(*EXPORTERS):
         for feature in tiny.ARCHITECTURES[arch].features:
-            for pack in (False, True) if feature in PACKED else (False,):
-                name = f"{arch}-{exporter}-{feature}{'-pack' * pack}"
-                yield pytest.param(arch, exporter, feature, pack, marks=group(arch), id=name)
+            for how in ("", "pack", "fuse_base") if feature in PACKED else ("",):
+                name = f"{arch}-{exporter}-{feature}-{how}".rstrip("-")
+                yield pytest.param(arch, exporter, feature, how, marks=group(arch), id=name)
 
 
 def options(arch, exporter, feature):
@@ -52,10 +52,10 @@ def options(arch, exporter, feature):
     return found
 
 
-@pytest.mark.parametrize(("arch", "exporter", "feature", "pack"), table())
-def test_swap_agrees_with_peft(arch, exporter, feature, pack, tmp_path):
+@pytest.mark.parametrize(("arch", "exporter", "feature", "how"), table())
+def test_swap_agrees_with_peft(arch, exporter, feature, how, tmp_path):
     adapter = tiny.adapter(arch, feature)
-    more = options(arch, exporter, feature) | {"pack": pack}
+    more = options(arch, exporter, feature) | ({how: True} if how else {})
     if refused(arch, exporter, feature):
         with pytest.raises(SiteError):
             exposed.swapped_tensors(arch, exporter, adapter, tmp_path, **more)
@@ -129,6 +129,28 @@ def test_a_pack_has_three_nodes_where_siblings_had_nine(tmp_path):
     assert names == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
     qkv = [node.op_type for node in added if ".layers.0.self_attn.qkv_proj." in node.name]
     assert qkv == ["MatMul", "MatMul", "Add"]
+
+
+@group("bert")
+def test_fuse_base_computes_q_k_and_v_at_once(tmp_path):
+    """Five nodes in place of twelve, the weights side by side, and the base's names for what is read."""
+    adapter = tiny.adapter("bert")
+    graph = exposed.swap("bert", "torchscript", adapter, tmp_path, fuse_base=True)
+    nodes = [node for node in onnx.load(graph).graph.node if "layer.0.attention.self" in node.name]
+    assert [node.op_type for node in nodes if ".lora." in node.name] == [
+        *("MatMul", "MatMul", "MatMul", "Add", "Split")
+    ]
+    old = {
+        name for node in onnx.load(tiny.base_onnx("bert", "torchscript")).graph.node for name in node.output
+    }
+    split = next(node for node in nodes if node.op_type == "Split")
+    assert set(split.output) <= old
+    weights = {tensor.name: list(tensor.dims) for tensor in onnx.load(graph).graph.initializer}
+    assert [64, 3 * 64] in [dims for name, dims in weights.items() if name.endswith(".lora.base.weight")]
+    total = sum(np.prod(dims) for name, dims in weights.items() if ".lora_" not in name)
+    before = onnx.load(tiny.base_onnx("bert", "torchscript")).graph.initializer
+    # The weights are there once: no copy of q, k and v is left. What is added are sizes of the Split.
+    assert total - sum(np.prod(list(tensor.dims)) for tensor in before) == 3 * 2
 
 
 @group("llama")

@@ -1,14 +1,15 @@
 """Measure what exposed LoRA costs over its base graph, and what changing the adapter costs, beside PEFT.
 
-Run: python tools/bench_swap.py --workdir /tmp/bench [--provider cuda] [--shapes 8x1 8x128 1x512] [--pack]
+Run: python tools/bench_swap.py --workdir /tmp/bench [--provider cuda] [--shapes 8x1 8x128 1x512]
 Makes layers as wide as `--hidden` says (2048: those of Llama 3.2 1B) with random weights, adapters of rank 16
 on all seven linears, and the base graph of each ``batch x sequence`` shape by torch.onnx.export, all kept in
 the work folder for the next run (1 GB a shape in float32). Then it makes the graphs by merge_onnx, swap_onnx
 and bank_onnx and prints two Markdown tables:
 
-1. A run of base, merged, swap and bank graph by ONNX Runtime, inputs and outputs bound on the device, with
-   and without CUDA graphs, and of PyTorch with PEFT, unmerged: one adapter, and a batch whose rows have
-   different ones (`adapter_names`). In turn in one process: times move with the machine, ratios hardly do.
+1. A run of base, merged, swap and bank graph (also packed, and on a fused base) by ONNX Runtime, inputs and
+   outputs bound on the device, with and without CUDA graphs, and of PyTorch with PEFT, unmerged: one adapter,
+   and a batch whose rows have different ones (`adapter_names`). In turn in one process: times move with the
+   machine, ratios hardly do.
 2. From an adapter to the first answer: one that is resident, one that was converted to a file, against PEFT's
    `load_adapter` + `set_adapter` and a new session of a merged graph.
 
@@ -44,6 +45,8 @@ from lora_export.binding import bind_adapter
 from lora_export.exposed import WEIGHTS_INPUT, exposed_of
 
 EAGER, GRAPH = "-1", "1"  # gpu_graph_id: -1 runs without a CUDA graph
+# What is given to swap_onnx and bank_onnx.
+FORMS = {"plain": "", "pack": "--pack", "fuse-base": "--fuse-base"}
 Run = Callable[[], Any]
 
 
@@ -58,7 +61,7 @@ class Setup:
     layers: int
     rank: int
     slots: int
-    pack: bool
+    forms: tuple[str, ...]
 
     @property
     def cuda(self) -> bool:
@@ -133,7 +136,8 @@ def graphs(setup: Setup, shape: tuple[int, int]) -> dict[str, Path]:
     """Export the base of this shape unless an earlier run did; make the others."""
     folder = setup.folder / "x".join(map(str, shape))
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {name: folder / f"{name}.onnx" for name in ("base", "merged", "swap", "bank")}
+    exposed = [f"{mode} {form}".strip() for mode in ("swap", "bank") for form in setup.forms]
+    paths = {name: folder / f"{name.replace(' ', '')}.onnx" for name in ("base", "merged", *exposed)}
     if not paths["base"].exists():
         layers, x = Layers(load_base(setup)), setup.inputs(shape)
         arguments: dict[str, Any] = {"dynamo": True, "external_data": True, "verbose": False}
@@ -142,10 +146,12 @@ def graphs(setup: Setup, shape: tuple[int, int]) -> dict[str, Path]:
                 layers, (x,), str(paths["base"]), input_names=["x"], output_names=["y"], **arguments
             )
     merge_onnx(paths["base"], setup.adapter(0), paths["merged"], force=True)
-    options: dict[str, Any] = {"pack": setup.pack, "share_base": True, "force": True}
-    swap_onnx(paths["base"], paths["swap"], adapter=setup.adapter(0), **options)
     adapters = {f"a{slot}": setup.adapter(slot) for slot in range(setup.slots)}
-    bank_onnx(paths["base"], adapters, paths["bank"], batch_input="x", **options)
+    for form in setup.forms:
+        options: dict[str, Any] = {"share_base": True, "force": True}
+        options |= {form.removeprefix("--").replace("-", "_"): True} if form else {}
+        swap_onnx(paths["base"], paths[f"swap {form}".strip()], adapter=setup.adapter(0), **options)
+        bank_onnx(paths["base"], adapters, paths[f"bank {form}".strip()], batch_input="x", **options)
     return paths
 
 
@@ -185,10 +191,10 @@ def graph_contenders(
     onehot = np.eye(setup.slots, dtype=np.float32)[np.arange(shape[0]) % setup.slots]
     for name, path in paths.items():
         feeds = {"x": x}
-        if name == "swap":
+        if name.startswith("swap"):
             record = exposed_of(metadata_of(path), str(path))
             feeds |= bind_adapter(adapter, record, where=str(path)).tensors
-        if name == "bank":
+        if name.startswith("bank"):
             feeds[WEIGHTS_INPUT] = onehot
         yield name, Graph(setup, path, feeds, x.shape)
 
@@ -288,7 +294,7 @@ def overhead(setup: Setup, shape: tuple[int, int], paths: dict[str, Path], round
         for mode in modes:
             runs[name, mode] = graph.run(mode)
             runs[name, mode]()
-            errors[name] = max(errors[name], error(graph.y.numpy(), wanted[name]))
+            errors[name] = max(errors[name], error(graph.y.numpy(), wanted[name.partition(" ")[0]]))
     runs["PyTorch, no adapter", EAGER] = peft.base
     runs["PyTorch + PEFT, one adapter", EAGER] = peft.one
     runs["PyTorch + PEFT, adapter_names", EAGER] = peft.mixed
@@ -357,7 +363,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--pack", action="store_true", help="give it to swap_onnx and bank_onnx")
+    parser.add_argument(
+        "--forms", nargs="+", choices=FORMS, default=list(FORMS), help="of swap_onnx and bank_onnx"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--inner", type=int, default=10, help="runs of each contender in a round")
     options = parser.parse_args()
@@ -367,7 +375,7 @@ def main() -> None:
     dtype = options.dtype or ("float16" if options.provider == "cuda" else "float32")
     setup = Setup(
         options.workdir, options.provider, getattr(torch, dtype), options.hidden, options.layers,
-        options.rank, options.slots, options.pack,
+        options.rank, options.slots, tuple(FORMS[form] for form in options.forms),
     )  # fmt: skip
     shapes = [(int(b), int(s)) for b, _, s in (text.partition("x") for text in options.shapes)]
     build(setup)

@@ -207,9 +207,18 @@ def _integer_call(target: Target, use: Use) -> Call | str:
         if len(readers) != 1 or readers[0].op_type != operator:
             return "MatMulInteger without the Cast and Mul of dynamic quantisation: no branch is known for it"
         (last,) = readers
+    if last is not use.node and not _scales(last, quantiser):
+        return "MatMulInteger whose Mul is not by both scales at once: no branch is known for it"
     if quantiser is None or quantiser.op_type != "DynamicQuantizeLinear" or quantiser.inputs[0] is None:
         return f"{use.node.op_type} whose activation no DynamicQuantizeLinear makes: no branch is known"
     return Call(last, quantiser.inputs[0], _width(target, use), ir.DataType.FLOAT)
+
+
+def _scales(last: ir.Node, quantiser: ir.Node | None) -> bool:
+    """Whether a Mul turns integers into the product: by the activation's scale times the weight's."""
+    factors = [value.producer() for value in last.inputs if value is not None]
+    scale = quantiser.outputs[1] if quantiser is not None and len(quantiser.outputs) > 1 else None
+    return any(node is not None and node.op_type == "Mul" and scale in node.inputs for node in factors)
 
 
 def _width(target: Target, use: Use) -> int:

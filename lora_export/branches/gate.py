@@ -7,6 +7,8 @@ once for each sequence of ranks that modules have, usually one for the whole gra
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx_ir as ir
 
@@ -22,6 +24,7 @@ class BankGate:
     Args:
         graph: The graph.
         slots: Number of slots.
+        shapes: Id of an activation → its shape, where it is known.
         batch_input: Name of the input whose first axis is the batch; the first input with a free one if
             left out.
         same_symbol: The weights' first axis has the batch's symbol, which TensorRT holds to be equal; else
@@ -32,8 +35,14 @@ class BankGate:
     """
 
     def __init__(
-        self, graph: GraphFile, slots: int, batch_input: str | None = None, same_symbol: bool = False
+        self,
+        graph: GraphFile,
+        slots: int,
+        shapes: Mapping[int, ir.Shape],
+        batch_input: str | None = None,
+        same_symbol: bool = False,
     ) -> None:
+        self._shapes = shapes
         self.batch_input = _batch_input(graph, batch_input)
         assert self.batch_input.shape is not None
         self.batch = self.batch_input.shape[0]
@@ -99,24 +108,24 @@ class BankGate:
         name: str,
     ) -> ir.Value:
         """Combine a value with what each row of the batch has: ``of_row`` is ``[batch, count]``."""
-        dtype = value.dtype
+        dtype, shape = value.dtype, self._shapes.get(id(x))
         assert dtype is not None
         if module.kind == "conv":
-            if x.shape is not None:
-                self._has_batch_in_front(x, module)
+            if shape is not None:
+                self._has_batch_in_front(shape, module)
             behind = [1 for _ in module.kernel]
             shaped = self._shape(of_row, f"{len(behind)} behind", [0, -1, *behind])
             return write.add(anchor, operator, [value, shaped], name, dtype=dtype)
-        axes = _axes(x, module)
-        if axes is not None and self._has_batch_in_front(x, module):
+        if shape is not None and self._has_batch_in_front(shape, module):
+            axes = len(shape) + 1 if module.kind == "embedding" else len(shape)
             shaped = self._shape(of_row, f"{axes} before", [0, *(1 for _ in range(axes - 2)), count])
             return write.add(anchor, operator, [value, shaped], name, dtype=dtype)
         # An activation (batch · sequence, in_dim), or of unknown shape: the batch is outermost.
         shaped = self._shape(of_row, "3 before", [0, 1, count])
         rows = write.add(anchor, "Reshape", [value, self._rows(count)], f"{name}.rows", dtype=dtype)
         combined = write.add(anchor, operator, [rows, shaped], f"{name}.of_rows", dtype=dtype)
-        shape = write.add(anchor, "Shape", [value], f"{name}.shape", dtype=ir.DataType.INT64)
-        return write.add(anchor, "Reshape", [combined, shape], name, dtype=dtype)
+        back = write.add(anchor, "Shape", [value], f"{name}.shape", dtype=ir.DataType.INT64)
+        return write.add(anchor, "Reshape", [combined, back], name, dtype=dtype)
 
     # --- once in the graph --------------------------------------------------------------------------
 
@@ -197,16 +206,15 @@ class BankGate:
 
     # --- does the activation have the batch in front? -----------------------------------------------
 
-    def _has_batch_in_front(self, x: ir.Value, module: ExposedModule) -> bool:
+    def _has_batch_in_front(self, shape: ir.Shape, module: ExposedModule) -> bool:
         """Whether the activation is known to have the batch in front; `SiteError` if it is known not to.
 
         In between are products (``batch*sequence``) and symbols that exporters make up. Two axes without a
         name are equal only in a shape that can't be flattened: those with further axes.
         """
-        assert x.shape is not None
-        first, flat = x.shape[0], 1 if module.kind == "embedding" else 2
+        first, flat = shape[0], 1 if module.kind == "embedding" else 2
         unnamed = isinstance(first, ir.SymbolicDim) and first.value is None
-        if first == self.batch and not (unnamed and len(x.shape) <= flat):
+        if first == self.batch and not (unnamed and len(shape) <= flat):
             return True
         if isinstance(first, int) or str(first) in self._other_axes:
             raise SiteError(
@@ -226,13 +234,6 @@ def _slots_of_ranks(module: ExposedModule) -> tuple[int, ...]:
         for slot, rank in enumerate(member.ranks)
         for _ in range(rank // module.groups)
     )
-
-
-def _axes(x: ir.Value, module: ExposedModule) -> int | None:
-    """Number of axes of the down-projection, where it is known."""
-    if x.shape is None:
-        return None
-    return len(x.shape) + 1 if module.kind == "embedding" else len(x.shape)
 
 
 def _batch_input(graph: GraphFile, name: str | None) -> ir.Value:

@@ -31,7 +31,7 @@ MIN_OPSET = 13
 MIN_IR_VERSION = 4
 _CONV_ATTRIBUTES = ("auto_pad", "dilations", "pads", "strides")
 # Position of the bias among the inputs of operators that add one.
-_BIAS_INDEX = {"Gemm": 2, "Conv": 2, "MatMulNBits": 5}
+_BIAS_INDEX = {"Gemm": 2, "Conv": 2, "MatMulNBits": 5, "DynamicQuantizeMatMul": 4, "MatMulIntegerToFloat": 6}
 
 
 @dataclass(frozen=True, eq=False)

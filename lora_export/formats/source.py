@@ -13,7 +13,8 @@ from lora_export.errors import AdapterError
 from lora_export.formats.ort_file import SUFFIX as ORT_SUFFIX
 from lora_export.formats.ort_file import read_ort_file
 from lora_export.formats.pickles import SUFFIXES, read_checkpoint
-from lora_export.formats.tensors import file_sha256, read_safetensors
+from lora_export.formats.provenance import is_converted
+from lora_export.formats.tensors import file_sha256, header_sha256, read_safetensors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -52,7 +53,7 @@ class Source:
         settings: Of a torch checkpoint: ``alpha``, ``rank``, ``scaling``, ``rslora``, ``enable_lora``; of an
             ``.onnx_adapter`` its versions.
         config: ``adapter_config.json``, if there is one.
-        sha256: Of the weights file.
+        sha256: Of the weights file, see `Adapter.sha256`.
         notes: What was left aside while opening it.
     """
 
@@ -119,7 +120,8 @@ def open_source(path: Path, name: str | None = None) -> Source:
         metadata=metadata,
         settings=settings,
         config=read_config(config_file) if config_file.is_file() else None,
-        sha256=file_sha256(file),
+        # A converted file's header names the adapter it was made of: a session that loads it need not wait.
+        sha256=header_sha256(file) if is_converted(metadata) else file_sha256(file),
         notes=notes,
     )
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_export.adapter import Adapter, LoraModule
 from lora_export.branches.bundles import Bundle, bundles_of, with_ranks
@@ -24,6 +23,7 @@ from lora_export.branches.fuse import fuse_calls
 from lora_export.branches.gate import BankGate
 from lora_export.branches.inputs import IR_TYPES, add_initializer, add_input
 from lora_export.branches.place import place_branches
+from lora_export.branches.shapes import shapes_of
 from lora_export.branches.write import BranchWriter, Tensors
 from lora_export.casting import Caster
 from lora_export.errors import AdapterError
@@ -107,10 +107,9 @@ def bank_onnx(
         ranks = union.ranks(len(loaded), slot_rank if resident == "inputs" else None)
         branches = fuse_calls(opened.graph, union.branches) if fuse_base else union.branches
         bundles = [with_ranks(bundle, ranks) for bundle in bundles_of(branches, pack or fuse_base)]
-        if any(piece.call.x.shape is None for bundle in bundles for piece in bundle.pieces):
-            # Whether the batch is in front of an activation must be known where it can be.
-            ShapeInferencePass(check_type=False, strict_mode=False)(opened.graph.model)
-        gate = BankGate(opened.graph, len(loaded), batch_input, same_symbol=flavour == "tensorrt")
+        activations = [piece.call.x for bundle in bundles for piece in bundle.pieces]
+        shapes = shapes_of(opened.graph.model, activations)
+        gate = BankGate(opened.graph, len(loaded), shapes, batch_input, same_symbol=flavour == "tensorrt")
         record = ExposedGraph(
             "bank",
             base_name(base),
