@@ -205,3 +205,26 @@ def test_bad_arguments(arguments, said, tmp_path, capsys):
     assert _run(["bank-onnx", "--base", base, "-o", str(tmp_path / "m.onnx"), *given], False) in (1, 2)
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arch", "exporter", "said"),
+    [
+        pytest.param(*case, marks=group(case[0]))
+        for case in (("llama", "dynamo", 0), ("gpt2", "dynamo", 0), ("gpt2", "torchscript", 1))
+    ],
+)
+def test_what_can_not_be_verified_is_said(arch, exporter, said, tmp_path, capsys):
+    """TorchScript's graphs don't tell that rows are batch·sequence: taken so, and said."""
+    base, adapter = tiny.base_onnx(arch, exporter), tiny.adapter(arch)
+    arguments = [
+        "bank-onnx",
+        "--base",
+        str(base),
+        "--adapter",
+        f"a={adapter}",
+        "-o",
+        str(tmp_path / "m.onnx"),
+    ]
+    assert _run(arguments, False) == 0
+    assert capsys.readouterr().out.count("the graph doesn't tell the first axis") == said

@@ -1,8 +1,9 @@
 """What a bank puts between the two products: each row of the batch lets through the ranks of its adapters.
 
 ``d · e`` with d = x·A_all ``(…, Σ ranks)`` and e the row's `adapter_weights`, each repeated over its slot's
-ranks: Gather along the slots, so that a slot that is not chosen can't reach a row in any way. e is computed
-once for each sequence of ranks that modules have, usually one for the whole graph.
+ranks: Gather along the slots, so that no slot's weight reaches another's ranks. e is computed once for each
+sequence of ranks that modules have, usually one for the whole graph. Values of a slot that no row uses are
+multiplied by 0: they must be finite (NaN is refused), and x·A must not overflow.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class BankGate:
         same_symbol: bool = False,
     ) -> None:
         self._shapes = shapes
+        self._unverified: dict[str, None] = {}
         self.batch_input = _batch_input(graph, batch_input)
         assert self.batch_input.shape is not None
         self.batch = self.batch_input.shape[0]
@@ -121,11 +123,25 @@ class BankGate:
             shaped = self._shape(of_row, f"{axes} before", [0, *(1 for _ in range(axes - 2)), count])
             return write.add(anchor, operator, [value, shaped], name, dtype=dtype)
         # An activation (batch · sequence, in_dim), or of unknown shape: the batch is outermost.
+        if not (shape is not None and len(shape) == 2 and str(self.batch) in str(shape[0]).split("*")):
+            self._unverified[module.name] = None
         shaped = self._shape(of_row, "3 before", [0, 1, count])
         rows = write.add(anchor, "Reshape", [value, self._rows(count)], f"{name}.rows", dtype=dtype)
         combined = write.add(anchor, operator, [rows, shaped], f"{name}.of_rows", dtype=dtype)
         back = write.add(anchor, "Shape", [value], f"{name}.shape", dtype=ir.DataType.INT64)
         return write.add(anchor, "Reshape", [combined, back], name, dtype=dtype)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What could not be verified: to be said, because a row would silently get another row's adapter."""
+        if not self._unverified:
+            return ()
+        names = list(self._unverified)
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return (
+            f"{names[0]}{more}: the graph doesn't tell the first axis of the activation; it is taken to be "
+            "the batch's rows, or batch·sequence with the batch outermost",
+        )
 
     # --- once in the graph --------------------------------------------------------------------------
 

@@ -338,6 +338,14 @@ class BranchWriter:
         node, product = call.node, call.node.outputs[0]
         readers, was_output = list(product.uses()), product.is_graph_output()
         value = self._times(call, value, node.attributes.get_float("alpha", 1.0), f"{name}.lora.alpha")
+        bias = _bias_behind(call) if scale is None and not was_output else None
+        if bias is not None:
+            add, index = bias
+            total = self._write.add(
+                node, "Add", [add.inputs[index], value], f"{name}.lora.bias", dtype=call.dtype
+            )
+            add.replace_input_with(index, total)
+            return
         last = self._write.add(
             node, "Add", [product, value], f"{name}.lora.sum", dtype=call.dtype, after=True, like=product
         )
@@ -383,3 +391,22 @@ class BranchWriter:
         shape = np.array([-1, *(1 for _ in range(len(kernel.shape) - 2))], np.int64)
         target = self._write.constant(call.node, shape, f"{name}.shape")
         return self._write.add(call.node, "Reshape", [vector, target], name, dtype=call.dtype)
+
+
+def _bias_behind(call: Call) -> tuple[ir.Node, int] | None:
+    """The Add of a bias that ONNX Runtime makes a Gemm of together with a MatMul, and the bias's position.
+
+    It does so for matrices (MatMulAddFusion), and sums the bias first. The branch then goes into the bias, so
+    that a Gemm is made of the same sums.
+    """
+    node, shape = call.node, call.x.shape
+    usages = list(node.outputs[0].uses())
+    if node.op_type != "MatMul" or len(usages) != 1 or usages[0].node.op_type != "Add":
+        return None
+    add, index = usages[0].node, 1 - usages[0].idx
+    if shape is None or len(shape) != 2:
+        return None
+    bias = add.inputs[index]
+    if bias is None or bias.const_value is None or len(bias.const_value.shape) != 1:
+        return None
+    return add, index

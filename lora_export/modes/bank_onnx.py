@@ -123,7 +123,7 @@ def bank_onnx(
         )
         tensors = _tensors(opened.graph, record, union.loras, bundles)
         BranchWriter(opened.graph, gate).write(bundles, tensors)
-        report = ExposeReport(union.plan(), record, paths, dry_run=dry_run)
+        report = ExposeReport(union.plan(gate.notes), record, paths, dry_run=dry_run)
         return write_exposed(opened, report, list(loaded.values()), force, progress)
 
 
@@ -210,11 +210,11 @@ class _Union:
             found[branch.path] = tuple(own) if room is None else (room,) * slots
         return found
 
-    def plan(self) -> Plan:
-        """Return all adapters' rows."""
+    def plan(self, notes: tuple[str, ...]) -> Plan:
+        """Return all adapters' rows, with further notes."""
         return Plan(
             tuple(row for plan in self._plans for row in plan.rows),
-            tuple(note for plan in self._plans for note in plan.notes),
+            (*(note for plan in self._plans for note in plan.notes), *notes),
         )
 
 
