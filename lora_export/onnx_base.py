@@ -5,15 +5,19 @@ Also the names of what is written for it: a graph, its data, a manifest.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 
+from lora_export.adapter import Adapter
 from lora_export.errors import OutputError
 from lora_export.graph import GraphFile, load_graph
+from lora_export.output import refuse_replacing
 from lora_export.sites.target import WeightOf
 
 
@@ -34,20 +38,46 @@ class Base:
     files: list[Path]
 
 
-def open_base(base: Path, checkpoint: str | os.PathLike[str] | None, share_base: bool, scratch: Path) -> Base:
-    """Load a graph, or capture a checkpoint folder into ``scratch``.
+@contextlib.contextmanager
+def open_base(
+    base: Path,
+    out: Path,
+    adapters: Iterable[Adapter],
+    *,
+    checkpoint: str | os.PathLike[str] | None,
+    share_base: bool,
+    force: bool,
+    dry_run: bool,
+) -> Iterator[tuple[Base, dict[str, Path]]]:
+    """Load a graph, or capture a checkpoint folder; yield it with the files to write.
 
     Args:
         base: An ONNX file or a Hugging Face folder.
+        out: The graph to write.
+        adapters: What is read besides: no output may replace it.
         checkpoint: The folder that an ONNX file was exported from.
         share_base: Unchanged weights are to stay in the base's files.
-        scratch: For the captured graph.
+        force: Existing outputs may be replaced.
+        dry_run: Nothing will be written.
 
     Raises:
         GraphError: The graph can't be read.
         CheckpointError: The folder can't be read or captured.
-        OutputError: There is nothing to share.
+        OutputError: An output exists or would replace what is read, or there is nothing to share.
     """
+    paths = output_paths(out)
+    refuse_overlap([base, *(Path(adapter.source) for adapter in adapters)], paths)
+    if not dry_run:
+        refuse_replacing(list(paths.values()), force)
+    # A capture is as large as the base: it goes where the output will have room, not to a small /tmp.
+    place = out.parent if base.is_dir() and out.parent.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=place) as scratch:
+        opened = _opened(base, checkpoint, share_base, Path(scratch))
+        refuse_overlap(opened.files, paths)
+        yield opened, paths
+
+
+def _opened(base: Path, checkpoint: str | os.PathLike[str] | None, share_base: bool, scratch: Path) -> Base:
     if base.is_dir():
         from lora_export.capture import capture_checkpoint
 

@@ -10,7 +10,7 @@ from lora_export.adapter import Adapter
 from lora_export.errors import SiteError
 from lora_export.graph import GraphFile
 from lora_export.plan import Plan, PlanRow, unaccounted
-from lora_export.sites.resolve import Resolver
+from lora_export.sites.resolve import NOT_COMPARED, Resolver
 from lora_export.sites.target import Miss, Site
 
 # Part of `Site.evidence` wherever values were compared.
@@ -28,8 +28,9 @@ def refuse_unaccounted(adapter: Adapter, rows: Sequence[PlanRow]) -> None:
 
 def with_unverified(plan: Plan, checkpoint: Path) -> Plan:
     """Say which places the checkpoint could not confirm; raise `SiteError` where it confirms none."""
-    silent = [row for row in plan.placed if _CONFIRMED not in row.reason]
-    if silent and len(silent) == len(plan.placed):
+    comparable = [row for row in plan.placed if NOT_COMPARED not in row.reason]
+    silent = [row for row in comparable if _CONFIRMED not in row.reason]
+    if silent and len(silent) == len(comparable):
         raise SiteError(
             f"the checkpoint {checkpoint} stores none of the {len(silent)} parameters that would change",
             "give the folder that the graph was exported from, or leave out --checkpoint",

@@ -119,6 +119,7 @@ def run_expose(
     from lora_export.packages.onnxruntime_genai import companions_of
     from lora_export.progress import byte_progress
     from lora_export.reports import expose as text
+    from lora_export.reports.merge import plan_lines, report_json
 
     as_json, quiet = options.pop("as_json"), options.pop("quiet")
     dry_run: bool = options["dry_run"]
@@ -131,9 +132,9 @@ def run_expose(
     if beside and not dry_run:
         beside.write()
     if as_json:
-        click.echo(text.expose_json(report))
+        click.echo(report_json(report))
     elif dry_run:
-        click.echo("\n".join(text.expose_plan_lines(report)))
+        click.echo("\n".join(plan_lines(report)))
     elif not quiet:
         click.echo("\n".join(text.expose_summary_lines(report, time.monotonic() - started)))
         for name in beside.files if beside else ():
@@ -161,7 +162,7 @@ def print_merge(report: MergeReport, seconds: float, as_json: bool, quiet: bool,
     from lora_export.reports import merge as text
 
     if as_json:
-        click.echo(text.merge_json(report))
+        click.echo(text.report_json(report))
     elif report.dry_run:
         click.echo("\n".join(text.plan_lines(report)))
     elif not quiet:

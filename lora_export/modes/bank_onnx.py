@@ -8,7 +8,6 @@ side: mixed ranks need no padding, and nothing but standard operators is used.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,9 +30,9 @@ from lora_export.exposed import UNHASHED, ExposedGraph, Flavour, Resident, Slot
 from lora_export.exposed_output import ExposeReport, base_name, write_exposed
 from lora_export.graph import GraphFile
 from lora_export.manifest import identity_of
-from lora_export.onnx_base import open_base, output_paths, refuse_overlap
-from lora_export.output import refuse_replacing
+from lora_export.onnx_base import open_base
 from lora_export.packing import assemble, blocks_of_slot
+from lora_export.placing import with_unverified
 from lora_export.plan import Plan
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.target import targets_of
@@ -91,15 +90,11 @@ def bank_onnx(
         OutputError: The output exists or can't be written.
     """
     out, base = Path(output), Path(base)
-    paths = output_paths(out)
     loaded = _load(adapters)
-    refuse_overlap([base, *(Path(adapter.source) for adapter in loaded.values())], paths)
-    if not dry_run:
-        refuse_replacing(list(paths.values()), force)
-    place = out.parent if base.is_dir() and out.parent.is_dir() else None
-    with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=place) as scratch:
-        opened = open_base(base, checkpoint, share_base, Path(scratch))
-        refuse_overlap(opened.files, paths)
+    reading = open_base(
+        base, out, loaded.values(), checkpoint=checkpoint, share_base=share_base, force=force, dry_run=dry_run
+    )
+    with reading as (opened, paths):
         resolver = Resolver(opened.graph, opened.weight_of, branches=True)
         union = _Union(opened.graph, resolver, allow_unmatched)
         for slot, adapter in enumerate(loaded.values()):
@@ -123,7 +118,10 @@ def bank_onnx(
         )
         tensors = _tensors(opened.graph, record, union.loras, bundles)
         BranchWriter(opened.graph, gate).write(bundles, tensors)
-        report = ExposeReport(union.plan(gate.notes), record, paths, dry_run=dry_run)
+        plan = union.plan(gate.notes)
+        if checkpoint is not None:
+            plan = with_unverified(plan, Path(checkpoint))
+        report = ExposeReport(plan, record, paths, dry_run=dry_run)
         return write_exposed(opened, report, list(loaded.values()), force, progress)
 
 

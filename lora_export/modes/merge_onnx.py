@@ -22,7 +22,7 @@ from lora_export.external_data import Change, plan_data, write_data
 from lora_export.graph import GraphFile, save_graph
 from lora_export.manifest import Manifest, adapter_entry, hash_file, package_versions
 from lora_export.merge_report import MergeReport
-from lora_export.onnx_base import drop_dead, open_base, output_paths, refuse_overlap
+from lora_export.onnx_base import drop_dead, open_base, output_paths
 from lora_export.output import OutputSet, output_errors, refuse_replacing
 from lora_export.patch import Patch, Placement, join, patch_from, replacement
 from lora_export.placing import (
@@ -88,17 +88,12 @@ def merge_onnx(
         OutputError: The output exists or can't be written.
     """
     out, base = Path(output), Path(base)
-    targets = output_paths(out)
     loaded, factors = check_blend(adapters, weights)
-    refuse_overlap([base, *(Path(adapter.source) for adapter in loaded)], targets)
-    if not dry_run:
-        refuse_replacing(list(targets.values()), force)
-    # A capture is as large as the base: it goes where the output will have room, not to a small /tmp.
-    place = out.parent if base.is_dir() and out.parent.is_dir() else None
-    with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=place) as scratch:
-        opened = open_base(base, checkpoint, share_base, Path(scratch))
+    reading = open_base(
+        base, out, loaded, checkpoint=checkpoint, share_base=share_base, force=force, dry_run=dry_run
+    )
+    with reading as (opened, targets):
         graph = opened.graph
-        refuse_overlap(opened.files, targets)
         plan, changes = _plan_changes(graph, loaded, factors, opened.weight_of, allow_unmatched)
         if checkpoint is not None:
             plan = with_unverified(plan, Path(checkpoint))

@@ -9,7 +9,6 @@ input with an initializer for a constant and would build the base.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,8 +28,8 @@ from lora_export.exposed import ExposedGraph, ExposedModule, Flavour
 from lora_export.exposed_output import ExposeReport, base_name, write_exposed
 from lora_export.graph import GraphFile
 from lora_export.manifest import identity_of
-from lora_export.onnx_base import open_base, output_paths, refuse_overlap
-from lora_export.output import refuse_replacing
+from lora_export.onnx_base import open_base
+from lora_export.placing import with_unverified
 from lora_export.sites.listing import targets_named
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.target import targets_of
@@ -89,19 +88,16 @@ def swap_onnx(
     from lora_export.formats import load_adapter
 
     out, base = Path(output), Path(base)
-    paths = output_paths(out)
     if (adapter is None) == (not target_modules):
         raise AdapterError(
             "which modules are to be exposed?", "give an adapter, or target modules; one of them, not both"
         )
     like = adapter if adapter is None or isinstance(adapter, Adapter) else load_adapter(Path(adapter))
-    refuse_overlap([base, *([Path(like.source)] if like else [])], paths)
-    if not dry_run:
-        refuse_replacing(list(paths.values()), force)
-    place = out.parent if base.is_dir() and out.parent.is_dir() else None
-    with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=place) as scratch:
-        opened = open_base(base, checkpoint, share_base, Path(scratch))
-        refuse_overlap(opened.files, paths)
+    made_of = [like] if like else []
+    reading = open_base(
+        base, out, made_of, checkpoint=checkpoint, share_base=share_base, force=force, dry_run=dry_run
+    )
+    with reading as (opened, paths):
         resolver = Resolver(opened.graph, opened.weight_of, branches=True)
         targets = targets_of(like) if like else targets_named(resolver, opened.graph, target_modules)
         plan, branches = place_branches(
@@ -120,10 +116,12 @@ def swap_onnx(
             flavour,
             dora,
         )
+        if checkpoint is not None:
+            plan = with_unverified(plan, Path(checkpoint))
         tensors = {bundle.module.name: _expose(opened.graph, bundle.module, record) for bundle in bundles}
         BranchWriter(opened.graph).write(bundles, tensors)
         report = ExposeReport(plan, record, paths, dry_run=dry_run)
-        return write_exposed(opened, report, [like] if like else [], force, progress)
+        return write_exposed(opened, report, made_of, force, progress)
 
 
 def _max_rank(wanted: int | None, ranks: Sequence[int]) -> int:

@@ -1,8 +1,7 @@
-"""What exposing LoRA did, as text and JSON."""
+"""What exposing LoRA did, as text."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 
@@ -11,20 +10,6 @@ from lora_export.exposed_output import ExposeReport
 from lora_export.reports.merge import size_text
 
 _SHOWN = 4
-
-
-def expose_json(report: ExposeReport) -> str:
-    """Return the report as one JSON object."""
-    return json.dumps(report.as_dict(), indent=1, sort_keys=True, ensure_ascii=False)
-
-
-def expose_plan_lines(report: ExposeReport) -> list[str]:
-    """Return what a dry run prints."""
-    lines = [*report.plan.lines(), f"dry run: {size_text(report.size_bytes)} of weights would be written"]
-    existing = [str(path) for path in report.outputs.values() if path.exists()]
-    if existing:
-        lines.append(f"note: --force would be needed, there is already: {', '.join(existing)}")
-    return lines
 
 
 def expose_summary_lines(report: ExposeReport, seconds: float) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 
+from lora_export.exposed_output import ExposeReport
 from lora_export.merge_report import MergeReport
 from lora_export.plan import align
 from lora_export.rounding import WARN_LOST, WARN_RELATIVE, Rounding, total_of
@@ -13,12 +14,12 @@ from lora_export.rounding import WARN_LOST, WARN_RELATIVE, Rounding, total_of
 _WORST = 3
 
 
-def merge_json(report: MergeReport) -> str:
+def report_json(report: MergeReport | ExposeReport) -> str:
     """Return the report as one JSON object."""
     return json.dumps(report.as_dict(), indent=1, sort_keys=True, ensure_ascii=False)
 
 
-def plan_lines(report: MergeReport) -> list[str]:
+def plan_lines(report: MergeReport | ExposeReport) -> list[str]:
     """Return what a dry run prints."""
     lines = [*report.plan.lines(), f"dry run: {size_text(report.size_bytes)} of weights would be written"]
     existing = [str(path) for path in report.outputs.values() if path.exists()]

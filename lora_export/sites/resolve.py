@@ -29,6 +29,9 @@ from lora_export.sites.target import Miss, Part, Site, Target, WeightOf
 from lora_export.sites.uses import find_uses
 from lora_export.sites.verify import check_content, search, tile
 
+# Part of the evidence where a checkpoint is at hand and the graph's weight is quantised.
+NOT_COMPARED = "quantised, its values are not compared"
+
 
 class Resolver:
     """The weights of one graph, ready to be asked for targets.
@@ -205,7 +208,7 @@ class Resolver:
                     )
             return site
         if any(use.quantised for part in site.parts for use in part.uses):
-            return replace(site, evidence=f"{site.evidence}; quantised, its values are not compared")
+            return replace(site, evidence=f"{site.evidence}; {NOT_COMPARED}")
         parts = []
         for part in site.parts:
             checked = check_content(target, part, wanted)
