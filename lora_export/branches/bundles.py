@@ -45,7 +45,7 @@ def pack_key(branch: Branch) -> object:
     plain = branch.kind == "linear" and not more and first.row_scale is None
     if not plain or first.rows != (0, branch.out_dim):
         return id(branch)
-    return id(first.call.x), first.call.dtype, branch.path.rpartition(".")[0]
+    return id(first.call.x), first.call.dtype, branch.in_dim, branch.path.rpartition(".")[0]
 
 
 def _single(branch: Branch) -> Bundle:
