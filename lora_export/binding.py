@@ -20,7 +20,7 @@ from lora_export.errors import AdapterError, SiteError
 from lora_export.exposed import ExposedGraph, ExposedModule
 from lora_export.formats.provenance import base_problem
 from lora_export.matching import Matches, Pairing, match_modules, split_pack
-from lora_export.packing import Block, assemble, blocks_of_factors, blocks_of_slot, joined_bias
+from lora_export.packing import Block, assemble, blocks_of_factors, blocks_of_slot, cut_b, joined_bias
 from lora_export.plan import Plan, unaccounted
 
 _MAX_LISTED = 40
@@ -109,7 +109,8 @@ def bind_adapter(
             factors = caster.factors(pair.lora, dtype_of(module.dtype))
             blocks += blocks_of_factors(module, pair.member, factors, offset, ranks[module.name])
             offset += pair.lora.rank
-        tensors[module.lora_a], tensors[module.lora_b] = assemble(module, ranks[module.name], blocks)
+        tensors[module.lora_a], b = assemble(module, ranks[module.name], blocks)
+        tensors |= cut_b(module, b)
         if module.bias:
             parts = [(pair.member, pair.lora) for pair in pairings]
             tensors[module.lora_bias] = joined_bias(module, parts, caster)

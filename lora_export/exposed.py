@@ -24,6 +24,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from lora_export.errors import GraphError
@@ -96,6 +97,8 @@ class ExposedModule:
         groups: Of a convolution's B.
         rank: The rank where the graph fixes it, else 0.
         bias: There is a bias of the branch too.
+        cuts: Of a pack whose members' products are added in several places: where B is cut into tensors of
+            their own, ``<name>.lora_B.<number>.weight``.
     """
 
     name: str
@@ -108,6 +111,7 @@ class ExposedModule:
     groups: int = 1
     rank: int = 0
     bias: bool = False
+    cuts: tuple[int, ...] = ()
 
     @property
     def lora_a(self) -> str:
@@ -118,6 +122,17 @@ class ExposedModule:
     def lora_b(self) -> str:
         """Name of B."""
         return f"{self.name}.lora_B.weight"
+
+    @property
+    def b_parts(self) -> tuple[tuple[str, int, int], ...]:
+        """Name, first and last output of each tensor that B consists of: one, but for a pack with cuts."""
+        if not self.cuts:
+            return ((self.lora_b, 0, self.out_dim),)
+        bounds = (0, *self.cuts, self.out_dim)
+        return tuple(
+            (f"{self.name}.lora_B.{number}.weight", start, stop)
+            for number, (start, stop) in enumerate(pairwise(bounds))
+        )
 
     @property
     def scale(self) -> str:
@@ -197,7 +212,7 @@ class ExposedGraph:
         """Return the names of all LoRA tensors, in the graph's order."""
         names = []
         for module in self.modules:
-            names += [module.lora_a, module.lora_b]
+            names += [module.lora_a, *(name for name, _, _ in module.b_parts)]
             names += [module.lora_bias] * module.bias + [module.scale] * self.dora
         return names
 
@@ -241,7 +256,9 @@ def _module(data: dict[str, Any]) -> ExposedModule:
         )
         for entry in data["members"]
     )
-    return ExposedModule(**{**data, "members": members, "kernel": tuple(data["kernel"])})
+    return ExposedModule(
+        **{**data, "members": members, "kernel": tuple(data["kernel"]), "cuts": tuple(data["cuts"])}
+    )
 
 
 def _stored(entries: list[dict[str, Any]]) -> tuple[StoredRows, ...]:

@@ -53,7 +53,7 @@ class Pairing:
             f"{lora.path}.{lora.parameter}",
             weight_tensors(lora),
             "expose",
-            place=f"{module.lora_a}, {module.lora_b}",
+            place=", ".join([module.lora_a, *(name for name, _, _ in module.b_parts)]),
             operator=module.kind,
             layout=part if self.member.out_dim < module.out_dim else "",
             reason=self.how or "path",

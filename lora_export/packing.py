@@ -82,6 +82,13 @@ def joined_bias(module: ExposedModule, parts: Sequence[tuple[Member, LoraModule]
     return bias
 
 
+def cut_b(module: ExposedModule, b: Array) -> dict[str, Array]:
+    """Return name → values of each tensor that B consists of."""
+    if not module.cuts:
+        return {module.lora_b: b}
+    return {name: np.ascontiguousarray(b[:, start:stop]) for name, start, stop in module.b_parts}
+
+
 def blocks_of_slot(
     exposed: ExposedGraph, slot: int, loras: Mapping[str, LoraModule], caster: Caster
 ) -> tuple[Block, ...]:

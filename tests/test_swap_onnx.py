@@ -121,24 +121,32 @@ def test_names_layout_and_defaults(tmp_path):
 
 
 @group("llama")
-def test_a_pack_has_three_nodes_where_siblings_had_nine(tmp_path):
+def test_a_pack_has_two_products_where_siblings_had_six(tmp_path):
     adapter = tiny.adapter("llama")
     graph = exposed.swap("llama", "genai", adapter, tmp_path, pack=True)
     added = [node for node in onnx.load(graph).graph.node if ".lora." in node.name]
     names = {node.name.partition(".lora.")[0].rpartition(".")[2] for node in added}
     assert names == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
     qkv = [node.op_type for node in added if ".layers.0.self_attn.qkv_proj." in node.name]
-    assert qkv == ["MatMul", "MatMul", "Add"]
+    # d = x·A, then Gemm(d, B, C=y): the others move nothing.
+    assert qkv == ["MatMul", "Flatten", "Flatten", "Gemm", "Shape", "Reshape"]
+    gate_up = [node.op_type for node in added if ".layers.0.mlp.gate_up_proj." in node.name]
+    assert gate_up == ["MatMul", *["Flatten", "Flatten", "Gemm", "Shape", "Reshape"] * 2]
+    inputs = {value.name: value.type.tensor_type.shape.dim for value in onnx.load(graph).graph.input}
+    assert "model.layers.0.self_attn.qkv_proj.lora_B.weight" in inputs
+    # gate and up are read apart: their B are two tensors, so that no product has to be split.
+    widths = [inputs[f"model.layers.0.mlp.gate_up_proj.lora_B.{n}.weight"][1].dim_value for n in (0, 1)]
+    assert widths == [48, 48]
 
 
 @group("bert")
 def test_fuse_base_computes_q_k_and_v_at_once(tmp_path):
-    """Five nodes in place of twelve, the weights side by side, and the base's names for what is read."""
+    """One product in place of three, the weights side by side, and the base's names for what is read."""
     adapter = tiny.adapter("bert")
     graph = exposed.swap("bert", "torchscript", adapter, tmp_path, fuse_base=True)
     nodes = [node for node in onnx.load(graph).graph.node if "layer.0.attention.self" in node.name]
     assert [node.op_type for node in nodes if ".lora." in node.name] == [
-        *("MatMul", "MatMul", "MatMul", "Add", "Split")
+        *("MatMul", "MatMul", "Flatten", "Flatten", "Gemm", "Shape", "Reshape", "Split")
     ]
     old = {
         name for node in onnx.load(tiny.base_onnx("bert", "torchscript")).graph.node for name in node.output

@@ -31,12 +31,20 @@ class Bundle:
     pieces: tuple[Piece, ...]
 
 
-def bundles_of(branches: Sequence[Branch], pack: bool) -> list[Bundle]:
-    """Return a bundle for each branch, or for each set of siblings, in the order of the branches."""
+def bundles_of(branches: Sequence[Branch], pack: bool, cut: bool = True) -> list[Bundle]:
+    """Return a bundle for each branch, or for each set of siblings, in the order of the branches.
+
+    Args:
+        branches: What gets a branch.
+        pack: Siblings share a pair of tensors.
+        cut: A pack's B is a tensor for each call, so that no result needs to be split.
+    """
     groups: dict[object, list[Branch]] = defaultdict(list)
     for branch in branches:
         groups[pack_key(branch) if pack else id(branch)].append(branch)
-    return [_single(group[0]) if len(group) == 1 else _packed(group, branches) for group in groups.values()]
+    return [
+        _single(group[0]) if len(group) == 1 else _packed(group, branches, cut) for group in groups.values()
+    ]
 
 
 def pack_key(branch: Branch) -> object:
@@ -53,7 +61,7 @@ def _single(branch: Branch) -> Bundle:
     return Bundle(_module(branch.path, [branch], [member], branch.out_dim), branch.pieces)
 
 
-def _packed(group: list[Branch], everything: Iterable[Branch]) -> Bundle:
+def _packed(group: list[Branch], everything: Iterable[Branch], cut: bool) -> Bundle:
     """Lay the calls side by side, each in its full width: gaps in a fused weight become zeros of B."""
     group = sorted(group, key=place_in_pack)
     starts: dict[int, int] = {}
@@ -78,7 +86,9 @@ def _packed(group: list[Branch], everything: Iterable[Branch]) -> Bundle:
     ]
     members.sort(key=lambda member: member.start)
     taken = {branch.path for branch in everything}
-    return Bundle(_module(_pack_name(members, taken), group, members, total), tuple(pieces))
+    module = _module(_pack_name(members, taken), group, members, total)
+    cuts = tuple(piece.rows[0] for piece in pieces[1:]) if cut else ()
+    return Bundle(replace(module, cuts=cuts), tuple(pieces))
 
 
 def place_in_pack(branch: Branch) -> int:

@@ -33,7 +33,7 @@ class NodeWriter:
         dtype: ir.DataType,
         attributes: Attributes | None = None,
         after: bool = False,
-        like: ir.Value | None = None,
+        shape: ir.Shape | None = None,
     ) -> ir.Value:
         """Add one node before (or ``after``) the anchor; return its first output.
 
@@ -45,11 +45,12 @@ class NodeWriter:
             dtype: Of the output.
             attributes: Its attributes.
             after: Behind the anchor instead of before it.
-            like: A value of the same shape.
+            shape: Of the output, where it is known.
         """
         name = self.free(name)
-        shape = like.shape.copy() if like is not None and like.shape is not None else None
-        output = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype))
+        output = ir.Value(
+            name=name, shape=shape.copy() if shape is not None else None, type=ir.TensorType(dtype)
+        )
         node = ir.node(
             operator, list(inputs), attributes=attributes or {}, outputs=[output], name=f"{name}.{operator}"
         )

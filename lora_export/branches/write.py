@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -40,13 +41,13 @@ class Tensors:
 
     Attributes:
         a: Down-projection.
-        b: Up-projection.
+        b: Up-projection, in the parts that `ExposedModule.b_parts` says.
         scale: DoRA's factor ``(out_dim,)``.
         bias: Added to the product ``(out_dim,)``, in a bank ``(n_slots, out_dim)``.
     """
 
     a: ir.Value
-    b: ir.Value
+    b: tuple[ir.Value, ...]
     scale: ir.Value | None = None
     bias: ir.Value | None = None
 
@@ -64,12 +65,14 @@ class BranchWriter:
     Args:
         graph: The graph.
         gate: What a bank does between the two products.
+        gemm: Add a MatMul's result by a Gemm's C instead of an Add: a kernel and a pass over the result less
+            on a GPU, more nodes that cost nothing there.
 
     Raises:
         GraphError: The graph's opset or IR version is too old.
     """
 
-    def __init__(self, graph: GraphFile, gate: BankGate | None = None) -> None:
+    def __init__(self, graph: GraphFile, gate: BankGate | None = None, *, gemm: bool = False) -> None:
         version = graph.model.opset_imports.get("", 0)
         if version < MIN_OPSET:
             raise GraphError(
@@ -84,6 +87,7 @@ class BranchWriter:
             )
         self._write = NodeWriter(model_names(graph.model))
         self._gate = gate
+        self._gemm = gemm
         self._order = {id(node): number for number, node in enumerate(graph.graph.all_nodes())}
 
     def write(self, bundles: Sequence[Bundle], tensors: Mapping[str, Tensors]) -> None:
@@ -114,7 +118,7 @@ class BranchWriter:
             down = self._down(anchor, bundle.module, pieces[0].call, tensors.a)
             whole = sum(stop - start for start, stop in {piece.rows for piece in pieces})
             gaps = whole != bundle.module.out_dim or any(id(piece.call) in partly for piece in pieces)
-            if len(pieces) > 1 and not gaps:
+            if len(pieces) > 1 and not gaps and not bundle.module.cuts:
                 yield from self._split(anchor, bundle.module, down, pieces, tensors)
                 continue
             for piece in pieces:
@@ -138,7 +142,7 @@ class BranchWriter:
     ) -> Iterable[_Added]:
         """One up-projection, cut into the pieces' rows; a module called twice with one x needs no cut."""
         dtype = pieces[0].call.dtype
-        up = self._up(anchor, module, down, tensors.b, dtype)
+        up = self._up(anchor, module, down, tensors.b[0], dtype)
         up = self._with_bias(anchor, module, up, tensors.bias, module.out_dim, pieces[0].call)
         ranges = sorted({piece.rows for piece in pieces})
         if ranges == [(0, module.out_dim)]:
@@ -166,10 +170,13 @@ class BranchWriter:
     ) -> _Added:
         """The up-projection of one piece; where its call has gaps, in the call's width, with B padded."""
         start, stop = piece.rows
-        b, scale, bias, dtype = tensors.b, tensors.scale, tensors.bias, piece.call.dtype
+        b, scale, bias, dtype = tensors.b[0], tensors.scale, tensors.bias, piece.call.dtype
         front = self._gate.first if self._gate else anchor
         if (start, stop) != (0, module.out_dim):
-            b = self._slice(anchor, b, start, stop, f"{module.name}.lora.rows", dtype, axis=1)
+            if module.cuts:
+                b = tensors.b[[first for _, first, _ in module.b_parts].index(start)]
+            else:
+                b = self._slice(anchor, b, start, stop, f"{module.name}.lora.rows", dtype, axis=1)
             if scale is not None:
                 scale = self._slice(anchor, scale, start, stop, f"{module.name}.lora.scale", dtype, axis=0)
             if bias is not None:
@@ -346,15 +353,48 @@ class BranchWriter:
             )
             add.replace_input_with(index, total)
             return
-        last = self._write.add(
-            node, "Add", [product, value], f"{name}.lora.sum", dtype=call.dtype, after=True, like=product
-        )
+        last = self._sum(call, value, scale, name)
         if scale is not None:
             last = self._scaled(call, last, scale, name)
         for reader in readers:
             reader.node.replace_input_with(reader.idx, last)
         if was_output:
             take_over_output(product, last)
+
+    def _sum(self, call: Call, value: ir.Value, scale: ir.Value | None, name: str) -> ir.Value:
+        """``y + d·B``: as an Add of two products, or as a Gemm of d and B with C = y."""
+        node, product, dtype = call.node, call.node.outputs[0], call.dtype
+        up = value.producer()
+        alone = up is not None and up.op_type == "MatMul" and not value.uses()
+        if not (self._gemm and scale is None and alone and (node.domain, node.op_type) == ("", "MatMul")):
+            return self._write.add(
+                node,
+                "Add",
+                [product, value],
+                f"{name}.lora.sum",
+                dtype=dtype,
+                after=True,
+                shape=product.shape,
+            )
+        assert up is not None
+        (down, b), owner = up.inputs, up.graph
+        assert owner is not None
+        owner.remove(up, safe=True)
+        last = node
+
+        def add(operator: str, inputs: Sequence[ir.Value | None], label: str, **more: Any) -> ir.Value:
+            nonlocal last
+            made = self._write.add(
+                last, operator, inputs, f"{name}.lora.{label}", after=True, **{"dtype": dtype, **more}
+            )
+            last = cast("ir.Node", made.producer())
+            return made
+
+        rows = add("Flatten", [down], "rows", attributes={"axis": -1})
+        base = add("Flatten", [product], "base", attributes={"axis": -1})
+        total = add("Gemm", [rows, b, base], "up")
+        sizes = add("Shape", [product], "shape", dtype=ir.DataType.INT64)
+        return add("Reshape", [total, sizes], "sum", shape=_result_shape(call))
 
     def _scaled(self, call: Call, total: ir.Value, scale: ir.Value, name: str) -> ir.Value:
         """``(y + c + u)·g + (c − c·g)``: the bias c inside y is not scaled; exact for g = 1."""
@@ -373,13 +413,13 @@ class BranchWriter:
         anchor = total.producer()
         assert anchor is not None
         last = self._write.add(
-            anchor, "Mul", [total, scale], f"{name}.lora.scaled", dtype=dtype, after=True, like=total
+            anchor, "Mul", [total, scale], f"{name}.lora.scaled", dtype=dtype, after=True, shape=total.shape
         )
         if rest is not None:
             anchor = last.producer()
             assert anchor is not None
             last = self._write.add(
-                anchor, "Add", [last, rest], f"{name}.lora.biased", dtype=dtype, after=True, like=total
+                anchor, "Add", [last, rest], f"{name}.lora.biased", dtype=dtype, after=True, shape=total.shape
             )
         return last
 
@@ -410,3 +450,11 @@ def _bias_behind(call: Call) -> tuple[ir.Node, int] | None:
     if bias is None or bias.const_value is None or len(bias.const_value.shape) != 1:
         return None
     return add, index
+
+
+def _result_shape(call: Call) -> ir.Shape | None:
+    """Shape of a MatMul's result: what a Reshape to it would not tell ONNX Runtime, whose fusions ask."""
+    x, product = call.x.shape, call.node.outputs[0].shape
+    if product is not None or x is None:
+        return product
+    return ir.Shape([*x.dims[:-1], call.width])

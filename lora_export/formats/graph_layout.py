@@ -13,14 +13,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from lora_export.adapter import Adapter, Array, LoraModule
-from lora_export.formats.pairs import PartsTable, adapter_of, build_module, raise_problems
+from lora_export.formats.pairs import Parts, PartsTable, adapter_of, build_module, raise_problems
 from lora_export.formats.provenance import LAYOUT, LAYOUT_KEY
 from lora_export.formats.source import Options, Source
 from lora_export.formats.tensors import value_problems
 
 _NAME = re.compile(
-    r"^(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_scale)(?:\.MatMul)?\.(?P<leaf>weight|(?<=B\.)bias)$"
+    r"^(?P<path>.+)\.(?P<part>lora_A|lora_B(?:\.(?P<cut>\d+))?|lora_scale)(?:\.MatMul)?"
+    r"\.(?P<leaf>weight|(?<=B\.)bias)$"
 )
 _PARTS = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_scale": "scale"}
 _FOLDED = "is folded into the file's lora_B already; leave the option away"
@@ -51,12 +54,14 @@ def read_converted(source: Source, options: Options, format: str, config: Mappin
     kinds = _kinds(config, table.problems)
     for name, values in source.tensors.items():
         if match := _NAME.match(name):
-            part = "lora_bias" if match["leaf"] == "bias" else _PARTS[match["part"]]
+            part = "lora_bias" if match["leaf"] == "bias" else _PARTS[match["part"].partition(".")[0]]
+            part += f".{match['cut']}" if match["cut"] else ""
             _add(table, match["path"], part, name, values, kinds)
         else:
             table.unknown([name], f"not {EXPECTS}")
     modules = {}
     for parts in table.rows.values():
+        _join_cuts(parts)
         parts.rank = options.rank
         scale = parts.tensors.pop("scale", None)
         lora_a = parts.tensors.get("lora_a")
@@ -78,6 +83,15 @@ def _add(table: PartsTable, path: str, part: str, name: str, values: Array, kind
     row = table.add(path, part, name, values.T if values.ndim == 2 and kind != "conv" else values)
     if kind == "embedding":
         row.kind = "embedding"
+
+
+def _join_cuts(parts: Parts) -> None:
+    """Put the tensors together that the B of a pack was cut into, ``.lora_B.0.weight`` and the next."""
+    cuts = sorted((int(part.partition(".")[2]), part) for part in parts.tensors if part.startswith("lora_b."))
+    if cuts and [number for number, _ in cuts] == list(range(len(cuts))):
+        values = [parts.tensors.pop(part) for _, part in cuts]
+        if len({value.shape[1:] for value in values}) == 1:
+            parts.tensors["lora_b"] = np.concatenate(values)
 
 
 def _kinds(config: Mapping[str, Any], problems: list[str]) -> dict[str, str]:

@@ -31,7 +31,7 @@ from lora_export.exposed_output import ExposeReport, base_name, write_exposed
 from lora_export.graph import GraphFile
 from lora_export.manifest import identity_of
 from lora_export.onnx_base import open_base
-from lora_export.packing import assemble, blocks_of_slot
+from lora_export.packing import assemble, blocks_of_slot, cut_b
 from lora_export.placing import with_unverified
 from lora_export.plan import Plan
 from lora_export.sites.resolve import Resolver
@@ -101,7 +101,9 @@ def bank_onnx(
             union.add(slot, adapter)
         ranks = union.ranks(len(loaded), slot_rank if resident == "inputs" else None)
         branches = fuse_calls(opened.graph, union.branches) if fuse_base else union.branches
-        bundles = [with_ranks(bundle, ranks) for bundle in bundles_of(branches, pack or fuse_base)]
+        # Slots that are replaced are rectangles of one B.
+        packed, cut = pack or fuse_base, resident == "initializers"
+        bundles = [with_ranks(bundle, ranks) for bundle in bundles_of(branches, packed, cut)]
         activations = [piece.call.x for bundle in bundles for piece in bundle.pieces]
         shapes = shapes_of(opened.graph.model, activations)
         gate = BankGate(opened.graph, len(loaded), shapes, batch_input, same_symbol=flavour == "tensorrt")
@@ -117,7 +119,7 @@ def bank_onnx(
             batch_input=str(gate.batch_input.name),
         )
         tensors = _tensors(opened.graph, record, union.loras, bundles)
-        BranchWriter(opened.graph, gate).write(bundles, tensors)
+        BranchWriter(opened.graph, gate, gemm=packed and flavour == "ort").write(bundles, tensors)
         plan = union.plan(gate.notes)
         if checkpoint is not None:
             plan = with_unverified(plan, Path(checkpoint))
@@ -234,17 +236,21 @@ def _tensors(
         total = sum(sum(member.ranks) for member in module.members)
         own = [block for block in blocks if block.tensor in (module.lora_a, module.lora_b)]
         dtype = ir.DataType[IR_TYPES[module.dtype]]
-        arrays = dict(zip((module.lora_a, module.lora_b), assemble(module, total, own), strict=True))
+        a, b = assemble(module, total, own)
+        parts = cut_b(module, b)
+        arrays = {module.lora_a: a} | parts
         if module.bias:
             arrays[module.lora_bias] = np.concatenate([
                 block.values for block in blocks if block.tensor == module.lora_bias
             ])  # fmt: skip
-        values = []
+        values = {}
         for name, array in arrays.items():
             if record.resident == "initializers":
-                values.append(add_initializer(graph, name, array))
+                values[name] = add_initializer(graph, name, array)
             else:
                 default = array if record.flavour == "ort" else None
-                values.append(add_input(graph, name, list(array.shape), dtype, default))
-        made[module.name] = Tensors(values[0], values[1], bias=values[2] if module.bias else None)
+                values[name] = add_input(graph, name, list(array.shape), dtype, default)
+        made[module.name] = Tensors(
+            values[module.lora_a], tuple(values[name] for name in parts), bias=values.get(module.lora_bias)
+        )
     return made

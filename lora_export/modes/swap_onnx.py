@@ -105,7 +105,8 @@ def swap_onnx(
         )
         if fuse_base:
             branches = fuse_calls(opened.graph, branches)
-        bundles = [_fixed(bundle, branches, flavour) for bundle in bundles_of(branches, pack or fuse_base)]
+        packed = pack or fuse_base
+        bundles = [_fixed(bundle, branches, flavour) for bundle in bundles_of(branches, packed)]
         ranks = [branch.rank for branch in branches]
         record = ExposedGraph(
             "swap",
@@ -119,7 +120,7 @@ def swap_onnx(
         if checkpoint is not None:
             plan = with_unverified(plan, Path(checkpoint))
         tensors = {bundle.module.name: _expose(opened.graph, bundle.module, record) for bundle in bundles}
-        BranchWriter(opened.graph).write(bundles, tensors)
+        BranchWriter(opened.graph, gemm=packed and flavour == "ort").write(bundles, tensors)
         report = ExposeReport(plan, record, paths, dry_run=dry_run)
         return write_exposed(opened, report, made_of, force, progress)
 
@@ -154,27 +155,37 @@ def _fixed(bundle: Bundle, branches: Sequence[Branch], flavour: Flavour) -> Bund
 def _expose(graph: GraphFile, module: ExposedModule, record: ExposedGraph) -> Tensors:
     """Add a module's tensors to the graph's inputs."""
     dtype = ir.DataType[IR_TYPES[module.dtype]]
-    rank: int | str = module.rank or module.rank_symbol
-    empty = module.rank
-    shapes = [
-        (module.lora_a, module.a_shape(0), 0 if module.kind == "conv" else 1),
-        (module.lora_b, module.b_shape(0), 1 if module.kind == "conv" else 0),
-    ]
-    values = []
-    for name, shape, axis in shapes:
-        # B of a grouped convolution has rank/groups channels.
-        symbol: int | str = rank
-        if axis == 1 and name == module.lora_b and module.groups > 1:
-            symbol = rank // module.groups if isinstance(rank, int) else f"{rank}/{module.groups}"
-        dims = [symbol if number == axis else size for number, size in enumerate(shape)]
-        default = np.zeros([empty if number == axis else size for number, size in enumerate(shape)])
-        values.append(add_input(graph, name, dims, dtype, default if record.flavour == "ort" else None))
-    scale = None
+    convolution = module.kind == "conv"
+    a = _low_rank(graph, record, module, module.lora_a, module.a_shape(0), 0 if convolution else 1)
+    b = []
+    for name, start, stop in module.b_parts:
+        shape = module.b_shape(0) if convolution else (0, stop - start)
+        b.append(_low_rank(graph, record, module, name, shape, 1 if convolution else 0))
+    with_default = record.flavour == "ort"
+    scale = bias = None
     if record.dora:
-        ones = np.ones(module.out_dim) if record.flavour == "ort" else None
+        ones = np.ones(module.out_dim) if with_default else None
         scale = add_input(graph, module.scale, [module.out_dim], dtype, ones)
-    bias = None
     if module.bias:
-        zeros = np.zeros(module.out_dim) if record.flavour == "ort" else None
+        zeros = np.zeros(module.out_dim) if with_default else None
         bias = add_input(graph, module.lora_bias, [module.out_dim], dtype, zeros)
-    return Tensors(values[0], values[1], scale, bias)
+    return Tensors(a, tuple(b), scale, bias)
+
+
+def _low_rank(
+    graph: GraphFile,
+    record: ExposedGraph,
+    module: ExposedModule,
+    name: str,
+    shape: Sequence[int],
+    axis: int,
+) -> ir.Value:
+    """Add A or (a part of) B, whose rank lies along ``axis``: a symbol, and 0 in the default."""
+    # B of a grouped convolution has rank/groups channels.
+    groups = module.groups if name != module.lora_a else 1
+    symbol = module.rank_symbol if groups == 1 else f"{module.rank_symbol}/{groups}"
+    rank: int | str = module.rank // groups if module.rank else symbol
+    dims = [rank if number == axis else size for number, size in enumerate(shape)]
+    default = np.zeros([0 if isinstance(size, str) else size for size in dims])
+    dtype = ir.DataType[IR_TYPES[module.dtype]]
+    return add_input(graph, name, dims, dtype, default if record.flavour == "ort" else None)

@@ -13,6 +13,7 @@ from lora_export.base_weights import GraphWeights
 from lora_export.binding import bind_adapter
 from lora_export.casting import dtype_of
 from lora_export.errors import AdapterError
+from lora_export.packing import cut_b
 from lora_export.runtimes.adapter_cache import AdapterCache, Prepared
 from lora_export.runtimes.ort_model import OrtModel
 from lora_export.runtimes.resident import Feeds, Resident
@@ -141,7 +142,7 @@ def _neutral_tensors(model: OrtModel) -> dict[str, Array]:
         rank = module.rank or module.groups  # the smallest that the graph takes
         dtype = dtype_of(module.dtype)
         tensors[module.lora_a] = np.zeros(module.a_shape(rank), dtype)
-        tensors[module.lora_b] = np.zeros(module.b_shape(rank), dtype)
+        tensors |= cut_b(module, np.zeros(module.b_shape(rank), dtype))
         if model.record.dora:
             tensors[module.scale] = np.ones(module.out_dim, dtype)
         if module.bias:
