@@ -102,9 +102,13 @@ def _hint(reasons: Sequence[str], some: bool) -> str:
         hints.append("give --checkpoint BASE_DIR to match by value")
     if any(" is found as well" in reason for reason in reasons):
         hints.append("give --component where the adapter's file serves several models")
+    if any("--dora" in reason for reason in reasons):
+        hints.append("see swap-onnx --dora, or merge the adapter with merge-onnx")
     if some:
-        hints.append("--allow-unmatched goes on without them")
-    return "; ".join(hints) or "export the graph again, with names kept, and give --checkpoint BASE_DIR"
+        hints.append("--allow-unmatched (allow_unmatched=True) goes on without them")
+    if not hints and any(reason.startswith("ambiguous") or "computed" in reason for reason in reasons):
+        hints.append("export the graph again, with names kept, and give --checkpoint BASE_DIR")
+    return "; ".join(hints) or "merge the adapter with merge-onnx"
 
 
 def placed_row(adapter: Adapter, site: Site, action: str = "") -> PlanRow:

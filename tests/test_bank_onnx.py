@@ -228,3 +228,99 @@ def test_what_can_not_be_verified_is_said(arch, exporter, said, tmp_path, capsys
     ]
     assert _run(arguments, False) == 0
     assert capsys.readouterr().out.count("the graph doesn't tell the first axis") == said
+
+
+@pytest.fixture
+def headless(tmp_path):
+    """A BERT whose classifier has a bias of zeros, as every fresh one has: dynamo's optimiser drops it."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "zero-bias"
+    shutil.copytree(tiny.checkpoint("bert"), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["classifier.bias"].zero_()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def zero_bias_reference(adapter, row):
+    model = tiny.build("bert")
+    model.classifier.bias.data.zero_()
+    with tiny.quiet(), torch.no_grad():
+        model = PeftModel.from_pretrained(model, adapter) if adapter else model
+        return model.eval()(**tiny.ARCHITECTURES["bert"].inputs()).logits.numpy()[row]
+
+
+@pytest.mark.slow
+@group("bert")
+def test_two_heads_on_a_base_whose_bias_was_dropped(headless, tmp_path):
+    named = {name: tiny.adapter("bert", "modules_to_save", seed) for seed, name in enumerate(("a", "b"))}
+    bank_onnx(headless, named, tmp_path / "bank.onnx")
+    rows = ["b", "a"]
+    got = exposed.run_bank("bert", tmp_path / "bank.onnx", rows)
+    for number, row in enumerate(rows):
+        assert tiny.relative_error(got[number], zero_bias_reference(named[row], number)) < TOLERANCE
+
+
+@group("llama")
+def test_everything_wrong_with_all_adapters_is_listed(tmp_path):
+    named = {
+        "gpt2": tiny.adapter("gpt2"),
+        "good": tiny.adapter("llama"),
+        "dora": tiny.adapter("llama", "dora"),
+    }
+    with pytest.raises(SiteError, match="2 of 3 adapters don't fit") as caught:
+        exposed.bank("llama", "dynamo", named, tmp_path)
+    said = str(caught.value)
+    assert said.count("not found") == 8
+    assert said.count("DoRA has a factor") == 14
+
+
+@group("llama")
+def test_a_converted_dora_is_dora(tmp_path):
+    """Its factor can't differ by row: it must not be left out in silence."""
+    from lora_export import convert_adapter
+
+    graph = exposed.swap("llama", "dynamo", tiny.adapter("llama", "dora"), tmp_path, dora=True)
+    for suffix in (".safetensors", ".onnx_adapter"):
+        convert_adapter(tiny.adapter("llama", "dora"), graph, tmp_path / f"d{suffix}")
+        with pytest.raises(SiteError, match="14 parameters"):
+            exposed.bank("llama", "dynamo", {"d": tmp_path / f"d{suffix}"}, tmp_path)
+        with pytest.raises(SiteError, match="14 parameters"):
+            exposed.swap("llama", "dynamo", tmp_path / f"d{suffix}", tmp_path / suffix)
+
+
+@group("llama")
+def test_a_file_converted_for_another_base_is_refused(tmp_path):
+    from lora_export import convert_adapter, merge_onnx, swap_onnx
+
+    graph = exposed.swap("llama", "dynamo", tiny.adapter("llama"), tmp_path)
+    convert_adapter(tiny.adapter("llama"), graph, tmp_path / "a.safetensors")
+    other, out = tiny.base_onnx("llama", "torchscript"), tmp_path / "m.onnx"
+    for attempt in (
+        lambda: bank_onnx(other, {"a": tmp_path / "a.safetensors"}, out),
+        lambda: swap_onnx(other, out, adapter=tmp_path / "a.safetensors"),
+        lambda: merge_onnx(other, tmp_path / "a.safetensors", out),
+    ):
+        with pytest.raises(AdapterError, match="converted for another base"):
+            attempt()
+    assert not out.exists()
+    # Its own base takes it, and it is the adapter that it was.
+    merge_onnx(tiny.base_onnx("llama", "dynamo"), tmp_path / "a.safetensors", out)
+    got = tiny.run(out, tiny.feeds("llama", out))
+    assert tiny.relative_error(got, tiny.reference("llama", tiny.adapter("llama"))) < TOLERANCE
+
+
+@group("llama")
+def test_nothing_is_merged_into_a_graph_with_exposed_lora(tmp_path):
+    """Its record names the base that adapters were converted for."""
+    from lora_export import GraphError, merge_onnx
+
+    for graph in (
+        exposed.swap("llama", "dynamo", tiny.adapter("llama"), tmp_path / "s"),
+        exposed.bank("llama", "dynamo", adapters("llama"), tmp_path / "b"),
+    ):
+        with pytest.raises(GraphError, match="has exposed LoRA already"):
+            merge_onnx(graph, tiny.adapter("llama"), tmp_path / "m.onnx")

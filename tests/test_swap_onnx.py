@@ -188,6 +188,47 @@ def test_target_modules_instead_of_an_adapter(exporter, tmp_path):
     assert tiny.relative_error(got, tiny.reference("llama", adapter, merged=False)) < TOLERANCE
 
 
+@group("bert")
+def test_what_several_adapters_change_is_exposed_together(tmp_path):
+    """A classifier's head in one, its branches in another, more modules by name."""
+    head, wide = tiny.adapter("bert", "modules_to_save"), tiny.adapter("bert", "lora_bias", 1)
+    graph = exposed.swap("bert", "dynamo", [head, wide], tmp_path, target_modules=["pooler.dense"])
+    for adapter in (head, wide, tiny.adapter("bert", "modules_to_save", 2), tiny.adapter("bert", "patterns")):
+        got = exposed.run_swapped("bert", graph, adapter)
+        assert tiny.relative_error(got, tiny.reference("bert", adapter, merged=False)) < TOLERANCE
+    base = tiny.base_onnx("bert", "dynamo")
+    assert np.array_equal(exposed.run_swapped("bert", graph, None), tiny.run(base, tiny.feeds("bert", base)))
+
+
+@group("llama")
+def test_all_linear_needs_every_name(tmp_path):
+    """A quantiser that drops names must not leave modules out in silence."""
+    import contextlib
+    import io
+
+    from onnxruntime.quantization import quantize_dynamic
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        quantize_dynamic(tiny.base_onnx("llama", "dynamo"), tmp_path / "q.onnx")
+    with pytest.raises(SiteError, match="has no name any more") as caught:
+        swap_onnx(tmp_path / "q.onnx", tmp_path / "m.onnx", target_modules="all-linear")
+    assert caught.value.problems
+
+
+@group("llama")
+def test_dora_beside_quantised_weights_is_refused_when_the_graph_is_made(tmp_path):
+    import contextlib
+    import io
+
+    from onnxruntime.quantization import quantize_dynamic
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        quantize_dynamic(tiny.base_onnx("llama", "torchscript"), tmp_path / "q.onnx")
+    with pytest.raises(SiteError, match="14 parameters") as caught:
+        swap_onnx(tmp_path / "q.onnx", tmp_path / "m.onnx", adapter=tiny.adapter("llama", "dora"), dora=True)
+    assert all("needs W0" in line for line in caught.value.problems)
+
+
 @group("llama")
 def test_all_linear_is_refused_where_a_fused_weight_may_be_either(tmp_path):
     with pytest.raises(SiteError, match="has fused weights"):

@@ -23,8 +23,8 @@ from lora_export.sites.isolate import readers_of
 _WIDEST = 3
 
 
-def fuse_calls(graph: GraphFile, branches: Sequence[Branch]) -> list[Branch]:
-    """Join plain MatMuls that read one activation; return the branches with their new calls.
+def fuse_calls(graph: GraphFile, branches: Sequence[Branch]) -> tuple[list[Branch], list[str]]:
+    """Join plain MatMuls that read one activation; return the branches with their new calls, and notes.
 
     Args:
         graph: The graph.
@@ -39,7 +39,10 @@ def fuse_calls(graph: GraphFile, branches: Sequence[Branch]) -> list[Branch]:
         ordered = sorted(group, key=place_in_pack)
         if _can_fuse(ordered):
             fused.update((branch.path, branch) for branch in _fuse(write, ordered))
-    return [fused.get(branch.path, branch) for branch in branches]
+    notes = (
+        [] if fused else ["no weights of the base could be fused (separate float MatMuls of one activation)"]
+    )
+    return [fused.get(branch.path, branch) for branch in branches], notes
 
 
 def _can_fuse(group: Sequence[Branch]) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lora_export.adapter import Adapter
+from lora_export.adapter import Adapter, LoraModule
 from lora_export.branches.calls import Branch, Call, branch_of
 from lora_export.errors import GraphError, SiteError
 from lora_export.exposed import KEY, StoredRows
@@ -71,7 +71,7 @@ def place_branches(
             continue
         branch = branch_of(site, calls)
         if isinstance(branch, Branch) and dora:
-            branch = _without_activation(branch)
+            branch = _with_factor(branch)
             _name_weights(site)
         if isinstance(branch, str):
             misses.append(Miss(site.target, branch))
@@ -112,7 +112,7 @@ def _unsuited(target: Target, dora: bool, bank: bool) -> str:
     """Why a target can't be exposed as a low-rank branch, or an empty text."""
     if target.experts > 1:
         return "stacked experts are not exposed; merge them"
-    if target.module is not None and target.module.magnitude is not None and not dora:
+    if target.module is not None and _is_dora(target.module) and not dora:
         how = "swap-onnx --dora exposes it" if bank else "give --dora to expose it as well"
         return f"DoRA has a factor on the whole product: {how}"
     return ""
@@ -146,7 +146,7 @@ def _add_bias(site: Site, branches: list[Branch]) -> str:
     branch = branches[number]
     assert target.values is not None
     assert branch.lora is not None
-    if branch.lora.magnitude is not None:
+    if _is_dora(branch.lora):
         return "its module has DoRA, whose factor would scale the bias as well; merge it"
     lora, change, (part, *more) = branch.lora, np.asarray(target.values), site.parts
     start = part.placements[0].row
@@ -170,7 +170,16 @@ def _name_weights(site: Site) -> None:
             initializer_of(part.root)
 
 
-def _without_activation(branch: Branch) -> Branch | str:
+def _is_dora(module: LoraModule) -> bool:
+    return module.magnitude is not None or module.scale is not None
+
+
+def _with_factor(branch: Branch) -> Branch | str:
+    """The branch, if a factor on its product is possible, and DoRA's can be computed where it is needed."""
+    if branch.lora is not None and branch.lora.magnitude is not None and not branch.stored:
+        return (
+            "DoRA's factor needs W0, which the graph doesn't hold as it is in PyTorch (quantised or rescaled)"
+        )
     operators = {piece.call.node.op_type for piece in branch.pieces} & _ACTIVATED
     if operators:
         return f"{operators.pop()} applies its activation inside: DoRA's factor can't come before it"

@@ -32,7 +32,7 @@ from lora_export.commands.options import adapter_options, expose_options, load_a
     type=click.Choice(["ort", "tensorrt"]),
     default="ort",
     show_default=True,
-    help="For --resident inputs: ort gives them defaults, tensorrt makes them plain inputs.",
+    help="tensorrt: tensors of --resident inputs are plain inputs, and rows are compared by the engine.",
 )
 @click.option("--fuse-base", is_flag=True, help="--pack, and the base's own q, k, v as one product.")
 @click.option("--pack", is_flag=True, help="One product for q, k and v, one for gate and up: faster on GPUs.")

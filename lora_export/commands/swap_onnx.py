@@ -11,10 +11,17 @@ from lora_export.commands.options import adapter_options, expose_options, load_a
 
 
 @click.command("swap-onnx", short_help="Expose LoRA as inputs of an ONNX graph: adapters change at run time.")
-@click.option("--adapter", type=click.Path(path_type=Path), help="Expose the modules that this one changes.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Expose what this one changes; repeat to expose what several change.",
+)
 @click.option(
     "--target-modules",
-    help="Or these, by the ends of their paths: q_proj,v_proj; or all-linear.",
+    multiple=True,
+    help="And these modules, by the ends of their paths: q_proj,v_proj; or all-linear.",
 )
 @click.option("--max-rank", type=int, help="Largest rank of an adapter; 64, or --adapter's if larger.")
 @click.option(
@@ -32,7 +39,7 @@ from lora_export.commands.options import adapter_options, expose_options, load_a
 @expose_options
 @adapter_options
 def swap_onnx(
-    base: Path, output: Path, adapter: Path | None, target_modules: str | None, **options: Any
+    base: Path, output: Path, adapters: tuple[Path, ...], target_modules: tuple[str, ...], **options: Any
 ) -> None:
     """Write the base with y = W x + (x·A)·B beside each target, A and B being inputs of the graph.
 
@@ -46,11 +53,8 @@ def swap_onnx(
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
     from lora_export.modes import swap_onnx as mode
 
-    names = [name.strip() for name in (target_modules or "").split(",") if name.strip()]
-    if (adapter is None) == (not names):
-        raise click.UsageError(
-            "which modules are to be exposed? Give --adapter or --target-modules, not both"
-        )
-    loaded = load_adapters([adapter] if adapter else [], options)
-    options |= {"adapter": loaded[0] if loaded else None, "target_modules": names}
+    names = [name.strip() for given in target_modules for name in given.split(",") if name.strip()]
+    if not adapters and not names:
+        raise click.UsageError("which modules are to be exposed? Give --adapter or --target-modules")
+    options |= {"adapter": load_adapters(adapters, options), "target_modules": names}
     run_expose(mode.swap_onnx, base, output, (), options, companions=options["flavour"] == "ort")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,11 @@ import onnx_ir as ir
 
 from lora_export.adapter import Adapter, LoraModule
 from lora_export.branches.bundles import Bundle, bundles_of, with_ranks
-from lora_export.branches.calls import Branch, Call
 from lora_export.branches.fuse import fuse_calls
 from lora_export.branches.gate import BankGate
 from lora_export.branches.inputs import IR_TYPES, add_initializer, add_input
-from lora_export.branches.place import place_branches
 from lora_export.branches.shapes import shapes_of
+from lora_export.branches.union import Union
 from lora_export.branches.write import BranchWriter, Tensors
 from lora_export.casting import Caster
 from lora_export.errors import AdapterError
@@ -33,12 +31,9 @@ from lora_export.manifest import identity_of
 from lora_export.onnx_base import open_base
 from lora_export.packing import assemble, blocks_of_slot, cut_b
 from lora_export.placing import with_unverified
-from lora_export.plan import Plan
 from lora_export.sites.resolve import Resolver
-from lora_export.sites.target import targets_of
 
 PathLike = str | os.PathLike[str]
-Places = frozenset[tuple[int, int, tuple[int, int]]]
 
 
 def bank_onnx(
@@ -90,17 +85,21 @@ def bank_onnx(
         OutputError: The output exists or can't be written.
     """
     out, base = Path(output), Path(base)
+    if slot_rank is not None and resident != "inputs":
+        raise AdapterError(
+            "slots of constants have the ranks of their adapters", "give --resident inputs too"
+        )
     loaded = _load(adapters)
     reading = open_base(
         base, out, loaded.values(), checkpoint=checkpoint, share_base=share_base, force=force, dry_run=dry_run
     )
     with reading as (opened, paths):
         resolver = Resolver(opened.graph, opened.weight_of, branches=True)
-        union = _Union(opened.graph, resolver, allow_unmatched)
-        for slot, adapter in enumerate(loaded.values()):
-            union.add(slot, adapter)
-        ranks = union.ranks(len(loaded), slot_rank if resident == "inputs" else None)
-        branches = fuse_calls(opened.graph, union.branches) if fuse_base else union.branches
+        identity = identity_of(opened.files)
+        union = Union(opened.graph, resolver, allow_unmatched=allow_unmatched, bank=True)
+        union.add_adapters(list(loaded.values()), identity)
+        ranks = _ranks(union, len(loaded), slot_rank)
+        branches, notes = fuse_calls(opened.graph, union.branches) if fuse_base else (union.branches, [])
         # Slots that are replaced are rectangles of one B.
         packed, cut = pack or fuse_base, resident == "initializers"
         bundles = [with_ranks(bundle, ranks) for bundle in bundles_of(branches, packed, cut)]
@@ -110,7 +109,7 @@ def bank_onnx(
         record = ExposedGraph(
             "bank",
             base_name(base),
-            identity_of(opened.files),
+            identity,
             tuple(bundle.module for bundle in bundles),
             max(rank for found in ranks.values() for rank in found),
             flavour,
@@ -120,7 +119,7 @@ def bank_onnx(
         )
         tensors = _tensors(opened.graph, record, union.loras, bundles)
         BranchWriter(opened.graph, gate, gemm=packed and flavour == "ort").write(bundles, tensors)
-        plan = union.plan(gate.notes)
+        plan = union.plan([*notes, *gate.notes])
         if checkpoint is not None:
             plan = with_unverified(plan, Path(checkpoint))
         report = ExposeReport(plan, record, paths, dry_run=dry_run)
@@ -130,6 +129,8 @@ def bank_onnx(
 def _load(adapters: Mapping[str, PathLike | Adapter]) -> dict[str, Adapter]:
     from lora_export.formats import load_adapter
 
+    if not isinstance(adapters, Mapping):
+        raise AdapterError("a bank needs adapters with names", "give a mapping of names to adapters")
     problems = [
         f"{name!r}: a slot's name is a word without commas or spaces"
         for name in adapters
@@ -143,79 +144,32 @@ def _load(adapters: Mapping[str, PathLike | Adapter]) -> dict[str, Adapter]:
     }
 
 
-class _Union:
-    """The branches of several adapters: one for each place, whatever the adapters call it."""
+def _ranks(union: Union, slots: int, room: int | None) -> dict[str, tuple[int, ...]]:
+    """Return module's path → the rank of each slot.
 
-    def __init__(self, graph: GraphFile, resolver: Resolver, allow_unmatched: bool) -> None:
-        self._graph, self._resolver, self._allow_unmatched = graph, resolver, allow_unmatched
-        self._calls: dict[int, Call] = {}
-        self._by_place: dict[Places, Branch] = {}
-        self._plans: list[Plan] = []
-        self.loras: list[dict[str, LoraModule]] = []
-
-    @property
-    def branches(self) -> list[Branch]:
-        """In the order in which adapters brought them."""
-        return list(self._by_place.values())
-
-    def add(self, slot: int, adapter: Adapter) -> None:
-        """Place an adapter; what it has no place for is refused."""
-        targets = targets_of(adapter)
-        plan, branches = place_branches(
-            self._graph,
-            self._resolver,
-            adapter,
-            targets,
-            allow_unmatched=self._allow_unmatched,
-            bank=True,
-            calls=self._calls,
+    Args:
+        union: The branches and each slot's factors.
+        slots: Number of slots.
+        room: Rank that every slot is to have, if it is not that of its adapter.
+    """
+    found, problems = {}, []
+    for branch in union.branches:
+        own = [mine[branch.path].rank if branch.path in mine else 0 for mine in union.loras]
+        if room is not None and max(own) > room:
+            problems.append(f"{branch.path} has rank {max(own)}, the slots are to have {room}")
+        if room is not None and room % branch.groups:
+            problems.append(
+                f"{branch.path} has {branch.groups} groups, which ranks of {room} can't be shared to"
+            )
+        found[branch.path] = tuple(own) if room is None else (room,) * slots
+    if problems:
+        largest = max(branch.rank for branch in union.branches)
+        raise AdapterError(
+            "the slots are too small",
+            f"give --slot-rank {largest} or more, a multiple of the groups",
+            problems,
         )
-        self._plans.append(plan)
-        mine: dict[str, LoraModule] = {}
-        for branch in branches:
-            places = frozenset((id(p.call), p.offset, p.rows) for p in branch.pieces)
-            known = self._by_place.setdefault(places, branch)
-            if branch.bias and not known.bias:
-                # One adapter changes the bias: the others leave it as it is.
-                known = replace(known, bias=True, stored_bias=branch.stored_bias)
-                self._by_place[places] = known
-            assert branch.lora is not None
-            mine[known.path] = branch.lora
-        assert len(self.loras) == slot
-        self.loras.append(mine)
-
-    def ranks(self, slots: int, room: int | None) -> dict[str, tuple[int, ...]]:
-        """Return module's path → the rank of each slot.
-
-        Args:
-            slots: Number of slots.
-            room: Rank that every slot is to have, if it is not that of its adapter.
-        """
-        found = {}
-        for branch in self.branches:
-            own = [
-                self.loras[slot][branch.path].rank if branch.path in self.loras[slot] else 0
-                for slot in range(slots)
-            ]
-            if room is not None and max(own) > room:
-                raise AdapterError(
-                    f"{branch.path} has rank {max(own)}, the slots are to have {room}",
-                    f"give --slot-rank {max(own)} or more",
-                )
-            if room is not None and room % branch.groups:
-                raise AdapterError(
-                    f"{branch.path} has {branch.groups} groups, which ranks of {room} can't be shared out to",
-                    f"give --slot-rank a multiple of {branch.groups}",
-                )
-            found[branch.path] = tuple(own) if room is None else (room,) * slots
-        return found
-
-    def plan(self, notes: tuple[str, ...]) -> Plan:
-        """Return all adapters' rows, with further notes."""
-        return Plan(
-            tuple(row for plan in self._plans for row in plan.rows),
-            (*(note for plan in self._plans for note in plan.notes), *notes),
-        )
+    return found
 
 
 def _tensors(

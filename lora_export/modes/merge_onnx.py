@@ -17,10 +17,12 @@ import onnx_ir as ir
 from lora_export import __version__
 from lora_export.adapter import Adapter
 from lora_export.blend import check_blend
+from lora_export.branches.place import refuse_exposed
+from lora_export.branches.union import refuse_other_bases
 from lora_export.errors import GraphError
 from lora_export.external_data import Change, plan_data, write_data
 from lora_export.graph import GraphFile, save_graph
-from lora_export.manifest import Manifest, adapter_entry, hash_file, package_versions
+from lora_export.manifest import Manifest, adapter_entry, hash_file, identity_of, package_versions
 from lora_export.merge_report import MergeReport
 from lora_export.onnx_base import drop_dead, open_base, output_paths
 from lora_export.output import OutputSet, output_errors, refuse_replacing
@@ -94,6 +96,7 @@ def merge_onnx(
     )
     with reading as (opened, targets):
         graph = opened.graph
+        refuse_other_bases(loaded, identity_of(opened.files))
         plan, changes = _plan_changes(graph, loaded, factors, opened.weight_of, allow_unmatched)
         if checkpoint is not None:
             plan = with_unverified(plan, Path(checkpoint))
@@ -188,6 +191,7 @@ def _plan_changes(
     allow_unmatched: bool,
 ) -> tuple[Plan, dict[ir.Value, Change]]:
     """Resolve every target of every adapter, then give each its constant and its patches."""
+    refuse_exposed(graph)
     _refuse_merged(graph, adapters)
     resolver, isolator = Resolver(graph, weight_of), Isolator()
     found: list[tuple[Adapter, float, list[Site]]] = []

@@ -21,7 +21,7 @@ from lora_export.branches.bundles import Bundle, bundles_of
 from lora_export.branches.calls import Branch
 from lora_export.branches.fuse import fuse_calls
 from lora_export.branches.inputs import IR_TYPES, add_input
-from lora_export.branches.place import place_branches
+from lora_export.branches.union import Union
 from lora_export.branches.write import BranchWriter, Tensors
 from lora_export.errors import AdapterError
 from lora_export.exposed import ExposedGraph, ExposedModule, Flavour
@@ -32,7 +32,6 @@ from lora_export.onnx_base import open_base
 from lora_export.placing import with_unverified
 from lora_export.sites.listing import targets_named
 from lora_export.sites.resolve import Resolver
-from lora_export.sites.target import targets_of
 
 PathLike = str | os.PathLike[str]
 DEFAULT_MAX_RANK = 64
@@ -42,8 +41,8 @@ def swap_onnx(
     base: PathLike,
     output: PathLike,
     *,
-    adapter: PathLike | Adapter | None = None,
-    target_modules: Sequence[str] = (),
+    adapter: PathLike | Adapter | Sequence[PathLike | Adapter] | None = None,
+    target_modules: str | Sequence[str] = (),
     max_rank: int | None = None,
     flavour: Flavour = "ort",
     dora: bool = False,
@@ -61,8 +60,8 @@ def swap_onnx(
     Args:
         base: An ONNX file from any exporter, or a Hugging Face checkpoint folder, which is then captured.
         output: The ``.onnx`` file to write.
-        adapter: Expose the modules that this one changes; other adapters of the same shape fit as well.
-        target_modules: Or the modules whose path is, or ends in, one of these (PEFT's ``target_modules``).
+        adapter: Expose what this one changes, or these together; others of the same modules fit as well.
+        target_modules: And the modules whose path is, or ends in, one of these (PEFT's ``target_modules``).
         max_rank: Largest rank that an adapter may have; 64, or the adapter's if that is larger.
         flavour: ``ort`` or ``tensorrt``, see above.
         dora: Expose DoRA's factor too.
@@ -88,35 +87,35 @@ def swap_onnx(
     from lora_export.formats import load_adapter
 
     out, base = Path(output), Path(base)
-    if (adapter is None) == (not target_modules):
-        raise AdapterError(
-            "which modules are to be exposed?", "give an adapter, or target modules; one of them, not both"
-        )
-    like = adapter if adapter is None or isinstance(adapter, Adapter) else load_adapter(Path(adapter))
-    made_of = [like] if like else []
+    wanted = target_modules.split(",") if isinstance(target_modules, str) else list(target_modules)
+    given = [adapter] if isinstance(adapter, (str, os.PathLike, Adapter)) else list(adapter or ())
+    if not given and not any(wanted):
+        raise AdapterError("which modules are to be exposed?", "give an adapter, or target modules, or both")
+    made_of = [item if isinstance(item, Adapter) else load_adapter(Path(item)) for item in given]
     reading = open_base(
         base, out, made_of, checkpoint=checkpoint, share_base=share_base, force=force, dry_run=dry_run
     )
     with reading as (opened, paths):
         resolver = Resolver(opened.graph, opened.weight_of, branches=True)
-        targets = targets_of(like) if like else targets_named(resolver, opened.graph, target_modules)
-        plan, branches = place_branches(
-            opened.graph, resolver, like, targets, dora=dora, allow_unmatched=allow_unmatched
-        )
-        if fuse_base:
-            branches = fuse_calls(opened.graph, branches)
+        identity = identity_of(opened.files)
+        union = Union(opened.graph, resolver, allow_unmatched=allow_unmatched, dora=dora)
+        union.add_adapters(made_of, identity)
+        if any(wanted):
+            union.add_targets(targets_named(resolver, opened.graph, wanted, allow_unmatched))
+        branches, notes = fuse_calls(opened.graph, union.branches) if fuse_base else (union.branches, [])
         packed = pack or fuse_base
         bundles = [_fixed(bundle, branches, flavour) for bundle in bundles_of(branches, packed)]
         ranks = [branch.rank for branch in branches]
         record = ExposedGraph(
             "swap",
             base_name(base),
-            identity_of(opened.files),
+            identity,
             tuple(bundle.module for bundle in bundles),
             _max_rank(max_rank, ranks),
             flavour,
             dora,
         )
+        plan = union.plan(notes)
         if checkpoint is not None:
             plan = with_unverified(plan, Path(checkpoint))
         tensors = {bundle.module.name: _expose(opened.graph, bundle.module, record) for bundle in bundles}

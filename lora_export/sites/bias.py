@@ -17,6 +17,7 @@ from lora_export.sites.slot import Slot, Use
 from lora_export.sites.target import Miss, Part, Site, Target, WeightOf
 
 _NOT_FOUND = "not found"
+_ADDED = "added: the exporter dropped a bias of zeros"
 # Position of the bias among the inputs of operators that take one.
 _BIAS_INDEX = {"Gemm": 2, "Conv": 2}
 
@@ -37,11 +38,35 @@ def restore_biases(
         weight = weights.get(f"{target.path}.weight")
         lost = target.kind == "vector" and target.key.endswith(".bias") and miss.reason.startswith(_NOT_FOUND)
         stored = weight_of(target) if lost and weight_of else None
-        if lost and weight is not None and _can_add(weight, target) and (stored is None or not stored.any()):
+        again = _restored(weight, target) if lost and weight is not None else None
+        if again is not None:
+            added.append(again)
+        elif (
+            lost and weight is not None and _can_add(weight, target) and (stored is None or not stored.any())
+        ):
             added.append(_add(weight, target))
         else:
             remaining.append(miss)
     return [*sites, *added], remaining
+
+
+def _restored(weight: Site, target: Target) -> Site | None:
+    """The bias that an earlier adapter, or an earlier merge, was given."""
+    uses = []
+    for node in (use.node for part in weight.parts for use in part.uses):
+        readers = [node, *(usage.node for usage in node.outputs[0].uses() if usage.node.op_type == "Add")]
+        for reader in readers:
+            for index, value in enumerate(reader.inputs):
+                if value is not None and value.name == _name(target):
+                    uses.append(Use(reader, Slot(index, "vector", parameter="bias"), value, (), False))
+    if not uses:
+        return None
+    part = Part(uses[0].root, tuple(uses), (placement_at(0, (0, target.shape[0]), False),))
+    return Site(target, (part,), _ADDED)
+
+
+def _name(target: Target) -> str:
+    return f"{target.path}.lora_merged.bias"
 
 
 def _can_add(weight: Site, target: Target) -> bool:
@@ -79,7 +104,7 @@ def _add(weight: Site, target: Target) -> Site:
     (part,) = weight.parts
     tensor = part.root.const_value
     assert tensor is not None
-    zeros = ir.tensor(np.zeros(target.shape, tensor.dtype.numpy()), name=f"{target.path}.lora_merged.bias")
+    zeros = ir.tensor(np.zeros(target.shape, tensor.dtype.numpy()), name=_name(target))
     bias = ir.Value(
         name=zeros.name, shape=ir.Shape(target.shape), type=ir.TensorType(tensor.dtype), const_value=zeros
     )
@@ -92,7 +117,7 @@ def _add(weight: Site, target: Target) -> Site:
     return Site(
         target,
         (Part(bias, uses, (placement_at(0, rows, False),)),),
-        "added: the exporter dropped a bias of zeros",
+        _ADDED,
     )
 
 

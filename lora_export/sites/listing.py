@@ -17,17 +17,28 @@ _SHOWN = 12
 _KINDS: dict[str, TargetKind] = {"linear": "linear", "conv": "conv", "embedding": "embedding"}
 
 
-def targets_named(resolver: Resolver, graph: GraphFile, wanted: Sequence[str]) -> list[Target]:
+def targets_named(
+    resolver: Resolver, graph: GraphFile, wanted: Sequence[str], allow_unmatched: bool = False
+) -> list[Target]:
     """Return a target for each module whose path is, or ends in, one of the wanted names.
 
     PEFT's rule for ``target_modules``; ``all-linear`` means every linear module but ``lm_head``. ``q_proj``
     also means the part of a ``qkv_proj`` that builders fuse.
 
+    Args:
+        resolver: The graph's weights.
+        graph: The graph.
+        wanted: Names.
+        allow_unmatched: ``all-linear`` may leave out matrices that have no name.
+
     Raises:
-        SiteError: A name that no module of the graph has.
+        SiteError: A name that no module of the graph has, or matrices without a name for ``all-linear``.
     """
     known = list(_modules(resolver))
-    _refuse_fused(graph, known, wanted)
+    if ALL_LINEAR in wanted:
+        _refuse_fused(graph, known)
+        if not allow_unmatched:
+            _refuse_nameless(resolver, graph)
     found: dict[str, Target] = {}
     missing = []
     for name in wanted:
@@ -40,17 +51,37 @@ def targets_named(resolver: Resolver, graph: GraphFile, wanted: Sequence[str]) -
         more = ", …" if len(leaves) > _SHOWN else ""
         raise SiteError(
             f"{graph.path.name} has no modules of these names",
-            f"it has: {', '.join(leaves[:_SHOWN])}{more}; names may be gone: give --adapter and --checkpoint",
+            f"it has: {', '.join(leaves[:_SHOWN])}{more}; names may be gone: give --adapter and --checkpoint"
+            if leaves
+            else "no module has its name any more: give --adapter and --checkpoint, or export with names",
             missing,
         )
     return [target for target in known if target.path in found]
 
 
-def _refuse_fused(graph: GraphFile, known: Sequence[Target], wanted: Sequence[str]) -> None:
+def _refuse_nameless(resolver: Resolver, graph: GraphFile) -> None:
+    """All of something can't be meant where some of it has lost its name."""
+    named = {id(use.node) for use, key in resolver.named_uses() if key.endswith(".weight")}
+    nameless = [
+        f"{use.node.op_type} {use.node.name or ''} of {use.root.name}"
+        for use in resolver.uses
+        if use.slot.kind == "linear" and use.slot.index == 1 and id(use.node) not in named
+    ]
+    if nameless:
+        raise SiteError(
+            f"{graph.path.name} has {len(nameless)} matrices whose module has no name any more: "
+            f"{ALL_LINEAR!r} would leave them out",
+            "export with names (torch.onnx.export(..., optimize=False), and quantise after that), or give "
+            "--adapter with --checkpoint; --allow-unmatched goes on without them",
+            nameless,
+        )
+
+
+def _refuse_fused(graph: GraphFile, known: Sequence[Target]) -> None:
     """A fused weight may be one module (Phi-3) or a builder's work: an adapter is for one or the other."""
     keys = {target.key for target in known}
     fused = [target.path for target in known if keys & set(names.parts_of(target.key))]
-    if ALL_LINEAR in wanted and fused:
+    if fused:
         raise SiteError(
             f"{graph.path.name} has fused weights: {ALL_LINEAR!r} doesn't say whether adapters change the "
             "whole or its parts",
