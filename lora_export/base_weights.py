@@ -100,6 +100,15 @@ def holds(values: Array, stored: Sequence[StoredRows], name: str, weight_of: Wei
         return False
 
 
+def has_constant(name: str, weight_of: WeightOf) -> bool:
+    """Whether the graph has a constant of this name."""
+    try:
+        weight_of(name)
+    except KeyError:
+        return False
+    return True
+
+
 def _same(values: Array, stored: Array) -> bool:
     with np.errstate(over="ignore"):
         return values.shape == stored.shape and bool(np.array_equal(values.astype(stored.dtype), stored))

@@ -18,12 +18,15 @@ from lora_export.casting import Caster, dtype_of, wide_of
 from lora_export.dora import dora_factor, dora_problem
 from lora_export.errors import AdapterError, SiteError
 from lora_export.exposed import ExposedGraph, ExposedModule
-from lora_export.formats.provenance import base_problem
-from lora_export.matching import Matches, Pairing, match_modules, split_pack
+from lora_export.finding import NO_TENSORS
+from lora_export.formats.provenance import only_this_base, refuse_other_base
+from lora_export.matching import UNKNOWN, Matches, Pairing, match_modules, split_pack
 from lora_export.packing import Block, assemble, blocks_of_factors, blocks_of_slot, cut_b, joined_bias
-from lora_export.plan import Plan, unaccounted
+from lora_export.plan import Plan, PlanRow, unaccounted
 
 _MAX_LISTED = 40
+# Between a rank and the number of the slot that has no room for it.
+_SLOT = ", slot "
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +39,8 @@ class Binding:
         ranks: `ExposedModule.name` → rank of its tensors, padding included.
         plan: A row for each parameter of the adapter.
         notes: What was converted, padded, assumed or left out.
+        warnings: Those of the notes that a user should not miss.
+        only_this_base: Some values were computed from the base's, see `Provenance`.
     """
 
     adapter: str
@@ -43,6 +48,8 @@ class Binding:
     ranks: Mapping[str, int]
     plan: Plan
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    only_this_base: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +63,7 @@ class SlotBinding:
         ranks: `Member.path` → the adapter's rank.
         plan: A row for each parameter of the adapter.
         notes: What was converted, padded, assumed or left out.
+        warnings: Those of the notes that a user should not miss.
     """
 
     adapter: str
@@ -64,6 +72,7 @@ class SlotBinding:
     ranks: Mapping[str, int]
     plan: Plan
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def bind_adapter(
@@ -73,7 +82,7 @@ def bind_adapter(
     where: str,
     weight_of: WeightOf | None = None,
     allow_unmatched: bool = False,
-    force: bool = False,
+    any_base: bool = False,
 ) -> Binding:
     """Make the tensors that turn a swap graph into the adapted model.
 
@@ -86,13 +95,13 @@ def bind_adapter(
         weight_of: Name of an initializer → its values: needed for DoRA, and to see that a whole parameter
             saved along is the base's own.
         allow_unmatched: Go on without what has no place, unless that is everything.
-        force: Bind a converted file of another base.
+        any_base: Go on with a file converted for another base, unless its values were computed from that one.
 
     Raises:
         SiteError: Something of the adapter has no place; everything wrong is listed.
         AdapterError: Values are NaN, infinite or too large for the graph's dtype, or another base.
     """
-    _check_base(adapter, exposed, where, force)
+    warnings = refuse_other_base(adapter, exposed.base_sha256, where, any_base)
     found = match_modules(adapter, exposed, where, weight_of)
     _refuse_ranks(found, adapter, exposed)
     _refuse_dora(found, adapter, weight_of)
@@ -114,10 +123,11 @@ def bind_adapter(
         if module.bias:
             parts = [(pair.member, pair.lora) for pair in pairings]
             tensors[module.lora_bias] = joined_bias(module, parts, caster)
-        if exposed.dora:
+        if any(pair.has_dora for pair in pairings):
             tensors[module.scale] = _scale(module, pairings, weight_of, caster)
-    plan, notes = _finish(adapter, found, caster, where, allow_unmatched)
-    return Binding(adapter.name, tensors, ranks, plan, notes)
+    plan = _finish(adapter, found, caster, where, allow_unmatched, warnings)
+    fixed = only_this_base(adapter) or any(pair.from_base or pair.has_dora for pair in found.pairings)
+    return Binding(adapter.name, tensors, ranks, plan, plan.notes, (*warnings, *caster.warnings()), fixed)
 
 
 def slot_blocks(
@@ -128,7 +138,7 @@ def slot_blocks(
     where: str,
     weight_of: WeightOf | None = None,
     allow_unmatched: bool = False,
-    force: bool = False,
+    any_base: bool = False,
 ) -> SlotBinding:
     """Make the rectangles of a bank's tensors that an adapter fills in one slot.
 
@@ -139,36 +149,25 @@ def slot_blocks(
         where: The graph's file, for messages.
         weight_of: See `bind_adapter`.
         allow_unmatched: Go on without what has no place, unless that is everything.
-        force: Bind a converted file of another base.
+        any_base: See `bind_adapter`.
 
     Raises:
         SiteError: See `bind_adapter`; also where the slot's rank is too small.
         AdapterError: See `bind_adapter`.
     """
-    _check_base(adapter, exposed, where, force)
+    warnings = refuse_other_base(adapter, exposed.base_sha256, where, any_base)
     found = match_modules(adapter, exposed, where, weight_of)
     loras = _slot_loras(found, adapter, slot)
     caster = Caster()
     blocks = blocks_of_slot(exposed, slot, loras, caster)
-    plan, notes = _finish(adapter, found, caster, where, allow_unmatched)
+    plan = _finish(adapter, found, caster, where, allow_unmatched, warnings)
     ranks = {path: lora.rank for path, lora in loras.items()}
-    return SlotBinding(adapter.name, slot, blocks, ranks, plan, notes)
+    return SlotBinding(adapter.name, slot, blocks, ranks, plan, plan.notes, (*warnings, *caster.warnings()))
 
 
 def clear_slot(exposed: ExposedGraph, slot: int) -> tuple[Block, ...]:
     """Return the blocks that make a slot of a bank an empty one."""
     return blocks_of_slot(exposed, slot, {}, Caster())
-
-
-def _check_base(adapter: Adapter, exposed: ExposedGraph, where: str, force: bool) -> None:
-    problem = base_problem(adapter.config, exposed.base_sha256)
-    if problem and not force:
-        raise AdapterError(
-            f"adapter '{adapter.name}' was made for another base than {where}",
-            "convert the original adapter for this graph (convert-adapter ADAPTER --for OUT.onnx), "
-            "or give --force",
-            [problem],
-        )
 
 
 def _refuse(found: Matches, adapter: Adapter, reasons: Mapping[int, str]) -> None:
@@ -213,7 +212,7 @@ def _slot_loras(found: Matches, adapter: Adapter, slot: int) -> dict[str, LoraMo
         for part in parts:
             room = part.member.ranks[slot]
             if part.lora.rank > room:
-                reasons[id(pair)] = f"rank {part.lora.rank}, slot {slot} has {room} for {part.member.path}"
+                reasons[id(pair)] = f"rank {part.lora.rank}{_SLOT}{slot} has {room} for {part.member.path}"
         if id(pair) not in reasons:
             loras |= {part.member.path: part.lora for part in parts}
     _refuse(found, adapter, reasons)
@@ -250,17 +249,21 @@ def _scale(
 
 
 def _finish(
-    adapter: Adapter, found: Matches, caster: Caster, where: str, allow_unmatched: bool
-) -> tuple[Plan, tuple[str, ...]]:
-    """Raise everything that is wrong at once, or return the plan and the notes."""
+    adapter: Adapter,
+    found: Matches,
+    caster: Caster,
+    where: str,
+    allow_unmatched: bool,
+    warnings: Sequence[str],
+) -> Plan:
+    """Raise everything that is wrong at once, or return the plan with its notes, ``warnings`` first."""
     placed = [row for pair in found.pairings for row in pair.rows(adapter.name)]
     rows = [*placed, *found.unchanged, *found.refused]
     order = {name: place for place, name in enumerate(adapter.tensor_names)}
     rows.sort(key=lambda row: min((order[name] for name in row.tensors if name in order), default=0))
     refused = [row for row in rows if row.action == "refused"]
-    lines = [f"{row.parameter}  {row.reason}" for row in refused]
     if refused and not (allow_unmatched and found.pairings):
-        _raise_refused(adapter, where, len(rows), lines, caster.problems, bool(found.pairings))
+        _raise_refused(adapter, where, rows, bool(found.pairings), caster.problems)
     if caster.problems:
         raise AdapterError(
             f"adapter '{adapter.name}' has values that can't be used with {where}",
@@ -270,30 +273,46 @@ def _finish(
     lost = unaccounted(adapter.tensor_names, rows)
     if lost:
         raise SiteError(f"adapter '{adapter.name}' has tensors that the plan does not speak of", "", lost)
-    notes = [*found.notes, *caster.notes()]
-    if lines:
+    notes = [*warnings, *found.notes, *caster.notes()]
+    if refused:
         left = ", ".join(row.parameter for row in refused[:4]) + (", …" if len(refused) > 4 else "")
         notes.append(f"left out {len(refused)} of {len(rows)} parameters: {left}")
-    return Plan(tuple(rows), tuple(notes)), tuple(notes)
+    return Plan(tuple(rows), tuple(notes))
 
 
 def _raise_refused(
-    adapter: Adapter, where: str, count: int, lines: Sequence[str], more: Sequence[str], some: bool
+    adapter: Adapter, where: str, rows: Sequence[PlanRow], some: bool, more: Sequence[str]
 ) -> None:
-    hints = []
-    if any(" LoRA tensors for it" in line or "DoRA" in line or "slot " in line for line in lines):
-        hints.append("make the graph with this adapter as --adapter")
-    if any("shapes differ" in line for line in lines):
-        hints.append("give the base that the adapter was trained on")
-    if any("rank " in line for line in lines):
-        hints.append("make the graph with a larger --max-rank")
-    if some:
-        hints.append("--allow-unmatched goes on without them")
+    refused, count = [row for row in rows if row.action == "refused"], len(rows)
+    reasons = [row.reason for row in refused]
+    lines = _listed([*(f"{row.parameter}  {row.reason}" for row in refused), *more])
+    if len(refused) == count and all(reason == UNKNOWN or NO_TENSORS in reason for reason in reasons):
+        raise SiteError(
+            f"adapter '{adapter.name}' was made for another model, or for modules that {where} does not "
+            f"expose: none of its {count} parameters has a place",
+            "check the base; if it is the right one, make the graph with this adapter as --adapter",
+            lines,
+        )
     raise SiteError(
-        f"adapter '{adapter.name}' has {len(lines)} parameters with no place in {where} (of {count})",
-        "; ".join(hints) or "merge the adapter with merge-onnx",
-        _listed([*lines, *more]),
+        f"adapter '{adapter.name}' has {len(refused)} parameters with no place in {where} (of {count})",
+        _hint(reasons, some) or "merge the adapter with merge-onnx",
+        lines,
     )
+
+
+def _hint(reasons: Sequence[str], some: bool) -> str:
+    hints = []
+    if any(NO_TENSORS in reason or reason.startswith("DoRA,") for reason in reasons):
+        hints.append("make the graph with this adapter as --adapter")
+    if any(reason.startswith("shapes differ") for reason in reasons):
+        hints.append("give the base that the adapter was trained on")
+    if any(reason.startswith("rank ") and _SLOT in reason for reason in reasons):
+        hints.append("make the bank with a larger --slot-rank (slot_rank=)")
+    if any(reason.startswith("rank ") and _SLOT not in reason for reason in reasons):
+        hints.append("make the graph with a larger --max-rank (max_rank=)")
+    if some:
+        hints.append("--allow-unmatched (allow_unmatched=True) goes on without them")
+    return "; ".join(hints)
 
 
 def _listed(lines: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from lora_export.errors import GraphError, OutputError, SiteError
 from lora_export.exposed import KEY, ExposedGraph, exposed_of
 from lora_export.foreign import foreign_lora
 from lora_export.formats import WRITERS, load_adapter, writer_of
-from lora_export.formats.provenance import Provenance, Writer
+from lora_export.formats.provenance import Provenance, Writer, is_converted
 from lora_export.formats.source import EDGE_LLM_NAME
 from lora_export.graph import GraphFile, load_graph
 from lora_export.onnx_base import refuse_overlap
@@ -24,6 +24,8 @@ from lora_export.output import OutputSet, output_errors, refuse_existing
 from lora_export.plan import Plan
 
 PathLike = str | os.PathLike[str]
+# What other runtimes know: no factors, biases, or packs whose B is cut.
+_EVERYWHERE = (".lora_A.weight", ".lora_B.weight")
 # Files of a folder that we may replace.
 _FOLDER_FILES = {EDGE_LLM_NAME, "config.json"}
 
@@ -41,6 +43,7 @@ class ConvertReport:
         ranks: Name of a pair of tensors → its rank.
         size_bytes: Of the tensors.
         notes: What was converted, padded, assumed or left out.
+        warnings: Those of the notes that a user should not miss.
         dry_run: Nothing was written.
     """
 
@@ -52,6 +55,7 @@ class ConvertReport:
     ranks: Mapping[str, int] = field(default_factory=dict)
     size_bytes: int = 0
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     dry_run: bool = False
 
     def as_dict(self) -> dict[str, Any]:
@@ -65,6 +69,7 @@ class ConvertReport:
             "ranks": dict(self.ranks),
             "size_bytes": self.size_bytes,
             "notes": list(self.notes),
+            "warnings": list(self.warnings),
             "dry_run": self.dry_run,
         }
 
@@ -76,8 +81,8 @@ def convert_adapter(
     *,
     format: str | None = None,
     allow_unmatched: bool = False,
+    any_base: bool = False,
     force: bool = False,
-    overwrite: bool = False,
     dry_run: bool = False,
 ) -> ConvertReport:
     """Write an adapter as the tensors that a graph takes, scaling folded in.
@@ -88,8 +93,9 @@ def convert_adapter(
         output: File (or for ``edge-llm`` folder) to write.
         format: A key of `WRITERS`; by default what the output's suffix says.
         allow_unmatched: Go on without what has no place in the graph.
-        force: Convert a file that was converted for another base.
-        overwrite: Replace an existing output.
+        any_base: Go on with a file that was converted for another base, unless its values were computed from
+            that one: DoRA's factors, changes that make whole parameters.
+        force: Replace an existing output.
         dry_run: Check and plan, and write nothing.
 
     Returns:
@@ -110,7 +116,7 @@ def convert_adapter(
     loaded = adapter if isinstance(adapter, Adapter) else load_adapter(Path(adapter))
     refuse_overlap([file.path, Path(loaded.source)], {"adapter": target})
     if not dry_run:
-        refuse_existing([target], overwrite)
+        refuse_existing([target], force)
     typed = exposed
     if writer.dtype:
         typed = replace(exposed, modules=tuple(replace(m, dtype=writer.dtype) for m in exposed.modules))
@@ -120,7 +126,7 @@ def convert_adapter(
         where=file.path.name,
         weight_of=GraphWeights(file.path, file),
         allow_unmatched=allow_unmatched,
-        force=force,
+        any_base=any_base,
     )
     provenance = _provenance(loaded, exposed, binding)
     _refuse_modules(binding, exposed, format, writer)
@@ -133,10 +139,11 @@ def convert_adapter(
         binding.ranks,
         sum(values.nbytes for values in binding.tensors.values()),
         binding.notes,
+        binding.warnings,
         dry_run,
     )
     if not dry_run:
-        _write(target, writer.write, binding.tensors, provenance, not writer.suffix, overwrite)
+        _write(target, writer.write, binding.tensors, provenance, not writer.suffix, force)
     return report
 
 
@@ -189,14 +196,16 @@ def _check_output(output: Path, format: str, writer: Writer, file: GraphFile, ge
 
 def _provenance(adapter: Adapter, exposed: ExposedGraph, binding: Binding) -> Provenance:
     kinds = {module.name: module.kind for module in exposed.modules if module.kind != "linear"}
+    # Of a file that was converted before: the adapter that it was made of.
+    made_of = adapter.config if is_converted(adapter.config) else {}
     return Provenance(
-        adapter.name,
-        # Of a file that was converted before: the adapter that it was made of.
-        str(adapter.config.get("adapter_sha256") or adapter.sha256),
+        str(made_of.get("adapter") or adapter.name),
+        str(made_of.get("adapter_sha256") or adapter.sha256),
         exposed.base,
         exposed.base_sha256,
         binding.ranks,
         {name: kind for name, kind in kinds.items() if name in binding.ranks},
+        binding.only_this_base,
         __version__,
     )
 
@@ -208,7 +217,7 @@ def _refuse_modules(binding: Binding, exposed: ExposedGraph, format: str, writer
         if module.name in binding.ranks and (reason := writer.refusal(module.name, module.kind))
     ]
     if not writer.suffix or writer.foreign:
-        more = [name for name in binding.tensors if name.endswith((".lora_scale.weight", ".lora_B.bias"))]
+        more = [name for name in binding.tensors if not name.endswith(_EVERYWHERE)]
         problems += [f"{name}  has no place in the format" for name in more]
     if problems:
         raise SiteError(
@@ -224,8 +233,8 @@ def _write(
     tensors: Mapping[str, Array],
     provenance: Provenance,
     folder: bool,
-    overwrite: bool,
+    force: bool,
 ) -> None:
-    with output_errors(target), OutputSet(overwrite) as outputs:
+    with output_errors(target), OutputSet(force) as outputs:
         write(outputs.stage(target, folder), tensors, provenance)
         outputs.commit()

@@ -14,6 +14,8 @@ from lora_export.exposed import ExposedGraph, ExposedModule, Member
 from lora_export.formats.provenance import is_converted
 from lora_export.sites import names
 
+# Part of the reason of a module that the graph has no tensors for.
+NO_TENSORS = " has no LoRA tensors for it"
 _WEIGHT = ".weight"
 _SHOWN = 4
 
@@ -85,7 +87,7 @@ class Finder:
         leaf = path.rpartition(".")[2]
         near = [key.removesuffix(_WEIGHT) for key in self._places if key.endswith(f"{leaf}{_WEIGHT}")][:2]
         seen = f"; it has {', '.join(near)}" if near else ""
-        return f"{self._where} has no LoRA tensors for it{seen}"
+        return f"{self._where}{NO_TENSORS}{seen}"
 
 
 def _places(exposed: ExposedGraph, packs: bool) -> Mapping[str, tuple[ExposedModule, Member]]:

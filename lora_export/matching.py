@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from lora_export.adapter import Adapter, Array, LoraModule
-from lora_export.base_weights import WeightOf, holds, read_stored
+from lora_export.base_weights import WeightOf, has_constant, holds, read_stored
 from lora_export.exposed import ExposedGraph, ExposedModule, Member
 from lora_export.finding import Finder, Place
 from lora_export.formats.provenance import is_converted
@@ -20,6 +20,7 @@ from lora_export.plan import PlanRow
 from lora_export.saved import change_of, with_bias
 
 _MERGE = "merge it with merge-onnx"
+UNKNOWN = f"the graph has no parameter of this name; if the model has it, {_MERGE}"
 _REPLACED = f"replaces the whole parameter, which the graph keeps as a constant; {_MERGE}"
 
 
@@ -32,12 +33,19 @@ class Pairing:
         module: The pair of tensors of the graph.
         member: The module of the base; for a whole pack one that stands for all of them.
         how: What was assumed about names, for the plan.
+        from_base: It is, or has, the change from the base's own values to a whole parameter.
     """
 
     lora: LoraModule
     module: ExposedModule
     member: Member
     how: str = ""
+    from_base: bool = False
+
+    @property
+    def has_dora(self) -> bool:
+        """Whether the module's product has a factor."""
+        return _has_dora(self.lora)
 
     @property
     def whole(self) -> bool:
@@ -161,13 +169,17 @@ def split_pack(pairing: Pairing) -> list[Pairing] | str:
     return parts
 
 
+def _has_dora(lora: LoraModule) -> bool:
+    return lora.magnitude is not None or lora.scale is not None
+
+
 def _unsupported(lora: LoraModule, exposed: ExposedGraph) -> str:
     """Why no graph of this kind can take a module, or an empty text."""
     if lora.experts > 1:
         return f"stacked experts ({lora.experts}) have no tensors of their own in the graph; {_MERGE}"
     if lora.parameter != "weight":
         return f"the parameter {lora.parameter!r} has no tensors of its own in the graph; {_MERGE}"
-    if lora.magnitude is None and lora.scale is None:
+    if not _has_dora(lora):
         return ""
     if exposed.mode == "bank":
         return f"DoRA's factor can't differ by row; {_MERGE}, or make a graph with swap-onnx --dora"
@@ -195,7 +207,7 @@ def _no_bias(lora: LoraModule, module: ExposedModule) -> str:
     """Why the graph can't take a bias of the branch, or an empty text."""
     if not module.bias:
         return f"lora_bias: the graph has no tensor for a bias of lora_B; {_MERGE}"
-    if lora.magnitude is not None or lora.scale is not None:
+    if _has_dora(lora):
         return f"lora_bias: its module has DoRA, whose factor would scale the bias as well; {_MERGE}"
     return ""
 
@@ -226,17 +238,20 @@ def _place_replaced(adapter: Adapter, finder: Finder, found: Matches, weight_of:
             continue
         index = next((n for n, pair in enumerate(found.pairings) if pair.lora.path == path), None)
         reason = _REPLACED
+        if not isinstance(place, Place) and weight_of is not None and not has_constant(key, weight_of):
+            reason = UNKNOWN
         if isinstance(place, Place) and weight_of is not None and stored:
             if leaf == "bias" and index is not None:
                 pair = found.pairings[index]
                 changed = _bias_change(pair, values, weight_of, tensors)
                 reason = changed if isinstance(changed, str) else ""
-                found.pairings[index] = pair if isinstance(changed, str) else replace(pair, lora=changed)
+                if not isinstance(changed, str):
+                    found.pairings[index] = replace(pair, lora=changed, from_base=True)
             elif leaf == "weight" and index is None and place.module.kind != "conv":
                 lora = _weight_change(path, place, values, weight_of, tensors)
                 reason = lora if isinstance(lora, str) else _misfit(lora, place, converted=False)
                 if not isinstance(lora, str) and not reason:
-                    found.pairings.append(Pairing(lora, place.module, member, place.how))
+                    found.pairings.append(Pairing(lora, place.module, member, place.how, from_base=True))
         if reason:
             found.refused.append(PlanRow(adapter.name, key, tensors, "refused", reason=reason))
 

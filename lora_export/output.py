@@ -94,7 +94,9 @@ def refuse_existing(targets: list[Path], force: bool) -> None:
     """Raise `OutputError` naming every target that exists already, unless ``force``."""
     existing = [str(target) for target in targets if target.exists() or target.is_symlink()]
     if existing and not force:
-        raise OutputError("the output exists already", "choose another name, or give --force", existing)
+        raise OutputError(
+            "the output exists already", "choose another name, or give --force (force=True)", existing
+        )
 
 
 def refuse_replacing(files: list[Path], force: bool) -> None:

@@ -196,6 +196,30 @@ def unfit():
     return given, swap(*(place(name, 6, 5) for name in names))
 
 
+def test_an_adapter_of_another_model_is_told_from_one_that_partly_fits():
+    given = adapter(linear("encoder.a", 6, 5), linear("encoder.b", 6, 5), extras={"foo.bar": random(3)})
+    error = refused(given, swap(place("q", 6, 5)), weight_of={}.__getitem__)
+    assert error.message == (
+        "adapter 'tiny' was made for another model, or for modules that out.onnx does not expose: "
+        "none of its 3 parameters has a place"
+    )
+    assert len(error.problems) == 3
+    some = refused(adapter(linear("q", 6, 5), linear("encoder.b", 6, 5)), swap(place("q", 6, 5)))
+    assert some.message == "adapter 'tiny' has 1 parameters with no place in out.onnx (of 2)"
+    assert "(allow_unmatched=True)" in some.hint
+
+
+def test_a_parameter_that_the_graph_lacks_is_told_from_a_constant():
+    weights = {"head.weight": random(3, 3, seed=5)}
+    given = adapter(linear("q", 6, 5), extras={"foo.bar": random(3), "head.weight": random(3, 3)})
+    error = refused(given, swap(place("q", 6, 5)), weight_of=weights.__getitem__)
+    assert error.problems == (
+        "foo.bar  the graph has no parameter of this name; if the model has it, merge it with merge-onnx",
+        "head.weight  replaces the whole parameter, which the graph keeps as a constant; "
+        "merge it with merge-onnx",
+    )
+
+
 def test_everything_without_a_place_is_listed_at_once():
     given, graph = unfit()
     error = refused(given, graph)
@@ -225,7 +249,7 @@ def test_allow_unmatched_goes_on_with_the_rest():
 
 
 def test_allow_unmatched_never_binds_nothing():
-    with pytest.raises(SiteError, match="1 parameters with no place"):
+    with pytest.raises(SiteError, match="none of its 1 parameters has a place"):
         bind(adapter(linear("absent", 6, 5)), swap(place("q", 6, 5)), allow_unmatched=True)
 
 
@@ -261,6 +285,63 @@ def test_values_that_overflow_in_the_graphs_dtype_are_refused():
     ).all()
 
 
+def underflowing(dtype, factor):
+    """Return a module whose A shrinks by ``factor``, what is bound, and NumPy's loss of A and of B."""
+    module = replace(linear("q", 6, 5), lora_a=linear("q", 6, 5).lora_a * np.float32(factor))
+    bound = bind(adapter(module), swap(place("q", 6, 5, dtype)))
+    lost = {}
+    for part, exact in (("A", module.lora_a.T), ("B", module.lora_b.T * np.float32(1.5))):
+        got = bound.tensors[f"q.lora_{part}.weight"].astype(np.float64)
+        exact = exact.astype(np.float64)
+        error = np.linalg.norm(got - exact) / np.linalg.norm(exact)
+        lost[part] = error, ((got == 0) & (exact != 0)).mean()
+    return bound, lost
+
+
+def test_values_lost_in_the_graphs_dtype_are_said():
+    bound, lost = underflowing("float16", 1e-7)
+    assert lost["A"][0] > 0.25
+    assert lost["A"][1] > 0
+    said = f"q lora_A (error {lost['A'][0]:.2%}, {lost['A'][1]:.2%} of its values became 0)"
+    assert bound.notes == (
+        "converted from float32 to float16 (1 module)",
+        f"values too small for the graph's dtype: {said}",
+    )
+    assert bound.warnings == bound.notes[1:]
+    assert bound.plan.notes == bound.notes
+
+
+def test_small_losses_are_said_without_a_warning_and_rounding_not_at_all():
+    bound, lost = underflowing("float16", 3e-6)
+    assert 0.01 < lost["A"][0] < 0.25
+    assert f"error {lost['A'][0]:.2%}" in bound.notes[1]
+    assert not bound.warnings
+    for dtype in ("float16", "bfloat16"):
+        bound, lost = underflowing(dtype, 1)
+        assert 0 < lost["A"][0] < 0.01
+        assert len(bound.notes) == 1
+    # bfloat16 has float32's exponents, and a float32 graph needs no conversion.
+    assert len(underflowing("bfloat16", 1e-30)[0].notes) == 1
+    assert not underflowing("float32", 1e-30)[0].notes
+
+
+def test_a_scaling_that_makes_values_too_small_is_said_without_a_conversion():
+    half = linear("q", 6, 5)
+    half = replace(half, lora_a=half.lora_a.astype(np.float16), lora_b=half.lora_b.astype(np.float16))
+    bound = bind(adapter(replace(half, alpha=2e-8)), swap(place("q", 6, 5, "float16")))
+    assert not bound.tensors["q.lora_B.weight"].any()
+    assert bound.warnings == (
+        "values too small for the graph's dtype: q lora_B (error 100.00%, 100.00% of its values became 0)",
+    )
+
+
+def test_a_slot_says_what_was_lost_as_well():
+    module = replace(wide("l.q_proj", 6, 2, 1), alpha=2e-9)
+    found = slot_blocks(adapter(module), bank(dtype="float16"), 0, where="bank.onnx")
+    assert "l.q_proj lora_B (error 100.00%" in found.warnings[0]
+    assert found.notes[-1:] == found.warnings
+
+
 def test_every_tensor_of_the_file_is_accounted_for():
     module = linear("q", 6, 5, tensor_names=("q.A", "q.B"))
     with pytest.raises(SiteError, match="the plan does not speak of"):
@@ -279,7 +360,28 @@ def test_a_file_converted_for_another_base_is_refused(config):
     given, graph = converted(linear("q", 6, 5), **config), swap(place("q", 6, 5))
     with pytest.raises(AdapterError, match="was made for another base"):
         bind(given, graph)
-    assert set(bind(given, graph, force=True).ranks) == {"q"}
+    bound = bind(given, graph, any_base=True)
+    assert set(bound.ranks) == {"q"}
+    assert bound.notes == bound.warnings
+    assert bound.notes[0].startswith("bound to another base than it was made for: base ")
+
+
+@pytest.mark.parametrize(
+    ("module", "config"),
+    [
+        (linear("q", 6, 5, scale=random(6)), {"base_sha256": "cd" * 32}),
+        (linear("q", 6, 5), {"base_sha256": "cd" * 32, "only_this_base": "true"}),
+        (linear("q", 6, 5), {"base_version": 7, "only_this_base": "true"}),
+    ],
+)
+def test_values_computed_from_a_base_hold_for_no_other(module, config):
+    graph = swap(place("q", 6, 5), dora=True)
+    error = refused(converted(module, **config), graph, any_base=True)
+    assert "they hold for no other base" in error.problems[1]
+    assert "any-base" not in error.hint
+    here = bind(converted(module, **config | {"base_sha256": BASE}), graph, any_base=True)
+    assert here.only_this_base
+    assert not here.warnings
 
 
 def test_a_file_converted_for_this_base_is_taken():
@@ -316,6 +418,7 @@ def test_a_replaced_head_becomes_the_change_from_the_bases_values():
     new = {"head.weight": random(3, 5, seed=22), "head.bias": random(3, seed=23)}
     bound = bind(adapter(linear("q", 6, 5), extras=new), graph, weight_of=weights.__getitem__)
     assert bound.ranks == {"q": 2, "head": 3}
+    assert bound.only_this_base
     np.testing.assert_allclose(
         weights["w"] + product(bound, "head"), new["head.weight"].T, rtol=1e-5, atol=1e-6
     )
@@ -461,6 +564,15 @@ def test_members_of_a_pack_without_dora_get_ones():
     np.testing.assert_array_equal(scale[6:], np.ones(6, np.float32))
 
 
+def test_modules_without_dora_get_no_factor():
+    graph = swap(place("q", 6, 5), place("v", 6, 5, stored=(StoredRows("w", (0, 6)),)), dora=True)
+    given = adapter(linear("q", 6, 5), linear("v", 6, 5, magnitude=random(6)))
+    bound = bind(given, graph, weight_of={"w": random(6, 5, seed=4)}.__getitem__)
+    assert {name for name in bound.tensors if "scale" in name} == {"v.lora_scale.weight"}
+    assert bound.only_this_base
+    assert not bind(adapter(linear("q", 6, 5)), graph).only_this_base
+
+
 def test_dora_needs_the_bases_weights():
     module = linear("q", 6, 5, magnitude=random(6))
     graph = swap(place("q", 6, 5), dora=True)
@@ -557,6 +669,7 @@ def test_a_slot_too_small_is_refused_with_all_problems():
         "l.q_proj.weight  rank 5, slot 1 has 4 for l.q_proj",
         "l.k_proj.weight  rank 1, slot 1 has 0 for l.k_proj",
     )
+    assert caught.value.hint == "make the bank with a larger --slot-rank (slot_rank=)"
 
 
 def test_nan_and_dora_have_no_place_in_a_bank():

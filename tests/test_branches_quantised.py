@@ -158,7 +158,9 @@ def test_a_converted_dora_factor_leaves_the_bias_of_matmul_nbits_alone(tmp_path)
 def test_dora_needs_an_unquantised_weight(tmp_path):
     base, _ = nbits_base(tmp_path)
     given = adapter(lora("fc", OUT, IN, magnitude=magnitude(OUT)))
-    _, report = swapped(base, given, dora=True)
+    assert "needs W0, which is quantised" in reasons(refuse_swap(base, given, dora=True))["fc.weight"]
+    # Nor with a graph that was made like a plain adapter.
+    _, report = swapped(base, adapter(lora("fc", OUT, IN)), dora=True)
     with pytest.raises(Exception, match="no place") as caught:
         bind(given, report, base)
     assert "it is quantised" in reasons(caught.value)["fc.weight"]

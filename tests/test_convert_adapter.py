@@ -1,6 +1,7 @@
 """Adapters converted for graphs: what onnxruntime computes with the files, against PEFT; every refusal."""
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -16,16 +17,19 @@ from tiny_models import ARCHITECTURES
 
 from lora_export import (
     AdapterError,
+    AdapterSession,
     GraphError,
     LoraExportError,
     OutputError,
     SiteError,
+    bank_onnx,
     convert_adapter,
     load_adapter,
     merge_onnx,
 )
-from lora_export.exposed import KEY, ExposedGraph, ExposedModule, Member, Slot
+from lora_export.exposed import KEY, ExposedGraph, ExposedModule, Member, Slot, StoredRows
 from lora_export.modes.swap_onnx import swap_onnx
+from lora_export.reports.adapter import inspect_adapter
 
 BASE = "ab" * 32
 
@@ -116,6 +120,31 @@ def test_onnxruntime_with_the_file_is_peft(swaps, tmp_path, arch, feature, expor
     assert again.read_bytes() == report.output.read_bytes()
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".onnx_adapter"])
+def test_a_plain_adapter_converted_for_a_dora_graph_goes_wherever_it_went(swaps, tmp_path, suffix):
+    adapter, base = tiny.adapter("llama"), tiny.base_onnx("llama", "dynamo")
+    wanted = tiny.reference("llama", adapter)
+    report = convert_adapter(adapter, swaps("llama", "dora"), tmp_path / f"a{suffix}")
+    file = report.output
+    assert not [name for name in load_adapter(file).tensor_names if "scale" in name]
+    assert inspect_adapter(load_adapter(file)).tuner == "LoRA"
+    again = convert_adapter(file, swaps("llama"), tmp_path / "again.onnx_adapter").output
+    for feature in ("plain", "dora"):
+        model = swaps("llama", feature)
+        assert tiny.relative_error(run(model, tiny.feeds("llama", model), again), wanted) < 3e-6
+    merge_onnx(base, file, tmp_path / "m.onnx")
+    merged = tiny.run(tmp_path / "m.onnx", tiny.feeds("llama", tmp_path / "m.onnx"))
+    assert tiny.relative_error(merged, wanted) < 3e-6
+    bank_onnx(base, {"a": tiny.adapter("llama", "plain", 1)}, tmp_path / "bank.onnx", resident="inputs")
+    session = AdapterSession(tmp_path / "bank.onnx", threads=1)
+    session.load_adapter("a", file, replace=True)
+    inputs = tiny.feeds("llama", tmp_path / "bank.onnx")
+    rows = session.run(inputs, adapters=["a"] * len(inputs["input_ids"]))
+    assert tiny.relative_error(next(iter(rows.values())), wanted) < 3e-6
+    edge = convert_adapter(file, swaps("llama", "dora"), tmp_path / "edge", format="edge-llm")
+    assert edge.ranks == report.ranks
+
+
 def test_three_adapters_of_one_graph_each_give_their_own_answer(swaps, tmp_path):
     model = swaps("llama")
     inputs = tiny.feeds("llama", model)
@@ -137,6 +166,28 @@ def test_a_pack_takes_the_same_adapter(tmp_path):
     assert tiny.relative_error(got, tiny.reference("llama", adapter)) < 3e-6
     whole = convert_adapter(report.output, model, tmp_path / "b.onnx_adapter")
     assert whole.output.read_bytes() == report.output.read_bytes()
+
+
+@pytest.mark.parametrize("flavour", ["ort", "tensorrt"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".onnx_adapter"])
+def test_a_pack_whose_b_is_cut_gives_the_same_bits_from_either_file(tmp_path, flavour, suffix):
+    """q, k and v are MatMuls of their own: each adds its part of the pack's product."""
+    adapter, model = tiny.adapter("llama", "patterns"), tmp_path / "pack.onnx"
+    swap_onnx(tiny.base_onnx("llama", "dynamo"), model, adapter=adapter, pack=True, flavour=flavour)
+    report = convert_adapter(adapter, model, tmp_path / f"a{suffix}")
+    assert any(name.endswith(".lora_B.2.weight") for name in load_adapter(report.output).tensor_names)
+    session = AdapterSession(model, threads=1)
+    session.load_adapter("folder", adapter)
+    session.load_adapter("converted", report.output)
+    inputs = tiny.feeds("llama", model)
+    folder, converted, base = (session.run(inputs, name) for name in ("folder", "converted", None))
+    assert all(np.array_equal(folder[name], converted[name]) for name in folder)
+    (answer,) = folder.values()
+    assert tiny.relative_error(answer, tiny.reference("llama", adapter)) < 3e-6
+    original = tiny.base_onnx("llama", "dynamo")
+    assert np.array_equal(*base.values(), tiny.run(original, inputs))
+    with pytest.raises(SiteError, match=r"lora_B\.0\.weight  has no place in the format"):
+        convert_adapter(adapter, model, tmp_path / "edge", format="edge-llm")
 
 
 def test_a_graph_written_by_hand_computes_the_delta(tmp_path):
@@ -213,11 +264,11 @@ def test_an_existing_output_is_kept_unless_told(tmp_path):
         convert_adapter(given, model, out, format=format)
         with pytest.raises(OutputError, match="exists already"):
             convert_adapter(given, model, out, format=format)
-        convert_adapter(given, model, out, format=format, overwrite=True)
+        convert_adapter(given, model, out, format=format, force=True)
         assert load_adapter(out).modules.keys() == {"q.weight"}
     (tmp_path / "edge" / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="holds other files"):
-        convert_adapter(given, model, tmp_path / "edge", format="edge-llm", overwrite=True)
+        convert_adapter(given, model, tmp_path / "edge", format="edge-llm", force=True)
     assert (tmp_path / "edge" / "notes.txt").read_text() == "mine"
 
 
@@ -233,11 +284,26 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     assert list(out.parent.iterdir()) == []
 
 
+def test_a_full_disk_is_an_output_error_and_leaves_nothing(tmp_path):
+    """The real thing: the file may not become larger than 100 bytes."""
+    model, out = small(tmp_path), tmp_path / "out" / "a.onnx_adapter"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OutputError) as caught:
+            convert_adapter(adapter_of(linear("q", 6, 5)), model, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.message.startswith(f"cannot write {out}: onnxruntime: Failed to ")
+    assert "(nothing was replaced)" in caught.value.message
+    assert list(out.parent.iterdir()) == []
+
+
 def test_the_output_never_replaces_the_adapter_that_is_read(tmp_path):
     model = small(tmp_path)
     out = convert_adapter(adapter_of(linear("q", 6, 5)), model, tmp_path / "a.safetensors").output
     with pytest.raises(OutputError, match="would replace what is read"):
-        convert_adapter(out, model, out, overwrite=True)
+        convert_adapter(out, model, out, force=True)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +332,30 @@ def test_an_adapter_for_another_base_is_refused_by_hash(tmp_path):
         file = convert_adapter(adapter_of(linear("q", 6, 5)), small(tmp_path), tmp_path / name).output
         with pytest.raises(AdapterError, match="made for another base"):
             convert_adapter(file, other, tmp_path / f"new-{name}")
-        convert_adapter(file, other, tmp_path / f"new-{name}", force=True)
+        with pytest.raises(AdapterError, match="made for another base"):
+            convert_adapter(file, other, tmp_path / f"new-{name}", force=True)
+        report = convert_adapter(file, other, tmp_path / f"new-{name}", any_base=True)
+        assert report.warnings == report.notes
+        assert report.as_dict()["warnings"][0].startswith("bound to another base")
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.onnx_adapter"])
+def test_a_replaced_parameter_is_converted_for_its_base_alone(tmp_path, name):
+    """A change from one base's values, added to another base's, is nobody's parameter."""
+
+    def graph_of(base_sha256):
+        stored = (StoredRows("q.weight", (0, 6), transposed=True),)
+        module = ExposedModule("q", "linear", 5, 6, "float32", (Member("q", 0, 6, (), stored),))
+        return small(tmp_path / base_sha256[:2], ExposedGraph("swap", "b.onnx", base_sha256, (module,), 8))
+
+    here, other = graph_of(BASE), graph_of("cd" * 32)
+    given = adapter_of(extras={"q.weight": random(6, 5, seed=4)})
+    first = convert_adapter(given, here, tmp_path / f"first-{name}").output
+    # The mark stays when a file is converted again.
+    for number, file in enumerate((first, convert_adapter(first, here, tmp_path / name).output)):
+        with pytest.raises(AdapterError) as caught:
+            convert_adapter(file, other, tmp_path / f"{number}-{name}", any_base=True)
+        assert "they hold for no other base" in caught.value.problems[1]
 
 
 def test_a_rank_above_the_graphs_is_refused(tmp_path):
@@ -378,6 +467,22 @@ def test_the_command_line(swaps, tmp_path):
     assert json.loads(forced.stdout)["format"] == "onnx_adapter"
     shown = command("inspect", out, "--json")
     assert json.loads(shown.stdout)["format"] == "onnx_adapter"
+
+
+def test_another_base_is_warned_of_and_force_is_for_the_output_alone(tmp_path):
+    module = ExposedModule("q", "linear", 5, 6, "float32", (Member("q", 0, 6),))
+    other = small(tmp_path / "other", ExposedGraph("swap", "other.onnx", "cd" * 32, (module,), 8))
+    file = convert_adapter(adapter_of(linear("q", 6, 5)), small(tmp_path), tmp_path / "a.safetensors").output
+    arguments = ("convert-adapter", file, "--for", other, "-o", tmp_path / "b.safetensors", "--force")
+    refused = command(*arguments)
+    assert refused.returncode == 1
+    assert "--any-base (any_base=True)" in refused.stderr
+    done = command(*arguments, "--any-base", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("warning: bound to another base than it was made for: base sha256 abab")
+    said = command(*arguments, "--any-base").stdout
+    assert "converted 1 modules (rank 2, 88 bytes) for swap.onnx" in said
+    assert "another base" not in said
 
 
 def test_reading_options_have_names_of_their_own(tmp_path):

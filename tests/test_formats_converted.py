@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -119,6 +120,7 @@ def test_safetensors_metadata_say_where_the_file_belongs(tmp_path):
         "base_sha256": BASE,
         "ranks": '{"model.q":2,"model.up":2}',
         "kinds": "{}",
+        "only_this_base": "false",
         "version": "0.1.0",
     }
     assert load_file(path).keys() == tensors.keys()
@@ -147,6 +149,25 @@ def test_convolutions_embeddings_biases_and_doras_factor_come_back(tmp_path):
     np.testing.assert_array_equal(table.lora_bias, random(3, seed=4))
     assert {row.module: row.dora for row in inspect_adapter(read).modules} == {"e": False, "c": True}
     assert read.parameter_count == sum(values.size for values in tensors.values())
+
+
+def test_factors_of_ones_are_none(tmp_path):
+    """Graphs may need a factor of every module (TensorRT's inputs have no default); it is no DoRA."""
+    tensors = {}
+    for path, scale in (("a", np.ones(4, np.float32)), ("b", np.array([1, 1, 1, 2], np.float32))):
+        tensors |= {f"{path}.lora_A.weight": random(5, 2), f"{path}.lora_B.weight": random(2, 4)}
+        tensors[f"{path}.lora_scale.weight"] = scale
+    writer_of("safetensors").write(tmp_path / "a.safetensors", tensors, provenance({"a": 2, "b": 2}))
+    read = load_adapter(tmp_path / "a.safetensors")
+    assert read.modules["a.weight"].scale is None
+    np.testing.assert_array_equal(read.modules["b.weight"].scale, tensors["b.lora_scale.weight"])
+    assert set(read.tensor_names) == tensors.keys()
+    # The plan speaks of the factor that was left away as well.
+    module = ExposedModule("a", "linear", 5, 4, "float32", (Member("a", 0, 4),))
+    other = replace(module, name="b", members=(Member("b", 0, 4),))
+    bound = bind_adapter(read, ExposedGraph("swap", "b", BASE, (module, other), 8, dora=True), where="g")
+    assert "b.lora_scale.weight" in bound.tensors
+    assert "a.lora_scale.weight" not in bound.tensors
 
 
 def test_the_metadata_win_over_a_peft_config_beside_the_file(tmp_path):

@@ -14,7 +14,8 @@ import pytest
 
 from lora_export.adapter import Adapter, LoraModule
 from lora_export.cli import main
-from lora_export.formats import load_adapter, save_adapter
+from lora_export.formats import load_adapter, save_adapter, writer_of
+from lora_export.formats.provenance import Provenance
 from lora_export.formats.tensors import write_safetensors
 
 RANDOM = np.random.default_rng(5)
@@ -62,6 +63,36 @@ def test_plain_text_where_stdout_is_no_terminal(adapter: Path, capsys: pytest.Ca
     assert "layers.0.q     linear 6×4     2      8        4  float32" in text
     assert "replaces  score.weight 3×6 float32" in text
     assert "\x1b" not in text
+
+
+def test_a_converted_file_says_what_it_was_made_of_and_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = {
+        "a.q.lora_A.weight": np.ones((5, 2), np.float32),
+        "a.q.lora_B.weight": np.ones((2, 4), np.float32),
+        "a.q.lora_B.bias": np.ones(4, np.float32),
+    }
+    provenance = Provenance("sql", "ab" * 32, "base.onnx", "cd" * 32, {"a.q": 2})
+    writer_of("safetensors").write(tmp_path / "c.safetensors", tensors, provenance)
+    run(tmp_path / "c.safetensors")
+    lines = capsys.readouterr().out.splitlines()
+    assert "converted for base.onnx" in lines
+    assert f"made of   sql, sha256 {'ab' * 32}" in lines
+    assert "size      22 parameters, 88 B, 1 modules" in lines
+    assert "biases    of a.q" in lines
+    run(tmp_path / "c.safetensors", "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert (report["converted"], report["made_of"], report["made_of_sha256"]) == (True, "sql", "ab" * 32)
+    assert report["modules"][0]["bias"]
+
+
+def test_an_adapter_that_was_trained_says_on_what(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(adapter)
+    text = capsys.readouterr().out
+    assert "trained   on org/base" in text
+    assert "made of" not in text
+    assert "biases" not in text
 
 
 def test_a_table_on_a_terminal(

@@ -214,7 +214,7 @@ def test_a_peft_folder_and_converted_files(session, tmp_path):
         assert np.array_equal(session.run(inputs, kind)["y"], y)
 
 
-def test_a_file_converted_for_another_base_is_refused_unless_forced(session, tmp_path):
+def test_a_file_converted_for_another_base_is_refused_unless_allowed(session, tmp_path):
     binding = bind_adapter(A, session.record, where="swap.onnx")
     path = tmp_path / "other.safetensors"
     writer_of("safetensors").write(
@@ -223,7 +223,8 @@ def test_a_file_converted_for_another_base_is_refused_unless_forced(session, tmp
     with pytest.raises(AdapterError, match="another base"):
         session.load_adapter("other", path)
     assert session.adapters == ["a", "b"]
-    session.load_adapter("other", path, force=True)
+    (note,) = session.load_adapter("other", path, any_base=True)
+    assert note.startswith("bound to another base")
     inputs = feeds()
     assert np.array_equal(session.run(inputs, "other")["y"], session.run(inputs, "a")["y"])
 
@@ -347,6 +348,22 @@ def test_an_adapter_without_a_place_is_refused_and_not_kept(session):
     assert error(session.run(inputs, "m")["y"], wanted(adapter(linear("p", 5)), inputs)) < 2e-6
 
 
+def test_a_name_that_is_almost_right_is_named(session):
+    session.load_adapter("emotion", A)
+    for request in (session.unload_adapter, lambda name: session.run(feeds(), name)):
+        with pytest.raises(AdapterError, match="there is no adapter 'emotoin'") as unknown:
+            request("emotoin")
+        assert unknown.value.hint.startswith("did you mean 'emotion'? ")
+
+
+@pytest.mark.parametrize("name", [["a"], {"a": 1.0}, 3])
+def test_a_run_wants_one_name(session, name):
+    for request in (session.unload_adapter, lambda given: session.run(feeds(), given)):
+        with pytest.raises(AdapterError, match="there is no adapter") as refused:
+            request(name)
+        assert "an adapter's name is a text, or use one of: a, b" in refused.value.hint
+
+
 @pytest.mark.parametrize("name", ["", None, 3])
 def test_names_are_texts(session, name):
     with pytest.raises(AdapterError, match="an adapter's name is"):
@@ -430,12 +447,15 @@ def test_no_file_and_no_graph(tmp_path):
 
 def test_options_that_can_not_be_used(tmp_path):
     with pytest.raises(BackendError) as refused:
-        AdapterSession(swap(tmp_path), provider="tpu", cuda_graph=True, max_adapters=0, max_bytes=0)
+        AdapterSession(
+            swap(tmp_path), provider="tpu", cuda_graph=True, max_adapters=0, max_bytes=0, threads=-1
+        )
     assert list(refused.value.problems) == [
         "provider is 'tpu', wanted 'cpu' or 'cuda'",
         "cuda_graph=True with provider 'tpu', wanted 'cuda'",
         "max_adapters is 0, wanted at least 1",
         "max_bytes is 0, wanted at least 1",
+        "threads is -1, wanted at least 1",
     ]
 
 

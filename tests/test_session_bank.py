@@ -94,13 +94,17 @@ def test_every_wrong_row_is_said(tmp_path):
     with pytest.raises(AdapterError) as refused:
         session.run(feeds(3), adapters=["joy", "emotion", {"grief": 1}])
     assert refused.value.problems == ("row 0: no adapter 'joy'", "row 2: no adapter 'grief'")
+    assert refused.value.hint == "it has: emotion, summary"
+    with pytest.raises(AdapterError) as refused:
+        session.run(feeds(3), adapters=["emotoin", {"sumary": 1}, None])
+    assert refused.value.hint == "did you mean 'emotion', 'summary'? it has: emotion, summary"
 
 
 def test_the_number_of_rows_is_the_batch(tmp_path):
     session = open_bank(tmp_path, "constants", E, S)
     with pytest.raises(AdapterError, match="adapters has 2 entries, 'x' has 3 rows"):
         session.run(feeds(3), adapters=["emotion", None])
-    for single in ("emotion", {"emotion": 1.0}):
+    for single in ("emotion", {"emotion": 1.0}, 3):
         with pytest.raises(AdapterError, match="wanted a list with one entry for each row"):
             session.run(feeds(3), adapters=single)
 
@@ -219,6 +223,8 @@ def test_unknown_adapter_of_a_bank(tmp_path):
     with pytest.raises(AdapterError, match="there is no adapter 'joy'") as refused:
         session.unload_adapter("joy")
     assert "emotion, summary" in refused.value.hint
+    with pytest.raises(AdapterError, match="there is no adapter"):
+        session.unload_adapter(["emotion"])
 
 
 def test_rows_of_a_run_do_not_touch_each_other(tmp_path):

@@ -313,7 +313,7 @@ def swapping(setup: Setup, shape: tuple[int, int], paths: dict[str, Path]) -> No
     x, peft, names = setup.inputs(shape).numpy(), Peft(setup, shape), ("a0", "a1")
     files = {kind: paths["swap"].with_name(f"a1.{kind}") for kind in ("safetensors", "onnx_adapter")}
     for file in files.values():
-        convert_adapter(setup.adapter(1), paths["swap"], file, overwrite=True)
+        convert_adapter(setup.adapter(1), paths["swap"], file, force=True)
     session = AdapterSession(
         paths["swap"], provider=setup.provider, cuda_graph=setup.cuda, session_options=patient()
     )

@@ -20,8 +20,8 @@ from lora_export.sites.resolve import Resolver
 from lora_export.sites.target import Miss, Site, Target
 
 _NO_ADAPTER = "--target-modules"
-# An activation is computed inside: a factor on the product can't come before it.
 _REPLACED = "the adapter replaces this whole parameter, which has no low-rank branch; merge it"
+# An activation is computed inside: a factor on the product can't come before it.
 _ACTIVATED = {"FusedConv", "FusedGemm"}
 
 
@@ -30,11 +30,11 @@ def place_branches(
     resolver: Resolver,
     adapter: Adapter | None,
     targets: Sequence[Target],
+    calls: dict[int, Call],
     *,
     allow_unmatched: bool,
     dora: bool = False,
     bank: bool = False,
-    calls: dict[int, Call] | None = None,
 ) -> tuple[Plan, list[Branch]]:
     """Find a branch for each target.
 
@@ -43,10 +43,10 @@ def place_branches(
         resolver: Its weights, with ``branches``.
         adapter: Whose targets they are, if anybody's.
         targets: What is to get a branch.
+        calls: Node → its call; several adapters share them.
         allow_unmatched: Leave out what has no place.
         dora: There will be factors as well.
         bank: It is for a bank.
-        calls: Node → its call, where several adapters share them.
 
     Returns:
         The plan and the branches, in the targets' order.
@@ -56,7 +56,6 @@ def place_branches(
         SiteError: Targets without a place; all are listed.
     """
     refuse_exposed(graph)
-    calls = {} if calls is None else calls
     reasons = {id(target): _unsuited(target, dora, bank) for target in targets}
     wanted = [target for target in targets if not reasons[id(target)]]
     sites, misses = resolver.resolve(wanted, adapter.flattened if adapter else False)
@@ -64,11 +63,38 @@ def place_branches(
     misses += [Miss(target, reasons[id(target)]) for target in targets if reasons[id(target)]]
     unchanged = [site for site in sites if site.target.action == "replace" and holds(site)]
     biases = [site for site in sites if site.target.kind == "vector" and site not in unchanged]
+    weights = [site for site in sites if site not in unchanged and site not in biases]
+    placed, branches, without = _branches_of(weights, calls, dora)
+    misses += without
+    for site in biases:
+        reason = _add_bias(site, branches)
+        if reason:
+            misses.append(Miss(site.target, reason))
+        else:
+            placed.append(site)
+    shown = adapter or Adapter(_NO_ADAPTER, "", "", {})
+    if misses and not (allow_unmatched and branches):
+        refuse(graph, shown, placed, misses)
+    rows: list[PlanRow] = [placed_row(shown, site, "unchanged") for site in unchanged]
+    rows += [placed_row(shown, site, "expose") for site in placed]
+    rows += [refused_row(shown, miss) for miss in misses]
+    if adapter:
+        refuse_unaccounted(adapter, rows)
+    if not branches:
+        raise SiteError(
+            f"{shown.name}: nothing to expose in {graph.path.name}", "check the base and the targets"
+        )
+    return Plan(tuple(rows)), branches
+
+
+def _branches_of(
+    sites: Sequence[Site], calls: dict[int, Call], dora: bool
+) -> tuple[list[Site], list[Branch], list[Miss]]:
+    """Return the sites that get a branch, their branches, and the others with their reasons."""
     placed: list[Site] = []
     branches: list[Branch] = []
+    misses: list[Miss] = []
     for site in sites:
-        if site in unchanged or site in biases:
-            continue
         branch = branch_of(site, calls)
         if isinstance(branch, Branch) and dora:
             branch = _with_factor(branch)
@@ -79,24 +105,7 @@ def place_branches(
             placed.append(site)
             branches.append(branch)
     misses += _doubled(placed, branches)
-    for site in biases:
-        reason = _add_bias(site, branches)
-        if reason:
-            misses.append(Miss(site.target, reason))
-        else:
-            placed.append(site)
-    name = adapter.name if adapter else _NO_ADAPTER
-    shown = adapter or Adapter(_NO_ADAPTER, "", "", {})
-    if misses and not (allow_unmatched and branches):
-        refuse(graph, shown, placed, misses)
-    rows: list[PlanRow] = [placed_row(shown, site, "unchanged") for site in unchanged]
-    rows += [placed_row(shown, site, "expose") for site in placed]
-    rows += [refused_row(shown, miss) for miss in misses]
-    if adapter:
-        refuse_unaccounted(adapter, rows)
-    if not branches:
-        raise SiteError(f"{name}: nothing to expose in {graph.path.name}", "check the base and the targets")
-    return Plan(tuple(rows)), branches
+    return placed, branches, misses
 
 
 def refuse_exposed(graph: GraphFile) -> None:
@@ -178,7 +187,7 @@ def _with_factor(branch: Branch) -> Branch | str:
     """The branch, if a factor on its product is possible, and DoRA's can be computed where it is needed."""
     if branch.lora is not None and branch.lora.magnitude is not None and not branch.stored:
         return (
-            "DoRA's factor needs W0, which the graph doesn't hold as it is in PyTorch (quantised or rescaled)"
+            "DoRA's factor needs W0, which is quantised or rescaled here: merge it into the unquantised base"
         )
     operators = {piece.call.node.op_type for piece in branch.pieces} & _ACTIVATED
     if operators:

@@ -100,10 +100,10 @@ class Union:
             self._resolver,
             adapter,
             targets,
+            self._calls,
             allow_unmatched=self._allow_unmatched,
             dora=self._dora,
             bank=self._bank,
-            calls=self._calls,
         )
         self._plans.append(plan)
         return branches

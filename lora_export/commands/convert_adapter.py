@@ -23,15 +23,14 @@ _PATH = click.Path(path_type=Path)
 @click.option("--for", "graph", required=True, type=_PATH, help="The .onnx file that it is for.")
 @click.option("-o", "--output", required=True, type=_PATH, help="File or folder to write.")
 @click.option("--format", type=click.Choice(list(WRITERS)), help="By default what the output's name says.")
-@click.option("--force", is_flag=True, help="Take a file of another base; replace an existing output.")
+@click.option("--any-base", is_flag=True, help="Go on with a file that was converted for another base.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--allow-unmatched", is_flag=True, help="Go on without what has no place in the graph.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--quiet", is_flag=True, help="No summary; warnings stay.")
 @reading_options
-def convert_adapter(
-    adapter: Path, output: Path, force: bool, as_json: bool, quiet: bool, **options: Any
-) -> None:
+def convert_adapter(adapter: Path, output: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Write ADAPTER as tensors for the LoRA inputs of a graph: checked, in its layout, scaling folded in.
 
     onnx_adapter is what onnxruntime and onnxruntime-genai load, safetensors what AdapterSession takes with
@@ -49,19 +48,21 @@ def convert_adapter(
     target = options.pop("format")
     options["format"] = options.pop("from_format")
     (loaded,) = load_adapters([adapter], options)
-    report = convert.convert_adapter(
-        loaded, output=output, format=target, force=force, overwrite=force, **options
-    )
+    report = convert.convert_adapter(loaded, output=output, format=target, **options)
     if as_json:
         click.echo(json.dumps(report.as_dict(), indent=1, sort_keys=True, ensure_ascii=False))
     elif report.dry_run or not quiet:
         _print(report, time.monotonic() - started)
+    for warning in report.warnings:
+        click.echo(f"warning: {warning}", err=True)
     for row in report.plan.refused:
         click.echo(f"warning: left out: {row.parameter}: {row.reason}", err=True)
 
 
 def _print(report: ConvertReport, seconds: float) -> None:
-    size = f"{report.size_bytes / 1e6:.1f} MB"
+    from lora_export.reports.merge import size_text
+
+    size = size_text(report.size_bytes)
     if report.dry_run:
         click.echo("\n".join(report.plan.lines()))
         click.echo(f"dry run: {size} would be written")
@@ -74,5 +75,7 @@ def _print(report: ConvertReport, seconds: float) -> None:
         f"converted {len(report.ranks)} modules ({said}, {size}) for {report.graph} in {seconds:.1f} s"
     )
     for note in report.notes:
+        if note in report.warnings:
+            continue
         click.echo(f"note: {note}")
     click.echo(f"wrote {report.output}")

@@ -38,7 +38,7 @@ def read(source: Source, options: Options) -> Adapter:
 def write(path: Path, tensors: Mapping[str, Array], provenance: Provenance) -> None:
     """Write the file through onnxruntime."""
     renamed = {re.sub(r"\.weight$", ".MatMul.weight", name): values for name, values in tensors.items()}
-    write_ort_file(path, renamed, base_version(provenance.base_sha256))
+    write_ort_file(path, renamed, base_version(provenance.base_sha256), provenance.only_this_base)
 
 
 def _refusal(name: str, kind: str) -> str:

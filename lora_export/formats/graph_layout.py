@@ -107,7 +107,8 @@ def _kinds(config: Mapping[str, Any], problems: list[str]) -> dict[str, str]:
 
 
 def _with_scale(module: LoraModule, scale: Array | None, problems: list[str]) -> LoraModule:
-    if scale is None:
+    # Ones change nothing: the module has no DoRA.
+    if scale is None or (scale == 1).all():
         return module
     problems += value_problems([(f"{module.path} lora_scale", scale)])
     if scale.shape != (module.lora_b.shape[0],):

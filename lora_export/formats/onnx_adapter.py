@@ -34,7 +34,7 @@ def read(source: Source, options: Options) -> Adapter:
 
 def write(path: Path, tensors: Mapping[str, Array], provenance: Provenance) -> None:
     """Write the file through onnxruntime."""
-    write_ort_file(path, tensors, base_version(provenance.base_sha256))
+    write_ort_file(path, tensors, base_version(provenance.base_sha256), provenance.only_this_base)
 
 
 WRITER = Writer(SUFFIX, write)

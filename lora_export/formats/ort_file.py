@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import numpy as np
 
 from lora_export.adapter import Array
 from lora_export.errors import AdapterError, BackendUnavailable
+from lora_export.formats.provenance import ONLY_THIS_BASE_KEY
 
 SUFFIX = ".onnx_adapter"
 # The adapter version of files that we write: in these the model's version is a part of the base's identity.
-OURS = 0x4C45
+# The second is that of files with values computed from that base's, see `Provenance.only_this_base`.
+OURS, OURS_ONLY_THIS_BASE = 0x4C45, 0x4C46
 # onnx.TensorProto.DataType
 _DTYPES: dict[int, np.dtype[Any]] = {
     1: np.dtype(np.float32),
@@ -38,10 +41,8 @@ def read_ort_file(path: Path) -> tuple[dict[str, Array], dict[str, int]]:
     try:
         adapter = file.read_adapter(str(path))
     except RuntimeError as error:
-        # onnxruntime puts the C++ source line first.
-        reason = str(error).strip().rpartition(") ")[2][:200]
         raise AdapterError(
-            f"{path} is not a complete {SUFFIX} file: {reason}", "convert or copy it again"
+            f"{path} is not a complete {SUFFIX} file: {_reason(error)}", "convert or copy it again"
         ) from error
     parameters = adapter.get_parameters()
     odd = [f"{name}: {v.data_type()}" for name, v in parameters.items() if v.element_type() not in _DTYPES]
@@ -59,28 +60,41 @@ def read_ort_file(path: Path) -> tuple[dict[str, Array], dict[str, int]]:
 def config_of(versions: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a file's two numbers say, as `Adapter.config` keeps it."""
     config = {key: versions[key] for key in ("adapter_version", "model_version") if key in versions}
-    if config.get("adapter_version") == OURS:
+    if config.get("adapter_version") in (OURS, OURS_ONLY_THIS_BASE):
         config["base_version"] = config["model_version"]
+        config[ONLY_THIS_BASE_KEY] = "true" if config["adapter_version"] == OURS_ONLY_THIS_BASE else "false"
     return config
 
 
-def write_ort_file(path: Path, tensors: Mapping[str, Array], model_version: int) -> None:
+def write_ort_file(
+    path: Path, tensors: Mapping[str, Array], model_version: int, only_this_base: bool
+) -> None:
     """Write ``tensors`` in the order of their names.
 
     Args:
         path: The file.
         tensors: Name → float32, float16, float64 or bfloat16 values.
         model_version: Of the base, see `lora_export.formats.provenance.base_version`.
+        only_this_base: See `lora_export.formats.provenance.Provenance`.
 
     Raises:
         BackendUnavailable: onnxruntime is not installed.
+        OSError: The file can't be written.
     """
     ort = _onnxruntime("write")
     adapter = ort.AdapterFormat()
-    adapter.set_adapter_version(OURS)
+    adapter.set_adapter_version(OURS_ONLY_THIS_BASE if only_this_base else OURS)
     adapter.set_model_version(model_version)
     adapter.set_parameters({name: _value(ort.OrtValue, tensors[name]) for name in sorted(tensors)})
-    adapter.export_adapter(str(path))
+    try:
+        adapter.export_adapter(str(path))
+    except RuntimeError as error:
+        raise OSError(f"onnxruntime: {_reason(error)}") from error
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return the error's text without the C++ source line that onnxruntime puts first."""
+    return re.split(r"\)>? ", str(error).strip())[-1][:200]
 
 
 def _value(maker: Any, values: Array) -> Any:

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_export.adapter import Array
+from lora_export.adapter import Adapter, Array
+from lora_export.errors import AdapterError
 
 FORMAT_KEY, FORMAT_NAME = "format", "lora-export"
 LAYOUT_KEY, LAYOUT = "layout", "onnx"
+ONLY_THIS_BASE_KEY = "only_this_base"
 # 31 bits: the largest field that every converted format has room for.
 _BASE_VERSION_BITS = 31
 
@@ -31,6 +33,8 @@ class Provenance:
         base_sha256: The base graph's identity.
         ranks: Module's name → rank of its tensors.
         kinds: Module's name → kind, of those that are not ``linear``.
+        only_this_base: There are values that were computed from the base's: DoRA's factors, or the changes
+            that make whole parameters of the base's.
         version: Of lora-export.
     """
 
@@ -40,6 +44,7 @@ class Provenance:
     base_sha256: str
     ranks: Mapping[str, int] = field(default_factory=dict)
     kinds: Mapping[str, str] = field(default_factory=dict)
+    only_this_base: bool = False
     version: str = ""
 
     def metadata(self) -> dict[str, str]:
@@ -54,6 +59,7 @@ class Provenance:
             "base_sha256": self.base_sha256,
             "ranks": _json(self.ranks),
             "kinds": _json(self.kinds),
+            ONLY_THIS_BASE_KEY: _json(self.only_this_base),
             "version": self.version,
         }
 
@@ -77,13 +83,19 @@ class Writer:
     foreign: bool = False
 
 
-def _json(mapping: Mapping[str, Any]) -> str:
-    return json.dumps(dict(mapping), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+def _json(value: Mapping[str, Any] | bool) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def is_converted(config: Mapping[str, Any]) -> bool:
     """Whether an adapter (`Adapter.config`), or a file's metadata, is in a graph's layout already."""
     return bool(config.get(LAYOUT_KEY) == LAYOUT)
+
+
+def only_this_base(adapter: Adapter) -> bool:
+    """Whether a converted adapter has values that were computed from its base's, see `Provenance`."""
+    marked = is_converted(adapter.config) and adapter.config.get(ONLY_THIS_BASE_KEY) == _json(True)
+    return marked or any(module.scale is not None for module in adapter.modules.values())
 
 
 def base_version(base_sha256: str) -> int:
@@ -107,3 +119,34 @@ def base_problem(config: Mapping[str, Any], base_sha256: str) -> str:
     if not number or number == base_version(base_sha256):
         return ""
     return f"base version {number}, the graph's is {base_version(base_sha256)}"
+
+
+def refuse_other_base(adapter: Adapter, base_sha256: str, where: str, any_base: bool) -> tuple[str, ...]:
+    """Refuse an adapter that was converted for another base.
+
+    Args:
+        adapter: Any adapter; one that is not converted fits every base, as far as can be told here.
+        base_sha256: Identity of the base (`manifest.identity_of`).
+        where: The graph's file, for messages.
+        any_base: Go on with another base, where the values are trained ones.
+
+    Returns:
+        A warning where it goes on with another base, else nothing.
+
+    Raises:
+        AdapterError: It was made for another base.
+    """
+    problems = [problem] if (problem := base_problem(adapter.config, base_sha256)) else []
+    if not problems:
+        return ()
+    hint = "give the adapter that it was made of, or convert that for this graph (convert-adapter)"
+    if only_this_base(adapter):
+        problems.append(
+            "some values were computed from that base's weights (DoRA's factors, or whole parameters as "
+            "changes): they hold for no other base"
+        )
+    elif any_base:
+        return (f"bound to another base than it was made for: {problem}",)
+    else:
+        hint += ", or go on with --any-base (any_base=True)"
+    raise AdapterError(f"adapter '{adapter.name}' was made for another base than {where}", hint, problems)

@@ -7,6 +7,7 @@ side: mixed ranks need no padding, and nothing but standard operators is used.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -164,11 +165,10 @@ def _ranks(union: Union, slots: int, room: int | None) -> dict[str, tuple[int, .
         found[branch.path] = tuple(own) if room is None else (room,) * slots
     if problems:
         largest = max(branch.rank for branch in union.branches)
-        raise AdapterError(
-            "the slots are too small",
-            f"give --slot-rank {largest} or more, a multiple of the groups",
-            problems,
-        )
+        groups = math.lcm(*(branch.groups for branch in union.branches))
+        shared = f", a multiple of {groups}" if groups > 1 else ""
+        hint = f"give --slot-rank {largest} or more{shared}"
+        raise AdapterError("the slots don't fit their adapters", hint, problems)
     return found
 
 

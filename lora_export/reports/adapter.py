@@ -10,6 +10,7 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from lora_export.adapter import Adapter, LoraModule
+from lora_export.formats.provenance import is_converted
 from lora_export.reports.base_size import BaseSize, base_size
 from lora_export.spectrum import spectrum
 
@@ -21,6 +22,7 @@ class ModuleReport:
     """One module. Norms and singular values are those of ΔW, scaling included, of all experts together.
 
     Attributes:
+        bias: The module's bias changes too.
         effective_rank_90: Directions that hold 90 % of ‖ΔW‖².
         entropy_rank: exp of the entropy of the normalised singular values.
     """
@@ -33,6 +35,7 @@ class ModuleReport:
     scaling: float
     rslora: bool
     dora: bool
+    bias: bool
     experts: int
     groups: int
     weight_shape: tuple[int, ...]
@@ -66,6 +69,10 @@ class AdapterReport:
 
     Attributes:
         tuner: LoRA, rsLoRA, DoRA, or a mixture.
+        base_model: What the file says that it was trained on, or converted for.
+        converted: It was converted for a graph.
+        made_of: Then, the adapter that it was made of, as far as the file says it.
+        made_of_sha256: Of that adapter's file.
         parameters: Trained values, replaced parameters included.
         size_bytes: Of these values.
         base: Size of the base model, if one was given.
@@ -76,6 +83,9 @@ class AdapterReport:
     format: str
     tuner: str
     base_model: str | None
+    converted: bool
+    made_of: str | None
+    made_of_sha256: str | None
     sha256: str
     parameters: int
     size_bytes: int
@@ -121,12 +131,17 @@ def inspect_adapter(adapter: Adapter, base: Path | None = None) -> AdapterReport
         ExtraReport(name, values.shape, values.dtype.name, values.size, values.nbytes)
         for name, values in adapter.extras.items()
     )
+    converted = is_converted(adapter.config)
+    source = adapter.config if converted else {}
     return AdapterReport(
         name=adapter.name,
         source=adapter.source,
         format=adapter.format,
         tuner=_tuner(adapter),
         base_model=adapter.base_model,
+        converted=converted,
+        made_of=source.get("adapter"),
+        made_of_sha256=source.get("adapter_sha256"),
         sha256=adapter.sha256,
         parameters=adapter.parameter_count,
         size_bytes=sum(row.size_bytes for row in modules) + sum(extra.size_bytes for extra in extras),
@@ -149,6 +164,7 @@ def _module_report(module: LoraModule) -> ModuleReport:
         scaling=module.scaling,
         rslora=module.rslora,
         dora=_is_dora(module),
+        bias=module.lora_bias is not None,
         experts=module.experts,
         groups=module.groups,
         weight_shape=module.weight_shape,

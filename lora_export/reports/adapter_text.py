@@ -22,7 +22,10 @@ def heading_lines(report: AdapterReport) -> list[str]:
         f"sha256    {report.sha256}",
     ]
     if report.base_model:
-        lines.append(f"trained   on {report.base_model}")
+        said = "converted for" if report.converted else "trained   on"
+        lines.append(f"{said} {report.base_model}")
+    if report.made_of:
+        lines.append(f"made of   {report.made_of}, sha256 {report.made_of_sha256 or 'unknown'}")
     size = (
         f"{report.parameters:,} parameters, {human_bytes(report.size_bytes)}, {len(report.modules)} modules"
     )
@@ -66,6 +69,8 @@ def closing_lines(report: AdapterReport) -> list[str]:
         f"replaces  {extra.parameter} {'×'.join(map(str, extra.shape)) or 'scalar'} {extra.dtype}"
         for extra in report.extras
     ]
+    if biases := [label(row) for row in report.modules if row.bias]:
+        lines.append(f"biases    of {', '.join(biases)}")
     if report.modules:
         median = sorted(row.effective_rank_90 for row in report.modules)[len(report.modules) // 2]
         lines.append(

@@ -5,9 +5,10 @@ The cache's lock is held for bookkeeping alone, never while an adapter is read, 
 
 from __future__ import annotations
 
+import difflib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -198,7 +199,8 @@ class AdapterCache(Generic[T]):
             self._bytes -= entry.nbytes
 
     def _known(self, name: str) -> _Entry[T]:
-        entry = self._entries.get(name)
+        # Not every wrong name has a hash.
+        entry = self._entries.get(name) if isinstance(name, str) else None
         if entry is None:
             raise unknown_adapter(name, list(self._entries))
         return entry
@@ -212,9 +214,13 @@ class AdapterCache(Generic[T]):
 
 def unknown_adapter(name: object, known: list[str]) -> AdapterError:
     """Return the error for a name that no adapter has."""
-    return AdapterError(
-        f"there is no adapter {name!r}",
-        f"load it with load_adapter, or use one of: {', '.join(known)}"
-        if known
-        else "load it with load_adapter",
-    )
+    hint = "load it with load_adapter" if isinstance(name, str) else "an adapter's name is a text"
+    hint += f", or use one of: {', '.join(known)}" if known else ""
+    return AdapterError(f"there is no adapter {name!r}", did_you_mean([name], known) + hint)
+
+
+def did_you_mean(names: Iterable[object], known: Iterable[str]) -> str:
+    """Return the beginning of a hint that names what was meant, or an empty text."""
+    listed = list(known)
+    near = [close for name in names for close in difflib.get_close_matches(str(name), listed, 1)]
+    return f"did you mean {', '.join(dict.fromkeys(map(repr, near)))}? " if near else ""

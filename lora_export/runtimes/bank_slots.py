@@ -22,7 +22,7 @@ from lora_export.errors import AdapterError
 from lora_export.exposed import WEIGHTS_INPUT
 from lora_export.graph import load_graph
 from lora_export.packing import Block
-from lora_export.runtimes.adapter_cache import unknown_adapter
+from lora_export.runtimes.adapter_cache import did_you_mean, unknown_adapter
 from lora_export.runtimes.ort_model import OrtModel
 from lora_export.runtimes.resident import Feeds, Resident
 
@@ -114,7 +114,7 @@ class BankSlots:
             return np.zeros((batch, n_slots), np.float32)
         if isinstance(rows, np.ndarray):
             return _checked_array(rows, batch, n_slots)
-        if isinstance(rows, (str, Mapping)):
+        if isinstance(rows, str) or not isinstance(rows, Sequence):
             raise AdapterError(
                 f"adapters is a {type(rows).__name__}, wanted a list with one entry for each row",
                 f"for all {batch} rows: adapters=[…] * {batch}",
@@ -129,9 +129,10 @@ class BankSlots:
             found = _fill_row(weights[number], row, state.slots)
             problems += [f"row {number}: {problem}" for problem in found]
         if problems:
+            names = ", ".join(state.slots) or "no adapters yet; load_adapter loads one"
             raise AdapterError(
                 f"adapters can't be used with {self._model.path.name}",
-                f"it has: {', '.join(state.slots) or 'no adapters yet; load_adapter loads one'}",
+                f"{did_you_mean(_unknown(rows, state.slots), state.slots)}it has: {names}",
                 problems,
             )
         return weights
@@ -143,7 +144,7 @@ class BankSlots:
         slot: str | None = None,
         *,
         allow_unmatched: bool = False,
-        force: bool = False,
+        any_base: bool = False,
         replace: bool = False,
     ) -> tuple[str, ...]:
         """Put an adapter into a slot; return what the user should know.
@@ -153,7 +154,7 @@ class BankSlots:
             read: Read it.
             slot: Name of the slot in the graph's record; by default the one of this name, or a free one.
             allow_unmatched: Go on without what has no place.
-            force: Load a converted file of another base.
+            any_base: Load a file converted for another base.
             replace: Take the place of the adapter that is there.
 
         Raises:
@@ -172,7 +173,7 @@ class BankSlots:
                 where=where,
                 weight_of=GraphWeights(self._model.path),
                 allow_unmatched=allow_unmatched,
-                force=force,
+                any_base=any_base,
             )
             kept = {known: at for known, at in self.state.slots.items() if at != number}
             self._write(bound.blocks, {**kept, name: number})
@@ -187,7 +188,7 @@ class BankSlots:
         self._check_replaceable()
         with self._writing:
             kept = dict(self.state.slots)
-            if name not in kept:
+            if not isinstance(name, str) or name not in kept:
                 raise unknown_adapter(name, list(kept))
             self._write(clear_slot(self._record, kept.pop(name)), kept)
 
@@ -277,6 +278,13 @@ def _checked_array(rows: Array, batch: int, n_slots: int) -> Array:
     if problems:
         raise AdapterError("the array of adapter weights can't be used", "give finite weights", problems)
     return rows
+
+
+def _unknown(rows: Sequence[Row], slots: Mapping[str, int]) -> Iterator[str]:
+    """Yield the names of a request that no adapter has."""
+    for row in rows:
+        named = [row] if isinstance(row, str) else row if isinstance(row, Mapping) else []
+        yield from (str(name) for name in named if name not in slots)
 
 
 def _fill_row(weights: Array, row: object, slots: Mapping[str, int]) -> list[str]:

@@ -72,7 +72,7 @@ class AdapterSession:
             BackendError: ONNX Runtime can't open the graph, or options are wrong.
             GraphError: There is no such file, or its metadata have no LoRA record.
         """
-        _check_options(provider, max_adapters, max_bytes, cuda_graph, max_cuda_graphs)
+        _check_options(provider, max_adapters, max_bytes, threads, cuda_graph, max_cuda_graphs)
         graphs = max_cuda_graphs if cuda_graph else 0
         self._model = OrtModel(Path(model), provider, threads, graphs, session_options)
         self._adapters = (
@@ -107,7 +107,7 @@ class AdapterSession:
         component: str | None = None,
         slot: str | None = None,
         allow_unmatched: bool = False,
-        force: bool = False,
+        any_base: bool = False,
         replace: bool = False,
     ) -> tuple[str, ...]:
         """Load an adapter under a name.
@@ -123,7 +123,7 @@ class AdapterSession:
             slot: In a bank, the slot by its name in the graph; by default the one named like the adapter, or
                 a free one.
             allow_unmatched: Go on without modules that have no place in the graph.
-            force: Load a file that was converted for another base.
+            any_base: Load a file that was converted for another base, unless it holds for that one only.
             replace: Take the place of the adapter of this name (or in this slot), which is refused otherwise.
 
         Returns:
@@ -139,7 +139,7 @@ class AdapterSession:
         options = {key: value for key, value in stated.items() if value is not None}
         read = partial(_read, source, name, options)
         return self._adapters.load(
-            name, read, slot, allow_unmatched=allow_unmatched, force=force, replace=replace
+            name, read, slot, allow_unmatched=allow_unmatched, any_base=any_base, replace=replace
         )
 
     def unload_adapter(self, name: str) -> None:
@@ -203,14 +203,24 @@ class AdapterSession:
 
 
 def _check_options(
-    provider: str, max_adapters: int, max_bytes: int | None, cuda_graph: bool, max_cuda_graphs: int
+    provider: str,
+    max_adapters: int,
+    max_bytes: int | None,
+    threads: int | None,
+    cuda_graph: bool,
+    max_cuda_graphs: int,
 ) -> None:
     problems = []
     if provider not in ("cpu", "cuda"):
         problems.append(f"provider is {provider!r}, wanted 'cpu' or 'cuda'")
     if cuda_graph and provider != "cuda":
         problems.append(f"cuda_graph=True with provider {provider!r}, wanted 'cuda'")
-    limits = {"max_adapters": max_adapters, "max_bytes": max_bytes, "max_cuda_graphs": max_cuda_graphs}
+    limits = {
+        "max_adapters": max_adapters,
+        "max_bytes": max_bytes,
+        "threads": threads,
+        "max_cuda_graphs": max_cuda_graphs,
+    }
     problems += [
         f"{name} is {value}, wanted at least 1"
         for name, value in limits.items()

@@ -65,7 +65,7 @@ class SwapAdapters:
         slot: str | None = None,
         *,
         allow_unmatched: bool = False,
-        force: bool = False,
+        any_base: bool = False,
         replace: bool = False,
     ) -> tuple[str, ...]:
         """Put an adapter on the device; return what the user should know.
@@ -75,7 +75,7 @@ class SwapAdapters:
             read: Read it; called again when it is asked for after it was evicted.
             slot: Of a bank; refused.
             allow_unmatched: Go on without what has no place.
-            force: Load a converted file of another base.
+            any_base: Load a file converted for another base.
             replace: Take the place of the adapter of this name.
 
         Raises:
@@ -96,9 +96,9 @@ class SwapAdapters:
                     f"adapter '{name}' had left the device, and {fresh.source} is not what it was then",
                     "load it again with replace=True, or give the session larger max_adapters and max_bytes",
                 )
-            return self._bind(fresh, allow_unmatched, force)[0]
+            return self._bind(fresh, allow_unmatched, any_base)[0]
 
-        prepared, notes = self._bind(adapter, allow_unmatched, force)
+        prepared, notes = self._bind(adapter, allow_unmatched, any_base)
         self.cache.add(name, prepared, again, replace=replace)
         return notes
 
@@ -111,7 +111,7 @@ class SwapAdapters:
         self.cache.remove(name)
 
     def _bind(
-        self, adapter: Adapter, allow_unmatched: bool, force: bool
+        self, adapter: Adapter, allow_unmatched: bool, any_base: bool
     ) -> tuple[Prepared[Resident], tuple[str, ...]]:
         binding = bind_adapter(
             adapter,
@@ -119,7 +119,7 @@ class SwapAdapters:
             where=str(self._model.path),
             weight_of=GraphWeights(self._model.path),
             allow_unmatched=allow_unmatched,
-            force=force,
+            any_base=any_base,
         )
 
         def place() -> Resident:
