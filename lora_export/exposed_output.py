@@ -29,6 +29,7 @@ class ExposeReport:
         size_bytes: Size of the weights written.
         shared_bytes: Weights that stay in the base's files.
         dry_run: Nothing was written.
+        warnings: What a user should not miss.
     """
 
     plan: Plan
@@ -37,6 +38,7 @@ class ExposeReport:
     size_bytes: int = 0
     shared_bytes: int = 0
     dry_run: bool = False
+    warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -46,6 +48,7 @@ class ExposeReport:
             "size_bytes": self.size_bytes,
             "shared_bytes": self.shared_bytes,
             "plan": self.plan.as_dict(),
+            "warnings": list(self.warnings),
             "exposed": asdict(self.exposed),
         }
 

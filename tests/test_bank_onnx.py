@@ -6,6 +6,7 @@ import exposed_models as exposed
 import numpy as np
 import onnx
 import pytest
+import small_graphs
 import tiny
 import torch
 from peft import PeftModel
@@ -324,3 +325,17 @@ def test_nothing_is_merged_into_a_graph_with_exposed_lora(tmp_path):
     ):
         with pytest.raises(GraphError, match="has exposed LoRA already"):
             merge_onnx(graph, tiny.adapter("llama"), tmp_path / "m.onnx")
+
+
+@group("llama")
+def test_what_a_smaller_type_loses_is_said(tmp_path):
+    """Values that float16 can't hold: the slot would be the base, in silence."""
+    adapter = load_adapter(tiny.adapter("llama"))
+    for module in adapter.modules.values():
+        object.__setattr__(module, "lora_b", module.lora_b * np.float32(1e-9))
+    half = {"model.layers.0.self_attn.q_proj.weight": small_graphs.random(64, 64, seed=1).astype(np.float16)}
+    product = "y = MatMul (x, model_layers_0_self_attn_q_proj_weight)"
+    text = f"g (float16[b,s,64] x) => (float16[b,s,64] y) {{ {product} }}"
+    base = small_graphs.save(small_graphs.graph(text, half), tmp_path)
+    report = bank_onnx(base, {"tiny": adapter}, tmp_path / "m.onnx", allow_unmatched=True)
+    assert any("became 0" in warning for warning in report.warnings)

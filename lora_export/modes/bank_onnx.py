@@ -118,12 +118,13 @@ def bank_onnx(
             resident=resident,
             batch_input=str(gate.batch_input.name),
         )
-        tensors = _tensors(opened.graph, record, union.loras, bundles)
+        caster = Caster()
+        tensors = _tensors(opened.graph, record, union.loras, bundles, caster)
         BranchWriter(opened.graph, gate, gemm=packed and flavour == "ort").write(bundles, tensors)
-        plan = union.plan([*notes, *gate.notes])
+        plan = union.plan([*notes, *gate.notes, *caster.notes()])
         if checkpoint is not None:
             plan = with_unverified(plan, Path(checkpoint))
-        report = ExposeReport(plan, record, paths, dry_run=dry_run)
+        report = ExposeReport(plan, record, paths, dry_run=dry_run, warnings=tuple(caster.warnings()))
         return write_exposed(opened, report, list(loaded.values()), force, progress)
 
 
@@ -173,10 +174,13 @@ def _ranks(union: Union, slots: int, room: int | None) -> dict[str, tuple[int, .
 
 
 def _tensors(
-    graph: GraphFile, record: ExposedGraph, loras: Sequence[dict[str, LoraModule]], bundles: Sequence[Bundle]
+    graph: GraphFile,
+    record: ExposedGraph,
+    loras: Sequence[dict[str, LoraModule]],
+    bundles: Sequence[Bundle],
+    caster: Caster,
 ) -> dict[str, Tensors]:
     """Make each module's A_all and B_all; NaN is refused, it would reach rows that don't use its slot."""
-    caster = Caster()
     blocks = [
         block for slot, mine in enumerate(loras) for block in blocks_of_slot(record, slot, mine, caster)
     ]

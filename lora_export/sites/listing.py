@@ -72,7 +72,7 @@ def _refuse_nameless(resolver: Resolver, graph: GraphFile) -> None:
             f"{graph.path.name} has {len(nameless)} matrices whose module has no name any more: "
             f"{ALL_LINEAR!r} would leave them out",
             "export with names (torch.onnx.export(..., optimize=False), and quantise after that), or give "
-            "--adapter with --checkpoint; --allow-unmatched goes on without them",
+            "--adapter with --checkpoint; --allow-unmatched (allow_unmatched=True) goes on without them",
             nameless,
         )
 
