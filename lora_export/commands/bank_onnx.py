@@ -27,15 +27,6 @@ from lora_export.commands.options import adapter_options, expose_options, load_a
     help="Adapters as constants, or as inputs, whose slots can be replaced while it runs.",
 )
 @click.option("--slot-rank", type=int, help="With --resident inputs: the rank that every slot has room for.")
-@click.option(
-    "--flavour",
-    type=click.Choice(["ort", "tensorrt"]),
-    default="ort",
-    show_default=True,
-    help="tensorrt: tensors of --resident inputs are plain inputs, and rows are compared by the engine.",
-)
-@click.option("--fuse-base", is_flag=True, help="--pack, and the base's own q, k, v as one product.")
-@click.option("--pack", is_flag=True, help="One product for q, k and v, one for gate and up: faster on GPUs.")
 @click.option("--batch-input", help="Input whose first axis is the batch; the first with a free one.")
 @expose_options
 @adapter_options

@@ -24,18 +24,7 @@ from lora_export.commands.options import adapter_options, expose_options, load_a
     help="And these modules, by the ends of their paths: q_proj,v_proj; or all-linear.",
 )
 @click.option("--max-rank", type=int, help="Largest rank of an adapter; 64, or --adapter's if larger.")
-@click.option(
-    "--flavour",
-    type=click.Choice(["ort", "tensorrt"]),
-    default="ort",
-    show_default=True,
-    help="ort: inputs with an empty default, without an adapter it is the base; tensorrt: plain inputs.",
-)
 @click.option("--dora", is_flag=True, help="Expose DoRA's factor as well.")
-@click.option("--fuse-base", is_flag=True, help="--pack, and the base's own q, k, v as one product.")
-@click.option(
-    "--pack", is_flag=True, help="One pair of tensors for q, k and v, one for gate and up: fewer kernels."
-)
 @expose_options
 @adapter_options
 def swap_onnx(
