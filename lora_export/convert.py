@@ -14,6 +14,7 @@ from lora_export.base_weights import GraphWeights
 from lora_export.binding import Binding, bind_adapter
 from lora_export.errors import GraphError, OutputError, SiteError
 from lora_export.exposed import KEY, ExposedGraph, exposed_of
+from lora_export.exposed_output import refuse_changed_weights
 from lora_export.foreign import foreign_lora
 from lora_export.formats import WRITERS, load_adapter, writer_of
 from lora_export.formats.provenance import Provenance, Writer, is_converted
@@ -152,6 +153,7 @@ def _exposed(file: GraphFile) -> tuple[ExposedGraph, bool]:
     if KEY not in file.model.metadata_props and (found := foreign_lora(file)):
         return found.exposed, found.genai
     exposed = exposed_of(file.model.metadata_props, str(file.path))
+    refuse_changed_weights(exposed, file.path)
     if exposed.mode == "bank":
         raise GraphError(
             f"{file.path} is a bank: its slots take adapters as they are, not converted files",

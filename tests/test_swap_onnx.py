@@ -8,7 +8,7 @@ import onnx
 import pytest
 import tiny
 
-from lora_export import GraphError, SiteError, load_adapter, swap_onnx
+from lora_export import AdapterSession, GraphError, SiteError, convert_adapter, load_adapter, swap_onnx
 from lora_export.cli import _run
 
 TOLERANCE = 2e-6
@@ -251,6 +251,15 @@ def test_share_base_keeps_w0_once(tmp_path):
     got = exposed.run_swapped("llama", tmp_path / "swap.onnx", adapter)
     assert tiny.relative_error(got, tiny.reference("llama", adapter, merged=False)) < TOLERANCE
     assert (tmp_path / "base.data").read_bytes() == before
+    # Weights that are not those the graph was made with: the record, and DoRA's factors, would be another's.
+    (tmp_path / "base.data").write_bytes(before[:-4] + b"\0\0\0\1")
+    for open_it in (
+        lambda: AdapterSession(tmp_path / "swap.onnx"),
+        lambda: convert_adapter(adapter, tmp_path / "swap.onnx", tmp_path / "a.safetensors"),
+    ):
+        with pytest.raises(GraphError, match="have changed since it was made"):
+            open_it()
+    assert not (tmp_path / "a.safetensors").exists()
 
 
 @group("llama")
