@@ -94,7 +94,7 @@ def write_exposed(
         save_graph(base.graph.model, staged["graph"])
         manifest = Manifest(
             f"{report.exposed.mode}-onnx",
-            [hash_file(path) for path in base.files],
+            list(base.hashes.values()),
             [adapter_entry(adapter, 1.0) for adapter in adapters],
             report.plan.as_dict(),
             {},
@@ -112,7 +112,7 @@ def _shared_files(base: Base, out: Path) -> tuple[SharedFile, ...]:
     tensors = (value.const_value for value in base.graph.initializers())
     named = {str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
     places = {os.path.relpath(path.resolve(), out.parent.resolve()): path for path in base.shared_files}
-    return tuple(SharedFile(name, hash_file(places[name]).sha256) for name in sorted(named & set(places)))
+    return tuple(SharedFile(name, base.hashes[places[name]].sha256) for name in sorted(named & set(places)))
 
 
 def refuse_changed_weights(exposed: ExposedGraph, graph: Path) -> None:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from lora_export.errors import GraphError
 from lora_export.exposed import ExposedGraph, ExposedModule, Member
 from lora_export.graph import GraphFile
-from lora_export.manifest import identity_of
+from lora_export.manifest import hash_file, identity_of
 
 _NAME = re.compile(r"^(?P<path>.+)\.lora_(?P<part>[AB])(?P<genai>\.MatMul)?\.weight$")
 _DTYPES = {
@@ -62,7 +62,7 @@ def foreign_lora(graph: GraphFile) -> ForeignGraph | None:
     if problems:
         raise GraphError(f"{graph.path} has LoRA inputs that we don't understand", _AGAIN, problems)
     record = ExposedGraph(
-        "swap", graph.path.name, identity_of([graph.path]), tuple(modules), _ANY_RANK, "tensorrt"
+        "swap", graph.path.name, identity_of([hash_file(graph.path)]), tuple(modules), _ANY_RANK, "tensorrt"
     )
     return ForeignGraph(record, bool(suffix))
 

@@ -104,10 +104,10 @@ def hash_file(path: Path) -> FileHash:
     return FileHash(path.name, size, digest.hexdigest(), sampled=size > _WHOLE_BYTES)
 
 
-def identity_of(files: Iterable[Path]) -> str:
+def identity_of(hashes: Iterable[FileHash]) -> str:
     """Return one SHA-256 for a model of several files: of their hashes, whatever the files are called."""
     digest = hashlib.sha256()
-    for entry in sorted(hash_file(path).sha256 for path in files):
+    for entry in sorted(file.sha256 for file in hashes):
         digest.update(entry.encode())
     return digest.hexdigest()
 

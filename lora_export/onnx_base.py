@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import onnx_ir as ir
@@ -17,6 +18,7 @@ import onnx_ir as ir
 from lora_export.adapter import Adapter
 from lora_export.errors import OutputError
 from lora_export.graph import GraphFile, load_graph
+from lora_export.manifest import FileHash, hash_file, identity_of
 from lora_export.output import refuse_replacing
 from lora_export.sites.target import WeightOf
 
@@ -36,6 +38,16 @@ class Base:
     weight_of: WeightOf | None
     shared_files: set[Path]
     files: list[Path]
+
+    @cached_property
+    def hashes(self) -> dict[Path, FileHash]:
+        """Each file's identity; read once, as a base is large."""
+        return {path: hash_file(path) for path in self.files}
+
+    @property
+    def identity(self) -> str:
+        """One SHA-256 for the base as a whole."""
+        return identity_of(self.hashes.values())
 
 
 @contextlib.contextmanager

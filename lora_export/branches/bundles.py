@@ -15,7 +15,6 @@ from lora_export.branches.calls import Branch, Piece, tiled
 from lora_export.exposed import ExposedModule, Member
 
 _PACKS = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
-_DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "DOUBLE": "float64"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +111,7 @@ def _module(name: str, group: Sequence[Branch], members: Sequence[Member], out_d
         first.kind,
         first.in_dim,
         out_dim,
-        _DTYPES[first.pieces[0].call.dtype.name],
+        first.pieces[0].call.dtype.numpy().name,
         tuple(members),
         first.kernel,
         first.groups,

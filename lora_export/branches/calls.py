@@ -9,11 +9,11 @@ import onnx_ir as ir
 
 from lora_export.adapter import Array, LoraModule
 from lora_export.exposed import ExposedKind, StoredRows
-from lora_export.graph import stored_matrix
 from lora_export.saved import LARGEST_RANK, change_of
 from lora_export.sites.fit import stored_shape
 from lora_export.sites.slot import DEQUANTIZE, Use
 from lora_export.sites.target import Part, Site, Target
+from lora_export.sites.verify import canonical_rows
 
 _TRANSPOSING = ("transA", "transBatchA")
 
@@ -159,12 +159,7 @@ def _values(site: Site) -> Array | str:
         (placement,) = part.placements
         if placement.row_scale is not None or any(use.quantised for use in part.uses):
             return "the adapter replaces it, and the base's values are not in the graph as they are; merge it"
-        assert part.root.const_value is not None
-        matrix = stored_matrix(part.root.const_value)
-        start, stop = placement.rows
-        view = matrix.T if placement.transposed else matrix
-        offset = placement.col if placement.transposed else placement.row
-        values[start:stop] = view[offset : offset + stop - start]
+        values[slice(*placement.rows)] = canonical_rows(part, placement)
     return values
 
 

@@ -7,10 +7,14 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from lora_export.adapter import Array
+from lora_export.casting import dtype_of
+from lora_export.exposed import ExposedModule
 from lora_export.graph import GraphFile
 
-# Names of dtypes in a graph's record → onnx_ir's.
-IR_TYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "float64": "DOUBLE"}
+
+def ir_type(module: ExposedModule) -> ir.DataType:
+    """Return the type of a module's tensors."""
+    return ir.DataType.from_numpy(dtype_of(module.dtype))
 
 
 def add_input(

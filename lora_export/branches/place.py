@@ -11,13 +11,14 @@ from lora_export.adapter import Adapter, LoraModule
 from lora_export.branches.calls import Branch, Call, branch_of
 from lora_export.errors import GraphError, SiteError
 from lora_export.exposed import KEY, StoredRows
-from lora_export.graph import GraphFile, initializer_of, stored_matrix
+from lora_export.graph import GraphFile, initializer_of
 from lora_export.placing import placed_row, refuse, refuse_unaccounted, refused_row
 from lora_export.plan import Plan, PlanRow
 from lora_export.saved import with_bias
 from lora_export.sites.bias import restore_biases
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.target import Miss, Site, Target
+from lora_export.sites.verify import canonical_rows
 
 _NO_ADAPTER = "--target-modules"
 _REPLACED = "the adapter replaces this whole parameter, which has no low-rank branch; merge it"
@@ -135,13 +136,9 @@ def holds(site: Site) -> bool:
         if any(use.quantised for use in part.uses):
             return False
         (placement,) = part.placements
-        assert part.root.const_value is not None
-        stored = stored_matrix(part.root.const_value)
+        here = canonical_rows(part, placement)
         wanted = np.asarray(target.values).reshape(target.matrix)[slice(*placement.rows)]
-        wanted = wanted.T if placement.transposed else wanted
-        rows, cols = placement.row + wanted.shape[0], placement.col + wanted.shape[1]
-        here = stored[placement.row : rows, placement.col : cols]
-        if placement.row_scale is not None or not np.array_equal(here, wanted.astype(stored.dtype)):
+        if placement.row_scale is not None or not np.array_equal(here, wanted.astype(here.dtype)):
             return False
     return True
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 
 from lora_export.adapter import Adapter, LoraModule
 from lora_export.branches.bundles import Bundle, bundles_of, with_ranks
 from lora_export.branches.fuse import fuse_calls
 from lora_export.branches.gate import BankGate
-from lora_export.branches.inputs import IR_TYPES, add_initializer, add_input
+from lora_export.branches.inputs import add_initializer, add_input, ir_type
 from lora_export.branches.shapes import shapes_of
 from lora_export.branches.union import Union
 from lora_export.branches.write import BranchWriter, Tensors
@@ -28,9 +28,8 @@ from lora_export.errors import AdapterError
 from lora_export.exposed import UNHASHED, ExposedGraph, Flavour, Resident, Slot
 from lora_export.exposed_output import ExposeReport, base_name, write_exposed
 from lora_export.graph import GraphFile
-from lora_export.manifest import identity_of
 from lora_export.onnx_base import open_base
-from lora_export.packing import assemble, blocks_of_slot, cut_b
+from lora_export.packing import Block, assemble, blocks_of_slot, cut_b
 from lora_export.placing import with_unverified
 from lora_export.sites.resolve import Resolver
 
@@ -96,9 +95,8 @@ def bank_onnx(
     )
     with reading as (opened, paths):
         resolver = Resolver(opened.graph, opened.weight_of, branches=True)
-        identity = identity_of(opened.files)
         union = Union(opened.graph, resolver, allow_unmatched=allow_unmatched, bank=True)
-        union.add_adapters(list(loaded.values()), identity)
+        union.add_adapters(list(loaded.values()), opened.identity)
         ranks = _ranks(union, len(loaded), slot_rank)
         branches, notes = fuse_calls(opened.graph, union.branches) if fuse_base else (union.branches, [])
         # Slots that are replaced are rectangles of one B.
@@ -110,7 +108,7 @@ def bank_onnx(
         record = ExposedGraph(
             "bank",
             base_name(base),
-            identity,
+            opened.identity,
             tuple(bundle.module for bundle in bundles),
             max(rank for found in ranks.values() for rank in found),
             flavour,
@@ -181,9 +179,10 @@ def _tensors(
     caster: Caster,
 ) -> dict[str, Tensors]:
     """Make each module's A_all and B_all; NaN is refused, it would reach rows that don't use its slot."""
-    blocks = [
-        block for slot, mine in enumerate(loras) for block in blocks_of_slot(record, slot, mine, caster)
-    ]
+    blocks: dict[str, list[Block]] = defaultdict(list)
+    for slot, mine in enumerate(loras):
+        for block in blocks_of_slot(record, slot, mine, caster):
+            blocks[block.tensor].append(block)
     if caster.problems:
         raise AdapterError(
             "adapters have values that can't be used", "train or save them again", caster.problems
@@ -192,15 +191,12 @@ def _tensors(
     for bundle in bundles:
         module = bundle.module
         total = sum(sum(member.ranks) for member in module.members)
-        own = [block for block in blocks if block.tensor in (module.lora_a, module.lora_b)]
-        dtype = ir.DataType[IR_TYPES[module.dtype]]
-        a, b = assemble(module, total, own)
+        dtype = ir_type(module)
+        a, b = assemble(module, total, blocks[module.lora_a] + blocks[module.lora_b])
         parts = cut_b(module, b)
         arrays = {module.lora_a: a} | parts
         if module.bias:
-            arrays[module.lora_bias] = np.concatenate([
-                block.values for block in blocks if block.tensor == module.lora_bias
-            ])  # fmt: skip
+            arrays[module.lora_bias] = np.concatenate([block.values for block in blocks[module.lora_bias]])
         values = {}
         for name, array in arrays.items():
             if record.resident == "initializers":

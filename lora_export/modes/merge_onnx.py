@@ -22,7 +22,7 @@ from lora_export.branches.union import refuse_other_bases
 from lora_export.errors import GraphError
 from lora_export.external_data import Change, plan_data, write_data
 from lora_export.graph import GraphFile, save_graph
-from lora_export.manifest import Manifest, adapter_entry, hash_file, identity_of, package_versions
+from lora_export.manifest import FileHash, Manifest, adapter_entry, package_versions
 from lora_export.merge_report import MergeReport
 from lora_export.onnx_base import drop_dead, open_base, output_paths
 from lora_export.output import OutputSet, output_errors, refuse_replacing
@@ -96,7 +96,7 @@ def merge_onnx(
     )
     with reading as (opened, targets):
         graph = opened.graph
-        refuse_other_bases(loaded, identity_of(opened.files))
+        refuse_other_bases(loaded, opened.identity)
         plan, changes = _plan_changes(graph, loaded, factors, opened.weight_of, allow_unmatched)
         if checkpoint is not None:
             plan = with_unverified(plan, Path(checkpoint))
@@ -110,7 +110,7 @@ def merge_onnx(
             report = replace(report, roundings=costs)
             _mark(graph.model, loaded, factors)
             save_graph(graph.model, staged["graph"])
-            _save_manifest(staged["manifest"], report, opened.files, loaded, factors)
+            _save_manifest(staged["manifest"], report, list(opened.hashes.values()), loaded, factors)
             outputs.commit()
     return report
 
@@ -118,13 +118,13 @@ def merge_onnx(
 def _save_manifest(
     path: Path,
     report: MergeReport,
-    base_files: Sequence[Path],
+    base: list[FileHash],
     adapters: Sequence[Adapter],
     factors: Sequence[float],
 ) -> None:
     manifest = Manifest(
         "merge-onnx",
-        [hash_file(path) for path in base_files],
+        base,
         [adapter_entry(adapter, factor) for adapter, factor in zip(adapters, factors, strict=True)],
         report.plan.as_dict(),
         rounding_dict(report.roundings),

@@ -20,14 +20,13 @@ from lora_export.adapter import Adapter
 from lora_export.branches.bundles import Bundle, bundles_of
 from lora_export.branches.calls import Branch
 from lora_export.branches.fuse import fuse_calls
-from lora_export.branches.inputs import IR_TYPES, add_input
+from lora_export.branches.inputs import add_input, ir_type
 from lora_export.branches.union import Union
 from lora_export.branches.write import BranchWriter, Tensors
 from lora_export.errors import AdapterError
 from lora_export.exposed import ExposedGraph, ExposedModule, Flavour
 from lora_export.exposed_output import ExposeReport, base_name, write_exposed
 from lora_export.graph import GraphFile
-from lora_export.manifest import identity_of
 from lora_export.onnx_base import open_base
 from lora_export.placing import with_unverified
 from lora_export.sites.listing import targets_named
@@ -97,9 +96,8 @@ def swap_onnx(
     )
     with reading as (opened, paths):
         resolver = Resolver(opened.graph, opened.weight_of, branches=True)
-        identity = identity_of(opened.files)
         union = Union(opened.graph, resolver, allow_unmatched=allow_unmatched, dora=dora)
-        union.add_adapters(made_of, identity)
+        union.add_adapters(made_of, opened.identity)
         if any(wanted):
             union.add_targets(targets_named(resolver, opened.graph, wanted, allow_unmatched))
         branches, notes = fuse_calls(opened.graph, union.branches) if fuse_base else (union.branches, [])
@@ -109,7 +107,7 @@ def swap_onnx(
         record = ExposedGraph(
             "swap",
             base_name(base),
-            identity,
+            opened.identity,
             tuple(bundle.module for bundle in bundles),
             _max_rank(max_rank, ranks),
             flavour,
@@ -153,7 +151,7 @@ def _fixed(bundle: Bundle, branches: Sequence[Branch], flavour: Flavour) -> Bund
 
 def _expose(graph: GraphFile, module: ExposedModule, record: ExposedGraph) -> Tensors:
     """Add a module's tensors to the graph's inputs."""
-    dtype = ir.DataType[IR_TYPES[module.dtype]]
+    dtype = ir_type(module)
     convolution = module.kind == "conv"
     a = _low_rank(graph, record, module, module.lora_a, module.a_shape(0), 0 if convolution else 1)
     b = []
@@ -186,5 +184,5 @@ def _low_rank(
     rank: int | str = module.rank // groups if module.rank else symbol
     dims = [rank if number == axis else size for number, size in enumerate(shape)]
     default = np.zeros([0 if isinstance(size, str) else size for size in dims])
-    dtype = ir.DataType[IR_TYPES[module.dtype]]
+    dtype = ir_type(module)
     return add_input(graph, name, dims, dtype, default if record.flavour == "ort" else None)

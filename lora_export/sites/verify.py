@@ -31,7 +31,7 @@ def check_content(target: Target, part: Part, wanted: Array) -> Part | str:
         return _check_whole(target, part, wanted)
     (placement,) = part.placements
     start, stop = placement.rows
-    stored = _canonical(part, placement)
+    stored = canonical_rows(part, placement)
     # A batch norm may rescale some channels, and by little: then a sample of the rows does not tell.
     every = folded_into_conv(target, part) or bool(foreign_reader(target.path, part.uses))
     matches = [content.compare(stored, matrix[start:stop], every) for matrix in _orientations(target, wanted)]
@@ -46,7 +46,7 @@ def check_content(target: Target, part: Part, wanted: Array) -> Part | str:
     )
 
 
-def _canonical(part: Part, placement: Placement) -> Array:
+def canonical_rows(part: Part, placement: Placement) -> Array:
     """Return the stored rectangle of a placement, in canonical orientation."""
     assert part.root.const_value is not None
     matrix = stored_matrix(part.root.const_value)
