@@ -92,7 +92,7 @@ def link_weights(graph: GraphFile, checkpoint: Checkpoint) -> set[Path]:
             files.add(stored.file)
     if not files:
         raise OutputError(
-            f"no weight of the graph can stay in {checkpoint.folder}: a captured graph is float32",
-            "save the checkpoint in float32, or leave out --share-base",
+            f"no weight of the graph can stay in {checkpoint.folder}, whose dtype is another",
+            "give --dtype as the checkpoint has it, or leave out --share-base",
         )
     return files

@@ -1,74 +1,82 @@
 """Capture a PyTorch module or a Hugging Face checkpoint as an ONNX graph, with torch.onnx's dynamo exporter.
 
-Weights keep their own names and orientation (a Transpose stays in the graph): ONNX Runtime folds it when it
-loads, and untouched weights can then stay in the checkpoint's own ``.safetensors``.
+The graph says in its metadata what it was captured from, see `lora_export.captured`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import io
-import logging
 import os
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export.errors import BackendUnavailable, CheckpointError, GraphError
+from lora_export.capture_cache import name_total, with_cache
+from lora_export.capture_export import export_module, quiet, require, run_module, tensor_names
+from lora_export.captured import (
+    BATCH,
+    DECODER_SEQUENCE,
+    DTYPES,
+    PAST_SEQUENCE,
+    SEQUENCE,
+    TOTAL_SEQUENCE,
+    Captured,
+    Kind,
+)
+from lora_export.errors import CheckpointError, OutputError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-_TRACES = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node", "pkg.torch.onnx.class_hierarchy")
-_INSTALL = "pip install 'lora-export[hf]'"
+# The first in which Conv and pooling take bfloat16.
+_BFLOAT16_OPSET = 22
 
 
-def capture_checkpoint(folder: str | os.PathLike[str], output: Path) -> Path:
-    """Write the graph of a checkpoint folder in float32, with dynamic batch and sequence axes.
+def capture_checkpoint(
+    folder: str | os.PathLike[str], output: Path, *, dtype: str = "float32", kv_cache: bool = False
+) -> Path:
+    """Write the graph of a checkpoint folder, with dynamic batch and sequence axes.
 
-    The model class is the one named in the config's ``architectures``. Decoders are captured without a
-    key-value cache: for generation, build the graph with onnxruntime-genai and merge into that.
+    The model class is the one named in the config's ``architectures``.
 
     Args:
         folder: What ``save_pretrained`` wrote.
         output: The ``.onnx`` file to write; its data goes beside it.
+        dtype: One of `DTYPES`: of weights, inputs and outputs (but ids). The graph computes as the model
+            does in PyTorch in that dtype: what transformers computes in float32 even then stays so.
+        kv_cache: For decoders: keys and values of past tokens are inputs and outputs, see `capture_cache`.
 
     Returns:
         ``output``.
 
     Raises:
         BackendUnavailable: torch, transformers or onnxscript is missing.
-        CheckpointError: The folder can't be loaded, or its kind of input is not known.
+        CheckpointError: The folder can't be loaded, its kind of input is not known, it has no cache, or
+            weights don't fit into the dtype.
         GraphError: torch.onnx can't export the model.
+        OutputError: There is no such dtype.
     """
-    _require("torch", "transformers", "onnxscript")
-    import torch
-    import transformers
-
+    if dtype not in DTYPES:
+        raise OutputError(f"there is no dtype {dtype!r} to capture in", f"one of: {', '.join(DTYPES)}")
+    require("torch", "transformers", "onnxscript")
     path = Path(folder)
-    if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
-        raise CheckpointError(
-            f"{path} is an adapter, not a base model", "give it as --adapter, and its base as --base"
-        )
-    with _quiet():
-        try:
-            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-            model = _model_class(config, path).from_pretrained(
-                path, dtype=torch.float32, local_files_only=True, attn_implementation=_attention(config)
-            )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise CheckpointError(
-                f"transformers can't load {path}: {str(error).strip().splitlines()[0]}",
-                "give the folder that save_pretrained wrote, or export the model yourself and give the .onnx",
-            ) from error
-    model.eval()
-    model.config.use_cache = False
+    model = _load(path, dtype)
     inputs = _example_inputs(model, path)
-    shapes = {name: _dynamic(name, value) for name, value in inputs.items()}
-    return capture_module(model, inputs, output, shapes)
+    model.config.use_cache = True
+    outputs = run_module(model, inputs)
+    model.config.use_cache = False
+    captured = _describe(model, outputs, dtype, kv_cache)
+    opset = _BFLOAT16_OPSET if dtype == "bfloat16" else None
+    if kv_cache:
+        made = with_cache(model, inputs, outputs, str(path))
+        graph = export_module(model, made.inputs, made.shapes, made.output_names, made.input_names, opset)
+        name_total(graph)
+    else:
+        shapes = {name: _dynamic(name) for name in inputs}
+        graph = export_module(model, inputs, shapes, tensor_names(outputs), opset=opset)
+    graph.metadata_props.update(captured.to_metadata())
+    return _save(graph, output)
 
 
 def capture_module(
@@ -92,60 +100,84 @@ def capture_module(
         BackendUnavailable: torch or onnxscript is missing.
         GraphError: torch.onnx can't export the module.
     """
-    _require("torch", "onnxscript")
-    import onnx_ir as ir
-    import torch
+    require("torch", "onnxscript")
+    names = tensor_names(run_module(module, example_inputs))
+    return _save(export_module(module, example_inputs, dynamic_shapes, names), output)
 
-    keyword = isinstance(example_inputs, Mapping)
-    with _quiet(), torch.no_grad():
-        try:
-            program = torch.onnx.export(
-                module,
-                () if keyword else tuple(example_inputs),
-                kwargs=dict(example_inputs) if isinstance(example_inputs, Mapping) else None,
-                output_names=_output_names(module, example_inputs),
-                dynamic_shapes=dynamic_shapes,
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-            )
-        except Exception as error:  # the exporter raises its own and torch.export's many kinds
-            raise GraphError(
-                f"torch.onnx can't export {type(module).__name__}: {_first_line(error)}",
-                "export the model yourself and give the .onnx, or try attn_implementation='eager'",
-            ) from error
-        assert program is not None
-        _optimize(program.model)
-        _drop_traces(program.model)
-    ir.save(program.model, output, external_data=output.name + ".data")
+
+def _save(graph: ir.Model, output: Path) -> Path:
+    import onnx_ir as ir
+
+    ir.save(graph, output, external_data=output.name + ".data")
     return output
 
 
-def _optimize(model: ir.Model) -> None:
-    """Simplify the graph but leave weights as they are."""
-    from onnxscript import optimizer
+def _load(path: Path, dtype: str) -> Any:
+    import torch
+    import transformers
 
-    def should_fold(node: ir.Node) -> bool | None:
-        # A folded Transpose or Cast would be a second copy of a weight under a name of its own.
-        weights = any(v is not None and v.is_initializer() and len(v.shape or ()) > 1 for v in node.inputs)
-        return False if weights else None
+    if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{path} is an adapter, not a base model", "give it as --adapter, and its base as --base"
+        )
+    with quiet():
+        try:
+            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+            model = _model_class(config, path).from_pretrained(
+                path,
+                dtype=getattr(torch, dtype),
+                local_files_only=True,
+                attn_implementation=_attention(config),
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise CheckpointError(
+                f"transformers can't load {path}: {str(error).strip().splitlines()[0]}",
+                "give the folder that save_pretrained wrote, or export the model yourself and give the .onnx",
+            ) from error
+    _refuse_infinite(model, path, dtype)
+    return model.eval()
 
-    optimizer.optimize_ir(model, should_fold=should_fold)
+
+def _refuse_infinite(model: Any, path: Path, dtype: str) -> None:
+    """Refuse weights beyond what the dtype holds: transformers has made them infinite without a word."""
+    if dtype == "float32":
+        return
+    lost = [name for name, values in model.named_parameters() if not values.isfinite().all()]
+    if lost:
+        raise CheckpointError(
+            f"{len(lost)} weights of {path} are not finite in {dtype}",
+            "give --dtype bfloat16 or float32",
+            lost,
+        )
 
 
-def _drop_traces(model: ir.Model) -> None:
-    """Remove the exporter's stack traces: they name files of this machine and are most of a graph's size."""
-    for node in model.graph.all_nodes():
-        for key in _TRACES:
-            node.metadata_props.pop(key, None)
+def _describe(model: Any, outputs: Mapping[str, Any], dtype: str, kv_cache: bool) -> Captured:
+    config = model.config.get_text_config()
+    kind: Kind = "encoder"
+    if getattr(model.config, "is_encoder_decoder", False):
+        kind = "encoder-decoder"
+    elif model.main_input_name == "pixel_values":
+        return Captured("vision", kv_cache, dtype)
+    elif any(outputs.get(name) is not None for name in ("past_key_values", "cache_params")):
+        kind = "decoder"
+    longest = _longest(model, config)
+    dims = [SEQUENCE]
+    dims += [DECODER_SEQUENCE] * (kind == "encoder-decoder") + [PAST_SEQUENCE, TOTAL_SEQUENCE] * kv_cache
+    largest = dict.fromkeys(dims, longest) if longest else {}
+    return Captured(kind, kv_cache, dtype, getattr(config, "vocab_size", None), largest)
 
 
-def _output_names(module: torch.nn.Module, example_inputs: Any) -> list[str] | None:
-    """Name the graph's outputs as the module's output object does (``logits``, ``last_hidden_state``)."""
-    result = module(**example_inputs) if isinstance(example_inputs, Mapping) else module(*example_inputs)
-    if not isinstance(result, Mapping):
+def _longest(model: Any, config: Any) -> int | None:
+    """How many positions there are, where the config says it."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
         return None
-    return [str(name) for name, value in result.items() if hasattr(value, "shape")]
+    for name, module in model.named_modules():
+        # RoBERTa and its like begin to count behind the padding token's id.
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None and module.num_embeddings == limit:
+            return limit - int(padding) - 1
+    return limit
 
 
 def _model_class(config: Any, path: Path) -> Any:
@@ -174,7 +206,7 @@ def _example_inputs(model: Any, path: Path) -> dict[str, Any]:
     accepted = inspect.signature(model.forward).parameters
     if "pixel_values" in accepted and model.main_input_name == "pixel_values":
         size = config.image_size if isinstance(config.image_size, int) else max(config.image_size)
-        return {"pixel_values": torch.zeros(2, config.num_channels, size, size)}
+        return {"pixel_values": torch.zeros(2, config.num_channels, size, size, dtype=model.dtype)}
     if model.main_input_name != "input_ids":
         raise CheckpointError(
             f"{path}: don't know example inputs for a model that reads {model.main_input_name!r}",
@@ -190,37 +222,10 @@ def _example_inputs(model: Any, path: Path) -> dict[str, Any]:
     return inputs
 
 
-def _dynamic(name: str, value: Any) -> dict[int, Any]:
+def _dynamic(name: str) -> dict[int, Any]:
     import torch
 
-    axes: dict[int, Any] = {0: torch.export.Dim("batch")}
+    axes: dict[int, Any] = {0: torch.export.Dim(BATCH)}
     if name != "pixel_values":
-        axes[1] = torch.export.Dim("decoder_sequence" if name.startswith("decoder") else "sequence")
+        axes[1] = torch.export.Dim(DECODER_SEQUENCE if name.startswith("decoder") else SEQUENCE)
     return axes
-
-
-def _require(*names: str) -> None:
-    from importlib.util import find_spec
-
-    missing = [name for name in names if find_spec(name) is None]
-    if missing:
-        raise BackendUnavailable(f"capturing a model needs {', '.join(missing)}", _INSTALL)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back the exporters' progress prints, log lines and warnings: none is for our user."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        with contextlib.redirect_stderr(io.StringIO()):
-            try:
-                yield
-            finally:
-                logging.disable(previous)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from lora_export.adapter import Array
 from lora_export.errors import OutputError
 from lora_export.graph import GraphFile, Source, byte_size, matrix_shape, shape_of, source_of
 from lora_export.patch import Patch
@@ -108,6 +110,21 @@ def write_data(
         assert slot.value.const_value is not None
         slot.value.const_value = _reference(slot.value, slot.value.const_value, name, slot.at)
     return costs
+
+
+def merged_values(value: ir.Value, change: Change) -> Array:
+    """Return a constant with its patches applied, the same bits as `write_data` would write.
+
+    Raises:
+        CheckpointError: A value is not finite.
+    """
+    tensor = value.const_value
+    assert tensor is not None
+    slot = _Slot(value, source_of(tensor), 0)
+    with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
+        path = Path(scratch) / "values"
+        write_pieces(path, slot.source.length, [_piece(slot, change)], rounding="off")
+        return np.fromfile(path, tensor.dtype.numpy()).reshape(shape_of(tensor))
 
 
 def _piece(slot: _Slot, change: Change | None) -> Piece:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from lora_export.adapter import Adapter
-from lora_export.errors import OutputError
+from lora_export.errors import GraphError, OutputError
 from lora_export.graph import GraphFile, load_graph
 from lora_export.manifest import FileHash, hash_file, identity_of
 from lora_export.output import refuse_replacing
@@ -60,6 +60,9 @@ def open_base(
     share_base: bool,
     force: bool,
     dry_run: bool,
+    dtype: str | None = None,
+    kv_cache: bool = False,
+    prepare: Callable[[Path], Path] | None = None,
 ) -> Iterator[tuple[Base, dict[str, Path]]]:
     """Load a graph, or capture a checkpoint folder; yield it with the files to write.
 
@@ -71,9 +74,12 @@ def open_base(
         share_base: Unchanged weights are to stay in the base's files.
         force: Existing outputs may be replaced.
         dry_run: Nothing will be written.
+        dtype: To capture a folder in; float32 if left out.
+        kv_cache: Capture it with its key-value cache.
+        prepare: Makes the folder to capture in the base's place, in a temporary one.
 
     Raises:
-        GraphError: The graph can't be read.
+        GraphError: The graph can't be read, or is to be captured in a dtype or with a cache.
         CheckpointError: The folder can't be read or captured.
         OutputError: An output exists or would replace what is read, or there is nothing to share.
     """
@@ -84,33 +90,45 @@ def open_base(
     # A capture is as large as the base: it goes where the output will have room, not to a small /tmp.
     place = out.parent if base.is_dir() and out.parent.is_dir() else None
     with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=place) as scratch:
-        opened = _opened(base, checkpoint, share_base, Path(scratch))
+        if base.is_dir():
+            from lora_export.capture import capture_checkpoint
+
+            source, captured = prepare(Path(scratch)) if prepare else base, Path(scratch) / "base.onnx"
+            capture_checkpoint(source, captured, dtype=dtype or "float32", kv_cache=kv_cache)
+            graph = load_graph(captured)
+        else:
+            graph = load_graph(base)
+            _refuse_capturing(base, dtype, kv_cache)
+        opened = _opened(base, graph, checkpoint, share_base)
         refuse_overlap(opened.files, paths)
         yield opened, paths
 
 
-def _opened(base: Path, checkpoint: str | os.PathLike[str] | None, share_base: bool, scratch: Path) -> Base:
-    if base.is_dir():
-        from lora_export.capture import capture_checkpoint
+def _refuse_capturing(base: Path, dtype: str | None, kv_cache: bool) -> None:
+    given = ["--dtype"] * (dtype is not None) + ["--kv-cache"] * kv_cache
+    if given:
+        raise GraphError(
+            f"{base} is a graph already: {' and '.join(given)} can't change its dtype and cache",
+            f"give the checkpoint folder that it comes from as --base, or leave out {' and '.join(given)}",
+        )
 
-        graph = load_graph(capture_checkpoint(base, scratch / "base.onnx"))
-    else:
-        graph = load_graph(base)
+
+def _opened(base: Path, graph: GraphFile, checkpoint: str | os.PathLike[str] | None, share: bool) -> Base:
     data_files = _data_files(graph)
-    if share_base and not data_files:
+    if share and not data_files:
         raise OutputError(
             f"{base} has no weights in files of their own: nothing can be shared",
             "leave out --share-base, or save the base with external data first",
         )
     folder = base if base.is_dir() and checkpoint is None else checkpoint
     if folder is None:
-        return Base(graph, None, data_files if share_base else set(), _base_files(base, graph))
+        return Base(graph, None, data_files if share else set(), _base_files(base, graph))
     from lora_export.canonical import CheckpointWeights, link_weights
     from lora_export.checkpoint import Checkpoint
 
     opened = Checkpoint.open(Path(folder))
     shared = set()
-    if share_base:
+    if share:
         shared = link_weights(graph, opened) if base.is_dir() else data_files
     return Base(graph, CheckpointWeights(opened), shared, _base_files(base, graph))
 

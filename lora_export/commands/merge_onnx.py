@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lora_export.commands.options import load_adapters, merge_options, print_merge
+from lora_export.commands.options import capture_options, load_adapters, merge_options, print_merge
 
 _PATH = click.Path(path_type=Path)
 
@@ -21,6 +21,7 @@ _PATH = click.Path(path_type=Path)
     type=_PATH,
     help="Folder of the checkpoint that the graph was exported from: find and verify weights by value.",
 )
+@capture_options
 @click.option("--share-base", is_flag=True, help="Leave unchanged weights in the base's own data files.")
 @click.option("--force", is_flag=True, help="Replace existing output files.")
 @merge_options
@@ -34,7 +35,7 @@ def merge_onnx(
     \b
     Examples:
       lora-export merge-onnx --base model.onnx --adapter my-adapter -o merged/model.onnx
-      lora-export merge-onnx --base hf-folder --adapter my-adapter -o merged/model.onnx
+      lora-export merge-onnx --base hf-folder --kv-cache --dtype float16 --adapter my-adapter -o m/model.onnx
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
     from lora_export.modes import merge_onnx as mode
     from lora_export.progress import byte_progress

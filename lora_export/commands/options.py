@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from lora_export.captured import DTYPES
 from lora_export.formats import FORMATS, load_adapter
 
 if TYPE_CHECKING:
@@ -45,6 +46,16 @@ _MERGE_INPUTS = [
         "--weight", "weights", multiple=True, type=float, help="Factor on an adapter, one for each --adapter."
     ),
 ]
+_CAPTURE_OPTIONS = [
+    click.option(
+        "--dtype", type=click.Choice(DTYPES), help="Of a captured checkpoint folder; float32 if left out."
+    ),
+    click.option(
+        "--kv-cache",
+        is_flag=True,
+        help="Capture a checkpoint folder with its key-value cache, to generate text.",
+    ),
+]
 _MERGE_SWITCHES = [
     click.option(
         "--rounding",
@@ -75,6 +86,11 @@ def merge_options(command: Command) -> Command:
     return _with(command, [*_MERGE_INPUTS, *_ADAPTER_OPTIONS, *_MERGE_SWITCHES])
 
 
+def capture_options(command: Command) -> Command:
+    """Add what says how a checkpoint folder is captured."""
+    return _with(command, _CAPTURE_OPTIONS)
+
+
 _EXPOSE_OPTIONS = [
     click.option(
         "--base", required=True, type=_PATH, help="An ONNX file, or a Hugging Face checkpoint folder."
@@ -96,6 +112,7 @@ _EXPOSE_OPTIONS = [
     click.option("--fuse-base", is_flag=True, help="--pack, and the base's own q, k, v as one product."),
     click.option("--share-base", is_flag=True, help="Leave the weights in the base's own data files."),
     click.option("--force", is_flag=True, help="Replace existing output files."),
+    *_CAPTURE_OPTIONS,
     *_MERGE_SWITCHES[1:],
 ]
 

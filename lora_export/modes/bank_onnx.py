@@ -48,6 +48,8 @@ def bank_onnx(
     fuse_base: bool = False,
     batch_input: str | None = None,
     checkpoint: PathLike | None = None,
+    dtype: str | None = None,
+    kv_cache: bool = False,
     share_base: bool = False,
     allow_unmatched: bool = False,
     force: bool = False,
@@ -69,6 +71,8 @@ def bank_onnx(
         fuse_base: Also compute q, k and v of the base in one product; see `swap_onnx`.
         batch_input: Name of the input whose first axis is the batch; the first input with a free one.
         checkpoint: The folder that ``base`` was exported from: matches by name are verified by content.
+        dtype: Of a captured folder: ``float32`` (if left out), ``float16`` or ``bfloat16``.
+        kv_cache: Capture a decoder with its key-value cache as inputs and outputs.
         share_base: Leave the weights in the base's own data files.
         allow_unmatched: Go on without what has no place.
         force: Replace existing output files.
@@ -91,7 +95,15 @@ def bank_onnx(
         )
     loaded = _load(adapters)
     reading = open_base(
-        base, out, loaded.values(), checkpoint=checkpoint, share_base=share_base, force=force, dry_run=dry_run
+        base,
+        out,
+        loaded.values(),
+        checkpoint=checkpoint,
+        share_base=share_base,
+        force=force,
+        dry_run=dry_run,
+        dtype=dtype,
+        kv_cache=kv_cache,
     )
     with reading as (opened, paths):
         resolver = Resolver(opened.graph, opened.weight_of, branches=True)

@@ -4,49 +4,33 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx_ir as ir
 
 from lora_export import __version__
 from lora_export.adapter import Adapter
 from lora_export.blend import check_blend
-from lora_export.branches.place import refuse_exposed
 from lora_export.branches.union import refuse_other_bases
-from lora_export.errors import GraphError
+from lora_export.checkpoint_files import small_files
+from lora_export.checkpoint_merge import CheckpointMerge, plan_merge
 from lora_export.external_data import Change, plan_data, write_data
-from lora_export.graph import GraphFile, save_graph
+from lora_export.graph import save_graph
+from lora_export.graph_merge import mark_merged, plan_changes
 from lora_export.manifest import FileHash, Manifest, adapter_entry, package_versions
 from lora_export.merge_report import MergeReport
-from lora_export.onnx_base import drop_dead, open_base, output_paths
+from lora_export.onnx_base import open_base, output_paths
 from lora_export.output import OutputSet, output_errors, refuse_replacing
-from lora_export.patch import Patch, Placement, join, patch_from, replacement
-from lora_export.placing import (
-    placed_row,
-    quantised_operators,
-    refuse,
-    refuse_unaccounted,
-    refused_row,
-    with_unverified,
-)
-from lora_export.plan import Plan, PlanRow
-from lora_export.rounding import Mode, rounding_dict
-from lora_export.sites.bias import restore_biases
-from lora_export.sites.isolate import Isolator
-from lora_export.sites.resolve import Resolver
-from lora_export.sites.target import Miss, Site, Target, WeightOf, targets_of
+from lora_export.placing import with_unverified
+from lora_export.rounding import Mode, Rounding, rounding_dict
 
 if TYPE_CHECKING:
     import torch
 
 PathLike = str | os.PathLike[str]
-_MERGED_KEY = "lora_export.merged"
 
 
 def merge_onnx(
@@ -56,6 +40,8 @@ def merge_onnx(
     *,
     checkpoint: PathLike | None = None,
     weights: Sequence[float] | None = None,
+    dtype: str | None = None,
+    kv_cache: bool = False,
     share_base: bool = False,
     allow_unmatched: bool = False,
     force: bool = False,
@@ -72,6 +58,9 @@ def merge_onnx(
         checkpoint: The folder of the checkpoint that ``base`` was exported from. Weights are then found, and
             every match by name is verified, by content.
         weights: Factor on each adapter's delta; 1 by default.
+        dtype: Of a captured folder: ``float32`` (if left out), ``float16`` or ``bfloat16``, to which the sum,
+            made in float32, is rounded once.
+        kv_cache: Capture a decoder with its key-value cache as inputs and outputs.
         share_base: Leave unchanged weights in the base's own data files; the output's data file holds
             only what the adapters changed.
         allow_unmatched: Go on without the tensors that have no place; the manifest says which.
@@ -91,15 +80,35 @@ def merge_onnx(
     """
     out, base = Path(output), Path(base)
     loaded, factors = check_blend(adapters, weights)
+    roundings: dict[str, Rounding] = {}
+    merge = None
+    if base.is_dir() and dtype not in (None, "float32"):
+        # A graph captured in this dtype holds rounded weights: the sum is made before, and rounded once.
+        merge = plan_merge(base, loaded, factors, dtype, allow_unmatched)
+        if dry_run:
+            return MergeReport(merge.placed.plan, {}, output_paths(out), merge.size_bytes, dry_run=True)
     reading = open_base(
-        base, out, loaded, checkpoint=checkpoint, share_base=share_base, force=force, dry_run=dry_run
+        base,
+        out,
+        loaded,
+        checkpoint=checkpoint,
+        share_base=share_base,
+        force=force,
+        dry_run=dry_run,
+        dtype=dtype,
+        kv_cache=kv_cache,
+        prepare=_merged_folder(merge, rounding, roundings) if merge else None,
     )
     with reading as (opened, targets):
         graph = opened.graph
         refuse_other_bases(loaded, opened.identity)
-        plan, changes = _plan_changes(graph, loaded, factors, opened.weight_of, allow_unmatched)
-        if checkpoint is not None:
-            plan = with_unverified(plan, Path(checkpoint))
+        changes: dict[ir.Value, Change] = {}
+        if merge:
+            plan = merge.placed.plan
+        else:
+            plan, changes = plan_changes(graph, loaded, factors, opened.weight_of, allow_unmatched)
+            if checkpoint is not None:
+                plan = with_unverified(plan, Path(checkpoint))
         slots, size, shared = plan_data(graph, changes, out, opened.shared_files)
         report = MergeReport(plan, {}, targets, size, shared, dry_run=dry_run)
         if dry_run:
@@ -107,12 +116,27 @@ def merge_onnx(
         with output_errors(out), OutputSet(force) as outputs:
             staged = {name: outputs.stage(path) for name, path in targets.items()}
             costs = write_data(staged["data"], targets["data"].name, slots, size, changes, rounding, progress)
-            report = replace(report, roundings=costs)
-            _mark(graph.model, loaded, factors)
+            report = replace(report, roundings=roundings | costs)
+            mark_merged(graph.model, loaded, factors, opened.identity)
             save_graph(graph.model, staged["graph"])
             _save_manifest(staged["manifest"], report, list(opened.hashes.values()), loaded, factors)
             outputs.commit()
     return report
+
+
+def _merged_folder(
+    merge: CheckpointMerge, rounding: Mode, roundings: dict[str, Rounding]
+) -> Callable[[Path], Path]:
+    """Return what writes a merged folder to capture into a temporary one; it fills ``roundings``."""
+    configs = [path for path in small_files(merge.checkpoint)[0] if path.suffix == ".json"]
+
+    def prepare(scratch: Path) -> Path:
+        folder = scratch / "merged"
+        with output_errors(folder):
+            roundings.update(merge.write(folder, configs, rounding))
+        return folder
+
+    return prepare
 
 
 def _save_manifest(
@@ -181,99 +205,3 @@ def export_onnx(
             force=force,
             rounding=rounding,
         )
-
-
-def _plan_changes(
-    graph: GraphFile,
-    adapters: Sequence[Adapter],
-    factors: Sequence[float],
-    weight_of: WeightOf | None,
-    allow_unmatched: bool,
-) -> tuple[Plan, dict[ir.Value, Change]]:
-    """Resolve every target of every adapter, then give each its constant and its patches."""
-    refuse_exposed(graph)
-    _refuse_merged(graph, adapters)
-    resolver, isolator = Resolver(graph, weight_of), Isolator()
-    found: list[tuple[Adapter, float, list[Site]]] = []
-    rows: list[PlanRow] = []
-    for adapter, factor in zip(adapters, factors, strict=True):
-        sites, misses = resolver.resolve(targets_of(adapter), adapter.flattened)
-        sites, misses = restore_biases(sites, misses, weight_of)
-        grouped = [site for site in sites if site.target.module and site.target.module.groups > 1]
-        sites = [site for site in sites if site not in grouped]
-        misses += [Miss(site.target, _GROUPED) for site in grouped]
-        if misses and not (allow_unmatched and sites):
-            refuse(graph, adapter, sites, misses, quantised_operators(resolver))
-        rows += [placed_row(adapter, site) for site in sites]
-        rows += [refused_row(adapter, miss) for miss in misses]
-        refuse_unaccounted(adapter, rows)
-        found.append((adapter, factor, sites))
-    changes = _changes(found, isolator)
-    drop_dead(graph)
-    return Plan(tuple(rows), tuple(isolator.notes)), changes
-
-
-_GROUPED = (
-    "a grouped convolution mixes the groups through lora_A and can't be merged (PEFT refuses it as well); "
-    "expose it with swap-onnx instead"
-)
-
-
-def _refuse_merged(graph: GraphFile, adapters: Sequence[Adapter]) -> None:
-    merged = graph.model.metadata_props.get(_MERGED_KEY, "")
-    again = [adapter.name for adapter in adapters if adapter.sha256 and adapter.sha256 in merged]
-    if again:
-        raise GraphError(
-            f"{graph.path} has this adapter merged into it already", "merge into the base instead", again
-        )
-
-
-def _changes(found: list[tuple[Adapter, float, list[Site]]], isolator: Isolator) -> dict[ir.Value, Change]:
-    wanted: dict[ir.Value, list[tuple[Target, Placement, float]]] = defaultdict(list)
-    for _, factor, sites in found:
-        for site in sites:
-            target = site.target
-            for part in site.parts:
-                value = isolator.constant_for(part, target.path, target.key.rpartition(".")[2])
-                wanted[value] += [(target, placement, factor) for placement in part.placements]
-    return {
-        value: Change(partial(_patches, group, _work_dtype(value)), group[0][0].experts > 1)
-        for value, group in wanted.items()
-    }
-
-
-def _patches(
-    group: Sequence[tuple[Target, Placement, float]], dtype: type[np.floating[Any]]
-) -> tuple[Patch, ...]:
-    return tuple(join([patch_of(target, placement, factor, dtype) for target, placement, factor in group]))
-
-
-def _work_dtype(value: ir.Value) -> type[np.floating[Any]]:
-    return np.float64 if value.dtype == ir.DataType.DOUBLE else np.float32
-
-
-def patch_of(target: Target, placement: Placement, factor: float, dtype: type[np.floating[Any]]) -> Patch:
-    """Return the patch that a target makes at a placement."""
-    if target.action == "merge":
-        assert target.module is not None
-        return patch_from(target.module, placement, factor, dtype)
-    assert target.values is not None
-    start, stop = placement.rows
-    values = np.asarray(target.values).reshape(target.matrix)[start:stop].astype(dtype)
-    if placement.row_scale is not None:
-        values = values * placement.row_scale.astype(dtype)[:, None]
-    if placement.transposed:
-        values = np.ascontiguousarray(values.T)
-    if target.action == "replace":
-        return replacement(target.key, values, placement.row, placement.col)
-    # A vector is one column: its addend is the outer product with 1.
-    one = np.ones((1, 1), dtype)
-    height, width = values.shape
-    return Patch(target.key, placement.row, placement.col, height, width, values * dtype(factor), one)
-
-
-def _mark(model: ir.Model, adapters: Sequence[Adapter], factors: Sequence[float]) -> None:
-    """Say in the graph itself what was merged: a later merge of the same adapter is then refused."""
-    mine = "; ".join(f"{a.name} sha256={a.sha256} weight={w}" for a, w in zip(adapters, factors, strict=True))
-    before = model.metadata_props.get(_MERGED_KEY)
-    model.metadata_props[_MERGED_KEY] = f"{before}; {mine}" if before else mine

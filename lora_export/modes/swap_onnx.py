@@ -48,6 +48,8 @@ def swap_onnx(
     pack: bool = False,
     fuse_base: bool = False,
     checkpoint: PathLike | None = None,
+    dtype: str | None = None,
+    kv_cache: bool = False,
     share_base: bool = False,
     allow_unmatched: bool = False,
     force: bool = False,
@@ -68,6 +70,8 @@ def swap_onnx(
         fuse_base: Also compute q, k and v of the base in one product, where they are separate: faster on a
             GPU, at the cost of a second copy of these weights with ``share_base``. Implies ``pack``.
         checkpoint: The folder that ``base`` was exported from: matches by name are verified by content.
+        dtype: Of a captured folder: ``float32`` (if left out), ``float16`` or ``bfloat16``.
+        kv_cache: Capture a decoder with its key-value cache as inputs and outputs.
         share_base: Leave the weights in the base's own data files.
         allow_unmatched: Go on without modules that have no place.
         force: Replace existing output files.
@@ -92,7 +96,15 @@ def swap_onnx(
         raise AdapterError("which modules are to be exposed?", "give an adapter, or target modules, or both")
     made_of = [item if isinstance(item, Adapter) else load_adapter(Path(item)) for item in given]
     reading = open_base(
-        base, out, made_of, checkpoint=checkpoint, share_base=share_base, force=force, dry_run=dry_run
+        base,
+        out,
+        made_of,
+        checkpoint=checkpoint,
+        share_base=share_base,
+        force=force,
+        dry_run=dry_run,
+        dtype=dtype,
+        kv_cache=kv_cache,
     )
     with reading as (opened, paths):
         resolver = Resolver(opened.graph, opened.weight_of, branches=True)

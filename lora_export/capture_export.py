@@ -1,0 +1,173 @@
+"""One module through torch.onnx's dynamo exporter, in silence, with the weights left as they are.
+
+Weights keep their own names and orientation (a Transpose stays in the graph): ONNX Runtime folds it when it
+loads, and untouched weights can then stay in the checkpoint's own ``.safetensors``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lora_export.errors import BackendUnavailable, GraphError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+_TRACES = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node", "pkg.torch.onnx.class_hierarchy")
+_INSTALL = "pip install 'lora-export[hf]'"
+
+
+Inputs = tuple[Any, ...] | Mapping[str, Any]
+
+
+def run_module(module: torch.nn.Module, example_inputs: Inputs) -> Any:
+    """Return what a module returns.
+
+    Raises:
+        GraphError: It fails.
+    """
+    import torch
+
+    with quiet(), torch.no_grad():
+        try:
+            if isinstance(example_inputs, Mapping):
+                return module(**example_inputs)
+            return module(*example_inputs)
+        except Exception as error:  # whatever the module's own code raises
+            raise GraphError(
+                f"{type(module).__name__} fails on the example inputs: {_first_line(error)}",
+                "export the model yourself and give the .onnx",
+            ) from error
+
+
+def tensor_names(outputs: Any) -> list[str] | None:
+    """Name the graph's outputs as the module's output object does (``logits``, ``last_hidden_state``)."""
+    if not isinstance(outputs, Mapping):
+        return None
+    return [str(name) for name, value in outputs.items() if hasattr(value, "shape")]
+
+
+def export_module(
+    module: torch.nn.Module,
+    example_inputs: Inputs,
+    dynamic_shapes: Any,
+    output_names: Sequence[str] | None,
+    input_names: Sequence[str] | None = None,
+    opset: int | None = None,
+) -> ir.Model:
+    """Return the graph of a module.
+
+    Args:
+        module: In the mode (eval, dtype) in which it is to be captured.
+        example_inputs: Positional or keyword inputs.
+        dynamic_shapes: As for `torch.export.export`.
+        output_names: Names of the graph's outputs, or None for the exporter's own.
+        input_names: Names of the graph's inputs; as the parameters of ``forward`` if left out.
+        opset: Version of ONNX's operators; the exporter's own choice if left out.
+
+    Raises:
+        GraphError: torch.onnx can't export the module.
+    """
+    import torch
+
+    keyword = isinstance(example_inputs, Mapping)
+    with quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                module,
+                () if keyword else tuple(example_inputs),
+                kwargs=dict(example_inputs) if isinstance(example_inputs, Mapping) else None,
+                input_names=input_names,
+                output_names=output_names,
+                dynamic_shapes=dynamic_shapes,
+                dynamo=True,
+                optimize=False,
+                opset_version=opset,
+                verbose=False,
+            )
+        except Exception as error:  # the exporter raises its own and torch.export's many kinds
+            raise GraphError(
+                f"torch.onnx can't export {type(module).__name__}: {_first_line(error)}",
+                "export the model yourself and give the .onnx, or try attn_implementation='eager'",
+            ) from error
+        assert program is not None
+        model: ir.Model = program.model
+        _optimize(model)
+    _drop_traces(model)
+    return model
+
+
+def _optimize(model: ir.Model) -> None:
+    """Simplify the graph but leave weights as they are.
+
+    onnxscript's own `optimize` would also fold batch norms into weights, and one of its rules looks at all
+    nodes for each node: 20 of 23 seconds for a decoder of 30 layers, in which it never finds anything.
+    """
+    from onnx_ir.passes import Sequential, common
+    from onnxscript import optimizer, rewriter
+    from onnxscript.rewriter.rules import common as rules
+
+    def should_fold(node: ir.Node) -> bool | None:
+        # A folded Transpose or Cast would be a second copy of a weight under a name of its own.
+        weights = any(v is not None and v.is_initializer() and len(v.shape or ()) > 1 for v in node.inputs)
+        return False if weights else None
+
+    shapes = [
+        *(rules.no_op_cast_rule, rules.no_op_expand_rule, rules.no_op_transpose_rule),
+        *(rules.reshape_reshape_rule, rules.materialize_reshape_shape_rule, rules.squeeze_reshape_1d_rule),
+        *(rules.transpose_transpose_rule, rules.unsqueeze_unsqueeze_rule),
+        *(rules.collapse_slice_rule, rules.collapse_slice2_rule),
+    ]
+    common.InlinePass()(model)
+    for _ in range(2):
+        optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=should_fold)
+        rewriter.rewrite(model, shapes)
+    Sequential(
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )(model)
+
+
+def _drop_traces(model: ir.Model) -> None:
+    """Remove the exporter's stack traces: they name files of this machine and are most of a graph's size."""
+    for node in model.graph.all_nodes():
+        for key in _TRACES:
+            node.metadata_props.pop(key, None)
+
+
+def require(*names: str) -> None:
+    """Raise `BackendUnavailable` naming every package of ``names`` that is not installed."""
+    from importlib.util import find_spec
+
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise BackendUnavailable(f"capturing a model needs {', '.join(missing)}", _INSTALL)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back the exporters' progress prints, log lines and warnings: none is for our user."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        with contextlib.redirect_stderr(io.StringIO()):
+            try:
+                yield
+            finally:
+                logging.disable(previous)

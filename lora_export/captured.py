@@ -1,0 +1,75 @@
+"""What a captured graph says about its model: of which kind it is, and how large its dimensions may get.
+
+Two entries of the graph's own metadata, each JSON, so that whoever compiles or serves the graph need not look
+for the checkpoint: `MODEL_KEY` ``{"kind", "kv_cache", "dtype", "vocab_size"}`` and `DIMS_KEY` ``{"sequence":
+{"max": 2048}, …}``, by the names that the graph's inputs give their dimensions. A dimension that the model
+sets no limit to has no entry.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from lora_export.errors import GraphError
+
+MODEL_KEY = "lora_export.model"
+DIMS_KEY = "lora_export.dims"
+DTYPES = ("float32", "float16", "bfloat16")
+BATCH, SEQUENCE, DECODER_SEQUENCE = "batch", "sequence", "decoder_sequence"
+PAST_SEQUENCE, TOTAL_SEQUENCE = "past_sequence", "total_sequence"
+Kind = Literal["decoder", "encoder", "vision", "encoder-decoder"]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The record of a captured graph.
+
+    Attributes:
+        kind: What the model does with its input.
+        kv_cache: Keys and values of past tokens are inputs and outputs.
+        dtype: One of `DTYPES`: what it computes in.
+        vocab_size: How many token ids there are, where it reads tokens.
+        largest: Name of a dimension → the largest size that the model has positions for.
+    """
+
+    kind: Kind
+    kv_cache: bool
+    dtype: str
+    vocab_size: int | None = None
+    largest: Mapping[str, int] = field(default_factory=dict)
+
+    def to_metadata(self) -> dict[str, str]:
+        """Return the entries of a graph's metadata."""
+        model: dict[str, object] = {"kind": self.kind, "kv_cache": self.kv_cache, "dtype": self.dtype}
+        if self.vocab_size is not None:
+            model["vocab_size"] = self.vocab_size
+        dims = {name: {"max": size} for name, size in self.largest.items()}
+        return {MODEL_KEY: json.dumps(model, sort_keys=True), DIMS_KEY: json.dumps(dims, sort_keys=True)}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> Captured | None:
+        """Read what `to_metadata` wrote; None where the graph was not captured by us.
+
+        Args:
+            metadata: ``metadata_props`` of an ONNX file, or ONNX Runtime's ``custom_metadata_map``.
+
+        Raises:
+            GraphError: It is damaged.
+        """
+        if MODEL_KEY not in metadata:
+            return None
+        try:
+            model = json.loads(metadata[MODEL_KEY])
+            if model["kind"] not in get_args(Kind):
+                raise ValueError(f"there is no kind {model['kind']!r}")
+            dims = json.loads(metadata.get(DIMS_KEY, "{}"))
+            largest = {name: int(entry["max"]) for name, entry in dims.items()}
+            return cls(**model, largest=largest)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise GraphError(
+                f"the graph's record of its model is damaged: {type(error).__name__}: {error}",
+                "capture the checkpoint again",
+            ) from error

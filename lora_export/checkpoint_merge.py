@@ -1,0 +1,204 @@
+"""Adapters placed in a checkpoint's tensors, and the folder that comes of it, streamed from shard to shard.
+
+Sums are made in float32 (float64 where the base is) and rounded once to the type they are stored in.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_export.adapter import Adapter
+from lora_export.checkpoint import Checkpoint
+from lora_export.checkpoint_files import MANIFEST, copy_small_files, write_config, write_index
+from lora_export.checkpoint_layout import Layout, layout_of, pieces_of
+from lora_export.checkpoint_sites import Placed, place_adapters
+from lora_export.errors import AdapterError, CheckpointError, OutputError, SiteError
+from lora_export.rounding import Mode, Rounding, update
+from lora_export.stream import nonfinite_error, write_pieces
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_EXAMPLES = 4
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointMerge:
+    """What is to be written.
+
+    Attributes:
+        checkpoint: The base.
+        placed: Where each tensor of the adapters goes.
+        layouts: The output's files, one for each shard.
+        dtype: Of all float tensors, or None to leave each as it is.
+    """
+
+    checkpoint: Checkpoint
+    placed: Placed
+    layouts: tuple[Layout, ...]
+    dtype: str | None
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the weights."""
+        return sum(layout.size for layout in self.layouts)
+
+    def write(
+        self, folder: Path, small: list[Path], rounding: Mode, progress: Callable[[int], None] | None = None
+    ) -> dict[str, Rounding]:
+        """Create a folder and write weights, index and config.
+
+        Args:
+            folder: What to create.
+            small: Files to copy from the base, relative to it.
+            rounding: ``sample`` measures large weights on evenly spaced blocks, ``exact`` on every element.
+            progress: Called with the number of bytes just written.
+
+        Returns:
+            What rounding cost, by module.
+
+        Raises:
+            CheckpointError: A sum is beyond what the dtype can hold.
+            OutputError: The disk is too small, or a file can't be written.
+            OSError: The folder can't be written.
+        """
+        folder.mkdir()
+        _refuse_small_disk(folder, self.size_bytes)
+        roundings = _write_shards(self, folder, rounding, progress)
+        copy_small_files(self.checkpoint.folder, small, folder)
+        write_index(self.checkpoint, list(self.layouts), self.placed, folder)
+        write_config(self.checkpoint, folder, self.dtype, self.placed.untied)
+        return roundings
+
+
+def plan_merge(
+    base: str | Path,
+    adapters: Sequence[Adapter],
+    factors: Sequence[float],
+    dtype: str | None,
+    allow_unmatched: bool,
+) -> CheckpointMerge:
+    """Place adapters in a folder's tensors; nothing is written.
+
+    Args:
+        base: Folder with config.json and safetensors.
+        adapters: To be added up.
+        factors: One for each.
+        dtype: A key of `DTYPES` for all float tensors; as they are if left out.
+        allow_unmatched: Leave out what has no place in the base, instead of refusing.
+
+    Raises:
+        AdapterError: An adapter is for another architecture, or in the base already.
+        CheckpointError: The base is damaged or quantised.
+        OutputError: There is no such dtype.
+        SiteError: Some of the adapters has no place in the base; all of it is listed.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise OutputError(f"there is no output dtype '{dtype}'", f"one of: {', '.join(DTYPES)}")
+    checkpoint = Checkpoint.open(base)
+    _refuse_quantised(checkpoint)
+    _refuse_merged(checkpoint, adapters)
+    placed = place_adapters(checkpoint, adapters, factors)
+    _refuse_unplaced(checkpoint, adapters, placed, allow_unmatched)
+    code = DTYPES[dtype] if dtype else None
+    return CheckpointMerge(
+        checkpoint, placed, tuple(layout_of(shard, placed, code) for shard in checkpoint.shards), dtype
+    )
+
+
+def _refuse_quantised(checkpoint: Checkpoint) -> None:
+    quantisation = checkpoint.config.get("quantization_config")
+    if quantisation:
+        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
+        raise CheckpointError(
+            f"the base {checkpoint.folder} is quantised ({method})",
+            "merge into the unquantised base and quantise the result, or keep the adapter apart",
+        )
+
+
+def _refuse_merged(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
+    """Refuse an adapter that the base's own manifest says is in it already."""
+    try:
+        record = json.loads((checkpoint.folder / MANIFEST).read_text("utf-8"))
+        known = {entry["sha256"]: entry["name"] for entry in record["adapters"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    twice = [
+        f"{adapter.name} (as '{known[adapter.sha256]}')"
+        for adapter in adapters
+        if adapter.sha256 and adapter.sha256 in known
+    ]
+    if twice:
+        raise AdapterError(
+            f"the base {checkpoint.folder} has this adapter merged into it already",
+            f"merge into the original base; or, if it is meant twice, remove {MANIFEST} from the base",
+            twice,
+        )
+
+
+def _refuse_unplaced(
+    checkpoint: Checkpoint, adapters: Sequence[Adapter], placed: Placed, allow_unmatched: bool
+) -> None:
+    refused, rows = placed.plan.refused, placed.plan.rows
+    names = ", ".join(f"'{adapter.name}'" for adapter in adapters)
+    if not rows:
+        raise AdapterError(f"adapter {names} changes nothing", "check that the right file was given")
+    if len(refused) == len(rows) and len(set(placed.absent)) >= len({row.parameter for row in rows}):
+        examples = [f"the adapter has {row.parameter}" for row in rows[:_EXAMPLES]]
+        matrices = [t.name for t in checkpoint.tensors.values() if len(t.shape) > 1]
+        raise AdapterError(
+            f"adapter {names} is for another architecture: none of its {len(rows)} parameters is in "
+            f"{checkpoint.folder}",
+            _trained_on(adapters) or "give the base that the adapter was trained on",
+            examples + [f"the base has {name}" for name in matrices[:_EXAMPLES]],
+        )
+    if not refused or (allow_unmatched and len(refused) < len(rows)):
+        return
+    others = "--allow-unmatched merges the others and leaves these out"
+    hints = [
+        _trained_on(adapters),
+        others if len(refused) < len(rows) else "give the base that the adapter was trained on",
+    ]
+    raise SiteError(
+        f"adapter {names} has {len(refused)} parameters with no place in {checkpoint.folder} "
+        f"(of {len(rows)})",
+        "; ".join(hint for hint in hints if hint),
+        [f"{row.parameter}   {row.reason}" for row in refused],
+    )
+
+
+def _trained_on(adapters: Sequence[Adapter]) -> str:
+    names = sorted({adapter.base_model for adapter in adapters if adapter.base_model})
+    return f"it was trained on {', '.join(names)}" if names else ""
+
+
+def _refuse_small_disk(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OutputError(
+            f"the disk of {folder.parent} has {free / 1e9:.2f} GB free, {size / 1e9:.2f} GB are needed "
+            "(nothing was replaced)",
+            "free some space, or choose a folder on another disk",
+        )
+
+
+def _write_shards(
+    merge: CheckpointMerge, folder: Path, rounding: Mode, progress: Callable[[int], None] | None
+) -> dict[str, Rounding]:
+    roundings: dict[str, Rounding] = {}
+    problems: list[str] = []
+    for shard, layout in zip(merge.checkpoint.shards, merge.layouts, strict=True):
+        found = write_pieces(
+            folder / shard.path.name,
+            layout.size,
+            pieces_of(layout, merge.placed),
+            progress=progress,
+            rounding=rounding,
+            nonfinite=problems,
+        )
+        update(roundings, found)
+    if problems:
+        raise nonfinite_error(problems)
+    return roundings

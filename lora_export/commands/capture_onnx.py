@@ -1,0 +1,47 @@
+"""`lora-export capture-onnx`: a checkpoint as a graph, before any adapter."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command("capture-onnx", short_help="Write a Hugging Face checkpoint as an ONNX graph: the base.")
+@click.argument("checkpoint", type=_PATH)
+@click.option("-o", "--output", required=True, type=_PATH, help="The .onnx file to write.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Of weights, inputs and outputs.",
+)
+@click.option("--kv-cache", is_flag=True, help="Keys and values of past tokens as inputs and outputs.")
+@click.option("--force", is_flag=True, help="Replace existing output files.")
+@click.option("--quiet", is_flag=True, help="No summary.")
+def capture_onnx(
+    checkpoint: Path, output: Path, dtype: str, kv_cache: bool, force: bool, quiet: bool
+) -> None:
+    """Write the graph of CHECKPOINT, a folder that save_pretrained wrote, as OUT.onnx and OUT.onnx.data.
+
+    merge-onnx, swap-onnx and bank-onnx capture a folder themselves. Do it once, and each takes seconds; with
+    --share-base their graphs then use one copy of the weights. For a merge into float16 or bfloat16, give
+    merge-onnx the folder: it rounds W0 + ΔW once, while a captured graph's W0 is rounded already.
+
+    \b
+    Example:
+      lora-export capture-onnx my-model --dtype float16 --kv-cache -o base/model.onnx
+    """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
+    from lora_export.modes import capture_onnx as mode
+    from lora_export.reports.merge import size_text
+
+    started = time.monotonic()
+    graph, data = mode.capture_onnx(checkpoint, output, dtype=dtype, kv_cache=kv_cache, force=force)
+    if not quiet:
+        size = size_text(data.stat().st_size)
+        click.echo(f"captured {checkpoint} in {time.monotonic() - started:.1f} s: {size} of weights")
+        click.echo(f"wrote {graph}\nwrote {data}")

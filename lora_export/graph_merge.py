@@ -1,0 +1,149 @@
+"""Adapters placed in the constants of a graph: which constants change, and the patches for each."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_export.adapter import Adapter
+from lora_export.branches.place import refuse_exposed
+from lora_export.errors import GraphError
+from lora_export.external_data import Change
+from lora_export.graph import GraphFile
+from lora_export.onnx_base import drop_dead
+from lora_export.patch import Patch, Placement, join, patch_from, replacement
+from lora_export.placing import placed_row, quantised_operators, refuse, refuse_unaccounted, refused_row
+from lora_export.plan import Plan, PlanRow
+from lora_export.sites.bias import restore_biases
+from lora_export.sites.isolate import Isolator
+from lora_export.sites.resolve import Resolver
+from lora_export.sites.target import Miss, Site, Target, WeightOf, targets_of
+
+# Of a graph's metadata: the adapters merged into it, and the identity of the base without any.
+MERGED_KEY = "lora_export.merged"
+MERGED_BASE_KEY = "lora_export.merged_base"
+_GROUPED = (
+    "a grouped convolution mixes the groups through lora_A and can't be merged (PEFT refuses it as well); "
+    "expose it with swap-onnx instead"
+)
+
+
+def plan_changes(
+    graph: GraphFile,
+    adapters: Sequence[Adapter],
+    factors: Sequence[float],
+    weight_of: WeightOf | None,
+    allow_unmatched: bool,
+) -> tuple[Plan, dict[ir.Value, Change]]:
+    """Resolve every target of every adapter, then give each its constant and its patches.
+
+    Args:
+        graph: The base; a constant that others read too gets a copy of its own.
+        adapters: To be added up.
+        factors: One for each.
+        weight_of: Looks up a target's weight in the checkpoint, where there is one.
+        allow_unmatched: Leave out what has no place, instead of refusing.
+
+    Returns:
+        The plan, and what is to change in each constant.
+
+    Raises:
+        GraphError: The graph has exposed LoRA, or one of the adapters merged into it.
+        SiteError: Some of the adapters has no place in the graph; all of it is listed.
+    """
+    refuse_exposed(graph)
+    _refuse_merged(graph, adapters)
+    resolver, isolator = Resolver(graph, weight_of), Isolator()
+    found: list[tuple[Adapter, float, list[Site]]] = []
+    rows: list[PlanRow] = []
+    for adapter, factor in zip(adapters, factors, strict=True):
+        sites, misses = resolver.resolve(targets_of(adapter), adapter.flattened)
+        sites, misses = restore_biases(sites, misses, weight_of)
+        grouped = [site for site in sites if site.target.module and site.target.module.groups > 1]
+        sites = [site for site in sites if site not in grouped]
+        misses += [Miss(site.target, _GROUPED) for site in grouped]
+        if misses and not (allow_unmatched and sites):
+            refuse(graph, adapter, sites, misses, quantised_operators(resolver))
+        rows += [placed_row(adapter, site) for site in sites]
+        rows += [refused_row(adapter, miss) for miss in misses]
+        refuse_unaccounted(adapter, rows)
+        found.append((adapter, factor, sites))
+    changes = _changes(found, isolator)
+    drop_dead(graph)
+    return Plan(tuple(rows), tuple(isolator.notes)), changes
+
+
+def _refuse_merged(graph: GraphFile, adapters: Sequence[Adapter]) -> None:
+    merged = graph.model.metadata_props.get(MERGED_KEY, "")
+    again = [adapter.name for adapter in adapters if adapter.sha256 and adapter.sha256 in merged]
+    if again:
+        raise GraphError(
+            f"{graph.path} has this adapter merged into it already", "merge into the base instead", again
+        )
+
+
+def _changes(found: list[tuple[Adapter, float, list[Site]]], isolator: Isolator) -> dict[ir.Value, Change]:
+    wanted: dict[ir.Value, list[tuple[Target, Placement, float]]] = defaultdict(list)
+    for _, factor, sites in found:
+        for site in sites:
+            target = site.target
+            for part in site.parts:
+                value = isolator.constant_for(part, target.path, target.key.rpartition(".")[2])
+                wanted[value] += [(target, placement, factor) for placement in part.placements]
+    return {
+        value: Change(partial(_patches, group, _work_dtype(value)), group[0][0].experts > 1)
+        for value, group in wanted.items()
+    }
+
+
+def _patches(
+    group: Sequence[tuple[Target, Placement, float]], dtype: type[np.floating[Any]]
+) -> tuple[Patch, ...]:
+    return tuple(join([_patch_of(target, placement, factor, dtype) for target, placement, factor in group]))
+
+
+def _work_dtype(value: ir.Value) -> type[np.floating[Any]]:
+    return np.float64 if value.dtype == ir.DataType.DOUBLE else np.float32
+
+
+def _patch_of(target: Target, placement: Placement, factor: float, dtype: type[np.floating[Any]]) -> Patch:
+    if target.action == "merge":
+        assert target.module is not None
+        return patch_from(target.module, placement, factor, dtype)
+    assert target.values is not None
+    start, stop = placement.rows
+    values = np.asarray(target.values).reshape(target.matrix)[start:stop].astype(dtype)
+    if placement.row_scale is not None:
+        values = values * placement.row_scale.astype(dtype)[:, None]
+    if placement.transposed:
+        values = np.ascontiguousarray(values.T)
+    if target.action == "replace":
+        return replacement(target.key, values, placement.row, placement.col)
+    # A vector is one column: its addend is the outer product with 1.
+    one = np.ones((1, 1), dtype)
+    height, width = values.shape
+    return Patch(target.key, placement.row, placement.col, height, width, values * dtype(factor), one)
+
+
+def mark_merged(
+    model: ir.Model, adapters: Sequence[Adapter], factors: Sequence[float], base_sha256: str
+) -> None:
+    """Say in the graph itself what was merged, and into what.
+
+    A later merge of the same adapter is then refused, and an engine built from it can go back to the base.
+
+    Args:
+        model: The merged graph.
+        adapters: What was merged.
+        factors: One for each.
+        base_sha256: Identity of the base.
+    """
+    mine = "; ".join(f"{a.name} sha256={a.sha256} weight={w}" for a, w in zip(adapters, factors, strict=True))
+    before = model.metadata_props.get(MERGED_KEY)
+    model.metadata_props[MERGED_KEY] = f"{before}; {mine}" if before else mine
+    model.metadata_props.setdefault(MERGED_BASE_KEY, base_sha256)

@@ -1,0 +1,52 @@
+"""Write the base graph of a checkpoint: what merge, swap and bank graphs can then be made from, and share."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from lora_export.capture import capture_checkpoint
+from lora_export.output import OutputSet, make_parent, output_errors, refuse_replacing
+
+PathLike = str | os.PathLike[str]
+
+
+def capture_onnx(
+    checkpoint: PathLike,
+    output: PathLike,
+    *,
+    dtype: str = "float32",
+    kv_cache: bool = False,
+    force: bool = False,
+) -> tuple[Path, Path]:
+    """Write a Hugging Face checkpoint as ``output`` and ``output.data``.
+
+    Args:
+        checkpoint: What ``save_pretrained`` wrote.
+        output: The ``.onnx`` file to write.
+        dtype: Of weights, inputs and outputs: ``float32``, ``float16`` or ``bfloat16``.
+        kv_cache: For decoders: keys and values of past tokens are inputs and outputs.
+        force: Replace existing output files.
+
+    Returns:
+        The graph and its data.
+
+    Raises:
+        LoraExportError: As `capture.capture_checkpoint`; `OutputError` where a file exists.
+    """
+    graph = Path(output)
+    data = graph.with_name(graph.name + ".data")
+    refuse_replacing([graph, data], force)
+    make_parent(graph)
+    with (
+        output_errors(graph),
+        OutputSet(force) as outputs,
+        # Beside the output, so that gigabytes are renamed and not copied.
+        tempfile.TemporaryDirectory(prefix=".lora-export-", dir=graph.parent) as scratch,
+    ):
+        made = capture_checkpoint(checkpoint, Path(scratch) / graph.name, dtype=dtype, kv_cache=kv_cache)
+        made.with_name(data.name).replace(outputs.stage(data))
+        made.replace(outputs.stage(graph))
+        outputs.commit()
+    return graph, data
