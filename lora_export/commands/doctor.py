@@ -1,0 +1,29 @@
+"""`lora-export doctor`: what this machine can build and run."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+
+@click.command(short_help="Say what this machine can build and run, and what would mend the rest.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
+def doctor(as_json: bool) -> None:
+    """Look at the GPUs and packages of this machine: what works, why not, the command that mends it.
+
+    Packages are imported in a process of their own, so one that is broken is reported, whatever it does.
+    Nothing is changed. The exit code is 0 whatever is found.
+
+    \b
+    Example:
+      lora-export doctor
+    """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
+    from lora_export.doctor import examine
+    from lora_export.reports.doctor import doctor_lines
+
+    report = examine()
+    if as_json:
+        click.echo(json.dumps(report.as_dict(), indent=1, ensure_ascii=False))
+    else:
+        click.echo("\n".join(doctor_lines(report)))

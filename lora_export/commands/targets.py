@@ -1,0 +1,56 @@
+"""`lora-export targets`: the GPUs that engines are built for."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from lora_export.engines.targets import COMPILERS, PRECISIONS, select_targets
+from lora_export.errors import BackendError
+
+
+@click.command(short_help="List GPUs: compute capability, memory, precisions, compilers.")
+@click.argument("words", metavar="[FILTER]...", nargs=-1)
+@click.option("--compiler", type=click.Choice(COMPILERS), help="Only GPUs that it builds for.")
+@click.option("--compute-capability", metavar="X.Y", help="Only these GPUs: 8.9, sm89.")
+@click.option("--precision", type=click.Choice(PRECISIONS), help="Only GPUs whose tensor cores multiply it.")
+@click.option(
+    "--min-memory", type=click.FloatRange(min=0), metavar="GB", help="Only GPUs with as much memory."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a list of objects, with each GPU's source.")
+def targets(
+    words: tuple[str, ...],
+    compiler: str | None,
+    compute_capability: str | None,
+    precision: str | None,
+    min_memory: float | None,
+    as_json: bool,
+) -> None:
+    """List the GPUs that engines are built for; each FILTER is part of the name.
+
+    Memory, bandwidth and precisions are the vendor's figures, not ours; int4 stands for 4-bit weights.
+    tensorrt-rtx builds on any machine, tensorrt on a GPU of the same kind.
+
+    \b
+    Examples:
+      lora-export targets laptop --min-memory 8
+      lora-export targets orin
+      lora-export targets --compiler tensorrt-rtx --precision fp8
+    """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
+    from lora_export.reports.targets import hint_lines, target_lines
+
+    found = select_targets(
+        words,
+        compiler=compiler,
+        compute_capability=compute_capability,
+        precision=precision,
+        min_memory_gb=min_memory,
+    )
+    if as_json:
+        click.echo(json.dumps([target.as_dict() for target in found], indent=1, ensure_ascii=False))
+    elif found:
+        click.echo("\n".join(target_lines(found)))
+        click.echo("\n".join(hint_lines(found)), err=True)
+    if not found:
+        raise BackendError("no GPU fits all of this", "lora-export targets, without options, lists all")
