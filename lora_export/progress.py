@@ -1,4 +1,4 @@
-"""Progress of long writes: a bar on a terminal, a few lines elsewhere, nothing when asked to be quiet."""
+"""Progress of long work: a bar on a terminal, a few lines elsewhere, nothing when asked to be quiet."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 
 Advance = Callable[[int], None]
+# What is being done, and the share of the whole that is done.
+Say = Callable[[str, float], None]
 # Off a terminal (a log), one line when a write has gone on for this long, and then as often again.
 _LINE_SECONDS = 10.0
 
@@ -65,3 +67,44 @@ def _lines(label: str) -> Advance:
             print(f"{label}: {done / 1e9:.1f} GB written", file=sys.stderr, flush=True)
 
     return advance
+
+
+@contextlib.contextmanager
+def stage_progress(quiet: bool = False) -> Iterator[Say | None]:
+    """Yield a function to call with what is being done and the share that is done, or None when quiet.
+
+    It shows a bar on a terminal, and one line for each stage elsewhere.
+    """
+    if quiet:
+        yield None
+    elif sys.stderr.isatty():
+        yield from _stage_bar()
+    else:
+        yield _stage_lines()
+
+
+def _stage_bar() -> Iterator[Say]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(),
+        BarColumn(bar_width=30),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda what, share: bar.update(task, description=what, completed=share)
+
+
+def _stage_lines() -> Say:
+    last = ""
+
+    def say(what: str, share: float) -> None:
+        nonlocal last
+        if what != last:
+            last = what
+            print(f"[{share:4.0%}] {what}", file=sys.stderr, flush=True)
+
+    return say

@@ -1,9 +1,12 @@
 """Settings for every test: offline, one thread a process (small models run faster so; xdist runs several)."""
 
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# Engines are built anew by each run of the tests, and leave nothing in the user's cache.
+os.environ["LORA_EXPORT_CACHE"] = tempfile.mkdtemp(prefix="lora-export-cache-")

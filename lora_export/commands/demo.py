@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +78,9 @@ def _refuse_given(context: click.Context, *names: str) -> None:
 
 def _run(model: str, output: Path, seed: int, force: bool, quiet: bool) -> tuple[list[str], dict[str, Any]]:
     """Run one of the demos; return its report as lines and as data."""
-    with _progress(quiet) as progress:
+    from lora_export.progress import stage_progress
+
+    with stage_progress(quiet) as progress:
         if model == "smollm2":
             from lora_export.demo.run_smollm2 import chat_lines, run_smollm2
 
@@ -110,41 +109,3 @@ def _check(folder: Path, as_json: bool, quiet: bool) -> None:
         for name, equal, count, texts in served.rows():
             click.echo(f"  {name:<8} {equal} of {count} answers equal   {texts[0]}")
     served.require_equal(folder)
-
-
-@contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str, float], None] | None]:
-    """Yield what shows the demo's progress: a bar on a terminal, one line for each stage elsewhere."""
-    if quiet:
-        yield None
-    elif sys.stderr.isatty():
-        yield from _bar()
-    else:
-        yield _stage_lines()
-
-
-def _bar() -> Iterator[Callable[[str, float], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        SpinnerColumn(),
-        BarColumn(bar_width=30),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=1.0)
-        yield lambda what, share: bar.update(task, description=what, completed=share)
-
-
-def _stage_lines() -> Callable[[str, float], None]:
-    last = ""
-
-    def say(what: str, share: float) -> None:
-        nonlocal last
-        if what != last:
-            last = what
-            click.echo(f"[{share:4.0%}] {what}", err=True)
-
-    return say

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lora_export.reports.adapter import AdapterReport
 
 
-@click.command(short_help="Show what an adapter holds: modules, ranks, scaling, ‖ΔW‖, effective rank.")
+@click.command(short_help="Show what an adapter holds (modules, ranks, scaling, ‖ΔW‖), or an engine.")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option(
     "--base",
@@ -40,15 +40,21 @@ def inspect(
     force: bool,
     **options: Any,
 ) -> None:
-    """Show what ADAPTER holds: a PEFT folder, or a .safetensors, .bin or .pt file.
+    """Show what ADAPTER holds: a PEFT folder, or a .safetensors, .bin or .pt file; or what an .engine is.
 
     For each module: rank, alpha, scaling, shapes, dtype, ‖ΔW‖, and how many directions hold 90 % and 99 % of
-    its energy, which is why small ranks suffice.
+    its energy, which is why small ranks suffice. For an engine: what it takes, which GPUs it is for.
 
     \b
-    Example:
+    Examples:
       lora-export inspect my-adapter --base my-model --plot spectra.html
+      lora-export inspect engines/model.rtx-4090.engine
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
+    from lora_export.engines.record import is_engine
+
+    if is_engine(adapter):
+        _inspect_engine(adapter, as_json, {"--base": base, "--plot": plot, **options})
+        return
     from lora_export.reports.adapter import inspect_adapter
     from lora_export.reports.adapter_text import plain_text, print_table
 
@@ -64,6 +70,17 @@ def inspect(
         print_table(report)
     else:
         click.echo(plain_text(report))
+
+
+def _inspect_engine(engine: Path, as_json: bool, others: dict[str, Any]) -> None:
+    from lora_export.engines.record import read_engine
+    from lora_export.reports.engine import record_lines
+
+    if given := [name for name, value in others.items() if value is not None]:
+        named = ", ".join(f"--{name.lstrip('-')}" for name in given)
+        raise click.UsageError(f"{engine} is an engine: leave out {named}")
+    record = read_engine(engine)
+    click.echo(record.to_json() if as_json else "\n".join(record_lines(record)))
 
 
 def _draw(report: AdapterReport, plot: Path, force: bool) -> None:

@@ -1,0 +1,128 @@
+"""`lora-export build-engine`: compile a graph for GPUs."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from lora_export.engines.build import BuildReport
+    from lora_export.engines.plan import Wish
+    from lora_export.packages.build_kit import KitReport
+
+_PATH = click.Path(path_type=Path)
+_MIB = 1 << 20
+
+
+@click.command("build-engine", short_help="Compile a graph to TensorRT engines; for RTX no GPU is needed.")
+@click.argument("model", type=_PATH)
+@click.option(
+    "--target",
+    "targets",
+    required=True,
+    multiple=True,
+    help="A GPU (rtx-4090), a compute capability (sm89), or all; repeat for several. See: targets.",
+)
+@click.option("-o", "--output", required=True, type=_PATH, help="The folder to write into.")
+@click.option("--name", help="Beginning of the files' names; by default the graph's.")
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="KEY=MIN:OPT:MAX",
+    help="Sizes of a dimension (batch=1:1:8) or shapes of an input (input_ids=1x1:1x128:8x2048).",
+)
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    metavar="'NAME KEY=MIN:OPT:MAX …'",
+    help="One of several profiles; prefill and decode know their sizes. Each costs engine size.",
+)
+@click.option("--together", is_flag=True, help="One engine for all targets in place of one for each.")
+@click.option("--backend", type=click.Choice(["tensorrt-rtx", "tensorrt"]), help="By default the target's.")
+@click.option("--tf32", is_flag=True, help="Allow TF32 in float32 products: faster, and three digits less.")
+@click.option("--weight-streaming", is_flag=True, help="Weights may stay in host memory while it runs.")
+@click.option("--refit", is_flag=True, help="Weights can be changed later. Building it needs a GPU.")
+@click.option("--strip-weights", is_flag=True, help="An engine without weights. Building it needs a GPU.")
+@click.option("--version-compatible", is_flag=True, help="Runs with later versions; tensorrt only.")
+@click.option("--hardware-compatible", is_flag=True, help="Runs on Ampere and later; tensorrt only.")
+@click.option("--optimization-level", type=click.IntRange(0, 5), help="How long the builder may search.")
+@click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="Limit of the scratch memory.")
+@click.option("--adapters", type=click.IntRange(0), default=1, help="How many adapters have to fit.")
+@click.option("--ignore-memory", is_flag=True, help="Build also what doesn't fit the target's memory.")
+@click.option("--kit", is_flag=True, help="Write a folder that is built on the target in place of engines.")
+@click.option("--cache-dir", type=_PATH, help="Engines built before; by default in the user's cache folder.")
+@click.option("--no-cache", is_flag=True, help="Build also what was built before.")
+@click.option("--timing-cache", type=_PATH, help="What earlier builds measured; tensorrt only.")
+@click.option("--verbose", is_flag=True, help="Keep all of the builder's messages in the log.")
+@click.option("--force", is_flag=True, help="Replace existing output files.")
+@click.option("--dry-run", is_flag=True, help="Check everything and print the plan; build nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--quiet", is_flag=True, help="No progress and no summary; warnings stay.")
+def build_engine(model: Path, output: Path, kit: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Compile MODEL, an .onnx file, for each --target into OUT/NAME.TARGET.engine, with a record beside it.
+
+    Which shapes the engine takes comes from the graph: batch, sequence, past, the rank of each LoRA input.
+    TensorRT-RTX builds here, GPU or not; classic TensorRT on the GPU itself: --kit for another machine.
+    The graph's own types are kept: for half precision, export it with --dtype float16.
+
+    \b
+    Examples:
+      lora-export build-engine swap/model.onnx --target rtx-4090 --target rtx-5090 -o engines
+      lora-export build-engine model.onnx --target rtx-4060 --profile prefill --profile decode -o engines
+      lora-export build-engine model.onnx --target orin-nano-8gb --kit -o kits
+    """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
+    from lora_export.engines.build import carry_out
+    from lora_export.packages.build_kit import write_kits
+    from lora_export.progress import stage_progress
+    from lora_export.reports import engine as text
+
+    started = time.monotonic()
+    caches, switches = _take(options, "timing_cache", "verbose"), _take(options, "force", "dry_run")
+    caches["cache"] = _cache(options.pop("cache_dir"), options.pop("no_cache"))
+    wish = _wish(options)
+    report: BuildReport | KitReport
+    if kit:
+        report = write_kits(model, wish, output, **switches)
+        lines = text.kit_lines(report)
+    else:
+        with stage_progress(quiet or switches["dry_run"]) as progress:
+            report = carry_out(model, wish, output, progress=progress, **caches, **switches)
+        lines = text.build_lines(report, time.monotonic() - started)
+    if as_json:
+        click.echo(json.dumps(report.as_dict(), indent=1, sort_keys=True, ensure_ascii=False))
+    elif switches["dry_run"] or not quiet:
+        click.echo("\n".join(lines))
+    for line in text.warning_lines(report):
+        click.echo(line, err=True)
+
+
+def _take(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: options.pop(name) for name in names}
+
+
+def _cache(folder: Path | None, off: bool) -> Path | bool:
+    if folder is not None and off:
+        raise click.UsageError("--cache-dir and --no-cache exclude each other")
+    return folder or not off
+
+
+def _wish(given: dict[str, Any]) -> Wish:
+    """Return what the options ask for."""
+    from dataclasses import fields
+
+    from lora_export.engines.plan import Wish
+    from lora_export.engines.profiles import ProfileRequest, parse_shapes
+    from lora_export.engines.record import BuildOptions
+
+    workspace = given.pop("workspace")
+    known = [field.name for field in fields(BuildOptions) if field.name in given]
+    options = BuildOptions(**_take(given, *known), workspace_bytes=workspace and workspace * _MIB)
+    shapes = parse_shapes(given.pop("shapes"))
+    profiles = [ProfileRequest.parse(text) for text in given.pop("profiles")]
+    return Wish(options=options, shapes=shapes, profiles=profiles, **given)

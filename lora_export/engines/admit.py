@@ -1,0 +1,86 @@
+"""What a graph goes through before TensorRT's parser sees it: what must be changed, and what is refused.
+
+The parser has the last word on everything. What is here is where it would build something else than the
+graph says (inputs with a default, operators of the same name, unsigned quantisation), where its message tells
+nothing (types), and what can be said in other operators (`lower_nbits`). No compiler has to be installed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lora_export.engines.dtypes import dtype_notes, dtype_problems
+from lora_export.engines.lower_nbits import lower_nbits, nbits_problems
+from lora_export.engines.nbits_weight import OPERATOR
+from lora_export.engines.operators import operator_problems
+from lora_export.engines.plain_inputs import make_plain
+from lora_export.engines.problem import Problem, of_places, refuse
+from lora_export.engines.quantised import quantisation_problems
+from lora_export.exposed import ExposedGraph
+from lora_export.graph import GraphFile
+
+
+@dataclass(frozen=True, eq=False)
+class Admitted:
+    """A graph that the compiler can be given.
+
+    Attributes:
+        graph: As the compiler gets it; ``path`` is still the file, which external data is relative to.
+        exposed: The LoRA record, of the flavour ``tensorrt``.
+        notes: What was changed, and what the compiler will change, one line each.
+        changed: The graph differs from the file: the compiler must be given the changed one.
+    """
+
+    graph: GraphFile
+    exposed: ExposedGraph | None
+    notes: tuple[str, ...]
+    changed: bool
+
+
+def admit(graph: GraphFile, compute_capabilities: Sequence[str], backend: str) -> Admitted:
+    """Make a graph fit for a TensorRT parser.
+
+    Args:
+        graph: Fresh from `load_graph`; it is changed.
+        compute_capabilities: Of all targets: ``8.9`` …
+        backend: ``tensorrt-rtx`` or ``tensorrt``.
+
+    Raises:
+        EngineBuildError: It can't be: all that stands in the way, by node, and how to mend it.
+        GraphError: Its LoRA record is damaged.
+    """
+    name = graph.path.name
+    inputs = make_plain(graph)
+    refuse(
+        name,
+        backend,
+        [
+            *inputs.problems,
+            *_port_problems(graph),
+            *operator_problems(graph, backend, frozenset({OPERATOR})),
+            *nbits_problems(graph, compute_capabilities),
+            *quantisation_problems(graph, backend),
+            *dtype_problems(graph, compute_capabilities, backend),
+        ],
+    )
+    seen = tuple(dtype_notes(graph))
+    lowered, problems = lower_nbits(graph)
+    refuse(name, backend, problems)
+    changes = (*inputs.notes, *lowered)
+    return Admitted(graph, inputs.exposed, (*changes, *seen), bool(changes))
+
+
+def _port_problems(graph: GraphFile) -> Iterator[Problem]:
+    """Outputs under names that the engine would not have."""
+    inputs = {id(value) for value in graph.graph.inputs}
+    passed = [f"output {value.name!r}" for value in graph.graph.outputs if id(value) in inputs]
+    yield from of_places(
+        passed,
+        "it is an input as well, which TensorRT would give another name",
+        "remove it from the graph's outputs",
+    )
+    counts = Counter(str(value.name) for value in graph.graph.outputs)
+    twice = [f"output {name!r}" for name, count in counts.items() if count > 1]
+    yield from of_places(twice, "listed more than once", "remove the others from the graph's outputs")

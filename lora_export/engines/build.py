@@ -1,0 +1,358 @@
+"""Build engines from an ONNX graph: one for each target, or one for several together."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lora_export.engines.cache import EngineCache, default_folder, key_of
+from lora_export.engines.plan import BuildPlan, Group, Wish, engine_files, plan_build
+from lora_export.engines.profiles import ProfileRequest
+from lora_export.engines.record import (
+    BuildOptions,
+    EngineRecord,
+    Profile,
+    platform_here,
+    record_path,
+    sha256_of,
+)
+from lora_export.engines.run_worker import Progress, run_worker
+from lora_export.engines.source import Serialized, serialize
+from lora_export.engines.worker import Job
+from lora_export.errors import EngineBuildError
+from lora_export.exposed import KEY
+from lora_export.output import OutputSet, output_errors, refuse_replacing
+
+PathLike = str | os.PathLike[str]
+# How the bindings call what numpy and ml_dtypes call otherwise.
+_DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "FP8": "float8_e4m3fn",
+    "FP4": "float4_e2m1fn",
+}
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """One engine that was (or would be) written.
+
+    Attributes:
+        path: Its file.
+        group: Which GPUs it is for, and its memory on each.
+        record: What it is; None in a dry run.
+        cached: It was built before.
+        seconds: What it took, the cache included.
+    """
+
+    path: Path
+    group: Group
+    record: EngineRecord | None = None
+    cached: bool = False
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            "path": str(self.path),
+            "record": str(record_path(self.path)),
+            "backend": self.group.compiler.name,
+            "targets": [target.name for target in self.group.targets],
+            "memory": [fit.as_dict() for fit in self.group.fits],
+            "cached": self.cached,
+            "seconds": round(self.seconds, 3),
+            "size_bytes": self.record.size_bytes if self.record else None,
+            "sha256": self.record.sha256 if self.record else None,
+        }
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What `build_engine` did, or with ``dry_run`` would do.
+
+    Attributes:
+        engines: In the order of the targets.
+        profiles: Which shapes they take.
+        notes: What was changed in the graph for the compiler, and what to know.
+        dry_run: Nothing was written.
+    """
+
+    engines: tuple[BuiltEngine, ...]
+    profiles: tuple[Profile, ...]
+    notes: tuple[str, ...] = ()
+    dry_run: bool = False
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The GPUs of each engine."""
+        return tuple(engine.group for engine in self.engines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            "dry_run": self.dry_run,
+            "notes": list(self.notes),
+            "profiles": [asdict(profile) for profile in self.profiles],
+            "engines": [engine.as_dict() for engine in self.engines],
+        }
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A plan, and how it is carried out."""
+
+    plan: BuildPlan
+    serialized: Serialized
+    scratch: Path
+    cache: EngineCache
+    timings: str
+    verbose: bool
+    force: bool
+    progress: Progress
+
+
+def build_engine(
+    model: PathLike,
+    targets: str | Sequence[str],
+    output: PathLike,
+    *,
+    name: str | None = None,
+    backend: str | None = None,
+    options: BuildOptions | None = None,
+    shapes: Mapping[str, str] | None = None,
+    profiles: Sequence[ProfileRequest] = (),
+    together: bool = False,
+    adapters: int = 1,
+    ignore_memory: bool = False,
+    cache: PathLike | bool = True,
+    timing_cache: PathLike | None = None,
+    verbose: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> BuildReport:
+    """Compile an ONNX graph of any of our modes, or a plain one, for GPUs.
+
+    Writes ``<name>.<target>.engine``, its record ``<name>.<target>.json`` and the builder's messages
+    ``<name>.<target>.log`` for each target into ``output``. The graph's own types decide what is computed in
+    what (a strongly typed network). Its LoRA tensors are inputs of the engine.
+
+    Args:
+        model: The ``.onnx`` file.
+        targets: Names of GPUs (``rtx-4090``), compute capabilities (``sm89``), or ``all``.
+        output: The folder to write into.
+        name: Beginning of the files' names; by default the graph's.
+        backend: ``tensorrt-rtx``, or ``tensorrt`` on the GPU that the engine is for; None: by the target.
+        options: What the compiler is told.
+        shapes: Dimension or input → ``MIN:OPT:MAX``, for all profiles.
+        profiles: Several profiles in place of one, for instance ``prefill`` and ``decode``.
+        together: One engine for all targets in place of one for each.
+        adapters: How many adapters of the largest rank have to fit beside it.
+        ignore_memory: Build also what does not fit.
+        cache: Folder of engines built before; True: the user's cache folder, False: none.
+        timing_cache: File of what classic TensorRT measured in earlier builds.
+        verbose: Keep all of the builder's messages in the log.
+        force: Replace existing files.
+        dry_run: Check everything, and build nothing.
+        progress: Called with what is being done and the share of it that is done.
+
+    Returns:
+        The engines.
+
+    Raises:
+        BackendError: Unknown targets or shapes, options that the compiler hasn't, too little memory.
+        BackendUnavailable: The compiler is not installed.
+        EngineBuildError: The compiler can't build the graph.
+        GraphError: The graph can't be read.
+        OutputError: A file exists already or can't be written.
+    """
+    names = [targets] if isinstance(targets, str) else list(targets)
+    wish = Wish(
+        names,
+        backend,
+        options or BuildOptions(),
+        shapes or {},
+        profiles,
+        together,
+        adapters,
+        ignore_memory,
+        name,
+    )
+    return carry_out(
+        model,
+        wish,
+        output,
+        cache=cache,
+        timing_cache=timing_cache,
+        verbose=verbose,
+        force=force,
+        dry_run=dry_run,
+        progress=progress,
+    )
+
+
+def carry_out(
+    model: PathLike,
+    wish: Wish,
+    output: PathLike,
+    *,
+    cache: PathLike | bool = True,
+    timing_cache: PathLike | None = None,
+    verbose: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> BuildReport:
+    """Do what `build_engine` does, for a wish; the other arguments are the same."""
+    plan = plan_build(model, wish)
+    engines = [BuiltEngine(plan.engine_path(Path(output), group), group) for group in plan.groups]
+    report = BuildReport(tuple(engines), plan.profiles, plan.admitted.notes, dry_run)
+    if dry_run:
+        return report
+    refuse_replacing([file for engine in engines for file in engine_files(engine.path).values()], force)
+    for group in plan.groups:
+        group.compiler.version()  # not installed: say so before hashing gigabytes
+    with tempfile.TemporaryDirectory(prefix="lora-export-engine-") as scratch:
+        # Without a cache too, GPUs of one compute capability share one build.
+        store = EngineCache(_cache_folder(cache, Path(scratch)))
+        serialized = serialize(plan.admitted.graph, store.sha256)
+        (Path(scratch) / "graph.onnx").write_bytes(serialized.data)
+        work = _Work(
+            plan,
+            serialized,
+            Path(scratch),
+            store,
+            str(timing_cache or ""),
+            verbose,
+            force,
+            progress or (lambda _what, _share: None),
+        )
+        return replace(report, engines=tuple(_build_one(work, engine) for engine in engines))
+
+
+def _cache_folder(cache: PathLike | bool, scratch: Path) -> Path:
+    if cache is True:
+        return default_folder()
+    return scratch / "cache" if cache is False else Path(cache)
+
+
+def _build_one(work: _Work, engine: BuiltEngine) -> BuiltEngine:
+    """Build one engine, or take it from the cache, and write its three files."""
+    started = time.monotonic()
+    files, key = engine_files(engine.path), _key(work, engine.group)
+    with output_errors(engine.path), OutputSet(work.force) as outputs:
+        staged = {kind: outputs.stage(path) for kind, path in files.items()}
+        known = work.cache.find(key)
+        if known is not None:
+            shutil.copyfile(known.engine, staged["engine"])
+            staged["log"].write_text(f"taken from the cache: {known.engine.parent}\n", encoding="utf-8")
+            built = known.built
+        else:
+            built = _compile(work, engine.group, staged, files["log"])
+            work.cache.keep(key, staged["engine"], built)
+        record = _record(work, engine, built)
+        staged["record"].write_text(record.to_json(), encoding="utf-8")
+        outputs.commit()
+    return replace(engine, record=record, cached=known is not None, seconds=time.monotonic() - started)
+
+
+def _key(work: _Work, group: Group) -> str:
+    return key_of(
+        {
+            "source": work.serialized.source.sha256,
+            "backend": group.compiler.name,
+            "version": group.compiler.version(),
+            "platform": platform_here(),
+            "compute_capabilities": list(group.compute_capabilities),
+            "options": asdict(work.plan.options),
+            "profiles": [asdict(profile) for profile in work.plan.profiles],
+        }
+    )
+
+
+def _compile(work: _Work, group: Group, staged: Mapping[str, Path], log: Path) -> dict[str, Any]:
+    graph = work.plan.admitted.graph
+    job = Job(
+        group.compiler.name,
+        str(work.scratch / "graph.onnx"),
+        str(graph.path.resolve()),
+        str(staged["engine"].resolve()),
+        str(staged["log"].resolve()),
+        group.compute_capabilities,
+        work.plan.options,
+        work.plan.profiles,
+        work.timings,
+        work.verbose,
+    )
+
+    def progress(_phase: str, share: float) -> None:
+        # One line for each engine in a log, and not one for each of the builder's many phases.
+        work.progress(f"building for {group.label}", share)
+
+    try:
+        built = run_worker(job, graph, work.scratch, log, progress)
+        _check_ports(work.plan, built, log)
+    except EngineBuildError:
+        if staged["log"].exists():  # the one thing that a failed build leaves
+            shutil.copyfile(staged["log"], log)
+        raise
+    return built | {"size_bytes": staged["engine"].stat().st_size, "sha256": sha256_of(staged["engine"])}
+
+
+def _check_ports(plan: BuildPlan, built: Mapping[str, Any], log: Path) -> None:
+    """Refuse an engine whose inputs and outputs are not the graph's: an input that became a constant, say."""
+    problems = []
+    for kind, ports in (("inputs", plan.inputs), ("outputs", plan.outputs)):
+        got = {port["name"]: port for port in built[kind]}
+        for port in ports:
+            found = got.pop(port.name, None)
+            if found is None:
+                problems.append(f"{port.name}: not among the engine's {kind}")
+                continue
+            dtype = _DTYPES.get(found["dtype"], found["dtype"].lower())
+            if dtype != port.dtype:
+                problems.append(f"{port.name}: {dtype} in the engine, {port.dtype} in the graph")
+            if len(found["shape"]) != len(port.shape):
+                problems.append(
+                    f"{port.name}: {found['shape']} in the engine, {list(port.dims)} in the graph"
+                )
+        problems += [f"{name}: the engine has it and the graph doesn't" for name in got]
+    if problems:
+        raise EngineBuildError(
+            f"the engine built from {plan.admitted.graph.path} is not the graph's",
+            f"the builder's own messages are in {log}",
+            problems,
+        )
+
+
+def _record(work: _Work, engine: BuiltEngine, built: Mapping[str, Any]) -> EngineRecord:
+    plan, group = work.plan, engine.group
+    metadata = plan.admitted.graph.model.metadata_props
+    return EngineRecord(
+        name=engine.path.name,
+        sha256=built["sha256"],
+        size_bytes=built["size_bytes"],
+        backend=group.compiler.name,
+        builder_version=group.compiler.version(),
+        targets=tuple(target.name for target in group.targets),
+        compute_capabilities=group.compute_capabilities,
+        platform=platform_here(),
+        options=plan.options,
+        inputs=plan.inputs,
+        outputs=plan.outputs,
+        profiles=plan.profiles,
+        source=work.serialized.source,
+        exposed=plan.admitted.exposed,
+        metadata={key: text for key, text in metadata.items() if key != KEY},
+        notes=plan.admitted.notes,
+        memory=built["memory"],
+        build_s=round(built["build_s"], 3),
+        peak_build_bytes=built["peak_build_bytes"],
+    )

@@ -1,0 +1,141 @@
+"""Engines that were built before, by what they were built from: an unchanged one is not built again.
+
+A folder holds ``<key>/engine`` and ``<key>/built.json``; the key is a hash of the graph, all of its weights,
+the options, the shapes, the GPUs and the builder's version. ``hashes.json`` remembers the hashes of large
+files by size, inode and time of change, as git's index does: an unchanged gigabyte is not read again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_export.engines.record import sha256_of
+from lora_export.errors import OutputError
+from lora_export.output import OutputSet
+
+DEFAULT_MAX_BYTES = 20 << 30
+_ENGINE, _BUILT, _HASHES = "engine", "built.json", "hashes.json"
+# A file that changed this recently may change again within the same tick of the file system's clock.
+_RACY_NS = 2_000_000_000
+_REMEMBERED = 1000
+
+
+def default_folder() -> Path:
+    """Return where engines are kept: ``$LORA_EXPORT_CACHE``, else the user's cache folder."""
+    if chosen := os.environ.get("LORA_EXPORT_CACHE"):
+        return Path(chosen)
+    above = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(above) / "lora-export" / "engines"
+
+
+@dataclass(frozen=True)
+class Cached:
+    """An engine of the cache.
+
+    Attributes:
+        engine: Its file.
+        built: What the builder said of it.
+    """
+
+    engine: Path
+    built: dict[str, Any]
+
+
+class EngineCache:
+    """The engines of one folder.
+
+    Args:
+        folder: Created when something is kept.
+        max_bytes: Those used least recently make room above it.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+        self.folder = folder
+        self._max_bytes = max_bytes
+
+    def find(self, key: str) -> Cached | None:
+        """Return what was built under a key, or None; one that is damaged is forgotten."""
+        place = self.folder / key
+        try:
+            built = json.loads((place / _BUILT).read_text(encoding="utf-8"))
+            engine = place / _ENGINE
+            if engine.stat().st_size == built["size_bytes"] and self.sha256(engine) == built["sha256"]:
+                os.utime(place)
+                return Cached(engine, built)
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        shutil.rmtree(place, ignore_errors=True)
+        return None
+
+    def keep(self, key: str, engine: Path, built: Mapping[str, Any]) -> None:
+        """Keep a copy of an engine under a key. A cache that can't be written is no reason to fail."""
+        with contextlib.suppress(OSError, OutputError):
+            place = self.folder / key
+            with OutputSet(force=True) as outputs:
+                staged = outputs.stage(place, folder=True)
+                staged.mkdir()
+                shutil.copyfile(engine, staged / _ENGINE)
+                (staged / _BUILT).write_text(json.dumps(built), encoding="utf-8")
+                outputs.commit()
+            self._make_room(key)
+
+    def sha256(self, path: Path) -> str:
+        """Return a file's SHA-256, without reading it again where it is as it was."""
+        status = path.stat()
+        name = str(path.resolve())
+        known = self._hashes()
+        state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        entry = known.get(name)
+        if isinstance(entry, list) and entry[1:] == state:
+            return str(entry[0])
+        digest = sha256_of(path)
+        if time.time_ns() - status.st_mtime_ns > _RACY_NS:
+            known.pop(name, None)
+            known[name] = [digest, *state]
+            self._remember(known)
+        return digest
+
+    def _hashes(self) -> dict[str, Any]:
+        try:
+            known = json.loads((self.folder / _HASHES).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}
+
+    def _remember(self, known: dict[str, Any]) -> None:
+        latest = dict(list(known.items())[-_REMEMBERED:])
+        with contextlib.suppress(OSError, OutputError), OutputSet(force=True) as outputs:
+            outputs.stage(self.folder / _HASHES).write_text(json.dumps(latest), encoding="utf-8")
+            outputs.commit()
+
+    def _make_room(self, newest: str) -> None:
+        places = [entry for entry in self.folder.iterdir() if (entry / _ENGINE).is_file()]
+        places.sort(key=lambda place: (place.name == newest, place.stat().st_mtime))
+        size = sum((place / _ENGINE).stat().st_size for place in places)
+        for place in places[:-1]:
+            if size <= self._max_bytes:
+                return
+            size -= (place / _ENGINE).stat().st_size
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def key_of(parts: Mapping[str, Any]) -> str:
+    """Return the key of everything that an engine is made from: plain data, in any order."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def combined(hashes: Iterable[str]) -> str:
+    """Return one hash of several, whose order counts."""
+    digest = hashlib.sha256()
+    for entry in hashes:
+        digest.update(entry.encode())
+    return digest.hexdigest()

@@ -1,0 +1,147 @@
+"""The varying dimensions of a graph's inputs: what they are, and which sizes an engine should take.
+
+A dimension's meaning comes from its name in the graph (exporters agree on few, so several spellings are
+known), else from the input that it belongs to. How large it may get comes from the graph's metadata where the
+graph was captured by us (`captured`), and for LoRA's ranks from its LoRA record.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from lora_export.captured import BATCH, PAST_SEQUENCE, SEQUENCE, TOTAL_SEQUENCE
+from lora_export.engines.record import Port
+from lora_export.exposed import ExposedGraph
+
+PAST, TOTAL, RANK = PAST_SEQUENCE, TOTAL_SEQUENCE, "rank"
+ROLES = (BATCH, SEQUENCE, PAST, TOTAL, RANK)
+# Usual sizes where nothing says how large an input may get.
+_MAX_BATCH, _SEQUENCE, _MAX_SEQUENCE, _PAST, _MAX_PAST = 4, 128, 512, 256, 1024
+_TEXT_INPUTS = re.compile(r"(^|[._/])(input_ids|token_type_ids|position_ids|attention_mask|inputs_embeds)$")
+_PAST_INPUTS = re.compile(r"^past(_key_values|_key|_value|\b)")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Smallest, usual and largest size of a dimension."""
+
+    low: int
+    usual: int
+    high: int
+
+    def __str__(self) -> str:
+        return f"{self.low}:{self.usual}:{self.high}"
+
+
+def role_of(port: Port, axis: int) -> str | None:
+    """Return what a varying dimension of an input is, or None where nothing tells.
+
+    Args:
+        port: The input.
+        axis: Which of its dimensions.
+    """
+    dim = port.dims[axis]
+    return _role_by_name(str(dim)) or _role_by_input(port.name, axis)
+
+
+def _role_by_name(symbol: str) -> str | None:
+    text = symbol.lower()
+    # An exporter's placeholder repeats the input's name, which says nothing of the dimension.
+    if "dynamic_axes" in text:
+        return None
+    if "total" in text or ("past" in text and "+" in text):
+        return TOTAL
+    if "past" in text or "cache" in text:
+        return PAST
+    if text.startswith("batch") or text in ("b", "n"):
+        return BATCH
+    return SEQUENCE if "seq" in text else None
+
+
+def _role_by_input(name: str, axis: int) -> str | None:
+    if _PAST_INPUTS.match(name):
+        return {0: BATCH, 2: PAST}.get(axis)
+    if axis == 0:
+        return BATCH
+    if _TEXT_INPUTS.search(name) and axis == 1:
+        return SEQUENCE
+    return None
+
+
+def default_ranges(largest: Mapping[str, int]) -> dict[str, Range]:
+    """Return the sizes that an engine takes unless the user says otherwise.
+
+    Args:
+        largest: Role → the largest size that the model can take, where that is known.
+    """
+    sequence = min(_MAX_SEQUENCE, largest.get(SEQUENCE, _MAX_SEQUENCE))
+    past = min(_MAX_PAST, largest.get(PAST, _MAX_PAST))
+    return {
+        BATCH: Range(1, 1, _MAX_BATCH),
+        SEQUENCE: Range(1, min(_SEQUENCE, sequence), sequence),
+        PAST: Range(0, min(_PAST, past), past),
+    }
+
+
+def phase_ranges(name: str, largest: Mapping[str, int]) -> dict[str, Range] | None:
+    """Return the sizes of a profile whose name says what it is for, or None.
+
+    ``prefill`` reads a prompt behind an empty cache, ``decode`` one token behind a filled one.
+    """
+    ranges = default_ranges(largest)
+    if name == "prefill":
+        return ranges | {PAST: Range(0, 0, 0)}
+    if name == "decode":
+        past = ranges[PAST]
+        return ranges | {SEQUENCE: Range(1, 1, 1), PAST: Range(1, max(past.usual, 1), past.high)}
+    return None
+
+
+def total_of(sequence: Range, past: Range) -> Range:
+    """Return the sizes of what both together are, an attention mask's."""
+    return Range(sequence.low + past.low, sequence.usual + past.usual, sequence.high + past.high)
+
+
+@dataclass(frozen=True)
+class RankDim:
+    """A symbolic rank of a graph with exposed LoRA.
+
+    Attributes:
+        members: Modules packed into one pair of tensors: their ranks add up.
+        groups: Of a grouped convolution, whose B has rank/groups channels.
+    """
+
+    members: int = 1
+    groups: int = 1
+
+    def sizes(self, rank: Range) -> Range:
+        """Return the sizes of this dimension, for adapters of these ranks."""
+
+        def size(rank: int, members: int) -> int:
+            return max(rank * members // self.groups, min(rank, 1))
+
+        # An adapter may change one of the members alone.
+        return Range(size(rank.low, 1), size(rank.usual, self.members), size(rank.high, self.members))
+
+
+def rank_dims(exposed: ExposedGraph | None) -> dict[str, RankDim]:
+    """Return the graph's symbolic ranks by name."""
+    found: dict[str, RankDim] = {}
+    for module in exposed.modules if exposed else ():
+        found[module.rank_symbol] = RankDim(len(module.members))
+        if module.groups > 1:
+            found[f"{module.rank_symbol}/{module.groups}"] = RankDim(len(module.members), module.groups)
+    return found
+
+
+def default_rank(exposed: ExposedGraph | None) -> Range:
+    """Return the ranks that an engine takes: up to the graph's largest; 1 is what no adapter is bound as."""
+    high = exposed.max_rank if exposed else 1
+    return Range(1, max(high // 2, 1), high)
+
+
+def varying(ports: Iterable[Port]) -> list[Port]:
+    """Return the inputs whose shape varies."""
+    return [port for port in ports if any(size < 0 for size in port.shape)]

@@ -1,0 +1,89 @@
+"""What an exporter writes for a dimension, and its value when the names in it have sizes.
+
+``batch``, ``past_sequence + sequence``, ``Min(64, sequence)``, ``((batch*sequence)//batch)``: the notation of
+sympy and torch, read as Python and evaluated here, because sympy takes longer to import than an estimate may
+take, and because `eval` must not see what a file says.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+
+Number = int | Fraction
+
+# A size above this is no size: expressions come from files, and a power has no bound.
+_MAX_SIZE, _MAX_EXPONENT = 2**63, 16
+
+
+def evaluate(expression: str, sizes: Mapping[str, int]) -> int | None:
+    """Return the value of a dimension, or None where it can't be told.
+
+    Args:
+        expression: A name, or integers and names with ``+ - * / // % **``, ``Max``, ``Min``, ``Mod``,
+            ``FloorDiv``, ``floor`` and ``ceiling``.
+        sizes: Name → size. A whole expression may be a name: a grouped convolution's B has the dimension
+            ``conv.rank/4``.
+    """
+    if expression in sizes:
+        return sizes[expression]
+    try:
+        value = _value(ast.parse(expression.strip(), mode="eval").body, sizes)
+    except (SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, RecursionError, MemoryError):
+        return None
+    return int(value) if value == int(value) else None
+
+
+def _value(node: ast.expr, sizes: Mapping[str, int]) -> Number:
+    value: Number
+    match node:
+        case ast.Constant(value=int() as number) if not isinstance(number, bool):
+            value = number
+        case ast.Name() | ast.Attribute():
+            value = sizes[ast.unparse(node)]
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            value = -_value(operand, sizes)
+        case ast.BinOp(left=left, op=operation, right=right):
+            value = _OPERATORS[type(operation)](_value(left, sizes), _value(right, sizes))
+        case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
+            value = _FUNCTIONS[name](*(_value(argument, sizes) for argument in arguments))
+        case _:
+            raise ValueError(f"no dimension is written with {type(node).__name__}")
+    if not -_MAX_SIZE < value < _MAX_SIZE:
+        raise ValueError("no dimension is that large")
+    return value
+
+
+def _divide(number: Number, by: Number) -> Number:
+    # Exact: an expression may go on to multiply.
+    return Fraction(number) / Fraction(by)
+
+
+def _power(base: Number, exponent: Number) -> Number:
+    if not 0 <= exponent <= _MAX_EXPONENT or exponent != int(exponent):
+        raise ValueError("no dimension has such a power")
+    return base ** int(exponent)
+
+
+_OPERATORS: dict[type[ast.AST], Callable[[Number, Number], Number]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: _divide,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: _power,
+}
+_FUNCTIONS: dict[str, Callable[..., Number]] = {
+    "Max": max,
+    "Min": min,
+    "Mod": operator.mod,
+    "PythonMod": operator.mod,
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "floor": math.floor,
+    "ceiling": math.ceil,
+}

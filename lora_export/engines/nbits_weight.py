@@ -1,0 +1,188 @@
+"""ONNX Runtime's MatMulNBits read: its packed weight, and the same weight as DequantizeLinear wants it.
+
+MatMulNBits holds W ``(N, K)`` row by row in blocks along K: ``(N, K/block, block·bits/8)`` bytes, the first
+of two 4-bit codes in the lower half, and w = (code − 2^(bits−1)) · scale. DequantizeLinear, as NVIDIA's
+tools write it, holds the transpose ``(K, N)`` in blocks along axis 0, with signed codes and w = code · scale.
+A scale belongs to the same numbers in both, so that nothing is rounded on the way.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_export.adapter import Array
+
+OPERATOR = "MatMulNBits"
+_KNOWN = frozenset({"K", "N", "bits", "block_size", "accuracy_level", "weight_prepacked"})
+_BLOCKS = (16, 32, 64, 128)
+_SCALES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+# Inputs by position.
+_A, _B, _SCALE, _ZERO, _ORDER, _BIAS = range(6)
+
+
+@dataclass(frozen=True, eq=False)
+class NbitsWeight:
+    """What a MatMulNBits says.
+
+    Attributes:
+        node: The node.
+        k: Inputs.
+        n: Outputs.
+        bits: 4 or 8.
+        block: Codes along K that share a scale.
+        accuracy_level: How ONNX Runtime may round activations; 0: as it likes.
+    """
+
+    node: ir.Node
+    k: int
+    n: int
+    bits: int
+    block: int
+    accuracy_level: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks along K; the last one may be padded."""
+        return math.ceil(self.k / self.block)
+
+    @property
+    def padded(self) -> int:
+        """K with the padding."""
+        return self.blocks * self.block
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """Of scales, activations and result."""
+        return _tensor(self.node, _SCALE).dtype
+
+    @property
+    def code_dtype(self) -> ir.DataType:
+        """Of DequantizeLinear's codes."""
+        return ir.DataType.INT4 if self.bits == 4 else ir.DataType.INT8
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes."""
+        return self.n * self.padded * self.bits // 8
+
+    @property
+    def bias(self) -> ir.Value | None:
+        """Is added to the product."""
+        return _input(self.node, _BIAS)
+
+    def constants(self) -> tuple[int, int]:
+        """What the weight is made of, to know another node's that is the same."""
+        return id(_input(self.node, _B)), id(_input(self.node, _SCALE))
+
+    def codes(self) -> Array:
+        """Codes as ``(K, N)`` in memory's order, int8, or uint8 with two signed 4-bit codes in each byte."""
+        packed = _tensor(self.node, _B).numpy().reshape(self.n, -1)
+        if self.bits == 8:
+            return np.ascontiguousarray(packed.T ^ np.uint8(0x80)).view(np.int8)
+        # In two's complement, code − 8 is the code with its highest bit turned.
+        return _transposed_nibbles(packed) ^ np.uint8(0x88)
+
+    def scales(self) -> Array:
+        """Scales as ``(blocks, N)``."""
+        return np.ascontiguousarray(_tensor(self.node, _SCALE).numpy().reshape(self.n, self.blocks).T)
+
+    def signs(self) -> Array | None:
+        """Signs of the scales ``(blocks, N)``, where TensorRT wants the scales positive: with 8 bits.
+
+        ONNX Runtime's quantiser gives about half of the blocks a negative scale. (Turning their codes instead
+        is not exact: −128 has no counterpart.)
+        """
+        signs = np.sign(self.scales())
+        return None if self.bits == 4 or np.all(signs == 1) else signs
+
+
+def _transposed_nibbles(packed: Array) -> Array:
+    """Transpose ``(N, K)`` 4-bit codes, two in a byte along K, to ``(K, N)``, two in a byte along memory.
+
+    Codes stay packed in pairs, so that a large weight is not blown up to a byte for each.
+    """
+    n, half = packed.shape
+    if n % 2:
+        codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(n, -1).T.reshape(-1)
+        return np.asarray(codes[0::2] | (codes[1::2] << 4))
+    even, odd = packed[0::2], packed[1::2]
+    out = np.empty((half, 2, n // 2), np.uint8)
+    out[:, 0] = ((even & 15) | (odd << 4)).T
+    out[:, 1] = ((even >> 4) | (odd & 0xF0)).T
+    return out.reshape(-1)
+
+
+def read_nbits(node: ir.Node) -> NbitsWeight | str:
+    """Return what a MatMulNBits says, or why it can't be said with DequantizeLinear."""
+    unknown = sorted(set(node.attributes) - _KNOWN)
+    if unknown:
+        return f"it has the attribute {', '.join(unknown)}, whose meaning we don't know"
+    k, n, bits = (
+        node.attributes.get_int(name, default) for name, default in (("K", 0), ("N", 0), ("bits", 4))
+    )
+    weight = NbitsWeight(
+        node,
+        k,
+        n,
+        bits,
+        node.attributes.get_int("block_size", 0),
+        node.attributes.get_int("accuracy_level", 0),
+    )
+    if bits not in (4, 8):
+        return f"it has {bits} bits, DequantizeLinear has 4 or 8"
+    if weight.block not in _BLOCKS:
+        return f"its block size {weight.block} is none of {', '.join(map(str, _BLOCKS))}"
+    if node.attributes.get_int("weight_prepacked", 0):
+        return "its weight is packed for one processor (weight_prepacked)"
+    if _input(node, _ORDER) is not None:
+        return "its columns are in another order (g_idx)"
+    return _constant_trouble(weight) or weight
+
+
+def _constant_trouble(weight: NbitsWeight) -> str:
+    """Return what is wrong with the constants of a MatMulNBits, or ""."""
+    values = [_input(weight.node, index) for index in (_B, _SCALE)]
+    if any(value is None or value.const_value is None or value.is_graph_input() for value in values):
+        return "its weight or its scales are computed, they have to be constants"
+    codes, scales = _tensor(weight.node, _B), _tensor(weight.node, _SCALE)
+    if codes.dtype is not ir.DataType.UINT8 or codes.size != weight.nbytes or not weight.nbytes:
+        return f"its weight is {codes.dtype.name.lower()} {tuple(codes.shape)}, K and N say another size"
+    if scales.dtype not in _SCALES or scales.size != weight.n * weight.blocks:
+        return f"its scales are {scales.dtype.name.lower()} {tuple(scales.shape)}, K and N say another size"
+    return _zero_trouble(weight)
+
+
+def _zero_trouble(weight: NbitsWeight) -> str:
+    """Return why the zero points are not those of a symmetric weight, or ""."""
+    zero = _input(weight.node, _ZERO)
+    if zero is None:
+        return ""
+    if zero.const_value is None:
+        return "its zero points are computed, they have to be constants"
+    values = zero.const_value.numpy()
+    if values.dtype == np.uint8:
+        values = values.reshape(weight.n, -1)
+        if weight.bits == 4:
+            values = np.stack([values & 15, values >> 4], axis=-1).reshape(weight.n, -1)
+        values = values[:, : weight.blocks]
+    middle = 1 << (weight.bits - 1)
+    if np.any(values.astype(np.float32) != middle):
+        return (
+            f"asymmetric (its zero points are not all {middle}), TensorRT dequantises symmetric weights only"
+        )
+    return ""
+
+
+def _input(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if len(node.inputs) > index else None
+
+
+def _tensor(node: ir.Node, index: int) -> ir.TensorProtocol:
+    value = _input(node, index)
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value

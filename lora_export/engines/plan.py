@@ -1,0 +1,205 @@
+"""What is to be built, checked before a compiler runs: for `build`, and for kits that are built elsewhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_export.engines import compiler_of
+from lora_export.engines.admit import Admitted, admit
+from lora_export.engines.backend import Compiler
+from lora_export.engines.fit import Fit, check_fits
+from lora_export.engines.profiles import ProfileRequest, make_profiles
+from lora_export.engines.record import BuildOptions, Port, Profile, record_path
+from lora_export.engines.source import check_shared, largest_sizes, ports_of
+from lora_export.engines.targets import RTX_COMPUTE_CAPABILITIES, Target, find_target
+from lora_export.errors import BackendError
+from lora_export.graph import load_graph
+
+PathLike = str | os.PathLike[str]
+# Every GPU that TensorRT-RTX builds for, by compute capability.
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asks for; see `build.build_engine`, which has the same words.
+
+    Attributes:
+        targets: Names of GPUs.
+        backend: Which compiler; None: the one for the target.
+        options: What the compiler is told.
+        shapes: Dimension or input → ``MIN:OPT:MAX``, for all profiles.
+        profiles: Several profiles in place of one.
+        together: One engine for all targets.
+        adapters: How many adapters have to fit.
+        ignore_memory: Go on with what doesn't fit.
+        name: Beginning of the files' names.
+    """
+
+    targets: Sequence[str]
+    backend: str | None = None
+    options: BuildOptions = field(default_factory=BuildOptions)
+    shapes: Mapping[str, str] = field(default_factory=dict)
+    profiles: Sequence[ProfileRequest] = ()
+    together: bool = False
+    adapters: int = 1
+    ignore_memory: bool = False
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """The GPUs that one engine is for.
+
+    Attributes:
+        targets: At least one.
+        compiler: What builds it.
+        fits: Its memory on each of them.
+    """
+
+    targets: tuple[Target, ...]
+    compiler: Compiler
+    fits: tuple[Fit, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What its files are called."""
+        everything = set(self.compute_capabilities) == set(RTX_COMPUTE_CAPABILITIES)
+        return ALL if everything else "+".join(target.name for target in self.targets)
+
+    @property
+    def compute_capabilities(self) -> tuple[str, ...]:
+        """Each once."""
+        return tuple(dict.fromkeys(target.compute_capability for target in self.targets))
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """All that is known before a compiler runs.
+
+    Attributes:
+        name: Beginning of the files' names.
+        groups: One for each engine.
+        admitted: The graph as the compiler gets it.
+        inputs: Its inputs.
+        outputs: Its outputs.
+        profiles: Which shapes the engines take.
+        options: What the compiler is told.
+    """
+
+    name: str
+    groups: tuple[Group, ...]
+    admitted: Admitted
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    profiles: tuple[Profile, ...]
+    options: BuildOptions
+
+    def engine_path(self, folder: Path, group: Group) -> Path:
+        """Return where a group's engine goes."""
+        return folder / f"{self.name}.{group.label}.engine"
+
+
+def engine_files(engine: Path) -> dict[str, Path]:
+    """Return the files of one engine; the record is the last that is written."""
+    return {"engine": engine, "log": engine.with_suffix(".log"), "record": record_path(engine)}
+
+
+def plan_build(model: PathLike, wish: Wish, *, here: bool = True) -> BuildPlan:
+    """Read the graph and check everything that can be checked without the compiler.
+
+    Args:
+        model: The ``.onnx`` file.
+        wish: What is asked for.
+        here: It is to be built on this machine.
+
+    Raises:
+        BackendError: Unknown targets or shapes, options that the compiler hasn't, too little memory.
+        EngineBuildError: The compiler can't build the graph.
+        GraphError: The graph can't be read.
+    """
+    groups = _groups(wish)
+    _check_options(groups, wish, here)
+    graph = load_graph(model)
+    capabilities = tuple(dict.fromkeys(name for group in groups for name in group.compute_capabilities))
+    admitted = admit(graph, capabilities, groups[0].compiler.name)
+    check_shared(admitted.exposed, graph.path)
+    inputs, outputs = ports_of(admitted.graph)
+    requests = [
+        ProfileRequest(request.name, {**wish.shapes, **request.shapes})
+        for request in wish.profiles or [ProfileRequest()]
+    ]
+    profiles = make_profiles(inputs, admitted.exposed, largest_sizes(admitted.graph), requests)
+    targets = [target for group in groups for target in group.targets]
+    fits = check_fits(
+        admitted, profiles, targets, wish.adapters, wish.options, ignore_memory=wish.ignore_memory
+    )
+    return BuildPlan(
+        wish.name or graph.path.stem,
+        tuple(
+            Group(group.targets, group.compiler, tuple(fits[target.name] for target in group.targets))
+            for group in groups
+        ),
+        admitted,
+        inputs,
+        outputs,
+        profiles,
+        wish.options,
+    )
+
+
+def _groups(wish: Wish) -> list[Group]:
+    targets = _targets(wish.targets)
+    compilers = [compiler_of(wish.backend or target.compilers[0]) for target in targets]
+    if not wish.together:
+        return [Group((target,), compiler) for target, compiler in zip(targets, compilers, strict=True)]
+    if len({compiler.name for compiler in compilers}) > 1 or not compilers[0].anywhere:
+        raise BackendError(
+            "one engine for several GPUs (together) is TensorRT-RTX's, and not all of these are its own",
+            "give --backend tensorrt-rtx, or leave out --together",
+            [f"{target.name}: {', '.join(target.compilers)}" for target in targets],
+        )
+    return [Group(tuple(targets), compilers[0])]
+
+
+def _targets(names: Sequence[str]) -> list[Target]:
+    """Return the targets by name, each once."""
+    if not names:
+        raise BackendError("which GPUs is the engine for?", "give --target; lora-export targets lists them")
+    found: dict[str, Target] = {}
+    problems, hint = [], ""
+    for name in names:
+        for single in RTX_COMPUTE_CAPABILITIES if name.lower() == ALL else [name]:
+            try:
+                target = find_target(single)
+            except BackendError as error:
+                problems += [error.message, *error.problems]
+                hint = error.hint
+            else:
+                found[target.name] = target
+    if problems:
+        raise BackendError(f"{len(problems)} of the targets are unknown", hint, problems)
+    return list(found.values())
+
+
+def _check_options(groups: Sequence[Group], wish: Wish, here: bool) -> None:
+    problems, hint = [], "mend these"
+    for group in groups if here else ():
+        for target in group.targets:
+            if problem := group.compiler.target_problem(target.compute_capability):
+                problems.append(f"{target.name}: {problem}")
+                hint = "for a GPU that is elsewhere, make a build kit and run it there: --kit"
+    for compiler in {group.compiler.name: group.compiler for group in groups}.values():
+        problems += compiler.option_problems(wish.options, here)
+    level, workspace = wish.options.optimization_level, wish.options.workspace_bytes
+    if level is not None and not 0 <= level <= 5:
+        problems.append(f"optimization_level is {level}, wanted 0 to 5")
+    if workspace is not None and workspace < 1:
+        problems.append(f"workspace_bytes is {workspace}, wanted at least 1")
+    if wish.adapters < 0:
+        problems.append(f"adapters is {wish.adapters}, wanted 0 or more")
+    if problems:
+        raise BackendError("this can't be built here" if here else "this can't be built", hint, problems)

@@ -1,0 +1,288 @@
+"""Optimisation profiles: for each input whose shape varies, the smallest, usual and largest shape.
+
+They are made from what the graph says, so that a user states only what differs:
+``batch=1:1:8`` for a dimension, wherever it occurs, or ``input_ids=1x1:1x128:8x2048`` for one input.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lora_export.captured import SEQUENCE
+from lora_export.engines.dims import (
+    PAST,
+    RANK,
+    ROLES,
+    TOTAL,
+    Range,
+    default_ranges,
+    default_rank,
+    phase_ranges,
+    rank_dims,
+    role_of,
+    total_of,
+    varying,
+)
+from lora_export.engines.record import Port, Profile, ShapeRange
+from lora_export.errors import BackendError
+from lora_export.exposed import ExposedGraph
+
+_HINT = (
+    "give --shape DIMENSION=MIN:OPT:MAX (batch=1:1:8) or --shape INPUT=MIN:OPT:MAX with shapes "
+    "(input_ids=1x1:1x128:8x2048)"
+)
+# Names that a message lists: a decoder has an input for each layer's cache.
+_LISTED = 10
+_SIZE = re.compile(r"^\d+$")
+
+
+@dataclass(frozen=True)
+class ProfileRequest:
+    """A profile as the user asks for it.
+
+    Attributes:
+        name: ``prefill`` and ``decode`` have sizes of their own; others have the usual ones.
+        shapes: Dimension or input → ``MIN:OPT:MAX``, or one size for all three.
+    """
+
+    name: str = "default"
+    shapes: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> ProfileRequest:
+        """Read ``NAME KEY=MIN:OPT:MAX …``.
+
+        Raises:
+            BackendError: It is written otherwise.
+        """
+        name, *words = text.split()
+        return cls(name, parse_shapes(words))
+
+
+def parse_shapes(words: Sequence[str]) -> dict[str, str]:
+    """Read ``KEY=MIN:OPT:MAX`` words.
+
+    Raises:
+        BackendError: A word has no ``=``, or a key is given twice.
+    """
+    problems, found = [], {}
+    for word in words:
+        # An input's name may hold '='; a shape does not.
+        key, equals, value = word.rpartition("=")
+        if not equals or not key:
+            problems.append(f"{word!r}: no KEY=MIN:OPT:MAX")
+        elif key in found:
+            problems.append(f"{key}: given twice")
+        found[key] = value
+    if problems:
+        raise BackendError("these shapes can't be read", _HINT, problems)
+    return found
+
+
+def make_profiles(
+    inputs: Sequence[Port],
+    exposed: ExposedGraph | None,
+    largest: Mapping[str, int],
+    requests: Sequence[ProfileRequest],
+) -> tuple[Profile, ...]:
+    """Return the profiles for a graph.
+
+    Args:
+        inputs: All inputs of the graph.
+        exposed: Its LoRA record.
+        largest: Role of a dimension → the largest size that the model takes, where known.
+        requests: What is asked for; one named ``default`` if nothing is.
+
+    Returns:
+        One for each request; shapes for each input that varies.
+
+    Raises:
+        BackendError: Unknown keys, sizes out of order, ranks above the graph's, dimensions that nothing tells
+            the sizes of; all of them are listed.
+    """
+    problems: list[str] = []
+    profiles = []
+    for request in requests or [ProfileRequest()]:
+        made = _Maker(inputs, exposed, largest, request)
+        profiles.append(made.profile())
+        label = f"profile '{request.name}': " if len(requests) > 1 else ""
+        problems += [f"{label}{problem}" for problem in made.problems]
+    names = [profile.name for profile in profiles]
+    problems += [
+        f"two profiles are called '{name}'" for name in sorted({n for n in names if names.count(n) > 1})
+    ]
+    if problems:
+        raise BackendError("the shapes that the engine should take don't fit the graph", _HINT, problems)
+    return tuple(profiles)
+
+
+class _Maker:
+    """Makes one profile and collects what is wrong with it."""
+
+    def __init__(
+        self,
+        inputs: Sequence[Port],
+        exposed: ExposedGraph | None,
+        largest: Mapping[str, int],
+        request: ProfileRequest,
+    ) -> None:
+        self.problems: list[str] = []
+        self._request = request
+        self._exposed = exposed
+        self._varying = varying(inputs)
+        self._static = {port.name: port for port in inputs if port not in self._varying}
+        self._ranks = rank_dims(exposed)
+        self._roles = phase_ranges(request.name, largest) or default_ranges(largest)
+        self._roles[RANK] = default_rank(exposed)
+        self._by_symbol: dict[str, Range] = {}
+        self._by_input: dict[str, tuple[Range, ...]] = {}
+        self._read(request.shapes)
+
+    def profile(self) -> Profile:
+        """Return it; what could not be told is in `problems`."""
+        shapes: dict[str, ShapeRange] = {}
+        for port in self._varying:
+            ranges = [self._range(port, axis) for axis in range(len(port.shape))]
+            known = [found for found in ranges if found is not None]
+            if len(known) == len(ranges):
+                shapes[port.name] = _shapes(known)
+        return Profile(self._request.name, shapes)
+
+    def _range(self, port: Port, axis: int) -> Range | None:
+        size, symbol = port.shape[axis], str(port.dims[axis])
+        if size >= 0:
+            return Range(size, size, size)
+        if port.name in self._by_input:
+            return self._by_input[port.name][axis]
+        if symbol in self._by_symbol:
+            return self._by_symbol[symbol]
+        if symbol in self._ranks:
+            return self._ranks[symbol].sizes(self._roles[RANK])
+        role = role_of(port, axis)
+        if role == TOTAL and TOTAL not in self._roles:
+            return total_of(self._roles[SEQUENCE], self._roles[PAST])
+        if role is None:
+            self.problems.append(f"{port.name}: nothing tells the sizes of dimension {axis} ({symbol})")
+            return None
+        return self._roles[role]
+
+    def _read(self, given: Mapping[str, str]) -> None:
+        """Take what the user says: a role of dimensions, a dimension by its name, or an input."""
+        ports = {port.name: port for port in self._varying}
+        symbols = {str(dim) for port in self._varying for dim in port.dims if not isinstance(dim, int)}
+        roles = self._roles_here()
+        # An input's shape tells its dimensions' sizes for other inputs; what is said of one itself wins.
+        for key, text in sorted(given.items(), key=lambda item: item[0] not in ports):
+            if key in ports:
+                self._read_input(ports[key], text)
+            elif key in self._static:
+                self.problems.append(
+                    f"{key}: its shape {list(self._static[key].shape)} is fixed in the graph"
+                )
+            elif key in roles or key in symbols:
+                self._read_dim(key, text, symbols)
+            else:
+                self._unknown(key, [*roles, *symbols, *ports])
+
+    def _roles_here(self) -> list[str]:
+        """Return what the varying dimensions are, LoRA's ranks included."""
+        found = {
+            role_of(port, axis)
+            for port in self._varying
+            for axis, dim in enumerate(port.dims)
+            if str(dim) not in self._ranks
+        }
+        return [role for role in ROLES if role in found or (role == RANK and self._ranks)]
+
+    def _read_dim(self, key: str, text: str, symbols: set[str]) -> None:
+        found = self._parse(key, text, 1)
+        if found is None:
+            return
+        (sizes,) = found
+        if key != PAST and key in ROLES:
+            self._check_size(key, sizes)
+        if key == RANK or key in self._ranks:
+            self._check_rank(key, sizes)
+        if key == SEQUENCE and TOTAL in self._roles:
+            del self._roles[TOTAL]
+        if key in symbols:
+            self._by_symbol[key] = sizes
+        if key in ROLES:
+            self._roles[key] = sizes
+
+    def _read_input(self, port: Port, text: str) -> None:
+        found = self._parse(port.name, text, len(port.shape))
+        if found is None:
+            return
+        for axis, (sizes, size) in enumerate(zip(found, port.shape, strict=True)):
+            if size >= 0 and sizes != Range(size, size, size):
+                self.problems.append(f"{port.name}: dimension {axis} is {size} in the graph, got {sizes}")
+            if size >= 0:
+                continue
+            symbol = str(port.dims[axis])
+            if symbol in self._ranks:
+                self._check_rank(port.name, sizes)
+            elif role_of(port, axis) != PAST:
+                self._check_size(port.name, sizes)
+            self._by_symbol[symbol] = sizes
+            # Masks and positions have names of their own for the same dimension.
+            if (role := role_of(port, axis)) and symbol not in self._ranks:
+                self._roles[role] = sizes
+        self._by_input[port.name] = found
+
+    def _check_size(self, key: str, sizes: Range) -> None:
+        """A past may be empty, an input may not."""
+        if sizes.high == 0:
+            self.problems.append(f"{key}: the largest size is 0")
+
+    def _check_rank(self, key: str, sizes: Range) -> None:
+        assert self._exposed is not None  # else there are no ranks
+        most = self._exposed.max_rank
+        if key in self._ranks:
+            most = self._ranks[key].sizes(Range(most, most, most)).high
+        if sizes.high > most:
+            self.problems.append(f"{key}: rank {sizes.high}, the graph takes at most {most} (max_rank)")
+
+    def _parse(self, key: str, text: str, dims: int) -> tuple[Range, ...] | None:
+        """Read ``MIN:OPT:MAX`` of sizes or of shapes such as ``1x128``."""
+        said = text.split(":")
+        if len(said) == 1:
+            said = said * 3
+        sizes = [part.split("x") for part in said]
+        if len(said) != 3 or not all(_SIZE.match(size) for part in sizes for size in part):
+            self.problems.append(f"{key}={text}: wanted MIN:OPT:MAX, or one for all three")
+            return None
+        if any(len(part) != dims for part in sizes):
+            self.problems.append(f"{key}={text}: it has {dims} dimension{'s' if dims > 1 else ''}")
+            return None
+        ranges = tuple(Range(*(int(part[axis]) for part in sizes)) for axis in range(dims))
+        wrong = list(_out_of_order(ranges))
+        self.problems += [f"{key}={text}: {problem}" for problem in wrong]
+        return None if wrong else ranges
+
+    def _unknown(self, key: str, known: list[str]) -> None:
+        near = difflib.get_close_matches(key, known, 1)
+        plain = [name for name in known if ".lora_" not in name and name not in self._ranks]
+        listed = list(dict.fromkeys(plain))
+        more = ", …" if len(listed) > _LISTED else ""
+        there = f" (there are: {', '.join(listed[:_LISTED])}{more})"
+        guess = f"; did you mean {near[0]!r}?" if near else there
+        self.problems.append(f"{key}: no input or dimension of the graph{guess}")
+
+
+def _out_of_order(ranges: Sequence[Range]) -> Iterator[str]:
+    for axis, sizes in enumerate(ranges):
+        where = f" in dimension {axis}" if len(ranges) > 1 else ""
+        if not sizes.low <= sizes.usual <= sizes.high:
+            yield f"smallest, usual and largest are out of order{where}"
+
+
+def _shapes(ranges: Sequence[Range]) -> ShapeRange:
+    return (
+        tuple(sizes.low for sizes in ranges),
+        tuple(sizes.usual for sizes in ranges),
+        tuple(sizes.high for sizes in ranges),
+    )

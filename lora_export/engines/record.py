@@ -1,0 +1,271 @@
+"""What an engine is, as data beside it: ``<name>.<target>.json`` for ``<name>.<target>.engine``.
+
+An engine file is the compiler's own format, which only a supported GPU can open: everything that is to be
+known of it before that (what it takes, for which GPUs, from which graph it was made) is in this record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lora_export.errors import BackendError
+from lora_export.exposed import ExposedGraph
+from lora_export.manifest import FileHash
+
+FORMAT = 1
+KIND = "lora_export.engine"
+# What both packages begin a serialised engine with ("ftrt": TensorRT, "vtrt": TensorRT-RTX).
+MAGICS = {b"ftrt": "tensorrt", b"vtrt": "tensorrt-rtx"}
+
+# One tensor's smallest, usual and largest shape.
+ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of an engine.
+
+    Attributes:
+        name: Its name.
+        dtype: As numpy and ml_dtypes call it: ``float16``, ``bfloat16``, ``int64`` …
+        shape: Sizes; -1 where it varies.
+        dims: The same with the graph's own names where it varies.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    dims: tuple[int | str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Profile:
+    """An optimisation profile: which shapes the engine takes.
+
+    Attributes:
+        name: What it is for: ``default``, ``prefill``, ``decode`` or the user's word.
+        shapes: For each input whose shape varies: smallest, usual and largest shape.
+    """
+
+    name: str
+    shapes: Mapping[str, ShapeRange]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What the compiler is told. All of them are part of the cache's key.
+
+    Attributes:
+        tf32: Allow 10-bit mantissas in float32 products; off, because it costs three decimal digits.
+        weight_streaming: The weights may stay in host memory while it runs.
+        refit: Weights can be changed later without building (needs a GPU).
+        strip_weights: Leave the weights out of the file; they are refitted before it runs (needs a GPU).
+        version_compatible: Runs with later minor versions (classic TensorRT only).
+        hardware_compatible: Runs on Ampere and later GPUs, at some cost in speed (classic TensorRT only).
+        optimization_level: 0–5; None is the compiler's own default.
+        workspace_bytes: Limit of the scratch memory; None: the compiler's own.
+    """
+
+    tf32: bool = False
+    weight_streaming: bool = False
+    refit: bool = False
+    strip_weights: bool = False
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    optimization_level: int | None = None
+    workspace_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class EngineSource:
+    """The graph that an engine was made from.
+
+    Attributes:
+        name: File name.
+        sha256: Of the graph as the compiler got it and of all its weights.
+        files: The graph's file and its data files.
+    """
+
+    name: str
+    sha256: str
+    files: tuple[FileHash, ...]
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """The record of one engine.
+
+    Attributes:
+        name: File name of the engine.
+        sha256: Of the engine file.
+        size_bytes: Its size.
+        backend: ``tensorrt-rtx`` or ``tensorrt``.
+        builder_version: Of that package.
+        targets: What the user asked for: ``rtx-4090`` …
+        compute_capabilities: ``8.9`` …
+        platform: Operating system and processor that it runs on: ``linux-x86_64``.
+        options: What the compiler was told.
+        inputs: All inputs, LoRA's too.
+        outputs: All outputs.
+        profiles: At least one.
+        source: The graph.
+        exposed: Its LoRA record, or None: a base or merged model.
+        metadata: The graph's own metadata, without the LoRA record.
+        notes: What was changed in the graph for the compiler.
+        memory: Bytes, as the compiler says: ``weights``, ``activations`` (scratch included).
+        build_s: Seconds that the compiler took.
+        peak_build_bytes: Most memory that it took.
+    """
+
+    name: str
+    sha256: str
+    size_bytes: int
+    backend: str
+    builder_version: str
+    targets: tuple[str, ...]
+    compute_capabilities: tuple[str, ...]
+    platform: str
+    options: BuildOptions
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    profiles: tuple[Profile, ...]
+    source: EngineSource
+    exposed: ExposedGraph | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    memory: Mapping[str, int] = field(default_factory=dict)
+    build_s: float = 0.0
+    peak_build_bytes: int = 0
+    format: int = FORMAT
+    kind: str = KIND
+
+    def to_json(self) -> str:
+        """Return the record as indented JSON with sorted keys."""
+        data = asdict(replace(self, exposed=None))
+        data["exposed"] = json.loads(self.exposed.to_json()) if self.exposed else None
+        return json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> EngineRecord:
+        """Read what `to_json` wrote.
+
+        Args:
+            text: The JSON.
+            where: The file, for messages.
+
+        Raises:
+            BackendError: It is no engine's record, damaged, or of another version.
+        """
+        try:
+            data = json.loads(text)
+            if data["kind"] != KIND or data["format"] != FORMAT:
+                raise BackendError(
+                    f"{where} is a record of kind {data['kind']!r}, format {data['format']}; "
+                    f"this version reads {KIND!r}, format {FORMAT}",
+                    "build the engine again with lora-export build-engine",
+                )
+            return cls(**_from_plain(data))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise BackendError(
+                f"{where} is no record of an engine: {type(error).__name__}: {error}",
+                "build the engine again with lora-export build-engine",
+            ) from error
+
+    def port(self, name: str) -> Port:
+        """Return an input or output by name; KeyError if there is none."""
+        return next(port for port in (*self.inputs, *self.outputs) if port.name == name)
+
+
+def _from_plain(data: dict[str, Any]) -> dict[str, Any]:
+    """Return JSON's lists and dicts as the record's own types."""
+    data["options"] = BuildOptions(**data["options"])
+    for key in ("inputs", "outputs"):
+        data[key] = tuple(
+            Port(**{**port, "shape": tuple(port["shape"]), "dims": tuple(port["dims"])}) for port in data[key]
+        )
+    data["profiles"] = tuple(
+        Profile(
+            profile["name"],
+            {name: _shape_range(shapes) for name, shapes in profile["shapes"].items()},
+        )
+        for profile in data["profiles"]
+    )
+    source = data["source"]
+    files = tuple(FileHash(**entry) for entry in source["files"])
+    data["source"] = EngineSource(source["name"], source["sha256"], files)
+    if data["exposed"] is not None:
+        data["exposed"] = ExposedGraph.from_json(json.dumps(data["exposed"]))
+    for key in ("targets", "compute_capabilities", "notes"):
+        data[key] = tuple(data[key])
+    return data
+
+
+def _shape_range(shapes: list[list[int]]) -> ShapeRange:
+    smallest, usual, largest = (tuple(shape) for shape in shapes)
+    return smallest, usual, largest
+
+
+def platform_here() -> str:
+    """Return what engines of this machine run on: ``linux-x86_64``."""
+    return f"{platform.system()}-{platform.machine()}".lower()
+
+
+def record_path(engine: Path) -> Path:
+    """Return where an engine's record is."""
+    return engine.with_suffix(".json")
+
+
+def is_engine(path: Path) -> bool:
+    """Whether a file begins as an engine does, or is called one."""
+    if path.suffix in (".engine", ".plan"):
+        return True
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) in MAGICS
+
+
+def read_engine(engine: Path) -> EngineRecord:
+    """Read an engine's record and check that it is this file's.
+
+    Raises:
+        BackendError: There is no engine or no record, either is damaged, or they don't belong together.
+    """
+    if not engine.is_file():
+        raise BackendError(f"no engine at {engine}", "check the path")
+    beside = record_path(engine)
+    if not beside.is_file():
+        raise BackendError(
+            f"{engine} has no record beside it ({beside.name})",
+            "keep the two files together; lora-export reads engines that lora-export build-engine wrote",
+        )
+    try:
+        text = beside.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BackendError(f"{beside} is no text", "build the engine again") from error
+    record = EngineRecord.from_json(text, str(beside))
+    size = engine.stat().st_size
+    if size != record.size_bytes:
+        raise BackendError(
+            f"{engine} has {size} bytes, its record says {record.size_bytes}: "
+            + ("it is cut short" if size < record.size_bytes else "it is another file"),
+            "copy both files again, or build the engine again",
+        )
+    if (found := sha256_of(engine)) != record.sha256:
+        raise BackendError(
+            f"{engine} is not what {beside.name} describes: sha256 {found}, wanted {record.sha256}",
+            "copy both files again, or build the engine again",
+        )
+    return record
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of all of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

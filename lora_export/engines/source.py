@@ -1,0 +1,83 @@
+"""The graph that an engine is built from: its inputs and outputs, what it says of itself, its files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from lora_export.captured import Captured
+from lora_export.engines.cache import combined
+from lora_export.engines.record import EngineSource, Port
+from lora_export.exposed import ExposedGraph
+from lora_export.exposed_output import refuse_changed_weights
+from lora_export.graph import GraphFile
+from lora_export.manifest import hash_file
+
+
+def ports_of(graph: GraphFile) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+    """Return a graph's inputs (without those that are constants) and outputs."""
+    constants = set(graph.graph.initializers)
+    inputs = tuple(_port(value) for value in graph.graph.inputs if value.name not in constants)
+    return inputs, tuple(_port(value) for value in graph.graph.outputs)
+
+
+def _port(value: ir.Value) -> Port:
+    dims: list[int | str] = []
+    for axis, dim in enumerate(value.shape or ()):
+        size = dim if isinstance(dim, int) else dim.value
+        # A dimension without a name is nobody else's.
+        dims.append(size if isinstance(size, int) else str(size or f"{value.name}[{axis}]"))
+    dtype = str(value.dtype.numpy()) if value.dtype is not None else ""
+    # TensorRT has no float64 and computes in float32; `admit` says so.
+    dtype = "float32" if dtype == "float64" else dtype
+    return Port(
+        str(value.name), dtype, tuple(dim if isinstance(dim, int) else -1 for dim in dims), tuple(dims)
+    )
+
+
+def largest_sizes(graph: GraphFile) -> dict[str, int]:
+    """Return dimension → the largest size that the model takes, where we captured the graph and it says so.
+
+    Raises:
+        GraphError: What it says is damaged.
+    """
+    captured = Captured.from_metadata(graph.model.metadata_props)
+    return dict(captured.largest) if captured else {}
+
+
+@dataclass(frozen=True)
+class Serialized:
+    """A graph as the compiler gets it.
+
+    Attributes:
+        data: The protobuf.
+        source: Its identity and files.
+    """
+
+    data: bytes
+    source: EngineSource
+
+
+def serialize(graph: GraphFile, sha256: Callable[[Path], str]) -> Serialized:
+    """Return the graph's bytes and what they and all of its weights are known by.
+
+    Args:
+        graph: The graph.
+        sha256: Returns a file's hash.
+    """
+    data = ir.to_proto(graph.model).SerializeToString(deterministic=True)
+    tensors = (value.const_value for value in graph.initializers())
+    files = sorted({Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)})
+    identity = combined([hashlib.sha256(data).hexdigest(), *map(sha256, files)])
+    named = tuple(hash_file(path) for path in (graph.path, *files))
+    return Serialized(data, EngineSource(graph.path.name, identity, named))
+
+
+def check_shared(exposed: ExposedGraph | None, path: Path) -> None:
+    """Raise `GraphError` where weights that a graph shares with its base have changed since."""
+    if exposed is not None:
+        refuse_changed_weights(exposed, path)

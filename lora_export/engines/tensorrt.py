@@ -1,0 +1,60 @@
+"""Classic TensorRT, for data-centre GPUs and Jetson: builds on the GPU that the engine is for.
+
+https://docs.nvidia.com/deeplearning/tensorrt/latest/
+
+Never run by us: no machine that develops this project has the package. Every attribute that is used is
+checked against its bindings in a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_export.engines.backend import Compiler, TensorRT, gpu_here
+from lora_export.engines.record import BuildOptions
+from lora_export.output import OutputSet
+
+
+class TensorRTClassic(Compiler):
+    """The compiler for the GPU in this machine."""
+
+    name = "tensorrt"
+    package = "tensorrt"
+    distributions = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
+    extra = "tensorrt"
+    anywhere = False
+
+    def target_problem(self, compute_capability: str) -> str | None:
+        """Return why it can't build for such a GPU here, or None."""
+        here = gpu_here()
+        if here == compute_capability:
+            return None
+        has = "no NVIDIA GPU" if here is None else f"a GPU of compute capability {here}"
+        return f"TensorRT builds on the GPU that the engine is for; this machine has {has}"
+
+    def option_problems(self, options: BuildOptions, here: bool) -> list[str]:
+        """Return which options it can't do: none."""
+        return []
+
+    def configure_own(
+        self, trt: TensorRT, config: Any, options: BuildOptions, compute_capabilities: Sequence[str]
+    ) -> None:
+        """Set compatibility."""
+        if options.version_compatible:
+            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        if options.hardware_compatible:
+            config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+
+    def read_timings(self, config: Any, path: Path) -> None:
+        """Let the builder know what earlier builds measured."""
+        cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+        # False: a cache of another GPU is refused, not used.
+        config.set_timing_cache(cache, False)
+
+    def write_timings(self, config: Any, path: Path) -> None:
+        """Keep what this build measured for later ones."""
+        with OutputSet(force=True) as outputs:
+            outputs.stage(path).write_bytes(bytes(config.get_timing_cache().serialize()))
+            outputs.commit()

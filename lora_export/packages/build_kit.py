@@ -1,0 +1,204 @@
+"""A folder from which an engine is built on the device that it is for, by ``sh build.sh``.
+
+It holds the graph as the compiler is to get it, a shell script with every flag, checksums, and the engine's
+record but for what only the device knows. With lora-export on the device the script uses it; without, it
+calls TensorRT's own ``trtexec`` and completes the record (``finish.py``, with the standard library only).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from lora_export.engines.plan import BuildPlan, Group, Wish, plan_build
+from lora_export.engines.record import BuildOptions, EngineRecord, EngineSource, Profile, sha256_of
+from lora_export.engines.source import serialize
+from lora_export.exposed import KEY
+from lora_export.external_data import plan_data, write_data
+from lora_export.graph import save_graph
+from lora_export.output import OutputSet, output_errors
+
+PathLike = str | os.PathLike[str]
+_MIB = 1 << 20
+_TEMPLATES = "kit"
+
+
+@dataclass(frozen=True)
+class KitReport:
+    """What `write_kits` did, or would do.
+
+    Attributes:
+        kits: The folders.
+        groups: The GPUs of each.
+        profiles: Which shapes the engines will take.
+        notes: What was changed in the graph for the compiler.
+        dry_run: Nothing was written.
+    """
+
+    kits: tuple[Path, ...]
+    groups: tuple[Group, ...]
+    profiles: tuple[Profile, ...]
+    notes: tuple[str, ...] = ()
+    dry_run: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            "dry_run": self.dry_run,
+            "notes": list(self.notes),
+            "profiles": [asdict(profile) for profile in self.profiles],
+            "kits": [
+                {
+                    "path": str(path),
+                    "backend": group.compiler.name,
+                    "targets": [target.name for target in group.targets],
+                    "memory": [fit.as_dict() for fit in group.fits],
+                }
+                for path, group in zip(self.kits, self.groups, strict=True)
+            ],
+        }
+
+
+def write_kits(
+    model: PathLike, wish: Wish, output: PathLike, *, force: bool = False, dry_run: bool = False
+) -> KitReport:
+    """Write a folder ``<name>.<target>.kit`` for each target.
+
+    Args:
+        model: The ``.onnx`` file.
+        wish: What is asked for; nothing of it has to be buildable on this machine.
+        output: The folder to write into.
+        force: Replace existing kits.
+        dry_run: Check everything and write nothing.
+
+    Raises:
+        LoraExportError: As `engines.build.build_engine`, but for what only matters where it is built.
+    """
+    plan = plan_build(model, wish, here=False)
+    kits = tuple(Path(output) / f"{plan.name}.{group.label}.kit" for group in plan.groups)
+    report = KitReport(kits, plan.groups, plan.profiles, plan.admitted.notes, dry_run)
+    if not dry_run:
+        for path, group in zip(kits, plan.groups, strict=True):
+            with output_errors(path), OutputSet(force) as outputs:
+                _write(plan, group, outputs.stage(path, folder=True))
+                outputs.commit()
+    return report
+
+
+def _write(plan: BuildPlan, group: Group, folder: Path) -> None:
+    folder.mkdir()
+    graph = replace(plan.admitted.graph)
+    onnx, data = folder / f"{plan.name}.onnx", folder / f"{plan.name}.onnx.data"
+    source = serialize(graph, sha256_of).source
+    kept = {value: value.const_value for value in graph.initializers()}
+    try:
+        slots, size, _ = plan_data(graph, {}, onnx, frozenset())
+        write_data(data, data.name, slots, size, {}, "sample", None)
+        save_graph(graph.model, onnx)
+    finally:
+        for value, tensor in kept.items():  # the next kit is written from the same graph
+            value.const_value = tensor
+    engine = f"{plan.name}.{group.label}.engine"
+    (folder / "record.json").write_text(_record(plan, group, engine, source).to_json(), encoding="utf-8")
+    template = (files("lora_export.packages") / _TEMPLATES / "finish.py").read_text(encoding="utf-8")
+    (folder / "finish.py").write_text(template, encoding="utf-8")
+    (folder / "build.sh").write_text(_script(plan, group, engine), encoding="utf-8")
+    (folder / "build.sh").chmod(0o755)
+    listed = sorted(path for path in folder.iterdir())
+    sums = "".join(f"{sha256_of(path)}  {path.name}\n" for path in listed)
+    (folder / "SHA256SUMS").write_text(sums, encoding="ascii")
+
+
+def _record(plan: BuildPlan, group: Group, engine: str, source: EngineSource) -> EngineRecord:
+    """Return the record without what only the device knows."""
+    return EngineRecord(
+        name=engine,
+        sha256="",
+        size_bytes=0,
+        backend=group.compiler.name,
+        builder_version="",
+        targets=tuple(target.name for target in group.targets),
+        compute_capabilities=group.compute_capabilities,
+        platform="",
+        options=plan.options,
+        inputs=plan.inputs,
+        outputs=plan.outputs,
+        profiles=plan.profiles,
+        source=source,
+        exposed=plan.admitted.exposed,
+        metadata={k: text for k, text in plan.admitted.graph.model.metadata_props.items() if k != KEY},
+        notes=plan.admitted.notes,
+    )
+
+
+def _script(plan: BuildPlan, group: Group, engine: str) -> str:
+    template = (files("lora_export.packages") / _TEMPLATES / "build.sh").read_text(encoding="utf-8")
+    filled = {
+        "TARGET": ", ".join(target.label for target in group.targets),
+        "MODEL": shlex.quote(f"{plan.name}.onnx"),
+        "ENGINE": shlex.quote(engine),
+        "TOOL": "tensorrt_rtx" if group.compiler.name == "tensorrt-rtx" else "trtexec",
+        "OURS": _lines(_own_flags(plan, group)),
+        "FLAGS": _lines(_trtexec_flags(plan.profiles, plan.options)),
+    }
+    for key, text in filled.items():
+        template = template.replace(f"@{key}@", text)
+    return template
+
+
+def _lines(flags: Iterator[str]) -> str:
+    return " \\\n    ".join(shlex.quote(flag) for flag in flags)
+
+
+def _own_flags(plan: BuildPlan, group: Group) -> Iterator[str]:
+    """Yield the options of ``lora-export build-engine`` that say the same."""
+    for target in group.targets:
+        yield from ("--target", target.name)
+    yield from ("--backend", group.compiler.name, "--name", plan.name)
+    for name, value in asdict(plan.options).items():
+        if name == "workspace_bytes":
+            if value is not None:
+                yield from ("--workspace", str(-(-value // _MIB)))
+        elif value not in (False, None):
+            flag = f"--{name.replace('_', '-')}"
+            yield from ((flag,) if value is True else (flag, str(value)))
+    for profile in plan.profiles:
+        yield from ("--profile", " ".join([profile.name, *_shapes(profile.shapes, "=", ":")]))
+
+
+def _shapes(shapes: Mapping[str, Any], equals: str, between: str) -> Iterator[str]:
+    for name, sizes in shapes.items():
+        yield f"{name}{equals}{between.join('x'.join(map(str, shape)) for shape in sizes)}"
+
+
+def _trtexec_flags(profiles: tuple[Profile, ...], options: BuildOptions) -> Iterator[str]:
+    """Yield trtexec's flags (its ``--help``; TensorRT's "trtexec" sample documentation)."""
+    yield "--stronglyTyped"
+    yield "--skipInference"
+    for number, profile in enumerate(profiles):
+        if not profile.shapes:
+            continue
+        if len(profiles) > 1:
+            yield f"--profile={number}"
+        for at, flag in enumerate(("--minShapes", "--optShapes", "--maxShapes")):
+            # A name is quoted: one may hold the ':' that stands between name and shape.
+            single = {f'"{name}"': [sizes[at]] for name, sizes in profile.shapes.items()}
+            yield f"{flag}={','.join(_shapes(single, ':', ''))}"
+    switches = {
+        "--noTF32": not options.tf32,
+        "--allowWeightStreaming": options.weight_streaming,
+        "--refit": options.refit,
+        "--stripWeights": options.strip_weights,
+        "--versionCompatible": options.version_compatible,
+        "--hardwareCompatibilityLevel=ampere+": options.hardware_compatible,
+    }
+    yield from (flag for flag, wanted in switches.items() if wanted)
+    if options.optimization_level is not None:
+        yield f"--builderOptimizationLevel={options.optimization_level}"
+    if options.workspace_bytes is not None:
+        yield f"--memPoolSize=workspace:{-(-options.workspace_bytes // _MIB)}M"

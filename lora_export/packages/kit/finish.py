@@ -1,0 +1,55 @@
+"""Complete an engine's record with what only the machine knows that built it.
+
+Usage: python3 finish.py record.json ENGINE LOG
+Needs nothing but Python's standard library, 3.8 or newer.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+
+
+def version_in(log: str) -> str:
+    """Return the version that trtexec says it has: ``10.13.0``."""
+    said = re.search(r"TensorRT(?:-RTX)? version: (\d+(?:\.\d+)+)", log)
+    if said is not None:
+        return said.group(1)
+    packed = re.search(r"\[TensorRT(?:-RTX)? v(\d+)(\d\d)(\d\d)\]", log)
+    if packed is not None:
+        return ".".join(str(int(part)) for part in packed.groups())
+    sys.exit("Error: the log does not say which version of TensorRT has built the engine")
+
+
+def main(template: str, engine: str, log: str) -> None:
+    """Write the record beside the engine."""
+    record, path = json.loads(Path(template).read_text(encoding="utf-8")), Path(engine)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    said = Path(log).read_text(encoding="utf-8", errors="replace")
+    record["name"] = path.name
+    record["sha256"] = digest.hexdigest()
+    record["size_bytes"] = path.stat().st_size
+    record["builder_version"] = version_in(said)
+    record["platform"] = f"{platform.system().lower()}-{platform.machine().lower()}"
+    for name, label in (("weights", "Weights"), ("activations", "Activation")):
+        found = re.search(rf"Total {label} Memory: (\d+) bytes", said)
+        if found:
+            record["memory"][name] = int(found.group(1))
+    target = path.with_suffix(".json")
+    temporary = target.with_name(target.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(record, file, indent=1, sort_keys=True, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(target)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

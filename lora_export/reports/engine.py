@@ -1,0 +1,156 @@
+"""Engines as text: what was built, what it takes, whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from lora_export.plan import align
+from lora_export.reports.merge import size_text
+
+if TYPE_CHECKING:
+    from lora_export.engines.build import BuildReport, BuiltEngine
+    from lora_export.engines.plan import Group
+    from lora_export.engines.record import EngineRecord, Port, Profile, ShapeRange
+    from lora_export.packages.build_kit import KitReport
+
+_LORA = ".lora_"
+# Inputs that a table names one by one; more of them (a cache's layers) are summed up.
+_LISTED = 8
+
+
+def build_lines(report: BuildReport, seconds: float) -> list[str]:
+    """Return what a user reads after building, or what a dry run prints."""
+    lines = [_engine_line(engine) for engine in report.engines]
+    lines += fit_lines(report.groups)
+    lines += profile_lines(report.profiles)
+    lines += [f"note: {note}" for note in report.notes]
+    if report.dry_run:
+        existing = [str(engine.path) for engine in report.engines if engine.path.exists()]
+        lines += [f"would write {engine.path}" for engine in report.engines]
+        if existing:
+            lines.append(f"note: --force would be needed, there is already: {', '.join(existing)}")
+        return lines
+    lines += [f"wrote {engine.path}" for engine in report.engines]
+    count = len(report.engines)
+    what = f"{count} engine{'s' if count > 1 else ''}"
+    return [*lines, f"{what} in {seconds:.1f} s; beside each: its record (.json) and the builder's log"]
+
+
+def _engine_line(engine: BuiltEngine) -> str:
+    group, record = engine.group, engine.record
+    what = f"{group.label} ({', '.join(group.compute_capabilities)}, {group.compiler.name})"
+    if record is not None:
+        how = "from the cache" if engine.cached else "built"
+        what += f": {size_text(record.size_bytes)}, {how} in {engine.seconds:.1f} s"
+        if not engine.cached:
+            what += f" with {size_text(record.peak_build_bytes)} of memory"
+    return what
+
+
+def fit_lines(groups: Iterable[Group]) -> Iterator[str]:
+    """Yield how an engine fits into the memory of its GPUs; what is the same for several of them once."""
+    fits = [fit for group in groups for fit in group.fits]
+    together: dict[str, list[str]] = {}
+    for fit in fits:
+        # "rtx-4090: fits in …"
+        together.setdefault(fit.lines[0].partition(": ")[2], []).append(fit.target.name)
+    for said, names in together.items():
+        yield f"{', '.join(names)}: {said}"
+    yield from dict.fromkeys(line for fit in fits for line in fit.lines[1:])
+
+
+def warning_lines(report: BuildReport | KitReport) -> Iterator[str]:
+    """Yield what a user should not miss, also with ``--quiet``."""
+    for group in report.groups:
+        for fit in group.fits:
+            if fit.verdict in ("tight", "no"):
+                yield f"warning: {fit.lines[0]}"
+
+
+def kit_lines(report: KitReport) -> list[str]:
+    """Return what a user reads after kits were written."""
+    lines = [*fit_lines(report.groups), *profile_lines(report.profiles)]
+    lines += [f"note: {note}" for note in report.notes]
+    verb = "would write" if report.dry_run else "wrote"
+    for path in report.kits:
+        lines.append(f"{verb} {path} (copy it to the device, then: sh {path.name}/build.sh)")
+    return lines
+
+
+def profile_lines(profiles: Sequence[Profile]) -> list[str]:
+    """Return which shapes an engine takes, LoRA's inputs summed up."""
+    lines: list[str] = []
+    for profile in profiles:
+        rows = [("profile " + profile.name, "smallest", "usual", "largest")]
+        plain = {name: shapes for name, shapes in profile.shapes.items() if _LORA not in name}
+        rows += [_row(name, shapes) for name, shapes in list(plain.items())[:_LISTED]]
+        if len(plain) > _LISTED:
+            rows.append((f"… and {len(plain) - _LISTED} more", "", "", ""))
+        lora = {name: shapes for name, shapes in profile.shapes.items() if _LORA in name}
+        if ranks := _ranks(lora.values()):
+            rows.append((f"rank of {len(lora)} LoRA inputs", *ranks))
+        lines += align(rows)
+    return lines
+
+
+def _row(name: str, shapes: ShapeRange) -> tuple[str, str, str, str]:
+    low, usual, high = ("x".join(map(str, shape)) for shape in shapes)
+    return name, low, usual, high
+
+
+def _ranks(shapes: Iterable[ShapeRange]) -> tuple[str, str, str] | None:
+    """Return the ranges of the sizes that vary."""
+    varying = [
+        sizes
+        for low, usual, high in shapes
+        for sizes in zip(low, usual, high, strict=True)
+        if len(set(sizes)) > 1
+    ]
+    if not varying:
+        return None
+    spread = [sorted(set(column)) for column in zip(*varying, strict=True)]
+    low, usual, high = (str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}–{sizes[-1]}" for sizes in spread)
+    return low, usual, high
+
+
+def record_lines(record: EngineRecord) -> list[str]:
+    """Return what `inspect` prints of an engine."""
+    options = {name: value for name, value in vars(record.options).items() if value not in (False, None)}
+    lines = [
+        f"{record.name}: {record.backend} {record.builder_version}, {size_text(record.size_bytes)}",
+        f"for {', '.join(record.targets)} (compute capability {', '.join(record.compute_capabilities)}), "
+        f"{record.platform}",
+        f"from {record.source.name} (sha256 {record.source.sha256[:16]}…)",
+        "options: " + (", ".join(f"{name}={value}" for name, value in options.items()) or "none"),
+        "memory, as the builder says: "
+        + ", ".join(f"{name} {size_text(size)}" for name, size in sorted(record.memory.items())),
+        f"built in {record.build_s:.1f} s, at most {size_text(record.peak_build_bytes)} of memory",
+        *_exposed_lines(record),
+    ]
+    lines += _port_lines("inputs", record.inputs) + _port_lines("outputs", record.outputs)
+    return [*lines, *profile_lines(record.profiles), *(f"note: {note}" for note in record.notes)]
+
+
+def _exposed_lines(record: EngineRecord) -> list[str]:
+    exposed = record.exposed
+    if exposed is None:
+        return ["LoRA: none exposed (a base or merged model)"]
+    modules = sum(len(module.members) for module in exposed.modules)
+    if exposed.mode == "swap":
+        return [f"LoRA: swap, {modules} modules, rank up to {exposed.max_rank}"]
+    slots = ", ".join(slot.name for slot in exposed.slots)
+    return [f"LoRA: bank of {len(exposed.slots)} ({slots}; {exposed.resident}), {modules} modules"]
+
+
+def _port_lines(kind: str, ports: Sequence[Port]) -> list[str]:
+    plain = [port for port in ports if _LORA not in port.name]
+    rows = [(kind, "dtype", "shape")]
+    rows += [(port.name, port.dtype, f"[{', '.join(map(str, port.dims))}]") for port in plain[:_LISTED]]
+    lines = align(rows)
+    if len(plain) > _LISTED:
+        lines.append(f"… and {len(plain) - _LISTED} more {kind}")
+    if len(ports) > len(plain):
+        dtypes = sorted({port.dtype for port in ports if _LORA in port.name})
+        lines.append(f"and {len(ports) - len(plain)} LoRA {kind} ({', '.join(dtypes)})")
+    return lines

@@ -1,0 +1,198 @@
+"""A build kit is complete, its script is a shell's, and what it writes on the device is what we read."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+import pytest
+import tiny
+from test_build_engine import SMALL, product, run
+from test_swap_onnx import group
+
+from lora_export import swap_onnx
+from lora_export.engines.plan import Wish
+from lora_export.engines.profiles import ProfileRequest
+from lora_export.engines.record import BuildOptions, read_engine
+from lora_export.errors import OutputError
+from lora_export.packages.build_kit import write_kits
+
+# Stands for trtexec: checks its flags as trtexec would split them, writes what it was asked to.
+FAKE = """#!{python}
+import sys
+flags = dict(flag.partition("=")[::2] for flag in sys.argv[1:])
+import json
+json.dump(flags, open({seen!r}, "w"))
+print("[I] TensorRT version: 10.13.3")
+print("[I] [TRT] Total Weights Memory: 1234 bytes")
+open(flags["--saveEngine"], "wb").write(b"ftrt" + b"0" * 60)
+sys.exit({code})
+"""
+
+
+def fake_tool(folder, code=0):
+    folder.mkdir(exist_ok=True)
+    tool = folder / "trtexec"
+    tool.write_text(FAKE.format(python=sys.executable, seen=str(folder / "seen.json"), code=code))
+    tool.chmod(0o755)
+    return {"PATH": f"{folder}:/usr/bin:/bin", "HOME": str(folder)}
+
+
+def shell(kit, env, *arguments):
+    return subprocess.run(
+        ["sh", str(kit / "build.sh"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=env,
+    )
+
+
+@pytest.fixture
+def kit(tmp_path):
+    swap_onnx(tiny.base_onnx("llama", "dynamo"), tmp_path / "m.onnx", adapter=tiny.adapter("llama"))
+    wish = Wish(["orin-nano-8gb"], shapes=SMALL, options=BuildOptions(workspace_bytes=5 << 20))
+    (path,) = write_kits(tmp_path / "m.onnx", wish, tmp_path / "kits").kits
+    moved = tmp_path / "on the device"  # nothing in it knows where it was made
+    shutil.move(path, moved)
+    (tmp_path / "m.onnx").unlink()
+    return moved
+
+
+@group("llama")
+def test_the_script_is_a_shells(kit):
+    for name in ("sh", "bash", "dash"):
+        if shutil.which(name):
+            assert subprocess.run([name, "-n", kit / "build.sh"], check=False).returncode == 0
+    assert os.access(kit / "build.sh", os.X_OK)
+
+
+@group("llama")
+def test_the_graph_is_whole_and_what_the_compiler_is_to_get(kit):
+    session = ort.InferenceSession(kit / "m.onnx")
+    record = json.loads((kit / "record.json").read_text())
+    assert {port.name for port in session.get_inputs()} == {port["name"] for port in record["inputs"]}
+    assert not session.get_overridable_initializers()
+    checked = subprocess.run(
+        ["sha256sum", "-c", "SHA256SUMS"], cwd=kit, capture_output=True, text=True, check=True
+    )
+    names = {line.partition(":")[0] for line in checked.stdout.splitlines()}
+    assert names == {path.name for path in kit.iterdir()} - {"SHA256SUMS"}
+
+
+@group("llama")
+def test_it_builds_with_trtexec_and_the_record_is_read(kit, tmp_path):
+    done = shell(kit, fake_tool(tmp_path / "bin"), tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    record = read_engine(tmp_path / "out" / "m.orin-nano-8gb.engine")
+    assert (record.backend, record.builder_version) == ("tensorrt", "10.13.3")
+    assert record.compute_capabilities == ("8.7",)
+    assert record.memory == {"weights": 1234}
+    flags = json.loads((tmp_path / "bin" / "seen.json").read_text())
+    assert {"--stronglyTyped", "--skipInference", "--noTF32"} <= set(flags)
+    assert flags["--memPoolSize"] == "workspace:5M"
+    for number, flag in enumerate(("--minShapes", "--optShapes", "--maxShapes")):
+        said = dict(part.rsplit(":", 1) for part in flags[flag].split(","))
+        assert {name.strip('"'): tuple(map(int, shape.split("x"))) for name, shape in said.items()} == {
+            name: shapes[number] for name, shapes in record.profiles[0].shapes.items()
+        }
+
+
+@group("llama")
+def test_with_lora_export_on_the_device_it_is_used(kit, tmp_path):
+    """The options that it is called with are the command line's, and say the same."""
+    (tmp_path / "bin").mkdir()
+    tool = tmp_path / "bin" / "lora-export"
+    seen = str(tmp_path / "seen")
+    tool.write_text(f"#!{sys.executable}\nimport json, sys\njson.dump(sys.argv[1:], open({seen!r}, 'w'))")
+    tool.chmod(0o755)
+    done = shell(kit, {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    from lora_export.commands.build_engine import _wish, build_engine
+
+    context = build_engine.make_context("build-engine", json.loads((tmp_path / "seen").read_text())[1:])
+    for name in ("model", "output", "kit", "as_json", "quiet", "timing_cache", "verbose", "force", "dry_run"):
+        context.params.pop(name)
+    for name in ("cache_dir", "no_cache"):
+        context.params.pop(name)
+    wish = _wish(context.params)
+    record = json.loads((kit / "record.json").read_text())
+    assert tuple(wish.targets) == ("orin-nano-8gb",)
+    assert wish.options == BuildOptions(workspace_bytes=5 << 20)
+    (request,) = wish.profiles
+    assert request.shapes == {
+        name: ":".join("x".join(map(str, shape)) for shape in shapes)
+        for name, shapes in record["profiles"][0]["shapes"].items()
+    }
+
+
+@group("llama")
+def test_a_build_that_fails_leaves_no_engine_and_says_why(kit, tmp_path):
+    done = shell(kit, fake_tool(tmp_path / "bin", code=1), tmp_path / "out")
+    assert done.returncode == 1
+    assert "could not build" in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["m.orin-nano-8gb.log"]
+
+
+@group("llama")
+def test_a_damaged_kit_is_refused(kit, tmp_path):
+    with (kit / "m.onnx.data").open("r+b") as file:
+        file.write(b"#")
+    done = shell(kit, fake_tool(tmp_path / "bin"), tmp_path / "out")
+    assert done.returncode == 1
+    assert "the kit is damaged" in done.stderr
+
+
+@group("llama")
+def test_without_a_compiler_it_says_what_to_do(kit, tmp_path):
+    done = shell(kit, {"PATH": "/usr/bin:/bin"}, tmp_path / "out")
+    assert done.returncode == 1
+    assert "TRTEXEC" in done.stderr
+
+
+def test_several_profiles_and_every_flag(tmp_path):
+    options = BuildOptions(True, True, True, True, True, True, 3, 1)
+    requests = [ProfileRequest("a", {"batch": "1"}), ProfileRequest("b", {"batch": "2:3:4"})]
+    wish = Wish(["jetson-thor"], options=options, profiles=requests, name="my model")
+    (path,) = write_kits(product(tmp_path / "m.onnx"), wish, tmp_path).kits
+    text = (path / "build.sh").read_text()
+    for flag in (
+        *("--profile=0", "--profile=1", "--refit", "--stripWeights", "--allowWeightStreaming"),
+        *("--versionCompatible", "--hardwareCompatibilityLevel=ampere+", "--builderOptimizationLevel=3"),
+        *("--memPoolSize=workspace:1M", "--optimization-level", "--workspace", "--tf32"),
+    ):
+        assert flag in text
+    assert "--noTF32" not in text
+    done = shell(path, fake_tool(tmp_path / "bin"), tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert read_engine(tmp_path / "out" / "my model.jetson-thor.engine").options == options
+
+
+def test_the_command_writes_it(tmp_path, capsys):
+    model = product(tmp_path / "m.onnx")
+    command = ["build-engine", str(model), "--target", "orin-nano-8gb", "--kit", "-o", str(tmp_path / "kits")]
+    code, said, _ = run(capsys, *command, "--dry-run")
+    assert code == 0
+    assert not (tmp_path / "kits").exists()
+    code, said, _ = run(capsys, *command)
+    assert code == 0
+    assert "build.sh" in said
+    code, _, said = run(capsys, *command)
+    assert code == 1
+    assert "exists already" in said
+    code, said, _ = run(capsys, *command, "--force", "--json")
+    assert Path(json.loads(said)["kits"][0]["path"]).is_dir()
+
+
+def test_one_graph_serves_several_kits(tmp_path):
+    model = product(tmp_path / "m.onnx")
+    report = write_kits(model, Wish(["orin-nano-8gb", "h100-sxm"]), tmp_path / "kits")
+    assert len(report.kits) == 2
+    for path in report.kits:
+        onnx.checker.check_model(str(path / "m.onnx"))
+    with pytest.raises(OutputError):
+        write_kits(model, Wish(["orin-nano-8gb"]), tmp_path / "kits")
