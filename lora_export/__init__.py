@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_export.adapter import Adapter, LoraModule
     from lora_export.convert import convert_adapter
+    from lora_export.engines.build import build_engine
     from lora_export.errors import (
         AdapterError,
         BackendError,
@@ -25,10 +26,13 @@ if TYPE_CHECKING:
     )
     from lora_export.formats import load_adapter, save_adapter
     from lora_export.modes.bank_onnx import bank_onnx
+    from lora_export.modes.capture_onnx import capture_onnx
     from lora_export.modes.merge_checkpoint import merge_checkpoint
     from lora_export.modes.merge_onnx import export_onnx, merge_onnx
     from lora_export.modes.swap_onnx import swap_onnx
-    from lora_export.runtimes.ort import AdapterSession
+    from lora_export.runtimes.engine_session import EngineSession
+    from lora_export.runtimes.refit import MergedEngine
+    from lora_export.runtimes.session import AdapterSession
 
 __version__ = "0.1.0"
 
@@ -38,17 +42,21 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 _HOME = {
     "Adapter": "lora_export.adapter",
     "AdapterError": "lora_export.errors",
-    "AdapterSession": "lora_export.runtimes.ort",
+    "AdapterSession": "lora_export.runtimes.session",
     "BackendError": "lora_export.errors",
     "BackendUnavailable": "lora_export.errors",
     "CheckpointError": "lora_export.errors",
+    "EngineSession": "lora_export.runtimes.engine_session",
     "GraphError": "lora_export.errors",
     "LoraExportError": "lora_export.errors",
     "LoraModule": "lora_export.adapter",
+    "MergedEngine": "lora_export.runtimes.refit",
     "OutputError": "lora_export.errors",
     "ParityError": "lora_export.errors",
     "SiteError": "lora_export.errors",
     "bank_onnx": "lora_export.modes.bank_onnx",
+    "build_engine": "lora_export.engines.build",
+    "capture_onnx": "lora_export.modes.capture_onnx",
     "convert_adapter": "lora_export.convert",
     "export_onnx": "lora_export.modes.merge_onnx",
     "load_adapter": "lora_export.formats",
@@ -65,14 +73,18 @@ __all__ = [
     "BackendError",
     "BackendUnavailable",
     "CheckpointError",
+    "EngineSession",
     "GraphError",
     "LoraExportError",
     "LoraModule",
+    "MergedEngine",
     "OutputError",
     "ParityError",
     "SiteError",
     "__version__",
     "bank_onnx",
+    "build_engine",
+    "capture_onnx",
     "convert_adapter",
     "export_onnx",
     "load_adapter",

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from session_graphs import P, Q, base, both, feeds, linear, swap, wanted
+from session_graphs import SHIFT, P, Q, base, both, feeds, linear, swap, wanted
 from small_graphs import adapter, conv, delta, error, graph, random, run, save
 
 from lora_export import (
@@ -158,6 +158,16 @@ def test_outputs_left_on_the_device(session):
     values = session.run_ortvalues(inputs, "b")
     assert isinstance(values["y"], ort.OrtValue)
     assert np.array_equal(values["y"].numpy(), session.run(inputs, "b")["y"])
+
+
+def test_a_session_is_closed_by_its_block_and_feeds_what_it_left_on_the_device(tmp_path):
+    inputs = feeds()
+    with open_session(swap(tmp_path), provider="cpu") as opened:
+        y = opened.run(inputs)["y"]
+        tensors = opened.run_on_device({**inputs, "x": inputs["x"][:1]})
+        shift = ort.OrtValue.ortvalue_from_numpy(tensors["y"].numpy()[0])
+        assert np.array_equal(opened.run({**inputs, "shift": shift})["y"], y - SHIFT + shift.numpy())
+    assert np.array_equal(opened.run(inputs)["y"], y), "a graph needs no closing"
 
 
 def test_what_the_caller_does_to_arrays_afterwards_changes_nothing(session):

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
+from typing import Generic
 
 import numpy as np
 
 from lora_export.adapter import Adapter, Array
-from lora_export.base_weights import GraphWeights
 from lora_export.binding import clear_slot, slot_blocks
 from lora_export.casting import dtype_of
 from lora_export.errors import AdapterError
@@ -23,8 +23,8 @@ from lora_export.exposed import WEIGHTS_INPUT
 from lora_export.graph import load_graph
 from lora_export.packing import Block
 from lora_export.runtimes.adapter_cache import did_you_mean, unknown_adapter
-from lora_export.runtimes.ort_model import OrtModel
-from lora_export.runtimes.resident import Feeds, Resident
+from lora_export.runtimes.feeds import Feeds
+from lora_export.runtimes.model import Model, R
 
 # What a request says of one row: an adapter, none, or several with their weights.
 Row = str | None | Mapping[str, float]
@@ -33,7 +33,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, eq=False)
-class BankState:
+class BankState(Generic[R]):
     """The bank as one run sees it.
 
     Attributes:
@@ -42,17 +42,17 @@ class BankState:
     """
 
     slots: Mapping[str, int]
-    resident: Resident
+    resident: R
 
 
-class BankSlots:
+class BankSlots(Generic[R]):
     """The slots of one session's bank.
 
     Attributes:
         state: What a run that starts now sees.
     """
 
-    def __init__(self, model: OrtModel) -> None:
+    def __init__(self, model: Model[R]) -> None:
         self._model = model
         self._record = model.record
         self._writing = threading.Lock()
@@ -79,9 +79,7 @@ class BankSlots:
         return self.names()
 
     @contextmanager
-    def use(
-        self, feeds: Feeds, adapter: str | None, adapters: Rows | None
-    ) -> Iterator[tuple[Resident, Feeds]]:
+    def use(self, feeds: Feeds, adapter: str | None, adapters: Rows | None) -> Iterator[tuple[R, Feeds]]:
         """Give a run the bank as it is now, and its rows' weights.
 
         Raises:
@@ -94,11 +92,11 @@ class BankSlots:
             )
         state = self.state
         batch = dict(feeds)[self._record.batch_input]
-        shape = batch.shape if isinstance(batch, np.ndarray) else batch.shape()
+        shape = batch.shape() if callable(batch.shape) else batch.shape  # an OrtValue's is a method
         weights = self.weights(state, adapters, shape[0] if len(shape) else 0)
         yield state.resident, [*feeds, (WEIGHTS_INPUT, weights)]
 
-    def weights(self, state: BankState, rows: Rows | None, batch: int) -> Array:
+    def weights(self, state: BankState[R], rows: Rows | None, batch: int) -> Array:
         """Return the input ``lora.adapter_weights`` ``(batch, n_slots)``.
 
         Args:
@@ -171,7 +169,7 @@ class BankSlots:
                 self._record,
                 number,
                 where=where,
-                weight_of=GraphWeights(self._model.path),
+                weight_of=self._model.weight_of,
                 allow_unmatched=allow_unmatched,
                 any_base=any_base,
             )

@@ -28,7 +28,8 @@ import numpy as np
 
 from lora_export.adapter import Array
 from lora_export.runtimes.device import DeviceMemory, OrtValue
-from lora_export.runtimes.resident import Feeds, Resident, bind_feeds
+from lora_export.runtimes.feeds import Feeds
+from lora_export.runtimes.resident import Resident, bind_feeds
 
 T = TypeVar("T")
 _NO_CAPTURE = -1

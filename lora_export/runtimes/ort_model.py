@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Array
+from lora_export.base_weights import GraphWeights, WeightOf
 from lora_export.errors import BackendError, BackendUnavailable, GraphError
 from lora_export.exposed import WEIGHTS_INPUT, ExposedGraph, exposed_of
 from lora_export.exposed_output import refuse_changed_weights
 from lora_export.runtimes.cuda_graphs import CudaGraphs
 from lora_export.runtimes.device import DTYPES, DeviceMemory, OrtValue, Provider, host_value
-from lora_export.runtimes.resident import Feeds, Resident
+from lora_export.runtimes.feeds import Feeds, check_feeds, choose_outputs
+from lora_export.runtimes.resident import Resident
 
 _CUDA = "CUDAExecutionProvider"
 _ERRORS_ONLY = 3
@@ -64,12 +66,13 @@ class OrtModel:
         threads: int | None = None,
         cuda_graphs: int = 0,
         session_options: Any = None,
+        device_id: int = 0,
     ) -> None:
         if not path.is_file():
             raise GraphError(f"no ONNX file at {path}", "check the path")
         self.path = path
-        self.memory = DeviceMemory(provider)
-        self.session = _open(path, provider, threads, cuda_graphs > 0, session_options)
+        self.memory = DeviceMemory(provider, device_id)
+        self.session = _open(path, self.memory, threads, cuda_graphs > 0, session_options)
         self.graphs = CudaGraphs(self.session, self.memory, cuda_graphs) if cuda_graphs else None
         self.record = exposed_of(self.session.get_modelmeta().custom_metadata_map, str(path))
         refuse_changed_weights(self.record, path)
@@ -87,53 +90,31 @@ class OrtModel:
         self.outputs = [output.name for output in self.session.get_outputs()]
         _check_record(self.record, ports, path)
 
+    @property
+    def weight_of(self) -> WeightOf:
+        """The graph's constants; opened anew for each use, so that an idle session holds none."""
+        return GraphWeights(self.path)
+
     def choose_outputs(self, names: Sequence[str] | None) -> Sequence[str]:
         """Return the outputs to compute: all of them, or those asked for.
 
         Raises:
             BackendError: The graph has no such outputs.
         """
-        if names is None:
-            return self.outputs
-        if unknown := [name for name in names if name not in self.outputs]:
-            raise BackendError(
-                f"{self.path.name} has no output {', '.join(map(repr, unknown))}",
-                f"it has: {', '.join(self.outputs)}",
-            )
-        return names
+        return choose_outputs(self.path, self.outputs, names)
 
-    def check_feeds(self, feeds: Mapping[str, Array | OrtValue]) -> list[tuple[str, Array | OrtValue]]:
+    def check_feeds(self, feeds: Mapping[str, Array | OrtValue]) -> Feeds:
         """Return the feeds as they are bound.
 
         Raises:
             BackendError: Inputs missing, unknown or of another dtype; all of them are listed.
         """
-        problems: list[str] = []
-        checked = []
-        for name, value in feeds.items():
-            port = self.inputs.get(name)
-            if port is None or name == WEIGHTS_INPUT:
-                problems.append(f"{name}: {self._why_not(name)}")
-            elif problem := _type_problem(port, value):
-                problems.append(f"{name}: {problem}")
-            elif isinstance(value, np.ndarray):
-                values = np.asarray(value, order="C")
-                checked.append((name, host_value(values) if values.dtype.kind == "V" else values))
-            else:
-                checked.append((name, value))
-        if len(checked) < len(self.inputs):
-            problems += [
-                f"{port.name}: missing, {port.type}"
-                for port in self.inputs.values()
-                if port.required and port.name != WEIGHTS_INPUT and port.name not in feeds
-            ]
-        if problems:
-            raise BackendError(
-                f"the feeds don't fit {self.path.name}",
-                f"it takes: {', '.join(n for n in self.inputs if n != WEIGHTS_INPUT)}",
-                problems,
-            )
-        return checked
+        check_feeds(self.path, feeds, self.inputs, self.lora, self._type_problem)
+        return [(name, _as_bound(value)) for name, value in feeds.items()]
+
+    def fitted(self, tensors: Mapping[str, Array], adapter: str) -> tuple[Mapping[str, Array], list[str]]:
+        """Return an adapter's tensors as they are: a graph takes every rank."""
+        return tensors, []
 
     def put(self, tensors: Mapping[str, Array], beside: Resident | None = None) -> Resident:
         """Copy LoRA tensors to the device; those that are not among them are ``beside``'s, shared."""
@@ -180,27 +161,38 @@ class OrtModel:
             [f"{port.name}: {port.type} {list(port.shape)}" for port in self.inputs.values()],
         )
 
-    def _why_not(self, name: str) -> str:
-        if name == WEIGHTS_INPUT:
-            return "run(adapters=…) sets it"
-        if name in self.lora:
-            return "a LoRA tensor; load_adapter and run(adapter=…) set it"
-        return "no input of the graph"
+    def save_runtime_cache(self) -> None:
+        """Refuse: ONNX Runtime keeps no compiled kernels.
+
+        Raises:
+            BackendError: Always.
+        """
+        raise BackendError("only a TensorRT-RTX engine has a runtime cache", f"{self.path.name} is a graph")
+
+    def close(self) -> None:
+        """Do nothing: ONNX Runtime gives back what it holds when the session is gone."""
+
+    def _type_problem(self, name: str, value: object) -> str:
+        port = self.inputs[name]
+        if isinstance(value, np.ndarray):
+            fits = port.dtype is None or value.dtype == port.dtype
+            return "" if fits else f"{value.dtype}, the graph wants {port.dtype}"
+        if not hasattr(value, "data_type"):
+            return f"{type(value).__name__}, wanted a numpy array or an onnxruntime.OrtValue"
+        return "" if value.data_type() == port.type else f"{value.data_type()}, the graph wants {port.type}"
+
+
+def _as_bound(value: Array | OrtValue) -> Array | OrtValue:
+    if not isinstance(value, np.ndarray):
+        return value
+    values = np.asarray(value, order="C")
+    return host_value(values) if values.dtype.kind == "V" else values
 
 
 def _lora_inputs(record: ExposedGraph) -> list[str]:
     """Return the LoRA tensors that are inputs of the graph."""
     constant = record.mode == "bank" and record.resident == "initializers"
     return [] if constant else record.tensor_names()
-
-
-def _type_problem(port: Port, value: object) -> str:
-    if isinstance(value, np.ndarray):
-        fits = port.dtype is None or value.dtype == port.dtype
-        return "" if fits else f"{value.dtype}, the graph wants {port.dtype}"
-    if not hasattr(value, "data_type"):
-        return f"{type(value).__name__}, wanted a numpy array or an onnxruntime.OrtValue"
-    return "" if value.data_type() == port.type else f"{value.data_type()}, the graph wants {port.type}"
 
 
 def _check_record(record: ExposedGraph, ports: Iterable[str], path: Path) -> None:
@@ -215,7 +207,10 @@ def _check_record(record: ExposedGraph, ports: Iterable[str], path: Path) -> Non
         )
 
 
-def _open(path: Path, provider: Provider, threads: int | None, cuda_graph: bool, session_options: Any) -> Any:
+def _open(
+    path: Path, memory: DeviceMemory, threads: int | None, cuda_graph: bool, session_options: Any
+) -> Any:
+    provider = memory.kind
     try:
         import onnxruntime as ort
     except ImportError as error:
@@ -231,7 +226,8 @@ def _open(path: Path, provider: Provider, threads: int | None, cuda_graph: bool,
                 "pip uninstall onnxruntime; pip install 'lora-export[gpu]'",
             )
         ort.preload_dlls()  # CUDA's libraries where pip installed them; nothing if they are elsewhere
-        providers.insert(0, (_CUDA, {"enable_cuda_graph": "1"} if cuda_graph else {}))
+        chosen = {"device_id": str(memory.device_id)} | ({"enable_cuda_graph": "1"} if cuda_graph else {})
+        providers.insert(0, (_CUDA, chosen))
     options = session_options
     if options is None:
         options = ort.SessionOptions()

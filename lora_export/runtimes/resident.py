@@ -8,15 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from lora_export.adapter import Array
 from lora_export.runtimes.device import OrtValue, Provider
+from lora_export.runtimes.feeds import Feeds
 
 # Bindings kept per set of tensors: as many threads can use one adapter at once without binding anew.
 _IDLE_BINDINGS = 16
 _NOTHING = np.zeros(0, np.float32)
-
-# What a run is fed: input name → values.
-Feeds = Sequence[tuple[str, Array | OrtValue]]
 
 
 class Resident:

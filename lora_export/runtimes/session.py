@@ -1,11 +1,11 @@
-"""`AdapterSession`: one graph, many adapters, changed while it runs, by ONNX Runtime."""
+"""`AdapterSession`: one model, many adapters, changed while it runs, by ONNX Runtime or TensorRT."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from lora_export.adapter import Adapter, Array
@@ -14,18 +14,22 @@ from lora_export.exposed import ExposedGraph
 from lora_export.formats import load_adapter
 from lora_export.runtimes.bank_slots import BankSlots, Rows
 from lora_export.runtimes.device import OrtValue, Provider
+from lora_export.runtimes.feeds import DeviceValue, Feeds
+from lora_export.runtimes.opening import open_model
 from lora_export.runtimes.ort_model import OrtModel
-from lora_export.runtimes.resident import Feeds, Resident
+from lora_export.runtimes.session_options import PathLike, SessionOptions
 from lora_export.runtimes.swap_adapters import SwapAdapters
-
-PathLike = str | os.PathLike[str]
 
 
 class AdapterSession:
-    """Runs a graph of ``swap-onnx`` or ``bank-onnx``, each request with an adapter of its own.
+    """Runs what ``swap-onnx`` or ``bank-onnx`` made, each request with an adapter of its own.
 
-    Many threads may call everything at once. A run keeps the tensors that it started with: one that is in
-    flight while its adapter is unloaded, replaced or evicted finishes with that adapter.
+    It takes the graph (ONNX Runtime) or an engine that ``build-engine`` built from it (TensorRT-RTX or
+    TensorRT, on an NVIDIA GPU).
+
+    Many threads may call everything at once; an engine's runs take turns. A run keeps the tensors that it
+    started with: one that is in flight while its adapter is unloaded, replaced or evicted finishes with that
+    adapter.
 
     *Swap graph.* `load_adapter` puts an adapter on the device, ``run(adapter=name)`` uses it, ``run()`` is
     the base. Above ``max_adapters`` or ``max_bytes`` the least recently used that no run is using leaves the
@@ -46,40 +50,91 @@ class AdapterSession:
         self,
         model: PathLike,
         *,
-        provider: Provider = "cpu",
+        provider: Provider | None = None,
         max_adapters: int = 16,
         max_bytes: int | None = None,
         threads: int | None = None,
         cuda_graph: bool = False,
         max_cuda_graphs: int = 64,
         session_options: Any = None,
+        device_id: int = 0,
+        profile: str | None = None,
+        runtime_cache: PathLike | None = None,
+        weight_streaming_budget_bytes: int | None = None,
+        source: PathLike | None = None,
     ) -> None:
-        """Open a graph.
+        """Open a graph or an engine.
 
         Args:
-            model: The ``.onnx`` file.
-            provider: ``cpu`` or ``cuda``.
+            model: The ``.onnx`` file, or the ``.engine`` file with its record beside it.
+            provider: ``cpu`` or ``cuda``; by default ``cpu`` for a graph, ``cuda`` for an engine.
             max_adapters: Most adapters of a swap graph on the device at once.
             max_bytes: Most bytes of them; None: no limit.
             threads: ONNX Runtime's threads within one operator; by default as many as there are cores.
-            cuda_graph: Replay runs as CUDA graphs, one for each (adapter, input shapes, outputs). Runs then
-                take turns, on a thread of the session's own.
+            cuda_graph: Replay runs as CUDA graphs. With ONNX Runtime one for each (adapter, input shapes,
+                outputs), on a thread of the session's own; with an engine one for each (ranks, input
+                shapes), whichever adapter.
             max_cuda_graphs: Most graphs captured in the session's life; further combinations run without.
             session_options: An `onnxruntime.SessionOptions`, where the defaults don't do.
+            device_id: Which GPU.
+            profile: Of an engine: the optimisation profile to use, by name; by default the first that takes a
+                request's shapes.
+            runtime_cache: Of a TensorRT-RTX engine: file of the kernels that it compiles for this GPU; read
+                now, written by `close` and `save_runtime_cache`.
+            weight_streaming_budget_bytes: Of an engine built for it: most device memory for its weights; the
+                others are streamed from the host's.
+            source: Of an engine: the ONNX graph that it was built from. Needed for adapters whose tensors
+                are computed from W0 (DoRA, replaced heads and biases) and were not converted before.
 
         Raises:
-            BackendUnavailable: ONNX Runtime, or its CUDA provider, is not installed.
-            BackendError: ONNX Runtime can't open the graph, or options are wrong.
-            GraphError: There is no such file, or its metadata have no LoRA record.
+            BackendUnavailable: ONNX Runtime or its CUDA provider, TensorRT or cuda-bindings is not installed.
+            BackendError: The model can't be opened or can't run here, or options are wrong.
+            GraphError: There is no such graph, or its metadata (the engine's record) have no LoRA record.
         """
-        _check_options(provider, max_adapters, max_bytes, threads, cuda_graph, max_cuda_graphs)
-        graphs = max_cuda_graphs if cuda_graph else 0
-        self._model = OrtModel(Path(model), provider, threads, graphs, session_options)
+        options = SessionOptions(
+            provider,
+            max_adapters,
+            max_bytes,
+            threads,
+            cuda_graph,
+            max_cuda_graphs,
+            session_options,
+            device_id,
+            profile,
+            runtime_cache,
+            weight_streaming_budget_bytes,
+            source,
+        )
+        self._model = open_model(Path(model), options)
         self._adapters = (
             BankSlots(self._model)
             if self._model.record.mode == "bank"
             else SwapAdapters(self._model, max_adapters, max_bytes)
         )
+
+    def __enter__(self) -> AdapterSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write the runtime cache, where there is one, and give back the engine; a graph needs no closing.
+
+        The adapters leave the GPU when the session itself is gone.
+        """
+        self._model.close()
+
+    def save_runtime_cache(self) -> None:
+        """Write the kernels that TensorRT-RTX has compiled so far to the file ``runtime_cache``.
+
+        Raises:
+            BackendError: The session has no runtime cache.
+            OutputError: The file can't be written.
+        """
+        self._model.save_runtime_cache()
 
     @property
     def record(self) -> ExposedGraph:
@@ -152,16 +207,17 @@ class AdapterSession:
 
     def run(
         self,
-        feeds: Mapping[str, Array | OrtValue],
+        feeds: Mapping[str, Array | DeviceValue],
         adapter: str | None = None,
         *,
         adapters: Rows | None = None,
         outputs: Sequence[str] | None = None,
     ) -> dict[str, Array]:
-        """Run the graph.
+        """Run the model.
 
         Args:
-            feeds: Input name → numpy array or `onnxruntime.OrtValue`, without LoRA's inputs.
+            feeds: Input name → numpy array, or a tensor that `run_on_device` gave (of a graph: any
+                `onnxruntime.OrtValue`), without LoRA's inputs.
             adapter: Of a swap graph: which adapter; None is the base.
             adapters: Of a bank: for each row of the batch a name, None for the base, or a dict of names and
                 weights; or an array ``[batch, n_slots]`` of weights. None is the base for all rows.
@@ -172,9 +228,24 @@ class AdapterSession:
 
         Raises:
             AdapterError: Unknown adapters, or entries that don't fit the batch.
-            BackendError: Feeds that don't fit the graph, or ONNX Runtime failed.
+            BackendError: Feeds that don't fit the model, or the runtime failed.
         """
         return self._run(self._model.run, feeds, adapter, adapters, outputs)
+
+    def run_on_device(
+        self,
+        feeds: Mapping[str, Array | DeviceValue],
+        adapter: str | None = None,
+        *,
+        adapters: Rows | None = None,
+        outputs: Sequence[str] | None = None,
+    ) -> dict[str, DeviceValue]:
+        """Run the model as `run` does and leave the outputs on the device, to be fed again or read later.
+
+        They are `onnxruntime.OrtValue`, from an engine `lora_export.runtimes.cuda_memory.DeviceTensor`; both
+        have ``numpy()``.
+        """
+        return self._run(self._model.run_on_device, feeds, adapter, adapters, outputs)
 
     def run_ortvalues(
         self,
@@ -184,13 +255,21 @@ class AdapterSession:
         adapters: Rows | None = None,
         outputs: Sequence[str] | None = None,
     ) -> dict[str, OrtValue]:
-        """Run the graph as `run` does and leave the outputs on the device, as `onnxruntime.OrtValue`."""
-        return self._run(self._model.run_on_device, feeds, adapter, adapters, outputs)
+        """Run a graph as `run_on_device` does: its outputs are `onnxruntime.OrtValue`.
+
+        Raises:
+            BackendError: As `run`, or the model is an engine.
+        """
+        if not isinstance(self._model, OrtModel):
+            raise BackendError(
+                f"{self._model.path.name} is an engine, which has no OrtValue", "use run_on_device"
+            )
+        return self.run_on_device(feeds, adapter, adapters=adapters, outputs=outputs)
 
     def _run(
         self,
-        run: Callable[[Resident, Feeds, Sequence[str]], list[Any]],
-        feeds: Mapping[str, Array | OrtValue],
+        run: Callable[[Any, Feeds, Sequence[str]], list[Any]],
+        feeds: Mapping[str, Array | DeviceValue],
         adapter: str | None,
         adapters: Rows | None,
         outputs: Sequence[str] | None,
@@ -200,34 +279,6 @@ class AdapterSession:
         with self._adapters.use(checked, adapter, adapters) as (resident, fed):
             values = run(resident, fed, names)
         return dict(zip(names, values, strict=True))
-
-
-def _check_options(
-    provider: str,
-    max_adapters: int,
-    max_bytes: int | None,
-    threads: int | None,
-    cuda_graph: bool,
-    max_cuda_graphs: int,
-) -> None:
-    problems = []
-    if provider not in ("cpu", "cuda"):
-        problems.append(f"provider is {provider!r}, wanted 'cpu' or 'cuda'")
-    if cuda_graph and provider != "cuda":
-        problems.append(f"cuda_graph=True with provider {provider!r}, wanted 'cuda'")
-    limits = {
-        "max_adapters": max_adapters,
-        "max_bytes": max_bytes,
-        "threads": threads,
-        "max_cuda_graphs": max_cuda_graphs,
-    }
-    problems += [
-        f"{name} is {value}, wanted at least 1"
-        for name, value in limits.items()
-        if value is not None and value < 1
-    ]
-    if problems:
-        raise BackendError("the session's options can't be used", "mend these", problems)
 
 
 def _read(source: PathLike | Adapter, name: str, options: Mapping[str, Any]) -> Adapter:

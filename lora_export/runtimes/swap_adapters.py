@@ -4,32 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 
 from lora_export.adapter import Adapter, Array
-from lora_export.base_weights import GraphWeights
 from lora_export.binding import bind_adapter
 from lora_export.casting import dtype_of
 from lora_export.errors import AdapterError
 from lora_export.packing import cut_b
 from lora_export.runtimes.adapter_cache import AdapterCache, Prepared
-from lora_export.runtimes.ort_model import OrtModel
-from lora_export.runtimes.resident import Feeds, Resident
+from lora_export.runtimes.feeds import Feeds
+from lora_export.runtimes.model import Model, R
 
 
-class SwapAdapters:
+class SwapAdapters(Generic[R]):
     """The adapters of one session.
 
     Attributes:
         cache: Those that have a name.
     """
 
-    def __init__(self, model: OrtModel, max_adapters: int, max_bytes: int | None) -> None:
-        self.cache: AdapterCache[Resident] = AdapterCache(max_adapters, max_bytes)
+    def __init__(self, model: Model[R], max_adapters: int, max_bytes: int | None) -> None:
+        self.cache: AdapterCache[R] = AdapterCache(max_adapters, max_bytes)
         self._model = model
-        self._base = model.put(_neutral_tensors(model))
+        self._base = model.put(model.fitted(_neutral_tensors(model), "the base")[0])
 
     def names(self) -> list[str]:
         """Return the names that a run may ask for, in the order of loading, evicted ones as well."""
@@ -40,7 +39,7 @@ class SwapAdapters:
         return self.cache.on_device()
 
     @contextmanager
-    def use(self, feeds: Feeds, adapter: str | None, adapters: object) -> Iterator[tuple[Resident, Feeds]]:
+    def use(self, feeds: Feeds, adapter: str | None, adapters: object) -> Iterator[tuple[R, Feeds]]:
         """Give a run its tensors, an adapter's or for None the base's, and keep them there meanwhile.
 
         Raises:
@@ -89,7 +88,7 @@ class SwapAdapters:
         adapter = read()
         known = _fingerprint(adapter)
 
-        def again() -> Prepared[Resident]:
+        def again() -> Prepared[R]:
             fresh = read()
             if _fingerprint(fresh) != known:
                 raise AdapterError(
@@ -112,22 +111,23 @@ class SwapAdapters:
 
     def _bind(
         self, adapter: Adapter, allow_unmatched: bool, any_base: bool
-    ) -> tuple[Prepared[Resident], tuple[str, ...]]:
+    ) -> tuple[Prepared[R], tuple[str, ...]]:
         binding = bind_adapter(
             adapter,
             self._model.record,
             where=str(self._model.path),
-            weight_of=GraphWeights(self._model.path),
+            weight_of=self._model.weight_of,
             allow_unmatched=allow_unmatched,
             any_base=any_base,
         )
+        tensors, notes = self._model.fitted(binding.tensors, f"adapter '{adapter.name}'")
 
-        def place() -> Resident:
+        def place() -> R:
             # What the adapter leaves alone is the base's, where the graph has no default of its own.
-            return self._model.put(binding.tensors, self._base)
+            return self._model.put(tensors, self._base)
 
-        nbytes = sum(values.nbytes for values in binding.tensors.values())
-        return Prepared(nbytes, place), binding.notes
+        nbytes = sum(values.nbytes for values in tensors.values())
+        return Prepared(nbytes, place), (*binding.notes, *notes)
 
 
 def _fingerprint(adapter: Adapter) -> tuple[Any, ...]:
@@ -135,7 +135,7 @@ def _fingerprint(adapter: Adapter) -> tuple[Any, ...]:
     return adapter.sha256, *((key, module.rank, module.scaling) for key, module in adapter.modules.items())
 
 
-def _neutral_tensors(model: OrtModel) -> dict[str, Array]:
+def _neutral_tensors(model: Model[R]) -> dict[str, Array]:
     """Return tensors that change nothing, for inputs without a default (flavour ``tensorrt``)."""
     tensors: dict[str, Array] = {}
     for module in model.record.modules:

@@ -1,0 +1,32 @@
+"""Open a file by the runtime that it is for: a graph by ONNX Runtime, an engine by its TensorRT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lora_export.engines.record import is_engine
+from lora_export.runtimes.model import Model
+from lora_export.runtimes.ort_model import OrtModel
+from lora_export.runtimes.session_options import SessionOptions
+from lora_export.runtimes.tensorrt import TensorRTModel
+
+
+def open_model(path: Path, options: SessionOptions) -> Model[Any]:
+    """Open a graph or an engine with exposed LoRA.
+
+    Raises:
+        BackendUnavailable: The runtime is not installed.
+        BackendError: It can't be opened or can't run here, or options are wrong.
+        GraphError: There is no such graph, or it has no exposed LoRA.
+    """
+    if is_engine(path):
+        return TensorRTModel(path, options.for_engine(path))
+    return OrtModel(
+        path,
+        options.for_graph(path),
+        options.threads,
+        options.cuda_graphs,
+        options.session_options,
+        options.device_id,
+    )

@@ -1,0 +1,123 @@
+"""The options of a session: which of them a graph takes, which an engine, and what is wrong with them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_export.errors import BackendError
+from lora_export.runtimes.device import Provider
+
+PathLike = str | os.PathLike[str]
+_ENGINE_ALONE = ("profile", "runtime_cache", "weight_streaming_budget_bytes", "source")
+_GRAPH_ALONE = ("threads", "session_options")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine is run.
+
+    Attributes:
+        profile: Name of the optimisation profile to use; None: the first that takes a request's shapes.
+        runtime_cache: File of the kernels that TensorRT-RTX compiles for this GPU; read when the engine is
+            opened, written when it is closed.
+        weight_streaming_budget_bytes: Most device memory for weights; the others stay in the host's and
+            are streamed. None: all are on the device.
+        source: The ONNX graph that the engine was built from.
+        device_id: Which GPU.
+        cuda_graphs: Most CUDA graphs captured; 0: runs are not captured.
+    """
+
+    profile: str | None = None
+    runtime_cache: PathLike | None = None
+    weight_streaming_budget_bytes: int | None = None
+    source: PathLike | None = None
+    device_id: int = 0
+    cuda_graphs: int = 0
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """What `AdapterSession` is told; see there."""
+
+    provider: Provider | None
+    max_adapters: int
+    max_bytes: int | None
+    threads: int | None
+    cuda_graph: bool
+    max_cuda_graphs: int
+    session_options: Any
+    device_id: int
+    profile: str | None
+    runtime_cache: PathLike | None
+    weight_streaming_budget_bytes: int | None
+    source: PathLike | None
+
+    @property
+    def cuda_graphs(self) -> int:
+        """Most CUDA graphs; 0: none are wanted."""
+        return self.max_cuda_graphs if self.cuda_graph else 0
+
+    def for_engine(self, path: Path) -> EngineOptions:
+        """Return what is for an engine.
+
+        Raises:
+            BackendError: Options are wrong, or a graph's.
+        """
+        problems = self._problems("cuda")
+        if self.provider == "cpu":
+            problems.append("provider is 'cpu': an engine runs on a GPU")
+        problems += self._strange(_GRAPH_ALONE, f"ONNX Runtime's, and {path.name} is an engine")
+        _raise(problems)
+        return EngineOptions(
+            self.profile,
+            self.runtime_cache,
+            self.weight_streaming_budget_bytes,
+            self.source,
+            self.device_id,
+            self.cuda_graphs,
+        )
+
+    def for_graph(self, path: Path) -> Provider:
+        """Return where a graph runs.
+
+        Raises:
+            BackendError: Options are wrong, or an engine's.
+        """
+        provider = self.provider or "cpu"
+        problems = self._problems(provider)
+        problems += self._strange(_ENGINE_ALONE, f"an engine's, and {path.name} is a graph")
+        if self.device_id and provider == "cpu":
+            problems.append(f"device_id is {self.device_id} with provider 'cpu'")
+        _raise(problems)
+        return provider
+
+    def _problems(self, provider: str) -> list[str]:
+        problems = []
+        if self.provider not in (None, "cpu", "cuda"):
+            problems.append(f"provider is {self.provider!r}, wanted 'cpu' or 'cuda'")
+        if self.cuda_graph and provider != "cuda":
+            problems.append(f"cuda_graph=True with provider {provider!r}, wanted 'cuda'")
+        least = {
+            "max_adapters": 1,
+            "max_bytes": 1,
+            "threads": 1,
+            "max_cuda_graphs": 1,
+            "device_id": 0,
+            "weight_streaming_budget_bytes": 0,
+        }
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                problems.append(f"{name} is {value}, wanted at least {smallest}")
+        return problems
+
+    def _strange(self, names: tuple[str, ...], whose: str) -> list[str]:
+        return [f"{name} is {whose}" for name in names if getattr(self, name) is not None]
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise BackendError("the session's options can't be used", "mend these", problems)
