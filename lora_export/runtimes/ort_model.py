@@ -226,7 +226,10 @@ def _open(
                 "pip uninstall onnxruntime; pip install 'lora-export[gpu]'",
             )
         ort.preload_dlls()  # CUDA's libraries where pip installed them; nothing if they are elsewhere
-        chosen = {"device_id": str(memory.device_id)} | ({"enable_cuda_graph": "1"} if cuda_graph else {})
+        # Its default for float32 products is TF32, which keeps 10 bits of each factor.
+        chosen = {"use_tf32": "0"} | ({"enable_cuda_graph": "1"} if cuda_graph else {})
+        if memory.device_id:  # it warns of the option, whatever its value
+            chosen["device_id"] = str(memory.device_id)
         providers.insert(0, (_CUDA, chosen))
     options = session_options
     if options is None:
