@@ -68,6 +68,22 @@ def test_version_compatible_engines_run_within_their_major_version(machine, tmp_
         assert refusal(engine).problems == ("it was built by TensorRT 2.0.0, and 1.7.1.116 is installed",)
 
 
+@pytest.mark.parametrize(("built", "runs"), [("1.7.1", True), ("1.7.2", False), ("1.7.1.117", False)])
+def test_a_kits_engine_has_the_version_that_trtexec_says(machine, tmp_path, built, runs):
+    """One number less than the package's."""
+    engine = swap_engine(tmp_path, backend="tensorrt", builder_version=built)
+    if runs:
+        AdapterSession(engine)
+    else:
+        assert refusal(engine).problems == (f"it was built by TensorRT {built}, and 1.7.1.116 is installed",)
+
+
+def test_an_engine_without_weights_is_not_run(machine, tmp_path):
+    engine = swap_engine(tmp_path, options=BuildOptions(strip_weights=True))
+    assert "holds no weights" in refusal(engine).message
+    assert "MergedEngine" in refusal(engine).hint
+
+
 def test_no_gpu(machine, tmp_path):
     machine.cuda.devices = 0
     found = refusal(swap_engine(tmp_path))

@@ -24,6 +24,8 @@ class EngineSession:
             logits = session.run({"input_ids": ids})["logits"]
     """
 
+    _WRITES_WEIGHTS = False
+
     def __init__(
         self,
         engine: PathLike,
@@ -57,7 +59,7 @@ class EngineSession:
         options = EngineOptions(
             profile, runtime_cache, weight_streaming_budget_bytes, None, device_id, graphs
         )
-        self._model = open_engine(Path(engine), options)
+        self._model = open_engine(Path(engine), options, self._WRITES_WEIGHTS)
 
     def __enter__(self) -> EngineSession:
         return self

@@ -56,7 +56,7 @@ class MergedEngine(EngineSession):
 
     What the vendor says of the cost: an engine that can be refitted may run slower than one that can't, a
     switch takes time in proportion to the weights written, and TensorRT 11.3 may lose a Gemm's bias in
-    engines built with ``kREFIT``: compare its answers (`lora-export parity`) before you rely on one.
+    engines built with ``kREFIT``: compare its answers before you rely on one.
 
     Example::
 
@@ -65,6 +65,8 @@ class MergedEngine(EngineSession):
         logits = engine.run({"input_ids": ids})["logits"]
         engine.switch(None)  # the base
     """
+
+    _WRITES_WEIGHTS = True
 
     def __init__(
         self,

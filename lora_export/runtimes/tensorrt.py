@@ -62,18 +62,26 @@ class EngineModel:
         outputs: Names, in the graph's order.
     """
 
-    def __init__(self, path: Path, record: EngineRecord, options: EngineOptions) -> None:
+    def __init__(
+        self, path: Path, record: EngineRecord, options: EngineOptions, refits: bool = False
+    ) -> None:
         """Open an engine.
 
         Args:
             path: The engine.
             record: Its record, see `read_engine`.
             options: How to run it.
+            refits: The caller writes the weights, which the file need not hold then.
 
         Raises:
             BackendUnavailable: TensorRT or cuda-bindings is not installed.
             BackendError: It can't run here; every reason is listed.
         """
+        if record.options.strip_weights and not refits:
+            raise BackendError(
+                f"{path} was built with strip_weights and holds no weights",
+                "run it with lora_export.MergedEngine, which writes them, or build it without --strip-weights",
+            )
         if options.source is not None:
             check_source(path, record, Path(options.source))
         loaded = load_engine(path, record, options.device_id)
@@ -235,8 +243,8 @@ def _exposed(path: Path, record: EngineRecord) -> ExposedGraph:
     return exposed
 
 
-def open_engine(path: Path, options: EngineOptions) -> EngineModel:
-    """Open an engine that needs no LoRA tensors.
+def open_engine(path: Path, options: EngineOptions, refits: bool = False) -> EngineModel:
+    """Open an engine that needs no LoRA tensors; see `EngineModel`.
 
     Raises:
         BackendUnavailable: TensorRT or cuda-bindings is not installed.
@@ -247,4 +255,4 @@ def open_engine(path: Path, options: EngineOptions) -> EngineModel:
         raise BackendError(
             f"{path} has LoRA tensors among its inputs", "run it with lora_export.AdapterSession"
         )
-    return EngineModel(path, record, options)
+    return EngineModel(path, record, options, refits)

@@ -202,8 +202,10 @@ class _Refusals:
 def _check_version(record: EngineRecord, here: str, refusals: _Refusals) -> None:
     """Engines run with the version that built them; version compatible ones within their major one."""
     built = record.builder_version
-    same_major = built.split(".")[0] == here.split(".")[0]
-    if built == here or (record.options.version_compatible and same_major):
+    # trtexec says one number less than the package, whose last one is the packaging's.
+    parts = list(zip(built.split("."), here.split("."), strict=False))
+    wanted = parts[:1] if record.options.version_compatible else parts
+    if all(one == other for one, other in wanted):
         return
     name = _NAMES[record.backend]
     refusals.problems.append(f"it was built by {name} {built}, and {here} is installed")
