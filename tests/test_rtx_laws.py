@@ -1,8 +1,8 @@
 """The laws that a graph's session keeps, for engines.
 
 They are run with a stand-in for TensorRT (`recording_trt`) in the host's memory; with the same in a real
-GPU's memory, through the real CUDA (``gpu``); and with TensorRT-RTX itself on a GPU that it supports, where
-``pytest -m rtx`` builds the engines and runs them.
+GPU's memory, through the real CUDA (``gpu``); and by the compilers themselves on a GPU that they support,
+where ``pytest -m rtx`` (TensorRT-RTX) and ``pytest -m tensorrt`` (classic) build the engines and run them.
 
 merge(x) = base(x) + scaling·B·A·x · without an adapter the base · A→B→A gives A again · permuted rows give
 permuted outputs · bank row i = swap with adapter i.
@@ -49,7 +49,10 @@ class Place:
         return np.array_equal(one, two) if self.exact else error(one, two) < self.tolerance
 
 
-PLACES = ["stand-in", pytest.param("gpu", marks=pytest.mark.gpu), pytest.param("rtx", marks=pytest.mark.rtx)]
+PLACES = [
+    "stand-in",
+    *(pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("gpu", "rtx", "tensorrt")),
+]
 
 
 @pytest.fixture(params=PLACES)
@@ -64,11 +67,16 @@ def place(request, tmp_path):
         request.getfixturevalue("gpu_machine")
         fields = {"backend": "tensorrt", "compute_capabilities": (here,)}
         return Place(lambda onnx: engine_files.engine_of(onnx, **fields), 2e-6, exact=True, captures=False)
-    if here not in RTX_COMPUTE_CAPABILITIES:
+    backend = {"rtx": "tensorrt-rtx"}.get(request.param, request.param)
+    if backend == "tensorrt-rtx" and here not in RTX_COMPUTE_CAPABILITIES:
         pytest.skip(f"TensorRT-RTX does not support compute capability {here}")
+    if backend == "tensorrt-rtx" and here == "7.5":
+        pytest.skip("TensorRT-RTX multiplies no float32 on compute capability 7.5")
+    pytest.importorskip(backend.replace("-", "_"), reason=f"{backend} is not installed")
 
     def build(onnx: Path) -> Path:
-        report = lora_export.build_engine(onnx, [f"sm{here.replace('.', '')}"], tmp_path / "engines")
+        target = f"sm{here.replace('.', '')}"
+        report = lora_export.build_engine(onnx, target, tmp_path / "engines", backend=backend)
         return report.engines[0].path
 
     # Kernels are compiled for a shape while it runs: the same request may be summed in another order later.
