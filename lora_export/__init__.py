@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from lora_export.adapter import Adapter, LoraModule
     from lora_export.convert import convert_adapter
     from lora_export.engines.build import build_engine
+    from lora_export.engines.profiles import ProfileRequest
+    from lora_export.engines.record import BuildOptions
     from lora_export.errors import (
         AdapterError,
         BackendError,
         BackendUnavailable,
         CheckpointError,
+        EngineBuildError,
         GraphError,
         LoraExportError,
         OutputError,
@@ -45,7 +48,9 @@ _HOME = {
     "AdapterSession": "lora_export.runtimes.session",
     "BackendError": "lora_export.errors",
     "BackendUnavailable": "lora_export.errors",
+    "BuildOptions": "lora_export.engines.record",
     "CheckpointError": "lora_export.errors",
+    "EngineBuildError": "lora_export.errors",
     "EngineSession": "lora_export.runtimes.engine_session",
     "GraphError": "lora_export.errors",
     "LoraExportError": "lora_export.errors",
@@ -53,6 +58,7 @@ _HOME = {
     "MergedEngine": "lora_export.runtimes.refit",
     "OutputError": "lora_export.errors",
     "ParityError": "lora_export.errors",
+    "ProfileRequest": "lora_export.engines.profiles",
     "SiteError": "lora_export.errors",
     "bank_onnx": "lora_export.modes.bank_onnx",
     "build_engine": "lora_export.engines.build",
@@ -72,7 +78,9 @@ __all__ = [
     "AdapterSession",
     "BackendError",
     "BackendUnavailable",
+    "BuildOptions",
     "CheckpointError",
+    "EngineBuildError",
     "EngineSession",
     "GraphError",
     "LoraExportError",
@@ -80,6 +88,7 @@ __all__ = [
     "MergedEngine",
     "OutputError",
     "ParityError",
+    "ProfileRequest",
     "SiteError",
     "__version__",
     "bank_onnx",

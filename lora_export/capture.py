@@ -7,12 +7,19 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export.capture_cache import name_total, with_cache
-from lora_export.capture_export import export_module, quiet, require, run_module, tensor_names
+from lora_export.capture_export import (
+    export_module,
+    first_line,
+    quiet,
+    require,
+    run_module,
+    tensor_names,
+)
 from lora_export.captured import (
     BATCH,
     DECODER_SEQUENCE,
@@ -31,10 +38,16 @@ if TYPE_CHECKING:
 
 # The first in which Conv and pooling take bfloat16.
 _BFLOAT16_OPSET = 22
+_EXPORT_YOURSELF = "use lora_export.export_onnx(module, adapter, example_inputs, output)"
 
 
 def capture_checkpoint(
-    folder: str | os.PathLike[str], output: Path, *, dtype: str = "float32", kv_cache: bool = False
+    folder: str | os.PathLike[str],
+    output: Path,
+    *,
+    dtype: str = "float32",
+    kv_cache: bool = False,
+    replaced: Collection[str] = (),
 ) -> Path:
     """Write the graph of a checkpoint folder, with dynamic batch and sequence axes.
 
@@ -46,14 +59,15 @@ def capture_checkpoint(
         dtype: One of `DTYPES`: of weights, inputs and outputs (but ids). The graph computes as the model
             does in PyTorch in that dtype: what transformers computes in float32 even then stays so.
         kv_cache: For decoders: keys and values of past tokens are inputs and outputs, see `capture_cache`.
+        replaced: Parameters that are replaced afterwards: the checkpoint may lack them.
 
     Returns:
         ``output``.
 
     Raises:
         BackendUnavailable: torch, transformers or onnxscript is missing.
-        CheckpointError: The folder can't be loaded, its kind of input is not known, it has no cache, or
-            weights don't fit into the dtype.
+        CheckpointError: The folder can't be loaded or lacks weights, its kind of input is not known, it has
+            no cache, or weights don't fit into the dtype.
         GraphError: torch.onnx can't export the model.
         OutputError: There is no such dtype.
     """
@@ -61,7 +75,7 @@ def capture_checkpoint(
         raise OutputError(f"there is no dtype {dtype!r} to capture in", f"one of: {', '.join(DTYPES)}")
     require("torch", "transformers", "onnxscript")
     path = Path(folder)
-    model = _load(path, dtype)
+    model = _load(path, dtype, replaced)
     inputs = _example_inputs(model, path)
     model.config.use_cache = True
     outputs = run_module(model, inputs)
@@ -112,30 +126,48 @@ def _save(graph: ir.Model, output: Path) -> Path:
     return output
 
 
-def _load(path: Path, dtype: str) -> Any:
+def _load(path: Path, dtype: str, replaced: Collection[str]) -> Any:
     import torch
     import transformers
 
+    if not path.is_dir():  # else transformers asks a hub for a model of that name
+        raise CheckpointError(f"no folder at {path}", "give the folder that save_pretrained wrote")
     if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
-        raise CheckpointError(
-            f"{path} is an adapter, not a base model", "give it as --adapter, and its base as --base"
-        )
+        raise CheckpointError(f"{path} is an adapter, not a base model", "give the folder of its base model")
     with quiet():
         try:
             config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-            model = _model_class(config, path).from_pretrained(
+            model, loading = _model_class(config, path).from_pretrained(
                 path,
                 dtype=getattr(torch, dtype),
                 local_files_only=True,
                 attn_implementation=_attention(config),
+                output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except CheckpointError:
+            raise
+        except Exception as error:  # transformers, safetensors and torch raise many kinds
             raise CheckpointError(
-                f"transformers can't load {path}: {str(error).strip().splitlines()[0]}",
+                f"transformers can't load {path}: {first_line(error)}",
                 "give the folder that save_pretrained wrote, or export the model yourself and give the .onnx",
             ) from error
+    _refuse_missing(loading["missing_keys"], path, replaced)
     _refuse_infinite(model, path, dtype)
     return model.eval()
+
+
+def _refuse_missing(keys: Collection[str], path: Path, replaced: Collection[str]) -> None:
+    """Refuse a checkpoint without some of the model's weights: transformers has made them up."""
+    given = [f".{name}" for name in replaced]
+    missing = sorted(
+        key for key in keys if not any(f".{key}".endswith(name) or name.endswith(f".{key}") for name in given)
+    )
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {len(missing)} of the model's weights",
+            "give all of its files, or the class that it was saved from as 'architectures' in config.json",
+            missing,
+        )
 
 
 def _refuse_infinite(model: Any, path: Path, dtype: str) -> None:
@@ -205,12 +237,17 @@ def _example_inputs(model: Any, path: Path) -> dict[str, Any]:
     config = model.config
     accepted = inspect.signature(model.forward).parameters
     if "pixel_values" in accepted and model.main_input_name == "pixel_values":
-        size = config.image_size if isinstance(config.image_size, int) else max(config.image_size)
+        size = getattr(config, "image_size", None)
+        if size is None:
+            raise CheckpointError(
+                f"{path}/config.json says no image_size, which the graph is made for", _EXPORT_YOURSELF
+            )
+        size = size if isinstance(size, int) else max(size)
         return {"pixel_values": torch.zeros(2, config.num_channels, size, size, dtype=model.dtype)}
     if model.main_input_name != "input_ids":
         raise CheckpointError(
             f"{path}: don't know example inputs for a model that reads {model.main_input_name!r}",
-            "use lora_export.export_onnx(module, adapter, example_inputs, output)",
+            _EXPORT_YOURSELF,
         )
     inputs = {"input_ids": torch.ones(2, 7, dtype=torch.int64)}
     for name in ("attention_mask", "token_type_ids"):

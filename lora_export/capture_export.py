@@ -41,7 +41,7 @@ def run_module(module: torch.nn.Module, example_inputs: Inputs) -> Any:
             return module(*example_inputs)
         except Exception as error:  # whatever the module's own code raises
             raise GraphError(
-                f"{type(module).__name__} fails on the example inputs: {_first_line(error)}",
+                f"{type(module).__name__} fails on the example inputs: {first_line(error)}",
                 "export the model yourself and give the .onnx",
             ) from error
 
@@ -93,7 +93,7 @@ def export_module(
             )
         except Exception as error:  # the exporter raises its own and torch.export's many kinds
             raise GraphError(
-                f"torch.onnx can't export {type(module).__name__}: {_first_line(error)}",
+                f"torch.onnx can't export {type(module).__name__}: {first_line(error)}",
                 "export the model yourself and give the .onnx, or try attn_implementation='eager'",
             ) from error
         assert program is not None
@@ -154,7 +154,8 @@ def require(*names: str) -> None:
         raise BackendUnavailable(f"capturing a model needs {', '.join(missing)}", _INSTALL)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return of which kind an error is and how its message begins."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 

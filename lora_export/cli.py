@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 from importlib import import_module
 from typing import Any
@@ -49,7 +51,18 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     # Accept --debug behind the verb as well: that is where people add it after a failure.
     arguments = ["--debug", *(a for a in arguments if a != "--debug")] if debug else arguments
+    # As Ctrl-C does: what was begun is put away, and builders are ended.
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, _terminate)
     sys.exit(_run(arguments, debug))
+
+
+def _terminate(number: int, _frame: object) -> None:
+    raise _Terminated(128 + number)
+
+
+class _Terminated(SystemExit):
+    """The system asks the process to end."""
 
 
 def _run(arguments: list[str], debug: bool) -> int:

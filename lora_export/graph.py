@@ -19,6 +19,8 @@ import onnx_ir as ir
 from lora_export.adapter import Array
 from lora_export.errors import GraphError
 
+# Tensors without their data that are named: mostly they are all of a file's.
+_SHOWN = 5
 # What a merge can compute in. Everything else (int8, uint4, float8 …) is a quantised weight.
 FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
@@ -70,11 +72,17 @@ def load_graph(path: str | os.PathLike[str]) -> GraphFile:
         GraphError: Not an ONNX file, empty, or external data missing, short or outside the folder.
     """
     file = Path(path)
+    if file.is_dir():
+        raise GraphError(
+            f"{file} is a folder, not an ONNX file",
+            "give the .onnx in it; of a checkpoint make one: lora-export capture-onnx FOLDER -o base.onnx",
+        )
     if not file.is_file():
         raise GraphError(f"no ONNX file at {file}", "check the path")
     if file.suffix == ".safetensors":
         raise GraphError(
-            f"{file} holds weights, not a graph", "give the folder that it is in, or an .onnx file"
+            f"{file} holds weights, not a graph",
+            "give an .onnx file, or where a checkpoint is taken as well, the folder that it is in",
         )
     try:
         model = ir.load(file)
@@ -94,10 +102,11 @@ def load_graph(path: str | os.PathLike[str]) -> GraphFile:
     _read_constants(model)
     problems = [problem for value in graph.initializers() for problem in _external_problems(value)]
     if problems:
+        more = len(problems) - _SHOWN
         raise GraphError(
             f"{file} has {len(problems)} tensors whose external data can't be read",
-            "put the .data file that belongs to this .onnx beside it",
-            problems,
+            "put the data files that belong to this .onnx where they were, seen from it",
+            problems[:_SHOWN] + ([f"… and {more} more"] if more > 0 else []),
         )
     return graph
 
@@ -209,6 +218,15 @@ def save_graph(model: ir.Model, path: Path) -> None:
     Raises:
         GraphError: The protobuf would exceed 2 GB.
     """
+    path.write_bytes(proto_bytes(model))
+
+
+def proto_bytes(model: ir.Model) -> bytes:
+    """Return what `save_graph` writes.
+
+    Raises:
+        GraphError: It would exceed 2 GB.
+    """
     proto = ir.to_proto(model)
     if proto.ByteSize() >= 2**31:
         raise GraphError(
@@ -216,4 +234,5 @@ def save_graph(model: ir.Model, path: Path) -> None:
             "save the base with external data first (onnx_ir.save(..., external_data=...))",
         )
     # Deterministic: map fields (metadata) in key order, so that the same inputs give the same bytes.
-    path.write_bytes(proto.SerializeToString(deterministic=True))
+    data: bytes = proto.SerializeToString(deterministic=True)
+    return data

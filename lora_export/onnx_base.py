@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -54,7 +54,7 @@ class Base:
 def open_base(
     base: Path,
     out: Path,
-    adapters: Iterable[Adapter],
+    adapters: Collection[Adapter],
     *,
     checkpoint: str | os.PathLike[str] | None,
     share_base: bool,
@@ -69,7 +69,7 @@ def open_base(
     Args:
         base: An ONNX file or a Hugging Face folder.
         out: The graph to write.
-        adapters: What is read besides: no output may replace it.
+        adapters: What is read besides: no output may replace it, and what they replace a folder may lack.
         checkpoint: The folder that an ONNX file was exported from.
         share_base: Unchanged weights are to stay in the base's files.
         force: Existing outputs may be replaced.
@@ -94,7 +94,13 @@ def open_base(
             from lora_export.capture import capture_checkpoint
 
             source, captured = prepare(Path(scratch)) if prepare else base, Path(scratch) / "base.onnx"
-            capture_checkpoint(source, captured, dtype=dtype or "float32", kv_cache=kv_cache)
+            capture_checkpoint(
+                source,
+                captured,
+                dtype=dtype or "float32",
+                kv_cache=kv_cache,
+                replaced=[] if prepare else [name for adapter in adapters for name in adapter.extras],
+            )
             graph = load_graph(captured)
         else:
             graph = load_graph(base)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import onnx
@@ -111,6 +113,7 @@ def test_one_engine_for_every_gpu(tmp_path):
 @group("llama")
 def test_the_command_builds_and_takes_the_second_from_the_cache(tmp_path, capsys):
     model, _ = made("swap", "llama", tmp_path)
+    capsys.readouterr()  # what making the base graph says
     command = [
         "build-engine",
         str(model),
@@ -404,3 +407,80 @@ def test_weights_shared_with_a_base_that_changed(tmp_path):
     (base / "b.data").write_bytes(data)
     with pytest.raises(GraphError, match="have changed"):
         build_engine(base / "s.onnx", "sm89", tmp_path / "out")
+
+
+def test_a_cache_that_cannot_be_written_is_said(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    command = [
+        "build-engine",
+        str(product(tmp_path / "m.onnx")),
+        "--target",
+        "sm89",
+        "-o",
+        str(tmp_path / "o"),
+    ]
+    code, _, said = run(capsys, *command, "--cache-dir", str(tmp_path / "file"), "--quiet")
+    assert code == 0
+    assert "warning: not kept for the next time" in said
+    assert "is a file, not a folder" in said
+
+
+def test_targets_may_be_listed_in_one_word(tmp_path):
+    report = build_engine(product(tmp_path / "m.onnx"), "sm89, sm86", tmp_path / "out", dry_run=True)
+    assert [engine.path.name for engine in report.engines] == ["m.sm89.engine", "m.sm86.engine"]
+
+
+def test_a_size_that_nothing_holds_is_refused_at_once(tmp_path):
+    model = product(tmp_path / "m.onnx")
+    with pytest.raises(BackendError, match="would not fit"):
+        build_engine(model, "rtx-4090", tmp_path / "out", shapes={"batch": (1, 1, 2**31 - 1)}, dry_run=True)
+
+
+@group("llama")
+def test_a_huge_size_takes_no_memory_to_refuse(tmp_path):
+    """Onnx's propagation of values would make arrays of that size."""
+    model, _ = made("swap", "llama", tmp_path)
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))\n"
+        "from lora_export.cli import main; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", script, "build-engine", str(model), "--target", "rtx-4090", "--dry-run"]
+    command += ["-o", str(tmp_path / "out"), "--shape", "batch=1:1:2000000000"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "would not fit" in done.stderr
+
+
+def test_a_terminated_build_leaves_nothing(tmp_path):
+    """SIGTERM is what a container or a CI job is ended with."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "tensorrt_rtx.py").write_text(
+        f"import os, time\nopen({str(tmp_path / 'started')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    )
+    script = "import sys; from lora_export.cli import main; main(sys.argv[1:])"
+    model = product(tmp_path / "m.onnx")
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            script,
+            "build-engine",
+            str(model),
+            "--target",
+            "sm89",
+            "-o",
+            str(tmp_path / "o"),
+        ],
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site"), "TMPDIR": str(tmp_path / "site")},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    worker = int((tmp_path / "started").read_text())
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert not list((tmp_path / "o").iterdir())
+    assert [path.name for path in (tmp_path / "site").iterdir() if "lora-export" in path.name] == []
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)

@@ -11,35 +11,53 @@ import onnx
 import onnxruntime as ort
 import pytest
 import tiny
-from test_build_engine import SMALL, product, run
+from onnx import helper
+from test_build_engine import SMALL, graph_of, product, run, value
 from test_swap_onnx import group
 
 from lora_export import swap_onnx
 from lora_export.engines.plan import Wish
 from lora_export.engines.profiles import ProfileRequest
 from lora_export.engines.record import BuildOptions, read_engine
-from lora_export.errors import OutputError
+from lora_export.errors import BackendError, EngineBuildError, OutputError
 from lora_export.packages.build_kit import write_kits
 
-# Stands for trtexec: checks its flags as trtexec would split them, writes what it was asked to.
+# Stands for trtexec: writes what it was asked to, and says its version.
 FAKE = """#!{python}
 import sys
 flags = dict(flag.partition("=")[::2] for flag in sys.argv[1:])
 import json
 json.dump(flags, open({seen!r}, "w"))
-print("[I] TensorRT version: 10.13.3")
+print({version!r})
 print("[I] [TRT] Total Weights Memory: 1234 bytes")
 open(flags["--saveEngine"], "wb").write(b"ftrt" + b"0" * 60)
 sys.exit({code})
 """
 
 
-def fake_tool(folder, code=0):
+VERSION = "[I] TensorRT version: 10.13.3"
+
+
+def fake_tool(folder, code=0, version=VERSION, name="trtexec"):
     folder.mkdir(exist_ok=True)
-    tool = folder / "trtexec"
-    tool.write_text(FAKE.format(python=sys.executable, seen=str(folder / "seen.json"), code=code))
+    tool = folder / name
+    seen = str(folder / "seen.json")
+    tool.write_text(FAKE.format(python=sys.executable, seen=seen, code=code, version=version))
     tool.chmod(0o755)
     return {"PATH": f"{folder}:/usr/bin:/bin", "HOME": str(folder)}
+
+
+def split_shapes(text):
+    """Read shapes as trtexec does (samples/common/sampleOptions.cpp, splitNameAndValue)."""
+    found = {}
+    for part in text.split(","):
+        pieces = part.split("'")
+        assert len(pieces) in (1, 3), "else it complains"
+        name, shape = (
+            part.rsplit(":", 1) if len(pieces) == 1 else (pieces[0] + pieces[1], pieces[2].removeprefix(":"))
+        )
+        found[name] = tuple(map(int, shape.split("x")))
+    return found
 
 
 def shell(kit, env, *arguments):
@@ -96,8 +114,7 @@ def test_it_builds_with_trtexec_and_the_record_is_read(kit, tmp_path):
     assert {"--stronglyTyped", "--skipInference", "--noTF32"} <= set(flags)
     assert flags["--memPoolSize"] == "workspace:5M"
     for number, flag in enumerate(("--minShapes", "--optShapes", "--maxShapes")):
-        said = dict(part.rsplit(":", 1) for part in flags[flag].split(","))
-        assert {name.strip('"'): tuple(map(int, shape.split("x"))) for name, shape in said.items()} == {
+        assert split_shapes(flags[flag]) == {
             name: shapes[number] for name, shapes in record.profiles[0].shapes.items()
         }
 
@@ -115,13 +132,15 @@ def test_with_lora_export_on_the_device_it_is_used(kit, tmp_path):
     from lora_export.commands.build_engine import _wish, build_engine
 
     context = build_engine.make_context("build-engine", json.loads((tmp_path / "seen").read_text())[1:])
-    for name in ("model", "output", "kit", "as_json", "quiet", "timing_cache", "verbose", "force", "dry_run"):
+    assert context.params.pop("force")
+    for name in ("model", "output", "kit", "as_json", "quiet", "timing_cache", "verbose", "dry_run"):
         context.params.pop(name)
     for name in ("cache_dir", "no_cache"):
         context.params.pop(name)
     wish = _wish(context.params)
     record = json.loads((kit / "record.json").read_text())
     assert tuple(wish.targets) == ("orin-nano-8gb",)
+    assert wish.ignore_memory  # it was looked at, or waived, when the kit was made
     assert wish.options == BuildOptions(workspace_bytes=5 << 20)
     (request,) = wish.profiles
     assert request.shapes == {
@@ -196,3 +215,133 @@ def test_one_graph_serves_several_kits(tmp_path):
         onnx.checker.check_model(str(path / "m.onnx"))
     with pytest.raises(OutputError):
         write_kits(model, Wish(["orin-nano-8gb"]), tmp_path / "kits")
+    with pytest.raises(OutputError, match="exists already"):
+        write_kits(model, Wish(["rtx-4090", "orin-nano-8gb"]), tmp_path / "kits")
+    assert not (tmp_path / "kits" / "m.rtx-4090.kit").exists(), "nothing is written when one is refused"
+
+
+NAMES = ["x y", "x:0", "a=b", 'x"y', "/x", "é"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_of_any_name(name, tmp_path):
+    node = helper.make_node("Relu", [name], ["y"])
+    model = graph_of(tmp_path / "m.onnx", [node], [value(name, ["batch", 4])], [value("y", ["batch", 4])])
+    (kit,) = write_kits(model, Wish(["orin-nano-8gb"], name="modèle d'essai"), tmp_path / "kits").kits
+    done = shell(kit, fake_tool(tmp_path / "bin"), tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    flags = json.loads((tmp_path / "bin" / "seen.json").read_text())
+    assert split_shapes(flags["--maxShapes"]) == {name: (4, 4)}
+    record = read_engine(tmp_path / "out" / "modèle d'essai.orin-nano-8gb.engine")
+    assert record.profiles[0].shapes[name][2] == (4, 4)
+
+
+@pytest.mark.parametrize("name", ["a,b", "a'b", "a*"])
+def test_names_that_trtexec_splits_are_refused(name, tmp_path):
+    node = helper.make_node("Relu", [name], ["y"])
+    model = graph_of(tmp_path / "m.onnx", [node], [value(name, ["batch", 4])], [value("y", ["batch", 4])])
+    with pytest.raises(BackendError, match="trtexec can't be told") as caught:
+        write_kits(model, Wish(["orin-nano-8gb"]), tmp_path / "kits")
+    assert caught.value.problems == (name,)
+
+
+def test_one_engine_for_several_gpus_of_tensorrt_rtx(tmp_path):
+    """The tool is told for which, and lora-export to build one."""
+    wish = Wish(["rtx-4090", "rtx-5090"], together=True)
+    (kit,) = write_kits(product(tmp_path / "m.onnx"), wish, tmp_path / "kits").kits
+    assert "--together" in (kit / "build.sh").read_text()
+    done = shell(kit, fake_tool(tmp_path / "bin", name="tensorrt_rtx"), tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    flags = json.loads((tmp_path / "bin" / "seen.json").read_text())
+    assert flags["--computeCapabilities"] == "89,120"
+    assert "--stronglyTyped" not in flags
+    assert read_engine(tmp_path / "out" / "m.rtx-4090+rtx-5090.engine").backend == "tensorrt-rtx"
+
+
+def test_each_compiler_has_its_say(tmp_path):
+    """Whatever the order: what one reads as it is meant, the other does not."""
+    node = helper.make_node("Gelu", ["x"], ["y"], domain="com.microsoft")
+    dims = ["batch", 4]
+    model = onnx.load(graph_of(tmp_path / "m.onnx", [node], [value("x", dims)], [value("y", dims)]))
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    onnx.save(model, tmp_path / "m.onnx")
+    for names in (["rtx-4090", "orin-nano-8gb"], ["orin-nano-8gb", "rtx-4090"]):
+        with pytest.raises(EngineBuildError, match="can't be built by TensorRT as it is"):
+            write_kits(tmp_path / "m.onnx", Wish(names), tmp_path / "kits")
+    # Turing multiplies no float32 with TensorRT-RTX; a T4 with the classic one does.
+    model = product(tmp_path / "p.onnx")
+    assert write_kits(model, Wish(["rtx-4090", "t4"]), tmp_path / "kits", dry_run=True).kits
+    with pytest.raises(EngineBuildError, match=r"7\.5"):
+        write_kits(model, Wish(["orin-nano-8gb", "sm75"]), tmp_path / "kits")
+
+
+def test_a_graph_without_varying_sizes(tmp_path):
+    (kit,) = write_kits(product(tmp_path / "m.onnx", (2, 4)), Wish(["orin-nano-8gb"]), tmp_path / "kits").kits
+    assert "--profile" not in (kit / "build.sh").read_text()
+    done = shell(kit, fake_tool(tmp_path / "bin"), tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert not any("Shapes" in flag for flag in json.loads((tmp_path / "bin" / "seen.json").read_text()))
+
+
+@pytest.fixture
+def small_kit(tmp_path):
+    (kit,) = write_kits(product(tmp_path / "m.onnx"), Wish(["orin-nano-8gb"]), tmp_path / "kits").kits
+    return kit
+
+
+def test_a_log_without_a_version_leaves_no_engine(small_kit, tmp_path):
+    done = shell(small_kit, fake_tool(tmp_path / "bin", version="hello"), tmp_path / "out")
+    assert done.returncode == 1
+    assert "does not say which version" in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["m.orin-nano-8gb.log"]
+
+
+@pytest.mark.parametrize(
+    ("said", "version"),
+    [
+        ("&&&& RUNNING TensorRT.trtexec [TensorRT v101303] [b9] # trtexec", "10.13.3"),
+        ("&&&& RUNNING TensorRT.trtexec [TensorRT v8601] # trtexec\n[I] TensorRT version: 8.6.1", "8.6.1"),
+        ("[I] TensorRT version: 11.0.0.1", "11.0.0.1"),
+    ],
+)
+def test_versions_that_trtexec_says(said, version, small_kit, tmp_path):
+    done = shell(small_kit, fake_tool(tmp_path / "bin", version=said), tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert read_engine(tmp_path / "out" / "m.orin-nano-8gb.engine").builder_version == version
+
+
+def test_the_tools_path_is_where_the_user_is(small_kit, tmp_path):
+    env = fake_tool(tmp_path / "bin") | {"PATH": "/usr/bin:/bin", "TRTEXEC": "bin/trtexec"}
+    script = str(small_kit.relative_to(tmp_path) / "build.sh")
+    done = subprocess.run(
+        ["sh", script, "out"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert read_engine(tmp_path / "out" / "m.orin-nano-8gb.engine")
+
+
+@pytest.mark.parametrize(
+    "option", [["--cache-dir", "c"], ["--no-cache"], ["--timing-cache", "t"], ["--verbose"]]
+)
+def test_options_of_a_build_are_not_for_kits(option, tmp_path, capsys):
+    model = product(tmp_path / "m.onnx")
+    command = ["build-engine", str(model), "--target", "orin-nano-8gb", "--kit", "-o", str(tmp_path / "kits")]
+    code, _, said = run(capsys, *command, *option)
+    assert code == 2
+    assert "--kit builds nothing" in said
+
+
+@group("llama")
+def test_trtexec_is_used_where_both_are(kit, tmp_path):
+    """lora-export may be there without TensorRT's Python package, and could not build then."""
+    env = fake_tool(tmp_path / "bin")
+    other = tmp_path / "bin" / "lora-export"
+    other.write_text("#!/bin/sh\nexit 9\n")
+    other.chmod(0o755)
+    assert shell(kit, env, tmp_path / "out").returncode == 0
+    assert read_engine(tmp_path / "out" / "m.orin-nano-8gb.engine").backend == "tensorrt"
+
+
+def test_a_kit_for_a_compiler_that_never_builds_for_it_is_refused(tmp_path):
+    with pytest.raises(BackendError, match="leave out --backend tensorrt-rtx"):
+        write_kits(product(tmp_path / "m.onnx"), Wish(["orin-nano-8gb"], backend="tensorrt-rtx"), tmp_path)

@@ -46,7 +46,7 @@ def problems(path):
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(GraphError, match="no ONNX file"):
         load_graph(tmp_path / "nothing.onnx")
-    with pytest.raises(GraphError, match="no ONNX file"):
+    with pytest.raises(GraphError, match="is a folder, not an ONNX file"):
         load_graph(tmp_path)
 
 

@@ -71,8 +71,8 @@ def one(weight, folder, more="", arguments="", weights=None, kind="float", attri
 
 def lowered(path: Path, *capabilities: str):
     """Admit a graph; return its file and the notes."""
-    admitted = admit(load_graph(path), capabilities or ("8.9",), "tensorrt-rtx")
-    assert admitted.changed
+    admitted = admit(load_graph(path), {"tensorrt-rtx": capabilities or ("8.9",)})
+    assert admitted.notes
     out = path.with_name("lowered.onnx")
     save_graph(admitted.graph.model, out)
     onnx.checker.check_model(str(out))
@@ -92,7 +92,7 @@ def run(path: Path, **feeds):
 
 def refused(path: Path, *capabilities: str) -> EngineBuildError:
     with pytest.raises(EngineBuildError) as caught:
-        admit(load_graph(path), capabilities or ("8.9",), "tensorrt-rtx")
+        admit(load_graph(path), {"tensorrt-rtx": capabilities or ("8.9",)})
     return caught.value
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from lora_export.engines.dims import Range, role_of, total_of
-from lora_export.engines.profiles import ProfileRequest, make_profiles, parse_shapes
+from lora_export.engines.profiles import ProfileRequest, make_profiles, parse_shapes, shape_text
 from lora_export.engines.record import Port
 from lora_export.errors import BackendError
 from lora_export.exposed import ExposedGraph, ExposedModule, Member
@@ -48,6 +48,89 @@ def test_the_model_says_how_long_a_sequence_may_get():
 def test_a_mask_is_as_long_as_past_and_sequence_together():
     shapes = made(CACHED, sequence="1:8:32", past_sequence="0:100:200")
     assert shapes["attention_mask"] == ((1, 1), (1, 108), (4, 232))
+
+
+OPTIMUM = [
+    port("input_ids", "batch_size", "sequence_length"),
+    port("attention_mask", "batch_size", "past_sequence_length + sequence_length"),
+    port("past_key_values.0.key", "batch_size", 3, "past_sequence_length", 64),
+]
+ONE_TOKEN = [
+    port("input_ids", "batch_size", 1),
+    port("attention_mask", "batch_size", "past_sequence_length + 1"),
+    port("past_key_values.0.key", "batch_size", 3, "past_sequence_length", 64),
+]
+LETTERS = [
+    port("attention_mask", "b", "p + s"),
+    port("input_ids", "b", "s"),
+    port("past_key_values.0.key", "b", 3, "p", 64),
+]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "shapes", "mask"),
+    [
+        (OPTIMUM, {"past_sequence_length": "0:4:16", "sequence_length": "1:2:3"}, (1, 6, 19)),
+        (OPTIMUM, {"past_sequence_length": "0:4:16", "sequence": "1:2:3"}, (1, 6, 19)),
+        (OPTIMUM, {"past_key_values.0.key": "1x3x0x64:1x3x4x64:1x3x16x64"}, (1, 132, 528)),
+        (ONE_TOKEN, {"past_sequence_length": "1:4:16"}, (2, 5, 17)),
+        (LETTERS, {"p": "0:4:16", "s": "1:2:3"}, (1, 6, 19)),
+        (TEXT, {}, (1, 128, 512)),
+        ([port("attention_mask", "batch", "total_sequence"), TEXT[0]], {}, (1, 128, 512)),
+    ],
+)
+def test_a_mask_follows_its_parts_whatever_they_are_called(inputs, shapes, mask):
+    found = made(inputs, **shapes)["attention_mask"]
+    assert tuple(shape[1] for shape in found) == mask
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_total_that_the_user_says_stays(order):
+    said = {"total_sequence": "1:2000:4000", "sequence": "1:1:2"}
+    assert made(CACHED, **dict([*said.items()][::order]))["attention_mask"] == ((1, 1), (1, 2000), (4, 4000))
+
+
+def test_a_total_that_takes_less_than_past_and_sequence_is_refused():
+    with pytest.raises(BackendError, match="1:2:3, sequence and past together are 1:257:1026"):
+        made(CACHED, total_sequence="1:2:3", sequence="1:1:2")
+
+
+def test_by_default_no_more_positions_than_the_model_has():
+    largest = {"sequence": 128, "past_sequence": 128, "total_sequence": 128}
+    assert made(CACHED, largest=largest)["attention_mask"] == ((1, 1), (1, 128), (4, 128))
+    (prefill,) = make_profiles(CACHED, None, largest, [ProfileRequest("prefill")])
+    assert prefill.shapes["input_ids"][2] == (4, 128)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "can't be read"),
+        ("batch=1:1:8", "has no name"),
+        ("=1", "has no name"),
+        ("prefil", "did you mean 'prefill'"),
+        ("'open", "can't be read"),
+    ],
+)
+def test_profiles_that_say_nothing(text, said):
+    with pytest.raises(BackendError) as caught:
+        ProfileRequest.parse(text)
+    assert said in str(caught.value)
+
+
+def test_sizes_in_python_are_what_would_be_typed():
+    assert shape_text((1, 1, 8)) == "1:1:8"
+    assert shape_text(((1, 1), (1, 128), (8, 2048))) == "1x1:1x128:8x2048"
+    assert shape_text("1:1:8") == "1:1:8"
+
+
+def test_a_multiple_is_computed():
+    inputs = [port("x", "batch", 4), port("y", "2*batch", 4), port("z", "64 - batch", 4)]
+    shapes = made(inputs, batch="1:2:8")
+    assert shapes["y"] == ((2, 4), (4, 4), (16, 4))
+    assert shapes["z"] == ((56, 4), (62, 4), (63, 4))
+    with pytest.raises(BackendError, match=r"x: nothing tells the sizes of dimension 0 \(batch\*16\)"):
+        made([port("x", "batch*16", 4)])
 
 
 def test_fixed_inputs_are_left_out():
@@ -103,7 +186,8 @@ def test_prefill_and_decode_know_their_sizes():
     [
         ({"batch": "4:2:8"}, "out of order"),
         ({"batch": "1:2:0"}, "out of order"),
-        ({"batch": "0:0:0"}, "the largest size is 0"),
+        ({"batch": "0:0:0"}, "the smallest size is 0"),
+        ({"batch": "1:1:2147483648"}, "larger than any size that TensorRT takes"),
         ({"batch": "1:x:3"}, "wanted MIN:OPT:MAX"),
         ({"batch": "1:2"}, "wanted MIN:OPT:MAX"),
         ({"batch": "-1:2:3"}, "wanted MIN:OPT:MAX"),
@@ -140,6 +224,19 @@ def test_a_dimension_that_nothing_tells_is_asked_for():
 def test_profiles_have_names_of_their_own():
     with pytest.raises(BackendError, match="two profiles are called 'decode'"):
         make_profiles(TEXT, None, {}, [ProfileRequest("decode"), ProfileRequest("decode")])
+
+
+@pytest.mark.parametrize("name", ["x", "x y", "x'y", 'x"y', "a=b", "a:0", "é", "x\\y"])
+def test_a_request_is_written_as_it_is_read(name):
+    request = ProfileRequest("my profile", {name: "1x4:2x4:8x4"})
+    assert ProfileRequest.parse(request.text()) == request
+
+
+@pytest.mark.parametrize("text", ["", "decode x='1"])
+def test_a_request_that_cannot_be_read(text):
+    with pytest.raises(BackendError, match="can't be read") as caught:
+        ProfileRequest.parse(text)
+    assert "--profile" in caught.value.hint
 
 
 def test_requests_are_read():

@@ -59,7 +59,7 @@ _MIB = 1 << 20
 @click.option("--cache-dir", type=_PATH, help="Engines built before; by default in the user's cache folder.")
 @click.option("--no-cache", is_flag=True, help="Build also what was built before.")
 @click.option("--timing-cache", type=_PATH, help="What earlier builds measured; tensorrt only.")
-@click.option("--verbose", is_flag=True, help="Keep all of the builder's messages in the log.")
+@click.option("--verbose", is_flag=True, help="Keep all of the builder's messages in the log; builds again.")
 @click.option("--force", is_flag=True, help="Replace existing output files.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; build nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -85,8 +85,11 @@ def build_engine(model: Path, output: Path, kit: bool, as_json: bool, quiet: boo
     started = time.monotonic()
     caches, switches = _take(options, "timing_cache", "verbose"), _take(options, "force", "dry_run")
     caches["cache"] = _cache(options.pop("cache_dir"), options.pop("no_cache"))
+    if kit and caches != {"timing_cache": None, "verbose": False, "cache": True}:
+        raise click.UsageError("--kit builds nothing: leave out caches, --timing-cache and --verbose")
     wish = _wish(options)
     report: BuildReport | KitReport
+    warnings: list[str] = []
     if kit:
         report = write_kits(model, wish, output, **switches)
         lines = text.kit_lines(report)
@@ -94,11 +97,12 @@ def build_engine(model: Path, output: Path, kit: bool, as_json: bool, quiet: boo
         with stage_progress(quiet or switches["dry_run"]) as progress:
             report = carry_out(model, wish, output, progress=progress, **caches, **switches)
         lines = text.build_lines(report, time.monotonic() - started)
+        warnings += text.uncached_lines(report)
     if as_json:
         click.echo(json.dumps(report.as_dict(), indent=1, sort_keys=True, ensure_ascii=False))
     elif switches["dry_run"] or not quiet:
         click.echo("\n".join(lines))
-    for line in text.warning_lines(report):
+    for line in [*text.warning_lines(report), *warnings]:
         click.echo(line, err=True)
 
 

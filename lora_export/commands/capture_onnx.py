@@ -40,6 +40,8 @@ def capture_onnx(
     from lora_export.reports.merge import size_text
 
     started = time.monotonic()
+    if not quiet:
+        click.echo(f"capturing {checkpoint} (seconds for a small model, minutes for 1B)", err=True)
     graph, data = mode.capture_onnx(checkpoint, output, dtype=dtype, kv_cache=kv_cache, force=force)
     if not quiet:
         size = size_text(data.stat().st_size)

@@ -8,8 +8,10 @@ nothing (types), and what can be said in other operators (`lower_nbits`). No com
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+import onnx_ir as ir
 
 from lora_export.engines.dtypes import dtype_notes, dtype_problems
 from lora_export.engines.lower_nbits import lower_nbits, nbits_problems
@@ -30,22 +32,20 @@ class Admitted:
         graph: As the compiler gets it; ``path`` is still the file, which external data is relative to.
         exposed: The LoRA record, of the flavour ``tensorrt``.
         notes: What was changed, and what the compiler will change, one line each.
-        changed: The graph differs from the file: the compiler must be given the changed one.
     """
 
     graph: GraphFile
     exposed: ExposedGraph | None
     notes: tuple[str, ...]
-    changed: bool
 
 
-def admit(graph: GraphFile, compute_capabilities: Sequence[str], backend: str) -> Admitted:
-    """Make a graph fit for a TensorRT parser.
+def admit(graph: GraphFile, targets: Mapping[str, Sequence[str]]) -> Admitted:
+    """Make a graph fit for a TensorRT parser, or for both.
 
     Args:
         graph: Fresh from `load_graph`; it is changed.
-        compute_capabilities: Of all targets: ``8.9`` …
-        backend: ``tensorrt-rtx`` or ``tensorrt``.
+        targets: Compiler (``tensorrt-rtx``, ``tensorrt``) → compute capabilities that it is asked for:
+            ``8.9`` …
 
     Raises:
         EngineBuildError: It can't be: all that stands in the way, by node, and how to mend it.
@@ -53,27 +53,37 @@ def admit(graph: GraphFile, compute_capabilities: Sequence[str], backend: str) -
     """
     name = graph.path.name
     inputs = make_plain(graph)
-    refuse(
-        name,
-        backend,
-        [
-            *inputs.problems,
-            *_port_problems(graph),
-            *operator_problems(graph, backend, frozenset({OPERATOR})),
-            *nbits_problems(graph, compute_capabilities),
-            *quantisation_problems(graph, backend),
-            *dtype_problems(graph, compute_capabilities, backend),
-        ],
-    )
+    for backend, capabilities in targets.items():
+        refuse(
+            name,
+            backend,
+            [
+                *inputs.problems,
+                *_port_problems(graph),
+                *operator_problems(graph, backend, frozenset({OPERATOR})),
+                *nbits_problems(graph, capabilities),
+                *quantisation_problems(graph, backend),
+                *dtype_problems(graph, capabilities, backend),
+            ],
+        )
     seen = tuple(dtype_notes(graph))
     lowered, problems = lower_nbits(graph)
-    refuse(name, backend, problems)
-    changes = (*inputs.notes, *lowered)
-    return Admitted(graph, inputs.exposed, (*changes, *seen), bool(changes))
+    refuse(name, next(iter(targets)), problems)
+    return Admitted(graph, inputs.exposed, (*inputs.notes, *lowered, *seen))
 
 
 def _port_problems(graph: GraphFile) -> Iterator[Problem]:
-    """Outputs under names that the engine would not have."""
+    """Inputs that the engine would not have as they are, and outputs under names that it would not have."""
+    silent = [
+        f"input {value.name!r}"
+        for value in graph.graph.inputs
+        if value.shape is None and not value.is_initializer() and isinstance(value.type, ir.TensorType)
+    ]
+    yield from of_places(
+        silent,
+        "the graph tells no shape for it, TensorRT would take it for a single number",
+        "export it with shapes; names such as 'batch' for sizes that vary",
+    )
     inputs = {id(value) for value in graph.graph.inputs}
     passed = [f"output {value.name!r}" for value in graph.graph.outputs if id(value) in inputs]
     yield from of_places(

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lora_export.engines.local_gpus import local_gpus
+from lora_export.engines.local_gpus import Gpu, local_gpus
 from lora_export.engines.record import BuildOptions
 from lora_export.errors import BackendUnavailable
 
@@ -122,6 +122,17 @@ class Compiler(ABC):
 
 
 @cache
+def _first_gpu() -> Gpu | None:
+    return next((gpu for gpu in local_gpus().gpus if gpu.compute_capability), None)
+
+
 def gpu_here() -> str | None:
     """Return the compute capability of this machine's first GPU (``8.9``), or None where there is none."""
-    return next((gpu.compute_capability for gpu in local_gpus().gpus if gpu.compute_capability), None)
+    gpu = _first_gpu()
+    return gpu.compute_capability if gpu else None
+
+
+def gpu_name_here() -> str:
+    """Return what the driver calls the same GPU, or ""."""
+    gpu = _first_gpu()
+    return gpu.name if gpu else ""

@@ -11,21 +11,24 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lora_export import __version__
+from lora_export.engines.backend import Compiler, gpu_name_here
 from lora_export.engines.cache import EngineCache, default_folder, key_of
 from lora_export.engines.plan import BuildPlan, Group, Wish, engine_files, plan_build
-from lora_export.engines.profiles import ProfileRequest
+from lora_export.engines.profiles import ProfileRequest, shape_text
 from lora_export.engines.record import (
     BuildOptions,
     EngineRecord,
+    Port,
     Profile,
     platform_here,
     record_path,
     sha256_of,
 )
 from lora_export.engines.run_worker import Progress, run_worker
-from lora_export.engines.source import Serialized, serialize
+from lora_export.engines.source import Serialized, port_of, serialize
 from lora_export.engines.worker import Job
-from lora_export.errors import EngineBuildError
+from lora_export.errors import BackendError, EngineBuildError
 from lora_export.exposed import KEY
 from lora_export.output import OutputSet, output_errors, refuse_replacing
 
@@ -50,6 +53,7 @@ class BuiltEngine:
         record: What it is; None in a dry run.
         cached: It was built before.
         seconds: What it took, the cache included.
+        not_kept: Why the cache does not have it now, or "".
     """
 
     path: Path
@@ -57,6 +61,7 @@ class BuiltEngine:
     record: EngineRecord | None = None
     cached: bool = False
     seconds: float = 0.0
+    not_kept: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -68,6 +73,7 @@ class BuiltEngine:
             "memory": [fit.as_dict() for fit in self.group.fits],
             "cached": self.cached,
             "seconds": round(self.seconds, 3),
+            "not_kept": self.not_kept,
             "size_bytes": self.record.size_bytes if self.record else None,
             "sha256": self.record.sha256 if self.record else None,
         }
@@ -126,7 +132,7 @@ def build_engine(
     name: str | None = None,
     backend: str | None = None,
     options: BuildOptions | None = None,
-    shapes: Mapping[str, str] | None = None,
+    shapes: Mapping[str, str | Sequence[int | Sequence[int]]] | None = None,
     profiles: Sequence[ProfileRequest] = (),
     together: bool = False,
     adapters: int = 1,
@@ -151,14 +157,14 @@ def build_engine(
         name: Beginning of the files' names; by default the graph's.
         backend: ``tensorrt-rtx``, or ``tensorrt`` on the GPU that the engine is for; None: by the target.
         options: What the compiler is told.
-        shapes: Dimension or input → ``MIN:OPT:MAX``, for all profiles.
+        shapes: Dimension or input → ``MIN:OPT:MAX`` or those three, for all profiles.
         profiles: Several profiles in place of one, for instance ``prefill`` and ``decode``.
         together: One engine for all targets in place of one for each.
         adapters: How many adapters of the largest rank have to fit beside it.
         ignore_memory: Build also what does not fit.
         cache: Folder of engines built before; True: the user's cache folder, False: none.
         timing_cache: File of what classic TensorRT measured in earlier builds.
-        verbose: Keep all of the builder's messages in the log.
+        verbose: Keep all of the builder's messages in the log; what was built before is built again for them.
         force: Replace existing files.
         dry_run: Check everything, and build nothing.
         progress: Called with what is being done and the share of it that is done.
@@ -174,11 +180,12 @@ def build_engine(
         OutputError: A file exists already or can't be written.
     """
     names = [targets] if isinstance(targets, str) else list(targets)
+    typed = {key: shape_text(sizes) for key, sizes in (shapes or {}).items()}
     wish = Wish(
         names,
         backend,
         options or BuildOptions(),
-        shapes or {},
+        typed,
         profiles,
         together,
         adapters,
@@ -212,11 +219,13 @@ def carry_out(
 ) -> BuildReport:
     """Do what `build_engine` does, for a wish; the other arguments are the same."""
     plan = plan_build(model, wish)
+    if timing_cache is not None:
+        _check_timings([group.compiler for group in plan.groups])
     engines = [BuiltEngine(plan.engine_path(Path(output), group), group) for group in plan.groups]
-    report = BuildReport(tuple(engines), plan.profiles, plan.admitted.notes, dry_run)
+    report = BuildReport(tuple(engines), plan.profiles, (*plan.admitted.notes, *plan.notes), dry_run)
     if dry_run:
         return report
-    refuse_replacing([file for engine in engines for file in engine_files(engine.path).values()], force)
+    _refuse_existing([engine.path for engine in engines], force)
     for group in plan.groups:
         group.compiler.version()  # not installed: say so before hashing gigabytes
     with tempfile.TemporaryDirectory(prefix="lora-export-engine-") as scratch:
@@ -237,6 +246,20 @@ def carry_out(
         return replace(report, engines=tuple(_build_one(work, engine) for engine in engines))
 
 
+def _check_timings(compilers: Sequence[Compiler]) -> None:
+    if names := sorted({compiler.name for compiler in compilers if compiler.anywhere}):
+        raise BackendError(
+            f"timing_cache: {', '.join(names)} measures nothing, so that there is nothing to keep",
+            "leave out --timing-cache",
+        )
+
+
+def _refuse_existing(engines: Sequence[Path], force: bool) -> None:
+    """Refuse to replace engines. A log alone is what a build that failed has left: that is no reason."""
+    files = [engine_files(path) for path in engines]
+    refuse_replacing([kinds[kind] for kinds in files for kind in ("engine", "record")], force)
+
+
 def _cache_folder(cache: PathLike | bool, scratch: Path) -> Path:
     if cache is True:
         return default_folder()
@@ -245,22 +268,29 @@ def _cache_folder(cache: PathLike | bool, scratch: Path) -> Path:
 
 def _build_one(work: _Work, engine: BuiltEngine) -> BuiltEngine:
     """Build one engine, or take it from the cache, and write its three files."""
-    started = time.monotonic()
+    started, not_kept = time.monotonic(), ""
     files, key = engine_files(engine.path), _key(work, engine.group)
-    with output_errors(engine.path), OutputSet(work.force) as outputs:
+    with output_errors(engine.path), OutputSet(force=True) as outputs:
+        _refuse_existing([engine.path], work.force)
         staged = {kind: outputs.stage(path) for kind, path in files.items()}
-        known = work.cache.find(key)
-        if known is not None:
-            shutil.copyfile(known.engine, staged["engine"])
-            staged["log"].write_text(f"taken from the cache: {known.engine.parent}\n", encoding="utf-8")
-            built = known.built
-        else:
-            built = _compile(work, engine.group, staged, files["log"])
-            work.cache.keep(key, staged["engine"], built)
+        known = None if work.verbose else work.cache.take(key, staged["engine"], staged["log"])
+        built = known or _compile(work, engine.group, staged, files["log"])
+        if known is None:
+            _refuse_changed(work)
+            not_kept = work.cache.keep(key, staged["engine"], staged["log"], built)
         record = _record(work, engine, built)
         staged["record"].write_text(record.to_json(), encoding="utf-8")
         outputs.commit()
-    return replace(engine, record=record, cached=known is not None, seconds=time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return replace(engine, record=record, cached=known is not None, seconds=seconds, not_kept=not_kept)
+
+
+def _refuse_changed(work: _Work) -> None:
+    """Refuse an engine whose weights may be others than those that it would be kept and recorded for."""
+    hashes = work.serialized.hashes
+    changed = [str(path) for path, digest in hashes.items() if work.cache.sha256(path) != digest]
+    if changed:
+        raise EngineBuildError("the weights have changed while they were built from", "build again", changed)
 
 
 def _key(work: _Work, group: Group) -> str:
@@ -269,7 +299,10 @@ def _key(work: _Work, group: Group) -> str:
             "source": work.serialized.source.sha256,
             "backend": group.compiler.name,
             "version": group.compiler.version(),
+            "lora_export": __version__,
             "platform": platform_here(),
+            # Classic TensorRT measures on the very GPU: others of its compute capability are not the same.
+            "gpu": "" if group.compiler.anywhere else gpu_name_here(),
             "compute_capabilities": list(group.compute_capabilities),
             "options": asdict(work.plan.options),
             "profiles": [asdict(profile) for profile in work.plan.profiles],
@@ -282,7 +315,8 @@ def _compile(work: _Work, group: Group, staged: Mapping[str, Path], log: Path) -
     job = Job(
         group.compiler.name,
         str(work.scratch / "graph.onnx"),
-        str(graph.path.resolve()),
+        # Not resolved: where the file is a link, its data lies beside the link, for us and for all others.
+        str(graph.path.absolute()),
         str(staged["engine"].resolve()),
         str(staged["log"].resolve()),
         group.compute_capabilities,
@@ -309,7 +343,7 @@ def _compile(work: _Work, group: Group, staged: Mapping[str, Path], log: Path) -
 def _check_ports(plan: BuildPlan, built: Mapping[str, Any], log: Path) -> None:
     """Refuse an engine whose inputs and outputs are not the graph's: an input that became a constant, say."""
     problems = []
-    for kind, ports in (("inputs", plan.inputs), ("outputs", plan.outputs)):
+    for kind, ports in (("inputs", plan.inputs), ("outputs", _outputs(plan, built))):
         got = {port["name"]: port for port in built[kind]}
         for port in ports:
             found = got.pop(port.name, None)
@@ -332,6 +366,16 @@ def _check_ports(plan: BuildPlan, built: Mapping[str, Any], log: Path) -> None:
         )
 
 
+def _outputs(plan: BuildPlan, built: Mapping[str, Any]) -> tuple[Port, ...]:
+    """Return the graph's outputs; where it does not tell a shape, the engine's."""
+    shapes = {port["name"]: tuple(port["shape"]) for port in built["outputs"]}
+    silent = {str(value.name) for value in plan.admitted.graph.graph.outputs if value.shape is None}
+    return tuple(
+        port_of(port.name, port.dtype, shapes[port.name]) if port.name in silent & set(shapes) else port
+        for port in plan.outputs
+    )
+
+
 def _record(work: _Work, engine: BuiltEngine, built: Mapping[str, Any]) -> EngineRecord:
     plan, group = work.plan, engine.group
     metadata = plan.admitted.graph.model.metadata_props
@@ -346,7 +390,7 @@ def _record(work: _Work, engine: BuiltEngine, built: Mapping[str, Any]) -> Engin
         platform=platform_here(),
         options=plan.options,
         inputs=plan.inputs,
-        outputs=plan.outputs,
+        outputs=_outputs(plan, built),
         profiles=plan.profiles,
         source=work.serialized.source,
         exposed=plan.admitted.exposed,

@@ -1,8 +1,9 @@
 """Engines that were built before, by what they were built from: an unchanged one is not built again.
 
-A folder holds ``<key>/engine`` and ``<key>/built.json``; the key is a hash of the graph, all of its weights,
-the options, the shapes, the GPUs and the builder's version. ``hashes.json`` remembers the hashes of large
-files by size, inode and time of change, as git's index does: an unchanged gigabyte is not read again.
+A folder holds ``<key>/engine``, ``<key>/log`` and ``<key>/built.json``; the key is a hash of the graph, all
+of its weights, the options, the shapes, the GPUs and the versions of the builder and of lora-export.
+``hashes.json`` remembers the hashes of large files by size, inode and time of change, as git's index does: an
+unchanged gigabyte is not read again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lora_export.errors import OutputError
 from lora_export.output import OutputSet
 
 DEFAULT_MAX_BYTES = 20 << 30
-_ENGINE, _BUILT, _HASHES = "engine", "built.json", "hashes.json"
+_ENGINE, _LOG, _BUILT, _HASHES = "engine", "log", "built.json", "hashes.json"
 # A file that changed this recently may change again within the same tick of the file system's clock.
 _RACY_NS = 2_000_000_000
 _REMEMBERED = 1000
@@ -43,10 +44,12 @@ class Cached:
 
     Attributes:
         engine: Its file.
+        log: The builder's messages.
         built: What the builder said of it.
     """
 
     engine: Path
+    log: Path
     built: dict[str, Any]
 
 
@@ -69,24 +72,56 @@ class EngineCache:
             built = json.loads((place / _BUILT).read_text(encoding="utf-8"))
             engine = place / _ENGINE
             if engine.stat().st_size == built["size_bytes"] and self.sha256(engine) == built["sha256"]:
-                os.utime(place)
-                return Cached(engine, built)
+                with contextlib.suppress(OSError):  # one that may only be read is a cache as well
+                    os.utime(place)
+                return Cached(engine, place / _LOG, built)
         except (OSError, ValueError, KeyError, TypeError):
             pass
         shutil.rmtree(place, ignore_errors=True)
         return None
 
-    def keep(self, key: str, engine: Path, built: Mapping[str, Any]) -> None:
-        """Keep a copy of an engine under a key. A cache that can't be written is no reason to fail."""
-        with contextlib.suppress(OSError, OutputError):
-            place = self.folder / key
+    def take(self, key: str, engine: Path, log: Path) -> dict[str, Any] | None:
+        """Copy what was built under a key.
+
+        Args:
+            key: Of what is wanted.
+            engine: Where the engine goes.
+            log: Where the builder's messages go.
+
+        Returns:
+            What the builder said of it; None if there is nothing, or another process has just replaced it.
+        """
+        found = self.find(key)
+        if found is None:
+            return None
+        try:
+            shutil.copyfile(found.engine, engine)
+            shutil.copyfile(found.log, log)
+        except OSError:
+            return None
+        return found.built if self.find(key) == found else None
+
+    def keep(self, key: str, engine: Path, log: Path, built: Mapping[str, Any]) -> str:
+        """Keep a copy of an engine under a key.
+
+        Returns:
+            Why it could not be kept, or "": that is no reason to fail.
+        """
+        place = self.folder / key
+        try:
             with OutputSet(force=True) as outputs:
                 staged = outputs.stage(place, folder=True)
                 staged.mkdir()
                 shutil.copyfile(engine, staged / _ENGINE)
+                shutil.copyfile(log, staged / _LOG)
                 (staged / _BUILT).write_text(json.dumps(built), encoding="utf-8")
                 outputs.commit()
             self._make_room(key)
+        except OutputError as error:
+            return error.message
+        except OSError as error:
+            return f"cannot write {self.folder}: {error.strerror or error}"
+        return ""
 
     def sha256(self, path: Path) -> str:
         """Return a file's SHA-256, without reading it again where it is as it was."""
@@ -98,7 +133,8 @@ class EngineCache:
         if isinstance(entry, list) and entry[1:] == state:
             return str(entry[0])
         digest = sha256_of(path)
-        if time.time_ns() - status.st_mtime_ns > _RACY_NS:
+        # Copying and unpacking set the first of these times back.
+        if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _RACY_NS:
             known.pop(name, None)
             known[name] = [digest, *state]
             self._remember(known)

@@ -16,6 +16,8 @@ from lora_export.engines.record import Port
 from lora_export.exposed import ExposedGraph
 
 PAST, TOTAL, RANK = PAST_SEQUENCE, TOTAL_SEQUENCE, "rank"
+# Profiles that know their sizes by their names.
+PHASES = ("prefill", "decode")
 ROLES = (BATCH, SEQUENCE, PAST, TOTAL, RANK)
 # Usual sizes where nothing says how large an input may get.
 _MAX_BATCH, _SEQUENCE, _MAX_SEQUENCE, _PAST, _MAX_PAST = 4, 128, 512, 256, 1024
@@ -42,14 +44,15 @@ def role_of(port: Port, axis: int) -> str | None:
         port: The input.
         axis: Which of its dimensions.
     """
-    dim = port.dims[axis]
-    return _role_by_name(str(dim)) or _role_by_input(port.name, axis)
+    dim = str(port.dims[axis])
+    return _role_by_name(dim) or (None if "*" in dim else _role_by_input(port.name, axis))
 
 
 def _role_by_name(symbol: str) -> str | None:
     text = symbol.lower()
     # An exporter's placeholder repeats the input's name, which says nothing of the dimension.
-    if "dynamic_axes" in text:
+    # Nor does a multiple of a batch say what a batch is.
+    if "dynamic_axes" in text or "*" in text:
         return None
     if "total" in text or ("past" in text and "+" in text):
         return TOTAL
@@ -76,13 +79,23 @@ def default_ranges(largest: Mapping[str, int]) -> dict[str, Range]:
     Args:
         largest: Role → the largest size that the model can take, where that is known.
     """
-    sequence = min(_MAX_SEQUENCE, largest.get(SEQUENCE, _MAX_SEQUENCE))
-    past = min(_MAX_PAST, largest.get(PAST, _MAX_PAST))
+    sequence, past = _halves(largest)
     return {
         BATCH: Range(1, 1, _MAX_BATCH),
         SEQUENCE: Range(1, min(_SEQUENCE, sequence), sequence),
         PAST: Range(0, min(_PAST, past), past),
     }
+
+
+def _halves(largest: Mapping[str, int]) -> tuple[int, int]:
+    """Return the largest sequence and past: together not more than the model has positions for."""
+    sequence = min(_MAX_SEQUENCE, largest.get(SEQUENCE, _MAX_SEQUENCE))
+    past = min(_MAX_PAST, largest.get(PAST, _MAX_PAST))
+    total = largest.get(TOTAL)
+    if total is not None and sequence + past > total:
+        sequence = min(sequence, max(total // 2, 1))
+        past = min(past, total - sequence)
+    return sequence, past
 
 
 def phase_ranges(name: str, largest: Mapping[str, int]) -> dict[str, Range] | None:
@@ -92,7 +105,8 @@ def phase_ranges(name: str, largest: Mapping[str, int]) -> dict[str, Range] | No
     """
     ranges = default_ranges(largest)
     if name == "prefill":
-        return ranges | {PAST: Range(0, 0, 0)}
+        sequence = min(_MAX_SEQUENCE, largest.get(SEQUENCE, _MAX_SEQUENCE))
+        return ranges | {PAST: Range(0, 0, 0), SEQUENCE: Range(1, min(_SEQUENCE, sequence), sequence)}
     if name == "decode":
         past = ranges[PAST]
         return ranges | {SEQUENCE: Range(1, 1, 1), PAST: Range(1, max(past.usual, 1), past.high)}

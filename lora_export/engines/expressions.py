@@ -37,6 +37,18 @@ def evaluate(expression: str, sizes: Mapping[str, int]) -> int | None:
     return int(value) if value == int(value) else None
 
 
+def names_in(expression: str) -> set[str]:
+    """Return the names that an expression is made of; none where it is a name itself, or no expression."""
+    try:
+        parsed = ast.parse(expression.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return set()
+    if isinstance(parsed, ast.Name | ast.Attribute):
+        return set()
+    called = {id(node.func) for node in ast.walk(parsed) if isinstance(node, ast.Call)}
+    return {node.id for node in ast.walk(parsed) if isinstance(node, ast.Name) and id(node) not in called}
+
+
 def _value(node: ast.expr, sizes: Mapping[str, int]) -> Number:
     value: Number
     match node:

@@ -58,6 +58,7 @@ _INDEX_OPERATORS = frozenset(
     }
 )
 # A shape has a few elements, and a chain of such operators is a few layers of inference deep.
+_MAX_PROPAGATED = 1 << 20
 _MAX_ELEMENTS, _MAX_ROUNDS = 64, 8
 
 
@@ -182,12 +183,18 @@ def _set(model: ir.Model, known: Mapping[str, Sized]) -> None:
             value.shape = None
 
 
+def _has_huge(model: ir.Model) -> bool:
+    """Whether an input has a size that onnx's propagation of values would fill the memory with."""
+    shapes = (value.shape or () for value in model.graph.inputs)
+    return any(isinstance(size, int) and size > _MAX_PROPAGATED for shape in shapes for size in shape)
+
+
 def _infer(model: ir.Model) -> dict[str, Sized]:
     # onnx_ir's pass is this call, and prints a traceback where onnx finds two shapes for one value.
     from onnx import shape_inference
 
     try:
-        inferred = shape_inference.infer_shapes(ir.to_proto(model), data_prop=True)
+        inferred = shape_inference.infer_shapes(ir.to_proto(model), data_prop=not _has_huge(model))
     except shape_inference.InferenceError:
         return {}
     found = {}

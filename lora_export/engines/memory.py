@@ -51,6 +51,7 @@ class MemoryEstimate:
         rank: The largest rank; 0 without LoRA.
         slots: How many adapters a bank has room for.
         sizes: Largest size of each dimension that the graph's inputs name, without LoRA's ranks.
+        profiles: How many profiles these are of.
     """
 
     weights_bytes: int
@@ -63,6 +64,7 @@ class MemoryEstimate:
     rank: int = 0
     slots: int = 0
     sizes: tuple[tuple[str, int], ...] = ()
+    profiles: int = 1
 
     def total_bytes(self, adapters: int) -> int:
         """Return what the engine takes with so many adapters on the device beside it."""
@@ -78,7 +80,11 @@ class MemoryEstimate:
 
     def at(self) -> str:
         """Return the sizes for people: `` at batch 4, sequence 512``."""
-        return " at " + ", ".join(f"{name} {size}" for name, size in self.sizes) if self.sizes else ""
+        if not self.sizes:
+            return ""
+        # Of several profiles, each part is that of the one that needs most.
+        where = " at " if self.profiles == 1 else " at the largest of all profiles: "
+        return where + ", ".join(f"{name} {size}" for name, size in self.sizes)
 
     def lines(self) -> list[str]:
         """Return the parts for people."""
@@ -132,6 +138,7 @@ def estimate_memory(
         rank=max(_rank(exposed, part.dims) for part in parts),
         slots=len(exposed.slots) if exposed else 0,
         sizes=_named_sizes(part.dims for part in parts),
+        profiles=len(parts),
     )
 
 

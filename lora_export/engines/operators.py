@@ -50,7 +50,7 @@ _QUANTISED = (
 )
 _HINTS = {
     "GroupQueryAttention": "onnxruntime-genai's builder writes GroupQueryAttention: capture the checkpoint "
-    "instead (--base HF_FOLDER --kv-cache)",
+    "instead (capture-onnx HF_FOLDER --kv-cache)",
     "quantised": "quantised for ONNX Runtime's own kernels: build from the float graph, or quantise with "
     "QuantizeLinear and DequantizeLinear, symmetric int8",
     "fused": "ONNX Runtime's fusions: export without them, or save no optimised model",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_export.engines import compiler_of
 from lora_export.engines.admit import Admitted, admit
 from lora_export.engines.backend import Compiler
+from lora_export.engines.dims import role_of
 from lora_export.engines.fit import Fit, check_fits
 from lora_export.engines.profiles import ProfileRequest, make_profiles
 from lora_export.engines.record import BuildOptions, Port, Profile, record_path
@@ -21,6 +22,8 @@ from lora_export.graph import load_graph
 PathLike = str | os.PathLike[str]
 # Every GPU that TensorRT-RTX builds for, by compute capability.
 ALL = "all"
+# An engine of more GPUs is called by their compute capabilities: a file's name ends at 255 bytes.
+_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,10 @@ class Group:
     @property
     def label(self) -> str:
         """What its files are called."""
-        everything = set(self.compute_capabilities) == set(RTX_COMPUTE_CAPABILITIES)
-        return ALL if everything else "+".join(target.name for target in self.targets)
+        if set(self.compute_capabilities) == set(RTX_COMPUTE_CAPABILITIES):
+            return ALL
+        named = [target.name for target in self.targets]
+        return "+".join(named if len(named) <= _NAMED else dict.fromkeys(t.sm for t in self.targets))
 
     @property
     def compute_capabilities(self) -> tuple[str, ...]:
@@ -88,6 +93,7 @@ class BuildPlan:
         outputs: Its outputs.
         profiles: Which shapes the engines take.
         options: What the compiler is told.
+        notes: What to know about the shapes.
     """
 
     name: str
@@ -97,6 +103,7 @@ class BuildPlan:
     outputs: tuple[Port, ...]
     profiles: tuple[Profile, ...]
     options: BuildOptions
+    notes: tuple[str, ...] = ()
 
     def engine_path(self, folder: Path, group: Group) -> Path:
         """Return where a group's engine goes."""
@@ -124,8 +131,9 @@ def plan_build(model: PathLike, wish: Wish, *, here: bool = True) -> BuildPlan:
     groups = _groups(wish)
     _check_options(groups, wish, here)
     graph = load_graph(model)
-    capabilities = tuple(dict.fromkeys(name for group in groups for name in group.compute_capabilities))
-    admitted = admit(graph, capabilities, groups[0].compiler.name)
+    name = wish.name or graph.path.stem
+    _check_name(name)
+    admitted = admit(graph, _capabilities(groups))
     check_shared(admitted.exposed, graph.path)
     inputs, outputs = ports_of(admitted.graph)
     requests = [
@@ -138,7 +146,7 @@ def plan_build(model: PathLike, wish: Wish, *, here: bool = True) -> BuildPlan:
         admitted, profiles, targets, wish.adapters, wish.options, ignore_memory=wish.ignore_memory
     )
     return BuildPlan(
-        wish.name or graph.path.stem,
+        name,
         tuple(
             Group(group.targets, group.compiler, tuple(fits[target.name] for target in group.targets))
             for group in groups
@@ -148,7 +156,23 @@ def plan_build(model: PathLike, wish: Wish, *, here: bool = True) -> BuildPlan:
         outputs,
         profiles,
         wish.options,
+        tuple(_beyond(inputs, profiles, largest_sizes(admitted.graph))),
     )
+
+
+def _beyond(inputs: Sequence[Port], profiles: Sequence[Profile], largest: Mapping[str, int]) -> Iterator[str]:
+    """Yield a note for each size that an engine takes and the model has no positions for."""
+    for profile in profiles:
+        sizes = {
+            role: profile.shapes[port.name][2][axis]
+            for port in inputs
+            if port.name in profile.shapes
+            for axis in range(len(port.shape))
+            if (role := role_of(port, axis)) is not None
+        }
+        for role, most in largest.items():
+            if sizes.get(role, 0) > most:
+                yield f"profile '{profile.name}': {role} to {sizes[role]}, the model has {most} positions"
 
 
 def _groups(wish: Wish) -> list[Group]:
@@ -159,7 +183,7 @@ def _groups(wish: Wish) -> list[Group]:
     if len({compiler.name for compiler in compilers}) > 1 or not compilers[0].anywhere:
         raise BackendError(
             "one engine for several GPUs (together) is TensorRT-RTX's, and not all of these are its own",
-            "give --backend tensorrt-rtx, or leave out --together",
+            "leave out --together",
             [f"{target.name}: {', '.join(target.compilers)}" for target in targets],
         )
     return [Group(tuple(targets), compilers[0])]
@@ -171,7 +195,7 @@ def _targets(names: Sequence[str]) -> list[Target]:
         raise BackendError("which GPUs is the engine for?", "give --target; lora-export targets lists them")
     found: dict[str, Target] = {}
     problems, hint = [], ""
-    for name in names:
+    for name in (single.strip() for given in names for single in given.split(",") if single.strip()):
         for single in RTX_COMPUTE_CAPABILITIES if name.lower() == ALL else [name]:
             try:
                 target = find_target(single)
@@ -181,17 +205,38 @@ def _targets(names: Sequence[str]) -> list[Target]:
             else:
                 found[target.name] = target
     if problems:
-        raise BackendError(f"{len(problems)} of the targets are unknown", hint, problems)
+        raise BackendError("some of the targets are unknown", hint, problems)
     return list(found.values())
 
 
+def _capabilities(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """Return the compute capabilities that each compiler is asked for, each once."""
+    found: dict[str, dict[str, None]] = {}
+    for group in groups:
+        found.setdefault(group.compiler.name, {}).update(dict.fromkeys(group.compute_capabilities))
+    return {compiler: list(names) for compiler, names in found.items()}
+
+
+def _check_name(name: str) -> None:
+    if Path(name).name != name or not name.isprintable():
+        raise BackendError(
+            f"the name {name!r} is no beginning of a file's name",
+            "give another --name; folders belong into --output",
+        )
+
+
 def _check_options(groups: Sequence[Group], wish: Wish, here: bool) -> None:
-    problems, hint = [], "mend these"
-    for group in groups if here else ():
+    problems, hint = [], "leave these options out, or change them"
+    # What builds anywhere builds for the same GPUs everywhere.
+    for group in (group for group in groups if here or group.compiler.anywhere):
         for target in group.targets:
             if problem := group.compiler.target_problem(target.compute_capability):
                 problems.append(f"{target.name}: {problem}")
-                hint = "for a GPU that is elsewhere, make a build kit and run it there: --kit"
+                hint = (
+                    f"leave out --backend {group.compiler.name}"
+                    if group.compiler.anywhere
+                    else "for a GPU that is elsewhere, make a build kit and run it there: --kit"
+                )
     for compiler in {group.compiler.name: group.compiler for group in groups}.values():
         problems += compiler.option_problems(wish.options, here)
     level, workspace = wish.options.optimization_level, wish.options.workspace_bytes

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lora_export.captured import SEQUENCE
 from lora_export.engines.dims import (
     PAST,
+    PHASES,
     RANK,
     ROLES,
     TOTAL,
@@ -26,6 +28,7 @@ from lora_export.engines.dims import (
     total_of,
     varying,
 )
+from lora_export.engines.expressions import evaluate, names_in
 from lora_export.engines.record import Port, Profile, ShapeRange
 from lora_export.errors import BackendError
 from lora_export.exposed import ExposedGraph
@@ -34,9 +37,12 @@ _HINT = (
     "give --shape DIMENSION=MIN:OPT:MAX (batch=1:1:8) or --shape INPUT=MIN:OPT:MAX with shapes "
     "(input_ids=1x1:1x128:8x2048)"
 )
+_PROFILE_HINT = "give --profile 'NAME KEY=MIN:OPT:MAX …' (--profile 'decode batch=1:1:8')"
 # Names that a message lists: a decoder has an input for each layer's cache.
 _LISTED = 10
 _SIZE = re.compile(r"^\d+$")
+# TensorRT-RTX 1.7.1 refuses 2**31 and builds 2**40 without a word: it keeps 32 bits of a size.
+_MAX_SIZE = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,36 @@ class ProfileRequest:
 
     @classmethod
     def parse(cls, text: str) -> ProfileRequest:
-        """Read ``NAME KEY=MIN:OPT:MAX …``.
+        """Read ``NAME KEY=MIN:OPT:MAX …``; a name with spaces is quoted, as in a shell.
 
         Raises:
             BackendError: It is written otherwise.
         """
-        name, *words = text.split()
+        try:
+            name, *words = shlex.split(text)
+        except ValueError as error:
+            raise BackendError(f"the profile {text!r} can't be read", _PROFILE_HINT) from error
+        if "=" in name:
+            raise BackendError(f"the profile {text!r} has no name", _PROFILE_HINT)
+        if not words and name not in PHASES:
+            near = difflib.get_close_matches(name, PHASES, 1)
+            meant = f"did you mean {near[0]!r}? " if near else ""
+            raise BackendError(
+                f"the profile {name!r} has no sizes, and only {' and '.join(PHASES)} know their own",
+                meant + _PROFILE_HINT,
+            )
         return cls(name, parse_shapes(words))
+
+    def text(self) -> str:
+        """Return what `parse` reads."""
+        return shlex.join([self.name, *(f"{key}={sizes}" for key, sizes in self.shapes.items())])
+
+
+def shape_text(sizes: str | Sequence[int | Sequence[int]]) -> str:
+    """Return ``(1, 1, 8)`` or ``((1, 1), (1, 128), (8, 2048))`` as it would be typed; a text as it is."""
+    if isinstance(sizes, str):
+        return sizes
+    return ":".join(str(part) if isinstance(part, int) else "x".join(map(str, part)) for part in sizes)
 
 
 def parse_shapes(words: Sequence[str]) -> dict[str, str]:
@@ -132,6 +161,7 @@ class _Maker:
         self.problems: list[str] = []
         self._request = request
         self._exposed = exposed
+        self._inputs = inputs
         self._varying = varying(inputs)
         self._static = {port.name: port for port in inputs if port not in self._varying}
         self._ranks = rank_dims(exposed)
@@ -141,8 +171,17 @@ class _Maker:
         self._by_input: dict[str, tuple[Range, ...]] = {}
         self._read(request.shapes)
 
+    def _check_total(self) -> None:
+        """A mask is over past and sequence: an engine whose mask takes less takes no request."""
+        if TOTAL not in self._roles or self.problems:
+            return
+        wanted, given = total_of(self._of_role(SEQUENCE), self._of_role(PAST)), self._roles[TOTAL]
+        if given.low > wanted.low or given.high < wanted.high:
+            self.problems.append(f"{TOTAL}: {given}, sequence and past together are {wanted}")
+
     def profile(self) -> Profile:
         """Return it; what could not be told is in `problems`."""
+        self._check_total()
         shapes: dict[str, ShapeRange] = {}
         for port in self._varying:
             ranges = [self._range(port, axis) for axis in range(len(port.shape))]
@@ -163,11 +202,41 @@ class _Maker:
             return self._ranks[symbol].sizes(self._roles[RANK])
         role = role_of(port, axis)
         if role == TOTAL and TOTAL not in self._roles:
-            return total_of(self._roles[SEQUENCE], self._roles[PAST])
+            return total_of(self._of_role(SEQUENCE), self._of_role(PAST))
+        if role != TOTAL and (computed := self._computed(symbol)) is not None:
+            return computed
         if role is None:
             self.problems.append(f"{port.name}: nothing tells the sizes of dimension {axis} ({symbol})")
             return None
         return self._roles[role]
+
+    def _of_role(self, role: str) -> Range:
+        """Return the sizes of the graph's own dimension of that role, fixed ones too; 0 if it has none."""
+        for port in self._inputs:
+            for axis, dim in enumerate(port.dims):
+                if str(dim) not in self._ranks and role_of(port, axis) == role:
+                    return self._range(port, axis) or self._roles[role]
+        return Range(0, 0, 0)
+
+    def _computed(self, symbol: str) -> Range | None:
+        """Return the sizes of ``2*batch`` where other dimensions give ``batch`` its own."""
+        named = {name: self._named(name) for name in names_in(symbol)}
+        known = {name: sizes for name, sizes in named.items() if sizes is not None}
+        if not known or len(known) < len(named):
+            return None
+        low, usual, high = (
+            evaluate(symbol, {name: getattr(sizes, which) for name, sizes in known.items()})
+            for which in ("low", "usual", "high")
+        )
+        if low is None or usual is None or high is None:
+            return None
+        return Range(min(low, high), usual, max(low, high))
+
+    def _named(self, name: str) -> Range | None:
+        for port in self._varying:
+            if name in port.dims:
+                return self._range(port, port.dims.index(name))
+        return None
 
     def _read(self, given: Mapping[str, str]) -> None:
         """Take what the user says: a role of dimensions, a dimension by its name, or an input."""
@@ -202,12 +271,10 @@ class _Maker:
         if found is None:
             return
         (sizes,) = found
-        if key != PAST and key in ROLES:
+        if key in ROLES and key not in (PAST, RANK):
             self._check_size(key, sizes)
         if key == RANK or key in self._ranks:
             self._check_rank(key, sizes)
-        if key == SEQUENCE and TOTAL in self._roles:
-            del self._roles[TOTAL]
         if key in symbols:
             self._by_symbol[key] = sizes
         if key in ROLES:
@@ -235,8 +302,8 @@ class _Maker:
 
     def _check_size(self, key: str, sizes: Range) -> None:
         """A past may be empty, an input may not."""
-        if sizes.high == 0:
-            self.problems.append(f"{key}: the largest size is 0")
+        if sizes.low == 0:
+            self.problems.append(f"{key}: the smallest size is 0")
 
     def _check_rank(self, key: str, sizes: Range) -> None:
         assert self._exposed is not None  # else there are no ranks
@@ -259,7 +326,7 @@ class _Maker:
             self.problems.append(f"{key}={text}: it has {dims} dimension{'s' if dims > 1 else ''}")
             return None
         ranges = tuple(Range(*(int(part[axis]) for part in sizes)) for axis in range(dims))
-        wrong = list(_out_of_order(ranges))
+        wrong = [*_out_of_order(ranges), *_too_large(ranges)]
         self.problems += [f"{key}={text}: {problem}" for problem in wrong]
         return None if wrong else ranges
 
@@ -278,6 +345,11 @@ def _out_of_order(ranges: Sequence[Range]) -> Iterator[str]:
         where = f" in dimension {axis}" if len(ranges) > 1 else ""
         if not sizes.low <= sizes.usual <= sizes.high:
             yield f"smallest, usual and largest are out of order{where}"
+
+
+def _too_large(ranges: Sequence[Range]) -> Iterator[str]:
+    if any(sizes.high > _MAX_SIZE for sizes in ranges):
+        yield f"larger than any size that TensorRT takes ({_MAX_SIZE})"
 
 
 def _shapes(ranges: Sequence[Range]) -> ShapeRange:

@@ -179,7 +179,7 @@ class EngineRecord:
 
     def port(self, name: str) -> Port:
         """Return an input or output by name; KeyError if there is none."""
-        return next(port for port in (*self.inputs, *self.outputs) if port.name == name)
+        return {port.name: port for port in (*self.inputs, *self.outputs)}[name]
 
 
 def _from_plain(data: dict[str, Any]) -> dict[str, Any]:

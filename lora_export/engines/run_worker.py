@@ -31,6 +31,8 @@ _STAGES = {
 _LAYER = re.compile(r"\bI\w+Layer ([^\s:]+)")
 # The builder's later errors are consequences of the first ones.
 _SHOWN = 5
+# Of what it complains of on its way out.
+_LINE = 300
 
 
 def run_worker(
@@ -55,17 +57,21 @@ def run_worker(
     reader, writer = os.pipe()
     path = scratch / "job.json"
     path.write_text(replace(job, pipe=writer).to_json(), encoding="utf-8")
-    command = [sys.executable, "-m", "lora_export.engines.worker", str(path)]
-    with subprocess.Popen(
-        command, pass_fds=[writer], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=_environment()
-    ) as process:
-        os.close(writer)
-        try:
-            last = _follow(reader, progress)
-            said = process.stderr.read() if process.stderr else b""
-        except BaseException:
-            process.kill()
-            raise
+    # -P: a script of the user's called "tensorrt.py" is no package.
+    command = [sys.executable, "-P", "-m", "lora_export.engines.worker", str(path)]
+    # A file, not a pipe: nobody reads what it complains of until it ends, and a full pipe would stop it.
+    with (scratch / "stderr").open("wb+") as errors:
+        with subprocess.Popen(
+            command, pass_fds=[writer], stdout=subprocess.DEVNULL, stderr=errors, env=_environment()
+        ) as process:
+            os.close(writer)
+            try:
+                last = _follow(reader, progress)
+            except BaseException:
+                process.kill()
+                raise
+        errors.seek(0)
+        said = errors.read()
     if built := last.get("built"):
         return dict(built)
     if failed := last.get("failed"):
@@ -74,16 +80,20 @@ def run_worker(
 
 
 def _environment() -> dict[str, str]:
-    """Let the process find this very package, installed or not."""
+    """Let the process find this very package, installed or not; everything else where its caller does."""
     here = str(Path(__file__).resolve().parents[2])
-    return os.environ | {"PYTHONPATH": os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), here]))
+    return os.environ | {"PYTHONPATH": path}
 
 
 def _follow(reader: int, progress: Progress) -> dict[str, Any]:
     last: dict[str, Any] = {}
     with os.fdopen(reader, encoding="utf-8") as lines:
         for line in lines:
-            last = json.loads(line)
+            try:
+                last = json.loads(line)
+            except ValueError:  # cut off where the process ended
+                return {}
             if "phase" in last:
                 progress(str(last["phase"]), float(last["share"]))
     return last
@@ -119,7 +129,7 @@ def _named_in(text: str, graph: GraphFile) -> ir.Node | None:
 
 
 def _died(code: int, said: str, graph: GraphFile, log: Path) -> EngineBuildError:
-    lines: Sequence[str] = [line for line in said.strip().splitlines() if line.strip()]
+    lines: Sequence[str] = [line[:_LINE] for line in said.strip().splitlines() if line.strip()]
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     what, hint = f"ended with {name}", f"the builder's own messages are in {log}"
     if code == -signal.SIGKILL:

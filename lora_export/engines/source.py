@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from lora_export.engines.cache import combined
 from lora_export.engines.record import EngineSource, Port
 from lora_export.exposed import ExposedGraph
 from lora_export.exposed_output import refuse_changed_weights
-from lora_export.graph import GraphFile
+from lora_export.graph import GraphFile, proto_bytes
 from lora_export.manifest import hash_file
 
 
@@ -26,17 +26,23 @@ def ports_of(graph: GraphFile) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
 
 
 def _port(value: ir.Value) -> Port:
-    dims: list[int | str] = []
-    for axis, dim in enumerate(value.shape or ()):
-        size = dim if isinstance(dim, int) else dim.value
-        # A dimension without a name is nobody else's.
-        dims.append(size if isinstance(size, int) else str(size or f"{value.name}[{axis}]"))
+    dims = [dim if isinstance(dim, int) else dim.value or -1 for dim in value.shape or ()]
     dtype = str(value.dtype.numpy()) if value.dtype is not None else ""
     # TensorRT has no float64 and computes in float32; `admit` says so.
     dtype = "float32" if dtype == "float64" else dtype
-    return Port(
-        str(value.name), dtype, tuple(dim if isinstance(dim, int) else -1 for dim in dims), tuple(dims)
-    )
+    return port_of(str(value.name), dtype, dims)
+
+
+def port_of(name: str, dtype: str, dims: Sequence[int | str]) -> Port:
+    """Return an input or output.
+
+    Args:
+        name: Its name.
+        dtype: Its type.
+        dims: Sizes and names of sizes; -1 for one that varies and has no name, which is nobody else's.
+    """
+    named = tuple(f"{name}[{axis}]" if dim == -1 else dim for axis, dim in enumerate(dims))
+    return Port(name, dtype, tuple(dim if isinstance(dim, int) else -1 for dim in named), named)
 
 
 def largest_sizes(graph: GraphFile) -> dict[str, int]:
@@ -56,10 +62,12 @@ class Serialized:
     Attributes:
         data: The protobuf.
         source: Its identity and files.
+        hashes: Of the files with its weights, as they were when it was identified.
     """
 
     data: bytes
     source: EngineSource
+    hashes: Mapping[Path, str]
 
 
 def serialize(graph: GraphFile, sha256: Callable[[Path], str]) -> Serialized:
@@ -68,13 +76,17 @@ def serialize(graph: GraphFile, sha256: Callable[[Path], str]) -> Serialized:
     Args:
         graph: The graph.
         sha256: Returns a file's hash.
+
+    Raises:
+        GraphError: With weights that were rewritten for the compiler, the graph exceeds 2 GB.
     """
-    data = ir.to_proto(graph.model).SerializeToString(deterministic=True)
+    data = proto_bytes(graph.model)
     tensors = (value.const_value for value in graph.initializers())
     files = sorted({Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)})
-    identity = combined([hashlib.sha256(data).hexdigest(), *map(sha256, files)])
+    hashes = {path: sha256(path) for path in files}
+    identity = combined([hashlib.sha256(data).hexdigest(), *hashes.values()])
     named = tuple(hash_file(path) for path in (graph.path, *files))
-    return Serialized(data, EngineSource(graph.path.name, identity, named))
+    return Serialized(data, EngineSource(graph.path.name, identity, named), hashes)
 
 
 def check_shared(exposed: ExposedGraph | None, path: Path) -> None:

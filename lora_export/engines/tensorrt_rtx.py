@@ -36,10 +36,11 @@ class TensorRTRTX(Compiler):
             found.append("version_compatible: TensorRT-RTX needs a lean library for it, and there is none")
         if options.hardware_compatible:
             found.append("hardware_compatible: TensorRT-RTX takes several targets in one engine: --together")
-        if here and (options.refit or options.strip_weights) and gpu_here() is None:
+        needs = [name for name in ("refit", "strip_weights") if getattr(options, name)]
+        if here and needs and gpu_here() is None:
             found.append(
-                "refit, strip_weights: TensorRT-RTX builds such engines only on a machine with a GPU, "
-                "and this one has none"
+                f"{', '.join(needs)}: TensorRT-RTX builds such engines only on a machine with a GPU, and "
+                "this one has none (a kit can be built on one: --kit)"
             )
         return found
 

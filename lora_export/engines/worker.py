@@ -7,9 +7,11 @@ builder's own messages go to the job's log file.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -21,6 +23,7 @@ from lora_export.engines.backend import Compiler, TensorRT
 from lora_export.engines.record import BuildOptions, Profile
 from lora_export.errors import BackendUnavailable
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _MEMORY = {
     "weights": re.compile(r"^Total Weights Memory: (\d+) bytes"),
     "activations": re.compile(r"^Total Activation Memory: (\d+) bytes"),
@@ -222,6 +225,12 @@ def _peak_bytes() -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
+def end_with_parent() -> None:
+    """Let the system end this process with the one that started it: nobody would take the engine."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def run(job: Job) -> int:
     """Do a job; return the exit code: 0 if it was built."""
     with os.fdopen(job.pipe, "w", encoding="utf-8") as pipe, Path(job.log).open("w", encoding="utf-8") as log:
@@ -245,4 +254,5 @@ def run(job: Job) -> int:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     sys.exit(run(Job.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))))

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from lora_export.capture import capture_checkpoint
+from lora_export.onnx_base import output_paths
 from lora_export.output import OutputSet, make_parent, output_errors, refuse_replacing
 
 PathLike = str | os.PathLike[str]
@@ -33,10 +34,11 @@ def capture_onnx(
         The graph and its data.
 
     Raises:
-        LoraExportError: As `capture.capture_checkpoint`; `OutputError` where a file exists.
+        LoraExportError: As `capture.capture_checkpoint`; `OutputError` where a file exists or the name does
+            not end in ``.onnx``.
     """
     graph = Path(output)
-    data = graph.with_name(graph.name + ".data")
+    data = output_paths(graph)["data"]
     refuse_replacing([graph, data], force)
     make_parent(graph)
     with (

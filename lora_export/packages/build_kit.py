@@ -9,23 +9,27 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from lora_export.engines.plan import BuildPlan, Group, Wish, plan_build
-from lora_export.engines.record import BuildOptions, EngineRecord, EngineSource, Profile, sha256_of
+from lora_export.engines.profiles import ProfileRequest
+from lora_export.engines.record import EngineRecord, EngineSource, Profile, sha256_of
 from lora_export.engines.source import serialize
+from lora_export.errors import BackendError
 from lora_export.exposed import KEY
 from lora_export.external_data import plan_data, write_data
 from lora_export.graph import save_graph
-from lora_export.output import OutputSet, output_errors
+from lora_export.output import OutputSet, output_errors, refuse_existing
 
 PathLike = str | os.PathLike[str]
 _MIB = 1 << 20
 _TEMPLATES = "kit"
+# Of an input's name, trtexec splits at the first, drops the second, and takes the third for any other name.
+_SPLIT = frozenset(",'*")
 
 
 @dataclass(frozen=True)
@@ -80,14 +84,26 @@ def write_kits(
         LoraExportError: As `engines.build.build_engine`, but for what only matters where it is built.
     """
     plan = plan_build(model, wish, here=False)
+    _check_inputs(plan.profiles)
     kits = tuple(Path(output) / f"{plan.name}.{group.label}.kit" for group in plan.groups)
-    report = KitReport(kits, plan.groups, plan.profiles, plan.admitted.notes, dry_run)
+    report = KitReport(kits, plan.groups, plan.profiles, (*plan.admitted.notes, *plan.notes), dry_run)
     if not dry_run:
+        refuse_existing(list(kits), force)
         for path, group in zip(kits, plan.groups, strict=True):
             with output_errors(path), OutputSet(force) as outputs:
                 _write(plan, group, outputs.stage(path, folder=True))
                 outputs.commit()
     return report
+
+
+def _check_inputs(profiles: Iterable[Profile]) -> None:
+    names = sorted({name for profile in profiles for name in profile.shapes if _SPLIT & set(name)})
+    if names:
+        raise BackendError(
+            "trtexec can't be told the shapes of some inputs",
+            "give these inputs names without comma, apostrophe and asterisk",
+            names,
+        )
 
 
 def _write(plan: BuildPlan, group: Group, folder: Path) -> None:
@@ -111,7 +127,7 @@ def _write(plan: BuildPlan, group: Group, folder: Path) -> None:
     (folder / "build.sh").chmod(0o755)
     listed = sorted(path for path in folder.iterdir())
     sums = "".join(f"{sha256_of(path)}  {path.name}\n" for path in listed)
-    (folder / "SHA256SUMS").write_text(sums, encoding="ascii")
+    (folder / "SHA256SUMS").write_text(sums, encoding="utf-8")
 
 
 def _record(plan: BuildPlan, group: Group, engine: str, source: EngineSource) -> EngineRecord:
@@ -144,7 +160,7 @@ def _script(plan: BuildPlan, group: Group, engine: str) -> str:
         "ENGINE": shlex.quote(engine),
         "TOOL": "tensorrt_rtx" if group.compiler.name == "tensorrt-rtx" else "trtexec",
         "OURS": _lines(_own_flags(plan, group)),
-        "FLAGS": _lines(_trtexec_flags(plan.profiles, plan.options)),
+        "FLAGS": _lines(_trtexec_flags(plan, group)),
     }
     for key, text in filled.items():
         template = template.replace(f"@{key}@", text)
@@ -160,6 +176,10 @@ def _own_flags(plan: BuildPlan, group: Group) -> Iterator[str]:
     for target in group.targets:
         yield from ("--target", target.name)
     yield from ("--backend", group.compiler.name, "--name", plan.name)
+    if len(group.targets) > 1:
+        yield "--together"
+    # Whether it fits was looked at when the kit was made, and building it again is what the user wants.
+    yield from ("--ignore-memory", "--force")
     for name, value in asdict(plan.options).items():
         if name == "workspace_bytes":
             if value is not None:
@@ -167,18 +187,25 @@ def _own_flags(plan: BuildPlan, group: Group) -> Iterator[str]:
         elif value not in (False, None):
             flag = f"--{name.replace('_', '-')}"
             yield from ((flag,) if value is True else (flag, str(value)))
-    for profile in plan.profiles:
-        yield from ("--profile", " ".join([profile.name, *_shapes(profile.shapes, "=", ":")]))
+    # Without shapes, a profile has nothing to say: a graph whose sizes are all fixed.
+    for profile in (profile for profile in plan.profiles if profile.shapes):
+        shapes = {name: ":".join(map(_size, sizes)) for name, sizes in profile.shapes.items()}
+        yield from ("--profile", ProfileRequest(profile.name, shapes).text())
 
 
-def _shapes(shapes: Mapping[str, Any], equals: str, between: str) -> Iterator[str]:
-    for name, sizes in shapes.items():
-        yield f"{name}{equals}{between.join('x'.join(map(str, shape)) for shape in sizes)}"
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
-def _trtexec_flags(profiles: tuple[Profile, ...], options: BuildOptions) -> Iterator[str]:
-    """Yield trtexec's flags (its ``--help``; TensorRT's "trtexec" sample documentation)."""
-    yield "--stronglyTyped"
+def _trtexec_flags(plan: BuildPlan, group: Group) -> Iterator[str]:
+    """Yield the flags of trtexec (its ``--help``, its source) or of TensorRT-RTX's tool of the same kind."""
+    profiles, options = plan.profiles, plan.options
+    if group.compiler.name == "tensorrt-rtx":
+        # Its networks are all strongly typed, and without the GPUs it builds for a default set.
+        numbers = (name.replace(".", "") for name in group.compute_capabilities)
+        yield f"--computeCapabilities={','.join(numbers)}"
+    else:
+        yield "--stronglyTyped"
     yield "--skipInference"
     for number, profile in enumerate(profiles):
         if not profile.shapes:
@@ -186,9 +213,9 @@ def _trtexec_flags(profiles: tuple[Profile, ...], options: BuildOptions) -> Iter
         if len(profiles) > 1:
             yield f"--profile={number}"
         for at, flag in enumerate(("--minShapes", "--optShapes", "--maxShapes")):
-            # A name is quoted: one may hold the ':' that stands between name and shape.
-            single = {f'"{name}"': [sizes[at]] for name, sizes in profile.shapes.items()}
-            yield f"{flag}={','.join(_shapes(single, ':', ''))}"
+            # Not quoted: quotes would be part of the name. The last ':' is what it splits at.
+            shapes = (f"{name}:{_size(sizes[at])}" for name, sizes in profile.shapes.items())
+            yield f"{flag}={','.join(shapes)}"
     switches = {
         "--noTF32": not options.tf32,
         "--allowWeightStreaming": options.weight_streaming,

@@ -68,10 +68,19 @@ def warning_lines(report: BuildReport | KitReport) -> Iterator[str]:
                 yield f"warning: {fit.lines[0]}"
 
 
+def uncached_lines(report: BuildReport) -> Iterator[str]:
+    """Yield why engines will be built again the next time, each reason once."""
+    reasons = dict.fromkeys(engine.not_kept for engine in report.engines if engine.not_kept)
+    yield from (f"warning: not kept for the next time: {reason}" for reason in reasons)
+
+
 def kit_lines(report: KitReport) -> list[str]:
     """Return what a user reads after kits were written."""
     lines = [*fit_lines(report.groups), *profile_lines(report.profiles)]
     lines += [f"note: {note}" for note in report.notes]
+    existing = [str(path) for path in report.kits if report.dry_run and path.exists()]
+    if existing:
+        lines.append(f"note: --force would be needed, there is already: {', '.join(existing)}")
     verb = "would write" if report.dry_run else "wrote"
     for path in report.kits:
         lines.append(f"{verb} {path} (copy it to the device, then: sh {path.name}/build.sh)")
@@ -123,11 +132,15 @@ def record_lines(record: EngineRecord) -> list[str]:
         f"{record.platform}",
         f"from {record.source.name} (sha256 {record.source.sha256[:16]}…)",
         "options: " + (", ".join(f"{name}={value}" for name, value in options.items()) or "none"),
-        "memory, as the builder says: "
-        + ", ".join(f"{name} {size_text(size)}" for name, size in sorted(record.memory.items())),
-        f"built in {record.build_s:.1f} s, at most {size_text(record.peak_build_bytes)} of memory",
-        *_exposed_lines(record),
     ]
+    # A build kit's trtexec says neither, or not all.
+    if record.memory:
+        sizes = ", ".join(f"{name} {size_text(size)}" for name, size in sorted(record.memory.items()))
+        lines.append(f"memory, as the builder says: {sizes}")
+    if record.build_s:
+        most = size_text(record.peak_build_bytes)
+        lines.append(f"built in {record.build_s:.1f} s, at most {most} of memory")
+    lines += _exposed_lines(record)
     lines += _port_lines("inputs", record.inputs) + _port_lines("outputs", record.outputs)
     return [*lines, *profile_lines(record.profiles), *(f"note: {note}" for note in record.notes)]
 

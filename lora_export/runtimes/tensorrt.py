@@ -80,7 +80,7 @@ class EngineModel:
         if record.options.strip_weights and not refits:
             raise BackendError(
                 f"{path} was built with strip_weights and holds no weights",
-                "run it with lora_export.MergedEngine, which writes them, or build it without --strip-weights",
+                "run it with lora_export.MergedEngine, which writes them, or build without --strip-weights",
             )
         if options.source is not None:
             check_source(path, record, Path(options.source))

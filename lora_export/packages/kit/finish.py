@@ -1,6 +1,6 @@
-"""Complete an engine's record with what only the machine knows that built it.
+"""Complete an engine's record with what only the machine knows that built it, and give both their names.
 
-Usage: python3 finish.py record.json ENGINE LOG
+Usage: python3 finish.py record.json BUILT LOG ENGINE
 Needs nothing but Python's standard library, 3.8 or newer.
 """
 
@@ -24,21 +24,21 @@ def version_in(log: str) -> str:
     sys.exit("Error: the log does not say which version of TensorRT has built the engine")
 
 
-def main(template: str, engine: str, log: str) -> None:
-    """Write the record beside the engine."""
+def main(template: str, built: str, log: str, engine: str) -> None:
+    """Rename the engine that was built, and write its record beside it."""
     record, path = json.loads(Path(template).read_text(encoding="utf-8")), Path(engine)
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with Path(built).open("rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
     said = Path(log).read_text(encoding="utf-8", errors="replace")
     record["name"] = path.name
     record["sha256"] = digest.hexdigest()
-    record["size_bytes"] = path.stat().st_size
+    record["size_bytes"] = Path(built).stat().st_size
     record["builder_version"] = version_in(said)
     record["platform"] = f"{platform.system().lower()}-{platform.machine().lower()}"
     for name, label in (("weights", "Weights"), ("activations", "Activation")):
-        found = re.search(rf"Total {label} Memory: (\d+) bytes", said)
+        found = re.search(rf"Total {label} Memory: (\d+)", said)
         if found:
             record["memory"][name] = int(found.group(1))
     target = path.with_suffix(".json")
@@ -48,6 +48,7 @@ def main(template: str, engine: str, log: str) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
+    Path(built).replace(path)
     temporary.replace(target)
 
 
