@@ -46,9 +46,12 @@ GRAPHS = [
     ("merge", "conv", {}),
     ("swap", "llama", {}),  # flavour ort: the builder makes the other one of it
     ("swap", "bert", {"flavour": "tensorrt", "pack": True}),
+    ("swap", "bert", {"flavour": "tensorrt", "fuse_base": True}),
     ("swap", "gpt2", {"flavour": "tensorrt", "dora": True}),
     ("swap", "conv", {"flavour": "tensorrt"}),
     ("bank", "llama", {}),
+    ("bank", "llama", {"flavour": "tensorrt", "pack": True}),
+    ("bank", "conv", {"flavour": "tensorrt", "resident": "inputs"}),
     ("bank", "gpt2", {"resident": "inputs", "flavour": "tensorrt"}),
 ]
 

@@ -2,16 +2,20 @@
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 from test_build_engine import SMALL, graph_of, made, product, value
+from test_graph import Huge
 from test_swap_onnx import group
 
 from lora_export import build_engine
-from lora_export.engines.record import read_engine
+from lora_export.engines.record import read_engine, sha256_of
 from lora_export.engines.run_worker import run_worker
+from lora_export.engines.source import serialize
 from lora_export.engines.targets import targets_of
-from lora_export.errors import BackendError, EngineBuildError
+from lora_export.errors import BackendError, EngineBuildError, GraphError
+from lora_export.graph import load_graph
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed")
 
@@ -53,6 +57,14 @@ def test_weights_that_change_while_they_are_built_from(tmp_path, monkeypatch):
         build_engine(model, "sm89", tmp_path / "out", **options)
     assert not list((tmp_path / "out").iterdir())
     assert not list((tmp_path / "cache").glob("*/engine"))
+
+
+def test_a_graph_that_protobuf_cannot_hold(tmp_path, monkeypatch):
+    """With weights that were rewritten inside it, say."""
+    graph = load_graph(product(tmp_path / "m.onnx"))
+    monkeypatch.setattr(ir, "to_proto", lambda model: Huge())
+    with pytest.raises(GraphError, match="2 GB"):
+        serialize(graph, sha256_of)
 
 
 def test_an_engine_of_another_lora_export_is_built_again(tmp_path, monkeypatch):
