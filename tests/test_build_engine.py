@@ -184,7 +184,7 @@ def test_several_profiles(tmp_path):
         BuildOptions(tf32=True, optimization_level=0, workspace_bytes=1 << 28),
     ],
 )
-def test_options_reach_the_builder(options, tmp_path):
+def test_options_are_built_with_and_recorded(options, tmp_path):
     model, _ = made("merge", "llama", tmp_path)
     record = build_engine(model, "sm89", tmp_path / "out", shapes=SMALL, options=options).engines[0].record
     assert record.options == options
@@ -358,6 +358,7 @@ def test_a_compiler_that_cannot_be_loaded(tmp_path):
             "sm89",
             "-o",
             str(tmp_path / "o"),
+            "--no-cache",
         ],
         capture_output=True,
         text=True,
@@ -377,7 +378,7 @@ def test_a_builder_that_dies(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     with pytest.raises(EngineBuildError, match="out of memory"):
-        build_engine(product(tmp_path / "m.onnx"), "sm89", tmp_path / "out")
+        build_engine(product(tmp_path / "m.onnx"), "sm89", tmp_path / "out", cache=False)
     assert not list((tmp_path / "out").glob("*.engine"))
 
 
@@ -473,6 +474,7 @@ def test_a_terminated_build_leaves_nothing(tmp_path):
             "sm89",
             "-o",
             str(tmp_path / "o"),
+            "--no-cache",
         ],
         env=os.environ | {"PYTHONPATH": str(tmp_path / "site"), "TMPDIR": str(tmp_path / "site")},
         stderr=subprocess.DEVNULL,
