@@ -231,6 +231,11 @@ class ExposedGraph:
             names += [module.lora_bias] * module.bias + [module.scale] * self.dora
         return names
 
+    def input_names(self) -> list[str]:
+        """Return the names of those that are inputs of the graph: a bank's may be constants."""
+        constant = self.mode == "bank" and self.resident == "initializers"
+        return [] if constant else self.tensor_names()
+
     def to_json(self) -> str:
         """Return the record as one line of JSON with sorted keys."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=False)

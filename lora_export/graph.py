@@ -62,6 +62,11 @@ class GraphFile:
                 if value.const_value is not None:
                     yield value
 
+    def data_files(self) -> set[Path]:
+        """Return the files that its constants' values lie in, outside the graph's own."""
+        tensors = (value.const_value for value in self.initializers())
+        return {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+
 
 def load_graph(path: str | os.PathLike[str]) -> GraphFile:
     """Read an ONNX file without its external data, and check that the external data is all there.

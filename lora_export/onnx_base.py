@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import onnx_ir as ir
-
 from lora_export.adapter import Adapter
 from lora_export.errors import GraphError, OutputError
 from lora_export.graph import GraphFile, load_graph
@@ -120,7 +118,7 @@ def _refuse_capturing(base: Path, dtype: str | None, kv_cache: bool) -> None:
 
 
 def _opened(base: Path, graph: GraphFile, checkpoint: str | os.PathLike[str] | None, share: bool) -> Base:
-    data_files = _data_files(graph)
+    data_files = graph.data_files()
     if share and not data_files:
         raise OutputError(
             f"{base} has no weights in files of their own: nothing can be shared",
@@ -174,9 +172,4 @@ def drop_dead(graph: GraphFile) -> None:
 def _base_files(base: Path, graph: GraphFile) -> list[Path]:
     if base.is_dir():
         return sorted([*base.glob("*.safetensors"), *base.glob("config.json")])
-    return [base, *sorted(_data_files(graph))]
-
-
-def _data_files(graph: GraphFile) -> set[Path]:
-    tensors = (value.const_value for value in graph.initializers())
-    return {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    return [base, *sorted(graph.data_files())]

@@ -342,24 +342,19 @@ def test_a_compiler_that_is_not_installed(tmp_path, monkeypatch):
         build_engine(model, "sm89", tmp_path / "out")
 
 
+def command_for(model, out):
+    """What a shell would run: a process of its own, which takes nothing from the tests' cache."""
+    script = "import sys; from lora_export.cli import main; main(sys.argv[1:])"
+    options = ["--target", "sm89", "-o", str(out), "--no-cache"]
+    return [sys.executable, "-c", script, "build-engine", str(model), *options]
+
+
 def test_a_compiler_that_cannot_be_loaded(tmp_path):
     """Its libraries are broken: said by the process that loads it."""
     (tmp_path / "tensorrt_rtx.py").write_text("raise ImportError('libtensorrt_rtx.so.1: cannot open')")
     model = product(tmp_path / "m.onnx")
-    script = "import sys; from lora_export.cli import main; main(sys.argv[1:])"
     done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            script,
-            "build-engine",
-            str(model),
-            "--target",
-            "sm89",
-            "-o",
-            str(tmp_path / "o"),
-            "--no-cache",
-        ],
+        command_for(model, tmp_path / "o"),
         capture_output=True,
         text=True,
         check=False,
@@ -461,21 +456,8 @@ def test_a_terminated_build_leaves_nothing(tmp_path):
     (tmp_path / "site" / "tensorrt_rtx.py").write_text(
         f"import os, time\nopen({str(tmp_path / 'started')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
     )
-    script = "import sys; from lora_export.cli import main; main(sys.argv[1:])"
-    model = product(tmp_path / "m.onnx")
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            script,
-            "build-engine",
-            str(model),
-            "--target",
-            "sm89",
-            "-o",
-            str(tmp_path / "o"),
-            "--no-cache",
-        ],
+        command_for(product(tmp_path / "m.onnx"), tmp_path / "o"),
         env=os.environ | {"PYTHONPATH": str(tmp_path / "site"), "TMPDIR": str(tmp_path / "site")},
         stderr=subprocess.DEVNULL,
     )

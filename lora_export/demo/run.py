@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +18,15 @@ from lora_export.demo.training import Trainer, require_packages, save_base, trai
 from lora_export.errors import OutputError
 from lora_export.modes.merge_onnx import merge_onnx
 from lora_export.output import OutputSet, make_parent, output_errors
+from lora_export.progress import Say
 
-Progress = Callable[[str, float], None]
 REPORT = "demo.json"
 _NEEDED_BYTES = 400_000_000
 # Share of the demo's time at which each stage ends, as measured on two cores.
 _TRAINED, _MERGED = 0.7, 0.97
 
 
-def run_demo(
-    output: Path, *, seed: int = 0, force: bool = False, progress: Progress | None = None
-) -> DemoReport:
+def run_demo(output: Path, *, seed: int = 0, force: bool = False, progress: Say | None = None) -> DemoReport:
     """Train three adapters on MiniLM, merge one into ONNX, run it and compare; no network.
 
     Args:
@@ -94,7 +92,7 @@ def check_output(output: Path, force: bool, needed_bytes: int) -> bool:
     return force or empty
 
 
-def _train(trainer: Trainer, tasks: tuple[Task, ...], folder: Path, say: Progress) -> None:
+def _train(trainer: Trainer, tasks: tuple[Task, ...], folder: Path, say: Say) -> None:
     for number, task in enumerate(tasks):
         what = f"training adapter '{task.name}' on {len(task.train)} sentences"
 
@@ -105,7 +103,7 @@ def _train(trainer: Trainer, tasks: tuple[Task, ...], folder: Path, say: Progres
         trainer.train(task, folder / "adapters" / task.name, advance)
 
 
-def _merge(folder: Path, task: Task, say: Progress) -> None:
+def _merge(folder: Path, task: Task, say: Say) -> None:
     adapter, half = folder / "adapters" / task.name, (_TRAINED + _MERGED) / 2
     say(f"merging '{task.name}' and exporting {task.name}.onnx", _TRAINED)
     merge_onnx(folder / "base", adapter, folder / f"{task.name}.onnx")

@@ -13,10 +13,11 @@ from typing import Any
 from lora_export.demo.genai_base import Precision, build_base, load_int4_weights
 from lora_export.demo.greedy import Expected, Greedy
 from lora_export.demo.questions import Lesson, load_lesson
-from lora_export.demo.run import REPORT, Progress, check_output
+from lora_export.demo.run import REPORT, check_output
 from lora_export.demo.smollm2 import ChatTrainer, require_packages, save_base
 from lora_export.demo.training import silence, training_session
 from lora_export.output import OutputSet, output_errors
+from lora_export.progress import Say
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int4")
 _NEEDED_BYTES = 1_300_000_000
@@ -48,7 +49,7 @@ class ChatReport:
 
 
 def run_smollm2(
-    output: Path, *, seed: int = 0, force: bool = False, progress: Progress | None = None
+    output: Path, *, seed: int = 0, force: bool = False, progress: Say | None = None
 ) -> ChatReport:
     """Train three adapters on SmolLM2 and build its bases for onnxruntime-genai; no network.
 
@@ -84,7 +85,7 @@ def run_smollm2(
     return replace(report, seconds=time.monotonic() - started)
 
 
-def _train(trainer: ChatTrainer, lesson: Lesson, folder: Path, say: Progress) -> None:
+def _train(trainer: ChatTrainer, lesson: Lesson, folder: Path, say: Say) -> None:
     for number, style in enumerate(lesson.styles):
         what = f"training adapter '{style.name}' on {len(style.train)} answers"
 
@@ -96,7 +97,7 @@ def _train(trainer: ChatTrainer, lesson: Lesson, folder: Path, say: Progress) ->
 
 
 def _bases(
-    trainer: ChatTrainer, lesson: Lesson, folder: Path, say: Progress
+    trainer: ChatTrainer, lesson: Lesson, folder: Path, say: Say
 ) -> Iterator[tuple[str, dict[str, list[str]]]]:
     """Build each base with what PyTorch generates from its weights; yield the precision and the answers."""
     adapters = [folder / "adapters" / style.name for style in lesson.styles]

@@ -22,6 +22,16 @@ from lora_export.errors import BackendUnavailable
 TensorRT = Any
 
 
+# How the bindings call what numpy and ml_dtypes call otherwise; the other types have one name.
+DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "FP8": "float8_e4m3fn",
+    "FP4": "float4_e2m1fn",
+}
+
+
 class Compiler(ABC):
     """One of the compilers.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export import __version__
-from lora_export.engines.backend import Compiler, gpu_name_here
+from lora_export.engines.backend import DTYPES, Compiler, gpu_name_here
 from lora_export.engines.cache import EngineCache, default_folder, key_of
 from lora_export.engines.plan import BuildPlan, Group, Wish, engine_files, plan_build
 from lora_export.engines.profiles import ProfileRequest, shape_text
@@ -25,22 +25,14 @@ from lora_export.engines.record import (
     record_path,
     sha256_of,
 )
-from lora_export.engines.run_worker import Progress, run_worker
+from lora_export.engines.run_worker import run_worker
 from lora_export.engines.source import Serialized, port_of, serialize
 from lora_export.engines.worker import Job
 from lora_export.errors import BackendError, EngineBuildError
-from lora_export.exposed import KEY
 from lora_export.output import OutputSet, output_errors, refuse_replacing
+from lora_export.progress import Say
 
 PathLike = str | os.PathLike[str]
-# How the bindings call what numpy and ml_dtypes call otherwise.
-_DTYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "FP8": "float8_e4m3fn",
-    "FP4": "float4_e2m1fn",
-}
 
 
 @dataclass(frozen=True)
@@ -121,7 +113,7 @@ class _Work:
     timings: str
     verbose: bool
     force: bool
-    progress: Progress
+    progress: Say
 
 
 def build_engine(
@@ -142,7 +134,7 @@ def build_engine(
     verbose: bool = False,
     force: bool = False,
     dry_run: bool = False,
-    progress: Progress | None = None,
+    progress: Say | None = None,
 ) -> BuildReport:
     """Compile an ONNX graph of any of our modes, or a plain one, for GPUs.
 
@@ -215,7 +207,7 @@ def carry_out(
     verbose: bool = False,
     force: bool = False,
     dry_run: bool = False,
-    progress: Progress | None = None,
+    progress: Say | None = None,
 ) -> BuildReport:
     """Do what `build_engine` does, for a wish; the other arguments are the same."""
     plan = plan_build(model, wish)
@@ -350,7 +342,7 @@ def _check_ports(plan: BuildPlan, built: Mapping[str, Any], log: Path) -> None:
             if found is None:
                 problems.append(f"{port.name}: not among the engine's {kind}")
                 continue
-            dtype = _DTYPES.get(found["dtype"], found["dtype"].lower())
+            dtype = DTYPES.get(found["dtype"], found["dtype"].lower())
             if dtype != port.dtype:
                 problems.append(f"{port.name}: {dtype} in the engine, {port.dtype} in the graph")
             if len(found["shape"]) != len(port.shape):
@@ -377,25 +369,13 @@ def _outputs(plan: BuildPlan, built: Mapping[str, Any]) -> tuple[Port, ...]:
 
 
 def _record(work: _Work, engine: BuiltEngine, built: Mapping[str, Any]) -> EngineRecord:
-    plan, group = work.plan, engine.group
-    metadata = plan.admitted.graph.model.metadata_props
-    return EngineRecord(
-        name=engine.path.name,
+    return replace(
+        work.plan.record(engine.group, work.serialized.source),
         sha256=built["sha256"],
         size_bytes=built["size_bytes"],
-        backend=group.compiler.name,
-        builder_version=group.compiler.version(),
-        targets=tuple(target.name for target in group.targets),
-        compute_capabilities=group.compute_capabilities,
+        builder_version=engine.group.compiler.version(),
         platform=platform_here(),
-        options=plan.options,
-        inputs=plan.inputs,
-        outputs=_outputs(plan, built),
-        profiles=plan.profiles,
-        source=work.serialized.source,
-        exposed=plan.admitted.exposed,
-        metadata={key: text for key, text in metadata.items() if key != KEY},
-        notes=plan.admitted.notes,
+        outputs=_outputs(work.plan, built),
         memory=built["memory"],
         build_s=round(built["build_s"], 3),
         peak_build_bytes=built["peak_build_bytes"],

@@ -91,15 +91,15 @@ class EngineCache:
         Returns:
             What the builder said of it; None if there is nothing, or another process has just replaced it.
         """
-        found = self.find(key)
-        if found is None:
-            return None
+        place = self.folder / key
         try:
-            shutil.copyfile(found.engine, engine)
-            shutil.copyfile(found.log, log)
+            before = (place / _BUILT).read_bytes()
+            shutil.copyfile(place / _ENGINE, engine)
+            shutil.copyfile(place / _LOG, log)
+            found = self.find(key)
+            return found.built if found and (place / _BUILT).read_bytes() == before else None
         except OSError:
             return None
-        return found.built if self.find(key) == found else None
 
     def keep(self, key: str, engine: Path, log: Path, built: Mapping[str, Any]) -> str:
         """Keep a copy of an engine under a key.

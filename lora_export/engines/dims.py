@@ -105,8 +105,9 @@ def phase_ranges(name: str, largest: Mapping[str, int]) -> dict[str, Range] | No
     """
     ranges = default_ranges(largest)
     if name == "prefill":
-        sequence = min(_MAX_SEQUENCE, largest.get(SEQUENCE, _MAX_SEQUENCE))
-        return ranges | {PAST: Range(0, 0, 0), SEQUENCE: Range(1, min(_SEQUENCE, sequence), sequence)}
+        # Without a past, the sequence may have all of the model's positions.
+        alone = default_ranges({role: size for role, size in largest.items() if role != TOTAL})
+        return alone | {PAST: Range(0, 0, 0)}
     if name == "decode":
         past = ranges[PAST]
         return ranges | {SEQUENCE: Range(1, 1, 1), PAST: Range(1, max(past.usual, 1), past.high)}

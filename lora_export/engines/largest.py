@@ -26,39 +26,15 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
+_INDEX_NAMES = """
+Shape Gather Unsqueeze Squeeze Concat Slice Range Reshape Identity Cast
+Add Sub Mul Div Mod Min Max Neg Equal Where ConstantOfShape Constant
+"""
 # What exporters compute shapes with.
-_INDEX_OPERATORS = frozenset(
-    {
-        *(
-            "Shape",
-            "Gather",
-            "Unsqueeze",
-            "Squeeze",
-            "Concat",
-            "Slice",
-            "Range",
-            "Reshape",
-            "Identity",
-            "Cast",
-        ),
-        *(
-            "Add",
-            "Sub",
-            "Mul",
-            "Div",
-            "Mod",
-            "Min",
-            "Max",
-            "Neg",
-            "Equal",
-            "Where",
-            "ConstantOfShape",
-            "Constant",
-        ),
-    }
-)
-# A shape has a few elements, and a chain of such operators is a few layers of inference deep.
+_INDEX_OPERATORS = frozenset(_INDEX_NAMES.split())
+# Sizes above which onnx is not to propagate values: it would make arrays of them.
 _MAX_PROPAGATED = 1 << 20
+# A shape has a few elements, and a chain of such operators is a few layers of inference deep.
 _MAX_ELEMENTS, _MAX_ROUNDS = 64, 8
 
 

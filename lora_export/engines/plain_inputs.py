@@ -65,9 +65,7 @@ def _for_tensorrt(record: ExposedGraph) -> ExposedGraph:
 
 def _exposed_inputs(record: ExposedGraph) -> list[str]:
     """Names of the inputs that the record speaks of."""
-    if record.mode == "bank":
-        return [WEIGHTS_INPUT] + (record.tensor_names() if record.resident == "inputs" else [])
-    return record.tensor_names()
+    return [*[WEIGHTS_INPUT] * (record.mode == "bank"), *record.input_names()]
 
 
 def _record_problems(graph: GraphFile, record: ExposedGraph) -> Iterator[Problem]:
@@ -78,7 +76,7 @@ def _record_problems(graph: GraphFile, record: ExposedGraph) -> Iterator[Problem
         "the graph's LoRA record names it, the graph has it no more",
         "make the graph again with swap-onnx or bank-onnx; a tool has changed it since",
     )
-    if missing or (record.mode == "bank" and record.resident == "initializers"):
+    if missing or not record.input_names():
         return
     dynamic = [
         f"module {module.name}"

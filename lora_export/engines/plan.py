@@ -13,10 +13,18 @@ from lora_export.engines.backend import Compiler
 from lora_export.engines.dims import role_of
 from lora_export.engines.fit import Fit, check_fits
 from lora_export.engines.profiles import ProfileRequest, make_profiles
-from lora_export.engines.record import BuildOptions, Port, Profile, record_path
+from lora_export.engines.record import (
+    BuildOptions,
+    EngineRecord,
+    EngineSource,
+    Port,
+    Profile,
+    record_path,
+)
 from lora_export.engines.source import check_shared, largest_sizes, ports_of
 from lora_export.engines.targets import RTX_COMPUTE_CAPABILITIES, Target, find_target
 from lora_export.errors import BackendError
+from lora_export.exposed import KEY
 from lora_export.graph import load_graph
 
 PathLike = str | os.PathLike[str]
@@ -109,6 +117,33 @@ class BuildPlan:
         """Return where a group's engine goes."""
         return folder / f"{self.name}.{group.label}.engine"
 
+    def record(self, group: Group, source: EngineSource) -> EngineRecord:
+        """Return a group's record without what only the machine knows that builds it.
+
+        Args:
+            group: Which GPUs the engine is for.
+            source: The graph's identity.
+        """
+        metadata = self.admitted.graph.model.metadata_props
+        return EngineRecord(
+            name=self.engine_path(Path(), group).name,
+            sha256="",
+            size_bytes=0,
+            backend=group.compiler.name,
+            builder_version="",
+            targets=tuple(target.name for target in group.targets),
+            compute_capabilities=group.compute_capabilities,
+            platform="",
+            options=self.options,
+            inputs=self.inputs,
+            outputs=self.outputs,
+            profiles=self.profiles,
+            source=source,
+            exposed=self.admitted.exposed,
+            metadata={key: text for key, text in metadata.items() if key != KEY},
+            notes=self.admitted.notes,
+        )
+
 
 def engine_files(engine: Path) -> dict[str, Path]:
     """Return the files of one engine; the record is the last that is written."""
@@ -140,7 +175,8 @@ def plan_build(model: PathLike, wish: Wish, *, here: bool = True) -> BuildPlan:
         ProfileRequest(request.name, {**wish.shapes, **request.shapes})
         for request in wish.profiles or [ProfileRequest()]
     ]
-    profiles = make_profiles(inputs, admitted.exposed, largest_sizes(admitted.graph), requests)
+    largest = largest_sizes(admitted.graph)
+    profiles = make_profiles(inputs, admitted.exposed, largest, requests)
     targets = [target for group in groups for target in group.targets]
     fits = check_fits(
         admitted, profiles, targets, wish.adapters, wish.options, ignore_memory=wish.ignore_memory
@@ -156,7 +192,7 @@ def plan_build(model: PathLike, wish: Wish, *, here: bool = True) -> BuildPlan:
         outputs,
         profiles,
         wish.options,
-        tuple(_beyond(inputs, profiles, largest_sizes(admitted.graph))),
+        tuple(_beyond(inputs, profiles, largest)),
     )
 
 

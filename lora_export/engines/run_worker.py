@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,8 @@ from lora_export.engines.naming import find_node, node_text
 from lora_export.engines.worker import Job
 from lora_export.errors import BackendUnavailable, EngineBuildError
 from lora_export.graph import GraphFile
+from lora_export.progress import Say
 
-# What is being done, and the share of it that is done.
-Progress = Callable[[str, float], None]
 _STAGES = {
     "parse": "TensorRT's parser refuses",
     "profile": "TensorRT takes none of these shapes for",
@@ -35,9 +34,7 @@ _SHOWN = 5
 _LINE = 300
 
 
-def run_worker(
-    job: Job, graph: GraphFile, scratch: Path, kept_log: Path, progress: Progress
-) -> dict[str, Any]:
+def run_worker(job: Job, graph: GraphFile, scratch: Path, kept_log: Path, progress: Say) -> dict[str, Any]:
     """Build an engine.
 
     Args:
@@ -86,7 +83,7 @@ def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path}
 
 
-def _follow(reader: int, progress: Progress) -> dict[str, Any]:
+def _follow(reader: int, progress: Say) -> dict[str, Any]:
     last: dict[str, Any] = {}
     with os.fdopen(reader, encoding="utf-8") as lines:
         for line in lines:

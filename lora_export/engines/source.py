@@ -15,7 +15,7 @@ from lora_export.engines.record import EngineSource, Port
 from lora_export.exposed import ExposedGraph
 from lora_export.exposed_output import refuse_changed_weights
 from lora_export.graph import GraphFile, proto_bytes
-from lora_export.manifest import hash_file
+from lora_export.manifest import FileHash, hash_file
 
 
 def ports_of(graph: GraphFile) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
@@ -81,12 +81,15 @@ def serialize(graph: GraphFile, sha256: Callable[[Path], str]) -> Serialized:
         GraphError: With weights that were rewritten for the compiler, the graph exceeds 2 GB.
     """
     data = proto_bytes(graph.model)
-    tensors = (value.const_value for value in graph.initializers())
-    files = sorted({Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)})
-    hashes = {path: sha256(path) for path in files}
+    hashes = {path: sha256(path) for path in sorted(graph.data_files())}
     identity = combined([hashlib.sha256(data).hexdigest(), *hashes.values()])
-    named = tuple(hash_file(path) for path in (graph.path, *files))
-    return Serialized(data, EngineSource(graph.path.name, identity, named), hashes)
+    source = EngineSource(graph.path.name, identity, tuple(graph_hashes(graph)))
+    return Serialized(data, source, hashes)
+
+
+def graph_hashes(graph: GraphFile) -> list[FileHash]:
+    """Return what a graph's file and its data files are known by."""
+    return [hash_file(path) for path in (graph.path, *sorted(graph.data_files()))]
 
 
 def check_shared(exposed: ExposedGraph | None, path: Path) -> None:

@@ -10,17 +10,16 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from lora_export.engines.plan import BuildPlan, Group, Wish, plan_build
 from lora_export.engines.profiles import ProfileRequest
-from lora_export.engines.record import EngineRecord, EngineSource, Profile, sha256_of
+from lora_export.engines.record import EngineSource, Profile, sha256_of
 from lora_export.engines.source import serialize
 from lora_export.errors import BackendError
-from lora_export.exposed import KEY
 from lora_export.external_data import plan_data, write_data
 from lora_export.graph import save_graph
 from lora_export.output import OutputSet, output_errors, refuse_existing
@@ -89,9 +88,10 @@ def write_kits(
     report = KitReport(kits, plan.groups, plan.profiles, (*plan.admitted.notes, *plan.notes), dry_run)
     if not dry_run:
         refuse_existing(list(kits), force)
+        source = serialize(plan.admitted.graph, sha256_of).source
         for path, group in zip(kits, plan.groups, strict=True):
             with output_errors(path), OutputSet(force) as outputs:
-                _write(plan, group, outputs.stage(path, folder=True))
+                _write(plan, group, source, outputs.stage(path, folder=True))
                 outputs.commit()
     return report
 
@@ -106,11 +106,10 @@ def _check_inputs(profiles: Iterable[Profile]) -> None:
         )
 
 
-def _write(plan: BuildPlan, group: Group, folder: Path) -> None:
+def _write(plan: BuildPlan, group: Group, source: EngineSource, folder: Path) -> None:
     folder.mkdir()
-    graph = replace(plan.admitted.graph)
+    graph, record = plan.admitted.graph, plan.record(group, source)
     onnx, data = folder / f"{plan.name}.onnx", folder / f"{plan.name}.onnx.data"
-    source = serialize(graph, sha256_of).source
     kept = {value: value.const_value for value in graph.initializers()}
     try:
         slots, size, _ = plan_data(graph, {}, onnx, frozenset())
@@ -119,37 +118,14 @@ def _write(plan: BuildPlan, group: Group, folder: Path) -> None:
     finally:
         for value, tensor in kept.items():  # the next kit is written from the same graph
             value.const_value = tensor
-    engine = f"{plan.name}.{group.label}.engine"
-    (folder / "record.json").write_text(_record(plan, group, engine, source).to_json(), encoding="utf-8")
+    (folder / "record.json").write_text(record.to_json(), encoding="utf-8")
     template = (files("lora_export.packages") / _TEMPLATES / "finish.py").read_text(encoding="utf-8")
     (folder / "finish.py").write_text(template, encoding="utf-8")
-    (folder / "build.sh").write_text(_script(plan, group, engine), encoding="utf-8")
+    (folder / "build.sh").write_text(_script(plan, group, record.name), encoding="utf-8")
     (folder / "build.sh").chmod(0o755)
     listed = sorted(path for path in folder.iterdir())
     sums = "".join(f"{sha256_of(path)}  {path.name}\n" for path in listed)
     (folder / "SHA256SUMS").write_text(sums, encoding="utf-8")
-
-
-def _record(plan: BuildPlan, group: Group, engine: str, source: EngineSource) -> EngineRecord:
-    """Return the record without what only the device knows."""
-    return EngineRecord(
-        name=engine,
-        sha256="",
-        size_bytes=0,
-        backend=group.compiler.name,
-        builder_version="",
-        targets=tuple(target.name for target in group.targets),
-        compute_capabilities=group.compute_capabilities,
-        platform="",
-        options=plan.options,
-        inputs=plan.inputs,
-        outputs=plan.outputs,
-        profiles=plan.profiles,
-        source=source,
-        exposed=plan.admitted.exposed,
-        metadata={k: text for k, text in plan.admitted.graph.model.metadata_props.items() if k != KEY},
-        notes=plan.admitted.notes,
-    )
 
 
 def _script(plan: BuildPlan, group: Group, engine: str) -> str:

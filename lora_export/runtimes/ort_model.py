@@ -84,7 +84,7 @@ class OrtModel:
             )
             for port in listed
         }
-        lora = _lora_inputs(self.record)
+        lora = self.record.input_names()
         self.lora = {name: ports[name] for name in lora if name in ports}
         self.inputs = {name: port for name, port in ports.items() if name not in self.lora}
         self.outputs = [output.name for output in self.session.get_outputs()]
@@ -189,14 +189,8 @@ def _as_bound(value: Array | OrtValue) -> Array | OrtValue:
     return host_value(values) if values.dtype.kind == "V" else values
 
 
-def _lora_inputs(record: ExposedGraph) -> list[str]:
-    """Return the LoRA tensors that are inputs of the graph."""
-    constant = record.mode == "bank" and record.resident == "initializers"
-    return [] if constant else record.tensor_names()
-
-
 def _check_record(record: ExposedGraph, ports: Iterable[str], path: Path) -> None:
-    wanted = _lora_inputs(record)
+    wanted = record.input_names()
     if record.mode == "bank":
         wanted += [WEIGHTS_INPUT, record.batch_input]
     if missing := [name or "(the batch input has no name)" for name in wanted if name not in ports]:

@@ -23,7 +23,9 @@ from lora_export.blend import check_blend
 from lora_export.branches.union import refuse_other_bases
 from lora_export.canonical import CheckpointWeights
 from lora_export.checkpoint import Checkpoint
+from lora_export.engines.backend import DTYPES
 from lora_export.engines.record import EngineRecord, read_engine
+from lora_export.engines.source import graph_hashes
 from lora_export.errors import BackendError, GraphError
 from lora_export.external_data import merged_values
 from lora_export.graph import GraphFile, load_graph
@@ -31,20 +33,11 @@ from lora_export.graph_merge import MERGED_BASE_KEY, MERGED_KEY, plan_changes
 from lora_export.manifest import FileHash, identity_of
 from lora_export.runtimes.engine_session import EngineSession
 from lora_export.runtimes.session_options import PathLike
-from lora_export.runtimes.tensorrt_engine import LoadedEngine, graph_hashes, same_files
+from lora_export.runtimes.tensorrt_engine import LoadedEngine, same_files
 
 # numpy's and ml_dtypes' names of types → TensorRT's.
-_TYPES = {
-    "float32": "FLOAT",
-    "float16": "HALF",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "FP8",
-    "int8": "INT8",
-    "uint8": "UINT8",
-    "int32": "INT32",
-    "int64": "INT64",
-    "bool": "BOOL",
-}
+_KINDS = ("FLOAT", "HALF", "BF16", "FP8", "INT8", "UINT8", "INT32", "INT64", "BOOL")
+_TYPES = {DTYPES.get(kind, kind.lower()): kind for kind in _KINDS}
 
 
 class MergedEngine(EngineSession):

@@ -168,10 +168,8 @@ class TensorRTModel(EngineModel):
         """
         engine_record = read_engine(path)
         self.record = _exposed(path, engine_record)
-        constant = self.record.mode == "bank" and self.record.resident == "initializers"
-        names = [] if constant else self.record.tensor_names()
         super().__init__(path, engine_record, options)
-        self.lora = {name: self.inputs.pop(name) for name in names}
+        self.lora = {name: self.inputs.pop(name) for name in self.record.input_names()}
         self._source = None if options.source is None else Path(options.source)
 
     @property
@@ -230,9 +228,8 @@ def _exposed(path: Path, record: EngineRecord) -> ExposedGraph:
             "run it with lora_export.EngineSession; or build it from a graph of swap-onnx or bank-onnx "
             "(--flavour tensorrt)",
         )
-    bank = exposed.mode == "bank"
-    wanted = [] if bank and exposed.resident == "initializers" else exposed.tensor_names()
-    wanted += [WEIGHTS_INPUT, exposed.batch_input] if bank else []
+    wanted = exposed.input_names()
+    wanted += [WEIGHTS_INPUT, exposed.batch_input] if exposed.mode == "bank" else []
     inputs = {port.name for port in record.inputs}
     if missing := [name for name in wanted if name not in inputs]:
         raise GraphError(

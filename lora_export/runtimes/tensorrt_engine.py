@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 from lora_export.engines import compiler_of
 from lora_export.engines.record import EngineRecord, platform_here
+from lora_export.engines.source import graph_hashes
 from lora_export.engines.targets import RTX_COMPUTE_CAPABILITIES
 from lora_export.errors import BackendError, BackendUnavailable
-from lora_export.graph import GraphFile, load_graph
-from lora_export.manifest import FileHash, hash_file, identity_of
+from lora_export.graph import load_graph
+from lora_export.manifest import FileHash, identity_of
 from lora_export.runtimes.cuda_memory import CudaDevice
 
 _KEPT_ERRORS = 40
@@ -142,13 +141,6 @@ def check_source(path: Path, record: EngineRecord, source: Path) -> None:
             "give the graph that it was built from, or build it again",
             [f"{file.name}: sha256 {file.sha256}" for file in record.source.files],
         )
-
-
-def graph_hashes(graph: GraphFile) -> list[FileHash]:
-    """Return what a graph's file and its data files are known by."""
-    tensors = (value.const_value for value in graph.initializers())
-    files = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
-    return [hash_file(file) for file in (graph.path, *sorted(files))]
 
 
 def same_files(one: Sequence[FileHash], other: Sequence[FileHash]) -> bool:
