@@ -1,6 +1,8 @@
 """Settings for every test: offline, one thread a process (small models run faster so; xdist runs several)."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,3 +12,4 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # Engines are built anew by each run of the tests, and leave nothing in the user's cache.
 os.environ["LORA_EXPORT_CACHE"] = tempfile.mkdtemp(prefix="lora-export-cache-")
+atexit.register(shutil.rmtree, os.environ["LORA_EXPORT_CACHE"], ignore_errors=True)
