@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_export.adapter import Adapter, LoraModule
+    from lora_export.bench.run import run_bench
     from lora_export.convert import convert_adapter
     from lora_export.engines.build import build_engine
     from lora_export.engines.profiles import ProfileRequest
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from lora_export.modes.merge_checkpoint import merge_checkpoint
     from lora_export.modes.merge_onnx import export_onnx, merge_onnx
     from lora_export.modes.swap_onnx import swap_onnx
+    from lora_export.parity.asserting import assert_parity
+    from lora_export.parity.check import check_parity
+    from lora_export.parity.result import ParityReport
     from lora_export.runtimes.engine_session import EngineSession
     from lora_export.runtimes.refit import MergedEngine
     from lora_export.runtimes.session import AdapterSession
@@ -58,16 +62,20 @@ _HOME = {
     "MergedEngine": "lora_export.runtimes.refit",
     "OutputError": "lora_export.errors",
     "ParityError": "lora_export.errors",
+    "ParityReport": "lora_export.parity.result",
     "ProfileRequest": "lora_export.engines.profiles",
     "SiteError": "lora_export.errors",
+    "assert_parity": "lora_export.parity.asserting",
     "bank_onnx": "lora_export.modes.bank_onnx",
     "build_engine": "lora_export.engines.build",
     "capture_onnx": "lora_export.modes.capture_onnx",
+    "check_parity": "lora_export.parity.check",
     "convert_adapter": "lora_export.convert",
     "export_onnx": "lora_export.modes.merge_onnx",
     "load_adapter": "lora_export.formats",
     "merge_checkpoint": "lora_export.modes.merge_checkpoint",
     "merge_onnx": "lora_export.modes.merge_onnx",
+    "run_bench": "lora_export.bench.run",
     "save_adapter": "lora_export.formats",
     "swap_onnx": "lora_export.modes.swap_onnx",
 }
@@ -88,17 +96,21 @@ __all__ = [
     "MergedEngine",
     "OutputError",
     "ParityError",
+    "ParityReport",
     "ProfileRequest",
     "SiteError",
     "__version__",
+    "assert_parity",
     "bank_onnx",
     "build_engine",
     "capture_onnx",
+    "check_parity",
     "convert_adapter",
     "export_onnx",
     "load_adapter",
     "merge_checkpoint",
     "merge_onnx",
+    "run_bench",
     "save_adapter",
     "swap_onnx",
 ]

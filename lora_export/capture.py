@@ -75,8 +75,8 @@ def capture_checkpoint(
         raise OutputError(f"there is no dtype {dtype!r} to capture in", f"one of: {', '.join(DTYPES)}")
     require("torch", "transformers", "onnxscript")
     path = Path(folder)
-    model = _load(path, dtype, replaced)
-    inputs = _example_inputs(model, path)
+    model, _ = load_model(path, dtype, replaced)
+    inputs = example_inputs(model, path)
     model.config.use_cache = True
     outputs = run_module(model, inputs)
     model.config.use_cache = False
@@ -126,7 +126,20 @@ def _save(graph: ir.Model, output: Path) -> Path:
     return output
 
 
-def _load(path: Path, dtype: str, replaced: Collection[str]) -> Any:
+def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[Any, tuple[str, ...]]:
+    """Return a checkpoint's model as transformers loads it, in eval mode, and what it had to make up.
+
+    Args:
+        path: What ``save_pretrained`` wrote.
+        dtype: Of the weights: one of `DTYPES`, or ``float64``.
+        replaced: Parameters that are replaced afterwards: the checkpoint may lack them.
+
+    Returns:
+        The model, and the names of parameters that the checkpoint lacks: their values are random.
+
+    Raises:
+        CheckpointError: The folder can't be loaded or lacks weights, or weights don't fit into the dtype.
+    """
     import torch
     import transformers
 
@@ -153,7 +166,7 @@ def _load(path: Path, dtype: str, replaced: Collection[str]) -> Any:
             ) from error
     _refuse_missing(loading["missing_keys"], path, replaced)
     _refuse_infinite(model, path, dtype)
-    return model.eval()
+    return model.eval(), tuple(sorted(loading["missing_keys"]))
 
 
 def _refuse_missing(keys: Collection[str], path: Path, replaced: Collection[str]) -> None:
@@ -172,7 +185,7 @@ def _refuse_missing(keys: Collection[str], path: Path, replaced: Collection[str]
 
 def _refuse_infinite(model: Any, path: Path, dtype: str) -> None:
     """Refuse weights beyond what the dtype holds: transformers has made them infinite without a word."""
-    if dtype == "float32":
+    if dtype in ("float32", "float64"):
         return
     lost = [name for name, values in model.named_parameters() if not values.isfinite().all()]
     if lost:
@@ -231,7 +244,16 @@ def _attention(config: Any) -> str | None:
     return "eager" if getattr(config, "is_encoder_decoder", False) else None
 
 
-def _example_inputs(model: Any, path: Path) -> dict[str, Any]:
+def example_inputs(model: Any, path: Path) -> dict[str, Any]:
+    """Return inputs that a model runs with: ids of 1, masks of 1, black images.
+
+    Args:
+        model: A transformers model.
+        path: Its folder, for messages.
+
+    Raises:
+        CheckpointError: Its kind of input is not known.
+    """
     import torch
 
     config = model.config

@@ -171,6 +171,7 @@ assert not loaded, loaded
         (["swap-onnx", "--help"], ["numpy", "onnx_ir"]),
         (["capture-onnx", "--help"], ["numpy", "onnx_ir"]),
         (["build-engine", "--help"], ["numpy", "onnx_ir"]),
+        (["bench", "--help"], ["numpy", "onnx_ir"]),
         (["bank-onnx", "--help"], ["numpy", "onnx_ir"]),
         (["targets", "--help"], ["numpy", "onnx_ir", "rich"]),
         (["targets", "rtx-4090"], ["numpy", "onnx_ir", "rich"]),

@@ -10,6 +10,8 @@ COMMANDS: dict[str, str] = {
     "bank-onnx": "lora_export.commands.bank_onnx:bank_onnx",
     "convert-adapter": "lora_export.commands.convert_adapter:convert_adapter",
     "build-engine": "lora_export.commands.build_engine:build_engine",
+    "bench": "lora_export.commands.bench:bench",
+    "parity": "lora_export.commands.parity:parity",
     "targets": "lora_export.commands.targets:targets",
     "doctor": "lora_export.commands.doctor:doctor",
     "run": "lora_export.commands.run:run",

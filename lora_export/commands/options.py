@@ -201,3 +201,38 @@ def load_adapters(paths: Iterable[Path], options: dict[str, Any]) -> list[Adapte
     """Take the options of `adapter_options` out of ``options`` and load each path with them."""
     taken = {name: options.pop(name) for name in ("alpha", "rank", "rslora", "format", "component")}
     return [load_adapter(path, **taken) for path in paths]
+
+
+def whole_numbers(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    """Read ``1,4,16``; a callback of click's."""
+    if value is None:
+        return None
+    try:
+        numbers = tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of whole numbers such as 1,4") from None
+    if min(numbers) < 1:
+        raise click.BadParameter(f"{value!r} has numbers below 1")
+    return numbers
+
+
+def named_adapters(entries: Sequence[str], options: dict[str, Any]) -> dict[str, Adapter]:
+    """Take the options of `adapter_options` out of ``options`` and load each ``[NAME=]PATH`` with them."""
+    parts = [entry.partition("=") for entry in entries]
+    # A path may have a "=" in it.
+    named = [
+        (name, path) if path and not Path(entry).exists() else ("", entry)
+        for entry, (name, _, path) in zip(entries, parts, strict=True)
+    ]
+    loaded = load_adapters([Path(path) for _, path in named], options)
+    found: dict[str, Adapter] = {}
+    for (name, path), adapter in zip(named, loaded, strict=True):
+        called = name or adapter.name
+        if called in found:
+            raise click.BadParameter(
+                f"two adapters are called {called!r}: give NAME=PATH", param_hint=f"--adapter {path}"
+            )
+        found[called] = adapter
+    return found

@@ -11,16 +11,14 @@ import numpy as np
 
 from lora_export.adapter import Array
 from lora_export.base_weights import GraphWeights, WeightOf
-from lora_export.errors import BackendError, BackendUnavailable, GraphError
+from lora_export.errors import BackendError, GraphError
 from lora_export.exposed import WEIGHTS_INPUT, ExposedGraph, exposed_of
 from lora_export.exposed_output import refuse_changed_weights
 from lora_export.runtimes.cuda_graphs import CudaGraphs
 from lora_export.runtimes.device import DTYPES, DeviceMemory, OrtValue, Provider, host_value
 from lora_export.runtimes.feeds import Feeds, check_feeds, choose_outputs
+from lora_export.runtimes.ort_open import open_session
 from lora_export.runtimes.resident import Resident
-
-_CUDA = "CUDAExecutionProvider"
-_ERRORS_ONLY = 3
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class OrtModel:
             raise GraphError(f"no ONNX file at {path}", "check the path")
         self.path = path
         self.memory = DeviceMemory(provider, device_id)
-        self.session = _open(path, self.memory, threads, cuda_graphs > 0, session_options)
+        self.session = open_session(path, self.memory, threads, cuda_graphs > 0, session_options)
         self.graphs = CudaGraphs(self.session, self.memory, cuda_graphs) if cuda_graphs else None
         self.record = exposed_of(self.session.get_modelmeta().custom_metadata_map, str(path))
         refuse_changed_weights(self.record, path)
@@ -199,51 +197,3 @@ def _check_record(record: ExposedGraph, ports: Iterable[str], path: Path) -> Non
             "a tool has changed the graph since; make it again with swap-onnx or bank-onnx",
             missing,
         )
-
-
-def _open(
-    path: Path, memory: DeviceMemory, threads: int | None, cuda_graph: bool, session_options: Any
-) -> Any:
-    provider = memory.kind
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        extra = "gpu" if provider == "cuda" else "cpu"
-        raise BackendUnavailable(
-            "running a graph needs onnxruntime, which is not installed", f"pip install 'lora-export[{extra}]'"
-        ) from error
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if provider == "cuda":
-        if _CUDA not in ort.get_available_providers():
-            raise BackendUnavailable(
-                f"this onnxruntime ({ort.__version__}) has no CUDA provider",
-                "pip uninstall onnxruntime; pip install 'lora-export[gpu]'",
-            )
-        ort.preload_dlls()  # CUDA's libraries where pip installed them; nothing if they are elsewhere
-        # Its default for float32 products is TF32, which keeps 10 bits of each factor.
-        chosen = {"use_tf32": "0"} | ({"enable_cuda_graph": "1"} if cuda_graph else {})
-        if memory.device_id:  # it warns of the option, whatever its value
-            chosen["device_id"] = str(memory.device_id)
-        providers.insert(0, (_CUDA, chosen))
-    options = session_options
-    if options is None:
-        options = ort.SessionOptions()
-        # Its warning level prints a line for each LoRA tensor: that it may be overridden, which is the point.
-        options.log_severity_level = _ERRORS_ONLY
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        session = ort.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # ONNX Runtime's exceptions have no common class
-        raise BackendError(
-            f"ONNX Runtime can't open {path}: {error}",
-            "a CUDA graph needs every node on the GPU: try cuda_graph=False"
-            if cuda_graph
-            else "check the file, and the operators that this onnxruntime supports",
-        ) from error
-    if provider == "cuda" and _CUDA not in session.get_providers():
-        raise BackendUnavailable(
-            "ONNX Runtime could not start its CUDA provider and fell back to the CPU",
-            "install CUDA and cuDNN for it: pip install 'onnxruntime-gpu[cuda,cudnn]'",
-        )
-    return session

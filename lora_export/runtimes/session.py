@@ -266,6 +266,33 @@ class AdapterSession:
             )
         return self.run_on_device(feeds, adapter, adapters=adapters, outputs=outputs)
 
+    def lora_inputs(
+        self,
+        feeds: Mapping[str, Array | DeviceValue],
+        adapter: str | None = None,
+        *,
+        adapters: Rows | None = None,
+    ) -> dict[str, Array]:
+        """Return what a run of a graph would feed beside the feeds: LoRA's inputs, a bank's weights.
+
+        Those that the graph's own defaults stand for are left out.
+
+        Args:
+            feeds: As for `run`.
+            adapter: As for `run`.
+            adapters: As for `run`.
+
+        Raises:
+            AdapterError: As `run`.
+            BackendError: As `run`, or the model is an engine.
+        """
+        if not isinstance(self._model, OrtModel):
+            raise BackendError(f"{self._model.path.name} is an engine, whose inputs stay on the GPU", "")
+        checked = self._model.check_feeds(feeds)
+        with self._adapters.use(checked, adapter, adapters) as (resident, fed):
+            bound = {name: self._model.memory.read(value) for name, value in resident.tensors.items()}
+        return bound | {name: value for name, value in fed if name not in feeds}
+
     def _run(
         self,
         run: Callable[[Any, Feeds, Sequence[str]], list[Any]],

@@ -1,0 +1,177 @@
+"""One model opened alone in a process of its own: how long that takes and how much memory.
+
+In a process that holds several models nobody could say which of them a page belongs to. Run as ``python -m
+lora_export.bench.load_probe``: a pickled `Job` on stdin, a JSON object as the last line of stdout.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import pickle
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_export.bench.contenders import AdapterChoice, Contender
+from lora_export.bench.memory import gpu_memory, host_memory
+from lora_export.bench.opened import Opened, Opening, open_for_timing
+from lora_export.bench.workloads import Workload, make_feeds
+
+# Opened so often, unless that takes longer than the limit.
+_OPENINGS = 3
+_OPENINGS_S = 20.0
+_TIMEOUT_S = 1800
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the process does.
+
+    Attributes:
+        contender: The model, and how it is run.
+        opening: How it is opened.
+        adapters: What is loaded into it.
+        workloads: What is run once each, for the memory of the runs.
+        seed: Of the feeds.
+    """
+
+    contender: Contender
+    opening: Opening
+    adapters: tuple[AdapterChoice, ...]
+    workloads: tuple[Workload, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What opening a model costs.
+
+    Attributes:
+        first_s: Opening it the first time in the process; on a GPU that starts CUDA as well. The files were
+            read shortly before, so that the system has them in memory as far as they fit.
+        again_s: Opening it again, the median; None if there was no time for it.
+        openings: How often it was opened.
+        loaded_bytes: Host memory that the opened model added.
+        loaded_file_bytes: Of these, pages of mapped files.
+        running_bytes: Host memory added after the adapters were loaded and each workload was run once.
+        peak_bytes: The most host memory that opening, loading or running added at any time.
+        gpu_loaded_bytes: GPU memory that the opened model added, CUDA's own included; None on the CPU.
+        gpu_running_bytes: GPU memory added after the runs.
+        gpu_whose: What the driver counted.
+        problem: Why it was not measured, or "".
+    """
+
+    first_s: float | None = None
+    again_s: float | None = None
+    openings: int = 0
+    loaded_bytes: int | None = None
+    loaded_file_bytes: int | None = None
+    running_bytes: int | None = None
+    peak_bytes: int | None = None
+    gpu_loaded_bytes: int | None = None
+    gpu_running_bytes: int | None = None
+    gpu_whose: str = ""
+    problem: str = ""
+
+
+def measure_loading(job: Job) -> Loaded:
+    """Open a model in a process of its own; what goes wrong there is said in `Loaded.problem`."""
+    here = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), here]))
+    # -P: a script of the user's called "pickle.py" is no package.
+    command = [sys.executable, "-P", "-m", "lora_export.bench.load_probe"]
+    try:
+        done = subprocess.run(
+            command,
+            input=pickle.dumps(job),
+            capture_output=True,
+            check=False,
+            env=os.environ | {"PYTHONPATH": path},
+            timeout=_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return Loaded(problem=f"the process did not end within {_TIMEOUT_S} s")
+    last = (done.stdout.decode(errors="replace").strip().splitlines() or [""])[-1]
+    try:
+        return Loaded(**json.loads(last))
+    except (ValueError, TypeError):
+        said = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+        return Loaded(problem=f"the process ended with {done.returncode}: {said[0][:300]}")
+
+
+def probe(job: Job) -> Loaded:
+    """Open the job's model in this process, run it, open it again."""
+    import onnxruntime  # noqa: F401 - its own memory is no model's
+
+    gpu = job.opening.device_of(job.contender.model) == "cuda"
+    before, gpu_before = host_memory(), gpu_memory() if gpu else None
+    start = time.perf_counter()
+    session = open_for_timing(job.contender.model, job.opening)
+    first_s = time.perf_counter() - start
+    opened, gpu_opened = host_memory(), gpu_memory() if gpu else None
+    _run_all(session, job)
+    ran, gpu_ran = host_memory(), gpu_memory() if gpu else None
+    session.close()
+    del session
+    again = _open_again(job, first_s)
+    # The driver lists a process from its first use of the GPU on: before that, its own are 0.
+    same = gpu_before and gpu_opened and gpu_before[1] == gpu_opened[1]
+    own_before = gpu_before[0] if gpu_before and same else 0
+    return Loaded(
+        first_s,
+        statistics.median(again) if again else None,
+        1 + len(again),
+        _grown(opened.resident_bytes, before.resident_bytes),
+        _grown(opened.file_bytes, before.file_bytes),
+        _grown(ran.resident_bytes, before.resident_bytes),
+        _grown(ran.peak_bytes, before.resident_bytes or before.peak_bytes),
+        gpu_opened[0] - own_before if gpu_opened else None,
+        gpu_ran[0] - own_before if gpu_ran else None,
+        gpu_opened[1] if gpu_opened else "",
+    )
+
+
+def _run_all(session: Opened, job: Job) -> None:
+    for adapter in job.adapters:
+        if adapter.path is not None:
+            session.load(adapter.name, adapter.path)
+    for workload in job.workloads:
+        feeds = make_feeds(job.contender.model, workload, job.seed)
+        session.runner(feeds, job.contender.choice(workload.batch))()
+
+
+def _open_again(job: Job, first_s: float) -> Sequence[float]:
+    times: list[float] = []
+    while len(times) + 1 < _OPENINGS and first_s + sum(times) < _OPENINGS_S:
+        gc.collect()
+        start = time.perf_counter()
+        session = open_for_timing(job.contender.model, job.opening)
+        times.append(time.perf_counter() - start)
+        session.close()
+        del session
+    return times
+
+
+def _grown(now: int | None, before: int | None) -> int | None:
+    return None if now is None or before is None else max(now - before, 0)
+
+
+def main() -> None:
+    """Do the job on stdin; print what came out."""
+    job: Any = pickle.load(sys.stdin.buffer)
+    try:
+        result = probe(job)
+    except Exception as error:
+        result = Loaded(problem=(str(error).splitlines() or [type(error).__name__])[0])
+    print(json.dumps(asdict(result)))
+
+
+if __name__ == "__main__":
+    main()

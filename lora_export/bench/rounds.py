@@ -1,0 +1,162 @@
+"""Contenders timed in turn, round after round, until the ratios are known well enough or time is up.
+
+In each round every contender has one block of runs, in an order that is shuffled anew. A block of short
+runs begins with one that isn't counted, which brings the contender's weights back into the processor's
+caches: what is timed is a model that serves one request after the other, not one that shares the caches with
+its rivals.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from lora_export.bench.statistics import Interval, ratio_interval
+
+Run = Callable[[], object]
+Clock = Callable[[], float]
+Stop = Literal["narrow", "time"]
+
+# A block of short runs lasts about so long: the clock's and the scheduler's grain disappear in it.
+_BLOCK_S = 0.02
+_LARGEST_BLOCK = 32
+# Longer runs use far more memory than any cache holds; one uncounted run in each block would be wasted.
+_LEAD_BELOW_S = 0.05
+# Warm-up: allocators grow, kernels are chosen, pages come in.
+_WARM_UP_S = 0.3
+_WARM_UP_RUNS = (2, 20)
+# Below it an interval that looks narrow may be so by chance: stopping would favour such chances.
+MIN_ROUNDS = 10
+# An interval is looked at when there are so many more rounds than at the last look, for the same reason.
+_LOOK_AGAIN = 1.1
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What was measured.
+
+    Attributes:
+        times_s: For each contender all its counted runs.
+        blocks_s: For each contender the median of each round's block.
+        runs_per_block: Counted runs in a block.
+        seconds: How long all of it took.
+        stopped_by: ``narrow``: every interval was narrow enough; ``time``: time was up.
+    """
+
+    times_s: tuple[tuple[float, ...], ...]
+    blocks_s: tuple[tuple[float, ...], ...]
+    runs_per_block: int
+    seconds: float
+    stopped_by: Stop
+
+    @property
+    def count(self) -> int:
+        """How many rounds there were."""
+        return len(self.blocks_s[0])
+
+    def ratio(self, contender: int) -> Interval | None:
+        """Return how much longer a contender takes than the first; None with fewer than two rounds."""
+        return ratio_interval(self.blocks_s[contender], self.blocks_s[0])
+
+
+def measure(
+    contenders: Sequence[Run],
+    *,
+    seconds: float,
+    narrow: float,
+    seed: int = 0,
+    clock: Clock = time.perf_counter,
+    tick: Callable[[float], None] | None = None,
+) -> Rounds:
+    """Time contenders against each other.
+
+    Args:
+        contenders: What is run; the first is what the others are compared with.
+        seconds: Time for it, warm-up included. One round is made in any case.
+        narrow: Enough is known when each ratio's interval is narrower than this share of the ratio; of a
+            contender alone, its time's interval.
+        seed: Of the order within rounds.
+        clock: Returns seconds.
+        tick: Called after each round with the share of the time that is spent.
+
+    Returns:
+        All times.
+    """
+    began = clock()
+    with _without_collector():
+        typical = max(_warm_up(run, clock) for run in contenders)
+        counted = min(max(math.ceil(_BLOCK_S / typical), 1), _LARGEST_BLOCK) if typical > 0 else 1
+        lead = typical < _LEAD_BELOW_S
+        times: list[list[float]] = [[] for _ in contenders]
+        blocks: list[list[float]] = [[] for _ in contenders]
+        order, shuffle = list(range(len(contenders))), random.Random(seed)
+        look = MIN_ROUNDS
+        stopped_by: Stop | None = None
+        while stopped_by is None:
+            shuffle.shuffle(order)
+            for number in order:
+                block = _block(contenders[number], counted, lead, clock)
+                times[number] += block
+                blocks[number].append(float(np.median(block)))
+            spent = clock() - began
+            if tick:
+                tick(min(spent / seconds, 1.0) if seconds else 1.0)
+            if len(blocks[0]) >= look:
+                look = math.ceil(look * _LOOK_AGAIN)
+                stopped_by = "narrow" if _known(blocks, narrow) else None
+            if stopped_by is None and spent >= seconds:
+                stopped_by = "time"
+    return Rounds(tuple(map(tuple, times)), tuple(map(tuple, blocks)), counted, spent, stopped_by)
+
+
+def _warm_up(run: Run, clock: Clock) -> float:
+    """Run until things have settled; return how long the fastest of these runs took."""
+    fewest, most = _WARM_UP_RUNS
+    began, fastest = clock(), math.inf
+    for number in range(most):
+        start = clock()
+        run()
+        end = clock()
+        fastest = min(fastest, end - start)
+        if number + 1 >= fewest and end - began >= _WARM_UP_S:
+            break
+    return fastest
+
+
+def _block(run: Run, counted: int, lead: bool, clock: Clock) -> list[float]:
+    if lead:
+        run()
+    times = []
+    for _ in range(counted):
+        start = clock()
+        run()
+        times.append(clock() - start)
+    return times
+
+
+def _known(blocks: Sequence[Sequence[float]], narrow: float) -> bool:
+    if len(blocks) == 1:
+        found = [ratio_interval(blocks[0], np.ones(len(blocks[0])))]  # the time itself: its ratio to 1 s
+    else:
+        found = [ratio_interval(own, blocks[0]) for own in blocks[1:]]
+    return all(ratio is not None and ratio.relative_width < narrow for ratio in found)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Keep Python's garbage collector out of the times, as `timeit` does."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()

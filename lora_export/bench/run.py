@@ -1,0 +1,266 @@
+"""`run_bench`: plan, open, time, report."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from lora_export.bench.adapters import AdapterLoading, Swapping, load_adapters, measure_swapping
+from lora_export.bench.contenders import AdapterChoice, Contender
+from lora_export.bench.environment import load_average, read_environment
+from lora_export.bench.load_probe import Job, Loaded, measure_loading
+from lora_export.bench.opened import Opened, Opening, opened
+from lora_export.bench.plan import Plan, Wish, plan_bench
+from lora_export.bench.result import BenchReport, ModelFacts, Row, Table
+from lora_export.bench.rounds import Rounds, Run, measure
+from lora_export.bench.statistics import summarise
+from lora_export.bench.workloads import Workload, make_feeds
+from lora_export.errors import BackendError, LoraExportError
+from lora_export.progress import Say
+from lora_export.runtimes.device import Provider
+
+PathLike = str | os.PathLike[str]
+# Shares of the progress bar; the time of the first parts is not known before.
+_HASHED, _PROBED, _OPENED, _TIMED = 0.05, 0.2, 0.3, 0.95
+# Of the time budget, and at most so many seconds.
+_SWAPPING_SHARE, _SWAPPING_S = 0.1, 5.0
+
+
+def run_bench(
+    model: PathLike,
+    against: Sequence[PathLike] = (),
+    *,
+    adapters: Mapping[str, PathLike | None] | None = None,
+    batches: Sequence[int] = (1,),
+    sequences: Sequence[int] = (128,),
+    pasts: Sequence[int] = (),
+    provider: Provider = "cpu",
+    threads: int | None = None,
+    cuda_graph: bool = False,
+    seconds: float = 60.0,
+    narrow: float = 0.02,
+    seed: int = 0,
+    progress: Say | None = None,
+) -> BenchReport:
+    """Time models side by side.
+
+    All of them are open at once, and take turns in every round; see `lora_export.bench.rounds`. How long
+    opening takes, and how much memory, is measured before that, each model in a process of its own.
+
+    Args:
+        model: A graph or engine; the others are compared with it.
+        against: Others with the same inputs.
+        adapters: Name → file or folder; of a bank's own slot None.
+        batches: Rows of a request.
+        sequences: Tokens of a row.
+        pasts: Of models with a key-value cache: tokens in the cache when one more is decoded; empty: as
+            ``sequences``.
+        provider: ``cpu`` or ``cuda``, for graphs; engines always run on a GPU.
+        threads: ONNX Runtime's threads within one operator.
+        cuda_graph: Replay runs as CUDA graphs.
+        seconds: Time for the timed runs, all workloads together; opening and loading are extra.
+        narrow: Stop when each ratio's interval is narrower than this share of the ratio.
+        seed: Of feeds and orders.
+        progress: Called with what is being done and the share of the whole that is done.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        LoraExportError: Something can't be done; all that was found is listed. Where a model is refused by
+            its runtime alone, it is that error.
+    """
+    wish = Wish(
+        (Path(model), *map(Path, against)),
+        tuple(
+            AdapterChoice(name, None if path is None else Path(path))
+            for name, path in (adapters or {}).items()
+        ),
+        tuple(batches),
+        tuple(sequences),
+        tuple(pasts),
+        Opening(provider, threads, cuda_graph),
+        seconds,
+        narrow,
+        seed,
+    )
+    return carry_out(plan_bench(wish), progress)
+
+
+def carry_out(plan: Plan, progress: Say | None = None) -> BenchReport:
+    """Do what was planned; see `run_bench`."""
+    say = progress or (lambda _what, _share: None)
+    before = load_average()
+    say("hashing the models", 0.0)
+    hashes = [model.sha256() for model in plan.models]
+    loaded = _probe_all(plan, say)
+    with contextlib.ExitStack() as stack:
+        say("opening all models", _PROBED)
+        sessions = _open_all(plan, stack)
+        loadings = _load_all(plan, sessions)
+        runs = _trial_runs(plan, sessions)
+        tables = list(_time_all(plan, runs, say))
+        say("swapping adapters", _TIMED)
+        swapping = list(_swap_all(plan, sessions))
+    devices = [plan.wish.opening.device_of(model) for model in plan.models]
+    facts = tuple(
+        ModelFacts(
+            model.label, str(model.path), model.kind, model.mode, device, model.size_bytes, sha256, costs
+        )
+        for model, device, sha256, costs in zip(plan.models, devices, hashes, loaded, strict=True)
+    )
+    return BenchReport(
+        facts,
+        tuple(tables),
+        tuple(loadings),
+        tuple(swapping),
+        read_environment("cuda" in devices),
+        (before, load_average()),
+        _settings(plan.wish),
+        plan.wish.opening.timed(),
+        plan.notes,
+    )
+
+
+def _settings(wish: Wish) -> dict[str, object]:
+    return {
+        "seconds": wish.seconds,
+        "narrow": wish.narrow,
+        "seed": wish.seed,
+        "provider": wish.opening.provider,
+        "threads": wish.opening.threads,
+        "cuda_graph": wish.opening.cuda_graph,
+    }
+
+
+def _contender_of(plan: Plan, number: int) -> Contender:
+    """Return a model's first contender."""
+    return next(one for one in plan.contenders if one.model is plan.models[number])
+
+
+def _probe_all(plan: Plan, say: Say) -> list[Loaded]:
+    found = []
+    for number, model in enumerate(plan.models):
+        share = _HASHED + (_PROBED - _HASHED) * number / len(plan.models)
+        say(f"opening {model.label} alone", share)
+        job = Job(
+            _contender_of(plan, number),
+            plan.wish.opening,
+            plan.adapters_for(model),
+            plan.workloads,
+            plan.wish.seed,
+        )
+        found.append(measure_loading(job))
+    return found
+
+
+def _open_all(plan: Plan, stack: contextlib.ExitStack) -> list[Opened]:
+    sessions, errors = [], []
+    for model in plan.models:
+        try:
+            sessions.append(stack.enter_context(opened(model, plan.wish.opening)))
+        except LoraExportError as error:
+            errors.append((model.label, error))
+    _raise(errors, "can't be opened")
+    return sessions
+
+
+def _load_all(plan: Plan, sessions: Sequence[Opened]) -> list[AdapterLoading]:
+    found, errors = [], []
+    for number, model in enumerate(plan.models):
+        try:
+            found += load_adapters(_contender_of(plan, number), sessions[number], plan.adapters_for(model))
+        except LoraExportError as error:
+            errors.append((model.label, error))
+    _raise(errors, "can't load the adapters")
+    return found
+
+
+def _trial_runs(plan: Plan, sessions: Sequence[Opened]) -> dict[Workload, list[Run]]:
+    """Make every run that is to be timed, and run it once: what a runtime refuses is known before."""
+    runs: dict[Workload, list[Run]] = {workload: [] for workload in plan.workloads}
+    errors = []
+    for workload in plan.workloads:
+        for contender in plan.contenders:
+            try:
+                run = _runner(plan, sessions, contender, workload)
+                run()
+            except LoraExportError as error:
+                errors.append((f"{contender.label}, {workload.label}", error))
+                continue
+            except Exception as error:  # ONNX Runtime's exceptions have no common class
+                said = BackendError(f"the runtime failed: {error}")
+                errors.append((f"{contender.label}, {workload.label}", said))
+                continue
+            runs[workload].append(run)
+    _raise(errors, "can't be run")
+    return runs
+
+
+def _runner(
+    plan: Plan, sessions: Sequence[Opened], contender: Contender, workload: Workload, *adapter: str
+) -> Run:
+    number = next(n for n, model in enumerate(plan.models) if model is contender.model)
+    feeds = make_feeds(contender.model, workload, plan.wish.seed)
+    choice = {"adapter": adapter[0]} if adapter else contender.choice(workload.batch)
+    return sessions[number].runner(feeds, choice)
+
+
+def _raise(errors: Sequence[tuple[str, LoraExportError]], what: str) -> None:
+    if len(errors) == 1:
+        label, error = errors[0]
+        error.message = f"{label} {what}: {error.message}"
+        raise error
+    if errors:
+        problems = [f"{label}: {' '.join(str(error).split())}" for label, error in errors]
+        raise BackendError(f"{len(errors)} of the benchmark's models or runs {what}", problems=problems)
+
+
+def _time_all(plan: Plan, runs: Mapping[Workload, list[Run]], say: Say) -> Iterator[Table]:
+    left = plan.wish.seconds
+    for number, workload in enumerate(plan.workloads):
+        waiting = len(plan.workloads) - number
+        start = _OPENED + (_TIMED - _OPENED) * number / len(plan.workloads)
+        span = (_TIMED - _OPENED) / len(plan.workloads)
+        say(workload.label, start)
+        # What one workload leaves of its time, the next ones have.
+        rounds = measure(
+            runs[workload],
+            seconds=left / waiting,
+            narrow=plan.wish.narrow,
+            seed=plan.wish.seed + number,
+            tick=functools.partial(_tick, say, workload.label, start, span),
+        )
+        left = max(left - rounds.seconds, 0.0)
+        yield _table(plan, workload, rounds)
+
+
+def _tick(say: Say, what: str, start: float, span: float, share: float) -> None:
+    say(what, start + span * share)
+
+
+def _table(plan: Plan, workload: Workload, rounds: Rounds) -> Table:
+    rows = []
+    for number, contender in enumerate(plan.contenders):
+        latency = summarise(rounds.times_s[number])
+        per_s = 1e3 / latency.median_ms
+        tokens = workload.tokens * per_s if workload.sequence else None
+        ratio = rounds.ratio(number) if number else None
+        rows.append(Row(contender.label, latency, workload.batch * per_s, tokens, ratio))
+    return Table(workload, rounds.count, rounds.runs_per_block, rounds.stopped_by, tuple(rows))
+
+
+def _swap_all(plan: Plan, sessions: Sequence[Opened]) -> Iterator[Swapping]:
+    """Yield, of each swap model with two adapters or more, what taking turns costs in its smallest work."""
+    names = [adapter.name for adapter in plan.wish.adapters]
+    workload = min(plan.workloads, key=lambda work: (work.tokens or work.batch, work.past))
+    for model in plan.models:
+        if model.mode != "swap" or len(names) < 2:
+            continue
+        contender = Contender(model.label, model)
+        runs = [_runner(plan, sessions, contender, workload, name) for name in names]
+        seconds = min(plan.wish.seconds * _SWAPPING_SHARE, _SWAPPING_S)
+        yield measure_swapping(model.label, workload, runs, seconds)

@@ -1,0 +1,188 @@
+"""What is run: a phase with its sizes, and the feeds of exactly these sizes for each model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import ml_dtypes  # noqa: F401 - makes numpy know bfloat16 and float8 by name
+import numpy as np
+
+from lora_export.adapter import Array
+from lora_export.bench.models import BenchModel, Input
+
+Phase = Literal["run", "prefill", "decode"]
+Role = Literal["batch", "sequence", "past", "total"]
+
+_PAST = re.compile(r"^past(_key_values)?[._].*(key|value)")
+# Inputs [batch, sequence, …] under the names that exporters of Hugging Face models give them.
+_TOKENS = frozenset(
+    {"input_ids", "token_type_ids", "position_ids", "inputs_embeds"}
+    | {"decoder_input_ids", "decoder_attention_mask"}
+)
+# What a symbol's name says, the first that fits; "total_sequence" is no "sequence".
+_SYMBOLS: tuple[tuple[str, Role], ...] = (
+    ("batch", "batch"),
+    ("total", "total"),
+    ("past", "past"),
+    ("seq", "sequence"),
+    ("len", "sequence"),
+    ("token", "sequence"),
+)
+# Token ids where nobody says how many there are: any vocabulary has these.
+_SAFE_VOCABULARY = 16
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One phase of a model's work.
+
+    Attributes:
+        phase: ``run``: a model without a key-value cache; ``prefill``: the prompt's tokens with an empty
+            cache, which is the time to the first token; ``decode``: one token with a full cache.
+        batch: Rows.
+        sequence: New tokens of each row; 0 where the model reads no sequence.
+        past: Tokens of each row in the cache.
+    """
+
+    phase: Phase
+    batch: int
+    sequence: int
+    past: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of all rows."""
+        return self.batch * self.sequence
+
+    @property
+    def size(self) -> str:
+        """Sizes for people: ``8×128``, with a cache ``8×1 after 128``."""
+        text = f"{self.batch}×{self.sequence}" if self.sequence else f"{self.batch}"
+        return f"{text} after {self.past}" if self.phase == "decode" else text
+
+    @property
+    def label(self) -> str:
+        """Phase and sizes."""
+        return f"{self.phase} {self.size}"
+
+    @property
+    def sizes(self) -> dict[Role, int]:
+        """Size of a dimension of each role."""
+        return {
+            "batch": self.batch,
+            "sequence": self.sequence,
+            "past": self.past,
+            "total": self.past + self.sequence,
+        }
+
+
+def has_cache(model: BenchModel) -> bool:
+    """Whether a model reads a key-value cache."""
+    return any(_PAST.match(port.name) for port in model.inputs)
+
+
+def has_sequence(model: BenchModel) -> bool:
+    """Whether a model reads a sequence whose length varies, or tokens."""
+    return any(
+        role == "sequence" or port.name in _TOKENS for port in model.inputs for role in _roles(port, {})
+    )
+
+
+def plan_workloads(
+    model: BenchModel, batches: Sequence[int], sequences: Sequence[int], pasts: Sequence[int]
+) -> tuple[Workload, ...]:
+    """Return what a model is to run.
+
+    Args:
+        model: The model.
+        batches: Rows.
+        sequences: Tokens of a row: of a prompt, or of the whole request where there is no cache.
+        pasts: Tokens in the cache when one more is decoded; empty: as many as the prompts have.
+    """
+    if has_cache(model):
+        prompts = [Workload("prefill", batch, sequence) for batch in batches for sequence in sequences]
+        steps = [Workload("decode", batch, 1, past) for batch in batches for past in pasts or sequences]
+        return (*prompts, *steps)
+    lengths = sequences if has_sequence(model) else [0]
+    return tuple(Workload("run", batch, length) for batch in batches for length in lengths)
+
+
+def shape_problems(model: BenchModel, workload: Workload) -> Iterator[str]:
+    """Yield why a model can't take a workload, as far as its inputs tell."""
+    sizes, symbols = workload.sizes, _symbols(model)
+    for port in model.inputs:
+        for axis, (dim, role) in enumerate(zip(port.dims, _roles(port, symbols), strict=True)):
+            if role is None:
+                if not isinstance(dim, int):
+                    yield f"{port.name}: nobody knows the size of axis {axis} ({dim or 'no name'})"
+            elif isinstance(dim, int) and dim >= 0 and dim != sizes[role]:
+                yield f"{port.name} has a fixed {role} of {dim}, not {sizes[role]}"
+            elif isinstance(dim, str) and sizes[role] > (most := model.largest.get(dim, sizes[role])):
+                yield f"{port.name}: the model has positions for a {role} of {most}, not {sizes[role]}"
+
+
+def make_feeds(model: BenchModel, workload: Workload, seed: int) -> dict[str, Array]:
+    """Return feeds of exactly a workload's sizes, nothing padded: ids within the vocabulary, full masks.
+
+    The values are the same for all models that have the same inputs. `shape_problems` must be none.
+    """
+    sizes, symbols = workload.sizes, _symbols(model)
+    feeds = {}
+    for port in model.inputs:
+        shape = tuple(
+            sizes[role] if role else int(str(dim))
+            for dim, role in zip(port.dims, _roles(port, symbols), strict=True)
+        )
+        feeds[port.name] = _values(port, shape, workload, model.vocab_size, seed)
+    return feeds
+
+
+def _roles(port: Input, symbols: Mapping[str, Role]) -> tuple[Role | None, ...]:
+    """Return what each axis of an input counts; None: what the graph says itself."""
+    rank = len(port.dims)
+    if _PAST.match(port.name) and rank == 4:
+        return ("batch", None, "past", None)
+    if port.name == "attention_mask" and rank == 2:
+        return ("batch", "total")
+    if port.name in _TOKENS and rank >= 2 and not (port.name == "position_ids" and rank > 2):
+        return ("batch", "sequence", *(None for _ in range(rank - 2)))
+    return tuple(_role_of(dim, axis, symbols) for axis, dim in enumerate(port.dims))
+
+
+def _role_of(dim: int | str | None, axis: int, symbols: Mapping[str, Role]) -> Role | None:
+    if isinstance(dim, int) and dim >= 0:
+        return None
+    if isinstance(dim, str) and dim in symbols:
+        return symbols[dim]
+    for word, role in _SYMBOLS:
+        if isinstance(dim, str) and word in dim.lower():
+            return role
+    return "batch" if axis == 0 else None
+
+
+def _symbols(model: BenchModel) -> dict[str, Role]:
+    """Return the roles of symbols that stand in inputs which we know by name."""
+    return {
+        dim: role
+        for port in model.inputs
+        for dim, role in zip(port.dims, _roles(port, {}), strict=True)
+        if isinstance(dim, str) and role is not None
+    }
+
+
+def _values(port: Input, shape: tuple[int, ...], work: Workload, vocabulary: int | None, seed: int) -> Array:
+    dtype, name = np.dtype(port.dtype), port.name
+    random = np.random.default_rng([seed, *name.encode()])
+    if "mask" in name or dtype.kind == "b":
+        return np.ones(shape, dtype)
+    if name == "position_ids":
+        return np.broadcast_to(np.arange(work.past, work.past + work.sequence), shape).astype(dtype)
+    if "type" in name:
+        return np.zeros(shape, dtype)
+    if dtype.kind in "iu":
+        return random.integers(0, vocabulary or _SAFE_VOCABULARY, shape).astype(dtype)
+    # In float32 first: the same values for models of every dtype.
+    return (0.5 * random.standard_normal(shape, np.float32)).astype(dtype)

@@ -1,0 +1,172 @@
+"""`lora-export bench`: models timed side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from lora_export.bench.plan import Wish
+    from lora_export.bench.result import BenchReport
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command(short_help="Time models side by side: latency, ratio with an interval, memory, loading.")
+@click.argument("model", type=_PATH)
+@click.option("--against", multiple=True, type=_PATH, help="Another model; repeat for several.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="For models with exposed LoRA; of a bank's own slot its NAME. The first is what a swap model runs "
+    "with; with two or more, taking turns is timed as well.",
+)
+@click.option("--batch", "batches", default="1", show_default=True, help="Rows: 1,8.")
+@click.option("--sequence", "sequences", default="128", show_default=True, help="Tokens of a row: 1,128.")
+@click.option(
+    "--past", "pasts", help="Tokens in the key-value cache when one is decoded; by default as --sequence."
+)
+@click.option(
+    "--provider",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="For graphs; engines always run on a GPU.",
+)
+@click.option("--threads", type=int, help="ONNX Runtime's threads within one operator; else all cores.")
+@click.option("--cuda-graph", is_flag=True, help="Replay runs as CUDA graphs.")
+@click.option(
+    "--seconds",
+    type=float,
+    default=60.0,
+    show_default=True,
+    help="Time for all timed runs; opening is extra.",
+)
+@click.option(
+    "--narrow",
+    type=float,
+    default=0.02,
+    show_default=True,
+    help="Stop where each ratio's 95 % interval is narrower than this share of it.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of feeds and of the models' order.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--report", type=_PATH, help="Also write the JSON to a file.")
+@click.option("--plot", type=_PATH, help="Also draw it: .png or .svg.")
+@click.option("--html", type=_PATH, help="Also write a page that needs no other file.")
+@click.option("--force", is_flag=True, help="Replace these files if they exist.")
+@click.option("--dry-run", is_flag=True, help="Check everything and print what would be run; open nothing.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def bench(model: Path, as_json: bool, force: bool, dry_run: bool, quiet: bool, **options: Any) -> None:
+    """Time MODEL, and others against it: .onnx files of ONNX Runtime or .engine files of TensorRT.
+
+    All models take turns in every round, in shuffled order, so that a machine that slows down slows all of
+    them. Each is compared with MODEL: the ratio of their times, with a 95 % interval. Models with a key-value
+    cache are timed twice: prefill is a prompt with an empty cache (time to the first token), decode is one
+    token with a full one. Before that, each model is opened alone in a process of its own, for the time that
+    takes and its memory. All models are open at once: there must be memory for all.
+
+    \b
+    Example:
+      lora-export bench merged.onnx --against swap.onnx --adapter sql=my-adapter --batch 1,8 --html out.html
+    """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
+    from lora_export.bench.plan import plan_bench
+    from lora_export.bench.run import carry_out
+    from lora_export.progress import stage_progress
+    from lora_export.reports.bench_json import report_json
+    from lora_export.reports.bench_text import plan_lines, report_lines
+
+    files = {kind: options.pop(kind) for kind in ("report", "plot", "html")}
+    problems = _file_problems(files, force)
+    plan = plan_bench(_wish(model, options, problems), problems)
+    if dry_run:
+        click.echo("\n".join(plan_lines(plan)))
+        return
+    with stage_progress(quiet) as progress:
+        report = carry_out(plan, progress)
+    # Printed first: a full disk must not cost the user what was measured.
+    click.echo(report_json(report) if as_json else "\n".join(report_lines(report)))
+    _write(report, files, force)
+    if not quiet:
+        for path in filter(None, files.values()):
+            click.echo(f"wrote {path}", err=True)
+
+
+def _wish(model: Path, options: dict[str, Any], problems: list[str]) -> Wish:
+    """Return what the options ask for; what can't be read is added to ``problems``."""
+    from lora_export.bench.contenders import AdapterChoice
+    from lora_export.bench.opened import Opening
+    from lora_export.bench.plan import Wish
+
+    return Wish(
+        (model, *options["against"]),
+        tuple(map(AdapterChoice.parse, options["adapters"])),
+        _numbers("--batch", options["batches"], problems),
+        _numbers("--sequence", options["sequences"], problems),
+        _numbers("--past", options["pasts"], problems),
+        Opening(options["provider"], options["threads"], options["cuda_graph"]),
+        options["seconds"],
+        options["narrow"],
+        options["seed"],
+    )
+
+
+def _numbers(flag: str, text: str | None, problems: list[str]) -> tuple[int, ...]:
+    """Return the numbers of ``1,8``, each once."""
+    found: dict[int, None] = {}
+    for part in text.split(",") if text is not None else ():
+        try:
+            found[int(part)] = None
+        except ValueError:
+            problems.append(f"{flag} {text}: {part.strip()!r} is no whole number")
+    return tuple(found)
+
+
+def _file_problems(files: dict[str, Path | None], force: bool) -> list[str]:
+    """Return why files can't be written: known before a minute of timing rather than after it."""
+    from lora_export.errors import LoraExportError
+    from lora_export.output import refuse_replacing
+    from lora_export.reports.bench_figure import FORMATS, check_matplotlib
+
+    problems = []
+    for kind, path in files.items():
+        if path is None:
+            continue
+        if not path.parent.is_dir():
+            problems.append(f"--{kind} {path}: there is no folder {path.parent}")
+        try:
+            refuse_replacing([path], force)
+            if kind == "plot":
+                check_matplotlib()
+        except LoraExportError as error:
+            problems.append(f"--{kind} {path}: {error.message} ({error.hint})")
+        if kind == "plot" and path.suffix[1:] not in FORMATS:
+            problems.append(f"--plot {path}: wanted an ending of .{' or .'.join(FORMATS)}")
+    given = [path.resolve() for path in files.values() if path]
+    if len(set(given)) < len(given):
+        problems.append("--report, --plot, --html: two of them are the same file")
+    return problems
+
+
+def _write(report: BenchReport, files: dict[str, Path | None], force: bool) -> None:
+    """Write the files, all of them or none."""
+    from lora_export.output import OutputSet, output_errors
+    from lora_export.reports.bench_figure import write_figure
+    from lora_export.reports.bench_html import write_html
+    from lora_export.reports.bench_json import write_json
+
+    with OutputSet(force) as outputs:
+        if path := files["report"]:
+            with output_errors(path):
+                write_json(report, outputs.stage(path))
+        if path := files["plot"]:
+            with output_errors(path):
+                write_figure(report, outputs.stage(path), path.suffix[1:])
+        if path := files["html"]:
+            with output_errors(path):
+                write_html(report, outputs.stage(path))
+        outputs.commit()

@@ -1,0 +1,190 @@
+"""Laws that hold whatever the weights are: A→B→A is A again, rows don't know of each other.
+
+Each is checked while a feed's answers are at hand, and judged at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lora_export.adapter import Array
+from lora_export.parity.candidate import Candidate
+from lora_export.parity.feeds import Feed, rows_of
+from lora_export.parity.metrics import Tally, group_of, is_logits
+from lora_export.parity.result import BASE, State, Verdict, state_name
+from lora_export.parity.verdicts import Judge, finite_verdicts, groups, largest_limit
+
+# State → what both sides answered: the reference's outputs, the candidate's.
+Answers = Mapping[State, tuple[Mapping[str, Array], Mapping[str, Array]]]
+
+_AGAIN = "the same adapter again after another one gives the same bits"
+
+
+def masks_of(feed: Feed, output: str | None = None) -> list[Array]:
+    """Return the masks that tell an output's padding: of the current tokens, and with those of the past.
+
+    Args:
+        feed: It.
+        output: Where there are an encoder and a decoder, the masks are those of the side that this output is
+            of: the two may have as many tokens, and other paddings. None: of both sides.
+    """
+    current, every = feed.mask, feed.values.get("attention_mask")
+    if "decoder_input_ids" in feed.values and output is not None:
+        if "encoder" in output.replace("decoder", ""):
+            current = None
+        else:
+            every = feed.values.get("decoder_attention_mask")
+    return [mask for mask in (current, every) if mask is not None and mask.ndim == 2]
+
+
+@dataclass
+class Laws:
+    """The laws' tallies over all feeds.
+
+    Attributes:
+        candidate: What is checked.
+        tolerance: ``(rtol, atol)`` where the user gave one.
+        mixed: A bank's rows in different states, against the reference: output → tally.
+        permuted: Permuted rows, against the candidate's own rows.
+        alone: One row, against the same row of a batch.
+        again: Relative differences of A→B→A: (A, output) → the largest.
+        mixed_states: States that rows of a mixed batch were in.
+        seen: States that `permuted` and `alone` were run in.
+    """
+
+    candidate: Candidate
+    tolerance: tuple[float, float] | None = None
+    mixed: dict[str, Tally] = field(default_factory=dict)
+    permuted: dict[str, Tally] = field(default_factory=dict)
+    alone: dict[str, Tally] = field(default_factory=dict)
+    again: dict[tuple[State, str], float] = field(default_factory=dict)
+    mixed_states: set[State] = field(default_factory=set)
+    seen: set[State] = field(default_factory=set)
+    _turn: int = 0
+    _feeds: int = 0
+
+    def check(self, feed: Feed, answers: Answers, pairs: Mapping[str, str]) -> None:
+        """Check what can be checked on a feed.
+
+        Args:
+            feed: It.
+            answers: Of every state that can be compared.
+            pairs: The candidate's output → the reference's.
+        """
+        states = list(answers)
+        if self.candidate.switches and len(states) > 1:
+            # The last one ran just now: nothing would be between.
+            self._again(feed, answers, states[self._feeds % (len(states) - 1)])
+            self._feeds += 1
+        if feed.batch < 2 or not self._takes_rows(feed):
+            return
+        rows = self._rows(states, feed.batch)
+        got = self.candidate.run(feed.values, rows)
+        names = [name for name in pairs if got[name].shape[:1] == (feed.batch,)]
+        if len(set(rows)) > 1:
+            self.mixed_states |= set(rows)
+            wanted = {
+                name: np.stack([answers[state][0][pairs[name]][row] for row, state in enumerate(rows)])
+                for name in names
+            }
+            self._add(self.mixed, feed, names, wanted, got)
+        self.seen |= set(rows)
+        order = list(reversed(range(feed.batch)))
+        turned = self.candidate.run(rows_of(feed, order).values, [rows[row] for row in order])
+        back = {name: turned[name][order] for name in names}
+        self._add(self.permuted, feed, names, got, back)
+        one = self._turn % feed.batch
+        only = rows_of(feed, [one])
+        lone = self.candidate.run(only.values, rows[one : one + 1])
+        kept = {name: got[name][one : one + 1] for name in names}
+        self._add(self.alone, only, names, kept, lone)
+
+    def _takes_rows(self, feed: Feed) -> bool:
+        """Whether the batch can have another size: the first dimension of every input with one varies."""
+        return all(
+            port.name in feed.shared or (bool(port.shape) and not isinstance(port.shape[0], int))
+            for port in self.candidate.about.ports
+            if port.name in feed.values
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """What could not be checked."""
+        if not self.permuted:
+            return [
+                "no batch of several rows whose size can be changed: permuted and lone rows were not checked"
+            ]
+        if self.candidate.about.mode == "bank" and not self.mixed:
+            return ["rows with different adapters in one batch were not checked: there is one state only"]
+        return []
+
+    def _rows(self, states: Sequence[State], batch: int) -> list[State]:
+        """Choose each row's state; the next feed begins with another one."""
+        self._turn += 1
+        if self.candidate.about.mode == "bank":
+            return [states[(row + self._turn) % len(states)] for row in range(batch)]
+        return [states[self._turn % len(states)]] * batch
+
+    def _again(self, feed: Feed, answers: Answers, state: State) -> None:
+        again = self.candidate.run(feed.values, (state,) * feed.batch)
+        for name, values in again.items():
+            before = answers[state][1][name]
+            if np.array_equal(before, values, equal_nan=before.dtype.kind == "f"):
+                difference = 0.0
+            else:
+                exact, found = before.astype(np.float64), values.astype(np.float64)
+                difference = float(np.linalg.norm(found - exact) / (np.linalg.norm(exact) or 1.0))
+            # max() would keep what was there before a NaN.
+            known = self.again.get((state, name), 0.0)
+            self.again[state, name] = difference if math.isnan(difference) else max(known, difference)
+
+    def _add(
+        self,
+        into: dict[str, Tally],
+        feed: Feed,
+        names: Iterable[str],
+        wanted: Mapping[str, Array],
+        got: Mapping[str, Array],
+    ) -> None:
+        for name in names:
+            tally = into.setdefault(name, Tally(is_logits(name), self.tolerance))
+            tally.add(wanted[name], got[name], None, None, None, masks_of(feed, name))
+
+    def judge(self, judge: Judge) -> list[Verdict]:
+        """Return the verdicts; the states must have been judged before, for their limits."""
+        verdicts: list[Verdict] = []
+        if self.again:
+            verdicts.append(self._judge_again(judge))
+        for name, found, states in (
+            ("mixed batch", self.mixed, self.mixed_states),
+            ("permuted rows", self.permuted, self.seen),
+            ("row alone", self.alone, self.seen),
+        ):
+            if not found:
+                continue
+            label = ", ".join(sorted(state_name(state) for state in states))
+            broken = [entry for entry in finite_verdicts(BASE, found, name) if not entry.passed]
+            verdicts += [Verdict(**{**vars(entry), "state": label}) for entry in broken]
+            for group, members in groups(found).items():
+                limit = largest_limit(judge.limits, states, group)
+                verdicts += judge.errors(label, group, members, limit, name)
+        return verdicts
+
+    def _judge_again(self, judge: Judge) -> Verdict:
+        exact = self.candidate.about.provider == "cpu"
+        why = _AGAIN if exact else "a GPU's kernels may add up in another order: as the relative error"
+
+        def limit(state: State, output: str) -> float:
+            return 0.0 if exact else judge.limits[state, group_of(output)].relative
+
+        def beyond(entry: tuple[State, str]) -> float:
+            value = self.again[entry]
+            return math.inf if math.isnan(value) else value - limit(*entry)
+
+        worst = max(self.again, key=beyond)
+        value, largest = self.again[worst], limit(*worst)
+        return Verdict("law", "A→B→A", state_name(worst[0]), "", value, largest, value <= largest, why)

@@ -1,0 +1,264 @@
+"""How far two runs are apart, added up feed by feed, so that no outputs have to be kept.
+
+Everything is computed in float64. *Positions* are the vectors along an output's last axis: of logits one for
+each token. Positions that are padding are left out, see `valid_positions`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_export.adapter import Array
+from lora_export.parity.result import OutputMetrics
+
+Doubles = NDArray[np.float64]
+_TOP = 5
+
+
+def group_of(output: str) -> str:
+    """Return the name of an output's group: layers are ``*``, as in ``present.*.key``."""
+    return re.sub(r"(?<![A-Za-z_])\d+", "*", output)
+
+
+def is_logits(output: str) -> bool:
+    """Whether an output's last axis is a distribution before its softmax."""
+    return output.rpartition(".")[2].endswith("logits")
+
+
+def valid_positions(shape: tuple[int, ...], masks: Sequence[Array]) -> NDArray[np.bool_] | None:
+    """Return which positions of an output are not padding, ``shape[:-1]``; None: all of them.
+
+    What a model computes at a padded position means nothing, and implementations differ there.
+
+    Args:
+        shape: The output's: ``(batch, sequence, …)``, or of a cache ``(batch, heads, total, dim)``.
+        masks: ``(batch, sequence)`` or ``(batch, total)``: the first of the output's length counts.
+    """
+    if len(shape) < 3:
+        return None
+    axis = 2 if len(shape) == 4 else 1
+    for mask in masks:
+        if mask.shape == (shape[0], shape[axis]):
+            kept = mask.astype(bool)
+            return np.broadcast_to(kept[:, None, :] if axis == 2 else kept, shape[:-1])
+    return None
+
+
+def _positions(values: Array, valid: NDArray[np.bool_] | None) -> Doubles:
+    """Return the positions to compare as rows of a matrix."""
+    rows = values[valid] if valid is not None else values.reshape(-1, values.shape[-1] if values.ndim else 1)
+    return rows.astype(np.float64)
+
+
+def _squares(rows: Doubles) -> Doubles:
+    squares: Doubles = np.einsum("ij,ij->i", rows, rows)
+    return squares
+
+
+def _infinite(rows: Doubles) -> int:
+    return int(rows.size - np.isfinite(rows).sum())
+
+
+@dataclass
+class Distance:
+    """The distance of one run from the reference.
+
+    Attributes:
+        squared: ‖difference‖².
+        worst_squared: Largest ‖difference‖² of a position.
+        max_abs: Largest absolute difference.
+        sum_abs: Sum of the absolute differences.
+        along: (run − reference without the adapter) · (reference with − without it).
+        dot: run · reference.
+        norm_squared: ‖run‖².
+        kl: Sum over positions of KL(reference‖run).
+        top1: Positions with the same largest logit.
+        top5: Sum of the shares of the largest that are the same.
+        infinite: How many values are NaN or infinite.
+        beyond: Largest |difference| / (atol + rtol · |reference|), where a tolerance was given.
+    """
+
+    squared: float = 0.0
+    worst_squared: float = 0.0
+    max_abs: float = 0.0
+    sum_abs: float = 0.0
+    along: float = 0.0
+    dot: float = 0.0
+    norm_squared: float = 0.0
+    kl: float = 0.0
+    top1: int = 0
+    top5: float = 0.0
+    infinite: int = 0
+    beyond: float = 0.0
+
+
+@dataclass
+class Tally:
+    """One output in one state, over all feeds so far.
+
+    Attributes:
+        logits: Compare distributions as well.
+        tolerance: ``(rtol, atol)``, where the user gave one.
+        values: Number of values compared.
+        positions: Number of positions.
+        wanted_squared: ‖reference‖².
+        moved_squared: ‖reference with − without the adapter‖².
+        infinite: How many values of the reference are NaN or infinite.
+        got: The candidate's distance.
+        own: PyTorch's, run in the candidate's dtype; None where it was not run.
+        moved: There was a run without the adapter to compare with.
+    """
+
+    logits: bool = False
+    tolerance: tuple[float, float] | None = None
+    values: int = 0
+    positions: int = 0
+    wanted_squared: float = 0.0
+    moved_squared: float = 0.0
+    infinite: int = 0
+    got: Distance = field(default_factory=Distance)
+    own: Distance | None = None
+    moved: bool = False
+
+    def add(
+        self,
+        wanted: Array,
+        got: Array,
+        own: Array | None,
+        without: Array | None,
+        got_without: Array | None,
+        masks: Sequence[Array] = (),
+    ) -> None:
+        """Add one feed.
+
+        Args:
+            wanted: The reference's values.
+            got: The candidate's, of the same shape.
+            own: PyTorch's in the candidate's dtype.
+            without: The reference's without the adapter.
+            got_without: The candidate's without the adapter, where it can do without.
+            masks: The feed's, see `valid_positions`.
+        """
+        valid = valid_positions(wanted.shape, masks)
+        exact = _positions(wanted, valid)
+        base = None if without is None else _positions(without, valid)
+        self.values += exact.size
+        self.positions += len(exact)
+        self.moved = self.moved or base is not None
+        infinite = _infinite(exact) + (0 if base is None else _infinite(base))
+        self.infinite += infinite
+        if infinite:
+            # Nothing can be measured against it; what is infinite on the other side is said as well.
+            self.got.infinite += _infinite(_positions(got, valid))
+            return
+        self.wanted_squared += float(_squares(exact).sum())
+        if base is not None:
+            self.moved_squared += float(_squares(exact - base).sum())
+        own_base = None if got_without is None else _positions(got_without, valid)
+        if own_base is not None and _infinite(own_base):
+            own_base = None  # its own state says so
+        self._measure(self.got, exact, _positions(got, valid), base, own_base)
+        if own is not None:
+            self.own = self.own or Distance()
+            self._measure(self.own, exact, _positions(own, valid), base, None)
+
+    def _measure(
+        self, into: Distance, exact: Doubles, found: Doubles, base: Doubles | None, found_base: Doubles | None
+    ) -> None:
+        infinite = _infinite(found)
+        into.infinite += infinite
+        if infinite or not exact.size:
+            return
+        difference = found - exact
+        squares = _squares(difference)
+        into.squared += float(squares.sum())
+        into.worst_squared = max(into.worst_squared, float(squares.max()))
+        into.max_abs = max(into.max_abs, float(np.abs(difference).max()))
+        into.sum_abs += float(np.abs(difference).sum())
+        if self.tolerance is not None:
+            rtol, atol = self.tolerance
+            with np.errstate(divide="ignore", invalid="ignore"):
+                beyond = np.nan_to_num(np.abs(difference) / (atol + rtol * np.abs(exact)), nan=0.0)
+            into.beyond = max(into.beyond, float(beyond.max()))
+        into.dot += float(np.einsum("ij,ij->", found, exact))
+        into.norm_squared += float(_squares(found).sum())
+        if base is not None:
+            # Against the candidate's own base, what both runs round in the same way cancels.
+            start = base if found_base is None else found_base
+            into.along += float(np.einsum("ij,ij->", found - start, exact - base))
+        if self.logits:
+            _add_logits(into, exact, found)
+
+    @property
+    def wanted_norm(self) -> float:
+        """‖reference‖."""
+        return math.sqrt(self.wanted_squared)
+
+    def relative(self, of: Distance) -> float:
+        """Return ‖difference‖ / ‖reference‖; against zeros the difference's norm itself."""
+        return math.sqrt(of.squared) / (self.wanted_norm or 1.0)
+
+    def worst(self, of: Distance) -> float:
+        """Return the worst position's ‖difference‖ to the root mean square norm of the positions."""
+        mean = math.sqrt(self.wanted_squared / self.positions) if self.positions else 0.0
+        return math.sqrt(of.worst_squared) / (mean or 1.0)
+
+    @property
+    def effect(self) -> float:
+        """‖with − without‖ / ‖with‖."""
+        return math.sqrt(self.moved_squared) / (self.wanted_norm or 1.0)
+
+    def error_over_effect(self, of: Distance) -> float:
+        """Return ‖difference‖ / ‖with − without‖; Inf where nothing moved."""
+        return math.sqrt(of.squared / self.moved_squared) if self.moved_squared else math.inf
+
+    def applied(self, of: Distance) -> float:
+        """Return which share of the adapter's effect there is: 1 all of it, 0 none, 2 twice."""
+        return of.along / self.moved_squared if self.moved_squared else math.nan
+
+    def metrics(self, state: str, output: str) -> OutputMetrics:
+        """Return the figures of the candidate."""
+        got, each = self.got, max(self.positions, 1)
+        lost = bool(got.infinite or self.infinite)
+        length = math.sqrt(got.norm_squared * self.wanted_squared)
+
+        def shown(value: float) -> float:
+            return math.nan if lost else value
+
+        has_effect = self.moved and self.moved_squared > 0
+        return OutputMetrics(
+            state,
+            output,
+            max_abs=shown(got.max_abs),
+            mean_abs=shown(got.sum_abs / max(self.values, 1)),
+            relative=shown(self.relative(got)),
+            worst_position=shown(self.worst(got)),
+            cosine=shown(got.dot / length if length else 1.0),
+            own_relative=None if self.own is None else self.relative(self.own),
+            effect=self.effect if self.moved else None,
+            error_over_effect=shown(self.error_over_effect(got)) if has_effect else None,
+            kl=shown(got.kl / each) if self.logits else None,
+            top1=shown(got.top1 / each) if self.logits else None,
+            top5=shown(got.top5 / each) if self.logits else None,
+        )
+
+
+def _add_logits(into: Distance, exact: Doubles, found: Doubles) -> None:
+    wanted, got = _log_softmax(exact), _log_softmax(found)
+    into.kl += float((np.exp(wanted) * (wanted - got)).sum())
+    into.top1 += int((exact.argmax(-1) == found.argmax(-1)).sum())
+    count = min(_TOP, exact.shape[-1])
+    tops = [np.argpartition(rows, -count, axis=-1)[:, -count:] for rows in (exact, found)]
+    into.top5 += float((tops[0][:, :, None] == tops[1][:, None, :]).sum() / count)
+
+
+def _log_softmax(rows: Doubles) -> Doubles:
+    shifted = rows - rows.max(-1, keepdims=True)
+    result: Doubles = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result

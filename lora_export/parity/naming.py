@@ -1,0 +1,40 @@
+"""The adapters of a check, by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lora_export.adapter import Adapter
+from lora_export.errors import AdapterError
+from lora_export.formats import load_adapter
+
+One = str | os.PathLike[str] | Adapter
+Adapters = One | Sequence[One] | Mapping[str, One]
+
+
+def named_adapters(given: Adapters) -> dict[str, Adapter]:
+    """Read adapters; those without a name are called as their files are.
+
+    Raises:
+        AdapterError: Two have one name, or one can't be read.
+    """
+    if isinstance(given, Mapping):
+        return {name: _read(one) for name, one in given.items()}
+    listed = [given] if isinstance(given, str | os.PathLike | Adapter) else list(given)
+    found: dict[str, Adapter] = {}
+    for one in listed:
+        adapter = _read(one)
+        if adapter.name in found:
+            raise AdapterError(
+                f"two adapters are called '{adapter.name}'",
+                "give them names: NAME=PATH",
+                [found[adapter.name].source, adapter.source],
+            )
+        found[adapter.name] = adapter
+    return found
+
+
+def _read(one: One) -> Adapter:
+    return one if isinstance(one, Adapter) else load_adapter(Path(one))

@@ -1,0 +1,227 @@
+"""What a parity check found, as data: verdicts with numbers and limits, metrics, where the error begins.
+
+Nothing here computes or prints: the reports (`lora_export.reports.parity_*`) read it, `as_dict` is the JSON.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+FORMAT = 1
+# Adapters of one row with their weights; () is the base. Hashable, so that results are kept by it.
+State = tuple[tuple[str, float], ...]
+BASE: State = ()
+Kind = Literal["finite", "error", "effect", "tokens", "law"]
+
+
+def state_of(adapter: str) -> State:
+    """Return the state in which one adapter is active with its full strength."""
+    return ((adapter, 1.0),)
+
+
+def state_name(state: State) -> str:
+    """Return what a state is called in reports: ``no adapter``, ``json``, ``0.7 json + 0.3 pirate``."""
+    if not state:
+        return "no adapter"
+    return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in state)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One thing that was checked.
+
+    Attributes:
+        kind: ``finite`` (NaN, Inf), ``error`` (distance from the reference), ``effect`` (the adapter is
+            applied), ``tokens`` (greedy generation) or ``law``.
+        name: What was checked, in a few words: ``relative error``, ``A→B→A``.
+        state: `state_name` of what was active.
+        output: Name of the output, of a group of outputs (``present.*``), or "".
+        value: What was found; NaN where it could not be computed.
+        limit: Largest value that passes; Inf where nothing was proven, see ``counted``.
+        passed: Whether it passes.
+        why: Why the limit is what it is, or what went wrong; one line.
+        counted: It is proof of something. False for an adapter without effect: said, but proves nothing.
+    """
+
+    kind: Kind
+    name: str
+    state: str
+    output: str
+    value: float
+    limit: float
+    passed: bool
+    why: str = ""
+    counted: bool = True
+
+
+@dataclass(frozen=True)
+class OutputMetrics:
+    """How far one output of the candidate is from the reference's, over all feeds of a state.
+
+    Attributes:
+        state: `state_name`.
+        output: Name of the output.
+        max_abs: Largest absolute difference.
+        mean_abs: Mean absolute difference.
+        relative: ‖candidate − reference‖ / ‖reference‖.
+        worst_position: The same for the worst vector along the last axis, to the mean vector's norm.
+        cosine: Cosine of the two, over everything.
+        own_relative: ``relative`` of PyTorch itself, run in the candidate's dtype; None where it was not run.
+        effect: ‖with − without‖ / ‖with‖: how far the adapter moves the reference; None for the base.
+        error_over_effect: ‖candidate − reference‖ / ‖with − without‖; None for the base or without effect.
+        kl: Mean Kullback-Leibler divergence KL(reference‖candidate) in nats, of logits.
+        top1: Share of positions whose largest logit is the same one.
+        top5: Mean share of the five largest logits that are the same.
+    """
+
+    state: str
+    output: str
+    max_abs: float
+    mean_abs: float
+    relative: float
+    worst_position: float
+    cosine: float
+    own_relative: float | None = None
+    effect: float | None = None
+    error_over_effect: float | None = None
+    kl: float | None = None
+    top1: float | None = None
+    top5: float | None = None
+
+
+@dataclass(frozen=True)
+class ModuleRow:
+    """One target module in the table of where the error begins.
+
+    Attributes:
+        module: Path in the base model.
+        error_in: Relative error of what goes into it; NaN where the graph does not show it.
+        error_out: Relative error of what comes out of it.
+        own_out: Relative error of PyTorch in the candidate's dtype there; NaN where it was not run.
+        effect: ‖with − without‖ / ‖with‖ of its output.
+        jumped: The error jumps here.
+    """
+
+    module: str
+    error_in: float
+    error_out: float
+    own_out: float
+    effect: float
+    jumped: bool = False
+
+
+@dataclass(frozen=True)
+class Localisation:
+    """Where the error begins.
+
+    Attributes:
+        state: `state_name` of the run that was looked at.
+        module: The first module whose error jumps; "" where none does.
+        rows: The modules that were looked at, in the order of the computation.
+        looked_at: How many modules were run with their outputs exposed.
+        of: How many the graph has.
+        note: What else is to be said: modules that could not be found in the graph, why there is no table.
+    """
+
+    state: str
+    module: str
+    rows: tuple[ModuleRow, ...] = ()
+    looked_at: int = 0
+    of: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Up to a few thousand values of one output, reference against candidate, for a plot."""
+
+    state: str
+    output: str
+    reference: tuple[float, ...]
+    candidate: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Greedy tokens of one prompt.
+
+    Attributes:
+        state: `state_name`.
+        prompt: Token ids.
+        reference: Tokens that the reference chose.
+        candidate: Tokens that the candidate chose.
+        equal: How many are equal from the beginning.
+        tie: The first difference is between two tokens that the reference itself hardly tells apart.
+    """
+
+    state: str
+    prompt: tuple[int, ...]
+    reference: tuple[int, ...]
+    candidate: tuple[int, ...]
+    equal: int
+    tie: bool = False
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """What a parity check found.
+
+    Attributes:
+        reference: What was compared with: ``kind`` (checkpoint, onnx, saved), ``path``, ``dtype``.
+        candidate: What was checked: ``path``, ``mode`` (plain, merged, swap, bank), ``runtime``,
+            ``provider``, ``dtype``, ``sha256``.
+        adapters: For each: ``name``, ``sha256``, ``modules`` (how many), ``scaling`` (smallest and largest).
+        feeds: For each: ``label`` and ``shapes`` (input → list of sizes).
+        tolerance: ``auto`` or ``rtol,atol`` as given.
+        verdicts: Everything that was checked.
+        metrics: Numbers for each state and output.
+        localisation: Where the error begins; None where all passed or it could not be looked for.
+        generated: Greedy tokens, where they were asked for.
+        scatter: Values for a plot.
+        notes: What a user should know that is no verdict.
+        environment: Versions of packages, processor, provider.
+        seconds: How long it took.
+    """
+
+    reference: Mapping[str, Any]
+    candidate: Mapping[str, Any]
+    adapters: tuple[Mapping[str, Any], ...]
+    feeds: tuple[Mapping[str, Any], ...]
+    tolerance: str
+    verdicts: tuple[Verdict, ...]
+    metrics: tuple[OutputMetrics, ...]
+    localisation: Localisation | None = None
+    generated: tuple[Generated, ...] = ()
+    scatter: tuple[Scatter, ...] = ()
+    notes: tuple[str, ...] = ()
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    format: int = FORMAT
+
+    @property
+    def failed(self) -> tuple[Verdict, ...]:
+        """The verdicts that did not pass."""
+        return tuple(verdict for verdict in self.verdicts if not verdict.passed)
+
+    @property
+    def passed(self) -> bool:
+        """Everything passed, and something was proven."""
+        return not self.failed and any(verdict.counted for verdict in self.verdicts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON; NaN and infinities are the texts ``nan``, ``inf``, ``-inf``."""
+        data = {"passed": self.passed, **asdict(self)}
+        return {key: _plain(value) for key, value in data.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value

@@ -1,0 +1,154 @@
+"""What the plots of a parity report are made of: axes, points, lines and a frame, as SVG text.
+
+Colours are classes of the page's CSS. Points have a ``title``, which browsers show under the mouse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from lora_export.reports.parity_words import printable
+
+LEFT, RIGHT, TOP, BOTTOM = 62.0, 14.0, 14.0, 46.0
+_TICKS = 7
+# Between these, powers of ten and differences are numbers that a float holds.
+_SMALLEST, LARGEST = -300, 1e300
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis: values to pixels.
+
+    Attributes:
+        low: Smallest value, or its logarithm where ``log``.
+        high: Largest value, the same.
+        start: Pixel of ``low``.
+        end: Pixel of ``high``.
+        log: Whether the axis is logarithmic.
+    """
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def at(self, value: float) -> float:
+        """Return the pixel of a finite value; what lies outside, and zero on a log axis, is at the end."""
+        place = (math.log10(value) if value > 0 else self.low) if self.log else value
+        part = (min(max(place, self.low), self.high) - self.low) / (self.high - self.low)
+        return self.start + part * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        """Return the values that get a label: powers of ten, or round numbers."""
+        span = self.high - self.low
+        if self.log:
+            step = max(1, math.ceil(span / _TICKS))
+            return [10.0**power for power in range(round(self.low), round(self.high) + 1, step)]
+        unit = 10.0 ** math.floor(math.log10(span / _TICKS))
+        step_size = next(unit * times for times in (1, 2, 5, 10, 20) if span / (unit * times) <= _TICKS)
+        return [
+            i * step_size
+            for i in range(math.ceil(self.low / step_size), math.floor(self.high / step_size) + 1)
+        ]
+
+    def label(self, value: float) -> str:
+        """Return what a tick is called."""
+        return f"1e{round(math.log10(value))}" if self.log else f"{value:.6g}"
+
+
+def log_axis(values: Iterable[float], start: float, end: float) -> Axis | None:
+    """Return an axis of whole powers of ten around all that have a logarithm; None where none has."""
+    powers = [math.log10(value) for value in values if 0 < value <= LARGEST]
+    if not powers:
+        return None
+    low = max(math.floor(min(powers)), _SMALLEST)
+    return Axis(low, max(math.ceil(max(powers)), low + 1), start, end, log=True)
+
+
+def linear_axis(values: Sequence[float], start: float, end: float) -> Axis:
+    """Return an axis around values, of which there is one at least, with a little air."""
+    low, high = min(values), max(values)
+    air = 0.04 * (high - low) or 0.1 * abs(high) or 1.0
+    return Axis(low - air, high + air, start, end)
+
+
+def frame(width: float, height: float, x: Axis | None, y: Axis, x_said: str, y_said: str) -> list[str]:
+    """Return grid, labels of the ticks and names of the axes; without ``x`` no vertical ones."""
+    right, bottom = width - RIGHT, height - BOTTOM
+    parts = [f'<rect class="frame" x="{LEFT}" y="{TOP}" width="{right - LEFT}" height="{bottom - TOP}"/>']
+    for value in y.ticks():
+        at = y.at(value)
+        parts.append(segment("grid", LEFT, at, right, at) + label(LEFT - 6, at + 4, y.label(value), "end"))
+    for at, said in [(x.at(value), x.label(value)) for value in x.ticks()] if x is not None else []:
+        parts.append(segment("grid", at, TOP, at, bottom) + label(at, bottom + 16, said, "middle"))
+    parts.append(label((LEFT + right) / 2, height - 8, x_said, "middle", "axis"))
+    middle = (TOP + bottom) / 2
+    turned = f'transform="rotate(-90 14 {middle:.1f})"'
+    parts.append(label(14, middle, y_said, "middle", "axis", turned))
+    return parts
+
+
+def label(x: float, y: float, said: str, anchor: str = "start", kind: str = "tick", more: str = "") -> str:
+    """Return a text of the picture."""
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<text class="{kind}" {place} {more}>{safe(said)}</text>'
+
+
+def segment(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
+    """Return a straight line."""
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def dot(x: float, y: float, kind: str, said: str, radius: float = 4.0) -> str:
+    """Return a round point that says what it is."""
+    return (
+        f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{safe(said)}</title></circle>'
+    )
+
+
+def cross(x: float, y: float, kind: str, said: str) -> str:
+    """Return a point in the form of a ×, so that not only its colour tells it from others."""
+    strokes = "".join(f"M{x - 5:.1f} {y + way * 5:.1f}L{x + 5:.1f} {y - way * 5:.1f}" for way in (-1, 1))
+    return f'<path class="{kind} cross" d="{strokes}"><title>{safe(said)}</title></path>'
+
+
+def curve(kind: str, points: Iterable[tuple[float, float] | None]) -> str:
+    """Return a line through points, with a gap at each None."""
+    strokes, pen = [], "M"
+    for point in points:
+        if point is None:
+            pen = "M"
+        else:
+            strokes.append(f"{pen}{point[0]:.1f} {point[1]:.1f}")
+            pen = "L"
+    return f'<path class="{kind} curve" d="{"".join(strokes)}"/>' if strokes else ""
+
+
+def figure(
+    width: float, height: float, words: str, parts: Iterable[str], caption: str, missing: int = 0
+) -> str:
+    """Return the whole picture with its caption.
+
+    Args:
+        width: Size in the picture's own unit; the page scales it.
+        height: The same.
+        words: What it shows, for who can't see it.
+        parts: SVG.
+        caption: HTML, what stands below.
+        missing: How many points had no place.
+    """
+    left_out = f" Not drawn, because no finite number: {missing}." if missing else ""
+    return (
+        f'<figure style="max-width:{width:g}px"><svg viewBox="0 0 {width:g} {height:g}" role="img" '
+        f'aria-label="{safe(words + left_out)}">{"".join(parts)}</svg>'
+        f"<figcaption>{caption}{left_out}</figcaption></figure>"
+    )
+
+
+def safe(text: object) -> str:
+    """Return a text that is nothing but text in HTML, in a quoted attribute and in SVG."""
+    return escape(printable(text), quote=True)

@@ -1,0 +1,142 @@
+"""Where the parameters that an adapter changes are in a PyTorch model.
+
+An adapter's paths are those of the model in the process that trained it. They differ where the model was
+wrapped, is another class of the same family, has modules that transformers has renamed since, or where the
+file writes underscores for dots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_export.adapter import Adapter
+from lora_export.checkpoint import Checkpoint
+from lora_export.checkpoint_names import Names, Part
+from lora_export.errors import LoraExportError
+from lora_export.sites import names
+
+if TYPE_CHECKING:
+    import torch
+
+_SHOWN = 4
+
+
+class NoPlace(Exception):
+    """Why a part of an adapter can't act on the model; caught in `torch_branches.bind`."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A parameter or a buffer, by the module that holds it; hashable, so that what stood there can be kept.
+
+    Attributes:
+        module: The module.
+        name: The parameter's own name in it.
+    """
+
+    module: torch.nn.Module
+    name: str
+
+    def get(self) -> torch.Tensor:
+        """Return what is there now."""
+        values: torch.Tensor = getattr(self.module, self.name)
+        return values
+
+    def put(self, values: torch.Tensor) -> None:
+        """Put other values there; the same name in other modules, tied to it, keeps its own."""
+        import torch
+
+        if self.name not in self.module._parameters:
+            self.module._buffers[self.name] = values
+        elif isinstance(values, torch.nn.Parameter):
+            self.module._parameters[self.name] = values
+        else:
+            self.module._parameters[self.name] = torch.nn.Parameter(values, requires_grad=False)
+
+
+class Places:
+    """Finds parameters and buffers of a model by the paths that adapters have for them.
+
+    Args:
+        model: Where to look.
+        folder: Its checkpoint, whose names may be those of an older transformers; None: there is none.
+    """
+
+    def __init__(self, model: torch.nn.Module, folder: Path | None = None) -> None:
+        # Tied parameters have a place under each of their names.
+        self._known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self._known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+        self._flat = names.Flattened(self._known)
+        self._folder = folder
+
+    def finder(self, adapter: Adapter) -> Finder:
+        """Return what finds one adapter's parameters: one change of prefix holds for all of them."""
+        wanted = [f"{module.path}.{module.parameter}" for module in adapter.modules.values()]
+        prefixes: Sequence[names.Prefix] = ()
+        if not adapter.flattened:
+            prefixes = names.find_prefixes([*wanted, *adapter.extras], self._known)
+        return Finder(self, adapter.flattened, prefixes)
+
+    def named(self, parameter: str, prefixes: Sequence[names.Prefix]) -> list[str]:
+        """Return the model's names that a dotted path may stand for; the surest way that finds any."""
+        if parameter in self._known:
+            return [parameter]
+        changed = {name for prefix in prefixes if (name := prefix.apply(parameter)) in self._known}
+        if changed:
+            return sorted(str(name) for name in changed)
+        return [name for name in self._known if name.endswith(f".{parameter}")]
+
+    def flattened(self, parameter: str) -> list[str]:
+        """Return the model's names that a path with underscores may stand for."""
+        return self._flat.find(parameter)
+
+    def stored(self, parameter: str) -> list[tuple[str, Part]]:
+        """Return the model's names of a tensor that the checkpoint stores under an older name."""
+        return self._by_stored.get(parameter, [])
+
+    @cached_property
+    def _by_stored(self) -> dict[str, list[tuple[str, Part]]]:
+        if self._folder is None:
+            return {}
+        try:
+            table = Names(Checkpoint.open(self._folder))
+        except LoraExportError:  # not safetensors: transformers has loaded it, we can't list it
+            return {}
+        found: dict[str, list[tuple[str, Part]]] = {}
+        for name in sorted(self._known):
+            parts = table.find(name)
+            for part in () if isinstance(parts, str) else parts:
+                found.setdefault(part.tensor, []).append((name, part))
+        return found
+
+
+class Finder:
+    """Finds one adapter's parameters; made by `Places.finder`."""
+
+    def __init__(self, places: Places, flattened: bool, prefixes: Sequence[names.Prefix]) -> None:
+        self._places, self._is_flattened, self._prefixes = places, flattened, prefixes
+
+    def find(self, parameter: str) -> tuple[str, Part | None] | str:
+        """Return the model's name of a parameter, or why there is none.
+
+        With the name comes a `Part` where the path means only one expert, or some rows, of that parameter.
+        """
+        if self._is_flattened:
+            found = self._places.flattened(parameter)
+        else:
+            found = self._places.named(parameter, self._prefixes)
+        if len(found) > 1:
+            shown = ", ".join(sorted(found)[:_SHOWN])
+            return f"ambiguous: may be {shown}{', …' if len(found) > _SHOWN else ''}"
+        if found:
+            return found[0], None
+        stored = [] if self._is_flattened else self._places.stored(parameter)
+        if len(stored) == 1:
+            name, part = stored[0]
+            whole = part.expert is None and part.piece == (0, 1)
+            return name, None if whole else part
+        return "the model has no parameter of that name"

@@ -1,0 +1,162 @@
+"""Parity reports with realistic numbers and with hostile ones, for the tests of what is written of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from lora_export.parity.result import (
+    Generated,
+    Localisation,
+    ModuleRow,
+    OutputMetrics,
+    ParityReport,
+    Scatter,
+    Verdict,
+)
+
+SHA = {"candidate": "c0" * 32, "json": "1a" * 32, "pirate": "2b" * 32, "reference": "3d" * 32}
+STATES = ("no adapter", "json", "pirate", "0.7 json + 0.3 pirate")
+OUTPUTS = ("logits", "hidden_states", *(f"present.{i}.{part}" for i in range(5) for part in ("key", "value")))
+PROJECTIONS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+CULPRIT = "model.layers.7.self_attn.v_proj"
+# What breaks a page, a terminal, XML, a file name's encoding or an SVG.
+HOSTILE = (
+    "<script>document.title='owned'</script>",
+    '"><img src=x onerror="document.title=\'owned\'">',
+    "]]></failure><b>&amp;&#0;",
+    "\x00\x01\x1b[31mred\x07\r\nnext\tline",
+    "lone \udc80 surrogate \ufffe\uffff",
+    "right-to-left \u202eevil\u202c\u2028",
+    "naïve 模型 🦜 Ω",
+    "</style></title><style>*{display:none}",
+)
+
+
+def good(seed: int = 0, **changes) -> ParityReport:
+    """A float16 swap of two adapters that passes: about 60 verdicts."""
+    rng = np.random.default_rng(seed)
+    verdicts, metrics = [], []
+    for state in STATES:
+        adapted = state != "no adapter"
+        verdicts.append(Verdict("finite", "finite", state, "all outputs", 0.0, 0.0, True, "no NaN, no Inf"))
+        for output in OUTPUTS:
+            relative = float(3e-4 * rng.lognormal(0, 0.4))
+            own = float(4e-4 * rng.lognormal(0, 0.1))
+            effect = float(0.15 * rng.lognormal(0, 0.6)) if adapted else None
+            why = f"3 × {own:.1e}, what PyTorch loses in float16 on the same feeds"
+            verdicts.append(Verdict("error", "relative error", state, output, relative, 3 * own, True, why))
+            logits = {"kl": 2e-6, "top1": 1.0, "top5": 0.998} if output == "logits" else {}
+            metrics.append(
+                OutputMetrics(
+                    state, output, 40 * relative, 3 * relative, relative, 2.5 * relative, 1 - relative**2 / 2,
+                    own, effect, relative / effect if effect else None, **logits,
+                )
+            )  # fmt: skip
+        if adapted:
+            ratio = metrics[-len(OUTPUTS)].error_over_effect
+            why = "an adapter that is not applied has 1"
+            verdicts.append(Verdict("effect", "error/effect", state, "logits", ratio, 0.1, True, why))
+    for law in ("no adapter = base", "A→B→A", "permuted rows", "batch of one = row of a batch"):
+        verdicts.append(
+            Verdict("law", law, "laws", "", 0.0, 1e-6, True, "bit for bit up to a kernel's order")
+        )
+    x = rng.normal(0, 4, 600)
+    seen = x * (1 + rng.normal(0, 4e-4, 600))
+    report = ParityReport(
+        reference={"kind": "checkpoint", "path": "models/smollm2-135m", "dtype": "float32"},
+        candidate={
+            "path": "out/model.onnx", "mode": "swap", "runtime": "onnxruntime 1.32.0", "provider": "cpu",
+            "dtype": "float16", "sha256": SHA["candidate"],
+        },
+        adapters=tuple(
+            {"name": name, "sha256": SHA[name], "modules": 30, "scaling": [0.5, 2.0]}
+            for name in ("json", "pirate")
+        ),
+        feeds=tuple(
+            {"label": f"batch {b}, sequence {s}", "shapes": {"input_ids": [b, s], "attention_mask": [b, s]}}
+            for b in (1, 4)
+            for s in (1, 16)
+        ),
+        tolerance="auto",
+        verdicts=tuple(verdicts),
+        metrics=tuple(metrics),
+        generated=(Generated("json", (1, 5, 9), (4, 8, 15, 16), (4, 8, 15, 16), 4),),
+        scatter=tuple(
+            Scatter(state, "logits", tuple(x.tolist()), tuple(seen.tolist())) for state in STATES[:3]
+        ),
+        notes=("the reference ran in float32 on the CPU",),
+        environment={"packages": {"onnxruntime": "1.32.0", "torch": "2.13.0"}, "gpus": ["H200"], "cores": 2},
+        seconds=73.25,
+    )  # fmt: skip
+    return replace(report, **changes)
+
+
+def failed() -> ParityReport:
+    """The same with one module whose adapter is not applied; the error begins at ``CULPRIT``."""
+    report, rng = good(), np.random.default_rng(1)
+    verdicts, metrics = list(report.verdicts), list(report.metrics)
+    for i, verdict in enumerate(verdicts):
+        if verdict.state == "pirate" and verdict.output == "logits":
+            value = 0.31 if verdict.kind == "effect" else 4.6e-2
+            why = f"{verdict.why}; the error is a sizeable part of the adapter's effect"
+            verdicts[i] = replace(verdict, value=value, passed=False, why=why)
+    for i, row in enumerate(metrics):
+        if row.state == "pirate" and row.output == "logits":
+            metrics[i] = replace(
+                row, relative=4.6e-2, effect=0.148, error_over_effect=0.31, kl=3.1e-2, top1=0.87, top5=0.9
+            )
+    rows, error = [], 2e-4
+    for layer in range(10):
+        for part in PROJECTIONS:
+            name = f"model.layers.{layer}.{part}"
+            before = error
+            error = 4e-2 if name == CULPRIT else error * float(rng.lognormal(0.03, 0.1))
+            own = float(3e-4 * rng.lognormal(0, 0.1))
+            effect = float(0.2 * rng.lognormal(0, 0.5))
+            rows.append(ModuleRow(name, before, error, own, effect, jumped=name == CULPRIT))
+    found = Localisation("pirate", CULPRIT, tuple(rows), looked_at=30, of=30, note="")
+    tokens = Generated("pirate", (1, 5, 9), (4, 8, 15, 16), (4, 8, 23, 42), 2)
+    noise = rng.normal(1, 4.6e-2, 600)
+    bad = tuple(np.multiply(report.scatter[2].reference, noise).tolist())
+    scatter = (*report.scatter[:2], replace(report.scatter[2], candidate=bad))
+    return replace(
+        report, verdicts=tuple(verdicts), metrics=tuple(metrics), localisation=found, scatter=scatter,
+        generated=(*report.generated, tokens),
+    )  # fmt: skip
+
+
+def hostile() -> ParityReport:
+    """Every text is one of ``HOSTILE`` and the numbers are NaN, infinite, zero, tiny or huge."""
+    odd = (math.nan, math.inf, -math.inf, 0.0, 5e-324, 1.7e308, -1.7e308, 1.0)
+    verdicts, metrics, rows, scatter = [], [], [], []
+    for i, text in enumerate(HOSTILE):
+        for j, value in enumerate(odd):
+            other = odd[(i + j) % len(odd)]
+            passed, counted = (i + j) % 3 > 0, j % 2 > 0
+            verdicts.append(Verdict("error", text, text, text, value, other, passed, text, counted))
+            metrics.append(
+                OutputMetrics(text, f"{text}{j}", *[value] * 5, value, other, other, value, other, value)
+            )
+            rows.append(ModuleRow(f"{text}.{j}.x", value, other, value, other, jumped=passed))
+        scatter.append(Scatter(text, text, odd, odd[::-1]))
+    return ParityReport(
+        reference={"kind": "saved", "path": HOSTILE[4], "dtype": HOSTILE[0]},
+        candidate={
+            "path": HOSTILE[7], "mode": "bank", "runtime": HOSTILE[1], "provider": HOSTILE[2],
+            "dtype": HOSTILE[3], "sha256": "",
+        },
+        adapters=tuple({"name": t, "sha256": "", "modules": 0, "scaling": [math.nan, 1.0]} for t in HOSTILE),
+        feeds=tuple({"label": text, "shapes": {text: [1, 2]}} for text in HOSTILE),
+        tolerance=HOSTILE[0],
+        verdicts=tuple(verdicts),
+        metrics=tuple(metrics),
+        localisation=Localisation(HOSTILE[0], rows[3].module, tuple(rows), 3, 9, HOSTILE[3]),
+        generated=tuple(Generated(text, (1,), (2, 3), (2,), 1, tie=True) for text in HOSTILE),
+        scatter=tuple(scatter),
+        notes=HOSTILE,
+        environment={text: text for text in HOSTILE},
+        seconds=0.5,
+    )  # fmt: skip

@@ -1,0 +1,469 @@
+"""Parity fails for every export of `broken_exports` and names the module; it passes for the good ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import broken_exports as broken
+import numpy as np
+import pytest
+import random_exports
+import tiny
+from broken_exports import DTYPES, MODES
+
+from lora_export import Adapter, merge_onnx
+from lora_export.parity.check import check_parity
+from lora_export.parity.result import ParityReport
+
+FIRST = "model.layers.0.self_attn.q_proj"
+BERT = "bert.encoder.layer.1"
+QUERY, VALUE = f"{BERT}.attention.self.query", f"{BERT}.attention.self.value"
+SQUARE, UP = "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.up_proj"
+GATE, DOWN = "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj"
+EXPERTS, OUTER = "model.layers.0.mlp.experts", f"{BERT}.intermediate.dense"
+WEAK = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of the mutation table: a wrong adapter under the right one's name.
+
+    Attributes:
+        arch: Of the zoo.
+        feature: Of the right adapter.
+        damage: What makes it the wrong one.
+        module: Where the error begins.
+        modes: In which modes it can be exported.
+    """
+
+    arch: str
+    feature: str
+    damage: broken.Damage
+    module: str
+    modes: tuple[str, ...] = MODES
+
+
+ROWS = {
+    "alpha over rank": Row("llama", "rslora", broken.alpha_over_rank, FIRST),
+    "alpha_pattern ignored": Row("llama", "patterns", broken.without_alpha_pattern, DOWN),
+    "module dropped": Row("llama", "plain", broken.without(UP), UP),
+    "q and v exchanged": Row("bert", "plain", broken.exchanged(QUERY, VALUE), QUERY),
+    "delta transposed": Row("llama", "plain", broken.delta_transposed(SQUARE), SQUARE),
+    "B scaled twice": Row("llama", "plain", broken.b_scaled(GATE), GATE),
+    "adapter twice": Row("llama", "plain", broken.doubled, FIRST),
+    "bias of the branch twice": Row("bert", "lora_bias", broken.bias_twice(OUTER), OUTER),
+    "bias twice": Row("bert", "bias", broken.extra_twice(f"{OUTER}.bias"), OUTER, ("merged",)),
+    "expert shifted": Row(
+        "qwen2_moe", "target_parameters", broken.expert_shifted(EXPERTS, "gate_up_proj"), EXPERTS, ("merged",)
+    ),
+}
+
+
+def check(arch: str, candidate: Path, adapters: Mapping[str, Adapter], **options: Any) -> ParityReport:
+    return check_parity(tiny.checkpoint(arch), candidate, adapters, **options)
+
+
+def failures(report: ParityReport) -> str:
+    """Return the verdicts that did not pass, for a test's message."""
+    return "\n".join(
+        f"{v.kind} {v.name} [{v.state}] {v.output}: {v.value:.3g} > {v.limit:.3g} ({v.why})"
+        for v in report.failed
+    )
+
+
+def figures(report: ParityReport) -> str:
+    """Return all numbers with their limits, for a test's message."""
+    return "; ".join(f"{v.name} [{v.state}] {v.value:.3g} of {v.limit:.3g}" for v in report.verdicts)
+
+
+def failed_states(report: ParityReport) -> set[str]:
+    """Return the states that are blamed, of laws apart: a batch of mixed rows blames all of its states."""
+    return {name for v in report.failed if v.kind != "law" for name in v.state.split(", ")}
+
+
+def assert_passes(report: ParityReport) -> None:
+    assert report.passed, failures(report)
+
+
+def assert_fails(report: ParityReport, module: str, states: Sequence[str] = ("a",)) -> None:
+    assert not report.passed
+    assert failed_states(report) <= set(states), failures(report)
+    assert report.localisation is not None
+    assert report.localisation.module == module, report.localisation
+
+
+def wrong_export(
+    row: Row, mode: str, dtype: str, good: Adapter, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, dict[str, Adapter]]:
+    """Return an export with the wrong adapter, and the right ones to check it with."""
+    graph, wrong = broken.base(row.arch, dtype), row.damage(good)
+    if mode == "merged":
+        return broken.export(mode, graph, {"a": wrong}, folder), {"a": good}
+    right = {"a": good, "b": broken.adapter(row.arch, row.feature, 1, name="b")}
+    if mode == "swap":
+        broken.break_binding(monkeypatch, row.damage)
+        return broken.export(mode, graph, right, folder), right
+    return broken.export(mode, graph, {**right, "a": wrong}, folder), right
+
+
+def grouped(*values: Any, name: str) -> Any:
+    """Let one worker run what is captured once."""
+    arch = values[0].arch if isinstance(values[0], Row) else values[0]
+    return pytest.param(*values, id=name.replace(" ", "-"), marks=pytest.mark.xdist_group(f"parity-{arch}"))
+
+
+# --- wrong adapters ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("row", "mode"),
+    [grouped(row, mode, name=f"{name} {mode}") for name, row in ROWS.items() for mode in row.modes],
+)
+def test_a_wrong_adapter_fails_and_its_module_is_named(row, mode, dtype, tmp_path, monkeypatch):
+    good = broken.adapter(row.arch, row.feature)
+    candidate, right = wrong_export(row, mode, dtype, good, tmp_path, monkeypatch)
+    assert_fails(check(row.arch, candidate, right), row.module)
+
+
+@pytest.mark.parametrize("mode", ["merged", "swap"])
+@pytest.mark.parametrize("row", [grouped(row, name=name) for name, row in ROWS.items()])
+def test_a_wrong_weak_adapter_fails_too(row, mode, tmp_path, monkeypatch):
+    if mode not in row.modes:
+        pytest.skip("has no such export")
+    good = broken.adapter(row.arch, row.feature, strength=WEAK)
+    candidate, right = wrong_export(row, mode, "float32", good, tmp_path, monkeypatch)
+    assert_fails(check(row.arch, candidate, right), row.module)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("strength", [1, WEAK])
+@pytest.mark.xdist_group("parity-llama")
+def test_an_adapter_of_another_task_fails(strength, mode, dtype, tmp_path, monkeypatch):
+    other = broken.adapter("llama", seed=2, strength=strength)
+    row = Row("llama", "plain", broken.of_another_task(other), FIRST)
+    good = broken.adapter("llama", strength=strength)
+    candidate, right = wrong_export(row, mode, dtype, good, tmp_path, monkeypatch)
+    assert_fails(check("llama", candidate, right), FIRST)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("strength", [1, WEAK])
+@pytest.mark.xdist_group("parity-llama")
+def test_an_adapter_that_is_not_applied_fails_by_its_effect(strength, mode, dtype, tmp_path, monkeypatch):
+    row = Row("llama", "plain", broken.not_applied, FIRST)
+    good = broken.adapter("llama", strength=strength)
+    candidate, right = wrong_export(row, mode, dtype, good, tmp_path, monkeypatch)
+    report = check("llama", candidate, right)
+    assert_fails(report, FIRST)
+    effects = [verdict for verdict in report.failed if verdict.kind == "effect"]
+    assert {"adapter applied", "error / effect"} <= {verdict.name for verdict in effects}
+    (found,) = [m.error_over_effect for m in report.metrics if m.state == "a" and m.output == "logits"]
+    assert found == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.xdist_group("parity-llama")
+def test_a_that_is_transposed_fails_where_it_is_square(mode, tmp_path, monkeypatch):
+    row = Row("llama", "plain", broken.a_transposed(SQUARE), SQUARE)
+    good = broken.widened(broken.adapter("llama"), SQUARE, rank=64)
+    candidate, right = wrong_export(row, mode, "float32", good, tmp_path, monkeypatch)
+    assert_fails(check("llama", candidate, right), SQUARE)
+
+
+# --- wrong graphs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.xdist_group("parity-llama")
+def test_an_adapter_merged_twice_fails(dtype, tmp_path):
+    good = broken.adapter("llama")
+    merge_onnx(broken.base("llama", dtype), [good, good], tmp_path / "twice.onnx")
+    assert_fails(check("llama", tmp_path / "twice.onnx", {"a": good}), FIRST)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["swap", "bank"])
+@pytest.mark.xdist_group("parity-llama")
+def test_an_adapter_beside_weights_that_have_it_already_fails(mode, dtype, tmp_path):
+    good = {"a": broken.adapter("llama"), "b": broken.adapter("llama", seed=1, name="b")}
+    merged = broken.export("merged", broken.base("llama", dtype), good, tmp_path)
+    report = check("llama", broken.export(mode, merged, good, tmp_path), good)
+    assert_fails(report, FIRST, ["no adapter", "a", "b"])
+    assert "no adapter" in failed_states(report)
+
+
+@pytest.mark.xdist_group("parity-bert")
+def test_a_swap_graph_whose_q_and_v_read_each_others_b_fails(tmp_path):
+    good = {"a": broken.adapter("bert")}
+    graph = broken.export("swap", broken.base("bert"), good, tmp_path)
+    q, v = f"{QUERY}.lora_B.weight", f"{VALUE}.lora_B.weight"
+    wrong = broken.edited(graph, tmp_path / "wrong.onnx", broken.rewired({q: v, v: q}))
+    assert_fails(check("bert", wrong, good), QUERY)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.xdist_group("parity-llama")
+def test_a_swap_graph_that_scales_b_fails(dtype, tmp_path):
+    good = {"a": broken.adapter("llama")}
+    graph = broken.export("swap", broken.base("llama", dtype), good, tmp_path)
+    wrong = broken.edited(graph, tmp_path / "wrong.onnx", broken.b_doubled(GATE))
+    assert_fails(check("llama", wrong, good), GATE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.xdist_group("parity-llama")
+def test_a_bank_whose_slots_are_off_by_one_fails(dtype, tmp_path):
+    good = {name: broken.adapter("llama", seed=seed, name=name) for seed, name in enumerate("abc")}
+    held = {
+        name: broken.of_another_task(good[other])(good[name])
+        for name, other in zip("abc", "bca", strict=True)
+    }
+    report = check("llama", broken.export("bank", broken.base("llama", dtype), held, tmp_path), good)
+    assert_fails(report, FIRST, "abc")
+    assert failed_states(report) == set("abc")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("made", [True, False], ids=["made-feeds", "own-feeds"])
+@pytest.mark.parametrize("mode", [None, *MODES])
+@pytest.mark.xdist_group("parity-llama")
+def test_an_embedding_row_that_is_missing_fails(mode, made, dtype, tmp_path):
+    good = {"a": broken.adapter("llama")} if mode else {}
+    graph = broken.base("llama", dtype)
+    if mode:
+        graph = broken.export(mode, graph, good, tmp_path)
+    wrong = broken.edited(graph, tmp_path / "wrong.onnx", broken.without_row(71))
+    options = {} if made else {"feeds": feeds_with(71, tmp_path / "feeds.npz")}
+    states = ("no adapter", "a") if mode != "merged" else ("a",)
+    assert_fails(check("llama", wrong, good, **options), "model.embed_tokens", states)
+
+
+def feeds_with(token: int, path: Path) -> Path:
+    """Save three rows of random tokens, one of which is this one."""
+    ids = np.random.default_rng(0).integers(3, tiny.VOCAB, (3, 12))
+    ids[ids == token] = token - 1
+    ids[1, 4] = token
+    np.savez(path, input_ids=ids, attention_mask=np.ones_like(ids))
+    return path
+
+
+@pytest.mark.parametrize("change", [broken.rounded_to_bfloat16, broken.stored_in_bfloat16])
+@pytest.mark.parametrize("mode", [None, *MODES])
+@pytest.mark.parametrize("said", [None, "float32"])
+@pytest.mark.xdist_group("parity-llama")
+def test_bfloat16_under_the_name_of_float32_fails(said, mode, change, tmp_path):
+    good = {"a": broken.adapter("llama")} if mode else {}
+    graph = broken.base("llama")
+    if mode:
+        graph = broken.export(mode, graph, good, tmp_path)
+    wrong = broken.edited(graph, tmp_path / "wrong.onnx", change)
+    report = check("llama", wrong, good, dtype=said)
+    states = ("no adapter", "a") if mode != "merged" else ("a",)
+    # The table of tokens is the first that is rounded.
+    assert_fails(report, "model.embed_tokens", states)
+    assert "error" in {verdict.kind for verdict in report.failed}
+
+
+@pytest.mark.parametrize("mode", [None, *MODES])
+@pytest.mark.xdist_group("parity-llama")
+def test_activations_that_float16_cannot_hold_fail(mode, tmp_path):
+    good = {"a": broken.adapter("llama")} if mode else {}
+    for dtype in DTYPES:
+        graph = broken.overflowing(dtype, tmp_path / dtype / "base.onnx")
+        if mode:
+            graph = broken.export(mode, graph, good, tmp_path / dtype)
+        report = check_parity(broken.overflowing_checkpoint(), graph, good)
+        if dtype == "float32":
+            assert_passes(report)
+        else:
+            states = ("no adapter", "a") if mode != "merged" else ("a",)
+            assert_fails(report, "model.layers.1.self_attn.v_proj", states)
+            assert "finite" in {verdict.kind for verdict in report.failed}
+
+
+# --- wrong runtimes ------------------------------------------------------------------------------------
+
+
+def swap_pair(dtype: str, folder: Path) -> tuple[Path, dict[str, Adapter]]:
+    good = {name: broken.adapter("llama", seed=seed, name=name) for seed, name in enumerate("ab")}
+    return broken.export("swap", broken.base("llama", dtype), good, folder), good
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.xdist_group("parity-llama")
+def test_a_session_that_keeps_its_first_adapter_fails(dtype, tmp_path, monkeypatch):
+    graph, good = swap_pair(dtype, tmp_path)
+    broken.break_swaps(monkeypatch, broken.first_for_ever)
+    assert_fails(check("llama", graph, good), FIRST, ["b"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stale", [broken.one_behind, broken.not_without])
+@pytest.mark.xdist_group("parity-llama")
+def test_a_session_with_a_stale_adapter_fails(stale, dtype, tmp_path, monkeypatch):
+    graph, good = swap_pair(dtype, tmp_path)
+    asked = broken.break_swaps(monkeypatch, stale)
+    report = check("llama", graph, good)
+    assert asked
+    assert not report.passed
+    assert "no adapter" in failed_states(report)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.xdist_group("parity-llama")
+def test_a_session_that_does_not_come_back_to_its_adapter_fails_by_the_law_alone(
+    dtype, tmp_path, monkeypatch
+):
+    graph, good = swap_pair(dtype, tmp_path)
+    broken.break_swaps(monkeypatch, broken.never_back)
+    report = check("llama", graph, good)
+    assert "A→B→A" in {verdict.name for verdict in report.failed}
+    assert {verdict.kind for verdict in report.failed} == {"law"}
+
+
+# --- good exports --------------------------------------------------------------------------------------
+
+GOOD = [
+    *itertools.product(("llama", "gpt2", "bert", "vit", "t5"), ("plain",), MODES),
+    *itertools.product(("llama",), ("rslora", "patterns", "dora", "modules_to_save"), ("merged",)),
+    *itertools.product(("llama",), ("rslora", "patterns"), ("swap", "bank")),
+    *itertools.product(("bert",), ("bias", "lora_bias", "embedding"), ("merged",)),
+    *itertools.product(("bert",), ("lora_bias",), ("swap", "bank")),
+    *itertools.product(("qwen2_moe",), ("plain", "target_parameters"), ("merged",)),
+    ("qwen2_moe", "plain", "swap"),
+]
+
+
+# In half precision a token near a tie of the router may go to another expert: a step, where PyTorch's own
+# error is the rounding of one that did not. It fails here without any adapter, by one such step as it seems.
+ROUTED_APART = ("qwen2_moe", "plain", "swap", "float16")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("arch", "feature", "mode"), [grouped(*values, name=" ".join(values)) for values in GOOD]
+)
+def test_a_good_export_passes(arch, feature, mode, dtype, tmp_path, request):
+    if (arch, feature, mode, dtype) == ROUTED_APART:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="a token seems to go to another expert"))
+    good = {"a": broken.adapter(arch, feature)}
+    if mode != "merged":
+        good["b"] = broken.adapter(arch, feature, 1, name="b")
+    candidate = broken.export(mode, broken.base(arch, dtype), good, tmp_path)
+    given = {"a": good["a"]} if mode == "merged" else good
+    report = check(arch, candidate, given)
+    assert_passes(report)
+    assert {verdict.state for verdict in report.verdicts if verdict.kind == "effect"} == set(given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strength", [WEAK, 0.2])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.xdist_group("parity-llama")
+def test_a_good_export_of_a_weak_adapter_passes(mode, strength, dtype, tmp_path):
+    good = {"a": broken.adapter("llama", strength=strength)}
+    candidate = broken.export(mode, broken.base("llama", dtype), good, tmp_path)
+    assert_passes(check("llama", candidate, good))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.xdist_group("parity-llama")
+def test_a_good_export_with_a_cache_passes(mode, dtype, tmp_path):
+    good = {"a": broken.adapter("llama")}
+    candidate = broken.export(mode, broken.base("llama", dtype, kv_cache=True), good, tmp_path)
+    assert_passes(check("llama", candidate, good))
+
+
+# --- what proves nothing -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.xdist_group("parity-llama")
+def test_no_tolerance_hides_that_no_adapter_is_applied(mode, tmp_path, monkeypatch):
+    good = broken.adapter("llama")
+    row = Row("llama", "plain", broken.not_applied, FIRST)
+    candidate, right = wrong_export(row, mode, "float32", good, tmp_path, monkeypatch)
+    report = check("llama", candidate, right, tolerance="1e9,1e9")
+    assert not report.passed
+    assert {verdict.kind for verdict in report.failed} == {"effect"}
+    assert failed_states(report) == {"a"}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.xdist_group("parity-llama")
+def test_an_adapter_without_effect_is_said_and_is_no_proof(mode, tmp_path):
+    good = {"a": broken.not_applied(broken.adapter("llama"))}
+    graph = broken.base("llama")
+    report = check("llama", broken.export(mode, graph, good, tmp_path), good)
+    (said,) = [verdict for verdict in report.verdicts if verdict.kind == "effect"]
+    assert not said.counted
+    assert "B = 0" in said.why
+    assert not report.passed
+
+
+@pytest.mark.xdist_group("parity-llama")
+def test_an_adapter_without_effect_beside_another_is_no_failure(tmp_path):
+    good = {"a": broken.not_applied(broken.adapter("llama")), "b": broken.adapter("llama", name="b")}
+    report = check("llama", broken.export("swap", broken.base("llama"), good, tmp_path), good)
+    assert_passes(report)
+    effects = [verdict for verdict in report.verdicts if verdict.kind == "effect"]
+    assert {verdict.state for verdict in effects if verdict.counted} == {"b"}
+
+
+@pytest.mark.parametrize("applied", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.xdist_group("parity-llama")
+def test_an_effect_below_the_noise_does_not_pass_silently(mode, applied, tmp_path, monkeypatch):
+    good = broken.adapter("llama", strength=1e-4)
+    damage = (lambda given: given) if applied else broken.not_applied
+    row = Row("llama", "plain", damage, FIRST)
+    candidate, right = wrong_export(row, mode, "float16", good, tmp_path, monkeypatch)
+    report = check("llama", candidate, right)
+    assert not report.passed
+    assert failed_states(report) == {"a"}
+
+
+# --- no false alarm ------------------------------------------------------------------------------------
+
+SEEDS = 200
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("parity-random")
+@pytest.mark.parametrize("part", range(4))
+def test_no_false_alarm_over_200_random_seeds(part, tmp_path):
+    alarms = {}
+    for seed in range(part, SEEDS, 4):
+        made = random_exports.case(seed, tmp_path / str(seed))
+        report = made.check(made.export(made.adapters))
+        if not report.passed:
+            alarms[seed] = f"{made}\n{failures(report)}"
+    assert not alarms, "\n".join(f"seed {seed}: {alarm}" for seed, alarm in alarms.items())
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("parity-random")
+def test_a_random_module_that_is_wrong_fails_for_every_seed(tmp_path, monkeypatch):
+    missed, wrong = {}, {}
+    for seed in range(30):
+        made = random_exports.case(seed, tmp_path / str(seed))
+        module, damage = random_exports.damage(made)
+        if made.mode == "swap":
+            broken.break_binding(monkeypatch, damage)
+            report = made.check(made.export(made.adapters))
+        else:
+            report = made.check(made.export({**made.adapters, "a": damage(made.adapters["a"])}))
+        if report.passed:
+            missed[seed] = f"{made}: {module}, {figures(report)}"
+        elif report.localisation is None or report.localisation.module != module:
+            wrong[seed] = f"{made}: {module}, not {report.localisation and report.localisation.module}"
+    assert not missed, "\n".join(f"seed {seed}: {what}" for seed, what in missed.items())
+    assert not wrong, "\n".join(f"seed {seed}: {what}" for seed, what in wrong.items())

@@ -1,0 +1,421 @@
+"""Text, JSON and JUnit of a parity report: every number is there, nothing hostile gets through."""
+
+import copy
+import dataclasses
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import jsonschema
+import numpy as np
+import parity_reports
+import pytest
+
+from lora_export.errors import LoraExportError
+from lora_export.parity import result
+from lora_export.parity.result import Localisation, ModuleRow, Verdict
+from lora_export.reports import parity_json, parity_junit, parity_text
+from lora_export.reports.parity_words import mark, number, printable, relation, share, verdict_line
+
+REPORTS = {"good": parity_reports.good, "failed": parity_reports.failed, "hostile": parity_reports.hostile}
+
+
+@pytest.fixture(params=REPORTS)
+def report(request):
+    return REPORTS[request.param]()
+
+
+def words(text):
+    """A text with all white space as one blank: how lines are broken does not matter."""
+    return " ".join(text.split())
+
+
+# Text
+
+
+def test_text_says_every_failure_in_full(report):
+    text = words("\n".join(parity_text.lines(report)))
+    assert report.failed or report.passed
+    for verdict in report.failed:
+        said = (verdict.name, verdict.output, verdict.why)
+        for part in (*map(printable, said), number(verdict.value), number(verdict.limit)):
+            assert words(part) in text
+
+
+def test_text_says_the_worst_of_what_passed():
+    report = parity_reports.good()
+    text = parity_text.lines(report)
+    for state in parity_reports.STATES:
+        errors = [v for v in report.verdicts if v.state == state and v.name == "relative error"]
+        worst = errors[int(np.argmax([v.value / v.limit for v in errors]))]
+        row = next(line for line in text[text.index(state) :] if "relative error" in line)
+        assert f"{len(errors)} outputs, worst {worst.output} " in row
+        assert f"{number(worst.value)} ≤ {number(worst.limit)}" in row
+
+
+@pytest.mark.parametrize("kind", ["good", "failed"])
+def test_text_keeps_its_width(kind):
+    assert max(map(len, parity_text.lines(REPORTS[kind]()))) <= parity_text.WIDTH
+
+
+def test_text_holds_nothing_that_a_terminal_acts_on():
+    text = parity_text.lines(parity_reports.hostile())
+    assert all(line.isprintable() for line in text)
+    assert r"\x00\x01\x1b[31mred\x07\r\nnext\tline" in "\n".join(text)
+
+
+def test_last_line_is_the_verdict():
+    good, failed = parity_reports.good(), parity_reports.failed()
+    assert parity_text.lines(good)[-1] == f"PASSED: {len(good.verdicts)} checks"
+    begins = f"the error begins at {parity_reports.CULPRIT}"
+    assert parity_text.lines(failed)[-1] == f"FAILED: 2 of {len(failed.verdicts)} checks; {begins}"
+    one = good.verdicts[:1]
+    assert verdict_line(replace(good, verdicts=one)) == "PASSED: 1 check"
+    empty = replace(one[0], counted=False)
+    assert verdict_line(replace(good, verdicts=(*one, empty))) == "PASSED: 1 check; 1 more proves nothing"
+    assert (
+        verdict_line(replace(good, verdicts=(empty, empty)))
+        == "FAILED: nothing was proven; 2 more prove nothing"
+    )
+    assert verdict_line(replace(good, verdicts=())) == "FAILED: nothing was proven"
+    assert verdict_line(replace(failed, localisation=None)) == f"FAILED: 2 of {len(failed.verdicts)} checks"
+
+
+@pytest.mark.parametrize(("passed", "sign"), [(True, "void"), (False, "FAIL")])
+def test_what_proves_nothing_says_so(passed, sign):
+    verdict = Verdict("effect", "error/effect", "zero", "logits", math.nan, math.inf, passed, "B is 0", False)
+    text = parity_text.lines(parity_reports.good(verdicts=(*parity_reports.good().verdicts, verdict)))
+    at = text.index("zero")
+    said = words(" ".join(text[at + 1 : text.index("", at)]))
+    assert said.startswith(f"{sign} error/effect logits nan, no limit")
+    assert "proves nothing" in said
+    assert "B is 0" in said
+
+
+def test_text_marks_where_the_error_begins():
+    text = parity_text.lines(parity_reports.failed())
+    assert [line.split()[1] for line in text if line.split()[:1] == [">>"]] == [parity_reports.CULPRIT]
+
+
+@pytest.mark.parametrize("begins", [0, 100, 199])
+def test_a_long_table_of_modules_is_cut_around_the_culprit(begins):
+    rows = tuple(
+        ModuleRow(f"layers.{i}.proj", 1e-4, 1e-4, 1e-4, 0.1, jumped=i in (begins, 50)) for i in range(200)
+    )
+    found = Localisation("json", rows[begins].module, rows, 9, 200)
+    text = parity_text.localisation_lines(found)
+    shown = re.findall(r"layers\.(\d+)\.proj  ", "\n".join(text[1:]))
+    assert {str(begins), "50"} <= set(shown)
+    assert len(shown) < 20
+    assert f"… and {200 - len(shown)} more in the JSON and the HTML page" in text
+
+
+def test_no_module_found_is_said():
+    lines = parity_text.localisation_lines(Localisation("json", "", (), note="the graph has no names"))
+    assert [line.strip() for line in lines] == ["the graph has no names"]
+
+
+def test_numbers_keep_what_matters():
+    for value in np.random.default_rng(0).lognormal(0, 12, 500):
+        assert float(number(float(value))) == pytest.approx(value, rel=0.05)
+        assert len(number(-float(value))) <= 9
+    assert [number(float(count)) for count in (7, 9900, -12345)] == ["7", "9900", "-12345"]
+    assert [number(v) for v in (math.nan, math.inf, -math.inf, 0.0, None)] == ["nan", "inf", "-inf", "0", ""]
+
+
+def test_share_is_worst_where_nothing_can_be_told():
+    def of(value, limit):
+        return share(Verdict("error", "", "", "", value, limit, True))
+
+    assert of(1.0, 4.0) == 0.25
+    assert of(0.0, 0.0) == of(9.0, math.inf) == 0.0
+    assert of(1.0, 0.0) == of(math.nan, 1.0) == of(math.inf, 1.0) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "passed", "said"),
+    [
+        (0.1, 0.2, True, "0.1 ≤ 0.2"),
+        (0.3, 0.2, False, "0.3 > 0.2"),
+        (0.1, 0.2, False, "0.1, limit 0.2"),
+        (math.nan, 0.2, False, "nan, limit 0.2"),
+        (0.3, math.inf, True, "0.3, no limit"),
+    ],
+)
+def test_relation_says_nothing_false(value, limit, passed, said):
+    assert relation(Verdict("error", "", "", "", value, limit, passed)) == said
+
+
+# JSON
+
+
+def refuse(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+def schema_says(data, validator=jsonschema.Draft202012Validator(parity_json.schema())):  # noqa: B008
+    return validator.is_valid(data)
+
+
+def test_json_is_strict_and_fits_its_schema(report):
+    text = parity_json.report_json(report)
+    data = json.loads(text, parse_constant=refuse)
+    assert data == json.loads(json.dumps(report.as_dict()))
+    jsonschema.Draft202012Validator.check_schema(parity_json.schema())
+    jsonschema.validate(data, parity_json.schema(), jsonschema.Draft202012Validator)
+    assert text == parity_json.report_json(report)
+    assert list(data) == sorted(data)
+
+
+def test_json_is_read_back_with_the_same_numbers(report, tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text(parity_json.report_json(report), encoding="utf-8")
+    data = parity_json.read_report(path)
+    assert data["passed"] is report.passed
+    np.testing.assert_array_equal(
+        [float(row["value"]) for row in data["verdicts"]], [verdict.value for verdict in report.verdicts]
+    )
+    assert [row["state"] for row in data["verdicts"]] == [verdict.state for verdict in report.verdicts]
+
+
+def test_schema_knows_every_field_and_no_other():
+    schema = parity_json.schema()
+    places = {
+        result.ParityReport: schema,
+        result.Verdict: schema["$defs"]["verdict"],
+        result.OutputMetrics: schema["$defs"]["metrics"],
+        result.Localisation: schema["$defs"]["localisation"],
+        result.ModuleRow: schema["$defs"]["localisation"]["properties"]["rows"]["items"],
+        result.Generated: schema["properties"]["generated"]["items"],
+        result.Scatter: schema["properties"]["scatter"]["items"],
+    }
+    for kind, rule in places.items():
+        names = {field.name for field in dataclasses.fields(kind)}
+        names |= {"passed"} if kind is result.ParityReport else set()
+        assert set(rule["properties"]) == set(rule["required"]) == names
+        assert rule["additionalProperties"] is False
+    assert schema["properties"]["format"]["const"] == result.FORMAT
+
+
+def small():
+    """A report's data with every part, but few of each."""
+    data = json.loads(parity_json.report_json(parity_reports.failed()))
+    for key in ("verdicts", "metrics", "feeds", "adapters", "generated", "scatter"):
+        data[key] = data[key][-1:]
+    data["localisation"]["rows"] = [r for r in data["localisation"]["rows"] if r["jumped"]]
+    for values in (data["scatter"][0], data["generated"][0]):
+        for key in ("reference", "candidate"):
+            values[key] = values[key][:3]
+    data["passed"] = all(row["passed"] for row in data["verdicts"])
+    return data
+
+
+def mutants(data):
+    """Yield (place, document): every key gone, a key more everywhere, every value of every other type."""
+
+    def walk(node, place):
+        for key in list(node if isinstance(node, dict) else range(len(node))):
+            at = (*place, key)
+            if isinstance(node, dict):
+                yield at, "gone", None
+            for other in ("text", "nan", None, True, -1, 7, 1.5, [], {}, [None], {"odd": [1]}):
+                yield at, "set", other
+            if isinstance(node[key], dict | list):
+                yield from walk(node[key], at)
+        if isinstance(node, dict):
+            yield (*place, "odd"), "set", 1
+
+    for place, what, value in walk(data, ()):
+        copied = copy.deepcopy(data)
+        parent = copied
+        for key in place[:-1]:
+            parent = parent[key]
+        if what == "gone":
+            del parent[place[-1]]
+        else:
+            parent[place[-1]] = value
+        yield f"{place} {what} {value!r}", copied
+
+
+CONTRADICTIONS = ("its verdicts say", "values against", "equal tokens of fewer", "has no row")
+
+
+def our_word(document):
+    """What `check_report` says against a document; "" where it takes it."""
+    try:
+        parity_json.check_report(document, "report")
+    except LoraExportError as error:
+        return str(error)
+    return ""
+
+
+def test_every_damage_is_refused_as_the_schema_refuses_it():
+    said = Counter()
+    assert schema_says(small())
+    parity_json.check_report(small(), "report")
+    for what, document in mutants(small()):
+        wanted = schema_says(document)
+        seen = our_word(document)
+        if wanted:
+            assert not seen or any(part in seen for part in CONTRADICTIONS), f"{what}: {seen}"
+        else:
+            assert seen, what
+        said["refused" if not wanted else "contradicts" if seen else "good"] += 1
+    assert min(said["good"], said["contradicts"], said["refused"]) > 5, said
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda data: data.update(passed=not data["passed"]), "but its verdicts say"),
+        (lambda data: data["scatter"][0]["reference"].pop(), "2 values against 3"),
+        (lambda data: data["generated"][0].update(equal=9), "9 equal tokens of fewer"),
+        (lambda data: data["localisation"].update(module="other"), "'other' has no row"),
+    ],
+)
+def test_a_report_that_contradicts_itself_is_refused(change, said):
+    data = small()
+    change(data)
+    assert schema_says(data)
+    with pytest.raises(LoraExportError, match=said):
+        parity_json.check_report(data, "report")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "no JSON"),
+        (b"\xff\xfe", "no JSON"),
+        (b"[1, 2]", "wanted: object"),
+        (b"{}", "format is null"),
+        (b'{"format": 2}', "format is 2, this version reads 1"),
+        (b'{"format": NaN}', "NaN is no JSON number"),
+        (b'{"format": 1, "format": 1}', "twice in one object: format"),
+        (b"[" * 200_000, "no JSON"),
+        (b'{"format": 1}', "verdicts: is missing"),
+    ],
+)
+def test_a_damaged_file_says_what_is_wrong(content, said, tmp_path):
+    path = tmp_path / "old.json"
+    path.write_bytes(content)
+    with pytest.raises(LoraExportError) as caught:
+        parity_json.read_report(path)
+    assert said in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert caught.value.exit_code == 1
+
+
+def test_a_half_written_file_and_none_are_refused(tmp_path):
+    text = parity_json.report_json(parity_reports.good())
+    path = tmp_path / "old.json"
+    path.write_text(text[: len(text) // 2], encoding="utf-8")
+    with pytest.raises(LoraExportError, match="no JSON"):
+        parity_json.read_report(path)
+    with pytest.raises(LoraExportError, match="can't be read"):
+        parity_json.read_report(tmp_path / "none.json")
+
+
+def test_all_problems_come_at_once_but_not_thousands():
+    data = small()
+    del data["notes"], data["tolerance"]
+    data["seconds"] = -1
+    with pytest.raises(LoraExportError) as caught:
+        parity_json.check_report(data, "report")
+    assert {p.partition(":")[0] for p in caught.value.problems} == {"notes", "tolerance", "seconds"}
+    data["verdicts"] = [{}] * 1000
+    with pytest.raises(LoraExportError) as caught:
+        parity_json.check_report(data, "report")
+    assert len(caught.value.problems) < 30
+    assert "more" in caught.value.problems[-1]
+
+
+# JUnit
+
+# What XML 1.0 may hold; expat alone lets U+FFFE through.
+LEGAL = re.compile("[\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]*")
+# JUnit.xsd: children of a suite come in this order.
+ORDER = ("properties", "testcase", "system-out", "system-err")
+COUNTS = ("tests", "failures", "errors", "skipped")
+
+
+def parsed(report):
+    text = parity_junit.junit_xml(report)
+    assert LEGAL.fullmatch(text)
+    return ElementTree.fromstring(text.encode("utf-8"))
+
+
+def outcome(case):
+    assert set(case.attrib) == {"classname", "name", "time"}
+    assert all(case.attrib.values())
+    children = [child.tag for child in case]
+    assert children in ([], ["failure"], ["skipped"])
+    return children[0] if children else "passed"
+
+
+def test_junit_has_the_structure_of_its_schema(report):
+    root = parsed(report)
+    assert root.tag == "testsuites"
+    names = Counter((case.get("classname"), case.get("name")) for case in root.iter("testcase"))
+    assert set(names.values()) == {1}
+    for suite in root:
+        assert suite.tag == "testsuite"
+        assert suite.get("name")
+        places = [ORDER.index(child.tag) for child in suite]
+        assert places == sorted(places)
+        outcomes = Counter(map(outcome, suite.iter("testcase")))
+        counted = (sum(outcomes.values()), outcomes["failure"], 0, outcomes["skipped"])
+        assert tuple(int(suite.get(key)) for key in COUNTS) == counted
+        for row in suite.iter("property"):
+            assert set(row.attrib) == {"name", "value"}
+    for element in root.iter():
+        if "time" in element.attrib:
+            assert re.fullmatch(r"\d+\.\d{3}", element.get("time"))
+    assert tuple(int(root.get(key)) for key in COUNTS) == tuple(
+        sum(int(suite.get(key)) for suite in root) for key in COUNTS
+    )
+    assert float(root.get("time")) == pytest.approx(report.seconds, abs=1e-3)
+
+
+def test_junit_has_one_case_for_each_verdict(report):
+    root = parsed(report)
+    wanted = Counter({"ok": "passed", "void": "skipped", "FAIL": "failure"}[mark(v)] for v in report.verdicts)
+    assert Counter(outcome(case) for case in root.iter("testcase")) == wanted
+    for suite in root:
+        verdicts = [v for v in report.verdicts if printable(v.state) == suite.get("name")]
+        for verdict, case in zip(verdicts, suite.iter("testcase"), strict=True):
+            assert case.get("name").startswith(printable(verdict.name))
+            failure = case.find("failure")
+            if failure is not None:
+                assert failure.get("type") == verdict.kind
+                for part in (relation(verdict), printable(verdict.why)):
+                    assert part in failure.text
+                assert printable(verdict.why) in failure.get("message")
+
+
+def test_junit_failures_say_where_the_error_begins():
+    failures = list(parsed(parity_reports.failed()).iter("failure"))
+    assert len(failures) == 2
+    assert all(parity_reports.CULPRIT in failure.text for failure in failures)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_junit_is_not_green_where_nothing_was_proven(counted):
+    verdicts = () if counted else (replace(parity_reports.good().verdicts[0], counted=False),)
+    root = parsed(parity_reports.good(verdicts=verdicts))
+    assert root.get("failures") == "1"
+    assert "nothing was proven" in root.find(".//failure").get("message")
+
+
+def test_junit_of_the_same_report_is_the_same():
+    assert parity_junit.junit_xml(parity_reports.failed()) == parity_junit.junit_xml(parity_reports.failed())
+
+
+def test_junit_cases_of_one_name_are_told_apart():
+    verdict = parity_reports.good().verdicts[0]
+    clash = replace(verdict, name=f"{verdict.name} [{verdict.output}] #2", output="")
+    root = parsed(parity_reports.good(verdicts=(clash, verdict, verdict, verdict)))
+    names = [case.get("name") for case in root.iter("testcase")]
+    assert len(set(names)) == 4
