@@ -488,3 +488,20 @@ def test_without_onnxruntime(tmp_path, monkeypatch, provider, extra):
 def test_the_name_alone_imports_no_runtime():
     script = "import sys, lora_export; lora_export.AdapterSession; assert 'onnxruntime' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# --- what a run feeds ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flavour", ["ort", "tensorrt"])
+@pytest.mark.parametrize("name", [None, "a", "b"])
+def test_lora_inputs_are_what_a_client_has_to_feed(tmp_path, flavour, name):
+    path = swap(tmp_path, flavour=flavour)
+    session = open_session(path)
+    session.load_adapter("a", A)
+    session.load_adapter("b", B)
+    given = feeds()
+    inputs = session.lora_inputs(given, adapter=name)
+    assert not set(inputs) & set(given)
+    answer = session.run(given, adapter=name)["y"]
+    assert np.array_equal(client(path).run(["y"], given | inputs)[0], answer)

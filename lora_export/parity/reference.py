@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,9 +48,9 @@ class CheckpointReference:
     path: Path
     dtype: str
 
-    @property
+    @cached_property
     def about(self) -> Mapping[str, Any]:
-        """What it is."""
+        """What it is; hashing the weights takes a while."""
         said = {"kind": "checkpoint", "path": str(self.path), "dtype": self.dtype}
         hashes = [hash_file(file) for file in sorted(self.path.glob("*.safetensors"))]
         return said | ({"sha256": identity_of(hashes)} if hashes else {})

@@ -39,6 +39,8 @@ def check_outputs(outputs: Outputs, force: bool, baseline: Path | None = None) -
             problems.append(f"--{kind} {path} is the baseline itself")
         if path.is_dir():
             problems.append(f"{path} is a folder")
+        elif any(parent.is_file() for parent in path.parents):
+            problems.append(f"{path} lies below a file, not in a folder")
         elif path.exists() and not force:
             problems.append(f"{path} exists; --force replaces it")
     if problems:
