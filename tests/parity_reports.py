@@ -58,7 +58,7 @@ def good(seed: int = 0, **changes) -> ParityReport:
         if adapted:
             ratio = metrics[-len(OUTPUTS)].error_over_effect
             why = "an adapter that is not applied has 1"
-            verdicts.append(Verdict("effect", "error/effect", state, "logits", ratio, 0.1, True, why))
+            verdicts.append(Verdict("effect", "error / effect", state, "logits", ratio, 0.1, True, why))
     for law in ("no adapter = base", "A→B→A", "permuted rows", "batch of one = row of a batch"):
         verdicts.append(
             Verdict("law", law, "laws", "", 0.0, 1e-6, True, "bit for bit up to a kernel's order")

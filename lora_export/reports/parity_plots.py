@@ -85,7 +85,9 @@ def error_against_effect(report: ParityReport) -> str:
     rows = [row for row in report.metrics if row.effect is not None]
     drawn = [(row, row.effect) for row in rows if row.effect and _has_place(row.effect, row.relative)]
     x = log_axis((effect for _, effect in drawn), LEFT, size - RIGHT)
-    limits = {v.limit for v in report.verdicts if v.kind == "effect" and 0 < v.limit < LARGEST}
+    # Not of the applied share, which is no slope here.
+    judged = [v for v in report.verdicts if (v.kind, v.name) == ("effect", "error / effect")]
+    limits = {v.limit for v in judged if 0 < v.limit < LARGEST}
     # The diagonal and the limit are to be seen, whatever the errors are.
     ends = [effect * times for _, effect in drawn for times in (1.0, min(limits, default=1.0))]
     y = log_axis([*(row.relative for row, _ in drawn), *ends], size - BOTTOM, TOP)
