@@ -86,7 +86,9 @@ def test_last_line_is_the_verdict():
 
 @pytest.mark.parametrize(("passed", "sign"), [(True, "void"), (False, "FAIL")])
 def test_what_proves_nothing_says_so(passed, sign):
-    verdict = Verdict("effect", "error / effect", "zero", "logits", math.nan, math.inf, passed, "B is 0", False)
+    verdict = Verdict(
+        "effect", "error / effect", "zero", "logits", math.nan, math.inf, passed, "B is 0", False
+    )
     text = parity_text.lines(parity_reports.good(verdicts=(*parity_reports.good().verdicts, verdict)))
     at = text.index("zero")
     said = words(" ".join(text[at + 1 : text.index("", at)]))
