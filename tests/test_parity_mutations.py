@@ -26,6 +26,8 @@ SQUARE, UP = "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.up_proj"
 GATE, DOWN = "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj"
 EXPERTS, OUTER = "model.layers.0.mlp.experts", f"{BERT}.intermediate.dense"
 WEAK = 0.05
+# Each size once: enough where what is wrong is wrong for every token.
+FEW = {"samples": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +129,7 @@ def grouped(*values: Any, name: str) -> Any:
 def test_a_wrong_adapter_fails_and_its_module_is_named(row, mode, dtype, tmp_path, monkeypatch):
     good = broken.adapter(row.arch, row.feature)
     candidate, right = wrong_export(row, mode, dtype, good, tmp_path, monkeypatch)
-    assert_fails(check(row.arch, candidate, right), row.module)
+    assert_fails(check(row.arch, candidate, right, **FEW), row.module)
 
 
 @pytest.mark.parametrize("mode", ["merged", "swap"])
@@ -137,7 +139,7 @@ def test_a_wrong_weak_adapter_fails_too(row, mode, tmp_path, monkeypatch):
         pytest.skip("has no such export")
     good = broken.adapter(row.arch, row.feature, strength=WEAK)
     candidate, right = wrong_export(row, mode, "float32", good, tmp_path, monkeypatch)
-    assert_fails(check(row.arch, candidate, right), row.module)
+    assert_fails(check(row.arch, candidate, right, **FEW), row.module)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -255,8 +257,9 @@ def feeds_with(token: int, path: Path) -> Path:
 
 
 @pytest.mark.parametrize("change", [broken.rounded_to_bfloat16, broken.stored_in_bfloat16])
-@pytest.mark.parametrize("mode", [None, *MODES])
-@pytest.mark.parametrize("said", [None, "float32"])
+@pytest.mark.parametrize(
+    ("mode", "said"), [*((mode, None) for mode in (None, *MODES)), ("merged", "float32")]
+)
 @pytest.mark.xdist_group("parity-llama")
 def test_bfloat16_under_the_name_of_float32_fails(said, mode, change, tmp_path):
     good = {"a": broken.adapter("llama")} if mode else {}
@@ -342,7 +345,8 @@ GOOD = [
 
 
 # In half precision a token near a tie of the router may go to another expert: a step, where PyTorch's own
-# error is the rounding of one that did not. It fails here without any adapter, by one such step as it seems.
+# error is the rounding of one that did not. Here it is one token of 170, in layer 0, whose second and third
+# expert are 5e-5 apart in probability; PyTorch in float16 takes the same two as in float32.
 ROUTED_APART = ("qwen2_moe", "plain", "swap", "float16")
 
 
@@ -352,7 +356,7 @@ ROUTED_APART = ("qwen2_moe", "plain", "swap", "float16")
 )
 def test_a_good_export_passes(arch, feature, mode, dtype, tmp_path, request):
     if (arch, feature, mode, dtype) == ROUTED_APART:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="a token seems to go to another expert"))
+        request.applymarker(pytest.mark.xfail(strict=True, reason="a token goes to another expert"))
     good = {"a": broken.adapter(arch, feature)}
     if mode != "merged":
         good["b"] = broken.adapter(arch, feature, 1, name="b")
