@@ -16,7 +16,7 @@ from lora_export.parity.comparison import Comparison
 from lora_export.parity.environment import environment
 from lora_export.parity.feeds import Feed, make_feeds, read_feeds
 from lora_export.parity.generate import check_decoder, generate, prompts_of, token_verdicts
-from lora_export.parity.limits import FACTOR, STEP, STEPS
+from lora_export.parity.limits import STEP, STEPS
 from lora_export.parity.localise import Sources
 from lora_export.parity.localise import localise as localise_error
 from lora_export.parity.merged import Merged, read_merged
@@ -164,7 +164,7 @@ def check_parity(
         tuple(generated),
         tuple(comparison.scatter),
         tuple(
-            dict.fromkeys([*sides.notes, *sides.candidate.notes, *comparison.notes, *comparison.laws.notes])
+            dict.fromkeys([*sides.notes, *sides.candidate.notes, *comparison.said, *comparison.laws.notes])
         ),
         environment(about.runtime, about.provider),
         time.monotonic() - started,
@@ -323,11 +323,9 @@ def _generate(
     ports = sides.candidate.about.ports
     prompts = prompts_of(feeds, _PROMPTS)
     for state in comparison.states:
-        own = comparison.largest_own("logits", state)
-        if own is None:
+        tie = comparison.told_apart("logits", state)
+        if tie is None:
             tie = STEPS * STEP[sides.dtype] * comparison.largest_value("logits", state)
-        else:
-            tie = FACTOR * own
         ties[state_name(state)] = tie
 
         def reference(values: Mapping[str, Array], state: State = state) -> Mapping[str, Array]:

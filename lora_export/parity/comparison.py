@@ -12,10 +12,12 @@ from lora_export.errors import BackendError
 from lora_export.parity.candidate import Candidate
 from lora_export.parity.feeds import Feed
 from lora_export.parity.laws import Laws, masks_of
+from lora_export.parity.limits import FACTOR
 from lora_export.parity.metrics import Tally, group_of, is_logits
 from lora_export.parity.reference import Reference, pair_outputs
 from lora_export.parity.result import BASE, OutputMetrics, Scatter, State, state_name
 from lora_export.runtimes.torch_reference import TorchReference
+from lora_export.runtimes.torch_ties import Choice, near_ties, record_choices, turn_ties
 
 _POINTS = 400
 
@@ -47,6 +49,8 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
     _pairs: dict[str, str] = field(default_factory=dict)
     _largest: dict[tuple[State, str], float] = field(default_factory=dict)
+    _near: int = 0
+    _choices: int = 0
 
     def add(self, feed: Feed) -> None:
         """Run both sides on a feed in every state.
@@ -60,16 +64,33 @@ class Comparison:
             without = self.reference.run(feed.values, BASE)
         answers = {}
         for state in self.states:
-            wanted = self.reference.run(feed.values, state)
+            with record_choices() as choices:
+                wanted = self.reference.run(feed.values, state)
             got = self.candidate.run(feed.values, (state,) * feed.batch)
-            own = self.own.run(feed.values, state) if self.own is not None else None
+            own, tied = self._run_own(feed, state, choices)
             self._check(wanted, got, without)
             moved = None if state == BASE else without
-            self._tally(state, feed, wanted, got, own, moved, got_without)
+            self._tally(state, feed, wanted, got, own, tied, moved, got_without)
             if state == BASE:
                 without, got_without = wanted, got
             answers[state] = (wanted, got)
         self.laws.check(feed, answers, self._pairs)
+
+    def _run_own(
+        self, feed: Feed, state: State, choices: Sequence[Choice]
+    ) -> tuple[Mapping[str, Array] | None, Mapping[str, Array] | None]:
+        """Run PyTorch in the candidate's dtype; again with ties the other way, where there are any."""
+        if self.own is None:
+            return None, None
+        with record_choices() as chosen:
+            own = self.own.run(feed.values, state)
+        ties = near_ties(choices, chosen, FACTOR)
+        self._near += ties.near
+        self._choices += ties.of
+        if not ties.near:
+            return own, None
+        with turn_ties(ties):
+            return own, self.own.run(feed.values, state)
 
     def _check(
         self, wanted: Mapping[str, Array], got: Mapping[str, Array], without: Mapping[str, Array] | None
@@ -104,6 +125,7 @@ class Comparison:
         wanted: Mapping[str, Array],
         got: Mapping[str, Array],
         own: Mapping[str, Array] | None,
+        tied: Mapping[str, Array] | None,
         without: Mapping[str, Array] | None,
         got_without: Mapping[str, Array] | None,
     ) -> None:
@@ -117,6 +139,7 @@ class Comparison:
                 None if without is None else without[other],
                 None if got_without is None else got_without[name],
                 masks_of(feed, other),
+                None if tied is None else tied[other],
             )
             largest = float(np.abs(wanted[other]).max(initial=0.0))
             self._largest[state, name] = max(self._largest.get((state, name), 0.0), largest)
@@ -139,10 +162,23 @@ class Comparison:
             for name, tally in outputs.items()
         ]
 
-    def largest_own(self, output: str, state: State) -> float | None:
-        """Return PyTorch's largest absolute error in an output; None where it was not run."""
-        own = self.tallies[state][output].own
-        return None if own is None else own.max_abs
+    def told_apart(self, output: str, state: State) -> float | None:
+        """Return how far apart values of an output have to be to be told apart; None: PyTorch was not run."""
+        tally = self.tallies[state][output]
+        if tally.own is None:
+            return None
+        return FACTOR * tally.own.max_abs + (tally.ties.max_abs if tally.ties is not None else 0.0)
+
+    @property
+    def said(self) -> list[str]:
+        """What a user should know, after all feeds."""
+        if not self._near:
+            return self.notes
+        return [
+            *self.notes,
+            f"{self._near} of {self._choices:,} choices of experts are a tie in the candidate's dtype: "
+            "either is right, and what the other costs is in the limits",
+        ]
 
     def largest_value(self, output: str, state: State) -> float:
         """Return the reference's largest absolute value of an output."""

@@ -170,7 +170,8 @@ class Laws:
             broken = [entry for entry in finite_verdicts(BASE, found, name) if not entry.passed]
             verdicts += [Verdict(**{**vars(entry), "state": label}) for entry in broken]
             for group, members in groups(found).items():
-                limit = largest_limit(judge.limits, states, group)
+                norm = math.sqrt(sum(tally.wanted_squared for tally in members.values()))
+                limit = largest_limit(judge.limits, states, group).over(norm)
                 verdicts += judge.errors(label, group, members, limit, name)
         return verdicts
 

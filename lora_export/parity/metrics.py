@@ -112,6 +112,8 @@ class Tally:
         infinite: How many values of the reference are NaN or infinite.
         got: The candidate's distance.
         own: PyTorch's, run in the candidate's dtype; None where it was not run.
+        ties: The same where experts that are a tie in this dtype were chosen the other way, over the feeds
+            that have such ties; None where there were none.
         moved: There was a run without the adapter to compare with.
     """
 
@@ -124,6 +126,7 @@ class Tally:
     infinite: int = 0
     got: Distance = field(default_factory=Distance)
     own: Distance | None = None
+    ties: Distance | None = None
     moved: bool = False
 
     def add(
@@ -134,6 +137,7 @@ class Tally:
         without: Array | None,
         got_without: Array | None,
         masks: Sequence[Array] = (),
+        tied: Array | None = None,
     ) -> None:
         """Add one feed.
 
@@ -144,6 +148,7 @@ class Tally:
             without: The reference's without the adapter.
             got_without: The candidate's without the adapter, where it can do without.
             masks: The feed's, see `valid_positions`.
+            tied: PyTorch's in the candidate's dtype with ties chosen the other way.
         """
         valid = valid_positions(wanted.shape, masks)
         exact = _positions(wanted, valid)
@@ -167,6 +172,9 @@ class Tally:
         if own is not None:
             self.own = self.own or Distance()
             self._measure(self.own, exact, _positions(own, valid), base, None)
+        if tied is not None:
+            self.ties = self.ties or Distance()
+            self._measure(self.ties, exact, _positions(tied, valid), base, None)
 
     def _measure(
         self, into: Distance, exact: Doubles, found: Doubles, base: Doubles | None, found_base: Doubles | None

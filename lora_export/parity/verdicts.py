@@ -11,14 +11,17 @@ from dataclasses import dataclass, field, replace
 
 from lora_export.parity.limits import (
     EFFECT_CEILING,
+    FACTOR,
+    TIES_FACTOR,
     Limit,
     Rounding,
     applied_limit,
     effect_limit,
     limit_of,
     pooled_own,
+    pooled_ties,
 )
-from lora_export.parity.metrics import Tally, group_of
+from lora_export.parity.metrics import Distance, Tally, group_of
 from lora_export.parity.result import BASE, State, Verdict, state_name
 
 _NOTHING_MOVES = "the adapter changes nothing on these feeds (B = 0, or what it changes is never read)"
@@ -89,9 +92,14 @@ class Judge:
         counted = list(members.values())
         norm = math.sqrt(sum(tally.wanted_squared for tally in counted)) or 1.0
         effect = math.sqrt(sum(tally.moved_squared for tally in counted)) / norm
-        limit = limit_of(self.dtype, pooled_own(counted), worst_own, effect, self.rounding)
-        own = {name: tally.relative(tally.own) for name, tally in members.items() if tally.own is not None}
-        self.limits[state, group] = limit = replace(limit, own=own)
+        ties = pooled_ties(counted)
+        limit = limit_of(self.dtype, pooled_own(counted), worst_own, effect, self.rounding, ties)
+        each = {
+            name: FACTOR * tally.relative(tally.own) + TIES_FACTOR * tally.relative(tally.ties or Distance())
+            for name, tally in members.items()
+            if tally.own is not None
+        }
+        self.limits[state, group] = limit = replace(limit, each=each, norm=norm)
         return self.errors(state_name(state), group, members, limit)
 
     def errors(
@@ -160,14 +168,15 @@ class Judge:
         own = tally.own if tally.own is not None and not tally.own.infinite else None
         share = None if own is None else abs(tally.applied(own) - 1)
         ratio = None if own is None else tally.error_over_effect(own)
+        ties = 0.0 if tally.ties is None else tally.error_over_effect(tally.ties)
         value = abs(tally.applied(tally.got) - 1)
-        limit, why = applied_limit(self.dtype, share, ratio)
+        limit, why = applied_limit(self.dtype, share, None if ratio is None else max(ratio, ties))
         applied = value <= limit
         if not applied:
             why = f"{tally.applied(tally.got):.3g} of the adapter's effect is there; {why}"
         verdicts = [Verdict("effect", "adapter applied", state, output, value, limit, applied, why)]
         value = tally.error_over_effect(tally.got)
-        limit, why = effect_limit(self.dtype, ratio, tally.effect, self.rounding)
+        limit, why = effect_limit(self.dtype, ratio, tally.effect, self.rounding, ties)
         if value > limit and ratio is not None and ratio > EFFECT_CEILING / 2:
             why = (
                 f"PyTorch itself in {self.dtype} is off by {ratio:.2g} of the effect ({tally.effect:.2g}): "
@@ -231,7 +240,7 @@ def largest_limit(limits: Mapping[tuple[State, str], Limit], states: Iterable[St
     found: Sequence[Limit] = [limits[state, group] for state in states if (state, group) in limits]
     widest = max(found, key=lambda limit: limit.relative)
     worst = max(found, key=lambda limit: limit.worst)
-    own: dict[str, float] = {}
+    each: dict[str, float] = {}
     for limit in found:
-        own |= {output: max(value, own.get(output, 0.0)) for output, value in limit.own.items()}
-    return Limit(widest.relative, worst.worst, widest.why, worst.why_worst, own)
+        each |= {output: max(value, each.get(output, 0.0)) for output, value in limit.each.items()}
+    return Limit(widest.relative, worst.worst, widest.why, worst.why_worst, each, widest.ties, widest.norm)
