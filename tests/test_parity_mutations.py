@@ -359,6 +359,20 @@ def test_a_good_export_passes(arch, feature, mode, dtype, tmp_path):
     assert {verdict.state for verdict in report.verdicts if verdict.kind == "effect"} == set(given)
 
 
+@pytest.mark.xdist_group("qwen2_moe plain swap")
+def test_a_token_that_goes_to_another_expert_by_rounding_alone_is_no_error(tmp_path):
+    good = {name: broken.adapter("qwen2_moe", "plain", seed, name=name) for seed, name in enumerate("ab")}
+    candidate = broken.export("swap", broken.base("qwen2_moe", "float16"), good, tmp_path)
+    apart = 0
+    for seed in (0, 4, 9, 36, *range(10, 16)):
+        report = check("qwen2_moe", candidate, good, seed=seed, samples=6)
+        assert_passes(report)
+        # Ten times PyTorch's own error: not all of its tokens went where PyTorch's did.
+        apart += any(entry.relative > 10 * entry.own_relative for entry in report.metrics)
+    if not apart:
+        pytest.skip("on this machine ONNX Runtime sends every token where PyTorch does")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("strength", [WEAK, 0.2])
 @pytest.mark.parametrize("mode", MODES)
