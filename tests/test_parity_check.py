@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from session_graphs import P, Q, both
 from small_graphs import delta, graph, random, save
 
 from lora_export import Adapter, bank_onnx, load_adapter, merge_onnx, save_adapter, swap_onnx
+from lora_export.errors import BackendError
 from lora_export.parity.check import check_parity
 from lora_export.parity.feeds import InputPort
 from lora_export.parity.generate import generate, prompts_of, token_verdicts
@@ -158,7 +161,7 @@ def test_saved_outputs_in_bfloat16(suffix, tmp_path):
     report = check_parity(reference, base(tmp_path), feeds=feeds(tmp_path), dtype="bfloat16")
     assert_passes(report)
     assert report.reference["dtype"] == "bfloat16"
-    assert report.notes == ()
+    assert [note for note in report.notes if "held to bfloat16" in note] == list(report.notes)
     # It can't tell whether a float32 export is as good as float32.
     report = check_parity(reference, tmp_path / "base.onnx", feeds=feeds(tmp_path))
     assert not report.passed
@@ -225,7 +228,34 @@ def test_outputs_that_the_candidate_lacks_are_said(tmp_path):
     more = save(graph(text, {"p.weight": P.T.copy(), "q.weight": Q.T.copy()}), tmp_path, "more.onnx")
     report = check_parity(more, base(tmp_path))
     assert_passes(report)
-    assert any("has no t" in note for note in report.notes)
+    (left,) = [verdict for verdict in report.verdicts if verdict.name == "not compared"]
+    assert (left.output, left.counted) == ("t", False)
+
+
+def test_a_candidate_without_logits_fails(tmp_path):
+    text = TEXT.replace("=> (float[batch,3] y)", "=> (float[batch,3] y, float[batch,5] logits)")
+    text = text.replace("t =", "logits =").replace("(t,", "(logits,")
+    more = save(graph(text, {"p.weight": P.T.copy(), "q.weight": Q.T.copy()}), tmp_path, "more.onnx")
+    report = check_parity(more, base(tmp_path))
+    assert {(verdict.name, verdict.output) for verdict in report.failed} == {("not compared", "logits")}
+
+
+def test_graphs_are_compared_without_torch(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    other = shutil.copy(base(tmp_path), tmp_path / "other.onnx")
+    assert check_parity(other, tmp_path / "base.onnx").passed
+
+
+def test_a_base_tells_nothing_without_an_adapter(tmp_path):
+    merged_graph = merged(tmp_path, A)
+    with pytest.raises(BackendError, match="no adapter was given"):
+        check_parity(merged_graph, base(tmp_path), base=base(tmp_path), tolerance=(2, 2))
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+def test_a_weight_that_is_no_number(weight, tmp_path):
+    with pytest.raises(BackendError, match="weights are"):
+        check_parity(base(tmp_path), merged(tmp_path, A), {"a": A}, weights=[weight])
 
 
 # --- blends ------------------------------------------------------------------------------------------------

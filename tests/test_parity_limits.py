@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 from lora_export.parity.limits import (
     APPLIED_CEILING,
     APPLIED_LIMIT,
+    CEILING,
     EFFECT_CEILING,
     EFFECT_LIMIT,
     FACTOR,
     ROUNDING_FACTOR,
     STEP,
     STEPS,
+    WORST_CEILING,
     WORST_FACTOR,
+    WORST_OVER,
     Limit,
     Rounding,
     applied_limit,
@@ -61,8 +64,9 @@ def test_the_steps_are_those_of_the_dtypes(dtype):
 def test_a_limit_is_a_multiple_of_what_pytorch_loses(dtype):
     own = 50 * STEP[dtype]
     limit = limit_of(dtype, (own, 3 * own), 5 * own, 0.1, None)
-    assert limit.relative == pytest.approx(FACTOR * own)
-    assert limit.worst == pytest.approx(WORST_FACTOR * 5 * own)
+    assert limit.relative == pytest.approx(min(FACTOR * own, CEILING))
+    most = max(WORST_CEILING, WORST_OVER * 5 * own)
+    assert limit.worst == pytest.approx(min(WORST_FACTOR * 5 * own, most))
     assert f"PyTorch's own in {dtype}" in limit.why
     assert f"{own:.1e}" in limit.why
 
@@ -79,8 +83,30 @@ def test_where_pytorch_loses_nothing_a_step_is_allowed(dtype):
 def test_without_a_run_of_pytorch_the_dtypes_step_counts(dtype):
     limit = limit_of(dtype, None, None, 0.1, None)
     assert limit.relative == pytest.approx(STEPS * STEP[dtype])
-    assert limit.worst == pytest.approx(WORST_FACTOR * STEPS * STEP[dtype])
-    assert "no PyTorch run" in limit.why
+    assert limit.worst == pytest.approx(min(WORST_FACTOR * STEPS * STEP[dtype], WORST_CEILING))
+    assert "no finite PyTorch run" in limit.why
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("own", [None, 0.1, 0.3, 10.0])
+@pytest.mark.parametrize("ties", [0.0, 0.5, 10.0])
+def test_zeros_pass_no_limit(dtype, own, ties):
+    known = None if own is None else (own, own)
+    limit = limit_of(dtype, known, own, 0.1, Rounding(5.0, "m"), (ties, ties))
+    wanted = random(0)
+    tally = tally_of(wanted, np.zeros_like(wanted))
+    assert tally.relative(tally.got) == pytest.approx(1)
+    assert limit.relative <= CEILING
+    assert Limit(**{**vars(limit), "each": {"logits": 7.0}, "norm": 1e3}).over(1.0).of("logits")[0] <= CEILING
+
+
+def test_a_pytorch_run_that_overflows_tells_nothing_of_the_limit():
+    wanted = random(0)
+    own = wanted + 1e-3
+    assert pooled_own([tally_of(wanted, wanted, own)]) is not None
+    own = own.copy()
+    own[0, 0, 0] = np.inf
+    assert pooled_own([tally_of(wanted, wanted, own)]) is None
 
 
 def test_what_rounding_cost_is_added_in_proportion_to_the_effect():

@@ -16,7 +16,9 @@ import tiny
 from broken_exports import DTYPES, MODES
 
 from lora_export import Adapter, merge_onnx
+from lora_export.parity.candidate import describe
 from lora_export.parity.check import check_parity
+from lora_export.parity.feeds import make_feeds
 from lora_export.parity.result import ParityReport
 
 FIRST = "model.layers.0.self_attn.q_proj"
@@ -331,6 +333,23 @@ def test_a_session_that_does_not_come_back_to_its_adapter_fails_by_the_law_alone
     assert {verdict.kind for verdict in report.failed} == {"law"}
 
 
+@pytest.mark.xdist_group("parity-llama")
+def test_a_row_that_one_small_feed_reads_is_looked_for_there(tmp_path):
+    good = {"a": broken.adapter("llama")}
+    candidate = broken.export("swap", broken.base("llama"), good, tmp_path)
+    about = describe(candidate, None)
+    feeds = [
+        feed.values["input_ids"] for feed in make_feeds(about.ports, about.captured, vocab_size=tiny.VOCAB)
+    ]
+    small = next(number for number, ids in enumerate(feeds) if ids.shape == (1, 16))
+    others = [ids.ravel() for number, ids in enumerate(feeds) if number != small]
+    row = next(int(token) for token in feeds[small].ravel() if token not in np.concatenate(others))
+    wrong = broken.edited(candidate, tmp_path / "wrong.onnx", broken.without_row(row))
+    report = check("llama", wrong, good)
+    assert_fails(report, "model.embed_tokens", ("no adapter", "a"))
+    assert any("token ids occur in the inputs" in note for note in report.notes)
+
+
 # --- good exports --------------------------------------------------------------------------------------
 
 GOOD = [
@@ -417,6 +436,7 @@ def test_an_adapter_without_effect_is_said_and_is_no_proof(mode, tmp_path):
     assert not said.counted
     assert "B = 0" in said.why
     assert not report.passed
+    assert report.localisation is None  # there is no error that could begin anywhere
 
 
 @pytest.mark.xdist_group("parity-llama")

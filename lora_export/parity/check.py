@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,10 @@ from pathlib import Path
 from lora_export.adapter import Adapter, Array
 from lora_export.errors import BackendError
 from lora_export.parity import laws as laws_of
-from lora_export.parity.candidate import Candidate, describe, open_candidate
+from lora_export.parity.candidate import About, Candidate, describe, open_candidate
 from lora_export.parity.comparison import Comparison
 from lora_export.parity.environment import environment
-from lora_export.parity.feeds import Feed, make_feeds, read_feeds
+from lora_export.parity.feeds import Feed, ids_left, make_feeds, read_feeds
 from lora_export.parity.generate import check_decoder, generate, prompts_of, token_verdicts
 from lora_export.parity.limits import STEP, STEPS
 from lora_export.parity.localise import Sources
@@ -22,7 +23,13 @@ from lora_export.parity.localise import localise as localise_error
 from lora_export.parity.merged import Merged, read_merged
 from lora_export.parity.naming import Adapters, named_adapters
 from lora_export.parity.pasts import with_real_pasts
-from lora_export.parity.reference import CheckpointReference, Reference, SavedReference, open_reference
+from lora_export.parity.reference import (
+    CheckpointReference,
+    GraphReference,
+    Reference,
+    SavedReference,
+    open_reference,
+)
 from lora_export.parity.result import BASE, Generated, Localisation, ParityReport, State, Verdict, state_name
 from lora_export.parity.verdicts import Judge, Tolerance
 from lora_export.progress import Say
@@ -134,17 +141,19 @@ def check_parity(
     for number, feed in enumerate(runs):
         say(f"feed {number + 1} of {len(runs)}: {feed.label}", number / (len(runs) + 1))
         comparison.add(feed)
+    sides.notes += ids_left(runs, about.ports, _vocabulary(sides))
     judge = Judge(sides.dtype, options.tolerance, sides.merged.rounding)
-    verdicts = [*judge.judge(comparison.tallies), *comparison.laws.judge(judge)]
+    verdicts = [*judge.judge(comparison.tallies), *comparison.coverage(), *comparison.laws.judge(judge)]
     generated: list[Generated] = []
     if generate:
         say("generating", 0.95)
         generated, more = _generate(sides, comparison, runs, generate)
         verdicts += more
     where = None
-    if localise and not all(verdict.passed for verdict in verdicts):
+    # An adapter without effect and outputs that are missing begin nowhere.
+    if localise and any(not verdict.passed and not math.isinf(verdict.limit) for verdict in verdicts):
         say("looking where it begins", 0.97)
-        where = _localise(sides, runs, verdicts)
+        where = _localise(sides, comparison, runs, verdicts)
     return ParityReport(
         sides.reference.about,
         {
@@ -156,7 +165,7 @@ def check_parity(
             "sha256": about.sha256,
         },
         tuple(_about_adapter(name, adapter) for name, adapter in given.items()),
-        tuple({"label": feed.label, "shapes": feed.shapes} for feed in runs),
+        tuple(_about_feed(feed, from_file=feeds is not None) for feed in runs),
         str(options.tolerance),
         tuple(verdicts),
         tuple(comparison.metrics()),
@@ -214,6 +223,8 @@ def _open(
     options: _Options,
 ) -> Sides:
     about = describe(candidate, provider)
+    if wrong := [weight for weight in weights if not math.isfinite(weight)]:
+        raise BackendError(f"weights are {', '.join(map(str, wrong))}", "give numbers")
     if reference.is_file() and reference.samefile(candidate):
         raise BackendError(
             f"{candidate.name} would be compared with itself",
@@ -248,6 +259,17 @@ def _open(
     right = open_reference(
         reference, adapters, high, blend, Path(base) if base is not None else None, provider or "cpu"
     )
+    if base is not None and not adapters:
+        raise BackendError(
+            "--base tells what an adapter changes, and no adapter was given",
+            "give --adapter, or leave --base out",
+        )
+    if isinstance(right, GraphReference):
+        _same_inputs(about, right.graph.about)
+    if STEP[dtype] > STEP[about.dtype]:
+        notes.append(
+            f"{candidate.name} is in {about.dtype} and held to {dtype}, as asked: the limits are wider"
+        )
     rough = str(right.about["dtype"])
     if STEP.get(rough, 0.0) > STEP[dtype]:
         notes.append(
@@ -258,6 +280,24 @@ def _open(
     if isinstance(right, CheckpointReference) and dtype != high:
         own = TorchReference(reference, dtype, adapters)
     return Sides(opened, right, own, dtype, merged, blend, notes)
+
+
+def _same_inputs(candidate: About, reference: About) -> None:
+    """Refuse graphs that read different things.
+
+    Raises:
+        BackendError: An input of one is none of the other.
+    """
+    names = [{port.name for port in about.ports} for about in (candidate, reference)]
+    if names[0] != names[1]:
+        raise BackendError(
+            "the reference graph and the candidate have different inputs",
+            "compare graphs that were exported alike: both with a key-value cache, or both without",
+            [
+                *(f"only {candidate.path} has {name}" for name in sorted(names[0] - names[1])),
+                *(f"only {reference.path} has {name}" for name in sorted(names[1] - names[0])),
+            ],
+        )
 
 
 def _feeds(
@@ -329,7 +369,8 @@ def _generate(
         ties[state_name(state)] = tie
 
         def reference(values: Mapping[str, Array], state: State = state) -> Mapping[str, Array]:
-            return sides.reference.run(values, state)
+            right = sides.reference.run(values, state)
+            return {name: right[other] for name, other in comparison.pairs.items()}
 
         def candidate(values: Mapping[str, Array], state: State = state) -> Mapping[str, Array]:
             return sides.candidate.run(values, (state,))
@@ -339,15 +380,17 @@ def _generate(
     return found, token_verdicts(found, count, ties)
 
 
-def _localise(sides: Sides, feeds: Sequence[Feed], verdicts: Sequence[Verdict]) -> Localisation | None:
-    """Look into the first state that failed, on the feed with the most tokens."""
+def _localise(
+    sides: Sides, comparison: Comparison, feeds: Sequence[Feed], verdicts: Sequence[Verdict]
+) -> Localisation | None:
+    """Look into the first state that failed, on the feed that shows most of it."""
     right = sides.reference
     if not isinstance(right, CheckpointReference):
         return Localisation("", "", note="only a checkpoint as the reference can be looked into")
     failed = [verdict.state for verdict in verdicts if not verdict.passed]
     states = sides.candidate.states(sides.blend)
     state = next((state for state in states if state_name(state) in failed), states[-1])
-    feed = max(feeds, key=lambda feed: sum(values.size for values in feed.values.values()))
+    feed = comparison.telling_feed(state, feeds)
     about = sides.candidate.about
     rows = (state,) * feed.batch
     sources = Sources(
@@ -363,6 +406,11 @@ def _localise(sides: Sides, feeds: Sequence[Feed], verdicts: Sequence[Verdict]) 
         laws_of.masks_of(feed),
     )
     return localise_error(sources)
+
+
+def _about_feed(feed: Feed, from_file: bool) -> Mapping[str, object]:
+    # Made ones are the same by their label, up to a past that this machine's arithmetic gave.
+    return {"label": feed.label, "shapes": feed.shapes} | ({"sha256": feed.sha256} if from_file else {})
 
 
 def _about_adapter(name: str, adapter: Adapter) -> Mapping[str, object]:

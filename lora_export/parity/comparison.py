@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,11 +17,12 @@ from lora_export.parity.laws import Laws, masks_of
 from lora_export.parity.limits import FACTOR
 from lora_export.parity.metrics import Tally, group_of, is_logits
 from lora_export.parity.reference import Reference, pair_outputs
-from lora_export.parity.result import BASE, OutputMetrics, Scatter, State, state_name
+from lora_export.parity.result import BASE, OutputMetrics, Scatter, State, Verdict, state_name
 from lora_export.runtimes.torch_reference import TorchReference
 from lora_export.runtimes.torch_ties import Choice, near_ties, record_choices, turn_ties
 
 _POINTS = 400
+_FAR = 4.0
 
 
 @dataclass
@@ -36,6 +39,8 @@ class Comparison:
         tallies: State → output → tally.
         scatter: A few values of each state's main output.
         notes: What a user should know.
+        pairs: The candidate's output → the reference's.
+        missing: Outputs of the reference that the candidate lacks.
     """
 
     candidate: Candidate
@@ -47,7 +52,10 @@ class Comparison:
     tallies: dict[State, dict[str, Tally]] = field(default_factory=dict)
     scatter: list[Scatter] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    _pairs: dict[str, str] = field(default_factory=dict)
+    pairs: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    _errors: dict[State, dict[int, float]] = field(default_factory=dict)
+    _feeds: int = 0
     _largest: dict[tuple[State, str], float] = field(default_factory=dict)
     _near: int = 0
     _choices: int = 0
@@ -64,7 +72,11 @@ class Comparison:
             without = self.reference.run(feed.values, BASE)
         answers = {}
         for state in self.states:
-            with record_choices() as choices:
+            # Without a run of PyTorch there is nothing to compare choices with, and torch may be missing.
+            recording: AbstractContextManager[list[Choice]] = nullcontext([])
+            if self.own is not None:
+                recording = record_choices()
+            with recording as choices:
                 wanted = self.reference.run(feed.values, state)
             got = self.candidate.run(feed.values, (state,) * feed.batch)
             own, tied = self._run_own(feed, state, choices)
@@ -73,8 +85,9 @@ class Comparison:
             self._tally(state, feed, wanted, got, own, tied, moved, got_without)
             if state == BASE:
                 without, got_without = wanted, got
-            answers[state] = (wanted, got)
-        self.laws.check(feed, answers, self._pairs)
+            answers[state] = (wanted, got, own)
+        self.laws.check(feed, answers, self.pairs)
+        self._feeds += 1
 
     def _run_own(
         self, feed: Feed, state: State, choices: Sequence[Choice]
@@ -95,20 +108,24 @@ class Comparison:
     def _check(
         self, wanted: Mapping[str, Array], got: Mapping[str, Array], without: Mapping[str, Array] | None
     ) -> None:
-        if not self._pairs:
+        if not self.pairs:
             where = self.candidate.about.path
-            self._pairs = pair_outputs(list(got), list(wanted), where)
+            self.pairs = pair_outputs(list(got), list(wanted), where)
             self.notes += [
                 f"the candidate's output '{name}' is compared with the reference's '{other}'"
-                for name, other in self._pairs.items()
+                for name, other in self.pairs.items()
                 if name != other
             ]
-            if left := [name for name in wanted if name not in self._pairs.values()]:
-                self.notes.append(f"the candidate has no {', '.join(left)}: not compared")
+            self.missing = [name for name in wanted if name not in self.pairs.values()]
+            if texts := [name for name, values in got.items() if not _is_number(values)]:
+                raise BackendError(
+                    f"outputs of {where.name} are no numbers: {', '.join(texts)}",
+                    "check a graph whose outputs are numbers",
+                )
         different = [
             f"{name}: candidate {got[name].shape}, {whose} {_shape(values, other)}"
             for whose, values in (("reference", wanted), ("reference without adapter", without))
-            for name, other in self._pairs.items()
+            for name, other in self.pairs.items()
             if values is not None and _shape(values, other) != got[name].shape
         ]
         if different:
@@ -130,7 +147,7 @@ class Comparison:
         got_without: Mapping[str, Array] | None,
     ) -> None:
         into = self.tallies.setdefault(state, {})
-        for name, other in self._pairs.items():
+        for name, other in self.pairs.items():
             tally = into.setdefault(name, Tally(is_logits(other), self.tolerance))
             tally.add(
                 wanted[other],
@@ -141,11 +158,48 @@ class Comparison:
                 masks_of(feed, other),
                 None if tied is None else tied[other],
             )
+            self._note_worst(state, tally, wanted[other], got[name], masks_of(feed, other))
             largest = float(np.abs(wanted[other]).max(initial=0.0))
             self._largest[state, name] = max(self._largest.get((state, name), 0.0), largest)
-        main = next((name for name in self._pairs if group_of(name) == name), None)
+        main = next((name for name in self.pairs if group_of(name) == name), None)
         if main is not None and not any(entry.state == state_name(state) for entry in self.scatter):
-            self._scatter(state, main, wanted[self._pairs[main]], got[main])
+            self._scatter(state, main, wanted[self.pairs[main]], got[main])
+
+    def _note_worst(
+        self, state: State, tally: Tally, wanted: Array, got: Array, masks: Sequence[Array]
+    ) -> None:
+        """Keep a feed's error by itself: what one feed alone shows is to be looked for in that feed."""
+        alone = Tally()
+        alone.add(wanted, got, None, None, None, masks)
+        lost = alone.got.infinite or alone.infinite
+        error = math.inf if lost else alone.relative(alone.got)
+        known = self._errors.setdefault(state, {})
+        known[self._feeds] = max(known.get(self._feeds, 0.0), error)
+
+    def telling_feed(self, state: State, feeds: Sequence[Feed]) -> Feed:
+        """Return the feed to look into: the one with most tokens, unless another's error is far larger."""
+        errors = self._errors.get(state, {})
+        size = [sum(values.size for values in feed.values.values()) for feed in feeds]
+        largest = max(range(len(feeds)), key=size.__getitem__)
+        worst = max(errors, key=errors.__getitem__, default=largest)
+        return feeds[worst if errors.get(worst, 0.0) > _FAR * errors.get(largest, 0.0) else largest]
+
+    def coverage(self) -> list[Verdict]:
+        """Return a verdict on each output that was not compared, or at no position."""
+        verdicts = []
+        for name in self.missing:
+            why = f"the candidate has no '{name}', which the reference returns: it was not compared"
+            lost = is_logits(name)  # a pooled or hidden state may be left out; what the model is for may not
+            verdicts.append(
+                Verdict("error", "not compared", "", name, math.nan, math.inf, not lost, why, counted=lost)
+            )
+        for state, outputs in self.tallies.items():
+            empty = [name for name, tally in outputs.items() if not tally.positions]
+            if empty:
+                why = f"no position of {', '.join(empty)} was compared: all of them are padding"
+                where = state_name(state)
+                verdicts.append(Verdict("error", "not compared", where, "", math.nan, math.inf, False, why))
+        return verdicts
 
     def _scatter(self, state: State, name: str, wanted: Array, got: Array) -> None:
         step = max(1, wanted.size // _POINTS)
@@ -165,7 +219,7 @@ class Comparison:
     def told_apart(self, output: str, state: State) -> float | None:
         """Return how far apart values of an output have to be to be told apart; None: PyTorch was not run."""
         tally = self.tallies[state][output]
-        if tally.own is None:
+        if tally.own is None or tally.own.infinite:
             return None
         return FACTOR * tally.own.max_abs + (tally.ties.max_abs if tally.ties is not None else 0.0)
 
@@ -183,6 +237,10 @@ class Comparison:
     def largest_value(self, output: str, state: State) -> float:
         """Return the reference's largest absolute value of an output."""
         return self._largest[state, output]
+
+
+def _is_number(values: Array) -> bool:
+    return values.dtype.kind in "fiub" or values.dtype.name == "bfloat16"
 
 
 def _shape(outputs: Mapping[str, Array], name: str) -> tuple[int, ...] | str:

@@ -26,6 +26,7 @@ from lora_export.parity.feeds_file import read_feeds
 from lora_export.parity.feeds_ports import (
     Feed,
     InputPort,
+    ids_left,
     ports_of_graph,
     rows_of,
     shared_inputs,
@@ -33,7 +34,7 @@ from lora_export.parity.feeds_ports import (
 )
 from lora_export.parity.feeds_sizes import LENGTHS, Sizes, chosen_batches, chosen_sequences
 
-__all__ = ["Feed", "InputPort", "make_feeds", "ports_of_graph", "read_feeds", "rows_of"]
+__all__ = ["Feed", "InputPort", "ids_left", "make_feeds", "ports_of_graph", "read_feeds", "rows_of"]
 
 # A cache's keys and values are smaller than what a layer's norm puts out.
 _PAST_SCALE = 0.5

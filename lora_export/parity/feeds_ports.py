@@ -6,6 +6,7 @@ parity and an engine's profiles read a graph in the same way.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,6 +144,32 @@ class Feed:
     def shapes(self) -> dict[str, list[int]]:
         """Input → its sizes."""
         return {name: list(values.shape) for name, values in self.values.items()}
+
+    @property
+    def sha256(self) -> str:
+        """Hash of names, dtypes, sizes and values."""
+        found = hashlib.sha256()
+        for name, values in sorted(self.values.items()):
+            found.update(f"{name} {values.dtype} {values.shape}\n".encode())
+            found.update(np.ascontiguousarray(values).tobytes())
+        return found.hexdigest()
+
+
+def ids_left(feeds: Sequence[Feed], ports: Sequence[InputPort], vocab_size: int | None) -> list[str]:
+    """Return a line where some token ids are in no feed: their rows of the embedding are never read."""
+    found = {
+        int(token)
+        for port in ports
+        if port.kind == "ids"
+        for feed in feeds
+        for token in np.unique(feed.values[port.name])
+    }
+    if not found or vocab_size is None or len(found) >= vocab_size:
+        return []
+    return [
+        f"{len(found):,} of {vocab_size:,} token ids occur in the inputs; what is wrong with other rows of "
+        "an embedding alone does not show (more: --samples, --sequence)"
+    ]
 
 
 def rows_of(feed: Feed, indices: Sequence[int]) -> Feed:

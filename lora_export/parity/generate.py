@@ -42,6 +42,18 @@ def check_decoder(
         )
     names = [port.name for port in ports]
     strange = [name for name in names if name not in _KNOWN and not name.startswith(_PAST)]
+    unclear = [
+        f"input {port.name}: {list(port.shape)}"
+        for port in ports
+        if port.name.startswith(_PAST)
+        and not (len(port.shape) == 4 and isinstance(port.shape[1], int) and isinstance(port.shape[3], int))
+    ]
+    if unclear:
+        raise BackendError(
+            f"{where} does not say how many heads its cache has, or how large they are",
+            "leave out --generate, or export it with these sizes fixed",
+            unclear,
+        )
     if "input_ids" not in names or "logits" not in outputs or strange:
         raise BackendError(
             f"{where} is no decoder that generates text: it has to read input_ids and to return logits",

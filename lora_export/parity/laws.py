@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,8 +18,9 @@ from lora_export.parity.metrics import Tally, group_of, is_logits
 from lora_export.parity.result import BASE, State, Verdict, state_name
 from lora_export.parity.verdicts import Judge, finite_verdicts, groups, largest_limit
 
-# State → what both sides answered: the reference's outputs, the candidate's.
-Answers = Mapping[State, tuple[Mapping[str, Array], Mapping[str, Array]]]
+Outputs = Mapping[str, Array]
+# State → what all sides answered: the reference's outputs, the candidate's, PyTorch's in its dtype.
+Answers = Mapping[State, tuple[Outputs, Outputs, Outputs | None]]
 
 _AGAIN = "the same adapter again after another one gives the same bits"
 
@@ -49,6 +50,7 @@ class Laws:
         candidate: What is checked.
         tolerance: ``(rtol, atol)`` where the user gave one.
         mixed: A bank's rows in different states, against the reference: output → tally.
+        applied: The same rows by their state: whether each has its own adapter's effect.
         permuted: Permuted rows, against the candidate's own rows.
         alone: One row, against the same row of a batch.
         again: Relative differences of A→B→A: (A, output) → the largest.
@@ -59,6 +61,7 @@ class Laws:
     candidate: Candidate
     tolerance: tuple[float, float] | None = None
     mixed: dict[str, Tally] = field(default_factory=dict)
+    applied: dict[State, dict[str, Tally]] = field(default_factory=dict)
     permuted: dict[str, Tally] = field(default_factory=dict)
     alone: dict[str, Tally] = field(default_factory=dict)
     again: dict[tuple[State, str], float] = field(default_factory=dict)
@@ -80,7 +83,7 @@ class Laws:
             # The last one ran just now: nothing would be between.
             self._again(feed, answers, states[self._feeds % (len(states) - 1)])
             self._feeds += 1
-        if feed.batch < 2 or not self._takes_rows(feed):
+        if feed.batch < 2 or not self._has_rows(feed):
             return
         rows = self._rows(states, feed.batch)
         got = self.candidate.run(feed.values, rows)
@@ -92,16 +95,26 @@ class Laws:
                 for name in names
             }
             self._add(self.mixed, feed, names, wanted, got)
+            self._add_applied(feed, answers, {name: pairs[name] for name in names}, rows, got)
         self.seen |= set(rows)
         order = list(reversed(range(feed.batch)))
         turned = self.candidate.run(rows_of(feed, order).values, [rows[row] for row in order])
         back = {name: turned[name][order] for name in names}
         self._add(self.permuted, feed, names, got, back)
+        if not self._takes_rows(feed):
+            return
         one = self._turn % feed.batch
         only = rows_of(feed, [one])
         lone = self.candidate.run(only.values, rows[one : one + 1])
         kept = {name: got[name][one : one + 1] for name in names}
         self._add(self.alone, only, names, kept, lone)
+
+    @staticmethod
+    def _has_rows(feed: Feed) -> bool:
+        """Whether the first axis of every input that rows don't share is the batch."""
+        return all(
+            name in feed.shared or values.shape[:1] == (feed.batch,) for name, values in feed.values.items()
+        )
 
     def _takes_rows(self, feed: Feed) -> bool:
         """Whether the batch can have another size: the first dimension of every input with one varies."""
@@ -115,11 +128,9 @@ class Laws:
     def notes(self) -> list[str]:
         """What could not be checked."""
         if not self.permuted:
-            return [
-                "no batch of several rows whose size can be changed: permuted and lone rows were not checked"
-            ]
-        if self.candidate.about.mode == "bank" and not self.mixed:
-            return ["rows with different adapters in one batch were not checked: there is one state only"]
+            return ["no batch of several rows: permuted and lone rows were not checked"]
+        if not self.alone:
+            return ["the size of the batch can't be changed: lone rows were not checked"]
         return []
 
     def _rows(self, states: Sequence[State], batch: int) -> list[State]:
@@ -154,26 +165,64 @@ class Laws:
             tally = into.setdefault(name, Tally(is_logits(name), self.tolerance))
             tally.add(wanted[name], got[name], None, None, None, masks_of(feed, name))
 
+    def _add_applied(
+        self, feed: Feed, answers: Answers, pairs: Mapping[str, str], rows: Sequence[State], got: Outputs
+    ) -> None:
+        """Compare each row of a mixed batch with the same row without adapter."""
+        if BASE not in answers:
+            return
+        right, plain, _ = answers[BASE]
+        for row, state in enumerate(rows):
+            if state == BASE:
+                continue
+            at = slice(row, row + 1)
+            wanted, _, own = answers[state]
+            tallies = self.applied.setdefault(state, {})
+            for name, other in pairs.items():
+                tallies.setdefault(name, Tally(is_logits(name), self.tolerance)).add(
+                    wanted[other][at],
+                    got[name][at],
+                    None if own is None else own[other][at],
+                    right[other][at],
+                    plain[name][at],
+                    masks_of(rows_of(feed, [row]), name),
+                )
+
     def judge(self, judge: Judge) -> list[Verdict]:
         """Return the verdicts; the states must have been judged before, for their limits."""
         verdicts: list[Verdict] = []
         if self.again:
             verdicts.append(self._judge_again(judge))
-        for name, found, states in (
-            ("mixed batch", self.mixed, self.mixed_states),
-            ("permuted rows", self.permuted, self.seen),
-            ("row alone", self.alone, self.seen),
+        verdicts += self._judge_applied(judge)
+        for name, found, states, right in (
+            ("mixed batch", self.mixed, self.mixed_states, "the reference"),
+            ("permuted rows", self.permuted, self.seen, "its run before"),
+            ("row alone", self.alone, self.seen, "its run before"),
         ):
             if not found:
                 continue
             label = ", ".join(sorted(state_name(state) for state in states))
-            broken = [entry for entry in finite_verdicts(BASE, found, name) if not entry.passed]
+            broken = [entry for entry in finite_verdicts(BASE, found, name, right) if not entry.passed]
             verdicts += [Verdict(**{**vars(entry), "state": label}) for entry in broken]
             for group, members in groups(found).items():
                 norm = math.sqrt(sum(tally.wanted_squared for tally in members.values()))
                 limit = largest_limit(judge.limits, states, group).over(norm)
                 verdicts += judge.errors(label, group, members, limit, name)
         return verdicts
+
+    def _judge_applied(self, judge: Judge) -> list[Verdict]:
+        """Return whether rows that are with others in a batch have their own adapter."""
+        if self.candidate.about.mode != "bank":
+            return []
+        if not self.mixed:
+            why = "no batch of several rows, or one state: rows with different adapters were not checked"
+            return [Verdict("law", "mixed batch", "", "", math.nan, math.inf, True, why, counted=False)]
+        return [
+            replace(verdict, kind="law", name=f"mixed batch: {verdict.name}")
+            for state, outputs in self.applied.items()
+            for verdict in judge.effects(state, outputs)
+            if verdict.counted
+        ]
 
     def _judge_again(self, judge: Judge) -> Verdict:
         exact = self.candidate.about.provider == "cpu"

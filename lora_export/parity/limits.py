@@ -34,6 +34,11 @@ TIES_FACTOR = 1.5
 # Of the step, where PyTorch was not run: what a few dozen layers add up to.
 STEPS = 32.0
 STEP = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+# Zeros in place of outputs have a relative error of 1, and 1 at each position: no limit comes near that.
+CEILING = 0.5
+# Where PyTorch's own worst position is that bad, it is up to `WORST_OVER` times what PyTorch has.
+WORST_CEILING = 0.9
+WORST_OVER = 2.0
 # An export whose error is this share of the adapter's effect is not the adapter any more.
 EFFECT_LIMIT = 0.1
 # Where the dtype itself loses more, the limit follows it up to here: without the adapter it is above 1.
@@ -68,14 +73,14 @@ class Limit:
     def over(self, norm: float) -> Limit:
         """Return the limits of fewer positions, of this ‖reference‖: a tie is a larger share of them."""
         more = self.ties * max(self.norm / norm - 1, 0.0) if norm else 0.0
-        return replace(self, relative=self.relative + more)
+        return replace(self, relative=min(self.relative + more, max(CEILING, self.relative)))
 
     def of(self, output: str) -> tuple[float, str]:
         """Return the limit of one output's relative error, and why."""
         alone = self.each.get(output, 0.0)
         if alone <= self.relative or math.isclose(alone, self.relative):
             return self.relative, self.why
-        return alone, f"{FACTOR:g} × PyTorch's own in {output}"
+        return min(alone, CEILING), f"{FACTOR:g} × PyTorch's own in {output}"
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,12 @@ class Rounding:
 
 
 def pooled_own(tallies: Sequence[Tally]) -> tuple[float, float] | None:
-    """Return PyTorch's relative error and its worst position over several outputs; None: it was not run."""
-    if any(tally.own is None for tally in tallies):
+    """Return PyTorch's relative error and its worst position over several outputs.
+
+    Returns:
+        None: It was not run, or what it computes in that dtype is not finite, so that nothing is known.
+    """
+    if any(tally.own is None or tally.own.infinite for tally in tallies):
         return None
     return pooled(tallies, [tally.own or Distance() for tally in tallies])
 
@@ -134,7 +143,7 @@ def limit_of(
     step = STEP[dtype]
     if own is None or worst_own is None:
         relative = STEPS * step
-        why = f"{STEPS:g} × {step:.1e}, {dtype}'s step; no PyTorch run in {dtype} to compare with"
+        why = f"{STEPS:g} × {step:.1e}, {dtype}'s step; no finite PyTorch run in {dtype} to compare with"
         worst, why_worst = WORST_FACTOR * relative, f"{WORST_FACTOR:g} × the limit of the relative error"
     else:
         found = max(own[0], step)
@@ -153,6 +162,11 @@ def limit_of(
         relative, worst = relative + TIES_FACTOR * ties[0], worst + TIES_FACTOR * ties[1]
         why += f" + {TIES_FACTOR:g} × ties of routers {ties[0]:.1e}"
         why_worst += f" + {TIES_FACTOR:g} × ties of routers {ties[1]:.1e}"
+    if relative > CEILING:
+        relative, why = CEILING, f"{why}, but at most {CEILING:g}: more shows nothing, in whatever dtype"
+    most = max(WORST_CEILING, WORST_OVER * (worst_own or 0.0), WORST_OVER * ties[1])
+    if worst > most:
+        worst, why_worst = most, f"{why_worst}, but at most {most:.2g}: a position without values is off by 1"
     return Limit(relative, worst, why, why_worst, ties=TIES_FACTOR * ties[0])
 
 

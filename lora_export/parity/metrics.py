@@ -75,6 +75,8 @@ class Distance:
         max_abs: Largest absolute difference.
         sum_abs: Sum of the absolute differences.
         along: (run − reference without the adapter) · (reference with − without it).
+        drift: ‖(run − its own run without the adapter) − (reference with − without it)‖²: what it loses of
+            base and adapter alike cancels. Where it can't do without, against the reference's.
         dot: run · reference.
         norm_squared: ‖run‖².
         kl: Sum over positions of KL(reference‖run).
@@ -89,6 +91,7 @@ class Distance:
     max_abs: float = 0.0
     sum_abs: float = 0.0
     along: float = 0.0
+    drift: float = 0.0
     dot: float = 0.0
     norm_squared: float = 0.0
     kl: float = 0.0
@@ -200,6 +203,7 @@ class Tally:
             # Against the candidate's own base, what both runs round in the same way cancels.
             start = base if found_base is None else found_base
             into.along += float(np.einsum("ij,ij->", found - start, exact - base))
+            into.drift += float(_squares(found - start - (exact - base)).sum())
         if self.logits:
             _add_logits(into, exact, found)
 
@@ -225,6 +229,10 @@ class Tally:
     def error_over_effect(self, of: Distance) -> float:
         """Return ‖difference‖ / ‖with − without‖; Inf where nothing moved."""
         return math.sqrt(of.squared / self.moved_squared) if self.moved_squared else math.inf
+
+    def drift_over_effect(self, of: Distance) -> float:
+        """Return how far what the adapter adds is from what it should add, to the latter."""
+        return math.sqrt(of.drift / self.moved_squared) if self.moved_squared else math.inf
 
     def applied(self, of: Distance) -> float:
         """Return which share of the adapter's effect there is: 1 all of it, 0 none, 2 twice."""
@@ -254,6 +262,7 @@ class Tally:
             kl=shown(got.kl / each) if self.logits else None,
             top1=shown(got.top1 / each) if self.logits else None,
             top5=shown(got.top5 / each) if self.logits else None,
+            positions=self.positions,
         )
 
 

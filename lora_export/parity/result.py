@@ -75,6 +75,7 @@ class OutputMetrics:
         kl: Mean Kullback-Leibler divergence KL(reference‖candidate) in nats, of logits.
         top1: Share of positions whose largest logit is the same one.
         top5: Mean share of the five largest logits that are the same.
+        positions: How many vectors along the last axis were compared, padding left out.
     """
 
     state: str
@@ -90,6 +91,7 @@ class OutputMetrics:
     kl: float | None = None
     top1: float | None = None
     top5: float | None = None
+    positions: int = 0
 
 
 @dataclass(frozen=True)

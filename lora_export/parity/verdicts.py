@@ -83,7 +83,7 @@ class Judge:
             for group, members in groups(outputs).items():
                 verdicts += self._errors(state, group, members, worst_own.get(group))
             if state != BASE:
-                verdicts += self._effects(state, outputs)
+                verdicts += self.effects(state, outputs)
         return _one_moves(verdicts)
 
     def _errors(
@@ -97,7 +97,7 @@ class Judge:
         each = {
             name: FACTOR * tally.relative(tally.own) + TIES_FACTOR * tally.relative(tally.ties or Distance())
             for name, tally in members.items()
-            if tally.own is not None
+            if tally.own is not None and not tally.own.infinite
         }
         self.limits[state, group] = limit = replace(limit, each=each, norm=norm)
         return self.errors(state_name(state), group, members, limit)
@@ -148,7 +148,8 @@ class Judge:
         name = f"{label}tolerance"
         return Verdict("law" if label else "error", name, state, group, value, 1.0, value <= 1.0, why)
 
-    def _effects(self, state: State, outputs: Mapping[str, Tally]) -> list[Verdict]:
+    def effects(self, state: State, outputs: Mapping[str, Tally]) -> list[Verdict]:
+        """Return the verdicts on whether an adapter is applied."""
         name = state_name(state)
         judged = {output: tally for output, tally in outputs.items() if tally.moved}
         if not judged:
@@ -175,7 +176,8 @@ class Judge:
         if not applied:
             why = f"{tally.applied(tally.got):.3g} of the adapter's effect is there; {why}"
         verdicts = [Verdict("effect", "adapter applied", state, output, value, limit, applied, why)]
-        value = tally.error_over_effect(tally.got)
+        # What a tolerance was given for, as quantising loses it, is no part of what the adapter adds.
+        value = (tally.error_over_effect if self.tolerance.auto else tally.drift_over_effect)(tally.got)
         limit, why = effect_limit(self.dtype, ratio, tally.effect, self.rounding, ties)
         if value > limit and ratio is not None and ratio > EFFECT_CEILING / 2:
             why = (
@@ -219,14 +221,23 @@ def groups(outputs: Mapping[str, Tally]) -> dict[str, dict[str, Tally]]:
     return found
 
 
-def finite_verdicts(state: State, outputs: Mapping[str, Tally], law: str = "") -> list[Verdict]:
-    """Return one verdict on NaN and infinite values: they never pass, on either side."""
+def finite_verdicts(
+    state: State, outputs: Mapping[str, Tally], law: str = "", right: str = "the reference"
+) -> list[Verdict]:
+    """Return one verdict on NaN and infinite values: they never pass, on either side.
+
+    Args:
+        state: What was active.
+        outputs: The tallies.
+        law: What is checked, where it is a law.
+        right: What the candidate is compared with.
+    """
     problems, count = [], 0
     for output, tally in outputs.items():
-        for side, found in (("candidate", tally.got.infinite), ("reference", tally.infinite)):
+        for side, found in (("the candidate", tally.got.infinite), (right, tally.infinite)):
             if found:
                 count += found
-                problems.append(f"{output} of the {side}: {found}")
+                problems.append(f"{output} of {side}: {found}")
     why = "no NaN and no Inf on either side"
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
