@@ -669,3 +669,36 @@ def test_weights_beside_a_candidate_belong_to_its_identity(tmp_path):
     # The graphs are the same bytes, their weights are not.
     assert found[0][0] == found[1][0]
     assert found[0][1] != found[1][1]
+
+
+@llama
+def test_tokens_of_a_reference_whose_logits_have_another_name(tmp_path):
+    def renamed(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            node.output[:] = ["scores" if name == "logits" else name for name in node.output]
+        model.graph.output[0].name = "scores"
+
+    candidate = broken.base("llama")
+    reference = broken.edited(candidate, tmp_path / "scores.onnx", renamed)
+    report = check_parity(reference, candidate, generate=3)
+    assert [entry.equal for entry in report.generated] == [3, 3]
+
+
+@llama
+def test_a_cache_without_sizes_can_not_begin_empty(tmp_path):
+    def unnamed(model: onnx.ModelProto) -> None:
+        for port in model.graph.input:
+            if port.name.startswith("past_key_values."):
+                port.type.tensor_type.shape.dim[1].dim_param = "heads"
+
+    candidate = broken.base("llama", kv_cache=True)
+    reference = broken.edited(candidate, tmp_path / "heads.onnx", unnamed)
+    with pytest.raises(BackendError, match="does not say how many heads"):
+        check_parity(candidate, reference, generate=3)
+
+
+@llama
+def test_graphs_with_other_inputs(tmp_path):
+    with pytest.raises(BackendError, match="different inputs") as found:
+        check_parity(broken.base("llama"), broken.base("llama", kv_cache=True))
+    assert any("past_key_values.0.key" in problem for problem in found.value.problems)

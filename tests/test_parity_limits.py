@@ -349,3 +349,21 @@ def test_a_tolerance_replaces_the_limits_of_errors_alone():
     )
     assert {v.name for v in found if v.kind == "error"} == {"tolerance"}
     assert {v.kind for v in found if not v.passed} == {"effect"}
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_with_a_tolerance_what_base_and_adapter_lose_alike_is_no_part_of_the_effect(applied):
+    """As in a quantised graph, whose base is off by a third of what the adapter changes."""
+    base, delta, noise = random(0), 0.2 * random(1), 0.06 * random(2)
+    got = base + noise + (delta if applied else 0)
+    tally = Tally(tolerance=(1.0, 1.0))
+    tally.add(base + delta, got, None, base, base + noise)
+    found = {
+        verdict.name: verdict
+        for verdict in Judge("float32", Tolerance(1.0, 1.0)).effects(STATE, {"y": tally})
+    }
+    assert found["error / effect"].passed == applied
+    assert found["adapter applied"].passed == applied
+    assert found["error / effect"].value == pytest.approx(0 if applied else 1)
+    strict = {verdict.name: verdict for verdict in Judge("float32").effects(STATE, {"y": tally})}
+    assert not strict["error / effect"].passed

@@ -347,7 +347,8 @@ def test_a_row_that_one_small_feed_reads_is_looked_for_there(tmp_path):
     wrong = broken.edited(candidate, tmp_path / "wrong.onnx", broken.without_row(row))
     report = check("llama", wrong, good)
     assert_fails(report, "model.embed_tokens", ("no adapter", "a"))
-    assert any("token ids occur in the inputs" in note for note in report.notes)
+    few = check("llama", candidate, good, samples=2, sequences=[1, 2]).notes
+    assert any(f"of {tiny.VOCAB} token ids occur in the inputs" in note for note in few)
 
 
 # --- good exports --------------------------------------------------------------------------------------
@@ -422,7 +423,8 @@ def test_no_tolerance_hides_that_no_adapter_is_applied(mode, tmp_path, monkeypat
     candidate, right = wrong_export(row, mode, "float32", good, tmp_path, monkeypatch)
     report = check("llama", candidate, right, tolerance="1e9,1e9")
     assert not report.passed
-    assert {verdict.kind for verdict in report.failed} == {"effect"}
+    law = {"law"} if mode == "bank" else set()  # the rows of a mixed batch
+    assert {verdict.kind for verdict in report.failed} == {"effect"} | law
     assert failed_states(report) == {"a"}
 
 
