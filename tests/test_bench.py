@@ -10,7 +10,6 @@ from pathlib import Path
 
 import engine_files
 import numpy as np
-import onnx_ir as ir
 import pytest
 import session_graphs
 import tiny
@@ -27,6 +26,9 @@ from lora_export import (
     swap_onnx,
 )
 from lora_export.bench import load_probe
+from lora_export.bench.result import Row, Table
+from lora_export.bench.statistics import Latency
+from lora_export.bench.workloads import Workload
 from lora_export.capture import capture_checkpoint
 from lora_export.cli import _run
 from lora_export.engines.record import sha256_of
@@ -105,7 +107,7 @@ def test_all_kinds_of_a_decoder_side_by_side(capsys):
 def check_row(table, row):
     work, latency = table["workload"], row["latency"]
     assert 0 < latency["min_ms"] <= latency["median_ms"] <= latency["p95_ms"]
-    assert latency["count"] == table["rounds"] * table["runs_per_block"]
+    assert latency["count"] == table["rounds"] * row["runs_per_block"]
     assert row["rows_per_s"] == pytest.approx(work["batch"] * 1e3 / latency["median_ms"])
     assert row["tokens_per_s"] == pytest.approx(work["sequence"] * row["rows_per_s"])
     if row["ratio"]:
@@ -266,6 +268,44 @@ def test_a_dry_run_opens_nothing(capsys, monkeypatch):
         assert wanted in out
 
 
+def test_a_dry_run_says_one_or_several(tmp_path, capsys):
+    path = session_graphs.base(tmp_path)
+    _, alone, _ = bench(capsys, path, "--dry-run")
+    assert "would time one contender:\n  base.onnx\nin one workload: run 1\n" in alone
+    assert "until its time's interval is narrower than" in alone
+    assert "ratio" not in alone
+    _, two, _ = bench(capsys, path, "--against", path, "--batch", "1,2", "--dry-run")
+    assert "would time 2 contenders, compared with the first:" in two
+    assert "in 2 workloads: run 1, run 2\nuntil the ratio's interval" in two
+    _, three, _ = bench(capsys, path, "--against", path, "--against", path, "--dry-run")
+    assert "until every ratio's interval" in three
+
+
+def test_a_folder_that_is_missing_is_made(tmp_path, capsys):
+    out = tmp_path / "new" / "deeper" / "out.json"
+    path = session_graphs.base(tmp_path)
+    code, _, err = bench(capsys, path, "--report", out, "--dry-run")
+    assert code == 0, err
+    assert not out.parent.exists()
+    code, _, err = bench(capsys, path, "--report", out)
+    assert code == 0, err
+    assert json.loads(out.read_text())["kind"] == "lora_export.bench"
+
+
+def test_a_report_beside_the_model_is_fine(tmp_path, capsys):
+    path = session_graphs.base(tmp_path)
+    flags = ["--report", tmp_path / "base.json", "--html", tmp_path / "base.html"]
+    code, _, err = bench(capsys, path, *flags, "--dry-run")
+    assert code == 0, err
+
+
+def test_runs_in_a_block_are_said_for_each_contender_in_the_page():
+    latency = Latency(1, 1.0, 1.0, 0.0, 1.0)
+    rows = [Row(str(count), count, latency, 1.0, None, None) for count in (7, 1, 3)]
+    assert Table(Workload("run", 1, 0), 4, "time", tuple(rows)).runs_per_block == "1 to 7"
+    assert Table(Workload("run", 1, 0), 4, "time", tuple(rows[:1])).runs_per_block == "7"
+
+
 def test_a_process_that_dies_is_a_note(tmp_path, monkeypatch, capsys):
     path = session_graphs.base(tmp_path)
     monkeypatch.setattr(load_probe.sys, "executable", shutil.which("false"))
@@ -339,131 +379,6 @@ def test_an_engine_where_there_is_no_gpu_is_the_runtimes_own_error(tmp_path, cap
     assert code == 1
     assert "can't be opened" in err
     assert "Traceback" not in err
-
-
-# --- bad input ---------------------------------------------------------------------------------------------
-
-
-def refused(capsys, *arguments):
-    code, out, err = bench(capsys, *arguments)
-    assert code == 1, err
-    assert out == ""
-    assert "Traceback" not in err
-    return err
-
-
-def test_everything_that_is_wrong_at_once(tmp_path, capsys):
-    text = tmp_path / "notes.onnx"
-    text.write_text("no model")
-    err = refused(
-        capsys,
-        text,
-        *("--against", tmp_path / "absent.onnx"),
-        *("--batch", "0,x,2"),
-        *("--sequence", "1.5"),
-        *("--past", "-1"),
-        *("--narrow", "0"),
-        *("--plot", tmp_path / "no" / "out.jpg"),
-        "--cuda-graph",
-        *("--report", tmp_path / "twice", "--html", tmp_path / "twice"),
-    )
-    for wanted in (
-        "notes.onnx is not a readable ONNX file",
-        "no ONNX file at",
-        "--batch 0: wanted at least 1",
-        "'x' is no whole number",
-        "'1.5' is no whole number",
-        "--past -1: wanted at least 0",
-        "--narrow 0",
-        "there is no folder",
-        ".png or .svg",
-        "--cuda-graph needs --provider cuda",
-        "two of them are the same file",
-    ):
-        assert wanted in err
-    assert f"{len(re.findall('^  ', err, re.MULTILINE))} problems" in err
-
-
-def test_time_and_threads_have_to_be_positive(tmp_path, capsys):
-    path = session_graphs.base(tmp_path)
-    code, _, err = bench(capsys, path, "--seconds", "0", "--threads", "0", quick=False)
-    assert code == 1
-    assert "--seconds 0" in err
-    assert "--threads 0" in err
-
-
-def test_models_with_other_inputs(tmp_path, capsys):
-    other = save(graph("g (float[b,4] y) => (float[b,4] z) { z = Relu(y) }", {}), tmp_path, "other.onnx")
-    err = refused(capsys, session_graphs.base(tmp_path), "--against", other)
-    assert "other.onnx lacks inputs of base.onnx: x, shift" in err
-    assert "other.onnx has inputs that base.onnx lacks: y" in err
-
-
-def test_adapters_that_nothing_takes(tmp_path, capsys):
-    base = session_graphs.base(tmp_path)
-    assert "base.onnx takes no adapter" in refused(capsys, base, "--adapter", f"a={tmp_path}")
-    swap = session_graphs.swap(tmp_path)
-    err = refused(
-        capsys, swap, "--adapter", "a", "--adapter", f"b={tmp_path / 'none'}", "--adapter", f"={tmp_path}"
-    )
-    for wanted in ("a: swap.onnx needs its file", "--adapter b: ", "wanted NAME=PATH"):
-        assert wanted in err
-    save_adapter(session_graphs.both(1), tmp_path / "one", "peft")
-    bank = session_graphs.bank(tmp_path, "constants", session_graphs.fitting(1, 0))
-    err = refused(capsys, bank, "--adapter", f"x={tmp_path / 'one'}", "--adapter", f"x={tmp_path / 'one'}")
-    assert "named twice" in err
-    assert "bank.onnx has no such slot; it has: emotion" in err
-
-
-def test_an_adapter_of_another_model(tmp_path, capsys):
-    swap = session_graphs.swap(tmp_path)
-    err = refused(capsys, swap, "--adapter", f"a={tiny.adapter('llama')}")
-    assert "swap.onnx can't load the adapters" in err
-
-
-def test_fixed_shapes_and_sizes_that_nobody_knows(tmp_path, capsys):
-    fixed = save(
-        graph("g (int64[2,8] input_ids) => (int64[2,8] y) { y = Identity(input_ids) }", {}),
-        tmp_path,
-        "f.onnx",
-    )
-    err = refused(capsys, fixed, "--batch", "1,2", "--sequence", "8,9")
-    assert "input_ids has a fixed batch of 2, not 1" in err
-    assert "input_ids has a fixed sequence of 8, not 9" in err
-    code, _, err = bench(capsys, fixed, "--batch", "2", "--sequence", "8")
-    assert code == 0, err
-    strange = save(
-        graph("g (float[b,height] x) => (float[b,height] y) { y = Relu(x) }", {}), tmp_path, "s.onnx"
-    )
-    assert "nobody knows the size of axis 1 (height)" in refused(capsys, strange)
-
-
-@cached_llama
-def test_more_tokens_than_the_model_has_positions_for(capsys):
-    files = decoders()
-    metadata = ir.load(files["base"]).metadata_props
-    most = json.loads(metadata["lora_export.dims"])["total_sequence"]["max"]
-    err = refused(capsys, files["base"], "--sequence", str(most + 1))
-    assert f"positions for a total of {most}, not {most + 1}" in err
-    # The cache may hold so many that the next token is the last: no more.
-    err = refused(capsys, files["base"], "--sequence", "4", "--past", str(most))
-    assert f"not {most + 1}" in err
-    code, _, err = bench(capsys, files["base"], "--sequence", "4", "--past", str(most - 1), "--dry-run")
-    assert code == 0, err
-
-
-def test_past_without_a_cache(tmp_path, capsys):
-    assert "has no key-value cache" in refused(capsys, session_graphs.base(tmp_path), "--past", "4")
-
-
-def test_what_the_runtime_refuses_is_said_for_each_run(tmp_path, capsys):
-    """A graph that says that it takes every batch and takes one."""
-    text = "g (float[b,4] x) => (float[2,2] y) { y = Reshape(x, shape) }"
-    path = save(graph(text, {"shape": np.array([2, 2], np.int64)}), tmp_path, "r.onnx")
-    err = refused(capsys, path, "--batch", "1,2,3")
-    assert "r.onnx, run 2" in err
-    assert "r.onnx, run 3" in err
-    assert "run 1" not in err
 
 
 # --- a GPU -------------------------------------------------------------------------------------------------

@@ -106,21 +106,47 @@ def test_warm_up_and_the_first_run_of_a_block_are_not_counted():
         clock.now += 0.002
 
     found = timed(clock, run, other, narrow=1e-9, seconds=30.0)
-    assert found.runs_per_block > 1
+    assert min(found.runs_per_block) > 1
     assert max(found.times_s[0]) == pytest.approx(0.001)
     assert len(clock.log) > len(found.times_s[0]) + found.count
 
 
 def test_short_runs_come_in_blocks_and_long_ones_alone():
     clock = Clock()
-    short = timed(clock, clock.contender("a", 0.002), clock.contender("b", 0.004))
-    assert short.runs_per_block == 5  # 20 ms of the slower one
-    assert len(short.times_s[0]) == short.count * 5
+    short = timed(clock, clock.contender("a", 0.0021), clock.contender("b", 0.0041))
+    assert short.runs_per_block == (10, 5)  # 20 ms of each
+    assert [len(times) for times in short.times_s] == [short.count * 10, short.count * 5]
     clock.log.clear()
     slow = timed(clock, clock.contender("a", 0.5), clock.contender("b", 0.6))
-    assert slow.runs_per_block == 1
+    assert slow.runs_per_block == (1, 1)
     # Two for the warm-up, then one a round: nothing is thrown away.
     assert clock.log.count("a") == 2 + slow.count
+
+
+def test_a_fast_contender_beside_a_slow_one_keeps_its_uncounted_run():
+    """After the slow one has had the caches the fast one's first run is cold: it must not be its time."""
+    clock, last = Clock(), [None]
+
+    def fast():
+        clock.log.append("fast")
+        clock.now += 0.004 if last[0] == "fast" else 0.008
+        last[0] = "fast"
+
+    def slow():
+        clock.log.append("slow")
+        clock.now += 0.4
+        last[0] = "slow"
+
+    for first in (0, 1):
+        clock.log.clear()
+        contenders = [fast, slow] if first == 0 else [slow, fast]
+        found = timed(clock, *contenders, seconds=30.0, narrow=1e-9)
+        assert found.runs_per_block[first] in (5, 6)
+        assert found.runs_per_block[1 - first] == 1
+        assert max(found.times_s[first]) == pytest.approx(0.004)
+        # The slow one's warm-up is two runs: in the rounds none of it is thrown away.
+        assert clock.log.count("slow") == 2 + found.count
+    assert found.ratio(1).value == pytest.approx(0.01)
 
 
 def test_the_order_is_shuffled_by_the_seed():

@@ -1,5 +1,6 @@
 """What a model is run with: which workloads it has, and feeds of exactly their sizes."""
 
+import dataclasses
 from pathlib import Path
 
 import ml_dtypes
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from lora_export.bench.models import BenchModel, Input, label_models
+from lora_export.bench.sizes import choose_sizes
 from lora_export.bench.workloads import (
     Workload,
     has_cache,
@@ -120,8 +122,8 @@ def test_what_has_no_cache_has_one_phase():
 def test_problems_name_input_and_size():
     fixed = model(("input_ids", "int64", (1, 128)), ("image", "float32", ("batch", 3, "height")))
     assert list(shape_problems(fixed, Workload("run", 2, 64))) == [
-        "input_ids has a fixed batch of 1, not 2",
-        "input_ids has a fixed sequence of 128, not 64",
+        "input_ids has a fixed batch of 1, not 2: give --batch 1",
+        "input_ids has a fixed sequence of 128, not 64: give --sequence 128",
         "image: nobody knows the size of axis 2 (height)",
     ]
     small = decoder()
@@ -129,12 +131,50 @@ def test_problems_name_input_and_size():
         small.path, small.label, "graph", small.inputs, largest={"sequence": 10, "total_sequence": 12}
     )
     assert list(shape_problems(small, Workload("prefill", 1, 11))) == [
-        "input_ids: the model has positions for a sequence of 10, not 11",
-        "position_ids: the model has positions for a sequence of 10, not 11",
+        "input_ids: the model has positions for a sequence of 10, not 11: give --sequence 10 or less",
+        "position_ids: the model has positions for a sequence of 10, not 11: give --sequence 10 or less",
     ]
     assert list(shape_problems(small, Workload("decode", 1, 1, 12))) == [
-        "attention_mask: the model has positions for a total of 12, not 13"
+        "attention_mask: the model has positions for a total of 12, not 13: give --past 11 or less"
     ]
+    # One token is decoded at a time: no option changes that.
+    (problem,) = shape_problems(
+        model(("input_ids", "int64", ("b", 8)), ("past.0.key", "float16", ("b", 1, "p", 4))),
+        Workload("decode", 1, 1, 4),
+    )
+    assert problem == "input_ids has a fixed sequence of 8, not 1"
+
+
+def limited(**largest):
+    return dataclasses.replace(decoder(), largest=largest)
+
+
+def test_sizes_that_the_user_leaves_to_us_fit_into_the_model():
+    full = limited(sequence=128, past_sequence=128, total_sequence=128)
+    sequences, pasts, notes = choose_sizes([full], None, ())
+    assert (sequences, pasts) == ((128,), (127,))
+    (note,) = notes
+    assert "--past is 127, not 128" in note
+    for work in plan_workloads(full, [1], sequences, pasts):
+        assert list(shape_problems(full, work)) == []
+    # Whoever has the fewest positions decides; the first model alone does not.
+    small = limited(sequence=20, total_sequence=20)
+    assert choose_sizes([full, small], None, ())[:2] == ((20,), (19,))
+    assert choose_sizes([small], None, (3,))[:2] == ((20,), (3,))
+    assert choose_sizes([decoder()], None, ()) == ((128,), (128,), ())
+    one = limited(total_sequence=1)
+    assert choose_sizes([one], None, ())[:2] == ((1,), (0,))
+
+
+def test_sizes_that_the_user_gave_stay():
+    assert choose_sizes([limited(total_sequence=128)], (128,), ()) == ((128,), (), ())
+
+
+def test_a_model_without_a_cache_has_no_past():
+    encoder = model(("input_ids", "int64", ("b", "s")), largest={"s": 64})
+    sequences, pasts, notes = choose_sizes([encoder], None, ())
+    assert (sequences, pasts) == ((64,), ())
+    assert "--sequence is 64" in notes[0]
 
 
 def test_labels_tell_models_apart(tmp_path):

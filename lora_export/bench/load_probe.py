@@ -141,7 +141,8 @@ def probe(job: Job) -> Loaded:
 def _run_all(session: Opened, job: Job) -> None:
     for adapter in job.adapters:
         if adapter.path is not None:
-            session.load(adapter.name, adapter.path)
+            # A bank's slot may hold an adapter of this name from the beginning.
+            session.load(adapter.name, adapter.path, replace=job.contender.model.mode == "bank")
     for workload in job.workloads:
         feeds = make_feeds(job.contender.model, workload, job.seed)
         session.runner(feeds, job.contender.choice(workload.batch))()

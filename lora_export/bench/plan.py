@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import importlib.util
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lora_export.bench.adapter_checks import adapter_problems
 from lora_export.bench.contenders import AdapterChoice, Contender, plan_contenders
 from lora_export.bench.models import BenchModel, label_models, read_model
 from lora_export.bench.opened import Opening
+from lora_export.bench.outputs import overlap_problems
+from lora_export.bench.sizes import choose_sizes
 from lora_export.bench.workloads import Workload, has_cache, has_sequence, plan_workloads, shape_problems
 from lora_export.errors import LoraExportError
-from lora_export.formats import load_adapter
+
+# More threads than any machine has cores are a slip of the finger, and ONNX Runtime would start them all.
+_MOST_THREADS = 4096
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,7 @@ class Wish:
         models: The first is what the others are compared with.
         adapters: Named adapters.
         batches: Rows.
-        sequences: Tokens of a row.
+        sequences: Tokens of a row; None: as many as are usual, see `lora_export.bench.sizes`.
         pasts: Tokens in the cache when one is decoded; empty: as `sequences`.
         opening: How models are opened.
         seconds: Time for the timed runs.
@@ -33,7 +40,7 @@ class Wish:
     models: tuple[Path, ...]
     adapters: tuple[AdapterChoice, ...] = ()
     batches: tuple[int, ...] = (1,)
-    sequences: tuple[int, ...] = (128,)
+    sequences: tuple[int, ...] | None = None
     pasts: tuple[int, ...] = ()
     opening: Opening = field(default_factory=Opening)
     seconds: float = 60.0
@@ -50,7 +57,7 @@ class Plan:
         models: What the files say of themselves.
         contenders: Who is timed; the first is what the others are compared with.
         workloads: What they run.
-        notes: What of the wish has no effect.
+        notes: What of the wish has no effect, and sizes that are smaller than usual.
     """
 
     wish: Wish
@@ -64,24 +71,30 @@ class Plan:
         return self.wish.adapters if model.takes_files else ()
 
 
-def plan_bench(wish: Wish, already: Sequence[str] = ()) -> Plan:
+def plan_bench(wish: Wish, already: Sequence[str] = (), outputs: Mapping[str, Path] | None = None) -> Plan:
     """Read the models and check the wish.
 
     Args:
         wish: What the user asks for.
         already: What was found wrong before.
+        outputs: Option → the file that it is to write: none of what is timed.
 
     Raises:
         LoraExportError: Something of it can't be done; all that was found is listed.
     """
-    problems = [*already, *_number_problems(wish, already)]
+    problems = [*already, *_number_problems(wish)]
     models, unreadable = _read_all(wish.models)
-    problems += unreadable
-    if problems or len(models) < len(wish.models):
+    problems += [
+        *unreadable,
+        *_provider_problems(wish.opening, models),
+        *overlap_problems(outputs or {}, wish.models, models, wish.adapters),
+    ]
+    if len(models) < len(wish.models):  # the rest is asked of all of them together
         raise _refused(problems)
     first = models[0]
-    problems += [*_input_problems(models), *_adapter_problems(wish.adapters, models)]
-    workloads = plan_workloads(first, wish.batches, wish.sequences, wish.pasts)
+    problems += [*_input_problems(models), *adapter_problems(wish.adapters, models)]
+    sequences, pasts, smaller = choose_sizes(models, wish.sequences, wish.pasts)
+    workloads = plan_workloads(first, wish.batches, sequences, pasts)
     if wish.pasts and not has_cache(first):
         problems.append(f"--past: {first.label} has no key-value cache")
     if not problems:
@@ -89,7 +102,7 @@ def plan_bench(wish: Wish, already: Sequence[str] = ()) -> Plan:
     if problems:
         raise _refused(problems)
     contenders = plan_contenders(models, wish.adapters)
-    return Plan(wish, tuple(models), contenders, workloads, tuple(_notes(wish, models)))
+    return Plan(wish, tuple(models), contenders, workloads, (*_notes(wish, models), *smaller))
 
 
 def _refused(problems: Sequence[str]) -> LoraExportError:
@@ -113,29 +126,48 @@ def _one_line(error: LoraExportError) -> str:
     return f"{error.message}{more}{hint}"
 
 
-def _number_problems(wish: Wish, already: Sequence[str]) -> list[str]:
-    wanted = [("--batch", wish.batches, 1), ("--sequence", wish.sequences, 1), ("--past", wish.pasts, 0)]
+def _number_problems(wish: Wish) -> list[str]:
+    sequences = (1,) if wish.sequences is None else wish.sequences
+    wanted = [("--batch", wish.batches, 1), ("--sequence", sequences, 1), ("--past", wish.pasts, 0)]
     problems = [
         f"{flag} {value}: wanted at least {least}"
         for flag, values, least in wanted
         for value in values
         if value < least
     ]
+    problems += [f"{flag} names no size" for flag, values, least in wanted if least and not values]
     problems += [
-        f"{flag} names no size"
-        for flag, values, least in wanted
-        if least and not values and not any(known.startswith(flag) for known in already)
+        f"{flag} {value:g}: wanted a number above 0"
+        for flag, value in (("--seconds", wish.seconds), ("--narrow", wish.narrow))
+        if not (value > 0 and math.isfinite(value))
     ]
-    if not wish.seconds > 0:
-        problems.append(f"--seconds {wish.seconds:g}: wanted more than 0")
-    if not wish.narrow > 0:
-        problems.append(f"--narrow {wish.narrow:g}: wanted more than 0")
     threads = wish.opening.threads
-    if threads is not None and threads < 1:
-        problems.append(f"--threads {threads}: wanted at least 1")
+    if threads is not None and not 1 <= threads <= _MOST_THREADS:
+        problems.append(f"--threads {threads}: wanted 1 to {_MOST_THREADS}")
+    if wish.seed < 0:
+        problems.append(f"--seed {wish.seed}: wanted at least 0")
     if wish.opening.cuda_graph and wish.opening.provider == "cpu":
         problems.append("--cuda-graph needs --provider cuda")
     return problems
+
+
+def _provider_problems(opening: Opening, models: Sequence[BenchModel]) -> list[str]:
+    """Return why graphs can't run where they are to, as far as the installed packages tell."""
+    if not any(model.kind == "graph" for model in models):
+        return []
+    if importlib.util.find_spec("onnxruntime") is None:
+        extra = "gpu" if opening.provider == "cuda" else "cpu"
+        return [f"graphs need onnxruntime, which is not installed (pip install 'lora-export[{extra}]')"]
+    if opening.provider == "cpu":
+        return []
+    import onnxruntime as ort
+
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        return []
+    return [
+        f"--provider cuda: this onnxruntime ({ort.__version__}) has no CUDA provider "
+        "(pip uninstall onnxruntime; pip install 'lora-export[gpu]')"
+    ]
 
 
 def _input_problems(models: Sequence[BenchModel]) -> list[str]:
@@ -161,37 +193,6 @@ def _some(names: Iterable[str]) -> str:
     listed = list(names)
     shown = ", ".join(listed[:3])
     return f"{shown} and {len(listed) - 3} more" if len(listed) > 3 else shown
-
-
-def _adapter_problems(adapters: Sequence[AdapterChoice], models: Sequence[BenchModel]) -> list[str]:
-    names = [adapter.name for adapter in adapters]
-    problems = [f"--adapter {name}: named twice" for name in sorted({n for n in names if names.count(n) > 1})]
-    if adapters and not any(model.mode for model in models):
-        listed = ", ".join(model.label for model in models)
-        return [*problems, f"--adapter: {listed} takes no adapter (merged, or without exposed LoRA)"]
-    for adapter in adapters:
-        if not adapter.name:
-            problems.append(f"--adapter ={adapter.path}: wanted NAME=PATH")
-            continue
-        problems += [
-            f"--adapter {adapter.name}: {model.label} needs its file: {adapter.name}=PATH"
-            for model in models
-            if adapter.path is None and model.mode and adapter.name not in model.slots
-        ]
-        problems += [
-            f"--adapter {adapter.name}: {model.label} has no such slot; it has: {', '.join(model.slots)}"
-            for model in models
-            if model.mode == "bank"
-            and not model.takes_files
-            and adapter.path is not None
-            and adapter.name not in model.slots
-        ]
-        if adapter.path is not None:
-            try:
-                load_adapter(adapter.path)
-            except LoraExportError as error:
-                problems.append(f"--adapter {adapter.name}: {_one_line(error)}")
-    return problems
 
 
 def _shape_problems(models: Sequence[BenchModel], workloads: Sequence[Workload]) -> list[str]:

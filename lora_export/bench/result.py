@@ -25,6 +25,7 @@ class Row:
 
     Attributes:
         contender: Its label.
+        runs_per_block: Its counted runs in a round: more of a fast model than of a slow one.
         latency: How long runs took.
         rows_per_s: Rows of the batch by the median.
         tokens_per_s: New tokens by the median; None where the model reads no sequence.
@@ -33,6 +34,7 @@ class Row:
     """
 
     contender: str
+    runs_per_block: int
     latency: Latency
     rows_per_s: float
     tokens_per_s: float | None
@@ -46,16 +48,20 @@ class Table:
     Attributes:
         workload: What they ran.
         rounds: How many rounds.
-        runs_per_block: Counted runs of each contender in a round.
         stopped_by: ``narrow`` or ``time``.
         rows: One for each contender; the first is what the others are compared with.
     """
 
     workload: Workload
     rounds: int
-    runs_per_block: int
     stopped_by: Stop
     rows: tuple[Row, ...]
+
+    @property
+    def runs_per_block(self) -> str:
+        """The rows' counted runs in a round, for people: ``5``, or ``1 to 20`` where they differ."""
+        counts = {row.runs_per_block for row in self.rows}
+        return " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 In each round every contender has one block of runs, in an order that is shuffled anew. A block of short
 runs begins with one that isn't counted, which brings the contender's weights back into the processor's
 caches: what is timed is a model that serves one request after the other, not one that shares the caches with
-its rivals.
+its rivals. What is short is asked of each contender alone: a fast one beside a slow one must not lose its
+uncounted run.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ class Rounds:
     Attributes:
         times_s: For each contender all its counted runs.
         blocks_s: For each contender the median of each round's block.
-        runs_per_block: Counted runs in a block.
+        runs_per_block: For each contender the counted runs in a block.
         seconds: How long all of it took.
         stopped_by: ``narrow``: every interval was narrow enough; ``time``: time was up.
     """
 
     times_s: tuple[tuple[float, ...], ...]
     blocks_s: tuple[tuple[float, ...], ...]
-    runs_per_block: int
+    runs_per_block: tuple[int, ...]
     seconds: float
     stopped_by: Stop
 
@@ -92,9 +93,9 @@ def measure(
     """
     began = clock()
     with _without_collector():
-        typical = max(_warm_up(run, clock) for run in contenders)
-        counted = min(max(math.ceil(_BLOCK_S / typical), 1), _LARGEST_BLOCK) if typical > 0 else 1
-        lead = typical < _LEAD_BELOW_S
+        typical = [_warm_up(run, clock) for run in contenders]
+        counted = tuple(map(_runs_per_block, typical))
+        lead = [seconds_of_run < _LEAD_BELOW_S for seconds_of_run in typical]
         times: list[list[float]] = [[] for _ in contenders]
         blocks: list[list[float]] = [[] for _ in contenders]
         order, shuffle = list(range(len(contenders))), random.Random(seed)
@@ -103,7 +104,7 @@ def measure(
         while stopped_by is None:
             shuffle.shuffle(order)
             for number in order:
-                block = _block(contenders[number], counted, lead, clock)
+                block = _block(contenders[number], counted[number], lead[number], clock)
                 times[number] += block
                 blocks[number].append(float(np.median(block)))
             spent = clock() - began
@@ -129,6 +130,10 @@ def _warm_up(run: Run, clock: Clock) -> float:
         if number + 1 >= fewest and end - began >= _WARM_UP_S:
             break
     return fastest
+
+
+def _runs_per_block(typical: float) -> int:
+    return min(max(math.ceil(_BLOCK_S / typical), 1), _LARGEST_BLOCK) if typical > 0 else 1
 
 
 def _block(run: Run, counted: int, lead: bool, clock: Clock) -> list[float]:

@@ -35,7 +35,7 @@ def run_bench(
     *,
     adapters: Mapping[str, PathLike | None] | None = None,
     batches: Sequence[int] = (1,),
-    sequences: Sequence[int] = (128,),
+    sequences: Sequence[int] | None = None,
     pasts: Sequence[int] = (),
     provider: Provider = "cpu",
     threads: int | None = None,
@@ -55,9 +55,9 @@ def run_bench(
         against: Others with the same inputs.
         adapters: Name → file or folder; of a bank's own slot None.
         batches: Rows of a request.
-        sequences: Tokens of a row.
+        sequences: Tokens of a row; by default 128, or as many as the models have positions for.
         pasts: Of models with a key-value cache: tokens in the cache when one more is decoded; empty: as
-            ``sequences``.
+            ``sequences``. Where both are left to their defaults, as many as leave room for one token more.
         provider: ``cpu`` or ``cuda``, for graphs; engines always run on a GPU.
         threads: ONNX Runtime's threads within one operator.
         cuda_graph: Replay runs as CUDA graphs.
@@ -80,7 +80,7 @@ def run_bench(
             for name, path in (adapters or {}).items()
         ),
         tuple(batches),
-        tuple(sequences),
+        None if sequences is None else tuple(sequences),
         tuple(pasts),
         Opening(provider, threads, cuda_graph),
         seconds,
@@ -249,8 +249,9 @@ def _table(plan: Plan, workload: Workload, rounds: Rounds) -> Table:
         per_s = 1e3 / latency.median_ms
         tokens = workload.tokens * per_s if workload.sequence else None
         ratio = rounds.ratio(number) if number else None
-        rows.append(Row(contender.label, latency, workload.batch * per_s, tokens, ratio))
-    return Table(workload, rounds.count, rounds.runs_per_block, rounds.stopped_by, tuple(rows))
+        runs = rounds.runs_per_block[number]
+        rows.append(Row(contender.label, runs, latency, workload.batch * per_s, tokens, ratio))
+    return Table(workload, rounds.count, rounds.stopped_by, tuple(rows))
 
 
 def _swap_all(plan: Plan, sessions: Sequence[Opened]) -> Iterator[Swapping]:

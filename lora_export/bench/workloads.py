@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -119,9 +119,35 @@ def shape_problems(model: BenchModel, workload: Workload) -> Iterator[str]:
                 if not isinstance(dim, int):
                     yield f"{port.name}: nobody knows the size of axis {axis} ({dim or 'no name'})"
             elif isinstance(dim, int) and dim >= 0 and dim != sizes[role]:
-                yield f"{port.name} has a fixed {role} of {dim}, not {sizes[role]}"
+                mend = _mend(workload, role, dim, "{}")
+                yield f"{port.name} has a fixed {role} of {dim}, not {sizes[role]}{mend}"
             elif isinstance(dim, str) and sizes[role] > (most := model.largest.get(dim, sizes[role])):
-                yield f"{port.name}: the model has positions for a {role} of {most}, not {sizes[role]}"
+                mend = _mend(workload, role, most, "{} or less")
+                yield f"{port.name}: the model has positions for a {role} of {most}, not {sizes[role]}{mend}"
+
+
+def most_of(models: Iterable[BenchModel], role: Role) -> Iterator[int]:
+    """Yield the largest sizes that models have positions for, of dimensions of one role."""
+    for model in models:
+        symbols = _symbols(model)
+        for port in model.inputs:
+            for dim, found in zip(port.dims, _roles(port, symbols), strict=True):
+                if found == role and isinstance(dim, str) and dim in model.largest:
+                    yield model.largest[dim]
+
+
+def _mend(workload: Workload, role: Role, size: int, wanted: str) -> str:
+    """Return which option makes a dimension fit; "" where none does, as for the one token of a decode."""
+    decode = workload.phase == "decode"
+    if role == "batch":
+        flag = "--batch"
+    elif role == "total" and decode:
+        flag, size = "--past", size - workload.sequence
+    elif role == "past":
+        flag = "--past" if decode else ""
+    else:
+        flag = "" if decode else "--sequence"
+    return f": give {flag} {wanted.format(size)}" if flag and size >= 0 else ""
 
 
 def make_feeds(model: BenchModel, workload: Workload, seed: int) -> dict[str, Array]:

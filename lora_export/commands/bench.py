@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from lora_export.commands.options import whole_numbers
 
 if TYPE_CHECKING:
     from lora_export.bench.plan import Wish
     from lora_export.bench.result import BenchReport
 
 _PATH = click.Path(path_type=Path)
+
+
+def _counts(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Read ``0,128``; a callback of click's. `whole_numbers` takes no 0, which is an empty cache."""
+    if value is None:
+        return None
+    try:
+        numbers = tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of whole numbers such as 0,128") from None
+    if min(numbers) < 0:
+        raise click.BadParameter(f"{value!r} has numbers below 0")
+    return numbers
 
 
 @click.command(short_help="Time models side by side: latency, ratio with an interval, memory, loading.")
@@ -25,10 +42,18 @@ _PATH = click.Path(path_type=Path)
     help="For models with exposed LoRA; of a bank's own slot its NAME. The first is what a swap model runs "
     "with; with two or more, taking turns is timed as well.",
 )
-@click.option("--batch", "batches", default="1", show_default=True, help="Rows: 1,8.")
-@click.option("--sequence", "sequences", default="128", show_default=True, help="Tokens of a row: 1,128.")
+@click.option("--batch", "batches", default="1", show_default=True, callback=whole_numbers, help="Rows: 1,8.")
 @click.option(
-    "--past", "pasts", help="Tokens in the key-value cache when one is decoded; by default as --sequence."
+    "--sequence",
+    "sequences",
+    callback=whole_numbers,
+    help="Tokens of a row: 1,128; by default 128, or less where the model has fewer positions.",
+)
+@click.option(
+    "--past",
+    "pasts",
+    callback=_counts,
+    help="Tokens in the key-value cache when one is decoded; by default as --sequence.",
 )
 @click.option(
     "--provider",
@@ -51,7 +76,8 @@ _PATH = click.Path(path_type=Path)
     type=float,
     default=0.02,
     show_default=True,
-    help="Stop where each ratio's 95 % interval is narrower than this share of it.",
+    help="Stop where each ratio's 95 % interval (of a model alone: its time's) is narrower than this share "
+    "of it.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of feeds and of the models' order.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -59,7 +85,11 @@ _PATH = click.Path(path_type=Path)
 @click.option("--plot", type=_PATH, help="Also draw it: .png or .svg.")
 @click.option("--html", type=_PATH, help="Also write a page that needs no other file.")
 @click.option("--force", is_flag=True, help="Replace these files if they exist.")
-@click.option("--dry-run", is_flag=True, help="Check everything and print what would be run; open nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check options, files, sizes and adapters, print what would be run, and open no model.",
+)
 @click.option("--quiet", is_flag=True, help="No progress.")
 def bench(model: Path, as_json: bool, force: bool, dry_run: bool, quiet: bool, **options: Any) -> None:
     """Time MODEL, and others against it: .onnx files of ONNX Runtime or .engine files of TensorRT.
@@ -81,8 +111,8 @@ def bench(model: Path, as_json: bool, force: bool, dry_run: bool, quiet: bool, *
     from lora_export.reports.bench_text import plan_lines, report_lines
 
     files = {kind: options.pop(kind) for kind in ("report", "plot", "html")}
-    problems = _file_problems(files, force)
-    plan = plan_bench(_wish(model, options, problems), problems)
+    outputs = {f"--{kind}": path for kind, path in files.items() if path is not None}
+    plan = plan_bench(_wish(model, options), _file_problems(files, force), outputs)
     if dry_run:
         click.echo("\n".join(plan_lines(plan)))
         return
@@ -96,8 +126,8 @@ def bench(model: Path, as_json: bool, force: bool, dry_run: bool, quiet: bool, *
             click.echo(f"wrote {path}", err=True)
 
 
-def _wish(model: Path, options: dict[str, Any], problems: list[str]) -> Wish:
-    """Return what the options ask for; what can't be read is added to ``problems``."""
+def _wish(model: Path, options: dict[str, Any]) -> Wish:
+    """Return what the options ask for."""
     from lora_export.bench.contenders import AdapterChoice
     from lora_export.bench.opened import Opening
     from lora_export.bench.plan import Wish
@@ -105,9 +135,9 @@ def _wish(model: Path, options: dict[str, Any], problems: list[str]) -> Wish:
     return Wish(
         (model, *options["against"]),
         tuple(map(AdapterChoice.parse, options["adapters"])),
-        _numbers("--batch", options["batches"], problems),
-        _numbers("--sequence", options["sequences"], problems),
-        _numbers("--past", options["pasts"], problems),
+        _each_once(options["batches"]),
+        None if options["sequences"] is None else _each_once(options["sequences"]),
+        _each_once(options["pasts"] or ()),
         Opening(options["provider"], options["threads"], options["cuda_graph"]),
         options["seconds"],
         options["narrow"],
@@ -115,15 +145,8 @@ def _wish(model: Path, options: dict[str, Any], problems: list[str]) -> Wish:
     )
 
 
-def _numbers(flag: str, text: str | None, problems: list[str]) -> tuple[int, ...]:
-    """Return the numbers of ``1,8``, each once."""
-    found: dict[int, None] = {}
-    for part in text.split(",") if text is not None else ():
-        try:
-            found[int(part)] = None
-        except ValueError:
-            problems.append(f"{flag} {text}: {part.strip()!r} is no whole number")
-    return tuple(found)
+def _each_once(numbers: Sequence[int]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(numbers))
 
 
 def _file_problems(files: dict[str, Path | None], force: bool) -> list[str]:
@@ -136,8 +159,12 @@ def _file_problems(files: dict[str, Path | None], force: bool) -> list[str]:
     for kind, path in files.items():
         if path is None:
             continue
-        if not path.parent.is_dir():
-            problems.append(f"--{kind} {path}: there is no folder {path.parent}")
+        # A folder that is missing is made when the file is written, after the timing.
+        above = next(parent for parent in path.absolute().parents if parent.exists())
+        if not above.is_dir():
+            problems.append(f"--{kind} {path}: {above} is a file, not a folder (choose another name)")
+        elif not os.access(above, os.W_OK | os.X_OK):
+            problems.append(f"--{kind} {path}: nothing can be written into {above} (choose another folder)")
         try:
             refuse_replacing([path], force)
             if kind == "plot":

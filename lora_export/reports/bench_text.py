@@ -41,17 +41,23 @@ def report_lines(report: BenchReport) -> list[str]:
 
 def plan_lines(plan: Plan) -> list[str]:
     """Return what ``--dry-run`` prints."""
-    wish = plan.wish
+    wish, count = plan.wish, len(plan.contenders)
     lines = [
         f"{model.label}: {' '.join(filter(None, [model.mode, model.kind]))}, "
         f"{human_bytes(model.size_bytes)}, on {wish.opening.device_of(model)}"
         for model in plan.models
     ]
+    works = [work.label for work in plan.workloads]
+    # A contender alone has no ratio: it is its own time that is to be known.
+    known = "its time's interval" if count == 1 else "the ratio's interval"
+    known = "every ratio's interval" if count > 2 else known
     lines += [
-        f"would time {len(plan.contenders)} contenders, compared with the first:",
+        "would time one contender:"
+        if count == 1
+        else f"would time {count} contenders, compared with the first:",
         *(f"  {contender.label}" for contender in plan.contenders),
-        f"in {len(plan.workloads)} workloads: {', '.join(work.label for work in plan.workloads)}",
-        f"until every ratio's interval is narrower than {wish.narrow:.1%}, or for {wish.seconds:g} s",
+        f"in {'one workload' if len(works) == 1 else f'{len(works)} workloads'}: {', '.join(works)}",
+        f"until {known} is narrower than {wish.narrow:.1%}, or for {wish.seconds:g} s",
     ]
     return lines + [f"note: {note}" for note in plan.notes]
 

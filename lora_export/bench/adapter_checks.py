@@ -1,0 +1,115 @@
+"""Whether adapters can go into the models, as far as files tell: nothing is opened or put on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lora_export.adapter import Adapter, Array
+from lora_export.base_weights import GraphWeights, WeightOf
+from lora_export.bench.contenders import AdapterChoice
+from lora_export.bench.models import BenchModel
+from lora_export.binding import bind_adapter, slot_blocks
+from lora_export.errors import AdapterError, LoraExportError
+from lora_export.exposed import ExposedGraph
+from lora_export.formats import load_adapter
+
+
+def adapter_problems(adapters: Sequence[AdapterChoice], models: Sequence[BenchModel]) -> list[str]:
+    """Return why adapters can't be used.
+
+    Args:
+        adapters: What the user named.
+        models: The models.
+    """
+    names = [adapter.name for adapter in adapters]
+    problems = [f"--adapter {name}: named twice" for name in sorted({n for n in names if names.count(n) > 1})]
+    if adapters and not any(model.mode for model in models):
+        listed = ", ".join(model.label for model in models)
+        return [*problems, f"--adapter: {listed} takes no adapter (merged, or without exposed LoRA)"]
+    for number, adapter in enumerate(adapters):
+        if not adapter.name:
+            problems.append(f"--adapter ={adapter.path}: wanted NAME=PATH")
+            continue
+        problems += _slot_problems(adapter, models)
+        problems += _file_problems(adapter, names[:number], models)
+    return problems
+
+
+def _slot_problems(adapter: AdapterChoice, models: Sequence[BenchModel]) -> Iterator[str]:
+    for model in models:
+        if adapter.name in model.slots or not model.mode:
+            continue
+        if adapter.path is None:
+            yield f"--adapter {adapter.name}: {model.label} needs its file: {adapter.name}=PATH"
+        elif model.mode == "bank" and not model.takes_files:
+            yield (
+                f"--adapter {adapter.name}: {model.label} has no such slot; it has: {', '.join(model.slots)}"
+            )
+
+
+def _file_problems(
+    adapter: AdapterChoice, before: Sequence[str], models: Sequence[BenchModel]
+) -> Iterator[str]:
+    if adapter.path is None:
+        return
+    try:
+        loaded = load_adapter(adapter.path)
+    except LoraExportError as error:
+        yield f"--adapter {adapter.name}: {_nested(error)}"
+        return
+    for model in models:
+        if model.exposed is None or not model.takes_files:
+            continue
+        try:
+            _bind(loaded, adapter.name, before, model, model.exposed)
+        except LoraExportError as error:
+            yield f"--adapter {adapter.name}: {_nested(error)}"
+
+
+def _bind(
+    adapter: Adapter, name: str, before: Sequence[str], model: BenchModel, exposed: ExposedGraph
+) -> None:
+    """Make an adapter's tensors as loading does, and drop them.
+
+    Raises:
+        LoraExportError: The adapter has no place in the model; of a bank's slots, in any that it may get.
+    """
+    weight_of = GraphWeights(model.path) if model.kind == "graph" else _no_weights(model)
+    if exposed.mode == "swap":
+        bind_adapter(adapter, exposed, where=model.label, weight_of=weight_of)
+        return
+    failed: LoraExportError | None = None
+    for slot in _slots_for(name, before, exposed):
+        try:
+            slot_blocks(adapter, exposed, slot, where=model.label, weight_of=weight_of)
+        except LoraExportError as error:
+            failed = failed or error
+        else:
+            return
+    if failed:
+        raise failed
+
+
+def _slots_for(name: str, before: Sequence[str], exposed: ExposedGraph) -> Sequence[int]:
+    """Return the slots that an adapter may get: its own, unless one without a slot may have taken that."""
+    names = [slot.name for slot in exposed.slots]
+    if name in names and all(earlier in names for earlier in before):
+        return [names.index(name)]
+    return range(len(names))
+
+
+def _no_weights(model: BenchModel) -> WeightOf:
+    def refuse(name: str) -> Array:
+        raise AdapterError(
+            f"the adapter needs the base's weight {name}, and {model.label} is an engine, which has none "
+            "that can be read",
+            "convert the adapter for the engine's graph with convert-adapter, and give what that writes",
+        )
+
+    return refuse
+
+
+def _nested(error: LoraExportError) -> str:
+    """Return an error as one entry of a list: what it lists itself stands deeper."""
+    hint = f" ({error.hint})" if error.hint else ""
+    return "\n    ".join([error.message + hint, *error.problems])

@@ -1,0 +1,72 @@
+"""Which files a report must never replace: the models that are timed, what belongs to them, the adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from lora_export.bench.contenders import AdapterChoice
+from lora_export.bench.models import BenchModel
+from lora_export.engines.record import is_engine, record_path
+
+# What PEFT reads beside a file of weights.
+_ADAPTER_CONFIG = "adapter_config.json"
+
+
+def overlap_problems(
+    outputs: Mapping[str, Path],
+    paths: Sequence[Path],
+    models: Sequence[BenchModel],
+    adapters: Sequence[AdapterChoice],
+) -> list[str]:
+    """Return which outputs would replace what is timed; no ``--force`` allows that.
+
+    Args:
+        outputs: Option → the file that it is to write.
+        paths: Files of all models.
+        models: Those of them that could be read, which know their data files.
+        adapters: Adapters that the user named.
+    """
+    found: dict[str, None] = {}  # a set in order: a model may be named twice
+    for flag, output in outputs.items():
+        places = _places(output)
+        for what in (*_of_models(places, paths, models), *_of_adapters(places, adapters)):
+            found[f"{flag} {output}: {what}; choose another name"] = None
+    return list(found)
+
+
+def _of_models(places: set[Path], paths: Sequence[Path], models: Sequence[BenchModel]) -> Iterator[str]:
+    read = {model.path: model.files for model in models}
+    for path in paths:
+        if places & _places(path):
+            yield f"it is the model {path} itself"
+            continue
+        beside = [file for place in _places(path) for file in _beside(place)]
+        belonging = {place for file in (*beside, *read.get(path, ())) for place in _places(file)}
+        if places & belonging:
+            yield f"it belongs to the model {path}"
+
+
+def _of_adapters(places: set[Path], adapters: Sequence[AdapterChoice]) -> Iterator[str]:
+    for adapter in adapters:
+        # Of an empty path, "NAME=", the folder that we stand in would be the adapter.
+        if adapter.path is None or adapter.path == Path():
+            continue
+        own = _places(adapter.path)
+        config = {place.with_name(_ADAPTER_CONFIG) for place in own} if adapter.path.is_file() else set()
+        if any(place in own | config or not own.isdisjoint(place.parents) for place in places):
+            yield f"it is, or lies in, the adapter {adapter.path}"
+
+
+def _beside(model: Path) -> Iterator[Path]:
+    """Yield the files that exporters write beside a model, and we."""
+    yield model.with_name(model.name + ".data")
+    yield model.with_name(model.name + "_data")
+    yield model.with_suffix(".lora.json")
+    if is_engine(model):
+        yield record_path(model)
+
+
+def _places(path: Path) -> set[Path]:
+    """Return where a file is: its own name in its folder, and where that leads to if it is a link."""
+    return {path.resolve(), path.parent.resolve() / path.name}
