@@ -212,6 +212,9 @@ class BankCandidate(Candidate):
                     )
             elif len(same) == 1:
                 found[name] = same[0]
+                self.notes.append(
+                    f"the bank has no slot '{name}': its slot '{same[0]}' has the file of {adapter.source}"
+                )
             elif same:
                 problems.append(f"{name}: {adapter.source} is the file of slots {', '.join(same)}")
             elif record.resident == "inputs":

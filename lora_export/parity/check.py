@@ -6,13 +6,12 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from lora_export.adapter import Adapter, Array
 from lora_export.errors import BackendError
 from lora_export.parity import laws as laws_of
-from lora_export.parity.candidate import About, Candidate, describe, open_candidate
 from lora_export.parity.comparison import Comparison
 from lora_export.parity.environment import environment
 from lora_export.parity.feeds import Feed, ids_left, make_feeds, read_feeds
@@ -20,48 +19,28 @@ from lora_export.parity.generate import check_decoder, generate, prompts_of, tok
 from lora_export.parity.limits import STEP, STEPS
 from lora_export.parity.localise import Sources
 from lora_export.parity.localise import localise as localise_error
-from lora_export.parity.merged import Merged, read_merged
 from lora_export.parity.naming import Adapters, named_adapters
 from lora_export.parity.pasts import with_real_pasts
 from lora_export.parity.reference import (
     CheckpointReference,
-    GraphReference,
-    Reference,
-    SavedReference,
-    open_reference,
 )
 from lora_export.parity.result import BASE, Generated, Localisation, ParityReport, State, Verdict, state_name
-from lora_export.parity.verdicts import Judge, Tolerance
+from lora_export.parity.sides import (
+    Options,
+    Sides,
+    known_dtype,
+    open_sides,
+    states_of,
+    tolerance_of,
+    vocabulary_of,
+)
+from lora_export.parity.verdicts import Judge
 from lora_export.progress import Say
 from lora_export.runtimes.device import Provider
-from lora_export.runtimes.torch_reference import TorchReference
 
 PathLike = str | os.PathLike[str]
 _PROMPTS = 2
 _DTYPES = tuple(STEP)
-
-
-@dataclass
-class Sides:
-    """Both sides, opened.
-
-    Attributes:
-        candidate: What is checked.
-        reference: What is right.
-        own: PyTorch in the candidate's dtype; None where there is no such run.
-        dtype: The candidate's.
-        merged: What the candidate's manifest says.
-        blend: The state of a plain candidate.
-        notes: What a user should know.
-    """
-
-    candidate: Candidate
-    reference: Reference
-    own: TorchReference | None
-    dtype: str
-    merged: Merged
-    blend: State
-    notes: list[str] = field(default_factory=list)
 
 
 def check_parity(
@@ -119,11 +98,13 @@ def check_parity(
     started = time.monotonic()
     say = progress or (lambda _what, _share: None)
     given = named_adapters(adapters)
-    options = _Options(
-        _tolerance(tolerance), generate, _known(dtype), _known(reference_dtype, ("float64", "float32"))
+    options = Options(
+        tolerance_of(tolerance),
+        known_dtype(dtype),
+        known_dtype(reference_dtype, ("float64", "float32")),
     )
     say("opening both sides", 0.0)
-    sides = _open(Path(reference), Path(candidate), given, weights, base, provider, options)
+    sides = open_sides(Path(reference), Path(candidate), given, weights, base, provider, options)
     about = sides.candidate.about
     if generate:
         if sides.reference.about["kind"] == "saved":
@@ -134,14 +115,14 @@ def check_parity(
         sides.candidate,
         sides.reference,
         sides.own,
-        _states(sides),
+        states_of(sides),
         laws_of.Laws(sides.candidate, options.tolerance_pair),
         options.tolerance_pair,
     )
     for number, feed in enumerate(runs):
         say(f"feed {number + 1} of {len(runs)}: {feed.label}", number / (len(runs) + 1))
         comparison.add(feed)
-    sides.notes += ids_left(runs, about.ports, _vocabulary(sides))
+    sides.notes += ids_left(runs, about.ports, vocabulary_of(sides))
     judge = Judge(sides.dtype, options.tolerance, sides.merged.rounding)
     verdicts = [*judge.judge(comparison.tallies), *comparison.coverage(), *comparison.laws.judge(judge)]
     generated: list[Generated] = []
@@ -180,126 +161,6 @@ def check_parity(
     )
 
 
-@dataclass(frozen=True)
-class _Options:
-    tolerance: Tolerance
-    generate: int
-    dtype: str | None
-    reference_dtype: str | None
-
-    @property
-    def tolerance_pair(self) -> tuple[float, float] | None:
-        if self.tolerance.rtol is None or self.tolerance.atol is None:
-            return None
-        return self.tolerance.rtol, self.tolerance.atol
-
-
-def _tolerance(given: str | tuple[float, float]) -> Tolerance:
-    if given == "auto":
-        return Tolerance()
-    try:
-        parts = given.split(",") if isinstance(given, str) else given
-        rtol, atol = (float(part) for part in parts)
-    except (TypeError, ValueError) as error:
-        raise BackendError(f"tolerance is {given!r}", "give auto, or rtol,atol: 1e-3,1e-5") from error
-    if not (0 <= rtol < float("inf") and 0 <= atol < float("inf") and rtol + atol > 0):
-        raise BackendError(f"tolerance is {given!r}", "give numbers from 0 on, not both 0: 1e-3,1e-5")
-    return Tolerance(rtol, atol)
-
-
-def _known(dtype: str | None, among: Sequence[str] = _DTYPES) -> str | None:
-    if dtype is not None and dtype not in among:
-        raise BackendError(f"there is no dtype {dtype!r} to check in", f"one of: {', '.join(among)}")
-    return dtype
-
-
-def _open(
-    reference: Path,
-    candidate: Path,
-    adapters: Mapping[str, Adapter],
-    weights: Sequence[float],
-    base: PathLike | None,
-    provider: Provider | None,
-    options: _Options,
-) -> Sides:
-    about = describe(candidate, provider)
-    if wrong := [weight for weight in weights if not math.isfinite(weight)]:
-        raise BackendError(f"weights are {', '.join(map(str, wrong))}", "give numbers")
-    if reference.is_file() and reference.samefile(candidate):
-        raise BackendError(
-            f"{candidate.name} would be compared with itself",
-            "give what it was exported from: a checkpoint folder, another graph, or saved outputs",
-        )
-    if about.mode == "plain":
-        merged = read_merged(candidate, adapters, weights)
-    elif weights:
-        raise BackendError(
-            f"weights are of adapters that were merged; {candidate.name} is a {about.mode} graph",
-            "leave them out",
-        )
-    else:
-        merged = Merged()
-    blend = merged.state
-    dtype = options.dtype or about.dtype
-    notes = [*merged.notes]
-    if about.types.quantised and options.tolerance.auto:
-        raise BackendError(
-            f"{candidate.name} is quantised, and no dtype tells what that loses",
-            "give --tolerance rtol,atol",
-            about.types.quantised,
-        )
-    mostly = about.types.mostly
-    if mostly not in (None, dtype) and STEP[str(mostly)] > STEP[dtype]:
-        notes.append(
-            f"most weights of {candidate.name} are stored in {mostly}, it is held to {dtype}; "
-            f"if that is meant: --dtype {mostly}"
-        )
-    high = options.reference_dtype or ("float64" if STEP[dtype] <= STEP["float32"] else "float32")
-    opened = open_candidate(about, adapters)
-    right = open_reference(
-        reference, adapters, high, blend, Path(base) if base is not None else None, provider or "cpu"
-    )
-    if base is not None and not adapters:
-        raise BackendError(
-            "--base tells what an adapter changes, and no adapter was given",
-            "give --adapter, or leave --base out",
-        )
-    if isinstance(right, GraphReference):
-        _same_inputs(about, right.graph.about)
-    if STEP[dtype] > STEP[about.dtype]:
-        notes.append(
-            f"{candidate.name} is in {about.dtype} and held to {dtype}, as asked: the limits are wider"
-        )
-    rough = str(right.about["dtype"])
-    if STEP.get(rough, 0.0) > STEP[dtype]:
-        notes.append(
-            f"{reference.name} is in {rough}, coarser than {dtype}, which the candidate is held to; "
-            f"if that is meant: --dtype {rough}"
-        )
-    own = None
-    if isinstance(right, CheckpointReference) and dtype != high:
-        own = TorchReference(reference, dtype, adapters)
-    return Sides(opened, right, own, dtype, merged, blend, notes)
-
-
-def _same_inputs(candidate: About, reference: About) -> None:
-    """Refuse graphs that read different things.
-
-    Raises:
-        BackendError: An input of one is none of the other.
-    """
-    names = [{port.name for port in about.ports} for about in (candidate, reference)]
-    if names[0] != names[1]:
-        raise BackendError(
-            "the reference graph and the candidate have different inputs",
-            "compare graphs that were exported alike: both with a key-value cache, or both without",
-            [
-                *(f"only {candidate.path} has {name}" for name in sorted(names[0] - names[1])),
-                *(f"only {reference.path} has {name}" for name in sorted(names[1] - names[0])),
-            ],
-        )
-
-
 def _feeds(
     sides: Sides,
     file: PathLike | None,
@@ -310,7 +171,12 @@ def _feeds(
 ) -> list[Feed]:
     about = sides.candidate.about
     if file is not None:
-        found = read_feeds(Path(file), about.ports, about.captured, _vocabulary(sides))
+        if batches or sequences:
+            raise BackendError(
+                "sizes are of inputs that are made; those of a file have their own",
+                "leave out --batch and --sequence, or --feeds",
+            )
+        found = read_feeds(Path(file), about.ports, about.captured, vocabulary_of(sides))
         if sides.reference.about["kind"] == "saved" and len(found) > 1:
             raise BackendError(
                 f"{file} holds {len(found)} feeds, saved outputs are of one", "check each feed by itself"
@@ -320,40 +186,12 @@ def _feeds(
         raise BackendError(
             "saved outputs belong to inputs that only the user knows", "give --feeds FILE as well"
         )
-    made = make_feeds(about.ports, about.captured, batches, sequences, seed, samples, _vocabulary(sides))
+    made = make_feeds(about.ports, about.captured, batches, sequences, seed, samples, vocabulary_of(sides))
     right = sides.reference
     if isinstance(right, CheckpointReference) and about.caches and right.has(BASE):
         made = with_real_pasts(made, lambda values: right.run(values, BASE), seed)
     # A report of another seed is one of other feeds.
     return [replace(feed, label=f"{feed.label}; seed {seed}") for feed in made] if seed else made
-
-
-def _vocabulary(sides: Sides) -> int | None:
-    right = sides.reference
-    return right.model.vocab_size if isinstance(right, CheckpointReference) else None
-
-
-def _states(sides: Sides) -> list[State]:
-    """Return the states that both sides can be in, the base first.
-
-    Raises:
-        BackendError: There is none.
-    """
-    wanted = sides.candidate.states(sides.blend)
-    states = [state for state in wanted if sides.reference.has(state)]
-    lacking = [state_name(state) for state in wanted if state not in states and state != BASE]
-    if lacking or not states:
-        raise BackendError(
-            "the reference can't be run with every adapter of the candidate",
-            "give a checkpoint folder as the reference, or outputs saved with each of them",
-            lacking,
-        )
-    saved = sides.reference.outputs if isinstance(sides.reference, SavedReference) else {}
-    if left := [state_name(state) for state in saved if state not in (*wanted, BASE)]:
-        sides.notes.append(f"saved for {', '.join(left)}, which the candidate can't be: not compared")
-    if BASE in wanted and BASE not in states:
-        sides.notes.append("the reference can't be run without adapter: the candidate's base is not checked")
-    return states
 
 
 def _generate(

@@ -110,7 +110,9 @@ class Comparison:
     ) -> None:
         if not self.pairs:
             where = self.candidate.about.path
-            self.pairs = pair_outputs(list(got), list(wanted), where)
+            self.pairs = pair_outputs(
+                list(got), list(wanted), where, ordered=self.reference.about["kind"] != "saved"
+            )
             self.notes += [
                 f"the candidate's output '{name}' is compared with the reference's '{other}'"
                 for name, other in self.pairs.items()

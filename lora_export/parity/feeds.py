@@ -78,7 +78,7 @@ def make_feeds(
     unclear = _unclear(ports, captured, vocab_size)
     wrong, rows = chosen_batches(batches, sizes)
     more, tokens = chosen_sequences(sequences, sizes)
-    wrong += more + _number_problems(seed, samples, max(len(rows), len(tokens)))
+    wrong += more + _number_problems(seed, samples, max(len(set(batches or ())), len(set(sequences or ()))))
     if unclear or wrong:
         hints = ["give values for all inputs: --feeds FILE.npz or FILE.safetensors"] * bool(unclear)
         hints += ["give sizes that the graph takes: --batch, --sequence, --samples, --seed"] * bool(wrong)

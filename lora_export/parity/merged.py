@@ -61,7 +61,17 @@ def read_merged(graph: Path, adapters: Mapping[str, Adapter], weights: Sequence[
                     f"but another scaling: {_span(_scalings_of(adapter))}, there {_span(_scalings(entry))}"
                 )
         weight = float(entry["weight"]) if entry is not None else 1.0
-        state.append((name, weights[number] if weights else weight))
+        chosen = weights[number] if weights else weight
+        if entry is not None and chosen != weight:
+            notes.append(
+                f"adapter '{name}' was merged with weight {weight:g}, as the manifest of {graph.name} says; "
+                f"it is checked with {chosen:g}"
+            )
+        elif chosen != 1 and not weights:
+            notes.append(
+                f"adapter '{name}' is checked with weight {weight:g}, as the manifest of {graph.name} says"
+            )
+        state.append((name, chosen))
     notes += [
         f"the manifest of {graph.name} names adapter '{entry['name']}', which was not given" for entry in left
     ]

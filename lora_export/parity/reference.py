@@ -218,8 +218,16 @@ def read_tensors(path: Path) -> dict[str, Array]:
     return found
 
 
-def pair_outputs(candidate: Sequence[str], reference: Sequence[str], where: Path) -> dict[str, str]:
+def pair_outputs(
+    candidate: Sequence[str], reference: Sequence[str], where: Path, ordered: bool = True
+) -> dict[str, str]:
     """Return the candidate's output → the reference's.
+
+    Args:
+        candidate: Its outputs.
+        reference: Its outputs.
+        where: The candidate.
+        ordered: The reference's first output is what a model returns first: in a file any may be first.
 
     Raises:
         BackendError: The candidate has outputs that the reference lacks.
@@ -229,7 +237,7 @@ def pair_outputs(candidate: Sequence[str], reference: Sequence[str], where: Path
         return {name: name for name in candidate}
     if (
         len(candidate) == 1
-        and len(reference) >= 1
+        and (len(reference) == 1 or ordered)
         and not any(name.startswith("present") for name in strange)
     ):
         # An exporter's own name for the only thing that the model returns first.
