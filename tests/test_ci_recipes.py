@@ -193,8 +193,10 @@ def test_github_keeps_reports_of_what_failed_and_models_of_what_passed() -> None
     assert reports["if"] == reporter["if"] == "always()"
     assert "if" not in model
     assert model["with"]["if-no-files-found"] == "error"
-    for name in ("Keep the reports", "Show the verdicts", "Keep the model", "This run is the next baseline"):
+    becomes = "Without a baseline this run becomes it"
+    for name in ("Keep the reports", "Show the verdicts", "Keep the model", becomes):
         assert order.index(name) > order.index("Parity")
+    assert order.index("Keep the baseline") == order.index(becomes) + 1
     restore, save = by_name["Baseline of main"]["with"], by_name["Keep the baseline"]["with"]
     assert (restore["path"], restore["key"]) == (save["path"], save["key"])
     assert restore["key"].startswith(restore["restore-keys"])
@@ -231,9 +233,13 @@ run_for_real = [
     pytest.mark.slow,
     pytest.mark.skipif(not rtx_compiler.INSTALLED, reason="tensorrt-rtx-cu13 is not installed"),
 ]
-platforms = pytest.mark.parametrize(
-    "recipe", [pytest.param(name, marks=[*run_for_real, pytest.mark.xdist_group(name)]) for name in RECIPES]
-)
+
+
+def of_recipe(name: str) -> Any:
+    return pytest.param(name, marks=[*run_for_real, pytest.mark.xdist_group(name)])
+
+
+platforms = pytest.mark.parametrize("recipe", [of_recipe(name) for name in RECIPES])
 
 
 def checked_out(folder: Path, recipe: str) -> Machine:
@@ -344,6 +350,31 @@ def test_what_passes_but_is_worse_than_the_baseline_fails(recipe: str, tmp_path:
         assert len(list(machine.cache.iterdir())) == 1
 
 
+def test_a_baseline_that_is_there_is_not_replaced(tmp_path: Path) -> None:
+    """Each run may be a bit worse than its baseline: one that moved along would let that add up."""
+    machine = checked_out(tmp_path, "github.yml")
+    (script,) = (step["run"] for step in steps() if step["name"].startswith("Without a baseline"))
+    report_file, baseline = (machine.repository / name for name in ("out/parity.json", "baseline.json"))
+    report_file.parent.mkdir()
+    for text in ("first", "second"):
+        report_file.write_text(text)
+        done = machine.shell(script, {"BASELINE": "baseline.json"})
+        assert done.returncode == 0, done.stdout
+        assert baseline.read_text() == "first"
+
+
+@pytest.mark.parametrize("recipe", [of_recipe("github.yml")])
+def test_the_next_run_of_main_keeps_the_baseline(recipe: str, tmp_path: Path) -> None:
+    machine = again(tmp_path, recipe)
+    (first,) = machine.cache.iterdir()
+    machine.scale = 1 + floors("float16").relative / 4
+    outcome = run(machine, recipe, run_id=2)
+    assert outcome.code == 0, outcome.said
+    assert len(list(machine.cache.iterdir())) == 2
+    assert {path.read_bytes() for path in machine.cache.iterdir()} == {first.read_bytes()}
+    assert (machine.repository / "out" / "parity.json").read_bytes() != first.read_bytes()
+
+
 @platforms
 def test_a_wrong_export_fails_and_its_reports_are_kept(recipe: str, tmp_path: Path) -> None:
     machine = checked_out(tmp_path, recipe)
@@ -375,10 +406,10 @@ def test_a_baseline_is_of_the_same_files_and_version(tmp_path: Path) -> None:
     machine = checked_out(tmp_path, "github.yml")
     (script,) = (step["run"] for step in steps() if step.get("id") == "match")
 
-    def key() -> str:
+    def key(number: str = "1") -> str:
         output = tmp_path / "output"
         output.write_text("")
-        done = machine.shell(script, USER | {"GITHUB_OUTPUT": str(output)})
+        done = machine.shell(script, USER | {"GITHUB_OUTPUT": str(output), "BASELINE_NUMBER": number})
         assert done.returncode == 0, done.stdout
         (line,) = output.read_text().splitlines()
         assert re.fullmatch(r"key=parity-[0-9a-f]{64}", line)
@@ -386,6 +417,8 @@ def test_a_baseline_is_of_the_same_files_and_version(tmp_path: Path) -> None:
 
     keys = [key(), key()]
     assert keys[0] == keys[1]
+    # One more, and the next run is a baseline.
+    assert key("2") != keys[0]
     repository = machine.repository
     for changed in (
         repository / USER["BASE"] / "model.safetensors",
@@ -398,4 +431,5 @@ def test_a_baseline_is_of_the_same_files_and_version(tmp_path: Path) -> None:
     assert key() == keys[-1]
     assert len(set(keys)) == 4
     shutil.rmtree(repository / USER["ADAPTER"])
-    assert machine.shell(script, USER | {"GITHUB_OUTPUT": "/dev/null"}).returncode != 0
+    without = USER | {"GITHUB_OUTPUT": "/dev/null", "BASELINE_NUMBER": "1"}
+    assert machine.shell(script, without).returncode != 0

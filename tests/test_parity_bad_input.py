@@ -240,9 +240,9 @@ CASES = {
         ("holds 2 feeds",),
     ),
     "no samples": Case(
-        against_itself_but(samples=0), "BackendError", ("samples 0: nothing would be checked",)
+        against_itself_but(samples=0), "BackendError", ("samples 0: nothing would be checked",), code=2
     ),
-    "a negative seed": Case(against_itself_but(seed=-1), "BackendError", ("seed -1",)),
+    "a negative seed": Case(against_itself_but(seed=-1), "BackendError", ("seed -1",), code=2),
     # Adapters.
     "modules that are not there": Case(
         lambda f: {

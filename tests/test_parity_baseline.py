@@ -10,6 +10,7 @@ import parity_reports
 import pytest
 
 from lora_export.errors import LoraExportError
+from lora_export.parity.result import Generated
 from lora_export.reports import parity_json
 from lora_export.reports.parity_baseline import compare, floors, lines
 
@@ -116,6 +117,49 @@ def test_top1_may_lose_the_factor_and_one_position(old):
     assert compare(before, with_metric(old, top1=1.0)) == []
 
 
+def test_positions_are_those_that_were_compared(old):
+    """Of padded feeds fewer are compared than the feeds have: one of them is more."""
+    before = with_metric(old, top1=0.9, positions=4)
+    now = with_metric(old, top1=1 - 2 * 0.1 - 1 / 4 + 1e-6, positions=4)
+    assert compare(before, now) == []
+    assert compare(with_metric(old, top1=0.9), now) == []
+    worse = with_metric(old, top1=1 - 2 * 0.1 - 1 / 4 - 1e-6, positions=4)
+    assert [row.name for row in compare(before, worse)] == ["top1"]
+    # A report that doesn't say it is compared as before.
+    silent = data(now)
+    for row in silent["metrics"]:
+        del row["positions"]
+    assert [row.name for row in compare(before, silent)] == ["top1"]
+
+
+def with_tokens(report, *runs):
+    """``(reference, equal)`` for each prompt of the state ``json``."""
+    return replace(
+        report,
+        generated=tuple(
+            Generated("json", (1, i), tuple(range(n)), (*range(equal), *[99] * (n - equal)), equal, True)
+            for i, (n, equal) in enumerate(runs)
+        ),
+    )
+
+
+def test_fewer_tokens_asked_for_are_found(old):
+    before = with_tokens(old, (64, 64), (3, 2))
+    assert compare(before, before) == []
+    assert compare(before, with_tokens(old, (65, 65), (3, 2))) == []
+    (found,) = compare(before, with_tokens(old, (8, 8), (3, 2)))
+    assert (found.kind, found.state, found.before, found.now) == ("vanished", "json", 64, 8)
+    assert "--generate" in found.why
+
+
+def test_tokens_that_ended_at_a_tie_are_no_fewer(old):
+    before = with_tokens(old, (64, 64), (64, 64))
+    assert compare(before, with_tokens(old, (64, 64), (5, 4))) == []
+    # How many were asked for can't be told.
+    assert compare(before, with_tokens(old, (7, 6), (5, 4))) == []
+    assert compare(with_tokens(old, (7, 6), (5, 4)), with_tokens(old, (8, 8), (8, 8))) == []
+
+
 def test_one_tie_of_a_float32_export_is_no_regression(old):
     exact = replace(old, candidate={**old.candidate, "dtype": "float32"})
     positions = sum(math.prod(feed["shapes"]["input_ids"]) for feed in old.feeds)
@@ -184,6 +228,7 @@ REASONS = {
     "adapter 'json': scaling": lambda r: replace(
         r, adapters=({**r.adapters[0], "scaling": [1, 1]}, *r.adapters[1:])
     ),
+    "tolerance": lambda r: replace(r, tolerance="0.5,0.5"),
     "feeds": lambda r: replace(r, feeds=r.feeds[1:]),
 }
 
@@ -210,6 +255,19 @@ def test_feeds_of_other_shapes_are_refused(old):
     feeds = ({**old.feeds[0], "shapes": {"input_ids": [1, 99]}}, *old.feeds[1:])
     with pytest.raises(LoraExportError, match=old.feeds[0]["label"]):
         compare(old, replace(old, feeds=feeds))
+
+
+def test_other_values_of_the_same_shapes_are_other_feeds(old):
+    def hashed(sha):
+        return replace(old, feeds=({**old.feeds[0], "sha256": sha}, *old.feeds[1:]))
+
+    assert compare(hashed("aa" * 32), hashed("aa" * 32)) == []
+    # An older report has none.
+    assert compare(old, hashed("aa" * 32)) == compare(hashed("aa" * 32), old) == []
+    with pytest.raises(LoraExportError, match="the feeds") as caught:
+        compare(hashed("aa" * 32), hashed("bb" * 32))
+    (reason,) = caught.value.problems
+    assert reason.endswith(f"not the same: {old.feeds[0]['label']}")
 
 
 def test_hashes_of_the_reference_count_where_there_are_both(old):

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import math
+import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lora_export.commands.options import adapter_options, named_adapters, whole_numbers
-from lora_export.errors import ParityError
+from lora_export.errors import LoraExportError, ParityError
+
+if TYPE_CHECKING:
+    from lora_export.parity.result import ParityReport
 
 _PATH = click.Path(path_type=Path)
+
+
+def _finite(_context: click.Context, _parameter: click.Parameter, values: tuple[float, ...]) -> Any:
+    """Refuse ``nan`` and ``inf``, which click takes for numbers."""
+    if wrong := [value for value in values if not math.isfinite(value)]:
+        raise click.BadParameter(f"{', '.join(map(str, wrong))}: give a finite number")
+    return values
 
 
 @click.command("parity", short_help="Check an exported model against PyTorch: a numeric gate for CI.")
@@ -30,14 +44,23 @@ _PATH = click.Path(path_type=Path)
     metavar="[NAME=]PATH",
     help="What is merged into it, loaded into it, or in its slot NAME; repeat for several.",
 )
-@click.option("--weight", "weights", multiple=True, type=float, help="Of an adapter in a merged blend.")
+@click.option(
+    "--weight",
+    "weights",
+    multiple=True,
+    type=float,
+    callback=_finite,
+    help="Of an adapter in a merged blend.",
+)
 @click.option("--base", type=_PATH, help="With a merged reference graph: the graph without the adapter.")
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), help="Where graphs run; cpu if left out.")
 @click.option("--feeds", type=_PATH, help="Inputs from a file (.npz, .safetensors) instead of made ones.")
 @click.option("--batch", callback=whole_numbers, help="Batch sizes of made inputs: 1,4.")
 @click.option("--sequence", callback=whole_numbers, help="Lengths of made inputs: 1,16,128.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of made inputs.")
-@click.option("--samples", type=int, default=8, show_default=True, help="How many inputs are made.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of made inputs.")
+@click.option(
+    "--samples", type=click.IntRange(1), default=8, show_default=True, help="How many inputs are made."
+)
 @click.option(
     "--tolerance",
     default="auto",
@@ -61,7 +84,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--html", type=_PATH, help="Write it as one HTML page.")
 @click.option("--force", is_flag=True, help="Replace existing reports.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--quiet", is_flag=True, help="No progress; of what passed, the last line only.")
+@click.option("--quiet", is_flag=True, help="No progress; of what passed, notes and the last line only.")
 @adapter_options
 def parity(
     reference: Path,
@@ -90,26 +113,80 @@ def parity(
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
     from lora_export.parity.check import check_parity
     from lora_export.progress import stage_progress
-    from lora_export.reports import parity_baseline
-    from lora_export.reports.parity_files import check_outputs, write_reports
-    from lora_export.reports.parity_json import read_report, report_json
-    from lora_export.reports.parity_text import lines
+    from lora_export.reports.parity_files import Inputs, check_outputs
+    from lora_export.reports.parity_json import read_report
 
     outputs = {"json": report, "junit": junit, "html": html}
-    check_outputs(outputs, force, baseline)
+    read = Inputs(candidate, reference, options["base"], options["feeds"], baseline, _adapter_paths(adapters))
+    check_outputs(outputs, force, read)
     old = read_report(baseline) if baseline is not None else None
     given = named_adapters(adapters, options)
     options["localise"] = not options.pop("no_localise")
     options |= {"batches": options.pop("batch"), "sequences": options.pop("sequence")}
     with stage_progress(quiet) as progress:
         found = check_parity(reference, candidate, given, progress=progress, **options)
-    write_reports(found, outputs)  # before the comparison: a baseline that is refused loses no run
-    regressions = parity_baseline.compare(old, found) if old is not None else []
+    # The verdict comes first: whatever goes wrong with a report or a baseline, the run is not lost.
+    _print(found, as_json, quiet)
+    return _finish(found, outputs, old)
+
+
+def _adapter_paths(entries: tuple[str, ...]) -> tuple[Path, ...]:
+    """Return every path that ``[NAME=]PATH`` can mean: a path may have a "=" in it."""
+    parts = [part for entry in entries for part in (entry, entry.partition("=")[2]) if part]
+    return tuple(map(Path, parts))
+
+
+def _print(found: ParityReport, as_json: bool, quiet: bool) -> None:
+    from lora_export.reports.parity_json import report_json
+    from lora_export.reports.parity_text import lines, note_lines
+
     if as_json:
-        click.echo(report_json(found))
-    else:
-        text = lines(found)
-        click.echo("\n".join(text[-1:] if quiet and found.passed else text))
-    for line in parity_baseline.lines(regressions) if old is not None else ():
-        click.echo(line, err=True)
-    return 0 if found.passed and not regressions else ParityError.exit_code
+        _say(report_json(found))
+        return
+    text = lines(found, cut=sys.stdout.isatty())
+    # A note says what a gate did not look at: quiet or not, that has to be seen.
+    _say("\n".join([*note_lines(found), text[-1]] if quiet and found.passed else text))
+
+
+def _finish(found: ParityReport, outputs: Mapping[str, Path | None], old: dict[str, Any] | None) -> int:
+    """Write the reports, compare with the baseline, and return the exit code.
+
+    What goes wrong with one is no reason to leave the other out, nor to say 1 of an export that failed.
+
+    Raises:
+        LoraExportError: The export passed, and its reports can't be written or it can't be compared.
+    """
+    from lora_export.reports import parity_baseline
+    from lora_export.reports.parity_files import write_reports
+
+    errors: list[LoraExportError] = []
+    worse = False
+    try:
+        write_reports(found, outputs)
+    except LoraExportError as error:
+        errors.append(error)
+    try:
+        if old is not None:
+            regressions = parity_baseline.compare(old, found)
+            worse = bool(regressions)
+            _say("\n".join(parity_baseline.lines(regressions)), err=True)
+    except LoraExportError as error:
+        errors.append(error)
+    failed = worse or not found.passed
+    last = errors.pop() if errors and not failed else None
+    for problem in errors:
+        _say(f"Error: {problem}", err=True)
+    if last is not None:
+        raise last
+    return ParityError.exit_code if failed else 0
+
+
+def _say(text: str, err: bool = False) -> None:
+    """Print; where nobody reads on, as with ``| head``, reports are still written and the exit code stays."""
+    try:
+        click.echo(text, err=err)
+    except BrokenPipeError:
+        # What is left in the buffer would be an error again when Python ends.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, (sys.stderr if err else sys.stdout).fileno())
+        os.close(nowhere)

@@ -105,6 +105,7 @@ def compare(
             reasons,
         )
     found = list(_verdict_regressions(before["verdicts"], now["verdicts"]))
+    found += _token_regressions(before["generated"], now["generated"])
     return found + list(_metric_regressions(before, now, factor))
 
 
@@ -143,6 +144,8 @@ def _incomparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[st
     for name in sorted(adapters[0].keys() & adapters[1].keys()):
         for key in ("sha256", "modules", "scaling"):
             yield from _differs(f"adapter {name!r}: {key}", adapters[0][name][key], adapters[1][name][key])
+    # A wider tolerance lets pass what failed before.
+    yield from _differs("tolerance", old["tolerance"], new["tolerance"])
     if reason := _feeds_differ(old["feeds"], new["feeds"]):
         yield reason
 
@@ -154,13 +157,23 @@ def _differs(what: str, before: Any, now: Any) -> Iterator[str]:
 
 
 def _feeds_differ(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> str:
-    before, now = ({row["label"]: row["shapes"] for row in feeds} for feeds in (old, new))
-    changed = sorted(label for label in before.keys() | now.keys() if before.get(label) != now.get(label))
+    before, now = ({row["label"]: row for row in feeds} for feeds in (old, new))
+    changed = sorted(
+        label
+        for label in before.keys() | now.keys()
+        if label not in before or label not in now or _feed_differs(before[label], now[label])
+    )
     if changed:
         listed = ", ".join(printable(label) for label in changed[:5])
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         return f"the feeds: {len(before)} in the baseline, {len(now)} now; not the same: {listed}{more}"
     return "" if len(old) == len(new) else f"the feeds: {len(old)} in the baseline, {len(new)} now"
+
+
+def _feed_differs(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    # Only feeds from a file have a hash, and reports of older versions have none.
+    hashes = old.get("sha256"), new.get("sha256")
+    return old["shapes"] != new["shapes"] or (all(hashes) and hashes[0] != hashes[1])
 
 
 def _verdict_regressions(
@@ -192,6 +205,23 @@ def _verdict_regressions(
             yield Regression("verdict", *said, float(rows[0]["limit"]), "a check that is new, and fails")
 
 
+def _token_regressions(
+    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
+) -> Iterator[Regression]:
+    """Yield the states of which more tokens were compared before than are asked for now."""
+    # A run that met no difference has as many tokens as were asked for. Where each met one (a tie), it can't
+    # be told how many that were, and a tie is no regression.
+    asked = max((run["equal"] for run in new if run["equal"] == len(run["reference"])), default=None)
+    states = {run["state"] for run in new}  # of the others the verdict is gone, which is said once
+    compared: dict[str, int] = {}
+    for run in old:
+        compared[run["state"]] = max(compared.get(run["state"], 0), len(run["reference"]))
+    for state, before in compared.items():
+        if asked is not None and state in states and asked < before:
+            why = "fewer greedy tokens are asked for: --generate is smaller"
+            yield Regression("vanished", "greedy tokens", state, "logits", before, asked, math.nan, why)
+
+
 def _by_check(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str, str], list[Mapping[str, Any]]]:
     found: dict[tuple[str, str, str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -209,10 +239,12 @@ def _metric_regressions(
     old: Mapping[str, Any], new: Mapping[str, Any], factor: float
 ) -> Iterator[Regression]:
     noise = floors(new["reference"]["dtype"], new["candidate"]["dtype"])
-    one = 1 / positions if (positions := _positions(new["feeds"])) else 0.0
     current = {(row["state"], row["output"]): row for row in new["metrics"]}
     for row in old["metrics"]:
         now = current.get((row["state"], row["output"]), {})
+        # Reports of older versions don't say how many positions were compared.
+        positions = now.get("positions") or _positions(new["feeds"])
+        one = 1 / positions if positions else 0.0
         for name, before in _measured(row).items():
             said = (name, row["state"], row["output"], before)
             value = now.get(name)
@@ -249,5 +281,5 @@ def _limit(name: str, before: float, factor: float, noise: Floors, one: float) -
 
 
 def _positions(feeds: Sequence[Mapping[str, Any]]) -> int:
-    """Return how many positions the feeds have logits for; 0 where they are no tokens."""
+    """Return how many positions the feeds have logits for, padding too; 0 where they are no tokens."""
     return sum(math.prod(row["shapes"].get("input_ids", [0])) for row in feeds)

@@ -189,7 +189,7 @@ def _plots(report: ParityReport) -> str:
     drawn = [error_against_effect(report), *map(value_scatter, report.scatter[:_SCATTERS])]
     body = "".join(drawn)
     left = len(report.scatter) - _SCATTERS
-    more = f"<p>{plural(left, 'plot')} more of values against values: see the JSON.</p>" if left > 0 else ""
+    more = f"<p>{plural(left, 'plot')} more of values against values with --report.</p>" if left > 0 else ""
     return f'<div class="plots">{body}</div>{more}' if body else ""
 
 

@@ -12,7 +12,7 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from lora_export.parity.result import ParityReport, Verdict
 from lora_export.plan import align
-from lora_export.reports.parity_text import localisation_lines
+from lora_export.reports.parity_text import localisation_lines, note_lines
 from lora_export.reports.parity_words import by_state, facts, metric_rows, printable, relation, verdict_line
 
 
@@ -44,7 +44,7 @@ def _nothing_proven(report: ParityReport) -> Verdict:
 def _suite(
     report: ParityReport, state: str, verdicts: Sequence[Verdict], used: set[tuple[str, str]]
 ) -> Element:
-    """Return a state's suite: properties, cases and metrics, in the order of JUnit's schema."""
+    """Return a state's suite: properties, cases, notes and metrics, in the order of JUnit's schema."""
     suite = Element("testsuite", name=printable(state))
     properties = SubElement(suite, "properties")
     for label, value in facts(report):
@@ -61,8 +61,9 @@ def _suite(
         suite.set(key, str(count))
     suite.set("time", "0.000")
     metrics = metric_rows(row for row in report.metrics if row.state == state)
-    if len(metrics) > 1:
-        SubElement(suite, "system-out").text = "\n".join(align(metrics))
+    # JUnit's schema has no place for text but in a suite, so each has the notes.
+    if said := [*note_lines(report), *(align(metrics) if len(metrics) > 1 else [])]:
+        SubElement(suite, "system-out").text = "\n".join(said)
     return suite
 
 

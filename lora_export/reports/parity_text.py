@@ -22,20 +22,24 @@ from lora_export.reports.parity_words import (
 )
 
 WIDTH = 110
-# Modules shown on each side of the one where the error begins; the JSON and the HTML page have them all.
+# Modules shown on each side of the one where the error begins; a report in a file has them all.
 _AROUND = 6
-# The reason of what passed is cut at the line's end, but keeps this much; that of a failure is never cut.
+# On a terminal the reason of what passed is cut at the line's end, but keeps this much; that of a failure is
+# never cut.
 _WHY = 24
 
 
-def lines(report: ParityReport) -> list[str]:
+def lines(report: ParityReport, cut: bool = False) -> list[str]:
     """Return what a user reads after a check; the last line is the verdict on all of it.
 
-    Only names that a user chose (modules, outputs, paths) make a line longer than ``WIDTH``: none is cut.
+    Args:
+        report: What was found.
+        cut: Cut reasons of what passed, so that only names that a user chose (modules, outputs, paths) make
+            a line longer than ``WIDTH``: for a terminal. In the log of a job the rest would be lost.
     """
     text = head_lines(report)
     for state, verdicts in by_state(report.verdicts).items():
-        text += ["", *_state_lines(state, verdicts)]
+        text += ["", *_state_lines(state, verdicts, cut)]
     for title, table in (
         ("logits", logit_rows(report.metrics)),
         ("generated tokens", generated_rows(report.generated)),
@@ -43,7 +47,7 @@ def lines(report: ParityReport) -> list[str]:
         text += _section(title, align(table) if len(table) > 1 else [])
     if report.localisation is not None:
         text += _section("where the error begins", localisation_lines(report.localisation))
-    notes = [line for note in report.notes for line in _wrapped(f"note: {printable(note)}", hang=6)]
+    notes = note_lines(report)
     return [*text, *([""] if notes else []), *notes, "", verdict_line(report)]
 
 
@@ -52,6 +56,11 @@ def head_lines(report: ParityReport) -> list[str]:
     rows = facts(report)
     width = max(len(label) for label, _ in rows) + 2
     return [line for label, value in rows for line in _wrapped(label.ljust(width) + value, hang=width)]
+
+
+def note_lines(report: ParityReport) -> list[str]:
+    """Return what a user should know that is no verdict."""
+    return [line for note in report.notes for line in _wrapped(f"note: {printable(note)}", hang=6)]
 
 
 def localisation_lines(found: Localisation) -> list[str]:
@@ -67,7 +76,7 @@ def localisation_lines(found: Localisation) -> list[str]:
         text += align([heading, *(_module_cells(row, found) for row in shown)])
         text.append("(>>: the error begins here; PyTorch: its own error there in the candidate's dtype)")
     if left := len(found.rows) - len(shown):
-        text.append(f"… and {left} more in the JSON and the HTML page")
+        text.append(f"… and {left} more with --report")
     if found.of:
         text.append(f"looked at {found.looked_at} of {plural(found.of, 'module')}")
     return text + (_wrapped(printable(found.note), indent=2) if found.note else [])
@@ -87,7 +96,7 @@ def _shown_rows(found: Localisation) -> list[ModuleRow]:
     return [row for i, row in enumerate(found.rows) if i in near or i in jumped]
 
 
-def _state_lines(state: str, verdicts: Sequence[Verdict]) -> list[str]:
+def _state_lines(state: str, verdicts: Sequence[Verdict], cut: bool) -> list[str]:
     """Return what passed, one row for each thing that was checked, then each failure with its reason."""
     groups: dict[tuple[str, str], list[Verdict]] = {}
     for verdict in verdicts:
@@ -95,14 +104,14 @@ def _state_lines(state: str, verdicts: Sequence[Verdict]) -> list[str]:
             groups.setdefault((mark(verdict), verdict.name), []).append(verdict)
     text = [printable(state)]
     if groups:
-        text += _passed_lines(list(groups.values()))
+        text += _passed_lines(list(groups.values()), cut)
     for verdict in verdicts:
         if not verdict.passed:
             text += _failed_lines(verdict)
     return text
 
 
-def _passed_lines(groups: Sequence[Sequence[Verdict]]) -> list[str]:
+def _passed_lines(groups: Sequence[Sequence[Verdict]], cut: bool) -> list[str]:
     """Return for each group of verdicts, checked in the same way, the one nearest to its limit."""
     rows, reasons = [], []
     for group in groups:
@@ -116,8 +125,9 @@ def _passed_lines(groups: Sequence[Sequence[Verdict]]) -> list[str]:
     table = align(rows)
     start = max(map(len, table)) + 2
     room = max(WIDTH - 2 - start, _WHY)
-    cut = [reason if len(reason) <= room else f"{reason[: room - 1].rstrip()}…" for reason in reasons]
-    return [f"  {line.ljust(start)}{reason}".rstrip() for line, reason in zip(table, cut, strict=True)]
+    if cut:
+        reasons = [reason if len(reason) <= room else f"{reason[: room - 1].rstrip()}…" for reason in reasons]
+    return [f"  {line.ljust(start)}{reason}".rstrip() for line, reason in zip(table, reasons, strict=True)]
 
 
 def _failed_lines(verdict: Verdict) -> list[str]:
