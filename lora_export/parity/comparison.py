@@ -13,7 +13,7 @@ from lora_export.adapter import Array
 from lora_export.errors import BackendError
 from lora_export.parity.candidate import Candidate
 from lora_export.parity.feeds import Feed
-from lora_export.parity.laws import Laws, masks_of
+from lora_export.parity.laws import Answer, Laws, masks_of
 from lora_export.parity.limits import FACTOR
 from lora_export.parity.metrics import Tally, group_of, is_logits
 from lora_export.parity.reference import Reference, pair_outputs
@@ -85,7 +85,7 @@ class Comparison:
             self._tally(state, feed, wanted, got, own, tied, moved, got_without)
             if state == BASE:
                 without, got_without = wanted, got
-            answers[state] = (wanted, got, own)
+            answers[state] = Answer(wanted, got, own, tied)
         self.laws.check(feed, answers, self.pairs)
         self._feeds += 1
 

@@ -19,8 +19,26 @@ from lora_export.parity.result import BASE, State, Verdict, state_name
 from lora_export.parity.verdicts import Judge, finite_verdicts, groups, largest_limit
 
 Outputs = Mapping[str, Array]
-# State → what all sides answered: the reference's outputs, the candidate's, PyTorch's in its dtype.
-Answers = Mapping[State, tuple[Outputs, Outputs, Outputs | None]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What all sides answered in a state.
+
+    Attributes:
+        wanted: The reference's outputs.
+        got: The candidate's.
+        own: PyTorch's in the candidate's dtype; None where it was not run.
+        tied: The same with ties of routers chosen the other way; None where there are none.
+    """
+
+    wanted: Outputs
+    got: Outputs
+    own: Outputs | None = None
+    tied: Outputs | None = None
+
+
+Answers = Mapping[State, Answer]
 
 _AGAIN = "the same adapter again after another one gives the same bits"
 
@@ -91,7 +109,7 @@ class Laws:
         if len(set(rows)) > 1:
             self.mixed_states |= set(rows)
             wanted = {
-                name: np.stack([answers[state][0][pairs[name]][row] for row, state in enumerate(rows)])
+                name: np.stack([answers[state].wanted[pairs[name]][row] for row, state in enumerate(rows)])
                 for name in names
             }
             self._add(self.mixed, feed, names, wanted, got)
@@ -143,7 +161,7 @@ class Laws:
     def _again(self, feed: Feed, answers: Answers, state: State) -> None:
         again = self.candidate.run(feed.values, (state,) * feed.batch)
         for name, values in again.items():
-            before = answers[state][1][name]
+            before = answers[state].got[name]
             if np.array_equal(before, values, equal_nan=before.dtype.kind == "f"):
                 difference = 0.0
             else:
@@ -171,21 +189,22 @@ class Laws:
         """Compare each row of a mixed batch with the same row without adapter."""
         if BASE not in answers:
             return
-        right, plain, _ = answers[BASE]
+        base = answers[BASE]
         for row, state in enumerate(rows):
             if state == BASE:
                 continue
             at = slice(row, row + 1)
-            wanted, _, own = answers[state]
+            answer = answers[state]
             tallies = self.applied.setdefault(state, {})
             for name, other in pairs.items():
                 tallies.setdefault(name, Tally(is_logits(name), self.tolerance)).add(
-                    wanted[other][at],
+                    answer.wanted[other][at],
                     got[name][at],
-                    None if own is None else own[other][at],
-                    right[other][at],
-                    plain[name][at],
+                    None if answer.own is None else answer.own[other][at],
+                    base.wanted[other][at],
+                    base.got[name][at],
                     masks_of(rows_of(feed, [row]), name),
+                    None if answer.tied is None else answer.tied[other][at],
                 )
 
     def judge(self, judge: Judge) -> list[Verdict]:
