@@ -32,6 +32,8 @@ from lora_export.parity.feeds import InputPort
 from lora_export.parity.generate import generate, prompts_of, token_verdicts
 from lora_export.parity.limits import FACTOR, STEP, STEPS
 from lora_export.parity.result import BASE, ParityReport, Verdict
+from lora_export.reports.parity_baseline import compare
+from lora_export.reports.parity_json import check_report, report_json
 
 Array = Any
 machine = engine_files.machine
@@ -702,3 +704,25 @@ def test_graphs_with_other_inputs(tmp_path):
     with pytest.raises(BackendError, match="different inputs") as found:
         check_parity(broken.base("llama"), broken.base("llama", kv_cache=True))
     assert any("past_key_values.0.key" in problem for problem in found.value.problems)
+
+
+def reread(report: ParityReport) -> None:
+    """What is written can be a baseline."""
+    assert compare(json.loads(report_json(report)), report) == []
+
+
+def test_reports_of_runs_in_which_something_was_not_compared_can_be_read_again(tmp_path):
+    text = TEXT.replace("=> (float[batch,3] y)", "=> (float[batch,3] y, float[batch,5] t)")
+    more = save(graph(text, {"p.weight": P.T.copy(), "q.weight": Q.T.copy()}), tmp_path, "more.onnx")
+    report = check_parity(more, base(tmp_path))
+    assert_passes(report)
+    reread(report)
+
+
+def test_a_failed_check_against_a_graph_can_be_read_again(tmp_path):
+    wrong = base(tmp_path, "wrong.onnx", **{"p.weight": 1.5 * P.T})
+    report = check_parity(base(tmp_path), wrong)
+    assert not report.passed
+    assert report.localisation is not None
+    assert json.loads(report_json(report))["localisation"]["state"] == "no adapter"
+    check_report(report.as_dict(), "the report")

@@ -427,3 +427,47 @@ def test_a_cache_has_the_mask_of_all_its_tokens():
     current, every = masks_of(one, "present.0.key")
     assert current.tolist() == [[True, False]]
     assert every.tolist() == mask.tolist()
+
+
+class NeighbourForBase(Good):
+    """Gives rows without adapter that of another row."""
+
+    def used(self, rows):
+        other = next((state for state in rows if state != BASE), BASE)
+        return [other if state == BASE else state for state in rows]
+
+
+@pytest.mark.parametrize("tolerance", [None, Tolerance(1e9, 1e9)])
+def test_a_row_without_adapter_that_gets_its_neighbours_is_noticed(tolerance):
+    verdicts, _ = checked(NeighbourForBase("bank"), tolerance=tolerance)
+    names = {(verdict.name, verdict.state) for verdict in verdicts if not verdict.passed}
+    assert ("mixed batch: adapter applied", "no adapter") in names
+
+
+class Faint(Truth):
+    """PyTorch in the candidate's dtype: off by more than the adapters move."""
+
+    def run(self, values, state):
+        return {name: found + 50 * np.abs(found).max() for name, found in super().run(values, state).items()}
+
+
+def test_rows_in_which_rounding_drowns_the_effect_prove_nothing():
+    laws = Laws(Good("bank"))
+    comparison = Comparison(Good("bank"), Truth(), Faint(), [BASE, A, B], laws)
+    for one in FEEDS:
+        comparison.add(one)
+    judge = Judge("float16")
+    judge.judge(comparison.tallies)
+    mixed = [verdict for verdict in laws.judge(judge) if verdict.name == "mixed batch"]
+    assert {verdict.state for verdict in mixed} == {"no adapter", "a", "b"}
+    assert all(verdict.passed and not verdict.counted for verdict in mixed)
+
+
+def test_states_that_were_never_among_others_are_said():
+    def after(count):
+        verdicts, laws = checked(Good("bank"), feeds=[feed(2, seed) for seed in range(count)])
+        assert failed(verdicts) == set()
+        return [note for note in laws.notes if "not among other rows" in note]
+
+    assert len(after(1)) == 1  # two rows, three states
+    assert after(2) == []

@@ -127,3 +127,16 @@ def test_what_ties_cost_is_added_and_is_a_larger_share_of_fewer_positions():
     assert wider.over(tally.wanted_norm).relative == wider.relative
     assert wider.over(tally.wanted_norm / 2).relative == pytest.approx(wider.relative + wider.ties)
     assert plain.over(1e-3).relative == plain.relative
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_equal_scores_are_turned_too(dtype):
+    scores = torch.tensor([[3.0, 0.9, 0.9, 0.1], [3.0, 0.9, 0.5, 0.1]], dtype=dtype)
+    exact, noise = scores.double(), torch.tensor([[0, 1e-4, -1e-4, 0]], dtype=torch.float64)
+    ties = near_ties([Choice(exact, 2)], [Choice(exact + noise, 2)], FACTOR)
+    assert ties.near == 1
+    with turn_ties(ties):
+        turned = taken(scores)
+    assert turned[0] != taken(scores)[0]
+    assert turned[0] <= {0, 1, 2}
+    assert turned[1] == taken(scores)[1]

@@ -223,11 +223,13 @@ def _localise(
 ) -> Localisation | None:
     """Look into the first state that failed, on the feed that shows most of it."""
     right = sides.reference
-    if not isinstance(right, CheckpointReference):
-        return Localisation("", "", note="only a checkpoint as the reference can be looked into")
     failed = [verdict.state for verdict in verdicts if not verdict.passed]
     states = sides.candidate.states(sides.blend)
     state = next((state for state in states if state_name(state) in failed), states[-1])
+    if not isinstance(right, CheckpointReference):
+        return Localisation(
+            state_name(state), "", note="only a checkpoint as the reference can be looked into"
+        )
     feed = comparison.telling_feed(state, feeds)
     about = sides.candidate.about
     rows = (state,) * feed.batch

@@ -17,7 +17,7 @@ from lora_export.parity.laws import Answer, Laws, masks_of
 from lora_export.parity.limits import FACTOR
 from lora_export.parity.metrics import Tally, group_of, is_logits
 from lora_export.parity.reference import Reference, pair_outputs
-from lora_export.parity.result import BASE, OutputMetrics, Scatter, State, Verdict, state_name
+from lora_export.parity.result import ANY, BASE, OutputMetrics, Scatter, State, Verdict, state_name
 from lora_export.runtimes.torch_reference import TorchReference
 from lora_export.runtimes.torch_ties import Choice, near_ties, record_choices, turn_ties
 
@@ -193,7 +193,7 @@ class Comparison:
             why = f"the candidate has no '{name}', which the reference returns: it was not compared"
             lost = is_logits(name)  # a pooled or hidden state may be left out; what the model is for may not
             verdicts.append(
-                Verdict("error", "not compared", "", name, math.nan, math.inf, not lost, why, counted=lost)
+                Verdict("error", "not compared", ANY, name, math.nan, math.inf, not lost, why, counted=lost)
             )
         for state, outputs in self.tallies.items():
             empty = [name for name, tally in outputs.items() if not tally.positions]

@@ -14,8 +14,9 @@ import numpy as np
 from lora_export.adapter import Array
 from lora_export.parity.candidate import Candidate
 from lora_export.parity.feeds import Feed, rows_of
+from lora_export.parity.limits import EFFECT_CEILING, STEP, STEPS
 from lora_export.parity.metrics import Tally, group_of, is_logits
-from lora_export.parity.result import BASE, State, Verdict, state_name
+from lora_export.parity.result import ANY, BASE, State, Verdict, state_name
 from lora_export.parity.verdicts import Judge, finite_verdicts, groups, largest_limit
 
 Outputs = Mapping[str, Array]
@@ -74,6 +75,7 @@ class Laws:
         again: Relative differences of A→B→A: (A, output) → the largest.
         mixed_states: States that rows of a mixed batch were in.
         seen: States that `permuted` and `alone` were run in.
+        states: All that can be compared.
     """
 
     candidate: Candidate
@@ -85,7 +87,9 @@ class Laws:
     again: dict[tuple[State, str], float] = field(default_factory=dict)
     mixed_states: set[State] = field(default_factory=set)
     seen: set[State] = field(default_factory=set)
+    states: Sequence[State] = ()
     _turn: int = 0
+    _next: int = 1
     _feeds: int = 0
 
     def check(self, feed: Feed, answers: Answers, pairs: Mapping[str, str]) -> None:
@@ -96,7 +100,7 @@ class Laws:
             answers: Of every state that can be compared.
             pairs: The candidate's output → the reference's.
         """
-        states = list(answers)
+        self.states = states = list(answers)
         if self.candidate.switches and len(states) > 1:
             # The last one ran just now: nothing would be between.
             self._again(feed, answers, states[self._feeds % (len(states) - 1)])
@@ -145,6 +149,9 @@ class Laws:
     @property
     def notes(self) -> list[str]:
         """What could not be checked."""
+        left = [state_name(state) for state in self.states if self.mixed and state not in self.mixed_states]
+        if left:
+            return [f"not among other rows of a batch: {', '.join(left)} (more: --samples, --batch)"]
         if not self.permuted:
             return ["no batch of several rows: permuted and lone rows were not checked"]
         if not self.alone:
@@ -155,7 +162,10 @@ class Laws:
         """Choose each row's state; the next feed begins with another one."""
         self._turn += 1
         if self.candidate.about.mode == "bank":
-            return [states[(row + self._turn) % len(states)] for row in range(batch)]
+            begin = self._next
+            # Of more states than rows the next feed has the next ones, until each was among others.
+            self._next += batch if batch < len(states) else 1
+            return [states[(row + begin) % len(states)] for row in range(batch)]
         return [states[self._turn % len(states)]] * batch
 
     def _again(self, feed: Feed, answers: Answers, state: State) -> None:
@@ -186,14 +196,15 @@ class Laws:
     def _add_applied(
         self, feed: Feed, answers: Answers, pairs: Mapping[str, str], rows: Sequence[State], got: Outputs
     ) -> None:
-        """Compare each row of a mixed batch with the same row without adapter."""
+        """Compare each row of a mixed batch with the same row in another state."""
         if BASE not in answers:
             return
-        base = answers[BASE]
         for row, state in enumerate(rows):
-            if state == BASE:
+            # A row without adapter is as far from what another row's adapter would make of it.
+            beside = next((one for one in rows if one != BASE), None) if state == BASE else BASE
+            if beside is None:
                 continue
-            at = slice(row, row + 1)
+            base, at = answers[beside], slice(row, row + 1)
             answer = answers[state]
             tallies = self.applied.setdefault(state, {})
             for name, other in pairs.items():
@@ -235,13 +246,16 @@ class Laws:
             return []
         if not self.mixed:
             why = "no batch of several rows, or one state: rows with different adapters were not checked"
-            return [Verdict("law", "mixed batch", "", "", math.nan, math.inf, True, why, counted=False)]
-        return [
-            replace(verdict, kind="law", name=f"mixed batch: {verdict.name}")
-            for state, outputs in self.applied.items()
-            for verdict in judge.effects(state, outputs)
-            if verdict.counted
-        ]
+            return [_uncounted(ANY, why)]
+        verdicts: list[Verdict] = []
+        for state, outputs in self.applied.items():
+            telling = {name: tally for name, tally in outputs.items() if _tells(tally, judge.dtype)}
+            found = [verdict for verdict in judge.effects(state, telling) if verdict.counted]
+            verdicts += [replace(row, kind="law", name=f"mixed batch: {row.name}") for row in found]
+            if not found:
+                why = f"too little moves in these rows to be told in {judge.dtype}"
+                verdicts.append(_uncounted(state_name(state), why))
+        return verdicts
 
     def _judge_again(self, judge: Judge) -> Verdict:
         exact = self.candidate.about.provider == "cpu"
@@ -257,3 +271,19 @@ class Laws:
         worst = max(self.again, key=beyond)
         value, largest = self.again[worst], limit(*worst)
         return Verdict("law", "A→B→A", state_name(worst[0]), "", value, largest, value <= largest, why)
+
+
+def _uncounted(state: str, why: str) -> Verdict:
+    return Verdict("law", "mixed batch", state, "", math.nan, math.inf, True, why, counted=False)
+
+
+def _tells(tally: Tally, dtype: str) -> bool:
+    """Whether an adapter's effect on a few rows is far above what the dtype loses there.
+
+    Else a good export could fail; the state's own batches, and the error of the mixed one, are judged anyway.
+    """
+    if not tally.moved_squared:
+        return False
+    if tally.own is None or tally.own.infinite:
+        return STEPS * STEP[dtype] / (2 * tally.effect) <= EFFECT_CEILING / 2
+    return tally.error_over_effect(tally.own) <= EFFECT_CEILING / 2

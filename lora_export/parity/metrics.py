@@ -256,7 +256,7 @@ class Tally:
             relative=shown(self.relative(got)),
             worst_position=shown(self.worst(got)),
             cosine=shown(got.dot / length if length else 1.0),
-            own_relative=None if self.own is None else self.relative(self.own),
+            own_relative=None if self.own is None or self.own.infinite else self.relative(self.own),
             effect=self.effect if self.moved else None,
             error_over_effect=shown(self.error_over_effect(got)) if has_effect else None,
             kl=shown(got.kl / each) if self.logits else None,

@@ -14,6 +14,8 @@ FORMAT = 1
 # Adapters of one row with their weights; () is the base. Hashable, so that results are kept by it.
 State = tuple[tuple[str, float], ...]
 BASE: State = ()
+# What a verdict that is of no state in particular has for one.
+ANY = "everything"
 Kind = Literal["finite", "error", "effect", "tokens", "law"]
 
 

@@ -24,6 +24,8 @@ _OPTIONS = {"json": "--report", "junit": "--junit", "html": "--html"}
 # What lies beside a graph or an engine under its stem.
 _BESIDE = {".onnx": (".lora.json",), ".engine": (".lora.json", ".json", ".log")}
 _ADAPTER_CONFIG = "adapter_config.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".data")
+_CONFIGS = (_ADAPTER_CONFIG, "config.json")
 Outputs = Mapping[str, Path | None]
 
 
@@ -104,7 +106,12 @@ def _read_as(path: Path, inputs: Inputs) -> Iterator[str]:
             yield f"{name} itself"
         elif file.is_dir():
             # A new file there replaces nothing.
-            if _there(path) and any(file.resolve() in place.parents for place in places):
+            # Of what lies deeper, a model reads configs and weights; a report of ours may well lie there.
+            inside = [place for place in places if file.resolve() in place.parents]
+            if _there(path) and any(
+                place.parent == file.resolve() or place.name in _CONFIGS or place.suffix in _WEIGHTS
+                for place in inside
+            ):
                 yield f"a file of {name}, {file}"
         elif any(_goes_with(place, own, name) for place in places for own in _places(file)):
             yield f"a file of {name}, {file}, or would be taken for one"

@@ -10,6 +10,7 @@ other way. Routers that take one expert with ``argmax`` are not seen.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,8 +37,10 @@ class Choice:
 
     def edge(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return where the last that is taken and the first that is left are, ``(…, 1)`` each."""
-        order = self.scores.sort(dim=-1, descending=True, stable=True).indices
-        return order[..., self.count - 1 : self.count], order[..., self.count : self.count + 1]
+        # By topk itself: of equal scores only it knows which it takes.
+        top = self.scores.topk(self.count, dim=-1).indices
+        rest = self.scores.scatter(-1, top, -math.inf)
+        return top[..., -1:], rest.argmax(-1, keepdim=True)
 
     def gap(self, edge: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Return how far the score at the one is above that at the other, ``(…, 1)``."""
@@ -112,9 +115,13 @@ def turn_ties(ties: Ties) -> Iterator[None]:
 
     def turn(choice: Choice) -> torch.Tensor:
         taken, left = edge = choice.edge()
-        near = choice.gap(edge) < next(calls)
+        within = next(calls)
+        near = choice.gap(edge) < within
         swapped = torch.where(near, left, taken), torch.where(near, taken, left)
         high, low = choice.scores.gather(-1, taken), choice.scores.gather(-1, left)
+        # Equal ones are to be told apart: what is left falls by as much as the dtype can show.
+        fall = (low.abs() * 2 * torch.finfo(low.dtype).eps).clamp(min=within)
+        low = torch.where(near, low - fall, low)
         return choice.scores.scatter(-1, swapped[0], high).scatter(-1, swapped[1], low)
 
     with _each_choice(turn):
@@ -128,7 +135,7 @@ def _each_choice(change: Any) -> Iterator[None]:
     from torch.overrides import TorchFunctionMode
 
     def arguments(scores: Any, k: int, dim: int = -1, largest: bool = True, **_: Any) -> Choice | None:
-        last = dim in (-1, scores.ndim - 1)
+        last = dim in (-1, scores.ndim - 1) and scores.is_floating_point()
         return Choice(scores, k) if last and largest and 0 < k < scores.shape[-1] else None
 
     class Watch(TorchFunctionMode):  # type: ignore[misc]  # torch has no types for it
