@@ -196,16 +196,15 @@ class Laws:
     def _add_applied(
         self, feed: Feed, answers: Answers, pairs: Mapping[str, str], rows: Sequence[State], got: Outputs
     ) -> None:
-        """Compare each row of a mixed batch with the same row in another state."""
+        """Compare each row of a mixed batch with the same row without adapter."""
         if BASE not in answers:
             return
+        base = answers[BASE]
         for row, state in enumerate(rows):
-            # A row without adapter is as far from what another row's adapter would make of it.
-            beside = next((one for one in rows if one != BASE), None) if state == BASE else BASE
-            if beside is None:
+            if state == BASE:
+                self._add_without(feed, answers, list(pairs), row, rows, got)
                 continue
-            base, at = answers[beside], slice(row, row + 1)
-            answer = answers[state]
+            answer, at = answers[state], slice(row, row + 1)
             tallies = self.applied.setdefault(state, {})
             for name, other in pairs.items():
                 tallies.setdefault(name, Tally(is_logits(name), self.tolerance)).add(
@@ -217,6 +216,33 @@ class Laws:
                     masks_of(rows_of(feed, [row]), name),
                     None if answer.tied is None else answer.tied[other][at],
                 )
+
+    def _add_without(
+        self,
+        feed: Feed,
+        answers: Answers,
+        names: Sequence[str],
+        row: int,
+        rows: Sequence[State],
+        got: Outputs,
+    ) -> None:
+        """Compare a row without adapter with what the candidate makes of it where all rows have none.
+
+        What could be wrong is another row's adapter, which moves it as far as that does by itself.
+        """
+        other = next((state for state in rows if state != BASE), None)
+        if other is None:
+            return
+        at, tallies = slice(row, row + 1), self.applied.setdefault(BASE, {})
+        for name in names:
+            tallies.setdefault(name, Tally(is_logits(name), self.tolerance)).add(
+                answers[BASE].got[name][at],
+                got[name][at],
+                None,
+                answers[other].got[name][at],
+                None,
+                masks_of(rows_of(feed, [row]), name),
+            )
 
     def judge(self, judge: Judge) -> list[Verdict]:
         """Return the verdicts; the states must have been judged before, for their limits."""
