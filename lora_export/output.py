@@ -107,6 +107,11 @@ def refuse_replacing(files: list[Path], force: bool) -> None:
     refuse_existing(files, force)
 
 
+def places_of(path: Path) -> set[Path]:
+    """Return where a file lies and where that leads: files of a Hugging Face cache are links to elsewhere."""
+    return {path.resolve(), path.parent.resolve() / path.name}
+
+
 def make_parent(target: Path) -> None:
     """Create the folder of ``target``; `OutputError` if that can't be done or it can't be written."""
     above = next((path for path in target.parents if path.exists() and not path.is_dir()), None)

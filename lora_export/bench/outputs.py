@@ -8,6 +8,7 @@ from pathlib import Path
 from lora_export.bench.contenders import AdapterChoice
 from lora_export.bench.models import BenchModel
 from lora_export.engines.record import is_engine, record_path
+from lora_export.output import places_of
 
 # What PEFT reads beside a file of weights.
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -29,7 +30,7 @@ def overlap_problems(
     """
     found: dict[str, None] = {}  # a set in order: a model may be named twice
     for flag, output in outputs.items():
-        places = _places(output)
+        places = places_of(output)
         for what in (*_of_models(places, paths, models), *_of_adapters(places, adapters)):
             found[f"{flag} {output}: {what}; choose another name"] = None
     return list(found)
@@ -38,11 +39,11 @@ def overlap_problems(
 def _of_models(places: set[Path], paths: Sequence[Path], models: Sequence[BenchModel]) -> Iterator[str]:
     read = {model.path: model.files for model in models}
     for path in paths:
-        if places & _places(path):
+        if places & places_of(path):
             yield f"it is the model {path} itself"
             continue
-        beside = [file for place in _places(path) for file in _beside(place)]
-        belonging = {place for file in (*beside, *read.get(path, ())) for place in _places(file)}
+        beside = [file for place in places_of(path) for file in _beside(place)]
+        belonging = {place for file in (*beside, *read.get(path, ())) for place in places_of(file)}
         if places & belonging:
             yield f"it belongs to the model {path}"
 
@@ -52,7 +53,7 @@ def _of_adapters(places: set[Path], adapters: Sequence[AdapterChoice]) -> Iterat
         # Of an empty path, "NAME=", the folder that we stand in would be the adapter.
         if adapter.path is None or adapter.path == Path():
             continue
-        own = _places(adapter.path)
+        own = places_of(adapter.path)
         config = {place.with_name(_ADAPTER_CONFIG) for place in own} if adapter.path.is_file() else set()
         if any(place in own | config or not own.isdisjoint(place.parents) for place in places):
             yield f"it is, or lies in, the adapter {adapter.path}"
@@ -65,8 +66,3 @@ def _beside(model: Path) -> Iterator[Path]:
     yield model.with_suffix(".lora.json")
     if is_engine(model):
         yield record_path(model)
-
-
-def _places(path: Path) -> set[Path]:
-    """Return where a file is: its own name in its folder, and where that leads to if it is a link."""
-    return {path.resolve(), path.parent.resolve() / path.name}

@@ -9,26 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_export.commands.options import whole_numbers
+from lora_export.commands.options import whole_numbers, whole_numbers_from_0
 
 if TYPE_CHECKING:
     from lora_export.bench.plan import Wish
     from lora_export.bench.result import BenchReport
 
 _PATH = click.Path(path_type=Path)
-
-
-def _counts(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    """Read ``0,128``; a callback of click's. `whole_numbers` takes no 0, which is an empty cache."""
-    if value is None:
-        return None
-    try:
-        numbers = tuple(int(part) for part in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of whole numbers such as 0,128") from None
-    if min(numbers) < 0:
-        raise click.BadParameter(f"{value!r} has numbers below 0")
-    return numbers
 
 
 @click.command(short_help="Time models side by side: latency, ratio with an interval, memory, loading.")
@@ -52,7 +39,7 @@ def _counts(context: click.Context, parameter: click.Parameter, value: str | Non
 @click.option(
     "--past",
     "pasts",
-    callback=_counts,
+    callback=whole_numbers_from_0,
     help="Tokens in the key-value cache when one is decoded; by default as --sequence.",
 )
 @click.option(

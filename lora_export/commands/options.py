@@ -207,14 +207,23 @@ def whole_numbers(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> tuple[int, ...] | None:
     """Read ``1,4,16``; a callback of click's."""
-    if value is None:
-        return None
+    return None if value is None else _at_least(1, value, "1,4")
+
+
+def whole_numbers_from_0(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    """Read ``0,128``; a callback of click's."""
+    return None if value is None else _at_least(0, value, "0,128")
+
+
+def _at_least(least: int, value: str, example: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in value.split(","))
     except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of whole numbers such as 1,4") from None
-    if min(numbers) < 1:
-        raise click.BadParameter(f"{value!r} has numbers below 1")
+        raise click.BadParameter(f"{value!r} is not a list of whole numbers such as {example}") from None
+    if min(numbers) < least:
+        raise click.BadParameter(f"{value!r} has numbers below {least}")
     return numbers
 
 

@@ -21,9 +21,7 @@ from lora_export.parity.localise import Sources
 from lora_export.parity.localise import localise as localise_error
 from lora_export.parity.naming import Adapters, named_adapters
 from lora_export.parity.pasts import with_real_pasts
-from lora_export.parity.reference import (
-    CheckpointReference,
-)
+from lora_export.parity.reference import CheckpointReference
 from lora_export.parity.result import BASE, Generated, Localisation, ParityReport, State, Verdict, state_name
 from lora_export.parity.sides import (
     Options,
@@ -40,7 +38,6 @@ from lora_export.runtimes.device import Provider
 
 PathLike = str | os.PathLike[str]
 _PROMPTS = 2
-_DTYPES = tuple(STEP)
 
 
 def check_parity(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lora_export.errors import LoraExportError, OutputError
 from lora_export.graph import load_graph
-from lora_export.output import OutputSet, output_errors
+from lora_export.output import OutputSet, output_errors, places_of
 from lora_export.parity.result import ParityReport
 from lora_export.reports.parity_html import report_html
 from lora_export.reports.parity_json import report_json
@@ -91,7 +91,7 @@ def _refused(path: Path, force: bool, inputs: Inputs) -> str:
 
 def _read_as(path: Path, inputs: Inputs) -> Iterator[str]:
     """Yield what the file at a path is to the check."""
-    places = _places(path)
+    places = places_of(path)
     named = {
         "the baseline": inputs.baseline,
         "the candidate": inputs.candidate,
@@ -102,18 +102,18 @@ def _read_as(path: Path, inputs: Inputs) -> Iterator[str]:
     given = [(name, file) for name, file in named.items() if file is not None]
     given += [("the adapter", adapter) for adapter in inputs.adapters]
     for name, file in given:
-        if places & _places(file):
+        if places & places_of(file):
             yield f"{name} itself"
         elif file.is_dir():
-            # A new file there replaces nothing.
-            # Of what lies deeper, a model reads configs and weights; a report of ours may well lie there.
+            # A new file there replaces nothing. Of what lies deeper, a model reads configs and weights; a
+            # report of ours may well lie there.
             inside = [place for place in places if file.resolve() in place.parents]
             if _there(path) and any(
                 place.parent == file.resolve() or place.name in _CONFIGS or place.suffix in _WEIGHTS
                 for place in inside
             ):
                 yield f"a file of {name}, {file}"
-        elif any(_goes_with(place, own, name) for place in places for own in _places(file)):
+        elif any(_goes_with(place, own, name) for place in places for own in places_of(file)):
             yield f"a file of {name}, {file}, or would be taken for one"
         elif file.suffix == ".onnx" and _there(path) and places & _data_of(file):
             yield f"data of {name}, {file}"
@@ -133,14 +133,9 @@ def _goes_with(path: Path, file: Path, name: str) -> bool:
 
 def _data_of(graph: Path) -> set[Path]:
     try:
-        return {place for file in load_graph(graph).data_files() for place in _places(file)}
+        return {place for file in load_graph(graph).data_files() for place in places_of(file)}
     except LoraExportError:  # said when it is opened
         return set()
-
-
-def _places(path: Path) -> set[Path]:
-    """Return where a path leads and where it lies: files of a Hugging Face cache are links to elsewhere."""
-    return {path.resolve(), path.parent.resolve() / path.name}
 
 
 def _there(path: Path) -> bool:
