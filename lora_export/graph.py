@@ -8,6 +8,7 @@ in the model's own folder or below it, never an absolute path or one through ``.
 from __future__ import annotations
 
 import math
+import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -197,6 +198,17 @@ def stored_matrix(tensor: ir.TensorProtocol) -> Array:
     """Return a (memory-mapped) view of a tensor as a matrix: see `matrix_shape`."""
     values: Array = np.asarray(tensor.numpy())
     return values.reshape(matrix_shape(values.shape))
+
+
+def release(value: ir.Value) -> None:
+    """Give back the memory of a constant's pages that were read; views of it stay valid.
+
+    Pages of a mapped file count as this process's memory until then: comparing all weights of a model would
+    come to the model's size.
+    """
+    tensor = value.const_value
+    if isinstance(tensor, ir.ExternalTensor) and tensor.raw is not None and hasattr(mmap, "MADV_DONTNEED"):
+        tensor.raw.madvise(mmap.MADV_DONTNEED)
 
 
 def matrix_shape(shape: tuple[int, ...], stacked: bool = False) -> tuple[int, int]:

@@ -17,17 +17,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from lora_export.adapter import Array
-from lora_export.graph import GraphFile
+from lora_export.graph import GraphFile, release
 from lora_export.patch import Placement
 from lora_export.sites import fit, names, readers
 from lora_export.sites.evidence import FOLDED, NODE_NAME, SOURCES, WEIGHT_NAME, collect
+from lora_export.sites.fingerprints import Places, find_places
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Miss, Part, Site, Target, WeightOf
 from lora_export.sites.uses import find_uses
-from lora_export.sites.verify import check_content, search, tile
+from lora_export.sites.verify import check_content, orientations, search, tile
 
 # Part of the evidence where a checkpoint is at hand and the graph's weight is quantised.
 NOT_COMPARED = "quantised, its values are not compared"
@@ -68,7 +69,7 @@ class Resolver:
             return [], [*misses, *(Miss(target, reason) for target in targets)]
         prefix = prefixes[0] if len(prefixes) == 1 else None
         self._wanted = {prefix.apply(key) or "" for key in keys.values()} if prefix else set()
-        found = [self._find(target, keys[id(target)], prefix) for target in targets]
+        found = self._by_content([self._find(target, keys[id(target)], prefix) for target in targets])
         misses += [miss for miss in found if isinstance(miss, Miss)]
         placed = [site for site in found if isinstance(site, Site)]
         if flattened and self._branches:
@@ -88,12 +89,10 @@ class Resolver:
                 yield use, best[id(use)]
 
     def _find(self, target: Target, key: str, prefix: names.Prefix | None) -> Site | Miss:
-        wanted = self._weight_of(target)
-        found = self._by_name(target, key, prefix, wanted) if prefix else Miss(target, "")
-        if isinstance(found, Miss) and wanted is not None:
-            found = self._by_content(target, found, wanted)
-        if isinstance(found, Miss) and not found.reason:
-            return Miss(target, self._not_found(target))
+        found = self._by_name(target, key, prefix, self._weight_of(target)) if prefix else Miss(target, "")
+        if isinstance(found, Site):
+            for part in found.parts:
+                release(part.root)
         return found
 
     def _unflatten(self, targets: Sequence[Target]) -> tuple[dict[int, str], list[Miss]]:
@@ -217,20 +216,54 @@ class Resolver:
             parts.append(checked)
         return replace(site, parts=tuple(parts), evidence=f"{site.evidence}; content agrees")
 
-    def _by_content(self, target: Target, miss: Miss, wanted: Array) -> Site | Miss:
+    def _by_content(self, found: Sequence[Site | Miss]) -> list[Site | Miss]:
+        """Look for the values of what no name led to, all in one pass over the graph's constants."""
+        lost = [item.target for item in found if isinstance(item, Miss)]
+        lost = [target for target in lost if self._weight_of(target) is not None]
+        uses = [use for use in self.uses if not use.quantised and not self._refusal(use)] if lost else []
+        matrices = [target for target in lost if target.experts == 1 and target.kind != "vector"]
+        places = find_places(uses, matrices, self._matrices)
+        wanted = {id(target) for target in lost}
+        sought = [
+            self._searched(item, uses, places.get(id(item.target)))
+            if isinstance(item, Miss) and id(item.target) in wanted
+            else item
+            for item in found
+        ]
+        return [
+            Miss(item.target, self._not_found(item.target))
+            if isinstance(item, Miss) and not item.reason
+            else item
+            for item in sought
+        ]
+
+    def _matrices(self, target: Target) -> list[Array]:
+        values = self._weight_of(target)
+        return [] if values is None else orientations(target, values)
+
+    def _searched(self, miss: Miss, uses: Sequence[Use], places: Places | None) -> Site | Miss:
+        """Return where a target's values are, of the places where they may be (None: anywhere)."""
+        target, wanted = miss.target, self._weight_of(miss.target)
+        assert wanted is not None
         hits: dict[int, list[Part]] = {}
-        for use in self.uses:
-            if not fit.accepts(target, use) or use.quantised or self._refusal(use):
+        for use in uses:
+            offsets = () if places is None else places.get((id(use.root), use.transposed), ())
+            if (places is not None and id(use.root) not in hits and not offsets) or not fit.accepts(
+                target, use
+            ):
                 continue
             if id(use.root) in hits:
                 hits[id(use.root)] = [replace(part, uses=(*part.uses, use)) for part in hits[id(use.root)]]
-            elif found := list(search(target, use, wanted)):
-                hits[id(use.root)] = found
-        parts = sorted((part for found in hits.values() for part in found), key=_first_row)
+            # Twice in one constant is an ambiguity: no more than that has to be known.
+            elif parts := list(islice(search(target, use, wanted, offsets), 2)):
+                hits[id(use.root)] = parts
+            release(use.root)
+        parts = sorted((part for parts in hits.values() for part in parts), key=_first_row)
         nodes = max((len(part.uses) for part in parts), default=0)
         if nodes > 1:
             return Miss(target, f"ambiguous: its values are read by {nodes} nodes and no name tells which")
-        if tile(target, parts):
+        # Rows that a constant holds for two parts of the target can't be changed for one of them.
+        if tile(target, parts) and len(parts) == len(hits):
             site = Site(target, tuple(parts), "content")
             problem = readers.doubt(site, target.path, "content", self.uses)
             return Miss(target, problem) if problem else site
