@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 # Builders rename a part of the path (onnxruntime-genai ``models/builders/base.py``: attn).
@@ -74,6 +74,17 @@ def parts_of(key: str) -> list[str]:
     parent, _, leaf = module.rpartition(".")
     stem = f"{parent}." if parent else ""
     return [f"{stem}{part}.{parameter}" for part in _FUSED.get(leaf, ())]
+
+
+def fused_of(keys: Sequence[str]) -> str | None:
+    """Return the parameter that these make up one after the other; None where they are no known pack."""
+    stems = {tuple(key.split(".")[:-2]) for key in keys}
+    parameters = {key.rpartition(".")[2] for key in keys}
+    leaves = tuple(key.split(".")[-2] if "." in key else "" for key in keys)
+    fused = next((name for name, parts in _FUSED.items() if parts == leaves), None)
+    if fused is None or len(stems) != 1 or len(parameters) != 1:
+        return None
+    return ".".join([*stems.pop(), fused, parameters.pop()])
 
 
 def flatten(key: str) -> str:
