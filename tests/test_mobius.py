@@ -1,4 +1,4 @@
-"""Graphs of mobius, found by its names in each form that it builds: merged, swapped and as a bank, against PEFT."""
+"""Graphs of mobius by its names, in each form that it builds: merged, swapped and as a bank, against PEFT."""
 
 import mobius_graphs as mobius
 import numpy as np

@@ -2,8 +2,8 @@
 
 In the order in which they are to be believed:
 
-1. ``scope``: node metadata ``pkg.torch.onnx.name_scopes`` (torch.onnx, dynamo) or ``pkg.onnxscript.name_scopes``
-   (onnxscript's modules, with which mobius builds graphs): the module that called.
+1. ``scope``: node metadata ``pkg.torch.onnx.name_scopes`` (torch.onnx, dynamo) or
+   ``pkg.onnxscript.name_scopes`` (onnxscript's modules, from which mobius builds): the module that called.
 2. ``node name``: ``/model/layers.0/self_attn/q_proj/MatMul`` (TorchScript exporter, genai's builder).
 3. ``folded from``: initializer metadata of onnxscript's optimiser.
 4. ``weight name``: the initializer's own name. Last, because exporters merge weights of equal value under one
@@ -31,7 +31,7 @@ _FOLDED = "pkg.onnxscript.optimizer.folded_from"
 _WEIGHT_SUFFIX = re.compile(
     r"(?:\.(?:MatMul|Gemm|Add|LayerNorm))?\.(weight|bias)(?:_DQ)?(?:_Q4|_Q8|_quantized)?$"
 )
-# mobius folds a Transpose, or a Concat along the outputs, into a constant (``mobius/_passes/_fold_concat.py``):
+# mobius folds a Transpose, or a Concat along the outputs, into a constant (``mobius/_passes/fold_*.py``):
 # `….q_proj.weight_t`, `….q_proj.weight__….k_proj.weight__….v_proj.weight__axis_0__concat_t`.
 _FOLDED_TRANSPOSE = re.compile(r"(?<=\.weight)_t$")
 _PACK = re.compile(r"(.+)__axis_(-?\d+)__concat(?:_t)?")
@@ -82,8 +82,8 @@ def _join(path: str, parameter: str) -> str:
 def scope_path(node: ir.Node) -> str | None:
     """Module path of a node from its metadata.
 
-    torch.onnx lists the paths of the modules around it, and last the operator; onnxscript the names of modules
-    that make up one path, the first of them empty.
+    torch.onnx lists the paths of the modules around it, and last the operator; onnxscript the names of
+    modules that make up one path, the first of them empty.
     """
     scopes = _listed(node, _SCOPES)
     if len(scopes) >= 2:
