@@ -1,5 +1,7 @@
 """Graphs of mobius by its names, in each form that it builds: merged, swapped and as a bank, against PEFT."""
 
+import shutil
+
 import mobius_graphs as mobius
 import numpy as np
 import onnx_ir as ir
@@ -9,7 +11,7 @@ from exposed_models import tensors
 from small_graphs import constants
 from tiny_models import LAYERS
 
-from lora_export import bank_onnx, convert_adapter, merge_onnx, swap_onnx
+from lora_export import SiteError, bank_onnx, convert_adapter, merge_onnx, swap_onnx
 from lora_export.sites import names
 from lora_export.sites.evidence import weight_path
 
@@ -142,8 +144,6 @@ def test_names_of_folded_constants():
 
 def test_a_pack_of_unknown_parts_is_refused(tmp_path):
     """Its parts' rows aren't known: by name it has no place, and no other weight is taken for it."""
-    from lora_export import SiteError
-
     base, adapter = mobius.base("llama", "cpu"), mobius.adapter("llama", 1)
     model = ir.load(base)
     for name, value in list(model.graph.initializers.items()):
@@ -157,3 +157,32 @@ def test_a_pack_of_unknown_parts_is_refused(tmp_path):
         "k_proj",
         "v_proj",
     }
+
+
+@pytest.mark.xdist_group("qwen2_moe")
+@pytest.mark.parametrize("exchanged", [False, True], ids=["", "exchanged"])
+def test_single_experts_are_placed_by_values(exchanged, tmp_path):
+    """Which half of a stack is gate and which is up: a checkpoint that says otherwise is refused."""
+    from safetensors.numpy import load_file, save_file
+
+    base, adapter = tiny.base_onnx("qwen2_moe", "mobius"), tiny.adapter("qwen2_moe", "target_parameters")
+    folder = tiny.checkpoint("qwen2_moe")
+    with pytest.raises(SiteError, match="give --checkpoint to compare them"):
+        merge_onnx(base, adapter, tmp_path / "m.onnx")
+    if not exchanged:
+        merge_onnx(base, adapter, tmp_path / "m.onnx", checkpoint=folder)
+        got = tiny.run(tmp_path / "m.onnx", tiny.feeds("qwen2_moe", tmp_path / "m.onnx"))
+        assert tiny.relative_error(got, tiny.reference("qwen2_moe", adapter)) < TOLERANCE
+        return
+    stored, other = load_file(folder / "model.safetensors"), {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+    swapped = {
+        name: stored[name.replace(leaf, other[leaf])] if ".experts." in name and leaf in other else values
+        for name, values in stored.items()
+        for leaf in [name.split(".")[-2]]
+    }
+    (tmp_path / "c").mkdir()
+    shutil.copy(folder / "config.json", tmp_path / "c")
+    save_file(swapped, tmp_path / "c" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SiteError) as refused:
+        merge_onnx(base, adapter, tmp_path / "m.onnx", checkpoint=tmp_path / "c")
+    assert {line.split("  ")[0].split(".")[-1] for line in refused.value.problems} == {"gate_up_proj"}

@@ -68,6 +68,15 @@ def variants(key: str) -> Iterator[Variant]:
                 yield Variant(keys, how=f"split into {', '.join(parts)}; {how}".rstrip("; "))
 
 
+def per_expert(key: str, experts: int) -> Iterator[Variant]:
+    """Yield the names of stacked matrices where a graph has each expert's on its own."""
+    stack, _, parameter = key.rpartition(".")
+    if experts > 1 and stack:
+        parts = _FUSED.get(parameter, (parameter,))
+        keys = [f"{stack}.{expert}.{part}.weight" for expert in range(experts) for part in parts]
+        yield Variant(tuple(keys), how="experts one by one")
+
+
 def parts_of(key: str) -> list[str]:
     """Return the parameters that a builder's fused one stands for, or nothing."""
     module, _, parameter = key.rpartition(".")

@@ -120,7 +120,7 @@ class Resolver:
 
     def _by_name(self, target: Target, key: str, prefix: names.Prefix, wanted: Array | None) -> Site | Miss:
         reason = unread = ""
-        for variant in names.variants(key):
+        for variant in (*names.variants(key), *names.per_expert(key, target.experts)):
             keys = [prefix.apply(name) or "" for name in variant.keys]
             path = keys[0].rpartition(".")[0]
             for source in SOURCES:
@@ -165,6 +165,12 @@ class Resolver:
         if refused := [why for group in groups for use in group if (why := self._refusal(use))]:
             tail = "" if self._branches else ": it can't be merged into"
             return Miss(target, f"{refused[0]}{tail}")
+        if len(groups) > 1 and target.experts > 1 and not verified:
+            return Miss(
+                target,
+                "the graph has each expert's weights on their own, and only values tell how they were taken "
+                "from the stack; give --checkpoint to compare them",
+            )
         if len(groups) > 1:
             return fit.place_split(target, groups, evidence)
         (uses,) = groups

@@ -26,7 +26,7 @@ def check_content(target: Target, part: Part, wanted: Array) -> Part | str:
         The part, with the factors of rescaled rows; or what differs.
     """
     if target.experts > 1:
-        return part if holds_experts(part, wanted) else _differs(part)
+        return part if holds_experts(target, part, wanted) else _differs(part)
     if target.kind == "vector":
         return _check_whole(target, part, wanted)
     (placement,) = part.placements
@@ -88,22 +88,35 @@ def _differs(part: Part) -> str:
     return f"the weight {part.root.name!r} does not hold the checkpoint's values"
 
 
-def holds_experts(part: Part, wanted: Array) -> bool:
-    """Whether a stacked constant's first and last matrices are the checkpoint's, in either orientation.
+def holds_experts(target: Target, part: Part, wanted: Array) -> bool:
+    """Whether the first and the last matrix of a stack are the checkpoint's, in either orientation.
 
     Args:
-        part: A constant of ``(experts, …, …)``.
+        target: The stack.
+        part: A constant of ``(experts, …, …)``, or of some rows of one expert: those of the first and the
+            last are compared.
         wanted: The checkpoint's first and last, ``(2, …, …)``: all experts at once may be gigabytes.
     """
     assert part.root.const_value is not None
+    orientations = (wanted, wanted.swapaxes(-1, -2))
     stored = np.asarray(part.root.const_value.numpy())
+    if stored.ndim == 2:
+        (placement,) = part.placements
+        end = {0: 0, target.experts - 1: 1}.get(placement.expert)
+        rows = slice(*placement.rows)
+        pairs = [
+            (canonical_rows(part, placement), either[end][rows]) for either in orientations if end is not None
+        ]
+        return end is None or any(
+            one.shape == other.shape and content.compare(one, other).same for one, other in pairs
+        )
     ends = stored[[0, -1]]
     return any(
         candidate.shape == ends.shape
         and content.compare(
             ends.reshape(-1, ends.shape[-1]), candidate.reshape(-1, ends.shape[-1]), every=False
         ).same
-        for candidate in (wanted, wanted.swapaxes(-1, -2))
+        for candidate in orientations
     )
 
 
@@ -120,7 +133,7 @@ def search(target: Target, use: Use, wanted: Array, offsets: Sequence[int]) -> I
     assert use.root.const_value is not None
     if target.experts > 1:
         placed = fit.place(target, use)
-        if not isinstance(placed, str) and holds_experts(Part(use.root, (use,), placed), wanted):
+        if not isinstance(placed, str) and holds_experts(target, Part(use.root, (use,), placed), wanted):
             yield Part(use.root, (use,), placed)
         return
     transposed = use.transposed and target.kind != "vector"
