@@ -21,11 +21,15 @@ class CheckpointWeights:
 
     Args:
         checkpoint: The folder that the graph was exported from.
+
+    Attributes:
+        parameters: Names of the stored tensors.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._names = Names(checkpoint)
+        self.parameters = frozenset(checkpoint.tensors)
 
     def __call__(self, target: Target) -> Array | None:
         """Return a view in the target's canonical shape, or None; of stacked experts, the first and the last.

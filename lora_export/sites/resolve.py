@@ -54,6 +54,11 @@ class Resolver:
         self._wanted: set[str] = set()
         self._branches = branches
 
+    @property
+    def known(self) -> set[str]:
+        """Parameter paths that the graph's names tell, and those of the checkpoint at hand."""
+        return self._known | set(getattr(self.weight_of, "parameters", ()))
+
     def resolve(self, targets: Sequence[Target], flattened: bool = False) -> tuple[list[Site], list[Miss]]:
         """Return a site or a miss for each target."""
         keys = {id(target): target.key for target in targets}
