@@ -114,7 +114,7 @@ def match_modules(adapter: Adapter, exposed: ExposedGraph, where: str, weight_of
         weight_of: The graph's constants; without them every whole parameter is refused.
     """
     found, known = Matches(), {f"{member.path}.weight" for _, member in exposed.members()}
-    adapter = fitted(adapter, known, found.notes, complete=False)
+    adapter = fitted(adapter, known, found.notes, others=getattr(weight_of, "names", tuple))
     finder = Finder(adapter, exposed, where)
     found.notes += finder.notes
     converted = is_converted(adapter.config)

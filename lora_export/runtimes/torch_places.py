@@ -73,6 +73,11 @@ class Places:
         self._flat = names.Flattened(self._known)
         self._folder = folder
 
+    @property
+    def known(self) -> set[str]:
+        """The model's names of parameters and buffers."""
+        return self._known
+
     def finder(self, adapter: Adapter) -> Finder:
         """Return what finds one adapter's parameters: one change of prefix holds for all of them."""
         wanted = [f"{module.path}.{module.parameter}" for module in adapter.modules.values()]

@@ -7,7 +7,7 @@ scheme is one module with one `Scheme`, and one line here.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -33,14 +33,15 @@ _SHOWN = 40
 
 
 def translate(
-    adapter: Adapter, known: Collection[str], *, complete: bool = True
+    adapter: Adapter, known: Collection[str], *, others: Callable[[], Iterable[str]] | None = None
 ) -> tuple[Adapter, tuple[str, ...]] | None:
     """Give an adapter the base's own names, where it has those of another scheme.
 
     Args:
         adapter: The adapter.
         known: Dotted parameter paths of the base, possibly behind an outer prefix.
-        complete: They are all of the base's; False: only those of the modules that a graph exposes.
+        others: Where ``known`` is only what a graph exposes: returns the names of its other parameters, as
+            far as it has names, which tell how its blocks are built.
 
     Returns:
         The adapter with dotted paths, each module split or reordered as the base stores it, and notes on
@@ -55,30 +56,36 @@ def translate(
     recognised = [scheme for name in SCHEMES if (scheme := _scheme(name)).recognises(adapter)]
     if not recognised:
         return None
-    modules = KnownModules(known)
+    modules = KnownModules(known, others or tuple)
     found = [made for scheme in recognised if (made := apply_scheme(scheme, adapter, modules))]
     if not found:
         return None
     # Relatives share names: the one that explains most is meant, and where they tie they say the same.
     best = min(found, key=lambda made: (len(made.missing), -made.found))
-    _refuse(best, adapter, complete)
+    _refuse(best, adapter, complete=others is None)
     note = f"adapter '{adapter.name}': names of {best.scheme.name} converted to the base's"
     return best.adapter, (note,)
 
 
-def fitted(adapter: Adapter, known: Collection[str], notes: list[str], *, complete: bool = True) -> Adapter:
+def fitted(
+    adapter: Adapter,
+    known: Collection[str],
+    notes: list[str],
+    *,
+    others: Callable[[], Iterable[str]] | None = None,
+) -> Adapter:
     """Return the adapter with the base's names: translated if a scheme applies, else as it is.
 
     Args:
         adapter: See `translate`.
         known: See `translate`.
         notes: Gets what was done.
-        complete: See `translate`.
+        others: See `translate`.
 
     Raises:
         AdapterError: See `translate`.
     """
-    found = translate(adapter, known, complete=complete)
+    found = translate(adapter, known, others=others)
     if found is None:
         return adapter
     notes += found[1]

@@ -87,10 +87,12 @@ class _Translator:
     def run(self, adapter: Adapter) -> Translation:
         """Return the result."""
         modules: dict[str, LoraModule] = {}
+        owners: dict[str, LoraModule] = {}
         for module in adapter.modules.values():
             for new in self._modules_of(module):
-                if new.key in modules:
-                    self._result.problems.append(f"{module.path}: {new.key} has a change already")
+                place = f"{new.path}.{new.parameter}"
+                if (first := owners.setdefault(place, module)) is not module and module.path in self._targets:
+                    self._result.problems.append(f"{module.key} and {first.key} are both the base's {place}")
                 modules[new.key] = new
         extras: dict[str, Array] = {}
         names = dict(adapter.extra_tensors)

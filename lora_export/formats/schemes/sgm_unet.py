@@ -112,13 +112,15 @@ def _layer(module: str, rest: str) -> str:
 def _lists_of(known: KnownModules) -> Mapping[str, Sequence[_Layer]] | None:
     """Return sgm's two lists for a base; None where it is no such UNet."""
     by_prefix: dict[str, dict[tuple[str, str], dict[int, set[int]]]] = {}
-    for path in known.paths:
+    for path in known.structure:
         if match := _SEEN.match(path):
             seen = by_prefix.setdefault(match["prefix"], defaultdict(lambda: defaultdict(set)))
             seen[match["side"], match["kind"]][int(match["block"])].add(int(match["layer"]))
     if not by_prefix:
         return None
-    found = [_lists(seen) for seen in by_prefix.values()]
+    # An exposed graph has the modules that it exposes under another prefix than its constants.
+    whole = [seen for seen in by_prefix.values() if ("down", "resnets") in seen]
+    found = [_lists(seen) for seen in whole or by_prefix.values()]
     if any(lists != found[0] for lists in found):
         where = ", ".join(sorted(prefix or "(none)" for prefix in by_prefix))
         raise AdapterError(
@@ -185,7 +187,7 @@ def _unclear(problems: Sequence[str]) -> AdapterError:
     return AdapterError(
         "the adapter has Stability's sgm names, which count the layers of a UNet, and the base's names don't "
         "tell how many layers each of its blocks has",
-        "give the whole diffusers folder, as the base or as --checkpoint; a graph with exposed LoRA has to be "
+        "give the whole diffusers folder, as the base or as --checkpoint; a graph with exposed LoRA is to be "
         "made with this adapter as --adapter",
         problems,
     )
