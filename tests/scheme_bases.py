@@ -478,3 +478,14 @@ UNETS = {
     "one-layer": _unet("DAA", layers_per_block=1),
     "three-layers": _unet("AD", layers_per_block=3),
 }
+
+
+FAMILIES: dict[str, Callable[[], Family]] = {
+    "flux": flux,
+    "flux-schnell": lambda: flux(guidance=False),
+    "flux2": flux2,
+    "sd3": sd3,
+    "wan": wan,
+    "hunyuan-video": hunyuan_video,
+    **{f"unet-{kind}": (lambda kind=kind: unet(kind)) for kind in UNETS},
+}

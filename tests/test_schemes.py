@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import scheme_bases as bases
 import torch
 from safetensors.torch import save_file
 from scheme_bases import (
     ALPHA,
+    FAMILIES,
     RANK,
-    UNETS,
     Family,
     compare,
     converted,
@@ -28,16 +26,6 @@ from scheme_bases import (
 
 from lora_export.formats.schemes import translate
 from lora_export.modes.merge_checkpoint import merge_checkpoint
-
-FAMILIES: dict[str, Callable[[], Family]] = {
-    "flux": bases.flux,
-    "flux-schnell": lambda: bases.flux(guidance=False),
-    "flux2": bases.flux2,
-    "sd3": bases.sd3,
-    "wan": bases.wan,
-    "hunyuan-video": bases.hunyuan_video,
-    **{f"unet-{kind}": (lambda kind=kind: bases.unet(kind)) for kind in UNETS},
-}
 
 
 @pytest.fixture(params=list(FAMILIES))

@@ -94,22 +94,25 @@ def fitted(
 
 def _refuse(made: Translation, adapter: Adapter, complete: bool) -> None:
     """Raise `AdapterError` for what can't be cut, and for gaps that make all other counterparts doubtful."""
-    problems = list(made.problems)
-    if made.scheme.structural and complete:
-        problems += made.missing
-    if not problems:
+    if made.problems:
+        raise AdapterError(
+            f"adapter '{adapter.name}' has names of {made.scheme.name} that can't be converted to the base's",
+            "give --component where the file serves several models, and the base that it was trained on",
+            _listed(made.problems),
+        )
+    if not (made.missing and made.scheme.structural and complete):
         return
-    listed = problems[:_SHOWN]
-    if len(problems) > _SHOWN:
-        listed.append(f"… and {len(problems) - _SHOWN} more")
     raise AdapterError(
-        f"adapter '{adapter.name}' has names of {made.scheme.name}, and {len(problems)} of its modules have "
-        "no counterpart in the base: its blocks are built in another way",
-        "give the base that the adapter was trained on (SDXL, SD 1.5 and SD 2 differ)"
-        if made.scheme.structural
-        else "give the base that the adapter was trained on",
-        listed,
+        f"adapter '{adapter.name}' has names of {made.scheme.name}, and {len(made.missing)} of its modules "
+        "have no counterpart in the base: its blocks are built in another way",
+        "give the base that the adapter was trained on (SDXL, SD 1.5 and SD 2 differ)",
+        _listed(made.missing),
     )
+
+
+def _listed(lines: list[str]) -> list[str]:
+    more = len(lines) - _SHOWN
+    return [*lines[:_SHOWN], f"… and {more} more"] if more > 0 else lines
 
 
 def _scheme(name: str) -> Scheme:

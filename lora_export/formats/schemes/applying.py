@@ -91,7 +91,8 @@ class _Translator:
         for module in adapter.modules.values():
             for new in self._modules_of(module):
                 place = f"{new.path}.{new.parameter}"
-                if (first := owners.setdefault(place, module)) is not module and module.path in self._targets:
+                first = owners.setdefault(place, module)
+                if first is not module and {first.path, module.path} & self._targets.keys():
                     self._result.problems.append(f"{module.key} and {first.key} are both the base's {place}")
                 modules[new.key] = new
         extras: dict[str, Array] = {}
