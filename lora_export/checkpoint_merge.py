@@ -145,22 +145,23 @@ def _refuse_unplaced(
     names = ", ".join(f"'{adapter.name}'" for adapter in adapters)
     if not rows:
         raise AdapterError(f"adapter {names} changes nothing", "check that the right file was given")
+    hints = list(dict.fromkeys(placed.hints))
     if len(refused) == len(rows) and len(set(placed.absent)) >= len({row.parameter for row in rows}):
         examples = [f"the adapter has {row.parameter}" for row in rows[:_EXAMPLES]]
         matrices = [t.name for t in checkpoint.tensors.values() if len(t.shape) > 1]
+        what = "does not belong as a whole to" if hints else "is for another architecture than"
         raise AdapterError(
-            f"adapter {names} is for another architecture: none of its {len(rows)} parameters is in "
-            f"{checkpoint.folder}",
-            _trained_on(adapters) or "give the base that the adapter was trained on",
+            f"adapter {names} {what} {checkpoint.folder}: none of its {len(rows)} parameters is placed",
+            "; ".join(hints) or _trained_on(adapters) or "give the base that the adapter was trained on",
             examples + [f"the base has {name}" for name in matrices[:_EXAMPLES]],
         )
     if not refused or (allow_unmatched and len(refused) < len(rows)):
         return
-    others = "--allow-unmatched merges the others and leaves these out"
-    hints = [
-        _trained_on(adapters),
-        others if len(refused) < len(rows) else "give the base that the adapter was trained on",
-    ]
+    hints = [_trained_on(adapters), *hints]
+    if len(refused) < len(rows):
+        hints.append("--allow-unmatched merges the others and leaves these out")
+    elif not placed.hints:
+        hints.append("give the base that the adapter was trained on")
     raise SiteError(
         f"adapter {names} has {len(refused)} parameters with no place in {checkpoint.folder} "
         f"(of {len(rows)})",

@@ -18,7 +18,7 @@ from lora_export.errors import GraphError, OutputError
 from lora_export.graph import GraphFile, load_graph
 from lora_export.manifest import FileHash, hash_file, identity_of
 from lora_export.output import refuse_replacing
-from lora_export.sites.target import WeightOf
+from lora_export.sites.target import BaseWeights
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,13 +27,13 @@ class Base:
 
     Attributes:
         graph: The graph.
-        weight_of: Looks up a target's weight in the checkpoint, where there is one.
+        weight_of: The checkpoint's weights, where there is one.
         shared_files: Data files in which unchanged weights may stay.
         files: What it was read from.
     """
 
     graph: GraphFile
-    weight_of: WeightOf | None
+    weight_of: BaseWeights | None
     shared_files: set[Path]
     files: list[Path]
 

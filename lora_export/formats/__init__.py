@@ -59,7 +59,8 @@ def load_adapter(
         rank: Rank, to be checked against the tensors.
         rslora: The scaling is alpha / √rank.
         format: A key of `FORMATS`, where the names alone don't tell.
-        component: ``unet``, ``text_encoder``, …: read only this part of a file that serves several models.
+        component: The part that belongs: ``unet``, ``text_encoder``, … of a file that serves several models;
+            else the path of a submodel (``model.encoder``), see `Adapter.scope`.
         name: What to call the adapter; by default the folder's or the file's name.
 
     Raises:
@@ -78,12 +79,11 @@ def load_adapter(
     if not source.tensors:
         raise AdapterError(f"adapter '{source.name}' is empty: {source.file} has no tensors", "save it again")
     adapter = _format(format or detect_format(source)).read(source, options)
-    if component is not None and not any(m.component for m in adapter.modules.values()):
-        raise AdapterError(
-            f"adapter '{adapter.name}' serves one model only: there is no component '{component}'",
-            "leave --component away",
-        )
-    return adapter
+    if component is None or any(module.component for module in adapter.modules.values()):
+        return adapter
+    from lora_export.formats.scope import within
+
+    return within(adapter, component)
 
 
 def save_adapter(adapter: Adapter, folder: str | Path, force: bool = False) -> Path:
