@@ -102,6 +102,7 @@ def bank_onnx(
         share_base=share_base,
         force=force,
         dry_run=dry_run,
+        allow_unmatched=allow_unmatched,
         dtype=dtype,
         kv_cache=kv_cache,
     )

@@ -95,6 +95,7 @@ def merge_onnx(
         share_base=share_base,
         force=force,
         dry_run=dry_run,
+        allow_unmatched=allow_unmatched,
         dtype=dtype,
         kv_cache=kv_cache,
         prepare=_merged_folder(merge, rounding, roundings) if merge else None,

@@ -306,7 +306,11 @@ class _Renamer:
         is_scoped = scope is not None and (scope == change.strip or self._is_below(scope, change.strip))
         if not is_scoped and self._is_submodels(change.strip):
             return False  # Rule 3.
-        return not has_index(change.add) and not _submodels(change.add)
+        return self._is_outer(change.add)
+
+    def _is_outer(self, add: str) -> bool:
+        """Whether a path may come in place of another."""
+        return not add or (not has_index(add) and not _submodels(add))
 
     def _is_submodels(self, strip: str) -> bool:
         if self._flattened:
@@ -391,8 +395,11 @@ class _Renamer:
                 for n in self._deciding
                 if not change.strip or self._is_below(self._wanted[n].key, change.strip)
             }
-            if change != NO_CHANGE and below & fits and (change.strip or self._known.has_rivals(change.add)):
-                (whole if below <= fits else part).add(change.strip or change.add)
+            fitting = change.strip if self._is_outer(change.add) else ""
+            if not change.strip and self._known.has_rivals(change.add):
+                fitting = change.add
+            if fitting and below & fits:
+                (whole if below <= fits else part).add(fitting)
         found = whole or part
         # The shortest that says it.
         return sorted(s for s in found if not any(self._is_below(s, other) for other in found))
