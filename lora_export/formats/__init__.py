@@ -24,6 +24,7 @@ FORMATS: dict[str, str] = {
     "diffusers": "lora_export.formats.diffusers:FORMAT",
     "kohya": "lora_export.formats.kohya:FORMAT",
     "loralib": "lora_export.formats.loralib:FORMAT",
+    "mlx": "lora_export.formats.mlx:FORMAT",
     "plain": "lora_export.formats.plain:FORMAT",
     "edge-llm": "lora_export.formats.edge_llm:FORMAT",
     "converted": "lora_export.formats.converted:FORMAT",
@@ -81,7 +82,7 @@ def load_adapter(
     if component is not None and not any(m.component for m in adapter.modules.values()):
         raise AdapterError(
             f"adapter '{adapter.name}' serves one model only: there is no component '{component}'",
-            "leave --component away",
+            "omit --component",
         )
     return adapter
 
