@@ -114,8 +114,10 @@ def detect_format(source: Source) -> str:
         AdapterError: None recognises it, or several do.
     """
     formats = {name: _format(name) for name in FORMATS}
-    found = [name for name, candidate in formats.items() if candidate.recognises(source)]
-    found = [name for name in found if formats[name].certain][:1] or found
+    found = [name for name, one in formats.items() if one.certain and one.recognises(source)][:1]
+    if not found:
+        source.check_names()
+        found = [name for name, one in formats.items() if one.recognises(source)]
     if len(found) == 1:
         return found[0]
     names = list(source.tensors)

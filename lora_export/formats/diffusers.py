@@ -58,7 +58,7 @@ def read(source: Source, options: Options) -> Adapter:
         AdapterError: A list of all that is wrong.
     """
     table = PartsTable()
-    for name, path, values in source.entries(table.problems):
+    for name, path, values in source.entries():
         match = _LORA.match(path)
         part = _part(match) if match else None
         if match is None or part is None:

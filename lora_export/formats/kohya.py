@@ -61,7 +61,7 @@ def read(source: Source, options: Options) -> Adapter:
         AdapterError: A list of all that is wrong or not supported.
     """
     table = PartsTable()
-    for name, path, values in source.entries(table.problems):
+    for name, path, values in source.entries():
         match = _NAME.match(path)
         if not match:
             table.unknown([name], _refusal(path))

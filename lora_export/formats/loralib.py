@@ -87,7 +87,7 @@ def read(source: Source, options: Options) -> Adapter:
 def _sort_tensors(source: Source) -> tuple[PartsTable, dict[str, Array]]:
     table = PartsTable()
     extras: dict[str, Array] = {}
-    for name, path, values in source.entries(table.problems):
+    for name, path, values in source.entries():
         if match := _LORA.match(path):
             table.add(match["path"], f"lora_{match['part'].lower()}", name, values)
         elif path.endswith(".bias"):

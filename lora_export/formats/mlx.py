@@ -44,7 +44,7 @@ def read(source: Source, options: Options) -> Adapter:
         )
     table = PartsTable()
     scale, rank = _settings(source, config, options, table.problems)
-    for name, path, values in source.entries(table.problems):
+    for name, path, values in source.entries():
         match = _NAME.match(path)
         if match is None:
             table.unknown([name], "not lora_a, lora_b or m, as mlx-lm saves them")

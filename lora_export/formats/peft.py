@@ -180,7 +180,7 @@ def _sort_tensors(source: Source, table: PartsTable) -> tuple[dict[str, Array], 
     """Give each tensor its place: a module's part, a whole parameter (with its tensor's name), or aside."""
     extras: dict[str, Array] = {}
     names: dict[str, str] = {}
-    for name, unwrapped, values in source.entries(table.problems):
+    for name, unwrapped, values in source.entries():
         # diffusion-pipe puts ComfyUI's name for the denoiser in front, beside a config of PEFT's own paths.
         component, path = strip_denoiser(unwrapped.removeprefix(PREFIX))
         match = _LORA.match(path)

@@ -29,7 +29,7 @@ def read(source: Source, options: Options) -> Adapter:
         AdapterError: alpha is stated nowhere, or a list of all that is wrong.
     """
     table = PartsTable()
-    for name, path, values in source.entries(table.problems):
+    for name, path, values in source.entries():
         if match := _LORA.match(path):
             table.add(match["path"], f"lora_{match['part'].lower()}", name, values)
         else:

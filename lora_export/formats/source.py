@@ -30,6 +30,7 @@ from lora_export.formats.weights_files import (
 from lora_export.formats.wrappers import unwrap
 
 __all__ = ["CONFIG_NAME", "EDGE_LLM_NAME", "WEIGHT_NAMES", "Format", "Options", "Source", "open_source"]
+_MAX_LISTED = 40
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,31 @@ class Source:
         """Tensor's name → the same without wrappers and without the adapter's name; what formats match."""
         return self._read_names[0]
 
-    def entries(self, problems: list[str]) -> Iterator[tuple[str, str, Array]]:
-        """Yield ``(name, path, values)`` of every tensor; problems of the names go into the list first."""
-        problems += self._read_names[1]
+    def entries(self) -> Iterator[tuple[str, str, Array]]:
+        """Yield ``(name, path, values)`` of every tensor.
+
+        Raises:
+            AdapterError: See `check_names`.
+        """
+        self.check_names()
         for name, path in self.paths.items():
             yield name, path, self.tensors[name]
+
+    def check_names(self) -> None:
+        """Raise if the names say nothing for sure: whatever else is wrong then would only follow from it.
+
+        Raises:
+            AdapterError: Two tensors have one path, or the file holds several models or several adapters.
+        """
+        if problems := self._read_names[1]:
+            listed = problems if len(problems) <= _MAX_LISTED else [
+                *problems[:_MAX_LISTED], f"… and {len(problems) - _MAX_LISTED} more"
+            ]  # fmt: skip
+            raise AdapterError(
+                f"adapter '{self.name}': the names of its tensors are ambiguous ({self.file})",
+                "save one adapter of one model, without the other names",
+                listed,
+            )
 
     @cached_property
     def _read_names(self) -> tuple[Mapping[str, str], list[str]]:
