@@ -1,4 +1,4 @@
-"""mlx-lm's adapters: its own formulas in float64 are the oracle (``tuner/lora.py`` and ``dora.py``, ``fuse``)."""
+"""mlx-lm's adapters: its own formulas (``fuse`` in ``lora.py`` and ``dora.py``) in float64 are the oracle."""
 
 from __future__ import annotations
 
@@ -142,13 +142,13 @@ WRONG: dict[str, tuple[State, dict[str, Any], str]] = {
     "an m": ({**GOOD, "model.layers.0.q.m": torch.ones(3)}, CONFIG, "has an m .DoRA., but"),
     "half a pair": ({"model.q.lora_a": torch.ones(6, 4)}, CONFIG, "lora_B is missing"),
     "experts": (
-        {"m.switch_mlp.up_proj.lora_a": torch.ones(2, 4, 6), "m.switch_mlp.up_proj.lora_b": torch.ones(2, 3, 4)},
+        {"m.switch_mlp.up.lora_a": torch.ones(2, 4, 6), "m.switch_mlp.up.lora_b": torch.ones(2, 3, 4)},
         CONFIG,
         r"experts of mlx-lm \(switch_mlp\) are not supported",
     ),
-    "NaN": ({**GOOD, "model.layers.0.q.lora_a": torch.full((6, 4), torch.nan)}, CONFIG, "are NaN or infinite"),
+    "NaN": ({**GOOD, "model.layers.0.q.lora_a": torch.full((6, 4), torch.nan)}, CONFIG, "are NaN"),
     "PEFT's layout": ({n: v.T.contiguous() for n, v in GOOD.items()}, CONFIG, "have no common rank"),
-    "other tensors": ({**GOOD, "model.norm.weight": torch.ones(3)}, CONFIG, r"norm\.weight: not lora_a, lora_b"),
+    "other tensors": ({**GOOD, "model.norm.weight": torch.ones(3)}, CONFIG, r"norm\.weight: not lora_a"),
     "both spellings": (
         {**GOOD, "model.layers.0.q.lora_A": torch.ones(4, 6), "model.layers.0.q.lora_B": torch.ones(3, 4)},
         CONFIG,

@@ -1,4 +1,4 @@
-"""Whose a number is: alpha, rank and scale count only where they are LoRA's, a config only for its own file."""
+"""Whose a number is: alpha, rank and scale count only where they are LoRA's, a config only for its file."""
 
 from __future__ import annotations
 
