@@ -24,6 +24,7 @@ FORMATS: dict[str, str] = {
     "diffusers": "lora_export.formats.diffusers:FORMAT",
     "kohya": "lora_export.formats.kohya:FORMAT",
     "loralib": "lora_export.formats.loralib:FORMAT",
+    "mlx": "lora_export.formats.mlx:FORMAT",
     "plain": "lora_export.formats.plain:FORMAT",
     "edge-llm": "lora_export.formats.edge_llm:FORMAT",
     "converted": "lora_export.formats.converted:FORMAT",
@@ -113,8 +114,10 @@ def detect_format(source: Source) -> str:
         AdapterError: None recognises it, or several do.
     """
     formats = {name: _format(name) for name in FORMATS}
-    found = [name for name, candidate in formats.items() if candidate.recognises(source)]
-    found = [name for name in found if formats[name].certain][:1] or found
+    found = [name for name, one in formats.items() if one.certain and one.recognises(source)][:1]
+    if not found:
+        source.check_names()
+        found = [name for name, one in formats.items() if one.recognises(source)]
     if len(found) == 1:
         return found[0]
     names = list(source.tensors)
