@@ -22,11 +22,15 @@ class CheckpointWeights:
 
     Args:
         checkpoint: The folder that the graph was exported from.
+
+    Attributes:
+        parameters: Names of the stored tensors.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._names = Names(checkpoint)
+        self.parameters = frozenset(checkpoint.tensors)
 
     def for_adapter(self, named: Sequence[Named], flattened: bool, scope: str | None) -> AdapterWeights:
         """Return what looks up the parameters of one adapter.

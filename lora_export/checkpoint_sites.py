@@ -25,6 +25,7 @@ import numpy as np
 from lora_export.adapter import Adapter, Array, LoraModule
 from lora_export.checkpoint import Checkpoint, StoredTensor
 from lora_export.checkpoint_names import NO_TENSOR, Names, Part, tied_head
+from lora_export.formats.schemes import fitted
 from lora_export.patch import Patch, Placement, patch_from, replacement
 from lora_export.plan import Plan, PlanRow, unaccounted
 from lora_export.safetensors_header import FLOATS
@@ -93,8 +94,9 @@ def place_adapters(checkpoint: Checkpoint, adapters: Sequence[Adapter], weights:
         adapters: What to merge.
         weights: A factor for each adapter's ΔW.
     """
-    placer = _Placer(checkpoint)
-    for adapter, weight in zip(adapters, weights, strict=True):
+    placer, notes = _Placer(checkpoint), list[str]()
+    for given, weight in zip(adapters, weights, strict=True):
+        adapter = fitted(given, checkpoint.tensors, notes)
         start = len(placer.rows)
         placer.begin(adapter)
         for path, values in adapter.extras.items():
@@ -110,7 +112,7 @@ def place_adapters(checkpoint: Checkpoint, adapters: Sequence[Adapter], weights:
                 placer.place(adapter, f"{module.path}.bias", biases, "add to bias", act)
         lost = unaccounted(adapter.tensor_names, placer.rows[start:])
         placer.rows += [PlanRow(adapter.name, n, (n,), "refused", reason="no rule for it") for n in lost]
-    return placer.finish(any(a.config.get("ensure_weight_tying") for a in adapters))
+    return placer.finish(any(a.config.get("ensure_weight_tying") for a in adapters), notes)
 
 
 def named_of(adapter: Adapter) -> list[Named]:
@@ -160,9 +162,9 @@ class _Placer:
         shown = ", ".join(places[:2]) + (f", … ({len(places)})" if len(places) > 2 else "")
         self.rows.append(PlanRow(adapter.name, parameter, tensors, action, shown, "", layout, reason))
 
-    def finish(self, tied_adapter: bool) -> Placed:
+    def finish(self, tied_adapter: bool, notes: list[str]) -> Placed:
         """Untie heads whose embedding changes, and return the whole."""
-        result, notes = self._result, self._notes
+        result, notes = self._result, [*notes, *self._notes]
         embedding = next((name for name in result.changes if self._is_tied(name, _EMBEDDINGS)), None)
         stored = next((name for name in self._checkpoint.tensors if self._is_tied(name, _HEADS)), None)
         if stored is not None and (embedding is not None or stored in result.changes):

@@ -14,6 +14,7 @@ from lora_export.adapter import Adapter
 from lora_export.branches.place import refuse_exposed
 from lora_export.errors import GraphError
 from lora_export.external_data import Change
+from lora_export.formats.schemes import fitted
 from lora_export.graph import GraphFile
 from lora_export.onnx_base import drop_dead
 from lora_export.patch import Patch, Placement, join, patch_from, replacement
@@ -61,7 +62,9 @@ def plan_changes(
     resolver, isolator = Resolver(graph, weight_of), Isolator()
     found: list[tuple[Adapter, float, list[Site]]] = []
     rows: list[PlanRow] = []
-    for adapter, factor in zip(adapters, factors, strict=True):
+    notes: list[str] = []
+    for given, factor in zip(adapters, factors, strict=True):
+        adapter = fitted(given, resolver.known, notes)
         sites, misses = resolver.resolve(targets_of(adapter), adapter.flattened, adapter.scope)
         sites, misses = restore_biases(sites, misses, resolver.weight_of)
         grouped = [site for site in sites if site.target.module and site.target.module.groups > 1]
@@ -75,7 +78,7 @@ def plan_changes(
         found.append((adapter, factor, sites))
     changes = _changes(found, isolator)
     drop_dead(graph)
-    return Plan(tuple(rows), tuple(isolator.notes)), changes
+    return Plan(tuple(rows), (*notes, *isolator.notes)), changes
 
 
 def _refuse_merged(graph: GraphFile, adapters: Sequence[Adapter]) -> None:

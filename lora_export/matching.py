@@ -16,6 +16,7 @@ from lora_export.base_weights import WeightOf, has_constant, holds, read_stored
 from lora_export.exposed import ExposedGraph, ExposedModule, Member
 from lora_export.finding import Finder, Place
 from lora_export.formats.provenance import is_converted
+from lora_export.formats.schemes import fitted
 from lora_export.plan import PlanRow
 from lora_export.saved import change_of, with_bias
 
@@ -114,8 +115,11 @@ def match_modules(adapter: Adapter, exposed: ExposedGraph, where: str, weight_of
         where: The graph's file, for reasons.
         weight_of: The graph's constants; without them every whole parameter is refused.
     """
+    notes: list[str] = []
+    known = {f"{member.path}.weight" for _, member in exposed.members()}
+    adapter = fitted(adapter, known, notes, others=getattr(weight_of, "names", tuple))
     finder = Finder(adapter, exposed, where)
-    found = Matches(hint=finder.hint)
+    found = Matches(notes=notes, hint=finder.hint)
     found.notes += finder.notes
     converted = is_converted(adapter.config)
     for lora in adapter.modules.values():

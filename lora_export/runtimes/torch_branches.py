@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lora_export.adapter import Adapter, Array, LoraModule
 from lora_export.checkpoint_names import Part
 from lora_export.errors import AdapterError
+from lora_export.formats.schemes import fitted
 from lora_export.runtimes.torch_places import NoPlace, Owner, Places
 from lora_export.runtimes.torch_products import Hook, changed, hook_of, tensor_of
 
@@ -64,6 +65,7 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
     """Return an adapter's places in a model, and a line for each part that has none or does not fit."""
     import torch
 
+    adapter = fitted(adapter, places.known, [])
     finder = places.finder(adapter)
     problems: list[str] = []
     branches, extras = [], []

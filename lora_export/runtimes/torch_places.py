@@ -71,6 +71,11 @@ class Places:
         self._names = KnownNames(self._known)
         self._folder = folder
 
+    @property
+    def known(self) -> set[str]:
+        """The model's names of parameters and buffers."""
+        return self._known
+
     def finder(self, adapter: Adapter) -> Finder:
         """Return what finds one adapter's parameters: one change of names holds for all of them.
 
@@ -89,10 +94,6 @@ class Places:
                 named, KnownNames(self._by_stored), flattened=adapter.flattened, scope=adapter.scope
             )
         return Finder(self, named, found, older)
-
-    def knows(self, parameter: str) -> bool:
-        """Whether the model has a parameter of this path."""
-        return parameter in self._known
 
     def stored(self, parameter: str) -> list[tuple[str, Part]]:
         """Return the model's names of a tensor that the checkpoint stores under an older name."""
@@ -131,7 +132,7 @@ class Finder:
         number = self._numbers[Named(parameter, action, component)]
         problem = self._own.problems.get(number, "")
         name = self._own.names[number]
-        if name is not None and not problem and self._places.knows(name):
+        if name is not None and not problem and name in self._places.known:
             return name, None
         older = self._older.names[number]
         stored = self._places.stored(older) if older and number not in self._older.problems else []

@@ -57,6 +57,11 @@ class Resolver:
         self._wanted: set[str] = set()
         self._branches = branches
 
+    @property
+    def known(self) -> set[str]:
+        """Parameter paths that the graph's names tell, and those of the checkpoint at hand."""
+        return self._known.names | set(self._base.parameters if self._base else ())
+
     def resolve(
         self, targets: Sequence[Target], flattened: bool = False, scope: str | None = None
     ) -> tuple[list[Site], list[Miss]]:

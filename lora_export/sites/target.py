@@ -78,7 +78,13 @@ class WeightOf(Protocol):
 
 
 class BaseWeights(Protocol):
-    """The base checkpoint of a graph."""
+    """The base checkpoint of a graph.
+
+    Attributes:
+        parameters: Names of the stored tensors.
+    """
+
+    parameters: frozenset[str]
 
     def for_adapter(self, named: Sequence[Named], flattened: bool, scope: str | None) -> WeightOf:
         """Return what looks up one adapter's parameters, whose names are turned into the checkpoint's."""
