@@ -19,6 +19,7 @@ from lora_export.checkpoint_sites import Placed, place_adapters
 from lora_export.errors import AdapterError, CheckpointError, OutputError, SiteError
 from lora_export.plan import Plan
 from lora_export.rounding import Mode, Rounding, update
+from lora_export.sites.likeness import counterparts, side_by_side
 from lora_export.stream import nonfinite_error, write_pieces
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -176,14 +177,7 @@ def _refuse_unplaced(
         raise AdapterError(f"adapter {names} changes nothing", "check that the right file was given")
     hints = list(dict.fromkeys(placed.hints))
     if len(refused) == len(rows) and len(set(placed.absent)) >= len({row.parameter for row in rows}):
-        examples = [f"the adapter has {row.parameter}" for row in rows[:_EXAMPLES]]
-        matrices = [t.name for t in checkpoint.tensors.values() if len(t.shape) > 1]
-        what = "does not belong as a whole to" if hints else "is for another architecture than"
-        raise AdapterError(
-            f"adapter {names} {what} {checkpoint.folder}: none of its {len(rows)} parameters is placed",
-            "; ".join(hints) or _trained_on(adapters) or "give the base that the adapter was trained on",
-            examples + [f"the base has {name}" for name in matrices[:_EXAMPLES]],
-        )
+        raise _foreign(checkpoint, adapters, hints, len(rows))
     if not refused or (allow_unmatched and len(refused) < len(rows)):
         return
     hints = [_trained_on(adapters), *hints]
@@ -196,6 +190,37 @@ def _refuse_unplaced(
         f"(of {len(rows)})",
         "; ".join(hint for hint in hints if hint),
         [f"{row.parameter}   {row.reason}" for row in refused],
+    )
+
+
+def _foreign(
+    checkpoint: Checkpoint, adapters: Sequence[Adapter], hints: Sequence[str], total: int
+) -> AdapterError:
+    """Return the error for adapters none of whose names is known: another naming, or another model."""
+    names = ", ".join(f"'{adapter.name}'" for adapter in adapters)
+    wanted = {
+        f"{module.path}.{module.parameter}": module.weight_shape
+        for adapter in adapters
+        for module in adapter.modules.values()
+    }
+    stored = {tensor.name: tensor.shape for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1}
+    alike = counterparts(wanted, stored)
+    seen = side_by_side(alike) or [
+        *(f"the adapter has {name}" for name in list(wanted)[:_EXAMPLES]),
+        *(f"the base has {name}" for name in list(stored)[:_EXAMPLES]),
+    ]
+    if hints:
+        what, hint = "does not belong as a whole to", "; ".join(hints)
+    elif alike:
+        what = "names its modules in another way than"
+        hint = (
+            "the shapes fit: rename the adapter's tensors to the base's names, or give the base under its own"
+        )
+    else:
+        what = "is for another architecture than"
+        hint = _trained_on(adapters) or "give the base that the adapter was trained on"
+    return AdapterError(
+        f"adapter {names} {what} {checkpoint.folder}: none of its {total} parameters is placed", hint, seen
     )
 
 

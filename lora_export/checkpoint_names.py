@@ -8,12 +8,14 @@ and writes the old names), and experts that are stacked in memory but stored one
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from lora_export.checkpoint import Checkpoint
+from lora_export.formats.wrappers import strip_wrappers
 from lora_export.sites.renaming import AMBIGUOUS, NOT_FOUND, KnownNames, Named, Renaming, rename
 
 NO_TENSOR = "no tensor of that name"
@@ -46,7 +48,7 @@ class Names:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._stored = {name: (Part(name),) for name in checkpoint.tensors}
+        self._stored = _unwrapped(checkpoint.tensors)
         self._known = KnownNames(self._stored)
 
     def __iter__(self) -> Iterator[str]:
@@ -107,6 +109,13 @@ class Names:
             return {}, _NO_TRANSFORMERS
         except Exception as error:  # a model that this transformers can't build
             return {}, f"transformers cannot build the model: {type(error).__name__}: {error}"
+
+
+def _unwrapped(names: Iterable[str]) -> dict[str, tuple[Part, ...]]:
+    """Return the parts by their paths without wrappers; of two that become one, both keep their names."""
+    plain = {name: strip_wrappers(name) for name in names}
+    count = Counter(plain.values())
+    return {path if count[path] == 1 else name: (Part(name),) for name, path in plain.items()}
 
 
 def _reason(problem: str, asked: str) -> str:

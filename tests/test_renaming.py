@@ -471,6 +471,58 @@ def test_flattened_names_of_a_checkpoint(tmp_path):
         assert (after[name] - values - change).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: name.replace("layers.0.", "layers.0._checkpoint_wrapped_module."),
+        lambda name: f"_fsdp_wrapped_module.{name.replace('q_proj', '_fsdp_wrapped_module.q_proj')}",
+    ],
+)
+def test_a_base_whose_names_have_wrappers(wrap, tmp_path):
+    weights = {f"model.layers.{n}.q_proj.weight": torch.randn(8, 8) for n in (0, 1)}
+    (tmp_path / "base").mkdir()
+    save_file({wrap(name): values for name, values in weights.items()}, tmp_path / "base/model.safetensors")
+    module = nn.ModuleDict({"model": nn.Module()})
+    module.model.layers = nn.ModuleList(
+        nn.ModuleDict({"q_proj": nn.Linear(8, 8, bias=False)}) for _ in (0, 1)
+    )
+    trained(module, ["q_proj"], tmp_path / "adapter")
+    command = [
+        "merge",
+        "--base",
+        tmp_path / "base",
+        "--adapter",
+        tmp_path / "adapter",
+        "-o",
+        tmp_path / "out",
+    ]
+    assert lora_export(*command) == 0
+    after, wanted = stored(tmp_path / "out"), deltas(tmp_path / "adapter")
+    for name, values in weights.items():
+        assert (after[wrap(name)] - values - wanted[name.removesuffix(".weight")]).abs().max() < 1e-5
+
+
+def test_another_naming_is_not_another_architecture(tmp_path, capsys):
+    weights = {f"transformer.h.{n}.attn.query.weight": torch.randn(8, 4) for n in (0, 1)}
+    (tmp_path / "base").mkdir()
+    save_file(weights, tmp_path / "base/model.safetensors")
+    command = ["merge", "--base", tmp_path / "base", "-o", tmp_path / "out", "--alpha", "2"]
+    for shape, said in (((8, 4), "names its modules in another way"), ((8, 5), "for another architecture")):
+        tensors = {}
+        for n in (0, 1):
+            tensors[f"model.blocks.{n}.wq.A.weight"] = torch.randn(2, shape[1])
+            tensors[f"model.blocks.{n}.wq.B.weight"] = torch.randn(shape[0], 2)
+        save_file(tensors, tmp_path / "a.safetensors")
+        capsys.readouterr()
+        assert lora_export(*command, "--adapter", tmp_path / "a.safetensors") == 1
+        error = capsys.readouterr().err
+        assert said in error
+        pairs = ("model.blocks.1.wq.weight", "transformer.h.1.attn.query.weight")
+        assert any(all(name in line for name in pairs) for line in error.splitlines()) == (shape == (8, 4))
+
+
 def test_a_wrong_adapter_is_refused_before_a_capture(tmp_path, monkeypatch, capsys):
     def slow(*arguments, **options):
         raise AssertionError("captured")

@@ -395,11 +395,11 @@ class _Renamer:
                 for n in self._deciding
                 if not change.strip or self._is_below(self._wanted[n].key, change.strip)
             }
-            fitting = change.strip if self._is_outer(change.add) else ""
+            scope = change.strip if self._is_outer(change.add) else ""
             if not change.strip and self._known.has_rivals(change.add):
-                fitting = change.add
-            if fitting and below & fits:
-                (whole if below <= fits else part).add(fitting)
+                scope = change.add
+            if scope and below & fits:
+                (whole if below <= fits else part).add(scope)
         found = whole or part
         # The shortest that says it.
         return sorted(s for s in found if not any(self._is_below(s, other) for other in found))
@@ -426,10 +426,14 @@ class _Renamer:
         most = max(map(len, self._fits.values()))
         if not most:
             return NOT_FOUND, ""
-        best = [said(change) for change, fits in self._fits.items() if len(fits) == most]
+        scopes = self._scopes()
+        best = [
+            said(change)
+            for change, fits in self._fits.items()
+            if len(fits) == most and (not scopes or (change.strip or change.add) in scopes)
+        ]
         found = " or ".join(best[:2])
         count = f"{most} of {len(self._deciding)} parameters would fit with {found}"
-        scopes = self._scopes()
         if not scopes:
             return f"{NOT_FOUND} under its own path", f"{count}, which is not the base's outer name"
         return (

@@ -58,9 +58,9 @@ class Resolver:
         self._branches = branches
 
     @property
-    def known(self) -> set[str]:
+    def known(self) -> frozenset[str]:
         """Parameter paths that the graph's names tell, and those of the checkpoint at hand."""
-        return self._known.names | set(self._base.parameters if self._base else ())
+        return self._known.names | (self._base.parameters if self._base else frozenset())
 
     def resolve(
         self, targets: Sequence[Target], flattened: bool = False, scope: str | None = None
