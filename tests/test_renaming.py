@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lora_export import SiteError, export_onnx, load_adapter
 from lora_export.cli import _run
 from lora_export.sites.names import Prefix
 from lora_export.sites.renaming import AMBIGUOUS, NOT_FOUND, KnownNames, Named, rename
@@ -440,6 +441,24 @@ def test_one_of_the_models_that_a_file_serves(component, tmp_path, capsys):
     a, b = (tensors[f"{component}.{path}.lora_{side}.weight"] for side in "AB")
     (change,) = (values - weights[path] for values in stored(tmp_path / "out").values())
     assert (change - b @ a).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("given", [str, load_adapter], ids=["path", "value"])
+def test_the_part_that_belongs_in_python(given, tmp_path):
+    """`export_onnx` of an encoder, with the adapter of the whole model."""
+    torch.manual_seed(0)
+    model = marian().eval()
+    peft = trained(model, r".*fc2", tmp_path / "adapter")
+    ids = torch.randint(3, 40, (1, 6))
+    encoder, adapted = (Encoder(whole.get_encoder()).eval() for whole in (model, peft.base_model.model))
+    adapter = given(tmp_path / "adapter")
+    with pytest.raises(SiteError, match=r"--component model\.encoder"), tiny.quiet():
+        export_onnx(encoder, adapter, (ids,), tmp_path / "m.onnx")
+    with tiny.quiet():
+        export_onnx(encoder, adapter, (ids,), tmp_path / "m.onnx", component="model.encoder")
+    with torch.no_grad():
+        wanted = adapted(ids).numpy()
+    assert tiny.relative_error(run(tmp_path / "m.onnx", ids=ids.numpy()), wanted) < 2e-6
 
 
 def test_flattened_names_of_a_checkpoint(tmp_path):
