@@ -158,6 +158,16 @@ def test_folders_without_usable_weights(tmp_path, files, says):
     assert caught.value.hint
 
 
+def test_a_pipeline_of_several_models_names_them(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    for part in ("unet", "text_encoder"):
+        (tmp_path / part).mkdir()
+        save_file({"a.weight": torch.zeros(1)}, tmp_path / part / "model.safetensors")
+    with pytest.raises(CheckpointError, match="pipeline of several models") as caught:
+        Checkpoint.open(tmp_path)
+    assert [problem.split()[-1] for problem in caught.value.problems] == ["text_encoder", "unet"]
+
+
 def test_a_name_of_the_hub_is_no_folder():
     with pytest.raises(CheckpointError, match="not a folder") as caught:
         Checkpoint.open("org/model-that-is-not-here")

@@ -145,6 +145,12 @@ def test_flattened_paths_begin_at_components():
     assert "a.b_c.weight, a_b.c.weight" in twice.problems[0]
 
 
+def test_the_part_that_fits_under_its_own_path_is_named():
+    found = renamed(layers("model.encoder.", "model.decoder."), layers("model.decoder."))
+    assert found.names[2:] == tuple(layers("model.decoder."))
+    assert "--component model.decoder takes the part that fits" in found.hint
+
+
 def test_an_unknown_scope_is_refused():
     found = renamed(layers("model."), layers("model."), scope="model.encoder")
     assert found.names == (None, None)

@@ -124,6 +124,8 @@ class KnownNames:
 
     def has(self, key: str) -> bool:
         """Whether the base has a parameter under this path, or under another name of a builder for it."""
+        if key in self.names:
+            return True
         return any(all(name in self.names for name in variant.keys) for variant in variants(key))
 
     def under(self, scope: str) -> list[str]:
@@ -347,7 +349,8 @@ class _Renamer:
     def _applied(self, change: Prefix) -> Renaming:
         names: list[str | None] = []
         problems: dict[int, str] = {}
-        scopes = self._scopes() if len(self._fits[change]) < len(self._deciding) else []
+        fits = self._fits[change]
+        scopes = (self._scopes() or self._fitting_part(fits)) if len(fits) < len(self._deciding) else []
         hint = f"{_options(scopes)} takes the part that fits" if scopes else ""
         for number, named in enumerate(self._wanted):
             fitting = self._names(named.key, change)
@@ -403,6 +406,21 @@ class _Renamer:
         found = whole or part
         # The shortest that says it.
         return sorted(s for s in found if not any(self._is_below(s, other) for other in found))
+
+    def _fitting_part(self, fits: frozenset[int]) -> list[str]:
+        """Return the shortest path below which all that fits lies, and nothing else of the adapter."""
+        if self._flattened or not fits:
+            return []
+        keys = {number: self._wanted[number].key for number in self._deciding}
+        others = [key for number, key in keys.items() if number not in fits]
+        parts = keys[min(fits)].split(".")
+        for end in range(1, len(parts) - 1):
+            path = ".".join(parts[:end])
+            if has_index(path) or not all(self._is_below(keys[number], path) for number in fits):
+                return []
+            if not any(self._is_below(key, path) for key in others):
+                return [path]
+        return []
 
     def _component_fits(self, component: str) -> bool:
         mine = {n for n in self._deciding if self._wanted[n].component == component}
