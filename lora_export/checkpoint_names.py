@@ -16,7 +16,8 @@ from typing import Any
 
 from lora_export.checkpoint import Checkpoint
 from lora_export.formats.wrappers import strip_wrappers
-from lora_export.sites.renaming import AMBIGUOUS, NOT_FOUND, KnownNames, Named, Renaming, rename
+from lora_export.sites.known_names import KnownNames
+from lora_export.sites.renaming import AMBIGUOUS, NOT_FOUND, Named, Renaming, rename
 
 NO_TENSOR = "no tensor of that name"
 _NO_TRANSFORMERS = "transformers' table of renamed modules could not be asked: pip install 'lora-export[hf]'"

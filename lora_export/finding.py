@@ -13,7 +13,8 @@ from lora_export.adapter import Adapter
 from lora_export.exposed import ExposedGraph, ExposedModule, Member
 from lora_export.formats.provenance import is_converted
 from lora_export.sites import names
-from lora_export.sites.renaming import NOT_FOUND, KnownNames, Named, rename
+from lora_export.sites.known_names import KnownNames
+from lora_export.sites.renaming import NOT_FOUND, Named, rename
 
 # Part of the reason of a module that the graph has no tensors for.
 NO_TENSORS = " has no LoRA tensors for it"

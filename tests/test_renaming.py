@@ -13,8 +13,9 @@ from torch import nn
 
 from lora_export import SiteError, export_onnx, load_adapter
 from lora_export.cli import _run
+from lora_export.sites.known_names import KnownNames
 from lora_export.sites.names import Prefix
-from lora_export.sites.renaming import AMBIGUOUS, NOT_FOUND, KnownNames, Named, rename
+from lora_export.sites.renaming import AMBIGUOUS, NOT_FOUND, Named, rename
 
 
 def layers(*prefixes, leaf="q.weight", count=2):

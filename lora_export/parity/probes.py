@@ -21,8 +21,9 @@ from lora_export.parity.probe_content import Nearest
 from lora_export.parity.probe_walk import Tap, Walker
 from lora_export.patch import Placement
 from lora_export.sites import fit, names
+from lora_export.sites.known_names import KnownNames
 from lora_export.sites.readers import folded_into_conv, module_of
-from lora_export.sites.renaming import KnownNames, likeliest_change
+from lora_export.sites.renaming import likeliest_change
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Part, Site, Target, TargetKind

@@ -17,7 +17,8 @@ from lora_export.adapter import Adapter
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_names import Names, Part
 from lora_export.errors import LoraExportError
-from lora_export.sites.renaming import NOT_FOUND, KnownNames, Named, Renaming, rename
+from lora_export.sites.known_names import KnownNames
+from lora_export.sites.renaming import NOT_FOUND, Named, Renaming, rename
 
 if TYPE_CHECKING:
     import torch

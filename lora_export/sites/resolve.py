@@ -24,7 +24,8 @@ from lora_export.graph import GraphFile
 from lora_export.patch import Placement
 from lora_export.sites import fit, names, readers
 from lora_export.sites.evidence import FOLDED, NODE_NAME, SOURCES, WEIGHT_NAME, collect
-from lora_export.sites.renaming import AMBIGUOUS, NOT_FOUND, KnownNames, Renaming, rename
+from lora_export.sites.known_names import KnownNames
+from lora_export.sites.renaming import AMBIGUOUS, NOT_FOUND, Renaming, rename
 from lora_export.sites.slot import Use
 from lora_export.sites.target import BaseWeights, Miss, Part, Site, Target, WeightOf
 from lora_export.sites.uses import find_uses
