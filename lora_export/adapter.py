@@ -129,6 +129,8 @@ class Adapter:
             were resized): the parameter's path → its values. Replaced first, changed by modules after.
         extra_tensors: Path of an extra → its tensor's name in the file, where the two differ.
         flattened: The paths' dots are underscores (kohya); compare them flattened.
+        scope: The part of the model that the user says belongs, ``model.encoder``: the paths are below it, or
+            it stands in front of them in the base (`lora_export.sites.renaming`).
         base_model: What the file says it was trained on, if it says so.
         fan_in_fan_out: The config says that the base stores the transposed weight (GPT-2's Conv1D).
         config: The format's own configuration, for `inspect`.
@@ -145,6 +147,7 @@ class Adapter:
     extras: Mapping[str, Array] = field(default_factory=dict)
     extra_tensors: Mapping[str, str] = field(default_factory=dict)
     flattened: bool = False
+    scope: str | None = None
     base_model: str | None = None
     fan_in_fan_out: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)

@@ -13,11 +13,12 @@ from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_names import Names, Part
 from lora_export.errors import OutputError
 from lora_export.graph import GraphFile, shape_of
+from lora_export.sites.renaming import Named
 from lora_export.sites.target import Target
 
 
 class CheckpointWeights:
-    """Looks up targets in a checkpoint; call it with a target.
+    """The weights of a checkpoint, for targets of a graph.
 
     Args:
         checkpoint: The folder that the graph was exported from.
@@ -31,6 +32,43 @@ class CheckpointWeights:
         self._names = Names(checkpoint)
         self.parameters = frozenset(checkpoint.tensors)
 
+    def for_adapter(self, named: Sequence[Named], flattened: bool, scope: str | None) -> AdapterWeights:
+        """Return what looks up the parameters of one adapter.
+
+        Args:
+            named: All of them: one change of names holds for the whole adapter.
+            flattened: Their paths have underscores for dots.
+            scope: The part that belongs, as the user says it.
+        """
+        change = self._names.rename(named, flattened, scope)
+        return AdapterWeights(self._checkpoint, self._names, named, change.names)
+
+    def stores(self, key: str) -> bool:
+        """Whether the checkpoint has a parameter that this path of a graph may be, its outer names aside."""
+        return any(
+            key == name or key.endswith(f".{name}") or name.endswith(f".{key}") for name in self._names
+        )
+
+
+class AdapterWeights:
+    """Looks up one adapter's targets; call it with a target.
+
+    Args:
+        checkpoint: The checkpoint.
+        table: Its names.
+        named: The adapter's parameters.
+        names: The checkpoint's path for each of them, or None.
+
+    Attributes:
+        names: As given.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, table: Names, named: Sequence[Named], names: tuple[str | None, ...]
+    ) -> None:
+        self._checkpoint, self._table, self.names = checkpoint, table, names
+        self._by_named = dict(zip(named, names, strict=True))
+
     def __call__(self, target: Target) -> Array | None:
         """Return a view in the target's canonical shape, or None; of stacked experts, the first and the last.
 
@@ -38,8 +76,9 @@ class CheckpointWeights:
         out_dim)`` is returned transposed; a square one can't be told from Linear's by its shape, so that a
         comparison has to try both orientations, as with experts.
         """
-        parts = self._names.find(target.key)
-        if isinstance(parts, str) or not parts:
+        name = self._by_named.get(target.named)
+        parts = self._table.parts(name) if name else ()
+        if not parts:
             return None
         if target.experts > 1:
             return self._end_experts(parts, target.experts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_export.adapter import Adapter
@@ -17,7 +17,9 @@ from lora_export.checkpoint_files import MANIFEST, copy_small_files, write_confi
 from lora_export.checkpoint_layout import Layout, layout_of, pieces_of
 from lora_export.checkpoint_sites import Placed, place_adapters
 from lora_export.errors import AdapterError, CheckpointError, OutputError, SiteError
+from lora_export.plan import Plan
 from lora_export.rounding import Mode, Rounding, update
+from lora_export.sites.likeness import counterparts, side_by_side
 from lora_export.stream import nonfinite_error, write_pieces
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -108,6 +110,34 @@ def plan_merge(
     )
 
 
+def refuse_absent(base: Path, adapters: Sequence[Adapter], allow_unmatched: bool) -> None:
+    """Refuse adapters whose low-rank changes are of parameters that a folder does not have, by names alone.
+
+    A capture takes a minute; a wrong adapter is known in a second.
+
+    Args:
+        base: Folder with config.json and safetensors.
+        adapters: What will be placed in the graph that is captured from it.
+        allow_unmatched: What has no place will be left out.
+
+    Raises:
+        AdapterError: An adapter is for another architecture.
+        CheckpointError: The base is damaged.
+        SiteError: Some of an adapter has no place in the base; all of it is listed.
+    """
+    if not adapters:
+        return
+    checkpoint = Checkpoint.open(base)
+    for adapter in adapters:
+        placed = place_adapters(checkpoint, [adapter], [1.0])
+        changed = {f"{module.path}.{module.parameter}" for module in adapter.modules.values()}
+        absent = changed & set(placed.absent)
+        rows = [row for row in placed.plan.rows if row.parameter in absent or row.action != "refused"]
+        if absent:
+            found = replace(placed, plan=Plan(tuple(rows)))
+            _refuse_unplaced(checkpoint, [adapter], found, allow_unmatched)
+
+
 def _refuse_quantised(checkpoint: Checkpoint) -> None:
     quantisation = checkpoint.config.get("quantization_config")
     if quantisation:
@@ -145,27 +175,52 @@ def _refuse_unplaced(
     names = ", ".join(f"'{adapter.name}'" for adapter in adapters)
     if not rows:
         raise AdapterError(f"adapter {names} changes nothing", "check that the right file was given")
+    hints = list(dict.fromkeys(placed.hints))
     if len(refused) == len(rows) and len(set(placed.absent)) >= len({row.parameter for row in rows}):
-        examples = [f"the adapter has {row.parameter}" for row in rows[:_EXAMPLES]]
-        matrices = [t.name for t in checkpoint.tensors.values() if len(t.shape) > 1]
-        raise AdapterError(
-            f"adapter {names} is for another architecture: none of its {len(rows)} parameters is in "
-            f"{checkpoint.folder}",
-            _trained_on(adapters) or "give the base that the adapter was trained on",
-            examples + [f"the base has {name}" for name in matrices[:_EXAMPLES]],
-        )
+        raise _foreign(checkpoint, adapters, hints, len(rows))
     if not refused or (allow_unmatched and len(refused) < len(rows)):
         return
-    others = "--allow-unmatched merges the others and leaves these out"
-    hints = [
-        _trained_on(adapters),
-        others if len(refused) < len(rows) else "give the base that the adapter was trained on",
-    ]
+    hints = [_trained_on(adapters), *hints]
+    if len(refused) < len(rows):
+        hints.append("--allow-unmatched merges the others and leaves these out")
+    elif not placed.hints:
+        hints.append("give the base that the adapter was trained on")
     raise SiteError(
         f"adapter {names} has {len(refused)} parameters with no place in {checkpoint.folder} "
         f"(of {len(rows)})",
         "; ".join(hint for hint in hints if hint),
         [f"{row.parameter}   {row.reason}" for row in refused],
+    )
+
+
+def _foreign(
+    checkpoint: Checkpoint, adapters: Sequence[Adapter], hints: Sequence[str], total: int
+) -> AdapterError:
+    """Return the error for adapters none of whose names is known: another naming, or another model."""
+    names = ", ".join(f"'{adapter.name}'" for adapter in adapters)
+    wanted = {
+        f"{module.path}.{module.parameter}": module.weight_shape
+        for adapter in adapters
+        for module in adapter.modules.values()
+    }
+    stored = {tensor.name: tensor.shape for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1}
+    alike = counterparts(wanted, stored)
+    seen = side_by_side(alike) or [
+        *(f"the adapter has {name}" for name in list(wanted)[:_EXAMPLES]),
+        *(f"the base has {name}" for name in list(stored)[:_EXAMPLES]),
+    ]
+    if hints:
+        what, hint = "does not belong as a whole to", "; ".join(hints)
+    elif alike:
+        what = "names its modules in another way than"
+        hint = (
+            "the shapes fit: rename the adapter's tensors to the base's names, or give the base under its own"
+        )
+    else:
+        what = "is for another architecture than"
+        hint = _trained_on(adapters) or "give the base that the adapter was trained on"
+    return AdapterError(
+        f"adapter {names} {what} {checkpoint.folder}: none of its {total} parameters is placed", hint, seen
     )
 
 

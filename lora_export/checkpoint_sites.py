@@ -24,11 +24,12 @@ import numpy as np
 
 from lora_export.adapter import Adapter, Array, LoraModule
 from lora_export.checkpoint import Checkpoint, StoredTensor
-from lora_export.checkpoint_names import Names, Part, tied_head
+from lora_export.checkpoint_names import NO_TENSOR, Names, Part, tied_head
 from lora_export.formats.schemes import fitted
 from lora_export.patch import Patch, Placement, patch_from, replacement
 from lora_export.plan import Plan, PlanRow, unaccounted
 from lora_export.safetensors_header import FLOATS
+from lora_export.sites.renaming import Named, Renaming
 
 # Model families with Conv1D, and its names there (transformers ``pytorch_utils.Conv1D``).
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
@@ -69,6 +70,7 @@ class Placed:
         added: Heads that are no longer tied.
         untied: The config says that head and embedding are tied, and the output's has to say no.
         absent: Parameters without a place because the base has no such name.
+        hints: What the user may give to place what has no place.
     """
 
     plan: Plan = field(default_factory=Plan)
@@ -77,6 +79,7 @@ class Placed:
     added: list[Added] = field(default_factory=list)
     untied: bool = False
     absent: list[str] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
 
 
 class NoPlace(Exception):
@@ -95,6 +98,7 @@ def place_adapters(checkpoint: Checkpoint, adapters: Sequence[Adapter], weights:
     for given, weight in zip(adapters, weights, strict=True):
         adapter = fitted(given, checkpoint.tensors, notes)
         start = len(placer.rows)
+        placer.begin(adapter)
         for path, values in adapter.extras.items():
             names: tuple[str, ...] = (adapter.extra_tensors.get(path, path),)
             placer.place(adapter, path, names, "replace", partial(placer.replaced, path, values, adapter))
@@ -109,6 +113,16 @@ def place_adapters(checkpoint: Checkpoint, adapters: Sequence[Adapter], weights:
         lost = unaccounted(adapter.tensor_names, placer.rows[start:])
         placer.rows += [PlanRow(adapter.name, n, (n,), "refused", reason="no rule for it") for n in lost]
     return placer.finish(any(a.config.get("ensure_weight_tying") for a in adapters), notes)
+
+
+def named_of(adapter: Adapter) -> list[Named]:
+    """Return all that an adapter changes, by its own paths."""
+    named = [Named(path, "replace") for path in adapter.extras]
+    for module in adapter.modules.values():
+        named.append(Named(f"{module.path}.{module.parameter}", "merge", module.component))
+        if _biased(module):
+            named.append(Named(f"{module.path}.bias", "add to bias", module.component))
+    return named
 
 
 def _biased(module: LoraModule) -> bool:
@@ -126,6 +140,9 @@ class _Placer:
         headless = bool(kinds) and not any(part in kind for kind in kinds for part in _LANGUAGE_MODELS)
         self._tied = tied_head(checkpoint.config) and not headless
         self._heads: dict[str, str] = {}
+        self._notes: list[str] = []
+        self._renaming = Renaming(())
+        self._numbers: dict[Named, int] = {}
         self.rows: list[PlanRow] = []
 
     def place(
@@ -147,7 +164,7 @@ class _Placer:
 
     def finish(self, tied_adapter: bool, notes: list[str]) -> Placed:
         """Untie heads whose embedding changes, and return the whole."""
-        result = self._result
+        result, notes = self._result, [*notes, *self._notes]
         embedding = next((name for name in result.changes if self._is_tied(name, _EMBEDDINGS)), None)
         stored = next((name for name in self._checkpoint.tensors if self._is_tied(name, _HEADS)), None)
         if stored is not None and (embedding is not None or stored in result.changes):
@@ -181,11 +198,21 @@ class _Placer:
     def _is_tied(self, name: str, leaves: set[str]) -> bool:
         return self._tied and _leaf(name) in leaves
 
+    def begin(self, adapter: Adapter) -> None:
+        """Find the base's names for all that one adapter changes: one change of names holds for it."""
+        named = named_of(adapter)
+        self._renaming = self._names.rename(named, adapter.flattened, adapter.scope)
+        self._numbers = {one: number for number, one in enumerate(named)}
+        if self._renaming.note:
+            self._notes.append(f"adapter '{adapter.name}': paths matched with {self._renaming.note}")
+        if self._renaming.hint:
+            self._result.hints.append(self._renaming.hint)
+
     # What each kind of change does.
 
     def replaced(self, path: str, values: Array, adapter: Adapter) -> tuple[list[str], str, str]:
         """Put whole values in place of a parameter."""
-        name, reason = self._single(path, adapter.flattened, values.shape)
+        name, reason = self._single(Named(path, "replace"), values.shape)
         tensor = self._tensor(name)
         if tensor.shape != values.shape:
             raise NoPlace(f"stored with shape {tensor.shape}, the adapter's values have {values.shape}")
@@ -197,7 +224,7 @@ class _Placer:
         """Add the scaled bias of lora_B to the module's own bias."""
         assert module.lora_bias is not None
         path, bias = f"{module.path}.bias", module.lora_bias
-        parts = self._names.find(path, adapter.flattened)
+        parts = self._find(Named(path, "add to bias", module.component))
         if isinstance(parts, str):
             raise NoPlace("lora_bias needs a bias to be added to, and the base has none here")
         name = parts[0].tensor
@@ -218,7 +245,8 @@ class _Placer:
                 f"a convolution of {module.groups} groups can't be merged (PEFT refuses it, too); "
                 "it can be exposed"
             )
-        parts = self._parts(f"{module.path}.{module.parameter}", adapter.flattened, module.weight_shape)
+        named = Named(f"{module.path}.{module.parameter}", "merge", module.component)
+        parts = self._parts(named, module.weight_shape)
         rows, _ = module.matrix_shape
         experts = {part.expert for part in parts}
         if None not in experts and len(experts) != module.experts:
@@ -274,18 +302,25 @@ class _Placer:
 
     # Names.
 
-    def _parts(self, parameter: str, flattened: bool, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        parts = self._names.find(parameter, flattened)
+    def _find(self, named: Named) -> tuple[Part, ...] | str:
+        """Return where a parameter of the adapter is stored, or why that is not known."""
+        number = self._numbers[named]
+        name, problem = self._renaming.names[number], self._renaming.problems.get(number, "")
+        return (self._names.parts(name) if name and not problem else ()) or problem or NO_TENSOR
+
+    def _parts(self, named: Named, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        parts = self._find(named)
         if not isinstance(parts, str):
             self._check(parts)
             return parts
-        source = self._tied_source(parameter, shape)
+        name = self._renaming.names[self._numbers[named]] or named.key
+        source = self._tied_source(name, shape)
         if source is None:
             if not parts.startswith("ambiguous"):
-                self._result.absent.append(parameter)
+                self._result.absent.append(named.key)
             raise NoPlace(parts)
-        self._heads[parameter] = source
-        return (Part(parameter, reason=f"tied to {source}"),)
+        self._heads[name] = source
+        return (Part(name, reason=f"tied to {source}"),)
 
     def _check(self, parts: Sequence[Part]) -> None:
         """Refuse what can't be merged into: other dtypes than floats, and embeddings tied in unknown ways."""
@@ -301,8 +336,8 @@ class _Placer:
                     "head, or with tie_word_embeddings=False"
                 )
 
-    def _single(self, path: str, flattened: bool, shape: tuple[int, ...]) -> tuple[str, str]:
-        parts = self._parts(path, flattened, shape)
+    def _single(self, named: Named, shape: tuple[int, ...]) -> tuple[str, str]:
+        parts = self._parts(named, shape)
         if len(parts) != 1 or parts[0].piece != (0, 1) or parts[0].expert is not None:
             raise NoPlace(f"the base stores it as {len(parts)} tensors: replacing it whole is not possible")
         return parts[0].tensor, parts[0].reason

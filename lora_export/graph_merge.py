@@ -23,7 +23,7 @@ from lora_export.plan import Plan, PlanRow
 from lora_export.sites.bias import restore_biases
 from lora_export.sites.isolate import Isolator
 from lora_export.sites.resolve import Resolver
-from lora_export.sites.target import Miss, Site, Target, WeightOf, targets_of
+from lora_export.sites.target import BaseWeights, Miss, Site, Target, targets_of
 
 # Of a graph's metadata: the adapters merged into it, and the identity of the base without any.
 MERGED_KEY = "lora_export.merged"
@@ -38,7 +38,7 @@ def plan_changes(
     graph: GraphFile,
     adapters: Sequence[Adapter],
     factors: Sequence[float],
-    weight_of: WeightOf | None,
+    weight_of: BaseWeights | None,
     allow_unmatched: bool,
 ) -> tuple[Plan, dict[ir.Value, Change]]:
     """Resolve every target of every adapter, then give each its constant and its patches.
@@ -47,7 +47,7 @@ def plan_changes(
         graph: The base; a constant that others read too gets a copy of its own.
         adapters: To be added up.
         factors: One for each.
-        weight_of: Looks up a target's weight in the checkpoint, where there is one.
+        weight_of: The checkpoint's weights, where there is one.
         allow_unmatched: Leave out what has no place, instead of refusing.
 
     Returns:
@@ -65,8 +65,8 @@ def plan_changes(
     notes: list[str] = []
     for given, factor in zip(adapters, factors, strict=True):
         adapter = fitted(given, resolver.known, notes)
-        sites, misses = resolver.resolve(targets_of(adapter), adapter.flattened)
-        sites, misses = restore_biases(sites, misses, weight_of)
+        sites, misses = resolver.resolve(targets_of(adapter), adapter.flattened, adapter.scope)
+        sites, misses = restore_biases(sites, misses, resolver.weight_of)
         grouped = [site for site in sites if site.target.module and site.target.module.groups > 1]
         sites = [site for site in sites if site not in grouped]
         misses += [Miss(site.target, _GROUPED) for site in grouped]

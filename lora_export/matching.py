@@ -84,12 +84,14 @@ class Matches:
         unchanged: Whole parameters that the base holds already.
         refused: What has no place, with the reason.
         notes: What was assumed.
+        hint: What would give paths without a place one, where that is known.
     """
 
     pairings: list[Pairing] = field(default_factory=list)
     unchanged: list[PlanRow] = field(default_factory=list)
     refused: list[PlanRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    hint: str = ""
 
 
 def weight_tensors(lora: LoraModule) -> tuple[str, ...]:
@@ -113,13 +115,15 @@ def match_modules(adapter: Adapter, exposed: ExposedGraph, where: str, weight_of
         where: The graph's file, for reasons.
         weight_of: The graph's constants; without them every whole parameter is refused.
     """
-    found, known = Matches(), {f"{member.path}.weight" for _, member in exposed.members()}
-    adapter = fitted(adapter, known, found.notes, others=getattr(weight_of, "names", tuple))
+    notes: list[str] = []
+    known = {f"{member.path}.weight" for _, member in exposed.members()}
+    adapter = fitted(adapter, known, notes, others=getattr(weight_of, "names", tuple))
     finder = Finder(adapter, exposed, where)
+    found = Matches(notes=notes, hint=finder.hint)
     found.notes += finder.notes
     converted = is_converted(adapter.config)
     for lora in adapter.modules.values():
-        place = _unsupported(lora, exposed) or finder.find(lora.path)
+        place = _unsupported(lora, exposed) or finder.find(lora.path, lora.component)
         if isinstance(place, Place):
             place = _misfit(lora, place, converted) or place
         if isinstance(place, str):

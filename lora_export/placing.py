@@ -81,7 +81,8 @@ def refuse(
             "give the folder that the graph was exported from",
             lines,
         )
-    if not sites and lost:
+    given = list(dict.fromkeys(miss.hint for miss in misses if miss.hint))
+    if not sites and lost and not given:
         raise SiteError(
             f"{name} was made for another model: none of its {total} parameters has a place in {file}",
             "check the base; if the graph's names are gone, give --checkpoint BASE_DIR to match by value",
@@ -89,16 +90,16 @@ def refuse(
         )
     raise SiteError(
         f"{name} has {len(misses)} parameters with no place in {file} (of {total})",
-        _hint(reasons, bool(sites)),
+        _hint(reasons, bool(sites), given),
         lines,
     )
 
 
-def _hint(reasons: Sequence[str], some: bool) -> str:
-    hints = []
+def _hint(reasons: Sequence[str], some: bool, given: Sequence[str]) -> str:
+    hints = list(given)
     if any(reason.startswith("shapes differ") for reason in reasons):
         hints.append("give the base that the adapter was trained on")
-    if any("--checkpoint" in reason or reason.startswith("not found") for reason in reasons):
+    if any("--checkpoint" in r or (r.startswith("not found") and not given) for r in reasons):
         hints.append("give --checkpoint BASE_DIR to match by value")
     if any(" is found as well" in reason for reason in reasons):
         hints.append("give --component where the adapter's file serves several models")

@@ -173,7 +173,7 @@ def test_components_with_the_same_path_are_ambiguous():
     given = adapter(linear("q", 6, 5, component="unet"), linear("q", 6, 5, component="text_encoder"))
     error = refused(given, swap(place("q", 6, 5)))
     assert len(error.problems) == 2
-    assert all("--component" in line for line in error.problems)
+    assert "--component text_encoder or --component unet" in error.hint
 
 
 # --- refusals ----------------------------------------------------------------------------------------

@@ -59,7 +59,8 @@ def place_branches(
     refuse_exposed(graph)
     reasons = {id(target): _unsuited(target, dora, bank) for target in targets}
     wanted = [target for target in targets if not reasons[id(target)]]
-    sites, misses = resolver.resolve(wanted, adapter.flattened if adapter else False)
+    flattened, scope = (adapter.flattened, adapter.scope) if adapter else (False, None)
+    sites, misses = resolver.resolve(wanted, flattened, scope)
     sites, misses = restore_biases(sites, misses, resolver.weight_of)
     misses += [Miss(target, reasons[id(target)]) for target in targets if reasons[id(target)]]
     unchanged = [site for site in sites if site.target.action == "replace" and holds(site)]

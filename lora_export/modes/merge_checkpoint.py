@@ -26,6 +26,7 @@ def merge_checkpoint(
     output: str | Path,
     *,
     weights: Sequence[float] | None = None,
+    component: str | None = None,
     dtype: str | None = None,
     allow_unmatched: bool = False,
     force: bool = False,
@@ -42,6 +43,8 @@ def merge_checkpoint(
         adapters: Paths or `Adapter` values.
         output: The folder to create.
         weights: One factor for each adapter's ΔW; 1 if left out.
+        component: The part of the adapters that belongs to the base: ``unet``, ``text_encoder``, … of files
+            that serve several models, else the path of a submodel, ``model.encoder``.
         dtype: ``float32``, ``float16`` or ``bfloat16`` for all float tensors; as they are if left out.
         allow_unmatched: Leave out what has no place in the base, instead of refusing.
         force: Replace ``output``, with all that is in it, if an earlier merge wrote it.
@@ -55,7 +58,7 @@ def merge_checkpoint(
         SiteError: Some of the adapter has no place in the base; all of it is listed.
         OutputError: The folder exists, or can't be written.
     """
-    loaded, factors = check_blend(adapters, weights)
+    loaded, factors = check_blend(adapters, weights, component)
     merge = plan_merge(base, loaded, factors, dtype, allow_unmatched)
     target = Path(output)
     _refuse_output(target, [Path(base), *(Path(a.source) for a in loaded)], force)

@@ -70,8 +70,8 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
     problems: list[str] = []
     branches, extras = [], []
 
-    def locate(parameter: str) -> tuple[str, Owner, Part | None]:
-        found = finder.find(parameter)
+    def locate(parameter: str, action: str, component: str | None = None) -> tuple[str, Owner, Part | None]:
+        found = finder.find(parameter, action, component)
         if isinstance(found, str):
             raise NoPlace(found)
         name, part = found
@@ -80,7 +80,7 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
 
     for path, values in adapter.extras.items():
         try:
-            _, owner, part = locate(path)
+            _, owner, part = locate(path, "replace")
             tensor = _replacement(owner, values, part)
         except NoPlace as problem:
             problems.append(f"{path}  {problem}")
@@ -89,7 +89,7 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
             extras.append((owner, tensor))
     for lora in adapter.modules.values():
         try:
-            where, owner, part = locate(f"{lora.path}.{lora.parameter}")
+            where, owner, part = locate(f"{lora.path}.{lora.parameter}", "merge", lora.component)
             branches.append(Branch(lora, where, owner, hook_of(lora, owner, part), part))
         except NoPlace as problem:
             problems.append(f"{lora.path}  {problem}")

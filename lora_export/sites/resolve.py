@@ -3,12 +3,12 @@
 The order of evidence (each is described in `evidence`): scope, node name, folded-from, weight name, then
 the same for renamed, fused and split modules, then content. Rules:
 
-1. One change of prefix holds for the whole adapter (`names.find_prefixes`).
+1. One change of names holds for the whole adapter (`renaming`).
 2. A weight's name is believed only where the node that reads it does not name another module.
 3. More than one constant for a target is an ambiguity, unless their bytes are the same.
 4. Where the checkpoint is at hand, every match by name must also match by content.
 5. Every reader of a weight is the module's, or known to be another's (`readers.doubt`).
-6. No two targets have the same place.
+6. No two targets of an adapter have the same place.
 7. What is not found is a `Miss` with its reason; nothing is guessed.
 """
 
@@ -24,8 +24,10 @@ from lora_export.graph import GraphFile
 from lora_export.patch import Placement
 from lora_export.sites import fit, names, readers
 from lora_export.sites.evidence import FOLDED, NODE_NAME, SOURCES, WEIGHT_NAME, collect
+from lora_export.sites.known_names import KnownNames
+from lora_export.sites.renaming import AMBIGUOUS, NOT_FOUND, Renaming, rename
 from lora_export.sites.slot import Use
-from lora_export.sites.target import Miss, Part, Site, Target, WeightOf
+from lora_export.sites.target import BaseWeights, Miss, Part, Site, Target, WeightOf
 from lora_export.sites.uses import find_uses
 from lora_export.sites.verify import check_content, search, tile
 
@@ -38,49 +40,61 @@ class Resolver:
 
     Args:
         graph: The graph.
-        weight_of: Looks up a target's weight in the base checkpoint; enables content.
+        weight_of: The base checkpoint's weights; enables content.
         branches: Places are wanted beside the weights, not in them: quantised weights have such places too.
+
+    Attributes:
+        weight_of: Looks up a target of the adapter that was resolved last in the checkpoint.
     """
 
     def __init__(
-        self, graph: GraphFile, weight_of: WeightOf | None = None, *, branches: bool = False
+        self, graph: GraphFile, weight_of: BaseWeights | None = None, *, branches: bool = False
     ) -> None:
         self.uses = find_uses(graph)
         self._evidence = collect(self.uses)
-        self._known = {key for table in self._evidence.values() for key in table}
-        self.weight_of = weight_of
-        self._weight_of = weight_of or (lambda target: None)
-        self._has_checkpoint = weight_of is not None
+        self._known = KnownNames(key for table in self._evidence.values() for key in table)
+        self._base = weight_of
+        self.weight_of: WeightOf | None = None
         self._wanted: set[str] = set()
         self._branches = branches
 
     @property
-    def known(self) -> set[str]:
+    def known(self) -> frozenset[str]:
         """Parameter paths that the graph's names tell, and those of the checkpoint at hand."""
-        return self._known | set(getattr(self.weight_of, "parameters", ()))
+        return self._known.names | (self._base.parameters if self._base else frozenset())
 
-    def resolve(self, targets: Sequence[Target], flattened: bool = False) -> tuple[list[Site], list[Miss]]:
-        """Return a site or a miss for each target."""
-        keys = {id(target): target.key for target in targets}
-        misses: list[Miss] = []
-        if flattened:
-            keys, misses = self._unflatten(targets)
-            targets = [target for target in targets if id(target) in keys]
-        prefixes = names.find_prefixes(keys.values(), self._known)
-        if len(prefixes) > 1 and not self._has_checkpoint:
-            where = ", ".join(sorted(f"{p.strip or '∅'} → {p.add or '∅'}" for p in prefixes)[:4])
-            reason = f"ambiguous: its name fits the graph under several prefixes ({where})"
-            return [], [*misses, *(Miss(target, reason) for target in targets)]
-        prefix = prefixes[0] if len(prefixes) == 1 else None
-        self._wanted = {prefix.apply(key) or "" for key in keys.values()} if prefix else set()
-        found = [self._find(target, keys[id(target)], prefix) for target in targets]
-        misses += [miss for miss in found if isinstance(miss, Miss)]
+    def resolve(
+        self, targets: Sequence[Target], flattened: bool = False, scope: str | None = None
+    ) -> tuple[list[Site], list[Miss]]:
+        """Return a site or a miss for each target of one adapter.
+
+        Args:
+            targets: What to find.
+            flattened: Their paths have underscores for dots.
+            scope: The part of the adapter, or of the graph, that belongs (`renaming`, rule 7).
+        """
+        named = [target.named for target in targets]
+        change = rename(named, self._known, flattened=flattened, scope=scope)
+        # Of this adapter: its names in the checkpoint are another matter than its names in the graph.
+        self.weight_of = self._base.for_adapter(named, flattened, scope) if self._base else None
+        self._wanted = {name for name in change.names if name}
+        found = [self._find(target, number, change) for number, target in enumerate(targets)]
+        misses = [miss for miss in found if isinstance(miss, Miss)]
         placed = [site for site in found if isinstance(site, Site)]
         if flattened and self._branches:
             # The names of what is exposed are paths, with their dots.
-            placed = [replace(s, target=replace(s.target, key=keys[id(s.target)])) for s in placed]
+            dotted = self._dotted(targets, change)
+            placed = [replace(s, target=replace(s.target, key=dotted[id(s.target)])) for s in placed]
         sites, claimed = _without_conflicts(placed)
         return sites, [*misses, *claimed]
+
+    def _dotted(self, targets: Sequence[Target], change: Renaming) -> dict[int, str]:
+        """Return each target's path with its dots: the graph's, else the checkpoint's."""
+        stored = self.weight_of.names if self.weight_of else change.names
+        return {
+            id(target): own or other or target.key
+            for target, own, other in zip(targets, change.names, stored, strict=True)
+        }
 
     def named_uses(self) -> Iterator[tuple[Use, str]]:
         """Yield each use that has a name, with the one to be believed; of repeated calls the first one's."""
@@ -92,45 +106,31 @@ class Resolver:
             if id(use) in best:
                 yield use, best[id(use)]
 
-    def _find(self, target: Target, key: str, prefix: names.Prefix | None) -> Site | Miss:
-        wanted = self._weight_of(target)
-        found = self._by_name(target, key, prefix, wanted) if prefix else Miss(target, "")
+    def _find(self, target: Target, number: int, change: Renaming) -> Site | Miss:
+        wanted = self.weight_of(target) if self.weight_of else None
+        name, problem = change.names[number], change.problems.get(number, "")
+        found = Miss(target, problem) if name is None else self._by_name(target, name, wanted)
         if isinstance(found, Miss) and wanted is not None:
             found = self._by_content(target, found, wanted)
-        if isinstance(found, Miss) and not found.reason:
-            return Miss(target, self._not_found(target))
+        if isinstance(found, Miss) and found.reason in ("", NOT_FOUND):
+            found = Miss(target, self._not_found(target))
+        if isinstance(found, Miss) and found.reason.startswith((NOT_FOUND, AMBIGUOUS)):
+            return replace(found, hint=change.hint)
         return found
-
-    def _unflatten(self, targets: Sequence[Target]) -> tuple[dict[int, str], list[Miss]]:
-        """Give kohya's underscored paths their dots back, from the paths that the graph knows."""
-        table = names.Flattened(self._known)
-        keys, misses = {}, []
-        for target in targets:
-            fitting = table.find(target.key)
-            if len(fitting) == 1:
-                keys[id(target)] = fitting[0]
-            elif fitting:
-                misses.append(Miss(target, f"ambiguous: may be {', '.join(fitting[:4])}"))
-            else:
-                misses.append(Miss(target, self._not_found(target)))
-        return keys, misses
 
     def _not_found(self, target: Target) -> str:
         leaf = target.path.rpartition(".")[2]
-        near = sorted(key for key in self._known if key.rpartition(".")[0].endswith(leaf))[:2]
+        near = sorted(key for key in self._known.names if key.rpartition(".")[0].endswith(leaf))[:2]
         if near:
-            return f"not found; the graph has {', '.join(near)}"
-        return (
-            "not found: no node or weight of the graph names it (pruned by the exporter, or names are gone)"
-        )
+            return f"{NOT_FOUND}; the graph has {', '.join(near)}"
+        return f"{NOT_FOUND}: nothing in the graph names it (pruned by the exporter, or names are gone)"
 
-    def _by_name(self, target: Target, key: str, prefix: names.Prefix, wanted: Array | None) -> Site | Miss:
+    def _by_name(self, target: Target, key: str, wanted: Array | None) -> Site | Miss:
         reason = unread = ""
         for variant in names.variants(key):
-            keys = [prefix.apply(name) or "" for name in variant.keys]
-            path = keys[0].rpartition(".")[0]
+            path = variant.keys[0].rpartition(".")[0]
             for source in SOURCES:
-                named = [self._evidence[source].get(name, ()) for name in keys]
+                named = [self._evidence[source].get(name, ()) for name in variant.keys]
                 groups = [self._candidates(target, path, source, uses) for uses in named]
                 if not all(groups):
                     unread = unread or _unread(named)
@@ -157,7 +157,7 @@ class Resolver:
         if other is None or other == path:
             return False
         key = f"{other}.{target.key.rpartition('.')[2]}"
-        return key in self._wanted or self._weight_of(replace(target, key=key)) is not None
+        return key in self._wanted or (self._base is not None and self._base.stores(key))
 
     def _fit(
         self,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import onnx_ir as ir
 
 from lora_export.adapter import Adapter, Array, LoraModule
 from lora_export.patch import Placement
+from lora_export.sites.renaming import Named
 from lora_export.sites.slot import Use
 
 TargetKind = Literal["linear", "conv", "embedding", "parameter", "vector", "any"]
@@ -46,6 +47,11 @@ class Target:
         return self.key.rpartition(".")[0]
 
     @property
+    def named(self) -> Named:
+        """What the renaming of an adapter's parameters has to know of it."""
+        return Named(self.key, self.action, self.module.component if self.module else None)
+
+    @property
     def matrix(self) -> tuple[int, int]:
         """Canonical shape as a matrix."""
         rest = 1
@@ -54,9 +60,39 @@ class Target:
         return self.shape[0], rest
 
 
-# Canonical weight of a parameter path in the base checkpoint, or None where the checkpoint has none.
-# Of stacked experts it is the first and the last.
-WeightOf = Callable[[Target], Array | None]
+class WeightOf(Protocol):
+    """Looks up the parameters of one adapter in the base checkpoint.
+
+    Attributes:
+        names: For each parameter that it was made for, the checkpoint's path, or None.
+    """
+
+    names: tuple[str | None, ...]
+
+    def __call__(self, target: Target) -> Array | None:
+        """Return the canonical weight, or None where the checkpoint has none.
+
+        Of stacked experts it is the first and the last.
+        """
+        ...
+
+
+class BaseWeights(Protocol):
+    """The base checkpoint of a graph.
+
+    Attributes:
+        parameters: Names of the stored tensors.
+    """
+
+    parameters: frozenset[str]
+
+    def for_adapter(self, named: Sequence[Named], flattened: bool, scope: str | None) -> WeightOf:
+        """Return what looks up one adapter's parameters, whose names are turned into the checkpoint's."""
+        ...
+
+    def stores(self, key: str) -> bool:
+        """Whether the checkpoint has a parameter that this path of a graph may be, its outer names aside."""
+        ...
 
 
 def targets_of(adapter: Adapter) -> list[Target]:
@@ -128,7 +164,14 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Miss:
-    """A target without a place, and why."""
+    """A target without a place, and why.
+
+    Attributes:
+        target: What was looked for.
+        reason: Why it has no place.
+        hint: What would give the adapter one, where that is known.
+    """
 
     target: Target
     reason: str
+    hint: str = ""

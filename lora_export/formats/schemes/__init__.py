@@ -8,6 +8,7 @@ scheme is one module with one `Scheme`, and one line here.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -89,7 +90,8 @@ def fitted(
     if found is None:
         return adapter
     notes += found[1]
-    return found[0]
+    # A scope speaks of the adapter's own paths, which are the base's now.
+    return replace(found[0], scope=None)
 
 
 def _refuse(made: Translation, adapter: Adapter, complete: bool) -> None:
