@@ -4,7 +4,7 @@ Rules:
 
 1. A base that knows one of the scheme's own names uses the scheme itself: nothing is translated.
 2. One outer prefix of the base holds for all counterparts; placing puts it in front, not the scheme.
-3. A module whose counterpart is missing gets a name that the base does not have, so that the plan refuses it.
+3. A module whose counterpart is missing gets a name that no base has, so that the plan refuses it and says so.
 4. Two modules never become one.
 """
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from lora_export.adapter import Adapter, Array, LoraModule
 from lora_export.formats.schemes.cutting import cut_module, take_rows
-from lora_export.formats.schemes.known import KnownModules
+from lora_export.formats.schemes.known import KnownModules, flatten
 from lora_export.formats.schemes.rules import Counterpart, Scheme, inner
 
 
@@ -144,7 +144,8 @@ class _Translator:
         found = self._known.find(target.path).get(self._prefix)
         if found is None:
             self._result.missing.append(f"{path}  the base has no {target.path}")
-            return target.path
+            # Without dots no prefix can turn it into the name of another module.
+            return f"{flatten(inner(path))} → {target.path.replace('.', '/')}"
         self._result.found += 1
         return found
 
