@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 from scheme_bases import (
     ALPHA,
-    FAMILIES,
     RANK,
     Family,
     compare,
@@ -23,6 +22,7 @@ from scheme_bases import (
     trained,
     write_base,
 )
+from scheme_transformers import FAMILIES
 
 from lora_export.formats.schemes import translate
 from lora_export.modes.merge_checkpoint import merge_checkpoint
@@ -88,7 +88,9 @@ def test_dora_and_biases_are_cut_with_the_rows(family: Family, tmp_path: Path) -
     compare(tmp_path / "out", converted(family, merged))
 
 
-@pytest.mark.parametrize("parts", [("attn",), ("img", "x_block", "output_blocks", "cross_attn")])
+@pytest.mark.parametrize(
+    "parts", [("attn", "attention.qkv"), ("img", "x_block", "output_blocks", "cross_attn", "refiner")]
+)
 def test_some_of_the_modules(family: Family, parts: tuple[str, ...], tmp_path: Path) -> None:
     """What is trained alone is translated alike: attention, one side, one half of a UNet."""
     state, pairs = family.random(), trained(family, modules_of(family, *parts))

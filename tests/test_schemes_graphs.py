@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
-import scheme_bases as bases
+import scheme_transformers as models
 import torch
 from safetensors.numpy import load_file
 from safetensors.numpy import save_file as save_numpy
@@ -97,9 +97,9 @@ class Export:
 
 
 EXPORTS = {
-    "unet-dynamo": (lambda: bases.unet("sdxl-small"), _UNet, unet_feeds, True),
-    "unet-torchscript": (lambda: bases.unet("sdxl-small"), _UNet, unet_feeds, False),
-    "flux-dynamo": (lambda: bases.flux(1, 1), _Flux, flux_feeds, True),
+    "unet-dynamo": (lambda: models.unet("sdxl-small"), _UNet, unet_feeds, True),
+    "unet-torchscript": (lambda: models.unet("sdxl-small"), _UNet, unet_feeds, False),
+    "flux-dynamo": (lambda: models.flux(1, 1), _Flux, flux_feeds, True),
 }
 
 

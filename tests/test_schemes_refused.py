@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scheme_bases as bases
+import scheme_transformers as models
 import torch
 from safetensors.torch import load_file, save_file
 from scheme_bases import (
-    FAMILIES,
     Family,
     converted,
     delta,
@@ -23,6 +23,7 @@ from scheme_bases import (
     trained,
     write_base,
 )
+from scheme_transformers import FAMILIES
 
 from lora_export.adapter import Adapter
 from lora_export.checkpoint_files import MANIFEST
@@ -57,7 +58,7 @@ def test_a_unet_of_another_structure_is_refused_even_in_part(
     trained_on: str, base: str, tmp_path: Path
 ) -> None:
     """Sgm's numbers mean other layers there: leaving out what does not fit would leave a wrong rest."""
-    given, other = bases.unet(trained_on), bases.unet(base)
+    given, other = models.unet(trained_on), models.unet(base)
     adapter = dotted(trained(given, modules_of(given, "blocks", "middle")))
     folder = write_base(tmp_path / "base", converted(other, other.random()), other.model())
     with pytest.raises(AdapterError, match="no counterpart in the base") as caught:
@@ -69,7 +70,7 @@ def test_a_unet_of_another_structure_is_refused_even_in_part(
 
 def test_a_module_that_only_one_base_lacks_can_be_left_out(tmp_path: Path) -> None:
     """FLUX.1 schnell has no guidance: the plan refuses those modules by name, and the rest is right."""
-    dev, schnell = bases.flux(), bases.flux(guidance=False)
+    dev, schnell = models.flux(), models.flux(guidance=False)
     state, pairs = schnell.random(), trained(dev, modules_of(dev))
     folder = write_base(tmp_path / "base", converted(schnell, state), schnell.model())
     save_file(kohya(pairs), tmp_path / "style.safetensors")
@@ -104,7 +105,7 @@ def parameters(family: Family) -> set[str]:
 )
 def test_a_structure_with_gaps_is_not_guessed(gone: str) -> None:
     """Names that an exporter lost would shift all the numbers behind them."""
-    family = bases.unet("sdxl")
+    family = models.unet("sdxl")
     adapter = dotted(trained(family, modules_of(family, "blocks.")))
     known = {name for name in parameters(family) if not re.match(gone, name)}
     with pytest.raises(AdapterError, match="how many layers"):
@@ -113,7 +114,7 @@ def test_a_structure_with_gaps_is_not_guessed(gone: str) -> None:
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd15", "one-layer", "three-layers"])
 def test_exposed_attentions_tell_the_structure(kind: str) -> None:
-    family = bases.unet(kind)
+    family = models.unet(kind)
     adapter = dotted(trained(family, modules_of(family, "attn")))
     whole = translate(adapter, parameters(family))
     exposed = translate(adapter, {n for n in parameters(family) if ".attn" in n}, others=tuple)
@@ -125,8 +126,8 @@ def test_exposed_attentions_tell_the_structure(kind: str) -> None:
 
 
 def test_two_unets_of_different_structure_are_ambiguous() -> None:
-    family = bases.unet("sdxl")
-    known = {f"one.{n}" for n in parameters(family)} | {f"two.{n}" for n in parameters(bases.unet("sd15"))}
+    family = models.unet("sdxl")
+    known = {f"one.{n}" for n in parameters(family)} | {f"two.{n}" for n in parameters(models.unet("sd15"))}
     with pytest.raises(AdapterError, match="several UNets"):
         translate(dotted(trained(family, modules_of(family, "attn"))), known)
 
@@ -134,9 +135,9 @@ def test_two_unets_of_different_structure_are_ambiguous() -> None:
 @pytest.mark.parametrize(
     ("make", "original", "own"),
     [
-        (bases.flux, "double_blocks.0.img_attn.qkv", "transformer_blocks.0.attn.to_k"),
-        (bases.wan, "blocks.1.ffn.2", "blocks.1.ffn.net.2"),
-        (lambda: bases.unet("sdxl"), "middle_block.0.in_layers.2", "mid_block.resnets.0.conv1"),
+        (models.flux, "double_blocks.0.img_attn.qkv", "transformer_blocks.0.attn.to_k"),
+        (models.wan, "blocks.1.ffn.2", "blocks.1.ffn.net.2"),
+        (lambda: models.unet("sdxl"), "middle_block.0.in_layers.2", "mid_block.resnets.0.conv1"),
     ],
 )
 def test_two_modules_never_become_one(make, original: str, own: str) -> None:
@@ -155,10 +156,10 @@ def test_two_modules_never_become_one(make, original: str, own: str) -> None:
 @pytest.mark.parametrize(
     ("make", "path"),
     [
-        (bases.flux, "double_blocks.0.img_attn.qkv"),
-        (bases.flux, "single_blocks.0.linear1"),
-        (bases.flux, "final_layer.adaLN_modulation.1"),
-        (bases.sd3, "joint_blocks.0.x_block.attn.qkv"),
+        (models.flux, "double_blocks.0.img_attn.qkv"),
+        (models.flux, "single_blocks.0.linear1"),
+        (models.flux, "final_layer.adaLN_modulation.1"),
+        (models.sd3, "joint_blocks.0.x_block.attn.qkv"),
     ],
 )
 def test_sizes_that_cannot_be_cut(make, path: str) -> None:
@@ -172,7 +173,7 @@ def test_sizes_that_cannot_be_cut(make, path: str) -> None:
 
 
 def test_whole_parameters_are_cut_too() -> None:
-    family = bases.flux()
+    family = models.flux()
     state = family.random()
     names = ["double_blocks.0.img_attn.qkv.bias", "single_blocks.1.linear1.weight"]
     names += ["final_layer.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias", "img_in.bias"]
@@ -192,7 +193,7 @@ def test_whole_parameters_are_cut_too() -> None:
 
 @pytest.mark.parametrize("component", ["transformer", "transformer_2"])
 def test_diffusers_files_are_left_alone(component: str) -> None:
-    family = bases.wan()
+    family = models.wan()
     known = [
         n.removesuffix(".weight") for n in parameters(family) if "attn" in n and n.endswith("to_q.weight")
     ]
@@ -203,7 +204,7 @@ def test_diffusers_files_are_left_alone(component: str) -> None:
 
 def test_flattened_diffusers_names_are_left_alone(tmp_path: Path) -> None:
     """``lora_transformer_single_transformer_blocks_0_attn_to_q``: what other trainers write."""
-    family = bases.flux()
+    family = models.flux()
     state = converted(family, family.random())
     base = write_base(tmp_path / "base", state, family.model())
     paths = [n.removesuffix(".weight") for n in state if n.endswith(("to_q.weight", "proj_mlp.weight"))]
@@ -300,7 +301,7 @@ def test_two_text_encoders_never_land_in_one(tmp_path: Path) -> None:
 
 def test_one_component_of_an_sdxl_file(tmp_path: Path) -> None:
     """UNet and text encoder of one kohya file, each merged into its folder; never without being asked for."""
-    family = bases.unet("sdxl")
+    family = models.unet("sdxl")
     state, pairs, text = family.random(), trained(family, modules_of(family, "attn")), text_pairs()
     unet = write_base(tmp_path / "unet", converted(family, state), family.model())
     encoder, stored = clip(tmp_path / "text_encoder", "CLIPTextModel")
@@ -327,7 +328,7 @@ def test_diffusers_loads_and_fuses_it_alike(tmp_path: Path) -> None:
     """The other oracle: diffusers' own loading of a kohya SDXL file (its attention, which it maps right)."""
     from diffusers.loaders import StableDiffusionXLLoraLoaderMixin as Loader
 
-    family = bases.unet("sdxl")
+    family = models.unet("sdxl")
     state, pairs = family.random(), trained(family, modules_of(family, "attn", "proj_in"))
     unet = family.model()
     base = write_base(tmp_path / "base", converted(family, state), unet)
@@ -341,7 +342,7 @@ def test_diffusers_loads_and_fuses_it_alike(tmp_path: Path) -> None:
 
 
 def test_the_plan_says_what_was_done(tmp_path: Path) -> None:
-    family = bases.flux()
+    family = models.flux()
     base = write_base(tmp_path / "base", converted(family, family.random()), family.model())
     save_file(kohya(trained(family, modules_of(family))), tmp_path / "style.safetensors")
     merge_checkpoint(base, tmp_path / "style.safetensors", tmp_path / "out")

@@ -29,6 +29,8 @@ SCHEMES: dict[str, str] = {
     "hunyuan-video": "lora_export.formats.schemes.hunyuan_video:SCHEME",
     "sd3": "lora_export.formats.schemes.sd3:SCHEME",
     "wan": "lora_export.formats.schemes.wan:SCHEME",
+    "z-image": "lora_export.formats.schemes.z_image:SCHEME",
+    "lumina2": "lora_export.formats.schemes.lumina2:SCHEME",
 }
 _SHOWN = 40
 

@@ -4,7 +4,7 @@ Rules:
 
 1. A base that knows one of the scheme's own names uses the scheme itself: nothing is translated.
 2. One outer prefix of the base holds for all counterparts; placing puts it in front, not the scheme.
-3. A module whose counterpart is missing gets a name that no base has, so that the plan refuses it and says so.
+3. A module whose counterpart is missing gets a name that no base has, so that the plan refuses it.
 4. Two modules never become one.
 """
 

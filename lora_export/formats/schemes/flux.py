@@ -1,7 +1,8 @@
 """Black Forest Labs' names of FLUX.1 → diffusers' FluxTransformer2DModel.
 
 Source: https://github.com/black-forest-labs/flux ``model.py`` and diffusers ``loaders/single_file_utils.py``,
-``convert_flux_transformer_checkpoint_to_diffusers``. Chroma has the same blocks without modulation.
+``convert_flux_transformer_checkpoint_to_diffusers``. Chroma has the same blocks without modulation, which
+other layers make (``convert_chroma_transformer_checkpoint_to_diffusers``).
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ SCHEME = TableScheme(
         ),
         "single_blocks.{}.linear2": f"{_SINGLE}.proj_out",
         "single_blocks.{}.modulation.lin": f"{_SINGLE}.norm.linear",
+        "distilled_guidance_layer.layers.{}.in_layer": "distilled_guidance_layer.layers.{}.linear_1",
+        "distilled_guidance_layer.layers.{}.out_layer": "distilled_guidance_layer.layers.{}.linear_2",
         "img_in": "x_embedder",
         "txt_in": "context_embedder",
         "time_in.in_layer": f"{_EMBED}.timestep_embedder.linear_1",
