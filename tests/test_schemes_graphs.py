@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import scheme_transformers as models
@@ -15,6 +16,8 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 from scheme_bases import State, converted, delta, kohya, modules_of, run, trained, write_base
+
+from lora_export.runtimes.session import AdapterSession
 
 pytestmark = pytest.mark.xdist_group("diffusers")
 Feeds = Mapping[str, torch.Tensor]
@@ -146,9 +149,13 @@ def merged(state: State, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]])
 
 def outputs(graph: Path, export: Export, **more: np.ndarray) -> np.ndarray:
     session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
-    wanted = {value.name for value in session.get_inputs()}
-    feeds = {name: values for name, values in export.feeds.items() if name in wanted}
-    return session.run(None, {**feeds, **more})[0]
+    return session.run(None, {**feeds_of(graph, export), **more})[0]
+
+
+def feeds_of(graph: Path, export: Export) -> dict[str, np.ndarray]:
+    """Return the feeds that the graph still takes."""
+    wanted = {value.name for value in onnx.load(graph, load_external_data=False).graph.input}
+    return {name: values for name, values in export.feeds.items() if name in wanted}
 
 
 def close(actual: np.ndarray, export: Export) -> None:
@@ -173,6 +180,10 @@ def test_exposed_in_a_graph_and_converted_for_it(export: Export, tmp_path: Path)
     assert run("convert-adapter", export.adapter, "--for", out, "-o", file) == 0
     np.testing.assert_allclose(outputs(out, export), outputs(export.graph, export), rtol=1e-3, atol=1e-5)
     close(outputs(out, export, **load_file(file)), export)
+    with AdapterSession(out, threads=1) as session:
+        session.load_adapter("style", export.adapter)
+        (actual,) = session.run(feeds_of(out, export), adapter="style").values()
+        close(actual, export)
 
 
 def test_a_graph_that_exposes_a_few_modules_takes_its_own_adapter(export: Export, tmp_path: Path) -> None:

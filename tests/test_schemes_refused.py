@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -37,17 +38,27 @@ pytestmark = pytest.mark.xdist_group("diffusers")
 ALIKE = [{"unet-sd15", "unet-sd2"}, {"flux", "flux-schnell"}]
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of every family."""
+    top, made = tmp_path_factory.mktemp("families"), {}
+    for name, make in FAMILIES.items():
+        family = make()
+        made[name] = write_base(top / name, converted(family, family.random()), family.model())
+    return made
+
+
 @pytest.mark.parametrize("trained_on", list(FAMILIES))
-def test_the_whole_adapter_fits_no_other_model(trained_on: str, tmp_path: Path) -> None:
+def test_the_whole_adapter_fits_no_other_model(
+    trained_on: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     adapter = dotted(trained(FAMILIES[trained_on](), modules_of(FAMILIES[trained_on]())))
-    for number, (name, make) in enumerate(FAMILIES.items()):
+    for name, base in folders.items():
         if name == trained_on or {name, trained_on} in ALIKE:
             continue
-        family = make()
-        base = write_base(tmp_path / str(number), converted(family, family.random()), family.model())
         with pytest.raises(LoraExportError):
-            merge_checkpoint(base, adapter, tmp_path / f"out{number}")
-        assert not (tmp_path / f"out{number}").exists()
+            merge_checkpoint(base, adapter, tmp_path / name)
+        assert not (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize(
@@ -226,8 +237,11 @@ def clip(folder: Path, kind: str) -> tuple[Path, dict[str, torch.Tensor]]:
     import transformers
 
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    if kind == "CLIPVisionModel":
-        config = transformers.CLIPVisionConfig(image_size=32, patch_size=16, **sizes)
+    if "Vision" in kind:
+        make = transformers.SiglipVisionConfig if "Siglip" in kind else transformers.CLIPVisionConfig
+        config = make(image_size=32, patch_size=16, **sizes)
+    elif "Siglip" in kind:
+        config = transformers.SiglipTextConfig(vocab_size=30, **sizes)
     else:
         config = transformers.CLIPTextConfig(vocab_size=30, projection_dim=8, **sizes)
     getattr(transformers, kind)(config).save_pretrained(folder)
@@ -279,6 +293,55 @@ def test_clip_text_models_of_either_transformers(kind: str, prefix: str, tmp_pat
 
 
 ALPHA_OVER_RANK = bases.ALPHA / bases.RANK
+
+
+@pytest.mark.parametrize("kind", ["CLIPVisionModel", "SiglipVisionModel", "SiglipTextModel"])
+def test_towers_that_peft_trained_with_transformers_4(kind: str, tmp_path: Path) -> None:
+    """PEFT's paths have the tower's name, which files of transformers 5 do not have."""
+    base, stored = clip(tmp_path / "base", kind)
+    outer = "vision_model" if "Vision" in kind else "text_model"
+    pairs = text_pairs(f"{outer}.encoder.layers.{{}}.{{}}")
+    tensors = {}
+    for path, (a, b) in pairs.items():
+        name = f"base_model.model.{path}"
+        tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    (tmp_path / "style").mkdir()
+    save_file(tensors, tmp_path / "style" / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": 3,
+        "lora_alpha": bases.ALPHA,
+        "target_modules": ["q_proj", "out_proj"],
+    }
+    (tmp_path / "style" / "adapter_config.json").write_text(json.dumps(config))
+    merge_checkpoint(base, tmp_path / "style", tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for path, pair in pairs.items():
+        name = f"{path}.weight".removeprefix(f"{outer}.")
+        torch.testing.assert_close(
+            merged[name].double(), stored[name].double() + delta(*pair), rtol=1e-6, atol=1e-6
+        )
+    other = {"vision_model": "SiglipTextModel", "text_model": "SiglipVisionModel"}[outer]
+    wrong, _ = clip(tmp_path / "other", other)
+    with pytest.raises(LoraExportError):
+        merge_checkpoint(wrong, tmp_path / "style", tmp_path / "none")
+
+
+@pytest.mark.parametrize("prefix", ["lora_te2_", "lora_te3_"])
+def test_t5_needs_no_scheme(prefix: str, tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"d_model": 8, "d_ff": 16, "d_kv": 4, "num_heads": 2, "num_layers": 2, "vocab_size": 30}
+    transformers.T5EncoderModel(transformers.T5Config(**sizes)).save_pretrained(tmp_path / "base")
+    stored = load_file(tmp_path / "base" / "model.safetensors")
+    paths = [n.removesuffix(".weight") for n in stored if n.endswith(("SelfAttention.q.weight", "wo.weight"))]
+    pairs = {p: (torch.randn(3, stored[f"{p}.weight"].shape[1]), torch.randn(8, 3)) for p in paths}
+    save_file(kohya(pairs, prefix), tmp_path / "style.safetensors")
+    merge_checkpoint(tmp_path / "base", tmp_path / "style.safetensors", tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for path, pair in pairs.items():
+        expected = stored[f"{path}.weight"].double() + delta(*pair)
+        torch.testing.assert_close(merged[f"{path}.weight"].double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_vision_model_takes_no_text_adapter(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ __all__ = ["SCHEMES", "fitted", "translate"]
 
 SCHEMES: dict[str, str] = {
     "sgm-unet": "lora_export.formats.schemes.sgm_unet:SCHEME",
-    "clip-text": "lora_export.formats.schemes.clip_text:SCHEME",
+    "clip-text": "lora_export.formats.schemes.clip:TEXT",
+    "clip-vision": "lora_export.formats.schemes.clip:VISION",
     "flux": "lora_export.formats.schemes.flux:SCHEME",
     "flux2": "lora_export.formats.schemes.flux2:SCHEME",
     "hunyuan-video": "lora_export.formats.schemes.hunyuan_video:SCHEME",
