@@ -74,21 +74,24 @@ WRAPPERS: dict[str, Callable[[nn.Module], State]] = {
 }
 
 
-def _trained(arch: str, adapter_name: str = "default") -> PeftModel:
+DORA = {"use_dora": True}
+EMBEDDING = {"target_modules": ["embed_tokens", "q_proj", "k_proj"], "modules_to_save": None}
+
+
+def _trained(arch: str, adapter_name: str = "default", **feature: Any) -> PeftModel:
     """A PEFT model whose settings depend on anchored paths, everything trained random."""
     paths = [
         name
         for name, module in build(arch).named_modules()
         if isinstance(module, nn.Linear) and name.endswith(tuple(ARCHITECTURES[arch].targets))
     ]
-    config = LoraConfig(
-        r=4,
-        lora_alpha=8,
-        target_modules=ARCHITECTURES[arch].targets,
-        alpha_pattern={"^" + re.escape(paths[0]): 32},
-        rank_pattern={"^" + re.escape(paths[1]): 2},
-        modules_to_save=[ARCHITECTURES[arch].head],
-    )
+    options = {
+        "target_modules": ARCHITECTURES[arch].targets,
+        "alpha_pattern": {"^" + re.escape(paths[0]): 32},
+        "rank_pattern": {"^" + re.escape(paths[1]): 2},
+        "modules_to_save": [ARCHITECTURES[arch].head],
+    }
+    config = LoraConfig(r=4, lora_alpha=8, **options | feature)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(build(arch), config, adapter_name=adapter_name)
@@ -125,9 +128,13 @@ def test_wrapped_names_are_read_as_pefts_own(arch: str, wrapper: str, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["default", "my_task", "sql-v2"])
-@pytest.mark.parametrize("arch", ["bert", "phi3"])
-def test_a_state_dict_names_its_adapter(arch: str, name: str, tmp_path: Path) -> None:
-    model = _trained(arch, name)
+@pytest.mark.parametrize(
+    ("arch", "feature"), [("bert", {}), ("phi3", {}), ("bert", DORA), ("llama", EMBEDDING)]
+)
+def test_a_state_dict_names_its_adapter(
+    arch: str, feature: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    model = _trained(arch, name, **feature)
     folder = _write(tmp_path / "a", model, model.state_dict())
     assert any(f".lora_A.{name}.weight" in tensor for tensor in load_adapter(folder).tensor_names)
     assert _error(arch, model, folder) < 2e-6

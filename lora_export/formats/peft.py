@@ -133,13 +133,17 @@ def _config_from(source: Source, options: Options, problems: list[str], notes: l
     stated = stated_of(source, options, problems, ranks=ranks.values())
     notes += stated.notes
     if stated.alpha is None and stated.scaling is None:
-        unused = "".join(f"; {note}" for note in source.notes if CONFIG_NAME in note)
+        hint = "give --alpha (and --rslora where used), or put the config beside adapter_model.safetensors"
+        if not any(path.startswith(PREFIX) for path in source.paths.values()):
+            hint += (
+                "; --format diffusers if a diffusion tool wrote it (no alpha is scaling 1 there); --format "
+                "converted if it was converted for a graph"
+            )
+        hint += "".join(f"; {note}" for note in source.notes if CONFIG_NAME in note)
         raise AdapterError(
             f"adapter '{source.name}' has no {CONFIG_NAME} beside it, and its tensors don't tell alpha"
             f"{where_to_look(source)}",
-            "give --alpha (and --rslora where it was used), or put the config beside "
-            "adapter_model.safetensors; --format diffusers if a diffusion tool wrote it (there no alpha "
-            f"means scaling 1); --format converted if it was converted for a graph{unused}",
+            hint,
             problems,
         )
     rank = stated.rank or min(ranks.values(), default=1)
