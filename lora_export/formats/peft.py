@@ -31,7 +31,7 @@ from lora_export.formats.pairs import (
     raise_problems,
     select_component,
 )
-from lora_export.formats.source import CONFIG_NAME, Format, Options, Source
+from lora_export.formats.source import CONFIG_NAME, FORMAT_OPTION, Format, Options, Source
 from lora_export.formats.stated import stated_of, where_to_look
 from lora_export.formats.tensors import value_problems
 from lora_export.formats.wrappers import PREFIX, unwrap_config
@@ -136,7 +136,7 @@ def _config_from(source: Source, options: Options, problems: list[str], notes: l
         hint = "give --alpha (and --rslora where used), or put the config beside adapter_model.safetensors"
         if not any(path.startswith(PREFIX) for path in source.paths.values()):
             hint += (
-                "; --format diffusers if a diffusion tool wrote it (no alpha is scaling 1 there); --format "
+                f"; {FORMAT_OPTION} diffusers if a diffusion tool wrote it (no alpha is scaling 1 there), "
                 "converted if it was converted for a graph"
             )
         hint += "".join(f"; {note}" for note in source.notes if CONFIG_NAME in note)
