@@ -278,6 +278,11 @@ LANGUAGE = [
     "transformer.encoder.layers.0.self_attention.dense",
     "transformer.blocks.0.attn.Wqkv",
     "transformer.blocks.0.ffn.up_proj",
+    "transformer.blocks.0.norm_attn_norm.attn.Wqkv",
+    "transformer.layers.0.attn.qkv_proj",
+    "transformer.layers.3.ffn.proj_1",
+    "transformer.attentions.0.q_lin",
+    "transformer.resblocks.0.mlp.c_fc",
     "model.layers.0.self_attn.q_proj",
     "model.decoder.layers.0.fc1",
     "blocks.0.attn.qkv",
@@ -305,6 +310,22 @@ def test_bare_names_with_alpha_tensors(path: str, tmp_path: Path) -> None:
     save_file({**tensors, f"{path}.alpha": torch.tensor(6.0)}, tmp_path / "l.safetensors")
     (module,) = load_adapter(tmp_path / "l.safetensors").modules.values()
     assert (module.path, module.scaling) == (path, 3.0)
+
+
+@pytest.mark.parametrize(
+    "names", [("h.0.attn.c_attn", "ln_f.proj"), ("layers.0.attn.qkv_proj", "token.proj")]
+)
+@pytest.mark.parametrize("suffixes", [("lora_A", "lora_B"), ("lora_down", "lora_up")])
+def test_a_language_models_transformer_is_no_component(
+    names: tuple[str, str], suffixes: tuple[str, str], tmp_path: Path
+) -> None:
+    """One name tells it for the whole file: no module of it loses the part in front."""
+    tensors = {f"transformer.{name}.{s}.weight": torch.ones(2, 2) for name in names for s in suffixes}
+    save_file(tensors, tmp_path / "l.safetensors")
+    modules = load_adapter(tmp_path / "l.safetensors", alpha=2).modules.values()
+    assert {(module.component, module.path) for module in modules} == {
+        (None, f"transformer.{name}") for name in names
+    }
 
 
 # --- kohya -------------------------------------------------------------------------------------------------

@@ -107,6 +107,42 @@ def test_what_the_file_says_of_lora_must_fit(
         load_adapter(_save(tmp_path, {"state_dict": _pair(spelling), **content}))
 
 
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_alpha_and_the_whole_factor_must_fit(spelling: str, tmp_path: Path) -> None:
+    pair = _pair(spelling)
+    file = _save(tmp_path, {"state_dict": pair, "lora_config": {"scaling": 3.0}})
+    with pytest.raises(AdapterError, match=r"says 3, but alpha 8 makes 2 with rank 4; omit the option"):
+        load_adapter(file, alpha=8)
+    assert {module.scaling for module in load_adapter(file, alpha=12).modules.values()} == {3.0}
+    file = _save(tmp_path, {"state_dict": pair, "lora_config": {"scaling": 3.0, "alpha": 8}})
+    with pytest.raises(AdapterError, match="makes 2 with rank 4; save the file with one of them"):
+        load_adapter(file)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize(
+    ("metadata", "scaling"),
+    [
+        ({"lora_alpha": "12"}, 3.0),
+        ({"alpha": "12", "r": "4"}, 3.0),
+        ({"alpha": "0.2"}, None),
+        ({"alpha": "0.2", "rank": "0"}, None),
+        ({"alpha": "x"}, None),
+    ],
+)
+def test_metadata_of_other_files(
+    metadata: dict[str, str], scaling: float | None, spelling: str, tmp_path: Path
+) -> None:
+    save_file(_pair(spelling), tmp_path / "x.safetensors", metadata)
+    if scaling is not None:
+        (module,) = load_adapter(tmp_path / "x.safetensors").modules.values()
+        assert module.scaling == scaling
+        return
+    with pytest.raises(AdapterError, match="alpha") as caught:
+        load_adapter(tmp_path / "x.safetensors")
+    assert ("metadata's alpha is 0.2" in str(caught.value)) == (metadata["alpha"] == "0.2")
+
+
 def test_a_parameter_called_alpha_is_a_parameter(tmp_path: Path) -> None:
     state = {**_pair("plain"), "alpha": torch.tensor(0.3)}
     with pytest.raises(AdapterError, match=r"alpha: not A\.weight or B\.weight"):

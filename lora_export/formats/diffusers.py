@@ -19,7 +19,7 @@ from typing import Any
 
 from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError
-from lora_export.formats.diffusion_names import COMPONENT, METADATA_KEY, follows_diffusers, split_component
+from lora_export.formats.diffusion_names import COMPONENT, METADATA_KEY, Components, follows_diffusers
 from lora_export.formats.lora_config import LoraRules
 from lora_export.formats.pairs import (
     Parts,
@@ -58,13 +58,14 @@ def read(source: Source, options: Options) -> Adapter:
         AdapterError: A list of all that is wrong.
     """
     table = PartsTable()
+    components = Components(source.paths.values())
     for name, path, values in source.entries():
         match = _LORA.match(path)
         part = _part(match) if match else None
         if match is None or part is None:
             table.unknown([name], "not a name that diffusers' LoRA files have")
             continue
-        component, module_path = _split(match["path"])
+        component, module_path = _split(match["path"], components)
         table.add(module_path, part, name, values, component)
     notes = select_component(source, table, options.component)
     configs = _configs(source)
@@ -93,9 +94,9 @@ def _part(match: re.Match[str]) -> str | None:
     return "magnitude" if match["magnitude"] else "alpha"
 
 
-def _split(path: str) -> tuple[str | None, str]:
+def _split(path: str, components: Components) -> tuple[str | None, str]:
     """Return component and module path; ``processor.to_out_lora`` wraps the module ``to_out.0``."""
-    component, path = split_component(path)
+    component, path = components.split(path)
     if ".processor." in path:
         path = path.replace(".processor.", ".")
         path = re.sub(r"\.to_out$", ".to_out.0", path)
@@ -173,7 +174,9 @@ class _Scalings:
         if component not in self._stated:
             rows = [row for row in self._rows if row.component == component]
             ranks = [row.rows for row in rows if row.rows is not None]
-            stated = stated_of(self._source, self._options, self._problems, component, ranks)
+            stated = stated_of(
+                self._source, self._options, self._problems, component, ranks, of_diffusion=True
+            )
             self._stated[component] = stated
             front = f"{component}: " if component else ""
             self.notes += [front + note for note in stated.notes]
