@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_models import merge, parameters, worst_error
+from peft_models import Moe, adapt, make, merge, parameters, worst_error
 from safetensors.torch import save_file
 from tiny_models import ARCHITECTURES, build
 from torch import nn
@@ -168,9 +168,37 @@ def test_a_lightning_checkpoint_with_the_whole_model(compiled: bool, tmp_path: P
     torch.save(content, tmp_path / "last.ckpt")
     adapter = load_adapter(tmp_path / "last.ckpt")
     assert adapter.format == "peft"
+    assert any("weights of the base too" in note for note in adapter.notes)
     assert worst_error(
         merge(parameters(build("bert")), adapter), parameters(model.merge_and_unload())
     ) < 2e-6  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrapper", ["torch.compile", "layers compiled one by one", "Lightning", "PEFT twice"]
+)
+@pytest.mark.parametrize("case", ["experts", "experts with patterns"])
+def test_wrapped_parameters(case: str, wrapper: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    if "patterns" in case:
+        options["rank_pattern"] = {r"^layers\.0\.experts\.down_proj": 3}
+        options["alpha_pattern"] = {r"^layers\.0\.experts\.gate_up_proj": 11}
+    model = adapt(make(Moe), **options)
+    folder = _write(tmp_path / "a", model, WRAPPERS[wrapper](copy.deepcopy(model)))
+    merged = parameters(copy.deepcopy(model).merge_and_unload())
+    assert worst_error(merge(parameters(make(Moe)), load_adapter(folder)), merged) < 2e-6
+
+
+@pytest.mark.parametrize("name", ["default", "default_0", "pixel"])
+def test_a_pipelines_state_dict_names_its_adapter(name: str, tmp_path: Path) -> None:
+    a, b = torch.randn(2, 4), torch.randn(4, 2)
+    save_file(
+        {f"transformer.x.lora_A.{name}.weight": a, f"transformer.x.lora_B.{name}.weight": b},
+        tmp_path / "x.safetensors",
+    )
+    adapter = load_adapter(tmp_path / "x.safetensors")
+    (module,) = adapter.modules.values()
+    assert (adapter.format, module.path, module.scaling) == ("diffusers", "x", 1.0)
 
 
 def _pair(*paths: str) -> State:

@@ -71,6 +71,7 @@ OWN: dict[str, dict[str, Any]] = {
     "peft_config by adapter": {"peft_config": {"default": {"lora_alpha": 12, "r": 4}}},
     "nested in hyper_parameters": {"hyper_parameters": {"alpha": 0.2, "lora": {"alpha": 12, "rank": 4}}},
     "names that say it": {"hyper_parameters": {"lora_alpha": 12, "lora_r": 4, "alpha": 0.2, "rank": 1}},
+    "deep in a config": {"cfg": {"model": {"lora_alpha": 12}, "optimizer": {"lora_alpha": 1}}},
     "in args": {"args": {"lora_alpha": 12, "rank": 0, "scale": 7}},
     "beside the tensors' dict": {"alpha": 12, "r": 4},
     "beside it, by name": {"lora_alpha": 12, "alpha": 0.1, "epoch": 3},

@@ -12,7 +12,7 @@ base's ``….weight``): **first the replacement, then the low-rank change on top
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -98,6 +98,11 @@ def read(source: Source, options: Options) -> Adapter:
     notes += rules.notes
     if config.get("modules_to_save") and not extras:
         notes.append(f"the config names modules_to_save {config['modules_to_save']}, and the file holds none")
+    if copies := _base_copies([source.paths[name] for name in extra_tensors.values()], table):
+        notes.append(
+            f"the file holds {copies} weights of the base too (….base_layer.weight): they take the place of "
+            "the given base's, and the low-rank change is added to them"
+        )
     if table.aside:
         notes.append(f"left aside, needed in training only: {', '.join(table.aside)}")
     return replace(
@@ -207,6 +212,13 @@ def _sort_tensors(source: Source, table: PartsTable) -> tuple[dict[str, Array], 
             else:
                 table.unknown([name], f"a second, different value of {target}")
     return extras, names
+
+
+def _base_copies(paths: Iterable[str], table: PartsTable) -> int:
+    """Count the weights that a state dict of the whole model has; PEFT itself saves embeddings alone so."""
+    kinds = {path: parts.kind for (_, path), parts in table.rows.items()}
+    copies = [path.partition(".base_layer.")[0] for path in paths if ".base_layer." in path]
+    return sum(kinds.get(path.removeprefix(PREFIX)) != "embedding" for path in copies)
 
 
 def _refuse_attention(table: PartsTable) -> None:

@@ -25,7 +25,7 @@ _GENERAL_NESTS = ("state_dict", "model_state_dict", "model", "weights", "module"
 _LORA_NESTS = ("lora_state_dict", "lora", "adapter")
 # Dictionaries without tensors that speak of LoRA alone.
 _LORA_CONFIGS = ("lora_config", "lora_args", "lora_params", "lora_parameters", "peft_config",
-                 "adapter_config", "lora", "adapter")  # fmt: skip
+                 "adapter_config", "lora", "peft", "adapter")  # fmt: skip
 # How the numbers that we need are spelt. These names say by themselves whose they are …
 _CLEAR = {
     "lora_alpha": "alpha",
@@ -144,6 +144,8 @@ def _collect(
         elif any(word in str(key).lower() for word in _BOOKKEEPING) or isinstance(value, (str, type(None))):
             into.ignored.append(name)
         elif isinstance(value, Mapping) and not _tensors(value, tensor_type):
+            if key not in _LORA_CONFIGS:
+                into.ignored.append(name)
             _collect_settings(value, name, into, of_lora=key in _LORA_CONFIGS)
         elif str(key) in _PLAIN and isinstance(value, (bool, int, float)):
             _mention(into, str(key), value, name)
@@ -155,17 +157,15 @@ def _collect(
 def _collect_settings(content: Mapping[Any, Any], where: str, into: Checkpoint, of_lora: bool) -> None:
     """Take LoRA's numbers from a dict without tensors; everything else in it is the training's."""
     spellings = _CLEAR | _PLAIN if of_lora else _CLEAR
-    if not of_lora:
-        into.ignored.append(where)
     for key, value in content.items():
         name = f"{where}/{key}"
         if key in _MEANINGFUL and value:
             into.problems.append(f"{name}: {value!r} is not supported in this format")
         elif str(key) in spellings and isinstance(value, (bool, int, float, list)):
             _set(into, spellings[str(key)], value, name)
-        elif isinstance(value, Mapping) and (of_lora or key in _LORA_CONFIGS):
+        elif isinstance(value, Mapping) and not any(word in str(key).lower() for word in _BOOKKEEPING):
             # PEFT's own dict has a level for each adapter: {"default": {"r": 8, …}}.
-            _collect_settings(value, name, into, of_lora=True)
+            _collect_settings(value, name, into, of_lora or key in _LORA_CONFIGS)
         else:
             _mention(into, str(key), value, name)
 
