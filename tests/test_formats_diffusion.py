@@ -249,6 +249,25 @@ def test_alpha_tensors_count_more_than_metadata(tmp_path: Path) -> None:
     assert {module.scaling for module in adapter.modules.values()} == {0.5}
 
 
+def test_an_option_against_alpha_tensors(tmp_path: Path) -> None:
+    alphas = {f"transformer.{path}.alpha": torch.tensor(2.0) for path in _attention(_make("flux"))}
+    file = _flux_file(tmp_path, {}, **alphas)
+    with pytest.raises(AdapterError, match=r"\.alpha tensors say 2, the option 8; omit the option"):
+        load_adapter(file, alpha=8)
+    assert {module.scaling for module in load_adapter(file, alpha=2).modules.values()} == {0.5}
+    save_file(kohya_pair(**{"lora_unet_x.alpha": torch.tensor(2.0)}), tmp_path / "k.safetensors")
+    with pytest.raises(AdapterError, match=r"\.alpha tensors say 2, the option 4; omit the option"):
+        load_adapter(tmp_path / "k.safetensors", alpha=4)
+
+
+def test_alpha_tensors_against_diffusers_own_metadata(tmp_path: Path) -> None:
+    """Diffusers refuses the two together."""
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})}
+    alphas = {f"transformer.{path}.alpha": torch.tensor(2.0) for path in _attention(_make("flux"))}
+    with pytest.raises(AdapterError, match=r"\.alpha is 2, but the metadata lora_adapter_metadata say 8"):
+        load_adapter(_flux_file(tmp_path, metadata, **alphas))
+
+
 def test_alpha_for_some_modules_only_is_refused(tmp_path: Path) -> None:
     """Diffusers gives the others the most frequent alpha, ComfyUI scaling 1."""
     first, *_ = _attention(_make("flux"))

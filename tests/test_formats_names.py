@@ -189,6 +189,14 @@ def test_wrapped_parameters(case: str, wrapper: str, tmp_path: Path) -> None:
     assert worst_error(merge(parameters(make(Moe)), load_adapter(folder)), merged) < 2e-6
 
 
+def test_a_graphs_transposed_factors_name_no_adapter(tmp_path: Path) -> None:
+    """onnxruntime-genai's names: read only when told, for nothing in the file says that it is transposed."""
+    tensors = {f"model.layers.0.attn.q_proj.lora_{s}.MatMul.weight": torch.ones(2, 2) for s in "AB"}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(AdapterError, match="in no adapter format that we know"):
+        load_adapter(tmp_path / "x.safetensors", alpha=2)
+
+
 @pytest.mark.parametrize("name", ["default", "default_0", "pixel"])
 def test_a_pipelines_state_dict_names_its_adapter(name: str, tmp_path: Path) -> None:
     a, b = torch.randn(2, 4), torch.randn(4, 2)

@@ -31,7 +31,7 @@ from lora_export.formats.pairs import (
     select_component,
 )
 from lora_export.formats.source import Format, Options, Source
-from lora_export.formats.stated import Stated, stated_of
+from lora_export.formats.stated import Stated, check_alpha_tensors, stated_of
 
 _LORA = re.compile(
     r"^(?P<path>.+?)(?:\.lora_(?P<new>[AB])\.(?P<leaf>weight|bias)"
@@ -138,6 +138,8 @@ class _Scalings:
         self._problems = table.problems
         self._rows = list(table.rows.values())
         self._stated: dict[str | None, Stated] = {}
+        own = [number(row.tensors["alpha"]) if "alpha" in row.tensors else None for row in self._rows]
+        check_alpha_tensors(own, options, self._problems)
         # `of` takes the alpha tensors out of the parts.
         self._alphas = {
             component: [number(row.tensors["alpha"]) for row in self._rows
@@ -150,7 +152,12 @@ class _Scalings:
         own = parts.tensors.pop("alpha", None)
         if rules is not None:
             parts.rank = rules.rank(parts.path)
-            return rules.alpha(parts.path), rules.rslora
+            alpha = rules.alpha(parts.path)
+            if own is not None and alpha is not None and number(own) != alpha:
+                self._problems.append(
+                    f"{parts.label}: .alpha is {number(own):g}, but the metadata {METADATA_KEY} say {alpha:g}"
+                )
+            return alpha, rules.rslora
         parts.rank = self._options.rank
         if own is not None:
             return number(own), bool(self._options.rslora)

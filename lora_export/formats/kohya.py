@@ -23,7 +23,7 @@ from lora_export.formats.pairs import (
     select_component,
 )
 from lora_export.formats.source import Format, Options, Source
-from lora_export.formats.stated import Stated, stated_of
+from lora_export.formats.stated import Stated, check_alpha_tensors, stated_of
 from lora_export.formats.wrappers import strip_flat_wrappers
 
 _PARTS = {
@@ -71,6 +71,8 @@ def read(source: Source, options: Options) -> Adapter:
         table.add(module_path, _PARTS[match["part"]], name, values, component)
     notes = select_component(source, table, options.component)
     modules = {}
+    own = [number(row.tensors["alpha"]) if "alpha" in row.tensors else None for row in table.rows.values()]
+    check_alpha_tensors(own, options, table.problems)
     stated = _stated(source, options, table)
     for parts in table.rows.values():
         parts.rank = options.rank

@@ -84,6 +84,23 @@ def stated_of(
     return stated
 
 
+def check_alpha_tensors(alphas: Collection[float | None], options: Options, problems: list[str]) -> None:
+    """Add a problem where every module has an ``.alpha`` tensor and the user states another number.
+
+    Args:
+        alphas: Of each module what its tensor says; None without one, and then the option is for those.
+        options: What the user states.
+        problems: Gets a line.
+    """
+    stated = sorted({alpha for alpha in alphas if alpha is not None})
+    if options.alpha is None or None in alphas or stated in ([], [options.alpha]):
+        return
+    said = ", ".join(f"{alpha:g}" for alpha in stated[:4]) + (", …" if len(stated) > 4 else "")
+    problems.append(
+        f"alpha: the file's .alpha tensors say {said}, the option {options.alpha:g}; omit the option"
+    )
+
+
 def where_to_look(source: Source) -> str:
     """Return, for the refusal of a file without alpha, the numbers in it that may be LoRA's."""
     bare = _number(source.metadata.get(_BARE_ALPHA, ""))
