@@ -43,6 +43,13 @@ FOREIGN: dict[str, dict[str, Any]] = {
     "an optimizer": {"optimizer": {"param_groups": [{"alpha": 0.99}]}, "hparams": {"scale": 0.1}},
     "a gradient scaler": {"scaler": {"scale": 65536.0}, "native_amp_scaling_state": {"scale": 2.0}},
     "beside the run's books": {"alpha": 0.2, "rank": 0, "scale": 9.0, "epoch": 3},
+    "DeepSpeed": {
+        "lr_scheduler": None,
+        "global_steps": 3,
+        "dp_world_size": 8,
+        "buffer_names": ["x"],
+        "rank": 7,
+    },
     "a schedule": {"lr_scheduler": {"alpha": 0.1}, "cfg": {"scheduler": {"alpha": 0.1}}},
 }
 

@@ -128,7 +128,7 @@ def detect_format(source: Source) -> str:
     if found:
         raise AdapterError(
             f"{source.file} looks like several formats: {', '.join(found)}",
-            f"say which with {FORMAT_OPTION}",
+            f"save the tensors of each as a file of its own, or say which one it is with {FORMAT_OPTION}",
             listed,
         )
     raise AdapterError(

@@ -115,7 +115,8 @@ def _collect(
         tensor_type: torch's.
         of_model: The dict is a model's state dict: what it calls alpha is a parameter of the model.
     """
-    spellings = _CLEAR | _PLAIN if _speaks_of_lora(content, tensor_type) else _CLEAR
+    of_lora = _speaks_of_lora(content, tensor_type)
+    spellings = _CLEAR | _PLAIN if of_lora else _CLEAR
     for key, value in content.items():
         name = f"{where}{key}"
         # A one-element tensor under such a key is the number; under "lora_unet….alpha" the key differs.
@@ -147,7 +148,7 @@ def _collect(
             if key not in _LORA_CONFIGS:
                 into.ignored.append(name)
             _collect_settings(value, name, into, of_lora=key in _LORA_CONFIGS)
-        elif str(key) in _PLAIN and isinstance(value, (bool, int, float)):
+        elif not of_lora and _is_plain(value):
             _mention(into, str(key), value, name)
             into.ignored.append(name)
         else:
@@ -168,6 +169,13 @@ def _collect_settings(content: Mapping[Any, Any], where: str, into: Checkpoint, 
             _collect_settings(value, name, into, of_lora or key in _LORA_CONFIGS)
         else:
             _mention(into, str(key), value, name)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number or a list of plain values: nothing that could hold a weight."""
+    if isinstance(value, (list, tuple, set)):
+        return all(_is_plain(one) or isinstance(one, str) for one in value)
+    return isinstance(value, (bool, int, float))
 
 
 def _speaks_of_lora(content: Mapping[Any, Any], tensor_type: type) -> bool:
