@@ -226,6 +226,10 @@ REFUSED: dict[str, tuple[State, str]] = {
         _pair(f"generator.{PREFIX}a.q", f"critic.{PREFIX}a.q"),
         r"several PEFT models \(critic\.base_model\.model\., generator\.base_model\.model\.\)",
     ),
+    "the holder's own head": (
+        {**_pair(f"model.{PREFIX}a.q"), "classifier.weight": torch.ones(2, 2)},
+        r"classifier\.weight: not part of the PEFT model, whose names begin with model\.base_model\.model\.",
+    ),
     "two adapters": (
         {f"{PREFIX}a.q.lora_{side}.{name}.weight": torch.randn(2, 2) for side in "AB" for name in ("x", "y")},
         r"(?s)several adapters \(x, y\); save one of them alone.*selected_adapters=\['x'\]",
