@@ -249,6 +249,25 @@ def test_alpha_tensors_count_more_than_metadata(tmp_path: Path) -> None:
     assert {module.scaling for module in adapter.modules.values()} == {0.5}
 
 
+def test_an_option_against_alpha_tensors(tmp_path: Path) -> None:
+    alphas = {f"transformer.{path}.alpha": torch.tensor(2.0) for path in _attention(_make("flux"))}
+    file = _flux_file(tmp_path, {}, **alphas)
+    with pytest.raises(AdapterError, match=r"\.alpha tensors say 2, the option 8; omit the option"):
+        load_adapter(file, alpha=8)
+    assert {module.scaling for module in load_adapter(file, alpha=2).modules.values()} == {0.5}
+    save_file(kohya_pair(**{"lora_unet_x.alpha": torch.tensor(2.0)}), tmp_path / "k.safetensors")
+    with pytest.raises(AdapterError, match=r"\.alpha tensors say 2, the option 4; omit the option"):
+        load_adapter(tmp_path / "k.safetensors", alpha=4)
+
+
+def test_alpha_tensors_against_diffusers_own_metadata(tmp_path: Path) -> None:
+    """Diffusers refuses the two together."""
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})}
+    alphas = {f"transformer.{path}.alpha": torch.tensor(2.0) for path in _attention(_make("flux"))}
+    with pytest.raises(AdapterError, match=r"\.alpha is 2, but the metadata lora_adapter_metadata say 8"):
+        load_adapter(_flux_file(tmp_path, metadata, **alphas))
+
+
 def test_alpha_for_some_modules_only_is_refused(tmp_path: Path) -> None:
     """Diffusers gives the others the most frequent alpha, ComfyUI scaling 1."""
     first, *_ = _attention(_make("flux"))
@@ -278,6 +297,11 @@ LANGUAGE = [
     "transformer.encoder.layers.0.self_attention.dense",
     "transformer.blocks.0.attn.Wqkv",
     "transformer.blocks.0.ffn.up_proj",
+    "transformer.blocks.0.norm_attn_norm.attn.Wqkv",
+    "transformer.layers.0.attn.qkv_proj",
+    "transformer.layers.3.ffn.proj_1",
+    "transformer.attentions.0.q_lin",
+    "transformer.resblocks.0.mlp.c_fc",
     "model.layers.0.self_attn.q_proj",
     "model.decoder.layers.0.fc1",
     "blocks.0.attn.qkv",
@@ -305,6 +329,22 @@ def test_bare_names_with_alpha_tensors(path: str, tmp_path: Path) -> None:
     save_file({**tensors, f"{path}.alpha": torch.tensor(6.0)}, tmp_path / "l.safetensors")
     (module,) = load_adapter(tmp_path / "l.safetensors").modules.values()
     assert (module.path, module.scaling) == (path, 3.0)
+
+
+@pytest.mark.parametrize(
+    "names", [("h.0.attn.c_attn", "ln_f.proj"), ("layers.0.attn.qkv_proj", "token.proj")]
+)
+@pytest.mark.parametrize("suffixes", [("lora_A", "lora_B"), ("lora_down", "lora_up")])
+def test_a_language_models_transformer_is_no_component(
+    names: tuple[str, str], suffixes: tuple[str, str], tmp_path: Path
+) -> None:
+    """One name tells it for the whole file: no module of it loses the part in front."""
+    tensors = {f"transformer.{name}.{s}.weight": torch.ones(2, 2) for name in names for s in suffixes}
+    save_file(tensors, tmp_path / "l.safetensors")
+    modules = load_adapter(tmp_path / "l.safetensors", alpha=2).modules.values()
+    assert {(module.component, module.path) for module in modules} == {
+        (None, f"transformer.{name}") for name in names
+    }
 
 
 # --- kohya -------------------------------------------------------------------------------------------------

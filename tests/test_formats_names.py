@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_models import merge, parameters, worst_error
+from peft_models import Moe, adapt, make, merge, parameters, worst_error
 from safetensors.torch import save_file
 from tiny_models import ARCHITECTURES, build
 from torch import nn
@@ -74,21 +74,24 @@ WRAPPERS: dict[str, Callable[[nn.Module], State]] = {
 }
 
 
-def _trained(arch: str, adapter_name: str = "default") -> PeftModel:
+DORA = {"use_dora": True}
+EMBEDDING = {"target_modules": ["embed_tokens", "q_proj", "k_proj"], "modules_to_save": None}
+
+
+def _trained(arch: str, adapter_name: str = "default", **feature: Any) -> PeftModel:
     """A PEFT model whose settings depend on anchored paths, everything trained random."""
     paths = [
         name
         for name, module in build(arch).named_modules()
         if isinstance(module, nn.Linear) and name.endswith(tuple(ARCHITECTURES[arch].targets))
     ]
-    config = LoraConfig(
-        r=4,
-        lora_alpha=8,
-        target_modules=ARCHITECTURES[arch].targets,
-        alpha_pattern={"^" + re.escape(paths[0]): 32},
-        rank_pattern={"^" + re.escape(paths[1]): 2},
-        modules_to_save=[ARCHITECTURES[arch].head],
-    )
+    options = {
+        "target_modules": ARCHITECTURES[arch].targets,
+        "alpha_pattern": {"^" + re.escape(paths[0]): 32},
+        "rank_pattern": {"^" + re.escape(paths[1]): 2},
+        "modules_to_save": [ARCHITECTURES[arch].head],
+    }
+    config = LoraConfig(r=4, lora_alpha=8, **options | feature)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(build(arch), config, adapter_name=adapter_name)
@@ -125,9 +128,13 @@ def test_wrapped_names_are_read_as_pefts_own(arch: str, wrapper: str, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["default", "my_task", "sql-v2"])
-@pytest.mark.parametrize("arch", ["bert", "phi3"])
-def test_a_state_dict_names_its_adapter(arch: str, name: str, tmp_path: Path) -> None:
-    model = _trained(arch, name)
+@pytest.mark.parametrize(
+    ("arch", "feature"), [("bert", {}), ("phi3", {}), ("bert", DORA), ("llama", EMBEDDING)]
+)
+def test_a_state_dict_names_its_adapter(
+    arch: str, feature: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    model = _trained(arch, name, **feature)
     folder = _write(tmp_path / "a", model, model.state_dict())
     assert any(f".lora_A.{name}.weight" in tensor for tensor in load_adapter(folder).tensor_names)
     assert _error(arch, model, folder) < 2e-6
@@ -161,9 +168,45 @@ def test_a_lightning_checkpoint_with_the_whole_model(compiled: bool, tmp_path: P
     torch.save(content, tmp_path / "last.ckpt")
     adapter = load_adapter(tmp_path / "last.ckpt")
     assert adapter.format == "peft"
+    assert any("weights of the base too" in note for note in adapter.notes)
     assert worst_error(
         merge(parameters(build("bert")), adapter), parameters(model.merge_and_unload())
     ) < 2e-6  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrapper", ["torch.compile", "layers compiled one by one", "Lightning", "PEFT twice"]
+)
+@pytest.mark.parametrize("case", ["experts", "experts with patterns"])
+def test_wrapped_parameters(case: str, wrapper: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    if "patterns" in case:
+        options["rank_pattern"] = {r"^layers\.0\.experts\.down_proj": 3}
+        options["alpha_pattern"] = {r"^layers\.0\.experts\.gate_up_proj": 11}
+    model = adapt(make(Moe), **options)
+    folder = _write(tmp_path / "a", model, WRAPPERS[wrapper](copy.deepcopy(model)))
+    merged = parameters(copy.deepcopy(model).merge_and_unload())
+    assert worst_error(merge(parameters(make(Moe)), load_adapter(folder)), merged) < 2e-6
+
+
+def test_a_graphs_transposed_factors_name_no_adapter(tmp_path: Path) -> None:
+    """onnxruntime-genai's names: read only when told, for nothing in the file says that it is transposed."""
+    tensors = {f"model.layers.0.attn.q_proj.lora_{s}.MatMul.weight": torch.ones(2, 2) for s in "AB"}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(AdapterError, match="in no adapter format that we know"):
+        load_adapter(tmp_path / "x.safetensors", alpha=2)
+
+
+@pytest.mark.parametrize("name", ["default", "default_0", "pixel"])
+def test_a_pipelines_state_dict_names_its_adapter(name: str, tmp_path: Path) -> None:
+    a, b = torch.randn(2, 4), torch.randn(4, 2)
+    save_file(
+        {f"transformer.x.lora_A.{name}.weight": a, f"transformer.x.lora_B.{name}.weight": b},
+        tmp_path / "x.safetensors",
+    )
+    adapter = load_adapter(tmp_path / "x.safetensors")
+    (module,) = adapter.modules.values()
+    assert (adapter.format, module.path, module.scaling) == ("diffusers", "x", 1.0)
 
 
 def _pair(*paths: str) -> State:
@@ -182,6 +225,10 @@ REFUSED: dict[str, tuple[State, str]] = {
     "two models": (
         _pair(f"generator.{PREFIX}a.q", f"critic.{PREFIX}a.q"),
         r"several PEFT models \(critic\.base_model\.model\., generator\.base_model\.model\.\)",
+    ),
+    "the holder's own head": (
+        {**_pair(f"model.{PREFIX}a.q"), "classifier.weight": torch.ones(2, 2)},
+        r"classifier\.weight: not part of the PEFT model, whose names begin with model\.base_model\.model\.",
     ),
     "two adapters": (
         {f"{PREFIX}a.q.lora_{side}.{name}.weight": torch.randn(2, 2) for side in "AB" for name in ("x", "y")},

@@ -43,6 +43,13 @@ FOREIGN: dict[str, dict[str, Any]] = {
     "an optimizer": {"optimizer": {"param_groups": [{"alpha": 0.99}]}, "hparams": {"scale": 0.1}},
     "a gradient scaler": {"scaler": {"scale": 65536.0}, "native_amp_scaling_state": {"scale": 2.0}},
     "beside the run's books": {"alpha": 0.2, "rank": 0, "scale": 9.0, "epoch": 3},
+    "DeepSpeed": {
+        "lr_scheduler": None,
+        "global_steps": 3,
+        "dp_world_size": 8,
+        "buffer_names": ["x"],
+        "rank": 7,
+    },
     "a schedule": {"lr_scheduler": {"alpha": 0.1}, "cfg": {"scheduler": {"alpha": 0.1}}},
 }
 
@@ -71,6 +78,7 @@ OWN: dict[str, dict[str, Any]] = {
     "peft_config by adapter": {"peft_config": {"default": {"lora_alpha": 12, "r": 4}}},
     "nested in hyper_parameters": {"hyper_parameters": {"alpha": 0.2, "lora": {"alpha": 12, "rank": 4}}},
     "names that say it": {"hyper_parameters": {"lora_alpha": 12, "lora_r": 4, "alpha": 0.2, "rank": 1}},
+    "deep in a config": {"cfg": {"model": {"lora_alpha": 12}, "optimizer": {"lora_alpha": 1}}},
     "in args": {"args": {"lora_alpha": 12, "rank": 0, "scale": 7}},
     "beside the tensors' dict": {"alpha": 12, "r": 4},
     "beside it, by name": {"lora_alpha": 12, "alpha": 0.1, "epoch": 3},
@@ -105,6 +113,42 @@ def test_what_the_file_says_of_lora_must_fit(
 ) -> None:
     with pytest.raises(AdapterError, match=message):
         load_adapter(_save(tmp_path, {"state_dict": _pair(spelling), **content}))
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_alpha_and_the_whole_factor_must_fit(spelling: str, tmp_path: Path) -> None:
+    pair = _pair(spelling)
+    file = _save(tmp_path, {"state_dict": pair, "lora_config": {"scaling": 3.0}})
+    with pytest.raises(AdapterError, match=r"says 3, but alpha 8 makes 2 with rank 4; omit the option"):
+        load_adapter(file, alpha=8)
+    assert {module.scaling for module in load_adapter(file, alpha=12).modules.values()} == {3.0}
+    file = _save(tmp_path, {"state_dict": pair, "lora_config": {"scaling": 3.0, "alpha": 8}})
+    with pytest.raises(AdapterError, match="makes 2 with rank 4; save the file with one of them"):
+        load_adapter(file)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize(
+    ("metadata", "scaling"),
+    [
+        ({"lora_alpha": "12"}, 3.0),
+        ({"alpha": "12", "r": "4"}, 3.0),
+        ({"alpha": "0.2"}, None),
+        ({"alpha": "0.2", "rank": "0"}, None),
+        ({"alpha": "x"}, None),
+    ],
+)
+def test_metadata_of_other_files(
+    metadata: dict[str, str], scaling: float | None, spelling: str, tmp_path: Path
+) -> None:
+    save_file(_pair(spelling), tmp_path / "x.safetensors", metadata)
+    if scaling is not None:
+        (module,) = load_adapter(tmp_path / "x.safetensors").modules.values()
+        assert module.scaling == scaling
+        return
+    with pytest.raises(AdapterError, match="alpha") as caught:
+        load_adapter(tmp_path / "x.safetensors")
+    assert ("metadata's alpha is 0.2" in str(caught.value)) == (metadata["alpha"] == "0.2")
 
 
 def test_a_parameter_called_alpha_is_a_parameter(tmp_path: Path) -> None:

@@ -132,6 +132,8 @@ def detect_format(source: Source) -> str:
     Raises:
         AdapterError: None recognises it, or several do.
     """
+    from lora_export.formats.source import FORMAT_OPTION
+
     formats = {name: _format(name) for name in FORMATS}
     found = [name for name, one in formats.items() if one.certain and one.recognises(source)][:1]
     if not found:
@@ -144,7 +146,9 @@ def detect_format(source: Source) -> str:
     listed = [f"seen: {seen}", *(f"{n} expects {f.expects}" for n, f in formats.items())]
     if found:
         raise AdapterError(
-            f"{source.file} looks like several formats: {', '.join(found)}", "say which with --format", listed
+            f"{source.file} looks like several formats: {', '.join(found)}",
+            f"save the tensors of each as a file of its own, or say which one it is with {FORMAT_OPTION}",
+            listed,
         )
     raise AdapterError(
         f"{source.file} is in no adapter format that we know",

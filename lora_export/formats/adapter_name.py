@@ -11,8 +11,9 @@ from collections.abc import Mapping
 
 _NAMED = re.compile(
     r"^(?P<path>.+\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector))"
-    r"(?:\.(?P<name>(?!(?:weight|bias)$)[^.]+))?(?P<leaf>\.weight|\.bias)?$"
+    r"(?:\.(?P<name>(?!(?:weight|bias|MatMul)(?:\.|$))[^.]+))?(?P<leaf>\.weight|\.bias)?$"
 )
+# (MatMul is no adapter: onnxruntime-genai puts it there, into graphs whose factors are transposed.)
 # Here a leaf must follow: without one, lora_A is loralib's own parameter.
 _LEAF_NEEDED = re.compile(r"\.lora_[AB]$")
 _SAVED = ".modules_to_save."

@@ -19,7 +19,7 @@ from typing import Any
 
 from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError
-from lora_export.formats.diffusion_names import COMPONENT, METADATA_KEY, follows_diffusers, split_component
+from lora_export.formats.diffusion_names import COMPONENT, METADATA_KEY, Components, follows_diffusers
 from lora_export.formats.lora_config import LoraRules
 from lora_export.formats.pairs import (
     Parts,
@@ -31,7 +31,7 @@ from lora_export.formats.pairs import (
     select_component,
 )
 from lora_export.formats.source import Format, Options, Source
-from lora_export.formats.stated import Stated, stated_of
+from lora_export.formats.stated import Stated, check_alpha_tensors, stated_of
 
 _LORA = re.compile(
     r"^(?P<path>.+?)(?:\.lora_(?P<new>[AB])\.(?P<leaf>weight|bias)"
@@ -58,13 +58,14 @@ def read(source: Source, options: Options) -> Adapter:
         AdapterError: A list of all that is wrong.
     """
     table = PartsTable()
+    components = Components(source.paths.values())
     for name, path, values in source.entries():
         match = _LORA.match(path)
         part = _part(match) if match else None
         if match is None or part is None:
             table.unknown([name], "not a name that diffusers' LoRA files have")
             continue
-        component, module_path = _split(match["path"])
+        component, module_path = _split(match["path"], components)
         table.add(module_path, part, name, values, component)
     notes = select_component(source, table, options.component)
     configs = _configs(source)
@@ -93,9 +94,9 @@ def _part(match: re.Match[str]) -> str | None:
     return "magnitude" if match["magnitude"] else "alpha"
 
 
-def _split(path: str) -> tuple[str | None, str]:
+def _split(path: str, components: Components) -> tuple[str | None, str]:
     """Return component and module path; ``processor.to_out_lora`` wraps the module ``to_out.0``."""
-    component, path = split_component(path)
+    component, path = components.split(path)
     if ".processor." in path:
         path = path.replace(".processor.", ".")
         path = re.sub(r"\.to_out$", ".to_out.0", path)
@@ -137,6 +138,8 @@ class _Scalings:
         self._problems = table.problems
         self._rows = list(table.rows.values())
         self._stated: dict[str | None, Stated] = {}
+        own = [number(row.tensors["alpha"]) if "alpha" in row.tensors else None for row in self._rows]
+        check_alpha_tensors(own, options, self._problems)
         # `of` takes the alpha tensors out of the parts.
         self._alphas = {
             component: [number(row.tensors["alpha"]) for row in self._rows
@@ -149,7 +152,12 @@ class _Scalings:
         own = parts.tensors.pop("alpha", None)
         if rules is not None:
             parts.rank = rules.rank(parts.path)
-            return rules.alpha(parts.path), rules.rslora
+            alpha = rules.alpha(parts.path)
+            if own is not None and alpha is not None and number(own) != alpha:
+                self._problems.append(
+                    f"{parts.label}: .alpha is {number(own):g}, but the metadata {METADATA_KEY} say {alpha:g}"
+                )
+            return alpha, rules.rslora
         parts.rank = self._options.rank
         if own is not None:
             return number(own), bool(self._options.rslora)
@@ -173,7 +181,9 @@ class _Scalings:
         if component not in self._stated:
             rows = [row for row in self._rows if row.component == component]
             ranks = [row.rows for row in rows if row.rows is not None]
-            stated = stated_of(self._source, self._options, self._problems, component, ranks)
+            stated = stated_of(
+                self._source, self._options, self._problems, component, ranks, of_diffusion=True
+            )
             self._stated[component] = stated
             front = f"{component}: " if component else ""
             self.notes += [front + note for note in stated.notes]

@@ -18,10 +18,12 @@ COMPONENT = re.compile(
 )
 _DENOISER = re.compile(r"^(?:model\.)?diffusion_model\.")
 _UNET = re.compile(r"^(?:input|middle|output|down|mid|up)_blocks?\.")
-# GPT-2, Falcon, DistilBERT, ChatGLM and MPT hold their layers in a submodule called `transformer` too.
+# Language models that hold their layers in a submodule called `transformer` too: GPT-2, Falcon, DistilBERT,
+# XLNet, XLM, ChatGLM, MPT, DBRX, CLIP's text tower; of `transformer.layers` all but what diffusers has there.
 _LANGUAGE = re.compile(
-    r"^transformer\.(?:(?:h|layer|encoder|wte|wpe|word_embeddings?)\."
-    r"|blocks\.\d+\.(?:attn\.(?:Wqkv|out_proj)|ffn\.(?:up|down)_proj)\.)"
+    r"^transformer\.(?:(?:h|layer|encoder|wte|wpe|word_embeddings?|attentions|ffns|resblocks)\."
+    r"|blocks\.\d+\.(?:attn\.(?:Wqkv|out_proj)|ffn\.(?:up_proj|down_proj|experts|router)|norm_attn_norm)\."
+    r"|layers\.\d+\.(?!(?:attn|attention|self_attn)\.to_|feed_forward\.|adaLN))"
 )
 _BLOCKS = re.compile(
     r"(?:^|\.)(?:(?:down|up|single|double|joint|input|output|transformer|single_transformer)_blocks"
@@ -31,6 +33,7 @@ _BLOCKS = re.compile(
 _WAN = re.compile(
     r"^blocks\.\d+\.(?:(?:self|cross)_attn\.(?:[qkvo]|[kv]_img)|attn[12]\.to_\w+|ffn\.(?:0|2|net))\."
 )
+_ATTENTION = re.compile(r"\.(?:attn\d?|attention)\.(?:to_[qkv]|to_out\.0)\.")
 
 
 def strip_denoiser(path: str) -> tuple[str | None, str]:
@@ -42,13 +45,29 @@ def strip_denoiser(path: str) -> tuple[str | None, str]:
     return ("unet" if _UNET.match(rest) else "transformer"), rest
 
 
-def split_component(path: str) -> tuple[str | None, str]:
-    """Return the component in front of a path, or None, and the path behind it."""
-    denoiser, rest = strip_denoiser(path)
-    if denoiser or _LANGUAGE.match(path):
-        return denoiser, rest
-    match = COMPONENT.match(path)
-    return (match[1], path[match.end() :]) if match else (None, path)
+class Components:
+    """Splits the paths of one file into component and module.
+
+    Args:
+        paths: All paths of the file: whether its ``transformer.`` is a pipeline's or a language model's own
+            is the same for all of them.
+    """
+
+    def __init__(self, paths: Collection[str]) -> None:
+        self._is_language = any(_LANGUAGE.match(path) for path in paths) and not any(
+            path.startswith("transformer.") and (_BLOCKS.search(path) or _ATTENTION.search(path))
+            for path in paths
+        )
+
+    def split(self, path: str) -> tuple[str | None, str]:
+        """Return the component in front of a path, or None, and the path behind it."""
+        denoiser, rest = strip_denoiser(path)
+        if denoiser:
+            return denoiser, rest
+        match = COMPONENT.match(path)
+        if match is None or (self._is_language and match[1] == "transformer"):
+            return None, path
+        return match[1], path[match.end() :]
 
 
 def follows_diffusers(paths: Collection[str], metadata: Mapping[str, str]) -> bool:
@@ -66,4 +85,8 @@ def follows_diffusers(paths: Collection[str], metadata: Mapping[str, str]) -> bo
         return False
     if METADATA_KEY in metadata or any(path.endswith(".alpha") for path in paths):
         return True
-    return any(split_component(path)[0] or _BLOCKS.search(path) or _WAN.match(path) for path in lora)
+    components = Components(lora)
+    return any(
+        components.split(path)[0] or _BLOCKS.search(path) or _WAN.match(path) or _ATTENTION.search(path)
+        for path in lora
+    )

@@ -12,7 +12,7 @@ import re
 from dataclasses import replace
 
 from lora_export.adapter import Adapter, Array
-from lora_export.formats.diffusion_names import split_component
+from lora_export.formats.diffusion_names import Components
 from lora_export.formats.pairs import (
     Parts,
     PartsTable,
@@ -23,7 +23,7 @@ from lora_export.formats.pairs import (
     select_component,
 )
 from lora_export.formats.source import Format, Options, Source
-from lora_export.formats.stated import Stated, stated_of
+from lora_export.formats.stated import Stated, check_alpha_tensors, stated_of
 from lora_export.formats.wrappers import strip_flat_wrappers
 
 _PARTS = {
@@ -61,15 +61,18 @@ def read(source: Source, options: Options) -> Adapter:
         AdapterError: A list of all that is wrong or not supported.
     """
     table = PartsTable()
+    components = Components(source.paths.values())
     for name, path, values in source.entries():
         match = _NAME.match(path)
         if not match:
             table.unknown([name], _refusal(path))
             continue
-        component, module_path = _split(match["path"])
+        component, module_path = _split(match["path"], components)
         table.add(module_path, _PARTS[match["part"]], name, values, component)
     notes = select_component(source, table, options.component)
     modules = {}
+    own = [number(row.tensors["alpha"]) if "alpha" in row.tensors else None for row in table.rows.values()]
+    check_alpha_tensors(own, options, table.problems)
     stated = _stated(source, options, table)
     for parts in table.rows.values():
         parts.rank = options.rank
@@ -86,10 +89,10 @@ def read(source: Source, options: Options) -> Adapter:
     )
 
 
-def _split(path: str) -> tuple[str | None, str]:
+def _split(path: str, components: Components) -> tuple[str | None, str]:
     match = _COMPONENT.match(path)
     if not match:
-        return split_component(path)
+        return components.split(path)
     return _COMPONENTS.get(match["component"], match["component"]), strip_flat_wrappers(match["path"])
 
 
@@ -106,9 +109,8 @@ def _stated(source: Source, options: Options, table: PartsTable) -> Stated:
     rows = [row for row in table.rows.values() if "alpha" not in row.tensors]
     if not rows:
         return Stated()
-    return stated_of(
-        source, options, table.problems, ranks=[row.rows for row in rows if row.rows is not None]
-    )
+    ranks = [row.rows for row in rows if row.rows is not None]
+    return stated_of(source, options, table.problems, ranks=ranks, of_diffusion=True)
 
 
 def _alpha(parts: Parts, stated: Stated, options: Options, problems: list[str]) -> tuple[float | None, bool]:

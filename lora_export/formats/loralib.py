@@ -62,7 +62,10 @@ def read(source: Source, options: Options) -> Adapter:
         AdapterError: alpha is stated nowhere, or a list of all that is wrong.
     """
     table, extras = _sort_tensors(source)
-    stated = stated_of(source, options, table.problems)
+    # Of a MergedLinear lora_A stacks several; lora_B tells the rank of each.
+    factors = [parts.tensors["lora_b"] for parts in table.rows.values() if "lora_b" in parts.tensors]
+    ranks = [lora_b.shape[1] for lora_b in factors if lora_b.ndim == 2]
+    stated = stated_of(source, options, table.problems, ranks=ranks)
     if stated.alpha is None and stated.scaling is None:
         table.problems.append(f"alpha: stated nowhere in the file; give --alpha{where_to_look(source)}")
     modules = {}

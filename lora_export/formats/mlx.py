@@ -20,7 +20,9 @@ from lora_export.formats.pairs import Parts, PartsTable, adapter_of, build_modul
 from lora_export.formats.source import CONFIG_NAME, Format, Options, Source
 
 _NAME = re.compile(r"^(?P<path>.+)\.(?P<part>lora_a|lora_b|m)$")
-_EMBEDDINGS = frozenset({"embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embeddings"})
+_EMBEDDINGS = frozenset(
+    {"embed_tokens", "embed_in", "wte", "wpe", "tok_embeddings", "word_embeddings", "embeddings", "embedding"}
+)
 
 
 def recognises(source: Source) -> bool:

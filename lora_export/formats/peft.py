@@ -12,7 +12,7 @@ base's ``….weight``): **first the replacement, then the low-rank change on top
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from lora_export.formats.pairs import (
     raise_problems,
     select_component,
 )
-from lora_export.formats.source import CONFIG_NAME, Format, Options, Source
+from lora_export.formats.source import CONFIG_NAME, FORMAT_OPTION, Format, Options, Source
 from lora_export.formats.stated import stated_of, where_to_look
 from lora_export.formats.tensors import value_problems
 from lora_export.formats.wrappers import PREFIX, unwrap_config
@@ -98,6 +98,11 @@ def read(source: Source, options: Options) -> Adapter:
     notes += rules.notes
     if config.get("modules_to_save") and not extras:
         notes.append(f"the config names modules_to_save {config['modules_to_save']}, and the file holds none")
+    if copies := _base_copies([source.paths[name] for name in extra_tensors.values()], table):
+        notes.append(
+            f"the file holds {copies} weights of the base too (….base_layer.weight): they take the place of "
+            "the given base's, and the low-rank change is added to them"
+        )
     if table.aside:
         notes.append(f"left aside, needed in training only: {', '.join(table.aside)}")
     return replace(
@@ -133,13 +138,17 @@ def _config_from(source: Source, options: Options, problems: list[str], notes: l
     stated = stated_of(source, options, problems, ranks=ranks.values())
     notes += stated.notes
     if stated.alpha is None and stated.scaling is None:
-        unused = "".join(f"; {note}" for note in source.notes if CONFIG_NAME in note)
+        hint = "give --alpha (and --rslora where used), or put the config beside adapter_model.safetensors"
+        if not any(path.startswith(PREFIX) for path in source.paths.values()):
+            hint += (
+                f"; {FORMAT_OPTION} diffusers if a diffusion tool wrote it (no alpha is scaling 1 there), "
+                "converted if it was converted for a graph"
+            )
+        hint += "".join(f"; {note}" for note in source.notes if CONFIG_NAME in note)
         raise AdapterError(
             f"adapter '{source.name}' has no {CONFIG_NAME} beside it, and its tensors don't tell alpha"
             f"{where_to_look(source)}",
-            "give --alpha (and --rslora where it was used), or put the config beside "
-            "adapter_model.safetensors; --format diffusers if a diffusion tool wrote it (there no alpha "
-            f"means scaling 1); --format converted if it was converted for a graph{unused}",
+            hint,
             problems,
         )
     rank = stated.rank or min(ranks.values(), default=1)
@@ -203,6 +212,13 @@ def _sort_tensors(source: Source, table: PartsTable) -> tuple[dict[str, Array], 
             else:
                 table.unknown([name], f"a second, different value of {target}")
     return extras, names
+
+
+def _base_copies(paths: Iterable[str], table: PartsTable) -> int:
+    """Count the weights that a state dict of the whole model has; PEFT itself saves embeddings alone so."""
+    kinds = {path: parts.kind for (_, path), parts in table.rows.items()}
+    copies = [path.partition(".base_layer.")[0] for path in paths if ".base_layer." in path]
+    return sum(kinds.get(path.removeprefix(PREFIX)) != "embedding" for path in copies)
 
 
 def _refuse_attention(table: PartsTable) -> None:

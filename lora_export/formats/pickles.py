@@ -25,7 +25,7 @@ _GENERAL_NESTS = ("state_dict", "model_state_dict", "model", "weights", "module"
 _LORA_NESTS = ("lora_state_dict", "lora", "adapter")
 # Dictionaries without tensors that speak of LoRA alone.
 _LORA_CONFIGS = ("lora_config", "lora_args", "lora_params", "lora_parameters", "peft_config",
-                 "adapter_config", "lora", "adapter")  # fmt: skip
+                 "adapter_config", "lora", "peft", "adapter")  # fmt: skip
 # How the numbers that we need are spelt. These names say by themselves whose they are …
 _CLEAR = {
     "lora_alpha": "alpha",
@@ -115,7 +115,8 @@ def _collect(
         tensor_type: torch's.
         of_model: The dict is a model's state dict: what it calls alpha is a parameter of the model.
     """
-    spellings = _CLEAR | _PLAIN if _speaks_of_lora(content, tensor_type) else _CLEAR
+    of_lora = _speaks_of_lora(content, tensor_type)
+    spellings = _CLEAR | _PLAIN if of_lora else _CLEAR
     for key, value in content.items():
         name = f"{where}{key}"
         # A one-element tensor under such a key is the number; under "lora_unet….alpha" the key differs.
@@ -144,8 +145,10 @@ def _collect(
         elif any(word in str(key).lower() for word in _BOOKKEEPING) or isinstance(value, (str, type(None))):
             into.ignored.append(name)
         elif isinstance(value, Mapping) and not _tensors(value, tensor_type):
+            if key not in _LORA_CONFIGS:
+                into.ignored.append(name)
             _collect_settings(value, name, into, of_lora=key in _LORA_CONFIGS)
-        elif str(key) in _PLAIN and isinstance(value, (bool, int, float)):
+        elif not of_lora and _is_plain(value):
             _mention(into, str(key), value, name)
             into.ignored.append(name)
         else:
@@ -155,19 +158,24 @@ def _collect(
 def _collect_settings(content: Mapping[Any, Any], where: str, into: Checkpoint, of_lora: bool) -> None:
     """Take LoRA's numbers from a dict without tensors; everything else in it is the training's."""
     spellings = _CLEAR | _PLAIN if of_lora else _CLEAR
-    if not of_lora:
-        into.ignored.append(where)
     for key, value in content.items():
         name = f"{where}/{key}"
         if key in _MEANINGFUL and value:
             into.problems.append(f"{name}: {value!r} is not supported in this format")
         elif str(key) in spellings and isinstance(value, (bool, int, float, list)):
             _set(into, spellings[str(key)], value, name)
-        elif isinstance(value, Mapping) and (of_lora or key in _LORA_CONFIGS):
+        elif isinstance(value, Mapping) and not any(word in str(key).lower() for word in _BOOKKEEPING):
             # PEFT's own dict has a level for each adapter: {"default": {"r": 8, …}}.
-            _collect_settings(value, name, into, of_lora=True)
+            _collect_settings(value, name, into, of_lora or key in _LORA_CONFIGS)
         else:
             _mention(into, str(key), value, name)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number or a list of plain values: nothing that could hold a weight."""
+    if isinstance(value, (list, tuple, set)):
+        return all(_is_plain(one) or isinstance(one, str) for one in value)
+    return isinstance(value, (bool, int, float))
 
 
 def _speaks_of_lora(content: Mapping[Any, Any], tensor_type: type) -> bool:

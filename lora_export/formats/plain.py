@@ -34,7 +34,8 @@ def read(source: Source, options: Options) -> Adapter:
             table.add(match["path"], f"lora_{match['part'].lower()}", name, values)
         else:
             table.unknown([name], "not A.weight or B.weight; save only these")
-    stated = stated_of(source, options, table.problems)
+    ranks = [parts.rows for parts in table.rows.values() if parts.rows is not None]
+    stated = stated_of(source, options, table.problems, ranks=ranks)
     if stated.alpha is None and stated.scaling is None:
         table.problems.append(f"alpha: stated nowhere in the file; give --alpha{where_to_look(source)}")
     modules = {}

@@ -29,7 +29,18 @@ from lora_export.formats.weights_files import (
 )
 from lora_export.formats.wrappers import unwrap
 
-__all__ = ["CONFIG_NAME", "EDGE_LLM_NAME", "WEIGHT_NAMES", "Format", "Options", "Source", "open_source"]
+__all__ = [
+    "CONFIG_NAME",
+    "EDGE_LLM_NAME",
+    "FORMAT_OPTION",
+    "WEIGHT_NAMES",
+    "Format",
+    "Options",
+    "Source",
+    "open_source",
+]
+# How commands call the choice of a format; convert-adapter's --format is that of its output.
+FORMAT_OPTION = "--format (convert-adapter: --from-format)"
 _MAX_LISTED = 40
 
 

@@ -26,6 +26,7 @@ _PRIVATE = (
 )
 _FRONT = r"(?:_?module\.)"
 _DOUBLED = re.compile(rf"^(?:{_FRONT}*{re.escape(PREFIX)})+")
+_OUTER = re.compile(rf"^((?:.+?\.)?){re.escape(PREFIX)}")
 _IN_PATTERN = re.compile(rf"(?:{'|'.join(_PRIVATE)})\\?\.")
 _FLAT = re.compile(rf"(?:(?<=_)|^)(?:{'|'.join(_PRIVATE)})_")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
@@ -100,19 +101,22 @@ def unwrap_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _strip_attribute(paths: dict[str, str]) -> list[str]:
-    """Remove what stands in front of ``base_model.model``, in place; return the problem of several such."""
-    outer = {
-        name: path[: path.index(PREFIX)]
-        for name, path in paths.items()
-        if path.startswith(PREFIX) or f".{PREFIX}" in path
-    }
+    """Remove what stands in front of ``base_model.model``, in place; return what is in doubt then."""
+    outer = {name: match[1] for name, path in paths.items() if (match := _OUTER.match(path))}
     fronts = sorted(set(outer.values()))
     if len(fronts) > 1:
         listed = ", ".join(f"{front}{PREFIX}" for front in fronts)
         return [f"the file holds several PEFT models ({listed}); save one of them alone"]
     for name, front in outer.items():
         paths[name] = strip_wrappers(paths[name][len(front) :])
-    return []
+    if fronts in ([], [""]):
+        return []
+    # Beside the PEFT model: a head of the holder's own may well have the name of a module inside of it.
+    return [
+        f"{name}: not part of the PEFT model, whose names begin with {fronts[0]}{PREFIX}; save without it"
+        for name in paths
+        if name not in outer
+    ]
 
 
 def _strip_front(paths: dict[str, str], front: str) -> None:
