@@ -8,6 +8,7 @@ in the model's own folder or below it, never an absolute path or one through ``.
 from __future__ import annotations
 
 import math
+import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from lora_export.errors import GraphError
 
 # Tensors without their data that are named: mostly they are all of a file's.
 _SHOWN = 5
+# The domain of ONNX Runtime's own operators.
+ORT_DOMAIN = "com.microsoft"
 # What a merge can compute in. Everything else (int8, uint4, float8 …) is a quantised weight.
 FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
@@ -68,10 +71,15 @@ class GraphFile:
         return {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
 
 
-def load_graph(path: str | os.PathLike[str]) -> GraphFile:
+def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> GraphFile:
     """Read an ONNX file without its external data, and check that the external data is all there.
 
-    Functions are inlined, so that every node is in a graph.
+    Functions are inlined, so that every node is in a graph, but for those that say what one of ONNX Runtime's
+    own operators does: it runs the operator, and its results have other bits than the function's.
+
+    Args:
+        path: The file.
+        portable: Inline those as well, for other runtimes.
 
     Raises:
         GraphError: Not an ONNX file, empty, or external data missing, short or outside the folder.
@@ -102,7 +110,7 @@ def load_graph(path: str | os.PathLike[str]) -> GraphFile:
     if model.functions:
         from onnx_ir.passes.common import InlinePass
 
-        model = InlinePass()(model).model
+        model = InlinePass(None if portable else _is_no_operator)(model).model
     graph = GraphFile(model, file)
     _read_constants(model)
     problems = [problem for value in graph.initializers() for problem in _external_problems(value)]
@@ -114,6 +122,10 @@ def load_graph(path: str | os.PathLike[str]) -> GraphFile:
             problems[:_SHOWN] + ([f"… and {more} more"] if more > 0 else []),
         )
     return graph
+
+
+def _is_no_operator(function: ir.Function) -> bool:
+    return function.domain != ORT_DOMAIN
 
 
 def _read_constants(model: ir.Model) -> None:
@@ -197,6 +209,17 @@ def stored_matrix(tensor: ir.TensorProtocol) -> Array:
     """Return a (memory-mapped) view of a tensor as a matrix: see `matrix_shape`."""
     values: Array = np.asarray(tensor.numpy())
     return values.reshape(matrix_shape(values.shape))
+
+
+def release(value: ir.Value) -> None:
+    """Give back the memory of a constant's pages that were read; views of it stay valid.
+
+    Pages of a mapped file count as this process's memory until then: comparing all weights of a model would
+    come to the model's size.
+    """
+    tensor = value.const_value
+    if isinstance(tensor, ir.ExternalTensor) and tensor.raw is not None and hasattr(mmap, "MADV_DONTNEED"):
+        tensor.raw.madvise(mmap.MADV_DONTNEED)
 
 
 def matrix_shape(shape: tuple[int, ...], stacked: bool = False) -> tuple[int, int]:

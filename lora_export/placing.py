@@ -16,7 +16,8 @@ from lora_export.sites.target import Miss, Site
 # Part of `Site.evidence` wherever values were compared.
 _CONFIRMED = "content"
 _EXAMPLES = 4
-_OTHER_VALUES = "does not hold the checkpoint's values"
+# Part of the reason of a place whose values are not the checkpoint's.
+OTHER_VALUES = "does not hold the checkpoint's values"
 
 
 def refuse_unaccounted(adapter: Adapter, rows: Sequence[PlanRow]) -> None:
@@ -74,7 +75,7 @@ def refuse(
             "unquantised base and quantise the result",
             lines,
         )
-    if any(_OTHER_VALUES in reason for reason in reasons):
+    if any(OTHER_VALUES in reason for reason in reasons):
         raise SiteError(
             f"{file} was not exported from this checkpoint, or was changed since: {name} has "
             f"{len(misses)} places (of {total}) that are not confirmed",

@@ -28,9 +28,8 @@ from lora_export.errors import AdapterError
 from lora_export.exposed import UNHASHED, ExposedGraph, Flavour, Resident, Slot
 from lora_export.exposed_output import ExposeReport, base_name, write_exposed
 from lora_export.graph import GraphFile
-from lora_export.onnx_base import open_base
+from lora_export.onnx_base import CheckpointChoice, open_base
 from lora_export.packing import Block, assemble, blocks_of_slot, cut_b
-from lora_export.placing import with_unverified
 from lora_export.sites.resolve import Resolver
 
 PathLike = str | os.PathLike[str]
@@ -48,7 +47,7 @@ def bank_onnx(
     pack: bool = False,
     fuse_base: bool = False,
     batch_input: str | None = None,
-    checkpoint: PathLike | None = None,
+    checkpoint: CheckpointChoice = None,
     dtype: str | None = None,
     kv_cache: bool = False,
     share_base: bool = False,
@@ -73,7 +72,8 @@ def bank_onnx(
         pack: One product for siblings that read the same activation.
         fuse_base: Also compute q, k and v of the base in one product; see `swap_onnx`.
         batch_input: Name of the input whose first axis is the batch; the first input with a free one.
-        checkpoint: The folder that ``base`` was exported from: matches by name are verified by content.
+        checkpoint: The folder that ``base`` was exported from: matches by name are verified by content. None:
+            the one that an adapter names as its base, where it is on this machine; False: names alone.
         dtype: Of a captured folder: ``float32`` (if left out), ``float16`` or ``bfloat16``.
         kv_cache: Capture a decoder with its key-value cache as inputs and outputs.
         share_base: Leave the weights in the base's own data files.
@@ -136,8 +136,7 @@ def bank_onnx(
         tensors = _tensors(opened.graph, record, union.loras, bundles, caster)
         BranchWriter(opened.graph, gate, gemm=packed and flavour == "ort").write(bundles, tensors)
         plan = union.plan([*notes, *gate.notes, *caster.notes()])
-        if checkpoint is not None:
-            plan = with_unverified(plan, Path(checkpoint))
+        plan = opened.verified(plan)
         report = ExposeReport(plan, record, paths, dry_run=dry_run, warnings=tuple(caster.warnings()))
         return write_exposed(opened, report, list(loaded.values()), force, progress)
 

@@ -22,9 +22,8 @@ from lora_export.graph import save_graph
 from lora_export.graph_merge import mark_merged, plan_changes
 from lora_export.manifest import FileHash, Manifest, adapter_entry, package_versions
 from lora_export.merge_report import MergeReport
-from lora_export.onnx_base import open_base, output_paths
+from lora_export.onnx_base import CheckpointChoice, open_base, output_paths
 from lora_export.output import OutputSet, output_errors, refuse_replacing
-from lora_export.placing import with_unverified
 from lora_export.rounding import Mode, Rounding, rounding_dict
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def merge_onnx(
     adapters: PathLike | Adapter | Sequence[PathLike | Adapter],
     output: PathLike,
     *,
-    checkpoint: PathLike | None = None,
+    checkpoint: CheckpointChoice = None,
     weights: Sequence[float] | None = None,
     component: str | None = None,
     dtype: str | None = None,
@@ -57,7 +56,8 @@ def merge_onnx(
         adapters: What `load_adapter` reads, or `Adapter` values; one or several.
         output: The ``.onnx`` file to write.
         checkpoint: The folder of the checkpoint that ``base`` was exported from. Weights are then found, and
-            every match by name is verified, by content.
+            every match by name is verified, by content. None: the folder that an adapter names as its base,
+            where it is on this machine; False: names alone.
         weights: Factor on each adapter's delta; 1 by default.
         component: The part of the adapters that belongs to the base: ``unet``, ``text_encoder``, … of files
             that serve several models, else the path of a submodel, ``model.encoder``.
@@ -111,8 +111,7 @@ def merge_onnx(
             plan = merge.placed.plan
         else:
             plan, changes = plan_changes(graph, loaded, factors, opened.weight_of, allow_unmatched)
-            if checkpoint is not None:
-                plan = with_unverified(plan, Path(checkpoint))
+            plan = opened.verified(plan)
         slots, size, shared = plan_data(graph, changes, out, opened.shared_files)
         report = MergeReport(plan, {}, targets, size, shared, dry_run=dry_run)
         if dry_run:

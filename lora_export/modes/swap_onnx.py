@@ -27,8 +27,7 @@ from lora_export.errors import AdapterError
 from lora_export.exposed import ExposedGraph, ExposedModule, Flavour
 from lora_export.exposed_output import ExposeReport, base_name, write_exposed
 from lora_export.graph import GraphFile
-from lora_export.onnx_base import open_base
-from lora_export.placing import with_unverified
+from lora_export.onnx_base import CheckpointChoice, open_base
 from lora_export.sites.listing import targets_named
 from lora_export.sites.resolve import Resolver
 
@@ -48,7 +47,7 @@ def swap_onnx(
     dora: bool = False,
     pack: bool = False,
     fuse_base: bool = False,
-    checkpoint: PathLike | None = None,
+    checkpoint: CheckpointChoice = None,
     dtype: str | None = None,
     kv_cache: bool = False,
     share_base: bool = False,
@@ -72,7 +71,8 @@ def swap_onnx(
         pack: One pair of tensors for siblings that read the same activation (q, k, v; gate, up).
         fuse_base: Also compute q, k and v of the base in one product, where they are separate: faster on a
             GPU, at the cost of a second copy of these weights with ``share_base``. Implies ``pack``.
-        checkpoint: The folder that ``base`` was exported from: matches by name are verified by content.
+        checkpoint: The folder that ``base`` was exported from: matches by name are verified by content. None:
+            the one that an adapter names as its base, where it is on this machine; False: names alone.
         dtype: Of a captured folder: ``float32`` (if left out), ``float16`` or ``bfloat16``.
         kv_cache: Capture a decoder with its key-value cache as inputs and outputs.
         share_base: Leave the weights in the base's own data files.
@@ -130,8 +130,7 @@ def swap_onnx(
             dora,
         )
         plan = union.plan(notes)
-        if checkpoint is not None:
-            plan = with_unverified(plan, Path(checkpoint))
+        plan = opened.verified(plan)
         tensors = {bundle.module.name: _expose(opened.graph, bundle.module, record) for bundle in bundles}
         BranchWriter(opened.graph, gemm=packed and flavour == "ort").write(bundles, tensors)
         report = ExposeReport(plan, record, paths, dry_run=dry_run)

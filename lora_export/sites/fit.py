@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 
@@ -18,8 +20,10 @@ def accepts(target: Target, use: Use) -> bool:
     rank, kind = len(use.root.const_value.shape), use.slot.kind
     if target.kind == "vector":
         return rank == 1 and kind in ("vector", "other")
+    if target.kind == "parameter" and target.experts > 1:
+        return (rank == 3 and kind != "vector") or (rank == 2 and kind == "linear")
     if target.kind == "parameter":
-        return rank == (3 if target.experts > 1 else len(target.shape)) and kind != "vector"
+        return rank == len(target.shape) and kind != "vector"
     if target.kind == "any":
         return rank == len(target.shape) and kind in ("linear", "conv", "embedding", "other")
     return kind == target.kind
@@ -113,10 +117,14 @@ def _place_experts(target: Target, shape: tuple[int, ...]) -> tuple[Placement, .
 
 
 def place_split(target: Target, groups: list[list[Use]], evidence: str) -> Site | Miss:
-    """Fit a module that the exporter split along its rows into several weights."""
+    """Fit a module that the exporter split along its rows into several weights; of experts, each one's."""
     parts, start = [], 0
     rows, cols = target.matrix
-    for uses in groups:
+    each = len(groups) // target.experts
+    for number, uses in enumerate(groups):
+        expert, first = divmod(number, each)
+        if not first:
+            start = 0
         roots = {id(use.root) for use in uses}
         stored = stored_shape(target, uses[0])
         transposed = uses[0].transposed and target.kind != "vector"
@@ -124,10 +132,10 @@ def place_split(target: Target, groups: list[list[Use]], evidence: str) -> Site 
         if len(roots) > 1 or width != cols:
             return Miss(target, f"shapes differ: a part of the split weight is {(height, width)}")
         placement = placement_at(0, (start, start + height), transposed)
-        parts.append(Part(uses[0].root, tuple(uses), (placement,)))
+        parts.append(Part(uses[0].root, tuple(uses), (replace(placement, expert=expert),)))
         start += height
-    if start != rows:
-        return Miss(target, f"shapes differ: the split weight has {start} rows, the adapter {rows}")
+        if first == each - 1 and start != rows:
+            return Miss(target, f"shapes differ: the split weight has {start} rows, the adapter {rows}")
     return Site(target, tuple(parts), evidence)
 
 

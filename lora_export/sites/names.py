@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 # Builders rename a part of the path (onnxruntime-genai ``models/builders/base.py``: attn).
@@ -67,12 +67,32 @@ def variants(key: str) -> Iterator[Variant]:
                 yield Variant(keys, how=f"split into {', '.join(parts)}; {how}".rstrip("; "))
 
 
+def per_expert(key: str, experts: int) -> Iterator[Variant]:
+    """Yield the names of stacked matrices where a graph has each expert's on its own."""
+    stack, _, parameter = key.rpartition(".")
+    if experts > 1 and stack:
+        parts = _FUSED.get(parameter, (parameter,))
+        keys = [f"{stack}.{expert}.{part}.weight" for expert in range(experts) for part in parts]
+        yield Variant(tuple(keys), how="experts one by one")
+
+
 def parts_of(key: str) -> list[str]:
     """Return the parameters that a builder's fused one stands for, or nothing."""
     module, _, parameter = key.rpartition(".")
     parent, _, leaf = module.rpartition(".")
     stem = f"{parent}." if parent else ""
     return [f"{stem}{part}.{parameter}" for part in _FUSED.get(leaf, ())]
+
+
+def fused_of(keys: Sequence[str]) -> str | None:
+    """Return the parameter that these make up one after the other; None where they are no known pack."""
+    stems = {tuple(key.split(".")[:-2]) for key in keys}
+    parameters = {key.rpartition(".")[2] for key in keys}
+    leaves = tuple(key.split(".")[-2] if "." in key else "" for key in keys)
+    fused = next((name for name, parts in _FUSED.items() if parts == leaves), None)
+    if fused is None or len(stems) != 1 or len(parameters) != 1:
+        return None
+    return ".".join([*stems.pop(), fused, parameters.pop()])
 
 
 def flatten(key: str) -> str:

@@ -17,19 +17,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from lora_export.adapter import Array
-from lora_export.graph import GraphFile
+from lora_export.graph import GraphFile, release
 from lora_export.patch import Placement
 from lora_export.sites import fit, names, readers
 from lora_export.sites.evidence import FOLDED, NODE_NAME, SOURCES, WEIGHT_NAME, collect
+from lora_export.sites.fingerprints import Places, find_places
 from lora_export.sites.known_names import KnownNames
 from lora_export.sites.renaming import AMBIGUOUS, NOT_FOUND, Renaming, rename
 from lora_export.sites.slot import Use
 from lora_export.sites.target import BaseWeights, Miss, Part, Site, Target, WeightOf
 from lora_export.sites.uses import find_uses
-from lora_export.sites.verify import check_content, search, tile
+from lora_export.sites.verify import check_content, orientations, search, tile
 
 # Part of the evidence where a checkpoint is at hand and the graph's weight is quantised.
 NOT_COMPARED = "quantised, its values are not compared"
@@ -78,7 +79,8 @@ class Resolver:
         # Of this adapter: its names in the checkpoint are another matter than its names in the graph.
         self.weight_of = self._base.for_adapter(named, flattened, scope) if self._base else None
         self._wanted = {name for name in change.names if name}
-        found = [self._find(target, number, change) for number, target in enumerate(targets)]
+        named_so = [self._find(target, number, change) for number, target in enumerate(targets)]
+        found = [self._explained(item, change.hint) for item in self._by_content(named_so)]
         misses = [miss for miss in found if isinstance(miss, Miss)]
         placed = [site for site in found if isinstance(site, Site)]
         if flattened and self._branches:
@@ -107,15 +109,24 @@ class Resolver:
                 yield use, best[id(use)]
 
     def _find(self, target: Target, number: int, change: Renaming) -> Site | Miss:
-        wanted = self.weight_of(target) if self.weight_of else None
-        name, problem = change.names[number], change.problems.get(number, "")
-        found = Miss(target, problem) if name is None else self._by_name(target, name, wanted)
-        if isinstance(found, Miss) and wanted is not None:
-            found = self._by_content(target, found, wanted)
+        name = change.names[number]
+        if name is None:
+            return Miss(target, change.problems.get(number, ""))
+        found = self._by_name(target, name, self._weight(target))
+        if isinstance(found, Site):
+            for part in found.parts:
+                release(part.root)
+        return found
+
+    def _weight(self, target: Target) -> Array | None:
+        return self.weight_of(target) if self.weight_of else None
+
+    def _explained(self, found: Site | Miss, hint: str) -> Site | Miss:
+        """Say of what was not found what the graph has instead, and what the user may give."""
         if isinstance(found, Miss) and found.reason in ("", NOT_FOUND):
-            found = Miss(target, self._not_found(target))
+            found = replace(found, reason=self._not_found(found.target))
         if isinstance(found, Miss) and found.reason.startswith((NOT_FOUND, AMBIGUOUS)):
-            return replace(found, hint=change.hint)
+            return replace(found, hint=hint)
         return found
 
     def _not_found(self, target: Target) -> str:
@@ -127,7 +138,7 @@ class Resolver:
 
     def _by_name(self, target: Target, key: str, wanted: Array | None) -> Site | Miss:
         reason = unread = ""
-        for variant in names.variants(key):
+        for variant in (*names.variants(key), *names.per_expert(key, target.experts)):
             path = variant.keys[0].rpartition(".")[0]
             for source in SOURCES:
                 named = [self._evidence[source].get(name, ()) for name in variant.keys]
@@ -171,6 +182,12 @@ class Resolver:
         if refused := [why for group in groups for use in group if (why := self._refusal(use))]:
             tail = "" if self._branches else ": it can't be merged into"
             return Miss(target, f"{refused[0]}{tail}")
+        if len(groups) > 1 and target.experts > 1 and not verified:
+            return Miss(
+                target,
+                "the graph has each expert's weights on their own, and only values tell how they were taken "
+                "from the stack; give --checkpoint to compare them",
+            )
         if len(groups) > 1:
             return fit.place_split(target, groups, evidence)
         (uses,) = groups
@@ -222,20 +239,48 @@ class Resolver:
             parts.append(checked)
         return replace(site, parts=tuple(parts), evidence=f"{site.evidence}; content agrees")
 
-    def _by_content(self, target: Target, miss: Miss, wanted: Array) -> Site | Miss:
+    def _by_content(self, found: Sequence[Site | Miss]) -> list[Site | Miss]:
+        """Look for the values of what no name led to, all in one pass over the graph's constants."""
+        lost = [item.target for item in found if isinstance(item, Miss)]
+        lost = [target for target in lost if self._weight(target) is not None]
+        uses = [use for use in self.uses if not use.quantised and not self._refusal(use)] if lost else []
+        matrices = [target for target in lost if target.experts == 1 and target.kind != "vector"]
+        places = find_places(uses, matrices, self._matrices)
+        wanted = {id(target) for target in lost}
+        return [
+            self._searched(item, uses, places.get(id(item.target)))
+            if isinstance(item, Miss) and id(item.target) in wanted
+            else item
+            for item in found
+        ]
+
+    def _matrices(self, target: Target) -> list[Array]:
+        values = self._weight(target)
+        return [] if values is None else orientations(target, values)
+
+    def _searched(self, miss: Miss, uses: Sequence[Use], places: Places | None) -> Site | Miss:
+        """Return where a target's values are, of the places where they may be (None: anywhere)."""
+        target, wanted = miss.target, self._weight(miss.target)
+        assert wanted is not None
         hits: dict[int, list[Part]] = {}
-        for use in self.uses:
-            if not fit.accepts(target, use) or use.quantised or self._refusal(use):
+        for use in uses:
+            offsets = () if places is None else places.get((id(use.root), use.transposed), ())
+            if (places is not None and id(use.root) not in hits and not offsets) or not fit.accepts(
+                target, use
+            ):
                 continue
             if id(use.root) in hits:
                 hits[id(use.root)] = [replace(part, uses=(*part.uses, use)) for part in hits[id(use.root)]]
-            elif found := list(search(target, use, wanted)):
-                hits[id(use.root)] = found
-        parts = sorted((part for found in hits.values() for part in found), key=_first_row)
+            # Twice in one constant is an ambiguity: no more than that has to be known.
+            elif parts := list(islice(search(target, use, wanted, offsets), 2)):
+                hits[id(use.root)] = parts
+            release(use.root)
+        parts = sorted((part for parts in hits.values() for part in parts), key=_first_row)
         nodes = max((len(part.uses) for part in parts), default=0)
         if nodes > 1:
             return Miss(target, f"ambiguous: its values are read by {nodes} nodes and no name tells which")
-        if tile(target, parts):
+        # Rows that a constant holds for two parts of the target can't be changed for one of them.
+        if tile(target, parts) and len(parts) == len(hits):
             site = Site(target, tuple(parts), "content")
             problem = readers.doubt(site, target.path, "content", self.uses)
             return Miss(target, problem) if problem else site
