@@ -21,6 +21,7 @@ from lora_export.placing import placed_row, quantised_operators, refuse, refuse_
 from lora_export.plan import Plan, PlanRow
 from lora_export.sites.bias import restore_biases
 from lora_export.sites.isolate import Isolator
+from lora_export.sites.ranges import cut_off
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.target import Miss, Site, Target, WeightOf, targets_of
 
@@ -73,9 +74,16 @@ def plan_changes(
         rows += [refused_row(adapter, miss) for miss in misses]
         refuse_unaccounted(adapter, rows)
         found.append((adapter, factor, sites))
+    changed = [
+        use.node.outputs[0]
+        for _, _, sites in found
+        for site in sites
+        for part in site.parts
+        for use in part.uses
+    ]
     changes = _changes(found, isolator)
     drop_dead(graph)
-    return Plan(tuple(rows), tuple(isolator.notes)), changes
+    return Plan(tuple(rows), tuple(isolator.notes), tuple(cut_off(changed))), changes
 
 
 def _refuse_merged(graph: GraphFile, adapters: Sequence[Adapter]) -> None:

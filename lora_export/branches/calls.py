@@ -11,7 +11,8 @@ from lora_export.adapter import Array, LoraModule
 from lora_export.exposed import ExposedKind, StoredRows
 from lora_export.saved import LARGEST_RANK, change_of
 from lora_export.sites.fit import stored_shape
-from lora_export.sites.slot import DEQUANTIZE, Use
+from lora_export.sites.ranges import may_hold_activation
+from lora_export.sites.slot import DEQUANTIZE, QUANTIZE, Use
 from lora_export.sites.target import Part, Site, Target
 from lora_export.sites.verify import canonical_rows
 
@@ -242,12 +243,17 @@ def _dtype(use: Use) -> ir.DataType | None:
 
 
 def _unquantised(x: ir.Value) -> ir.Value:
-    """The activation before a pair of QuantizeLinear and DequantizeLinear: the branch loses nothing by it."""
+    """The activation before a pair of QuantizeLinear and DequantizeLinear: the branch loses nothing by it.
+
+    Unless the pair's range also does the work of an activation that the quantiser dropped.
+    """
     maker = x.producer()
     if maker is not None and maker.op_type in DEQUANTIZE and maker.inputs[0] is not None:
         source = maker.inputs[0].producer()
-        if source is not None and source.op_type == "QuantizeLinear" and source.inputs[0] is not None:
-            return source.inputs[0]
+        if source is not None and source.op_type in QUANTIZE and source.inputs[0] is not None:
+            before = source.inputs[0]
+            other = None not in (x.dtype, before.dtype) and x.dtype != before.dtype
+            return x if other or may_hold_activation(source) else before
     return x
 
 

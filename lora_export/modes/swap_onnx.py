@@ -30,6 +30,7 @@ from lora_export.graph import GraphFile
 from lora_export.onnx_base import open_base
 from lora_export.placing import with_unverified
 from lora_export.sites.listing import targets_named
+from lora_export.sites.ranges import cut_off
 from lora_export.sites.resolve import Resolver
 
 PathLike = str | os.PathLike[str]
@@ -129,7 +130,8 @@ def swap_onnx(
         if checkpoint is not None:
             plan = with_unverified(plan, Path(checkpoint))
         tensors = {bundle.module.name: _expose(opened.graph, bundle.module, record) for bundle in bundles}
-        BranchWriter(opened.graph, gemm=packed and flavour == "ort").write(bundles, tensors)
+        sums = BranchWriter(opened.graph, gemm=packed and flavour == "ort").write(bundles, tensors)
+        plan = replace(plan, warnings=tuple(cut_off(sums)))
         report = ExposeReport(plan, record, paths, dry_run=dry_run)
         return write_exposed(opened, report, made_of, force, progress)
 
