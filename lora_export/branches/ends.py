@@ -8,11 +8,17 @@ effect is left where the branch is added before the QuantizeLinear.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import onnx_ir as ir
 
 from lora_export.sites.ranges import is_fixed, may_hold_activation
 from lora_export.sites.slot import DEQUANTIZE, QUANTIZE
+
+
+class _Reader(NamedTuple):
+    node: ir.Node
+    idx: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +32,7 @@ class End:
     """
 
     value: ir.Value
-    readers: tuple[ir.Usage, ...]
+    readers: tuple[_Reader, ...]
     is_output: bool
 
 
@@ -38,9 +44,9 @@ def ends_of(product: ir.Value, dtype: ir.DataType, *, past_bias: bool) -> list[E
         dtype: Its type.
         past_bias: What is added is not scaled afterwards, so that it may come after the bias as well.
     """
-    inner: list[ir.Usage] = []
+    inner: list[_Reader] = []
     ends: list[End] = []
-    for usage in product.uses():
+    for usage in (_Reader(*used) for used in product.uses()):
         behind = _behind_rounding(usage, dtype)
         if not behind and past_bias:
             behind = _behind_bias(usage, dtype)
@@ -56,7 +62,7 @@ def ends_of(product: ir.Value, dtype: ir.DataType, *, past_bias: bool) -> list[E
     return ends
 
 
-def _behind_rounding(usage: ir.Usage, dtype: ir.DataType) -> list[ir.Value]:
+def _behind_rounding(usage: _Reader, dtype: ir.DataType) -> list[ir.Value]:
     """Return the floats behind a quantiser whose range is fixed, or nothing where the sum can't go there."""
     node = usage.node
     if usage.idx != 0 or not is_fixed(node) or may_hold_activation(node):
@@ -70,7 +76,7 @@ def _behind_rounding(usage: ir.Usage, dtype: ir.DataType) -> list[ir.Value]:
     return [] if codes.is_graph_output() else found
 
 
-def _behind_bias(usage: ir.Usage, dtype: ir.DataType) -> list[ir.Value]:
+def _behind_bias(usage: _Reader, dtype: ir.DataType) -> list[ir.Value]:
     """Return the sum of the product and a constant vector."""
     node = usage.node
     if node.op_type != "Add" or node.domain != "":

@@ -16,6 +16,8 @@ def accepts(target: Target, use: Use) -> bool:
     """Whether a use is of the kind that the target's module makes."""
     assert use.root.const_value is not None
     rank, kind = len(use.root.const_value.shape), use.slot.kind
+    if pointwise(target, use):
+        return True
     if target.kind == "vector":
         return rank == 1 and kind in ("vector", "other")
     if target.kind == "parameter":
@@ -23,6 +25,26 @@ def accepts(target: Target, use: Use) -> bool:
     if target.kind == "any":
         return rank == len(target.shape) and kind in ("linear", "conv", "embedding", "other")
     return kind == target.kind
+
+
+def pointwise(target: Target, use: Use) -> bool:
+    """Whether a Linear and a convolution of ones are the two forms of one module.
+
+    Tools write a Linear as a convolution (for NPUs) and the other way round, or give a kernel another axis.
+    """
+    assert use.root.const_value is not None
+    if target.kind not in ("linear", "conv", "any") or use.slot.kind not in ("linear", "conv"):
+        return False
+    shape = shape_of(use.root.const_value)
+    as_it_is = target.kind == use.slot.kind and len(shape) == len(target.shape)
+    if as_it_is or use.slot.shape is not None or (use.slot.kind == "linear" and len(shape) != 2):
+        return False
+    groups = use.node.attributes.get_int("group", 1)
+    if target.module is not None:
+        groups *= target.module.groups
+    return (
+        groups == 1 and len(target.shape) > 1 and all(size == 1 for size in (*shape[2:], *target.shape[2:]))
+    )
 
 
 def stored_shape(target: Target, use: Use) -> tuple[int, int]:
@@ -46,7 +68,7 @@ def place(target: Target, use: Use, part: tuple[int, int] | None = None) -> tupl
         return _place_experts(target, shape_of(use.root.const_value))
     rows, cols = target.matrix
     shape = shape_of(use.root.const_value)
-    if len(target.shape) > 2 and shape != target.shape:
+    if len(target.shape) > 2 and shape != target.shape and not pointwise(target, use):
         return f"the graph's weight is {shape}, the adapter's {target.shape}"
     stored = stored_shape(target, use)
     transposed = use.transposed and target.kind != "vector"

@@ -1,6 +1,6 @@
 """Ranges that were fixed when a graph was quantised: a QuantizeLinear cuts off what lies beyond its own.
 
-Static quantisation and quantisation-aware training write the scale as a constant, measured without an adapter.
+Static quantisation and quantisation-aware training write the scale as a constant, measured without adapters.
 """
 
 from __future__ import annotations
@@ -78,11 +78,12 @@ def cut_off(values: Sequence[ir.Value]) -> list[str]:
         return []
     first = [node for value in values for node, _ in value.uses() if is_fixed(node)] or found
     shown = "; ".join(f"{_called(node)}{_range_text(node)}" for node in first[:_SHOWN])
+    more = ", …" if len(first) > _SHOWN else ""
     return [
-        f"the graph is statically quantised: {len(found)} QuantizeLinear nodes behind the changed modules have "
-        f"ranges that were calibrated without the adapter, and cut off what it moves beyond them ({shown}"
-        f"{', …' if len(first) > _SHOWN else ''}). Measure it: lora-export parity. If too much is lost, "
-        "calibrate with the adapter: quantise the merged graph, or the float swap graph with the adapter fed"
+        f"the graph is statically quantised: {len(found)} QuantizeLinear nodes behind the changed modules "
+        "have ranges that were calibrated without the adapter, and cut off what it moves beyond them "
+        f"({shown}{more}). Measure it: lora-export parity. If too much is lost, calibrate with the adapter: "
+        "quantise the merged graph, or the float swap graph with the adapter fed"
     ]
 
 
