@@ -188,7 +188,7 @@ def _unsupported(lora: LoraModule, exposed: ExposedGraph) -> str:
 
 
 def _as_exposed(lora: LoraModule, module: ExposedModule) -> LoraModule:
-    """The factors in the graph's form: a Linear may be a convolution with a kernel of ones, and vice versa."""
+    """The factors in the graph's form: a Linear may be a convolution of ones, and the other way round."""
     ones = module.kind in ("linear", "conv") and all(size == 1 for size in module.kernel)
     return lora.with_kernel(len(module.kernel)) if ones and module.groups == 1 and lora.is_pointwise else lora
 
