@@ -12,6 +12,7 @@ import onnx_ir as ir
 from lora_export.branches.calls import Call, Piece
 from lora_export.branches.ends import End, ends_of
 from lora_export.branches.nodes import NodeWriter
+from lora_export.errors import InternalError
 from lora_export.graph import take_over_output
 
 # Position of the bias among the inputs of operators that add one.
@@ -233,12 +234,20 @@ class Attacher:
 
 def column(write: NodeWriter, call: Call, vector: ir.Value, name: str) -> ir.Value:
     """Shape ``(out_dim,)`` so that it lies along a convolution's channels."""
-    kernel = call.node.inputs[1]
-    assert kernel is not None
-    assert kernel.shape is not None
-    shape = np.array([-1, *(1 for _ in range(len(kernel.shape) - 2))], np.int64)
+    shape = np.array([-1, *(1 for _ in range(_rank(call.node.inputs[1]) - 2))], np.int64)
     target = write.constant(call.node, shape, f"{name}.shape")
     return write.add(call.node, "Reshape", [vector, target], name, dtype=call.dtype)
+
+
+def _rank(kernel: ir.Value | None) -> int:
+    """Number of axes of a weight, perhaps behind nodes that say nothing of its shape (DequantizeLinear)."""
+    while kernel is not None:
+        known = kernel.shape if kernel.const_value is None else kernel.const_value.shape
+        if known is not None:
+            return len(known)
+        maker = kernel.producer()
+        kernel = maker.inputs[0] if maker is not None else None
+    raise InternalError("a convolution's weight comes from a constant")
 
 
 def _bias_behind(call: Call) -> tuple[ir.Node, int] | None:
