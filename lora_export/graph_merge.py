@@ -17,7 +17,7 @@ from lora_export.external_data import Change, merged_values
 from lora_export.graph import GraphFile
 from lora_export.onnx_base import drop_dead
 from lora_export.patch import Patch, Placement, join, patch_from, replacement
-from lora_export.placing import placed_row, quantised_operators, refuse, refuse_unaccounted, refused_row
+from lora_export.placing import placed_row, refuse, refuse_unaccounted, refused_row
 from lora_export.plan import Plan, PlanRow
 from lora_export.rounding import WARN_RELATIVE
 from lora_export.sites.bias import restore_biases
@@ -72,9 +72,10 @@ def plan_changes(
         sites, misses = restore_biases(sites, misses, weight_of)
         grouped = [site for site in sites if site.target.module and site.target.module.groups > 1]
         sites = [site for site in sites if site not in grouped]
-        misses += [Miss(site.target, _GROUPED) for site in grouped]
+        misses += [Miss(site.target, _GROUPED, "branch only") for site in grouped]
         if misses and not (allow_unmatched and sites):
-            refuse(graph, adapter, sites, misses, quantised_operators(resolver))
+            checked = weight_of is not None
+            refuse(graph, adapter, sites, misses, verb="merge-onnx", checked=checked, uses=resolver.uses)
         rows += [placed_row(adapter, site) for site in sites]
         rows += [refused_row(adapter, miss) for miss in misses]
         refuse_unaccounted(adapter, rows)

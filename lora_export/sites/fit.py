@@ -144,12 +144,12 @@ def place_split(target: Target, groups: list[list[Use]], evidence: str) -> Site 
         transposed = uses[0].transposed and target.kind != "vector"
         height, width = (stored[1], stored[0]) if transposed else stored
         if len(roots) > 1 or width != cols:
-            return Miss(target, f"shapes differ: a part of the split weight is {(height, width)}")
+            return Miss(target, f"shapes differ: a part of the split weight is {(height, width)}", "shape")
         placement = placement_at(0, (start, start + height), transposed)
         parts.append(Part(uses[0].root, tuple(uses), (placement,)))
         start += height
     if start != rows:
-        return Miss(target, f"shapes differ: the split weight has {start} rows, the adapter {rows}")
+        return Miss(target, f"shapes differ: the split weight has {start} rows, the adapter {rows}", "shape")
     return Site(target, tuple(parts), evidence)
 
 
@@ -162,10 +162,10 @@ def site_of(target: Target, fits: list[tuple[Use, tuple[Placement, ...]]], evide
         Part(group[0][0].root, tuple(use for use, _ in group), group[0][1]) for group in roots.values()
     )
     if any(use.transposed != group[0][0].transposed for group in roots.values() for use, _ in group):
-        return Miss(target, "ambiguous: its weight is read in both orientations")
+        return Miss(target, "ambiguous: its weight is read in both orientations", "ambiguous")
     if len(parts) > 1 and not _same_bytes([part.root for part in parts]):
         where = ", ".join(str(part.root.name) for part in parts[:4])
-        return Miss(target, f"ambiguous: {len(parts)} weights have its name and shape ({where})")
+        return Miss(target, f"ambiguous: {len(parts)} weights have its name and shape ({where})", "ambiguous")
     return Site(target, parts, evidence)
 
 

@@ -25,7 +25,7 @@ from lora_export.patch import Placement
 from lora_export.sites import fit, names, readers
 from lora_export.sites.evidence import FOLDED, NODE_NAME, SOURCES, WEIGHT_NAME, collect
 from lora_export.sites.slot import Use
-from lora_export.sites.target import Miss, Part, Site, Target, WeightOf
+from lora_export.sites.target import Miss, MissKind, Part, Site, Target, WeightOf
 from lora_export.sites.uses import find_uses
 from lora_export.sites.verify import check_content, search, tile
 
@@ -65,7 +65,7 @@ class Resolver:
         if len(prefixes) > 1 and not self._has_checkpoint:
             where = ", ".join(sorted(f"{p.strip or '∅'} → {p.add or '∅'}" for p in prefixes)[:4])
             reason = f"ambiguous: its name fits the graph under several prefixes ({where})"
-            return [], [*misses, *(Miss(target, reason) for target in targets)]
+            return [], [*misses, *(Miss(target, reason, "ambiguous") for target in targets)]
         prefix = prefixes[0] if len(prefixes) == 1 else None
         self._wanted = {prefix.apply(key) or "" for key in keys.values()} if prefix else set()
         found = [self._find(target, keys[id(target)], prefix) for target in targets]
@@ -89,11 +89,11 @@ class Resolver:
 
     def _find(self, target: Target, key: str, prefix: names.Prefix | None) -> Site | Miss:
         wanted = self._weight_of(target)
-        found = self._by_name(target, key, prefix, wanted) if prefix else Miss(target, "")
+        found = self._by_name(target, key, prefix, wanted) if prefix else Miss(target, "", "not found")
         if isinstance(found, Miss) and wanted is not None:
             found = self._by_content(target, found, wanted)
         if isinstance(found, Miss) and not found.reason:
-            return Miss(target, self._not_found(target))
+            return Miss(target, self._not_found(target), "not found")
         return found
 
     def _unflatten(self, targets: Sequence[Target]) -> tuple[dict[int, str], list[Miss]]:
@@ -105,9 +105,9 @@ class Resolver:
             if len(fitting) == 1:
                 keys[id(target)] = fitting[0]
             elif fitting:
-                misses.append(Miss(target, f"ambiguous: may be {', '.join(fitting[:4])}"))
+                misses.append(Miss(target, f"ambiguous: may be {', '.join(fitting[:4])}", "ambiguous"))
             else:
-                misses.append(Miss(target, self._not_found(target)))
+                misses.append(Miss(target, self._not_found(target), "not found"))
         return keys, misses
 
     def _not_found(self, target: Target) -> str:
@@ -120,7 +120,8 @@ class Resolver:
         )
 
     def _by_name(self, target: Target, key: str, prefix: names.Prefix, wanted: Array | None) -> Site | Miss:
-        reason = unread = ""
+        refused: Miss | None = None
+        unread = ""
         for variant in names.variants(key):
             keys = [prefix.apply(name) or "" for name in variant.keys]
             path = keys[0].rpartition(".")[0]
@@ -137,9 +138,9 @@ class Resolver:
                     found = replace(
                         found, evidence=found.evidence + readers.repeated_calls(found, path, source)
                     )
-                    return Miss(target, problem) if problem else self._verified(found, wanted)
-                reason = reason or found.reason
-        return Miss(target, reason or unread)
+                    return Miss(target, problem, "ambiguous") if problem else self._verified(found, wanted)
+                refused = refused or found
+        return refused or Miss(target, unread, "operator" if unread else "not found")
 
     def _candidates(self, target: Target, path: str, source: str, uses: Sequence[Use]) -> list[Use]:
         fitting = [use for use in uses if fit.accepts(target, use)]
@@ -163,9 +164,9 @@ class Resolver:
         evidence: str,
         verified: bool,
     ) -> Site | Miss:
-        if refused := [why for group in groups for use in group if (why := self._refusal(use))]:
+        if refused := next((use for group in groups for use in group if self._refusal(use)), None):
             tail = "" if self._branches else ": it can't be merged into"
-            return Miss(target, f"{refused[0]}{tail}")
+            return Miss(target, f"{self._refusal(refused)}{tail}", _kind_of(refused))
         if len(groups) > 1:
             return fit.place_split(target, groups, evidence)
         (uses,) = groups
@@ -173,7 +174,7 @@ class Resolver:
             # Rule 2.
             foreign = readers.foreign_reader(path, uses)
             if foreign:
-                return Miss(target, foreign)
+                return Miss(target, foreign, "unproven")
         fits: list[tuple[Use, tuple[Placement, ...]]] = []
         reason = ""
         for use in uses:
@@ -183,7 +184,7 @@ class Resolver:
             else:
                 fits.append((use, placed))
         if not fits:
-            return Miss(target, f"shapes differ: {reason}")
+            return Miss(target, f"shapes differ: {reason}", "shape")
         return fit.site_of(target, fits, evidence)
 
     def _refusal(self, use: Use) -> str:
@@ -199,12 +200,14 @@ class Resolver:
                         target,
                         f"the exporter computed {part.root.name!r} and may have folded a batch norm into it; "
                         "give --checkpoint to compare the values",
+                        "unproven",
                     )
                 if origin := readers.computed(target, part):
                     return Miss(
                         target,
                         f"the exporter computed {part.root.name!r} from {origin}; "
                         "give --checkpoint to compare the values",
+                        "unproven",
                     )
             return site
         if any(use.quantised for part in site.parts for use in part.uses):
@@ -213,7 +216,7 @@ class Resolver:
         for part in site.parts:
             checked = check_content(target, part, wanted)
             if isinstance(checked, str):
-                return Miss(target, f"{checked} (found by {site.evidence})")
+                return Miss(target, f"{checked} (found by {site.evidence})", "values")
             parts.append(checked)
         return replace(site, parts=tuple(parts), evidence=f"{site.evidence}; content agrees")
 
@@ -229,15 +232,28 @@ class Resolver:
         parts = sorted((part for found in hits.values() for part in found), key=_first_row)
         nodes = max((len(part.uses) for part in parts), default=0)
         if nodes > 1:
-            return Miss(target, f"ambiguous: its values are read by {nodes} nodes and no name tells which")
+            reason = f"ambiguous: its values are read by {nodes} nodes and no name tells which"
+            return Miss(target, reason, "ambiguous")
         if tile(target, parts):
             site = Site(target, tuple(parts), "content")
             problem = readers.doubt(site, target.path, "content", self.uses)
-            return Miss(target, problem) if problem else site
+            return Miss(target, problem, "ambiguous") if problem else site
         if parts:
             where = ", ".join(str(part.root.name) for part in parts[:4])
-            return Miss(target, f"ambiguous: its values are found in {len(parts)} places ({where})")
-        return miss if miss.reason else Miss(target, "not found: no weight of the graph holds its values")
+            reason = f"ambiguous: its values are found in {len(parts)} places ({where})"
+            return Miss(target, reason, "ambiguous")
+        if miss.reason:
+            return miss
+        return Miss(target, "not found: no weight of the graph holds its values", "not found")
+
+
+def _kind_of(use: Use) -> MissKind:
+    """What kind of refusal a use's own is."""
+    if use.quantised:
+        return "integers" if use.no_branch else "quantised"
+    if use.refusal and use.no_branch:
+        return "operator"
+    return "merge only" if use.no_branch else "branch only"
 
 
 def _first_row(part: Part) -> tuple[int, int]:
@@ -269,7 +285,7 @@ def _without_conflicts(sites: list[Site]) -> tuple[list[Site], list[Miss]]:
                     clashes[id(site)] = f"ambiguous: found where {_called(rival.target)} is found as well"
     return (
         [site for site in sites if id(site) not in clashes],
-        [Miss(site.target, clashes[id(site)]) for site in sites if id(site) in clashes],
+        [Miss(site.target, clashes[id(site)], "double") for site in sites if id(site) in clashes],
     )
 
 
