@@ -129,7 +129,7 @@ def _refuse_other_formats(file: Path) -> None:
         start = opened.read(8)
     if start[4:] == b"ORTM" or file.suffix == ".ort":
         raise GraphError(
-            f"{file} is in ONNX Runtime's own format (.ort), which is made for one runtime and can't be changed",
+            f"{file} is in ONNX Runtime's own format (.ort), which can't be changed",
             "give the .onnx file that it was converted from, and convert the result",
         )
     if file.suffix in _OTHERS:

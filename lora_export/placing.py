@@ -29,7 +29,7 @@ _QUANTISED = (
 )
 _INTEGERS = (
     "merge into the unquantised graph and quantise the result; or quantise that graph so that the operators "
-    "stay floats (quantize_static(..., quant_format=QuantFormat.QDQ), MatMulNBits) and use swap-onnx"
+    "stay floats (quantize_static(..., quant_format=QuantFormat.QDQ), MatMulNBits) and "
 )
 _CONTRIB = "com.microsoft"
 # Domains of operators that ONNX Runtime's optimiser makes for a machine, and how their layout is called.
@@ -100,14 +100,16 @@ def refuse(
             "SessionOptions.graph_optimization_level = ORT_ENABLE_EXTENDED instead of ORT_ENABLE_ALL",
             lines,
         )
-    codes = [use for use in uses if use.quantised and (verb == "merge-onnx" or use.no_branch)]
+    merging = verb == "merge-onnx"
+    codes = [use for use in uses if use.quantised and (merging or use.no_branch)]
     if kinds & {"quantised", "integers"} or (lost and not sites and codes):
-        integers = "integers" in kinds or (lost and all(use.no_branch for use in codes))
+        hint = _QUANTISED
+        if "integers" in kinds or (lost and all(use.no_branch for use in codes)):
+            hint = _INTEGERS + ("use swap-onnx" if merging else "give that")
         raise SiteError(
             f"{file} has quantised weights{_operators(codes)}: {name} can't be "
-            f"{'merged into' if verb == 'merge-onnx' else 'exposed at'} {len(misses)} of its {total} "
-            "parameters' places",
-            _INTEGERS if integers else _QUANTISED,
+            f"{'merged into' if merging else 'exposed at'} {len(misses)} of its {total} parameters' places",
+            hint,
             lines,
         )
     if not sites and lost:
