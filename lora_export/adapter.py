@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -86,6 +86,27 @@ class LoraModule:
         """The canonical weight as a matrix: everything behind the first axis in one."""
         shape = self.weight_shape
         return shape[0], math.prod(shape[1:])
+
+    def with_kernel(self, axes: int) -> LoraModule:
+        """Return a linear as the convolution that it is, or a convolution of ones as a linear.
+
+        Args:
+            axes: Axes of the kernel; 0 for a linear.
+        """
+        ones = (1,) * axes
+        return replace(
+            self,
+            kind="conv" if axes else "linear",
+            lora_a=self.lora_a.reshape(*self.lora_a.shape[:2], *ones),
+            lora_b=self.lora_b.reshape(*self.lora_b.shape[:2], *ones),
+        )
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether it computes ``W·x`` at each position: a linear, or a convolution with a kernel of ones."""
+        if self.kind == "conv":
+            return self.groups == 1 and all(size == 1 for size in self.lora_a.shape[2:])
+        return self.kind == "linear"
 
     @property
     def magnitude_axis(self) -> int:

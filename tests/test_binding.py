@@ -184,7 +184,7 @@ def unfit():
     modules = [
         linear("absent", 6, 5),
         linear("wide", 7, 5),
-        conv("kind", 6, 5, 1, 1),
+        conv("kind", 6, 5, 3, 3),
         replace(linear("large", 6, 5), lora_a=random(9, 5), lora_b=random(6, 9), rank=9),
         linear("dora", 6, 5, magnitude=random(6)),
         replace(linear("biased", 6, 5), lora_bias=random(6), tensor_names=("biased.A", "biased.bias")),

@@ -11,6 +11,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from lora_export.exposed_output import ExposeReport, base_name, write_exposed
 from lora_export.graph import GraphFile
 from lora_export.onnx_base import CheckpointChoice, open_base
 from lora_export.packing import Block, assemble, blocks_of_slot, cut_b
+from lora_export.sites.ranges import cut_off
 from lora_export.sites.resolve import Resolver
 
 PathLike = str | os.PathLike[str]
@@ -134,9 +136,9 @@ def bank_onnx(
         )
         caster = Caster()
         tensors = _tensors(opened.graph, record, union.loras, bundles, caster)
-        BranchWriter(opened.graph, gate, gemm=packed and flavour == "ort").write(bundles, tensors)
+        sums = BranchWriter(opened.graph, gate, gemm=packed and flavour == "ort").write(bundles, tensors)
         plan = union.plan([*notes, *gate.notes, *caster.notes()])
-        plan = opened.verified(plan)
+        plan = opened.verified(replace(plan, warnings=tuple(cut_off(sums))))
         report = ExposeReport(plan, record, paths, dry_run=dry_run, warnings=tuple(caster.warnings()))
         return write_exposed(opened, report, list(loaded.values()), force, progress)
 

@@ -29,6 +29,7 @@ from lora_export.exposed_output import ExposeReport, base_name, write_exposed
 from lora_export.graph import GraphFile
 from lora_export.onnx_base import CheckpointChoice, open_base
 from lora_export.sites.listing import targets_named
+from lora_export.sites.ranges import cut_off
 from lora_export.sites.resolve import Resolver
 
 PathLike = str | os.PathLike[str]
@@ -132,7 +133,8 @@ def swap_onnx(
         plan = union.plan(notes)
         plan = opened.verified(plan)
         tensors = {bundle.module.name: _expose(opened.graph, bundle.module, record) for bundle in bundles}
-        BranchWriter(opened.graph, gemm=packed and flavour == "ort").write(bundles, tensors)
+        sums = BranchWriter(opened.graph, gemm=packed and flavour == "ort").write(bundles, tensors)
+        plan = replace(plan, warnings=tuple(cut_off(sums)))
         report = ExposeReport(plan, record, paths, dry_run=dry_run)
         return write_exposed(opened, report, made_of, force, progress)
 

@@ -28,7 +28,7 @@ from lora_export.sites.fingerprints import Places, find_places
 from lora_export.sites.known_names import KnownNames
 from lora_export.sites.renaming import AMBIGUOUS, NOT_FOUND, Renaming, rename
 from lora_export.sites.slot import Use
-from lora_export.sites.target import BaseWeights, Miss, Part, Site, Target, WeightOf
+from lora_export.sites.target import BaseWeights, Miss, MissKind, Part, Site, Target, WeightOf
 from lora_export.sites.uses import find_uses
 from lora_export.sites.verify import check_content, orientations, search, tile
 
@@ -111,7 +111,8 @@ class Resolver:
     def _find(self, target: Target, number: int, change: Renaming) -> Site | Miss:
         name = change.names[number]
         if name is None:
-            return Miss(target, change.problems.get(number, ""))
+            problem = change.problems.get(number, "")
+            return Miss(target, problem, "ambiguous" if problem.startswith(AMBIGUOUS) else "not found")
         found = self._by_name(target, name, self._weight(target))
         if isinstance(found, Site):
             for part in found.parts:
@@ -125,7 +126,7 @@ class Resolver:
         """Say of what was not found what the graph has instead, and what the user may give."""
         if isinstance(found, Miss) and found.reason in ("", NOT_FOUND):
             found = replace(found, reason=self._not_found(found.target))
-        if isinstance(found, Miss) and found.reason.startswith((NOT_FOUND, AMBIGUOUS)):
+        if isinstance(found, Miss) and found.kind in ("not found", "ambiguous"):
             return replace(found, hint=hint)
         return found
 
@@ -137,7 +138,8 @@ class Resolver:
         return f"{NOT_FOUND}: nothing in the graph names it (pruned by the exporter, or names are gone)"
 
     def _by_name(self, target: Target, key: str, wanted: Array | None) -> Site | Miss:
-        reason = unread = ""
+        refused: Miss | None = None
+        unread = ""
         for variant in (*names.variants(key), *names.per_expert(key, target.experts)):
             path = variant.keys[0].rpartition(".")[0]
             for source in SOURCES:
@@ -153,9 +155,9 @@ class Resolver:
                     found = replace(
                         found, evidence=found.evidence + readers.repeated_calls(found, path, source)
                     )
-                    return Miss(target, problem) if problem else self._verified(found, wanted)
-                reason = reason or found.reason
-        return Miss(target, reason or unread)
+                    return Miss(target, problem, "ambiguous") if problem else self._verified(found, wanted)
+                refused = refused or found
+        return refused or Miss(target, unread, "operator" if unread else "not found")
 
     def _candidates(self, target: Target, path: str, source: str, uses: Sequence[Use]) -> list[Use]:
         fitting = [use for use in uses if fit.accepts(target, use)]
@@ -179,14 +181,15 @@ class Resolver:
         evidence: str,
         verified: bool,
     ) -> Site | Miss:
-        if refused := [why for group in groups for use in group if (why := self._refusal(use))]:
+        if refused := next((use for group in groups for use in group if self._refusal(use)), None):
             tail = "" if self._branches else ": it can't be merged into"
-            return Miss(target, f"{refused[0]}{tail}")
+            return Miss(target, f"{self._refusal(refused)}{tail}", _kind_of(refused))
         if len(groups) > 1 and target.experts > 1 and not verified:
             return Miss(
                 target,
                 "the graph has each expert's weights on their own, and only values tell how they were taken "
                 "from the stack; give --checkpoint to compare them",
+                "unproven",
             )
         if len(groups) > 1:
             return fit.place_split(target, groups, evidence)
@@ -195,7 +198,7 @@ class Resolver:
             # Rule 2.
             foreign = readers.foreign_reader(path, uses)
             if foreign:
-                return Miss(target, foreign)
+                return Miss(target, foreign, "unproven")
         fits: list[tuple[Use, tuple[Placement, ...]]] = []
         reason = ""
         for use in uses:
@@ -205,7 +208,7 @@ class Resolver:
             else:
                 fits.append((use, placed))
         if not fits:
-            return Miss(target, f"shapes differ: {reason}")
+            return Miss(target, f"shapes differ: {reason}", "shape")
         return fit.site_of(target, fits, evidence)
 
     def _refusal(self, use: Use) -> str:
@@ -221,12 +224,14 @@ class Resolver:
                         target,
                         f"the exporter computed {part.root.name!r} and may have folded a batch norm into it; "
                         "give --checkpoint to compare the values",
+                        "unproven",
                     )
                 if origin := readers.computed(target, part):
                     return Miss(
                         target,
                         f"the exporter computed {part.root.name!r} from {origin}; "
                         "give --checkpoint to compare the values",
+                        "unproven",
                     )
             return site
         if any(use.quantised for part in site.parts for use in part.uses):
@@ -235,7 +240,7 @@ class Resolver:
         for part in site.parts:
             checked = check_content(target, part, wanted)
             if isinstance(checked, str):
-                return Miss(target, f"{checked} (found by {site.evidence})")
+                return Miss(target, f"{checked} (found by {site.evidence})", "values")
             parts.append(checked)
         return replace(site, parts=tuple(parts), evidence=f"{site.evidence}; content agrees")
 
@@ -278,16 +283,29 @@ class Resolver:
         parts = sorted((part for parts in hits.values() for part in parts), key=_first_row)
         nodes = max((len(part.uses) for part in parts), default=0)
         if nodes > 1:
-            return Miss(target, f"ambiguous: its values are read by {nodes} nodes and no name tells which")
+            reason = f"ambiguous: its values are read by {nodes} nodes and no name tells which"
+            return Miss(target, reason, "ambiguous")
         # Rows that a constant holds for two parts of the target can't be changed for one of them.
         if tile(target, parts) and len(parts) == len(hits):
             site = Site(target, tuple(parts), "content")
             problem = readers.doubt(site, target.path, "content", self.uses)
-            return Miss(target, problem) if problem else site
+            return Miss(target, problem, "ambiguous") if problem else site
         if parts:
             where = ", ".join(str(part.root.name) for part in parts[:4])
-            return Miss(target, f"ambiguous: its values are found in {len(parts)} places ({where})")
-        return miss if miss.reason else Miss(target, "not found: no weight of the graph holds its values")
+            reason = f"ambiguous: its values are found in {len(parts)} places ({where})"
+            return Miss(target, reason, "ambiguous")
+        if miss.reason:
+            return miss
+        return Miss(target, "not found: no weight of the graph holds its values", "not found")
+
+
+def _kind_of(use: Use) -> MissKind:
+    """What kind of refusal a use's own is."""
+    if use.quantised:
+        return "integers" if use.no_branch else "quantised"
+    if use.refusal and use.no_branch:
+        return "operator"
+    return "merge only" if use.no_branch else "branch only"
 
 
 def _first_row(part: Part) -> tuple[int, int]:
@@ -319,7 +337,7 @@ def _without_conflicts(sites: list[Site]) -> tuple[list[Site], list[Miss]]:
                     clashes[id(site)] = f"ambiguous: found where {_called(rival.target)} is found as well"
     return (
         [site for site in sites if id(site) not in clashes],
-        [Miss(site.target, clashes[id(site)]) for site in sites if id(site) in clashes],
+        [Miss(site.target, clashes[id(site)], "double") for site in sites if id(site) in clashes],
     )
 
 

@@ -15,6 +15,30 @@ from lora_export.sites.renaming import Named
 from lora_export.sites.slot import Use
 
 TargetKind = Literal["linear", "conv", "embedding", "parameter", "vector", "any"]
+# Why a target has no place; what to do about it hangs on this.
+MissKind = Literal[
+    "not found",
+    "shape",
+    "ambiguous",
+    # Two targets would have one place or one name.
+    "double",
+    # A name fits, and only the checkpoint can tell whether the values are the module's.
+    "unproven",
+    # They are not the checkpoint's.
+    "values",
+    # Stored as codes of a quantiser: a branch may go beside, nothing can be merged.
+    "quantised",
+    # Computed in integers: neither a branch nor a merge.
+    "integers",
+    # An operator or a layout for which nothing is known.
+    "operator",
+    # A merge can do it, a branch can't.
+    "merge only",
+    # A branch can do it, a merge can't.
+    "branch only",
+    # The graph would need DoRA's factor.
+    "dora",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,4 +198,5 @@ class Miss:
 
     target: Target
     reason: str
+    kind: MissKind
     hint: str = ""
