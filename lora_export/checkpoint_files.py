@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from lora_export.base.ties import untied_config
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_layout import Layout, added_to
 from lora_export.checkpoint_sites import Placed
@@ -90,9 +91,6 @@ def write_config(checkpoint: Checkpoint, folder: Path, dtype: str | None, untied
         if "dtype" not in config and "torch_dtype" not in config:
             config["dtype"] = dtype
     if untied:
-        config["tie_word_embeddings"] = False
-        for level in nested.values():
-            if "tie_word_embeddings" in level:
-                level["tie_word_embeddings"] = False
+        config = untied_config(config)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, "utf-8")

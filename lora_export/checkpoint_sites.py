@@ -9,22 +9,24 @@ Layouts that a stored weight can have against the module's canonical one:
 - not at all: an output head that is tied to the input embedding. PEFT's `merge_and_unload` adds the head's
   change to the one shared parameter, so that the embedding changes as well, which the trained adapter
   never did (PEFT warns of it). Here the head becomes a tensor of its own and the config says
-  ``tie_word_embeddings: false``; so too when the embedding is changed, for the sake of the head. An
-  adapter trained with ``ensure_weight_tying`` changes both alike, and they stay tied.
+  ``tie_word_embeddings: false``; so too when the embedding is changed, for the sake of the head
+  (`lora_export.base.tied_changes`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from lora_export.adapter import Adapter, Array, LoraModule
+from lora_export.base.tied_changes import Change, MakePatch, alike, spread
+from lora_export.base.ties import FLAG, Tie, Ties, find_ties, may_be_tied
 from lora_export.checkpoint import Checkpoint, StoredTensor
-from lora_export.checkpoint_names import Names, Part, tied_head
+from lora_export.checkpoint_names import Names, Part
 from lora_export.patch import Patch, Placement, patch_from, replacement
 from lora_export.plan import Plan, PlanRow, unaccounted
 from lora_export.safetensors_header import FLOATS
@@ -34,14 +36,6 @@ _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clv
 _CONV1D_NAMES = {"c_attn", "c_proj", "c_fc", "q_attn"}
 # Families whose stacked experts are ``(experts, in_dim, out_dim)`` (``is_transposed`` in transformers).
 _TRANSPOSED_EXPERTS = {"gpt_oss", "llama4", "llama4_text"}
-_HEADS = {"lm_head", "embed_out", "output_projection"}
-_EMBEDDINGS = {
-    *("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embed_in", "tokens_embed", "shared")
-}
-# Classes with an output head over the vocabulary, by a part of their name.
-_LANGUAGE_MODELS = ("LM", "PreTraining", "ConditionalGeneration")
-
-MakePatch = Callable[[type[Any]], Patch]
 
 
 @dataclass(frozen=True)
@@ -93,6 +87,7 @@ def place_adapters(checkpoint: Checkpoint, adapters: Sequence[Adapter], weights:
     placer = _Placer(checkpoint)
     for adapter, weight in zip(adapters, weights, strict=True):
         start = len(placer.rows)
+        placer.begin(adapter)
         for path, values in adapter.extras.items():
             names: tuple[str, ...] = (adapter.extra_tensors.get(path, path),)
             placer.place(adapter, path, names, "replace", partial(placer.replaced, path, values, adapter))
@@ -106,7 +101,7 @@ def place_adapters(checkpoint: Checkpoint, adapters: Sequence[Adapter], weights:
                 placer.place(adapter, f"{module.path}.bias", biases, "add to bias", act)
         lost = unaccounted(adapter.tensor_names, placer.rows[start:])
         placer.rows += [PlanRow(adapter.name, n, (n,), "refused", reason="no rule for it") for n in lost]
-    return placer.finish(any(a.config.get("ensure_weight_tying") for a in adapters))
+    return placer.finish()
 
 
 def _biased(module: LoraModule) -> bool:
@@ -120,11 +115,19 @@ class _Placer:
         self._checkpoint = checkpoint
         self._names = Names(checkpoint)
         self._result = Placed()
-        kinds = checkpoint.config.get("architectures") or []
-        headless = bool(kinds) and not any(part in kind for kind in kinds for part in _LANGUAGE_MODELS)
-        self._tied = tied_head(checkpoint.config) and not headless
-        self._heads: dict[str, str] = {}
+        self._changes: dict[str, list[Change]] = {}
+        self._sources: dict[str, str] = {}
+        self._adapter, self._for_all = -1, False
         self.rows: list[PlanRow] = []
+
+    @cached_property
+    def _ties(self) -> Ties:
+        return find_ties(self._checkpoint)
+
+    def begin(self, adapter: Adapter) -> None:
+        """Say whose changes come next."""
+        self._adapter += 1
+        self._for_all = bool(adapter.config.get("ensure_weight_tying"))
 
     def place(
         self,
@@ -138,52 +141,69 @@ class _Placer:
         try:
             places, layout, reason = act()
         except NoPlace as problem:
+            # Parts that were placed before the one that has no place.
+            self._drop({len(self.rows)})
             self.rows.append(PlanRow(adapter.name, parameter, tensors, "refused", reason=str(problem)))
             return
         shown = ", ".join(places[:2]) + (f", … ({len(places)})" if len(places) > 2 else "")
         self.rows.append(PlanRow(adapter.name, parameter, tensors, action, shown, "", layout, reason))
 
-    def finish(self, tied_adapter: bool) -> Placed:
-        """Untie heads whose embedding changes, and return the whole."""
+    def finish(self) -> Placed:
+        """Settle what shares a weight with others, and return the whole."""
         result, notes = self._result, []
-        embedding = next((name for name in result.changes if self._is_tied(name, _EMBEDDINGS)), None)
-        stored = next((name for name in self._checkpoint.tensors if self._is_tied(name, _HEADS)), None)
-        if stored is not None and (embedding is not None or stored in result.changes):
-            notes.append(self._part_stored_head(stored, embedding, tied_adapter))
-        if stored is None and embedding is not None and not self._heads:
-            self._heads["lm_head.weight"] = embedding
-        for name, source in self._heads.items():
-            if tied_adapter and source in result.changes:
-                result.changes.pop(name, None)
-                notes.append(f"{name} stays tied to {source}: the adapter was trained so")
-                continue
-            result.added.append(Added(name, source))
-            result.untied = True
-            notes.append(
-                f"{name} was tied to {source}; the adapter changes only one of them, so the output stores "
-                "both and its config says tie_word_embeddings: false"
-            )
+        touched = [self._ties.of(name) for name in self._changes if may_be_tied(name)]
+        for tie in dict.fromkeys(tie for tie in touched if tie is not None):
+            notes += self._settle(tie)
+        if result.untied:
+            # The config's switch is one for all of them.
+            stored = self._checkpoint.tensors
+            pairs = [(name, tie.source) for tie in self._ties.ties for name in tie.tensors.values()]
+            result.added += [Added(name, source) for name, source in pairs if name not in stored]
+        if any(touched) and self._ties.note:
+            notes.append(self._ties.note)
+        result.changes = {
+            name: [c.make for c in changes] for name, changes in self._changes.items() if changes
+        }
         result.plan = Plan(tuple(self.rows), tuple(notes))
         return result
 
-    def _part_stored_head(self, head: str, embedding: str | None, tied_adapter: bool) -> str:
-        """Settle a head that the file holds although the config ties it: loading would drop it."""
-        if tied_adapter and embedding is not None:
-            self._result.changes[head] = self._result.changes[embedding]
-            return f"{head} stays tied to {embedding}: the adapter was trained so"
+    def _settle(self, tie: Tie) -> list[str]:
+        """Leave the parameters of a tie one weight where their changes are equal, else part them."""
+        found, wrong = spread(tie, self._changes)
+        self._refuse(wrong, "trained with ensure_weight_tying, and yet not the change of the input embedding")
+        first, *others = found
+        if all(alike(found[first], found[name]) for name in others):
+            held = {name: changes for name, changes in found.items() if name in self._checkpoint.tensors}
+            self._changes = {n: c for n, c in self._changes.items() if n not in found} | held
+            return [f"{name} stays tied to {first}: both change alike" for name in others]
+        if tie.refusal:
+            rows = [change.row for changes in found.values() for change in changes]
+            self._refuse(rows, f"{' and '.join(found)} share one weight and would differ; {tie.refusal}")
+            return []
+        self._changes |= found
         self._result.untied = True
-        return (
-            f"{head} is stored, and tied by the config: the output's config says tie_word_embeddings: false"
-        )
+        return [
+            f"{name} was tied to {first}; they change differently, so the output stores both and its config "
+            f"says {FLAG}: false"
+            for name in others
+        ]
 
-    def _is_tied(self, name: str, leaves: set[str]) -> bool:
-        return self._tied and _leaf(name) in leaves
+    def _refuse(self, rows: Sequence[int], reason: str) -> None:
+        """Take rows of the plan back, with all that they would change."""
+        for row in set(rows):
+            old = self.rows[row]
+            self.rows[row] = PlanRow(old.adapter, old.parameter, old.tensors, "refused", reason=reason)
+        self._drop(set(rows))
+
+    def _drop(self, rows: set[int]) -> None:
+        for name, changes in self._changes.items():
+            self._changes[name] = [change for change in changes if change.row not in rows]
 
     # What each kind of change does.
 
     def replaced(self, path: str, values: Array, adapter: Adapter) -> tuple[list[str], str, str]:
         """Put whole values in place of a parameter."""
-        name, reason = self._single(path, adapter.flattened, values.shape)
+        name, reason = self._single(path, adapter.flattened)
         tensor = self._tensor(name)
         if tensor.shape != values.shape:
             raise NoPlace(f"stored with shape {tensor.shape}, the adapter's values have {values.shape}")
@@ -216,7 +236,7 @@ class _Placer:
                 f"a convolution of {module.groups} groups can't be merged (PEFT refuses it, too); "
                 "it can be exposed"
             )
-        parts = self._parts(f"{module.path}.{module.parameter}", adapter.flattened, module.weight_shape)
+        parts = self._parts(f"{module.path}.{module.parameter}", adapter.flattened)
         rows, _ = module.matrix_shape
         experts = {part.expert for part in parts}
         if None not in experts and len(experts) != module.experts:
@@ -272,18 +292,23 @@ class _Placer:
 
     # Names.
 
-    def _parts(self, parameter: str, flattened: bool, shape: tuple[int, ...]) -> tuple[Part, ...]:
+    def _parts(self, parameter: str, flattened: bool) -> tuple[Part, ...]:
         parts = self._names.find(parameter, flattened)
         if not isinstance(parts, str):
             self._check(parts)
             return parts
-        source = self._tied_source(parameter, shape)
-        if source is None:
-            if not parts.startswith("ambiguous"):
-                self._result.absent.append(parameter)
+        if parts.startswith("ambiguous"):
             raise NoPlace(parts)
-        self._heads[parameter] = source
-        return (Part(parameter, reason=f"tied to {source}"),)
+        tied = self._ties.absent(parameter, flattened) if may_be_tied(parameter) else None
+        if tied is None:
+            self._result.absent.append(parameter)
+            raise NoPlace(parts)
+        tie, name = tied
+        if name not in self._checkpoint.tensors:
+            self._sources[name] = tie.source
+        part = Part(name, reason=f"tied to {tie.source}")
+        self._check([Part(tie.source)])
+        return (part,)
 
     def _check(self, parts: Sequence[Part]) -> None:
         """Refuse what can't be merged into: other dtypes than floats, and embeddings tied in unknown ways."""
@@ -293,51 +318,26 @@ class _Placer:
                 raise NoPlace(
                     f"{tensor.name} is stored as {tensor.code}: a quantised weight can't be merged into"
                 )
-            if self._is_tied(part.tensor, _EMBEDDINGS | _HEADS) and not self._causal():
-                raise NoPlace(
-                    "embedding and output head are tied: both would change; save the base without its "
-                    "head, or with tie_word_embeddings=False"
-                )
 
-    def _single(self, path: str, flattened: bool, shape: tuple[int, ...]) -> tuple[str, str]:
-        parts = self._parts(path, flattened, shape)
+    def _single(self, path: str, flattened: bool) -> tuple[str, str]:
+        parts = self._parts(path, flattened)
         if len(parts) != 1 or parts[0].piece != (0, 1) or parts[0].expert is not None:
             raise NoPlace(f"the base stores it as {len(parts)} tensors: replacing it whole is not possible")
         return parts[0].tensor, parts[0].reason
 
-    def _tied_source(self, parameter: str, shape: tuple[int, ...]) -> str | None:
-        if not self._tied or _leaf(parameter) not in _HEADS or not self._causal():
-            return None
-        found = [t.name for t in self._checkpoint.tensors.values() if _leaf(t.name) in _EMBEDDINGS]
-        fitting = [name for name in found if self._checkpoint.tensors[name].shape == shape]
-        return fitting[0] if len(fitting) == 1 else None
-
-    def _causal(self) -> bool:
-        """Whether the output head is known to be a plain Linear beside the embedding.
-
-        Others do more where tied: T5 scales its output then, BERT has a transform and a bias before it.
-        """
-        kinds = self._checkpoint.config.get("architectures") or []
-        return any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
-
     def _tensor(self, name: str) -> StoredTensor:
-        """Return a stored tensor, or for a head that is tied its source under the head's name."""
-        if name in self._heads and name not in self._checkpoint.tensors:
-            return replace(self._checkpoint.tensors[self._heads[name]], name=name)
+        """Return a stored tensor, or for one that is only tied its source under the name it would have."""
+        if name in self._sources:
+            return replace(self._checkpoint.tensors[self._sources[name]], name=name)
         return self._checkpoint.tensors[name]
 
     def _add(self, name: str, make: MakePatch) -> None:
-        self._result.changes.setdefault(name, []).append(make)
+        change = Change(make, len(self.rows), self._adapter, self._for_all)
+        self._changes.setdefault(name, []).append(change)
 
 
 def _make(module: LoraModule, placement: Placement, weight: float, dtype: type[Any]) -> Patch:
     return patch_from(module, placement, weight, dtype)
-
-
-def _leaf(name: str) -> str:
-    """Return ``embed_tokens`` for ``model.embed_tokens.weight``."""
-    module, _, leaf = name.rpartition(".")
-    return module.rpartition(".")[2] if leaf == "weight" else ""
 
 
 def view_of(shape: tuple[int, ...], stacked: bool) -> tuple[int, int]:
