@@ -117,7 +117,7 @@ class _Placer:
         self._result = Placed()
         self._changes: dict[str, list[Change]] = {}
         self._sources: dict[str, str] = {}
-        self._adapter, self._for_all = -1, False
+        self._adapter, self._is_tied = -1, False
         self.rows: list[PlanRow] = []
 
     @cached_property
@@ -127,7 +127,7 @@ class _Placer:
     def begin(self, adapter: Adapter) -> None:
         """Say whose changes come next."""
         self._adapter += 1
-        self._for_all = bool(adapter.config.get("ensure_weight_tying"))
+        self._is_tied = bool(adapter.config.get("ensure_weight_tying"))
 
     def place(
         self,
@@ -332,7 +332,7 @@ class _Placer:
         return self._checkpoint.tensors[name]
 
     def _add(self, name: str, make: MakePatch) -> None:
-        change = Change(make, len(self.rows), self._adapter, self._for_all)
+        change = Change(make, len(self.rows), self._adapter, self._is_tied)
         self._changes.setdefault(name, []).append(change)
 
 

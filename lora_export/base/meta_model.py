@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from lora_export.checkpoint import Checkpoint
@@ -28,13 +32,23 @@ def build_model(checkpoint: Checkpoint, changed: Mapping[str, Any] | None = None
     # Its remarks about the config are for those who run the model.
     transformers.logging.set_verbosity_error()
     try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
-        if changed is not None:
-            config = type(config).from_dict(dict(changed))
+        with _folder_of(checkpoint, changed) as folder:
+            config = transformers.AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             return kind(config) if kind else transformers.AutoModel.from_config(config)
     finally:
         transformers.logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def _folder_of(checkpoint: Checkpoint, changed: Mapping[str, Any] | None) -> Iterator[Path]:
+    """Yield a folder to read the config from: what it says is judged as it will be when it is loaded."""
+    if changed is None:
+        yield checkpoint.folder
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(changed), "utf-8")
+        yield Path(folder)
 
 
 class Renaming:

@@ -1,9 +1,10 @@
 """Changes of parameters that share a weight: which of them stay one, and which have to be parted.
 
-A trained adapter changes the module that it was put on, and no other that shares its weight; except one
-that was trained with ``ensure_weight_tying``, whose change of the input embedding is a change of all. What
-another adapter of a blend does is its own affair. In the end, parameters whose changes are equal are still
-one weight.
+A trained adapter changes the modules that its file names, and no other that shares a weight with them. PEFT
+writes both ends where it trained them as one (``ensure_weight_tying``), except for single token rows, which
+stand for everything that is tied to the embedding (``other.set_additional_trainable_modules``, PEFT 0.21).
+What another adapter of a blend does is its own affair. In the end, parameters whose changes are equal are
+still one weight.
 """
 
 from __future__ import annotations
@@ -29,17 +30,19 @@ class Change:
         make: Makes it in float32 or float64.
         row: The plan's row that it belongs to.
         adapter: Which of the blend's adapters it comes from.
-        for_all: It was trained as a change of everything that shares the weight.
+        is_tied: Its adapter says that both ends were trained as one: they have to be equal.
+        for_all: It stands for everything that shares the weight, unless the adapter has another for that.
     """
 
     make: MakePatch
     row: int
     adapter: int
+    is_tied: bool = False
     for_all: bool = False
 
 
 def spread(tie: Tie, changes: Mapping[str, Sequence[Change]]) -> tuple[dict[str, list[Change]], list[int]]:
-    """Give every parameter of a tie the changes that were trained for all of them.
+    """Give every parameter of a tie the changes that stand for all of them.
 
     Args:
         tie: The parameters.
@@ -47,19 +50,20 @@ def spread(tie: Tie, changes: Mapping[str, Sequence[Change]]) -> tuple[dict[str,
 
     Returns:
         Tensor → its changes, for all of the tie's; and the rows of those that contradict what their adapter
-        says of being trained for all.
+        says of being trained as one.
     """
     first, *others = tie.tensors.values()
     found = {tensor: list(changes.get(tensor, ())) for tensor in tie.tensors.values()}
     wrong: list[int] = []
-    for adapter in sorted({change.adapter for change in found[first] if change.for_all}):
+    for adapter in sorted({change.adapter for change in found[first]}):
         common = [change for change in found[first] if change.adapter == adapter]
         for tensor in others:
             own = [change for change in found[tensor] if change.adapter == adapter]
-            if own and not alike(own, common):
+            if not own:
+                more = [*found[tensor], *(change for change in common if change.for_all)]
+                found[tensor] = sorted(more, key=lambda change: change.adapter)
+            elif any(change.is_tied for change in own) and not alike(own, common):
                 wrong += [change.row for change in own]
-            rest = [change for change in found[tensor] if change.adapter != adapter]
-            found[tensor] = sorted([*rest, *common], key=lambda change: change.adapter)
     return found, wrong
 
 
@@ -80,6 +84,8 @@ def _equal(one: Patch, two: Patch) -> bool:
         (one.magnitude, two.magnitude),
         (one.values, two.values),
     ]
-    return place[0] == place[1] and len(set(axes)) < 2 and all(
-        a is b or (a is not None and b is not None and np.array_equal(a, b)) for a, b in arrays
+    return (
+        place[0] == place[1]
+        and len(set(axes)) < 2
+        and all(a is b or (a is not None and b is not None and np.array_equal(a, b)) for a, b in arrays)
     )

@@ -105,7 +105,8 @@ def find_ties(checkpoint: Checkpoint) -> Ties:
     except ImportError:
         return _by_names(checkpoint, "transformers is not installed (pip install 'lora-export[hf]')")
     except Exception as error:  # a model that this transformers can't build
-        return _by_names(checkpoint, f"transformers can't build the model ({type(error).__name__})")
+        said = str(error).partition("\n")[0]
+        return _by_names(checkpoint, f"transformers can't build the model ({type(error).__name__}: {said})")
 
 
 def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def _by_transformers(checkpoint: Checkpoint) -> Ties:
         return Ties()
     renaming = Renaming(model)
     held = dict(model_names(renaming, checkpoint.tensors))
-    refusal = _why_together(checkpoint)
+    refusal = _why_together(checkpoint, model)
     ties = []
     for names in groups.values():
         stored = [held[name] for name in names if name in held]
@@ -156,9 +157,8 @@ def _by_transformers(checkpoint: Checkpoint) -> Ties:
     return Ties(tuple(ties))
 
 
-def _why_together(checkpoint: Checkpoint) -> str:
+def _why_together(checkpoint: Checkpoint, model: Any) -> str:
     """Return why this model's tied weights can't be parted by its config, or an empty string."""
-    model = build_model(checkpoint, checkpoint.config)
     kind = type(model).__name__
     other = build_model(checkpoint, untied_config(checkpoint.config))
     if other.get_expanded_tied_weights_keys(all_submodels=True):
@@ -175,7 +175,9 @@ def _why_together(checkpoint: Checkpoint) -> str:
 
 def _without_flag(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_flag(inner) for key, inner in value.items() if key != FLAG}
+        # With an underscore: where it was read from, which transformers wrote it.
+        kept = {key for key in value if key != FLAG and not str(key).startswith("_")}
+        return {key: _without_flag(value[key]) for key in kept if key != "transformers_version"}
     return value
 
 
