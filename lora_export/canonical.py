@@ -9,9 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.adapter import Array
+from lora_export.base.quantised import find_quantised
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_names import Names, Part
-from lora_export.errors import OutputError
+from lora_export.errors import CheckpointError, OutputError
 from lora_export.graph import GraphFile, shape_of
 from lora_export.sites.target import Target
 
@@ -26,22 +27,34 @@ class CheckpointWeights:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._names = Names(checkpoint)
+        self._quantised = find_quantised(checkpoint)
 
     def __call__(self, target: Target) -> Array | None:
-        """Return a view in the target's canonical shape, or None; of stacked experts, the first and the last.
+        """Return values in the target's canonical shape, or None; of stacked experts, the first and the last.
+
+        Codes with scales are returned as the values that they stand for.
 
         None where the checkpoint doesn't store it (a tied head) or in another shape. Conv1D's ``(in_dim,
         out_dim)`` is returned transposed; a square one can't be told from Linear's by its shape, so that a
         comparison has to try both orientations, as with experts.
+
+        Raises:
+            CheckpointError: The checkpoint stores it quantised in a way that is not understood.
         """
         parts = self._names.find(target.key)
+        packed = self._quantised.packed_at(target.key) if isinstance(parts, str) else ""
+        if packed:
+            raise CheckpointError(
+                f"{self._checkpoint.folder}: {target.key} is {packed}: its values can't be compared",
+                "give the unquantised checkpoint, or leave --checkpoint out",
+            )
         if isinstance(parts, str) or not parts:
             return None
         if target.experts > 1:
             return self._end_experts(parts, target.experts)
         if len(parts) != 1 or parts[0].piece != (0, 1):
             return None
-        values = self._checkpoint.read(parts[0].tensor)
+        values = self._quantised.values(parts[0].tensor)
         if values.shape == target.shape:
             return values
         if target.kind in ("linear", "any") and values.ndim == 2 and values.shape == target.shape[::-1]:
@@ -51,14 +64,14 @@ class CheckpointWeights:
     def _end_experts(self, parts: Sequence[Part], experts: int) -> Array | None:
         """Return ``(2, …, …)``: the first and the last expert, put together where stored in pieces."""
         if len(parts) == 1 and parts[0].expert is None:
-            values = self._checkpoint.read(parts[0].tensor)
+            values = self._quantised.values(parts[0].tensor)
             return values[[0, -1]] if values.ndim == 3 and len(values) == experts else None
         ends = []
         for expert in (0, experts - 1):
             mine = sorted((part for part in parts if part.expert == expert), key=lambda part: part.piece)
             if not mine or len(mine) != mine[0].piece[1]:
                 return None
-            ends.append(np.concatenate([self._checkpoint.read(part.tensor) for part in mine]))
+            ends.append(np.concatenate([self._quantised.values(part.tensor) for part in mine]))
         return np.stack(ends)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from lora_export.base.quantised import dequantised_config
 from lora_export.base.ties import untied_config
 from lora_export.checkpoint import Checkpoint
-from lora_export.checkpoint_layout import Layout, added_to
-from lora_export.checkpoint_sites import Placed
+from lora_export.checkpoint_layout import Layout
 
 MANIFEST = "lora.json"
 # Weights in other formats: left out, or the output would hold the unmerged model beside the merged one.
@@ -53,6 +53,11 @@ def _files(folder: Path) -> Iterator[Path]:
             yield path
 
 
+def says_quantised(path: Path) -> bool:
+    """Whether a file beside the weights says how they are quantised (ModelOpt, GPTQ and AWQ tools)."""
+    return path.name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+
+
 def copy_small_files(base: Path, files: list[Path], folder: Path) -> None:
     """Copy files, given relative to ``base``, with their subfolders."""
     for relative in files:
@@ -60,27 +65,30 @@ def copy_small_files(base: Path, files: list[Path], folder: Path) -> None:
         shutil.copyfile(base / relative, folder / relative)
 
 
-def write_index(checkpoint: Checkpoint, layouts: list[Layout], placed: Placed, folder: Path) -> None:
+def write_index(checkpoint: Checkpoint, layouts: Sequence[Layout], folder: Path) -> None:
     """Write the index anew where sizes or names changed; otherwise its copy stays."""
     if checkpoint.index is None:
         return
-    size = sum(slot.length for layout in layouts for slot in layout.slots)
     index = json.loads(checkpoint.index.read_text("utf-8"))
-    added = {name: s.path.name for s in checkpoint.shards for name in added_to(s, placed.added)}
+    size = sum(slot.length for layout in layouts for slot in layout.slots)
+    files = zip(checkpoint.shards, layouts, strict=True)
+    names = {slot.name: shard.path.name for shard, layout in files for slot in layout.slots}
     before = sum(tensor.length for tensor in checkpoint.tensors.values())
-    if not added and size == before:
+    if names.keys() == checkpoint.tensors.keys() and size == before:
         return
-    index["weight_map"] = dict(sorted({**index["weight_map"], **added}.items()))
+    index["weight_map"] = dict(sorted(names.items()))
     if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
         index["metadata"]["total_size"] = size
     (folder / checkpoint.index.name).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
-def write_config(checkpoint: Checkpoint, folder: Path, dtype: str | None, untied: bool) -> None:
-    """Change what the config says of the dtype and of tied embeddings, if that changed."""
-    if not checkpoint.config or (dtype is None and not untied):
+def write_config(
+    checkpoint: Checkpoint, folder: Path, dtype: str | None, untied: bool, dequantised: bool
+) -> None:
+    """Change what the config says of the dtype, of tied embeddings and of quantisation, if that changed."""
+    if not checkpoint.config or (dtype is None and not untied and not dequantised):
         return
-    config = dict(checkpoint.config)
+    config = dequantised_config(checkpoint.config) if dequantised else dict(checkpoint.config)
     nested = {key: dict(value) for key, value in config.items() if isinstance(value, dict)}
     config.update(nested)
     if dtype is not None:

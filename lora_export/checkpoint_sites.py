@@ -6,6 +6,7 @@ Layouts that a stored weight can have against the module's canonical one:
 - transposed: GPT-2's Conv1D stores ``(in_dim, out_dim)``. Shapes tell; for square ones the names of
   Conv1D modules in the model families that use it, else ``fan_in_fan_out`` in the adapter's config;
 - experts stacked in one tensor, or one tensor for each expert and half;
+- as codes with scales (`lora_export.base.quantised`);
 - not at all: an output head that is tied to the input embedding. PEFT's `merge_and_unload` adds the head's
   change to the one shared parameter, so that the embedding changes as well, which the trained adapter
   never did (PEFT warns of it). Here the head becomes a tensor of its own and the config says
@@ -23,13 +24,13 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Adapter, Array, LoraModule
+from lora_export.base.quantised import Quantised, quantised_notes
 from lora_export.base.tied_changes import Change, MakePatch, alike, spread
 from lora_export.base.ties import FLAG, Tie, Ties, find_ties, may_be_tied
 from lora_export.checkpoint import Checkpoint, StoredTensor
 from lora_export.checkpoint_names import Names, Part
 from lora_export.patch import Patch, Placement, patch_from, replacement
 from lora_export.plan import Plan, PlanRow, unaccounted
-from lora_export.safetensors_header import FLOATS
 
 # Model families with Conv1D, and its names there (transformers ``pytorch_utils.Conv1D``).
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
@@ -56,6 +57,7 @@ class Placed:
     """The plan for a checkpoint.
 
     Attributes:
+        quantised: The base's quantised weights.
         plan: What happens to each parameter.
         changes: Name of a stored or added tensor → its patches, in the order given, made on demand.
         stacked: Names of tensors whose first two axes are rows (stacked experts).
@@ -64,6 +66,7 @@ class Placed:
         absent: Parameters without a place because the base has no such name.
     """
 
+    quantised: Quantised
     plan: Plan = field(default_factory=Plan)
     changes: dict[str, list[MakePatch]] = field(default_factory=dict)
     stacked: set[str] = field(default_factory=set)
@@ -76,15 +79,18 @@ class NoPlace(Exception):
     """Why a parameter can't be placed; caught here and written into the plan."""
 
 
-def place_adapters(checkpoint: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float]) -> Placed:
+def place_adapters(
+    checkpoint: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], quantised: Quantised
+) -> Placed:
     """Find every change of some adapters in a checkpoint; what has no place is ``refused`` in the plan.
 
     Args:
         checkpoint: The base.
         adapters: What to merge.
         weights: A factor for each adapter's ΔW.
+        quantised: The base's quantised weights.
     """
-    placer = _Placer(checkpoint)
+    placer = _Placer(checkpoint, quantised)
     for adapter, weight in zip(adapters, weights, strict=True):
         start = len(placer.rows)
         placer.begin(adapter)
@@ -111,10 +117,10 @@ def _biased(module: LoraModule) -> bool:
 class _Placer:
     """Collects rows and changes of all adapters over one checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, quantised: Quantised) -> None:
         self._checkpoint = checkpoint
         self._names = Names(checkpoint)
-        self._result = Placed()
+        self._result = Placed(quantised)
         self._changes: dict[str, list[Change]] = {}
         self._sources: dict[str, str] = {}
         self._adapter, self._is_tied = -1, False
@@ -161,6 +167,8 @@ class _Placer:
             result.added += [Added(name, source) for name, source in pairs if name not in stored]
         if any(touched) and self._ties.note:
             notes.append(self._ties.note)
+        changed = {name for name, changes in self._changes.items() if changes}
+        notes += quantised_notes(result.quantised, changed)
         result.changes = {
             name: [c.make for c in changes] for name, changes in self._changes.items() if changes
         }
@@ -176,9 +184,13 @@ class _Placer:
             held = {name: changes for name, changes in found.items() if name in self._checkpoint.tensors}
             self._changes = {n: c for n, c in self._changes.items() if n not in found} | held
             return [f"{name} stays tied to {first}: both change alike" for name in others]
-        if tie.refusal:
+        scaled = self._result.quantised.scaled
+        refusal = tie.refusal or (
+            f"{tie.source} is quantised, and is not stored twice" if tie.source in scaled else ""
+        )
+        if refusal:
             rows = [change.row for changes in found.values() for change in changes]
-            self._refuse(rows, f"{' and '.join(found)} share one weight and would differ; {tie.refusal}")
+            self._refuse(rows, f"{' and '.join(found)} share one weight and would differ; {refusal}")
             return []
         self._changes |= found
         self._result.untied = True
@@ -297,8 +309,9 @@ class _Placer:
         if not isinstance(parts, str):
             self._check(parts)
             return parts
-        if parts.startswith("ambiguous"):
-            raise NoPlace(parts)
+        packed = self._result.quantised.packed_at(parameter)
+        if packed or parts.startswith("ambiguous"):
+            raise NoPlace(packed or parts)
         tied = self._ties.absent(parameter, flattened) if may_be_tied(parameter) else None
         if tied is None:
             self._result.absent.append(parameter)
@@ -311,13 +324,11 @@ class _Placer:
         return (part,)
 
     def _check(self, parts: Sequence[Part]) -> None:
-        """Refuse what can't be merged into: other dtypes than floats, and embeddings tied in unknown ways."""
+        """Refuse what can't be merged into."""
         for part in parts:
-            tensor = self._checkpoint.tensors[part.tensor]
-            if tensor.code not in FLOATS:
-                raise NoPlace(
-                    f"{tensor.name} is stored as {tensor.code}: a quantised weight can't be merged into"
-                )
+            reason = self._result.quantised.refusal(part.tensor)
+            if reason:
+                raise NoPlace(reason)
 
     def _single(self, path: str, flattened: bool) -> tuple[str, str]:
         parts = self._parts(path, flattened)

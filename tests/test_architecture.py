@@ -15,7 +15,7 @@ LAYERS = [
     ("errors",),
     ("adapter", "output", "progress", "safetensors_header"),
     ("captured", "exposed", "saved", "patch", "plan", "graph", "manifest", "rounding", "spectrum"),
-    ("blocks", "stream"),
+    ("blocks", "storage", "stream"),
     ("base", "checkpoint", "checkpoint_names", "formats", "external_data", "sites"),
     ("checkpoint_sites", "checkpoint_layout", "checkpoint_files"),
     (
