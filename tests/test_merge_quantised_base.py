@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -407,3 +408,61 @@ def test_marks_and_input_scales_go_with_the_scales(tmp_path):
 )
 def test_how_many_values_share_a_scale(shape, scales, blocks, grid):
     assert grid_of(shape, scales, blocks) == grid
+
+
+# --- what transformers itself loads ------------------------------------------------------------------
+
+
+def test_transformers_loads_the_merged_codes(tmp_path):
+    """A Llama in DeepSeek's format (FineGrainedFP8): merged codes answer like PEFT on the loaded base."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    with tiny.quiet():
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base/model.safetensors"
+    stored = {}
+    for name, values in load_file(file).items():
+        stored[name] = values
+        if name.endswith("proj.weight"):
+            stored[name], stored[f"{name}_scale_inv"] = quantise(values.double(), E4M3, (128, 128))
+    save_file(stored, file, metadata={"format": "pt"})
+    said = json.loads((tmp_path / "base/config.json").read_text())
+    said["quantization_config"] = {
+        "quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic",
+        "modules_to_not_convert": ["lm_head"],
+    }  # fmt: skip
+    (tmp_path / "base/config.json").write_text(json.dumps(said))
+
+    def loaded(folder):
+        with tiny.quiet():
+            plain = FineGrainedFP8Config(weight_block_size=(128, 128), dequantize=True)
+            model = LlamaForCausalLM.from_pretrained(folder, quantization_config=plain, dtype=torch.float32)
+        return model.eval().float()
+
+    with tiny.quiet():
+        peft = get_peft_model(
+            loaded(tmp_path / "base"), LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+        )
+    for name, values in peft.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(values, std=0.1)
+    with tiny.quiet():
+        peft.save_pretrained(tmp_path / "ad")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        expected = peft.eval()(ids).logits
+        before = loaded(tmp_path / "base")(ids).logits
+        merge_checkpoint(tmp_path / "base", tmp_path / "ad", tmp_path / "out")
+        merge_checkpoint(tmp_path / "base", tmp_path / "ad", tmp_path / "plain", dtype="float32")
+        codes = loaded(tmp_path / "out")(ids).logits
+        with tiny.quiet():
+            plain = LlamaForCausalLM.from_pretrained(tmp_path / "plain").eval()(ids).logits
+    effect = (expected - before).norm()
+    assert (plain - expected).norm() / effect < 1e-4
+    assert (codes - expected).norm() / effect < 0.1
