@@ -117,6 +117,21 @@ class LoraModule:
 
 
 @dataclass(frozen=True, eq=False)
+class TokenRows:
+    """Rows of an embedding that an adapter replaces.
+
+    Attributes:
+        indices: Which rows.
+        values: The new rows ``(len(indices), dim)``.
+        tensor_name: The file's tensor.
+    """
+
+    indices: tuple[int, ...]
+    values: Array
+    tensor_name: str
+
+
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """A trained adapter.
 
@@ -128,6 +143,7 @@ class Adapter:
         extras: Whole parameters that the adapter replaces (``modules_to_save``, ``bias``, embeddings that
             were resized): the parameter's path → its values. Replaced first, changed by modules after.
         extra_tensors: Path of an extra → its tensor's name in the file, where the two differ.
+        token_rows: Embedding's parameter path → single rows that the adapter replaces, after ``extras``.
         flattened: The paths' dots are underscores (kohya); compare them flattened.
         base_model: What the file says it was trained on, if it says so.
         fan_in_fan_out: The config says that the base stores the transposed weight (GPT-2's Conv1D).
@@ -144,6 +160,7 @@ class Adapter:
     modules: Mapping[str, LoraModule]
     extras: Mapping[str, Array] = field(default_factory=dict)
     extra_tensors: Mapping[str, str] = field(default_factory=dict)
+    token_rows: Mapping[str, TokenRows] = field(default_factory=dict)
     flattened: bool = False
     base_model: str | None = None
     fan_in_fan_out: bool = False
@@ -161,4 +178,14 @@ class Adapter:
             for part in (module.lora_a, module.lora_b, module.magnitude, module.scale, module.lora_bias)
             if part is not None
         )
-        return lora + sum(values.size for values in self.extras.values())
+        rows = sum(rows.values.size for rows in self.token_rows.values())
+        return lora + rows + sum(values.size for values in self.extras.values())
+
+
+def token_rows_problems(adapter: Adapter) -> list[str]:
+    """Return one line for each embedding of which the adapter replaces rows, for those who can't do that."""
+    return [
+        f"{path}: replaces {len(rows.indices)} single rows (trainable_token_indices): merge it into the "
+        "checkpoint with `lora-export merge`, and use the result as the base"
+        for path, rows in adapter.token_rows.items()
+    ]

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from lora_export.base.quantised import dequantised_config
 from lora_export.base.ties import untied_config
+from lora_export.base.vocabulary import resized_config
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_layout import Layout
+from lora_export.checkpoint_sites import Placed
 
 MANIFEST = "lora.json"
 # Weights in other formats: left out, or the output would hold the unmerged model beside the merged one.
@@ -83,10 +85,11 @@ def write_index(checkpoint: Checkpoint, layouts: Sequence[Layout], folder: Path)
 
 
 def write_config(
-    checkpoint: Checkpoint, folder: Path, dtype: str | None, untied: bool, dequantised: bool
+    checkpoint: Checkpoint, folder: Path, placed: Placed, dtype: str | None, dequantised: bool
 ) -> None:
-    """Change what the config says of the dtype, of tied embeddings and of quantisation, if that changed."""
-    if not checkpoint.config or (dtype is None and not untied and not dequantised):
+    """Change what the config says of dtype, tied embeddings, quantisation and vocabulary, if that changed."""
+    changed = dtype is not None or placed.untied or dequantised or placed.vocabulary is not None
+    if not checkpoint.config or not changed:
         return
     config = dequantised_config(checkpoint.config) if dequantised else dict(checkpoint.config)
     nested = {key: dict(value) for key, value in config.items() if isinstance(value, dict)}
@@ -98,7 +101,9 @@ def write_config(
                     level[key] = dtype
         if "dtype" not in config and "torch_dtype" not in config:
             config["dtype"] = dtype
-    if untied:
+    if placed.vocabulary is not None:
+        config = resized_config(config, *placed.vocabulary)
+    if placed.untied:
         config = untied_config(config)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, "utf-8")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -23,6 +24,7 @@ class Slot:
         name: Its name there.
         tensor: The stored tensor that it comes from.
         code: Its dtype there.
+        shape: Its shape there.
         at: Where it starts, in bytes from the start of the output file.
         length: Its size there.
     """
@@ -30,6 +32,7 @@ class Slot:
     name: str
     tensor: StoredTensor
     code: str
+    shape: tuple[int, ...]
     at: int
     length: int
 
@@ -68,17 +71,21 @@ def layout_of(shard: Shard, placed: Placed, code: str | None) -> Layout:
         code if code and (t.code in FLOATS or t.name in placed.quantised.scaled) else t.code
         for _, t in wanted + added
     ]
-    same = len(wanted) == len(shard.tensors) and not added
+    resized = any(name in placed.resized for name, _ in wanted)
+    same = len(wanted) == len(shard.tensors) and not added and not resized
     if same and all(c == t.code for c, (_, t) in zip(codes, wanted, strict=True)):
         header = shard.path.open("rb").read(shard.data_start)
-        return Layout(header, tuple(Slot(n, t, t.code, t.offset, t.length) for n, t in wanted), shard.size)
+        slots = [Slot(name, t, t.code, t.shape, t.offset, t.length) for name, t in wanted]
+        return Layout(header, tuple(slots), shard.size)
     at, slots = 0, []
     for (name, tensor), new in zip(wanted + added, codes, strict=True):
-        length = tensor.length if new == tensor.code else _count(tensor) * FLOATS[new].itemsize
-        slots.append(Slot(name, tensor, new, at, length))
+        shape = placed.resized.get(name, tensor.shape)
+        same = new == tensor.code and shape == tensor.shape
+        length = tensor.length if same else math.prod(shape) * DTYPES[new].itemsize
+        slots.append(Slot(name, tensor, new, shape, at, length))
         at += length
     header = _header(shard, slots)
-    moved = tuple(Slot(s.name, s.tensor, s.code, s.at + len(header), s.length) for s in slots)
+    moved = tuple(replace(slot, at=slot.at + len(header)) for slot in slots)
     return Layout(header, moved, at + len(header))
 
 
@@ -110,6 +117,9 @@ def _merged(slot: Slot, placed: Placed) -> MergePiece:
     """Return the piece of a tensor that is changed, or written in another dtype."""
     out = FLOATS[slot.code]
     values = placed.quantised.values(slot.name) if slot.name in placed.quantised.scaled else None
+    if slot.name in placed.resized:
+        # All of it is replaced by the adapter's.
+        values = np.broadcast_to(np.zeros(1, FLOATS[slot.tensor.code]), slot.shape)
     stored = FLOATS[slot.tensor.code] if values is None else values.dtype
     wide: type[Any] = np.float64 if np.dtype(np.float64) in (stored, out) else np.float32
     return MergePiece(
@@ -117,7 +127,7 @@ def _merged(slot: Slot, placed: Placed) -> MergePiece:
         slot.tensor.file if values is None else values,
         slot.tensor.offset,
         slot.at,
-        view_of(slot.tensor.shape, slot.name in placed.stacked),
+        view_of(slot.shape, slot.name in placed.stacked),
         stored,
         out,
         [make(wide) for make in placed.changes.get(slot.name, [])],
@@ -166,9 +176,5 @@ def _header(shard: Shard, slots: list[Slot]) -> bytes:
             continue
         slot = by_name[name]
         offsets = [slot.at, slot.at + slot.length]
-        header[name] = {"dtype": slot.code, "shape": list(slot.tensor.shape), "data_offsets": offsets}
+        header[name] = {"dtype": slot.code, "shape": list(slot.shape), "data_offsets": offsets}
     return header_bytes(header)
-
-
-def _count(tensor: StoredTensor) -> int:
-    return tensor.length // DTYPES[tensor.code].itemsize

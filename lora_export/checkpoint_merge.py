@@ -78,7 +78,7 @@ class CheckpointMerge:
         kept = [path for path in small if not (dequantised and says_quantised(path))]
         copy_small_files(self.checkpoint.folder, kept, folder)
         write_index(self.checkpoint, self.layouts, folder)
-        write_config(self.checkpoint, folder, self.dtype, self.placed.untied, dequantised)
+        write_config(self.checkpoint, folder, self.placed, self.dtype, dequantised)
         return roundings
 
 
@@ -88,6 +88,7 @@ def plan_merge(
     factors: Sequence[float],
     dtype: str | None,
     allow_unmatched: bool,
+    resize: bool = False,
 ) -> CheckpointMerge:
     """Place adapters in a folder's tensors; nothing is written.
 
@@ -97,6 +98,7 @@ def plan_merge(
         factors: One for each.
         dtype: A key of `DTYPES` for all float tensors; as they are if left out.
         allow_unmatched: Leave out what has no place in the base, instead of refusing.
+        resize: Give the base the rows for new tokens that an adapter holds.
 
     Raises:
         AdapterError: An adapter is for another architecture, or in the base already.
@@ -109,7 +111,7 @@ def plan_merge(
     checkpoint = Checkpoint.open(base)
     quantised = find_quantised(checkpoint)
     _refuse_merged(checkpoint, adapters)
-    placed = place_adapters(checkpoint, adapters, factors, quantised)
+    placed = place_adapters(checkpoint, adapters, factors, quantised, resize)
     _refuse_unplaced(checkpoint, adapters, placed, allow_unmatched)
     if dtype is not None:
         _refuse_dequantising(quantised, dtype)

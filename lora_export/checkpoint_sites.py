@@ -23,10 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from lora_export.adapter import Adapter, Array, LoraModule
+from lora_export.adapter import Adapter, Array, LoraModule, TokenRows
 from lora_export.base.quantised import Quantised, quantised_notes
 from lora_export.base.tied_changes import Change, MakePatch, alike, spread
 from lora_export.base.ties import FLAG, Tie, Ties, find_ties, may_be_tied
+from lora_export.base.vocabulary import new_head_reason, new_rows_reason, why_not_resized
 from lora_export.checkpoint import Checkpoint, StoredTensor
 from lora_export.checkpoint_names import Names, Part
 from lora_export.patch import Patch, Placement, patch_from, replacement
@@ -64,6 +65,8 @@ class Placed:
         added: Heads that are no longer tied.
         untied: The config says that head and embedding are tied, and the output's has to say no.
         absent: Parameters without a place because the base has no such name.
+        vocabulary: How many tokens the base has, and the output.
+        resized: Name of a stored or added tensor → its new shape, with rows for new tokens.
     """
 
     quantised: Quantised
@@ -73,6 +76,8 @@ class Placed:
     added: list[Added] = field(default_factory=list)
     untied: bool = False
     absent: list[str] = field(default_factory=list)
+    resized: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    vocabulary: tuple[int, int] | None = None
 
 
 class NoPlace(Exception):
@@ -80,7 +85,11 @@ class NoPlace(Exception):
 
 
 def place_adapters(
-    checkpoint: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], quantised: Quantised
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    quantised: Quantised,
+    resize: bool = False,
 ) -> Placed:
     """Find every change of some adapters in a checkpoint; what has no place is ``refused`` in the plan.
 
@@ -89,14 +98,18 @@ def place_adapters(
         adapters: What to merge.
         weights: A factor for each adapter's ΔW.
         quantised: The base's quantised weights.
+        resize: Give the base the rows for new tokens that an adapter holds.
     """
-    placer = _Placer(checkpoint, quantised)
+    placer = _Placer(checkpoint, quantised, resize)
     for adapter, weight in zip(adapters, weights, strict=True):
         start = len(placer.rows)
         placer.begin(adapter)
         for path, values in adapter.extras.items():
             names: tuple[str, ...] = (adapter.extra_tensors.get(path, path),)
             placer.place(adapter, path, names, "replace", partial(placer.replaced, path, values, adapter))
+        for path, rows in adapter.token_rows.items():
+            act = partial(placer.rows_replaced, path, rows, adapter)
+            placer.place(adapter, path, (rows.tensor_name,), "replace", act)
         for module in adapter.modules.values():
             biases = tuple(n for n in module.tensor_names if n.endswith("bias")) if _biased(module) else ()
             names = tuple(n for n in module.tensor_names if n not in biases)
@@ -117,12 +130,13 @@ def _biased(module: LoraModule) -> bool:
 class _Placer:
     """Collects rows and changes of all adapters over one checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, quantised: Quantised) -> None:
+    def __init__(self, checkpoint: Checkpoint, quantised: Quantised, resize: bool) -> None:
         self._checkpoint = checkpoint
         self._names = Names(checkpoint)
         self._result = Placed(quantised)
         self._changes: dict[str, list[Change]] = {}
         self._sources: dict[str, str] = {}
+        self._resize = resize
         self._adapter, self._is_tied = -1, False
         self.rows: list[PlanRow] = []
 
@@ -157,6 +171,8 @@ class _Placer:
     def finish(self) -> Placed:
         """Settle what shares a weight with others, and return the whole."""
         result, notes = self._result, []
+        if self._result.resized:
+            self._check_resized()
         touched = [self._ties.of(name) for name in self._changes if may_be_tied(name)]
         for tie in dict.fromkeys(tie for tie in touched if tie is not None):
             notes += self._settle(tie)
@@ -184,6 +200,14 @@ class _Placer:
             held = {name: changes for name, changes in found.items() if name in self._checkpoint.tensors}
             self._changes = {n: c for n, c in self._changes.items() if n not in found} | held
             return [f"{name} stays tied to {first}: both change alike" for name in others]
+        sizes = {name: self._result.resized.get(name, self._tensor_of(tie, name).shape) for name in found}
+        if len(set(sizes.values())) > 1:
+            lacking = [name for name in found if name not in self._result.resized]
+            rows = [change.row for changes in found.values() for change in changes]
+            self._refuse(
+                rows, f"{', '.join(lacking)} would need as many rows, and the adapter doesn't hold them"
+            )
+            return []
         scaled = self._result.quantised.scaled
         refusal = tie.refusal or (
             f"{tie.source} is quantised, and is not stored twice" if tie.source in scaled else ""
@@ -200,12 +224,27 @@ class _Placer:
             for name in others
         ]
 
+    def _tensor_of(self, tie: Tie, name: str) -> StoredTensor:
+        return self._checkpoint.tensors.get(name) or self._checkpoint.tensors[tie.source]
+
     def _refuse(self, rows: Sequence[int], reason: str) -> None:
         """Take rows of the plan back, with all that they would change."""
         for row in set(rows):
             old = self.rows[row]
             self.rows[row] = PlanRow(old.adapter, old.parameter, old.tensors, "refused", reason=reason)
         self._drop(set(rows))
+
+    def _check_resized(self) -> None:
+        """Refuse new rows that the config or other tensors of the base don't allow."""
+        resized, stored = self._result.resized, self._checkpoint.tensors
+        shapes = {self._sources.get(name, name): shape for name, shape in resized.items()}
+        problem = why_not_resized(self._checkpoint, shapes)
+        if problem:
+            self._refuse([c.row for name in resized for c in self._changes[name]], problem)
+            resized.clear()
+            return
+        ((old, new),) = {(stored[name].shape[0], shape[0]) for name, shape in shapes.items()}
+        self._result.vocabulary = (old, new)
 
     def _drop(self, rows: set[int]) -> None:
         for name, changes in self._changes.items():
@@ -215,13 +254,36 @@ class _Placer:
 
     def replaced(self, path: str, values: Array, adapter: Adapter) -> tuple[list[str], str, str]:
         """Put whole values in place of a parameter."""
-        name, reason = self._single(path, adapter.flattened)
+        name, reason = self._single(path, adapter.flattened, values.shape)
         tensor = self._tensor(name)
         if tensor.shape != values.shape:
-            raise NoPlace(f"stored with shape {tensor.shape}, the adapter's values have {values.shape}")
-        matrix = values.reshape(view_of(tensor.shape, name in self._result.stacked))
+            todo = new_rows_reason(tensor.shape, values.shape, path)
+            grows = "--resize" in todo and name not in self._result.quantised.scaled
+            if not (self._resize and grows):
+                raise NoPlace(
+                    todo or f"stored with shape {tensor.shape}, the adapter's values have {values.shape}"
+                )
+            self._result.resized[name] = values.shape
+        matrix = values.reshape(view_of(values.shape, name in self._result.stacked))
         self._add(name, lambda _: replacement(path, matrix))
         return [name], "", reason
+
+    def rows_replaced(self, path: str, rows: TokenRows, adapter: Adapter) -> tuple[list[str], str, str]:
+        """Put single rows in place of an embedding's, and of what is tied to it."""
+        name, reason = self._single(path, adapter.flattened)
+        shape = self._tensor(name).shape
+        if shape[1:] != rows.values.shape[1:]:
+            raise NoPlace(f"stored with shape {shape}, the adapter's rows have {rows.values.shape[1]} values")
+        if max(rows.indices) >= shape[0]:
+            wanted = max(rows.indices) + 1
+            raise NoPlace(
+                f"row {wanted - 1} of {shape[0]}: resize the base to {wanted} rows or more, as for the training "
+                f"(model.resize_token_embeddings({wanted}), then save_pretrained)"
+            )
+        for index, values in zip(rows.indices, rows.values, strict=True):
+            row = values[None, :]
+            self._add(name, partial(_replaced, path, row, index), for_all=True)
+        return [name], f"{len(rows.indices)} rows", reason
 
     def bias_added(self, module: LoraModule, adapter: Adapter, weight: float) -> tuple[list[str], str, str]:
         """Add the scaled bias of lora_B to the module's own bias."""
@@ -280,6 +342,8 @@ class _Placer:
         same = shape == module.weight_shape or (plain and shape[:2] == wanted)
         turned = module.kind in ("linear", "parameter") and shape == wanted[::-1]
         if not same and not turned:
+            if todo := new_rows_reason(shape, module.weight_shape, f"{module.path}.{module.parameter}"):
+                raise NoPlace(todo)
             as_name = "" if tensor.name.endswith(f"{module.path}.{module.parameter}") else f" ({tensor.name})"
             raise NoPlace(
                 f"stored with shape {tensor.shape}, the adapter fits {module.weight_shape}{as_name}"
@@ -304,7 +368,7 @@ class _Placer:
 
     # Names.
 
-    def _parts(self, parameter: str, flattened: bool) -> tuple[Part, ...]:
+    def _parts(self, parameter: str, flattened: bool, whole: tuple[int, ...] = ()) -> tuple[Part, ...]:
         parts = self._names.find(parameter, flattened)
         if not isinstance(parts, str):
             self._check(parts)
@@ -315,7 +379,7 @@ class _Placer:
         tied = self._ties.absent(parameter, flattened) if may_be_tied(parameter) else None
         if tied is None:
             self._result.absent.append(parameter)
-            raise NoPlace(parts)
+            raise NoPlace((whole and new_head_reason(parameter, whole)) or parts)
         tie, name = tied
         if name not in self._checkpoint.tensors:
             self._sources[name] = tie.source
@@ -330,25 +394,28 @@ class _Placer:
             if reason:
                 raise NoPlace(reason)
 
-    def _single(self, path: str, flattened: bool) -> tuple[str, str]:
-        parts = self._parts(path, flattened)
+    def _single(self, path: str, flattened: bool, whole: tuple[int, ...] = ()) -> tuple[str, str]:
+        parts = self._parts(path, flattened, whole)
         if len(parts) != 1 or parts[0].piece != (0, 1) or parts[0].expert is not None:
             raise NoPlace(f"the base stores it as {len(parts)} tensors: replacing it whole is not possible")
         return parts[0].tensor, parts[0].reason
 
     def _tensor(self, name: str) -> StoredTensor:
-        """Return a stored tensor, or for one that is only tied its source under the name it would have."""
-        if name in self._sources:
-            return replace(self._checkpoint.tensors[self._sources[name]], name=name)
-        return self._checkpoint.tensors[name]
+        """Return a stored tensor, in its new shape; or for one that is only tied its source under the name it would have."""
+        tensor = replace(self._checkpoint.tensors[self._sources.get(name, name)], name=name)
+        return replace(tensor, shape=self._result.resized.get(name, tensor.shape))
 
-    def _add(self, name: str, make: MakePatch) -> None:
-        change = Change(make, len(self.rows), self._adapter, self._is_tied)
+    def _add(self, name: str, make: MakePatch, for_all: bool = False) -> None:
+        change = Change(make, len(self.rows), self._adapter, self._is_tied, for_all)
         self._changes.setdefault(name, []).append(change)
 
 
 def _make(module: LoraModule, placement: Placement, weight: float, dtype: type[Any]) -> Patch:
     return patch_from(module, placement, weight, dtype)
+
+
+def _replaced(path: str, values: Array, row: int, _: type[Any]) -> Patch:
+    return replacement(path, values, row)
 
 
 def view_of(shape: tuple[int, ...], stacked: bool) -> tuple[int, int]:

@@ -135,4 +135,8 @@ def adapter_entry(adapter: Adapter, weight: float) -> dict[str, Any]:
             for key, module in adapter.modules.items()
         },
         "replaced": sorted(adapter.extras),
-    }
+    } | (
+        {"replaced_rows": {k: len(v.indices) for k, v in rows.items()}}
+        if (rows := adapter.token_rows)
+        else {}
+    )

@@ -25,6 +25,7 @@ from lora_export.formats.lora_config import LoraRules
 from lora_export.formats.pairs import Parts, PartsTable, adapter_of, build_module, raise_problems
 from lora_export.formats.source import CONFIG_NAME, WEIGHT_NAMES, Format, Options, Source
 from lora_export.formats.tensors import value_problems
+from lora_export.formats.token_rows import is_rows, read_rows
 
 PREFIX = "base_model.model."
 _PARTS = {
@@ -67,10 +68,14 @@ def read(source: Source, options: Options) -> Adapter:
     table = PartsTable()
     table.problems += rules.problems
     extras, extra_tensors = _sort_tensors(source.tensors, table)
+    rows = {
+        n.removeprefix(PREFIX): (n, v) for n, v in source.tensors.items() if is_rows(n.removeprefix(PREFIX))
+    }
+    token_rows = read_rows(rows, config, table.problems)
     _refuse_attention(table)
     _name_parameters(table, rules)
     modules = _build_modules(table, rules, config)
-    if not table.rows and not extras:
+    if not table.rows and not extras and not rows:
         table.problems.append("the file has no LoRA tensors")
     _check_experts(modules, table.problems)
     if source.config is not None:
@@ -86,6 +91,7 @@ def read(source: Source, options: Options) -> Adapter:
         adapter_of(source, "peft", table, modules, config, notes),
         extras=extras,
         extra_tensors=extra_tensors,
+        token_rows=token_rows,
         base_model=config.get("base_model_name_or_path") or None,
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
     )
@@ -163,10 +169,12 @@ def _sort_tensors(tensors: Mapping[str, Array], table: PartsTable) -> tuple[dict
                 row.kind = "embedding"
         elif _ASIDE.search(path):
             table.aside.append(name)
-        elif ".token_adapter." in path or ".lora_" in path:
+        elif is_rows(path):
+            continue  # read by token_rows
+        elif ".lora_" in path:
             table.unknown([name], "not a tensor that a LoRA adapter has; merge with PEFT's merge_and_unload")
         else:
-            target = path.replace(".base_layer.", ".")
+            target = path.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
             target = re.sub(r"\.modules_to_save\.(default\.)?", ".", target)
             if target not in extras:
                 extras[target] = values

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_export.adapter import Adapter, Array, LoraModule
+from lora_export.adapter import Adapter, Array, LoraModule, token_rows_problems
 from lora_export.checkpoint_names import Part
 from lora_export.errors import AdapterError
 from lora_export.runtimes.torch_places import NoPlace, Owner, Places
@@ -65,7 +65,7 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
     import torch
 
     finder = places.finder(adapter)
-    problems: list[str] = []
+    problems = token_rows_problems(adapter)
     branches, extras = [], []
 
     def locate(parameter: str) -> tuple[str, Owner, Part | None]:

@@ -1,0 +1,110 @@
+"""A base whose embedding and head get more rows: new tokens that an adapter brings along.
+
+transformers' `resize_token_embeddings` gives the input embedding, the output head and whatever else has a row
+for each token as many rows as asked for, and changes ``vocab_size``. Here the adapter holds the new matrices
+whole; what it doesn't hold can't be made up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lora_export.base.meta_model import Renaming, build_model, model_names
+from lora_export.base.ties import may_be_tied
+from lora_export.checkpoint import Checkpoint
+
+_KEY = "vocab_size"
+
+
+def resized_config(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
+    """Return the config with each ``vocab_size`` of ``old`` tokens, at any level, made ``new``."""
+    result = {k: resized_config(v, old, new) if isinstance(v, dict) else v for k, v in config.items()}
+    return result | {_KEY: new} if config.get(_KEY) == old else result
+
+
+def why_not_resized(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return why tensors can't get other shapes, or an empty string.
+
+    Args:
+        checkpoint: The base.
+        shapes: Stored tensor → its new shape, with more rows.
+    """
+    sizes = {(checkpoint.tensors[name].shape[0], shape[0]) for name, shape in shapes.items()}
+    if len(sizes) != 1:
+        return "the adapter's matrices have different numbers of rows"
+    ((old, new),) = sizes
+    config = resized_config(checkpoint.config, old, new)
+    if config == checkpoint.config:
+        return f"no vocab_size of the base's config is {old}, the rows that it has"
+    expected = _expected(checkpoint, config) or {
+        name: (new, *tensor.shape[1:])
+        for name, tensor in checkpoint.tensors.items()
+        if tensor.shape[:1] == (old,) and may_be_tied(name)
+    }
+    wrong = [
+        name
+        for name, shape in expected.items()
+        if shapes.get(name, checkpoint.tensors[name].shape) != shape and name in checkpoint.tensors
+    ]
+    if wrong:
+        return f"{', '.join(wrong)} would need {new} rows as well, and the adapter doesn't hold them"
+    return ""
+
+
+def _expected(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that a config's model wants, as far as transformers can say."""
+    if "model_type" not in config:
+        return {}
+    try:
+        model = build_model(checkpoint, config)
+        meta = model.state_dict()
+        names = model_names(Renaming(model), checkpoint.tensors)
+        return {stored: tuple(meta[name].shape) for name, stored in names if name in meta}
+    except Exception:  # no transformers, or a model that it can't build: shapes alone decide
+        return {}
+
+
+def new_rows_reason(shape: tuple[int, ...], seen: tuple[int, ...], path: str) -> str:
+    """Return what to do where an adapter has more or fewer rows than the base; empty where it is not that.
+
+    Args:
+        shape: What is stored.
+        seen: What the adapter has.
+        path: The parameter.
+    """
+    if not may_be_tied(path) or shape[1:] != seen[1:] or not shape or not seen or shape == seen:
+        return ""
+    rows, wanted = shape[0], seen[0]
+    leaf = path.rpartition(".")[0].rpartition(".")[2]
+    if leaf in ("score", "classifier", "qa_outputs", "out_proj", "classification_head"):
+        return (
+            f"the base has a head of {rows} labels, the adapter one of {wanted}: save the base with a head of "
+            f"{wanted} labels (from_pretrained(BASE, num_labels={wanted}), then save_pretrained)"
+        )
+    if wanted < rows:
+        return f"the base has {rows} rows, the adapter {wanted}: take the base before its vocabulary grew"
+    return (
+        f"the base has {rows} rows, the adapter {wanted}, for new tokens: resize the base to {wanted} rows "
+        f"(model.resize_token_embeddings({wanted}), then save_pretrained), or merge with --resize, which "
+        "takes the rows from the adapter where it holds them whole"
+    )
+
+
+def new_head_reason(path: str, shape: tuple[int, ...]) -> str:
+    """Return what to do where a base has no head of the kind that an adapter brings whole; else empty."""
+    leaf = path.rpartition(".")[0].rpartition(".")[2]
+    kinds = {
+        "score": "AutoModelForSequenceClassification",
+        "classifier": "AutoModelForSequenceClassification or AutoModelForTokenClassification",
+        "qa_outputs": "AutoModelForQuestionAnswering",
+        "out_proj": "AutoModelForSequenceClassification",
+        "dense": "AutoModelForSequenceClassification",
+    }
+    if leaf not in kinds or not may_be_tied(path):
+        return ""
+    labels = f", num_labels={shape[0]}" if leaf in ("score", "classifier") else ""
+    return (
+        f"the base has no such head: save it with a head of {shape[0]} labels "
+        f"({kinds[leaf]}.from_pretrained(BASE{labels}), then save_pretrained) and merge into that"
+    )
