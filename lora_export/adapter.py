@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -129,6 +129,15 @@ class TokenRows:
     indices: tuple[int, ...]
     values: Array
     tensor_name: str
+
+    def runs(self) -> Iterator[tuple[int, Array]]:
+        """Yield the rows that follow one another together: the first one's index, and their values."""
+        order = sorted(range(len(self.indices)), key=self.indices.__getitem__)
+        start = 0
+        for end in range(1, len(order) + 1):
+            if end == len(order) or self.indices[order[end]] != self.indices[order[end - 1]] + 1:
+                yield self.indices[order[start]], self.values[order[start:end]]
+                start = end
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,18 +17,20 @@ Layouts that a stored weight can have against the module's canonical one:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from lora_export.adapter import Adapter, Array, LoraModule, TokenRows
+from lora_export.base.ledger import Ledger
 from lora_export.base.quantised import Quantised, quantised_notes
-from lora_export.base.tied_changes import Change, MakePatch, alike, spread
-from lora_export.base.ties import FLAG, Tie, Ties, find_ties, may_be_tied
-from lora_export.base.vocabulary import new_head_reason, new_rows_reason, why_not_resized
-from lora_export.checkpoint import Checkpoint, StoredTensor
+from lora_export.base.settle import settle
+from lora_export.base.tied_changes import MakePatch
+from lora_export.base.ties import Ties, find_ties, may_be_tied
+from lora_export.base.vocabulary import grows, new_head_reason, new_rows_reason
+from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_names import Names, Part
 from lora_export.patch import Patch, Placement, patch_from, replacement
 from lora_export.plan import Plan, PlanRow, unaccounted
@@ -119,7 +121,7 @@ def place_adapters(
                 act = partial(placer.bias_added, module, adapter, weight)
                 placer.place(adapter, f"{module.path}.bias", biases, "add to bias", act)
         lost = unaccounted(adapter.tensor_names, placer.rows[start:])
-        placer.rows += [PlanRow(adapter.name, n, (n,), "refused", reason="no rule for it") for n in lost]
+        placer.rows.extend(PlanRow(adapter.name, n, (n,), "refused", reason="no rule for it") for n in lost)
     return placer.finish()
 
 
@@ -133,12 +135,15 @@ class _Placer:
     def __init__(self, checkpoint: Checkpoint, quantised: Quantised, resize: bool) -> None:
         self._checkpoint = checkpoint
         self._names = Names(checkpoint)
-        self._result = Placed(quantised)
-        self._changes: dict[str, list[Change]] = {}
-        self._sources: dict[str, str] = {}
-        self._resize = resize
-        self._adapter, self._is_tied = -1, False
-        self.rows: list[PlanRow] = []
+        self._quantised, self._resize = quantised, resize
+        self._ledger = Ledger(checkpoint)
+        self._stacked: set[str] = set()
+        self._absent: list[str] = []
+
+    @property
+    def rows(self) -> list[PlanRow]:
+        """The plan so far."""
+        return self._ledger.rows
 
     @cached_property
     def _ties(self) -> Ties:
@@ -146,8 +151,7 @@ class _Placer:
 
     def begin(self, adapter: Adapter) -> None:
         """Say whose changes come next."""
-        self._adapter += 1
-        self._is_tied = bool(adapter.config.get("ensure_weight_tying"))
+        self._ledger.begin(adapter)
 
     def place(
         self,
@@ -162,7 +166,7 @@ class _Placer:
             places, layout, reason = act()
         except NoPlace as problem:
             # Parts that were placed before the one that has no place.
-            self._drop({len(self.rows)})
+            self._ledger.drop({len(self.rows)})
             self.rows.append(PlanRow(adapter.name, parameter, tensors, "refused", reason=str(problem)))
             return
         shown = ", ".join(places[:2]) + (f", … ({len(places)})" if len(places) > 2 else "")
@@ -170,119 +174,54 @@ class _Placer:
 
     def finish(self) -> Placed:
         """Settle what shares a weight with others, and return the whole."""
-        result, notes = self._result, []
-        if self._result.resized:
-            self._check_resized()
-        touched = [self._ties.of(name) for name in self._changes if may_be_tied(name)]
-        for tie in dict.fromkeys(tie for tie in touched if tie is not None):
-            notes += self._settle(tie)
-        if result.untied:
-            # The config's switch is one for all of them.
-            stored = self._checkpoint.tensors
-            pairs = [(name, tie.source) for tie in self._ties.ties for name in tie.tensors.values()]
-            result.added += [Added(name, source) for name, source in pairs if name not in stored]
-        if any(touched) and self._ties.note:
-            notes.append(self._ties.note)
-        changed = {name for name, changes in self._changes.items() if changes}
-        notes += quantised_notes(result.quantised, changed)
-        result.changes = {
-            name: [c.make for c in changes] for name, changes in self._changes.items() if changes
-        }
-        result.plan = Plan(tuple(self.rows), tuple(notes))
-        return result
-
-    def _settle(self, tie: Tie) -> list[str]:
-        """Leave the parameters of a tie one weight where their changes are equal, else part them."""
-        found, wrong = spread(tie, self._changes)
-        self._refuse(wrong, "trained with ensure_weight_tying, and yet not the change of the input embedding")
-        first, *others = found
-        if all(alike(found[first], found[name]) for name in others):
-            held = {name: changes for name, changes in found.items() if name in self._checkpoint.tensors}
-            self._changes = {n: c for n, c in self._changes.items() if n not in found} | held
-            return [f"{name} stays tied to {first}: both change alike" for name in others]
-        sizes = {name: self._result.resized.get(name, self._tensor_of(tie, name).shape) for name in found}
-        if len(set(sizes.values())) > 1:
-            lacking = [name for name in found if name not in self._result.resized]
-            rows = [change.row for changes in found.values() for change in changes]
-            self._refuse(
-                rows, f"{', '.join(lacking)} would need as many rows, and the adapter doesn't hold them"
-            )
-            return []
-        scaled = self._result.quantised.scaled
-        refusal = tie.refusal or (
-            f"{tie.source} is quantised, and is not stored twice" if tie.source in scaled else ""
+        ledger = self._ledger
+        settled = settle(ledger, lambda: self._ties, self._quantised)
+        changes = {name: [c.make for c in changes] for name, changes in ledger.changes.items() if changes}
+        notes = [*settled.notes, *quantised_notes(self._quantised, changes)]
+        return Placed(
+            self._quantised,
+            Plan(tuple(ledger.rows), tuple(notes)),
+            changes,
+            self._stacked,
+            [Added(name, source) for name, source in settled.parted],
+            settled.untied,
+            self._absent,
+            ledger.resized,
+            settled.vocabulary,
         )
-        if refusal:
-            rows = [change.row for changes in found.values() for change in changes]
-            self._refuse(rows, f"{' and '.join(found)} share one weight and would differ; {refusal}")
-            return []
-        self._changes |= found
-        self._result.untied = True
-        return [
-            f"{name} was tied to {first}; they change differently, so the output stores both and its config "
-            f"says {FLAG}: false"
-            for name in others
-        ]
-
-    def _tensor_of(self, tie: Tie, name: str) -> StoredTensor:
-        return self._checkpoint.tensors.get(name) or self._checkpoint.tensors[tie.source]
-
-    def _refuse(self, rows: Sequence[int], reason: str) -> None:
-        """Take rows of the plan back, with all that they would change."""
-        for row in set(rows):
-            old = self.rows[row]
-            self.rows[row] = PlanRow(old.adapter, old.parameter, old.tensors, "refused", reason=reason)
-        self._drop(set(rows))
-
-    def _check_resized(self) -> None:
-        """Refuse new rows that the config or other tensors of the base don't allow."""
-        resized, stored = self._result.resized, self._checkpoint.tensors
-        shapes = {self._sources.get(name, name): shape for name, shape in resized.items()}
-        problem = why_not_resized(self._checkpoint, shapes)
-        if problem:
-            self._refuse([c.row for name in resized for c in self._changes[name]], problem)
-            resized.clear()
-            return
-        ((old, new),) = {(stored[name].shape[0], shape[0]) for name, shape in shapes.items()}
-        self._result.vocabulary = (old, new)
-
-    def _drop(self, rows: set[int]) -> None:
-        for name, changes in self._changes.items():
-            self._changes[name] = [change for change in changes if change.row not in rows]
 
     # What each kind of change does.
 
     def replaced(self, path: str, values: Array, adapter: Adapter) -> tuple[list[str], str, str]:
         """Put whole values in place of a parameter."""
         name, reason = self._single(path, adapter.flattened, values.shape)
-        tensor = self._tensor(name)
+        tensor = self._ledger.tensor(name)
         if tensor.shape != values.shape:
-            todo = new_rows_reason(tensor.shape, values.shape, path)
-            grows = "--resize" in todo and name not in self._result.quantised.scaled
-            if not (self._resize and grows):
+            may_grow = self._resize and name not in self._quantised.scaled
+            if not (may_grow and grows(path, tensor.shape, values.shape)):
                 raise NoPlace(
-                    todo or f"stored with shape {tensor.shape}, the adapter's values have {values.shape}"
+                    new_rows_reason(path, tensor.shape, values.shape)
+                    or f"stored with shape {tensor.shape}, the adapter's values have {values.shape}"
                 )
-            self._result.resized[name] = values.shape
-        matrix = values.reshape(view_of(values.shape, name in self._result.stacked))
-        self._add(name, lambda _: replacement(path, matrix))
+            self._ledger.resized[name] = values.shape
+        matrix = values.reshape(view_of(values.shape, name in self._stacked))
+        self._ledger.add(name, lambda _: replacement(path, matrix))
         return [name], "", reason
 
     def rows_replaced(self, path: str, rows: TokenRows, adapter: Adapter) -> tuple[list[str], str, str]:
         """Put single rows in place of an embedding's, and of what is tied to it."""
         name, reason = self._single(path, adapter.flattened)
-        shape = self._tensor(name).shape
+        shape = self._ledger.tensor(name).shape
         if shape[1:] != rows.values.shape[1:]:
             raise NoPlace(f"stored with shape {shape}, the adapter's rows have {rows.values.shape[1]} values")
         if max(rows.indices) >= shape[0]:
             wanted = max(rows.indices) + 1
             raise NoPlace(
-                f"row {wanted - 1} of {shape[0]}: resize the base to {wanted} rows or more, as for the training "
+                f"row {wanted - 1} of {shape[0]}: resize the base to {wanted} rows or more, as in training "
                 f"(model.resize_token_embeddings({wanted}), then save_pretrained)"
             )
-        for index, values in zip(rows.indices, rows.values, strict=True):
-            row = values[None, :]
-            self._add(name, partial(_replaced, path, row, index), for_all=True)
+        for first, values in rows.runs():
+            self._ledger.add(name, partial(_replaced, path, values, first), for_all=True)
         return [name], f"{len(rows.indices)} rows", reason
 
     def bias_added(self, module: LoraModule, adapter: Adapter, weight: float) -> tuple[list[str], str, str]:
@@ -293,14 +232,14 @@ class _Placer:
         if isinstance(parts, str):
             raise NoPlace("lora_bias needs a bias to be added to, and the base has none here")
         name = parts[0].tensor
-        if self._tensor(name).shape != bias.shape:
-            raise NoPlace(f"{name} has shape {self._tensor(name).shape}, lora_bias {bias.shape}")
+        if self._ledger.tensor(name).shape != bias.shape:
+            raise NoPlace(f"{name} has shape {self._ledger.tensor(name).shape}, lora_bias {bias.shape}")
 
         def make(dtype: type[Any]) -> Patch:
             row = bias.astype(dtype)[None, :] * dtype(weight * module.scaling)
             return Patch(path, 0, 0, 1, bias.size, left=np.ones((1, 1), dtype), right=row)
 
-        self._add(name, make)
+        self._ledger.add(name, make)
         return [name], "", parts[0].reason
 
     def merged(self, module: LoraModule, adapter: Adapter, weight: float) -> tuple[list[str], str, str]:
@@ -324,14 +263,14 @@ class _Placer:
             placements, layout = self._fit(module, adapter, part, span)
             layouts.append(layout)
             for placement in placements:
-                self._add(part.tensor, partial(_make, module, placement, weight))
+                self._ledger.add(part.tensor, partial(_make, module, placement, weight))
         return [part.tensor for part in parts], layouts[0], parts[0].reason
 
     def _fit(
         self, module: LoraModule, adapter: Adapter, part: Part, span: tuple[int, int]
     ) -> tuple[list[Placement], str]:
         """Return where canonical rows ``span`` lie in a stored tensor; NoPlace if shapes don't allow it."""
-        tensor = self._tensor(part.tensor)
+        tensor = self._ledger.tensor(part.tensor)
         wanted = (span[1] - span[0], module.matrix_shape[1])
         stacked = module.experts > 1 and part.expert is None
         shape = tensor.shape[1:] if stacked and len(tensor.shape) == 3 else tensor.shape
@@ -342,9 +281,10 @@ class _Placer:
         same = shape == module.weight_shape or (plain and shape[:2] == wanted)
         turned = module.kind in ("linear", "parameter") and shape == wanted[::-1]
         if not same and not turned:
-            if todo := new_rows_reason(shape, module.weight_shape, f"{module.path}.{module.parameter}"):
+            parameter = f"{module.path}.{module.parameter}"
+            if todo := new_rows_reason(parameter, shape, module.weight_shape):
                 raise NoPlace(todo)
-            as_name = "" if tensor.name.endswith(f"{module.path}.{module.parameter}") else f" ({tensor.name})"
+            as_name = "" if tensor.name.endswith(parameter) else f" ({tensor.name})"
             raise NoPlace(
                 f"stored with shape {tensor.shape}, the adapter fits {module.weight_shape}{as_name}"
             )
@@ -352,7 +292,7 @@ class _Placer:
         layout = "transposed" if transposed else ""
         if not stacked:
             return [Placement(span, 0, 0, transposed, expert=part.expert or 0)], layout
-        self._result.stacked.add(tensor.name)
+        self._stacked.add(tensor.name)
         height = tensor.shape[1]
         placements = [Placement(span, e * height, 0, transposed, expert=e) for e in range(module.experts)]
         return placements, f"{module.experts} experts stacked" + (", transposed" if transposed else "")
@@ -373,16 +313,16 @@ class _Placer:
         if not isinstance(parts, str):
             self._check(parts)
             return parts
-        packed = self._result.quantised.packed_at(parameter)
+        packed = self._quantised.packed_at(parameter)
         if packed or parts.startswith("ambiguous"):
             raise NoPlace(packed or parts)
         tied = self._ties.absent(parameter, flattened) if may_be_tied(parameter) else None
         if tied is None:
-            self._result.absent.append(parameter)
+            self._absent.append(parameter)
             raise NoPlace((whole and new_head_reason(parameter, whole)) or parts)
         tie, name = tied
         if name not in self._checkpoint.tensors:
-            self._sources[name] = tie.source
+            self._ledger.sources[name] = tie.source
         part = Part(name, reason=f"tied to {tie.source}")
         self._check([Part(tie.source)])
         return (part,)
@@ -390,7 +330,7 @@ class _Placer:
     def _check(self, parts: Sequence[Part]) -> None:
         """Refuse what can't be merged into."""
         for part in parts:
-            reason = self._result.quantised.refusal(part.tensor)
+            reason = self._quantised.refusal(part.tensor)
             if reason:
                 raise NoPlace(reason)
 
@@ -399,15 +339,6 @@ class _Placer:
         if len(parts) != 1 or parts[0].piece != (0, 1) or parts[0].expert is not None:
             raise NoPlace(f"the base stores it as {len(parts)} tensors: replacing it whole is not possible")
         return parts[0].tensor, parts[0].reason
-
-    def _tensor(self, name: str) -> StoredTensor:
-        """Return a stored tensor, in its new shape; or for one that is only tied its source under the name it would have."""
-        tensor = replace(self._checkpoint.tensors[self._sources.get(name, name)], name=name)
-        return replace(tensor, shape=self._result.resized.get(name, tensor.shape))
-
-    def _add(self, name: str, make: MakePatch, for_all: bool = False) -> None:
-        change = Change(make, len(self.rows), self._adapter, self._is_tied, for_all)
-        self._changes.setdefault(name, []).append(change)
 
 
 def _make(module: LoraModule, placement: Placement, weight: float, dtype: type[Any]) -> Patch:

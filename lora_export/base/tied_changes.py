@@ -41,7 +41,7 @@ class Change:
     for_all: bool = False
 
 
-def spread(tie: Tie, changes: Mapping[str, Sequence[Change]]) -> tuple[dict[str, list[Change]], list[int]]:
+def spread(tie: Tie, changes: Mapping[str, Sequence[Change]]) -> tuple[dict[str, list[Change]], bool]:
     """Give every parameter of a tie the changes that stand for all of them.
 
     Args:
@@ -49,12 +49,12 @@ def spread(tie: Tie, changes: Mapping[str, Sequence[Change]]) -> tuple[dict[str,
         changes: Tensor → its changes, in the order of the blend.
 
     Returns:
-        Tensor → its changes, for all of the tie's; and the rows of those that contradict what their adapter
-        says of being trained as one.
+        Tensor → its changes, for all of the tie's; and whether some contradict what their adapter says of
+        being trained as one.
     """
     first, *others = tie.tensors.values()
     found = {tensor: list(changes.get(tensor, ())) for tensor in tie.tensors.values()}
-    wrong: list[int] = []
+    wrong = False
     for adapter in sorted({change.adapter for change in found[first]}):
         common = [change for change in found[first] if change.adapter == adapter]
         for tensor in others:
@@ -63,7 +63,7 @@ def spread(tie: Tie, changes: Mapping[str, Sequence[Change]]) -> tuple[dict[str,
                 more = [*found[tensor], *(change for change in common if change.for_all)]
                 found[tensor] = sorted(more, key=lambda change: change.adapter)
             elif any(change.is_tied for change in own) and not alike(own, common):
-                wrong += [change.row for change in own]
+                wrong = True
     return found, wrong
 
 

@@ -15,6 +15,14 @@ from lora_export.base.ties import may_be_tied
 from lora_export.checkpoint import Checkpoint
 
 _KEY = "vocab_size"
+# Heads for a task, by their modules' names, and what transformers makes them with.
+_HEADS = {
+    "score": "AutoModelForSequenceClassification",
+    "classifier": "AutoModelForSequenceClassification or AutoModelForTokenClassification",
+    "qa_outputs": "AutoModelForQuestionAnswering",
+    "out_proj": "AutoModelForSequenceClassification",
+    "dense": "AutoModelForSequenceClassification",
+}
 
 
 def resized_config(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
@@ -65,21 +73,28 @@ def _expected(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, tu
         return {}
 
 
-def new_rows_reason(shape: tuple[int, ...], seen: tuple[int, ...], path: str) -> str:
+def grows(path: str, shape: tuple[int, ...], seen: tuple[int, ...]) -> bool:
+    """Whether an adapter's whole parameter has more rows than the base's, as for new tokens."""
+    leaf = path.rpartition(".")[0].rpartition(".")[2]
+    same = len(shape) == len(seen) > 0 and shape[1:] == seen[1:]
+    return same and seen[0] > shape[0] and leaf not in _HEADS and may_be_tied(path)
+
+
+def new_rows_reason(path: str, shape: tuple[int, ...], seen: tuple[int, ...]) -> str:
     """Return what to do where an adapter has more or fewer rows than the base; empty where it is not that.
 
     Args:
+        path: The parameter.
         shape: What is stored.
         seen: What the adapter has.
-        path: The parameter.
     """
-    if not may_be_tied(path) or shape[1:] != seen[1:] or not shape or not seen or shape == seen:
+    if not may_be_tied(path) or not shape or shape[1:] != seen[1:]:
         return ""
     rows, wanted = shape[0], seen[0]
     leaf = path.rpartition(".")[0].rpartition(".")[2]
-    if leaf in ("score", "classifier", "qa_outputs", "out_proj", "classification_head"):
+    if leaf in _HEADS:
         return (
-            f"the base has a head of {rows} labels, the adapter one of {wanted}: save the base with a head of "
+            f"the base has a head of {rows} labels, the adapter one of {wanted}: save it with a head of "
             f"{wanted} labels (from_pretrained(BASE, num_labels={wanted}), then save_pretrained)"
         )
     if wanted < rows:
@@ -94,17 +109,11 @@ def new_rows_reason(shape: tuple[int, ...], seen: tuple[int, ...], path: str) ->
 def new_head_reason(path: str, shape: tuple[int, ...]) -> str:
     """Return what to do where a base has no head of the kind that an adapter brings whole; else empty."""
     leaf = path.rpartition(".")[0].rpartition(".")[2]
-    kinds = {
-        "score": "AutoModelForSequenceClassification",
-        "classifier": "AutoModelForSequenceClassification or AutoModelForTokenClassification",
-        "qa_outputs": "AutoModelForQuestionAnswering",
-        "out_proj": "AutoModelForSequenceClassification",
-        "dense": "AutoModelForSequenceClassification",
-    }
-    if leaf not in kinds or not may_be_tied(path):
+    if leaf not in _HEADS or not may_be_tied(path):
         return ""
-    labels = f", num_labels={shape[0]}" if leaf in ("score", "classifier") else ""
+    count = f"of {shape[0]} labels " if leaf != "dense" else ""
+    labels = f", num_labels={shape[0]}" if leaf != "dense" else ""
     return (
-        f"the base has no such head: save it with a head of {shape[0]} labels "
-        f"({kinds[leaf]}.from_pretrained(BASE{labels}), then save_pretrained) and merge into that"
+        f"the base has no such head: save it with a head {count}"
+        f"({_HEADS[leaf]}.from_pretrained(BASE{labels}), then save_pretrained) and merge into that"
     )

@@ -68,9 +68,8 @@ def read(source: Source, options: Options) -> Adapter:
     table = PartsTable()
     table.problems += rules.problems
     extras, extra_tensors = _sort_tensors(source.tensors, table)
-    rows = {
-        n.removeprefix(PREFIX): (n, v) for n, v in source.tensors.items() if is_rows(n.removeprefix(PREFIX))
-    }
+    paths = {name.removeprefix(PREFIX): (name, values) for name, values in source.tensors.items()}
+    rows = {path: tensor for path, tensor in paths.items() if is_rows(path)}
     token_rows = read_rows(rows, config, table.problems)
     _refuse_attention(table)
     _name_parameters(table, rules)
