@@ -29,7 +29,7 @@ from lora_export.base.quantised import Quantised, quantised_notes
 from lora_export.base.settle import settle
 from lora_export.base.tied_changes import MakePatch
 from lora_export.base.ties import Ties, find_ties, may_be_tied
-from lora_export.base.vocabulary import grows, new_head_reason, new_rows_reason
+from lora_export.base.vocabulary import grows, head_hint, resize_hint, rows_hint
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_names import Names, Part
 from lora_export.patch import Patch, Placement, patch_from, replacement
@@ -67,8 +67,9 @@ class Placed:
         added: Heads that are no longer tied.
         untied: The config says that head and embedding are tied, and the output's has to say no.
         absent: Parameters without a place because the base has no such name.
-        vocabulary: How many tokens the base has, and the output.
         resized: Name of a stored or added tensor → its new shape, with rows for new tokens.
+        vocabulary: How many tokens the base has, and the output.
+        hints: What to do to the base for parameters without a place.
     """
 
     quantised: Quantised
@@ -80,10 +81,19 @@ class Placed:
     absent: list[str] = field(default_factory=list)
     resized: dict[str, tuple[int, ...]] = field(default_factory=dict)
     vocabulary: tuple[int, int] | None = None
+    hints: tuple[str, ...] = ()
 
 
 class NoPlace(Exception):
-    """Why a parameter can't be placed; caught here and written into the plan."""
+    """Why a parameter can't be placed; caught here and written into the plan.
+
+    Attributes:
+        hint: What to do to the base, where that helps.
+    """
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.hint = hint
 
 
 def place_adapters(
@@ -139,6 +149,7 @@ class _Placer:
         self._ledger = Ledger(checkpoint)
         self._stacked: set[str] = set()
         self._absent: list[str] = []
+        self._hints: list[str] = []
 
     @property
     def rows(self) -> list[PlanRow]:
@@ -167,6 +178,7 @@ class _Placer:
         except NoPlace as problem:
             # Parts that were placed before the one that has no place.
             self._ledger.drop({len(self.rows)})
+            self._hints += [problem.hint] * bool(problem.hint)
             self.rows.append(PlanRow(adapter.name, parameter, tensors, "refused", reason=str(problem)))
             return
         shown = ", ".join(places[:2]) + (f", … ({len(places)})" if len(places) > 2 else "")
@@ -188,6 +200,7 @@ class _Placer:
             self._absent,
             ledger.resized,
             settled.vocabulary,
+            tuple(dict.fromkeys(self._hints)),
         )
 
     # What each kind of change does.
@@ -200,8 +213,8 @@ class _Placer:
             may_grow = self._resize and name not in self._quantised.scaled
             if not (may_grow and grows(path, tensor.shape, values.shape)):
                 raise NoPlace(
-                    new_rows_reason(path, tensor.shape, values.shape)
-                    or f"stored with shape {tensor.shape}, the adapter's values have {values.shape}"
+                    f"stored with shape {tensor.shape}, the adapter's values have {values.shape}",
+                    rows_hint(path, tensor.shape, values.shape),
                 )
             self._ledger.resized[name] = values.shape
         matrix = values.reshape(view_of(values.shape, name in self._stacked))
@@ -216,10 +229,7 @@ class _Placer:
             raise NoPlace(f"stored with shape {shape}, the adapter's rows have {rows.values.shape[1]} values")
         if max(rows.indices) >= shape[0]:
             wanted = max(rows.indices) + 1
-            raise NoPlace(
-                f"row {wanted - 1} of {shape[0]}: resize the base to {wanted} rows or more, as in training "
-                f"(model.resize_token_embeddings({wanted}), then save_pretrained)"
-            )
+            raise NoPlace(f"row {wanted - 1} of {shape[0]}", resize_hint(wanted))
         for first, values in rows.runs():
             self._ledger.add(name, partial(_replaced, path, values, first), for_all=True)
         return [name], f"{len(rows.indices)} rows", reason
@@ -282,11 +292,10 @@ class _Placer:
         turned = module.kind in ("linear", "parameter") and shape == wanted[::-1]
         if not same and not turned:
             parameter = f"{module.path}.{module.parameter}"
-            if todo := new_rows_reason(parameter, shape, module.weight_shape):
-                raise NoPlace(todo)
             as_name = "" if tensor.name.endswith(parameter) else f" ({tensor.name})"
             raise NoPlace(
-                f"stored with shape {tensor.shape}, the adapter fits {module.weight_shape}{as_name}"
+                f"stored with shape {tensor.shape}, the adapter fits {module.weight_shape}{as_name}",
+                rows_hint(parameter, shape, module.weight_shape),
             )
         transposed = turned and (not same or self._square_is_transposed(module, adapter))
         layout = "transposed" if transposed else ""
@@ -319,7 +328,7 @@ class _Placer:
         tied = self._ties.absent(parameter, flattened) if may_be_tied(parameter) else None
         if tied is None:
             self._absent.append(parameter)
-            raise NoPlace((whole and new_head_reason(parameter, whole)) or parts)
+            raise NoPlace(parts, head_hint(parameter, whole) if whole else "")
         tie, name = tied
         if name not in self._checkpoint.tensors:
             self._ledger.sources[name] = tie.source

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_export.adapter import Adapter
+from lora_export.base.ties import may_be_tied
+from lora_export.base.vocabulary import head_hint
 from lora_export.errors import SiteError
 from lora_export.graph import GraphFile
 from lora_export.plan import Plan, PlanRow, unaccounted
@@ -89,9 +91,21 @@ def refuse(
         )
     raise SiteError(
         f"{name} has {len(misses)} parameters with no place in {file} (of {total})",
-        _hint(reasons, bool(sites)),
+        "; ".join([*_rows_hints(misses), _hint(reasons, bool(sites))]),
         lines,
     )
+
+
+def _rows_hints(misses: Sequence[Miss]) -> list[str]:
+    """Return what to do to a base that lacks rows for new tokens, or the head, that an adapter brings."""
+    hints = []
+    for miss in misses:
+        key, shape = miss.target.key, miss.target.shape
+        if miss.target.action == "replace" and miss.reason.startswith("shapes differ") and may_be_tied(key):
+            hints.append(f"for new tokens or labels: give the base {shape[0]} rows before it is exported")
+        elif miss.target.action == "replace" and miss.reason.startswith("not found"):
+            hints.append(head_hint(key, shape))
+    return [hint for hint in dict.fromkeys(hints) if hint]
 
 
 def _hint(reasons: Sequence[str], some: bool) -> str:

@@ -75,13 +75,17 @@ def _expected(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, tu
 
 def grows(path: str, shape: tuple[int, ...], seen: tuple[int, ...]) -> bool:
     """Whether an adapter's whole parameter has more rows than the base's, as for new tokens."""
-    leaf = path.rpartition(".")[0].rpartition(".")[2]
     same = len(shape) == len(seen) > 0 and shape[1:] == seen[1:]
-    return same and seen[0] > shape[0] and leaf not in _HEADS and may_be_tied(path)
+    return same and seen[0] > shape[0] and _leaf(path) not in _HEADS and may_be_tied(path)
 
 
-def new_rows_reason(path: str, shape: tuple[int, ...], seen: tuple[int, ...]) -> str:
-    """Return what to do where an adapter has more or fewer rows than the base; empty where it is not that.
+def resize_hint(rows: int) -> str:
+    """Return how to give a base more rows."""
+    return f"resize the base to {rows} rows (model.resize_token_embeddings({rows}), then save_pretrained)"
+
+
+def rows_hint(path: str, shape: tuple[int, ...], seen: tuple[int, ...]) -> str:
+    """Return what to do to a base that has more or fewer rows than an adapter; empty where it is not that.
 
     Args:
         path: The parameter.
@@ -90,30 +94,30 @@ def new_rows_reason(path: str, shape: tuple[int, ...], seen: tuple[int, ...]) ->
     """
     if not may_be_tied(path) or not shape or shape[1:] != seen[1:]:
         return ""
-    rows, wanted = shape[0], seen[0]
-    leaf = path.rpartition(".")[0].rpartition(".")[2]
-    if leaf in _HEADS:
+    if _leaf(path) in _HEADS:
         return (
-            f"the base has a head of {rows} labels, the adapter one of {wanted}: save it with a head of "
-            f"{wanted} labels (from_pretrained(BASE, num_labels={wanted}), then save_pretrained)"
+            f"save the base with a head of {seen[0]} labels (from_pretrained(BASE, num_labels={seen[0]}), "
+            "then save_pretrained)"
         )
-    if wanted < rows:
-        return f"the base has {rows} rows, the adapter {wanted}: take the base before its vocabulary grew"
+    if seen[0] < shape[0]:
+        return f"take the base from before its vocabulary grew: the adapter knows {seen[0]} tokens"
     return (
-        f"the base has {rows} rows, the adapter {wanted}, for new tokens: resize the base to {wanted} rows "
-        f"(model.resize_token_embeddings({wanted}), then save_pretrained), or merge with --resize, which "
-        "takes the rows from the adapter where it holds them whole"
+        f"the adapter was trained with new tokens: {resize_hint(seen[0])}, or give --resize, which takes the "
+        "rows from the adapter where it holds them whole"
     )
 
 
-def new_head_reason(path: str, shape: tuple[int, ...]) -> str:
-    """Return what to do where a base has no head of the kind that an adapter brings whole; else empty."""
-    leaf = path.rpartition(".")[0].rpartition(".")[2]
+def head_hint(path: str, shape: tuple[int, ...]) -> str:
+    """Return what to do to a base without a head that an adapter brings whole; empty where it is not that."""
+    leaf = _leaf(path)
     if leaf not in _HEADS or not may_be_tied(path):
         return ""
-    count = f"of {shape[0]} labels " if leaf != "dense" else ""
-    labels = f", num_labels={shape[0]}" if leaf != "dense" else ""
+    count, labels = (f" of {shape[0]} labels", f", num_labels={shape[0]}") if leaf != "dense" else ("", "")
     return (
-        f"the base has no such head: save it with a head {count}"
-        f"({_HEADS[leaf]}.from_pretrained(BASE{labels}), then save_pretrained) and merge into that"
+        f"save the base with a head{count} ({_HEADS[leaf]}.from_pretrained(BASE{labels}), then "
+        "save_pretrained), and merge into that"
     )
+
+
+def _leaf(path: str) -> str:
+    return path.rpartition(".")[0].rpartition(".")[2]
