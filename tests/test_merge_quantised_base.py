@@ -73,6 +73,7 @@ def adapter(folder, shape, path=PATH, size=0.3, extra=None):
 
 LAYOUTS = {
     # kind, name of the scale, block (rows, columns), shape of the stored scale, block size in the config
+    "mistral": (E4M3, f"{PATH}.qscale_weight", None, (), None),
     "comfy": (E4M3, f"{PATH}.scale_weight", None, (1,), None),
     "tensor": (E4M3, f"{PATH}.weight_scale", None, (), None),
     "fbgemm": (E4M3, f"{PATH}.weight_scale", (1, 48), (40, 1), None),
@@ -306,6 +307,14 @@ FOREIGN = {
     "NVFP4: weight_scale_2": {
         f"{Q}weight": (40, 24, U8), f"{Q}weight_scale": (40, 3, E4M3),
         f"{Q}weight_scale_2": (1, 1, F32),
+    },
+    "torchao: _weight_qdata": {
+        f"{Q}_weight_qdata": (40, 48, INT8), f"{Q}_weight_scale": (40, 1, F32),
+    },
+    "HQQ: W_q": {f"{Q}W_q": (40, 24, U8), f"{Q}meta": (1, 1, F32)},
+    "EETQ: weight_scales": {f"{Q}weight": (40, 48, INT8), f"{Q}weight_scales": (40, 1, F32)},
+    "F8_E4M3 with model.layers.0.mlp.up_proj.weight.scale": {
+        f"{Q}weight": (40, 48, E4M3), f"{Q}weight.scale": (1, 1, F32),
     },
     "weight_zero_point": {
         f"{Q}weight": (40, 48, INT8), f"{Q}weight_scale": (40, 1, F32),

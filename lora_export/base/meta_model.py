@@ -33,7 +33,8 @@ def build_model(checkpoint: Checkpoint, changed: Mapping[str, Any] | None = None
     transformers.logging.set_verbosity_error()
     try:
         with _folder_of(checkpoint, changed) as folder:
-            config = transformers.AutoConfig.from_pretrained(folder)
+            # False, not unsaid: else a folder with code of its own asks on the terminal.
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             return kind(config) if kind else transformers.AutoModel.from_config(config)
     finally:

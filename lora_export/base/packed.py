@@ -23,13 +23,13 @@ _BESIDE: Mapping[str, tuple[str, ...]] = {
     "AQLM": ("codes", "codebooks"),
     "VPTQ": ("indices", "centroids"),
     "quanto": ("weight._data",),
-    "torchao": ("weight._weight_qdata",),
+    "torchao": ("_weight_qdata",),
     "EETQ": ("weight_scales",),
 }
 # Shown with the format: what else of it lies there.
 _MORE = re.compile(
     r"^(scales|weight_scale|weight_zero_point|weight_shape|weight_global_scale|weight\.quant_map"
-    r"|weight\.quant_state\..*|weight\.nested_.*|weight_format|qzeros|g_idx|meta|weight\._scale)$"
+    r"|weight\.quant_state\..*|weight\.nested_.*|weight_format|qzeros|g_idx|meta|weight\._scale|_weight_scale)$"
 )
 _BLOCKS = "_blocks"
 _SCALES = "_scales"

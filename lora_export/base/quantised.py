@@ -180,6 +180,7 @@ def _scale_names(name: str) -> Iterator[str]:
     module, _, leaf = name.rpartition(".")
     if leaf == "weight":
         yield f"{module}.scale_weight"
+        yield f"{module}.qscale_weight"
 
 
 def _is_of_weight(name: str, weight: str) -> bool:

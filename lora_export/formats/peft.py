@@ -84,6 +84,7 @@ def read(source: Source, options: Options) -> Adapter:
     notes = list(rules.notes)
     if config.get("modules_to_save") and not extras:
         notes.append(f"the config names modules_to_save {config['modules_to_save']}, and the file holds none")
+    notes += [f"{path}: {len(row.indices)} single rows are replaced" for path, row in token_rows.items()]
     if table.aside:
         notes.append(f"left aside, needed in training only: {', '.join(table.aside)}")
     return replace(
