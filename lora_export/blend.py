@@ -65,6 +65,11 @@ def check_blend(
                 f"{adapter.name}: replaces whole parameters ({next(iter(adapter.extras))} …): "
                 "alone and with weight 1 only"
             )
+        if adapter.token_rows and not plain:
+            problems.append(
+                f"{adapter.name}: replaces single rows ({next(iter(adapter.token_rows))} …): "
+                "alone and with weight 1 only"
+            )
     if problems:
         raise AdapterError(
             "these adapters can't be merged so", "merge them one by one, or drop --weight", problems

@@ -9,9 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.adapter import Array
+from lora_export.base.quantised import Quantised, find_quantised
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_names import Names, Part
-from lora_export.errors import OutputError
+from lora_export.errors import CheckpointError, OutputError
 from lora_export.graph import GraphFile, shape_of
 from lora_export.sites.renaming import Named
 from lora_export.sites.target import Target
@@ -30,6 +31,7 @@ class CheckpointWeights:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._names = Names(checkpoint)
+        self._quantised = find_quantised(checkpoint)
         self.parameters = frozenset(checkpoint.tensors)
 
     def for_adapter(self, named: Sequence[Named], flattened: bool, scope: str | None) -> AdapterWeights:
@@ -41,7 +43,7 @@ class CheckpointWeights:
             scope: The part that belongs, as the user says it.
         """
         change = self._names.rename(named, flattened, scope)
-        return AdapterWeights(self._checkpoint, self._names, named, change.names)
+        return AdapterWeights(self._names, self._quantised, named, change.names)
 
     def stores(self, key: str) -> bool:
         """Whether the checkpoint has a parameter that this path of a graph may be, its outer names aside."""
@@ -54,8 +56,8 @@ class AdapterWeights:
     """Looks up one adapter's targets; call it with a target.
 
     Args:
-        checkpoint: The checkpoint.
-        table: Its names.
+        table: The checkpoint's names.
+        quantised: Its values, those that codes stand for included.
         named: The adapter's parameters.
         names: The checkpoint's path for each of them, or None.
 
@@ -64,27 +66,39 @@ class AdapterWeights:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, table: Names, named: Sequence[Named], names: tuple[str | None, ...]
+        self, table: Names, quantised: Quantised, named: Sequence[Named], names: tuple[str | None, ...]
     ) -> None:
-        self._checkpoint, self._table, self.names = checkpoint, table, names
+        self._table, self._quantised, self.names = table, quantised, names
         self._by_named = dict(zip(named, names, strict=True))
 
     def __call__(self, target: Target) -> Array | None:
-        """Return a view in the target's canonical shape, or None; of stacked experts, the first and the last.
+        """Return values in the target's canonical shape, or None; of stacked experts, the first and the last.
+
+        Codes with scales are returned as the values that they stand for.
 
         None where the checkpoint doesn't store it (a tied head) or in another shape. Conv1D's ``(in_dim,
         out_dim)`` is returned transposed; a square one can't be told from Linear's by its shape, so that a
         comparison has to try both orientations, as with experts.
+
+        Raises:
+            CheckpointError: The checkpoint stores it quantised in a way that is not understood.
         """
         name = self._by_named.get(target.named)
         parts = self._table.parts(name) if name else ()
+        packed = "" if parts else self._quantised.packed_at(name or target.key)
+        if packed:
+            folder = self._quantised.checkpoint.folder
+            raise CheckpointError(
+                f"{folder}: {target.key} is {packed}: its values can't be compared",
+                "give the unquantised checkpoint, or leave --checkpoint out",
+            )
         if not parts:
             return None
         if target.experts > 1:
             return self._end_experts(parts, target.experts)
         if len(parts) != 1 or parts[0].piece != (0, 1):
             return None
-        values = self._checkpoint.read(parts[0].tensor)
+        values = self._quantised.values(parts[0].tensor)
         if values.shape == target.shape:
             return values
         if len(values) == target.shape[0] and values.size == np.prod(target.shape[:2]) == np.prod(
@@ -101,14 +115,14 @@ class AdapterWeights:
     def _end_experts(self, parts: Sequence[Part], experts: int) -> Array | None:
         """Return ``(2, …, …)``: the first and the last expert, put together where stored in pieces."""
         if len(parts) == 1 and parts[0].expert is None:
-            values = self._checkpoint.read(parts[0].tensor)
+            values = self._quantised.values(parts[0].tensor)
             return values[[0, -1]] if values.ndim == 3 and len(values) == experts else None
         ends = []
         for expert in (0, experts - 1):
             mine = sorted((part for part in parts if part.expert == expert), key=lambda part: part.piece)
             if not mine or len(mine) != mine[0].piece[1]:
                 return None
-            ends.append(np.concatenate([self._checkpoint.read(part.tensor) for part in mine]))
+            ends.append(np.concatenate([self._quantised.values(part.tensor) for part in mine]))
         return np.stack(ends)
 
 

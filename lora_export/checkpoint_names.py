@@ -7,13 +7,13 @@ and writes the old names), and experts that are stacked in memory but stored one
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from lora_export.base.meta_model import LoadedNames, build_model
 from lora_export.checkpoint import Checkpoint
 from lora_export.formats.wrappers import strip_wrappers
 from lora_export.sites.known_names import KnownNames
@@ -128,36 +128,15 @@ def _reason(problem: str, asked: str) -> str:
 def _by_transformers(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[Part, ...]]]:
     """Yield the model's parameters as transformers would load them from this checkpoint.
 
-    The model is built on torch's meta device, without memory. Source: transformers 5,
-    ``conversion_mapping.get_model_conversion_mapping`` and ``core_model_loading.rename_source_key``.
+    The model is built on torch's meta device, without memory.
     """
-    import torch
-    import transformers
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    name = (checkpoint.config.get("architectures") or [""])[0]
-    kind = getattr(transformers, name, None)
-    verbosity = transformers.logging.get_verbosity()
-    # Its remarks about the config are for those who run the model.
-    transformers.logging.set_verbosity_error()
-    try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
-        with torch.device("meta"):
-            model = kind(config) if kind else transformers.AutoModel.from_config(config)
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    owner = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    meta = model.state_dict()
+    renaming = LoadedNames(build_model(checkpoint))
     found: dict[str, list[Part]] = {}
     for stored in checkpoint.tensors:
-        target, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, meta)
+        target, pattern, converter = renaming.loaded(stored)
         part = Part(stored, reason="transformers' renaming")
         if pattern is not None:
-            stacked = _stacked(stored, pattern, owner[pattern])
+            stacked = _stacked(stored, pattern, converter)
             if stacked is None:
                 continue
             part = stacked
@@ -180,16 +159,3 @@ def _stacked(stored: str, pattern: str, converter: Any) -> Part | None:
     # The expert's number is the last one of the name: ``layers.3.mlp.experts.17.up_proj.weight``.
     piece = (sources.index(pattern), len(sources))
     return Part(stored, numbers[-1], piece, "transformers' stacking of experts")
-
-
-def tied_head(config: Mapping[str, Any]) -> bool:
-    """Whether the config says that the output head shares the input embedding's weight.
-
-    transformers takes True for a causal model where the key is missing.
-    """
-    nested = config.get("text_config")
-    for level in (config, nested if isinstance(nested, dict) else {}):
-        if "tie_word_embeddings" in level:
-            return bool(level["tie_word_embeddings"])
-    names = json.dumps(config.get("architectures") or [])
-    return "CausalLM" in names or "LMHead" in names

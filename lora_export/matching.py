@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lora_export.adapter import Adapter, Array, Kind, LoraModule
+from lora_export.adapter import Adapter, Array, Kind, LoraModule, token_rows_problems
 from lora_export.base_weights import WeightOf, has_constant, holds, read_stored
 from lora_export.exposed import ExposedGraph, ExposedModule, Member
 from lora_export.finding import Finder, Place
@@ -121,6 +121,11 @@ def match_modules(adapter: Adapter, exposed: ExposedGraph, where: str, weight_of
     finder = Finder(adapter, exposed, where)
     found = Matches(notes=notes, hint=finder.hint)
     found.notes += finder.notes
+    rows = zip(adapter.token_rows.items(), token_rows_problems(adapter), strict=True)
+    found.refused += [
+        PlanRow(adapter.name, path, (row.tensor_name,), "refused", reason=reason.partition(": ")[2])
+        for (path, row), reason in rows
+    ]
     converted = is_converted(adapter.config)
     for lora in adapter.modules.values():
         place = _unsupported(lora, exposed) or finder.find(lora.path, lora.component)

@@ -11,6 +11,8 @@ from typing import Literal
 import onnx_ir as ir
 
 from lora_export.adapter import Adapter
+from lora_export.base.ties import may_be_tied
+from lora_export.base.vocabulary import head_hint
 from lora_export.errors import SiteError
 from lora_export.graph import GraphFile
 from lora_export.plan import Plan, PlanRow, unaccounted
@@ -123,7 +125,7 @@ def refuse(
         )
     raise SiteError(
         f"{name} has {len(misses)} parameters with no place in {file} (of {total})",
-        _hint(kinds, verb, checked, bool(sites), given),
+        "; ".join(dict.fromkeys([*_rows_hints(misses), *_hints(kinds, verb, checked, bool(sites), given)])),
         lines,
     )
 
@@ -145,9 +147,21 @@ def _operators(uses: Sequence[Use]) -> str:
     return f" ({', '.join(sorted(found))})" if found else ""
 
 
-def _hint(
+def _rows_hints(misses: Sequence[Miss]) -> list[str]:
+    """Return what to do to a base that lacks rows for new tokens, or the head, that an adapter brings."""
+    hints = []
+    for miss in misses:
+        key, shape = miss.target.key, miss.target.shape
+        if miss.target.action == "replace" and miss.kind == "shape" and may_be_tied(key):
+            hints.append(f"for new tokens or labels: give the base {shape[0]} rows before it is exported")
+        elif miss.target.action == "replace" and miss.kind == "not found":
+            hints.append(head_hint(key, shape))
+    return [hint for hint in dict.fromkeys(hints) if hint]
+
+
+def _hints(
     kinds: AbstractSet[MissKind], verb: Verb, checked: bool, some: bool, given: Sequence[str]
-) -> str:
+) -> list[str]:
     """Say what to do: never what was given already, nor the command that is running."""
     hints = list(given)
     if "shape" in kinds:
@@ -174,7 +188,7 @@ def _hint(
         hints.append("export the graph with plain MatMul, Gemm or Conv nodes for these modules")
     if some:
         hints.append("--allow-unmatched (allow_unmatched=True) goes on without them")
-    return "; ".join(dict.fromkeys(hints))
+    return hints
 
 
 def placed_row(adapter: Adapter, site: Site, action: str = "") -> PlanRow:

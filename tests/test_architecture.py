@@ -15,8 +15,8 @@ LAYERS = [
     ("errors",),
     ("adapter", "output", "progress", "safetensors_header"),
     ("captured", "exposed", "saved", "patch", "plan", "graph", "manifest", "rounding", "spectrum"),
-    ("blocks", "stream"),
-    ("checkpoint", "checkpoint_names", "formats", "external_data", "sites"),
+    ("blocks", "storage", "stream"),
+    ("base", "checkpoint", "checkpoint_names", "formats", "external_data", "sites"),
     ("checkpoint_sites", "checkpoint_layout", "checkpoint_files"),
     (
         "blend",

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, build
 
+from lora_export.base.ties import tied_head
 from lora_export.checkpoint import Checkpoint
-from lora_export.checkpoint_names import Names, tied_head
+from lora_export.checkpoint_names import Names
 from lora_export.errors import CheckpointError
 from lora_export.sites.renaming import Named
 

@@ -29,6 +29,7 @@ def merge_checkpoint(
     component: str | None = None,
     dtype: str | None = None,
     allow_unmatched: bool = False,
+    resize: bool = False,
     force: bool = False,
     dry_run: bool = False,
     rounding: Mode = "sample",
@@ -47,6 +48,8 @@ def merge_checkpoint(
             that serve several models, else the path of a submodel, ``model.encoder``.
         dtype: ``float32``, ``float16`` or ``bfloat16`` for all float tensors; as they are if left out.
         allow_unmatched: Leave out what has no place in the base, instead of refusing.
+        resize: Where an adapter holds a whole embedding and head with more rows, for new tokens: give the
+            base these rows.
         force: Replace ``output``, with all that is in it, if an earlier merge wrote it.
         dry_run: Only make the plan.
         rounding: ``sample`` measures large weights on evenly spaced blocks, ``exact`` on every element.
@@ -59,7 +62,7 @@ def merge_checkpoint(
         OutputError: The folder exists, or can't be written.
     """
     loaded, factors = check_blend(adapters, weights, component)
-    merge = plan_merge(base, loaded, factors, dtype, allow_unmatched)
+    merge = plan_merge(base, loaded, factors, dtype, allow_unmatched, resize)
     target = Path(output)
     _refuse_output(target, [Path(base), *(Path(a.source) for a in loaded)], force)
     small, left_out = small_files(merge.checkpoint)

@@ -9,7 +9,8 @@ from typing import Literal, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.adapter import Adapter, Array, LoraModule
+from lora_export.adapter import Adapter, Array, LoraModule, token_rows_problems
+from lora_export.errors import AdapterError
 from lora_export.patch import Placement
 from lora_export.sites.renaming import Named
 from lora_export.sites.slot import Use
@@ -120,7 +121,13 @@ class BaseWeights(Protocol):
 
 
 def targets_of(adapter: Adapter) -> list[Target]:
-    """Return what an adapter changes, whole replacements first: a delta comes on top of them."""
+    """Return what an adapter changes, whole replacements first: a delta comes on top of them.
+
+    Raises:
+        AdapterError: It replaces single rows, which no place in a graph is made for.
+    """
+    if problems := token_rows_problems(adapter):
+        raise AdapterError(f"adapter '{adapter.name}' can't go into a graph", "merge it first", problems)
     targets = [
         Target(
             key,
