@@ -24,6 +24,12 @@ from lora_export.errors import GraphError
 _SHOWN = 5
 # The domain of ONNX Runtime's own operators.
 ORT_DOMAIN = "com.microsoft"
+# Suffix → what such a file is.
+_OTHERS = {
+    **dict.fromkeys((".engine", ".plan", ".trt"), "a TensorRT engine"),
+    **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin"), "a PyTorch file"),
+    **dict.fromkeys((".xml", ".tflite", ".mlmodel", ".gguf"), "a model in another format"),
+}
 # What a merge can compute in. Everything else (int8, uint4, float8 …) is a quantised weight.
 FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
@@ -92,11 +98,7 @@ def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> Graph
         )
     if not file.is_file():
         raise GraphError(f"no ONNX file at {file}", "check the path")
-    if file.suffix == ".safetensors":
-        raise GraphError(
-            f"{file} holds weights, not a graph",
-            "give an .onnx file, or where a checkpoint is taken as well, the folder that it is in",
-        )
+    _refuse_other_formats(file)
     try:
         model = ir.load(file)
     except Exception as error:  # protobuf and onnx_ir raise many kinds for a damaged file
@@ -126,6 +128,26 @@ def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> Graph
 
 def _is_no_operator(function: ir.Function) -> bool:
     return function.domain != ORT_DOMAIN
+
+
+def _refuse_other_formats(file: Path) -> None:
+    """Raise `GraphError` for files that people take for ONNX, by their first bytes or their name."""
+    if file.suffix == ".safetensors":
+        raise GraphError(
+            f"{file} holds weights, not a graph",
+            "give an .onnx file, or where a checkpoint is taken as well, the folder that it is in",
+        )
+    with file.open("rb") as opened:
+        start = opened.read(8)
+    if start[4:] == b"ORTM" or file.suffix == ".ort":
+        raise GraphError(
+            f"{file} is in ONNX Runtime's own format (.ort), which can't be changed",
+            "give the .onnx file that it was converted from, and convert the result",
+        )
+    if file.suffix in _OTHERS:
+        raise GraphError(
+            f"{file} is {_OTHERS[file.suffix]}, not an ONNX file", "give the .onnx file that it was made from"
+        )
 
 
 def _read_constants(model: ir.Model) -> None:

@@ -21,7 +21,7 @@ from lora_export.manifest import FileHash, hash_file, identity_of
 from lora_export.output import refuse_replacing
 from lora_export.placing import OTHER_VALUES, with_unverified
 from lora_export.plan import Plan
-from lora_export.sites.target import WeightOf
+from lora_export.sites.target import BaseWeights
 
 if TYPE_CHECKING:
     from lora_export.checkpoint import Checkpoint
@@ -36,7 +36,7 @@ class Base:
 
     Attributes:
         graph: The graph.
-        weight_of: Looks up a target's weight in the checkpoint, where there is one.
+        weight_of: The checkpoint's weights, where there is one.
         shared_files: Data files in which unchanged weights may stay.
         files: What it was read from.
         checkpoint: The folder that an ONNX file's weights are compared with.
@@ -44,7 +44,7 @@ class Base:
     """
 
     graph: GraphFile
-    weight_of: WeightOf | None
+    weight_of: BaseWeights | None
     shared_files: set[Path]
     files: list[Path]
     checkpoint: Path | None = None
@@ -88,6 +88,7 @@ def open_base(
     share_base: bool,
     force: bool,
     dry_run: bool,
+    allow_unmatched: bool = False,
     dtype: str | None = None,
     kv_cache: bool = False,
     prepare: Callable[[Path], Path] | None = None,
@@ -103,6 +104,7 @@ def open_base(
         share_base: Unchanged weights are to stay in the base's files.
         force: Existing outputs may be replaced.
         dry_run: Nothing will be written.
+        allow_unmatched: What has no place will be left out.
         dtype: To capture a folder in; float32 if left out.
         kv_cache: Capture it with its key-value cache.
         prepare: Makes the folder to capture in the base's place, in a temporary one.
@@ -110,6 +112,8 @@ def open_base(
     Raises:
         GraphError: The graph can't be read, or is to be captured in a dtype or with a cache.
         CheckpointError: The folder can't be read or captured.
+        AdapterError: An adapter is not for the folder: seen before the capture, by names alone.
+        SiteError: Some of an adapter is not in the folder.
         OutputError: An output exists or would replace what is read, or there is nothing to share.
     """
     paths = output_paths(out)
@@ -121,7 +125,9 @@ def open_base(
     with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=place) as scratch:
         if base.is_dir():
             from lora_export.capture import capture_checkpoint
+            from lora_export.checkpoint_merge import refuse_absent
 
+            refuse_absent(base, list(adapters), allow_unmatched)
             source, captured = prepare(Path(scratch)) if prepare else base, Path(scratch) / "base.onnx"
             capture_checkpoint(
                 source,

@@ -492,7 +492,8 @@ def test_reading_options_have_names_of_their_own(tmp_path):
     save_file({"q.lora_A.weight": random(5, 2), "q.lora_B.weight": random(2, 6)}, file)
     unknown = command("convert-adapter", file, "--for", model, "-o", out)
     assert unknown.returncode == 1
-    assert "in no adapter format that we know" in unknown.stderr
+    assert "don't tell alpha" in unknown.stderr
+    assert "--from-format" in unknown.stderr
     told = command("convert-adapter", file, "--for", model, "-o", out, "--from-format", "converted")
     assert told.returncode == 0, told.stderr
     (module,) = load_adapter(out).modules.values()

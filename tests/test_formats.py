@@ -133,7 +133,8 @@ PAIR = {"layer.0.q.A.weight": values(2, 4), "layer.0.q.B.weight": values(3, 2)}
         {**PAIR, "alpha": 8},
         {**PAIR, "alpha": torch.tensor(8.0), "r": 2},
         {"state_dict": PAIR, "lora_alpha": 8, "rank": 2, "epoch": 3},
-        {"model": PAIR, "config": {"alpha": 8, "r": 2, "lr": 1e-3}},
+        {"model": PAIR, "config": {"lora_alpha": 8, "lora_r": 2, "lr": 1e-3}},
+        {"model": PAIR, "lora_config": {"alpha": 8, "r": 2, "lr": 1e-3}},
         {"lora": PAIR, "scaling": 4.0},
     ],
 )
@@ -298,14 +299,13 @@ def test_diffusers_metadata_carries_the_config(tmp_path: Path) -> None:
     metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": 3, "transformer.lora_alpha": 8})}
     with pytest.raises(AdapterError, match=r"rank 3 is stated, but lora_A \(2, 4\)"):
         load_adapter(write(tmp_path / "b.safetensors", flux(2), metadata))
-    with pytest.raises(AdapterError, match="lora_adapter_metadata is no JSON object"):
+    with pytest.raises(AdapterError, match="lora_adapter_metadata is not a JSON object"):
         load_adapter(write(tmp_path / "c.safetensors", flux(2), {"lora_adapter_metadata": "]["}))
 
 
-def test_diffusers_unequal_ranks_need_alpha(tmp_path: Path) -> None:
+def test_diffusers_unequal_ranks_without_alpha_have_scaling_one(tmp_path: Path) -> None:
     file = write(tmp_path / "a.safetensors", flux(2, 4))
-    with pytest.raises(AdapterError, match=r"no alpha in the file, and ranks \[2, 4\] differ; give --alpha"):
-        load_adapter(file)
+    assert [module.scaling for module in load_adapter(file).modules.values()] == [1.0, 1.0]
     assert [module.scaling for module in load_adapter(file, alpha=4).modules.values()] == [2.0, 1.0]
 
 
@@ -333,9 +333,17 @@ def test_ambiguous_names_ask_for_the_format(tmp_path: Path) -> None:
         load_adapter(file, format="gguf")
 
 
-def test_component_of_a_file_that_serves_one_model(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="serves one model only"):
-        load_adapter(write(tmp_path / "a.safetensors", PAIR), alpha=2, component="unet")
+def test_component_of_a_file_that_serves_one_model_is_a_path(tmp_path: Path) -> None:
+    tensors = {f"{part}.{name}": values for part in ("one", "two") for name, values in PAIR.items()}
+    file = write(tmp_path / "a.safetensors", tensors)
+    part = load_adapter(file, alpha=2, component="one")
+    assert part.scope == "one"
+    assert [module.path for module in part.modules.values()] == ["one.layer.0.q"]
+    assert set(part.tensor_names) == {name for name in tensors if name.startswith("one.")}
+    assert "left aside, not below 'one'" in part.notes[-1]
+    # Not a part of the adapter's paths: perhaps of the base's, which is known when it is placed.
+    whole = load_adapter(file, alpha=2, component="unet")
+    assert (whole.scope, len(whole.tensor_names)) == ("unet", len(tensors))
 
 
 # --- bad input -------------------------------------------------------------------------------------------

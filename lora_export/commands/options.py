@@ -25,7 +25,12 @@ def _adapter_options(format_flag: str) -> list[Callable[[Command], Command]]:
         click.option("--rank", type=int, help="Rank, checked against the tensors."),
         click.option("--rslora", is_flag=True, default=None, help="The scaling is alpha / √rank."),
         click.option(format_flag, type=click.Choice(list(FORMATS)), help="Where names don't tell it."),
-        click.option("--component", help="Only this part of the file: unet, text_encoder, …"),
+        click.option(
+            "--component",
+            "--scope",
+            "component",
+            help="The part that belongs: unet, text_encoder, … of the file, or a submodel: model.encoder.",
+        ),
     ]
 
 

@@ -6,6 +6,7 @@ nothing, numpy included.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +18,14 @@ if TYPE_CHECKING:
     from lora_export.formats.provenance import Writer
     from lora_export.formats.source import Format, Source
 
-__all__ = ["FORMATS", "WRITERS", "load_adapter", "save_adapter", "writer_of"]
+__all__ = ["FORMATS", "WRITERS", "as_adapter", "load_adapter", "save_adapter", "writer_of"]
 
 FORMATS: dict[str, str] = {
     "peft": "lora_export.formats.peft:FORMAT",
     "diffusers": "lora_export.formats.diffusers:FORMAT",
     "kohya": "lora_export.formats.kohya:FORMAT",
     "loralib": "lora_export.formats.loralib:FORMAT",
+    "mlx": "lora_export.formats.mlx:FORMAT",
     "plain": "lora_export.formats.plain:FORMAT",
     "edge-llm": "lora_export.formats.edge_llm:FORMAT",
     "converted": "lora_export.formats.converted:FORMAT",
@@ -59,7 +61,8 @@ def load_adapter(
         rank: Rank, to be checked against the tensors.
         rslora: The scaling is alpha / √rank.
         format: A key of `FORMATS`, where the names alone don't tell.
-        component: ``unet``, ``text_encoder``, …: read only this part of a file that serves several models.
+        component: The part that belongs: ``unet``, ``text_encoder``, … of a file that serves several models;
+            else the path of a submodel (``model.encoder``), see `Adapter.scope`.
         name: What to call the adapter; by default the folder's or the file's name.
 
     Raises:
@@ -78,12 +81,29 @@ def load_adapter(
     if not source.tensors:
         raise AdapterError(f"adapter '{source.name}' is empty: {source.file} has no tensors", "save it again")
     adapter = _format(format or detect_format(source)).read(source, options)
-    if component is not None and not any(m.component for m in adapter.modules.values()):
-        raise AdapterError(
-            f"adapter '{adapter.name}' serves one model only: there is no component '{component}'",
-            "leave --component away",
-        )
-    return adapter
+    if component is None or any(module.component for module in adapter.modules.values()):
+        return adapter
+    from lora_export.formats.scope import within
+
+    return within(adapter, component)
+
+
+def as_adapter(given: str | os.PathLike[str] | Adapter, component: str | None = None) -> Adapter:
+    """Return an adapter that was given as a path or as itself.
+
+    Args:
+        given: What `load_adapter` reads, or an `Adapter`.
+        component: The part that belongs, see `load_adapter`.
+
+    Raises:
+        AdapterError: As `load_adapter`.
+    """
+    from lora_export.adapter import Adapter
+    from lora_export.formats.scope import part_of
+
+    if not isinstance(given, Adapter):
+        return load_adapter(Path(given), component=component)
+    return given if component is None else part_of(given, component)
 
 
 def save_adapter(adapter: Adapter, folder: str | Path, force: bool = False) -> Path:
@@ -112,9 +132,13 @@ def detect_format(source: Source) -> str:
     Raises:
         AdapterError: None recognises it, or several do.
     """
+    from lora_export.formats.source import FORMAT_OPTION
+
     formats = {name: _format(name) for name in FORMATS}
-    found = [name for name, candidate in formats.items() if candidate.recognises(source)]
-    found = [name for name in found if formats[name].certain][:1] or found
+    found = [name for name, one in formats.items() if one.certain and one.recognises(source)][:1]
+    if not found:
+        source.check_names()
+        found = [name for name, one in formats.items() if one.recognises(source)]
     if len(found) == 1:
         return found[0]
     names = list(source.tensors)
@@ -122,7 +146,9 @@ def detect_format(source: Source) -> str:
     listed = [f"seen: {seen}", *(f"{n} expects {f.expects}" for n, f in formats.items())]
     if found:
         raise AdapterError(
-            f"{source.file} looks like several formats: {', '.join(found)}", "say which with --format", listed
+            f"{source.file} looks like several formats: {', '.join(found)}",
+            f"save the tensors of each as a file of its own, or say which one it is with {FORMAT_OPTION}",
+            listed,
         )
     raise AdapterError(
         f"{source.file} is in no adapter format that we know",

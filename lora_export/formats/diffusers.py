@@ -1,10 +1,13 @@
 """The naming of diffusers' ``pytorch_lora_weights.safetensors``, old and new.
 
 Source: https://github.com/huggingface/diffusers, ``loaders/lora_base.py``, ``utils/state_dict_utils.py``. The
-first part of a name is the component (``unet``, ``transformer``, ``text_encoder``, …). Three spellings:
-``….lora_A.weight`` (PEFT), ``….lora.down.weight`` and ``….lora_linear_layer.down.weight``,
-``….processor.to_q_lora.down.weight``. Scaling: from the metadata ``lora_adapter_metadata`` (one JSON object
-with keys such as ``unet.lora_alpha``), else from ``<module>.alpha``, else alpha = rank.
+first part of a name is the component (``unet``, ``transformer``, ``text_encoder``, …); ai-toolkit,
+diffusion-pipe and ComfyUI write ``diffusion_model``. Three spellings: ``….lora_A.weight`` (PEFT),
+``….lora.down.weight`` and ``….lora_linear_layer.down.weight``, ``….processor.to_q_lora.down.weight``.
+
+Scaling, in this order: the metadata ``lora_adapter_metadata`` (one JSON object with keys such as
+``unet.lora_alpha``); ``<module>.alpha``; alpha in the metadata (`lora_export.formats.stated`); else alpha =
+rank for each module, whether or not the ranks are equal (``utils/peft_utils.py``, ``get_peft_kwargs``).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any
 
 from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError
+from lora_export.formats.diffusion_names import COMPONENT, METADATA_KEY, Components, follows_diffusers
 from lora_export.formats.lora_config import LoraRules
 from lora_export.formats.pairs import (
     Parts,
@@ -27,11 +31,8 @@ from lora_export.formats.pairs import (
     select_component,
 )
 from lora_export.formats.source import Format, Options, Source
+from lora_export.formats.stated import Stated, check_alpha_tensors, stated_of
 
-METADATA_KEY = "lora_adapter_metadata"
-_COMPONENT = re.compile(
-    r"^(unet|transformer(?:_\d)?|text_encoder(?:_\d)?|prior|controlnet|text_conditioner)\."
-)
 _LORA = re.compile(
     r"^(?P<path>.+?)(?:\.lora_(?P<new>[AB])\.(?P<leaf>weight|bias)"
     r"|(?P<end>\.lora\.|\.lora_linear_layer\.|_lora\.)(?P<old>down|up)\.weight"
@@ -41,47 +42,46 @@ _LORA = re.compile(
 
 
 def recognises(source: Source) -> bool:
-    """Whether names are in one of the old spellings, or in PEFT's behind a component or with metadata."""
+    """Whether names are in one of the old spellings, or in PEFT's with a sign that diffusers' rules hold."""
     if source.config is not None:
         return False
-    # A model's own `save_lora_adapter` writes no component, but says in the metadata what it is.
-    described = METADATA_KEY in source.metadata
-    return any(
-        (match := _LORA.match(name))
-        and (match["old"] or (match["new"] and (described or _COMPONENT.match(name))))
-        for name in source.tensors
-    )
+    paths = source.paths.values()
+    if any((match := _LORA.match(path)) and match["old"] for path in paths):
+        return True
+    return follows_diffusers(paths, source.metadata)
 
 
 def read(source: Source, options: Options) -> Adapter:
     """Make an adapter of a diffusers file.
 
     Raises:
-        AdapterError: A list of all that is wrong; ranks differ and nothing tells alpha.
+        AdapterError: A list of all that is wrong.
     """
     table = PartsTable()
-    for name, values in source.tensors.items():
-        match = _LORA.match(name)
+    components = Components(source.paths.values())
+    for name, path, values in source.entries():
+        match = _LORA.match(path)
         part = _part(match) if match else None
         if match is None or part is None:
             table.unknown([name], "not a name that diffusers' LoRA files have")
             continue
-        component, path = _split(match["path"])
-        table.add(path, part, name, values, component)
+        component, module_path = _split(match["path"], components)
+        table.add(module_path, part, name, values, component)
     notes = select_component(source, table, options.component)
     configs = _configs(source)
     rules = {key: LoraRules(config, options) for key, config in configs.items()}
     for one in rules.values():
         table.problems += one.problems
+    scalings = _Scalings(source, options, table)
     modules = {}
     for parts in table.rows.values():
-        alpha, rslora = _scaling(parts, rules.get(parts.component, rules.get(None)), options, table)
+        alpha, rslora = scalings.of(parts, rules.get(parts.component, rules.get(None)))
         module = build_module(parts, alpha, rslora, table.problems)
         if module:
             modules[module.key] = module
-    raise_problems(source, table.problems, "mend what is listed; the file holds LoRA pairs and their alpha")
+    raise_problems(source, table.problems, "fix the listed problems; a file holds LoRA pairs and alpha")
     shown = {str(key): dict(config) for key, config in configs.items()}
-    return adapter_of(source, "diffusers", table, modules, shown, notes)
+    return adapter_of(source, "diffusers", table, modules, shown, (*notes, *scalings.notes))
 
 
 def _part(match: re.Match[str]) -> str | None:
@@ -94,11 +94,9 @@ def _part(match: re.Match[str]) -> str | None:
     return "magnitude" if match["magnitude"] else "alpha"
 
 
-def _split(path: str) -> tuple[str | None, str]:
+def _split(path: str, components: Components) -> tuple[str | None, str]:
     """Return component and module path; ``processor.to_out_lora`` wraps the module ``to_out.0``."""
-    match = _COMPONENT.match(path)
-    component = match[1] if match else None
-    path = path[match.end() :] if match else path
+    component, path = components.split(path)
     if ".processor." in path:
         path = path.replace(".processor.", ".")
         path = re.sub(r"\.to_out$", ".to_out.0", path)
@@ -115,46 +113,88 @@ def _configs(source: Source) -> dict[str | None, Mapping[str, Any]]:
         flat = None
     if not isinstance(flat, dict):
         raise AdapterError(
-            f"adapter '{source.name}': the metadata {METADATA_KEY} is no JSON object",
+            f"adapter '{source.name}': the metadata {METADATA_KEY} is not a JSON object",
             "save the adapter again",
         )
     configs: dict[str | None, dict[str, Any]] = {}
     for key, value in flat.items():
-        match = _COMPONENT.match(key)
+        match = COMPONENT.match(key)
         component, name = (match[1], key[match.end() :]) if match else (None, key)
         configs.setdefault(component, {})[name] = value
     return dict(configs)
 
 
-def _scaling(
-    parts: Parts, rules: LoraRules | None, options: Options, table: PartsTable
-) -> tuple[float | None, bool]:
-    """Return alpha and rsLoRA of a module, in diffusers' order: metadata, ``.alpha``, alpha = rank."""
-    stated = parts.tensors.pop("alpha", None)
-    if rules is not None:
-        parts.rank = rules.rank(parts.path)
-        return rules.alpha(parts.path), rules.rslora
-    parts.rank = options.rank
-    if stated is not None:
-        return number(stated), bool(options.rslora)
-    if options.alpha is not None:
-        return options.alpha, bool(options.rslora)
-    ranks = {
-        row.tensors["lora_a"].shape[0]
-        for row in table.rows.values()
-        if row.component == parts.component and "lora_a" in row.tensors and row.tensors["lora_a"].ndim
-    }
-    if len(ranks) > 1:
-        # diffusers would take the first module's rank as everybody's alpha: an accident of the file's order.
-        table.problems.append(
-            f"{parts.label}: no alpha in the file, and ranks {sorted(ranks)} differ; give --alpha"
-        )
-        return None, False
-    return float(ranks.pop()) if ranks else None, bool(options.rslora)
+class _Scalings:
+    """Alpha and rsLoRA of each module of one file.
+
+    Attributes:
+        notes: Where the numbers come from, if the file doesn't say it module by module.
+    """
+
+    def __init__(self, source: Source, options: Options, table: PartsTable) -> None:
+        self.notes: list[str] = []
+        self._source = source
+        self._options = options
+        self._problems = table.problems
+        self._rows = list(table.rows.values())
+        self._stated: dict[str | None, Stated] = {}
+        own = [number(row.tensors["alpha"]) if "alpha" in row.tensors else None for row in self._rows]
+        check_alpha_tensors(own, options, self._problems)
+        # `of` takes the alpha tensors out of the parts.
+        self._alphas = {
+            component: [number(row.tensors["alpha"]) for row in self._rows
+                        if row.component == component and "alpha" in row.tensors]
+            for component in {row.component for row in self._rows}
+        }  # fmt: skip
+
+    def of(self, parts: Parts, rules: LoraRules | None) -> tuple[float | None, bool]:
+        """Return alpha, or None with a problem, and whether to divide by √rank."""
+        own = parts.tensors.pop("alpha", None)
+        if rules is not None:
+            parts.rank = rules.rank(parts.path)
+            alpha = rules.alpha(parts.path)
+            if own is not None and alpha is not None and number(own) != alpha:
+                self._problems.append(
+                    f"{parts.label}: .alpha is {number(own):g}, but the metadata {METADATA_KEY} say {alpha:g}"
+                )
+            return alpha, rules.rslora
+        parts.rank = self._options.rank
+        if own is not None:
+            return number(own), bool(self._options.rslora)
+        stated = self._of_component(parts.component)
+        if (alpha := stated.alpha_of(parts.rows)) is not None:
+            return alpha, stated.rslora
+        alpha = None if parts.rows is None else float(parts.rows)
+        if alpha is not None and any(other != alpha for other in self._alphas[parts.component]):
+            # diffusers takes the most frequent alpha of the others here, ComfyUI scaling 1.
+            self._problems.append(
+                f"{parts.label}: has no .alpha while other modules have; programs differ in what that means: "
+                "give --alpha for those without"
+            )
+            return None, False
+        if stated.rslora and alpha is not None:
+            self._problems.append(f"{parts.label}: rsLoRA is stated, but no alpha; give --alpha")
+            return None, False
+        return alpha, False
+
+    def _of_component(self, component: str | None) -> Stated:
+        if component not in self._stated:
+            rows = [row for row in self._rows if row.component == component]
+            ranks = [row.rows for row in rows if row.rows is not None]
+            stated = stated_of(
+                self._source, self._options, self._problems, component, ranks, of_diffusion=True
+            )
+            self._stated[component] = stated
+            front = f"{component}: " if component else ""
+            self.notes += [front + note for note in stated.notes]
+            if stated.alpha is None and stated.scaling is None and not self._alphas[component]:
+                self.notes.append(f"{front}no alpha in the file: scaling 1, as diffusers and ComfyUI read it")
+        return self._stated[component]
 
 
 FORMAT = Format(
-    expects="unet.<module>.lora_A.weight or ….lora.down.weight (also transformer., text_encoder., …)",
+    expects="unet.<module>.lora_A.weight or ….lora.down.weight (also transformer., text_encoder., "
+    "diffusion_model., …)",
     recognises=recognises,
     read=read,
 )

@@ -12,6 +12,7 @@ import re
 from dataclasses import replace
 
 from lora_export.adapter import Adapter, Array
+from lora_export.formats.diffusion_names import Components
 from lora_export.formats.pairs import (
     Parts,
     PartsTable,
@@ -22,6 +23,8 @@ from lora_export.formats.pairs import (
     select_component,
 )
 from lora_export.formats.source import Format, Options, Source
+from lora_export.formats.stated import Stated, check_alpha_tensors, stated_of
+from lora_export.formats.wrappers import strip_flat_wrappers
 
 _PARTS = {
     "lora_down.weight": "lora_a",
@@ -45,8 +48,9 @@ _REFUSED = (
 
 def recognises(source: Source) -> bool:
     """Whether a tensor name ends in ``.lora_down.weight`` or begins as kohya's do."""
-    return any(name.endswith((".lora_down.weight", ".lora_up.weight")) for name in source.tensors) or any(
-        _COMPONENT.match(name) and "." in name for name in source.tensors
+    return any(
+        path.endswith((".lora_down.weight", ".lora_up.weight")) or (_COMPONENT.match(path) and "." in path)
+        for path in source.paths.values()
     )
 
 
@@ -57,34 +61,39 @@ def read(source: Source, options: Options) -> Adapter:
         AdapterError: A list of all that is wrong or not supported.
     """
     table = PartsTable()
-    for name, values in source.tensors.items():
-        match = _NAME.match(name)
+    components = Components(source.paths.values())
+    for name, path, values in source.entries():
+        match = _NAME.match(path)
         if not match:
-            table.unknown([name], _refusal(name))
+            table.unknown([name], _refusal(path))
             continue
-        component, path = _split(match["path"])
-        table.add(path, _PARTS[match["part"]], name, values, component)
+        component, module_path = _split(match["path"], components)
+        table.add(module_path, _PARTS[match["part"]], name, values, component)
     notes = select_component(source, table, options.component)
     modules = {}
+    own = [number(row.tensors["alpha"]) if "alpha" in row.tensors else None for row in table.rows.values()]
+    check_alpha_tensors(own, options, table.problems)
+    stated = _stated(source, options, table)
     for parts in table.rows.values():
         parts.rank = options.rank
         _check_magnitude(parts, table.problems)
-        module = build_module(parts, _alpha(parts, options), bool(options.rslora), table.problems)
+        alpha, rslora = _alpha(parts, stated, options, table.problems)
+        module = build_module(parts, alpha, rslora, table.problems)
         if module:
             modules[module.key] = module
-    raise_problems(source, table.problems, "mend what is listed; other LyCORIS algorithms can't be read")
+    raise_problems(source, table.problems, "fix the listed problems; other LyCORIS algorithms can't be read")
     return replace(
-        adapter_of(source, "kohya", table, modules, dict(source.metadata), notes),
+        adapter_of(source, "kohya", table, modules, dict(source.metadata), (*notes, *stated.notes)),
         flattened=all("." not in module.path for module in modules.values()),
         base_model=source.metadata.get("ss_sd_model_name"),
     )
 
 
-def _split(path: str) -> tuple[str | None, str]:
+def _split(path: str, components: Components) -> tuple[str | None, str]:
     match = _COMPONENT.match(path)
     if not match:
-        return None, path
-    return _COMPONENTS.get(match["component"], match["component"]), match["path"]
+        return components.split(path)
+    return _COMPONENTS.get(match["component"], match["component"]), strip_flat_wrappers(match["path"])
 
 
 def _refusal(name: str) -> str:
@@ -95,13 +104,34 @@ def _refusal(name: str) -> str:
     return "not a name that kohya's files have"
 
 
-def _alpha(parts: Parts, options: Options) -> float | None:
-    stated = parts.tensors.pop("alpha", None)
-    if stated is not None:
-        return number(stated)
-    lora_a = parts.tensors.get("lora_a")
-    # kohya's own rule: without alpha the scaling is 1.
-    return options.alpha if options.alpha is not None else None if lora_a is None else float(lora_a.shape[0])
+def _stated(source: Source, options: Options, table: PartsTable) -> Stated:
+    """Return what is stated for the modules without ``.alpha``, if there are any."""
+    rows = [row for row in table.rows.values() if "alpha" not in row.tensors]
+    if not rows:
+        return Stated()
+    ranks = [row.rows for row in rows if row.rows is not None]
+    return stated_of(source, options, table.problems, ranks=ranks, of_diffusion=True)
+
+
+def _alpha(parts: Parts, stated: Stated, options: Options, problems: list[str]) -> tuple[float | None, bool]:
+    """Return alpha and rsLoRA of a module; kohya's own rule is that without alpha the scaling is 1."""
+    own = parts.tensors.pop("alpha", None)
+    if own is not None:
+        return number(own), bool(options.rslora)
+    alpha = stated.alpha_of(parts.rows)
+    if alpha is None and options.rslora:
+        problems.append(f"{parts.label}: rsLoRA is stated, but no alpha; give --alpha")
+        return None, False
+    if alpha is None:
+        return None if parts.rows is None else float(parts.rows), False
+    if options.alpha is None and parts.rows is not None and alpha != parts.rows and stated.scaling is None:
+        # sd-scripts, ComfyUI and diffusers load it with scaling 1: what was trained is not what they show.
+        problems.append(
+            f"{parts.label}: no .alpha tensor, so every program takes scaling 1, but the file states alpha "
+            f"{alpha:g}; give --alpha {alpha:g} (as trained) or --alpha {parts.rows} (scaling 1)"
+        )
+        return None, False
+    return alpha, stated.rslora
 
 
 def _check_magnitude(parts: Parts, problems: list[str]) -> None:

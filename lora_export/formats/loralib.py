@@ -28,9 +28,9 @@ from lora_export.formats.pairs import (
     adapter_of,
     build_module,
     raise_problems,
-    stated_alpha,
 )
 from lora_export.formats.source import Format, Options, Source
+from lora_export.formats.stated import stated_of, where_to_look
 from lora_export.formats.tensors import value_problems
 
 _LORA = re.compile(r"^(?P<path>.+)\.lora_(?P<part>[AB])$")
@@ -52,7 +52,7 @@ _EMBEDDINGS = frozenset(
 
 def recognises(source: Source) -> bool:
     """Whether a tensor name ends in ``.lora_A`` or ``.lora_B``."""
-    return any(_LORA.match(name) for name in source.tensors)
+    return any(_LORA.match(path) for path in source.paths.values())
 
 
 def read(source: Source, options: Options) -> Adapter:
@@ -62,50 +62,45 @@ def read(source: Source, options: Options) -> Adapter:
         AdapterError: alpha is stated nowhere, or a list of all that is wrong.
     """
     table, extras = _sort_tensors(source)
-    settings = source.settings
-    alpha = stated_alpha(options, settings.get("alpha"), table.problems)
-    rank = options.rank or settings.get("rank")
-    rslora = bool(settings.get("rslora") if options.rslora is None else options.rslora)
-    if alpha is None and settings.get("scaling") is None:
-        table.problems.append("alpha: stated nowhere in the file; give --alpha")
+    # Of a MergedLinear lora_A stacks several; lora_B tells the rank of each.
+    factors = [parts.tensors["lora_b"] for parts in table.rows.values() if "lora_b" in parts.tensors]
+    ranks = [lora_b.shape[1] for lora_b in factors if lora_b.ndim == 2]
+    stated = stated_of(source, options, table.problems, ranks=ranks)
+    if stated.alpha is None and stated.scaling is None:
+        table.problems.append(f"alpha: stated nowhere in the file; give --alpha{where_to_look(source)}")
     modules = {}
     for parts in table.rows.values():
         parts.kind = "embedding" if parts.path.rpartition(".")[2] in _EMBEDDINGS else None
-        parts.rank = rank
-        factor = _unstack(parts, settings.get("enable_lora"), rslora, table.problems)
-        own = alpha if alpha is not None else _alpha_of(parts, settings.get("scaling"), rslora)
-        module = build_module(parts, None if own is None else own * factor, rslora, table.problems)
+        parts.rank = stated.rank
+        factor = _unstack(parts, source.settings.get("enable_lora"), stated.rslora, table.problems)
+        alpha = stated.alpha_of(parts.rows)
+        if stated.alpha is not None:
+            alpha = stated.alpha * factor
+        module = build_module(parts, alpha, stated.rslora, table.problems)
         if module:
             modules[module.key] = module
     raise_problems(
-        source, table.problems, "mend what is listed; a loralib file holds lora_A, lora_B and biases"
+        source, table.problems, "fix the listed problems; a loralib file holds lora_A, lora_B and biases"
     )
-    return replace(adapter_of(source, "loralib", table, modules, dict(settings)), extras=extras)
+    made = adapter_of(source, "loralib", table, modules, dict(source.settings), stated.notes)
+    named = {path: name for name, path in source.paths.items() if path in extras and path != name}
+    return replace(made, extras=extras, extra_tensors=named)
 
 
 def _sort_tensors(source: Source) -> tuple[PartsTable, dict[str, Array]]:
     table = PartsTable()
     extras: dict[str, Array] = {}
-    for name, values in source.tensors.items():
-        if match := _LORA.match(name):
+    for name, path, values in source.entries():
+        if match := _LORA.match(path):
             table.add(match["path"], f"lora_{match['part'].lower()}", name, values)
-        elif name.endswith(".bias"):
-            extras[name] = values
+        elif path.endswith(".bias"):
+            extras[path] = values
         else:
             table.unknown(
                 [name], "neither a LoRA factor nor a bias; save only loralib.lora_state_dict(model)"
             )
     table.problems += value_problems(extras.items())
     return table, extras
-
-
-def _alpha_of(parts: Parts, scaling: Any, rslora: bool) -> float | None:
-    """Alpha that gives the scaling which the checkpoint states instead."""
-    lora_a = parts.tensors.get("lora_a")
-    if lora_a is None or scaling is None:
-        return None
-    rank = int(lora_a.shape[0])
-    return float(scaling) * (math.sqrt(rank) if rslora else rank)
 
 
 def _unstack(parts: Parts, enabled: Any, rslora: bool, problems: list[str]) -> float:

@@ -32,6 +32,12 @@ class Parts:
     rank: int | None = None
 
     @property
+    def rows(self) -> int | None:
+        """Rows of ``lora_A``, the rank of a plain pair; None without one."""
+        lora_a = self.tensors.get("lora_a")
+        return None if lora_a is None or not lora_a.ndim else int(lora_a.shape[0])
+
+    @property
     def label(self) -> str:
         """How to speak of it in an error."""
         path = f"{self.component}/{self.path}" if self.component else self.path
@@ -143,14 +149,6 @@ def _shape_problem(parts: Parts, lora_a: Array, lora_b: Array) -> str:
     if lora_a.ndim == 2 and lora_a.shape[1] == lora_b.shape[0]:
         return f"{text}; transposed? wanted lora_A (rank, in_dim), lora_B (out_dim, rank)"
     return f"{text}; wanted lora_A (rank, …), lora_B (…, rank)"
-
-
-def stated_alpha(options: Options, stated: float | None, problems: list[str]) -> float | None:
-    """Return alpha from the file or from the user; a problem where both speak and differ."""
-    if stated is None or options.alpha is None or stated == options.alpha:
-        return options.alpha if stated is None else stated
-    problems.append(f"alpha: the file says {stated:g}, the option {options.alpha:g}; leave the option away")
-    return stated
 
 
 def check_options(options: Options) -> None:

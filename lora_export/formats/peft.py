@@ -12,7 +12,7 @@ base's ``….weight``): **first the replacement, then the low-rank change on top
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,13 +20,23 @@ import numpy as np
 
 from lora_export.adapter import Adapter, Array, LoraModule
 from lora_export.errors import AdapterError
+from lora_export.formats.diffusion_names import follows_diffusers, strip_denoiser
 from lora_export.formats.experts import nesting, parameters_of
 from lora_export.formats.lora_config import LoraRules
-from lora_export.formats.pairs import Parts, PartsTable, adapter_of, build_module, raise_problems
-from lora_export.formats.source import CONFIG_NAME, WEIGHT_NAMES, Format, Options, Source
+from lora_export.formats.pairs import (
+    Parts,
+    PartsTable,
+    adapter_of,
+    build_module,
+    raise_problems,
+    select_component,
+)
+from lora_export.formats.source import CONFIG_NAME, FORMAT_OPTION, Format, Options, Source
+from lora_export.formats.stated import stated_of, where_to_look
 from lora_export.formats.tensors import value_problems
+from lora_export.formats.token_rows import is_rows, read_rows
+from lora_export.formats.wrappers import PREFIX, unwrap_config
 
-PREFIX = "base_model.model."
 _PARTS = {
     "lora_A.weight": "lora_a",
     "lora_B.weight": "lora_b",
@@ -38,7 +48,7 @@ _PARTS = {
 }
 _LORA = re.compile(
     r"^(?P<path>.+?)\.(?P<part>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)"
-    r"(?:\.default)?(?P<leaf>\.weight|\.bias)?$"
+    r"(?P<leaf>\.weight|\.bias)?$"
 )
 # Needed to train only: VeLoRA's projection, Monteclora's sampler, the untrained copy of a module to save.
 _ASIDE = re.compile(r"\.(lora_velora_embed|lora_monteclora_sampler|original_module)(\.|$)")
@@ -48,11 +58,13 @@ _PROMPT_TUNERS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMP
 
 def recognises(source: Source) -> bool:
     """Whether the file lies beside a PEFT config under PEFT's name, or has PEFT's tensor names."""
-    if source.config is not None and source.file.name in WEIGHT_NAMES:
+    if source.peft_config is not None:
         return True
-    return any(name.startswith(PREFIX) and _LORA.match(name) for name in source.tensors) or (
-        source.config is not None and any(_LORA.match(name) for name in source.tensors)
-    )
+    paths = source.paths.values()
+    lora = [path for path in paths if (match := _LORA.match(path)) and _part(match)]
+    if any(path.startswith(PREFIX) for path in lora):
+        return True
+    return bool(lora) and source.config is None and not follows_diffusers(paths, source.metadata)
 
 
 def read(source: Source, options: Options) -> Adapter:
@@ -61,31 +73,47 @@ def read(source: Source, options: Options) -> Adapter:
     Raises:
         AdapterError: Another tuner, or a list of all that is wrong or not supported, each with its reason.
     """
-    config = dict(source.config) if source.config is not None else _config_from(source, options)
-    _refuse_other_tuners(source, config)
-    rules = LoraRules(config, options)
     table = PartsTable()
+    notes: list[str] = []
+    if source.peft_config is not None:
+        config = dict(source.peft_config)
+    else:
+        config = _config_from(source, options, table.problems, notes)
+    _refuse_other_tuners(source, config)
+    # A PEFT config may name modules of the wrapped model; their paths carry no wrappers any more.
+    rules = LoraRules(unwrap_config(config), options)
     table.problems += rules.problems
-    extras, extra_tensors = _sort_tensors(source.tensors, table)
+    rows = {path: (name, source.tensors[name]) for name, path in source.paths.items() if is_rows(path)}
+    extras, extra_tensors = _sort_tensors(source, table)
+    token_rows = read_rows(rows, config, table.problems)
+    if any(component for component, _ in table.rows):
+        notes += select_component(source, table, options.component)
     _refuse_attention(table)
     _name_parameters(table, rules)
     modules = _build_modules(table, rules, config)
-    if not table.rows and not extras:
+    if not table.rows and not extras and not rows:
         table.problems.append("the file has no LoRA tensors")
     _check_experts(modules, table.problems)
-    if source.config is not None:
+    if source.peft_config is not None:
         _check_switches(modules, config, table.problems)
     table.problems += value_problems((n, v) for n, v in extras.items() if v.dtype.kind not in "iub")
-    raise_problems(source, table.problems, "mend what is listed, or merge with PEFT's merge_and_unload")
-    notes = list(rules.notes)
+    raise_problems(source, table.problems, "fix the listed problems, or merge with PEFT's merge_and_unload")
+    notes += rules.notes
     if config.get("modules_to_save") and not extras:
         notes.append(f"the config names modules_to_save {config['modules_to_save']}, and the file holds none")
+    if copies := _base_copies([source.paths[name] for name in extra_tensors.values()], table):
+        notes.append(
+            f"the file holds {copies} weights of the base too (….base_layer.weight): they take the place of "
+            "the given base's, and the low-rank change is added to them"
+        )
+    notes += [f"{path}: {len(row.indices)} single rows are replaced" for path, row in token_rows.items()]
     if table.aside:
         notes.append(f"left aside, needed in training only: {', '.join(table.aside)}")
     return replace(
         adapter_of(source, "peft", table, modules, config, notes),
         extras=extras,
         extra_tensors=extra_tensors,
+        token_rows=token_rows,
         base_model=config.get("base_model_name_or_path") or None,
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
     )
@@ -105,31 +133,40 @@ def _build_modules(table: PartsTable, rules: LoraRules, config: Mapping[str, Any
     return modules
 
 
-def _config_from(source: Source, options: Options) -> dict[str, Any]:
-    """Stand in for a missing config: rank from the option or the tensors, alpha from the option alone."""
+def _config_from(source: Source, options: Options, problems: list[str], notes: list[str]) -> dict[str, Any]:
+    """Stand in for a missing config: ranks from the tensors, alpha from the option or from the file."""
     ranks = {
-        int(v.shape[0]) for n, v in source.tensors.items() if re.search(r"\.lora_(embedding_)?A(\.|$)", n)
+        match["path"].removeprefix(PREFIX): int(source.tensors[name].shape[0])
+        for name, path in source.paths.items()
+        if (match := _LORA.match(path)) and match["part"].endswith("_A") and source.tensors[name].ndim
     }
-    if options.alpha is None:
+    stated = stated_of(source, options, problems, ranks=ranks.values())
+    notes += stated.notes
+    if stated.alpha is None and stated.scaling is None:
+        hint = "give --alpha (and --rslora where used), or put the config beside adapter_model.safetensors"
+        if not any(path.startswith(PREFIX) for path in source.paths.values()):
+            hint += (
+                f"; {FORMAT_OPTION} diffusers if a diffusion tool wrote it (no alpha is scaling 1 there), "
+                "converted if it was converted for a graph"
+            )
+        hint += "".join(f"; {note}" for note in source.notes if CONFIG_NAME in note)
         raise AdapterError(
-            f"adapter '{source.name}' has no {CONFIG_NAME} beside it, and its tensors don't tell alpha",
-            "give --alpha (and --rslora where it was used), or put the config beside the file",
+            f"adapter '{source.name}' has no {CONFIG_NAME} beside it, and its tensors don't tell alpha"
+            f"{where_to_look(source)}",
+            hint,
+            problems,
         )
-    if options.rank is None and len(ranks) > 1:
-        # alpha/rank then differs by module, just as it does in a config whose rank_pattern lists them.
-        pattern = {
-            "^" + re.escape(match["path"].removeprefix(PREFIX)): int(values.shape[0])
-            for name, values in source.tensors.items()
-            if (match := _LORA.match(name)) and match["part"].endswith("_A")
-        }
-    else:
-        pattern = {}
+    rank = stated.rank or min(ranks.values(), default=1)
+    # alpha/rank differs by module where ranks do, just as in a config whose rank_pattern lists them.
+    differ = stated.rank is None and len(set(ranks.values())) > 1
+    alphas = {path: stated.alpha_of(rows) for path, rows in ranks.items()} if stated.alpha is None else {}
     return {
         "peft_type": "LORA",
-        "r": options.rank or (min(ranks) if ranks else 1),
-        "lora_alpha": options.alpha,
-        "use_rslora": bool(options.rslora),
-        "rank_pattern": pattern,
+        "r": rank,
+        "lora_alpha": stated.alpha if stated.alpha is not None else stated.alpha_of(rank),
+        "use_rslora": stated.rslora,
+        "rank_pattern": {"^" + re.escape(path): rows for path, rows in ranks.items()} if differ else {},
+        "alpha_pattern": {"^" + re.escape(path): alpha for path, alpha in alphas.items()} if differ else {},
     }
 
 
@@ -149,25 +186,32 @@ def _refuse_other_tuners(source: Source, config: Mapping[str, Any]) -> None:
     )
 
 
-def _sort_tensors(tensors: Mapping[str, Array], table: PartsTable) -> tuple[dict[str, Array], dict[str, str]]:
+def _part(match: re.Match[str]) -> str | None:
+    return _PARTS.get(match["part"] + (match["leaf"] or ""))
+
+
+def _sort_tensors(source: Source, table: PartsTable) -> tuple[dict[str, Array], dict[str, str]]:
     """Give each tensor its place: a module's part, a whole parameter (with its tensor's name), or aside."""
     extras: dict[str, Array] = {}
     names: dict[str, str] = {}
-    for name, values in tensors.items():
-        path = name.removeprefix(PREFIX)
+    for name, unwrapped, values in source.entries():
+        # diffusion-pipe puts ComfyUI's name for the denoiser in front, beside a config of PEFT's own paths.
+        component, path = strip_denoiser(unwrapped.removeprefix(PREFIX))
         match = _LORA.match(path)
-        part = _PARTS.get(match["part"] + (match["leaf"] or "")) if match else None
+        part = _part(match) if match else None
         if match and part:
-            row = table.add(match["path"], part, name, values)
+            row = table.add(match["path"], part, name, values, component)
             if "embedding" in match["part"]:
                 row.kind = "embedding"
         elif _ASIDE.search(path):
             table.aside.append(name)
-        elif ".token_adapter." in path or ".lora_" in path:
+        elif is_rows(path):
+            continue  # read by token_rows
+        elif ".lora_" in path:
             table.unknown([name], "not a tensor that a LoRA adapter has; merge with PEFT's merge_and_unload")
         else:
-            target = path.replace(".base_layer.", ".")
-            target = re.sub(r"\.modules_to_save\.(default\.)?", ".", target)
+            target = path.replace(".token_adapter.base_layer.", ".")
+            target = target.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
             if target not in extras:
                 extras[target] = values
                 names[target] = name
@@ -176,6 +220,13 @@ def _sort_tensors(tensors: Mapping[str, Array], table: PartsTable) -> tuple[dict
             else:
                 table.unknown([name], f"a second, different value of {target}")
     return extras, names
+
+
+def _base_copies(paths: Iterable[str], table: PartsTable) -> int:
+    """Count the weights that a state dict of the whole model has; PEFT itself saves embeddings alone so."""
+    kinds = {path: parts.kind for (_, path), parts in table.rows.items()}
+    copies = [path.partition(".base_layer.")[0] for path in paths if ".base_layer." in path]
+    return sum(kinds.get(path.removeprefix(PREFIX)) != "embedding" for path in copies)
 
 
 def _refuse_attention(table: PartsTable) -> None:

@@ -1,7 +1,8 @@
 """Tensors of a torch checkpoint (``.bin``, ``.pt``, ``.pth``, ``.ckpt``), read without running its code.
 
 People save a bare state dict, or a dict that holds one beside alpha, rank and bookkeeping. Both become the
-same: tensors, and the few numbers that say how to scale them.
+same: tensors, and the few numbers that say how to scale them. A number counts only where its name or its
+place says that it is LoRA's: a training run's dictionaries are full of others called alpha, rank or scale.
 """
 
 from __future__ import annotations
@@ -19,28 +20,26 @@ from lora_export.errors import AdapterError, BackendUnavailable
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
-# Where a dict keeps its tensors, and how it spells the numbers that we need.
-_NESTS = (
-    "state_dict",
-    "model_state_dict",
-    "lora_state_dict",
-    "model",
-    "lora",
-    "adapter",
-    "weights",
-    "module",
-)
-_CONFIGS = ("config", "lora_config", "hparams", "hyper_parameters", "args")
-_SPELLINGS = {
-    "alpha": "alpha", "lora_alpha": "alpha",
-    "r": "rank", "rank": "rank", "lora_r": "rank", "lora_rank": "rank",
-    "scaling": "scaling", "scale": "scaling", "lora_scaling": "scaling",
+# Where a dict keeps its tensors. What lies beside the first ones may belong to the whole training run.
+_GENERAL_NESTS = ("state_dict", "model_state_dict", "model", "weights", "module")
+_LORA_NESTS = ("lora_state_dict", "lora", "adapter")
+# Dictionaries without tensors that speak of LoRA alone.
+_LORA_CONFIGS = ("lora_config", "lora_args", "lora_params", "lora_parameters", "peft_config",
+                 "adapter_config", "lora", "peft", "adapter")  # fmt: skip
+# How the numbers that we need are spelt. These names say by themselves whose they are …
+_CLEAR = {
+    "lora_alpha": "alpha",
+    "lora_r": "rank", "lora_rank": "rank",
+    "lora_scaling": "scaling",
     "rslora": "rslora", "use_rslora": "rslora",
     "enable_lora": "enable_lora",
 }  # fmt: skip
+# … and these do not: alpha may be mixup's or an optimizer's, rank a process's, scale a loss's.
+_PLAIN = {"alpha": "alpha", "r": "rank", "rank": "rank", "scaling": "scaling", "scale": "scaling"}
 # Settings that change what the factors mean, which these formats can't say.
 _MEANINGFUL = ("use_dora", "dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication")
-_BOOKKEEPING = ("optim", "sched", "epoch", "step", "rng", "loss", "callbacks", "loops", "version", "metric")
+_BOOKKEEPING = ("optim", "sched", "epoch", "step", "rng", "loss", "callbacks", "loops", "version", "metric",
+                "scaler", "amp_")  # fmt: skip
 
 
 @dataclass
@@ -51,12 +50,14 @@ class Checkpoint:
         tensors: Name → values.
         settings: Of ``alpha``, ``rank``, ``scaling``, ``rslora``, ``enable_lora`` what the file states.
         ignored: Keys that are bookkeeping of a training run.
+        mentions: Numbers called alpha that may be LoRA's or not: where, value.
         problems: Keys that we don't understand, or settings that contradict each other.
     """
 
     tensors: dict[str, Array] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
+    mentions: list[tuple[str, float]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -102,15 +103,28 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _collect(content: Mapping[Any, Any], where: str, into: Checkpoint, tensor_type: type) -> None:
+def _collect(
+    content: Mapping[Any, Any], where: str, into: Checkpoint, tensor_type: type, of_model: bool = False
+) -> None:
+    """Sort the entries of a dict that holds tensors, or holds a dict that does.
+
+    Args:
+        content: The dict.
+        where: Path of the dict, with a slash behind.
+        into: Gets the entries.
+        tensor_type: torch's.
+        of_model: The dict is a model's state dict: what it calls alpha is a parameter of the model.
+    """
+    of_lora = _speaks_of_lora(content, tensor_type)
+    spellings = _CLEAR | _PLAIN if of_lora else _CLEAR
     for key, value in content.items():
         name = f"{where}{key}"
-        spelling = _SPELLINGS.get(str(key))
         # A one-element tensor under such a key is the number; under "lora_unet….alpha" the key differs.
         one: Any = value
-        number = one.item() if isinstance(value, tensor_type) and one.numel() == 1 else value
-        if spelling and isinstance(number, (bool, int, float, list, tuple)):
-            _set(into, spelling, number, name)
+        is_number = isinstance(value, tensor_type) and one.numel() == 1 and not of_model
+        number = one.item() if is_number else value
+        if str(key) in spellings and isinstance(number, (bool, int, float, list, tuple)):
+            _set(into, spellings[str(key)], number, name)
         elif isinstance(value, tensor_type):
             if str(key) in into.tensors:
                 into.problems.append(f"{name}: a second tensor of this name")
@@ -119,25 +133,83 @@ def _collect(content: Mapping[Any, Any], where: str, into: Checkpoint, tensor_ty
             # A sparse, quantised or meta tensor: torch says so in one of these.
             except (RuntimeError, TypeError, NotImplementedError) as error:
                 into.problems.append(f"{name}: {str(error).splitlines()[0]}")
-        elif isinstance(value, Mapping) and key in _NESTS:
-            _collect(value, f"{name}/", into, tensor_type)
-        elif isinstance(value, Mapping) and key in _CONFIGS:
-            for setting, stated in value.items():
-                if setting in _MEANINGFUL and stated:
-                    into.problems.append(f"{name}/{setting}: {stated!r} is not supported in this format")
-                if (known := _SPELLINGS.get(str(setting))) and isinstance(stated, (bool, int, float, list)):
-                    _set(into, known, stated, f"{name}/{setting}")
+        elif (
+            isinstance(value, Mapping)
+            and key in _GENERAL_NESTS + _LORA_NESTS
+            and _tensors(value, tensor_type)
+        ):
+            _collect(value, f"{name}/", into, tensor_type, of_model=key in _GENERAL_NESTS)
         elif key in _MEANINGFUL:
             if value:
                 into.problems.append(f"{name}: {value!r} is not supported in this format")
         elif any(word in str(key).lower() for word in _BOOKKEEPING) or isinstance(value, (str, type(None))):
             into.ignored.append(name)
+        elif isinstance(value, Mapping) and not _tensors(value, tensor_type):
+            if key not in _LORA_CONFIGS:
+                into.ignored.append(name)
+            _collect_settings(value, name, into, of_lora=key in _LORA_CONFIGS)
+        elif not of_lora and _is_plain(value):
+            _mention(into, str(key), value, name)
+            into.ignored.append(name)
         else:
             into.problems.append(f"{name}: {type(value).__name__}")
 
 
+def _collect_settings(content: Mapping[Any, Any], where: str, into: Checkpoint, of_lora: bool) -> None:
+    """Take LoRA's numbers from a dict without tensors; everything else in it is the training's."""
+    spellings = _CLEAR | _PLAIN if of_lora else _CLEAR
+    for key, value in content.items():
+        name = f"{where}/{key}"
+        if key in _MEANINGFUL and value:
+            into.problems.append(f"{name}: {value!r} is not supported in this format")
+        elif str(key) in spellings and isinstance(value, (bool, int, float, list)):
+            _set(into, spellings[str(key)], value, name)
+        elif isinstance(value, Mapping) and not any(word in str(key).lower() for word in _BOOKKEEPING):
+            # PEFT's own dict has a level for each adapter: {"default": {"r": 8, …}}.
+            _collect_settings(value, name, into, of_lora or key in _LORA_CONFIGS)
+        else:
+            _mention(into, str(key), value, name)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number or a list of plain values: nothing that could hold a weight."""
+    if isinstance(value, (list, tuple, set)):
+        return all(_is_plain(one) or isinstance(one, str) for one in value)
+    return isinstance(value, (bool, int, float))
+
+
+def _speaks_of_lora(content: Mapping[Any, Any], tensor_type: type) -> bool:
+    """Whether numbers in this dict that don't say whose they are can only be LoRA's.
+
+    They are where the tensors themselves lie, and beside a dict of tensors unless the same dict keeps a
+    training run's books: then they may be anybody's.
+    """
+    if any(isinstance(value, tensor_type) for value in content.values()):
+        return True
+    if any(key in _LORA_NESTS for key in content):
+        return True
+    return not any(word in str(key).lower() for key in content for word in _BOOKKEEPING)
+
+
+def _tensors(content: Mapping[Any, Any], tensor_type: type) -> bool:
+    """Whether a dict holds tensors, at any depth."""
+    return any(
+        isinstance(value, tensor_type) or (isinstance(value, Mapping) and _tensors(value, tensor_type))
+        for value in content.values()
+    )
+
+
+def _mention(into: Checkpoint, key: str, value: Any, name: str) -> None:
+    if _PLAIN.get(key) == "alpha" and isinstance(value, (int, float)) and not isinstance(value, bool):
+        into.mentions.append((name.replace("/", "."), float(value)))
+
+
 def _set(into: Checkpoint, key: str, value: Any, name: str) -> None:
-    if into.settings.setdefault(key, value) != value:
+    wanted = {"rslora": (bool, "true or false"), "enable_lora": (list | tuple, "a list")}
+    types, what = wanted.get(key, (int | float, "a number"))
+    if not isinstance(value, types) or (isinstance(value, bool) and key != "rslora"):
+        into.problems.append(f"{name}: {value!r}, wanted {what}")
+    elif into.settings.setdefault(key, value) != value:
         into.problems.append(f"{name}: {value}, but {key} is {into.settings[key]} elsewhere in the file")
 
 

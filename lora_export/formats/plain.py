@@ -6,19 +6,19 @@ weight is ``scaling * B @ A``. The file is a bare state dict, or a dict that als
 
 from __future__ import annotations
 
-import math
 import re
 
 from lora_export.adapter import Adapter
-from lora_export.formats.pairs import PartsTable, adapter_of, build_module, raise_problems, stated_alpha
+from lora_export.formats.pairs import PartsTable, adapter_of, build_module, raise_problems
 from lora_export.formats.source import Format, Options, Source
+from lora_export.formats.stated import stated_of, where_to_look
 
 _LORA = re.compile(r"^(?P<path>.+)\.(?P<part>[AB])\.weight$")
 
 
 def recognises(source: Source) -> bool:
     """Whether tensors are named ``….A.weight`` and ``….B.weight``."""
-    parts = {match["part"] for name in source.tensors if (match := _LORA.match(name))}
+    parts = {match["part"] for path in source.paths.values() if (match := _LORA.match(path))}
     return parts == {"A", "B"}
 
 
@@ -29,30 +29,25 @@ def read(source: Source, options: Options) -> Adapter:
         AdapterError: alpha is stated nowhere, or a list of all that is wrong.
     """
     table = PartsTable()
-    for name, values in source.tensors.items():
-        if match := _LORA.match(name):
+    for name, path, values in source.entries():
+        if match := _LORA.match(path):
             table.add(match["path"], f"lora_{match['part'].lower()}", name, values)
         else:
             table.unknown([name], "not A.weight or B.weight; save only these")
-    settings = source.settings
-    alpha = stated_alpha(options, settings.get("alpha"), table.problems)
-    scaling = settings.get("scaling")
-    rslora = bool(settings.get("rslora") if options.rslora is None else options.rslora)
-    if alpha is None and scaling is None:
-        table.problems.append("alpha: stated nowhere in the file; give --alpha")
+    ranks = [parts.rows for parts in table.rows.values() if parts.rows is not None]
+    stated = stated_of(source, options, table.problems, ranks=ranks)
+    if stated.alpha is None and stated.scaling is None:
+        table.problems.append(f"alpha: stated nowhere in the file; give --alpha{where_to_look(source)}")
     modules = {}
     for parts in table.rows.values():
-        parts.rank = options.rank or settings.get("rank")
-        own = alpha
-        lora_a = parts.tensors.get("lora_a")
-        if own is None and scaling is not None and lora_a is not None:
-            rows = int(lora_a.shape[0])
-            own = float(scaling) * (math.sqrt(rows) if rslora else rows)
-        module = build_module(parts, own, rslora, table.problems)
+        parts.rank = stated.rank
+        module = build_module(parts, stated.alpha_of(parts.rows), stated.rslora, table.problems)
         if module:
             modules[module.key] = module
-    raise_problems(source, table.problems, "mend what is listed; the file holds A.weight, B.weight and alpha")
-    return adapter_of(source, "plain", table, modules, dict(settings))
+    raise_problems(
+        source, table.problems, "fix the listed problems; the file holds A.weight, B.weight, alpha"
+    )
+    return adapter_of(source, "plain", table, modules, dict(source.settings), stated.notes)
 
 
 FORMAT = Format(

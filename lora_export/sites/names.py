@@ -1,9 +1,8 @@
-"""Match an adapter's parameter paths with a graph's: wrapper prefixes, renamed, fused and split modules."""
+"""Other names for a parameter path: with another prefix, of renamed, fused and split modules, flattened."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 # Builders rename a part of the path (onnxruntime-genai ``models/builders/base.py``: attn).
@@ -99,65 +98,3 @@ def fused_of(keys: Sequence[str]) -> str | None:
 def flatten(key: str) -> str:
     """Return a path with its dots as underscores: how kohya's files write it."""
     return key.replace(".", "_")
-
-
-class Flattened:
-    """Paths of a graph by their flattened form.
-
-    Args:
-        known: The paths.
-    """
-
-    def __init__(self, known: Iterable[str]) -> None:
-        self._exact: dict[str, set[str]] = defaultdict(set)
-        self._tails: dict[str, set[str]] = defaultdict(set)
-        for path in known:
-            self._exact[flatten(path)].add(path)
-            parts = path.split(".")
-            for start in range(1, len(parts) - 1):
-                self._tails[flatten(".".join(parts[start:]))].add(path)
-
-    def find(self, key: str) -> list[str]:
-        """Return the paths that ``key`` may stand for: exactly, else with more in front.
-
-        What stands in front ends at a dot: ``attn_q`` is not ``cross_attn.q``.
-        """
-        flat = flatten(key)
-        return sorted(self._exact.get(flat) or self._tails.get(flat) or ())
-
-
-def find_prefixes(wanted: Iterable[str], known: Collection[str]) -> list[Prefix]:
-    """Return the prefix changes under which most wanted paths are known; more than one if they tie.
-
-    One change holds for the whole adapter: matching each path by itself would bind ``encoder.layers.0.q``
-    and ``decoder.layers.0.q`` to the same weight.
-    """
-    by_tail: dict[str, list[str]] = defaultdict(list)
-    for key in known:
-        by_tail[_tail(key)].append(key)
-    votes: Counter[Prefix] = Counter()
-    for want in wanted:
-        pairs: set[Prefix | None] = set()
-        for variant in variants(want):
-            for name in variant.keys:
-                pairs.update(_prefix(name, key) for key in by_tail.get(_tail(name), ()))
-        votes.update(pair for pair in pairs if pair is not None)
-    if not votes:
-        return []
-    most = max(votes.values())
-    winners = [pair for pair, count in votes.items() if count == most]
-    return [Prefix()] if Prefix() in winners else winners
-
-
-def _tail(key: str) -> str:
-    return ".".join(key.split(".")[-2:])
-
-
-def _prefix(want: str, key: str) -> Prefix | None:
-    if want == key:
-        return Prefix()
-    if key.endswith("." + want):
-        return Prefix(add=key[: -len(want) - 1])
-    if want.endswith("." + key):
-        return Prefix(strip=want[: -len(key) - 1])
-    return None

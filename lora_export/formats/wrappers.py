@@ -1,0 +1,138 @@
+"""Names that training tools put around a model, and what the module is called without them.
+
+A wrapper keeps the wrapped module as a submodule, and a state dict that was taken from outside carries that
+submodule's name: ``torch.compile`` (``_orig_mod``), FSDP (``_fsdp_wrapped_module``), activation
+checkpointing (``_checkpoint_wrapped_module``), Lightning Fabric (``_forward_module``), DataParallel and
+DeepSpeed (``module``), Opacus (``_module``), and whatever attribute holds a PEFT model in a LightningModule
+or in TRL's model with a value head. They are removed before a name is looked at, so that a config's patterns
+meet the paths that PEFT matched them against.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PREFIX = "base_model.model."
+# Private names of the tools: no model of its own has a submodule called so.
+_PRIVATE = (
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+    "_fpw_module",
+)
+_FRONT = r"(?:_?module\.)"
+_DOUBLED = re.compile(rf"^(?:{_FRONT}*{re.escape(PREFIX)})+")
+_OUTER = re.compile(rf"^((?:.+?\.)?){re.escape(PREFIX)}")
+_IN_PATTERN = re.compile(rf"(?:{'|'.join(_PRIVATE)})\\?\.")
+_FLAT = re.compile(rf"(?:(?<=_)|^)(?:{'|'.join(_PRIVATE)})_")
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_LISTS = ("target_parameters", "modules_to_save", "target_modules")
+
+
+@dataclass(frozen=True)
+class Unwrapped:
+    """Names without wrappers.
+
+    Attributes:
+        paths: Name → the same without wrappers, in the order of the names.
+        problems: One line for each name that can't be told from another any more.
+    """
+
+    paths: Mapping[str, str]
+    problems: tuple[str, ...] = ()
+
+
+def strip_wrappers(path: str) -> str:
+    """Return a dotted path without the wrappers that a single path tells for sure.
+
+    These are the tools' private names wherever they stand, ``module`` in front of ``base_model.model``, and
+    all but one of several ``base_model.model``. An ordinary submodule called ``module`` stays.
+    """
+    left = ".".join(part for part in path.split(".") if part not in _PRIVATE)
+    return _DOUBLED.sub(PREFIX, left) or path
+
+
+def strip_flat_wrappers(path: str) -> str:
+    """Return a path whose dots are underscores without the tools' private names."""
+    return _FLAT.sub("", path) or path
+
+
+def unwrap(names: Iterable[str], config: Mapping[str, Any] | None = None) -> Unwrapped:
+    """Remove every wrapper from the names of one file.
+
+    Rules, in this order:
+    1. What `strip_wrappers` removes.
+    2. An attribute in front of ``base_model.model`` where all of the file's PEFT names have the same one.
+    3. ``module`` in front, or directly behind ``base_model.model``, where every name has it there: a wrapper
+       wraps everything. It stays where the config's own patterns name it.
+    4. Two names that become one are a problem.
+
+    Args:
+        names: All tensor names of the file.
+        config: An adapter's configuration, for its patterns.
+    """
+    paths = {name: strip_wrappers(name) for name in names}
+    problems = _strip_attribute(paths)
+    if not _names_module(config or {}):
+        for front in ("", PREFIX):
+            _strip_front(paths, front)
+    owners: dict[str, str] = {}
+    for name, path in paths.items():
+        first = owners.setdefault(path, name)
+        if first != name:
+            problems.append(f"{name}: the same as {first} once the names of wrappers are removed ({path})")
+    return Unwrapped(paths, tuple(problems))
+
+
+def unwrap_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a PEFT config whose patterns and names carry no private wrapper names either."""
+    made = dict(config)
+    for key in _PATTERNS:
+        if isinstance(pattern := config.get(key), Mapping):
+            made[key] = {_IN_PATTERN.sub("", str(name)): value for name, value in pattern.items()}
+    for key in _LISTS:
+        if isinstance(listed := config.get(key), list):
+            made[key] = [_IN_PATTERN.sub("", one) if isinstance(one, str) else one for one in listed]
+    return made
+
+
+def _strip_attribute(paths: dict[str, str]) -> list[str]:
+    """Remove what stands in front of ``base_model.model``, in place; return what is in doubt then."""
+    outer = {name: match[1] for name, path in paths.items() if (match := _OUTER.match(path))}
+    fronts = sorted(set(outer.values()))
+    if len(fronts) > 1:
+        listed = ", ".join(f"{front}{PREFIX}" for front in fronts)
+        return [f"the file holds several PEFT models ({listed}); save one of them alone"]
+    for name, front in outer.items():
+        paths[name] = strip_wrappers(paths[name][len(front) :])
+    if fronts in ([], [""]):
+        return []
+    # Beside the PEFT model: a head of the holder's own may well have the name of a module inside of it.
+    return [
+        f"{name}: not part of the PEFT model, whose names begin with {fronts[0]}{PREFIX}; save without it"
+        for name in paths
+        if name not in outer
+    ]
+
+
+def _strip_front(paths: dict[str, str], front: str) -> None:
+    """Remove ``module`` behind ``front``, in place, as often as every path that begins so has it."""
+    # A module that is itself called so keeps its name: there is nothing behind it but a tensor.
+    wrapped = re.compile(rf"^{re.escape(front)}{_FRONT}(?=[^.]+\.)(?!lora_|modules_to_save\.)")
+    inside = [name for name, path in paths.items() if path.startswith(front)]
+    while inside and all(wrapped.match(paths[name]) for name in inside):
+        for name in inside:
+            paths[name] = front + wrapped.sub("", paths[name])
+
+
+def _names_module(config: Mapping[str, Any]) -> bool:
+    """Whether the config itself speaks of a submodule called ``module``."""
+    texts: list[str] = []
+    for key in (*_PATTERNS, *_LISTS):
+        value = config.get(key)
+        texts += [str(one) for one in (value if isinstance(value, Mapping | list) else [value])]
+    return any(re.search(r"(?:^|[^\w])_?module\\?\.", text) for text in texts)
