@@ -9,7 +9,7 @@ import pytest
 import tiny
 from exposed_models import tensors
 from small_graphs import constants
-from tiny_models import LAYERS
+from tiny_models import HEADS, HIDDEN, LAYERS
 
 from lora_export import SiteError, bank_onnx, convert_adapter, merge_onnx, swap_onnx
 from lora_export.sites import names
@@ -186,3 +186,20 @@ def test_single_experts_are_placed_by_values(exchanged, tmp_path):
     with pytest.raises(SiteError) as refused:
         merge_onnx(base, adapter, tmp_path / "m.onnx", checkpoint=tmp_path / "c")
     assert {line.split("  ")[0].split(".")[-1] for line in refused.value.problems} == {"gate_up_proj"}
+
+
+@pytest.mark.xdist_group("gpt2")
+def test_modules_that_mobius_renames_are_found_by_value(tmp_path):
+    """GPT-2's c_attn is q, k and v there, c_fc is up_proj: by name nothing is guessed."""
+    adapter = tiny.adapter("gpt2")
+    base = tiny.export("gpt2", "mobius", tmp_path / "base")
+    with pytest.raises(SiteError):
+        merge_onnx(base, adapter, tmp_path / "m.onnx")
+    merge_onnx(base, adapter, tmp_path / "m.onnx", checkpoint=tiny.checkpoint("gpt2"))
+    swap_onnx(base, tmp_path / "s.onnx", adapter=adapter, checkpoint=tiny.checkpoint("gpt2"))
+    feeds = tiny.feeds("gpt2", base)
+    past = {name: np.zeros((2, HEADS, 0, HIDDEN // HEADS), np.float32) for name in feeds if "past" in name}
+    wanted = tiny.reference("gpt2", adapter)
+    assert tiny.relative_error(tiny.run(tmp_path / "m.onnx", feeds | past), wanted) < TOLERANCE
+    swapped = tensors(tmp_path / "s.onnx", adapter)
+    assert tiny.relative_error(tiny.run(tmp_path / "s.onnx", feeds | past | swapped), wanted) < TOLERANCE
