@@ -123,7 +123,7 @@ def plan_merge(
 
 def _refuse_dequantising(quantised: Quantised, dtype: str) -> None:
     """Refuse to write one dtype where some weights are quantised in ways that are not understood."""
-    unknown = {**quantised.packed, **quantised.refused}
+    unknown = quantised.closed
     if unknown:
         lines = [f"{name}   {kind}" for name, kind in unknown.items()]
         raise CheckpointError(

@@ -311,7 +311,9 @@ FOREIGN = {
     "torchao: _weight_qdata": {
         f"{Q}_weight_qdata": (40, 48, INT8), f"{Q}_weight_scale": (40, 1, F32),
     },
-    "HQQ: W_q": {f"{Q}W_q": (40, 24, U8), f"{Q}meta": (1, 1, F32)},
+    "HQQ: W_q, scale, zero": {
+        f"{Q}W_q": (40, 24, U8), f"{Q}scale": (40, 1, F32), f"{Q}zero": (40, 1, F32),
+    },
     "EETQ: weight_scales": {f"{Q}weight": (40, 48, INT8), f"{Q}weight_scales": (40, 1, F32)},
     "F8_E4M3 with model.layers.0.mlp.up_proj.weight.scale": {
         f"{Q}weight": (40, 48, E4M3), f"{Q}weight.scale": (1, 1, F32),
