@@ -280,6 +280,12 @@ def test_codes_whose_scale_is_missing_are_refused(tmp_path):
     adapter(tmp_path / "ad", (40, 48))
     with pytest.raises(SiteError, match="no scale lies beside it"):
         merge_checkpoint(tmp_path / "base", tmp_path / "ad", tmp_path / "out")
+    file = tmp_path / "base/model.safetensors"
+    save_file(load_file(file) | {"model.other.weight": torch.zeros(40, 48)}, file)
+    adapter(tmp_path / "ad2", (40, 48), path="model.other")
+    merge_checkpoint(tmp_path / "base", tmp_path / "ad2", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="can't be made float32"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "ad2", tmp_path / "wide", dtype="float32")
 
 
 # --- refused by name ---------------------------------------------------------------------------------

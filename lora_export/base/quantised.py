@@ -116,8 +116,11 @@ class Quantised:
     @property
     def closed(self) -> dict[str, str]:
         """Weights whose values can't be told, and why."""
-        plain = {name for name in self.refused if self.checkpoint.tensors[name].code in _FLOAT_SCALES}
-        return {**self.packed, **{k: reason for k, reason in self.refused.items() if k not in plain}}
+        tensors = self.checkpoint.tensors
+        found = {n: why for n, why in self.refused.items() if tensors[n].code not in _FLOAT_SCALES}
+        bare = [n for n, tensor in tensors.items() if tensor.code in _CODES and tensor.code in FLOATS]
+        found |= {name: reason for name in bare if (reason := self.refusal(name))}
+        return {**self.packed, **found}
 
     @property
     def beside(self) -> set[str]:
