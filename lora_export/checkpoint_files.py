@@ -7,12 +7,12 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from lora_export.base.placed import Placed
 from lora_export.base.quantised import dequantised_config
 from lora_export.base.ties import untied_config
 from lora_export.base.vocabulary import resized_config
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_layout import Layout
-from lora_export.checkpoint_sites import Placed
 
 MANIFEST = "lora.json"
 # Weights in other formats: left out, or the output would hold the unmerged model beside the merged one.

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from lora_export.base.placed import Placed, view_of
 from lora_export.checkpoint import Shard, StoredTensor
-from lora_export.checkpoint_sites import Placed, view_of
 from lora_export.safetensors_header import DTYPES, FLOATS, METADATA, header_bytes
 from lora_export.stream import BytesPiece, CopyPiece, MergePiece, Piece, RequantisedPiece
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_export.adapter import Adapter
+from lora_export.base.placed import Placed
 from lora_export.base.quantised import HINT, QUANTISED, Quantised, find_quantised
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_files import (
@@ -22,7 +23,7 @@ from lora_export.checkpoint_files import (
     write_index,
 )
 from lora_export.checkpoint_layout import Layout, layout_of, pieces_of
-from lora_export.checkpoint_sites import Placed, place_adapters
+from lora_export.checkpoint_sites import place_adapters
 from lora_export.errors import AdapterError, CheckpointError, OutputError, SiteError
 from lora_export.plan import Plan
 from lora_export.rounding import Mode, Rounding, update
@@ -153,7 +154,7 @@ def refuse_absent(base: Path, adapters: Sequence[Adapter], allow_unmatched: bool
 
 def _refuse_dequantising(quantised: Quantised, dtype: str) -> None:
     """Refuse to write one dtype where some weights are quantised in ways that are not understood."""
-    unknown = {**quantised.packed, **quantised.refused}
+    unknown = quantised.closed
     if unknown:
         lines = [f"{name}   {kind}" for name, kind in unknown.items()]
         raise CheckpointError(

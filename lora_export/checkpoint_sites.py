@@ -17,7 +17,6 @@ Layouts that a stored weight can have against the module's canonical one:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -25,9 +24,9 @@ import numpy as np
 
 from lora_export.adapter import Adapter, Array, LoraModule, TokenRows
 from lora_export.base.ledger import Ledger
+from lora_export.base.placed import Added, Placed, view_of
 from lora_export.base.quantised import Quantised, quantised_notes
 from lora_export.base.settle import settle
-from lora_export.base.tied_changes import MakePatch
 from lora_export.base.ties import Ties, find_ties, may_be_tied
 from lora_export.base.vocabulary import grows, head_hint, resize_hint, rows_hint
 from lora_export.checkpoint import Checkpoint
@@ -42,48 +41,6 @@ _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clv
 _CONV1D_NAMES = {"c_attn", "c_proj", "c_fc", "q_attn"}
 # Families whose stacked experts are ``(experts, in_dim, out_dim)`` (``is_transposed`` in transformers).
 _TRANSPOSED_EXPERTS = {"gpt_oss", "llama4", "llama4_text"}
-
-
-@dataclass(frozen=True)
-class Added:
-    """A tensor that the output has and the base has not: a head that was tied.
-
-    Attributes:
-        name: Its name.
-        source: The stored tensor that it starts from.
-    """
-
-    name: str
-    source: str
-
-
-@dataclass
-class Placed:
-    """The plan for a checkpoint.
-
-    Attributes:
-        quantised: The base's quantised weights.
-        plan: What happens to each parameter.
-        changes: Name of a stored or added tensor → its patches, in the order given, made on demand.
-        stacked: Names of tensors whose first two axes are rows (stacked experts).
-        added: Heads that are no longer tied.
-        untied: The config says that head and embedding are tied, and the output's has to say no.
-        absent: Parameters without a place because the base has no such name.
-        resized: Name of a stored or added tensor → its new shape, with rows for new tokens.
-        vocabulary: How many tokens the base has, and the output.
-        hints: What the user may give, or do to the base, to place what has no place.
-    """
-
-    quantised: Quantised
-    plan: Plan = field(default_factory=Plan)
-    changes: dict[str, list[MakePatch]] = field(default_factory=dict)
-    stacked: set[str] = field(default_factory=set)
-    added: list[Added] = field(default_factory=list)
-    untied: bool = False
-    absent: list[str] = field(default_factory=list)
-    resized: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    vocabulary: tuple[int, int] | None = None
-    hints: tuple[str, ...] = ()
 
 
 class NoPlace(Exception):
@@ -389,15 +346,3 @@ def _make(module: LoraModule, placement: Placement, weight: float, dtype: type[A
 
 def _replaced(path: str, values: Array, row: int, _: type[Any]) -> Patch:
     return replacement(path, values, row)
-
-
-def view_of(shape: tuple[int, ...], stacked: bool) -> tuple[int, int]:
-    """Return a shape as a matrix: the first axis are the rows, of stacked experts the first two.
-
-    A vector or a scalar is one row.
-    """
-    size = int(np.prod(shape, dtype=np.int64))
-    if len(shape) < 2:
-        return 1, size
-    rows = shape[0] * shape[1] if stacked else shape[0]
-    return rows, size // rows if rows else 0

@@ -280,6 +280,12 @@ def test_codes_whose_scale_is_missing_are_refused(tmp_path):
     adapter(tmp_path / "ad", (40, 48))
     with pytest.raises(SiteError, match="no scale lies beside it"):
         merge_checkpoint(tmp_path / "base", tmp_path / "ad", tmp_path / "out")
+    file = tmp_path / "base/model.safetensors"
+    save_file(load_file(file) | {"model.other.weight": torch.zeros(40, 48)}, file)
+    adapter(tmp_path / "ad2", (40, 48), path="model.other")
+    merge_checkpoint(tmp_path / "base", tmp_path / "ad2", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="can't be made float32"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "ad2", tmp_path / "wide", dtype="float32")
 
 
 # --- refused by name ---------------------------------------------------------------------------------
@@ -311,7 +317,9 @@ FOREIGN = {
     "torchao: _weight_qdata": {
         f"{Q}_weight_qdata": (40, 48, INT8), f"{Q}_weight_scale": (40, 1, F32),
     },
-    "HQQ: W_q": {f"{Q}W_q": (40, 24, U8), f"{Q}meta": (1, 1, F32)},
+    "HQQ: W_q, scale, zero": {
+        f"{Q}W_q": (40, 24, U8), f"{Q}scale": (40, 1, F32), f"{Q}zero": (40, 1, F32),
+    },
     "EETQ: weight_scales": {f"{Q}weight": (40, 48, INT8), f"{Q}weight_scales": (40, 1, F32)},
     "F8_E4M3 with model.layers.0.mlp.up_proj.weight.scale": {
         f"{Q}weight": (40, 48, E4M3), f"{Q}weight.scale": (1, 1, F32),

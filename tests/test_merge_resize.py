@@ -11,6 +11,7 @@ import transformers
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from test_merge_tied import BART, base_of, config_of, gemma3, inputs_of, logits, reloaded
+from tiny_models import build
 
 from lora_export.commands.merge import merge
 from lora_export.commands.merge_onnx import merge_onnx
@@ -150,6 +151,22 @@ def test_a_config_of_another_size_is_not_guessed_at(tmp_path):
     (tmp_path / "base/config.json").write_text(json.dumps(said))
     with pytest.raises(SiteError, match=f"no vocab_size of the base's config is {V}"):
         merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", resize=True)
+
+
+def test_a_graph_says_what_to_do_to_its_base(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = build("llama")
+    rows = model.config.vocab_size + 3
+    with tiny.quiet():
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        peft = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+        peft.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    graph = tiny.base_onnx("llama", "dynamo")
+    args = ["--base", str(graph), "--adapter", str(tmp_path / "adapter"), "-o", str(tmp_path / "m.onnx")]
+    result = CliRunner().invoke(merge_onnx, args)
+    assert isinstance(result.exception, SiteError)
+    assert f"give the base {rows} rows before it is exported" in result.exception.hint
 
 
 # --- single rows -------------------------------------------------------------------------------------

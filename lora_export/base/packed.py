@@ -19,7 +19,7 @@ _BESIDE: Mapping[str, tuple[str, ...]] = {
     "bitsandbytes, 8 bits": ("SCB",),
     "compressed-tensors": ("weight_packed",),
     "NVFP4": ("weight_scale_2",),
-    "HQQ": ("W_q",),
+    "HQQ": ("W_q", "scale", "zero"),
     "AQLM": ("codes", "codebooks"),
     "VPTQ": ("indices", "centroids"),
     "quanto": ("weight._data",),
@@ -29,7 +29,7 @@ _BESIDE: Mapping[str, tuple[str, ...]] = {
 # Shown with the format: what else of it lies there.
 _MORE = re.compile(
     r"^(scales|weight_scale|weight_zero_point|weight_shape|weight_global_scale|weight\.quant_map"
-    r"|weight\.quant_state\..*|weight\.nested_.*|weight_format|qzeros|g_idx|meta|weight\._scale|_weight_scale)$"
+    r"|weight\.quant_state\..*|weight\.nested_.*|weight_format|qzeros|g_idx|weight\._scale|_weight_scale)$"
 )
 _BLOCKS = "_blocks"
 _SCALES = "_scales"

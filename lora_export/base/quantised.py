@@ -114,6 +114,15 @@ class Quantised:
         return self.checkpoint.read(tensor)
 
     @property
+    def closed(self) -> dict[str, str]:
+        """Weights whose values can't be told, and why."""
+        tensors = self.checkpoint.tensors
+        found = {n: why for n, why in self.refused.items() if tensors[n].code not in _FLOAT_SCALES}
+        bare = [n for n, tensor in tensors.items() if tensor.code in _CODES and tensor.code in FLOATS]
+        found |= {name: reason for name in bare if (reason := self.refusal(name))}
+        return {**self.packed, **found}
+
+    @property
     def beside(self) -> set[str]:
         """Names of all tensors that mean nothing without the codes: scales and marks."""
         found = {scaled.scales.name for scaled in self.scaled.values()}
@@ -139,8 +148,11 @@ def find_quantised(checkpoint: Checkpoint) -> Quantised:
     for name, tensor in tensors.items():
         if name in kinds or len(tensor.shape) < 2:
             continue
+        scales = [tensors[scale] for scale in _scale_names(name) if scale in tensors]
+        if tensor.code not in _CODES and not scales:
+            continue
         near = [*beside[name.rpartition(".")[0]], *beside.get(name, ())]
-        found = _judged(tensor, [tensors[n] for n in near], blocks)
+        found = _judged(tensor, scales, [tensors[n] for n in near], blocks)
         if isinstance(found, Scaled):
             scaled[name] = found
         elif found:
@@ -148,13 +160,14 @@ def find_quantised(checkpoint: Checkpoint) -> Quantised:
     return Quantised(checkpoint, scaled, refused, kinds)
 
 
-def _judged(tensor: StoredTensor, near: list[StoredTensor], blocks: tuple[int, ...]) -> Scaled | str:
+def _judged(
+    tensor: StoredTensor, scales: list[StoredTensor], near: list[StoredTensor], blocks: tuple[int, ...]
+) -> Scaled | str:
     """Return what a weight is: codes with scales, something not understood, or an empty string."""
-    scales = [other for other in near if other.name in set(_scale_names(tensor.name))]
     if tensor.code not in _CODES:
-        if scales and tensor.code in FLOATS:
+        if tensor.code in FLOATS:
             return f"{scales[0].name} lies beside {tensor.code} values, which need no scale"
-        return f"{tensor.code} with {scales[0].name}" if scales else ""
+        return f"{tensor.code} with {scales[0].name}"
     of_weight = [other for other in near if other is not tensor and _is_of_weight(other.name, tensor.name)]
     unknown = [other.name for other in of_weight if other not in scales]
     if not scales:
