@@ -113,9 +113,13 @@ def refuse(
             lines,
         )
     if not sites and lost:
+        nameless = _BY_VALUE if not checked else ""
+        if any(use.quantised for use in uses):
+            # Their values are not the checkpoint's.
+            nameless = "export it with names (torch.onnx.export(..., optimize=False)) and quantise that"
         raise SiteError(
             f"{name} was made for another model: none of its {total} parameters has a place in {file}",
-            "check the base" if checked else "check the base; if the graph's names are gone, " + _BY_VALUE,
+            "check the base" + (f"; if the graph's names are gone, {nameless}" if nameless else ""),
             lines,
         )
     raise SiteError(
