@@ -118,9 +118,13 @@ def refuse(
         )
     given = list(dict.fromkeys(miss.hint for miss in misses if miss.hint))
     if not sites and lost and not given:
+        nameless = _BY_VALUE if not checked else ""
+        if any(use.quantised for use in uses):
+            # Their values are not the checkpoint's.
+            nameless = "export it with names (torch.onnx.export(..., optimize=False)) and quantise that"
         raise SiteError(
             f"{name} was made for another model: none of its {total} parameters has a place in {file}",
-            "check the base" if checked else "check the base; if the graph's names are gone, " + _BY_VALUE,
+            "check the base" + (f"; if the graph's names are gone, {nameless}" if nameless else ""),
             lines,
         )
     raise SiteError(

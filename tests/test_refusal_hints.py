@@ -94,6 +94,20 @@ def test_no_hint_leads_in_a_circle(case, verb, checked, tmp_path):
         merge_onnx(base, given, tmp_path / "merged.onnx")
 
 
+@pytest.mark.parametrize("verb", ["swap-onnx", "bank-onnx"])
+def test_values_of_quantised_weights_are_not_proposed(verb, tmp_path):
+    """The quantiser has dropped the names: a checkpoint would not bring them back."""
+    text = (
+        "g (float[B,4] x) => (float[B,N] y) { q, s, p = DynamicQuantizeLinear (x) "
+        "i = MatMulInteger (q, w, p) c = Cast <to = 1> (i) f = Mul (s, scale) y = Mul (c, f) }"
+    )
+    weights = {"w": np.ones((4, 6), np.int8), "scale": np.float32(0.1)}
+    base = save(graph(text, weights), tmp_path)
+    error = refused(verb, base, adapter(linear("fc", 6, 4)), tmp_path)
+    assert "--checkpoint" not in error.hint
+    assert "quantise that" in error.hint
+
+
 def test_dora_in_a_swap_graph_and_in_a_bank(tmp_path):
     base = save(graph(MATMUL, {"fc.weight": random(4, 6)}), tmp_path)
     given = adapter(linear("fc", 6, 4, magnitude=np.ones(6, np.float32)))

@@ -170,7 +170,10 @@ class _Search:
             parts = [shown(tap, got, probe.axis) for tap in probe.y]
             y = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=probe.axis)
             x = shown(probe.x, got, probe.axis) if probe.x else None
-            measured = runs.measure(probe.module, x, y, probe.axis)
+            if probe.axis != probe.module_axis:
+                y = np.moveaxis(y, probe.axis, probe.module_axis)
+                x = None if x is None else np.moveaxis(x, probe.axis, probe.module_axis)
+            measured = runs.measure(probe.module, x, y, probe.module_axis)
             if measured is None:
                 self.unlike.append(number)
             else:

@@ -62,6 +62,7 @@ class Probe:
         y: What comes out of it, in parts that follow each other along ``axis``.
         x: What goes into it; None where the graph does not show it.
         axis: Along which outputs lie.
+        module_axis: Along which they lie in PyTorch: a tool may have written a Linear as a convolution.
     """
 
     module: str
@@ -69,6 +70,7 @@ class Probe:
     y: tuple[Tap, ...]
     x: Tap | None = None
     axis: int = -1
+    module_axis: int = -1
 
 
 def find_probes(
@@ -185,7 +187,8 @@ class _Search:
         if at != branch.out_dim:
             return "only a part of its outputs was found"
         x = next(iter(pieces.values())).call.x
-        return Probe(target.path, order, tuple(taps), Tap(x), 1 if branch.kind == "conv" else -1)
+        axes = [1 if kind == "conv" else -1 for kind in (branch.kind, target.kind)]
+        return Probe(target.path, order, tuple(taps), Tap(x), *axes)
 
     def _norm(self, module: ModuleShape) -> Probe | None:
         for key in (f"{module.path}.bias", f"{module.path}.weight"):

@@ -49,6 +49,12 @@ def targets_named(
     if missing:
         leaves = sorted({target.path.rpartition(".")[2] for target in known})
         more = ", …" if len(leaves) > _SHOWN else ""
+        if missing == [ALL_LINEAR] and leaves:
+            raise SiteError(
+                f"{graph.path.name} has no Linear: its modules are convolutions or embeddings",
+                f"name those that are meant, of {', '.join(leaves[:_SHOWN])}{more}",
+                missing,
+            )
         raise SiteError(
             f"{graph.path.name} has no modules of these names",
             f"it has: {', '.join(leaves[:_SHOWN])}{more}; names may be gone: give --adapter and --checkpoint"

@@ -16,6 +16,8 @@ from lora_export.sites.slot import QUANTIZE
 
 # Quantisers drop a Relu or Clip and let the range do its work; its name stays on the value that is quantised.
 _ACTIVATION = re.compile(r"relu|clip|hardtanh", re.IGNORECASE)
+# What they compute needs no dropped activation to begin at 0.
+_WITHOUT_SIGN = {"Relu", "Clip", "Sigmoid", "HardSigmoid", "Softmax", "Softplus", "Abs", "Exp", "Sqrt"}
 _UNSIGNED_BYTE = ir.DataType.UINT8
 _SHOWN = 3
 
@@ -59,7 +61,9 @@ def may_hold_activation(node: ir.Node) -> bool:
     source = node.inputs[0]
     name = str(source.name).rpartition("/")[2] if source is not None else ""
     maker = source.producer() if source is not None else None
-    if _ACTIVATION.search(name) and (maker is None or not _ACTIVATION.search(maker.op_type)):
+    if maker is not None and maker.op_type in _WITHOUT_SIGN:
+        return False
+    if _ACTIVATION.search(name):
         return True
     dtype = code_type(node)
     zero = node.inputs[2] if len(node.inputs) > 2 else None
