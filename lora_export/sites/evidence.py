@@ -51,11 +51,11 @@ def _keys(use: Use) -> Iterator[tuple[str, str]]:
         yield NODE_NAME, _join(path, parameter)
     for name in folded_from(use.root):
         yield FOLDED, weight_path(name)
-    yield WEIGHT_NAME, weight_path(_name(use))
+    yield WEIGHT_NAME, weight_path(weight_name(use))
 
 
-def _name(use: Use) -> str:
-    """Name of the weight: the TorchScript exporter writes ``b.bias = Identity(a.bias)`` for equal values."""
+def weight_name(use: Use) -> str:
+    """Name of the weight; the TorchScript exporter writes ``b.bias = Identity(a.bias)`` for equal values."""
     for node in reversed(use.chain):
         name = str(node.outputs[0].name)
         if node.op_type == "Identity" and _WEIGHT_SUFFIX.search(name):
@@ -69,14 +69,18 @@ def _join(path: str, parameter: str) -> str:
 
 def scope_path(node: ir.Node) -> str | None:
     """Module path of a node from torch.onnx's metadata: the last scope but one (the last is the operator)."""
+    scopes = scopes_of(node)
+    return scopes[-2] if len(scopes) >= 2 else None
+
+
+def scopes_of(node: ir.Node) -> list[str]:
+    """Module paths around a node, from the model inwards, by torch.onnx's metadata; the last is the operator."""
     text = node.metadata_props.get(_SCOPES)
-    if not text:
-        return None
     try:
-        scopes = ast.literal_eval(text)
+        scopes = ast.literal_eval(text) if text else []
     except (SyntaxError, ValueError):
-        return None
-    return str(scopes[-2]) if isinstance(scopes, list) and len(scopes) >= 2 else None
+        return []
+    return [str(scope) for scope in scopes] if isinstance(scopes, list) else []
 
 
 def node_path(node: ir.Node) -> str | None:
@@ -95,17 +99,18 @@ def node_path(node: ir.Node) -> str | None:
 
 def folded_from(value: ir.Value) -> list[str]:
     """Name of the initializer that onnxscript's optimiser folded into this one, if it is one alone."""
-    names = _folded_names(value)
+    names = folded_names(value)
     return names if len(names) == 1 else []
 
 
 def computed_from(value: ir.Value) -> list[str]:
     """Names of all that went into a folded constant, where that is more than one: it is none of them."""
-    names = _folded_names(value)
+    names = folded_names(value)
     return names if len(names) > 1 else []
 
 
-def _folded_names(value: ir.Value) -> list[str]:
+def folded_names(value: ir.Value) -> list[str]:
+    """Names of the initializers that onnxscript's optimiser computed this one from."""
     tensor = value.const_value
     text = value.metadata_props.get(_FOLDED) or (tensor.metadata_props.get(_FOLDED) if tensor else None)
     try:

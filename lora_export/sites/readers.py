@@ -6,11 +6,9 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from lora_export.sites.evidence import FOLDED, NODE_NAME, WEIGHT_NAME, computed_from, node_path, scope_path
+from lora_export.sites.evidence import FOLDED, NODE_NAME, WEIGHT_NAME, node_path, scope_path
 from lora_export.sites.slot import Use
-from lora_export.sites.target import Part, Site, Target
-
-_CONVOLUTIONS = {"Conv", "FusedConv", "NhwcConv", "ConvTranspose"}
+from lora_export.sites.target import Part, Site
 
 
 def module_of(node: ir.Node) -> str | None:
@@ -26,7 +24,7 @@ def foreign_reader(path: str, uses: Sequence[Use]) -> str:
         if reader and not _related(reader, path):
             return (
                 f"the weight {use.root.name!r} is read by a node of {reader!r}: the exporter may have "
-                "changed its values (a folded batch norm); give --checkpoint to compare them"
+                "changed its values (a folded batch norm)"
             )
     return ""
 
@@ -94,29 +92,3 @@ def _stranger(part: Part, path: str, uses: Sequence[Use]) -> str:
         if module == path or (module is None and not tied):
             return f"is also read by {use.node.op_type}, which can't be told from the module's own use"
     return ""
-
-
-def folded_into_conv(target: Target, part: Part) -> bool:
-    """Whether a convolution's weight or bias was computed by the exporter: a batch norm may be in it.
-
-    Exporters either give the result a name of its own, or keep the name and say that the norm reads it.
-    """
-    if not any(use.node.op_type in _CONVOLUTIONS for use in part.uses):
-        return False
-    name, parameter = str(part.root.name), target.key.rpartition(".")[2]
-    return not name.endswith(f".{parameter}") or any(
-        scope_path(use.node) not in (None, name.removesuffix(f".{parameter}")) for use in part.uses
-    )
-
-
-def computed(target: Target, part: Part) -> str:
-    """From what else the exporter computed a weight, or an empty string where it is the module's own.
-
-    onnxscript's optimiser lists it. The TorchScript exporter does not, but it has no reason to rename the
-    operand of a Gemm that needs no transposing.
-    """
-    names = computed_from(part.root)
-    if names:
-        return ", ".join(names[:4])
-    generated = str(part.root.name).startswith("onnx::Gemm_")
-    return "values that it does not name" if generated and target.kind != "vector" else ""

@@ -4,7 +4,8 @@ The order of evidence (each is described in `evidence`): scope, node name, folde
 the same for renamed, fused and split modules, then content. Rules:
 
 1. One change of prefix holds for the whole adapter (`names.find_prefixes`).
-2. A weight's name is believed only where the node that reads it does not name another module.
+2. A weight's name is believed only where the node that reads it does not name another module, and where an
+   exporter is known to give it (`changed.doubt_of`).
 3. More than one constant for a target is an ambiguity, unless their bytes are the same.
 4. Where the checkpoint is at hand, every match by name must also match by content.
 5. Every reader of a weight is the module's, or known to be another's (`readers.doubt`).
@@ -17,12 +18,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import cycle, pairwise
 
 from lora_export.adapter import Array
 from lora_export.graph import GraphFile
 from lora_export.patch import Placement
-from lora_export.sites import fit, names, readers
+from lora_export.sites import changed, fit, names, readers
 from lora_export.sites.evidence import FOLDED, NODE_NAME, SOURCES, WEIGHT_NAME, collect
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Miss, Part, Site, Target, WeightOf
@@ -137,7 +138,7 @@ class Resolver:
                     found = replace(
                         found, evidence=found.evidence + readers.repeated_calls(found, path, source)
                     )
-                    return Miss(target, problem) if problem else self._verified(found, wanted)
+                    return Miss(target, problem) if problem else self._verified(found, wanted, source, keys)
                 reason = reason or found.reason
         return Miss(target, reason or unread)
 
@@ -173,7 +174,7 @@ class Resolver:
             # Rule 2.
             foreign = readers.foreign_reader(path, uses)
             if foreign:
-                return Miss(target, foreign)
+                return Miss(target, f"{foreign}; {self._remedy()}")
         fits: list[tuple[Use, tuple[Placement, ...]]] = []
         reason = ""
         for use in uses:
@@ -189,33 +190,32 @@ class Resolver:
     def _refusal(self, use: Use) -> str:
         return use.no_branch if self._branches else use.refusal
 
-    def _verified(self, site: Site, wanted: Array | None) -> Site | Miss:
+    def _verified(self, site: Site, wanted: Array | None, source: str, keys: Sequence[str]) -> Site | Miss:
         """Rule 4, and rescaled rows: a name alone can't tell that values were computed from the module's."""
         target = site.target
+        doubts = [
+            changed.doubt_of(target, part, source, key) or readers.foreign_reader(target.path, part.uses)
+            for part, key in zip(site.parts, keys if len(keys) > 1 else cycle(keys), strict=False)
+        ]
+        first = next((doubt for doubt in doubts if doubt), "")
         if wanted is None:
-            for part in site.parts:
-                if readers.folded_into_conv(target, part):
-                    return Miss(
-                        target,
-                        f"the exporter computed {part.root.name!r} and may have folded a batch norm into it; "
-                        "give --checkpoint to compare the values",
-                    )
-                if origin := readers.computed(target, part):
-                    return Miss(
-                        target,
-                        f"the exporter computed {part.root.name!r} from {origin}; "
-                        "give --checkpoint to compare the values",
-                    )
-            return site
+            return Miss(target, f"{first}; {self._remedy()}") if first else site
         if any(use.quantised for part in site.parts for use in part.uses):
+            if first:
+                return Miss(target, f"{first}; it is quantised, so its values can't be compared")
             return replace(site, evidence=f"{site.evidence}; {NOT_COMPARED}")
         parts = []
-        for part in site.parts:
-            checked = check_content(target, part, wanted)
+        for part, doubt in zip(site.parts, doubts, strict=True):
+            checked = check_content(target, part, wanted, trusted=not doubt)
             if isinstance(checked, str):
                 return Miss(target, f"{checked} (found by {site.evidence})")
             parts.append(checked)
         return replace(site, parts=tuple(parts), evidence=f"{site.evidence}; content agrees")
+
+    def _remedy(self) -> str:
+        if self._has_checkpoint:
+            return "the checkpoint does not store it, so that its values can't be compared"
+        return "give --checkpoint to compare the values"
 
     def _by_content(self, target: Target, miss: Miss, wanted: Array) -> Site | Miss:
         hits: dict[int, list[Part]] = {}
