@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import cycle, pairwise
+from itertools import pairwise, zip_longest
 
 from lora_export.adapter import Array
 from lora_export.graph import GraphFile
@@ -193,10 +193,14 @@ class Resolver:
     def _verified(self, site: Site, wanted: Array | None, source: str, keys: Sequence[str]) -> Site | Miss:
         """Rule 4, and rescaled rows: a name alone can't tell that values were computed from the module's."""
         target = site.target
+        named = keys if len(keys) == len(site.parts) else keys[:1] * len(site.parts)
         doubts = [
-            changed.doubt_of(target, part, source, key) or readers.foreign_reader(target.path, part.uses)
-            for part, key in zip(site.parts, keys if len(keys) > 1 else cycle(keys), strict=False)
+            changed.doubt_of(target, part, source, key) for part, key in zip(site.parts, named, strict=True)
         ]
+        if source in (FOLDED, WEIGHT_NAME):
+            path = keys[0].rpartition(".")[0]
+            foreign = [readers.foreign_reader(path, part.uses) for part in site.parts] if len(keys) == 1 else []
+            doubts = [doubt or also for doubt, also in zip_longest(doubts, foreign, fillvalue="")]
         first = next((doubt for doubt in doubts if doubt), "")
         if wanted is None:
             return Miss(target, f"{first}; {self._remedy()}") if first else site
