@@ -68,7 +68,7 @@ def plan_changes(
         sites = [site for site in sites if site not in grouped]
         misses += [Miss(site.target, _GROUPED) for site in grouped]
         if misses and not (allow_unmatched and sites):
-            refuse(graph, adapter, sites, misses, quantised_operators(resolver))
+            refuse(graph, adapter, sites, misses, resolver, quantised_operators(resolver))
         rows += [placed_row(adapter, site) for site in sites]
         rows += [refused_row(adapter, miss) for miss in misses]
         refuse_unaccounted(adapter, rows)

@@ -10,12 +10,14 @@ from lora_export.adapter import Adapter
 from lora_export.errors import SiteError
 from lora_export.graph import GraphFile
 from lora_export.plan import Plan, PlanRow, unaccounted
+from lora_export.sites.evidence import SOURCES
 from lora_export.sites.resolve import NOT_COMPARED, Resolver
 from lora_export.sites.target import Miss, Site
 
 # Part of `Site.evidence` wherever values were compared.
 _CONFIRMED = "content"
 _EXAMPLES = 4
+_CONTAINED = "contains an adapter already"
 _OTHER_VALUES = "does not hold the checkpoint's values"
 
 
@@ -28,7 +30,9 @@ def refuse_unaccounted(adapter: Adapter, rows: Sequence[PlanRow]) -> None:
 
 def with_unverified(plan: Plan, checkpoint: Path) -> Plan:
     """Say which places the checkpoint could not confirm; raise `SiteError` where it confirms none."""
-    comparable = [row for row in plan.placed if NOT_COMPARED not in row.reason]
+    # What was added to the graph has no values that could be another module's.
+    found = [row for row in plan.placed if row.reason.startswith((*SOURCES, _CONFIRMED))]
+    comparable = [row for row in found if NOT_COMPARED not in row.reason]
     silent = [row for row in comparable if _CONFIRMED not in row.reason]
     if silent and len(silent) == len(comparable):
         raise SiteError(
@@ -49,7 +53,12 @@ def quantised_operators(resolver: Resolver) -> str:
 
 
 def refuse(
-    graph: GraphFile, adapter: Adapter, sites: Sequence[Site], misses: Sequence[Miss], quantised: str = ""
+    graph: GraphFile,
+    adapter: Adapter,
+    sites: Sequence[Site],
+    misses: Sequence[Miss],
+    resolver: Resolver,
+    quantised: str = "",
 ) -> None:
     """Raise `SiteError` with a reason for each miss.
 
@@ -58,6 +67,7 @@ def refuse(
         adapter: The adapter.
         sites: What was placed.
         misses: What was not.
+        resolver: The graph's weights, and whether there is a checkpoint to compare them with.
         quantised: What `quantised_operators` says, where weights are to be changed.
     """
     total, file = len(sites) + len(misses), graph.path.name
@@ -81,6 +91,34 @@ def refuse(
             "give the folder that the graph was exported from",
             lines,
         )
+    if contained := [reason for reason in reasons if _CONTAINED in reason]:
+        raise SiteError(
+            f"{file} contains an adapter already, beside {len(contained)} of the {total} parameters of {name}",
+            "export the base model without the adapter, or give the graph that it was added to",
+            lines,
+        )
+    layout = _layout(graph)
+    if layout and lost:
+        raise SiteError(
+            f"{file} has its convolutions in another layout ({layout}): {len(misses)} parameters (of {total}) of "
+            f"{name} can't be found in it",
+            "give the graph before it was optimised for one machine (ONNX Runtime: save it with "
+            "ORT_ENABLE_EXTENDED, not ORT_ENABLE_ALL), and optimise the result",
+            lines,
+        )
+    if not sites and lost and resolver.weight_of is not None:
+        raise SiteError(
+            f"{file} holds the checkpoint's values of none of the {total} parameters of {name}",
+            "give the folder that the graph was exported from, and the graph as its exporter wrote it: a tool "
+            "may have changed its weights since",
+            lines,
+        )
+    if not sites and lost and any("--checkpoint" in reason for reason in reasons):
+        raise SiteError(
+            f"{file} does not say where its weights belong: none of the {total} parameters of {name} is named in it",
+            "give --checkpoint BASE_DIR to match by value, or the graph as its exporter wrote it",
+            lines,
+        )
     if not sites and lost:
         raise SiteError(
             f"{name} was made for another model: none of its {total} parameters has a place in {file}",
@@ -89,17 +127,25 @@ def refuse(
         )
     raise SiteError(
         f"{name} has {len(misses)} parameters with no place in {file} (of {total})",
-        _hint(reasons, bool(sites)),
+        _hint(reasons, bool(sites), resolver.weight_of is not None),
         lines,
     )
 
 
-def _hint(reasons: Sequence[str], some: bool) -> str:
+def _layout(graph: GraphFile) -> str:
+    """Name the operators whose weights are laid out for one machine, or return an empty text."""
+    blocked = {node.op_type for node in graph.graph.all_nodes() if node.domain == "com.microsoft.nchwc"}
+    rows = {node.op_type for node in graph.graph.all_nodes() if node.op_type == "NhwcConv"}
+    return ", ".join([*(f"NCHWc {name}" for name in sorted(blocked & {"Conv"})), *sorted(rows)])
+
+
+def _hint(reasons: Sequence[str], some: bool, has_checkpoint: bool) -> str:
     hints = []
     if any(reason.startswith("shapes differ") for reason in reasons):
         hints.append("give the base that the adapter was trained on")
     if any("--checkpoint" in reason or reason.startswith("not found") for reason in reasons):
-        hints.append("give --checkpoint BASE_DIR to match by value")
+        give = "" if has_checkpoint else "give --checkpoint BASE_DIR to match by value, or "
+        hints.append(f"{give}give the graph as its exporter wrote it".replace("or give", "or"))
     if any(" is found as well" in reason for reason in reasons):
         hints.append("give --component where the adapter's file serves several models")
     if any("--dora" in reason for reason in reasons):

@@ -93,6 +93,28 @@ class RmsNorm(nn.Module):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
 
 
+class GemmaNorm(RmsNorm):
+    """Gemma's: the factor is one more than the parameter, which exporters fold into one constant."""
+
+    def forward(self, x):
+        return (1.0 + self.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class FunctionalNorm(nn.Module):
+    """A batch norm that is no module: the node of the folded convolution names the block around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.fc1 = nn.Conv2d(4, 4, 3), nn.Linear(4, D)
+        for name, size in (("a", 4), ("b", D)):
+            self.register_buffer(f"{name}_running_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_running_var", torch.ones(size))
+
+    def forward(self, x):
+        x = nn.functional.batch_norm(self.conv1(x), self.a_running_mean, self.a_running_var)
+        return nn.functional.batch_norm(self.fc1(x.mean((2, 3))), self.b_running_mean, self.b_running_var)
+
+
 class Attention(nn.Module):
     """Scores of two heads, the query scaled as T5's or OPT's, or the product as everybody's."""
 
@@ -201,16 +223,11 @@ FC = ("fc1", "fc2")
 CONVS = ("conv1", "conv2")
 
 
-def _bn(kind: Callable[..., nn.Module], channels: int) -> nn.Module:
-    return kind(channels)
-
-
 MODELS = {
     "plain": Model(lambda: Chain(nn.ReLU()), ROWS, FC),
     "factor-behind": Model(lambda: Chain(Times(0.25)), ROWS, FC),
     "factor-behind-2d": Model(lambda: Chain(Times(0.25)), FLAT, FC),
     "factor-behind-relu": Model(lambda: Chain(Times(0.25), nn.ReLU()), FLAT, FC),
-    "factor-last": Model(lambda: Chain(nn.ReLU(), Identity2 := nn.Identity()), FLAT, FC),
     "divided-2d": Model(lambda: Chain(Over(3.0), nn.ReLU()), FLAT, FC),
     "negated-2d": Model(lambda: Chain(Times(-1.0), nn.ReLU()), FLAT, FC),
     "factor-before-2d": Model(lambda: Chain(nn.ReLU(), first=Times(0.25)), FLAT, FC),
@@ -247,9 +264,16 @@ MODELS = {
     "equal": Model(lambda: Equal(), ROWS, ("a",)),
     "equal-2d": Model(lambda: Equal(), FLAT, ("b",)),
     "conv1d": Model(lambda: Gpt2Like(), ROWS, ("c_attn", "c_proj"), {"fan_in_fan_out": True}),
+    "functional-norm": Model(lambda: Inside(FunctionalNorm()), IMAGE, ("conv1", "fc1")),
+    "norm-saved": Model(lambda: Chain(nn.ReLU(), first=RmsNorm()), ROWS, FC, {"modules_to_save": ["before"]}),
+    "gemma-norm-saved": Model(
+        lambda: Chain(nn.ReLU(), first=GemmaNorm()), ROWS, FC, {"modules_to_save": ["before"]}
+    ),
+    "layer-norm-saved": Model(
+        lambda: Chain(nn.ReLU(), first=nn.LayerNorm(D)), ROWS, FC, {"modules_to_save": ["before"]}
+    ),
     "head-saved-2d": Model(lambda: Chain(Times(0.25), nn.ReLU()), FLAT, ("fc2",), {"modules_to_save": ["fc1"]}),
 }
-del MODELS["factor-last"]
 
 
 def _torch_onnx(**options: Any) -> Callable[[nn.Module, torch.Tensor, Path], None]:
@@ -326,6 +350,25 @@ def _nameless(source: Path, out: Path) -> None:
     onnx.save(model, out)
 
 
+def _anonymous(source: Path, out: Path) -> None:
+    """Give every constant and value a number for a name."""
+    _nameless(source, out)
+    model = onnx.load(out)
+    fixed = {"", *(value.name for value in [*model.graph.input, *model.graph.output])}
+    numbers: dict[str, str] = {}
+
+    def number(name: str) -> str:
+        return name if name in fixed else numbers.setdefault(name, str(len(numbers)))
+
+    for tensor in model.graph.initializer:
+        tensor.name = number(tensor.name)
+    for node in model.graph.node:
+        node.input[:] = [number(name) for name in node.input]
+        node.output[:] = [number(name) for name in node.output]
+    del model.graph.value_info[:]
+    onnx.save(model, out)
+
+
 def _then(*tools: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
     def run(source: Path, out: Path) -> None:
         for number, tool in enumerate(tools):
@@ -349,6 +392,8 @@ TOOLS: dict[str, Callable[[Path, Path], None]] = {
     "version": _version,
     "stripped": _strip,
     "nameless": _nameless,
+    "anonymous": _anonymous,
+    "onnxslim+anonymous": _then(_slim, _anonymous),
     "onnxsim+stripped": _then(_sim, _strip),
     "onnxsim+nameless": _then(_sim, _nameless),
     "onnxsim+onnxslim": _then(_sim, _slim),

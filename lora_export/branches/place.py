@@ -76,7 +76,7 @@ def place_branches(
             placed.append(site)
     shown = adapter or Adapter(_NO_ADAPTER, "", "", {})
     if misses and not (allow_unmatched and branches):
-        refuse(graph, shown, placed, misses)
+        refuse(graph, shown, placed, misses, resolver)
     rows: list[PlanRow] = [placed_row(shown, site, "unchanged") for site in unchanged]
     rows += [placed_row(shown, site, "expose") for site in placed]
     rows += [refused_row(shown, miss) for miss in misses]

@@ -13,7 +13,9 @@ Everything else is a doubt, which the checkpoint's values can settle.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+from lora_export.sites import fit
 from lora_export.sites.evidence import FOLDED, WEIGHT_NAME, computed_from, folded_from, weight_name, weight_path
 from lora_export.sites.readers import module_of
 from lora_export.sites.slot import Use
@@ -76,3 +78,15 @@ def _is_own_name(target: Target, use: Use, key: str) -> bool:
 def _what(name: str) -> str:
     found = next((what for tool, what in _TOOLS if tool.search(name)), "")
     return found or "a tool may have multiplied or added something into it"
+
+
+def nameless(target: Target, uses: Sequence[Use]) -> list[str]:
+    """Return some constants of a target's shape that neither they nor their nodes give a module's name."""
+    found: dict[str, None] = {}
+    for use in uses:
+        if use.quantised or not fit.accepts(target, use) or isinstance(fit.place(target, use), str):
+            continue
+        name = weight_name(use)
+        if module_of(use.node) is None and not folded_from(use.root) and _PATH.fullmatch(weight_path(name)) is None:
+            found[name] = None
+    return list(found)[:2]

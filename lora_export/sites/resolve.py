@@ -24,6 +24,7 @@ from lora_export.adapter import Array
 from lora_export.graph import GraphFile
 from lora_export.patch import Placement
 from lora_export.sites import changed, fit, names, readers
+from lora_export.sites.contained import branch_beside
 from lora_export.sites.evidence import FOLDED, NODE_NAME, SOURCES, WEIGHT_NAME, collect
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Miss, Part, Site, Target, WeightOf
@@ -95,6 +96,8 @@ class Resolver:
             found = self._by_content(target, found, wanted)
         if isinstance(found, Miss) and not found.reason:
             return Miss(target, self._not_found(target))
+        if isinstance(found, Site) and (contained := branch_beside(found)):
+            return Miss(target, f"the graph {contained}")
         return found
 
     def _unflatten(self, targets: Sequence[Target]) -> tuple[dict[int, str], list[Miss]]:
@@ -114,6 +117,12 @@ class Resolver:
     def _not_found(self, target: Target) -> str:
         leaf = target.path.rpartition(".")[2]
         near = sorted(key for key in self._known if key.rpartition(".")[0].endswith(leaf))[:2]
+        nameless = changed.nameless(target, self.uses)
+        if nameless and not self._has_checkpoint:
+            return (
+                f"not found: the graph's {', '.join(map(repr, nameless))} may hold it and have no module's name; "
+                f"{self._remedy()}"
+            )
         if near:
             return f"not found; the graph has {', '.join(near)}"
         return (
