@@ -21,7 +21,7 @@ from lora_export.sites.target import Site
 _LAYER = re.compile(r"(?:^|[./])lora_(?:[ABE]|embedding_[AB]|magnitude_vector|layer|down|up)(?=[./]|$)")
 # The wrapped layer: all that is left in a TorchScript export, or where the adapter was merged inside of it. Of
 # other models it has a parent's name only where it is a block with layers of its own (DLA's).
-_WRAPPED = re.compile(r"[./]base_layer(?:[./][^./]+)?$")
+_WRAPPED = re.compile(r"[./]base_layer(?:\.(?:weight|bias)\w*|/[^./]+)?$")
 _SHOWN = 4
 _PRODUCTS = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "Gather"}
 _VIEWS = {"Reshape", "Identity", "Cast", "Flatten", "Squeeze", "Unsqueeze"}
