@@ -91,34 +91,7 @@ def refuse(
             "give the folder that the graph was exported from",
             lines,
         )
-    if contained := [reason for reason in reasons if _CONTAINED in reason]:
-        raise SiteError(
-            f"{file} contains an adapter already, beside {len(contained)} of the {total} parameters of {name}",
-            "export the base model without the adapter, or give the graph that it was added to",
-            lines,
-        )
-    layout = _layout(graph)
-    if layout and lost:
-        raise SiteError(
-            f"{file} has its convolutions in another layout ({layout}): {len(misses)} parameters (of {total}) of "
-            f"{name} can't be found in it",
-            "give the graph before it was optimised for one machine (ONNX Runtime: save it with "
-            "ORT_ENABLE_EXTENDED, not ORT_ENABLE_ALL), and optimise the result",
-            lines,
-        )
-    if not sites and lost and resolver.weight_of is not None:
-        raise SiteError(
-            f"{file} holds the checkpoint's values of none of the {total} parameters of {name}",
-            "give the folder that the graph was exported from, and the graph as its exporter wrote it: a tool "
-            "may have changed its weights since",
-            lines,
-        )
-    if not sites and lost and any("--checkpoint" in reason for reason in reasons):
-        raise SiteError(
-            f"{file} does not say where its weights belong: none of the {total} parameters of {name} is named in it",
-            "give --checkpoint BASE_DIR to match by value, or the graph as its exporter wrote it",
-            lines,
-        )
+    _refuse_changed(graph, name, lines, total, resolver, lost=lost, all_lost=lost and not sites)
     if not sites and lost:
         raise SiteError(
             f"{name} was made for another model: none of its {total} parameters has a place in {file}",
@@ -130,6 +103,48 @@ def refuse(
         _hint(reasons, bool(sites), resolver.weight_of is not None),
         lines,
     )
+
+
+def _refuse_changed(
+    graph: GraphFile,
+    name: str,
+    lines: Sequence[str],
+    total: int,
+    resolver: Resolver,
+    *,
+    lost: bool,
+    all_lost: bool,
+) -> None:
+    """Raise `SiteError` where the graph was changed so that nothing is found, or an adapter is in it."""
+    file, of = graph.path.name, f"the {total} parameters of {name}"
+    contained = sum(_CONTAINED in line for line in lines)
+    layout = _layout(graph) if lost else ""
+    if contained:
+        raise SiteError(
+            f"{file} contains an adapter already, beside {contained} of {of}",
+            "export the base model without the adapter, or give the graph that it was added to",
+            lines,
+        )
+    if layout:
+        raise SiteError(
+            f"{file} has its convolutions in another layout ({layout}): {len(lines)} of {of} can't be found",
+            "give the graph before it was optimised for one machine (ONNX Runtime: save it with "
+            "ORT_ENABLE_EXTENDED, not ORT_ENABLE_ALL), and optimise the result",
+            lines,
+        )
+    if all_lost and resolver.weight_of is not None:
+        raise SiteError(
+            f"{file} holds the checkpoint's values of none of {of}",
+            "give the folder that the graph was exported from, and the graph as its exporter wrote it: a "
+            "tool may have changed its weights since",
+            lines,
+        )
+    if all_lost and any("--checkpoint" in line for line in lines):
+        raise SiteError(
+            f"{file} does not say where its weights belong: none of {of} is named in it",
+            "give --checkpoint BASE_DIR to match by value, or the graph as its exporter wrote it",
+            lines,
+        )
 
 
 def _layout(graph: GraphFile) -> str:

@@ -239,9 +239,13 @@ MODELS = {
     "shift-2d": Model(lambda: Chain(Shift(D), nn.ReLU()), FLAT, FC, {"bias": "all"}),
     "shift": Model(lambda: Chain(Shift(D), nn.ReLU()), ROWS, FC, {"bias": "all"}),
     "factor-bias-2d": Model(lambda: Chain(Times(0.25), nn.ReLU()), FLAT, FC, {"bias": "all"}),
-    "attention-query": Model(lambda: Inside(Attention("query")), ROWS, ("q_proj", "k_proj", "v_proj", "out_proj")),
+    "attention-query": Model(
+        lambda: Inside(Attention("query")), ROWS, ("q_proj", "k_proj", "v_proj", "out_proj")
+    ),
     "attention-scores": Model(lambda: Inside(Attention("scores")), ROWS, ("q_proj", "k_proj", "v_proj")),
-    "attention-no-bias": Model(lambda: Inside(Attention("query", False)), ROWS, ("q_proj", "k_proj", "v_proj")),
+    "attention-no-bias": Model(
+        lambda: Inside(Attention("query", False)), ROWS, ("q_proj", "k_proj", "v_proj")
+    ),
     "linear-bn-2d": Model(lambda: Chain(nn.BatchNorm1d(D), nn.ReLU()), FLAT, FC),
     "linear-bn-bias-2d": Model(lambda: Chain(nn.BatchNorm1d(D), nn.ReLU()), FLAT, FC, {"bias": "all"}),
     "bn-linear-2d": Model(lambda: Chain(nn.ReLU(), first=nn.BatchNorm1d(D)), FLAT, FC),
@@ -272,7 +276,9 @@ MODELS = {
     "layer-norm-saved": Model(
         lambda: Chain(nn.ReLU(), first=nn.LayerNorm(D)), ROWS, FC, {"modules_to_save": ["before"]}
     ),
-    "head-saved-2d": Model(lambda: Chain(Times(0.25), nn.ReLU()), FLAT, ("fc2",), {"modules_to_save": ["fc1"]}),
+    "head-saved-2d": Model(
+        lambda: Chain(Times(0.25), nn.ReLU()), FLAT, ("fc2",), {"modules_to_save": ["fc1"]}
+    ),
 }
 
 
@@ -433,7 +439,8 @@ def saved_adapter(name: str, folder: Path) -> tuple[Path, np.ndarray]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peft = get_peft_model(
-            copy.deepcopy(model), LoraConfig(r=2, lora_alpha=4, target_modules=list(case.targets), **case.config)
+            copy.deepcopy(model),
+            LoraConfig(r=2, lora_alpha=4, target_modules=list(case.targets), **case.config),
         ).eval()
     torch.manual_seed(5)
     with torch.no_grad():
@@ -484,7 +491,9 @@ def error(got: np.ndarray, wanted: np.ndarray) -> float:
 MODES = ("merge", "swap")
 
 
-def outcome(mode: str, base: Path, adapter: Path, x: np.ndarray, out: Path, **options: Any) -> np.ndarray | LoraExportError:
+def outcome(
+    mode: str, base: Path, adapter: Path, x: np.ndarray, out: Path, **options: Any
+) -> np.ndarray | LoraExportError:
     """Return what the graph with the adapter answers, or the refusal."""
     feeds = {"x": x}
     try:

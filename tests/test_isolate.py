@@ -401,7 +401,9 @@ def test_constant_inside_a_branch(tmp_path):
     numbers = "{" + ", ".join(repr(float(v)) for v in weight.reshape(-1)) + "}"
     text = BRANCH.replace("BODY", INNER.replace("{NUMBERS}", numbers))
     model = graph(text, {"fc.weight": random(6, 6)}, {"n": "in"})
-    (inner,) = [node for node in model.graph.all_nodes() if node.op_type == "Constant" and node.outputs[0].name == "w"]
+    (inner,) = [
+        node for node in model.graph.all_nodes() if node.op_type == "Constant" and node.outputs[0].name == "w"
+    ]
     inner.outputs[0].name = "in.weight"
     base = save(model, tmp_path)
     merge_onnx(base, adapter(module), tmp_path / "m.onnx")

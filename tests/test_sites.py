@@ -28,12 +28,8 @@ BIAS = random(OUT, seed=8)
 CONTRIB = "com.microsoft."
 
 
-# A Gemm or a convolution is believed by its weight's name only where it says what module it is.
-SCOPES = {"n": "fc", "c": "c"}
-
-
 def gemm(attributes):
-    return f"g (float[M,K] x) => (float[M2,N] y) {{ [n] y = Gemm <{attributes}> (x, fc_weight, fc_bias) }}"
+    return f"g (float[M,K] x) => (float[M2,N] y) {{ y = Gemm <{attributes}> (x, fc_weight, fc_bias) }}"
 
 
 def matmul(line, inputs="float[B,S,4] x", outputs="float[B,S,N] y"):
@@ -58,7 +54,7 @@ LINEAR = {
         lambda x, w, b: 0.5 * (x.T @ w.T) + 0.25 * b,
     ),
     "gemm-weight-first": (
-        "g (float[4,S] x) => (float[N,S] y) { [n] y = Gemm <transA = 1> (fc_weight, x) }",
+        "g (float[4,S] x) => (float[N,S] y) { y = Gemm <transA = 1> (fc_weight, x) }",
         lambda w: w.T,
         ROWS.T.copy(),
         lambda x, w, b: w @ x,
@@ -91,7 +87,7 @@ LINEAR = {
         lambda x, w, b: 0.5 * (x @ w.T),
     ),
     "fused-gemm": (
-        f'g (float[M,K] x) => (float[M2,N] y) {{ [n] y = {CONTRIB}FusedGemm <transB = 1, activation = "Relu"> '
+        f'g (float[M,K] x) => (float[M2,N] y) {{ y = {CONTRIB}FusedGemm <transB = 1, activation = "Relu"> '
         "(x, fc_weight, fc_bias) }",
         lambda w: w,
         ROWS,
@@ -111,7 +107,7 @@ def test_linear(case, square, tmp_path):
     weights = {"fc.weight": np.ascontiguousarray(store(weight))}
     if "fc_bias" in text:
         weights["fc.bias"] = bias
-    base = save(graph(text, weights, SCOPES), tmp_path)
+    base = save(graph(text, weights), tmp_path)
     report = merge_onnx(base, adapter(module), tmp_path / "m.onnx")
     assert report.plan.rows[0].place == "fc.weight"
     wanted = answer(x.astype(np.float64), weight + delta(module), bias)
@@ -125,8 +121,8 @@ def test_conv(rank, tmp_path):
     kernel, size = (3, 2, 2)[:rank], (7, 6, 5)[:rank]
     weight, module = random(OUT, IN, *kernel, seed=7), conv("c", OUT, IN, *kernel)
     dims = ",".join(["B", "C", *"HWD"[:rank]])
-    text = f"g (float[{dims}] x) => (float[{dims.lower()}] y) {{ [c] y = Conv (x, c_weight, c_bias) }}"
-    base = save(graph(text, {"c.weight": weight, "c.bias": BIAS}, SCOPES), tmp_path)
+    text = f"g (float[{dims}] x) => (float[{dims.lower()}] y) {{ y = Conv (x, c_weight, c_bias) }}"
+    base = save(graph(text, {"c.weight": weight, "c.bias": BIAS}), tmp_path)
     merge_onnx(base, adapter(module), tmp_path / "m.onnx")
     x = random(2, IN, *size, seed=9)
     convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[rank - 1]
@@ -272,7 +268,7 @@ BIASED = {
 @pytest.mark.parametrize("case", BIASED)
 def test_lora_bias_and_saved_bias(case, tmp_path):
     weight, module = random(OUT, IN, seed=7), linear("fc", OUT, IN, lora_bias=random(OUT, seed=4))
-    base = save(graph(BIASED[case], {"fc.weight": weight, "fc.bias": BIAS}, SCOPES), tmp_path)
+    base = save(graph(BIASED[case], {"fc.weight": weight, "fc.bias": BIAS}), tmp_path)
     merge_onnx(base, adapter(module), tmp_path / "m.onnx")
     x64 = ROWS.astype(np.float64)
     wanted = x64 @ (weight + delta(module)).T + BIAS + 1.5 * module.lora_bias.astype(np.float64)
@@ -286,7 +282,7 @@ def test_lora_bias_and_saved_bias(case, tmp_path):
 def test_whole_parameters_are_replaced(tmp_path):
     """modules_to_save: a matrix, a convolution's kernel, a norm's weight and bias; a delta comes on top."""
     text = """g (float[B,4,8] x) => (float[B,6,8] y) {
-        [c] c = Conv <pads = [1, 1]> (x, c_weight)
+        c = Conv <pads = [1, 1]> (x, c_weight)
         n = LayerNormalization <axis = -1> (c, ln_weight, ln_bias)
         t = Transpose (fc_weight)
         y = MatMul (n, t) }"""
@@ -296,7 +292,7 @@ def test_whole_parameters_are_replaced(tmp_path):
         "ln.bias": random(8, seed=1),
         "fc.weight": random(8, 8),
     }
-    base = save(graph(text, before, SCOPES), tmp_path)
+    base = save(graph(text, before), tmp_path)
     after = {name: random(*values.shape, seed=20 + at) for at, (name, values) in enumerate(before.items())}
     module = linear("fc", 8, 8)
     merge_onnx(base, adapter(module, extras=after), tmp_path / "m.onnx")

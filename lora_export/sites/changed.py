@@ -1,10 +1,10 @@
 """Tell whether a constant is a module's parameter as an exporter writes it, or may have been changed since.
 
-Tools that optimise graphs multiply factors and norms into a constant and keep the module's name, on the node or
-in the constant's new name. So a place is believed by name only where
+Tools that optimise graphs multiply factors and norms into a constant and keep the module's name, on the node
+or in the constant's new name. So a place is believed by name only where
 
-1. the constant has the parameter's own path, alone or with what an exporter is known to append, or is said to be
-   that parameter transposed (``folded_from``, ``onnx::MatMul_12``); and
+1. the constant has the parameter's own path, alone or with what an exporter is known to append, or is said to
+   be that parameter transposed (``folded_from``, ``onnx::MatMul_12``); and
 2. a Gemm or a convolution, into which exporters fold a batch norm without a new name, says what module it is.
 
 Everything else is a doubt, which the checkpoint's values can settle.
@@ -16,7 +16,14 @@ import re
 from collections.abc import Sequence
 
 from lora_export.sites import fit
-from lora_export.sites.evidence import FOLDED, WEIGHT_NAME, computed_from, folded_from, weight_name, weight_path
+from lora_export.sites.evidence import (
+    FOLDED,
+    WEIGHT_NAME,
+    computed_from,
+    folded_from,
+    weight_name,
+    weight_path,
+)
 from lora_export.sites.readers import module_of
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Part, Target
@@ -30,7 +37,10 @@ _TRANSPOSED = re.compile(r"onnx::MatMul_\d+")
 _QUANTISED = re.compile(r"(_DQ)?(_Q\d\w*|_quantized)$")
 # Names that tools are known to give, and what they do to the values.
 _TOOLS = (
-    (re.compile(r"Conv(Bn|Mul|Add)Fusion_|MatMulBn\w*_"), "ONNX Runtime's optimiser folded a norm or a factor into it"),
+    (
+        re.compile(r"Conv(Bn|Mul|Add)Fusion_|MatMulBn\w*_"),
+        "ONNX Runtime's optimiser folded a norm or a factor into it",
+    ),
     (re.compile(r"_(weight|bias)_fused$"), "onnxslim multiplied or added a constant into it"),
     (re.compile(r"\w_(weight|bias)$"), "onnxslim made it when it fused nodes"),
     (re.compile(r"_(scaled|offset)$"), "onnxscript's rewriter multiplied or added a constant into it"),
@@ -57,8 +67,8 @@ def doubt_of(target: Target, part: Part, source: str, key: str) -> str:
             return f"the exporter computed {name!r}: it folded a batch norm or a factor into it ({rule})"
         if use.node.op_type in _FOLDING and source in (FOLDED, WEIGHT_NAME) and module_of(use.node) is None:
             return (
-                f"the {use.node.op_type} that reads {name!r} has neither metadata nor a name that says of which "
-                "module it is: a tool dropped them, and a folded batch norm would not show"
+                f"the {use.node.op_type} that reads {name!r} has neither metadata nor a name that says of "
+                "which module it is: a tool dropped them, and a folded batch norm would not show"
             )
         if not _is_own_name(target, use, key):
             return f"{name!r} is not a name that an exporter gives to {key}: {_what(name)}"
@@ -87,6 +97,10 @@ def nameless(target: Target, uses: Sequence[Use]) -> list[str]:
         if use.quantised or not fit.accepts(target, use) or isinstance(fit.place(target, use), str):
             continue
         name = weight_name(use)
-        if module_of(use.node) is None and not folded_from(use.root) and _PATH.fullmatch(weight_path(name)) is None:
+        if (
+            module_of(use.node) is None
+            and not folded_from(use.root)
+            and _PATH.fullmatch(weight_path(name)) is None
+        ):
             found[name] = None
     return list(found)[:2]

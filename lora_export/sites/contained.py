@@ -1,7 +1,7 @@
 """Tell that a graph contains an adapter: an adapter's layers, or its product, stand beside the weights.
 
-PEFT puts ``lora_A``, ``lora_B`` and ``base_layer`` in a layer's place, so an export of a model whose adapter is
-not merged has them in its names. Adding an adapter to such a graph would count it twice.
+PEFT puts ``lora_A``, ``lora_B`` and ``base_layer`` in a layer's place, so an export of a model whose adapter
+is not merged has them in its names. Adding an adapter to such a graph would count it twice.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from lora_export.sites.target import Site
 
 # PEFT's layers, and those of diffusers and kohya; a graph's names have dots or slashes between them.
 _LAYER = re.compile(r"(?:^|[./])lora_(?:[ABE]|embedding_[AB]|magnitude_vector|layer|down|up)(?=[./]|$)")
-# The wrapped layer: all that is left in a TorchScript export, or where the adapter was merged inside of it. Of
-# other models it has a parent's name only where it is a block with layers of its own (DLA's).
+# The wrapped layer: all that is left in a TorchScript export, or where the adapter was merged inside of it.
+# Of other models it has a parent's name only where it is a block with layers of its own (DLA's).
 _WRAPPED = re.compile(r"[./]base_layer(?:\.(?:weight|bias)\w*|/[^./]+)?$")
 _SHOWN = 4
 _PRODUCTS = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "Gather"}
@@ -56,19 +56,22 @@ def _node_names(node: ir.Node) -> Iterator[str]:
 def branch_beside(site: Site) -> str:
     """Say where a product of two constants is added to a module's own product, or return an empty string.
 
-    That is an adapter's branch, whose names are gone or were never an adapter's, unless the nodes say that it is
-    another module's.
+    That is an adapter's branch, whose names are gone or were never an adapter's, unless the nodes say that it
+    is another module's.
     """
     for use in (use for part in site.parts for use in part.uses):
         x = _through(use.node.inputs[1 if site.target.kind == "embedding" else 0], _VIEWS)
         for addend in _addends(use.node):
             up = _product(addend)
             down = _product(up.inputs[0]) if up is not None else None
-            if down is None or x is None or x not in map(_viewed, down.inputs):
+            if up is None or down is None or x is None or x not in map(_viewed, down.inputs):
                 continue
             if {module_of(up), module_of(down)} <= {module_of(use.node)}:
+                names = [
+                    repr(str(value.name)) for value in up.inputs if value is not None and _is_constant(value)
+                ]
                 return (
-                    f"contains an adapter already: the product of {up.inputs[1].name!r} and another constant is "
+                    f"contains an adapter already: a product with {', '.join(names)} and another constant is "
                     f"added beside {use.root.name!r}"
                 )
     return ""
@@ -91,7 +94,7 @@ def _addends(node: ir.Node) -> Iterator[ir.Value]:
 
 
 def _product(value: ir.Value | None) -> ir.Node | None:
-    """The node that multiplies an activation with a constant, from whose result a value is made by factors."""
+    """Return the product of an activation and a constant that a value is, but for factors."""
     while value is not None and (maker := value.producer()) is not None:
         if maker.op_type in _PRODUCTS:
             return maker if _is_constant(maker.inputs[0 if maker.op_type == "Gather" else 1]) else None

@@ -74,7 +74,7 @@ def scope_path(node: ir.Node) -> str | None:
 
 
 def scopes_of(node: ir.Node) -> list[str]:
-    """Module paths around a node, from the model inwards, by torch.onnx's metadata; the last is the operator."""
+    """Module paths around a node by torch.onnx's metadata, from the model inwards to the operator."""
     text = node.metadata_props.get(_SCOPES)
     try:
         scopes = ast.literal_eval(text) if text else []

@@ -8,7 +8,9 @@ import onnx_ir as ir
 
 from lora_export.sites.evidence import FOLDED, NODE_NAME, WEIGHT_NAME, node_path, scope_path
 from lora_export.sites.slot import Use
-from lora_export.sites.target import Part, Site
+from lora_export.sites.target import Part, Site, Target
+
+_CONVOLUTIONS = {"Conv", "FusedConv", "NhwcConv", "ConvTranspose"}
 
 
 def module_of(node: ir.Node) -> str | None:
@@ -92,3 +94,16 @@ def _stranger(part: Part, path: str, uses: Sequence[Use]) -> str:
         if module == path or (module is None and not tied):
             return f"is also read by {use.node.op_type}, which can't be told from the module's own use"
     return ""
+
+
+def folded_into_conv(target: Target, part: Part) -> bool:
+    """Whether a convolution's weight or bias was computed by the exporter: a batch norm may be in it.
+
+    Exporters either give the result a name of its own, or keep the name and say that the norm reads it.
+    """
+    if not any(use.node.op_type in _CONVOLUTIONS for use in part.uses):
+        return False
+    name, parameter = str(part.root.name), target.key.rpartition(".")[2]
+    return not name.endswith(f".{parameter}") or any(
+        scope_path(use.node) not in (None, name.removesuffix(f".{parameter}")) for use in part.uses
+    )

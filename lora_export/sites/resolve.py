@@ -120,8 +120,8 @@ class Resolver:
         nameless = changed.nameless(target, self.uses)
         if nameless and not self._has_checkpoint:
             return (
-                f"not found: the graph's {', '.join(map(repr, nameless))} may hold it and have no module's name; "
-                f"{self._remedy()}"
+                f"not found: the graph's {', '.join(map(repr, nameless))} may hold it and have no module's "
+                f"name; {self._remedy()}"
             )
         if near:
             return f"not found; the graph has {', '.join(near)}"
@@ -199,7 +199,7 @@ class Resolver:
     def _refusal(self, use: Use) -> str:
         return use.no_branch if self._branches else use.refusal
 
-    def _verified(self, site: Site, wanted: Array | None, source: str, keys: Sequence[str]) -> Site | Miss:
+    def _verified(self, site: Site, wanted: Array | None, source: str, keys: list[str]) -> Site | Miss:
         """Rule 4, and rescaled rows: a name alone can't tell that values were computed from the module's."""
         target = site.target
         named = keys if len(keys) == len(site.parts) else keys[:1] * len(site.parts)
@@ -208,8 +208,13 @@ class Resolver:
         ]
         if source in (FOLDED, WEIGHT_NAME):
             path = keys[0].rpartition(".")[0]
-            foreign = [readers.foreign_reader(path, part.uses) for part in site.parts] if len(keys) == 1 else []
+            foreign = (
+                [readers.foreign_reader(path, part.uses) for part in site.parts] if len(keys) == 1 else []
+            )
             doubts = [doubt or also for doubt, also in zip_longest(doubts, foreign, fillvalue="")]
+        if len(keys) == 1 and not all(doubts):
+            # Rule 3: all of them hold the bytes of the one whose name is believed.
+            doubts = [""] * len(doubts)
         first = next((doubt for doubt in doubts if doubt), "")
         if wanted is None:
             return Miss(target, f"{first}; {self._remedy()}") if first else site

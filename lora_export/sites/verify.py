@@ -28,8 +28,8 @@ def check_content(target: Target, part: Part, wanted: Array, trusted: bool = Fal
         target: The parameter.
         part: Where it was found.
         wanted: The checkpoint's values.
-        trusted: The constant's name is an exporter's own: a sample of the rows tells whether it is the weight.
-            Otherwise a factor may be in some of the rows, or a small one in all, and every value counts.
+        trusted: The constant's name is an exporter's own: a sample of the rows tells whether it is the
+            weight. Otherwise a factor may be in some of the rows, or a small one in all: every value counts.
 
     Returns:
         The part, with the factors of rescaled rows; or what differs.
@@ -51,9 +51,9 @@ def check_content(target: Target, part: Part, wanted: Array, trusted: bool = Fal
     step = _step(stored, rows)
     if match.difference <= max(content.EXACT, step):
         return part
-    if match.scaled and target.kind in _SCALABLE and match.row_scale is not None:
-        if _explains(stored, rows, match.row_scale[:, None], step):
-            return replace(part, placements=(replace(placement, row_scale=match.row_scale),))
+    scale = match.row_scale if match.scaled and target.kind in _SCALABLE else None
+    if scale is not None and _explains(stored, rows, scale[:, None], step):
+        return replace(part, placements=(replace(placement, row_scale=scale),))
     return (
         f"the weight {part.root.name!r} does not hold the checkpoint's values (relative difference "
         f"{match.difference:.2g}, least cosine {match.cosine:.3f}{_column_factor(stored, rows, step)})"
@@ -61,7 +61,7 @@ def check_content(target: Target, part: Part, wanted: Array, trusted: bool = Fal
 
 
 def _step(*values: Array) -> float:
-    """Relative rounding of the coarsest float type that holds one of the arrays: it may have been rounded to it."""
+    """Return the relative rounding of the coarsest float type that one of the arrays fits in."""
     step = 0.0
     for array in values:
         sample = np.asarray(array[:64], np.float32)
@@ -79,12 +79,15 @@ def _explains(stored: Array, wanted: Array, factor: Array, step: float) -> bool:
 
 
 def _column_factor(stored: Array, wanted: Array, step: float) -> str:
-    """Say where the columns are multiples: a factor on the module's input, which no branch and no merge follows."""
+    """Say where the columns are multiples: a factor on the module's input, which can't be followed."""
     stored, wanted = np.asarray(stored, np.float64), np.asarray(wanted, np.float64)
     factor = np.einsum("ij,ij->j", stored, wanted) / np.maximum(np.einsum("ij,ij->j", wanted, wanted), 1e-300)
     if not _explains(stored, wanted, factor[None, :], step):
         return ""
-    return "; its columns are the checkpoint's times a factor each: a tool folded what stands before the module into it"
+    return (
+        "; its columns are the checkpoint's times a factor each: a tool folded what stands before the module "
+        "into it"
+    )
 
 
 def canonical_rows(part: Part, placement: Placement) -> Array:
@@ -116,12 +119,16 @@ def _check_whole(target: Target, part: Part, wanted: Array, trusted: bool) -> Pa
     if trusted:
         return part if match.same else _differs(part)
     if not np.all(wanted):
-        return f"the vector {part.root.name!r} has zeros: what a folded norm or factor made of it can't be known"
+        return (
+            f"the vector {part.root.name!r} has zeros: what a folded norm or factor made of it can't be known"
+        )
     return part if match.difference <= max(content.EXACT, _step(stored, wanted)) else _differs(part)
 
 
 def _differs(part: Part) -> str:
-    kind = "vector" if part.root.const_value is not None and len(part.root.const_value.shape) == 1 else "weight"
+    kind = (
+        "vector" if part.root.const_value is not None and len(part.root.const_value.shape) == 1 else "weight"
+    )
     return f"the {kind} {part.root.name!r} does not hold the checkpoint's values"
 
 
