@@ -6,6 +6,7 @@ views of stored constants (memory-mapped where external) and reads a few rows of
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,8 @@ EXACT = 1e-6
 # Directions: a row of a folded batch norm is the checkpoint's row times a factor, so its cosine is ±1.
 COSINE = 0.999
 _PROBES = 8
+# Elements that are compared at a time: 8 MB in float64.
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,27 +62,40 @@ def compare(stored: Array, wanted: Array, every: bool = False) -> Match:
     """
     if not every:
         picks = np.unique(np.linspace(0, len(wanted) - 1, 4 * _PROBES).astype(int))
-        match = _compare_rows(_f64(stored[picks]), _f64(wanted[picks]))
+        match = _compare_rows(stored[picks], wanted[picks])
         if match.same or match.cosine < COSINE:
             return match
-    return _compare_rows(_f64(stored), _f64(wanted))
+    return _compare_rows(stored, wanted)
 
 
 def _compare_rows(stored: Array, wanted: Array) -> Match:
-    norms = np.linalg.norm(wanted, axis=1)
-    stored_norms = np.linalg.norm(stored, axis=1)
-    products = np.einsum("ij,ij->i", stored, wanted)
+    sums = [_row_sums(one, other) for one, other in blocks(stored, wanted)]
+    norms, stored_norms, products, squares = (np.concatenate(parts) for parts in zip(*sums, strict=True))
     # A row that is zero on both sides agrees; its factor can't be known and does not matter for the base.
     both_zero = (norms == 0) & (stored_norms == 0)
     # A stored row of zeros is the checkpoint's times 0, as long as other rows are there to show a factor.
     agree = both_zero | ((stored_norms == 0) & bool(stored_norms.any()))
     cosines = np.where(agree, 1.0, np.abs(products) / np.maximum(norms * stored_norms, 1e-300))
-    total = float(np.linalg.norm(wanted))
-    difference = (
-        float(np.linalg.norm(stored - wanted)) / total if total else float(np.linalg.norm(stored) > 0)
-    )
+    total = float(np.linalg.norm(norms))
+    difference = float(np.sqrt(squares.sum())) / total if total else float(stored_norms.any())
     scale = None if both_zero.any() else products / np.maximum(norms**2, 1e-300)
     return Match(float(cosines.min(initial=1.0)), difference, scale)
+
+
+def blocks(*matrices: Array) -> Iterator[tuple[Array, ...]]:
+    """Yield the same rows of each matrix in float64, few at a time: a large weight would take gigabytes."""
+    height = max(1, _BLOCK // max(1, matrices[0].shape[1]))
+    for start in range(0, max(1, len(matrices[0])), height):
+        yield tuple(_f64(matrix[start : start + height]) for matrix in matrices)
+
+
+def _row_sums(stored: Array, wanted: Array) -> tuple[Array, Array, Array, Array]:
+    return (
+        np.linalg.norm(wanted, axis=1),
+        np.linalg.norm(stored, axis=1),
+        np.einsum("ij,ij->i", stored, wanted),
+        ((stored - wanted) ** 2).sum(axis=1),
+    )
 
 
 def find_rows(stored: Array, wanted: Array) -> list[int]:

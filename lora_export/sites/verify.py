@@ -19,6 +19,8 @@ from lora_export.sites.target import Part, Target
 _SCALABLE = ("conv", "linear")
 # What is left of float32 values after a factor that a tool multiplied them with is taken out again.
 _ROUNDED = 1e-5
+# Cosine of rows that a factor on each column may have turned.
+_RELATED = 0.5
 
 
 def check_content(target: Target, part: Part, wanted: Array, trusted: bool = False) -> Part | str:
@@ -54,9 +56,11 @@ def check_content(target: Target, part: Part, wanted: Array, trusted: bool = Fal
     scale = match.row_scale if match.scaled and target.kind in _SCALABLE else None
     if scale is not None and _explains(stored, rows, scale[:, None], step):
         return replace(part, placements=(replace(placement, row_scale=scale),))
+    # Rows of another weight point elsewhere.
+    columns = _column_factor(stored, rows, step) if match.cosine > _RELATED else ""
     return (
         f"the weight {part.root.name!r} does not hold the checkpoint's values (relative difference "
-        f"{match.difference:.2g}, least cosine {match.cosine:.3f}{_column_factor(stored, rows, step)})"
+        f"{match.difference:.2g}, least cosine {match.cosine:.3f}{columns})"
     )
 
 
@@ -73,16 +77,23 @@ def _step(*values: Array) -> float:
 
 
 def _explains(stored: Array, wanted: Array, factor: Array, step: float) -> bool:
-    """Whether ``wanted · factor`` is what is stored, up to rounding."""
-    left = np.asarray(stored, np.float64) - np.asarray(wanted, np.float64) * factor
-    return bool(np.linalg.norm(left) <= max(_ROUNDED, step) * np.linalg.norm(np.asarray(stored, np.float64)))
+    """Whether ``wanted · factor``, one for each row or for each column, is what is stored, up to rounding."""
+    left = total = 0.0
+    factors = np.broadcast_to(factor, wanted.shape)
+    for one, other, times in content.blocks(stored, wanted, factors):
+        left += float(((one - other * times) ** 2).sum())
+        total += float((one**2).sum())
+    return bool(np.sqrt(left) <= max(_ROUNDED, step) * np.sqrt(total))
 
 
 def _column_factor(stored: Array, wanted: Array, step: float) -> str:
     """Say where the columns are multiples: a factor on the module's input, which can't be followed."""
-    stored, wanted = np.asarray(stored, np.float64), np.asarray(wanted, np.float64)
-    factor = np.einsum("ij,ij->j", stored, wanted) / np.maximum(np.einsum("ij,ij->j", wanted, wanted), 1e-300)
-    if not _explains(stored, wanted, factor[None, :], step):
+    products = np.zeros(wanted.shape[1])
+    squares = np.zeros(wanted.shape[1])
+    for one, other in content.blocks(stored, wanted):
+        products += np.einsum("ij,ij->j", one, other)
+        squares += np.einsum("ij,ij->j", other, other)
+    if not _explains(stored, wanted, (products / np.maximum(squares, 1e-300))[None, :], step):
         return ""
     return (
         "; its columns are the checkpoint's times a factor each: a tool folded what stands before the module "
