@@ -12,9 +12,10 @@ from lora_export import __version__
 from lora_export.adapter import Adapter, Array
 from lora_export.base_weights import GraphWeights
 from lora_export.binding import Binding, bind_adapter
+from lora_export.branches.place import refuse_contained
 from lora_export.errors import GraphError, OutputError, SiteError
 from lora_export.exposed import KEY, ExposedGraph, exposed_of
-from lora_export.exposed_output import refuse_changed_weights
+from lora_export.exposed_output import refuse_changed_weights, refuse_lost_inputs
 from lora_export.foreign import foreign_lora
 from lora_export.formats import WRITERS, as_adapter, writer_of
 from lora_export.formats.provenance import Provenance, Writer, is_converted
@@ -152,8 +153,10 @@ def convert_adapter(
 
 def _exposed(file: GraphFile) -> tuple[ExposedGraph, bool]:
     """Return the graph's record, and whether its tensors have onnxruntime-genai's own names."""
-    if KEY not in file.model.metadata_props and (found := foreign_lora(file)):
-        return found.exposed, found.genai
+    if KEY not in file.model.metadata_props:
+        if found := foreign_lora(file):
+            return found.exposed, found.genai
+        refuse_contained(file)
     exposed = exposed_of(file.model.metadata_props, str(file.path))
     refuse_changed_weights(exposed, file.path)
     if exposed.mode == "bank":
@@ -161,6 +164,7 @@ def _exposed(file: GraphFile) -> tuple[ExposedGraph, bool]:
             f"{file.path} is a bank: its slots take adapters as they are, not converted files",
             "give the adapter to bank-onnx or to AdapterSession.load_adapter",
         )
+    refuse_lost_inputs(exposed, file)
     return exposed, False
 
 

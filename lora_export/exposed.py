@@ -225,11 +225,12 @@ class ExposedGraph:
 
     def tensor_names(self) -> list[str]:
         """Return the names of all LoRA tensors, in the graph's order."""
-        names = []
-        for module in self.modules:
-            names += [module.lora_a, *(name for name, _, _ in module.b_parts)]
-            names += [module.lora_bias] * module.bias + [module.scale] * self.dora
-        return names
+        return [name for module in self.modules for name in self.names_of(module)]
+
+    def names_of(self, module: ExposedModule) -> list[str]:
+        """Return the names of one module's tensors."""
+        names = [module.lora_a, *(name for name, _, _ in module.b_parts)]
+        return names + [module.lora_bias] * module.bias + [module.scale] * self.dora
 
     def input_names(self) -> list[str]:
         """Return the names of those that are inputs of the graph: a bank's may be constants."""

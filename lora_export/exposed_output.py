@@ -12,14 +12,17 @@ import onnx_ir as ir
 
 from lora_export import __version__
 from lora_export.adapter import Adapter
+from lora_export.branches.inputs import ir_type
 from lora_export.errors import GraphError
 from lora_export.exposed import KEY, ExposedGraph, SharedFile
 from lora_export.external_data import plan_data, write_data
-from lora_export.graph import save_graph
+from lora_export.graph import GraphFile, save_graph
 from lora_export.manifest import Manifest, adapter_entry, hash_file, package_versions
 from lora_export.onnx_base import Base
 from lora_export.output import OutputSet, output_errors
 from lora_export.plan import Plan
+
+_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -134,4 +137,32 @@ def refuse_changed_weights(exposed: ExposedGraph, graph: Path) -> None:
             f"{graph} shares weights with its base, and they have changed since it was made",
             "make the graph again from the base as it is now, and convert the adapters for it",
             changed,
+        )
+
+
+def refuse_lost_inputs(exposed: ExposedGraph, graph: GraphFile) -> None:
+    """Raise `GraphError` where a graph's inputs are no longer those that its record speaks of.
+
+    Simplifiers and quantisers take an input that has a default for a constant, float16 converters change its
+    type.
+
+    Args:
+        exposed: The graph's record.
+        graph: The graph.
+    """
+    inputs = {str(value.name): value.dtype for value in graph.graph.inputs}
+    lost, changed = [], []
+    for module in exposed.modules:
+        dtype = ir_type(module)
+        for name in exposed.names_of(module):
+            if name not in inputs:
+                lost.append(f"{name}: not an input any more")
+            elif inputs[name] != dtype:
+                changed.append(f"{name}: {inputs[name]}, the record says {dtype}")
+    if lost or changed:
+        raise GraphError(
+            f"{graph.path} was changed after LoRA was exposed in it: {len(lost)} of its LoRA inputs "
+            f"became constants, {len(changed)} have another type; adapters made for it would not fit",
+            "change the base first (simplify, optimise, quantise, convert), then run swap-onnx on the result",
+            [*lost, *changed][:_SHOWN],
         )

@@ -16,6 +16,7 @@ from lora_export.base.vocabulary import head_hint
 from lora_export.errors import SiteError
 from lora_export.graph import GraphFile
 from lora_export.plan import Plan, PlanRow, unaccounted
+from lora_export.sites.evidence import SOURCES
 from lora_export.sites.resolve import NOT_COMPARED
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Miss, MissKind, Site
@@ -49,7 +50,9 @@ def refuse_unaccounted(adapter: Adapter, rows: Sequence[PlanRow]) -> None:
 
 def with_unverified(plan: Plan, checkpoint: Path) -> Plan:
     """Say which places the checkpoint could not confirm; raise `SiteError` where it confirms none."""
-    comparable = [row for row in plan.placed if NOT_COMPARED not in row.reason]
+    # What was added to the graph has no values that could be another module's.
+    found = [row for row in plan.placed if row.reason.startswith((*SOURCES, _CONFIRMED))]
+    comparable = [row for row in found if NOT_COMPARED not in row.reason]
     silent = [row for row in comparable if _CONFIRMED not in row.reason]
     if silent and len(silent) == len(comparable):
         raise SiteError(
@@ -89,48 +92,86 @@ def refuse(
     name = f"adapter {adapter.name!r}" if adapter.format else adapter.name
     lines = [f"{miss.target.key}  {miss.reason}" for miss in misses]
     kinds = {miss.kind for miss in misses}
-    lost = kinds == {"not found"}
-    if "values" in kinds:
-        message = (
-            f"{file} was not exported from this checkpoint, or was changed since: {name} has "
-            f"{len(misses)} places (of {total}) that are not confirmed"
+    given = list(dict.fromkeys(miss.hint for miss in misses if miss.hint))
+    lost = not sites and kinds == {"not found"} and not given
+    found = (
+        _changed(graph, misses, name, total)
+        or _quantised(file, misses, name, total, verb, uses, bool(sites))
+        or (_lost(file, lines, name, total, checked, uses) if lost else None)
+    )
+    if found is None:
+        hints = [*_rows_hints(misses), *_hints(kinds, verb, checked, bool(sites), given)]
+        message = f"{name} has {len(misses)} parameters with no place in {file} (of {total})"
+        found = message, "; ".join(dict.fromkeys(hints))
+    raise SiteError(*found, lines)
+
+
+def _changed(graph: GraphFile, misses: Sequence[Miss], name: str, total: int) -> tuple[str, str] | None:
+    """Return message and hint where the graph is another than its exporter wrote."""
+    file, kinds = graph.path.name, {miss.kind for miss in misses}
+    if contained := sum(miss.kind == "contained" for miss in misses):
+        return (
+            f"{file} contains an adapter already, beside {contained} of the {total} parameters of {name}",
+            "export the base model without the adapter, or give the graph that it was added to",
         )
-        raise SiteError(message, "give the folder that the graph was exported from", lines)
+    if "values" in kinds:
+        return (
+            f"{file} was not exported from this checkpoint, or was changed since: {name} has "
+            f"{len(misses)} places (of {total}) that are not confirmed",
+            "give the folder that the graph was exported from",
+        )
     if (arranged := _arranged(graph)) and kinds & {"not found", "operator"}:
-        raise SiteError(
+        return (
             f"{file} was optimised by ONNX Runtime for one machine ({arranged}), which stores weights in a "
             f"layout of its own: {name} has {len(misses)} parameters with no place in it (of {total})",
             "give the graph that it was made from, or save it with "
             "SessionOptions.graph_optimization_level = ORT_ENABLE_EXTENDED instead of ORT_ENABLE_ALL",
-            lines,
         )
+    return None
+
+
+def _quantised(
+    file: str, misses: Sequence[Miss], name: str, total: int, verb: Verb, uses: Sequence[Use], some: bool
+) -> tuple[str, str] | None:
+    """Return message and hint where weights are quantised: the misses' own, or some of a nameless graph."""
     merging = verb == "merge-onnx"
     codes = [use for use in uses if use.quantised and (merging or use.no_branch)]
-    if kinds & {"quantised", "integers"} or (lost and not sites and codes):
-        hint = _QUANTISED
-        if "integers" in kinds or (lost and all(use.no_branch for use in codes)):
-            hint = _INTEGERS + ("use swap-onnx" if merging else "give that")
-        raise SiteError(
-            f"{file} has quantised weights{_operators(codes)}: {name} can't be "
-            f"{'merged into' if merging else 'exposed at'} {len(misses)} of its {total} parameters' places",
-            hint,
-            lines,
+    kinds = {miss.kind for miss in misses}
+    lost = kinds == {"not found"}
+    if not kinds & {"quantised", "integers"} and not (lost and not some and codes):
+        return None
+    hint = _QUANTISED
+    if "integers" in kinds or (lost and all(use.no_branch for use in codes)):
+        hint = _INTEGERS + ("use swap-onnx" if merging else "give that")
+    return (
+        f"{file} has quantised weights{_operators(codes)}: {name} can't be "
+        f"{'merged into' if merging else 'exposed at'} {len(misses)} of its {total} parameters' places",
+        hint,
+    )
+
+
+def _lost(
+    file: str, lines: Sequence[str], name: str, total: int, checked: bool, uses: Sequence[Use]
+) -> tuple[str, str]:
+    """Return message and hint where nothing of an adapter is found."""
+    if checked:
+        return (
+            f"{file} holds the checkpoint's values of none of the {total} parameters of {name}",
+            "give the folder that the graph was exported from, and the graph as its exporter wrote it: a "
+            "tool may have changed its weights since",
         )
-    given = list(dict.fromkeys(miss.hint for miss in misses if miss.hint))
-    if not sites and lost and not given:
-        nameless = _BY_VALUE if not checked else ""
-        if any(use.quantised for use in uses):
-            # Their values are not the checkpoint's.
-            nameless = "export it with names (torch.onnx.export(..., optimize=False)) and quantise that"
-        raise SiteError(
-            f"{name} was made for another model: none of its {total} parameters has a place in {file}",
-            "check the base" + (f"; if the graph's names are gone, {nameless}" if nameless else ""),
-            lines,
+    if any("--checkpoint" in line for line in lines):
+        return (
+            f"{file} does not say where its weights belong: none of the {total} parameters of {name} is "
+            "named in it",
+            f"{_BY_VALUE}, or the graph as its exporter wrote it",
         )
-    raise SiteError(
-        f"{name} has {len(misses)} parameters with no place in {file} (of {total})",
-        "; ".join(dict.fromkeys([*_rows_hints(misses), *_hints(kinds, verb, checked, bool(sites), given)])),
-        lines,
+    # The values of codes are not the checkpoint's.
+    codes = any(use.quantised for use in uses)
+    nameless = "export it with names (torch.onnx.export(..., optimize=False)) and quantise that"
+    return (
+        f"{name} was made for another model: none of its {total} parameters has a place in {file}",
+        f"check the base; if the graph's names are gone, {nameless if codes else _BY_VALUE}",
     )
 
 

@@ -13,6 +13,10 @@ import onnxruntime as ort
 
 from lora_export import Adapter, LoraModule, SiteError, merge_onnx
 
+# Operators that exporters fold a batch norm into: a weight's name alone is no proof there, as in real graphs
+# their nodes say of which module they are.
+_FOLDING = ("Gemm", "FusedGemm", "GemmFastGelu", "Conv", "FusedConv", "NhwcConv", "ConvTranspose")
+_PASSED = ("Transpose", "Cast", "Identity", "QuantizeLinear", "DequantizeLinear")
 HEAD = '<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>'
 
 
@@ -43,9 +47,23 @@ def graph(
     for name in weights:
         model.graph.initializers[name.replace(".", "_")].name = name
     for node in model.graph.all_nodes():
+        if node.op_type == "Constant" and str(node.outputs[0].name).endswith("_weight"):
+            node.outputs[0].name = str(node.outputs[0].name).replace("_weight", ".weight")
         if scopes and node.name in scopes:
             node.metadata_props["pkg.torch.onnx.name_scopes"] = repr(["", scopes[node.name], "op"])
+        elif not node.name and node.op_type in _FOLDING and (path := _path(node)):
+            node.name = f"/{path.replace('.', '/')}/{node.op_type}"
     return model
+
+
+def _path(node: ir.Node) -> str:
+    """Module of the weight that a node reads, by the weight's name."""
+    for value in node.inputs:
+        while value is not None and (maker := value.producer()) is not None and maker.op_type in _PASSED:
+            value = maker.inputs[0]
+        if value is not None and str(value.name).endswith(".weight"):
+            return str(value.name).removesuffix(".weight")
+    return ""
 
 
 def save(model: ir.Model, folder: Path, name: str = "base.onnx") -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import tiny
@@ -83,6 +84,11 @@ def small(folder, record=None, **more):
         record = ExposedGraph("swap", "base.onnx", BASE, (module,), **({"max_rank": 8} | more))
     if record:
         model.metadata_props[KEY] = record.to_json()
+        inputs = {value.name for value in model.graph.inputs}
+        for name in set(record.tensor_names()) - inputs:
+            model.graph.inputs.append(
+                ir.Value(name=name, shape=ir.Shape(["k"]), type=ir.TensorType(ir.DataType.FLOAT))
+            )
     return save(model, folder, "swap.onnx")
 
 

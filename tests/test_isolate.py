@@ -324,7 +324,9 @@ def test_a_constant_node_shared_by_two_modules(tmp_path):
     numbers = ", ".join(repr(float(v)) for v in w.reshape(-1))
     text = HEAD + f"{{ w = Constant <value = float[6,6] {{{numbers}}}> () "
     text += "[m] h = MatMul (x, w) [n] y = MatMul (h, w) }"
-    base = save(graph(text, {}, {"m": "a", "n": "b"}), tmp_path)
+    model = graph(text, {}, {"m": "a", "n": "b"})
+    model.graph[0].outputs[0].name = "a.weight"
+    base = save(model, tmp_path)
     one, two = linear("a", 6, 6, seed=1), linear("b", 6, 6, seed=2)
     merge_onnx(base, adapter(one, two), tmp_path / "m.onnx")
     wanted = X.astype(np.float64) @ (w + delta(one).T) @ (w + delta(two).T)
@@ -398,7 +400,12 @@ def test_constant_inside_a_branch(tmp_path):
     weight, module = random(6, 6, seed=7), linear("in", 6, 6)
     numbers = "{" + ", ".join(repr(float(v)) for v in weight.reshape(-1)) + "}"
     text = BRANCH.replace("BODY", INNER.replace("{NUMBERS}", numbers))
-    base = save(graph(text, {"fc.weight": random(6, 6)}, {"n": "in"}), tmp_path)
+    model = graph(text, {"fc.weight": random(6, 6)}, {"n": "in"})
+    (inner,) = [
+        node for node in model.graph.all_nodes() if node.op_type == "Constant" and node.outputs[0].name == "w"
+    ]
+    inner.outputs[0].name = "in.weight"
+    base = save(model, tmp_path)
     merge_onnx(base, adapter(module), tmp_path / "m.onnx")
     wanted = X.astype(np.float64) @ (weight + delta(module).T)
     assert error(run(tmp_path / "m.onnx", x=X, c=np.array(True))[0], wanted) < 2e-6

@@ -389,7 +389,9 @@ def test_weight_in_a_constant_node(square, tmp_path):
         f"w = Constant <value = float[{out_dim},{IN}] {{{numbers}}}> () "
         "t = Transpose (w) [n] y = MatMul (x, t) }"
     )
-    base = save(graph(text, {}, {"n": "fc"}), tmp_path)
+    model = graph(text, {}, {"n": "fc"})
+    model.graph[0].outputs[0].name = "fc.weight"
+    base = save(model, tmp_path)
     merge_onnx(base, adapter(module), tmp_path / "m.onnx")
     wanted = X.astype(np.float64) @ (weight + delta(module)).T
     assert error(run(tmp_path / "m.onnx", x=X)[0], wanted) < 2e-6

@@ -16,6 +16,7 @@ from lora_export.placing import Verb, placed_row, refuse, refuse_unaccounted, re
 from lora_export.plan import Plan, PlanRow
 from lora_export.saved import with_bias
 from lora_export.sites.bias import restore_biases
+from lora_export.sites.contained import adapter_names
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.target import Miss, Site, Target
 from lora_export.sites.verify import canonical_rows
@@ -117,11 +118,24 @@ def _branches_of(
 
 
 def refuse_exposed(graph: GraphFile) -> None:
-    """Raise `GraphError` for a graph that has LoRA inputs already, ours or another tool's."""
+    """Raise `GraphError` for a graph that has LoRA already: as inputs, ours or another tool's, or inside."""
     inputs = [str(value.name) for value in graph.graph.inputs if ".lora_" in str(value.name)]
     if inputs or KEY in graph.model.metadata_props:
         raise GraphError(
             f"{graph.path} has exposed LoRA already", "give the base that it was made of", inputs[:4]
+        )
+    refuse_contained(graph)
+
+
+def refuse_contained(graph: GraphFile) -> None:
+    """Raise `GraphError` for a graph with an adapter's layers in it, their values constants."""
+    names = adapter_names(graph)
+    if names:
+        raise GraphError(
+            f"{graph.path} contains an adapter already (exported from a PEFT model without "
+            "merge_and_unload): another one would be added to it",
+            "export the base model without the adapter, or give the graph that it was added to",
+            names,
         )
 
 

@@ -109,6 +109,11 @@ def _compare_rows(stored: Array, wanted: Array) -> Match:
     return Match(float(cosines.min(initial=1.0)), difference, scale)
 
 
+def blocks(*matrices: Array) -> Iterator[tuple[Array, ...]]:
+    """Yield the same few rows of each matrix in float64."""
+    return (tuple(_f64(matrix[rows]) for matrix in matrices) for rows in _blocks(matrices[0]))
+
+
 def _row_sums(stored: Array, wanted: Array) -> tuple[Array, Array, Array, Array]:
     """Return the sums of wanted², stored², stored · wanted and (stored − wanted)² of each row, in float64."""
     sums = np.zeros((4, len(wanted)))

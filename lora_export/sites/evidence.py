@@ -53,7 +53,7 @@ def collect(uses: Sequence[Use]) -> dict[str, dict[str, list[Use]]]:
 
 def _keys(use: Use) -> Iterator[tuple[str, str]]:
     parameter = use.slot.parameter
-    if (packed := _packed(_name(use))) is not None:
+    if (packed := _packed(weight_name(use))) is not None:
         # Its node belongs to a module around the packed ones.
         yield WEIGHT_NAME, packed
         return
@@ -63,11 +63,11 @@ def _keys(use: Use) -> Iterator[tuple[str, str]]:
         yield NODE_NAME, _join(path, parameter)
     for name in folded_from(use.root):
         yield FOLDED, weight_path(name)
-    yield WEIGHT_NAME, weight_path(_name(use))
+    yield WEIGHT_NAME, weight_path(weight_name(use))
 
 
-def _name(use: Use) -> str:
-    """Name of the weight: the TorchScript exporter writes ``b.bias = Identity(a.bias)`` for equal values."""
+def weight_name(use: Use) -> str:
+    """Name of the weight; the TorchScript exporter writes ``b.bias = Identity(a.bias)`` for equal values."""
     for node in reversed(use.chain):
         name = str(node.outputs[0].name)
         if node.op_type == "Identity" and _WEIGHT_SUFFIX.search(name):
@@ -116,17 +116,18 @@ def node_path(node: ir.Node) -> str | None:
 
 def folded_from(value: ir.Value) -> list[str]:
     """Name of the initializer that onnxscript's optimiser folded into this one, if it is one alone."""
-    names = _folded_names(value)
+    names = folded_names(value)
     return names if len(names) == 1 else []
 
 
 def computed_from(value: ir.Value) -> list[str]:
     """Names of all that went into a folded constant, where that is more than one: it is none of them."""
-    names = _folded_names(value)
+    names = folded_names(value)
     return names if len(names) > 1 else []
 
 
-def _folded_names(value: ir.Value) -> list[str]:
+def folded_names(value: ir.Value) -> list[str]:
+    """Names of the initializers that onnxscript's optimiser computed this one from."""
     tensor = value.const_value
     text = value.metadata_props.get(_FOLDED) or (tensor.metadata_props.get(_FOLDED) if tensor else None)
     try:

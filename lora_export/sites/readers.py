@@ -10,7 +10,6 @@ from lora_export.sites.evidence import (
     FOLDED,
     NODE_NAME,
     WEIGHT_NAME,
-    computed_from,
     node_path,
     scope_path,
     weight_path,
@@ -34,7 +33,7 @@ def foreign_reader(path: str, uses: Sequence[Use]) -> str:
         if reader and not _related(reader, path):
             return (
                 f"the weight {use.root.name!r} is read by a node of {reader!r}: the exporter may have "
-                "changed its values (a folded batch norm); give --checkpoint to compare them"
+                "changed its values (a folded batch norm)"
             )
     return ""
 
@@ -116,16 +115,3 @@ def folded_into_conv(target: Target, part: Part) -> bool:
     return not name.endswith(f".{parameter}") or any(
         scope_path(use.node) not in (None, name.removesuffix(f".{parameter}")) for use in part.uses
     )
-
-
-def computed(target: Target, part: Part) -> str:
-    """From what else the exporter computed a weight, or an empty string where it is the module's own.
-
-    onnxscript's optimiser lists it. The TorchScript exporter does not, but it has no reason to rename the
-    operand of a Gemm that needs no transposing.
-    """
-    names = computed_from(part.root)
-    if names:
-        return ", ".join(names[:4])
-    generated = str(part.root.name).startswith("onnx::Gemm_")
-    return "values that it does not name" if generated and target.kind != "vector" else ""

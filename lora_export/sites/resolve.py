@@ -4,7 +4,8 @@ The order of evidence (each is described in `evidence`): scope, node name, folde
 the same for renamed, fused and split modules, then content. Rules:
 
 1. One change of names holds for the whole adapter (`renaming`).
-2. A weight's name is believed only where the node that reads it does not name another module.
+2. A weight's name is believed only where the node that reads it does not name another module, and where an
+   exporter is known to give it (`changed.doubt_of`).
 3. More than one constant for a target is an ambiguity, unless their bytes are the same.
 4. Where the checkpoint is at hand, every match by name must also match by content.
 5. Every reader of a weight is the module's, or known to be another's (`readers.doubt`).
@@ -17,12 +18,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import islice, pairwise, zip_longest
 
 from lora_export.adapter import Array
 from lora_export.graph import GraphFile, release
 from lora_export.patch import Placement
-from lora_export.sites import fit, names, readers
+from lora_export.sites import changed, fit, names, readers
+from lora_export.sites.contained import branch_beside
 from lora_export.sites.evidence import FOLDED, NODE_NAME, SOURCES, WEIGHT_NAME, collect
 from lora_export.sites.fingerprints import Places, find_places
 from lora_export.sites.known_names import KnownNames
@@ -124,6 +126,8 @@ class Resolver:
 
     def _explained(self, found: Site | Miss, hint: str) -> Site | Miss:
         """Say of what was not found what the graph has instead, and what the user may give."""
+        if isinstance(found, Site) and (contained := branch_beside(found)):
+            return Miss(found.target, f"the graph {contained}", "contained")
         if isinstance(found, Miss) and found.reason in ("", NOT_FOUND):
             found = replace(found, reason=self._not_found(found.target))
         if isinstance(found, Miss) and found.kind in ("not found", "ambiguous"):
@@ -133,6 +137,12 @@ class Resolver:
     def _not_found(self, target: Target) -> str:
         leaf = target.path.rpartition(".")[2]
         near = sorted(key for key in self._known.names if key.rpartition(".")[0].endswith(leaf))[:2]
+        nameless = changed.nameless(target, self.uses)
+        if nameless and self._base is None:
+            return (
+                f"{NOT_FOUND}: the graph's {', '.join(map(repr, nameless))} may hold it and have no module's "
+                f"name; {self._remedy()}"
+            )
         if near:
             return f"{NOT_FOUND}; the graph has {', '.join(near)}"
         return f"{NOT_FOUND}: nothing in the graph names it (pruned by the exporter, or names are gone)"
@@ -155,7 +165,9 @@ class Resolver:
                     found = replace(
                         found, evidence=found.evidence + readers.repeated_calls(found, path, source)
                     )
-                    return Miss(target, problem, "ambiguous") if problem else self._verified(found, wanted)
+                    if problem:
+                        return Miss(target, problem, "ambiguous")
+                    return self._verified(found, wanted, source, variant.keys)
                 refused = refused or found
         return refused or Miss(target, unread, "operator" if unread else "not found")
 
@@ -198,7 +210,7 @@ class Resolver:
             # Rule 2.
             foreign = readers.foreign_reader(path, uses)
             if foreign:
-                return Miss(target, foreign, "unproven")
+                return Miss(target, f"{foreign}; {self._remedy()}", "unproven")
         fits: list[tuple[Use, tuple[Placement, ...]]] = []
         reason = ""
         for use in uses:
@@ -214,35 +226,41 @@ class Resolver:
     def _refusal(self, use: Use) -> str:
         return use.no_branch if self._branches else use.refusal
 
-    def _verified(self, site: Site, wanted: Array | None) -> Site | Miss:
+    def _verified(self, site: Site, wanted: Array | None, source: str, keys: tuple[str, ...]) -> Site | Miss:
         """Rule 4, and rescaled rows: a name alone can't tell that values were computed from the module's."""
         target = site.target
+        named = keys if len(keys) == len(site.parts) else keys[:1] * len(site.parts)
+        doubts = [
+            changed.doubt_of(target, part, source, key) for part, key in zip(site.parts, named, strict=True)
+        ]
+        if source in (FOLDED, WEIGHT_NAME):
+            path = keys[0].rpartition(".")[0]
+            foreign = (
+                [readers.foreign_reader(path, part.uses) for part in site.parts] if len(keys) == 1 else []
+            )
+            doubts = [doubt or also for doubt, also in zip_longest(doubts, foreign, fillvalue="")]
+        if len(keys) == 1 and not all(doubts):
+            # Rule 3: all of them hold the bytes of the one whose name is believed.
+            doubts = [""] * len(doubts)
+        first = next((doubt for doubt in doubts if doubt), "")
         if wanted is None:
-            for part in site.parts:
-                if readers.folded_into_conv(target, part):
-                    return Miss(
-                        target,
-                        f"the exporter computed {part.root.name!r} and may have folded a batch norm into it; "
-                        "give --checkpoint to compare the values",
-                        "unproven",
-                    )
-                if origin := readers.computed(target, part):
-                    return Miss(
-                        target,
-                        f"the exporter computed {part.root.name!r} from {origin}; "
-                        "give --checkpoint to compare the values",
-                        "unproven",
-                    )
-            return site
+            return Miss(target, f"{first}; {self._remedy()}", "unproven") if first else site
         if any(use.quantised for part in site.parts for use in part.uses):
+            if first:
+                return Miss(target, f"{first}; it is quantised, so its values can't be compared", "unproven")
             return replace(site, evidence=f"{site.evidence}; {NOT_COMPARED}")
         parts = []
-        for part in site.parts:
-            checked = check_content(target, part, wanted)
+        for part, doubt in zip(site.parts, doubts, strict=True):
+            checked = check_content(target, part, wanted, trusted=not doubt)
             if isinstance(checked, str):
                 return Miss(target, f"{checked} (found by {site.evidence})", "values")
             parts.append(checked)
         return replace(site, parts=tuple(parts), evidence=f"{site.evidence}; content agrees")
+
+    def _remedy(self) -> str:
+        if self._base is not None:
+            return "the checkpoint does not store it, so that its values can't be compared"
+        return "give --checkpoint to compare the values"
 
     def _by_content(self, found: Sequence[Site | Miss]) -> list[Site | Miss]:
         """Look for the values of what no name led to, all in one pass over the graph's constants."""

@@ -27,6 +27,8 @@ MissKind = Literal[
     "unproven",
     # They are not the checkpoint's.
     "values",
+    # An adapter's branch stands beside it already.
+    "contained",
     # Stored as codes of a quantiser: a branch may go beside, nothing can be merged.
     "quantised",
     # Computed in integers: neither a branch nor a merge.

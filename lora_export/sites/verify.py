@@ -5,22 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 
 from lora_export.adapter import Array
 from lora_export.graph import matrix_shape, shape_of, stored_matrix
 from lora_export.patch import Placement
 from lora_export.sites import content, fit
-from lora_export.sites.readers import folded_into_conv, foreign_reader
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Part, Target
 
 # Kinds whose rows are output channels: a factor on each can be followed (also through DoRA's norms).
 _SCALABLE = ("conv", "linear")
+# What is left of float32 values after a factor that a tool multiplied them with is taken out again.
+_ROUNDED = 1e-5
+# Cosine of rows that a factor on each column may have turned.
+_RELATED = 0.5
 
 
-def check_content(target: Target, part: Part, wanted: Array) -> Part | str:
+def check_content(target: Target, part: Part, wanted: Array, trusted: bool = False) -> Part | str:
     """Compare a part with the checkpoint's weight.
+
+    Args:
+        target: The parameter.
+        part: Where it was found.
+        wanted: The checkpoint's values.
+        trusted: The constant's name is an exporter's own: a sample of the rows tells whether it is the
+            weight. Otherwise a factor may be in some of the rows, or a small one in all: every value counts.
 
     Returns:
         The part, with the factors of rescaled rows; or what differs.
@@ -28,30 +39,73 @@ def check_content(target: Target, part: Part, wanted: Array) -> Part | str:
     if target.experts > 1:
         return part if holds_experts(target, part, wanted) else _differs(part)
     if target.kind == "vector":
-        return _check_whole(target, part, wanted)
+        return _check_whole(target, part, wanted, trusted)
     (placement,) = part.placements
     start, stop = placement.rows
     stored = canonical_rows(part, placement)
-    # A batch norm may rescale some channels, and by little: then a sample of the rows does not tell.
-    every = folded_into_conv(target, part) or bool(foreign_reader(target.path, part.uses))
-    match = _best(stored, [matrix[start:stop] for matrix in orientations(target, wanted)], every)
-    if match.scaled and target.kind in _SCALABLE and (every or not match.same):
-        return replace(part, placements=(replace(placement, row_scale=match.row_scale),))
-    if match.same:
+    match, rows = _best(stored, [matrix[start:stop] for matrix in orientations(target, wanted)], not trusted)
+    if trusted and match.same:
         return part
+    step = _step(stored, rows)
+    if match.difference <= max(content.EXACT, step):
+        return part
+    scale = match.row_scale if match.scaled and target.kind in _SCALABLE else None
+    if scale is not None and _explains(stored, rows, scale[:, None], step):
+        return replace(part, placements=(replace(placement, row_scale=scale),))
+    # Rows of another weight point elsewhere.
+    columns = _column_factor(stored, rows, step) if match.cosine > _RELATED else ""
     return (
-        f"the weight {part.root.name!r} does not hold the checkpoint's values "
-        f"(relative difference {match.difference:.2g}, least cosine {match.cosine:.3f})"
+        f"the weight {part.root.name!r} does not hold the checkpoint's values (relative difference "
+        f"{match.difference:.2g}, least cosine {match.cosine:.3f}{columns})"
     )
 
 
-def _best(stored: Array, wanted: Sequence[Array], every: bool) -> content.Match:
-    """Return how well values match; another orientation is asked where the first one does not agree."""
+def _step(*values: Array) -> float:
+    """Return the relative rounding of the coarsest float type that one of the arrays fits in."""
+    step = 0.0
+    for array in values:
+        sample = np.asarray(array[:64], np.float32)
+        for dtype, size in ((ml_dtypes.bfloat16, 2**-8), (np.float16, 2**-11)):
+            with np.errstate(over="ignore"):
+                if np.array_equal(sample.astype(dtype).astype(np.float32), sample):
+                    step = max(step, size)
+    return step
+
+
+def _explains(stored: Array, wanted: Array, factor: Array, step: float) -> bool:
+    """Whether ``wanted · factor``, one for each row or for each column, is what is stored, up to rounding."""
+    left = total = 0.0
+    factors = np.broadcast_to(factor, wanted.shape)
+    for one, other, times in content.blocks(stored, wanted, factors):
+        left += float(((one - other * times) ** 2).sum())
+        total += float((one**2).sum())
+    return bool(np.sqrt(left) <= max(_ROUNDED, step) * np.sqrt(total))
+
+
+def _column_factor(stored: Array, wanted: Array, step: float) -> str:
+    """Say where the columns are multiples: a factor on the module's input, which can't be followed."""
+    products = np.zeros(wanted.shape[1])
+    squares = np.zeros(wanted.shape[1])
+    for one, other in content.blocks(stored, wanted):
+        products += np.einsum("ij,ij->j", one, other)
+        squares += np.einsum("ij,ij->j", other, other)
+    if not _explains(stored, wanted, (products / np.maximum(squares, 1e-300))[None, :], step):
+        return ""
+    return (
+        "; its columns are the checkpoint's times a factor each: a tool folded what stands before the module "
+        "into it"
+    )
+
+
+def _best(stored: Array, wanted: Sequence[Array], every: bool) -> tuple[content.Match, Array]:
+    """Return how well values match, and which: another orientation is tried where the first differs."""
     first, *others = wanted
     match = content.compare(stored, first, every)
     if others and not match.same:
-        return min(match, content.compare(stored, others[0], every), key=lambda match: match.difference)
-    return match
+        other = content.compare(stored, others[0], every)
+        if other.difference < match.difference:
+            return other, others[0]
+    return match, first
 
 
 def canonical_rows(part: Part, placement: Placement) -> Array:
@@ -71,21 +125,29 @@ def orientations(target: Target, wanted: Array) -> list[Array]:
     return [matrix, matrix.T] if square else [matrix]
 
 
-def _check_whole(target: Target, part: Part, wanted: Array) -> Part | str:
+def _check_whole(target: Target, part: Part, wanted: Array, trusted: bool) -> Part | str:
     assert part.root.const_value is not None
     start, stop = part.placements[0].rows
     row = part.placements[0].row
     stored = np.asarray(part.root.const_value.numpy())[row : row + stop - start]
     wanted = wanted[start:stop]
-    if folded_into_conv(target, part) and not np.any(wanted):
-        return f"the bias {part.root.name!r} was zero: what a folded batch norm made of it can't be known"
-    if wanted.shape == stored.shape and content.compare(stored[:, None], wanted[:, None], every=True).same:
-        return part
-    return _differs(part)
+    if wanted.shape != stored.shape:
+        return _differs(part)
+    match = content.compare(stored[:, None], wanted[:, None], every=True)
+    if trusted:
+        return part if match.same else _differs(part)
+    if not np.all(wanted):
+        return (
+            f"the vector {part.root.name!r} has zeros: what a folded norm or factor made of it can't be known"
+        )
+    return part if match.difference <= max(content.EXACT, _step(stored, wanted)) else _differs(part)
 
 
 def _differs(part: Part) -> str:
-    return f"the weight {part.root.name!r} does not hold the checkpoint's values"
+    kind = (
+        "vector" if part.root.const_value is not None and len(part.root.const_value.shape) == 1 else "weight"
+    )
+    return f"the {kind} {part.root.name!r} does not hold the checkpoint's values"
 
 
 def holds_experts(target: Target, part: Part, wanted: Array) -> bool:
