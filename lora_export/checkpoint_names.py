@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from lora_export.checkpoint import Checkpoint
+from lora_export.sites.experts import Held
 
 _NO_TRANSFORMERS = "transformers' table of renamed modules could not be asked: pip install 'lora-export[hf]'"
 
@@ -27,12 +28,14 @@ class Part:
         expert: Which of the parameter's stacked matrices; None: all of them, or it is not stacked.
         piece: ``(index, count)``: the tensor is the index-th of count that are concatenated along the rows.
         reason: What led here.
+        transposed: The module holds the transpose of the (last two axes of the) tensor.
     """
 
     tensor: str
     expert: int | None = None
     piece: tuple[int, int] = (0, 1)
     reason: str = "name"
+    transposed: bool = False
 
 
 class Names:
@@ -45,6 +48,7 @@ class Names:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._stored = _Table({name: (Part(name),) for name in checkpoint.tensors})
+        self._held: dict[str, Held | None] = {}
 
     def find(self, parameter: str, flattened: bool = False) -> tuple[Part, ...] | str:
         """Return where ``parameter`` is stored, or why that is not known.
@@ -62,16 +66,56 @@ class Names:
         found = table.find(parameter, flattened)
         return found or "no tensor of that name"
 
+    def held(self, parameter: str) -> Held | None:
+        """Return how the model's own module holds a parameter in memory, as transformers builds it.
+
+        Without transformers, or for a model that it doesn't know, as the parameter is stored. None where
+        there is no such parameter, or several that differ.
+        """
+        if parameter not in self._held:
+            self._held[parameter] = self._look_up(parameter)
+        return self._held[parameter]
+
+    def _look_up(self, parameter: str) -> Held | None:
+        shapes = self._shapes
+        names = [parameter] if parameter in shapes else [n for n in shapes if n.endswith(f".{parameter}")]
+        names = names or [tail for tail in _tails(parameter) if tail in shapes][:1]
+        found = set()
+        for name in names:
+            owner = self._model[0].get_submodule(name.rpartition(".")[0])
+            found.add(Held(shapes[name], bool(getattr(owner, "is_transposed", False))))
+        if found:
+            return found.pop() if len(found) == 1 else None
+        parts = self._stored.find(parameter, False)
+        if isinstance(parts, str) or len(parts) != 1:
+            return None
+        return Held(self._checkpoint.tensors[parts[0].tensor].shape, None)
+
     @cached_property
-    def _renamed(self) -> tuple[_Table | None, str]:
-        """The renaming of transformers, asked only when a name was not found: it imports torch."""
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        model, _ = self._model
+        return {} if model is None else {n: tuple(v.shape) for n, v in model.state_dict().items()}
+
+    @cached_property
+    def _model(self) -> tuple[Any, str]:
+        """The model without its values, or why there is none; asked only when needed: it imports torch."""
         try:
-            renamed = dict(_by_transformers(self._checkpoint))
+            return _on_meta(self._checkpoint), ""
         except ImportError:
             return None, _NO_TRANSFORMERS
         except Exception as error:  # a model that this transformers can't build
             return None, f"transformers cannot build the model: {type(error).__name__}: {error}"
-        return _Table(renamed), ""
+
+    @cached_property
+    def _renamed(self) -> tuple[_Table | None, str]:
+        """The renaming of transformers, asked only when a name was not found."""
+        model, problem = self._model
+        if model is None:
+            return None, problem
+        try:
+            return _Table(dict(_by_transformers(self._checkpoint, model))), ""
+        except Exception as error:  # a conversion that we don't know
+            return None, f"transformers' renaming can't be followed: {type(error).__name__}: {error}"
 
 
 class _Table:
@@ -116,16 +160,10 @@ def _tails(name: str) -> Iterator[str]:
         at = name.find(".", at + 1)
 
 
-def _by_transformers(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[Part, ...]]]:
-    """Yield the model's parameters as transformers would load them from this checkpoint.
-
-    The model is built on torch's meta device, without memory. Source: transformers 5,
-    ``conversion_mapping.get_model_conversion_mapping`` and ``core_model_loading.rename_source_key``.
-    """
+def _on_meta(checkpoint: Checkpoint) -> Any:
+    """Return the checkpoint's model on torch's meta device, without memory."""
     import torch
     import transformers
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     name = (checkpoint.config.get("architectures") or [""])[0]
     kind = getattr(transformers, name, None)
@@ -135,9 +173,20 @@ def _by_transformers(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[Part, 
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
         with torch.device("meta"):
-            model = kind(config) if kind else transformers.AutoModel.from_config(config)
+            return kind(config) if kind else transformers.AutoModel.from_config(config)
     finally:
         transformers.logging.set_verbosity(verbosity)
+
+
+def _by_transformers(checkpoint: Checkpoint, model: Any) -> Iterator[tuple[str, tuple[Part, ...]]]:
+    """Yield the model's parameters as transformers would load them from this checkpoint.
+
+    Source: transformers 5, ``conversion_mapping.get_model_conversion_mapping`` and
+    ``core_model_loading.rename_source_key``.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
@@ -162,6 +211,11 @@ def _stacked(stored: str, pattern: str, converter: Any) -> Part | None:
     operations = [
         (type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations
     ]
+    if operations == [("Transpose", None)]:
+        (turn,) = converter.operations
+        # ``check_dims``: as its shape wants it, which is told by who places it.
+        always = (turn.dim0, turn.dim1) in ((0, 1), (1, 2)) and not turn.check_dims
+        return Part(stored, reason="transformers' renaming", transposed=True) if always else None
     if operations not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
         return None
     numbers = [int(word) for word in stored.split(".") if word.isdigit()]

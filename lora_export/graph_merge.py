@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from lora_export.adapter import Adapter
 from lora_export.branches.place import refuse_exposed
+from lora_export.canonical import CheckpointWeights
 from lora_export.errors import GraphError
 from lora_export.external_data import Change
 from lora_export.graph import GraphFile
@@ -61,7 +62,10 @@ def plan_changes(
     resolver, isolator = Resolver(graph, weight_of), Isolator()
     found: list[tuple[Adapter, float, list[Site]]] = []
     rows: list[PlanRow] = []
-    for adapter, factor in zip(adapters, factors, strict=True):
+    notes: list[str] = []
+    for given, factor in zip(adapters, factors, strict=True):
+        adapter, assumed = _settled(given, weight_of)
+        notes += assumed
         sites, misses = resolver.resolve(targets_of(adapter), adapter.flattened)
         sites, misses = restore_biases(sites, misses, weight_of)
         grouped = [site for site in sites if site.target.module and site.target.module.groups > 1]
@@ -75,7 +79,12 @@ def plan_changes(
         found.append((adapter, factor, sites))
     changes = _changes(found, isolator)
     drop_dead(graph)
-    return Plan(tuple(rows), tuple(isolator.notes)), changes
+    return Plan(tuple(rows), (*notes, *isolator.notes)), changes
+
+
+def _settled(adapter: Adapter, weight_of: WeightOf | None) -> tuple[Adapter, tuple[str, ...]]:
+    """Return the adapter with its experts' layout as the checkpoint's modules have it, where there is one."""
+    return weight_of.settled(adapter) if isinstance(weight_of, CheckpointWeights) else (adapter, ())
 
 
 def _refuse_merged(graph: GraphFile, adapters: Sequence[Adapter]) -> None:

@@ -19,6 +19,7 @@ from lora_export.checkpoint_names import Part
 from lora_export.errors import AdapterError
 from lora_export.runtimes.torch_places import NoPlace, Owner, Places
 from lora_export.runtimes.torch_products import Hook, changed, hook_of, tensor_of
+from lora_export.sites.experts import Held, settle
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +77,15 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
         path, _, leaf = name.rpartition(".")
         return path, Owner(model.get_submodule(path), leaf), part
 
+    def held(parameter: str) -> Held | None:
+        try:
+            _, owner, part = locate(parameter)
+        except NoPlace:
+            return None
+        transposed = bool(getattr(owner.module, "is_transposed", False))
+        return Held(tuple(owner.get().shape), transposed) if part is None else None
+
+    adapter, _ = settle(adapter, held)
     for path, values in adapter.extras.items():
         try:
             _, owner, part = locate(path)

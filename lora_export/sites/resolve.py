@@ -27,7 +27,7 @@ from lora_export.sites.evidence import FOLDED, NODE_NAME, SOURCES, WEIGHT_NAME, 
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Miss, Part, Site, Target, WeightOf
 from lora_export.sites.uses import find_uses
-from lora_export.sites.verify import check_content, search, tile
+from lora_export.sites.verify import check_content, search, tile, unconfirmed
 
 # Part of the evidence where a checkpoint is at hand and the graph's weight is quantised.
 NOT_COMPARED = "quantised, its values are not compared"
@@ -193,6 +193,8 @@ class Resolver:
         """Rule 4, and rescaled rows: a name alone can't tell that values were computed from the module's."""
         target = site.target
         if wanted is None:
+            if reason := unconfirmed(target):
+                return Miss(target, reason)
             for part in site.parts:
                 if readers.folded_into_conv(target, part):
                     return Miss(

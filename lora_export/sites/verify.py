@@ -11,6 +11,7 @@ from lora_export.adapter import Array
 from lora_export.graph import stored_matrix
 from lora_export.patch import Placement
 from lora_export.sites import content, fit
+from lora_export.sites.experts import unsettled
 from lora_export.sites.readers import folded_into_conv, foreign_reader
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Part, Target
@@ -26,7 +27,7 @@ def check_content(target: Target, part: Part, wanted: Array) -> Part | str:
         The part, with the factors of rescaled rows; or what differs.
     """
     if target.experts > 1:
-        return part if holds_experts(part, wanted) else _differs(part)
+        return _check_experts(target, part, wanted)
     if target.kind == "vector":
         return _check_whole(target, part, wanted)
     (placement,) = part.placements
@@ -80,22 +81,44 @@ def _differs(part: Part) -> str:
     return f"the weight {part.root.name!r} does not hold the checkpoint's values"
 
 
-def holds_experts(part: Part, wanted: Array) -> bool:
-    """Whether a stacked constant's first and last matrices are the checkpoint's, in either orientation.
+def _check_experts(target: Target, part: Part, wanted: Array) -> Part | str:
+    """Compare stacked experts; values tell which way round square ones lie.
 
     Args:
+        target: Which they are.
         part: A constant of ``(experts, …, …)``.
         wanted: The checkpoint's first and last, ``(2, …, …)``: all experts at once may be gigabytes.
     """
+    module = target.module
+    if module is not None and (reason := unsettled(module, None)):
+        return reason
     assert part.root.const_value is not None
-    stored = np.asarray(part.root.const_value.numpy())
-    ends = stored[[0, -1]]
-    return any(
-        candidate.shape == ends.shape
-        and content.compare(
+    ends = np.asarray(part.root.const_value.numpy())[[0, -1]]
+    matches = {
+        transposed: content.compare(
             ends.reshape(-1, ends.shape[-1]), candidate.reshape(-1, ends.shape[-1]), every=False
-        ).same
-        for candidate in (wanted, wanted.swapaxes(-1, -2))
+        )
+        for transposed, candidate in ((False, wanted), (True, wanted.swapaxes(-1, -2)))
+        if candidate.shape == ends.shape
+    }
+    same = [transposed for transposed, match in matches.items() if match.same]
+    if len(same) > 1:
+        return f"ambiguous: the experts in {part.root.name!r} are symmetric, their orientation can't be known"
+    if not same:
+        return _differs(part)
+    # Layouts that no shape settles are refused above: what is left lies as the module holds it, or is not square.
+    turned = wanted.shape[1:] != target.shape
+    return replace(part, placements=fit.expert_placements(target, same[0] != turned))
+
+
+def unconfirmed(target: Target) -> str:
+    """Why experts can't be placed by their names and shapes alone, or an empty text."""
+    square = target.experts > 1 and target.shape[0] == target.shape[1]
+    if not square:
+        return ""
+    return (
+        f"the experts' matrices are square {(target.experts, *target.shape)}: whether they are stored "
+        "transposed can't be known from their shape; give --checkpoint to compare the values"
     )
 
 
@@ -104,8 +127,11 @@ def search(target: Target, use: Use, wanted: Array) -> Iterator[Part]:
     assert use.root.const_value is not None
     if target.experts > 1:
         placed = fit.place(target, use)
-        if not isinstance(placed, str) and holds_experts(Part(use.root, (use,), placed), wanted):
-            yield Part(use.root, (use,), placed)
+        if isinstance(placed, str):
+            return
+        checked = check_content(target, Part(use.root, (use,), placed), wanted)
+        if not isinstance(checked, str):
+            yield checked
         return
     transposed = use.transposed and target.kind != "vector"
     stored = stored_matrix(use.root.const_value)
