@@ -18,7 +18,8 @@ from lora_export.adapter import Adapter, LoraModule
 
 UNKNOWN = (
     "the experts' matrices are square {shape}, and whether the module holds them transposed can't be known "
-    "({why}): install the transformers that has the model's class, or train gate_up_proj and down_proj together"
+    "({why}): use a transformers that has the model's class, or target a parameter of the module that is not "
+    "square as well"
 )
 
 

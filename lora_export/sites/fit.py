@@ -19,7 +19,10 @@ def accepts(target: Target, use: Use) -> bool:
     if target.kind == "vector":
         return rank == 1 and kind in ("vector", "other")
     if target.kind == "parameter":
-        return rank == (3 if target.experts > 1 else len(target.shape)) and kind != "vector"
+        if target.experts > 1:
+            return rank == 3 and kind != "vector"
+        # Ways in which a matrix is a module's weight are tried on their own (`matrices.forms_of`).
+        return rank == len(target.shape) and kind == "other"
     if target.kind == "any":
         return rank == len(target.shape) and kind in ("linear", "conv", "embedding", "other")
     return kind == target.kind

@@ -17,13 +17,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 from lora_export.adapter import Array
 from lora_export.graph import GraphFile
 from lora_export.patch import Placement
-from lora_export.sites import fit, names, readers
-from lora_export.sites.evidence import FOLDED, NODE_NAME, SOURCES, WEIGHT_NAME, collect
+from lora_export.sites import fit, matrices, names, readers
+from lora_export.sites.evidence import FOLDED, NODE_NAME, SCOPE, SOURCES, WEIGHT_NAME, collect
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Miss, Part, Site, Target, WeightOf
 from lora_export.sites.uses import find_uses
@@ -89,11 +90,20 @@ class Resolver:
 
     def _find(self, target: Target, key: str, prefix: names.Prefix | None) -> Site | Miss:
         wanted = self._weight_of(target)
+        if matrices.is_matrix(target):
+            found = matrices.find_matrix(target, wanted, partial(self._search, key, prefix))
+        else:
+            found = self._search(key, prefix, target, wanted)
+        if isinstance(found, Miss) and not found.reason:
+            return Miss(target, self._not_found(target))
+        return found
+
+    def _search(
+        self, key: str, prefix: names.Prefix | None, target: Target, wanted: Array | None
+    ) -> Site | Miss:
         found = self._by_name(target, key, prefix, wanted) if prefix else Miss(target, "")
         if isinstance(found, Miss) and wanted is not None:
             found = self._by_content(target, found, wanted)
-        if isinstance(found, Miss) and not found.reason:
-            return Miss(target, self._not_found(target))
         return found
 
     def _unflatten(self, targets: Sequence[Target]) -> tuple[dict[int, str], list[Miss]]:
@@ -143,6 +153,10 @@ class Resolver:
 
     def _candidates(self, target: Target, path: str, source: str, uses: Sequence[Use]) -> list[Use]:
         fitting = [use for use in uses if fit.accepts(target, use)]
+        if target.held_turned is not None and source in (SCOPE, NODE_NAME):
+            # A node's module may have several matrices of its own: the node doesn't say which one it reads.
+            leaf = target.key.rpartition(".")[2]
+            fitting = [use for use in fitting if not readers.reads_another(use, path, leaf)]
         if source != NODE_NAME:
             return fitting
         return [use for use in fitting if not self._is_module(target, path, readers.module_of(use.node))]

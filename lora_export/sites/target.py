@@ -29,6 +29,8 @@ class Target:
         tensor_names: The adapter's tensors behind it.
         module: The low-rank change, for ``merge``.
         values: The new values, or for ``add to bias`` the values to add.
+        held_turned: Of a module's own matrix: whether the canonical weight is the transpose of what the
+            module holds (``x @ W``); None: it is a module's weight as PEFT knows modules.
     """
 
     key: str
@@ -39,6 +41,7 @@ class Target:
     experts: int = 1
     module: LoraModule | None = None
     values: Array | None = None
+    held_turned: bool | None = None
 
     @property
     def path(self) -> str:

@@ -106,7 +106,7 @@ def _check_experts(target: Target, part: Part, wanted: Array) -> Part | str:
         return f"ambiguous: the experts in {part.root.name!r} are symmetric, their orientation can't be known"
     if not same:
         return _differs(part)
-    # Layouts that no shape settles are refused above: what is left lies as the module holds it, or is not square.
+    # Layouts that no shape settles are refused above: what is square lies as the module holds it.
     turned = wanted.shape[1:] != target.shape
     return replace(part, placements=fit.expert_placements(target, same[0] != turned))
 
