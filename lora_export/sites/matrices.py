@@ -1,7 +1,7 @@
 """A module's own matrix that an adapter changes (PEFT's ``target_parameters``): what a graph makes of it.
 
 PEFT adds ``B·A`` to the matrix as the module holds it, whatever the module does with it: ``x @ W``, or
-``x @ Wᵀ`` as `nn.Linear`, or a look-up of rows. A graph shows the operator, but its constant may be the matrix
+``x @ Wᵀ`` as `nn.Linear`, or a look-up of rows. A graph shows the operator, but its constant may be it
 or its transpose. So each way of use is tried (`forms_of`), and the one that agrees is taken:
 
 1. A shape that is not square fits in one way only.
