@@ -78,8 +78,10 @@ class Names:
 
     def _look_up(self, parameter: str) -> Held | None:
         shapes = self._shapes
-        names = [parameter] if parameter in shapes else [n for n in shapes if n.endswith(f".{parameter}")]
-        names = names or [tail for tail in _tails(parameter) if tail in shapes][:1]
+        names: list[str] = [parameter] if parameter in shapes else []
+        # Other components may stand in front, in both: what counts is that all that may be meant are alike.
+        for tail in () if names else (parameter, *_tails(parameter)):
+            names = names or [name for name in shapes if name == tail or name.endswith(f".{tail}")]
         found = set()
         for name in names:
             owner = self._model[0].get_submodule(name.rpartition(".")[0])

@@ -30,8 +30,9 @@ from typing import Any
 
 from lora_export.adapter import Layout
 
-# Registration order in transformers' expert modules (and DBRX's w1, v1, w2).
-REGISTERED = ("gate_up_proj", "gate_proj", "up_proj", "w1", "v1", "down_proj", "w2")
+# Registration order in transformers' expert modules; GPT-OSS has matrices of biases, DBRX w1, v1, w2.
+REGISTERED = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "w1", "v1", "down_proj",
+              "down_proj_bias", "w2")  # fmt: skip
 _VERSION = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?(\.?\w*)")
 
 
