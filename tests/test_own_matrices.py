@@ -201,6 +201,34 @@ def test_square_and_computed_is_refused_without_values(exporter: str, expose: bo
     assert "--checkpoint" in line
 
 
+def test_the_class_of_a_node_tells(tmp_path: Path) -> None:
+    """A square `nn.Linear`, targeted by its weight's name: the dynamo exporter says what the module is."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8, bias=False)).eval(),
+        torch.randn(3, 8, 8),
+    )
+    with tiny.quiet(), torch.no_grad():
+        torch.onnx.export(
+            model, (x,), str(tmp_path / "base.onnx"), dynamo=True, input_names=["x"], verbose=False
+        )
+        base = model(x).numpy()
+        adapted = get_peft_model(
+            model, LoraConfig(r=2, target_modules=[], target_parameters=["0.weight", "2.weight"])
+        )
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+        adapted.save_pretrained(tmp_path / "adapter")
+        wanted = adapted(x).numpy()
+    merge_onnx(tmp_path / "base.onnx", [tmp_path / "adapter"], tmp_path / "merged.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "merged.onnx"))
+    got = np.asarray(session.run(None, {"x": x.numpy()})[0])
+    assert np.linalg.norm(got - wanted) / np.linalg.norm(wanted - base) < 2e-6
+
+
 @SIZES
 @pytest.mark.parametrize("exporter", EXPORTERS)
 def test_exposed_and_converted(wide: int, narrow: int, exporter: str, tmp_path: Path) -> None:

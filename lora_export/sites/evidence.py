@@ -23,6 +23,7 @@ from lora_export.sites.slot import Use
 SCOPE, NODE_NAME, FOLDED, WEIGHT_NAME = "scope", "node name", "folded from", "weight name"
 SOURCES = (SCOPE, NODE_NAME, FOLDED, WEIGHT_NAME)
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_CLASSES = "pkg.torch.onnx.class_hierarchy"
 _FOLDED = "pkg.onnxscript.optimizer.folded_from"
 # What builders append to a parameter's name, e.g. `….q_proj.MatMul.weight_Q4`.
 _WEIGHT_SUFFIX = re.compile(
@@ -69,7 +70,15 @@ def _join(path: str, parameter: str) -> str:
 
 def scope_path(node: ir.Node) -> str | None:
     """Module path of a node from torch.onnx's metadata: the last scope but one (the last is the operator)."""
-    text = node.metadata_props.get(_SCOPES)
+    return _last_but_one(node.metadata_props.get(_SCOPES))
+
+
+def scope_class(node: ir.Node) -> str | None:
+    """Class of the module of a node, from the same metadata: ``torch.nn.modules.linear.Linear``."""
+    return _last_but_one(node.metadata_props.get(_CLASSES))
+
+
+def _last_but_one(text: str | None) -> str | None:
     if not text:
         return None
     try:

@@ -6,8 +6,9 @@ or its transpose. So each way of use is tried (`forms_of`), and the one that agr
 
 1. A shape that is not square fits in one way only.
 2. Else the checkpoint's values tell.
-3. Else a constant that has the parameter's own name, and was not computed, is the matrix as it is held.
-4. Else it is not known.
+3. Else the node may say that it is an `nn.Linear`'s, which uses its weight as ``x @ Wᵀ``.
+4. Else a constant that has the parameter's own name, and was not computed, is the matrix as it is held.
+5. Else it is not known.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 
 from lora_export.adapter import Array, LoraModule
 from lora_export.sites import content
-from lora_export.sites.evidence import computed_from, folded_from
+from lora_export.sites.evidence import computed_from, folded_from, scope_class, scope_path
 from lora_export.sites.target import Miss, Site, Target
 from lora_export.sites.verify import canonical_rows
 
@@ -27,6 +28,7 @@ _SQUARE = (
     "the matrix is square {shape}: whether the graph stores it transposed can't be known from its shape; "
     "give --checkpoint to compare the values"
 )
+_LINEAR = "torch.nn.modules.linear.Linear"
 # Finds a target, given its values in the checkpoint.
 Find = Callable[[Target, Array | None], Site | Miss]
 
@@ -99,7 +101,7 @@ def find_matrix(target: Target, wanted: Array | None, find: Find) -> Site | Miss
 
 
 def _choose(target: Target, wanted: Array | None, fitting: Sequence[tuple[Form, Site]]) -> Site | Miss:
-    """Apply rules 1 to 4 to the forms that have a place."""
+    """Apply rules 1 to 5 to the forms that have a place."""
     if len({frozenset(id(part.root) for part in site.parts) for _, site in fitting}) > 1:
         names = sorted({str(part.root.name) for _, site in fitting for part in site.parts})
         return Miss(target, f"ambiguous: {len(names)} weights fit ({', '.join(names[:4])})")
@@ -108,8 +110,12 @@ def _choose(target: Target, wanted: Array | None, fitting: Sequence[tuple[Form, 
     if wanted is not None and not quantised:
         fitting = [(form, site) for form, site in fitting if _agrees(form, site, wanted)]
     elif rows == cols:
-        fitting = [(form, site) for form, site in fitting if _is_raw(target, site)]
-        fitting = [(form, site) for form, site in fitting if _stored_turned(site) == form.turned]
+        linear = [(form, site) for form, site in fitting if not form.turned and _is_linear(target, site)]
+        fitting = linear or [
+            (form, site)
+            for form, site in fitting
+            if _is_raw(target, site) and _stored_turned(site) == form.turned
+        ]
     if len(fitting) == 1:
         return fitting[0][1]
     return Miss(target, _SQUARE.format(shape=target.shape))
@@ -128,8 +134,16 @@ def _agrees(form: Form, site: Site, wanted: Array) -> bool:
     return True
 
 
+def _is_linear(target: Target, site: Site) -> bool:
+    """Whether all nodes say that they are the module's, and that it is an `nn.Linear` (rule 3)."""
+    nodes = [use.node for part in site.parts for use in part.uses]
+    paths = {scope_path(node) for node in nodes}
+    named = {path for path in paths if path and (path == target.path or path.endswith(f".{target.path}"))}
+    return paths == named and {scope_class(node) for node in nodes} == {_LINEAR}
+
+
 def _is_raw(target: Target, site: Site) -> bool:
-    """Whether the constants have the parameter's own name and were not computed (rule 3)."""
+    """Whether the constants have the parameter's own name and were not computed (rule 4)."""
     for part in site.parts:
         name = str(part.root.name)
         named = name == target.key or name.endswith(f".{target.key}") or target.key.endswith(f".{name}")
