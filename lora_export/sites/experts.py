@@ -60,11 +60,14 @@ def settle(adapter: Adapter, held: Callable[[str], Held | None]) -> tuple[Adapte
             if turned is None:
                 continue
             changed[module.key] = replace(module, turned=turned, layout="known")
-            if said is not None and said != turned and not notes:
+            if said is not None and said != turned:
                 notes.append(_contradiction(adapter, module))
+            elif proof is None and shared is None and adapter.config.get("peft_version") is None:
+                notes.append(_assumption(adapter, module))
     if not changed:
         return adapter, ()
-    return replace(adapter, modules={**adapter.modules, **changed}), tuple(notes)
+    # One says it for all layers.
+    return replace(adapter, modules={**adapter.modules, **changed}), tuple(notes[:1])
 
 
 def unsettled(module: LoraModule, held: Held | None) -> str:
@@ -135,6 +138,14 @@ def _said(module: LoraModule, held: Held | None) -> bool | None:
     if module.layout == "unknown" or held is None or held.is_transposed is None:
         return None
     return held.is_transposed != (module.layout == "class inverted")
+
+
+def _assumption(adapter: Adapter, module: LoraModule) -> str:
+    return (
+        f"{adapter.name}: the config names no peft_version, and {module.path}.{module.parameter} is square: "
+        "its factors are read as PEFT before 0.18 wrote them, lora_A on the experts' first axis; if a later "
+        "PEFT wrote them, put its peft_version into adapter_config.json"
+    )
 
 
 def _contradiction(adapter: Adapter, module: LoraModule) -> str:
