@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Kind = Literal["linear", "conv", "embedding", "parameter"]
+# What decides whether stacked experts' factors lie turned; see `lora_export.formats.experts`.
+Layout = Literal["known", "class", "class inverted", "unknown"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,17 +23,18 @@ class LoraModule:
 
     The *canonical weight* is the one the module holds in PyTorch: ``(out_dim, in_dim)`` for
     `nn.Linear` (also for GPT-2's Conv1D, which stores the transpose), ``(out_dim, in_dim/groups,
-    *kernel)`` for a convolution, ``(num_embeddings, dim)`` for an embedding, and for a ``parameter``
-    of ``experts`` stacked matrices, ``(out_dim, in_dim)`` for each expert.
+    *kernel)`` for a convolution, ``(num_embeddings, dim)`` for an embedding, and for a ``parameter`` the
+    matrix that the module holds, of stacked experts each expert's.
 
     Attributes:
         path: Dotted module path in the base model, without PEFT's ``base_model.model.``. For files
             whose names were flattened (kohya) the dots are underscores; see `Adapter.flattened`.
         kind: What the module is.
         lora_a: As in the file: linear ``(rank, in_dim)``, conv ``(rank, in_dim, *kernel)``, embedding
-            ``(rank, num_embeddings)``, parameter ``(experts * rank, in_dim)``, expert-major.
+            ``(rank, num_embeddings)``, parameter ``(experts * rank, cols)``, expert-major.
         lora_b: As in the file: linear ``(out_dim, rank)``, conv ``(out_dim, rank/groups, 1, …)``,
-            embedding ``(dim, rank)``, parameter ``(out_dim, rank * experts)``, rank-major.
+            embedding ``(dim, rank)``, parameter ``(rows, rank * experts)``, rank-major; where `turned`,
+            lora_a has the rows and lora_b the columns.
         alpha: Numerator of the scaling.
         rank: Rank of one product.
         rslora: Divide alpha by √rank instead of rank.
@@ -40,6 +43,8 @@ class LoraModule:
         lora_bias: Bias of lora_B ``(out_dim,)``; scaled like the weight.
         parameter: Name of the changed parameter inside the module.
         experts: Number of stacked matrices.
+        turned: Of a parameter: its change is ``(B·A)ᵀ``, lora_a acts on the matrices' first axis.
+        layout: What decides `turned`: ``known``; or the module's class, see `lora_export.formats.experts`.
         groups: Groups of a convolution, when the factors tell (more than 1: cannot be merged).
         component: ``unet``, ``text_encoder``, … where one file serves several models.
         tensor_names: The tensors of the file this module was made of.
@@ -57,6 +62,8 @@ class LoraModule:
     lora_bias: Array | None = None
     parameter: str = "weight"
     experts: int = 1
+    turned: bool = False
+    layout: Layout = "known"
     groups: int = 1
     component: str | None = None
     tensor_names: tuple[str, ...] = ()
@@ -77,7 +84,7 @@ class LoraModule:
         """Shape of the canonical weight (of one expert), as far as the factors tell it."""
         if self.kind == "conv":
             return (self.lora_b.shape[0], *self.lora_a.shape[1:])
-        if self.kind == "embedding":
+        if self.kind == "embedding" or self.turned:
             return (self.lora_a.shape[1], self.lora_b.shape[0])
         return (self.lora_b.shape[0], self.lora_a.shape[1])
 
@@ -130,7 +137,7 @@ class LoraModule:
             a = a.reshape(self.experts, self.rank, -1)[expert]
             b = b.reshape(b.shape[0], self.rank, self.experts)[:, :, expert]
         a, b = a.astype(dtype), b.astype(dtype)
-        if self.kind == "embedding":
+        if self.kind == "embedding" or self.turned:
             left, right = a.T, b.T
         else:
             left, right = b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1)

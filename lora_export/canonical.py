@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.adapter import Array
+from lora_export.adapter import Adapter, Array
 from lora_export.base.quantised import Quantised, find_quantised
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_names import Names, Part
 from lora_export.errors import CheckpointError, OutputError
 from lora_export.graph import GraphFile, shape_of
+from lora_export.sites.experts import is_turned, settle
 from lora_export.sites.renaming import Named
 from lora_export.sites.target import Target
 
@@ -44,6 +45,10 @@ class CheckpointWeights:
         """
         change = self._names.rename(named, flattened, scope)
         return AdapterWeights(self._names, self._quantised, named, change.names)
+
+    def settled(self, adapter: Adapter) -> tuple[Adapter, tuple[str, ...]]:
+        """Return the adapter with the layout of its experts as this base has it, and notes on that."""
+        return settle(adapter, self._names.held)
 
     def stores(self, key: str) -> bool:
         """Whether the checkpoint has a parameter that this path of a graph may be, its outer names aside."""
@@ -78,7 +83,7 @@ class AdapterWeights:
 
         None where the checkpoint doesn't store it (a tied head) or in another shape. Conv1D's ``(in_dim,
         out_dim)`` is returned transposed; a square one can't be told from Linear's by its shape, so that a
-        comparison has to try both orientations, as with experts.
+        comparison has to try both orientations. A module's own parameter is returned as the module holds it.
 
         Raises:
             CheckpointError: The checkpoint stores it quantised in a way that is not understood.
@@ -95,10 +100,13 @@ class AdapterWeights:
         if not parts:
             return None
         if target.experts > 1:
-            return self._end_experts(parts, target.experts)
-        if len(parts) != 1 or parts[0].piece != (0, 1):
+            return self._end_experts(target, parts)
+        if len(parts) != 1 or parts[0].piece != (0, 1) or parts[0].expert is not None:
             return None
         values = self._quantised.values(parts[0].tensor)
+        values = values.T if parts[0].transposed else values
+        if target.kind == "parameter" and values.ndim == 3 and len(values) == 1:
+            values = values[0]
         if values.shape == target.shape:
             return values
         if len(values) == target.shape[0] and values.size == np.prod(target.shape[:2]) == np.prod(
@@ -112,11 +120,16 @@ class AdapterWeights:
             return values.T
         return None
 
-    def _end_experts(self, parts: Sequence[Part], experts: int) -> Array | None:
+    def _end_experts(self, target: Target, parts: Sequence[Part]) -> Array | None:
         """Return ``(2, …, …)``: the first and the last expert, put together where stored in pieces."""
+        experts = target.experts
         if len(parts) == 1 and parts[0].expert is None:
             values = self._quantised.values(parts[0].tensor)
-            return values[[0, -1]] if values.ndim == 3 and len(values) == experts else None
+            if values.ndim != 3 or len(values) != experts:
+                return None
+            held = self._table.held(target.key)
+            turned = parts[0].transposed or (held is not None and is_turned(values.shape, held.shape))
+            return values[[0, -1]].swapaxes(-1, -2) if turned else values[[0, -1]]
         ends = []
         for expert in (0, experts - 1):
             mine = sorted((part for part in parts if part.expert == expert), key=lambda part: part.piece)

@@ -16,6 +16,7 @@ from typing import Any
 from lora_export.base.meta_model import LoadedNames, build_model
 from lora_export.checkpoint import Checkpoint
 from lora_export.formats.wrappers import strip_wrappers
+from lora_export.sites.experts import Held
 from lora_export.sites.known_names import KnownNames
 from lora_export.sites.renaming import AMBIGUOUS, NOT_FOUND, Named, Renaming, rename
 
@@ -32,12 +33,14 @@ class Part:
         expert: Which of the parameter's stacked matrices; None: all of them, or it is not stacked.
         piece: ``(index, count)``: the tensor is the index-th of count that are concatenated along the rows.
         reason: What led here.
+        transposed: The module holds the transpose of the (last two axes of the) tensor.
     """
 
     tensor: str
     expert: int | None = None
     piece: tuple[int, int] = (0, 1)
     reason: str = "name"
+    transposed: bool = False
 
 
 class Names:
@@ -51,6 +54,7 @@ class Names:
         self._checkpoint = checkpoint
         self._stored = _unwrapped(checkpoint.tensors)
         self._known = KnownNames(self._stored)
+        self._held: dict[str, Held | None] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
@@ -101,15 +105,64 @@ class Names:
         """Whether transformers was asked: it imports torch."""
         return "_renamed" in self.__dict__
 
+    def held(self, parameter: str) -> Held | None:
+        """Return how the model's own module holds a parameter in memory, as transformers builds it.
+
+        Without transformers, or for a model that it doesn't know, as the parameter is stored. None where
+        there is no such parameter, or several that differ.
+        """
+        if parameter not in self._held:
+            self._held[parameter] = self._look_up(parameter)
+        return self._held[parameter]
+
+    def _look_up(self, parameter: str) -> Held | None:
+        shapes = self._shapes
+        names: list[str] = [parameter] if parameter in shapes else []
+        # Other components may stand in front, in both: what counts is that all that may be meant are alike.
+        for tail in () if names else (parameter, *_tails(parameter)):
+            names = names or [name for name in shapes if name == tail or name.endswith(f".{tail}")]
+        found = set()
+        for name in names:
+            owner = self._model[0].get_submodule(name.rpartition(".")[0])
+            found.add(Held(shapes[name], bool(getattr(owner, "is_transposed", False))))
+        if found:
+            return found.pop() if len(found) == 1 else None
+        parts = self.find(parameter)
+        if isinstance(parts, str) or len(parts) != 1:
+            return None
+        return Held(self._checkpoint.tensors[parts[0].tensor].shape, None)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        model, _ = self._model
+        return {} if model is None else {n: tuple(v.shape) for n, v in model.state_dict().items()}
+
+    @cached_property
+    def _model(self) -> tuple[Any, str]:
+        """The model without its values, or why there is none; asked only when needed: it imports torch."""
+        try:
+            return build_model(self._checkpoint), ""
+        except ImportError:
+            return None, _NO_TRANSFORMERS
+        except Exception as error:  # a model that this transformers can't build
+            return None, f"transformers cannot build the model: {type(error).__name__}: {error}"
+
     @cached_property
     def _renamed(self) -> tuple[dict[str, tuple[Part, ...]], str]:
         """The renaming of transformers, asked only when a name was not found."""
+        model, problem = self._model
+        if model is None:
+            return {}, problem
         try:
-            return dict(_by_transformers(self._checkpoint)), ""
-        except ImportError:
-            return {}, _NO_TRANSFORMERS
-        except Exception as error:  # a model that this transformers can't build
-            return {}, f"transformers cannot build the model: {type(error).__name__}: {error}"
+            return dict(_by_transformers(self._checkpoint, model)), ""
+        except Exception as error:  # a conversion that we don't know
+            return {}, f"transformers' renaming can't be followed: {type(error).__name__}: {error}"
+
+
+def _tails(name: str) -> Iterator[str]:
+    """Yield ``b.c`` for ``a.b.c``: what is left with fewer components in front, but for a bare name."""
+    parts = name.split(".")
+    return (".".join(parts[start:]) for start in range(1, len(parts) - 1))
 
 
 def _unwrapped(names: Iterable[str]) -> dict[str, tuple[Part, ...]]:
@@ -125,12 +178,9 @@ def _reason(problem: str, asked: str) -> str:
     return f"{reason} ({asked})" if asked else reason
 
 
-def _by_transformers(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[Part, ...]]]:
-    """Yield the model's parameters as transformers would load them from this checkpoint.
-
-    The model is built on torch's meta device, without memory.
-    """
-    renaming = LoadedNames(build_model(checkpoint))
+def _by_transformers(checkpoint: Checkpoint, model: Any) -> Iterator[tuple[str, tuple[Part, ...]]]:
+    """Yield the parameters of a model as transformers would load them from this checkpoint."""
+    renaming = LoadedNames(model)
     found: dict[str, list[Part]] = {}
     for stored in checkpoint.tensors:
         target, pattern, converter = renaming.loaded(stored)
@@ -150,6 +200,11 @@ def _stacked(stored: str, pattern: str, converter: Any) -> Part | None:
     operations = [
         (type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations
     ]
+    if operations == [("Transpose", None)]:
+        (turn,) = converter.operations
+        # ``check_dims``: as its shape wants it, which is told by who places it.
+        always = (turn.dim0, turn.dim1) in ((0, 1), (1, 2)) and not turn.check_dims
+        return Part(stored, reason="transformers' renaming", transposed=True) if always else None
     if operations not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
         return None
     numbers = [int(word) for word in stored.split(".") if word.isdigit()]

@@ -34,13 +34,13 @@ from lora_export.checkpoint_names import NO_TENSOR, Names, Part
 from lora_export.formats.schemes import fitted
 from lora_export.patch import Patch, Placement, patch_from, replacement
 from lora_export.plan import Plan, PlanRow, unaccounted
+from lora_export.sites.experts import fit_matrix, fit_parameter, is_turned, unsettled
+from lora_export.sites.experts import settle as settle_layout
 from lora_export.sites.renaming import AMBIGUOUS, Named, Renaming
 
 # Model families with Conv1D, and its names there (transformers ``pytorch_utils.Conv1D``).
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
 _CONV1D_NAMES = {"c_attn", "c_proj", "c_fc", "q_attn"}
-# Families whose stacked experts are ``(experts, in_dim, out_dim)`` (``is_transposed`` in transformers).
-_TRANSPOSED_EXPERTS = {"gpt_oss", "llama4", "llama4_text"}
 
 
 class NoPlace(Exception):
@@ -73,7 +73,7 @@ def place_adapters(
     """
     placer, notes = _Placer(checkpoint, quantised, resize), list[str]()
     for given, weight in zip(adapters, weights, strict=True):
-        adapter = fitted(given, checkpoint.tensors, notes)
+        adapter = placer.settled(fitted(given, checkpoint.tensors, notes))
         start = len(placer.rows)
         placer.begin(adapter)
         for path, values in adapter.extras.items():
@@ -144,6 +144,12 @@ class _Placer:
             self._notes.append(f"adapter '{adapter.name}': paths matched with {self._renaming.note}")
         if self._renaming.hint:
             self._hints.append(self._renaming.hint)
+
+    def settled(self, adapter: Adapter) -> Adapter:
+        """Return the adapter with the layout of its experts as this base has it."""
+        adapter, notes = settle_layout(adapter, self._names.held)
+        self._notes += notes
+        return adapter
 
     def place(
         self,
@@ -261,16 +267,15 @@ class _Placer:
         self, module: LoraModule, adapter: Adapter, part: Part, span: tuple[int, int]
     ) -> tuple[list[Placement], str]:
         """Return where canonical rows ``span`` lie in a stored tensor; NoPlace if shapes don't allow it."""
+        if module.kind == "parameter":
+            return self._fit_parameter(module, part, span)
         tensor = self._ledger.tensor(part.tensor)
         wanted = (span[1] - span[0], module.matrix_shape[1])
-        stacked = module.experts > 1 and part.expert is None
-        shape = tensor.shape[1:] if stacked and len(tensor.shape) == 3 else tensor.shape
-        if stacked and (len(tensor.shape) != 3 or tensor.shape[0] != module.experts):
-            raise NoPlace(f"{tensor.name} has shape {tensor.shape}, wanted {module.experts} × {wanted}")
+        shape = tensor.shape
         # kohya and diffusers write a 1×1 convolution's factors as a Linear's, and the other way round.
         plain = len(shape) >= 2 and all(size == 1 for size in shape[2:])
         same = shape == module.weight_shape or (plain and shape[:2] == wanted)
-        turned = module.kind in ("linear", "parameter") and shape == wanted[::-1]
+        turned = module.kind == "linear" and shape == wanted[::-1]
         if not same and not turned:
             parameter = f"{module.path}.{module.parameter}"
             as_name = "" if tensor.name.endswith(parameter) else f" ({tensor.name})"
@@ -279,18 +284,39 @@ class _Placer:
                 rows_hint(parameter, shape, module.weight_shape),
             )
         transposed = turned and (not same or self._square_is_transposed(module, adapter))
-        layout = "transposed" if transposed else ""
-        if not stacked:
-            return [Placement(span, 0, 0, transposed, expert=part.expert or 0)], layout
+        if part.transposed:
+            raise NoPlace(f"{tensor.name} holds the transpose of it, by transformers' conversion")
+        return [Placement(span, 0, 0, transposed)], "transposed" if transposed else ""
+
+    def _fit_parameter(
+        self, module: LoraModule, part: Part, span: tuple[int, int]
+    ) -> tuple[list[Placement], str]:
+        """Return where a module's own parameter, or some experts of one, lie in a stored tensor.
+
+        PEFT adds to such a parameter as the module holds it, which is how it is stored, but where
+        transformers transposes it in loading.
+        """
+        held = self._names.held(f"{module.path}.{module.parameter}")
+        if reason := unsettled(module, held):
+            raise NoPlace(reason)
+        tensor, experts = self._ledger.tensor(part.tensor), module.experts
+        if part.expert is not None:
+            placed = fit_matrix((span[1] - span[0], module.weight_shape[1]), tensor.shape, part.transposed)
+        else:
+            turned = part.transposed or (held is not None and is_turned(tensor.shape, held.shape))
+            placed = fit_parameter(module, tensor.shape, turned)
+        if isinstance(placed, str):
+            raise NoPlace(placed)
+        layout = "transposed" if placed else ""
+        if part.expert is not None or experts == 1:
+            return [Placement(span, 0, 0, placed, expert=part.expert or 0)], layout
         self._stacked.add(tensor.name)
         height = tensor.shape[1]
-        placements = [Placement(span, e * height, 0, transposed, expert=e) for e in range(module.experts)]
-        return placements, f"{module.experts} experts stacked" + (", transposed" if transposed else "")
+        placements = [Placement(span, e * height, 0, placed, expert=e) for e in range(experts)]
+        return placements, f"{experts} experts stacked" + (", transposed" if placed else "")
 
     def _square_is_transposed(self, module: LoraModule, adapter: Adapter) -> bool:
         model = self._checkpoint.config.get("model_type")
-        if module.experts > 1:
-            return model in _TRANSPOSED_EXPERTS
         if model in _CONV1D_MODELS:
             return module.path.rpartition(".")[2] in _CONV1D_NAMES
         # PEFT writes fan_in_fan_out only for Conv1D and corrects it for Linear (tuners/lora/model.py).
@@ -335,7 +361,8 @@ class _Placer:
 
     def _single(self, named: Named, whole: tuple[int, ...] = ()) -> tuple[str, str]:
         parts = self._parts(named, whole)
-        if len(parts) != 1 or parts[0].piece != (0, 1) or parts[0].expert is not None:
+        (first, *more) = parts
+        if more or first.piece != (0, 1) or first.expert is not None or first.transposed:
             raise NoPlace(f"the base stores it as {len(parts)} tensors: replacing it whole is not possible")
         return parts[0].tensor, parts[0].reason
 

@@ -39,6 +39,11 @@ Flavour = Literal["ort", "tensorrt"]
 Resident = Literal["initializers", "inputs"]
 
 
+def path_of(parameter: str) -> str:
+    """Return the path under which a graph exposes a parameter: its module's, if it is the ``weight``."""
+    return parameter.removesuffix(".weight")
+
+
 @dataclass(frozen=True)
 class StoredRows:
     """Where rows of a module's W0 lie in the graph; what DoRA's norm is computed from.
@@ -69,6 +74,8 @@ class Member:
         ranks: In a bank, the rank that each slot has for this module (0: the slot leaves it alone).
         stored: Where its W0 lies; empty where the weight is quantised or was rescaled.
         stored_bias: Where its bias lies, as one row; empty where it has none or it is a part of another.
+        held_turned: Whether the base's module holds the transpose of the canonical weight (a matrix of its
+            own, used as ``x @ W``); None: no adapter that changes it so asked for the branch.
     """
 
     path: str
@@ -77,6 +84,7 @@ class Member:
     ranks: tuple[int, ...] = ()
     stored: tuple[StoredRows, ...] = ()
     stored_bias: tuple[StoredRows, ...] = ()
+    held_turned: bool | None = None
 
 
 @dataclass(frozen=True)

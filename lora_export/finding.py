@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lora_export.adapter import Adapter
-from lora_export.exposed import ExposedGraph, ExposedModule, Member
+from lora_export.exposed import ExposedGraph, ExposedModule, Member, path_of
 from lora_export.formats.provenance import is_converted
 from lora_export.sites import names
 from lora_export.sites.known_names import KnownNames
@@ -54,7 +54,7 @@ class Finder:
         self._places = _places(exposed, is_converted(adapter.config))
         self.notes: list[str] = []
         named = [
-            *(_named(lora.path, lora.component) for lora in adapter.modules.values()),
+            *(_named(path_of(f"{m.path}.{m.parameter}"), m.component) for m in adapter.modules.values()),
             *(_named(key.rpartition(".")[0]) for key in adapter.extras),
         ]
         named = list(dict.fromkeys(named))

@@ -70,7 +70,8 @@ def plan_changes(
     rows: list[PlanRow] = []
     notes: list[str] = []
     for given, factor in zip(adapters, factors, strict=True):
-        adapter = fitted(given, resolver.known, notes)
+        adapter, assumed = _settled(fitted(given, resolver.known, notes), weight_of)
+        notes += assumed
         sites, misses = resolver.resolve(targets_of(adapter), adapter.flattened, adapter.scope)
         sites, misses = restore_biases(sites, misses, resolver.weight_of)
         grouped = [site for site in sites if site.target.module and site.target.module.groups > 1]
@@ -87,6 +88,11 @@ def plan_changes(
     warnings = [*_kept_by_grids(graph, rounded, changes), *cut_off(_results(found))]
     drop_dead(graph)
     return Plan(tuple(rows), (*notes, *isolator.notes), tuple(warnings)), changes
+
+
+def _settled(adapter: Adapter, weights: BaseWeights | None) -> tuple[Adapter, tuple[str, ...]]:
+    """Return the adapter with its experts' layout as the checkpoint's modules have it, where there is one."""
+    return weights.settled(adapter) if weights else (adapter, ())
 
 
 def _refuse_merged(graph: GraphFile, adapters: Sequence[Adapter]) -> None:

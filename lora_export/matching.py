@@ -13,12 +13,13 @@ import numpy as np
 
 from lora_export.adapter import Adapter, Array, Kind, LoraModule, token_rows_problems
 from lora_export.base_weights import WeightOf, has_constant, holds, read_stored
-from lora_export.exposed import ExposedGraph, ExposedModule, Member
+from lora_export.exposed import ExposedGraph, ExposedModule, Member, path_of
 from lora_export.finding import Finder, Place
 from lora_export.formats.provenance import is_converted
 from lora_export.formats.schemes import fitted
 from lora_export.plan import PlanRow
 from lora_export.saved import change_of, with_bias
+from lora_export.sites.matrices import embedding_of, linear_of
 
 _MERGE = "merge it with merge-onnx"
 UNKNOWN = f"the graph has no parameter of this name; if the model has it, {_MERGE}"
@@ -128,7 +129,11 @@ def match_modules(adapter: Adapter, exposed: ExposedGraph, where: str, weight_of
     ]
     converted = is_converted(adapter.config)
     for lora in adapter.modules.values():
-        place = _unsupported(lora, exposed) or finder.find(lora.path, lora.component)
+        key = f"{lora.path}.{lora.parameter}"
+        place = _unsupported(lora, exposed) or finder.find(path_of(key), lora.component)
+        if isinstance(place, Place) and lora.kind == "parameter":
+            made = _as_used(lora, place)
+            place, lora = (made, lora) if isinstance(made, str) else (place, made)
         if isinstance(place, Place):
             lora = _as_exposed(lora, place.module)
             place = _misfit(lora, place, converted) or place
@@ -190,8 +195,6 @@ def _unsupported(lora: LoraModule, exposed: ExposedGraph) -> str:
     """Why no graph of this kind can take a module, or an empty text."""
     if lora.experts > 1:
         return f"stacked experts ({lora.experts}) have no tensors of their own in the graph; {_MERGE}"
-    if lora.parameter != "weight":
-        return f"the parameter {lora.parameter!r} has no tensors of its own in the graph; {_MERGE}"
     if not _has_dora(lora):
         return ""
     if exposed.mode == "bank":
@@ -205,10 +208,40 @@ def _as_exposed(lora: LoraModule, module: ExposedModule) -> LoraModule:
     return lora.with_kernel(len(module.kernel)) if ones and module.groups == 1 and lora.is_pointwise else lora
 
 
+def _as_used(lora: LoraModule, place: Place) -> LoraModule | str:
+    """Return the change of a module's own matrix as the graph uses it, or why that is not known.
+
+    A shape that is not square tells; else what the graph's record says, or a weight that kept its name.
+    """
+    module, member = place.module, place.member
+    if module.kind == "conv":
+        return f"the adapter changes a matrix {lora.matrix_shape}, the graph has a convolution"
+    sizes = (member.out_dim, module.in_dim)
+    canonical = sizes[::-1] if module.kind == "embedding" else sizes
+    turned = member.held_turned
+    if canonical[0] != canonical[1]:
+        turned = lora.matrix_shape != canonical
+    elif turned is None:
+        turned = _kept_turned(lora, member)
+    if turned is None:
+        return (
+            f"the matrix is square {lora.matrix_shape}, and the graph's record doesn't say whether the "
+            "module holds its transpose: make the graph with this adapter as --adapter"
+        )
+    return embedding_of(lora, turned) if module.kind == "embedding" else linear_of(lora, turned)
+
+
+def _kept_turned(lora: LoraModule, member: Member) -> bool | None:
+    """Whether the graph stores the matrix under its own name, that is, as the module holds it, turned."""
+    name = f"{lora.path}.{lora.parameter}"
+    named = [rows for rows in member.stored if rows.weight == name or name.endswith(f".{rows.weight}")]
+    return named[0].transposed if named and len(named) == len(member.stored) else None
+
+
 def _misfit(lora: LoraModule, place: Place, converted: bool) -> str:
     """Why the factors don't fit their place, or an empty text."""
     module = place.module
-    kind = "linear" if lora.kind == "parameter" else lora.kind
+    kind = lora.kind
     # A converted file without metadata doesn't tell an embedding from a linear; their layouts are alike.
     if kind != module.kind and not (converted and "conv" not in (kind, module.kind)):
         return f"the adapter has a {kind} module, the graph a {module.kind} one"

@@ -138,7 +138,7 @@ def assert_same(one: Adapter, other: Adapter) -> None:
     assert one.modules.keys() == other.modules.keys()
     for key, module in other.modules.items():
         mine = one.modules[key]
-        for name in ("path", "kind", "rank", "parameter", "experts", "groups"):
+        for name in ("path", "kind", "rank", "parameter", "experts", "groups", "turned", "layout"):
             assert getattr(mine, name) == getattr(module, name), name
         assert mine.scaling == pytest.approx(module.scaling, rel=1e-15)
         for name in ("lora_a", "lora_b", "magnitude", "lora_bias"):

@@ -56,7 +56,7 @@ def pack_key(branch: Branch) -> object:
 
 
 def _single(branch: Branch) -> Bundle:
-    member = Member(branch.path, 0, branch.out_dim, (), branch.stored, branch.stored_bias)
+    member = Member(branch.path, 0, branch.out_dim, (), branch.stored, branch.stored_bias, branch.held_turned)
     return Bundle(_module(branch.path, [branch], [member], branch.out_dim), branch.pieces)
 
 
@@ -80,6 +80,7 @@ def _packed(group: list[Branch], everything: Iterable[Branch], cut: bool) -> Bun
             (),
             branch.stored,
             branch.stored_bias,
+            branch.held_turned,
         )
         for branch in group
     ]

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.adapter import Array, LoraModule
-from lora_export.exposed import ExposedKind, StoredRows
+from lora_export.exposed import ExposedKind, StoredRows, path_of
 from lora_export.graph import shape_of
 from lora_export.saved import LARGEST_RANK, change_of
 from lora_export.sites.fit import stored_shape
@@ -72,6 +72,7 @@ class Branch:
         stored: Where its weight lies; empty where that is no help (quantised, rescaled).
         bias: The branch has a bias too.
         stored_bias: Where the module's own bias lies.
+        held_turned: See `Target`.
     """
 
     path: str
@@ -85,6 +86,7 @@ class Branch:
     stored: tuple[StoredRows, ...] = ()
     bias: bool = False
     stored_bias: tuple[StoredRows, ...] = ()
+    held_turned: bool | None = None
 
     @property
     def rank(self) -> int:
@@ -127,7 +129,8 @@ def branch_of(site: Site, calls: dict[int, Call]) -> Branch | str:
     if module is not None and module.is_pointwise:
         module = module.with_kernel(len(kernel))
     return Branch(
-        target.path,
+        # PEFT's name is that of the module, whose weight it is; another matrix of it needs its own.
+        target.path if target.held_turned is None else path_of(target.key),
         kind,
         in_dim * groups,
         out_dim,
@@ -136,6 +139,7 @@ def branch_of(site: Site, calls: dict[int, Call]) -> Branch | str:
         groups,
         module,
         _stored(site.parts),
+        held_turned=target.held_turned,
     )
 
 

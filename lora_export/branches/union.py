@@ -118,6 +118,8 @@ class Union:
         if branch.bias and not known.bias:
             # One adapter changes the bias: the others leave it as it is.
             known = replace(known, bias=True, stored_bias=branch.stored_bias)
+        if known.held_turned is None and branch.held_turned is not None:
+            known = replace(known, held_turned=branch.held_turned)
         if branch.rank > known.rank:
             known = replace(known, lora=branch.lora)
         self._by_place[places] = known

@@ -21,7 +21,7 @@ import numpy as np
 from lora_export.adapter import Adapter, Array, LoraModule
 from lora_export.errors import AdapterError
 from lora_export.formats.diffusion_names import follows_diffusers, strip_denoiser
-from lora_export.formats.experts import nesting, parameters_of
+from lora_export.formats.experts import is_target_module, layout_of, nesting, parameters_of
 from lora_export.formats.lora_config import LoraRules
 from lora_export.formats.pairs import (
     Parts,
@@ -89,7 +89,7 @@ def read(source: Source, options: Options) -> Adapter:
     if any(component for component, _ in table.rows):
         notes += select_component(source, table, options.component)
     _refuse_attention(table)
-    _name_parameters(table, rules)
+    _name_parameters(table, rules, config)
     modules = _build_modules(table, rules, config)
     if not table.rows and not extras and not rows:
         table.problems.append("the file has no LoRA tensors")
@@ -99,6 +99,11 @@ def read(source: Source, options: Options) -> Adapter:
     table.problems += value_problems((n, v) for n, v in extras.items() if v.dtype.kind not in "iub")
     raise_problems(source, table.problems, "fix the listed problems, or merge with PEFT's merge_and_unload")
     notes += rules.notes
+    if config.get("peft_version") is None and any(module.experts > 1 for module in modules.values()):
+        notes.append(
+            "the config names no peft_version: lora_A of stacked experts is taken to act on their first "
+            "axis, as PEFT before 0.18 wrote it, unless the base's shapes say otherwise"
+        )
     if config.get("modules_to_save") and not extras:
         notes.append(f"the config names modules_to_save {config['modules_to_save']}, and the file holds none")
     if copies := _base_copies([source.paths[name] for name in extra_tensors.values()], table):
@@ -128,6 +133,9 @@ def _build_modules(table: PartsTable, rules: LoraRules, config: Mapping[str, Any
         if isinstance(config.get("use_bdlora"), Mapping):
             _expand_blocks(parts, config["use_bdlora"], table.problems)
         module = build_module(parts, rules.alpha(pattern_path), rules.rslora, table.problems)
+        if module and module.experts > 1:
+            turned, layout = layout_of(config.get("peft_version"))
+            module = replace(module, turned=turned, layout=layout)
         if module:
             modules[module.key] = module
     return modules
@@ -240,14 +248,15 @@ def _refuse_attention(table: PartsTable) -> None:
         del table.rows[key]
 
 
-def _name_parameters(table: PartsTable, rules: LoraRules) -> None:
+def _name_parameters(table: PartsTable, rules: LoraRules, config: Mapping[str, Any]) -> None:
     """Say which parameter each nested pair of ``target_parameters`` changes."""
     levels: dict[str, list[Parts]] = {}
     for parts in table.rows.values():
         levels.setdefault(parts.path.replace(".base_layer", ""), []).append(parts)
     for path, rows in levels.items():
-        names = parameters_of(path, rules.target_parameters)
-        if len(rows) == 1 and not names and rows[0].path == path:
+        names = parameters_of(path, rules.target_parameters, len(rows))
+        plain = len(rows) == 1 and rows[0].path == path
+        if plain and (not names or is_target_module(path, config)):
             continue
         rows.sort(key=lambda parts: parts.path.count(".base_layer"))
         for parts, name in zip(rows, nesting(path, names, len(rows), table.problems), strict=False):
@@ -271,16 +280,27 @@ def _check_switches(
 
 
 def _check_experts(modules: Mapping[str, LoraModule], problems: list[str]) -> None:
-    """A wrong nesting shows in the shapes: ``down_proj`` puts out what ``gate_up_proj`` takes in."""
+    """A wrong nesting shows in the shapes: ``down_proj`` puts out what ``gate_up_proj`` takes in.
+
+    Factors that act on the other axis (see `lora_export.formats.experts`) have the two exchanged.
+    """
     for key, up in modules.items():
         down = modules.get(key.removesuffix("gate_up_proj") + "down_proj")
         if up.kind != "parameter" or up.parameter != "gate_up_proj" or down is None:
             continue
-        if (up.experts, up.weight_shape[1]) != (down.experts, down.weight_shape[0]):
+        (up_in, up_out), (down_in, down_out) = _sizes(up), _sizes(down)
+        straight = up_in == down_out
+        exchanged = up_out == down_in and up_in == 2 * down_out
+        if up.experts != down.experts or not (straight or exchanged):
             problems.append(
-                f"{up.path}: gate_up_proj {up.weight_shape} × {up.experts} and down_proj "
-                f"{down.weight_shape} × {down.experts} don't fit together: nested in an unknown order"
+                f"{up.path}: gate_up_proj ({up_out}, {up_in}) × {up.experts} and down_proj "
+                f"({down_out}, {down_in}) × {down.experts} don't fit together: nested in an unknown order"
             )
+
+
+def _sizes(module: LoraModule) -> tuple[int, int]:
+    """Return what lora_A takes and what lora_B gives."""
+    return int(module.lora_a.shape[1]), int(module.lora_b.shape[0])
 
 
 def _expand_blocks(parts: Parts, blocks: Mapping[str, Any], problems: list[str]) -> None:

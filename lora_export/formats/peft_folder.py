@@ -15,12 +15,15 @@ from typing import Any
 
 from lora_export.adapter import Adapter, Array, LoraModule, token_rows_problems
 from lora_export.errors import AdapterError
-from lora_export.formats.experts import REGISTERED
+from lora_export.formats.experts import REGISTERED, layout_of
 from lora_export.formats.source import CONFIG_NAME, WEIGHT_NAMES
 from lora_export.formats.tensors import write_safetensors
 from lora_export.output import OutputSet, output_errors, refuse_existing
 
 _PREFIX = "base_model.model."
+# One for each way in which stacked experts' factors may lie.
+_VERSIONS = ("0.18.1", "0.19.0", "0.19.1", "0.19.1.dev0")
+_SETTLED = "settled for one base"
 
 
 def write_folder(adapter: Adapter, folder: Path, force: bool) -> Path:
@@ -67,6 +70,11 @@ def _problems(adapter: Adapter) -> list[str]:
             problems.append(
                 f"{having[0].path} has {label} and {without.path} has none: PEFT's switch is for all modules"
             )
+    versions = {_version(module) for module in modules} - {None}
+    if len(versions) > 1 or _SETTLED in versions:
+        problems.append(
+            "stacked experts whose factors lie as no PEFT version has them; write what was loaded"
+        )
     for path, names in _parameters(modules).items():
         if len(names) > 1 and any(name not in REGISTERED for name in names):
             problems.append(f"{path}: how PEFT would nest the parameters {', '.join(names)} isn't known")
@@ -97,6 +105,7 @@ def _config(adapter: Adapter) -> dict[str, Any]:
     saved = {name.rpartition(".")[0] for name in adapter.extras if name not in biases} - targeted
     return {
         "peft_type": "LORA",
+        "peft_version": _stated_version(adapter),
         "task_type": adapter.config.get("task_type"),
         "base_model_name_or_path": adapter.base_model,
         "inference_mode": True,
@@ -118,6 +127,25 @@ def _config(adapter: Adapter) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "init_lora_weights": True,
     }
+
+
+def _stated_version(adapter: Adapter) -> str | None:
+    """Return the PEFT version by which a reader knows how stacked experts' factors lie."""
+    versions = {_version(module) for module in adapter.modules.values()} - {None}
+    stated = adapter.config.get("peft_version") if adapter.format == "peft" else None
+    if not versions:
+        return stated
+    (version,) = versions
+    same = stated is not None and layout_of(stated) == layout_of(version)
+    return str(stated) if same else version
+
+
+def _version(module: LoraModule) -> str | None:
+    """Return a version that lays a module's factors as they are; None where all do it alike."""
+    if module.experts == 1:
+        return None
+    laid = (module.turned, module.layout)
+    return next((version for version in _VERSIONS if layout_of(version) == laid), _SETTLED)
 
 
 def _pattern(module: LoraModule) -> str:

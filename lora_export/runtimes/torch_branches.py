@@ -20,6 +20,7 @@ from lora_export.errors import AdapterError
 from lora_export.formats.schemes import fitted
 from lora_export.runtimes.torch_places import NoPlace, Owner, Places
 from lora_export.runtimes.torch_products import Hook, changed, hook_of, tensor_of
+from lora_export.sites.experts import Held, settle
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +71,9 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
     problems = token_rows_problems(adapter)
     branches, extras = [], []
 
-    def locate(parameter: str, action: str, component: str | None = None) -> tuple[str, Owner, Part | None]:
+    def locate(
+        parameter: str, action: str = "merge", component: str | None = None
+    ) -> tuple[str, Owner, Part | None]:
         found = finder.find(parameter, action, component)
         if isinstance(found, str):
             raise NoPlace(found)
@@ -78,6 +81,15 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
         path, _, leaf = name.rpartition(".")
         return path, Owner(model.get_submodule(path), leaf), part
 
+    def held(parameter: str) -> Held | None:
+        try:
+            _, owner, part = locate(parameter)
+        except NoPlace:
+            return None
+        transposed = bool(getattr(owner.module, "is_transposed", False))
+        return Held(tuple(owner.get().shape), transposed) if part is None else None
+
+    adapter, _ = settle(adapter, held)
     for path, values in adapter.extras.items():
         try:
             _, owner, part = locate(path, "replace")

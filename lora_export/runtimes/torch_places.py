@@ -112,6 +112,8 @@ class Places:
         for name in sorted(self._known):
             parts = table.find(name)
             for part in () if isinstance(parts, str) else parts:
+                if part.transposed:  # what the adapter would mean by the stored tensor's name is not known
+                    continue
                 found.setdefault(part.tensor, []).append((name, part))
         return found
 

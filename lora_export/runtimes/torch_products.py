@@ -14,12 +14,11 @@ import numpy as np
 from lora_export.adapter import Array, LoraModule
 from lora_export.checkpoint_names import Part
 from lora_export.runtimes.torch_places import NoPlace, Owner
+from lora_export.sites.experts import Held, unsettled
 
 if TYPE_CHECKING:
     import torch
 
-# Experts of these modules lie as (experts, in_dim, out_dim); transformers marks them.
-_TRANSPOSED = "is_transposed"
 _ROWS = 1 << 16  # How many rows of W0 are widened at once for DoRA's norm.
 # A forward hook that also takes ``strength``: scaling times the adapter's weight.
 Hook = Callable[..., Any]
@@ -267,8 +266,21 @@ def _orientation(lora: LoraModule, owner: Owner, part: Part | None) -> bool:
     if lora.experts > 1 and not stacked:
         raise NoPlace(f"the model has one weight {tuple(values.shape)}, the adapter {lora.experts} experts")
     seen = tuple(_target(values, lora, part, 0).shape)
+    if lora.kind == "parameter":
+        return _parameter_turned(lora, seen, part)
     fits = seen == lora.weight_shape or (seen[:2] == lora.matrix_shape and set(seen[2:]) <= {1})
     turned = len(seen) == 2 and seen[::-1] == lora.matrix_shape
     if not fits and not turned:
         raise NoPlace(f"the model has a weight {seen}, the adapter fits {lora.weight_shape}")
-    return turned and (not fits or bool(getattr(owner.module, _TRANSPOSED, False)))
+    return turned and not fits
+
+
+def _parameter_turned(lora: LoraModule, seen: tuple[int, ...], part: Part | None) -> bool:
+    """Return False where a module's own parameter fits: PEFT changes it as the module holds it."""
+    rows, cols = lora.matrix_shape
+    rows = rows if part is None else rows // part.piece[1]
+    if reason := unsettled(lora, Held(seen, None)):
+        raise NoPlace(reason)
+    if seen != (rows, cols):
+        raise NoPlace(f"the model holds matrices {seen}, the adapter fits {(rows, cols)}")
+    return False

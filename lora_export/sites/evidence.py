@@ -26,6 +26,7 @@ SCOPE, NODE_NAME, FOLDED, WEIGHT_NAME = "scope", "node name", "folded from", "we
 SOURCES = (SCOPE, NODE_NAME, FOLDED, WEIGHT_NAME)
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _MODULES = "pkg.onnxscript.name_scopes"
+_CLASSES = "pkg.torch.onnx.class_hierarchy"
 _FOLDED = "pkg.onnxscript.optimizer.folded_from"
 # What builders append to a parameter's name, e.g. `….q_proj.MatMul.weight_Q4`.
 _WEIGHT_SUFFIX = re.compile(
@@ -89,6 +90,12 @@ def scope_path(node: ir.Node) -> str | None:
     if len(scopes) >= 2:
         return scopes[-2]
     return ".".join(name for name in _listed(node, _MODULES) if name) or None
+
+
+def scope_class(node: ir.Node) -> str | None:
+    """Class of the module of a node by torch.onnx's metadata: ``torch.nn.modules.linear.Linear``."""
+    classes = _listed(node, _CLASSES)
+    return classes[-2] if len(classes) >= 2 else None
 
 
 def _listed(node: ir.Node, key: str) -> list[str]:

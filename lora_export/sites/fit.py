@@ -25,7 +25,8 @@ def accepts(target: Target, use: Use) -> bool:
     if target.kind == "parameter" and target.experts > 1:
         return (rank == 3 and kind != "vector") or (rank == 2 and kind == "linear")
     if target.kind == "parameter":
-        return rank == len(target.shape) and kind != "vector"
+        # Ways in which a matrix is a module's weight are tried on their own (`matrices.forms_of`).
+        return rank == len(target.shape) and kind == "other"
     if target.kind == "any":
         return rank == len(target.shape) and kind in ("linear", "conv", "embedding", "other")
     return kind == target.kind
@@ -125,15 +126,23 @@ def fused_rows(height: int, count: int, heads: tuple[int, int] | None) -> list[i
 
 
 def _place_experts(target: Target, shape: tuple[int, ...]) -> tuple[Placement, ...] | str:
+    """Place stacked experts: exporters store them as the module holds them, or transposed; shapes tell.
+
+    Square ones are placed as they are held, which holds only if values confirm it (`verify.check_content`).
+    """
     rows, cols = target.shape
     direct, swapped = (target.experts, rows, cols), (target.experts, cols, rows)
     if shape not in (direct, swapped):
         return f"the graph's weight is {shape}, the adapter's {direct} or {swapped}"
-    if rows == cols:
-        return f"the experts' matrices are square {shape}: whether they are stored transposed can't be known"
-    transposed = shape != direct
+    return expert_placements(target, shape != direct)
+
+
+def expert_placements(target: Target, transposed: bool) -> tuple[Placement, ...]:
+    """Return where each expert lies in a stacked constant, whose first two axes are its rows."""
+    rows, cols = target.shape
+    height = cols if transposed else rows
     return tuple(
-        Placement((0, rows), row=expert * shape[1], transposed=transposed, expert=expert)
+        Placement((0, rows), row=expert * height, transposed=transposed, expert=expert)
         for expert in range(target.experts)
     )
 

@@ -10,6 +10,7 @@ from lora_export.sites.evidence import (
     FOLDED,
     NODE_NAME,
     WEIGHT_NAME,
+    folded_from,
     node_path,
     scope_path,
     weight_path,
@@ -24,6 +25,15 @@ def module_of(node: ir.Node) -> str | None:
     """Module path of a node by its metadata or its name; None where the exporter left neither."""
     path = scope_path(node)
     return node_path(node) if path is None else path
+
+
+def reads_another(use: Use, path: str, parameter: str) -> bool:
+    """Whether the constant's own name says that it is another parameter of module ``path``."""
+    for name in (str(use.root.name), *folded_from(use.root)):
+        module, _, leaf = weight_path(name).rpartition(".")
+        if leaf != parameter and (module == path or (module and path.endswith(f".{module}"))):
+            return True
+    return False
 
 
 def foreign_reader(path: str, uses: Sequence[Use]) -> str:

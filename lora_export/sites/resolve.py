@@ -18,21 +18,22 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice, pairwise, zip_longest
 
 from lora_export.adapter import Array
 from lora_export.graph import GraphFile, release
 from lora_export.patch import Placement
-from lora_export.sites import changed, fit, names, readers
+from lora_export.sites import changed, fit, matrices, names, readers
 from lora_export.sites.contained import branch_beside
-from lora_export.sites.evidence import FOLDED, NODE_NAME, SOURCES, WEIGHT_NAME, collect
+from lora_export.sites.evidence import FOLDED, NODE_NAME, SCOPE, SOURCES, WEIGHT_NAME, collect
 from lora_export.sites.fingerprints import Places, find_places
 from lora_export.sites.known_names import KnownNames
 from lora_export.sites.renaming import AMBIGUOUS, NOT_FOUND, Renaming, rename
 from lora_export.sites.slot import Use
 from lora_export.sites.target import BaseWeights, Miss, MissKind, Part, Site, Target, WeightOf
 from lora_export.sites.uses import find_uses
-from lora_export.sites.verify import check_content, orientations, search, tile
+from lora_export.sites.verify import check_content, orientations, search, tile, unconfirmed
 
 # Part of the evidence where a checkpoint is at hand and the graph's weight is quantised.
 NOT_COMPARED = "quantised, its values are not compared"
@@ -111,14 +112,24 @@ class Resolver:
                 yield use, best[id(use)]
 
     def _find(self, target: Target, number: int, change: Renaming) -> Site | Miss:
-        name = change.names[number]
+        name, problem = change.names[number], change.problems.get(number, "")
+        lost = Miss(target, problem, "ambiguous" if problem.startswith(AMBIGUOUS) else "not found")
+        if matrices.is_matrix(target):
+            return matrices.find_matrix(target, self._weight(target), partial(self._search, name, lost))
         if name is None:
-            problem = change.problems.get(number, "")
-            return Miss(target, problem, "ambiguous" if problem.startswith(AMBIGUOUS) else "not found")
+            return lost
         found = self._by_name(target, name, self._weight(target))
         if isinstance(found, Site):
             for part in found.parts:
                 release(part.root)
+        return found
+
+    def _search(self, name: str | None, lost: Miss, target: Target, wanted: Array | None) -> Site | Miss:
+        """Look for one form of a module's own matrix, by its name and by its values."""
+        found = replace(lost, target=target) if name is None else self._by_name(target, name, wanted)
+        if isinstance(found, Miss) and wanted is not None:
+            uses = [use for use in self.uses if not use.quantised and not self._refusal(use)]
+            return self._searched(found, wanted, uses, None)
         return found
 
     def _weight(self, target: Target) -> Array | None:
@@ -173,6 +184,10 @@ class Resolver:
 
     def _candidates(self, target: Target, path: str, source: str, uses: Sequence[Use]) -> list[Use]:
         fitting = [use for use in uses if fit.accepts(target, use)]
+        if target.held_turned is not None and source in (SCOPE, NODE_NAME):
+            # A node's module may have several matrices of its own: the node doesn't say which one it reads.
+            leaf = target.key.rpartition(".")[2]
+            fitting = [use for use in fitting if not readers.reads_another(use, path, leaf)]
         if source != NODE_NAME:
             return fitting
         return [use for use in fitting if not self._is_module(target, path, readers.module_of(use.node))]
@@ -244,6 +259,8 @@ class Resolver:
             doubts = [""] * len(doubts)
         first = next((doubt for doubt in doubts if doubt), "")
         if wanted is None:
+            if reason := unconfirmed(target):
+                return Miss(target, reason, "unproven")
             return Miss(target, f"{first}; {self._remedy()}", "unproven") if first else site
         if any(use.quantised for part in site.parts for use in part.uses):
             if first:
@@ -265,14 +282,16 @@ class Resolver:
     def _by_content(self, found: Sequence[Site | Miss]) -> list[Site | Miss]:
         """Look for the values of what no name led to, all in one pass over the graph's constants."""
         lost = [item.target for item in found if isinstance(item, Miss)]
-        lost = [target for target in lost if self._weight(target) is not None]
+        lost = [t for t in lost if not matrices.is_matrix(t) and self._weight(t) is not None]
         uses = [use for use in self.uses if not use.quantised and not self._refusal(use)] if lost else []
         matrices = [target for target in lost if target.experts == 1 and target.kind != "vector"]
         places = find_places(uses, matrices, self._matrices)
         wanted = {id(target) for target in lost}
         return [
-            self._searched(item, uses, places.get(id(item.target)))
-            if isinstance(item, Miss) and id(item.target) in wanted
+            self._searched(item, values, uses, places.get(id(item.target)))
+            if isinstance(item, Miss)
+            and id(item.target) in wanted
+            and (values := self._weight(item.target)) is not None
             else item
             for item in found
         ]
@@ -281,10 +300,9 @@ class Resolver:
         values = self._weight(target)
         return [] if values is None else orientations(target, values)
 
-    def _searched(self, miss: Miss, uses: Sequence[Use], places: Places | None) -> Site | Miss:
+    def _searched(self, miss: Miss, wanted: Array, uses: Sequence[Use], places: Places | None) -> Site | Miss:
         """Return where a target's values are, of the places where they may be (None: anywhere)."""
-        target, wanted = miss.target, self._weight(miss.target)
-        assert wanted is not None
+        target = miss.target
         hits: dict[int, list[Part]] = {}
         for use in uses:
             offsets = () if places is None else places.get((id(use.root), use.transposed), ())

@@ -57,6 +57,8 @@ class Target:
         tensor_names: The adapter's tensors behind it.
         module: The low-rank change, for ``merge``.
         values: The new values, or for ``add to bias`` the values to add.
+        held_turned: Of a module's own matrix: whether the canonical weight is the transpose of what the
+            module holds (``x @ W``); None: it is a module's weight as PEFT knows modules.
     """
 
     key: str
@@ -67,6 +69,7 @@ class Target:
     experts: int = 1
     module: LoraModule | None = None
     values: Array | None = None
+    held_turned: bool | None = None
 
     @property
     def path(self) -> str:
@@ -115,6 +118,10 @@ class BaseWeights(Protocol):
 
     def for_adapter(self, named: Sequence[Named], flattened: bool, scope: str | None) -> WeightOf:
         """Return what looks up one adapter's parameters, whose names are turned into the checkpoint's."""
+        ...
+
+    def settled(self, adapter: Adapter) -> tuple[Adapter, tuple[str, ...]]:
+        """Return the adapter with the layout of its experts as this base has it, and notes on that."""
         ...
 
     def stores(self, key: str) -> bool:

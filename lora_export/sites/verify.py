@@ -12,6 +12,7 @@ from lora_export.adapter import Array
 from lora_export.graph import matrix_shape, shape_of, stored_matrix
 from lora_export.patch import Placement
 from lora_export.sites import content, fit
+from lora_export.sites.experts import unsettled
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Part, Target
 
@@ -37,7 +38,7 @@ def check_content(target: Target, part: Part, wanted: Array, trusted: bool = Fal
         The part, with the factors of rescaled rows; or what differs.
     """
     if target.experts > 1:
-        return part if holds_experts(target, part, wanted) else _differs(part)
+        return _check_experts(target, part, wanted)
     if target.kind == "vector":
         return _check_whole(target, part, wanted, trusted)
     (placement,) = part.placements
@@ -150,35 +151,59 @@ def _differs(part: Part) -> str:
     return f"the {kind} {part.root.name!r} does not hold the checkpoint's values"
 
 
-def holds_experts(target: Target, part: Part, wanted: Array) -> bool:
-    """Whether the first and the last matrix of a stack are the checkpoint's, in either orientation.
+def _check_experts(target: Target, part: Part, wanted: Array) -> Part | str:
+    """Compare the first and the last matrix of a stack; values tell which way round square ones lie.
 
     Args:
         target: The stack.
-        part: A constant of ``(experts, …, …)``, or of some rows of one expert: those of the first and the
-            last are compared.
+        part: A constant of ``(experts, …, …)``, or of some rows of one expert.
         wanted: The checkpoint's first and last, ``(2, …, …)``: all experts at once may be gigabytes.
     """
+    module = target.module
+    if module is not None and (reason := unsettled(module, None)):
+        return reason
     assert part.root.const_value is not None
-    orientations = (wanted, wanted.swapaxes(-1, -2))
     stored = np.asarray(part.root.const_value.numpy())
     if stored.ndim == 2:
-        (placement,) = part.placements
-        end = {0: 0, target.experts - 1: 1}.get(placement.expert)
-        rows = slice(*placement.rows)
-        pairs = [
-            (canonical_rows(part, placement), either[end][rows]) for either in orientations if end is not None
-        ]
-        return end is None or any(
-            one.shape == other.shape and content.compare(one, other).same for one, other in pairs
-        )
+        return _check_expert(target, part, wanted)
     ends = stored[[0, -1]]
-    return any(
-        candidate.shape == ends.shape
-        and content.compare(
+    matches = {
+        transposed: content.compare(
             ends.reshape(-1, ends.shape[-1]), candidate.reshape(-1, ends.shape[-1]), every=False
-        ).same
-        for candidate in orientations
+        )
+        for transposed, candidate in ((False, wanted), (True, wanted.swapaxes(-1, -2)))
+        if candidate.shape == ends.shape
+    }
+    same = [transposed for transposed, match in matches.items() if match.same]
+    if len(same) > 1:
+        return f"ambiguous: the experts in {part.root.name!r} are symmetric, their orientation can't be known"
+    if not same:
+        return _differs(part)
+    # Layouts that no shape settles are refused above: what is square lies as the module holds it.
+    turned = wanted.shape[1:] != target.shape
+    return replace(part, placements=fit.expert_placements(target, same[0] != turned))
+
+
+def _check_expert(target: Target, part: Part, wanted: Array) -> Part | str:
+    """Compare some rows of one expert, where it is the first or the last."""
+    (placement,) = part.placements
+    end = {0: 0, target.experts - 1: 1}.get(placement.expert)
+    if end is None:
+        return part
+    held = wanted[end] if wanted.shape[1:] == target.shape else wanted[end].T
+    stored, rows = canonical_rows(part, placement), held[slice(*placement.rows)]
+    same = stored.shape == rows.shape and content.compare(stored, rows).same
+    return part if same else _differs(part)
+
+
+def unconfirmed(target: Target) -> str:
+    """Why experts can't be placed by their names and shapes alone, or an empty text."""
+    square = target.experts > 1 and target.shape[0] == target.shape[1]
+    if not square:
+        return ""
+    return (
+        f"the experts' matrices are square {(target.experts, *target.shape)}: whether they are stored "
+        "transposed can't be known from their shape; give --checkpoint to compare the values"
     )
 
 
@@ -195,8 +220,11 @@ def search(target: Target, use: Use, wanted: Array, offsets: Sequence[int]) -> I
     assert use.root.const_value is not None
     if target.experts > 1:
         placed = fit.place(target, use)
-        if not isinstance(placed, str) and holds_experts(target, Part(use.root, (use,), placed), wanted):
-            yield Part(use.root, (use,), placed)
+        if isinstance(placed, str):
+            return
+        checked = check_content(target, Part(use.root, (use,), placed), wanted)
+        if not isinstance(checked, str):
+            yield checked
         return
     transposed = use.transposed and target.kind != "vector"
     stored = matrix_shape(shape_of(use.root.const_value))

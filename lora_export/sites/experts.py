@@ -1,0 +1,157 @@
+"""Settle which axis of its stacked experts an adapter's factors act on, now that the base is known.
+
+Rules, for the parameters of one module (PEFT wraps them all alike):
+
+1. Shapes are proof: where one parameter's matrices are not square, the factors fit in one way only.
+2. Else the file's PEFT version says it, alone or together with the module's ``is_transposed``
+   (`lora_export.formats.experts` has the table).
+3. Else it is not known, and the module stays as it was: who places it refuses it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from lora_export.adapter import Adapter, LoraModule
+
+UNKNOWN = (
+    "the experts' matrices are square {shape}, and whether the module holds them transposed can't be known "
+    "({why}): use a transformers that has the model's class, or target a parameter of the module that is not "
+    "square as well"
+)
+
+
+@dataclass(frozen=True)
+class Held:
+    """How a module holds a parameter in memory.
+
+    Attributes:
+        shape: Its shape.
+        is_transposed: The module's attribute, False where it has none; None: its class is not known.
+    """
+
+    shape: tuple[int, ...]
+    is_transposed: bool | None
+
+
+def settle(adapter: Adapter, held: Callable[[str], Held | None]) -> tuple[Adapter, tuple[str, ...]]:
+    """Return the adapter with all that can be known of its experts' layout, and notes on what it assumed.
+
+    Args:
+        adapter: What a file says.
+        held: Looks up a parameter by its path; None where the base has none of this name.
+    """
+    groups: dict[str, list[LoraModule]] = defaultdict(list)
+    for module in adapter.modules.values():
+        if module.experts > 1:
+            groups[module.path].append(module)
+    changed: dict[str, LoraModule] = {}
+    notes: list[str] = []
+    for modules in groups.values():
+        places = {module.key: held(f"{module.path}.{module.parameter}") for module in modules}
+        proofs = {key: _proof(adapter.modules[key], place) for key, place in places.items()}
+        shared = _agreed(proofs.values())
+        for module in modules:
+            said = _said(module, places[module.key])
+            proof = proofs[module.key]
+            turned = proof if proof is not None else shared if shared is not None else said
+            if turned is None:
+                continue
+            changed[module.key] = replace(module, turned=turned, layout="known")
+            if said is not None and said != turned:
+                notes.append(_contradiction(adapter, module))
+            elif proof is None and shared is None and adapter.config.get("peft_version") is None:
+                notes.append(_assumption(adapter, module))
+    if not changed:
+        return adapter, ()
+    # One says it for all layers.
+    return replace(adapter, modules={**adapter.modules, **changed}), tuple(notes[:1])
+
+
+def unsettled(module: LoraModule, held: Held | None) -> str:
+    """Why a module of square experts can't be placed, or an empty text."""
+    rows, cols = module.weight_shape[:2]
+    if module.experts == 1 or module.layout == "known" or rows != cols:
+        return ""
+    why = "its class is not known"
+    if module.layout == "unknown":
+        why = "the config's peft_version is a development version between 0.18 and 0.19.1"
+    elif held is None:
+        why = "the base has no such parameter"
+    return UNKNOWN.format(shape=(module.experts, rows, cols), why=why)
+
+
+def is_turned(stored: tuple[int, ...], held: tuple[int, ...]) -> bool:
+    """Whether a tensor is stored as the transpose (of its last two axes) of what the module holds."""
+    return stored != held and len(stored) >= 2 and (*stored[:-2], stored[-1], stored[-2]) == held
+
+
+def fit_parameter(module: LoraModule, shape: tuple[int, ...], turned: bool) -> bool | str:
+    """Return whether a parameter's change lies transposed in a tensor, or why it has no place there.
+
+    Args:
+        module: The change of a ``parameter``.
+        shape: Of the stored tensor, all experts in it.
+        turned: The tensor holds the transpose of what the module holds.
+    """
+    matrix = module.matrix_shape
+    if module.experts > 1 or len(shape) == 3:
+        if len(shape) != 3 or shape[0] != module.experts:
+            return f"stored with shape {shape}, the adapter fits {module.experts} × {matrix}"
+        shape = shape[1:]
+    if len(shape) != 2:
+        return (
+            f"stored with shape {shape}: LoRA on a parameter itself needs one of 2 dimensions, or of 3 "
+            f"(experts); the adapter fits {matrix}"
+        )
+    if module.experts > 1 and module.layout != "known" and shape == matrix[::-1]:
+        return True
+    return fit_matrix(matrix, shape, turned)
+
+
+def fit_matrix(matrix: tuple[int, int], shape: tuple[int, ...], turned: bool) -> bool | str:
+    """Return ``turned`` where a matrix has that shape, or what differs."""
+    if shape == (matrix[::-1] if turned else matrix):
+        return turned
+    return f"stored with shape {shape}, the adapter fits {matrix}" + (", transposed" if turned else "")
+
+
+def _proof(module: LoraModule, held: Held | None) -> bool | None:
+    """Whether the factors lie turned, as far as the parameter's shape proves it."""
+    sizes = (module.lora_b.shape[0], module.lora_a.shape[1])
+    if held is None or sizes[0] == sizes[1] or len(held.shape) != 3:
+        return None
+    return {sizes: False, sizes[::-1]: True}.get((held.shape[1], held.shape[2]))
+
+
+def _agreed(proofs: Iterable[bool | None]) -> bool | None:
+    found = {proof for proof in proofs if proof is not None}
+    return found.pop() if len(found) == 1 else None
+
+
+def _said(module: LoraModule, held: Held | None) -> bool | None:
+    """Whether the factors lie turned, by the file's PEFT version and the module's class."""
+    if module.layout == "known":
+        return module.turned
+    if module.layout == "unknown" or held is None or held.is_transposed is None:
+        return None
+    return held.is_transposed != (module.layout == "class inverted")
+
+
+def _assumption(adapter: Adapter, module: LoraModule) -> str:
+    return (
+        f"{adapter.name}: the config names no peft_version, and {module.path}.{module.parameter} is square: "
+        "its factors are read as PEFT before 0.18 wrote them, lora_A on the experts' first axis; if a later "
+        "PEFT wrote them, put its peft_version into adapter_config.json"
+    )
+
+
+def _contradiction(adapter: Adapter, module: LoraModule) -> str:
+    version = adapter.config.get("peft_version")
+    return (
+        f"{adapter.name}: by peft_version {version if version else '(missing: before 0.18)'} lora_A of "
+        f"{module.path} would act on the other axis of the experts; the base's shapes prove it does not, and "
+        "they are believed"
+    )

@@ -1,0 +1,157 @@
+"""A module's own matrix that an adapter changes (PEFT's ``target_parameters``): what a graph makes of it.
+
+PEFT adds ``B·A`` to the matrix as the module holds it, whatever the module does with it: ``x @ W``, or
+``x @ Wᵀ`` as `nn.Linear`, or a look-up of rows. A graph shows the operator, but its constant may be it
+or its transpose. So each way of use is tried (`forms_of`), and the one that agrees is taken:
+
+1. A shape that is not square fits in one way only.
+2. Else the checkpoint's values tell.
+3. Else the node may say that it is an `nn.Linear`'s, which uses its weight as ``x @ Wᵀ``.
+4. Else a constant that has the parameter's own name, and was not computed, is the matrix as it is held.
+5. Else it is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lora_export.adapter import Array, LoraModule
+from lora_export.sites import content
+from lora_export.sites.evidence import computed_from, folded_from, scope_class, scope_path
+from lora_export.sites.target import Miss, Site, Target
+from lora_export.sites.verify import canonical_rows
+
+_SQUARE = (
+    "the matrix is square {shape}: whether the graph stores it transposed can't be known from its shape; "
+    "give --checkpoint to compare the values"
+)
+_LINEAR = "torch.nn.modules.linear.Linear"
+# Finds a target, given its values in the checkpoint.
+Find = Callable[[Target, Array | None], Site | Miss]
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """One way in which a graph may use a matrix.
+
+    Attributes:
+        target: The change as a module of that kind has it.
+        turned: Its canonical weight is the transpose of the matrix that the module holds.
+    """
+
+    target: Target
+    turned: bool
+
+
+def is_matrix(target: Target) -> bool:
+    """Whether a target is a module's own matrix, of which the graph has to show the use."""
+    return target.kind == "parameter" and target.experts == 1 and target.module is not None
+
+
+def forms_of(target: Target) -> Iterator[Form]:
+    """Yield the ways in which a graph may use the matrix of `is_matrix`'s target."""
+    module = target.module
+    assert module is not None
+    for turned in (False, True):
+        shape = target.shape[::-1] if turned else target.shape
+        for made in (linear_of(module, turned), embedding_of(module, turned), replace(module, turned=turned)):
+            yield Form(replace(target, kind=made.kind, shape=shape, module=made, held_turned=turned), turned)
+
+
+def linear_of(module: LoraModule, turned: bool) -> LoraModule:
+    """Return the change of a matrix as that of an `nn.Linear`.
+
+    Args:
+        module: The change of a module's own matrix.
+        turned: The matrix is used as ``x @ W``: `nn.Linear` would hold its transpose.
+    """
+    a, b = (module.lora_b.T, module.lora_a.T) if turned else (module.lora_a, module.lora_b)
+    return replace(module, kind="linear", lora_a=np.ascontiguousarray(a), lora_b=np.ascontiguousarray(b))
+
+
+def embedding_of(module: LoraModule, turned: bool) -> LoraModule:
+    """Return the change of a matrix as that of an `nn.Embedding`, whose factors change by ``(B·A)ᵀ``."""
+    return replace(linear_of(module, not turned), kind="embedding")
+
+
+def find_matrix(target: Target, wanted: Array | None, find: Find) -> Site | Miss:
+    """Return where a module's own matrix is, as a target of the kind that the graph makes of it.
+
+    Args:
+        target: See `is_matrix`.
+        wanted: The checkpoint's values, as the module holds them.
+        find: Finds a target of a certain kind.
+    """
+    fitting: list[tuple[Form, Site]] = []
+    misses: list[Miss] = []
+    for form in forms_of(target):
+        values = wanted.T if wanted is not None and form.turned else wanted
+        found = find(form.target, values)
+        if isinstance(found, Site):
+            fitting.append((form, found))
+        elif found.reason:
+            misses.append(found)
+    if not fitting:
+        # The more is known, the later a search fails: a place that doesn't fit says more than none.
+        told = [miss for miss in misses if miss.kind != "not found"] or misses
+        return replace(told[0], target=target) if told else Miss(target, "", "not found")
+    return _choose(target, wanted, fitting)
+
+
+def _choose(target: Target, wanted: Array | None, fitting: Sequence[tuple[Form, Site]]) -> Site | Miss:
+    """Apply rules 1 to 5 to the forms that have a place."""
+    if len({frozenset(id(part.root) for part in site.parts) for _, site in fitting}) > 1:
+        names = sorted({str(part.root.name) for _, site in fitting for part in site.parts})
+        return Miss(target, f"ambiguous: {len(names)} weights fit ({', '.join(names[:4])})", "ambiguous")
+    rows, cols = target.matrix
+    quantised = any(use.quantised for _, site in fitting for part in site.parts for use in part.uses)
+    if wanted is not None and not quantised:
+        fitting = [(form, site) for form, site in fitting if _agrees(form, site, wanted)]
+    elif rows == cols:
+        linear = [(form, site) for form, site in fitting if not form.turned and _is_linear(target, site)]
+        fitting = linear or [
+            (form, site)
+            for form, site in fitting
+            if _is_raw(target, site) and _stored_turned(site) == form.turned
+        ]
+    if len(fitting) == 1:
+        return fitting[0][1]
+    return Miss(target, _SQUARE.format(shape=target.shape), "unproven")
+
+
+def _agrees(form: Form, site: Site, wanted: Array) -> bool:
+    """Whether the values in a site are the form's (rule 2)."""
+    canonical = wanted.T if form.turned else wanted
+    for part in site.parts:
+        (placement,) = part.placements
+        start, stop = placement.rows
+        match = content.compare(canonical_rows(part, placement), canonical[start:stop], every=True)
+        scaled = placement.row_scale is not None and match.cosine >= content.COSINE
+        if not (match.same or scaled):
+            return False
+    return True
+
+
+def _is_linear(target: Target, site: Site) -> bool:
+    """Whether all nodes say that they are the module's, and that it is an `nn.Linear` (rule 3)."""
+    nodes = [use.node for part in site.parts for use in part.uses]
+    paths = {scope_path(node) for node in nodes}
+    named = {path for path in paths if path and (path == target.path or path.endswith(f".{target.path}"))}
+    return paths == named and {scope_class(node) for node in nodes} == {_LINEAR}
+
+
+def _is_raw(target: Target, site: Site) -> bool:
+    """Whether the constants have the parameter's own name and were not computed (rule 4)."""
+    for part in site.parts:
+        name = str(part.root.name)
+        named = name == target.key or name.endswith(f".{target.key}") or target.key.endswith(f".{name}")
+        if not named or folded_from(part.root) or computed_from(part.root):
+            return False
+    return True
+
+
+def _stored_turned(site: Site) -> bool:
+    return all(placement.transposed for part in site.parts for placement in part.placements)
