@@ -60,7 +60,7 @@ def translate(
     recognised = [scheme for name in SCHEMES if (scheme := _scheme(name)).recognises(adapter)]
     if not recognised:
         return None
-    modules = KnownModules(known, others or tuple)
+    modules = KnownModules(known, others)
     found = [made for scheme in recognised if (made := apply_scheme(scheme, adapter, modules))]
     if not found:
         return None

@@ -120,6 +120,10 @@ def inner(path: str) -> str:
     return _OUTER.sub("", path)
 
 
+def _pattern(source: str) -> re.Pattern[str]:
+    return re.compile(re.escape(source).replace(r"\{\}", r"(\d+)"))
+
+
 @dataclass(frozen=True)
 class TableScheme:
     """A scheme whose names are a table.
@@ -128,6 +132,8 @@ class TableScheme:
         name: What to call it.
         table: Path, with ``{}`` for a number → counterparts, or the path of the only one.
         mark: Pattern of a flattened path that only this scheme, or a close relative, has.
+        anchors: What tells the base's family from others that have blocks of the same names (and, as FLUX.1
+            and HunyuanVideo, of the same sizes): of each group, the base has one of the modules.
         components: See `Scheme`.
         structural: See `Scheme`.
     """
@@ -135,6 +141,7 @@ class TableScheme:
     name: str
     table: Mapping[str, str | Sequence[Counterpart]]
     mark: str
+    anchors: tuple[tuple[str, ...], ...]
     components: Components = DENOISERS
     structural: bool = field(default=False, init=False)
 
@@ -144,22 +151,26 @@ class TableScheme:
         return any(mark.match(path) for path in paths_of(self, adapter))
 
     def lookup(self, known: KnownModules) -> Lookup:
-        """Return the table as a function; it is the same for every base."""
+        """Return the table as a function, or one that finds nothing where the base is of another family."""
+        if known.is_complete and not all(any(map(known.find, group)) for group in self.anchors):
+            return lambda path: ()
         return self._find
 
     @cached_property
-    def _patterns(self) -> list[tuple[re.Pattern[str], Sequence[Counterpart]]]:
+    def _patterns(self) -> list[tuple[re.Pattern[str], re.Pattern[str], Sequence[Counterpart]]]:
         return [
             (
-                re.compile(re.escape(flatten(source)).replace(r"\{\}", r"(\d+)")),
+                _pattern(source),
+                _pattern(flatten(source)),
                 (Counterpart(targets),) if isinstance(targets, str) else targets,
             )
             for source, targets in self.table.items()
         ]
 
     def _find(self, path: str) -> Sequence[Counterpart]:
-        flat = flatten(inner(path))
-        for pattern, targets in self._patterns:
-            if match := pattern.fullmatch(flat):
+        path = inner(path)
+        for dotted, flat, targets in self._patterns:
+            # Dots tell HunyuanVideo's ``img_attn_qkv`` from FLUX.1's ``img_attn.qkv``.
+            if match := (dotted if "." in path else flat).fullmatch(path):
                 return [Counterpart(target.path.format(*match.groups()), target.rows) for target in targets]
         return ()

@@ -25,4 +25,5 @@ SCHEME = TableScheme(
         "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
     },
     mark=r"(?:layers|noise_refiner|context_refiner)_\d+_attention_(?:qkv|out)$",
+    anchors=(("all_x_embedder.2-1",), ("cap_embedder.1",)),
 )
