@@ -97,6 +97,10 @@ class Scheme(Protocol):
         """Whether an adapter has names of this scheme, by its module paths alone."""
         ...
 
+    def explains(self, path: str) -> bool:
+        """Whether a module's path is one of the scheme's names, whatever the base."""
+        ...
+
     def lookup(self, known: KnownModules) -> Lookup:
         """Return what finds counterparts in a base.
 
@@ -113,6 +117,12 @@ def paths_of(scheme: Scheme, adapter: Adapter) -> list[str]:
         for module in adapter.modules.values()
         if module.component in scheme.components
     ]
+
+
+def unexplained(scheme: Scheme, adapter: Adapter) -> int:
+    """Return how many of the modules that a scheme may name have no name of it."""
+    modules = [module for module in adapter.modules.values() if module.component in scheme.components]
+    return sum(not scheme.explains(inner(module.path)) for module in modules)
 
 
 def inner(path: str) -> str:
@@ -149,6 +159,10 @@ class TableScheme:
         """Whether some path has the mark."""
         mark = re.compile(self.mark)
         return any(mark.match(path) for path in paths_of(self, adapter))
+
+    def explains(self, path: str) -> bool:
+        """Whether the table has the path."""
+        return bool(self._find(path))
 
     def lookup(self, known: KnownModules) -> Lookup:
         """Return the table as a function, or one that finds nothing where the base is of another family."""
