@@ -61,6 +61,23 @@ def test_the_whole_adapter_fits_no_other_model(
         assert not (tmp_path / name).exists()
 
 
+@pytest.mark.parametrize("trained_on", ["flux", "flux2", "hunyuan-video", "sd3", "wan", "z-image", "lumina2"])
+def test_blocks_alone_fit_no_other_family(trained_on: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """FLUX.1's and HunyuanVideo's blocks have the same sizes in truth too; the models around them differ."""
+    family = FAMILIES[trained_on]()
+    pairs = trained(family, modules_of(family, "blocks.0.", "layers.0.", "blocks.0.img_attn"))
+    save_file(kohya(pairs), tmp_path / "style.safetensors")
+    for adapter in (dotted(pairs), load_adapter(tmp_path / "style.safetensors")):
+        for name, base in folders.items():
+            if name == trained_on or {name, trained_on} in ALIKE:
+                continue
+            with pytest.raises(LoraExportError):
+                merge_checkpoint(base, adapter, tmp_path / name, dry_run=True)
+            if {name, trained_on} == {"flux", "hunyuan-video"}:
+                with pytest.raises(LoraExportError):
+                    merge_checkpoint(base, adapter, tmp_path / name, dry_run=True, allow_unmatched=True)
+
+
 @pytest.mark.parametrize(
     ("trained_on", "base"),
     [("sdxl", "sd15"), ("sd15", "sdxl"), ("sdxl", "one-layer"), ("refiner", "sdxl"), ("three-layers", "sd2")],
@@ -385,6 +402,21 @@ def test_one_component_of_an_sdxl_file(tmp_path: Path) -> None:
         torch.testing.assert_close(
             written[name].double(), stored[name].double() + delta(*pair), rtol=1e-6, atol=1e-6
         )
+
+
+def test_text_encoders_beside_names_that_stay(tmp_path: Path) -> None:
+    """``context_embedder`` is called so in both namings; a text encoder beside it changes nothing."""
+    family = models.sd3()
+    state, pairs = family.random(), trained(family, ["context_embedder", *modules_of(family, "blocks.0")])
+    base = write_base(tmp_path / "base", converted(family, state), family.model())
+    save_file(kohya(pairs) | kohya(text_pairs(), "lora_te1_"), tmp_path / "style.safetensors")
+    arguments = ["--base", base, "--adapter", tmp_path / "style.safetensors", "-o", tmp_path / "out"]
+    assert run("merge", *arguments) == 1
+    assert run("merge", *arguments, "--allow-unmatched") == 0
+    merged = {name: values.double() for name, values in state.items()}
+    for path, pair in pairs.items():
+        merged[f"{path}.weight"] = merged[f"{path}.weight"] + delta(*pair)
+    bases.compare(tmp_path / "out", converted(family, merged))
 
 
 def test_diffusers_loads_and_fuses_it_alike(tmp_path: Path) -> None:

@@ -60,11 +60,13 @@ def translate(
     recognised = [scheme for name in SCHEMES if (scheme := _scheme(name)).recognises(adapter)]
     if not recognised:
         return None
-    modules = KnownModules(known, others or tuple)
-    found = [made for scheme in recognised if (made := apply_scheme(scheme, adapter, modules))]
+    modules = KnownModules(known, others)
+    found = [
+        made for scheme in _likeliest(recognised, adapter) if (made := apply_scheme(scheme, adapter, modules))
+    ]
     if not found:
         return None
-    # Relatives share names: the one that explains most is meant, and where they tie they say the same.
+    # The base tells the rest; where schemes tie then, they say the same.
     best = min(found, key=lambda made: (len(made.missing), -made.found))
     _refuse(best, adapter, complete=others is None)
     note = f"adapter '{adapter.name}': names of {best.scheme.name} converted to the base's"
@@ -95,6 +97,21 @@ def fitted(
     notes += found[1]
     # A scope speaks of the adapter's own paths, which are the base's now.
     return replace(found[0], scope=None)
+
+
+def _likeliest(schemes: list[Scheme], adapter: Adapter) -> list[Scheme]:
+    """Return those that leave least of an adapter's names unexplained: relatives share some of them.
+
+    Schemes of other components speak of other modules, and are not compared.
+    """
+    from lora_export.formats.schemes.rules import unexplained
+
+    left = {scheme.name: unexplained(scheme, adapter) for scheme in schemes}
+    return [
+        scheme
+        for scheme in schemes
+        if left[scheme.name] == min(left[s.name] for s in schemes if s.components == scheme.components)
+    ]
 
 
 def _refuse(made: Translation, adapter: Adapter, complete: bool) -> None:

@@ -54,7 +54,8 @@ def apply_scheme(scheme: Scheme, adapter: Adapter, known: KnownModules) -> Trans
     mine = [m.path for m in adapter.modules.values() if m.component in scheme.components]
     mine += [key.rpartition(".")[0] for key in adapter.extras]
     targets = {path: found for path in mine if (found := lookup(path))}
-    if any(known.find(path) for path in targets):
+    renamed = [path for path, found in targets.items() if flatten(found[0].path) != flatten(inner(path))]
+    if any(known.find(path) for path in renamed):
         # Rule 1.
         return None
     prefix = _outer_prefix(targets, known)

@@ -41,12 +41,16 @@ class _Tower:
         paths = paths_of(self, adapter)
         return bool(paths) and all(path.startswith(f"{self.outer}_") for path in paths)
 
+    def explains(self, path: str) -> bool:
+        """Whether the path begins with the tower's name."""
+        return flatten(path).startswith(f"{self.outer}_")
+
     def lookup(self, known: KnownModules) -> Lookup:
         """Return a function that takes the tower's name off, where the base is that tower."""
         is_tower = bool(known.find(self.own)) and not known.find(self.other)
 
         def find(path: str) -> Sequence[Counterpart]:
-            if not is_tower or not flatten(path).startswith(f"{self.outer}_"):
+            if not is_tower or not self.explains(path):
                 return ()
             return (Counterpart(path[len(self.outer) + 1 :]),)
 

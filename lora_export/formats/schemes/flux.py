@@ -50,4 +50,9 @@ SCHEME = TableScheme(
         "final_layer.adaLN_modulation.1": (Counterpart("norm_out.linear", swapped_halves),),
     },
     mark=r"(?:double|single)_blocks_\d+_",
+    anchors=(
+        ("x_embedder",),
+        ("context_embedder",),
+        (f"{_EMBED}.text_embedder.linear_1", "distilled_guidance_layer.in_proj"),
+    ),
 )

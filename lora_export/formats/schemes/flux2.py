@@ -36,4 +36,5 @@ SCHEME = TableScheme(
         "final_layer.adaLN_modulation.1": (Counterpart("norm_out.linear", swapped_halves),),
     },
     mark=r"(?:double|single)_blocks_\d+_",
+    anchors=(("x_embedder",), (f"{_EMBED}.timestep_embedder.linear_1",)),
 )

@@ -59,4 +59,5 @@ SCHEME = TableScheme(
         "final_layer.adaLN_modulation.1": (Counterpart("norm_out.linear", swapped_halves),),
     },
     mark=r"(?:double|single)_blocks_\d+_|txt_in_individual_token_refiner_",
+    anchors=(("x_embedder.proj",), ("context_embedder.token_refiner.refiner_blocks.0.attn.to_q",)),
 )

@@ -21,14 +21,17 @@ class KnownModules:
 
     Args:
         parameters: Dotted parameter paths of the base.
-        others: Returns more of its parameters, which tell its structure but have no place for an adapter.
+        others: Returns more of its parameters, which tell its structure but have no place for an adapter, as
+            far as they have names; None: those given are all.
 
     Attributes:
         paths: Module paths.
+        is_complete: Those given are all: what is not among them, the base does not have.
     """
 
-    def __init__(self, parameters: Iterable[str], others: Callable[[], Iterable[str]] = tuple) -> None:
-        self._others = others
+    def __init__(self, parameters: Iterable[str], others: Callable[[], Iterable[str]] | None = None) -> None:
+        self._others = others or tuple
+        self.is_complete = others is None
         self.paths = _modules(parameters)
         self._tails: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         for path in self.paths:

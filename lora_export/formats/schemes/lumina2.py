@@ -47,4 +47,5 @@ SCHEME = TableScheme(
         "final_layer.linear": "norm_out.linear_2",
     },
     mark=r"(?:layers|noise_refiner|context_refiner)_\d+_(?:attention_(?:qkv|out)|feed_forward_w[123])$",
+    anchors=(("x_embedder",), (f"{_EMBED}.caption_embedder.1",)),
 )

@@ -97,6 +97,10 @@ class Scheme(Protocol):
         """Whether an adapter has names of this scheme, by its module paths alone."""
         ...
 
+    def explains(self, path: str) -> bool:
+        """Whether a module's path is one of the scheme's names, whatever the base."""
+        ...
+
     def lookup(self, known: KnownModules) -> Lookup:
         """Return what finds counterparts in a base.
 
@@ -115,9 +119,19 @@ def paths_of(scheme: Scheme, adapter: Adapter) -> list[str]:
     ]
 
 
+def unexplained(scheme: Scheme, adapter: Adapter) -> int:
+    """Return how many of the modules that a scheme may name have no name of it."""
+    modules = [module for module in adapter.modules.values() if module.component in scheme.components]
+    return sum(not scheme.explains(inner(module.path)) for module in modules)
+
+
 def inner(path: str) -> str:
     """Return a path without ComfyUI's outer prefix."""
     return _OUTER.sub("", path)
+
+
+def _pattern(source: str) -> re.Pattern[str]:
+    return re.compile(re.escape(source).replace(r"\{\}", r"(\d+)"))
 
 
 @dataclass(frozen=True)
@@ -128,6 +142,8 @@ class TableScheme:
         name: What to call it.
         table: Path, with ``{}`` for a number → counterparts, or the path of the only one.
         mark: Pattern of a flattened path that only this scheme, or a close relative, has.
+        anchors: What tells the base's family from others that have blocks of the same names (and, as FLUX.1
+            and HunyuanVideo, of the same sizes): of each group, the base has one of the modules.
         components: See `Scheme`.
         structural: See `Scheme`.
     """
@@ -135,6 +151,7 @@ class TableScheme:
     name: str
     table: Mapping[str, str | Sequence[Counterpart]]
     mark: str
+    anchors: tuple[tuple[str, ...], ...]
     components: Components = DENOISERS
     structural: bool = field(default=False, init=False)
 
@@ -143,23 +160,31 @@ class TableScheme:
         mark = re.compile(self.mark)
         return any(mark.match(path) for path in paths_of(self, adapter))
 
+    def explains(self, path: str) -> bool:
+        """Whether the table has the path."""
+        return bool(self._find(path))
+
     def lookup(self, known: KnownModules) -> Lookup:
-        """Return the table as a function; it is the same for every base."""
+        """Return the table as a function, or one that finds nothing where the base is of another family."""
+        if known.is_complete and not all(any(map(known.find, group)) for group in self.anchors):
+            return lambda path: ()
         return self._find
 
     @cached_property
-    def _patterns(self) -> list[tuple[re.Pattern[str], Sequence[Counterpart]]]:
+    def _patterns(self) -> list[tuple[re.Pattern[str], re.Pattern[str], Sequence[Counterpart]]]:
         return [
             (
-                re.compile(re.escape(flatten(source)).replace(r"\{\}", r"(\d+)")),
+                _pattern(source),
+                _pattern(flatten(source)),
                 (Counterpart(targets),) if isinstance(targets, str) else targets,
             )
             for source, targets in self.table.items()
         ]
 
     def _find(self, path: str) -> Sequence[Counterpart]:
-        flat = flatten(inner(path))
-        for pattern, targets in self._patterns:
-            if match := pattern.fullmatch(flat):
+        path = inner(path)
+        for dotted, flat, targets in self._patterns:
+            # Dots tell HunyuanVideo's ``img_attn_qkv`` from FLUX.1's ``img_attn.qkv``.
+            if match := (dotted if "." in path else flat).fullmatch(path):
                 return [Counterpart(target.path.format(*match.groups()), target.rows) for target in targets]
         return ()

@@ -48,4 +48,5 @@ SCHEME = TableScheme(
         "final_layer.adaLN_modulation.1": (Counterpart("norm_out.linear", swapped_halves),),
     },
     mark=r"joint_blocks_\d+_",
+    anchors=(("pos_embed.proj",), ("context_embedder",)),
 )

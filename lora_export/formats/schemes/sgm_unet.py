@@ -66,6 +66,10 @@ class _SgmUNet:
         """Whether some path is one of an input, middle or output block."""
         return any(_MARK.match(path) for path in paths_of(self, adapter))
 
+    def explains(self, path: str) -> bool:
+        """Whether the path is in a block, or one of those around them."""
+        return flatten(path) in _FIXED or _MARK.match(flatten(path)) is not None
+
     def lookup(self, known: KnownModules) -> Lookup:
         """Return what finds counterparts by the base's own structure."""
         lists = _lists_of(known)

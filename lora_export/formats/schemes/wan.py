@@ -45,4 +45,5 @@ SCHEME = TableScheme(
         "head.head": "proj_out",
     },
     mark=r"(?:vace_)?blocks_\d+_(?:self_attn|cross_attn|ffn)_",
+    anchors=(("patch_embedding",), (f"{_EMBED}.time_proj",)),
 )

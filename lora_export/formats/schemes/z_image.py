@@ -14,15 +14,20 @@ def _blocks() -> Iterator[tuple[str, str | Sequence[Counterpart]]]:
     for blocks in ("layers.{}", "noise_refiner.{}", "context_refiner.{}"):
         yield f"{blocks}.attention.qkv", thirds(*(f"{blocks}.attention.to_{x}" for x in "qkv"))
         yield f"{blocks}.attention.out", f"{blocks}.attention.to_out.0"
+        # The same in both, but other names in Lumina 2, which these blocks come from.
+        for same in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0"):
+            yield f"{blocks}.{same}", f"{blocks}.{same}"
 
 
 SCHEME = TableScheme(
     "ComfyUI's Z-Image",
     {
         **dict(_blocks()),
+        **{same: same for same in ("t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.1")},
         "x_embedder": "all_x_embedder.2-1",
         "final_layer.linear": "all_final_layer.2-1.linear",
         "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
     },
     mark=r"(?:layers|noise_refiner|context_refiner)_\d+_attention_(?:qkv|out)$",
+    anchors=(("all_x_embedder.2-1",), ("cap_embedder.1",)),
 )
