@@ -102,6 +102,10 @@ REFUSED = {
     "names of the user's own": (layers("left.", "right."), layers(""), ["left", "right"]),
     "more layers than the base": (layers("bert.", count=4), layers("", count=2), ["bert"]),
     "another layer": (["layers.1.q.weight"], ["layers.0.q.weight"], []),
+    "a name that is not known": (layers("left."), layers(""), ["left"]),
+    "left into right": (layers("left."), layers("right."), []),
+    "another embedder alone": (["embed.guidance.lin.weight"], ["embed.time.lin.weight"], []),
+    "a module alone, somewhere": (["lin.weight"], ["embed.time.lin.weight", "blocks.0.x.weight"], []),
     "a vision tower's language model": (
         layers("model.language_model.", "model.vision_tower."),
         layers("model."),
@@ -125,6 +129,14 @@ def test_what_does_not_fit(keys, known, scopes):
         placed = [name for name in again.names if name in known]
         assert placed
         assert len(set(placed)) == len(placed)
+
+
+def test_one_module_does_not_take_another_for_itself():
+    """FLUX dev has an embedder of the guidance, schnell has none."""
+    found = renamed(
+        ["embed.guidance.lin.weight", "blocks.0.lin.weight"], ["embed.time.lin.weight", "blocks.0.lin.weight"]
+    )
+    assert found.names == ("embed.guidance.lin.weight", "blocks.0.lin.weight")
 
 
 def test_two_of_one_adapter_never_become_one():

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import pairwise
 
 from lora_export.sites.names import Prefix, flatten, variants
 
@@ -17,8 +18,24 @@ _SUBMODEL = re.compile(
     r"_(?:model|backbone|branch|net|transformer|embedder)"
     r"|visual|vision|\w+_[2-9]"
 )
-# The same inside flattened text, whose components are not known.
-_FLAT_SUBMODEL = re.compile(rf"(?:^|_)(?:{_SUBMODEL.pattern})(?:_|$)")
+# Names of a whole model inside a class with a head, or inside a wrapper: transformers' ``base_model_prefix``
+# of its model classes (5.23), but for those that are one of several submodels, and what wrappers are called.
+_OUTER_NAMES = """
+    aimv2 albert align audio_spectrogram_transformer auto_model backbone base_model beit bert bert_model
+    biogpt bit blip bridgetower bros canine clap clip clvp convbert convnext convnextv2 cpmant cvt dac
+    data2vec_audio data2vec_text data2vec_vision deberta decision_transformer deit dinat dinov2
+    dinov2_with_registers distilbert donut dpt efficientnet electra ernie esm esmc flava fnet focalnet
+    funnel git glpn gpt_neox gpt_neox_japanese groupvit hiera hubert ibert ijepa inner language_model
+    layoutlm layoutlmv2 layoutlmv3 led levit lilt longformer luke lxmert markuplm mobilebert
+    mobilenet_v1 mobilenet_v2 mobilevit mobilevitv2 model module mpnet mra net network nomic_bert
+    nystromformer owlv2 owlvit perceiver poolformer prophetnet pvt pvt_v2 reformer regnet rembert resnet
+    roberta roberta_prelayernorm roc_bert roformer rwkv sam segformer sew sew_d siglip siglip2 splinter
+    swiftformer swin swin2sr swinv2 switch_transformers tapas timesformer timm_model transformer
+    unispeech unispeech_sat videomae videomt vilt visual_bert vit vitdet vits vivit wav2vec2
+    wav2vec2_bert wav2vec2_conformer wavlm wrapped wrapper x_clip yoso
+"""
+_OUTER = frozenset(_OUTER_NAMES.split())
+_FLAT_OUTER = re.compile(rf"(?:{'|'.join(_OUTER)})(?:_(?:{'|'.join(_OUTER)}))*")
 
 
 class KnownNames:
@@ -130,21 +147,34 @@ def is_submodel(name: str) -> bool:
     return _SUBMODEL.fullmatch(name) is not None
 
 
-def submodels_of(path: str) -> list[str]:
-    """Return the submodels on the way down a path, but for the language model of a vision–language model.
+def is_outer(path: str) -> bool:
+    """Whether a path is only names that a whole model has inside a class with a head, or inside a wrapper.
 
-    That is called ``language_model``, or ``text_model`` inside ``model`` (Idefics 3, SmolVLM; CLIP's has no
-    ``model`` around it).
+    A language model is called ``language_model`` inside a vision–language model, or ``text_model`` inside
+    ``model`` (Idefics 3, SmolVLM; CLIP's text model has no ``model`` around it).
     """
     parts = path.split(".")
-    found = [part for before, part in zip(["", *parts], parts, strict=False) if is_submodel(part)
-             and (before, part) != ("model", "text_model")]  # fmt: skip
-    return found
+    return all(part in _OUTER or _is_language(before, part) for before, part in pairwise(["", *parts]))
 
 
-def is_flat_submodel(text: str) -> bool:
-    """Whether flattened text, whose components are not known, has the name of a submodel in it."""
-    return _FLAT_SUBMODEL.search(text) is not None
+def is_flat_outer(text: str) -> bool:
+    """Whether flattened text is only such names."""
+    return _FLAT_OUTER.fullmatch(text) is not None
+
+
+def has_language_model(path: str) -> bool:
+    """Whether a path leads into the language model of a vision–language model."""
+    return any(_is_language(before, part) for before, part in pairwise(["", *path.split(".")]))
+
+
+def submodels_of(path: str) -> list[str]:
+    """Return the submodels on the way down a path, but for the language model of a vision–language model."""
+    pairs = pairwise(["", *path.split(".")])
+    return [part for before, part in pairs if is_submodel(part) and not _is_language(before, part)]
+
+
+def _is_language(before: str, part: str) -> bool:
+    return part == "language_model" or (before, part) == ("model", "text_model")
 
 
 def has_index(name: str) -> bool:

@@ -3,12 +3,14 @@
 Whatever an adapter is placed in (a checkpoint, a graph or its LoRA inputs, a PyTorch model), its paths are
 compared with the paths that the base knows. Rules:
 
-1. One change holds for the whole adapter: a prefix comes off, another comes in front.
+1. One change holds for the whole adapter: a prefix comes off, another comes in front; what has not the prefix
+   stays as it is, and may only be a head outside of the numbered blocks.
 2. The change counts only if everything of the adapter under it fits.
-3. What comes off is an outer name, never an index and never a name that denotes one of several submodels
-   (``encoder``, ``vision_model``, ``transformer_2``): an adapter's decoder would become the encoder.
-4. What comes in front is an outer name as well: not one of several submodels, but for the language model of a
-   vision–language model, whose adapters are known by their own outer name.
+3. What comes off is an outer name (`known_names.is_outer`): never an index, never the name of one of several
+   submodels (``encoder``, ``vision_model``, ``transformer_2``), and no name that is not known, which may be
+   such a name: an adapter's decoder would become the encoder.
+4. What comes in front is the base's outer name: not that of one of several submodels, but for the language
+   model of a vision–language model.
 5. Several changes that fit are an ambiguity.
 6. Two parameters of one adapter never become the same one.
 7. A *scope* that the user names (``model.encoder``) is the part that belongs: it may come off or in front
@@ -22,7 +24,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from lora_export.sites.known_names import KnownNames, has_index, is_flat_submodel, submodels_of
+from lora_export.sites.known_names import (
+    KnownNames,
+    has_index,
+    has_language_model,
+    is_flat_outer,
+    is_outer,
+    submodels_of,
+)
 from lora_export.sites.names import Prefix, flatten
 
 _SHOWN = 4
@@ -169,23 +178,28 @@ class _Renamer:
     def _is_allowed(self, change: Prefix) -> bool:
         if self._scope is not None and not self._is_adapters:
             return change.add in self._bases and not change.strip  # Rule 7.
-        if not change.strip:
-            # Rule 4: the base's own outer name, perhaps with an index (a Sequential).
-            return not submodels_of(change.add) or not self._known.has_rivals(change.add)
         scope = self._scope
         is_scoped = scope is not None and (scope == change.strip or self._is_below(scope, change.strip))
-        if not is_scoped and self._is_submodel(change.strip):
-            return False  # Rule 3.
-        return self._is_outer(change.add)
+        may_strip = is_scoped or not change.strip or self._is_outer(change.strip)  # Rule 3.
+        return may_strip and (not change.add or self._may_add(change))
 
-    def _is_outer(self, add: str) -> bool:
-        """Whether a path may come in place of another."""
-        return not add or (not has_index(add) and not submodels_of(add))
+    def _is_outer(self, path: str) -> bool:
+        return is_flat_outer(path) if self._flattened else is_outer(path)
 
-    def _is_submodel(self, strip: str) -> bool:
-        if self._flattened:
-            return is_flat_submodel(strip)
-        return bool(submodels_of(strip))
+    def _may_add(self, change: Prefix) -> bool:
+        """Rule 4."""
+        if has_index(change.add):
+            # Of a Sequential around the whole base.
+            return not change.strip and self._known.is_inside(change.add)
+        if change.strip and submodels_of(change.add):
+            return False
+        if has_language_model(change.add) or self._known.is_inside(change.add):
+            return True
+        if submodels_of(change.add) or self._known.has_rivals(change.add):
+            return False
+        # Beside others, a module is told by the blocks that it is in.
+        keys = (self._wanted[number].key for number in self._fits[change])
+        return any(has_index(key[len(change.strip) :]) for key in keys)
 
     def _is_whole_below(self, change: Prefix) -> bool:
         """Whether all below the prefix fits, and no other part of the adapter looks like that part."""
@@ -206,7 +220,10 @@ class _Renamer:
     def _names(self, key: str, change: Prefix) -> list[str]:
         """Return the base's paths that a key may mean under a change; none where it does not fit."""
         if self._flattened:
-            return self._known.unflatten(key, change)
+            beside = change.strip and not self._is_below(key, change.strip) and has_index(key)
+            return [] if beside else self._known.unflatten(key, change)
+        if change.strip and not self._is_below(key, change.strip) and has_index(key):
+            return []  # Rule 1: only a head may stand beside what the change is for.
         name = self._changed(key, change)
         return [name] if self._known.has(name) else []
 
@@ -266,7 +283,7 @@ class _Renamer:
                 for n in self._deciding
                 if not change.strip or self._is_below(self._wanted[n].key, change.strip)
             }
-            scope = change.strip if self._is_outer(change.add) else ""
+            scope = change.strip if not change.add or self._may_add(change) else ""
             if not change.strip and self._known.has_rivals(change.add):
                 scope = change.add
             if scope and below & fits:
@@ -277,9 +294,9 @@ class _Renamer:
 
     def _fitting_part(self, fits: frozenset[int]) -> list[str]:
         """Return the shortest path below which all that fits lies, and nothing else of the adapter."""
-        if self._flattened or not fits:
-            return []
         keys = {number: self._wanted[number].key for number in self._deciding}
+        if self._flattened or not any(has_index(keys[number]) for number in fits):
+            return []
         others = [key for number, key in keys.items() if number not in fits]
         parts = keys[min(fits)].split(".")
         for end in range(1, len(parts) - 1):

@@ -284,8 +284,8 @@ class Resolver:
         lost = [item.target for item in found if isinstance(item, Miss)]
         lost = [t for t in lost if not matrices.is_matrix(t) and self._weight(t) is not None]
         uses = [use for use in self.uses if not use.quantised and not self._refusal(use)] if lost else []
-        matrices = [target for target in lost if target.experts == 1 and target.kind != "vector"]
-        places = find_places(uses, matrices, self._matrices)
+        sought = [target for target in lost if target.experts == 1 and target.kind != "vector"]
+        places = find_places(uses, sought, self._matrices)
         wanted = {id(target) for target in lost}
         return [
             self._searched(item, values, uses, places.get(id(item.target)))
