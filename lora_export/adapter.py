@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -87,6 +87,27 @@ class LoraModule:
         shape = self.weight_shape
         return shape[0], math.prod(shape[1:])
 
+    def with_kernel(self, axes: int) -> LoraModule:
+        """Return a linear as the convolution that it is, or a convolution of ones as a linear.
+
+        Args:
+            axes: Axes of the kernel; 0 for a linear.
+        """
+        ones = (1,) * axes
+        return replace(
+            self,
+            kind="conv" if axes else "linear",
+            lora_a=self.lora_a.reshape(*self.lora_a.shape[:2], *ones),
+            lora_b=self.lora_b.reshape(*self.lora_b.shape[:2], *ones),
+        )
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether it computes ``W·x`` at each position: a linear, or a convolution with a kernel of ones."""
+        if self.kind == "conv":
+            return self.groups == 1 and all(size == 1 for size in self.lora_a.shape[2:])
+        return self.kind == "linear"
+
     @property
     def magnitude_axis(self) -> int:
         """Axis of the canonical matrix along which `magnitude` lies (PEFT ``tuners/lora/dora.py``)."""
@@ -117,6 +138,30 @@ class LoraModule:
 
 
 @dataclass(frozen=True, eq=False)
+class TokenRows:
+    """Rows of an embedding that an adapter replaces.
+
+    Attributes:
+        indices: Which rows.
+        values: The new rows ``(len(indices), dim)``.
+        tensor_name: The file's tensor.
+    """
+
+    indices: tuple[int, ...]
+    values: Array
+    tensor_name: str
+
+    def runs(self) -> Iterator[tuple[int, Array]]:
+        """Yield the rows that follow one another together: the first one's index, and their values."""
+        order = sorted(range(len(self.indices)), key=self.indices.__getitem__)
+        start = 0
+        for end in range(1, len(order) + 1):
+            if end == len(order) or self.indices[order[end]] != self.indices[order[end - 1]] + 1:
+                yield self.indices[order[start]], self.values[order[start:end]]
+                start = end
+
+
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """A trained adapter.
 
@@ -128,7 +173,10 @@ class Adapter:
         extras: Whole parameters that the adapter replaces (``modules_to_save``, ``bias``, embeddings that
             were resized): the parameter's path → its values. Replaced first, changed by modules after.
         extra_tensors: Path of an extra → its tensor's name in the file, where the two differ.
+        token_rows: Embedding's parameter path → single rows that the adapter replaces, after ``extras``.
         flattened: The paths' dots are underscores (kohya); compare them flattened.
+        scope: The part of the model that the user says belongs, ``model.encoder``: the paths are below it, or
+            it stands in front of them in the base (`lora_export.sites.renaming`).
         base_model: What the file says it was trained on, if it says so.
         fan_in_fan_out: The config says that the base stores the transposed weight (GPT-2's Conv1D).
         config: The format's own configuration, for `inspect`.
@@ -144,7 +192,9 @@ class Adapter:
     modules: Mapping[str, LoraModule]
     extras: Mapping[str, Array] = field(default_factory=dict)
     extra_tensors: Mapping[str, str] = field(default_factory=dict)
+    token_rows: Mapping[str, TokenRows] = field(default_factory=dict)
     flattened: bool = False
+    scope: str | None = None
     base_model: str | None = None
     fan_in_fan_out: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -161,4 +211,14 @@ class Adapter:
             for part in (module.lora_a, module.lora_b, module.magnitude, module.scale, module.lora_bias)
             if part is not None
         )
-        return lora + sum(values.size for values in self.extras.values())
+        rows = sum(rows.values.size for rows in self.token_rows.values())
+        return lora + rows + sum(values.size for values in self.extras.values())
+
+
+def token_rows_problems(adapter: Adapter) -> list[str]:
+    """Return one line for each embedding of which the adapter replaces rows, for those who can't do that."""
+    return [
+        f"{path}: replaces {len(rows.indices)} single rows (trainable_token_indices): merge it into the "
+        "checkpoint with `lora-export merge`, and use the result as the base"
+        for path, rows in adapter.token_rows.items()
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +32,16 @@ class GraphWeights:
 
     def __call__(self, name: str) -> Array:
         """Return a constant's values, memory-mapped where they are external; KeyError where there is none."""
+        return np.asarray(self._opened()[name].numpy())
+
+    def names(self) -> Collection[str]:
+        """Return the constants' names."""
+        return self._opened().keys()
+
+    def _opened(self) -> dict[str, ir.TensorProtocol]:
         if not self._constants:
             self._constants = _constants(load_graph(self._path))
-        return np.asarray(self._constants[name].numpy())
+        return self._constants
 
 
 def _constants(graph: GraphFile) -> dict[str, ir.TensorProtocol]:

@@ -263,7 +263,7 @@ def _finish(
     rows.sort(key=lambda row: min((order[name] for name in row.tensors if name in order), default=0))
     refused = [row for row in rows if row.action == "refused"]
     if refused and not (allow_unmatched and found.pairings):
-        _raise_refused(adapter, where, rows, bool(found.pairings), caster.problems)
+        _raise_refused(adapter, where, rows, found, caster.problems)
     if caster.problems:
         raise AdapterError(
             f"adapter '{adapter.name}' has values that can't be used with {where}",
@@ -281,12 +281,13 @@ def _finish(
 
 
 def _raise_refused(
-    adapter: Adapter, where: str, rows: Sequence[PlanRow], some: bool, more: Sequence[str]
+    adapter: Adapter, where: str, rows: Sequence[PlanRow], found: Matches, more: Sequence[str]
 ) -> None:
     refused, count = [row for row in rows if row.action == "refused"], len(rows)
     reasons = [row.reason for row in refused]
     lines = _listed([*(f"{row.parameter}  {row.reason}" for row in refused), *more])
-    if len(refused) == count and all(reason == UNKNOWN or NO_TENSORS in reason for reason in reasons):
+    lost = all(reason == UNKNOWN or NO_TENSORS in reason for reason in reasons)
+    if len(refused) == count and lost and not found.hint:
         raise SiteError(
             f"adapter '{adapter.name}' was made for another model, or for modules that {where} does not "
             f"expose: none of its {count} parameters has a place",
@@ -295,13 +296,13 @@ def _raise_refused(
         )
     raise SiteError(
         f"adapter '{adapter.name}' has {len(refused)} parameters with no place in {where} (of {count})",
-        _hint(reasons, some) or "merge the adapter with merge-onnx",
+        _hint(reasons, found) or "merge the adapter with merge-onnx",
         lines,
     )
 
 
-def _hint(reasons: Sequence[str], some: bool) -> str:
-    hints = []
+def _hint(reasons: Sequence[str], found: Matches) -> str:
+    hints = [found.hint] if found.hint else []
     if any(NO_TENSORS in reason or reason.startswith("DoRA,") for reason in reasons):
         hints.append("make the graph with this adapter as --adapter")
     if any(reason.startswith("shapes differ") for reason in reasons):
@@ -310,7 +311,7 @@ def _hint(reasons: Sequence[str], some: bool) -> str:
         hints.append("make the bank with a larger --slot-rank (slot_rank=)")
     if any(reason.startswith("rank ") and _SLOT not in reason for reason in reasons):
         hints.append("make the graph with a larger --max-rank (max_rank=)")
-    if some:
+    if found.pairings:
         hints.append("--allow-unmatched (allow_unmatched=True) goes on without them")
     return "; ".join(hints)
 

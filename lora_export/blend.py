@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError
@@ -14,11 +13,18 @@ AdapterLike = str | os.PathLike[str] | Adapter
 
 
 def check_blend(
-    adapters: AdapterLike | Sequence[AdapterLike], weights: Sequence[float] | None
+    adapters: AdapterLike | Sequence[AdapterLike],
+    weights: Sequence[float] | None,
+    component: str | None = None,
 ) -> tuple[list[Adapter], list[float]]:
     """Load what is given as paths and check that the adapters can be merged together.
 
     The blend is ``W0 + Σ wᵢ·ΔWᵢ`` (PEFT's ``add_weighted_adapter`` with ``combination_type="cat"``).
+
+    Args:
+        adapters: Paths or `Adapter` values.
+        weights: A factor for each.
+        component: The part of each that belongs, see `load_adapter`.
 
     Returns:
         The adapters and one weight for each.
@@ -27,12 +33,12 @@ def check_blend(
         AdapterError: Fewer or more weights than adapters, a weight that is no number, DoRA or whole
             replaced parameters in a blend (they are not sums), DoRA converted for a graph.
     """
-    from lora_export.formats import load_adapter
+    from lora_export.formats import as_adapter
 
     given = [adapters] if isinstance(adapters, (str, os.PathLike, Adapter)) else list(adapters)
     if not given:
         raise AdapterError("no adapter given", "give at least one adapter")
-    loaded = [item if isinstance(item, Adapter) else load_adapter(Path(item)) for item in given]
+    loaded = [as_adapter(item, component) for item in given]
     factors = [1.0] * len(loaded) if not weights else [float(weight) for weight in weights]
     if len(factors) != len(loaded):
         raise AdapterError(
@@ -57,6 +63,11 @@ def check_blend(
         if adapter.extras and not plain:
             problems.append(
                 f"{adapter.name}: replaces whole parameters ({next(iter(adapter.extras))} …): "
+                "alone and with weight 1 only"
+            )
+        if adapter.token_rows and not plain:
+            problems.append(
+                f"{adapter.name}: replaces single rows ({next(iter(adapter.token_rows))} …): "
                 "alone and with weight 1 only"
             )
     if problems:

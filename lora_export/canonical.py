@@ -9,41 +9,105 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.adapter import Array
+from lora_export.base.quantised import Quantised, find_quantised
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_names import Names, Part
-from lora_export.errors import OutputError
+from lora_export.errors import CheckpointError, OutputError
 from lora_export.graph import GraphFile, shape_of
+from lora_export.sites.renaming import Named
 from lora_export.sites.target import Target
 
 
 class CheckpointWeights:
-    """Looks up targets in a checkpoint; call it with a target.
+    """The weights of a checkpoint, for targets of a graph.
 
     Args:
         checkpoint: The folder that the graph was exported from.
+
+    Attributes:
+        parameters: Names of the stored tensors.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._names = Names(checkpoint)
+        self._quantised = find_quantised(checkpoint)
+        self.parameters = frozenset(checkpoint.tensors)
+
+    def for_adapter(self, named: Sequence[Named], flattened: bool, scope: str | None) -> AdapterWeights:
+        """Return what looks up the parameters of one adapter.
+
+        Args:
+            named: All of them: one change of names holds for the whole adapter.
+            flattened: Their paths have underscores for dots.
+            scope: The part that belongs, as the user says it.
+        """
+        change = self._names.rename(named, flattened, scope)
+        return AdapterWeights(self._names, self._quantised, named, change.names)
+
+    def stores(self, key: str) -> bool:
+        """Whether the checkpoint has a parameter that this path of a graph may be, its outer names aside."""
+        return any(
+            key == name or key.endswith(f".{name}") or name.endswith(f".{key}") for name in self._names
+        )
+
+
+class AdapterWeights:
+    """Looks up one adapter's targets; call it with a target.
+
+    Args:
+        table: The checkpoint's names.
+        quantised: Its values, those that codes stand for included.
+        named: The adapter's parameters.
+        names: The checkpoint's path for each of them, or None.
+
+    Attributes:
+        names: As given.
+    """
+
+    def __init__(
+        self, table: Names, quantised: Quantised, named: Sequence[Named], names: tuple[str | None, ...]
+    ) -> None:
+        self._table, self._quantised, self.names = table, quantised, names
+        self._by_named = dict(zip(named, names, strict=True))
 
     def __call__(self, target: Target) -> Array | None:
-        """Return a view in the target's canonical shape, or None; of stacked experts, the first and the last.
+        """Return values in the target's canonical shape, or None; of stacked experts, the first and the last.
+
+        Codes with scales are returned as the values that they stand for.
 
         None where the checkpoint doesn't store it (a tied head) or in another shape. Conv1D's ``(in_dim,
         out_dim)`` is returned transposed; a square one can't be told from Linear's by its shape, so that a
         comparison has to try both orientations, as with experts.
+
+        Raises:
+            CheckpointError: The checkpoint stores it quantised in a way that is not understood.
         """
-        parts = self._names.find(target.key)
-        if isinstance(parts, str) or not parts:
+        name = self._by_named.get(target.named)
+        parts = self._table.parts(name) if name else ()
+        packed = "" if parts else self._quantised.packed_at(name or target.key)
+        if packed:
+            folder = self._quantised.checkpoint.folder
+            raise CheckpointError(
+                f"{folder}: {target.key} is {packed}: its values can't be compared",
+                "give the unquantised checkpoint, or leave --checkpoint out",
+            )
+        if not parts:
             return None
         if target.experts > 1:
             return self._end_experts(parts, target.experts)
         if len(parts) != 1 or parts[0].piece != (0, 1):
             return None
-        values = self._checkpoint.read(parts[0].tensor)
+        values = self._quantised.values(parts[0].tensor)
         if values.shape == target.shape:
             return values
+        if len(values) == target.shape[0] and values.size == np.prod(target.shape[:2]) == np.prod(
+            target.shape
+        ):
+            # A Linear and a convolution with a kernel of ones.
+            same = values.shape[1:2] == target.shape[1:2]
+            if same and values.ndim != len(target.shape):
+                return values.reshape(target.shape)
         if target.kind in ("linear", "any") and values.ndim == 2 and values.shape == target.shape[::-1]:
             return values.T
         return None
@@ -51,14 +115,14 @@ class CheckpointWeights:
     def _end_experts(self, parts: Sequence[Part], experts: int) -> Array | None:
         """Return ``(2, …, …)``: the first and the last expert, put together where stored in pieces."""
         if len(parts) == 1 and parts[0].expert is None:
-            values = self._checkpoint.read(parts[0].tensor)
+            values = self._quantised.values(parts[0].tensor)
             return values[[0, -1]] if values.ndim == 3 and len(values) == experts else None
         ends = []
         for expert in (0, experts - 1):
             mine = sorted((part for part in parts if part.expert == expert), key=lambda part: part.piece)
             if not mine or len(mine) != mine[0].piece[1]:
                 return None
-            ends.append(np.concatenate([self._checkpoint.read(part.tensor) for part in mine]))
+            ends.append(np.concatenate([self._quantised.values(part.tensor) for part in mine]))
         return np.stack(ends)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_export.base.quantised import refuse_bare_codes
 from lora_export.capture_cache import name_total, with_cache
 from lora_export.capture_export import (
     export_module,
@@ -147,6 +148,7 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
         raise CheckpointError(f"no folder at {path}", "give the folder that save_pretrained wrote")
     if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
         raise CheckpointError(f"{path} is an adapter, not a base model", "give the folder of its base model")
+    refuse_bare_codes(path)
     with quiet():
         try:
             config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)

@@ -164,6 +164,13 @@ def _no_safetensors(folder: Path) -> CheckpointError:
     found += [f"{path.name}: GGUF" for path in sorted(folder.glob("*.gguf"))]
     if (folder / "adapter_config.json").exists():
         return CheckpointError(f"{folder} is an adapter, not a base model", "give it to --adapter")
+    if (folder / "model_index.json").exists():
+        parts = sorted({path.parent.name for path in folder.glob("*/*.safetensors")})
+        return CheckpointError(
+            f"{folder} is a diffusers pipeline of several models, not one",
+            "give the folder of one model, and --component for its part of the adapter",
+            [f"--base {folder / part} --component {part}" for part in parts],
+        )
     return CheckpointError(
         f"{folder} holds no safetensors",
         "convert the base: transformers' from_pretrained(...), for a GGUF with gguf_file=..., then "

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from lora_export.base.quantised import dequantised_config
+from lora_export.base.ties import untied_config
+from lora_export.base.vocabulary import resized_config
 from lora_export.checkpoint import Checkpoint
-from lora_export.checkpoint_layout import Layout, added_to
+from lora_export.checkpoint_layout import Layout
 from lora_export.checkpoint_sites import Placed
 
 MANIFEST = "lora.json"
@@ -52,6 +55,11 @@ def _files(folder: Path) -> Iterator[Path]:
             yield path
 
 
+def says_quantised(path: Path) -> bool:
+    """Whether a file beside the weights says how they are quantised (ModelOpt, GPTQ and AWQ tools)."""
+    return path.name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+
+
 def copy_small_files(base: Path, files: list[Path], folder: Path) -> None:
     """Copy files, given relative to ``base``, with their subfolders."""
     for relative in files:
@@ -59,27 +67,31 @@ def copy_small_files(base: Path, files: list[Path], folder: Path) -> None:
         shutil.copyfile(base / relative, folder / relative)
 
 
-def write_index(checkpoint: Checkpoint, layouts: list[Layout], placed: Placed, folder: Path) -> None:
+def write_index(checkpoint: Checkpoint, layouts: Sequence[Layout], folder: Path) -> None:
     """Write the index anew where sizes or names changed; otherwise its copy stays."""
     if checkpoint.index is None:
         return
-    size = sum(slot.length for layout in layouts for slot in layout.slots)
     index = json.loads(checkpoint.index.read_text("utf-8"))
-    added = {name: s.path.name for s in checkpoint.shards for name in added_to(s, placed.added)}
+    size = sum(slot.length for layout in layouts for slot in layout.slots)
+    files = zip(checkpoint.shards, layouts, strict=True)
+    names = {slot.name: shard.path.name for shard, layout in files for slot in layout.slots}
     before = sum(tensor.length for tensor in checkpoint.tensors.values())
-    if not added and size == before:
+    if names.keys() == checkpoint.tensors.keys() and size == before:
         return
-    index["weight_map"] = dict(sorted({**index["weight_map"], **added}.items()))
+    index["weight_map"] = dict(sorted(names.items()))
     if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
         index["metadata"]["total_size"] = size
     (folder / checkpoint.index.name).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
-def write_config(checkpoint: Checkpoint, folder: Path, dtype: str | None, untied: bool) -> None:
-    """Change what the config says of the dtype and of tied embeddings, if that changed."""
-    if not checkpoint.config or (dtype is None and not untied):
+def write_config(
+    checkpoint: Checkpoint, folder: Path, placed: Placed, dtype: str | None, dequantised: bool
+) -> None:
+    """Change what the config says of dtype, tied embeddings, quantisation and vocabulary, if that changed."""
+    changed = dtype is not None or placed.untied or dequantised or placed.vocabulary is not None
+    if not checkpoint.config or not changed:
         return
-    config = dict(checkpoint.config)
+    config = dequantised_config(checkpoint.config) if dequantised else dict(checkpoint.config)
     nested = {key: dict(value) for key, value in config.items() if isinstance(value, dict)}
     config.update(nested)
     if dtype is not None:
@@ -89,10 +101,9 @@ def write_config(checkpoint: Checkpoint, folder: Path, dtype: str | None, untied
                     level[key] = dtype
         if "dtype" not in config and "torch_dtype" not in config:
             config["dtype"] = dtype
-    if untied:
-        config["tie_word_embeddings"] = False
-        for level in nested.values():
-            if "tie_word_embeddings" in level:
-                level["tie_word_embeddings"] = False
+    if placed.vocabulary is not None:
+        config = resized_config(config, *placed.vocabulary)
+    if placed.untied:
+        config = untied_config(config)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, "utf-8")

@@ -8,16 +8,25 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_export.adapter import Adapter
+from lora_export.base.quantised import HINT, QUANTISED, Quantised, find_quantised
 from lora_export.checkpoint import Checkpoint
-from lora_export.checkpoint_files import MANIFEST, copy_small_files, write_config, write_index
+from lora_export.checkpoint_files import (
+    MANIFEST,
+    copy_small_files,
+    says_quantised,
+    write_config,
+    write_index,
+)
 from lora_export.checkpoint_layout import Layout, layout_of, pieces_of
 from lora_export.checkpoint_sites import Placed, place_adapters
 from lora_export.errors import AdapterError, CheckpointError, OutputError, SiteError
+from lora_export.plan import Plan
 from lora_export.rounding import Mode, Rounding, update
+from lora_export.sites.likeness import counterparts, side_by_side
 from lora_export.stream import nonfinite_error, write_pieces
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -67,9 +76,11 @@ class CheckpointMerge:
         folder.mkdir()
         _refuse_small_disk(folder, self.size_bytes)
         roundings = _write_shards(self, folder, rounding, progress)
-        copy_small_files(self.checkpoint.folder, small, folder)
-        write_index(self.checkpoint, list(self.layouts), self.placed, folder)
-        write_config(self.checkpoint, folder, self.dtype, self.placed.untied)
+        dequantised = self.dtype is not None and bool(self.placed.quantised.scaled)
+        kept = [path for path in small if not (dequantised and says_quantised(path))]
+        copy_small_files(self.checkpoint.folder, kept, folder)
+        write_index(self.checkpoint, self.layouts, folder)
+        write_config(self.checkpoint, folder, self.placed, self.dtype, dequantised)
         return roundings
 
 
@@ -79,6 +90,7 @@ def plan_merge(
     factors: Sequence[float],
     dtype: str | None,
     allow_unmatched: bool,
+    resize: bool = False,
 ) -> CheckpointMerge:
     """Place adapters in a folder's tensors; nothing is written.
 
@@ -88,6 +100,7 @@ def plan_merge(
         factors: One for each.
         dtype: A key of `DTYPES` for all float tensors; as they are if left out.
         allow_unmatched: Leave out what has no place in the base, instead of refusing.
+        resize: Give the base the rows for new tokens that an adapter holds.
 
     Raises:
         AdapterError: An adapter is for another architecture, or in the base already.
@@ -98,23 +111,55 @@ def plan_merge(
     if dtype is not None and dtype not in DTYPES:
         raise OutputError(f"there is no output dtype '{dtype}'", f"one of: {', '.join(DTYPES)}")
     checkpoint = Checkpoint.open(base)
-    _refuse_quantised(checkpoint)
+    quantised = find_quantised(checkpoint)
     _refuse_merged(checkpoint, adapters)
-    placed = place_adapters(checkpoint, adapters, factors)
+    placed = place_adapters(checkpoint, adapters, factors, quantised, resize)
     _refuse_unplaced(checkpoint, adapters, placed, allow_unmatched)
+    if dtype is not None:
+        _refuse_dequantising(quantised, dtype)
     code = DTYPES[dtype] if dtype else None
     return CheckpointMerge(
         checkpoint, placed, tuple(layout_of(shard, placed, code) for shard in checkpoint.shards), dtype
     )
 
 
-def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    quantisation = checkpoint.config.get("quantization_config")
-    if quantisation:
-        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
+def refuse_absent(base: Path, adapters: Sequence[Adapter], allow_unmatched: bool) -> None:
+    """Refuse adapters whose low-rank changes are of parameters that a folder does not have, by names alone.
+
+    A capture takes a minute; a wrong adapter is known in a second.
+
+    Args:
+        base: Folder with config.json and safetensors.
+        adapters: What will be placed in the graph that is captured from it.
+        allow_unmatched: What has no place will be left out.
+
+    Raises:
+        AdapterError: An adapter is for another architecture.
+        CheckpointError: The base is damaged.
+        SiteError: Some of an adapter has no place in the base; all of it is listed.
+    """
+    if not adapters:
+        return
+    checkpoint = Checkpoint.open(base)
+    for adapter in adapters:
+        placed = place_adapters(checkpoint, [adapter], [1.0], find_quantised(checkpoint))
+        changed = {f"{module.path}.{module.parameter}" for module in adapter.modules.values()}
+        absent = changed & set(placed.absent)
+        rows = [row for row in placed.plan.rows if row.parameter in absent or row.action != "refused"]
+        if absent:
+            found = replace(placed, plan=Plan(tuple(rows)))
+            _refuse_unplaced(checkpoint, [adapter], found, allow_unmatched)
+
+
+def _refuse_dequantising(quantised: Quantised, dtype: str) -> None:
+    """Refuse to write one dtype where some weights are quantised in ways that are not understood."""
+    unknown = {**quantised.packed, **quantised.refused}
+    if unknown:
+        lines = [f"{name}   {kind}" for name, kind in unknown.items()]
         raise CheckpointError(
-            f"the base {checkpoint.folder} is quantised ({method})",
-            "merge into the unquantised base and quantise the result, or keep the adapter apart",
+            f"{quantised.checkpoint.folder} has {len(unknown)} quantised weights that can't be made {dtype}",
+            "leave --dtype out, or take the unquantised base",
+            [*lines[:_EXAMPLES], *["…"] * (len(lines) > _EXAMPLES)],
         )
 
 
@@ -145,27 +190,61 @@ def _refuse_unplaced(
     names = ", ".join(f"'{adapter.name}'" for adapter in adapters)
     if not rows:
         raise AdapterError(f"adapter {names} changes nothing", "check that the right file was given")
+    hints = list(dict.fromkeys(placed.hints))
     if len(refused) == len(rows) and len(set(placed.absent)) >= len({row.parameter for row in rows}):
-        examples = [f"the adapter has {row.parameter}" for row in rows[:_EXAMPLES]]
-        matrices = [t.name for t in checkpoint.tensors.values() if len(t.shape) > 1]
-        raise AdapterError(
-            f"adapter {names} is for another architecture: none of its {len(rows)} parameters is in "
-            f"{checkpoint.folder}",
-            _trained_on(adapters) or "give the base that the adapter was trained on",
-            examples + [f"the base has {name}" for name in matrices[:_EXAMPLES]],
-        )
+        raise _foreign(checkpoint, adapters, hints, len(rows))
     if not refused or (allow_unmatched and len(refused) < len(rows)):
         return
-    others = "--allow-unmatched merges the others and leaves these out"
-    hints = [
-        _trained_on(adapters),
-        others if len(refused) < len(rows) else "give the base that the adapter was trained on",
-    ]
+    lines = [f"{row.parameter}   {row.reason}" for row in refused]
+    closed = sum(row.reason.startswith(QUANTISED) for row in refused)
+    if closed:
+        raise SiteError(
+            f"the base {checkpoint.folder} is quantised: {closed} of the {len(rows)} parameters that adapter "
+            f"{names} changes can't be merged into",
+            HINT,
+            lines,
+        )
+    hints = hints or [_trained_on(adapters)]
+    if len(refused) < len(rows):
+        hints.append("--allow-unmatched merges the others and leaves these out")
+    elif not placed.hints:
+        hints.append("give the base that the adapter was trained on")
     raise SiteError(
         f"adapter {names} has {len(refused)} parameters with no place in {checkpoint.folder} "
         f"(of {len(rows)})",
         "; ".join(hint for hint in hints if hint),
-        [f"{row.parameter}   {row.reason}" for row in refused],
+        lines,
+    )
+
+
+def _foreign(
+    checkpoint: Checkpoint, adapters: Sequence[Adapter], hints: Sequence[str], total: int
+) -> AdapterError:
+    """Return the error for adapters none of whose names is known: another naming, or another model."""
+    names = ", ".join(f"'{adapter.name}'" for adapter in adapters)
+    wanted = {
+        f"{module.path}.{module.parameter}": module.weight_shape
+        for adapter in adapters
+        for module in adapter.modules.values()
+    }
+    stored = {tensor.name: tensor.shape for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1}
+    alike = counterparts(wanted, stored)
+    seen = side_by_side(alike) or [
+        *(f"the adapter has {name}" for name in list(wanted)[:_EXAMPLES]),
+        *(f"the base has {name}" for name in list(stored)[:_EXAMPLES]),
+    ]
+    if hints:
+        what, hint = "does not belong as a whole to", "; ".join(hints)
+    elif alike:
+        what = "names its modules in another way than"
+        hint = (
+            "the shapes fit: rename the adapter's tensors to the base's names, or give the base under its own"
+        )
+    else:
+        what = "is for another architecture than"
+        hint = _trained_on(adapters) or "give the base that the adapter was trained on"
+    return AdapterError(
+        f"adapter {names} {what} {checkpoint.folder}: none of its {total} parameters is placed", hint, seen
     )
 
 

@@ -7,14 +7,19 @@ and writes the old names), and experts that are stacked in memory but stored one
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from lora_export.base.meta_model import LoadedNames, build_model
 from lora_export.checkpoint import Checkpoint
+from lora_export.formats.wrappers import strip_wrappers
+from lora_export.sites.known_names import KnownNames
+from lora_export.sites.renaming import AMBIGUOUS, NOT_FOUND, Named, Renaming, rename
 
+NO_TENSOR = "no tensor of that name"
 _NO_TRANSFORMERS = "transformers' table of renamed modules could not be asked: pip install 'lora-export[hf]'"
 
 
@@ -36,7 +41,7 @@ class Part:
 
 
 class Names:
-    """Finds parameters in a checkpoint.
+    """Finds parameters in a checkpoint; iterating yields the paths of what it stores.
 
     Args:
         checkpoint: The base.
@@ -44,111 +49,94 @@ class Names:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._stored = _Table({name: (Part(name),) for name in checkpoint.tensors})
+        self._stored = _unwrapped(checkpoint.tensors)
+        self._known = KnownNames(self._stored)
 
-    def find(self, parameter: str, flattened: bool = False) -> tuple[Part, ...] | str:
-        """Return where ``parameter`` is stored, or why that is not known.
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def rename(self, named: Sequence[Named], flattened: bool = False, scope: str | None = None) -> Renaming:
+        """Return the path of each parameter of one adapter, for `parts`.
+
+        The names of the file are tried first, then those that transformers gives to what is in it.
 
         Args:
-            parameter: Dotted path with the parameter's own name: ``model.layers.0.mlp.up_proj.weight``.
-            flattened: The module path's dots are underscores (kohya's files).
+            named: All that the adapter changes: one change of names holds for it.
+            flattened: The paths' dots are underscores (kohya's files).
+            scope: The part that belongs, as the user says it.
         """
-        found = self._stored.find(parameter, flattened)
-        if isinstance(found, str) or found:
+        found = rename(named, self._known, flattened=flattened, scope=scope)
+        missing = self._missing(named, found, self._stored)
+        if all(found.problems.get(number, "").startswith(AMBIGUOUS) for number in missing):
             return found
         table, problem = self._renamed
-        if table is None:
-            return f"no tensor of that name ({problem})" if problem else "no tensor of that name"
-        found = table.find(parameter, flattened)
-        return found or "no tensor of that name"
+        again = rename(named, KnownNames(table), flattened=flattened, scope=scope) if table else found
+        if len(self._missing(named, again, table)) < len(missing):
+            return again
+        return replace(
+            found,
+            problems={number: _reason(found.problems.get(number, ""), problem) for number in missing}
+            | {number: reason for number, reason in found.problems.items() if number not in missing},
+        )
+
+    def parts(self, name: str) -> tuple[Part, ...]:
+        """Return where a parameter of `rename`'s path is stored; nothing where it is not."""
+        return self._stored.get(name) or (self._renamed[0].get(name, ()) if self._is_renamed else ())
+
+    def find(self, parameter: str) -> tuple[Part, ...] | str:
+        """Return where one parameter is stored, or why that is not known."""
+        found = self.rename([Named(parameter)])
+        (name,) = found.names
+        problem = found.problems.get(0, "")
+        parts = self.parts(name) if name and not problem else ()
+        return parts or (NO_TENSOR if problem in ("", NOT_FOUND) else problem)
+
+    def _missing(
+        self, named: Sequence[Named], found: Renaming, table: Mapping[str, tuple[Part, ...]]
+    ) -> list[int]:
+        return [number for number, name in enumerate(found.names) if name is None or name not in table]
+
+    @property
+    def _is_renamed(self) -> bool:
+        """Whether transformers was asked: it imports torch."""
+        return "_renamed" in self.__dict__
 
     @cached_property
-    def _renamed(self) -> tuple[_Table | None, str]:
-        """The renaming of transformers, asked only when a name was not found: it imports torch."""
+    def _renamed(self) -> tuple[dict[str, tuple[Part, ...]], str]:
+        """The renaming of transformers, asked only when a name was not found."""
         try:
-            renamed = dict(_by_transformers(self._checkpoint))
+            return dict(_by_transformers(self._checkpoint)), ""
         except ImportError:
-            return None, _NO_TRANSFORMERS
+            return {}, _NO_TRANSFORMERS
         except Exception as error:  # a model that this transformers can't build
-            return None, f"transformers cannot build the model: {type(error).__name__}: {error}"
-        return _Table(renamed), ""
+            return {}, f"transformers cannot build the model: {type(error).__name__}: {error}"
 
 
-class _Table:
-    """Parameters by name and by dotted suffix."""
-
-    def __init__(self, parts: Mapping[str, tuple[Part, ...]]) -> None:
-        self._parts = parts
-        self._by_tail: dict[str, list[str]] = {}
-        for name in parts:
-            for tail in _tails(name):
-                self._by_tail.setdefault(tail, []).append(name)
-
-    def find(self, parameter: str, flattened: bool) -> tuple[Part, ...] | str:
-        """Return the parts; empty if there are none; a sentence if the name is ambiguous."""
-        if flattened:
-            names = self._flattened(parameter)
-        elif parameter in self._parts:
-            names = [parameter]
-        else:
-            # The file's names have more components in front, or fewer.
-            names = self._by_tail.get(parameter, []) or next(
-                ([tail] for tail in _tails(parameter) if tail in self._parts), []
-            )
-        if len(names) > 1:
-            return f"ambiguous: {', '.join(sorted(names)[:4])}{', …' if len(names) > 4 else ''}"
-        return self._parts[names[0]] if names else ()
-
-    def _flattened(self, parameter: str) -> list[str]:
-        module, _, leaf = parameter.rpartition(".")
-        wanted = module.replace(".", "_")
-        names = [name for name in self._parts if name.rpartition(".")[2] == leaf]
-        flat = {name: name.rpartition(".")[0].replace(".", "_") for name in names}
-        exact = [name for name in names if flat[name] == wanted]
-        return exact or [n for n in names if flat[n].endswith(f"_{wanted}")]
+def _unwrapped(names: Iterable[str]) -> dict[str, tuple[Part, ...]]:
+    """Return the parts by their paths without wrappers; of two that become one, both keep their names."""
+    plain = {name: strip_wrappers(name) for name in names}
+    count = Counter(plain.values())
+    return {path if count[path] == 1 else name: (Part(name),) for name, path in plain.items()}
 
 
-def _tails(name: str) -> Iterator[str]:
-    """Yield ``b.c`` and ``c`` for ``a.b.c``, without the bare parameter name."""
-    at = name.find(".")
-    while at >= 0 and "." in name[at + 1 :]:
-        yield name[at + 1 :]
-        at = name.find(".", at + 1)
+def _reason(problem: str, asked: str) -> str:
+    """Return why a parameter is not stored, and where transformers could not be asked, why."""
+    reason = NO_TENSOR if problem in ("", NOT_FOUND) else problem
+    return f"{reason} ({asked})" if asked else reason
 
 
 def _by_transformers(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[Part, ...]]]:
     """Yield the model's parameters as transformers would load them from this checkpoint.
 
-    The model is built on torch's meta device, without memory. Source: transformers 5,
-    ``conversion_mapping.get_model_conversion_mapping`` and ``core_model_loading.rename_source_key``.
+    The model is built on torch's meta device, without memory.
     """
-    import torch
-    import transformers
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    name = (checkpoint.config.get("architectures") or [""])[0]
-    kind = getattr(transformers, name, None)
-    verbosity = transformers.logging.get_verbosity()
-    # Its remarks about the config are for those who run the model.
-    transformers.logging.set_verbosity_error()
-    try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
-        with torch.device("meta"):
-            model = kind(config) if kind else transformers.AutoModel.from_config(config)
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    owner = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    meta = model.state_dict()
+    renaming = LoadedNames(build_model(checkpoint))
     found: dict[str, list[Part]] = {}
     for stored in checkpoint.tensors:
-        target, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, meta)
+        target, pattern, converter = renaming.loaded(stored)
         part = Part(stored, reason="transformers' renaming")
         if pattern is not None:
-            stacked = _stacked(stored, pattern, owner[pattern])
+            stacked = _stacked(stored, pattern, converter)
             if stacked is None:
                 continue
             part = stacked
@@ -171,16 +159,3 @@ def _stacked(stored: str, pattern: str, converter: Any) -> Part | None:
     # The expert's number is the last one of the name: ``layers.3.mlp.experts.17.up_proj.weight``.
     piece = (sources.index(pattern), len(sources))
     return Part(stored, numbers[-1], piece, "transformers' stacking of experts")
-
-
-def tied_head(config: Mapping[str, Any]) -> bool:
-    """Whether the config says that the output head shares the input embedding's weight.
-
-    transformers takes True for a causal model where the key is missing.
-    """
-    nested = config.get("text_config")
-    for level in (config, nested if isinstance(nested, dict) else {}):
-        if "tie_word_embeddings" in level:
-            return bool(level["tie_word_embeddings"])
-    names = json.dumps(config.get("architectures") or [])
-    return "CausalLM" in names or "LMHead" in names

@@ -6,42 +6,42 @@ Layouts that a stored weight can have against the module's canonical one:
 - transposed: GPT-2's Conv1D stores ``(in_dim, out_dim)``. Shapes tell; for square ones the names of
   Conv1D modules in the model families that use it, else ``fan_in_fan_out`` in the adapter's config;
 - experts stacked in one tensor, or one tensor for each expert and half;
+- as codes with scales (`lora_export.base.quantised`);
 - not at all: an output head that is tied to the input embedding. PEFT's `merge_and_unload` adds the head's
   change to the one shared parameter, so that the embedding changes as well, which the trained adapter
   never did (PEFT warns of it). Here the head becomes a tensor of its own and the config says
-  ``tie_word_embeddings: false``; so too when the embedding is changed, for the sake of the head. An
-  adapter trained with ``ensure_weight_tying`` changes both alike, and they stay tied.
+  ``tie_word_embeddings: false``; so too when the embedding is changed, for the sake of the head
+  (`lora_export.base.tied_changes`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
-from lora_export.adapter import Adapter, Array, LoraModule
-from lora_export.checkpoint import Checkpoint, StoredTensor
-from lora_export.checkpoint_names import Names, Part, tied_head
+from lora_export.adapter import Adapter, Array, LoraModule, TokenRows
+from lora_export.base.ledger import Ledger
+from lora_export.base.quantised import Quantised, quantised_notes
+from lora_export.base.settle import settle
+from lora_export.base.tied_changes import MakePatch
+from lora_export.base.ties import Ties, find_ties, may_be_tied
+from lora_export.base.vocabulary import grows, head_hint, resize_hint, rows_hint
+from lora_export.checkpoint import Checkpoint
+from lora_export.checkpoint_names import NO_TENSOR, Names, Part
+from lora_export.formats.schemes import fitted
 from lora_export.patch import Patch, Placement, patch_from, replacement
 from lora_export.plan import Plan, PlanRow, unaccounted
-from lora_export.safetensors_header import FLOATS
+from lora_export.sites.renaming import AMBIGUOUS, Named, Renaming
 
 # Model families with Conv1D, and its names there (transformers ``pytorch_utils.Conv1D``).
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
 _CONV1D_NAMES = {"c_attn", "c_proj", "c_fc", "q_attn"}
 # Families whose stacked experts are ``(experts, in_dim, out_dim)`` (``is_transposed`` in transformers).
 _TRANSPOSED_EXPERTS = {"gpt_oss", "llama4", "llama4_text"}
-_HEADS = {"lm_head", "embed_out", "output_projection"}
-_EMBEDDINGS = {
-    *("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embed_in", "tokens_embed", "shared")
-}
-# Classes with an output head over the vocabulary, by a part of their name.
-_LANGUAGE_MODELS = ("LM", "PreTraining", "ConditionalGeneration")
-
-MakePatch = Callable[[type[Any]], Patch]
 
 
 @dataclass(frozen=True)
@@ -62,40 +62,69 @@ class Placed:
     """The plan for a checkpoint.
 
     Attributes:
+        quantised: The base's quantised weights.
         plan: What happens to each parameter.
         changes: Name of a stored or added tensor → its patches, in the order given, made on demand.
         stacked: Names of tensors whose first two axes are rows (stacked experts).
         added: Heads that are no longer tied.
         untied: The config says that head and embedding are tied, and the output's has to say no.
         absent: Parameters without a place because the base has no such name.
+        resized: Name of a stored or added tensor → its new shape, with rows for new tokens.
+        vocabulary: How many tokens the base has, and the output.
+        hints: What the user may give, or do to the base, to place what has no place.
     """
 
+    quantised: Quantised
     plan: Plan = field(default_factory=Plan)
     changes: dict[str, list[MakePatch]] = field(default_factory=dict)
     stacked: set[str] = field(default_factory=set)
     added: list[Added] = field(default_factory=list)
     untied: bool = False
     absent: list[str] = field(default_factory=list)
+    resized: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    vocabulary: tuple[int, int] | None = None
+    hints: tuple[str, ...] = ()
 
 
 class NoPlace(Exception):
-    """Why a parameter can't be placed; caught here and written into the plan."""
+    """Why a parameter can't be placed; caught here and written into the plan.
+
+    Attributes:
+        hint: What to do to the base, where that helps.
+    """
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.hint = hint
 
 
-def place_adapters(checkpoint: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float]) -> Placed:
+def place_adapters(
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    quantised: Quantised,
+    resize: bool = False,
+) -> Placed:
     """Find every change of some adapters in a checkpoint; what has no place is ``refused`` in the plan.
 
     Args:
         checkpoint: The base.
         adapters: What to merge.
         weights: A factor for each adapter's ΔW.
+        quantised: The base's quantised weights.
+        resize: Give the base the rows for new tokens that an adapter holds.
     """
-    placer = _Placer(checkpoint)
-    for adapter, weight in zip(adapters, weights, strict=True):
+    placer, notes = _Placer(checkpoint, quantised, resize), list[str]()
+    for given, weight in zip(adapters, weights, strict=True):
+        adapter = fitted(given, checkpoint.tensors, notes)
         start = len(placer.rows)
+        placer.begin(adapter)
         for path, values in adapter.extras.items():
             names: tuple[str, ...] = (adapter.extra_tensors.get(path, path),)
             placer.place(adapter, path, names, "replace", partial(placer.replaced, path, values, adapter))
+        for path, rows in adapter.token_rows.items():
+            act = partial(placer.rows_replaced, path, rows, adapter)
+            placer.place(adapter, path, (rows.tensor_name,), "replace", act)
         for module in adapter.modules.values():
             biases = tuple(n for n in module.tensor_names if n.endswith("bias")) if _biased(module) else ()
             names = tuple(n for n in module.tensor_names if n not in biases)
@@ -105,8 +134,19 @@ def place_adapters(checkpoint: Checkpoint, adapters: Sequence[Adapter], weights:
                 act = partial(placer.bias_added, module, adapter, weight)
                 placer.place(adapter, f"{module.path}.bias", biases, "add to bias", act)
         lost = unaccounted(adapter.tensor_names, placer.rows[start:])
-        placer.rows += [PlanRow(adapter.name, n, (n,), "refused", reason="no rule for it") for n in lost]
-    return placer.finish(any(a.config.get("ensure_weight_tying") for a in adapters))
+        placer.rows.extend(PlanRow(adapter.name, n, (n,), "refused", reason="no rule for it") for n in lost)
+    return placer.finish(notes)
+
+
+def named_of(adapter: Adapter) -> list[Named]:
+    """Return all that an adapter changes, by its own paths."""
+    named = [Named(path, "replace") for path in adapter.extras]
+    named += [Named(path, "replace rows") for path in adapter.token_rows]
+    for module in adapter.modules.values():
+        named.append(Named(f"{module.path}.{module.parameter}", "merge", module.component))
+        if _biased(module):
+            named.append(Named(f"{module.path}.bias", "add to bias", module.component))
+    return named
 
 
 def _biased(module: LoraModule) -> bool:
@@ -116,15 +156,37 @@ def _biased(module: LoraModule) -> bool:
 class _Placer:
     """Collects rows and changes of all adapters over one checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, quantised: Quantised, resize: bool) -> None:
         self._checkpoint = checkpoint
         self._names = Names(checkpoint)
-        self._result = Placed()
-        kinds = checkpoint.config.get("architectures") or []
-        headless = bool(kinds) and not any(part in kind for kind in kinds for part in _LANGUAGE_MODELS)
-        self._tied = tied_head(checkpoint.config) and not headless
-        self._heads: dict[str, str] = {}
-        self.rows: list[PlanRow] = []
+        self._quantised, self._resize = quantised, resize
+        self._ledger = Ledger(checkpoint)
+        self._stacked: set[str] = set()
+        self._absent: list[str] = []
+        self._hints: list[str] = []
+        self._notes: list[str] = []
+        self._renaming = Renaming(())
+        self._numbers: dict[Named, int] = {}
+
+    @property
+    def rows(self) -> list[PlanRow]:
+        """The plan so far."""
+        return self._ledger.rows
+
+    @cached_property
+    def _ties(self) -> Ties:
+        return find_ties(self._checkpoint)
+
+    def begin(self, adapter: Adapter) -> None:
+        """Find the base's names for all that one adapter changes: one change of names holds for it."""
+        self._ledger.begin(adapter)
+        named = named_of(adapter)
+        self._renaming = self._names.rename(named, adapter.flattened, adapter.scope)
+        self._numbers = {one: number for number, one in enumerate(named)}
+        if self._renaming.note:
+            self._notes.append(f"adapter '{adapter.name}': paths matched with {self._renaming.note}")
+        if self._renaming.hint:
+            self._hints.append(self._renaming.hint)
 
     def place(
         self,
@@ -138,75 +200,80 @@ class _Placer:
         try:
             places, layout, reason = act()
         except NoPlace as problem:
+            # Parts that were placed before the one that has no place.
+            self._ledger.drop({len(self.rows)})
+            self._hints += [problem.hint] * bool(problem.hint)
             self.rows.append(PlanRow(adapter.name, parameter, tensors, "refused", reason=str(problem)))
             return
         shown = ", ".join(places[:2]) + (f", … ({len(places)})" if len(places) > 2 else "")
         self.rows.append(PlanRow(adapter.name, parameter, tensors, action, shown, "", layout, reason))
 
-    def finish(self, tied_adapter: bool) -> Placed:
-        """Untie heads whose embedding changes, and return the whole."""
-        result, notes = self._result, []
-        embedding = next((name for name in result.changes if self._is_tied(name, _EMBEDDINGS)), None)
-        stored = next((name for name in self._checkpoint.tensors if self._is_tied(name, _HEADS)), None)
-        if stored is not None and (embedding is not None or stored in result.changes):
-            notes.append(self._part_stored_head(stored, embedding, tied_adapter))
-        if stored is None and embedding is not None and not self._heads:
-            self._heads["lm_head.weight"] = embedding
-        for name, source in self._heads.items():
-            if tied_adapter and source in result.changes:
-                result.changes.pop(name, None)
-                notes.append(f"{name} stays tied to {source}: the adapter was trained so")
-                continue
-            result.added.append(Added(name, source))
-            result.untied = True
-            notes.append(
-                f"{name} was tied to {source}; the adapter changes only one of them, so the output stores "
-                "both and its config says tie_word_embeddings: false"
-            )
-        result.plan = Plan(tuple(self.rows), tuple(notes))
-        return result
-
-    def _part_stored_head(self, head: str, embedding: str | None, tied_adapter: bool) -> str:
-        """Settle a head that the file holds although the config ties it: loading would drop it."""
-        if tied_adapter and embedding is not None:
-            self._result.changes[head] = self._result.changes[embedding]
-            return f"{head} stays tied to {embedding}: the adapter was trained so"
-        self._result.untied = True
-        return (
-            f"{head} is stored, and tied by the config: the output's config says tie_word_embeddings: false"
+    def finish(self, notes: Sequence[str]) -> Placed:
+        """Settle what shares a weight with others, and return the whole."""
+        ledger = self._ledger
+        settled = settle(ledger, lambda: self._ties, self._quantised)
+        changes = {name: [c.make for c in changes] for name, changes in ledger.changes.items() if changes}
+        said = [*notes, *self._notes, *settled.notes, *quantised_notes(self._quantised, changes)]
+        return Placed(
+            self._quantised,
+            Plan(tuple(ledger.rows), tuple(said)),
+            changes,
+            self._stacked,
+            [Added(name, source) for name, source in settled.parted],
+            settled.untied,
+            self._absent,
+            ledger.resized,
+            settled.vocabulary,
+            tuple(dict.fromkeys(self._hints)),
         )
-
-    def _is_tied(self, name: str, leaves: set[str]) -> bool:
-        return self._tied and _leaf(name) in leaves
 
     # What each kind of change does.
 
     def replaced(self, path: str, values: Array, adapter: Adapter) -> tuple[list[str], str, str]:
         """Put whole values in place of a parameter."""
-        name, reason = self._single(path, adapter.flattened, values.shape)
-        tensor = self._tensor(name)
+        name, reason = self._single(Named(path, "replace"), values.shape)
+        tensor = self._ledger.tensor(name)
         if tensor.shape != values.shape:
-            raise NoPlace(f"stored with shape {tensor.shape}, the adapter's values have {values.shape}")
-        matrix = values.reshape(view_of(tensor.shape, name in self._result.stacked))
-        self._add(name, lambda _: replacement(path, matrix))
+            may_grow = self._resize and name not in self._quantised.scaled
+            if not (may_grow and grows(path, tensor.shape, values.shape)):
+                raise NoPlace(
+                    f"stored with shape {tensor.shape}, the adapter's values have {values.shape}",
+                    rows_hint(path, tensor.shape, values.shape),
+                )
+            self._ledger.resized[name] = values.shape
+        matrix = values.reshape(view_of(values.shape, name in self._stacked))
+        self._ledger.add(name, lambda _: replacement(path, matrix))
         return [name], "", reason
+
+    def rows_replaced(self, path: str, rows: TokenRows, adapter: Adapter) -> tuple[list[str], str, str]:
+        """Put single rows in place of an embedding's, and of what is tied to it."""
+        name, reason = self._single(Named(path, "replace rows"))
+        shape = self._ledger.tensor(name).shape
+        if shape[1:] != rows.values.shape[1:]:
+            raise NoPlace(f"stored with shape {shape}, the adapter's rows have {rows.values.shape[1]} values")
+        if max(rows.indices) >= shape[0]:
+            wanted = max(rows.indices) + 1
+            raise NoPlace(f"row {wanted - 1} of {shape[0]}", resize_hint(wanted))
+        for first, values in rows.runs():
+            self._ledger.add(name, partial(_replaced, path, values, first), for_all=True)
+        return [name], f"{len(rows.indices)} rows", reason
 
     def bias_added(self, module: LoraModule, adapter: Adapter, weight: float) -> tuple[list[str], str, str]:
         """Add the scaled bias of lora_B to the module's own bias."""
         assert module.lora_bias is not None
         path, bias = f"{module.path}.bias", module.lora_bias
-        parts = self._names.find(path, adapter.flattened)
+        parts = self._find(Named(path, "add to bias", module.component))
         if isinstance(parts, str):
             raise NoPlace("lora_bias needs a bias to be added to, and the base has none here")
         name = parts[0].tensor
-        if self._tensor(name).shape != bias.shape:
-            raise NoPlace(f"{name} has shape {self._tensor(name).shape}, lora_bias {bias.shape}")
+        if self._ledger.tensor(name).shape != bias.shape:
+            raise NoPlace(f"{name} has shape {self._ledger.tensor(name).shape}, lora_bias {bias.shape}")
 
         def make(dtype: type[Any]) -> Patch:
             row = bias.astype(dtype)[None, :] * dtype(weight * module.scaling)
             return Patch(path, 0, 0, 1, bias.size, left=np.ones((1, 1), dtype), right=row)
 
-        self._add(name, make)
+        self._ledger.add(name, make)
         return [name], "", parts[0].reason
 
     def merged(self, module: LoraModule, adapter: Adapter, weight: float) -> tuple[list[str], str, str]:
@@ -216,7 +283,7 @@ class _Placer:
                 f"a convolution of {module.groups} groups can't be merged (PEFT refuses it, too); "
                 "it can be exposed"
             )
-        parts = self._parts(f"{module.path}.{module.parameter}", adapter.flattened, module.weight_shape)
+        parts = self._parts(Named(f"{module.path}.{module.parameter}", "merge", module.component))
         rows, _ = module.matrix_shape
         experts = {part.expert for part in parts}
         if None not in experts and len(experts) != module.experts:
@@ -230,14 +297,14 @@ class _Placer:
             placements, layout = self._fit(module, adapter, part, span)
             layouts.append(layout)
             for placement in placements:
-                self._add(part.tensor, partial(_make, module, placement, weight))
+                self._ledger.add(part.tensor, partial(_make, module, placement, weight))
         return [part.tensor for part in parts], layouts[0], parts[0].reason
 
     def _fit(
         self, module: LoraModule, adapter: Adapter, part: Part, span: tuple[int, int]
     ) -> tuple[list[Placement], str]:
         """Return where canonical rows ``span`` lie in a stored tensor; NoPlace if shapes don't allow it."""
-        tensor = self._tensor(part.tensor)
+        tensor = self._ledger.tensor(part.tensor)
         wanted = (span[1] - span[0], module.matrix_shape[1])
         stacked = module.experts > 1 and part.expert is None
         shape = tensor.shape[1:] if stacked and len(tensor.shape) == 3 else tensor.shape
@@ -248,15 +315,17 @@ class _Placer:
         same = shape == module.weight_shape or (plain and shape[:2] == wanted)
         turned = module.kind in ("linear", "parameter") and shape == wanted[::-1]
         if not same and not turned:
-            as_name = "" if tensor.name.endswith(f"{module.path}.{module.parameter}") else f" ({tensor.name})"
+            parameter = f"{module.path}.{module.parameter}"
+            as_name = "" if tensor.name.endswith(parameter) else f" ({tensor.name})"
             raise NoPlace(
-                f"stored with shape {tensor.shape}, the adapter fits {module.weight_shape}{as_name}"
+                f"stored with shape {tensor.shape}, the adapter fits {module.weight_shape}{as_name}",
+                rows_hint(parameter, shape, module.weight_shape),
             )
         transposed = turned and (not same or self._square_is_transposed(module, adapter))
         layout = "transposed" if transposed else ""
         if not stacked:
             return [Placement(span, 0, 0, transposed, expert=part.expert or 0)], layout
-        self._result.stacked.add(tensor.name)
+        self._stacked.add(tensor.name)
         height = tensor.shape[1]
         placements = [Placement(span, e * height, 0, transposed, expert=e) for e in range(module.experts)]
         return placements, f"{module.experts} experts stacked" + (", transposed" if transposed else "")
@@ -272,72 +341,54 @@ class _Placer:
 
     # Names.
 
-    def _parts(self, parameter: str, flattened: bool, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        parts = self._names.find(parameter, flattened)
+    def _find(self, named: Named) -> tuple[Part, ...] | str:
+        """Return where a parameter of the adapter is stored, or why that is not known."""
+        number = self._numbers[named]
+        name, problem = self._renaming.names[number], self._renaming.problems.get(number, "")
+        return (self._names.parts(name) if name and not problem else ()) or problem or NO_TENSOR
+
+    def _parts(self, named: Named, whole: tuple[int, ...] = ()) -> tuple[Part, ...]:
+        parts = self._find(named)
         if not isinstance(parts, str):
             self._check(parts)
             return parts
-        source = self._tied_source(parameter, shape)
-        if source is None:
-            if not parts.startswith("ambiguous"):
-                self._result.absent.append(parameter)
-            raise NoPlace(parts)
-        self._heads[parameter] = source
-        return (Part(parameter, reason=f"tied to {source}"),)
+        number = self._numbers[named]
+        parameter = self._renaming.names[number] or named.key
+        packed = self._quantised.packed_at(parameter)
+        if packed or parts.startswith(AMBIGUOUS):
+            raise NoPlace(packed or parts)
+        flattened = self._renaming.names[number] is None
+        tied = self._ties.absent(parameter, flattened) if may_be_tied(parameter) else None
+        if tied is None:
+            self._absent.append(named.key)
+            raise NoPlace(parts, head_hint(named.key, whole) if whole else "")
+        tie, name = tied
+        if name not in self._checkpoint.tensors:
+            self._ledger.sources[name] = tie.source
+        part = Part(name, reason=f"tied to {tie.source}")
+        self._check([Part(tie.source)])
+        return (part,)
 
     def _check(self, parts: Sequence[Part]) -> None:
-        """Refuse what can't be merged into: other dtypes than floats, and embeddings tied in unknown ways."""
+        """Refuse what can't be merged into."""
         for part in parts:
-            tensor = self._checkpoint.tensors[part.tensor]
-            if tensor.code not in FLOATS:
-                raise NoPlace(
-                    f"{tensor.name} is stored as {tensor.code}: a quantised weight can't be merged into"
-                )
-            if self._is_tied(part.tensor, _EMBEDDINGS | _HEADS) and not self._causal():
-                raise NoPlace(
-                    "embedding and output head are tied: both would change; save the base without its "
-                    "head, or with tie_word_embeddings=False"
-                )
+            reason = self._quantised.refusal(part.tensor)
+            if reason:
+                raise NoPlace(reason)
 
-    def _single(self, path: str, flattened: bool, shape: tuple[int, ...]) -> tuple[str, str]:
-        parts = self._parts(path, flattened, shape)
+    def _single(self, named: Named, whole: tuple[int, ...] = ()) -> tuple[str, str]:
+        parts = self._parts(named, whole)
         if len(parts) != 1 or parts[0].piece != (0, 1) or parts[0].expert is not None:
             raise NoPlace(f"the base stores it as {len(parts)} tensors: replacing it whole is not possible")
         return parts[0].tensor, parts[0].reason
-
-    def _tied_source(self, parameter: str, shape: tuple[int, ...]) -> str | None:
-        if not self._tied or _leaf(parameter) not in _HEADS or not self._causal():
-            return None
-        found = [t.name for t in self._checkpoint.tensors.values() if _leaf(t.name) in _EMBEDDINGS]
-        fitting = [name for name in found if self._checkpoint.tensors[name].shape == shape]
-        return fitting[0] if len(fitting) == 1 else None
-
-    def _causal(self) -> bool:
-        """Whether the output head is known to be a plain Linear beside the embedding.
-
-        Others do more where tied: T5 scales its output then, BERT has a transform and a bias before it.
-        """
-        kinds = self._checkpoint.config.get("architectures") or []
-        return any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
-
-    def _tensor(self, name: str) -> StoredTensor:
-        """Return a stored tensor, or for a head that is tied its source under the head's name."""
-        if name in self._heads and name not in self._checkpoint.tensors:
-            return replace(self._checkpoint.tensors[self._heads[name]], name=name)
-        return self._checkpoint.tensors[name]
-
-    def _add(self, name: str, make: MakePatch) -> None:
-        self._result.changes.setdefault(name, []).append(make)
 
 
 def _make(module: LoraModule, placement: Placement, weight: float, dtype: type[Any]) -> Patch:
     return patch_from(module, placement, weight, dtype)
 
 
-def _leaf(name: str) -> str:
-    """Return ``embed_tokens`` for ``model.embed_tokens.weight``."""
-    module, _, leaf = name.rpartition(".")
-    return module.rpartition(".")[2] if leaf == "weight" else ""
+def _replaced(path: str, values: Array, row: int, _: type[Any]) -> Patch:
+    return replacement(path, values, row)
 
 
 def view_of(shape: tuple[int, ...], stacked: bool) -> tuple[int, int]:

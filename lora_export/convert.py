@@ -16,7 +16,7 @@ from lora_export.errors import GraphError, OutputError, SiteError
 from lora_export.exposed import KEY, ExposedGraph, exposed_of
 from lora_export.exposed_output import refuse_changed_weights
 from lora_export.foreign import foreign_lora
-from lora_export.formats import WRITERS, load_adapter, writer_of
+from lora_export.formats import WRITERS, as_adapter, writer_of
 from lora_export.formats.provenance import Provenance, Writer, is_converted
 from lora_export.formats.source import EDGE_LLM_NAME
 from lora_export.graph import GraphFile, load_graph
@@ -81,6 +81,7 @@ def convert_adapter(
     output: PathLike,
     *,
     format: str | None = None,
+    component: str | None = None,
     allow_unmatched: bool = False,
     any_base: bool = False,
     force: bool = False,
@@ -93,6 +94,7 @@ def convert_adapter(
         graph: The ``.onnx`` file that it is for: of `swap_onnx`, or one that another tool gave LoRA inputs.
         output: File (or for ``edge-llm`` folder) to write.
         format: A key of `WRITERS`; by default what the output's suffix says.
+        component: The part of the adapter that belongs to the graph, see `load_adapter`.
         allow_unmatched: Go on without what has no place in the graph.
         any_base: Go on with a file that was converted for another base, unless its values were computed from
             that one: DoRA's factors, changes that make whole parameters.
@@ -114,7 +116,7 @@ def convert_adapter(
     format = _format_of(target, format, genai)
     writer = writer_of(format)
     _check_output(target, format, writer, file, genai)
-    loaded = adapter if isinstance(adapter, Adapter) else load_adapter(Path(adapter))
+    loaded = as_adapter(adapter, component)
     refuse_overlap([file.path, Path(loaded.source)], {"adapter": target})
     if not dry_run:
         refuse_existing([target], force)

@@ -6,18 +6,19 @@ kohya's underscores. A file that was converted already may name a whole pack as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lora_export.adapter import Adapter
 from lora_export.exposed import ExposedGraph, ExposedModule, Member
 from lora_export.formats.provenance import is_converted
 from lora_export.sites import names
+from lora_export.sites.known_names import KnownNames
+from lora_export.sites.renaming import NOT_FOUND, Named, rename
 
 # Part of the reason of a module that the graph has no tensors for.
 NO_TENSORS = " has no LoRA tensors for it"
 _WEIGHT = ".weight"
-_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -45,42 +46,38 @@ class Finder:
 
     Attributes:
         notes: What was assumed for all paths.
+        hint: What would give paths without a place one, where that is known.
     """
 
     def __init__(self, adapter: Adapter, exposed: ExposedGraph, where: str) -> None:
         self._where, self._flattened = where, adapter.flattened
         self._places = _places(exposed, is_converted(adapter.config))
         self.notes: list[str] = []
-        paths = [lora.path for lora in adapter.modules.values()]
-        paths = paths or [key.rpartition(".")[0] for key in adapter.extras]
-        self._table = names.Flattened(self._places) if adapter.flattened else None
-        self._prefixes: Sequence[names.Prefix] = (names.Prefix(),)
-        if not adapter.flattened:
-            self._prefixes = names.find_prefixes([path + _WEIGHT for path in paths], self._places)
-        if len(self._prefixes) == 1 and self._prefixes[0] != names.Prefix():
-            self.notes.append(f"paths matched with {_said(self._prefixes[0])}")
+        named = [
+            *(_named(lora.path, lora.component) for lora in adapter.modules.values()),
+            *(_named(key.rpartition(".")[0]) for key in adapter.extras),
+        ]
+        named = list(dict.fromkeys(named))
+        self._renaming = rename(
+            named, KnownNames(self._places), flattened=adapter.flattened, scope=adapter.scope
+        )
+        self._numbers = {one: number for number, one in enumerate(named)}
+        if self._renaming.note:
+            self.notes.append(f"paths matched with {self._renaming.note}")
+        self.hint = self._renaming.hint
 
-    def find(self, path: str) -> Place | str:
+    def find(self, path: str, component: str | None = None) -> Place | str:
         """Return the place of a module, or why it has none."""
-        key = path + _WEIGHT
-        if self._table is not None:
-            fitting = self._table.find(key)
-            if len(fitting) > 1:
-                return f"ambiguous: may be {', '.join(fitting[:_SHOWN])}"
-            if fitting:
-                return Place(*self._places[fitting[0]], "path without its dots")
-            return self._not_found(path)
-        if len(self._prefixes) > 1:
-            changes = ", ".join(sorted(map(_said, self._prefixes))[:_SHOWN])
-            return f"ambiguous: the graph's paths fit with several changes ({changes})"
-        prefix = self._prefixes[0] if self._prefixes else names.Prefix()
-        how = _said(prefix) if prefix != names.Prefix() else ""
+        number = self._numbers[_named(path, component)]
+        key, problem = self._renaming.names[number], self._renaming.problems.get(number, "")
+        if key is None:
+            return self._not_found(path) if problem.startswith(NOT_FOUND) else problem
+        said = [self._renaming.note] if self._renaming.note else []
+        said += ["path without its dots"] if self._flattened else []
         for variant in names.variants(key):
-            if variant.part is None and len(variant.keys) == 1:
-                name = prefix.apply(variant.keys[0])
-                if name is not None and name in self._places:
-                    said = "; ".join(text for text in (how, variant.how) if text)
-                    return Place(*self._places[name], said)
+            if variant.part is None and len(variant.keys) == 1 and variant.keys[0] in self._places:
+                how = [*said, variant.how] if variant.how else said
+                return Place(*self._places[variant.keys[0]], "; ".join(how))
         return self._not_found(path)
 
     def _not_found(self, path: str) -> str:
@@ -99,7 +96,5 @@ def _places(exposed: ExposedGraph, packs: bool) -> Mapping[str, tuple[ExposedMod
     return places | {member.path + _WEIGHT: (module, member) for module, member in exposed.members()}
 
 
-def _said(prefix: names.Prefix) -> str:
-    strip = f"'{prefix.strip}.' taken off" if prefix.strip else ""
-    add = f"'{prefix.add}.' put in front" if prefix.add else ""
-    return " and ".join(text for text in (strip, add) if text) or "no change"
+def _named(path: str, component: str | None = None) -> Named:
+    return Named(path + _WEIGHT, "merge", component)

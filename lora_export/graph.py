@@ -8,6 +8,7 @@ in the model's own folder or below it, never an absolute path or one through ``.
 from __future__ import annotations
 
 import math
+import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,14 @@ from lora_export.errors import GraphError
 
 # Tensors without their data that are named: mostly they are all of a file's.
 _SHOWN = 5
+# The domain of ONNX Runtime's own operators.
+ORT_DOMAIN = "com.microsoft"
+# Suffix → what such a file is.
+_OTHERS = {
+    **dict.fromkeys((".engine", ".plan", ".trt"), "a TensorRT engine"),
+    **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin"), "a PyTorch file"),
+    **dict.fromkeys((".xml", ".tflite", ".mlmodel", ".gguf"), "a model in another format"),
+}
 # What a merge can compute in. Everything else (int8, uint4, float8 …) is a quantised weight.
 FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
@@ -68,10 +77,15 @@ class GraphFile:
         return {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
 
 
-def load_graph(path: str | os.PathLike[str]) -> GraphFile:
+def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> GraphFile:
     """Read an ONNX file without its external data, and check that the external data is all there.
 
-    Functions are inlined, so that every node is in a graph.
+    Functions are inlined, so that every node is in a graph, but for those that say what one of ONNX Runtime's
+    own operators does: it runs the operator, and its results have other bits than the function's.
+
+    Args:
+        path: The file.
+        portable: Inline those as well, for other runtimes.
 
     Raises:
         GraphError: Not an ONNX file, empty, or external data missing, short or outside the folder.
@@ -84,11 +98,7 @@ def load_graph(path: str | os.PathLike[str]) -> GraphFile:
         )
     if not file.is_file():
         raise GraphError(f"no ONNX file at {file}", "check the path")
-    if file.suffix == ".safetensors":
-        raise GraphError(
-            f"{file} holds weights, not a graph",
-            "give an .onnx file, or where a checkpoint is taken as well, the folder that it is in",
-        )
+    _refuse_other_formats(file)
     try:
         model = ir.load(file)
     except Exception as error:  # protobuf and onnx_ir raise many kinds for a damaged file
@@ -102,7 +112,7 @@ def load_graph(path: str | os.PathLike[str]) -> GraphFile:
     if model.functions:
         from onnx_ir.passes.common import InlinePass
 
-        model = InlinePass()(model).model
+        model = InlinePass(None if portable else _is_no_operator)(model).model
     graph = GraphFile(model, file)
     _read_constants(model)
     problems = [problem for value in graph.initializers() for problem in _external_problems(value)]
@@ -114,6 +124,30 @@ def load_graph(path: str | os.PathLike[str]) -> GraphFile:
             problems[:_SHOWN] + ([f"… and {more} more"] if more > 0 else []),
         )
     return graph
+
+
+def _is_no_operator(function: ir.Function) -> bool:
+    return function.domain != ORT_DOMAIN
+
+
+def _refuse_other_formats(file: Path) -> None:
+    """Raise `GraphError` for files that people take for ONNX, by their first bytes or their name."""
+    if file.suffix == ".safetensors":
+        raise GraphError(
+            f"{file} holds weights, not a graph",
+            "give an .onnx file, or where a checkpoint is taken as well, the folder that it is in",
+        )
+    with file.open("rb") as opened:
+        start = opened.read(8)
+    if start[4:] == b"ORTM" or file.suffix == ".ort":
+        raise GraphError(
+            f"{file} is in ONNX Runtime's own format (.ort), which can't be changed",
+            "give the .onnx file that it was converted from, and convert the result",
+        )
+    if file.suffix in _OTHERS:
+        raise GraphError(
+            f"{file} is {_OTHERS[file.suffix]}, not an ONNX file", "give the .onnx file that it was made from"
+        )
 
 
 def _read_constants(model: ir.Model) -> None:
@@ -197,6 +231,17 @@ def stored_matrix(tensor: ir.TensorProtocol) -> Array:
     """Return a (memory-mapped) view of a tensor as a matrix: see `matrix_shape`."""
     values: Array = np.asarray(tensor.numpy())
     return values.reshape(matrix_shape(values.shape))
+
+
+def release(value: ir.Value) -> None:
+    """Give back the memory of a constant's pages that were read; views of it stay valid.
+
+    Pages of a mapped file count as this process's memory until then: comparing all weights of a model would
+    come to the model's size.
+    """
+    tensor = value.const_value
+    if isinstance(tensor, ir.ExternalTensor) and tensor.raw is not None and hasattr(mmap, "MADV_DONTNEED"):
+        tensor.raw.madvise(mmap.MADV_DONTNEED)
 
 
 def matrix_shape(shape: tuple[int, ...], stacked: bool = False) -> tuple[int, int]:

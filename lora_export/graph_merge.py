@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,21 +12,28 @@ import onnx_ir as ir
 
 from lora_export.adapter import Adapter
 from lora_export.branches.place import refuse_exposed
-from lora_export.errors import GraphError
-from lora_export.external_data import Change
+from lora_export.errors import GraphError, SiteError
+from lora_export.external_data import Change, merged_values
+from lora_export.formats.schemes import fitted
 from lora_export.graph import GraphFile
 from lora_export.onnx_base import drop_dead
 from lora_export.patch import Patch, Placement, join, patch_from, replacement
-from lora_export.placing import placed_row, quantised_operators, refuse, refuse_unaccounted, refused_row
+from lora_export.placing import placed_row, refuse, refuse_unaccounted, refused_row
 from lora_export.plan import Plan, PlanRow
+from lora_export.rounding import WARN_RELATIVE
 from lora_export.sites.bias import restore_biases
+from lora_export.sites.grid import loss_of, quantisers
 from lora_export.sites.isolate import Isolator
+from lora_export.sites.ranges import cut_off
 from lora_export.sites.resolve import Resolver
-from lora_export.sites.target import Miss, Site, Target, WeightOf, targets_of
+from lora_export.sites.slot import Use
+from lora_export.sites.target import BaseWeights, Miss, Site, Target, targets_of
 
 # Of a graph's metadata: the adapters merged into it, and the identity of the base without any.
 MERGED_KEY = "lora_export.merged"
 MERGED_BASE_KEY = "lora_export.merged_base"
+# Share of ‖ΔW‖ that a weight's grid may cut off: less is a tenth of the effect, as in parity.
+_MOST_CUT = 0.1
 _GROUPED = (
     "a grouped convolution mixes the groups through lora_A and can't be merged (PEFT refuses it as well); "
     "expose it with swap-onnx instead"
@@ -37,7 +44,7 @@ def plan_changes(
     graph: GraphFile,
     adapters: Sequence[Adapter],
     factors: Sequence[float],
-    weight_of: WeightOf | None,
+    weight_of: BaseWeights | None,
     allow_unmatched: bool,
 ) -> tuple[Plan, dict[ir.Value, Change]]:
     """Resolve every target of every adapter, then give each its constant and its patches.
@@ -46,7 +53,7 @@ def plan_changes(
         graph: The base; a constant that others read too gets a copy of its own.
         adapters: To be added up.
         factors: One for each.
-        weight_of: Looks up a target's weight in the checkpoint, where there is one.
+        weight_of: The checkpoint's weights, where there is one.
         allow_unmatched: Leave out what has no place, instead of refusing.
 
     Returns:
@@ -61,21 +68,25 @@ def plan_changes(
     resolver, isolator = Resolver(graph, weight_of), Isolator()
     found: list[tuple[Adapter, float, list[Site]]] = []
     rows: list[PlanRow] = []
-    for adapter, factor in zip(adapters, factors, strict=True):
-        sites, misses = resolver.resolve(targets_of(adapter), adapter.flattened)
-        sites, misses = restore_biases(sites, misses, weight_of)
+    notes: list[str] = []
+    for given, factor in zip(adapters, factors, strict=True):
+        adapter = fitted(given, resolver.known, notes)
+        sites, misses = resolver.resolve(targets_of(adapter), adapter.flattened, adapter.scope)
+        sites, misses = restore_biases(sites, misses, resolver.weight_of)
         grouped = [site for site in sites if site.target.module and site.target.module.groups > 1]
         sites = [site for site in sites if site not in grouped]
-        misses += [Miss(site.target, _GROUPED) for site in grouped]
+        misses += [Miss(site.target, _GROUPED, "branch only") for site in grouped]
         if misses and not (allow_unmatched and sites):
-            refuse(graph, adapter, sites, misses, quantised_operators(resolver))
+            checked = weight_of is not None
+            refuse(graph, adapter, sites, misses, verb="merge-onnx", checked=checked, uses=resolver.uses)
         rows += [placed_row(adapter, site) for site in sites]
         rows += [refused_row(adapter, miss) for miss in misses]
         refuse_unaccounted(adapter, rows)
         found.append((adapter, factor, sites))
-    changes = _changes(found, isolator)
+    changes, rounded = _changes(found, isolator)
+    warnings = [*_kept_by_grids(graph, rounded, changes), *cut_off(_results(found))]
     drop_dead(graph)
-    return Plan(tuple(rows), tuple(isolator.notes)), changes
+    return Plan(tuple(rows), (*notes, *isolator.notes), tuple(warnings)), changes
 
 
 def _refuse_merged(graph: GraphFile, adapters: Sequence[Adapter]) -> None:
@@ -87,18 +98,69 @@ def _refuse_merged(graph: GraphFile, adapters: Sequence[Adapter]) -> None:
         )
 
 
-def _changes(found: list[tuple[Adapter, float, list[Site]]], isolator: Isolator) -> dict[ir.Value, Change]:
+def _results(found: list[tuple[Adapter, float, list[Site]]]) -> list[ir.Value]:
+    """Return what is computed from the changed parameters."""
+    uses = [use for _, _, sites in found for site in sites for part in site.parts for use in part.uses]
+    return [use.node.outputs[0] for use in uses]
+
+
+def _kept_by_grids(
+    graph: GraphFile, rounded: Mapping[ir.Value, list[Use]], changes: Mapping[ir.Value, Change]
+) -> list[str]:
+    """Return a warning for each weight that the graph rounds to a grid which loses much of the change.
+
+    Raises:
+        SiteError: A grid's range cuts off so much that the result would not be the adapter.
+    """
+    refused, warnings = [], []
+    for value, uses in rounded.items():
+        tensor = value.const_value
+        assert tensor is not None
+        before, after = np.asarray(tensor.numpy()), merged_values(value, changes[value])
+        loss = max((loss_of(use, before, after) for use in uses), key=lambda loss: loss.cut)
+        line = (
+            f"{value.name}: {loss.beyond:.1%} of the changed values lie beyond the range of "
+            f"{loss.node or 'its QuantizeLinear'}, which cuts off {loss.cut:.1%} of ‖ΔW‖"
+        )
+        if loss.cut > _MOST_CUT:
+            refused.append(line)
+        elif loss.beyond:
+            warnings.append(line)
+        if loss.cut <= _MOST_CUT and loss.error > WARN_RELATIVE:
+            warnings.append(
+                f"{value.name}: the graph rounds it to the grid of {loss.node or 'a QuantizeLinear'}, which "
+                f"changes ΔW by {loss.error:.0%} of ‖ΔW‖; swap-onnx keeps the adapter beside it"
+            )
+    if refused:
+        raise SiteError(
+            f"{graph.path.name} rounds its weights to ranges that were calibrated without the adapter, and "
+            f"they would cut off more than {_MOST_CUT:.0%} of its change in {len(refused)} of them",
+            "keep the adapter beside the rounded weights (lora-export swap-onnx), or merge it into the "
+            "model before its scales are calibrated",
+            refused,
+        )
+    return warnings
+
+
+def _changes(
+    found: list[tuple[Adapter, float, list[Site]]], isolator: Isolator
+) -> tuple[dict[ir.Value, Change], dict[ir.Value, list[Use]]]:
+    """Return what changes in each constant, and the ways of those that the graph rounds."""
     wanted: dict[ir.Value, list[tuple[Target, Placement, float]]] = defaultdict(list)
+    rounded: dict[ir.Value, list[Use]] = defaultdict(list)
     for _, factor, sites in found:
         for site in sites:
             target = site.target
             for part in site.parts:
                 value = isolator.constant_for(part, target.path, target.key.rpartition(".")[2])
                 wanted[value] += [(target, placement, factor) for placement in part.placements]
-    return {
+                if ways := [use for use in part.uses if quantisers(use)]:
+                    rounded[value] += ways
+    changes = {
         value: Change(partial(_patches, group, _work_dtype(value)), group[0][0].experts > 1)
         for value, group in wanted.items()
     }
+    return changes, rounded
 
 
 def _patches(

@@ -125,6 +125,7 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
 
 def adapter_entry(adapter: Adapter, weight: float) -> dict[str, Any]:
     """Return what a manifest says of an adapter."""
+    rows = {path: len(rows.indices) for path, rows in adapter.token_rows.items()}
     return {
         "name": adapter.name,
         "format": adapter.format,
@@ -135,4 +136,4 @@ def adapter_entry(adapter: Adapter, weight: float) -> dict[str, Any]:
             for key, module in adapter.modules.items()
         },
         "replaced": sorted(adapter.extras),
-    }
+    } | ({"replaced_rows": rows} if rows else {})

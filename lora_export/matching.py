@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lora_export.adapter import Adapter, Array, LoraModule
+from lora_export.adapter import Adapter, Array, Kind, LoraModule, token_rows_problems
 from lora_export.base_weights import WeightOf, has_constant, holds, read_stored
 from lora_export.exposed import ExposedGraph, ExposedModule, Member
 from lora_export.finding import Finder, Place
 from lora_export.formats.provenance import is_converted
+from lora_export.formats.schemes import fitted
 from lora_export.plan import PlanRow
 from lora_export.saved import change_of, with_bias
 
@@ -83,12 +84,14 @@ class Matches:
         unchanged: Whole parameters that the base holds already.
         refused: What has no place, with the reason.
         notes: What was assumed.
+        hint: What would give paths without a place one, where that is known.
     """
 
     pairings: list[Pairing] = field(default_factory=list)
     unchanged: list[PlanRow] = field(default_factory=list)
     refused: list[PlanRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    hint: str = ""
 
 
 def weight_tensors(lora: LoraModule) -> tuple[str, ...]:
@@ -112,12 +115,22 @@ def match_modules(adapter: Adapter, exposed: ExposedGraph, where: str, weight_of
         where: The graph's file, for reasons.
         weight_of: The graph's constants; without them every whole parameter is refused.
     """
-    finder, found = Finder(adapter, exposed, where), Matches()
+    notes: list[str] = []
+    known = {f"{member.path}.weight" for _, member in exposed.members()}
+    adapter = fitted(adapter, known, notes, others=getattr(weight_of, "names", tuple))
+    finder = Finder(adapter, exposed, where)
+    found = Matches(notes=notes, hint=finder.hint)
     found.notes += finder.notes
+    rows = zip(adapter.token_rows.items(), token_rows_problems(adapter), strict=True)
+    found.refused += [
+        PlanRow(adapter.name, path, (row.tensor_name,), "refused", reason=reason.partition(": ")[2])
+        for (path, row), reason in rows
+    ]
     converted = is_converted(adapter.config)
     for lora in adapter.modules.values():
-        place = _unsupported(lora, exposed) or finder.find(lora.path)
+        place = _unsupported(lora, exposed) or finder.find(lora.path, lora.component)
         if isinstance(place, Place):
+            lora = _as_exposed(lora, place.module)
             place = _misfit(lora, place, converted) or place
         if isinstance(place, str):
             _refuse_module(adapter, lora, place, found)
@@ -186,6 +199,12 @@ def _unsupported(lora: LoraModule, exposed: ExposedGraph) -> str:
     return "" if exposed.dora else f"DoRA, and the graph has no factors; swap-onnx --dora, or {_MERGE}"
 
 
+def _as_exposed(lora: LoraModule, module: ExposedModule) -> LoraModule:
+    """The factors in the graph's form: a Linear may be a convolution of ones, and the other way round."""
+    ones = module.kind in ("linear", "conv") and all(size == 1 for size in module.kernel)
+    return lora.with_kernel(len(module.kernel)) if ones and module.groups == 1 and lora.is_pointwise else lora
+
+
 def _misfit(lora: LoraModule, place: Place, converted: bool) -> str:
     """Why the factors don't fit their place, or an empty text."""
     module = place.module
@@ -247,7 +266,7 @@ def _place_replaced(adapter: Adapter, finder: Finder, found: Matches, weight_of:
                 reason = changed if isinstance(changed, str) else ""
                 if not isinstance(changed, str):
                     found.pairings[index] = replace(pair, lora=changed, from_base=True)
-            elif leaf == "weight" and index is None and place.module.kind != "conv":
+            elif leaf == "weight" and index is None:
                 lora = _weight_change(path, place, values, weight_of, tensors)
                 reason = lora if isinstance(lora, str) else _misfit(lora, place, converted=False)
                 if not isinstance(lora, str) and not reason:
@@ -259,12 +278,15 @@ def _place_replaced(adapter: Adapter, finder: Finder, found: Matches, weight_of:
 def _weight_change(
     path: str, place: Place, values: Array, weight_of: WeightOf, tensors: tuple[str, ...]
 ) -> LoraModule | str:
-    kind, size = place.module.kind, (place.member.out_dim, place.module.in_dim)
-    wanted = size[::-1] if kind == "embedding" else size
-    if values.shape != wanted:
+    module, size = place.module, (place.member.out_dim, place.module.in_dim)
+    if any(length != 1 for length in module.kernel) or module.groups > 1:
+        return _REPLACED
+    wanted = size[::-1] if module.kind == "embedding" else size
+    if values.shape[:2] != wanted or values.size != wanted[0] * wanted[1]:
         return f"shapes differ: {values.shape}, the graph has {wanted}"
     old = read_stored(place.member.stored, wanted, weight_of)
-    return change_of(path, kind, values, old, tensors)
+    kind: Kind = "embedding" if module.kind == "embedding" else "linear"
+    return _as_exposed(change_of(path, kind, values.reshape(wanted), old, tensors), module)
 
 
 def _bias_change(

@@ -9,16 +9,25 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from lora_export.adapter import Adapter
-from lora_export.errors import GraphError, OutputError
+from lora_export.errors import CheckpointError, GraphError, OutputError, SiteError
 from lora_export.graph import GraphFile, load_graph
 from lora_export.manifest import FileHash, hash_file, identity_of
 from lora_export.output import refuse_replacing
-from lora_export.sites.target import WeightOf
+from lora_export.placing import OTHER_VALUES, with_unverified
+from lora_export.plan import Plan
+from lora_export.sites.target import BaseWeights
+
+if TYPE_CHECKING:
+    from lora_export.checkpoint import Checkpoint
+
+# A folder; None: the one that an adapter names as its base, where it is on this machine; False: none.
+CheckpointChoice = str | os.PathLike[str] | Literal[False] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,15 +36,19 @@ class Base:
 
     Attributes:
         graph: The graph.
-        weight_of: Looks up a target's weight in the checkpoint, where there is one.
+        weight_of: The checkpoint's weights, where there is one.
         shared_files: Data files in which unchanged weights may stay.
         files: What it was read from.
+        checkpoint: The folder that an ONNX file's weights are compared with.
+        notes: Where that folder was found, or why there is none.
     """
 
     graph: GraphFile
-    weight_of: WeightOf | None
+    weight_of: BaseWeights | None
     shared_files: set[Path]
     files: list[Path]
+    checkpoint: Path | None = None
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def hashes(self) -> dict[Path, FileHash]:
@@ -47,6 +60,23 @@ class Base:
         """One SHA-256 for the base as a whole."""
         return identity_of(self.hashes.values())
 
+    def verified(self, plan: Plan) -> Plan:
+        """Return a plan that says what was compared with the checkpoint, and what was not.
+
+        Raises:
+            SiteError: The folder that the user gave confirms no place at all.
+        """
+        if self.checkpoint is None:
+            return replace(plan, notes=(*plan.notes, *self.notes))
+        try:
+            plan = with_unverified(plan, self.checkpoint)
+        except SiteError as error:
+            if not self.notes:
+                raise
+            # The folder was not the user's choice, and names led to every place.
+            return replace(plan, notes=(*plan.notes, f"values were not compared: {error.message}"))
+        return replace(plan, notes=(*plan.notes, *self.notes))
+
 
 @contextlib.contextmanager
 def open_base(
@@ -54,10 +84,11 @@ def open_base(
     out: Path,
     adapters: Collection[Adapter],
     *,
-    checkpoint: str | os.PathLike[str] | None,
+    checkpoint: CheckpointChoice,
     share_base: bool,
     force: bool,
     dry_run: bool,
+    allow_unmatched: bool = False,
     dtype: str | None = None,
     kv_cache: bool = False,
     prepare: Callable[[Path], Path] | None = None,
@@ -68,10 +99,12 @@ def open_base(
         base: An ONNX file or a Hugging Face folder.
         out: The graph to write.
         adapters: What is read besides: no output may replace it, and what they replace a folder may lack.
-        checkpoint: The folder that an ONNX file was exported from.
+        checkpoint: The folder that an ONNX file was exported from; None: the one that an adapter names as its
+            base, if it is on this machine; False: none.
         share_base: Unchanged weights are to stay in the base's files.
         force: Existing outputs may be replaced.
         dry_run: Nothing will be written.
+        allow_unmatched: What has no place will be left out.
         dtype: To capture a folder in; float32 if left out.
         kv_cache: Capture it with its key-value cache.
         prepare: Makes the folder to capture in the base's place, in a temporary one.
@@ -79,6 +112,8 @@ def open_base(
     Raises:
         GraphError: The graph can't be read, or is to be captured in a dtype or with a cache.
         CheckpointError: The folder can't be read or captured.
+        AdapterError: An adapter is not for the folder: seen before the capture, by names alone.
+        SiteError: Some of an adapter is not in the folder.
         OutputError: An output exists or would replace what is read, or there is nothing to share.
     """
     paths = output_paths(out)
@@ -90,7 +125,9 @@ def open_base(
     with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=place) as scratch:
         if base.is_dir():
             from lora_export.capture import capture_checkpoint
+            from lora_export.checkpoint_merge import refuse_absent
 
+            refuse_absent(base, list(adapters), allow_unmatched)
             source, captured = prepare(Path(scratch)) if prepare else base, Path(scratch) / "base.onnx"
             capture_checkpoint(
                 source,
@@ -103,9 +140,24 @@ def open_base(
         else:
             graph = load_graph(base)
             _refuse_capturing(base, dtype, kv_cache)
-        opened = _opened(base, graph, checkpoint, share_base)
+        opened = _opened(base, graph, adapters, checkpoint, share_base)
         refuse_overlap(opened.files, paths)
-        yield opened, paths
+        try:
+            yield opened, paths
+        except SiteError as error:
+            raise _explained(error, opened) from error
+
+
+def _explained(error: SiteError, base: Base) -> SiteError:
+    """Say where the folder came from that a graph's values differ from."""
+    if not base.notes or not any(OTHER_VALUES in problem for problem in error.problems):
+        return error
+    return SiteError(
+        f"{error.message} ({base.notes[0]})",
+        "give --checkpoint with the folder that the graph was exported from; if the graph is right and the "
+        "folder is another model by now, --no-checkpoint (checkpoint=False) goes by names alone",
+        error.problems,
+    )
 
 
 def _refuse_capturing(base: Path, dtype: str | None, kv_cache: bool) -> None:
@@ -117,24 +169,63 @@ def _refuse_capturing(base: Path, dtype: str | None, kv_cache: bool) -> None:
         )
 
 
-def _opened(base: Path, graph: GraphFile, checkpoint: str | os.PathLike[str] | None, share: bool) -> Base:
+def _opened(
+    base: Path, graph: GraphFile, adapters: Collection[Adapter], checkpoint: CheckpointChoice, share: bool
+) -> Base:
     data_files = graph.data_files()
     if share and not data_files:
         raise OutputError(
             f"{base} has no weights in files of their own: nothing can be shared",
             "leave out --share-base, or save the base with external data first",
         )
-    folder = base if base.is_dir() and checkpoint is None else checkpoint
-    if folder is None:
-        return Base(graph, None, data_files if share else set(), _base_files(base, graph))
     from lora_export.canonical import CheckpointWeights, link_weights
     from lora_export.checkpoint import Checkpoint
 
-    opened = Checkpoint.open(Path(folder))
-    shared = set()
-    if share:
-        shared = link_weights(graph, opened) if base.is_dir() else data_files
-    return Base(graph, CheckpointWeights(opened), shared, _base_files(base, graph))
+    files, shared = _base_files(base, graph), data_files if share else set()
+    if base.is_dir() and not checkpoint:
+        opened = Checkpoint.open(base)
+        shared = link_weights(graph, opened) if share else set()
+        return Base(graph, CheckpointWeights(opened), shared, files)
+    if checkpoint:
+        opened = Checkpoint.open(Path(checkpoint))
+        if share and base.is_dir():
+            shared = link_weights(graph, opened)
+        return Base(graph, CheckpointWeights(opened), shared, files, Path(checkpoint))
+    found, notes = (None, []) if checkpoint is False else _named_checkpoint(adapters)
+    if found is None:
+        return Base(graph, None, shared, files, notes=tuple(notes))
+    return Base(graph, CheckpointWeights(found), shared, files, found.folder, tuple(notes))
+
+
+def _named_checkpoint(adapters: Collection[Adapter]) -> tuple[Checkpoint | None, list[str]]:
+    """Return the local folder that adapters name as their base, and what there is to say of it."""
+    from lora_export.checkpoint import Checkpoint
+
+    weights: dict[Path, Adapter] = {}
+    for adapter in adapters:
+        # A name of the hub is a path as well, and that folder is what PEFT would load.
+        folder = Path(adapter.base_model or "")
+        if adapter.base_model and _holds_weights(folder):
+            weights.setdefault(folder.resolve(), adapter)
+    if not weights:
+        return None, []
+    if len(weights) > 1:
+        listed = ", ".join(f"{adapter.name}: {folder}" for folder, adapter in weights.items())
+        return None, [f"values were not compared: the adapters name several folders as their base ({listed})"]
+    ((folder, adapter),) = weights.items()
+    try:
+        opened = Checkpoint.open(folder)
+    except CheckpointError as error:
+        where = f"{folder}, which {adapter.name!r} names as its base"
+        return None, [f"values were not compared with {where}: {error.message}"]
+    return opened, [f"values compared with {folder}, which {adapter.name!r} names as its base"]
+
+
+def _holds_weights(folder: Path) -> bool:
+    try:
+        return folder.is_dir() and any(folder.glob("*.safetensors"))
+    except OSError:  # a text that is too long to be a path, or a folder that may not be read
+        return False
 
 
 def refuse_overlap(base_files: Sequence[Path], targets: Mapping[str, Path]) -> None:

@@ -35,10 +35,17 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows in the order of the adapters' files."""
+    """What happens to everything that adapters change.
+
+    Attributes:
+        rows: In the order of the adapters' files.
+        notes: What a user may want to know.
+        warnings: What a user should not miss.
+    """
 
     rows: tuple[PlanRow, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = field(default=())
 
     @property
     def refused(self) -> list[PlanRow]:
@@ -52,7 +59,8 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        return {"rows": [asdict(row) for row in self.rows], "notes": list(self.notes)}
+        rows = [asdict(row) for row in self.rows]
+        return {"rows": rows, "notes": list(self.notes), "warnings": list(self.warnings)}
 
     def lines(self) -> list[str]:
         """Return the table as text lines, columns aligned."""

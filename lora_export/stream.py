@@ -23,8 +23,9 @@ from lora_export.blocks import Block, Buffers, Findings, Matrix, MergePiece, blo
 from lora_export.errors import CheckpointError
 from lora_export.output import output_errors
 from lora_export.rounding import Mode, Rounding, collect
+from lora_export.storage.requantised import RequantisedPiece
 
-__all__ = ["BytesPiece", "CopyPiece", "MergePiece", "Piece", "Rounding", "write_pieces"]
+__all__ = ["BytesPiece", "CopyPiece", "MergePiece", "Piece", "RequantisedPiece", "Rounding", "write_pieces"]
 
 COPY_BYTES = 16 << 20
 # The kernel can't copy between these files itself: we read and write instead.
@@ -67,7 +68,7 @@ class BytesPiece:
         return memoryview(self.data).nbytes
 
 
-Piece = CopyPiece | BytesPiece | MergePiece
+Piece = CopyPiece | BytesPiece | MergePiece | RequantisedPiece
 
 
 def write_pieces(
@@ -230,6 +231,10 @@ class _Writer:
 
     def _jobs(self) -> Iterator[Callable[[Buffers, Findings], int]]:
         for piece in self._pieces:
+            if isinstance(piece, RequantisedPiece):
+                self.parts += piece.parts()
+                yield partial(self._requantise, piece)
+                continue
             if piece.at < 0 or piece.at + piece.length > self._size:
                 raise ValueError(f"piece at {piece.at}, {piece.length} bytes, in a file of {self._size}")
             if isinstance(piece, MergePiece):
@@ -239,6 +244,9 @@ class _Writer:
                 for start in range(0, piece.length, COPY_BYTES):
                     length = min(COPY_BYTES, piece.length - start)
                     yield partial(act, piece, start, length)  # type: ignore[arg-type]
+
+    def _requantise(self, piece: RequantisedPiece, _: Buffers, findings: Findings) -> int:
+        return piece.write(self._write, findings)
 
     def _merge_jobs(self, piece: MergePiece) -> Iterator[Callable[[Buffers, Findings], int]]:
         matrix = Matrix(piece, self._rounding)

@@ -15,8 +15,8 @@ LAYERS = [
     ("errors",),
     ("adapter", "output", "progress", "safetensors_header"),
     ("captured", "exposed", "saved", "patch", "plan", "graph", "manifest", "rounding", "spectrum"),
-    ("blocks", "stream"),
-    ("checkpoint", "checkpoint_names", "formats", "external_data", "sites"),
+    ("blocks", "storage", "stream"),
+    ("base", "checkpoint", "checkpoint_names", "formats", "external_data", "sites"),
     ("checkpoint_sites", "checkpoint_layout", "checkpoint_files"),
     (
         "blend",
@@ -89,9 +89,10 @@ def test_plug_ins_do_not_import_their_siblings():
     """Registered files (an operator, a format, a mode, a verb) stand alone."""
     from lora_export.commands import COMMANDS
     from lora_export.formats import FORMATS
+    from lora_export.formats.schemes import SCHEMES
     from lora_export.sites import OPERATORS
 
-    targets = [*COMMANDS.values(), *FORMATS.values(), *OPERATORS.values()]
+    targets = [*COMMANDS.values(), *FORMATS.values(), *SCHEMES.values(), *OPERATORS.values()]
     plug_ins = {target.partition(":")[0] for target in targets}
     plug_ins |= {f"lora_export.modes.{path.stem}" for path in (PACKAGE / "modes").glob("[!_]*.py")}
     wrong = []

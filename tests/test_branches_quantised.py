@@ -342,7 +342,7 @@ REQUANTISED = "z2 = QuantizeLinear (z, x_scale, x_zero) y = DequantizeLinear (z2
 
 
 def test_between_quantised_values(tmp_path):
-    """The graph says the same to the bit, and the sum is what is quantised."""
+    """The base says the same to the bit, and the range of its result does not cut the branch off."""
     base, values = qdq_base(tmp_path, REQUANTISED)
     given = adapter(lora("fc", OUT, IN))
     out, report = swapped(base, given)
@@ -350,11 +350,14 @@ def test_between_quantised_values(tmp_path):
     check_bits(run(base, x=many), run(out, x=many))
     check_bits(unoptimised(base, x=X), unoptimised(out, x=X))
     change = effective(values, given.modules["fc.weight"]) - values
-    wanted = qdq(qdq(X) @ values.T + X.astype(np.float64) @ change.T)
+    wanted = qdq(qdq(X) @ values.T) + X.astype(np.float64) @ change.T
+    assert np.abs(wanted).max() > 128 * SCALES["x.scale"]
     (got,) = unoptimised(out, x=X, **bind(given, report, base).tensors)
     # One step where a value lies on the edge.
     assert np.abs(got - wanted).max() < 1.01 * SCALES["x.scale"]
     assert np.mean(np.abs(got - wanted) < 1e-5) > 0.99
+    # Nothing behind the sum is quantised.
+    assert not report.plan.warnings
 
 
 # --- integers, quantised while it runs ---------------------------------------------------------------

@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, build
 
+from lora_export.base.ties import tied_head
 from lora_export.checkpoint import Checkpoint
-from lora_export.checkpoint_names import Names, tied_head
+from lora_export.checkpoint_names import Names
 from lora_export.errors import CheckpointError
+from lora_export.sites.renaming import Named
 
 
 def raw(header, data=b""):
@@ -157,6 +159,16 @@ def test_folders_without_usable_weights(tmp_path, files, says):
     assert caught.value.hint
 
 
+def test_a_pipeline_of_several_models_names_them(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    for part in ("unet", "text_encoder"):
+        (tmp_path / part).mkdir()
+        save_file({"a.weight": torch.zeros(1)}, tmp_path / part / "model.safetensors")
+    with pytest.raises(CheckpointError, match="pipeline of several models") as caught:
+        Checkpoint.open(tmp_path)
+    assert [problem.split()[-1] for problem in caught.value.problems] == ["text_encoder", "unet"]
+
+
 def test_a_name_of_the_hub_is_no_folder():
     with pytest.raises(CheckpointError, match="not a folder") as caught:
         Checkpoint.open("org/model-that-is-not-here")
@@ -189,12 +201,13 @@ def test_names_by_suffix(tmp_path, stored, parameter, found):
 
 def test_ambiguous_suffix(tmp_path):
     found = names_of(tmp_path, "x.a.weight", "y.a.weight").find("a.weight")
-    assert found == "ambiguous: x.a.weight, y.a.weight"
+    assert found == "ambiguous: may be x.a.weight, y.a.weight"
 
 
 def test_flattened_names(tmp_path):
     names = names_of(tmp_path, "unet.down_blocks.0.to_q.weight", "unet.down_blocks.0.to_q.bias")
-    assert names.find("down_blocks_0_to_q.weight", True)[0].tensor == "unet.down_blocks.0.to_q.weight"
+    found = names.rename([Named("down_blocks_0_to_q.weight")], flattened=True)
+    assert found.names == ("unet.down_blocks.0.to_q.weight",)
 
 
 def test_without_transformers_the_reason_says_so(tmp_path, monkeypatch):

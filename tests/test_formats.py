@@ -333,9 +333,17 @@ def test_ambiguous_names_ask_for_the_format(tmp_path: Path) -> None:
         load_adapter(file, format="gguf")
 
 
-def test_component_of_a_file_that_serves_one_model(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="serves one model only"):
-        load_adapter(write(tmp_path / "a.safetensors", PAIR), alpha=2, component="unet")
+def test_component_of_a_file_that_serves_one_model_is_a_path(tmp_path: Path) -> None:
+    tensors = {f"{part}.{name}": values for part in ("one", "two") for name, values in PAIR.items()}
+    file = write(tmp_path / "a.safetensors", tensors)
+    part = load_adapter(file, alpha=2, component="one")
+    assert part.scope == "one"
+    assert [module.path for module in part.modules.values()] == ["one.layer.0.q"]
+    assert set(part.tensor_names) == {name for name in tensors if name.startswith("one.")}
+    assert "left aside, not below 'one'" in part.notes[-1]
+    # Not a part of the adapter's paths: perhaps of the base's, which is known when it is placed.
+    whole = load_adapter(file, alpha=2, component="unet")
+    assert (whole.scope, len(whole.tensor_names)) == ("unet", len(tensors))
 
 
 # --- bad input -------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_models import Moe, adapt, make, merge, parameters, worst_error
+from peft_models import Layers, Moe, adapt, make, merge, parameters, worst_error
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, build
 from torch import nn
@@ -196,6 +196,23 @@ def test_a_graphs_transposed_factors_name_no_adapter(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(AdapterError, match="in no adapter format that we know"):
         load_adapter(tmp_path / "x.safetensors", alpha=2)
+
+
+@pytest.mark.parametrize("wrapper", ["torch.compile", "Lightning"])
+def test_wrapped_single_rows_of_a_named_adapter(wrapper: str, tmp_path: Path) -> None:
+    options = {"target_modules": ["q_proj"], "trainable_token_indices": {"embed": [3, 1]}}
+    model = adapt(make(Layers), **options)
+    model.save_pretrained(tmp_path / "saved")
+    state = WRAPPERS[wrapper](copy.deepcopy(model))
+    kept = {name: v for name, v in state.items() if "lora_" in name or "trainable_tokens_delta" in name}
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/adapter_config.json").write_bytes((tmp_path / "saved/adapter_config.json").read_bytes())
+    save_file({name: v.clone() for name, v in kept.items()}, tmp_path / "raw/adapter_model.safetensors")
+    raw, saved = (load_adapter(tmp_path / name).token_rows for name in ("raw", "saved"))
+    assert raw.keys() == saved.keys() == {"embed.weight"}
+    for path, rows in saved.items():
+        assert raw[path].indices == rows.indices
+        np.testing.assert_array_equal(raw[path].values, rows.values)
 
 
 @pytest.mark.parametrize("name", ["default", "default_0", "pixel"])

@@ -260,7 +260,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "arrow": ({"arrow_config": {"top_k": 3}}, "Arrow routes between adapters"),
     "kasa": ({"kasa_config": {"beta": 1e-4}}, "KaSA truncates the base weights"),
     "megatron": ({"megatron_config": {"x": 1}}, "Megatron's parallel layers"),
-    "tokens": ({"trainable_token_indices": [3]}, "single rows of an embedding are replaced"),
+    "tokens": ({"trainable_token_indices": [3]}, "the file holds no token_adapter.trainable_tokens_delta"),
     "old enable_lora": ({"enable_lora": [True, False]}, "MergedLinear of PEFT 0.2"),
     **{
         f"init {init}": ({"init_lora_weights": init}, f"'{init}' changed the base weights.*path_initial")
@@ -337,10 +337,16 @@ def test_multihead_attention_is_refused_because_peft_counts_twice(tmp_path: Path
         load_adapter(tmp_path)
 
 
-def test_trainable_tokens_are_refused_by_tensor_too(tmp_path: Path) -> None:
-    adapt(make(Layers), **QK, trainable_token_indices={"embed": [1, 2]}).save_pretrained(tmp_path)
-    with pytest.raises(AdapterError, match=r"(?s)single rows of an embedding.*trainable_tokens_delta: not a"):
-        load_adapter(tmp_path)
+def test_trainable_tokens_are_rows_of_their_embedding(tmp_path: Path) -> None:
+    model = adapt(make(Layers), **QK, trainable_token_indices={"embed": [3, 1]})
+    model.save_pretrained(tmp_path)
+    adapter = load_adapter(tmp_path)
+    (path,) = adapter.token_rows
+    rows = adapter.token_rows[path]
+    assert path == "embed.weight"
+    assert rows.indices == (3, 1)
+    assert rows.tensor_name in adapter.tensor_names
+    assert [(first, len(values)) for first, values in rows.runs()] == [(1, 1), (3, 1)]
 
 
 def test_unknown_nesting_of_parameters_is_refused(tmp_path: Path) -> None:

@@ -317,7 +317,7 @@ def test_ambiguous_names(tmp_path):
     twice = {"vision.up.weight": torch.zeros(6, 4)}
     base = small_base(tmp_path / "base", **twice)
     error = refused(SiteError, base, adapter_of(linear("up", 6, 4)), tmp_path / "out")
-    assert "model.up.weight, vision.up.weight" in error.problems[0]
+    assert "may be model.up.weight, vision.up.weight" in error.problems[0]
 
 
 @pytest.mark.parametrize(

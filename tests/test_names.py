@@ -13,7 +13,6 @@ from small_graphs import adapter, delta, error, graph, linear, random, refusals,
 from torch import nn
 
 from lora_export import SiteError, load_adapter, merge_onnx
-from lora_export.sites.names import Flattened, Prefix, find_prefixes
 
 HEAD = "g (float[B,S,8] x) => (float[B,S,N] y) "
 X = random(2, 3, 8, seed=9)
@@ -228,17 +227,6 @@ def test_a_flattened_path_does_not_begin_inside_a_name(tmp_path):
     base = save(graph(chain(stored), stored), tmp_path)
     (reason,) = refusals(base, adapter(linear("attn_to_q", 8, 8), flattened=True), tmp_path).values()
     assert reason.startswith("not found")
-
-
-def test_flattened_and_prefixes_as_functions():
-    table = Flattened(["x.a.b.weight", "y.a_b.weight", "b.weight"])
-    assert table.find("a.b.weight") == ["x.a.b.weight", "y.a_b.weight"]
-    assert table.find("b.weight") == ["b.weight"]
-    assert table.find("c.weight") == []
-    known = ["enc.l.q.weight", "enc.l.k.weight", "dec.l.q.weight"]
-    assert find_prefixes(["l.q.weight", "l.k.weight"], known) == [Prefix(add="enc")]
-    assert len(find_prefixes(["l.q.weight"], known)) == 2
-    assert find_prefixes(["net.enc.l.q.weight"], known) == [Prefix(strip="net")]
 
 
 # --- builders' and exporters' own files ---------------------------------------------------------------------

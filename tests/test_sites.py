@@ -197,12 +197,6 @@ REFUSED = {
         linear("fc", OUT, IN),
         "DequantizeLinear",
     ),
-    "fake-quantised": (
-        matmul("q = QuantizeLinear (fc_weight, scale) w = DequantizeLinear (q, scale) y = MatMul (x, w)"),
-        {"fc.weight": random(IN, OUT), "scale": np.float32(0.1)},
-        linear("fc", OUT, IN),
-        "QuantizeLinear",
-    ),
     "cast-from-int8": (
         matmul("w = Cast <to = 1> (fc_weight) y = MatMul (x, w)"),
         {"fc.weight": np.ones((IN, OUT), np.int8)},

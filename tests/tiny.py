@@ -34,7 +34,7 @@ from tiny_models import ARCHITECTURES, HEADS, HIDDEN, KV_HEADS, VOCAB, Architect
 from torch import nn
 
 Array = NDArray[Any]
-EXPORTERS = ("dynamo", "dynamo_noopt", "torchscript", "genai", "ort_fusions")
+EXPORTERS = ("dynamo", "dynamo_noopt", "torchscript", "genai", "ort_fusions", "mobius")
 
 # (architecture, exporter) → what happened when we tried, with the versions in constraints.txt.
 UNSUPPORTED: dict[tuple[str, str], str] = {
@@ -44,7 +44,10 @@ UNSUPPORTED: dict[tuple[str, str], str] = {
     ("t5", "genai"): "NotImplementedError: the model is not currently supported",
     ("conv", "genai"): "ValueError: it wants a Hugging Face config.json",
     ("qwen2_moe", "genai"): "NotImplementedError: the model is not currently supported",
+    ("conv", "mobius"): "ValueError: it wants a model_type in config.json",
 }
+# What an exporter builds as another model: other names (test_mobius.py), no classifier, an encoder alone.
+OTHERS = {(arch, "mobius") for arch in ("gpt2", "bert", "vit", "t5")}
 
 
 @functools.cache
@@ -75,7 +78,8 @@ def base_onnx(arch: str, exporter: str) -> Path:
 
 def pairs(*exporters: str) -> list[tuple[str, str]]:
     """Return every supported (architecture, exporter), of these exporters if any are given."""
-    return [(a, e) for a in ARCHITECTURES for e in exporters or EXPORTERS if (a, e) not in UNSUPPORTED]
+    left_out = UNSUPPORTED.keys() | OTHERS
+    return [(a, e) for a in ARCHITECTURES for e in exporters or EXPORTERS if (a, e) not in left_out]
 
 
 # --- checkpoints and adapters ------------------------------------------------------------------------
@@ -315,12 +319,21 @@ def _export_ort_fusions(arch: str, path: Path) -> None:
     onnx_ir.save(exported.program, path, external_data=f"{path.name}.data")
 
 
+def _export_mobius(arch: str, path: Path) -> None:
+    from mobius.__main__ import main
+
+    # The processor's form: q, k and v in one constant, GroupQueryAttention.
+    with contextlib.redirect_stderr(io.StringIO()):
+        main(["build", "--config", str(checkpoint(arch)), "--ep", "cpu", str(path.parent)])
+
+
 _EXPORT = {
     "dynamo": _export_dynamo,
     "dynamo_noopt": functools.partial(_export_dynamo, optimize=False),
     "torchscript": _export_torchscript,
     "genai": _export_genai,
     "ort_fusions": _export_ort_fusions,
+    "mobius": _export_mobius,
 }
 
 

@@ -10,7 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.branches.calls import Call, Piece
+from lora_export.branches.ends import End, ends_of
 from lora_export.branches.nodes import NodeWriter
+from lora_export.errors import InternalError
 from lora_export.graph import take_over_output
 
 # Position of the bias among the inputs of operators that add one.
@@ -38,22 +40,29 @@ class Attacher:
     Args:
         write: Adds the nodes.
         gemm: See `write.BranchWriter`.
+
+    Attributes:
+        sums: The results with their branches.
     """
 
     def __init__(self, write: NodeWriter, gemm: bool) -> None:
         self._write, self._gemm = write, gemm
+        self.sums: list[ir.Value] = []
 
     def attach(self, call: Call, group: list[Added]) -> None:
         """Let the readers of a call's result read the result plus the branches."""
         node, name = call.node, self._name(group)
         value = self._combined(call, group, name)
         scale = self._combined_scale(call, group, name)
-        if scale is None and node.op_type in ("Gemm", "FusedGemm"):
+        ends = ends_of(node.outputs[0], call.dtype, past_bias=scale is None)
+        rounded = any(end.value is not node.outputs[0] for end in ends)
+        plain = scale is None
+        if plain and (node.op_type == "FusedGemm" or (node.op_type == "Gemm" and not rounded)):
             self._through_c(call, value, name)
-        elif scale is None and node.op_type == "FusedConv":
+        elif plain and node.op_type == "FusedConv":
             self._through_z(call, value, name)
         else:
-            self._behind(call, value, scale, name)
+            self._behind(call, value, scale, name, ends)
 
     def _name(self, group: list[Added]) -> str:
         """Beginning of the names: what stands before ``.lora`` in the first branch's."""
@@ -111,6 +120,7 @@ class Attacher:
             node.resize_inputs(3)
         node.replace_input_with(2, value)
         node.attributes["beta"] = ir.AttrFloat32("beta", 1.0)
+        self.sums.append(node.outputs[0])
 
     def _times(self, call: Call, value: ir.Value, factor: float, name: str) -> ir.Value:
         if factor == 1.0:
@@ -128,36 +138,45 @@ class Attacher:
                 node, "Add", [node.inputs[3], value], f"{name}.lora.residual", dtype=call.dtype
             )
         node.replace_input_with(3, value)
+        self.sums.append(node.outputs[0])
 
-    def _behind(self, call: Call, value: ir.Value, scale: ir.Value | None, name: str) -> None:
+    def _behind(
+        self, call: Call, value: ir.Value, scale: ir.Value | None, name: str, ends: Sequence[End]
+    ) -> None:
         """Add nodes behind the call: the sum, with DoRA ``(y + u)·g``, from which its bias is left out."""
         node, product = call.node, call.node.outputs[0]
-        readers, was_output = list(product.uses()), product.is_graph_output()
+        alone = [end.value for end in ends] == [product]
         value = self._times(call, value, node.attributes.get_float("alpha", 1.0), f"{name}.lora.alpha")
-        bias = _bias_behind(call) if scale is None and not was_output else None
+        bias = _bias_behind(call) if scale is None and alone and not product.is_graph_output() else None
         if bias is not None:
             add, index = bias
             total = self._write.add(
                 node, "Add", [add.inputs[index], value], f"{name}.lora.bias", dtype=call.dtype
             )
             add.replace_input_with(index, total)
+            self.sums.append(add.outputs[0])
             return
-        last = self._sum(call, value, scale, name)
-        if scale is not None:
-            last = self._scaled(call, last, scale, name)
-        for reader in readers:
-            reader.node.replace_input_with(reader.idx, last)
-        if was_output:
-            take_over_output(product, last)
+        for end in ends:
+            last = self._sum(call, value, scale, name, end.value)
+            if scale is not None:
+                last = self._scaled(call, last, scale, name)
+            for reader in end.readers:
+                reader.node.replace_input_with(reader.idx, last)
+            if end.is_output:
+                take_over_output(end.value, last)
+            self.sums.append(last)
 
-    def _sum(self, call: Call, value: ir.Value, scale: ir.Value | None, name: str) -> ir.Value:
+    def _sum(
+        self, call: Call, value: ir.Value, scale: ir.Value | None, name: str, product: ir.Value
+    ) -> ir.Value:
         """``y + d·B``: as an Add of two products, or as a Gemm of d and B with C = y."""
-        node, product, dtype = call.node, call.node.outputs[0], call.dtype
+        node, dtype, anchor = call.node, call.dtype, product.producer()
+        assert anchor is not None
         up = value.producer()
-        alone = up is not None and up.op_type == "MatMul" and not value.uses()
+        alone = up is not None and up.op_type == "MatMul" and not value.uses() and anchor is node
         if not (self._gemm and scale is None and alone and (node.domain, node.op_type) == ("", "MatMul")):
             return self._write.add(
-                node,
+                anchor,
                 "Add",
                 [product, value],
                 f"{name}.lora.sum",
@@ -215,12 +234,20 @@ class Attacher:
 
 def column(write: NodeWriter, call: Call, vector: ir.Value, name: str) -> ir.Value:
     """Shape ``(out_dim,)`` so that it lies along a convolution's channels."""
-    kernel = call.node.inputs[1]
-    assert kernel is not None
-    assert kernel.shape is not None
-    shape = np.array([-1, *(1 for _ in range(len(kernel.shape) - 2))], np.int64)
+    shape = np.array([-1, *(1 for _ in range(_rank(call.node.inputs[1]) - 2))], np.int64)
     target = write.constant(call.node, shape, f"{name}.shape")
     return write.add(call.node, "Reshape", [vector, target], name, dtype=call.dtype)
+
+
+def _rank(kernel: ir.Value | None) -> int:
+    """Number of axes of a weight, perhaps behind nodes that say nothing of its shape (DequantizeLinear)."""
+    while kernel is not None:
+        known = kernel.shape if kernel.const_value is None else kernel.const_value.shape
+        if known is not None:
+            return len(known)
+        maker = kernel.producer()
+        kernel = maker.inputs[0] if maker is not None else None
+    raise InternalError("a convolution's weight comes from a constant")
 
 
 def _bias_behind(call: Call) -> tuple[ir.Node, int] | None:

@@ -9,9 +9,11 @@ import onnx_ir as ir
 
 from lora_export.adapter import Array, LoraModule
 from lora_export.exposed import ExposedKind, StoredRows
+from lora_export.graph import shape_of
 from lora_export.saved import LARGEST_RANK, change_of
 from lora_export.sites.fit import stored_shape
-from lora_export.sites.slot import DEQUANTIZE, Use
+from lora_export.sites.ranges import may_hold_activation
+from lora_export.sites.slot import DEQUANTIZE, QUANTIZE, Use
 from lora_export.sites.target import Part, Site, Target
 from lora_export.sites.verify import canonical_rows
 
@@ -100,7 +102,10 @@ def branch_of(site: Site, calls: dict[int, Call]) -> Branch | str:
     target = _as_module(site)
     if isinstance(target, str):
         return target
-    kind = _KINDS[target.kind]
+    form = _form(target, site)
+    if isinstance(form, str):
+        return form
+    kind, kernel = form
     pieces: list[Piece] = []
     for part in site.parts:
         placement = part.placements[0]
@@ -117,17 +122,38 @@ def branch_of(site: Site, calls: dict[int, Call]) -> Branch | str:
     module, groups = target.module, site.parts[0].uses[0].node.attributes.get_int("group", 1)
     if module is not None and module.groups != groups:
         return f"lora_B has {module.groups} groups, the graph's convolution {groups}"
+    if kind == "conv" and any((piece.rows, piece.call.width) != ((0, out_dim), out_dim) for piece in pieces):
+        return "it is a part of a convolution's outputs: no branch is known for it"
+    if module is not None and module.is_pointwise:
+        module = module.with_kernel(len(kernel))
     return Branch(
         target.path,
         kind,
         in_dim * groups,
         out_dim,
         tuple(pieces),
-        tuple(target.shape[2:]),
+        kernel,
         groups,
         module,
         _stored(site.parts),
     )
+
+
+def _form(target: Target, site: Site) -> tuple[ExposedKind, tuple[int, ...]] | str:
+    """What the graph makes of a module, and the kernel: a Linear may be a convolution, or the other way."""
+    kernels: set[tuple[int, ...] | None] = set()
+    for use in (use for part in site.parts for use in part.uses):
+        tensor = use.root.const_value
+        assert tensor is not None
+        kernels.add(shape_of(tensor)[2:] if use.slot.kind == "conv" else None)
+    kernel, *others = kernels
+    if others:
+        return (
+            "it is a Linear in one place of the graph and a convolution in another: no branch is known for it"
+        )
+    if kernel is None:
+        return ("embedding" if target.kind == "embedding" else "linear"), ()
+    return "conv", kernel
 
 
 def _as_module(site: Site) -> Target | str:
@@ -136,10 +162,10 @@ def _as_module(site: Site) -> Target | str:
     if target.action == "merge" and target.kind in _KINDS:
         return target
     kind = site.parts[0].uses[0].slot.kind
-    if target.kind != "any" or kind not in ("linear", "embedding") or len(target.shape) != 2:
+    pointwise = all(size == 1 for size in target.shape[2:])
+    if target.kind != "any" or kind not in _KINDS or len(target.shape) < 2 or not pointwise:
         return f"the adapter changes a {target.kind} that no branch goes beside; merge it instead"
-    if min(target.shape) > LARGEST_RANK:
-        rank = min(target.shape)
+    if (rank := min(target.matrix)) > LARGEST_RANK:
         return (
             f"the adapter replaces this whole matrix {target.shape}, as a change of rank {rank}: more than "
             f"{LARGEST_RANK}; merge it instead"
@@ -148,13 +174,15 @@ def _as_module(site: Site) -> Target | str:
     if isinstance(old, str):
         return old
     assert target.values is not None
-    module = change_of(target.path, kind, np.asarray(target.values), old, target.tensor_names)
-    return replace(target, kind=kind, module=module)
+    like: ExposedKind = "embedding" if kind == "embedding" else "linear"
+    new = np.asarray(target.values).reshape(target.matrix)
+    module = change_of(target.path, like, new, old, target.tensor_names)
+    return replace(target, kind=like, shape=target.matrix, module=module)
 
 
 def _values(site: Site) -> Array | str:
     """The base's values of a whole canonical matrix."""
-    values = np.zeros(site.target.shape, np.float32)
+    values = np.zeros(site.target.matrix, np.float32)
     for part in site.parts:
         (placement,) = part.placements
         if placement.row_scale is not None or any(use.quantised for use in part.uses):
@@ -242,12 +270,17 @@ def _dtype(use: Use) -> ir.DataType | None:
 
 
 def _unquantised(x: ir.Value) -> ir.Value:
-    """The activation before a pair of QuantizeLinear and DequantizeLinear: the branch loses nothing by it."""
+    """The activation before a pair of QuantizeLinear and DequantizeLinear: the branch loses nothing by it.
+
+    Unless the pair's range also does the work of an activation that the quantiser dropped.
+    """
     maker = x.producer()
     if maker is not None and maker.op_type in DEQUANTIZE and maker.inputs[0] is not None:
         source = maker.inputs[0].producer()
-        if source is not None and source.op_type == "QuantizeLinear" and source.inputs[0] is not None:
-            return source.inputs[0]
+        if source is not None and source.op_type in QUANTIZE and source.inputs[0] is not None:
+            before = source.inputs[0]
+            other = None not in (x.dtype, before.dtype) and x.dtype != before.dtype
+            return x if other or may_hold_activation(source) else before
     return x
 
 

@@ -12,7 +12,7 @@ from lora_export.branches.calls import Branch, Call, branch_of
 from lora_export.errors import GraphError, SiteError
 from lora_export.exposed import KEY, StoredRows
 from lora_export.graph import GraphFile, initializer_of
-from lora_export.placing import placed_row, refuse, refuse_unaccounted, refused_row
+from lora_export.placing import Verb, placed_row, refuse, refuse_unaccounted, refused_row
 from lora_export.plan import Plan, PlanRow
 from lora_export.saved import with_bias
 from lora_export.sites.bias import restore_biases
@@ -59,9 +59,14 @@ def place_branches(
     refuse_exposed(graph)
     reasons = {id(target): _unsuited(target, dora, bank) for target in targets}
     wanted = [target for target in targets if not reasons[id(target)]]
-    sites, misses = resolver.resolve(wanted, adapter.flattened if adapter else False)
+    flattened, scope = (adapter.flattened, adapter.scope) if adapter else (False, None)
+    sites, misses = resolver.resolve(wanted, flattened, scope)
     sites, misses = restore_biases(sites, misses, resolver.weight_of)
-    misses += [Miss(target, reasons[id(target)]) for target in targets if reasons[id(target)]]
+    misses += [
+        Miss(target, reasons[id(target)], "merge only" if target.experts > 1 else "dora")
+        for target in targets
+        if reasons[id(target)]
+    ]
     unchanged = [site for site in sites if site.target.action == "replace" and holds(site)]
     biases = [site for site in sites if site.target.kind == "vector" and site not in unchanged]
     weights = [site for site in sites if site not in unchanged and site not in biases]
@@ -70,12 +75,14 @@ def place_branches(
     for site in biases:
         reason = _add_bias(site, branches)
         if reason:
-            misses.append(Miss(site.target, reason))
+            misses.append(Miss(site.target, reason, "merge only"))
         else:
             placed.append(site)
     shown = adapter or Adapter(_NO_ADAPTER, "", "", {})
     if misses and not (allow_unmatched and branches):
-        refuse(graph, shown, placed, misses)
+        verb: Verb = "bank-onnx" if bank else "swap-onnx"
+        checked = resolver.weight_of is not None
+        refuse(graph, shown, placed, misses, verb=verb, checked=checked, uses=resolver.uses)
     rows: list[PlanRow] = [placed_row(shown, site, "unchanged") for site in unchanged]
     rows += [placed_row(shown, site, "expose") for site in placed]
     rows += [refused_row(shown, miss) for miss in misses]
@@ -101,7 +108,7 @@ def _branches_of(
             branch = _with_factor(branch)
             _name_weights(site)
         if isinstance(branch, str):
-            misses.append(Miss(site.target, branch))
+            misses.append(Miss(site.target, branch, "integers" if _is_quantised(site) else "merge only"))
         else:
             placed.append(site)
             branches.append(branch)
@@ -132,15 +139,19 @@ def holds(site: Site) -> bool:
     """Whether the graph holds a replacement's values already: PEFT saves untrained embeddings too."""
     target = site.target
     assert target.values is not None
+    if _is_quantised(site):
+        return False
     for part in site.parts:
-        if any(use.quantised for use in part.uses):
-            return False
         (placement,) = part.placements
         here = canonical_rows(part, placement)
         wanted = np.asarray(target.values).reshape(target.matrix)[slice(*placement.rows)]
         if placement.row_scale is not None or not np.array_equal(here, wanted.astype(here.dtype)):
             return False
     return True
+
+
+def _is_quantised(site: Site) -> bool:
+    return any(use.quantised for part in site.parts for use in part.uses)
 
 
 def _add_bias(site: Site, branches: list[Branch]) -> str:
@@ -198,7 +209,8 @@ def _doubled(placed: list[Site], branches: list[Branch]) -> list[Miss]:
     misses = []
     for number in range(len(branches) - 1, -1, -1):
         if branches[number].path in seen:
-            misses.append(Miss(placed[number].target, "two targets have this path (give --component)"))
+            reason = "two targets have this path (give --component)"
+            misses.append(Miss(placed[number].target, reason, "double"))
             del placed[number], branches[number]
         else:
             seen.add(branches[number].path)

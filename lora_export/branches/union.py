@@ -10,6 +10,7 @@ from lora_export.branches.calls import Branch, Call
 from lora_export.branches.place import place_branches
 from lora_export.errors import AdapterError, SiteError
 from lora_export.formats.provenance import base_problem
+from lora_export.formats.schemes import fitted
 from lora_export.graph import GraphFile
 from lora_export.plan import Plan
 from lora_export.sites.resolve import Resolver
@@ -46,6 +47,7 @@ class Union:
         self._calls: dict[int, Call] = {}
         self._by_place: dict[_Places, Branch] = {}
         self._plans: list[Plan] = []
+        self._notes: list[str] = []
         self.loras: list[dict[str, LoraModule]] = []
 
     @property
@@ -66,7 +68,8 @@ class Union:
         """
         refuse_other_bases(adapters, base_sha256)
         failed: list[SiteError] = []
-        for adapter in adapters:
+        for given in adapters:
+            adapter = fitted(given, self._resolver.known, self._notes)
             try:
                 branches = self._place(adapter, targets_of(adapter))
             except SiteError as error:
@@ -91,7 +94,7 @@ class Union:
         """Return the rows of all, with further notes."""
         return Plan(
             tuple(row for plan in self._plans for row in plan.rows),
-            (*(note for plan in self._plans for note in plan.notes), *notes),
+            (*self._notes, *(note for plan in self._plans for note in plan.notes), *notes),
         )
 
     def _place(self, adapter: Adapter | None, targets: Sequence[Target]) -> list[Branch]:

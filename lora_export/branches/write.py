@@ -81,12 +81,15 @@ class BranchWriter:
         self._gemm = gemm
         self._order = {id(node): number for number, node in enumerate(graph.graph.all_nodes())}
 
-    def write(self, bundles: Sequence[Bundle], tensors: Mapping[str, Tensors]) -> None:
+    def write(self, bundles: Sequence[Bundle], tensors: Mapping[str, Tensors]) -> list[ir.Value]:
         """Add every bundle's products, then let each call's readers read the sum.
 
         Args:
             bundles: What to add.
             tensors: By `ExposedModule.name`.
+
+        Returns:
+            The sums.
         """
         partly = partly_covered(bundles)
         added: dict[int, list[Added]] = defaultdict(list)
@@ -96,6 +99,7 @@ class BranchWriter:
         attacher = Attacher(self._write, self._gemm)
         for group in added.values():
             attacher.attach(group[0].piece.call, sorted(group, key=lambda one: one.piece.offset))
+        return attacher.sums
 
     def _products(self, bundle: Bundle, tensors: Tensors, partly: set[int]) -> Iterable[Added]:
         """Yield a product for each piece; pieces that read the same activation share the first one.

@@ -21,6 +21,9 @@ DTYPES = ("float32", "float16", "bfloat16")
 @click.option(
     "--dtype", type=click.Choice(DTYPES), help="Type of the weights written; as the base's if left out."
 )
+@click.option(
+    "--resize", is_flag=True, help="Give the base the rows for new tokens that the adapter holds whole."
+)
 @click.option("--force", is_flag=True, help="Replace the output folder if an earlier merge wrote it.")
 @merge_options
 def merge(

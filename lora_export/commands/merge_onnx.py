@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 
-from lora_export.commands.options import capture_options, load_adapters, merge_options, print_merge
+from lora_export.commands.options import (
+    capture_options,
+    checkpoint_options,
+    load_adapters,
+    merge_options,
+    print_merge,
+    read_checkpoint_options,
+)
 
 _PATH = click.Path(path_type=Path)
 
@@ -16,11 +23,7 @@ _PATH = click.Path(path_type=Path)
 @click.command("merge-onnx", short_help="Merge adapters into an ONNX graph, or into a checkpoint as ONNX.")
 @click.option("--base", required=True, type=_PATH, help="An ONNX file, or a Hugging Face checkpoint folder.")
 @click.option("-o", "--output", required=True, type=_PATH, help="The .onnx file to write.")
-@click.option(
-    "--checkpoint",
-    type=_PATH,
-    help="Folder of the checkpoint that the graph was exported from: find and verify weights by value.",
-)
+@checkpoint_options
 @capture_options
 @click.option("--share-base", is_flag=True, help="Leave unchanged weights in the base's own data files.")
 @click.option("--force", is_flag=True, help="Replace existing output files.")
@@ -40,6 +43,7 @@ def merge_onnx(
     from lora_export.modes import merge_onnx as mode
     from lora_export.progress import byte_progress
 
+    read_checkpoint_options(options)
     loaded = load_adapters(adapters, options)
     started = time.monotonic()
     if base.is_dir() and not quiet:
@@ -50,5 +54,6 @@ def merge_onnx(
         report = mode.merge_onnx(base, loaded, output, progress=progress, **options)
     finer = "a float32 or float16 base keeps more of it, and so does serving the adapter unmerged"
     print_merge(report, time.monotonic() - started, as_json, quiet, finer)
-    if options["checkpoint"] is None and not (base.is_dir() or as_json or quiet):
+    compared = any("content" in row.reason for row in report.plan.placed)
+    if options["checkpoint"] is None and not (compared or base.is_dir() or as_json or quiet):
         click.echo("note: found by name alone; --checkpoint BASE_DIR would also compare the values", err=True)

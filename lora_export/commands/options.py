@@ -25,7 +25,12 @@ def _adapter_options(format_flag: str) -> list[Callable[[Command], Command]]:
         click.option("--rank", type=int, help="Rank, checked against the tensors."),
         click.option("--rslora", is_flag=True, default=None, help="The scaling is alpha / √rank."),
         click.option(format_flag, type=click.Choice(list(FORMATS)), help="Where names don't tell it."),
-        click.option("--component", help="Only this part of the file: unet, text_encoder, …"),
+        click.option(
+            "--component",
+            "--scope",
+            "component",
+            help="The part that belongs: unet, text_encoder, … of the file, or a submodel: model.encoder.",
+        ),
     ]
 
 
@@ -55,6 +60,15 @@ _CAPTURE_OPTIONS = [
         is_flag=True,
         help="Capture a checkpoint folder with its key-value cache, to generate text.",
     ),
+]
+_CHECKPOINT_OPTIONS = [
+    click.option(
+        "--checkpoint",
+        type=_PATH,
+        help="Folder of the checkpoint that the graph was exported from: find and verify weights by value. "
+        "Left out, it is the folder that the adapter names as its base, where that is on this machine.",
+    ),
+    click.option("--no-checkpoint", is_flag=True, help="Go by names alone, also where that folder is here."),
 ]
 _MERGE_SWITCHES = [
     click.option(
@@ -91,16 +105,25 @@ def capture_options(command: Command) -> Command:
     return _with(command, _CAPTURE_OPTIONS)
 
 
+def checkpoint_options(command: Command) -> Command:
+    """Add what says what a graph's values are compared with."""
+    return _with(command, _CHECKPOINT_OPTIONS)
+
+
+def read_checkpoint_options(options: dict[str, Any]) -> None:
+    """Turn ``no_checkpoint`` into the mode's ``checkpoint=False``."""
+    if options.pop("no_checkpoint"):
+        if options["checkpoint"] is not None:
+            raise click.UsageError("--checkpoint and --no-checkpoint exclude each other")
+        options["checkpoint"] = False
+
+
 _EXPOSE_OPTIONS = [
     click.option(
         "--base", required=True, type=_PATH, help="An ONNX file, or a Hugging Face checkpoint folder."
     ),
     click.option("-o", "--output", required=True, type=_PATH, help="The .onnx file to write."),
-    click.option(
-        "--checkpoint",
-        type=_PATH,
-        help="Folder of the checkpoint that the graph was exported from: find and verify weights by value.",
-    ),
+    *_CHECKPOINT_OPTIONS,
     click.option(
         "--flavour",
         type=click.Choice(["ort", "tensorrt"]),
@@ -148,6 +171,7 @@ def run_expose(
     from lora_export.reports.merge import plan_lines, report_json
 
     as_json, quiet = options.pop("as_json"), options.pop("quiet")
+    read_checkpoint_options(options)
     dry_run: bool = options["dry_run"]
     started = time.monotonic()
     beside = companions_of(base, output, options["force"]) if companions else None

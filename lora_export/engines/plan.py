@@ -165,7 +165,7 @@ def plan_build(model: PathLike, wish: Wish, *, here: bool = True) -> BuildPlan:
     """
     groups = _groups(wish)
     _check_options(groups, wish, here)
-    graph = load_graph(model)
+    graph = load_graph(model, portable=True)
     name = wish.name or graph.path.stem
     _check_name(name)
     admitted = admit(graph, _capabilities(groups))

@@ -6,6 +6,7 @@ nothing, numpy included.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from lora_export.formats.provenance import Writer
     from lora_export.formats.source import Format, Source
 
-__all__ = ["FORMATS", "WRITERS", "load_adapter", "save_adapter", "writer_of"]
+__all__ = ["FORMATS", "WRITERS", "as_adapter", "load_adapter", "save_adapter", "writer_of"]
 
 FORMATS: dict[str, str] = {
     "peft": "lora_export.formats.peft:FORMAT",
@@ -60,7 +61,8 @@ def load_adapter(
         rank: Rank, to be checked against the tensors.
         rslora: The scaling is alpha / √rank.
         format: A key of `FORMATS`, where the names alone don't tell.
-        component: ``unet``, ``text_encoder``, …: read only this part of a file that serves several models.
+        component: The part that belongs: ``unet``, ``text_encoder``, … of a file that serves several models;
+            else the path of a submodel (``model.encoder``), see `Adapter.scope`.
         name: What to call the adapter; by default the folder's or the file's name.
 
     Raises:
@@ -79,12 +81,29 @@ def load_adapter(
     if not source.tensors:
         raise AdapterError(f"adapter '{source.name}' is empty: {source.file} has no tensors", "save it again")
     adapter = _format(format or detect_format(source)).read(source, options)
-    if component is not None and not any(m.component for m in adapter.modules.values()):
-        raise AdapterError(
-            f"adapter '{adapter.name}' serves one model only: there is no component '{component}'",
-            "omit --component",
-        )
-    return adapter
+    if component is None or any(module.component for module in adapter.modules.values()):
+        return adapter
+    from lora_export.formats.scope import within
+
+    return within(adapter, component)
+
+
+def as_adapter(given: str | os.PathLike[str] | Adapter, component: str | None = None) -> Adapter:
+    """Return an adapter that was given as a path or as itself.
+
+    Args:
+        given: What `load_adapter` reads, or an `Adapter`.
+        component: The part that belongs, see `load_adapter`.
+
+    Raises:
+        AdapterError: As `load_adapter`.
+    """
+    from lora_export.adapter import Adapter
+    from lora_export.formats.scope import part_of
+
+    if not isinstance(given, Adapter):
+        return load_adapter(Path(given), component=component)
+    return given if component is None else part_of(given, component)
 
 
 def save_adapter(adapter: Adapter, folder: str | Path, force: bool = False) -> Path:

@@ -54,6 +54,7 @@ _READ = frozenset(
         "r",
         "rank_pattern",
         "target_parameters",
+        "trainable_token_indices",
         "use_bdlora",
         "use_dora",
         "use_rslora",
@@ -68,8 +69,6 @@ _REFUSED = {
     "layer_replication": "the adapter belongs to a model whose layers were replicated; save that model as a "
     "base of its own and train or rename the adapter for it",
     "megatron_config": "Megatron's parallel layers may hold a shard of a factor; gather and save without it",
-    "trainable_token_indices": "single rows of an embedding are replaced; merge it with PEFT's "
-    "merge_and_unload, or train with modules_to_save=['embed_tokens']",
     "use_qalora": "QALoRA's lora_A works on pooled inputs of a GPTQ base; PEFT itself can't merge it",
 }  # fmt: skip
 # Initialisations that change the base weights: what was saved counts from the changed base.

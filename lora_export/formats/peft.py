@@ -34,6 +34,7 @@ from lora_export.formats.pairs import (
 from lora_export.formats.source import CONFIG_NAME, FORMAT_OPTION, Format, Options, Source
 from lora_export.formats.stated import stated_of, where_to_look
 from lora_export.formats.tensors import value_problems
+from lora_export.formats.token_rows import is_rows, read_rows
 from lora_export.formats.wrappers import PREFIX, unwrap_config
 
 _PARTS = {
@@ -83,14 +84,17 @@ def read(source: Source, options: Options) -> Adapter:
     unwrapped = unwrap_config(config)
     rules = LoraRules(unwrapped, options)
     table.problems += rules.problems
+    inside = {name: path.removeprefix(PREFIX) for name, path in source.paths.items()}
+    rows = {path: (name, source.tensors[name]) for name, path in inside.items() if is_rows(path)}
     extras, extra_tensors = _sort_tensors(source, table)
     _check_patterns(table, unwrapped)
+    token_rows = read_rows(rows, config, table.problems)
     if any(component for component, _ in table.rows):
         notes += select_component(source, table, options.component)
     _refuse_attention(table)
     _name_parameters(table, rules)
     modules = _build_modules(table, rules, config)
-    if not table.rows and not extras:
+    if not table.rows and not extras and not rows:
         table.problems.append("the file has no LoRA tensors")
     _check_experts(modules, table.problems)
     if source.peft_config is not None:
@@ -105,12 +109,14 @@ def read(source: Source, options: Options) -> Adapter:
             f"the file holds {copies} weights of the base too (….base_layer.weight): they take the place of "
             "the given base's, and the low-rank change is added to them"
         )
+    notes += [f"{path}: {len(row.indices)} single rows are replaced" for path, row in token_rows.items()]
     if table.aside:
         notes.append(f"left aside, needed in training only: {', '.join(table.aside)}")
     return replace(
         adapter_of(source, "peft", table, modules, config, notes),
         extras=extras,
         extra_tensors=extra_tensors,
+        token_rows=token_rows,
         base_model=config.get("base_model_name_or_path") or None,
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
     )
@@ -202,10 +208,13 @@ def _sort_tensors(source: Source, table: PartsTable) -> tuple[dict[str, Array], 
                 row.kind = "embedding"
         elif _ASIDE.search(path):
             table.aside.append(name)
-        elif ".token_adapter." in path or ".lora_" in path:
+        elif is_rows(path):
+            continue  # read by token_rows
+        elif ".lora_" in path:
             table.unknown([name], "not a tensor that a LoRA adapter has; merge with PEFT's merge_and_unload")
         else:
-            target = path.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+            target = path.replace(".token_adapter.base_layer.", ".")
+            target = target.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
             if target not in extras:
                 extras[target] = values
                 names[target] = name

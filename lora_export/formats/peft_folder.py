@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export.adapter import Adapter, Array, LoraModule
+from lora_export.adapter import Adapter, Array, LoraModule, token_rows_problems
 from lora_export.errors import AdapterError
 from lora_export.formats.experts import REGISTERED
 from lora_export.formats.source import CONFIG_NAME, WEIGHT_NAMES
@@ -46,6 +46,7 @@ def write_folder(adapter: Adapter, folder: Path, force: bool) -> Path:
 def _problems(adapter: Adapter) -> list[str]:
     modules = list(adapter.modules.values())
     problems = [] if modules else ["it has no LoRA modules"]
+    problems += token_rows_problems(adapter)
     components = sorted({module.component for module in modules if module.component})
     if len(components) > 1:
         problems.append(

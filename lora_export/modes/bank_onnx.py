@@ -11,6 +11,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,9 @@ from lora_export.errors import AdapterError
 from lora_export.exposed import UNHASHED, ExposedGraph, Flavour, Resident, Slot
 from lora_export.exposed_output import ExposeReport, base_name, write_exposed
 from lora_export.graph import GraphFile
-from lora_export.onnx_base import open_base
+from lora_export.onnx_base import CheckpointChoice, open_base
 from lora_export.packing import Block, assemble, blocks_of_slot, cut_b
-from lora_export.placing import with_unverified
+from lora_export.sites.ranges import cut_off
 from lora_export.sites.resolve import Resolver
 
 PathLike = str | os.PathLike[str]
@@ -41,13 +42,14 @@ def bank_onnx(
     adapters: Mapping[str, PathLike | Adapter],
     output: PathLike,
     *,
+    component: str | None = None,
     resident: Resident = "initializers",
     slot_rank: int | None = None,
     flavour: Flavour = "ort",
     pack: bool = False,
     fuse_base: bool = False,
     batch_input: str | None = None,
-    checkpoint: PathLike | None = None,
+    checkpoint: CheckpointChoice = None,
     dtype: str | None = None,
     kv_cache: bool = False,
     share_base: bool = False,
@@ -62,6 +64,8 @@ def bank_onnx(
         base: An ONNX file from any exporter, or a Hugging Face checkpoint folder, which is then captured.
         adapters: Slot's name → what `load_adapter` reads, or an `Adapter`.
         output: The ``.onnx`` file to write.
+        component: The part of the adapters that belongs to the base: ``unet``, ``text_encoder``, … of files
+            that serve several models, else the path of a submodel, ``model.encoder``.
         resident: ``initializers``: the adapters are constants; ``inputs``: their tensors are inputs, with the
             adapters as defaults, so that slots can be replaced while it runs.
         slot_rank: With ``inputs``, the rank that each slot has room for in every module; that of its adapter
@@ -70,7 +74,8 @@ def bank_onnx(
         pack: One product for siblings that read the same activation.
         fuse_base: Also compute q, k and v of the base in one product; see `swap_onnx`.
         batch_input: Name of the input whose first axis is the batch; the first input with a free one.
-        checkpoint: The folder that ``base`` was exported from: matches by name are verified by content.
+        checkpoint: The folder that ``base`` was exported from: matches by name are verified by content. None:
+            the one that an adapter names as its base, where it is on this machine; False: names alone.
         dtype: Of a captured folder: ``float32`` (if left out), ``float16`` or ``bfloat16``.
         kv_cache: Capture a decoder with its key-value cache as inputs and outputs.
         share_base: Leave the weights in the base's own data files.
@@ -93,7 +98,7 @@ def bank_onnx(
         raise AdapterError(
             "slots of constants have the ranks of their adapters", "give --resident inputs too"
         )
-    loaded = _load(adapters)
+    loaded = _load(adapters, component)
     reading = open_base(
         base,
         out,
@@ -102,6 +107,7 @@ def bank_onnx(
         share_base=share_base,
         force=force,
         dry_run=dry_run,
+        allow_unmatched=allow_unmatched,
         dtype=dtype,
         kv_cache=kv_cache,
     )
@@ -130,16 +136,15 @@ def bank_onnx(
         )
         caster = Caster()
         tensors = _tensors(opened.graph, record, union.loras, bundles, caster)
-        BranchWriter(opened.graph, gate, gemm=packed and flavour == "ort").write(bundles, tensors)
+        sums = BranchWriter(opened.graph, gate, gemm=packed and flavour == "ort").write(bundles, tensors)
         plan = union.plan([*notes, *gate.notes, *caster.notes()])
-        if checkpoint is not None:
-            plan = with_unverified(plan, Path(checkpoint))
+        plan = opened.verified(replace(plan, warnings=tuple(cut_off(sums))))
         report = ExposeReport(plan, record, paths, dry_run=dry_run, warnings=tuple(caster.warnings()))
         return write_exposed(opened, report, list(loaded.values()), force, progress)
 
 
-def _load(adapters: Mapping[str, PathLike | Adapter]) -> dict[str, Adapter]:
-    from lora_export.formats import load_adapter
+def _load(adapters: Mapping[str, PathLike | Adapter], component: str | None) -> dict[str, Adapter]:
+    from lora_export.formats import as_adapter
 
     if not isinstance(adapters, Mapping):
         raise AdapterError("a bank needs adapters with names", "give a mapping of names to adapters")
@@ -150,10 +155,7 @@ def _load(adapters: Mapping[str, PathLike | Adapter]) -> dict[str, Adapter]:
     ]
     if problems or not adapters:
         raise AdapterError("a bank needs adapters with names", "give --adapter NAME=PATH for each", problems)
-    return {
-        name: given if isinstance(given, Adapter) else load_adapter(Path(given))
-        for name, given in adapters.items()
-    }
+    return {name: as_adapter(given, component) for name, given in adapters.items()}
 
 
 def _ranks(union: Union, slots: int, room: int | None) -> dict[str, tuple[int, ...]]:

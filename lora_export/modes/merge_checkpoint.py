@@ -26,8 +26,10 @@ def merge_checkpoint(
     output: str | Path,
     *,
     weights: Sequence[float] | None = None,
+    component: str | None = None,
     dtype: str | None = None,
     allow_unmatched: bool = False,
+    resize: bool = False,
     force: bool = False,
     dry_run: bool = False,
     rounding: Mode = "sample",
@@ -42,8 +44,12 @@ def merge_checkpoint(
         adapters: Paths or `Adapter` values.
         output: The folder to create.
         weights: One factor for each adapter's ΔW; 1 if left out.
+        component: The part of the adapters that belongs to the base: ``unet``, ``text_encoder``, … of files
+            that serve several models, else the path of a submodel, ``model.encoder``.
         dtype: ``float32``, ``float16`` or ``bfloat16`` for all float tensors; as they are if left out.
         allow_unmatched: Leave out what has no place in the base, instead of refusing.
+        resize: Where an adapter holds a whole embedding and head with more rows, for new tokens: give the
+            base these rows.
         force: Replace ``output``, with all that is in it, if an earlier merge wrote it.
         dry_run: Only make the plan.
         rounding: ``sample`` measures large weights on evenly spaced blocks, ``exact`` on every element.
@@ -55,8 +61,8 @@ def merge_checkpoint(
         SiteError: Some of the adapter has no place in the base; all of it is listed.
         OutputError: The folder exists, or can't be written.
     """
-    loaded, factors = check_blend(adapters, weights)
-    merge = plan_merge(base, loaded, factors, dtype, allow_unmatched)
+    loaded, factors = check_blend(adapters, weights, component)
+    merge = plan_merge(base, loaded, factors, dtype, allow_unmatched, resize)
     target = Path(output)
     _refuse_output(target, [Path(base), *(Path(a.source) for a in loaded)], force)
     small, left_out = small_files(merge.checkpoint)

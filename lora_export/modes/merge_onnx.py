@@ -22,9 +22,8 @@ from lora_export.graph import save_graph
 from lora_export.graph_merge import mark_merged, plan_changes
 from lora_export.manifest import FileHash, Manifest, adapter_entry, package_versions
 from lora_export.merge_report import MergeReport
-from lora_export.onnx_base import open_base, output_paths
+from lora_export.onnx_base import CheckpointChoice, open_base, output_paths
 from lora_export.output import OutputSet, output_errors, refuse_replacing
-from lora_export.placing import with_unverified
 from lora_export.rounding import Mode, Rounding, rounding_dict
 
 if TYPE_CHECKING:
@@ -38,8 +37,9 @@ def merge_onnx(
     adapters: PathLike | Adapter | Sequence[PathLike | Adapter],
     output: PathLike,
     *,
-    checkpoint: PathLike | None = None,
+    checkpoint: CheckpointChoice = None,
     weights: Sequence[float] | None = None,
+    component: str | None = None,
     dtype: str | None = None,
     kv_cache: bool = False,
     share_base: bool = False,
@@ -56,8 +56,11 @@ def merge_onnx(
         adapters: What `load_adapter` reads, or `Adapter` values; one or several.
         output: The ``.onnx`` file to write.
         checkpoint: The folder of the checkpoint that ``base`` was exported from. Weights are then found, and
-            every match by name is verified, by content.
+            every match by name is verified, by content. None: the folder that an adapter names as its base,
+            where it is on this machine; False: names alone.
         weights: Factor on each adapter's delta; 1 by default.
+        component: The part of the adapters that belongs to the base: ``unet``, ``text_encoder``, … of files
+            that serve several models, else the path of a submodel, ``model.encoder``.
         dtype: Of a captured folder: ``float32`` (if left out), ``float16`` or ``bfloat16``, to which the sum,
             made in float32, is rounded once.
         kv_cache: Capture a decoder with its key-value cache as inputs and outputs.
@@ -79,7 +82,7 @@ def merge_onnx(
         OutputError: The output exists or can't be written.
     """
     out, base = Path(output), Path(base)
-    loaded, factors = check_blend(adapters, weights)
+    loaded, factors = check_blend(adapters, weights, component)
     roundings: dict[str, Rounding] = {}
     merge = None
     if base.is_dir() and dtype not in (None, "float32"):
@@ -95,6 +98,7 @@ def merge_onnx(
         share_base=share_base,
         force=force,
         dry_run=dry_run,
+        allow_unmatched=allow_unmatched,
         dtype=dtype,
         kv_cache=kv_cache,
         prepare=_merged_folder(merge, rounding, roundings) if merge else None,
@@ -107,8 +111,7 @@ def merge_onnx(
             plan = merge.placed.plan
         else:
             plan, changes = plan_changes(graph, loaded, factors, opened.weight_of, allow_unmatched)
-            if checkpoint is not None:
-                plan = with_unverified(plan, Path(checkpoint))
+            plan = opened.verified(plan)
         slots, size, shared = plan_data(graph, changes, out, opened.shared_files)
         report = MergeReport(plan, {}, targets, size, shared, dry_run=dry_run)
         if dry_run:
@@ -166,6 +169,7 @@ def export_onnx(
     *,
     dynamic_shapes: Any = None,
     weights: Sequence[float] | None = None,
+    component: str | None = None,
     allow_unmatched: bool = False,
     force: bool = False,
     rounding: Mode = "sample",
@@ -181,6 +185,7 @@ def export_onnx(
         output: The ``.onnx`` file to write.
         dynamic_shapes: As for `torch.export.export`.
         weights: Factor on each adapter's delta.
+        component: As for `merge_onnx`.
         allow_unmatched: Go on without the tensors that have no place.
         force: Replace existing output files.
         rounding: As for `merge_onnx`.
@@ -201,6 +206,7 @@ def export_onnx(
             adapters,
             output,
             weights=weights,
+            component=component,
             allow_unmatched=allow_unmatched,
             force=force,
             rounding=rounding,

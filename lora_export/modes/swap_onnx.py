@@ -27,9 +27,9 @@ from lora_export.errors import AdapterError
 from lora_export.exposed import ExposedGraph, ExposedModule, Flavour
 from lora_export.exposed_output import ExposeReport, base_name, write_exposed
 from lora_export.graph import GraphFile
-from lora_export.onnx_base import open_base
-from lora_export.placing import with_unverified
+from lora_export.onnx_base import CheckpointChoice, open_base
 from lora_export.sites.listing import targets_named
+from lora_export.sites.ranges import cut_off
 from lora_export.sites.resolve import Resolver
 
 PathLike = str | os.PathLike[str]
@@ -42,12 +42,13 @@ def swap_onnx(
     *,
     adapter: PathLike | Adapter | Sequence[PathLike | Adapter] | None = None,
     target_modules: str | Sequence[str] = (),
+    component: str | None = None,
     max_rank: int | None = None,
     flavour: Flavour = "ort",
     dora: bool = False,
     pack: bool = False,
     fuse_base: bool = False,
-    checkpoint: PathLike | None = None,
+    checkpoint: CheckpointChoice = None,
     dtype: str | None = None,
     kv_cache: bool = False,
     share_base: bool = False,
@@ -63,13 +64,16 @@ def swap_onnx(
         output: The ``.onnx`` file to write.
         adapter: Expose what this one changes, or these together; others of the same modules fit as well.
         target_modules: And the modules whose path is, or ends in, one of these (PEFT's ``target_modules``).
+        component: The part of the adapters that belongs to the base: ``unet``, ``text_encoder``, … of files
+            that serve several models, else the path of a submodel, ``model.encoder``.
         max_rank: Largest rank that an adapter may have; 64, or the adapter's if that is larger.
         flavour: ``ort`` or ``tensorrt``, see above.
         dora: Expose DoRA's factor too.
         pack: One pair of tensors for siblings that read the same activation (q, k, v; gate, up).
         fuse_base: Also compute q, k and v of the base in one product, where they are separate: faster on a
             GPU, at the cost of a second copy of these weights with ``share_base``. Implies ``pack``.
-        checkpoint: The folder that ``base`` was exported from: matches by name are verified by content.
+        checkpoint: The folder that ``base`` was exported from: matches by name are verified by content. None:
+            the one that an adapter names as its base, where it is on this machine; False: names alone.
         dtype: Of a captured folder: ``float32`` (if left out), ``float16`` or ``bfloat16``.
         kv_cache: Capture a decoder with its key-value cache as inputs and outputs.
         share_base: Leave the weights in the base's own data files.
@@ -87,14 +91,14 @@ def swap_onnx(
         SiteError: Modules have no place in the graph.
         OutputError: The output exists or can't be written.
     """
-    from lora_export.formats import load_adapter
+    from lora_export.formats import as_adapter
 
     out, base = Path(output), Path(base)
     wanted = target_modules.split(",") if isinstance(target_modules, str) else list(target_modules)
     given = [adapter] if isinstance(adapter, (str, os.PathLike, Adapter)) else list(adapter or ())
     if not given and not any(wanted):
         raise AdapterError("which modules are to be exposed?", "give an adapter, or target modules, or both")
-    made_of = [item if isinstance(item, Adapter) else load_adapter(Path(item)) for item in given]
+    made_of = [as_adapter(item, component) for item in given]
     reading = open_base(
         base,
         out,
@@ -103,6 +107,7 @@ def swap_onnx(
         share_base=share_base,
         force=force,
         dry_run=dry_run,
+        allow_unmatched=allow_unmatched,
         dtype=dtype,
         kv_cache=kv_cache,
     )
@@ -126,10 +131,10 @@ def swap_onnx(
             dora,
         )
         plan = union.plan(notes)
-        if checkpoint is not None:
-            plan = with_unverified(plan, Path(checkpoint))
+        plan = opened.verified(plan)
         tensors = {bundle.module.name: _expose(opened.graph, bundle.module, record) for bundle in bundles}
-        BranchWriter(opened.graph, gemm=packed and flavour == "ort").write(bundles, tensors)
+        sums = BranchWriter(opened.graph, gemm=packed and flavour == "ort").write(bundles, tensors)
+        plan = replace(plan, warnings=tuple(cut_off(sums)))
         report = ExposeReport(plan, record, paths, dry_run=dry_run)
         return write_exposed(opened, report, made_of, force, progress)
 

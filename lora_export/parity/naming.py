@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError
-from lora_export.formats import load_adapter
+from lora_export.formats import as_adapter
 
 One = str | os.PathLike[str] | Adapter
 Adapters = One | Sequence[One] | Mapping[str, One]
@@ -21,11 +20,11 @@ def named_adapters(given: Adapters) -> dict[str, Adapter]:
         AdapterError: Two have one name, or one can't be read.
     """
     if isinstance(given, Mapping):
-        return {name: _read(one) for name, one in given.items()}
+        return {name: as_adapter(one) for name, one in given.items()}
     listed = [given] if isinstance(given, str | os.PathLike | Adapter) else list(given)
     found: dict[str, Adapter] = {}
     for one in listed:
-        adapter = _read(one)
+        adapter = as_adapter(one)
         if adapter.name in found:
             raise AdapterError(
                 f"two adapters are called '{adapter.name}'",
@@ -34,7 +33,3 @@ def named_adapters(given: Adapters) -> dict[str, Adapter]:
             )
         found[adapter.name] = adapter
     return found
-
-
-def _read(one: One) -> Adapter:
-    return one if isinstance(one, Adapter) else load_adapter(Path(one))

@@ -8,11 +8,12 @@ is nearest to the model's (`probe_content`). Stacked experts are found by the no
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from lora_export.adapter import Array
 from lora_export.branches.calls import branch_of
 from lora_export.exposed import KEY, StoredRows, exposed_of
 from lora_export.graph import FLOAT_TYPES, GraphFile
@@ -20,10 +21,12 @@ from lora_export.parity.probe_content import Nearest
 from lora_export.parity.probe_walk import Tap, Walker
 from lora_export.patch import Placement
 from lora_export.sites import fit, names
+from lora_export.sites.known_names import KnownNames
 from lora_export.sites.readers import folded_into_conv, module_of
+from lora_export.sites.renaming import likeliest_change
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.slot import Use
-from lora_export.sites.target import Part, Site, Target, TargetKind, WeightOf
+from lora_export.sites.target import Part, Site, Target, TargetKind
 
 _NORMS = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
 _SKIP_NORMS = {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
@@ -69,7 +72,7 @@ class Probe:
 
 
 def find_probes(
-    graph: GraphFile, modules: Sequence[ModuleShape], weight_of: WeightOf
+    graph: GraphFile, modules: Sequence[ModuleShape], weight_of: Callable[[Target], Array | None]
 ) -> tuple[list[Probe], dict[str, str]]:
     """Find modules in a graph.
 
@@ -85,7 +88,9 @@ def find_probes(
 
 
 class _Search:
-    def __init__(self, graph: GraphFile, modules: Sequence[ModuleShape], weight_of: WeightOf) -> None:
+    def __init__(
+        self, graph: GraphFile, modules: Sequence[ModuleShape], weight_of: Callable[[Target], Array | None]
+    ) -> None:
         self._graph, self._modules = graph, modules
         self._resolver = Resolver(graph, branches=True)
         self._order = {id(node): number for number, node in enumerate(graph.graph)}
@@ -93,8 +98,9 @@ class _Search:
         self._named: dict[str, list[Use]] = defaultdict(list)
         for use, key in self._resolver.named_uses():
             self._named[key].append(use)
-        prefixes = names.find_prefixes([f"{module.path}.weight" for module in modules], self._named)
-        self._prefix = prefixes[0] if len(prefixes) == 1 else names.Prefix()
+        self._prefix = likeliest_change(
+            [f"{module.path}.weight" for module in modules], KnownNames(self._named)
+        )
         self._scopes: dict[str, list[ir.Node]] = defaultdict(list)
         for node in graph.graph:
             if (scope := module_of(node)) is not None:

@@ -37,5 +37,5 @@ def expose_warning_lines(report: ExposeReport) -> Iterator[str]:
     """Yield what a user should not miss, also with ``--quiet``."""
     for row in report.plan.refused:
         yield f"warning: left out: {row.parameter}: {row.reason}"
-    for warning in report.warnings:
+    for warning in (*report.plan.warnings, *report.warnings):
         yield f"warning: {warning}"

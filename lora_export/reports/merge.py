@@ -73,6 +73,8 @@ def warning_lines(report: MergeReport, help_for_rounding: str) -> Iterator[str]:
     """
     for row in report.plan.refused:
         yield f"warning: left out: {row.parameter}: {row.reason}"
+    for warning in report.plan.warnings:
+        yield f"warning: {warning}"
     if report.left_out:
         yield f"warning: not copied, they hold unmerged weights: {', '.join(report.left_out)}"
     total = report.total

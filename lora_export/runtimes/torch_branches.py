@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_export.adapter import Adapter, Array, LoraModule
+from lora_export.adapter import Adapter, Array, LoraModule, token_rows_problems
 from lora_export.checkpoint_names import Part
 from lora_export.errors import AdapterError
+from lora_export.formats.schemes import fitted
 from lora_export.runtimes.torch_places import NoPlace, Owner, Places
 from lora_export.runtimes.torch_products import Hook, changed, hook_of, tensor_of
 
@@ -64,12 +65,13 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
     """Return an adapter's places in a model, and a line for each part that has none or does not fit."""
     import torch
 
+    adapter = fitted(adapter, places.known, [])
     finder = places.finder(adapter)
-    problems: list[str] = []
+    problems = token_rows_problems(adapter)
     branches, extras = [], []
 
-    def locate(parameter: str) -> tuple[str, Owner, Part | None]:
-        found = finder.find(parameter)
+    def locate(parameter: str, action: str, component: str | None = None) -> tuple[str, Owner, Part | None]:
+        found = finder.find(parameter, action, component)
         if isinstance(found, str):
             raise NoPlace(found)
         name, part = found
@@ -78,7 +80,7 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
 
     for path, values in adapter.extras.items():
         try:
-            _, owner, part = locate(path)
+            _, owner, part = locate(path, "replace")
             tensor = _replacement(owner, values, part)
         except NoPlace as problem:
             problems.append(f"{path}  {problem}")
@@ -87,7 +89,7 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
             extras.append((owner, tensor))
     for lora in adapter.modules.values():
         try:
-            where, owner, part = locate(f"{lora.path}.{lora.parameter}")
+            where, owner, part = locate(f"{lora.path}.{lora.parameter}", "merge", lora.component)
             branches.append(Branch(lora, where, owner, hook_of(lora, owner, part), part))
         except NoPlace as problem:
             problems.append(f"{lora.path}  {problem}")

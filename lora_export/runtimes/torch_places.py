@@ -17,12 +17,11 @@ from lora_export.adapter import Adapter
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_names import Names, Part
 from lora_export.errors import LoraExportError
-from lora_export.sites import names
+from lora_export.sites.known_names import KnownNames
+from lora_export.sites.renaming import NOT_FOUND, Named, Renaming, rename
 
 if TYPE_CHECKING:
     import torch
-
-_SHOWN = 4
 
 
 class NoPlace(Exception):
@@ -70,29 +69,32 @@ class Places:
         # Tied parameters have a place under each of their names.
         self._known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
-        self._flat = names.Flattened(self._known)
+        self._names = KnownNames(self._known)
         self._folder = folder
 
+    @property
+    def known(self) -> set[str]:
+        """The model's names of parameters and buffers."""
+        return self._known
+
     def finder(self, adapter: Adapter) -> Finder:
-        """Return what finds one adapter's parameters: one change of prefix holds for all of them."""
-        wanted = [f"{module.path}.{module.parameter}" for module in adapter.modules.values()]
-        prefixes: Sequence[names.Prefix] = ()
-        if not adapter.flattened:
-            prefixes = names.find_prefixes([*wanted, *adapter.extras], self._known)
-        return Finder(self, adapter.flattened, prefixes)
+        """Return what finds one adapter's parameters: one change of names holds for all of them.
 
-    def named(self, parameter: str, prefixes: Sequence[names.Prefix]) -> list[str]:
-        """Return the model's names that a dotted path may stand for; the surest way that finds any."""
-        if parameter in self._known:
-            return [parameter]
-        changed = {name for prefix in prefixes if (name := prefix.apply(parameter)) in self._known}
-        if changed:
-            return sorted(str(name) for name in changed)
-        return [name for name in self._known if name.endswith(f".{parameter}")]
-
-    def flattened(self, parameter: str) -> list[str]:
-        """Return the model's names that a path with underscores may stand for."""
-        return self._flat.find(parameter)
+        Where the model's own names don't fit, those under which the checkpoint stores its parameters may.
+        """
+        named = [
+            *(Named(f"{module.path}.{module.parameter}", "merge", module.component)
+              for module in adapter.modules.values()),
+            *(Named(path, "replace") for path in adapter.extras),
+        ]  # fmt: skip
+        found = rename(named, self._names, flattened=adapter.flattened, scope=adapter.scope)
+        missing = [n for n, name in enumerate(found.names) if name not in self._known]
+        older = found
+        if missing and self._by_stored:
+            older = rename(
+                named, KnownNames(self._by_stored), flattened=adapter.flattened, scope=adapter.scope
+            )
+        return Finder(self, named, found, older)
 
     def stored(self, parameter: str) -> list[tuple[str, Part]]:
         """Return the model's names of a tensor that the checkpoint stores under an older name."""
@@ -117,26 +119,29 @@ class Places:
 class Finder:
     """Finds one adapter's parameters; made by `Places.finder`."""
 
-    def __init__(self, places: Places, flattened: bool, prefixes: Sequence[names.Prefix]) -> None:
-        self._places, self._is_flattened, self._prefixes = places, flattened, prefixes
+    def __init__(self, places: Places, named: Sequence[Named], own: Renaming, older: Renaming) -> None:
+        self._places, self._own, self._older = places, own, older
+        self._numbers = {one: number for number, one in enumerate(named)}
 
-    def find(self, parameter: str) -> tuple[str, Part | None] | str:
+    def find(
+        self, parameter: str, action: str = "merge", component: str | None = None
+    ) -> tuple[str, Part | None] | str:
         """Return the model's name of a parameter, or why there is none.
 
         With the name comes a `Part` where the path means only one expert, or some rows, of that parameter.
         """
-        if self._is_flattened:
-            found = self._places.flattened(parameter)
-        else:
-            found = self._places.named(parameter, self._prefixes)
-        if len(found) > 1:
-            shown = ", ".join(sorted(found)[:_SHOWN])
-            return f"ambiguous: may be {shown}{', …' if len(found) > _SHOWN else ''}"
-        if found:
-            return found[0], None
-        stored = [] if self._is_flattened else self._places.stored(parameter)
+        number = self._numbers[Named(parameter, action, component)]
+        problem = self._own.problems.get(number, "")
+        name = self._own.names[number]
+        if name is not None and not problem and name in self._places.known:
+            return name, None
+        older = self._older.names[number]
+        stored = self._places.stored(older) if older and number not in self._older.problems else []
         if len(stored) == 1:
             name, part = stored[0]
             whole = part.expert is None and part.piece == (0, 1)
             return name, None if whole else part
-        return "the model has no parameter of that name"
+        if problem and not problem.startswith(NOT_FOUND):
+            return problem
+        hint = f"; {self._own.hint}" if self._own.hint else ""
+        return f"the model has no parameter of that name{hint}"

@@ -16,6 +16,7 @@ OPERATORS: dict[tuple[str, str], str] = {
     ("", "Conv"): "lora_export.sites.conv:slots",
     ("com.microsoft", "FusedConv"): "lora_export.sites.conv:slots",
     ("com.microsoft", "NhwcConv"): "lora_export.sites.conv:refused_slots",
+    ("com.microsoft.nchwc", "Conv"): "lora_export.sites.conv:refused_slots",
     ("", "ConvTranspose"): "lora_export.sites.conv:refused_slots",
     ("", "Gather"): "lora_export.sites.gather:slots",
     ("com.microsoft", "Attention"): "lora_export.sites.attention:slots",

@@ -16,7 +16,6 @@ from lora_export.sites.fit import placement_at
 from lora_export.sites.slot import Slot, Use
 from lora_export.sites.target import Miss, Part, Site, Target, WeightOf
 
-_NOT_FOUND = "not found"
 _ADDED = "added: the exporter dropped a bias of zeros"
 # Position of the bias among the inputs of operators that take one.
 _BIAS_INDEX = {"Gemm": 2, "Conv": 2}
@@ -36,7 +35,7 @@ def restore_biases(
     for miss in misses:
         target = miss.target
         weight = weights.get(f"{target.path}.weight")
-        lost = target.kind == "vector" and target.key.endswith(".bias") and miss.reason.startswith(_NOT_FOUND)
+        lost = target.kind == "vector" and target.key.endswith(".bias") and miss.kind == "not found"
         stored = weight_of(target) if lost and weight_of else None
         again = _restored(weight, target) if lost and weight is not None else None
         if again is not None:

@@ -6,6 +6,7 @@ views of stored constants (memory-mapped where external) and reads a few rows of
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,8 @@ EXACT = 1e-6
 # Directions: a row of a folded batch norm is the checkpoint's row times a factor, so its cosine is ±1.
 COSINE = 0.999
 _PROBES = 8
+# Values that are compared at a time.
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,27 +62,49 @@ def compare(stored: Array, wanted: Array, every: bool = False) -> Match:
     """
     if not every:
         picks = np.unique(np.linspace(0, len(wanted) - 1, 4 * _PROBES).astype(int))
-        match = _compare_rows(_f64(stored[picks]), _f64(wanted[picks]))
+        match = _compare_rows(stored[picks], wanted[picks])
         if match.same or match.cosine < COSINE:
             return match
-    return _compare_rows(_f64(stored), _f64(wanted))
+    return Match(1.0, 0.0) if _is_rounded(stored, wanted) else _compare_rows(stored, wanted)
+
+
+def _is_rounded(stored: Array, wanted: Array) -> bool:
+    """Whether the stored values are the checkpoint's to the last bit, in the graph's dtype."""
+    with np.errstate(over="ignore"):
+        return all(
+            np.array_equal(stored[rows], wanted[rows].astype(stored.dtype)) for rows in _blocks(wanted)
+        )
+
+
+def _blocks(matrix: Array) -> Iterator[slice]:
+    """Yield a few rows at a time: a whole table of embeddings would take gigabytes in float64."""
+    step = max(1, _BLOCK // max(1, matrix.shape[1]))
+    return (slice(start, start + step) for start in range(0, len(matrix), step))
 
 
 def _compare_rows(stored: Array, wanted: Array) -> Match:
-    norms = np.linalg.norm(wanted, axis=1)
-    stored_norms = np.linalg.norm(stored, axis=1)
-    products = np.einsum("ij,ij->i", stored, wanted)
+    squares, stored_squares, products, differences = _row_sums(stored, wanted)
+    norms, stored_norms = np.sqrt(squares), np.sqrt(stored_squares)
     # A row that is zero on both sides agrees; its factor can't be known and does not matter for the base.
     both_zero = (norms == 0) & (stored_norms == 0)
     # A stored row of zeros is the checkpoint's times 0, as long as other rows are there to show a factor.
     agree = both_zero | ((stored_norms == 0) & bool(stored_norms.any()))
     cosines = np.where(agree, 1.0, np.abs(products) / np.maximum(norms * stored_norms, 1e-300))
-    total = float(np.linalg.norm(wanted))
-    difference = (
-        float(np.linalg.norm(stored - wanted)) / total if total else float(np.linalg.norm(stored) > 0)
-    )
-    scale = None if both_zero.any() else products / np.maximum(norms**2, 1e-300)
+    total = float(np.sqrt(squares.sum()))
+    difference = float(np.sqrt(differences.sum())) / total if total else float(stored_norms.any())
+    scale = None if both_zero.any() else products / np.maximum(squares, 1e-300)
     return Match(float(cosines.min(initial=1.0)), difference, scale)
+
+
+def _row_sums(stored: Array, wanted: Array) -> tuple[Array, Array, Array, Array]:
+    """Return the sums of wanted², stored², stored · wanted and (stored − wanted)² of each row, in float64."""
+    sums = np.zeros((4, len(wanted)))
+    for rows in _blocks(wanted):
+        one, other = _f64(wanted[rows]), _f64(stored[rows])
+        gap = other - one
+        for number, (left, right) in enumerate(((one, one), (other, other), (other, one), (gap, gap))):
+            sums[number, rows] = np.einsum("ij,ij->i", left, right)
+    return sums[0], sums[1], sums[2], sums[3]
 
 
 def find_rows(stored: Array, wanted: Array) -> list[int]:
@@ -106,7 +131,7 @@ def find_rows(stored: Array, wanted: Array) -> list[int]:
 
 
 def _f64(values: Array) -> Array:
-    return np.asarray(values, dtype=np.float64)
+    return np.array(values, dtype=np.float64, order="C")
 
 
 def _f32(values: Array) -> Array:

@@ -2,7 +2,8 @@
 
 In the order in which they are to be believed:
 
-1. ``scope``: node metadata ``pkg.torch.onnx.name_scopes`` (torch.onnx, dynamo): the module that called.
+1. ``scope``: node metadata ``pkg.torch.onnx.name_scopes`` (torch.onnx, dynamo) or
+   ``pkg.onnxscript.name_scopes`` (onnxscript's modules, from which mobius builds): the module that called.
 2. ``node name``: ``/model/layers.0/self_attn/q_proj/MatMul`` (TorchScript exporter, genai's builder).
 3. ``folded from``: initializer metadata of onnxscript's optimiser.
 4. ``weight name``: the initializer's own name. Last, because exporters merge weights of equal value under one
@@ -18,16 +19,23 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
+from lora_export.sites.names import fused_of
 from lora_export.sites.slot import Use
 
 SCOPE, NODE_NAME, FOLDED, WEIGHT_NAME = "scope", "node name", "folded from", "weight name"
 SOURCES = (SCOPE, NODE_NAME, FOLDED, WEIGHT_NAME)
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_MODULES = "pkg.onnxscript.name_scopes"
 _FOLDED = "pkg.onnxscript.optimizer.folded_from"
 # What builders append to a parameter's name, e.g. `….q_proj.MatMul.weight_Q4`.
 _WEIGHT_SUFFIX = re.compile(
     r"(?:\.(?:MatMul|Gemm|Add|LayerNorm))?\.(weight|bias)(?:_DQ)?(?:_Q4|_Q8|_quantized)?$"
 )
+# mobius folds a Transpose, or a Concat along the outputs, into a constant (``mobius/_passes/fold_*.py``):
+# `….q_proj.weight_t`, `….q_proj.weight__….k_proj.weight__….v_proj.weight__axis_0__concat_t`.
+_FOLDED_TRANSPOSE = re.compile(r"(?<=\.weight)_t$")
+_PACK = re.compile(r"(.+)__axis_(-?\d+)__concat(?:_t)?")
+_NEXT_OF_PACK = re.compile(r"(?<=\.weight)__|(?<=\.bias)__|(?<=\.weight_t)__")
 # What ONNX Runtime appends to the name of a node that it has fused, e.g. `/fc/MatMul/MatMulAddFusion`.
 _FUSION = re.compile(r"(/\w*Fusion/?)+$")
 _CALL = re.compile(r"_\d+$")
@@ -45,6 +53,10 @@ def collect(uses: Sequence[Use]) -> dict[str, dict[str, list[Use]]]:
 
 def _keys(use: Use) -> Iterator[tuple[str, str]]:
     parameter = use.slot.parameter
+    if (packed := _packed(_name(use))) is not None:
+        # Its node belongs to a module around the packed ones.
+        yield WEIGHT_NAME, packed
+        return
     if parameter and (path := scope_path(use.node)) is not None:
         yield SCOPE, _join(path, parameter)
     if parameter and (path := node_path(use.node)) is not None:
@@ -68,15 +80,24 @@ def _join(path: str, parameter: str) -> str:
 
 
 def scope_path(node: ir.Node) -> str | None:
-    """Module path of a node from torch.onnx's metadata: the last scope but one (the last is the operator)."""
-    text = node.metadata_props.get(_SCOPES)
-    if not text:
-        return None
+    """Module path of a node from its metadata.
+
+    torch.onnx lists the paths of the modules around it, and last the operator; onnxscript the names of
+    modules that make up one path, the first of them empty.
+    """
+    scopes = _listed(node, _SCOPES)
+    if len(scopes) >= 2:
+        return scopes[-2]
+    return ".".join(name for name in _listed(node, _MODULES) if name) or None
+
+
+def _listed(node: ir.Node, key: str) -> list[str]:
+    text = node.metadata_props.get(key)
     try:
-        scopes = ast.literal_eval(text)
+        scopes = ast.literal_eval(text) if text else []
     except (SyntaxError, ValueError):
-        return None
-    return str(scopes[-2]) if isinstance(scopes, list) and len(scopes) >= 2 else None
+        return []
+    return [str(scope) for scope in scopes] if isinstance(scopes, list) else []
 
 
 def node_path(node: ir.Node) -> str | None:
@@ -116,9 +137,27 @@ def _folded_names(value: ir.Value) -> list[str]:
 
 
 def weight_path(name: str) -> str:
-    """Parameter path in a weight's name, with a builder's suffixes taken off."""
+    """Parameter path in a weight's name, with a builder's suffixes taken off; of a pack, the fused one's."""
+    packed = _packed(name)
+    if packed is not None:
+        return packed
+    name = _FOLDED_TRANSPOSE.sub("", name)
     match = _WEIGHT_SUFFIX.search(name)
     return f"{name[: match.start()]}.{match.group(1)}" if match else name
+
+
+def _packed(name: str) -> str | None:
+    """Parameter path that a constant of concatenated weights stands for, or None."""
+    match = _PACK.fullmatch(name)
+    if match is None:
+        return None
+    parts, axis = _NEXT_OF_PACK.split(match[1]), int(match[2])
+    plain = [_FOLDED_TRANSPOSE.sub("", part) for part in parts]
+    # Along the outputs: the rows of weights as they are, the columns of transposed ones.
+    transposed = {part != other for part, other in zip(parts, plain, strict=True)}
+    if transposed != {axis != 0} or axis not in (0, 1, -1):
+        return None
+    return fused_of(plain)
 
 
 def _add_repeated_calls(found: Mapping[str, dict[str, list[Use]]]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 
@@ -16,13 +18,37 @@ def accepts(target: Target, use: Use) -> bool:
     """Whether a use is of the kind that the target's module makes."""
     assert use.root.const_value is not None
     rank, kind = len(use.root.const_value.shape), use.slot.kind
+    if pointwise(target, use):
+        return True
     if target.kind == "vector":
         return rank == 1 and kind in ("vector", "other")
+    if target.kind == "parameter" and target.experts > 1:
+        return (rank == 3 and kind != "vector") or (rank == 2 and kind == "linear")
     if target.kind == "parameter":
-        return rank == (3 if target.experts > 1 else len(target.shape)) and kind != "vector"
+        return rank == len(target.shape) and kind != "vector"
     if target.kind == "any":
         return rank == len(target.shape) and kind in ("linear", "conv", "embedding", "other")
     return kind == target.kind
+
+
+def pointwise(target: Target, use: Use) -> bool:
+    """Whether a Linear and a convolution of ones are the two forms of one module.
+
+    Tools write a Linear as a convolution (for NPUs) and the other way round, or give a kernel another axis.
+    """
+    assert use.root.const_value is not None
+    if target.kind not in ("linear", "conv", "any") or use.slot.kind not in ("linear", "conv"):
+        return False
+    shape = shape_of(use.root.const_value)
+    as_it_is = target.kind == use.slot.kind and len(shape) == len(target.shape)
+    if as_it_is or use.slot.shape is not None or (use.slot.kind == "linear" and len(shape) != 2):
+        return False
+    groups = use.node.attributes.get_int("group", 1)
+    if target.module is not None:
+        groups *= target.module.groups
+    return (
+        groups == 1 and len(target.shape) > 1 and all(size == 1 for size in (*shape[2:], *target.shape[2:]))
+    )
 
 
 def stored_shape(target: Target, use: Use) -> tuple[int, int]:
@@ -46,7 +72,7 @@ def place(target: Target, use: Use, part: tuple[int, int] | None = None) -> tupl
         return _place_experts(target, shape_of(use.root.const_value))
     rows, cols = target.matrix
     shape = shape_of(use.root.const_value)
-    if len(target.shape) > 2 and shape != target.shape:
+    if len(target.shape) > 2 and shape != target.shape and not pointwise(target, use):
         return f"the graph's weight is {shape}, the adapter's {target.shape}"
     stored = stored_shape(target, use)
     transposed = use.transposed and target.kind != "vector"
@@ -113,21 +139,27 @@ def _place_experts(target: Target, shape: tuple[int, ...]) -> tuple[Placement, .
 
 
 def place_split(target: Target, groups: list[list[Use]], evidence: str) -> Site | Miss:
-    """Fit a module that the exporter split along its rows into several weights."""
+    """Fit a module that the exporter split along its rows into several weights; of experts, each one's."""
     parts, start = [], 0
     rows, cols = target.matrix
-    for uses in groups:
+    each = len(groups) // target.experts
+    for number, uses in enumerate(groups):
+        expert, first = divmod(number, each)
+        if not first:
+            start = 0
         roots = {id(use.root) for use in uses}
         stored = stored_shape(target, uses[0])
         transposed = uses[0].transposed and target.kind != "vector"
         height, width = (stored[1], stored[0]) if transposed else stored
         if len(roots) > 1 or width != cols:
-            return Miss(target, f"shapes differ: a part of the split weight is {(height, width)}")
+            return Miss(target, f"shapes differ: a part of the split weight is {(height, width)}", "shape")
         placement = placement_at(0, (start, start + height), transposed)
-        parts.append(Part(uses[0].root, tuple(uses), (placement,)))
+        parts.append(Part(uses[0].root, tuple(uses), (replace(placement, expert=expert),)))
         start += height
-    if start != rows:
-        return Miss(target, f"shapes differ: the split weight has {start} rows, the adapter {rows}")
+        if first == each - 1 and start != rows:
+            return Miss(
+                target, f"shapes differ: the split weight has {start} rows, the adapter {rows}", "shape"
+            )
     return Site(target, tuple(parts), evidence)
 
 
@@ -140,10 +172,10 @@ def site_of(target: Target, fits: list[tuple[Use, tuple[Placement, ...]]], evide
         Part(group[0][0].root, tuple(use for use, _ in group), group[0][1]) for group in roots.values()
     )
     if any(use.transposed != group[0][0].transposed for group in roots.values() for use, _ in group):
-        return Miss(target, "ambiguous: its weight is read in both orientations")
+        return Miss(target, "ambiguous: its weight is read in both orientations", "ambiguous")
     if len(parts) > 1 and not _same_bytes([part.root for part in parts]):
         where = ", ".join(str(part.root.name) for part in parts[:4])
-        return Miss(target, f"ambiguous: {len(parts)} weights have its name and shape ({where})")
+        return Miss(target, f"ambiguous: {len(parts)} weights have its name and shape ({where})", "ambiguous")
     return Site(target, parts, evidence)
 
 

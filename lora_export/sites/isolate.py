@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from lora_export.errors import SiteError
 from lora_export.graph import initializer_of
-from lora_export.sites.slot import PASSED, SHAPE_ONLY, Use
+from lora_export.sites.slot import DEQUANTIZE, PASSED, QUANTIZE, SHAPE_ONLY, Use
 from lora_export.sites.target import Part
 
 
@@ -74,7 +74,7 @@ def readers_of(value: ir.Value) -> Iterator[tuple[int, int]]:
     if value.is_graph_output():
         yield id(value), -1
     for usage in value.uses():
-        if usage.node.op_type in PASSED:
+        if usage.node.op_type in PASSED or (usage.idx == 0 and usage.node.op_type in QUANTIZE | DEQUANTIZE):
             yield from readers_of(usage.node.outputs[0])
         elif usage.node.op_type not in SHAPE_ONLY:
             yield id(usage.node), usage.idx

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from lora_export.sites.evidence import FOLDED, NODE_NAME, WEIGHT_NAME, computed_from, node_path, scope_path
+from lora_export.sites.evidence import (
+    FOLDED,
+    NODE_NAME,
+    WEIGHT_NAME,
+    computed_from,
+    node_path,
+    scope_path,
+    weight_path,
+)
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Part, Site, Target
 
@@ -103,7 +111,8 @@ def folded_into_conv(target: Target, part: Part) -> bool:
     """
     if not any(use.node.op_type in _CONVOLUTIONS for use in part.uses):
         return False
-    name, parameter = str(part.root.name), target.key.rpartition(".")[2]
+    # A quantiser's suffix says nothing of a norm.
+    name, parameter = weight_path(str(part.root.name)), target.key.rpartition(".")[2]
     return not name.endswith(f".{parameter}") or any(
         scope_path(use.node) not in (None, name.removesuffix(f".{parameter}")) for use in part.uses
     )

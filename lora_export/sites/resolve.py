@@ -3,12 +3,12 @@
 The order of evidence (each is described in `evidence`): scope, node name, folded-from, weight name, then
 the same for renamed, fused and split modules, then content. Rules:
 
-1. One change of prefix holds for the whole adapter (`names.find_prefixes`).
+1. One change of names holds for the whole adapter (`renaming`).
 2. A weight's name is believed only where the node that reads it does not name another module.
 3. More than one constant for a target is an ambiguity, unless their bytes are the same.
 4. Where the checkpoint is at hand, every match by name must also match by content.
 5. Every reader of a weight is the module's, or known to be another's (`readers.doubt`).
-6. No two targets have the same place.
+6. No two targets of an adapter have the same place.
 7. What is not found is a `Miss` with its reason; nothing is guessed.
 """
 
@@ -17,17 +17,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from lora_export.adapter import Array
-from lora_export.graph import GraphFile
+from lora_export.graph import GraphFile, release
 from lora_export.patch import Placement
 from lora_export.sites import fit, names, readers
 from lora_export.sites.evidence import FOLDED, NODE_NAME, SOURCES, WEIGHT_NAME, collect
+from lora_export.sites.fingerprints import Places, find_places
+from lora_export.sites.known_names import KnownNames
+from lora_export.sites.renaming import AMBIGUOUS, NOT_FOUND, Renaming, rename
 from lora_export.sites.slot import Use
-from lora_export.sites.target import Miss, Part, Site, Target, WeightOf
+from lora_export.sites.target import BaseWeights, Miss, MissKind, Part, Site, Target, WeightOf
 from lora_export.sites.uses import find_uses
-from lora_export.sites.verify import check_content, search, tile
+from lora_export.sites.verify import check_content, orientations, search, tile
 
 # Part of the evidence where a checkpoint is at hand and the graph's weight is quantised.
 NOT_COMPARED = "quantised, its values are not compared"
@@ -38,44 +41,62 @@ class Resolver:
 
     Args:
         graph: The graph.
-        weight_of: Looks up a target's weight in the base checkpoint; enables content.
+        weight_of: The base checkpoint's weights; enables content.
         branches: Places are wanted beside the weights, not in them: quantised weights have such places too.
+
+    Attributes:
+        weight_of: Looks up a target of the adapter that was resolved last in the checkpoint.
     """
 
     def __init__(
-        self, graph: GraphFile, weight_of: WeightOf | None = None, *, branches: bool = False
+        self, graph: GraphFile, weight_of: BaseWeights | None = None, *, branches: bool = False
     ) -> None:
         self.uses = find_uses(graph)
         self._evidence = collect(self.uses)
-        self._known = {key for table in self._evidence.values() for key in table}
-        self.weight_of = weight_of
-        self._weight_of = weight_of or (lambda target: None)
-        self._has_checkpoint = weight_of is not None
+        self._known = KnownNames(key for table in self._evidence.values() for key in table)
+        self._base = weight_of
+        self.weight_of: WeightOf | None = None
         self._wanted: set[str] = set()
         self._branches = branches
 
-    def resolve(self, targets: Sequence[Target], flattened: bool = False) -> tuple[list[Site], list[Miss]]:
-        """Return a site or a miss for each target."""
-        keys = {id(target): target.key for target in targets}
-        misses: list[Miss] = []
-        if flattened:
-            keys, misses = self._unflatten(targets)
-            targets = [target for target in targets if id(target) in keys]
-        prefixes = names.find_prefixes(keys.values(), self._known)
-        if len(prefixes) > 1 and not self._has_checkpoint:
-            where = ", ".join(sorted(f"{p.strip or '∅'} → {p.add or '∅'}" for p in prefixes)[:4])
-            reason = f"ambiguous: its name fits the graph under several prefixes ({where})"
-            return [], [*misses, *(Miss(target, reason) for target in targets)]
-        prefix = prefixes[0] if len(prefixes) == 1 else None
-        self._wanted = {prefix.apply(key) or "" for key in keys.values()} if prefix else set()
-        found = [self._find(target, keys[id(target)], prefix) for target in targets]
-        misses += [miss for miss in found if isinstance(miss, Miss)]
+    @property
+    def known(self) -> frozenset[str]:
+        """Parameter paths that the graph's names tell, and those of the checkpoint at hand."""
+        return self._known.names | (self._base.parameters if self._base else frozenset())
+
+    def resolve(
+        self, targets: Sequence[Target], flattened: bool = False, scope: str | None = None
+    ) -> tuple[list[Site], list[Miss]]:
+        """Return a site or a miss for each target of one adapter.
+
+        Args:
+            targets: What to find.
+            flattened: Their paths have underscores for dots.
+            scope: The part of the adapter, or of the graph, that belongs (`renaming`, rule 7).
+        """
+        named = [target.named for target in targets]
+        change = rename(named, self._known, flattened=flattened, scope=scope)
+        # Of this adapter: its names in the checkpoint are another matter than its names in the graph.
+        self.weight_of = self._base.for_adapter(named, flattened, scope) if self._base else None
+        self._wanted = {name for name in change.names if name}
+        named_so = [self._find(target, number, change) for number, target in enumerate(targets)]
+        found = [self._explained(item, change.hint) for item in self._by_content(named_so)]
+        misses = [miss for miss in found if isinstance(miss, Miss)]
         placed = [site for site in found if isinstance(site, Site)]
         if flattened and self._branches:
             # The names of what is exposed are paths, with their dots.
-            placed = [replace(s, target=replace(s.target, key=keys[id(s.target)])) for s in placed]
+            dotted = self._dotted(targets, change)
+            placed = [replace(s, target=replace(s.target, key=dotted[id(s.target)])) for s in placed]
         sites, claimed = _without_conflicts(placed)
         return sites, [*misses, *claimed]
+
+    def _dotted(self, targets: Sequence[Target], change: Renaming) -> dict[int, str]:
+        """Return each target's path with its dots: the graph's, else the checkpoint's."""
+        stored = self.weight_of.names if self.weight_of else change.names
+        return {
+            id(target): own or other or target.key
+            for target, own, other in zip(targets, change.names, stored, strict=True)
+        }
 
     def named_uses(self) -> Iterator[tuple[Use, str]]:
         """Yield each use that has a name, with the one to be believed; of repeated calls the first one's."""
@@ -87,45 +108,42 @@ class Resolver:
             if id(use) in best:
                 yield use, best[id(use)]
 
-    def _find(self, target: Target, key: str, prefix: names.Prefix | None) -> Site | Miss:
-        wanted = self._weight_of(target)
-        found = self._by_name(target, key, prefix, wanted) if prefix else Miss(target, "")
-        if isinstance(found, Miss) and wanted is not None:
-            found = self._by_content(target, found, wanted)
-        if isinstance(found, Miss) and not found.reason:
-            return Miss(target, self._not_found(target))
+    def _find(self, target: Target, number: int, change: Renaming) -> Site | Miss:
+        name = change.names[number]
+        if name is None:
+            problem = change.problems.get(number, "")
+            return Miss(target, problem, "ambiguous" if problem.startswith(AMBIGUOUS) else "not found")
+        found = self._by_name(target, name, self._weight(target))
+        if isinstance(found, Site):
+            for part in found.parts:
+                release(part.root)
         return found
 
-    def _unflatten(self, targets: Sequence[Target]) -> tuple[dict[int, str], list[Miss]]:
-        """Give kohya's underscored paths their dots back, from the paths that the graph knows."""
-        table = names.Flattened(self._known)
-        keys, misses = {}, []
-        for target in targets:
-            fitting = table.find(target.key)
-            if len(fitting) == 1:
-                keys[id(target)] = fitting[0]
-            elif fitting:
-                misses.append(Miss(target, f"ambiguous: may be {', '.join(fitting[:4])}"))
-            else:
-                misses.append(Miss(target, self._not_found(target)))
-        return keys, misses
+    def _weight(self, target: Target) -> Array | None:
+        return self.weight_of(target) if self.weight_of else None
+
+    def _explained(self, found: Site | Miss, hint: str) -> Site | Miss:
+        """Say of what was not found what the graph has instead, and what the user may give."""
+        if isinstance(found, Miss) and found.reason in ("", NOT_FOUND):
+            found = replace(found, reason=self._not_found(found.target))
+        if isinstance(found, Miss) and found.kind in ("not found", "ambiguous"):
+            return replace(found, hint=hint)
+        return found
 
     def _not_found(self, target: Target) -> str:
         leaf = target.path.rpartition(".")[2]
-        near = sorted(key for key in self._known if key.rpartition(".")[0].endswith(leaf))[:2]
+        near = sorted(key for key in self._known.names if key.rpartition(".")[0].endswith(leaf))[:2]
         if near:
-            return f"not found; the graph has {', '.join(near)}"
-        return (
-            "not found: no node or weight of the graph names it (pruned by the exporter, or names are gone)"
-        )
+            return f"{NOT_FOUND}; the graph has {', '.join(near)}"
+        return f"{NOT_FOUND}: nothing in the graph names it (pruned by the exporter, or names are gone)"
 
-    def _by_name(self, target: Target, key: str, prefix: names.Prefix, wanted: Array | None) -> Site | Miss:
-        reason = unread = ""
-        for variant in names.variants(key):
-            keys = [prefix.apply(name) or "" for name in variant.keys]
-            path = keys[0].rpartition(".")[0]
+    def _by_name(self, target: Target, key: str, wanted: Array | None) -> Site | Miss:
+        refused: Miss | None = None
+        unread = ""
+        for variant in (*names.variants(key), *names.per_expert(key, target.experts)):
+            path = variant.keys[0].rpartition(".")[0]
             for source in SOURCES:
-                named = [self._evidence[source].get(name, ()) for name in keys]
+                named = [self._evidence[source].get(name, ()) for name in variant.keys]
                 groups = [self._candidates(target, path, source, uses) for uses in named]
                 if not all(groups):
                     unread = unread or _unread(named)
@@ -137,9 +155,9 @@ class Resolver:
                     found = replace(
                         found, evidence=found.evidence + readers.repeated_calls(found, path, source)
                     )
-                    return Miss(target, problem) if problem else self._verified(found, wanted)
-                reason = reason or found.reason
-        return Miss(target, reason or unread)
+                    return Miss(target, problem, "ambiguous") if problem else self._verified(found, wanted)
+                refused = refused or found
+        return refused or Miss(target, unread, "operator" if unread else "not found")
 
     def _candidates(self, target: Target, path: str, source: str, uses: Sequence[Use]) -> list[Use]:
         fitting = [use for use in uses if fit.accepts(target, use)]
@@ -152,7 +170,7 @@ class Resolver:
         if other is None or other == path:
             return False
         key = f"{other}.{target.key.rpartition('.')[2]}"
-        return key in self._wanted or self._weight_of(replace(target, key=key)) is not None
+        return key in self._wanted or (self._base is not None and self._base.stores(key))
 
     def _fit(
         self,
@@ -163,9 +181,16 @@ class Resolver:
         evidence: str,
         verified: bool,
     ) -> Site | Miss:
-        if refused := [why for group in groups for use in group if (why := self._refusal(use))]:
+        if refused := next((use for group in groups for use in group if self._refusal(use)), None):
             tail = "" if self._branches else ": it can't be merged into"
-            return Miss(target, f"{refused[0]}{tail}")
+            return Miss(target, f"{self._refusal(refused)}{tail}", _kind_of(refused))
+        if len(groups) > 1 and target.experts > 1 and not verified:
+            return Miss(
+                target,
+                "the graph has each expert's weights on their own, and only values tell how they were taken "
+                "from the stack; give --checkpoint to compare them",
+                "unproven",
+            )
         if len(groups) > 1:
             return fit.place_split(target, groups, evidence)
         (uses,) = groups
@@ -173,7 +198,7 @@ class Resolver:
             # Rule 2.
             foreign = readers.foreign_reader(path, uses)
             if foreign:
-                return Miss(target, foreign)
+                return Miss(target, foreign, "unproven")
         fits: list[tuple[Use, tuple[Placement, ...]]] = []
         reason = ""
         for use in uses:
@@ -183,7 +208,7 @@ class Resolver:
             else:
                 fits.append((use, placed))
         if not fits:
-            return Miss(target, f"shapes differ: {reason}")
+            return Miss(target, f"shapes differ: {reason}", "shape")
         return fit.site_of(target, fits, evidence)
 
     def _refusal(self, use: Use) -> str:
@@ -199,12 +224,14 @@ class Resolver:
                         target,
                         f"the exporter computed {part.root.name!r} and may have folded a batch norm into it; "
                         "give --checkpoint to compare the values",
+                        "unproven",
                     )
                 if origin := readers.computed(target, part):
                     return Miss(
                         target,
                         f"the exporter computed {part.root.name!r} from {origin}; "
                         "give --checkpoint to compare the values",
+                        "unproven",
                     )
             return site
         if any(use.quantised for part in site.parts for use in part.uses):
@@ -213,31 +240,72 @@ class Resolver:
         for part in site.parts:
             checked = check_content(target, part, wanted)
             if isinstance(checked, str):
-                return Miss(target, f"{checked} (found by {site.evidence})")
+                return Miss(target, f"{checked} (found by {site.evidence})", "values")
             parts.append(checked)
         return replace(site, parts=tuple(parts), evidence=f"{site.evidence}; content agrees")
 
-    def _by_content(self, target: Target, miss: Miss, wanted: Array) -> Site | Miss:
+    def _by_content(self, found: Sequence[Site | Miss]) -> list[Site | Miss]:
+        """Look for the values of what no name led to, all in one pass over the graph's constants."""
+        lost = [item.target for item in found if isinstance(item, Miss)]
+        lost = [target for target in lost if self._weight(target) is not None]
+        uses = [use for use in self.uses if not use.quantised and not self._refusal(use)] if lost else []
+        matrices = [target for target in lost if target.experts == 1 and target.kind != "vector"]
+        places = find_places(uses, matrices, self._matrices)
+        wanted = {id(target) for target in lost}
+        return [
+            self._searched(item, uses, places.get(id(item.target)))
+            if isinstance(item, Miss) and id(item.target) in wanted
+            else item
+            for item in found
+        ]
+
+    def _matrices(self, target: Target) -> list[Array]:
+        values = self._weight(target)
+        return [] if values is None else orientations(target, values)
+
+    def _searched(self, miss: Miss, uses: Sequence[Use], places: Places | None) -> Site | Miss:
+        """Return where a target's values are, of the places where they may be (None: anywhere)."""
+        target, wanted = miss.target, self._weight(miss.target)
+        assert wanted is not None
         hits: dict[int, list[Part]] = {}
-        for use in self.uses:
-            if not fit.accepts(target, use) or use.quantised or self._refusal(use):
+        for use in uses:
+            offsets = () if places is None else places.get((id(use.root), use.transposed), ())
+            if (places is not None and id(use.root) not in hits and not offsets) or not fit.accepts(
+                target, use
+            ):
                 continue
             if id(use.root) in hits:
                 hits[id(use.root)] = [replace(part, uses=(*part.uses, use)) for part in hits[id(use.root)]]
-            elif found := list(search(target, use, wanted)):
-                hits[id(use.root)] = found
-        parts = sorted((part for found in hits.values() for part in found), key=_first_row)
+            # Twice in one constant is an ambiguity: no more than that has to be known.
+            elif parts := list(islice(search(target, use, wanted, offsets), 2)):
+                hits[id(use.root)] = parts
+            release(use.root)
+        parts = sorted((part for parts in hits.values() for part in parts), key=_first_row)
         nodes = max((len(part.uses) for part in parts), default=0)
         if nodes > 1:
-            return Miss(target, f"ambiguous: its values are read by {nodes} nodes and no name tells which")
-        if tile(target, parts):
+            reason = f"ambiguous: its values are read by {nodes} nodes and no name tells which"
+            return Miss(target, reason, "ambiguous")
+        # Rows that a constant holds for two parts of the target can't be changed for one of them.
+        if tile(target, parts) and len(parts) == len(hits):
             site = Site(target, tuple(parts), "content")
             problem = readers.doubt(site, target.path, "content", self.uses)
-            return Miss(target, problem) if problem else site
+            return Miss(target, problem, "ambiguous") if problem else site
         if parts:
             where = ", ".join(str(part.root.name) for part in parts[:4])
-            return Miss(target, f"ambiguous: its values are found in {len(parts)} places ({where})")
-        return miss if miss.reason else Miss(target, "not found: no weight of the graph holds its values")
+            reason = f"ambiguous: its values are found in {len(parts)} places ({where})"
+            return Miss(target, reason, "ambiguous")
+        if miss.reason:
+            return miss
+        return Miss(target, "not found: no weight of the graph holds its values", "not found")
+
+
+def _kind_of(use: Use) -> MissKind:
+    """What kind of refusal a use's own is."""
+    if use.quantised:
+        return "integers" if use.no_branch else "quantised"
+    if use.refusal and use.no_branch:
+        return "operator"
+    return "merge only" if use.no_branch else "branch only"
 
 
 def _first_row(part: Part) -> tuple[int, int]:
@@ -269,7 +337,7 @@ def _without_conflicts(sites: list[Site]) -> tuple[list[Site], list[Miss]]:
                     clashes[id(site)] = f"ambiguous: found where {_called(rival.target)} is found as well"
     return (
         [site for site in sites if id(site) not in clashes],
-        [Miss(site.target, clashes[id(site)]) for site in sites if id(site) in clashes],
+        [Miss(site.target, clashes[id(site)], "double") for site in sites if id(site) in clashes],
     )
 
 

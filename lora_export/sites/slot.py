@@ -12,7 +12,10 @@ SHAPE_ONLY = frozenset({"Shape", "Size"})
 # Nodes that a weight may pass on its way into an operator.
 PASSED = frozenset({"Transpose", "Cast", "CastLike", "Identity"})
 # Nodes behind which a quantised weight is a float matrix.
-DEQUANTIZE = frozenset({"DequantizeLinear", "DequantizeLinearBlock"})
+DEQUANTIZE = frozenset({"DequantizeLinear", "DequantizeLinearBlock", "TRT_FP8DequantizeLinear"})
+# Nodes that round to a grid (ModelOpt's own for float8 as well): with one of `DEQUANTIZE` behind it, a float
+# weight stays a float weight.
+QUANTIZE = frozenset({"QuantizeLinear", "TRT_FP8QuantizeLinear"})
 # A branch is x·A·B: for W·x it would be another one.
 LEFT = "the weight stands on the left (W @ x): no branch is known for it"
 SlotKind = Literal["linear", "conv", "embedding", "vector", "other"]

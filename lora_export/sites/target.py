@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.adapter import Adapter, Array, LoraModule
+from lora_export.adapter import Adapter, Array, LoraModule, token_rows_problems
+from lora_export.errors import AdapterError
 from lora_export.patch import Placement
+from lora_export.sites.renaming import Named
 from lora_export.sites.slot import Use
 
 TargetKind = Literal["linear", "conv", "embedding", "parameter", "vector", "any"]
+# Why a target has no place; what to do about it hangs on this.
+MissKind = Literal[
+    "not found",
+    "shape",
+    "ambiguous",
+    # Two targets would have one place or one name.
+    "double",
+    # A name fits, and only the checkpoint can tell whether the values are the module's.
+    "unproven",
+    # They are not the checkpoint's.
+    "values",
+    # Stored as codes of a quantiser: a branch may go beside, nothing can be merged.
+    "quantised",
+    # Computed in integers: neither a branch nor a merge.
+    "integers",
+    # An operator or a layout for which nothing is known.
+    "operator",
+    # A merge can do it, a branch can't.
+    "merge only",
+    # A branch can do it, a merge can't.
+    "branch only",
+    # The graph would need DoRA's factor.
+    "dora",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +72,11 @@ class Target:
         return self.key.rpartition(".")[0]
 
     @property
+    def named(self) -> Named:
+        """What the renaming of an adapter's parameters has to know of it."""
+        return Named(self.key, self.action, self.module.component if self.module else None)
+
+    @property
     def matrix(self) -> tuple[int, int]:
         """Canonical shape as a matrix."""
         rest = 1
@@ -54,13 +85,49 @@ class Target:
         return self.shape[0], rest
 
 
-# Canonical weight of a parameter path in the base checkpoint, or None where the checkpoint has none.
-# Of stacked experts it is the first and the last.
-WeightOf = Callable[[Target], Array | None]
+class WeightOf(Protocol):
+    """Looks up the parameters of one adapter in the base checkpoint.
+
+    Attributes:
+        names: For each parameter that it was made for, the checkpoint's path, or None.
+    """
+
+    names: tuple[str | None, ...]
+
+    def __call__(self, target: Target) -> Array | None:
+        """Return the canonical weight, or None where the checkpoint has none.
+
+        Of stacked experts it is the first and the last.
+        """
+        ...
+
+
+class BaseWeights(Protocol):
+    """The base checkpoint of a graph.
+
+    Attributes:
+        parameters: Names of the stored tensors.
+    """
+
+    parameters: frozenset[str]
+
+    def for_adapter(self, named: Sequence[Named], flattened: bool, scope: str | None) -> WeightOf:
+        """Return what looks up one adapter's parameters, whose names are turned into the checkpoint's."""
+        ...
+
+    def stores(self, key: str) -> bool:
+        """Whether the checkpoint has a parameter that this path of a graph may be, its outer names aside."""
+        ...
 
 
 def targets_of(adapter: Adapter) -> list[Target]:
-    """Return what an adapter changes, whole replacements first: a delta comes on top of them."""
+    """Return what an adapter changes, whole replacements first: a delta comes on top of them.
+
+    Raises:
+        AdapterError: It replaces single rows, which no place in a graph is made for.
+    """
+    if problems := token_rows_problems(adapter):
+        raise AdapterError(f"adapter '{adapter.name}' can't go into a graph", "merge it first", problems)
     targets = [
         Target(
             key,
@@ -128,7 +195,15 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Miss:
-    """A target without a place, and why."""
+    """A target without a place, and why.
+
+    Attributes:
+        target: What was looked for.
+        reason: Why it has no place.
+        hint: What would give the adapter one, where that is known.
+    """
 
     target: Target
     reason: str
+    kind: MissKind
+    hint: str = ""

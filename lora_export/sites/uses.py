@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from lora_export.graph import FLOAT_TYPES, GraphFile, shape_of
 from lora_export.sites import OPERATORS
-from lora_export.sites.slot import DEQUANTIZE, PASSED, SHAPE_ONLY, Slot, Use
+from lora_export.sites.ranges import is_fixed
+from lora_export.sites.slot import DEQUANTIZE, PASSED, QUANTIZE, SHAPE_ONLY, Slot, Use
 
 # What else a vector may feed, so that biases and norms (modules_to_save, bias="all") have a place.
 _VECTOR_PARAMETERS = {"Add": "bias", "Mul": "weight"}
@@ -58,7 +59,7 @@ def _vector_slots(node: ir.Node, taken: set[int]) -> Iterator[Slot]:
             yield Slot(index, "vector", parameter="weight" if index == 1 else "bias")
         elif node.op_type in _SKIP_NORMS and index in (2, 3):
             yield Slot(index, "vector", parameter="weight" if index == 2 else "bias")
-        elif node.op_type not in PASSED | SHAPE_ONLY | DEQUANTIZE:
+        elif node.op_type not in PASSED | SHAPE_ONLY | DEQUANTIZE | QUANTIZE:
             yield Slot(index, "other", parameter="")
 
 
@@ -66,13 +67,18 @@ def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
     """Walk from an operand back to the constant that it comes from, if it does."""
     chain: list[ir.Node] = []
     refusal, quantised = slot.refusal, slot.shape is not None
+    codes = bool(slot.refusal)
     while (maker := value.producer()) is not None:
         source = maker.inputs[0] if maker.inputs else None
         if maker.op_type == "Constant" or source is None:
             break
         if maker.op_type in DEQUANTIZE:
-            refusal = refusal or f"quantised weight ({maker.op_type})"
-            quantised = True
+            codes = True
+        elif maker.op_type in QUANTIZE and codes:
+            # Rounded in the graph: what is stored is the float weight.
+            codes = False
+            if not is_fixed(maker):
+                refusal = refusal or f"{maker.op_type} whose scale the graph computes"
         elif maker.op_type not in PASSED:
             return None
         chain.insert(0, maker)
@@ -83,6 +89,9 @@ def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
     if (slot.kind in ("linear", "conv", "embedding") and len(shape) < 2) or not shape:
         return None
     no_branch = slot.no_branch
+    dequantised = next((node.op_type for node in chain if node.op_type in DEQUANTIZE), None)
+    if dequantised and (codes or dtype not in FLOAT_TYPES):
+        refusal, quantised = refusal or f"quantised weight ({dequantised})", True
     quantised = quantised or dtype not in FLOAT_TYPES
     if dtype not in FLOAT_TYPES and not refusal:
         if slot.kind not in ("linear", "conv") and not (slot.kind == "embedding" and chain):

@@ -1,0 +1,126 @@
+"""Other names for the modules of a family of models: name → ``module:attribute``, imported when asked for.
+
+Trainers name modules as the code does in which they train (Stability's, Black Forest Labs', …). Where the
+base is a diffusers (or newer transformers) model, such an adapter is translated before it is placed. A new
+scheme is one module with one `Scheme`, and one line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from lora_export.errors import AdapterError
+
+if TYPE_CHECKING:
+    from lora_export.adapter import Adapter
+    from lora_export.formats.schemes.applying import Translation
+    from lora_export.formats.schemes.rules import Scheme
+
+__all__ = ["SCHEMES", "fitted", "translate"]
+
+SCHEMES: dict[str, str] = {
+    "sgm-unet": "lora_export.formats.schemes.sgm_unet:SCHEME",
+    "clip-text": "lora_export.formats.schemes.clip:TEXT",
+    "clip-vision": "lora_export.formats.schemes.clip:VISION",
+    "flux": "lora_export.formats.schemes.flux:SCHEME",
+    "flux2": "lora_export.formats.schemes.flux2:SCHEME",
+    "hunyuan-video": "lora_export.formats.schemes.hunyuan_video:SCHEME",
+    "sd3": "lora_export.formats.schemes.sd3:SCHEME",
+    "wan": "lora_export.formats.schemes.wan:SCHEME",
+    "z-image": "lora_export.formats.schemes.z_image:SCHEME",
+    "lumina2": "lora_export.formats.schemes.lumina2:SCHEME",
+}
+_SHOWN = 40
+
+
+def translate(
+    adapter: Adapter, known: Collection[str], *, others: Callable[[], Iterable[str]] | None = None
+) -> tuple[Adapter, tuple[str, ...]] | None:
+    """Give an adapter the base's own names, where it has those of another scheme.
+
+    Args:
+        adapter: The adapter.
+        known: Dotted parameter paths of the base, possibly behind an outer prefix.
+        others: Where ``known`` is only what a graph exposes: returns the names of its other parameters, as
+            far as it has names, which tell how its blocks are built.
+
+    Returns:
+        The adapter with dotted paths, each module split or reordered as the base stores it, and notes on
+        what was done. None where no scheme applies: the names fit as they are, or fit none.
+
+    Raises:
+        AdapterError: A scheme applies, and something can't be translated by it; everything is listed.
+    """
+    from lora_export.formats.schemes.applying import apply_scheme
+    from lora_export.formats.schemes.known import KnownModules
+
+    recognised = [scheme for name in SCHEMES if (scheme := _scheme(name)).recognises(adapter)]
+    if not recognised:
+        return None
+    modules = KnownModules(known, others or tuple)
+    found = [made for scheme in recognised if (made := apply_scheme(scheme, adapter, modules))]
+    if not found:
+        return None
+    # Relatives share names: the one that explains most is meant, and where they tie they say the same.
+    best = min(found, key=lambda made: (len(made.missing), -made.found))
+    _refuse(best, adapter, complete=others is None)
+    note = f"adapter '{adapter.name}': names of {best.scheme.name} converted to the base's"
+    return best.adapter, (note,)
+
+
+def fitted(
+    adapter: Adapter,
+    known: Collection[str],
+    notes: list[str],
+    *,
+    others: Callable[[], Iterable[str]] | None = None,
+) -> Adapter:
+    """Return the adapter with the base's names: translated if a scheme applies, else as it is.
+
+    Args:
+        adapter: See `translate`.
+        known: See `translate`.
+        notes: Gets what was done.
+        others: See `translate`.
+
+    Raises:
+        AdapterError: See `translate`.
+    """
+    found = translate(adapter, known, others=others)
+    if found is None:
+        return adapter
+    notes += found[1]
+    # A scope speaks of the adapter's own paths, which are the base's now.
+    return replace(found[0], scope=None)
+
+
+def _refuse(made: Translation, adapter: Adapter, complete: bool) -> None:
+    """Raise `AdapterError` for what can't be cut, and for gaps that make all other counterparts doubtful."""
+    if made.problems:
+        raise AdapterError(
+            f"adapter '{adapter.name}' has names of {made.scheme.name} that can't be converted to the base's",
+            "give --component where the file serves several models, and the base that it was trained on",
+            _listed(made.problems),
+        )
+    if not (made.missing and made.scheme.structural and complete):
+        return
+    raise AdapterError(
+        f"adapter '{adapter.name}' has names of {made.scheme.name}, and {len(made.missing)} of its modules "
+        "have no counterpart in the base: its blocks are built in another way",
+        "give the base that the adapter was trained on (SDXL, SD 1.5 and SD 2 differ)",
+        _listed(made.missing),
+    )
+
+
+def _listed(lines: list[str]) -> list[str]:
+    more = len(lines) - _SHOWN
+    return [*lines[:_SHOWN], f"… and {more} more"] if more > 0 else lines
+
+
+def _scheme(name: str) -> Scheme:
+    module, _, attribute = SCHEMES[name].partition(":")
+    found: Scheme = getattr(import_module(module), attribute)
+    return found

@@ -1,0 +1,65 @@
+"""CLIP's and SigLIP's towers as transformers 4 names them (``text_model.…``) → transformers 5, without it.
+
+The towers' layers have the same names where transformers 5 has saved them: only a base that is a text (or
+vision) model by its embeddings' names takes the text (or vision) model's adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_export.adapter import Adapter
+from lora_export.formats.schemes.known import KnownModules, flatten
+from lora_export.formats.schemes.rules import Components, Counterpart, Lookup, paths_of
+
+_TOKENS, _PATCHES = "embeddings.token_embedding", "embeddings.patch_embedding"
+
+
+@dataclass(frozen=True)
+class _Tower:
+    """One tower.
+
+    Attributes:
+        name: See `Scheme`.
+        components: See `Scheme`.
+        outer: What transformers 5 leaves out.
+        own: A module that only this tower has.
+        other: One that only the other has.
+        structural: See `Scheme`.
+    """
+
+    name: str
+    components: Components
+    outer: str
+    own: str
+    other: str
+    structural: bool = False
+
+    def recognises(self, adapter: Adapter) -> bool:
+        """Whether every path begins with the tower's name."""
+        paths = paths_of(self, adapter)
+        return bool(paths) and all(path.startswith(f"{self.outer}_") for path in paths)
+
+    def lookup(self, known: KnownModules) -> Lookup:
+        """Return a function that takes the tower's name off, where the base is that tower."""
+        is_tower = bool(known.find(self.own)) and not known.find(self.other)
+
+        def find(path: str) -> Sequence[Counterpart]:
+            if not is_tower or not flatten(path).startswith(f"{self.outer}_"):
+                return ()
+            return (Counterpart(path[len(self.outer) + 1 :]),)
+
+        return find
+
+
+TEXT = _Tower(
+    "transformers 4's CLIP text model",
+    (None, "text_encoder", "text_encoder_2", "text_encoder_3"),
+    "text_model",
+    _TOKENS,
+    _PATCHES,
+)
+VISION = _Tower(
+    "transformers 4's CLIP vision model", (None, "image_encoder"), "vision_model", _PATCHES, _TOKENS
+)

@@ -1,0 +1,42 @@
+"""Rows of a module's output cut out or put in another order: exact, and nothing else of it changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from lora_export.adapter import Array, LoraModule
+from lora_export.formats.schemes.rules import Spans
+
+
+def take_rows(values: Array, spans: Spans) -> Array:
+    """Return the rows of ``spans``, in their order."""
+    if spans == ((0, len(values)),):
+        return values
+    return np.concatenate([values[start:stop] for start, stop in spans])
+
+
+def cut_module(module: LoraModule, path: str, spans: Spans) -> LoraModule:
+    """Return the module that makes the output rows ``spans`` of another, under its own path.
+
+    Row i of ΔW is row i of lora_B times lora_A; DoRA's norm, its factor and the bias are one value for each
+    row. lora_A, rank and alpha stay, and so does the scaling.
+
+    Args:
+        module: A linear module, or a convolution of one group.
+        path: The new path.
+        spans: Which rows, in their new order.
+    """
+
+    def vector(values: Array | None) -> Array | None:
+        return None if values is None else take_rows(values, spans)
+
+    return replace(
+        module,
+        path=path,
+        lora_b=take_rows(module.lora_b, spans),
+        magnitude=vector(module.magnitude),
+        scale=vector(module.scale),
+        lora_bias=vector(module.lora_bias),
+    )

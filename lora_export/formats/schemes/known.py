@@ -1,0 +1,55 @@
+"""The module paths of a base, found with or without their dots and behind an outer prefix."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+
+
+def flatten(path: str) -> str:
+    """Return a path with its dots as underscores."""
+    return path.replace(".", "_")
+
+
+def _modules(parameters: Iterable[str]) -> set[str]:
+    return {path for name in parameters if (path := name.rpartition(".")[0])}
+
+
+class KnownModules:
+    """Finds the modules of a base.
+
+    Args:
+        parameters: Dotted parameter paths of the base.
+        others: Returns more of its parameters, which tell its structure but have no place for an adapter.
+
+    Attributes:
+        paths: Module paths.
+    """
+
+    def __init__(self, parameters: Iterable[str], others: Callable[[], Iterable[str]] = tuple) -> None:
+        self._others = others
+        self.paths = _modules(parameters)
+        self._tails: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        for path in self.paths:
+            parts = path.split(".")
+            for start in range(len(parts)):
+                tail = ".".join(parts[start:])
+                self._tails[flatten(tail)][".".join(parts[:start])].append(tail)
+                if parts[start].isdigit():
+                    # A wrapper has no number: what is inside of a repeated block is no model of its own.
+                    break
+
+    @cached_property
+    def structure(self) -> set[str]:
+        """Paths of all modules, those without a place included."""
+        return self.paths | _modules(self._others())
+
+    def find(self, path: str) -> Mapping[str, str]:
+        """Return outer prefix → dotted path behind it, for each prefix under which ``path`` is known.
+
+        Args:
+            path: A module path; dots and underscores count as the same.
+        """
+        found = self._tails.get(flatten(path), {})
+        return {prefix: tails[0] for prefix, tails in found.items() if len(tails) == 1}

@@ -1,0 +1,165 @@
+"""What a naming scheme says of one module: its counterparts, and which rows of the output each has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+from lora_export.adapter import Adapter
+from lora_export.formats.schemes.known import KnownModules, flatten
+
+Spans = tuple[tuple[int, int], ...]
+# (out_dim, in_dim) of a module → the rows of its output that a counterpart has, in the counterpart's
+# order; empty where the sizes can't be cut in this way.
+RowsOf = Callable[[int, int], Spans]
+
+# ComfyUI and ai-toolkit put the whole model behind one of these.
+_OUTER = re.compile(r"^(?:model[._])?diffusion_model[._]")
+# Names of components; None: the file is for one model.
+Components = tuple[str | None, ...]
+DENOISERS: Components = (None, "unet", "transformer", "transformer_2")
+
+
+def whole(rows: int, cols: int) -> Spans:
+    """Return all rows."""
+    return ((0, rows),)
+
+
+def swapped_halves(rows: int, cols: int) -> Spans:
+    """Return the second half of the rows, then the first: ``shift, scale`` → diffusers' ``scale, shift``."""
+    return () if rows % 2 else ((rows // 2, rows), (0, rows // 2))
+
+
+@dataclass(frozen=True)
+class Counterpart:
+    """A module of the base that holds (some rows of) a module of the adapter.
+
+    Attributes:
+        path: Its path; underscores may stand for dots, the base's own spelling is then looked up.
+        rows: Which rows.
+    """
+
+    path: str
+    rows: RowsOf = whole
+
+
+def thirds(*paths: str) -> tuple[Counterpart, ...]:
+    """Return the counterparts of a fused query, key and value."""
+
+    def third(number: int) -> RowsOf:
+        def rows_of(rows: int, cols: int) -> Spans:
+            return () if rows % 3 else ((rows // 3 * number, rows // 3 * (number + 1)),)
+
+        return rows_of
+
+    return tuple(Counterpart(path, third(number)) for number, path in enumerate(paths))
+
+
+def attention_and_mlp(*paths: str) -> tuple[Counterpart, ...]:
+    """Return the counterparts of a fused query, key, value (each as wide as the input) and MLP (the rest)."""
+
+    def part(number: int) -> RowsOf:
+        def rows_of(rows: int, cols: int) -> Spans:
+            ends = (0, cols, 2 * cols, 3 * cols, rows)
+            return ((ends[number], ends[number + 1]),) if rows > 3 * cols else ()
+
+        return rows_of
+
+    return tuple(Counterpart(path, part(number)) for number, path in enumerate(paths))
+
+
+# Path of one of the adapter's modules → its counterparts; none: not a name of the scheme.
+Lookup = Callable[[str], Sequence[Counterpart]]
+
+
+class Scheme(Protocol):
+    """A way to name the modules of a family of models that is not the base's own."""
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+        ...
+
+    @property
+    def components(self) -> Components:
+        """The components that it may name."""
+        ...
+
+    @property
+    def structural(self) -> bool:
+        """Whether counterparts depend on the base's structure, so that one that is missing spoils all."""
+        ...
+
+    def recognises(self, adapter: Adapter) -> bool:
+        """Whether an adapter has names of this scheme, by its module paths alone."""
+        ...
+
+    def lookup(self, known: KnownModules) -> Lookup:
+        """Return what finds counterparts in a base.
+
+        Raises:
+            AdapterError: The base looks like the family, but its structure can't be told from its names.
+        """
+        ...
+
+
+def paths_of(scheme: Scheme, adapter: Adapter) -> list[str]:
+    """Return the flattened paths of the modules that a scheme may name, without ComfyUI's outer prefix."""
+    return [
+        flatten(inner(module.path))
+        for module in adapter.modules.values()
+        if module.component in scheme.components
+    ]
+
+
+def inner(path: str) -> str:
+    """Return a path without ComfyUI's outer prefix."""
+    return _OUTER.sub("", path)
+
+
+@dataclass(frozen=True)
+class TableScheme:
+    """A scheme whose names are a table.
+
+    Attributes:
+        name: What to call it.
+        table: Path, with ``{}`` for a number → counterparts, or the path of the only one.
+        mark: Pattern of a flattened path that only this scheme, or a close relative, has.
+        components: See `Scheme`.
+        structural: See `Scheme`.
+    """
+
+    name: str
+    table: Mapping[str, str | Sequence[Counterpart]]
+    mark: str
+    components: Components = DENOISERS
+    structural: bool = field(default=False, init=False)
+
+    def recognises(self, adapter: Adapter) -> bool:
+        """Whether some path has the mark."""
+        mark = re.compile(self.mark)
+        return any(mark.match(path) for path in paths_of(self, adapter))
+
+    def lookup(self, known: KnownModules) -> Lookup:
+        """Return the table as a function; it is the same for every base."""
+        return self._find
+
+    @cached_property
+    def _patterns(self) -> list[tuple[re.Pattern[str], Sequence[Counterpart]]]:
+        return [
+            (
+                re.compile(re.escape(flatten(source)).replace(r"\{\}", r"(\d+)")),
+                (Counterpart(targets),) if isinstance(targets, str) else targets,
+            )
+            for source, targets in self.table.items()
+        ]
+
+    def _find(self, path: str) -> Sequence[Counterpart]:
+        flat = flatten(inner(path))
+        for pattern, targets in self._patterns:
+            if match := pattern.fullmatch(flat):
+                return [Counterpart(target.path.format(*match.groups()), target.rows) for target in targets]
+        return ()

@@ -1,0 +1,65 @@
+"""The part of an adapter that the user says belongs to the base: one of its models, or all below a path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from lora_export.adapter import Adapter
+from lora_export.errors import AdapterError
+
+
+def part_of(adapter: Adapter, component: str) -> Adapter:
+    """Return the part of an adapter that is named.
+
+    Args:
+        adapter: Any.
+        component: ``unet``, ``text_encoder``, … of an adapter for several models; else a submodel's path.
+
+    Raises:
+        AdapterError: The adapter is for several models, and not for this one.
+    """
+    components = {module.component for module in adapter.modules.values()}
+    if components == {None} or not components:
+        return within(adapter, component)
+    if component not in components:
+        names = ", ".join(sorted(name or "(none)" for name in components))
+        raise AdapterError(f"adapter '{adapter.name}' has no component '{component}'", f"it has: {names}")
+    mine = [key for key, module in adapter.modules.items() if module.component == component]
+    return _only(adapter, mine, adapter.extras, f"not of {component!r}")
+
+
+def within(adapter: Adapter, scope: str) -> Adapter:
+    """Return an adapter with a scope, and where some of its paths are below it, with those alone.
+
+    Where none are, the path is the base's own for the part that the adapter is for; whether the base has it
+    is known when the adapter is placed (`lora_export.sites.renaming`).
+
+    Args:
+        adapter: Of a file without components.
+        scope: Path of a submodel, ``model.encoder``.
+    """
+    below = f"{scope}_".replace(".", "_") if adapter.flattened else f"{scope}."
+    modules = [key for key, module in adapter.modules.items() if module.path.startswith(below)]
+    extras = [path for path in adapter.extras if path.startswith(below)]
+    if not modules and not extras:
+        return replace(adapter, scope=scope)
+    return replace(_only(adapter, modules, extras, f"not below {scope!r}"), scope=scope)
+
+
+def _only(adapter: Adapter, modules: Iterable[str], extras: Iterable[str], why: str) -> Adapter:
+    """Return an adapter with some of its changes; a note says how many were left aside."""
+    kept, whole = set(modules), set(extras)
+    aside = [module for key, module in adapter.modules.items() if key not in kept]
+    lost = {name for module in aside for name in module.tensor_names}
+    lost |= {adapter.extra_tensors.get(path, path) for path in adapter.extras if path not in whole}
+    count = len(aside) + len(adapter.extras) - len(whole)
+    note = (f"left aside, {why}: {count} of the adapter's modules and parameters",) if count else ()
+    return replace(
+        adapter,
+        modules={key: module for key, module in adapter.modules.items() if key in kept},
+        extras={path: values for path, values in adapter.extras.items() if path in whole},
+        extra_tensors={path: name for path, name in adapter.extra_tensors.items() if path in whole},
+        tensor_names=tuple(name for name in adapter.tensor_names if name not in lost),
+        notes=(*adapter.notes, *note),
+    )

@@ -1,0 +1,166 @@
+"""The parameter paths of a base, ready to be compared with an adapter's; what a path component may denote."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+from lora_export.sites.names import Prefix, flatten, variants
+
+# Names of submodels that stand beside others of their kind.
+_SUBMODEL = re.compile(
+    r"(?:\w*_)?(?:encoder|decoder|tower|unet|vae|prior|controlnet|generator|discriminator|teacher|student"
+    r"|actor|critic|policy|reward|draft|ema)(?:_?\d+)?"
+    r"|(?:text|vision|visual|image|audio|speech|video|protein|query|doc|document|user|item|code|graph)"
+    r"_(?:model|backbone|branch|net|transformer|embedder)"
+    r"|visual|vision|\w+_[2-9]"
+)
+# The same inside flattened text, whose components are not known.
+_FLAT_SUBMODEL = re.compile(rf"(?:^|_)(?:{_SUBMODEL.pattern})(?:_|$)")
+
+
+class KnownNames:
+    """The parameter paths of a base, ready to be compared with.
+
+    Args:
+        names: Dotted paths, wrappers taken off.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = frozenset(names)
+
+    @cached_property
+    def _children(self) -> dict[str, set[str]]:
+        children: dict[str, set[str]] = defaultdict(set)
+        for name in self.names:
+            parts = name.split(".")
+            for end in range(len(parts) - 1):
+                children[".".join(parts[:end])].add(parts[end])
+        return children
+
+    @cached_property
+    def _by_flat(self) -> dict[str, list[str]]:
+        flat: dict[str, list[str]] = defaultdict(list)
+        for name in sorted(self.names):
+            flat[flatten(name)].append(name)
+        return flat
+
+    @cached_property
+    def _by_flat_tail(self) -> dict[str, set[str]]:
+        """Flattened end of a path → what stands in front of it."""
+        tails: dict[str, set[str]] = defaultdict(set)
+        for name in self.names:
+            parts = name.split(".")
+            for end in range(1, len(parts) - 1):
+                tails[flatten(".".join(parts[end:]))].add(".".join(parts[:end]))
+        return tails
+
+    def has(self, key: str) -> bool:
+        """Whether the base has a parameter under this path, or under another name of a builder for it."""
+        if key in self.names:
+            return True
+        return any(all(name in self.names for name in variant.keys) for variant in variants(key))
+
+    def under(self, scope: str) -> list[str]:
+        """Return the paths that end in ``scope`` and have parameters under them."""
+        return sorted(path for path in self._children if path == scope or path.endswith(f".{scope}"))
+
+    def is_inside(self, path: str) -> bool:
+        """Whether all of the base's numbered blocks, or where it has none all of it, lie under one path."""
+        blocks = [name for name in self.names if has_index(name)] or self.names
+        return all(name.startswith(f"{path}.") for name in blocks)
+
+    def has_rivals(self, path: str) -> bool:
+        """Whether a submodel on the way down a path has another submodel beside it."""
+        parts = path.split(".")
+        for end, part in enumerate(parts):
+            beside = self._children[".".join(parts[:end])] - {part}
+            if is_submodel(part) and any(map(is_submodel, beside)):
+                return True
+        return False
+
+    def changes(self, keys: Iterable[str]) -> set[Prefix]:
+        """Return the changes under which one of some dotted paths is a parameter's; no index comes off."""
+        by_rest: dict[str, list[str]] = defaultdict(list)
+        for key in keys:
+            for variant in variants(key):
+                for name in variant.keys:
+                    by_rest[_behind_first_index(name)].append(name)
+        found: set[Prefix] = set()
+        for known in self.names:
+            theirs = known.split(".")
+            for start in range(len(theirs) - 1):
+                for name in by_rest.get(".".join(theirs[start:]), ()):
+                    parts = name.split(".")
+                    same = _common_end(parts, theirs)
+                    found.add(Prefix(".".join(parts[:-same]), ".".join(theirs[:-same])))
+        return found
+
+    def flat_changes(self, keys: Iterable[str]) -> set[Prefix]:
+        """Return the same for flattened paths; the text that comes off has underscores."""
+        found: set[Prefix] = set()
+        for key in keys:
+            text = flatten(key)
+            for at in [-1, *(match.start() for match in re.finditer("_", text))]:
+                strip, rest = text[: max(at, 0)], text[at + 1 :]
+                if has_index(strip):
+                    break
+                found.update(Prefix(strip, add) for add in self._by_flat_tail.get(rest, ()))
+                if rest in self._by_flat:
+                    found.add(Prefix(strip))
+        return found
+
+    def unflatten(self, key: str, change: Prefix) -> list[str]:
+        """Return the paths that a flattened one may stand for under a change."""
+        text = flatten(key)
+        if change.strip and text.startswith(f"{change.strip}_"):
+            text = text[len(change.strip) + 1 :]
+        elif change.strip:
+            return self._by_flat.get(text, [])
+        if not change.add:
+            return self._by_flat.get(text, [])
+        whole = self._by_flat.get(f"{flatten(change.add)}_{text}", [])
+        return [name for name in whole if name.startswith(f"{change.add}.")]
+
+
+def is_submodel(name: str) -> bool:
+    """Whether a path component denotes one of several models, by its name."""
+    return _SUBMODEL.fullmatch(name) is not None
+
+
+def submodels_of(path: str) -> list[str]:
+    """Return the submodels on the way down a path, but for the language model of a vision–language model.
+
+    That is called ``language_model``, or ``text_model`` inside ``model`` (Idefics 3, SmolVLM; CLIP's has no
+    ``model`` around it).
+    """
+    parts = path.split(".")
+    found = [part for before, part in zip(["", *parts], parts, strict=False) if is_submodel(part)
+             and (before, part) != ("model", "text_model")]  # fmt: skip
+    return found
+
+
+def is_flat_submodel(text: str) -> bool:
+    """Whether flattened text, whose components are not known, has the name of a submodel in it."""
+    return _FLAT_SUBMODEL.search(text) is not None
+
+
+def has_index(name: str) -> bool:
+    """Whether a path, dotted or flattened, goes through a numbered block."""
+    return any(part.isdigit() for part in re.split(r"[._]", name))
+
+
+def _behind_first_index(name: str) -> str:
+    """Return a path from its first index on; of one without indices, the module's own name on."""
+    parts = name.split(".")
+    start = next((at for at, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
+    return ".".join(parts[max(0, min(start, len(parts) - 2)) :])
+
+
+def _common_end(one: Sequence[str], other: Sequence[str]) -> int:
+    same = 0
+    while same < min(len(one), len(other)) and one[-1 - same] == other[-1 - same]:
+        same += 1
+    return same

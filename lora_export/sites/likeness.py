@@ -1,0 +1,58 @@
+"""Tell a naming that differs from another architecture: by the shapes of the matrices.
+
+An adapter none of whose names is known may still be for the base: then the base has matrices of all its
+shapes, at least as many of each.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+
+_SHOWN = 4
+Shape = tuple[int, ...]
+
+
+def counterparts(wanted: Mapping[str, Shape], base: Mapping[str, Shape]) -> list[tuple[str, str]]:
+    """Return examples of an adapter's names with the base's that they may mean; none for another model.
+
+    Args:
+        wanted: Parameter path of the adapter → shape of the weight.
+        base: Name in the base → shape as it is stored.
+    """
+    there: dict[Shape, list[str]] = defaultdict(list)
+    for name, shape in base.items():
+        there[_matrix(shape)].append(name)
+    shapes = Counter(map(_matrix, wanted.values()))
+    if not shapes or any(len(there[shape]) < count for shape, count in shapes.items()):
+        return []
+    taken: set[str] = set()
+    found = []
+    for name, shape in list(wanted.items())[:_SHOWN]:
+        free = [other for other in there[_matrix(shape)] if other not in taken]
+        best = max(free, key=lambda other: _similarity(name, other))
+        taken.add(best)
+        found.append((name, best))
+    return found
+
+
+def _matrix(shape: Shape) -> Shape:
+    """A shape whatever way round it is stored, 1×1 kernels aside."""
+    return tuple(sorted(size for size in shape if size != 1))
+
+
+def _similarity(one: str, other: str) -> tuple[int, float]:
+    """Indices that agree count first: layer 3's counterpart is in layer 3."""
+    same = sum((Counter(_indices(one)) & Counter(_indices(other))).values())
+    return same, difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def _indices(name: str) -> Iterable[str]:
+    return re.findall(r"(?<![a-z0-9])\d+", name)
+
+
+def side_by_side(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """Return the examples as lines."""
+    return [f"the adapter has {one}, the base may mean it by {other}" for one, other in pairs]

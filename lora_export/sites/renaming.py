@@ -1,0 +1,336 @@
+"""One change of names that turns an adapter's parameter paths into a base's: the only rule for it.
+
+Whatever an adapter is placed in (a checkpoint, a graph or its LoRA inputs, a PyTorch model), its paths are
+compared with the paths that the base knows. Rules:
+
+1. One change holds for the whole adapter: a prefix comes off, another comes in front.
+2. The change counts only if everything of the adapter under it fits.
+3. What comes off is an outer name, never an index and never a name that denotes one of several submodels
+   (``encoder``, ``vision_model``, ``transformer_2``): an adapter's decoder would become the encoder.
+4. What comes in front is an outer name as well: not one of several submodels, but for the language model of a
+   vision–language model, whose adapters are known by their own outer name.
+5. Several changes that fit are an ambiguity.
+6. Two parameters of one adapter never become the same one.
+7. A *scope* that the user names (``model.encoder``) is the part that belongs: it may come off or in front
+   whatever it is called, and what is missing under it is the user's to allow.
+8. Flattened paths (kohya's underscores) get their dots from the base's paths, at path components only.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from lora_export.sites.known_names import KnownNames, has_index, is_flat_submodel, submodels_of
+from lora_export.sites.names import Prefix, flatten
+
+_SHOWN = 4
+NOT_FOUND = "not found"
+AMBIGUOUS = "ambiguous"
+NO_CHANGE = Prefix()
+
+
+@dataclass(frozen=True)
+class Named:
+    """A parameter that an adapter changes, by its own path.
+
+    Attributes:
+        key: Parameter path, ``model.layers.0.mlp.up_proj.weight``; flattened, only its last dot is one.
+        action: What happens to it: two with the same action must not become one.
+        component: Which model of a file that serves several.
+    """
+
+    key: str
+    action: str = "merge"
+    component: str | None = None
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """What became of an adapter's names.
+
+    Attributes:
+        names: For each parameter the base's path for it (perhaps one that the base lacks), or None.
+        problems: Number of a parameter → why it has no name in the base.
+        change: The change that was made.
+        hint: What the user may give to place the adapter, or the part of it that belongs.
+    """
+
+    names: tuple[str | None, ...]
+    problems: dict[int, str] = field(default_factory=dict)
+    change: Prefix = NO_CHANGE
+    hint: str = ""
+
+    @property
+    def note(self) -> str:
+        """What was changed, for the plan; empty where nothing was."""
+        return said(self.change) if self.change != NO_CHANGE else ""
+
+
+def said(change: Prefix) -> str:
+    """Return a change in words."""
+    strip = f"'{change.strip}.' taken off" if change.strip else ""
+    add = f"'{change.add}.' put in front" if change.add else ""
+    return " and ".join(text for text in (strip, add) if text) or "no change"
+
+
+def rename(
+    wanted: Sequence[Named], known: KnownNames, *, flattened: bool = False, scope: str | None = None
+) -> Renaming:
+    """Return the base's path for each parameter of an adapter, under one change of names.
+
+    Args:
+        wanted: The adapter's parameters. Its low-rank changes decide; biases and whole parameters, which an
+            exporter may drop, follow them.
+        known: The base's.
+        flattened: The adapter's paths have underscores for dots.
+        scope: The part that belongs, as the user says it (rule 7).
+    """
+    return _Renamer(wanted, known, flattened, scope).run()
+
+
+def likeliest_change(keys: Sequence[str], known: KnownNames) -> Prefix:
+    """Return the change under which most paths are known: to look for something, not to place anything."""
+    counts = {
+        change: sum(known.has(change.apply(key) or key) for key in keys)
+        for change in sorted({NO_CHANGE, *known.changes(keys)}, key=str)
+    }
+    most = max(counts.values())
+    best = [change for change, count in counts.items() if count == most]
+    return best[0] if len(best) == 1 else NO_CHANGE
+
+
+class _Renamer:
+    def __init__(
+        self, wanted: Sequence[Named], known: KnownNames, flattened: bool, scope: str | None
+    ) -> None:
+        self._wanted, self._known, self._flattened = wanted, known, flattened
+        self._mark = "_" if flattened else "."
+        self._scope = flatten(scope) if scope and flattened else scope
+        low_rank = [n for n, named in enumerate(wanted) if named.action == "merge"]
+        self._fits: dict[Prefix, frozenset[int]] = {}
+        for self._deciding in (low_rank, list(range(len(wanted)))):
+            keys = [wanted[number].key for number in self._deciding]
+            changes = known.flat_changes(keys) if flattened else known.changes(keys)
+            self._fits = {change: self._fitting(change) for change in sorted({NO_CHANGE, *changes}, key=str)}
+            if any(self._fits.values()):
+                break
+        # Rule 7: is the scope a part of the adapter's paths, or of the base's?
+        self._is_adapters = scope is not None and all(self._is_below(named.key, scope) for named in wanted)
+        self._bases = known.under(scope) if scope and not self._is_adapters else []
+
+    def run(self) -> Renaming:
+        """Choose the change and apply it."""
+        chosen = self._chosen()
+        if len(chosen) == 1:
+            return self._applied(chosen[0])
+        rivals = [] if chosen or self._scope else self._distinct(self._whole(self._fits))
+        if len(chosen or rivals) > 1:
+            return self._ambiguous(chosen or rivals)
+        reason, hint = self._refusal()
+        problems = dict.fromkeys(range(len(self._wanted)), reason)
+        return Renaming((None,) * len(self._wanted), problems, hint=hint)
+
+    # Which change.
+
+    def _fitting(self, change: Prefix) -> frozenset[int]:
+        return frozenset(n for n in self._deciding if self._names(self._wanted[n].key, change))
+
+    def _chosen(self) -> list[Prefix]:
+        """Return the change that counts; several where they tie, none where none counts."""
+        allowed = [change for change in self._fits if self._fits[change] and self._is_allowed(change)]
+        if whole := self._whole(allowed):
+            return self._distinct(whole)
+        # Rule 2; a wrapper around the base, or a part that the user names, may lack something.
+        parts = [
+            change
+            for change in allowed
+            if change == NO_CHANGE
+            or self._scope is not None
+            or (self._is_whole_below(change) if change.strip else self._known.is_inside(change.add))
+        ]
+        most = max((len(self._fits[change]) for change in parts), default=0)
+        return self._distinct([change for change in parts if len(self._fits[change]) == most])
+
+    def _whole(self, changes: Iterable[Prefix]) -> list[Prefix]:
+        return [change for change in changes if len(self._fits[change]) == len(self._deciding)]
+
+    def _distinct(self, changes: Sequence[Prefix]) -> list[Prefix]:
+        """Return the change that changes nothing if it is there, else one of each that differ in effect."""
+        if NO_CHANGE in changes:
+            return [NO_CHANGE]
+        found: dict[tuple[tuple[str, ...], ...], Prefix] = {}
+        for change in sorted(changes, key=lambda change: len(change.strip) + len(change.add)):
+            effect = tuple(tuple(self._names(named.key, change)) for named in self._wanted)
+            found.setdefault(effect, change)
+        return list(found.values())
+
+    def _is_allowed(self, change: Prefix) -> bool:
+        if self._scope is not None and not self._is_adapters:
+            return change.add in self._bases and not change.strip  # Rule 7.
+        if not change.strip:
+            # Rule 4: the base's own outer name, perhaps with an index (a Sequential).
+            return not submodels_of(change.add) or not self._known.has_rivals(change.add)
+        scope = self._scope
+        is_scoped = scope is not None and (scope == change.strip or self._is_below(scope, change.strip))
+        if not is_scoped and self._is_submodel(change.strip):
+            return False  # Rule 3.
+        return self._is_outer(change.add)
+
+    def _is_outer(self, add: str) -> bool:
+        """Whether a path may come in place of another."""
+        return not add or (not has_index(add) and not submodels_of(add))
+
+    def _is_submodel(self, strip: str) -> bool:
+        if self._flattened:
+            return is_flat_submodel(strip)
+        return bool(submodels_of(strip))
+
+    def _is_whole_below(self, change: Prefix) -> bool:
+        """Whether all below the prefix fits, and no other part of the adapter looks like that part."""
+        below = {n for n in self._deciding if self._is_below(self._wanted[n].key, change.strip)}
+        if not below <= self._fits[change]:
+            return False
+        rests = {self._wanted[n].key[len(change.strip) + 1 :] for n in below}
+        others = [self._wanted[n].key for n in self._deciding if n not in below]
+        return not any(
+            has_index(rest) and key.endswith(f"{self._mark}{rest}") for key in others for rest in rests
+        )
+
+    def _is_below(self, key: str, path: str) -> bool:
+        return key.startswith(f"{path}{self._mark}")
+
+    # What comes of it.
+
+    def _names(self, key: str, change: Prefix) -> list[str]:
+        """Return the base's paths that a key may mean under a change; none where it does not fit."""
+        if self._flattened:
+            return self._known.unflatten(key, change)
+        name = self._changed(key, change)
+        return [name] if self._known.has(name) else []
+
+    def _changed(self, key: str, change: Prefix) -> str:
+        """Apply a change; a path that has not the prefix that comes off stays as it is."""
+        return change.apply(key) or key
+
+    def _applied(self, change: Prefix) -> Renaming:
+        names: list[str | None] = []
+        problems: dict[int, str] = {}
+        fits = self._fits[change]
+        scopes = (self._scopes() or self._fitting_part(fits)) if len(fits) < len(self._deciding) else []
+        hint = f"{_options(scopes)} takes the part that fits" if scopes else ""
+        for number, named in enumerate(self._wanted):
+            fitting = self._names(named.key, change)
+            if len(fitting) > 1:
+                problems[number] = f"{AMBIGUOUS}: may be {', '.join(fitting[:_SHOWN])}"
+            elif not fitting and self._flattened:
+                problems[number] = NOT_FOUND
+            if len(fitting) == 1 or self._flattened:
+                names.append(fitting[0] if len(fitting) == 1 else None)
+            else:
+                names.append(self._changed(named.key, change))
+        hint = self._refuse_doubles(names, problems) or hint
+        return Renaming(tuple(names), problems, change, hint)
+
+    def _refuse_doubles(self, names: list[str | None], problems: dict[int, str]) -> str:
+        """Rule 6; return what the user may give to make them one."""
+        owners: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for number, (name, named) in enumerate(zip(names, self._wanted, strict=True)):
+            if name is not None:
+                owners[name, named.action].append(number)
+        parts: set[str] = set()
+        for (name, _), numbers in owners.items():
+            for number in numbers if len(numbers) > 1 else ():
+                others = [_called(self._wanted[other]) for other in numbers if other != number]
+                problems[number] = (
+                    f"{AMBIGUOUS}: {name} is where {', '.join(others[:_SHOWN])} is found as well"
+                )
+                parts.update(part for part in (self._wanted[number].component,) if part)
+                names[number] = None
+        return f"say which of the file's models with {_options(sorted(parts))}" if parts else ""
+
+    # What to say where nothing counts.
+
+    def _scopes(self) -> list[str]:
+        """Return what would place a part of the adapter, if the user named it: components, else paths."""
+        components = sorted({named.component for named in self._wanted if named.component})
+        fitting = [part for part in components if self._component_fits(part)]
+        if len(components) > 1 and fitting:
+            return fitting
+        whole: set[str] = set()
+        part: set[str] = set()
+        for change, fits in self._fits.items():
+            below = {
+                n
+                for n in self._deciding
+                if not change.strip or self._is_below(self._wanted[n].key, change.strip)
+            }
+            scope = change.strip if self._is_outer(change.add) else ""
+            if not change.strip and self._known.has_rivals(change.add):
+                scope = change.add
+            if scope and below & fits:
+                (whole if below <= fits else part).add(scope)
+        found = whole or part
+        # The shortest that says it.
+        return sorted(s for s in found if not any(self._is_below(s, other) for other in found))
+
+    def _fitting_part(self, fits: frozenset[int]) -> list[str]:
+        """Return the shortest path below which all that fits lies, and nothing else of the adapter."""
+        if self._flattened or not fits:
+            return []
+        keys = {number: self._wanted[number].key for number in self._deciding}
+        others = [key for number, key in keys.items() if number not in fits]
+        parts = keys[min(fits)].split(".")
+        for end in range(1, len(parts) - 1):
+            path = ".".join(parts[:end])
+            if has_index(path) or not all(self._is_below(keys[number], path) for number in fits):
+                return []
+            if not any(self._is_below(key, path) for key in others):
+                return [path]
+        return []
+
+    def _component_fits(self, component: str) -> bool:
+        mine = {n for n in self._deciding if self._wanted[n].component == component}
+        return any(mine <= fits for change, fits in self._fits.items() if self._is_allowed(change))
+
+    def _ambiguous(self, chosen: Sequence[Prefix]) -> Renaming:
+        """Rule 5."""
+        problems = {}
+        for number, named in enumerate(self._wanted):
+            fitting = sorted({name for change in chosen for name in self._names(named.key, change)})
+            listed = ", ".join(fitting[:_SHOWN]) + (", …" if len(fitting) > _SHOWN else "")
+            problems[number] = f"{AMBIGUOUS}: may be {listed}" if fitting else NOT_FOUND
+        scopes = sorted({change.add or change.strip for change in chosen})
+        return Renaming((None,) * len(self._wanted), problems, hint=f"say which with {_options(scopes)}")
+
+    def _refusal(self) -> tuple[str, str]:
+        """Return why no change counts, and what the user may give."""
+        if self._scope is not None and not self._is_adapters and not self._bases:
+            reason = f"{NOT_FOUND}: neither the adapter nor the base has anything under '{self._scope}'"
+            return reason, "check --component"
+        most = max(map(len, self._fits.values()))
+        if not most:
+            return NOT_FOUND, ""
+        scopes = self._scopes()
+        best = [
+            said(change)
+            for change, fits in self._fits.items()
+            if len(fits) == most and (not scopes or (change.strip or change.add) in scopes)
+        ]
+        found = " or ".join(best[:2])
+        count = f"{most} of {len(self._deciding)} parameters would fit with {found}"
+        if not scopes:
+            return f"{NOT_FOUND} under its own path", f"{count}, which is not the base's outer name"
+        return (
+            f"{NOT_FOUND} under its own path; with {found} it may be a different part of the model",
+            f"{count}: if that is the part that belongs, give {_options(scopes)}",
+        )
+
+
+def _options(scopes: Sequence[str]) -> str:
+    return " or ".join(f"--component {scope}" for scope in scopes[:_SHOWN])
+
+
+def _called(named: Named) -> str:
+    return f"{named.component}/{named.key}" if named.component else named.key

@@ -1,0 +1,1 @@
+"""Bytes of weights: how values are stored."""

@@ -1,0 +1,293 @@
+"""Weights that a base ties: PEFT's unmerged model says what each family must answer after a merge."""
+
+from __future__ import annotations
+
+import builtins
+import json
+
+import pytest
+import tiny
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from lora_export.base.ties import find_ties, untied_config
+from lora_export.checkpoint import Checkpoint
+from lora_export.errors import SiteError
+from lora_export.modes.merge_checkpoint import merge_checkpoint
+
+V, H = 40, 16
+PLAIN = {"vocab_size": V, "hidden_size": H, "num_hidden_layers": 2, "num_attention_heads": 2}
+T5 = {"vocab_size": V, "d_model": H, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+BART = {
+    "vocab_size": V, "d_model": H, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 32,
+    "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2,
+    "forced_eos_token_id": 2,
+}  # fmt: skip
+# Class → config, and what is targeted: input embedding, output head, a linear layer.
+FAMILIES = {
+    "Mamba2ForCausalLM": (
+        {"vocab_size": V, "hidden_size": H, "num_hidden_layers": 1, "state_size": 4, "head_dim": 8,
+         "num_heads": 4, "n_groups": 1, "chunk_size": 4}, "backbone.embeddings", "lm_head", "in_proj"),
+    "RwkvForCausalLM": (
+        {"vocab_size": V, "hidden_size": H, "attention_hidden_size": H, "num_hidden_layers": 2},
+        "rwkv.embeddings", "head", "receptance"),
+    "XLNetLMHeadModel": (
+        {"vocab_size": V, "d_model": H, "n_layer": 1, "n_head": 2, "d_inner": 24},
+        "transformer.word_embedding", "lm_loss", "layer_1"),
+    "CTRLLMHeadModel": (
+        {"vocab_size": V, "n_positions": 32, "n_embd": H, "dff": 24, "n_layer": 1, "n_head": 2},
+        "transformer.w", "lm_head", "Wq"),
+    "FalconForCausalLM": (PLAIN, "transformer.word_embeddings", "lm_head", "query_key_value"),
+    "BloomForCausalLM": (PLAIN, "transformer.word_embeddings", "lm_head", "query_key_value"),
+    "GPTNeoXForCausalLM": (
+        PLAIN | {"intermediate_size": 24}, "gpt_neox.embed_in", "lm_head", "query_key_value"),
+    "OPTForCausalLM": (
+        PLAIN | {"ffn_dim": 24, "max_position_embeddings": 32, "word_embed_proj_dim": H},
+        "model.decoder.embed_tokens", "lm_head", "q_proj"),
+    "BertForMaskedLM": (
+        PLAIN | {"intermediate_size": 24},
+        "bert.embeddings.word_embeddings", "cls.predictions.decoder", "query"),
+    "RobertaForMaskedLM": (
+        PLAIN | {"intermediate_size": 24, "max_position_embeddings": 40},
+        "roberta.embeddings.word_embeddings", "lm_head.decoder", "query"),
+    "BartForConditionalGeneration": (BART, "model.encoder.embed_tokens", "lm_head", "q_proj"),
+    "MarianMTModel": (BART, "model.decoder.embed_tokens", "lm_head", "q_proj"),
+}  # fmt: skip
+TOGETHER = {
+    "T5ForConditionalGeneration": (T5, "encoder.embed_tokens", "lm_head", "q"),
+    "SwitchTransformersForConditionalGeneration": (
+        T5 | {"num_experts": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
+        "decoder.embed_tokens", "lm_head", "q"),
+}  # fmt: skip
+
+
+def config_of(kind, options):
+    return getattr(transformers, kind).config_class(**options, tie_word_embeddings=True)
+
+
+def gemma3():
+    text = PLAIN | {
+        "intermediate_size": 24,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "tie_word_embeddings": True,
+    }
+    vision = {
+        "hidden_size": H, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 16, "patch_size": 8,
+    }  # fmt: skip
+    return transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+
+
+def inputs_of(model):
+    ids = torch.arange(10)[None] + 3
+    extra = {"decoder_input_ids": ids[:, :6]} if model.config.is_encoder_decoder else {}
+    return {"input_ids": ids, **extra}
+
+
+def trained(model, folder, targets, **options):
+    """Save a PEFT adapter with random values, and return what the adapted, unmerged model answers."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = {"r": 4, "lora_alpha": 4, "target_modules": targets} | options
+    with tiny.quiet():
+        peft = get_peft_model(model, LoraConfig(**settings)).eval()
+        generator = torch.Generator().manual_seed(1)
+        for values in peft.parameters():
+            if values.requires_grad:
+                values.data.copy_(0.2 * torch.randn(values.shape, generator=generator))
+        peft.save_pretrained(folder, save_embedding_layers=False)
+        return logits(peft, inputs_of(model))
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits.numpy()
+
+
+def base_of(kind, config, folder):
+    torch.manual_seed(0)
+    with tiny.quiet():
+        model = getattr(transformers, kind)(config).eval()
+        model.save_pretrained(folder)
+    return model
+
+
+def reloaded(kind, folder, model):
+    with tiny.quiet():
+        merged, info = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    return logits(merged.eval(), inputs_of(model))
+
+
+CASES = [(kind, *spec) for kind, spec in FAMILIES.items()]
+
+
+@pytest.mark.parametrize("which", ["embedding", "head"])
+@pytest.mark.parametrize(("kind", "options", "embedding", "head", "linear"), CASES, ids=list(FAMILIES))
+def test_only_the_trained_one_changes(tmp_path, kind, options, embedding, head, linear, which):
+    model = base_of(kind, config_of(kind, options), tmp_path / "base")
+    target = embedding if which == "embedding" else head
+    expected = trained(model, tmp_path / "adapter", [target, linear])
+    report = merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert not report.plan.refused
+    assert tiny.relative_error(reloaded(kind, tmp_path / "out", model), expected) <= 2e-6
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("target", ["model.language_model.embed_tokens", "lm_head"])
+def test_the_flag_of_a_vision_language_model(tmp_path, target):
+    kind = "Gemma3ForConditionalGeneration"
+    model = base_of(kind, gemma3(), tmp_path / "base")
+    expected = trained(model, tmp_path / "adapter", rf"{target}|.*language_model.*q_proj")
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert tiny.relative_error(reloaded(kind, tmp_path / "out", model), expected) <= 2e-6
+    stored, before = (load_file(tmp_path / f"{name}/model.safetensors") for name in ("out", "base"))
+    assert len(stored) == len(before) + 1
+
+
+@pytest.mark.parametrize("kind", TOGETHER)
+def test_families_that_can_not_be_parted_are_refused(tmp_path, kind):
+    options, embedding, head, linear = TOGETHER[kind]
+    model = base_of(kind, config_of(kind, options), tmp_path / "base")
+    for target in (embedding, head):
+        trained(model, tmp_path / target, [target, linear])
+        model = model.__class__.from_pretrained(tmp_path / "base")
+        with pytest.raises(SiteError) as caught:
+            merge_checkpoint(tmp_path / "base", tmp_path / target, tmp_path / "out")
+        assert len(caught.value.problems) == 1
+        assert "share one weight" in caught.value.problems[0]
+        assert "ensure_weight_tying" in caught.value.problems[0]
+    # The rest of the adapter has its place.
+    report = merge_checkpoint(tmp_path / "base", tmp_path / target, tmp_path / "out", allow_unmatched=True)
+    assert len(report.plan.refused) == 1
+    before, after = (load_file(tmp_path / f"{name}/model.safetensors") for name in ("base", "out"))
+    assert torch.equal(before["shared.weight"], after["shared.weight"])
+
+
+@pytest.mark.parametrize("save", [False, True])
+def test_trained_tied_stays_tied(tmp_path, save):
+    kind, options, embedding, *_ = CASES[list(FAMILIES).index("OPTForCausalLM")]
+    model = base_of(kind, config_of(kind, options), tmp_path / "base")
+    targets = (
+        {"targets": ["q_proj"], "modules_to_save": ["embed_tokens"]} if save else {"targets": [embedding]}
+    )
+    expected = trained(model, tmp_path / "adapter", ensure_weight_tying=True, **targets)
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert tiny.relative_error(reloaded(kind, tmp_path / "out", model), expected) <= 2e-6
+    names = [set(load_file(tmp_path / f"{n}/model.safetensors")) for n in ("base", "out")]
+    assert names[0] == names[1]
+
+
+def test_what_peft_did_not_tie_is_not_tied(tmp_path):
+    """PEFT knows embeddings of two names only: with another, ensure_weight_tying does nothing."""
+    kind = "MambaForCausalLM"
+    options = {"vocab_size": V, "hidden_size": H, "num_hidden_layers": 1, "state_size": 4}
+    model = base_of(kind, config_of(kind, options), tmp_path / "base")
+    expected = trained(model, tmp_path / "adapter", ["embeddings"], ensure_weight_tying=True)
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert tiny.relative_error(reloaded(kind, tmp_path / "out", model), expected) <= 2e-6
+
+
+def test_a_weight_that_is_never_called(tmp_path):
+    """BART's `shared` is only what the others are tied to: PEFT's change of it shows nowhere."""
+    kind = "BartForConditionalGeneration"
+    model = base_of(kind, config_of(kind, BART), tmp_path / "base")
+    expected = trained(model, tmp_path / "adapter", ["model.shared", "q_proj"])
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert tiny.relative_error(reloaded(kind, tmp_path / "out", model), expected) <= 2e-6
+
+
+# --- blends ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "order", [("both", "head"), ("head", "both"), ("both", "embedding"), ("both", "both2")]
+)
+def test_a_blend_ties_only_what_was_trained_tied(tmp_path, order):
+    kind, options = "OPTForCausalLM", FAMILIES["OPTForCausalLM"][0]
+    given = {
+        "both": (["model.decoder.embed_tokens"], {"ensure_weight_tying": True}),
+        "both2": (["model.decoder.embed_tokens"], {"ensure_weight_tying": True, "r": 2}),
+        "head": (["lm_head"], {}),
+        "embedding": (["model.decoder.embed_tokens"], {"r": 3}),
+    }
+    for name in order:
+        model = base_of(kind, config_of(kind, options), tmp_path / "base")
+        trained(model, tmp_path / name, given[name][0], **given[name][1])
+    weights = [0.5, 2.0]
+    merge_checkpoint(tmp_path / "base", [tmp_path / n for n in order], tmp_path / "out", weights=weights)
+    base, out = (load_file(tmp_path / f"{n}/model.safetensors") for n in ("base", "out"))
+    start = base["model.decoder.embed_tokens.weight"].double()
+    change = {"embedding": start.clone(), "head": start.clone()}
+    for name, weight in zip(order, weights, strict=True):
+        values = {k: v.double() for k, v in load_file(tmp_path / name / "adapter_model.safetensors").items()}
+        scaling = weight * 4 / json.loads((tmp_path / name / "adapter_config.json").read_text())["r"]
+        if name == "head":
+            prefix = "base_model.model.lm_head.lora_"
+            change["head"] += scaling * values[f"{prefix}B.weight"] @ values[f"{prefix}A.weight"]
+            continue
+        prefix = "base_model.model.model.decoder.embed_tokens.lora_embedding_"
+        delta = scaling * (values[f"{prefix}B"] @ values[f"{prefix}A"]).T
+        change["embedding"] += delta
+        if name != "embedding":
+            change["head"] += delta
+    embedding = out["model.decoder.embed_tokens.weight"].double()
+    assert torch.allclose(embedding, change["embedding"], atol=1e-6)
+    assert torch.allclose(out.get("lm_head.weight", embedding).double(), change["head"], atol=1e-6)
+    assert ("lm_head.weight" in out) == (order != ("both", "both2"))
+
+
+def test_both_ends_that_contradict_their_tying_are_refused(tmp_path):
+    kind, options = "OPTForCausalLM", FAMILIES["OPTForCausalLM"][0]
+    model = base_of(kind, config_of(kind, options), tmp_path / "base")
+    trained(model, tmp_path / "adapter", ["model.decoder.embed_tokens"], ensure_weight_tying=True)
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    values = load_file(file)
+    values["base_model.model.lm_head.lora_A.weight"] *= 2
+    save_file(values, file)
+    with pytest.raises(SiteError, match="not the change of the input embedding"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+# --- without transformers ----------------------------------------------------------------------------
+
+
+def test_without_transformers_unknown_names_are_refused(tmp_path, monkeypatch):
+    """A head tied to an embedding of a name that we don't know: never a guess."""
+    kind, options, embedding, _, linear = CASES[0]
+    model = base_of(kind, config_of(kind, options), tmp_path / "base")
+    trained(model, tmp_path / "adapter", [embedding, linear])
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.partition(".")[0] == "transformers":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(SiteError, match="transformers is not installed"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+def test_untied_config_reaches_the_levels_that_have_a_vocabulary():
+    config = {
+        "text_config": {"vocab_size": 3},
+        "vision_config": {"size": 1},
+        "a": {"tie_word_embeddings": True},
+    }
+    assert untied_config(config) == {
+        "text_config": {"vocab_size": 3, "tie_word_embeddings": False},
+        "vision_config": {"size": 1},
+        "a": {"tie_word_embeddings": False},
+        "tie_word_embeddings": False,
+    }
+
+
+def test_a_base_without_a_model_type_is_not_asked_about(tmp_path):
+    save_file({"up.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    assert find_ties(Checkpoint.open(tmp_path)).ties == ()

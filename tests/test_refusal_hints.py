@@ -1,0 +1,168 @@
+"""What a refusal proposes: nothing that was given already, nor the command that has just run."""
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from small_graphs import adapter, conv, graph, linear, random, save
+from test_static_quantised import Convs, Gelu
+from torch import nn
+
+from lora_export import GraphError, LoraExportError, bank_onnx, merge_onnx, swap_onnx
+
+MATMUL = "g (float[B,IN] x) => (float[B,N] y) { y = MatMul (x, fc_weight) }"
+VERBS = {"merge-onnx": merge_onnx, "swap-onnx": swap_onnx, "bank-onnx": bank_onnx}
+
+
+def refused(verb, base, given, tmp_path, **options):
+    """Return the error of a command, whichever it is."""
+    kwargs = {"merge-onnx": {"adapters": given}, "swap-onnx": {"adapter": given}}
+    kwargs["bank-onnx"] = {"adapters": {"a": given}}
+    with pytest.raises(LoraExportError) as caught:
+        VERBS[verb](base, output=tmp_path / "out" / "o.onnx", **kwargs[verb], **options)
+    return caught.value
+
+
+def of_shape(folder):
+    return save(graph(MATMUL, {"fc.weight": random(4, 6)}), folder), adapter(linear("fc", 5, 3))
+
+
+def of_two_places(folder):
+    """Two matrices under one name: which is meant?"""
+    text = MATMUL.replace("{ y = MatMul (x, fc_weight)", "{ z = MatMul (x, one) y = MatMul (z, other)")
+    base = graph(text, {"one": random(6, 6), "other": random(6, 6, seed=1)})
+    for node in base.graph:
+        node.name = "/fc/MatMul"
+    return save(base, folder), adapter(linear("fc", 6, 6))
+
+
+def of_another_model(folder):
+    return save(graph(MATMUL, {"fc.weight": random(4, 6)}), folder), adapter(linear("h.0.attn", 6, 4))
+
+
+def of_half_of_it(folder):
+    given = adapter(linear("fc", 6, 4), linear("absent", 6, 4))
+    return save(graph(MATMUL, {"fc.weight": random(4, 6)}), folder), given
+
+
+def of_a_transposed_convolution(folder):
+    text = "g (float[B,6,H] x) => (float[B,O,L] y) { y = ConvTranspose (x, fc_weight) }"
+    return save(graph(text, {"fc.weight": random(6, 9, 3)}), folder), adapter(conv("fc", 9, 6, 3))
+
+
+def of_integers(folder):
+    text = "g (uint8[B,4] x) => (uint8[B,N] y) { y = QLinearMatMul (x, s, z, fc_weight, s, z, s, z) }"
+    weights = {"fc.weight": np.ones((4, 6), np.uint8), "s": np.float32(0.1), "z": np.uint8(0)}
+    return save(graph(text, weights), folder), adapter(linear("fc", 6, 4))
+
+
+CASES = {
+    "another shape": of_shape,
+    "two places": of_two_places,
+    "another model": of_another_model,
+    "half of it": of_half_of_it,
+    "ConvTranspose": of_a_transposed_convolution,
+    "QLinearMatMul": of_integers,
+}
+
+
+@pytest.mark.parametrize("checked", [False, True], ids=["by name", "with a checkpoint"])
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("case", CASES)
+def test_no_hint_leads_in_a_circle(case, verb, checked, tmp_path):
+    base, given = CASES[case](tmp_path / "base")
+    options = {}
+    if checked:
+        folder = tmp_path / "checkpoint"
+        folder.mkdir()
+        from safetensors.numpy import save_file
+
+        save_file({"unrelated.weight": random(3, 3)}, folder / "model.safetensors")
+        options["checkpoint"] = folder
+    error = refused(verb, base, given, tmp_path, **options)
+    assert error.hint
+    assert verb not in error.hint
+    if checked:
+        assert "give --checkpoint" not in error.hint
+    # Nor does it send from one to the other and back.
+    if verb == "merge-onnx" and "swap-onnx" in error.hint and "QDQ" not in error.hint:
+        swap_onnx(base, tmp_path / "swap.onnx", adapter=given)
+    if verb != "merge-onnx" and "with merge-onnx" in error.hint:
+        merge_onnx(base, given, tmp_path / "merged.onnx")
+
+
+def test_dora_in_a_swap_graph_and_in_a_bank(tmp_path):
+    base = save(graph(MATMUL, {"fc.weight": random(4, 6)}), tmp_path)
+    given = adapter(linear("fc", 6, 4, magnitude=np.ones(6, np.float32)))
+    assert "--dora" in refused("swap-onnx", base, given, tmp_path).hint
+    assert "swap-onnx --dora" in refused("bank-onnx", base, given, tmp_path).hint
+
+
+# --- files and layouts of ONNX Runtime ---------------------------------------------------------------------
+
+
+class Images(nn.Module):
+    """Convolutions wide enough for ONNX Runtime's blocks of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 16, 3)
+
+    def forward(self, x):
+        """Map pixels to features."""
+        return self.second(torch.relu(self.first(x)))
+
+
+def optimised(path, out, level=None, ort_format=False):
+    options = ort.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(out), 3
+    if level is not None:
+        options.graph_optimization_level = level
+    if ort_format:
+        options.add_session_config_entry("session.save_model_format", "ORT")
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return out
+
+
+def exported(model, shape, targets, folder):
+    with tiny.quiet():
+        x = torch.randn(shape)
+        torch.onnx.export(model.eval(), (x,), folder / "base.onnx", input_names=["x"], dynamo=False)
+        get_peft_model(model, LoraConfig(r=2, target_modules=targets)).save_pretrained(folder / "peft")
+    return folder / "base.onnx", folder / "peft"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    ("make", "targets"), [(Images, ["first", "second"]), (Convs, ["up", "next", "down"])]
+)
+def test_blocks_of_channels_are_named(make, targets, verb, tmp_path):
+    base, given = exported(make(), (2, 3, 10, 10), targets, tmp_path)
+    level = ort.GraphOptimizationLevel
+    full = optimised(base, tmp_path / "all.onnx", level.ORT_ENABLE_ALL)
+    if not any(node.domain == "com.microsoft.nchwc" for node in onnx.load(full).graph.node):
+        pytest.skip("this machine's ONNX Runtime has no blocked layout")
+    error = refused(verb, full, given, tmp_path)
+    assert "NCHWc Conv" in error.message
+    assert "ORT_ENABLE_EXTENDED" in error.hint
+
+
+@pytest.mark.parametrize("named", ["model.ort", "model.onnx"])
+@pytest.mark.parametrize(("make", "shape"), [(Gelu, (2, 3, 32)), (Convs, (2, 3, 10, 10))])
+def test_the_format_of_onnx_runtime_is_named(make, shape, named, tmp_path):
+    base, given = exported(make(), shape, ["up", "down"], tmp_path)
+    file = optimised(base, tmp_path / named, ort_format=True)
+    for verb in VERBS:
+        error = refused(verb, file, given, tmp_path)
+        assert ".ort" in error.message
+        assert "converted from" in error.hint
+
+
+@pytest.mark.parametrize("suffix", [".engine", ".pt", ".gguf"])
+def test_other_files_are_named(suffix, tmp_path):
+    (tmp_path / f"model{suffix}").write_bytes(b"something else")
+    with pytest.raises(GraphError, match="not an ONNX file"):
+        merge_onnx(tmp_path / f"model{suffix}", adapter(linear("fc", 6, 4)), tmp_path / "out.onnx")
