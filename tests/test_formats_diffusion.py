@@ -387,3 +387,44 @@ def test_both_spellings_of_a_pair_are_refused(tmp_path: Path) -> None:
     for format in ("diffusers", "kohya"):
         with pytest.raises(AdapterError, match="2 problems"):
             load_adapter(tmp_path / "l.safetensors", format=format)
+
+
+# --- bad input in every spelling ---------------------------------------------------------------------------
+
+SPELLINGS = {
+    "ComfyUI": ("diffusion_model.blocks.0.q.lora_A.weight", "diffusion_model.blocks.0.q.lora_B.weight"),
+    "ComfyUI, down": ("diffusion_model.x.lora_down.weight", "diffusion_model.x.lora_up.weight"),
+    "bare": ("blocks.0.self_attn.q.lora_A.weight", "blocks.0.self_attn.q.lora_B.weight"),
+    "bare, not diffusion": ("layers.0.q.lora_A.weight", "layers.0.q.lora_B.weight"),
+    "named": ("layers.0.q.lora_A.task.weight", "layers.0.q.lora_B.task.weight"),
+    "component": ("transformer.x.lora_A.weight", "transformer.x.lora_B.weight"),
+}
+A, B = torch.ones(2, 4), torch.ones(3, 2)
+BAD: dict[str, tuple[torch.Tensor | None, torch.Tensor | None, str]] = {
+    "half": (A, None, "lora_B is missing"),
+    "other half": (None, B, "lora_A is missing"),
+    "NaN": (torch.full((2, 4), torch.nan), B, "8 of 8 values are NaN or infinite"),
+    "ranks": (torch.ones(3, 4), B, "have no common rank"),
+    "a vector": (torch.ones(2), B, "wanted two matrices"),
+    "integers": (A.int(), B, "dtype int32, wanted a float"),
+    "empty": (torch.ones(0, 4), torch.ones(3, 0), "holds no values"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_bad_pairs(spelling: str, case: str, tmp_path: Path) -> None:
+    first, second, message = BAD[case]
+    named = zip(SPELLINGS[spelling], (first, second), strict=True)
+    save_file({name: values for name, values in named if values is not None}, tmp_path / "l.safetensors")
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(tmp_path / "l.safetensors", alpha=4)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_tensor_of_another_kind_is_named(spelling: str, tmp_path: Path) -> None:
+    pair = dict(zip(SPELLINGS[spelling], (A.clone(), B.clone()), strict=True))
+    name = SPELLINGS[spelling][0].rpartition(".lora")[0] + ".lora_mid.weight"
+    save_file({**pair, name: torch.ones(2, 2)}, tmp_path / "l.safetensors")
+    with pytest.raises(AdapterError, match=r"\.lora_mid\.weight: "):
+        load_adapter(tmp_path / "l.safetensors", alpha=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import warnings
 from collections.abc import Callable
@@ -13,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_models import Moe, adapt, make, merge, parameters, worst_error
-from safetensors.torch import save_file
+from peft_models import Layers, Moe, adapt, make, merge, parameters, worst_error
+from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, build
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -22,6 +23,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from lora_export.errors import AdapterError
 from lora_export.formats import load_adapter
 from lora_export.formats.wrappers import strip_flat_wrappers, strip_wrappers, unwrap
+from lora_export.modes.merge_checkpoint import merge_checkpoint
 
 State = dict[str, torch.Tensor]
 
@@ -68,7 +70,6 @@ WRAPPERS: dict[str, Callable[[nn.Module], State]] = {
     "Lightning inside DDP": lambda model: nn.DataParallel(Holder("llm", model)).state_dict(),
     "value head": lambda model: Holder("pretrained_model", model).state_dict(),
     "PEFT twice": _renamed(r"^", "base_model.model."),
-    "DDP inside PEFT": _renamed(r"^base_model\.model\.", "base_model.model.module."),
     "compiled inside PEFT": _renamed(r"^base_model\.model\.", "base_model.model._orig_mod."),
     "leaf": _renamed(r"\.(lora_[AB])\.", r".\1._fsdp_wrapped_module."),
 }
@@ -197,6 +198,23 @@ def test_a_graphs_transposed_factors_name_no_adapter(tmp_path: Path) -> None:
         load_adapter(tmp_path / "x.safetensors", alpha=2)
 
 
+@pytest.mark.parametrize("wrapper", ["torch.compile", "Lightning"])
+def test_wrapped_single_rows_of_a_named_adapter(wrapper: str, tmp_path: Path) -> None:
+    options = {"target_modules": ["q_proj"], "trainable_token_indices": {"embed": [3, 1]}}
+    model = adapt(make(Layers), **options)
+    model.save_pretrained(tmp_path / "saved")
+    state = WRAPPERS[wrapper](copy.deepcopy(model))
+    kept = {name: v for name, v in state.items() if "lora_" in name or "trainable_tokens_delta" in name}
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/adapter_config.json").write_bytes((tmp_path / "saved/adapter_config.json").read_bytes())
+    save_file({name: v.clone() for name, v in kept.items()}, tmp_path / "raw/adapter_model.safetensors")
+    raw, saved = (load_adapter(tmp_path / name).token_rows for name in ("raw", "saved"))
+    assert raw.keys() == saved.keys() == {"embed.weight"}
+    for path, rows in saved.items():
+        assert raw[path].indices == rows.indices
+        np.testing.assert_array_equal(raw[path].values, rows.values)
+
+
 @pytest.mark.parametrize("name", ["default", "default_0", "pixel"])
 def test_a_pipelines_state_dict_names_its_adapter(name: str, tmp_path: Path) -> None:
     a, b = torch.randn(2, 4), torch.randn(4, 2)
@@ -266,30 +284,63 @@ def test_names_that_cannot_be_told_apart(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "paths"),
+    ("name", "path"),
     [
-        # A submodule of the model's own that is called module: in the middle, or beside others.
-        (["base_model.model.enc.module.q"], None),
-        (["base_model.model.module.q", "base_model.model.head"], None),
-        (["module.q", "head"], None),
-        (["module.weight"], None),
-        # A wrapper wraps everything.
-        (["module.enc.q", "module.head.w"], ["enc.q", "head.w"]),
-        (["module.module.enc.q"], ["enc.q"]),
-        (["base_model.model.module.a.w", "base_model.model.module.b.w"],
-         ["base_model.model.a.w", "base_model.model.b.w"]),
-        (["_orig_mod.module._orig_mod.enc.q"], ["enc.q"]),
-        (["_orig_mod"], None),
+        ("module.base_model.model.a.q", "base_model.model.a.q"),
+        ("module._orig_mod.module.base_model.model.a.q", "base_model.model.a.q"),
+        ("_orig_mod", "_orig_mod"),
+        # May be DataParallel's or a submodule of the model's own: the base tells.
+        ("base_model.model.module.q", "base_model.model.module.q"),
+        ("base_model.model.enc.module.q", "base_model.model.enc.module.q"),
+        ("module.enc.q", "module.enc.q"),
     ],
-)  # fmt: skip
-def test_module_is_a_wrapper_only_around_everything(names: list[str], paths: list[str] | None) -> None:
-    assert list(unwrap(names).paths.values()) == (paths or names)
+)
+def test_module_is_a_wrapper_only_around_peft(name: str, path: str) -> None:
+    assert unwrap([name]).paths == {name: path}
 
 
-def test_a_config_that_names_the_submodule_keeps_it() -> None:
-    names = ["base_model.model.module.q.lora_A.weight"]
-    (path,) = unwrap(names, {"alpha_pattern": {r"^module\.q": 3}}).paths.values()
-    assert path == names[0]
+def _merged(base: State, folder: Path, tmp_path: Path, **options: Any) -> set[str]:
+    """Names of the base's weights that a merge of the adapter changes."""
+    (tmp_path / "base").mkdir()
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text("{}")
+    merge_checkpoint(tmp_path / "base", [load_adapter(folder, **options)], tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    return {name for name, values in merged.items() if not torch.equal(values, base[name])}
+
+
+@pytest.mark.parametrize("spelling", ["peft", "plain"])
+@pytest.mark.parametrize(
+    ("names", "changed"),
+    [
+        (["a.q", "a.k"], "a.q"),
+        (["module.a.q", "a.q"], "module.a.q"),
+        (["module.a.q", "head"], "module.a.q"),
+    ],
+)
+def test_the_base_tells_whose_module_it_is(
+    names: list[str], changed: str, spelling: str, tmp_path: Path
+) -> None:
+    base = {f"{name}.weight": torch.randn(3, 4) for name in names}
+    pair = _pair(f"{PREFIX}module.a.q" if spelling == "peft" else "module.a.q")
+    if spelling == "plain":
+        pair = {name.replace(".lora_", "."): values for name, values in pair.items()}
+    save_file(pair, tmp_path / "adapter_model.safetensors")
+    file = tmp_path / "adapter_model.safetensors"
+    assert _merged(base, file, tmp_path, alpha=4) == {f"{changed}.weight"}
+
+
+@pytest.mark.parametrize("key", ["alpha_pattern", "rank_pattern"])
+def test_a_pattern_that_fits_only_without_module_is_refused(key: str, tmp_path: Path) -> None:
+    save_file(_pair(f"{PREFIX}module.a.q"), tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    for pattern, fits in ((r"^a\.q", False), (r"^module\.a\.q", True), ("a.q", True)):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, key: {pattern: 2}}))
+        if fits:
+            assert load_adapter(tmp_path).modules
+            continue
+        with pytest.raises(AdapterError, match=f"config {key} has a key that fits only without 'module.'"):
+            load_adapter(tmp_path)
 
 
 def test_patterns_that_were_written_around_a_wrapper_are_met(tmp_path: Path) -> None:
@@ -314,7 +365,7 @@ def test_wrappers_in_every_format(spelling: str, tmp_path: Path) -> None:
     a, b = torch.randn(2, 4), torch.randn(4, 2)
     left, right = {
         "loralib": ("_orig_mod.x.y.lora_A", "_orig_mod.x.y.lora_B"),
-        "plain": ("module.x._orig_mod.y.A.weight", "module.x._orig_mod.y.B.weight"),
+        "plain": ("x._orig_mod.y.A.weight", "x._orig_mod.y.B.weight"),
         "kohya": ("lora_unet__orig_mod_x_y.lora_down.weight", "lora_unet__orig_mod_x_y.lora_up.weight"),
         "diffusers": (
             "transformer._orig_mod.x.y.lora_A.weight",

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 
 _NAMED = re.compile(
-    r"^(?P<path>.+\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector))"
+    r"^(?P<path>.+\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|trainable_tokens_delta))"
     r"(?:\.(?P<name>(?!(?:weight|bias|MatMul)(?:\.|$))[^.]+))?(?P<leaf>\.weight|\.bias)?$"
 )
 # (MatMul is no adapter: onnxruntime-genai puts it there, into graphs whose factors are transposed.)

@@ -22,7 +22,7 @@ from lora_export.adapter import Adapter, Array, LoraModule
 from lora_export.errors import AdapterError
 from lora_export.formats.diffusion_names import follows_diffusers, strip_denoiser
 from lora_export.formats.experts import is_target_module, layout_of, nesting, parameters_of
-from lora_export.formats.lora_config import LoraRules
+from lora_export.formats.lora_config import LoraRules, pattern_values
 from lora_export.formats.pairs import (
     Parts,
     PartsTable,
@@ -80,11 +80,14 @@ def read(source: Source, options: Options) -> Adapter:
     else:
         config = _config_from(source, options, table.problems, notes)
     _refuse_other_tuners(source, config)
-    # A PEFT config may name modules of the wrapped model; their paths carry no wrappers any more.
-    rules = LoraRules(unwrap_config(config), options)
+    # A config may name modules of the wrapped model; their paths carry no wrappers any more.
+    unwrapped = unwrap_config(config)
+    rules = LoraRules(unwrapped, options)
     table.problems += rules.problems
-    rows = {path: (name, source.tensors[name]) for name, path in source.paths.items() if is_rows(path)}
+    inside = {name: path.removeprefix(PREFIX) for name, path in source.paths.items()}
+    rows = {path: (name, source.tensors[name]) for name, path in inside.items() if is_rows(path)}
     extras, extra_tensors = _sort_tensors(source, table)
+    _check_patterns(table, unwrapped)
     token_rows = read_rows(rows, config, table.problems)
     if any(component for component, _ in table.rows):
         notes += select_component(source, table, options.component)
@@ -228,6 +231,23 @@ def _sort_tensors(source: Source, table: PartsTable) -> tuple[dict[str, Array], 
             else:
                 table.unknown([name], f"a second, different value of {target}")
     return extras, names
+
+
+def _check_patterns(table: PartsTable, config: Mapping[str, Any]) -> None:
+    """Refuse patterns that fit a path only without a ``module`` that may be DataParallel's.
+
+    PEFT around DataParallel matched them against the path as it is, DataParallel around the model inside of
+    PEFT against the path without.
+    """
+    for _, path in table.rows:
+        inner = path.removeprefix("module.")
+        for key in ("rank_pattern", "alpha_pattern") if inner != path else ():
+            pattern = config.get(key)
+            if pattern_values(pattern, inner) and not pattern_values(pattern, path):
+                table.problems.append(
+                    f"{path}: config {key} has a key that fits only without 'module.' in front; where "
+                    "that is DataParallel's, save the model inside of it (model.module)"
+                )
 
 
 def _base_copies(paths: Iterable[str], table: PartsTable) -> int:

@@ -128,7 +128,7 @@ class Source:
 
     @cached_property
     def _read_names(self) -> tuple[Mapping[str, str], list[str]]:
-        unwrapped = unwrap(self.tensors, self.config)
+        unwrapped = unwrap(self.tensors)
         paths, problems = strip_adapter_name(unwrapped.paths)
         return paths, [*unwrapped.problems, *problems]
 

@@ -61,25 +61,19 @@ def strip_flat_wrappers(path: str) -> str:
     return _FLAT.sub("", path) or path
 
 
-def unwrap(names: Iterable[str], config: Mapping[str, Any] | None = None) -> Unwrapped:
+def unwrap(names: Iterable[str]) -> Unwrapped:
     """Remove every wrapper from the names of one file.
 
     Rules, in this order:
     1. What `strip_wrappers` removes.
     2. An attribute in front of ``base_model.model`` where all of the file's PEFT names have the same one.
-    3. ``module`` in front, or directly behind ``base_model.model``, where every name has it there: a wrapper
-       wraps everything. It stays where the config's own patterns name it.
-    4. Two names that become one are a problem.
+    3. Two names that become one are a problem.
 
-    Args:
-        names: All tensor names of the file.
-        config: An adapter's configuration, for its patterns.
+    A ``module`` that stands elsewhere may be DataParallel's or the model's own: that shows when the paths are
+    looked up in a base, not here.
     """
     paths = {name: strip_wrappers(name) for name in names}
     problems = _strip_attribute(paths)
-    if not _names_module(config or {}):
-        for front in ("", PREFIX):
-            _strip_front(paths, front)
     owners: dict[str, str] = {}
     for name, path in paths.items():
         first = owners.setdefault(path, name)
@@ -117,22 +111,3 @@ def _strip_attribute(paths: dict[str, str]) -> list[str]:
         for name in paths
         if name not in outer
     ]
-
-
-def _strip_front(paths: dict[str, str], front: str) -> None:
-    """Remove ``module`` behind ``front``, in place, as often as every path that begins so has it."""
-    # A module that is itself called so keeps its name: there is nothing behind it but a tensor.
-    wrapped = re.compile(rf"^{re.escape(front)}{_FRONT}(?=[^.]+\.)(?!lora_|modules_to_save\.)")
-    inside = [name for name, path in paths.items() if path.startswith(front)]
-    while inside and all(wrapped.match(paths[name]) for name in inside):
-        for name in inside:
-            paths[name] = front + wrapped.sub("", paths[name])
-
-
-def _names_module(config: Mapping[str, Any]) -> bool:
-    """Whether the config itself speaks of a submodule called ``module``."""
-    texts: list[str] = []
-    for key in (*_PATTERNS, *_LISTS):
-        value = config.get(key)
-        texts += [str(one) for one in (value if isinstance(value, Mapping | list) else [value])]
-    return any(re.search(r"(?:^|[^\w])_?module\\?\.", text) for text in texts)
