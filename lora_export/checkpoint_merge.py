@@ -183,7 +183,8 @@ def _refuse_unplaced(
         )
     others = "--allow-unmatched merges the others and leaves these out"
     hints = [
-        *(placed.hints or [_trained_on(adapters)]),
+        *placed.hints,
+        _trained_on(adapters),
         others if len(refused) < len(rows) else "give the base that the adapter was trained on",
     ]
     raise SiteError(
