@@ -205,7 +205,7 @@ def _refuse_unplaced(
             HINT,
             lines,
         )
-    hints = hints or [_trained_on(adapters)]
+    hints.append(_trained_on(adapters))
     if len(refused) < len(rows):
         hints.append("--allow-unmatched merges the others and leaves these out")
     elif not placed.hints:

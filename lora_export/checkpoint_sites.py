@@ -201,7 +201,7 @@ class _Placer:
             if not (may_grow and grows(path, tensor.shape, values.shape)):
                 raise NoPlace(
                     f"stored with shape {tensor.shape}, the adapter's values have {values.shape}",
-                    rows_hint(path, tensor.shape, values.shape),
+                    rows_hint(self._checkpoint.config, path, tensor.shape, values.shape),
                 )
             self._ledger.resized[name] = values.shape
         matrix = values.reshape(view_of(values.shape, name in self._stacked))
@@ -281,7 +281,7 @@ class _Placer:
             as_name = "" if tensor.name.endswith(parameter) else f" ({tensor.name})"
             raise NoPlace(
                 f"stored with shape {tensor.shape}, the adapter fits {module.weight_shape}{as_name}",
-                rows_hint(parameter, shape, module.weight_shape),
+                rows_hint(self._checkpoint.config, parameter, shape, module.weight_shape),
             )
         transposed = turned and (not same or self._square_is_transposed(module, adapter))
         if part.transposed:

@@ -84,10 +84,11 @@ def resize_hint(rows: int) -> str:
     return f"resize the base to {rows} rows (model.resize_token_embeddings({rows}), then save_pretrained)"
 
 
-def rows_hint(path: str, shape: tuple[int, ...], seen: tuple[int, ...]) -> str:
+def rows_hint(config: Mapping[str, Any], path: str, shape: tuple[int, ...], seen: tuple[int, ...]) -> str:
     """Return what to do to a base that has more or fewer rows than an adapter; empty where it is not that.
 
     Args:
+        config: The base's config.
         path: The parameter.
         shape: What is stored.
         seen: What the adapter has.
@@ -99,6 +100,9 @@ def rows_hint(path: str, shape: tuple[int, ...], seen: tuple[int, ...]) -> str:
             f"save the base with a head of {seen[0]} labels (from_pretrained(BASE, num_labels={seen[0]}), "
             "then save_pretrained)"
         )
+    levels = [config, *(level for level in config.values() if isinstance(level, dict))]
+    if "embed" not in path and shape[0] not in [level.get(_KEY) for level in levels]:
+        return ""
     if seen[0] < shape[0]:
         return f"take the base from before its vocabulary grew: the adapter knows {seen[0]} tokens"
     return (
