@@ -161,6 +161,8 @@ def _hint(reasons: Sequence[str], some: bool, has_checkpoint: bool) -> str:
     if any("--checkpoint" in reason or reason.startswith("not found") for reason in reasons):
         give = "" if has_checkpoint else "give --checkpoint BASE_DIR to match by value, or "
         hints.append(f"{give}give the graph as its exporter wrote it".replace("or give", "or"))
+    elif any("does not store it" in reason or "can't be compared" in reason for reason in reasons):
+        hints.append("give the graph as its exporter wrote it, or a checkpoint that stores these parameters")
     if any(" is found as well" in reason for reason in reasons):
         hints.append("give --component where the adapter's file serves several models")
     if any("--dora" in reason for reason in reasons):
@@ -168,7 +170,8 @@ def _hint(reasons: Sequence[str], some: bool, has_checkpoint: bool) -> str:
     if some:
         hints.append("--allow-unmatched (allow_unmatched=True) goes on without them")
     if not hints and any(reason.startswith("ambiguous") or "computed" in reason for reason in reasons):
-        hints.append("export the graph again, with names kept, and give --checkpoint BASE_DIR")
+        give = "" if has_checkpoint else ", and give --checkpoint BASE_DIR"
+        hints.append(f"export the graph again, with names kept{give}")
     return "; ".join(hints) or "merge the adapter with merge-onnx"
 
 
