@@ -14,9 +14,11 @@ from lora_export.adapter import Adapter
 from lora_export.base.ties import may_be_tied
 from lora_export.base.vocabulary import head_hint
 from lora_export.errors import SiteError
-from lora_export.graph import GraphFile
+from lora_export.graph import GraphFile, shape_of
 from lora_export.plan import Plan, PlanRow, unaccounted
 from lora_export.sites.evidence import SOURCES
+from lora_export.sites.likeness import counterparts
+from lora_export.sites.readers import module_of
 from lora_export.sites.resolve import NOT_COMPARED
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Miss, MissKind, Site
@@ -97,7 +99,7 @@ def refuse(
     found = (
         _changed(graph, misses, name, total)
         or _quantised(file, misses, name, total, verb, uses, bool(sites))
-        or (_lost(file, lines, name, total, checked, uses) if lost else None)
+        or (_lost(file, misses, name, checked, uses) if lost else None)
     )
     if found is None:
         hints = [*_rows_hints(misses), *_hints(kinds, verb, checked, bool(sites), given)]
@@ -151,16 +153,17 @@ def _quantised(
 
 
 def _lost(
-    file: str, lines: Sequence[str], name: str, total: int, checked: bool, uses: Sequence[Use]
+    file: str, misses: Sequence[Miss], name: str, checked: bool, uses: Sequence[Use]
 ) -> tuple[str, str]:
     """Return message and hint where nothing of an adapter is found."""
+    total = len(misses)
     if checked:
         return (
             f"{file} holds the checkpoint's values of none of the {total} parameters of {name}",
             "give the folder that the graph was exported from, and the graph as its exporter wrote it: a "
             "tool may have changed its weights since",
         )
-    if any("--checkpoint" in line for line in lines):
+    if any("--checkpoint" in miss.reason for miss in misses):
         return (
             f"{file} does not say where its weights belong: none of the {total} parameters of {name} is "
             "named in it",
@@ -169,10 +172,28 @@ def _lost(
     # The values of codes are not the checkpoint's.
     codes = any(use.quantised for use in uses)
     nameless = "export it with names (torch.onnx.export(..., optimize=False)) and quantise that"
+    values = nameless if codes else _BY_VALUE
+    wanted = {miss.target.key: miss.target.shape for miss in misses if miss.target.module is not None}
+    pairs = counterparts(wanted, _matrices(uses))
+    if pairs:
+        listed = ", ".join(f"{one} is perhaps {other}" for one, other in pairs)
+        return (
+            f"{name} names its modules in another way than {file}: none of its {total} parameters is found",
+            f"the shapes fit ({listed}): rename the adapter's tensors; or {values}",
+        )
     return (
         f"{name} was made for another model: none of its {total} parameters has a place in {file}",
-        f"check the base; if the graph's names are gone, {nameless if codes else _BY_VALUE}",
+        f"check the base; if the graph's names are gone, {values}",
     )
+
+
+def _matrices(uses: Sequence[Use]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a graph's matrices by the module that reads them, else by their own names."""
+    found = {}
+    for use in uses:
+        if use.slot.kind in ("linear", "conv", "embedding") and use.root.const_value is not None:
+            found[module_of(use.node) or str(use.root.name)] = shape_of(use.root.const_value)
+    return found
 
 
 def _arranged(graph: GraphFile) -> str:
@@ -213,6 +234,8 @@ def _hints(
         hints.append("give the base that the adapter was trained on")
     if not checked and ("unproven" in kinds or ("not found" in kinds and not given)):
         hints.append(_BY_VALUE)
+    if checked and "unproven" in kinds:
+        hints.append("give the graph as its exporter wrote it, or a checkpoint that stores these parameters")
     if checked and "not found" in kinds and not given:
         hints.append("export the graph again with these modules in it")
     if "ambiguous" in kinds and not given:

@@ -364,7 +364,7 @@ def _anonymous(source: Path, out: Path) -> None:
     numbers: dict[str, str] = {}
 
     def number(name: str) -> str:
-        return name if name in fixed else numbers.setdefault(name, str(len(numbers)))
+        return name if name in fixed else numbers.setdefault(name, f"v{len(numbers)}")
 
     for tensor in model.graph.initializer:
         tensor.name = number(tensor.name)

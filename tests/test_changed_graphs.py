@@ -81,7 +81,7 @@ def judge(folder: Folder, tool: str, got: Any, known: bool, tolerance: float) ->
     if not got.hint or not got.problems:
         return f"no hint or no place: {got}"
     if known:
-        return f"proposes what was given: {got}" if "--checkpoint" in got.hint else ""
+        return f"proposes what was given: {got}" if "give --checkpoint" in got.hint else ""
     config = MODELS[folder.name].config
     helps = "--checkpoint" in got.hint or tool in LAYOUTS or config
     return "" if helps else f"does not say what helps: {got}"
