@@ -49,6 +49,8 @@ def product(stored, changes):
         ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.q_proj"),
         ("model.layers.0.attn.q_proj", "model.layers.0.self_attn.q_proj"),
         ("m.model.layers.0.attn.q_proj", "model.layers.0.self_attn.q_proj"),
+        ("_orig_mod.model.layers.0.q_proj", "model.layers.0.q_proj"),
+        ("model.layers.0._checkpoint_wrapped_module.q_proj", "model.layers.0.q_proj"),
     ],
 )
 def test_prefixes_and_renamed_modules(in_graph, in_adapter, tmp_path):

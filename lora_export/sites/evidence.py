@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
+from lora_export.formats.wrappers import strip_wrappers
 from lora_export.sites.names import fused_of
 from lora_export.sites.slot import Use
 
@@ -88,7 +89,7 @@ def scope_path(node: ir.Node) -> str | None:
     """
     scopes = _listed(node, _SCOPES)
     if len(scopes) >= 2:
-        return scopes[-2]
+        return strip_wrappers(scopes[-2])
     return ".".join(name for name in _listed(node, _MODULES) if name) or None
 
 
@@ -118,7 +119,7 @@ def node_path(node: ir.Node) -> str | None:
             parts[-1] = part
         else:
             parts.append(part)
-    return ".".join(parts)
+    return strip_wrappers(".".join(parts))
 
 
 def folded_from(value: ir.Value) -> list[str]:
@@ -151,7 +152,7 @@ def weight_path(name: str) -> str:
         return packed
     name = _FOLDED_TRANSPOSE.sub("", name)
     match = _WEIGHT_SUFFIX.search(name)
-    return f"{name[: match.start()]}.{match.group(1)}" if match else name
+    return strip_wrappers(f"{name[: match.start()]}.{match.group(1)}" if match else name)
 
 
 def _packed(name: str) -> str | None:
