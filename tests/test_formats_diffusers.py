@@ -117,13 +117,14 @@ def test_kohya_names_mean_what_diffusers_reads(tmp_path):
     assert {module.scaling for module in adapter.modules.values()} == {3.0 / 4}
 
 
-def test_bare_names_without_metadata_do_not_guess_alpha(tmp_path):
-    """Without component and metadata nothing says whose file it is: alpha = rank would be a guess."""
-    from lora_export import AdapterError
-
-    model = unet()
-    model.save_lora_adapter(tmp_path, adapter_name="default")
-    tensors = load_file(tmp_path / WEIGHTS)
-    save_file(tensors, tmp_path / "bare.safetensors")
-    with pytest.raises(AdapterError, match="no adapter format that we know"):
-        load_adapter(tmp_path / "bare.safetensors")
+def test_bare_names_without_metadata_mean_what_diffusers_reads(tmp_path):
+    """A file that lost its metadata lost its alpha: diffusers reads it with scaling 1, and a note says so."""
+    unet().save_lora_adapter(tmp_path, adapter_name="default")
+    file = tmp_path / "bare.safetensors"
+    save_file(load_file(tmp_path / WEIGHTS), file)
+    other = unet()
+    other.delete_adapters("default")
+    other.load_lora_adapter(load_file(file), prefix=None)
+    adapter = load_adapter(file)
+    check(adapter, deltas(other))
+    assert any("scaling 1" in note for note in adapter.notes)

@@ -289,7 +289,7 @@ def test_another_architecture(tmp_path):
     base = small_base(tmp_path / "base")
     for options in ({}, {"allow_unmatched": True}):
         error = refused(
-            AdapterError, base, adapter_of(linear("h.0.c_attn", 6, 4)), tmp_path / "out", **options
+            AdapterError, base, adapter_of(linear("h.0.c_attn", 7, 5)), tmp_path / "out", **options
         )
         assert "another architecture" in error.message
         assert any("h.0.c_attn" in line for line in error.problems)

@@ -348,13 +348,16 @@ def test_other_formats_are_refused_by_name(tmp_path, says):
         return
     assert "unquantised base" in caught.value.hint
     with pytest.raises(CheckpointError, match="can't be compared"):
-        CheckpointWeights(Checkpoint.open(tmp_path / "base"))(target())
+        looked_up(tmp_path / "base")
     with pytest.raises(CheckpointError, match="doesn't say so"):
         refuse_bare_codes(tmp_path / "base")
 
 
-def target():
-    return Target(f"{PATH}.weight", "linear", (40, 48), "merge", ())
+def looked_up(base):
+    """Return what a graph's weight is compared with."""
+    target = Target(f"{PATH}.weight", "linear", (40, 48), "merge", ())
+    weights = CheckpointWeights(Checkpoint.open(base))
+    return weights.for_adapter([target.named], flattened=False, scope=None)(target)
 
 
 def test_attention_beside_mxfp4_experts_is_merged(tmp_path):
@@ -393,7 +396,7 @@ def test_a_method_that_the_tensors_do_not_explain(tmp_path, where):
 @pytest.mark.parametrize("layout", ["comfy", "deepseek", "int8"])
 def test_values_compared_with_a_graph_are_dequantised(tmp_path, layout):
     exact = base_of(tmp_path / "base", layout)
-    found = CheckpointWeights(Checkpoint.open(tmp_path / "base"))(target())
+    found = looked_up(tmp_path / "base")
     assert np.allclose(found, exact.numpy(), rtol=1e-6)
 
 
