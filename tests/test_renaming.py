@@ -63,6 +63,12 @@ FITS = {
         "model",
     ),
     "a decoder without an encoder": (layers(""), layers("model.decoder."), "", "model.decoder"),
+    "a pipeline's unet": (
+        layers("down_blocks."),
+        [*layers("unet.down_blocks."), "val_12", "a_1"],
+        "",
+        "unet",
+    ),
     "a wrapper that lacks a module": ([*layers(""), "pooler.weight"], layers("net."), "", "net"),
 }
 

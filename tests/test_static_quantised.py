@@ -1,5 +1,7 @@
 """Statically quantised graphs: ranges that were calibrated without the adapter must not cut it off unseen."""
 
+import shutil
+
 import numpy as np
 import onnx
 import pytest
@@ -9,6 +11,7 @@ from branch_graphs import bind, unoptimised
 from onnxruntime.quantization import QuantFormat, QuantType
 from peft import LoraConfig, get_peft_model
 from quantised_graphs import static
+from safetensors.numpy import load_file, save_file
 from small_graphs import error, run
 from torch import nn
 
@@ -128,13 +131,33 @@ def test_a_bank_in_a_static_graph(tmp_path):
     assert error(got[::2], wanted[::2]) < 3 * error(zero, plain)
 
 
+def test_codes_of_other_values_are_noticed(tmp_path):
+    """A tool has folded a factor into the weight, or it is another checkpoint's."""
+    path = tiny.base_onnx("bert", "dynamo")
+    base = static(path, tmp_path / "base.onnx", [tiny.feeds("bert", path)], weight_type=QuantType.QInt8)
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny.checkpoint("bert"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    (key,) = (name for name in tensors if name.endswith("layer.1.attention.self.value.weight"))
+    tensors[key] = tensors[key] * 1.25
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SiteError) as caught:
+        swap_onnx(base, tmp_path / "swap.onnx", adapter=tiny.adapter("bert"), checkpoint=folder)
+    (line,) = caught.value.problems
+    assert line.startswith("bert.encoder.layer.1.attention.self.value.weight")
+
+
 @pytest.mark.parametrize("arch", ["bert", "vit"])
 def test_transformers(arch, tmp_path):
     given, path = tiny.adapter(arch), tiny.base_onnx(arch, "dynamo")
     feeds = tiny.feeds(arch, path)
     base = static(path, tmp_path / "base.onnx", [feeds], weight_type=QuantType.QInt8)
     wanted, plain = tiny.reference(arch, given), tiny.base_reference(arch)
-    report = swap_onnx(base, tmp_path / "swap.onnx", adapter=given)
+    # The quantiser drops what the exporter said of its constants: only their values tell.
+    with pytest.raises(SiteError, match="--checkpoint"):
+        swap_onnx(base, tmp_path / "swap.onnx", adapter=given)
+    report = swap_onnx(base, tmp_path / "swap.onnx", adapter=given, checkpoint=tiny.checkpoint(arch))
+    assert all("within the quantiser's steps" in row.reason for row in report.plan.rows)
     tensors = dict(bind(load_adapter(given), report, base).tensors)
     zero = tiny.run(tmp_path / "swap.onnx", feeds)
     np.testing.assert_array_equal(zero, tiny.run(base, feeds))

@@ -82,7 +82,8 @@ def _is_own_name(target: Target, use: Use, key: str) -> bool:
     path = weight_path(name)
     if path == key or (_PATH.fullmatch(path) and not any(tool.search(name) for tool, _ in _TOOLS)):
         return True
-    return target.kind in ("linear", "any") and _TRANSPOSED.fullmatch(name) is not None
+    linear = target.kind in ("linear", "any") or use.slot.kind == "linear"
+    return linear and _TRANSPOSED.fullmatch(name) is not None
 
 
 def _what(name: str) -> str:

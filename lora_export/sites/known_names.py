@@ -21,7 +21,7 @@ _SUBMODEL = re.compile(
 # Names of a whole model inside a class with a head, or inside a wrapper: transformers' ``base_model_prefix``
 # of its model classes (5.23), but for those that are one of several submodels, and what wrappers are called.
 _OUTER_NAMES = """
-    aimv2 albert align audio_spectrogram_transformer auto_model backbone base_model beit bert bert_model
+    aimv2 albert align audio_spectrogram_transformer auto_model backbone base base_model beit bert bert_model
     biogpt bit blip bridgetower bros canine clap clip clvp convbert convnext convnextv2 cpmant cvt dac
     data2vec_audio data2vec_text data2vec_vision deberta decision_transformer deit dinat dinov2
     dinov2_with_registers distilbert donut dpt efficientnet electra ernie esm esmc flava fnet focalnet
@@ -86,7 +86,8 @@ class KnownNames:
 
     def is_inside(self, path: str) -> bool:
         """Whether all of the base's numbered blocks, or where it has none all of it, lie under one path."""
-        blocks = [name for name in self.names if has_index(name)] or self.names
+        # By dots alone: exporters number constants without a name (``val_12``).
+        blocks = [name for name in self.names if any(map(str.isdigit, name.split(".")))] or self.names
         return all(name.startswith(f"{path}.") for name in blocks)
 
     def has_rivals(self, path: str) -> bool:

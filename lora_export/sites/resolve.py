@@ -33,7 +33,7 @@ from lora_export.sites.renaming import AMBIGUOUS, NOT_FOUND, Renaming, rename
 from lora_export.sites.slot import Use
 from lora_export.sites.target import BaseWeights, Miss, MissKind, Part, Site, Target, WeightOf
 from lora_export.sites.uses import find_uses
-from lora_export.sites.verify import check_content, orientations, search, tile, unconfirmed
+from lora_export.sites.verify import check_codes, check_content, orientations, search, tile, unconfirmed
 
 # Part of the evidence where a checkpoint is at hand and the graph's weight is quantised.
 NOT_COMPARED = "quantised, its values are not compared"
@@ -263,9 +263,7 @@ class Resolver:
                 return Miss(target, reason, "unproven")
             return Miss(target, f"{first}; {self._remedy()}", "unproven") if first else site
         if any(use.quantised for part in site.parts for use in part.uses):
-            if first:
-                return Miss(target, f"{first}; it is quantised, so its values can't be compared", "unproven")
-            return replace(site, evidence=f"{site.evidence}; {NOT_COMPARED}")
+            return self._verified_codes(site, wanted, first)
         parts = []
         for part, doubt in zip(site.parts, doubts, strict=True):
             checked = check_content(target, part, wanted, trusted=not doubt)
@@ -273,6 +271,18 @@ class Resolver:
                 return Miss(target, f"{checked} (found by {site.evidence})", "values")
             parts.append(checked)
         return replace(site, parts=tuple(parts), evidence=f"{site.evidence}; content agrees")
+
+    def _verified_codes(self, site: Site, wanted: Array, doubt: str) -> Site | Miss:
+        """Rule 4 for quantised weights, as far as their codes can be read."""
+        compared = [check_codes(site.target, part, wanted) for part in site.parts]
+        if not any(text is None or text for text in compared):
+            return replace(site, evidence=f"{site.evidence}; content agrees within the quantiser's steps")
+        if doubt:
+            differs = next((text for text in compared if text), "")
+            reason = differs or "it is quantised, so its values can't be compared"
+            return Miss(site.target, f"{doubt}; {reason}", "values" if differs else "unproven")
+        # Quantisers that don't round to the nearest code may be further away.
+        return replace(site, evidence=f"{site.evidence}; {NOT_COMPARED}")
 
     def _remedy(self) -> str:
         if self._base is not None:

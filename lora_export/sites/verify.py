@@ -13,6 +13,7 @@ from lora_export.graph import matrix_shape, shape_of, stored_matrix
 from lora_export.patch import Placement
 from lora_export.sites import content, fit
 from lora_export.sites.experts import unsettled
+from lora_export.sites.grid import held_by_codes
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Part, Target
 
@@ -109,10 +110,34 @@ def _best(stored: Array, wanted: Sequence[Array], every: bool) -> tuple[content.
     return match, first
 
 
+def check_codes(target: Target, part: Part, wanted: Array) -> str | None:
+    """Say what differs where a quantised constant may stand for other values than the checkpoint's.
+
+    Returns:
+        An empty text where each value is one step of the quantiser away at most; None where the codes can't
+        be read, or stand for an expert's or a vector's values.
+    """
+    held = held_by_codes(part.uses[0])
+    if held is None or target.experts > 1 or target.kind == "vector":
+        return None
+    (placement,) = part.placements
+    values, steps = (_rectangle(array.reshape(len(array), -1), placement) for array in held)
+    rows = [matrix[slice(*placement.rows)] for matrix in orientations(target, wanted)]
+    # Beyond the outermost code values are cut off: they are nearer to zero than what they stand for.
+    cut = [(np.abs(values) >= np.abs(values).max()) & (np.abs(one) > np.abs(values)) for one in rows]
+    near = [
+        bool(((np.abs(values - one) <= steps) | beyond).all()) for one, beyond in zip(rows, cut, strict=True)
+    ]
+    return "" if any(near) else _differs(part)
+
+
 def canonical_rows(part: Part, placement: Placement) -> Array:
     """Return the stored rectangle of a placement, in canonical orientation."""
     assert part.root.const_value is not None
-    matrix = stored_matrix(part.root.const_value)
+    return _rectangle(stored_matrix(part.root.const_value), placement)
+
+
+def _rectangle(matrix: Array, placement: Placement) -> Array:
     view = matrix.T if placement.transposed else matrix
     offset = placement.col if placement.transposed else placement.row
     start, stop = placement.rows
