@@ -72,6 +72,11 @@ def check_blend(
             )
     if problems:
         raise AdapterError(
-            "these adapters can't be merged so", "merge them one by one, or drop --weight", problems
+            "these adapters can't be merged so",
+            "PEFT saves whole embeddings and heads beside LoRA on them unless it is told "
+            "save_embedding_layers=False: save them so where they are the base's own"
+            if any(adapter.extras for adapter in loaded)
+            else "omit --weight and merge one of them alone",
+            problems,
         )
     return loaded, factors

@@ -27,6 +27,7 @@ class CheckpointWeights:
 
     Attributes:
         parameters: Names of the stored tensors.
+        hints: What would give adapters that were looked up a place in the checkpoint.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -34,6 +35,7 @@ class CheckpointWeights:
         self._names = Names(checkpoint)
         self._quantised = find_quantised(checkpoint)
         self.parameters = frozenset(checkpoint.tensors)
+        self.hints: list[str] = []
 
     def for_adapter(self, named: Sequence[Named], flattened: bool, scope: str | None) -> AdapterWeights:
         """Return what looks up the parameters of one adapter.
@@ -44,6 +46,7 @@ class CheckpointWeights:
             scope: The part that belongs, as the user says it.
         """
         change = self._names.rename(named, flattened, scope)
+        self.hints += [change.hint] if change.hint else []
         return AdapterWeights(self._names, self._quantised, named, change.names)
 
     def settled(self, adapter: Adapter) -> tuple[Adapter, tuple[str, ...]]:

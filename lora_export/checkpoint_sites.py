@@ -124,6 +124,7 @@ class _Placer:
         self._notes: list[str] = []
         self._renaming = Renaming(())
         self._numbers: dict[Named, int] = {}
+        self._is_flattened = False
 
     @property
     def rows(self) -> list[PlanRow]:
@@ -137,6 +138,7 @@ class _Placer:
     def begin(self, adapter: Adapter) -> None:
         """Find the base's names for all that one adapter changes: one change of names holds for it."""
         self._ledger.begin(adapter)
+        self._is_flattened = adapter.flattened
         named = named_of(adapter)
         self._renaming = self._names.rename(named, adapter.flattened, adapter.scope)
         self._numbers = {one: number for number, one in enumerate(named)}
@@ -340,7 +342,7 @@ class _Placer:
         packed = self._quantised.packed_at(parameter)
         if packed or parts.startswith(AMBIGUOUS):
             raise NoPlace(packed or parts)
-        flattened = self._renaming.names[number] is None
+        flattened = self._is_flattened and self._renaming.names[number] is None
         tied = self._ties.absent(parameter, flattened) if may_be_tied(parameter) else None
         if tied is None:
             self._absent.append(named.key)

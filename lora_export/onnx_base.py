@@ -71,6 +71,10 @@ class Base:
         try:
             plan = with_unverified(plan, self.checkpoint)
         except SiteError as error:
+            hints = list(dict.fromkeys(self.weight_of.hints)) if self.weight_of else []
+            if hints:
+                # It does store them, of several parts of the model: names alone can't tell which is meant.
+                raise SiteError(error.message, "; ".join(hints), error.problems) from error
             if not self.notes:
                 raise
             # The folder was not the user's choice, and names led to every place.

@@ -73,6 +73,11 @@ FITS = {
 }
 
 
+def test_out_of_a_sequential():
+    found = renamed(layers("0.auto_model.encoder."), layers("encoder."))
+    assert list(found.names) == layers("encoder.")
+
+
 @pytest.mark.parametrize(("keys", "known", "strip", "add"), FITS.values(), ids=FITS)
 @pytest.mark.parametrize("flattened", [False, True], ids=["dotted", "flattened"])
 def test_what_fits(keys, known, strip, add, flattened):

@@ -155,6 +155,8 @@ def is_outer(path: str) -> bool:
     ``model`` (Idefics 3, SmolVLM; CLIP's text model has no ``model`` around it).
     """
     parts = path.split(".")
+    # A Sequential around the whole model (SentenceTransformer's ``0.auto_model``).
+    parts = parts[1:] if parts[0].isdigit() and len(parts) > 1 else parts
     return all(part in _OUTER or _is_language(before, part) for before, part in pairwise(["", *parts]))
 
 
@@ -184,9 +186,9 @@ def has_index(name: str) -> bool:
 
 
 def _behind_first_index(name: str) -> str:
-    """Return a path from its first index on; of one without indices, the module's own name on."""
+    """Return a path from its first index on, but for one in front; without any, from the module itself on."""
     parts = name.split(".")
-    start = next((at for at, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
+    start = next((at for at, part in enumerate(parts) if at and part.isdigit()), len(parts) - 2)
     return ".".join(parts[max(0, min(start, len(parts) - 2)) :])
 
 

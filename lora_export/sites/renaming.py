@@ -288,9 +288,17 @@ class _Renamer:
                 scope = change.add
             if scope and below & fits:
                 (whole if below <= fits else part).add(scope)
-        found = whole or part
+        found = {scope for scope in whole or part if self._works(scope)}
         # The shortest that says it.
         return sorted(s for s in found if not any(self._is_below(s, other) for other in found))
+
+    def _works(self, scope: str) -> bool:
+        """Whether something is placed where the user says the scope."""
+        below = [named for named in self._wanted if self._is_below(named.key, scope)]
+        again = _Renamer(below or self._wanted, self._known, self._flattened, scope)
+        return any(
+            again._names(named.key, change) for change in again._chosen()[:1] for named in again._wanted
+        )
 
     def _fitting_part(self, fits: frozenset[int]) -> list[str]:
         """Return the shortest path below which all that fits lies, and nothing else of the adapter."""
@@ -318,7 +326,9 @@ class _Renamer:
             fitting = sorted({name for change in chosen for name in self._names(named.key, change)})
             listed = ", ".join(fitting[:_SHOWN]) + (", …" if len(fitting) > _SHOWN else "")
             problems[number] = f"{AMBIGUOUS}: may be {listed}" if fitting else NOT_FOUND
-        scopes = sorted({change.add or change.strip for change in chosen})
+        scopes = [s for s in sorted({change.add or change.strip for change in chosen}) if self._works(s)]
+        if not scopes:
+            return Renaming((None,) * len(self._wanted), problems)
         return Renaming((None,) * len(self._wanted), problems, hint=f"say which with {_options(scopes)}")
 
     def _refusal(self) -> tuple[str, str]:
@@ -335,6 +345,7 @@ class _Renamer:
             for change, fits in self._fits.items()
             if len(fits) == most and (not scopes or (change.strip or change.add) in scopes)
         ]
+        best = best or [said(change) for change, fits in self._fits.items() if len(fits) == most]
         found = " or ".join(best[:2])
         count = f"{most} of {len(self._deciding)} parameters would fit with {found}"
         if not scopes:
@@ -346,7 +357,8 @@ class _Renamer:
 
 
 def _options(scopes: Sequence[str]) -> str:
-    return " or ".join(f"--component {scope}" for scope in scopes[:_SHOWN])
+    listed = " or ".join(f"--component {scope}" for scope in scopes[:_SHOWN])
+    return f"{listed} or others" if len(scopes) > _SHOWN else listed
 
 
 def _called(named: Named) -> str:

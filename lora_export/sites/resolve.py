@@ -10,7 +10,8 @@ the same for renamed, fused and split modules, then content. Rules:
 4. Where the checkpoint is at hand, every match by name must also match by content.
 5. Every reader of a weight is the module's, or known to be another's (`readers.doubt`).
 6. No two targets of an adapter have the same place.
-7. What is not found is a `Miss` with its reason; nothing is guessed.
+7. No other constant stands for another call of the module (`copies.other_call`).
+8. What is not found is a `Miss` with its reason; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from lora_export.graph import GraphFile, release
 from lora_export.patch import Placement
 from lora_export.sites import changed, fit, matrices, names, readers
 from lora_export.sites.contained import branch_beside
+from lora_export.sites.copies import computed_parameters, other_call
 from lora_export.sites.evidence import FOLDED, NODE_NAME, SCOPE, SOURCES, WEIGHT_NAME, collect
 from lora_export.sites.fingerprints import Places, find_places
 from lora_export.sites.known_names import KnownNames
@@ -57,6 +59,7 @@ class Resolver:
         self.uses = find_uses(graph)
         self._evidence = collect(self.uses)
         self._known = KnownNames(key for table in self._evidence.values() for key in table)
+        self._computed = computed_parameters(graph.initializers())
         self._base = weight_of
         self.weight_of: WeightOf | None = None
         self._wanted: set[str] = set()
@@ -178,6 +181,8 @@ class Resolver:
                     )
                     if problem:
                         return Miss(target, problem, "ambiguous")
+                    if lost := other_call(found, variant.keys, self.uses, self._computed):
+                        return Miss(target, f"{AMBIGUOUS}: {lost}", "ambiguous")
                     return self._verified(found, wanted, source, variant.keys)
                 refused = refused or found
         return refused or Miss(target, unread, "operator" if unread else "not found")
@@ -335,6 +340,8 @@ class Resolver:
         if tile(target, parts) and len(parts) == len(hits):
             site = Site(target, tuple(parts), "content")
             problem = readers.doubt(site, target.path, "content", self.uses)
+            if not problem and (lost := other_call(site, [target.key], self.uses, self._computed)):
+                problem = f"{AMBIGUOUS}: {lost}"
             return Miss(target, problem, "ambiguous") if problem else site
         if parts:
             where = ", ".join(str(part.root.name) for part in parts[:4])

@@ -112,9 +112,11 @@ class BaseWeights(Protocol):
 
     Attributes:
         parameters: Names of the stored tensors.
+        hints: What would give adapters that were looked up a place in the checkpoint.
     """
 
     parameters: frozenset[str]
+    hints: list[str]
 
     def for_adapter(self, named: Sequence[Named], flattened: bool, scope: str | None) -> WeightOf:
         """Return what looks up one adapter's parameters, whose names are turned into the checkpoint's."""
