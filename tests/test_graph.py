@@ -144,12 +144,13 @@ def constant_node_model(folder):
     folder.mkdir()
     weight = random(64, 32, seed=3)
     (folder / "c.data").write_bytes(weight.tobytes())
-    proto = ir.to_proto(graph("g (float[B,64] x) => (float[B,N] y) { [n] y = MatMul (x, w) }", {"w": weight}))
+    text = "g (float[B,64] x) => (float[B,N] y) { [n] y = MatMul (x, fc_weight) }"
+    proto = ir.to_proto(graph(text, {"fc.weight": weight}))
     tensor = proto.graph.initializer[0]
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="c.data")
-    node = onnx.helper.make_node("Constant", [], ["w"], name="const")
+    node = onnx.helper.make_node("Constant", [], ["fc.weight"], name="const")
     node.attribute.add(name="value", type=onnx.AttributeProto.TENSOR).t.CopyFrom(tensor)
     proto.graph.node.insert(0, node)
     del proto.graph.initializer[:]
