@@ -62,10 +62,11 @@ def other_call(
         return ""
     matrix = stored_matrix(part.root.const_value)
     for use in uses:
-        if id(use.root) in mine or not _may_be_call(use, path, keys[0]):
+        other = use.root.const_value
+        # The size first: a large graph's constants would all be read once for each module.
+        if other is None or other.size != matrix.size or id(use.root) in mine:
             continue
-        assert use.root.const_value is not None
-        if _is_copy(matrix, stored_matrix(use.root.const_value)):
+        if _may_be_call(use, path, keys[0]) and _is_copy(matrix, stored_matrix(other)):
             return (
                 f"its weight is in the graph twice: {use.root.name!r} of another {use.node.op_type} holds "
                 "the same values, for another call of the module: export so that all calls share one "
