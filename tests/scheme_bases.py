@@ -69,6 +69,14 @@ def delta(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (ALPHA / RANK * left @ right).reshape(len(b), *a.shape[1:])
 
 
+def merged_state(state: State, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> State:
+    """Return the original model's tensors in float64 with the pairs' products added."""
+    merged = {name: values.double() for name, values in state.items()}
+    for path, (a, b) in pairs.items():
+        merged[f"{path}.weight"] = merged[f"{path}.weight"] + delta(a, b)
+    return merged
+
+
 def kohya(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]], prefix: str = "lora_unet_") -> State:
     """Return a kohya file's tensors."""
     tensors = {}

@@ -17,6 +17,7 @@ from scheme_bases import (
     delta,
     dotted,
     kohya,
+    merged_state,
     modules_of,
     run,
     trained,
@@ -41,9 +42,7 @@ def test_every_module_of_a_kohya_file(family: Family, tmp_path: Path) -> None:
     save_file(kohya(pairs), tmp_path / "style.safetensors")
     adapter = tmp_path / "style.safetensors"
     assert run("merge", "--base", base, "--adapter", adapter, "-o", tmp_path / "out") == 0
-    merged = {name: values.double() for name, values in state.items()}
-    for path, (a, b) in pairs.items():
-        merged[f"{path}.weight"] = merged[f"{path}.weight"] + delta(a, b)
+    merged = merged_state(state, pairs)
     compare(tmp_path / "out", converted(family, merged))
 
 
@@ -52,9 +51,7 @@ def test_dotted_names_behind_diffusion_model(family: Family, tmp_path: Path) -> 
     base = write_base(tmp_path / "base", converted(family, state), family.model())
     report = merge_checkpoint(base, dotted(pairs), tmp_path / "out")
     assert "converted" in report.plan.notes[0]
-    merged = {name: values.double() for name, values in state.items()}
-    for path, (a, b) in pairs.items():
-        merged[f"{path}.weight"] = merged[f"{path}.weight"] + delta(a, b)
+    merged = merged_state(state, pairs)
     compare(tmp_path / "out", converted(family, merged))
 
 
@@ -97,9 +94,7 @@ def test_some_of_the_modules(family: Family, parts: tuple[str, ...], tmp_path: P
     base = write_base(tmp_path / "base", converted(family, state), family.model())
     save_file(kohya(pairs), tmp_path / "style.safetensors")
     merge_checkpoint(base, tmp_path / "style.safetensors", tmp_path / "out")
-    merged = {name: values.double() for name, values in state.items()}
-    for path, (a, b) in pairs.items():
-        merged[f"{path}.weight"] = merged[f"{path}.weight"] + delta(a, b)
+    merged = merged_state(state, pairs)
     compare(tmp_path / "out", converted(family, merged))
 
 

@@ -392,9 +392,7 @@ def test_one_component_of_an_sdxl_file(tmp_path: Path) -> None:
     of = ["--adapter", style, "--component"]
     assert run("merge", "--base", unet, *of, "unet", "-o", tmp_path / "unet2") == 0
     assert run("merge", "--base", encoder, *of, "text_encoder", "-o", tmp_path / "text2") == 0
-    merged = {name: values.double() for name, values in state.items()}
-    for path, pair in pairs.items():
-        merged[f"{path}.weight"] = merged[f"{path}.weight"] + delta(*pair)
+    merged = bases.merged_state(state, pairs)
     bases.compare(tmp_path / "unet2", converted(family, merged))
     written = load_file(tmp_path / "text2" / "model.safetensors")
     for path, pair in text.items():
@@ -413,9 +411,7 @@ def test_text_encoders_beside_names_that_stay(tmp_path: Path) -> None:
     arguments = ["--base", base, "--adapter", tmp_path / "style.safetensors", "-o", tmp_path / "out"]
     assert run("merge", *arguments) == 1
     assert run("merge", *arguments, "--allow-unmatched") == 0
-    merged = {name: values.double() for name, values in state.items()}
-    for path, pair in pairs.items():
-        merged[f"{path}.weight"] = merged[f"{path}.weight"] + delta(*pair)
+    merged = bases.merged_state(state, pairs)
     bases.compare(tmp_path / "out", converted(family, merged))
 
 
