@@ -12,13 +12,12 @@ process imports neither numpy nor onnx_ir: a child's peak memory counts what its
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
+
+from bench_merge import Run, measure
 
 CLI = "from lora_export.cli import main; main()"
 # name: layers, hidden, key-value width, MLP, vocabulary, q, k and v packed
@@ -99,15 +98,6 @@ for names in (True, False):
 """
 
 
-@dataclass(frozen=True)
-class Run:
-    """One process: seconds of wall time, seconds of processor time, peak memory in MB."""
-
-    wall_s: float
-    cpu_s: float
-    peak_mb: float
-
-
 def arguments(work: Path, graph: str, *more: str) -> list[str]:
     """Return a command line that finds the adapter's modules in a graph and writes nothing."""
     return [
@@ -124,20 +114,6 @@ def contenders(work: Path) -> dict[str, list[str]]:
         "by name, verified by value": arguments(work, "named.onnx", *checkpoint),
         "by value": arguments(work, "nameless.onnx", *checkpoint),
     }
-
-
-def measure(command: list[str]) -> Run:
-    """Run a command to its end; exit with its messages if it fails."""
-    started = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        messages = process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    wall = time.perf_counter() - started
-    if process.returncode:
-        sys.exit(f"{' '.join(command)[:400]}\nfailed:\n{messages[-2000:]}")
-    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
 def build(work: Path, shape: str, dtype: str) -> None:
