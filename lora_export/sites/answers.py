@@ -30,8 +30,8 @@ from lora_export.sites.readers import module_of
 from lora_export.sites.slot import Use
 from lora_export.sites.target import BaseWeights, Site
 
-# TorchScript's name for the output of a node.
-_OUTPUT = re.compile(r"/.+_output_\d+")
+# TorchScript's name for the output of a node that computes something.
+_OUTPUT = re.compile(r"/(?:[^/]+/)*(?!Constant)[^/]+_output_\d+")
 # A mask has two values, or three.
 _FEW = 4
 # Positions that a table of sines has at least, and what its rule leaves of it by rounding.
