@@ -32,6 +32,9 @@ from lora_export.sites.target import BaseWeights, Site
 
 # TorchScript's name for the output of a node that computes something.
 _OUTPUT = re.compile(r"/(?:[^/]+/)*(?!Constant)[^/]+_output_\d+")
+# Its name for what it computed itself, which is never a product of matrices (`constant_fold.cpp` of torch's
+# passes/onnx lists the operators).
+_FOLDED = re.compile(r"onnx::\w+_\d+")
 # A mask has two values, or three.
 _FEW = 4
 # Positions that a table of sines has at least, and what its rule leaves of it by rounding.
@@ -87,7 +90,7 @@ def _is_suspect(use: Use, outputs: Iterable[int], base: BaseWeights | None) -> b
     answer = _OUTPUT.fullmatch(name) is not None
     if not answer and (base is None or len(_shape(use)) < 2):
         return False
-    if is_path(weight_path(name)) or folded_names(root):
+    if is_path(weight_path(name)) or _FOLDED.fullmatch(name) or folded_names(root):
         return False
     if not any(_is_multiple(use, size) for size in outputs):
         return False
