@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 from click.testing import CliRunner
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, build
@@ -260,6 +262,31 @@ def test_square_weights(tmp_path, config, path, flag, transposed):
     left, right = module.factors()
     found = load_file(tmp_path / "out/model.safetensors")[f"{path}.weight"].numpy()
     assert np.allclose(found, (left @ right).T if transposed else left @ right, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", ["ResNet", "RegNet"])
+def test_norms_with_a_count_of_batches(tmp_path, family):
+    """PEFT saves the count of a batch norm, an integer, with the norm: inference doesn't read it."""
+    torch.manual_seed(0)
+    kind = getattr(transformers, f"{family}ForImageClassification")
+    config = getattr(transformers, f"{family}Config")(
+        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]
+    )
+    model = kind(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    lora = LoraConfig(
+        r=2, target_modules=["classifier.1"], modules_to_save=["normalization"], init_lora_weights=False
+    )
+    adapted = get_peft_model(model, lora).eval()
+    for name, values in adapted.named_parameters():
+        if "modules_to_save" in name:
+            torch.nn.init.uniform_(values, 0.5, 1.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    images = torch.randn(2, 3, 32, 32)
+    expected = adapted(images).logits.detach()
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged = kind.from_pretrained(tmp_path / "out").eval()
+    assert tiny.relative_error(merged(images).logits.detach().numpy(), expected.numpy()) <= 1e-5
 
 
 # --- bad input ---------------------------------------------------------------------------------------
