@@ -3,8 +3,8 @@
 Layouts that a stored weight can have against the module's canonical one:
 
 - as it is (`nn.Linear`, convolutions, embeddings);
-- transposed: GPT-2's Conv1D stores ``(in_dim, out_dim)``. Shapes tell; for square ones the names of
-  Conv1D modules in the model families that use it, else ``fan_in_fan_out`` in the adapter's config;
+- transposed: GPT-2's Conv1D stores ``(in_dim, out_dim)``. Shapes tell, and the model's family for
+  square ones (`lora_export.base.families`);
 - experts stacked in one tensor, or one tensor for each expert and half;
 - as codes with scales (`lora_export.base.quantised`);
 - not at all: an output head that is tied to the input embedding. PEFT's `merge_and_unload` adds the head's
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Adapter, Array, LoraModule, TokenRows
+from lora_export.base.families import is_conv1d
 from lora_export.base.ledger import Ledger
 from lora_export.base.placed import Added, Placed, view_of
 from lora_export.base.quantised import Quantised, quantised_notes
@@ -37,10 +38,6 @@ from lora_export.plan import Plan, PlanRow, unaccounted
 from lora_export.sites.experts import fit_matrix, fit_parameter, is_turned, unsettled
 from lora_export.sites.experts import settle as settle_layout
 from lora_export.sites.renaming import AMBIGUOUS, Named, Renaming
-
-# Model families with Conv1D, and its names there (transformers ``pytorch_utils.Conv1D``).
-_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
-_CONV1D_NAMES = {"c_attn", "c_proj", "c_fc", "q_attn"}
 
 
 class NoPlace(Exception):
@@ -285,7 +282,8 @@ class _Placer:
                 f"stored with shape {tensor.shape}, the adapter fits {module.weight_shape}{as_name}",
                 rows_hint(self._checkpoint.config, parameter, shape, module.weight_shape),
             )
-        transposed = turned and (not same or self._square_is_transposed(module, adapter))
+        config, flag = self._checkpoint.config, adapter.fan_in_fan_out
+        transposed = turned and (not same or is_conv1d(config, module.path, flag))
         if part.transposed:
             raise NoPlace(f"{tensor.name} holds the transpose of it, by transformers' conversion")
         return [Placement(span, 0, 0, transposed)], "transposed" if transposed else ""
@@ -316,13 +314,6 @@ class _Placer:
         height = tensor.shape[1]
         placements = [Placement(span, e * height, 0, placed, expert=e) for e in range(experts)]
         return placements, f"{experts} experts stacked" + (", transposed" if placed else "")
-
-    def _square_is_transposed(self, module: LoraModule, adapter: Adapter) -> bool:
-        model = self._checkpoint.config.get("model_type")
-        if model in _CONV1D_MODELS:
-            return module.path.rpartition(".")[2] in _CONV1D_NAMES
-        # PEFT writes fan_in_fan_out only for Conv1D and corrects it for Linear (tuners/lora/model.py).
-        return adapter.fan_in_fan_out
 
     # Names.
 
