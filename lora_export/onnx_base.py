@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_export.adapter import Adapter
+from lora_export.base.ort_names import free_names
 from lora_export.errors import CheckpointError, GraphError, OutputError, SiteError
 from lora_export.graph import GraphFile, load_graph
 from lora_export.manifest import FileHash, hash_file, identity_of
@@ -143,6 +144,7 @@ def open_base(
             graph = load_graph(captured)
         else:
             graph = load_graph(base)
+            free_names(graph)
             _refuse_capturing(base, dtype, kv_cache)
         opened = _opened(base, graph, adapters, checkpoint, share_base)
         refuse_overlap(opened.files, paths)
