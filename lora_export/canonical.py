@@ -15,7 +15,7 @@ from lora_export.checkpoint_names import Names, Part
 from lora_export.errors import CheckpointError, OutputError
 from lora_export.graph import GraphFile, shape_of
 from lora_export.sites.experts import is_turned, settle
-from lora_export.sites.renaming import Named
+from lora_export.sites.names import Named
 from lora_export.sites.target import Target
 
 

@@ -15,13 +15,13 @@ from lora_export.base.ties import may_be_tied
 from lora_export.base.vocabulary import head_hint
 from lora_export.errors import SiteError
 from lora_export.graph import GraphFile, shape_of
-from lora_export.plan import Plan, PlanRow, unaccounted
+from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, unaccounted
 from lora_export.sites.evidence import SOURCES
 from lora_export.sites.likeness import counterparts
 from lora_export.sites.readers import module_of
 from lora_export.sites.resolve import NOT_COMPARED
 from lora_export.sites.slot import Use
-from lora_export.sites.target import Miss, MissKind, Site
+from lora_export.sites.target import Miss, Site
 
 # Part of `Site.evidence` wherever values were compared.
 _CONFIRMED = "content"
@@ -226,7 +226,7 @@ def _rows_hints(misses: Sequence[Miss]) -> list[str]:
 
 
 def _hints(
-    kinds: AbstractSet[MissKind], verb: Verb, checked: bool, some: bool, given: Sequence[str]
+    kinds: AbstractSet[RefusalKind], verb: Verb, checked: bool, some: bool, given: Sequence[str]
 ) -> list[str]:
     """Say what to do: never what was given already, nor the command that is running."""
     hints = list(given)
@@ -289,4 +289,5 @@ def placed_row(adapter: Adapter, site: Site, action: str = "") -> PlanRow:
 
 def refused_row(adapter: Adapter, miss: Miss) -> PlanRow:
     """Return the plan's row of a miss."""
-    return PlanRow(adapter.name, miss.target.key, miss.target.tensor_names, "refused", reason=miss.reason)
+    target, refusal = miss.target, Refusal(miss.kind, miss.reason)
+    return PlanRow.refused(adapter.name, target.key, target.tensor_names, refusal)

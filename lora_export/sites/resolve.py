@@ -23,17 +23,19 @@ from functools import partial
 from itertools import islice, pairwise, zip_longest
 
 from lora_export.adapter import Array
-from lora_export.graph import GraphFile, release
+from lora_export.graph import GraphFile, release, shape_of
 from lora_export.patch import Placement
+from lora_export.plan import RefusalKind
 from lora_export.sites import changed, fit, matrices, names, readers
 from lora_export.sites.contained import branch_beside
 from lora_export.sites.copies import computed_parameters, other_call
 from lora_export.sites.evidence import FOLDED, NODE_NAME, SCOPE, SOURCES, WEIGHT_NAME, collect
 from lora_export.sites.fingerprints import Places, find_places
 from lora_export.sites.known_names import KnownNames
-from lora_export.sites.renaming import AMBIGUOUS, NOT_FOUND, Renaming, rename
+from lora_export.sites.likeness import matrix_of
+from lora_export.sites.renaming import NOT_FOUND, Renaming, is_below, rename
 from lora_export.sites.slot import Use
-from lora_export.sites.target import BaseWeights, Miss, MissKind, Part, Site, Target, WeightOf
+from lora_export.sites.target import BaseWeights, Miss, Part, Site, Target, WeightOf
 from lora_export.sites.uses import find_uses
 from lora_export.sites.verify import check_codes, check_content, orientations, search, tile, unconfirmed
 
@@ -58,12 +60,23 @@ class Resolver:
     ) -> None:
         self.uses = find_uses(graph)
         self._evidence = collect(self.uses)
-        self._known = KnownNames(key for table in self._evidence.values() for key in table)
+        keys = (key for table in self._evidence.values() for key in table)
+        self._known = KnownNames(keys, self._shape)
         self._computed = computed_parameters(graph.initializers())
         self._base = weight_of
         self.weight_of: WeightOf | None = None
         self._wanted: set[str] = set()
         self._branches = branches
+
+    def _shape(self, key: str) -> tuple[int, ...] | None:
+        """Return the shape of the constants that are a parameter by the graph's names, where they agree."""
+        uses = [use for table in self._evidence.values() for use in table.get(key, ())]
+        stored = {
+            shape_of(use.root.const_value)
+            for use in uses
+            if use.root.const_value is not None and not use.quantised
+        }
+        return stored.pop() if len({matrix_of(shape) for shape in stored}) == 1 else None
 
     @property
     def known(self) -> frozenset[str]:
@@ -81,9 +94,15 @@ class Resolver:
             scope: The part of the adapter, or of the graph, that belongs (`renaming`, rule 7).
         """
         named = [target.named for target in targets]
-        change = rename(named, self._known, flattened=flattened, scope=scope)
+        # A part's path may be the graph's or the checkpoint's alone: the other of them is that part.
+        is_anywhere = scope is None or is_below(named, scope, flattened)
+        here = is_anywhere or bool(self._known.under(scope or ""))
         # Of this adapter: its names in the checkpoint are another matter than its names in the graph.
         self.weight_of = self._base.for_adapter(named, flattened, scope) if self._base else None
+        there = self.weight_of is not None and any(self.weight_of.names)
+        if self._base and here and not is_anywhere and not there:
+            self.weight_of = self._base.for_adapter(named, flattened, None)
+        change = rename(named, self._known, flattened=flattened, scope=scope if here or not there else None)
         self._wanted = {name for name in change.names if name}
         named_so = [self._find(target, number, change) for number, target in enumerate(targets)]
         found = [self._explained(item, change.hint) for item in self._by_content(named_so)]
@@ -115,8 +134,8 @@ class Resolver:
                 yield use, best[id(use)]
 
     def _find(self, target: Target, number: int, change: Renaming) -> Site | Miss:
-        name, problem = change.names[number], change.problems.get(number, "")
-        lost = Miss(target, problem, "ambiguous" if problem.startswith(AMBIGUOUS) else "not found")
+        name, problem = change.names[number], change.problems.get(number, NOT_FOUND)
+        lost = Miss(target, str(problem) if problem.detail else "", problem.kind)
         if matrices.is_matrix(target):
             return matrices.find_matrix(target, self._weight(target), partial(self._search, name, lost))
         if name is None:
@@ -142,7 +161,7 @@ class Resolver:
         """Say of what was not found what the graph has instead, and what the user may give."""
         if isinstance(found, Site) and (contained := branch_beside(found)):
             return Miss(found.target, f"the graph {contained}", "contained")
-        if isinstance(found, Miss) and found.reason in ("", NOT_FOUND):
+        if isinstance(found, Miss) and not found.reason:
             found = replace(found, reason=self._not_found(found.target))
         if isinstance(found, Miss) and found.kind in ("not found", "ambiguous"):
             return replace(found, hint=hint)
@@ -154,12 +173,12 @@ class Resolver:
         nameless = changed.nameless(target, self.uses)
         if nameless and self._base is None:
             return (
-                f"{NOT_FOUND}: the graph's {', '.join(map(repr, nameless))} may hold it and have no module's "
+                f"not found: the graph's {', '.join(map(repr, nameless))} may hold it and have no module's "
                 f"name; {self._remedy()}"
             )
         if near:
-            return f"{NOT_FOUND}; the graph has {', '.join(near)}"
-        return f"{NOT_FOUND}: nothing in the graph names it (pruned by the exporter, or names are gone)"
+            return f"not found; the graph has {', '.join(near)}"
+        return "not found: nothing in the graph names it (pruned by the exporter, or names are gone)"
 
     def _by_name(self, target: Target, key: str, wanted: Array | None) -> Site | Miss:
         refused: Miss | None = None
@@ -182,7 +201,7 @@ class Resolver:
                     if problem:
                         return Miss(target, problem, "ambiguous")
                     if lost := other_call(found, variant.keys, self.uses, self._computed):
-                        return Miss(target, f"{AMBIGUOUS}: {lost}", "ambiguous")
+                        return Miss(target, f"ambiguous: {lost}", "ambiguous")
                     return self._verified(found, wanted, source, variant.keys)
                 refused = refused or found
         return refused or Miss(target, unread, "operator" if unread else "not found")
@@ -341,7 +360,7 @@ class Resolver:
             site = Site(target, tuple(parts), "content")
             problem = readers.doubt(site, target.path, "content", self.uses)
             if not problem and (lost := other_call(site, [target.key], self.uses, self._computed)):
-                problem = f"{AMBIGUOUS}: {lost}"
+                problem = f"ambiguous: {lost}"
             return Miss(target, problem, "ambiguous") if problem else site
         if parts:
             where = ", ".join(str(part.root.name) for part in parts[:4])
@@ -352,7 +371,7 @@ class Resolver:
         return Miss(target, "not found: no weight of the graph holds its values", "not found")
 
 
-def _kind_of(use: Use) -> MissKind:
+def _kind_of(use: Use) -> RefusalKind:
     """What kind of refusal a use's own is."""
     if use.quantised:
         return "integers" if use.no_branch else "quantised"
