@@ -74,8 +74,12 @@ class Base:
         except SiteError as error:
             hints = list(dict.fromkeys(self.weight_of.hints)) if self.weight_of else []
             if hints:
-                # It does store them, of several parts of the model: names alone can't tell which is meant.
-                raise SiteError(error.message, "; ".join(hints), error.problems) from error
+                raise SiteError(
+                    f"the checkpoint {self.checkpoint} has the parameters that would change in several parts of "
+                    "the model: names alone don't tell which is meant",
+                    "; ".join(hints),
+                    error.problems,
+                ) from error
             if not self.notes:
                 raise
             # The folder was not the user's choice, and names led to every place.

@@ -97,7 +97,7 @@ def refuse(
     given = list(dict.fromkeys(miss.hint for miss in misses if miss.hint))
     lost = not sites and kinds == {"not found"} and not given
     found = (
-        _changed(graph, misses, name, total)
+        _changed(graph, misses, adapter, name, total)
         or _quantised(file, misses, name, total, verb, uses, bool(sites))
         or (_lost(file, misses, name, checked, uses) if lost else None)
     )
@@ -108,7 +108,9 @@ def refuse(
     raise SiteError(*found, lines)
 
 
-def _changed(graph: GraphFile, misses: Sequence[Miss], name: str, total: int) -> tuple[str, str] | None:
+def _changed(
+    graph: GraphFile, misses: Sequence[Miss], adapter: Adapter, name: str, total: int
+) -> tuple[str, str] | None:
     """Return message and hint where the graph is another than its exporter wrote."""
     file, kinds = graph.path.name, {miss.kind for miss in misses}
     if contained := sum(miss.kind == "contained" for miss in misses):
@@ -120,7 +122,8 @@ def _changed(graph: GraphFile, misses: Sequence[Miss], name: str, total: int) ->
         return (
             f"{file} was not exported from this checkpoint, or was changed since: {name} has "
             f"{len(misses)} places (of {total}) that are not confirmed",
-            "give the folder that the graph was exported from",
+            "give the folder that the graph was exported from"
+            + (f", or another part than {adapter.scope} with --component" if adapter.scope else ""),
         )
     if (arranged := _arranged(graph)) and kinds & {"not found", "operator"}:
         return (

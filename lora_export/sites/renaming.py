@@ -141,7 +141,8 @@ class _Renamer:
                 break
         # Rule 7: is the scope a part of the adapter's paths, or of the base's?
         self._is_adapters = scope is not None and is_below(wanted, scope, flattened)
-        self._bases = known.under(scope) if scope and not self._is_adapters else []
+        # Flattened, a name may begin as the scope does and still be the base's part's (``decoder_embed``).
+        self._bases = known.under(scope) if scope and (flattened or not self._is_adapters) else []
 
     def run(self) -> Renaming:
         """Choose the change and apply it."""
@@ -188,8 +189,10 @@ class _Renamer:
         return list(found.values())
 
     def _is_allowed(self, change: Prefix) -> bool:
+        if change.add in self._bases and not change.strip:
+            return True  # Rule 7.
         if self._scope is not None and not self._is_adapters:
-            return change.add in self._bases and not change.strip  # Rule 7.
+            return False
         scope = self._scope
         is_scoped = scope is not None and (scope == change.strip or self._is_below(scope, change.strip))
         may_strip = is_scoped or not change.strip or self._is_outer(change.strip)  # Rule 3.
