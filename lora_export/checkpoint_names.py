@@ -149,6 +149,8 @@ class Names:
     @cached_property
     def _model(self) -> tuple[Any, str]:
         """The model without its values, or why there is none; asked only when needed: it imports torch."""
+        if self._checkpoint.diffusers_class:
+            return None, ""  # diffusers stores parameters under the names that they have in memory
         try:
             return build_model(self._checkpoint), ""
         except ImportError:

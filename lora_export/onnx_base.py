@@ -75,8 +75,8 @@ class Base:
             hints = list(dict.fromkeys(self.weight_of.hints)) if self.weight_of else []
             if hints:
                 raise SiteError(
-                    f"the checkpoint {self.checkpoint} has the parameters that would change in several parts of "
-                    "the model: names alone don't tell which is meant",
+                    f"the checkpoint {self.checkpoint} has the parameters that would change in several parts "
+                    "of the model: names alone don't tell which is meant",
                     "; ".join(hints),
                     error.problems,
                 ) from error

@@ -38,6 +38,10 @@ _INTEGERS = (
     "merge into the unquantised graph and quantise the result; or quantise that graph so that the operators "
     "stay floats (quantize_static(..., quant_format=QuantFormat.QDQ), MatMulNBits) and "
 )
+_AGAIN = (
+    "export the graph again with torch.onnx.export(..., dynamo=True, optimize=False), which keeps names, "
+    "computes nothing in advance and has one constant for all calls of a module"
+)
 _CONTRIB = "com.microsoft"
 # Domains of operators that ONNX Runtime's optimiser makes for a machine, and how their layout is called.
 _ARRANGED = {"com.microsoft.nchwc": "NCHWc ", "com.ms.internal.nhwc": "NHWC ", _CONTRIB: ""}
@@ -242,8 +246,9 @@ def _hints(
     if checked and "not found" in kinds and not given:
         hints.append("export the graph again with these modules in it")
     if "ambiguous" in kinds and not given:
-        again = "export the graph again, with names kept"
-        hints.append(again if checked else f"{again}, and give --checkpoint BASE_DIR")
+        hints.append(_AGAIN if checked else f"{_AGAIN}, and give --checkpoint BASE_DIR")
+    if "computed" in kinds:
+        hints.append(_AGAIN)
     if "double" in kinds:
         hints.append("give --component where the adapter's file serves several models")
     if "dora" in kinds:

@@ -23,6 +23,8 @@ RefusalKind = Literal[
     "quantised",
     # Computed in integers: neither a branch nor a merge.
     "integers",
+    # The exporter has computed what the module gives.
+    "computed",
     # An operator or a layout for which nothing is known.
     "operator",
     # A merge can do it, a branch can't.

@@ -16,12 +16,14 @@ import onnx_ir as ir
 
 from lora_export.adapter import Array
 from lora_export.graph import stored_matrix
-from lora_export.sites.evidence import computed_from, folded_from, weight_name, weight_path
+from lora_export.sites.evidence import computed_from, folded_from, path_in, weight_name, weight_path
 from lora_export.sites.readers import module_of
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Site
 
 _CALL = re.compile(r"_\d+(?=\.|$)")
+# What simplifiers call the result of a node that they have computed.
+_OUTPUT = "_output_0"
 _PARAMETER = re.compile(r"[A-Za-z_]\w*(\.\w+)*\.(weight|bias)")
 # Values that are compared before all are.
 _FIRST = 16
@@ -34,6 +36,23 @@ def computed_parameters(constants: Iterable[ir.Value]) -> Mapping[str, Sequence[
         for name in computed_from(constant):
             found[weight_path(name)].append(constant)
     return found
+
+
+def computed_result(key: str, constants: Iterable[ir.Value]) -> str:
+    """Return the name of a constant that was computed from a parameter, what its module gives, or ""."""
+    module = key.rpartition(".")[0]
+    for constant in constants:
+        name = str(constant.name)
+        if name.endswith(_OUTPUT) and (path := path_in(name)) is not None and _is_end(path, module):
+            return name
+        if any(_is_end(weight_path(one), key) for one in computed_from(constant)):
+            return name
+    return ""
+
+
+def _is_end(one: str, other: str) -> bool:
+    """Whether one of two paths ends in the other."""
+    return bool(one and other) and (f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}"))
 
 
 def other_call(
@@ -53,7 +72,7 @@ def other_call(
             if id(constant) not in mine:
                 return (
                     f"the exporter has computed a call of the module into {constant.name!r}, which would "
-                    "stay as it is: export with torch.onnx.export(..., optimize=False)"
+                    "stay as it is"
                 )
     if len(keys) != 1 or len(site.parts) != 1 or site.target.kind == "vector" or site.target.experts > 1:
         return ""
@@ -69,8 +88,7 @@ def other_call(
         if _may_be_call(use, path, keys[0]) and _is_copy(matrix, stored_matrix(other)):
             return (
                 f"its weight is in the graph twice: {use.root.name!r} of another {use.node.op_type} holds "
-                "the same values, for another call of the module: export so that all calls share one "
-                "constant (torch.onnx.export(..., optimize=False))"
+                "the same values, for another call of the module"
             )
     return ""
 

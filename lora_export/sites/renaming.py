@@ -333,7 +333,10 @@ class _Renamer:
         best = [said(change) for change, fits in self._fits.items() if len(fits) == most]
         if not offers:
             found = " or ".join(best[:2])
-            hint = f"{most} of {count} parameters would fit with {found}, which is not the base's outer name"
+            hint = (
+                f"check the base: {most} of {count} parameters would fit with {found}, which is not its outer "
+                "name; if they are meant, rename the adapter's tensors"
+            )
             return self._all(Problem("not found", "not under its own path"), hint, offers)
         problem = Problem(
             "not found", "not under its own path; under another it may be a different part of the model"

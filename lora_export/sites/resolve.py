@@ -28,7 +28,7 @@ from lora_export.patch import Placement
 from lora_export.plan import RefusalKind
 from lora_export.sites import changed, fit, matrices, names, readers
 from lora_export.sites.contained import branch_beside
-from lora_export.sites.copies import computed_parameters, other_call
+from lora_export.sites.copies import computed_parameters, computed_result, other_call
 from lora_export.sites.evidence import FOLDED, NODE_NAME, SCOPE, SOURCES, WEIGHT_NAME, collect
 from lora_export.sites.fingerprints import Places, find_places
 from lora_export.sites.known_names import KnownNames
@@ -62,7 +62,8 @@ class Resolver:
         self._evidence = collect(self.uses)
         keys = (key for table in self._evidence.values() for key in table)
         self._known = KnownNames(keys, self._shape)
-        self._computed = computed_parameters(graph.initializers())
+        self._constants = list(graph.initializers())
+        self._computed = computed_parameters(self._constants)
         self._base = weight_of
         self.weight_of: WeightOf | None = None
         self._wanted: set[str] = set()
@@ -161,6 +162,11 @@ class Resolver:
         """Say of what was not found what the graph has instead, and what the user may give."""
         if isinstance(found, Site) and (contained := branch_beside(found)):
             return Miss(found.target, f"the graph {contained}", "contained")
+        if isinstance(found, Miss) and found.kind == "not found":
+            constant = computed_result(found.target.key, self._constants)
+            if constant:
+                reason = f"not found: the exporter has computed what the module gives into {constant!r}"
+                return Miss(found.target, reason, "computed")
         if isinstance(found, Miss) and not found.reason:
             found = replace(found, reason=self._not_found(found.target))
         if isinstance(found, Miss) and found.kind in ("not found", "ambiguous"):
