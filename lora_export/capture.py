@@ -185,8 +185,8 @@ def _refuse_diffusers(path: Path) -> None:
         raise CheckpointError(
             f"{path} holds a model of diffusers ({checkpoint.diffusers_class}): only models of transformers "
             "are captured",
-            "merge the adapter into the folder (lora-export merge) and export that, or export the model "
-            "yourself and give the .onnx",
+            "export the model yourself and give the .onnx, or merge the adapter into the folder "
+            "(lora-export merge)",
         )
 
 

@@ -106,7 +106,7 @@ def refuse(
         or (_lost(file, misses, name, checked, uses) if lost else None)
     )
     if found is None:
-        hints = [*_rows_hints(misses), *_hints(kinds, verb, checked, bool(sites), given)]
+        hints = [*_rows_hints(misses), *hints_of(kinds, verb, checked, bool(sites), given)]
         message = f"{name} has {len(misses)} parameters with no place in {file} (of {total})"
         found = message, "; ".join(dict.fromkeys(hints))
     raise SiteError(*found, lines)
@@ -232,10 +232,18 @@ def _rows_hints(misses: Sequence[Miss]) -> list[str]:
     return [hint for hint in dict.fromkeys(hints) if hint]
 
 
-def _hints(
+def hints_of(
     kinds: AbstractSet[RefusalKind], verb: Verb, checked: bool, some: bool, given: Sequence[str]
 ) -> list[str]:
-    """Say what to do: never what was given already, nor the command that is running."""
+    """Say what to do: never what was given already, nor the command that is running.
+
+    Args:
+        kinds: Of all refusals.
+        verb: The command that wants places.
+        checked: There is a checkpoint to compare values with.
+        some: Other parameters have a place.
+        given: Hints that are known to help.
+    """
     hints = list(given)
     if "shape" in kinds:
         hints.append("give the base that the adapter was trained on")

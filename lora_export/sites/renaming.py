@@ -334,8 +334,8 @@ class _Renamer:
         if not offers:
             found = " or ".join(best[:2])
             hint = (
-                f"check the base: {most} of {count} parameters would fit with {found}, which is not its outer "
-                "name; if they are meant, rename the adapter's tensors"
+                f"check the base: {most} of {count} parameters would fit with {found}, which is not its "
+                "outer name; if they are meant, rename the adapter's tensors"
             )
             return self._all(Problem("not found", "not under its own path"), hint, offers)
         problem = Problem(
