@@ -19,6 +19,7 @@ from lora_export.dora import dora_factor, dora_problem
 from lora_export.errors import AdapterError, SiteError
 from lora_export.exposed import ExposedGraph, ExposedModule
 from lora_export.formats.provenance import only_this_base, refuse_other_base
+from lora_export.formats.scope import how_to_part
 from lora_export.matching import Matches, Pairing, match_modules, split_pack
 from lora_export.packing import Block, assemble, blocks_of_factors, blocks_of_slot, cut_b, joined_bias
 from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, unaccounted
@@ -31,7 +32,6 @@ _HINTS: tuple[tuple[RefusalKind, str], ...] = (
     ("not exposed", _REMAKE),
     ("not found", "check the base"),
     ("shape", "give the base that the adapter was trained on"),
-    ("double", "give --component where the adapter's file serves several models"),
     ("mixed", "give the adapter that it was converted from"),
     ("slot rank", "make the bank with a larger --slot-rank (slot_rank=)"),
     ("rank", "make the graph with a larger --max-rank (max_rank=)"),
@@ -312,6 +312,7 @@ def _raise_refused(
     # Where a path is matched otherwise, its module may well be exposed.
     hints = list(dict.fromkeys(found.hints))
     hints += [hint for kind, hint in _HINTS if kind in kinds and not (found.hints and kind == "not exposed")]
+    hints += [how_to_part(adapter)] if "double" in kinds else []
     if "dora" in kinds:
         swap = "make a graph with swap-onnx --dora and this adapter"
         hints.append(f"{swap}, or {_MERGE}" if exposed.mode == "bank" else f"{_REMAKE} and --dora")

@@ -98,7 +98,7 @@ class AdapterWeights:
             folder = self._quantised.checkpoint.folder
             raise CheckpointError(
                 f"{folder}: {target.key} is {packed}: its values can't be compared",
-                "give the unquantised checkpoint, or leave --checkpoint out",
+                "give the unquantised folder with --checkpoint, or --no-checkpoint (checkpoint=False)",
             )
         if not parts:
             return None

@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 
 # The first in which Conv and pooling take bfloat16.
 _BFLOAT16_OPSET = 22
-_EXPORT_YOURSELF = "use lora_export.export_onnx(module, adapter, example_inputs, output)"
+_EXPORT_YOURSELF = (
+    "export the model yourself and give the .onnx (lora_export.export_onnx does it with an adapter merged)"
+)
 
 
 def capture_checkpoint(

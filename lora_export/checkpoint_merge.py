@@ -91,7 +91,7 @@ def plan_merge(
     factors: Sequence[float],
     dtype: str | None,
     allow_unmatched: bool,
-    resize: bool = False,
+    resize: bool | None = None,
 ) -> CheckpointMerge:
     """Place adapters in a folder's tensors; nothing is written.
 
@@ -101,7 +101,7 @@ def plan_merge(
         factors: One for each.
         dtype: A key of `DTYPES` for all float tensors; as they are if left out.
         allow_unmatched: Leave out what has no place in the base, instead of refusing.
-        resize: Give the base the rows for new tokens that an adapter holds.
+        resize: Give the base the rows for new tokens that an adapter holds; None: there is no such option.
 
     Raises:
         AdapterError: An adapter is for another architecture, or in the base already.
@@ -244,7 +244,7 @@ def _foreign(
     elif alike:
         what = "names its modules in another way than"
         hint = (
-            "the shapes fit: rename the adapter's tensors to the base's names, or give the base under its own"
+            "the shapes fit: if these are the same modules, rename the adapter's tensors to the base's names"
         )
     else:
         what = "is for another architecture than"

@@ -61,7 +61,7 @@ def place_adapters(
     adapters: Sequence[Adapter],
     weights: Sequence[float],
     quantised: Quantised,
-    resize: bool = False,
+    resize: bool | None = None,
 ) -> Placed:
     """Find every change of some adapters in a checkpoint; what has no place is ``refused`` in the plan.
 
@@ -70,7 +70,7 @@ def place_adapters(
         adapters: What to merge.
         weights: A factor for each adapter's ΔW.
         quantised: The base's quantised weights.
-        resize: Give the base the rows for new tokens that an adapter holds.
+        resize: Give the base the rows for new tokens that an adapter holds; None: there is no such option.
     """
     placer, notes = _Placer(checkpoint, quantised, resize), list[str]()
     for given, weight in zip(adapters, weights, strict=True):
@@ -116,7 +116,7 @@ def _biased(module: LoraModule) -> bool:
 class _Placer:
     """Collects rows and changes of all adapters over one checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, quantised: Quantised, resize: bool) -> None:
+    def __init__(self, checkpoint: Checkpoint, quantised: Quantised, resize: bool | None) -> None:
         self._checkpoint = checkpoint
         self._names = Names(checkpoint)
         self._quantised, self._resize = quantised, resize
@@ -207,7 +207,7 @@ class _Placer:
                 raise NoPlace(
                     "shape",
                     f"stored with shape {tensor.shape}, the adapter's values have {values.shape}",
-                    rows_hint(self._checkpoint.config, path, tensor.shape, values.shape),
+                    self._rows_hint(path, tensor.shape, values.shape),
                 )
             self._ledger.resized[name] = values.shape
         matrix = values.reshape(view_of(values.shape, name in self._stacked))
@@ -291,7 +291,7 @@ class _Placer:
             raise NoPlace(
                 "shape",
                 f"stored with shape {tensor.shape}, the adapter fits {module.weight_shape}{as_name}",
-                rows_hint(self._checkpoint.config, parameter, shape, module.weight_shape),
+                self._rows_hint(parameter, shape, module.weight_shape),
             )
         transposed = turned and (not same or self._square_is_transposed(module, adapter))
         if part.transposed:
@@ -324,6 +324,9 @@ class _Placer:
         height = tensor.shape[1]
         placements = [Placement(span, e * height, 0, placed, expert=e) for e in range(experts)]
         return placements, f"{experts} experts stacked" + (", transposed" if placed else "")
+
+    def _rows_hint(self, path: str, shape: tuple[int, ...], seen: tuple[int, ...]) -> str:
+        return rows_hint(self._checkpoint.config, path, shape, seen, may_resize=self._resize is False)
 
     def _square_is_transposed(self, module: LoraModule, adapter: Adapter) -> bool:
         model = self._checkpoint.config.get("model_type")

@@ -20,7 +20,7 @@ from lora_export.errors import CheckpointError, GraphError, OutputError, SiteErr
 from lora_export.graph import GraphFile, load_graph
 from lora_export.manifest import FileHash, hash_file, identity_of
 from lora_export.output import refuse_replacing
-from lora_export.placing import OTHER_VALUES, with_unverified
+from lora_export.placing import OtherValues, with_unverified
 from lora_export.plan import Plan
 from lora_export.sites.target import BaseWeights
 
@@ -160,7 +160,7 @@ def open_base(
 
 def _explained(error: SiteError, base: Base) -> SiteError:
     """Say where the folder came from that a graph's values differ from."""
-    if not base.notes or not any(OTHER_VALUES in problem for problem in error.problems):
+    if not base.notes or not isinstance(error, OtherValues):
         return error
     return SiteError(
         f"{error.message} ({base.notes[0]})",

@@ -13,6 +13,8 @@ RefusalKind = Literal[
     "ambiguous",
     # Two of one adapter would have one place or one name.
     "double",
+    # Constants that bear no module's name may hold it.
+    "nameless",
     # A name fits, and only the checkpoint can tell whether the values are the module's.
     "unproven",
     # They are not the checkpoint's.
@@ -45,6 +47,11 @@ RefusalKind = Literal[
 ]
 
 
+# How a place was proven: by names alone, by values too, by names because a quantiser's codes aren't compared;
+# or it was added to the graph and had no values.
+Proof = Literal["names", "values", "codes", "added"]
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Why something has no place.
@@ -75,6 +82,7 @@ class PlanRow:
         layout: How the canonical weight lies there: transposed, which rows of a fused weight, rescaled.
         reason: What led to the place, or why there is none.
         kind: Of the refusal, where there is no place.
+        proof: Of a place in a graph.
     """
 
     adapter: str
@@ -86,6 +94,7 @@ class PlanRow:
     layout: str = ""
     reason: str = ""
     kind: RefusalKind | None = None
+    proof: Proof | None = None
 
     @classmethod
     def refused(cls, adapter: str, parameter: str, tensors: Sequence[str], refusal: Refusal) -> PlanRow:
@@ -94,9 +103,7 @@ class PlanRow:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        data = asdict(self)
-        del data["kind"]
-        return data
+        return {key: value for key, value in asdict(self).items() if key not in ("kind", "proof")}
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class Quantised:
         if tensor in self.refused or tensor in self.packed:
             raise CheckpointError(
                 f"{self.checkpoint.folder}: {tensor} is {self.refusal(tensor)}: its values can't be compared",
-                "give the unquantised checkpoint, or leave --checkpoint out",
+                "give the unquantised folder with --checkpoint, or --no-checkpoint (checkpoint=False)",
             )
         return self.checkpoint.read(tensor)
 

@@ -256,7 +256,7 @@ def _doubled(placed: list[Site], branches: list[Branch]) -> list[Miss]:
     misses = []
     for number in range(len(branches) - 1, -1, -1):
         if branches[number].path in seen:
-            reason = "two targets have this path (give --component)"
+            reason = "two targets have this path"
             misses.append(Miss(placed[number].target, reason, "double"))
             del placed[number], branches[number]
         else:

@@ -31,6 +31,14 @@ def part_of(adapter: Adapter, component: str) -> Adapter:
     return within(adapter, component)
 
 
+def how_to_part(adapter: Adapter) -> str:
+    """Return what to do about two modules of an adapter that have one place in the base."""
+    components = sorted({module.component for module in adapter.modules.values() if module.component})
+    if len(components) > 1:
+        return f"give --component with one of {', '.join(components)}"
+    return "save the adapter without one of the modules that have the same place"
+
+
 def unknown_component(adapter: str, name: str, there: Iterable[str | None]) -> AdapterError:
     """Return the error for a model that an adapter's file does not serve."""
     known = sorted(component for component in there if component)

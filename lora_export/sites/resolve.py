@@ -39,9 +39,6 @@ from lora_export.sites.target import BaseWeights, Miss, Part, Site, Target, Weig
 from lora_export.sites.uses import find_uses
 from lora_export.sites.verify import check_codes, check_content, orientations, search, tile, unconfirmed
 
-# Part of the evidence where a checkpoint is at hand and the graph's weight is quantised.
-NOT_COMPARED = "quantised, its values are not compared"
-
 
 class Resolver:
     """The weights of one graph, ready to be asked for targets.
@@ -162,29 +159,32 @@ class Resolver:
         """Say of what was not found what the graph has instead, and what the user may give."""
         if isinstance(found, Site) and (contained := branch_beside(found)):
             return Miss(found.target, f"the graph {contained}", "contained")
-        if isinstance(found, Miss) and found.kind == "not found":
+        if isinstance(found, Miss) and found.kind == "not found" and found.target.kind != "vector":
             constant = computed_result(found.target.key, self._constants)
             if constant:
                 reason = f"not found: the exporter has computed what the module gives into {constant!r}"
                 return Miss(found.target, reason, "computed")
         if isinstance(found, Miss) and not found.reason:
-            found = replace(found, reason=self._not_found(found.target))
-        if isinstance(found, Miss) and found.kind in ("not found", "ambiguous"):
+            found = self._not_found(found)
+        if isinstance(found, Miss) and found.kind in ("not found", "nameless", "ambiguous"):
             return replace(found, hint=hint)
         return found
 
-    def _not_found(self, target: Target) -> str:
+    def _not_found(self, lost: Miss) -> Miss:
+        target = lost.target
         leaf = target.path.rpartition(".")[2]
         near = sorted(key for key in self._known.names if key.rpartition(".")[0].endswith(leaf))[:2]
         nameless = changed.nameless(target, self.uses)
         if nameless and self._base is None:
-            return (
+            reason = (
                 f"not found: the graph's {', '.join(map(repr, nameless))} may hold it and have no module's "
                 f"name; {self._remedy()}"
             )
+            return replace(lost, reason=reason, kind="nameless")
         if near:
-            return f"not found; the graph has {', '.join(near)}"
-        return "not found: nothing in the graph names it (pruned by the exporter, or names are gone)"
+            return replace(lost, reason=f"not found; the graph has {', '.join(near)}")
+        reason = "not found: nothing in the graph names it (pruned by the exporter, or names are gone)"
+        return replace(lost, reason=reason)
 
     def _by_name(self, target: Target, key: str, wanted: Array | None) -> Site | Miss:
         refused: Miss | None = None
@@ -300,19 +300,21 @@ class Resolver:
             if isinstance(checked, str):
                 return Miss(target, f"{checked} (found by {site.evidence})", "values")
             parts.append(checked)
-        return replace(site, parts=tuple(parts), evidence=f"{site.evidence}; content agrees")
+        return replace(site, parts=tuple(parts), evidence=f"{site.evidence}; content agrees", proof="values")
 
     def _verified_codes(self, site: Site, wanted: Array, doubt: str) -> Site | Miss:
         """Rule 4 for quantised weights, as far as their codes can be read."""
         compared = [check_codes(site.target, part, wanted) for part in site.parts]
         if not any(text is None or text for text in compared):
-            return replace(site, evidence=f"{site.evidence}; content agrees within the quantiser's steps")
+            evidence = f"{site.evidence}; content agrees within the quantiser's steps"
+            return replace(site, evidence=evidence, proof="values")
         if doubt:
             differs = next((text for text in compared if text), "")
             reason = differs or "it is quantised, so its values can't be compared"
             return Miss(site.target, f"{doubt}; {reason}", "values" if differs else "unproven")
         # Quantisers that don't round to the nearest code may be further away.
-        return replace(site, evidence=f"{site.evidence}; {NOT_COMPARED}")
+        evidence = f"{site.evidence}; quantised, its values are not compared"
+        return replace(site, evidence=evidence, proof="codes")
 
     def _remedy(self) -> str:
         if self._base is not None:
@@ -363,7 +365,7 @@ class Resolver:
             return Miss(target, reason, "ambiguous")
         # Rows that a constant holds for two parts of the target can't be changed for one of them.
         if tile(target, parts) and len(parts) == len(hits):
-            site = Site(target, tuple(parts), "content")
+            site = Site(target, tuple(parts), "content", "values")
             problem = readers.doubt(site, target.path, "content", self.uses)
             if not problem and (lost := other_call(site, [target.key], self.uses, self._computed)):
                 problem = f"ambiguous: {lost}"

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from lora_export.adapter import MERGE_ROWS, Adapter, Array, LoraModule, token_rows_problems
 from lora_export.errors import AdapterError
 from lora_export.patch import Placement
-from lora_export.plan import RefusalKind
+from lora_export.plan import Proof, RefusalKind
 from lora_export.sites.names import Named
 from lora_export.sites.slot import Use
 
@@ -180,11 +180,13 @@ class Site:
         target: What was looked for.
         parts: One for most modules, several where the graph has split a weight or repeats it.
         evidence: What led there, for the plan.
+        proof: How sure that is.
     """
 
     target: Target
     parts: tuple[Part, ...]
     evidence: str
+    proof: Proof = "names"
 
 
 @dataclass(frozen=True, eq=False)
