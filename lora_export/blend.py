@@ -76,7 +76,7 @@ def check_blend(
             "PEFT saves whole embeddings and heads beside LoRA on them unless it is told "
             "save_embedding_layers=False: save them so where they are the base's own"
             if any(adapter.extras for adapter in loaded)
-            else "omit --weight and merge one of them alone",
+            else "merge one of them alone" + (", without --weight" if any(f != 1 for f in factors) else ""),
             problems,
         )
     return loaded, factors
