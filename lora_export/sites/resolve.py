@@ -33,7 +33,7 @@ from lora_export.sites.fingerprints import Places, find_places
 from lora_export.sites.known_names import KnownNames
 from lora_export.sites.renaming import AMBIGUOUS, NOT_FOUND, Renaming, rename
 from lora_export.sites.slot import Use
-from lora_export.sites.target import BaseWeights, Miss, MissKind, Part, Site, Target, WeightOf
+from lora_export.sites.target import BaseWeights, Miss, MissKind, Part, Site, Stack, Target, Wanted, WeightOf
 from lora_export.sites.uses import find_uses
 from lora_export.sites.verify import check_codes, check_content, orientations, search, tile, unconfirmed
 
@@ -118,7 +118,9 @@ class Resolver:
         name, problem = change.names[number], change.problems.get(number, "")
         lost = Miss(target, problem, "ambiguous" if problem.startswith(AMBIGUOUS) else "not found")
         if matrices.is_matrix(target):
-            return matrices.find_matrix(target, self._weight(target), partial(self._search, name, lost))
+            held = self._weight(target)
+            assert not isinstance(held, Stack)
+            return matrices.find_matrix(target, held, partial(self._search, name, lost))
         if name is None:
             return lost
         found = self._by_name(target, name, self._weight(target))
@@ -135,7 +137,7 @@ class Resolver:
             return self._searched(found, wanted, uses, None)
         return found
 
-    def _weight(self, target: Target) -> Array | None:
+    def _weight(self, target: Target) -> Wanted | None:
         return self.weight_of(target) if self.weight_of else None
 
     def _explained(self, found: Site | Miss, hint: str) -> Site | Miss:
@@ -161,7 +163,7 @@ class Resolver:
             return f"{NOT_FOUND}; the graph has {', '.join(near)}"
         return f"{NOT_FOUND}: nothing in the graph names it (pruned by the exporter, or names are gone)"
 
-    def _by_name(self, target: Target, key: str, wanted: Array | None) -> Site | Miss:
+    def _by_name(self, target: Target, key: str, wanted: Wanted | None) -> Site | Miss:
         refused: Miss | None = None
         unread = ""
         for variant in (*names.variants(key), *names.per_expert(key, target.experts)):
@@ -246,7 +248,7 @@ class Resolver:
     def _refusal(self, use: Use) -> str:
         return use.no_branch if self._branches else use.refusal
 
-    def _verified(self, site: Site, wanted: Array | None, source: str, keys: tuple[str, ...]) -> Site | Miss:
+    def _verified(self, site: Site, wanted: Wanted | None, source: str, keys: tuple[str, ...]) -> Site | Miss:
         """Rule 4, and rescaled rows: a name alone can't tell that values were computed from the module's."""
         target = site.target
         named = keys if len(keys) == len(site.parts) else keys[:1] * len(site.parts)
@@ -277,7 +279,7 @@ class Resolver:
             parts.append(checked)
         return replace(site, parts=tuple(parts), evidence=f"{site.evidence}; content agrees")
 
-    def _verified_codes(self, site: Site, wanted: Array, doubt: str) -> Site | Miss:
+    def _verified_codes(self, site: Site, wanted: Wanted, doubt: str) -> Site | Miss:
         """Rule 4 for quantised weights, as far as their codes can be read."""
         compared = [check_codes(site.target, part, wanted) for part in site.parts]
         if not any(text is None or text for text in compared):
@@ -313,9 +315,11 @@ class Resolver:
 
     def _matrices(self, target: Target) -> list[Array]:
         values = self._weight(target)
-        return [] if values is None else orientations(target, values)
+        return [] if values is None or isinstance(values, Stack) else orientations(target, values)
 
-    def _searched(self, miss: Miss, wanted: Array, uses: Sequence[Use], places: Places | None) -> Site | Miss:
+    def _searched(
+        self, miss: Miss, wanted: Wanted, uses: Sequence[Use], places: Places | None
+    ) -> Site | Miss:
         """Return where a target's values are, of the places where they may be (None: anywhere)."""
         target = miss.target
         hits: dict[int, list[Part]] = {}
