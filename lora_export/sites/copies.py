@@ -36,15 +36,38 @@ def computed_parameters(constants: Iterable[ir.Value]) -> Mapping[str, Sequence[
     return found
 
 
+def by_first_value(uses: Iterable[Use]) -> Mapping[tuple[int, float], Sequence[Use]]:
+    """Return (size, first value) of a constant → its uses: what copies share, whichever way they lie.
+
+    Without it, a large graph's constants would all be looked at once for each module.
+    """
+    found: dict[tuple[int, float], list[Use]] = defaultdict(list)
+    first: dict[int, tuple[int, float]] = {}
+    for use in uses:
+        if not _is_matrix(use):
+            continue
+        if id(use.root) not in first:
+            assert use.root.const_value is not None
+            matrix = stored_matrix(use.root.const_value)
+            if not matrix.size:
+                continue
+            first[id(use.root)] = matrix.size, float(matrix[0, 0])
+        found[first[id(use.root)]].append(use)
+    return found
+
+
 def other_call(
-    site: Site, keys: Sequence[str], uses: Sequence[Use], computed: Mapping[str, Sequence[ir.Value]]
+    site: Site,
+    keys: Sequence[str],
+    alike: Mapping[tuple[int, float], Sequence[Use]],
+    computed: Mapping[str, Sequence[ir.Value]],
 ) -> str:
     """Say which other constant stands for a call of the module, or return an empty text.
 
     Args:
         site: Where the module's weight was found.
         keys: The paths in the graph that it was found under.
-        uses: All uses in the graph.
+        alike: Of `by_first_value`, of all uses in the graph.
         computed: Of `computed_parameters`.
     """
     mine = {id(part.root) for part in site.parts}
@@ -61,10 +84,9 @@ def other_call(
     if any(use.quantised for use in part.uses) or part.root.const_value is None:
         return ""
     matrix = stored_matrix(part.root.const_value)
-    for use in uses:
+    for use in alike.get((matrix.size, float(matrix[0, 0])), ()) if matrix.size else ():
         other = use.root.const_value
-        # The size first: a large graph's constants would all be read once for each module.
-        if other is None or other.size != matrix.size or id(use.root) in mine:
+        if other is None or id(use.root) in mine:
             continue
         if _may_be_call(use, path, keys[0]) and _is_copy(matrix, stored_matrix(other)):
             return (
@@ -75,10 +97,12 @@ def other_call(
     return ""
 
 
+def _is_matrix(use: Use) -> bool:
+    return not use.quantised and use.slot.kind in ("linear", "conv", "embedding")
+
+
 def _may_be_call(use: Use, path: str, key: str) -> bool:
     """Whether nothing says that a constant is another module's."""
-    if use.quantised or use.slot.kind not in ("linear", "conv", "embedding"):
-        return False
     names = [weight_path(name) for name in (weight_name(use), *folded_from(use.root))]
     if any(_PARAMETER.fullmatch(name) and name != key for name in names):
         return False

@@ -17,9 +17,9 @@ the same for renamed, fused and split modules, then content. Rules:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice, pairwise, zip_longest
 
 from lora_export.adapter import Array
@@ -27,7 +27,7 @@ from lora_export.graph import GraphFile, release
 from lora_export.patch import Placement
 from lora_export.sites import changed, fit, matrices, names, readers
 from lora_export.sites.contained import branch_beside
-from lora_export.sites.copies import computed_parameters, other_call
+from lora_export.sites.copies import by_first_value, computed_parameters, other_call
 from lora_export.sites.evidence import FOLDED, NODE_NAME, SCOPE, SOURCES, WEIGHT_NAME, collect
 from lora_export.sites.fingerprints import Places, find_places
 from lora_export.sites.known_names import KnownNames
@@ -64,6 +64,10 @@ class Resolver:
         self.weight_of: WeightOf | None = None
         self._wanted: set[str] = set()
         self._branches = branches
+
+    @cached_property
+    def _alike(self) -> Mapping[tuple[int, float], Sequence[Use]]:
+        return by_first_value(self.uses)
 
     @property
     def known(self) -> frozenset[str]:
@@ -183,7 +187,7 @@ class Resolver:
                     )
                     if problem:
                         return Miss(target, problem, "ambiguous")
-                    if lost := other_call(found, variant.keys, self.uses, self._computed):
+                    if lost := other_call(found, variant.keys, self._alike, self._computed):
                         return Miss(target, f"{AMBIGUOUS}: {lost}", "ambiguous")
                     return self._verified(found, wanted, source, variant.keys)
                 refused = refused or found
@@ -323,7 +327,10 @@ class Resolver:
         """Return where a target's values are, of the places where they may be (None: anywhere)."""
         target = miss.target
         hits: dict[int, list[Part]] = {}
+        roots = None if places is None else {root for root, _ in places}
         for use in uses:
+            if roots is not None and id(use.root) not in roots:
+                continue
             offsets = () if places is None else places.get((id(use.root), use.transposed), ())
             if (places is not None and id(use.root) not in hits and not offsets) or not fit.accepts(
                 target, use
@@ -344,7 +351,7 @@ class Resolver:
         if tile(target, parts) and len(parts) == len(hits):
             site = Site(target, tuple(parts), "content")
             problem = readers.doubt(site, target.path, "content", self.uses)
-            if not problem and (lost := other_call(site, [target.key], self.uses, self._computed)):
+            if not problem and (lost := other_call(site, [target.key], self._alike, self._computed)):
                 problem = f"{AMBIGUOUS}: {lost}"
             return Miss(target, problem, "ambiguous") if problem else site
         if parts:
