@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_export.adapter import Adapter
+from lora_export.base.copies import refuse_copies, refuse_overwriting
 from lora_export.base.placed import Placed
 from lora_export.base.quantised import HINT, QUANTISED, Quantised, find_quantised
 from lora_export.checkpoint import Checkpoint
@@ -104,7 +105,8 @@ def plan_merge(
         resize: Give the base the rows for new tokens that an adapter holds.
 
     Raises:
-        AdapterError: An adapter is for another architecture, or in the base already.
+        AdapterError: An adapter is for another architecture, or in the base already, or holds whole copies
+            that are not the only change of a parameter.
         CheckpointError: The base is damaged or quantised.
         OutputError: There is no such dtype.
         SiteError: Some of the adapters has no place in the base; all of it is listed.
@@ -116,6 +118,8 @@ def plan_merge(
     _refuse_merged(checkpoint, adapters)
     placed = place_adapters(checkpoint, adapters, factors, quantised, resize)
     _refuse_unplaced(checkpoint, adapters, placed, allow_unmatched)
+    refuse_copies(placed.copied, adapters)
+    refuse_overwriting(placed.copied, checkpoint.folder / MANIFEST, adapters)
     if dtype is not None:
         _refuse_dequantising(quantised, dtype)
     code = DTYPES[dtype] if dtype else None

@@ -13,9 +13,11 @@ from lora_export.patch import Placement
 from lora_export.sites import content, fit
 from lora_export.sites.experts import unsettled
 from lora_export.sites.grid import held_by_codes
-from lora_export.sites.slot import Use
+from lora_export.sites.slot import NORMS, SKIP_NORMS, Use
 from lora_export.sites.target import Part, Stack, Target, Wanted
 
+# What builders add to the weights of norms that compute x·(1 + w), Gemma's and Nemotron's.
+NORM_SHIFT = 1.0
 # Kinds whose rows are output channels: a factor on each can be followed (also through DoRA's norms).
 _SCALABLE = ("conv", "linear")
 # What is left of float32 values after a factor that a tool multiplied them with is taken out again.
@@ -142,12 +144,22 @@ def _check_whole(target: Target, part: Part, wanted: Array, trusted: bool) -> Pa
     wanted = wanted[start:stop]
     if wanted.shape != stored.shape:
         return _differs(part)
-    if not trusted and not np.all(wanted):
+    # One row: a value that is nearly zero counts as one of the vector's.
+    if _holds(stored[None], wanted[None]):
+        if trusted or np.all(wanted):
+            return part
         return (
             f"the vector {part.root.name!r} has zeros: what a folded norm or factor made of it can't be known"
         )
-    # One row: a value that is nearly zero counts as one of the vector's.
-    return part if _holds(stored[None], wanted[None]) else _differs(part)
+    if _is_norm(target, part) and _holds(stored[None], wanted[None], NORM_SHIFT):
+        return replace(part, placements=(replace(part.placements[0], shift=NORM_SHIFT),))
+    return _differs(part)
+
+
+def _is_norm(target: Target, part: Part) -> bool:
+    """Whether a vector is only read as the weight of norms."""
+    norms = NORMS | SKIP_NORMS
+    return target.key.endswith(".weight") and all(use.node.op_type in norms for use in part.uses)
 
 
 def _differs(part: Part) -> str:
@@ -196,11 +208,11 @@ def _check_expert(target: Target, part: Part, wanted: Stack) -> Part | str:
     return f"{_differs(part)} of expert {placement.expert}"
 
 
-def _holds(stored: Array, wanted: Array) -> bool:
-    """Whether two matrices are equal, up to rounding."""
+def _holds(stored: Array, wanted: Array, shift: float = 0.0) -> bool:
+    """Whether a matrix is the checkpoint's plus a number, up to rounding."""
     if stored.shape != wanted.shape:
         return False
-    worst = content.compare(stored, wanted).worst
+    worst = content.compare(stored, wanted.astype(np.float32) + np.float32(shift) if shift else wanted).worst
     return worst <= content.EXACT or worst <= content.step(stored, wanted)
 
 
