@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,12 @@ class CheckpointWeights:
     def settled(self, adapter: Adapter) -> tuple[Adapter, tuple[str, ...]]:
         """Return the adapter with the layout of its experts as this base has it, and notes on that."""
         return settle(adapter, self._names.held)
+
+    def stored(self) -> Iterator[tuple[str, Array]]:
+        """Yield the name and the values of each tensor whose values can be told."""
+        for name in self._checkpoint.tensors:
+            if not self._quantised.refusal(name):
+                yield name, self._quantised.values(name)
 
     def stores(self, key: str) -> bool:
         """Whether the checkpoint has a parameter that this path of a graph may be, its outer names aside."""

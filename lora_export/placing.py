@@ -30,6 +30,7 @@ _EXAMPLES = 4
 OTHER_VALUES = "does not hold the checkpoint's values"
 Verb = Literal["merge-onnx", "swap-onnx", "bank-onnx"]
 _BY_VALUE = "give --checkpoint BASE_DIR to match by value"
+_COMPARE = "give --checkpoint BASE_DIR: its values may explain the constants"
 _QUANTISED = (
     "keep the adapter beside the quantised weights (lora-export swap-onnx), or merge into the "
     "unquantised base and quantise the result"
@@ -97,7 +98,7 @@ def refuse(
     given = list(dict.fromkeys(miss.hint for miss in misses if miss.hint))
     lost = not sites and kinds == {"not found"} and not given
     found = (
-        _changed(graph, misses, name, total)
+        _changed(graph, misses, name, total, checked)
         or _quantised(file, misses, name, total, verb, uses, bool(sites))
         or (_lost(file, misses, name, checked, uses) if lost else None)
     )
@@ -108,13 +109,22 @@ def refuse(
     raise SiteError(*found, lines)
 
 
-def _changed(graph: GraphFile, misses: Sequence[Miss], name: str, total: int) -> tuple[str, str] | None:
+def _changed(
+    graph: GraphFile, misses: Sequence[Miss], name: str, total: int, checked: bool
+) -> tuple[str, str] | None:
     """Return message and hint where the graph is another than its exporter wrote."""
     file, kinds = graph.path.name, {miss.kind for miss in misses}
     if contained := sum(miss.kind == "contained" for miss in misses):
         return (
             f"{file} contains an adapter already, beside {contained} of the {total} parameters of {name}",
             "export the base model without the adapter, or give the graph that it was added to",
+        )
+    if computed := sum(miss.kind == "computed" for miss in misses):
+        return (
+            f"a tool has computed parts of {file} into constants, perhaps with {computed} of the {total} "
+            f"parameters of {name}",
+            "give the graph as its exporter wrote it (torch.onnx.export(..., optimize=False)), and run the "
+            "tool on the result" + ("" if checked else f"; or {_COMPARE}"),
         )
     if "values" in kinds:
         return (

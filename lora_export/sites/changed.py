@@ -52,6 +52,11 @@ _TOOLS = (
 )
 
 
+def is_path(path: str) -> bool:
+    """Whether a text is a path of modules, with dots, and no tool is known to have made it."""
+    return _PATH.fullmatch(path) is not None and not any(tool.search(path) for tool, _ in _TOOLS)
+
+
 def doubt_of(target: Target, part: Part, source: str, key: str) -> str:
     """Return why a constant may hold other values than a parameter, or an empty string.
 
@@ -88,7 +93,7 @@ def _is_own_name(target: Target, use: Use, key: str) -> bool:
         return True
     name = _QUANTISED.sub("", weight_name(use))
     path = weight_path(name)
-    if path == key or (_PATH.fullmatch(path) and not any(tool.search(name) for tool, _ in _TOOLS)):
+    if path == key or (is_path(path) and not any(tool.search(name) for tool, _ in _TOOLS)):
         return True
     linear = target.kind in ("linear", "any") or use.slot.kind == "linear"
     return linear and _TRANSPOSED.fullmatch(name) is not None

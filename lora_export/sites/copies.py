@@ -21,6 +21,8 @@ from lora_export.sites.readers import module_of
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Site
 
+# What makes all calls of a module share its weight.
+REMEDY = "export with torch.onnx.export(..., dynamo=True, optimize=False), and run tools on the result"
 _CALL = re.compile(r"_\d+(?=\.|$)")
 _PARAMETER = re.compile(r"[A-Za-z_]\w*(\.\w+)*\.(weight|bias)")
 # Values that are compared before all are.
@@ -76,7 +78,7 @@ def other_call(
             if id(constant) not in mine:
                 return (
                     f"the exporter has computed a call of the module into {constant.name!r}, which would "
-                    "stay as it is: export with torch.onnx.export(..., optimize=False)"
+                    "stay the base's"
                 )
     if len(keys) != 1 or len(site.parts) != 1 or site.target.kind == "vector" or site.target.experts > 1:
         return ""
@@ -91,8 +93,7 @@ def other_call(
         if _may_be_call(use, path, keys[0]) and _is_copy(matrix, stored_matrix(other)):
             return (
                 f"its weight is in the graph twice: {use.root.name!r} of another {use.node.op_type} holds "
-                "the same values, for another call of the module: export so that all calls share one "
-                "constant (torch.onnx.export(..., optimize=False))"
+                "the same values, for another call of the module"
             )
     return ""
 

@@ -109,8 +109,12 @@ def _listed(node: ir.Node, key: str) -> list[str]:
 
 
 def node_path(node: ir.Node) -> str | None:
-    """Module path from a node name such as ``/seq/seq.0/MatMul``, where ``seq.0`` stands inside ``seq``."""
-    name = _FUSION.sub("", node.name or "")
+    """Module path from a node's name."""
+    return path_in(_FUSION.sub("", node.name or ""))
+
+
+def path_in(name: str) -> str | None:
+    """Module path in a name such as ``/seq/seq.0/MatMul``, where ``seq.0`` stands inside ``seq``."""
     if not name.startswith("/"):
         return None
     parts: list[str] = []

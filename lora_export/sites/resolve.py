@@ -10,7 +10,7 @@ the same for renamed, fused and split modules, then content. Rules:
 4. Where the checkpoint is at hand, every match by name must also match by content.
 5. Every reader of a weight is the module's, or known to be another's (`readers.doubt`).
 6. No two targets of an adapter have the same place.
-7. No other constant stands for another call of the module (`copies.other_call`).
+7. No other constant stands for another call of the module (`copies.other_call`, `answers`).
 8. What is not found is a `Miss` with its reason; nothing is guessed.
 """
 
@@ -26,8 +26,9 @@ from lora_export.adapter import Array
 from lora_export.graph import GraphFile, release
 from lora_export.patch import Placement
 from lora_export.sites import changed, fit, matrices, names, readers
+from lora_export.sites.answers import computed_answers
 from lora_export.sites.contained import branch_beside
-from lora_export.sites.copies import by_first_value, computed_parameters, other_call
+from lora_export.sites.copies import REMEDY, by_first_value, computed_parameters, other_call
 from lora_export.sites.evidence import FOLDED, NODE_NAME, SCOPE, SOURCES, WEIGHT_NAME, collect
 from lora_export.sites.fingerprints import Places, find_places
 from lora_export.sites.known_names import KnownNames
@@ -98,7 +99,12 @@ class Resolver:
             dotted = self._dotted(targets, change)
             placed = [replace(s, target=replace(s.target, key=dotted[id(s.target)])) for s in placed]
         sites, claimed = _without_conflicts(placed)
-        return sites, [*misses, *claimed]
+        answers = computed_answers(sites, self.uses, self._base)
+        misses += [
+            *claimed,
+            *(Miss(s.target, why, "computed") for s in sites if (why := answers.get(id(s.target)))),
+        ]
+        return [site for site in sites if id(site.target) not in answers], misses
 
     def _dotted(self, targets: Sequence[Target], change: Renaming) -> dict[int, str]:
         """Return each target's path with its dots: the graph's, else the checkpoint's."""
@@ -151,7 +157,7 @@ class Resolver:
         if isinstance(found, Miss) and found.reason in ("", NOT_FOUND):
             found = replace(found, reason=self._not_found(found.target))
         if isinstance(found, Miss) and found.kind in ("not found", "ambiguous"):
-            return replace(found, hint=hint)
+            return replace(found, hint=found.hint or hint)
         return found
 
     def _not_found(self, target: Target) -> str:
@@ -188,7 +194,7 @@ class Resolver:
                     if problem:
                         return Miss(target, problem, "ambiguous")
                     if lost := other_call(found, variant.keys, self._alike, self._computed):
-                        return Miss(target, f"{AMBIGUOUS}: {lost}", "ambiguous")
+                        return Miss(target, f"{AMBIGUOUS}: {lost}", "ambiguous", REMEDY)
                     return self._verified(found, wanted, source, variant.keys)
                 refused = refused or found
         return refused or Miss(target, unread, "operator" if unread else "not found")
@@ -352,7 +358,7 @@ class Resolver:
             site = Site(target, tuple(parts), "content")
             problem = readers.doubt(site, target.path, "content", self.uses)
             if not problem and (lost := other_call(site, [target.key], self._alike, self._computed)):
-                problem = f"{AMBIGUOUS}: {lost}"
+                return Miss(target, f"{AMBIGUOUS}: {lost}", "ambiguous", REMEDY)
             return Miss(target, problem, "ambiguous") if problem else site
         if parts:
             where = ", ".join(str(part.root.name) for part in parts[:4])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -29,6 +29,8 @@ MissKind = Literal[
     "values",
     # An adapter's branch stands beside it already.
     "contained",
+    # A tool may have computed one of its calls.
+    "computed",
     # Stored as codes of a quantiser: a branch may go beside, nothing can be merged.
     "quantised",
     # Computed in integers: neither a branch nor a merge.
@@ -136,6 +138,10 @@ class BaseWeights(Protocol):
 
     def settled(self, adapter: Adapter) -> tuple[Adapter, tuple[str, ...]]:
         """Return the adapter with the layout of its experts as this base has it, and notes on that."""
+        ...
+
+    def stored(self) -> Iterator[tuple[str, Array]]:
+        """Yield the name and the values of each tensor whose values can be told."""
         ...
 
     def stores(self, key: str) -> bool:
