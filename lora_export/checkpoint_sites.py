@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Adapter, Array, LoraModule, TokenRows
-from lora_export.base.copies import UNCHANGED, Copied, is_blend, is_same, untrained_note
+from lora_export.base.copies import UNCHANGED, Copied, are_judged, is_same, untrained_note
 from lora_export.base.ledger import Ledger
 from lora_export.base.placed import Added, Placed, view_of
 from lora_export.base.quantised import Quantised, quantised_notes
@@ -31,6 +31,7 @@ from lora_export.base.settle import settle
 from lora_export.base.ties import Ties, find_ties, may_be_tied
 from lora_export.base.vocabulary import grows, head_hint, resize_hint, rows_hint
 from lora_export.checkpoint import Checkpoint
+from lora_export.checkpoint_files import MANIFEST
 from lora_export.checkpoint_names import NO_TENSOR, Names, Part
 from lora_export.formats.schemes import fitted
 from lora_export.patch import Patch, Placement, patch_from, replacement
@@ -72,7 +73,8 @@ def place_adapters(
         quantised: The base's quantised weights.
         resize: Give the base the rows for new tokens that an adapter holds.
     """
-    placer, notes = _Placer(checkpoint, quantised, resize, is_blend(weights)), list[str]()
+    judged = are_judged(weights, checkpoint.folder / MANIFEST)
+    placer, notes = _Placer(checkpoint, quantised, resize, judged), list[str]()
     for given, weight in zip(adapters, weights, strict=True):
         adapter = placer.settled(fitted(given, checkpoint.tensors, notes))
         start = len(placer.rows)
@@ -114,8 +116,8 @@ def _biased(module: LoraModule) -> bool:
 class _Placer:
     """Collects rows and changes of all adapters over one checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, quantised: Quantised, resize: bool, blend: bool) -> None:
-        self._checkpoint, self._is_blend = checkpoint, blend
+    def __init__(self, checkpoint: Checkpoint, quantised: Quantised, resize: bool, judged: bool) -> None:
+        self._checkpoint, self._are_judged = checkpoint, judged
         self._copied: list[Copied] = []
         self._warnings: list[str] = []
         self._weight = 1.0
@@ -217,7 +219,7 @@ class _Placer:
             self._ledger.resized[name] = values.shape
         source = self._ledger.sources.get(name, name)
         held = self._quantised.values(source) if source not in self._quantised.refused else None
-        if held is not None and self._is_blend and is_same(values, held):
+        if held is not None and self._are_judged and is_same(values, held):
             return [name], "", UNCHANGED
         if held is not None and (warning := untrained_note(adapter, path, values, held)):
             self._warnings.append(warning)

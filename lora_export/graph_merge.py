@@ -13,7 +13,7 @@ import onnx_ir as ir
 from lora_export.adapter import Adapter
 from lora_export.base.copies import (
     Copied,
-    is_blend,
+    are_judged,
     part_of,
     refuse_copies,
     refuse_overwriting,
@@ -80,6 +80,8 @@ def plan_changes(
     rows: list[PlanRow] = []
     notes: list[str] = []
     warnings: list[str] = []
+    manifest = graph.path.with_suffix(".lora.json")
+    judged = are_judged(factors, manifest)
     for given, factor in zip(adapters, factors, strict=True):
         adapter, assumed = _settled(fitted(given, resolver.known, notes), weight_of)
         notes += assumed
@@ -91,7 +93,7 @@ def plan_changes(
         if misses and not (allow_unmatched and sites):
             checked = weight_of is not None
             refuse(graph, adapter, sites, misses, verb="merge-onnx", checked=checked, uses=resolver.uses)
-        unchanged = [site for site in sites if is_blend(factors) and _is_copy(site) and holds(site)]
+        unchanged = [site for site in sites if judged and _is_copy(site) and holds(site)]
         rows += [placed_row(adapter, site, "unchanged") for site in unchanged]
         sites = [site for site in sites if site not in unchanged]
         rows += [placed_row(adapter, site) for site in sites]
@@ -101,7 +103,7 @@ def plan_changes(
         found.append((adapter, factor, sites))
     copied = [change for adapter, factor, sites in found for change in _copied(adapter, factor, sites)]
     refuse_copies(copied, adapters)
-    refuse_overwriting(copied, graph.path.with_suffix(".lora.json"), adapters)
+    refuse_overwriting(copied, manifest, adapters)
     changes, rounded = _changes(found, isolator)
     warnings += [*_kept_by_grids(graph, rounded, changes), *cut_off(_results(found))]
     drop_dead(graph)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -233,6 +234,29 @@ def test_a_copy_over_what_an_earlier_merge_changed_is_refused(name: str, tmp_pat
     merge_onnx(graph, [first], tmp_path / "merged.onnx", checkpoint=base)
     with pytest.raises(AdapterError, match="would undo an earlier merge"):
         merge_onnx(tmp_path / "merged.onnx", [second], tmp_path / "out.onnx", checkpoint=False)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["stored", "trained"])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_what_was_trained_on_the_merged_base_is_taken(name: str, whole: bool, tmp_path: Path) -> None:
+    """PEFT's copy of the merged head changes nothing; a head trained further replaces it."""
+    base, head = saved(name, tmp_path / "base"), MODELS[name][2]
+    first = trained(base, name, tmp_path / "first", 1, modules_to_save=[head])
+    merge_checkpoint(base, [first], tmp_path / "merged")
+    more = {"modules_to_save": [head]} if whole else {"target_modules": [MODELS[name][1], head]}
+    second = trained(tmp_path / "merged", name, tmp_path / "second", 2, **more)
+    merge_checkpoint(tmp_path / "merged", [second], tmp_path / "out")
+    wanted = one_by_one(tmp_path / "merged", name, [second])
+    assert close(logits(loaded(tmp_path / "out", name)), wanted)
+    # Elsewhere, a trained head can't be told from one of the original base.
+    shutil.copytree(tmp_path / "merged", tmp_path / "moved")
+    if whole:
+        with pytest.raises(AdapterError, match="would undo an earlier merge") as refused:
+            merge_checkpoint(tmp_path / "moved", [second], tmp_path / "none")
+        assert "remove lora.json" in refused.value.hint
+        (tmp_path / "moved" / "lora.json").unlink()
+    merge_checkpoint(tmp_path / "moved", [second], tmp_path / "again")
+    assert close(logits(loaded(tmp_path / "again", name)), wanted)
 
 
 @pytest.mark.parametrize("name", CAUSAL)

@@ -9,14 +9,15 @@ that was loaded last. Rules here:
 2. Of two other copies of one parameter none wins, unless they are equal.
 3. A copy is not a sum: its adapter has weight 1, unless every adapter of the blend holds the same copy.
 4. No adapter changes a parameter in which another one puts its own copy: it was trained on another weight.
-5. A base that an earlier merge has written counts as a blend with what was merged.
+5. A base that an earlier merge has written counts as a blend with what was merged, but for an adapter that
+   was trained on it.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,9 +56,14 @@ class Copied:
     values: Array | None = None
 
 
-def is_blend(weights: Sequence[float]) -> bool:
-    """Whether adapters are summed: a lone one of weight 1 simply puts its copies in."""
-    return list(weights) != [1.0]
+def are_judged(weights: Sequence[float], manifest: Path) -> bool:
+    """Whether copies have to be compared with the base: a lone adapter of weight 1 simply puts its own in.
+
+    Args:
+        weights: One for each adapter.
+        manifest: What an earlier merge has written beside the base, if one has.
+    """
+    return list(weights) != [1.0] or manifest.exists()
 
 
 def refuse_copies(changes: Sequence[Copied], adapters: Sequence[Adapter]) -> None:
@@ -83,7 +89,8 @@ def refuse_overwriting(changes: Sequence[Copied], manifest: Path, adapters: Sequ
         manifest: What an earlier merge has written beside the base, if one has.
         adapters: The adapters.
     """
-    copies = [change for change in changes if change.values is not None]
+    own = {adapter.name for adapter in adapters if _is_folder(adapter.base_model, manifest.parent)}
+    copies = [change for change in changes if change.values is not None and change.adapter not in own]
     earlier = _merged_before(manifest) if copies else {}
     problems = [
         f"{change.parameter}: '{change.adapter}' holds a whole copy of it, which would replace what "
@@ -96,7 +103,7 @@ def refuse_overwriting(changes: Sequence[Copied], manifest: Path, adapters: Sequ
         raise AdapterError(
             f"adapter {names} would undo an earlier merge, of which {manifest} tells",
             "merge all of them into the original base in one go: copies with its values then change nothing; "
-            "or train the adapter on the merged base",
+            f"if it was trained on the merged base, which its config does not name, remove {manifest.name}",
             problems,
         )
 
@@ -116,6 +123,14 @@ def _merged_before(manifest: Path) -> Mapping[str, Sequence[str]]:
     return found
 
 
+def _is_folder(base_model: str | None, folder: Path) -> bool:
+    """Whether an adapter names a folder as the base that it was trained on."""
+    try:
+        return bool(base_model) and Path(str(base_model)).resolve() == folder.resolve()
+    except (OSError, ValueError):
+        return False
+
+
 def part_of(stored: str, parameter: str) -> str:
     """Return how a parameter is called that is some rows of a stored weight."""
     return f"{stored} of {parameter}"
@@ -123,21 +138,25 @@ def part_of(stored: str, parameter: str) -> str:
 
 def is_same(copy: Array, stored: Array) -> bool:
     """Whether a copy has a weight's values, in the coarser one of the two types (rule 1)."""
-    return copy.shape == stored.shape and not differing_rows(copy, stored)
+    return copy.shape == stored.shape and not any(_differing(copy, stored))
 
 
 def differing_rows(copy: Array, stored: Array) -> int:
     """Return how many rows of a copy are not a weight's; rows that only one of them has don't count."""
-    rows, count = min(len(copy), len(stored)), 0
-    with np.errstate(over="ignore"):
-        for start in range(0, rows, _ROWS):
-            one, other = (
-                values[start : min(start + _ROWS, rows)].reshape(min(_ROWS, rows - start), -1)
-                for values in (copy, stored)
-            )
+    return sum(_differing(copy, stored))
+
+
+def _differing(copy: Array, stored: Array) -> Iterator[int]:
+    """Yield how many rows differ, some thousand rows at a time."""
+    rows = min(len(copy), len(stored))
+    for start in range(0, rows, _ROWS):
+        one, other = (
+            values[start : min(start + _ROWS, rows)].reshape(min(_ROWS, rows - start), -1)
+            for values in (copy, stored)
+        )
+        with np.errstate(over="ignore"):
             same = (one.astype(other.dtype) == other) | (other.astype(one.dtype) == one)
-            count += int((~same.all(axis=1)).sum())
-    return count
+        yield int((~same.all(axis=1)).sum())
 
 
 def untrained_note(adapter: Adapter, parameter: str, copy: Array, stored: Array) -> str:

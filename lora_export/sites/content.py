@@ -121,7 +121,7 @@ def _is_rounded(stored: Array, wanted: Array) -> bool:
         stored, wanted = stored.T, wanted.T
     # As integers: numpy compares float16 value by value, and moves bfloat16 so, many times slower.
     bits, given = np.dtype(f"u{stored.dtype.itemsize}"), np.dtype(f"u{wanted.dtype.itemsize}")
-    wanted_bits = wanted.view(given) if wanted.strides[-1] == wanted.itemsize else wanted.T.view(given).T
+    wanted_bits = wanted.view(given)
     tiles = (
         (slice(row, row + _TILE), slice(col, col + _TILE))
         for row in range(0, wanted.shape[0], _TILE)
