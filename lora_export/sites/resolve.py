@@ -292,14 +292,23 @@ class Resolver:
     def _verified_codes(self, site: Site, wanted: Wanted, doubt: str) -> Site | Miss:
         """Rule 4 for quantised weights, as far as their codes can be read."""
         compared = [check_codes(site.target, part, wanted) for part in site.parts]
-        if not any(text is None or text for text in compared):
+        read = [match for match in compared if match is not None]
+        names = ", ".join(repr(part.root.name) for part in site.parts)
+        differs = f"the weight {names} does not hold the checkpoint's values"
+        if any(not match.related for match in read):
+            least = min(match.cosine for match in read)
+            reason = f"{differs}, as far as its codes tell (least cosine {least:.3f})"
+            return Miss(site.target, f"{reason} (found by {site.evidence})", "values")
+        if all(match.within for match in read) and len(read) == len(compared):
             return replace(site, evidence=f"{site.evidence}; content agrees within the quantiser's steps")
+        if doubt and read:
+            return Miss(site.target, f"{doubt}; {differs}", "values")
         if doubt:
-            differs = next((text for text in compared if text), "")
-            reason = differs or "it is quantised, so its values can't be compared"
-            return Miss(site.target, f"{doubt}; {reason}", "values" if differs else "unproven")
+            reason = "it is quantised, so its values can't be compared"
+            return Miss(site.target, f"{doubt}; {reason}", "unproven")
         # Quantisers that don't round to the nearest code may be further away.
-        return replace(site, evidence=f"{site.evidence}; {NOT_COMPARED}")
+        near = "content is near, as a quantiser leaves it" if len(read) == len(compared) else NOT_COMPARED
+        return replace(site, evidence=f"{site.evidence}; {near}")
 
     def _remedy(self) -> str:
         if self._base is not None:

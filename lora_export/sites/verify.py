@@ -11,8 +11,8 @@ from lora_export.adapter import Array
 from lora_export.graph import matrix_shape, release, shape_of, stored_matrix
 from lora_export.patch import Placement
 from lora_export.sites import content, fit
+from lora_export.sites.codes import CodesMatch, codes_of, compare_codes
 from lora_export.sites.experts import unsettled
-from lora_export.sites.grid import held_by_codes
 from lora_export.sites.slot import NORMS, SKIP_NORMS, Use
 from lora_export.sites.target import Part, Stack, Target, Wanted
 
@@ -95,25 +95,23 @@ def _best(stored: Array, wanted: Sequence[Array]) -> tuple[content.Match, Array]
     return match, first
 
 
-def check_codes(target: Target, part: Part, wanted: Wanted) -> str | None:
-    """Say what differs where a quantised constant may stand for other values than the checkpoint's.
+def check_codes(target: Target, part: Part, wanted: Wanted) -> CodesMatch | None:
+    """Compare every value that a quantised constant stands for with the checkpoint's.
 
     Returns:
-        An empty text where each value is one step of the quantiser away at most; None where the codes can't
-        be read, or stand for an expert's or a vector's values.
+        The better one of a square matrix' two orientations; None where the codes can't be read, or stand
+        for an expert's or a vector's values.
     """
-    held = held_by_codes(part.uses[0])
+    held = codes_of(part.uses[0])
     if held is None or isinstance(wanted, Stack) or target.kind == "vector":
         return None
     (placement,) = part.placements
-    values, steps = (_rectangle(array.reshape(len(array), -1), placement) for array in held)
-    rows = [matrix[slice(*placement.rows)] for matrix in orientations(target, wanted)]
-    # Beyond the outermost code values are cut off: they are nearer to zero than what they stand for.
-    cut = [(np.abs(values) >= np.abs(values).max()) & (np.abs(one) > np.abs(values)) for one in rows]
-    near = [
-        bool(((np.abs(values - one) <= steps) | beyond).all()) for one, beyond in zip(rows, cut, strict=True)
+    found = [
+        compare_codes(held, placement, matrix[slice(*placement.rows)])
+        for matrix in orientations(target, wanted)
     ]
-    return "" if any(near) else _differs(part)
+    release(part.root)
+    return max(found, key=lambda match: (match.within, match.cosine))
 
 
 def canonical_rows(part: Part, placement: Placement) -> Array:
