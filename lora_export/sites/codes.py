@@ -1,178 +1,95 @@
-"""Codes of quantised weights, read as the values that they stand for, some rows at a time.
-
-Sources: ONNX ``Operators.md`` (DequantizeLinear, MatMulInteger), ONNX Runtime ``docs/ContribOperators.md``
-(MatMulNBits, DynamicQuantizeMatMul, MatMulIntegerToFloat).
-"""
+"""Read some rows of a weight, also where a quantiser has stored codes for it: enough to know it again."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from lora_export.adapter import Array
-from lora_export.patch import Placement
-from lora_export.sites.grid import per_value
+from lora_export.graph import shape_of, stored_matrix
+from lora_export.sites.grid import held_by_codes
 from lora_export.sites.slot import Use
 
-# Operator of integers → position of the weight's scale (None: it is in a product further on), of its zero.
-_INTEGERS: dict[str, tuple[int | None, int]] = {
-    "MatMulInteger": (None, 3),
-    "DynamicQuantizeMatMul": (2, 3),
-    "MatMulIntegerToFloat": (3, 5),
-}
-_NBITS = "MatMulNBits"
-# Values that are compared at a time.
-_BLOCK = 1 << 20
-# Least cosine of rows that a quantiser may have turned.
-_RELATED = 0.5
-# Inputs of MatMulNBits by position.
-_SCALE, _ZERO, _ORDER = 2, 3, 4
+# ONNX Runtime's ``ContribOperators.md``: operators on 8-bit codes → position of the weight's zero point.
+_ZERO_POINT = {"MatMulInteger": 3, "DynamicQuantizeMatMul": 3, "MatMulIntegerToFloat": 5}
+NBITS_WIDTHS = (2, 4, 8)
 
 
-@dataclass(frozen=True, eq=False)
-class Codes:
-    """A quantised matrix, as its operator multiplies with it.
-
-    Attributes:
-        codes: Less their zeros, ``(rows, cols)``; or packed, see ``bits``.
-        step: Between two codes, broadcast to each value; None where the graph has it elsewhere.
-        limit: The largest code: values beyond it are cut off.
-        bits: Of a packed code, 4 or 8; 0: not packed.
-        zeros: Of packed codes, ``(rows, blocks)``.
-        block: Columns of packed codes that share a scale.
-    """
-
-    codes: Array
-    step: Array | None
-    limit: float
-    bits: int = 0
-    zeros: Array | None = None
-    block: int = 0
-
-    def rows(self, start: int, stop: int) -> tuple[Array, Array | None, Array]:
-        """Return some rows' values (without ``step``, codes), steps, and which codes are the outermost."""
-        if not self.bits:
-            codes = np.asarray(self.codes[start:stop], np.float32)
-            step = None if self.step is None else np.asarray(self.step[start:stop], np.float32)
-            return codes if step is None else codes * step, step, np.abs(codes) >= self.limit
-        assert self.zeros is not None
-        assert self.step is not None
-        packed = self.codes[start:stop]
-        codes = (
-            np.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1) if self.bits == 4 else packed
-        )
-        zeros, step = (np.repeat(values[start:stop], self.block, 1) for values in (self.zeros, self.step))
-        outermost = (codes == 0) | (codes == (1 << self.bits) - 1)
-        return (codes - zeros) * step, step, outermost
-
-
-@dataclass(frozen=True)
-class CodesMatch:
-    """How well quantised values are a checkpoint's.
-
-    Attributes:
-        within: Each of them is one step of the quantiser away at most.
-        cosine: The least of the rows: a quantiser turns none of them far.
-    """
-
-    within: bool
-    cosine: float
-
-    @property
-    def related(self) -> bool:
-        """Whether each row points where the checkpoint's does, as far as a quantiser lets it."""
-        return self.within or self.cosine >= _RELATED
-
-
-def codes_of(use: Use) -> Codes | None:
-    """Return what a constant of codes stands for; None where it is held in a way that is not known."""
-    if use.root.const_value is None:
-        return None
-    if use.node.op_type == _NBITS:
-        return _of_nbits(use)
-    stored = np.asarray(use.root.const_value.numpy())
-    codes = stored.reshape(len(stored), -1)
-    first = use.chain[0] if use.chain else None
-    if first is not None and first.op_type == "DequantizeLinear":
-        step: Array | None
-        step, zero = (
-            np.broadcast_to(per_value(first, index, stored.shape), stored.shape).reshape(codes.shape)
-            for index in (1, 2)
-        )
-    elif not use.chain and use.node.op_type in _INTEGERS:
-        where, at = _INTEGERS[use.node.op_type]
-        found = [None if index is None else _constant(use.node, index) for index in (where, at)]
-        if (where is not None and found[0] is None) or (found[1] is None and _has(use.node, at)):
-            return None
-        scale = found[0]
-        step = None if scale is None else np.broadcast_to(scale, codes.shape)
-        zero = np.broadcast_to(np.zeros(()) if found[1] is None else found[1], codes.shape)
-    else:
-        return None
-    # Centred codes fit into 16 bits: of bytes, or fewer, and their zeros.
-    centred = codes.astype(np.float32) - zero.astype(np.float32)
-    return Codes(centred, step, float(np.abs(centred).max(initial=0)))
-
-
-def compare_codes(held: Codes, placement: Placement, wanted: Array) -> CodesMatch:
-    """Compare a rectangle of codes with rows of the canonical weight."""
-    matrix = wanted.T if placement.transposed else wanted
-    height, width = matrix.shape
-    first, left = placement.row, placement.col
-    within, axis = held.step is not None, 0 if placement.transposed else 1
-    sums = np.zeros((3, len(wanted)))
-    step = max(1, _BLOCK // width)
-    for start in range(0, height, step):
-        stop = min(start + step, height)
-        values, steps, outermost = (
-            None if array is None else array[:, left : left + width]
-            for array in held.rows(first + start, first + stop)
-        )
-        assert values is not None
-        assert outermost is not None
-        other = np.asarray(matrix[start:stop], np.float32)
-        if within and steps is not None:
-            # Beyond the outermost code values are cut off: they are nearer to zero than what they stand for.
-            cut = outermost & (np.abs(other) > np.abs(values))
-            within = bool(((np.abs(values - other) <= np.abs(steps)) | cut).all())
-        rows = slice(None) if placement.transposed else slice(start, stop)
-        for number, (one, two) in enumerate(((values, other), (values, values), (other, other))):
-            sums[number, rows] += (one * two).sum(axis=axis, dtype=np.float64)
-    lengths = np.sqrt(sums[1] * sums[2])
-    # Rows of zeros point nowhere.
-    cosines = np.where(lengths > 0, sums[0] / np.maximum(lengths, 1e-300), (sums[1] == sums[2]) * 1.0)
-    return CodesMatch(within, float(cosines.min(initial=1.0)))
-
-
-def _of_nbits(use: Use) -> Codes | None:
-    """Return the codes of a MatMulNBits: ``(N, K / block, block · bits / 8)``, the lower half first."""
-    node = use.node
-    rows, cols, block = (node.attributes.get_int(name, 0) for name in ("N", "K", "block_size"))
-    bits = node.attributes.get_int("bits", 4)
-    scale, zero = _constant(node, _SCALE), _constant(node, _ZERO)
-    unread = _has(node, _ORDER) or (zero is None and _has(node, _ZERO)) or scale is None
-    if bits not in (4, 8) or block < 1 or unread or node.attributes.get_int("weight_prepacked", 0):
-        return None
-    assert scale is not None
+def canonical_shape(use: Use) -> tuple[int, int]:
+    """Return ``(out_dim, in_dim)`` of the weight that a use reads, kernels flattened."""
     assert use.root.const_value is not None
-    blocks = -(-cols // block)
-    packed = np.asarray(use.root.const_value.numpy()).reshape(rows, -1)
-    if zero is None:
-        zeros: Array = np.full((rows, blocks), 1 << (bits - 1), np.float32)
-    else:
-        zeros = zero.reshape(rows, -1)
-        if zeros.dtype == np.uint8 and bits == 4:
-            zeros = np.stack([zeros & 15, zeros >> 4], -1).reshape(rows, -1)
-        zeros = zeros[:, :blocks].astype(np.float32)
-    return Codes(packed, scale.reshape(rows, blocks).astype(np.float32), 0.0, bits, zeros, block)
+    if use.slot.shape is not None:
+        return use.slot.shape
+    shape = shape_of(use.root.const_value)
+    rows, cols = shape[0], int(np.prod(shape[1:], dtype=int))
+    return (cols, rows) if use.transposed else (rows, cols)
 
 
-def _has(node: ir.Node, index: int) -> bool:
+def rows_of(use: Use, rows: Array) -> Array | None:
+    """Return rows of the canonical weight, each up to a factor; None where its codes can't be read.
+
+    Args:
+        use: What reads the weight.
+        rows: Which rows.
+
+    Returns:
+        ``(rows, in_dim)``, float64.
+    """
+    assert use.root.const_value is not None
+    if not use.quantised:
+        return _picked(stored_matrix(use.root.const_value), use.transposed, rows)
+    if use.slot.shape is not None:
+        return _nbits_rows(use.node, rows)
+    if (held := held_by_codes(use)) is not None:
+        return _picked(held[0].reshape(len(held[0]), -1), use.transposed, rows)
+    if use.node.op_type in _ZERO_POINT:
+        codes = _picked(stored_matrix(use.root.const_value), use.transposed, rows)
+        zero = constant_of(use.node, _ZERO_POINT[use.node.op_type])
+        if zero is None:
+            return codes
+        return codes - (zero.ravel()[rows][:, None] if zero.size > 1 else float(zero.ravel()[0]))
+    return None
+
+
+def _picked(matrix: Array, transposed: bool, rows: Array) -> Array:
+    return np.asarray(matrix.T[rows] if transposed else matrix[rows], np.float64)
+
+
+def _nbits_rows(node: ir.Node, rows: Array) -> Array | None:
+    """Rows of a MatMulNBits: ``(N, K/block, block·bits/8)`` bytes, the lowest bits of a byte first."""
+    bits, block = node.attributes.get_int("bits", 4), node.attributes.get_int("block_size", 0)
+    packed, scales = constant_of(node, 1), constant_of(node, 2)
+    outputs, inputs = node.attributes.get_int("N", 0), node.attributes.get_int("K", 0)
+    if node.op_type != "MatMulNBits" or bits not in NBITS_WIDTHS or block <= 0 or has_input(node, 4):
+        return None
+    blocks = -(-inputs // block)
+    if packed is None or scales is None or packed.size * 8 != outputs * blocks * block * bits:
+        return None
+    codes = unpacked(packed.reshape(outputs, -1)[rows], bits).reshape(len(rows), blocks, block)
+    zero, middle = constant_of(node, 3), float(1 << (bits - 1))
+    if zero is None and has_input(node, 3):
+        return None
+    points = np.full((len(rows), blocks, 1), middle)
+    if zero is not None:
+        mine = zero.reshape(outputs, -1)[rows]
+        points = (unpacked(mine, bits) if mine.dtype == np.uint8 else mine)[:, :blocks, None]
+    values = (codes - points) * scales.reshape(outputs, blocks)[rows].astype(np.float64)[..., None]
+    return np.asarray(values.reshape(len(rows), -1)[:, :inputs], np.float64)
+
+
+def unpacked(packed: Array, bits: int) -> Array:
+    """Return the codes in rows of bytes, the lowest bits first, as float64."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes = (packed.view(np.uint8)[..., None] >> shifts) & np.uint8((1 << bits) - 1)
+    return codes.reshape(len(packed), -1).astype(np.float64)
+
+
+def has_input(node: ir.Node, index: int) -> bool:
+    """Whether a node has an optional input."""
     return index < len(node.inputs) and node.inputs[index] is not None
 
 
-def _constant(node: ir.Node, index: int) -> Array | None:
-    value = node.inputs[index] if _has(node, index) else None
+def constant_of(node: ir.Node, index: int) -> Array | None:
+    """Return the values of a node's input, None where it has none or computes it."""
+    value = node.inputs[index] if has_input(node, index) else None
     return None if value is None or value.const_value is None else np.asarray(value.const_value.numpy())

@@ -1,32 +1,44 @@
 """Tell that a module's weight is in a graph once more, for another call of the module.
 
-A Linear that is called on a matrix and on a batch of them becomes a Gemm with the weight and a MatMul with a
-transposed copy; a call on a constant is computed by the exporter. To change one of them would change half of
-the module.
+A module that is called twice has one weight in PyTorch. In a graph it may have several: a Linear that is
+called on a matrix and on a batch of them becomes a Gemm with the weight and a MatMul with a transposed copy;
+tools fold a factor or a norm into one call's weight, pack it with others (Attention), or quantise it. To
+change one of them would change part of the module. A constant is another call's where
+
+1. the exporter says that it was computed from the weight;
+2. its own name or its node's is the module's, and it has the weight's shape; or
+3. no name says whose it is, and it holds the weight's values: as they are, times a factor for each row,
+   among others, or as a quantiser's codes.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
 
 from lora_export.adapter import Array
-from lora_export.graph import stored_matrix
+from lora_export.graph import release
+from lora_export.sites.codes import canonical_shape, rows_of
 from lora_export.sites.evidence import computed_from, folded_from, weight_name, weight_path
-from lora_export.sites.readers import module_of
+from lora_export.sites.fingerprints import find_places
+from lora_export.sites.readers import module_of, reads_another
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Site
+from lora_export.sites.verify import canonical_rows, search
 
 # What makes all calls of a module share its weight.
 REMEDY = "export with torch.onnx.export(..., dynamo=True, optimize=False), and run tools on the result"
 _CALL = re.compile(r"_\d+(?=\.|$)")
-_PARAMETER = re.compile(r"[A-Za-z_]\w*(\.\w+)*\.(weight|bias)")
-# Values that are compared before all are.
-_FIRST = 16
+# A parameter's path in a constant's name, with what ONNX Runtime puts around it.
+_PARAMETER = re.compile(r"(?:(?:Conv|MatMul)\w*?_[WB]_)?((?:[A-Za-z0-9_]\w*\.)+(?:weight|bias))(?![A-Za-z])")
+_WEIGHTS = ("linear", "conv", "embedding")
+# Rows that a quantised weight is known again by, and their least cosine: that of 4-bit codes is 0.99.
+_ROWS, _ALIKE = 8, 0.9
 
 
 def computed_parameters(constants: Iterable[ir.Value]) -> Mapping[str, Sequence[ir.Value]]:
@@ -38,83 +50,153 @@ def computed_parameters(constants: Iterable[ir.Value]) -> Mapping[str, Sequence[
     return found
 
 
-def by_first_value(uses: Iterable[Use]) -> Mapping[tuple[int, float], Sequence[Use]]:
-    """Return (size, first value) of a constant → its uses: what copies share, whichever way they lie.
+def other_calls(
+    sites: Sequence[Site],
+    uses: Sequence[Use],
+    computed: Mapping[str, Sequence[ir.Value]],
+    modules: Set[str],
+) -> Mapping[int, str]:
+    """Return identity of a target → which other constant stands for a call of its module.
 
-    Without it, a large graph's constants would all be looked at once for each module.
+    Args:
+        sites: Where the weights of an adapter were found.
+        uses: All uses in the graph.
+        computed: Of `computed_parameters`.
+        modules: Paths that are known to be modules of their own, not numbered calls of others.
     """
-    found: dict[tuple[int, float], list[Use]] = defaultdict(list)
-    first: dict[int, tuple[int, float]] = {}
-    for use in uses:
-        if not _is_matrix(use):
-            continue
-        if id(use.root) not in first:
-            assert use.root.const_value is not None
-            matrix = stored_matrix(use.root.const_value)
-            if not matrix.size:
-                continue
-            first[id(use.root)] = matrix.size, float(matrix[0, 0])
-        found[first[id(use.root)]].append(use)
+    mine = {id(part.root) for site in sites for part in site.parts}
+    rest = [use for use in uses if use.slot.kind in _WEIGHTS and id(use.root) not in mine]
+    nameless = [use for use in rest if not _owners(use)]
+    found: dict[int, str] = {}
+    left = []
+    for site in sites:
+        if reason := _computed(site, computed) or _named(site, rest, modules):
+            found[id(site.target)] = reason
+        elif site.target.kind != "vector" and site.target.experts == 1:
+            left.append(site)
+    floats = [use for use in nameless if not use.quantised]
+    found.update(_copied(left, floats))
+    found.update(_quantised(left, nameless))
     return found
 
 
-def other_call(
-    site: Site,
-    keys: Sequence[str],
-    alike: Mapping[tuple[int, float], Sequence[Use]],
-    computed: Mapping[str, Sequence[ir.Value]],
-) -> str:
-    """Say which other constant stands for a call of the module, or return an empty text.
-
-    Args:
-        site: Where the module's weight was found.
-        keys: The paths in the graph that it was found under.
-        alike: Of `by_first_value`, of all uses in the graph.
-        computed: Of `computed_parameters`.
-    """
+def _computed(site: Site, computed: Mapping[str, Sequence[ir.Value]]) -> str:
+    """Rule 1."""
     mine = {id(part.root) for part in site.parts}
-    for key in keys:
+    for key in site.keys:
         for constant in computed.get(key, ()):
             if id(constant) not in mine:
                 return (
                     f"the exporter has computed a call of the module into {constant.name!r}, which would "
                     "stay the base's"
                 )
-    if len(keys) != 1 or len(site.parts) != 1 or site.target.kind == "vector" or site.target.experts > 1:
-        return ""
-    (part,), path = site.parts, keys[0].rpartition(".")[0]
-    if any(use.quantised for use in part.uses) or part.root.const_value is None:
-        return ""
-    matrix = stored_matrix(part.root.const_value)
-    for use in alike.get((matrix.size, float(matrix[0, 0])), ()) if matrix.size else ():
-        other = use.root.const_value
-        if other is None or id(use.root) in mine:
-            continue
-        if _may_be_call(use, path, keys[0]) and _is_copy(matrix, stored_matrix(other)):
-            return (
-                f"its weight is in the graph twice: {use.root.name!r} of another {use.node.op_type} holds "
-                "the same values, for another call of the module"
-            )
     return ""
 
 
-def _is_matrix(use: Use) -> bool:
-    return not use.quantised and use.slot.kind in ("linear", "conv", "embedding")
+def _named(site: Site, rest: Sequence[Use], modules: Set[str]) -> str:
+    """Rule 2."""
+    if len(site.keys) != 1 or site.target.held_turned is not None or site.target.experts > 1:
+        return ""
+    path, _, leaf = site.keys[0].rpartition(".")
+    calls = {path, *(str(module_of(use.node)) for part in site.parts for use in part.uses)}
+    calls = {call if call in modules else _CALL.sub("", call) for call in calls}
+    for use in rest:
+        if canonical_shape(use) != site.target.matrix:
+            continue
+        if named := _parameters(use):
+            own = site.keys[0] in named
+        else:
+            module = module_of(use.node)
+            own = module == path and not reads_another(use, path, leaf)
+            if not own and module is not None and module not in modules and _CALL.sub("", module) in calls:
+                # ``fc_1`` may be a second call of ``fc``, or a module of that name.
+                own = _holds_rows(site, use) is not False
+        if own:
+            return _in_the_graph_again(use)
+    return ""
 
 
-def _may_be_call(use: Use, path: str, key: str) -> bool:
-    """Whether nothing says that a constant is another module's."""
-    names = [weight_path(name) for name in (weight_name(use), *folded_from(use.root))]
-    if any(_PARAMETER.fullmatch(name) and name != key for name in names):
-        return False
-    module = module_of(use.node)
-    return module is None or _CALL.sub("", module) == _CALL.sub("", path)
-
-
-def _is_copy(one: Array, other: Array) -> bool:
-    """Whether two matrices, in any orientation, hold the same values."""
-    for candidate in (other, other.T):
-        if candidate.shape == one.shape and np.array_equal(one[0, :_FIRST], candidate[0, :_FIRST]):
+def _copied(sites: Sequence[Site], uses: Sequence[Use]) -> Mapping[int, str]:
+    """Rule 3, for floats."""
+    sought = {id(site.target): site for site in sites if site.evidence != "content" and _weight(site)}
+    if not uses or not sought:
+        return {}
+    held = {key: _weight(site) for key, site in sought.items()}
+    targets = [site.target for site in sought.values()]
+    places = find_places(uses, targets, lambda target: held[id(target)])
+    found = {}
+    for key, site in sought.items():
+        for use in uses:
+            offsets = places.get(key, {}).get((id(use.root), use.transposed), ())
             # All zeros tell nothing: freshly made layers are alike.
-            return bool(np.array_equal(one, candidate) and np.any(one))
-    return False
+            if offsets and np.any(held[key][0]) and any(search(site.target, use, held[key][0], offsets)):
+                found[key] = _in_the_graph_again(use)
+                break
+    for use in uses:
+        release(use.root)
+    return found
+
+
+def _weight(site: Site) -> list[Array]:
+    """Return the stored weight of a site in canonical orientation, or nothing where it is quantised."""
+    if any(use.quantised for part in site.parts for use in part.uses):
+        return []
+    rows = [(placement.rows, part, placement) for part in site.parts for placement in part.placements]
+    rows.sort(key=lambda item: item[0])
+    if len(site.parts) > 1 and any(one[0] == other[0] for one, other in pairwise(rows)):
+        rows = rows[:1]
+    parts = [canonical_rows(part, placement) for _, part, placement in rows]
+    matrix = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return [matrix] if matrix.shape == site.target.matrix else []
+
+
+def _quantised(sites: Sequence[Site], nameless: Sequence[Use]) -> Mapping[int, str]:
+    """Rule 3, where the site or the other constant holds codes."""
+    found = {}
+    for site in sites:
+        codes = site.parts[0].uses[0].quantised
+        for other in nameless:
+            if (
+                (other.quantised or codes)
+                and canonical_shape(other) == site.target.matrix
+                and _holds_rows(site, other)
+            ):
+                found[id(site.target)] = _in_the_graph_again(other)
+                break
+    return found
+
+
+def _holds_rows(site: Site, other: Use) -> bool | None:
+    """Whether some rows of a constant are the site's, up to a factor each; None where that can't be read."""
+    use = site.parts[0].uses[0]
+    if canonical_shape(use) != site.target.matrix:
+        return None
+    rows = np.unique(np.linspace(0, site.target.matrix[0] - 1, _ROWS).astype(int))
+    one, two = rows_of(use, rows), rows_of(other, rows)
+    return None if one is None or two is None else _are_alike(one, two)
+
+
+def _are_alike(one: Array, other: Array) -> bool:
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    products = np.abs(np.einsum("ij,ij->i", one, other))
+    return bool(lengths.any() and (products >= _ALIKE * lengths).all())
+
+
+def _owners(use: Use) -> list[str]:
+    """Return what a constant's name and its node say that it belongs to; nothing where they don't say."""
+    named = _parameters(use)
+    module = module_of(use.node)
+    return [*named, *([module] if module else [])]
+
+
+def _parameters(use: Use) -> list[str]:
+    """Return the parameters that a constant's name says it is made of."""
+    names = (weight_path(name) for name in (weight_name(use), *folded_from(use.root)))
+    return [match[1] for name in names if (match := _PARAMETER.match(name))]
+
+
+def _in_the_graph_again(use: Use) -> str:
+    return (
+        f"its weight is in the graph twice: {use.root.name!r}, which {use.node.op_type} reads, is for "
+        "another call of the module"
+    )

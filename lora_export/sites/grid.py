@@ -65,6 +65,23 @@ def loss_of(use: Use, before: Array, after: Array) -> Loss:
     return Loss(beyond / changed, cut, changed_by, str(node.name))
 
 
+def held_by_codes(use: Use) -> tuple[Array, Array] | None:
+    """Return the values that a constant of codes stands for, and the step between two codes at each of them.
+
+    Args:
+        use: A use of the constant.
+
+    Returns:
+        Two arrays of the constant's shape, in float64; None where no DequantizeLinear reads it.
+    """
+    node = use.chain[0] if use.chain else None
+    if node is None or node.op_type != "DequantizeLinear" or use.root.const_value is None:
+        return None
+    codes = np.asarray(use.root.const_value.numpy()).astype(np.float64)
+    step, zero = (per_value(node, index, codes.shape) for index in (1, 2))
+    return (codes - zero) * step, np.broadcast_to(step, codes.shape)
+
+
 def per_value(node: ir.Node, index: int, shape: tuple[int, ...]) -> Array:
     """Return a scale or zero point in a shape that fits the quantised values (ONNX ``Operators.md``)."""
     value = node.inputs[index] if index < len(node.inputs) else None

@@ -10,16 +10,16 @@ the same for renamed, fused and split modules, then content. Rules:
 4. Where the checkpoint is at hand, every match by name must also match by content.
 5. Every reader of a weight is the module's, or known to be another's (`readers.doubt`).
 6. No two targets of an adapter have the same place.
-7. No other constant stands for another call of the module (`copies.other_call`, `answers`).
+7. No other constant stands for another call of the module (`copies.other_calls`, `answers`).
 8. What is not found is a `Miss` with its reason; nothing is guessed.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice, pairwise, zip_longest
 
 from lora_export.adapter import Array
@@ -28,7 +28,7 @@ from lora_export.patch import Placement
 from lora_export.sites import changed, fit, matrices, names, readers
 from lora_export.sites.answers import computed_answers
 from lora_export.sites.contained import branch_beside
-from lora_export.sites.copies import REMEDY, by_first_value, computed_parameters, other_call
+from lora_export.sites.copies import REMEDY, computed_parameters, other_calls
 from lora_export.sites.evidence import FOLDED, NODE_NAME, SCOPE, SOURCES, WEIGHT_NAME, collect
 from lora_export.sites.fingerprints import Places, find_places
 from lora_export.sites.known_names import KnownNames
@@ -66,10 +66,6 @@ class Resolver:
         self._wanted: set[str] = set()
         self._branches = branches
 
-    @cached_property
-    def _alike(self) -> Mapping[tuple[int, float], Sequence[Use]]:
-        return by_first_value(self.uses)
-
     @property
     def known(self) -> frozenset[str]:
         """Parameter paths that the graph's names tell, and those of the checkpoint at hand."""
@@ -99,12 +95,22 @@ class Resolver:
             dotted = self._dotted(targets, change)
             placed = [replace(s, target=replace(s.target, key=dotted[id(s.target)])) for s in placed]
         sites, claimed = _without_conflicts(placed)
-        answers = computed_answers(sites, self.uses, self._base)
-        misses += [
-            *claimed,
-            *(Miss(s.target, why, "computed") for s in sites if (why := answers.get(id(s.target)))),
-        ]
-        return [site for site in sites if id(site.target) not in answers], misses
+        lost = self._other_calls(sites)
+        return [site for site in sites if id(site.target) not in lost], [*misses, *claimed, *lost.values()]
+
+    def _other_calls(self, sites: Sequence[Site]) -> dict[int, Miss]:
+        """Rule 7: return identity of a target → why it is lost."""
+        told = [*self._evidence[WEIGHT_NAME], *self._evidence[FOLDED], *self._evidence[SCOPE]]
+        told += self._base.parameters if self._base else ()
+        modules = {name.rpartition(".")[0] for name in told}
+        targets = {id(site.target): site.target for site in sites}
+        lost = {
+            key: Miss(targets[key], why, "computed")
+            for key, why in computed_answers(sites, self.uses, self._base).items()
+        }
+        for key, why in other_calls(sites, self.uses, self._computed, modules).items():
+            lost[key] = Miss(targets[key], f"{AMBIGUOUS}: {why}", "ambiguous", REMEDY)
+        return lost
 
     def _dotted(self, targets: Sequence[Target], change: Renaming) -> dict[int, str]:
         """Return each target's path with its dots: the graph's, else the checkpoint's."""
@@ -188,13 +194,10 @@ class Resolver:
                 found = self._fit(target, path, groups, variant.part, evidence, wanted is not None)
                 if isinstance(found, Site):
                     problem = readers.doubt(found, path, source, self.uses)
-                    found = replace(
-                        found, evidence=found.evidence + readers.repeated_calls(found, path, source)
-                    )
+                    calls = readers.repeated_calls(found, path, source)
+                    found = replace(found, evidence=found.evidence + calls, keys=variant.keys)
                     if problem:
                         return Miss(target, problem, "ambiguous")
-                    if lost := other_call(found, variant.keys, self._alike, self._computed):
-                        return Miss(target, f"{AMBIGUOUS}: {lost}", "ambiguous", REMEDY)
                     return self._verified(found, wanted, source, variant.keys)
                 refused = refused or found
         return refused or Miss(target, unread, "operator" if unread else "not found")
@@ -364,10 +367,8 @@ class Resolver:
             return Miss(target, reason, "ambiguous")
         # Rows that a constant holds for two parts of the target can't be changed for one of them.
         if tile(target, parts) and len(parts) == len(hits):
-            site = Site(target, tuple(parts), "content")
+            site = Site(target, tuple(parts), "content", (target.key,))
             problem = readers.doubt(site, target.path, "content", self.uses)
-            if not problem and (lost := other_call(site, [target.key], self._alike, self._computed)):
-                return Miss(target, f"{AMBIGUOUS}: {lost}", "ambiguous", REMEDY)
             return Miss(target, problem, "ambiguous") if problem else site
         if parts:
             where = ", ".join(str(part.root.name) for part in parts[:4])

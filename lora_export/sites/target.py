@@ -215,11 +215,13 @@ class Site:
         target: What was looked for.
         parts: One for most modules, several where the graph has split a weight or repeats it.
         evidence: What led there, for the plan.
+        keys: Parameter paths that it has in the graph: several where the graph has split it.
     """
 
     target: Target
     parts: tuple[Part, ...]
     evidence: str
+    keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from lora_export.adapter import Array
 from lora_export.graph import matrix_shape, release, shape_of, stored_matrix
 from lora_export.patch import Placement
 from lora_export.sites import content, fit
-from lora_export.sites.codes import CodesMatch, codes_of, compare_codes
+from lora_export.sites.code_values import CodesMatch, codes_of, compare_codes
 from lora_export.sites.experts import unsettled
 from lora_export.sites.slot import NORMS, SKIP_NORMS, Use
 from lora_export.sites.target import Part, Stack, Target, Wanted
