@@ -139,15 +139,18 @@ def refuse_absent(base: Path, adapters: Sequence[Adapter], allow_unmatched: bool
         allow_unmatched: What has no place will be left out.
 
     Raises:
-        AdapterError: An adapter is for another architecture.
+        AdapterError: An adapter is for another architecture, or was merged into the base already, or holds
+            copies of what an earlier merge has changed.
         CheckpointError: The base is damaged.
         SiteError: Some of an adapter has no place in the base; all of it is listed.
     """
     if not adapters:
         return
     checkpoint = Checkpoint.open(base)
+    _refuse_merged(checkpoint, adapters)
     for adapter in adapters:
         placed = place_adapters(checkpoint, [adapter], [1.0], find_quantised(checkpoint))
+        refuse_overwriting(placed.copied, checkpoint.folder / MANIFEST, [adapter])
         changed = {f"{module.path}.{module.parameter}" for module in adapter.modules.values()}
         absent = changed & set(placed.absent)
         rows = [row for row in placed.plan.rows if row.parameter in absent or row.action != "refused"]

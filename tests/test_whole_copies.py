@@ -17,7 +17,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from lora_export import AdapterError, AdapterSession, bank_onnx, merge_checkpoint, merge_onnx
+from lora_export import AdapterError, AdapterSession, bank_onnx, merge_checkpoint, merge_onnx, swap_onnx
 
 SIZES = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -143,6 +143,10 @@ def one_by_one(base: Path, name: str, adapters: list[Path]) -> np.ndarray:
     return logits(model)
 
 
+def swap(base: Path, adapter: Path, out: Path) -> None:
+    swap_onnx(base, out, adapter=adapter)
+
+
 def close(got: np.ndarray, wanted: np.ndarray) -> bool:
     return float(np.abs(got - wanted).max()) < 1e-5 * float(np.abs(wanted).max() + 1)
 
@@ -230,6 +234,11 @@ def test_a_copy_over_what_an_earlier_merge_changed_is_refused(name: str, tmp_pat
     with pytest.raises(AdapterError, match="would undo an earlier merge") as refused:
         merge_checkpoint(tmp_path / "merged", [second], tmp_path / "out")
     assert any(f"{head}.weight" in p and "'first'" in p for p in refused.value.problems)
+    for verb in (merge_onnx, swap):
+        with pytest.raises(AdapterError, match="would undo an earlier merge"):
+            verb(tmp_path / "merged", second, tmp_path / "captured.onnx")
+        with pytest.raises(AdapterError, match="merged into it already"):
+            verb(tmp_path / "merged", first, tmp_path / "captured.onnx")
     graph = graph_of(base, name, tmp_path / "base.onnx")
     merge_onnx(graph, [first], tmp_path / "merged.onnx", checkpoint=base)
     with pytest.raises(AdapterError, match="would undo an earlier merge"):

@@ -183,17 +183,9 @@ def _find_around(item: _Wanted, shorter: Sequence[tuple[_View, _Probe]]) -> None
 
 def _hits(prints: Array, probes: Sequence[_Probe]) -> set[tuple[int, int]]:
     """Return (number of a probe, offset at which its matrix may begin) in a matrix's fingerprints."""
-    found: set[tuple[int, int]] = set()
-    smaller: list[int] = []
-    for number, probe in enumerate(probes):
-        if probe.height < len(prints):
-            smaller.append(number)
-            continue
-        mine = prints[probe.rows]
-        alike = np.abs(np.einsum("ij,ij->i", mine, probe.prints)) >= _ALIKE
-        # Channels that a batch norm set to zero say nothing.
-        if alike.any() or not mine.any():
-            found.add((number, 0))
+    equal = [number for number, probe in enumerate(probes) if probe.height >= len(prints)]
+    smaller = [number for number, probe in enumerate(probes) if probe.height < len(prints)]
+    found = {(equal[at], 0) for at in _equal_hits(prints, [probes[number] for number in equal])}
     if not smaller:
         return found
     # Of a part, two rows: how many are looked for is what a search costs.
@@ -214,6 +206,20 @@ def _hits(prints: Array, probes: Sequence[_Probe]) -> set[tuple[int, int]]:
         inside = (offsets >= 0) & (offsets + heights[which] <= len(prints))
         found.update(zip(numbers[which][inside].tolist(), offsets[inside].tolist(), strict=True))
     return found
+
+
+def _equal_hits(prints: Array, probes: Sequence[_Probe]) -> list[int]:
+    """Return the numbers of the probes of matrices of the same height that may be the one."""
+    if not probes:
+        return []
+    rows = np.concatenate([probe.rows for probe in probes])
+    owners = np.repeat(np.arange(len(probes)), [len(probe.rows) for probe in probes])
+    mine, theirs = prints[rows], np.concatenate([probe.prints for probe in probes])
+    alike = np.abs(np.einsum("ij,ij->i", mine, theirs)) >= _ALIKE
+    # Channels that a batch norm set to zero say nothing.
+    telling = np.bincount(owners[mine.any(axis=1)], minlength=len(probes)) > 0
+    hits = np.bincount(owners[alike], minlength=len(probes)) > 0
+    return [int(number) for number in np.flatnonzero(hits | ~telling)]
 
 
 def _probe(matrix: Array) -> _Probe:
