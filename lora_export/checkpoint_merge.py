@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_export.adapter import Adapter
+from lora_export.base.copies import refuse_copies, refuse_overwriting
 from lora_export.base.placed import Placed
 from lora_export.base.quantised import HINT, Quantised, find_quantised
 from lora_export.checkpoint import Checkpoint
@@ -104,7 +105,8 @@ def plan_merge(
         resize: Give the base the rows for new tokens that an adapter holds; None: there is no such option.
 
     Raises:
-        AdapterError: An adapter is for another architecture, or in the base already.
+        AdapterError: An adapter is for another architecture, or in the base already, or holds whole copies
+            that are not the only change of a parameter.
         CheckpointError: The base is damaged or quantised.
         OutputError: There is no such dtype.
         SiteError: Some of the adapters has no place in the base; all of it is listed.
@@ -116,6 +118,8 @@ def plan_merge(
     _refuse_merged(checkpoint, adapters)
     placed = place_adapters(checkpoint, adapters, factors, quantised, resize)
     _refuse_unplaced(checkpoint, adapters, placed, allow_unmatched)
+    refuse_copies(placed.copied, adapters)
+    refuse_overwriting(placed.copied, checkpoint.folder / MANIFEST, adapters)
     if dtype is not None:
         _refuse_dequantising(quantised, dtype)
     code = DTYPES[dtype] if dtype else None
@@ -135,15 +139,18 @@ def refuse_absent(base: Path, adapters: Sequence[Adapter], allow_unmatched: bool
         allow_unmatched: What has no place will be left out.
 
     Raises:
-        AdapterError: An adapter is for another architecture.
+        AdapterError: An adapter is for another architecture, or was merged into the base already, or holds
+            copies of what an earlier merge has changed.
         CheckpointError: The base is damaged.
         SiteError: Some of an adapter has no place in the base; all of it is listed.
     """
     if not adapters:
         return
     checkpoint = Checkpoint.open(base)
+    _refuse_merged(checkpoint, adapters)
     for adapter in adapters:
         placed = place_adapters(checkpoint, [adapter], [1.0], find_quantised(checkpoint))
+        refuse_overwriting(placed.copied, checkpoint.folder / MANIFEST, [adapter])
         changed = {f"{module.path}.{module.parameter}" for module in adapter.modules.values()}
         absent = changed & set(placed.absent)
         rows = [row for row in placed.plan.rows if row.parameter in absent or row.action != "refused"]

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Adapter, Array, LoraModule, TokenRows
+from lora_export.base.copies import UNCHANGED, Copied, are_judged, is_same, untrained_note
 from lora_export.base.families import is_conv1d
 from lora_export.base.ledger import Ledger
 from lora_export.base.placed import Added, Placed, view_of
@@ -31,6 +32,7 @@ from lora_export.base.settle import settle
 from lora_export.base.ties import Ties, find_ties, may_be_tied
 from lora_export.base.vocabulary import grows, head_hint, resize_hint, rows_hint
 from lora_export.checkpoint import Checkpoint
+from lora_export.checkpoint_files import MANIFEST
 from lora_export.checkpoint_names import Names, Part
 from lora_export.formats.schemes import fitted
 from lora_export.patch import Patch, Placement, patch_from, replacement
@@ -69,11 +71,12 @@ def place_adapters(
         quantised: The base's quantised weights.
         resize: Give the base the rows for new tokens that an adapter holds; None: there is no such option.
     """
-    placer, notes = _Placer(checkpoint, quantised, resize), list[str]()
+    judged = are_judged(weights, checkpoint.folder / MANIFEST)
+    placer, notes = _Placer(checkpoint, quantised, resize, judged), list[str]()
     for given, weight in zip(adapters, weights, strict=True):
         adapter = placer.settled(fitted(given, checkpoint.tensors, notes))
         start = len(placer.rows)
-        placer.begin(adapter)
+        placer.begin(adapter, weight)
         for path, values in adapter.extras.items():
             names: tuple[str, ...] = (adapter.extra_tensors.get(path, path),)
             placer.place(adapter, path, names, "replace", partial(placer.replaced, path, values, adapter))
@@ -113,8 +116,13 @@ def _biased(module: LoraModule) -> bool:
 class _Placer:
     """Collects rows and changes of all adapters over one checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, quantised: Quantised, resize: bool | None) -> None:
-        self._checkpoint = checkpoint
+    def __init__(
+        self, checkpoint: Checkpoint, quantised: Quantised, resize: bool | None, judged: bool
+    ) -> None:
+        self._checkpoint, self._are_judged = checkpoint, judged
+        self._copied: list[Copied] = []
+        self._warnings: list[str] = []
+        self._weight = 1.0
         self._names = Names(checkpoint)
         self._quantised, self._resize = quantised, resize
         self._ledger = Ledger(checkpoint)
@@ -135,9 +143,10 @@ class _Placer:
     def _ties(self) -> Ties:
         return find_ties(self._checkpoint)
 
-    def begin(self, adapter: Adapter) -> None:
+    def begin(self, adapter: Adapter, weight: float) -> None:
         """Find the base's names for all that one adapter changes: one change of names holds for it."""
         self._ledger.begin(adapter)
+        self._weight = weight
         self._is_flattened = adapter.flattened
         named = named_of(adapter)
         self._renaming = self._names.rename(named, adapter.flattened, adapter.scope)
@@ -162,14 +171,17 @@ class _Placer:
         act: Callable[[], tuple[list[str], str, str]],
     ) -> None:
         """Add one row: ``act`` registers the change and returns places, layout and reason."""
+        copies = len(self._copied)
         try:
             places, layout, reason = act()
         except NoPlace as problem:
             # Parts that were placed before the one that has no place.
             self._ledger.drop({len(self.rows)})
+            del self._copied[copies:]
             self._hints += [problem.refusal.hint] * bool(problem.refusal.hint)
             self.rows.append(PlanRow.refused(adapter.name, parameter, tensors, problem.refusal))
             return
+        action = "unchanged" if reason == UNCHANGED else action
         shown = ", ".join(places[:2]) + (f", … ({len(places)})" if len(places) > 2 else "")
         self.rows.append(PlanRow(adapter.name, parameter, tensors, action, shown, "", layout, reason))
 
@@ -181,7 +193,7 @@ class _Placer:
         said = [*notes, *self._notes, *settled.notes, *quantised_notes(self._quantised, changes)]
         return Placed(
             self._quantised,
-            Plan(tuple(ledger.rows), tuple(said)),
+            Plan(tuple(ledger.rows), tuple(said), tuple(self._warnings)),
             changes,
             self._stacked,
             [Added(name, source) for name, source in settled.parted],
@@ -190,6 +202,7 @@ class _Placer:
             ledger.resized,
             settled.vocabulary,
             tuple(dict.fromkeys([*self._hints, *ledger.hints])),
+            self._copied,
         )
 
     # What each kind of change does.
@@ -207,6 +220,13 @@ class _Placer:
                     self._rows_hint(path, tensor.shape, values.shape),
                 )
             self._ledger.resized[name] = values.shape
+        source = self._ledger.sources.get(name, name)
+        held = self._quantised.values(source) if source not in self._quantised.refused else None
+        if held is not None and self._are_judged and is_same(values, held):
+            return [name], "", UNCHANGED
+        if held is not None and (warning := untrained_note(adapter, path, values, held)):
+            self._warnings.append(warning)
+        self._copied.append(Copied(name, name, path, adapter.name, self._weight, values))
         matrix = values.reshape(view_of(values.shape, name in self._stacked))
         self._ledger.add(name, lambda _: replacement(path, matrix))
         return [name], "", reason
@@ -243,6 +263,7 @@ class _Placer:
             return Patch(path, 0, 0, 1, bias.size, left=np.ones((1, 1), dtype), right=row)
 
         self._ledger.add(name, make)
+        self._copied.append(Copied(name, name, path, adapter.name, weight))
         return [name], "", parts[0].reason
 
     def merged(self, module: LoraModule, adapter: Adapter, weight: float) -> tuple[list[str], str, str]:
@@ -267,6 +288,7 @@ class _Placer:
             layouts.append(layout)
             for placement in placements:
                 self._ledger.add(part.tensor, partial(_make, module, placement, weight))
+            self._copied.append(Copied(part.tensor, part.tensor, module.key, adapter.name, weight))
         return [part.tensor for part in parts], layouts[0], parts[0].reason
 
     def _fit(

@@ -297,6 +297,8 @@ def placed_row(adapter: Adapter, site: Site, action: str = "") -> PlanRow:
             words.append(f"{len(part.placements)} experts")
         if first.row_scale is not None:
             words.append("rescaled per output channel")
+        if first.shift:
+            words.append(f"plus {first.shift:g}")
         layouts.append(" ".join(words) or "as in PyTorch")
     return PlanRow(
         adapter.name,

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_export.adapter import Adapter, LoraModule
+from lora_export.base.copies import is_same
 from lora_export.branches.calls import Branch, Call, branch_of
 from lora_export.errors import GraphError, SiteError
 from lora_export.exposed import KEY, StoredRows
@@ -190,9 +191,10 @@ def holds(site: Site) -> bool:
         return False
     for part in site.parts:
         (placement,) = part.placements
-        here = canonical_rows(part, placement)
         wanted = np.asarray(target.values).reshape(target.matrix)[slice(*placement.rows)]
-        if placement.row_scale is not None or not np.array_equal(here, wanted.astype(here.dtype)):
+        if placement.shift:
+            wanted = wanted.astype(np.float32) + np.float32(placement.shift)
+        if placement.row_scale is not None or not is_same(wanted, canonical_rows(part, placement)):
             return False
     return True
 

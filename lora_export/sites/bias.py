@@ -14,7 +14,7 @@ import onnx_ir as ir
 from lora_export.graph import take_over_output
 from lora_export.sites.fit import placement_at
 from lora_export.sites.slot import Slot, Use
-from lora_export.sites.target import Miss, Part, Site, Target, WeightOf
+from lora_export.sites.target import Miss, Part, Site, Stack, Target, WeightOf
 
 _ADDED = "added: the exporter dropped a bias of zeros"
 # Position of the bias among the inputs of operators that take one.
@@ -38,6 +38,7 @@ def restore_biases(
         is_bias = target.kind == "vector" and target.key.endswith(".bias")
         lost = is_bias and miss.kind in ("not found", "nameless")
         stored = weight_of(target) if lost and weight_of else None
+        assert not isinstance(stored, Stack)
         again = _restored(weight, target) if lost and weight is not None else None
         if again is not None:
             added.append(again)

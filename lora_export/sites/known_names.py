@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
 
-from lora_export.sites.names import Prefix, flatten, variants
+from lora_export.sites.names import Prefix, flatten, per_expert, variants
 
 # Names of submodels that stand beside others of their kind.
 _SUBMODEL = re.compile(
@@ -36,6 +36,9 @@ _OUTER_NAMES = """
 """
 _OUTER = frozenset(_OUTER_NAMES.split())
 _FLAT_OUTER = re.compile(rf"(?:{'|'.join(_OUTER)})(?:_(?:{'|'.join(_OUTER)}))*")
+
+# Of stacked experts, each of which a graph has on its own: how many tell that they are there.
+_EXPERTS = 2
 
 
 class KnownNames:
@@ -82,7 +85,8 @@ class KnownNames:
         """Whether the base has a parameter under this path, or under another name of a builder for it."""
         if key in self.names:
             return True
-        return any(all(name in self.names for name in variant.keys) for variant in variants(key))
+        named = (*variants(key), *per_expert(key, _EXPERTS))
+        return any(all(name in self.names for name in variant.keys) for variant in named)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Return the shape of a parameter under this very path; None where that is not known."""

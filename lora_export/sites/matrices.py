@@ -128,7 +128,7 @@ def _agrees(form: Form, site: Site, wanted: Array) -> bool:
     for part in site.parts:
         (placement,) = part.placements
         start, stop = placement.rows
-        match = content.compare(canonical_rows(part, placement), canonical[start:stop], every=True)
+        match = content.compare(canonical_rows(part, placement), canonical[start:stop])
         scaled = placement.row_scale is not None and match.cosine >= content.COSINE
         if not (match.same or scaled):
             return False

@@ -36,9 +36,12 @@ from lora_export.sites.known_names import KnownNames
 from lora_export.sites.likeness import matrix_of
 from lora_export.sites.renaming import NOT_FOUND, Renaming, is_below, rename
 from lora_export.sites.slot import Use
-from lora_export.sites.target import BaseWeights, Miss, Part, Site, Target, WeightOf
+from lora_export.sites.target import BaseWeights, Miss, Part, Site, Stack, Target, Wanted, WeightOf
 from lora_export.sites.uses import find_uses
 from lora_export.sites.verify import check_codes, check_content, orientations, search, tile, unconfirmed
+
+# Part of the evidence where a checkpoint is at hand and the graph's weight is quantised.
+_NOT_COMPARED = "quantised, its values are not compared"
 
 
 class Resolver:
@@ -151,7 +154,9 @@ class Resolver:
         name, problem = change.names[number], change.problems.get(number, NOT_FOUND)
         lost = Miss(target, str(problem) if problem.detail else "", problem.kind)
         if matrices.is_matrix(target):
-            return matrices.find_matrix(target, self._weight(target), partial(self._search, name, lost))
+            held = self._weight(target)
+            assert not isinstance(held, Stack)
+            return matrices.find_matrix(target, held, partial(self._search, name, lost))
         if name is None:
             return lost
         found = self._by_name(target, name, self._weight(target))
@@ -168,7 +173,7 @@ class Resolver:
             return self._searched(found, wanted, uses, None)
         return found
 
-    def _weight(self, target: Target) -> Array | None:
+    def _weight(self, target: Target) -> Wanted | None:
         return self.weight_of(target) if self.weight_of else None
 
     def _explained(self, found: Site | Miss, hint: str) -> Site | Miss:
@@ -202,7 +207,7 @@ class Resolver:
         reason = "not found: nothing in the graph names it (pruned by the exporter, or names are gone)"
         return replace(lost, reason=reason)
 
-    def _by_name(self, target: Target, key: str, wanted: Array | None) -> Site | Miss:
+    def _by_name(self, target: Target, key: str, wanted: Wanted | None) -> Site | Miss:
         refused: Miss | None = None
         unread = ""
         for variant in (*names.variants(key), *names.per_expert(key, target.experts)):
@@ -284,7 +289,7 @@ class Resolver:
     def _refusal(self, use: Use) -> str:
         return use.no_branch if self._branches else use.refusal
 
-    def _verified(self, site: Site, wanted: Array | None, source: str, keys: tuple[str, ...]) -> Site | Miss:
+    def _verified(self, site: Site, wanted: Wanted | None, source: str, keys: tuple[str, ...]) -> Site | Miss:
         """Rule 4, and rescaled rows: a name alone can't tell that values were computed from the module's."""
         target = site.target
         named = keys if len(keys) == len(site.parts) else keys[:1] * len(site.parts)
@@ -315,19 +320,29 @@ class Resolver:
             parts.append(checked)
         return replace(site, parts=tuple(parts), evidence=f"{site.evidence}; content agrees", proof="values")
 
-    def _verified_codes(self, site: Site, wanted: Array, doubt: str) -> Site | Miss:
+    def _verified_codes(self, site: Site, wanted: Wanted, doubt: str) -> Site | Miss:
         """Rule 4 for quantised weights, as far as their codes can be read."""
         compared = [check_codes(site.target, part, wanted) for part in site.parts]
-        if not any(text is None or text for text in compared):
+        read = [match for match in compared if match is not None]
+        names = ", ".join(repr(part.root.name) for part in site.parts)
+        differs = f"the weight {names} does not hold the checkpoint's values"
+        if any(not match.related for match in read):
+            least = min(match.cosine for match in read)
+            reason = f"{differs}, as far as its codes tell (least cosine {least:.3f})"
+            return Miss(site.target, f"{reason} (found by {site.evidence})", "values")
+        if all(match.within for match in read) and len(read) == len(compared):
             evidence = f"{site.evidence}; content agrees within the quantiser's steps"
             return replace(site, evidence=evidence, proof="values")
+        if doubt and read:
+            return Miss(site.target, f"{doubt}; {differs}", "values")
         if doubt:
-            differs = next((text for text in compared if text), "")
-            reason = differs or "it is quantised, so its values can't be compared"
-            return Miss(site.target, f"{doubt}; {reason}", "values" if differs else "unproven")
+            reason = "it is quantised, so its values can't be compared"
+            return Miss(site.target, f"{doubt}; {reason}", "unproven")
         # Quantisers that don't round to the nearest code may be further away.
-        evidence = f"{site.evidence}; quantised, its values are not compared"
-        return replace(site, evidence=evidence, proof="codes")
+        if len(read) == len(compared):
+            evidence = f"{site.evidence}; content is near, as a quantiser leaves it"
+            return replace(site, evidence=evidence, proof="values")
+        return replace(site, evidence=f"{site.evidence}; {_NOT_COMPARED}", proof="codes")
 
     def _remedy(self) -> str:
         if self._base is not None:
@@ -353,13 +368,18 @@ class Resolver:
 
     def _matrices(self, target: Target) -> list[Array]:
         values = self._weight(target)
-        return [] if values is None else orientations(target, values)
+        return [] if values is None or isinstance(values, Stack) else orientations(target, values)
 
-    def _searched(self, miss: Miss, wanted: Array, uses: Sequence[Use], places: Places | None) -> Site | Miss:
+    def _searched(
+        self, miss: Miss, wanted: Wanted, uses: Sequence[Use], places: Places | None
+    ) -> Site | Miss:
         """Return where a target's values are, of the places where they may be (None: anywhere)."""
         target = miss.target
         hits: dict[int, list[Part]] = {}
+        roots = None if places is None else {root for root, _ in places}
         for use in uses:
+            if roots is not None and id(use.root) not in roots:
+                continue
             offsets = () if places is None else places.get((id(use.root), use.transposed), ())
             if (places is not None and id(use.root) not in hits and not offsets) or not fit.accepts(
                 target, use

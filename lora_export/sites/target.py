@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -67,6 +67,21 @@ class Target:
         return self.shape[0], rest
 
 
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """The checkpoint's matrices of stacked experts: all at once may be gigabytes.
+
+    Attributes:
+        matrix: Returns one expert's, as the module holds it.
+    """
+
+    matrix: Callable[[int], Array]
+
+
+# The checkpoint's values of a target.
+Wanted = Array | Stack
+
+
 class WeightOf(Protocol):
     """Looks up the parameters of one adapter in the base checkpoint.
 
@@ -76,11 +91,8 @@ class WeightOf(Protocol):
 
     names: tuple[str | None, ...]
 
-    def __call__(self, target: Target) -> Array | None:
-        """Return the canonical weight, or None where the checkpoint has none.
-
-        Of stacked experts it is the first and the last.
-        """
+    def __call__(self, target: Target) -> Wanted | None:
+        """Return the canonical weight, of stacked experts each one's, or None where there is none."""
         ...
 
 
