@@ -49,11 +49,12 @@ def spread(tie: Tie, changes: Mapping[str, Sequence[Change]]) -> tuple[dict[str,
         changes: Tensor → its changes, in the order of the blend.
 
     Returns:
-        Tensor → its changes, for all of the tie's; and whether some contradict what their adapter says of
-        being trained as one.
+        Tensor → its changes, for all of the tie's and those held apart; and whether some contradict what
+        their adapter says of being trained as one.
     """
     first, *others = tie.tensors.values()
-    found = {tensor: list(changes.get(tensor, ())) for tensor in tie.tensors.values()}
+    others += tie.apart
+    found = {tensor: list(changes.get(tensor, ())) for tensor in (first, *others)}
     wrong = False
     for adapter in sorted({change.adapter for change in found[first]}):
         common = [change for change in found[first] if change.adapter == adapter]
