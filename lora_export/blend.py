@@ -69,7 +69,7 @@ def check_blend(
     if problems:
         raise AdapterError(
             "these adapters can't be merged so",
-            "omit --weight and merge one of them alone",
+            "merge one of them alone" + (", without --weight" if any(f != 1 for f in factors) else ""),
             problems,
         )
     return loaded, factors

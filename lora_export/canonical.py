@@ -15,7 +15,7 @@ from lora_export.checkpoint_names import Names, Part
 from lora_export.errors import CheckpointError, OutputError
 from lora_export.graph import GraphFile, shape_of
 from lora_export.sites.experts import is_turned, settle
-from lora_export.sites.renaming import Named
+from lora_export.sites.names import Named
 from lora_export.sites.target import Stack, Target, Wanted
 
 
@@ -104,7 +104,7 @@ class AdapterWeights:
             folder = self._quantised.checkpoint.folder
             raise CheckpointError(
                 f"{folder}: {target.key} is {packed}: its values can't be compared",
-                "give the unquantised checkpoint, or leave --checkpoint out",
+                "give the unquantised folder with --checkpoint, or --no-checkpoint (checkpoint=False)",
             )
         if not parts:
             return None

@@ -14,7 +14,7 @@ from pathlib import Path
 from lora_export.adapter import Adapter
 from lora_export.base.copies import refuse_copies, refuse_overwriting
 from lora_export.base.placed import Placed
-from lora_export.base.quantised import HINT, QUANTISED, Quantised, find_quantised
+from lora_export.base.quantised import HINT, Quantised, find_quantised
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_files import (
     MANIFEST,
@@ -92,7 +92,7 @@ def plan_merge(
     factors: Sequence[float],
     dtype: str | None,
     allow_unmatched: bool,
-    resize: bool = False,
+    resize: bool | None = None,
 ) -> CheckpointMerge:
     """Place adapters in a folder's tensors; nothing is written.
 
@@ -102,7 +102,7 @@ def plan_merge(
         factors: One for each.
         dtype: A key of `DTYPES` for all float tensors; as they are if left out.
         allow_unmatched: Leave out what has no place in the base, instead of refusing.
-        resize: Give the base the rows for new tokens that an adapter holds.
+        resize: Give the base the rows for new tokens that an adapter holds; None: there is no such option.
 
     Raises:
         AdapterError: An adapter is for another architecture, or in the base already, or holds whole copies
@@ -204,23 +204,27 @@ def _refuse_unplaced(
     if not refused or (allow_unmatched and len(refused) < len(rows)):
         return
     lines = [f"{row.parameter}   {row.reason}" for row in refused]
-    closed = sum(row.reason.startswith(QUANTISED) for row in refused)
-    if closed:
+    kinds = {row.kind for row in refused}
+    if "quantised" in kinds:
+        closed = sum(row.kind == "quantised" for row in refused)
         raise SiteError(
             f"the base {checkpoint.folder} is quantised: {closed} of the {len(rows)} parameters that adapter "
             f"{names} changes can't be merged into",
             HINT,
             lines,
         )
-    hints.append(_trained_on(adapters))
+    if "branch only" in kinds:
+        hints.append(
+            "export the base to ONNX and keep the adapter beside its weights (lora-export swap-onnx)"
+        )
+    if kinds & {"not found", "shape"} and not hints:
+        hints.append(_trained_on(checkpoint, adapters))
     if len(refused) < len(rows):
         hints.append("--allow-unmatched merges the others and leaves these out")
-    elif not placed.hints:
-        hints.append("give the base that the adapter was trained on")
     raise SiteError(
         f"adapter {names} has {len(refused)} parameters with no place in {checkpoint.folder} "
         f"(of {len(rows)})",
-        "; ".join(hint for hint in hints if hint),
+        "; ".join(dict.fromkeys(hint for hint in hints if hint)),
         lines,
     )
 
@@ -236,7 +240,8 @@ def _foreign(
         for module in adapter.modules.values()
     }
     stored = {tensor.name: tensor.shape for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1}
-    alike = counterparts(wanted, stored)
+    # With a part to name, which of the base's names are meant is no guess any more.
+    alike = [] if hints else counterparts(wanted, stored)
     seen = side_by_side(alike) or [
         *(f"the adapter has {name}" for name in list(wanted)[:_EXAMPLES]),
         *(f"the base has {name}" for name in list(stored)[:_EXAMPLES]),
@@ -246,19 +251,24 @@ def _foreign(
     elif alike:
         what = "names its modules in another way than"
         hint = (
-            "the shapes fit: rename the adapter's tensors to the base's names, or give the base under its own"
+            "the shapes fit: if these are the same modules, rename the adapter's tensors to the base's names"
         )
     else:
         what = "is for another architecture than"
-        hint = _trained_on(adapters) or "give the base that the adapter was trained on"
+        hint = _trained_on(checkpoint, adapters)
     return AdapterError(
         f"adapter {names} {what} {checkpoint.folder}: none of its {total} parameters is placed", hint, seen
     )
 
 
-def _trained_on(adapters: Sequence[Adapter]) -> str:
-    names = sorted({adapter.base_model for adapter in adapters if adapter.base_model})
-    return f"it was trained on {', '.join(names)}" if names else ""
+def _trained_on(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> str:
+    """Return which base to give; never the one that was given."""
+    names = {adapter.base_model for adapter in adapters if adapter.base_model}
+    others = sorted(name for name in names if Path(name).absolute() != checkpoint.folder.absolute())
+    if names and not others:
+        return "give the base as it was when the adapter was trained: this folder has changed since"
+    told = f", {', '.join(others)}" if others else ""
+    return f"give the base that the adapter was trained on{told}"
 
 
 def _refuse_small_disk(folder: Path, size: int) -> None:

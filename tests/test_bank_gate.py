@@ -22,9 +22,9 @@ from branch_graphs import (
     swapped,
     table_lora,
 )
-from small_graphs import adapter, delta, graph, random, run, save
+from small_graphs import adapter, delta, embedding, graph, random, run, save
 
-from lora_export import AdapterError, GraphError, SiteError
+from lora_export import AdapterError, GraphError, SiteError, swap_onnx
 from lora_export.binding import clear_slot, slot_blocks
 from lora_export.exposed import WEIGHTS_INPUT
 from lora_export.modes.bank_onnx import bank_onnx
@@ -358,20 +358,49 @@ SEQUENCE_FIRST = (
 
 
 @pytest.mark.parametrize(
-    ("text", "axis"),
+    ("text", "axis", "hint"),
     [
-        (SEQUENCE_FIRST.format(b="b", s="s", info=" <float[s,b,8] f>"), "s"),
-        (SEQUENCE_FIRST.format(b="b", s="s", info=""), "s"),
-        (SEQUENCE_FIRST.format(b="b", s="4", info=" <float[4,b,8] f>"), "4"),
-        (f"g (float[3,4,8] x) => (float[3,4,6] y) <float[12,8] f> {{ {FLATTENED} }}", "12"),
+        (SEQUENCE_FIRST.format(b="b", s="s", info=" <float[s,b,8] f>"), "s", "swap-onnx"),
+        (SEQUENCE_FIRST.format(b="b", s="s", info=""), "s", "swap-onnx"),
+        (SEQUENCE_FIRST.format(b="b", s="4", info=" <float[4,b,8] f>"), "4", "swap-onnx"),
+        (
+            f"g (float[3,4,8] x) => (float[3,4,6] y) <float[12,8] f> {{ {FLATTENED} }}",
+            "12",
+            "free batch axis",
+        ),
+        (
+            "g (float[b,8] x, float[n,8] z) => (float[n,6] y) { y = MatMul (z, fc_weight) }",
+            "n",
+            "--batch-input z",
+        ),
     ],
-    ids=["sequence-first", "inferred-sequence-first", "static-sequence-first", "static-flattened"],
+    ids=[
+        *("sequence-first", "inferred-sequence-first", "static-sequence-first", "static-flattened"),
+        "another input",
+    ],
 )
-def test_an_activation_without_the_batch_in_front(text, axis, tmp_path):
-    caught = refused(bank_onnx, fc_base(text, tmp_path), FC)
+def test_an_activation_without_the_batch_in_front(text, axis, hint, tmp_path):
+    """What is proposed can be done: an input is named only where one has that axis."""
+    base = fc_base(text, tmp_path)
+    caught = refused(bank_onnx, base, FC)
     assert isinstance(caught, SiteError)
     assert f"fc: the first axis of its activation is {axis}, the batch is" in str(caught)
-    assert "--batch-input" in caught.hint
+    assert hint in caught.hint
+    if "swap-onnx" in caught.hint:
+        swap_onnx(base, tmp_path / "swap.onnx", adapter=next(iter(FC.values())))
+    if "--batch-input" in caught.hint:
+        bank_onnx(base, FC, tmp_path / "bank.onnx", batch_input="z")
+    else:
+        assert "--batch-input" not in caught.hint
+
+
+def test_a_table_of_positions_in_a_bank(tmp_path):
+    text = "g (float[B,7,4] x) => (float[B,7,4] y) { z = Gather (wpe_weight, places) y = Add (x, z) }"
+    base = save(graph(text, {"wpe.weight": random(7, 4), "places": np.arange(7)[None]}), tmp_path)
+    given = {"a": adapter(embedding("wpe", 7, 4))}
+    hint = refused(bank_onnx, base, given).hint
+    assert "all rows share its result" in hint
+    swap_onnx(base, tmp_path / "swap.onnx", adapter=given["a"])
 
 
 @pytest.mark.xfail(

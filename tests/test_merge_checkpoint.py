@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,12 +18,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 from click.testing import CliRunner
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, build
 
 from lora_export.adapter import Adapter, LoraModule
+from lora_export.base.families import CONV1D_FAMILIES, source_folder
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_merge import DTYPES
 from lora_export.commands import merge as command
@@ -251,6 +255,15 @@ def test_a_head_tied_in_another_way_is_refused(tmp_path):
         ({"model_type": "gpt2"}, "h.score", True, False),
         ({"model_type": "own"}, "h.c_proj", True, True),
         ({"model_type": "own"}, "h.c_proj", False, False),
+        # PEFT ignores the flag on an nn.Linear.
+        ({"model_type": "llama"}, "model.q_proj", True, False),
+        (
+            {"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}},
+            "h.c_proj",
+            False,
+            True,
+        ),
+        ({"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}}, "e.query", True, False),
     ],
 )
 def test_square_weights(tmp_path, config, path, flag, transposed):
@@ -260,6 +273,80 @@ def test_square_weights(tmp_path, config, path, flag, transposed):
     left, right = module.factors()
     found = load_file(tmp_path / "out/model.safetensors")[f"{path}.weight"].numpy()
     assert np.allclose(found, (left @ right).T if transposed else left @ right, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", ["ResNet", "RegNet"])
+def test_norms_with_a_count_of_batches(tmp_path, family):
+    """PEFT saves the count of a batch norm, an integer, with the norm: inference doesn't read it."""
+    torch.manual_seed(0)
+    kind = getattr(transformers, f"{family}ForImageClassification")
+    config = getattr(transformers, f"{family}Config")(
+        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]
+    )
+    model = kind(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    lora = LoraConfig(
+        r=2, target_modules=["classifier.1"], modules_to_save=["normalization"], init_lora_weights=False
+    )
+    adapted = get_peft_model(model, lora).eval()
+    for name, values in adapted.named_parameters():
+        if "modules_to_save" in name:
+            torch.nn.init.uniform_(values, 0.5, 1.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    images = torch.randn(2, 3, 32, 32)
+    expected = adapted(images).logits.detach()
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged = kind.from_pretrained(tmp_path / "out").eval()
+    assert tiny.relative_error(merged(images).logits.detach().numpy(), expected.numpy()) <= 1e-5
+
+
+def test_families_with_conv1d_are_those_of_transformers():
+    models = source_folder("gpt2").parent
+    using = {
+        file.parent for file in models.glob("*/modeling_*.py") if re.search(r"\bConv1D\(", file.read_text())
+    }
+    assert {source_folder(family) for family in CONV1D_FAMILIES} == using
+
+
+@pytest.mark.parametrize(
+    ("options", "encoder"),
+    [
+        ({"target_modules": "all-linear"}, "ViT"),
+        ({"target_modules": ["q_proj", "v_proj", "c_attn"], "use_dora": True}, "ViT"),
+        ({"target_modules": ["query", "value", "c_proj"]}, "Bert"),
+    ],
+)
+def test_linear_and_conv1d_in_one_model(tmp_path, options, encoder):
+    """PEFT writes the ``fan_in_fan_out`` of the module that it replaced last."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    if encoder == "ViT":
+        own, kind = transformers.ViTConfig(image_size=16, patch_size=8, **sizes), "VisionEncoderDecoder"
+        inputs = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    else:
+        own, kind = transformers.BertConfig(vocab_size=64, **sizes), "EncoderDecoder"
+        inputs = {"input_ids": torch.randint(3, 64, (2, 5))}
+    other = transformers.GPT2Config(
+        n_embd=32,
+        n_head=4,
+        n_layer=1,
+        vocab_size=64,
+        n_positions=32,
+        add_cross_attention=True,
+        is_decoder=True,
+    )
+    config = getattr(transformers, f"{kind}Config").from_encoder_decoder_configs(own, other)
+    kind = getattr(transformers, f"{kind}Model")
+    model = kind(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **options)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids = torch.randint(3, 64, (2, 6))
+    expected = adapted(**inputs, decoder_input_ids=ids).logits.detach()
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged = kind.from_pretrained(tmp_path / "out").eval()
+    got = merged(**inputs, decoder_input_ids=ids).logits.detach()
+    assert tiny.relative_error(got.numpy(), expected.numpy()) <= 1e-5
 
 
 # --- bad input ---------------------------------------------------------------------------------------

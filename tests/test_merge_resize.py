@@ -261,7 +261,7 @@ def test_others_than_merge_refuse_rows_and_say_where_they_go(tmp_path):
     args = ["--base", str(graph), "--adapter", str(tmp_path / "ad"), "-o", str(tmp_path / "m.onnx")]
     result = CliRunner().invoke(merge_onnx, args)
     assert isinstance(result.exception, AdapterError)
-    assert "lora-export merge" in str(result.exception.problems)
+    assert "lora-export merge" in result.exception.hint
     assert not (tmp_path / "m.onnx").exists()
     with pytest.raises(AdapterError, match="alone and with weight 1"):
         merge_checkpoint(tmp_path / "base", [adapter, adapter], tmp_path / "out")

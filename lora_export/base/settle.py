@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from lora_export.base.ledger import Ledger
 from lora_export.base.quantised import Quantised
 from lora_export.base.tied_changes import alike, spread
-from lora_export.base.ties import FLAG, Tie, Ties, may_be_tied
-from lora_export.base.vocabulary import why_not_resized
+from lora_export.base.ties import FLAG, TOGETHER, Tie, Ties, may_be_tied
+from lora_export.base.vocabulary import resize_hint, why_not_resized
+from lora_export.plan import Refusal
 
 
 @dataclass
@@ -61,7 +62,7 @@ def _settle_tie(ledger: Ledger, tie: Tie, quantised: Quantised, result: Settled)
     found, wrong = spread(tie, ledger.changes)
     if wrong:
         reason = f"trained with ensure_weight_tying, and yet {' and '.join(found)} change differently"
-        ledger.refuse(found, reason)
+        ledger.refuse(found, Refusal("tied", reason))
         return
     first, *others = found
     stored = ledger.checkpoint.tensors
@@ -74,9 +75,11 @@ def _settle_tie(ledger: Ledger, tie: Tie, quantised: Quantised, result: Settled)
     if len(set(rows.values())) > 1:
         few = [name for name, count in rows.items() if count < max(rows.values())]
         reason = f"{', '.join(few)} needs {max(rows.values())} rows, too, and the adapter doesn't hold them"
+        refusal = Refusal("tied", reason, resize_hint(max(rows.values())))
     elif tie.refusal or tie.source in quantised.scaled:
         why = tie.refusal or f"{tie.source} is quantised, and codes can't be stored twice"
         reason = f"{' and '.join(found)} share one weight and would differ; {why}"
+        refusal = Refusal("tied", reason, tie.hint or TOGETHER)
     else:
         ledger.changes |= found
         result.untied = True
@@ -86,7 +89,7 @@ def _settle_tie(ledger: Ledger, tie: Tie, quantised: Quantised, result: Settled)
             for name in others
         ]
         return
-    ledger.refuse(found, reason)
+    ledger.refuse(found, refusal)
 
 
 def _settle_rows(ledger: Ledger, result: Settled) -> None:
@@ -94,7 +97,8 @@ def _settle_rows(ledger: Ledger, result: Settled) -> None:
     shapes = {ledger.sources.get(name, name): shape for name, shape in ledger.resized.items()}
     problem = why_not_resized(ledger.checkpoint, shapes)
     if problem:
-        ledger.refuse(list(ledger.resized), problem)
+        rows = max(shape[0] for shape in shapes.values())
+        ledger.refuse(list(ledger.resized), Refusal("shape", problem, resize_hint(rows)))
         return
     name, shape = next(iter(shapes.items()))
     old = ledger.checkpoint.tensors[name].shape[0]

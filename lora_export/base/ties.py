@@ -29,9 +29,10 @@ _EMBEDDINGS = {
 }
 # Classes with an output head over the vocabulary, by a part of their name.
 _LANGUAGE_MODELS = ("LM", "PreTraining", "ConditionalGeneration")
-_PARTED = (
-    "train the adapter with ensure_weight_tying=True, keep it beside the base (lora-export swap-onnx), "
-    "or leave its change of this parameter out (--allow-unmatched)"
+# What can be done about weights that have to stay one.
+TOGETHER = (
+    "train the adapter with ensure_weight_tying=True, or export the base to ONNX and keep the adapter beside "
+    "its weights (lora-export swap-onnx)"
 )
 
 
@@ -44,11 +45,13 @@ class Tie:
             first is the one that the others follow: the input embedding.
         source: The stored tensor whose values they have.
         refusal: Why they can't be given values of their own; empty if they can.
+        hint: What to do to the base, where that helps.
     """
 
     tensors: Mapping[str, str]
     source: str
     refusal: str = ""
+    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -162,14 +165,14 @@ def _why_together(checkpoint: Checkpoint, model: Any) -> str:
     kind = type(model).__name__
     other = build_model(checkpoint, untied_config(checkpoint.config))
     if other.get_expanded_tied_weights_keys(all_submodels=True):
-        return f"transformers ties them in every {kind}, whatever its config says: {_PARTED}"
+        return f"transformers ties them in every {kind}, whatever its config says"
     before, after = (_without_flag(one.config.to_dict()) for one in (model, other))
     changed = sorted(key for key in before if before[key] != after.get(key))
     if changed:
-        return f"{FLAG} changes {', '.join(changed)} of a {kind} as well: {_PARTED}"
+        return f"{FLAG} changes {', '.join(changed)} of a {kind} as well"
     readers = sorted({type(module).__name__ for module in model.modules() if _reads_flag(type(module))})
     if readers:
-        return f"{readers[0]} computes something else where {FLAG} is false: {_PARTED}"
+        return f"{readers[0]} computes something else where {FLAG} is false"
     return ""
 
 
@@ -206,16 +209,15 @@ def _by_names(checkpoint: Checkpoint, problem: str) -> Ties:
     known = len(embeddings) == 1 and _leaf(embeddings[0]) in _EMBEDDINGS
     # Others do more where tied: T5 scales its output then, BERT has a transform and a bias before it.
     plain = any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
-    refusal = ""
+    refusal = hint = ""
     if not plain or not known:
-        refusal = (
-            "the config says that embedding and output head are tied, and "
-            + (f"{problem}, which would know how" if problem else "it doesn't say how")
-            + ": save the base with tie_word_embeddings=False, or without its head"
+        refusal = "the config says that embedding and output head are tied, and " + (
+            f"{problem}, which would know how" if problem else "it doesn't say how"
         )
+        hint = "save the base with tie_word_embeddings=False, or without its head"
     head = heads[0] if heads else _HEAD_OF.get(str(config.get("model_type")), "lm_head.weight")
     note = f"tied weights were judged by their names: {problem}" if problem else ""
-    return Ties((Tie({name: name for name in [*embeddings, head]}, embeddings[0], refusal),), note)
+    return Ties((Tie({name: name for name in [*embeddings, head]}, embeddings[0], refusal, hint),), note)
 
 
 def _unsure(checkpoint: Checkpoint) -> Iterator[str]:

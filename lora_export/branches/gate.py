@@ -45,6 +45,7 @@ class BankGate:
     ) -> None:
         self._shapes = shapes
         self._unverified: dict[str, None] = {}
+        self._inputs = [value for value in graph.graph.inputs if value.shape]
         self.batch_input = _batch_input(graph, batch_input)
         assert self.batch_input.shape is not None
         self.batch = self.batch_input.shape[0]
@@ -236,9 +237,26 @@ class BankGate:
             raise SiteError(
                 f"{module.name}: the first axis of its activation is {first}, the batch is {self.batch} "
                 f"(of {self.batch_input.name}): its rows are not the batch's",
-                "name the input whose first axis is the batch with --batch-input, or leave the module out",
+                self._other_batch(first),
             )
         return False
+
+    def _other_batch(self, first: ir.SymbolicDim | int) -> str:
+        """Return what to do about an activation whose first axis is not the batch's."""
+        others = [str(value.name) for value in self._inputs if value.shape and value.shape[0] == first]
+        if others and first != self.batch:
+            return f"if that is the batch, give --batch-input {' or '.join(others)}"
+        batch = self.batch
+        if isinstance(first, int) and isinstance(batch, int) and batch < first and first % batch == 0:
+            return (
+                "the batch and another axis are one there, of fixed sizes: export the graph with a free "
+                "batch axis (torch.onnx.export's dynamic_shapes= with dynamo=True, else dynamic_axes=)"
+            )
+        why = "all rows share its result" if first == 1 else "the batch is not its first axis"
+        return (
+            f"{why}: train the adapters without this module, or change them between runs "
+            "(lora-export swap-onnx)"
+        )
 
 
 def _slots_of_ranks(module: ExposedModule) -> tuple[int, ...]:

@@ -50,8 +50,11 @@ _LORA = re.compile(
     r"^(?P<path>.+?)\.(?P<part>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)"
     r"(?P<leaf>\.weight|\.bias)?$"
 )
-# Needed to train only: VeLoRA's projection, Monteclora's sampler, the untrained copy of a module to save.
-_ASIDE = re.compile(r"\.(lora_velora_embed|lora_monteclora_sampler|original_module)(\.|$)")
+# Needed to train only: VeLoRA's projection, Monteclora's sampler, the untrained copy of a module to save, a
+# batch norm's count of batches.
+_ASIDE = re.compile(
+    r"\.(lora_velora_embed|lora_monteclora_sampler|original_module)(\.|$)|\.num_batches_tracked$"
+)
 _PROMPT_TUNERS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT",
                   "CPT", "CARTRIDGE")  # fmt: skip
 

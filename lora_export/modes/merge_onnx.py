@@ -85,9 +85,10 @@ def merge_onnx(
     loaded, factors = check_blend(adapters, weights, component)
     roundings: dict[str, Rounding] = {}
     merge = None
-    if base.is_dir() and dtype not in (None, "float32"):
+    if base.is_dir() and (dtype not in (None, "float32") or any(adapter.token_rows for adapter in loaded)):
         # A graph captured in this dtype holds rounded weights: the sum is made before, and rounded once.
-        merge = plan_merge(base, loaded, factors, dtype, allow_unmatched)
+        # Single rows of an embedding have a place in the folder alone.
+        merge = plan_merge(base, loaded, factors, dtype or "float32", allow_unmatched)
         if dry_run:
             return MergeReport(merge.placed.plan, {}, output_paths(out), merge.size_bytes, dry_run=True)
     reading = open_base(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
 
@@ -46,10 +46,14 @@ class KnownNames:
 
     Args:
         names: Dotted paths, wrappers taken off.
+        shape_of: Looks up the shape of one, where it is known.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(
+        self, names: Iterable[str], shape_of: Callable[[str], tuple[int, ...] | None] = lambda _: None
+    ) -> None:
         self.names = frozenset(names)
+        self._shape_of = shape_of
 
     @cached_property
     def _children(self) -> dict[str, set[str]]:
@@ -83,6 +87,10 @@ class KnownNames:
             return True
         named = (*variants(key), *per_expert(key, _EXPERTS))
         return any(all(name in self.names for name in variant.keys) for variant in named)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of a parameter under this very path; None where that is not known."""
+        return self._shape_of(name) if name in self.names else None
 
     def under(self, scope: str) -> list[str]:
         """Return the paths that end in ``scope`` and have parameters under them."""

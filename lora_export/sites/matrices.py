@@ -96,7 +96,7 @@ def find_matrix(target: Target, wanted: Array | None, find: Find) -> Site | Miss
             misses.append(found)
     if not fitting:
         # The more is known, the later a search fails: a place that doesn't fit says more than none.
-        told = [miss for miss in misses if miss.kind != "not found"] or misses
+        told = [miss for miss in misses if miss.kind not in ("not found", "nameless")] or misses
         return replace(told[0], target=target) if told else Miss(target, "", "not found")
     return _choose(target, wanted, fitting)
 
