@@ -14,11 +14,11 @@ from lora_export.adapter import Adapter
 from lora_export.base.copies import (
     Copied,
     are_judged,
-    part_of,
     refuse_copies,
     refuse_overwriting,
     untrained_note,
 )
+from lora_export.base.history import part_of
 from lora_export.branches.place import holds, refuse_exposed
 from lora_export.errors import GraphError, SiteError
 from lora_export.external_data import Change, merged_values
