@@ -60,12 +60,17 @@ def spread(tie: Tie, changes: Mapping[str, Sequence[Change]]) -> tuple[dict[str,
         common = [change for change in found[first] if change.adapter == adapter]
         for tensor in others:
             own = [change for change in found[tensor] if change.adapter == adapter]
-            if not own:
-                more = [*found[tensor], *(change for change in common if change.for_all)]
+            if any(change.is_tied for change in own):
+                wrong = wrong or not alike(own, common)
+            elif not any(_replaces(change) for change in own):
+                # PEFT puts the trained rows below the head's own LoRA.
+                more = [*(change for change in common if change.for_all), *found[tensor]]
                 found[tensor] = sorted(more, key=lambda change: change.adapter)
-            elif any(change.is_tied for change in own) and not alike(own, common):
-                wrong = True
     return found, wrong
+
+
+def _replaces(change: Change) -> bool:
+    return change.make(np.float32).values is not None
 
 
 def alike(one: Sequence[Change], two: Sequence[Change]) -> bool:
