@@ -123,7 +123,7 @@ class _Placer:
         self._checkpoint, self._are_judged = checkpoint, judged
         self._copied: list[Copied] = []
         self._warnings: list[str] = []
-        self._weight = 1.0
+        self._owner, self._weight = -1, 1.0
         self._names = Names(checkpoint)
         self._quantised, self._resize = quantised, resize
         self._ledger = Ledger(checkpoint)
@@ -154,7 +154,7 @@ class _Placer:
     def begin(self, adapter: Adapter, weight: float) -> None:
         """Find the base's names for all that one adapter changes: one change of names holds for it."""
         self._ledger.begin(adapter)
-        self._weight = weight
+        self._owner, self._weight = self._owner + 1, weight
         self._is_flattened = adapter.flattened
         named = named_of(adapter)
         self._renaming = self._names.rename(named, adapter.flattened, adapter.scope)
@@ -234,7 +234,7 @@ class _Placer:
             return [name], "", UNCHANGED
         if held is not None and (warning := untrained_note(adapter, path, values, held)):
             self._warnings.append(warning)
-        self._copied.append(Copied(name, name, path, adapter.name, self._weight, values))
+        self._copied.append(Copied(name, name, path, adapter.name, self._owner, self._weight, values))
         matrix = values.reshape(view_of(values.shape, name in self._stacked))
         self._ledger.add(name, lambda _: replacement(path, matrix))
         return [name], "", reason
@@ -274,7 +274,7 @@ class _Placer:
             return Patch(path, 0, 0, 1, bias.size, left=np.ones((1, 1), dtype), right=row)
 
         self._ledger.add(name, make)
-        self._copied.append(Copied(name, name, path, adapter.name, weight))
+        self._copied.append(Copied(name, name, path, adapter.name, self._owner, weight))
         return [name], "", reason
 
     def merged(self, module: LoraModule, adapter: Adapter, weight: float) -> tuple[list[str], str, str]:
@@ -299,7 +299,9 @@ class _Placer:
             layouts.append(layout)
             for placement in placements:
                 self._ledger.add(part.tensor, partial(_make, module, placement, weight))
-            self._copied.append(Copied(part.tensor, part.tensor, module.key, adapter.name, weight))
+            self._copied.append(
+                Copied(part.tensor, part.tensor, module.key, adapter.name, self._owner, weight)
+            )
         return [part.tensor for part in parts], layouts[0], parts[0].reason
 
     def _fit(

@@ -204,6 +204,15 @@ def test_a_change_of_what_another_replaces_is_refused(name: str, merged: Merged,
         assert any("'copy' replaces it" in p and "'lora'" in p for p in refused.value.problems)
 
 
+def test_two_adapters_of_one_name_are_two(merged: Merged, tmp_path: Path) -> None:
+    base = saved("olmo2", tmp_path / "base")
+    copy = trained(base, "olmo2", tmp_path / "one" / "adapter", 1, modules_to_save=["lm_head"])
+    lora = trained(base, "olmo2", tmp_path / "two" / "adapter", 2, target_modules=["lm_head"])
+    with pytest.raises(AdapterError) as refused:
+        merged(base, "olmo2", [copy, lora])
+    assert "was trained to change another one" in refused.value.problems[0]
+
+
 @pytest.mark.parametrize("weights", [[1.0, 1.0], [0.25, 0.75]])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_equal_copies_of_all_are_one(name: str, weights: list[float], merged: Merged, tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ class Copied:
         place: What is the same for two adapters that change the same weight.
         stored: The stored weight, as a manifest names it; of a part of one, with the parameter.
         parameter: Its path.
-        adapter: The adapter's name.
+        adapter: The adapter's name, which another one may have as well.
+        owner: Its position in the blend.
         weight: Its factor in the blend.
         values: The copy; None for what is added to the weight.
     """
@@ -52,6 +53,7 @@ class Copied:
     stored: str
     parameter: str
     adapter: str
+    owner: int
     weight: float
     values: Array | None = None
 
@@ -89,8 +91,8 @@ def refuse_overwriting(changes: Sequence[Copied], manifest: Path, adapters: Sequ
         manifest: What an earlier merge has written beside the base, if one has.
         adapters: The adapters.
     """
-    own = {adapter.name for adapter in adapters if _is_folder(adapter.base_model, manifest.parent)}
-    copies = [change for change in changes if change.values is not None and change.adapter not in own]
+    own = {n for n, adapter in enumerate(adapters) if _is_folder(adapter.base_model, manifest.parent)}
+    copies = [change for change in changes if change.values is not None and change.owner not in own]
     earlier = history_of(manifest).changed if copies else {}
     problems = [
         f"{change.parameter}: '{change.adapter}' holds a whole copy of it, which would replace what "
@@ -172,14 +174,14 @@ def _problem(found: Sequence[Copied], count: int) -> str:
         return ""
     first, *others = copies
     assert first.values is not None
-    parameter, holders = first.parameter, {change.adapter for change in copies}
+    parameter, holders = first.parameter, {change.owner for change in copies}
     for other in others:
         if other.values is not None and not is_same(first.values, other.values):
             return (
                 f"{parameter}: '{first.adapter}' and '{other.adapter}' each hold a whole copy of it, with "
                 "other values: only one could win"
             )
-    strangers = [change.adapter for change in found if change.adapter not in holders]
+    strangers = [change.adapter for change in found if change.owner not in holders]
     if strangers:
         return (
             f"{parameter}: '{first.adapter}' replaces it by its own copy, and '{strangers[0]}' was trained "
