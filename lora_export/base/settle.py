@@ -12,6 +12,8 @@ from lora_export.base.ties import FLAG, TOGETHER, Tie, Ties
 from lora_export.base.vocabulary import resize_hint, why_not_resized
 from lora_export.plan import Refusal
 
+_GROWS = "the vocabulary grows"
+
 
 @dataclass
 class Settled:
@@ -42,11 +44,29 @@ def settle(
         quantised: The base's quantised weights.
     """
     result = Settled()
-    if ledger.resized:
+    growing = set(ledger.resized)
+    if growing:
         _settle_rows(ledger, result)
+    _settle_ties(ledger, may_be_tied, ties_of, quantised, result)
+    if result.vocabulary and set(ledger.resized) != growing:
+        # The config has one number of tokens for all: with the rest grown, no model could be built.
+        why = f"{', '.join(sorted(growing - set(ledger.resized)))} can't be given more rows"
+        ledger.refuse(list(ledger.resized), Refusal("shape", f"{why}, and all have to have as many"))
+        result.vocabulary = None
+        result.notes = [note for note in result.notes if not note.startswith(_GROWS)]
+    return result
+
+
+def _settle_ties(
+    ledger: Ledger,
+    may_be_tied: Callable[[str], bool],
+    ties_of: Callable[[], Ties],
+    quantised: Quantised,
+    result: Settled,
+) -> None:
     names = [name for name, changes in ledger.changes.items() if changes and may_be_tied(name)]
     if not names:
-        return result
+        return
     ties = ties_of()
     touched = dict.fromkeys(tie for name in names if (tie := ties.of(name)) is not None)
     parted = [tie for tie in touched if _spread_over(ledger, tie) and _part(ledger, tie, ties, quantised)]
@@ -59,7 +79,6 @@ def settle(
         result.parted = [(name, source) for name, source in pairs if name not in ledger.checkpoint.tensors]
     if touched and ties.note:
         result.notes.append(ties.note)
-    return result
 
 
 def _spread_over(ledger: Ledger, tie: Tie) -> bool:
@@ -131,6 +150,6 @@ def _settle_rows(ledger: Ledger, result: Settled) -> None:
     old = ledger.checkpoint.tensors[name].shape[0]
     result.vocabulary = (old, shape[0])
     result.notes.append(
-        f"the vocabulary grows from {old} to {shape[0]} tokens; the base's tokenizer is copied as it is: "
+        f"{_GROWS} from {old} to {shape[0]} tokens; the base's tokenizer is copied as it is: "
         "take the one that was saved with the adapter"
     )
