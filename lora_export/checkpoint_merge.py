@@ -5,7 +5,6 @@ Sums are made in float32 (float64 where the base is) and rounded once to the typ
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from lora_export.adapter import Adapter
 from lora_export.base.copies import refuse_copies, refuse_overwriting
+from lora_export.base.history import history_of
 from lora_export.base.placed import Placed
 from lora_export.base.quantised import HINT, Quantised, find_quantised
 from lora_export.checkpoint import Checkpoint
@@ -172,12 +172,8 @@ def _refuse_dequantising(quantised: Quantised, dtype: str) -> None:
 
 
 def _refuse_merged(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
-    """Refuse an adapter that the base's own manifest says is in it already."""
-    try:
-        record = json.loads((checkpoint.folder / MANIFEST).read_text("utf-8"))
-        known = {entry["sha256"]: entry["name"] for entry in record["adapters"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return
+    """Refuse an adapter that is in the base already, by the manifests of the merges that led to it."""
+    known = history_of(checkpoint.folder / MANIFEST).adapters
     twice = [
         f"{adapter.name} (as '{known[adapter.sha256]}')"
         for adapter in adapters

@@ -29,6 +29,7 @@ from lora_export.base.ledger import Ledger
 from lora_export.base.placed import Added, Placed, view_of
 from lora_export.base.quantised import Quantised, quantised_notes
 from lora_export.base.settle import settle
+from lora_export.base.tied_layers import may_tie_layers
 from lora_export.base.ties import Ties, find_ties, may_be_tied
 from lora_export.base.vocabulary import grows, head_hint, resize_hint, rows_hint
 from lora_export.checkpoint import Checkpoint
@@ -122,7 +123,7 @@ class _Placer:
         self._checkpoint, self._are_judged = checkpoint, judged
         self._copied: list[Copied] = []
         self._warnings: list[str] = []
-        self._weight = 1.0
+        self._owner, self._weight = -1, 1.0
         self._names = Names(checkpoint)
         self._quantised, self._resize = quantised, resize
         self._ledger = Ledger(checkpoint)
@@ -143,10 +144,17 @@ class _Placer:
     def _ties(self) -> Ties:
         return find_ties(self._checkpoint)
 
+    @cached_property
+    def _layers_may_be_tied(self) -> bool:
+        return may_tie_layers(self._checkpoint.config)
+
+    def _may_be_tied(self, name: str) -> bool:
+        return may_be_tied(name) or self._layers_may_be_tied
+
     def begin(self, adapter: Adapter, weight: float) -> None:
         """Find the base's names for all that one adapter changes: one change of names holds for it."""
         self._ledger.begin(adapter)
-        self._weight = weight
+        self._owner, self._weight = self._owner + 1, weight
         self._is_flattened = adapter.flattened
         named = named_of(adapter)
         self._renaming = self._names.rename(named, adapter.flattened, adapter.scope)
@@ -188,7 +196,7 @@ class _Placer:
     def finish(self, notes: Sequence[str]) -> Placed:
         """Settle what shares a weight with others, and return the whole."""
         ledger = self._ledger
-        settled = settle(ledger, lambda: self._ties, self._quantised)
+        settled = settle(ledger, self._may_be_tied, lambda: self._ties, self._quantised)
         changes = {name: [c.make for c in changes] for name, changes in ledger.changes.items() if changes}
         said = [*notes, *self._notes, *settled.notes, *quantised_notes(self._quantised, changes)]
         return Placed(
@@ -226,7 +234,7 @@ class _Placer:
             return [name], "", UNCHANGED
         if held is not None and (warning := untrained_note(adapter, path, values, held)):
             self._warnings.append(warning)
-        self._copied.append(Copied(name, name, path, adapter.name, self._weight, values))
+        self._copied.append(Copied(name, name, path, adapter.name, self._owner, self._weight, values))
         matrix = values.reshape(view_of(values.shape, name in self._stacked))
         self._ledger.add(name, lambda _: replacement(path, matrix))
         return [name], "", reason
@@ -250,10 +258,13 @@ class _Placer:
         """Add the scaled bias of lora_B to the module's own bias."""
         assert module.lora_bias is not None
         path, bias = f"{module.path}.bias", module.lora_bias
-        parts = self._find(Named(path, "add to bias", module.component))
-        if isinstance(parts, Problem):
-            raise NoPlace("not found", "lora_bias needs a bias to be added to, and the base has none here")
-        name = parts[0].tensor
+        try:
+            name, reason = self._single(Named(path, "add to bias", module.component))
+        except NoPlace as problem:
+            if problem.refusal.kind != "not found":
+                raise
+            why = "lora_bias needs a bias to be added to, and the base has none here"
+            raise NoPlace("not found", why) from None
         if self._ledger.tensor(name).shape != bias.shape:
             shape = self._ledger.tensor(name).shape
             raise NoPlace("shape", f"{name} has shape {shape}, lora_bias {bias.shape}")
@@ -263,8 +274,8 @@ class _Placer:
             return Patch(path, 0, 0, 1, bias.size, left=np.ones((1, 1), dtype), right=row)
 
         self._ledger.add(name, make)
-        self._copied.append(Copied(name, name, path, adapter.name, weight))
-        return [name], "", parts[0].reason
+        self._copied.append(Copied(name, name, path, adapter.name, self._owner, weight))
+        return [name], "", reason
 
     def merged(self, module: LoraModule, adapter: Adapter, weight: float) -> tuple[list[str], str, str]:
         """Add ΔW where the module's weight, or each part of it, is stored."""
@@ -288,7 +299,9 @@ class _Placer:
             layouts.append(layout)
             for placement in placements:
                 self._ledger.add(part.tensor, partial(_make, module, placement, weight))
-            self._copied.append(Copied(part.tensor, part.tensor, module.key, adapter.name, weight))
+            self._copied.append(
+                Copied(part.tensor, part.tensor, module.key, adapter.name, self._owner, weight)
+            )
         return [part.tensor for part in parts], layouts[0], parts[0].reason
 
     def _fit(
@@ -368,7 +381,7 @@ class _Placer:
         if parts.kind == "ambiguous":
             raise NoPlace("ambiguous", str(parts))
         flattened = self._is_flattened and self._renaming.names[number] is None
-        tied = self._ties.absent(parameter, flattened) if may_be_tied(parameter) else None
+        tied = self._ties.absent(parameter, flattened) if self._may_be_tied(parameter) else None
         if tied is None:
             self._absent.append(named.key)
             raise NoPlace("not found", str(parts), head_hint(named.key, whole) if whole else "")

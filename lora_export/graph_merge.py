@@ -14,11 +14,11 @@ from lora_export.adapter import Adapter
 from lora_export.base.copies import (
     Copied,
     are_judged,
-    part_of,
     refuse_copies,
     refuse_overwriting,
     untrained_note,
 )
+from lora_export.base.history import part_of
 from lora_export.branches.place import holds, refuse_exposed
 from lora_export.errors import GraphError, SiteError
 from lora_export.external_data import Change, merged_values
@@ -101,7 +101,7 @@ def plan_changes(
         rows += [refused_row(adapter, miss) for miss in misses]
         refuse_unaccounted(adapter, rows)
         found.append((adapter, factor, sites))
-    copied = [change for adapter, factor, sites in found for change in _copied(adapter, factor, sites)]
+    copied = [change for number, item in enumerate(found) for change in _copied(number, *item)]
     refuse_copies(copied, adapters)
     refuse_overwriting(copied, manifest, adapters)
     changes, rounded = _changes(found, isolator)
@@ -114,7 +114,7 @@ def _is_copy(site: Site) -> bool:
     return site.target.action == "replace"
 
 
-def _copied(adapter: Adapter, factor: float, sites: Sequence[Site]) -> Iterator[Copied]:
+def _copied(owner: int, adapter: Adapter, factor: float, sites: Sequence[Site]) -> Iterator[Copied]:
     """Yield what an adapter changes, a constant (or some rows of one) each."""
     for site in sites:
         target = site.target
@@ -129,6 +129,7 @@ def _copied(adapter: Adapter, factor: float, sites: Sequence[Site]) -> Iterator[
                     name if whole else part_of(name, target.key),
                     target.key,
                     adapter.name,
+                    owner,
                     factor,
                     target.values if _is_copy(site) else None,
                 )

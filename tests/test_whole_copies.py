@@ -204,6 +204,15 @@ def test_a_change_of_what_another_replaces_is_refused(name: str, merged: Merged,
         assert any("'copy' replaces it" in p and "'lora'" in p for p in refused.value.problems)
 
 
+def test_two_adapters_of_one_name_are_two(merged: Merged, tmp_path: Path) -> None:
+    base = saved("olmo2", tmp_path / "base")
+    copy = trained(base, "olmo2", tmp_path / "one" / "adapter", 1, modules_to_save=["lm_head"])
+    lora = trained(base, "olmo2", tmp_path / "two" / "adapter", 2, target_modules=["lm_head"])
+    with pytest.raises(AdapterError) as refused:
+        merged(base, "olmo2", [copy, lora])
+    assert "was trained to change another one" in refused.value.problems[0]
+
+
 @pytest.mark.parametrize("weights", [[1.0, 1.0], [0.25, 0.75]])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_equal_copies_of_all_are_one(name: str, weights: list[float], merged: Merged, tmp_path: Path) -> None:
@@ -243,6 +252,25 @@ def test_a_copy_over_what_an_earlier_merge_changed_is_refused(name: str, tmp_pat
     merge_onnx(graph, [first], tmp_path / "merged.onnx", checkpoint=base)
     with pytest.raises(AdapterError, match="would undo an earlier merge"):
         merge_onnx(tmp_path / "merged.onnx", [second], tmp_path / "out.onnx", checkpoint=False)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_what_was_merged_before_the_last_merge_is_known(name: str, tmp_path: Path) -> None:
+    base, head = saved(name, tmp_path / "base"), MODELS[name][2]
+    first = trained(base, name, tmp_path / "first", 1, modules_to_save=[head])
+    second = trained(base, name, tmp_path / "second", 2)
+    third = trained(base, name, tmp_path / "third", 3, modules_to_save=[head])
+    merge_checkpoint(base, [first], tmp_path / "one")
+    merge_checkpoint(tmp_path / "one", [second], tmp_path / "two")
+    with pytest.raises(AdapterError, match="would undo an earlier merge") as refused:
+        merge_checkpoint(tmp_path / "two", [third], tmp_path / "three")
+    assert "'first'" in refused.value.problems[0]
+    with pytest.raises(AdapterError, match="merged into it already"):
+        merge_checkpoint(tmp_path / "two", [first], tmp_path / "three")
+    merge_onnx(graph_of(base, name, tmp_path / "zero.onnx"), [first], tmp_path / "one.onnx", checkpoint=base)
+    merge_onnx(tmp_path / "one.onnx", [second], tmp_path / "two.onnx", checkpoint=False)
+    with pytest.raises(AdapterError, match="would undo an earlier merge"):
+        merge_onnx(tmp_path / "two.onnx", [third], tmp_path / "three.onnx", checkpoint=False)
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["stored", "trained"])

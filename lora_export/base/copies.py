@@ -15,15 +15,15 @@ that was loaded last. Rules here:
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from lora_export.adapter import Adapter, Array
+from lora_export.base.history import history_of
 from lora_export.errors import AdapterError
 
 _HINT = (
@@ -43,7 +43,8 @@ class Copied:
         place: What is the same for two adapters that change the same weight.
         stored: The stored weight, as a manifest names it; of a part of one, with the parameter.
         parameter: Its path.
-        adapter: The adapter's name.
+        adapter: The adapter's name, which another one may have as well.
+        owner: Its position in the blend.
         weight: Its factor in the blend.
         values: The copy; None for what is added to the weight.
     """
@@ -52,6 +53,7 @@ class Copied:
     stored: str
     parameter: str
     adapter: str
+    owner: int
     weight: float
     values: Array | None = None
 
@@ -89,9 +91,9 @@ def refuse_overwriting(changes: Sequence[Copied], manifest: Path, adapters: Sequ
         manifest: What an earlier merge has written beside the base, if one has.
         adapters: The adapters.
     """
-    own = {adapter.name for adapter in adapters if _is_folder(adapter.base_model, manifest.parent)}
-    copies = [change for change in changes if change.values is not None and change.adapter not in own]
-    earlier = _merged_before(manifest) if copies else {}
+    own = {n for n, adapter in enumerate(adapters) if _is_folder(adapter.base_model, manifest.parent)}
+    copies = [change for change in changes if change.values is not None and change.owner not in own]
+    earlier = history_of(manifest).changed if copies else {}
     problems = [
         f"{change.parameter}: '{change.adapter}' holds a whole copy of it, which would replace what "
         f"{', '.join(map(repr, dict.fromkeys(earlier[change.stored])))} changed in this base"
@@ -108,32 +110,12 @@ def refuse_overwriting(changes: Sequence[Copied], manifest: Path, adapters: Sequ
         )
 
 
-def _merged_before(manifest: Path) -> Mapping[str, Sequence[str]]:
-    """Return stored weight → the adapters that a merge changed it for, by the merge's own manifest."""
-    found: dict[str, list[str]] = defaultdict(list)
-    try:
-        record = json.loads(manifest.read_text("utf-8"))
-        rows = [row for row in record["plan"]["rows"] if row["action"] not in ("refused", "unchanged")]
-        for row in rows:
-            for place in str(row["place"]).split(", "):
-                for stored in (place, part_of(place, row["parameter"])):
-                    found[stored].append(str(row["adapter"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return found
-
-
 def _is_folder(base_model: str | None, folder: Path) -> bool:
     """Whether an adapter names a folder as the base that it was trained on."""
     try:
         return bool(base_model) and Path(str(base_model)).resolve() == folder.resolve()
     except (OSError, ValueError):
         return False
-
-
-def part_of(stored: str, parameter: str) -> str:
-    """Return how a parameter is called that is some rows of a stored weight."""
-    return f"{stored} of {parameter}"
 
 
 def is_same(copy: Array, stored: Array) -> bool:
@@ -192,14 +174,14 @@ def _problem(found: Sequence[Copied], count: int) -> str:
         return ""
     first, *others = copies
     assert first.values is not None
-    parameter, holders = first.parameter, {change.adapter for change in copies}
+    parameter, holders = first.parameter, {change.owner for change in copies}
     for other in others:
         if other.values is not None and not is_same(first.values, other.values):
             return (
                 f"{parameter}: '{first.adapter}' and '{other.adapter}' each hold a whole copy of it, with "
                 "other values: only one could win"
             )
-    strangers = [change.adapter for change in found if change.adapter not in holders]
+    strangers = [change.adapter for change in found if change.owner not in holders]
     if strangers:
         return (
             f"{parameter}: '{first.adapter}' replaces it by its own copy, and '{strangers[0]}' was trained "

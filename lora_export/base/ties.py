@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from lora_export.base.meta_model import LoadedNames, build_model, model_names
 from lora_export.checkpoint import Checkpoint
 
@@ -29,6 +31,8 @@ _EMBEDDINGS = {
 }
 # Classes with an output head over the vocabulary, by a part of their name.
 _LANGUAGE_MODELS = ("LM", "PreTraining", "ConditionalGeneration")
+# At once: tensors of other values differ in the first.
+_COMPARED_BYTES = 1 << 20
 # What can be done about weights that have to stay one.
 TOGETHER = (
     "train the adapter with ensure_weight_tying=True, or export the base to ONNX and keep the adapter beside "
@@ -46,12 +50,14 @@ class Tie:
         source: The stored tensor whose values they have.
         refusal: Why they can't be given values of their own; empty if they can.
         hint: What to do to the base, where that helps.
+        apart: Tensors that the class ties to them, and that the file holds with other values.
     """
 
     tensors: Mapping[str, str]
     source: str
     refusal: str = ""
     hint: str = ""
+    apart: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -154,10 +160,27 @@ def _by_transformers(checkpoint: Checkpoint) -> Ties:
         stored = [held[name] for name in names if name in held]
         if not stored:
             continue
+        apart = [name for name in stored[1:] if not _hold_one(checkpoint, stored[0], name)]
         as_loaded = all(held.get(name, name) == name for name in names)
         tensors = {n: held.get(n) or (n if as_loaded else renaming.stored(n)) for n in names}
-        ties.append(Tie(tensors, stored[0], refusal))
+        one = {name: tensor for name, tensor in tensors.items() if tensor not in apart}
+        ties.append(Tie(one, stored[0], refusal, apart=tuple(apart)))
     return Ties(tuple(ties))
+
+
+def _hold_one(checkpoint: Checkpoint, one: str, two: str) -> bool:
+    """Whether two stored tensors are equal: transformers does not tie those that differ.
+
+    So FLAN-T5's head, whose config says ``tie_word_embeddings: false`` to a class that always ties.
+    Source: ``PreTrainedModel.tie_weights``, transformers 5.
+    """
+    a, b = checkpoint.tensors[one], checkpoint.tensors[two]
+    if (a.code, a.shape) != (b.code, b.shape):
+        return False
+    pair = [checkpoint.read(name).reshape(-1).view(np.uint8) for name in (one, two)]
+    starts = range(0, a.length, _COMPARED_BYTES)
+    parts = (slice(start, start + _COMPARED_BYTES) for start in starts)
+    return all(np.array_equal(pair[0][part], pair[1][part]) for part in parts)
 
 
 def _why_together(checkpoint: Checkpoint, model: Any) -> str:

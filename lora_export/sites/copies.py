@@ -130,7 +130,8 @@ def _named(site: Site, rest: Sequence[Use], modules: Set[str]) -> str:
             if not own and module is not None and module not in modules and _CALL.sub("", module) in calls:
                 # ``fc_1`` may be a second call of ``fc``, or a module of that name.
                 own = _holds_rows(site, use) is not False
-        if own:
+        # What was found by its values outvotes a name.
+        if own and (site.evidence != "content" or _holds_rows(site, use) is not False):
             return _in_the_graph_again(use)
     return ""
 
