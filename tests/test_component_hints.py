@@ -2,13 +2,16 @@
 
 import re
 
+import onnxruntime as ort
 import pytest
+import tiny
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lora_export import SiteError, merge_onnx
 from lora_export.cli import _run
 
 TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -147,6 +150,53 @@ def test_kohya_files_of_a_whole_model(make, in_front, tmp_path):
         torch.allclose(after[name], values + changes.get(name, 0), atol=1e-4)
         for name, values in before.items()
     )
+
+
+def siglip():
+    text = {**TOWER, "vocab_size": 32, "max_position_embeddings": 16, "projection_size": 16}
+    vision = {**TOWER, "image_size": 8, "patch_size": 4}
+    return transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
+
+
+class Hidden(nn.Module):
+    """A tower's last hidden state, under the tower's own paths."""
+
+    def __init__(self, tower):
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, x):
+        """Return it."""
+        return self.tower(x)[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "part", "other"),
+    [(clipseg, "clip.text_model", "clip.vision_model"), (siglip, "text_model", "vision_model")],
+    ids=["clipseg", "siglip"],
+)
+def test_a_graph_of_a_part_that_the_checkpoint_has_below_a_path(make, part, other, tmp_path):
+    torch.manual_seed(0)
+    model, x = make().eval(), torch.arange(1, 9).view(2, 4)
+    model.save_pretrained(tmp_path / "base")
+    tower = model.get_submodule(part).eval()
+    with torch.no_grad(), tiny.quiet():
+        torch.onnx.export(Hidden(tower).eval(), (x,), tmp_path / "part.onnx", input_names=["x"], dynamo=False)
+        targets = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+        peft = get_peft_model(tower, LoraConfig(**targets)).eval()
+        peft.save_pretrained(tmp_path / "peft")
+        expected = peft(x)[0].numpy()
+    given = {"adapters": tmp_path / "peft", "checkpoint": tmp_path / "base", "output": tmp_path / "m.onnx"}
+    with pytest.raises(SiteError) as caught:
+        merge_onnx(tmp_path / "part.onnx", **given)
+    assert set(re.findall(r"--component ([\w.:]+)", caught.value.hint)) == {part, other}
+    with pytest.raises(SiteError, match="not exported from this checkpoint") as caught:
+        merge_onnx(tmp_path / "part.onnx", component=other, **given)
+    assert "--component" in caught.value.hint
+    report = merge_onnx(tmp_path / "part.onnx", component=part, **given)
+    assert {row.proof for row in report.plan.rows} == {"values"}
+    session = ort.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    torch.testing.assert_close(torch.tensor(session.run(None, {"x": x.numpy()})[0]), torch.tensor(expected))
 
 
 def seq2seq(kind, **more):

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    DebertaV2Config,
-    DebertaV2ForSequenceClassification,
+    RoFormerConfig,
+    RoFormerForSequenceClassification,
 )
 
 from lora_export import bank_onnx, convert_adapter, merge_onnx, swap_onnx
@@ -27,18 +27,10 @@ SIZES = {
     "num_attention_heads": 2,
     "max_position_embeddings": 16,
 }
-POSITIONS = {
-    "relative_attention": True,
-    "pos_att_type": ["p2c", "c2p"],
-    "position_buckets": 4,
-    "norm_rel_ebd": "layer_norm",
-    "max_relative_positions": 16,
-}
 MODELS = {
     "bert": lambda: BertForSequenceClassification(BertConfig(**SIZES, attn_implementation="eager")),
-    "deberta": lambda: DebertaV2ForSequenceClassification(DebertaV2Config(**SIZES, **POSITIONS)),
+    "roformer": lambda: RoFormerForSequenceClassification(RoFormerConfig(**SIZES, embedding_size=16)),
 }
-TARGETS = {"bert": ["query", "dense"], "deberta": ["value_proj"]}
 
 
 class Logits(nn.Module):
@@ -72,7 +64,7 @@ def test_graphs_that_onnx_runtime_saved(name, tmp_path):
     with tiny.quiet(), torch.no_grad():
         torch.onnx.export(model, (x,), raw, input_names=["x"], dynamo=False)
         plain = model(x).numpy()
-        settings = LoraConfig(r=2, target_modules=TARGETS[name], init_lora_weights=False)
+        settings = LoraConfig(r=2, target_modules=["query", "dense"], init_lora_weights=False)
         trained = get_peft_model(model, settings).eval()
         trained.save_pretrained(tmp_path / "peft")
         adapted = trained(x).numpy()
@@ -80,6 +72,8 @@ def test_graphs_that_onnx_runtime_saved(name, tmp_path):
     options.optimized_model_filepath, options.log_severity_level = str(saved), 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     ort.InferenceSession(str(raw), options, providers=["CPUExecutionProvider"])
+    with pytest.raises(Exception, match="existing tensor"):
+        run(saved, x.numpy())
     swap_onnx(saved, swapped, adapter=tmp_path / "peft")
     convert_adapter(tmp_path / "peft", swapped, tmp_path / "a.safetensors")
     merge_onnx(saved, tmp_path / "peft", tmp_path / "merged.onnx")

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from lora_export.sites.known_names import KnownNames, has_index
 from lora_export.sites.likeness import matrix_of
 from lora_export.sites.names import Named, Prefix, flatten
 
 _SHOWN = 4
-# Parts that are tried: each costs as much as placing the adapter.
-_TRIED = 24
+# Parts that are tried, each at the cost of placing the adapter, and how many are enough to name.
+_TRIED = 256
+_ENOUGH = 24
 
 
 # The adapter's parameters below a part, and the part or None → for each the base's path, or None.
@@ -76,16 +78,16 @@ def offers_of(
             found[component] = _outcome(mine, known, place(mine, None))
     else:
         front = f"{components[0]}:" if components else ""
-        for part in _candidates(wanted, changes, flattened):
+        for part in islice(_candidates(wanted, changes, flattened), _TRIED):
             if part == given or (given and not part.startswith(f"{given}.")):
                 continue
             below = [one for one in wanted if _is_below(one.key, part, flattened)]
             placed, is_whole = _outcome(below or wanted, known, place(below or wanted, part))
             if below or is_whole:
                 found[front + part] = placed, is_whole
-            if len(found) == _TRIED:
+            if len(found) == _ENOUGH:
                 break
-    return _best(found, least, len(_low_rank(wanted)))
+    return _best(found, least, len(_low_rank(wanted)), "_" if flattened else ".")
 
 
 def _candidates(wanted: Sequence[Named], changes: Iterable[Prefix], flattened: bool) -> Iterator[str]:
@@ -135,7 +137,7 @@ def _low_rank(wanted: Sequence[Named]) -> list[int]:
     return [n for n, one in enumerate(wanted) if one.action == "merge"] or list(range(len(wanted)))
 
 
-def _best(found: dict[str, tuple[int, bool]], least: int, total: int) -> Offers:
+def _best(found: dict[str, tuple[int, bool]], least: int, total: int, mark: str) -> Offers:
     found = {part: (n, whole) for part, (n, whole) in found.items() if n > least or (whole and n == least)}
     is_whole = any(whole for _, whole in found.values())
     kept = {part: placed for part, (placed, whole) in found.items() if placed and whole == is_whole}
@@ -143,7 +145,7 @@ def _best(found: dict[str, tuple[int, bool]], least: int, total: int) -> Offers:
     short = [
         part
         for part, placed in kept.items()
-        if not any(part.startswith(f"{other}.") and kept[other] >= placed for other in kept)
+        if not any(part.startswith(f"{other}{mark}") and kept[other] >= placed for other in kept)
     ]
     # What places all of the adapter says more than a part of it that would be placed as well.
     options = [part for part in short if kept[part] == total] or short
