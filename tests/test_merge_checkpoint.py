@@ -245,6 +245,20 @@ def test_a_head_tied_in_another_way_is_refused(tmp_path):
         merge_checkpoint(base, adapter_of(module, UP), tmp_path / "out")
 
 
+@pytest.mark.parametrize("rows", [{"vocab_size": 9}, {"input_vocab_size": 9, "output_vocab_size": 9}, {}])
+@pytest.mark.parametrize("kinds", [["FooForCausalLM"], ["FooModel"], []])
+@pytest.mark.parametrize("table", ["emb", "input_embeds_layers.1"])
+def test_a_tie_of_an_unknown_class_is_never_a_guess(tmp_path, table, kinds, rows):
+    """The config says that something is tied, and nobody knows what to what."""
+    config = {"model_type": "foo", "tie_word_embeddings": True, "architectures": kinds, **rows}
+    tensors = {f"{table}.weight": torch.zeros(9, 4), "layers.0.up.weight": torch.zeros(6, 4)}
+    base = small_base(tmp_path / "base", config=config, **tensors)
+    with pytest.raises(SiteError, match="tied"):
+        merge_checkpoint(base, adapter_of(linear(table, 9, 4)), tmp_path / "out")
+    merge_checkpoint(base, adapter_of(linear("layers.0.up", 6, 4)), tmp_path / "out")
+    assert load_file(tmp_path / "out/model.safetensors")["layers.0.up.weight"].any()
+
+
 # --- orientation -------------------------------------------------------------------------------------
 
 

@@ -588,3 +588,13 @@ def test_a_wrong_adapter_is_refused_before_a_capture(tmp_path, monkeypatch, caps
         ]
         assert lora_export(*command) == 1
         assert "for another architecture" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flattened", [False, True])
+@pytest.mark.parametrize("scope", [None, "lm_heads", "embeds"])
+def test_an_index_alone_is_no_name(scope, flattened):
+    """Two lists of modules have nothing in common but their numbers (Bark's heads and embeddings)."""
+    keys = ["lm_heads_0.weight" if flattened else "lm_heads.0.weight"]
+    found = renamed(keys, ["embeds.0.weight", "embeds.1.weight"], scope=scope, flattened=flattened)
+    assert found.names == (None,) or found.problems
+    assert not found.hint.startswith("say which")

@@ -115,7 +115,8 @@ def find_ties(checkpoint: Checkpoint) -> Ties:
         return _by_names(checkpoint, "transformers is not installed (pip install 'lora-export[hf]')")
     except Exception as error:  # a model that this transformers can't build
         said = str(error).partition("\n")[0]
-        return _by_names(checkpoint, f"transformers can't build the model ({type(error).__name__}: {said})")
+        why = f"transformers can't build the model ({type(error).__name__}: {said})"
+        return _by_names(checkpoint, why, is_unknown=True)
 
 
 def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,11 +217,19 @@ def _reads_flag(kind: type) -> bool:
         return False
 
 
-def _by_names(checkpoint: Checkpoint, problem: str) -> Ties:
-    """Judge by the names of heads and embeddings, for models that transformers can't be asked about."""
+def _by_names(checkpoint: Checkpoint, problem: str, is_unknown: bool = False) -> Ties:
+    """Judge by the names of heads and embeddings, for models that transformers can't be asked about.
+
+    Args:
+        checkpoint: The base.
+        problem: Why transformers isn't asked.
+        is_unknown: It was asked, and knows no such model: the class's name says nothing either.
+    """
     config = checkpoint.config
     kinds = [str(kind) for kind in config.get("architectures") or []]
     headless = bool(kinds) and not any(part in kind for kind in kinds for part in _LANGUAGE_MODELS)
+    if headless and is_unknown:
+        return _unknown(checkpoint, problem)
     if headless or not tied_head(config):
         return Ties()
     heads = [name for name in checkpoint.tensors if _leaf(name) in _HEADS]
@@ -228,7 +237,7 @@ def _by_names(checkpoint: Checkpoint, problem: str) -> Ties:
         _unsure(checkpoint)
     )
     if not embeddings:
-        return Ties()
+        return _unknown(checkpoint, problem)
     known = len(embeddings) == 1 and _leaf(embeddings[0]) in _EMBEDDINGS
     # Others do more where tied: T5 scales its output then, BERT has a transform and a bias before it.
     plain = any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
@@ -249,6 +258,27 @@ def _unsure(checkpoint: Checkpoint) -> Iterator[str]:
     for name, tensor in checkpoint.tensors.items():
         if len(tensor.shape) == 2 and tensor.shape[0] == rows and may_be_tied(name):
             yield name
+
+
+def _unknown(checkpoint: Checkpoint, problem: str) -> Ties:
+    """Return each matrix that may share its weight as a tie of its own, which can't be changed.
+
+    Only where the config itself says that something is tied: with nothing known of the model, that may be any
+    table of as many rows as a vocabulary.
+    """
+    config = checkpoint.config
+    if config.get(FLAG) is not True:
+        return Ties()
+    rows = {value for key, value in config.items() if "vocab" in key and isinstance(value, int)}
+    why = f"the config says that weights are tied, and not which{f' ({problem})' if problem else ''}"
+    hint = f"save the base with {FLAG}=False and each weight for itself"
+    return Ties(
+        tuple(
+            Tie({name: name, f"what may be tied to {name}": f"what may be tied to {name}"}, name, why, hint)
+            for name, tensor in checkpoint.tensors.items()
+            if len(tensor.shape) == 2 and may_be_tied(name) and (not rows or tensor.shape[0] in rows)
+        )
+    )
 
 
 def _leaf(name: str) -> str:

@@ -234,6 +234,8 @@ class _Renamer:
 
     def _names(self, key: str, change: Prefix) -> list[str]:
         """Return the base's paths that a key may mean under a change; none where it does not fit."""
+        if change.strip and change.add and key[len(change.strip) + 1 :].rpartition(".")[0].isdigit():
+            return []  # Rule 3: of two lists of modules nothing but an index would be the same.
         if self._flattened:
             beside = change.strip and not self._is_below(key, change.strip) and has_index(key)
             return [] if beside else self._known.unflatten(key, change)
