@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
+from lora_export.branches.batch_rows import SAME, BatchRows
 from lora_export.branches.nodes import NodeWriter, model_names
 from lora_export.errors import SiteError
 from lora_export.exposed import WEIGHTS_INPUT, ExposedModule
@@ -25,7 +26,7 @@ class BankGate:
     Args:
         graph: The graph.
         slots: Number of slots.
-        shapes: Id of an activation → its shape, where it is known.
+        shapes: Id of a value → its shape, where it is known.
         batch_input: Name of the input whose first axis is the batch; the first input with a free one if
             left out.
         same_symbol: The weights' first axis has the batch's symbol, which TensorRT holds to be equal; else
@@ -48,6 +49,7 @@ class BankGate:
         self.batch_input = _batch_input(graph, batch_input)
         assert self.batch_input.shape is not None
         self.batch = self.batch_input.shape[0]
+        self._flow = BatchRows(graph.graph, shapes, self.batch, self.batch_input)
         self._same_symbol = same_symbol
         self._other_axes = {
             str(size) for value in graph.graph.inputs if value.shape is not None for size in value.shape
@@ -112,18 +114,18 @@ class BankGate:
         """Combine a value with what each row of the batch has: ``of_row`` is ``[batch, count]``."""
         dtype, shape = value.dtype, self._shapes.get(id(x))
         assert dtype is not None
+        known = shape is not None and self._has_batch_in_front(shape, module)
+        in_front = self._rows_in_front(module, x)
         if module.kind == "conv":
-            if shape is not None:
-                self._has_batch_in_front(shape, module)
             behind = [1 for _ in module.kernel]
             shaped = self._shape(of_row, f"{len(behind)} behind", [0, -1, *behind])
             return write.add(anchor, operator, [value, shaped], name, dtype=dtype)
-        if shape is not None and self._has_batch_in_front(shape, module):
+        if shape is not None and known:
             axes = len(shape) + 1 if module.kind == "embedding" else len(shape)
             shaped = self._shape(of_row, f"{axes} before", [0, *(1 for _ in range(axes - 2)), count])
             return write.add(anchor, operator, [value, shaped], name, dtype=dtype)
         # An activation (batch · sequence, in_dim), or of unknown shape: the batch is outermost.
-        if not (shape is not None and len(shape) == 2 and str(self.batch) in str(shape[0]).split("*")):
+        if not in_front:
             self._unverified[module.name] = None
         shaped = self._shape(of_row, "3 before", [0, 1, count])
         rows = write.add(anchor, "Reshape", [value, self._rows(count)], f"{name}.rows", dtype=dtype)
@@ -221,6 +223,20 @@ class BankGate:
         return self._sizes[total]
 
     # --- does the activation have the batch in front? -----------------------------------------------
+
+    def _rows_in_front(self, module: ExposedModule, x: ir.Value) -> bool:
+        """Whether the batch's rows are outermost; `SiteError` if the graph puts something outside of them."""
+        rows = self._flow.of(x)
+        if rows is None or rows == SAME or rows.in_front:
+            return rows is not None and rows.in_front
+        inside = f"inside of another size along axis {rows.axis} (sequence·batch, or several batches)"
+        where = f"along axis {rows.axis}" if rows.outermost else inside
+        raise SiteError(
+            f"{module.name}: the rows of the batch (of {self.batch_input.name}) lie {where} of its "
+            f"activation {x.name}; a bank takes rows that are outermost along the first axis",
+            "leave the module out, keep the adapter beside the base with swap-onnx, or name another input "
+            "with --batch-input",
+        )
 
     def _has_batch_in_front(self, shape: ir.Shape, module: ExposedModule) -> bool:
         """Whether the activation is known to have the batch in front; `SiteError` if it is known not to.

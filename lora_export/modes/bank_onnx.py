@@ -120,8 +120,7 @@ def bank_onnx(
         # Slots that are replaced are rectangles of one B.
         packed, cut = pack or fuse_base, resident == "initializers"
         bundles = [with_ranks(bundle, ranks) for bundle in bundles_of(branches, packed, cut)]
-        activations = [piece.call.x for bundle in bundles for piece in bundle.pieces]
-        shapes = shapes_of(opened.graph.model, activations)
+        shapes = shapes_of(opened.graph.model)
         gate = BankGate(opened.graph, len(loaded), shapes, batch_input, same_symbol=flavour == "tensorrt")
         record = ExposedGraph(
             "bank",
