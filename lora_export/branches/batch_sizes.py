@@ -16,6 +16,7 @@ OTHER: Literal["other"] = "other"
 Size = int | Literal["batch", "times", "other"] | None
 SizeOf = Callable[[ir.Value, int], Size]
 _PASSED = {"Cast", "Identity", "Unsqueeze", "Squeeze"}
+_MANY_AXES = 16
 _ARITHMETIC = {"Add", "Div", "Mod", "Mul", "Sub"}
 
 
@@ -85,30 +86,25 @@ def _of_shape(node: ir.Node, size_of: SizeOf) -> list[Size] | None:
 
 
 def _chosen(node: ir.Node, size_of: SizeOf) -> list[Size] | None:
-    """One or some axes of a Shape."""
-    maker = node.inputs[0].producer() if node.inputs[0] is not None else None
-    bounds = [sizes_of(part, size_of) for part in node.inputs[1:]]
-    plain = (
-        maker is not None
-        and maker.op_type == "Shape"
-        and not maker.attributes
-        and maker.inputs[0] is not None
-    )
-    if not plain or any(part is None or len(part) != 1 or not isinstance(part[0], int) for part in bounds):
-        return [None] if node.op_type == "Gather" else None
-    assert maker is not None
-    source = maker.inputs[0]
-    assert source is not None
-    numbers = [part[0] for part in bounds if part is not None and isinstance(part[0], int)]
-    if node.op_type == "Gather":
-        return [size_of(source, numbers[0])]
-    start, end, *rest = numbers
-    if rest[1:] not in ([], [1]):
+    """One or some numbers of a vector, mostly of a Shape."""
+    lost: list[Size] | None = [None] if node.op_type == "Gather" else None
+    vector = node.inputs[0]
+    bounds = [numbers_of(part) for part in node.inputs[1:]]
+    if vector is None or any(bound is None or len(bound) != 1 for bound in bounds):
+        return lost
+    numbers = [bound[0] for bound in bounds if bound is not None]
+    start, end = (numbers[0], numbers[0] + 1) if node.op_type == "Gather" else (numbers[0], numbers[1])
+    if node.op_type == "Slice" and numbers[3:] not in ([], [1]):
         return None
-    if 0 <= start < end < 16:
-        return [size_of(source, axis) for axis in range(start, end)]
-    count = None if source.shape is None else len(source.shape)
-    return None if count is None else [size_of(source, axis) for axis in range(count)[start:end]]
+    whole = sizes_of(vector, size_of)
+    if whole is not None:
+        return whole[start : end or None] if start == -1 else whole[start:end]
+    maker = vector.producer()
+    plain = maker is not None and maker.op_type == "Shape" and not maker.attributes
+    if maker is None or maker.inputs[0] is None or not plain or not 0 <= start < end < _MANY_AXES:
+        return lost
+    # Of an activation whose rank is unknown.
+    return [size_of(maker.inputs[0], axis) for axis in range(start, end)]
 
 
 def _computed(operator: str, sizes: Sequence[Size]) -> Size:

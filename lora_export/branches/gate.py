@@ -46,6 +46,7 @@ class BankGate:
     ) -> None:
         self._shapes = shapes
         self._unverified: dict[str, None] = {}
+        self._misplaced: dict[str, str] = {}
         self.batch_input = _batch_input(graph, batch_input)
         assert self.batch_input.shape is not None
         self.batch = self.batch_input.shape[0]
@@ -132,6 +133,21 @@ class BankGate:
         combined = write.add(anchor, operator, [rows, shaped], f"{name}.of_rows", dtype=dtype)
         back = write.add(anchor, "Shape", [value], f"{name}.shape", dtype=ir.DataType.INT64)
         return write.add(anchor, "Reshape", [combined, back], name, dtype=dtype)
+
+    def refuse(self) -> None:
+        """Raise `SiteError` for all modules whose rows would get another row's adapter.
+
+        Raises:
+            SiteError: There are some; all are listed.
+        """
+        if self._misplaced:
+            raise SiteError(
+                f"{len(self._misplaced)} modules read activations without the batch in front: a bank takes "
+                "rows that are outermost along the first axis",
+                "leave these modules out, keep the adapter beside the base with swap-onnx, or name another "
+                "input with --batch-input",
+                list(self._misplaced.values()),
+            )
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -225,21 +241,21 @@ class BankGate:
     # --- does the activation have the batch in front? -----------------------------------------------
 
     def _rows_in_front(self, module: ExposedModule, x: ir.Value) -> bool:
-        """Whether the batch's rows are outermost; `SiteError` if the graph puts something outside of them."""
+        """Whether the batch's rows are outermost; `refuse` if the graph puts something outside of them."""
         rows = self._flow.of(x)
         if rows is None or rows == SAME or rows.in_front:
             return rows is not None and rows.in_front
         inside = f"inside of another size along axis {rows.axis} (sequence·batch, or several batches)"
         where = f"along axis {rows.axis}" if rows.outermost else inside
-        raise SiteError(
+        self._misplaced.setdefault(
+            module.name,
             f"{module.name}: the rows of the batch (of {self.batch_input.name}) lie {where} of its "
-            f"activation {x.name}; a bank takes rows that are outermost along the first axis",
-            "leave the module out, keep the adapter beside the base with swap-onnx, or name another input "
-            "with --batch-input",
+            f"activation {x.name}",
         )
+        return False
 
     def _has_batch_in_front(self, shape: ir.Shape, module: ExposedModule) -> bool:
-        """Whether the activation is known to have the batch in front; `SiteError` if it is known not to.
+        """Whether the activation is known to have the batch in front; `refuse` if it is known not to.
 
         In between are products (``batch*sequence``) and symbols that exporters make up. Two axes without a
         name are equal only in a shape that can't be flattened: those with further axes.
@@ -249,10 +265,10 @@ class BankGate:
         if first == self.batch and not (unnamed and len(shape) <= flat):
             return True
         if isinstance(first, int) or str(first) in self._other_axes:
-            raise SiteError(
+            self._misplaced.setdefault(
+                module.name,
                 f"{module.name}: the first axis of its activation is {first}, the batch is {self.batch} "
                 f"(of {self.batch_input.name}): its rows are not the batch's",
-                "name the input whose first axis is the batch with --batch-input, or leave the module out",
             )
         return False
 

@@ -136,6 +136,7 @@ def bank_onnx(
         caster = Caster()
         tensors = _tensors(opened.graph, record, union.loras, bundles, caster)
         sums = BranchWriter(opened.graph, gate, gemm=packed and flavour == "ort").write(bundles, tensors)
+        gate.refuse()
         plan = union.plan([*notes, *gate.notes, *caster.notes()])
         plan = opened.verified(replace(plan, warnings=tuple(cut_off(sums))))
         report = ExposeReport(plan, record, paths, dry_run=dry_run, warnings=tuple(caster.warnings()))
