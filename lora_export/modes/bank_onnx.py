@@ -126,8 +126,7 @@ def bank_onnx(
         # Slots that are replaced are rectangles of one B.
         packed, cut = pack or fuse_base, resident == "initializers"
         bundles = [with_ranks(bundle, ranks) for bundle in bundles_of(branches, packed, cut)]
-        activations = [piece.call.x for bundle in bundles for piece in bundle.pieces]
-        shapes = shapes_of(opened.graph.model, activations)
+        shapes = shapes_of(opened.graph.model)
         gate = BankGate(opened.graph, len(loaded), shapes, batch_input, same_symbol=flavour == "tensorrt")
         record = ExposedGraph(
             "bank",
@@ -143,6 +142,7 @@ def bank_onnx(
         caster = Caster()
         tensors = _tensors(opened.graph, record, union.loras, bundles, caster)
         sums = BranchWriter(opened.graph, gate, gemm=packed and flavour == "ort").write(bundles, tensors)
+        gate.refuse()
         plan = union.plan([*notes, *gate.notes, *caster.notes()])
         plan = opened.verified(replace(plan, warnings=tuple(cut_off(sums))))
         report = ExposeReport(plan, record, paths, dry_run=dry_run, warnings=tuple(caster.warnings()))
