@@ -607,9 +607,8 @@ def test_a_bank_without_adapters(tmp_path):
 def test_dora_is_refused(tmp_path):
     given = {"a": FC["a"], "d": adapter(lora("fc", OUT, IN, magnitude=magnitude(OUT)))}
     caught = refused(bank_onnx, fc_base(LAYOUTS["3-D"][0], tmp_path), given)
-    reason = reasons(caught)["fc.weight"]
-    assert "DoRA" in reason
-    assert "swap-onnx --dora" in reason
+    assert "DoRA" in reasons(caught)["fc.weight"]
+    assert "swap-onnx --dora" in caught.hint
 
 
 def test_a_rank_above_the_slots(tmp_path):

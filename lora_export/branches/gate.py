@@ -19,7 +19,6 @@ from lora_export.errors import SiteError
 from lora_export.exposed import WEIGHTS_INPUT, ExposedModule
 from lora_export.graph import GraphFile
 
-
 _INSTEAD = "train the adapters without this module, or change them between runs (lora-export swap-onnx)"
 
 
@@ -252,8 +251,8 @@ class BankGate:
         inside = f"inside of another size along axis {rows.axis} (sequence·batch, or several batches)"
         where = f"along axis {rows.axis}" if rows.outermost else inside
         reason = (
-            f"{module.name}: the rows of the batch (of {self.batch_input.name}) lie {where} of its activation "
-            f"{x.name}"
+            f"{module.name}: the rows of the batch (of {self.batch_input.name}) lie {where} of its "
+            f"activation {x.name}"
         )
         self._misplaced.setdefault(module.name, (reason, f"the batch is not outermost: {_INSTEAD}"))
         return False
