@@ -88,12 +88,12 @@ class Ties:
                 fewer.
             flattened: The module path's dots are underscores.
         """
-        found = {
-            tie.tensors[name]: tie
-            for tie in self.ties
-            for name in tie.tensors
-            if _same(_flat(name) if flattened else name, parameter)
-        }
+        names = {_flat(name) if flattened else name: (tie, name) for tie in self.ties for name in tie.tensors}
+        if parameter in names:
+            # Another may end like it: a head that is tied to one of the decoder's.
+            tie, name = names[parameter]
+            return tie, tie.tensors[name]
+        found = {tie.tensors[name]: tie for own, (tie, name) in names.items() if _same(own, parameter)}
         if len(found) != 1:
             return None
         ((tensor, tie),) = found.items()

@@ -101,7 +101,11 @@ def _chosen(node: ir.Node, size_of: SizeOf) -> list[Size] | None:
         return whole[start : end or None] if start == -1 else whole[start:end]
     maker = vector.producer()
     plain = maker is not None and maker.op_type == "Shape" and not maker.attributes
-    if maker is None or maker.inputs[0] is None or not plain or not 0 <= start < end < _MANY_AXES:
+    if maker is None or maker.inputs[0] is None or not plain:
+        return lost
+    if node.op_type == "Gather":
+        return [size_of(maker.inputs[0], start)]
+    if not 0 <= start < end < _MANY_AXES:
         return lost
     # Of an activation whose rank is unknown.
     return [size_of(maker.inputs[0], axis) for axis in range(start, end)]
