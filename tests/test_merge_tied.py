@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from lora_export.base.tied_layers import may_tie_layers
-from lora_export.base.ties import find_ties, untied_config
+from lora_export.base.ties import Tie, Ties, find_ties, untied_config
 from lora_export.checkpoint import Checkpoint
 from lora_export.errors import SiteError
 from lora_export.modes.merge_checkpoint import merge_checkpoint
@@ -414,3 +414,14 @@ def test_a_base_without_a_model_type_is_not_asked_about(tmp_path):
     save_file({"up.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
     assert find_ties(Checkpoint.open(tmp_path)).ties == ()
+
+
+@pytest.mark.parametrize("flattened", [False, True])
+@pytest.mark.parametrize("stored", ["decoder.head.0.weight", "model.decoder.head.0.weight"])
+def test_a_parameters_own_path_outdoes_another_that_ends_like_it(stored, flattened):
+    """Detectors tie their heads to the decoder's, of which they are the end."""
+    tie = Tie({stored: stored, "head.0.weight": "head.0.weight"}, stored)
+    assert Ties((tie,)).absent("head_0.weight" if flattened else "head.0.weight", flattened) == (
+        tie,
+        "head.0.weight",
+    )
