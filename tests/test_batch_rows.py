@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from branch_graphs import lora, refused, run_bank
+from branch_graphs import lora, refused, run_bank, table_lora
 from peft import LoraConfig, get_peft_model
 from small_graphs import adapter, graph, random, save
 from torch import nn
@@ -176,3 +176,15 @@ def test_what_can_not_be_followed_is_said(before, is_known, tmp_path):
     base = save(graph(text, {"fc.weight": random(IN, OUT)}, head=head), tmp_path)
     report = bank_onnx(base, {"a": adapter(lora("fc", OUT, IN))}, tmp_path / "bank.onnx")
     assert any("doesn't tell the first axis" in note for note in report.plan.notes) is not is_known
+
+
+@pytest.mark.parametrize("operator", ["Identity", "Abs"])
+def test_one_number_for_the_whole_batch_is_refused(operator, tmp_path):
+    text = (
+        f"g (int64[b,s] x, int64 n) => (float[b,s,6] y) {{ m = {operator} (n) [one] u = Gather (t_weight, m) "
+        "[all] v = Gather (t_weight, x) y = Add (v, u) }"
+    )
+    names = {"one": "t", "all": "t"}
+    base = save(graph(text, {"t.weight": random(9, OUT)}, names), tmp_path)
+    caught = refused(bank_onnx, base, {"a": adapter(table_lora("t", 9, OUT))})
+    assert "t: its activation is one number" in str(caught)

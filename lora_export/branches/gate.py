@@ -263,6 +263,11 @@ class BankGate:
         In between are products (``batch*sequence``) and symbols that exporters make up. Two axes without a
         name are equal only in a shape that can't be flattened: those with further axes.
         """
+        if not len(shape):
+            self._misplaced.setdefault(
+                module.name, f"{module.name}: its activation is one number for the whole batch"
+            )
+            return False
         first, flat = shape[0], 1 if module.kind == "embedding" else 2
         unnamed = isinstance(first, ir.SymbolicDim) and first.value is None
         if first == self.batch and not (unnamed and len(shape) <= flat):
