@@ -264,9 +264,8 @@ class BankGate:
         name are equal only in a shape that can't be flattened: those with further axes.
         """
         if not len(shape):
-            self._misplaced.setdefault(
-                module.name, f"{module.name}: its activation is one number for the whole batch"
-            )
+            reason = f"{module.name}: its activation is one number for the whole batch"
+            self._misplaced.setdefault(module.name, (reason, f"all rows share its result: {_INSTEAD}"))
             return False
         first, flat = shape[0], 1 if module.kind == "embedding" else 2
         unnamed = isinstance(first, ir.SymbolicDim) and first.value is None
