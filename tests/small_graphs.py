@@ -13,9 +13,10 @@ import onnxruntime as ort
 
 from lora_export import Adapter, LoraModule, SiteError, merge_onnx
 
-# Operators that exporters fold a batch norm into: a weight's name alone is no proof there, as in real graphs
-# their nodes say of which module they are.
-_FOLDING = ("Gemm", "FusedGemm", "GemmFastGelu", "Conv", "FusedConv", "NhwcConv", "ConvTranspose")
+# Operators that hold matrices: a weight's name alone is no proof there, as in real graphs their nodes say of
+# which module they are.
+_MATRICES = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "GemmFastGelu")
+_MATRICES += ("Conv", "FusedConv", "NhwcConv", "ConvTranspose")
 _PASSED = ("Transpose", "Cast", "Identity", "QuantizeLinear", "DequantizeLinear")
 HEAD = '<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>'
 
@@ -51,7 +52,7 @@ def graph(
             node.outputs[0].name = str(node.outputs[0].name).replace("_weight", ".weight")
         if scopes and node.name in scopes:
             node.metadata_props["pkg.torch.onnx.name_scopes"] = repr(["", scopes[node.name], "op"])
-        elif not node.name and node.op_type in _FOLDING and (path := _path(node)):
+        elif not node.name and node.op_type in _MATRICES and (path := _path(node)):
             node.name = f"/{path.replace('.', '/')}/{node.op_type}"
     return model
 
