@@ -1,4 +1,4 @@
-"""Constants that a tool has smoothed, permuted or exchanged, in graphs whose nodes no longer say their modules.
+"""Constants that a tool has smoothed, permuted or exchanged; the nodes no longer say their modules.
 
 Each change keeps what the graph computes: with the right placement the merge is PEFT's model.
 """
@@ -113,7 +113,9 @@ class Case:
         self.checkpoint, self.adapter, self.graph = folder / "base", folder / "adapter", folder / "g.onnx"
         self.checkpoint.mkdir()
         save_file(base.state_dict(), self.checkpoint / "model.safetensors")
-        weights = {name: module.weight.detach().numpy().T.copy() for name, module in base.mlp.named_children()}
+        weights = {
+            name: module.weight.detach().numpy().T.copy() for name, module in base.mlp.named_children()
+        }
         CHANGES[change](kind, weights)
         names_of = {name: name for name in weights}
         if change == "exchanged":
@@ -134,9 +136,7 @@ class Case:
                 self.wanted = tuned(torch.from_numpy(X)).numpy()
             tuned.save_pretrained(self.adapter)
 
-    def _write(
-        self, kind: type[nn.Module], weights: Weights, names_of: dict[str, str], names: bool
-    ) -> None:
+    def _write(self, kind: type[nn.Module], weights: Weights, names_of: dict[str, str], names: bool) -> None:
         nodes = []
         for operator, first, second, output in kind.NODES:
             constant = f"mlp.{names_of[second]}.weight" if second in weights else second
@@ -144,7 +144,9 @@ class Case:
             nodes.append(helper.make_node(operator, [first, *filter(None, [constant])], [output], name))
         shape = ["batch", "sequence", D]
         ports = [[helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)] for name in "xy"]
-        constants = [numpy_helper.from_array(v, f"mlp.{names_of[name]}.weight") for name, v in weights.items()]
+        constants = [
+            numpy_helper.from_array(v, f"mlp.{names_of[name]}.weight") for name, v in weights.items()
+        ]
         graph = helper.make_graph(nodes, "g", *ports, constants)
         onnx.save(
             helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), self.graph
@@ -154,7 +156,9 @@ class Case:
 def run(graph: Path) -> np.ndarray:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"]).run(None, {"x": X})[0]
+    return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"]).run(None, {"x": X})[
+        0
+    ]
 
 
 @pytest.mark.parametrize(("model", "change"), itertools.product(MODELS, CHANGES))
@@ -175,11 +179,14 @@ def test_without_the_checkpoint_it_is_refused(model, change, tmp_path):
 @pytest.mark.parametrize(("model", "change"), itertools.product(MODELS, CHANGES))
 def test_with_the_checkpoint_it_is_refused_or_right(model, change, tmp_path):
     case = Case(model, change, tmp_path)
+    refused: list[str] = []
     try:
         merge_onnx(case.graph, case.adapter, tmp_path / "m.onnx", checkpoint=case.checkpoint)
-    except LoraExportError as refused:
-        assert change in ("scaled", "permuted"), refused.problems
-        assert refused.problems
+    except LoraExportError as error:
+        refused = list(error.problems)
+    if not (tmp_path / "m.onnx").exists():
+        assert change in ("scaled", "permuted"), refused
+        assert refused
         return
     assert tiny.relative_error(run(tmp_path / "m.onnx"), case.wanted) < 2e-6
 

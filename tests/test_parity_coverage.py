@@ -1,4 +1,4 @@
-"""Rows of embeddings that the adapter changes: a wrong one fails, or the report says that nothing reads it."""
+"""Rows of embeddings that the adapter changes: a wrong one fails, or the report says that none reads it."""
 
 from __future__ import annotations
 
@@ -91,7 +91,9 @@ def checkpoint(name: str) -> Path:
         model = MODELS[name].make().eval()
         model.save_pretrained(folder / "base")
         capture_onnx(folder / "base", folder / "base.onnx")
-        tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=list(MODELS[name].targets)))
+        tuned = get_peft_model(
+            model, LoraConfig(r=4, lora_alpha=8, target_modules=list(MODELS[name].targets))
+        )
         with torch.no_grad():
             for path, parameter in tuned.named_parameters():
                 if parameter.requires_grad:
@@ -114,7 +116,9 @@ def export(name: str, mode: str) -> Path:
 
 def check(name: str, candidate: Path, reference: Path | None = None, **options: Any) -> Any:
     adapters = {"a": load_adapter(checkpoint(name) / "adapter")}
-    return check_parity(reference or checkpoint(name) / "base", candidate, adapters, localise=False, **options)
+    return check_parity(
+        reference or checkpoint(name) / "base", candidate, adapters, localise=False, **options
+    )
 
 
 def zeroed(name: str, table: str, rows: list[int], folder: Path) -> Path:
@@ -124,7 +128,9 @@ def zeroed(name: str, table: str, rows: list[int], folder: Path) -> Path:
         values[rows] = 0
         return values
 
-    return broken.edited(export(name, "merged"), folder / "wrong.onnx", broken.changed_constant(table, change))
+    return broken.edited(
+        export(name, "merged"), folder / "wrong.onnx", broken.changed_constant(table, change)
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -218,7 +224,9 @@ def _looked_up(graph: Path, rows: int) -> list[str]:
     """Return the constants of so many rows that a Gather reads."""
     model = onnx.load(graph)
     tables = {tensor.name for tensor in model.graph.initializer if tensor.dims[:1] == [rows]}
-    return [node.input[0] for node in model.graph.node if node.op_type == "Gather" and node.input[0] in tables]
+    return [
+        node.input[0] for node in model.graph.node if node.op_type == "Gather" and node.input[0] in tables
+    ]
 
 
 @pytest.mark.parametrize(("name", "table"), [("bert", "word_embeddings"), ("gpt2", "wte")])

@@ -1,7 +1,7 @@
 """Feeds beside the usual ones, for rows of embeddings that these leave unread.
 
-The usual ones are short, so that of a table of positions most rows are read by none. What is added is within a
-few times their cost:
+The usual ones are short, so that of a table of positions most rows are read by none. What is added is within
+a few times their cost:
 
 1. for a table that is read by position, one input as long as the table, the model and `_TOKENS` allow;
 2. for a vocabulary, one input with the ids that are left, where it can hold all of them. Of a large
@@ -40,9 +40,7 @@ class FurtherFeeds:
         seed: Of the values.
     """
 
-    def __init__(
-        self, sides: Sides, coverage: Coverage, batches: Sequence[int] | None, seed: int
-    ) -> None:
+    def __init__(self, sides: Sides, coverage: Coverage, batches: Sequence[int] | None, seed: int) -> None:
         about = sides.candidate.about
         self._sides, self._coverage, self._seed = sides, coverage, seed
         self._ports, self._captured = about.ports, about.captured
@@ -105,7 +103,8 @@ class FurtherFeeds:
 
     def _meant(self) -> list[int]:
         """Return all token ids but the padding's: RoBERTa gives that one no position of its own."""
-        right, special = self._sides.reference, set(range(_SPECIAL))
+        right = self._sides.reference
+        special: set[int | None] = set(range(_SPECIAL))
         if isinstance(right, CheckpointReference):
             special = {getattr(getattr(right.model.module, "config", None), "pad_token_id", None)}
         ids = np.random.default_rng(self._seed).permutation(self._vocabulary)
@@ -120,7 +119,7 @@ class FurtherFeeds:
         return True
 
     def _compare(self, comparison: Comparison, feed: Feed, runs: list[Feed]) -> list[str]:
-        label = f"{len(runs) + 1}{feed.label[feed.label.index(':'):]}, for rows not read before"
+        label = f"{len(runs) + 1}{feed.label[feed.label.index(':') :]}, for rows not read before"
         feed = replace(feed, label=f"{label}; seed {self._seed}" if self._seed else label)
         try:
             with self._coverage.watch(feed):
@@ -136,4 +135,4 @@ class FurtherFeeds:
     def _is_longest(self, table: Table, feed: Feed) -> bool:
         """Whether what is still unread is so because the model has no more positions."""
         length = max((values.shape[1] for values in feed.values.values() if values.ndim == 2), default=0)
-        return not table.is_vocabulary and length < self._most or length == self._sizes.longest
+        return length == self._sizes.longest or (not table.is_vocabulary and length < self._most)

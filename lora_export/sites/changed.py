@@ -73,16 +73,23 @@ def doubt_of(target: Target, part: Part, source: str, key: str) -> str:
         rule = use.node.metadata_props.get(_RULE, "")
         if "BatchNorm" in rule or "Affine" in rule:
             return f"the exporter computed {name!r}: it folded a batch norm or a factor into it ({rule})"
-        operator = use.node.op_type
-        if operator in _FOLDING | _PRODUCTS and source in (FOLDED, WEIGHT_NAME) and module_of(use.node) is None:
-            hidden = "a folded batch norm" if operator in _FOLDING else "a factor or another order of the values"
+        if source in (FOLDED, WEIGHT_NAME) and (hidden := _nameless_product(use)):
             return (
-                f"the {operator} that reads {name!r} has neither metadata nor a name that says of which module "
-                f"it is: a tool dropped them, and {hidden} would not show"
+                f"the {use.node.op_type} that reads {name!r} has neither metadata nor a name that says of which "
+                f"module it is: a tool dropped them, and {hidden} would not show"
             )
         if not _is_own_name(target, use, key):
             return f"{name!r} is not a name that an exporter gives to {key}: {_what(name)}"
     return ""
+
+
+def _nameless_product(use: Use) -> str:
+    """Return what may hide in the constant of a product that says no module; empty for other nodes."""
+    if module_of(use.node) is not None:
+        return ""
+    if use.node.op_type in _FOLDING:
+        return "a folded batch norm"
+    return "a factor or another order of the values" if use.node.op_type in _PRODUCTS else ""
 
 
 def _is_own_name(target: Target, use: Use, key: str) -> bool:
