@@ -75,8 +75,8 @@ def doubt_of(target: Target, part: Part, source: str, key: str) -> str:
             return f"the exporter computed {name!r}: it folded a batch norm or a factor into it ({rule})"
         if source in (FOLDED, WEIGHT_NAME) and (hidden := _nameless_product(use)):
             return (
-                f"the {use.node.op_type} that reads {name!r} has neither metadata nor a name that says of which "
-                f"module it is: a tool dropped them, and {hidden} would not show"
+                f"the {use.node.op_type} that reads {name!r} has neither metadata nor a name that says of "
+                f"which module it is: a tool dropped them, and {hidden} would not show"
             )
         if not _is_own_name(target, use, key):
             return f"{name!r} is not a name that an exporter gives to {key}: {_what(name)}"
