@@ -70,11 +70,15 @@ def _path(node: ir.Node, alone: bool = False) -> str:
     for value in node.inputs:
         while value is not None and (maker := value.producer()) is not None and maker.op_type in _PASSED:
             value = maker.inputs[0]
-        if alone and value is not None and len(value.uses()) > 1:
+        if value is None or (alone and _readers(value) > 1):
             continue
-        if value is not None and str(value.name).endswith(".weight"):
+        if str(value.name).endswith(".weight"):
             return str(value.name).removesuffix(".weight")
     return ""
+
+
+def _readers(value: ir.Value) -> int:
+    return sum(node.op_type != "Identity" for node, _ in value.uses())
 
 
 def save(model: ir.Model, folder: Path, name: str = "base.onnx") -> Path:
