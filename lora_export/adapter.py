@@ -89,6 +89,12 @@ class LoraModule:
         return (self.lora_b.shape[0], self.lora_a.shape[1])
 
     @property
+    def told_shape(self) -> tuple[int, ...] | None:
+        """Shape that the base's parameter must have; None where the factors alone don't tell it."""
+        is_told = self.kind != "parameter" and self.experts == 1 and self.groups == 1
+        return self.weight_shape if is_told else None
+
+    @property
     def matrix_shape(self) -> tuple[int, int]:
         """The canonical weight as a matrix: everything behind the first axis in one."""
         shape = self.weight_shape
@@ -222,10 +228,13 @@ class Adapter:
         return lora + rows + sum(values.size for values in self.extras.values())
 
 
-def token_rows_problems(adapter: Adapter) -> list[str]:
-    """Return one line for each embedding of which the adapter replaces rows, for those who can't do that."""
+# What to do about an adapter that replaces rows of an embedding, where that can't be done.
+MERGE_ROWS = "merge it into the checkpoint with `lora-export merge`, and use the result as the base"
+
+
+def token_rows_problems(adapter: Adapter) -> list[tuple[str, str]]:
+    """Return each embedding of which the adapter replaces rows, and that, for those who can't do it."""
     return [
-        f"{path}: replaces {len(rows.indices)} single rows (trainable_token_indices): merge it into the "
-        "checkpoint with `lora-export merge`, and use the result as the base"
+        (path, f"replaces {len(rows.indices)} single rows (trainable_token_indices)")
         for path, rows in adapter.token_rows.items()
     ]

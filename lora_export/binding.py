@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,15 +18,25 @@ from lora_export.casting import Caster, dtype_of, wide_of
 from lora_export.dora import dora_factor, dora_problem
 from lora_export.errors import AdapterError, SiteError
 from lora_export.exposed import ExposedGraph, ExposedModule
-from lora_export.finding import NO_TENSORS
 from lora_export.formats.provenance import only_this_base, refuse_other_base
-from lora_export.matching import UNKNOWN, Matches, Pairing, match_modules, split_pack
+from lora_export.formats.scope import how_to_part
+from lora_export.matching import Matches, Pairing, match_modules, split_pack
 from lora_export.packing import Block, assemble, blocks_of_factors, blocks_of_slot, cut_b, joined_bias
-from lora_export.plan import Plan, PlanRow, unaccounted
+from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, unaccounted
 
 _MAX_LISTED = 40
-# Between a rank and the number of the slot that has no room for it.
-_SLOT = ", slot "
+_REMAKE = "make the graph with this adapter as --adapter"
+_MERGE = "merge the adapter with merge-onnx"
+# What to do about a kind of refusal, in the order in which it is said.
+_HINTS: tuple[tuple[RefusalKind, str], ...] = (
+    ("not exposed", _REMAKE),
+    ("not found", "check the base"),
+    ("shape", "give the base that the adapter was trained on"),
+    ("mixed", "give the adapter that it was converted from"),
+    ("slot rank", "make the bank with a larger --slot-rank (slot_rank=)"),
+    ("rank", "make the graph with a larger --max-rank (max_rank=)"),
+    ("merge only", _MERGE),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +135,7 @@ def bind_adapter(
             tensors[module.lora_bias] = joined_bias(module, parts, caster)
         if any(pair.has_dora for pair in pairings):
             tensors[module.scale] = _scale(module, pairings, weight_of, caster)
-    plan = _finish(adapter, found, caster, where, allow_unmatched, warnings)
+    plan = _finish(adapter, exposed, found, caster, where, allow_unmatched, warnings)
     fixed = only_this_base(adapter) or any(pair.from_base or pair.has_dora for pair in found.pairings)
     return Binding(adapter.name, tensors, ranks, plan, plan.notes, (*warnings, *caster.warnings()), fixed)
 
@@ -160,7 +170,7 @@ def slot_blocks(
     loras = _slot_loras(found, adapter, slot)
     caster = Caster()
     blocks = blocks_of_slot(exposed, slot, loras, caster)
-    plan = _finish(adapter, found, caster, where, allow_unmatched, warnings)
+    plan = _finish(adapter, exposed, found, caster, where, allow_unmatched, warnings)
     ranks = {path: lora.rank for path, lora in loras.items()}
     return SlotBinding(adapter.name, slot, blocks, ranks, plan, plan.notes, (*warnings, *caster.warnings()))
 
@@ -170,14 +180,12 @@ def clear_slot(exposed: ExposedGraph, slot: int) -> tuple[Block, ...]:
     return blocks_of_slot(exposed, slot, {}, Caster())
 
 
-def _refuse(found: Matches, adapter: Adapter, reasons: Mapping[int, str]) -> None:
+def _refuse(found: Matches, adapter: Adapter, reasons: Mapping[int, Refusal]) -> None:
     """Move pairings to the refused ones; ``reasons`` are by identity."""
     for pair in found.pairings:
         if reason := reasons.get(id(pair)):
-            found.refused += [
-                replace(row, action="refused", place="", layout="", reason=reason)
-                for row in pair.rows(adapter.name)
-            ]
+            for row in pair.rows(adapter.name):
+                found.refuse(row.adapter, row.parameter, row.tensors, reason)
     found.pairings = [pair for pair in found.pairings if id(pair) not in reasons]
 
 
@@ -188,9 +196,10 @@ def _refuse_ranks(found: Matches, adapter: Adapter, exposed: ExposedGraph) -> No
         for pair in pairings:
             most = exposed.max_rank * (len(module.members) if pair.whole else 1)
             if pair.lora.rank > most:
-                reasons[id(pair)] = f"rank {pair.lora.rank}, the graph takes {most} at most"
+                reason = f"rank {pair.lora.rank}, the graph takes {most} at most"
+                reasons[id(pair)] = Refusal("rank", reason)
             elif module.rank and total > module.rank:
-                reasons[id(pair)] = f"rank {total}, the graph fixes {module.rank}"
+                reasons[id(pair)] = Refusal("not exposed", f"rank {total}, the graph fixes {module.rank}")
     _refuse(found, adapter, reasons)
 
 
@@ -202,17 +211,18 @@ def _refuse_dora(found: Matches, adapter: Adapter, weight_of: WeightOf | None) -
 
 def _slot_loras(found: Matches, adapter: Adapter, slot: int) -> dict[str, LoraModule]:
     """Return `Member.path` → factors of what fits into the slot; the rest is refused."""
-    reasons: dict[int, str] = {}
+    reasons: dict[int, Refusal] = {}
     loras: dict[str, LoraModule] = {}
     for pair in found.pairings:
         parts = split_pack(pair) if pair.whole else [pair]
-        if isinstance(parts, str):
+        if isinstance(parts, Refusal):
             reasons[id(pair)] = parts
             continue
         for part in parts:
             room = part.member.ranks[slot]
             if part.lora.rank > room:
-                reasons[id(pair)] = f"rank {part.lora.rank}{_SLOT}{slot} has {room} for {part.member.path}"
+                reason = f"rank {part.lora.rank}, slot {slot} has {room} for {part.member.path}"
+                reasons[id(pair)] = Refusal("slot rank", reason)
         if id(pair) not in reasons:
             loras |= {part.member.path: part.lora for part in parts}
     _refuse(found, adapter, reasons)
@@ -250,6 +260,7 @@ def _scale(
 
 def _finish(
     adapter: Adapter,
+    exposed: ExposedGraph,
     found: Matches,
     caster: Caster,
     where: str,
@@ -263,7 +274,7 @@ def _finish(
     rows.sort(key=lambda row: min((order[name] for name in row.tensors if name in order), default=0))
     refused = [row for row in rows if row.action == "refused"]
     if refused and not (allow_unmatched and found.pairings):
-        _raise_refused(adapter, where, rows, found, caster.problems)
+        _raise_refused(adapter, exposed, where, rows, found, caster.problems)
     if caster.problems:
         raise AdapterError(
             f"adapter '{adapter.name}' has values that can't be used with {where}",
@@ -281,39 +292,37 @@ def _finish(
 
 
 def _raise_refused(
-    adapter: Adapter, where: str, rows: Sequence[PlanRow], found: Matches, more: Sequence[str]
+    adapter: Adapter,
+    exposed: ExposedGraph,
+    where: str,
+    rows: Sequence[PlanRow],
+    found: Matches,
+    more: Sequence[str],
 ) -> None:
     refused, count = [row for row in rows if row.action == "refused"], len(rows)
-    reasons = [row.reason for row in refused]
+    kinds = {row.kind for row in refused}
     lines = _listed([*(f"{row.parameter}  {row.reason}" for row in refused), *more])
-    lost = all(reason == UNKNOWN or NO_TENSORS in reason for reason in reasons)
-    if len(refused) == count and lost and not found.hint:
+    if len(refused) == count and kinds <= {"not exposed", "not found"} and not found.hints:
         raise SiteError(
             f"adapter '{adapter.name}' was made for another model, or for modules that {where} does not "
             f"expose: none of its {count} parameters has a place",
-            "check the base; if it is the right one, make the graph with this adapter as --adapter",
+            f"check the base; if it is the right one, {_REMAKE}",
             lines,
         )
-    raise SiteError(
-        f"adapter '{adapter.name}' has {len(refused)} parameters with no place in {where} (of {count})",
-        _hint(reasons, found) or "merge the adapter with merge-onnx",
-        lines,
-    )
-
-
-def _hint(reasons: Sequence[str], found: Matches) -> str:
-    hints = [found.hint] if found.hint else []
-    if any(NO_TENSORS in reason or reason.startswith("DoRA,") for reason in reasons):
-        hints.append("make the graph with this adapter as --adapter")
-    if any(reason.startswith("shapes differ") for reason in reasons):
-        hints.append("give the base that the adapter was trained on")
-    if any(reason.startswith("rank ") and _SLOT in reason for reason in reasons):
-        hints.append("make the bank with a larger --slot-rank (slot_rank=)")
-    if any(reason.startswith("rank ") and _SLOT not in reason for reason in reasons):
-        hints.append("make the graph with a larger --max-rank (max_rank=)")
+    # Where a path is matched otherwise, its module may well be exposed.
+    hints = list(dict.fromkeys(found.hints))
+    hints += [hint for kind, hint in _HINTS if kind in kinds and not (found.hints and kind == "not exposed")]
+    hints += [how_to_part(adapter)] if "double" in kinds else []
+    if "dora" in kinds:
+        swap = "make a graph with swap-onnx --dora and this adapter"
+        hints.append(f"{swap}, or {_MERGE}" if exposed.mode == "bank" else f"{_REMAKE} and --dora")
     if found.pairings:
         hints.append("--allow-unmatched (allow_unmatched=True) goes on without them")
-    return "; ".join(hints)
+    raise SiteError(
+        f"adapter '{adapter.name}' has {len(refused)} parameters with no place in {where} (of {count})",
+        "; ".join(hints),
+        lines,
+    )
 
 
 def _listed(lines: Sequence[str]) -> list[str]:

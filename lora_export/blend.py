@@ -30,8 +30,9 @@ def check_blend(
         The adapters and one weight for each.
 
     Raises:
-        AdapterError: Fewer or more weights than adapters, a weight that is no number, DoRA or whole
-            replaced parameters in a blend (they are not sums), DoRA converted for a graph.
+        AdapterError: Fewer or more weights than adapters, a weight that is no number, DoRA or replaced rows
+            in a blend (they are not sums), DoRA converted for a graph. Whole copies of parameters need the
+            base to be judged (`lora_export.base.copies`).
     """
     from lora_export.formats import as_adapter
 
@@ -60,11 +61,6 @@ def check_blend(
                 f"{adapter.name}: DoRA ({len(dora)} modules, {dora[0]} …) is not a sum: "
                 "alone and with weight 1 only"
             )
-        if adapter.extras and not plain:
-            problems.append(
-                f"{adapter.name}: replaces whole parameters ({next(iter(adapter.extras))} …): "
-                "alone and with weight 1 only"
-            )
         if adapter.token_rows and not plain:
             problems.append(
                 f"{adapter.name}: replaces single rows ({next(iter(adapter.token_rows))} …): "
@@ -73,10 +69,7 @@ def check_blend(
     if problems:
         raise AdapterError(
             "these adapters can't be merged so",
-            "PEFT saves whole embeddings and heads beside LoRA on them unless it is told "
-            "save_embedding_layers=False: save them so where they are the base's own"
-            if any(adapter.extras for adapter in loaded)
-            else "omit --weight and merge one of them alone",
+            "merge one of them alone" + (", without --weight" if any(f != 1 for f in factors) else ""),
             problems,
         )
     return loaded, factors

@@ -15,8 +15,8 @@ from lora_export.checkpoint_names import Names, Part
 from lora_export.errors import CheckpointError, OutputError
 from lora_export.graph import GraphFile, shape_of
 from lora_export.sites.experts import is_turned, settle
-from lora_export.sites.renaming import Named
-from lora_export.sites.target import Target
+from lora_export.sites.names import Named
+from lora_export.sites.target import Stack, Target, Wanted
 
 
 class CheckpointWeights:
@@ -85,8 +85,8 @@ class AdapterWeights:
         self._table, self._quantised, self.names = table, quantised, names
         self._by_named = dict(zip(named, names, strict=True))
 
-    def __call__(self, target: Target) -> Array | None:
-        """Return values in the target's canonical shape, or None; of stacked experts, the first and the last.
+    def __call__(self, target: Target) -> Wanted | None:
+        """Return values in the target's canonical shape, or None; of stacked experts, each one's.
 
         Codes with scales are returned as the values that they stand for.
 
@@ -104,12 +104,12 @@ class AdapterWeights:
             folder = self._quantised.checkpoint.folder
             raise CheckpointError(
                 f"{folder}: {target.key} is {packed}: its values can't be compared",
-                "give the unquantised checkpoint, or leave --checkpoint out",
+                "give the unquantised folder with --checkpoint, or --no-checkpoint (checkpoint=False)",
             )
         if not parts:
             return None
         if target.experts > 1:
-            return self._end_experts(target, parts)
+            return self._experts(target, parts)
         if len(parts) != 1 or parts[0].piece != (0, 1) or parts[0].expert is not None:
             return None
         values = self._quantised.values(parts[0].tensor)
@@ -129,23 +129,34 @@ class AdapterWeights:
             return values.T
         return None
 
-    def _end_experts(self, target: Target, parts: Sequence[Part]) -> Array | None:
-        """Return ``(2, …, …)``: the first and the last expert, put together where stored in pieces."""
-        experts = target.experts
+    def _experts(self, target: Target, parts: Sequence[Part]) -> Stack | None:
+        """Return each expert's matrix, put together where it is stored in pieces."""
         if len(parts) == 1 and parts[0].expert is None:
-            values = self._quantised.values(parts[0].tensor)
-            if values.ndim != 3 or len(values) != experts:
-                return None
-            held = self._table.held(target.key)
-            turned = parts[0].transposed or (held is not None and is_turned(values.shape, held.shape))
-            return values[[0, -1]].swapaxes(-1, -2) if turned else values[[0, -1]]
-        ends = []
-        for expert in (0, experts - 1):
-            mine = sorted((part for part in parts if part.expert == expert), key=lambda part: part.piece)
-            if not mine or len(mine) != mine[0].piece[1]:
-                return None
-            ends.append(np.concatenate([self._quantised.values(part.tensor) for part in mine]))
-        return np.stack(ends)
+            return self._stacked(target, parts[0])
+        pieces: dict[int | None, list[str]] = {}
+        for part in sorted(parts, key=lambda part: part.piece):
+            pieces.setdefault(part.expert, []).append(part.tensor)
+        if set(pieces) != set(range(target.experts)) or any(
+            len(tensors) != parts[0].piece[1] for tensors in pieces.values()
+        ):
+            return None
+        return Stack(lambda expert: np.concatenate([self._quantised.values(name) for name in pieces[expert]]))
+
+    def _stacked(self, target: Target, part: Part) -> Stack | None:
+        """Return the matrices of one tensor that holds all experts."""
+        shape = self._quantised.checkpoint.tensors[part.tensor].shape
+        if len(shape) != 3 or shape[0] != target.experts:
+            return None
+        held = self._table.held(target.key)
+        turned = part.transposed or (held is not None and is_turned(shape, held.shape))
+        # Codes are dequantised as a whole; a mapped file is opened anew, so that what was read can go.
+        whole = self._quantised.values(part.tensor) if part.tensor in self._quantised.scaled else None
+
+        def matrix(expert: int) -> Array:
+            values: Array = (self._quantised.values(part.tensor) if whole is None else whole)[expert]
+            return values.T if turned else values
+
+        return Stack(matrix)
 
 
 def link_weights(graph: GraphFile, checkpoint: Checkpoint) -> set[Path]:

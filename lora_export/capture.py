@@ -31,6 +31,7 @@ from lora_export.captured import (
     Captured,
     Kind,
 )
+from lora_export.checkpoint import Checkpoint
 from lora_export.errors import CheckpointError, OutputError
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
 
 # The first in which Conv and pooling take bfloat16.
 _BFLOAT16_OPSET = 22
-_EXPORT_YOURSELF = "use lora_export.export_onnx(module, adapter, example_inputs, output)"
+_EXPORT_YOURSELF = (
+    "export the model yourself and give the .onnx (lora_export.export_onnx does it with an adapter merged)"
+)
 
 
 def capture_checkpoint(
@@ -148,6 +151,7 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
         raise CheckpointError(f"no folder at {path}", "give the folder that save_pretrained wrote")
     if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
         raise CheckpointError(f"{path} is an adapter, not a base model", "give the folder of its base model")
+    _refuse_diffusers(path)
     refuse_bare_codes(path)
     with quiet():
         try:
@@ -169,6 +173,23 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
     _refuse_missing(loading["missing_keys"], path, replaced)
     _refuse_infinite(model, path, dtype)
     return model.eval(), tuple(sorted(loading["missing_keys"]))
+
+
+def _refuse_diffusers(path: Path) -> None:
+    """Refuse a pipeline of diffusers, or one of its models, by that name."""
+    try:
+        checkpoint = Checkpoint.open(path)
+    except CheckpointError:
+        if (path / "model_index.json").exists():
+            raise
+        return  # no safetensors: transformers may read what there is
+    if checkpoint.diffusers_class:
+        raise CheckpointError(
+            f"{path} holds a model of diffusers ({checkpoint.diffusers_class}): only models of transformers "
+            "are captured",
+            "export the model yourself and give the .onnx, or merge the adapter into the folder "
+            "(lora-export merge)",
+        )
 
 
 def _refuse_missing(keys: Collection[str], path: Path, replaced: Collection[str]) -> None:

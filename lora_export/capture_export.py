@@ -94,7 +94,7 @@ def export_module(
         except Exception as error:  # the exporter raises its own and torch.export's many kinds
             raise GraphError(
                 f"torch.onnx can't export {type(module).__name__}: {first_line(error)}",
-                "export the model yourself and give the .onnx, or try attn_implementation='eager'",
+                "export the model yourself and give the .onnx; with attn_implementation='eager' it may pass",
             ) from error
         assert program is not None
         model: ir.Model = program.model

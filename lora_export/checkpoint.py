@@ -111,6 +111,11 @@ class Checkpoint:
             )
         return cls(folder, config, tuple(shards), tensors, index)
 
+    @property
+    def diffusers_class(self) -> str:
+        """Class of a model of diffusers, which transformers doesn't know; empty for others."""
+        return "" if "model_type" in self.config else str(self.config.get("_class_name", ""))
+
     def read(self, name: str) -> Array:
         """Return a tensor's values as a read-only view of the mapped file.
 
@@ -168,8 +173,9 @@ def _no_safetensors(folder: Path) -> CheckpointError:
         parts = sorted({path.parent.name for path in folder.glob("*/*.safetensors")})
         return CheckpointError(
             f"{folder} is a diffusers pipeline of several models, not one",
-            "give the folder of one model, and --component for its part of the adapter",
-            [f"--base {folder / part} --component {part}" for part in parts],
+            "give the folder of one of them as --base; where the adapter's file is for several models, its "
+            "part with --component (unet, transformer, text_encoder, …)",
+            [str(folder / part) for part in parts],
         )
     return CheckpointError(
         f"{folder} holds no safetensors",

@@ -5,15 +5,16 @@ Sums are made in float32 (float64 where the base is) and rounded once to the typ
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_export.adapter import Adapter
+from lora_export.base.copies import refuse_copies, refuse_overwriting
+from lora_export.base.history import history_of
 from lora_export.base.placed import Placed
-from lora_export.base.quantised import HINT, QUANTISED, Quantised, find_quantised
+from lora_export.base.quantised import HINT, Quantised, find_quantised
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_files import (
     MANIFEST,
@@ -91,7 +92,7 @@ def plan_merge(
     factors: Sequence[float],
     dtype: str | None,
     allow_unmatched: bool,
-    resize: bool = False,
+    resize: bool | None = None,
 ) -> CheckpointMerge:
     """Place adapters in a folder's tensors; nothing is written.
 
@@ -101,10 +102,11 @@ def plan_merge(
         factors: One for each.
         dtype: A key of `DTYPES` for all float tensors; as they are if left out.
         allow_unmatched: Leave out what has no place in the base, instead of refusing.
-        resize: Give the base the rows for new tokens that an adapter holds.
+        resize: Give the base the rows for new tokens that an adapter holds; None: there is no such option.
 
     Raises:
-        AdapterError: An adapter is for another architecture, or in the base already.
+        AdapterError: An adapter is for another architecture, or in the base already, or holds whole copies
+            that are not the only change of a parameter.
         CheckpointError: The base is damaged or quantised.
         OutputError: There is no such dtype.
         SiteError: Some of the adapters has no place in the base; all of it is listed.
@@ -116,6 +118,8 @@ def plan_merge(
     _refuse_merged(checkpoint, adapters)
     placed = place_adapters(checkpoint, adapters, factors, quantised, resize)
     _refuse_unplaced(checkpoint, adapters, placed, allow_unmatched)
+    refuse_copies(placed.copied, adapters)
+    refuse_overwriting(placed.copied, checkpoint.folder / MANIFEST, adapters)
     if dtype is not None:
         _refuse_dequantising(quantised, dtype)
     code = DTYPES[dtype] if dtype else None
@@ -135,15 +139,18 @@ def refuse_absent(base: Path, adapters: Sequence[Adapter], allow_unmatched: bool
         allow_unmatched: What has no place will be left out.
 
     Raises:
-        AdapterError: An adapter is for another architecture.
+        AdapterError: An adapter is for another architecture, or was merged into the base already, or holds
+            copies of what an earlier merge has changed.
         CheckpointError: The base is damaged.
         SiteError: Some of an adapter has no place in the base; all of it is listed.
     """
     if not adapters:
         return
     checkpoint = Checkpoint.open(base)
+    _refuse_merged(checkpoint, adapters)
     for adapter in adapters:
         placed = place_adapters(checkpoint, [adapter], [1.0], find_quantised(checkpoint))
+        refuse_overwriting(placed.copied, checkpoint.folder / MANIFEST, [adapter])
         changed = {f"{module.path}.{module.parameter}" for module in adapter.modules.values()}
         absent = changed & set(placed.absent)
         rows = [row for row in placed.plan.rows if row.parameter in absent or row.action != "refused"]
@@ -165,12 +172,8 @@ def _refuse_dequantising(quantised: Quantised, dtype: str) -> None:
 
 
 def _refuse_merged(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
-    """Refuse an adapter that the base's own manifest says is in it already."""
-    try:
-        record = json.loads((checkpoint.folder / MANIFEST).read_text("utf-8"))
-        known = {entry["sha256"]: entry["name"] for entry in record["adapters"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return
+    """Refuse an adapter that is in the base already, by the manifests of the merges that led to it."""
+    known = history_of(checkpoint.folder / MANIFEST).adapters
     twice = [
         f"{adapter.name} (as '{known[adapter.sha256]}')"
         for adapter in adapters
@@ -197,23 +200,27 @@ def _refuse_unplaced(
     if not refused or (allow_unmatched and len(refused) < len(rows)):
         return
     lines = [f"{row.parameter}   {row.reason}" for row in refused]
-    closed = sum(row.reason.startswith(QUANTISED) for row in refused)
-    if closed:
+    kinds = {row.kind for row in refused}
+    if "quantised" in kinds:
+        closed = sum(row.kind == "quantised" for row in refused)
         raise SiteError(
             f"the base {checkpoint.folder} is quantised: {closed} of the {len(rows)} parameters that adapter "
             f"{names} changes can't be merged into",
             HINT,
             lines,
         )
-    hints.append(_trained_on(adapters))
+    if "branch only" in kinds:
+        hints.append(
+            "export the base to ONNX and keep the adapter beside its weights (lora-export swap-onnx)"
+        )
+    if kinds & {"not found", "shape"} and not hints:
+        hints.append(_trained_on(checkpoint, adapters))
     if len(refused) < len(rows):
         hints.append("--allow-unmatched merges the others and leaves these out")
-    elif not placed.hints:
-        hints.append("give the base that the adapter was trained on")
     raise SiteError(
         f"adapter {names} has {len(refused)} parameters with no place in {checkpoint.folder} "
         f"(of {len(rows)})",
-        "; ".join(hint for hint in hints if hint),
+        "; ".join(dict.fromkeys(hint for hint in hints if hint)),
         lines,
     )
 
@@ -229,7 +236,8 @@ def _foreign(
         for module in adapter.modules.values()
     }
     stored = {tensor.name: tensor.shape for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1}
-    alike = counterparts(wanted, stored)
+    # With a part to name, which of the base's names are meant is no guess any more.
+    alike = [] if hints else counterparts(wanted, stored)
     seen = side_by_side(alike) or [
         *(f"the adapter has {name}" for name in list(wanted)[:_EXAMPLES]),
         *(f"the base has {name}" for name in list(stored)[:_EXAMPLES]),
@@ -239,19 +247,24 @@ def _foreign(
     elif alike:
         what = "names its modules in another way than"
         hint = (
-            "the shapes fit: rename the adapter's tensors to the base's names, or give the base under its own"
+            "the shapes fit: if these are the same modules, rename the adapter's tensors to the base's names"
         )
     else:
         what = "is for another architecture than"
-        hint = _trained_on(adapters) or "give the base that the adapter was trained on"
+        hint = _trained_on(checkpoint, adapters)
     return AdapterError(
         f"adapter {names} {what} {checkpoint.folder}: none of its {total} parameters is placed", hint, seen
     )
 
 
-def _trained_on(adapters: Sequence[Adapter]) -> str:
-    names = sorted({adapter.base_model for adapter in adapters if adapter.base_model})
-    return f"it was trained on {', '.join(names)}" if names else ""
+def _trained_on(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> str:
+    """Return which base to give; never the one that was given."""
+    names = {adapter.base_model for adapter in adapters if adapter.base_model}
+    others = sorted(name for name in names if Path(name).absolute() != checkpoint.folder.absolute())
+    if names and not others:
+        return "give the base as it was when the adapter was trained: this folder has changed since"
+    told = f", {', '.join(others)}" if others else ""
+    return f"give the base that the adapter was trained on{told}"
 
 
 def _refuse_small_disk(folder: Path, size: int) -> None:

@@ -18,7 +18,8 @@ from lora_export.checkpoint import Checkpoint
 from lora_export.formats.wrappers import strip_wrappers
 from lora_export.sites.experts import Held
 from lora_export.sites.known_names import KnownNames
-from lora_export.sites.renaming import AMBIGUOUS, NOT_FOUND, Named, Renaming, rename
+from lora_export.sites.names import Named
+from lora_export.sites.renaming import NOT_FOUND, Problem, Renaming, rename
 
 NO_TENSOR = "no tensor of that name"
 _NO_TRANSFORMERS = "transformers' table of renamed modules could not be asked: pip install 'lora-export[hf]'"
@@ -53,7 +54,7 @@ class Names:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._stored = _unwrapped(checkpoint.tensors)
-        self._known = KnownNames(self._stored)
+        self._known = KnownNames(self._stored, lambda name: self._shape(self._stored[name]))
         self._held: dict[str, Held | None] = {}
 
     def __iter__(self) -> Iterator[str]:
@@ -71,29 +72,37 @@ class Names:
         """
         found = rename(named, self._known, flattened=flattened, scope=scope)
         missing = self._missing(named, found, self._stored)
-        if all(found.problems.get(number, "").startswith(AMBIGUOUS) for number in missing):
+        if all(self._kind(found, number) == "ambiguous" for number in missing):
             return found
         table, problem = self._renamed
-        again = rename(named, KnownNames(table), flattened=flattened, scope=scope) if table else found
-        if len(self._missing(named, again, table)) < len(missing):
-            return again
-        return replace(
-            found,
-            problems={number: _reason(found.problems.get(number, ""), problem) for number in missing}
-            | {number: reason for number, reason in found.problems.items() if number not in missing},
-        )
+        if table:
+            known = KnownNames(table, lambda name: self._shape(table[name]))
+            again = rename(named, known, flattened=flattened, scope=scope)
+            left = len(self._missing(named, again, table))
+            if left < len(missing) or (left == len(missing) and again.reach > found.reach):
+                found, missing = again, self._missing(named, again, table)
+        reasons = {number: _reason(found.problems.get(number, NOT_FOUND), problem) for number in missing}
+        return replace(found, problems=found.problems | reasons)
 
     def parts(self, name: str) -> tuple[Part, ...]:
         """Return where a parameter of `rename`'s path is stored; nothing where it is not."""
         return self._stored.get(name) or (self._renamed[0].get(name, ()) if self._is_renamed else ())
 
-    def find(self, parameter: str) -> tuple[Part, ...] | str:
-        """Return where one parameter is stored, or why that is not known."""
+    def find(self, parameter: str) -> tuple[Part, ...]:
+        """Return where one parameter is stored; nothing where it is not, or where several may be meant."""
         found = self.rename([Named(parameter)])
         (name,) = found.names
-        problem = found.problems.get(0, "")
-        parts = self.parts(name) if name and not problem else ()
-        return parts or (NO_TENSOR if problem in ("", NOT_FOUND) else problem)
+        return self.parts(name) if name and not found.problems else ()
+
+    def _kind(self, found: Renaming, number: int) -> str:
+        return found.problems.get(number, NOT_FOUND).kind
+
+    def _shape(self, parts: Sequence[Part]) -> tuple[int, ...] | None:
+        """Return the shape of a parameter that is stored as one tensor."""
+        (part, *more) = parts
+        if more or part.expert is not None or part.piece != (0, 1):
+            return None
+        return self._checkpoint.tensors[part.tensor].shape
 
     def _missing(
         self, named: Sequence[Named], found: Renaming, table: Mapping[str, tuple[Part, ...]]
@@ -128,7 +137,7 @@ class Names:
         if found:
             return found.pop() if len(found) == 1 else None
         parts = self.find(parameter)
-        if isinstance(parts, str) or len(parts) != 1:
+        if len(parts) != 1:
             return None
         return Held(self._checkpoint.tensors[parts[0].tensor].shape, None)
 
@@ -140,6 +149,8 @@ class Names:
     @cached_property
     def _model(self) -> tuple[Any, str]:
         """The model without its values, or why there is none; asked only when needed: it imports torch."""
+        if self._checkpoint.diffusers_class:
+            return None, ""  # diffusers stores parameters under the names that they have in memory
         try:
             return build_model(self._checkpoint), ""
         except ImportError:
@@ -172,10 +183,10 @@ def _unwrapped(names: Iterable[str]) -> dict[str, tuple[Part, ...]]:
     return {path if count[path] == 1 else name: (Part(name),) for name, path in plain.items()}
 
 
-def _reason(problem: str, asked: str) -> str:
+def _reason(problem: Problem, asked: str) -> Problem:
     """Return why a parameter is not stored, and where transformers could not be asked, why."""
-    reason = NO_TENSOR if problem in ("", NOT_FOUND) else problem
-    return f"{reason} ({asked})" if asked else reason
+    detail = problem.detail or NO_TENSOR
+    return replace(problem, detail=f"{detail} ({asked})" if asked else detail)
 
 
 def _by_transformers(checkpoint: Checkpoint, model: Any) -> Iterator[tuple[str, tuple[Part, ...]]]:

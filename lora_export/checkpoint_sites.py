@@ -3,8 +3,8 @@
 Layouts that a stored weight can have against the module's canonical one:
 
 - as it is (`nn.Linear`, convolutions, embeddings);
-- transposed: GPT-2's Conv1D stores ``(in_dim, out_dim)``. Shapes tell; for square ones the names of
-  Conv1D modules in the model families that use it, else ``fan_in_fan_out`` in the adapter's config;
+- transposed: GPT-2's Conv1D stores ``(in_dim, out_dim)``. Shapes tell, and the model's family for
+  square ones (`lora_export.base.families`);
 - experts stacked in one tensor, or one tensor for each expert and half;
 - as codes with scales (`lora_export.base.quantised`);
 - not at all: an output head that is tied to the input embedding. PEFT's `merge_and_unload` adds the head's
@@ -23,36 +23,37 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Adapter, Array, LoraModule, TokenRows
+from lora_export.base.copies import UNCHANGED, Copied, are_judged, is_same, untrained_note
+from lora_export.base.families import is_conv1d
 from lora_export.base.ledger import Ledger
 from lora_export.base.placed import Added, Placed, view_of
 from lora_export.base.quantised import Quantised, quantised_notes
 from lora_export.base.settle import settle
+from lora_export.base.tied_layers import may_tie_layers
 from lora_export.base.ties import Ties, find_ties, may_be_tied
 from lora_export.base.vocabulary import grows, head_hint, resize_hint, rows_hint
 from lora_export.checkpoint import Checkpoint
-from lora_export.checkpoint_names import NO_TENSOR, Names, Part
+from lora_export.checkpoint_files import MANIFEST
+from lora_export.checkpoint_names import Names, Part
 from lora_export.formats.schemes import fitted
 from lora_export.patch import Patch, Placement, patch_from, replacement
-from lora_export.plan import Plan, PlanRow, unaccounted
+from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, unaccounted
 from lora_export.sites.experts import fit_matrix, fit_parameter, is_turned, unsettled
 from lora_export.sites.experts import settle as settle_layout
-from lora_export.sites.renaming import AMBIGUOUS, Named, Renaming
-
-# Model families with Conv1D, and its names there (transformers ``pytorch_utils.Conv1D``).
-_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
-_CONV1D_NAMES = {"c_attn", "c_proj", "c_fc", "q_attn"}
+from lora_export.sites.names import Named
+from lora_export.sites.renaming import NOT_FOUND, Problem, Renaming
 
 
 class NoPlace(Exception):
     """Why a parameter can't be placed; caught here and written into the plan.
 
     Attributes:
-        hint: What to do to the base, where that helps.
+        refusal: The reason, with what to do to the base where that helps.
     """
 
-    def __init__(self, reason: str, hint: str = "") -> None:
+    def __init__(self, kind: RefusalKind, reason: str, hint: str = "") -> None:
         super().__init__(reason)
-        self.hint = hint
+        self.refusal = Refusal(kind, reason, hint)
 
 
 def place_adapters(
@@ -60,7 +61,7 @@ def place_adapters(
     adapters: Sequence[Adapter],
     weights: Sequence[float],
     quantised: Quantised,
-    resize: bool = False,
+    resize: bool | None = None,
 ) -> Placed:
     """Find every change of some adapters in a checkpoint; what has no place is ``refused`` in the plan.
 
@@ -69,13 +70,14 @@ def place_adapters(
         adapters: What to merge.
         weights: A factor for each adapter's ΔW.
         quantised: The base's quantised weights.
-        resize: Give the base the rows for new tokens that an adapter holds.
+        resize: Give the base the rows for new tokens that an adapter holds; None: there is no such option.
     """
-    placer, notes = _Placer(checkpoint, quantised, resize), list[str]()
+    judged = are_judged(weights, checkpoint.folder / MANIFEST)
+    placer, notes = _Placer(checkpoint, quantised, resize, judged), list[str]()
     for given, weight in zip(adapters, weights, strict=True):
         adapter = placer.settled(fitted(given, checkpoint.tensors, notes))
         start = len(placer.rows)
-        placer.begin(adapter)
+        placer.begin(adapter, weight)
         for path, values in adapter.extras.items():
             names: tuple[str, ...] = (adapter.extra_tensors.get(path, path),)
             placer.place(adapter, path, names, "replace", partial(placer.replaced, path, values, adapter))
@@ -91,16 +93,18 @@ def place_adapters(
                 act = partial(placer.bias_added, module, adapter, weight)
                 placer.place(adapter, f"{module.path}.bias", biases, "add to bias", act)
         lost = unaccounted(adapter.tensor_names, placer.rows[start:])
-        placer.rows.extend(PlanRow(adapter.name, n, (n,), "refused", reason="no rule for it") for n in lost)
+        unruled = Refusal("operator", "no rule for it")
+        placer.rows.extend(PlanRow.refused(adapter.name, name, (name,), unruled) for name in lost)
     return placer.finish(notes)
 
 
 def named_of(adapter: Adapter) -> list[Named]:
     """Return all that an adapter changes, by its own paths."""
-    named = [Named(path, "replace") for path in adapter.extras]
+    named = [Named(path, "replace", shape=values.shape) for path, values in adapter.extras.items()]
     named += [Named(path, "replace rows") for path in adapter.token_rows]
     for module in adapter.modules.values():
-        named.append(Named(f"{module.path}.{module.parameter}", "merge", module.component))
+        parameter = f"{module.path}.{module.parameter}"
+        named.append(Named(parameter, "merge", module.component, module.told_shape))
         if _biased(module):
             named.append(Named(f"{module.path}.bias", "add to bias", module.component))
     return named
@@ -113,8 +117,13 @@ def _biased(module: LoraModule) -> bool:
 class _Placer:
     """Collects rows and changes of all adapters over one checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, quantised: Quantised, resize: bool) -> None:
-        self._checkpoint = checkpoint
+    def __init__(
+        self, checkpoint: Checkpoint, quantised: Quantised, resize: bool | None, judged: bool
+    ) -> None:
+        self._checkpoint, self._are_judged = checkpoint, judged
+        self._copied: list[Copied] = []
+        self._warnings: list[str] = []
+        self._owner, self._weight = -1, 1.0
         self._names = Names(checkpoint)
         self._quantised, self._resize = quantised, resize
         self._ledger = Ledger(checkpoint)
@@ -135,9 +144,17 @@ class _Placer:
     def _ties(self) -> Ties:
         return find_ties(self._checkpoint)
 
-    def begin(self, adapter: Adapter) -> None:
+    @cached_property
+    def _layers_may_be_tied(self) -> bool:
+        return may_tie_layers(self._checkpoint.config)
+
+    def _may_be_tied(self, name: str) -> bool:
+        return may_be_tied(name) or self._layers_may_be_tied
+
+    def begin(self, adapter: Adapter, weight: float) -> None:
         """Find the base's names for all that one adapter changes: one change of names holds for it."""
         self._ledger.begin(adapter)
+        self._owner, self._weight = self._owner + 1, weight
         self._is_flattened = adapter.flattened
         named = named_of(adapter)
         self._renaming = self._names.rename(named, adapter.flattened, adapter.scope)
@@ -162,26 +179,29 @@ class _Placer:
         act: Callable[[], tuple[list[str], str, str]],
     ) -> None:
         """Add one row: ``act`` registers the change and returns places, layout and reason."""
+        copies = len(self._copied)
         try:
             places, layout, reason = act()
         except NoPlace as problem:
             # Parts that were placed before the one that has no place.
             self._ledger.drop({len(self.rows)})
-            self._hints += [problem.hint] * bool(problem.hint)
-            self.rows.append(PlanRow(adapter.name, parameter, tensors, "refused", reason=str(problem)))
+            del self._copied[copies:]
+            self._hints += [problem.refusal.hint] * bool(problem.refusal.hint)
+            self.rows.append(PlanRow.refused(adapter.name, parameter, tensors, problem.refusal))
             return
+        action = "unchanged" if reason == UNCHANGED else action
         shown = ", ".join(places[:2]) + (f", … ({len(places)})" if len(places) > 2 else "")
         self.rows.append(PlanRow(adapter.name, parameter, tensors, action, shown, "", layout, reason))
 
     def finish(self, notes: Sequence[str]) -> Placed:
         """Settle what shares a weight with others, and return the whole."""
         ledger = self._ledger
-        settled = settle(ledger, lambda: self._ties, self._quantised)
+        settled = settle(ledger, self._may_be_tied, lambda: self._ties, self._quantised)
         changes = {name: [c.make for c in changes] for name, changes in ledger.changes.items() if changes}
         said = [*notes, *self._notes, *settled.notes, *quantised_notes(self._quantised, changes)]
         return Placed(
             self._quantised,
-            Plan(tuple(ledger.rows), tuple(said)),
+            Plan(tuple(ledger.rows), tuple(said), tuple(self._warnings)),
             changes,
             self._stacked,
             [Added(name, source) for name, source in settled.parted],
@@ -189,7 +209,8 @@ class _Placer:
             self._absent,
             ledger.resized,
             settled.vocabulary,
-            tuple(dict.fromkeys(self._hints)),
+            tuple(dict.fromkeys([*self._hints, *ledger.hints])),
+            self._copied,
         )
 
     # What each kind of change does.
@@ -202,10 +223,18 @@ class _Placer:
             may_grow = self._resize and name not in self._quantised.scaled
             if not (may_grow and grows(path, tensor.shape, values.shape)):
                 raise NoPlace(
+                    "shape",
                     f"stored with shape {tensor.shape}, the adapter's values have {values.shape}",
-                    rows_hint(self._checkpoint.config, path, tensor.shape, values.shape),
+                    self._rows_hint(path, tensor.shape, values.shape),
                 )
             self._ledger.resized[name] = values.shape
+        source = self._ledger.sources.get(name, name)
+        held = self._quantised.values(source) if source not in self._quantised.refused else None
+        if held is not None and self._are_judged and is_same(values, held):
+            return [name], "", UNCHANGED
+        if held is not None and (warning := untrained_note(adapter, path, values, held)):
+            self._warnings.append(warning)
+        self._copied.append(Copied(name, name, path, adapter.name, self._owner, self._weight, values))
         matrix = values.reshape(view_of(values.shape, name in self._stacked))
         self._ledger.add(name, lambda _: replacement(path, matrix))
         return [name], "", reason
@@ -215,10 +244,12 @@ class _Placer:
         name, reason = self._single(Named(path, "replace rows"))
         shape = self._ledger.tensor(name).shape
         if shape[1:] != rows.values.shape[1:]:
-            raise NoPlace(f"stored with shape {shape}, the adapter's rows have {rows.values.shape[1]} values")
+            raise NoPlace(
+                "shape", f"stored with shape {shape}, the adapter's rows have {rows.values.shape[1]} values"
+            )
         if max(rows.indices) >= shape[0]:
             wanted = max(rows.indices) + 1
-            raise NoPlace(f"row {wanted - 1} of {shape[0]}", resize_hint(wanted))
+            raise NoPlace("shape", f"row {wanted - 1} of {shape[0]}", resize_hint(wanted))
         for first, values in rows.runs():
             self._ledger.add(name, partial(_replaced, path, values, first), for_all=True)
         return [name], f"{len(rows.indices)} rows", reason
@@ -227,42 +258,50 @@ class _Placer:
         """Add the scaled bias of lora_B to the module's own bias."""
         assert module.lora_bias is not None
         path, bias = f"{module.path}.bias", module.lora_bias
-        parts = self._find(Named(path, "add to bias", module.component))
-        if isinstance(parts, str):
-            raise NoPlace("lora_bias needs a bias to be added to, and the base has none here")
-        name = parts[0].tensor
+        try:
+            name, reason = self._single(Named(path, "add to bias", module.component))
+        except NoPlace as problem:
+            if problem.refusal.kind != "not found":
+                raise
+            why = "lora_bias needs a bias to be added to, and the base has none here"
+            raise NoPlace("not found", why) from None
         if self._ledger.tensor(name).shape != bias.shape:
-            raise NoPlace(f"{name} has shape {self._ledger.tensor(name).shape}, lora_bias {bias.shape}")
+            shape = self._ledger.tensor(name).shape
+            raise NoPlace("shape", f"{name} has shape {shape}, lora_bias {bias.shape}")
 
         def make(dtype: type[Any]) -> Patch:
             row = bias.astype(dtype)[None, :] * dtype(weight * module.scaling)
             return Patch(path, 0, 0, 1, bias.size, left=np.ones((1, 1), dtype), right=row)
 
         self._ledger.add(name, make)
-        return [name], "", parts[0].reason
+        self._copied.append(Copied(name, name, path, adapter.name, self._owner, weight))
+        return [name], "", reason
 
     def merged(self, module: LoraModule, adapter: Adapter, weight: float) -> tuple[list[str], str, str]:
         """Add ΔW where the module's weight, or each part of it, is stored."""
         if module.groups > 1:
             raise NoPlace(
-                f"a convolution of {module.groups} groups can't be merged (PEFT refuses it, too); "
-                "it can be exposed"
+                "branch only",
+                f"a convolution of {module.groups} groups can't be merged (PEFT refuses it, too)",
             )
         parts = self._parts(Named(f"{module.path}.{module.parameter}", "merge", module.component))
         rows, _ = module.matrix_shape
         experts = {part.expert for part in parts}
         if None not in experts and len(experts) != module.experts:
-            raise NoPlace(f"the base has {len(experts)} experts, the adapter {module.experts}")
+            raise NoPlace("shape", f"the base has {len(experts)} experts, the adapter {module.experts}")
         layouts = []
         for part in parts:
             index, count = part.piece
             if rows % count:
-                raise NoPlace(f"{rows} rows can't be cut into {count} equal tensors")
+                raise NoPlace("shape", f"{rows} rows can't be cut into {count} equal tensors")
             span = (rows // count * index, rows // count * (index + 1))
             placements, layout = self._fit(module, adapter, part, span)
             layouts.append(layout)
             for placement in placements:
                 self._ledger.add(part.tensor, partial(_make, module, placement, weight))
+            self._copied.append(
+                Copied(part.tensor, part.tensor, module.key, adapter.name, self._owner, weight)
+            )
         return [part.tensor for part in parts], layouts[0], parts[0].reason
 
     def _fit(
@@ -282,12 +321,14 @@ class _Placer:
             parameter = f"{module.path}.{module.parameter}"
             as_name = "" if tensor.name.endswith(parameter) else f" ({tensor.name})"
             raise NoPlace(
+                "shape",
                 f"stored with shape {tensor.shape}, the adapter fits {module.weight_shape}{as_name}",
-                rows_hint(self._checkpoint.config, parameter, shape, module.weight_shape),
+                self._rows_hint(parameter, shape, module.weight_shape),
             )
-        transposed = turned and (not same or self._square_is_transposed(module, adapter))
+        config, flag = self._checkpoint.config, adapter.fan_in_fan_out
+        transposed = turned and (not same or is_conv1d(config, module.path, flag))
         if part.transposed:
-            raise NoPlace(f"{tensor.name} holds the transpose of it, by transformers' conversion")
+            raise NoPlace("operator", f"{tensor.name} holds the transpose of it, by transformers' conversion")
         return [Placement(span, 0, 0, transposed)], "transposed" if transposed else ""
 
     def _fit_parameter(
@@ -300,7 +341,7 @@ class _Placer:
         """
         held = self._names.held(f"{module.path}.{module.parameter}")
         if reason := unsettled(module, held):
-            raise NoPlace(reason)
+            raise NoPlace("unproven", reason)
         tensor, experts = self._ledger.tensor(part.tensor), module.experts
         if part.expert is not None:
             placed = fit_matrix((span[1] - span[0], module.weight_shape[1]), tensor.shape, part.transposed)
@@ -308,7 +349,7 @@ class _Placer:
             turned = part.transposed or (held is not None and is_turned(tensor.shape, held.shape))
             placed = fit_parameter(module, tensor.shape, turned)
         if isinstance(placed, str):
-            raise NoPlace(placed)
+            raise NoPlace("shape", placed)
         layout = "transposed" if placed else ""
         if part.expert is not None or experts == 1:
             return [Placement(span, 0, 0, placed, expert=part.expert or 0)], layout
@@ -317,36 +358,33 @@ class _Placer:
         placements = [Placement(span, e * height, 0, placed, expert=e) for e in range(experts)]
         return placements, f"{experts} experts stacked" + (", transposed" if placed else "")
 
-    def _square_is_transposed(self, module: LoraModule, adapter: Adapter) -> bool:
-        model = self._checkpoint.config.get("model_type")
-        if model in _CONV1D_MODELS:
-            return module.path.rpartition(".")[2] in _CONV1D_NAMES
-        # PEFT writes fan_in_fan_out only for Conv1D and corrects it for Linear (tuners/lora/model.py).
-        return adapter.fan_in_fan_out
+    def _rows_hint(self, path: str, shape: tuple[int, ...], seen: tuple[int, ...]) -> str:
+        return rows_hint(self._checkpoint.config, path, shape, seen, may_resize=self._resize is False)
 
     # Names.
 
-    def _find(self, named: Named) -> tuple[Part, ...] | str:
+    def _find(self, named: Named) -> tuple[Part, ...] | Problem:
         """Return where a parameter of the adapter is stored, or why that is not known."""
         number = self._numbers[named]
-        name, problem = self._renaming.names[number], self._renaming.problems.get(number, "")
-        return (self._names.parts(name) if name and not problem else ()) or problem or NO_TENSOR
+        name, problem = self._renaming.names[number], self._renaming.problems.get(number)
+        return (self._names.parts(name) if name and not problem else ()) or problem or NOT_FOUND
 
     def _parts(self, named: Named, whole: tuple[int, ...] = ()) -> tuple[Part, ...]:
         parts = self._find(named)
-        if not isinstance(parts, str):
+        if not isinstance(parts, Problem):
             self._check(parts)
             return parts
         number = self._numbers[named]
         parameter = self._renaming.names[number] or named.key
-        packed = self._quantised.packed_at(parameter)
-        if packed or parts.startswith(AMBIGUOUS):
-            raise NoPlace(packed or parts)
+        if packed := self._quantised.packed_at(parameter):
+            raise NoPlace("quantised", packed)
+        if parts.kind == "ambiguous":
+            raise NoPlace("ambiguous", str(parts))
         flattened = self._is_flattened and self._renaming.names[number] is None
-        tied = self._ties.absent(parameter, flattened) if may_be_tied(parameter) else None
+        tied = self._ties.absent(parameter, flattened) if self._may_be_tied(parameter) else None
         if tied is None:
             self._absent.append(named.key)
-            raise NoPlace(parts, head_hint(named.key, whole) if whole else "")
+            raise NoPlace("not found", str(parts), head_hint(named.key, whole) if whole else "")
         tie, name = tied
         if name not in self._checkpoint.tensors:
             self._ledger.sources[name] = tie.source
@@ -359,13 +397,15 @@ class _Placer:
         for part in parts:
             reason = self._quantised.refusal(part.tensor)
             if reason:
-                raise NoPlace(reason)
+                raise NoPlace("quantised", reason)
 
     def _single(self, named: Named, whole: tuple[int, ...] = ()) -> tuple[str, str]:
         parts = self._parts(named, whole)
         (first, *more) = parts
         if more or first.piece != (0, 1) or first.expert is not None or first.transposed:
-            raise NoPlace(f"the base stores it as {len(parts)} tensors: replacing it whole is not possible")
+            raise NoPlace(
+                "operator", f"the base stores it as {len(parts)} tensors: replacing it whole is not possible"
+            )
         return parts[0].tensor, parts[0].reason
 
 

@@ -13,21 +13,25 @@ import numpy as np
 from lora_export.adapter import Array, LoraModule
 from lora_export.base_weights import WeightOf, stored_blocks
 from lora_export.exposed import Member
+from lora_export.plan import Refusal
 
 
-def dora_problem(member: Member, weight_of: WeightOf | None) -> str:
-    """Return why a module's factor can't be computed, or an empty text."""
+def dora_problem(member: Member, weight_of: WeightOf | None) -> Refusal | None:
+    """Return why a module's factor can't be computed; None where it can."""
     if weight_of is None:
-        return (
-            "DoRA's factor needs the base's weights, and only the graph's record is at hand; "
-            "convert the adapter with convert-adapter first"
+        return Refusal(
+            "unproven",
+            "DoRA's factor needs the base's weights, and only the graph's record is at hand",
+            "convert the adapter with convert-adapter first",
         )
     if not member.stored:
-        return (
+        return Refusal(
+            "quantised",
             "DoRA's factor needs W0, and the graph doesn't hold it as it is in PyTorch (it is quantised, or "
-            "was rescaled); merge the adapter into the unquantised base"
+            "was rescaled)",
+            "merge the adapter into the unquantised base",
         )
-    return ""
+    return None
 
 
 def dora_factor(lora: LoraModule, member: Member, weight_of: WeightOf, wide: type[np.floating[Any]]) -> Array:

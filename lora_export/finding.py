@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from lora_export.adapter import Adapter
 from lora_export.exposed import ExposedGraph, ExposedModule, Member, path_of
 from lora_export.formats.provenance import is_converted
+from lora_export.plan import Refusal
 from lora_export.sites import names
 from lora_export.sites.known_names import KnownNames
-from lora_export.sites.renaming import NOT_FOUND, Named, rename
+from lora_export.sites.names import Named
+from lora_export.sites.renaming import NOT_FOUND, rename
 
-# Part of the reason of a module that the graph has no tensors for.
-NO_TENSORS = " has no LoRA tensors for it"
 _WEIGHT = ".weight"
 
 
@@ -54,24 +54,27 @@ class Finder:
         self._places = _places(exposed, is_converted(adapter.config))
         self.notes: list[str] = []
         named = [
-            *(_named(path_of(f"{m.path}.{m.parameter}"), m.component) for m in adapter.modules.values()),
+            *(
+                _named(path_of(f"{m.path}.{m.parameter}"), m.component, m.told_shape)
+                for m in adapter.modules.values()
+            ),
             *(_named(key.rpartition(".")[0]) for key in adapter.extras),
         ]
         named = list(dict.fromkeys(named))
-        self._renaming = rename(
-            named, KnownNames(self._places), flattened=adapter.flattened, scope=adapter.scope
-        )
+        known = KnownNames(self._places, self._shape)
+        self._renaming = rename(named, known, flattened=adapter.flattened, scope=adapter.scope)
         self._numbers = {one: number for number, one in enumerate(named)}
         if self._renaming.note:
             self.notes.append(f"paths matched with {self._renaming.note}")
         self.hint = self._renaming.hint
 
-    def find(self, path: str, component: str | None = None) -> Place | str:
+    def find(self, path: str, component: str | None = None) -> Place | Refusal:
         """Return the place of a module, or why it has none."""
         number = self._numbers[_named(path, component)]
-        key, problem = self._renaming.names[number], self._renaming.problems.get(number, "")
+        key, problem = self._renaming.names[number], self._renaming.problems.get(number, NOT_FOUND)
         if key is None:
-            return self._not_found(path) if problem.startswith(NOT_FOUND) else problem
+            is_lost = problem.kind == "not found"
+            return self._not_found(path) if is_lost else Refusal(problem.kind, str(problem))
         said = [self._renaming.note] if self._renaming.note else []
         said += ["path without its dots"] if self._flattened else []
         for variant in names.variants(key):
@@ -80,11 +83,15 @@ class Finder:
                 return Place(*self._places[variant.keys[0]], "; ".join(how))
         return self._not_found(path)
 
-    def _not_found(self, path: str) -> str:
+    def _shape(self, key: str) -> tuple[int, ...]:
+        module, member = self._places[key]
+        return (member.out_dim, module.in_dim, *module.kernel)
+
+    def _not_found(self, path: str) -> Refusal:
         leaf = path.rpartition(".")[2]
         near = [key.removesuffix(_WEIGHT) for key in self._places if key.endswith(f"{leaf}{_WEIGHT}")][:2]
         seen = f"; it has {', '.join(near)}" if near else ""
-        return f"{self._where}{NO_TENSORS}{seen}"
+        return Refusal("not exposed", f"{self._where} has no LoRA tensors for it{seen}")
 
 
 def _places(exposed: ExposedGraph, packs: bool) -> Mapping[str, tuple[ExposedModule, Member]]:
@@ -96,5 +103,5 @@ def _places(exposed: ExposedGraph, packs: bool) -> Mapping[str, tuple[ExposedMod
     return places | {member.path + _WEIGHT: (module, member) for module, member in exposed.members()}
 
 
-def _named(path: str, component: str | None = None) -> Named:
-    return Named(path + _WEIGHT, "merge", component)
+def _named(path: str, component: str | None = None, shape: tuple[int, ...] | None = None) -> Named:
+    return Named(path + _WEIGHT, "merge", component, shape)

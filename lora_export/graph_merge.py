@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,15 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.adapter import Adapter
-from lora_export.branches.place import refuse_exposed
+from lora_export.base.copies import (
+    Copied,
+    are_judged,
+    refuse_copies,
+    refuse_overwriting,
+    untrained_note,
+)
+from lora_export.base.history import part_of
+from lora_export.branches.place import holds, refuse_exposed
 from lora_export.errors import GraphError, SiteError
 from lora_export.external_data import Change, merged_values
 from lora_export.formats.schemes import fitted
@@ -28,6 +36,7 @@ from lora_export.sites.ranges import cut_off
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.slot import Use
 from lora_export.sites.target import BaseWeights, Miss, Site, Target, targets_of
+from lora_export.sites.verify import canonical_rows
 
 # Of a graph's metadata: the adapters merged into it, and the identity of the base without any.
 MERGED_KEY = "lora_export.merged"
@@ -60,6 +69,7 @@ def plan_changes(
         The plan, and what is to change in each constant.
 
     Raises:
+        AdapterError: A whole copy that an adapter holds is not the only change of its parameter.
         GraphError: The graph has exposed LoRA, or one of the adapters merged into it.
         SiteError: Some of the adapters has no place in the graph; all of it is listed.
     """
@@ -69,6 +79,9 @@ def plan_changes(
     found: list[tuple[Adapter, float, list[Site]]] = []
     rows: list[PlanRow] = []
     notes: list[str] = []
+    warnings: list[str] = []
+    manifest = graph.path.with_suffix(".lora.json")
+    judged = are_judged(factors, manifest)
     for given, factor in zip(adapters, factors, strict=True):
         adapter, assumed = _settled(fitted(given, resolver.known, notes), weight_of)
         notes += assumed
@@ -80,14 +93,56 @@ def plan_changes(
         if misses and not (allow_unmatched and sites):
             checked = weight_of is not None
             refuse(graph, adapter, sites, misses, verb="merge-onnx", checked=checked, uses=resolver.uses)
+        unchanged = [site for site in sites if judged and _is_copy(site) and holds(site)]
+        rows += [placed_row(adapter, site, "unchanged") for site in unchanged]
+        sites = [site for site in sites if site not in unchanged]
         rows += [placed_row(adapter, site) for site in sites]
+        warnings += [_untrained(adapter, site) for site in sites if _is_copy(site)]
         rows += [refused_row(adapter, miss) for miss in misses]
         refuse_unaccounted(adapter, rows)
         found.append((adapter, factor, sites))
+    copied = [change for number, item in enumerate(found) for change in _copied(number, *item)]
+    refuse_copies(copied, adapters)
+    refuse_overwriting(copied, manifest, adapters)
     changes, rounded = _changes(found, isolator)
-    warnings = [*_kept_by_grids(graph, rounded, changes), *cut_off(_results(found))]
+    warnings += [*_kept_by_grids(graph, rounded, changes), *cut_off(_results(found))]
     drop_dead(graph)
-    return Plan(tuple(rows), (*notes, *isolator.notes), tuple(warnings)), changes
+    return Plan(tuple(rows), (*notes, *isolator.notes), tuple(filter(None, warnings))), changes
+
+
+def _is_copy(site: Site) -> bool:
+    return site.target.action == "replace"
+
+
+def _copied(owner: int, adapter: Adapter, factor: float, sites: Sequence[Site]) -> Iterator[Copied]:
+    """Yield what an adapter changes, a constant (or some rows of one) each."""
+    for site in sites:
+        target = site.target
+        for part in site.parts:
+            assert part.root.const_value is not None
+            for placement in part.placements:
+                count = placement.rows[1] - placement.rows[0]
+                whole = count * target.matrix[1] == part.root.const_value.size
+                name = str(part.root.name)
+                yield Copied(
+                    (id(part.root), placement.row, placement.col),
+                    name if whole else part_of(name, target.key),
+                    target.key,
+                    adapter.name,
+                    owner,
+                    factor,
+                    target.values if _is_copy(site) else None,
+                )
+
+
+def _untrained(adapter: Adapter, site: Site) -> str:
+    """Return a warning where a copy that training left alone differs from the graph, else an empty string."""
+    target, (first, *more) = site.target, site.parts
+    (placement,) = first.placements
+    if more or placement.row_scale is not None or target.values is None or len(target.shape) < 2:
+        return ""
+    copy = np.asarray(target.values).reshape(target.matrix)
+    return untrained_note(adapter, target.key, copy, canonical_rows(first, placement))
 
 
 def _settled(adapter: Adapter, weights: BaseWeights | None) -> tuple[Adapter, tuple[str, ...]]:
@@ -188,6 +243,8 @@ def _patch_of(target: Target, placement: Placement, factor: float, dtype: type[n
     values = np.asarray(target.values).reshape(target.matrix)[start:stop].astype(dtype)
     if placement.row_scale is not None:
         values = values * placement.row_scale.astype(dtype)[:, None]
+    if target.action == "replace" and placement.shift:
+        values = values + dtype(placement.shift)
     if placement.transposed:
         values = np.ascontiguousarray(values.T)
     if target.action == "replace":

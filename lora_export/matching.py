@@ -7,23 +7,23 @@ from the base's values, which are read from the graph.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lora_export.adapter import Adapter, Array, Kind, LoraModule, token_rows_problems
+from lora_export.adapter import MERGE_ROWS, Adapter, Array, Kind, LoraModule, token_rows_problems
 from lora_export.base_weights import WeightOf, has_constant, holds, read_stored
 from lora_export.exposed import ExposedGraph, ExposedModule, Member, path_of
 from lora_export.finding import Finder, Place
 from lora_export.formats.provenance import is_converted
 from lora_export.formats.schemes import fitted
-from lora_export.plan import PlanRow
+from lora_export.plan import PlanRow, Refusal
 from lora_export.saved import change_of, with_bias
 from lora_export.sites.matrices import embedding_of, linear_of
 
-_MERGE = "merge it with merge-onnx"
-UNKNOWN = f"the graph has no parameter of this name; if the model has it, {_MERGE}"
-_REPLACED = f"replaces the whole parameter, which the graph keeps as a constant; {_MERGE}"
+_UNKNOWN = Refusal("not found", "the graph has no parameter of this name")
+_REPLACED = Refusal("merge only", "replaces the whole parameter, which the graph keeps as a constant")
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,14 +85,20 @@ class Matches:
         unchanged: Whole parameters that the base holds already.
         refused: What has no place, with the reason.
         notes: What was assumed.
-        hint: What would give paths without a place one, where that is known.
+        hints: What would give something without a place one, where more is known than its kind tells.
     """
 
     pairings: list[Pairing] = field(default_factory=list)
     unchanged: list[PlanRow] = field(default_factory=list)
     refused: list[PlanRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    hint: str = ""
+    hints: list[str] = field(default_factory=list)
+
+    def refuse(self, adapter: str, parameter: str, tensors: Sequence[str], refusal: Refusal) -> None:
+        """Add something without a place."""
+        self.refused.append(PlanRow.refused(adapter, parameter, tensors, refusal))
+        if refusal.hint and refusal.hint not in self.hints:
+            self.hints.append(refusal.hint)
 
 
 def weight_tensors(lora: LoraModule) -> tuple[str, ...]:
@@ -120,30 +126,26 @@ def match_modules(adapter: Adapter, exposed: ExposedGraph, where: str, weight_of
     known = {f"{member.path}.weight" for _, member in exposed.members()}
     adapter = fitted(adapter, known, notes, others=getattr(weight_of, "names", tuple))
     finder = Finder(adapter, exposed, where)
-    found = Matches(notes=notes, hint=finder.hint)
+    found = Matches(notes=notes, hints=[finder.hint] if finder.hint else [])
     found.notes += finder.notes
-    rows = zip(adapter.token_rows.items(), token_rows_problems(adapter), strict=True)
-    found.refused += [
-        PlanRow(adapter.name, path, (row.tensor_name,), "refused", reason=reason.partition(": ")[2])
-        for (path, row), reason in rows
-    ]
+    for path, problem in token_rows_problems(adapter):
+        tensors = (adapter.token_rows[path].tensor_name,)
+        found.refuse(adapter.name, path, tensors, Refusal("merge only", problem, MERGE_ROWS))
     converted = is_converted(adapter.config)
     for lora in adapter.modules.values():
         key = f"{lora.path}.{lora.parameter}"
         place = _unsupported(lora, exposed) or finder.find(path_of(key), lora.component)
         if isinstance(place, Place) and lora.kind == "parameter":
             made = _as_used(lora, place)
-            place, lora = (made, lora) if isinstance(made, str) else (place, made)
+            place, lora = (made, lora) if isinstance(made, Refusal) else (place, made)
         if isinstance(place, Place):
             lora = _as_exposed(lora, place.module)
             place = _misfit(lora, place, converted) or place
-        if isinstance(place, str):
+        if isinstance(place, Refusal):
             _refuse_module(adapter, lora, place, found)
             continue
         if lora.lora_bias is not None and (reason := _no_bias(lora, place.module)):
-            found.refused.append(
-                PlanRow(adapter.name, f"{lora.path}.bias", bias_tensors(lora), "refused", reason=reason)
-            )
+            found.refuse(adapter.name, f"{lora.path}.bias", bias_tensors(lora), reason)
             lora = replace(lora, lora_bias=None, tensor_names=weight_tensors(lora))
         found.pairings.append(Pairing(lora, place.module, place.member, place.how))
     _place_replaced(adapter, finder, found, weight_of)
@@ -151,8 +153,8 @@ def match_modules(adapter: Adapter, exposed: ExposedGraph, where: str, weight_of
     return found
 
 
-def split_pack(pairing: Pairing) -> list[Pairing] | str:
-    """Cut a whole pack's factors into its members'; a sentence where that can't be done.
+def split_pack(pairing: Pairing) -> list[Pairing] | Refusal:
+    """Cut a whole pack's factors into its members'; a refusal where that can't be done.
 
     Each rank's column of B must lie within one member: a column that is all zeros changes nothing and is
     left away.
@@ -163,7 +165,7 @@ def split_pack(pairing: Pairing) -> list[Pairing] | str:
         for member in module.members
     ])  # fmt: skip
     if (used.sum(axis=0) > 1).any():
-        return "its B mixes the modules of the pack; give the adapter that it was converted from"
+        return Refusal("mixed", "its B mixes the modules of the pack")
     parts = []
     for member, columns in zip(module.members, used, strict=True):
         rows = slice(member.start, member.start + member.out_dim)
@@ -191,15 +193,20 @@ def _has_dora(lora: LoraModule) -> bool:
     return lora.magnitude is not None or lora.scale is not None
 
 
-def _unsupported(lora: LoraModule, exposed: ExposedGraph) -> str:
-    """Why no graph of this kind can take a module, or an empty text."""
+def _unsupported(lora: LoraModule, exposed: ExposedGraph) -> Refusal | None:
+    """Why no graph of this kind can take a module; None where it can."""
     if lora.experts > 1:
-        return f"stacked experts ({lora.experts}) have no tensors of their own in the graph; {_MERGE}"
-    if not _has_dora(lora):
-        return ""
-    if exposed.mode == "bank":
-        return f"DoRA's factor can't differ by row; {_MERGE}, or make a graph with swap-onnx --dora"
-    return "" if exposed.dora else f"DoRA, and the graph has no factors; swap-onnx --dora, or {_MERGE}"
+        return Refusal(
+            "merge only", f"stacked experts ({lora.experts}) have no tensors of their own in the graph"
+        )
+    if not _has_dora(lora) or exposed.dora:
+        return None
+    return Refusal(
+        "dora",
+        "DoRA's factor can't differ by row"
+        if exposed.mode == "bank"
+        else "DoRA, and the graph has no factors",
+    )
 
 
 def _as_exposed(lora: LoraModule, module: ExposedModule) -> LoraModule:
@@ -208,14 +215,15 @@ def _as_exposed(lora: LoraModule, module: ExposedModule) -> LoraModule:
     return lora.with_kernel(len(module.kernel)) if ones and module.groups == 1 and lora.is_pointwise else lora
 
 
-def _as_used(lora: LoraModule, place: Place) -> LoraModule | str:
+def _as_used(lora: LoraModule, place: Place) -> LoraModule | Refusal:
     """Return the change of a module's own matrix as the graph uses it, or why that is not known.
 
     A shape that is not square tells; else what the graph's record says, or a weight that kept its name.
     """
     module, member = place.module, place.member
     if module.kind == "conv":
-        return f"the adapter changes a matrix {lora.matrix_shape}, the graph has a convolution"
+        reason = f"the adapter changes a matrix {lora.matrix_shape}, the graph has a convolution"
+        return Refusal("shape", reason)
     sizes = (member.out_dim, module.in_dim)
     canonical = sizes[::-1] if module.kind == "embedding" else sizes
     turned = member.held_turned
@@ -224,9 +232,10 @@ def _as_used(lora: LoraModule, place: Place) -> LoraModule | str:
     elif turned is None:
         turned = _kept_turned(lora, member)
     if turned is None:
-        return (
+        return Refusal(
+            "not exposed",
             f"the matrix is square {lora.matrix_shape}, and the graph's record doesn't say whether the "
-            "module holds its transpose: make the graph with this adapter as --adapter"
+            "module holds its transpose",
         )
     return embedding_of(lora, turned) if module.kind == "embedding" else linear_of(lora, turned)
 
@@ -238,39 +247,40 @@ def _kept_turned(lora: LoraModule, member: Member) -> bool | None:
     return named[0].transposed if named and len(named) == len(member.stored) else None
 
 
-def _misfit(lora: LoraModule, place: Place, converted: bool) -> str:
-    """Why the factors don't fit their place, or an empty text."""
+def _misfit(lora: LoraModule, place: Place, converted: bool) -> Refusal | None:
+    """Why the factors don't fit their place; None where they do."""
     module = place.module
     kind = lora.kind
     # A converted file without metadata doesn't tell an embedding from a linear; their layouts are alike.
     if kind != module.kind and not (converted and "conv" not in (kind, module.kind)):
-        return f"the adapter has a {kind} module, the graph a {module.kind} one"
+        return Refusal("shape", f"the adapter has a {kind} module, the graph a {module.kind} one")
     seen = (*lora.lora_a.shape[1:], lora.lora_b.shape[0])
     wanted = (module.in_dim, *module.kernel, place.member.out_dim)
     if seen != wanted:
         dims = "(in_dim, kernel…, out_dim)" if module.kind == "conv" else "(in_dim, out_dim)"
-        return f"shapes differ: {dims} {seen}, the graph has {wanted}"
+        return Refusal("shape", f"shapes differ: {dims} {seen}, the graph has {wanted}")
     if module.kind == "conv" and lora.groups != module.groups:
-        return f"lora_B has {lora.groups} groups, the graph's convolution {module.groups}"
-    return ""
+        reason = f"lora_B has {lora.groups} groups, the graph's convolution {module.groups}"
+        return Refusal("shape", reason)
+    return None
 
 
-def _no_bias(lora: LoraModule, module: ExposedModule) -> str:
-    """Why the graph can't take a bias of the branch, or an empty text."""
+def _no_bias(lora: LoraModule, module: ExposedModule) -> Refusal | None:
+    """Why the graph can't take a bias of the branch; None where it can."""
     if not module.bias:
-        return f"lora_bias: the graph has no tensor for a bias of lora_B; {_MERGE}"
+        return Refusal("not exposed", "lora_bias: the graph has no tensor for a bias of lora_B")
     if _has_dora(lora):
-        return f"lora_bias: its module has DoRA, whose factor would scale the bias as well; {_MERGE}"
-    return ""
+        reason = "lora_bias: its module has DoRA, whose factor would scale the bias as well"
+        return Refusal("merge only", reason)
+    return None
 
 
-def _refuse_module(adapter: Adapter, lora: LoraModule, reason: str, found: Matches) -> None:
+def _refuse_module(adapter: Adapter, lora: LoraModule, refusal: Refusal, found: Matches) -> None:
     parameters = [(f"{lora.path}.{lora.parameter}", weight_tensors(lora))]
     if lora.lora_bias is not None:
         parameters.append((f"{lora.path}.bias", bias_tensors(lora)))
-    found.refused += [
-        PlanRow(adapter.name, key, tensors, "refused", reason=reason) for key, tensors in parameters
-    ]
+    for key, tensors in parameters:
+        found.refuse(adapter.name, key, tensors, refusal)
 
 
 def _place_replaced(adapter: Adapter, finder: Finder, found: Matches, weight_of: WeightOf | None) -> None:
@@ -288,35 +298,55 @@ def _place_replaced(adapter: Adapter, finder: Finder, found: Matches, weight_of:
             reason = "the base holds the same values"
             found.unchanged.append(PlanRow(adapter.name, key, tensors, "unchanged", reason=reason))
             continue
-        index = next((n for n, pair in enumerate(found.pairings) if pair.lora.path == path), None)
-        reason = _REPLACED
-        if not isinstance(place, Place) and weight_of is not None and not has_constant(key, weight_of):
-            reason = UNKNOWN
-        if isinstance(place, Place) and weight_of is not None and stored:
-            if leaf == "bias" and index is not None:
-                pair = found.pairings[index]
-                changed = _bias_change(pair, values, weight_of, tensors)
-                reason = changed if isinstance(changed, str) else ""
-                if not isinstance(changed, str):
-                    found.pairings[index] = replace(pair, lora=changed, from_base=True)
-            elif leaf == "weight" and index is None:
-                lora = _weight_change(path, place, values, weight_of, tensors)
-                reason = lora if isinstance(lora, str) else _misfit(lora, place, converted=False)
-                if not isinstance(lora, str) and not reason:
-                    found.pairings.append(Pairing(lora, place.module, member, place.how, from_base=True))
-        if reason:
-            found.refused.append(PlanRow(adapter.name, key, tensors, "refused", reason=reason))
+        refusal = _replace_one(found, place, key, values, weight_of, tensors)
+        if refusal:
+            found.refuse(adapter.name, key, tensors, refusal)
+
+
+def _replace_one(
+    found: Matches,
+    place: Place | Refusal,
+    key: str,
+    values: Array,
+    weight_of: WeightOf | None,
+    tensors: tuple[str, ...],
+) -> Refusal | None:
+    """Add a whole parameter to the pairings, or return why that can't be done."""
+    path, _, leaf = key.rpartition(".")
+    index = next((n for n, pair in enumerate(found.pairings) if pair.lora.path == path), None)
+    if isinstance(place, Refusal):
+        unknown = weight_of is not None and not has_constant(key, weight_of)
+        return _UNKNOWN if unknown else _REPLACED
+    stored = place.member.stored_bias if leaf == "bias" else place.member.stored
+    if weight_of is None or not stored:
+        return _REPLACED
+    if leaf == "bias" and index is not None:
+        pair = found.pairings[index]
+        changed = _bias_change(pair, values, weight_of, tensors)
+        if isinstance(changed, Refusal):
+            return changed
+        found.pairings[index] = replace(pair, lora=changed, from_base=True)
+        return None
+    if leaf != "weight" or index is not None:
+        return _REPLACED
+    lora = _weight_change(path, place, values, weight_of, tensors)
+    if isinstance(lora, Refusal):
+        return lora
+    refusal = _misfit(lora, place, converted=False)
+    if refusal is None:
+        found.pairings.append(Pairing(lora, place.module, place.member, place.how, from_base=True))
+    return refusal
 
 
 def _weight_change(
     path: str, place: Place, values: Array, weight_of: WeightOf, tensors: tuple[str, ...]
-) -> LoraModule | str:
+) -> LoraModule | Refusal:
     module, size = place.module, (place.member.out_dim, place.module.in_dim)
     if any(length != 1 for length in module.kernel) or module.groups > 1:
         return _REPLACED
     wanted = size[::-1] if module.kind == "embedding" else size
     if values.shape[:2] != wanted or values.size != wanted[0] * wanted[1]:
-        return f"shapes differ: {values.shape}, the graph has {wanted}"
+        return Refusal("shape", f"shapes differ: {values.shape}, the graph has {wanted}")
     old = read_stored(place.member.stored, wanted, weight_of)
     kind: Kind = "embedding" if module.kind == "embedding" else "linear"
     return _as_exposed(change_of(path, kind, values.reshape(wanted), old, tensors), module)
@@ -324,12 +354,12 @@ def _weight_change(
 
 def _bias_change(
     pair: Pairing, values: Array, weight_of: WeightOf, tensors: tuple[str, ...]
-) -> LoraModule | str:
+) -> LoraModule | Refusal:
     if reason := _no_bias(pair.lora, pair.module):
         return reason
     size = pair.member.out_dim
     if values.shape != (size,):
-        return f"shapes differ: {values.shape}, the graph has {(size,)}"
+        return Refusal("shape", f"shapes differ: {values.shape}, the graph has {(size,)}")
     old = read_stored(pair.member.stored_bias, (size, 1), weight_of)[:, 0]
     return with_bias(pair.lora, values.astype(np.float64) - old, tensors)
 
@@ -342,8 +372,8 @@ def _drop_conflicts(adapter: Adapter, found: Matches) -> None:
     for pair in found.pairings:
         mixed = pair.module.name in whole and not pair.whole
         if taken[pair.module.name, pair.member.path] > 1 or mixed:
-            reason = "ambiguous: another module of the adapter has the same place (give --component?)"
-            _refuse_module(adapter, pair.lora, reason, found)
+            reason = "ambiguous: another module of the adapter has the same place"
+            _refuse_module(adapter, pair.lora, Refusal("double", reason), found)
         else:
             kept.append(pair)
     found.pairings = kept

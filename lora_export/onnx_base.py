@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_export.adapter import Adapter
+from lora_export.base.ort_names import free_names
 from lora_export.errors import CheckpointError, GraphError, OutputError, SiteError
 from lora_export.graph import GraphFile, load_graph
 from lora_export.manifest import FileHash, hash_file, identity_of
 from lora_export.output import refuse_replacing
-from lora_export.placing import OTHER_VALUES, with_unverified
+from lora_export.placing import OtherValues, with_unverified
 from lora_export.plan import Plan
 from lora_export.sites.target import BaseWeights
 
@@ -73,8 +74,12 @@ class Base:
         except SiteError as error:
             hints = list(dict.fromkeys(self.weight_of.hints)) if self.weight_of else []
             if hints:
-                # It does store them, of several parts of the model: names alone can't tell which is meant.
-                raise SiteError(error.message, "; ".join(hints), error.problems) from error
+                raise SiteError(
+                    f"the checkpoint {self.checkpoint} has the parameters that would change in several parts "
+                    "of the model: names alone don't tell which is meant",
+                    "; ".join(hints),
+                    error.problems,
+                ) from error
             if not self.notes:
                 raise
             # The folder was not the user's choice, and names led to every place.
@@ -143,6 +148,7 @@ def open_base(
             graph = load_graph(captured)
         else:
             graph = load_graph(base)
+            free_names(graph)
             _refuse_capturing(base, dtype, kv_cache)
         opened = _opened(base, graph, adapters, checkpoint, share_base)
         refuse_overlap(opened.files, paths)
@@ -154,7 +160,7 @@ def open_base(
 
 def _explained(error: SiteError, base: Base) -> SiteError:
     """Say where the folder came from that a graph's values differ from."""
-    if not base.notes or not any(OTHER_VALUES in problem for problem in error.problems):
+    if not base.notes or not isinstance(error, OtherValues):
         return error
     return SiteError(
         f"{error.message} ({base.notes[0]})",

@@ -26,6 +26,7 @@ class Placement:
         transposed: Stored as ``(in_dim, out_dim)``.
         row_scale: Factor per canonical row in ``rows`` that an exporter folded in (batch norm).
         expert: Which of a parameter's stacked matrices.
+        shift: What an exporter added to each value.
     """
 
     rows: tuple[int, int]
@@ -34,6 +35,7 @@ class Placement:
     transposed: bool = False
     row_scale: Array | None = None
     expert: int = 0
+    shift: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,20 +14,17 @@ from lora_export.adapter import Adapter
 from lora_export.base.ties import may_be_tied
 from lora_export.base.vocabulary import head_hint
 from lora_export.errors import SiteError
+from lora_export.formats.scope import how_to_part
 from lora_export.graph import GraphFile, shape_of
-from lora_export.plan import Plan, PlanRow, unaccounted
-from lora_export.sites.evidence import SOURCES
+from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, unaccounted
 from lora_export.sites.likeness import counterparts
 from lora_export.sites.readers import module_of
-from lora_export.sites.resolve import NOT_COMPARED
 from lora_export.sites.slot import Use
-from lora_export.sites.target import Miss, MissKind, Site
+from lora_export.sites.target import Miss, Site
 
-# Part of `Site.evidence` wherever values were compared.
-_CONFIRMED = "content"
 _EXAMPLES = 4
-# Part of the reason of a place whose values are not the checkpoint's.
-OTHER_VALUES = "does not hold the checkpoint's values"
+# Nothing led to a place.
+_LOST: AbstractSet[RefusalKind] = {"not found", "nameless"}
 Verb = Literal["merge-onnx", "swap-onnx", "bank-onnx"]
 _BY_VALUE = "give --checkpoint BASE_DIR to match by value"
 _COMPARE = "give --checkpoint BASE_DIR: its values may explain the constants"
@@ -39,9 +36,17 @@ _INTEGERS = (
     "merge into the unquantised graph and quantise the result; or quantise that graph so that the operators "
     "stay floats (quantize_static(..., quant_format=QuantFormat.QDQ), MatMulNBits) and "
 )
+_AGAIN = (
+    "export the graph again with torch.onnx.export(..., dynamo=True, optimize=False), which keeps names, "
+    "computes nothing in advance and has one constant for all calls of a module"
+)
 _CONTRIB = "com.microsoft"
 # Domains of operators that ONNX Runtime's optimiser makes for a machine, and how their layout is called.
 _ARRANGED = {"com.microsoft.nchwc": "NCHWc ", "com.ms.internal.nhwc": "NHWC ", _CONTRIB: ""}
+
+
+class OtherValues(SiteError):
+    """Places that names led to hold other values than the checkpoint."""
 
 
 def refuse_unaccounted(adapter: Adapter, rows: Sequence[PlanRow]) -> None:
@@ -54,13 +59,12 @@ def refuse_unaccounted(adapter: Adapter, rows: Sequence[PlanRow]) -> None:
 def with_unverified(plan: Plan, checkpoint: Path) -> Plan:
     """Say which places the checkpoint could not confirm; raise `SiteError` where it confirms none."""
     # What was added to the graph has no values that could be another module's.
-    found = [row for row in plan.placed if row.reason.startswith((*SOURCES, _CONFIRMED))]
-    comparable = [row for row in found if NOT_COMPARED not in row.reason]
-    silent = [row for row in comparable if _CONFIRMED not in row.reason]
-    if silent and len(silent) == len(comparable):
+    silent = [row for row in plan.placed if row.proof == "names"]
+    if silent and not any(row.proof == "values" for row in plan.placed):
         raise SiteError(
             f"the checkpoint {checkpoint} stores none of the {len(silent)} parameters that would change",
-            "give the folder that the graph was exported from, or leave out --checkpoint",
+            "give the folder that the graph was exported from, or go by names: --no-checkpoint "
+            "(checkpoint=False)",
             [row.parameter for row in silent[:_EXAMPLES]],
         )
     notes = [
@@ -96,21 +100,22 @@ def refuse(
     lines = [f"{miss.target.key}  {miss.reason}" for miss in misses]
     kinds = {miss.kind for miss in misses}
     given = list(dict.fromkeys(miss.hint for miss in misses if miss.hint))
-    lost = not sites and kinds == {"not found"} and not given
+    lost = not sites and kinds <= _LOST and not given
     found = (
-        _changed(graph, misses, name, total, checked)
+        _changed(graph, misses, adapter, name, total, checked)
         or _quantised(file, misses, name, total, verb, uses, bool(sites))
         or (_lost(file, misses, name, checked, uses) if lost else None)
     )
     if found is None:
-        hints = [*_rows_hints(misses), *_hints(kinds, verb, checked, bool(sites), given)]
+        hints = [*_rows_hints(misses), *hints_of(kinds, verb, checked, bool(sites), given)]
+        hints += [how_to_part(adapter)] if "double" in kinds else []
         message = f"{name} has {len(misses)} parameters with no place in {file} (of {total})"
         found = message, "; ".join(dict.fromkeys(hints))
-    raise SiteError(*found, lines)
+    raise (OtherValues if "values" in kinds else SiteError)(*found, lines)
 
 
 def _changed(
-    graph: GraphFile, misses: Sequence[Miss], name: str, total: int, checked: bool
+    graph: GraphFile, misses: Sequence[Miss], adapter: Adapter, name: str, total: int, checked: bool
 ) -> tuple[str, str] | None:
     """Return message and hint where the graph is another than its exporter wrote."""
     file, kinds = graph.path.name, {miss.kind for miss in misses}
@@ -119,7 +124,7 @@ def _changed(
             f"{file} contains an adapter already, beside {contained} of the {total} parameters of {name}",
             "export the base model without the adapter, or give the graph that it was added to",
         )
-    if computed := sum(miss.kind == "computed" for miss in misses):
+    if computed := sum(miss.kind == "partly computed" for miss in misses):
         return (
             f"a tool has computed parts of {file} into constants, perhaps with {computed} of the {total} "
             f"parameters of {name}",
@@ -130,9 +135,10 @@ def _changed(
         return (
             f"{file} was not exported from this checkpoint, or was changed since: {name} has "
             f"{len(misses)} places (of {total}) that are not confirmed",
-            "give the folder that the graph was exported from",
+            "give the folder that the graph was exported from"
+            + (f", or another part than {adapter.scope} with --component" if adapter.scope else ""),
         )
-    if (arranged := _arranged(graph)) and kinds & {"not found", "operator"}:
+    if (arranged := _arranged(graph)) and kinds & {*_LOST, "operator"}:
         return (
             f"{file} was optimised by ONNX Runtime for one machine ({arranged}), which stores weights in a "
             f"layout of its own: {name} has {len(misses)} parameters with no place in it (of {total})",
@@ -149,7 +155,7 @@ def _quantised(
     merging = verb == "merge-onnx"
     codes = [use for use in uses if use.quantised and (merging or use.no_branch)]
     kinds = {miss.kind for miss in misses}
-    lost = kinds == {"not found"}
+    lost = kinds <= _LOST
     if not kinds & {"quantised", "integers"} and not (lost and not some and codes):
         return None
     hint = _QUANTISED
@@ -173,7 +179,7 @@ def _lost(
             "give the folder that the graph was exported from, and the graph as its exporter wrote it: a "
             "tool may have changed its weights since",
         )
-    if any("--checkpoint" in miss.reason for miss in misses):
+    if any(miss.kind == "nameless" for miss in misses):
         return (
             f"{file} does not say where its weights belong: none of the {total} parameters of {name} is "
             "named in it",
@@ -230,29 +236,36 @@ def _rows_hints(misses: Sequence[Miss]) -> list[str]:
         key, shape = miss.target.key, miss.target.shape
         if miss.target.action == "replace" and miss.kind == "shape" and may_be_tied(key):
             hints.append(f"for new tokens or labels: give the base {shape[0]} rows before it is exported")
-        elif miss.target.action == "replace" and miss.kind == "not found":
+        elif miss.target.action == "replace" and miss.kind in _LOST:
             hints.append(head_hint(key, shape))
     return [hint for hint in dict.fromkeys(hints) if hint]
 
 
-def _hints(
-    kinds: AbstractSet[MissKind], verb: Verb, checked: bool, some: bool, given: Sequence[str]
+def hints_of(
+    kinds: AbstractSet[RefusalKind], verb: Verb, checked: bool, some: bool, given: Sequence[str]
 ) -> list[str]:
-    """Say what to do: never what was given already, nor the command that is running."""
+    """Say what to do: never what was given already, nor the command that is running.
+
+    Args:
+        kinds: Of all refusals.
+        verb: The command that wants places.
+        checked: There is a checkpoint to compare values with.
+        some: Other parameters have a place.
+        given: Hints that are known to help.
+    """
     hints = list(given)
     if "shape" in kinds:
         hints.append("give the base that the adapter was trained on")
-    if not checked and ("unproven" in kinds or ("not found" in kinds and not given)):
+    if not checked and ("unproven" in kinds or (kinds & _LOST and not given)):
         hints.append(_BY_VALUE)
     if checked and "unproven" in kinds:
         hints.append("give the graph as its exporter wrote it, or a checkpoint that stores these parameters")
     if checked and "not found" in kinds and not given:
         hints.append("export the graph again with these modules in it")
     if "ambiguous" in kinds and not given:
-        again = "export the graph again, with names kept"
-        hints.append(again if checked else f"{again}, and give --checkpoint BASE_DIR")
-    if "double" in kinds:
-        hints.append("give --component where the adapter's file serves several models")
+        hints.append(_AGAIN if checked else f"{_AGAIN}, and give --checkpoint BASE_DIR")
+    if "computed" in kinds:
+        hints.append(_AGAIN)
     if "dora" in kinds:
         merge = "merge the adapter with merge-onnx"
         hints.append(
@@ -284,6 +297,8 @@ def placed_row(adapter: Adapter, site: Site, action: str = "") -> PlanRow:
             words.append(f"{len(part.placements)} experts")
         if first.row_scale is not None:
             words.append("rescaled per output channel")
+        if first.shift:
+            words.append(f"plus {first.shift:g}")
         layouts.append(" ".join(words) or "as in PyTorch")
     return PlanRow(
         adapter.name,
@@ -294,9 +309,11 @@ def placed_row(adapter: Adapter, site: Site, action: str = "") -> PlanRow:
         ", ".join(operators),
         "; ".join(layouts),
         site.evidence,
+        proof=site.proof,
     )
 
 
 def refused_row(adapter: Adapter, miss: Miss) -> PlanRow:
     """Return the plan's row of a miss."""
-    return PlanRow(adapter.name, miss.target.key, miss.target.tensor_names, "refused", reason=miss.reason)
+    target, refusal = miss.target, Refusal(miss.kind, miss.reason)
+    return PlanRow.refused(adapter.name, target.key, target.tensor_names, refusal)

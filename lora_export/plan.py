@@ -4,7 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+# Why something has no place; what to do about it hangs on this, never on the words of the reason.
+RefusalKind = Literal[
+    "not found",
+    "shape",
+    "ambiguous",
+    # Two of one adapter would have one place or one name.
+    "double",
+    # Constants that bear no module's name may hold it.
+    "nameless",
+    # A name fits, and only the checkpoint can tell whether the values are the module's.
+    "unproven",
+    # They are not the checkpoint's.
+    "values",
+    # An adapter's branch stands beside it already.
+    "contained",
+    # Stored as codes of a quantiser: a branch may go beside, nothing can be merged.
+    "quantised",
+    # Computed in integers: neither a branch nor a merge.
+    "integers",
+    # The exporter has computed what the module gives.
+    "computed",
+    # A tool may have computed what one of its calls gives.
+    "partly computed",
+    # An operator or a layout for which nothing is known.
+    "operator",
+    # A merge can do it, a branch can't.
+    "merge only",
+    # A branch can do it, a merge can't.
+    "branch only",
+    # The graph would need DoRA's factor.
+    "dora",
+    # Two names of one weight, which the model can't be given two weights for.
+    "tied",
+    # The graph has the parameter perhaps, but no LoRA inputs for its module.
+    "not exposed",
+    # More ranks than the graph takes, or than a slot of a bank has.
+    "rank",
+    "slot rank",
+    # The factors of several modules that a bank needs apart.
+    "mixed",
+]
+
+
+# How a place was proven: by names alone, by values too, by names because a quantiser's codes aren't compared;
+# or it was added to the graph and had no values.
+Proof = Literal["names", "values", "codes", "added"]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why something has no place.
+
+    Attributes:
+        kind: What the hint hangs on.
+        detail: What was seen, and where.
+        hint: What to do about this one, where more is known than the kind tells.
+    """
+
+    kind: RefusalKind
+    detail: str
+    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -21,6 +83,8 @@ class PlanRow:
         operator: Operators that read it, in a graph.
         layout: How the canonical weight lies there: transposed, which rows of a fused weight, rescaled.
         reason: What led to the place, or why there is none.
+        kind: Of the refusal, where there is no place.
+        proof: Of a place in a graph.
     """
 
     adapter: str
@@ -31,6 +95,17 @@ class PlanRow:
     operator: str = ""
     layout: str = ""
     reason: str = ""
+    kind: RefusalKind | None = None
+    proof: Proof | None = None
+
+    @classmethod
+    def refused(cls, adapter: str, parameter: str, tensors: Sequence[str], refusal: Refusal) -> PlanRow:
+        """Make the row of something without a place."""
+        return cls(adapter, parameter, tuple(tensors), "refused", reason=refusal.detail, kind=refusal.kind)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {key: value for key, value in asdict(self).items() if key not in ("kind", "proof")}
 
 
 @dataclass(frozen=True)
@@ -59,7 +134,7 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        rows = [asdict(row) for row in self.rows]
+        rows = [row.as_dict() for row in self.rows]
         return {"rows": rows, "notes": list(self.notes), "warnings": list(self.warnings)}
 
     def lines(self) -> list[str]:

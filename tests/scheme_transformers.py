@@ -378,6 +378,35 @@ def lumina2() -> Family:
     )
 
 
+def ltx() -> Family:
+    """LTX-Video: its blocks have the names that diffusers gives them."""
+    from diffusers import LTXVideoTransformer3DModel
+
+    def model() -> LTXVideoTransformer3DModel:
+        return LTXVideoTransformer3DModel(
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            cross_attention_dim=16,
+            num_layers=2,
+            caption_channels=12,
+        )
+
+    renamed = {
+        "proj_in": "patchify_proj",
+        "time_embed": "adaln_single",
+        "norm_q": "q_norm",
+        "norm_k": "k_norm",
+    }
+    shapes: Shapes = {}
+    for name, values in model().state_dict().items():
+        for ours, theirs in renamed.items():
+            name = name.replace(ours, theirs)
+        shapes[name] = tuple(values.shape)
+    return Family("ltx", shapes, single_file_utils.convert_ltx_transformer_checkpoint_to_diffusers, model)
+
+
 FAMILIES: dict[str, Callable[[], Family]] = {
     "flux": flux,
     "flux-schnell": lambda: flux(guidance=False),
@@ -385,6 +414,7 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "chroma": chroma,
     "z-image": z_image,
     "lumina2": lumina2,
+    "ltx": ltx,
     "sd3": sd3,
     "wan": wan,
     "hunyuan-video": hunyuan_video,

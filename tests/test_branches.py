@@ -243,7 +243,8 @@ def test_dora_can_t_come_before_an_activation_inside(tmp_path):
 def test_dora_without_dora_is_refused(tmp_path):
     base, weight, _ = linear_base("3-D", tmp_path)
     caught = refuse_swap(base, adapter(lora("fc", *weight.shape, magnitude=magnitude(OUT))))
-    assert "give --dora" in reasons(caught)["fc.weight"]
+    assert "DoRA" in reasons(caught)["fc.weight"]
+    assert "give --dora" in caught.hint
 
 
 # --- bits of bases whose products are long: ONNX Runtime sums them in pieces ------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, build
 
 from lora_export.adapter import Adapter, LoraModule
+from lora_export.base.families import CONV1D_FAMILIES, source_folder
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_merge import DTYPES
 from lora_export.commands import merge as command
@@ -243,6 +245,20 @@ def test_a_head_tied_in_another_way_is_refused(tmp_path):
         merge_checkpoint(base, adapter_of(module, UP), tmp_path / "out")
 
 
+@pytest.mark.parametrize("rows", [{"vocab_size": 9}, {"input_vocab_size": 9, "output_vocab_size": 9}, {}])
+@pytest.mark.parametrize("kinds", [["FooForCausalLM"], ["FooModel"], []])
+@pytest.mark.parametrize("table", ["emb", "input_embeds_layers.1"])
+def test_a_tie_of_an_unknown_class_is_never_a_guess(tmp_path, table, kinds, rows):
+    """The config says that something is tied, and nobody knows what to what."""
+    config = {"model_type": "foo", "tie_word_embeddings": True, "architectures": kinds, **rows}
+    tensors = {f"{table}.weight": torch.zeros(9, 4), "layers.0.up.weight": torch.zeros(6, 4)}
+    base = small_base(tmp_path / "base", config=config, **tensors)
+    with pytest.raises(SiteError, match="tied"):
+        merge_checkpoint(base, adapter_of(linear(table, 9, 4)), tmp_path / "out")
+    merge_checkpoint(base, adapter_of(linear("layers.0.up", 6, 4)), tmp_path / "out")
+    assert load_file(tmp_path / "out/model.safetensors")["layers.0.up.weight"].any()
+
+
 # --- orientation -------------------------------------------------------------------------------------
 
 
@@ -253,6 +269,15 @@ def test_a_head_tied_in_another_way_is_refused(tmp_path):
         ({"model_type": "gpt2"}, "h.score", True, False),
         ({"model_type": "own"}, "h.c_proj", True, True),
         ({"model_type": "own"}, "h.c_proj", False, False),
+        # PEFT ignores the flag on an nn.Linear.
+        ({"model_type": "llama"}, "model.q_proj", True, False),
+        (
+            {"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}},
+            "h.c_proj",
+            False,
+            True,
+        ),
+        ({"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}}, "e.query", True, False),
     ],
 )
 def test_square_weights(tmp_path, config, path, flag, transposed):
@@ -287,6 +312,55 @@ def test_norms_with_a_count_of_batches(tmp_path, family):
     merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     merged = kind.from_pretrained(tmp_path / "out").eval()
     assert tiny.relative_error(merged(images).logits.detach().numpy(), expected.numpy()) <= 1e-5
+
+
+def test_families_with_conv1d_are_those_of_transformers():
+    models = source_folder("gpt2").parent
+    using = {
+        file.parent for file in models.glob("*/modeling_*.py") if re.search(r"\bConv1D\(", file.read_text())
+    }
+    assert {source_folder(family) for family in CONV1D_FAMILIES} == using
+
+
+@pytest.mark.parametrize(
+    ("options", "encoder"),
+    [
+        ({"target_modules": "all-linear"}, "ViT"),
+        ({"target_modules": ["q_proj", "v_proj", "c_attn"], "use_dora": True}, "ViT"),
+        ({"target_modules": ["query", "value", "c_proj"]}, "Bert"),
+    ],
+)
+def test_linear_and_conv1d_in_one_model(tmp_path, options, encoder):
+    """PEFT writes the ``fan_in_fan_out`` of the module that it replaced last."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    if encoder == "ViT":
+        own, kind = transformers.ViTConfig(image_size=16, patch_size=8, **sizes), "VisionEncoderDecoder"
+        inputs = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    else:
+        own, kind = transformers.BertConfig(vocab_size=64, **sizes), "EncoderDecoder"
+        inputs = {"input_ids": torch.randint(3, 64, (2, 5))}
+    other = transformers.GPT2Config(
+        n_embd=32,
+        n_head=4,
+        n_layer=1,
+        vocab_size=64,
+        n_positions=32,
+        add_cross_attention=True,
+        is_decoder=True,
+    )
+    config = getattr(transformers, f"{kind}Config").from_encoder_decoder_configs(own, other)
+    kind = getattr(transformers, f"{kind}Model")
+    model = kind(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **options)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids = torch.randint(3, 64, (2, 6))
+    expected = adapted(**inputs, decoder_input_ids=ids).logits.detach()
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged = kind.from_pretrained(tmp_path / "out").eval()
+    got = merged(**inputs, decoder_input_ids=ids).logits.detach()
+    assert tiny.relative_error(got.numpy(), expected.numpy()) <= 1e-5
 
 
 # --- bad input ---------------------------------------------------------------------------------------

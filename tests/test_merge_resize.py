@@ -191,6 +191,50 @@ def test_trained_rows_are_replaced(tmp_path, name):
     assert list(manifest["adapters"][0]["replaced_rows"].values()) == [4]
 
 
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_trained_rows_lie_below_the_heads_own_change(tmp_path, kind):
+    """Where embedding and head are tied, PEFT gives the head the trained rows, and adds its LoRA to them."""
+    own = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    if kind.startswith("GPT2"):
+        own = {"n_embd": 32, "n_layer": 1, "n_head": 4}
+    config = getattr(transformers, f"{kind.partition('LM')[0].removesuffix('ForCausal')}Config")
+    model = base_of(kind, config(vocab_size=64, tie_word_embeddings=True, **own), tmp_path / "base")
+    options = {"target_modules": ["lm_head"], "trainable_token_indices": ROWS}
+    expected = trained(model, tmp_path / "adapter", **options)
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert tiny.relative_error(answer(kind, tmp_path / "out", model), expected) <= 2e-6
+
+
+@pytest.mark.parametrize("kind", ["T5", "Bert"])
+def test_what_can_not_grow_whole_does_not_grow_at_all(tmp_path, kind):
+    """Other tensors need the rows, too, and the adapter lacks them: left out, the base keeps its size."""
+    from peft import LoraConfig, get_peft_model
+
+    if kind == "T5":
+        config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+        model, target = transformers.T5ForConditionalGeneration(config), "q"
+    else:
+        config = transformers.BertConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+        )
+        model, target = transformers.BertForMaskedLM(config), "query"
+    model.save_pretrained(tmp_path / "base")
+    with tiny.quiet():
+        model.resize_token_embeddings(69, mean_resizing=False)
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[target]))
+        adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    options = {"resize": True}
+    with pytest.raises(SiteError, match="rows"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", **options)
+    merge_checkpoint(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "out", allow_unmatched=True, **options
+    )
+    with tiny.quiet():
+        loaded, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert loaded.config.vocab_size == 64
+    assert not info["missing_keys"]
+
+
 @pytest.mark.parametrize(
     "rows",
     [
@@ -261,7 +305,7 @@ def test_others_than_merge_refuse_rows_and_say_where_they_go(tmp_path):
     args = ["--base", str(graph), "--adapter", str(tmp_path / "ad"), "-o", str(tmp_path / "m.onnx")]
     result = CliRunner().invoke(merge_onnx, args)
     assert isinstance(result.exception, AdapterError)
-    assert "lora-export merge" in str(result.exception.problems)
+    assert "lora-export merge" in result.exception.hint
     assert not (tmp_path / "m.onnx").exists()
     with pytest.raises(AdapterError, match="alone and with weight 1"):
         merge_checkpoint(tmp_path / "base", [adapter, adapter], tmp_path / "out")

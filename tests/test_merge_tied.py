@@ -11,7 +11,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lora_export.base.ties import find_ties, untied_config
+from lora_export.base.tied_layers import may_tie_layers
+from lora_export.base.ties import Tie, Ties, find_ties, untied_config
 from lora_export.checkpoint import Checkpoint
 from lora_export.errors import SiteError
 from lora_export.modes.merge_checkpoint import merge_checkpoint
@@ -179,7 +180,7 @@ def test_families_that_can_not_be_parted_are_refused(tmp_path, kind):
             merge_checkpoint(tmp_path / "base", tmp_path / target, tmp_path / "out")
         assert len(caught.value.problems) == 1
         assert "share one weight" in caught.value.problems[0]
-        assert "ensure_weight_tying" in caught.value.problems[0]
+        assert "ensure_weight_tying" in caught.value.hint
     # The rest of the adapter has its place.
     report = merge_checkpoint(tmp_path / "base", tmp_path / target, tmp_path / "out", allow_unmatched=True)
     assert len(report.plan.refused) == 1
@@ -216,6 +217,109 @@ def test_a_weight_that_is_never_called(tmp_path):
     kind = "BartForConditionalGeneration"
     model = base_of(kind, config_of(kind, BART), tmp_path / "base")
     expected = trained(model, tmp_path / "adapter", ["model.shared", "q_proj"])
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert tiny.relative_error(reloaded(kind, tmp_path / "out", model), expected) <= 2e-6
+
+
+# --- several ties under one switch -------------------------------------------------------------------
+
+MASKED = {
+    "RobertaForMaskedLM": (
+        PLAIN | {"intermediate_size": 24, "max_position_embeddings": 40}, "lm_head", "decoder", "query"),
+    "MPNetForMaskedLM": (
+        PLAIN | {"intermediate_size": 24, "max_position_embeddings": 40}, "lm_head", "decoder", "q"),
+    "BertForMaskedLM": (PLAIN | {"intermediate_size": 24}, "cls", "decoder", "query"),
+    "AlbertForMaskedLM": (
+        PLAIN | {"intermediate_size": 24, "embedding_size": 8}, "predictions", "decoder", "query"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("saved", ["head", "output layer", "LoRA with a bias", "all biases"])
+@pytest.mark.parametrize(
+    ("kind", "options", "head", "output", "linear"), [(k, *v) for k, v in MASKED.items()]
+)
+def test_the_tied_bias_of_a_masked_head(tmp_path, kind, options, head, output, linear, saved):
+    """The weight is parted from the embedding by the same switch as the bias from the head's own."""
+    given = {
+        "head": {"modules_to_save": [head]},
+        "output layer": {"modules_to_save": [output]},
+        "LoRA with a bias": {"targets": [linear, output], "lora_bias": True},
+        "all biases": {"bias": "all"},
+    }[saved]
+    model = base_of(kind, config_of(kind, options), tmp_path / "base")
+    expected = trained(model, tmp_path / "adapter", **{"targets": [linear]} | given)
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert tiny.relative_error(reloaded(kind, tmp_path / "out", model), expected) <= 2e-6
+
+
+# --- layers that share their weights -----------------------------------------------------------------
+
+HYBRID = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 6, "intermediate_size": 24,
+          "num_attention_heads": 4, "num_key_value_heads": 4, "mamba_d_state": 4}  # fmt: skip
+SHARED_LAYERS = {
+    "ZambaForCausalLM": (
+        HYBRID | {"attention_hidden_size": 64, "n_mamba_heads": 2, "attn_layer_period": 2,
+                  "attn_layer_offset": 1, "use_mamba_kernels": False, "mamba_dt_rank": 4},
+        r".*layers\.2\..*q_proj", r".*layers\.4\..*q_proj", "q_proj"),
+    "Zamba2ForCausalLM": (
+        HYBRID | {"layers_block_type": ["mamba", "hybrid"] * 3, "n_mamba_heads": 4, "mamba_headdim": 16,
+                  "mamba_ngroups": 1, "chunk_size": 4, "num_mem_blocks": 1, "use_mem_rope": False,
+                  "adapter_rank": 4},
+        r".*layers\.1\..*o_proj", r".*layers\.5\..*o_proj", "o_proj"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", ["first", "last", "all"])
+@pytest.mark.parametrize("kind", SHARED_LAYERS)
+def test_one_of_the_layers_that_share_a_block(tmp_path, kind, which):
+    options, first, last, every = SHARED_LAYERS[kind]
+    model = base_of(kind, config_of(kind, options), tmp_path / "base")
+    targets = {"first": first, "last": last, "all": [every]}[which]
+    expected = trained(model, tmp_path / "adapter", targets)
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert tiny.relative_error(reloaded(kind, tmp_path / "out", model), expected) <= 2e-6
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"model_type": "llama"}, False),
+        ({"model_type": "qwen3_vl", "text_config": {"model_type": "qwen3_vl_text"}}, False),
+        ({"model_type": "bert"}, False),
+        ({"model_type": "nobody-s"}, False),
+        ({}, False),
+        ({"model_type": "zamba2"}, True),
+        ({"model_type": "x", "text_config": {"model_type": "udop_text"}}, True),
+        ({"model_type": "bark"}, True),
+    ],
+)
+def test_families_whose_layers_may_be_tied(config, expected):
+    assert may_tie_layers(config) is expected
+
+
+# --- what the file holds with other values -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"targets": ["q", "lm_head"]},
+        {"targets": ["q"], "modules_to_save": ["lm_head"]},
+        {"targets": ["q"], "trainable_token_indices": {"shared": [4, 7]}},
+    ],
+    ids=["LoRA", "whole", "token rows"],
+)
+@pytest.mark.parametrize("kind", ["T5ForConditionalGeneration", "MT5ForConditionalGeneration"])
+def test_a_head_of_its_own_in_a_class_that_always_ties(tmp_path, kind, options):
+    """As FLAN-T5's: transformers does not tie tensors that a file holds with different values."""
+    base_of(kind, config_of(kind, T5), tmp_path / "base")
+    file, config = tmp_path / "base/model.safetensors", tmp_path / "base/config.json"
+    save_file(load_file(file) | {"lm_head.weight": torch.randn(V, H)}, file, metadata={"format": "pt"})
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}))
+    with tiny.quiet():
+        model = getattr(transformers, kind).from_pretrained(tmp_path / "base").eval()
+    assert model.lm_head.weight is not model.shared.weight
+    expected = trained(model, tmp_path / "adapter", **options)
     merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert tiny.relative_error(reloaded(kind, tmp_path / "out", model), expected) <= 2e-6
 
@@ -310,3 +414,14 @@ def test_a_base_without_a_model_type_is_not_asked_about(tmp_path):
     save_file({"up.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
     assert find_ties(Checkpoint.open(tmp_path)).ties == ()
+
+
+@pytest.mark.parametrize("flattened", [False, True])
+@pytest.mark.parametrize("stored", ["decoder.head.0.weight", "model.decoder.head.0.weight"])
+def test_a_parameters_own_path_outdoes_another_that_ends_like_it(stored, flattened):
+    """Detectors tie their heads to the decoder's, of which they are the end."""
+    tie = Tie({stored: stored, "head.0.weight": "head.0.weight"}, stored)
+    assert Ties((tie,)).absent("head_0.weight" if flattened else "head.0.weight", flattened) == (
+        tie,
+        "head.0.weight",
+    )

@@ -1,5 +1,8 @@
 """What a refusal proposes: nothing that was given already, nor the command that has just run."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -11,9 +14,11 @@ from small_graphs import adapter, conv, graph, linear, random, save
 from test_static_quantised import Convs, Gelu
 from torch import nn
 
+import lora_export
 from lora_export import GraphError, LoraExportError, bank_onnx, merge_onnx, swap_onnx
 
 MATMUL = "g (float[B,IN] x) => (float[B,N] y) { y = MatMul (x, fc_weight) }"
+PACKAGE = Path(lora_export.__file__).parent
 VERBS = {"merge-onnx": merge_onnx, "swap-onnx": swap_onnx, "bank-onnx": bank_onnx}
 
 
@@ -113,6 +118,29 @@ def test_dora_in_a_swap_graph_and_in_a_bank(tmp_path):
     given = adapter(linear("fc", 6, 4, magnitude=np.ones(6, np.float32)))
     assert "--dora" in refused("swap-onnx", base, given, tmp_path).hint
     assert "swap-onnx --dora" in refused("bank-onnx", base, given, tmp_path).hint
+
+
+def test_no_hint_hangs_on_the_words_of_a_reason():
+    """Every refusal has a kind: what is read out of a sentence breaks when the sentence is put better."""
+    words = re.compile(
+        r"(?:reason|problem|message)s?\.(?:startswith|endswith|partition|find)\("
+        r"|(?:[\"'] |[A-Z_]+ )in (?:\w+\.)?reason\b"
+    )
+    placing = [
+        "placing",
+        "binding",
+        "matching",
+        "finding",
+        "checkpoint_*",
+        "onnx_base",
+        "sites/*",
+        "branches/*",
+    ]
+    files = [path for name in placing for path in PACKAGE.glob(f"{name}.py")]
+    assert len(files) > 30
+    lines = [(path.name, line.strip()) for path in files for line in path.read_text("utf-8").splitlines()]
+    found = [(name, line) for name, line in lines if words.search(line)]
+    assert not found
 
 
 # --- files and layouts of ONNX Runtime ---------------------------------------------------------------------

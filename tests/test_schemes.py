@@ -86,7 +86,8 @@ def test_dora_and_biases_are_cut_with_the_rows(family: Family, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "parts", [("attn", "attention.qkv"), ("img", "x_block", "output_blocks", "cross_attn", "refiner")]
+    "parts",
+    [("attn", "attention.qkv"), ("img", "x_block", "output_blocks", "cross_attn", "refiner", "adaln_single")],
 )
 def test_some_of_the_modules(family: Family, parts: tuple[str, ...], tmp_path: Path) -> None:
     """What is trained alone is translated alike: attention, one side, one half of a UNet."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from lora_export.adapter import Adapter
 from lora_export.base.tied_changes import Change, MakePatch
 from lora_export.checkpoint import Checkpoint, StoredTensor
-from lora_export.plan import PlanRow
+from lora_export.plan import PlanRow, Refusal
 
 
 @dataclass
@@ -21,6 +21,7 @@ class Ledger:
         changes: Name of a stored tensor, or of one that would be stored, → its changes.
         sources: Name of a tensor that the file does not hold → the stored one whose values it has.
         resized: Name of a tensor → its new shape, with more rows.
+        hints: What to do about what was refused.
     """
 
     checkpoint: Checkpoint
@@ -28,6 +29,7 @@ class Ledger:
     changes: dict[str, list[Change]] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     resized: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    hints: list[str] = field(default_factory=list)
     _adapter: int = -1
     _is_tied: bool = False
 
@@ -52,13 +54,14 @@ class Ledger:
         for name, changes in self.changes.items():
             self.changes[name] = [change for change in changes if change.row not in gone]
 
-    def refuse(self, names: Iterable[str], reason: str) -> None:
+    def refuse(self, names: Iterable[str], refusal: Refusal) -> None:
         """Refuse every row of the plan that changes one of some tensors, with all that it would change."""
         names = list(names)
         gone = {change.row for name in names for change in self.changes.get(name, ())}
         for row in gone:
             old = self.rows[row]
-            self.rows[row] = PlanRow(old.adapter, old.parameter, old.tensors, "refused", reason=reason)
+            self.rows[row] = PlanRow.refused(old.adapter, old.parameter, old.tensors, refusal)
+        self.hints += [refusal.hint] * bool(refusal.hint)
         self.drop(gone)
         for name in names:
             self.resized.pop(name, None)

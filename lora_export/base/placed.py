@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from lora_export.base.copies import Copied
 from lora_export.base.quantised import Quantised
 from lora_export.base.tied_changes import MakePatch
 from lora_export.plan import Plan
@@ -39,6 +41,7 @@ class Placed:
         resized: Name of a stored or added tensor → its new shape, with rows for new tokens.
         vocabulary: How many tokens the base has, and the output.
         hints: What to do to the base for parameters without a place.
+        copied: Whole copies that adapters put in, and what is added beside them.
     """
 
     quantised: Quantised
@@ -51,6 +54,7 @@ class Placed:
     resized: dict[str, tuple[int, ...]] = field(default_factory=dict)
     vocabulary: tuple[int, int] | None = None
     hints: tuple[str, ...] = ()
+    copied: Sequence[Copied] = ()
 
 
 def view_of(shape: tuple[int, ...], stacked: bool) -> tuple[int, int]:

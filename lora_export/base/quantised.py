@@ -20,8 +20,7 @@ from lora_export.errors import CheckpointError
 from lora_export.safetensors_header import FLOATS
 from lora_export.storage.scales import dequantise, grid_of, looks_scaled
 
-# How reasons begin, for those who choose a hint.
-QUANTISED = "stored quantised"
+_QUANTISED = "stored quantised"
 HINT = "merge into the unquantised base and quantise the result, or keep the adapter apart"
 CONFIG_KEYS = ("quantization_config", "compression_config")
 # Methods whose tensors say themselves what is quantised and how.
@@ -75,13 +74,13 @@ class Quantised:
             return ""
         known = self.refused.get(tensor) or self.packed.get(tensor)
         if known:
-            return f"{QUANTISED} ({known})"
+            return f"{_QUANTISED} ({known})"
         stored = self.checkpoint.tensors[tensor]
         if stored.code not in FLOATS:
             return f"{tensor} is stored as {stored.code}: a quantised weight can't be merged into"
         if stored.code in _CODES and looks_scaled(self.checkpoint.read(tensor)):
             return (
-                f"{QUANTISED} ({tensor} is {stored.code} up to its end, as codes with a scale are, "
+                f"{_QUANTISED} ({tensor} is {stored.code} up to its end, as codes with a scale are, "
                 "but no scale lies beside it)"
             )
         return ""
@@ -90,7 +89,7 @@ class Quantised:
         """Return the reason of a parameter that is only stored packed, or an empty string."""
         for name, kind in self.packed.items():
             if f".{name}".endswith(f".{parameter}") or f".{parameter}".endswith(f".{name}"):
-                return f"{QUANTISED} ({kind})"
+                return f"{_QUANTISED} ({kind})"
         return ""
 
     def read(self, tensor: str) -> tuple[Array, Array]:
@@ -109,7 +108,7 @@ class Quantised:
         if tensor in self.refused or tensor in self.packed:
             raise CheckpointError(
                 f"{self.checkpoint.folder}: {tensor} is {self.refusal(tensor)}: its values can't be compared",
-                "give the unquantised checkpoint, or leave --checkpoint out",
+                "give the unquantised folder with --checkpoint, or --no-checkpoint (checkpoint=False)",
             )
         return self.checkpoint.read(tensor)
 

@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from lora_export.base.ledger import Ledger
 from lora_export.base.quantised import Quantised
 from lora_export.base.tied_changes import alike, spread
-from lora_export.base.ties import FLAG, Tie, Ties, may_be_tied
-from lora_export.base.vocabulary import why_not_resized
+from lora_export.base.ties import FLAG, TOGETHER, Tie, Ties
+from lora_export.base.vocabulary import resize_hint, why_not_resized
+from lora_export.plan import Refusal
+
+_GROWS = "the vocabulary grows"
 
 
 @dataclass
@@ -29,64 +32,110 @@ class Settled:
     notes: list[str] = field(default_factory=list)
 
 
-def settle(ledger: Ledger, ties_of: Callable[[], Ties], quantised: Quantised) -> Settled:
+def settle(
+    ledger: Ledger, may_be_tied: Callable[[str], bool], ties_of: Callable[[], Ties], quantised: Quantised
+) -> Settled:
     """Go over a ledger's changes; what can't be done is refused in it.
 
     Args:
         ledger: All changes.
+        may_be_tied: Whether a tensor could share its weight.
         ties_of: Finds what is tied; called only if a changed tensor may be.
         quantised: The base's quantised weights.
     """
     result = Settled()
-    if ledger.resized:
+    growing = set(ledger.resized)
+    if growing:
         _settle_rows(ledger, result)
+    _settle_ties(ledger, may_be_tied, ties_of, quantised, result)
+    if result.vocabulary and set(ledger.resized) != growing:
+        # The config has one number of tokens for all: with the rest grown, no model could be built.
+        why = f"{', '.join(sorted(growing - set(ledger.resized)))} can't be given more rows"
+        ledger.refuse(list(ledger.resized), Refusal("shape", f"{why}, and all have to have as many"))
+        result.vocabulary = None
+        result.notes = [note for note in result.notes if not note.startswith(_GROWS)]
+    return result
+
+
+def _settle_ties(
+    ledger: Ledger,
+    may_be_tied: Callable[[str], bool],
+    ties_of: Callable[[], Ties],
+    quantised: Quantised,
+    result: Settled,
+) -> None:
     names = [name for name, changes in ledger.changes.items() if changes and may_be_tied(name)]
     if not names:
-        return result
+        return
     ties = ties_of()
     touched = dict.fromkeys(tie for name in names if (tie := ties.of(name)) is not None)
+    parted = [tie for tie in touched if _spread_over(ledger, tie) and _part(ledger, tie, ties, quantised)]
     for tie in touched:
-        _settle_tie(ledger, tie, quantised, result)
-    if result.untied:
-        # The config's switch is one for all of them.
+        _note(ledger, tie, bool(parted), result)
+    if parted:
+        # The config's switch is one for all of them, also for those that change alike or not at all.
+        result.untied = True
         pairs = [(name, tie.source) for tie in ties.ties for name in tie.tensors.values()]
         result.parted = [(name, source) for name, source in pairs if name not in ledger.checkpoint.tensors]
     if touched and ties.note:
         result.notes.append(ties.note)
-    return result
 
 
-def _settle_tie(ledger: Ledger, tie: Tie, quantised: Quantised, result: Settled) -> None:
-    """Leave the parameters of a tie one weight where their changes are equal, else part them."""
+def _spread_over(ledger: Ledger, tie: Tie) -> bool:
+    """Give each parameter of a tie its changes in the ledger; whether they are to differ from now on."""
     found, wrong = spread(tie, ledger.changes)
     if wrong:
         reason = f"trained with ensure_weight_tying, and yet {' and '.join(found)} change differently"
-        ledger.refuse(found, reason)
-        return
-    first, *others = found
+        ledger.refuse(found, Refusal("tied", reason))
+        return False
+    ledger.changes |= found
+    return not _change_alike(ledger, tie)
+
+
+def _change_alike(ledger: Ledger, tie: Tie) -> bool:
+    first, *others = (ledger.changes.get(name, []) for name in tie.tensors.values())
+    return all(alike(first, changes) for changes in others)
+
+
+def _part(ledger: Ledger, tie: Tie, ties: Ties, quantised: Quantised) -> bool:
+    """Whether the parameters of a tie can have values of their own; refuse their changes if not."""
+    names = list(tie.tensors.values())
     stored = ledger.checkpoint.tensors
-    if all(alike(found[first], found[name]) for name in others):
-        held = {name: changes for name, changes in found.items() if name in stored}
-        ledger.changes = {name: c for name, c in ledger.changes.items() if name not in found} | held
-        result.notes += [f"{name} stays tied to {first}: both change alike" for name in others]
-        return
-    rows = {name: ledger.resized.get(name, stored[tie.source].shape)[0] for name in found}
+    rows = {name: ledger.resized.get(name, stored[tie.source].shape)[0] for name in names}
+    codes = [one.source for one in (tie, *ties.ties) if one.source in quantised.scaled]
     if len(set(rows.values())) > 1:
         few = [name for name, count in rows.items() if count < max(rows.values())]
         reason = f"{', '.join(few)} needs {max(rows.values())} rows, too, and the adapter doesn't hold them"
-    elif tie.refusal or tie.source in quantised.scaled:
-        why = tie.refusal or f"{tie.source} is quantised, and codes can't be stored twice"
-        reason = f"{' and '.join(found)} share one weight and would differ; {why}"
+        refusal = Refusal("tied", reason, resize_hint(max(rows.values())))
+    elif tie.refusal or codes:
+        why = tie.refusal or f"{codes[0]} is quantised, and codes can't be stored twice"
+        reason = f"{' and '.join(names)} share one weight and would differ; {why}"
+        refusal = Refusal("tied", reason, tie.hint or TOGETHER)
     else:
-        ledger.changes |= found
-        result.untied = True
-        result.notes += [
-            f"{name} was tied to {first}; they change differently, so the output stores both and its config "
-            f"says {FLAG}: false"
-            for name in others
-        ]
+        return True
+    ledger.refuse(names, refusal)
+    return False
+
+
+def _note(ledger: Ledger, tie: Tie, untied: bool, result: Settled) -> None:
+    """Say what becomes of a changed tie; one that stays one weight has the changes of what is stored."""
+    first, *others = tie.tensors.values()
+    if not any(ledger.changes.get(name) for name in (first, *others)):
         return
-    ledger.refuse(found, reason)
+    if not _change_alike(ledger, tie):
+        why = "they change differently, so"
+    elif untied:
+        why = "both change alike, but the config has one switch for all ties:"
+    else:
+        for name in (first, *others):
+            if name not in ledger.checkpoint.tensors:
+                ledger.changes.pop(name, None)
+        result.notes += [f"{name} stays tied to {first}: both change alike" for name in others]
+        return
+    result.notes += [
+        f"{name} was tied to {first}; {why} the output stores both and its config says {FLAG}: false"
+        for name in others
+    ]
 
 
 def _settle_rows(ledger: Ledger, result: Settled) -> None:
@@ -94,12 +143,13 @@ def _settle_rows(ledger: Ledger, result: Settled) -> None:
     shapes = {ledger.sources.get(name, name): shape for name, shape in ledger.resized.items()}
     problem = why_not_resized(ledger.checkpoint, shapes)
     if problem:
-        ledger.refuse(list(ledger.resized), problem)
+        rows = max(shape[0] for shape in shapes.values())
+        ledger.refuse(list(ledger.resized), Refusal("shape", problem, resize_hint(rows)))
         return
     name, shape = next(iter(shapes.items()))
     old = ledger.checkpoint.tensors[name].shape[0]
     result.vocabulary = (old, shape[0])
     result.notes.append(
-        f"the vocabulary grows from {old} to {shape[0]} tokens; the base's tokenizer is copied as it is: "
+        f"{_GROWS} from {old} to {shape[0]} tokens; the base's tokenizer is copied as it is: "
         "take the one that was saved with the adapter"
     )

@@ -49,22 +49,28 @@ def spread(tie: Tie, changes: Mapping[str, Sequence[Change]]) -> tuple[dict[str,
         changes: Tensor → its changes, in the order of the blend.
 
     Returns:
-        Tensor → its changes, for all of the tie's; and whether some contradict what their adapter says of
-        being trained as one.
+        Tensor → its changes, for all of the tie's and those held apart; and whether some contradict what
+        their adapter says of being trained as one.
     """
     first, *others = tie.tensors.values()
-    found = {tensor: list(changes.get(tensor, ())) for tensor in tie.tensors.values()}
+    others += tie.apart
+    found = {tensor: list(changes.get(tensor, ())) for tensor in (first, *others)}
     wrong = False
     for adapter in sorted({change.adapter for change in found[first]}):
         common = [change for change in found[first] if change.adapter == adapter]
         for tensor in others:
             own = [change for change in found[tensor] if change.adapter == adapter]
-            if not own:
-                more = [*found[tensor], *(change for change in common if change.for_all)]
+            if any(change.is_tied for change in own):
+                wrong = wrong or not alike(own, common)
+            elif not any(_replaces(change) for change in own):
+                # PEFT puts the trained rows below the head's own LoRA.
+                more = [*(change for change in common if change.for_all), *found[tensor]]
                 found[tensor] = sorted(more, key=lambda change: change.adapter)
-            elif any(change.is_tied for change in own) and not alike(own, common):
-                wrong = True
     return found, wrong
+
+
+def _replaces(change: Change) -> bool:
+    return change.make(np.float32).values is not None
 
 
 def alike(one: Sequence[Change], two: Sequence[Change]) -> bool:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from lora_export.base.meta_model import LoadedNames, build_model, model_names
 from lora_export.checkpoint import Checkpoint
 
@@ -29,9 +31,12 @@ _EMBEDDINGS = {
 }
 # Classes with an output head over the vocabulary, by a part of their name.
 _LANGUAGE_MODELS = ("LM", "PreTraining", "ConditionalGeneration")
-_PARTED = (
-    "train the adapter with ensure_weight_tying=True, keep it beside the base (lora-export swap-onnx), "
-    "or leave its change of this parameter out (--allow-unmatched)"
+# At once: tensors of other values differ in the first.
+_COMPARED_BYTES = 1 << 20
+# What can be done about weights that have to stay one.
+TOGETHER = (
+    "train the adapter with ensure_weight_tying=True, or export the base to ONNX and keep the adapter beside "
+    "its weights (lora-export swap-onnx)"
 )
 
 
@@ -44,11 +49,15 @@ class Tie:
             first is the one that the others follow: the input embedding.
         source: The stored tensor whose values they have.
         refusal: Why they can't be given values of their own; empty if they can.
+        hint: What to do to the base, where that helps.
+        apart: Tensors that the class ties to them, and that the file holds with other values.
     """
 
     tensors: Mapping[str, str]
     source: str
     refusal: str = ""
+    hint: str = ""
+    apart: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,12 +88,12 @@ class Ties:
                 fewer.
             flattened: The module path's dots are underscores.
         """
-        found = {
-            tie.tensors[name]: tie
-            for tie in self.ties
-            for name in tie.tensors
-            if _same(_flat(name) if flattened else name, parameter)
-        }
+        names = {_flat(name) if flattened else name: (tie, name) for tie in self.ties for name in tie.tensors}
+        if parameter in names:
+            # Another may end like it: a head that is tied to one of the decoder's.
+            tie, name = names[parameter]
+            return tie, tie.tensors[name]
+        found = {tie.tensors[name]: tie for own, (tie, name) in names.items() if _same(own, parameter)}
         if len(found) != 1:
             return None
         ((tensor, tie),) = found.items()
@@ -106,7 +115,8 @@ def find_ties(checkpoint: Checkpoint) -> Ties:
         return _by_names(checkpoint, "transformers is not installed (pip install 'lora-export[hf]')")
     except Exception as error:  # a model that this transformers can't build
         said = str(error).partition("\n")[0]
-        return _by_names(checkpoint, f"transformers can't build the model ({type(error).__name__}: {said})")
+        why = f"transformers can't build the model ({type(error).__name__}: {said})"
+        return _by_names(checkpoint, why, is_unknown=True)
 
 
 def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,10 +161,27 @@ def _by_transformers(checkpoint: Checkpoint) -> Ties:
         stored = [held[name] for name in names if name in held]
         if not stored:
             continue
+        apart = [name for name in stored[1:] if not _hold_one(checkpoint, stored[0], name)]
         as_loaded = all(held.get(name, name) == name for name in names)
         tensors = {n: held.get(n) or (n if as_loaded else renaming.stored(n)) for n in names}
-        ties.append(Tie(tensors, stored[0], refusal))
+        one = {name: tensor for name, tensor in tensors.items() if tensor not in apart}
+        ties.append(Tie(one, stored[0], refusal, apart=tuple(apart)))
     return Ties(tuple(ties))
+
+
+def _hold_one(checkpoint: Checkpoint, one: str, two: str) -> bool:
+    """Whether two stored tensors are equal: transformers does not tie those that differ.
+
+    So FLAN-T5's head, whose config says ``tie_word_embeddings: false`` to a class that always ties.
+    Source: ``PreTrainedModel.tie_weights``, transformers 5.
+    """
+    a, b = checkpoint.tensors[one], checkpoint.tensors[two]
+    if (a.code, a.shape) != (b.code, b.shape):
+        return False
+    pair = [checkpoint.read(name).reshape(-1).view(np.uint8) for name in (one, two)]
+    starts = range(0, a.length, _COMPARED_BYTES)
+    parts = (slice(start, start + _COMPARED_BYTES) for start in starts)
+    return all(np.array_equal(pair[0][part], pair[1][part]) for part in parts)
 
 
 def _why_together(checkpoint: Checkpoint, model: Any) -> str:
@@ -162,14 +189,14 @@ def _why_together(checkpoint: Checkpoint, model: Any) -> str:
     kind = type(model).__name__
     other = build_model(checkpoint, untied_config(checkpoint.config))
     if other.get_expanded_tied_weights_keys(all_submodels=True):
-        return f"transformers ties them in every {kind}, whatever its config says: {_PARTED}"
+        return f"transformers ties them in every {kind}, whatever its config says"
     before, after = (_without_flag(one.config.to_dict()) for one in (model, other))
     changed = sorted(key for key in before if before[key] != after.get(key))
     if changed:
-        return f"{FLAG} changes {', '.join(changed)} of a {kind} as well: {_PARTED}"
+        return f"{FLAG} changes {', '.join(changed)} of a {kind} as well"
     readers = sorted({type(module).__name__ for module in model.modules() if _reads_flag(type(module))})
     if readers:
-        return f"{readers[0]} computes something else where {FLAG} is false: {_PARTED}"
+        return f"{readers[0]} computes something else where {FLAG} is false"
     return ""
 
 
@@ -190,11 +217,19 @@ def _reads_flag(kind: type) -> bool:
         return False
 
 
-def _by_names(checkpoint: Checkpoint, problem: str) -> Ties:
-    """Judge by the names of heads and embeddings, for models that transformers can't be asked about."""
+def _by_names(checkpoint: Checkpoint, problem: str, is_unknown: bool = False) -> Ties:
+    """Judge by the names of heads and embeddings, for models that transformers can't be asked about.
+
+    Args:
+        checkpoint: The base.
+        problem: Why transformers isn't asked.
+        is_unknown: It was asked, and knows no such model: the class's name says nothing either.
+    """
     config = checkpoint.config
     kinds = [str(kind) for kind in config.get("architectures") or []]
     headless = bool(kinds) and not any(part in kind for kind in kinds for part in _LANGUAGE_MODELS)
+    if headless and is_unknown:
+        return _unknown(checkpoint, problem)
     if headless or not tied_head(config):
         return Ties()
     heads = [name for name in checkpoint.tensors if _leaf(name) in _HEADS]
@@ -202,20 +237,19 @@ def _by_names(checkpoint: Checkpoint, problem: str) -> Ties:
         _unsure(checkpoint)
     )
     if not embeddings:
-        return Ties()
+        return _unknown(checkpoint, problem)
     known = len(embeddings) == 1 and _leaf(embeddings[0]) in _EMBEDDINGS
     # Others do more where tied: T5 scales its output then, BERT has a transform and a bias before it.
     plain = any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
-    refusal = ""
+    refusal = hint = ""
     if not plain or not known:
-        refusal = (
-            "the config says that embedding and output head are tied, and "
-            + (f"{problem}, which would know how" if problem else "it doesn't say how")
-            + ": save the base with tie_word_embeddings=False, or without its head"
+        refusal = "the config says that embedding and output head are tied, and " + (
+            f"{problem}, which would know how" if problem else "it doesn't say how"
         )
+        hint = "save the base with tie_word_embeddings=False, or without its head"
     head = heads[0] if heads else _HEAD_OF.get(str(config.get("model_type")), "lm_head.weight")
     note = f"tied weights were judged by their names: {problem}" if problem else ""
-    return Ties((Tie({name: name for name in [*embeddings, head]}, embeddings[0], refusal),), note)
+    return Ties((Tie({name: name for name in [*embeddings, head]}, embeddings[0], refusal, hint),), note)
 
 
 def _unsure(checkpoint: Checkpoint) -> Iterator[str]:
@@ -224,6 +258,27 @@ def _unsure(checkpoint: Checkpoint) -> Iterator[str]:
     for name, tensor in checkpoint.tensors.items():
         if len(tensor.shape) == 2 and tensor.shape[0] == rows and may_be_tied(name):
             yield name
+
+
+def _unknown(checkpoint: Checkpoint, problem: str) -> Ties:
+    """Return each matrix that may share its weight as a tie of its own, which can't be changed.
+
+    Only where the config itself says that something is tied: with nothing known of the model, that may be any
+    table of as many rows as a vocabulary.
+    """
+    config = checkpoint.config
+    if config.get(FLAG) is not True:
+        return Ties()
+    rows = {value for key, value in config.items() if "vocab" in key and isinstance(value, int)}
+    why = f"the config says that weights are tied, and not which{f' ({problem})' if problem else ''}"
+    hint = f"save the base with {FLAG}=False and each weight for itself"
+    return Ties(
+        tuple(
+            Tie({name: name, f"what may be tied to {name}": f"what may be tied to {name}"}, name, why, hint)
+            for name, tensor in checkpoint.tensors.items()
+            if len(tensor.shape) == 2 and may_be_tied(name) and (not rows or tensor.shape[0] in rows)
+        )
+    )
 
 
 def _leaf(name: str) -> str:

@@ -84,7 +84,13 @@ def resize_hint(rows: int) -> str:
     return f"resize the base to {rows} rows (model.resize_token_embeddings({rows}), then save_pretrained)"
 
 
-def rows_hint(config: Mapping[str, Any], path: str, shape: tuple[int, ...], seen: tuple[int, ...]) -> str:
+def rows_hint(
+    config: Mapping[str, Any],
+    path: str,
+    shape: tuple[int, ...],
+    seen: tuple[int, ...],
+    may_resize: bool,
+) -> str:
     """Return what to do to a base that has more or fewer rows than an adapter; empty where it is not that.
 
     Args:
@@ -92,6 +98,7 @@ def rows_hint(config: Mapping[str, Any], path: str, shape: tuple[int, ...], seen
         path: The parameter.
         shape: What is stored.
         seen: What the adapter has.
+        may_resize: ``--resize`` can be given, and was not.
     """
     if not may_be_tied(path) or not shape or shape[1:] != seen[1:]:
         return ""
@@ -105,10 +112,8 @@ def rows_hint(config: Mapping[str, Any], path: str, shape: tuple[int, ...], seen
         return ""
     if seen[0] < shape[0]:
         return f"take the base from before its vocabulary grew: the adapter knows {seen[0]} tokens"
-    return (
-        f"the adapter was trained with new tokens: {resize_hint(seen[0])}, or give --resize, which takes the "
-        "rows from the adapter where it holds them whole"
-    )
+    rows = ", or give --resize, which takes the rows from the adapter where it holds them whole"
+    return f"the adapter was trained with new tokens: {resize_hint(seen[0])}{rows if may_resize else ''}"
 
 
 def head_hint(path: str, shape: tuple[int, ...]) -> str:

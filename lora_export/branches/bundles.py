@@ -11,6 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import onnx_ir as ir
+
 from lora_export.branches.calls import Branch, Piece, tiled
 from lora_export.exposed import ExposedModule, Member
 
@@ -112,12 +114,19 @@ def _module(name: str, group: Sequence[Branch], members: Sequence[Member], out_d
         first.kind,
         first.in_dim,
         out_dim,
-        first.pieces[0].call.dtype.numpy().name,
+        _common_dtype([piece.call.dtype for branch in group for piece in branch.pieces]).numpy().name,
         tuple(members),
         first.kernel,
         first.groups,
         bias=any(branch.bias for branch in group),
     )
+
+
+def _common_dtype(dtypes: Sequence[ir.DataType]) -> ir.DataType:
+    """Return the type that holds a module's tensors for all its calls; a tool may leave one in float32."""
+    if len(set(dtypes)) == 1:
+        return dtypes[0]
+    return ir.DataType.DOUBLE if ir.DataType.DOUBLE in dtypes else ir.DataType.FLOAT
 
 
 def partly_covered(bundles: Iterable[Bundle]) -> set[int]:

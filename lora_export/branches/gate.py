@@ -13,10 +13,13 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
+from lora_export.branches.batch_rows import SAME, BatchRows
 from lora_export.branches.nodes import NodeWriter, model_names
 from lora_export.errors import SiteError
 from lora_export.exposed import WEIGHTS_INPUT, ExposedModule
 from lora_export.graph import GraphFile
+
+_INSTEAD = "train the adapters without this module, or change them between runs (lora-export swap-onnx)"
 
 
 class BankGate:
@@ -25,7 +28,7 @@ class BankGate:
     Args:
         graph: The graph.
         slots: Number of slots.
-        shapes: Id of an activation → its shape, where it is known.
+        shapes: Id of a value → its shape, where it is known.
         batch_input: Name of the input whose first axis is the batch; the first input with a free one if
             left out.
         same_symbol: The weights' first axis has the batch's symbol, which TensorRT holds to be equal; else
@@ -45,9 +48,13 @@ class BankGate:
     ) -> None:
         self._shapes = shapes
         self._unverified: dict[str, None] = {}
+        self._inputs = [value for value in graph.graph.inputs if value.shape]
+        # Module → why its rows would get another row's adapter, and what to do.
+        self._misplaced: dict[str, tuple[str, str]] = {}
         self.batch_input = _batch_input(graph, batch_input)
         assert self.batch_input.shape is not None
         self.batch = self.batch_input.shape[0]
+        self._flow = BatchRows(graph.graph, shapes, self.batch, self.batch_input)
         self._same_symbol = same_symbol
         self._other_axes = {
             str(size) for value in graph.graph.inputs if value.shape is not None for size in value.shape
@@ -112,24 +119,38 @@ class BankGate:
         """Combine a value with what each row of the batch has: ``of_row`` is ``[batch, count]``."""
         dtype, shape = value.dtype, self._shapes.get(id(x))
         assert dtype is not None
+        known = shape is not None and self._has_batch_in_front(shape, module)
+        in_front = self._rows_in_front(module, x)
         if module.kind == "conv":
-            if shape is not None:
-                self._has_batch_in_front(shape, module)
             behind = [1 for _ in module.kernel]
             shaped = self._shape(of_row, f"{len(behind)} behind", [0, -1, *behind])
             return write.add(anchor, operator, [value, shaped], name, dtype=dtype)
-        if shape is not None and self._has_batch_in_front(shape, module):
+        if shape is not None and known:
             axes = len(shape) + 1 if module.kind == "embedding" else len(shape)
             shaped = self._shape(of_row, f"{axes} before", [0, *(1 for _ in range(axes - 2)), count])
             return write.add(anchor, operator, [value, shaped], name, dtype=dtype)
         # An activation (batch · sequence, in_dim), or of unknown shape: the batch is outermost.
-        if not (shape is not None and len(shape) == 2 and str(self.batch) in str(shape[0]).split("*")):
+        if not in_front:
             self._unverified[module.name] = None
         shaped = self._shape(of_row, "3 before", [0, 1, count])
         rows = write.add(anchor, "Reshape", [value, self._rows(count)], f"{name}.rows", dtype=dtype)
         combined = write.add(anchor, operator, [rows, shaped], f"{name}.of_rows", dtype=dtype)
         back = write.add(anchor, "Shape", [value], f"{name}.shape", dtype=ir.DataType.INT64)
         return write.add(anchor, "Reshape", [combined, back], name, dtype=dtype)
+
+    def refuse(self) -> None:
+        """Raise `SiteError` for all modules whose rows would get another row's adapter.
+
+        Raises:
+            SiteError: There are some; all are listed.
+        """
+        if self._misplaced:
+            raise SiteError(
+                f"{len(self._misplaced)} modules read activations without the batch in front: a bank takes "
+                "rows that are outermost along the first axis",
+                "; ".join(dict.fromkeys(hint for _, hint in self._misplaced.values())),
+                [reason for reason, _ in self._misplaced.values()],
+            )
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -222,23 +243,56 @@ class BankGate:
 
     # --- does the activation have the batch in front? -----------------------------------------------
 
+    def _rows_in_front(self, module: ExposedModule, x: ir.Value) -> bool:
+        """Whether the batch's rows are outermost; `refuse` if the graph puts something outside of them."""
+        rows = self._flow.of(x)
+        if rows is None or rows == SAME or rows.in_front:
+            return rows is not None and rows.in_front
+        inside = f"inside of another size along axis {rows.axis} (sequence·batch, or several batches)"
+        where = f"along axis {rows.axis}" if rows.outermost else inside
+        reason = (
+            f"{module.name}: the rows of the batch (of {self.batch_input.name}) lie {where} of its "
+            f"activation {x.name}"
+        )
+        self._misplaced.setdefault(module.name, (reason, f"the batch is not outermost: {_INSTEAD}"))
+        return False
+
     def _has_batch_in_front(self, shape: ir.Shape, module: ExposedModule) -> bool:
-        """Whether the activation is known to have the batch in front; `SiteError` if it is known not to.
+        """Whether the activation is known to have the batch in front; `refuse` if it is known not to.
 
         In between are products (``batch*sequence``) and symbols that exporters make up. Two axes without a
         name are equal only in a shape that can't be flattened: those with further axes.
         """
+        if not len(shape):
+            self._misplaced.setdefault(
+                module.name, f"{module.name}: its activation is one number for the whole batch"
+            )
+            return False
         first, flat = shape[0], 1 if module.kind == "embedding" else 2
         unnamed = isinstance(first, ir.SymbolicDim) and first.value is None
         if first == self.batch and not (unnamed and len(shape) <= flat):
             return True
         if isinstance(first, int) or str(first) in self._other_axes:
-            raise SiteError(
+            reason = (
                 f"{module.name}: the first axis of its activation is {first}, the batch is {self.batch} "
-                f"(of {self.batch_input.name}): its rows are not the batch's",
-                "name the input whose first axis is the batch with --batch-input, or leave the module out",
+                f"(of {self.batch_input.name}): its rows are not the batch's"
             )
+            self._misplaced.setdefault(module.name, (reason, self._other_batch(first)))
         return False
+
+    def _other_batch(self, first: ir.SymbolicDim | int) -> str:
+        """Return what to do about an activation whose first axis is not the batch's."""
+        others = [str(value.name) for value in self._inputs if value.shape and value.shape[0] == first]
+        if others and first != self.batch:
+            return f"if that is the batch, give --batch-input {' or '.join(others)}"
+        batch = self.batch
+        if isinstance(first, int) and isinstance(batch, int) and batch < first and first % batch == 0:
+            return (
+                "the batch and another axis are one there, of fixed sizes: export the graph with a free "
+                "batch axis (torch.onnx.export's dynamic_shapes= with dynamo=True, else dynamic_axes=)"
+            )
+        why = "all rows share its result" if first == 1 else "the batch is not its first axis"
+        return f"{why}: {_INSTEAD}"
 
 
 def _slots_of_ranks(module: ExposedModule) -> tuple[int, ...]:

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from lora_export.adapter import Adapter, LoraModule
+from lora_export.base.copies import is_same
 from lora_export.branches.calls import Branch, Call, branch_of
 from lora_export.errors import GraphError, SiteError
 from lora_export.exposed import KEY, StoredRows
 from lora_export.graph import GraphFile, initializer_of
-from lora_export.placing import Verb, placed_row, refuse, refuse_unaccounted, refused_row
+from lora_export.placing import Verb, hints_of, placed_row, refuse, refuse_unaccounted, refused_row
 from lora_export.plan import Plan, PlanRow
 from lora_export.saved import with_bias
 from lora_export.sites.bias import restore_biases
 from lora_export.sites.contained import adapter_names
 from lora_export.sites.resolve import Resolver
-from lora_export.sites.target import Miss, Site, Target
+from lora_export.sites.target import Miss, Site, Target, targets_of
 from lora_export.sites.verify import canonical_rows
 
 _NO_ADAPTER = "--target-modules"
-_REPLACED = "the adapter replaces this whole parameter, which has no low-rank branch; merge it"
+_REPLACED = "the adapter replaces this whole parameter, which has no low-rank branch"
 # An activation is computed inside: a factor on the product can't come before it.
 _ACTIVATED = {"FusedConv", "FusedGemm"}
 
@@ -58,16 +60,11 @@ def place_branches(
         SiteError: Targets without a place; all are listed.
     """
     refuse_exposed(graph)
-    reasons = {id(target): _unsuited(target, dora, bank) for target in targets}
-    wanted = [target for target in targets if not reasons[id(target)]]
+    wanted = [target for target in targets if not _unsuited(target, dora, bank)]
     flattened, scope = (adapter.flattened, adapter.scope) if adapter else (False, None)
     sites, misses = resolver.resolve(wanted, flattened, scope)
     sites, misses = restore_biases(sites, misses, resolver.weight_of)
-    misses += [
-        Miss(target, reasons[id(target)], "merge only" if target.experts > 1 else "dora")
-        for target in targets
-        if reasons[id(target)]
-    ]
+    misses += _unsuited_of(targets, dora, bank)
     unchanged = [site for site in sites if site.target.action == "replace" and holds(site)]
     biases = [site for site in sites if site.target.kind == "vector" and site not in unchanged]
     weights = [site for site in sites if site not in unchanged and site not in biases]
@@ -94,6 +91,36 @@ def place_branches(
             f"{shown.name}: nothing to expose in {graph.path.name}", "check the base and the targets"
         )
     return Plan(tuple(rows)), branches
+
+
+def refuse_unsuited(
+    adapters: Sequence[Adapter], base: Path, *, allow_unmatched: bool, dora: bool = False, bank: bool = False
+) -> None:
+    """Refuse adapters for what no graph could be given a branch for: a folder need not be captured first.
+
+    Args:
+        adapters: Whose changes are to be exposed.
+        base: The folder.
+        allow_unmatched: Leave out what has no place.
+        dora: There will be factors as well.
+        bank: It is for a bank.
+
+    Raises:
+        AdapterError: An adapter replaces single rows.
+        SiteError: Some of an adapter can't be exposed; all of it is listed.
+    """
+    for adapter in adapters:
+        targets = targets_of(adapter)
+        misses = _unsuited_of(targets, dora, bank)
+        some = len(misses) < len(targets)
+        if misses and not (allow_unmatched and some):
+            verb: Verb = "bank-onnx" if bank else "swap-onnx"
+            raise SiteError(
+                f"adapter {adapter.name!r} has {len(misses)} parameters with no place in a graph of "
+                f"{base.name} (of {len(targets)})",
+                "; ".join(hints_of({miss.kind for miss in misses}, verb, True, some, [])),
+                [f"{miss.target.key}  {miss.reason}" for miss in misses],
+            )
 
 
 def _branches_of(
@@ -139,13 +166,20 @@ def refuse_contained(graph: GraphFile) -> None:
         )
 
 
+def _unsuited_of(targets: Sequence[Target], dora: bool, bank: bool) -> list[Miss]:
+    return [
+        Miss(target, reason, "merge only" if target.experts > 1 else "dora")
+        for target in targets
+        if (reason := _unsuited(target, dora, bank))
+    ]
+
+
 def _unsuited(target: Target, dora: bool, bank: bool) -> str:
     """Why a target can't be exposed as a low-rank branch, or an empty text."""
     if target.experts > 1:
-        return "stacked experts are not exposed; merge them"
+        return "stacked experts are not exposed"
     if target.module is not None and _is_dora(target.module) and not dora:
-        how = "swap-onnx --dora exposes it" if bank else "give --dora to expose it as well"
-        return f"DoRA has a factor on the whole product: {how}"
+        return "DoRA has a factor on the whole product"
     return ""
 
 
@@ -157,9 +191,10 @@ def holds(site: Site) -> bool:
         return False
     for part in site.parts:
         (placement,) = part.placements
-        here = canonical_rows(part, placement)
         wanted = np.asarray(target.values).reshape(target.matrix)[slice(*placement.rows)]
-        if placement.row_scale is not None or not np.array_equal(here, wanted.astype(here.dtype)):
+        if placement.shift:
+            wanted = wanted.astype(np.float32) + np.float32(placement.shift)
+        if placement.row_scale is not None or not is_same(wanted, canonical_rows(part, placement)):
             return False
     return True
 
@@ -178,7 +213,7 @@ def _add_bias(site: Site, branches: list[Branch]) -> str:
     assert target.values is not None
     assert branch.lora is not None
     if _is_dora(branch.lora):
-        return "its module has DoRA, whose factor would scale the bias as well; merge it"
+        return "its module has DoRA, whose factor would scale the bias as well"
     lora, change, (part, *more) = branch.lora, np.asarray(target.values), site.parts
     start = part.placements[0].row
     stored = StoredRows(str(part.root.name), (0, len(change)), row=start)
@@ -186,7 +221,7 @@ def _add_bias(site: Site, branches: list[Branch]) -> str:
         assert part.root.const_value is not None
         values = np.asarray(part.root.const_value.numpy())[start : start + len(change)]
         if more or values.shape != change.shape:
-            return "its bias is stored in several parts; merge it"
+            return "its bias is stored in several parts"
         change = change.astype(np.float64) - values.astype(np.float64)
         lora = with_bias(lora, change, target.tensor_names)
     branches[number] = replace(branch, lora=lora, bias=True, stored_bias=(stored,))
@@ -223,7 +258,7 @@ def _doubled(placed: list[Site], branches: list[Branch]) -> list[Miss]:
     misses = []
     for number in range(len(branches) - 1, -1, -1):
         if branches[number].path in seen:
-            reason = "two targets have this path (give --component)"
+            reason = "two targets have this path"
             misses.append(Miss(placed[number].target, reason, "double"))
             del placed[number], branches[number]
         else:

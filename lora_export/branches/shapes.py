@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 
-def shapes_of(model: ir.Model, values: Sequence[ir.Value]) -> dict[int, ir.Shape]:
+def shapes_of(model: ir.Model) -> dict[int, ir.Shape]:
     """Return the id of each value → its shape, where the graph has it or onnx can infer it.
 
     The model stays as it is: more shapes would change which of the base's nodes ONNX Runtime fuses, and so
     the base's bits.
     """
+    values = list(_all_values(model))
     if any(value.shape is None for value in values):
-        before = [(value, value.shape, value.type) for value in _all_values(model)]
+        before = [(value, value.shape, value.type) for value in values]
         ShapeInferencePass(check_type=False, strict_mode=False)(model)
         found = {id(value): value.shape for value in values}
         for value, shape, kind in before:

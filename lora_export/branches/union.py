@@ -12,6 +12,7 @@ from lora_export.errors import AdapterError, SiteError
 from lora_export.formats.provenance import base_problem
 from lora_export.formats.schemes import fitted
 from lora_export.graph import GraphFile
+from lora_export.placing import OtherValues
 from lora_export.plan import Plan
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.target import Target, targets_of
@@ -79,7 +80,8 @@ class Union:
         if len(failed) == 1:
             raise failed[0]
         if failed:
-            raise SiteError(
+            kind = next((type(error) for error in failed if isinstance(error, OtherValues)), SiteError)
+            raise kind(
                 f"{len(failed)} of {len(adapters)} adapters don't fit {self._graph.path.name}",
                 "; ".join(dict.fromkeys(error.hint for error in failed if error.hint)),
                 [line for error in failed for line in (error.message, *(f"  {p}" for p in error.problems))],

@@ -6,13 +6,14 @@ Rules:
    base, and the base's bits with them. A Gemm gets it through its C, a FusedConv through its Z.
 2. A graph whose branches are all zero computes the base's bits: what is added is ``+ 0`` and ``· 1``.
 3. Names begin with the module's path and ``.lora``; those of the base stay as they were.
+4. A branch computes in the type of its call; tensors of a module whose calls differ are cast for each type.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +22,7 @@ from lora_export.branches.attach import Added, Attacher, column
 from lora_export.branches.bundles import Bundle, partly_covered
 from lora_export.branches.calls import Call, Piece
 from lora_export.branches.gate import BankGate
+from lora_export.branches.inputs import ir_type
 from lora_export.branches.nodes import Attributes, NodeWriter, model_names
 from lora_export.errors import GraphError
 from lora_export.exposed import ExposedModule
@@ -79,6 +81,9 @@ class BranchWriter:
         self._write = NodeWriter(model_names(graph.model))
         self._gate = gate
         self._gemm = gemm
+        # What is read from here on may stand before it: the tensors are inputs or constants of the graph.
+        self._first = next(iter(graph.graph))
+        self._cast: dict[tuple[str, ir.DataType], Tensors] = {}
         self._order = {id(node): number for number, node in enumerate(graph.graph.all_nodes())}
 
     def write(self, bundles: Sequence[Bundle], tensors: Mapping[str, Tensors]) -> list[ir.Value]:
@@ -106,10 +111,12 @@ class BranchWriter:
 
         But not across graphs: what one branch of an If computes, the other can't read.
         """
-        by_x: dict[tuple[int, int], list[Piece]] = defaultdict(list)
+        by_x: dict[tuple[int, int, ir.DataType], list[Piece]] = defaultdict(list)
         for piece in bundle.pieces:
-            by_x[id(piece.call.x), id(piece.call.node.graph)].append(piece)
-        for pieces in by_x.values():
+            by_x[id(piece.call.x), id(piece.call.node.graph), piece.call.dtype].append(piece)
+        given = tensors
+        for (_, _, dtype), pieces in by_x.items():
+            tensors = self._typed(bundle.module, given, dtype)
             anchor = min((piece.call.node for piece in pieces), key=lambda node: self._order[id(node)])
             down = self._down(anchor, bundle.module, pieces[0].call, tensors.a)
             whole = sum(stop - start for start, stop in {piece.rows for piece in pieces})
@@ -119,6 +126,27 @@ class BranchWriter:
                 continue
             for piece in pieces:
                 yield self._one(anchor, bundle.module, down, piece, tensors, id(piece.call) in partly)
+
+    def _typed(self, module: ExposedModule, tensors: Tensors, dtype: ir.DataType) -> Tensors:
+        """Rule 4: the tensors in the type of some of a module's calls."""
+        if dtype == ir_type(module):
+            return tensors
+        key = module.name, dtype
+        if key not in self._cast:
+            word = dtype.name.lower()
+
+            def cast(value: ir.Value) -> ir.Value:
+                name, to = f"{module.name}.lora.{word}", {"to": dtype.value}
+                return self._write.add(self._first, "Cast", [value], name, dtype=dtype, attributes=to)
+
+            self._cast[key] = replace(
+                tensors,
+                a=cast(tensors.a),
+                b=tuple(cast(b) for b in tensors.b),
+                scale=None if tensors.scale is None else cast(tensors.scale),
+                bias=None if tensors.bias is None else cast(tensors.bias),
+            )
+        return self._cast[key]
 
     def _down(self, anchor: ir.Node, module: ExposedModule, call: Call, a: ir.Value) -> ir.Value:
         name, dtype = f"{module.name}.lora.down", call.dtype

@@ -54,6 +54,6 @@ def merge_onnx(
         report = mode.merge_onnx(base, loaded, output, progress=progress, **options)
     finer = "a float32 or float16 base keeps more of it, and so does serving the adapter unmerged"
     print_merge(report, time.monotonic() - started, as_json, quiet, finer)
-    compared = any("content" in row.reason for row in report.plan.placed)
+    compared = any(row.proof == "values" for row in report.plan.placed)
     if options["checkpoint"] is None and not (compared or base.is_dir() or as_json or quiet):
         click.echo("note: found by name alone; --checkpoint BASE_DIR would also compare the values", err=True)

@@ -29,7 +29,8 @@ def _adapter_options(format_flag: str) -> list[Callable[[Command], Command]]:
             "--component",
             "--scope",
             "component",
-            help="The part that belongs: unet, text_encoder, … of the file, or a submodel: model.encoder.",
+            help="The part that belongs: unet, text_encoder, … of the file; a submodel: model.encoder; or "
+            "both, with a colon between.",
         ),
     ]
 

@@ -62,7 +62,7 @@ def load_adapter(
         rslora: The scaling is alpha / √rank.
         format: A key of `FORMATS`, where the names alone don't tell.
         component: The part that belongs: ``unet``, ``text_encoder``, … of a file that serves several models;
-            else the path of a submodel (``model.encoder``), see `Adapter.scope`.
+            else the path of a submodel (``model.encoder``), see `Adapter.scope`; or both, a colon between.
         name: What to call the adapter; by default the folder's or the file's name.
 
     Raises:
@@ -81,11 +81,11 @@ def load_adapter(
     if not source.tensors:
         raise AdapterError(f"adapter '{source.name}' is empty: {source.file} has no tensors", "save it again")
     adapter = _format(format or detect_format(source)).read(source, options)
-    if component is None or any(module.component for module in adapter.modules.values()):
+    if component is None:
         return adapter
-    from lora_export.formats.scope import within
+    from lora_export.formats.scope import part_of
 
-    return within(adapter, component)
+    return part_of(adapter, component)
 
 
 def as_adapter(given: str | os.PathLike[str] | Adapter, component: str | None = None) -> Adapter:

@@ -3,7 +3,8 @@
 Source: https://github.com/huggingface/diffusers, ``loaders/lora_base.py``, ``utils/state_dict_utils.py``. The
 first part of a name is the component (``unet``, ``transformer``, ``text_encoder``, …); ai-toolkit,
 diffusion-pipe and ComfyUI write ``diffusion_model``. Three spellings: ``….lora_A.weight`` (PEFT),
-``….lora.down.weight`` and ``….lora_linear_layer.down.weight``, ``….processor.to_q_lora.down.weight``.
+``….lora.down.weight`` and ``….lora_linear_layer.down.weight``, ``….processor.to_q_lora.down.weight``; XLabs'
+``double_blocks.0.processor.qkv_lora1.down.weight`` is read as Black Forest Labs' name of the same module.
 
 Scaling, in this order: the metadata ``lora_adapter_metadata`` (one JSON object with keys such as
 ``unet.lora_alpha``); ``<module>.alpha``; alpha in the metadata (`lora_export.formats.stated`); else alpha =
@@ -19,7 +20,13 @@ from typing import Any
 
 from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError
-from lora_export.formats.diffusion_names import COMPONENT, METADATA_KEY, Components, follows_diffusers
+from lora_export.formats.diffusion_names import (
+    COMPONENT,
+    METADATA_KEY,
+    Components,
+    follows_diffusers,
+    xlabs_path,
+)
 from lora_export.formats.lora_config import LoraRules
 from lora_export.formats.pairs import (
     Parts,
@@ -35,7 +42,7 @@ from lora_export.formats.stated import Stated, check_alpha_tensors, stated_of
 
 _LORA = re.compile(
     r"^(?P<path>.+?)(?:\.lora_(?P<new>[AB])\.(?P<leaf>weight|bias)"
-    r"|(?P<end>\.lora\.|\.lora_linear_layer\.|_lora\.)(?P<old>down|up)\.weight"
+    r"|(?P<end>\.lora\.|\.lora_linear_layer\.|_lora(?P<stream>[12]?)\.)(?P<old>down|up)\.weight"
     r"|\.(?P<magnitude>lora_magnitude_vector)(?:\.weight)?"
     r"|(?:\.lora|\.lora_linear_layer|_lora)?\.(?P<alpha>alpha))$"
 )
@@ -65,7 +72,10 @@ def read(source: Source, options: Options) -> Adapter:
         if match is None or part is None:
             table.unknown([name], "not a name that diffusers' LoRA files have")
             continue
-        component, module_path = _split(match["path"], components)
+        component, module_path = _split(match["path"], match["stream"] or "", components)
+        if module_path is None:
+            table.unknown([name], "not a name that diffusers' or XLabs' LoRA files have")
+            continue
         table.add(module_path, part, name, values, component)
     notes = select_component(source, table, options.component)
     configs = _configs(source)
@@ -94,9 +104,17 @@ def _part(match: re.Match[str]) -> str | None:
     return "magnitude" if match["magnitude"] else "alpha"
 
 
-def _split(path: str, components: Components) -> tuple[str | None, str]:
-    """Return component and module path; ``processor.to_out_lora`` wraps the module ``to_out.0``."""
+def _split(path: str, stream: str, components: Components) -> tuple[str | None, str | None]:
+    """Return component and module path; ``processor.to_out_lora`` wraps the module ``to_out.0``.
+
+    Args:
+        path: The name up to the pair's own part.
+        stream: The number of the stream in XLabs' names; a path that is none of theirs has none.
+        components: Of the file.
+    """
     component, path = components.split(path)
+    if (theirs := xlabs_path(path, stream)) or stream:
+        return component, theirs
     if ".processor." in path:
         path = path.replace(".processor.", ".")
         path = re.sub(r"\.to_out$", ".to_out.0", path)

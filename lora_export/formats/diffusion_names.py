@@ -36,6 +36,28 @@ _WAN = re.compile(
 _ATTENTION = re.compile(r"\.(?:attn\d?|attention)\.(?:to_[qkv]|to_out\.0)\.")
 
 
+# XLabs' processors of FLUX.1: two streams in a double block, one in a single one.
+_XLABS = re.compile(r"^(?P<block>(?P<kind>double|single)_blocks\.\d+)\.processor\.(?P<leaf>qkv|proj)$")
+
+
+def xlabs_path(path: str, stream: str) -> str | None:
+    """Return Black Forest Labs' name of a module that an XLabs adapter of FLUX.1 changes; None for others.
+
+    Source: https://github.com/XLabs-AI/x-flux ``src/flux/modules/layers.py``. Of a single block's fused
+    ``linear1``, ``qkv`` is what comes before the MLP's rows.
+
+    Args:
+        path: The name up to ``_lora``.
+        stream: What follows: ``1`` (image) or ``2`` (text) in a double block, else nothing.
+    """
+    match = _XLABS.match(path)
+    if match is None or (match["kind"] == "double") != bool(stream):
+        return None
+    if match["kind"] == "double":
+        return f"{match['block']}.{'img' if stream == '1' else 'txt'}_attn.{match['leaf']}"
+    return f"{match['block']}.{'qkv' if match['leaf'] == 'qkv' else 'linear2'}"
+
+
 def strip_denoiser(path: str) -> tuple[str | None, str]:
     """Return ``unet`` or ``transformer`` and the path behind ``diffusion_model.``; None without that."""
     match = _DENOISER.match(path)

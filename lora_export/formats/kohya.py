@@ -9,6 +9,7 @@ for each output.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 
 from lora_export.adapter import Adapter, Array
@@ -35,6 +36,7 @@ _PARTS = {
 }
 _NAME = re.compile(r"^(?P<path>.+?)\.(?P<part>lora_down\.weight|lora_up\.(?:weight|bias)|alpha|dora_scale)$")
 _COMPONENT = re.compile(r"^lora_(?P<component>unet|te\d?|transformer|prior|llm_adapter)_(?P<path>.+)$")
+_BARE = "lora_"
 _COMPONENTS = {"te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}
 _REFUSED = (
     ("lora_mid.", "a Tucker-decomposed convolution (LoCon)"),
@@ -62,12 +64,13 @@ def read(source: Source, options: Options) -> Adapter:
     """
     table = PartsTable()
     components = Components(source.paths.values())
+    is_bare = _is_bare(source.paths.values())
     for name, path, values in source.entries():
         match = _NAME.match(path)
         if not match:
             table.unknown([name], _refusal(path))
             continue
-        component, module_path = _split(match["path"], components)
+        component, module_path = _split(match["path"], components, is_bare)
         table.add(module_path, _PARTS[match["part"]], name, values, component)
     notes = select_component(source, table, options.component)
     modules = {}
@@ -89,7 +92,20 @@ def read(source: Source, options: Options) -> Adapter:
     )
 
 
-def _split(path: str, components: Components) -> tuple[str | None, str]:
+def _is_bare(paths: Iterable[str]) -> bool:
+    """Whether a file has ``lora_`` alone in front of a model's paths, which may be called ``transformer``."""
+    names = [match["path"] for path in paths if (match := _NAME.match(path))]
+    parts = [match and match["component"] for match in map(_COMPONENT.match, names)]
+    return (
+        all(name.startswith(_BARE) for name in names)
+        and None in parts
+        and set(parts) <= {None, "transformer"}
+    )
+
+
+def _split(path: str, components: Components, is_bare: bool) -> tuple[str | None, str]:
+    if is_bare:
+        return None, strip_flat_wrappers(path.removeprefix(_BARE))
     match = _COMPONENT.match(path)
     if not match:
         return components.split(path)

@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_export.adapter import Adapter, Array, Kind, LoraModule
 from lora_export.errors import AdapterError
+from lora_export.formats.scope import unknown_component
 from lora_export.formats.source import Options, Source
 from lora_export.formats.tensors import value_problems
 
@@ -181,18 +182,20 @@ def raise_problems(source: Source, problems: Sequence[str], hint: str) -> None:
 def select_component(source: Source, table: PartsTable, component: str | None) -> tuple[str, ...]:
     """Keep only the rows of ``component``, and return a note that says what was left aside.
 
+    In a file for one model it may be a submodel's path, which `scope.part_of` follows.
+
     Raises:
-        AdapterError: The file has no such component.
+        AdapterError: The file is for several models, and not for this one.
     """
     if component is None:
         return ()
     there = {key[0] for key in table.rows}
-    if component not in there:
-        names = sorted(name or "(none)" for name in there)
-        raise AdapterError(
-            f"adapter '{source.name}' has no component '{component}'", f"it has: {', '.join(names)}"
-        )
-    aside = [key for key in table.rows if key[0] != component]
+    name = component.partition(":")[0]
+    if name not in there and len(there) < 2:
+        return ()
+    if name not in there:
+        raise unknown_component(source.name, name, there)
+    aside = [key for key in table.rows if key[0] != name]
     for key in aside:
         table.aside += table.rows.pop(key).names
     return (f"{len(aside)} modules of other components were left aside",) if aside else ()

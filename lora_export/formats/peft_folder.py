@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export.adapter import Adapter, Array, LoraModule, token_rows_problems
+from lora_export.adapter import MERGE_ROWS, Adapter, Array, LoraModule, token_rows_problems
 from lora_export.errors import AdapterError
 from lora_export.formats.experts import REGISTERED, layout_of
 from lora_export.formats.source import CONFIG_NAME, WEIGHT_NAMES
@@ -49,7 +49,7 @@ def write_folder(adapter: Adapter, folder: Path, force: bool) -> Path:
 def _problems(adapter: Adapter) -> list[str]:
     modules = list(adapter.modules.values())
     problems = [] if modules else ["it has no LoRA modules"]
-    problems += token_rows_problems(adapter)
+    problems += [f"{path}: {problem}; {MERGE_ROWS}" for path, problem in token_rows_problems(adapter)]
     components = sorted({module.component for module in modules if module.component})
     if len(components) > 1:
         problems.append(

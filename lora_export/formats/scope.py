@@ -14,19 +14,38 @@ def part_of(adapter: Adapter, component: str) -> Adapter:
 
     Args:
         adapter: Any.
-        component: ``unet``, ``text_encoder``, … of an adapter for several models; else a submodel's path.
+        component: ``unet``, ``text_encoder``, … of an adapter for several models; else a submodel's path; or
+            both, ``text_encoder:clip.text_model``.
 
     Raises:
         AdapterError: The adapter is for several models, and not for this one.
     """
+    name, _, path = component.partition(":")
     components = {module.component for module in adapter.modules.values()}
-    if components == {None} or not components:
-        return within(adapter, component)
-    if component not in components:
-        names = ", ".join(sorted(name or "(none)" for name in components))
-        raise AdapterError(f"adapter '{adapter.name}' has no component '{component}'", f"it has: {names}")
-    mine = [key for key, module in adapter.modules.items() if module.component == component]
-    return _only(adapter, mine, adapter.extras, f"not of {component!r}")
+    if name in components:
+        mine = [key for key, module in adapter.modules.items() if module.component == name]
+        kept = _only(adapter, mine, adapter.extras, f"not of {name!r}")
+        return within(kept, path) if path else kept
+    if len(components) > 1 or path:
+        raise unknown_component(adapter.name, name, components)
+    return within(adapter, component)
+
+
+def how_to_part(adapter: Adapter) -> str:
+    """Return what to do about two modules of an adapter that have one place in the base."""
+    components = sorted({module.component for module in adapter.modules.values() if module.component})
+    if len(components) > 1:
+        return f"give --component with one of {', '.join(components)}"
+    return "save the adapter without one of the modules that have the same place"
+
+
+def unknown_component(adapter: str, name: str, there: Iterable[str | None]) -> AdapterError:
+    """Return the error for a model that an adapter's file does not serve."""
+    known = sorted(component for component in there if component)
+    return AdapterError(
+        f"adapter '{adapter}' has no component '{name}'",
+        f"give --component with one of {', '.join(known)}" if known else "give the path of a submodel alone",
+    )
 
 
 def within(adapter: Adapter, scope: str) -> Adapter:

@@ -21,6 +21,7 @@ from lora_export.branches.bundles import Bundle, bundles_of, with_ranks
 from lora_export.branches.fuse import fuse_calls
 from lora_export.branches.gate import BankGate
 from lora_export.branches.inputs import add_initializer, add_input, ir_type
+from lora_export.branches.place import refuse_unsuited
 from lora_export.branches.shapes import shapes_of
 from lora_export.branches.union import Union
 from lora_export.branches.write import BranchWriter, Tensors
@@ -99,6 +100,11 @@ def bank_onnx(
             "slots of constants have the ranks of their adapters", "give --resident inputs too"
         )
     loaded = _load(adapters, component)
+    if base.is_dir():
+        refuse_unsuited(list(loaded.values()), base, allow_unmatched=allow_unmatched, bank=True)
+        if not allow_unmatched:
+            modules = [module for adapter in loaded.values() for module in adapter.modules.values()]
+            _refuse_ranks([(module.path, module.rank, module.groups) for module in modules], slot_rank)
     reading = open_base(
         base,
         out,
@@ -120,8 +126,7 @@ def bank_onnx(
         # Slots that are replaced are rectangles of one B.
         packed, cut = pack or fuse_base, resident == "initializers"
         bundles = [with_ranks(bundle, ranks) for bundle in bundles_of(branches, packed, cut)]
-        activations = [piece.call.x for bundle in bundles for piece in bundle.pieces]
-        shapes = shapes_of(opened.graph.model, activations)
+        shapes = shapes_of(opened.graph.model)
         gate = BankGate(opened.graph, len(loaded), shapes, batch_input, same_symbol=flavour == "tensorrt")
         record = ExposedGraph(
             "bank",
@@ -137,6 +142,7 @@ def bank_onnx(
         caster = Caster()
         tensors = _tensors(opened.graph, record, union.loras, bundles, caster)
         sums = BranchWriter(opened.graph, gate, gemm=packed and flavour == "ort").write(bundles, tensors)
+        gate.refuse()
         plan = union.plan([*notes, *gate.notes, *caster.notes()])
         plan = opened.verified(replace(plan, warnings=tuple(cut_off(sums))))
         report = ExposeReport(plan, record, paths, dry_run=dry_run, warnings=tuple(caster.warnings()))
@@ -166,23 +172,33 @@ def _ranks(union: Union, slots: int, room: int | None) -> dict[str, tuple[int, .
         slots: Number of slots.
         room: Rank that every slot is to have, if it is not that of its adapter.
     """
-    found, problems = {}, []
+    found, largest = {}, []
     for branch in union.branches:
         own = [mine[branch.path].rank if branch.path in mine else 0 for mine in union.loras]
-        if room is not None and max(own) > room:
-            problems.append(f"{branch.path} has rank {max(own)}, the slots are to have {room}")
-        if room is not None and room % branch.groups:
-            problems.append(
-                f"{branch.path} has {branch.groups} groups, which ranks of {room} can't be shared to"
-            )
+        largest.append((branch.path, max(own), branch.groups))
         found[branch.path] = tuple(own) if room is None else (room,) * slots
+    _refuse_ranks(largest, room)
+    return found
+
+
+def _refuse_ranks(modules: Sequence[tuple[str, int, int]], room: int | None) -> None:
+    """Raise `AdapterError` where slots of a rank are too small for modules, given as path, rank, groups."""
+    if room is None:
+        return
+    problems = [
+        f"{path} has rank {rank}, the slots are to have {room}" for path, rank, _ in modules if rank > room
+    ]
+    problems += [
+        f"{path} has {groups} groups, which ranks of {room} can't be shared to"
+        for path, _, groups in modules
+        if room % groups
+    ]
     if problems:
-        largest = max(branch.rank for branch in union.branches)
-        groups = math.lcm(*(branch.groups for branch in union.branches))
+        largest = max(rank for _, rank, _ in modules)
+        groups = math.lcm(*(groups for _, _, groups in modules))
         shared = f", a multiple of {groups}" if groups > 1 else ""
         hint = f"give --slot-rank {largest} or more{shared}"
-        raise AdapterError("the slots don't fit their adapters", hint, problems)
-    return found
+        raise AdapterError("the slots don't fit their adapters", hint, list(dict.fromkeys(problems)))
 
 
 def _tensors(

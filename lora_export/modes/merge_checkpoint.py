@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_export.adapter import Adapter
+from lora_export.base.history import history_of
 from lora_export.blend import AdapterLike, check_blend
 from lora_export.checkpoint_files import MANIFEST, small_files
 from lora_export.checkpoint_merge import CheckpointMerge, plan_merge
@@ -113,6 +114,7 @@ def _manifest(
     described = [adapter_entry(adapter, weight) for adapter, weight in zip(adapters, weights, strict=True)]
     added = [added.name for added in merge.placed.added]
     outputs = {"dtype": merge.dtype or "as the base", "added": added}
+    outputs |= history_of(merge.checkpoint.folder / MANIFEST).outputs()
     versions = package_versions(["lora-export", "numpy", "ml_dtypes"])
     return Manifest(
         "merge", base, described, merge.placed.plan.as_dict(), rounding_dict(roundings), outputs, versions

@@ -13,9 +13,10 @@ import onnx_ir as ir
 
 from lora_export import __version__
 from lora_export.adapter import Adapter
+from lora_export.base.history import History, history_of
 from lora_export.blend import check_blend
 from lora_export.branches.union import refuse_other_bases
-from lora_export.checkpoint_files import small_files
+from lora_export.checkpoint_files import MANIFEST, small_files
 from lora_export.checkpoint_merge import CheckpointMerge, plan_merge
 from lora_export.external_data import Change, plan_data, write_data
 from lora_export.graph import save_graph
@@ -85,9 +86,10 @@ def merge_onnx(
     loaded, factors = check_blend(adapters, weights, component)
     roundings: dict[str, Rounding] = {}
     merge = None
-    if base.is_dir() and dtype not in (None, "float32"):
+    if base.is_dir() and (dtype not in (None, "float32") or any(adapter.token_rows for adapter in loaded)):
         # A graph captured in this dtype holds rounded weights: the sum is made before, and rounded once.
-        merge = plan_merge(base, loaded, factors, dtype, allow_unmatched)
+        # Single rows of an embedding have a place in the folder alone.
+        merge = plan_merge(base, loaded, factors, dtype or "float32", allow_unmatched)
         if dry_run:
             return MergeReport(merge.placed.plan, {}, output_paths(out), merge.size_bytes, dry_run=True)
     reading = open_base(
@@ -122,7 +124,8 @@ def merge_onnx(
             report = replace(report, roundings=roundings | costs)
             mark_merged(graph.model, loaded, factors, opened.identity)
             save_graph(graph.model, staged["graph"])
-            _save_manifest(staged["manifest"], report, list(opened.hashes.values()), loaded, factors)
+            before = history_of(base / MANIFEST if base.is_dir() else base.with_suffix(".lora.json"))
+            _save_manifest(staged["manifest"], report, list(opened.hashes.values()), loaded, factors, before)
             outputs.commit()
     return report
 
@@ -148,14 +151,16 @@ def _save_manifest(
     base: list[FileHash],
     adapters: Sequence[Adapter],
     factors: Sequence[float],
+    before: History,
 ) -> None:
+    written = {name: path.name for name, path in report.outputs.items()}
     manifest = Manifest(
         "merge-onnx",
         base,
         [adapter_entry(adapter, factor) for adapter, factor in zip(adapters, factors, strict=True)],
         report.plan.as_dict(),
         rounding_dict(report.roundings),
-        {name: path.name for name, path in report.outputs.items()} | {"shared_bytes": report.shared_bytes},
+        written | {"shared_bytes": report.shared_bytes} | before.outputs(),
         {"lora-export": __version__} | package_versions(["numpy", "ml_dtypes", "onnx-ir"]),
     )
     path.write_text(manifest.to_json(), encoding="utf-8")

@@ -21,6 +21,7 @@ from lora_export.branches.bundles import Bundle, bundles_of
 from lora_export.branches.calls import Branch
 from lora_export.branches.fuse import fuse_calls
 from lora_export.branches.inputs import add_input, ir_type
+from lora_export.branches.place import refuse_unsuited
 from lora_export.branches.union import Union
 from lora_export.branches.write import BranchWriter, Tensors
 from lora_export.errors import AdapterError
@@ -99,6 +100,10 @@ def swap_onnx(
     if not given and not any(wanted):
         raise AdapterError("which modules are to be exposed?", "give an adapter, or target modules, or both")
     made_of = [as_adapter(item, component) for item in given]
+    if base.is_dir():
+        refuse_unsuited(made_of, base, allow_unmatched=allow_unmatched, dora=dora)
+        if not allow_unmatched:
+            _max_rank(max_rank, [module.rank for item in made_of for module in item.modules.values()])
     reading = open_base(
         base,
         out,

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_export.adapter import Adapter, Array, LoraModule, token_rows_problems
+from lora_export.adapter import MERGE_ROWS, Adapter, Array, LoraModule, token_rows_problems
 from lora_export.checkpoint_names import Part
 from lora_export.errors import AdapterError
 from lora_export.formats.schemes import fitted
@@ -68,7 +68,7 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
 
     adapter = fitted(adapter, places.known, [])
     finder = places.finder(adapter)
-    problems = token_rows_problems(adapter)
+    problems = [f"{path}: {problem}; {MERGE_ROWS}" for path, problem in token_rows_problems(adapter)]
     branches, extras = [], []
 
     def locate(

@@ -18,7 +18,8 @@ from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_names import Names, Part
 from lora_export.errors import LoraExportError
 from lora_export.sites.known_names import KnownNames
-from lora_export.sites.renaming import NOT_FOUND, Named, Renaming, rename
+from lora_export.sites.names import Named
+from lora_export.sites.renaming import Renaming, rename
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +112,7 @@ class Places:
         found: dict[str, list[tuple[str, Part]]] = {}
         for name in sorted(self._known):
             parts = table.find(name)
-            for part in () if isinstance(parts, str) else parts:
+            for part in parts:
                 if part.transposed:  # what the adapter would mean by the stored tensor's name is not known
                     continue
                 found.setdefault(part.tensor, []).append((name, part))
@@ -133,7 +134,7 @@ class Finder:
         With the name comes a `Part` where the path means only one expert, or some rows, of that parameter.
         """
         number = self._numbers[Named(parameter, action, component)]
-        problem = self._own.problems.get(number, "")
+        problem = self._own.problems.get(number)
         name = self._own.names[number]
         if name is not None and not problem and name in self._places.known:
             return name, None
@@ -143,7 +144,7 @@ class Finder:
             name, part = stored[0]
             whole = part.expert is None and part.piece == (0, 1)
             return name, None if whole else part
-        if problem and not problem.startswith(NOT_FOUND):
-            return problem
+        if problem and problem.kind == "ambiguous":
+            return str(problem)
         hint = f"; {self._own.hint}" if self._own.hint else ""
         return f"the model has no parameter of that name{hint}"

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from lora_export.graph import take_over_output
 from lora_export.sites.fit import placement_at
 from lora_export.sites.slot import Slot, Use
-from lora_export.sites.target import Miss, Part, Site, Target, WeightOf
+from lora_export.sites.target import Miss, Part, Site, Stack, Target, WeightOf
 
 _ADDED = "added: the exporter dropped a bias of zeros"
 # Position of the bias among the inputs of operators that take one.
@@ -35,8 +35,10 @@ def restore_biases(
     for miss in misses:
         target = miss.target
         weight = weights.get(f"{target.path}.weight")
-        lost = target.kind == "vector" and target.key.endswith(".bias") and miss.kind == "not found"
+        is_bias = target.kind == "vector" and target.key.endswith(".bias")
+        lost = is_bias and miss.kind in ("not found", "nameless")
         stored = weight_of(target) if lost and weight_of else None
+        assert not isinstance(stored, Stack)
         again = _restored(weight, target) if lost and weight is not None else None
         if again is not None:
             added.append(again)
@@ -61,7 +63,7 @@ def _restored(weight: Site, target: Target) -> Site | None:
     if not uses:
         return None
     part = Part(uses[0].root, tuple(uses), (placement_at(0, (0, target.shape[0]), False),))
-    return Site(target, (part,), _ADDED)
+    return Site(target, (part,), _ADDED, "added")
 
 
 def _name(target: Target) -> str:
@@ -117,6 +119,7 @@ def _add(weight: Site, target: Target) -> Site:
         target,
         (Part(bias, uses, (placement_at(0, rows, False),)),),
         _ADDED,
+        "added",
     )
 
 

@@ -7,7 +7,8 @@ or in the constant's new name. So a place is believed by name only where
    be that parameter transposed (``folded_from``, ``onnx::MatMul_12``); and
 2. the product that reads it says what module it is, by metadata or by a path in its name, as every exporter
    known here writes one of the two: into a Gemm's or a convolution's constant exporters fold a batch norm
-   without a new name, and tools that smooth or permute a MatMul's constant keep its name.
+   without a new name, and tools that smooth or permute a MatMul's constant keep its name;
+   and it is not the weight of a norm in a graph of onnxruntime-genai's builder, which adds 1 to some.
 
 Everything else is a doubt, which the checkpoint's values can settle.
 """
@@ -37,6 +38,8 @@ _RULE = "pkg.onnxscript.rewriter.rule_name"
 _PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)+")
 # The TorchScript exporter's name for a parameter that it transposed, which only a MatMul needs.
 _TRANSPOSED = re.compile(r"onnx::MatMul_\d+")
+# onnxruntime-genai's builder (``models/builders/base.py``: ``layernorm_attrs["add_offset"]``).
+_GENAI_NORM = re.compile(r"norm/(Skip)?LayerNorm(/|$)")
 _QUANTISED = re.compile(r"(_DQ)?(_Q\d\w*|_quantized)$")
 # Names that tools are known to give, and what they do to the values.
 _TOOLS = (
@@ -67,6 +70,11 @@ def doubt_of(target: Target, part: Part, source: str, key: str) -> str:
         key: The parameter's path in the graph.
     """
     name = str(part.root.name)
+    if any(use.slot.parameter == "weight" and _GENAI_NORM.search(use.node.name or "") for use in part.uses):
+        return (
+            f"onnxruntime-genai's builder adds 1 to the weights of some models' norms (Gemma, Nemotron), and "
+            f"{name!r} does not say whether it is one of them"
+        )
     if names := computed_from(part.root):
         return f"the exporter computed {name!r} from {', '.join(names[:4])}"
     for use in part.uses:

@@ -12,7 +12,7 @@ from lora_export.sites.slot import Use
 
 # ONNX Runtime's ``ContribOperators.md``: operators on 8-bit codes → position of the weight's zero point.
 _ZERO_POINT = {"MatMulInteger": 3, "DynamicQuantizeMatMul": 3, "MatMulIntegerToFloat": 5}
-_NBITS_WIDTHS = (2, 4, 8)
+NBITS_WIDTHS = (2, 4, 8)
 
 
 def canonical_shape(use: Use) -> tuple[int, int]:
@@ -44,7 +44,7 @@ def rows_of(use: Use, rows: Array) -> Array | None:
         return _picked(held[0].reshape(len(held[0]), -1), use.transposed, rows)
     if use.node.op_type in _ZERO_POINT:
         codes = _picked(stored_matrix(use.root.const_value), use.transposed, rows)
-        zero = _constant(use.node, _ZERO_POINT[use.node.op_type])
+        zero = constant_of(use.node, _ZERO_POINT[use.node.op_type])
         if zero is None:
             return codes
         return codes - (zero.ravel()[rows][:, None] if zero.size > 1 else float(zero.ravel()[0]))
@@ -58,35 +58,38 @@ def _picked(matrix: Array, transposed: bool, rows: Array) -> Array:
 def _nbits_rows(node: ir.Node, rows: Array) -> Array | None:
     """Rows of a MatMulNBits: ``(N, K/block, block·bits/8)`` bytes, the lowest bits of a byte first."""
     bits, block = node.attributes.get_int("bits", 4), node.attributes.get_int("block_size", 0)
-    packed, scales = _constant(node, 1), _constant(node, 2)
+    packed, scales = constant_of(node, 1), constant_of(node, 2)
     outputs, inputs = node.attributes.get_int("N", 0), node.attributes.get_int("K", 0)
-    if node.op_type != "MatMulNBits" or bits not in _NBITS_WIDTHS or block <= 0 or _has(node, 4):
+    if node.op_type != "MatMulNBits" or bits not in NBITS_WIDTHS or block <= 0 or has_input(node, 4):
         return None
     blocks = -(-inputs // block)
     if packed is None or scales is None or packed.size * 8 != outputs * blocks * block * bits:
         return None
-    codes = _unpacked(packed.reshape(outputs, -1)[rows], bits).reshape(len(rows), blocks, block)
-    zero, middle = _constant(node, 3), float(1 << (bits - 1))
-    if zero is None and _has(node, 3):
+    codes = unpacked(packed.reshape(outputs, -1)[rows], bits).reshape(len(rows), blocks, block)
+    zero, middle = constant_of(node, 3), float(1 << (bits - 1))
+    if zero is None and has_input(node, 3):
         return None
     points = np.full((len(rows), blocks, 1), middle)
     if zero is not None:
         mine = zero.reshape(outputs, -1)[rows]
-        points = (_unpacked(mine, bits) if mine.dtype == np.uint8 else mine)[:, :blocks, None]
+        points = (unpacked(mine, bits) if mine.dtype == np.uint8 else mine)[:, :blocks, None]
     values = (codes - points) * scales.reshape(outputs, blocks)[rows].astype(np.float64)[..., None]
     return np.asarray(values.reshape(len(rows), -1)[:, :inputs], np.float64)
 
 
-def _unpacked(packed: Array, bits: int) -> Array:
+def unpacked(packed: Array, bits: int) -> Array:
+    """Return the codes in rows of bytes, the lowest bits first, as float64."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     codes = (packed.view(np.uint8)[..., None] >> shifts) & np.uint8((1 << bits) - 1)
     return codes.reshape(len(packed), -1).astype(np.float64)
 
 
-def _has(node: ir.Node, index: int) -> bool:
+def has_input(node: ir.Node, index: int) -> bool:
+    """Whether a node has an optional input."""
     return index < len(node.inputs) and node.inputs[index] is not None
 
 
-def _constant(node: ir.Node, index: int) -> Array | None:
-    value = node.inputs[index] if _has(node, index) else None
+def constant_of(node: ir.Node, index: int) -> Array | None:
+    """Return the values of a node's input, None where it has none or computes it."""
+    value = node.inputs[index] if has_input(node, index) else None
     return None if value is None or value.const_value is None else np.asarray(value.const_value.numpy())

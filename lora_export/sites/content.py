@@ -1,30 +1,37 @@
 """Find and verify weights by their values, for graphs whose names are gone and for names that lie.
 
 The values to compare with come from the checkpoint that the graph was made of. Everything here works on
-views of stored constants (memory-mapped where external) and reads a few rows of each unless it must search.
+views of stored constants (memory-mapped where external). A few rows may tell that two matrices differ; that
+they are the same, only every value tells.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from lora_export.adapter import Array
 
-# The same weight in another float type differs by rounding (bf16: 2⁻⁹ relative); another weight by about 1.4.
+# A value in another float type differs by rounding (bf16: 2⁻⁹ relative); another value by about 1.4.
 SAME = 1e-2
+# Below this, float16 has few values left, and converters to it lift what is smaller to it.
+_LEAST = 1e-7
 # Less than this is the arithmetic of the types in use: no factor is looked for. Norms that do nothing but
 # add 1e-5 to a variance of 1 change more.
 EXACT = 1e-6
 # Directions: a row of a folded batch norm is the checkpoint's row times a factor, so its cosine is ±1.
 COSINE = 0.999
+# Float types that weights were perhaps rounded to on the way, and their relative rounding.
+_COARSE: tuple[tuple[Any, float], ...] = ((ml_dtypes.bfloat16, 2**-8), (np.float16, 2**-11))
 _PROBES = 8
 # Values that are compared at a time.
 _BLOCK = 1 << 20
 # Rows and columns where a transposed matrix is read across its rows: few enough pages for a processor.
-_TILE = 128
+_TILE = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,17 +41,19 @@ class Match:
     Attributes:
         cosine: Smallest absolute cosine of the compared rows.
         difference: ‖stored − wanted‖ / ‖wanted‖ over the compared rows.
+        worst: The largest difference of one value, see `worst_values`.
         row_scale: Factor per canonical row, where the rows are multiples of the checkpoint's.
     """
 
     cosine: float
     difference: float
+    worst: float
     row_scale: Array | None = None
 
     @property
     def same(self) -> bool:
-        """The stored values are the checkpoint's, up to rounding."""
-        return self.difference <= SAME
+        """Each stored value is the checkpoint's, up to rounding."""
+        return self.worst <= SAME
 
     @property
     def scaled(self) -> bool:
@@ -52,41 +61,78 @@ class Match:
         return self.difference > EXACT and self.cosine >= COSINE and self.row_scale is not None
 
 
-def compare(stored: Array, wanted: Array, every: bool = False) -> Match:
-    """Compare two matrices of the same shape, rows of the canonical weight.
+def compare(stored: Array, wanted: Array) -> Match:
+    """Compare every value of two matrices of the same shape, rows of the canonical weight.
 
-    A few evenly spaced rows are enough to tell the same weight; all are read where rows were rescaled.
+    Where they are not equal, a few evenly spaced rows come first: if those point elsewhere, it is another
+    weight.
 
     Args:
         stored: The graph's values.
         wanted: The checkpoint's.
-        every: Read all rows in any case.
     """
-    if not every:
-        picks = np.unique(np.linspace(0, len(wanted) - 1, 4 * _PROBES).astype(int))
-        match = _compare_rows(stored[picks], wanted[picks])
-        if match.same or match.cosine < COSINE:
-            return match
-    return Match(1.0, 0.0) if _is_rounded(stored, wanted) else _compare_rows(stored, wanted)
+    if _is_rounded(stored, wanted):
+        return Match(1.0, 0.0, 0.0)
+    picks = np.unique(np.linspace(0, len(wanted) - 1, 4 * _PROBES).astype(int))
+    match = _compare_rows(stored[picks], wanted[picks])
+    # Channels that a batch norm has set to zero point nowhere.
+    if match.cosine < COSINE and np.any(stored[picks]):
+        return match
+    return _compare_rows(stored, wanted)
+
+
+def worst_values(stored: Array, wanted: Array, least: float = 0.0) -> Array:
+    """Return each row's largest |stored − wanted| against |wanted| and the row's root mean square.
+
+    Args:
+        stored: Some rows.
+        wanted: The same rows, in float64.
+        least: What a value may be off in any case.
+    """
+    size = np.abs(wanted)
+    size += np.sqrt(np.mean(wanted**2, axis=1, keepdims=True))
+    gaps = np.maximum(np.abs(stored - wanted) - least, 0)
+    return np.asarray((gaps / np.maximum(size, 1e-300)).max(axis=1, initial=0.0))
+
+
+def step(*values: Array) -> float:
+    """Return the relative rounding of the coarsest float type that one of the matrices fits in."""
+    return max((size for dtype, size in _COARSE if any(_fits(array, dtype) for array in values)), default=0.0)
+
+
+def _fits(values: Array, dtype: Any) -> bool:
+    """Whether each value is one of a coarser float type."""
+    with np.errstate(over="ignore"):
+        return all(
+            np.array_equal(block.astype(dtype).astype(np.float32), block)
+            for rows in _blocks(values)
+            for block in (np.asarray(values[rows], np.float32),)
+        )
+
+
+def least_of(stored: Array) -> float:
+    """Return what a value of this type may be off, however small it is."""
+    return _LEAST if stored.dtype == np.float16 else 0.0
 
 
 def _is_rounded(stored: Array, wanted: Array) -> bool:
     """Whether the stored values are the checkpoint's to the last bit, in the graph's dtype."""
-    # As integers: numpy compares float16 value by value, many times slower.
-    bits = np.dtype(f"u{stored.dtype.itemsize}")
+    if stored.strides[0] < stored.strides[1]:
+        stored, wanted = stored.T, wanted.T
+    # As integers: numpy compares float16 value by value, and moves bfloat16 so, many times slower.
+    bits, given = np.dtype(f"u{stored.dtype.itemsize}"), np.dtype(f"u{wanted.dtype.itemsize}")
+    wanted_bits = wanted.view(given)
     tiles = (
         (slice(row, row + _TILE), slice(col, col + _TILE))
         for row in range(0, wanted.shape[0], _TILE)
         for col in range(0, wanted.shape[1], _TILE)
     )
     with np.errstate(over="ignore"):
-        return all(
-            np.array_equal(
-                np.ascontiguousarray(stored[tile]).view(bits),
-                np.ascontiguousarray(wanted[tile].astype(stored.dtype)).view(bits),
-            )
-            for tile in tiles
-        )
+        for tile in tiles:
+            rounded = np.ascontiguousarray(wanted_bits[tile]).view(wanted.dtype).astype(stored.dtype)
+            if not (np.ascontiguousarray(stored[tile]).view(bits) == rounded.view(bits)).all():
+                return False
+    return True
 
 
 def _blocks(matrix: Array) -> Iterator[slice]:
@@ -96,7 +142,7 @@ def _blocks(matrix: Array) -> Iterator[slice]:
 
 
 def _compare_rows(stored: Array, wanted: Array) -> Match:
-    squares, stored_squares, products, differences = _row_sums(stored, wanted)
+    squares, stored_squares, products, differences, worst = _row_sums(stored, wanted)
     norms, stored_norms = np.sqrt(squares), np.sqrt(stored_squares)
     # A row that is zero on both sides agrees; its factor can't be known and does not matter for the base.
     both_zero = (norms == 0) & (stored_norms == 0)
@@ -106,7 +152,7 @@ def _compare_rows(stored: Array, wanted: Array) -> Match:
     total = float(np.sqrt(squares.sum()))
     difference = float(np.sqrt(differences.sum())) / total if total else float(stored_norms.any())
     scale = None if both_zero.any() else products / np.maximum(squares, 1e-300)
-    return Match(float(cosines.min(initial=1.0)), difference, scale)
+    return Match(float(cosines.min(initial=1.0)), difference, float(worst.max(initial=0.0)), scale)
 
 
 def blocks(*matrices: Array) -> Iterator[tuple[Array, ...]]:
@@ -114,15 +160,16 @@ def blocks(*matrices: Array) -> Iterator[tuple[Array, ...]]:
     return (tuple(_f64(matrix[rows]) for matrix in matrices) for rows in _blocks(matrices[0]))
 
 
-def _row_sums(stored: Array, wanted: Array) -> tuple[Array, Array, Array, Array]:
-    """Return the sums of wanted², stored², stored · wanted and (stored − wanted)² of each row, in float64."""
-    sums = np.zeros((4, len(wanted)))
+def _row_sums(stored: Array, wanted: Array) -> tuple[Array, ...]:
+    """Return each row's sums of wanted², stored², stored · wanted and (stored − wanted)², and its worst."""
+    found, least = np.zeros((5, len(wanted))), least_of(stored)
     for rows in _blocks(wanted):
         one, other = _f64(wanted[rows]), _f64(stored[rows])
         gap = other - one
         for number, (left, right) in enumerate(((one, one), (other, other), (other, one), (gap, gap))):
-            sums[number, rows] = np.einsum("ij,ij->i", left, right)
-    return sums[0], sums[1], sums[2], sums[3]
+            found[number, rows] = np.einsum("ij,ij->i", left, right)
+        found[4, rows] = worst_values(other, one, least)
+    return tuple(found)
 
 
 def find_rows(stored: Array, wanted: Array) -> list[int]:

@@ -24,7 +24,7 @@ import onnx_ir as ir
 from lora_export.adapter import Array
 from lora_export.graph import release
 from lora_export.sites.codes import canonical_shape, rows_of
-from lora_export.sites.evidence import computed_from, folded_from, weight_name, weight_path
+from lora_export.sites.evidence import computed_from, folded_from, path_in, weight_name, weight_path
 from lora_export.sites.fingerprints import find_places
 from lora_export.sites.readers import module_of, reads_another
 from lora_export.sites.slot import Use
@@ -34,6 +34,8 @@ from lora_export.sites.verify import canonical_rows, search
 # What makes all calls of a module share its weight.
 REMEDY = "export with torch.onnx.export(..., dynamo=True, optimize=False), and run tools on the result"
 _CALL = re.compile(r"_\d+(?=\.|$)")
+# What simplifiers call the result of a node that they have computed.
+_OUTPUT = "_output_0"
 # A parameter's path in a constant's name, with what ONNX Runtime puts around it.
 _PARAMETER = re.compile(r"(?:(?:Conv|MatMul)\w*?_[WB]_)?((?:[A-Za-z0-9_]\w*\.)+(?:weight|bias))(?![A-Za-z])")
 _WEIGHTS = ("linear", "conv", "embedding")
@@ -48,6 +50,23 @@ def computed_parameters(constants: Iterable[ir.Value]) -> Mapping[str, Sequence[
         for name in computed_from(constant):
             found[weight_path(name)].append(constant)
     return found
+
+
+def computed_result(key: str, constants: Iterable[ir.Value]) -> str:
+    """Return the name of a constant that was computed from a parameter, what its module gives, or ""."""
+    module = key.rpartition(".")[0]
+    for constant in constants:
+        name = str(constant.name)
+        if name.endswith(_OUTPUT) and (path := path_in(name)) is not None and _is_end(path, module):
+            return name
+        if any(_is_end(weight_path(one), key) for one in computed_from(constant)):
+            return name
+    return ""
+
+
+def _is_end(one: str, other: str) -> bool:
+    """Whether one of two paths ends in the other."""
+    return bool(one and other) and (f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}"))
 
 
 def other_calls(
@@ -111,7 +130,8 @@ def _named(site: Site, rest: Sequence[Use], modules: Set[str]) -> str:
             if not own and module is not None and module not in modules and _CALL.sub("", module) in calls:
                 # ``fc_1`` may be a second call of ``fc``, or a module of that name.
                 own = _holds_rows(site, use) is not False
-        if own:
+        # What was found by its values outvotes a name.
+        if own and (site.evidence != "content" or _holds_rows(site, use) is not False):
             return _in_the_graph_again(use)
     return ""
 

@@ -109,12 +109,13 @@ def _listed(node: ir.Node, key: str) -> list[str]:
 
 
 def node_path(node: ir.Node) -> str | None:
-    """Module path from a node's name."""
-    return path_in(_FUSION.sub("", node.name or ""))
+    """Module path from a node name such as ``/seq/seq.0/MatMul``, where ``seq.0`` stands inside ``seq``."""
+    return path_in(node.name or "")
 
 
 def path_in(name: str) -> str | None:
-    """Module path in a name such as ``/seq/seq.0/MatMul``, where ``seq.0`` stands inside ``seq``."""
+    """Module path in a name of the TorchScript exporter's, of a node or of what it gives."""
+    name = _FUSION.sub("", name)
     if not name.startswith("/"):
         return None
     parts: list[str] = []

@@ -129,9 +129,12 @@ def find_places(
 def _search(group: Sequence[_Wanted], views: Sequence[_View]) -> None:
     """Fill in ``found`` of targets of one width."""
     around: dict[int, list[tuple[_View, _Probe]]] = defaultdict(list)
+    kinds = [_kind(item.target) for item in group]
+    samples = dict(zip(kinds, (item.target for item in group), strict=True))
     for view in views:
         height, matrix = view.shape[0], view.matrix
-        fitting = [item for item in group if any(fit.accepts(item.target, use) for use in view.uses)]
+        accepted = {k for k, one in samples.items() if any(fit.accepts(one, use) for use in view.uses)}
+        fitting = [item for item, kind in zip(group, kinds, strict=True) if kind in accepted]
         inside = [item for item in fitting if item.target.matrix[0] <= height]
         if inside:
             _find_inside(view, matrix, inside)
@@ -145,6 +148,11 @@ def _search(group: Sequence[_Wanted], views: Sequence[_View]) -> None:
     for item in group:
         if id(item) in around:
             _find_around(item, around[id(item)])
+
+
+def _kind(target: Target) -> tuple[object, ...]:
+    """Return what decides which uses a target accepts."""
+    return target.kind, target.shape, target.module.groups if target.module else 1
 
 
 def _find_inside(view: _View, matrix: Array, group: Sequence[_Wanted]) -> None:
@@ -175,32 +183,43 @@ def _find_around(item: _Wanted, shorter: Sequence[tuple[_View, _Probe]]) -> None
 
 def _hits(prints: Array, probes: Sequence[_Probe]) -> set[tuple[int, int]]:
     """Return (number of a probe, offset at which its matrix may begin) in a matrix's fingerprints."""
-    found: set[tuple[int, int]] = set()
-    smaller: list[int] = []
-    for number, probe in enumerate(probes):
-        if probe.height < len(prints):
-            smaller.append(number)
-            continue
-        mine = prints[probe.rows]
-        alike = np.abs(np.einsum("ij,ij->i", mine, probe.prints)) >= _ALIKE
-        # Channels that a batch norm set to zero say nothing.
-        if alike.any() or not mine.any():
-            found.add((number, 0))
+    equal = [number for number, probe in enumerate(probes) if probe.height >= len(prints)]
+    smaller = [number for number, probe in enumerate(probes) if probe.height < len(prints)]
+    found = {(equal[at], 0) for at in _equal_hits(prints, [probes[number] for number in equal])}
     if not smaller:
         return found
     # Of a part, two rows: how many are looked for is what a search costs.
     rows = np.concatenate([probes[number].rows[:2] for number in smaller])
-    numbers = np.concatenate([np.full(len(probes[number].rows[:2]), number) for number in smaller])
+    numbers = np.repeat(smaller, [len(probes[number].rows[:2]) for number in smaller])
     heights = np.array([probe.height for probe in probes])[numbers]
     sought = np.concatenate([probes[number].prints[:2] for number in smaller]).T
     step = max(1, _BLOCK // len(rows))
+    # One buffer for all products: to allocate each anew costs more than to make it.
+    buffer = np.empty((min(step, len(prints)), len(rows)), np.float32)
     for start in range(0, len(prints), step):
-        alike = np.abs(prints[start : start + step] @ sought).ravel() >= _ALIKE
-        at, which = np.divmod(np.flatnonzero(alike), len(rows))
+        block = prints[start : start + step]
+        cosines = np.matmul(block, sought, out=buffer[: len(block)])
+        if cosines.max() < _ALIKE and cosines.min() > -_ALIKE:
+            continue
+        at, which = np.divmod(np.flatnonzero(np.abs(cosines).ravel() >= _ALIKE), len(rows))
         offsets = at + start - rows[which]
         inside = (offsets >= 0) & (offsets + heights[which] <= len(prints))
         found.update(zip(numbers[which][inside].tolist(), offsets[inside].tolist(), strict=True))
     return found
+
+
+def _equal_hits(prints: Array, probes: Sequence[_Probe]) -> list[int]:
+    """Return the numbers of the probes of matrices of the same height that may be the one."""
+    if not probes:
+        return []
+    rows = np.concatenate([probe.rows for probe in probes])
+    owners = np.repeat(np.arange(len(probes)), [len(probe.rows) for probe in probes])
+    mine, theirs = prints[rows], np.concatenate([probe.prints for probe in probes])
+    alike = np.abs(np.einsum("ij,ij->i", mine, theirs)) >= _ALIKE
+    # Channels that a batch norm set to zero say nothing.
+    telling = np.bincount(owners[mine.any(axis=1)], minlength=len(probes)) > 0
+    hits = np.bincount(owners[alike], minlength=len(probes)) > 0
+    return [int(number) for number in np.flatnonzero(hits | ~telling)]
 
 
 def _probe(matrix: Array) -> _Probe:

@@ -52,7 +52,7 @@ def loss_of(use: Use, before: Array, after: Array) -> Loss:
             order = list(passed.attributes.get_ints("perm", ())) or None
             before, after = before.transpose(order), after.transpose(order)
     low, high = code_range(code_type(node))
-    step, zero = _per_value(node, 1, before.shape), _per_value(node, 2, before.shape)
+    step, zero = per_value(node, 1, before.shape), per_value(node, 2, before.shape)
     old, new = (values.astype(np.float64) for values in (before, after))
     inside = [np.clip(values, (low - zero) * step, (high - zero) * step) for values in (old, new)]
     lost = (new - inside[1]) - (old - inside[0])
@@ -78,11 +78,11 @@ def held_by_codes(use: Use) -> tuple[Array, Array] | None:
     if node is None or node.op_type != "DequantizeLinear" or use.root.const_value is None:
         return None
     codes = np.asarray(use.root.const_value.numpy()).astype(np.float64)
-    step, zero = (_per_value(node, index, codes.shape) for index in (1, 2))
+    step, zero = (per_value(node, index, codes.shape) for index in (1, 2))
     return (codes - zero) * step, np.broadcast_to(step, codes.shape)
 
 
-def _per_value(node: ir.Node, index: int, shape: tuple[int, ...]) -> Array:
+def per_value(node: ir.Node, index: int, shape: tuple[int, ...]) -> Array:
     """Return a scale or zero point in a shape that fits the quantised values (ONNX ``Operators.md``)."""
     value = node.inputs[index] if index < len(node.inputs) else None
     if value is None or value.const_value is None:

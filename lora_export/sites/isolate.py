@@ -59,7 +59,8 @@ class Isolator:
             raise SiteError(
                 f"{path}: some, but not all, of the nodes that read {part.root.name!r} belong to "
                 "another target",
-                "merge the adapters one by one",
+                "merge the adapters one by one, or export the graph again with torch.onnx.export(..., "
+                "dynamo=True, optimize=False), which has one constant for each module",
             )
         self._owned.update(dict.fromkeys(mine, mine))
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
 
-from lora_export.sites.names import Prefix, flatten, variants
+from lora_export.sites.names import Prefix, flatten, per_expert, variants
 
 # Names of submodels that stand beside others of their kind.
 _SUBMODEL = re.compile(
@@ -37,16 +37,23 @@ _OUTER_NAMES = """
 _OUTER = frozenset(_OUTER_NAMES.split())
 _FLAT_OUTER = re.compile(rf"(?:{'|'.join(_OUTER)})(?:_(?:{'|'.join(_OUTER)}))*")
 
+# Of stacked experts, each of which a graph has on its own: how many tell that they are there.
+_EXPERTS = 2
+
 
 class KnownNames:
     """The parameter paths of a base, ready to be compared with.
 
     Args:
         names: Dotted paths, wrappers taken off.
+        shape_of: Looks up the shape of one, where it is known.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(
+        self, names: Iterable[str], shape_of: Callable[[str], tuple[int, ...] | None] = lambda _: None
+    ) -> None:
         self.names = frozenset(names)
+        self._shape_of = shape_of
 
     @cached_property
     def _children(self) -> dict[str, set[str]]:
@@ -78,7 +85,12 @@ class KnownNames:
         """Whether the base has a parameter under this path, or under another name of a builder for it."""
         if key in self.names:
             return True
-        return any(all(name in self.names for name in variant.keys) for variant in variants(key))
+        named = (*variants(key), *per_expert(key, _EXPERTS))
+        return any(all(name in self.names for name in variant.keys) for variant in named)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of a parameter under this very path; None where that is not known."""
+        return self._shape_of(name) if name in self.names else None
 
     def under(self, scope: str) -> list[str]:
         """Return the paths that end in ``scope`` and have parameters under them."""

@@ -24,21 +24,21 @@ def counterparts(wanted: Mapping[str, Shape], base: Mapping[str, Shape]) -> list
     """
     there: dict[Shape, list[str]] = defaultdict(list)
     for name, shape in base.items():
-        there[_matrix(shape)].append(name)
-    shapes = Counter(map(_matrix, wanted.values()))
+        there[matrix_of(shape)].append(name)
+    shapes = Counter(map(matrix_of, wanted.values()))
     if not shapes or any(len(there[shape]) < count for shape, count in shapes.items()):
         return []
     taken: set[str] = set()
     found = []
     for name, shape in list(wanted.items())[:_SHOWN]:
-        free = [other for other in there[_matrix(shape)] if other not in taken]
+        free = [other for other in there[matrix_of(shape)] if other not in taken]
         best = max(free, key=lambda other: _similarity(name, other))
         taken.add(best)
         found.append((name, best))
     return found
 
 
-def _matrix(shape: Shape) -> Shape:
+def matrix_of(shape: Shape) -> Shape:
     """A shape whatever way round it is stored, 1×1 kernels aside."""
     return tuple(sorted(size for size in shape if size != 1))
 

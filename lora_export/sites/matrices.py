@@ -96,7 +96,7 @@ def find_matrix(target: Target, wanted: Array | None, find: Find) -> Site | Miss
             misses.append(found)
     if not fitting:
         # The more is known, the later a search fails: a place that doesn't fit says more than none.
-        told = [miss for miss in misses if miss.kind != "not found"] or misses
+        told = [miss for miss in misses if miss.kind not in ("not found", "nameless")] or misses
         return replace(told[0], target=target) if told else Miss(target, "", "not found")
     return _choose(target, wanted, fitting)
 
@@ -128,7 +128,7 @@ def _agrees(form: Form, site: Site, wanted: Array) -> bool:
     for part in site.parts:
         (placement,) = part.placements
         start, stop = placement.rows
-        match = content.compare(canonical_rows(part, placement), canonical[start:stop], every=True)
+        match = content.compare(canonical_rows(part, placement), canonical[start:stop])
         scaled = placement.row_scale is not None and match.cosine >= content.COSINE
         if not (match.same or scaled):
             return False

@@ -24,6 +24,8 @@ _SHORTEST = 8
 _SMALL = 1 << 20
 # Values that are read at a time.
 _BLOCK = 1 << 20
+# Bytes of a mapped file that are read before they are given back.
+_MAPPED_BYTES = 64 << 20
 _HALVES = {np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -50,12 +52,22 @@ def _vectors(value: ir.Value) -> list[Array]:
     values = np.asarray(value.const_value.numpy())
     made = []
     for axis in range(values.ndim):
-        vector = np.asarray(np.moveaxis(values, axis, -1)[(0,) * (values.ndim - 1)], np.float32)
+        vector = _copied(value, np.moveaxis(values, axis, -1)[(0,) * (values.ndim - 1)])
         length = np.linalg.norm(vector)
         if len(vector) >= _SHORTEST and length > 0:
             made.append(vector / length)
     release(value)
     return made
+
+
+def _copied(value: ir.Value, line: Array) -> Array:
+    """Return a line of a constant in float32; read in pieces: across its rows, each value has a page."""
+    step = max(1, _MAPPED_BYTES // max(1, *line.strides))
+    pieces = []
+    for start in range(0, len(line), step):
+        pieces.append(line[start : start + step].astype(np.float32))
+        release(value)
+    return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
 
 
 def _with_row(values: Array, vectors: Mapping[int, list[Array]], every: bool) -> set[int]:

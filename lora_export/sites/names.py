@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # Builders rename a part of the path (onnxruntime-genai ``models/builders/base.py``: attn).
 _RENAMED = (("self_attn", "attn"), ("self_attention", "attn"))
 # Modules that builders fuse into one weight, in the order in which they lie in it.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+@dataclass(frozen=True)
+class Named:
+    """A parameter that an adapter changes, by its own path.
+
+    Attributes:
+        key: Parameter path, ``model.layers.0.mlp.up_proj.weight``; flattened, only its last dot is one.
+        action: What happens to it: two with the same action must not become one.
+        component: Which model of a file that serves several.
+        shape: Of the parameter in the base, as far as the adapter tells it: only hints depend on it.
+    """
+
+    key: str
+    action: str = "merge"
+    component: str | None = None
+    shape: tuple[int, ...] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

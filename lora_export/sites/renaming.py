@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from lora_export.sites.known_names import (
     KnownNames,
@@ -32,27 +33,30 @@ from lora_export.sites.known_names import (
     is_outer,
     submodels_of,
 )
-from lora_export.sites.names import Prefix, flatten
+from lora_export.sites.names import Named, Prefix, flatten
+from lora_export.sites.offers import Offers, offers_of
 
 _SHOWN = 4
-NOT_FOUND = "not found"
-AMBIGUOUS = "ambiguous"
 NO_CHANGE = Prefix()
 
 
 @dataclass(frozen=True)
-class Named:
-    """A parameter that an adapter changes, by its own path.
+class Problem:
+    """Why a parameter has no name in the base.
 
     Attributes:
-        key: Parameter path, ``model.layers.0.mlp.up_proj.weight``; flattened, only its last dot is one.
-        action: What happens to it: two with the same action must not become one.
-        component: Which model of a file that serves several.
+        kind: The base has none, or several that may be meant.
+        detail: What was seen; empty where the names alone tell nothing.
     """
 
-    key: str
-    action: str = "merge"
-    component: str | None = None
+    kind: Literal["not found", "ambiguous"]
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.detail}" if self.detail else self.kind
+
+
+NOT_FOUND = Problem("not found")
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,15 @@ class Renaming:
         names: For each parameter the base's path for it (perhaps one that the base lacks), or None.
         problems: Number of a parameter → why it has no name in the base.
         change: The change that was made.
-        hint: What the user may give to place the adapter, or the part of it that belongs.
+        hint: What the user may give to place the adapter, or the part of it that belongs; it was tried.
+        reach: How many parameters are placed where the user does so.
     """
 
     names: tuple[str | None, ...]
-    problems: dict[int, str] = field(default_factory=dict)
+    problems: dict[int, Problem] = field(default_factory=dict)
     change: Prefix = NO_CHANGE
     hint: str = ""
+    reach: int = 0
 
     @property
     def note(self) -> str:
@@ -99,6 +105,12 @@ def rename(
     return _Renamer(wanted, known, flattened, scope).run()
 
 
+def is_below(wanted: Sequence[Named], scope: str, flattened: bool) -> bool:
+    """Whether all of an adapter's paths are below a part that the user names (rule 7)."""
+    front = f"{flatten(scope)}_" if flattened else f"{scope}."
+    return all(named.key.startswith(front) for named in wanted)
+
+
 def likeliest_change(keys: Sequence[str], known: KnownNames) -> Prefix:
     """Return the change under which most paths are known: to look for something, not to place anything."""
     counts = {
@@ -114,7 +126,9 @@ class _Renamer:
     def __init__(
         self, wanted: Sequence[Named], known: KnownNames, flattened: bool, scope: str | None
     ) -> None:
-        self._wanted, self._known, self._flattened = wanted, known, flattened
+        self._wanted, self._known, self._flattened, self._given = wanted, known, flattened, scope
+        # Tried for a hint: needs none of its own.
+        self._is_first = True
         self._mark = "_" if flattened else "."
         self._scope = flatten(scope) if scope and flattened else scope
         low_rank = [n for n, named in enumerate(wanted) if named.action == "merge"]
@@ -126,8 +140,9 @@ class _Renamer:
             if any(self._fits.values()):
                 break
         # Rule 7: is the scope a part of the adapter's paths, or of the base's?
-        self._is_adapters = scope is not None and all(self._is_below(named.key, scope) for named in wanted)
-        self._bases = known.under(scope) if scope and not self._is_adapters else []
+        self._is_adapters = scope is not None and is_below(wanted, scope, flattened)
+        # Flattened, a name may begin as the scope does and still be the base's part's (``decoder_embed``).
+        self._bases = known.under(scope) if scope and (flattened or not self._is_adapters) else []
 
     def run(self) -> Renaming:
         """Choose the change and apply it."""
@@ -137,9 +152,7 @@ class _Renamer:
         rivals = [] if chosen or self._scope else self._distinct(self._whole(self._fits))
         if len(chosen or rivals) > 1:
             return self._ambiguous(chosen or rivals)
-        reason, hint = self._refusal()
-        problems = dict.fromkeys(range(len(self._wanted)), reason)
-        return Renaming((None,) * len(self._wanted), problems, hint=hint)
+        return self._refused()
 
     # Which change.
 
@@ -176,8 +189,10 @@ class _Renamer:
         return list(found.values())
 
     def _is_allowed(self, change: Prefix) -> bool:
+        if change.add in self._bases and not change.strip:
+            return True  # Rule 7.
         if self._scope is not None and not self._is_adapters:
-            return change.add in self._bases and not change.strip  # Rule 7.
+            return False
         scope = self._scope
         is_scoped = scope is not None and (scope == change.strip or self._is_below(scope, change.strip))
         may_strip = is_scoped or not change.strip or self._is_outer(change.strip)  # Rule 3.
@@ -219,6 +234,8 @@ class _Renamer:
 
     def _names(self, key: str, change: Prefix) -> list[str]:
         """Return the base's paths that a key may mean under a change; none where it does not fit."""
+        if change.strip and change.add and key[len(change.strip) + 1 :].rpartition(".")[0].isdigit():
+            return []  # Rule 3: of two lists of modules nothing but an index would be the same.
         if self._flattened:
             beside = change.strip and not self._is_below(key, change.strip) and has_index(key)
             return [] if beside else self._known.unflatten(key, change)
@@ -233,91 +250,63 @@ class _Renamer:
 
     def _applied(self, change: Prefix) -> Renaming:
         names: list[str | None] = []
-        problems: dict[int, str] = {}
-        fits = self._fits[change]
-        scopes = (self._scopes() or self._fitting_part(fits)) if len(fits) < len(self._deciding) else []
-        hint = f"{_options(scopes)} takes the part that fits" if scopes else ""
+        problems: dict[int, Problem] = {}
         for number, named in enumerate(self._wanted):
             fitting = self._names(named.key, change)
             if len(fitting) > 1:
-                problems[number] = f"{AMBIGUOUS}: may be {', '.join(fitting[:_SHOWN])}"
+                problems[number] = Problem("ambiguous", f"may be {', '.join(fitting[:_SHOWN])}")
             elif not fitting and self._flattened:
                 problems[number] = NOT_FOUND
             if len(fitting) == 1 or self._flattened:
                 names.append(fitting[0] if len(fitting) == 1 else None)
             else:
                 names.append(self._changed(named.key, change))
-        hint = self._refuse_doubles(names, problems) or hint
-        return Renaming(tuple(names), problems, change, hint)
+        has_doubles = self._refuse_doubles(names, problems)
+        if not has_doubles and len(self._fits[change]) == len(self._deciding):
+            return Renaming(tuple(names), problems, change)
+        offers = self._offers(0 if has_doubles else len(self._fits[change]))
+        text = f"say which of the file's models with {offers.text}" if has_doubles else ""
+        text = text or f"{offers.text} takes the part that fits"
+        return Renaming(tuple(names), problems, change, text if offers else "", offers.placed)
 
-    def _refuse_doubles(self, names: list[str | None], problems: dict[int, str]) -> str:
-        """Rule 6; return what the user may give to make them one."""
+    def _refuse_doubles(self, names: list[str | None], problems: dict[int, Problem]) -> bool:
+        """Rule 6; return whether there are any."""
         owners: dict[tuple[str, str], list[int]] = defaultdict(list)
         for number, (name, named) in enumerate(zip(names, self._wanted, strict=True)):
             if name is not None:
                 owners[name, named.action].append(number)
-        parts: set[str] = set()
-        for (name, _), numbers in owners.items():
-            for number in numbers if len(numbers) > 1 else ():
+        doubles = {place: numbers for place, numbers in owners.items() if len(numbers) > 1}
+        for (name, _), numbers in doubles.items():
+            for number in numbers:
                 others = [_called(self._wanted[other]) for other in numbers if other != number]
-                problems[number] = (
-                    f"{AMBIGUOUS}: {name} is where {', '.join(others[:_SHOWN])} is found as well"
-                )
-                parts.update(part for part in (self._wanted[number].component,) if part)
+                listed = ", ".join(others[:_SHOWN])
+                problems[number] = Problem("ambiguous", f"{name} is where {listed} is found as well")
                 names[number] = None
-        return f"say which of the file's models with {_options(sorted(parts))}" if parts else ""
+        return bool(doubles)
 
     # What to say where nothing counts.
 
-    def _scopes(self) -> list[str]:
-        """Return what would place a part of the adapter, if the user named it: components, else paths."""
-        components = sorted({named.component for named in self._wanted if named.component})
-        fitting = [part for part in components if self._component_fits(part)]
-        if len(components) > 1 and fitting:
-            return fitting
-        whole: set[str] = set()
-        part: set[str] = set()
-        for change, fits in self._fits.items():
-            below = {
-                n
-                for n in self._deciding
-                if not change.strip or self._is_below(self._wanted[n].key, change.strip)
-            }
-            scope = change.strip if not change.add or self._may_add(change) else ""
-            if not change.strip and self._known.has_rivals(change.add):
-                scope = change.add
-            if scope and below & fits:
-                (whole if below <= fits else part).add(scope)
-        found = {scope for scope in whole or part if self._works(scope)}
-        # The shortest that says it.
-        return sorted(s for s in found if not any(self._is_below(s, other) for other in found))
-
-    def _works(self, scope: str) -> bool:
-        """Whether something is placed where the user says the scope."""
-        below = [named for named in self._wanted if self._is_below(named.key, scope)]
-        again = _Renamer(below or self._wanted, self._known, self._flattened, scope)
-        return any(
-            again._names(named.key, change) for change in again._chosen()[:1] for named in again._wanted
+    def _offers(self, least: int = 0) -> Offers:
+        """Return what would place the adapter, or a part of it, if the user named it."""
+        if not self._is_first:
+            return Offers()
+        ordered = sorted(self._fits, key=lambda change: len(self._fits[change]), reverse=True)
+        return offers_of(
+            self._wanted,
+            self._known,
+            [change for change in ordered if self._fits[change]],
+            flattened=self._flattened,
+            given=self._given,
+            least=least,
+            place=self._tried,
         )
 
-    def _fitting_part(self, fits: frozenset[int]) -> list[str]:
-        """Return the shortest path below which all that fits lies, and nothing else of the adapter."""
-        keys = {number: self._wanted[number].key for number in self._deciding}
-        if self._flattened or not any(has_index(keys[number]) for number in fits):
-            return []
-        others = [key for number, key in keys.items() if number not in fits]
-        parts = keys[min(fits)].split(".")
-        for end in range(1, len(parts) - 1):
-            path = ".".join(parts[:end])
-            if has_index(path) or not all(self._is_below(keys[number], path) for number in fits):
-                return []
-            if not any(self._is_below(key, path) for key in others):
-                return [path]
-        return []
-
-    def _component_fits(self, component: str) -> bool:
-        mine = {n for n in self._deciding if self._wanted[n].component == component}
-        return any(mine <= fits for change, fits in self._fits.items() if self._is_allowed(change))
+    def _tried(self, wanted: Sequence[Named], scope: str | None) -> Sequence[str | None]:
+        """Return the names that some of the adapter gets where the user says the scope."""
+        again = _Renamer(wanted, self._known, self._flattened, scope)
+        again._is_first = False
+        found = again.run()
+        return [None if n in found.problems else name for n, name in enumerate(found.names)]
 
     def _ambiguous(self, chosen: Sequence[Prefix]) -> Renaming:
         """Rule 5."""
@@ -325,40 +314,40 @@ class _Renamer:
         for number, named in enumerate(self._wanted):
             fitting = sorted({name for change in chosen for name in self._names(named.key, change)})
             listed = ", ".join(fitting[:_SHOWN]) + (", …" if len(fitting) > _SHOWN else "")
-            problems[number] = f"{AMBIGUOUS}: may be {listed}" if fitting else NOT_FOUND
-        scopes = [s for s in sorted({change.add or change.strip for change in chosen}) if self._works(s)]
-        if not scopes:
-            return Renaming((None,) * len(self._wanted), problems)
-        return Renaming((None,) * len(self._wanted), problems, hint=f"say which with {_options(scopes)}")
+            problems[number] = Problem("ambiguous", f"may be {listed}") if fitting else NOT_FOUND
+        offers = self._offers()
+        hint = f"say which with {offers.text}" if offers else ""
+        return Renaming((None,) * len(self._wanted), problems, hint=hint, reach=offers.placed)
 
-    def _refusal(self) -> tuple[str, str]:
-        """Return why no change counts, and what the user may give."""
+    def _refused(self) -> Renaming:
+        """Say why no change counts, and what the user may give."""
+        offers, count = self._offers(), len(self._deciding)
+        part = f"if that is the part that belongs, give {offers.text}" if offers else ""
         if self._scope is not None and not self._is_adapters and not self._bases:
-            reason = f"{NOT_FOUND}: neither the adapter nor the base has anything under '{self._scope}'"
-            return reason, "check --component"
+            problem = Problem(
+                "not found", f"neither the adapter nor the base has anything under '{self._given}'"
+            )
+            hint = f"give {offers.text}, or omit --component" if offers else "omit --component"
+            return self._all(problem, hint, offers)
         most = max(map(len, self._fits.values()))
         if not most:
-            return NOT_FOUND, ""
-        scopes = self._scopes()
-        best = [
-            said(change)
-            for change, fits in self._fits.items()
-            if len(fits) == most and (not scopes or (change.strip or change.add) in scopes)
-        ]
-        best = best or [said(change) for change, fits in self._fits.items() if len(fits) == most]
-        found = " or ".join(best[:2])
-        count = f"{most} of {len(self._deciding)} parameters would fit with {found}"
-        if not scopes:
-            return f"{NOT_FOUND} under its own path", f"{count}, which is not the base's outer name"
-        return (
-            f"{NOT_FOUND} under its own path; with {found} it may be a different part of the model",
-            f"{count}: if that is the part that belongs, give {_options(scopes)}",
+            return self._all(NOT_FOUND, part, offers)
+        best = [said(change) for change, fits in self._fits.items() if len(fits) == most]
+        if not offers:
+            found = " or ".join(best[:2])
+            hint = (
+                f"check the base: {most} of {count} parameters would fit with {found}, which is not its "
+                "outer name; if they are meant, rename the adapter's tensors"
+            )
+            return self._all(Problem("not found", "not under its own path"), hint, offers)
+        problem = Problem(
+            "not found", "not under its own path; under another it may be a different part of the model"
         )
+        return self._all(problem, f"{offers.placed} of {count} parameters fit elsewhere: {part}", offers)
 
-
-def _options(scopes: Sequence[str]) -> str:
-    listed = " or ".join(f"--component {scope}" for scope in scopes[:_SHOWN])
-    return f"{listed} or others" if len(scopes) > _SHOWN else listed
+    def _all(self, problem: Problem, hint: str, offers: Offers) -> Renaming:
+        problems = dict.fromkeys(range(len(self._wanted)), problem)
+        return Renaming((None,) * len(self._wanted), problems, hint=hint, reach=offers.placed)
 
 
 def _called(named: Named) -> str:

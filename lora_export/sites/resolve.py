@@ -23,23 +23,25 @@ from functools import partial
 from itertools import islice, pairwise, zip_longest
 
 from lora_export.adapter import Array
-from lora_export.graph import GraphFile, release
+from lora_export.graph import GraphFile, release, shape_of
 from lora_export.patch import Placement
+from lora_export.plan import RefusalKind
 from lora_export.sites import changed, fit, matrices, names, readers
 from lora_export.sites.answers import computed_answers
 from lora_export.sites.contained import branch_beside
-from lora_export.sites.copies import REMEDY, computed_parameters, other_calls
+from lora_export.sites.copies import REMEDY, computed_parameters, computed_result, other_calls
 from lora_export.sites.evidence import FOLDED, NODE_NAME, SCOPE, SOURCES, WEIGHT_NAME, collect
 from lora_export.sites.fingerprints import Places, find_places
 from lora_export.sites.known_names import KnownNames
-from lora_export.sites.renaming import AMBIGUOUS, NOT_FOUND, Renaming, rename
+from lora_export.sites.likeness import matrix_of
+from lora_export.sites.renaming import NOT_FOUND, Renaming, is_below, rename
 from lora_export.sites.slot import Use
-from lora_export.sites.target import BaseWeights, Miss, MissKind, Part, Site, Target, WeightOf
+from lora_export.sites.target import BaseWeights, Miss, Part, Site, Stack, Target, Wanted, WeightOf
 from lora_export.sites.uses import find_uses
 from lora_export.sites.verify import check_codes, check_content, orientations, search, tile, unconfirmed
 
 # Part of the evidence where a checkpoint is at hand and the graph's weight is quantised.
-NOT_COMPARED = "quantised, its values are not compared"
+_NOT_COMPARED = "quantised, its values are not compared"
 
 
 class Resolver:
@@ -59,12 +61,24 @@ class Resolver:
     ) -> None:
         self.uses = find_uses(graph)
         self._evidence = collect(self.uses)
-        self._known = KnownNames(key for table in self._evidence.values() for key in table)
-        self._computed = computed_parameters(graph.initializers())
+        keys = (key for table in self._evidence.values() for key in table)
+        self._known = KnownNames(keys, self._shape)
+        self._constants = list(graph.initializers())
+        self._computed = computed_parameters(self._constants)
         self._base = weight_of
         self.weight_of: WeightOf | None = None
         self._wanted: set[str] = set()
         self._branches = branches
+
+    def _shape(self, key: str) -> tuple[int, ...] | None:
+        """Return the shape of the constants that are a parameter by the graph's names, where they agree."""
+        uses = [use for table in self._evidence.values() for use in table.get(key, ())]
+        stored = {
+            shape_of(use.root.const_value)
+            for use in uses
+            if use.root.const_value is not None and not use.quantised
+        }
+        return stored.pop() if len({matrix_of(shape) for shape in stored}) == 1 else None
 
     @property
     def known(self) -> frozenset[str]:
@@ -82,9 +96,15 @@ class Resolver:
             scope: The part of the adapter, or of the graph, that belongs (`renaming`, rule 7).
         """
         named = [target.named for target in targets]
-        change = rename(named, self._known, flattened=flattened, scope=scope)
+        # A part's path may be the graph's or the checkpoint's alone: the other of them is that part.
+        is_anywhere = scope is None or is_below(named, scope, flattened)
+        here = is_anywhere or bool(self._known.under(scope or ""))
         # Of this adapter: its names in the checkpoint are another matter than its names in the graph.
         self.weight_of = self._base.for_adapter(named, flattened, scope) if self._base else None
+        there = self.weight_of is not None and any(self.weight_of.names)
+        if self._base and here and not is_anywhere and not there:
+            self.weight_of = self._base.for_adapter(named, flattened, None)
+        change = rename(named, self._known, flattened=flattened, scope=scope if here or not there else None)
         self._wanted = {name for name in change.names if name}
         named_so = [self._find(target, number, change) for number, target in enumerate(targets)]
         found = [self._explained(item, change.hint) for item in self._by_content(named_so)]
@@ -105,11 +125,11 @@ class Resolver:
         modules = {name.rpartition(".")[0] for name in told}
         targets = {id(site.target): site.target for site in sites}
         lost = {
-            key: Miss(targets[key], why, "computed")
+            key: Miss(targets[key], why, "partly computed")
             for key, why in computed_answers(sites, self.uses, self._base).items()
         }
         for key, why in other_calls(sites, self.uses, self._computed, modules).items():
-            lost[key] = Miss(targets[key], f"{AMBIGUOUS}: {why}", "ambiguous", REMEDY)
+            lost[key] = Miss(targets[key], f"ambiguous: {why}", "ambiguous", REMEDY)
         return lost
 
     def _dotted(self, targets: Sequence[Target], change: Renaming) -> dict[int, str]:
@@ -131,10 +151,12 @@ class Resolver:
                 yield use, best[id(use)]
 
     def _find(self, target: Target, number: int, change: Renaming) -> Site | Miss:
-        name, problem = change.names[number], change.problems.get(number, "")
-        lost = Miss(target, problem, "ambiguous" if problem.startswith(AMBIGUOUS) else "not found")
+        name, problem = change.names[number], change.problems.get(number, NOT_FOUND)
+        lost = Miss(target, str(problem) if problem.detail else "", problem.kind)
         if matrices.is_matrix(target):
-            return matrices.find_matrix(target, self._weight(target), partial(self._search, name, lost))
+            held = self._weight(target)
+            assert not isinstance(held, Stack)
+            return matrices.find_matrix(target, held, partial(self._search, name, lost))
         if name is None:
             return lost
         found = self._by_name(target, name, self._weight(target))
@@ -151,33 +173,41 @@ class Resolver:
             return self._searched(found, wanted, uses, None)
         return found
 
-    def _weight(self, target: Target) -> Array | None:
+    def _weight(self, target: Target) -> Wanted | None:
         return self.weight_of(target) if self.weight_of else None
 
     def _explained(self, found: Site | Miss, hint: str) -> Site | Miss:
         """Say of what was not found what the graph has instead, and what the user may give."""
         if isinstance(found, Site) and (contained := branch_beside(found)):
             return Miss(found.target, f"the graph {contained}", "contained")
-        if isinstance(found, Miss) and found.reason in ("", NOT_FOUND):
-            found = replace(found, reason=self._not_found(found.target))
-        if isinstance(found, Miss) and found.kind in ("not found", "ambiguous"):
+        if isinstance(found, Miss) and found.kind == "not found" and found.target.kind != "vector":
+            constant = computed_result(found.target.key, self._constants)
+            if constant:
+                reason = f"not found: the exporter has computed what the module gives into {constant!r}"
+                return Miss(found.target, reason, "computed")
+        if isinstance(found, Miss) and not found.reason:
+            found = self._not_found(found)
+        if isinstance(found, Miss) and found.kind in ("not found", "nameless", "ambiguous"):
             return replace(found, hint=found.hint or hint)
         return found
 
-    def _not_found(self, target: Target) -> str:
+    def _not_found(self, lost: Miss) -> Miss:
+        target = lost.target
         leaf = target.path.rpartition(".")[2]
         near = sorted(key for key in self._known.names if key.rpartition(".")[0].endswith(leaf))[:2]
         nameless = changed.nameless(target, self.uses)
         if nameless and self._base is None:
-            return (
-                f"{NOT_FOUND}: the graph's {', '.join(map(repr, nameless))} may hold it and have no module's "
+            reason = (
+                f"not found: the graph's {', '.join(map(repr, nameless))} may hold it and have no module's "
                 f"name; {self._remedy()}"
             )
+            return replace(lost, reason=reason, kind="nameless")
         if near:
-            return f"{NOT_FOUND}; the graph has {', '.join(near)}"
-        return f"{NOT_FOUND}: nothing in the graph names it (pruned by the exporter, or names are gone)"
+            return replace(lost, reason=f"not found; the graph has {', '.join(near)}")
+        reason = "not found: nothing in the graph names it (pruned by the exporter, or names are gone)"
+        return replace(lost, reason=reason)
 
-    def _by_name(self, target: Target, key: str, wanted: Array | None) -> Site | Miss:
+    def _by_name(self, target: Target, key: str, wanted: Wanted | None) -> Site | Miss:
         refused: Miss | None = None
         unread = ""
         for variant in (*names.variants(key), *names.per_expert(key, target.experts)):
@@ -259,7 +289,7 @@ class Resolver:
     def _refusal(self, use: Use) -> str:
         return use.no_branch if self._branches else use.refusal
 
-    def _verified(self, site: Site, wanted: Array | None, source: str, keys: tuple[str, ...]) -> Site | Miss:
+    def _verified(self, site: Site, wanted: Wanted | None, source: str, keys: tuple[str, ...]) -> Site | Miss:
         """Rule 4, and rescaled rows: a name alone can't tell that values were computed from the module's."""
         target = site.target
         named = keys if len(keys) == len(site.parts) else keys[:1] * len(site.parts)
@@ -288,19 +318,31 @@ class Resolver:
             if isinstance(checked, str):
                 return Miss(target, f"{checked} (found by {site.evidence})", "values")
             parts.append(checked)
-        return replace(site, parts=tuple(parts), evidence=f"{site.evidence}; content agrees")
+        return replace(site, parts=tuple(parts), evidence=f"{site.evidence}; content agrees", proof="values")
 
-    def _verified_codes(self, site: Site, wanted: Array, doubt: str) -> Site | Miss:
+    def _verified_codes(self, site: Site, wanted: Wanted, doubt: str) -> Site | Miss:
         """Rule 4 for quantised weights, as far as their codes can be read."""
         compared = [check_codes(site.target, part, wanted) for part in site.parts]
-        if not any(text is None or text for text in compared):
-            return replace(site, evidence=f"{site.evidence}; content agrees within the quantiser's steps")
+        read = [match for match in compared if match is not None]
+        names = ", ".join(repr(part.root.name) for part in site.parts)
+        differs = f"the weight {names} does not hold the checkpoint's values"
+        if any(not match.related for match in read):
+            least = min(match.cosine for match in read)
+            reason = f"{differs}, as far as its codes tell (least cosine {least:.3f})"
+            return Miss(site.target, f"{reason} (found by {site.evidence})", "values")
+        if all(match.within for match in read) and len(read) == len(compared):
+            evidence = f"{site.evidence}; content agrees within the quantiser's steps"
+            return replace(site, evidence=evidence, proof="values")
+        if doubt and read:
+            return Miss(site.target, f"{doubt}; {differs}", "values")
         if doubt:
-            differs = next((text for text in compared if text), "")
-            reason = differs or "it is quantised, so its values can't be compared"
-            return Miss(site.target, f"{doubt}; {reason}", "values" if differs else "unproven")
+            reason = "it is quantised, so its values can't be compared"
+            return Miss(site.target, f"{doubt}; {reason}", "unproven")
         # Quantisers that don't round to the nearest code may be further away.
-        return replace(site, evidence=f"{site.evidence}; {NOT_COMPARED}")
+        if len(read) == len(compared):
+            evidence = f"{site.evidence}; content is near, as a quantiser leaves it"
+            return replace(site, evidence=evidence, proof="values")
+        return replace(site, evidence=f"{site.evidence}; {_NOT_COMPARED}", proof="codes")
 
     def _remedy(self) -> str:
         if self._base is not None:
@@ -326,13 +368,18 @@ class Resolver:
 
     def _matrices(self, target: Target) -> list[Array]:
         values = self._weight(target)
-        return [] if values is None else orientations(target, values)
+        return [] if values is None or isinstance(values, Stack) else orientations(target, values)
 
-    def _searched(self, miss: Miss, wanted: Array, uses: Sequence[Use], places: Places | None) -> Site | Miss:
+    def _searched(
+        self, miss: Miss, wanted: Wanted, uses: Sequence[Use], places: Places | None
+    ) -> Site | Miss:
         """Return where a target's values are, of the places where they may be (None: anywhere)."""
         target = miss.target
         hits: dict[int, list[Part]] = {}
+        roots = None if places is None else {root for root, _ in places}
         for use in uses:
+            if roots is not None and id(use.root) not in roots:
+                continue
             offsets = () if places is None else places.get((id(use.root), use.transposed), ())
             if (places is not None and id(use.root) not in hits and not offsets) or not fit.accepts(
                 target, use
@@ -351,7 +398,7 @@ class Resolver:
             return Miss(target, reason, "ambiguous")
         # Rows that a constant holds for two parts of the target can't be changed for one of them.
         if tile(target, parts) and len(parts) == len(hits):
-            site = Site(target, tuple(parts), "content", (target.key,))
+            site = Site(target, tuple(parts), "content", "values", (target.key,))
             problem = readers.doubt(site, target.path, "content", self.uses)
             return Miss(target, problem, "ambiguous") if problem else site
         if parts:
@@ -363,7 +410,7 @@ class Resolver:
         return Miss(target, "not found: no weight of the graph holds its values", "not found")
 
 
-def _kind_of(use: Use) -> MissKind:
+def _kind_of(use: Use) -> RefusalKind:
     """What kind of refusal a use's own is."""
     if use.quantised:
         return "integers" if use.no_branch else "quantised"

@@ -16,6 +16,18 @@ DEQUANTIZE = frozenset({"DequantizeLinear", "DequantizeLinearBlock", "TRT_FP8Deq
 # Nodes that round to a grid (ModelOpt's own for float8 as well): with one of `DEQUANTIZE` behind it, a float
 # weight stays a float weight.
 QUANTIZE = frozenset({"QuantizeLinear", "TRT_FP8QuantizeLinear"})
+# Norms, whose weight and bias are vectors, and those that add another input before.
+NORMS = frozenset(
+    {
+        "LayerNormalization",
+        "GroupNormalization",
+        "InstanceNormalization",
+        "BatchNormalization",
+        "RMSNormalization",
+        "SimplifiedLayerNormalization",
+    }
+)
+SKIP_NORMS = frozenset({"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"})
 # A branch is x·A·B: for W·x it would be another one.
 LEFT = "the weight stands on the left (W @ x): no branch is known for it"
 SlotKind = Literal["linear", "conv", "embedding", "vector", "other"]

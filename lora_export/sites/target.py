@@ -2,48 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.adapter import Adapter, Array, LoraModule, token_rows_problems
+from lora_export.adapter import MERGE_ROWS, Adapter, Array, LoraModule, token_rows_problems
 from lora_export.errors import AdapterError
 from lora_export.patch import Placement
-from lora_export.sites.renaming import Named
+from lora_export.plan import Proof, RefusalKind
+from lora_export.sites.names import Named
 from lora_export.sites.slot import Use
 
 TargetKind = Literal["linear", "conv", "embedding", "parameter", "vector", "any"]
-# Why a target has no place; what to do about it hangs on this.
-MissKind = Literal[
-    "not found",
-    "shape",
-    "ambiguous",
-    # Two targets would have one place or one name.
-    "double",
-    # A name fits, and only the checkpoint can tell whether the values are the module's.
-    "unproven",
-    # They are not the checkpoint's.
-    "values",
-    # An adapter's branch stands beside it already.
-    "contained",
-    # A tool may have computed one of its calls.
-    "computed",
-    # Stored as codes of a quantiser: a branch may go beside, nothing can be merged.
-    "quantised",
-    # Computed in integers: neither a branch nor a merge.
-    "integers",
-    # An operator or a layout for which nothing is known.
-    "operator",
-    # A merge can do it, a branch can't.
-    "merge only",
-    # A branch can do it, a merge can't.
-    "branch only",
-    # The graph would need DoRA's factor.
-    "dora",
-]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +54,9 @@ class Target:
     @property
     def named(self) -> Named:
         """What the renaming of an adapter's parameters has to know of it."""
-        return Named(self.key, self.action, self.module.component if self.module else None)
+        if self.module is None or self.action != "merge":
+            return Named(self.key, self.action, self.module.component if self.module else None)
+        return Named(self.key, self.action, self.module.component, self.module.told_shape)
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -90,6 +65,21 @@ class Target:
         for size in self.shape[1:]:
             rest *= size
         return self.shape[0], rest
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """The checkpoint's matrices of stacked experts: all at once may be gigabytes.
+
+    Attributes:
+        matrix: Returns one expert's, as the module holds it.
+    """
+
+    matrix: Callable[[int], Array]
+
+
+# The checkpoint's values of a target.
+Wanted = Array | Stack
 
 
 class WeightOf(Protocol):
@@ -101,11 +91,8 @@ class WeightOf(Protocol):
 
     names: tuple[str | None, ...]
 
-    def __call__(self, target: Target) -> Array | None:
-        """Return the canonical weight, or None where the checkpoint has none.
-
-        Of stacked experts it is the first and the last.
-        """
+    def __call__(self, target: Target) -> Wanted | None:
+        """Return the canonical weight, of stacked experts each one's, or None where there is none."""
         ...
 
 
@@ -137,14 +124,20 @@ class BaseWeights(Protocol):
         ...
 
 
+def refuse_token_rows(adapter: Adapter) -> None:
+    """Raise `AdapterError` for an adapter that replaces single rows: a graph has no place for them."""
+    if problems := token_rows_problems(adapter):
+        lines = [f"{path}: {problem}" for path, problem in problems]
+        raise AdapterError(f"adapter '{adapter.name}' can't go into a graph", MERGE_ROWS, lines)
+
+
 def targets_of(adapter: Adapter) -> list[Target]:
     """Return what an adapter changes, whole replacements first: a delta comes on top of them.
 
     Raises:
         AdapterError: It replaces single rows, which no place in a graph is made for.
     """
-    if problems := token_rows_problems(adapter):
-        raise AdapterError(f"adapter '{adapter.name}' can't go into a graph", "merge it first", problems)
+    refuse_token_rows(adapter)
     targets = [
         Target(
             key,
@@ -203,12 +196,14 @@ class Site:
         target: What was looked for.
         parts: One for most modules, several where the graph has split a weight or repeats it.
         evidence: What led there, for the plan.
+        proof: How sure that is.
         keys: Parameter paths that it has in the graph: several where the graph has split it.
     """
 
     target: Target
     parts: tuple[Part, ...]
     evidence: str
+    proof: Proof = "names"
     keys: tuple[str, ...] = ()
 
 
@@ -219,10 +214,11 @@ class Miss:
     Attributes:
         target: What was looked for.
         reason: Why it has no place.
+        kind: What to do about it hangs on this.
         hint: What would give the adapter one, where that is known.
     """
 
     target: Target
     reason: str
-    kind: MissKind
+    kind: RefusalKind
     hint: str = ""

@@ -11,13 +11,10 @@ import onnx_ir as ir
 from lora_export.graph import FLOAT_TYPES, GraphFile, shape_of
 from lora_export.sites import OPERATORS
 from lora_export.sites.ranges import is_fixed
-from lora_export.sites.slot import DEQUANTIZE, PASSED, QUANTIZE, SHAPE_ONLY, Slot, Use
+from lora_export.sites.slot import DEQUANTIZE, NORMS, PASSED, QUANTIZE, SHAPE_ONLY, SKIP_NORMS, Slot, Use
 
 # What else a vector may feed, so that biases and norms (modules_to_save, bias="all") have a place.
 _VECTOR_PARAMETERS = {"Add": "bias", "Mul": "weight"}
-_NORMS = {"LayerNormalization", "GroupNormalization", "InstanceNormalization", "BatchNormalization"}
-_NORMS |= {"RMSNormalization", "SimplifiedLayerNormalization"}
-_SKIP_NORMS = {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
 
 
 @cache
@@ -55,9 +52,9 @@ def _vector_slots(node: ir.Node, taken: set[int]) -> Iterator[Slot]:
             continue
         if node.op_type in _VECTOR_PARAMETERS:
             yield Slot(index, "vector", parameter=_VECTOR_PARAMETERS[node.op_type])
-        elif node.op_type in _NORMS and index in (1, 2):
+        elif node.op_type in NORMS and index in (1, 2):
             yield Slot(index, "vector", parameter="weight" if index == 1 else "bias")
-        elif node.op_type in _SKIP_NORMS and index in (2, 3):
+        elif node.op_type in SKIP_NORMS and index in (2, 3):
             yield Slot(index, "vector", parameter="weight" if index == 2 else "bias")
         elif node.op_type not in PASSED | SHAPE_ONLY | DEQUANTIZE | QUANTIZE:
             yield Slot(index, "other", parameter="")

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import ml_dtypes
 import numpy as np
 
 from lora_export.adapter import Array
-from lora_export.graph import matrix_shape, shape_of, stored_matrix
+from lora_export.graph import matrix_shape, release, shape_of, stored_matrix
 from lora_export.patch import Placement
 from lora_export.sites import content, fit
+from lora_export.sites.code_values import CodesMatch, codes_of, compare_codes
 from lora_export.sites.experts import unsettled
-from lora_export.sites.grid import held_by_codes
-from lora_export.sites.slot import Use
-from lora_export.sites.target import Part, Target
+from lora_export.sites.slot import NORMS, SKIP_NORMS, Use
+from lora_export.sites.target import Part, Stack, Target, Wanted
 
+# What builders add to the weights of norms that compute x·(1 + w), Gemma's and Nemotron's.
+NORM_SHIFT = 1.0
 # Kinds whose rows are output channels: a factor on each can be followed (also through DoRA's norms).
 _SCALABLE = ("conv", "linear")
 # What is left of float32 values after a factor that a tool multiplied them with is taken out again.
@@ -25,31 +26,28 @@ _ROUNDED = 1e-5
 _RELATED = 0.5
 
 
-def check_content(target: Target, part: Part, wanted: Array, trusted: bool = False) -> Part | str:
-    """Compare a part with the checkpoint's weight.
+def check_content(target: Target, part: Part, wanted: Wanted, trusted: bool = False) -> Part | str:
+    """Compare every value of a part with the checkpoint's weight.
 
     Args:
         target: The parameter.
         part: Where it was found.
         wanted: The checkpoint's values.
-        trusted: The constant's name is an exporter's own: a sample of the rows tells whether it is the
-            weight. Otherwise a factor may be in some of the rows, or a small one in all: every value counts.
+        trusted: The constant's name is an exporter's own: zeros of a vector are its own, too.
 
     Returns:
         The part, with the factors of rescaled rows; or what differs.
     """
-    if target.experts > 1:
+    if isinstance(wanted, Stack):
         return _check_experts(target, part, wanted)
     if target.kind == "vector":
         return _check_whole(target, part, wanted, trusted)
     (placement,) = part.placements
     start, stop = placement.rows
     stored = canonical_rows(part, placement)
-    match, rows = _best(stored, [matrix[start:stop] for matrix in orientations(target, wanted)], not trusted)
-    if trusted and match.same:
-        return part
-    step = _step(stored, rows)
-    if match.difference <= max(content.EXACT, step):
+    match, rows = _best(stored, [matrix[start:stop] for matrix in orientations(target, wanted)])
+    step = content.step(stored, rows) if match.worst > content.EXACT else 0.0
+    if match.worst <= max(content.EXACT, step):
         return part
     scale = match.row_scale if match.scaled and target.kind in _SCALABLE else None
     if scale is not None and _explains(stored, rows, scale[:, None], step):
@@ -62,26 +60,13 @@ def check_content(target: Target, part: Part, wanted: Array, trusted: bool = Fal
     )
 
 
-def _step(*values: Array) -> float:
-    """Return the relative rounding of the coarsest float type that one of the arrays fits in."""
-    step = 0.0
-    for array in values:
-        sample = np.asarray(array[:64], np.float32)
-        for dtype, size in ((ml_dtypes.bfloat16, 2**-8), (np.float16, 2**-11)):
-            with np.errstate(over="ignore"):
-                if np.array_equal(sample.astype(dtype).astype(np.float32), sample):
-                    step = max(step, size)
-    return step
-
-
 def _explains(stored: Array, wanted: Array, factor: Array, step: float) -> bool:
     """Whether ``wanted · factor``, one for each row or for each column, is what is stored, up to rounding."""
-    left = total = 0.0
-    factors = np.broadcast_to(factor, wanted.shape)
-    for one, other, times in content.blocks(stored, wanted, factors):
-        left += float(((one - other * times) ** 2).sum())
-        total += float((one**2).sum())
-    return bool(np.sqrt(left) <= max(_ROUNDED, step) * np.sqrt(total))
+    factors, least = np.broadcast_to(factor, wanted.shape), content.least_of(stored)
+    return all(
+        bool((content.worst_values(one, other * times, least) <= max(_ROUNDED, step)).all())
+        for one, other, times in content.blocks(stored, wanted, factors)
+    )
 
 
 def _column_factor(stored: Array, wanted: Array, step: float) -> str:
@@ -99,36 +84,34 @@ def _column_factor(stored: Array, wanted: Array, step: float) -> str:
     )
 
 
-def _best(stored: Array, wanted: Sequence[Array], every: bool) -> tuple[content.Match, Array]:
+def _best(stored: Array, wanted: Sequence[Array]) -> tuple[content.Match, Array]:
     """Return how well values match, and which: another orientation is tried where the first differs."""
     first, *others = wanted
-    match = content.compare(stored, first, every)
+    match = content.compare(stored, first)
     if others and not match.same:
-        other = content.compare(stored, others[0], every)
+        other = content.compare(stored, others[0])
         if other.difference < match.difference:
             return other, others[0]
     return match, first
 
 
-def check_codes(target: Target, part: Part, wanted: Array) -> str | None:
-    """Say what differs where a quantised constant may stand for other values than the checkpoint's.
+def check_codes(target: Target, part: Part, wanted: Wanted) -> CodesMatch | None:
+    """Compare every value that a quantised constant stands for with the checkpoint's.
 
     Returns:
-        An empty text where each value is one step of the quantiser away at most; None where the codes can't
-        be read, or stand for an expert's or a vector's values.
+        The better one of a square matrix' two orientations; None where the codes can't be read, or stand
+        for an expert's or a vector's values.
     """
-    held = held_by_codes(part.uses[0])
-    if held is None or target.experts > 1 or target.kind == "vector":
+    held = codes_of(part.uses[0])
+    if held is None or isinstance(wanted, Stack) or target.kind == "vector":
         return None
     (placement,) = part.placements
-    values, steps = (_rectangle(array.reshape(len(array), -1), placement) for array in held)
-    rows = [matrix[slice(*placement.rows)] for matrix in orientations(target, wanted)]
-    # Beyond the outermost code values are cut off: they are nearer to zero than what they stand for.
-    cut = [(np.abs(values) >= np.abs(values).max()) & (np.abs(one) > np.abs(values)) for one in rows]
-    near = [
-        bool(((np.abs(values - one) <= steps) | beyond).all()) for one, beyond in zip(rows, cut, strict=True)
+    found = [
+        compare_codes(held, placement, matrix[slice(*placement.rows)])
+        for matrix in orientations(target, wanted)
     ]
-    return "" if any(near) else _differs(part)
+    release(part.root)
+    return max(found, key=lambda match: (match.within, match.cosine))
 
 
 def canonical_rows(part: Part, placement: Placement) -> Array:
@@ -159,14 +142,22 @@ def _check_whole(target: Target, part: Part, wanted: Array, trusted: bool) -> Pa
     wanted = wanted[start:stop]
     if wanted.shape != stored.shape:
         return _differs(part)
-    match = content.compare(stored[:, None], wanted[:, None], every=True)
-    if trusted:
-        return part if match.same else _differs(part)
-    if not np.all(wanted):
+    # One row: a value that is nearly zero counts as one of the vector's.
+    if _holds(stored[None], wanted[None]):
+        if trusted or np.all(wanted):
+            return part
         return (
             f"the vector {part.root.name!r} has zeros: what a folded norm or factor made of it can't be known"
         )
-    return part if match.difference <= max(content.EXACT, _step(stored, wanted)) else _differs(part)
+    if _is_norm(target, part) and _holds(stored[None], wanted[None], NORM_SHIFT):
+        return replace(part, placements=(replace(part.placements[0], shift=NORM_SHIFT),))
+    return _differs(part)
+
+
+def _is_norm(target: Target, part: Part) -> bool:
+    """Whether a vector is only read as the weight of norms."""
+    norms = NORMS | SKIP_NORMS
+    return target.key.endswith(".weight") and all(use.node.op_type in norms for use in part.uses)
 
 
 def _differs(part: Part) -> str:
@@ -176,13 +167,13 @@ def _differs(part: Part) -> str:
     return f"the {kind} {part.root.name!r} does not hold the checkpoint's values"
 
 
-def _check_experts(target: Target, part: Part, wanted: Array) -> Part | str:
-    """Compare the first and the last matrix of a stack; values tell which way round square ones lie.
+def _check_experts(target: Target, part: Part, wanted: Stack) -> Part | str:
+    """Compare every matrix of a stack; values tell which way round square ones lie.
 
     Args:
         target: The stack.
         part: A constant of ``(experts, …, …)``, or of some rows of one expert.
-        wanted: The checkpoint's first and last, ``(2, …, …)``: all experts at once may be gigabytes.
+        wanted: The checkpoint's.
     """
     module = target.module
     if module is not None and (reason := unsettled(module, None)):
@@ -191,34 +182,36 @@ def _check_experts(target: Target, part: Part, wanted: Array) -> Part | str:
     stored = np.asarray(part.root.const_value.numpy())
     if stored.ndim == 2:
         return _check_expert(target, part, wanted)
-    ends = stored[[0, -1]]
-    matches = {
-        transposed: content.compare(
-            ends.reshape(-1, ends.shape[-1]), candidate.reshape(-1, ends.shape[-1]), every=False
-        )
-        for transposed, candidate in ((False, wanted), (True, wanted.swapaxes(-1, -2)))
-        if candidate.shape == ends.shape
-    }
-    same = [transposed for transposed, match in matches.items() if match.same]
-    if len(same) > 1:
+    alike = {False, True}
+    for expert in range(target.experts):
+        held = wanted.matrix(expert)
+        alike = {turned for turned in alike if _holds(stored[expert], held.T if turned else held)}
+        release(part.root)
+        if not alike:
+            return f"{_differs(part)} of expert {expert}"
+    if len(alike) > 1:
         return f"ambiguous: the experts in {part.root.name!r} are symmetric, their orientation can't be known"
-    if not same:
-        return _differs(part)
     # Layouts that no shape settles are refused above: what is square lies as the module holds it.
-    turned = wanted.shape[1:] != target.shape
-    return replace(part, placements=fit.expert_placements(target, same[0] != turned))
+    turned = wanted.matrix(0).shape != target.shape
+    return replace(part, placements=fit.expert_placements(target, (True in alike) != turned))
 
 
-def _check_expert(target: Target, part: Part, wanted: Array) -> Part | str:
-    """Compare some rows of one expert, where it is the first or the last."""
+def _check_expert(target: Target, part: Part, wanted: Stack) -> Part | str:
+    """Compare some rows of one expert."""
     (placement,) = part.placements
-    end = {0: 0, target.experts - 1: 1}.get(placement.expert)
-    if end is None:
+    held = wanted.matrix(placement.expert)
+    rows = (held if held.shape == target.shape else held.T)[slice(*placement.rows)]
+    if _holds(canonical_rows(part, placement), rows):
         return part
-    held = wanted[end] if wanted.shape[1:] == target.shape else wanted[end].T
-    stored, rows = canonical_rows(part, placement), held[slice(*placement.rows)]
-    same = stored.shape == rows.shape and content.compare(stored, rows).same
-    return part if same else _differs(part)
+    return f"{_differs(part)} of expert {placement.expert}"
+
+
+def _holds(stored: Array, wanted: Array, shift: float = 0.0) -> bool:
+    """Whether a matrix is the checkpoint's plus a number, up to rounding."""
+    if stored.shape != wanted.shape:
+        return False
+    worst = content.compare(stored, wanted.astype(np.float32) + np.float32(shift) if shift else wanted).worst
+    return worst <= content.EXACT or worst <= content.step(stored, wanted)
 
 
 def unconfirmed(target: Target) -> str:
@@ -232,7 +225,7 @@ def unconfirmed(target: Target) -> str:
     )
 
 
-def search(target: Target, use: Use, wanted: Array, offsets: Sequence[int]) -> Iterator[Part]:
+def search(target: Target, use: Use, wanted: Wanted, offsets: Sequence[int]) -> Iterator[Part]:
     """Yield where a use's constant holds the target's values: all of it, some rows of it, or some of them.
 
     Args:

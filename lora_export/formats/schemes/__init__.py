@@ -17,6 +17,7 @@ from lora_export.errors import AdapterError
 if TYPE_CHECKING:
     from lora_export.adapter import Adapter
     from lora_export.formats.schemes.applying import Translation
+    from lora_export.formats.schemes.known import KnownModules
     from lora_export.formats.schemes.rules import Scheme
 
 __all__ = ["SCHEMES", "fitted", "translate"]
@@ -32,8 +33,12 @@ SCHEMES: dict[str, str] = {
     "wan": "lora_export.formats.schemes.wan:SCHEME",
     "z-image": "lora_export.formats.schemes.z_image:SCHEME",
     "lumina2": "lora_export.formats.schemes.lumina2:SCHEME",
+    "ltx": "lora_export.formats.schemes.ltx:SCHEME",
+    "open-clip": "lora_export.formats.schemes.open_clip:SCHEME",
 }
 _SHOWN = 40
+# Stability's ModelSpec, which sd-scripts writes into a file's metadata.
+ARCHITECTURE = "modelspec.architecture"
 
 
 def translate(
@@ -52,7 +57,8 @@ def translate(
         what was done. None where no scheme applies: the names fit as they are, or fit none.
 
     Raises:
-        AdapterError: A scheme applies, and something can't be translated by it; everything is listed.
+        AdapterError: A scheme applies, and something can't be translated by it; everything is listed. Or
+            the file says that it is for another family.
     """
     from lora_export.formats.schemes.applying import apply_scheme
     from lora_export.formats.schemes.known import KnownModules
@@ -61,6 +67,8 @@ def translate(
     if not recognised:
         return None
     modules = KnownModules(known, others)
+    for scheme in recognised:
+        _refuse_family(scheme, adapter, modules)
     found = [
         made for scheme in _likeliest(recognised, adapter) if (made := apply_scheme(scheme, adapter, modules))
     ]
@@ -129,6 +137,24 @@ def _refuse(made: Translation, adapter: Adapter, complete: bool) -> None:
         "have no counterpart in the base: its blocks are built in another way",
         "give the base that the adapter was trained on (SDXL, SD 1.5 and SD 2 differ)",
         _listed(made.missing),
+    )
+
+
+def _refuse_family(scheme: Scheme, adapter: Adapter, known: KnownModules) -> None:
+    """Raise `AdapterError` where a file says that it is for another family whose blocks are alike."""
+    from lora_export.formats.schemes.rules import TableScheme
+
+    if not isinstance(scheme, TableScheme):
+        return
+    stated = str(adapter.config.get(ARCHITECTURE, "")).lower().replace(".", "-")
+    trained = next((name for name in scheme.families if stated.startswith(name)), None)
+    base = [name for name, modules in scheme.families.items() if any(map(known.find, modules))]
+    if trained is None or not base or trained in base:
+        return
+    raise AdapterError(
+        f"adapter '{adapter.name}' was trained on {trained}, by its {ARCHITECTURE} "
+        f"({adapter.config[ARCHITECTURE]!r}), and the base is {base[0]}: only their names are alike",
+        f"give the base that it was trained on; if it is meant for {base[0]}, correct the file's metadata",
     )
 
 

@@ -35,6 +35,8 @@ SCHEME = TableScheme(
             *(f"{_SINGLE}.attn.to_{x}" for x in "qkv"), f"{_SINGLE}.proj_mlp"
         ),
         "single_blocks.{}.linear2": f"{_SINGLE}.proj_out",
+        # XLabs' adapters leave the MLP's rows of linear1 out (`lora_export.formats.diffusion_names`).
+        "single_blocks.{}.qkv": thirds(*(f"{_SINGLE}.attn.to_{x}" for x in "qkv")),
         "single_blocks.{}.modulation.lin": f"{_SINGLE}.norm.linear",
         "distilled_guidance_layer.layers.{}.in_layer": "distilled_guidance_layer.layers.{}.linear_1",
         "distilled_guidance_layer.layers.{}.out_layer": "distilled_guidance_layer.layers.{}.linear_2",
@@ -55,4 +57,8 @@ SCHEME = TableScheme(
         ("context_embedder",),
         (f"{_EMBED}.text_embedder.linear_1", "distilled_guidance_layer.in_proj"),
     ),
+    families={
+        "flux-1": (f"{_EMBED}.text_embedder.linear_1", "vector_in.in_layer"),
+        "chroma": ("distilled_guidance_layer.in_proj",),
+    },
 )

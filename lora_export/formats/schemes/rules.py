@@ -145,6 +145,9 @@ class TableScheme:
         anchors: What tells the base's family from others that have blocks of the same names (and, as FLUX.1
             and HunyuanVideo, of the same sizes): of each group, the base has one of the modules.
         components: See `Scheme`.
+        rivals: What a base with blocks of the same names twice has.
+        families: Of models whose blocks have the same names and sizes: how trainers call each
+            (``modelspec.architecture``) → modules of which only its base has one.
         structural: See `Scheme`.
     """
 
@@ -153,6 +156,8 @@ class TableScheme:
     mark: str
     anchors: tuple[tuple[str, ...], ...]
     components: Components = DENOISERS
+    rivals: tuple[str, ...] = ()
+    families: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     structural: bool = field(default=False, init=False)
 
     def recognises(self, adapter: Adapter) -> bool:
@@ -167,6 +172,8 @@ class TableScheme:
     def lookup(self, known: KnownModules) -> Lookup:
         """Return the table as a function, or one that finds nothing where the base is of another family."""
         if known.is_complete and not all(any(map(known.find, group)) for group in self.anchors):
+            return lambda path: ()
+        if any(map(known.find, self.rivals)):
             return lambda path: ()
         return self._find
 

@@ -1,0 +1,361 @@
+"""Where the rows of the batch lie in each value of a graph, followed from the inputs node by node.
+
+Rules:
+
+1. An input whose first axis is the batch's has its rows along it; constants and sizes are the same for all.
+2. A node that is the same for all rows when its inputs are, whatever it computes.
+3. An operator without a rule, and one that takes rows apart (a slice of the batch), leaves it unknown: then
+   nothing is concluded, neither that a place is right nor that it is wrong.
+4. What joins two values along the batch, or flattens (sequence, batch), puts something else outside of the
+   rows: a bank that takes them for outermost would give rows another row's adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from lora_export.branches.batch_sizes import BATCH, OTHER, TIMES, Size, numbers_of, reshaped, sizes_of
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the batch's rows lie in a value.
+
+    Attributes:
+        axis: The axis; None: the value is the same for all rows.
+        outermost: Nothing else is outside of them along that axis.
+        alone: There is nothing else along that axis.
+    """
+
+    axis: int | None
+    outermost: bool = True
+    alone: bool = True
+
+    @property
+    def in_front(self) -> bool:
+        """Whether the first axis is the batch, or the batch and something inside of it."""
+        return self.axis == 0 and self.outermost
+
+
+SAME = Rows(None)
+_UNARY = {
+    *("Abs", "BatchNormalization", "BiasGelu", "Cast", "Ceil", "Celu", "Clip", "CumSum", "DequantizeLinear"),
+    *("Dropout", "DynamicQuantizeLinear", "Elu", "Erf", "Exp", "FastGelu", "Floor", "Gelu", "IsInf", "IsNaN"),
+    *("GroupNormalization", "HardSigmoid", "HardSwish", "Identity", "InstanceNormalization", "LeakyRelu"),
+    *("LayerNormalization", "Log", "LpNormalization", "Mish", "Neg", "Not", "Pad", "QuantizeLinear", "Sign"),
+    *("QuickGelu", "RMSNormalization", "Reciprocal", "Relu", "RotaryEmbedding", "Round", "Selu", "Sigmoid"),
+    *("SimplifiedLayerNormalization", "Sin", "Cos", "Softplus", "Softsign", "Sqrt", "Tanh", "Trilu"),
+}
+# Along another axis than the batch's only.
+_ALONG = {"Softmax", "LogSoftmax", "Hardmax", "TopK"}
+_ELEMENTWISE = {
+    *("Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Mean", "Min"),
+    *("Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "Where", "Xor", "SkipLayerNormalization"),
+    "SkipSimplifiedLayerNormalization",
+}
+# The batch is the first axis of what they read, by their definition.
+_IMAGES = {
+    *("Conv", "ConvTranspose", "FusedConv", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"),
+    *("DepthToSpace", "SpaceToDepth", "Resize", "Upsample"),
+    *("Attention", "MultiHeadAttention", "GroupQueryAttention"),
+}
+_PRODUCTS = {"MatMul", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "MatMulIntegerToFloat"}
+_DOMAINS = ("", "ai.onnx", "com.microsoft")
+
+
+class BatchRows:
+    """Follows the batch's rows through a graph; its nodes are those at the time.
+
+    Args:
+        graph: The graph.
+        shapes: Id of a value → its shape, where it is known.
+        batch: Size of the batch: a number or a symbol.
+        batch_input: The input whose first axis it is.
+    """
+
+    def __init__(
+        self, graph: ir.Graph, shapes: Mapping[int, ir.Shape], batch: object, batch_input: ir.Value
+    ) -> None:
+        self._shapes, self._batch = shapes, batch
+        self._rows: dict[int, Rows | None] = {}
+        for value in graph.inputs:
+            self._rows[id(value)] = Rows(0) if value is batch_input else self._entry(value)
+        self._run(graph)
+
+    def _entry(self, value: ir.Value) -> Rows | None:
+        """Rule 1 for another input; unknown where its first axis has another name, or none."""
+        dims = list(value.shape) if value.shape is not None else [ir.SymbolicDim(None)]
+        if isinstance(self._batch, int):
+            return Rows(0) if dims and dims[0] == self._batch else SAME
+        named = [axis for axis, size in enumerate(dims) if str(size) == str(self._batch) and _is_named(size)]
+        if len(named) == 1:
+            return Rows(named[0])
+        return SAME if not named and all(isinstance(size, int) for size in dims[:1]) else None
+
+    def of(self, value: ir.Value | None) -> Rows | None:
+        """Return where the rows are; None where that is unknown."""
+        if value is None or value.const_value is not None:
+            return SAME
+        return self._rows.get(id(value))
+
+    def rank(self, value: ir.Value | None) -> int | None:
+        """Return the number of a value's axes, where it is known."""
+        if value is None:
+            return None
+        shape = self._shapes.get(id(value))
+        if shape is None and value.const_value is not None:
+            return len(value.const_value.shape)
+        return None if shape is None else len(shape)
+
+    def size(self, value: ir.Value, axis: int) -> Size:
+        """Return what the size of an axis has to do with the batch."""
+        rows, shape = self.of(value), self._shapes.get(id(value))
+        axis = axis + len(shape) if axis < 0 and shape is not None else axis
+        first = shape[axis] if shape is not None and 0 <= axis < len(shape) else None
+        if isinstance(first, int):
+            return first
+        if first is not None and first.value is not None and isinstance(self._batch, ir.SymbolicDim):
+            factors = str(first.value).replace(" ", "").split("*")
+            if str(self._batch.value) in factors:
+                return BATCH if len(factors) == 1 else TIMES
+        if rows is None or axis < 0:
+            return None
+        if rows.axis == axis:
+            return BATCH if rows.alone else TIMES
+        return OTHER
+
+    def _run(self, graph: ir.Graph) -> None:
+        for node in graph:
+            bodies = [a.value for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+            for body in bodies:
+                self._run(body)
+            rows = self._node(node, bodies)
+            for output in node.outputs:
+                self._rows[id(output)] = rows
+
+    def _node(self, node: ir.Node, bodies: Sequence[ir.Graph]) -> Rows | None:
+        if node.op_type in ("Shape", "Size", "Constant", "ConstantOfShape"):
+            return SAME
+        inputs = [self.of(value) for value in node.inputs]
+        if bodies:
+            if node.op_type != "If":
+                return None
+            found = {self.of(value) for body in bodies for value in body.outputs}
+            return found.pop() if len(found) == 1 else None
+        if all(rows == SAME for rows in inputs):
+            return SAME
+        if node.domain not in _DOMAINS:
+            return None
+        return self._rule(node, inputs)
+
+    def _rule(self, node: ir.Node, inputs: list[Rows | None]) -> Rows | None:
+        operator, first = node.op_type, inputs[0]
+        if operator in _ELEMENTWISE:
+            return self._aligned(zip(node.inputs, inputs, strict=True), self.rank(node.outputs[0]))
+        if operator in _PRODUCTS:
+            return self._product(node, inputs)
+        rules: dict[str, Callable[[ir.Node, Rows], Rows | None]] = {
+            "Transpose": self._transposed, "Reshape": self._reshaped, "Flatten": self._flattened,
+            "Unsqueeze": self._unsqueezed, "Squeeze": self._squeezed, "Expand": self._expanded,
+            "Slice": self._sliced, "Split": self._split, "Gemm": self._gemm,
+        }  # fmt: skip
+        if operator == "Concat":
+            return self._joined(node, inputs)
+        if operator == "Gather":
+            return self._gathered(node, inputs)
+        if first is None or first == SAME:
+            return None
+        if operator in _UNARY:
+            return first
+        if operator in _ALONG:
+            axis = self._from_front(node.attributes.get_int("axis", -1), node.inputs[0])
+            return first if axis is not None and axis != first.axis else None
+        if operator in _IMAGES:
+            return first if first.axis == 0 else None
+        if operator.startswith("Reduce") or operator in ("ArgMax", "ArgMin"):
+            return self._reduced(node, first)
+        return rules[operator](node, first) if operator in rules else None
+
+    # --- axes stay where they are, or move ------------------------------------------------------------
+
+    def _aligned(self, pairs: Iterable[tuple[ir.Value | None, Rows | None]], rank: int | None) -> Rows | None:
+        """Broadcasting aligns the last axes."""
+        pairs = list(pairs)
+        carriers = [(value, rows) for value, rows in pairs if rows is not None and rows != SAME]
+        ranks = [self.rank(value) for value, _ in pairs if value is not None]
+        if not carriers:
+            return None
+        if rank is None and None not in ranks:
+            rank = max(r for r in ranks if r is not None)
+        found: set[Rows] = set()
+        for value, rows in carriers:
+            own = self.rank(value)
+            if own is None or rank is None:
+                # Nothing that is added to it can have more axes: a vector, or its like.
+                others = [self.rank(other) for other, _ in pairs if other is not value]
+                small = all(other is not None and other < 2 for other in others)
+                if not (small or len(carriers) == len(pairs)):
+                    return None
+                found.add(rows)
+                continue
+            assert rows.axis is not None
+            found.add(replace(rows, axis=rows.axis + rank - own))
+        places = {rows.axis for rows in found}
+        if len(places) != 1:
+            return None
+        outside = all(rows.outermost for rows in found)
+        if not outside and any(rows.outermost and not rows.alone for rows in found):
+            return None
+        return Rows(places.pop(), outside, all(rows.alone for rows in found))
+
+    def _transposed(self, node: ir.Node, rows: Rows) -> Rows | None:
+        rank = self.rank(node.inputs[0])
+        perm = list(node.attributes["perm"].as_ints()) if "perm" in node.attributes else None
+        if perm is None and rank is not None:
+            perm = list(reversed(range(rank)))
+        return replace(rows, axis=perm.index(rows.axis)) if perm and rows.axis in perm else None
+
+    def _unsqueezed(self, node: ir.Node, rows: Rows) -> Rows | None:
+        axes, rank = self._axes(node), self.rank(node.inputs[0])
+        if axes is None or (rank is None and min(axes, default=0) < 0):
+            return None
+        assert rows.axis is not None
+        added = {axis + (rank or 0) + len(axes) if axis < 0 else axis for axis in axes}
+        kept = [axis for axis in range(rows.axis + len(axes) + 1) if axis not in added]
+        return replace(rows, axis=kept[rows.axis])
+
+    def _squeezed(self, node: ir.Node, rows: Rows) -> Rows | None:
+        axes = self._axes(node)
+        gone = None if axes is None else [self._from_front(axis, node.inputs[0]) for axis in axes]
+        assert rows.axis is not None
+        if gone is None or None in gone or rows.axis in gone:
+            return None
+        return replace(rows, axis=rows.axis - sum(axis is not None and axis < rows.axis for axis in gone))
+
+    def _reduced(self, node: ir.Node, rows: Rows) -> Rows | None:
+        axes = self._axes(node)
+        if axes is None and node.op_type.startswith("Arg"):
+            axes = [node.attributes.get_int("axis", 0)]
+        gone = [self._from_front(axis, node.inputs[0]) for axis in axes or ()]
+        assert rows.axis is not None
+        if not gone or None in gone or rows.axis in gone:
+            return None
+        if node.attributes.get_int("keepdims", 1):
+            return rows
+        return replace(rows, axis=rows.axis - sum(axis is not None and axis < rows.axis for axis in gone))
+
+    def _expanded(self, node: ir.Node, rows: Rows) -> Rows | None:
+        before, after = self.rank(node.inputs[0]), self.rank(node.outputs[0])
+        if after is None:
+            sizes = sizes_of(node.inputs[1], self.size)
+            after = None if sizes is None or before is None else max(len(sizes), before)
+        if before is None or after is None or rows.axis is None:
+            return None
+        return replace(rows, axis=rows.axis + after - before)
+
+    # --- products, and what looks something up --------------------------------------------------------
+
+    def _product(self, node: ir.Node, inputs: list[Rows | None]) -> Rows | None:
+        """Axes before the last two are aligned; rows of the first and columns of the second stay."""
+        left, right = node.inputs[0], node.inputs[1]
+        first, second = inputs[0], inputs[1]
+        if first is None or second is None:
+            return None
+        rank = self.rank(left)
+        if second == SAME:
+            # A packed weight is a matrix, whatever axes its codes have.
+            small = node.op_type != "MatMul" or self.rank(right) in (1, 2)
+            return first if small and first.axis != (rank - 1 if rank is not None else -1) else None
+        other = self.rank(right)
+        if rank is None or other is None or first.axis == rank - 1 or second.axis == other - 2:
+            return None
+        pair: list[tuple[ir.Value | None, Rows | None]] = [(left, first), (right, second)]
+        return self._aligned([one for one in pair if one[1] != SAME], max(rank, other))
+
+    def _gemm(self, node: ir.Node, rows: Rows) -> Rows | None:
+        plain = rows.axis == 0 and not node.attributes.get_int("transA", 0)
+        return rows if plain and self.of(node.inputs[1]) == SAME else None
+
+    def _gathered(self, node: ir.Node, inputs: list[Rows | None]) -> Rows | None:
+        data, index = inputs[0], inputs[1]
+        axis = self._from_front(node.attributes.get_int("axis", 0), node.inputs[0])
+        if axis is None or data is None or index is None:
+            return None
+        if data == SAME:
+            return replace(index, axis=(index.axis or 0) + axis)
+        if index != SAME or data.axis == axis or data.axis is None:
+            return None
+        count = self.rank(node.inputs[1])
+        if data.axis < axis:
+            return data
+        return None if count is None else replace(data, axis=data.axis - 1 + count)
+
+    # --- what takes the rows apart, or puts something outside of them ----------------------------------
+
+    def _joined(self, node: ir.Node, inputs: list[Rows | None]) -> Rows | None:
+        carriers = {rows for rows in inputs if rows != SAME}
+        axis = self._from_front(node.attributes["axis"].as_int(), node.outputs[0])
+        if axis is None or None in carriers or len({rows.axis for rows in carriers if rows}) != 1:
+            return None
+        (place,) = {rows.axis for rows in carriers if rows}
+        if place != axis:
+            return next(iter(carriers)) if len(carriers) == 1 else None
+        # Rule 4: behind one another, so that each row is there several times.
+        several = sum(rows != SAME for rows in inputs) > 1
+        return Rows(axis, outermost=False, alone=False) if several else None
+
+    def _sliced(self, node: ir.Node, rows: Rows) -> Rows | None:
+        if len(node.inputs) > 3 and node.inputs[3] is not None:
+            found = numbers_of(node.inputs[3])
+        else:
+            count = self.rank(node.inputs[0])
+            found = None if count is None else list(range(count))
+        axes = None if found is None else [self._from_front(axis, node.inputs[0]) for axis in found]
+        return None if axes is None or None in axes or rows.axis in axes else rows
+
+    def _split(self, node: ir.Node, rows: Rows) -> Rows | None:
+        axis = self._from_front(node.attributes.get_int("axis", 0), node.inputs[0])
+        return None if axis is None or axis == rows.axis else rows
+
+    def _flattened(self, node: ir.Node, rows: Rows) -> Rows | None:
+        axis = self._from_front(node.attributes.get_int("axis", 1), node.inputs[0])
+        if axis is None or rows.axis is None:
+            return None
+        begin = 0 if rows.axis < axis else axis
+        return Rows(int(begin > 0), rows.outermost and rows.axis == begin, alone=False)
+
+    def _reshaped(self, node: ir.Node, rows: Rows) -> Rows | None:
+        source, target = node.inputs[0], node.inputs[1]
+        assert source is not None
+        assert rows.axis is not None
+        count = self.rank(node.outputs[0])
+        inferred = None if count is None else [self.size(node.outputs[0], axis) for axis in range(count)]
+        sizes = sizes_of(target, self.size) or inferred
+        if sizes is None:
+            return None
+        sizes = [self.size(source, axis) if size == 0 else size for axis, size in enumerate(sizes)]
+        if inferred is not None and len(inferred) == len(sizes):
+            pairs = zip(sizes, inferred, strict=True)
+            sizes = [known if size in (-1, None) and known is not None else size for size, known in pairs]
+        before = [self.size(source, axis) for axis in range(rows.axis)]
+        batch = self._batch if isinstance(self._batch, int) else None
+        found = reshaped(before, rows.outermost, sizes, batch)
+        return None if found is None else Rows(*found)
+
+    def _axes(self, node: ir.Node) -> list[int] | None:
+        if len(node.inputs) > 1:
+            return numbers_of(node.inputs[1])
+        return list(node.attributes["axes"].as_ints()) if "axes" in node.attributes else None
+
+    def _from_front(self, axis: int, value: ir.Value | None) -> int | None:
+        rank = self.rank(value)
+        if axis >= 0:
+            return axis
+        return None if rank is None else axis + rank
+
+
+def _is_named(size: int | ir.SymbolicDim) -> bool:
+    return isinstance(size, ir.SymbolicDim) and size.value is not None

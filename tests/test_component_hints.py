@@ -1,0 +1,226 @@
+"""A refusal that proposes ``--component``: each of them, given, places the adapter where it belongs."""
+
+import re
+
+import onnxruntime as ort
+import pytest
+import tiny
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lora_export import SiteError, merge_onnx
+from lora_export.cli import _run
+
+TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+IMAGES = {"image_size": 8, "patch_size": 4, "num_channels": 3}
+TEXT = {**TOWER, "num_key_value_heads": 2, "vocab_size": 32, "pad_token_id": 0}
+
+
+def mllama():
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_global_layers": 1,
+        "attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+        "vision_output_dim": 32,
+        "intermediate_layers_indices": [0],
+    }
+    config = transformers.MllamaConfig(
+        text_config={**TEXT, "cross_attention_layers": [1]}, vision_config=vision
+    )
+    return transformers.MllamaForConditionalGeneration(config)
+
+
+def clipseg():
+    config = transformers.CLIPSegConfig(
+        text_config={**TOWER, "vocab_size": 32},
+        vision_config={**TOWER, **IMAGES},
+        projection_dim=8,
+        reduce_dim=8,
+        extract_layers=[0, 1],
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=12,
+    )
+    return transformers.CLIPSegForImageSegmentation(config)
+
+
+def vitmae():
+    decoder = {f"decoder_{key}": 8 for key in ("hidden_size", "intermediate_size")}
+    decoder |= {"decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    return transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**TOWER, **IMAGES, **decoder))
+
+
+# (model, path of the part that the adapter was trained on alone).
+PARTS = {
+    "mllama": (mllama, "model.vision_model"),
+    "clipseg's text": (clipseg, "clip.text_model"),
+    "clipseg's decoder": (clipseg, "decoder"),
+    "one of its layers": (clipseg, "decoder.layers.1"),
+    "vitmae's decoder": (vitmae, "decoder"),
+    "one of its layers, too": (vitmae, "decoder.decoder_layers.0"),
+}
+
+
+def linears(model):
+    return [path for path, module in model.named_modules() if type(module) is nn.Linear]
+
+
+@pytest.fixture(params=PARTS)
+def case(request, tmp_path):
+    """Save a base, return the part's path, its adapter in two formats, and the changes that it makes."""
+    make, part = PARTS[request.param]
+    torch.manual_seed(0)
+    model = make().eval()
+    model.save_pretrained(tmp_path / "base")
+    tower = model.get_submodule(part)
+    paths = linears(tower)
+    changes, kohya = {}, {}
+    with torch.no_grad():
+        peft = get_peft_model(
+            tower, LoraConfig(r=2, lora_alpha=6, target_modules=paths, init_lora_weights=False)
+        )
+        peft.save_pretrained(tmp_path / "peft")
+        for path in paths:
+            layer = peft.base_model.model.get_submodule(path)
+            changes[f"{part}.{path}.weight"] = layer.get_delta_weight("default").clone()
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            flat = f"lora_{path.replace('.', '_')}"
+            kohya |= {f"{flat}.lora_down.weight": a.clone(), f"{flat}.lora_up.weight": b.clone()}
+            kohya[f"{flat}.alpha"] = torch.tensor(6.0)
+    save_file(kohya, tmp_path / "kohya.safetensors")
+    return make, part, changes
+
+
+@pytest.mark.parametrize("adapter", ["peft", "kohya.safetensors"])
+def test_each_that_is_offered_is_followed(case, adapter, tmp_path, capsys):
+    make, part, changes = case
+    command = ["merge", "--base", "base", "--adapter", adapter, "--force", "-o", "out"]
+    command = [str(tmp_path / word) if word in ("base", adapter, "out") else word for word in command]
+    assert _run(command, False) == 1
+    offered = re.findall(r"--component ([\w.:]+)", capsys.readouterr().err)
+    assert any(part.endswith(one) for one in offered)
+    for one in offered:
+        assert _run([*command, "--component", one], False) == 0, (one, capsys.readouterr().err)
+        if part.endswith(one):
+            before, after = (loaded(make, tmp_path / folder) for folder in ("base", "out"))
+            for name, values in before.items():
+                expected = values + changes.get(name, 0)
+                assert torch.allclose(after[name], expected, atol=1e-5), name
+
+
+def loaded(make, folder):
+    return type(make()).from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+@pytest.mark.parametrize("in_front", ["lora_", "lora_unet_"])
+@pytest.mark.parametrize("make", [mllama, clipseg], ids=["mllama", "clipseg"])
+def test_kohya_files_of_a_whole_model(make, in_front, tmp_path):
+    torch.manual_seed(0)
+    model, tensors, changes = make().eval(), {}, {}
+    model.save_pretrained(tmp_path / "base")
+    for path in linears(model):
+        a, b = torch.randn(2, model.get_submodule(path).in_features), None
+        b = torch.randn(model.get_submodule(path).out_features, 2)
+        flat = in_front + path.replace(".", "_")
+        tensors |= {
+            f"{flat}.lora_down.weight": a,
+            f"{flat}.lora_up.weight": b,
+            f"{flat}.alpha": torch.tensor(2.0),
+        }
+        changes[f"{path}.weight"] = b @ a
+    save_file(tensors, tmp_path / "a.safetensors")
+    command = [
+        "merge",
+        "--base",
+        tmp_path / "base",
+        "--adapter",
+        tmp_path / "a.safetensors",
+        "-o",
+        tmp_path / "out",
+    ]
+    assert _run([str(word) for word in command], False) == 0
+    before, after = (loaded(make, tmp_path / folder) for folder in ("base", "out"))
+    assert all(
+        torch.allclose(after[name], values + changes.get(name, 0), atol=1e-4)
+        for name, values in before.items()
+    )
+
+
+def siglip():
+    text = {**TOWER, "vocab_size": 32, "max_position_embeddings": 16, "projection_size": 16}
+    vision = {**TOWER, "image_size": 8, "patch_size": 4}
+    return transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
+
+
+class Hidden(nn.Module):
+    """A tower's last hidden state, under the tower's own paths."""
+
+    def __init__(self, tower):
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, x):
+        """Return it."""
+        return self.tower(x)[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "part", "other"),
+    [(clipseg, "clip.text_model", "clip.vision_model"), (siglip, "text_model", "vision_model")],
+    ids=["clipseg", "siglip"],
+)
+def test_a_graph_of_a_part_that_the_checkpoint_has_below_a_path(make, part, other, tmp_path):
+    torch.manual_seed(0)
+    model, x = make().eval(), torch.arange(1, 9).view(2, 4)
+    model.save_pretrained(tmp_path / "base")
+    tower = model.get_submodule(part).eval()
+    with torch.no_grad(), tiny.quiet():
+        torch.onnx.export(Hidden(tower).eval(), (x,), tmp_path / "part.onnx", input_names=["x"], dynamo=False)
+        targets = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+        peft = get_peft_model(tower, LoraConfig(**targets)).eval()
+        peft.save_pretrained(tmp_path / "peft")
+        expected = peft(x)[0].numpy()
+    given = {"adapters": tmp_path / "peft", "checkpoint": tmp_path / "base", "output": tmp_path / "m.onnx"}
+    with pytest.raises(SiteError) as caught:
+        merge_onnx(tmp_path / "part.onnx", **given)
+    assert set(re.findall(r"--component ([\w.:]+)", caught.value.hint)) == {part, other}
+    with pytest.raises(SiteError, match="not exported from this checkpoint") as caught:
+        merge_onnx(tmp_path / "part.onnx", component=other, **given)
+    assert "--component" in caught.value.hint
+    report = merge_onnx(tmp_path / "part.onnx", component=part, **given)
+    assert {row.proof for row in report.plan.rows} == {"values"}
+    session = ort.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    torch.testing.assert_close(torch.tensor(session.run(None, {"x": x.numpy()})[0]), torch.tensor(expected))
+
+
+def seq2seq(kind, **more):
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(
+        getattr(transformers, f"{kind}Config")(**sizes, **more, tie_word_embeddings=True)
+    )
+
+
+@pytest.mark.parametrize("kind", ["T5", "SwitchTransformers"])
+def test_a_head_that_can_only_be_the_embedding(kind, tmp_path, capsys):
+    """Neither the base that was given, nor leaving out all that the adapter changes, is proposed."""
+    more = {"num_experts": 2, "num_sparse_encoder_layers": 0, "num_sparse_decoder_layers": 0}
+    model = seq2seq(kind, **(more if kind == "SwitchTransformers" else {}))
+    model.save_pretrained(tmp_path / "base")
+    again = type(model).from_pretrained(tmp_path / "base")
+    get_peft_model(
+        again, LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    ).save_pretrained(tmp_path / "peft", save_embedding_layers=False)
+    assert load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    command = ["merge", "--base", tmp_path / "base", "--adapter", tmp_path / "peft", "-o", tmp_path / "out"]
+    assert _run([str(word) for word in command], False) == 1
+    hint = capsys.readouterr().err.partition("hint: ")[2]
+    assert "ensure_weight_tying" in hint
+    assert str(tmp_path / "base") not in hint
+    assert "trained on" not in hint
+    assert "--allow-unmatched" not in hint
