@@ -13,10 +13,12 @@ import onnxruntime as ort
 
 from lora_export import Adapter, LoraModule, SiteError, merge_onnx
 
-# Operators that exporters fold a batch norm into: a weight's name alone is no proof there, as in real graphs
-# their nodes say of which module they are.
+# Operators that hold matrices: a weight's name alone is no proof there, as in real graphs their nodes say of
+# which module they are.
 _FOLDING = ("Gemm", "FusedGemm", "GemmFastGelu", "Conv", "FusedConv", "NhwcConv", "ConvTranspose")
+_PRODUCTS = ("MatMul", "FusedMatMul")
 _PASSED = ("Transpose", "Cast", "Identity", "QuantizeLinear", "DequantizeLinear")
+_PASSED += ("TRT_FP8QuantizeLinear", "TRT_FP8DequantizeLinear")
 HEAD = '<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>'
 
 
@@ -25,7 +27,11 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def graph(
-    text: str, weights: dict[str, Any], scopes: dict[str, str] | None = None, head: str = HEAD
+    text: str,
+    weights: dict[str, Any],
+    scopes: dict[str, str] | None = None,
+    head: str = HEAD,
+    named: bool = True,
 ) -> ir.Model:
     """Build a model: ``weights`` are initializers; ``_`` in the text's names stands for a dot in theirs.
 
@@ -34,6 +40,7 @@ def graph(
         weights: Name with dots → array or tensor.
         scopes: Node name → module path for the metadata that torch.onnx writes.
         head: Versions.
+        named: Nodes that hold a matrix get the names that exporters give.
     """
     tensors = [
         value if isinstance(value, ir.TensorProtocol) else ir.tensor(value, name=name)
@@ -51,19 +58,27 @@ def graph(
             node.outputs[0].name = str(node.outputs[0].name).replace("_weight", ".weight")
         if scopes and node.name in scopes:
             node.metadata_props["pkg.torch.onnx.name_scopes"] = repr(["", scopes[node.name], "op"])
-        elif not node.name and node.op_type in _FOLDING and (path := _path(node)):
+        elif named and not node.name and (path := _path(node, alone=node.op_type in _PRODUCTS)):
             node.name = f"/{path.replace('.', '/')}/{node.op_type}"
     return model
 
 
-def _path(node: ir.Node) -> str:
-    """Module of the weight that a node reads, by the weight's name."""
+def _path(node: ir.Node, alone: bool = False) -> str:
+    """Module of the weight that a node reads, by the weight's name; ``alone``: that nothing else reads."""
+    if node.op_type not in (*_FOLDING, *_PRODUCTS):
+        return ""
     for value in node.inputs:
         while value is not None and (maker := value.producer()) is not None and maker.op_type in _PASSED:
             value = maker.inputs[0]
-        if value is not None and str(value.name).endswith(".weight"):
+        if value is None or (alone and _readers(value) > 1):
+            continue
+        if str(value.name).endswith(".weight"):
             return str(value.name).removesuffix(".weight")
     return ""
+
+
+def _readers(value: ir.Value) -> int:
+    return sum(node.op_type != "Identity" for node, _ in value.uses())
 
 
 def save(model: ir.Model, folder: Path, name: str = "base.onnx") -> Path:

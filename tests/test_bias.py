@@ -96,7 +96,11 @@ g (float[B, 4] x) => (float[B, 3] y)
 
 
 def graph(path, body):
-    ir.save(ir.from_onnx_text(HEAD.replace("BODY", body)), path)
+    model = ir.from_onnx_text(HEAD.replace("BODY", body))
+    for node in model.graph:
+        if node.op_type == "MatMul":
+            node.name = "/head/MatMul"
+    ir.save(model, path)
     return path
 
 

@@ -221,7 +221,7 @@ def test_a_name_that_lies_is_outvoted_by_the_values(tmp_path):
     a, b = random(8, 8, seed=1), random(8, 8, seed=2)
     text = CHAIN.replace("c0", "b_weight").replace("c1", "a_weight")
     swapped = {"b.weight": np.ascontiguousarray(a.T), "a.weight": np.ascontiguousarray(b.T)}
-    base = save(graph(text, swapped), tmp_path)
+    base = save(graph(text, swapped, named=False), tmp_path)
     folder, module = checkpoint(tmp_path / "c", a__weight=a, b__weight=b), linear("a", 8, 8)
     report = merge_onnx(base, adapter(module), tmp_path / "m.onnx", checkpoint=folder)
     assert report.plan.rows[0].place == "b.weight"
@@ -255,7 +255,8 @@ def test_another_float_type_is_the_same_weight(stored, tmp_path):
     weight = random(8, 8, seed=1)
     rounded = weight.astype(ml_dtypes.bfloat16).astype(np.float32)
     text = HEAD + "{ w = Cast <to = 1> (fc_weight) y = MatMul (x, w) }"
-    base = save(graph(text, {"fc.weight": np.ascontiguousarray(rounded.T).astype(stored)}), tmp_path)
+    weights = {"fc.weight": np.ascontiguousarray(rounded.T).astype(stored)}
+    base = save(graph(text, weights, named=False), tmp_path)
     folder, module = checkpoint(tmp_path / "c", fc__weight=weight), linear("fc", 8, 8)
     report = merge_onnx(base, adapter(module), tmp_path / "m.onnx", checkpoint=folder)
     assert report.plan.rows[0].reason == "weight name; content agrees"

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from safetensors.numpy import save_file
 from small_graphs import (
     adapter,
     constants,
@@ -425,7 +426,7 @@ def test_weight_in_a_loop_body(tmp_path):
 
 
 def test_weight_behind_a_function(tmp_path):
-    """Functions are inlined: each call is a node of its own."""
+    """Functions are inlined: each call is a node of its own, which says no module; the values do."""
     text = HEAD + "{ h = local.Layer (x, a_weight) y = local.Layer (h, b_weight) }"
     function = '<domain: "local", opset_import: ["" : 20]> Layer (u, w) => (v) '
     function += "{ t = Transpose <perm = [1, 0]> (w) v = MatMul (u, t) }"
@@ -434,7 +435,10 @@ def test_weight_behind_a_function(tmp_path):
     model = graph(text + function, weights, head=head)
     assert model.functions
     one, two = linear("a", 4, 6, seed=1), linear("b", 5, 4, seed=2)
-    merge_onnx(save(model, tmp_path), adapter(one, two), tmp_path / "m.onnx")
+    (tmp_path / "c").mkdir()
+    save_file(weights, tmp_path / "c" / "model.safetensors")
+    base = save(model, tmp_path)
+    merge_onnx(base, adapter(one, two), tmp_path / "m.onnx", checkpoint=tmp_path / "c")
     wanted = (
         X.astype(np.float64) @ (weights["a.weight"] + delta(one)).T @ (weights["b.weight"] + delta(two)).T
     )

@@ -189,7 +189,7 @@ def test_vocabulary_is_the_callers_else_the_records_else_the_tables():
 
 
 def test_token_types_stay_within_the_graphs_table():
-    for rows, wanted in ((None, {0, 1}), (2, {0, 1}), (1, {0}), (5, {0, 1})):
+    for rows, wanted in ((None, {0, 1}), (2, {0, 1}), (1, {0}), (5, {0, 1, 2, 3, 4})):
         types = port("token_type_ids", TEXT, rows=rows)
         feeds = make_feeds([IDS, types], PLAIN_RECORD)
         assert set(np.concatenate([f.values["token_type_ids"].ravel() for f in feeds])) == wanted

@@ -13,8 +13,10 @@ from lora_export.adapter import Adapter, Array
 from lora_export.errors import BackendError
 from lora_export.parity import laws as laws_of
 from lora_export.parity.comparison import Comparison
+from lora_export.parity.coverage import Coverage
 from lora_export.parity.environment import environment
 from lora_export.parity.feeds import Feed, ids_left, make_feeds, read_feeds
+from lora_export.parity.further_feeds import FurtherFeeds
 from lora_export.parity.generate import check_decoder, generate, prompts_of, token_verdicts
 from lora_export.parity.limits import STEP, STEPS
 from lora_export.parity.localise import Sources
@@ -116,10 +118,17 @@ def check_parity(
         laws_of.Laws(sides.candidate, options.tolerance_pair),
         options.tolerance_pair,
     )
+    coverage = Coverage.of(sides)
     for number, feed in enumerate(runs):
         say(f"feed {number + 1} of {len(runs)}: {feed.label}", number / (len(runs) + 1))
-        comparison.add(feed)
-    sides.notes += ids_left(runs, about.ports, vocabulary_of(sides))
+        with coverage.watch(feed):
+            comparison.add(feed)
+    if feeds is None and sequences is None:
+        say("rows of embeddings that no input reads", 0.9)
+        sides.notes += FurtherFeeds(sides, coverage, batches, seed).add_to(comparison, runs)
+    sides.notes += coverage.notes("more: --samples, --sequence" if feeds is None else "more: --feeds")
+    if not any(table.is_vocabulary for table in coverage.tables.values()):
+        sides.notes += ids_left(runs, about.ports, vocabulary_of(sides))
     judge = Judge(sides.dtype, options.tolerance, sides.merged.rounding)
     verdicts = [*judge.judge(comparison.tallies), *comparison.coverage(), *comparison.laws.judge(judge)]
     generated: list[Generated] = []

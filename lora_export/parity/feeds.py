@@ -38,6 +38,8 @@ __all__ = ["Feed", "InputPort", "ids_left", "make_feeds", "ports_of_graph", "rea
 
 # A cache's keys and values are smaller than what a layer's norm puts out.
 _PAST_SCALE = 0.5
+# Of a graph whose table of token types can't be seen: BERT's.
+_TYPES = 2
 _PADDINGS = ("none", "left", "right")
 
 
@@ -49,6 +51,8 @@ def make_feeds(
     seed: int = 0,
     samples: int = 8,
     vocab_size: int | None = None,
+    first: Sequence[int] = (),
+    padded: bool = True,
 ) -> list[Feed]:
     """Make feeds for a graph; the same arguments give the same bytes.
 
@@ -66,6 +70,8 @@ def make_feeds(
         seed: Of the random values.
         samples: How many feeds; at least as many as there are batches, and sequences.
         vocab_size: How many token ids there are; goes before the record, and that before the graph's table.
+        first: Token ids that are dealt before all others.
+        padded: Some rows are padded, where the graph has a mask.
 
     Returns:
         ``samples`` feeds with different labels.
@@ -83,7 +89,7 @@ def make_feeds(
         hints = ["give values for all inputs: --feeds FILE.npz or FILE.safetensors"] * bool(unclear)
         hints += ["give sizes that the graph takes: --batch, --sequence, --samples, --seed"] * bool(wrong)
         raise BackendError("can't make feeds for the graph", "; ".join(hints), unclear + wrong)
-    maker = _Maker(ports, sizes, _vocabularies(ports, captured, vocab_size), seed)
+    maker = _Maker(ports, sizes, _vocabularies(ports, captured, vocab_size), seed, first, padded)
     pairs = _pairs(rows, tokens)
     return [maker.feed(number, pairs, tokens) for number in range(samples)]
 
@@ -131,9 +137,11 @@ def _pairs(batches: Sequence[int], sequences: Sequence[int]) -> list[tuple[int, 
 class _Deck:
     """Token ids, shuffled and dealt: none comes again before all have come."""
 
-    def __init__(self, size: int, random: np.random.Generator) -> None:
+    def __init__(self, size: int, random: np.random.Generator, first: Sequence[int] = ()) -> None:
         self.size, self._random = size, random
-        self._left = random.permutation(size)
+        deck = random.permutation(size)
+        chosen = np.asarray([token for token in first if token < size], deck.dtype)
+        self._left = np.concatenate([chosen, deck[~np.isin(deck, chosen)]])
 
     def deal(self, count: int) -> Array:
         dealt = self._left[:count]
@@ -152,12 +160,18 @@ class _Maker:
     """Makes one feed after the other."""
 
     def __init__(
-        self, ports: Sequence[InputPort], sizes: Sizes, vocabularies: dict[str, int | None], seed: int
+        self,
+        ports: Sequence[InputPort],
+        sizes: Sizes,
+        vocabularies: dict[str, int | None],
+        seed: int,
+        first: Sequence[int],
+        padded: bool,
     ) -> None:
-        self._ports, self._sizes = ports, sizes
+        self._ports, self._sizes, self._padded = ports, sizes, padded
         self._shared = shared_inputs(ports)
         self._random = np.random.default_rng(seed)
-        self._decks = {name: _Deck(size or 0, self._random) for name, size in vocabularies.items()}
+        self._decks = {name: _Deck(size or 0, self._random, first) for name, size in vocabularies.items()}
         self._roles = {(port.name, axis): role for port, axis, role in sizes_by_role(ports)}
 
     def feed(self, number: int, pairs: Sequence[tuple[int, int]], sequences: Sequence[int]) -> Feed:
@@ -191,7 +205,8 @@ class _Maker:
     def _mask(self, first: int, side: str, batch: int, past: int, sequence: int) -> Array:
         """Return which tokens are none of padding, bool ``[batch, past + sequence]``."""
         mask = np.ones((batch, past + sequence), np.bool_)
-        if not any(port.kind == "mask" and self._side(port) == side for port in self._ports):
+        has_mask = any(port.kind == "mask" and self._side(port) == side for port in self._ports)
+        if not (has_mask and self._padded):
             return mask
         for row in range(batch):
             padding = _PADDINGS[(row + first) % len(_PADDINGS)]
@@ -225,7 +240,7 @@ class _Maker:
         if kind == "ids":
             return self._ids(port.name, mask[:, mask.shape[1] - shape[1] :])
         if kind == "types":
-            return random.integers(0, min(port.rows or 2, 2), shape)
+            return random.integers(0, port.rows or _TYPES, shape)
         if kind == "positions":
             places: Array = np.maximum(mask.cumsum(1) - 1, 0)
             return places[:, mask.shape[1] - shape[1] :]

@@ -156,7 +156,15 @@ class Feed:
 
 
 def ids_left(feeds: Sequence[Feed], ports: Sequence[InputPort], vocab_size: int | None) -> list[str]:
-    """Return a line where some token ids are in no feed: their rows of the embedding are never read."""
+    """Return a line where some token ids are in no feed: their rows of the embedding are never read.
+
+    Args:
+        feeds: All of them.
+        ports: The graph's inputs.
+        vocab_size: How many token ids there are; None: as many as the graph's table has rows, if known.
+    """
+    if vocab_size is None:
+        vocab_size = max((port.rows or 0 for port in ports if port.kind == "ids"), default=0) or None
     found = {
         int(token)
         for port in ports

@@ -78,6 +78,15 @@ class Sizes:
             limits.append(self.largest[TOTAL_SEQUENCE] - sequence)
         return 0, min(limits)
 
+    @property
+    def longest(self) -> int | None:
+        """The most new tokens that the graph or its record allow, None where neither limits them."""
+        if self.main in self.fixed or TOTAL_SEQUENCE in self.fixed:
+            return max(_usual_sequences(self))
+        limits = [self.largest[role] for role in (*LENGTHS, TOTAL_SEQUENCE) if role in self.largest]
+        past = self.fixed.get(PAST_SEQUENCE, 0)
+        return min((limit - past for limit in limits), default=None)
+
     def sequence_problem(self, sequence: int) -> str:
         """Return why so many new tokens don't fit, or an empty text."""
         if sequence != self.fixed.get(self.main, sequence):
@@ -126,9 +135,8 @@ def _usual_sequences(sizes: Sizes) -> list[int]:
     if TOTAL_SEQUENCE in sizes.fixed:
         past = sizes.fixed.get(PAST_SEQUENCE, 0)
         return [max(sizes.fixed[TOTAL_SEQUENCE] - past, 1)]
-    limits = [sizes.largest[role] for role in (*LENGTHS, TOTAL_SEQUENCE) if role in sizes.largest]
-    past = sizes.fixed.get(PAST_SEQUENCE, 0)
-    return [max(min([size, *(limit - past for limit in limits)]), 1) for size in DEFAULT_SEQUENCES]
+    longest = sizes.longest
+    return [max(size if longest is None else min(size, longest), 1) for size in DEFAULT_SEQUENCES]
 
 
 def _count_problems(word: str, sizes: Sequence[int]) -> list[str]:

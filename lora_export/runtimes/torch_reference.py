@@ -18,7 +18,7 @@ from lora_export.capture import example_inputs, load_model
 from lora_export.capture_export import first_line, quiet, require, tensor_names
 from lora_export.errors import AdapterError, BackendError
 from lora_export.runtimes.torch_branches import Bound, applied, bind
-from lora_export.runtimes.torch_places import Places
+from lora_export.runtimes.torch_places import Owner, Places
 from lora_export.runtimes.torch_products import array_of, tensor_of
 from lora_export.runtimes.torch_wide import in_float64
 
@@ -103,6 +103,22 @@ class TorchReference:
             return self._names
         inputs = example_inputs(self._model, self._folder)
         return tuple(self._call(inputs, cached=False))
+
+    @cached_property
+    def changed_embeddings(self) -> dict[str, Owner]:
+        """Path of each embedding that an adapter changes or replaces → where its table is."""
+        from torch import nn
+
+        changed = {
+            owner
+            for bound in self._bound.values()
+            for owner in (*(branch.owner for branch in bound.branches), *(owner for owner, _ in bound.extras))
+        }
+        return {
+            path: Owner(module, "weight")
+            for path, module in self._model.named_modules()
+            if isinstance(module, nn.Embedding) and Owner(module, "weight") in changed
+        }
 
     @property
     def vocab_size(self) -> int | None:

@@ -5,7 +5,9 @@ or in the constant's new name. So a place is believed by name only where
 
 1. the constant has the parameter's own path, alone or with what an exporter is known to append, or is said to
    be that parameter transposed (``folded_from``, ``onnx::MatMul_12``); and
-2. a Gemm or a convolution, into which exporters fold a batch norm without a new name, says what module it is;
+2. the product that reads it says what module it is, by metadata or by a path in its name, as every exporter
+   known here writes one of the two: into a Gemm's or a convolution's constant exporters fold a batch norm
+   without a new name, and tools that smooth or permute a MatMul's constant keep its name;
    and it is not the weight of a norm in a graph of onnxruntime-genai's builder, which adds 1 to some.
 
 Everything else is a doubt, which the checkpoint's values can settle.
@@ -30,6 +32,7 @@ from lora_export.sites.slot import Use
 from lora_export.sites.target import Part, Target
 
 _FOLDING = {"Conv", "FusedConv", "NhwcConv", "ConvTranspose", "Gemm", "FusedGemm", "GemmFastGelu"}
+_PRODUCTS = {"MatMul", "FusedMatMul"}
 _RULE = "pkg.onnxscript.rewriter.rule_name"
 # Another module's parameter: exporters keep one of two that are tied or equal.
 _PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)+")
@@ -78,14 +81,23 @@ def doubt_of(target: Target, part: Part, source: str, key: str) -> str:
         rule = use.node.metadata_props.get(_RULE, "")
         if "BatchNorm" in rule or "Affine" in rule:
             return f"the exporter computed {name!r}: it folded a batch norm or a factor into it ({rule})"
-        if use.node.op_type in _FOLDING and source in (FOLDED, WEIGHT_NAME) and module_of(use.node) is None:
+        if source in (FOLDED, WEIGHT_NAME) and (hidden := _nameless_product(use)):
             return (
                 f"the {use.node.op_type} that reads {name!r} has neither metadata nor a name that says of "
-                "which module it is: a tool dropped them, and a folded batch norm would not show"
+                f"which module it is: a tool dropped them, and {hidden} would not show"
             )
         if not _is_own_name(target, use, key):
             return f"{name!r} is not a name that an exporter gives to {key}: {_what(name)}"
     return ""
+
+
+def _nameless_product(use: Use) -> str:
+    """Return what may hide in the constant of a product that says no module; empty for other nodes."""
+    if module_of(use.node) is not None:
+        return ""
+    if use.node.op_type in _FOLDING:
+        return "a folded batch norm"
+    return "a factor or another order of the values" if use.node.op_type in _PRODUCTS else ""
 
 
 def _is_own_name(target: Target, use: Use, key: str) -> bool:
