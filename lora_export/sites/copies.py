@@ -119,8 +119,10 @@ def _named(site: Site, rest: Sequence[Use], modules: Set[str]) -> str:
     path, _, leaf = site.keys[0].rpartition(".")
     calls = {path, *(str(module_of(use.node)) for part in site.parts for use in part.uses)}
     calls = {call if call in modules else _CALL.sub("", call) for call in calls}
+    tables = {use.slot.kind == "embedding" for part in site.parts for use in part.uses}
     for use in rest:
-        if canonical_shape(use) != site.target.matrix:
+        # A table and a matrix of the same values are two modules that are tied.
+        if canonical_shape(use) != site.target.matrix or (use.slot.kind == "embedding") not in tables:
             continue
         if named := _parameters(use):
             own = site.keys[0] in named
@@ -174,10 +176,11 @@ def _quantised(sites: Sequence[Site], nameless: Sequence[Use]) -> Mapping[int, s
     """Rule 3, where the site or the other constant holds codes."""
     found = {}
     for site in sites:
-        codes = site.parts[0].uses[0].quantised
+        (first, *_) = site.parts[0].uses
         for other in nameless:
             if (
-                (other.quantised or codes)
+                (other.quantised or first.quantised)
+                and (other.slot.kind == "embedding") == (first.slot.kind == "embedding")
                 and canonical_shape(other) == site.target.matrix
                 and _holds_rows(site, other)
             ):
