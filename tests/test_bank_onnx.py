@@ -186,7 +186,8 @@ def test_nan_in_a_slot_is_refused(value, tmp_path):
 def test_dora_is_refused_with_a_way_out(tmp_path):
     with pytest.raises(SiteError, match="14 parameters") as caught:
         exposed.bank("llama", "dynamo", {"d": tiny.adapter("llama", "dora")}, tmp_path)
-    assert all("swap-onnx --dora exposes it" in line for line in caught.value.problems)
+    assert all("DoRA" in line for line in caught.value.problems)
+    assert "swap-onnx --dora" in caught.value.hint
 
 
 @pytest.mark.parametrize(

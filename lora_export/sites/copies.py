@@ -124,12 +124,14 @@ def _named(site: Site, rest: Sequence[Use], modules: Set[str]) -> str:
         # A table and a matrix of the same values are two modules that are tied.
         if canonical_shape(use) != site.target.matrix or (use.slot.kind == "embedding") not in tables:
             continue
+        module = module_of(use.node)
+        is_call = not module or _CALL.sub("", module) in calls
         if named := _parameters(use):
-            own = site.keys[0] in named
+            # Exporters keep one name for modules whose weights are equal: the node tells whose it is.
+            own = site.keys[0] in named and (is_call or f"{path}.".startswith(f"{module}."))
         else:
-            module = module_of(use.node)
             own = module == path and not reads_another(use, path, leaf)
-            if not own and module is not None and module not in modules and _CALL.sub("", module) in calls:
+            if not own and module and module not in modules and is_call:
                 # ``fc_1`` may be a second call of ``fc``, or a module of that name.
                 own = _holds_rows(site, use) is not False
         # What was found by its values outvotes a name.
