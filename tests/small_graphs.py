@@ -73,7 +73,8 @@ def _path(node: ir.Node, alone: bool = False) -> str:
         if value is None or (alone and _readers(value) > 1):
             continue
         if str(value.name).endswith(".weight"):
-            return str(value.name).removesuffix(".weight")
+            # genai's builder puts the operator behind the module.
+            return str(value.name).removesuffix(".weight").removesuffix(".MatMul")
     return ""
 
 
