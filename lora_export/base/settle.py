@@ -12,8 +12,6 @@ from lora_export.base.ties import FLAG, TOGETHER, Tie, Ties
 from lora_export.base.vocabulary import resize_hint, why_not_resized
 from lora_export.plan import Refusal
 
-_GROWS = "the vocabulary grows"
-
 
 @dataclass
 class Settled:
@@ -53,7 +51,13 @@ def settle(
         why = f"{', '.join(sorted(growing - set(ledger.resized)))} can't be given more rows"
         ledger.refuse(list(ledger.resized), Refusal("shape", f"{why}, and all have to have as many"))
         result.vocabulary = None
-        result.notes = [note for note in result.notes if not note.startswith(_GROWS)]
+    if result.vocabulary:
+        old, new = result.vocabulary
+        result.notes.insert(
+            0,
+            f"the vocabulary grows from {old} to {new} tokens; the base's tokenizer is copied as it is: take "
+            "the one that was saved with the adapter",
+        )
     return result
 
 
@@ -149,7 +153,3 @@ def _settle_rows(ledger: Ledger, result: Settled) -> None:
     name, shape = next(iter(shapes.items()))
     old = ledger.checkpoint.tensors[name].shape[0]
     result.vocabulary = (old, shape[0])
-    result.notes.append(
-        f"{_GROWS} from {old} to {shape[0]} tokens; the base's tokenizer is copied as it is: "
-        "take the one that was saved with the adapter"
-    )

@@ -58,14 +58,14 @@ def spread(tie: Tie, changes: Mapping[str, Sequence[Change]]) -> tuple[dict[str,
     wrong = False
     for adapter in sorted({change.adapter for change in found[first]}):
         common = [change for change in found[first] if change.adapter == adapter]
+        rows = [change for change in common if change.for_all]
         for tensor in others:
             own = [change for change in found[tensor] if change.adapter == adapter]
             if any(change.is_tied for change in own):
                 wrong = wrong or not alike(own, common)
-            elif not any(_replaces(change) for change in own):
+            elif rows and not any(_replaces(change) for change in own):
                 # PEFT puts the trained rows below the head's own LoRA.
-                more = [*(change for change in common if change.for_all), *found[tensor]]
-                found[tensor] = sorted(more, key=lambda change: change.adapter)
+                found[tensor] = sorted([*rows, *found[tensor]], key=lambda change: change.adapter)
     return found, wrong
 
 
