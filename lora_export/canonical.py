@@ -53,11 +53,11 @@ class CheckpointWeights:
         """Return the adapter with the layout of its experts as this base has it, and notes on that."""
         return settle(adapter, self._names.held)
 
-    def stored(self) -> Iterator[tuple[str, Array]]:
-        """Yield the name and the values of each tensor whose values can be told."""
+    def stored(self) -> Iterator[Array]:
+        """Yield the values of each tensor whose values can be told."""
         for name in self._checkpoint.tensors:
             if not self._quantised.refusal(name):
-                yield name, self._quantised.values(name)
+                yield self._quantised.values(name)
 
     def stores(self, key: str) -> bool:
         """Whether the checkpoint has a parameter that this path of a graph may be, its outer names aside."""

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -142,10 +143,11 @@ def _named(site: Site, rest: Sequence[Use], modules: Set[str]) -> str:
 
 def _copied(sites: Sequence[Site], uses: Sequence[Use]) -> Mapping[int, str]:
     """Rule 3, for floats."""
-    sought = {id(site.target): site for site in sites if site.evidence != "content" and _weight(site)}
-    if not uses or not sought:
+    if not uses:
         return {}
-    held = {key: _weight(site) for key, site in sought.items()}
+    weights = {id(site.target): _weight(site) for site in sites if site.evidence != "content"}
+    held = {key: weight for key, weight in weights.items() if weight}
+    sought = {id(site.target): site for site in sites if id(site.target) in held}
     targets = [site.target for site in sought.values()]
     places = find_places(uses, targets, lambda target: held[id(target)])
     found = {}
@@ -177,6 +179,8 @@ def _weight(site: Site) -> list[Array]:
 def _quantised(sites: Sequence[Site], nameless: Sequence[Use]) -> Mapping[int, str]:
     """Rule 3, where the site or the other constant holds codes."""
     found = {}
+    # Each constant's are read once, however many sites have its shape.
+    rows = cache(_sampled)
     for site in sites:
         (first, *_) = site.parts[0].uses
         for other in nameless:
@@ -184,20 +188,30 @@ def _quantised(sites: Sequence[Site], nameless: Sequence[Use]) -> Mapping[int, s
                 (other.quantised or first.quantised)
                 and (other.slot.kind == "embedding") == (first.slot.kind == "embedding")
                 and canonical_shape(other) == site.target.matrix
-                and _holds_rows(site, other)
+                and _holds_rows(site, other, rows)
             ):
                 found[id(site.target)] = _in_the_graph_again(other)
                 break
     return found
 
 
-def _holds_rows(site: Site, other: Use) -> bool | None:
-    """Whether some rows of a constant are the site's, up to a factor each; None where that can't be read."""
+def _sampled(use: Use) -> Array | None:
+    """Return some rows of a weight, evenly spaced; None where they can't be read."""
+    return rows_of(use, np.unique(np.linspace(0, canonical_shape(use)[0] - 1, _ROWS).astype(int)))
+
+
+def _holds_rows(site: Site, other: Use, sampled: Callable[[Use], Array | None] = _sampled) -> bool | None:
+    """Whether some rows of a constant are the site's, up to a factor each; None where that can't be read.
+
+    Args:
+        site: The site.
+        other: A use of the constant, which has the shape of the site's weight.
+        sampled: Reads the rows.
+    """
     use = site.parts[0].uses[0]
     if canonical_shape(use) != site.target.matrix:
         return None
-    rows = np.unique(np.linspace(0, site.target.matrix[0] - 1, _ROWS).astype(int))
-    one, two = rows_of(use, rows), rows_of(other, rows)
+    one, two = sampled(use), sampled(other)
     return None if one is None or two is None else _are_alike(one, two)
 
 

@@ -7,6 +7,8 @@ is enough: a computed answer has none.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache, partial
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -37,13 +39,9 @@ def moved_parameters(constants: Iterable[ir.Value], base: BaseWeights) -> set[in
     for every in (False, True):
         if not left.keys() - found:
             break
-        for _, values in base.stored():
+        for values in base.stored():
             found |= _with_row(values, {k: v for k, v in vectors.items() if k not in found}, every)
-    for key in left.keys() - found:
-        if _is_picked(left[key], base):
-            found.add(key)
-        release(left[key])
-    return found
+    return found | _picked([value for key, value in left.items() if key not in found], base)
 
 
 def _vectors(value: ir.Value) -> list[Array]:
@@ -98,19 +96,31 @@ def _holds(rows: Array, vector: Array) -> bool:
     return False
 
 
-def _is_picked(value: ir.Value, base: BaseWeights) -> bool:
-    """Whether a constant has no values but those of one small parameter: entries picked from a table.
+def _picked(constants: Iterable[ir.Value], base: BaseWeights) -> set[int]:
+    """Return those that have no values but those of one small parameter: entries picked from a table.
 
     So few values fit into half a float that a subset is no evidence there: it must be all of them.
     """
-    assert value.const_value is not None
-    mine = np.unique(np.asarray(value.const_value.numpy()))
-    for _, values in base.stored():
-        if not len(mine) <= values.size <= _SMALL:
+    left: dict[int, Array] = {}
+    for value in constants:
+        assert value.const_value is not None
+        left[id(value)] = np.unique(np.asarray(value.const_value.numpy()))
+        release(value)
+    found: set[int] = set()
+    for values in base.stored() if left else ():
+        if values.size > _SMALL:
             continue
-        with np.errstate(over="ignore"):
-            other = np.unique(values.astype(mine.dtype))
-        coarse = {mine.dtype, values.dtype} & _HALVES
-        if np.array_equal(other, mine) if coarse else np.isin(mine, other).all():
-            return True
-    return False
+        entries = cache(partial(_entries, values))
+        for key, mine in left.items():
+            if key in found or len(mine) > values.size:
+                continue
+            other = entries(mine.dtype)
+            coarse = {mine.dtype, values.dtype} & _HALVES
+            if np.array_equal(other, mine) if coarse else np.isin(mine, other).all():
+                found.add(key)
+    return found
+
+
+def _entries(values: Array, dtype: np.dtype[Any]) -> Array:
+    with np.errstate(over="ignore"):
+        return np.unique(values.astype(dtype))

@@ -115,8 +115,8 @@ class BaseWeights(Protocol):
         """Return the adapter with the layout of its experts as this base has it, and notes on that."""
         ...
 
-    def stored(self) -> Iterator[tuple[str, Array]]:
-        """Yield the name and the values of each tensor whose values can be told."""
+    def stored(self) -> Iterator[Array]:
+        """Yield the values of each tensor whose values can be told."""
         ...
 
     def stores(self, key: str) -> bool:
