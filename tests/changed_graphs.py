@@ -508,3 +508,18 @@ def outcome(
     except LoraExportError as refused:
         return refused
     return run(out, feeds)
+
+
+def saved(
+    model: nn.Module, x: torch.Tensor, folder: Path, targets: tuple[str, ...] = ("proj",)
+) -> np.ndarray:
+    """Save a model's checkpoint, ``base``, and an adapter of it; return what PEFT answers."""
+    (folder / "base").mkdir()
+    (folder / "base" / "config.json").write_text('{"model_type": "x"}')
+    values = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    save_file(values, folder / "base" / "model.safetensors")
+    config = LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False)
+    adapted = get_peft_model(copy.deepcopy(model), config).eval()
+    adapted.save_pretrained(folder / "adapter")
+    with torch.no_grad():
+        return adapted(x).numpy()

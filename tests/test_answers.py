@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import changed_graphs as changed
@@ -10,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from changed_graphs import EXPORTERS, MODES, TOOLS
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
 from torch import nn
 
 from lora_export import SiteError, merge_onnx
@@ -134,14 +131,7 @@ def made(tmp_path_factory):
             folder = tmp_path_factory.mktemp(kind.__name__)
             torch.manual_seed(0)
             model, x = kind().eval(), torch.randn(2, 8, D)
-            (folder / "base").mkdir()
-            (folder / "base" / "config.json").write_text('{"model_type": "x"}')
-            save_file(model.state_dict(), folder / "base" / "model.safetensors")
-            config = LoraConfig(r=2, target_modules=["proj", "out"], init_lora_weights=False)
-            adapted = get_peft_model(copy.deepcopy(model), config).eval()
-            adapted.save_pretrained(folder / "adapter")
-            with torch.no_grad():
-                cases[kind] = folder, model, x, adapted(x).numpy()
+            cases[kind] = folder, model, x, changed.saved(model, x, folder, ("proj", "out"))
         return cases[kind]
 
     return make

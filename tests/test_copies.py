@@ -12,11 +12,10 @@ import peft
 import pytest
 import torch
 import transformers
-from changed_graphs import EXPORTERS, MODES, TOOLS
+from changed_graphs import EXPORTERS, MODES, TOOLS, saved
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from onnxruntime.transformers import optimizer
-from safetensors.torch import save_file
 from torch import nn
 
 from lora_export import SiteError, merge_onnx, swap_onnx
@@ -147,18 +146,6 @@ PARTED = {
     "dynamic": (Thrice, ROWS, "dynamo", dynamic(0)),
     "dynamic-torchscript": (Thrice, ROWS, "torchscript", dynamic(1)),
 }
-
-
-def saved(model: nn.Module, x: torch.Tensor, folder: Path) -> np.ndarray:
-    """Save a model's checkpoint and an adapter of its ``proj``; return what PEFT answers."""
-    (folder / "base").mkdir()
-    (folder / "base" / "config.json").write_text('{"model_type": "x"}')
-    save_file(model.state_dict(), folder / "base" / "model.safetensors")
-    config = peft.LoraConfig(r=2, target_modules=["proj"], init_lora_weights=False)
-    adapted = peft.get_peft_model(copy.deepcopy(model), config).eval()
-    adapted.save_pretrained(folder / "adapter")
-    with torch.no_grad():
-        return adapted(x).numpy()
 
 
 @pytest.mark.parametrize("mode", MODES)
