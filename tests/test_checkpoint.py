@@ -166,7 +166,9 @@ def test_a_pipeline_of_several_models_names_them(tmp_path):
         save_file({"a.weight": torch.zeros(1)}, tmp_path / part / "model.safetensors")
     with pytest.raises(CheckpointError, match="pipeline of several models") as caught:
         Checkpoint.open(tmp_path)
-    assert [problem.split()[-1] for problem in caught.value.problems] == ["text_encoder", "unet"]
+    assert [problem.split()[-1] for problem in caught.value.problems] == [
+        str(tmp_path / part) for part in ("text_encoder", "unet")
+    ]
 
 
 def test_a_name_of_the_hub_is_no_folder():
