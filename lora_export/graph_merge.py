@@ -115,24 +115,23 @@ def _is_copy(site: Site) -> bool:
 
 
 def _copied(owner: int, adapter: Adapter, factor: float, sites: Sequence[Site]) -> Iterator[Copied]:
-    """Yield what an adapter changes, a constant (or some rows of one) each."""
+    """Yield what an adapter changes, a constant (or some rows of one) for one reader each.
+
+    An exporter has one constant for biases of several modules that are zero: it is not one place.
+    """
     for site in sites:
         target = site.target
-        for part in site.parts:
+        pairs = [(part, placement) for part in site.parts for placement in part.placements]
+        for part, placement in pairs:
             assert part.root.const_value is not None
-            for placement in part.placements:
-                count = placement.rows[1] - placement.rows[0]
-                whole = count * target.matrix[1] == part.root.const_value.size
-                name = str(part.root.name)
-                yield Copied(
-                    (id(part.root), placement.row, placement.col),
-                    name if whole else part_of(name, target.key),
-                    target.key,
-                    adapter.name,
-                    owner,
-                    factor,
-                    target.values if _is_copy(site) else None,
-                )
+            count = placement.rows[1] - placement.rows[0]
+            whole = count * target.matrix[1] == part.root.const_value.size
+            name = str(part.root.name)
+            stored = name if whole else part_of(name, target.key)
+            values = target.values if _is_copy(site) else None
+            for use in part.uses:
+                place = (id(use), placement.row, placement.col)
+                yield Copied(place, stored, target.key, adapter.name, owner, factor, values)
 
 
 def _untrained(adapter: Adapter, site: Site) -> str:

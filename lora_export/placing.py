@@ -40,6 +40,10 @@ _AGAIN = (
     "export the graph again with torch.onnx.export(..., dynamo=True, optimize=False), which keeps names, "
     "computes nothing in advance and has one constant for all calls of a module"
 )
+_MERGE_FIRST = (
+    "where that is how it was made (torch.cond drops names), merge into the checkpoint (lora-export merge) "
+    "and export the result"
+)
 _CONTRIB = "com.microsoft"
 # Domains of operators that ONNX Runtime's optimiser makes for a machine, and how their layout is called.
 _ARRANGED = {"com.microsoft.nchwc": "NCHWc ", "com.ms.internal.nhwc": "NHWC ", _CONTRIB: ""}
@@ -264,6 +268,8 @@ def hints_of(
         hints.append("export the graph again with these modules in it")
     if "ambiguous" in kinds and not given:
         hints.append(_AGAIN if checked else f"{_AGAIN}, and give --checkpoint BASE_DIR")
+        if verb == "merge-onnx":
+            hints.append(_MERGE_FIRST)
     if "computed" in kinds:
         hints.append(_AGAIN)
     if "dora" in kinds:

@@ -10,12 +10,13 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from small_graphs import adapter, conv, graph, linear, random, save
 from test_static_quantised import Convs, Gelu
 from torch import nn
 
 import lora_export
-from lora_export import GraphError, LoraExportError, bank_onnx, merge_onnx, swap_onnx
+from lora_export import GraphError, LoraExportError, bank_onnx, merge_checkpoint, merge_onnx, swap_onnx
 
 MATMUL = "g (float[B,IN] x) => (float[B,N] y) { y = MatMul (x, fc_weight) }"
 PACKAGE = Path(lora_export.__file__).parent
@@ -208,3 +209,33 @@ def test_other_files_are_named(suffix, tmp_path):
     (tmp_path / f"model{suffix}").write_bytes(b"something else")
     with pytest.raises(GraphError, match="not an ONNX file"):
         merge_onnx(tmp_path / f"model{suffix}", adapter(linear("fc", 6, 4)), tmp_path / "out.onnx")
+
+
+class Branching(nn.Module):
+    """One module in both branches: the exporter keeps no names in subgraphs."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.shared, self.out = layer(), nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = torch.cond(x.sum() > 0, lambda z: self.shared(z).tanh(), lambda z: self.shared(z * 2), (x,))
+        return self.out(y)
+
+
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(8, 8), lambda: nn.Linear(8, 8, bias=False)])
+def test_a_module_in_both_branches_may_be_merged_before_the_export(layer, tmp_path):
+    model, x = Branching(layer), torch.randn(3, 8)
+    file = tmp_path / "base.onnx"
+    with tiny.quiet():
+        torch.onnx.export(model, (x,), file, dynamo=True, optimize=False)
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+        tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["shared"], init_lora_weights=False))
+        tuned.save_pretrained(tmp_path / "adapter")
+    error = refused("merge-onnx", file, tmp_path / "adapter", tmp_path, checkpoint=tmp_path)
+    assert "ambiguous" in " ".join(error.problems)
+    assert "lora-export merge" in error.hint
+    merge_checkpoint(tmp_path, tmp_path / "adapter", tmp_path / "merged")
+    got = load_file(tmp_path / "merged" / "model.safetensors")["shared.weight"]
+    wanted = tuned.merge_and_unload().state_dict()["shared.weight"]
+    assert torch.allclose(got, wanted, atol=1e-6)

@@ -80,7 +80,7 @@ def refuse_copies(changes: Sequence[Copied], adapters: Sequence[Adapter]) -> Non
         places[change.place].append(change)
     problems = [problem for found in places.values() if (problem := _problem(found, len(adapters)))]
     if problems:
-        raise AdapterError("these adapters can't be merged so", _HINT, problems)
+        raise AdapterError("these adapters can't be merged so", _HINT, list(dict.fromkeys(problems)))
 
 
 def refuse_overwriting(changes: Sequence[Copied], manifest: Path, adapters: Sequence[Adapter]) -> None:
@@ -106,7 +106,7 @@ def refuse_overwriting(changes: Sequence[Copied], manifest: Path, adapters: Sequ
             f"adapter {names} would undo an earlier merge, of which {manifest} tells",
             "merge all of them into the original base in one go: copies with its values then change nothing; "
             f"if it was trained on the merged base, which its config does not name, remove {manifest.name}",
-            problems,
+            list(dict.fromkeys(problems)),
         )
 
 

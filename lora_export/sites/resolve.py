@@ -9,18 +9,17 @@ the same for renamed, fused and split modules, then content. Rules:
 3. More than one constant for a target is an ambiguity, unless their bytes are the same.
 4. Where the checkpoint is at hand, every match by name must also match by content.
 5. Every reader of a weight is the module's, or known to be another's (`readers.doubt`).
-6. No two targets of an adapter have the same place.
+6. No two targets of an adapter have the same place (`conflicts`).
 7. No other constant stands for another call of the module (`copies.other_calls`, `answers`).
 8. What is not found is a `Miss` with its reason; nothing is guessed.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice, pairwise, zip_longest
+from itertools import islice, zip_longest
 
 from lora_export.adapter import Array
 from lora_export.graph import GraphFile, release, shape_of
@@ -28,6 +27,7 @@ from lora_export.patch import Placement
 from lora_export.plan import RefusalKind
 from lora_export.sites import changed, fit, matrices, names, readers
 from lora_export.sites.answers import computed_answers
+from lora_export.sites.conflicts import without_conflicts
 from lora_export.sites.contained import branch_beside
 from lora_export.sites.copies import REMEDY, computed_parameters, computed_result, other_calls
 from lora_export.sites.evidence import FOLDED, NODE_NAME, SCOPE, SOURCES, WEIGHT_NAME, collect
@@ -114,9 +114,9 @@ class Resolver:
             # The names of what is exposed are paths, with their dots.
             dotted = self._dotted(targets, change)
             placed = [replace(s, target=replace(s.target, key=dotted[id(s.target)])) for s in placed]
-        sites, claimed = _without_conflicts(placed)
+        sites, misses = without_conflicts(placed, misses)
         lost = self._other_calls(sites)
-        return [site for site in sites if id(site.target) not in lost], [*misses, *claimed, *lost.values()]
+        return [site for site in sites if id(site.target) not in lost], [*misses, *lost.values()]
 
     def _other_calls(self, sites: Sequence[Site]) -> dict[int, Miss]:
         """Rule 7: return identity of a target → why it is lost."""
@@ -429,34 +429,3 @@ def _unread(named: Sequence[Sequence[Use]]) -> str:
     if not operators:
         return ""
     return f"its weight is read by {', '.join(operators)}, which no module of its kind is known to become"
-
-
-def _without_conflicts(sites: list[Site]) -> tuple[list[Site], list[Miss]]:
-    """Rule 6: two targets that would change the same values can't both be right."""
-    places: dict[tuple[str, int, int], list[tuple[int, int, Site]]] = defaultdict(list)
-    for site in sites:
-        for part in site.parts:
-            spans = [(*_span(placement), site) for placement in part.placements]
-            for use in part.uses:
-                places[site.target.action, id(use.node), use.slot.index] += spans
-    clashes: dict[int, str] = {}
-    for found in places.values():
-        found.sort(key=lambda span: span[:2])
-        for (_, stop, one), (start, _, other) in pairwise(found):
-            if start < stop and one is not other:
-                for site, rival in ((one, other), (other, one)):
-                    clashes[id(site)] = f"ambiguous: found where {_called(rival.target)} is found as well"
-    return (
-        [site for site in sites if id(site) not in clashes],
-        [Miss(site.target, clashes[id(site)], "double") for site in sites if id(site) in clashes],
-    )
-
-
-def _span(placement: Placement) -> tuple[int, int]:
-    start = placement.col if placement.transposed and placement.col else placement.row
-    return start, start + placement.rows[1] - placement.rows[0]
-
-
-def _called(target: Target) -> str:
-    component = target.module.component if target.module else None
-    return f"{component}/{target.key}" if component else target.key
