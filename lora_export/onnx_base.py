@@ -20,7 +20,7 @@ from lora_export.errors import CheckpointError, GraphError, OutputError, SiteErr
 from lora_export.graph import GraphFile, load_graph
 from lora_export.manifest import FileHash, hash_file, identity_of
 from lora_export.output import refuse_replacing
-from lora_export.placing import OtherValues, with_unverified
+from lora_export.placing import OtherValues, warned_of_computed, with_unverified
 from lora_export.plan import Plan
 from lora_export.sites.target import BaseWeights
 
@@ -68,7 +68,7 @@ class Base:
             SiteError: The folder that the user gave confirms no place at all.
         """
         if self.checkpoint is None:
-            return replace(plan, notes=(*plan.notes, *self.notes))
+            return warned_of_computed(replace(plan, notes=(*plan.notes, *self.notes)))
         try:
             plan = with_unverified(plan, self.checkpoint)
         except SiteError as error:

@@ -17,6 +17,7 @@ from lora_export.errors import SiteError
 from lora_export.formats.scope import how_to_part
 from lora_export.graph import GraphFile, shape_of
 from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, unaccounted
+from lora_export.sites.changed import is_transposed_constant
 from lora_export.sites.likeness import counterparts
 from lora_export.sites.readers import module_of
 from lora_export.sites.slot import Use
@@ -75,6 +76,26 @@ def with_unverified(plan: Plan, checkpoint: Path) -> Plan:
         f"{row.parameter}: found by {row.reason} alone, the checkpoint does not store it" for row in silent
     ]
     return replace(plan, notes=(*plan.notes, *notes))
+
+
+def warned_of_computed(plan: Plan) -> Plan:
+    """Say which places have a module's name on the node alone, where the exporter computed the constant."""
+    names = [
+        name
+        for row in plan.placed
+        if row.proof == "names"
+        for name in row.place.split(", ")
+        if is_transposed_constant(name)
+    ]
+    if not names:
+        return plan
+    listed = ", ".join(names[:_EXAMPLES]) + (", …" if len(names) > _EXAMPLES else "")
+    warning = (
+        f"torch.onnx (TorchScript) computed {len(names)} of the weights ({listed}): a factor that the model "
+        "has on a weight would be in them, and only their nodes' names say whose they are; give --checkpoint "
+        "BASE_DIR to compare the values"
+    )
+    return replace(plan, warnings=(*plan.warnings, warning))
 
 
 def refuse(

@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
-from lora_export import LoraExportError, merge_onnx, swap_onnx
+from lora_export import LoraExportError, bank_onnx, merge_onnx, swap_onnx
 
 D = 8
 Weights = dict[str, np.ndarray]
@@ -196,3 +196,36 @@ def test_nodes_that_say_their_modules_are_believed(model, tmp_path):
     case = Case(model, "kept", tmp_path, names=True)
     merge_onnx(case.graph, case.adapter, tmp_path / "m.onnx")
     assert tiny.relative_error(run(tmp_path / "m.onnx"), case.wanted) < 2e-6
+
+
+class Scaled(nn.Linear):
+    """Has a factor on its weight, as StyleGAN's equalised learning rate: TorchScript computes the product."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * 0.25, self.bias)
+
+
+VERBS = {
+    "merge-onnx": lambda base, given, out, **more: merge_onnx(base, given, output=out, **more).plan,
+    "swap-onnx": lambda base, given, out, **more: swap_onnx(base, adapter=given, output=out, **more).plan,
+    "bank-onnx": lambda base, given, out, **more: bank_onnx(base, {"a": given}, output=out, **more).plan,
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("layer", [Scaled, nn.Linear])
+def test_what_torchscript_computed_is_said_or_compared(layer, verb, tmp_path):
+    model, x = nn.Sequential(layer(8, 8), nn.Tanh(), nn.Linear(8, 4)).eval(), torch.randn(2, 3, 8)
+    base = tmp_path / "base.onnx"
+    with tiny.quiet():
+        torch.onnx.export(model, (x,), base, dynamo=False)
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+        tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+        tuned.save_pretrained(tmp_path / "adapter")
+    run, out = VERBS[verb], tmp_path / "out" / "o.onnx"
+    plan = run(base, tmp_path / "adapter", out, checkpoint=False)
+    assert any("TorchScript" in warning and "--checkpoint" in warning for warning in plan.warnings)
+    plan = run(base, tmp_path / "adapter", out, checkpoint=tmp_path, force=True)
+    assert not plan.warnings
+    (row,) = plan.placed
+    assert ("rescaled" in row.layout) == (layer is Scaled)

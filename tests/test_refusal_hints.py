@@ -229,13 +229,15 @@ def test_a_module_in_both_branches_may_be_merged_before_the_export(layer, tmp_pa
     file = tmp_path / "base.onnx"
     with tiny.quiet():
         torch.onnx.export(model, (x,), file, dynamo=True, optimize=False)
-        save_file(model.state_dict(), tmp_path / "model.safetensors")
+        folder = tmp_path / "base"
+        folder.mkdir()
+        save_file(model.state_dict(), folder / "model.safetensors")
         tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["shared"], init_lora_weights=False))
         tuned.save_pretrained(tmp_path / "adapter")
-    error = refused("merge-onnx", file, tmp_path / "adapter", tmp_path, checkpoint=tmp_path)
+    error = refused("merge-onnx", file, tmp_path / "adapter", tmp_path, checkpoint=folder)
     assert "ambiguous" in " ".join(error.problems)
     assert "lora-export merge" in error.hint
-    merge_checkpoint(tmp_path, tmp_path / "adapter", tmp_path / "merged")
+    merge_checkpoint(folder, tmp_path / "adapter", tmp_path / "merged")
     got = load_file(tmp_path / "merged" / "model.safetensors")["shared.weight"]
     wanted = tuned.merge_and_unload().state_dict()["shared.weight"]
     assert torch.allclose(got, wanted, atol=1e-6)

@@ -139,7 +139,7 @@ def swap_onnx(
         plan = opened.verified(plan)
         tensors = {bundle.module.name: _expose(opened.graph, bundle.module, record) for bundle in bundles}
         sums = BranchWriter(opened.graph, gemm=packed and flavour == "ort").write(bundles, tensors)
-        plan = replace(plan, warnings=tuple(cut_off(sums)))
+        plan = replace(plan, warnings=(*plan.warnings, *cut_off(sums)))
         report = ExposeReport(plan, record, paths, dry_run=dry_run)
         return write_exposed(opened, report, made_of, force, progress)
 

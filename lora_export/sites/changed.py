@@ -111,6 +111,14 @@ def _is_own_name(target: Target, use: Use, key: str) -> bool:
     return linear and _TRANSPOSED.fullmatch(name) is not None
 
 
+def is_transposed_constant(name: str) -> bool:
+    """Whether a constant is one that the TorchScript exporter made of a Linear's weight for a MatMul.
+
+    It computes whatever constants allow: a factor that the model puts on the weight lies in it as well.
+    """
+    return _TRANSPOSED.fullmatch(_QUANTISED.sub("", name)) is not None
+
+
 def _what(name: str) -> str:
     found = next((what for tool, what in _TOOLS if tool.search(name)), "")
     return found or "a tool may have multiplied or added something into it"
