@@ -150,7 +150,8 @@ class LoraRules:
         for key in ("rank_pattern", "alpha_pattern"):
             pattern = self._config.get(key)
             for name, value in pattern.items() if isinstance(pattern, Mapping) else ():
-                if problem := _number_problem(value, whole=key == "rank_pattern"):
+                problem = _number_problem(value, whole=key == "rank_pattern") or _pattern_problem(name)
+                if problem:
                     self.problems.append(f"config {key} {name!r}: {problem}")
 
     def _check_types(self) -> None:
@@ -192,6 +193,15 @@ class LoraRules:
             self.notes.append(
                 "trained with tied embeddings: both ends carry the same change of one weight; it counts once"
             )
+
+
+def _pattern_problem(pattern: str) -> str:
+    """Return why PEFT would stop at a key of a pattern, or an empty string."""
+    try:
+        re.compile(rf"(.*\.)?({pattern})$")
+    except re.error as error:
+        return f"no regular expression ({error}), which is what PEFT reads it as; for any name write .*"
+    return ""
 
 
 def _number_problem(value: Any, whole: bool = False) -> str:

@@ -51,8 +51,8 @@ _EMBEDDINGS = frozenset(
 
 
 def recognises(source: Source) -> bool:
-    """Whether a tensor name ends in ``.lora_A`` or ``.lora_B``."""
-    return any(_LORA.match(path) for path in source.paths.values())
+    """Whether a tensor name ends in ``.lora_A`` or ``.lora_B``, as AdaLoRA's in PEFT's own folder do."""
+    return source.peft_config is None and any(_LORA.match(path) for path in source.paths.values())
 
 
 def read(source: Source, options: Options) -> Adapter:

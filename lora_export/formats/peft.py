@@ -33,10 +33,13 @@ from lora_export.formats.pairs import (
 )
 from lora_export.formats.source import CONFIG_NAME, FORMAT_OPTION, Format, Options, Source
 from lora_export.formats.stated import stated_of, where_to_look
+from lora_export.formats.targeting import is_targeted
 from lora_export.formats.tensors import value_problems
 from lora_export.formats.token_rows import is_rows, read_rows
 from lora_export.formats.wrappers import PREFIX, unwrap_config
 
+# Names in one message.
+_SHOWN = 3
 _PARTS = {
     "lora_A.weight": "lora_a",
     "lora_B.weight": "lora_b",
@@ -105,6 +108,8 @@ def read(source: Source, options: Options) -> Adapter:
     table.problems += value_problems((n, v) for n, v in extras.items() if v.dtype.kind not in "iub")
     raise_problems(source, table.problems, "fix the listed problems, or merge with PEFT's merge_and_unload")
     notes += rules.notes
+    if source.peft_config is not None:
+        notes += _left_out_by_config(modules, unwrapped)
     if config.get("peft_version") is None and any(module.experts > 1 for module in modules.values()):
         notes.append(
             "the config names no peft_version: lora_A of stacked experts is taken to act on their first "
@@ -128,6 +133,22 @@ def read(source: Source, options: Options) -> Adapter:
         base_model=config.get("base_model_name_or_path") or None,
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
     )
+
+
+def _left_out_by_config(modules: Mapping[str, LoraModule], config: Mapping[str, Any]) -> list[str]:
+    """Say which of a file's modules PEFT would not load: somebody has edited the config, or the file."""
+    paths = [module.path for module in modules.values() if module.parameter == "weight"]
+    left = [path for path in paths if not is_targeted(config, path)]
+    if not left:
+        return []
+    shown = ", ".join(left[:_SHOWN]) + (", …" if len(left) > _SHOWN else "")
+    keys = [
+        k for k in ("target_modules", "exclude_modules", "layers_to_transform") if config.get(k) is not None
+    ]
+    return [
+        f"the config's {', '.join(keys)} leave out {len(left)} of the file's {len(paths)} modules ({shown}), "
+        "which PEFT would not load; they count all the same"
+    ]
 
 
 def _build_modules(table: PartsTable, rules: LoraRules, config: Mapping[str, Any]) -> dict[str, LoraModule]:

@@ -93,12 +93,13 @@ def fitted(
     Args:
         adapter: See `translate`.
         known: See `translate`.
-        notes: Gets what was done.
+        notes: Gets what reading the adapter had to say, and what was done.
         others: See `translate`.
 
     Raises:
         AdapterError: See `translate`.
     """
+    notes += [f"adapter '{adapter.name}': {note}" for note in adapter.notes]
     found = translate(adapter, known, others=others)
     if found is None:
         return adapter

@@ -1,0 +1,59 @@
+"""Which modules a PEFT config says that it changes.
+
+The rule is PEFT's (``peft.tuners.tuners_utils.check_target_module_exists``): a module is a target if its path
+matches ``target_modules`` (a regular expression for the whole path, or a list of ends), ``exclude_modules``
+does not, and it lies in one of ``layers_to_transform``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+# The keys that say it.
+RULES = ("target_modules", "exclude_modules", "layers_to_transform")
+_ALL_LINEAR = "all-linear"
+
+
+def is_targeted(config: Mapping[str, Any], path: str) -> bool:
+    """Whether PEFT would make a LoRA layer at ``path``; True where the config doesn't tell.
+
+    Args:
+        config: PEFT's.
+        path: Of a module, in the base.
+    """
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    if excluded and _matches(excluded, path):
+        return False
+    if not targets or targets == _ALL_LINEAR:
+        return True
+    if not _matches(targets, path):
+        return False
+    layers = config.get("layers_to_transform")
+    if layers is None or isinstance(targets, str) or path in targets:
+        return True
+    return _layer_of(path, config.get("layers_pattern")) in (layers if isinstance(layers, list) else [layers])
+
+
+def _matches(wanted: Any, path: str) -> bool:
+    if isinstance(wanted, str):
+        try:
+            return re.fullmatch(wanted, path) is not None
+        except re.error:
+            return True
+    ends = [end for end in wanted if isinstance(end, str)] if isinstance(wanted, list) else []
+    return not ends or any(path == end or path.endswith(f".{end}") for end in ends)
+
+
+def _layer_of(path: str, pattern: Any) -> int | None:
+    """Return the number behind one of the patterns, by default behind any name."""
+    patterns = [pattern] if isinstance(pattern, str) else pattern if isinstance(pattern, list) else []
+    for name in patterns or [r"[^.]*"]:
+        try:
+            found = re.match(rf".*\.{name}\.(\d+)\.", path)
+        except re.error:
+            continue
+        if found:
+            return int(found.group(1))
+    return None

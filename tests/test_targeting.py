@@ -1,0 +1,117 @@
+"""A config that says other things than its file: what PEFT leaves out is said, what stops it is refused."""
+
+import json
+import re
+
+import peft
+import pytest
+import tiny
+from peft.tuners.tuners_utils import check_target_module_exists
+from safetensors.torch import load_file, save_file
+
+from lora_export import AdapterError, bank_onnx, load_adapter, merge_checkpoint, merge_onnx, swap_onnx
+from lora_export.formats.targeting import is_targeted
+
+PATHS = (
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.1.self_attn.v_proj",
+    "model.layers.11.mlp.down_proj",
+    "transformer.h.2.attn.c_attn",
+    "unet.down_blocks.0.attentions.1.to_q",
+    "q_proj",
+    "lm_head",
+)
+CONFIGS = [
+    {"target_modules": ["q_proj", "attn.c_attn"]},
+    {"target_modules": ["model.layers.0.self_attn.q_proj", "proj"]},
+    {"target_modules": r".*\.(q_proj|to_q)"},
+    {"target_modules": r"q_proj"},
+    {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["q_proj"]},
+    {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*layers\.1\..*"},
+    {"target_modules": ["q_proj", "v_proj", "down_proj"], "layers_to_transform": [0, 11]},
+    {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": 1},
+    {"target_modules": ["q_proj", "c_attn"], "layers_to_transform": [2], "layers_pattern": "h"},
+    {"target_modules": ["q_proj", "c_attn"], "layers_to_transform": [0], "layers_pattern": ["layers", "h"]},
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_targets_are_those_of_peft(config, path):
+    wanted = bool(check_target_module_exists(peft.LoraConfig(**config), path))
+    # As the config lies in a file: PEFT makes sets of lists, and lists of sets.
+    stored = json.loads(json.dumps(config))
+    assert is_targeted(stored, path) is wanted
+
+
+def edited(arch, folder, **changes):
+    """Return a copy of a PEFT folder whose config somebody has edited."""
+    source = tiny.adapter(arch)
+    folder.mkdir()
+    config = json.loads((source / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    tensors = load_file(source / "adapter_model.safetensors")
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    return folder
+
+
+NARROWER = [
+    ("llama", {"target_modules": ["q_proj"]}),
+    ("llama", {"exclude_modules": ["v_proj", "o_proj"]}),
+    ("llama", {"layers_to_transform": [0]}),
+    ("gpt2", {"target_modules": ["c_proj"]}),
+]
+
+
+@pytest.mark.parametrize(("arch", "changes"), NARROWER, ids=str)
+def test_what_peft_would_not_load_is_said_by_every_verb(arch, changes, tmp_path):
+    given = edited(arch, tmp_path / "ad", **changes)
+    with tiny.quiet():
+        model = peft.PeftModel.from_pretrained(tiny.build(arch), given)
+    loaded = sum("lora_A" in name for name, _ in model.named_parameters())
+    held = sum("lora_A" in name for name in load_file(given / "adapter_model.safetensors"))
+    assert 0 < loaded < held
+    wanted = f"leave out {held - loaded} of the file's {held} modules"
+    checkpoint, graph = tiny.checkpoint(arch), tiny.base_onnx(arch, "dynamo_noopt")
+    plans = [
+        merge_checkpoint(checkpoint, given, tmp_path / "merged", dry_run=True).plan,
+        merge_onnx(graph, given, tmp_path / "m" / "o.onnx", dry_run=True).plan,
+        swap_onnx(graph, tmp_path / "s" / "o.onnx", adapter=given, dry_run=True).plan,
+        bank_onnx(graph, {"a": given}, tmp_path / "b" / "o.onnx", dry_run=True).plan,
+    ]
+    for plan in plans:
+        assert sum(wanted in note for note in plan.notes) == 1
+        assert len(plan.placed) >= held
+
+
+def test_a_config_that_fits_is_not_spoken_of(tmp_path):
+    for arch in ("llama", "gpt2", "qwen2_moe"):
+        assert not any("leave out" in note for note in load_adapter(tiny.adapter(arch)).notes)
+
+
+@pytest.mark.parametrize(("key", "value"), [("alpha_pattern", 32), ("rank_pattern", 2)])
+@pytest.mark.parametrize("pattern", ["*q_proj", "q_proj(", "layers.[0"])
+def test_a_pattern_that_stops_peft_is_refused(key, value, pattern, tmp_path):
+    given = edited("llama", tmp_path / "ad", **{key: {pattern: value}})
+    with tiny.quiet(), pytest.raises(re.error):
+        peft.PeftModel.from_pretrained(tiny.build("llama"), given)
+    with pytest.raises(AdapterError) as caught:
+        load_adapter(given)
+    assert any(f"{key} {pattern!r}: no regular expression" in problem for problem in caught.value.problems)
+
+
+def test_keys_of_a_pattern_that_contradict_each_other_are_said(tmp_path):
+    given = edited("llama", tmp_path / "ad", alpha_pattern={"q_proj": 4, "layers.0.self_attn.q_proj": 64})
+    report = merge_checkpoint(tiny.checkpoint("llama"), given, tmp_path / "merged")
+    assert any("several alpha_pattern keys match" in note for note in report.plan.notes)
+
+
+def test_other_tuners_are_refused_by_name_where_their_tensors_look_like_loralibs(tmp_path):
+    model = tiny.build("llama")
+    config = peft.AdaLoraConfig(target_modules=["q_proj"], init_r=6, target_r=4, total_step=10)
+    with tiny.quiet():
+        peft.get_peft_model(model, config).save_pretrained(tmp_path / "ad")
+    names = load_file(tmp_path / "ad" / "adapter_model.safetensors")
+    assert any(name.endswith(".lora_A") for name in names)
+    with pytest.raises(AdapterError, match="is ADALORA, not LoRA"):
+        load_adapter(tmp_path / "ad")
