@@ -98,7 +98,7 @@ class Checkpoint:
                 "give a local folder with config.json and model.safetensors; a model of the hub is "
                 "fetched with: hf download NAME --local-dir DIR",
             )
-        config = _read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+        config = _read_config(folder / "config.json") if (folder / "config.json").exists() else {}
         index, names = _weight_files(folder)
         problems: list[str] = []
         shards = [shard for name in names if (shard := _read_shard(folder / name, problems)) is not None]
@@ -183,6 +183,17 @@ def _no_safetensors(folder: Path) -> CheckpointError:
         "save_pretrained(DIR, safe_serialization=True)",
         found,
     )
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    config = _read_json(file)
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CheckpointError(
+            f"{file}: architectures is {names!r}, wanted a list of class names",
+            "write the class that it was saved from, or download the file again",
+        )
+    return config
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -41,7 +41,8 @@ def test_merged_by_name_is_peft(family, provider, tmp_path):
     # Where mobius itself were wrong, PEFT would be no oracle.
     assert tiny.relative_error(run(base), mobius.answer(family)) < TOLERANCE
     report = merge_onnx(base, adapter, tmp_path / "m.onnx")
-    assert not report.plan.notes
+    # Beside what the file itself says (it trains biases).
+    assert all("base_layer" in note for note in report.plan.notes)
     wanted = mobius.answer(family, adapter)
     assert tiny.relative_error(run(tmp_path / "m.onnx"), wanted) < TOLERANCE
     assert tiny.relative_error(mobius.answer(family), wanted) > 1e3 * TOLERANCE

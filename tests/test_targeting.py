@@ -2,14 +2,25 @@
 
 import json
 import re
+import shutil
 
 import peft
 import pytest
 import tiny
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from lora_export import AdapterError, bank_onnx, load_adapter, merge_checkpoint, merge_onnx, swap_onnx
+from lora_export import (
+    AdapterError,
+    CheckpointError,
+    bank_onnx,
+    load_adapter,
+    merge_checkpoint,
+    merge_onnx,
+    save_adapter,
+    swap_onnx,
+)
 from lora_export.formats.targeting import is_targeted
 
 PATHS = (
@@ -115,3 +126,67 @@ def test_other_tuners_are_refused_by_name_where_their_tensors_look_like_loralibs
     assert any(name.endswith(".lora_A") for name in names)
     with pytest.raises(AdapterError, match="is ADALORA, not LoRA"):
         load_adapter(tmp_path / "ad")
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert", "gpt2"])
+def test_layers_that_a_file_lacks_are_said_as_peft_says_them(arch, tmp_path):
+    given = edited(arch, tmp_path / "ad")
+    file = given / "adapter_model.safetensors"
+    tensors = {name: values for name, values in load_file(file).items() if ".1." not in name}
+    save_file(tensors, file, {"format": "pt"})
+    with tiny.quiet(), pytest.warns(UserWarning, match="missing adapter keys") as caught:
+        peft.PeftModel.from_pretrained(tiny.build(arch), given)
+    (said,) = [str(one.message) for one in caught if "missing adapter keys" in str(one.message)]
+    missing = set(re.findall(r"[\w.]+lora_A", said))
+    report = merge_checkpoint(tiny.checkpoint(arch), given, tmp_path / "merged")
+    graph = merge_onnx(tiny.base_onnx(arch, "dynamo_noopt"), given, tmp_path / "m" / "o.onnx", dry_run=True)
+    for plan in (report.plan, graph.plan):
+        assert any(f"means {len(missing)} more modules of this base" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+def test_an_adapter_without_effect_is_said(arch, tmp_path):
+    with tiny.quiet():
+        model = peft.get_peft_model(tiny.build(arch), peft.LoraConfig(r=2, target_modules="all-linear"))
+        model.save_pretrained(tmp_path / "ad")
+    report = merge_checkpoint(tiny.checkpoint(arch), tmp_path / "ad", tmp_path / "merged")
+    assert any("it changes nothing" in note for note in report.plan.notes)
+    assert not any("changes nothing" in note for note in load_adapter(tiny.adapter(arch)).notes)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("modules_to_save", -1), ("target_modules", 3), ("exclude_modules", {"a": 1})]
+)
+def test_a_key_of_another_type_is_refused(key, value, tmp_path):
+    with pytest.raises(AdapterError) as caught:
+        load_adapter(edited("llama", tmp_path / "ad", **{key: value}))
+    assert any(f"config {key}: {value!r}, wanted" in problem for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("architectures", True), ("architectures", [1]), ("quantization_config", {"quant_method": ["x"]})],
+)
+def test_a_base_config_of_other_types_is_refused(key, value, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny.checkpoint("llama"), base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(CheckpointError):
+        merge_checkpoint(base, tiny.adapter("llama"), tmp_path / "merged")
+
+
+class Normed(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.fc, self.bn = nn.Linear(8, 8), norm
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.BatchNorm2d])
+def test_a_saved_batch_norm_is_written_so_that_peft_loads_it(norm, tmp_path):
+    with tiny.quiet():
+        config = peft.LoraConfig(r=2, target_modules=["fc"], modules_to_save=["bn"])
+        peft.get_peft_model(Normed(norm(8)), config).save_pretrained(tmp_path / "ad")
+        save_adapter(load_adapter(tmp_path / "ad"), tmp_path / "again")
+        loaded = peft.PeftModel.from_pretrained(Normed(norm(8)), tmp_path / "again")
+    assert "bn" in str(loaded.peft_config["default"].modules_to_save)

@@ -224,7 +224,7 @@ def _block_size(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _refuse_methods(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> None:
     for method in _methods(checkpoint.config):
-        name = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
+        name = str(method.get("quant_method", "unknown")) if isinstance(method, dict) else "unknown"
         if name not in _BY_TENSORS:
             count = {kind: list(kinds.values()).count(kind) for kind in dict.fromkeys(kinds.values())}
             raise CheckpointError(

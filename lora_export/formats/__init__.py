@@ -7,6 +7,7 @@ nothing, numpy included.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,12 +81,26 @@ def load_adapter(
     source = open_source(Path(path), name)
     if not source.tensors:
         raise AdapterError(f"adapter '{source.name}' is empty: {source.file} has no tensors", "save it again")
-    adapter = _format(format or detect_format(source)).read(source, options)
+    adapter = _with_effect(_format(format or detect_format(source)).read(source, options))
     if component is None:
         return adapter
     from lora_export.formats.scope import part_of
 
     return part_of(adapter, component)
+
+
+def _with_effect(adapter: Adapter) -> Adapter:
+    """Say of an adapter without any effect that it has none: training begins with B = 0."""
+    import numpy as np
+
+    modules = adapter.modules.values()
+    others = adapter.extras or adapter.token_rows
+    if others or not modules or any(m.magnitude is not None or m.lora_bias is not None for m in modules):
+        return adapter
+    if any(np.any(module.lora_b) for module in modules):
+        return adapter
+    note = "every lora_B is zero: it changes nothing (it was not trained, or its save failed)"
+    return replace(adapter, notes=(*adapter.notes, note))
 
 
 def as_adapter(given: str | os.PathLike[str] | Adapter, component: str | None = None) -> Adapter:

@@ -60,8 +60,10 @@ _READ = frozenset(
         "use_rslora",
     }
 )
+# The adapter acts on some tokens only: no merge can say it.
+ALORA = "alora_invocation_tokens"
 _REFUSED = {
-    "alora_invocation_tokens": "aLoRA acts only behind its invocation tokens, which no merged or exported "
+    ALORA: "aLoRA acts only behind its invocation tokens, which no merged or exported "
     "weight can do; serve it with PEFT or vLLM",
     "arrow_config": "Arrow routes between adapters for each token; export the task adapters one by one",
     "enable_lora": "a MergedLinear of PEFT 0.2; load it with that version and save it per projection",
@@ -158,6 +160,7 @@ class LoraRules:
         for kind, what, keys in (
             (Mapping, "an object", ("rank_pattern", "alpha_pattern", "use_bdlora")),
             (list, "a list", ("target_parameters",)),
+            (list | str, "a list or a text", ("target_modules", "exclude_modules", "modules_to_save")),
             (bool, "true or false", ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias")),
         ):
             for key in keys:

@@ -22,7 +22,7 @@ from lora_export.adapter import Adapter, Array, LoraModule
 from lora_export.errors import AdapterError
 from lora_export.formats.diffusion_names import follows_diffusers, strip_denoiser
 from lora_export.formats.experts import is_target_module, layout_of, nesting, parameters_of
-from lora_export.formats.lora_config import LoraRules, pattern_values
+from lora_export.formats.lora_config import ALORA, LoraRules, pattern_values
 from lora_export.formats.pairs import (
     Parts,
     PartsTable,
@@ -106,7 +106,8 @@ def read(source: Source, options: Options) -> Adapter:
     if source.peft_config is not None:
         _check_switches(modules, config, table.problems)
     table.problems += value_problems((n, v) for n, v in extras.items() if v.dtype.kind not in "iub")
-    raise_problems(source, table.problems, "fix the listed problems, or merge with PEFT's merge_and_unload")
+    merge = "" if config.get(ALORA) else ", or merge with PEFT's merge_and_unload"
+    raise_problems(source, table.problems, f"fix the listed problems{merge}")
     notes += rules.notes
     if source.peft_config is not None:
         notes += _left_out_by_config(modules, unwrapped)

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lora_export.adapter import MERGE_ROWS, Adapter, Array, LoraModule, token_rows_problems
 from lora_export.errors import AdapterError
 from lora_export.formats.experts import REGISTERED, layout_of
@@ -189,5 +191,9 @@ def _tensors(adapter: Adapter) -> dict[str, Array]:
     for name, values in adapter.extras.items():
         parent, _, leaf = name.rpartition(".")
         inner = f"{parent}.base_layer" if parent in targeted else parent
-        tensors[_PREFIX + (f"{inner}.{leaf}" if parent else leaf)] = values
+        front = _PREFIX + (f"{inner}." if parent else "")
+        tensors[front + leaf] = values
+        if leaf == "running_mean":
+            # A batch norm's count of training steps: reading leaves it aside, PEFT won't load without it.
+            tensors[f"{front}num_batches_tracked"] = np.zeros((), np.int64)
     return tensors

@@ -8,11 +8,13 @@ does not, and it lies in one of ``layers_to_transform``.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 # The keys that say it.
 RULES = ("target_modules", "exclude_modules", "layers_to_transform")
+_WEIGHT = ".weight"
+_NUMBERS = re.compile(r"\.\d+(?=\.|$)")
 _ALL_LINEAR = "all-linear"
 
 
@@ -34,6 +36,25 @@ def is_targeted(config: Mapping[str, Any], path: str) -> bool:
     if layers is None or isinstance(targets, str) or path in targets:
         return True
     return _layer_of(path, config.get("layers_pattern")) in (layers if isinstance(layers, list) else [layers])
+
+
+def untouched(config: Mapping[str, Any], paths: Collection[str], known: Iterable[str]) -> list[str]:
+    """Return modules like an adapter's that its config means, and for which it has nothing.
+
+    A file that was saved by one process of several, or for a shorter model, has some layers only. PEFT warns
+    of them ("Found missing adapter keys").
+
+    Args:
+        config: PEFT's.
+        paths: The adapter's modules.
+        known: The base's parameters.
+    """
+    held = {_NUMBERS.sub(".#", path) for path in paths}
+    modules = {name.removesuffix(_WEIGHT) for name in known if name.endswith(_WEIGHT)}
+    if not modules.issuperset(paths):
+        return []  # The base has other names for them: which layers are meant can't be told.
+    alike = (path for path in modules.difference(paths) if _NUMBERS.sub(".#", path) in held)
+    return sorted(path for path in alike if is_targeted(config, path))
 
 
 def _matches(wanted: Any, path: str) -> bool:

@@ -37,6 +37,7 @@ SCHEMES: dict[str, str] = {
     "open-clip": "lora_export.formats.schemes.open_clip:SCHEME",
 }
 _SHOWN = 40
+_EXAMPLES = 2
 # Stability's ModelSpec, which sd-scripts writes into a file's metadata.
 ARCHITECTURE = "modelspec.architecture"
 
@@ -99,13 +100,29 @@ def fitted(
     Raises:
         AdapterError: See `translate`.
     """
-    notes += [f"adapter '{adapter.name}': {note}" for note in adapter.notes]
+    notes += [f"adapter '{adapter.name}': {note}" for note in (*adapter.notes, *_half_saved(adapter, known))]
     found = translate(adapter, known, others=others)
     if found is None:
         return adapter
     notes += found[1]
     # A scope speaks of the adapter's own paths, which are the base's now.
     return replace(found[0], scope=None)
+
+
+def _half_saved(adapter: Adapter, known: Collection[str]) -> list[str]:
+    """Say for which of the base's modules a PEFT file has nothing although its config means them."""
+    from lora_export.formats.targeting import untouched
+
+    paths = {module.path for module in adapter.modules.values() if module.parameter == "weight"}
+    if adapter.format != "peft" or adapter.scope or not adapter.config.get("target_modules"):
+        return []
+    left = untouched(adapter.config, paths, known)
+    if not left:
+        return []
+    return [
+        f"its config means {len(left)} more modules of this base ({', '.join(left[:_EXAMPLES])}"
+        f"{', …' if len(left) > _EXAMPLES else ''}), for which the file has no tensors: they stay as they are"
+    ]
 
 
 def _likeliest(schemes: list[Scheme], adapter: Adapter) -> list[Scheme]:
