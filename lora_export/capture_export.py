@@ -125,17 +125,35 @@ def _optimize(model: ir.Model) -> None:
         *(rules.collapse_slice_rule, rules.collapse_slice2_rule),
     ]
     common.InlinePass()(model)
+    weights = dict(model.graph.initializers)
     for _ in range(2):
         optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=should_fold)
         rewriter.rewrite(model, shapes)
     Sequential(
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.LiftSubgraphInitializersToMainGraphPass(),
-        common.DeduplicateInitializersPass(),
+    )(model)
+    _deduplicate(model, weights)
+    Sequential(
         common.CommonSubexpressionEliminationPass(),
         common.OutputFixPass(),
         common.NameFixPass(),
     )(model)
+
+
+def _deduplicate(model: ir.Model, weights: Mapping[str, ir.Value]) -> None:
+    """Have one of equal constants, but each parameter for itself.
+
+    Two modules with equal weights (zeros of a fresh head, a copy that is going to be trained) would have one,
+    and then one node where they read the same input: no change of one of them alone would be possible.
+    """
+    from onnx_ir.passes import common
+
+    kept = {name: value for name, value in model.graph.initializers.items() if weights.get(name) is value}
+    for name in kept:
+        del model.graph.initializers[name]
+    common.DeduplicateInitializersPass()(model)
+    model.graph.initializers.update(kept)
 
 
 def _drop_traces(model: ir.Model) -> None:
