@@ -325,7 +325,7 @@ def _raise_refused(
 
 
 def _remake(exposed: ExposedGraph) -> str:
-    return f"make the graph again with {exposed.mode}-onnx --adapter and this adapter"
+    return f"make the graph again with this adapter ({exposed.mode}-onnx --adapter)"
 
 
 def _listed(lines: Sequence[str]) -> list[str]:

@@ -180,7 +180,8 @@ def _no_safetensors(folder: Path) -> CheckpointError:
     if (folder / "adapter_config.json").exists():
         return CheckpointError(f"{folder} is an adapter, not a base model", "give it to --adapter")
     if (folder / "model_index.json").exists():
-        parts = sorted({path.parent.name for path in folder.glob("*/*.safetensors")})
+        models = (path for name in ("*.safetensors", "config.json") for path in folder.glob(f"*/{name}"))
+        parts = sorted({path.parent.name for path in models})
         return CheckpointError(
             f"{folder} is a diffusers pipeline of several models, not one",
             f"give the folder of one of them: {', '.join(parts) or 'unet, transformer, text_encoder, …'}",

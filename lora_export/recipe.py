@@ -227,7 +227,7 @@ class _Reader:
         for item in self._items(node, "needs"):
             value = _value(item)
             if isinstance(value, str) and value.strip() and not _is_module(value.strip()):
-                self._complain(item, f"needs: {value.strip()!r} is no name that Python imports")
+                self._complain(item, f"needs: {value.strip()!r} is not a name that Python can import")
         return self._texts(node, "needs")
 
     def _text(self, node: yaml.Node, where: str) -> str:

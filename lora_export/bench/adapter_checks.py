@@ -14,8 +14,8 @@ from lora_export.errors import AdapterError, LoraExportError
 from lora_export.exposed import ExposedGraph
 from lora_export.formats import load_adapter
 
-# What `load_adapter` can be told of a file; the benchmark has no options for it.
-READING = ("alpha", "rank", "rslora", "format", "component")
+# Of convert-adapter, as errors name them: what a file doesn't say, and what is left out.
+OPTIONS = ("alpha", "rank", "rslora", "format", "component", "any-base", "allow-unmatched")
 
 
 def adapter_problems(adapters: Sequence[AdapterChoice], models: Sequence[BenchModel]) -> list[str]:
@@ -60,13 +60,7 @@ def _file_problems(
     try:
         loaded = load_adapter(adapter.path)
     except LoraExportError as error:
-        yield f"--adapter {adapter.name}: {_nested(error)}"
-        takers = [model.path for model in models if model.kind == "graph" and model.takes_files]
-        if takers and _names_options(error):
-            yield (
-                f"--adapter {adapter.name}: what the file doesn't say is an option of convert-adapter: "
-                f"lora-export convert-adapter {adapter.path} --for {takers[0]} -o {adapter.name}.onnx_adapter"
-            )
+        yield f"--adapter {adapter.name}: {_nested(error)}{_converted(adapter, error, models)}"
         return
     for model in models:
         if model.exposed is None or not model.takes_files:
@@ -74,7 +68,7 @@ def _file_problems(
         try:
             _bind(loaded, adapter.name, before, model, model.exposed)
         except LoraExportError as error:
-            yield f"--adapter {adapter.name}: {_nested(error)}"
+            yield f"--adapter {adapter.name}: {_nested(error)}{_converted(adapter, error, models)}"
 
 
 def _bind(
@@ -126,9 +120,16 @@ def _named(given: str) -> str:
     return f"{path.stem}={given}" if path.exists() else f"{given}=PATH"
 
 
-def _names_options(error: LoraExportError) -> bool:
-    """Whether an error asks for an option of those that say what an adapter's file does not."""
-    return any(f"--{word}" in str(error) for word in READING)
+def _converted(adapter: AdapterChoice, error: LoraExportError, models: Sequence[BenchModel]) -> str:
+    """Return a line for an error that asks for options: convert-adapter has those, a benchmark does not."""
+    takers = [model.path for model in models if model.kind == "graph" and model.takes_files]
+    if not takers or not any(f"--{word}" in str(error) for word in OPTIONS):
+        return ""
+    to = f"{adapter.name}.onnx_adapter"
+    return (
+        "\n    bench has no such options: convert the adapter with them, and give what that writes: "
+        f"lora-export convert-adapter {adapter.path} --for {takers[0]} -o {to}"
+    )
 
 
 def _nested(error: LoraExportError) -> str:

@@ -36,8 +36,8 @@ class TensorRTRTX(Compiler):
             found.append("version_compatible: TensorRT-RTX needs a lean library for it, and there is none")
         if options.hardware_compatible:
             found.append(
-                "hardware_compatible: TensorRT-RTX has no such engines; one for several GPUs is made with each "
-                "as --target, and --together"
+                "hardware_compatible: TensorRT-RTX has no such engines; for one engine for several GPUs give "
+                "each as --target, and --together"
             )
         needs = [name for name in ("refit", "strip_weights") if getattr(options, name)]
         if here and needs and gpu_here() is None:

@@ -5,6 +5,7 @@ One feed under the inputs' own names, or several under ``<label>/<input>``.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

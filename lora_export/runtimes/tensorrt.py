@@ -234,7 +234,7 @@ def _exposed(path: Path, record: EngineRecord) -> ExposedGraph:
     if missing := [name for name in wanted if name not in inputs]:
         raise GraphError(
             f"{path} lacks {len(missing)} of the {len(wanted)} inputs that its LoRA record speaks of",
-            "build it from the graph of swap-onnx or bank-onnx itself: a tool has changed that, or its record",
+            "build the engine from what swap-onnx or bank-onnx wrote: a tool has changed it since",
             missing,
         )
     return exposed
