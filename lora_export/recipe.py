@@ -224,11 +224,11 @@ class _Reader:
         return tuple(self._text(item, where) for item in self._items(node, where))
 
     def _needs(self, node: yaml.Node) -> tuple[str, ...]:
-        for item in self._items(node, "needs"):
-            value = _value(item)
-            if isinstance(value, str) and value.strip() and not _is_module(value.strip()):
-                self._complain(item, f"needs: {value.strip()!r} is not a name that Python can import")
-        return self._texts(node, "needs")
+        names = self._texts(node, "needs")
+        for item, name in zip(node.value if names else (), names, strict=True):
+            if name and not _is_module(name):
+                self._complain(item, f"needs: {name!r} is not a name that Python can import")
+        return names
 
     def _text(self, node: yaml.Node, where: str) -> str:
         value = _value(node)
