@@ -25,11 +25,9 @@ from lora_export.packing import Block, assemble, blocks_of_factors, blocks_of_sl
 from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, unaccounted
 
 _MAX_LISTED = 40
-_REMAKE = "make the graph with this adapter as --adapter"
 _MERGE = "merge the adapter with merge-onnx"
 # What to do about a kind of refusal, in the order in which it is said.
 _HINTS: tuple[tuple[RefusalKind, str], ...] = (
-    ("not exposed", _REMAKE),
     ("not found", "check the base"),
     ("shape", "give the base that the adapter was trained on"),
     ("mixed", "give the adapter that it was converted from"),
@@ -306,23 +304,28 @@ def _raise_refused(
         raise SiteError(
             f"adapter '{adapter.name}' was made for another model, or for modules that {where} does not "
             f"expose: none of its {count} parameters has a place",
-            f"check the base; if it is the right one, {_REMAKE}",
+            f"check the base; if it is the right one, {_remake(exposed)}",
             lines,
         )
     # Where a path is matched otherwise, its module may well be exposed.
     hints = list(dict.fromkeys(found.hints))
-    hints += [hint for kind, hint in _HINTS if kind in kinds and not (found.hints and kind == "not exposed")]
+    hints += [_remake(exposed)] if "not exposed" in kinds and not found.hints else []
+    hints += [hint for kind, hint in _HINTS if kind in kinds]
     hints += [how_to_part(adapter)] if "double" in kinds else []
     if "dora" in kinds:
         swap = "make a graph with swap-onnx --dora and this adapter"
-        hints.append(f"{swap}, or {_MERGE}" if exposed.mode == "bank" else f"{_REMAKE} and --dora")
+        hints.append(f"{swap}, or {_MERGE}" if exposed.mode == "bank" else swap)
     if found.pairings:
-        hints.append("--allow-unmatched (allow_unmatched=True) goes on without them")
+        hints.append("convert-adapter --allow-unmatched (allow_unmatched=True) goes on without them")
     raise SiteError(
         f"adapter '{adapter.name}' has {len(refused)} parameters with no place in {where} (of {count})",
         "; ".join(hints),
         lines,
     )
+
+
+def _remake(exposed: ExposedGraph) -> str:
+    return f"make the graph again with this adapter ({exposed.mode}-onnx --adapter)"
 
 
 def _listed(lines: Sequence[str]) -> list[str]:

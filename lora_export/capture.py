@@ -31,7 +31,7 @@ from lora_export.captured import (
     Captured,
     Kind,
 )
-from lora_export.checkpoint import Checkpoint
+from lora_export.checkpoint import Checkpoint, diffusers_class, no_folder
 from lora_export.errors import CheckpointError, OutputError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 # The first in which Conv and pooling take bfloat16.
 _BFLOAT16_OPSET = 22
 _EXPORT_YOURSELF = (
-    "export the model yourself and give the .onnx (lora_export.export_onnx does it with an adapter merged)"
+    "export the model yourself and go on with that .onnx (lora_export.export_onnx does it, an adapter merged)"
 )
 
 
@@ -148,7 +148,7 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
     import transformers
 
     if not path.is_dir():  # else transformers asks a hub for a model of that name
-        raise CheckpointError(f"no folder at {path}", "give the folder that save_pretrained wrote")
+        raise no_folder(path)
     if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
         raise CheckpointError(f"{path} is an adapter, not a base model", "give the folder of its base model")
     _refuse_diffusers(path)
@@ -168,7 +168,7 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
         except Exception as error:  # transformers, safetensors and torch raise many kinds
             raise CheckpointError(
                 f"transformers can't load {path}: {first_line(error)}",
-                "give the folder that save_pretrained wrote, or export the model yourself and give the .onnx",
+                f"give the folder that save_pretrained wrote, or {_EXPORT_YOURSELF}",
             ) from error
     _refuse_missing(loading["missing_keys"], path, replaced)
     _refuse_infinite(model, path, dtype)
@@ -177,18 +177,12 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
 
 def _refuse_diffusers(path: Path) -> None:
     """Refuse a pipeline of diffusers, or one of its models, by that name."""
-    try:
-        checkpoint = Checkpoint.open(path)
-    except CheckpointError:
-        if (path / "model_index.json").exists():
-            raise
-        return  # no safetensors: transformers may read what there is
-    if checkpoint.diffusers_class:
+    if (path / "model_index.json").exists():
+        Checkpoint.open(path)  # a pipeline: it says so
+    if kind := diffusers_class(path):
         raise CheckpointError(
-            f"{path} holds a model of diffusers ({checkpoint.diffusers_class}): only models of transformers "
-            "are captured",
-            "export the model yourself and give the .onnx, or merge the adapter into the folder "
-            "(lora-export merge)",
+            f"{path} holds a model of diffusers ({kind}): only models of transformers are captured",
+            f"{_EXPORT_YOURSELF}, or merge the adapter into the folder (lora-export merge)",
         )
 
 
@@ -210,13 +204,19 @@ def _refuse_infinite(model: Any, path: Path, dtype: str) -> None:
     """Refuse weights beyond what the dtype holds: transformers has made them infinite without a word."""
     if dtype in ("float32", "float64"):
         return
-    lost = [name for name, values in model.named_parameters() if not values.isfinite().all()]
-    if lost:
+    lost = {name: values for name, values in model.named_parameters() if not values.isfinite().all()}
+    if not lost:
+        return
+    # A conversion makes numbers infinite, never NaN.
+    spoilt = [name for name, values in lost.items() if values.isnan().any()]
+    if spoilt:
         raise CheckpointError(
-            f"{len(lost)} weights of {path} are not finite in {dtype}",
-            "give --dtype bfloat16 or float32",
-            lost,
+            f"{len(spoilt)} weights of {path} are NaN, in whatever dtype", "save the checkpoint again", spoilt
         )
+    larger = "bfloat16 or float32" if dtype == "float16" else "float32"
+    raise CheckpointError(
+        f"{len(lost)} weights of {path} are not finite in {dtype}", f"give --dtype {larger}", list(lost)
+    )
 
 
 def _describe(model: Any, outputs: Mapping[str, Any], dtype: str, kv_cache: bool) -> Captured:
@@ -258,7 +258,7 @@ def _model_class(config: Any, path: Path) -> Any:
     raise CheckpointError(
         f"{path}/config.json names no architecture that transformers {transformers.__version__} has "
         f"(architectures: {names})",
-        "set 'architectures' to the model's class, or export the model yourself and give the .onnx",
+        "set 'architectures' to the model's class, or export the model yourself and go on with that .onnx",
     )
 
 

@@ -42,7 +42,7 @@ def run_module(module: torch.nn.Module, example_inputs: Inputs) -> Any:
         except Exception as error:  # whatever the module's own code raises
             raise GraphError(
                 f"{type(module).__name__} fails on the example inputs: {first_line(error)}",
-                "export the model yourself and give the .onnx",
+                "export the model yourself and go on with that .onnx",
             ) from error
 
 
@@ -94,7 +94,7 @@ def export_module(
         except Exception as error:  # the exporter raises its own and torch.export's many kinds
             raise GraphError(
                 f"torch.onnx can't export {type(module).__name__}: {first_line(error)}",
-                "export the model yourself and give the .onnx; with attn_implementation='eager' it may pass",
+                "export the model yourself and go on with that .onnx; attn_implementation='eager' may help",
             ) from error
         assert program is not None
         model: ir.Model = program.model

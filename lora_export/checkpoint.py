@@ -93,12 +93,8 @@ class Checkpoint:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise CheckpointError(
-                f"{folder} is not a folder of a checkpoint",
-                "give a local folder with config.json and model.safetensors; a model of the hub is "
-                "fetched with: hf download NAME --local-dir DIR",
-            )
-        config = _read_config(folder / "config.json") if (folder / "config.json").exists() else {}
+            raise no_folder(folder)
+        config = _read_config(folder)
         index, names = _weight_files(folder)
         problems: list[str] = []
         shards = [shard for name in names if (shard := _read_shard(folder / name, problems)) is not None]
@@ -114,7 +110,7 @@ class Checkpoint:
     @property
     def diffusers_class(self) -> str:
         """Class of a model of diffusers, which transformers doesn't know; empty for others."""
-        return "" if "model_type" in self.config else str(self.config.get("_class_name", ""))
+        return _diffusers_class(self.config)
 
     def read(self, name: str) -> Array:
         """Return a tensor's values as a read-only view of the mapped file.
@@ -134,6 +130,20 @@ class Checkpoint:
             return np.zeros(tensor.shape, dtype)
         raw = np.memmap(tensor.file, np.uint8, "r", tensor.offset, (tensor.length,))
         return raw.view(np.ndarray).view(dtype).reshape(tensor.shape)
+
+
+def no_folder(path: Path) -> CheckpointError:
+    """Return the error where a checkpoint's folder is wanted and none is."""
+    if path.suffix == ".onnx" and path.is_file():
+        hint = "give the checkpoint folder that it was exported from"
+        return CheckpointError(f"{path} is a graph already, not a folder of a checkpoint", hint)
+    hint = "give a local folder with config.json and model.safetensors"
+    if path.is_file():
+        return CheckpointError(f"{path} is a file, not a folder of a checkpoint", hint)
+    # An absolute path is no name on a hub, nor is one of three parts.
+    if len(path.parts) == 2 and not path.is_absolute():
+        hint = f"check the path; for a model on the Hub, first: hf download {path} --local-dir {path.name}"
+    return CheckpointError(f"no folder at {path}", hint)
 
 
 def _weight_files(folder: Path) -> tuple[Path | None, list[str]]:
@@ -170,11 +180,11 @@ def _no_safetensors(folder: Path) -> CheckpointError:
     if (folder / "adapter_config.json").exists():
         return CheckpointError(f"{folder} is an adapter, not a base model", "give it to --adapter")
     if (folder / "model_index.json").exists():
-        parts = sorted({path.parent.name for path in folder.glob("*/*.safetensors")})
+        models = (path for name in ("*.safetensors", "config.json") for path in folder.glob(f"*/{name}"))
+        parts = sorted({path.parent.name for path in models})
         return CheckpointError(
             f"{folder} is a diffusers pipeline of several models, not one",
-            "give the folder of one of them as --base; where the adapter's file is for several models, its "
-            "part with --component (unet, transformer, text_encoder, …)",
+            f"give the folder of one of them: {', '.join(parts) or 'unet, transformer, text_encoder, …'}",
             [str(folder / part) for part in parts],
         )
     return CheckpointError(
@@ -185,8 +195,22 @@ def _no_safetensors(folder: Path) -> CheckpointError:
     )
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    config = _read_json(file)
+def diffusers_class(folder: Path) -> str:
+    """Return the class of the model of diffusers in a folder, its weights there or not; "" for others.
+
+    Raises:
+        CheckpointError: Its config can't be read.
+    """
+    return _diffusers_class(_read_config(folder))
+
+
+def _diffusers_class(config: Mapping[str, Any]) -> str:
+    return "" if "model_type" in config else str(config.get("_class_name", ""))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    config = _read_json(file) if file.exists() else {}
     names = config.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise CheckpointError(

@@ -114,13 +114,18 @@ def places_of(path: Path) -> set[Path]:
 
 def make_parent(target: Path) -> None:
     """Create the folder of ``target``; `OutputError` if that can't be done or it can't be written."""
-    above = next((path for path in target.parents if path.exists() and not path.is_dir()), None)
-    if above is not None:
-        raise OutputError(f"cannot write {target}: {above} is a file, not a folder", _ANOTHER_NAME)
+    check_parent(target)
     with output_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write into {target.parent}", "choose a folder that you may write to")
+
+
+def check_parent(target: Path) -> None:
+    """Raise `OutputError` if ``target`` can't have its folder, or that can't be written; nothing is made."""
+    above = next((path for path in target.absolute().parents if path.exists()), Path())
+    if not above.is_dir():
+        raise OutputError(f"cannot write {target}: {above} is a file, not a folder", _ANOTHER_NAME)
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write into {above}", "choose a folder that you may write to")
 
 
 def sync_tree(path: Path) -> None:

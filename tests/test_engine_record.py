@@ -76,7 +76,7 @@ def test_an_engine_is_read_with_its_record(engine):
         (lambda path: record_path(path).unlink(), "has no record beside it"),
         (lambda path: record_path(path).write_text("{"), "is no record of an engine"),
         (lambda path: record_path(path).write_text("[]"), "is no record of an engine"),
-        (lambda path: record_path(path).write_bytes(b"\xff\xfe"), "is no text"),
+        (lambda path: record_path(path).write_bytes(b"\xff\xfe"), "is not UTF-8 text"),
         (lambda path: _change(path, kind="other"), "kind 'other'"),
         (lambda path: _change(path, format=99), "format 99"),
         (lambda path: _change(path, profiles=3), "is no record of an engine"),

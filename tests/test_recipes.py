@@ -163,7 +163,7 @@ def test_a_recipe_without_steps_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"steps: [", "is no YAML"),
+        (b"steps: [", "is not YAML"),
         (b"- a\n", "holds no recipe"),
         (b"", "holds no recipe"),
         (b"\xff\xfe", "is no"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from lora_export.adapter import Adapter, Array
 from lora_export.base_weights import GraphWeights, WeightOf
@@ -12,6 +13,9 @@ from lora_export.binding import bind_adapter, slot_blocks
 from lora_export.errors import AdapterError, LoraExportError
 from lora_export.exposed import ExposedGraph
 from lora_export.formats import load_adapter
+
+# Of convert-adapter, as errors name them: what a file doesn't say, and what is left out.
+OPTIONS = ("alpha", "rank", "rslora", "format", "component", "any-base", "allow-unmatched")
 
 
 def adapter_problems(adapters: Sequence[AdapterChoice], models: Sequence[BenchModel]) -> list[str]:
@@ -25,10 +29,11 @@ def adapter_problems(adapters: Sequence[AdapterChoice], models: Sequence[BenchMo
     problems = [f"--adapter {name}: named twice" for name in sorted({n for n in names if names.count(n) > 1})]
     if adapters and not any(model.mode for model in models):
         listed = ", ".join(model.label for model in models)
-        return [*problems, f"--adapter: {listed} takes no adapter (merged, or without exposed LoRA)"]
+        return [*problems, f"--adapter: {listed} takes no adapter, merged or without exposed LoRA (omit it)"]
     for number, adapter in enumerate(adapters):
-        if not adapter.name:
-            problems.append(f"--adapter ={adapter.path}: wanted NAME=PATH")
+        if not adapter.name or adapter.path == Path():
+            shown = f"={adapter.path}" if not adapter.name else f"{adapter.name}="
+            problems.append(f"--adapter {shown}: wanted NAME=PATH")
             continue
         problems += _slot_problems(adapter, models)
         problems += _file_problems(adapter, names[:number], models)
@@ -40,7 +45,7 @@ def _slot_problems(adapter: AdapterChoice, models: Sequence[BenchModel]) -> Iter
         if adapter.name in model.slots or not model.mode:
             continue
         if adapter.path is None:
-            yield f"--adapter {adapter.name}: {model.label} needs its file: {adapter.name}=PATH"
+            yield f"--adapter {adapter.name}: {model.label} needs its file: {_named(adapter.name)}"
         elif model.mode == "bank" and not model.takes_files:
             yield (
                 f"--adapter {adapter.name}: {model.label} has no such slot; it has: {', '.join(model.slots)}"
@@ -55,7 +60,7 @@ def _file_problems(
     try:
         loaded = load_adapter(adapter.path)
     except LoraExportError as error:
-        yield f"--adapter {adapter.name}: {_nested(error)}"
+        yield f"--adapter {adapter.name}: {_nested(error)}{_converted(adapter, error, models)}"
         return
     for model in models:
         if model.exposed is None or not model.takes_files:
@@ -63,7 +68,7 @@ def _file_problems(
         try:
             _bind(loaded, adapter.name, before, model, model.exposed)
         except LoraExportError as error:
-            yield f"--adapter {adapter.name}: {_nested(error)}"
+            yield f"--adapter {adapter.name}: {_nested(error)}{_converted(adapter, error, models)}"
 
 
 def _bind(
@@ -107,6 +112,24 @@ def _no_weights(model: BenchModel) -> WeightOf:
         )
 
     return refuse
+
+
+def _named(given: str) -> str:
+    """Return how an adapter without a file is named: perhaps the file alone was given."""
+    path = Path(given)
+    return f"{path.stem}={given}" if path.exists() else f"{given}=PATH"
+
+
+def _converted(adapter: AdapterChoice, error: LoraExportError, models: Sequence[BenchModel]) -> str:
+    """Return a line for an error that asks for options: convert-adapter has those, a benchmark does not."""
+    takers = [model.path for model in models if model.kind == "graph" and model.takes_files]
+    if not takers or not any(f"--{word}" in str(error) for word in OPTIONS):
+        return ""
+    to = f"{adapter.name}.onnx_adapter"
+    return (
+        "\n    bench has no such options: convert the adapter with them, and give what that writes: "
+        f"lora-export convert-adapter {adapter.path} --for {takers[0]} -o {to}"
+    )
 
 
 def _nested(error: LoraExportError) -> str:

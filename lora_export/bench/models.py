@@ -127,7 +127,11 @@ def _of_graph(path: Path, graph: GraphFile) -> BenchModel:
         dims = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
         inputs.append(Input(name, np.dtype(value.dtype.numpy()).name, dims))
     if problems:
-        raise GraphError(f"{path}: no feeds can be made for these inputs", "export it again", problems)
+        raise GraphError(
+            f"{path}: no feeds can be made for these inputs",
+            "export it with tensors of a known type and rank as inputs",
+            problems,
+        )
     captured = Captured.from_metadata(metadata)
     return BenchModel(
         path,

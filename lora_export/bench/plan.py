@@ -96,7 +96,7 @@ def plan_bench(wish: Wish, already: Sequence[str] = (), outputs: Mapping[str, Pa
     sequences, pasts, smaller = choose_sizes(models, wish.sequences, wish.pasts)
     workloads = plan_workloads(first, wish.batches, sequences, pasts)
     if wish.pasts and not has_cache(first):
-        problems.append(f"--past: {first.label} has no key-value cache")
+        problems.append(f"--past: {first.label} has no key-value cache (omit it)")
     if not problems:
         problems += _shape_problems(models, workloads)
     if problems:
@@ -107,7 +107,7 @@ def plan_bench(wish: Wish, already: Sequence[str] = (), outputs: Mapping[str, Pa
 
 def _refused(problems: Sequence[str]) -> LoraExportError:
     count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return LoraExportError(f"the benchmark can't be run: {count}", "see: lora-export bench --help", problems)
+    return LoraExportError(f"the benchmark can't be run: {count}", "fix the listed problems", problems)
 
 
 def _read_all(paths: Iterable[Path]) -> tuple[list[BenchModel], list[str]]:

@@ -9,6 +9,9 @@ import click
 from lora_export.engines.targets import COMPILERS, PRECISIONS, select_targets
 from lora_export.errors import BackendError
 
+# The verb that has just run, but for what was asked of it.
+_ALL = "leave out filters and options: then all are listed"
+
 
 @click.command(short_help="List GPUs: compute capability, memory, precisions, compilers.")
 @click.argument("words", metavar="[FILTER]...", nargs=-1)
@@ -40,17 +43,21 @@ def targets(
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
     from lora_export.reports.targets import hint_lines, target_lines
 
-    found = select_targets(
-        words,
-        compiler=compiler,
-        compute_capability=compute_capability,
-        precision=precision,
-        min_memory_gb=min_memory,
-    )
+    try:
+        found = select_targets(
+            words,
+            compiler=compiler,
+            compute_capability=compute_capability,
+            precision=precision,
+            min_memory_gb=min_memory,
+        )
+    except BackendError as error:
+        error.hint = _ALL
+        raise
     if as_json:
         click.echo(json.dumps([target.as_dict() for target in found], indent=1, ensure_ascii=False))
     elif found:
         click.echo("\n".join(target_lines(found)))
         click.echo("\n".join(hint_lines(found)), err=True)
     if not found:
-        raise BackendError("no GPU fits all of this", "lora-export targets, without options, lists all")
+        raise BackendError("no GPU fits all of this", _ALL)

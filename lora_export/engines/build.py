@@ -29,7 +29,7 @@ from lora_export.engines.run_worker import run_worker
 from lora_export.engines.source import Serialized, port_of, serialize
 from lora_export.engines.worker import Job
 from lora_export.errors import BackendError, EngineBuildError
-from lora_export.output import OutputSet, output_errors, refuse_replacing
+from lora_export.output import OutputSet, check_parent, output_errors, refuse_replacing
 from lora_export.progress import Say
 
 PathLike = str | os.PathLike[str]
@@ -215,6 +215,7 @@ def carry_out(
         _check_timings([group.compiler for group in plan.groups])
     engines = [BuiltEngine(plan.engine_path(Path(output), group), group) for group in plan.groups]
     report = BuildReport(tuple(engines), plan.profiles, (*plan.admitted.notes, *plan.notes), dry_run)
+    check_parent(engines[0].path)
     if dry_run:
         return report
     _refuse_existing([engine.path for engine in engines], force)

@@ -65,7 +65,29 @@ def check_fits(
     if refused and not ignore_memory:
         raise BackendError(
             f"the engine would not fit into the memory of {', '.join(fit.target.name for fit in refused)}",
-            "give smaller --shape, fewer --adapters or --weight-streaming; or --ignore-memory to go on",
+            _how_to_fit(profiles, adapters, options, estimate, [fit.target for fit in refused]),
             [line for fit in refused for line in fit.lines],
         )
     return fits
+
+
+def _how_to_fit(
+    profiles: Sequence[Profile],
+    adapters: int,
+    options: BuildOptions,
+    estimate: MemoryEstimate,
+    targets: Sequence[Target],
+) -> str:
+    """Return what would need less memory, of what this graph has and was not asked for already."""
+    ways = []
+    if any(shapes[0] != shapes[2] for profile in profiles for shapes in profile.shapes.values()):
+        ways.append("a smaller --shape")
+    if adapters > 1:
+        ways.append("fewer --adapters")
+    streamed = (check_fit(estimate, target, adapters, weight_streaming=True)[0] for target in targets)
+    if not options.weight_streaming and any(verdict != "no" for verdict in streamed):
+        ways.append("--weight-streaming")
+    give = (
+        [f"give {' or '.join(ways)}"] if ways else ["build for a GPU with more memory (lora-export targets)"]
+    )
+    return "; or ".join([*give, "--ignore-memory to go on"])

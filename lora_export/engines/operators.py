@@ -55,6 +55,7 @@ _HINTS = {
     "QuantizeLinear and DequantizeLinear, symmetric int8",
     "fused": "ONNX Runtime's fusions: export without them, or save no optimised model",
     "custom": "export without custom operators",
+    "absent": "export the model without this operator, or run the graph with ONNX Runtime",
 }
 
 
@@ -104,4 +105,4 @@ def _hint(domain: str, operator: str) -> str:
         return _HINTS["quantised"]
     if domain == _CONTRIB:
         return _HINTS["fused"]
-    return "" if domain in _ONNX else _HINTS["custom"]
+    return _HINTS["absent" if domain in _ONNX else "custom"]

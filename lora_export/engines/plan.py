@@ -227,11 +227,14 @@ def _groups(wish: Wish) -> list[Group]:
 
 def _targets(names: Sequence[str]) -> list[Target]:
     """Return the targets by name, each once."""
-    if not names:
-        raise BackendError("which GPUs is the engine for?", "give --target; lora-export targets lists them")
+    singles = [single.strip() for given in names for single in given.split(",") if single.strip()]
+    if not singles:
+        raise BackendError(
+            "which GPUs is the engine for?", "give --target NAME; lora-export targets lists the names"
+        )
     found: dict[str, Target] = {}
     problems, hint = [], ""
-    for name in (single.strip() for given in names for single in given.split(",") if single.strip()):
+    for name in singles:
         for single in RTX_COMPUTE_CAPABILITIES if name.lower() == ALL else [name]:
             try:
                 target = find_target(single)
@@ -262,19 +265,26 @@ def _check_name(name: str) -> None:
 
 
 def _check_options(groups: Sequence[Group], wish: Wish, here: bool) -> None:
-    problems, hint = [], "leave these options out, or change them"
+    problems: list[str] = []
+    hints: list[str] = []
     # What builds anywhere builds for the same GPUs everywhere.
     for group in (group for group in groups if here or group.compiler.anywhere):
         for target in group.targets:
             if problem := group.compiler.target_problem(target.compute_capability):
                 problems.append(f"{target.name}: {problem}")
-                hint = (
+                hints.append(
                     f"leave out --backend {group.compiler.name}"
                     if group.compiler.anywhere
                     else "for a GPU that is elsewhere, make a build kit and run it there: --kit"
                 )
-    for compiler in {group.compiler.name: group.compiler for group in groups}.values():
-        problems += compiler.option_problems(wish.options, here)
+    if refused := [
+        problem
+        for compiler in {group.compiler.name: group.compiler for group in groups}.values()
+        for problem in compiler.option_problems(wish.options, here)
+    ]:
+        problems += refused
+        hints.append("leave these options out")
+    known = len(problems)
     level, workspace = wish.options.optimization_level, wish.options.workspace_bytes
     if level is not None and not 0 <= level <= 5:
         problems.append(f"optimization_level is {level}, wanted 0 to 5")
@@ -282,5 +292,8 @@ def _check_options(groups: Sequence[Group], wish: Wish, here: bool) -> None:
         problems.append(f"workspace_bytes is {workspace}, wanted at least 1")
     if wish.adapters < 0:
         problems.append(f"adapters is {wish.adapters}, wanted 0 or more")
+    if len(problems) > known:
+        hints.append("give numbers within these limits")
     if problems:
+        hint = "; ".join(dict.fromkeys(hints))
         raise BackendError("this can't be built here" if here else "this can't be built", hint, problems)

@@ -37,6 +37,7 @@ _HINT = (
     "give --shape DIMENSION=MIN:OPT:MAX (batch=1:1:8) or --shape INPUT=MIN:OPT:MAX with shapes "
     "(input_ids=1x1:1x128:8x2048)"
 )
+_FIT_HINT = "change what is given with --shape or --profile as listed"
 _PROFILE_HINT = "give --profile 'NAME KEY=MIN:OPT:MAX …' (--profile 'decode batch=1:1:8')"
 # Names that a message lists: a decoder has an input for each layer's cache.
 _LISTED = 10
@@ -133,18 +134,21 @@ def make_profiles(
             the sizes of; all of them are listed.
     """
     problems: list[str] = []
+    hints: list[str] = []
     profiles = []
     for request in requests or [ProfileRequest()]:
         made = _Maker(inputs, exposed, largest, request)
         profiles.append(made.profile())
         label = f"profile '{request.name}': " if len(requests) > 1 else ""
-        problems += [f"{label}{problem}" for problem in made.problems]
+        problems += [f"{label}{problem}" for problem in [*made.problems, *made.unknown]]
+        hints += [_FIT_HINT] * bool(made.problems) + [_HINT] * bool(made.unknown)
     names = [profile.name for profile in profiles]
-    problems += [
-        f"two profiles are called '{name}'" for name in sorted({n for n in names if names.count(n) > 1})
-    ]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        problems += [f"two profiles are called '{name}'" for name in twice]
+        hints.append("give each --profile a name of its own")
     if problems:
-        raise BackendError("the shapes that the engine should take don't fit the graph", _HINT, problems)
+        hint = "; ".join(dict.fromkeys(hints))
+        raise BackendError("the shapes that the engine should take don't fit the graph", hint, problems)
     return tuple(profiles)
 
 
@@ -159,6 +163,7 @@ class _Maker:
         request: ProfileRequest,
     ) -> None:
         self.problems: list[str] = []
+        self.unknown: list[str] = []  # dimensions that nothing tells the sizes of
         self._request = request
         self._exposed = exposed
         self._inputs = inputs
@@ -180,7 +185,7 @@ class _Maker:
             self.problems.append(f"{TOTAL}: {given}, sequence and past together are {wanted}")
 
     def profile(self) -> Profile:
-        """Return it; what could not be told is in `problems`."""
+        """Return it; what could not be told is in `unknown`."""
         self._check_total()
         shapes: dict[str, ShapeRange] = {}
         for port in self._varying:
@@ -206,7 +211,7 @@ class _Maker:
         if role != TOTAL and (computed := self._computed(symbol)) is not None:
             return computed
         if role is None:
-            self.problems.append(f"{port.name}: nothing tells the sizes of dimension {axis} ({symbol})")
+            self.unknown.append(f"{port.name}: nothing tells the sizes of dimension {axis} ({symbol})")
             return None
         return self._roles[role]
 

@@ -238,6 +238,8 @@ def read_engine(engine: Path) -> EngineRecord:
         BackendError: There is no engine or no record, either is damaged, or they don't belong together.
     """
     if not engine.is_file():
+        if engine.is_dir():
+            raise BackendError(f"{engine} is a folder, not an engine", "give the .engine file")
         raise BackendError(f"no engine at {engine}", "check the path")
     beside = record_path(engine)
     if not beside.is_file():
@@ -248,7 +250,7 @@ def read_engine(engine: Path) -> EngineRecord:
     try:
         text = beside.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise BackendError(f"{beside} is no text", "build the engine again") from error
+        raise BackendError(f"{beside} is not UTF-8 text", "build the engine again") from error
     record = EngineRecord.from_json(text, str(beside))
     size = engine.stat().st_size
     if size != record.size_bytes:

@@ -130,7 +130,7 @@ def select_targets(
     Raises:
         BackendError: No GPU has that compute capability.
     """
-    wanted = find_target(compute_capability).compute_capability if compute_capability else None
+    wanted = _capability_of(compute_capability) if compute_capability else None
     return [
         target
         for target in _catalogue()[0].values()
@@ -140,6 +140,17 @@ def select_targets(
         and precision in (None, *target.precisions)
         and (min_memory_gb is None or (target.memory_bytes or 0) >= min_memory_gb * _GIB)
     ]
+
+
+def _capability_of(text: str) -> str:
+    """Return the compute capability that a text is, or that the GPU of that name has."""
+    try:
+        return find_target(text).compute_capability
+    except BackendError as error:
+        if not _COMPUTE_CAPABILITY.match(text.strip().lower()):
+            known = ", ".join(known_compute_capabilities())
+            error.message = f"{text!r} is not a compute capability ({known}), and {error.message}"
+        raise
 
 
 @cache

@@ -35,12 +35,15 @@ class TensorRTRTX(Compiler):
         if options.version_compatible:
             found.append("version_compatible: TensorRT-RTX needs a lean library for it, and there is none")
         if options.hardware_compatible:
-            found.append("hardware_compatible: TensorRT-RTX takes several targets in one engine: --together")
+            found.append(
+                "hardware_compatible: TensorRT-RTX has no such engines; for one engine for several GPUs give "
+                "each as --target, and --together"
+            )
         needs = [name for name in ("refit", "strip_weights") if getattr(options, name)]
         if here and needs and gpu_here() is None:
             found.append(
                 f"{', '.join(needs)}: TensorRT-RTX builds such engines only on a machine with a GPU, and "
-                "this one has none (a kit can be built on one: --kit)"
+                "this one has none: leave them out, or make a build kit and build it on one (--kit)"
             )
         return found
 

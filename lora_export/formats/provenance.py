@@ -148,5 +148,5 @@ def refuse_other_base(adapter: Adapter, base_sha256: str, where: str, any_base: 
     elif any_base:
         return (f"bound to another base than it was made for: {problem}",)
     else:
-        hint += ", or go on with --any-base (any_base=True)"
+        hint += ", or go on with convert-adapter --any-base (any_base=True)"
     raise AdapterError(f"adapter '{adapter.name}' was made for another base than {where}", hint, problems)

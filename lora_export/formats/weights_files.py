@@ -185,7 +185,7 @@ def _only_candidate(path: Path, found: Sequence[str]) -> WeightsFiles:
     if (path / "config.json").is_file():
         raise AdapterError(
             f"{path} is a model, not an adapter: it has config.json and no {CONFIG_NAME}",
-            "give the adapter's folder; the base model goes behind --base",
+            "give the adapter's folder, not its base model's",
         )
     if len(found) == 1:
         return WeightsFiles((path / found[0],))

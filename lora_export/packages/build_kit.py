@@ -22,7 +22,7 @@ from lora_export.engines.source import serialize
 from lora_export.errors import BackendError
 from lora_export.external_data import plan_data, write_data
 from lora_export.graph import save_graph
-from lora_export.output import OutputSet, output_errors, refuse_existing
+from lora_export.output import OutputSet, check_parent, output_errors, refuse_existing
 
 PathLike = str | os.PathLike[str]
 _MIB = 1 << 20
@@ -86,6 +86,7 @@ def write_kits(
     _check_inputs(plan.profiles)
     kits = tuple(Path(output) / f"{plan.name}.{group.label}.kit" for group in plan.groups)
     report = KitReport(kits, plan.groups, plan.profiles, (*plan.admitted.notes, *plan.notes), dry_run)
+    check_parent(kits[0])
     if not dry_run:
         refuse_existing(list(kits), force)
         source = serialize(plan.admitted.graph, sha256_of).source

@@ -103,7 +103,7 @@ def _read(path: Path) -> Any:
     except ValueError as error:
         raise PackageError(
             f"{path} is no JSON ({error}), and onnxruntime-genai could not run the output with it",
-            "mend the file, or move it away if the output is not for onnxruntime-genai",
+            "correct the file, or move it away if the output is not for onnxruntime-genai",
         ) from error
 
 

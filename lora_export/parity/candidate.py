@@ -217,9 +217,11 @@ class BankCandidate(Candidate):
                 )
             elif same:
                 problems.append(f"{name}: {adapter.source} is the file of slots {', '.join(same)}")
-            elif record.resident == "inputs":
+            elif record.resident == "inputs" and len(self.session.adapters) < len(record.slots):
                 self.notes += self.session.load_adapter(name, adapter)
                 found[name] = name
+            elif record.resident == "inputs":
+                problems.append(f"{name}: all {len(record.slots)} slots are taken, by other adapters")
             else:
                 problems.append(f"{name}: no slot of that name, nor of {adapter.source}")
         problems += [

@@ -185,7 +185,8 @@ def _feeds(
         found = read_feeds(Path(file), about.ports, about.captured, vocabulary_of(sides))
         if sides.reference.about["kind"] == "saved" and len(found) > 1:
             raise BackendError(
-                f"{file} holds {len(found)} feeds, saved outputs are of one", "check each feed by itself"
+                f"{file} holds {len(found)} feeds, saved outputs are of one",
+                "give a file with the inputs of one feed, those that the outputs were saved from",
             )
         return found
     if sides.reference.about["kind"] == "saved":

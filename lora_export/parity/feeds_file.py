@@ -5,6 +5,7 @@ One feed under the inputs' own names, or several under ``<label>/<input>``.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def _from_safetensors(path: Path) -> dict[str, Array]:
     try:
         return read_safetensors(path)[0]
     except AdapterError as error:
-        raise BackendError(error.message, "save the feeds again", error.problems) from error
+        raise BackendError(error.message, "save them again with safetensors", error.problems) from error
 
 
 def _from_npz(path: Path) -> dict[str, Array]:
@@ -85,9 +86,9 @@ def _from_npz(path: Path) -> dict[str, Array]:
                     tensors[name] = _native(np.asarray(file[name]))
                 except Exception as error:  # a damaged member: zipfile, zlib and numpy raise many kinds
                     problems.append(f"{name}: {type(error).__name__}: {error}")
-    except Exception as error:  # the same for a damaged file; numpy takes other files for a pickle
+    except Exception as error:  # the same for a damaged file
         raise BackendError(
-            f"{path} is not a readable .npz file: {type(error).__name__}: {error}",
+            f"{path} is not a readable .npz file: {npz_trouble(path, error)}",
             "save it again with numpy.savez(file, **inputs)",
         ) from error
     if problems:
@@ -97,6 +98,13 @@ def _from_npz(path: Path) -> dict[str, Array]:
             problems,
         )
     return tensors
+
+
+def npz_trouble(path: Path, error: Exception) -> str:
+    """Return what is wrong with an ``.npz`` that numpy can't read: it takes other files for a pickle."""
+    if not isinstance(error, OSError) and not zipfile.is_zipfile(path):
+        return "it is not a zip archive, which numpy.savez writes"
+    return f"{type(error).__name__}: {error}"
 
 
 def _native(values: Array) -> Array:

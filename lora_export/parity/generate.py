@@ -38,7 +38,7 @@ def check_decoder(
     if most is not None and _PROMPT + count > most:
         raise BackendError(
             f"{where} takes {most} tokens: a prompt of {_PROMPT} and {count} new ones are more",
-            f"give at most --generate {max(most - _PROMPT, 0)}",
+            f"give at most --generate {most - _PROMPT}" if most > _PROMPT else "leave out --generate",
         )
     names = [port.name for port in ports]
     strange = [name for name in names if name not in _KNOWN and not name.startswith(_PAST)]

@@ -43,7 +43,8 @@ def read_merged(graph: Path, adapters: Mapping[str, Adapter], weights: Sequence[
     """
     if weights and len(weights) != len(adapters):
         raise AdapterError(
-            f"{len(weights)} weights for {len(adapters)} adapters", "give one --weight for each --adapter"
+            f"{len(weights)} weights for {len(adapters)} adapters",
+            "give one --weight for each --adapter" if adapters else "give --adapter too, or omit --weight",
         )
     manifest = _manifest(graph)
     left = _entries(manifest)

@@ -28,7 +28,7 @@ def named_adapters(given: Adapters) -> dict[str, Adapter]:
         if adapter.name in found:
             raise AdapterError(
                 f"two adapters are called '{adapter.name}'",
-                "give them names: NAME=PATH",
+                "give a mapping of names to adapters",
                 [found[adapter.name].source, adapter.source],
             )
         found[adapter.name] = adapter

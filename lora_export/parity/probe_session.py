@@ -58,7 +58,8 @@ def run_with_outputs(
         found = session.run_with_ort_values(list(names), bound)
     except Exception as error:  # ONNX Runtime's exceptions have no common class
         raise BackendError(
-            f"ONNX Runtime could not run {graph.path.name} with probes: {error}", ""
+            f"ONNX Runtime could not run {graph.path.name} with probes: {error}",
+            "omit the search with --no-localise (localise=False)",
         ) from error
     return {names[name]: memory.read(value) for name, value in zip(names, found, strict=True)}
 

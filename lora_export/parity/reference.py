@@ -15,10 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from lora_export.adapter import Adapter, Array
+from lora_export.checkpoint import no_folder
 from lora_export.errors import AdapterError, BackendError
 from lora_export.formats.tensors import read_safetensors
 from lora_export.manifest import hash_file, identity_of
 from lora_export.parity.candidate import Candidate, describe, open_candidate
+from lora_export.parity.feeds_file import npz_trouble
 from lora_export.parity.result import BASE, State, state_name
 from lora_export.runtimes.device import Provider
 from lora_export.runtimes.torch_reference import TorchReference
@@ -145,13 +147,24 @@ def open_reference(
     if path.suffix in _SAVED:
         return SavedReference(path, _read_saved(path, blend))
     if path.suffix != ".onnx":
-        raise BackendError(
-            f"{path} is no reference",
-            "give a checkpoint folder, an .onnx file, or saved outputs (.npz, .safetensors)",
-        )
+        raise _no_reference(path)
     about = describe(path, provider)
     without = open_candidate(describe(base, provider), {}) if base is not None else None
     return GraphReference(open_candidate(about, {} if about.mode == "plain" else adapters), without, blend)
+
+
+def _no_reference(path: Path) -> BackendError:
+    """Return why nothing can be compared with a path; what can't be one is called by its name."""
+    if not path.exists():
+        return BackendError(f"there is nothing at {path}", no_folder(path).hint)
+    kinds = {
+        ".engine": ": an engine can only be the candidate",
+        ".ort": ": it is in ONNX Runtime's own format (.ort)",
+    }
+    return BackendError(
+        f"{path} is no reference{kinds.get(path.suffix, '')}",
+        "give a checkpoint folder, an .onnx file, or saved outputs (.npz, .safetensors)",
+    )
 
 
 def _read_saved(path: Path, blend: State) -> dict[State, dict[str, Array]]:
@@ -203,7 +216,7 @@ def read_tensors(path: Path) -> dict[str, Array]:
     except AdapterError as error:
         raise BackendError(error.message, again, error.problems) from error
     except Exception as error:  # of a damaged file: zipfile, zlib and numpy raise many kinds
-        raise BackendError(f"{path} can't be read: {type(error).__name__}: {error}", again) from error
+        raise BackendError(f"{path} can't be read: {npz_trouble(path, error)}", again) from error
     found = {
         name: values.view(ml_dtypes.bfloat16) if values.dtype == np.dtype("V2") else values
         for name, values in found.items()

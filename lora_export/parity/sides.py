@@ -155,13 +155,13 @@ def open_sides(
 def _merged(about: About, adapters: Mapping[str, Adapter], weights: Sequence[float]) -> Merged:
     """Return what is merged into the candidate."""
     if wrong := [weight for weight in weights if not math.isfinite(weight)]:
-        raise BackendError(f"weights are {', '.join(map(str, wrong))}", "give numbers")
+        raise BackendError(f"weights are {', '.join(map(str, wrong))}", "give finite numbers")
     if about.mode == "plain":
         return read_merged(about.path, adapters, weights)
     if weights:
         raise BackendError(
             f"weights are of adapters that were merged; {about.path.name} is a {about.mode} graph",
-            "leave them out",
+            "omit --weight (weights=)",
         )
     return Merged()
 
@@ -210,6 +210,14 @@ def vocabulary_of(sides: Sides) -> int | None:
     return right.model.vocab_size if isinstance(right, CheckpointReference) else None
 
 
+def _how_to_run(sides: Sides) -> str:
+    """Return what to give for a reference that lacks adapters of the candidate."""
+    if isinstance(sides.reference, SavedReference):
+        output = sides.candidate.about.outputs[0]
+        return f"save the outputs of each adapter as NAME/{output}, or give a checkpoint folder"
+    return "give a checkpoint folder as the reference, or outputs saved with each of them"
+
+
 def states_of(sides: Sides) -> list[State]:
     """Return the states that both sides can be in, the base first.
 
@@ -221,9 +229,7 @@ def states_of(sides: Sides) -> list[State]:
     lacking = [state_name(state) for state in wanted if state not in states and state != BASE]
     if lacking or not states:
         raise BackendError(
-            "the reference can't be run with every adapter of the candidate",
-            "give a checkpoint folder as the reference, or outputs saved with each of them",
-            lacking,
+            "the reference can't be run with every adapter of the candidate", _how_to_run(sides), lacking
         )
     saved = sides.reference.outputs if isinstance(sides.reference, SavedReference) else {}
     if left := [state_name(state) for state in saved if state not in (*wanted, BASE)]:

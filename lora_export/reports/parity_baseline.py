@@ -95,13 +95,13 @@ def compare(
     """
     if not (math.isfinite(factor) and factor >= 1):
         raise LoraExportError(
-            f"a baseline's factor must be a number from 1 on, not {factor:g}", "--help says more"
+            f"a baseline's factor must be a number from 1 on, not {factor:g}", f"omit factor= for {FACTOR:g}"
         )
     before, now = _data(old, "the baseline"), _data(new, "the report")
     if reasons := list(_incomparable(before, now)):
         raise LoraExportError(
             "the baseline can't be compared with this check",
-            "write a baseline of this check: lora-export parity … --report FILE",
+            "write a new one: the same check without --baseline, with --report FILE",
             reasons,
         )
     found = list(_verdict_regressions(before["verdicts"], now["verdicts"]))

@@ -58,6 +58,7 @@ def check_outputs(outputs: Outputs, force: bool, inputs: Inputs) -> None:
             can't be written, or exists without ``force``; all of them.
     """
     problems: list[str] = []
+    hints: set[str] = set()
     seen: dict[Path, str] = {}
     for kind, path in outputs.items():
         if path is None:
@@ -65,14 +66,19 @@ def check_outputs(outputs: Outputs, force: bool, inputs: Inputs) -> None:
         option, known = _OPTIONS[kind], path.resolve()
         if known in seen:
             problems.append(f"{seen[known]} and {option} are both {path}")
+            hints.add("give each a path of its own")
         seen[known] = option
-        if why := _refused(path, force, inputs):
+        if why := _refused(path, inputs):
             problems.append(f"{option} {path}{why}")
+            hints.add("give a path at which a file can be written")
+        elif _there(path) and not force:
+            problems.append(f"{option} {path} exists")
+            hints.add("choose another name, or give --force")
     if problems:
-        raise OutputError("the reports can't be written", "give each a path of its own", problems)
+        raise OutputError("the reports can't be written", "; ".join(sorted(hints)), problems)
 
 
-def _refused(path: Path, force: bool, inputs: Inputs) -> str:
+def _refused(path: Path, inputs: Inputs) -> str:
     """Return why a report can't have this path, "" if it can."""
     if path.is_dir():
         return " is a folder"
@@ -81,8 +87,6 @@ def _refused(path: Path, force: bool, inputs: Inputs) -> str:
     if what := next(_read_as(path, inputs), ""):
         # Not even with --force.
         return f" is {what}"
-    if _there(path) and not force:
-        return " exists; --force replaces it"
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not os.access(folder, os.W_OK | os.X_OK):
         return f" can't be written: you may not write to {folder}"

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from lora_export.errors import InternalError, LoraExportError
 from lora_export.parity.result import FORMAT, ParityReport
 
-_HINT = "write it anew: lora-export parity … --report FILE"
+_HINT = "write a report: the same check without --baseline, with --report FILE"
 # A damaged report can break a rule once for every verdict.
 _NAMED = 20
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -53,7 +53,7 @@ def read_report(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise LoraExportError(f"{path}: the report can't be read: {error.strerror}", _HINT) from error
     except (ValueError, RecursionError) as error:
-        raise LoraExportError(f"{path}: the report is no JSON", _HINT, [str(error)]) from error
+        raise LoraExportError(f"{path}: the report is not JSON", _HINT, [str(error)]) from error
     check_report(data, str(path))
     return dict(data)
 

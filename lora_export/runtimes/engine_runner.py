@@ -229,7 +229,7 @@ def _stream_weights(loaded: LoadedEngine, budget: int | None) -> None:
     if not loaded.record.options.weight_streaming:
         raise BackendError(
             f"{loaded.path.name} was not built for weight streaming",
-            "build it with --weight-streaming, or leave weight_streaming_budget_bytes away",
+            "build it with --weight-streaming, or omit weight_streaming_budget_bytes=",
         )
     engine = loaded.engine
     engine.weight_streaming_budget_v2 = min(budget, engine.streamable_weights_size)

@@ -68,7 +68,7 @@ def open_session(
     except Exception as error:  # ONNX Runtime's exceptions have no common class
         raise BackendError(
             f"ONNX Runtime can't open {path}: {error}",
-            "a CUDA graph needs every node on the GPU: leave it out (cuda_graph=False)"
+            "a CUDA graph needs every node on the GPU: leave out --cuda-graph (cuda_graph=True)"
             if cuda_graph
             else "check the file, and the operators that this onnxruntime supports",
         ) from error

@@ -149,7 +149,7 @@ class MergedEngine(EngineSession):
         graph = load_graph(self._source)
         if graph_hashes(graph) != self._hashes:
             raise GraphError(
-                f"{self._source} has changed since the engine was opened", "open the engine anew"
+                f"{self._source} has changed since the engine was opened", "open the engine again"
             )
         return graph
 

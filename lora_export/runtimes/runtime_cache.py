@@ -30,7 +30,7 @@ class RuntimeCache:
         if file is not None and not loaded.is_rtx:
             raise BackendError(
                 f"{loaded.path.name} is an engine of classic TensorRT, which has no runtime cache",
-                "leave runtime_cache away",
+                "omit runtime_cache=",
             )
         self._loaded: LoadedEngine | None = loaded
         self._file = None if file is None else Path(file)

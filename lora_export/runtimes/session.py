@@ -287,7 +287,9 @@ class AdapterSession:
             BackendError: As `run`, or the model is an engine.
         """
         if not isinstance(self._model, OrtModel):
-            raise BackendError(f"{self._model.path.name} is an engine, whose inputs stay on the GPU", "")
+            raise BackendError(
+                f"{self._model.path.name} is an engine, whose inputs stay on the GPU", "use run"
+            )
         checked = self._model.check_feeds(feeds)
         with self._adapters.use(checked, adapter, adapters) as (resident, fed):
             bound = {name: self._model.memory.read(value) for name, value in resident.tensors.items()}
@@ -314,6 +316,6 @@ def _read(source: PathLike | Adapter, name: str, options: Mapping[str, Any]) -> 
     if options:
         raise AdapterError(
             f"adapter '{name}' is an Adapter, which says its own {', '.join(options)}",
-            "leave these away, or give the file",
+            "omit these, or give the file",
         )
     return source

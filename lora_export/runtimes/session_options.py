@@ -120,4 +120,4 @@ class SessionOptions:
 
 def _raise(problems: list[str]) -> None:
     if problems:
-        raise BackendError("the session's options can't be used", "mend these", problems)
+        raise BackendError("the session's options can't be used", "fix the listed problems", problems)

@@ -82,7 +82,7 @@ class SwapAdapters(Generic[R]):
             SiteError: Something of the adapter has no place.
         """
         if slot is not None:
-            raise AdapterError(f"{self._model.path.name} has no slots: it is a swap graph", "leave slot away")
+            raise AdapterError(f"{self._model.path.name} has no slots: it is a swap graph", "omit slot=")
         if not replace:
             self.cache.check_free(name)
         adapter = read()

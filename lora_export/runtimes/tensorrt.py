@@ -192,7 +192,7 @@ class TensorRTModel(EngineModel):
                 return padded, [note] if grown else []
         raise AdapterError(
             f"{adapter} doesn't fit {self.path.name}: the engine was built for other ranks",
-            "build the engine with a wider range of ranks: rank=MIN:OPT:MAX",
+            "build the engine with a wider range of ranks: --shape rank=MIN:OPT:MAX",
             shapes.problems(shapes_of(tensors.items())),
         )
 
@@ -234,7 +234,7 @@ def _exposed(path: Path, record: EngineRecord) -> ExposedGraph:
     if missing := [name for name in wanted if name not in inputs]:
         raise GraphError(
             f"{path} lacks {len(missing)} of the {len(wanted)} inputs that its LoRA record speaks of",
-            "make the graph with --flavour tensorrt: an input with a default becomes a constant",
+            "build the engine from what swap-onnx or bank-onnx wrote: a tool has changed it since",
             missing,
         )
     return exposed
