@@ -112,6 +112,11 @@ def identity_of(hashes: Iterable[FileHash]) -> str:
     return digest.hexdigest()
 
 
+def identity_of_graph(graph: Path, data: Path) -> str:
+    """Return the identity of a graph and its own data file, which it may lack."""
+    return identity_of(hash_file(file) for file in (graph, data) if file.is_file())
+
+
 def package_versions(names: Iterable[str]) -> dict[str, str]:
     """Return the installed versions of packages; those not installed are left out."""
     found = {}

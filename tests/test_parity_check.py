@@ -325,6 +325,26 @@ def test_a_damaged_manifest_neither_helps_nor_stops(fields, tmp_path):
     assert not check_parity(reference, tmp_path / "base.onnx", {"a": A}, feeds=feeds(tmp_path)).passed
 
 
+@pytest.mark.parametrize("changed", ["manifest", "graph", "data"])
+def test_a_manifest_of_another_merge_raises_no_limit(changed, tmp_path):
+    """What an earlier merge lost in rounding is no excuse for this graph."""
+    candidate = merged(tmp_path, A)
+    reference = saved(tmp_path / "right.npz", {"base/y": right(), "a/y": right((A, 1))})
+    rewritten(candidate, rounding={"total": {"relative_error": 0.2}})
+    check = lambda: check_parity(reference, candidate, {"a": A}, feeds=feeds(tmp_path))  # noqa: E731
+    lenient = [verdict.limit for verdict in of(check(), "error")]
+    if changed == "manifest":
+        rewritten(candidate, outputs={"data": "merged.onnx.data", "identity": "of another"})
+    elif changed == "graph":
+        broken.edited(candidate, candidate, lambda model: model.metadata_props.add(key="other", value="1"))
+    else:
+        data = candidate.with_name("merged.onnx.data")
+        data.write_bytes(data.read_bytes() + bytes(64))
+    report = check()
+    assert any("is of another merge" in note for note in report.notes)
+    assert max(verdict.limit for verdict in of(report, "error")) < min(lenient)
+
+
 def test_a_manifest_that_names_other_adapters_is_said(tmp_path):
     candidate = merged(tmp_path, A, B)
     reference = saved(tmp_path / "right.npz", {"base/y": right(), "c/y": right((both(5), 1))})

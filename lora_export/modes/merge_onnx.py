@@ -21,7 +21,7 @@ from lora_export.checkpoint_merge import CheckpointMerge, plan_merge
 from lora_export.external_data import Change, plan_data, write_data
 from lora_export.graph import save_graph
 from lora_export.graph_merge import mark_merged, plan_changes
-from lora_export.manifest import FileHash, Manifest, adapter_entry, package_versions
+from lora_export.manifest import FileHash, Manifest, adapter_entry, identity_of_graph, package_versions
 from lora_export.merge_report import MergeReport
 from lora_export.onnx_base import CheckpointChoice, open_base, output_paths
 from lora_export.output import OutputSet, output_errors, refuse_replacing
@@ -125,7 +125,10 @@ def merge_onnx(
             mark_merged(graph.model, loaded, factors, opened.identity)
             save_graph(graph.model, staged["graph"])
             before = history_of(base / MANIFEST if base.is_dir() else base.with_suffix(".lora.json"))
-            _save_manifest(staged["manifest"], report, list(opened.hashes.values()), loaded, factors, before)
+            identity = identity_of_graph(staged["graph"], staged["data"])
+            _save_manifest(
+                staged["manifest"], report, list(opened.hashes.values()), loaded, factors, before, identity
+            )
             outputs.commit()
     return report
 
@@ -152,15 +155,16 @@ def _save_manifest(
     adapters: Sequence[Adapter],
     factors: Sequence[float],
     before: History,
+    identity: str,
 ) -> None:
-    written = {name: path.name for name, path in report.outputs.items()}
+    written: dict[str, Any] = {name: path.name for name, path in report.outputs.items()}
     manifest = Manifest(
         "merge-onnx",
         base,
         [adapter_entry(adapter, factor) for adapter, factor in zip(adapters, factors, strict=True)],
         report.plan.as_dict(),
         rounding_dict(report.roundings),
-        written | {"shared_bytes": report.shared_bytes} | before.outputs(),
+        written | {"identity": identity, "shared_bytes": report.shared_bytes} | before.outputs(),
         {"lora-export": __version__} | package_versions(["numpy", "ml_dtypes", "onnx-ir"]),
     )
     path.write_text(manifest.to_json(), encoding="utf-8")

@@ -10,9 +10,11 @@ from typing import Any
 
 from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError, GraphError
-from lora_export.manifest import Manifest
+from lora_export.manifest import Manifest, identity_of_graph
 from lora_export.parity.limits import Rounding
 from lora_export.parity.result import BASE, State
+
+_SUFFIX = ".lora.json"
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,16 @@ def read_merged(graph: Path, adapters: Mapping[str, Adapter], weights: Sequence[
             "give one --weight for each --adapter" if adapters else "give --adapter too, or omit --weight",
         )
     manifest = _manifest(graph)
+    notes: list[str] = []
+    if manifest is not None and not _is_of(manifest, graph):
+        notes.append(
+            f"{graph.with_suffix(_SUFFIX).name} is of another merge, or {graph.name} was changed since: what "
+            "it says of weights and of rounding is left aside"
+        )
+        manifest = None
     left = _entries(manifest)
     listed = ", ".join(str(entry["name"]) for entry in left)
-    notes, state = [], []
+    state = []
     for number, (name, adapter) in enumerate(adapters.items()):
         entry = _entry_of(adapter, left)
         if entry is None and listed:
@@ -119,7 +128,7 @@ def _span(scalings: Mapping[str, float]) -> str:
 
 
 def _manifest(graph: Path) -> Manifest | None:
-    beside = graph.with_suffix(".lora.json")
+    beside = graph.with_suffix(_SUFFIX)
     if not beside.is_file():
         return None
     try:
@@ -129,9 +138,15 @@ def _manifest(graph: Path) -> Manifest | None:
         return None
 
 
+def _is_of(manifest: Manifest, graph: Path) -> bool:
+    """Whether a manifest is of this very graph and its data: a limit hangs on what it says."""
+    identity, data = manifest.outputs.get("identity"), manifest.outputs.get("data")
+    return identity == identity_of_graph(graph, graph.parent / Path(str(data)).name)
+
+
 def _rounding(manifest: Manifest | None, graph: Path) -> Rounding | None:
     try:
         relative = float(manifest.rounding["total"]["relative_error"]) if manifest is not None else 0.0
     except (TypeError, ValueError, KeyError):
         return None
-    return Rounding(relative, graph.with_suffix(".lora.json").name) if 0 < relative < math.inf else None
+    return Rounding(relative, graph.with_suffix(_SUFFIX).name) if 0 < relative < math.inf else None
