@@ -26,6 +26,7 @@ from lora_export.checkpoint_files import (
 from lora_export.checkpoint_layout import Layout, layout_of, pieces_of
 from lora_export.checkpoint_sites import place_adapters
 from lora_export.errors import AdapterError, CheckpointError, OutputError, SiteError
+from lora_export.formats.pipeline import refuse_other_components
 from lora_export.plan import Plan
 from lora_export.rounding import Mode, Rounding, update
 from lora_export.sites.likeness import counterparts, side_by_side
@@ -115,11 +116,13 @@ def plan_merge(
         raise OutputError(f"there is no output dtype '{dtype}'", f"one of: {', '.join(DTYPES)}")
     checkpoint = Checkpoint.open(base)
     quantised = find_quantised(checkpoint)
+    notes = refuse_other_components(adapters, [checkpoint.folder])
     _refuse_merged(checkpoint, adapters)
     placed = place_adapters(checkpoint, adapters, factors, quantised, resize)
     _refuse_unplaced(checkpoint, adapters, placed, allow_unmatched)
     refuse_copies(placed.copied, adapters)
     refuse_overwriting(placed.copied, checkpoint.folder / MANIFEST, adapters)
+    placed = replace(placed, plan=replace(placed.plan, notes=(*notes, *placed.plan.notes)))
     if dtype is not None:
         _refuse_dequantising(quantised, dtype)
     code = DTYPES[dtype] if dtype else None
