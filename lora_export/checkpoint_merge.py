@@ -176,12 +176,8 @@ def _refuse_dequantising(quantised: Quantised, dtype: str) -> None:
 
 def _refuse_merged(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
     """Refuse an adapter that is in the base already, by the manifests of the merges that led to it."""
-    known = history_of(checkpoint.folder / MANIFEST).adapters
-    twice = [
-        f"{adapter.name} (as '{known[adapter.sha256]}')"
-        for adapter in adapters
-        if adapter.sha256 and adapter.sha256 in known
-    ]
+    history = history_of(checkpoint.folder / MANIFEST)
+    twice = [found for adapter in adapters if (found := history.merged(adapter))]
     if twice:
         raise AdapterError(
             f"the base {checkpoint.folder} has this adapter merged into it already",
