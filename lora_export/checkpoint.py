@@ -5,7 +5,6 @@ Only headers are read, and checked by `lora_export.safetensors_header` before an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Array
+from lora_export.base.weight_files import find_weights, read_object
 from lora_export.errors import CheckpointError
 from lora_export.safetensors_header import DTYPES, HeaderError, read_file_header
 
@@ -75,6 +75,7 @@ class Checkpoint:
         shards: The safetensors files, in the order of their names.
         tensors: Tensor name → where it is, over all shards.
         index: The index file of a sharded checkpoint, or None.
+        notes: Which sets of weights were left aside.
     """
 
     folder: Path
@@ -82,6 +83,7 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     tensors: Mapping[str, StoredTensor]
     index: Path | None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
@@ -98,10 +100,14 @@ class Checkpoint:
                 "give a local folder with config.json and model.safetensors; a model of the hub is "
                 "fetched with: hf download NAME --local-dir DIR",
             )
-        config = _read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-        index, names = _weight_files(folder)
-        problems: list[str] = []
-        shards = [shard for name in names if (shard := _read_shard(folder / name, problems)) is not None]
+        config = read_object(folder / "config.json") if (folder / "config.json").exists() else {}
+        found = find_weights(folder, is_diffusers=_diffusers_class(config) != "")
+        if found is None:
+            raise _no_safetensors(folder)
+        index, problems = found.index, list[str]()
+        shards = [
+            shard for name in found.files if (shard := _read_shard(folder / name, problems)) is not None
+        ]
         tensors = _joined(shards, problems)
         if index is not None and not problems:
             _check_index(index, tensors, problems)
@@ -109,12 +115,12 @@ class Checkpoint:
             raise CheckpointError(
                 f"the checkpoint {folder} is damaged or incomplete", "download or save it again", problems
             )
-        return cls(folder, config, tuple(shards), tensors, index)
+        return cls(folder, config, tuple(shards), tensors, index, found.notes)
 
     @property
     def diffusers_class(self) -> str:
         """Class of a model of diffusers, which transformers doesn't know; empty for others."""
-        return "" if "model_type" in self.config else str(self.config.get("_class_name", ""))
+        return _diffusers_class(self.config)
 
     def read(self, name: str) -> Array:
         """Return a tensor's values as a read-only view of the mapped file.
@@ -136,32 +142,8 @@ class Checkpoint:
         return raw.view(np.ndarray).view(dtype).reshape(tensor.shape)
 
 
-def _weight_files(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the index, if any, and the names of the weight files."""
-    single = folder / "model.safetensors"
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if single.exists() and not indexes:
-        return None, [single.name]
-    if len(indexes) > 1 or (single.exists() and indexes):
-        names = [path.name for path in ([single] if single.exists() else []) + indexes]
-        raise CheckpointError(f"{folder} holds several sets of weights", "keep one of them", names)
-    if indexes:
-        weight_map = _read_json(indexes[0]).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise CheckpointError(
-                f"{indexes[0]} has no 'weight_map' from tensor to file", "save the base again"
-            )
-        return indexes[0], sorted(set(weight_map.values()))
-    others = sorted(p.name for p in folder.glob("*.safetensors") if not p.name.startswith("adapter"))
-    if len(others) == 1:
-        return None, others
-    if others:
-        raise CheckpointError(
-            f"{folder} holds {len(others)} safetensors files and no index that says which belong together",
-            "download model.safetensors.index.json as well, or save the base again",
-            others,
-        )
-    raise _no_safetensors(folder)
+def _diffusers_class(config: Mapping[str, Any]) -> str:
+    return "" if "model_type" in config else str(config.get("_class_name", ""))
 
 
 def _no_safetensors(folder: Path) -> CheckpointError:
@@ -183,18 +165,6 @@ def _no_safetensors(folder: Path) -> CheckpointError:
         "save_pretrained(DIR, safe_serialization=True)",
         found,
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}", "download or save it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}, not an object", "save it again")
-    return value
 
 
 def _read_shard(path: Path, problems: list[str]) -> Shard | None:
@@ -222,7 +192,7 @@ def _joined(shards: list[Shard], problems: list[str]) -> dict[str, StoredTensor]
 
 
 def _check_index(index: Path, tensors: Mapping[str, StoredTensor], problems: list[str]) -> None:
-    for name, file in _read_json(index)["weight_map"].items():
+    for name, file in read_object(index)["weight_map"].items():
         if name not in tensors:
             problems.append(f"{index.name} puts '{name}' into {file}, which doesn't hold it")
         elif tensors[name].file.name != file:

@@ -11,6 +11,7 @@ from lora_export.base.placed import Placed
 from lora_export.base.quantised import dequantised_config
 from lora_export.base.ties import untied_config
 from lora_export.base.vocabulary import resized_config
+from lora_export.base.weight_files import is_index
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_layout import Layout
 
@@ -41,7 +42,10 @@ def small_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
 
 
 def _is_index(path: Path, checkpoint: Checkpoint) -> bool:
-    return path.name.endswith((".bin.index.json", ".h5.index.json")) and path != checkpoint.index
+    """Whether a file is the index of weights that are not written."""
+    others = path.name.endswith((".bin.index.json", ".h5.index.json")) or is_index(path.name)
+    nested = path.parent != checkpoint.folder
+    return others and path != checkpoint.index and not (nested and is_index(path.name))
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -243,7 +243,7 @@ def captured(tmp_path_factory):
 
 
 def pair_file(path, component):
-    pair = {"text_model.encoder.layers.0.self_attn.q_proj": (torch.randn(RANK, 16), torch.randn(16, RANK))}
+    pair = {"encoder.layers.0.self_attn.q_proj": (torch.randn(RANK, 16), torch.randn(16, RANK))}
     return written(path / f"{component}.safetensors", pair, component)
 
 
