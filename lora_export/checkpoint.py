@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Array
+from lora_export.base.sentence_modules import transformer_folder
 from lora_export.base.weight_files import find_weights, read_object
 from lora_export.errors import CheckpointError
 from lora_export.safetensors_header import DTYPES, HeaderError, read_file_header
@@ -158,6 +159,11 @@ def _no_safetensors(folder: Path) -> CheckpointError:
             "give the folder of one of them as --base; where the adapter's file is for several models, its "
             "part with --component (unet, transformer, text_encoder, …)",
             [str(folder / part) for part in parts],
+        )
+    if (transformer := transformer_folder(folder)) is not None:
+        return CheckpointError(
+            f"{folder} is a model of sentence-transformers whose transformer has a folder of its own",
+            f"give {transformer} as the base, and put what is written in its place in a copy of {folder}",
         )
     return CheckpointError(
         f"{folder} holds no safetensors",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lora_export.adapter import Adapter
 from lora_export.base.ort_names import free_names
+from lora_export.base.sentence_modules import lost_modules
 from lora_export.errors import CheckpointError, GraphError, OutputError, SiteError
 from lora_export.formats.pipeline import refuse_other_components
 from lora_export.graph import GraphFile, load_graph
@@ -134,7 +135,10 @@ def open_base(
     if not dry_run:
         refuse_replacing(list(paths.values()), force)
     given = [Path(checkpoint)] if checkpoint else []
-    said = refuse_other_components(adapters, [*given, base if base.is_dir() else base.parent])
+    folders = [*given, base if base.is_dir() else base.parent]
+    said = refuse_other_components(adapters, folders)
+    # A graph has none of them; whoever puts the model together needs to know.
+    said += lost_modules(list(adapters), folders[0], refuse=False)
     # A capture is as large as the base: it goes where the output will have room, not to a small /tmp.
     place = out.parent if base.is_dir() and out.parent.is_dir() else None
     with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=place) as scratch:

@@ -24,8 +24,8 @@ def refuse_contained(checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder} contains an adapter already (saved from a PEFT model without "
             "merge_and_unload): another one would be added to it",
             "where it was saved: on the PeftModel, model.merge_and_unload().save_pretrained(DIR) keeps what "
-            "that adapter has learnt, model.unload().save_pretrained(DIR) is the base without it; or give the "
-            "base as it was before that training",
+            "that adapter has learnt, model.unload().save_pretrained(DIR) is the base without it; or give "
+            "the base as it was before that training",
             names,
         )
 
