@@ -63,8 +63,8 @@ def lost_modules(adapters: Sequence[Adapter], base: Path, *, refuse: bool) -> li
         if refuse:
             copied = " and ".join(str(folder / name) for name in [*sorted(lost), _LIST])
             raise AdapterError(
-                f"adapter '{adapter.name}' was trained in a sentence-transformers model whose further modules "
-                f"are not those of {root}: they are not in the adapter's file, and would be lost",
+                f"adapter '{adapter.name}' was trained in a sentence-transformers model whose further "
+                f"modules are not those of {root}: they are not in the adapter's file, and would be lost",
                 f"copy {copied} into a copy of {root} and merge into that; or go on without with "
                 "--allow-unmatched",
                 [f"{folder / name}: {why}" for name, why in lost.items()],
@@ -140,5 +140,5 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
     modes = [*modes, *(key for key, value in switches.items() if value)] or ["mean"] * bool(switches)
     plain = {key: value for key, value in config.items() if not key.startswith("pooling_mode")}
     words = (str(mode).removeprefix(_MODE) for mode in modes)
-    found = {word.removesuffix("s").removesuffix("_token") for word in words}
+    found = {word.removesuffix("_tokens").removesuffix("_token") for word in words}
     return plain | ({"pooling_mode": found} if found else {})
