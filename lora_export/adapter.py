@@ -190,6 +190,8 @@ class Adapter:
         flattened: The paths' dots are underscores (kohya); compare them flattened.
         scope: The part of the model that the user says belongs, ``model.encoder``: the paths are below it, or
             it stands in front of them in the base (`lora_export.sites.renaming`).
+        part: The part of its file that this is, as the user has said it: ``component``, ``:path`` that all of
+            it is below, or ``component:path``; None: the whole file.
         base_model: What the file says it was trained on, if it says so.
         fan_in_fan_out: The config says that the base stores the transposed weight (GPT-2's Conv1D).
         config: The format's own configuration, for `inspect`.
@@ -208,6 +210,7 @@ class Adapter:
     token_rows: Mapping[str, TokenRows] = field(default_factory=dict)
     flattened: bool = False
     scope: str | None = None
+    part: str | None = None
     base_model: str | None = None
     fan_in_fan_out: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)

@@ -5,7 +5,6 @@ Only headers are read, and checked by `lora_export.safetensors_header` before an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Array
+from lora_export.base.sentence_modules import transformer_folder
+from lora_export.base.weight_files import find_weights, read_object
 from lora_export.errors import CheckpointError
 from lora_export.safetensors_header import DTYPES, HeaderError, read_file_header
 
@@ -75,6 +76,7 @@ class Checkpoint:
         shards: The safetensors files, in the order of their names.
         tensors: Tensor name → where it is, over all shards.
         index: The index file of a sharded checkpoint, or None.
+        notes: Which sets of weights were left aside.
     """
 
     folder: Path
@@ -82,6 +84,7 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     tensors: Mapping[str, StoredTensor]
     index: Path | None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
@@ -95,9 +98,13 @@ class Checkpoint:
         if not folder.is_dir():
             raise no_folder(folder)
         config = _read_config(folder)
-        index, names = _weight_files(folder)
-        problems: list[str] = []
-        shards = [shard for name in names if (shard := _read_shard(folder / name, problems)) is not None]
+        found = find_weights(folder, is_diffusers=_diffusers_class(config) != "")
+        if found is None:
+            raise _no_safetensors(folder)
+        index, problems = found.index, list[str]()
+        shards = [
+            shard for name in found.files if (shard := _read_shard(folder / name, problems)) is not None
+        ]
         tensors = _joined(shards, problems)
         if index is not None and not problems:
             _check_index(index, tensors, problems)
@@ -105,7 +112,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"the checkpoint {folder} is damaged or incomplete", "download or save it again", problems
             )
-        return cls(folder, config, tuple(shards), tensors, index)
+        return cls(folder, config, tuple(shards), tensors, index, found.notes)
 
     @property
     def diffusers_class(self) -> str:
@@ -146,32 +153,8 @@ def no_folder(path: Path) -> CheckpointError:
     return CheckpointError(f"no folder at {path}", hint)
 
 
-def _weight_files(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the index, if any, and the names of the weight files."""
-    single = folder / "model.safetensors"
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if single.exists() and not indexes:
-        return None, [single.name]
-    if len(indexes) > 1 or (single.exists() and indexes):
-        names = [path.name for path in ([single] if single.exists() else []) + indexes]
-        raise CheckpointError(f"{folder} holds several sets of weights", "keep one of them", names)
-    if indexes:
-        weight_map = _read_json(indexes[0]).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise CheckpointError(
-                f"{indexes[0]} has no 'weight_map' from tensor to file", "save the base again"
-            )
-        return indexes[0], sorted(set(weight_map.values()))
-    others = sorted(p.name for p in folder.glob("*.safetensors") if not p.name.startswith("adapter"))
-    if len(others) == 1:
-        return None, others
-    if others:
-        raise CheckpointError(
-            f"{folder} holds {len(others)} safetensors files and no index that says which belong together",
-            "download model.safetensors.index.json as well, or save the base again",
-            others,
-        )
-    raise _no_safetensors(folder)
+def _diffusers_class(config: Mapping[str, Any]) -> str:
+    return "" if "model_type" in config else str(config.get("_class_name", ""))
 
 
 def _no_safetensors(folder: Path) -> CheckpointError:
@@ -186,6 +169,11 @@ def _no_safetensors(folder: Path) -> CheckpointError:
             f"{folder} is a diffusers pipeline of several models, not one",
             f"give the folder of one of them: {', '.join(parts) or 'unet, transformer, text_encoder, …'}",
             [str(folder / part) for part in parts],
+        )
+    if (transformer := transformer_folder(folder)) is not None:
+        return CheckpointError(
+            f"{folder} is a model of sentence-transformers whose transformer has a folder of its own",
+            f"give {transformer} as the base, and put what is written in its place in a copy of {folder}",
         )
     return CheckpointError(
         f"{folder} holds no safetensors",
@@ -204,13 +192,9 @@ def diffusers_class(folder: Path) -> str:
     return _diffusers_class(_read_config(folder))
 
 
-def _diffusers_class(config: Mapping[str, Any]) -> str:
-    return "" if "model_type" in config else str(config.get("_class_name", ""))
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    config = _read_json(file) if file.exists() else {}
+    config = read_object(file) if file.exists() else {}
     names = config.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise CheckpointError(
@@ -218,18 +202,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "write the class that it was saved from, or download the file again",
         )
     return config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}", "download or save it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}, not an object", "save it again")
-    return value
 
 
 def _read_shard(path: Path, problems: list[str]) -> Shard | None:
@@ -257,7 +229,7 @@ def _joined(shards: list[Shard], problems: list[str]) -> dict[str, StoredTensor]
 
 
 def _check_index(index: Path, tensors: Mapping[str, StoredTensor], problems: list[str]) -> None:
-    for name, file in _read_json(index)["weight_map"].items():
+    for name, file in read_object(index)["weight_map"].items():
         if name not in tensors:
             problems.append(f"{index.name} puts '{name}' into {file}, which doesn't hold it")
         elif tensors[name].file.name != file:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from lora_export.base.placed import Placed
 from lora_export.base.quantised import dequantised_config
+from lora_export.base.sentence_modules import module_paths
 from lora_export.base.ties import untied_config
 from lora_export.base.vocabulary import resized_config
+from lora_export.base.weight_files import is_index
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_layout import Layout
 
@@ -27,11 +29,15 @@ def small_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
     shards = {shard.path for shard in checkpoint.shards}
     written = {*shards, checkpoint.folder / MANIFEST}
     small, left_out = [], []
+    modules = tuple(checkpoint.folder / path for path in module_paths(checkpoint.folder))
     for path in _files(checkpoint.folder):
         relative = path.relative_to(checkpoint.folder)
         if path in written:
             continue
         nested_part = len(relative.parts) > 1 and path.suffix == ".safetensors"
+        if any(module in path.parents for module in modules):
+            small.append(relative)
+            continue
         adapter = path.name.startswith("adapter_") and path.suffix in (".json", ".safetensors", ".bin")
         if adapter or (path.suffix in _OTHER_WEIGHTS and not nested_part) or _is_index(path, checkpoint):
             left_out.append(str(relative))
@@ -41,7 +47,10 @@ def small_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
 
 
 def _is_index(path: Path, checkpoint: Checkpoint) -> bool:
-    return path.name.endswith((".bin.index.json", ".h5.index.json")) and path != checkpoint.index
+    """Whether a file is the index of weights that are not written."""
+    others = path.name.endswith((".bin.index.json", ".h5.index.json")) or is_index(path.name)
+    nested = path.parent != checkpoint.folder
+    return others and path != checkpoint.index and not (nested and is_index(path.name))
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_export.adapter import Adapter
 from lora_export.base.copies import refuse_copies, refuse_overwriting
-from lora_export.base.history import history_of
+from lora_export.base.merged import refuse_contained, refuse_merged
 from lora_export.base.placed import Placed
 from lora_export.base.quantised import HINT, Quantised, find_quantised
 from lora_export.checkpoint import Checkpoint
@@ -26,6 +26,7 @@ from lora_export.checkpoint_files import (
 from lora_export.checkpoint_layout import Layout, layout_of, pieces_of
 from lora_export.checkpoint_sites import place_adapters
 from lora_export.errors import AdapterError, CheckpointError, OutputError, SiteError
+from lora_export.formats.pipeline import refuse_other_components
 from lora_export.plan import Plan
 from lora_export.rounding import Mode, Rounding, update
 from lora_export.sites.likeness import counterparts, side_by_side
@@ -114,12 +115,15 @@ def plan_merge(
     if dtype is not None and dtype not in DTYPES:
         raise OutputError(f"there is no output dtype '{dtype}'", f"one of: {', '.join(DTYPES)}")
     checkpoint = Checkpoint.open(base)
+    refuse_contained(checkpoint)
     quantised = find_quantised(checkpoint)
-    _refuse_merged(checkpoint, adapters)
+    notes = [*checkpoint.notes, *refuse_other_components(adapters, [checkpoint.folder])]
+    refuse_merged(checkpoint, checkpoint.folder / MANIFEST, adapters)
     placed = place_adapters(checkpoint, adapters, factors, quantised, resize)
     _refuse_unplaced(checkpoint, adapters, placed, allow_unmatched)
     refuse_copies(placed.copied, adapters)
     refuse_overwriting(placed.copied, checkpoint.folder / MANIFEST, adapters)
+    placed = replace(placed, plan=replace(placed.plan, notes=(*notes, *placed.plan.notes)))
     if dtype is not None:
         _refuse_dequantising(quantised, dtype)
     code = DTYPES[dtype] if dtype else None
@@ -147,7 +151,8 @@ def refuse_absent(base: Path, adapters: Sequence[Adapter], allow_unmatched: bool
     if not adapters:
         return
     checkpoint = Checkpoint.open(base)
-    _refuse_merged(checkpoint, adapters)
+    refuse_contained(checkpoint)
+    refuse_merged(checkpoint, checkpoint.folder / MANIFEST, adapters)
     for adapter in adapters:
         placed = place_adapters(checkpoint, [adapter], [1.0], find_quantised(checkpoint))
         refuse_overwriting(placed.copied, checkpoint.folder / MANIFEST, [adapter])
@@ -168,22 +173,6 @@ def _refuse_dequantising(quantised: Quantised, dtype: str) -> None:
             f"{quantised.checkpoint.folder} has {len(unknown)} quantised weights that can't be made {dtype}",
             "leave --dtype out, or take the unquantised base",
             [*lines[:_EXAMPLES], *["…"] * (len(lines) > _EXAMPLES)],
-        )
-
-
-def _refuse_merged(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
-    """Refuse an adapter that is in the base already, by the manifests of the merges that led to it."""
-    known = history_of(checkpoint.folder / MANIFEST).adapters
-    twice = [
-        f"{adapter.name} (as '{known[adapter.sha256]}')"
-        for adapter in adapters
-        if adapter.sha256 and adapter.sha256 in known
-    ]
-    if twice:
-        raise AdapterError(
-            f"the base {checkpoint.folder} has this adapter merged into it already",
-            f"merge into the original base; or, if it is meant twice, remove {MANIFEST} from the base",
-            twice,
         )
 
 

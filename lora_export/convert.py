@@ -18,6 +18,7 @@ from lora_export.exposed import KEY, ExposedGraph, exposed_of
 from lora_export.exposed_output import refuse_changed_weights, refuse_lost_inputs
 from lora_export.foreign import foreign_lora
 from lora_export.formats import WRITERS, as_adapter, writer_of
+from lora_export.formats.pipeline import refuse_other_components
 from lora_export.formats.provenance import Provenance, Writer, is_converted
 from lora_export.formats.source import EDGE_LLM_NAME
 from lora_export.graph import GraphFile, load_graph
@@ -118,6 +119,7 @@ def convert_adapter(
     writer = writer_of(format)
     _check_output(target, format, writer, file, genai)
     loaded = as_adapter(adapter, component)
+    said = refuse_other_components([loaded], [file.path.parent])
     refuse_overlap([file.path, Path(loaded.source)], {"adapter": target})
     if not dry_run:
         refuse_existing([target], force)
@@ -142,7 +144,7 @@ def convert_adapter(
         binding.plan,
         binding.ranks,
         sum(values.nbytes for values in binding.tensors.values()),
-        binding.notes,
+        (*said, *binding.notes),
         binding.warnings,
         dry_run,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -23,6 +24,7 @@ from lora_export.branches.place import holds, refuse_exposed
 from lora_export.errors import GraphError, SiteError
 from lora_export.external_data import Change, merged_values
 from lora_export.formats.schemes import fitted
+from lora_export.formats.scope import share
 from lora_export.graph import GraphFile
 from lora_export.onnx_base import drop_dead
 from lora_export.patch import Patch, Placement, join, patch_from, replacement
@@ -41,6 +43,8 @@ from lora_export.sites.verify import canonical_rows
 # Of a graph's metadata: the adapters merged into it, and the identity of the base without any.
 MERGED_KEY = "lora_export.merged"
 MERGED_BASE_KEY = "lora_export.merged_base"
+# An adapter's factor, and what may follow it.
+_PART = re.compile(r"[^;\s]+ part=([^;\s]+)")
 # Share of ‖ΔW‖ that a weight's grid may cut off: less is a tenth of the effect, as in parity.
 _MOST_CUT = 0.1
 _GROUPED = (
@@ -151,11 +155,27 @@ def _settled(adapter: Adapter, weights: BaseWeights | None) -> tuple[Adapter, tu
 
 def _refuse_merged(graph: GraphFile, adapters: Sequence[Adapter]) -> None:
     merged = graph.model.metadata_props.get(MERGED_KEY, "")
-    again = [adapter.name for adapter in adapters if adapter.sha256 and adapter.sha256 in merged]
+    again = [
+        adapter.name
+        for adapter in adapters
+        if any(share(part, adapter.part, adapter.flattened) for part in merged_parts(merged, adapter.sha256))
+    ]
     if again:
         raise GraphError(
             f"{graph.path} has this adapter merged into it already", "merge into the base instead", again
         )
+
+
+def merged_parts(merged: str, sha256: str) -> list[str | None]:
+    """Return which parts of an adapter's file are in a graph (`Adapter.part`), None for all of it.
+
+    Args:
+        merged: What `mark_merged` wrote.
+        sha256: Of the file.
+    """
+    # An adapter's name is the user's: it may hold anything, but hardly this.
+    _, *entries = merged.split(f" sha256={sha256} weight=") if sha256 else [""]
+    return [found and found[1] for found in map(_PART.match, entries)]
 
 
 def _results(found: list[tuple[Adapter, float, list[Site]]]) -> list[ir.Value]:
@@ -267,7 +287,11 @@ def mark_merged(
         factors: One for each.
         base_sha256: Identity of the base.
     """
-    mine = "; ".join(f"{a.name} sha256={a.sha256} weight={w}" for a, w in zip(adapters, factors, strict=True))
+    mine = "; ".join(
+        f"{adapter.name} sha256={adapter.sha256} weight={factor}"
+        + (f" part={adapter.part}" if adapter.part is not None else "")
+        for adapter, factor in zip(adapters, factors, strict=True)
+    )
     before = model.metadata_props.get(MERGED_KEY)
     model.metadata_props[MERGED_KEY] = f"{before}; {mine}" if before else mine
     model.metadata_props.setdefault(MERGED_BASE_KEY, base_sha256)

@@ -47,7 +47,8 @@ class Manifest:
     Attributes:
         mode: ``merge-onnx``, ``merge``, ``swap-onnx`` or ``bank-onnx``.
         base: The base model's files.
-        adapters: For each adapter: name, format, sha256, weight in the blend, scaling by module.
+        adapters: For each adapter: name, format, sha256, weight in the blend, scaling by module; and where it
+            is not the whole file `Adapter.part`.
         plan: `Plan.as_dict`.
         rounding: What rounding cost: total and by module.
         outputs: The files written, by what they are.
@@ -141,4 +142,6 @@ def adapter_entry(adapter: Adapter, weight: float) -> dict[str, Any]:
             for key, module in adapter.modules.items()
         },
         "replaced": sorted(adapter.extras),
-    } | ({"replaced_rows": rows} if rows else {})
+        **({"part": adapter.part} if adapter.part is not None else {}),
+        **({"replaced_rows": rows} if rows else {}),
+    }

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Literal
 
 from lora_export.adapter import Adapter
 from lora_export.base.ort_names import free_names
+from lora_export.base.sentence_modules import lost_modules
 from lora_export.errors import CheckpointError, GraphError, OutputError, SiteError
+from lora_export.formats.pipeline import refuse_other_components
 from lora_export.graph import GraphFile, load_graph
 from lora_export.manifest import FileHash, hash_file, identity_of
 from lora_export.output import refuse_replacing
@@ -42,6 +44,7 @@ class Base:
         files: What it was read from.
         checkpoint: The folder that an ONNX file's weights are compared with.
         notes: Where that folder was found, or why there is none.
+        said: What else the plan has to say of the adapters and this base.
     """
 
     graph: GraphFile
@@ -50,6 +53,7 @@ class Base:
     files: list[Path]
     checkpoint: Path | None = None
     notes: tuple[str, ...] = ()
+    said: tuple[str, ...] = ()
 
     @cached_property
     def hashes(self) -> dict[Path, FileHash]:
@@ -67,6 +71,7 @@ class Base:
         Raises:
             SiteError: The folder that the user gave confirms no place at all.
         """
+        plan = replace(plan, notes=(*self.said, *plan.notes))
         if self.checkpoint is None:
             return warned_of_computed(replace(plan, notes=(*plan.notes, *self.notes)))
         try:
@@ -129,6 +134,11 @@ def open_base(
     refuse_overlap([base, *(Path(adapter.source) for adapter in adapters)], paths)
     if not dry_run:
         refuse_replacing(list(paths.values()), force)
+    given = [Path(checkpoint)] if checkpoint else []
+    folders = [*given, base if base.is_dir() else base.parent]
+    said = refuse_other_components(adapters, folders)
+    # A graph has none of them; whoever puts the model together needs to know.
+    said += lost_modules(list(adapters), folders[0], refuse=False)
     # A capture is as large as the base: it goes where the output will have room, not to a small /tmp.
     place = out.parent if base.is_dir() and out.parent.is_dir() else None
     with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=place) as scratch:
@@ -150,7 +160,7 @@ def open_base(
             graph = load_graph(base)
             free_names(graph)
             _refuse_capturing(base, dtype, kv_cache)
-        opened = _opened(base, graph, adapters, checkpoint, share_base)
+        opened = replace(_opened(base, graph, adapters, checkpoint, share_base), said=tuple(said))
         refuse_overlap(opened.files, paths)
         try:
             yield opened, paths

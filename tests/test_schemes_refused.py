@@ -295,9 +295,11 @@ def test_clip_text_models_of_either_transformers(kind: str, prefix: str, tmp_pat
                 f"{prefix}{path}.lora_B.weight": b * ALPHA_OVER_RANK,
             }
     save_file(tensors, tmp_path / "style.safetensors")
-    assert (
-        run("merge", "--base", base, "--adapter", tmp_path / "style.safetensors", "-o", tmp_path / "out") == 0
-    )
+    command = ["merge", "--base", base, "--adapter", tmp_path / "style.safetensors", "-o", tmp_path / "out"]
+    if prefix == "lora_te2_":
+        assert run(*command) == 1  # which of two encoders the base is, its folder doesn't say
+        command += ["--component", "text_encoder_2"]
+    assert run(*command) == 0
     merged = load_file(tmp_path / "out" / "model.safetensors")
     for path, pair in pairs.items():
         name = (
@@ -354,7 +356,8 @@ def test_t5_needs_no_scheme(prefix: str, tmp_path: Path) -> None:
     paths = [n.removesuffix(".weight") for n in stored if n.endswith(("SelfAttention.q.weight", "wo.weight"))]
     pairs = {p: (torch.randn(3, stored[f"{p}.weight"].shape[1]), torch.randn(8, 3)) for p in paths}
     save_file(kohya(pairs, prefix), tmp_path / "style.safetensors")
-    merge_checkpoint(tmp_path / "base", tmp_path / "style.safetensors", tmp_path / "out")
+    component = f"text_encoder_{prefix[7]}"
+    merge_checkpoint(tmp_path / "base", tmp_path / "style.safetensors", tmp_path / "out", component=component)
     merged = load_file(tmp_path / "out" / "model.safetensors")
     for path, pair in pairs.items():
         expected = stored[f"{path}.weight"].double() + delta(*pair)
@@ -374,9 +377,12 @@ def test_two_text_encoders_never_land_in_one(tmp_path: Path) -> None:
     base, _ = clip(tmp_path / "base", "CLIPTextModel")
     tensors = kohya(text_pairs(), "lora_te1_") | kohya(text_pairs(), "lora_te2_")
     save_file(tensors, tmp_path / "style.safetensors")
-    with pytest.raises(AdapterError, match="both the base's") as caught:
+    with pytest.raises(AdapterError, match="names text_encoder_2, and nothing says") as caught:
         merge_checkpoint(base, tmp_path / "style.safetensors", tmp_path / "out")
-    assert "--component" in caught.value.hint
+    assert "--component text_encoder or --component text_encoder_2" in caught.value.hint
+    adapter = load_adapter(tmp_path / "style.safetensors")
+    with pytest.raises(AdapterError, match="both the base's"):
+        translate(adapter, load_file(base / "model.safetensors"))
 
 
 def test_one_component_of_an_sdxl_file(tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_export.adapter import Adapter
+from lora_export.formats.scope import share
+
 # Of a manifest's outputs: what had been merged before.
 EARLIER = "earlier"
 
@@ -18,12 +21,23 @@ class History:
     """All merges that led to a base.
 
     Attributes:
-        adapters: SHA-256 of an adapter → its name.
+        adapters: SHA-256 of an adapter's file → what of it was merged (`Adapter.part`; an empty text for all
+            of it), each with the adapter's name.
         changed: Stored weight, and each parameter in it (`part_of`) → the adapters that changed it.
     """
 
-    adapters: Mapping[str, str] = field(default_factory=dict)
+    adapters: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     changed: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def merged(self, adapter: Adapter) -> str:
+        """Say which part of an adapter's file is in the base already; an empty text where none is."""
+        before = self.adapters.get(adapter.sha256, {}) if adapter.sha256 else {}
+        found = [
+            f"'{name}'" + (f", its part {part.removeprefix(':')}" if part else "")
+            for part, name in before.items()
+            if share(part or None, adapter.part, adapter.flattened)
+        ]
+        return f"{adapter.name} (as {'; '.join(found)})" if found else ""
 
     def outputs(self) -> dict[str, Any]:
         """Return what the next manifest says of it in its outputs; nothing of a base without a history."""
@@ -39,8 +53,10 @@ def history_of(manifest: Path) -> History:
     try:
         record = json.loads(manifest.read_text("utf-8"))
         before = record["outputs"].get(EARLIER) or {"adapters": {}, "changed": {}}
-        adapters = dict(before["adapters"])
-        adapters |= {entry["sha256"]: entry["name"] for entry in record["adapters"] if entry["sha256"]}
+        adapters = {sha256: _parts(merged) for sha256, merged in before["adapters"].items()}
+        for entry in record["adapters"]:
+            if entry["sha256"]:
+                adapters.setdefault(entry["sha256"], {})[entry.get("part") or ""] = str(entry["name"])
         changed = defaultdict(list, {place: list(names) for place, names in before["changed"].items()})
         for row in record["plan"]["rows"]:
             for place in (
@@ -51,6 +67,11 @@ def history_of(manifest: Path) -> History:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return History()
     return History(adapters, dict(changed))
+
+
+def _parts(merged: str | Mapping[str, str]) -> dict[str, str]:
+    """Return an entry of an earlier manifest; the first manifests had the name alone, and knew no parts."""
+    return {"": merged} if isinstance(merged, str) else dict(merged)
 
 
 def part_of(stored: str, parameter: str) -> str:

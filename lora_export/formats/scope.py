@@ -24,7 +24,7 @@ def part_of(adapter: Adapter, component: str) -> Adapter:
     components = {module.component for module in adapter.modules.values()}
     if name in components:
         mine = [key for key, module in adapter.modules.items() if module.component == name]
-        kept = _only(adapter, mine, adapter.extras, f"not of {name!r}")
+        kept = replace(_only(adapter, mine, adapter.extras, f"not of {name!r}"), part=name)
         return within(kept, path) if path else kept
     if len(components) > 1 or path:
         raise unknown_component(adapter.name, name, components)
@@ -63,7 +63,30 @@ def within(adapter: Adapter, scope: str) -> Adapter:
     extras = [path for path in adapter.extras if path.startswith(below)]
     if not modules and not extras:
         return replace(adapter, scope=scope)
-    return replace(_only(adapter, modules, extras, f"not below {scope!r}"), scope=scope)
+    kept = _only(adapter, modules, extras, f"not below {scope!r}")
+    components = {module.component for module in adapter.modules.values()}
+    front = adapter.part if adapter.part in components else ""
+    return replace(kept, scope=scope, part=f"{front}:{below[:-1]}")
+
+
+def share(one: str | None, other: str | None, flattened: bool) -> bool:
+    """Whether two parts of one file (`Adapter.part`) have something in common.
+
+    Args:
+        one: A part; None for the whole file.
+        other: Another.
+        flattened: The file's paths have underscores for dots.
+    """
+    if one is None or other is None:
+        return True
+    (name, _, path), (second, _, below) = one.partition(":"), other.partition(":")
+    if not (path and below):
+        return name == second
+    return name == second and (_is_within(path, below, flattened) or _is_within(below, path, flattened))
+
+
+def _is_within(path: str, outer: str, flattened: bool) -> bool:
+    return path == outer or path.startswith(outer + ("_" if flattened else "."))
 
 
 def _only(adapter: Adapter, modules: Iterable[str], extras: Iterable[str], why: str) -> Adapter:

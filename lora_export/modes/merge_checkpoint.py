@@ -12,12 +12,14 @@ from pathlib import Path
 
 from lora_export.adapter import Adapter
 from lora_export.base.history import history_of
+from lora_export.base.sentence_modules import lost_modules
 from lora_export.blend import AdapterLike, check_blend
 from lora_export.checkpoint_files import MANIFEST, small_files
 from lora_export.checkpoint_merge import CheckpointMerge, plan_merge
 from lora_export.errors import OutputError
 from lora_export.merge_report import MergeReport
 from lora_export.output import OutputSet, output_errors
+from lora_export.plan import Plan
 from lora_export.rounding import Mode, Rounding, rounding_dict
 
 
@@ -57,26 +59,27 @@ def merge_checkpoint(
         progress: Called with the number of bytes just written.
 
     Raises:
-        AdapterError: An adapter can't be read or blended, or is for another architecture.
+        AdapterError: An adapter can't be read or blended, is for another architecture, or was trained with
+            further modules (sentence-transformers) that the base has not.
         CheckpointError: The base is damaged, quantised, or a sum is beyond what the dtype can hold.
         SiteError: Some of the adapter has no place in the base; all of it is listed.
         OutputError: The folder exists, or can't be written.
     """
     loaded, factors = check_blend(adapters, weights, component)
     merge = plan_merge(base, loaded, factors, dtype, allow_unmatched, resize)
+    beside = lost_modules(loaded, merge.checkpoint.folder, refuse=not allow_unmatched)
+    plan = replace(merge.placed.plan, notes=(*beside, *merge.placed.plan.notes))
     target = Path(output)
     _refuse_output(target, [Path(base), *(Path(a.source) for a in loaded)], force)
     small, left_out = small_files(merge.checkpoint)
-    report = MergeReport(
-        merge.placed.plan, {}, {"folder": target}, merge.size_bytes, 0, tuple(left_out), dry_run
-    )
+    report = MergeReport(plan, {}, {"folder": target}, merge.size_bytes, 0, tuple(left_out), dry_run)
     if dry_run:
         return report
     with OutputSet(force) as outputs:
         folder = outputs.stage(target, folder=True)
         with output_errors(target):
             roundings = merge.write(folder, small, rounding, progress)
-            (folder / MANIFEST).write_text(_manifest(merge, loaded, factors, roundings), "utf-8")
+            (folder / MANIFEST).write_text(_manifest(merge, plan, loaded, factors, roundings), "utf-8")
         outputs.commit()
     return replace(report, roundings=roundings)
 
@@ -103,6 +106,7 @@ def _refuse_output(target: Path, inputs: list[Path], force: bool) -> None:
 
 def _manifest(
     merge: CheckpointMerge,
+    plan: Plan,
     adapters: Sequence[Adapter],
     weights: Sequence[float],
     roundings: dict[str, Rounding],
@@ -117,5 +121,5 @@ def _manifest(
     outputs |= history_of(merge.checkpoint.folder / MANIFEST).outputs()
     versions = package_versions(["lora-export", "numpy", "ml_dtypes"])
     return Manifest(
-        "merge", base, described, merge.placed.plan.as_dict(), rounding_dict(roundings), outputs, versions
+        "merge", base, described, plan.as_dict(), rounding_dict(roundings), outputs, versions
     ).to_json()

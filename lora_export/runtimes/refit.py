@@ -29,7 +29,7 @@ from lora_export.engines.source import graph_hashes
 from lora_export.errors import BackendError, GraphError
 from lora_export.external_data import merged_values
 from lora_export.graph import GraphFile, load_graph
-from lora_export.graph_merge import MERGED_BASE_KEY, MERGED_KEY, plan_changes
+from lora_export.graph_merge import MERGED_BASE_KEY, MERGED_KEY, merged_parts, plan_changes
 from lora_export.manifest import FileHash, identity_of
 from lora_export.runtimes.engine_session import EngineSession
 from lora_export.runtimes.session_options import PathLike
@@ -258,7 +258,7 @@ def _check_origin(record: EngineRecord, hashes: Sequence[FileHash], merged: Sequ
         merged: What the user says is in the engine's graph.
     """
     inside = record.metadata.get(MERGED_KEY, "")
-    known = all(f"sha256={given.sha256} " in inside for given in merged)
+    known = all(given.part in merged_parts(inside, given.sha256) for given in merged)
     if len(merged) != inside.count("sha256=") or not known:
         raise BackendError(
             f"{record.name} was built from a graph with other adapters in it than merged= says",

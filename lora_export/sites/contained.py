@@ -6,23 +6,17 @@ is not merged has them in its names. Adding an adapter to such a graph would cou
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator
 
 import onnx_ir as ir
 
 from lora_export.graph import GraphFile
+from lora_export.sites.adapter_layers import adapters_among
 from lora_export.sites.evidence import folded_names, scope_path
 from lora_export.sites.readers import module_of
 from lora_export.sites.slot import PASSED
 from lora_export.sites.target import Site
 
-# PEFT's layers, and those of diffusers and kohya; a graph's names have dots or slashes between them.
-_LAYER = re.compile(r"(?:^|[./])lora_(?:[ABE]|embedding_[AB]|magnitude_vector|layer|down|up)(?=[./]|$)")
-# The wrapped layer: all that is left in a TorchScript export, or where the adapter was merged inside of it.
-# Of other models it has a parent's name only where it is a block with layers of its own (DLA's).
-_WRAPPED = re.compile(r"[./]base_layer(?:\.(?:weight|bias)\w*|/[^./]+)?$")
-_SHOWN = 4
 _PRODUCTS = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "Gather"}
 _VIEWS = {"Reshape", "Identity", "Cast", "Flatten", "Squeeze", "Unsqueeze"}
 _SCALED = _VIEWS | {"Mul", "Div", "Transpose", "Dropout"}
@@ -33,8 +27,7 @@ _STEPS = 4
 
 def adapter_names(graph: GraphFile) -> list[str]:
     """Return some of the names in a graph that only an adapter's layers have, or nothing."""
-    found = dict.fromkeys(name for name in _names(graph) if _LAYER.search(name) or _WRAPPED.search(name))
-    return list(found)[:_SHOWN]
+    return adapters_among(_names(graph))
 
 
 def _names(graph: GraphFile) -> Iterator[str]:

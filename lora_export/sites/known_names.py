@@ -188,6 +188,13 @@ def submodels_of(path: str) -> list[str]:
     return [part for before, part in pairs if is_submodel(part) and not _is_language(before, part)]
 
 
+def has_submodel(text: str) -> bool:
+    """Whether some of the words of a flattened path are the name of a submodel."""
+    words = text.split("_")
+    spans = (words[start:end] for end in range(1, len(words) + 1) for start in range(end))
+    return any(is_submodel("_".join(span)) for span in spans)
+
+
 def _is_language(before: str, part: str) -> bool:
     return part == "language_model" or (before, part) == ("model", "text_model")
 

@@ -14,7 +14,8 @@ compared with the paths that the base knows. Rules:
 5. Several changes that fit are an ambiguity.
 6. Two parameters of one adapter never become the same one.
 7. A *scope* that the user names (``model.encoder``) is the part that belongs: it may come off or in front
-   whatever it is called, and what is missing under it is the user's to allow.
+   whatever it is called, and what is missing under it is the user's to allow. It never becomes the language
+   model of a base that has other parts, but for a scope that is one.
 8. Flattened paths (kohya's underscores) get their dots from the base's paths, at path components only.
 """
 
@@ -29,6 +30,7 @@ from lora_export.sites.known_names import (
     KnownNames,
     has_index,
     has_language_model,
+    has_submodel,
     is_flat_outer,
     is_outer,
     submodels_of,
@@ -207,9 +209,13 @@ class _Renamer:
             # Of a Sequential around the whole base.
             return not change.strip and self._known.is_inside(change.add)
         if change.strip and submodels_of(change.add):
-            return False
-        if has_language_model(change.add) or self._known.is_inside(change.add):
+            # Of a part that the user names, an inner name comes off (vision_tower.vision_model).
+            return self._scope is not None and self._is_below(change.strip, self._flat(change.add))
+        if self._known.is_inside(change.add):
             return True
+        if has_language_model(change.add):
+            # A vision tower that the user names is not the language model.
+            return not (has_submodel(change.strip) if self._flattened else submodels_of(change.strip))
         if submodels_of(change.add) or self._known.has_rivals(change.add):
             return False
         # Beside others, a module is told by the blocks that it is in.
@@ -226,6 +232,9 @@ class _Renamer:
         return not any(
             has_index(rest) and key.endswith(f"{self._mark}{rest}") for key in others for rest in rests
         )
+
+    def _flat(self, path: str) -> str:
+        return flatten(path) if self._flattened else path
 
     def _is_below(self, key: str, path: str) -> bool:
         return key.startswith(f"{path}{self._mark}")

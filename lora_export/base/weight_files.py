@@ -1,0 +1,142 @@
+"""Which of a folder's safetensors files are the model: transformers' and diffusers' rule.
+
+A folder of the hub may hold several sets of weights: copies in another dtype, called variants
+(``model.fp16.safetensors``, ``model.safetensors.index.fp16.json``), and the files of other programs
+(Mistral's ``consolidated``). Loaded is the set without a variant under the library's own name.
+
+Source: https://github.com/huggingface/transformers ``modeling_utils.py`` (``_add_variant``), and diffusers
+``models/model_loading_utils.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lora_export.errors import CheckpointError
+
+_STEMS = ("model", "diffusion_pytorch_model")
+_SINGLE = re.compile(rf"(?P<stem>{'|'.join(_STEMS)})(?:\.(?P<variant>[^.]+))?\.safetensors")
+_INDEX = re.compile(r"(?P<stem>.+)\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json")
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """One set of weights.
+
+    Attributes:
+        name: The file that stands for it: its index, or the only file.
+        stem: What its names begin with, if it is one of the libraries' own.
+        variant: The variant's name; empty without one.
+        index: The index of several files.
+        files: Their names.
+        notes: Which other sets there are.
+    """
+
+    name: str
+    stem: str
+    variant: str
+    index: Path | None
+    files: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def is_index(name: str) -> bool:
+    """Whether a file's name is that of an index of safetensors files."""
+    return _INDEX.fullmatch(name) is not None
+
+
+def find_weights(folder: Path, is_diffusers: bool) -> WeightFiles | None:
+    """Return the model's weights in a folder; None where it holds no safetensors.
+
+    Args:
+        folder: Of a checkpoint.
+        is_diffusers: Its config is diffusers', which has a name of its own for weights.
+
+    Raises:
+        CheckpointError: There are several sets, and no rule says which one is the model.
+    """
+    sets = _sets(folder)
+    stems = _STEMS[::-1] if is_diffusers else _STEMS
+    for stem in stems:
+        own = [found for found in sets if found.stem == stem]
+        chosen = [found for found in own if not found.variant] or own
+        if len(chosen) > 1:
+            hint = "keep one of them"
+            raise CheckpointError(f"{folder} holds several sets of weights", hint, [s.name for s in chosen])
+        if chosen:
+            return _noted(chosen[0], sets)
+    if len(sets) == 1:
+        return _noted(sets[0], sets)
+    if not sets:
+        return None
+    indexes = [found.name for found in sets if found.index]
+    if indexes:
+        raise CheckpointError(f"{folder} holds several sets of weights", "keep one of them", indexes)
+    raise CheckpointError(
+        f"{folder} holds {len(sets)} safetensors files and no index that says which belong together",
+        "download model.safetensors.index.json as well, or save the base again",
+        [found.name for found in sets],
+    )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        CheckpointError: It can't be read, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}", "download or save it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds {type(value).__name__}, not an object", "save it again")
+    return value
+
+
+def _sets(folder: Path) -> list[WeightFiles]:
+    """Return all sets of a folder; a file that no index names is a set of its own."""
+    found, indexed = [], set[str]()
+    for index in sorted(path for path in folder.glob("*.json") if is_index(path.name)):
+        match = _INDEX.fullmatch(index.name)
+        assert match is not None
+        try:
+            files = _indexed(index)
+        except CheckpointError:
+            files = ()  # said if it is chosen
+        indexed.update(files)
+        stem = match["stem"] if match["stem"] in _STEMS else ""
+        found.append(WeightFiles(index.name, stem, match["variant"] or "", index, files))
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.name in indexed or file.name.startswith("adapter"):
+            continue
+        match = _SINGLE.fullmatch(file.name)
+        stem, variant = (match["stem"], match["variant"] or "") if match else ("", "")
+        found.append(WeightFiles(file.name, stem, variant, None, (file.name,)))
+    return found
+
+
+def _indexed(index: Path) -> tuple[str, ...]:
+    """Return the files that an index names."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index} has no 'weight_map' from tensor to file", "save the base again")
+    return tuple(sorted(set(weight_map.values())))
+
+
+def _noted(chosen: WeightFiles, sets: Sequence[WeightFiles]) -> WeightFiles:
+    """Return a set with a note on the others; files that are none are listed by the merge."""
+    files = _indexed(chosen.index) if chosen.index else chosen.files
+    others = [found.name for found in sets if found is not chosen and (found.stem or found.index)]
+    note = (
+        f"the base's weights are {chosen.name}, as transformers and diffusers load them; left aside: "
+        f"{', '.join(others)}"
+    )
+    return replace(chosen, files=files, notes=(note,) if others else ())

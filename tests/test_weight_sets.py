@@ -1,0 +1,133 @@
+"""Which weights of a folder count: those that transformers and diffusers load, with a note on the others."""
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from lora_export.checkpoint import Checkpoint
+from lora_export.cli import _run
+from lora_export.errors import CheckpointError
+
+diffusers = pytest.importorskip("diffusers")
+
+
+def vae():
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8,), norm_num_groups=2, layers_per_block=1, latent_channels=2
+    )
+
+
+def sd3():
+    return diffusers.SD3Transformer2DModel(
+        sample_size=4,
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=16,
+        out_channels=4,
+    )
+
+
+def opt():
+    sizes = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.OPTConfig(**sizes, word_embed_proj_dim=16, vocab_size=40, pad_token_id=0)
+    return transformers.OPTForCausalLM(config)
+
+
+def bert():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=40))
+
+
+MODELS = {"vae": vae, "sd3": sd3, "opt": opt, "bert": bert}
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    torch.manual_seed(0)
+    return MODELS[request.param]().eval()
+
+
+def shifted(model):
+    """Return a copy with other values, so that it shows which file was read."""
+    other = copy.deepcopy(model).half()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    return other
+
+
+def loaded(model, folder, **options):
+    """Return what the library itself reads of a folder."""
+    return type(model).from_pretrained(folder, **options).state_dict()
+
+
+def same(checkpoint, expected):
+    for name in checkpoint.tensors:
+        own = name if name in expected else next(n for n in expected if n.endswith(name) or name.endswith(n))
+        assert torch.equal(torch.from_numpy(checkpoint.read(name).copy()), expected[own]), name
+
+
+@pytest.mark.parametrize("size", ["10GB", "6KB"])
+def test_a_variant_beside_the_plain_files_is_left_aside(model, size, tmp_path):
+    shifted(model).save_pretrained(tmp_path, variant="fp16", max_shard_size=size)
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    checkpoint = Checkpoint.open(tmp_path)
+    same(checkpoint, loaded(model, tmp_path))
+    assert "fp16" in checkpoint.notes[0]
+
+
+@pytest.mark.parametrize("size", ["10GB", "6KB"])
+def test_a_variant_alone_is_the_model(model, size, tmp_path):
+    shifted(model).save_pretrained(tmp_path, variant="fp16", max_shard_size=size)
+    checkpoint = Checkpoint.open(tmp_path)
+    options = {"torch_dtype" if isinstance(model, diffusers.ModelMixin) else "dtype": torch.float16}
+    same(checkpoint, loaded(model, tmp_path, variant="fp16", **options))
+    shifted(model).save_pretrained(tmp_path, variant="other", max_shard_size=size)
+    with pytest.raises(CheckpointError, match="several sets") as caught:
+        Checkpoint.open(tmp_path)
+    assert len(caught.value.problems) == 2
+
+
+def test_another_programs_files_are_left_aside(model, tmp_path):
+    """Mistral's repositories hold its own files beside transformers'."""
+    model.save_pretrained(tmp_path, max_shard_size="6KB")
+    file = "consolidated-00001-of-00001.safetensors"
+    values = {f"x.{name}": value.contiguous() + 1 for name, value in model.state_dict().items()}
+    save_file(values, tmp_path / file)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(values, file)}
+    (tmp_path / "consolidated.safetensors.index.json").write_text(json.dumps(index))
+    checkpoint = Checkpoint.open(tmp_path)
+    same(checkpoint, loaded(model, tmp_path))
+    assert "consolidated" in checkpoint.notes[0]
+
+
+@pytest.mark.parametrize("make", [opt, sd3])
+def test_what_was_left_aside_is_not_in_the_merged_folder(make, tmp_path, capsys):
+    model = make()
+    shifted(model).save_pretrained(tmp_path / "base", variant="fp16", max_shard_size="6KB")
+    model.save_pretrained(tmp_path / "base", max_shard_size="6KB")
+    path = next(n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m.in_features == 16)
+    a, b = torch.randn(2, 16), torch.randn(model.get_submodule(path).out_features, 2)
+    front = "transformer." if make is sd3 else "base_model.model."
+    tensors = {f"{front}{path}.lora_A.weight": a, f"{front}{path}.lora_B.weight": b}
+    save_file(tensors, tmp_path / "a.safetensors")
+    command = ["merge", "--base", "base", "--adapter", "a.safetensors", "-o", "out", "--alpha", "2"]
+    command = [
+        str(tmp_path / word) if (tmp_path / word).exists() or word == "out" else word for word in command
+    ]
+    assert _run(command, False) == 0
+    assert "fp16" in "".join(capsys.readouterr())
+    assert not list((tmp_path / "out").glob("*fp16*"))
+    before, after = model.state_dict(), loaded(model, tmp_path / "out")
+    for name, values in before.items():
+        expected = values + b @ a if name == f"{path}.weight" else values
+        torch.testing.assert_close(after[name], expected, rtol=1e-5, atol=1e-5)
