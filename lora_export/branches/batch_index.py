@@ -109,7 +109,7 @@ class _Part:
             if value.const_value.size > _MAX_SIZE:
                 raise _UnknownError
             self.known[str(value.name)] = value.const_value.numpy()
-        elif node is not None and node.op_type == "Shape" and node.domain in ("", "ai.onnx"):
+        elif node is not None and node.op_type == "Shape" and self._has_sizes(node):
             self.known[str(value.name)] = self._shape(node)
         elif node is not None and self._is_computed(node):
             self.seen.add(id(node))
@@ -130,12 +130,23 @@ class _Part:
         bodies = any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values())
         return not bodies and all(self.probe.flow.of(read) == SAME for read in node.inputs)
 
+    def _has_sizes(self, node: ir.Node) -> bool:
+        """Whether a Shape's sizes are known; else it is computed with what it reads."""
+        flow, source = self.probe.flow, node.inputs[0]
+        rank = flow.rank(source)
+        if flow.of(source) != SAME:
+            if rank is None:
+                raise _UnknownError
+            return True
+        assert source is not None
+        # Of what has no rows, an axis without a number may still have the batch's size.
+        numbers = [flow.size(source, axis) for axis in range(rank or 0)]
+        return rank is not None and all(isinstance(number, int) for number in numbers)
+
     def _shape(self, node: ir.Node) -> NDArray[np.generic]:
         source = node.inputs[0]
         assert source is not None
-        rank = self.probe.flow.rank(source)
-        if rank is None:
-            raise _UnknownError
+        rank = self.probe.flow.rank(source) or 0
         stop = node.attributes.get_int("end", rank)
         axes = range(rank)[node.attributes.get_int("start", 0) : stop]
         return np.array([self.probe.size(source, axis) for axis in axes], np.int64)
@@ -161,28 +172,51 @@ def rows_of_index(flow: Flow, index: ir.Value, number: Callable[[Probe, Numbers]
         index can't be computed.
     """
     found: set[Rows] = set()
-    for batch, other in _PROBES:
-        for fill in (0, 1):
-            size = flow.batch if isinstance(flow.batch, int) else batch
-            probe = Probe(flow, size, other, fill)
-            try:
-                found.add(_counted(number(probe, probe.compute(index)), size))
-            except _UnknownError:
-                return None
+    for probe in _probes(flow):
+        try:
+            found.add(_counted(number(probe, probe.compute(index)), probe.batch))
+        except _UnknownError:
+            return None
     return found.pop() if len(found) == 1 else SAME
+
+
+def rows_reshaped(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
+    """Return where a Reshape puts rows, by the numbers of rows of a value with its sizes; None if unknown."""
+    source, target = node.inputs[0], node.outputs[0]
+    if source is None or rows.axis is None or not rows.outermost:
+        return None
+    found: set[Rows] = set()
+    for probe in _probes(flow):
+        try:
+            before, after = shape_of(probe, source), shape_of(probe, target)
+        except _UnknownError:
+            return None
+        numbers = np.repeat(np.arange(probe.batch), before[rows.axis] // probe.batch)
+        numbers = numbers.reshape([-1 if axis == rows.axis else 1 for axis in range(len(before))])
+        found.add(_counted(np.broadcast_to(numbers, before).reshape(after), probe.batch))
+    return found.pop() if len(found) == 1 and SAME not in found else None
+
+
+def same_size(flow: Flow, one: ir.Value, two: ir.Value, axis: int) -> bool:
+    """Whether two values, of which the first depends on sizes alone, are known to be of one size along it."""
+    try:
+        return all(
+            probe.compute(one).shape[axis : axis + 1] == shape_of(probe, two)[axis : axis + 1]
+            for probe in _probes(flow)
+        )
+    except _UnknownError:
+        return False
 
 
 def computed(flow: Flow, value: ir.Value) -> list[int] | None:
     """Return the numbers of a vector that depends on no size and on no input; None for another."""
     found: set[tuple[int, ...]] = set()
-    for batch, other in _PROBES:
-        for fill in (0, 1):
-            size = flow.batch if isinstance(flow.batch, int) else batch
-            try:
-                numbers = Probe(flow, size, other, fill).compute(value)
-            except _UnknownError:
-                return None
-            found.add(tuple(int(number) for number in numbers.reshape(-1)))
+    for probe in _probes(flow):
+        try:
+            numbers = probe.compute(value)
+        except _UnknownError:
+            return None
+        found.add(tuple(int(number) for number in numbers.reshape(-1)))
     return list(found.pop()) if len(found) == 1 else None
 
 
@@ -207,6 +241,15 @@ def shape_of(probe: Probe, value: ir.Value) -> tuple[int, ...]:
     if rank is None:
         raise _UnknownError
     return tuple(probe.size(value, axis) for axis in range(rank))
+
+
+def _probes(flow: Flow) -> list[Probe]:
+    sizes = [
+        (flow.batch if isinstance(flow.batch, int) else batch, other, fill)
+        for batch, other in _PROBES
+        for fill in (0, 1)
+    ]
+    return [Probe(flow, *numbers) for numbers in sizes]
 
 
 def _counted(numbers: Numbers, batch: int) -> Rows:

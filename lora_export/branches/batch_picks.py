@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.branches.batch_index import Numbers, Probe, computed, rows_of_index, shape_of
+from lora_export.branches.batch_index import Numbers, Probe, computed, rows_of_index, same_size, shape_of
 from lora_export.branches.batch_sizes import BATCH, numbers_of, sizes_of
 from lora_export.branches.rows import SAME, Flow, Rows, from_front, moved_by
 
@@ -65,10 +65,8 @@ def _gather_elements(flow: Flow, node: ir.Node, inputs: Sequence[Rows | None]) -
         return index
     if data.axis == axis:
         return _by_index(flow, node, data, index, 0, lambda numbers: numbers)
-    whole = node.inputs[1] is not None and flow.size(node.inputs[1], data.axis) == flow.size(
-        _value(node.inputs[0]), data.axis
-    )
-    return data if index is not None and (index.axis == data.axis or (index.axis is None and whole)) else None
+    whole = index == SAME and same_size(flow, _value(node.inputs[1]), _value(node.inputs[0]), data.axis)
+    return data if whole or (index is not None and index.axis == data.axis) else None
 
 
 def _scatter_elements(flow: Flow, node: ir.Node, inputs: Sequence[Rows | None]) -> Rows | None:

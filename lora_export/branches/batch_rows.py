@@ -20,27 +20,18 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
+from lora_export.branches.batch_index import rows_reshaped
 from lora_export.branches.batch_picks import ALONG, PICKS
 from lora_export.branches.batch_sizes import BATCH, OTHER, TIMES, Size, numbers_of, reshaped, sizes_of
 from lora_export.branches.rows import SAME, Rows, from_front, moved_by, name_of, summed_by
 
 _UNARY = {
-    *("Abs", "BatchNormalization", "BiasGelu", "Cast", "Ceil", "Celu", "Clip", "DequantizeLinear"),
-    *("Dropout", "Elu", "Erf", "Exp", "FastGelu", "Floor", "Gelu", "IsInf", "IsNaN"),
+    *("Abs", "BatchNormalization", "BiasGelu", "Cast", "Ceil", "Celu", "Clip", "Cos", "DequantizeLinear"),
+    *("Dropout", "DynamicQuantizeLinear", "Elu", "Erf", "Exp", "FastGelu", "Floor", "Gelu", "IsInf", "IsNaN"),
     *("GroupNormalization", "HardSigmoid", "HardSwish", "Identity", "InstanceNormalization", "LeakyRelu"),
-    *("LayerNormalization", "Log", "LpNormalization", "Mish", "Neg", "Not", "QuantizeLinear", "Sign"),
-    *("QuickGelu", "RMSNormalization", "Reciprocal", "Relu", "RotaryEmbedding", "Round", "Selu", "Sigmoid"),
-    *(
-        "SequenceAt",
-        "SimplifiedLayerNormalization",
-        "Sin",
-        "Cos",
-        "Softplus",
-        "Softsign",
-        "Sqrt",
-        "Tanh",
-        "Trilu",
-    ),
+    *("LayerNormalization", "Log", "LpNormalization", "Mish", "Neg", "Not", "QuantizeLinear", "QuickGelu"),
+    *("RMSNormalization", "Reciprocal", "Relu", "RotaryEmbedding", "Round", "Selu", "SequenceAt", "Sigmoid"),
+    *("Sign", "SimplifiedLayerNormalization", "Sin", "Softplus", "Softsign", "Sqrt", "Tanh", "Trilu"),
 }
 # Along another axis than the batch's they leave rows apart.
 _SCORES = {"Softmax", "LogSoftmax", "Hardmax", "TopK", "CumSum"}
@@ -57,7 +48,10 @@ _IMAGES = {
     *("DepthToSpace", "SpaceToDepth", "EmbedLayerNormalization"),
     *("Attention", "MultiHeadAttention", "GroupQueryAttention"),
 }
-_PRODUCTS = {"MatMul", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "MatMulIntegerToFloat"}
+_PRODUCTS = {
+    *("DynamicQuantizeMatMul", "FusedMatMul", "MatMul", "MatMulBnb4", "MatMulInteger"),
+    *("MatMulIntegerToFloat", "MatMulNBits"),
+}
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
 
 
@@ -105,8 +99,8 @@ class BatchRows:
         return self._batch
 
     def unknown(self, value: ir.Value) -> str:
-        """Return the node behind which rows are no longer followed; empty where it is an input."""
-        return self._unknown.get(id(value), "")
+        """Return the node, or the input, behind which rows are not followed."""
+        return self._unknown.get(id(value), f"input {value.name}")
 
     def rank(self, value: ir.Value | None) -> int | None:
         """Return the number of a value's axes, where it is known."""
@@ -140,6 +134,8 @@ class BatchRows:
             for body in bodies:
                 self._run(body)
             rows = self._node(node, bodies)
+            if rows is not None and rows.axis is not None:
+                rows = self._doubted(node, rows)
             for number, output in enumerate(node.outputs):
                 # Its scale and zero point are of the whole batch.
                 whole = number and node.op_type == "DynamicQuantizeLinear" and rows is not None
@@ -148,13 +144,19 @@ class BatchRows:
                     before = (self._unknown.get(id(value)) for value in node.inputs)
                     self._unknown[id(output)] = next(filter(None, before), name_of(node))
 
+    def _doubted(self, node: ir.Node, rows: Rows) -> Rows:
+        """Add the doubt about what is combined with rows, or of it."""
+        read = [(value, self.of(value)) for value in node.inputs if value is not None]
+        doubts = (self.unknown(value) if known is None else known.doubt for value, known in read)
+        return replace(rows, doubt=next(filter(None, doubts), ""))
+
     def _node(self, node: ir.Node, bodies: Sequence[ir.Graph]) -> Rows | None:
         if node.op_type in _SIZES:
             return SAME
         if node.op_type == "CastLike":
             return self.of(node.inputs[0])
-        inputs = [self.of(value) for value in node.inputs]
-        found = {self.of(value) for body in bodies for value in body.outputs}
+        inputs = [_certain(self.of(value)) for value in node.inputs]
+        found = {_certain(self.of(value)) for body in bodies for value in body.outputs}
         moved = next((rows for rows in [*inputs, *found] if rows is not None and rows.moved), None)
         if moved is not None:
             return moved
@@ -288,26 +290,26 @@ class BatchRows:
     def _product(self, node: ir.Node, inputs: list[Rows | None]) -> Rows | None:
         """Axes before the last two are aligned; rows of the first and columns of the second stay."""
         left, right = node.inputs[0], node.inputs[1]
-        first, second = inputs[0], inputs[1]
-        if first is None or second is None:
+        first, second, rank, other = inputs[0], inputs[1], self.rank(left), self.rank(right)
+        turned = [node.attributes.get_int(f"trans{name}", 0) for name in ("A", "B", "BatchA", "BatchB")]
+        if first is None or second is None or any(turned[2:]):
             return None
-        rank = self.rank(left)
-        if second == SAME:
-            if rank is not None and first.axis == rank - 1:
-                return moved_by(node)
-            count = self.rank(right)
-            # A packed weight is a matrix, whatever axes its codes have.
-            if node.op_type != "MatMul" or count in (1, 2):
-                return first
-            if rank is None or count is None or first.axis is None:
+        if turned[0] or turned[1]:
+            if rank is None or other is None:
                 return None
-            return replace(first, axis=first.axis + max(count - rank, 0))
-        other = self.rank(right)
+            first = _turned(first, rank) if turned[0] else first
+            second = _turned(second, other) if turned[1] else second
+        # A packed weight is a matrix, whatever axes its codes have.
+        other = 2 if second == SAME and node.op_type not in ("FusedMatMul", "MatMul") else other
+        if second == SAME and (rank is None or other is None):
+            return first if other in (1, 2) else None
         if rank is None or other is None:
             return None
-        if second.axis == max(other - 2, 0) or first.axis == rank - 1:
+        if first.axis == rank - 1 or second.axis == max(other - 2, 0):
             # Rule 5: a sum over rows, of a permutation's matrix another row.
             return moved_by(node)
+        if second == SAME:
+            return replace(first, axis=(first.axis or 0) + max(other - rank, 0))
         pair: list[tuple[ir.Value | None, Rows | None]] = [(left, first), (right, second)]
         return self._aligned([one for one in pair if one[1] != SAME], max(rank, other))
 
@@ -346,7 +348,7 @@ class BatchRows:
         inferred = None if count is None else [self.size(node.outputs[0], axis) for axis in range(count)]
         sizes = sizes_of(target, self.size) or inferred
         if sizes is None:
-            return None
+            return rows_reshaped(self, node, rows)
         sizes = [self.size(source, axis) if size == 0 else size for axis, size in enumerate(sizes)]
         if inferred is not None and len(inferred) == len(sizes):
             pairs = zip(sizes, inferred, strict=True)
@@ -354,7 +356,7 @@ class BatchRows:
         before = [self.size(source, axis) for axis in range(rows.axis)]
         batch = self._batch if isinstance(self._batch, int) else None
         found = reshaped(before, rows.outermost, sizes, batch)
-        return None if found is None else Rows(*found)
+        return rows_reshaped(self, node, rows) if found is None else Rows(*found)
 
     def _axes(self, node: ir.Node) -> list[int] | None:
         if len(node.inputs) > 1:
@@ -363,6 +365,17 @@ class BatchRows:
 
     def _from_front(self, axis: int, value: ir.Value | None) -> int | None:
         return from_front(self, axis, value)
+
+
+def _turned(rows: Rows, rank: int) -> Rows:
+    """Return the place of rows where the last two axes are exchanged."""
+    if rows.axis is None or rows.axis < rank - 2:
+        return rows
+    return replace(rows, axis=2 * rank - 3 - rows.axis)
+
+
+def _certain(rows: Rows | None) -> Rows | None:
+    return replace(rows, doubt="") if rows is not None and rows.doubt else rows
 
 
 def _is_named(size: int | ir.SymbolicDim) -> bool:

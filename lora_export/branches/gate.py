@@ -127,8 +127,10 @@ class BankGate:
         known = shape is not None and self._has_batch_in_front(shape, module)
         self._refuse_misplaced(rows, module, x)
         # Without rows, those of a batch in front are equal: none can have another's place.
-        if rows is None or not (rows.in_front or (known and rows.axis is None)):
-            self._unverified.setdefault(module.name, self._flow.unknown(x))
+        if rows is None or rows.doubt:
+            self._unverified.setdefault(module.name, rows.doubt if rows else self._flow.unknown(x))
+        elif not (rows.in_front or (known and rows.axis is None)):
+            self._unverified.setdefault(module.name, "")
         if module.kind == "conv":
             behind = [1 for _ in module.kernel]
             shaped = self._shape(of_row, f"{len(behind)} behind", [0, -1, *behind])

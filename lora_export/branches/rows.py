@@ -21,6 +21,7 @@ class Rows:
         moved: The node behind which they are not known to be all of the batch's in its order; nothing else is
             known then.
         summed: The node that made one value of all rows, which are the same for all since then.
+        doubt: A node that is not followed, whose result was combined with rows that are here.
     """
 
     axis: int | None
@@ -28,6 +29,7 @@ class Rows:
     alone: bool = True
     moved: str = ""
     summed: str = ""
+    doubt: str = ""
 
     @property
     def in_front(self) -> bool:
