@@ -208,6 +208,14 @@ def same_size(flow: Flow, one: ir.Value, two: ir.Value, axis: int) -> bool:
         return False
 
 
+def keeps_size(flow: Flow, sizes: ir.Value, place: int, data: ir.Value, axis: int) -> bool | None:
+    """Whether a number of a vector of sizes is the size of an axis; None where it can't be computed."""
+    try:
+        return all(int(probe.compute(sizes)[place]) == shape_of(probe, data)[axis] for probe in _probes(flow))
+    except (_UnknownError, IndexError):
+        return None
+
+
 def computed(flow: Flow, value: ir.Value) -> list[int] | None:
     """Return the numbers of a vector that depends on no size and on no input; None for another."""
     found: set[tuple[int, ...]] = set()

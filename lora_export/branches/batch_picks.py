@@ -17,7 +17,15 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.branches.batch_index import Numbers, Probe, computed, rows_of_index, same_size, shape_of
+from lora_export.branches.batch_index import (
+    Numbers,
+    Probe,
+    computed,
+    keeps_size,
+    rows_of_index,
+    same_size,
+    shape_of,
+)
 from lora_export.branches.batch_sizes import BATCH, numbers_of, sizes_of
 from lora_export.branches.rows import SAME, Flow, Rows, from_front, moved_by
 
@@ -256,11 +264,10 @@ def resized(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
     if scales is not None and scales.const_value is not None and scales.const_value.size:
         factor = np.asarray(scales.const_value.numpy()).reshape(-1)[at[0]]
         return rows if factor == 1 else moved_by(node)
-    sizes = sizes_of(node.inputs[3], flow.size) if len(node.inputs) > 3 else None
-    if sizes is None or at[0] >= len(sizes):
+    if len(node.inputs) < 4 or node.inputs[3] is None:
         return None
-    same = sizes[at[0]] is not None and sizes[at[0]] == flow.size(data, rows.axis)
-    return rows if same else None if sizes[at[0]] is None else moved_by(node)
+    keeps = keeps_size(flow, node.inputs[3], at[0], data, rows.axis)
+    return None if keeps is None else rows if keeps else moved_by(node)
 
 
 def _at(places: Sequence[int | None], axis: int | None) -> list[int]:
