@@ -208,12 +208,16 @@ def same_size(flow: Flow, one: ir.Value, two: ir.Value, axis: int) -> bool:
         return False
 
 
-def keeps_size(flow: Flow, sizes: ir.Value, place: int, data: ir.Value, axis: int) -> bool | None:
-    """Whether a number of a vector of sizes is the size of an axis; None where it can't be computed."""
-    try:
-        return all(int(probe.compute(sizes)[place]) == shape_of(probe, data)[axis] for probe in _probes(flow))
-    except (_UnknownError, IndexError):
-        return None
+def keeps_size(flow: Flow, given: ir.Value, place: int, data: ir.Value, axis: int) -> bool | None:
+    """Return whether an axis keeps its size by a vector of sizes, or of factors; None if that is unknown."""
+    kept = []
+    for probe in _probes(flow):
+        try:
+            numbers = probe.compute(given).reshape(-1)
+            kept.append(numbers[place] == (1 if numbers.dtype.kind == "f" else shape_of(probe, data)[axis]))
+        except (_UnknownError, IndexError):
+            return None
+    return all(kept)
 
 
 def computed(flow: Flow, value: ir.Value) -> list[int] | None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import numpy as np
 import onnx_ir as ir
 
 from lora_export.branches.batch_index import (
@@ -255,18 +254,16 @@ def resized(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
     data = _value(node.inputs[0])
     if rows.axis is None or flow.rank(data) is None:
         return None
-    given = node.attributes.get("axes")
-    axes = list(given.as_ints()) if given is not None else list(range(flow.rank(data) or 0))
+    named = node.attributes.get("axes")
+    axes = list(named.as_ints()) if named is not None else list(range(flow.rank(data) or 0))
     at = _at([from_front(flow, axis, data) for axis in axes], rows.axis)
     if not at:
         return rows
-    scales = node.inputs[1 if node.op_type == "Upsample" else 2] if len(node.inputs) > 1 else None
-    if scales is not None and scales.const_value is not None and scales.const_value.size:
-        factor = np.asarray(scales.const_value.numpy()).reshape(-1)[at[0]]
-        return rows if factor == 1 else moved_by(node)
-    if len(node.inputs) < 4 or node.inputs[3] is None:
+    # X, roi, scales, sizes; of an Upsample X and scales.
+    given = next((value for value in reversed(node.inputs[1:]) if value is not None), None)
+    if given is None:
         return None
-    keeps = keeps_size(flow, node.inputs[3], at[0], data, rows.axis)
+    keeps = keeps_size(flow, given, at[0], data, rows.axis)
     return None if keeps is None else rows if keeps else moved_by(node)
 
 
