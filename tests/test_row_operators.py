@@ -40,8 +40,7 @@ KEPT = {
     "own-picks": "m = Unsqueeze (n, back) f = GatherND <batch_dims = 1> (x, m)",
     "largest": "f, i = TopK <axis = 1> (x, two)",
     "tiled": "f = Tile (x, wide)",
-    "scattered": "m = Reshape (n, column) i = Expand (m, flat) f = ScatterElements <axis = 1> "
-    "(x, i, u)",
+    "scattered": "m = Reshape (n, column) i = Expand (m, flat) f = ScatterElements <axis = 1> (x, i, u)",
     "whole": "f = Slice (x, zero, far, zero, one)",
     "turned": "f = Slice (x, back, low, one, back)",
     "split": "f, g = Split <axis = 1, num_outputs = 2> (x)",

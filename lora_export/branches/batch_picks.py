@@ -81,13 +81,13 @@ def _scatter_elements(flow: Flow, node: ir.Node, inputs: Sequence[Rows | None]) 
     axis = from_front(flow, node.attributes.get_int("axis", 0), node.inputs[0])
     if axis is None or data is None or index is None or updates is None:
         return None
-    places = {rows.axis for rows in (data, index, updates)} - {None}
-    if len(places) != 1:
+    carriers = [rows for rows in (data, index, updates) if rows.axis is not None]
+    found = carriers[0]
+    if any(rows.axis != found.axis for rows in carriers):
         return None
-    found = next(rows for rows in (data, index, updates) if rows.axis is not None)
     if axis == found.axis:
         return moved_by(node) if index.axis is not None or updates.axis is not None else data
-    return found if all(rows.axis is None or rows == found for rows in (data, index, updates)) else None
+    return found if all(rows.outermost for rows in carriers) or len(set(carriers)) == 1 else None
 
 
 def _scatter_nd(flow: Flow, node: ir.Node, inputs: Sequence[Rows | None]) -> Rows | None:
