@@ -4,53 +4,39 @@ Rules:
 
 1. An input whose first axis is the batch's has its rows along it; constants and sizes are the same for all.
 2. A node that is the same for all rows when its inputs are, whatever it computes.
-3. An operator without a rule, and one that takes rows apart (a slice of the batch), leaves it unknown: then
-   nothing is concluded, neither that a place is right nor that it is wrong.
+3. An operator without a rule leaves it unknown: then nothing is concluded, neither that a place is right nor
+   that it is wrong.
 4. What joins two values along the batch, or flattens (sequence, batch), puts something else outside of the
    rows: a bank that takes them for outermost would give rows another row's adapter.
+5. What takes rows apart (a slice of the batch), takes them by index (`batch_picks`) or multiplies them by a
+   matrix may put them into another order: nothing behind it has the batch's rows again, put back or not.
+6. A sum over the batch is the same for all rows; combined with rows it leaves them where they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import onnx_ir as ir
 
+from lora_export.branches.batch_index import rows_reshaped
+from lora_export.branches.batch_picks import ALONG, PICKS
 from lora_export.branches.batch_sizes import BATCH, OTHER, TIMES, Size, numbers_of, reshaped, sizes_of
+from lora_export.branches.rows import SAME, Rows, from_front, moved_by, name_of, summed_by
 
-
-@dataclass(frozen=True)
-class Rows:
-    """Where the batch's rows lie in a value.
-
-    Attributes:
-        axis: The axis; None: the value is the same for all rows.
-        outermost: Nothing else is outside of them along that axis.
-        alone: There is nothing else along that axis.
-    """
-
-    axis: int | None
-    outermost: bool = True
-    alone: bool = True
-
-    @property
-    def in_front(self) -> bool:
-        """Whether the first axis is the batch, or the batch and something inside of it."""
-        return self.axis == 0 and self.outermost
-
-
-SAME = Rows(None)
 _UNARY = {
-    *("Abs", "BatchNormalization", "BiasGelu", "Cast", "Ceil", "Celu", "Clip", "CumSum", "DequantizeLinear"),
+    *("Abs", "BatchNormalization", "BiasGelu", "Cast", "Ceil", "Celu", "Clip", "Cos", "DequantizeLinear"),
     *("Dropout", "DynamicQuantizeLinear", "Elu", "Erf", "Exp", "FastGelu", "Floor", "Gelu", "IsInf", "IsNaN"),
     *("GroupNormalization", "HardSigmoid", "HardSwish", "Identity", "InstanceNormalization", "LeakyRelu"),
-    *("LayerNormalization", "Log", "LpNormalization", "Mish", "Neg", "Not", "Pad", "QuantizeLinear", "Sign"),
-    *("QuickGelu", "RMSNormalization", "Reciprocal", "Relu", "RotaryEmbedding", "Round", "Selu", "Sigmoid"),
-    *("SimplifiedLayerNormalization", "Sin", "Cos", "Softplus", "Softsign", "Sqrt", "Tanh", "Trilu"),
+    *("LayerNormalization", "Log", "LpNormalization", "Mish", "Neg", "Not", "QuantizeLinear", "QuickGelu"),
+    *("RMSNormalization", "Reciprocal", "Relu", "RotaryEmbedding", "Round", "Selu", "SequenceAt", "Sigmoid"),
+    *("Sign", "SimplifiedLayerNormalization", "Sin", "Softplus", "Softsign", "Sqrt", "Tanh", "Trilu"),
 }
-# Along another axis than the batch's only.
-_ALONG = {"Softmax", "LogSoftmax", "Hardmax", "TopK"}
+# Along another axis than the batch's they leave rows apart.
+_SCORES = {"Softmax", "LogSoftmax", "Hardmax", "TopK", "CumSum"}
+# What they compute depends on sizes and types alone.
+_SIZES = {"Shape", "Size", "Constant", "ConstantOfShape", "EyeLike", "SequenceLength"}
 _ELEMENTWISE = {
     *("Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Mean", "Min"),
     *("Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "Where", "Xor", "SkipLayerNormalization"),
@@ -59,10 +45,13 @@ _ELEMENTWISE = {
 # The batch is the first axis of what they read, by their definition.
 _IMAGES = {
     *("Conv", "ConvTranspose", "FusedConv", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"),
-    *("DepthToSpace", "SpaceToDepth", "Resize", "Upsample"),
+    *("DepthToSpace", "SpaceToDepth", "EmbedLayerNormalization"),
     *("Attention", "MultiHeadAttention", "GroupQueryAttention"),
 }
-_PRODUCTS = {"MatMul", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "MatMulIntegerToFloat"}
+_PRODUCTS = {
+    *("DynamicQuantizeMatMul", "FusedMatMul", "MatMul", "MatMulBnb4", "MatMulInteger"),
+    *("MatMulIntegerToFloat", "MatMulNBits"),
+}
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
 
 
@@ -81,6 +70,7 @@ class BatchRows:
     ) -> None:
         self._shapes, self._batch = shapes, batch
         self._rows: dict[int, Rows | None] = {}
+        self._unknown: dict[int, str] = {}
         for value in graph.inputs:
             self._rows[id(value)] = Rows(0) if value is batch_input else self._entry(value)
         self._run(graph)
@@ -89,7 +79,9 @@ class BatchRows:
         """Rule 1 for another input; unknown where its first axis has another name, or none."""
         dims = list(value.shape) if value.shape is not None else [ir.SymbolicDim(None)]
         if isinstance(self._batch, int):
-            return Rows(0) if dims and dims[0] == self._batch else SAME
+            # Another axis of that size may be the batch's, or a length.
+            found = Rows(0) if dims and dims[0] == self._batch else SAME
+            return None if found == SAME and self._batch > 1 and self._batch in dims else found
         named = [axis for axis, size in enumerate(dims) if str(size) == str(self._batch) and _is_named(size)]
         if len(named) == 1:
             return Rows(named[0])
@@ -100,6 +92,15 @@ class BatchRows:
         if value is None or value.const_value is not None:
             return SAME
         return self._rows.get(id(value))
+
+    @property
+    def batch(self) -> object:
+        """The size of the batch: a number or a symbol."""
+        return self._batch
+
+    def unknown(self, value: ir.Value) -> str:
+        """Return the node, or the input, behind which rows are not followed."""
+        return self._unknown.get(id(value), f"input {value.name}")
 
     def rank(self, value: ir.Value | None) -> int | None:
         """Return the number of a value's axes, where it is known."""
@@ -121,7 +122,7 @@ class BatchRows:
             factors = str(first.value).replace(" ", "").split("*")
             if str(self._batch.value) in factors:
                 return BATCH if len(factors) == 1 else TIMES
-        if rows is None or axis < 0:
+        if rows is None or rows.moved or axis < 0:
             return None
         if rows.axis == axis:
             return BATCH if rows.alone else TIMES
@@ -133,23 +134,39 @@ class BatchRows:
             for body in bodies:
                 self._run(body)
             rows = self._node(node, bodies)
-            for output in node.outputs:
-                self._rows[id(output)] = rows
+            if rows is not None and rows.axis is not None:
+                rows = self._doubted(node, rows)
+            for number, output in enumerate(node.outputs):
+                # Its scale and zero point are of the whole batch.
+                whole = number and node.op_type == "DynamicQuantizeLinear" and rows is not None
+                self._rows[id(output)] = summed_by(node) if whole and rows != SAME else rows
+                if rows is None:
+                    before = (self._unknown.get(id(value)) for value in node.inputs)
+                    self._unknown[id(output)] = next(filter(None, before), name_of(node))
+
+    def _doubted(self, node: ir.Node, rows: Rows) -> Rows:
+        """Add the doubt about what is combined with rows, or of it."""
+        read = [(value, self.of(value)) for value in node.inputs if value is not None]
+        doubts = (self.unknown(value) if known is None else known.doubt for value, known in read)
+        return replace(rows, doubt=next(filter(None, doubts), ""))
 
     def _node(self, node: ir.Node, bodies: Sequence[ir.Graph]) -> Rows | None:
-        if node.op_type in ("Shape", "Size", "Constant", "ConstantOfShape"):
+        if node.op_type in _SIZES:
             return SAME
-        inputs = [self.of(value) for value in node.inputs]
+        if node.op_type == "CastLike":
+            return self.of(node.inputs[0])
+        inputs = [_certain(self.of(value)) for value in node.inputs]
+        found = {_certain(self.of(value)) for body in bodies for value in body.outputs}
+        moved = next((rows for rows in [*inputs, *found] if rows is not None and rows.moved), None)
+        if moved is not None:
+            return moved
         if bodies:
-            if node.op_type != "If":
-                return None
-            found = {self.of(value) for body in bodies for value in body.outputs}
-            return found.pop() if len(found) == 1 else None
-        if all(rows == SAME for rows in inputs):
-            return SAME
+            return found.pop() if node.op_type == "If" and len(found) == 1 else None
+        if all(rows is not None and rows.axis is None for rows in inputs):
+            return next((rows for rows in inputs if rows is not None and rows.summed), SAME)
         if node.domain not in _DOMAINS:
             return None
-        return self._rule(node, inputs)
+        return self._rule(node, [SAME if rows is not None and rows.summed else rows for rows in inputs])
 
     def _rule(self, node: ir.Node, inputs: list[Rows | None]) -> Rows | None:
         operator, first = node.op_type, inputs[0]
@@ -160,19 +177,20 @@ class BatchRows:
         rules: dict[str, Callable[[ir.Node, Rows], Rows | None]] = {
             "Transpose": self._transposed, "Reshape": self._reshaped, "Flatten": self._flattened,
             "Unsqueeze": self._unsqueezed, "Squeeze": self._squeezed, "Expand": self._expanded,
-            "Slice": self._sliced, "Split": self._split, "Gemm": self._gemm,
+            "Gemm": self._gemm, "FusedGemm": self._gemm,
         }  # fmt: skip
         if operator == "Concat":
             return self._joined(node, inputs)
-        if operator == "Gather":
-            return self._gathered(node, inputs)
+        if operator in PICKS:
+            return PICKS[operator](self, node, inputs)
         if first is None or first == SAME:
             return None
         if operator in _UNARY:
             return first
-        if operator in _ALONG:
-            axis = self._from_front(node.attributes.get_int("axis", -1), node.inputs[0])
-            return first if axis is not None and axis != first.axis else None
+        if operator in ALONG:
+            return ALONG[operator](self, node, first)
+        if operator in _SCORES:
+            return self._scored(node, first)
         if operator in _IMAGES:
             return first if first.axis == 0 else None
         if operator.startswith("Reduce") or operator in ("ArgMax", "ArgMin"):
@@ -235,13 +253,24 @@ class BatchRows:
             return None
         return replace(rows, axis=rows.axis - sum(axis is not None and axis < rows.axis for axis in gone))
 
+    def _scored(self, node: ir.Node, rows: Rows) -> Rows | None:
+        """Probabilities, the largest ones and running sums; along the batch (rule 5) they mix its rows."""
+        axes = [node.attributes.get_int("axis", -1)] if node.op_type != "CumSum" else self._axes(node)
+        axis = self._from_front(axes[0], node.inputs[0]) if axes else None
+        return None if axis is None else moved_by(node) if axis == rows.axis else rows
+
     def _reduced(self, node: ir.Node, rows: Rows) -> Rows | None:
         axes = self._axes(node)
         if axes is None and node.op_type.startswith("Arg"):
             axes = [node.attributes.get_int("axis", 0)]
+        named = "axes" in node.attributes or (len(node.inputs) > 1 and node.inputs[1] is not None)
+        if not axes and not named:
+            return rows if node.attributes.get_int("noop_with_empty_axes", 0) else summed_by(node)
         gone = [self._from_front(axis, node.inputs[0]) for axis in axes or ()]
         assert rows.axis is not None
-        if not gone or None in gone or rows.axis in gone:
+        if rows.axis in gone:
+            return summed_by(node)
+        if not gone or None in gone:
             return None
         if node.attributes.get_int("keepdims", 1):
             return rows
@@ -256,22 +285,31 @@ class BatchRows:
             return None
         return replace(rows, axis=rows.axis + after - before)
 
-    # --- products, and what looks something up --------------------------------------------------------
+    # --- products -------------------------------------------------------------------------------------
 
     def _product(self, node: ir.Node, inputs: list[Rows | None]) -> Rows | None:
         """Axes before the last two are aligned; rows of the first and columns of the second stay."""
         left, right = node.inputs[0], node.inputs[1]
-        first, second = inputs[0], inputs[1]
-        if first is None or second is None:
+        first, second, rank, other = inputs[0], inputs[1], self.rank(left), self.rank(right)
+        turned = [node.attributes.get_int(f"trans{name}", 0) for name in ("A", "B", "BatchA", "BatchB")]
+        if first is None or second is None or any(turned[2:]):
             return None
-        rank = self.rank(left)
+        if turned[0] or turned[1]:
+            if rank is None or other is None:
+                return None
+            first = _turned(first, rank) if turned[0] else first
+            second = _turned(second, other) if turned[1] else second
+        # A packed weight is a matrix, whatever axes its codes have.
+        other = 2 if second == SAME and node.op_type not in ("FusedMatMul", "MatMul") else other
+        if second == SAME and (rank is None or other is None):
+            return first if other in (1, 2) else None
+        if rank is None or other is None:
+            return None
+        if first.axis == rank - 1 or second.axis == max(other - 2, 0):
+            # Rule 5: a sum over rows, of a permutation's matrix another row.
+            return moved_by(node)
         if second == SAME:
-            # A packed weight is a matrix, whatever axes its codes have.
-            small = node.op_type != "MatMul" or self.rank(right) in (1, 2)
-            return first if small and first.axis != (rank - 1 if rank is not None else -1) else None
-        other = self.rank(right)
-        if rank is None or other is None or first.axis == rank - 1 or second.axis == other - 2:
-            return None
+            return replace(first, axis=(first.axis or 0) + max(other - rank, 0))
         pair: list[tuple[ir.Value | None, Rows | None]] = [(left, first), (right, second)]
         return self._aligned([one for one in pair if one[1] != SAME], max(rank, other))
 
@@ -279,23 +317,11 @@ class BatchRows:
         plain = rows.axis == 0 and not node.attributes.get_int("transA", 0)
         return rows if plain and self.of(node.inputs[1]) == SAME else None
 
-    def _gathered(self, node: ir.Node, inputs: list[Rows | None]) -> Rows | None:
-        data, index = inputs[0], inputs[1]
-        axis = self._from_front(node.attributes.get_int("axis", 0), node.inputs[0])
-        if axis is None or data is None or index is None:
-            return None
-        if data == SAME:
-            return replace(index, axis=(index.axis or 0) + axis)
-        if index != SAME or data.axis == axis or data.axis is None:
-            return None
-        count = self.rank(node.inputs[1])
-        if data.axis < axis:
-            return data
-        return None if count is None else replace(data, axis=data.axis - 1 + count)
-
-    # --- what takes the rows apart, or puts something outside of them ----------------------------------
+    # --- what puts something outside of the rows ------------------------------------------------------
 
     def _joined(self, node: ir.Node, inputs: list[Rows | None]) -> Rows | None:
+        if len(inputs) == 1:
+            return inputs[0]
         carriers = {rows for rows in inputs if rows != SAME}
         axis = self._from_front(node.attributes["axis"].as_int(), node.outputs[0])
         if axis is None or None in carriers or len({rows.axis for rows in carriers if rows}) != 1:
@@ -303,22 +329,9 @@ class BatchRows:
         (place,) = {rows.axis for rows in carriers if rows}
         if place != axis:
             return next(iter(carriers)) if len(carriers) == 1 else None
-        # Rule 4: behind one another, so that each row is there several times.
+        # Rule 4: behind one another, so that each row is there several times; else behind something else.
         several = sum(rows != SAME for rows in inputs) > 1
-        return Rows(axis, outermost=False, alone=False) if several else None
-
-    def _sliced(self, node: ir.Node, rows: Rows) -> Rows | None:
-        if len(node.inputs) > 3 and node.inputs[3] is not None:
-            found = numbers_of(node.inputs[3])
-        else:
-            count = self.rank(node.inputs[0])
-            found = None if count is None else list(range(count))
-        axes = None if found is None else [self._from_front(axis, node.inputs[0]) for axis in found]
-        return None if axes is None or None in axes or rows.axis in axes else rows
-
-    def _split(self, node: ir.Node, rows: Rows) -> Rows | None:
-        axis = self._from_front(node.attributes.get_int("axis", 0), node.inputs[0])
-        return None if axis is None or axis == rows.axis else rows
+        return Rows(axis, outermost=False, alone=False) if several else moved_by(node)
 
     def _flattened(self, node: ir.Node, rows: Rows) -> Rows | None:
         axis = self._from_front(node.attributes.get_int("axis", 1), node.inputs[0])
@@ -335,7 +348,7 @@ class BatchRows:
         inferred = None if count is None else [self.size(node.outputs[0], axis) for axis in range(count)]
         sizes = sizes_of(target, self.size) or inferred
         if sizes is None:
-            return None
+            return rows_reshaped(self, node, rows)
         sizes = [self.size(source, axis) if size == 0 else size for axis, size in enumerate(sizes)]
         if inferred is not None and len(inferred) == len(sizes):
             pairs = zip(sizes, inferred, strict=True)
@@ -343,7 +356,7 @@ class BatchRows:
         before = [self.size(source, axis) for axis in range(rows.axis)]
         batch = self._batch if isinstance(self._batch, int) else None
         found = reshaped(before, rows.outermost, sizes, batch)
-        return None if found is None else Rows(*found)
+        return rows_reshaped(self, node, rows) if found is None else Rows(*found)
 
     def _axes(self, node: ir.Node) -> list[int] | None:
         if len(node.inputs) > 1:
@@ -351,10 +364,18 @@ class BatchRows:
         return list(node.attributes["axes"].as_ints()) if "axes" in node.attributes else None
 
     def _from_front(self, axis: int, value: ir.Value | None) -> int | None:
-        rank = self.rank(value)
-        if axis >= 0:
-            return axis
-        return None if rank is None else axis + rank
+        return from_front(self, axis, value)
+
+
+def _turned(rows: Rows, rank: int) -> Rows:
+    """Return the place of rows where the last two axes are exchanged."""
+    if rows.axis is None or rows.axis < rank - 2:
+        return rows
+    return replace(rows, axis=2 * rank - 3 - rows.axis)
+
+
+def _certain(rows: Rows | None) -> Rows | None:
+    return replace(rows, doubt="") if rows is not None and rows.doubt else rows
 
 
 def _is_named(size: int | ir.SymbolicDim) -> bool:

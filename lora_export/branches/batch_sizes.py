@@ -56,7 +56,7 @@ def sizes_of(value: ir.Value | None, size_of: SizeOf) -> list[Size] | None:
 
 
 def numbers_of(value: ir.Value | None) -> list[int] | None:
-    """Return the numbers of a constant; None where it is none."""
+    """Return the numbers of a constant, whatever its axes; None where it is none."""
     if value is None:
         return None
     if value.const_value is not None:
@@ -66,6 +66,8 @@ def numbers_of(value: ir.Value | None) -> list[int] | None:
         if node is not None and name in node.attributes:
             found = node.attributes[name].value
             return [int(found)] if name == "value_int" else [int(number) for number in found]
+    if node is not None and node.op_type in (*_PASSED, "Reshape"):
+        return numbers_of(node.inputs[0])
     return None
 
 

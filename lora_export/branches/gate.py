@@ -13,8 +13,9 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.branches.batch_rows import SAME, BatchRows
+from lora_export.branches.batch_rows import BatchRows
 from lora_export.branches.nodes import NodeWriter, model_names
+from lora_export.branches.rows import Rows
 from lora_export.errors import SiteError
 from lora_export.exposed import WEIGHTS_INPUT, ExposedModule
 from lora_export.graph import GraphFile
@@ -47,7 +48,8 @@ class BankGate:
         same_symbol: bool = False,
     ) -> None:
         self._shapes = shapes
-        self._unverified: dict[str, None] = {}
+        # Module → the node behind which its rows are not followed, if there is one.
+        self._unverified: dict[str, str] = {}
         self._inputs = [value for value in graph.graph.inputs if value.shape]
         # Module → why its rows would get another row's adapter, and what to do.
         self._misplaced: dict[str, tuple[str, str]] = {}
@@ -119,8 +121,16 @@ class BankGate:
         """Combine a value with what each row of the batch has: ``of_row`` is ``[batch, count]``."""
         dtype, shape = value.dtype, self._shapes.get(id(x))
         assert dtype is not None
+        rows = self._flow.of(x)
+        if rows is not None and rows.axis is None:
+            self._refuse_moved(rows, module, x)
         known = shape is not None and self._has_batch_in_front(shape, module)
-        in_front = self._rows_in_front(module, x)
+        self._refuse_misplaced(rows, module, x)
+        # Without rows, those of a batch in front are equal: none can have another's place.
+        if rows is None or rows.doubt:
+            self._unverified.setdefault(module.name, rows.doubt if rows else self._flow.unknown(x))
+        elif not (rows.in_front or (known and rows.axis is None)):
+            self._unverified.setdefault(module.name, "")
         if module.kind == "conv":
             behind = [1 for _ in module.kernel]
             shaped = self._shape(of_row, f"{len(behind)} behind", [0, -1, *behind])
@@ -130,11 +140,9 @@ class BankGate:
             shaped = self._shape(of_row, f"{axes} before", [0, *(1 for _ in range(axes - 2)), count])
             return write.add(anchor, operator, [value, shaped], name, dtype=dtype)
         # An activation (batch · sequence, in_dim), or of unknown shape: the batch is outermost.
-        if not in_front:
-            self._unverified[module.name] = None
         shaped = self._shape(of_row, "3 before", [0, 1, count])
-        rows = write.add(anchor, "Reshape", [value, self._rows(count)], f"{name}.rows", dtype=dtype)
-        combined = write.add(anchor, operator, [rows, shaped], f"{name}.of_rows", dtype=dtype)
+        cut = write.add(anchor, "Reshape", [value, self._rows(count)], f"{name}.rows", dtype=dtype)
+        combined = write.add(anchor, operator, [cut, shaped], f"{name}.of_rows", dtype=dtype)
         back = write.add(anchor, "Shape", [value], f"{name}.shape", dtype=ir.DataType.INT64)
         return write.add(anchor, "Reshape", [combined, back], name, dtype=dtype)
 
@@ -147,7 +155,7 @@ class BankGate:
         if self._misplaced:
             raise SiteError(
                 f"{len(self._misplaced)} modules read activations without the batch in front: a bank takes "
-                "rows that are outermost along the first axis",
+                "the batch's rows in their order, outermost along the first axis",
                 "; ".join(dict.fromkeys(hint for _, hint in self._misplaced.values())),
                 [reason for reason, _ in self._misplaced.values()],
             )
@@ -159,9 +167,11 @@ class BankGate:
             return ()
         names = list(self._unverified)
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        behind = next(filter(None, self._unverified.values()), "")
+        where = f" behind {behind}, which is not followed" if behind else ""
         return (
-            f"{names[0]}{more}: the graph doesn't tell the first axis of the activation; it is taken to be "
-            "the batch's rows, or batch·sequence with the batch outermost",
+            f"{names[0]}{more}: the graph doesn't tell the first axis of the activation{where}; it is taken "
+            "to be the batch's rows in their order, or batch·sequence with the batch outermost",
         )
 
     # --- once in the graph --------------------------------------------------------------------------
@@ -243,11 +253,26 @@ class BankGate:
 
     # --- does the activation have the batch in front? -----------------------------------------------
 
-    def _rows_in_front(self, module: ExposedModule, x: ir.Value) -> bool:
-        """Whether the batch's rows are outermost; `refuse` if the graph puts something outside of them."""
-        rows = self._flow.of(x)
-        if rows is None or rows == SAME or rows.in_front:
-            return rows is not None and rows.in_front
+    def _refuse_moved(self, rows: Rows, module: ExposedModule, x: ir.Value) -> None:
+        """Let `refuse` refuse a module whose rows are not the batch's, each in its place."""
+        batch = f"the rows of the batch (of {self.batch_input.name})"
+        if rows.moved:
+            reason = (
+                f"{module.name}: {rows.moved} takes {batch} in another order, or not all of them, and its "
+                f"activation {x.name} is computed from that"
+            )
+            hint = "the rows are not those of the batch in their order"
+        elif rows.summed:
+            reason = f"{module.name}: {rows.summed} makes one of {batch}, and its activation {x.name} is that"
+            hint = "all rows share its result"
+        else:
+            return
+        self._misplaced.setdefault(module.name, (reason, f"{hint}: {_INSTEAD}"))
+
+    def _refuse_misplaced(self, rows: Rows | None, module: ExposedModule, x: ir.Value) -> None:
+        """Let `refuse` refuse a module if the graph puts something outside of the batch's rows."""
+        if rows is None or rows.axis is None or rows.in_front:
+            return
         inside = f"inside of another size along axis {rows.axis} (sequence·batch, or several batches)"
         where = f"along axis {rows.axis}" if rows.outermost else inside
         reason = (
@@ -255,7 +280,6 @@ class BankGate:
             f"activation {x.name}"
         )
         self._misplaced.setdefault(module.name, (reason, f"the batch is not outermost: {_INSTEAD}"))
-        return False
 
     def _has_batch_in_front(self, shape: ir.Shape, module: ExposedModule) -> bool:
         """Whether the activation is known to have the batch in front; `refuse` if it is known not to.
