@@ -250,6 +250,8 @@ class _Placer:
         if max(rows.indices) >= shape[0]:
             wanted = max(rows.indices) + 1
             raise NoPlace("shape", f"row {wanted - 1} of {shape[0]}", resize_hint(wanted))
+        copied = Copied(name, name, path, adapter.name, self._owner, self._weight, rows.values, is_rows=True)
+        self._copied.append(copied)
         for first, values in rows.runs():
             self._ledger.add(name, partial(_replaced, path, values, first), for_all=True)
         return [name], f"{len(rows.indices)} rows", reason

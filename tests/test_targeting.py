@@ -190,3 +190,45 @@ def test_a_saved_batch_norm_is_written_so_that_peft_loads_it(norm, tmp_path):
         save_adapter(load_adapter(tmp_path / "ad"), tmp_path / "again")
         loaded = peft.PeftModel.from_pretrained(Normed(norm(8)), tmp_path / "again")
     assert "bn" in str(loaded.peft_config["default"].modules_to_save)
+
+
+@pytest.mark.parametrize(
+    ("arch", "saved"),
+    [("bert", ["classifier"]), ("llama", ["lm_head"]), ("llama", ["embed_tokens", "lm_head"])],
+)
+def test_modules_to_save_that_the_file_lacks_are_refused_as_peft_refuses_them(arch, saved, tmp_path):
+    given, lost = tmp_path / "ad", saved[-1]
+    with tiny.quiet():
+        config = peft.LoraConfig(r=2, target_modules="all-linear", modules_to_save=saved)
+        peft.get_peft_model(tiny.build(arch), config).save_pretrained(given)
+    file = given / "adapter_model.safetensors"
+    tensors = {name: values for name, values in load_file(file).items() if f".{lost}." not in name}
+    assert len(tensors) < len(load_file(file))
+    save_file(tensors, file, {"format": "pt"})
+    with tiny.quiet(), pytest.raises(KeyError):
+        peft.PeftModel.from_pretrained(tiny.build(arch), given)
+    graph = tiny.base_onnx(arch, "dynamo_noopt")
+    verbs = [
+        lambda: merge_checkpoint(tiny.checkpoint(arch), given, tmp_path / "merged"),
+        lambda: merge_onnx(graph, given, tmp_path / "m" / "o.onnx"),
+        lambda: swap_onnx(graph, tmp_path / "s" / "o.onnx", adapter=given),
+        lambda: bank_onnx(graph, {"a": given}, tmp_path / "b" / "o.onnx"),
+    ]
+    for verb in verbs:
+        with pytest.raises(AdapterError, match="modules_to_save") as caught:
+            verb()
+        assert [problem.split(":")[0] for problem in caught.value.problems] == [lost]
+    # What the hint says.
+    config = json.loads((given / "adapter_config.json").read_text())
+    config["modules_to_save"] = [name for name in saved if name != lost]
+    (given / "adapter_config.json").write_text(json.dumps(config))
+    verbs[0]()
+
+
+def test_names_that_the_base_has_not_are_no_fault(tmp_path):
+    """PEFT writes both of them for a classifier."""
+    with tiny.quiet():
+        config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+        peft.get_peft_model(tiny.build("bert"), config).save_pretrained(tmp_path / "ad")
+    assert set(load_adapter(tmp_path / "ad").config["modules_to_save"]) >= {"classifier", "score"}
+    merge_checkpoint(tiny.checkpoint("bert"), tmp_path / "ad", tmp_path / "merged")

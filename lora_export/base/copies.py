@@ -46,7 +46,8 @@ class Copied:
         adapter: The adapter's name, which another one may have as well.
         owner: Its position in the blend.
         weight: Its factor in the blend.
-        values: The copy; None for what is added to the weight.
+        values: The copy, or rows of one; None for what is added to the weight.
+        is_rows: They are single rows.
     """
 
     place: Hashable
@@ -56,6 +57,7 @@ class Copied:
     owner: int
     weight: float
     values: Array | None = None
+    is_rows: bool = False
 
 
 def are_judged(weights: Sequence[float], manifest: Path) -> bool:
@@ -95,17 +97,23 @@ def refuse_overwriting(changes: Sequence[Copied], manifest: Path, adapters: Sequ
     copies = [change for change in changes if change.values is not None and change.owner not in own]
     earlier = history_of(manifest).changed if copies else {}
     problems = [
-        f"{change.parameter}: '{change.adapter}' holds a whole copy of it, which would replace what "
-        f"{', '.join(map(repr, dict.fromkeys(earlier[change.stored])))} changed in this base"
+        f"{change.parameter}: '{change.adapter}' holds {'rows' if change.is_rows else 'a whole copy'} of it, "
+        f"which would replace what {', '.join(map(repr, dict.fromkeys(earlier[change.stored])))} changed in "
+        "this base"
         for change in copies
         if change.stored in earlier
     ]
     if problems:
         names = ", ".join(f"'{adapter.name}'" for adapter in adapters)
+        in_one_go = (
+            "merge all of them into the original base in one go: copies with its values then change nothing"
+        )
+        if any(change.is_rows for change in copies):
+            in_one_go = "train it on the merged base: rows that an adapter replaces are no sum"
         raise AdapterError(
             f"adapter {names} would undo an earlier merge, of which {manifest} tells",
-            "merge all of them into the original base in one go: copies with its values then change nothing; "
-            f"if it was trained on the merged base, which its config does not name, remove {manifest.name}",
+            f"{in_one_go}; if it was trained on the merged base, which its config does not name, remove "
+            f"{manifest.name}",
             list(dict.fromkeys(problems)),
         )
 
@@ -169,7 +177,7 @@ def is_trained(adapter: Adapter, parameter: str) -> bool:
 
 def _problem(found: Sequence[Copied], count: int) -> str:
     """Return which rule the changes of one place break, or an empty string."""
-    copies = [change for change in found if change.values is not None]
+    copies = [change for change in found if change.values is not None and not change.is_rows]
     if not copies:
         return ""
     first, *others = copies

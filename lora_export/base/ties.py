@@ -238,6 +238,9 @@ def _by_names(checkpoint: Checkpoint, problem: str, is_unknown: bool = False) ->
     )
     if not embeddings:
         return _unknown(checkpoint, problem)
+    stored, heads = heads, [head for head in heads if any(_hold_one(checkpoint, e, head) for e in embeddings)]
+    if stored and not heads:
+        return Ties()  # Classes that don't tie say nothing in their config, or it is not true.
     known = len(embeddings) == 1 and _leaf(embeddings[0]) in _EMBEDDINGS
     # Others do more where tied: T5 scales its output then, BERT has a transform and a bias before it.
     plain = any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)

@@ -24,7 +24,8 @@ def part_of(adapter: Adapter, component: str) -> Adapter:
     components = {module.component for module in adapter.modules.values()}
     if name in components:
         mine = [key for key, module in adapter.modules.items() if module.component == name]
-        kept = replace(_only(adapter, mine, adapter.extras, f"not of {name!r}"), part=name)
+        others = [*adapter.extras, *adapter.token_rows]
+        kept = replace(_only(adapter, mine, others, f"not of {name!r}"), part=name)
         return within(kept, path) if path else kept
     if len(components) > 1 or path:
         raise unknown_component(adapter.name, name, components)
@@ -60,10 +61,10 @@ def within(adapter: Adapter, scope: str) -> Adapter:
     """
     below = f"{scope}_".replace(".", "_") if adapter.flattened else f"{scope}."
     modules = [key for key, module in adapter.modules.items() if module.path.startswith(below)]
-    extras = [path for path in adapter.extras if path.startswith(below)]
-    if not modules and not extras:
+    others = [path for path in (*adapter.extras, *adapter.token_rows) if path.startswith(below)]
+    if not modules and not others:
         return replace(adapter, scope=scope)
-    kept = _only(adapter, modules, extras, f"not below {scope!r}")
+    kept = _only(adapter, modules, others, f"not below {scope!r}")
     components = {module.component for module in adapter.modules.values()}
     front = adapter.part if adapter.part in components else ""
     return replace(kept, scope=scope, part=f"{front}:{below[:-1]}")
@@ -89,18 +90,27 @@ def _is_within(path: str, outer: str, flattened: bool) -> bool:
     return path == outer or path.startswith(outer + ("_" if flattened else "."))
 
 
-def _only(adapter: Adapter, modules: Iterable[str], extras: Iterable[str], why: str) -> Adapter:
-    """Return an adapter with some of its changes; a note says how many were left aside."""
-    kept, whole = set(modules), set(extras)
+def _only(adapter: Adapter, modules: Iterable[str], others: Iterable[str], why: str) -> Adapter:
+    """Return an adapter with some of its changes; a note says how many were left aside.
+
+    Args:
+        adapter: All of them.
+        modules: Keys of the modules to keep.
+        others: Paths of the whole parameters and of the embeddings with single rows to keep.
+        why: Why the rest is left aside.
+    """
+    kept, whole = set(modules), set(others)
     aside = [module for key, module in adapter.modules.items() if key not in kept]
     lost = {name for module in aside for name in module.tensor_names}
     lost |= {adapter.extra_tensors.get(path, path) for path in adapter.extras if path not in whole}
-    count = len(aside) + len(adapter.extras) - len(whole)
+    lost |= {rows.tensor_name for path, rows in adapter.token_rows.items() if path not in whole}
+    count = len(aside) + len(adapter.extras) + len(adapter.token_rows) - len(whole)
     note = (f"left aside, {why}: {count} of the adapter's modules and parameters",) if count else ()
     return replace(
         adapter,
         modules={key: module for key, module in adapter.modules.items() if key in kept},
         extras={path: values for path, values in adapter.extras.items() if path in whole},
+        token_rows={path: rows for path, rows in adapter.token_rows.items() if path in whole},
         extra_tensors={path: name for path, name in adapter.extra_tensors.items() if path in whole},
         tensor_names=tuple(name for name in adapter.tensor_names if name not in lost),
         notes=(*adapter.notes, *note),

@@ -57,6 +57,26 @@ def untouched(config: Mapping[str, Any], paths: Collection[str], known: Iterable
     return sorted(path for path in alike if is_targeted(config, path))
 
 
+def unsaved(config: Mapping[str, Any], held: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Return the names of ``modules_to_save`` that a base has modules of, and a file nothing.
+
+    PEFT stops at such a file. A name that no module of the base has is none: PEFT itself adds ``classifier``
+    and ``score`` for every classifier.
+
+    Args:
+        config: PEFT's.
+        held: All that the file changes, as parameter paths.
+        known: The base's parameters.
+    """
+    wanted = config.get("modules_to_save") or []
+    names = [wanted] if isinstance(wanted, str) else [name for name in wanted if isinstance(name, str)]
+    if not names or config.get("ensure_weight_tying"):
+        return []  # What is tied is stored once.
+    inside, base = [f".{path}" for path in held], [f".{path}" for path in known]
+    missing = [name for name in names if not any(f".{name}." in path for path in inside)]
+    return [name for name in missing if any(f".{name}." in path for path in base)]
+
+
 def _matches(wanted: Any, path: str) -> bool:
     if isinstance(wanted, str):
         try:

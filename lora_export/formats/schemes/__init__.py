@@ -98,8 +98,9 @@ def fitted(
         others: See `translate`.
 
     Raises:
-        AdapterError: See `translate`.
+        AdapterError: A module that its config says was trained whole is not in the file; or see `translate`.
     """
+    _refuse_unsaved(adapter, known)
     notes += [f"adapter '{adapter.name}': {note}" for note in (*adapter.notes, *_half_saved(adapter, known))]
     found = translate(adapter, known, others=others)
     if found is None:
@@ -107,6 +108,26 @@ def fitted(
     notes += found[1]
     # A scope speaks of the adapter's own paths, which are the base's now.
     return replace(found[0], scope=None)
+
+
+def _refuse_unsaved(adapter: Adapter, known: Collection[str]) -> None:
+    """Raise `AdapterError` where the base's own untrained module would be left in place of a trained one."""
+    from lora_export.formats.targeting import unsaved
+
+    if adapter.format != "peft" or adapter.scope:
+        return
+    held = [
+        *adapter.extras,
+        *adapter.token_rows,
+        *(f"{m.path}.{m.parameter}" for m in adapter.modules.values()),
+    ]
+    if missing := unsaved(adapter.config, held, known):
+        raise AdapterError(
+            f"adapter '{adapter.name}' lacks what its config says was trained whole (modules_to_save)",
+            "save it again with all of its tensors (DeepSpeed and FSDP have to gather them first); where it "
+            "was not trained, take the name out of modules_to_save in adapter_config.json",
+            [f"{name}: the base has it, and the file holds nothing of it" for name in missing],
+        )
 
 
 def _half_saved(adapter: Adapter, known: Collection[str]) -> list[str]:
