@@ -165,7 +165,7 @@ def _counted(
     outside, ahead = int(np.prod(before, dtype=np.int64)), 1
     for axis, size in enumerate(sizes):
         assert isinstance(size, int)
-        if ahead == outside and size != 1:
+        if ahead == outside and (size != 1 or batch == 1):
             if size % batch:
                 return None
             return axis, outermost, outermost and size == batch
