@@ -127,7 +127,7 @@ def _named(site: Site, rest: Sequence[Use], modules: Set[str]) -> str:
             continue
         module = module_of(use.node)
         is_call = not module or _CALL.sub("", module) in calls
-        if named := _parameters(use):
+        if named := named_parameters(use):
             # Exporters keep one name for modules whose weights are equal: the node tells whose it is.
             own = site.keys[0] in named and (is_call or f"{path}.".startswith(f"{module}."))
         else:
@@ -223,12 +223,12 @@ def _are_alike(one: Array, other: Array) -> bool:
 
 def _owners(use: Use) -> list[str]:
     """Return what a constant's name and its node say that it belongs to; nothing where they don't say."""
-    named = _parameters(use)
+    named = named_parameters(use)
     module = module_of(use.node)
     return [*named, *([module] if module else [])]
 
 
-def _parameters(use: Use) -> list[str]:
+def named_parameters(use: Use) -> list[str]:
     """Return the parameters that a constant's name says it is made of."""
     names = (weight_path(name) for name in (weight_name(use), *folded_from(use.root)))
     return [match[1] for name in names if (match := _PARAMETER.match(name))]
