@@ -10,8 +10,8 @@ the same for renamed, fused and split modules, then content. Rules:
 4. Where the checkpoint is at hand, every match by name must also match by content.
 5. Every reader of a weight is the module's, or known to be another's (`readers.doubt`).
 6. No two targets of an adapter have the same place (`conflicts`).
-7. No other constant stands for another call of the module (`copies.other_calls`, `answers`), and none is read
-   in the other orientation (`turned`).
+7. No other constant stands for another call of the module (`copies.other_calls`, `answers`), none is read
+   in the other orientation (`turned`), and none is a copy's as well (`joined`).
 8. What is not found is a `Miss` with its reason; nothing is guessed.
 """
 
@@ -33,6 +33,7 @@ from lora_export.sites.contained import branch_beside
 from lora_export.sites.copies import REMEDY, computed_parameters, computed_result, other_calls
 from lora_export.sites.evidence import FOLDED, NODE_NAME, SCOPE, SOURCES, WEIGHT_NAME, collect
 from lora_export.sites.fingerprints import Places, find_places
+from lora_export.sites.joined import joined_copies
 from lora_export.sites.known_names import KnownNames
 from lora_export.sites.likeness import matrix_of
 from lora_export.sites.renaming import NOT_FOUND, Renaming, is_below, rename
@@ -133,6 +134,10 @@ class Resolver:
             lost[key] = Miss(targets[key], f"ambiguous: {why}", "ambiguous", REMEDY)
         for key, why in turned.other_orientations(sites, self.uses, parameters).items():
             lost[key] = Miss(targets[key], f"ambiguous: {why}", "ambiguous", fit.BOTH_WAYS)
+        if self.weight_of is not None:
+            copies = joined_copies(sites, self.uses, self._evidence, self.weight_of)
+            for key, (why, hint) in copies.items():
+                lost[key] = Miss(targets[key], f"ambiguous: {why}", "ambiguous", hint)
         return lost
 
     def _dotted(self, targets: Sequence[Target], change: Renaming) -> dict[int, str]:
