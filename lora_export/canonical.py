@@ -143,9 +143,7 @@ class AdapterWeights:
         tensor = self._tensor(target)
         return tensor, self._twins.alike(tensor, dtype) if tensor else []
 
-    def copies(
-        self, target: Target, names: Sequence[str], dtype: Any, table: bool
-    ) -> tuple[str, list[str]]:
+    def copies(self, target: Target, names: Sequence[str], dtype: Any, table: bool) -> tuple[str, list[str]]:
         """Return the model's names of a target, and of its copies among what is `alike`."""
         return self._twins.copies(self._tensor(target), names, dtype, table)
 

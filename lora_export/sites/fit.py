@@ -15,8 +15,8 @@ from lora_export.sites.target import Miss, Part, Site, Target
 
 # What changes a weight for all that a model does with it.
 BOTH_WAYS = (
-    "merge the adapter into the checkpoint (lora-export merge) and export the result: that changes the weight "
-    "in both orientations"
+    "merge the adapter into the checkpoint (lora-export merge) and export the result: that changes the "
+    "weight in both orientations"
 )
 
 

@@ -1,9 +1,10 @@
 """Tell that a tool may have joined a module with a copy of it: two modules of the checkpoint, one place.
 
-Copies of a network (policy and reference, online and target network) and cloned heads hold equal values until
-they are trained. Optimisers join two calls of equal weights on one input into one node that feeds both, and to
-change its weight for one of the copies would change the other. The graph doesn't tell; the checkpoint does: it
-has another parameter with the target's values, and the graph has no place of its own for it. Such a place is
+Copies of a network (policy and reference, online and target network) and cloned heads hold equal values
+until they are trained. Optimisers join two calls of equal weights on one input into one node that feeds both,
+and to change its weight for one of the copies would change the other. The graph doesn't tell; the checkpoint
+does: it has another parameter with the target's values, and the graph has no place of its own for it. Such a
+place is
 
 1. a use of a matrix, not the target's, that names say is the other parameter's; or
 2. one that no name says of whose it is, with the same values.
@@ -55,7 +56,7 @@ def joined_copies(
         own, copies = weight_of.copies(site.target, alike, dtype, table)
         copies = [other for other in copies if not _has_place(own, other, site, evidence)]
         if len(copies) > _nameless_places(site, uses, len(copies)):
-            found[id(site.target)] = _reason(own, copies), _hint(copies)
+            found[id(site.target)] = _reason(copies), _hint(copies)
     return found
 
 
@@ -118,17 +119,19 @@ def _nameless_places(site: Site, uses: Sequence[Use], enough: int) -> int:
     return count
 
 
-def _reason(own: str, copies: Sequence[str]) -> str:
+def _reason(copies: Sequence[str]) -> str:
     listed = ", ".join(copies[:2]) + (", …" if len(copies) > 2 else "")
+    count = "both" if len(copies) == 1 else "all of them"
     return (
-        f"the checkpoint has the same values as {listed}, and the graph has one place for "
-        f"{'both' if len(copies) == 1 else 'all of them'}: a tool joined them, or {copies[0]} is not in the graph"
+        f"in the checkpoint {listed} has the same values, and the graph has one place for {count}: a tool "
+        f"joined them, or {copies[0]} is not in the graph"
     )
 
 
 def _hint(copies: Sequence[str]) -> str:
     return (
-        "export with torch.onnx.export(..., dynamo=True, optimize=False) and run no simplifier before the adapter "
-        f"is in the graph: each copy then has a place of its own; if {copies[0].rpartition('.')[0]} is not in the "
-        "graph at all, give --checkpoint a folder without it, or --no-checkpoint (checkpoint=False)"
+        "export with torch.onnx.export(..., dynamo=True, optimize=False) and run no simplifier before the "
+        "adapter is in the graph: each copy then has a place of its own; if "
+        f"{copies[0].rpartition('.')[0]} is not in the graph at all, give --checkpoint a folder without it, or "
+        "--no-checkpoint (checkpoint=False)"
     )

@@ -12,8 +12,9 @@ _WEIGHT_INDEX = {"QLinearMatMul": 3, "QLinearConv": 3, "QGemm": 3, "GatherBlockQ
 _PACKED = {"MatMulNBits", "MatMulBnb4"}
 # The weight is an integer matrix (in_dim, out_dim); the activation is quantised inside or just before.
 _DYNAMIC = {"DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
-# Positions of scales, zero points and orders of codes: they say what the codes of a weight or of an activation
-# stand for and are no parameters (ONNX ``Operators.md``, ONNX Runtime ``docs/ContribOperators.md``).
+# Positions of scales, zero points and orders of codes: they say what the codes of a weight or of an
+# activation stand for and are no parameters (ONNX ``Operators.md``, ONNX Runtime
+# ``docs/ContribOperators.md``).
 SCALES: dict[str, frozenset[int]] = {
     "MatMulNBits": frozenset({2, 3, 4}),
     "MatMulBnb4": frozenset({2}),

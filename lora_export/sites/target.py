@@ -104,9 +104,7 @@ class WeightOf(Protocol):
         """
         ...
 
-    def copies(
-        self, target: Target, names: Sequence[str], dtype: Any, table: bool
-    ) -> tuple[str, list[str]]:
+    def copies(self, target: Target, names: Sequence[str], dtype: Any, table: bool) -> tuple[str, list[str]]:
         """Return the model's names of a target, and of its copies among what is `alike`.
 
         Args:
