@@ -132,6 +132,6 @@ def _hint(copies: Sequence[str]) -> str:
     return (
         "export with torch.onnx.export(..., dynamo=True, optimize=False) and run no simplifier before the "
         "adapter is in the graph: each copy then has a place of its own; if "
-        f"{copies[0].rpartition('.')[0]} is not in the graph at all, give --checkpoint a folder without it, or "
-        "--no-checkpoint (checkpoint=False)"
+        f"{copies[0].rpartition('.')[0]} is not in the graph at all, give --checkpoint a folder without it, "
+        "or --no-checkpoint (checkpoint=False)"
     )
