@@ -95,11 +95,11 @@ def test_a_joined_copy_is_not_changed(name, exporter, tool, mode, tmp_path):
         tmp_path / "out.onnx",
         checkpoint=tmp_path / "base",
     )
-    # The exporter of dynamo graphs and onnxsim join in some versions only.
+    # Not every tool joins every pair, and some leave two places without a name.
     if not isinstance(got, SiteError):
         assert error(got, wanted) < (2e-3 if tool == "fp16" else 1e-5)
         return
-    assert "one place" in str(got)
+    assert "ambiguous" in str(got)
     assert "optimize=False" in got.hint
     assert not (tmp_path / "out.onnx").exists()
 
@@ -248,10 +248,12 @@ USUAL = {
 }
 
 
-@pytest.mark.parametrize("exporter", ["dynamo", "dynamo-noopt", "torchscript"])
-@pytest.mark.parametrize("tool", ["none", "ort-basic"])
+@pytest.mark.parametrize(
+    ("exporter", "tool"),
+    [("dynamo", "none"), ("dynamo-noopt", "none"), ("torchscript", "none"), ("torchscript", "ort-basic")],
+)
 @pytest.mark.parametrize("name", USUAL)
-def test_equal_values_that_are_no_joined_copies(name, tool, exporter, tmp_path):
+def test_equal_values_that_are_no_joined_copies(name, exporter, tool, tmp_path):
     torch.manual_seed(0)
     make, shape, targets = USUAL[name]
     model = make().eval()
