@@ -6,6 +6,7 @@ and those that it doesn't load at all.
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -19,8 +20,8 @@ from lora_export.base.quantised import Quantised
 from lora_export.base.ties import is_head, is_table
 from lora_export.safetensors_header import DTYPES
 
-# Runs of values, evenly spaced, by which tensors are compared first, and the length of each.
-_RUNS, _LENGTH = 8, 32
+# Values by which tensors are compared first: so many, from each of these places on.
+_LENGTH, _STARTS = 32, (1 / 3, 2 / 3)
 # Values that are compared at a time.
 _BLOCK = 1 << 20
 
@@ -38,7 +39,8 @@ class Twins:
         for name, tensor in self._checkpoint.tensors.items():
             if len(tensor.shape) > 1 and tensor.length and tensor.code in DTYPES:
                 self._shapes[tensor.shape].append(name)
-        self._probes: dict[tuple[int, ...], Array] = {}
+        # Shape and dtype → each tensor's name → those with its values at some places.
+        self._groups: dict[tuple[Any, ...], dict[str, list[str]]] = {}
 
     def alike(self, tensor: str, dtype: Any) -> list[str]:
         """Return the other matrices of the same shape that have the same values at some places.
@@ -48,22 +50,34 @@ class Twins:
             dtype: What values are rounded to before they are compared.
         """
         shape = self._checkpoint.tensors[tensor].shape
-        names = self._shapes.get(shape, [])
+        names, key = self._shapes.get(shape, []), (shape, np.dtype(dtype))
         if len(names) < 2 or tensor not in names:
             return []
-        if shape not in self._probes:
-            self._probes[shape] = np.stack([self._probe(name) for name in names])
-        with np.errstate(over="ignore", invalid="ignore"):
-            rounded = self._probes[shape].astype(dtype)
-        same = (rounded == rounded[names.index(tensor)]).all(axis=1)
-        return [name for name, is_same in zip(names, same, strict=True) if is_same and name != tensor]
+        if key not in self._groups:
+            self._groups[key] = self._grouped(names, dtype)
+        return [name for name in self._groups[key][tensor] if name != tensor]
 
-    def _probe(self, name: str) -> Array:
-        """Return some of a tensor's values as they are stored: of codes, codes."""
-        values = self._checkpoint.read(name).reshape(-1)
-        starts = np.linspace(0, max(0, values.size - _LENGTH), _RUNS).astype(int)
-        places = np.minimum(starts[:, None] + np.arange(_LENGTH), values.size - 1)
-        return np.asarray(values[places.ravel()], np.float32)
+    def _grouped(self, names: Sequence[str], dtype: Any) -> dict[str, list[str]]:
+        """Return for each of some tensors those that have its values at some places: of codes, codes."""
+        groups: dict[bytes, list[str]] = defaultdict(list)
+        with contextlib.ExitStack() as stack:
+            files = {self._checkpoint.tensors[name].file for name in names}
+            opened = {file: stack.enter_context(file.open("rb")) for file in files}
+            for name in names:
+                tensor = self._checkpoint.tensors[name]
+                stored = np.dtype(DTYPES[tensor.code])
+                # Of one file, a view for each tensor costs more than to read a few bytes of it.
+                count = tensor.length // stored.itemsize
+                runs = []
+                for share in _STARTS:
+                    opened[tensor.file].seek(tensor.offset + int(count * share) * stored.itemsize)
+                    length = min(_LENGTH, count - int(count * share))
+                    runs.append(np.frombuffer(opened[tensor.file].read(length * stored.itemsize), stored))
+                with np.errstate(over="ignore", invalid="ignore"):
+                    # Zeros of either sign are equal.
+                    values = np.concatenate(runs).astype(np.float32).astype(dtype) + np.zeros(1, dtype)
+                groups[values.tobytes()].append(name)
+        return {name: group for group in groups.values() for name in group}
 
     def copies(self, tensor: str, names: Sequence[str], dtype: Any, table: bool) -> tuple[str, list[str]]:
         """Return the model's names of a tensor and of those that are parameters of their own and its copies.

@@ -41,16 +41,18 @@ def other_orientations(sites: Sequence[Site], uses: Sequence[Use], parameters: S
         parameters: Paths of parameters: by the names of constants, and the checkpoint's.
     """
     products: dict[tuple[int, int], list[Use]] = defaultdict(list)
+    readers: dict[int, list[Use]] = defaultdict(list)
     for use in uses:
         if use.slot.kind == "linear":
             products[canonical_shape(use)].append(use)
+            readers[id(use.root)].append(use)
     mine = {id(part.root) for site in sites for part in site.parts}
     crossings = cache(_crossings)
     found: dict[int, str] = {}
     for site in sites:
         if site.target.kind == "vector" or site.target.experts > 1 or not _is_product(site):
             continue
-        reader = _turned_reader(site, uses)
+        reader = _turned_reader(site, readers)
         if reader is None and canonical_shape(site.parts[0].uses[0]) == site.target.matrix:
             copies = [use for use in products[site.target.matrix[::-1]] if id(use.root) not in mine]
             reader = _turned_copy(site, copies, parameters, crossings)
@@ -66,12 +68,11 @@ def _is_product(site: Site) -> bool:
     return all(use.slot.kind == "linear" for part in site.parts for use in part.uses)
 
 
-def _turned_reader(site: Site, uses: Sequence[Use]) -> Use | None:
+def _turned_reader(site: Site, readers: Mapping[int, Sequence[Use]]) -> Use | None:
     """Rule 1."""
     for part in site.parts:
-        for use in uses:
-            turned = use.transposed != part.uses[0].transposed
-            if use.root is part.root and use.slot.kind == "linear" and turned:
+        for use in readers.get(id(part.root), ()):
+            if use.transposed != part.uses[0].transposed:
                 named = named_parameters(use)
                 merged = named and not set(named) & set(site.keys)
                 if not (merged and _is_beside(module_of(use.node), site.target.path)):
