@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from lora_export.adapter import Adapter, Array
 from lora_export.base.quantised import Quantised, find_quantised
+from lora_export.base.twins import Twins
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_names import Names, Part
 from lora_export.errors import CheckpointError, OutputError
@@ -34,6 +36,7 @@ class CheckpointWeights:
         self._checkpoint = checkpoint
         self._names = Names(checkpoint)
         self._quantised = find_quantised(checkpoint)
+        self._twins = Twins(self._quantised)
         self.parameters = frozenset(checkpoint.tensors)
         self.hints: list[str] = []
 
@@ -47,7 +50,7 @@ class CheckpointWeights:
         """
         change = self._names.rename(named, flattened, scope)
         self.hints += [change.hint] if change.hint else []
-        return AdapterWeights(self._names, self._quantised, named, change.names)
+        return AdapterWeights(self._names, self._quantised, named, change.names, self._twins)
 
     def settled(self, adapter: Adapter) -> tuple[Adapter, tuple[str, ...]]:
         """Return the adapter with the layout of its experts as this base has it, and notes on that."""
@@ -74,15 +77,21 @@ class AdapterWeights:
         quantised: Its values, those that codes stand for included.
         named: The adapter's parameters.
         names: The checkpoint's path for each of them, or None.
+        twins: Its parameters of equal values.
 
     Attributes:
         names: As given.
     """
 
     def __init__(
-        self, table: Names, quantised: Quantised, named: Sequence[Named], names: tuple[str | None, ...]
+        self,
+        table: Names,
+        quantised: Quantised,
+        named: Sequence[Named],
+        names: tuple[str | None, ...],
+        twins: Twins,
     ) -> None:
-        self._table, self._quantised, self.names = table, quantised, names
+        self._table, self._quantised, self.names, self._twins = table, quantised, names, twins
         self._by_named = dict(zip(named, names, strict=True))
 
     def __call__(self, target: Target) -> Wanted | None:
@@ -128,6 +137,22 @@ class AdapterWeights:
         if target.kind in ("linear", "any") and values.ndim == 2 and values.shape == target.shape[::-1]:
             return values.T
         return None
+
+    def alike(self, target: Target, dtype: Any) -> tuple[str, list[str]]:
+        """Return where a target is stored, and what else has its shape and its values at some places."""
+        tensor = self._tensor(target)
+        return tensor, self._twins.alike(tensor, dtype) if tensor else []
+
+    def copies(self, target: Target, names: Sequence[str], dtype: Any, table: bool) -> tuple[str, list[str]]:
+        """Return the model's names of a target, and of its copies among what is `alike`."""
+        return self._twins.copies(self._tensor(target), names, dtype, table)
+
+    def _tensor(self, target: Target) -> str:
+        """Return the one tensor that holds a target, or an empty text."""
+        name = self._by_named.get(target.named)
+        parts = self._table.parts(name) if name else ()
+        whole = len(parts) == 1 and parts[0].piece == (0, 1) and parts[0].expert is None
+        return parts[0].tensor if whole and not self._quantised.refusal(parts[0].tensor) else ""
 
     def _experts(self, target: Target, parts: Sequence[Part]) -> Stack | None:
         """Return each expert's matrix, put together where it is stored in pieces."""

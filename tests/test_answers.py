@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import changed_graphs as changed
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from changed_graphs import EXPORTERS, MODES, TOOLS
+from onnx import helper
+from onnxruntime.capi import onnxruntime_pybind11_state
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+from safetensors.numpy import load_file
 from torch import nn
 
-from lora_export import SiteError, merge_onnx
+from lora_export import LoraExportError, SiteError, merge_onnx
+from lora_export.sites import OPERATORS
+from lora_export.sites.quantized import SCALES
 
 D, ROWS = 16, 6
 
@@ -182,3 +191,88 @@ def test_other_constants_are_no_obstacle(kind, exporter, tool, made, tmp_path):
     merge_onnx(graph, folder / "adapter", tmp_path / "out.onnx", checkpoint=folder / "base")
     got = changed.run(tmp_path / "out.onnx", {"x": x.numpy()})
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+class Folded(Base):
+    """Two layers, of which one is adapted; the table stays out."""
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.proj(x)))
+
+
+class Gated(Base):
+    def forward(self, x):
+        return self.proj(x) * torch.sigmoid(self.out(x))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", [Folded, Gated])
+def test_scales_of_a_quantised_weight_are_no_answers(kind, symmetric, bits, tmp_path):
+    torch.manual_seed(0)
+    model, x = kind().eval(), torch.randn(2, 3, D)
+    changed.saved(model, x, tmp_path)
+    EXPORTERS["torchscript"](model, x, tmp_path / "raw.onnx")
+    quantiser = MatMulNBitsQuantizer(
+        onnx.load(tmp_path / "raw.onnx"), bits=bits, block_size=16, is_symmetric=symmetric
+    )
+    quantiser.process()
+    onnx.save(quantiser.model.model, tmp_path / "graph.onnx")
+    graph, adapter, out = tmp_path / "graph.onnx", tmp_path / "adapter", tmp_path / "out.onnx"
+    base = changed.run(graph, {"x": x.numpy()})
+    got = changed.outcome("swap", graph, adapter, x.numpy(), out, checkpoint=tmp_path / "base")
+    assert not isinstance(got, LoraExportError), str(got)
+    # What the adapter adds in PyTorch, in the model that has the quantised weights' answers.
+    factors = load_file(adapter / "adapter_model.safetensors")
+    a, b = (torch.from_numpy(factors[f"base_model.model.proj.lora_{side}.weight"]) for side in "AB")
+    weights = dequantised(graph)
+    assert len(weights) == 2
+    with torch.no_grad():
+        model.proj.weight.copy_(weights[0])
+        model.out.weight.copy_(weights[1])
+        assert changed.error(base, model(x).numpy()) < 1e-5
+        model.proj.weight.add_(4 * b @ a)
+        assert changed.error(got, model(x).numpy()) < 1e-5
+
+
+def dequantised(path: Path) -> list[torch.Tensor]:
+    """Return what each MatMulNBits multiplies with: its answer to the unit vectors."""
+    model, found = onnx.load(path), []
+    for node in model.graph.node:
+        if node.op_type != "MatMulNBits":
+            continue
+        sizes = {attribute.name: attribute.i for attribute in node.attribute}
+        x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [sizes["K"], sizes["K"]])
+        y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [sizes["K"], sizes["N"]])
+        one = onnx.NodeProto()
+        one.CopyFrom(node)
+        one.input[0], one.output[0] = "x", "y"
+        used = [tensor for tensor in model.graph.initializer if tensor.name in one.input]
+        alone = helper.make_model(helper.make_graph([one], "g", [x], [y], used))
+        alone.opset_import.extend(model.opset_import[1:])
+        alone.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+        alone.ir_version = model.ir_version
+        answer = ort.InferenceSession(alone.SerializeToString()).run(
+            None, {"x": np.eye(sizes["K"], dtype=np.float32)}
+        )[0]
+        found.append(torch.from_numpy(answer.T.copy()))
+    return found
+
+
+def test_positions_of_scales_are_onnxruntimes():
+    """Of every quantised operator that is known, as ONNX Runtime names its inputs."""
+    told = re.compile(r"scale|zero_point|absmax|g_idx|_zp$")
+    schemas = {
+        (schema.domain, schema.name): [entry.name.lower() for entry in schema.inputs]
+        for schema in onnxruntime_pybind11_state.get_all_operator_schema()
+    }
+    schemas |= {
+        ("", name): [entry.name.lower() for entry in onnx.defs.get_schema(name).inputs]
+        for name in SCALES
+        if onnx.defs.has(name)
+    }
+    for (domain, name), inputs in schemas.items():
+        if name in SCALES and domain in ("", "com.microsoft"):
+            assert SCALES[name] == {n for n, entry in enumerate(inputs) if told.search(entry)}, name
+    known = {name for (_, name), target in OPERATORS.items() if "quantized" in target}
+    assert known <= SCALES.keys()

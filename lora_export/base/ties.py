@@ -105,6 +105,16 @@ def may_be_tied(name: str) -> bool:
     return "embed" in name or not any(part.isdigit() for part in name.split("."))
 
 
+def is_head(tensor: str) -> bool:
+    """Whether a tensor's name is an output head's."""
+    return _leaf(tensor) in _HEADS
+
+
+def is_table(tensor: str) -> bool:
+    """Whether a tensor's name is an input embedding's."""
+    return _leaf(tensor) in _EMBEDDINGS
+
+
 def find_ties(checkpoint: Checkpoint) -> Ties:
     """Return what is tied in a checkpoint's model; asking transformers takes some seconds."""
     if "model_type" not in checkpoint.config:

@@ -86,7 +86,7 @@ def other_calls(
     """
     mine = {id(part.root) for site in sites for part in site.parts}
     rest = [use for use in uses if use.slot.kind in _WEIGHTS and id(use.root) not in mine]
-    nameless = [use for use in rest if not _owners(use)]
+    nameless = [use for use in rest if is_nameless(use)]
     found: dict[int, str] = {}
     left = []
     for site in sites:
@@ -127,16 +127,16 @@ def _named(site: Site, rest: Sequence[Use], modules: Set[str]) -> str:
             continue
         module = module_of(use.node)
         is_call = not module or _CALL.sub("", module) in calls
-        if named := _parameters(use):
+        if named := named_parameters(use):
             # Exporters keep one name for modules whose weights are equal: the node tells whose it is.
             own = site.keys[0] in named and (is_call or f"{path}.".startswith(f"{module}."))
         else:
             own = module == path and not reads_another(use, path, leaf)
             if not own and module and module not in modules and is_call:
                 # ``fc_1`` may be a second call of ``fc``, or a module of that name.
-                own = _holds_rows(site, use) is not False
+                own = holds_rows(site, use) is not False
         # What was found by its values outvotes a name.
-        if own and (site.evidence != "content" or _holds_rows(site, use) is not False):
+        if own and (site.evidence != "content" or holds_rows(site, use) is not False):
             return _in_the_graph_again(use)
     return ""
 
@@ -188,7 +188,7 @@ def _quantised(sites: Sequence[Site], nameless: Sequence[Use]) -> Mapping[int, s
                 (other.quantised or first.quantised)
                 and (other.slot.kind == "embedding") == (first.slot.kind == "embedding")
                 and canonical_shape(other) == site.target.matrix
-                and _holds_rows(site, other, rows)
+                and holds_rows(site, other, rows)
             ):
                 found[id(site.target)] = _in_the_graph_again(other)
                 break
@@ -200,7 +200,7 @@ def _sampled(use: Use) -> Array | None:
     return rows_of(use, np.unique(np.linspace(0, canonical_shape(use)[0] - 1, _ROWS).astype(int)))
 
 
-def _holds_rows(site: Site, other: Use, sampled: Callable[[Use], Array | None] = _sampled) -> bool | None:
+def holds_rows(site: Site, other: Use, sampled: Callable[[Use], Array | None] = _sampled) -> bool | None:
     """Whether some rows of a constant are the site's, up to a factor each; None where that can't be read.
 
     Args:
@@ -221,14 +221,12 @@ def _are_alike(one: Array, other: Array) -> bool:
     return bool(lengths.any() and (products >= _ALIKE * lengths).all())
 
 
-def _owners(use: Use) -> list[str]:
-    """Return what a constant's name and its node say that it belongs to; nothing where they don't say."""
-    named = _parameters(use)
-    module = module_of(use.node)
-    return [*named, *([module] if module else [])]
+def is_nameless(use: Use) -> bool:
+    """Whether neither a constant's name nor its node says what it belongs to."""
+    return not named_parameters(use) and not module_of(use.node)
 
 
-def _parameters(use: Use) -> list[str]:
+def named_parameters(use: Use) -> list[str]:
     """Return the parameters that a constant's name says it is made of."""
     names = (weight_path(name) for name in (weight_name(use), *folded_from(use.root)))
     return [match[1] for name in names if (match := _PARAMETER.match(name))]

@@ -13,6 +13,12 @@ from lora_export.sites.heads import heads_of
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Miss, Part, Site, Target
 
+# What changes a weight for all that a model does with it.
+BOTH_WAYS = (
+    "merge the adapter into the checkpoint (lora-export merge) and export the result: that changes the "
+    "weight in both orientations"
+)
+
 
 def accepts(target: Target, use: Use) -> bool:
     """Whether a use is of the kind that the target's module makes."""
@@ -181,7 +187,7 @@ def site_of(target: Target, fits: list[tuple[Use, tuple[Placement, ...]]], evide
         Part(group[0][0].root, tuple(use for use, _ in group), group[0][1]) for group in roots.values()
     )
     if any(use.transposed != group[0][0].transposed for group in roots.values() for use, _ in group):
-        return Miss(target, "ambiguous: its weight is read in both orientations", "ambiguous")
+        return Miss(target, "ambiguous: its weight is read in both orientations", "ambiguous", BOTH_WAYS)
     if len(parts) > 1 and not _same_bytes([part.root for part in parts]):
         where = ", ".join(str(part.root.name) for part in parts[:4])
         return Miss(target, f"ambiguous: {len(parts)} weights have its name and shape ({where})", "ambiguous")

@@ -12,6 +12,23 @@ _WEIGHT_INDEX = {"QLinearMatMul": 3, "QLinearConv": 3, "QGemm": 3, "GatherBlockQ
 _PACKED = {"MatMulNBits", "MatMulBnb4"}
 # The weight is an integer matrix (in_dim, out_dim); the activation is quantised inside or just before.
 _DYNAMIC = {"DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
+# Positions of scales, zero points and orders of codes: they say what the codes of a weight or of an
+# activation stand for and are no parameters (ONNX ``Operators.md``, ONNX Runtime
+# ``docs/ContribOperators.md``).
+SCALES: dict[str, frozenset[int]] = {
+    "MatMulNBits": frozenset({2, 3, 4}),
+    "MatMulBnb4": frozenset({2}),
+    "GatherBlockQuantized": frozenset({2, 3}),
+    "DynamicQuantizeMatMul": frozenset({2, 3}),
+    "MatMulInteger": frozenset({2, 3}),
+    "MatMulIntegerToFloat": frozenset({2, 3, 4, 5}),
+    "ConvInteger": frozenset({2, 3}),
+    "QLinearMatMul": frozenset({1, 2, 4, 5, 6, 7}),
+    "QLinearConv": frozenset({1, 2, 4, 5, 6, 7}),
+    "QGemm": frozenset({1, 2, 4, 5, 7, 8}),
+    "QAttention": frozenset({3, 4, 6, 7}),
+    "QMoE": frozenset({3, 6, 9, *range(11, 14), *range(15, 21)}),
+}
 
 
 def slots(node: ir.Node) -> list[Slot]:

@@ -40,7 +40,7 @@ def foreign_reader(path: str, uses: Sequence[Use]) -> str:
     """Why a weight with the right name may hold other values, or an empty string."""
     for use in uses:
         reader = module_of(use.node)
-        if reader and not _related(reader, path):
+        if reader and not is_related(reader, path):
             return (
                 f"the weight {use.root.name!r} is read by a node of {reader!r}: the exporter may have "
                 "changed its values (a folded batch norm)"
@@ -48,7 +48,7 @@ def foreign_reader(path: str, uses: Sequence[Use]) -> str:
     return ""
 
 
-def _related(reader: str, path: str) -> bool:
+def is_related(reader: str, path: str) -> bool:
     """Whether a node of module ``reader`` may read ``path``'s weight: itself, or a module around it."""
     reader_parts, parts = reader.split("."), path.split(".")
     while parts:

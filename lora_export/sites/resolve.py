@@ -10,7 +10,8 @@ the same for renamed, fused and split modules, then content. Rules:
 4. Where the checkpoint is at hand, every match by name must also match by content.
 5. Every reader of a weight is the module's, or known to be another's (`readers.doubt`).
 6. No two targets of an adapter have the same place (`conflicts`).
-7. No other constant stands for another call of the module (`copies.other_calls`, `answers`).
+7. No other constant stands for another call of the module (`copies.other_calls`, `answers`), none is read
+   in the other orientation (`turned`), and none is a copy's as well (`joined`).
 8. What is not found is a `Miss` with its reason; nothing is guessed.
 """
 
@@ -25,13 +26,14 @@ from lora_export.adapter import Array
 from lora_export.graph import GraphFile, release, shape_of
 from lora_export.patch import Placement
 from lora_export.plan import RefusalKind
-from lora_export.sites import changed, fit, matrices, names, readers
+from lora_export.sites import changed, fit, matrices, names, readers, turned
 from lora_export.sites.answers import computed_answers
 from lora_export.sites.conflicts import without_conflicts
 from lora_export.sites.contained import branch_beside
 from lora_export.sites.copies import REMEDY, computed_parameters, computed_result, other_calls
 from lora_export.sites.evidence import FOLDED, NODE_NAME, SCOPE, SOURCES, WEIGHT_NAME, collect
 from lora_export.sites.fingerprints import Places, find_places
+from lora_export.sites.joined import joined_copies
 from lora_export.sites.known_names import KnownNames
 from lora_export.sites.likeness import matrix_of
 from lora_export.sites.renaming import NOT_FOUND, Renaming, is_below, rename
@@ -120,9 +122,9 @@ class Resolver:
 
     def _other_calls(self, sites: Sequence[Site]) -> dict[int, Miss]:
         """Rule 7: return identity of a target → why it is lost."""
-        told = [*self._evidence[WEIGHT_NAME], *self._evidence[FOLDED], *self._evidence[SCOPE]]
-        told += self._base.parameters if self._base else ()
-        modules = {name.rpartition(".")[0] for name in told}
+        parameters = {*self._evidence[WEIGHT_NAME], *self._evidence[FOLDED]}
+        parameters |= self._base.parameters if self._base else set()
+        modules = {name.rpartition(".")[0] for name in (*parameters, *self._evidence[SCOPE])}
         targets = {id(site.target): site.target for site in sites}
         lost = {
             key: Miss(targets[key], why, "partly computed")
@@ -130,6 +132,12 @@ class Resolver:
         }
         for key, why in other_calls(sites, self.uses, self._computed, modules).items():
             lost[key] = Miss(targets[key], f"ambiguous: {why}", "ambiguous", REMEDY)
+        for key, why in turned.other_orientations(sites, self.uses, parameters).items():
+            lost[key] = Miss(targets[key], f"ambiguous: {why}", "ambiguous", fit.BOTH_WAYS)
+        if self.weight_of is not None:
+            copies = joined_copies(sites, self.uses, self._evidence, self.weight_of)
+            for key, (why, hint) in copies.items():
+                lost[key] = Miss(targets[key], f"ambiguous: {why}", "ambiguous", hint)
         return lost
 
     def _dotted(self, targets: Sequence[Target], change: Renaming) -> dict[int, str]:
@@ -393,6 +401,9 @@ class Resolver:
             release(use.root)
         parts = sorted((part for parts in hits.values() for part in parts), key=_first_row)
         nodes = max((len(part.uses) for part in parts), default=0)
+        if any(use.transposed != part.uses[0].transposed for part in parts for use in part.uses):
+            reason = "ambiguous: its weight is read in both orientations"
+            return Miss(target, reason, "ambiguous", fit.BOTH_WAYS)
         if nodes > 1:
             reason = f"ambiguous: its values are read by {nodes} nodes and no name tells which"
             return Miss(target, reason, "ambiguous")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -93,6 +93,26 @@ class WeightOf(Protocol):
 
     def __call__(self, target: Target) -> Wanted | None:
         """Return the canonical weight, of stacked experts each one's, or None where there is none."""
+        ...
+
+    def alike(self, target: Target, dtype: Any) -> tuple[str, list[str]]:
+        """Return where a target is stored, and what else has its shape and its values at some places.
+
+        Args:
+            target: What to look up; an empty text stands for what is not stored as one tensor.
+            dtype: What values are rounded to before they are compared.
+        """
+        ...
+
+    def copies(self, target: Target, names: Sequence[str], dtype: Any, table: bool) -> tuple[str, list[str]]:
+        """Return the model's names of a target, and of its copies among what is `alike`.
+
+        Args:
+            target: What was looked up.
+            names: What is alike.
+            dtype: See `alike`.
+            table: The target's rows are looked up; else it is multiplied with.
+        """
         ...
 
 

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from lora_export.graph import FLOAT_TYPES, GraphFile, shape_of
 from lora_export.sites import OPERATORS
+from lora_export.sites.quantized import SCALES
 from lora_export.sites.ranges import is_fixed
 from lora_export.sites.slot import DEQUANTIZE, NORMS, PASSED, QUANTIZE, SHAPE_ONLY, SKIP_NORMS, Slot, Use
 
@@ -39,7 +40,8 @@ def find_uses(graph: GraphFile) -> list[Use]:
 def _uses_of(node: ir.Node) -> Iterator[Use]:
     operator = _operator(node.domain, node.op_type)
     slots = operator(node) if operator else []
-    taken = {slot.index for slot in slots}
+    # What codes stand for is a part of their weight, no weight of its own.
+    taken = {slot.index for slot in slots} | SCALES.get(node.op_type, frozenset())
     for slot in [*slots, *_vector_slots(node, taken)]:
         value = node.inputs[slot.index] if slot.index < len(node.inputs) else None
         if value is not None and (use := _trace(node, slot, value)) is not None:
