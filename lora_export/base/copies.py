@@ -16,15 +16,19 @@ that was loaded last. Rules here:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from lora_export.adapter import Adapter, Array
 from lora_export.base.history import history_of
+from lora_export.base.tied_layers import may_tie_layers
+from lora_export.base.ties import find_ties, may_be_tied
+from lora_export.checkpoint import Checkpoint
 from lora_export.errors import AdapterError
+from lora_export.formats.whole_copies import reach_of
 
 _HINT = (
     "merge one of them alone, or train the second on the merged base; PEFT stores whole embeddings and heads "
@@ -66,6 +70,21 @@ def are_judged(weights: Sequence[float], manifest: Path) -> bool:
         manifest: What an earlier merge has written beside the base, if one has.
     """
     return list(weights) != [1.0] or manifest.exists()
+
+
+def spread_copies(changes: Sequence[Copied], spread: Iterable[tuple[int, str, str]]) -> list[Copied]:
+    """Return the copies that replace what is tied to their parameters, as copies of those.
+
+    Args:
+        changes: What adapters change.
+        spread: ``(owner, from, to)``, names of stored weights.
+    """
+    copies = {(one.owner, one.stored): one for one in changes if one.values is not None}
+    return [
+        replace(copies[owner, name], place=other, stored=other)
+        for owner, name, other in spread
+        if (owner, name) in copies
+    ]
 
 
 def refuse_copies(changes: Sequence[Copied], adapters: Sequence[Adapter]) -> None:
@@ -118,6 +137,21 @@ def _is_folder(base_model: str | None, folder: Path) -> bool:
         return False
 
 
+def may_replace_ties(base: Path, adapters: Iterable[Adapter]) -> bool:
+    """Whether an adapter has a copy that PEFT would load into a weight that a folder's model may tie.
+
+    Args:
+        base: Folder with config.json and safetensors.
+        adapters: Any.
+    """
+    copies = [path for one in adapters for path in one.extras if reach_of(one, path) != "one"]
+    if not copies:
+        return False
+    checkpoint = Checkpoint.open(base)
+    layers = may_tie_layers(checkpoint.config)
+    return any(layers or may_be_tied(path) for path in copies) and bool(find_ties(checkpoint).ties)
+
+
 def is_same(copy: Array, stored: Array) -> bool:
     """Whether a copy has a weight's values, in the coarser one of the two types (rule 1)."""
     return copy.shape == stored.shape and not any(_differing(copy, stored))
@@ -143,7 +177,8 @@ def _differing(copy: Array, stored: Array) -> Iterator[int]:
 
 def untrained_note(adapter: Adapter, parameter: str, copy: Array, stored: Array) -> str:
     """Return a warning where a copy that training left alone differs from the base, else an empty string."""
-    if is_trained(adapter, parameter) or copy.shape[1:] != stored.shape[1:]:
+    is_stored = parameter.endswith(".weight") and reach_of(adapter, parameter) != "one"
+    if not is_stored or copy.shape[1:] != stored.shape[1:]:
         return ""
     count = differing_rows(copy, stored)
     if not count:
@@ -154,17 +189,6 @@ def untrained_note(adapter: Adapter, parameter: str, copy: Array, stored: Array)
         "them, and what the base has learned there since is lost; save the adapter with "
         "save_embedding_layers=False to keep the base's"
     )
-
-
-def is_trained(adapter: Adapter, parameter: str) -> bool:
-    """Whether a file's copy is of a parameter that was trained whole, as far as its config says."""
-    if adapter.format != "peft" or not parameter.endswith(".weight"):
-        return True
-    saved = adapter.config.get("modules_to_save") or ()
-    names = [saved] if isinstance(saved, str) else list(saved)
-    module = parameter.rpartition(".")[0]
-    inside = f".{module}."
-    return any(f".{name}." in inside for name in names)
 
 
 def _problem(found: Sequence[Copied], count: int) -> str:
