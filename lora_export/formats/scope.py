@@ -24,7 +24,7 @@ def part_of(adapter: Adapter, component: str) -> Adapter:
     components = {module.component for module in adapter.modules.values()}
     if name in components:
         mine = [key for key, module in adapter.modules.items() if module.component == name]
-        kept = _only(adapter, mine, adapter.extras, f"not of {name!r}")
+        kept = _only(adapter, mine, adapter.extras, adapter.token_rows, f"not of {name!r}")
         return within(kept, path) if path else kept
     if len(components) > 1 or path:
         raise unknown_component(adapter.name, name, components)
@@ -61,24 +61,29 @@ def within(adapter: Adapter, scope: str) -> Adapter:
     below = f"{scope}_".replace(".", "_") if adapter.flattened else f"{scope}."
     modules = [key for key, module in adapter.modules.items() if module.path.startswith(below)]
     extras = [path for path in adapter.extras if path.startswith(below)]
-    if not modules and not extras:
+    rows = [path for path in adapter.token_rows if path.startswith(below)]
+    if not modules and not extras and not rows:
         return replace(adapter, scope=scope)
-    return replace(_only(adapter, modules, extras, f"not below {scope!r}"), scope=scope)
+    return replace(_only(adapter, modules, extras, rows, f"not below {scope!r}"), scope=scope)
 
 
-def _only(adapter: Adapter, modules: Iterable[str], extras: Iterable[str], why: str) -> Adapter:
+def _only(
+    adapter: Adapter, modules: Iterable[str], extras: Iterable[str], rows: Iterable[str], why: str
+) -> Adapter:
     """Return an adapter with some of its changes; a note says how many were left aside."""
-    kept, whole = set(modules), set(extras)
+    kept, whole, single = set(modules), set(extras), set(rows)
     aside = [module for key, module in adapter.modules.items() if key not in kept]
     lost = {name for module in aside for name in module.tensor_names}
     lost |= {adapter.extra_tensors.get(path, path) for path in adapter.extras if path not in whole}
-    count = len(aside) + len(adapter.extras) - len(whole)
+    lost |= {held.tensor_name for path, held in adapter.token_rows.items() if path not in single}
+    count = len(aside) + len(adapter.extras) - len(whole) + len(adapter.token_rows) - len(single)
     note = (f"left aside, {why}: {count} of the adapter's modules and parameters",) if count else ()
     return replace(
         adapter,
         modules={key: module for key, module in adapter.modules.items() if key in kept},
         extras={path: values for path, values in adapter.extras.items() if path in whole},
         extra_tensors={path: name for path, name in adapter.extra_tensors.items() if path in whole},
+        token_rows={path: held for path, held in adapter.token_rows.items() if path in single},
         tensor_names=tuple(name for name in adapter.tensor_names if name not in lost),
         notes=(*adapter.notes, *note),
     )
