@@ -268,8 +268,6 @@ def test_rows_of_an_embedding_belong_to_a_part_as_modules_do(tmp_path, name, par
         model.save_pretrained(tmp_path / "base")
         given = {"trainable_token_indices": [5, 9], "init_lora_weights": False}
         config = LoraConfig(r=2, target_modules=["q_proj"], **given)
-            r=2, target_modules=["q_proj"], trainable_token_indices=[5, 9], init_lora_weights=False
-        )
         adapted = get_peft_model(model, config)
         for key, values in adapted.named_parameters():
             if "trainable_tokens_delta" in key:
