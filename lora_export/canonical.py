@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import onnx_ir as ir
 
 from lora_export.adapter import Adapter, Array
 from lora_export.base.quantised import Quantised, find_quantised
+from lora_export.base.ties import Tie, Ties, find_ties
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_names import Names, Part
 from lora_export.errors import CheckpointError, OutputError
@@ -47,7 +49,11 @@ class CheckpointWeights:
         """
         change = self._names.rename(named, flattened, scope)
         self.hints += [change.hint] if change.hint else []
-        return AdapterWeights(self._names, self._quantised, named, change.names)
+        return AdapterWeights(self._names, self._quantised, named, change.names, lambda: self._ties)
+
+    @cached_property
+    def _ties(self) -> Ties:
+        return find_ties(self._checkpoint)
 
     def settled(self, adapter: Adapter) -> tuple[Adapter, tuple[str, ...]]:
         """Return the adapter with the layout of its experts as this base has it, and notes on that."""
@@ -74,15 +80,22 @@ class AdapterWeights:
         quantised: Its values, those that codes stand for included.
         named: The adapter's parameters.
         names: The checkpoint's path for each of them, or None.
+        ties_of: Finds what the checkpoint's model ties; called if that matters.
 
     Attributes:
         names: As given.
     """
 
     def __init__(
-        self, table: Names, quantised: Quantised, named: Sequence[Named], names: tuple[str | None, ...]
+        self,
+        table: Names,
+        quantised: Quantised,
+        named: Sequence[Named],
+        names: tuple[str | None, ...],
+        ties_of: Callable[[], Ties],
     ) -> None:
         self._table, self._quantised, self.names = table, quantised, names
+        self._ties_of = ties_of
         self._by_named = dict(zip(named, names, strict=True))
 
     def __call__(self, target: Target) -> Wanted | None:
@@ -128,6 +141,13 @@ class AdapterWeights:
         if target.kind in ("linear", "any") and values.ndim == 2 and values.shape == target.shape[::-1]:
             return values.T
         return None
+
+    def is_tied(self, target: Target) -> bool:
+        """Whether the checkpoint's model ties a parameter to others."""
+        ties, name = self._ties_of(), self._by_named.get(target.named) or target.key
+        parts = self._table.parts(name)
+        tie = ties.of(parts[0].tensor) if parts else next(iter(ties.absent(name) or ()), None)
+        return isinstance(tie, Tie) and len(tie.tensors) > 1
 
     def _experts(self, target: Target, parts: Sequence[Part]) -> Stack | None:
         """Return each expert's matrix, put together where it is stored in pieces."""

@@ -261,9 +261,21 @@ class _Placer:
         if max(rows.indices) >= shape[0]:
             wanted = max(rows.indices) + 1
             raise NoPlace("shape", f"row {wanted - 1} of {shape[0]}", resize_hint(wanted))
+        if self._are_judged and self._holds_rows(name, rows):
+            return [name], f"{len(rows.indices)} rows", UNCHANGED
+        self._copied.append(
+            Copied(name, name, path, adapter.name, self._owner, self._weight, row_count=len(rows.indices))
+        )
         for first, values in rows.runs():
             self._ledger.add(name, partial(_replaced, path, values, first), "all")
         return [name], f"{len(rows.indices)} rows", reason
+
+    def _holds_rows(self, name: str, rows: TokenRows) -> bool:
+        """Whether the base has these rows already; one that can't be read has not."""
+        source = self._ledger.sources.get(name, name)
+        if name in self._ledger.resized or source in self._quantised.refused:
+            return False
+        return is_same(rows.values, self._quantised.values(source)[list(rows.indices)])
 
     def bias_added(self, module: LoraModule, adapter: Adapter, weight: float) -> tuple[list[str], str, str]:
         """Add the scaled bias of lora_B to the module's own bias."""
@@ -311,7 +323,15 @@ class _Placer:
             for placement in placements:
                 self._ledger.add(part.tensor, partial(_make, module, placement, weight))
             self._copied.append(
-                Copied(part.tensor, part.tensor, module.key, adapter.name, self._owner, weight)
+                Copied(
+                    part.tensor,
+                    part.tensor,
+                    module.key,
+                    adapter.name,
+                    self._owner,
+                    weight,
+                    is_dora=module.magnitude is not None,
+                )
             )
         return [part.tensor for part in parts], layouts[0], parts[0].reason
 

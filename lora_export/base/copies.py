@@ -10,7 +10,8 @@ that was loaded last. Rules here:
 3. A copy is not a sum: its adapter has weight 1, unless every adapter of the blend holds the same copy.
 4. No adapter changes a parameter in which another one puts its own copy: it was trained on another weight.
 5. A base that an earlier merge has written counts as a blend with what was merged, but for an adapter that
-   was trained on it.
+   was trained on it: neither copies, nor single rows, nor DoRA, whose magnitude is of the weight that it was
+   trained on, come over what was merged there.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class Copied:
         owner: Its position in the blend.
         weight: Its factor in the blend.
         values: The copy; None for what is added to the weight.
+        row_count: How many single rows it replaces.
+        is_dora: It scales the weight to a length of its own.
     """
 
     place: Hashable
@@ -60,6 +63,21 @@ class Copied:
     owner: int
     weight: float
     values: Array | None = None
+    row_count: int = 0
+    is_dora: bool = False
+
+    @property
+    def overwrites(self) -> str:
+        """What it would do to other changes of the weight; empty for a sum."""
+        if self.values is not None:
+            return "holds a whole copy of it, which would replace what"
+        if self.row_count:
+            return f"holds {self.row_count} single rows of it, which would replace what"
+        return (
+            "is DoRA, which scales it to the length that it was trained at, with all that"
+            if self.is_dora
+            else ""
+        )
 
 
 def are_judged(weights: Sequence[float], manifest: Path) -> bool:
@@ -103,7 +121,7 @@ def refuse_copies(changes: Sequence[Copied], adapters: Sequence[Adapter]) -> Non
 
 
 def refuse_overwriting(changes: Sequence[Copied], manifest: Path, adapters: Sequence[Adapter]) -> None:
-    """Raise `AdapterError` where a copy would replace what an earlier merge has put into the base (rule 5).
+    """Raise `AdapterError` where a change is no sum with what an earlier merge put into the base (rule 5).
 
     Args:
         changes: What the adapters change.
@@ -111,19 +129,23 @@ def refuse_overwriting(changes: Sequence[Copied], manifest: Path, adapters: Sequ
         adapters: The adapters.
     """
     own = {n for n, adapter in enumerate(adapters) if _is_folder(adapter.base_model, manifest.parent)}
-    copies = [change for change in changes if change.values is not None and change.owner not in own]
+    copies = [change for change in changes if change.overwrites and change.owner not in own]
     earlier = history_of(manifest).changed if copies else {}
+    lost = [change for change in copies if change.stored in earlier]
     problems = [
-        f"{change.parameter}: '{change.adapter}' holds a whole copy of it, which would replace what "
+        f"{change.parameter}: '{change.adapter}' {change.overwrites} "
         f"{', '.join(map(repr, dict.fromkeys(earlier[change.stored])))} changed in this base"
-        for change in copies
-        if change.stored in earlier
+        for change in lost
     ]
     if problems:
         names = ", ".join(f"'{adapter.name}'" for adapter in adapters)
+        in_one_go = (
+            "merge all of them into the original base in one go: copies with its values then change nothing"
+        )
+        on_merged = "merge it into the original base alone, or train it on the merged one"
         raise AdapterError(
             f"adapter {names} would undo an earlier merge, of which {manifest} tells",
-            "merge all of them into the original base in one go: copies with its values then change nothing; "
+            f"{in_one_go if all(change.values is not None for change in lost) else on_merged}; "
             f"if it was trained on the merged base, which its config does not name, remove {manifest.name}",
             list(dict.fromkeys(problems)),
         )

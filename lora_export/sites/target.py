@@ -95,6 +95,10 @@ class WeightOf(Protocol):
         """Return the canonical weight, of stacked experts each one's, or None where there is none."""
         ...
 
+    def is_tied(self, target: Target) -> bool:
+        """Whether the checkpoint's model ties a parameter to others."""
+        ...
+
 
 class BaseWeights(Protocol):
     """The base checkpoint of a graph.
