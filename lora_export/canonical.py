@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import onnx_ir as ir
 
 from lora_export.adapter import Adapter, Array
 from lora_export.base.quantised import Quantised, find_quantised
+from lora_export.base.ties import Tie, Ties, find_ties
 from lora_export.base.twins import Twins
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_names import Names, Part
@@ -50,7 +52,13 @@ class CheckpointWeights:
         """
         change = self._names.rename(named, flattened, scope)
         self.hints += [change.hint] if change.hint else []
-        return AdapterWeights(self._names, self._quantised, named, change.names, self._twins)
+        return AdapterWeights(
+            self._names, self._quantised, named, change.names, self._twins, lambda: self._ties
+        )
+
+    @cached_property
+    def _ties(self) -> Ties:
+        return find_ties(self._checkpoint)
 
     def settled(self, adapter: Adapter) -> tuple[Adapter, tuple[str, ...]]:
         """Return the adapter with the layout of its experts as this base has it, and notes on that."""
@@ -78,6 +86,7 @@ class AdapterWeights:
         named: The adapter's parameters.
         names: The checkpoint's path for each of them, or None.
         twins: Its parameters of equal values.
+        ties_of: Finds what the checkpoint's model ties; called if that matters.
 
     Attributes:
         names: As given.
@@ -90,8 +99,10 @@ class AdapterWeights:
         named: Sequence[Named],
         names: tuple[str | None, ...],
         twins: Twins,
+        ties_of: Callable[[], Ties],
     ) -> None:
         self._table, self._quantised, self.names, self._twins = table, quantised, names, twins
+        self._ties_of = ties_of
         self._by_named = dict(zip(named, names, strict=True))
 
     def __call__(self, target: Target) -> Wanted | None:
@@ -153,6 +164,13 @@ class AdapterWeights:
         parts = self._table.parts(name) if name else ()
         whole = len(parts) == 1 and parts[0].piece == (0, 1) and parts[0].expert is None
         return parts[0].tensor if whole and not self._quantised.refusal(parts[0].tensor) else ""
+
+    def is_tied(self, target: Target) -> bool:
+        """Whether the checkpoint's model ties a parameter to others."""
+        ties, name = self._ties_of(), self._by_named.get(target.named) or target.key
+        parts = self._table.parts(name)
+        tie = ties.of(parts[0].tensor) if parts else next(iter(ties.absent(name) or ()), None)
+        return isinstance(tie, Tie) and len(tie.tensors) > 1
 
     def _experts(self, target: Target, parts: Sequence[Part]) -> Stack | None:
         """Return each expert's matrix, put together where it is stored in pieces."""

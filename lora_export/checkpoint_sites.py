@@ -23,7 +23,14 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Adapter, Array, LoraModule, TokenRows
-from lora_export.base.copies import UNCHANGED, Copied, are_judged, is_same, untrained_note
+from lora_export.base.copies import (
+    UNCHANGED,
+    Copied,
+    are_judged,
+    is_same,
+    spread_copies,
+    untrained_note,
+)
 from lora_export.base.families import is_conv1d
 from lora_export.base.ledger import Ledger
 from lora_export.base.placed import Added, Placed, view_of
@@ -36,6 +43,7 @@ from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_files import MANIFEST
 from lora_export.checkpoint_names import Names, Part
 from lora_export.formats.schemes import fitted
+from lora_export.formats.whole_copies import reach_of
 from lora_export.patch import Patch, Placement, patch_from, replacement
 from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, unaccounted
 from lora_export.sites.experts import fit_matrix, fit_parameter, is_turned, unsettled
@@ -210,7 +218,7 @@ class _Placer:
             ledger.resized,
             settled.vocabulary,
             tuple(dict.fromkeys([*self._hints, *ledger.hints])),
-            self._copied,
+            [*self._copied, *spread_copies(self._copied, settled.copies)],
         )
 
     # What each kind of change does.
@@ -236,7 +244,10 @@ class _Placer:
             self._warnings.append(warning)
         self._copied.append(Copied(name, name, path, adapter.name, self._owner, self._weight, values))
         matrix = values.reshape(view_of(values.shape, name in self._stacked))
-        self._ledger.add(name, lambda _: replacement(path, matrix))
+        reach = reach_of(adapter, path)
+        if reach == "unknown" and held is not None and is_same(values, held):
+            reach = "all"
+        self._ledger.add(name, lambda _: replacement(path, matrix), reach, is_copy=True)
         return [name], "", reason
 
     def rows_replaced(self, path: str, rows: TokenRows, adapter: Adapter) -> tuple[list[str], str, str]:
@@ -250,11 +261,21 @@ class _Placer:
         if max(rows.indices) >= shape[0]:
             wanted = max(rows.indices) + 1
             raise NoPlace("shape", f"row {wanted - 1} of {shape[0]}", resize_hint(wanted))
-        copied = Copied(name, name, path, adapter.name, self._owner, self._weight, rows.values, is_rows=True)
-        self._copied.append(copied)
+        if self._are_judged and self._holds_rows(name, rows):
+            return [name], f"{len(rows.indices)} rows", UNCHANGED
+        self._copied.append(
+            Copied(name, name, path, adapter.name, self._owner, self._weight, row_count=len(rows.indices))
+        )
         for first, values in rows.runs():
-            self._ledger.add(name, partial(_replaced, path, values, first), for_all=True)
+            self._ledger.add(name, partial(_replaced, path, values, first), "all")
         return [name], f"{len(rows.indices)} rows", reason
+
+    def _holds_rows(self, name: str, rows: TokenRows) -> bool:
+        """Whether the base has these rows already; one that can't be read has not."""
+        source = self._ledger.sources.get(name, name)
+        if name in self._ledger.resized or source in self._quantised.refused:
+            return False
+        return is_same(rows.values, self._quantised.values(source)[list(rows.indices)])
 
     def bias_added(self, module: LoraModule, adapter: Adapter, weight: float) -> tuple[list[str], str, str]:
         """Add the scaled bias of lora_B to the module's own bias."""
@@ -302,7 +323,15 @@ class _Placer:
             for placement in placements:
                 self._ledger.add(part.tensor, partial(_make, module, placement, weight))
             self._copied.append(
-                Copied(part.tensor, part.tensor, module.key, adapter.name, self._owner, weight)
+                Copied(
+                    part.tensor,
+                    part.tensor,
+                    module.key,
+                    adapter.name,
+                    self._owner,
+                    weight,
+                    is_dora=module.magnitude is not None,
+                )
             )
         return [part.tensor for part in parts], layouts[0], parts[0].reason
 

@@ -38,6 +38,7 @@ from lora_export.sites.ranges import cut_off
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.slot import Use
 from lora_export.sites.target import BaseWeights, Miss, Site, Target, targets_of
+from lora_export.sites.tied_ends import with_tied_ends
 from lora_export.sites.verify import canonical_rows
 
 # Of a graph's metadata: the adapters merged into it, and the identity of the base without any.
@@ -94,6 +95,9 @@ def plan_changes(
         grouped = [site for site in sites if site.target.module and site.target.module.groups > 1]
         sites = [site for site in sites if site not in grouped]
         misses += [Miss(site.target, _GROUPED, "branch only") for site in grouped]
+        warnings += [_untrained(adapter, site) for site in sites if _is_copy(site)]
+        sites, torn, tied = with_tied_ends(adapter, sites, resolver.uses, resolver.weight_of)
+        misses, notes = misses + torn, notes + tied
         if misses and not (allow_unmatched and sites):
             checked = weight_of is not None
             refuse(graph, adapter, sites, misses, verb="merge-onnx", checked=checked, uses=resolver.uses)
@@ -101,7 +105,6 @@ def plan_changes(
         rows += [placed_row(adapter, site, "unchanged") for site in unchanged]
         sites = [site for site in sites if site not in unchanged]
         rows += [placed_row(adapter, site) for site in sites]
-        warnings += [_untrained(adapter, site) for site in sites if _is_copy(site)]
         rows += [refused_row(adapter, miss) for miss in misses]
         refuse_unaccounted(adapter, rows)
         found.append((adapter, factor, sites))
@@ -133,9 +136,10 @@ def _copied(owner: int, adapter: Adapter, factor: float, sites: Sequence[Site]) 
             name = str(part.root.name)
             stored = name if whole else part_of(name, target.key)
             values = target.values if _is_copy(site) else None
+            dora = target.module is not None and target.module.magnitude is not None
             for use in part.uses:
                 place = (id(use), placement.row, placement.col)
-                yield Copied(place, stored, target.key, adapter.name, owner, factor, values)
+                yield Copied(place, stored, target.key, adapter.name, owner, factor, values, is_dora=dora)
 
 
 def _untrained(adapter: Adapter, site: Site) -> str:

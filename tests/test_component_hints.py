@@ -13,6 +13,7 @@ from torch import nn
 
 from lora_export import SiteError, merge_onnx
 from lora_export.cli import _run
+from lora_export.modes.merge_checkpoint import merge_checkpoint
 
 TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 IMAGES = {"image_size": 8, "patch_size": 4, "num_channels": 3}
@@ -224,3 +225,60 @@ def test_a_head_that_can_only_be_the_embedding(kind, tmp_path, capsys):
     assert str(tmp_path / "base") not in hint
     assert "trained on" not in hint
     assert "--allow-unmatched" not in hint
+
+
+# --- single rows of an embedding ---------------------------------------------------------------------
+
+
+def llava():
+    config = transformers.LlavaConfig(
+        text_config={**TEXT, "model_type": "llama"},
+        vision_config={**TOWER, **IMAGES, "model_type": "clip_vision_model", "projection_dim": 16},
+        image_token_index=31,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def idefics3():
+    config = transformers.Idefics3Config(
+        text_config={**TEXT, "model_type": "llama"},
+        vision_config={**TOWER, **IMAGES},
+        scale_factor=1,
+        image_token_id=31,
+    )
+    return transformers.Idefics3ForConditionalGeneration(config)
+
+
+# (model, its vision tower, its language model).
+TOWERS = {
+    "llava": (llava, "model.vision_tower", "model.language_model"),
+    "idefics3": (idefics3, "model.vision_model", "model.text_model"),
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("part", [1, 2], ids=["vision", "language"])
+def test_rows_of_an_embedding_belong_to_a_part_as_modules_do(tmp_path, name, part):
+    """Below the path: as PEFT merges it; elsewhere: the base, with the rows left aside by name."""
+    make, *parts = TOWERS[name]
+    torch.manual_seed(0)
+    model = make().eval()
+    before = {key: values.clone() for key, values in model.state_dict().items()}
+    with tiny.quiet():
+        model.save_pretrained(tmp_path / "base")
+        given = {"trainable_token_indices": [5, 9], "init_lora_weights": False}
+        config = LoraConfig(r=2, target_modules=["q_proj"], **given)
+        adapted = get_peft_model(model, config)
+        for key, values in adapted.named_parameters():
+            if "trainable_tokens_delta" in key:
+                values.data += 1
+        adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+        merged = adapted.merge_and_unload().state_dict()
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", component=parts[part - 1])
+        result = type(model).from_pretrained(tmp_path / "out").state_dict()
+    changed = {key for key in before if not torch.equal(before[key], merged[key])}
+    assert any("embed" in key for key in changed)
+    for key, values in result.items():
+        below = key.startswith(f"{parts[part - 1]}.")
+        assert torch.allclose(values, merged[key] if below else before[key], atol=1e-6), key
+    assert changed == {key for key in changed if key.startswith((f"{parts[0]}.", f"{parts[1]}."))}

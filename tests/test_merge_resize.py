@@ -206,33 +206,43 @@ def test_trained_rows_lie_below_the_heads_own_change(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["T5", "Bert"])
-def test_what_can_not_grow_whole_does_not_grow_at_all(tmp_path, kind):
-    """Other tensors need the rows, too, and the adapter lacks them: left out, the base keeps its size."""
+@pytest.mark.parametrize("whole", [True, False], ids=["all of it", "without the head's"])
+def test_what_is_tied_grows_along_or_nothing_does(tmp_path, kind, whole):
+    """A stored copy is of all that share its weight; a bias that the file lacks is not made up."""
     from peft import LoraConfig, get_peft_model
 
     if kind == "T5":
         config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
-        model, target = transformers.T5ForConditionalGeneration(config), "q"
+        model, target, lost = transformers.T5ForConditionalGeneration(config), "q", "lm_head"
     else:
         config = transformers.BertConfig(
             vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
         )
-        model, target = transformers.BertForMaskedLM(config), "query"
-    model.save_pretrained(tmp_path / "base")
+        model, target, lost = transformers.BertForMaskedLM(config), "query", "decoder"
+    model.eval().save_pretrained(tmp_path / "base")
     with tiny.quiet():
         model.resize_token_embeddings(69, mean_resizing=False)
-        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[target]))
+        adapted = get_peft_model(
+            model, LoraConfig(r=2, target_modules=[target], init_lora_weights=False)
+        ).eval()
         adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
-    options = {"resize": True}
-    with pytest.raises(SiteError, match="rows"):
-        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", **options)
-    merge_checkpoint(
-        tmp_path / "base", tmp_path / "adapter", tmp_path / "out", allow_unmatched=True, **options
-    )
+    ids = inputs_of(model) | {"input_ids": torch.tensor([[3, 1, 68, 64, 7]])}
+    expected = logits(adapted, ids)
+    if not whole:
+        file = tmp_path / "adapter/adapter_model.safetensors"
+        save_file({k: v for k, v in load_file(file).items() if lost not in k}, file)
+    given = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    grows = whole or kind == "T5"
+    if not grows:
+        with pytest.raises(SiteError, match="rows"):
+            merge_checkpoint(*given, resize=True)
+    merge_checkpoint(*given, resize=True, allow_unmatched=not grows)
     with tiny.quiet():
         loaded, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert loaded.config.vocab_size == 64
     assert not info["missing_keys"]
+    assert loaded.config.vocab_size == (69 if grows else 64)
+    if grows:
+        assert tiny.relative_error(logits(loaded.eval(), ids), expected) <= 2e-6
 
 
 @pytest.mark.parametrize(

@@ -384,16 +384,47 @@ def test_without_transformers_unknown_names_are_refused(tmp_path, monkeypatch):
     kind, options, embedding, _, linear = CASES[0]
     model = base_of(kind, config_of(kind, options), tmp_path / "base")
     trained(model, tmp_path / "adapter", [embedding, linear])
-    real = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", _without_transformers(builtins.__import__))
+    with pytest.raises(SiteError, match="transformers is not installed"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
 
+
+CAUSAL = PLAIN | {"intermediate_size": 24, "num_key_value_heads": 1}
+
+
+@pytest.mark.parametrize("said", [None, True], ids=["no key", "tied"])
+@pytest.mark.parametrize("how", ["transformers", "no transformers", "unknown model_type"])
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "Qwen2ForCausalLM", "OlmoForCausalLM"])
+def test_a_head_with_other_values_is_not_tied_whoever_says_so(tmp_path, monkeypatch, kind, how, said):
+    """Rows of the embedding: PEFT puts them into the head where the config says that it is tied."""
+    config = getattr(transformers, kind).config_class(**CAUSAL, tie_word_embeddings=False)
+    base_of(kind, config, tmp_path / "base")
+    file = tmp_path / "base/config.json"
+    told = {k: v for k, v in json.loads(file.read_text()).items() if k != "tie_word_embeddings"}
+    told |= {} if said is None else {"tie_word_embeddings": said}
+    file.write_text(json.dumps(told))
+    with tiny.quiet():
+        model = getattr(transformers, kind).from_pretrained(tmp_path / "base").eval()
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    expected = trained(model, tmp_path / "adapter", ["q_proj"], trainable_token_indices=[3, 4, 5])
+    if how == "unknown model_type":
+        file.write_text(json.dumps(told | {"model_type": "nobody-s"}))
+    with monkeypatch.context() as patched:
+        if how == "no transformers":
+            patched.setattr(builtins, "__import__", _without_transformers(builtins.__import__))
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    result = json.loads((tmp_path / "out/config.json").read_text())
+    (tmp_path / "out/config.json").write_text(json.dumps(result | {"model_type": told["model_type"]}))
+    assert tiny.relative_error(reloaded(kind, tmp_path / "out", model), expected) <= 2e-6
+
+
+def _without_transformers(real):
     def without(name, *args, **kwargs):
         if name.partition(".")[0] == "transformers":
             raise ImportError(name)
         return real(name, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(SiteError, match="transformers is not installed"):
-        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    return without
 
 
 def test_untied_config_reaches_the_levels_that_have_a_vocabulary():

@@ -63,7 +63,7 @@ def test_rows_over_what_an_earlier_merge_changed_are_refused(first, name, tmp_pa
     merge_checkpoint(tmp_path / "base", one, tmp_path / "merged")
     with pytest.raises(AdapterError, match="would undo an earlier merge") as caught:
         merge_checkpoint(tmp_path / "merged", two, tmp_path / "out")
-    assert "'two' holds rows of it" in caught.value.problems[0]
+    assert "'two' holds 1 single rows of it" in caught.value.problems[0]
     # Trained on the merged base, as the hint says.
     three = trained(name, tmp_path / "merged", tmp_path / "three", 3, **rows)
     merge_checkpoint(tmp_path / "merged", three, tmp_path / "out")

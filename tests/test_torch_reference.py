@@ -407,7 +407,8 @@ def test_an_expert_of_an_older_transformers():
 def test_a_tied_head_changes_alone():
     """As in PEFT without a merge: the embedding, whose weight it shares, stays."""
     head = build("qwen2").lm_head.weight.detach().numpy()
-    adapter = Adapter("head", "", "peft", {}, extras={"lm_head.weight": 2 * head})
+    config = {"modules_to_save": ["lm_head"]}
+    adapter = Adapter("head", "", "peft", {}, extras={"lm_head.weight": 2 * head}, config=config)
     model = reference("qwen2", a=adapter)
     base = model.run(feeds_of("qwen2"))["logits"]
     assert np.array_equal(model.run(feeds_of("qwen2"), ONE)["logits"], 2 * base)

@@ -336,3 +336,54 @@ def test_each_slot_of_a_bank_has_its_own_head(name: str, tmp_path: Path) -> None
     for slot, adapter in adapters.items():
         got = session.run(feeds, adapters=[slot])["logits"]
         assert close(got, one_by_one(base, name, [adapter]))
+
+
+# --- single rows, and DoRA, over an earlier merge -----------------------------------------------------------
+
+EMBEDDINGS = {"olmo2": "embed_tokens", "gpt_neox": "embed_in"}
+
+
+@pytest.mark.parametrize("how", ["whole", "rows", "LoRA"])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_rows_over_what_an_earlier_merge_changed_are_refused(name: str, how: str, tmp_path: Path) -> None:
+    base, table = saved(name, tmp_path / "base"), EMBEDDINGS[name]
+    rows = {"trainable_token_indices": {table: [3, 6]}}
+    earlier: dict[str, Any] = {
+        "whole": {"modules_to_save": [table]},
+        "rows": rows,
+        "LoRA": {"target_modules": [MODELS[name][1], table]},
+    }[how]
+    first = trained(base, name, tmp_path / "first", 1, **earlier)
+    second = trained(base, name, tmp_path / "second", 2, **rows)
+    merge_checkpoint(base, [first], tmp_path / "merged")
+    with pytest.raises(AdapterError, match="would undo an earlier merge") as refused:
+        merge_checkpoint(tmp_path / "merged", [second], tmp_path / "out")
+    assert any("2 single rows" in line and "'first'" in line for line in refused.value.problems)
+    with pytest.raises(AdapterError, match="would undo an earlier merge"):
+        merge_onnx(tmp_path / "merged", second, tmp_path / "captured.onnx")
+    # Of the merged base, or where nothing was changed there, they are what they say.
+    third = trained(tmp_path / "merged", name, tmp_path / "third", 3, **rows)
+    merge_checkpoint(tmp_path / "merged", [third], tmp_path / "further")
+    assert close(logits(loaded(tmp_path / "further", name)), one_by_one(tmp_path / "merged", name, [third]))
+    plain = trained(base, name, tmp_path / "plain", 4)
+    merge_checkpoint(base, [plain], tmp_path / "other")
+    merge_checkpoint(tmp_path / "other", [second], tmp_path / "both")
+    assert close(logits(loaded(tmp_path / "both", name)), one_by_one(base, name, [plain, second]))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dora_over_what_an_earlier_merge_changed_is_refused(name: str, tmp_path: Path) -> None:
+    """As in one go: its magnitude is of the weight without the other's change."""
+    base = saved(name, tmp_path / "base")
+    plain = trained(base, name, tmp_path / "plain", 1)
+    dora = trained(base, name, tmp_path / "dora", 2, use_dora=True)
+    with pytest.raises(AdapterError, match="can't be merged so"):
+        merge_checkpoint(base, [plain, dora], tmp_path / "out")
+    merge_checkpoint(base, [plain], tmp_path / "merged")
+    for verb in (merge_checkpoint, merge_onnx):
+        with pytest.raises(AdapterError, match="would undo an earlier merge") as refused:
+            verb(tmp_path / "merged", dora, tmp_path / "out.onnx")
+        assert any("is DoRA" in line and "'plain'" in line for line in refused.value.problems)
+    further = trained(tmp_path / "merged", name, tmp_path / "further", 3, use_dora=True)
+    merge_checkpoint(tmp_path / "merged", [further], tmp_path / "out")
+    assert close(logits(loaded(tmp_path / "out", name)), one_by_one(tmp_path / "merged", name, [further]))

@@ -10,21 +10,26 @@ that was loaded last. Rules here:
 3. A copy is not a sum: its adapter has weight 1, unless every adapter of the blend holds the same copy.
 4. No adapter changes a parameter in which another one puts its own copy: it was trained on another weight.
 5. A base that an earlier merge has written counts as a blend with what was merged, but for an adapter that
-   was trained on it.
+   was trained on it: neither copies, nor single rows, nor DoRA, whose magnitude is of the weight that it was
+   trained on, come over what was merged there.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from lora_export.adapter import Adapter, Array
 from lora_export.base.history import history_of
+from lora_export.base.tied_layers import may_tie_layers
+from lora_export.base.ties import find_ties, may_be_tied
+from lora_export.checkpoint import Checkpoint
 from lora_export.errors import AdapterError
+from lora_export.formats.whole_copies import reach_of
 
 _HINT = (
     "merge one of them alone, or train the second on the merged base; PEFT stores whole embeddings and heads "
@@ -46,8 +51,9 @@ class Copied:
         adapter: The adapter's name, which another one may have as well.
         owner: Its position in the blend.
         weight: Its factor in the blend.
-        values: The copy, or rows of one; None for what is added to the weight.
-        is_rows: They are single rows.
+        values: The copy; None for what is added to the weight.
+        row_count: How many single rows it replaces.
+        is_dora: It scales the weight to a length of its own.
     """
 
     place: Hashable
@@ -57,7 +63,21 @@ class Copied:
     owner: int
     weight: float
     values: Array | None = None
-    is_rows: bool = False
+    row_count: int = 0
+    is_dora: bool = False
+
+    @property
+    def overwrites(self) -> str:
+        """What it would do to other changes of the weight; empty for a sum."""
+        if self.values is not None:
+            return "holds a whole copy of it, which would replace what"
+        if self.row_count:
+            return f"holds {self.row_count} single rows of it, which would replace what"
+        return (
+            "is DoRA, which scales it to the length that it was trained at, with all that"
+            if self.is_dora
+            else ""
+        )
 
 
 def are_judged(weights: Sequence[float], manifest: Path) -> bool:
@@ -68,6 +88,21 @@ def are_judged(weights: Sequence[float], manifest: Path) -> bool:
         manifest: What an earlier merge has written beside the base, if one has.
     """
     return list(weights) != [1.0] or manifest.exists()
+
+
+def spread_copies(changes: Sequence[Copied], spread: Iterable[tuple[int, str, str]]) -> list[Copied]:
+    """Return the copies that replace what is tied to their parameters, as copies of those.
+
+    Args:
+        changes: What adapters change.
+        spread: ``(owner, from, to)``, names of stored weights.
+    """
+    copies = {(one.owner, one.stored): one for one in changes if one.values is not None}
+    return [
+        replace(copies[owner, name], place=other, stored=other)
+        for owner, name, other in spread
+        if (owner, name) in copies
+    ]
 
 
 def refuse_copies(changes: Sequence[Copied], adapters: Sequence[Adapter]) -> None:
@@ -86,7 +121,7 @@ def refuse_copies(changes: Sequence[Copied], adapters: Sequence[Adapter]) -> Non
 
 
 def refuse_overwriting(changes: Sequence[Copied], manifest: Path, adapters: Sequence[Adapter]) -> None:
-    """Raise `AdapterError` where a copy would replace what an earlier merge has put into the base (rule 5).
+    """Raise `AdapterError` where a change is no sum with what an earlier merge put into the base (rule 5).
 
     Args:
         changes: What the adapters change.
@@ -94,26 +129,24 @@ def refuse_overwriting(changes: Sequence[Copied], manifest: Path, adapters: Sequ
         adapters: The adapters.
     """
     own = {n for n, adapter in enumerate(adapters) if _is_folder(adapter.base_model, manifest.parent)}
-    copies = [change for change in changes if change.values is not None and change.owner not in own]
+    copies = [change for change in changes if change.overwrites and change.owner not in own]
     earlier = history_of(manifest).changed if copies else {}
+    lost = [change for change in copies if change.stored in earlier]
     problems = [
-        f"{change.parameter}: '{change.adapter}' holds {'rows' if change.is_rows else 'a whole copy'} of it, "
-        f"which would replace what {', '.join(map(repr, dict.fromkeys(earlier[change.stored])))} changed in "
-        "this base"
-        for change in copies
-        if change.stored in earlier
+        f"{change.parameter}: '{change.adapter}' {change.overwrites} "
+        f"{', '.join(map(repr, dict.fromkeys(earlier[change.stored])))} changed in this base"
+        for change in lost
     ]
     if problems:
         names = ", ".join(f"'{adapter.name}'" for adapter in adapters)
         in_one_go = (
             "merge all of them into the original base in one go: copies with its values then change nothing"
         )
-        if any(change.is_rows for change in copies):
-            in_one_go = "train it on the merged base: rows that an adapter replaces are no sum"
+        on_merged = "merge it into the original base alone, or train it on the merged one"
         raise AdapterError(
             f"adapter {names} would undo an earlier merge, of which {manifest} tells",
-            f"{in_one_go}; if it was trained on the merged base, which its config does not name, remove "
-            f"{manifest.name}",
+            f"{in_one_go if all(change.values is not None for change in lost) else on_merged}; "
+            f"if it was trained on the merged base, which its config does not name, remove {manifest.name}",
             list(dict.fromkeys(problems)),
         )
 
@@ -124,6 +157,21 @@ def _is_folder(base_model: str | None, folder: Path) -> bool:
         return bool(base_model) and Path(str(base_model)).resolve() == folder.resolve()
     except (OSError, ValueError):
         return False
+
+
+def may_replace_ties(base: Path, adapters: Iterable[Adapter]) -> bool:
+    """Whether an adapter has a copy that PEFT would load into a weight that a folder's model may tie.
+
+    Args:
+        base: Folder with config.json and safetensors.
+        adapters: Any.
+    """
+    copies = [path for one in adapters for path in one.extras if reach_of(one, path) != "one"]
+    if not copies:
+        return False
+    checkpoint = Checkpoint.open(base)
+    layers = may_tie_layers(checkpoint.config)
+    return any(layers or may_be_tied(path) for path in copies) and bool(find_ties(checkpoint).ties)
 
 
 def is_same(copy: Array, stored: Array) -> bool:
@@ -151,7 +199,8 @@ def _differing(copy: Array, stored: Array) -> Iterator[int]:
 
 def untrained_note(adapter: Adapter, parameter: str, copy: Array, stored: Array) -> str:
     """Return a warning where a copy that training left alone differs from the base, else an empty string."""
-    if is_trained(adapter, parameter) or copy.shape[1:] != stored.shape[1:]:
+    is_stored = parameter.endswith(".weight") and reach_of(adapter, parameter) != "one"
+    if not is_stored or copy.shape[1:] != stored.shape[1:]:
         return ""
     count = differing_rows(copy, stored)
     if not count:
@@ -164,20 +213,9 @@ def untrained_note(adapter: Adapter, parameter: str, copy: Array, stored: Array)
     )
 
 
-def is_trained(adapter: Adapter, parameter: str) -> bool:
-    """Whether a file's copy is of a parameter that was trained whole, as far as its config says."""
-    if adapter.format != "peft" or not parameter.endswith(".weight"):
-        return True
-    saved = adapter.config.get("modules_to_save") or ()
-    names = [saved] if isinstance(saved, str) else list(saved)
-    module = parameter.rpartition(".")[0]
-    inside = f".{module}."
-    return any(f".{name}." in inside for name in names)
-
-
 def _problem(found: Sequence[Copied], count: int) -> str:
     """Return which rule the changes of one place break, or an empty string."""
-    copies = [change for change in found if change.values is not None and not change.is_rows]
+    copies = [change for change in found if change.values is not None]
     if not copies:
         return ""
     first, *others = copies

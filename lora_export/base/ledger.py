@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from lora_export.adapter import Adapter
 from lora_export.base.tied_changes import Change, MakePatch
 from lora_export.checkpoint import Checkpoint, StoredTensor
+from lora_export.formats.whole_copies import Reach
 from lora_export.plan import PlanRow, Refusal
 
 
@@ -38,9 +39,9 @@ class Ledger:
         self._adapter += 1
         self._is_tied = bool(adapter.config.get("ensure_weight_tying"))
 
-    def add(self, name: str, make: MakePatch, for_all: bool = False) -> None:
-        """Add a change that belongs to the plan's next row."""
-        change = Change(make, len(self.rows), self._adapter, self._is_tied, for_all)
+    def add(self, name: str, make: MakePatch, reach: Reach = "one", is_copy: bool = False) -> None:
+        """Add a change that belongs to the plan's next row; what it is, see `Change`."""
+        change = Change(make, len(self.rows), self._adapter, self._is_tied, reach, is_copy)
         self.changes.setdefault(name, []).append(change)
 
     def tensor(self, name: str) -> StoredTensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lora_export.base.ledger import Ledger
@@ -22,12 +22,14 @@ class Settled:
         untied: The config's switch goes off.
         vocabulary: How many tokens the base has, and the output; None: as many.
         notes: What a user should know.
+        copies: Whole copies that replace what is tied to their parameter: ``(adapter, from, to)``.
     """
 
     parted: list[tuple[str, str]] = field(default_factory=list)
     untied: bool = False
     vocabulary: tuple[int, int] | None = None
     notes: list[str] = field(default_factory=list)
+    copies: list[tuple[int, str, str]] = field(default_factory=list)
 
 
 def settle(
@@ -42,10 +44,15 @@ def settle(
         quantised: The base's quantised weights.
     """
     result = Settled()
+    names = [name for name, changes in ledger.changes.items() if changes and may_be_tied(name)]
+    ties = ties_of() if names else Ties()
+    touched = list(dict.fromkeys(tie for name in names if (tie := ties.of(name)) is not None))
+    for tie in touched:
+        result.copies += _spread(ledger, tie)
     growing = set(ledger.resized)
     if growing:
         _settle_rows(ledger, result)
-    _settle_ties(ledger, may_be_tied, ties_of, quantised, result)
+    _settle_ties(ledger, ties, touched, quantised, result)
     if result.vocabulary and set(ledger.resized) != growing:
         # The config has one number of tokens for all: with the rest grown, no model could be built.
         why = f"{', '.join(sorted(growing - set(ledger.resized)))} can't be given more rows"
@@ -62,18 +69,11 @@ def settle(
 
 
 def _settle_ties(
-    ledger: Ledger,
-    may_be_tied: Callable[[str], bool],
-    ties_of: Callable[[], Ties],
-    quantised: Quantised,
-    result: Settled,
+    ledger: Ledger, ties: Ties, touched: Sequence[Tie], quantised: Quantised, result: Settled
 ) -> None:
-    names = [name for name, changes in ledger.changes.items() if changes and may_be_tied(name)]
-    if not names:
-        return
-    ties = ties_of()
-    touched = dict.fromkeys(tie for name in names if (tie := ties.of(name)) is not None)
-    parted = [tie for tie in touched if _spread_over(ledger, tie) and _part(ledger, tie, ties, quantised)]
+    parted = [
+        tie for tie in touched if not _change_alike(ledger, tie) and _part(ledger, tie, ties, quantised)
+    ]
     for tie in touched:
         _note(ledger, tie, bool(parted), result)
     if parted:
@@ -85,15 +85,19 @@ def _settle_ties(
         result.notes.append(ties.note)
 
 
-def _spread_over(ledger: Ledger, tie: Tie) -> bool:
-    """Give each parameter of a tie its changes in the ledger; whether they are to differ from now on."""
-    found, wrong = spread(tie, ledger.changes)
-    if wrong:
-        reason = f"trained with ensure_weight_tying, and yet {' and '.join(found)} change differently"
-        ledger.refuse(found, Refusal("tied", reason))
-        return False
-    ledger.changes |= found
-    return not _change_alike(ledger, tie)
+def _spread(ledger: Ledger, tie: Tie) -> list[tuple[int, str, str]]:
+    """Give each parameter of a tie its changes in the ledger; return the whole copies that came so."""
+    found = spread(tie, ledger.changes)
+    if found.refusal:
+        ledger.refuse(found.changes, found.refusal)
+        return []
+    ledger.changes |= found.changes
+    for _, name, other in found.copies:
+        if other not in ledger.checkpoint.tensors:
+            ledger.sources[other] = tie.source
+        if name in ledger.resized:
+            ledger.resized[other] = ledger.resized[name]
+    return found.copies
 
 
 def _change_alike(ledger: Ledger, tie: Tie) -> bool:

@@ -151,6 +151,12 @@ def tied_head(config: Mapping[str, Any]) -> bool:
     return "CausalLM" in names or "LMHead" in names
 
 
+def _says_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the config itself has the switch, on."""
+    nested = config.get("text_config")
+    return any(level.get(FLAG) is True for level in (config, nested if isinstance(nested, dict) else {}))
+
+
 def _by_transformers(checkpoint: Checkpoint) -> Ties:
     model = build_model(checkpoint)
     follows: Mapping[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -248,10 +254,11 @@ def _by_names(checkpoint: Checkpoint, problem: str, is_unknown: bool = False) ->
     )
     if not embeddings:
         return _unknown(checkpoint, problem)
-    stored, heads = heads, [head for head in heads if any(_hold_one(checkpoint, e, head) for e in embeddings)]
-    if stored and not heads:
-        return Ties()  # Classes that don't tie say nothing in their config, or it is not true.
     known = len(embeddings) == 1 and _leaf(embeddings[0]) in _EMBEDDINGS
+    apart = tuple(head for head in heads if known and not _hold_one(checkpoint, embeddings[0], head))
+    if apart and not _says_tied(config):
+        # The class decides where the key is missing, and it has decided.
+        return Ties()
     # Others do more where tied: T5 scales its output then, BERT has a transform and a bias before it.
     plain = any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
     refusal = hint = ""
@@ -262,7 +269,8 @@ def _by_names(checkpoint: Checkpoint, problem: str, is_unknown: bool = False) ->
         hint = "save the base with tie_word_embeddings=False, or without its head"
     head = heads[0] if heads else _HEAD_OF.get(str(config.get("model_type")), "lm_head.weight")
     note = f"tied weights were judged by their names: {problem}" if problem else ""
-    return Ties((Tie({name: name for name in [*embeddings, head]}, embeddings[0], refusal, hint),), note)
+    one = {name: name for name in [*embeddings, head] if name not in apart}
+    return Ties((Tie(one, embeddings[0], refusal, hint, apart),), note)
 
 
 def _unsure(checkpoint: Checkpoint) -> Iterator[str]:

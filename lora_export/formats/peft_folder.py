@@ -20,6 +20,7 @@ from lora_export.errors import AdapterError
 from lora_export.formats.experts import REGISTERED, layout_of
 from lora_export.formats.source import CONFIG_NAME, WEIGHT_NAMES
 from lora_export.formats.tensors import write_safetensors
+from lora_export.formats.whole_copies import reach_of
 from lora_export.output import OutputSet, output_errors, refuse_existing
 
 _PREFIX = "base_model.model."
@@ -104,7 +105,9 @@ def _config(adapter: Adapter) -> dict[str, Any]:
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     biases = [name for name in adapter.extras if _is_bias(name, adapter.extras)]
     targeted = {module.path for module in modules}
-    saved = {name.rpartition(".")[0] for name in adapter.extras if name not in biases} - targeted
+    # A copy that PEFT is to load over the base's own weight is no module to save.
+    own = [name for name in adapter.extras if name not in biases and reach_of(adapter, name) != "all"]
+    saved = {name.rpartition(".")[0] for name in own} - targeted
     return {
         "peft_type": "LORA",
         "peft_version": _stated_version(adapter),

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from lora_export import __version__
 from lora_export.adapter import Adapter
+from lora_export.base.copies import may_replace_ties
 from lora_export.base.history import History, history_of
 from lora_export.blend import check_blend
 from lora_export.branches.union import refuse_other_bases
@@ -86,9 +87,13 @@ def merge_onnx(
     loaded, factors = check_blend(adapters, weights, component)
     roundings: dict[str, Rounding] = {}
     merge = None
-    if base.is_dir() and (dtype not in (None, "float32") or any(adapter.token_rows for adapter in loaded)):
+    if base.is_dir() and (
+        dtype not in (None, "float32")
+        or any(adapter.token_rows for adapter in loaded)
+        or may_replace_ties(base, loaded)
+    ):
         # A graph captured in this dtype holds rounded weights: the sum is made before, and rounded once.
-        # Single rows of an embedding have a place in the folder alone.
+        # Single rows of an embedding have a place in the folder alone, and it knows what is tied.
         merge = plan_merge(base, loaded, factors, dtype or "float32", allow_unmatched)
         if dry_run:
             return MergeReport(merge.placed.plan, {}, output_paths(out), merge.size_bytes, dry_run=True)

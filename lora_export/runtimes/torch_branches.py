@@ -18,6 +18,7 @@ from lora_export.adapter import MERGE_ROWS, Adapter, Array, LoraModule, token_ro
 from lora_export.checkpoint_names import Part
 from lora_export.errors import AdapterError
 from lora_export.formats.schemes import fitted
+from lora_export.formats.whole_copies import reach_of
 from lora_export.runtimes.torch_places import NoPlace, Owner, Places
 from lora_export.runtimes.torch_products import Hook, changed, hook_of, tensor_of
 from lora_export.sites.experts import Held, settle
@@ -69,7 +70,7 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
     adapter = fitted(adapter, places.known, [])
     finder = places.finder(adapter)
     problems = [f"{path}: {problem}; {MERGE_ROWS}" for path, problem in token_rows_problems(adapter)]
-    branches, extras = [], []
+    branches = []
 
     def locate(
         parameter: str, action: str = "merge", component: str | None = None
@@ -90,15 +91,17 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
         return Held(tuple(owner.get().shape), transposed) if part is None else None
 
     adapter, _ = settle(adapter, held)
-    for path, values in adapter.extras.items():
+    copies: dict[Owner, torch.Tensor] = {}
+    # Copies of a module's own last: they stand over what the shared weight is replaced by.
+    own_last = sorted(adapter.extras.items(), key=lambda extra: reach_of(adapter, extra[0]) == "one")
+    for path, values in own_last:
         try:
             _, owner, part = locate(path, "replace")
             tensor = _replacement(owner, values, part)
+            copies |= dict.fromkeys(_replaced_by(adapter, path, owner, model, tensor, copies), tensor)
         except NoPlace as problem:
             problems.append(f"{path}  {problem}")
-            continue
-        if not torch.equal(owner.get(), tensor):
-            extras.append((owner, tensor))
+    extras = [(owner, tensor) for owner, tensor in copies.items() if not torch.equal(owner.get(), tensor)]
     for lora in adapter.modules.values():
         try:
             where, owner, part = locate(f"{lora.path}.{lora.parameter}", "merge", lora.component)
@@ -181,6 +184,46 @@ def _changed_while_running(branch: Branch, weight: float) -> list[Any]:
 
 
 # --- whole parameters ---------------------------------------------------------------------------------
+
+
+def _replaced_by(
+    adapter: Adapter,
+    path: str,
+    owner: Owner,
+    model: torch.nn.Module,
+    tensor: torch.Tensor,
+    copies: Mapping[Owner, torch.Tensor],
+) -> list[Owner]:
+    """Return which parameters are a copy from now on: with the named one all that PEFT loads it into.
+
+    Args:
+        adapter: The adapter.
+        path: The copy's path in it.
+        owner: The parameter that it names.
+        model: The model.
+        tensor: The copy.
+        copies: What other copies have replaced.
+    """
+    import torch
+
+    shared = owner.get()
+    owners = [
+        Owner(module, name)
+        for module in model.modules()
+        for name, values in module._parameters.items()
+        if values is shared
+    ]
+    reach = reach_of(adapter, path)
+    if reach == "one" or len(owners) < 2:
+        return [owner]
+    if reach == "unknown" and not torch.equal(shared, tensor):
+        raise NoPlace(
+            "the model ties it to others, and no config says whether the copy is of all of them: put "
+            "adapter_config.json beside the file"
+        )
+    if any(one in copies and not torch.equal(copies[one], tensor) for one in owners):
+        raise NoPlace("the model ties it to others, for which the adapter has a copy with other values")
+    return owners
 
 
 def _replacement(owner: Owner, values: Array, part: Part | None) -> torch.Tensor:

@@ -115,6 +115,10 @@ class WeightOf(Protocol):
         """
         ...
 
+    def is_tied(self, target: Target) -> bool:
+        """Whether the checkpoint's model ties a parameter to others."""
+        ...
+
 
 class BaseWeights(Protocol):
     """The base checkpoint of a graph.
