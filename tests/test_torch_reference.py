@@ -348,7 +348,10 @@ def test_what_is_no_sum_is_refused_in_a_blend():
 def test_other_spellings_of_paths():
     plain = load_adapter(tiny.adapter("bert", "modules_to_save"))
     backbone = dataclasses.replace(
-        plain, extras={}, modules={k: m for k, m in plain.modules.items() if k.startswith("bert.")}
+        plain,
+        extras={},
+        modules={k: m for k, m in plain.modules.items() if k.startswith("bert.")},
+        config={**plain.config, "modules_to_save": None},
     )
 
     def respelled(change, **more):
