@@ -110,7 +110,7 @@ def test_the_effect_is_there(name, style, tmp_path):
     assert effect > 0.1 * np.linalg.norm(wanted)
     assert np.linalg.norm((got - zero) - (wanted - plain)) / effect < 0.15
     assert error(got, wanted) < 3 * error(zero, plain)
-    (warning,) = report.plan.warnings
+    (warning,) = (text for text in report.plan.warnings if "TorchScript" not in text)
     assert "calibrated without the adapter" in warning
     assert "lora-export parity" in warning
 
