@@ -11,6 +11,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from lora_export.formats.whole_copies import saved_names
+
 # The keys that say it.
 RULES = ("target_modules", "exclude_modules", "layers_to_transform")
 _WEIGHT = ".weight"
@@ -68,8 +70,7 @@ def unsaved(config: Mapping[str, Any], held: Iterable[str], known: Iterable[str]
         held: All that the file changes, as parameter paths.
         known: The base's parameters.
     """
-    wanted = config.get("modules_to_save") or []
-    names = [wanted] if isinstance(wanted, str) else [name for name in wanted if isinstance(name, str)]
+    names = saved_names(config)
     if not names or config.get("ensure_weight_tying"):
         return []  # What is tied is stored once.
     inside, base = [f".{path}" for path in held], [f".{path}" for path in known]
