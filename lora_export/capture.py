@@ -32,7 +32,10 @@ from lora_export.captured import (
     Kind,
 )
 from lora_export.checkpoint import Checkpoint, diffusers_class, no_folder
+from lora_export.data_identity import mark_data
 from lora_export.errors import CheckpointError, OutputError
+from lora_export.graph import save_graph
+from lora_export.manifest import hash_file
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 
 # The first in which Conv and pooling take bfloat16.
 _BFLOAT16_OPSET = 22
+# Smaller constants stay in the protobuf.
+_INLINE_BYTES = 256
 _EXPORT_YOURSELF = (
     "export the model yourself and go on with that .onnx (lora_export.export_onnx does it, an adapter merged)"
 )
@@ -124,9 +129,13 @@ def capture_module(
 
 
 def _save(graph: ir.Model, output: Path) -> Path:
-    import onnx_ir as ir
+    from onnx_ir.external_data import unload_from_model
 
-    ir.save(graph, output, external_data=output.name + ".data")
+    data = output.parent / f"{output.name}.data"
+    graph = unload_from_model(graph, output.parent, data.name, size_threshold_bytes=_INLINE_BYTES)
+    if data.is_file():
+        mark_data(graph, {data.name: hash_file(data)})
+    save_graph(graph, output)
     return output
 
 

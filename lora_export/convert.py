@@ -15,7 +15,7 @@ from lora_export.binding import Binding, bind_adapter
 from lora_export.branches.place import refuse_contained
 from lora_export.errors import GraphError, OutputError, SiteError
 from lora_export.exposed import KEY, ExposedGraph, exposed_of
-from lora_export.exposed_output import refuse_changed_weights, refuse_lost_inputs
+from lora_export.exposed_output import refuse_lost_inputs
 from lora_export.foreign import foreign_lora
 from lora_export.formats import WRITERS, as_adapter, writer_of
 from lora_export.formats.pipeline import refuse_other_components
@@ -160,7 +160,6 @@ def _exposed(file: GraphFile) -> tuple[ExposedGraph, bool]:
             return found.exposed, found.genai
         refuse_contained(file)
     exposed = exposed_of(file.model.metadata_props, str(file.path))
-    refuse_changed_weights(exposed, file.path)
     if exposed.mode == "bank":
         raise GraphError(
             f"{file.path} is a bank: its slots take adapters as they are, not converted files",

@@ -30,7 +30,7 @@ from typing import Any, Literal
 from lora_export.errors import GraphError
 
 KEY = "lora_export.exposed"
-FORMAT = 1
+FORMAT = 2
 UNHASHED = "unhashed"
 WEIGHTS_INPUT = "lora.adapter_weights"
 ExposedKind = Literal["linear", "conv", "embedding"]
@@ -182,19 +182,6 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class SharedFile:
-    """A data file of the base that the graph refers to.
-
-    Attributes:
-        location: Where it is, from the graph's folder.
-        sha256: Its identity, see `manifest.FileHash`.
-    """
-
-    location: str
-    sha256: str
-
-
-@dataclass(frozen=True)
 class ExposedGraph:
     """The record of a graph with exposed LoRA.
 
@@ -209,7 +196,6 @@ class ExposedGraph:
         slots: Of a bank.
         resident: Whether a bank's tensors are constants or inputs.
         batch_input: The graph input whose first dimension is the batch, in a bank.
-        shared: The base's own data files that the graph's weights stay in, as they were when it was made.
     """
 
     mode: Mode
@@ -222,7 +208,6 @@ class ExposedGraph:
     slots: tuple[Slot, ...] = ()
     resident: Resident = "initializers"
     batch_input: str = ""
-    shared: tuple[SharedFile, ...] = ()
     format: int = field(default=FORMAT)
 
     def members(self) -> Iterator[tuple[ExposedModule, Member]]:
@@ -265,7 +250,6 @@ class ExposedGraph:
                 )
             data["modules"] = tuple(_module(entry) for entry in data["modules"])
             data["slots"] = tuple(Slot(**entry) for entry in data["slots"])
-            data["shared"] = tuple(SharedFile(**entry) for entry in data["shared"])
             return cls(**data)
         except (ValueError, TypeError, KeyError) as error:
             raise GraphError(

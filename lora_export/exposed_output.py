@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 from lora_export import __version__
 from lora_export.adapter import Adapter
 from lora_export.branches.inputs import ir_type
+from lora_export.data_identity import mark_data
 from lora_export.errors import GraphError
-from lora_export.exposed import KEY, ExposedGraph, SharedFile
+from lora_export.exposed import KEY, ExposedGraph
 from lora_export.external_data import plan_data, write_data
 from lora_export.graph import GraphFile, save_graph
 from lora_export.manifest import Manifest, adapter_entry, hash_file, package_versions
@@ -86,14 +84,14 @@ def write_exposed(
     """
     paths, out = report.outputs, report.outputs["graph"]
     slots, size, shared = plan_data(base.graph, {}, out, base.shared_files)
-    exposed = replace(report.exposed, shared=_shared_files(base, out))
-    report = replace(report, exposed=exposed, size_bytes=size, shared_bytes=shared)
+    report = replace(report, size_bytes=size, shared_bytes=shared)
     if report.dry_run:
         return report
     base.graph.model.metadata_props[KEY] = report.exposed.to_json()
     with output_errors(out), OutputSet(force) as outputs:
         staged = {name: outputs.stage(path) for name, path in paths.items()}
         write_data(staged["data"], paths["data"].name, slots, size, {}, "sample", progress)
+        mark_data(base.graph.model, base.shared_places(out) | {paths["data"].name: hash_file(staged["data"])})
         save_graph(base.graph.model, staged["graph"])
         manifest = Manifest(
             f"{report.exposed.mode}-onnx",
@@ -108,36 +106,6 @@ def write_exposed(
         staged["manifest"].write_text(manifest.to_json(), encoding="utf-8")
         outputs.commit()
     return report
-
-
-def _shared_files(base: Base, out: Path) -> tuple[SharedFile, ...]:
-    """Return the base's files that the planned graph refers to, with their identities now."""
-    tensors = (value.const_value for value in base.graph.initializers())
-    named = {str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
-    places = {os.path.relpath(path.resolve(), out.parent.resolve()): path for path in base.shared_files}
-    return tuple(SharedFile(name, base.hashes[places[name]].sha256) for name in sorted(named & set(places)))
-
-
-def refuse_changed_weights(exposed: ExposedGraph, graph: Path) -> None:
-    """Raise `GraphError` where the base's data files are no longer those that a graph was made with.
-
-    Args:
-        exposed: The graph's record.
-        graph: Its file.
-    """
-    files = {shared: graph.parent / shared.location for shared in exposed.shared}
-    # A file that is missing is the runtime's own error.
-    changed = [
-        f"{path}: sha256 {found}, the graph was made with {shared.sha256}"
-        for shared, path in files.items()
-        if path.is_file() and (found := hash_file(path).sha256) != shared.sha256
-    ]
-    if changed:
-        raise GraphError(
-            f"{graph} shares weights with its base, and they have changed since it was made",
-            "make the graph again from the base as it is now, and convert the adapters for it",
-            changed,
-        )
 
 
 def refuse_lost_inputs(exposed: ExposedGraph, graph: GraphFile) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.adapter import Array
+from lora_export.data_identity import external_tensors, layout_of, refuse_changed_data
 from lora_export.errors import GraphError
 
 # Tensors without their data that are named: mostly they are all of a file's.
@@ -78,7 +79,7 @@ class GraphFile:
 
 
 def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> GraphFile:
-    """Read an ONNX file without its external data, and check that the external data is all there.
+    """Read an ONNX file without its external data, and check that the external data is what belongs to it.
 
     Functions are inlined, so that every node is in a graph, but for those that say what one of ONNX Runtime's
     own operators does: it runs the operator, and its results have other bits than the function's.
@@ -88,7 +89,8 @@ def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> Graph
         portable: Inline those as well, for other runtimes.
 
     Raises:
-        GraphError: Not an ONNX file, empty, or external data missing, short or outside the folder.
+        GraphError: Not an ONNX file, empty, or external data missing, short, outside the folder or not what
+            a graph of ours was written with.
     """
     file = Path(path)
     if file.is_dir():
@@ -123,6 +125,7 @@ def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> Graph
             "put the data files that belong to this .onnx where they were, seen from it",
             problems[:_SHOWN] + ([f"… and {more} more"] if more > 0 else []),
         )
+    refuse_changed_data(model.metadata_props, file, lambda: layout_of(external_tensors(model)))
     return graph
 
 

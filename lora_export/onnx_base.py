@@ -65,6 +65,11 @@ class Base:
         """One SHA-256 for the base as a whole."""
         return identity_of(self.hashes.values())
 
+    def shared_places(self, out: Path) -> dict[str, FileHash]:
+        """Return what the files are in which weights may stay, by their place from the folder of ``out``."""
+        folder = out.parent.resolve()
+        return {os.path.relpath(path.resolve(), folder): self.hashes[path] for path in self.shared_files}
+
     def verified(self, plan: Plan) -> Plan:
         """Return a plan that says what was compared with the checkpoint, and what was not.
 

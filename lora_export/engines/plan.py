@@ -21,7 +21,7 @@ from lora_export.engines.record import (
     Profile,
     record_path,
 )
-from lora_export.engines.source import check_shared, largest_sizes, ports_of
+from lora_export.engines.source import largest_sizes, ports_of
 from lora_export.engines.targets import RTX_COMPUTE_CAPABILITIES, Target, find_target
 from lora_export.errors import BackendError
 from lora_export.exposed import KEY
@@ -169,7 +169,6 @@ def plan_build(model: PathLike, wish: Wish, *, here: bool = True) -> BuildPlan:
     name = wish.name or graph.path.stem
     _check_name(name)
     admitted = admit(graph, _capabilities(groups))
-    check_shared(admitted.exposed, graph.path)
     inputs, outputs = ports_of(admitted.graph)
     requests = [
         ProfileRequest(request.name, {**wish.shapes, **request.shapes})

@@ -12,8 +12,6 @@ import onnx_ir as ir
 from lora_export.captured import Captured
 from lora_export.engines.cache import combined
 from lora_export.engines.record import EngineSource, Port
-from lora_export.exposed import ExposedGraph
-from lora_export.exposed_output import refuse_changed_weights
 from lora_export.graph import GraphFile, proto_bytes
 from lora_export.manifest import FileHash, hash_file
 
@@ -90,9 +88,3 @@ def serialize(graph: GraphFile, sha256: Callable[[Path], str]) -> Serialized:
 def graph_hashes(graph: GraphFile) -> list[FileHash]:
     """Return what a graph's file and its data files are known by."""
     return [hash_file(path) for path in (graph.path, *sorted(graph.data_files()))]
-
-
-def check_shared(exposed: ExposedGraph | None, path: Path) -> None:
-    """Raise `GraphError` where weights that a graph shares with its base have changed since."""
-    if exposed is not None:
-        refuse_changed_weights(exposed, path)

@@ -19,10 +19,18 @@ from lora_export.blend import check_blend
 from lora_export.branches.union import refuse_other_bases
 from lora_export.checkpoint_files import MANIFEST, small_files
 from lora_export.checkpoint_merge import CheckpointMerge, plan_merge
+from lora_export.data_identity import mark_data
 from lora_export.external_data import Change, plan_data, write_data
 from lora_export.graph import save_graph
 from lora_export.graph_merge import mark_merged, plan_changes
-from lora_export.manifest import FileHash, Manifest, adapter_entry, identity_of_graph, package_versions
+from lora_export.manifest import (
+    FileHash,
+    Manifest,
+    adapter_entry,
+    hash_file,
+    identity_of_graph,
+    package_versions,
+)
 from lora_export.merge_report import MergeReport
 from lora_export.onnx_base import CheckpointChoice, open_base, output_paths
 from lora_export.output import OutputSet, output_errors, refuse_replacing
@@ -128,6 +136,9 @@ def merge_onnx(
             costs = write_data(staged["data"], targets["data"].name, slots, size, changes, rounding, progress)
             report = replace(report, roundings=roundings | costs)
             mark_merged(graph.model, loaded, factors, opened.identity)
+            mark_data(
+                graph.model, opened.shared_places(out) | {targets["data"].name: hash_file(staged["data"])}
+            )
             save_graph(graph.model, staged["graph"])
             before = history_of(base / MANIFEST if base.is_dir() else base.with_suffix(".lora.json"))
             identity = identity_of_graph(staged["graph"], staged["data"])

@@ -15,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from lora_export.data_identity import mark_data
 from lora_export.engines.plan import BuildPlan, Group, Wish, plan_build
 from lora_export.engines.profiles import ProfileRequest
 from lora_export.engines.record import EngineSource, Profile, sha256_of
@@ -22,6 +23,7 @@ from lora_export.engines.source import serialize
 from lora_export.errors import BackendError
 from lora_export.external_data import plan_data, write_data
 from lora_export.graph import save_graph
+from lora_export.manifest import hash_file
 from lora_export.output import OutputSet, check_parent, output_errors, refuse_existing
 
 PathLike = str | os.PathLike[str]
@@ -115,6 +117,7 @@ def _write(plan: BuildPlan, group: Group, source: EngineSource, folder: Path) ->
     try:
         slots, size, _ = plan_data(graph, {}, onnx, frozenset())
         write_data(data, data.name, slots, size, {}, "sample", None)
+        mark_data(graph.model, {data.name: hash_file(data)})
         save_graph(graph.model, onnx)
     finally:
         for value, tensor in kept.items():  # the next kit is written from the same graph

@@ -13,7 +13,6 @@ from lora_export.adapter import Array
 from lora_export.base_weights import GraphWeights, WeightOf
 from lora_export.errors import BackendError, GraphError
 from lora_export.exposed import WEIGHTS_INPUT, ExposedGraph, exposed_of
-from lora_export.exposed_output import refuse_changed_weights
 from lora_export.runtimes.cuda_graphs import CudaGraphs
 from lora_export.runtimes.device import DTYPES, DeviceMemory, OrtValue, Provider, host_value
 from lora_export.runtimes.feeds import Feeds, check_feeds, choose_outputs
@@ -73,7 +72,6 @@ class OrtModel:
         self.session = open_session(path, self.memory, threads, cuda_graphs > 0, session_options)
         self.graphs = CudaGraphs(self.session, self.memory, cuda_graphs) if cuda_graphs else None
         self.record = exposed_of(self.session.get_modelmeta().custom_metadata_map, str(path))
-        refuse_changed_weights(self.record, path)
         ports = {
             port.name: Port(port.name, port.type, tuple(port.shape), required)
             for listed, required in (

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lora_export.data_identity import external_tensors, layout_of, refuse_changed_data
 from lora_export.errors import BackendError, BackendUnavailable
+from lora_export.graph import load_graph
 from lora_export.runtimes.device import DeviceMemory
 
 _CUDA = "CUDAExecutionProvider"
@@ -34,6 +36,7 @@ def open_session(
     Raises:
         BackendUnavailable: ONNX Runtime or its CUDA provider is not installed, or can't start.
         BackendError: ONNX Runtime can't open the file.
+        GraphError: Its data files are not those that it was written with.
     """
     provider = memory.kind
     try:
@@ -77,4 +80,8 @@ def open_session(
             "ONNX Runtime could not start its CUDA provider and fell back to the CPU",
             "install CUDA and cuDNN for it: pip install 'onnxruntime-gpu[cuda,cudnn]'",
         )
+    # Where a data file differs, reading the graph tells whether it is still the one that was written, and
+    # refuses it then.
+    metadata = session.get_modelmeta().custom_metadata_map
+    refuse_changed_data(metadata, path, lambda: layout_of(external_tensors(load_graph(path).model)))
     return session

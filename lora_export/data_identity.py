@@ -1,0 +1,103 @@
+"""Which data files a graph was written with, as an entry of its own metadata (`KEY`).
+
+A graph's weights lie in files beside it. One of them replaced by another model's of equal shapes (half of an
+update copied, a base exported again under ``--share-base``) loads without a word and answers as that model.
+
+A tool that saves the graph anew keeps the metadata and lays the weights out anew: the entry says which layout
+it is about, and of another it says nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from lora_export.errors import GraphError
+from lora_export.manifest import FileHash, hash_file
+
+KEY = "lora_export.data"
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """What a graph was written with.
+
+    Attributes:
+        layout: SHA-256 over every weight's name, file, offset and length.
+        files: Identity of each file (`manifest.FileHash`), by its place from the graph's folder.
+    """
+
+    layout: str
+    files: Mapping[str, str]
+
+
+def layout_of(tensors: Iterable[tuple[str, ir.ExternalTensor]]) -> str:
+    """Return one hash over where weights lie: name, file, offset and length of each, in any order."""
+    lines = sorted(f"{name}\t{held.location}\t{held.offset or 0}\t{held.length}" for name, held in tensors)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def external_tensors(model: ir.Model) -> list[tuple[str, ir.ExternalTensor]]:
+    """Return the constants of a model that lie in other files, with their names."""
+    graphs = [model.graph, *model.graph.subgraphs()]
+    values = [value for graph in graphs for value in graph.initializers.values()]
+    return [
+        (str(value.name), value.const_value)
+        for value in values
+        if isinstance(value.const_value, ir.ExternalTensor)
+    ]
+
+
+def mark_data(model: ir.Model, files: Mapping[str, FileHash]) -> None:
+    """Write into a model's metadata what its data files are.
+
+    Args:
+        model: Its constants refer to the files already.
+        files: By their place from the graph's folder; those that no constant refers to are left out.
+    """
+    tensors = external_tensors(model)
+    used = {str(held.location) for _, held in tensors}
+    known = {place: entry.sha256 for place, entry in files.items() if place in used}
+    model.metadata_props.pop(KEY, None)
+    if known:
+        text = json.dumps(asdict(DataIdentity(layout_of(tensors), known)), sort_keys=True)
+        model.metadata_props[KEY] = text
+
+
+def refuse_changed_data(metadata: Mapping[str, str], path: Path, layout: Callable[[], str]) -> None:
+    """Raise `GraphError` where a graph's data files are not those that it was written with.
+
+    Args:
+        metadata: ``metadata_props`` of an ONNX file, or ONNX Runtime's ``custom_metadata_map``.
+        path: The graph's file. A data file that is missing is its reader's own error.
+        layout: Returns `layout_of` the graph; asked only where a file differs.
+    """
+    text = metadata.get(KEY)
+    if text is None:
+        return
+    try:
+        said = json.loads(text)
+        identity = DataIdentity(str(said["layout"]), dict(said["files"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise GraphError(
+            f"{path}: the metadata entry {KEY!r} is damaged: {type(error).__name__}: {error}",
+            "copy the graph again from where it was made, or make it again",
+        ) from error
+    changed = [
+        f"{file}: sha256 {found}, the graph was written with {sha256}"
+        for place, sha256 in identity.files.items()
+        if (file := path.parent / place).is_file() and (found := hash_file(file).sha256) != sha256
+    ]
+    if changed and layout() == identity.layout:
+        raise GraphError(
+            f"{path}: the weights beside it have changed since it was made: it would answer as another model",
+            "copy the .onnx and its data again from where they were made, or make them again; if the files "
+            "are the base's (--share-base), make the graph again from the base as it is now, and convert the "
+            f"adapters for it. A tool that changes weights on purpose drops the metadata entry {KEY!r}",
+            changed,
+        )
