@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lora_export.commit.leftovers import scratch_folder
 from lora_export.demo.genai_base import Precision, build_base, load_int4_weights
 from lora_export.demo.greedy import Expected, Greedy
 from lora_export.demo.questions import Lesson, load_lesson
@@ -108,8 +108,8 @@ def _bases(
             _TRAINED + (1 - _TRAINED) * number / len(PRECISIONS),
         )
         base = folder / f"base-{precision}"
-        with tempfile.TemporaryDirectory(dir=folder) as cache:
-            graph = build_base(folder / "hf", base, precision, Path(cache))
+        with scratch_folder(folder) as cache:
+            graph = build_base(folder / "hf", base, precision, cache)
         model = trainer.load_base()
         if precision == "int4":
             load_int4_weights(model, graph)
