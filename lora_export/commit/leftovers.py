@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_export.commit.lock import locked
+from lora_export.commit.lock import NAME, locked
 from lora_export.commit.owner import PATTERN, Owner, this_process
 from lora_export.commit.signals import Uninterrupted
 from lora_export.commit.steps import MARK, RETIRED, Move, discard, reason_of
@@ -46,8 +46,11 @@ def scratch_folder(place: Path | None = None) -> Iterator[Path]:
             stands for.
     """
     hidden = "" if place is None else "."
-    folder = Path(tempfile.mkdtemp(prefix=f"{hidden}lora-export-{this_process()}-", dir=place))
+    above = Path(tempfile.gettempdir()) if place is None else place
+    # Named before it is made, so that it is removed wherever an interrupt comes: 64 bits are nobody else's.
+    folder = above / f"{hidden}lora-export-{this_process()}-{secrets.token_hex(8)}"
     try:
+        folder.mkdir(mode=0o700)
         yield folder
     finally:
         with Uninterrupted() as calm:
@@ -93,7 +96,7 @@ def tidy(folder: Path) -> bool:
     Returns:
         Whether anything is otherwise than before.
     """
-    if not abandoned(folder) or not os.access(folder, os.W_OK | os.X_OK):
+    if not (abandoned(folder) or (folder / NAME).exists()) or not os.access(folder, os.W_OK | os.X_OK):
         return False
     try:
         with locked([folder], _PATIENCE_S), Uninterrupted() as calm:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lora_export.commit.signals import Uninterrupted
+from lora_export.commit.steps import discard
 from lora_export.errors import OutputError
 
 NAME = ".lora-export.lock"
@@ -35,39 +36,39 @@ def locked(folders: Iterable[Path], patience_s: float = _PATIENCE_S) -> Iterator
     Raises:
         OutputError: Another writer holds one for longer.
     """
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as held:
         for folder in sorted({folder.resolve() for folder in folders}):
-            handle = _take(folder / NAME, time.monotonic() + patience_s)
-            if handle is not None:
-                stack.callback(_release, folder / NAME, handle)
+            deadline = time.monotonic() + patience_s
+            while not _taken(folder / NAME, held):
+                if time.monotonic() > deadline:
+                    raise OutputError(
+                        f"another process is writing into {folder} and does not come to an end "
+                        "(nothing was replaced)",
+                        "wait for it or end it, then run this again",
+                    )
+                time.sleep(_PAUSE_S)
         yield
 
 
-def _take(path: Path, deadline: float) -> int | None:
-    while (handle := _open(path)) is not None:
+def _taken(path: Path, held: contextlib.ExitStack) -> bool:
+    """Take a lock if nobody has it, and let ``held`` release it; True too where there are none."""
+    with Uninterrupted() as calm:
+        handle = calm.insist(lambda: _open(path))
+        if handle is None:
+            return True
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(handle, path):
-                return handle
-            os.close(handle)  # its holder has removed it meanwhile
-            continue
         except BlockingIOError:
             os.close(handle)
+            return False
         except OSError:  # this file system has no locks
+            held.callback(_release, path, handle)
+            return True
+        if not _is_at(handle, path):  # its holder has removed it meanwhile
             os.close(handle)
-            _remove(path)
-            return None
-        except BaseException:
-            os.close(handle)
-            raise
-        if time.monotonic() > deadline:
-            raise OutputError(
-                f"another process is writing into {path.parent} and does not come to an end "
-                "(nothing was replaced)",
-                "wait for it or end it, then run this again",
-            )
-        time.sleep(_PAUSE_S)
-    return None
+            return False
+        held.callback(_release, path, handle)
+        return True
 
 
 def _open(path: Path) -> int | None:
@@ -93,11 +94,6 @@ def _release(path: Path, handle: int) -> None:
     # Removed while it is held: whoever has it open sees that it is not at its place any more.
     try:
         with Uninterrupted() as calm:
-            calm.insist(lambda: _remove(path))
+            discard(path, calm)
     finally:
         os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink()
