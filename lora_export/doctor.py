@@ -69,7 +69,7 @@ def examine() -> DoctorReport:
 def _leftovers() -> list[str]:
     """Tidy the current folder, the system's temporary one and the engines' cache; return what there was."""
     lines: list[str] = []
-    for folder in dict.fromkeys((Path.cwd(), Path(tempfile.gettempdir()), default_folder())):
+    for folder in dict.fromkeys((Path(), Path(tempfile.gettempdir()), default_folder())):
         with listening(lines.append):
             tidy(folder)
         lines += [

@@ -26,6 +26,13 @@ def _interrupt_after(call: Callable[[], Any]) -> Any:
     raise KeyboardInterrupt
 
 
+def _killed_after(call: Callable[[], Any]) -> Any:
+    try:
+        call()
+    finally:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _signal(number: signal.Signals) -> Callable[[Callable[[], Any]], Any]:
     def fault(call: Callable[[], Any]) -> Any:
         done = call()
@@ -52,6 +59,10 @@ FAULTS: dict[str, Callable[[Callable[[], Any]], Any]] = {
     "ENOSPC": _error(errno.ENOSPC),
     "EIO": _error(errno.EIO),
 }
+KILLS: dict[str, Callable[[Callable[[], Any]], Any]] = {
+    "killed before": lambda call: os.kill(os.getpid(), signal.SIGKILL),
+    "killed after": _killed_after,
+}
 ERRORS = ("EBUSY", "ENOSPC", "EIO")
 
 
@@ -64,7 +75,7 @@ class Injector:
 
     def __init__(self, folder: Path, fault: str | None = None, at: range = range(0)) -> None:
         self.made: list[tuple[str, str]] = []
-        self._folder, self._fault, self._at = str(folder), FAULTS.get(fault or ""), at
+        self._folder, self._fault, self._at = str(folder), (FAULTS | KILLS).get(fault or ""), at
 
     @contextmanager
     def armed(self) -> Iterator[Injector]:

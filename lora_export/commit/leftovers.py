@@ -162,9 +162,8 @@ def _settle(found: _Set, calm: Uninterrupted) -> bool:
     for path in [*(found.retired if forward else found.staged), *found.marks]:
         discard(path, calm)
     what = "finished" if forward else "put back"
-    where = next(iter(found.marks.values()), None) if forward else None
-    names = str(where) if where else _names(list((found.retired if forward else wanted).values()))
-    tell(f"{what} {names}: the run that was writing it was ended between two renames")
+    targets = list(dict.fromkeys([*found.retired.values(), *found.staged.values(), *found.marks.values()]))
+    tell(f"{what} {_names(targets)} in {targets[0].parent}: the run was ended between two renames")
     return True
 
 
@@ -172,7 +171,7 @@ def _clear(folder: Path, dead: list[Path], calm: Uninterrupted) -> bool:
     size = sum(map(_size, dead))
     gone = [path for path in dead if discard(path, calm)]
     if gone:
-        tell(f"removed {size / 1e6:.1f} MB that ended runs have left in {folder}: {_names(gone)}")
+        tell(f"removed {_size_text(size)} that ended runs have left in {folder}: {_names(gone)}")
     return bool(gone)
 
 
@@ -182,6 +181,10 @@ def _size(path: Path) -> int:
             return sum(child.lstat().st_size for child in path.rglob("*"))
         return path.lstat().st_size
     return 0
+
+
+def _size_text(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
 def _names(paths: list[Path]) -> str:
