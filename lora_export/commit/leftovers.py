@@ -178,7 +178,7 @@ def _clear(folder: Path, dead: list[Path], calm: Uninterrupted) -> bool:
 def _size(path: Path) -> int:
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
-            return sum(child.lstat().st_size for child in path.rglob("*"))
+            return sum(child.lstat().st_size for child in path.rglob("*") if not child.is_dir())
         return path.lstat().st_size
     return 0
 

@@ -50,6 +50,9 @@ class Step(Protocol):
     def do(self) -> None:
         """Do it."""
 
+    def is_done(self) -> bool:
+        """Whether there is something to undo."""
+
     def undo(self) -> None:
         """Leave the folder as if it had not been done."""
 
@@ -70,10 +73,13 @@ class Move:
         """Rename it."""
         _move(self.source, self.destination)
 
+    def is_done(self) -> bool:
+        """Whether it has the other name."""
+        return os.path.lexists(self.destination) and not os.path.lexists(self.source)
+
     def undo(self) -> None:
         """Rename it back."""
-        if os.path.lexists(self.destination) and not os.path.lexists(self.source):
-            _move(self.destination, self.source)
+        _move(self.destination, self.source)
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,10 @@ class Mark:
         """Create it, and let the disk know before anything follows."""
         os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666))
         sync_path(self.path.parent)
+
+    def is_done(self) -> bool:
+        """Whether it is there."""
+        return os.path.lexists(self.path)
 
     def undo(self) -> None:
         """Remove it."""
@@ -118,15 +128,15 @@ def give_names(staged: Sequence[Staged], suffix: str, listed: bool) -> None:
             to put the folder in order.
     """
     entry = staged[-1].target
+    marks = [folder / f"{_last(staged, folder)}{suffix}{MARK}" for folder in _folders(staged)]
     with Uninterrupted() as calm:
         if len(staged) == 1 and not entry.is_dir():
             _replace(staged[0], calm)
         else:
-            _in_steps(staged, suffix, calm)
-        if listed:
-            has_written(entry)
+            _in_steps(staged, marks, calm)
         unsynced = _try_each([(folder, sync_path) for folder in _folders(staged)], calm)
-        marks = [folder / f"{_last(staged, folder)}{suffix}{MARK}" for folder in _folders(staged)]
+        if listed and not unsynced:
+            has_written(entry)
         for path in [*(entry.retired for entry in staged), *marks]:
             discard(path, calm)
     if unsynced:
@@ -152,22 +162,23 @@ def _replace(single: Staged, calm: Uninterrupted) -> None:
         raise _failed(single.target, error) from error
 
 
-def _in_steps(staged: Sequence[Staged], suffix: str, calm: Uninterrupted) -> None:
+def _in_steps(staged: Sequence[Staged], marks: Sequence[Path], calm: Uninterrupted) -> None:
     replaced = [entry for entry in staged if os.path.lexists(entry.target)]
     steps: list[Step] = [Move(entry.target, entry.retired) for entry in reversed(replaced)]
-    steps += [Mark(folder / f"{_last(staged, folder)}{suffix}{MARK}") for folder in _folders(staged)]
+    steps += map(Mark, marks)
     steps += [Move(entry.path, entry.target) for entry in staged]
-    begun = 0
+    done = 0
     try:
         for step in steps:
-            begun += 1
             calm.insist(step.do)
+            done += 1
     except BaseException as error:
+        done += steps[done].is_done()
         try:
-            for step in reversed(steps[:begun]):
+            for step in reversed(steps[:done]):
                 calm.insist(step.undo)
         except OSError as second:
-            raise _stuck(staged, error, second) from error
+            raise _stuck(staged, marks, error, second) from error
         if isinstance(error, OSError):
             raise _failed(staged[-1].target, error) from error
         raise
@@ -180,9 +191,11 @@ def _failed(target: Path, error: OSError) -> OutputError:
     )
 
 
-def _stuck(staged: Sequence[Staged], first: BaseException, second: OSError) -> StuckError:
+def _stuck(
+    staged: Sequence[Staged], marks: Sequence[Path], first: BaseException, second: OSError
+) -> StuckError:
     """Say which file lies under which name."""
-    problems = []
+    problems = [f"{mark} says that the new ones are complete" for mark in marks if os.path.lexists(mark)]
     for entry in staged:
         if os.path.lexists(entry.retired):
             problems.append(f"{entry.target}: the old one is {entry.retired.name}")
@@ -232,6 +245,8 @@ def discard(path: Path, calm: Uninterrupted) -> bool:
 
 
 def _remove(path: Path) -> None:
+    if not os.path.lexists(path):
+        return
     with contextlib.suppress(FileNotFoundError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
