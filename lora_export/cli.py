@@ -118,7 +118,8 @@ def _tidy(arguments: Sequence[str]) -> None:
 
 
 def _folders(arguments: Sequence[str]) -> Iterator[Path]:
-    yield Path(tempfile.gettempdir())
+    with contextlib.suppress(OSError):  # there is none, or no room in it
+        yield Path(tempfile.gettempdir())
     for argument in arguments[1:]:
         named = Path(argument.partition("=")[2] if argument.startswith("-") else argument)
         with contextlib.suppress(OSError, ValueError):  # no path, or none that can be looked at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import signal
@@ -69,7 +70,10 @@ def examine() -> DoctorReport:
 def _leftovers() -> list[str]:
     """Tidy the current folder, the system's temporary one and the engines' cache; return what there was."""
     lines: list[str] = []
-    for folder in dict.fromkeys((Path(), Path(tempfile.gettempdir()), default_folder())):
+    folders = [Path(), default_folder()]
+    with contextlib.suppress(OSError):  # there is none, or no room in it
+        folders.append(Path(tempfile.gettempdir()))
+    for folder in folders:
         with listening(lines.append):
             tidy(folder)
         lines += [

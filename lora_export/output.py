@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -76,8 +76,12 @@ class OutputSet:
             self._kept.append(target)
         return entry.path
 
-    def commit(self) -> None:
+    def commit(self, check: Callable[[], object] | None = None) -> None:
         """Sync every staged file and give each its own name.
+
+        Args:
+            check: Raises where the output must not be replaced after all. Called while no other process can
+                give names in the folder.
 
         Raises:
             OutputError: A file can't be written or renamed, or another process has written it meanwhile and
@@ -91,6 +95,8 @@ class OutputSet:
         with locked(entry.target.parent for entry in self._staged):
             # Looked at again: another process may have been faster.
             _refuse(_existing(self._kept))
+            if check is not None:
+                check()
             try:
                 give_names(self._staged, self._suffix, self._listed)
             except StuckError:

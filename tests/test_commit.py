@@ -314,6 +314,21 @@ def test_a_process_that_is_only_waited_for_has_ended():
         process.wait()
 
 
+def test_whose_processes_can_be_asked_for(monkeypatch, tmp_path):
+    """The same machine after a restart; not another container, nor a container of that name elsewhere."""
+    boot = tmp_path / "boot"
+    monkeypatch.setattr(owner, "_BOOT", boot)
+
+    def host(namespace, start):
+        monkeypatch.setattr(owner, "_namespace", lambda: namespace)
+        boot.write_text(start)
+        return owner._host.__wrapped__()
+
+    own, one, two = owner._MACHINES_OWN, "pid:[4026532201]", "pid:[4026532202]"
+    assert host(own, "first") == host(own, "second")
+    assert len({host(own, "first"), host(one, "first"), host(two, "first"), host(one, "second")}) == 4
+
+
 def test_without_proc_a_number_that_runs_is_left_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(owner, "_PROC", tmp_path)
     who = this_process()
@@ -384,6 +399,37 @@ def test_doctor_says_and_removes(tmp_path, monkeypatch, capsys):
     assert other.name in said[1]
     assert not left.exists()
     assert other.exists()
+
+
+@pytest.mark.parametrize("verb", ["merge", "demo"])
+def test_a_folder_that_filled_meanwhile_is_not_replaced(verb, tmp_path, monkeypatch):
+    """By --force a folder of ours may go, by no means somebody's; without it an empty one may."""
+    own = OutputSet.commit
+
+    def late(outputs, *check):
+        if target.is_dir():
+            shutil.rmtree(target)
+        target.mkdir()
+        (target / "thesis.txt").write_text("somebody's")
+        own(outputs, *check)
+
+    target = tmp_path / "out"
+    if verb == "merge":
+        arguments = CASES["merge"].arguments(tmp_path, tmp_path)
+        arguments = [*arguments[:-1], target]
+        assert cli._run([str(argument) for argument in arguments], False) == 0
+        monkeypatch.setattr(OutputSet, "commit", late)
+        assert cli._run([str(argument) for argument in [*arguments, "--force"]], False) == 1
+    else:
+        from lora_export.demo.run import check_output
+
+        target.mkdir()
+        with OutputSet(check_output(target, False)) as outputs:
+            outputs.stage(target, folder=True).mkdir()
+            with pytest.raises(OutputError, match="no folder of an earlier demo"):
+                late(outputs, lambda: check_output(target, False))
+    assert faults.snapshot(target) == {"thesis.txt": b"somebody's"}
+    assert not list(tmp_path.glob("*.tmp-*"))
 
 
 def test_a_file_of_its_own_force(tmp_path):

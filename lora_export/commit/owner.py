@@ -17,6 +17,9 @@ _ENDED, _UNKNOWN = "ended", "unknown"
 _PROC = Path("/proc")
 # Fields of /proc/PID/stat behind the command's name, proc(5): state is the 3rd of all, starttime the 22nd.
 _STATE, _START_TIME = 0, 19
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+# PROC_PID_INIT_INO of linux/proc_ns.h: the namespace that is no container's.
+_MACHINES_OWN = f"pid:[{0xEFFFFFFC}]"
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,23 @@ def this_process() -> Owner:
 
 @cache
 def _host() -> str:
-    """Return a hash that stays over a restart of the machine, and differs between containers."""
-    parts = [os.uname().nodename, _read(Path("/etc/machine-id"))]
-    try:
-        # Numbers of processes mean something within one namespace only.
-        parts.append(os.readlink("/proc/self/ns/pid"))  # noqa: PTH115 - the target is no path
-    except OSError:
-        parts.append("")
+    """Return a hash that stays over a restart of the machine, and differs between containers.
+
+    Numbers of processes mean something within one namespace only. Containers of two machines may have one
+    name and one image: theirs holds what is new with each start of the machine.
+    """
+    namespace = _namespace()
+    parts = [os.uname().nodename, _read(Path("/etc/machine-id")), namespace]
+    if namespace != _MACHINES_OWN:
+        parts.append(_read(_BOOT))
     return _hash("\0".join(parts))
+
+
+def _namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - the target is no path
+    except OSError:
+        return ""
 
 
 def _start_of(pid: int) -> str:
@@ -73,7 +85,7 @@ def _start_of(pid: int) -> str:
     except (OSError, IndexError):
         return _by_signal(pid)
     # Its files are closed where only its exit code is left to be asked for.
-    return _ENDED if state in "ZX" else _hash(_read(_PROC / "sys/kernel/random/boot_id") + start)
+    return _ENDED if state in "ZX" else _hash(_read(_BOOT) + start)
 
 
 def _by_signal(pid: int) -> str:

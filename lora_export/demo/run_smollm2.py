@@ -69,9 +69,9 @@ def run_smollm2(
     """
     started, say = time.monotonic(), progress or (lambda _what, _share: None)
     require_packages()
-    force = check_output(output, force, _NEEDED_BYTES)
+    replaces = check_output(output, force, _NEEDED_BYTES)
     say("loading the libraries and SmolLM2", 0.0)
-    with output_errors(output), OutputSet(force) as outputs, training_session():
+    with output_errors(output), OutputSet(replaces) as outputs, training_session():
         folder, lesson = outputs.stage(output, folder=True), load_lesson()
         with silence():
             save_base(folder / "hf")
@@ -80,7 +80,7 @@ def run_smollm2(
         answers = dict(_bases(trainer, lesson, folder, say))
         report = ChatReport(output, lesson.held_out, answers, time.monotonic() - started)
         (folder / REPORT).write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
-        outputs.commit()
+        outputs.commit(lambda: check_output(output, force))
     say("done", 1.0)
     return replace(report, seconds=time.monotonic() - started)
 
