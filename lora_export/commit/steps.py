@@ -152,8 +152,12 @@ class StuckError(OutputError):
 
 
 def _replace(single: Staged, calm: Uninterrupted) -> None:
+    tried = False
+
     def act() -> None:
-        if os.path.lexists(single.path):
+        nonlocal tried
+        if not tried or os.path.lexists(single.path):
+            tried = True
             single.path.replace(single.target)
 
     try:
