@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import click
 
 from lora_export import __version__
 from lora_export.commands import COMMANDS
+from lora_export.commit.told import Run, listening
 from lora_export.errors import InternalError, LoraExportError
 
+_NOTHING = "Aborted: nothing was replaced."
 ISSUES = "https://github.com/lora-export/lora-export/issues"
 
 
@@ -54,6 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
     # As Ctrl-C does: what was begun is put away, and builders are ended.
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, _terminate)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it, and so it stays
+            signal.signal(signal.SIGHUP, _terminate)
     sys.exit(_run(arguments, debug))
 
 
@@ -66,12 +73,66 @@ class _Terminated(SystemExit):
 
 
 def _run(arguments: list[str], debug: bool) -> int:
+    with listening(_note) as run:
+        try:
+            return _outcome(arguments, debug, run)
+        except (click.exceptions.Abort, KeyboardInterrupt) as error:
+            _interrupted(error, run)
+            return 130
+        except _Terminated as error:
+            _interrupted(error, run)
+            return int(str(error.code))
+
+
+def _note(text: str) -> None:
+    click.echo(f"note: {text}", err=True)
+
+
+def _interrupted(error: BaseException, run: Run) -> None:
+    """Say what an interrupt has left, which is what lies on the disk."""
+    before: BaseException | None = error
+    while before is not None:
+        if isinstance(before, LoraExportError):  # it came while this error was dealt with
+            click.echo(f"Error: {before}", err=True)
+            click.echo(f"Aborted.{_written(run)}", err=True)
+            return
+        before = before.__cause__ or before.__context__
+    written = _written(run)
+    click.echo(f"Aborted:{written} nothing else was replaced." if written else _NOTHING, err=True)
+
+
+def _written(run: Run) -> str:
+    """Return what has its name already, or ""."""
+    paths = run.written()
+    return f" complete and in place: {', '.join(map(str, paths))};" if paths else ""
+
+
+def _tidy(arguments: Sequence[str]) -> None:
+    """Put in order what ended runs have left where this one reads and writes."""
+    from lora_export.commit.leftovers import tidy
+
+    # The doctor has this in its report.
+    if arguments and not {"--help", "-h", "--version", "--dry-run", "doctor"} & set(arguments):
+        for folder in dict.fromkeys(_folders(arguments)):
+            tidy(folder)
+
+
+def _folders(arguments: Sequence[str]) -> Iterator[Path]:
+    with contextlib.suppress(OSError):  # there is none, or no room in it
+        yield Path(tempfile.gettempdir())
+    for argument in arguments[1:]:
+        named = Path(argument.partition("=")[2] if argument.startswith("-") else argument)
+        with contextlib.suppress(OSError, ValueError):  # no path, or none that can be looked at
+            yield from (folder for folder in (named, named.parent) if folder.is_dir())
+
+
+def _outcome(arguments: list[str], debug: bool, run: Run) -> int:
     try:
+        _tidy([argument for argument in arguments if argument != "--debug"])
         code: Any = root.main(args=arguments, prog_name="lora-export", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except click.exceptions.Abort:
-        click.echo("Aborted: nothing was replaced.", err=True)
-        return 130
+        raise
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -79,6 +140,8 @@ def _run(arguments: list[str], debug: bool) -> int:
         if debug:
             raise
         click.echo(f"Error: {error}", err=True)
+        if written := _written(run):
+            click.echo(f"before that:{written[:-1]}", err=True)
         return error.exit_code
     except BrokenPipeError:
         return 0

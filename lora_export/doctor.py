@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import signal
@@ -14,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_export import __version__
+from lora_export.commit.leftovers import foreign, tidy
+from lora_export.commit.told import listening
 from lora_export.doctor_checks import Capability, Machine, capabilities
+from lora_export.engines.cache import default_folder
 from lora_export.engines.local_gpus import LocalGpus, local_gpus
 from lora_export.engines.probe import PACKAGES, Package, read_lines
 
@@ -33,6 +37,7 @@ class DoctorReport:
         gpus: What the driver says.
         packages: What came of importing each.
         capabilities: What works, why, and what would mend it.
+        leftovers: What runs that were ended have left, and what was done about it.
     """
 
     version: str
@@ -41,6 +46,7 @@ class DoctorReport:
     gpus: LocalGpus
     packages: tuple[Package, ...]
     capabilities: tuple[Capability, ...]
+    leftovers: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -48,7 +54,7 @@ class DoctorReport:
 
 
 def examine() -> DoctorReport:
-    """Look at this machine. Nothing is changed, and nothing that is broken raises."""
+    """Look at this machine; nothing that is broken raises. What ended runs have left here is put in order."""
     gpus, packages = local_gpus(), probe_packages()
     return DoctorReport(
         version=__version__,
@@ -57,7 +63,24 @@ def examine() -> DoctorReport:
         gpus=gpus,
         packages=packages,
         capabilities=capabilities(Machine(gpus, {package.name: package for package in packages})),
+        leftovers=tuple(_leftovers()),
     )
+
+
+def _leftovers() -> list[str]:
+    """Tidy the current folder, the system's temporary one and the engines' cache; return what there was."""
+    lines: list[str] = []
+    folders = [Path(), default_folder()]
+    with contextlib.suppress(OSError):  # there is none, or no room in it
+        folders.append(Path(tempfile.gettempdir()))
+    for folder in folders:
+        with listening(lines.append):
+            tidy(folder)
+        lines += [
+            f"{path} is another machine's or container's: remove it if no lora-export runs there"
+            for path in foreign(folder)
+        ]
+    return lines
 
 
 def probe_packages(names: Sequence[str] = tuple(PACKAGES)) -> tuple[Package, ...]:

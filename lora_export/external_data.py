@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.adapter import Array
+from lora_export.commit.leftovers import scratch_folder
 from lora_export.errors import OutputError
 from lora_export.graph import GraphFile, Source, byte_size, matrix_shape, shape_of, source_of
 from lora_export.patch import Patch
@@ -121,8 +121,8 @@ def merged_values(value: ir.Value, change: Change) -> Array:
     tensor = value.const_value
     assert tensor is not None
     slot = _Slot(value, source_of(tensor), 0)
-    with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
-        path = Path(scratch) / "values"
+    with scratch_folder() as scratch:
+        path = scratch / "values"
         write_pieces(path, slot.source.length, [_piece(slot, change)], rounding="off")
         return np.fromfile(path, tensor.dtype.numpy()).reshape(shape_of(tensor))
 

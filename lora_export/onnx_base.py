@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from lora_export.adapter import Adapter
 from lora_export.base.ort_names import free_names
 from lora_export.base.sentence_modules import lost_modules
+from lora_export.commit.leftovers import scratch_folder
 from lora_export.errors import CheckpointError, GraphError, OutputError, SiteError
 from lora_export.formats.pipeline import refuse_other_components
 from lora_export.graph import GraphFile, load_graph
@@ -146,13 +146,13 @@ def open_base(
     said += lost_modules(list(adapters), folders[0], refuse=False)
     # A capture is as large as the base: it goes where the output will have room, not to a small /tmp.
     place = out.parent if base.is_dir() and out.parent.is_dir() else None
-    with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=place) as scratch:
+    with scratch_folder(place) as scratch:
         if base.is_dir():
             from lora_export.capture import capture_checkpoint
             from lora_export.checkpoint_merge import refuse_absent
 
             refuse_absent(base, list(adapters), allow_unmatched)
-            source, captured = prepare(Path(scratch)) if prepare else base, Path(scratch) / "base.onnx"
+            source, captured = prepare(scratch) if prepare else base, scratch / "base.onnx"
             capture_checkpoint(
                 source,
                 captured,

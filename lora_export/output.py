@@ -1,16 +1,18 @@
-"""Write outputs so that a killed process leaves the old file or the new one, never half of either."""
+"""Write outputs so that a killed process leaves the old files or the new ones, never some of each."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
-import secrets
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
+from lora_export.commit.leftovers import new_suffix, tidy
+from lora_export.commit.lock import locked
+from lora_export.commit.signals import Uninterrupted
+from lora_export.commit.steps import RETIRED, Staged, StuckError, discard, give_names, sync_path
 from lora_export.errors import OutputError
 
 _ANOTHER_NAME = "choose another name"
@@ -19,19 +21,21 @@ _ANOTHER_NAME = "choose another name"
 class OutputSet:
     """A group of files that appear together.
 
-    Each file is written under a temporary name in its own folder. `commit` syncs them and renames
-    them in the order of their creation. Where the *last* file exists already it is removed before
-    the first rename: a process killed between two renames leaves no last file, and never one that
-    points at data of another run. Leaving the `with` block without `commit` removes every temporary.
+    Each file is written under a temporary name in its own folder. `commit` syncs them and gives them their
+    names in the order of their creation (`commit.steps`): the last one is what points at the others. An
+    interrupt during the renaming waits for its end; an error takes all of it back. Leaving the `with` block
+    without `commit` removes every temporary.
 
     Args:
         force: Replace files that exist already.
+        listed: The user is told of it when a later step of the same run fails; False for caches.
     """
 
-    def __init__(self, force: bool = False) -> None:
-        self._force = force
-        self._staged: list[tuple[Path, Path]] = []
-        self._suffix = f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    def __init__(self, force: bool = False, *, listed: bool = True) -> None:
+        self._force, self._listed = force, listed
+        self._staged: list[Staged] = []
+        self._kept: list[Path] = []
+        self._suffix = new_suffix()
 
     def __enter__(self) -> OutputSet:
         return self
@@ -39,61 +43,87 @@ class OutputSet:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for temporary, _ in self._staged:
-            with contextlib.suppress(OSError):
-                if temporary.is_dir():
-                    shutil.rmtree(temporary)
-                else:
-                    temporary.unlink()
+        with Uninterrupted() as calm:
+            for entry in self._staged:
+                discard(entry.path, calm)
 
-    def stage(self, target: Path, folder: bool = False) -> Path:
+    def stage(self, target: Path, folder: bool = False, force: bool | None = None) -> Path:
         """Return the temporary path under which ``target`` is to be written.
 
         Args:
             target: What to write.
             folder: It is a folder, and the caller has made sure that one of that name may be replaced.
+            force: As for the set, for this file alone.
 
         Raises:
             OutputError: ``target`` exists and ``force`` is off, it is a folder where a file is to be written
                 or the other way round, or its folder can't be written.
         """
+        force = self._force if force is None else force
+        if target.parent not in {entry.target.parent for entry in self._staged}:
+            tidy(target.parent)
         if folder:
-            refuse_existing([target], self._force)
+            refuse_existing([target], force)
             if target.is_file():
                 raise OutputError(f"{target} is a file, and a folder is to be written", _ANOTHER_NAME)
         else:
-            refuse_replacing([target], self._force)
+            refuse_replacing([target], force)
         make_parent(target)
-        temporary = target.with_name(target.name + self._suffix)
-        self._staged.append((temporary, target))
-        return temporary
+        name = target.name + self._suffix
+        entry = Staged(target.with_name(name), target, target.with_name(name + RETIRED))
+        self._staged.append(entry)
+        if not force:
+            self._kept.append(target)
+        return entry.path
 
-    def commit(self) -> None:
-        """Sync every staged file and give each its own name."""
+    def commit(self, check: Callable[[], object] | None = None) -> None:
+        """Sync every staged file and give each its own name.
+
+        Args:
+            check: Raises where the output must not be replaced after all. Called while no other process can
+                give names in the folder.
+
+        Raises:
+            OutputError: A file can't be written or renamed, or another process has written it meanwhile and
+                ``force`` is off.
+        """
         if not self._staged:
             return
-        with output_errors(self._staged[-1][1]):
-            for temporary, _ in self._staged:
-                sync_tree(temporary)
-            last = self._staged[-1][1]
-            retired = last.with_name(last.name + self._suffix + ".old")
-            if last.is_dir():
-                last.rename(retired)
-            elif last.exists() and len(self._staged) > 1:
-                last.unlink()
-            for temporary, target in self._staged:
-                temporary.replace(target)
-            for folder in {target.parent for _, target in self._staged}:
-                sync_path(folder)
-            if retired.is_dir():
-                shutil.rmtree(retired)
+        with output_errors(self._staged[-1].target):
+            for entry in self._staged:
+                sync_tree(entry.path)
+        with locked(entry.target.parent for entry in self._staged):
+            # Looked at again: another process may have been faster.
+            _refuse(_existing(self._kept))
+            if check is not None:
+                check()
+            try:
+                give_names(self._staged, self._suffix, self._listed)
+            except StuckError:
+                self._staged.clear()  # they are needed to put the folder in order
+                raise
         self._staged.clear()
 
 
 def refuse_existing(targets: list[Path], force: bool) -> None:
     """Raise `OutputError` naming every target that exists already, unless ``force``."""
-    existing = [str(target) for target in targets if target.exists() or target.is_symlink()]
-    if existing and not force:
+    if force:
+        return
+    existing = _existing(targets)
+    # What an ended run has left between two renames is finished or put back before it is judged.
+    if existing:
+        for folder in {target.parent for target in targets}:
+            tidy(folder)
+        existing = _existing(targets)
+    _refuse(existing)
+
+
+def _existing(targets: list[Path]) -> list[str]:
+    return [str(target) for target in targets if os.path.lexists(target)]
+
+
+def _refuse(existing: list[str]) -> None:
+    if existing:
         raise OutputError(
             "the output exists already", "choose another name, or give --force (force=True)", existing
         )
@@ -134,15 +164,6 @@ def sync_tree(path: Path) -> None:
         for child in path.rglob("*"):
             sync_path(child)
     sync_path(path)
-
-
-def sync_path(path: Path) -> None:
-    """Flush one file or folder entry to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

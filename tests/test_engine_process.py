@@ -1,17 +1,23 @@
 """The builder's process: it ends with its parent, finds the user's packages, and may say what it likes."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_build_engine import product
 
 from lora_export import build_engine
+from lora_export.engines.record import BuildOptions, Profile
+from lora_export.engines.run_worker import run_worker
+from lora_export.engines.worker import Job, _Messages
 from lora_export.errors import EngineBuildError
+from lora_export.graph import load_graph
 
 COMMAND = "import sys; from lora_export.cli import main; main(sys.argv[1:])"
 
@@ -55,20 +61,92 @@ def test_it_ends_with_its_parent(how, tmp_path, package):
     arguments = ["build-engine", str(model), "--target", "sm89", "-o", str(tmp_path / "out"), "--no-cache"]
     parent = subprocess.Popen(
         [sys.executable, "-c", COMMAND, *arguments],
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         env=os.environ | {"TMPDIR": str(tmp_path)},
     )
     try:
         assert wait_for(lambda: mark.exists() and mark.read_text().endswith("."))
         worker = int(mark.read_text()[:-1])
         parent.send_signal(how)
-        parent.wait(30)
+        _, said = parent.communicate(timeout=30)
         assert wait_for(lambda: not is_running(worker))
     finally:
         parent.kill()
         parent.wait()
-    if how == signal.SIGINT:
+    if how != signal.SIGKILL:
+        assert parent.returncode == 128 + how
+        assert said.decode().endswith("Aborted: nothing was replaced.\n")
         assert not list((tmp_path / "out").iterdir())
+
+
+FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n" + COMMAND
+
+
+@pytest.mark.parametrize("more", [[], ["--verbose"]])
+def test_a_full_disk_leaves_the_old_files(more, tmp_path):
+    """A limit of files' sizes stands in for the full disk: the kernel refuses the write in the same way."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for ending in ("engine", "log", "json"):
+        (out / f"m.sm89.{ending}").write_text("old")
+    arguments = ["build-engine", str(product(tmp_path / "m.onnx")), "--target", "sm89", "-o", str(out)]
+    command = [sys.executable, "-c", FULL.format(size=6000), *arguments, "--no-cache", "--force", *more]
+    (tmp_path / "tmp").mkdir()
+    environment = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1, done.stderr
+    assert f"Error: cannot write {out}/m.sm89.engine: File too large (nothing was replaced)" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {path.name: path.read_text() for path in out.iterdir()} == {
+        f"m.sm89.{ending}": "old" for ending in ("engine", "log", "json")
+    }
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["engine", "log"])
+def test_the_builder_tells_of_a_full_disk(kind, tmp_path):
+    """Whichever file it is; /dev/full refuses as a full disk does."""
+    graph = load_graph(product(tmp_path / "m.onnx"))
+    shapes = {"x": ((1, 4), (1, 4), (2, 4))}
+    job = Job(
+        *("tensorrt-rtx", str(tmp_path / "m.onnx"), str(tmp_path / "m.onnx")),
+        *(str(tmp_path / "engine"), str(tmp_path / "log"), ("8.9",), BuildOptions(), (Profile("p", shapes),)),
+        verbose=True,
+    )
+    job = replace(job, **{kind: "/dev/full"})
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        run_worker(job, graph, tmp_path, tmp_path / "log", lambda *_: None)
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_what_the_logger_can_not_write_ends_the_build_and_not_the_process():
+    """An exception in what the builder calls would go through its C++."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    with Path("/dev/full").open("w", encoding="utf-8") as file:
+        messages = _Messages(trt, file, True)
+        messages.logger.log(trt.ILogger.ERROR, "wrong")
+        assert messages.unwritten.errno == errno.ENOSPC
+        assert messages.errors == ["wrong"]
+        with pytest.raises(OSError, match="No space"):
+            file.close()
+
+
+def test_a_full_temporary_folder_is_named(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    arguments = [
+        "build-engine",
+        str(product(tmp_path / "m.onnx")),
+        "--target",
+        "sm89",
+        "-o",
+        str(tmp_path / "o"),
+    ]
+    command = [sys.executable, "-c", FULL.format(size=100), *arguments, "--no-cache"]
+    environment = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1, done.stderr
+    assert f"Error: cannot write {tmp_path / 'tmp'}/lora-export-" in done.stderr
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 def test_it_may_complain_at_length(tmp_path, package):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_export.checkpoint import Checkpoint
+from lora_export.commit.leftovers import scratch_folder
 
 
 def build_model(checkpoint: Checkpoint, changed: Mapping[str, Any] | None = None) -> Any:
@@ -47,9 +47,9 @@ def _folder_of(checkpoint: Checkpoint, changed: Mapping[str, Any] | None) -> Ite
     if changed is None:
         yield checkpoint.folder
         return
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(changed), "utf-8")
-        yield Path(folder)
+    with scratch_folder() as folder:
+        (folder / "config.json").write_text(json.dumps(changed), "utf-8")
+        yield folder
 
 
 class LoadedNames:

@@ -13,7 +13,8 @@ def doctor(as_json: bool) -> None:
     """Look at the GPUs and packages of this machine: what works, why not, the command that mends it.
 
     Packages are imported in a process of their own, so one that is broken is reported, whatever it does.
-    Nothing is changed. The exit code is 0 whatever is found.
+    The exit code is 0 whatever is found. What runs that were ended have left in the current folder, in the
+    system's temporary one and in the cache of engines is put in order; nothing else is changed.
 
     \b
     Example:

@@ -127,7 +127,7 @@ def parity(
         found = check_parity(reference, candidate, given, progress=progress, **options)
     # The verdict comes first: whatever goes wrong with a report or a baseline, the run is not lost.
     _print(found, as_json, quiet)
-    return _finish(found, outputs, old)
+    return _finish(found, outputs, old, force)
 
 
 def _adapter_paths(entries: tuple[str, ...]) -> tuple[Path, ...]:
@@ -148,7 +148,9 @@ def _print(found: ParityReport, as_json: bool, quiet: bool) -> None:
     _say("\n".join([*note_lines(found), text[-1]] if quiet and found.passed else text))
 
 
-def _finish(found: ParityReport, outputs: Mapping[str, Path | None], old: dict[str, Any] | None) -> int:
+def _finish(
+    found: ParityReport, outputs: Mapping[str, Path | None], old: dict[str, Any] | None, force: bool
+) -> int:
     """Write the reports, compare with the baseline, and return the exit code.
 
     What goes wrong with one is no reason to leave the other out, nor to say 1 of an export that failed.
@@ -162,7 +164,7 @@ def _finish(found: ParityReport, outputs: Mapping[str, Path | None], old: dict[s
     errors: list[LoraExportError] = []
     worse = False
     try:
-        write_reports(found, outputs)
+        write_reports(found, outputs, force)
     except LoraExportError as error:
         errors.append(error)
     try:

@@ -44,9 +44,9 @@ def run_demo(output: Path, *, seed: int = 0, force: bool = False, progress: Say 
     """
     started, say = time.monotonic(), progress or (lambda _what, _share: None)
     require_packages()
-    force = check_output(output, force, _NEEDED_BYTES)
+    replaces = check_output(output, force, _NEEDED_BYTES)
     say("loading the libraries and MiniLM", 0.0)
-    with output_errors(output), OutputSet(force) as outputs, training_session():
+    with output_errors(output), OutputSet(replaces) as outputs, training_session():
         folder = outputs.stage(output, folder=True)
         tasks = load_tasks()
         save_base(folder / "base", max(len(task.labels) for task in tasks), seed)
@@ -58,12 +58,12 @@ def run_demo(output: Path, *, seed: int = 0, force: bool = False, progress: Say 
         # The numbers are of the staged folder; the user meets it under its own name.
         report = dataclasses.replace(report, output=output, seconds=time.monotonic() - started)
         (folder / REPORT).write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
-        outputs.commit()
+        outputs.commit(lambda: check_output(output, force))
     say("done", 1.0)
     return report
 
 
-def check_output(output: Path, force: bool, needed_bytes: int) -> bool:
+def check_output(output: Path, force: bool, needed_bytes: int = 0) -> bool:
     """Return whether the output may be replaced.
 
     Args:

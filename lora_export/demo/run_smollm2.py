@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lora_export.commit.leftovers import scratch_folder
 from lora_export.demo.genai_base import Precision, build_base, load_int4_weights
 from lora_export.demo.greedy import Expected, Greedy
 from lora_export.demo.questions import Lesson, load_lesson
@@ -69,9 +69,9 @@ def run_smollm2(
     """
     started, say = time.monotonic(), progress or (lambda _what, _share: None)
     require_packages()
-    force = check_output(output, force, _NEEDED_BYTES)
+    replaces = check_output(output, force, _NEEDED_BYTES)
     say("loading the libraries and SmolLM2", 0.0)
-    with output_errors(output), OutputSet(force) as outputs, training_session():
+    with output_errors(output), OutputSet(replaces) as outputs, training_session():
         folder, lesson = outputs.stage(output, folder=True), load_lesson()
         with silence():
             save_base(folder / "hf")
@@ -80,7 +80,7 @@ def run_smollm2(
         answers = dict(_bases(trainer, lesson, folder, say))
         report = ChatReport(output, lesson.held_out, answers, time.monotonic() - started)
         (folder / REPORT).write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
-        outputs.commit()
+        outputs.commit(lambda: check_output(output, force))
     say("done", 1.0)
     return replace(report, seconds=time.monotonic() - started)
 
@@ -108,8 +108,8 @@ def _bases(
             _TRAINED + (1 - _TRAINED) * number / len(PRECISIONS),
         )
         base = folder / f"base-{precision}"
-        with tempfile.TemporaryDirectory(dir=folder) as cache:
-            graph = build_base(folder / "hf", base, precision, Path(cache))
+        with scratch_folder(folder) as cache:
+            graph = build_base(folder / "hf", base, precision, cache)
         model = trainer.load_base()
         if precision == "int4":
             load_int4_weights(model, graph)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export import __version__
+from lora_export.commit.leftovers import scratch_folder
 from lora_export.engines.backend import DTYPES, Compiler, gpu_name_here
 from lora_export.engines.cache import EngineCache, default_folder, key_of
 from lora_export.engines.plan import BuildPlan, Group, Wish, engine_files, plan_build
@@ -28,7 +28,7 @@ from lora_export.engines.record import (
 from lora_export.engines.run_worker import run_worker
 from lora_export.engines.source import Serialized, port_of, serialize
 from lora_export.engines.worker import Job
-from lora_export.errors import BackendError, EngineBuildError
+from lora_export.errors import BackendError, EngineBuildError, OutputError
 from lora_export.output import OutputSet, check_parent, output_errors, refuse_replacing
 from lora_export.progress import Say
 
@@ -221,15 +221,16 @@ def carry_out(
     _refuse_existing([engine.path for engine in engines], force)
     for group in plan.groups:
         group.compiler.version()  # not installed: say so before hashing gigabytes
-    with tempfile.TemporaryDirectory(prefix="lora-export-engine-") as scratch:
+    with scratch_folder() as scratch:
         # Without a cache too, GPUs of one compute capability share one build.
-        store = EngineCache(_cache_folder(cache, Path(scratch)))
+        store = EngineCache(_cache_folder(cache, scratch))
         serialized = serialize(plan.admitted.graph, store.sha256)
-        (Path(scratch) / "graph.onnx").write_bytes(serialized.data)
+        with output_errors(scratch):
+            (scratch / "graph.onnx").write_bytes(serialized.data)
         work = _Work(
             plan,
             serialized,
-            Path(scratch),
+            scratch,
             store,
             str(timing_cache or ""),
             verbose,
@@ -263,9 +264,10 @@ def _build_one(work: _Work, engine: BuiltEngine) -> BuiltEngine:
     """Build one engine, or take it from the cache, and write its three files."""
     started, not_kept = time.monotonic(), ""
     files, key = engine_files(engine.path), _key(work, engine.group)
-    with output_errors(engine.path), OutputSet(force=True) as outputs:
-        _refuse_existing([engine.path], work.force)
-        staged = {kind: outputs.stage(path) for kind, path in files.items()}
+    with output_errors(engine.path), OutputSet(work.force) as outputs:
+        # A log alone is what a build that failed has left: that is no reason to refuse.
+        forces = {"log": True}
+        staged = {kind: outputs.stage(path, force=forces.get(kind)) for kind, path in files.items()}
         known = None if work.verbose else work.cache.take(key, staged["engine"], staged["log"])
         built = known or _compile(work, engine.group, staged, files["log"])
         if known is None:
@@ -326,11 +328,21 @@ def _compile(work: _Work, group: Group, staged: Mapping[str, Path], log: Path) -
     try:
         built = run_worker(job, graph, work.scratch, log, progress)
         _check_ports(work.plan, built, log)
-    except EngineBuildError:
-        if staged["log"].exists():  # the one thing that a failed build leaves
-            shutil.copyfile(staged["log"], log)
+    except EngineBuildError as error:
+        try:
+            _leave_log(staged["log"], log)
+        except OutputError as unkept:
+            error.hint = f"the builder's own messages could not be kept: {unkept.message}"
         raise
     return built | {"size_bytes": staged["engine"].stat().st_size, "sha256": sha256_of(staged["engine"])}
+
+
+def _leave_log(staged: Path, log: Path) -> None:
+    """Give the builder's messages their name: the one thing that a failed build leaves."""
+    if staged.exists():
+        with output_errors(log), OutputSet(force=True, listed=False) as outputs:
+            shutil.copyfile(staged, outputs.stage(log))
+            outputs.commit()
 
 
 def _check_ports(plan: BuildPlan, built: Mapping[str, Any], log: Path) -> None:

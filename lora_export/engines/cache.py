@@ -109,7 +109,7 @@ class EngineCache:
         """
         place = self.folder / key
         try:
-            with OutputSet(force=True) as outputs:
+            with OutputSet(force=True, listed=False) as outputs:
                 staged = outputs.stage(place, folder=True)
                 staged.mkdir()
                 shutil.copyfile(engine, staged / _ENGINE)
@@ -149,7 +149,7 @@ class EngineCache:
 
     def _remember(self, known: dict[str, Any]) -> None:
         latest = dict(list(known.items())[-_REMEMBERED:])
-        with contextlib.suppress(OSError, OutputError), OutputSet(force=True) as outputs:
+        with contextlib.suppress(OSError, OutputError), OutputSet(force=True, listed=False) as outputs:
             outputs.stage(self.folder / _HASHES).write_text(json.dumps(latest), encoding="utf-8")
             outputs.commit()
 

@@ -17,8 +17,9 @@ import onnx_ir as ir
 
 from lora_export.engines.naming import find_node, node_text
 from lora_export.engines.worker import Job
-from lora_export.errors import BackendUnavailable, EngineBuildError
+from lora_export.errors import BackendUnavailable, EngineBuildError, LoraExportError, OutputError
 from lora_export.graph import GraphFile
+from lora_export.output import output_errors
 from lora_export.progress import Say
 
 _STAGES = {
@@ -50,10 +51,18 @@ def run_worker(job: Job, graph: GraphFile, scratch: Path, kept_log: Path, progre
     Raises:
         BackendUnavailable: The compiler can't be loaded.
         EngineBuildError: It refused, or died.
+        OSError: It could not read or write a file.
+        OutputError: It could not keep its measurements.
     """
-    reader, writer = os.pipe()
     path = scratch / "job.json"
-    path.write_text(replace(job, pipe=writer).to_json(), encoding="utf-8")
+    reader, writer = os.pipe()
+    try:
+        with output_errors(path):
+            path.write_text(replace(job, pipe=writer).to_json(), encoding="utf-8")
+    except BaseException:
+        os.close(reader)
+        os.close(writer)
+        raise
     # -P: a script of the user's called "tensorrt.py" is no package.
     command = [sys.executable, "-P", "-m", "lora_export.engines.worker", str(path)]
     # A file, not a pipe: nobody reads what it complains of until it ends, and a full pipe would stop it.
@@ -96,7 +105,11 @@ def _follow(reader: int, progress: Say) -> dict[str, Any]:
     return last
 
 
-def _failure(failed: dict[str, Any], graph: GraphFile, log: Path) -> EngineBuildError | BackendUnavailable:
+def _failure(failed: dict[str, Any], graph: GraphFile, log: Path) -> LoraExportError | OSError:
+    if failed["stage"] == "write":
+        return OSError(failed["errno"], failed["text"])
+    if failed["stage"] == "output":
+        return OutputError(failed["text"], failed["hint"])
     reasons = failed["reasons"]
     if failed["stage"] == "load":
         return BackendUnavailable(reasons[0]["text"], failed["hint"])

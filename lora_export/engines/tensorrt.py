@@ -55,6 +55,6 @@ class TensorRTClassic(Compiler):
 
     def write_timings(self, config: Any, path: Path) -> None:
         """Keep what this build measured for later ones."""
-        with OutputSet(force=True) as outputs:
+        with OutputSet(force=True, listed=False) as outputs:
             outputs.stage(path).write_bytes(bytes(config.get_timing_cache().serialize()))
             outputs.commit()

@@ -18,10 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from lora_export.commit.steps import reason_of
 from lora_export.engines import compiler_of
 from lora_export.engines.backend import Compiler, TensorRT
 from lora_export.engines.record import BuildOptions, Profile
-from lora_export.errors import BackendUnavailable
+from lora_export.errors import BackendUnavailable, OutputError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _MEMORY = {
@@ -82,9 +83,15 @@ class _Failed(Exception):
 
 
 class _Messages:
-    """The builder's messages: all of them in a file, the errors and memory figures at hand."""
+    """The builder's messages: all of them in a file, the errors and memory figures at hand.
+
+    Attributes:
+        unwritten: The file can't be written; raised when the builder has returned, for none of our exceptions
+            may go through its C++.
+    """
 
     def __init__(self, trt: TensorRT, file: TextIO, verbose: bool) -> None:
+        self.unwritten: OSError | None = None
         self.errors: list[str] = []
         self.memory: dict[str, int] = {}
         messages = self
@@ -97,9 +104,13 @@ class _Messages:
             def log(self, severity: Any, message: str) -> None:
                 if severity == trt.ILogger.VERBOSE and not verbose:
                     return
-                file.write(f"[{severity.name}] {message}\n")
+                try:
+                    file.write(f"[{severity.name}] {message}\n")
+                    if severity in severe:
+                        file.flush()
+                except OSError as error:
+                    messages.unwritten = messages.unwritten or error
                 if severity in severe:
-                    file.flush()
                     messages.errors.append(message)
                 for name, pattern in _MEMORY.items():
                     if found := pattern.match(message):
@@ -199,6 +210,8 @@ def _build(compiler: Compiler, trt: TensorRT, job: Job, messages: _Messages, say
         compiler.read_timings(config, Path(job.timings))
     started = time.monotonic()
     engine = builder.build_serialized_network(network, config)
+    if messages.unwritten is not None:
+        raise messages.unwritten
     seconds = time.monotonic() - started
     del monitor  # the builder holds no reference of its own
     if engine is None or not engine.nbytes:
@@ -233,7 +246,7 @@ def end_with_parent() -> None:
 
 def run(job: Job) -> int:
     """Do a job; return the exit code: 0 if it was built."""
-    with os.fdopen(job.pipe, "w", encoding="utf-8") as pipe, Path(job.log).open("w", encoding="utf-8") as log:
+    with os.fdopen(job.pipe, "w", encoding="utf-8") as pipe:
 
         def say(what: dict[str, Any]) -> None:
             pipe.write(json.dumps(what) + "\n")
@@ -242,17 +255,28 @@ def run(job: Job) -> int:
         try:
             compiler = compiler_of(job.backend)
             trt = compiler.load()
-            messages = _Messages(trt, log, job.verbose)
-            say({"built": _build(compiler, trt, job, messages, say)})
+            try:
+                with Path(job.log).open("w", encoding="utf-8") as log:
+                    messages = _Messages(trt, log, job.verbose)
+                    built = _build(compiler, trt, job, messages, say)
+            except OSError as error:  # a full disk, for one: what failed has no name of its own there
+                say({"failed": {"stage": "write", "errno": error.errno, "text": reason_of(error)}})
+                return 1
+            say({"built": built})
         except _Failed as failed:
             say({"failed": {"stage": failed.stage, "reasons": failed.reasons}})
             return 1
         except BackendUnavailable as error:
             say({"failed": {"stage": "load", "reasons": [{"text": error.message}], "hint": error.hint}})
             return 1
+        except OutputError as error:
+            say({"failed": {"stage": "output", "text": error.message, "hint": error.hint}})
+            return 1
     return 0
 
 
 if __name__ == "__main__":
     end_with_parent()
+    # Ctrl-C on a terminal goes to both processes: what becomes of this one is the other's to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(run(Job.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 from lora_export.capture import capture_checkpoint
+from lora_export.commit.leftovers import scratch_folder
 from lora_export.onnx_base import output_paths
 from lora_export.output import OutputSet, make_parent, output_errors, refuse_replacing
 
@@ -45,9 +45,9 @@ def capture_onnx(
         output_errors(graph),
         OutputSet(force) as outputs,
         # Beside the output, so that gigabytes are renamed and not copied.
-        tempfile.TemporaryDirectory(prefix=".lora-export-", dir=graph.parent) as scratch,
+        scratch_folder(graph.parent) as scratch,
     ):
-        made = capture_checkpoint(checkpoint, Path(scratch) / graph.name, dtype=dtype, kv_cache=kv_cache)
+        made = capture_checkpoint(checkpoint, scratch / graph.name, dtype=dtype, kv_cache=kv_cache)
         made.with_name(data.name).replace(outputs.stage(data))
         made.replace(outputs.stage(graph))
         outputs.commit()

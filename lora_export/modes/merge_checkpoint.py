@@ -70,7 +70,8 @@ def merge_checkpoint(
     beside = lost_modules(loaded, merge.checkpoint.folder, refuse=not allow_unmatched)
     plan = replace(merge.placed.plan, notes=(*beside, *merge.placed.plan.notes))
     target = Path(output)
-    _refuse_output(target, [Path(base), *(Path(a.source) for a in loaded)], force)
+    inputs = [Path(base), *(Path(a.source) for a in loaded)]
+    _refuse_output(target, inputs, force)
     small, left_out = small_files(merge.checkpoint)
     report = MergeReport(plan, {}, {"folder": target}, merge.size_bytes, 0, tuple(left_out), dry_run)
     if dry_run:
@@ -80,7 +81,7 @@ def merge_checkpoint(
         with output_errors(target):
             roundings = merge.write(folder, small, rounding, progress)
             (folder / MANIFEST).write_text(_manifest(merge, plan, loaded, factors, roundings), "utf-8")
-        outputs.commit()
+        outputs.commit(lambda: _refuse_output(target, inputs, force))
     return replace(report, roundings=roundings)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from lora_export.blend import check_blend
 from lora_export.branches.union import refuse_other_bases
 from lora_export.checkpoint_files import MANIFEST, small_files
 from lora_export.checkpoint_merge import CheckpointMerge, plan_merge
+from lora_export.commit.leftovers import scratch_folder
 from lora_export.data_identity import mark_data
 from lora_export.external_data import Change, plan_data, write_data
 from lora_export.graph import save_graph
@@ -224,8 +224,8 @@ def export_onnx(
     from lora_export.capture import capture_module
 
     refuse_replacing(list(output_paths(Path(output)).values()), force)
-    with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
-        base = capture_module(module, example_inputs, Path(scratch) / "base.onnx", dynamic_shapes)
+    with scratch_folder() as scratch:
+        base = capture_module(module, example_inputs, scratch / "base.onnx", dynamic_shapes)
         return merge_onnx(
             base,
             adapters,

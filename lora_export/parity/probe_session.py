@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import onnx_ir as ir
 
 from lora_export.adapter import Array
+from lora_export.commit.leftovers import scratch_folder
 from lora_export.errors import BackendError
 from lora_export.graph import FLOAT_TYPES, GraphFile, save_graph
 from lora_export.runtimes.device import DeviceMemory, Provider, host_value
@@ -47,8 +46,8 @@ def run_with_outputs(
     options.log_severity_level = _ERRORS_ONLY
     options.add_session_config_entry(_DATA_FOLDER, str(graph.path.parent.absolute()))
     memory = DeviceMemory(provider)
-    with tempfile.TemporaryDirectory(prefix="lora-export-") as folder, _exposed(graph, values) as names:
-        path = Path(folder) / "probes.onnx"
+    with scratch_folder() as folder, _exposed(graph, values) as names:
+        path = folder / "probes.onnx"
         save_graph(graph.model, path)
         session = open_session(path, memory, session_options=options)
     wanted = {port.name for port in session.get_inputs()}

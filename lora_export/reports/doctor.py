@@ -26,6 +26,8 @@ def doctor_lines(report: DoctorReport) -> list[str]:
     lines += ["", "what works here"]
     for capability in report.capabilities:
         lines += _capability(capability)
+    if report.leftovers:
+        lines += ["", "left by runs that were ended", *(f"  {line}" for line in report.leftovers)]
     return lines
 
 

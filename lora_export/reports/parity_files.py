@@ -146,14 +146,19 @@ def _there(path: Path) -> bool:
     return path.exists() or path.is_symlink()
 
 
-def write_reports(report: ParityReport, outputs: Outputs) -> list[Path]:
+def write_reports(report: ParityReport, outputs: Outputs, force: bool = False) -> list[Path]:
     """Write the reports that were asked for; all of them appear, or none.
 
+    Args:
+        report: What to write.
+        outputs: Where to.
+        force: Replace files that exist; whether they may be replaced is `check_outputs`'s question.
+
     Raises:
-        OutputError: One can't be written.
+        OutputError: One exists already or can't be written.
     """
     written = [(kind, path) for kind, path in outputs.items() if path is not None]
-    with OutputSet(force=True) as group:  # `check_outputs` has looked what may be replaced
+    with OutputSet(force) as group:
         for kind, path in written:
             staged = group.stage(path)
             with output_errors(path):

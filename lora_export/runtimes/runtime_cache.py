@@ -66,7 +66,7 @@ class RuntimeCache:
         blob = self._cache.serialize()
         if blob is None:
             raise self._loaded.log.refused(self._loaded.path, "give its runtime cache")
-        with output_errors(self._file), OutputSet(force=True) as outputs:
+        with output_errors(self._file), OutputSet(force=True, listed=False) as outputs:
             outputs.stage(self._file).write_bytes(bytes(blob))
             outputs.commit()
 

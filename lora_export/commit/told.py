@@ -1,0 +1,54 @@
+"""What a run is told while it writes: notes at once, and a list of the outputs that have their names."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class Run:
+    """One run of the command line.
+
+    Attributes:
+        note: Called with each note.
+    """
+
+    note: Callable[[str], None]
+    _committed: list[Path] = field(default_factory=list)
+
+    def written(self) -> list[Path]:
+        """Return the outputs that were given their names and are there."""
+        return [path for path in dict.fromkeys(self._committed) if os.path.lexists(path)]
+
+
+_run: Run | None = None
+
+
+@contextlib.contextmanager
+def listening(note: Callable[[str], None]) -> Iterator[Run]:
+    """Let ``note`` and a `Run` hear what happens in the block; without it, notes are Python warnings."""
+    global _run
+    before, _run = _run, Run(note)
+    try:
+        yield _run
+    finally:
+        _run = before
+
+
+def tell(text: str) -> None:
+    """Tell the user something that is no error."""
+    if _run is not None:
+        _run.note(text)
+    else:
+        warnings.warn(text, UserWarning, stacklevel=3)
+
+
+def has_written(output: Path) -> None:
+    """Remember that an output has its name."""
+    if _run is not None:
+        _run._committed.append(output)
