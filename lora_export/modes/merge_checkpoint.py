@@ -71,7 +71,7 @@ def merge_checkpoint(
     plan = replace(merge.placed.plan, notes=(*beside, *merge.placed.plan.notes))
     target = Path(output)
     _refuse_output(target, [Path(base), *(Path(a.source) for a in loaded)], force)
-    small, left_out = small_files(merge.checkpoint)
+    small, left_out = small_files(merge.checkpoint, merge.placed.changes)
     report = MergeReport(plan, {}, {"folder": target}, merge.size_bytes, 0, tuple(left_out), dry_run)
     if dry_run:
         return report

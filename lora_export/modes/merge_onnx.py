@@ -153,7 +153,9 @@ def _merged_folder(
     merge: CheckpointMerge, rounding: Mode, roundings: dict[str, Rounding]
 ) -> Callable[[Path], Path]:
     """Return what writes a merged folder to capture into a temporary one; it fills ``roundings``."""
-    configs = [path for path in small_files(merge.checkpoint)[0] if path.suffix == ".json"]
+    configs = [
+        path for path in small_files(merge.checkpoint, merge.placed.changes)[0] if path.suffix == ".json"
+    ]
 
     def prepare(scratch: Path) -> Path:
         folder = scratch / "merged"
