@@ -8,6 +8,7 @@ from collections.abc import Container, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+from lora_export.base.history import MANIFEST
 from lora_export.base.placed import Placed
 from lora_export.base.quantised import dequantised_config
 from lora_export.base.sentence_modules import module_paths
@@ -18,7 +19,6 @@ from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_layout import Layout
 from lora_export.safetensors_header import read_file_header
 
-MANIFEST = "lora.json"
 # Weights in other formats: left out, or the output would hold the unmerged model beside the merged one.
 _OTHER_WEIGHTS = {
     *(".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".tflite"),

@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_export.adapter import Adapter
-from lora_export.base.history import history_of
+from lora_export.base.history import MANIFEST, history_of
 from lora_export.base.sentence_modules import lost_modules
 from lora_export.blend import AdapterLike, check_blend
-from lora_export.checkpoint_files import MANIFEST, small_files
+from lora_export.checkpoint_files import small_files
 from lora_export.checkpoint_merge import CheckpointMerge, plan_merge
 from lora_export.errors import OutputError
 from lora_export.merge_report import MergeReport
