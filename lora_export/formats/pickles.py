@@ -150,7 +150,7 @@ def _collect(
             if key not in _LORA_CONFIGS:
                 into.ignored.append(name)
             _collect_settings(value, name, into, of_lora=key in _LORA_CONFIGS)
-        elif not of_lora and _is_plain(value):
+        elif (not of_lora or _is_of_lora(key)) and _is_plain(value):
             _mention(into, str(key), value, name)
             into.ignored.append(name)
         else:
@@ -191,7 +191,11 @@ def _speaks_of_lora(content: Mapping[Any, Any], tensor_type: type) -> bool:
     if any(key in _LORA_NESTS for key in content):
         return True
     own = {*_GENERAL_NESTS, *_LORA_CONFIGS, *_CLEAR, *_PLAIN, *_MEANINGFUL}
-    return all(key in own or any(word in str(key).lower() for word in _OF_LORA) for key in content)
+    return all(key in own or _is_of_lora(key) for key in content)
+
+
+def _is_of_lora(key: Any) -> bool:
+    return any(word in str(key).lower() for word in _OF_LORA)
 
 
 def _tensors(content: Mapping[Any, Any], tensor_type: type) -> bool:
