@@ -309,6 +309,8 @@ def test_rows_in_another_order_are_refused(kind, exporter, more, tmp_path):
 # Of fixed sizes, the batch and what is inside of it are one number.
 FOLLOWED = [(kind, exporter) for kind in KEPT for exporter in EXPORTERS]
 FOLLOWED = [case for case in FOLLOWED if case[0] not in (Repeated, Routed) or "static" not in case[1]]
+# TorchScript flattens what it has read, and shapes it by a result's own sizes: said, but not followed.
+FOLLOWED.remove((Masked, "torchscript"))
 
 
 @pytest.mark.parametrize(("kind", "exporter"), FOLLOWED)
