@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora_export.adapter import Adapter, Array, LoraModule
+from lora_export.base.in_graph import refuse_bound
 from lora_export.base_weights import WeightOf
 from lora_export.casting import Caster, dtype_of, wide_of
 from lora_export.dora import dora_factor, dora_problem
@@ -107,8 +108,10 @@ def bind_adapter(
 
     Raises:
         SiteError: Something of the adapter has no place; everything wrong is listed.
-        AdapterError: Values are NaN, infinite or too large for the graph's dtype, or another base.
+        AdapterError: Values are NaN, infinite or too large for the graph's dtype, or another base; or it is
+            merged into the graph's weights already.
     """
+    refuse_bound(adapter, exposed.merged, where)
     warnings = refuse_other_base(adapter, exposed.base_sha256, where, any_base)
     found = match_modules(adapter, exposed, where, weight_of)
     _refuse_ranks(found, adapter, exposed)
@@ -163,6 +166,7 @@ def slot_blocks(
         SiteError: See `bind_adapter`; also where the slot's rank is too small.
         AdapterError: See `bind_adapter`.
     """
+    refuse_bound(adapter, exposed.merged, where)
     warnings = refuse_other_base(adapter, exposed.base_sha256, where, any_base)
     found = match_modules(adapter, exposed, where, weight_of)
     loras = _slot_loras(found, adapter, slot)

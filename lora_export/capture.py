@@ -11,6 +11,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_export.base.history import MANIFEST, history_of
+from lora_export.base.in_graph import CAPTURED_KEY, entries_before
 from lora_export.base.quantised import refuse_bare_codes
 from lora_export.capture_cache import name_total, with_cache
 from lora_export.capture_export import (
@@ -99,6 +101,8 @@ def capture_checkpoint(
         shapes = {name: _dynamic(name) for name in inputs}
         graph = export_module(model, inputs, shapes, tensor_names(outputs), opset=opset)
     graph.metadata_props.update(captured.to_metadata())
+    if before := entries_before(history_of(path / MANIFEST)):
+        graph.metadata_props[CAPTURED_KEY] = before
     return _save(graph, output)
 
 

@@ -175,6 +175,12 @@ def _no_safetensors(folder: Path) -> CheckpointError:
             f"{folder} is a model of sentence-transformers whose transformer has a folder of its own",
             f"give {transformer} as the base, and put what is written in its place in a copy of {folder}",
         )
+    if snapshots := sorted(path for path in folder.glob("snapshots/*") if path.is_dir()):
+        return CheckpointError(
+            f"{folder} is a model's folder in the Hugging Face cache, above its snapshots",
+            f"give the snapshot: {snapshots[-1]}" if len(snapshots) == 1 else "give one of its snapshots",
+            [str(path) for path in snapshots[1:] and snapshots],
+        )
     return CheckpointError(
         f"{folder} holds no safetensors",
         "convert the base: transformers' from_pretrained(...), for a GGUF with gguf_file=..., then "

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
+from lora_export.base.history import MANIFEST
 from lora_export.base.placed import Placed
 from lora_export.base.quantised import dequantised_config
 from lora_export.base.sentence_modules import module_paths
@@ -15,8 +17,8 @@ from lora_export.base.vocabulary import resized_config
 from lora_export.base.weight_files import is_index
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_layout import Layout
+from lora_export.safetensors_header import read_file_header
 
-MANIFEST = "lora.json"
 # Weights in other formats: left out, or the output would hold the unmerged model beside the merged one.
 _OTHER_WEIGHTS = {
     *(".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".tflite"),
@@ -24,8 +26,17 @@ _OTHER_WEIGHTS = {
 }
 
 
-def small_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
-    """Return the files to copy as they are, relative to the base, and those to leave out."""
+# transformers' weights for one language, loaded over the model's own (Wav2Vec2, MMS: ``target_lang``).
+_LANGUAGE = "adapter.*.safetensors"
+
+
+def small_files(checkpoint: Checkpoint, changed: Container[str]) -> tuple[list[Path], list[str]]:
+    """Return the files to copy as they are, relative to the base, and those to leave out.
+
+    Args:
+        checkpoint: The base.
+        changed: Names of the tensors that the merge changes.
+    """
     shards = {shard.path for shard in checkpoint.shards}
     written = {*shards, checkpoint.folder / MANIFEST}
     small, left_out = [], []
@@ -35,7 +46,7 @@ def small_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
         if path in written:
             continue
         nested_part = len(relative.parts) > 1 and path.suffix == ".safetensors"
-        if any(module in path.parents for module in modules):
+        if any(module in path.parents for module in modules) or _is_language(path, changed):
             small.append(relative)
             continue
         adapter = path.name.startswith("adapter_") and path.suffix in (".json", ".safetensors", ".bin")
@@ -44,6 +55,13 @@ def small_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
         else:
             small.append(relative)
     return small, left_out
+
+
+def _is_language(path: Path, changed: Container[str]) -> bool:
+    """Whether a file holds a language's weights, none of which the merge changes."""
+    if not fnmatch(path.name, _LANGUAGE):
+        return False
+    return not any(entry.name in changed for entry in read_file_header(path).entries)
 
 
 def _is_index(path: Path, checkpoint: Checkpoint) -> bool:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from lora_export.adapter import Adapter
 from lora_export.base.copies import refuse_copies, refuse_overwriting
+from lora_export.base.history import MANIFEST
 from lora_export.base.merged import refuse_contained, refuse_merged
 from lora_export.base.placed import Placed
 from lora_export.base.quantised import HINT, Quantised, find_quantised
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_files import (
-    MANIFEST,
     copy_small_files,
     says_quantised,
     write_config,
@@ -118,7 +118,7 @@ def plan_merge(
     refuse_contained(checkpoint)
     quantised = find_quantised(checkpoint)
     notes = [*checkpoint.notes, *refuse_other_components(adapters, [checkpoint.folder])]
-    refuse_merged(checkpoint, checkpoint.folder / MANIFEST, adapters)
+    refuse_merged(checkpoint.folder, adapters)
     placed = place_adapters(checkpoint, adapters, factors, quantised, resize)
     _refuse_unplaced(checkpoint, adapters, placed, allow_unmatched)
     refuse_copies(placed.copied, adapters)
@@ -152,7 +152,7 @@ def refuse_absent(base: Path, adapters: Sequence[Adapter], allow_unmatched: bool
         return
     checkpoint = Checkpoint.open(base)
     refuse_contained(checkpoint)
-    refuse_merged(checkpoint, checkpoint.folder / MANIFEST, adapters)
+    refuse_merged(checkpoint.folder, adapters)
     for adapter in adapters:
         placed = place_adapters(checkpoint, [adapter], [1.0], find_quantised(checkpoint))
         refuse_overwriting(placed.copied, checkpoint.folder / MANIFEST, [adapter])

@@ -32,6 +32,7 @@ from lora_export.base.copies import (
     untrained_note,
 )
 from lora_export.base.families import is_conv1d
+from lora_export.base.history import MANIFEST
 from lora_export.base.ledger import Ledger
 from lora_export.base.placed import Added, Placed, view_of
 from lora_export.base.quantised import Quantised, quantised_notes
@@ -40,7 +41,6 @@ from lora_export.base.tied_layers import may_tie_layers
 from lora_export.base.ties import Ties, find_ties, may_be_tied
 from lora_export.base.vocabulary import grows, head_hint, resize_hint, rows_hint
 from lora_export.checkpoint import Checkpoint
-from lora_export.checkpoint_files import MANIFEST
 from lora_export.checkpoint_names import Names, Part
 from lora_export.formats.schemes import fitted
 from lora_export.formats.whole_copies import reach_of

@@ -196,6 +196,7 @@ class ExposedGraph:
         slots: Of a bank.
         resident: Whether a bank's tensors are constants or inputs.
         batch_input: The graph input whose first dimension is the batch, in a bank.
+        merged: What merges have put into its weights, see `base.in_graph`.
     """
 
     mode: Mode
@@ -208,6 +209,7 @@ class ExposedGraph:
     slots: tuple[Slot, ...] = ()
     resident: Resident = "initializers"
     batch_input: str = ""
+    merged: str = ""
     format: int = field(default=FORMAT)
 
     def members(self) -> Iterator[tuple[ExposedModule, Member]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -20,11 +19,18 @@ from lora_export.base.copies import (
     untrained_note,
 )
 from lora_export.base.history import part_of
+from lora_export.base.in_graph import (
+    MERGED_BASE_KEY,
+    MERGED_KEY,
+    entries_of,
+    joined,
+    merged_in,
+    refuse_merged_into,
+)
 from lora_export.branches.place import holds, refuse_exposed
-from lora_export.errors import GraphError, SiteError
+from lora_export.errors import SiteError
 from lora_export.external_data import Change, merged_values
 from lora_export.formats.schemes import fitted
-from lora_export.formats.scope import share
 from lora_export.graph import GraphFile
 from lora_export.onnx_base import drop_dead
 from lora_export.patch import Patch, Placement, join, patch_from, replacement
@@ -41,11 +47,6 @@ from lora_export.sites.target import BaseWeights, Miss, Site, Target, targets_of
 from lora_export.sites.tied_ends import with_tied_ends
 from lora_export.sites.verify import canonical_rows
 
-# Of a graph's metadata: the adapters merged into it, and the identity of the base without any.
-MERGED_KEY = "lora_export.merged"
-MERGED_BASE_KEY = "lora_export.merged_base"
-# An adapter's factor, and what may follow it.
-_PART = re.compile(r"[^;\s]+ part=([^;\s]+)")
 # Share of ‖ΔW‖ that a weight's grid may cut off: less is a tenth of the effect, as in parity.
 _MOST_CUT = 0.1
 _GROUPED = (
@@ -79,7 +80,7 @@ def plan_changes(
         SiteError: Some of the adapters has no place in the graph; all of it is listed.
     """
     refuse_exposed(graph)
-    _refuse_merged(graph, adapters)
+    refuse_merged_into(str(graph.path), merged_in(graph.model.metadata_props), adapters)
     resolver, isolator = Resolver(graph, weight_of), Isolator()
     found: list[tuple[Adapter, float, list[Site]]] = []
     rows: list[PlanRow] = []
@@ -155,31 +156,6 @@ def _untrained(adapter: Adapter, site: Site) -> str:
 def _settled(adapter: Adapter, weights: BaseWeights | None) -> tuple[Adapter, tuple[str, ...]]:
     """Return the adapter with its experts' layout as the checkpoint's modules have it, where there is one."""
     return weights.settled(adapter) if weights else (adapter, ())
-
-
-def _refuse_merged(graph: GraphFile, adapters: Sequence[Adapter]) -> None:
-    merged = graph.model.metadata_props.get(MERGED_KEY, "")
-    again = [
-        adapter.name
-        for adapter in adapters
-        if any(share(part, adapter.part, adapter.flattened) for part in merged_parts(merged, adapter.sha256))
-    ]
-    if again:
-        raise GraphError(
-            f"{graph.path} has this adapter merged into it already", "merge into the base instead", again
-        )
-
-
-def merged_parts(merged: str, sha256: str) -> list[str | None]:
-    """Return which parts of an adapter's file are in a graph (`Adapter.part`), None for all of it.
-
-    Args:
-        merged: What `mark_merged` wrote.
-        sha256: Of the file.
-    """
-    # An adapter's name is the user's: it may hold anything, but hardly this.
-    _, *entries = merged.split(f" sha256={sha256} weight=") if sha256 else [""]
-    return [found and found[1] for found in map(_PART.match, entries)]
 
 
 def _results(found: list[tuple[Adapter, float, list[Site]]]) -> list[ir.Value]:
@@ -291,11 +267,6 @@ def mark_merged(
         factors: One for each.
         base_sha256: Identity of the base.
     """
-    mine = "; ".join(
-        f"{adapter.name} sha256={adapter.sha256} weight={factor}"
-        + (f" part={adapter.part}" if adapter.part is not None else "")
-        for adapter, factor in zip(adapters, factors, strict=True)
-    )
-    before = model.metadata_props.get(MERGED_KEY)
-    model.metadata_props[MERGED_KEY] = f"{before}; {mine}" if before else mine
+    before = model.metadata_props.get(MERGED_KEY, "")
+    model.metadata_props[MERGED_KEY] = joined(before, entries_of(adapters, factors))
     model.metadata_props.setdefault(MERGED_BASE_KEY, base_sha256)

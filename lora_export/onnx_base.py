@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_export.adapter import Adapter
+from lora_export.base.in_graph import merged_in, refuse_merged_into
+from lora_export.base.merged import refuse_merged
 from lora_export.base.ort_names import free_names
 from lora_export.base.sentence_modules import lost_modules
 from lora_export.commit.leftovers import scratch_folder
@@ -69,6 +71,11 @@ class Base:
         """Return what the files are in which weights may stay, by their place from the folder of ``out``."""
         folder = out.parent.resolve()
         return {os.path.relpath(path.resolve(), folder): self.hashes[path] for path in self.shared_files}
+
+    @property
+    def merged(self) -> str:
+        """What merges have put into it, see `base.in_graph`."""
+        return merged_in(self.graph.model.metadata_props)
 
     def verified(self, plan: Plan) -> Plan:
         """Return a plan that says what was compared with the checkpoint, and what was not.
@@ -129,9 +136,11 @@ def open_base(
         prepare: Makes the folder to capture in the base's place, in a temporary one.
 
     Raises:
-        GraphError: The graph can't be read, or is to be captured in a dtype or with a cache.
+        GraphError: The graph can't be read, has an adapter merged into it already, or is to be captured in a
+            dtype or with a cache.
         CheckpointError: The folder can't be read or captured.
-        AdapterError: An adapter is not for the folder: seen before the capture, by names alone.
+        AdapterError: An adapter is not for the folder, seen before the capture, by names alone; or it was
+            merged into the folder or the checkpoint already.
         SiteError: Some of an adapter is not in the folder.
         OutputError: An output exists or would replace what is read, or there is nothing to share.
     """
@@ -165,7 +174,10 @@ def open_base(
             graph = load_graph(base)
             free_names(graph)
             _refuse_capturing(base, dtype, kv_cache)
+        refuse_merged_into(str(base), merged_in(graph.model.metadata_props), list(adapters))
         opened = replace(_opened(base, graph, adapters, checkpoint, share_base), said=tuple(said))
+        if opened.checkpoint is not None:
+            refuse_merged(opened.checkpoint, list(adapters))
         refuse_overlap(opened.files, paths)
         try:
             yield opened, paths

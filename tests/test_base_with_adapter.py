@@ -8,9 +8,9 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from lora_export import capture_onnx, merge_onnx
+from lora_export import AdapterSession, bank_onnx, capture_onnx, convert_adapter, merge_onnx, swap_onnx
 from lora_export.cli import _run
-from lora_export.errors import GraphError
+from lora_export.errors import AdapterError, GraphError
 
 TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 IMAGES = {"image_size": 8, "patch_size": 4, "num_channels": 3}
@@ -209,3 +209,61 @@ def test_a_graph_knows_the_part_of_a_file(kept, tmp_path):
     }
     one, two = (session.run(None, feeds)[0] for session in sessions)
     torch.testing.assert_close(torch.from_numpy(one), torch.from_numpy(two), rtol=1e-4, atol=1e-5)
+
+
+def two_adapters(make, folder):
+    """Save a base and two adapters; merge the first into the base's folder and into its graph."""
+    torch.manual_seed(0)
+    model, targets = make()
+    model.save_pretrained(folder / "base")
+    for name in ("a", "b"):
+        random(model, targets).save_pretrained(folder / name)
+    assert merge(folder / "base", folder / "a", folder / "merged") == 0
+    merge_onnx(folder / "base", folder / "a", folder / "merged.onnx")
+    return folder / "a", folder / "b"
+
+
+@pytest.mark.parametrize("make", [opt, bert])
+@pytest.mark.parametrize("how", ["graph", "captured", "captured and its folder"])
+def test_an_adapter_in_the_weights_goes_beside_them_no_second_time(how, make, tmp_path):
+    inside, other = two_adapters(make, tmp_path)
+    base, checkpoint = tmp_path / "merged.onnx", False
+    if how != "graph":
+        base, _ = capture_onnx(tmp_path / "merged", tmp_path / "captured.onnx")
+        checkpoint = tmp_path / "merged" if how != "captured" else False
+    for expose in (
+        lambda adapter, out: swap_onnx(base, out, adapter=adapter, checkpoint=checkpoint),
+        lambda adapter, out: bank_onnx(base, {"a": adapter}, out, checkpoint=checkpoint, resident="inputs"),
+        lambda adapter, out: merge_onnx(base, adapter, out, checkpoint=checkpoint),
+    ):
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}.onnx"
+        with pytest.raises((AdapterError, GraphError), match="merged into it already"):
+            expose(inside, out)
+        assert not out.exists()
+        expose(other, out)
+    swap, bank, _ = sorted(tmp_path.glob("out*.onnx"), key=lambda path: int(path.stem[3:]))
+    with pytest.raises(AdapterError, match="would act twice"):
+        convert_adapter(inside, swap, tmp_path / "a.safetensors")
+    convert_adapter(other, swap, tmp_path / "b.safetensors")
+    for graph in (swap, bank):
+        place = {"slot": "a", "replace": True} if graph == bank else {}
+        with AdapterSession(graph) as session:
+            with pytest.raises(AdapterError, match="would act twice"):
+                session.load_adapter("x", inside, **place)
+            session.load_adapter("x", other, **place)
+
+
+def test_a_converted_file_of_an_adapter_in_the_weights(tmp_path):
+    inside, _ = two_adapters(bert, tmp_path)
+    plain, _ = capture_onnx(tmp_path / "base", tmp_path / "plain.onnx")
+    for name, base in (("one", plain), ("two", tmp_path / "merged.onnx")):
+        swap_onnx(base, tmp_path / f"{name}.onnx", target_modules=["query"], checkpoint=False)
+    convert_adapter(
+        inside, tmp_path / "one.onnx", tmp_path / "a.safetensors", component="encoder.layer.0.attention.self"
+    )
+    for any_base in (False, True):
+        with (
+            AdapterSession(tmp_path / "two.onnx") as session,
+            pytest.raises(AdapterError, match="would act twice"),
+        ):
+            session.load_adapter("a", tmp_path / "a.safetensors", any_base=any_base)

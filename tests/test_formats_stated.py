@@ -50,6 +50,10 @@ FOREIGN: dict[str, dict[str, Any]] = {
         "buffer_names": ["x"],
         "rank": 7,
     },
+    "an average beside it": {"ema": None, "alpha": 0.999, "config": {"lr": 1e-3, "dataset": "x"}},
+    "a name beside it": {"alpha": 0.5, "hparams": {"lr": 1e-4, "temperature": 2.0}, "arch": "student"},
+    "arguments beside it": {"alpha": 0.2, "args": {"mixup": True, "lr": 1e-4}},
+    "a count beside it": {"alpha": 0.2, "rank": 1, "iter": 100},
     "a schedule": {"lr_scheduler": {"alpha": 0.1}, "cfg": {"scheduler": {"alpha": 0.1}}},
 }
 
@@ -81,6 +85,7 @@ OWN: dict[str, dict[str, Any]] = {
     "deep in a config": {"cfg": {"model": {"lora_alpha": 12}, "optimizer": {"lora_alpha": 1}}},
     "in args": {"args": {"lora_alpha": 12, "rank": 0, "scale": 7}},
     "beside the tensors' dict": {"alpha": 12, "r": 4},
+    "beside it, with LoRA's own": {"alpha": 12, "r": 4, "target_modules": ["lin"], "lora_dropout": 0.1},
     "beside it, by name": {"lora_alpha": 12, "alpha": 0.1, "epoch": 3},
     "the whole factor": {"lora_config": {"scaling": 3.0}},
 }

@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lora_export import AdapterError, capture_onnx, convert_adapter, swap_onnx
+from lora_export import AdapterError, AdapterSession, bank_onnx, capture_onnx, convert_adapter, swap_onnx
 from lora_export.cli import _run
 
 diffusers = pytest.importorskip("diffusers")
@@ -280,3 +280,21 @@ def test_converting_has_the_same_rule(captured, tmp_path):
     with pytest.raises(AdapterError, match="the pipeline's 'text_encoder_2'"):
         convert_adapter(second, swap, tmp_path / "second.onnx_adapter")
     convert_adapter(second, swap, tmp_path / "second.onnx_adapter", component="text_encoder_2")
+
+
+@pytest.mark.parametrize("verb", ["swap", "bank"])
+def test_a_session_has_the_same_rule(verb, captured, tmp_path):
+    _, graph = captured
+    second, first = (pair_file(tmp_path, component) for component in ("text_encoder_2", "text_encoder"))
+    made = tmp_path / "text_encoder" / "model.onnx"
+    made.parent.mkdir()
+    if verb == "swap":
+        swap_onnx(graph, made, adapter=first)
+    else:
+        bank_onnx(graph, {"first": first}, made, resident="inputs")
+    place = {"slot": "first", "replace": True} if verb == "bank" else {}
+    with AdapterSession(made) as session:
+        session.load_adapter("first", first, **place)
+        with pytest.raises(AdapterError, match="the pipeline's 'text_encoder_2'"):
+            session.load_adapter("second", second, **place)
+        session.load_adapter("second", second, component="text_encoder_2", **place)

@@ -12,6 +12,8 @@ from typing import Any
 from lora_export.adapter import Adapter
 from lora_export.formats.scope import share
 
+# Beside the weights of a merged folder.
+MANIFEST = "lora.json"
 # Of a manifest's outputs: what had been merged before.
 EARLIER = "earlier"
 

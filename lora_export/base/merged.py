@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_export.adapter import Adapter
-from lora_export.base.history import history_of
+from lora_export.base.history import MANIFEST, history_of
 from lora_export.checkpoint import Checkpoint
 from lora_export.errors import AdapterError, CheckpointError
 from lora_export.sites.adapter_layers import adapters_among
@@ -30,22 +30,21 @@ def refuse_contained(checkpoint: Checkpoint) -> None:
         )
 
 
-def refuse_merged(checkpoint: Checkpoint, manifest: Path, adapters: Sequence[Adapter]) -> None:
+def refuse_merged(base: Path, adapters: Sequence[Adapter]) -> None:
     """Refuse an adapter that is in the base already, by the manifests of the merges that led to it.
 
     Args:
-        checkpoint: The base.
-        manifest: Of the last merge, beside it.
+        base: A checkpoint's folder.
         adapters: What is to be merged.
 
     Raises:
         AdapterError: Some of them are, or parts of their files are.
     """
-    history = history_of(manifest)
+    history = history_of(base / MANIFEST)
     twice = [found for adapter in adapters if (found := history.merged(adapter))]
     if twice:
         raise AdapterError(
-            f"the base {checkpoint.folder} has this adapter merged into it already",
-            f"merge into the original base; or, if it is meant twice, remove {manifest.name} from the base",
+            f"the base {base} has this adapter merged into it already",
+            f"merge into the original base; or, if it is meant twice, remove {MANIFEST} from the base",
             twice,
         )

@@ -2,14 +2,17 @@
 
 Exporters write ``x[arange(batch), length]`` and the reads of attention masks as a Gather of computed numbers.
 What depends on sizes alone is computed as the graph does; what depends on the model's inputs (the length) is
-filled in with zeros, then with ones: where it has a part in the row's number, the two differ.
+filled in with several kinds of numbers: where it has a part in the row's number, the results differ. Numbers
+with which the index leads out of what it reads are none that the model gets (no mask is all zeros).
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -29,6 +32,13 @@ _OPSET = 18
 _MAX_NODES, _MAX_SIZE = 300, 1 << 20
 # Sizes to compute with where they have no number: the batch's, and that of any other axis.
 _PROBES = ((3, 7), (5, 11))
+# What to fill in: one number; or ones in the first place of the last axis and zeros behind it, of what has
+# nothing else than rows along it ones.
+Fill = Literal[0, 1, 2, "first"]
+_FILLS: tuple[Fill, ...] = (0, 1)
+_MORE_FILLS: tuple[Fill, ...] = (*_FILLS, 2, "first")
+# So many of them must lead to one place.
+_ENOUGH = 2
 
 
 class _UnknownError(Exception):
@@ -43,13 +53,13 @@ class Probe:
         flow: What is known of the graph.
         batch: The size of the batch.
         other: The size of other axes without a number.
-        fill: What values have that depend on the graph's inputs.
+        fill: What values have that depend on the graph's inputs, see `Fill`.
     """
 
     flow: Flow
     batch: int
     other: int
-    fill: int
+    fill: Fill
 
     def size(self, value: ir.Value, axis: int) -> int:
         """Return the size of an axis.
@@ -156,27 +166,40 @@ class _Part:
         if rank is None or self.probe.flow.of(value) is None:
             raise _UnknownError
         shape = [self.probe.size(value, axis) for axis in range(rank)]
-        return np.full(shape, self.probe.fill, np.int64 if dtype is None else dtype.numpy())
+        fill = self.probe.fill
+        numbers = np.full(shape, 0 if fill == "first" else fill, np.int64 if dtype is None else dtype.numpy())
+        rows = self.probe.flow.of(value)
+        if fill == "first":
+            numbers[..., : None if rows is not None and rows.axis == len(shape) - 1 else 1] = 1
+        return numbers
 
 
-def rows_of_index(flow: Flow, index: ir.Value, number: Callable[[Probe, Numbers], Numbers]) -> Rows | None:
+def rows_of_index(
+    flow: Flow, index: ir.Value, number: Callable[[Probe, Numbers], Numbers | None]
+) -> Rows | None:
     """Return where the rows lie of which an index has the numbers, in their order: 0, 1, 2, ….
 
     Args:
         flow: What is known of the graph.
         index: The index.
-        number: Makes the numbers of rows of the index's values.
+        number: Makes the numbers of rows of the index's values; None where these lead out of what it reads.
 
     Returns:
         The place; `SAME` where the index takes them in another order, or not all of them. None where the
         index can't be computed.
     """
     found: set[Rows] = set()
-    for probe in _probes(flow):
+    told: Counter[tuple[int, int]] = Counter()
+    for probe in _probes(flow, _MORE_FILLS):
         try:
-            found.add(_counted(number(probe, probe.compute(index)), probe.batch))
+            numbers = number(probe, probe.compute(index))
         except _UnknownError:
             return None
+        if numbers is not None:
+            found.add(_counted(numbers, probe.batch))
+            told[probe.batch, probe.other] += 1
+    if min((told[sizes] for sizes in _sizes(flow)), default=0) < _ENOUGH:
+        return None
     return found.pop() if len(found) == 1 else SAME
 
 
@@ -255,13 +278,12 @@ def shape_of(probe: Probe, value: ir.Value) -> tuple[int, ...]:
     return tuple(probe.size(value, axis) for axis in range(rank))
 
 
-def _probes(flow: Flow) -> list[Probe]:
-    sizes = [
-        (flow.batch if isinstance(flow.batch, int) else batch, other, fill)
-        for batch, other in _PROBES
-        for fill in (0, 1)
-    ]
-    return [Probe(flow, *numbers) for numbers in sizes]
+def _sizes(flow: Flow) -> list[tuple[int, int]]:
+    return [(flow.batch if isinstance(flow.batch, int) else batch, other) for batch, other in _PROBES]
+
+
+def _probes(flow: Flow, fills: tuple[Fill, ...] = _FILLS) -> list[Probe]:
+    return [Probe(flow, batch, other, fill) for batch, other in _sizes(flow) for fill in fills]
 
 
 def _counted(numbers: Numbers, batch: int) -> Rows:

@@ -124,9 +124,11 @@ def _by_index(
     if not data.outermost:
         return moved_by(node)
 
-    def numbers(probe: Probe, values: Numbers) -> Numbers:
-        values = part(values)
-        return values if data.alone else values // (shape_of(probe, source)[assumed] // probe.batch)
+    def numbers(probe: Probe, values: Numbers) -> Numbers | None:
+        values, size = part(values), shape_of(probe, source)[assumed]
+        if values.size and not (values.min() >= 0 and values.max() < size):
+            return None
+        return values // (size // probe.batch)
 
     found = rows_of_index(flow, _value(node.inputs[1]), numbers)
     if found is None:

@@ -81,7 +81,8 @@ class BatchRows:
         if isinstance(self._batch, int):
             # Another axis of that size may be the batch's, or a length.
             found = Rows(0) if dims and dims[0] == self._batch else SAME
-            return None if found == SAME and self._batch > 1 and self._batch in dims else found
+            several = self._batch > 1 and self._batch in dims[found == Rows(0) :]
+            return None if several else found
         named = [axis for axis, size in enumerate(dims) if str(size) == str(self._batch) and _is_named(size)]
         if len(named) == 1:
             return Rows(named[0])
@@ -356,7 +357,10 @@ class BatchRows:
         before = [self.size(source, axis) for axis in range(rows.axis)]
         batch = self._batch if isinstance(self._batch, int) else None
         found = reshaped(before, rows.outermost, sizes, batch)
-        return rows_reshaped(self, node, rows) if found is None else Rows(*found)
+        if found is not None and found[2]:
+            return Rows(*found)
+        # With an axis left open: whether the rows are alone along it, numbers tell.
+        return rows_reshaped(self, node, rows) or (None if found is None else Rows(*found))
 
     def _axes(self, node: ir.Node) -> list[int] | None:
         if len(node.inputs) > 1:

@@ -31,6 +31,7 @@ from lora_export.formats.pairs import (
     raise_problems,
     select_component,
 )
+from lora_export.formats.pattern_keys import misplaced_keys
 from lora_export.formats.source import CONFIG_NAME, FORMAT_OPTION, Format, Options, Source
 from lora_export.formats.stated import stated_of, where_to_look
 from lora_export.formats.targeting import is_targeted
@@ -99,6 +100,7 @@ def read(source: Source, options: Options) -> Adapter:
         notes += select_component(source, table, options.component)
     _refuse_attention(table)
     _name_parameters(table, rules, config)
+    table.problems += misplaced_keys(unwrapped, [_pattern_path(parts) for parts in table.rows.values()])
     modules = _build_modules(table, rules, config)
     if not table.rows and not extras and not rows:
         table.problems.append("the file has no LoRA tensors")
@@ -152,11 +154,15 @@ def _left_out_by_config(modules: Mapping[str, LoraModule], config: Mapping[str, 
     ]
 
 
+def _pattern_path(parts: Parts) -> str:
+    """Return what PEFT matches its patterns against: the module, for target_parameters the parameter."""
+    return f"{parts.path}.{parts.parameter}" if parts.kind == "parameter" else parts.path
+
+
 def _build_modules(table: PartsTable, rules: LoraRules, config: Mapping[str, Any]) -> dict[str, LoraModule]:
     modules: dict[str, LoraModule] = {}
     for parts in table.rows.values():
-        # PEFT matches its patterns against the module, and for target_parameters against the parameter.
-        pattern_path = f"{parts.path}.{parts.parameter}" if parts.kind == "parameter" else parts.path
+        pattern_path = _pattern_path(parts)
         parts.rank = rules.rank(pattern_path)
         if isinstance(config.get("use_bdlora"), Mapping):
             _expand_blocks(parts, config["use_bdlora"], table.problems)

@@ -38,6 +38,8 @@ _CLEAR = {
 _PLAIN = {"alpha": "alpha", "r": "rank", "rank": "rank", "scaling": "scaling", "scale": "scaling"}
 # Settings that change what the factors mean, which these formats can't say.
 _MEANINGFUL = ("use_dora", "dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication")
+# In names of what speaks of an adapter.
+_OF_LORA = ("lora", "adapter", "target_modules", "base_model")
 _BOOKKEEPING = ("optim", "sched", "epoch", "step", "rng", "loss", "callbacks", "loops", "version", "metric",
                 "scaler", "amp_")  # fmt: skip
 
@@ -148,7 +150,7 @@ def _collect(
             if key not in _LORA_CONFIGS:
                 into.ignored.append(name)
             _collect_settings(value, name, into, of_lora=key in _LORA_CONFIGS)
-        elif not of_lora and _is_plain(value):
+        elif (not of_lora or _is_of_lora(key)) and _is_plain(value):
             _mention(into, str(key), value, name)
             into.ignored.append(name)
         else:
@@ -181,14 +183,19 @@ def _is_plain(value: Any) -> bool:
 def _speaks_of_lora(content: Mapping[Any, Any], tensor_type: type) -> bool:
     """Whether numbers in this dict that don't say whose they are can only be LoRA's.
 
-    They are where the tensors themselves lie, and beside a dict of tensors unless the same dict keeps a
-    training run's books: then they may be anybody's.
+    They are where the tensors themselves lie, and beside a dict of tensors where all else in it is LoRA's as
+    well: beside anything of a training run (an ``ema``, its settings, a name) they may be anybody's.
     """
     if any(isinstance(value, tensor_type) for value in content.values()):
         return True
     if any(key in _LORA_NESTS for key in content):
         return True
-    return not any(word in str(key).lower() for key in content for word in _BOOKKEEPING)
+    own = {*_GENERAL_NESTS, *_LORA_CONFIGS, *_CLEAR, *_PLAIN, *_MEANINGFUL}
+    return all(key in own or _is_of_lora(key) for key in content)
+
+
+def _is_of_lora(key: Any) -> bool:
+    return any(word in str(key).lower() for word in _OF_LORA)
 
 
 def _tensors(content: Mapping[Any, Any], tensor_type: type) -> bool:

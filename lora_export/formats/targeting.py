@@ -11,13 +11,16 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from lora_export.formats.whole_copies import saved_names
+from lora_export.adapter import Adapter
+from lora_export.errors import AdapterError
+from lora_export.formats.whole_copies import is_below, saved_names
 
 # The keys that say it.
 RULES = ("target_modules", "exclude_modules", "layers_to_transform")
 _WEIGHT = ".weight"
 _NUMBERS = re.compile(r"\.\d+(?=\.|$)")
 _ALL_LINEAR = "all-linear"
+_EXAMPLES = 2
 
 
 def is_targeted(config: Mapping[str, Any], path: str) -> bool:
@@ -73,9 +76,51 @@ def unsaved(config: Mapping[str, Any], held: Iterable[str], known: Iterable[str]
     names = saved_names(config)
     if not names or config.get("ensure_weight_tying"):
         return []  # What is tied is stored once.
-    inside, base = [f".{path}" for path in held], [f".{path}" for path in known]
-    missing = [name for name in names if not any(f".{name}." in path for path in inside)]
-    return [name for name in missing if any(f".{name}." in path for path in base)]
+    inside = list(held)
+    missing = [name for name in names if not any(is_below(path, name) for path in inside)]
+    return [name for name in missing if any(is_below(path, name) for path in known)] if missing else []
+
+
+def refuse_unsaved(adapter: Adapter, known: Collection[str]) -> None:
+    """Raise `AdapterError` where the base's own untrained module would be left in place of a trained one.
+
+    Args:
+        adapter: The adapter.
+        known: The base's parameters.
+    """
+    if adapter.format != "peft" or adapter.scope:
+        return
+    held = [
+        *adapter.extras,
+        *adapter.token_rows,
+        *(f"{m.path}.{m.parameter}" for m in adapter.modules.values()),
+    ]
+    if missing := unsaved(adapter.config, held, known):
+        raise AdapterError(
+            f"adapter '{adapter.name}' lacks what its config says was trained whole (modules_to_save)",
+            "save it again with all of its tensors (DeepSpeed and FSDP have to gather them first); where it "
+            "was not trained, take the name out of modules_to_save in adapter_config.json",
+            [f"{name}: the base has it, and the file holds nothing of it" for name in missing],
+        )
+
+
+def half_saved(adapter: Adapter, known: Collection[str]) -> list[str]:
+    """Say for which of the base's modules a PEFT file has nothing although its config means them.
+
+    Args:
+        adapter: The adapter.
+        known: The base's parameters.
+    """
+    paths = {module.path for module in adapter.modules.values() if module.parameter == "weight"}
+    if adapter.format != "peft" or adapter.scope or not adapter.config.get("target_modules"):
+        return []
+    left = untouched(adapter.config, paths, known)
+    if not left:
+        return []
+    return [
+        f"its config means {len(left)} more modules of this base ({', '.join(left[:_EXAMPLES])}"
+        f"{', …' if len(left) > _EXAMPLES else ''}), for which the file has no tensors: they stay as they are"
+    ]
 
 
 def _matches(wanted: Any, path: str) -> bool:

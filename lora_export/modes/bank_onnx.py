@@ -138,6 +138,7 @@ def bank_onnx(
             slots=tuple(Slot(name, adapter.sha256 or UNHASHED) for name, adapter in loaded.items()),
             resident=resident,
             batch_input=str(gate.batch_input.name),
+            merged=opened.merged,
         )
         caster = Caster()
         tensors = _tensors(opened.graph, record, union.loras, bundles, caster)

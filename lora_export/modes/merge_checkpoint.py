@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_export.adapter import Adapter
-from lora_export.base.history import history_of
+from lora_export.base.history import MANIFEST, history_of
 from lora_export.base.sentence_modules import lost_modules
 from lora_export.blend import AdapterLike, check_blend
-from lora_export.checkpoint_files import MANIFEST, small_files
+from lora_export.checkpoint_files import small_files
 from lora_export.checkpoint_merge import CheckpointMerge, plan_merge
 from lora_export.errors import OutputError
 from lora_export.merge_report import MergeReport
@@ -72,7 +72,7 @@ def merge_checkpoint(
     target = Path(output)
     inputs = [Path(base), *(Path(a.source) for a in loaded)]
     _refuse_output(target, inputs, force)
-    small, left_out = small_files(merge.checkpoint)
+    small, left_out = small_files(merge.checkpoint, merge.placed.changes)
     report = MergeReport(plan, {}, {"folder": target}, merge.size_bytes, 0, tuple(left_out), dry_run)
     if dry_run:
         return report

@@ -13,10 +13,11 @@ import onnx_ir as ir
 from lora_export import __version__
 from lora_export.adapter import Adapter
 from lora_export.base.copies import may_replace_ties
-from lora_export.base.history import History, history_of
+from lora_export.base.history import MANIFEST, History, history_of
+from lora_export.base.in_graph import CAPTURED_KEY, entries_before
 from lora_export.blend import check_blend
 from lora_export.branches.union import refuse_other_bases
-from lora_export.checkpoint_files import MANIFEST, small_files
+from lora_export.checkpoint_files import small_files
 from lora_export.checkpoint_merge import CheckpointMerge, plan_merge
 from lora_export.commit.leftovers import scratch_folder
 from lora_export.data_identity import mark_data
@@ -135,12 +136,14 @@ def merge_onnx(
             staged = {name: outputs.stage(path) for name, path in targets.items()}
             costs = write_data(staged["data"], targets["data"].name, slots, size, changes, rounding, progress)
             report = replace(report, roundings=roundings | costs)
+            before = history_of(base / MANIFEST if base.is_dir() else base.with_suffix(".lora.json"))
+            if base.is_dir() and (entries := entries_before(before)):
+                graph.model.metadata_props[CAPTURED_KEY] = entries
             mark_merged(graph.model, loaded, factors, opened.identity)
             mark_data(
                 graph.model, opened.shared_places(out) | {targets["data"].name: hash_file(staged["data"])}
             )
             save_graph(graph.model, staged["graph"])
-            before = history_of(base / MANIFEST if base.is_dir() else base.with_suffix(".lora.json"))
             identity = identity_of_graph(staged["graph"], staged["data"])
             _save_manifest(
                 staged["manifest"], report, list(opened.hashes.values()), loaded, factors, before, identity
@@ -153,7 +156,9 @@ def _merged_folder(
     merge: CheckpointMerge, rounding: Mode, roundings: dict[str, Rounding]
 ) -> Callable[[Path], Path]:
     """Return what writes a merged folder to capture into a temporary one; it fills ``roundings``."""
-    configs = [path for path in small_files(merge.checkpoint)[0] if path.suffix == ".json"]
+    configs = [
+        path for path in small_files(merge.checkpoint, merge.placed.changes)[0] if path.suffix == ".json"
+    ]
 
     def prepare(scratch: Path) -> Path:
         folder = scratch / "merged"

@@ -134,6 +134,7 @@ def swap_onnx(
             _max_rank(max_rank, ranks),
             flavour,
             dora,
+            merged=opened.merged,
         )
         plan = union.plan(notes)
         plan = opened.verified(plan)

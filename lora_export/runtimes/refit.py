@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.adapter import Adapter, Array
+from lora_export.base.in_graph import MERGED_BASE_KEY, MERGED_KEY, merged_parts
 from lora_export.blend import check_blend
 from lora_export.branches.union import refuse_other_bases
 from lora_export.canonical import CheckpointWeights
@@ -29,7 +30,7 @@ from lora_export.engines.source import graph_hashes
 from lora_export.errors import BackendError, GraphError
 from lora_export.external_data import merged_values
 from lora_export.graph import GraphFile, load_graph
-from lora_export.graph_merge import MERGED_BASE_KEY, MERGED_KEY, merged_parts, plan_changes
+from lora_export.graph_merge import plan_changes
 from lora_export.manifest import FileHash, identity_of
 from lora_export.runtimes.engine_session import EngineSession
 from lora_export.runtimes.session_options import PathLike

@@ -12,6 +12,7 @@ from lora_export.adapter import Adapter, Array
 from lora_export.errors import AdapterError, BackendError
 from lora_export.exposed import ExposedGraph
 from lora_export.formats import load_adapter
+from lora_export.formats.pipeline import refuse_other_components
 from lora_export.runtimes.bank_slots import BankSlots, Rows
 from lora_export.runtimes.device import OrtValue, Provider
 from lora_export.runtimes.feeds import DeviceValue, Feeds
@@ -185,14 +186,15 @@ class AdapterSession:
             What to know about it: values that were converted, padded or left out.
 
         Raises:
-            AdapterError: The name is taken, the file can't be read or used, or exceeds the byte budget.
+            AdapterError: The name is taken, the file can't be read or used, is for another component of a
+                pipeline than the graph's folder, or exceeds the byte budget.
             SiteError: Something of the adapter has no place in the graph.
         """
         if not isinstance(name, str) or not name:
             raise AdapterError(f"an adapter's name is {name!r}", "give a text that is not empty")
         stated = {"alpha": alpha, "rslora": rslora, "format": format, "component": component}
         options = {key: value for key, value in stated.items() if value is not None}
-        read = partial(_read, source, name, options)
+        read = partial(_read, source, name, options, self._model.path.parent)
         return self._adapters.load(
             name, read, slot, allow_unmatched=allow_unmatched, any_base=any_base, replace=replace
         )
@@ -310,9 +312,11 @@ class AdapterSession:
         return dict(zip(names, values, strict=True))
 
 
-def _read(source: PathLike | Adapter, name: str, options: Mapping[str, Any]) -> Adapter:
+def _read(source: PathLike | Adapter, name: str, options: Mapping[str, Any], folder: Path) -> Adapter:
     if not isinstance(source, Adapter):
-        return load_adapter(Path(source), **options)
+        loaded = load_adapter(Path(source), **options)
+        refuse_other_components([loaded], [folder])
+        return loaded
     if options:
         raise AdapterError(
             f"adapter '{name}' is an Adapter, which says its own {', '.join(options)}",

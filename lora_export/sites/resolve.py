@@ -404,6 +404,14 @@ class Resolver:
         if any(use.transposed != part.uses[0].transposed for part in parts for use in part.uses):
             reason = "ambiguous: its weight is read in both orientations"
             return Miss(target, reason, "ambiguous", fit.BOTH_WAYS)
+        if parts and target.for_all_ends and self.weight_of and self.weight_of.is_tied(target):
+            # Any end of the tie that has no copy of its own will do: `tied_ends` gives it to the others.
+            for part in parts:
+                named = ((use, f"{readers.module_of(use.node)}.weight") for use in part.uses)
+                own = [use for use, name in named if name not in self._wanted]
+                if own and tile(target, [part]):
+                    end = replace(part, uses=tuple(own[:1]))
+                    return Site(target, (end,), "content", "values", (target.key,))
         if nodes > 1:
             reason = f"ambiguous: its values are read by {nodes} nodes and no name tells which"
             return Miss(target, reason, "ambiguous")

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from lora_export.adapter import MERGE_ROWS, Adapter, Array, LoraModule, token_rows_problems
 from lora_export.errors import AdapterError
+from lora_export.formats.whole_copies import reach_of
 from lora_export.patch import Placement
 from lora_export.plan import Proof, RefusalKind
 from lora_export.sites.names import Named
@@ -34,6 +35,7 @@ class Target:
         values: The new values, or for ``add to bias`` the values to add.
         held_turned: Of a module's own matrix: whether the canonical weight is the transpose of what the
             module holds (``x @ W``); None: it is a module's weight as PEFT knows modules.
+        for_all_ends: It replaces all that shares the parameter's weight, see `formats.whole_copies`.
     """
 
     key: str
@@ -45,6 +47,7 @@ class Target:
     module: LoraModule | None = None
     values: Array | None = None
     held_turned: bool | None = None
+    for_all_ends: bool = False
 
     @property
     def path(self) -> str:
@@ -170,6 +173,7 @@ def targets_of(adapter: Adapter) -> list[Target]:
             "replace",
             (adapter.extra_tensors.get(key, key),),
             values=values,
+            for_all_ends=reach_of(adapter, key) == "all",
         )
         for key, values in adapter.extras.items()
     ]

@@ -55,6 +55,7 @@ def with_tied_ends(
         weight_of: The checkpoint's weights for this adapter, where there is one.
     """
     made, misses, notes = [], [], []
+    taken = {_key(use) for site in sites if _is_copy(site) for use in _uses_of(site)}
     for site in sites:
         reach = reach_of(adapter, site.target.key) if _is_copy(site) else "one"
         tied = weight_of.is_tied(site.target) if weight_of and reach != "one" else None
@@ -66,8 +67,9 @@ def with_tied_ends(
         if reason:
             misses.append(Miss(site.target, reason, "tied", hint))
             continue
-        taken = {_key(use) for other in sites if _is_copy(other) for use in _uses_of(other)}
         if ends := [use for use in ends if _key(use) not in taken]:  # Rule 2.
+            # Of two copies with the same values the first stands for both at the other ends.
+            taken |= set(map(_key, ends))
             names = ", ".join(sorted({module_of(use.node) or str(use.node.name) for use in ends}))
             how = "the checkpoint's model ties it to" if tied else "its constant is also read by"
             notes.append(

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from lora_export.errors import AdapterError
+from lora_export.formats.targeting import half_saved, refuse_unsaved
 
 if TYPE_CHECKING:
     from lora_export.adapter import Adapter
@@ -37,7 +38,6 @@ SCHEMES: dict[str, str] = {
     "open-clip": "lora_export.formats.schemes.open_clip:SCHEME",
 }
 _SHOWN = 40
-_EXAMPLES = 2
 # Stability's ModelSpec, which sd-scripts writes into a file's metadata.
 ARCHITECTURE = "modelspec.architecture"
 
@@ -100,50 +100,14 @@ def fitted(
     Raises:
         AdapterError: A module that its config says was trained whole is not in the file; or see `translate`.
     """
-    _refuse_unsaved(adapter, known)
-    notes += [f"adapter '{adapter.name}': {note}" for note in (*adapter.notes, *_half_saved(adapter, known))]
+    refuse_unsaved(adapter, known)
+    notes += [f"adapter '{adapter.name}': {note}" for note in (*adapter.notes, *half_saved(adapter, known))]
     found = translate(adapter, known, others=others)
     if found is None:
         return adapter
     notes += found[1]
     # A scope speaks of the adapter's own paths, which are the base's now.
     return replace(found[0], scope=None)
-
-
-def _refuse_unsaved(adapter: Adapter, known: Collection[str]) -> None:
-    """Raise `AdapterError` where the base's own untrained module would be left in place of a trained one."""
-    from lora_export.formats.targeting import unsaved
-
-    if adapter.format != "peft" or adapter.scope:
-        return
-    held = [
-        *adapter.extras,
-        *adapter.token_rows,
-        *(f"{m.path}.{m.parameter}" for m in adapter.modules.values()),
-    ]
-    if missing := unsaved(adapter.config, held, known):
-        raise AdapterError(
-            f"adapter '{adapter.name}' lacks what its config says was trained whole (modules_to_save)",
-            "save it again with all of its tensors (DeepSpeed and FSDP have to gather them first); where it "
-            "was not trained, take the name out of modules_to_save in adapter_config.json",
-            [f"{name}: the base has it, and the file holds nothing of it" for name in missing],
-        )
-
-
-def _half_saved(adapter: Adapter, known: Collection[str]) -> list[str]:
-    """Say for which of the base's modules a PEFT file has nothing although its config means them."""
-    from lora_export.formats.targeting import untouched
-
-    paths = {module.path for module in adapter.modules.values() if module.parameter == "weight"}
-    if adapter.format != "peft" or adapter.scope or not adapter.config.get("target_modules"):
-        return []
-    left = untouched(adapter.config, paths, known)
-    if not left:
-        return []
-    return [
-        f"its config means {len(left)} more modules of this base ({', '.join(left[:_EXAMPLES])}"
-        f"{', …' if len(left) > _EXAMPLES else ''}), for which the file has no tensors: they stay as they are"
-    ]
 
 
 def _likeliest(schemes: list[Scheme], adapter: Adapter) -> list[Scheme]:
