@@ -33,7 +33,10 @@ from lora_export.sites.target import Site
 from lora_export.sites.verify import canonical_rows, search
 
 # What makes all calls of a module share its weight.
-REMEDY = "export with torch.onnx.export(..., dynamo=True, optimize=False), and run tools on the result"
+REMEDY = (
+    "give the graph as torch.onnx.export(..., dynamo=True, optimize=False) writes it, and run simplifiers and "
+    "other tools on what is written here"
+)
 _CALL = re.compile(r"_\d+(?=\.|$)")
 # What simplifiers call the result of a node that they have computed.
 _OUTPUT = "_output_0"
