@@ -98,7 +98,7 @@ def refuse_changed_data(metadata: Mapping[str, str], path: Path, layout: Callabl
             f"{path}: the weights beside it have changed since it was made: it would answer as another model",
             "copy the .onnx and its data again from where they were made, or make them again; if the files "
             "are the base's (--share-base), make the graph again from the base as it is now, and convert the "
-            "adapters for it. Where weights were changed on purpose: load it with onnx.load, remove the entry "
-            f"{KEY!r} of metadata_props, and save it",
+            "adapters for it. Where weights were changed on purpose: load it with onnx.load, remove "
+            f"the entry {KEY!r} of metadata_props, and save it",
             changed,
         )

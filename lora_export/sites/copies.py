@@ -34,8 +34,8 @@ from lora_export.sites.verify import canonical_rows, search
 
 # What makes all calls of a module share its weight.
 REMEDY = (
-    "give the graph as torch.onnx.export(..., dynamo=True, optimize=False) writes it, and run simplifiers and "
-    "other tools on what is written here"
+    "give the graph as torch.onnx.export(..., dynamo=True, optimize=False) writes it, and run simplifiers "
+    "and other tools on what is written here"
 )
 _CALL = re.compile(r"_\d+(?=\.|$)")
 # What simplifiers call the result of a node that they have computed.
