@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from lora_export.untrusted.documents import DocumentError, parse_json
 
 METADATA = "__metadata__"
 FLOATS: dict[str, np.dtype[Any]] = {
@@ -99,7 +100,7 @@ def read_file_header(path: Path, known_dtypes: bool = False) -> FileHeader:
     raw, size = _read(path)
     data_start = 8 + len(raw)
     problems: list[str] = []
-    content = _parsed(raw, problems)
+    content = _parsed(raw)
     if not _is_metadata(content.get(METADATA)):
         problems.append(f"its {METADATA} is not a JSON object of texts")
     described = {name: value for name, value in content.items() if name != METADATA}
@@ -134,22 +135,13 @@ def _read(path: Path) -> tuple[bytes, int]:
         return file.read(length), size
 
 
-def _parsed(raw: bytes, problems: list[str]) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        # json would silently keep the last of two tensors of one name.
-        made = dict(pairs)
-        if len(made) < len(pairs):
-            counts = Counter(name for name, _ in pairs)
-            problems.extend(f"'{name}' is there twice" for name, count in counts.items() if count > 1)
-        return made
-
+def _parsed(raw: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(raw.decode(), object_pairs_hook=once)
-        if b"\\u" in raw:
-            # An escaped half of a surrogate pair is a text to json, and can't be written again.
-            json.dumps(content, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise HeaderError([f"its header is not JSON: {error}"]) from error
+        content = parse_json(raw, max_bytes=_MAX_HEADER_BYTES)
+    except DocumentError as error:
+        raise HeaderError(
+            f"its header can't be read as JSON: {problem}" for problem in error.problems
+        ) from error
     if not isinstance(content, dict):
         raise HeaderError(["its header is not a JSON object"])
     return content
