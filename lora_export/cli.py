@@ -12,7 +12,9 @@ import click
 
 from lora_export import __version__
 from lora_export.commands import COMMANDS
+from lora_export.commands.printing import print_error, print_lines
 from lora_export.errors import InternalError, LoraExportError
+from lora_export.untrusted.shown import shown
 
 ISSUES = "https://github.com/lora-export/lora-export/issues"
 
@@ -73,12 +75,16 @@ def _run(arguments: list[str], debug: bool) -> int:
         click.echo("Aborted: nothing was replaced.", err=True)
         return 130
     except click.ClickException as error:
-        error.show()
+        # What was typed may hold the name of a stranger's file.
+        if error.message != (text := shown(error.message)):
+            print_lines([f"Error: {text}"], err=True)
+        else:
+            error.show()
         return error.exit_code
     except LoraExportError as error:
         if debug:
             raise
-        click.echo(f"Error: {error}", err=True)
+        print_error(error)
         return error.exit_code
     except BrokenPipeError:
         return 0
@@ -86,14 +92,18 @@ def _run(arguments: list[str], debug: bool) -> int:
         if debug:
             raise
         where = f" {error.filename}" if error.filename else ""
-        click.echo(f"Error: the system refused to read or write{where}: {error.strerror or error}", err=True)
+        print_lines(
+            [f"Error: the system refused to read or write{where}: {error.strerror or error}"], err=True
+        )
         return LoraExportError.exit_code
     except Exception as error:
         if debug:
             raise
-        click.echo(
-            f"Internal error: {type(error).__name__}: {error}\n"
-            f"hint: this is a defect of lora-export; run again with --debug and report it at {ISSUES}",
+        print_lines(
+            [
+                f"Internal error: {type(error).__name__}: {error}",
+                f"hint: this is a defect of lora-export; run again with --debug and report it at {ISSUES}",
+            ],
             err=True,
         )
         return InternalError.exit_code

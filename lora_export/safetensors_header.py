@@ -37,6 +37,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 # A header above this is a damaged length field, not a header (the reference reader has the same limit).
 _MAX_HEADER_BYTES = 100_000_000
+# Read, a header takes thirty times its size: of a large one the values must be the larger part, as they are
+# in every file that somebody trained.
+_SMALL_HEADER_BYTES, _HEADER_SHARE = 1 << 20, 5
 # Beyond these numpy fails, also for a tensor without values; no file comes near them.
 _MAX_COUNT, _MAX_AXES = 2**56, 32
 
@@ -53,7 +56,7 @@ class HeaderError(ValueError):
         super().__init__("; ".join(self.problems))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class HeaderEntry:
     """One tensor; ``start`` and ``stop`` are byte offsets in the file, ``code`` the format's dtype word."""
 
@@ -130,6 +133,10 @@ def _read(path: Path) -> tuple[bytes, int]:
         length = int.from_bytes(first, "little")
         if 8 + length > size:
             raise HeaderError([f"truncated: its header claims {length} bytes, and the file holds {size}"])
+        if length > max(_SMALL_HEADER_BYTES, size // _HEADER_SHARE):
+            raise HeaderError(
+                [f"its header claims {length} of the file's {size} bytes: more than tensors' names need"]
+            )
         if length > _MAX_HEADER_BYTES:
             raise HeaderError([f"its header claims {length} bytes, and {_MAX_HEADER_BYTES} is the most"])
         return file.read(length), size

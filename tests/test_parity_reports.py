@@ -25,7 +25,8 @@ from lora_export.parity import check, result
 from lora_export.parity.result import Localisation, ModuleRow, Verdict
 from lora_export.reports import parity_json, parity_junit, parity_text
 from lora_export.reports.parity_files import Inputs, check_outputs
-from lora_export.reports.parity_words import mark, number, printable, relation, share, verdict_line
+from lora_export.reports.parity_words import mark, number, relation, share, verdict_line
+from lora_export.untrusted.shown import printable
 
 REPORTS = {"good": parity_reports.good, "failed": parity_reports.failed, "hostile": parity_reports.hostile}
 

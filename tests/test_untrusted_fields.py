@@ -187,7 +187,7 @@ def test_any_value_in_any_place_is_read_or_the_users_error(reader: str, value: A
 
 
 def test_the_kind_of_every_field_is_checked() -> None:
-    """A list in the place of a scalar, a scalar in the place of a list or an object: refused, with its path."""
+    """A list in the place of a scalar, a scalar in the place of a list or an object: each refused."""
     good = json.loads(SWAP.to_json())
     for place in _places(good):
         inner: Any = good

@@ -26,6 +26,7 @@ from lora_export.formats.lora_config import ALORA, LoraRules, pattern_values
 from lora_export.formats.pairs import (
     Parts,
     PartsTable,
+    Room,
     adapter_of,
     build_module,
     raise_problems,
@@ -99,7 +100,7 @@ def read(source: Source, options: Options) -> Adapter:
         notes += select_component(source, table, options.component)
     _refuse_attention(table)
     _name_parameters(table, rules, config)
-    modules = _build_modules(table, rules, config)
+    modules = _build_modules(table, rules, config, Room(source.tensors))
     if not table.rows and not extras and not rows:
         table.problems.append("the file has no LoRA tensors")
     _check_experts(modules, table.problems)
@@ -152,14 +153,16 @@ def _left_out_by_config(modules: Mapping[str, LoraModule], config: Mapping[str, 
     ]
 
 
-def _build_modules(table: PartsTable, rules: LoraRules, config: Mapping[str, Any]) -> dict[str, LoraModule]:
+def _build_modules(
+    table: PartsTable, rules: LoraRules, config: Mapping[str, Any], room: Room
+) -> dict[str, LoraModule]:
     modules: dict[str, LoraModule] = {}
     for parts in table.rows.values():
         # PEFT matches its patterns against the module, and for target_parameters against the parameter.
         pattern_path = f"{parts.path}.{parts.parameter}" if parts.kind == "parameter" else parts.path
         parts.rank = rules.rank(pattern_path)
         if isinstance(config.get("use_bdlora"), Mapping):
-            _expand_blocks(parts, config["use_bdlora"], table.problems)
+            _expand_blocks(parts, config["use_bdlora"], room, table.problems)
         module = build_module(parts, rules.alpha(pattern_path), rules.rslora, table.problems)
         if module and module.experts > 1:
             turned, layout = layout_of(config.get("peft_version"))
@@ -348,7 +351,7 @@ def _sizes(module: LoraModule) -> tuple[int, int]:
     return int(module.lora_a.shape[1]), int(module.lora_b.shape[0])
 
 
-def _expand_blocks(parts: Parts, blocks: Mapping[str, Any], problems: list[str]) -> None:
+def _expand_blocks(parts: Parts, blocks: Mapping[str, Any], room: Room, problems: list[str]) -> None:
     """Make BD-LoRA's stacked blocks the block-diagonal matrix they stand for (``lora/variants.py``)."""
     count = blocks.get("nblocks")
     if not isinstance(count, int) or count < 1:
@@ -364,6 +367,8 @@ def _expand_blocks(parts: Parts, blocks: Mapping[str, Any], problems: list[str])
             )
             continue
         rows, cols = stacked.shape[0] // count, stacked.shape[1]
+        if not room.take(stacked, count, f"{parts.label}: {part}", problems):
+            continue
         full = np.zeros((rows * count, cols * count), stacked.dtype)
         for i in range(count):
             full[i * rows : (i + 1) * rows, i * cols : (i + 1) * cols] = stacked[i * rows : (i + 1) * rows]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from html import escape
 
 # A line of a terminal or a log. A name of a megabyte says no more than its beginning and its end.
 MAX_LINE = 2000
@@ -22,26 +23,37 @@ MAX_LISTED = 100
 _FIRST, _ANYWHERE = re.compile(r"^(\s*):(?=:)"), re.compile(r"#(?=#(?:\w+)?\[)")
 
 
-def shown(text: object, most: int = MAX_LINE) -> str:
-    r"""Return a text as one line that is nothing but text; cut in the middle where it is too long.
+def printable(text: object, most: int = MAX_LINE) -> str:
+    r"""Return a text in which all that a terminal or XML would act on is written out: ``\x1b``, ``\n``.
 
     Args:
         text: What is to be shown.
-        most: Number of characters that are left at most.
+        most: Number of characters that are left, about; what is longer is cut in the middle.
     """
     line = str(text)
     if len(line) > most:
         tail = most // 4
         line = f"{line[: most - tail]} … ({len(line)} characters) … {line[-tail:]}"
-    if not line.isprintable():
-        line = "".join(
-            char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in line
-        )
+    if line.isprintable():
+        return line
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in line
+    )
+
+
+def shown(text: object, most: int = MAX_LINE) -> str:
+    """Return a text as one line of a terminal or a log: `printable`, and no command to a CI service."""
+    line = printable(text, most)
     if "::" in line:
         line = _FIRST.sub(r"\1\\x3a", line)
     if "##" in line:
         line = _ANYWHERE.sub(r"\\x23", line)
     return line
+
+
+def safe(text: object, most: int = MAX_LINE) -> str:
+    """Return a text that is nothing but text in HTML, in a quoted attribute and in SVG."""
+    return escape(printable(text, most), quote=True)
 
 
 def shown_lines(lines: Iterable[object], most: int = MAX_LINE) -> list[str]:
