@@ -299,7 +299,7 @@ def test_diffusers_metadata_carries_the_config(tmp_path: Path) -> None:
     metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": 3, "transformer.lora_alpha": 8})}
     with pytest.raises(AdapterError, match=r"rank 3 is stated, but lora_A \(2, 4\)"):
         load_adapter(write(tmp_path / "b.safetensors", flux(2), metadata))
-    with pytest.raises(AdapterError, match="lora_adapter_metadata can.t be read as JSON"):
+    with pytest.raises(AdapterError, match=r"lora_adapter_metadata can.t be read as JSON"):
         load_adapter(write(tmp_path / "c.safetensors", flux(2), {"lora_adapter_metadata": "]["}))
 
 
