@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import peaks
 import pytest
 import torch
+from onnx import helper, numpy_helper
 from safetensors.numpy import save_file
 
 from lora_export.errors import AdapterError, BackendError
@@ -267,3 +269,89 @@ def test_an_npz_that_unpacks_to_much_more_is_refused(members: int, tmp_path: Pat
             read(path)
     np.savez_compressed(path, x=np.zeros((4, 512), np.int64))
     assert read_tensors(path)["x"].shape == (4, 512)
+
+
+def _graph(nodes: list[Any], functions: list[Any], **more: Any) -> bytes:
+    inputs = [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 8])]
+    outputs = [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 8])]
+    weights = [numpy_helper.from_array(np.eye(8, dtype=np.float32), "q.weight"), *more.get("weights", ())]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("own", 1)]
+    made = helper.make_graph(nodes, "g", inputs, outputs, weights)
+    model = helper.make_model(made, opset_imports=opsets, ir_version=10, functions=functions)
+    return bytes(model.SerializeToString())
+
+
+PRODUCT = helper.make_node("MatMul", ["x", "q.weight"], ["h"], name="/q/MatMul")
+END = helper.make_node("Identity", ["h"], ["y"])
+
+
+def _function(i: int, calls: str, times: int) -> Any:
+    domain = "" if calls == "Identity" else "own"
+    nodes = [helper.make_node(calls, [f"v{k}"], [f"v{k + 1}"], domain=domain) for k in range(times)]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("own", 1)]
+    return helper.make_function("own", f"f{i}", ["v0"], [f"v{times}"], nodes, opsets)
+
+
+def _functions(depth: int, times: int, recursive: bool = False) -> bytes:
+    last = "f0" if recursive else "Identity"
+    functions = [_function(i, f"f{i + 1}" if i + 1 < depth else last, times) for i in range(depth)]
+    return _graph([PRODUCT, helper.make_node("f0", ["h"], ["y"], domain="own")], functions)
+
+
+def _claiming(sizes: tuple[int, ...], **data: Any) -> bytes:
+    weight = onnx.TensorProto(name="k.weight", data_type=onnx.TensorProto.FLOAT, dims=sizes, **data)
+    return _graph([PRODUCT, END], [], weights=[weight])
+
+
+GRAPHS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "functions of functions": (lambda: _functions(40, 2), "more than 2000000 nodes"),
+    "a function that calls itself": (lambda: _functions(3, 1, recursive=True), "calls itself"),
+    "more values than there are": (
+        lambda: _claiming((1 << 20, 1 << 20), raw_data=b"\0" * 4), "needs 4398046511104",
+    ),
+    "no values": (lambda: _claiming((50_000, 50_000)), "holds 0 bytes"),
+    "typed values": (lambda: _claiming((9,), float_data=[1.0] * 8), "holds 32 bytes"),
+    "negative sizes": (lambda: _claiming((-4, 8), raw_data=b"\0" * 4), "wanted sizes of 0 or more"),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_graphs_and_checkpoints_take_no_more_than_ten_times_their_size(tmp_path: Path) -> None:
+    adapter = good_peft(tmp_path / "good")
+    out, good = tmp_path / "o.onnx", tmp_path / "m.onnx"
+    good.write_bytes(_graph([PRODUCT, END], [_function(0, "Identity", 1)]))
+    runs, paths, says = [], [], []
+    for name, (make, said) in GRAPHS.items():
+        path = tmp_path / f"{name.replace(' ', '_')}.onnx"
+        path.write_bytes(make())
+        runs.append(["swap-onnx", "--base", path, "--adapter", adapter, "-o", out, "--dry-run"])
+        paths.append(path)
+        says.append(said)
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({"q.weight": np.ones((8, 8), np.float32)}, base / "model.safetensors")
+    wide = (_wide_header(tmp_path) / "adapter_model.safetensors").read_bytes()
+    for number, (file, content, said) in enumerate((
+        ("model.safetensors", wide, "its header"),
+        ("config.json", b'{"model_type": [' + b"{}," * 5_000_000 + b"{}]}", "in memory"),
+        ("model.safetensors.index.json", b'{"weight_map": [' + b"[]," * 5_000_000 + b"[]]}", "in memory"),
+    )):  # fmt: skip
+        folder = tmp_path / f"base{number}"
+        folder.mkdir()
+        weights = "model-00001-of-00001.safetensors" if "index" in file else "model.safetensors"
+        (folder / weights).write_bytes((base / "model.safetensors").read_bytes())
+        (folder / file).write_bytes(content)
+        runs.append(["merge", "--base", folder, "--adapter", adapter, "-o", tmp_path / "merged", "--dry-run"])
+        paths.append(folder)
+        says.append(said)
+    warm = [
+        ["swap-onnx", "--base", good, "--adapter", adapter, "-o", out, "--dry-run"],
+        ["merge", "--base", base, "--adapter", adapter, "-o", tmp_path / "merged", "--dry-run"],
+    ]
+    wrong = []
+    found = peaks.measured(warm, runs)
+    for path, said, (code, _, err, peak, seconds) in zip(paths, says, found, strict=True):
+        print(f"{path.name:40} {code} {peak / 1e6:8.1f} MB of {peaks.allowed(path) / 1e6:6.1f}")
+        if code != 1 or peak > peaks.allowed(path) or said not in err or seconds > 20:
+            wrong.append(f"{path.name}: code {code}, peak {peak / 1e6:.0f} MB, {seconds:.0f} s\n{err[:600]}")
+    assert not wrong, "\n".join(wrong)
