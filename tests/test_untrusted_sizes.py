@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 import sys
 import zipfile
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from onnx import helper, numpy_helper
 from safetensors.numpy import save_file
 
 from lora_export.errors import AdapterError, BackendError
+from lora_export.formats.ort_file import read_ort_file, write_ort_file
 from lora_export.formats.pickles import read_checkpoint
 from lora_export.parity.feeds_file import refuse_npz
 from lora_export.parity.reference import read_tensors
@@ -355,3 +357,15 @@ def test_graphs_and_checkpoints_take_no_more_than_ten_times_their_size(tmp_path:
         if code != 1 or peak > peaks.allowed(path) or said not in err or seconds > 20:
             wrong.append(f"{path.name}: code {code}, peak {peak / 1e6:.0f} MB, {seconds:.0f} s\n{err[:600]}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("sizes", [(8, 3), (8, 400), (1 << 20, 1 << 20), (-8, 4)])
+def test_an_onnx_adapter_claims_no_more_than_it_holds(sizes: tuple[int, int], tmp_path: Path) -> None:
+    """ONNX Runtime's reader looks at it; its bytes are taken by the shape."""
+    path = tmp_path / "a.onnx_adapter"
+    write_ort_file(path, {"q.lora_A.weight": np.ones((8, 4), np.float32)}, 3, only_this_base=False)
+    good, bad = ((struct.pack("<qq", *one)) for one in ((8, 4), sizes))
+    assert path.read_bytes().count(good) == 1
+    path.write_bytes(path.read_bytes().replace(good, bad))
+    with pytest.raises(AdapterError, match="not a complete"):
+        read_ort_file(path)

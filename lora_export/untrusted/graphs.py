@@ -119,28 +119,33 @@ def _held_bytes(proto: Any, dtype: ir.DataType, bits: int) -> int:
 
 
 def _node_problems(node: ir.Node, version: int) -> Iterator[str]:
-    label = f"node '{shown(node.name, _NAME)}' ({shown(node.op_type, _NAME)})" if node.name else (
-        f"a node {shown(node.op_type, _NAME)}"
-    )  # fmt: skip
-    schema = _schema(node.domain, node.op_type, version)
+    for problem in _broken(node, _schema(node.domain, node.op_type, version)):
+        name = f"node '{shown(node.name, _NAME)}'" if node.name else "a node"
+        yield f"{name} ({shown(node.op_type, _NAME)}): {problem}"
+
+
+def _broken(node: ir.Node, schema: _Schema | None) -> Iterator[str]:
+    kinds = schema.kinds if schema else _KINDS
     for attribute in node.attributes.values():
-        kind = (schema.kinds if schema else _KINDS).get(attribute.name)
+        kind = kinds.get(attribute.name)
         if attribute.type == ir.AttributeType.UNDEFINED:
-            yield f"{label}: the attribute {shown(attribute.name, _NAME)} has no type"
-        elif kind and not attribute.is_ref() and attribute.type.name != kind:
+            yield f"the attribute {shown(attribute.name, _NAME)} has no type"
+        elif attribute.is_ref():
+            continue
+        elif kind and attribute.type.name != kind:
             name = shown(attribute.name, _NAME)
-            yield f"{label}: the attribute {name} is of type {attribute.type.name}, wanted {kind}"
-        elif attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
-            yield from _tensor_problems(attribute.value, f"{label}: {shown(attribute.name, _NAME)}")
+            yield f"the attribute {name} is of type {attribute.type.name}, wanted {kind}"
+        elif attribute.type == ir.AttributeType.TENSOR:
+            yield from _tensor_problems(attribute.value, shown(attribute.name, _NAME))
     if schema is None:
         return
     if len(node.outputs) < schema.outputs:
-        yield f"{label}: {len(node.outputs)} outputs, wanted at least {schema.outputs}"
+        yield f"{len(node.outputs)} outputs, wanted at least {schema.outputs}"
     given = [value is not None for value in node.inputs]
     if missing := [i for i in schema.inputs if i >= len(given) or not given[i]]:
-        yield f"{label}: no input {', '.join(map(str, missing))}, which the operator needs"
+        yield f"no input {', '.join(map(str, missing))}, which the operator needs"
     if absent := [name for name in schema.required if name not in node.attributes]:
-        yield f"{label}: no attribute {', '.join(absent)}, which the operator needs"
+        yield f"no attribute {', '.join(absent)}, which the operator needs"
 
 
 class _Schema:
