@@ -11,16 +11,26 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 from lora_export.errors import GraphError
+from lora_export.untrusted.documents import json_of
+from lora_export.untrusted.fields import FieldError, Size, check_plain, from_plain
 
 MODEL_KEY = "lora_export.model"
 DIMS_KEY = "lora_export.dims"
+_AGAIN = "capture the checkpoint again"
 DTYPES = ("float32", "float16", "bfloat16")
 BATCH, SEQUENCE, DECODER_SEQUENCE = "batch", "sequence", "decoder_sequence"
 PAST_SEQUENCE, TOTAL_SEQUENCE = "past_sequence", "total_sequence"
 Kind = Literal["decoder", "encoder", "vision", "encoder-decoder"]
+
+
+@dataclass(frozen=True)
+class _Dim:
+    """An entry of `DIMS_KEY`."""
+
+    max: Size
 
 
 @dataclass(frozen=True)
@@ -38,8 +48,8 @@ class Captured:
     kind: Kind
     kv_cache: bool
     dtype: str
-    vocab_size: int | None = None
-    largest: Mapping[str, int] = field(default_factory=dict)
+    vocab_size: Size | None = None
+    largest: Mapping[str, Size] = field(default_factory=dict)
 
     def to_metadata(self) -> dict[str, str]:
         """Return the entries of a graph's metadata."""
@@ -61,15 +71,24 @@ class Captured:
         """
         if MODEL_KEY not in metadata:
             return None
+        model, dims = (
+            json_of(metadata.get(key, "{}"), f"the graph's metadata entry {key!r}", GraphError, _AGAIN)
+            for key in (MODEL_KEY, DIMS_KEY)
+        )
+        problems: list[str] = []
+        largest = {}
         try:
-            model = json.loads(metadata[MODEL_KEY])
-            if model["kind"] not in get_args(Kind):
-                raise ValueError(f"there is no kind {model['kind']!r}")
-            dims = json.loads(metadata.get(DIMS_KEY, "{}"))
-            largest = {name: int(entry["max"]) for name, entry in dims.items()}
-            return cls(**model, largest=largest)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise GraphError(
-                f"the graph's record of its model is damaged: {type(error).__name__}: {error}",
-                "capture the checkpoint again",
-            ) from error
+            found = check_plain(Mapping[str, _Dim], dims, "dims")
+            largest = {name: dim.max for name, dim in found.items()}
+        except FieldError as error:
+            problems += error.problems
+        try:
+            # Written flat: the sizes have an entry of their own.
+            record = from_plain(cls, {**model, "largest": largest} if isinstance(model, dict) else model)
+            if record.dtype not in DTYPES:
+                problems.append(f"dtype: {record.dtype!r}, wanted one of {', '.join(DTYPES)}")
+        except FieldError as error:
+            problems += error.problems
+        if problems:
+            raise GraphError("the graph's record of its model is damaged", _AGAIN, problems)
+        return record

@@ -14,7 +14,7 @@ from lora_export.base.quantised import dequantised_config
 from lora_export.base.sentence_modules import module_paths
 from lora_export.base.ties import untied_config
 from lora_export.base.vocabulary import resized_config
-from lora_export.base.weight_files import is_index
+from lora_export.base.weight_files import is_index, read_object
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_layout import Layout
 from lora_export.safetensors_header import read_file_header
@@ -98,7 +98,7 @@ def write_index(checkpoint: Checkpoint, layouts: Sequence[Layout], folder: Path)
     """Write the index anew where sizes or names changed; otherwise its copy stays."""
     if checkpoint.index is None:
         return
-    index = json.loads(checkpoint.index.read_text("utf-8"))
+    index = read_object(checkpoint.index)
     size = sum(slot.length for layout in layouts for slot in layout.slots)
     files = zip(checkpoint.shards, layouts, strict=True)
     names = {slot.name: shard.path.name for shard, layout in files for slot in layout.slots}

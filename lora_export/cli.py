@@ -15,8 +15,10 @@ import click
 
 from lora_export import __version__
 from lora_export.commands import COMMANDS
+from lora_export.commands.printing import print_error, print_lines
 from lora_export.commit.told import Run, listening
 from lora_export.errors import InternalError, LoraExportError
+from lora_export.untrusted.shown import shown
 
 _NOTHING = "Aborted: nothing was replaced."
 ISSUES = "https://github.com/lora-export/lora-export/issues"
@@ -85,7 +87,7 @@ def _run(arguments: list[str], debug: bool) -> int:
 
 
 def _note(text: str) -> None:
-    click.echo(f"note: {text}", err=True)
+    print_lines([f"note: {text}"], err=True)
 
 
 def _interrupted(error: BaseException, run: Run) -> None:
@@ -93,12 +95,13 @@ def _interrupted(error: BaseException, run: Run) -> None:
     before: BaseException | None = error
     while before is not None:
         if isinstance(before, LoraExportError):  # it came while this error was dealt with
-            click.echo(f"Error: {before}", err=True)
-            click.echo(f"Aborted.{_written(run)}", err=True)
+            print_error(before)
+            print_lines([f"Aborted.{_written(run)}"], err=True)
             return
         before = before.__cause__ or before.__context__
     written = _written(run)
-    click.echo(f"Aborted:{written} nothing else was replaced." if written else _NOTHING, err=True)
+    text = f"Aborted:{written} nothing else was replaced." if written else _NOTHING
+    print_lines([text], err=True)
 
 
 def _written(run: Run) -> str:
@@ -134,14 +137,18 @@ def _outcome(arguments: list[str], debug: bool, run: Run) -> int:
     except click.exceptions.Abort:
         raise
     except click.ClickException as error:
-        error.show()
+        # What was typed may hold the name of a stranger's file.
+        if error.message != (text := shown(error.message)):
+            print_lines([f"Error: {text}"], err=True)
+        else:
+            error.show()
         return error.exit_code
     except LoraExportError as error:
         if debug:
             raise
-        click.echo(f"Error: {error}", err=True)
+        print_error(error)
         if written := _written(run):
-            click.echo(f"before that:{written[:-1]}", err=True)
+            print_lines([f"before that:{written[:-1]}"], err=True)
         return error.exit_code
     except BrokenPipeError:
         return 0
@@ -149,14 +156,18 @@ def _outcome(arguments: list[str], debug: bool, run: Run) -> int:
         if debug:
             raise
         where = f" {error.filename}" if error.filename else ""
-        click.echo(f"Error: the system refused to read or write{where}: {error.strerror or error}", err=True)
+        print_lines(
+            [f"Error: the system refused to read or write{where}: {error.strerror or error}"], err=True
+        )
         return LoraExportError.exit_code
     except Exception as error:
         if debug:
             raise
-        click.echo(
-            f"Internal error: {type(error).__name__}: {error}\n"
-            f"hint: this is a defect of lora-export; run again with --debug and report it at {ISSUES}",
+        print_lines(
+            [
+                f"Internal error: {type(error).__name__}: {error}",
+                f"hint: this is a defect of lora-export; run again with --debug and report it at {ISSUES}",
+            ],
             err=True,
         )
         return InternalError.exit_code

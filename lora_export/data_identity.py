@@ -19,6 +19,8 @@ import onnx_ir as ir
 
 from lora_export.errors import GraphError
 from lora_export.manifest import FileHash, hash_file
+from lora_export.untrusted.documents import json_of
+from lora_export.untrusted.fields import FieldError, from_plain
 
 KEY = "lora_export.data"
 
@@ -80,14 +82,13 @@ def refuse_changed_data(metadata: Mapping[str, str], path: Path, layout: Callabl
     text = metadata.get(KEY)
     if text is None:
         return
+    hint = "copy the graph again from where it was made, or make it again"
+    where = f"{path}: the metadata entry {KEY!r}"
     try:
-        said = json.loads(text)
-        identity = DataIdentity(str(said["layout"]), dict(said["files"]))
-    except (ValueError, TypeError, KeyError) as error:
-        raise GraphError(
-            f"{path}: the metadata entry {KEY!r} is damaged: {type(error).__name__}: {error}",
-            "copy the graph again from where it was made, or make it again",
-        ) from error
+        # A later version may say more.
+        identity = from_plain(DataIdentity, json_of(text, where, GraphError, hint), known_only=False)
+    except FieldError as error:
+        raise GraphError(f"{where} is damaged", hint, error.problems) from error
     changed = [
         f"{file}: sha256 {found}, the graph was written with {sha256}"
         for place, sha256 in identity.files.items()

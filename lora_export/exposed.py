@@ -25,9 +25,11 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 from lora_export.errors import GraphError
+from lora_export.untrusted.documents import json_of
+from lora_export.untrusted.fields import Count, FieldError, Size, from_plain, seen
 
 KEY = "lora_export.exposed"
 FORMAT = 2
@@ -37,6 +39,8 @@ ExposedKind = Literal["linear", "conv", "embedding"]
 Mode = Literal["swap", "bank"]
 Flavour = Literal["ort", "tensorrt"]
 Resident = Literal["initializers", "inputs"]
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
+_AGAIN = "make the graph again with swap-onnx or bank-onnx"
 
 
 def path_of(parameter: str) -> str:
@@ -57,9 +61,9 @@ class StoredRows:
     """
 
     weight: str
-    rows: tuple[int, int]
-    row: int = 0
-    col: int = 0
+    rows: tuple[Count, Count]
+    row: Count = 0
+    col: Count = 0
     transposed: bool = False
 
 
@@ -79,9 +83,9 @@ class Member:
     """
 
     path: str
-    start: int
-    out_dim: int
-    ranks: tuple[int, ...] = ()
+    start: Count
+    out_dim: Size
+    ranks: tuple[Count, ...] = ()
     stored: tuple[StoredRows, ...] = ()
     stored_bias: tuple[StoredRows, ...] = ()
     held_turned: bool | None = None
@@ -111,15 +115,15 @@ class ExposedModule:
 
     name: str
     kind: ExposedKind
-    in_dim: int
-    out_dim: int
+    in_dim: Size
+    out_dim: Size
     dtype: str
     members: tuple[Member, ...]
-    kernel: tuple[int, ...] = ()
-    groups: int = 1
-    rank: int = 0
+    kernel: tuple[Size, ...] = ()
+    groups: Size = 1
+    rank: Count = 0
     bias: bool = False
-    cuts: tuple[int, ...] = ()
+    cuts: tuple[Size, ...] = ()
 
     @property
     def lora_a(self) -> str:
@@ -203,7 +207,7 @@ class ExposedGraph:
     base: str
     base_sha256: str
     modules: tuple[ExposedModule, ...]
-    max_rank: int
+    max_rank: Count
     flavour: Flavour = "ort"
     dora: bool = False
     slots: tuple[Slot, ...] = ()
@@ -243,42 +247,51 @@ class ExposedGraph:
         Raises:
             GraphError: It is damaged, or of another version.
         """
-        try:
-            data = json.loads(text)
-            if data["format"] != FORMAT:
-                raise GraphError(
-                    f"the graph's LoRA record has format {data['format']}, this version reads {FORMAT}",
-                    "make the graph again with swap-onnx or bank-onnx",
-                )
-            data["modules"] = tuple(_module(entry) for entry in data["modules"])
-            data["slots"] = tuple(Slot(**entry) for entry in data["slots"])
-            return cls(**data)
-        except (ValueError, TypeError, KeyError) as error:
+        data = json_of(text, "the graph's LoRA record", GraphError, _AGAIN)
+        if isinstance(data, dict) and "format" in data and data["format"] != FORMAT:
+            said = seen(data["format"])
             raise GraphError(
-                f"the graph's LoRA record is damaged: {type(error).__name__}: {error}",
-                "make the graph again with swap-onnx or bank-onnx",
-            ) from error
+                f"the graph's LoRA record has format {said}, this version reads {FORMAT}", _AGAIN
+            )
+        try:
+            return cls.from_data(data)
+        except FieldError as error:
+            raise GraphError("the graph's LoRA record is damaged", _AGAIN, error.problems) from error
+
+    @classmethod
+    def from_data(cls, data: object) -> ExposedGraph:
+        """Return the record of plain data.
+
+        Raises:
+            FieldError: A field has another type than it has here, or two of them contradict each other.
+        """
+        record = from_plain(cls, data)
+        if problems := list(_contradictions(record)):
+            raise FieldError(problems)
+        return record
 
 
-def _module(data: dict[str, Any]) -> ExposedModule:
-    members = tuple(
-        Member(
-            **{
-                **entry,
-                "ranks": tuple(entry["ranks"]),
-                "stored": _stored(entry["stored"]),
-                "stored_bias": _stored(entry["stored_bias"]),
-            }
-        )
-        for entry in data["members"]
-    )
-    return ExposedModule(
-        **{**data, "members": members, "kernel": tuple(data["kernel"]), "cuts": tuple(data["cuts"])}
-    )
-
-
-def _stored(entries: list[dict[str, Any]]) -> tuple[StoredRows, ...]:
-    return tuple(StoredRows(**{**rows, "rows": (rows["rows"][0], rows["rows"][1])}) for rows in entries)
+def _contradictions(record: ExposedGraph) -> Iterator[str]:
+    """Yield what one part of a record says against another."""
+    if record.format != FORMAT:
+        yield f"format: {record.format}, this version reads {FORMAT}"
+    first: dict[str, int] = {}
+    for i, module in enumerate(record.modules):
+        where = f"modules[{i}]"
+        if first.setdefault(module.name, i) != i:
+            yield f"{where}.name: {seen(module.name)} is modules[{first[module.name]}] already"
+        if module.dtype not in _DTYPES:
+            yield f"{where}.dtype: {seen(module.dtype)}, wanted one of {', '.join(_DTYPES)}"
+        cuts = list(module.cuts)
+        if cuts != sorted(set(cuts)) or (module.cuts and module.cuts[-1] >= module.out_dim):
+            yield f"{where}.cuts: {cuts}, wanted rising numbers below out_dim {module.out_dim}"
+        for j, member in enumerate(module.members):
+            if member.start + member.out_dim > module.out_dim:
+                said = f"start {member.start} and out_dim {member.out_dim}"
+                yield f"{where}.members[{j}]: {said}, the module has {module.out_dim} outputs"
+            if len(member.ranks) != len(record.slots):
+                said = f"{len(member.ranks)} numbers"
+                yield f"{where}.members[{j}].ranks: {said}, the record has {len(record.slots)} slots"
 
 
 def exposed_of(metadata: Mapping[str, str], where: str) -> ExposedGraph:

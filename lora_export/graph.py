@@ -20,6 +20,8 @@ import onnx_ir as ir
 from lora_export.adapter import Array
 from lora_export.data_identity import external_tensors, layout_of, refuse_changed_data
 from lora_export.errors import GraphError
+from lora_export.untrusted.graphs import function_problems, graph_problems
+from lora_export.untrusted.shown import limited
 
 # Tensors without their data that are named: mostly they are all of a file's.
 _SHOWN = 5
@@ -111,22 +113,32 @@ def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> Graph
         ) from error
     if not len(model.graph):
         raise GraphError(f"{file} holds no nodes: it is empty, cut short or no ONNX file", "export it again")
+    _refuse_invalid(file, function_problems(model))
     if model.functions:
         from onnx_ir.passes.common import InlinePass
 
         model = InlinePass(None if portable else _is_no_operator)(model).model
     graph = GraphFile(model, file)
+    _refuse_invalid(file, list(graph_problems(model)))
     _read_constants(model)
     problems = [problem for value in graph.initializers() for problem in _external_problems(value)]
     if problems:
-        more = len(problems) - _SHOWN
         raise GraphError(
             f"{file} has {len(problems)} tensors whose external data can't be read",
             "put the data files that belong to this .onnx where they were, seen from it",
-            problems[:_SHOWN] + ([f"… and {more} more"] if more > 0 else []),
+            limited(problems, most=_SHOWN),
         )
     refuse_changed_data(model.metadata_props, file, lambda: layout_of(external_tensors(model)))
     return graph
+
+
+def _refuse_invalid(file: Path, problems: list[str]) -> None:
+    if problems:
+        raise GraphError(
+            f"{file} is not a valid graph",
+            "export it again, or copy it again",
+            limited(problems, most=_SHOWN),
+        )
 
 
 def _is_no_operator(function: ir.Function) -> bool:

@@ -15,8 +15,11 @@ from typing import Any
 
 from lora_export.adapter import Adapter
 from lora_export.errors import GraphError
+from lora_export.untrusted.documents import json_of
+from lora_export.untrusted.fields import Count, FieldError, from_plain, seen
 
 FORMAT = 1
+_HINT = "give the OUT.lora.json of a merge"
 # Larger files are known by a sample: hashing 2.5 GB takes longer than merging it.
 _WHOLE_BYTES = 64 << 20
 _SAMPLES = 256
@@ -35,7 +38,7 @@ class FileHash:
     """
 
     name: str
-    size_bytes: int
+    size_bytes: Count
     sha256: str
     sampled: bool = False
 
@@ -77,16 +80,14 @@ class Manifest:
         Raises:
             GraphError: It is no manifest, or one of another format.
         """
+        data = json_of(text, "the manifest", GraphError, _HINT)
+        if isinstance(data, dict) and "format" in data and data["format"] != FORMAT:
+            said = seen(data["format"])
+            raise GraphError(f"the manifest has format {said}, this version reads {FORMAT}", _HINT)
         try:
-            data = json.loads(text)
-            if data["format"] != FORMAT:
-                raise GraphError(f"the manifest has format {data['format']}, this version reads {FORMAT}")
-            data["base"] = [FileHash(**entry) for entry in data["base"]]
-            return cls(**data)
-        except (ValueError, TypeError, KeyError) as error:
-            raise GraphError(
-                f"not a lora-export manifest: {error}", "give the OUT.lora.json of a merge"
-            ) from error
+            return from_plain(cls, data)
+        except FieldError as error:
+            raise GraphError("not a lora-export manifest, or a damaged one", _HINT, error.problems) from error
 
 
 def hash_file(path: Path) -> FileHash:

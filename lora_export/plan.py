@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from lora_export.untrusted.shown import MAX_CELL, shown
+
 # Why something has no place; what to do about it hangs on this, never on the words of the reason.
 RefusalKind = Literal[
     "not found",
@@ -145,7 +147,8 @@ class Plan:
 
 
 def align(table: Sequence[Sequence[str]]) -> list[str]:
-    """Return the rows of a table as lines with aligned columns."""
+    """Return the rows of a table as lines with aligned columns; cells are cut where they are too long."""
+    table = [[*(shown(cell, MAX_CELL) for cell in row[:-1]), shown(row[-1])] for row in table]
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -6,6 +6,12 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from lora_export.untrusted.shown import shown
+
+if TYPE_CHECKING:
+    from rich.progress import TextColumn
 
 Advance = Callable[[int], None]
 # What is being done, and the share of the whole that is done.
@@ -30,7 +36,7 @@ class _Bar:
     """A line on the terminal that appears with the first byte: planning may take longer than writing."""
 
     def __init__(self, label: str) -> None:
-        self._label = label
+        self._label = shown(label)
         self._stack = contextlib.ExitStack()
         self._add: Advance | None = None
 
@@ -48,12 +54,19 @@ class _Bar:
 
     def _open(self) -> Advance:
         from rich.console import Console
-        from rich.progress import FileSizeColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
+        from rich.progress import FileSizeColumn, Progress, SpinnerColumn, TransferSpeedColumn
 
-        columns = (SpinnerColumn(), TextColumn(self._label), FileSizeColumn(), TransferSpeedColumn())
+        columns = (SpinnerColumn(), _text(), FileSizeColumn(), TransferSpeedColumn())
         progress = self._stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
         task = progress.add_task(self._label, total=None)
         return lambda count: progress.advance(task, count)
+
+
+def _text() -> TextColumn:
+    """Return the column with a task's description, in which brackets and braces are only that."""
+    from rich.progress import TextColumn
+
+    return TextColumn("{task.description}", markup=False)
 
 
 def _lines(label: str) -> Advance:
@@ -64,7 +77,7 @@ def _lines(label: str) -> Advance:
         done += count
         if time.monotonic() - last >= _LINE_SECONDS:
             last = time.monotonic()
-            print(f"{label}: {done / 1e9:.1f} GB written", file=sys.stderr, flush=True)
+            print(shown(f"{label}: {done / 1e9:.1f} GB written"), file=sys.stderr, flush=True)
 
     return advance
 
@@ -85,17 +98,17 @@ def stage_progress(quiet: bool = False) -> Iterator[Say | None]:
 
 def _stage_bar() -> Iterator[Say]:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TimeElapsedColumn
 
     columns = (
         SpinnerColumn(),
         BarColumn(bar_width=30),
         TimeElapsedColumn(),
-        TextColumn("{task.description}"),
+        _text(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=1.0)
-        yield lambda what, share: bar.update(task, description=what, completed=share)
+        yield lambda what, share: bar.update(task, description=shown(what), completed=share)
 
 
 def _stage_lines() -> Say:
@@ -105,6 +118,6 @@ def _stage_lines() -> Say:
         nonlocal last
         if what != last:
             last = what
-            print(f"[{share:4.0%}] {what}", file=sys.stderr, flush=True)
+            print(shown(f"[{share:4.0%}] {what}"), file=sys.stderr, flush=True)
 
     return say

@@ -21,6 +21,7 @@ import click
 import yaml
 
 from lora_export.errors import BackendUnavailable, RecipeError
+from lora_export.untrusted.documents import compose_yaml
 
 KEYS = ("name", "description", "needs", "steps")
 # A recipe that runs recipes could run itself.
@@ -109,15 +110,7 @@ def load_recipe(path: Path, verbs: Sequence[str], command_of: CommandOf) -> Reci
 
 
 def _root(path: Path) -> yaml.Node:
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}", "check the path") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 text", "give a YAML file") from error
-    except yaml.YAMLError as error:
-        said = " ".join(str(error).split())
-        raise RecipeError(f"{path} is not YAML: {said}", "correct the syntax at that place") from error
+    root = compose_yaml(path, RecipeError, "recipe")
     if not isinstance(root, yaml.MappingNode):
         raise RecipeError(f"{path} holds no recipe", f"give a mapping with the keys {', '.join(KEYS)}")
     return root

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from lora_export.untrusted.documents import DocumentError, parse_json
 
 METADATA = "__metadata__"
 FLOATS: dict[str, np.dtype[Any]] = {
@@ -36,6 +37,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 # A header above this is a damaged length field, not a header (the reference reader has the same limit).
 _MAX_HEADER_BYTES = 100_000_000
+# Read, a header takes thirty times its size: of a large one the values must be the larger part, as they are
+# in every file that somebody trained.
+_SMALL_HEADER_BYTES, _HEADER_SHARE = 1 << 20, 5
 # Beyond these numpy fails, also for a tensor without values; no file comes near them.
 _MAX_COUNT, _MAX_AXES = 2**56, 32
 
@@ -52,7 +56,7 @@ class HeaderError(ValueError):
         super().__init__("; ".join(self.problems))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class HeaderEntry:
     """One tensor; ``start`` and ``stop`` are byte offsets in the file, ``code`` the format's dtype word."""
 
@@ -99,7 +103,7 @@ def read_file_header(path: Path, known_dtypes: bool = False) -> FileHeader:
     raw, size = _read(path)
     data_start = 8 + len(raw)
     problems: list[str] = []
-    content = _parsed(raw, problems)
+    content = _parsed(raw)
     if not _is_metadata(content.get(METADATA)):
         problems.append(f"its {METADATA} is not a JSON object of texts")
     described = {name: value for name, value in content.items() if name != METADATA}
@@ -129,27 +133,22 @@ def _read(path: Path) -> tuple[bytes, int]:
         length = int.from_bytes(first, "little")
         if 8 + length > size:
             raise HeaderError([f"truncated: its header claims {length} bytes, and the file holds {size}"])
+        if length > max(_SMALL_HEADER_BYTES, size // _HEADER_SHARE):
+            raise HeaderError(
+                [f"its header claims {length} of the file's {size} bytes: more than tensors' names need"]
+            )
         if length > _MAX_HEADER_BYTES:
             raise HeaderError([f"its header claims {length} bytes, and {_MAX_HEADER_BYTES} is the most"])
         return file.read(length), size
 
 
-def _parsed(raw: bytes, problems: list[str]) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        # json would silently keep the last of two tensors of one name.
-        made = dict(pairs)
-        if len(made) < len(pairs):
-            counts = Counter(name for name, _ in pairs)
-            problems.extend(f"'{name}' is there twice" for name, count in counts.items() if count > 1)
-        return made
-
+def _parsed(raw: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(raw.decode(), object_pairs_hook=once)
-        if b"\\u" in raw:
-            # An escaped half of a surrogate pair is a text to json, and can't be written again.
-            json.dumps(content, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise HeaderError([f"its header is not JSON: {error}"]) from error
+        content = parse_json(raw, max_bytes=_MAX_HEADER_BYTES)
+    except DocumentError as error:
+        raise HeaderError(
+            f"its header can't be read as JSON: {problem}" for problem in error.problems
+        ) from error
     if not isinstance(content, dict):
         raise HeaderError(["its header is not a JSON object"])
     return content

@@ -128,11 +128,16 @@ def failed() -> ParityReport:
     )  # fmt: skip
 
 
-def hostile() -> ParityReport:
-    """Every text is one of ``HOSTILE`` and the numbers are NaN, infinite, zero, tiny or huge."""
+def named(text: str) -> ParityReport:
+    """Every text is the same one."""
+    return hostile((text,) * len(HOSTILE))
+
+
+def hostile(texts: tuple[str, ...] = HOSTILE) -> ParityReport:
+    """Every text is one of ``texts`` and the numbers are NaN, infinite, zero, tiny or huge."""
     odd = (math.nan, math.inf, -math.inf, 0.0, 5e-324, 1.7e308, -1.7e308, 1.0)
     verdicts, metrics, rows, scatter = [], [], [], []
-    for i, text in enumerate(HOSTILE):
+    for i, text in enumerate(texts):
         for j, value in enumerate(odd):
             other = odd[(i + j) % len(odd)]
             passed, counted = (i + j) % 3 > 0, j % 2 > 0
@@ -143,20 +148,20 @@ def hostile() -> ParityReport:
             rows.append(ModuleRow(f"{text}.{j}.x", value, other, value, other, jumped=passed))
         scatter.append(Scatter(text, text, odd, odd[::-1]))
     return ParityReport(
-        reference={"kind": "saved", "path": HOSTILE[4], "dtype": HOSTILE[0]},
+        reference={"kind": "saved", "path": texts[4], "dtype": texts[0]},
         candidate={
-            "path": HOSTILE[7], "mode": "bank", "runtime": HOSTILE[1], "provider": HOSTILE[2],
-            "dtype": HOSTILE[3], "sha256": "",
+            "path": texts[7], "mode": "bank", "runtime": texts[1], "provider": texts[2],
+            "dtype": texts[3], "sha256": "",
         },
-        adapters=tuple({"name": t, "sha256": "", "modules": 0, "scaling": [math.nan, 1.0]} for t in HOSTILE),
-        feeds=tuple({"label": text, "shapes": {text: [1, 2]}} for text in HOSTILE),
-        tolerance=HOSTILE[0],
+        adapters=tuple({"name": t, "sha256": "", "modules": 0, "scaling": [math.nan, 1.0]} for t in texts),
+        feeds=tuple({"label": text, "shapes": {text: [1, 2]}} for text in texts),
+        tolerance=texts[0],
         verdicts=tuple(verdicts),
         metrics=tuple(metrics),
-        localisation=Localisation(HOSTILE[0], rows[3].module, tuple(rows), 3, 9, HOSTILE[3]),
-        generated=tuple(Generated(text, (1,), (2, 3), (2,), 1, tie=True) for text in HOSTILE),
+        localisation=Localisation(texts[0], rows[3].module, tuple(rows), 3, 9, texts[3]),
+        generated=tuple(Generated(text, (1,), (2, 3), (2,), 1, tie=True) for text in texts),
         scatter=tuple(scatter),
-        notes=HOSTILE,
-        environment={text: text for text in HOSTILE},
+        notes=texts,
+        environment={text: text for text in texts},
         seconds=0.5,
     )  # fmt: skip

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "lora_export"
 # A module may import modules of its own layer and of earlier ones. A folder is one entry.
 LAYERS = [
     ("errors",),
-    ("commit",),
+    ("commit", "untrusted"),
     ("adapter", "output", "progress", "safetensors_header"),
     (
         "captured",

@@ -146,9 +146,9 @@ def test_all_damaged_shards_are_listed(tmp_path):
         ({"a.safetensors": b"", "b.safetensors": b""}, "no index"),
         ({"model.safetensors": b"", "model.safetensors.index.json": b"{}"}, "several sets"),
         ({"model.safetensors.index.json": b"{}"}, "no 'weight_map'"),
-        ({"model.safetensors.index.json": b"["}, "not JSON"),
+        ({"model.safetensors.index.json": b"["}, "read as JSON"),
         ({"config.json": b"[]", "model.safetensors": raw({})}, "holds list"),
-        ({"config.json": b"{,}", "model.safetensors": raw({})}, "not JSON"),
+        ({"config.json": b"{,}", "model.safetensors": raw({})}, "read as JSON"),
     ],
 )
 def test_folders_without_usable_weights(tmp_path, files, says):

@@ -160,7 +160,7 @@ def test_a_damaged_entry(text, tmp_path):
     entry = model.metadata_props.add()
     entry.key, entry.value = KEY, text
     onnx.save_model(model, base)
-    with pytest.raises(GraphError, match="is damaged"):
+    with pytest.raises(GraphError, match=r"is damaged|can.t be read as JSON"):
         load_graph(base)
 
 

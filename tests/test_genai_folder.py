@@ -102,5 +102,5 @@ def test_a_base_that_no_config_runs_needs_nothing(base: Path, tmp_path: Path, co
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe"])
 def test_a_damaged_config_is_refused(base: Path, tmp_path: Path, content: bytes) -> None:
     (base.parent / CONFIG).write_bytes(content)
-    with pytest.raises(PackageError, match=f"{CONFIG} is no JSON"):
+    with pytest.raises(PackageError, match=f"{CONFIG} can.t be read as JSON"):
         companions_of(base, tmp_path / "out" / "model.onnx")

@@ -168,7 +168,7 @@ def test_a_recipe_without_steps_is_refused(tmp_path: Path) -> None:
         (b"", "holds no recipe"),
         (b"\xff\xfe", "is no"),
         (b"name: !!python/object:os.system x\n", "problem"),
-        (b"name: &a [*a]\n", "problem"),
+        (b"name: &a [*a]\n", "nested deeper"),
         (b"name: !!bool maybe\n", "problem"),
     ],
 )

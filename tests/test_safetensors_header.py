@@ -84,9 +84,9 @@ def test_a_broken_off_file_is_one_sentence(tmp_path: Path) -> None:
         ({"a": entry([1] * 99, 0, 4)}, "more than any array holds"),
         ({"a": entry([1], 0, 4, dtype=["F32"])}, "dtype ['F32'] is not one of"),
         ({"a": entry([1], 0, 4), "__metadata__": [1]}, "its __metadata__ is not a JSON object"),
-        ({"a\ud800": entry([1], 0, 4)}, "its header is not JSON"),
-        (b'{"a\xff": 1}', "its header is not JSON"),
-        (b"[" * 100_000, "its header is not JSON"),
+        ({"a\ud800": entry([1], 0, 4)}, "its header can't be read as JSON"),
+        (b'{"a\xff": 1}', "its header can't be read as JSON"),
+        (b"[" * 100_000, "its header can't be read as JSON"),
     ],
 )
 def test_ill_typed_headers(tmp_path: Path, header: Any, says: str) -> None:

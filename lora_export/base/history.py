@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +9,56 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.adapter import Adapter
+from lora_export.errors import LoraExportError
 from lora_export.formats.scope import share
+from lora_export.untrusted.documents import read_json
+from lora_export.untrusted.fields import FieldError, from_plain
 
 # Beside the weights of a merged folder.
 MANIFEST = "lora.json"
 # Of a manifest's outputs: what had been merged before.
 EARLIER = "earlier"
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """An adapter of a manifest."""
+
+    name: str
+    sha256: str
+    part: str | None = None
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of a manifest's plan."""
+
+    adapter: str
+    parameter: str
+    action: str
+    place: str
+
+
+@dataclass(frozen=True)
+class _Plan:
+    rows: tuple[_Row, ...]
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """What had been merged before; the first manifests had an adapter's name alone."""
+
+    adapters: Mapping[str, str | Mapping[str, str]] = field(default_factory=dict)
+    changed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What is read of a manifest here."""
+
+    adapters: tuple[_Merged, ...]
+    outputs: Mapping[str, Any]
+    plan: _Plan
 
 
 @dataclass(frozen=True)
@@ -53,21 +96,20 @@ def history_of(manifest: Path) -> History:
         manifest: ``lora.json`` of a merged folder, ``OUT.lora.json`` of a merged graph.
     """
     try:
-        record = json.loads(manifest.read_text("utf-8"))
-        before = record["outputs"].get(EARLIER) or {"adapters": {}, "changed": {}}
-        adapters = {sha256: _parts(merged) for sha256, merged in before["adapters"].items()}
-        for entry in record["adapters"]:
-            if entry["sha256"]:
-                adapters.setdefault(entry["sha256"], {})[entry.get("part") or ""] = str(entry["name"])
-        changed = defaultdict(list, {place: list(names) for place, names in before["changed"].items()})
-        for row in record["plan"]["rows"]:
-            for place in (
-                str(row["place"]).split(", ") if row["action"] not in ("refused", "unchanged") else ()
-            ):
-                for stored in (place, part_of(place, row["parameter"])):
-                    changed[stored].append(str(row["adapter"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        record = from_plain(_Record, read_json(manifest), known_only=False)
+        before = record.outputs.get(EARLIER)
+        earlier = _Earlier() if not before else from_plain(_Earlier, before)
+    except (LoraExportError, FieldError):
         return History()
+    adapters = {sha256: _parts(merged) for sha256, merged in earlier.adapters.items()}
+    for entry in record.adapters:
+        if entry.sha256:
+            adapters.setdefault(entry.sha256, {})[entry.part or ""] = entry.name
+    changed = defaultdict(list, {place: list(names) for place, names in earlier.changed.items()})
+    for row in record.plan.rows:
+        for place in row.place.split(", ") if row.action not in ("refused", "unchanged") else ():
+            for stored in (place, part_of(place, row.parameter)):
+                changed[stored].append(row.adapter)
     return History(adapters, dict(changed))
 
 

@@ -8,7 +8,6 @@ what has changed beside it would be lost.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError, LoraExportError
 from lora_export.formats.tensors import read_safetensors
+from lora_export.untrusted.documents import read_json
 
 _LIST = "modules.json"
 _COMPARED = (".json", ".safetensors", ".bin", ".pt", ".pth")
@@ -83,10 +83,10 @@ def _root(place: Path) -> Path:
 def _modules(folder: Path) -> list[tuple[str, str]]:
     """Return path and class of the modules in ``modules.json``; none where there is no such file."""
     try:
-        entries = json.loads((folder / _LIST).read_text("utf-8"))
+        entries = read_json(folder / _LIST)
         # A class's package has been moved.
         return [(str(entry["path"]), str(entry["type"]).rpartition(".")[2]) for entry in entries]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (LoraExportError, TypeError, KeyError):
         return []
 
 
@@ -121,12 +121,12 @@ def _is_equal(file: Path, other: Path) -> bool:
         return True
     try:
         if file.suffix == ".json":
-            one, two = (_settings(json.loads(path.read_text("utf-8"))) for path in (file, other))
+            one, two = (_settings(read_json(path)) for path in (file, other))
             return all(one[key] == two[key] for key in one.keys() & two.keys())
         if file.suffix == ".safetensors":
             mine, theirs = read_safetensors(file)[0], read_safetensors(other)[0]
             return mine.keys() == theirs.keys() and all(np.array_equal(mine[n], theirs[n]) for n in mine)
-    except (ValueError, AttributeError, LoraExportError):
+    except (AttributeError, LoraExportError):
         pass
     return False
 

@@ -10,7 +10,6 @@ Source: https://github.com/huggingface/transformers ``modeling_utils.py`` (``_ad
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.errors import CheckpointError
+from lora_export.untrusted.documents import read_json
 
 _STEMS = ("model", "diffusion_pytorch_model")
 _SINGLE = re.compile(rf"(?P<stem>{'|'.join(_STEMS)})(?:\.(?P<variant>[^.]+))?\.safetensors")
@@ -90,12 +90,7 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: It can't be read, or holds something else.
     """
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}", "download or save it again") from error
+    value = read_json(path, CheckpointError, "download or save it again")
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {type(value).__name__}, not an object", "save it again")
     return value

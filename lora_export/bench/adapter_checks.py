@@ -13,6 +13,10 @@ from lora_export.binding import bind_adapter, slot_blocks
 from lora_export.errors import AdapterError, LoraExportError
 from lora_export.exposed import ExposedGraph
 from lora_export.formats import load_adapter
+from lora_export.untrusted.shown import limited
+
+# Problems of one adapter that are named.
+_LISTED = 10
 
 # Of convert-adapter, as errors name them: what a file doesn't say, and what is left out.
 OPTIONS = ("alpha", "rank", "rslora", "format", "component", "any-base", "allow-unmatched")
@@ -127,12 +131,13 @@ def _converted(adapter: AdapterChoice, error: LoraExportError, models: Sequence[
         return ""
     to = f"{adapter.name}.onnx_adapter"
     return (
-        "\n    bench has no such options: convert the adapter with them, and give what that writes: "
+        "; bench has no such options: convert the adapter with them, and give what that writes: "
         f"lora-export convert-adapter {adapter.path} --for {takers[0]} -o {to}"
     )
 
 
 def _nested(error: LoraExportError) -> str:
-    """Return an error as one entry of a list: what it lists itself stands deeper."""
+    """Return an error as one entry of a list, on one line with what it lists itself."""
     hint = f" ({error.hint})" if error.hint else ""
-    return "\n    ".join([error.message + hint, *error.problems])
+    listed = "; ".join(limited(error.problems, most=_LISTED))
+    return error.message + hint + (f": {listed}" if listed else "")

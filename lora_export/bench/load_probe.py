@@ -23,6 +23,8 @@ from lora_export.bench.contenders import AdapterChoice, Contender
 from lora_export.bench.memory import gpu_memory, host_memory
 from lora_export.bench.opened import Opened, Opening, open_for_timing
 from lora_export.bench.workloads import Workload, make_feeds
+from lora_export.untrusted.documents import DocumentError, parse_json
+from lora_export.untrusted.fields import FieldError, from_plain
 
 # Opened so often, unless that takes longer than the limit.
 _OPENINGS = 3
@@ -100,8 +102,8 @@ def measure_loading(job: Job) -> Loaded:
         return Loaded(problem=f"the process did not end within {_TIMEOUT_S} s")
     last = (done.stdout.decode(errors="replace").strip().splitlines() or [""])[-1]
     try:
-        return Loaded(**json.loads(last))
-    except (ValueError, TypeError):
+        return from_plain(Loaded, parse_json(last))
+    except (DocumentError, FieldError):
         said = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
         return Loaded(problem=f"the process ended with {done.returncode}: {said[0][:300]}")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_export.commands.options import whole_numbers, whole_numbers_from_0
+from lora_export.commands.printing import print_json, print_lines
 
 if TYPE_CHECKING:
     from lora_export.bench.plan import Wish
@@ -101,16 +102,19 @@ def bench(model: Path, as_json: bool, force: bool, dry_run: bool, quiet: bool, *
     outputs = {f"--{kind}": path for kind, path in files.items() if path is not None}
     plan = plan_bench(_wish(model, options), _file_problems(files, force), outputs)
     if dry_run:
-        click.echo("\n".join(plan_lines(plan)))
+        print_lines(plan_lines(plan))
         return
     with stage_progress(quiet) as progress:
         report = carry_out(plan, progress)
     # Printed first: a full disk must not cost the user what was measured.
-    click.echo(report_json(report) if as_json else "\n".join(report_lines(report)))
+    if as_json:
+        print_json(report_json(report))
+    else:
+        print_lines(report_lines(report))
     _write(report, files, force)
     if not quiet:
         for path in filter(None, files.values()):
-            click.echo(f"wrote {path}", err=True)
+            print_lines([f"wrote {path}"], err=True)
 
 
 def _wish(model: Path, options: dict[str, Any]) -> Wish:

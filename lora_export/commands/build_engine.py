@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_export.commands.printing import print_json, print_lines, print_warnings
+
 if TYPE_CHECKING:
     from lora_export.engines.build import BuildReport
     from lora_export.engines.plan import Wish
@@ -99,11 +101,10 @@ def build_engine(model: Path, output: Path, kit: bool, as_json: bool, quiet: boo
         lines = text.build_lines(report, time.monotonic() - started)
         warnings += text.uncached_lines(report)
     if as_json:
-        click.echo(json.dumps(report.as_dict(), indent=1, sort_keys=True, ensure_ascii=False))
+        print_json(json.dumps(report.as_dict(), indent=1, sort_keys=True, ensure_ascii=False))
     elif switches["dry_run"] or not quiet:
-        click.echo("\n".join(lines))
-    for line in [*text.warning_lines(report), *warnings]:
-        click.echo(line, err=True)
+        print_lines(lines)
+    print_warnings([*text.warning_lines(report), *warnings])
 
 
 def _take(options: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from lora_export.commands.printing import print_lines
+
 _PATH = click.Path(path_type=Path)
 
 
@@ -41,9 +43,9 @@ def capture_onnx(
 
     started = time.monotonic()
     if not quiet:
-        click.echo(f"capturing {checkpoint} (seconds for a small model, minutes for 1B)", err=True)
+        print_lines([f"capturing {checkpoint} (seconds for a small model, minutes for 1B)"], err=True)
     graph, data = mode.capture_onnx(checkpoint, output, dtype=dtype, kv_cache=kv_cache, force=force)
     if not quiet:
         size = size_text(data.stat().st_size)
-        click.echo(f"captured {checkpoint} in {time.monotonic() - started:.1f} s: {size} of weights")
-        click.echo(f"wrote {graph}\nwrote {data}")
+        print_lines([f"captured {checkpoint} in {time.monotonic() - started:.1f} s: {size} of weights"])
+        print_lines([f"wrote {graph}", f"wrote {data}"])

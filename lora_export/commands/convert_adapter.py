@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_export.commands.options import load_adapters, reading_options
+from lora_export.commands.printing import print_json, print_lines, print_warnings
 from lora_export.formats import WRITERS
+from lora_export.untrusted.shown import limited
 
 if TYPE_CHECKING:
     from lora_export.convert import ConvertReport
@@ -50,13 +52,15 @@ def convert_adapter(adapter: Path, output: Path, as_json: bool, quiet: bool, **o
     (loaded,) = load_adapters([adapter], options)
     report = convert.convert_adapter(loaded, output=output, format=target, **options)
     if as_json:
-        click.echo(json.dumps(report.as_dict(), indent=1, sort_keys=True, ensure_ascii=False))
+        print_json(json.dumps(report.as_dict(), indent=1, sort_keys=True, ensure_ascii=False))
     elif report.dry_run or not quiet:
         _print(report, time.monotonic() - started)
-    for warning in report.warnings:
-        click.echo(f"warning: {warning}", err=True)
-    for row in report.plan.refused:
-        click.echo(f"warning: left out: {row.parameter}: {row.reason}", err=True)
+    print_warnings(
+        [
+            *(f"warning: {warning}" for warning in report.warnings),
+            *(f"warning: left out: {row.parameter}: {row.reason}" for row in report.plan.refused),
+        ]
+    )
 
 
 def _print(report: ConvertReport, seconds: float) -> None:
@@ -64,18 +68,13 @@ def _print(report: ConvertReport, seconds: float) -> None:
 
     size = size_text(report.size_bytes)
     if report.dry_run:
-        click.echo("\n".join(report.plan.lines()))
-        click.echo(f"dry run: {size} would be written")
+        lines = [*report.plan.lines(), f"dry run: {size} would be written"]
         if report.output.exists():
-            click.echo(f"note: --force would be needed, there is already: {report.output}")
+            lines.append(f"note: --force would be needed, there is already: {report.output}")
+        print_lines(lines)
         return
     ranks = sorted(set(report.ranks.values()))
     said = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}–{ranks[-1]}"
-    click.echo(
-        f"converted {len(report.ranks)} modules ({said}, {size}) for {report.graph} in {seconds:.1f} s"
-    )
-    for note in report.notes:
-        if note in report.warnings:
-            continue
-        click.echo(f"note: {note}")
-    click.echo(f"wrote {report.output}")
+    done = f"converted {len(report.ranks)} modules ({said}, {size}) for {report.graph} in {seconds:.1f} s"
+    notes = [f"note: {note}" for note in report.notes if note not in report.warnings]
+    print_lines([done, *limited(notes, "notes"), f"wrote {report.output}"])

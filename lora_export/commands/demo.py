@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from lora_export.commands.printing import print_json, print_lines
+
 
 @click.command(short_help="Train, merge, export and check on a real model; offline, under two minutes.")
 @click.option(
@@ -64,9 +66,9 @@ def demo(
         return
     lines, report = _run(model, output, seed, force, quiet)
     if as_json:
-        click.echo(json.dumps(report, indent=2))
+        print_json(json.dumps(report, indent=2))
     elif not quiet:
-        click.echo("\n".join(lines))
+        print_lines(lines)
 
 
 def _refuse_given(context: click.Context, *names: str) -> None:
@@ -103,9 +105,9 @@ def _check(folder: Path, as_json: bool, quiet: bool) -> None:
             {"adapter": name, "equal": equal, "answers": count, "texts": texts}
             for name, equal, count, texts in served.rows()
         ]
-        click.echo(json.dumps(rows, indent=2))
+        print_json(json.dumps(rows, indent=2))
     elif not quiet:
-        click.echo(f"{folder} in onnxruntime-genai, tokens compared with PyTorch + PEFT:")
+        print_lines([f"{folder} in onnxruntime-genai, tokens compared with PyTorch + PEFT:"])
         for name, equal, count, texts in served.rows():
-            click.echo(f"  {name:<8} {equal} of {count} answers equal   {texts[0]}")
+            print_lines([f"  {name:<8} {equal} of {count} answers equal   {texts[0]}"])
     served.require_equal(folder)

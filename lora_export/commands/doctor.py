@@ -6,6 +6,8 @@ import json
 
 import click
 
+from lora_export.commands.printing import print_json, print_lines
+
 
 @click.command(short_help="Say what this machine can build and run, and what would mend the rest.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
@@ -25,6 +27,6 @@ def doctor(as_json: bool) -> None:
 
     report = examine()
     if as_json:
-        click.echo(json.dumps(report.as_dict(), indent=1, ensure_ascii=False))
+        print_json(json.dumps(report.as_dict(), indent=1, ensure_ascii=False))
     else:
-        click.echo("\n".join(doctor_lines(report)))
+        print_lines(doctor_lines(report))

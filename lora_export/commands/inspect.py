@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_export.commands.options import adapter_options, load_adapters
+from lora_export.commands.printing import print_json, print_lines
 from lora_export.reports import ADAPTER_PLOTS
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def inspect(
         _inspect_engine(adapter, as_json, {"--base": base, "--plot": plot, **options})
         return
     from lora_export.reports.adapter import inspect_adapter
-    from lora_export.reports.adapter_text import plain_text, print_table
+    from lora_export.reports.adapter_text import plain_lines, print_table
 
     if plot is not None and plot.suffix[1:] not in ADAPTER_PLOTS:
         raise click.BadParameter(f"{plot} doesn't end in .{', .'.join(ADAPTER_PLOTS)}", param_hint="--plot")
@@ -65,11 +66,11 @@ def inspect(
     if plot is not None:
         _draw(report, plot, force)
     if as_json:
-        click.echo(json.dumps(report.to_json(), indent=2))
+        print_json(json.dumps(report.to_json(), indent=2))
     elif sys.stdout.isatty():
         print_table(report)
     else:
-        click.echo(plain_text(report))
+        print_lines(plain_lines(report))
 
 
 def _inspect_engine(engine: Path, as_json: bool, others: dict[str, Any]) -> None:
@@ -80,7 +81,10 @@ def _inspect_engine(engine: Path, as_json: bool, others: dict[str, Any]) -> None
         named = ", ".join(f"--{name.lstrip('-')}" for name in given)
         raise click.UsageError(f"{engine} is an engine: leave out {named}")
     record = read_engine(engine)
-    click.echo(record.to_json() if as_json else "\n".join(record_lines(record)))
+    if as_json:
+        print_json(record.to_json())
+    else:
+        print_lines(record_lines(record))
 
 
 def _draw(report: AdapterReport, plot: Path, force: bool) -> None:
@@ -90,4 +94,4 @@ def _draw(report: AdapterReport, plot: Path, force: bool) -> None:
     with OutputSet(force) as outputs:
         getattr(import_module(module), attribute)(report, outputs.stage(plot), plot.suffix[1:])
         outputs.commit()
-    click.echo(f"wrote {plot}", err=True)
+    print_lines([f"wrote {plot}"], err=True)

@@ -16,6 +16,7 @@ from lora_export.commands.options import (
     print_merge,
     read_checkpoint_options,
 )
+from lora_export.commands.printing import print_lines
 
 _PATH = click.Path(path_type=Path)
 
@@ -47,8 +48,8 @@ def merge_onnx(
     loaded = load_adapters(adapters, options)
     started = time.monotonic()
     if base.is_dir() and not quiet:
-        click.echo(
-            f"capturing {base} with torch.onnx (seconds for a small model, minutes for 1B) …", err=True
+        print_lines(
+            [f"capturing {base} with torch.onnx (seconds for a small model, minutes for 1B) …"], err=True
         )
     with byte_progress(f"writing {output}", quiet or options["dry_run"]) as progress:
         report = mode.merge_onnx(base, loaded, output, progress=progress, **options)
@@ -56,4 +57,6 @@ def merge_onnx(
     print_merge(report, time.monotonic() - started, as_json, quiet, finer)
     compared = any(row.proof == "values" for row in report.plan.placed)
     if options["checkpoint"] is None and not (compared or base.is_dir() or as_json or quiet):
-        click.echo("note: found by name alone; --checkpoint BASE_DIR would also compare the values", err=True)
+        print_lines(
+            ["note: found by name alone; --checkpoint BASE_DIR would also compare the values"], err=True
+        )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from lora_export.captured import DTYPES
+from lora_export.commands.printing import print_json, print_lines, print_warnings
 from lora_export.formats import FORMATS, load_adapter
 
 if TYPE_CHECKING:
@@ -183,15 +184,14 @@ def run_expose(
     if beside and not dry_run:
         beside.write()
     if as_json:
-        click.echo(report_json(report))
+        print_json(report_json(report))
     elif dry_run:
-        click.echo("\n".join(plan_lines(report)))
+        print_lines(plan_lines(report))
     elif not quiet:
-        click.echo("\n".join(text.expose_summary_lines(report, time.monotonic() - started)))
+        print_lines(text.expose_summary_lines(report, time.monotonic() - started))
         for name in beside.files if beside else ():
-            click.echo(f"wrote {output.parent / name}")
-    for line in [*text.expose_warning_lines(report), *(beside.notes if beside else ())]:
-        click.echo(line, err=True)
+            print_lines([f"wrote {output.parent / name}"])
+    print_warnings([*text.expose_warning_lines(report), *(beside.notes if beside else ())])
 
 
 def _with(command: Command, options: Sequence[Callable[[Command], Command]]) -> Command:
@@ -213,13 +213,12 @@ def print_merge(report: MergeReport, seconds: float, as_json: bool, quiet: bool,
     from lora_export.reports import merge as text
 
     if as_json:
-        click.echo(text.report_json(report))
+        print_json(text.report_json(report))
     elif report.dry_run:
-        click.echo("\n".join(text.plan_lines(report)))
+        print_lines(text.plan_lines(report))
     elif not quiet:
-        click.echo("\n".join(text.summary_lines(report, seconds)))
-    for line in text.warning_lines(report, finer):
-        click.echo(line, err=True)
+        print_lines(text.summary_lines(report, seconds))
+    print_warnings(text.warning_lines(report, finer))
 
 
 def load_adapters(paths: Iterable[Path], options: dict[str, Any]) -> list[Adapter]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lora_export.commands.options import adapter_options, named_adapters, whole_numbers
+from lora_export.commands.printing import print_error, print_json, print_lines
 from lora_export.errors import LoraExportError, ParityError
 
 if TYPE_CHECKING:
@@ -141,11 +143,11 @@ def _print(found: ParityReport, as_json: bool, quiet: bool) -> None:
     from lora_export.reports.parity_text import lines, note_lines
 
     if as_json:
-        _say(report_json(found))
+        _say(lambda: print_json(report_json(found)))
         return
     text = lines(found, cut=sys.stdout.isatty())
     # A note says what a gate did not look at: quiet or not, that has to be seen.
-    _say("\n".join([*note_lines(found), text[-1]] if quiet and found.passed else text))
+    _say(lambda: print_lines([*note_lines(found), text[-1]] if quiet and found.passed else text))
 
 
 def _finish(
@@ -171,22 +173,22 @@ def _finish(
         if old is not None:
             regressions = parity_baseline.compare(old, found)
             worse = bool(regressions)
-            _say("\n".join(parity_baseline.lines(regressions)), err=True)
+            _say(lambda: print_lines(parity_baseline.lines(regressions), err=True), err=True)
     except LoraExportError as error:
         errors.append(error)
     failed = worse or not found.passed
     last = errors.pop() if errors and not failed else None
     for problem in errors:
-        _say(f"Error: {problem}", err=True)
+        _say(partial(print_error, problem), err=True)
     if last is not None:
         raise last
     return ParityError.exit_code if failed else 0
 
 
-def _say(text: str, err: bool = False) -> None:
+def _say(say: Callable[[], None], err: bool = False) -> None:
     """Print; where nobody reads on, as with ``| head``, reports are still written and the exit code stays."""
     try:
-        click.echo(text, err=err)
+        say()
     except BrokenPipeError:
         # What is left in the buffer would be an error again when Python ends.
         nowhere = os.open(os.devnull, os.O_WRONLY)

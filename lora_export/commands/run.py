@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from lora_export.commands.printing import print_lines
+
 
 @click.command(short_help="Run a recipe: several verbs with their options, from a YAML file.")
 @click.argument("recipe", type=click.Path(path_type=Path))
@@ -34,12 +36,12 @@ def run(context: click.Context, recipe: Path, force: bool, dry_run: bool, quiet:
     for flag in flags:
         steps = [step.with_flag(flag) for step in steps]
     if dry_run:
-        click.echo("\n".join(str(step) for step in steps))
+        print_lines(str(step) for step in steps)
         return
     loaded.check_needs()
     for number, step in enumerate(steps, 1):
         if not quiet:
-            click.echo(f"step {number} of {len(steps)}: {step}", err=True)
+            print_lines([f"step {number} of {len(steps)}: {step}"], err=True)
         try:
             with step.command.make_context(step.verb, list(step.arguments), parent=root) as inner:
                 code = step.command.invoke(inner)

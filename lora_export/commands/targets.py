@@ -6,6 +6,7 @@ import json
 
 import click
 
+from lora_export.commands.printing import print_json, print_lines
 from lora_export.engines.targets import COMPILERS, PRECISIONS, select_targets
 from lora_export.errors import BackendError
 
@@ -55,9 +56,9 @@ def targets(
         error.hint = _ALL
         raise
     if as_json:
-        click.echo(json.dumps([target.as_dict() for target in found], indent=1, ensure_ascii=False))
+        print_json(json.dumps([target.as_dict() for target in found], indent=1, ensure_ascii=False))
     elif found:
-        click.echo("\n".join(target_lines(found)))
-        click.echo("\n".join(hint_lines(found)), err=True)
+        print_lines(target_lines(found))
+        print_lines(hint_lines(found), err=True)
     if not found:
         raise BackendError("no GPU fits all of this", _ALL)

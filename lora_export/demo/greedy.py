@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from lora_export.errors import BackendUnavailable, PackageError, ParityError
+from lora_export.untrusted.documents import read_json
+from lora_export.untrusted.fields import FieldError, from_plain
 
 # Beside the base's model.onnx, from where swap-onnx takes it along with the tokenizer's files.
 EXPECTED = "greedy.json"
@@ -79,21 +81,16 @@ class Expected:
             PackageError: The folder has none, or it is damaged.
         """
         path = folder / EXPECTED
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            generated = (Greedy(row["adapter"], _tuples(row["answers"])) for row in data["generated"])
-            return cls(_tuples(data["prompts"]), tuple(generated), int(data["max_new_tokens"]))
-        except OSError as error:
+        if not path.is_file():
             raise PackageError(
                 f"{folder} has no {EXPECTED} to compare with",
                 "give a folder that swap-onnx wrote from a base of 'lora-export demo --model smollm2'",
-            ) from error
-        except (ValueError, TypeError, KeyError) as error:
-            raise PackageError(f"{path} is damaged ({error})", "run the demo and swap-onnx again") from error
-
-
-def _tuples(rows: Sequence[Sequence[int]]) -> tuple[Tokens, ...]:
-    return tuple(tuple(row) for row in rows)
+            )
+        again = "run the demo and swap-onnx again"
+        try:
+            return from_plain(cls, read_json(path, PackageError, again))
+        except FieldError as error:
+            raise PackageError(f"{path} is damaged", again, error.problems) from error
 
 
 @dataclass(frozen=True)

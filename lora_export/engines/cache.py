@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.engines.record import sha256_of
-from lora_export.errors import OutputError
+from lora_export.errors import LoraExportError, OutputError
 from lora_export.output import OutputSet
+from lora_export.untrusted.documents import read_json
+from lora_export.untrusted.fields import Count, FieldError, from_plain
 
 DEFAULT_MAX_BYTES = 20 << 30
 _ENGINE, _LOG, _BUILT, _HASHES = "engine", "log", "built.json", "hashes.json"
@@ -36,6 +38,14 @@ def default_folder() -> Path:
         return Path(chosen)
     above = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(above) / "lora-export" / "engines"
+
+
+@dataclass(frozen=True)
+class _Built:
+    """What is read of ``built.json`` here: enough to tell whether the engine is that one."""
+
+    size_bytes: Count
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -69,13 +79,13 @@ class EngineCache:
         """Return what was built under a key, or None; one that is damaged is forgotten."""
         place = self.folder / key
         try:
-            built = json.loads((place / _BUILT).read_text(encoding="utf-8"))
-            engine = place / _ENGINE
-            if engine.stat().st_size == built["size_bytes"] and self.sha256(engine) == built["sha256"]:
+            built = read_json(place / _BUILT)
+            engine, known = place / _ENGINE, from_plain(_Built, built, known_only=False)
+            if engine.stat().st_size == known.size_bytes and self.sha256(engine) == known.sha256:
                 with contextlib.suppress(OSError):  # one that may only be read is a cache as well
                     os.utime(place)
                 return Cached(engine, place / _LOG, built)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, LoraExportError, FieldError):
             pass
         shutil.rmtree(place, ignore_errors=True)
         return None
@@ -142,8 +152,8 @@ class EngineCache:
 
     def _hashes(self) -> dict[str, Any]:
         try:
-            known = json.loads((self.folder / _HASHES).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            known = read_json(self.folder / _HASHES)
+        except LoraExportError:
             return {}
         return known if isinstance(known, dict) else {}
 

@@ -16,6 +16,9 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, Literal
 
+from lora_export.untrusted.documents import DocumentError, parse_json
+from lora_export.untrusted.fields import FieldError, from_plain
+
 Status = Literal["ok", "missing", "broken"]
 _REASON_LENGTH = 300
 
@@ -133,12 +136,12 @@ def read_lines(text: str) -> tuple[list[Package], str]:
     done, importing = [], ""
     for line in text.splitlines():
         try:
-            data = json.loads(line)
-        except ValueError:
+            data = parse_json(line)
+            importing = str(data.get("importing", "")) if isinstance(data, dict) else ""
+            if not importing:
+                done.append(from_plain(Package, data))
+        except (DocumentError, FieldError):
             continue  # cut off where the process ended
-        importing = data.get("importing", "")
-        if not importing:
-            done.append(Package(**data))
     return done, importing
 
 

@@ -12,19 +12,25 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from lora_export.errors import BackendError
 from lora_export.exposed import ExposedGraph
 from lora_export.manifest import FileHash
+from lora_export.untrusted.documents import json_of, read_json
+from lora_export.untrusted.fields import AtLeast, Axes, Count, FieldError, from_plain, seen
 
 FORMAT = 1
 KIND = "lora_export.engine"
 # What both packages begin a serialised engine with ("ftrt": TensorRT, "vtrt": TensorRT-RTX).
 MAGICS = {b"ftrt": "tensorrt", b"vtrt": "tensorrt-rtx"}
 
+_AGAIN = "build the engine again with lora-export build-engine"
+# TensorRT's own limit (``Dims::MAX_DIMS``).
+_AXES = Axes(0, 8)
+Shape = Annotated[tuple[Count, ...], _AXES]
 # One tensor's smallest, usual and largest shape.
-ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+ShapeRange = tuple[Shape, Shape, Shape]
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,8 @@ class Port:
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
-    dims: tuple[int | str, ...] = ()
+    shape: Annotated[tuple[Annotated[int, AtLeast(-1)], ...], _AXES]
+    dims: Annotated[tuple[int | str, ...], _AXES] = ()
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,8 @@ class BuildOptions:
     strip_weights: bool = False
     version_compatible: bool = False
     hardware_compatible: bool = False
-    optimization_level: int | None = None
-    workspace_bytes: int | None = None
+    optimization_level: Count | None = None
+    workspace_bytes: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ class EngineRecord:
 
     name: str
     sha256: str
-    size_bytes: int
+    size_bytes: Count
     backend: str
     builder_version: str
     targets: tuple[str, ...]
@@ -139,9 +145,9 @@ class EngineRecord:
     exposed: ExposedGraph | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    memory: Mapping[str, int] = field(default_factory=dict)
+    memory: Mapping[str, Count] = field(default_factory=dict)
     build_s: float = 0.0
-    peak_build_bytes: int = 0
+    peak_build_bytes: Count = 0
     format: int = FORMAT
     kind: str = KIND
 
@@ -162,53 +168,67 @@ class EngineRecord:
         Raises:
             BackendError: It is no engine's record, damaged, or of another version.
         """
-        try:
-            data = json.loads(text)
-            if data["kind"] != KIND or data["format"] != FORMAT:
-                raise BackendError(
-                    f"{where} is a record of kind {data['kind']!r}, format {data['format']}; "
-                    f"this version reads {KIND!r}, format {FORMAT}",
-                    "build the engine again with lora-export build-engine",
-                )
-            return cls(**_from_plain(data))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return cls._from_data(json_of(text, where, BackendError, _AGAIN), where)
+
+    @classmethod
+    def read(cls, path: Path) -> EngineRecord:
+        """Read a record's file.
+
+        Raises:
+            BackendError: It can't be read, or see `from_json`.
+        """
+        return cls._from_data(read_json(path, BackendError, _AGAIN), str(path))
+
+    @classmethod
+    def _from_data(cls, data: Any, where: str) -> EngineRecord:
+        if not isinstance(data, dict) or not {"kind", "format"} <= data.keys():
             raise BackendError(
-                f"{where} is no record of an engine: {type(error).__name__}: {error}",
-                "build the engine again with lora-export build-engine",
-            ) from error
+                f"{where} is not a record of an engine: it has no 'kind' or no 'format'", _AGAIN
+            )
+        if data["kind"] != KIND or data["format"] != FORMAT:
+            raise BackendError(
+                f"{where} is a record of kind {seen(data['kind'])}, format {seen(data['format'])}; "
+                f"this version reads {KIND!r}, format {FORMAT}",
+                _AGAIN,
+            )
+        exposed, problems = data.get("exposed"), list[str]()
+        # The LoRA record has rules of its own.
+        try:
+            lora = None if exposed is None else ExposedGraph.from_data(exposed)
+        except FieldError as error:
+            problems += (f"exposed.{problem}" for problem in error.problems)
+        try:
+            record = from_plain(cls, {**data, "exposed": None})
+            problems += _contradictions(record)
+        except FieldError as error:
+            problems += error.problems
+        if problems:
+            raise BackendError(f"{where} is not a record of an engine, or a damaged one", _AGAIN, problems)
+        return replace(record, exposed=lora)
 
     def port(self, name: str) -> Port:
         """Return an input or output by name; KeyError if there is none."""
         return {port.name: port for port in (*self.inputs, *self.outputs)}[name]
 
 
-def _from_plain(data: dict[str, Any]) -> dict[str, Any]:
-    """Return JSON's lists and dicts as the record's own types."""
-    data["options"] = BuildOptions(**data["options"])
-    for key in ("inputs", "outputs"):
-        data[key] = tuple(
-            Port(**{**port, "shape": tuple(port["shape"]), "dims": tuple(port["dims"])}) for port in data[key]
-        )
-    data["profiles"] = tuple(
-        Profile(
-            profile["name"],
-            {name: _shape_range(shapes) for name, shapes in profile["shapes"].items()},
-        )
-        for profile in data["profiles"]
-    )
-    source = data["source"]
-    files = tuple(FileHash(**entry) for entry in source["files"])
-    data["source"] = EngineSource(source["name"], source["sha256"], files)
-    if data["exposed"] is not None:
-        data["exposed"] = ExposedGraph.from_json(json.dumps(data["exposed"]))
-    for key in ("targets", "compute_capabilities", "notes"):
-        data[key] = tuple(data[key])
-    return data
-
-
-def _shape_range(shapes: list[list[int]]) -> ShapeRange:
-    smallest, usual, largest = (tuple(shape) for shape in shapes)
-    return smallest, usual, largest
+def _contradictions(record: EngineRecord) -> list[str]:
+    """Return what one part of a record says against another."""
+    problems = [] if record.profiles else ["profiles: there is none, wanted at least one"]
+    ports = {}
+    for key, entries in (("inputs", record.inputs), ("outputs", record.outputs)):
+        for i, port in enumerate(entries):
+            ports[port.name] = port
+            if port.dims and len(port.dims) != len(port.shape):
+                problems.append(f"{key}[{i}]: {len(port.shape)} axes in shape, {len(port.dims)} in dims")
+    for i, profile in enumerate(record.profiles):
+        for name, shapes in profile.shapes.items():
+            where = f"profiles[{i}].shapes[{seen(name)}]"
+            if name not in ports:
+                problems.append(f"{where}: the engine has no such input")
+            elif {len(shape) for shape in shapes} != {len(ports[name].shape)}:
+                axes = ", ".join(str(len(shape)) for shape in shapes)
+                problems.append(f"{where}: {axes} axes, the input has {len(ports[name].shape)}")
+    return problems
 
 
 def platform_here() -> str:
@@ -247,11 +267,7 @@ def read_engine(engine: Path) -> EngineRecord:
             f"{engine} has no record beside it ({beside.name})",
             "keep the two files together; lora-export reads engines that lora-export build-engine wrote",
         )
-    try:
-        text = beside.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise BackendError(f"{beside} is not UTF-8 text", "build the engine again") from error
-    record = EngineRecord.from_json(text, str(beside))
+    record = EngineRecord.read(beside)
     size = engine.stat().st_size
     if size != record.size_bytes:
         raise BackendError(

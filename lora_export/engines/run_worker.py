@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -21,6 +20,7 @@ from lora_export.errors import BackendUnavailable, EngineBuildError, LoraExportE
 from lora_export.graph import GraphFile
 from lora_export.output import output_errors
 from lora_export.progress import Say
+from lora_export.untrusted.documents import DocumentError, parse_json
 
 _STAGES = {
     "parse": "TensorRT's parser refuses",
@@ -97,8 +97,8 @@ def _follow(reader: int, progress: Say) -> dict[str, Any]:
     with os.fdopen(reader, encoding="utf-8") as lines:
         for line in lines:
             try:
-                last = json.loads(line)
-            except ValueError:  # cut off where the process ended
+                last = parse_json(line)
+            except DocumentError:  # cut off where the process ended
                 return {}
             if "phase" in last:
                 progress(str(last["phase"]), float(last["share"]))

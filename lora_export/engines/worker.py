@@ -23,6 +23,8 @@ from lora_export.engines import compiler_of
 from lora_export.engines.backend import Compiler, TensorRT
 from lora_export.engines.record import BuildOptions, Profile
 from lora_export.errors import BackendUnavailable, OutputError
+from lora_export.untrusted.documents import parse_json
+from lora_export.untrusted.fields import from_plain
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _MEMORY = {
@@ -68,10 +70,7 @@ class Job:
     @classmethod
     def from_json(cls, text: str) -> Job:
         """Read a job."""
-        data = json.loads(text)
-        data["options"] = BuildOptions(**data["options"])
-        data["profiles"] = tuple(Profile(**profile) for profile in data["profiles"])
-        return cls(**data)
+        return from_plain(cls, parse_json(text))
 
 
 class _Failed(Exception):

@@ -13,7 +13,6 @@ rank for each module, whether or not the ranks are equal (``utils/peft_utils.py`
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -39,6 +38,7 @@ from lora_export.formats.pairs import (
 )
 from lora_export.formats.source import Format, Options, Source
 from lora_export.formats.stated import Stated, check_alpha_tensors, stated_of
+from lora_export.untrusted.documents import json_of
 
 _LORA = re.compile(
     r"^(?P<path>.+?)(?:\.lora_(?P<new>[AB])\.(?P<leaf>weight|bias)"
@@ -125,15 +125,10 @@ def _configs(source: Source) -> dict[str | None, Mapping[str, Any]]:
     text = source.metadata.get(METADATA_KEY)
     if not text:
         return {}
-    try:
-        flat = json.loads(text)
-    except ValueError:
-        flat = None
+    where = f"adapter '{source.name}': the metadata {METADATA_KEY}"
+    flat = json_of(text, where, AdapterError, "save the adapter again")
     if not isinstance(flat, dict):
-        raise AdapterError(
-            f"adapter '{source.name}': the metadata {METADATA_KEY} is not a JSON object",
-            "save the adapter again",
-        )
+        raise AdapterError(f"{where} is not a JSON object", "save the adapter again")
     configs: dict[str | None, dict[str, Any]] = {}
     for key, value in flat.items():
         match = COMPONENT.match(key)

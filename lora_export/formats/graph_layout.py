@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,6 +19,8 @@ from lora_export.formats.pairs import Parts, PartsTable, adapter_of, build_modul
 from lora_export.formats.provenance import LAYOUT, LAYOUT_KEY
 from lora_export.formats.source import Options, Source
 from lora_export.formats.tensors import value_problems
+from lora_export.untrusted.documents import DocumentError, parse_json
+from lora_export.untrusted.fields import FieldError, check_plain
 
 _NAME = re.compile(
     r"^(?P<path>.+)\.(?P<part>lora_A|lora_B(?:\.(?P<cut>\d+))?|lora_scale)(?:\.MatMul)?"
@@ -97,13 +98,13 @@ def _join_cuts(parts: Parts) -> None:
 def _kinds(config: Mapping[str, Any], problems: list[str]) -> dict[str, str]:
     text = config.get("kinds") or "{}"
     try:
-        kinds = json.loads(text)
-        if isinstance(kinds, dict):
-            return kinds
-    except ValueError:
-        pass
-    problems.append(f"metadata kinds: {text[:80]!r} is not a JSON object")
-    return {}
+        found: dict[str, str] = check_plain(Mapping[str, str], parse_json(text), "metadata kinds")
+    except (DocumentError, FieldError) as error:
+        problems += error.problems if isinstance(error, FieldError) else [
+            f"metadata kinds: {text[:80]!r} is not a JSON object"
+        ]  # fmt: skip
+        return {}
+    return found
 
 
 def _with_scale(module: LoraModule, scale: Array | None, problems: list[str]) -> LoraModule:

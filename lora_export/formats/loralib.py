@@ -25,6 +25,7 @@ from lora_export.adapter import Adapter, Array
 from lora_export.formats.pairs import (
     Parts,
     PartsTable,
+    Room,
     adapter_of,
     build_module,
     raise_problems,
@@ -68,11 +69,11 @@ def read(source: Source, options: Options) -> Adapter:
     stated = stated_of(source, options, table.problems, ranks=ranks)
     if stated.alpha is None and stated.scaling is None:
         table.problems.append(f"alpha: stated nowhere in the file; give --alpha{where_to_look(source)}")
-    modules = {}
+    modules, room = {}, Room(source.tensors)
     for parts in table.rows.values():
         parts.kind = "embedding" if parts.path.rpartition(".")[2] in _EMBEDDINGS else None
         parts.rank = stated.rank
-        factor = _unstack(parts, source.settings.get("enable_lora"), stated.rslora, table.problems)
+        factor = _unstack(parts, source.settings.get("enable_lora"), stated.rslora, room, table.problems)
         alpha = stated.alpha_of(parts.rows)
         if stated.alpha is not None:
             alpha = stated.alpha * factor
@@ -103,7 +104,7 @@ def _sort_tensors(source: Source) -> tuple[PartsTable, dict[str, Array]]:
     return table, extras
 
 
-def _unstack(parts: Parts, enabled: Any, rslora: bool, problems: list[str]) -> float:
+def _unstack(parts: Parts, enabled: Any, rslora: bool, room: Room, problems: list[str]) -> float:
     """Turn MergedLinear's stacked factors into one pair, in place.
 
     With ``k`` enabled parts ``lora_A`` is ``(k * rank, in)`` and ``lora_B`` ``(k * part, rank)``: part i
@@ -137,6 +138,8 @@ def _unstack(parts: Parts, enabled: Any, rslora: bool, problems: list[str]) -> f
             "'enable_lora': [True, False, True]"
         )
         parts.rank = None
+        return 1.0
+    if not room.take(lora_b, len(enabled), f"{parts.label}: lora_B", problems):
         return 1.0
     parts.tensors["lora_b"] = _spread(lora_b, enabled, stacked)
     parts.rank = parts.rank and parts.rank * stacked

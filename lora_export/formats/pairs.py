@@ -15,6 +15,7 @@ from lora_export.errors import AdapterError
 from lora_export.formats.scope import unknown_component
 from lora_export.formats.source import Options, Source
 from lora_export.formats.tensors import value_problems
+from lora_export.untrusted.archives import too_much
 
 MAX_LISTED = 40
 
@@ -70,6 +71,29 @@ class PartsTable:
     def unknown(self, names: Sequence[str], why: str) -> None:
         """Put tensors down that no rule of the format accounts for."""
         self.problems.extend(f"{name}: {why}" for name in names)
+
+
+class Room:
+    """What a file's tensors may take once blocks and stacks are laid out in full, with zeros between them.
+
+    Args:
+        tensors: As they are stored.
+    """
+
+    def __init__(self, tensors: Mapping[str, Array]) -> None:
+        self._left = too_much(sum(values.nbytes for values in tensors.values()))
+
+    def take(self, stored: Array, times: int, label: str, problems: list[str]) -> bool:
+        """Whether there is room for a tensor laid out at so many times its size; a problem where not."""
+        wanted = stored.nbytes * times
+        if wanted > self._left:
+            problems.append(
+                f"{label} {stored.shape}, laid out in full, takes {wanted} bytes: {times} times what is "
+                f"stored, and the whole file has room for {self._left} more"
+            )
+            return False
+        self._left -= wanted
+        return True
 
 
 def number(values: Array) -> float:

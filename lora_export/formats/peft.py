@@ -26,6 +26,7 @@ from lora_export.formats.lora_config import ALORA, LoraRules, pattern_values
 from lora_export.formats.pairs import (
     Parts,
     PartsTable,
+    Room,
     adapter_of,
     build_module,
     raise_problems,
@@ -101,7 +102,7 @@ def read(source: Source, options: Options) -> Adapter:
     _refuse_attention(table)
     _name_parameters(table, rules, config)
     table.problems += misplaced_keys(unwrapped, [_pattern_path(parts) for parts in table.rows.values()])
-    modules = _build_modules(table, rules, config)
+    modules = _build_modules(table, rules, config, Room(source.tensors))
     if not table.rows and not extras and not rows:
         table.problems.append("the file has no LoRA tensors")
     _check_experts(modules, table.problems)
@@ -159,13 +160,15 @@ def _pattern_path(parts: Parts) -> str:
     return f"{parts.path}.{parts.parameter}" if parts.kind == "parameter" else parts.path
 
 
-def _build_modules(table: PartsTable, rules: LoraRules, config: Mapping[str, Any]) -> dict[str, LoraModule]:
+def _build_modules(
+    table: PartsTable, rules: LoraRules, config: Mapping[str, Any], room: Room
+) -> dict[str, LoraModule]:
     modules: dict[str, LoraModule] = {}
     for parts in table.rows.values():
         pattern_path = _pattern_path(parts)
         parts.rank = rules.rank(pattern_path)
         if isinstance(config.get("use_bdlora"), Mapping):
-            _expand_blocks(parts, config["use_bdlora"], table.problems)
+            _expand_blocks(parts, config["use_bdlora"], room, table.problems)
         module = build_module(parts, rules.alpha(pattern_path), rules.rslora, table.problems)
         if module and module.experts > 1:
             turned, layout = layout_of(config.get("peft_version"))
@@ -354,7 +357,7 @@ def _sizes(module: LoraModule) -> tuple[int, int]:
     return int(module.lora_a.shape[1]), int(module.lora_b.shape[0])
 
 
-def _expand_blocks(parts: Parts, blocks: Mapping[str, Any], problems: list[str]) -> None:
+def _expand_blocks(parts: Parts, blocks: Mapping[str, Any], room: Room, problems: list[str]) -> None:
     """Make BD-LoRA's stacked blocks the block-diagonal matrix they stand for (``lora/variants.py``)."""
     count = blocks.get("nblocks")
     if not isinstance(count, int) or count < 1:
@@ -370,6 +373,8 @@ def _expand_blocks(parts: Parts, blocks: Mapping[str, Any], problems: list[str])
             )
             continue
         rows, cols = stacked.shape[0] // count, stacked.shape[1]
+        if not room.take(stacked, count, f"{parts.label}: {part}", problems):
+            continue
         full = np.zeros((rows * count, cols * count), stacked.dtype)
         for i in range(count):
             full[i * rows : (i + 1) * rows, i * cols : (i + 1) * cols] = stacked[i * rows : (i + 1) * rows]

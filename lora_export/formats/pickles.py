@@ -7,7 +7,8 @@ place says that it is LoRA's: a training run's dictionaries are full of others c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import numpy as np
 
 from lora_export.adapter import Array
 from lora_export.errors import AdapterError, BackendUnavailable
+from lora_export.formats.pickle_claims import claim_problems
+from lora_export.untrusted.fields import seen
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -78,7 +81,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
             "pip install 'lora-export[hf]', or save the adapter as .safetensors",
         ) from error
     try:
+        if problems := claim_problems(path):
+            raise AdapterError(
+                f"{path} claims more than it holds",
+                "save the state dict alone, best as .safetensors",
+                problems,
+            )
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except AdapterError:
+        raise
     except OSError as error:
         raise AdapterError(f"cannot read {path}: {error}", "check the path and its permissions") from error
     # torch raises whatever its zip reader or unpickler met: RuntimeError, EOFError, UnpicklingError, …
@@ -207,15 +218,35 @@ def _tensors(content: Mapping[Any, Any], tensor_type: type) -> bool:
 
 
 def _mention(into: Checkpoint, key: str, value: Any, name: str) -> None:
-    if _PLAIN.get(key) == "alpha" and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if _PLAIN.get(key) == "alpha" and _is_number(value):
         into.mentions.append((name.replace("/", "."), float(value)))
 
 
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that a float holds; to Python, true is one as well."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= _LARGEST and math.isfinite(value)
+
+
+def _are_switches(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(one, bool) or (isinstance(one, int) and one in (0, 1)) for one in value
+    )
+
+
+_LARGEST = 2**100
+_SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "rslora": (lambda value: isinstance(value, bool), "true or false"),
+    "enable_lora": (_are_switches, "a list of true and false"),
+    "rank": (lambda value: _is_number(value) and value == int(value), "a whole number"),
+}
+
+
 def _set(into: Checkpoint, key: str, value: Any, name: str) -> None:
-    wanted = {"rslora": (bool, "true or false"), "enable_lora": (list | tuple, "a list")}
-    types, what = wanted.get(key, (int | float, "a number"))
-    if not isinstance(value, types) or (isinstance(value, bool) and key != "rslora"):
-        into.problems.append(f"{name}: {value!r}, wanted {what}")
+    fits, what = _SETTINGS.get(key, (_is_number, "a finite number"))
+    if not fits(value):
+        into.problems.append(f"{name}: {seen(value)}, wanted {what}")
     elif into.settings.setdefault(key, value) != value:
         into.problems.append(f"{name}: {value}, but {key} is {into.settings[key]} elsewhere in the file")
 

@@ -15,14 +15,14 @@ Rules:
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from lora_export.adapter import Adapter, LoraModule
-from lora_export.errors import AdapterError
+from lora_export.errors import AdapterError, LoraExportError
 from lora_export.formats.diffusion_names import COMPONENT
+from lora_export.untrusted.documents import read_json
 
 _SHOWN = 4
 _INDEX = "model_index.json"
@@ -94,8 +94,8 @@ def _named(adapter: Adapter) -> dict[str, list[LoraModule]]:
 def _components(pipeline: Path) -> Collection[str]:
     """Return the components of a pipeline's folder; none where it isn't one."""
     try:
-        index = json.loads((pipeline / _INDEX).read_text("utf-8"))
-    except (OSError, ValueError):
+        index = read_json(pipeline / _INDEX)
+    except LoraExportError:
         return ()
     entries = index.items() if isinstance(index, dict) else ()
     return [name for name, value in entries if isinstance(value, list)]

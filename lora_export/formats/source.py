@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,6 +27,7 @@ from lora_export.formats.weights_files import (
     is_mlx_name,
 )
 from lora_export.formats.wrappers import unwrap
+from lora_export.untrusted.documents import read_json
 
 __all__ = [
     "CONFIG_NAME",
@@ -256,12 +256,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         AdapterError: It is not JSON, or not an object with ``peft_type`` or mlx-lm's keys.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AdapterError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
-    except ValueError as error:
-        raise AdapterError(f"{path} is not JSON: {error}", "save the adapter again") from error
+    config = read_json(path, AdapterError, "save the adapter again")
     if isinstance(config, dict):
         if isinstance(config.get("peft_type"), str):
             return config

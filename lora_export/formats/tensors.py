@@ -28,7 +28,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _FLOATS = frozenset(FLOATS.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor as the header describes it; ``start`` and ``stop`` are byte offsets in the file."""
 

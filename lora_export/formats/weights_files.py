@@ -7,7 +7,6 @@ names it: LLaVA's ``non_lora_trainables.bin`` is as much of the adapter as the L
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from lora_export.errors import AdapterError
 from lora_export.formats.ort_file import SUFFIX as ORT_SUFFIX
 from lora_export.formats.pickles import SUFFIXES
+from lora_export.untrusted.documents import read_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -153,12 +153,7 @@ def _all_shards(folder: Path, names: Sequence[str]) -> WeightsFiles:
 def _read_index(path: Path) -> dict[str, str] | None:
     if not path.is_file():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AdapterError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
-    except ValueError as error:
-        raise AdapterError(f"{path} is not JSON: {error}", "save the adapter again") from error
+    content = read_json(path, AdapterError, "save the adapter again")
     index = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
         raise AdapterError(

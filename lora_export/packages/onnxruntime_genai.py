@@ -15,6 +15,7 @@ from typing import Any
 
 from lora_export.errors import PackageError
 from lora_export.output import OutputSet, output_errors, refuse_existing
+from lora_export.untrusted.documents import read_json
 
 CONFIG = "genai_config.json"
 # What tokenizers, chat templates and processors are kept in.
@@ -98,13 +99,8 @@ def companions_of(base: Path, output: Path, force: bool = False) -> Companions:
 
 
 def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PackageError(
-            f"{path} is no JSON ({error}), and onnxruntime-genai could not run the output with it",
-            "correct the file, or move it away if the output is not for onnxruntime-genai",
-        ) from error
+    hint = "correct the file, or move it away if the output is not for onnxruntime-genai"
+    return read_json(path, PackageError, hint)
 
 
 def _graphs(config: Any) -> Iterator[str]:

@@ -18,6 +18,7 @@ from lora_export.captured import PAST_SEQUENCE, SEQUENCE, TOTAL_SEQUENCE, Captur
 from lora_export.errors import AdapterError, BackendError
 from lora_export.formats.tensors import read_safetensors
 from lora_export.parity.feeds_ports import Feed, InputPort, is_float, shared_inputs, sizes_by_role
+from lora_export.untrusted.archives import archive_entries, archive_problems
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -79,6 +80,7 @@ def _from_safetensors(path: Path) -> dict[str, Array]:
 
 def _from_npz(path: Path) -> dict[str, Array]:
     tensors, problems = {}, []
+    refuse_npz(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             for name in file.files:
@@ -98,6 +100,17 @@ def _from_npz(path: Path) -> dict[str, Array]:
             problems,
         )
     return tensors
+
+
+def refuse_npz(path: Path) -> None:
+    """Raise `BackendError` where an ``.npz`` unpacks to much more than it holds."""
+    try:
+        found = archive_problems(path, archive_entries(path))
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return  # its reader says what it is
+    if found:
+        hint = "save it with numpy.savez(file, **inputs), not compressed, or as .safetensors"
+        raise BackendError(f"{path} claims more than it holds", hint, found)
 
 
 def npz_trouble(path: Path, error: Exception) -> str:

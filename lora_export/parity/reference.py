@@ -20,7 +20,7 @@ from lora_export.errors import AdapterError, BackendError
 from lora_export.formats.tensors import read_safetensors
 from lora_export.manifest import hash_file, identity_of
 from lora_export.parity.candidate import Candidate, describe, open_candidate
-from lora_export.parity.feeds_file import npz_trouble
+from lora_export.parity.feeds_file import npz_trouble, refuse_npz
 from lora_export.parity.result import BASE, State, state_name
 from lora_export.runtimes.device import Provider
 from lora_export.runtimes.torch_reference import TorchReference
@@ -211,10 +211,13 @@ def read_tensors(path: Path) -> dict[str, Array]:
         if path.suffix == ".safetensors":
             found: dict[str, Array] = dict(read_safetensors(path)[0])
         else:
+            refuse_npz(path)
             with np.load(path, allow_pickle=False) as file:
                 found = {name: file[name] for name in file.files}
     except AdapterError as error:
         raise BackendError(error.message, again, error.problems) from error
+    except BackendError:
+        raise
     except Exception as error:  # of a damaged file: zipfile, zlib and numpy raise many kinds
         raise BackendError(f"{path} can't be read: {npz_trouble(path, error)}", again) from error
     found = {

@@ -10,7 +10,10 @@ import numpy as np
 from lora_export.errors import BackendUnavailable
 from lora_export.reports.adapter import AdapterReport
 from lora_export.reports.adapter_text import label
+from lora_export.untrusted.shown import shown
 
+# Characters of a name beside a bar.
+_LABEL = 80
 _SHOWN = 60
 
 
@@ -31,21 +34,25 @@ def write_figure(report: AdapterReport, path: Path, file_format: str) -> None:
         matplotlib.use("agg")
         # Fixed ids and no date: the same adapter gives the same bytes.
         matplotlib.rcParams["svg.hashsalt"] = "lora-export"
+        # A name with a dollar is no formula.
+        matplotlib.rcParams["text.parse_math"] = False
         from matplotlib import pyplot
     except ImportError as error:
         raise BackendUnavailable(
             f"a {file_format} plot needs matplotlib, which is not installed",
             "pip install 'lora-export[plot]', or --plot to an .html file",
         ) from error
-    shown = sorted(report.modules, key=lambda row: -row.norm)[:_SHOWN]
-    height = max(4.0, 0.18 * len(shown) + 1.5)
+    largest = sorted(report.modules, key=lambda row: -row.norm)[:_SHOWN]
+    height = max(4.0, 0.18 * len(largest) + 1.5)
     figure, (energy, norms) = pyplot.subplots(1, 2, figsize=(12, height), layout="constrained")
     _draw_energy(energy, report)
-    norms.barh(range(len(shown)), [row.norm for row in shown], color="#4c72b0")
-    norms.set_yticks(range(len(shown)), [label(row) for row in shown], fontsize=7)
-    norms.set_ylim(len(shown) - 0.4, -0.6)
-    norms.set(xlabel="‖ΔW‖ (Frobenius)", title=f"the {len(shown)} largest changes")
-    figure.suptitle(f"{report.name}: {report.tuner}, {len(report.modules)} modules")
+    norms.barh(range(len(largest)), [row.norm for row in largest], color="#4c72b0")
+    norms.set_yticks(range(len(largest)), [shown(label(row), _LABEL) for row in largest], fontsize=7)
+    norms.set_ylim(len(largest) - 0.4, -0.6)
+    norms.set(xlabel="‖ΔW‖ (Frobenius)", title=f"the {len(largest)} largest changes")
+    figure.suptitle(
+        f"{shown(report.name, _LABEL)}: {shown(report.tuner, _LABEL)}, {len(report.modules)} modules"
+    )
     metadata = {"Date": None} if file_format == "svg" else {"Software": None}
     figure.savefig(path, format=file_format, dpi=130, metadata=metadata)
     pyplot.close(figure)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
 
 from lora_export.reports.adapter import AdapterReport, ModuleReport
 from lora_export.reports.adapter_text import HEADINGS, closing_lines, heading_lines, rows
+from lora_export.untrusted.shown import safe
 
 _STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem;
@@ -32,17 +32,17 @@ def write_html(report: AdapterReport, path: Path, file_format: str) -> None:
         file_format: ``html``.
     """
     assert file_format == "html"
-    head = "".join(f"<th>{escape(text)}</th>" for text in (*HEADINGS, "energy of the first k"))
+    head = "".join(f"<th>{safe(text)}</th>" for text in (*HEADINGS, "energy of the first k"))
     body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + f"<td>{_curve(row)}</td></tr>\n"
+        "<tr>" + "".join(f"<td>{safe(cell)}</td>" for cell in cells) + f"<td>{_curve(row)}</td></tr>\n"
         for cells, row in zip(rows(report), report.modules, strict=True)
     )
     path.write_text(
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(report.name)}</title>'
-        f"<style>{_STYLE}</style></head><body>\n<h1>{escape(report.name)}</h1>\n"
-        f"<pre>{escape(chr(10).join(heading_lines(report)))}</pre>\n"
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{safe(report.name)}</title>'
+        f"<style>{_STYLE}</style></head><body>\n<h1>{safe(report.name)}</h1>\n"
+        f"<pre>{chr(10).join(map(safe, heading_lines(report)))}</pre>\n"
         f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>\n"
-        f"<pre>{escape(chr(10).join(closing_lines(report)))}</pre>\n</body></html>\n",
+        f"<pre>{chr(10).join(map(safe, closing_lines(report)))}</pre>\n</body></html>\n",
         encoding="utf-8",
     )
 
@@ -59,7 +59,7 @@ def _curve(row: ModuleReport) -> str:
         points.append(f"{_WIDTH * k / len(energies):.1f},{_HEIGHT * (1 - held / total):.1f}")
     label = f"{row.module}: 90 % in {row.effective_rank_90} of {len(energies)} directions"
     return (
-        f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{escape(label, quote=True)}">'
-        f"<title>{escape(label)}</title>"
+        f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{safe(label)}">'
+        f"<title>{safe(label)}</title>"
         f'<polyline points="{" ".join(points)}" fill="none" stroke="#4c72b0" stroke-width="1.5"/></svg>'
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora_export.reports.adapter import AdapterReport, ModuleReport
+from lora_export.untrusted.shown import MAX_CELL, limited, shown
 
 HEADINGS = ("module", "weight", "rank", "alpha", "scaling", "dtype", "‖ΔW‖", "σ₁", "90 %", "99 %")
 _LEFT = 2  # the first columns are words
@@ -81,12 +82,13 @@ def closing_lines(report: AdapterReport) -> list[str]:
         lines.append(
             "DoRA: the figures are those of the low-rank part; the magnitude's share depends on the base"
         )
-    return lines + [f"note: {note}" for note in report.notes]
+    return lines + limited([f"note: {note}" for note in report.notes], "notes")
 
 
-def plain_text(report: AdapterReport) -> str:
+def plain_lines(report: AdapterReport) -> list[str]:
     """Return the whole report as aligned columns without colours or boxes, for files and pipes."""
     table = [HEADINGS, *rows(report)]
+    table = [tuple(shown(cell, MAX_CELL) for cell in row) for row in table]
     widths = [max(len(row[i]) for row in table) for i in range(len(HEADINGS))]
     lines = [
         "  ".join(
@@ -95,7 +97,7 @@ def plain_text(report: AdapterReport) -> str:
         ).rstrip()
         for row in table
     ]
-    return "\n".join([*heading_lines(report), "", *lines, "", *closing_lines(report)])
+    return [*heading_lines(report), "", *lines, "", *closing_lines(report)]
 
 
 def print_table(report: AdapterReport) -> None:
@@ -106,19 +108,19 @@ def print_table(report: AdapterReport) -> None:
     # No markup: a name may hold brackets.
     console = Console(highlight=False, markup=False)
     for line in heading_lines(report):
-        console.print(line)
+        console.print(shown(line))
     table = Table(box=None, header_style="bold", pad_edge=False)
-    cells = [HEADINGS, *rows(report)]
-    shown = _columns_that_fit(cells, console.width)
-    for i in shown:
+    cells = [HEADINGS, *(tuple(shown(cell, MAX_CELL) for cell in row) for row in rows(report))]
+    columns = _columns_that_fit(cells, console.width)
+    for i in columns:
         table.add_column(
             HEADINGS[i], justify="left" if i < _LEFT else "right", no_wrap=i > 0, overflow="fold"
         )
     for row in cells[1:]:
-        table.add_row(*(row[i] for i in shown))
+        table.add_row(*(row[i] for i in columns))
     console.print(table)
     for line in closing_lines(report):
-        console.print(line)
+        console.print(shown(line))
 
 
 def _columns_that_fit(cells: list[tuple[str, ...]], width: int) -> list[int]:

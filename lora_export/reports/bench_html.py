@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 
 from lora_export.bench.result import BenchReport, Table
@@ -16,6 +15,7 @@ from lora_export.reports.bench_text import (
     ratio_text,
     rows,
 )
+from lora_export.untrusted.shown import safe
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -50,19 +50,19 @@ def page(report: BenchReport) -> str:
     """Return the page's text."""
     title = f"lora-export bench: {', '.join(model.label for model in report.models)}"
     charts = "\n".join(
-        f"<h2>{escape(table.workload.label)}</h2>\n{_chart(table)}"
+        f"<h2>{safe(table.workload.label)}</h2>\n{_chart(table)}"
         f"<p>{table.rounds} rounds of {table.runs_per_block}, stopped by {_WHY[table.stopped_by]}</p>"
         for table in report.tables
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>\n<h1>{escape(title)}</h1>\n"
-        f"<p>{escape(report.stopped_by)}</p>\n{charts}\n"
+        f"<title>{safe(title)}</title><style>{_STYLE}</style></head><body>\n<h1>{safe(title)}</h1>\n"
+        f"<p>{safe(report.stopped_by)}</p>\n{charts}\n"
         f"<h2>Times</h2>\n{_table(HEADINGS, rows(report), 'words3')}\n"
         f"<h2>Opening and memory</h2>\n{_table(MODEL_HEADINGS, model_rows(report), 'words1')}\n"
-        f"<pre>{escape(chr(10).join(adapter_lines(report)))}</pre>\n"
-        f"<h2>How it was measured</h2>\n<pre>{escape(chr(10).join(closing_lines(report)[1:]))}</pre>\n"
+        f"<pre>{chr(10).join(map(safe, adapter_lines(report)))}</pre>\n"
+        f"<h2>How it was measured</h2>\n<pre>{chr(10).join(map(safe, closing_lines(report)[1:]))}</pre>\n"
         f"<table><thead><tr><th>file</th><th>sha256</th></tr></thead><tbody>{_hashes(report)}</tbody></table>"
         "\n</body></html>\n"
     )
@@ -72,14 +72,14 @@ _WHY = {"narrow": "narrow intervals", "time": "the time budget"}
 
 
 def _table(headings: Sequence[str], cells: Iterable[Sequence[str]], kind: str) -> str:
-    head = "".join(f"<th>{escape(text)}</th>" for text in headings)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in cells)
+    head = "".join(f"<th>{safe(text)}</th>" for text in headings)
+    body = "\n".join("<tr>" + "".join(f"<td>{safe(cell)}</td>" for cell in row) + "</tr>" for row in cells)
     return f'<table class="{kind}"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>'
 
 
 def _hashes(report: BenchReport) -> str:
     return "".join(
-        f"<tr><td>{escape(model.label)}: {escape(name)}</td><td><code>{sha256}</code></td></tr>"
+        f"<tr><td>{safe(model.label)}: {safe(name)}</td><td><code>{sha256}</code></td></tr>"
         for model in report.models
         for name, sha256 in model.sha256.items()
     )
@@ -101,7 +101,7 @@ def _chart(table: Table) -> str:
 
     parts = [
         f'<text x="{_NAMES}" y="14">ms: median, line to p95</text>',
-        f'<text x="{left}" y="14">ratio to {escape(table.rows[0].contender)}</text>',
+        f'<text x="{left}" y="14">ratio to {safe(table.rows[0].contender)}</text>',
         f'<line class="one" x1="{at(1):.1f}" x2="{at(1):.1f}" y1="{_LINE}" y2="{height}"/>',
     ]
     for number, row in enumerate(table.rows, 1):
@@ -109,7 +109,7 @@ def _chart(table: Table) -> str:
         wide = _BARS * row.latency.median_ms / longest
         reach = _NAMES + _BARS * min(row.latency.p95_ms / longest, 1.0)
         parts += [
-            f'<text x="{_NAMES - 8}" y="{middle + 4}" text-anchor="end">{escape(row.contender)}</text>',
+            f'<text x="{_NAMES - 8}" y="{middle + 4}" text-anchor="end">{safe(row.contender)}</text>',
             f'<rect class="bar" x="{_NAMES}" y="{top}" width="{wide:.1f}" height="{_LINE - 8}">'
             f"<title>{row.latency.median_ms:.3f} ms</title></rect>",
             f'<line class="reach" x1="{_NAMES + wide:.1f}" x2="{reach:.1f}" y1="{middle}" y2="{middle}"/>',
@@ -122,7 +122,7 @@ def _chart(table: Table) -> str:
                 f'y1="{middle}" y2="{middle}" stroke-width="2"/>'
                 f'<circle cx="{at(row.ratio.value):.1f}" cy="{middle}" r="3.5"/></g>'
             )
-    label = escape(f"{table.workload.label}: medians and ratios, as in the table below", quote=True)
+    label = safe(f"{table.workload.label}: medians and ratios, as in the table below")
     return (
         f'<svg viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" role="img" aria-label="{label}">'
         f"{''.join(parts)}</svg>\n"

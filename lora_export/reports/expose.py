@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from lora_export.exposed import WEIGHTS_INPUT
 from lora_export.exposed_output import ExposeReport
 from lora_export.reports.merge import size_text
+from lora_export.untrusted.shown import limited
 
 _SHOWN = 4
 
@@ -29,7 +30,7 @@ def expose_summary_lines(report: ExposeReport, seconds: float) -> list[str]:
         lines.append(f"slots: {names}; chosen by the input {WEIGHTS_INPUT} [batch, {len(record.slots)}]")
     else:
         lines.append(f"ranks up to {record.max_rank}; tensors {', '.join(record.tensor_names()[:2])}, …")
-    lines += [f"note: {note}" for note in report.plan.notes]
+    lines += limited([f"note: {note}" for note in report.plan.notes], "notes")
     return lines + [f"wrote {path}" for path in report.outputs.values()]
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lora_export.merge_report import MergeReport
 from lora_export.plan import align
 from lora_export.rounding import WARN_LOST, WARN_RELATIVE, Rounding, total_of
+from lora_export.untrusted.shown import limited
 
 if TYPE_CHECKING:
     from lora_export.exposed_output import ExposeReport
@@ -37,7 +38,7 @@ def summary_lines(report: MergeReport, seconds: float) -> list[str]:
     shared = f", {size_text(report.shared_bytes)} shared with the base" if report.shared_bytes else ""
     written = f"{size_text(report.size_bytes)} of weights written"
     lines = [f"changed {changed} parameters in {seconds:.1f} s: {written}{shared}"]
-    lines += [f"note: {note}" for note in report.plan.notes]
+    lines += limited([f"note: {note}" for note in report.plan.notes], "notes")
     lines += _rounding_lines(report.roundings)
     return lines + [f"wrote {path}" for path in report.outputs.values()]
 

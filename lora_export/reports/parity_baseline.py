@@ -22,7 +22,8 @@ from typing import Any, Literal
 from lora_export.errors import LoraExportError
 from lora_export.parity.result import ParityReport
 from lora_export.reports.parity_json import check_report
-from lora_export.reports.parity_words import number, plural, printable
+from lora_export.reports.parity_words import number, plural
+from lora_export.untrusted.shown import printable
 
 FACTOR = 2.0
 _ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}

@@ -8,7 +8,6 @@ from typing import Any
 
 from lora_export.parity.result import Localisation, ParityReport, Verdict
 from lora_export.reports.parity_plots import error_against_effect, error_by_module, value_scatter
-from lora_export.reports.parity_svg import safe
 from lora_export.reports.parity_words import (
     by_state,
     facts,
@@ -22,6 +21,7 @@ from lora_export.reports.parity_words import (
     share,
     verdict_line,
 )
+from lora_export.untrusted.shown import safe
 
 # Nothing that a page like this could be made to load is allowed to load.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"

@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lora_export.errors import InternalError, LoraExportError
 from lora_export.parity.result import FORMAT, ParityReport
+from lora_export.untrusted.documents import read_json
+from lora_export.untrusted.fields import seen
+from lora_export.untrusted.shown import limited
 
 _HINT = "write a report: the same check without --baseline, with --report FILE"
 # A damaged report can break a rule once for every verdict.
@@ -48,12 +51,8 @@ def read_report(path: str | Path) -> dict[str, Any]:
         LoraExportError: The file can't be read, is no JSON, or is not a whole report of this format.
     """
     path = Path(path)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse, object_pairs_hook=_unique)
-    except OSError as error:
-        raise LoraExportError(f"{path}: the report can't be read: {error.strerror}", _HINT) from error
-    except (ValueError, RecursionError) as error:
-        raise LoraExportError(f"{path}: the report is not JSON", _HINT, [str(error)]) from error
+    # It has the texts nan, inf and -inf, and paths that are not UTF-8.
+    data = read_json(path, hint=_HINT, finite=True, surrogates=True)
     check_report(data, str(path))
     return dict(data)
 
@@ -75,9 +74,8 @@ def check_report(data: object, name: str) -> None:
     if not problems and isinstance(data, dict):
         problems = list(_contradictions(data))
     if problems:
-        left = len(problems) - _NAMED
-        shown = problems[:_NAMED] + ([f"… and {left} more"] if left > 0 else [])
-        raise LoraExportError(f"{name}: not a report of lora-export parity, or a damaged one", _HINT, shown)
+        listed = limited(problems, most=_NAMED)
+        raise LoraExportError(f"{name}: not a report of lora-export parity, or a damaged one", _HINT, listed)
 
 
 @cache
@@ -100,14 +98,14 @@ def _broken(data: Any, rule: Mapping[str, Any], where: str) -> Iterator[str]:
             yield from max(tries, key=lambda problems: max(map(len, problems)))
         return
     if "type" in rule and not _is(data, rule["type"]):
-        yield f"{place}: {_said(data)}, wanted: {_or(rule['type'])}"
+        yield f"{place}: {seen(data)}, wanted: {_or(rule['type'])}"
         return
     if "enum" in rule and data not in rule["enum"]:
-        yield f"{place}: {_said(data)}, wanted one of: {', '.join(rule['enum'])}"
+        yield f"{place}: {seen(data)}, wanted one of: {', '.join(rule['enum'])}"
     for keyword, bound in rule.items():
         if keyword in _CHECKS:
             if not _CHECKS[keyword](data, bound):
-                yield f"{place}: {_said(data)} breaks {keyword} {bound}"
+                yield f"{place}: {seen(data)} breaks {keyword} {bound}"
         elif keyword not in _KNOWN:
             raise InternalError(f"parity.schema.json uses {keyword!r}, which parity_json does not check")
     if isinstance(data, list) and "items" in rule:
@@ -175,24 +173,3 @@ def _is(data: object, wanted: str | list[str]) -> bool:
 
 def _or(wanted: str | list[str]) -> str:
     return wanted if isinstance(wanted, str) else " or ".join(wanted)
-
-
-def _said(data: object) -> str:
-    if isinstance(data, dict | list):
-        return f"an {'object' if isinstance(data, dict) else 'array'} of {len(data)}"
-    text = json.dumps(data, default=str)
-    return text if len(text) <= 60 else f"{text[:59]}…"
-
-
-def _refuse(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number; a report has the texts nan, inf and -inf")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object; one with the same key twice would say two things."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = {key for key, _ in pairs if key in seen or seen.add(key)}  # type: ignore[func-returns-value]
-        raise ValueError(f"twice in one object: {', '.join(sorted(twice))}")
-    return found

@@ -13,7 +13,8 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 from lora_export.parity.result import ParityReport, Verdict
 from lora_export.plan import align
 from lora_export.reports.parity_text import localisation_lines, note_lines
-from lora_export.reports.parity_words import by_state, facts, metric_rows, printable, relation, verdict_line
+from lora_export.reports.parity_words import by_state, facts, metric_rows, relation, verdict_line
+from lora_export.untrusted.shown import printable
 
 
 def junit_xml(report: ParityReport) -> str:

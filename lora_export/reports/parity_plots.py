@@ -26,10 +26,10 @@ from lora_export.reports.parity_svg import (
     label,
     linear_axis,
     log_axis,
-    safe,
     segment,
 )
 from lora_export.reports.parity_words import number, plural
+from lora_export.untrusted.shown import safe
 
 # The number of a layer in a module's path.
 _LAYER = re.compile(r"\.(\d+)\.")

@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 
-from lora_export.reports.parity_words import printable
+from lora_export.untrusted.shown import safe
 
 LEFT, RIGHT, TOP, BOTTOM = 62.0, 14.0, 14.0, 46.0
 _TICKS = 7
@@ -147,8 +146,3 @@ def figure(
         f'aria-label="{safe(words + left_out)}">{"".join(parts)}</svg>'
         f"<figcaption>{caption}{left_out}</figcaption></figure>"
     )
-
-
-def safe(text: object) -> str:
-    """Return a text that is nothing but text in HTML, in a quoted attribute and in SVG."""
-    return escape(printable(text), quote=True)

@@ -15,11 +15,11 @@ from lora_export.reports.parity_words import (
     mark,
     number,
     plural,
-    printable,
     relation,
     share,
     verdict_line,
 )
+from lora_export.untrusted.shown import printable
 
 WIDTH = 110
 # Modules shown on each side of the one where the error begins; a report in a file has them all.

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lora_export.parity.result import Generated, OutputMetrics, ParityReport, Verdict
+from lora_export.untrusted.shown import printable
 
 _FEEDS = 6
 
@@ -92,13 +93,6 @@ def share(verdict: Verdict) -> float:
     if limit == math.inf or value <= 0:
         return 0.0
     return value / limit if limit > 0 else math.inf
-
-
-def printable(text: object) -> str:
-    r"""Return a text in which all that a terminal or XML would act on is written out: ``\x1b``, ``\n``."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in str(text)
-    )
 
 
 def plural(count: int, what: str) -> str:

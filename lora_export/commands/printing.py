@@ -1,0 +1,56 @@
+"""The edge to the terminal: everything that a verb prints goes through here, and is nothing but text.
+
+Names of tensors, nodes and files are strangers' words (`lora_export.untrusted.shown`). JSON stays exact: what
+a terminal would act on becomes an escape of JSON's own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import click
+
+from lora_export.errors import LoraExportError
+from lora_export.untrusted.shown import error_lines, limited, shown_lines
+
+# Within a JSON text, characters that may do something, and "##[", which GitHub obeys anywhere in a line.
+_ACTING = re.compile(r"[^\n -~]|#(?=#(?:\w+)?\[)")
+
+
+def print_lines(lines: Iterable[str], err: bool = False) -> None:
+    """Print lines, to stderr if ``err``."""
+    click.echo("\n".join(shown_lines(lines)), err=err)
+
+
+def print_warnings(lines: Iterable[str]) -> None:
+    """Print what a user should not miss to stderr; of thousands the first."""
+    if found := list(lines):
+        print_lines(limited(found, "warnings"), err=True)
+
+
+def print_json(text: str) -> None:
+    """Print a JSON text to stdout: the same data."""
+    click.echo(_ACTING.sub(_escaped, text))
+
+
+def print_error(error: LoraExportError) -> None:
+    """Print an error to stderr: its message, some of its problems, the hint."""
+    print_lines(("Error: " + error.message, *_below(error)), err=True)
+
+
+def print_plain_error(message: str, hint: str = "") -> None:
+    """Print an error that is none of ours to stderr."""
+    print_lines(error_lines(message, (), hint), err=True)
+
+
+def _below(error: LoraExportError) -> list[str]:
+    return error_lines("", error.problems, error.hint)[1:]
+
+
+def _escaped(match: re.Match[str]) -> str:
+    character = match.group()
+    if character.isprintable() and character != "#":
+        return character
+    units = character.encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2))

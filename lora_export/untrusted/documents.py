@@ -1,0 +1,267 @@
+"""The one reader of JSON and YAML: files, metadata of files, and lines of other processes.
+
+What it holds a document to, before anybody looks at what it says:
+
+1. It is UTF-8 and, where it is JSON, holds no half of a surrogate pair.
+2. It is not larger than what is read here ever is, and what it would take in memory stays below ten times its
+   size and 50 MB: ``[[],[],…`` takes thirty times its size.
+3. It is not nested deeper than `MAX_DEPTH`: whoever walks it later may do so by recursion.
+4. No object has a key twice: the last would silently win.
+5. Where numbers are computed with, they are finite. Configs of transformers hold ``Infinity`` and ``NaN``
+   legally (``time_step_limit``), so this rule is the caller's choice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from lora_export.errors import LoraExportError
+from lora_export.untrusted.shown import shown
+
+if TYPE_CHECKING:
+    import yaml
+
+MAX_DEPTH = 64
+MAX_BYTES = 64 << 20
+# A recipe of thousands of steps has less; YAML's reader needs a second for each 100 kB.
+MAX_YAML_BYTES, MAX_YAML_NODES = 512 << 10, 50_000
+# What CPython takes for one value of each kind, at least: an empty list, a small dict, a short text, a number
+# with its place in a list.
+_LIST_BYTES, _DICT_BYTES, _TEXT_BYTES, _NUMBER_BYTES = 80, 240, 60, 40
+_SMALL_PEAK, _PEAK_FACTOR = 50 << 20, 10
+_LISTED = 20
+
+
+class DocumentError(ValueError):
+    """A document breaks rules of its format.
+
+    Attributes:
+        problems: One sentence for each broken rule, without the file's name.
+    """
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(self.problems))
+
+
+def parse_json(
+    text: str | bytes, *, finite: bool = False, surrogates: bool = False, max_bytes: int = MAX_BYTES
+) -> Any:
+    """Return what a JSON document says.
+
+    Args:
+        text: The document.
+        finite: Refuse NaN and infinities: somebody computes with the numbers.
+        surrogates: Allow halves of surrogate pairs, by which we write paths that are not UTF-8.
+        max_bytes: The largest document that is read.
+
+    Raises:
+        DocumentError: It breaks a rule of this module.
+    """
+    if len(text) > max_bytes:
+        raise DocumentError([f"it holds {len(text)} bytes, and {max_bytes} is the most that is read"])
+    if isinstance(text, bytes):
+        text = _decoded(text)
+    _refuse_costly(text)
+    twice = Counter[str]()
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            counts = Counter(name for name, _ in pairs)
+            twice.update(name for name, count in counts.items() if count > 1)
+        return made
+
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=once,
+            parse_constant=_no_number if finite else None,
+            parse_float=_finite_float if finite else None,
+        )
+    except RecursionError as error:
+        raise DocumentError([f"it is nested deeper than {MAX_DEPTH} levels"]) from error
+    except ValueError as error:
+        raise DocumentError([str(error)]) from error
+    if twice:
+        raise DocumentError([f"'{shown(name)}' is there twice" for name in list(twice)[:_LISTED]])
+    _refuse_deep(value)
+    if not surrogates and "\\u" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise DocumentError([f"it holds half of a surrogate pair: {shown(error)}"]) from error
+    return value
+
+
+def read_json(
+    path: Path,
+    error: type[LoraExportError] = LoraExportError,
+    hint: str = "save or download it again",
+    *,
+    finite: bool = False,
+    surrogates: bool = False,
+) -> Any:
+    """Return what a JSON file says.
+
+    Args:
+        path: The file.
+        error: What to raise.
+        hint: How to mend a damaged file.
+        finite: See `parse_json`.
+        surrogates: See `parse_json`.
+
+    Raises:
+        LoraExportError: The file can't be read, or breaks a rule of this module; of the class ``error``.
+    """
+    raw = _bytes_of(path, MAX_BYTES, error)
+    return json_of(raw, str(path), error, hint, finite=finite, surrogates=surrogates)
+
+
+def json_of(
+    text: str | bytes,
+    where: str,
+    error: type[LoraExportError] = LoraExportError,
+    hint: str = "save or download it again",
+    *,
+    finite: bool = False,
+    surrogates: bool = False,
+) -> Any:
+    """Return what a JSON text says; see `read_json`.
+
+    Args:
+        text: The document.
+        where: Its place, for the error.
+        error: What to raise.
+        hint: How to mend a damaged document.
+        finite: See `parse_json`.
+        surrogates: See `parse_json`.
+
+    Raises:
+        LoraExportError: It breaks a rule of this module; of the class ``error``.
+    """
+    try:
+        return parse_json(text, finite=finite, surrogates=surrogates)
+    except DocumentError as found:
+        if len(found.problems) == 1:
+            raise error(f"{where} can't be read as JSON: {found.problems[0]}", hint) from found
+        raise error(f"{where} can't be read as JSON", hint, found.problems) from found
+
+
+def compose_yaml(path: Path, error: type[LoraExportError], what: str) -> yaml.Node | None:
+    """Return the nodes of a YAML file, which know their lines; None for an empty file.
+
+    Args:
+        path: The file.
+        error: What to raise.
+        what: What the file is, for the error.
+
+    Raises:
+        LoraExportError: The file can't be read, or breaks a rule of this module; of the class ``error``.
+    """
+    import yaml
+
+    raw = _bytes_of(path, MAX_YAML_BYTES, error, what)
+    try:
+        root = yaml.compose(_decoded(raw), Loader=yaml.SafeLoader)
+        _refuse_many(root)
+    except DocumentError as found:
+        raise error(f"{path} can't be read as YAML: {found}", f"correct the {what}") from found
+    except RecursionError as found:
+        raise error(
+            f"{path} can't be read as YAML: it is nested deeper than {MAX_DEPTH} levels",
+            f"correct the {what}",
+        ) from found
+    except (yaml.YAMLError, ValueError) as found:
+        said = " ".join(str(found).split())
+        raise error(f"{path} is not YAML: {said}", "correct the syntax at that place") from found
+    return root
+
+
+def _bytes_of(path: Path, most: int, error: type[LoraExportError], what: str = "") -> bytes:
+    """Return a file's content, of which no more is read than ``most``."""
+    name = f"the {what} {path}" if what else str(path)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(most + 1)
+    except OSError as found:
+        hint = "check the path and its permissions"
+        raise error(f"cannot read {name}: {found.strerror or found}", hint) from found
+    if len(raw) > most:
+        raise error(
+            f"{path} holds more than {most} bytes, the most that is read here", "check that it is this file"
+        )
+    return raw
+
+
+def _decoded(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DocumentError([f"it is not UTF-8: byte {error.start} is {raw[error.start]:#04x}"]) from error
+
+
+def _refuse_costly(text: str) -> None:
+    """Keep rule 2: every value begins with one of these, and in a text they are counted too often at most."""
+    if len(text) <= _SMALL_PEAK // 32:
+        return
+    cost = (
+        text.count("[") * _LIST_BYTES
+        + text.count("{") * _DICT_BYTES
+        + text.count('"') * _TEXT_BYTES // 2
+        + text.count(",") * _NUMBER_BYTES
+    )
+    if cost > _PEAK_FACTOR * len(text) + _SMALL_PEAK:
+        raise DocumentError(
+            [f"its {len(text)} bytes would take {cost} in memory: more than {_PEAK_FACTOR} times as much"]
+        )
+
+
+def _refuse_deep(value: Any) -> None:
+    """Keep rule 3, level by level: recursion is what is to be avoided."""
+    level, depth = [value] if isinstance(value, dict | list) else [], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise DocumentError([f"it is nested deeper than {MAX_DEPTH} levels"])
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+
+
+def _refuse_many(root: yaml.Node | None) -> None:
+    """Keep rules 2 and 3: an alias of an alias of … stands for more nodes than any machine holds."""
+    import yaml
+
+    level, depth, count = [root] if root is not None else [], 0, 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise DocumentError([f"it is nested deeper than {MAX_DEPTH} levels"])
+        inner: list[yaml.Node] = []
+        for node in level:
+            if isinstance(node, yaml.MappingNode):
+                inner += [one for pair in node.value for one in pair]
+            elif isinstance(node, yaml.SequenceNode):
+                inner += node.value
+            if count + len(inner) > MAX_YAML_NODES:
+                raise DocumentError([f"with its aliases it holds more than {MAX_YAML_NODES} values"])
+        count, level = count + len(inner), inner
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{text} is more than a float holds")
+    return value

@@ -1,0 +1,173 @@
+"""A graph of a stranger, held to what everybody who reads it takes for granted.
+
+1. A constant has an element type, sizes that are not negative, and as many values as its shape says.
+2. A node has the inputs and outputs that its operator needs, and its attributes are of the operator's types.
+3. Functions do not call themselves, and with every call replaced by its body the graph stays a graph: twenty
+   functions that each call the next one twice are a million nodes.
+
+ONNX Runtime refuses such graphs as well (https://github.com/onnx/onnx ``onnx/checker.cc``); here each is
+named, before anything is computed from it. Values that lie in other files are their reader's to check.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import onnx_ir as ir
+
+from lora_export.untrusted.shown import shown
+
+MAX_NODES = 2_000_000
+_NAME = 120
+# Of ONNX Runtime's own operators, for which the onnx package has no schemas: what is read here.
+_KINDS = {
+    **dict.fromkeys(
+        (
+            *(
+                "K",
+                "N",
+                "bits",
+                "block_size",
+                "accuracy_level",
+                "weight_prepacked",
+                "num_heads",
+                "q_num_heads",
+            ),
+            *("kv_num_heads", "transA", "transB", "transBatchA", "transBatchB", "to", "output_dtype", "axis"),
+            *("group", "start", "end", "keepdims", "batch_dims"),
+        ),
+        "INT",
+    ),
+    **dict.fromkeys(("alpha", "beta"), "FLOAT"),
+    "perm": "INTS",
+}
+
+
+def graph_problems(model: ir.Model) -> Iterator[str]:
+    """Yield what is wrong with a model whose functions have been inlined (rules 1 and 2)."""
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield from _tensor_problems(value.const_value, shown(value.name, _NAME))
+    for node in model.graph.all_nodes():
+        version = model.opset_imports.get(node.domain, 0)
+        yield from _node_problems(node, version)
+
+
+def function_problems(model: ir.Model) -> list[str]:
+    """Return what speaks against replacing calls of functions by their bodies (rule 3)."""
+    counts: dict[Any, int] = {}
+    problems: list[str] = []
+
+    def count(nodes: Any, calling: tuple[Any, ...]) -> int:
+        total = 0
+        for node in nodes:
+            name = node.op_identifier()
+            total += 1 if name not in model.functions else body(name, calling)
+            if total > MAX_NODES or problems:
+                return total
+        return total
+
+    def body(name: Any, calling: tuple[Any, ...]) -> int:
+        if name in calling or len(calling) > 100:
+            problems.append(
+                f"the function {shown(name[1], _NAME)} calls itself, or calls are nested too deeply"
+            )
+            return 0
+        if name not in counts:
+            counts[name] = count(model.functions[name].all_nodes(), (*calling, name))
+        return counts[name]
+
+    total = count(model.graph.all_nodes(), ())
+    if total > MAX_NODES:
+        problems.append(f"with its functions inlined it has more than {MAX_NODES} nodes")
+    return problems
+
+
+def _tensor_problems(tensor: ir.TensorProtocol, name: str) -> Iterator[str]:
+    try:
+        dtype = tensor.dtype
+        is_text = dtype == ir.DataType.STRING
+        bits = 0 if is_text else dtype.bitwidth
+    except (TypeError, ValueError) as error:
+        yield f"{name}: no element type that ONNX has ({shown(error, _NAME)})"
+        return
+    sizes = [int(size) for size in tensor.shape.numpy()]
+    if any(size < 0 for size in sizes):
+        yield f"{name}: shape {sizes}, wanted sizes of 0 or more"
+    elif isinstance(tensor, ir.ExternalTensor) and is_text:
+        yield f"{name}: texts can't lie in another file"
+    elif isinstance(tensor, ir.serde.TensorProtoTensor) and not is_text:
+        held, needed = _held_bytes(tensor.raw, dtype, bits), math.ceil(math.prod(sizes) * bits / 8)
+        if held != needed:
+            yield f"{name}: holds {held} bytes, its shape {sizes} of {dtype.name} needs {needed}"
+
+
+def _held_bytes(proto: Any, dtype: ir.DataType, bits: int) -> int:
+    """Return how many bytes of values a tensor in the graph's own file has (``onnx.proto``, TensorProto)."""
+    if proto.HasField("raw_data"):
+        return len(proto.raw_data)
+    if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
+        return (len(proto.float_data) or len(proto.double_data)) * bits // 16
+    fields = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+    count = max(len(getattr(proto, field)) for field in fields)
+    # Of values below a byte one number holds those of a whole byte.
+    return count if bits < 8 else count * bits // 8
+
+
+def _node_problems(node: ir.Node, version: int) -> Iterator[str]:
+    for problem in _broken(node, _schema(node.domain, node.op_type, version)):
+        name = f"node '{shown(node.name, _NAME)}'" if node.name else "a node"
+        yield f"{name} ({shown(node.op_type, _NAME)}): {problem}"
+
+
+def _broken(node: ir.Node, schema: _Schema | None) -> Iterator[str]:
+    kinds = schema.kinds if schema else _KINDS
+    for attribute in node.attributes.values():
+        kind = kinds.get(attribute.name)
+        if attribute.type == ir.AttributeType.UNDEFINED:
+            yield f"the attribute {shown(attribute.name, _NAME)} has no type"
+        elif attribute.is_ref():
+            continue
+        elif kind and attribute.type.name != kind:
+            name = shown(attribute.name, _NAME)
+            yield f"the attribute {name} is of type {attribute.type.name}, wanted {kind}"
+        elif attribute.type == ir.AttributeType.TENSOR:
+            yield from _tensor_problems(attribute.value, shown(attribute.name, _NAME))
+    if schema is None:
+        return
+    if len(node.outputs) < schema.outputs:
+        yield f"{len(node.outputs)} outputs, wanted at least {schema.outputs}"
+    given = [value is not None for value in node.inputs]
+    if missing := [i for i in schema.inputs if i >= len(given) or not given[i]]:
+        yield f"no input {', '.join(map(str, missing))}, which the operator needs"
+    if absent := [name for name in schema.required if name not in node.attributes]:
+        yield f"no attribute {', '.join(absent)}, which the operator needs"
+
+
+class _Schema:
+    """What an operator of a version needs."""
+
+    def __init__(self, schema: Any) -> None:
+        from onnx.defs import OpSchema
+
+        self.kinds = {name: attribute.type.name for name, attribute in schema.attributes.items()}
+        self.required = [name for name, attribute in schema.attributes.items() if attribute.required]
+        single = OpSchema.FormalParameterOption.Single
+        self.inputs = [i for i, one in enumerate(schema.inputs) if one.option == single]
+        self.outputs = sum(one.option == single for one in schema.outputs)
+
+
+@lru_cache(maxsize=4096)
+def _schema(domain: str, op_type: str, version: int) -> _Schema | None:
+    from onnx import defs
+
+    try:
+        found = defs.get_schema(op_type, version, domain) if version > 0 else defs.get_schema(op_type, domain)
+    # An operator that the onnx package does not know, at this version or at all.
+    except Exception:
+        return None
+    return _Schema(found)
