@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lora_export.adapter import Adapter
 from lora_export.base.ort_names import free_names
+from lora_export.base.own_code import code_notes, refuse_own_code
 from lora_export.base.sentence_modules import lost_modules
 from lora_export.errors import CheckpointError, GraphError, OutputError, SiteError
 from lora_export.formats.pipeline import refuse_other_components
@@ -149,8 +150,12 @@ def open_base(
     with tempfile.TemporaryDirectory(prefix=".lora-export-", dir=place) as scratch:
         if base.is_dir():
             from lora_export.capture import capture_checkpoint
+            from lora_export.checkpoint import read_config
             from lora_export.checkpoint_merge import refuse_absent
 
+            config = read_config(base)
+            refuse_own_code(base, config)
+            said += code_notes(config)
             refuse_absent(base, list(adapters), allow_unmatched)
             source, captured = prepare(Path(scratch)) if prepare else base, Path(scratch) / "base.onnx"
             capture_checkpoint(

@@ -36,6 +36,8 @@ def capture_onnx(
     Example:
       lora-export capture-onnx my-model --dtype float16 --kv-cache -o base/model.onnx
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
+    from lora_export.base.own_code import code_notes
+    from lora_export.checkpoint import read_config
     from lora_export.modes import capture_onnx as mode
     from lora_export.reports.merge import size_text
 
@@ -47,3 +49,5 @@ def capture_onnx(
         size = size_text(data.stat().st_size)
         click.echo(f"captured {checkpoint} in {time.monotonic() - started:.1f} s: {size} of weights")
         click.echo(f"wrote {graph}\nwrote {data}")
+    for note in code_notes(read_config(checkpoint)):
+        click.echo(f"note: {note}", err=True)
