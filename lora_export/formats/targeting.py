@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from lora_export.formats.patterns import fullmatch, match
 from lora_export.formats.whole_copies import saved_names
 
 # The keys that say it.
@@ -28,11 +29,11 @@ def is_targeted(config: Mapping[str, Any], path: str) -> bool:
         path: Of a module, in the base.
     """
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
-    if excluded and _matches(excluded, path):
+    if excluded and _matches("exclude_modules", excluded, path):
         return False
     if not targets or targets == _ALL_LINEAR:
         return True
-    if not _matches(targets, path):
+    if not _matches("target_modules", targets, path):
         return False
     layers = config.get("layers_to_transform")
     if layers is None or isinstance(targets, str) or path in targets:
@@ -78,10 +79,10 @@ def unsaved(config: Mapping[str, Any], held: Iterable[str], known: Iterable[str]
     return [name for name in missing if any(f".{name}." in path for path in base)]
 
 
-def _matches(wanted: Any, path: str) -> bool:
+def _matches(key: str, wanted: Any, path: str) -> bool:
     if isinstance(wanted, str):
         try:
-            return re.fullmatch(wanted, path) is not None
+            return fullmatch(key, wanted, path) is not None
         except re.error:
             return True
     ends = [end for end in wanted if isinstance(end, str)] if isinstance(wanted, list) else []
@@ -93,9 +94,11 @@ def _layer_of(path: str, pattern: Any) -> int | None:
     patterns = [pattern] if isinstance(pattern, str) else pattern if isinstance(pattern, list) else []
     for name in patterns or [r"[^.]*"]:
         try:
-            found = re.match(rf".*\.{name}\.(\d+)\.", path)
+            found = match("layers_pattern", rf".*\.{name}\.(\d+)\.", path)
         except re.error:
             continue
         if found:
-            return int(found.group(1))
+            # A group of the pattern's own comes first, and PEFT takes it.
+            number = found.group(1)
+            return int(number) if number and number.isdecimal() else None
     return None

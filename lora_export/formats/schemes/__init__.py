@@ -132,12 +132,14 @@ def _refuse_unsaved(adapter: Adapter, known: Collection[str]) -> None:
 
 def _half_saved(adapter: Adapter, known: Collection[str]) -> list[str]:
     """Say for which of the base's modules a PEFT file has nothing although its config means them."""
+    from lora_export.formats.patterns import within
     from lora_export.formats.targeting import untouched
 
     paths = {module.path for module in adapter.modules.values() if module.parameter == "weight"}
     if adapter.format != "peft" or adapter.scope or not adapter.config.get("target_modules"):
         return []
-    left = untouched(adapter.config, paths, known)
+    with within(f"adapter '{adapter.name}' ({adapter.source})"):
+        left = untouched(adapter.config, paths, known)
     if not left:
         return []
     return [
