@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from lora_export.base.links import link_problems
 from lora_export.base.placed import Placed
 from lora_export.base.quantised import dequantised_config
 from lora_export.base.sentence_modules import module_paths
@@ -15,6 +16,7 @@ from lora_export.base.vocabulary import resized_config
 from lora_export.base.weight_files import is_index
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_layout import Layout
+from lora_export.errors import CheckpointError
 
 MANIFEST = "lora.json"
 # Weights in other formats: left out, or the output would hold the unmerged model beside the merged one.
@@ -25,7 +27,11 @@ _OTHER_WEIGHTS = {
 
 
 def small_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
-    """Return the files to copy as they are, relative to the base, and those to leave out."""
+    """Return the files to copy as they are, relative to the base, and those to leave out.
+
+    Raises:
+        CheckpointError: A file to copy is a link out of the folder, or no file.
+    """
     shards = {shard.path for shard in checkpoint.shards}
     written = {*shards, checkpoint.folder / MANIFEST}
     small, left_out = [], []
@@ -43,6 +49,12 @@ def small_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
             left_out.append(str(relative))
         else:
             small.append(relative)
+    if problems := link_problems(checkpoint.folder, (checkpoint.folder / path for path in small)):
+        raise CheckpointError(
+            f"{len(problems)} files of {checkpoint.folder} would be copied from somewhere else, or can't be",
+            "put the files themselves into the folder in place of the links, or remove the links",
+            problems,
+        )
     return small, left_out
 
 
@@ -54,11 +66,11 @@ def _is_index(path: Path, checkpoint: Checkpoint) -> bool:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Yield a folder's files, sorted, without hidden ones (.git, .cache)."""
+    """Yield a folder's files and links, sorted, without hidden ones (.git, .cache)."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             yield from _files(path)
         else:
             yield path

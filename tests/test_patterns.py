@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_swap_onnx import group
 
-from lora_export import load_adapter
+from lora_export import load_adapter, swap_onnx
 from lora_export.cli import _run
 from lora_export.errors import AdapterError
 from lora_export.formats.lora_config import pattern_values
@@ -117,6 +117,7 @@ def test_each_verb_ends(key, tmp_path, capsys):
     adapter = config_with(tmp_path / "a", **keyed(key, SLOW["words"]))
     base, graph = tiny.checkpoint("llama"), tiny.base_onnx("llama", "dynamo")
     given = ["--adapter", adapter]
+    swap_onnx(graph, tmp_path / "for.onnx", adapter=tiny.adapter("llama"))
     verbs = [
         ["inspect", adapter],
         ["merge", "--base", base, *given, "-o", tmp_path / "m"],
@@ -124,7 +125,7 @@ def test_each_verb_ends(key, tmp_path, capsys):
         ["merge-onnx", "--base", graph, *given, "-o", tmp_path / "m.onnx"],
         ["swap-onnx", "--base", graph, *given, "-o", tmp_path / "s.onnx"],
         ["bank-onnx", "--base", graph, "--adapter", f"a={adapter}", "-o", tmp_path / "b.onnx"],
-        ["convert-adapter", adapter, "-o", tmp_path / "p", "--format", "peft"],
+        ["convert-adapter", adapter, "--for", tmp_path / "for.onnx", "-o", tmp_path / "c.safetensors"],
         ["parity", "--reference", base, "--candidate", graph, *given],
     ]
     for verb in verbs:
