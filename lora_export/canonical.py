@@ -16,6 +16,7 @@ from lora_export.base.ties import Tie, Ties, find_ties
 from lora_export.base.twins import Twins
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_names import Names, Part
+from lora_export.data_identity import DataTensor
 from lora_export.errors import CheckpointError, OutputError
 from lora_export.graph import GraphFile, shape_of
 from lora_export.sites.experts import is_turned, settle
@@ -220,15 +221,15 @@ def link_weights(graph: GraphFile, checkpoint: Checkpoint) -> set[Path]:
             continue
         values = checkpoint.read(stored.name)
         if values.dtype == tensor.dtype.numpy() and np.array_equal(values, tensor.numpy()):
-            value.const_value = ir.ExternalTensor(
+            held = ir.ExternalTensor(
                 stored.file.name,
                 stored.offset,
                 stored.length,
                 tensor.dtype,
                 shape=ir.Shape(stored.shape),
                 name=str(value.name),
-                base_dir=stored.file.parent,
             )
+            value.const_value = DataTensor(held, stored.file)
             files.add(stored.file)
     if not files:
         raise OutputError(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export.base.history import MANIFEST, history_of
 from lora_export.base.in_graph import CAPTURED_KEY, entries_before
+from lora_export.base.own_code import model_class, never_asked, refuse_own_code
 from lora_export.base.quantised import refuse_bare_codes
 from lora_export.capture_cache import name_total, with_cache
 from lora_export.capture_export import (
@@ -33,7 +34,7 @@ from lora_export.captured import (
     Captured,
     Kind,
 )
-from lora_export.checkpoint import Checkpoint, diffusers_class, no_folder
+from lora_export.checkpoint import Checkpoint, diffusers_class, no_folder, read_config
 from lora_export.data_identity import mark_data
 from lora_export.errors import CheckpointError, OutputError
 from lora_export.graph import save_graph
@@ -155,7 +156,8 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
         The model, and the names of parameters that the checkpoint lacks: their values are random.
 
     Raises:
-        CheckpointError: The folder can't be loaded or lacks weights, or weights don't fit into the dtype.
+        CheckpointError: The folder can't be loaded without running code of its own, can't be loaded or lacks
+            weights, or weights don't fit into the dtype.
     """
     import torch
     import transformers
@@ -165,14 +167,19 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
     if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
         raise CheckpointError(f"{path} is an adapter, not a base model", "give the folder of its base model")
     _refuse_diffusers(path)
+    refuse_own_code(path, read_config(path))
+    _refuse_adapter_beside(path)
     refuse_bare_codes(path)
-    with quiet():
+    with quiet(), never_asked():
         try:
-            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
             model, loading = _model_class(config, path).from_pretrained(
                 path,
                 dtype=getattr(torch, dtype),
                 local_files_only=True,
+                trust_remote_code=False,
                 attn_implementation=_attention(config),
                 output_loading_info=True,
             )
@@ -196,6 +203,17 @@ def _refuse_diffusers(path: Path) -> None:
         raise CheckpointError(
             f"{path} holds a model of diffusers ({kind}): only models of transformers are captured",
             f"{_EXPORT_YOURSELF}, or merge the adapter into the folder (lora-export merge)",
+        )
+
+
+def _refuse_adapter_beside(path: Path) -> None:
+    """Refuse an adapter in the model's folder: transformers applies it where PEFT is installed."""
+    if (path / "config.json").exists() and (path / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{path} holds an adapter beside the model (adapter_config.json): transformers would apply it "
+            "where PEFT is installed",
+            "move adapter_config.json and the adapter's weights to a folder of their own, and give that as "
+            "the adapter",
         )
 
 
@@ -266,8 +284,8 @@ def _model_class(config: Any, path: Path) -> Any:
 
     names = config.architectures or []
     for name in names:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+        if kind := model_class(name):
+            return kind
     raise CheckpointError(
         f"{path}/config.json names no architecture that transformers {transformers.__version__} has "
         f"(architectures: {names})",

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Array
+from lora_export.base.own_code import code_notes
 from lora_export.base.sentence_modules import transformer_folder
 from lora_export.base.weight_files import find_weights, read_object
 from lora_export.errors import CheckpointError
@@ -76,7 +77,7 @@ class Checkpoint:
         shards: The safetensors files, in the order of their names.
         tensors: Tensor name → where it is, over all shards.
         index: The index file of a sharded checkpoint, or None.
-        notes: Which sets of weights were left aside.
+        notes: Which sets of weights were left aside, and which code.
     """
 
     folder: Path
@@ -97,7 +98,7 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise no_folder(folder)
-        config = _read_config(folder)
+        config = read_config(folder)
         found = find_weights(folder, is_diffusers=_diffusers_class(config) != "")
         if found is None:
             raise _no_safetensors(folder)
@@ -112,7 +113,8 @@ class Checkpoint:
             raise CheckpointError(
                 f"the checkpoint {folder} is damaged or incomplete", "download or save it again", problems
             )
-        return cls(folder, config, tuple(shards), tensors, index, found.notes)
+        notes = (*found.notes, *code_notes(config))
+        return cls(folder, config, tuple(shards), tensors, index, notes)
 
     @property
     def diffusers_class(self) -> str:
@@ -195,10 +197,15 @@ def diffusers_class(folder: Path) -> str:
     Raises:
         CheckpointError: Its config can't be read.
     """
-    return _diffusers_class(_read_config(folder))
+    return _diffusers_class(read_config(folder))
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return a folder's config.json; an empty dict where it has none.
+
+    Raises:
+        CheckpointError: It can't be read.
+    """
     file = folder / "config.json"
     config = read_object(file) if file.exists() else {}
     names = config.get("architectures")

@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from lora_export.base.history import MANIFEST
+from lora_export.base.links import link_problems
 from lora_export.base.placed import Placed
 from lora_export.base.quantised import dequantised_config
 from lora_export.base.sentence_modules import module_paths
@@ -17,6 +18,7 @@ from lora_export.base.vocabulary import resized_config
 from lora_export.base.weight_files import is_index, read_object
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_layout import Layout
+from lora_export.errors import CheckpointError
 from lora_export.safetensors_header import read_file_header
 
 # Weights in other formats: left out, or the output would hold the unmerged model beside the merged one.
@@ -36,6 +38,9 @@ def small_files(checkpoint: Checkpoint, changed: Container[str]) -> tuple[list[P
     Args:
         checkpoint: The base.
         changed: Names of the tensors that the merge changes.
+
+    Raises:
+        CheckpointError: A file to copy is a link out of the folder, or no file.
     """
     shards = {shard.path for shard in checkpoint.shards}
     written = {*shards, checkpoint.folder / MANIFEST}
@@ -54,6 +59,12 @@ def small_files(checkpoint: Checkpoint, changed: Container[str]) -> tuple[list[P
             left_out.append(str(relative))
         else:
             small.append(relative)
+    if problems := link_problems(checkpoint.folder, (checkpoint.folder / path for path in small)):
+        raise CheckpointError(
+            f"{len(problems)} files of {checkpoint.folder} would be copied from somewhere else, or can't be",
+            "put the files themselves into the folder in place of the links, or remove the links",
+            problems,
+        )
     return small, left_out
 
 
@@ -72,11 +83,11 @@ def _is_index(path: Path, checkpoint: Checkpoint) -> bool:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Yield a folder's files, sorted, without hidden ones (.git, .cache)."""
+    """Yield a folder's files and links, sorted, without hidden ones (.git, .cache)."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             yield from _files(path)
         else:
             yield path

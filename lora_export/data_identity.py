@@ -1,4 +1,4 @@
-"""Which data files a graph was written with, as an entry of its own metadata (`KEY`).
+"""Where a graph's data files may lie, and which it was written with, as an entry of its metadata (`KEY`).
 
 A graph's weights lie in files beside it. One of them replaced by another model's of equal shapes (half of an
 update copied, a base exported again under ``--share-base``) loads without a word and answers as that model.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +37,56 @@ class DataIdentity:
 
     layout: str
     files: Mapping[str, str]
+
+
+def place_problem(path: Path, location: str) -> str:
+    """Return why a graph may not have its data at a place, or an empty text.
+
+    The rule is ONNX Runtime's (``ValidateExternalDataPath``, ``tensorprotoutils.cc`` of 1.32): a relative
+    path, and with links followed a file in the graph's folder or below it. Where the graph's file is a link
+    itself, as in Hugging Face's cache, the folder that it leads to counts as well. We want no ``..`` besides.
+
+    Args:
+        path: The graph's file.
+        location: The place, seen from the graph's folder.
+    """
+    if "\0" in location or Path(location).is_absolute() or ".." in Path(location).parts:
+        return f"external data at {location!r} is outside the model's folder"
+    found = os.path.realpath(path.parent / location)
+    folders = {os.path.realpath(path.parent), os.path.dirname(os.path.realpath(path))}  # noqa: PTH120
+    if any(os.path.commonpath([folder, found]) == folder for folder in folders):
+        return ""
+    return f"external data at {location!r} leads out of the model's folder, to {found}"
+
+
+class DataTensor(ir.ExternalTensor):
+    """A constant in a file whose place is allowed (`place_problem`).
+
+    onnx_ir's own rule, which holds while a tensor says its folder, is another than ONNX Runtime's: it reads
+    neither Hugging Face's cache nor a file with two names (hard links).
+
+    Args:
+        tensor: What the graph says.
+        path: The file.
+    """
+
+    def __init__(self, tensor: ir.ExternalTensor, path: Path) -> None:
+        super().__init__(
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=str(tensor.name),
+            doc_string=tensor.doc_string,
+            metadata_props=dict(tensor.metadata_props),
+        )
+        self._path = str(path)
+
+    @property
+    def path(self) -> str:
+        """The file, which ``location`` names from the graph's folder."""
+        return self._path
 
 
 def layout_of(tensors: Iterable[tuple[str, ir.ExternalTensor]]) -> str:
@@ -89,6 +140,13 @@ def refuse_changed_data(metadata: Mapping[str, str], path: Path, layout: Callabl
         identity = from_plain(DataIdentity, json_of(text, where, GraphError, hint), known_only=False)
     except FieldError as error:
         raise GraphError(f"{where} is damaged", hint, error.problems) from error
+    outside = [problem for place in identity.files if (problem := place_problem(path, place))]
+    if outside:
+        raise GraphError(
+            f"{path}: the metadata entry {KEY!r} names files that can't be the graph's",
+            "copy the graph and its data into one folder, without links out of it; or make it again",
+            outside,
+        )
     changed = [
         f"{file}: sha256 {found}, the graph was written with {sha256}"
         for place, sha256 in identity.files.items()

@@ -60,7 +60,8 @@ class ExposeReport:
 
 def base_name(base: Path) -> str:
     """What a record calls the base: its file or folder name."""
-    return base.resolve().name
+    # Not what a link leads to: files in Hugging Face's cache are called by their hashes.
+    return base.absolute().name if base.is_file() else base.resolve().name
 
 
 def write_exposed(

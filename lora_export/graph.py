@@ -2,7 +2,7 @@
 
 External data is never read here: a constant is a `Source`, a byte range of some file, until something asks
 for its values. What may be referred to (`facts <https://onnx.ai/onnx/repo-docs/ExternalData.html>`_): a file
-in the model's own folder or below it, never an absolute path or one through ``..``.
+in the model's own folder or below it, never an absolute path, one through ``..`` or a link out of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.adapter import Array
-from lora_export.data_identity import external_tensors, layout_of, refuse_changed_data
+from lora_export.data_identity import (
+    DataTensor,
+    external_tensors,
+    layout_of,
+    place_problem,
+    refuse_changed_data,
+)
 from lora_export.errors import GraphError
 from lora_export.untrusted.graphs import function_problems, graph_problems
 from lora_export.untrusted.shown import limited
@@ -121,14 +127,18 @@ def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> Graph
     graph = GraphFile(model, file)
     _refuse_invalid(file, list(graph_problems(model)))
     _read_constants(model)
-    problems = [problem for value in graph.initializers() for problem in _external_problems(value)]
+    problems = [problem for value in graph.initializers() for problem in _external_problems(value, file)]
+    problems += _attribute_problems(model)
     if problems:
         raise GraphError(
             f"{file} has {len(problems)} tensors whose external data can't be read",
-            "put the data files that belong to this .onnx where they were, seen from it",
+            "put the data files that belong to this .onnx into its folder, where they were, seen from it",
             limited(problems, most=_SHOWN),
         )
     refuse_changed_data(model.metadata_props, file, lambda: layout_of(external_tensors(model)))
+    for value in graph.initializers():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = DataTensor(value.const_value, Path(value.const_value.path))
     return graph
 
 
@@ -206,13 +216,28 @@ def _constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
     return attribute.as_tensor() if attribute is not None and not attribute.is_ref() else None
 
 
-def _external_problems(value: ir.Value) -> Iterator[str]:
+def _attribute_problems(model: ir.Model) -> Iterator[str]:
+    """Yield attributes with tensors in other files: we don't read them, and an output would refer to them."""
+    owners: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for node in (node for owner in owners for node in owner.all_nodes()):
+        for attribute in node.attributes.values():
+            if attribute.is_ref() or attribute.type not in (
+                ir.AttributeType.TENSOR,
+                ir.AttributeType.TENSORS,
+            ):
+                continue
+            held = attribute.value if attribute.type == ir.AttributeType.TENSORS else [attribute.value]
+            if any(isinstance(tensor, ir.ExternalTensor) for tensor in held):
+                yield f"attribute {attribute.name!r} of node {node.name!r} ({node.op_type}): external data"
+
+
+def _external_problems(value: ir.Value, file: Path) -> Iterator[str]:
     tensor = value.const_value
     if not isinstance(tensor, ir.ExternalTensor):
         return
     location = str(tensor.location)
-    if Path(location).is_absolute() or ".." in Path(location).parts:
-        yield f"{value.name}: external data at {location!r} is outside the model's folder"
+    if problem := place_problem(file, location):
+        yield f"{value.name}: {problem}"
         return
     path = Path(tensor.path)
     if not path.is_file():

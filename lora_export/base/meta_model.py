@@ -8,8 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_export.base.own_code import model_class, never_asked, why_not_built
 from lora_export.checkpoint import Checkpoint
 from lora_export.commit.leftovers import scratch_folder
+from lora_export.errors import CheckpointError
 
 
 def build_model(checkpoint: Checkpoint, changed: Mapping[str, Any] | None = None) -> Any:
@@ -20,23 +22,27 @@ def build_model(checkpoint: Checkpoint, changed: Mapping[str, Any] | None = None
         changed: A config to take instead of the checkpoint's.
 
     Raises:
+        CheckpointError: That would run code of the checkpoint's own.
         ImportError: There is no torch or no transformers.
         Exception: transformers knows no such model, or can't build it.
     """
     import torch
     import transformers
 
-    name = (checkpoint.config.get("architectures") or [""])[0]
-    kind = getattr(transformers, name, None)
+    config = checkpoint.config if changed is None else changed
+    if why := why_not_built(config):
+        raise CheckpointError(why)
+    kind = model_class((checkpoint.config.get("architectures") or [""])[0])
     verbosity = transformers.logging.get_verbosity()
     # Its remarks about the config are for those who run the model.
     transformers.logging.set_verbosity_error()
     try:
-        with _folder_of(checkpoint, changed) as folder:
-            # False, not unsaid: else a folder with code of its own asks on the terminal.
-            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
-            return kind(config) if kind else transformers.AutoModel.from_config(config)
+        with _folder_of(checkpoint, changed) as folder, never_asked():
+            made = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        with torch.device("meta"), never_asked():
+            return kind(made) if kind else transformers.AutoModel.from_config(made, trust_remote_code=False)
     finally:
         transformers.logging.set_verbosity(verbosity)
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Adapter
-from lora_export.errors import AdapterError, LoraExportError
+from lora_export.errors import AdapterError, CheckpointError, LoraExportError
 from lora_export.formats.tensors import read_safetensors
 from lora_export.untrusted.documents import read_json
 
@@ -81,13 +81,27 @@ def _root(place: Path) -> Path:
 
 
 def _modules(folder: Path) -> list[tuple[str, str]]:
-    """Return path and class of the modules in ``modules.json``; none where there is no such file."""
+    """Return path and class of the modules in ``modules.json``; none where there is no such file.
+
+    Raises:
+        CheckpointError: A path leads out of the folder.
+    """
     try:
         entries = read_json(folder / _LIST)
         # A class's package has been moved.
-        return [(str(entry["path"]), str(entry["type"]).rpartition(".")[2]) for entry in entries]
+        found = [(str(entry["path"]), str(entry["type"]).rpartition(".")[2]) for entry in entries]
     except (LoraExportError, TypeError, KeyError):
         return []
+    outside = [
+        path for path, _ in found if Path(path).is_absolute() or {"..", "\0"} & {*Path(path).parts, *path}
+    ]
+    if outside:
+        raise CheckpointError(
+            f"{folder / _LIST} names modules outside of its folder",
+            "put the modules' folders beside it, and correct their paths",
+            [repr(path) for path in outside],
+        )
+    return found
 
 
 def _differing(folder: Path, root: Path) -> Iterator[tuple[str, str]]:

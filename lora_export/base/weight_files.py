@@ -123,7 +123,14 @@ def _indexed(index: Path) -> tuple[str, ...]:
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index} has no 'weight_map' from tensor to file", "save the base again")
-    return tuple(sorted(set(weight_map.values())))
+    files = sorted(set(weight_map.values()))
+    if strange := [file for file in files if Path(file).name != file or "\0" in file]:
+        raise CheckpointError(
+            f"{index} names weights that are not files of its folder",
+            "put all of them beside the index, and save or download it again",
+            [repr(file) for file in strange],
+        )
+    return tuple(files)
 
 
 def _noted(chosen: WeightFiles, sets: Sequence[WeightFiles]) -> WeightFiles:

@@ -38,6 +38,8 @@ def capture_onnx(
     Example:
       lora-export capture-onnx my-model --dtype float16 --kv-cache -o base/model.onnx
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
+    from lora_export.base.own_code import code_notes
+    from lora_export.checkpoint import read_config
     from lora_export.modes import capture_onnx as mode
     from lora_export.reports.merge import size_text
 
@@ -49,3 +51,4 @@ def capture_onnx(
         size = size_text(data.stat().st_size)
         print_lines([f"captured {checkpoint} in {time.monotonic() - started:.1f} s: {size} of weights"])
         print_lines([f"wrote {graph}", f"wrote {data}"])
+    print_lines([f"note: {note}" for note in code_notes(read_config(checkpoint))], err=True)

@@ -37,7 +37,7 @@ def build_base(checkpoint: Path, folder: Path, precision: Precision, cache: Path
     from onnxruntime_genai.models import builder
 
     source, target = str(checkpoint), str(folder)
-    extra = _EXACT if precision == "int4" else []
+    extra = ["hf_remote=false", *(_EXACT if precision == "int4" else [])]
     try:
         with silence():
             options = builder.parse_extra_options(None, source, target, precision, "cpu", str(cache), extra)

@@ -41,12 +41,14 @@ def save_base(folder: Path) -> None:
     # Not through importlib.resources: that imports the package, and with it llama.cpp.
     source = str(Path(spec.origin).parent)
     options = {"gguf_file": GGUF, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, trust_remote_code=False, **options
+    )
     # Its weights are floats by now, but transformers 5 still takes it for quantised and refuses to save it.
     model.hf_quantizer, model.is_quantized = None, False
     del model.config.quantization_config
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, **options).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options).save_pretrained(folder)
 
 
 class ChatTrainer:
@@ -61,7 +63,7 @@ class ChatTrainer:
         from transformers import AutoTokenizer
 
         self._base, self._seed = base, seed
-        self._tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+        self._tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
 
     def prompt(self, question: str) -> list[int]:
         """Return the tokens of a question in the chat template, up to where the answer begins."""
@@ -78,7 +80,9 @@ class ChatTrainer:
         import torch
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(self._base, dtype=torch.float32, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            self._base, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
         return model.eval()
 
     def train(self, style: Style, folder: Path, progress: Callable[[float], None]) -> None:

@@ -50,7 +50,7 @@ class Trainer:
         from transformers import AutoTokenizer
 
         self._base, self._seed = base, seed
-        self._tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+        self._tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
 
     def encode(self, examples: Sequence[Example]) -> dict[str, Array]:
         """Return the token tensors of the sentences, padded to the longest."""
@@ -118,7 +118,9 @@ class Trainer:
     def _load_base(self) -> Any:
         from transformers import AutoModelForSequenceClassification
 
-        return AutoModelForSequenceClassification.from_pretrained(self._base, local_files_only=True)
+        return AutoModelForSequenceClassification.from_pretrained(
+            self._base, local_files_only=True, trust_remote_code=False
+        )
 
     def _tensors(self, examples: Sequence[Example]) -> dict[str, Any]:
         import torch
@@ -140,12 +142,14 @@ def save_base(folder: Path, labels: int, seed: int) -> None:
     source = str(files(ENCODER_PACKAGE).joinpath("model"))
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(
-        source, num_labels=labels, dtype=torch.float32, local_files_only=True
+        source, num_labels=labels, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
     # Exporters drop a bias of zeros from the graph: the adapter's own classifier.bias would have no place.
     torch.nn.init.normal_(model.classifier.bias, std=model.config.initializer_range)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False).save_pretrained(
+        folder
+    )
 
 
 @contextlib.contextmanager

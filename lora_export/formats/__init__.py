@@ -72,6 +72,7 @@ def load_adapter(
             installed.
     """
     from lora_export.formats.pairs import check_options
+    from lora_export.formats.patterns import within
     from lora_export.formats.source import Options, open_source
 
     options = Options(alpha, rank, rslora, component)
@@ -81,7 +82,8 @@ def load_adapter(
     source = open_source(Path(path), name)
     if not source.tensors:
         raise AdapterError(f"adapter '{source.name}' is empty: {source.file} has no tensors", "save it again")
-    adapter = _with_effect(_format(format or detect_format(source)).read(source, options))
+    with within(f"adapter '{source.name}' ({source.file})"):
+        adapter = _with_effect(_format(format or detect_format(source)).read(source, options))
     if component is None:
         return adapter
     from lora_export.formats.scope import part_of

@@ -29,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_export.adapter import Layout
+from lora_export.formats.patterns import fullmatch
 
 # Registration order in transformers' expert modules; GPT-OSS has matrices of biases, DBRX w1, v1, w2.
 REGISTERED = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "w1", "v1", "down_proj",
@@ -85,13 +86,14 @@ def is_target_module(path: str, config: Mapping[str, Any]) -> bool:
     The rule is that of PEFT's ``check_target_module_exists``: a list holds ends of paths, from a dot on, and
     a text is a regular expression for the whole path.
     """
-    return _listed(path, config.get("target_modules")) and not _listed(path, config.get("exclude_modules"))
+    return _listed(path, config, "target_modules") and not _listed(path, config, "exclude_modules")
 
 
-def _listed(path: str, names: Any) -> bool:
+def _listed(path: str, config: Mapping[str, Any], key: str) -> bool:
+    names = config.get(key)
     if isinstance(names, str):
         try:
-            return re.fullmatch(names, path) is not None
+            return fullmatch(key, names, path) is not None
         except re.error:
             return False
     if not isinstance(names, Sequence):

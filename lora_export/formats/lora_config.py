@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lora_export.formats.patterns import check, match
 from lora_export.formats.source import Options
 
 # Change how the tensors are made or trained, not what they mean once saved.
@@ -77,18 +78,24 @@ _REFUSED = {
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
-def pattern_values(pattern: Any, path: str) -> list[Any]:
+def pattern_values(config: Mapping[str, Any], name: str, path: str) -> list[Any]:
     """Return the values of all keys that match ``path`` under PEFT's rule; the first one counts.
+
+    Args:
+        config: PEFT's.
+        name: ``rank_pattern`` or ``alpha_pattern``.
+        path: Of a module.
 
     The rule (``peft.utils.other.get_pattern_key``): a key matches as a regular expression the end of the
     path, from a dot on; where none does, a key that is the path itself.
     """
+    pattern = config.get(name)
     if not isinstance(pattern, Mapping):
         return []
     found = []
     for key, value in pattern.items():
         try:
-            if re.match(rf"(.*\.)?({key})$", path):
+            if match(name, rf"(.*\.)?({key})$", path):
                 found.append(value)
         except re.error:
             continue
@@ -124,7 +131,7 @@ class LoraRules:
 
     def alpha(self, path: str) -> float | None:
         """Alpha of a module; None where the config has no usable number (already a problem)."""
-        found = pattern_values(self._config.get("alpha_pattern"), path)
+        found = pattern_values(self._config, "alpha_pattern", path)
         value: Any = found[0] if found else self._config.get("lora_alpha")
         if any(other != value for other in found):
             # Seen with peft 0.21: save_pretrained sorts the keys, training used them as they were given.
@@ -136,7 +143,7 @@ class LoraRules:
 
     def rank(self, path: str) -> int | None:
         """Rank of a module; None where the config has no usable number (already a problem)."""
-        found = pattern_values(self._config.get("rank_pattern"), path)
+        found = pattern_values(self._config, "rank_pattern", path)
         value: Any = found[0] if found else self._config.get("r")
         return None if _number_problem(value, whole=True) else int(value)
 
@@ -201,7 +208,7 @@ class LoraRules:
 def _pattern_problem(pattern: str) -> str:
     """Return why PEFT would stop at a key of a pattern, or an empty string."""
     try:
-        re.compile(rf"(.*\.)?({pattern})$")
+        check(rf"(.*\.)?({pattern})$")
     except re.error as error:
         return f"no regular expression ({error}), which is what PEFT reads it as; for any name write .*"
     return ""

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from lora_export.formats.lora_config import pattern_values
+from lora_export.formats.patterns import fullmatch
 
 KEYS = ("rank_pattern", "alpha_pattern")
 # A literal name at the beginning of a key, as far as its dot.
@@ -24,29 +25,32 @@ def misplaced_keys(config: Mapping[str, Any], paths: Collection[str]) -> Iterato
     Args:
         config: PEFT's, without wrappers in its patterns.
         paths: What the keys are matched against: of each module of the file.
+
+    Raises:
+        AdapterError: The keys take too long to match.
     """
     for kind in KEYS:
         pattern = config.get(kind)
-        for key, value in pattern.items() if isinstance(pattern, Mapping) else ():
-            one = {str(key): value}
-            if any(pattern_values(one, path) for path in paths):
+        for key in map(str, pattern) if isinstance(pattern, Mapping) else ():
+            if any(pattern_values({kind: {key: 1}}, kind, path) for path in paths):
                 continue
-            if (meant := next((path for path in paths if _is_meant(str(key), path)), None)) is not None:
+            if (meant := next((path for path in paths if _is_meant(kind, key, path)), None)) is not None:
                 yield (
                     f"config {kind} {key!r}: fits no module as the file calls them; it would fit "
                     f"{meant} with another beginning: write it as that path begins"
                 )
 
 
-def _is_meant(key: str, path: str) -> bool:
+def _is_meant(kind: str, key: str, path: str) -> bool:
     """Whether a key fits a path without its first names, or without its own first names all of a path."""
     names = path.split(".")
-    if any(pattern_values({key: 1}, ".".join(names[first:])) for first in range(1, len(names) - 1)):
+    ends = (".".join(names[first:]) for first in range(1, len(names) - 1))
+    if any(pattern_values({kind: {key: 1}}, kind, end) for end in ends):
         return True
     while found := _FIRST_NAME.match(key):
         key = key[found.end() :]
         try:
-            if re.fullmatch(key.removesuffix("$"), path):
+            if fullmatch(kind, key.removesuffix("$"), path):
                 return True
         except re.error:
             return False

@@ -276,8 +276,7 @@ def _check_patterns(table: PartsTable, config: Mapping[str, Any]) -> None:
     for _, path in table.rows:
         inner = path.removeprefix("module.")
         for key in ("rank_pattern", "alpha_pattern") if inner != path else ():
-            pattern = config.get(key)
-            if pattern_values(pattern, inner) and not pattern_values(pattern, path):
+            if pattern_values(config, key, inner) and not pattern_values(config, key, path):
                 table.problems.append(
                     f"{path}: config {key} has a key that fits only without 'module.' in front; where "
                     "that is DataParallel's, save the model inside of it (model.module)"

@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError
+from lora_export.formats.patterns import fullmatch, match, within
 from lora_export.formats.whole_copies import is_below, saved_names
 
 # The keys that say it.
@@ -31,11 +32,11 @@ def is_targeted(config: Mapping[str, Any], path: str) -> bool:
         path: Of a module, in the base.
     """
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
-    if excluded and _matches(excluded, path):
+    if excluded and _matches("exclude_modules", excluded, path):
         return False
     if not targets or targets == _ALL_LINEAR:
         return True
-    if not _matches(targets, path):
+    if not _matches("target_modules", targets, path):
         return False
     layers = config.get("layers_to_transform")
     if layers is None or isinstance(targets, str) or path in targets:
@@ -114,7 +115,8 @@ def half_saved(adapter: Adapter, known: Collection[str]) -> list[str]:
     paths = {module.path for module in adapter.modules.values() if module.parameter == "weight"}
     if adapter.format != "peft" or adapter.scope or not adapter.config.get("target_modules"):
         return []
-    left = untouched(adapter.config, paths, known)
+    with within(f"adapter '{adapter.name}' ({adapter.source})"):
+        left = untouched(adapter.config, paths, known)
     if not left:
         return []
     return [
@@ -123,10 +125,10 @@ def half_saved(adapter: Adapter, known: Collection[str]) -> list[str]:
     ]
 
 
-def _matches(wanted: Any, path: str) -> bool:
+def _matches(key: str, wanted: Any, path: str) -> bool:
     if isinstance(wanted, str):
         try:
-            return re.fullmatch(wanted, path) is not None
+            return fullmatch(key, wanted, path) is not None
         except re.error:
             return True
     ends = [end for end in wanted if isinstance(end, str)] if isinstance(wanted, list) else []
@@ -138,9 +140,11 @@ def _layer_of(path: str, pattern: Any) -> int | None:
     patterns = [pattern] if isinstance(pattern, str) else pattern if isinstance(pattern, list) else []
     for name in patterns or [r"[^.]*"]:
         try:
-            found = re.match(rf".*\.{name}\.(\d+)\.", path)
+            found = match("layers_pattern", rf".*\.{name}\.(\d+)\.", path)
         except re.error:
             continue
         if found:
-            return int(found.group(1))
+            # A group of the pattern's own comes first, and PEFT takes it.
+            number = found.group(1)
+            return int(number) if number and number.isdecimal() else None
     return None

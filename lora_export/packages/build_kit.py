@@ -8,8 +8,9 @@ calls TensorRT's own ``trtexec`` and completes the record (``finish.py``, with t
 from __future__ import annotations
 
 import os
+import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -29,8 +30,10 @@ from lora_export.output import OutputSet, check_parent, output_errors, refuse_ex
 PathLike = str | os.PathLike[str]
 _MIB = 1 << 20
 _TEMPLATES = "kit"
+_KEY = re.compile("@([A-Z]+)@")
 # Of an input's name, trtexec splits at the first, drops the second, and takes the third for any other name.
-_SPLIT = frozenset(",'*")
+# The last can't be given to any program.
+_SPLIT = frozenset(",'*\0")
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def _check_inputs(profiles: Iterable[Profile]) -> None:
     if names:
         raise BackendError(
             "trtexec can't be told the shapes of some inputs",
-            "give these inputs names without comma, apostrophe and asterisk",
+            "give these inputs names without comma, apostrophe, asterisk and null character",
             names,
         )
 
@@ -135,16 +138,29 @@ def _write(plan: BuildPlan, group: Group, source: EngineSource, folder: Path) ->
 def _script(plan: BuildPlan, group: Group, engine: str) -> str:
     template = (files("lora_export.packages") / _TEMPLATES / "build.sh").read_text(encoding="utf-8")
     filled = {
-        "TARGET": ", ".join(target.label for target in group.targets),
+        # In a comment, which ends with its line.
+        "TARGET": _one_line(", ".join(target.label for target in group.targets)),
         "MODEL": shlex.quote(f"{plan.name}.onnx"),
         "ENGINE": shlex.quote(engine),
         "TOOL": "tensorrt_rtx" if group.compiler.name == "tensorrt-rtx" else "trtexec",
         "OURS": _lines(_own_flags(plan, group)),
         "FLAGS": _lines(_trtexec_flags(plan, group)),
     }
-    for key, text in filled.items():
-        template = template.replace(f"@{key}@", text)
-    return template
+    return fill(template, filled)
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """Return a template with each ``@KEY@`` replaced, in one pass: what a value holds is never a key.
+
+    Args:
+        template: What is shipped.
+        values: Key → text, quoted for the place where it goes.
+    """
+    return _KEY.sub(lambda found: values[found[1]], template)
+
+
+def _one_line(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _lines(flags: Iterator[str]) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_export.base.links import link_problems
 from lora_export.errors import PackageError
 from lora_export.output import OutputSet, output_errors, refuse_existing
 from lora_export.untrusted.documents import read_json
@@ -72,7 +73,7 @@ def companions_of(base: Path, output: Path, force: bool = False) -> Companions:
         force: Replace files that exist with another content.
 
     Raises:
-        PackageError: The config beside the base can't be read.
+        PackageError: The config beside the base can't be read, or a file is a link out of the folder.
     """
     nothing = Companions({}, output)
     config_path = base.parent / CONFIG
@@ -86,11 +87,18 @@ def companions_of(base: Path, output: Path, force: bool = False) -> Companions:
         # The config there is the base's own; what it runs is not ours to change.
         note = f"{config_path} runs {base.name}; to run {output.name}, put that name there"
         return Companions({}, output, (note,))
-    files = {
-        path.name: path.read_bytes()
+    beside = [
+        path
         for path in sorted(base.parent.iterdir())
         if path.suffix in _SUFFIXES and not path.name.endswith(_MANIFEST) and path.is_file()
-    }
+    ]
+    if problems := link_problems(base.parent, beside):
+        raise PackageError(
+            f"files beside {base} would be copied from somewhere else",
+            "put the files themselves into the folder in place of the links, or remove the links",
+            problems,
+        )
+    files = {path.name: path.read_bytes() for path in beside}
     del files[CONFIG]
     files[CONFIG] = config_path.read_bytes() if output.name == base.name else _renamed(config, base, output)
     others = sorted(set(named) - {base.name})

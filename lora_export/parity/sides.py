@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_export.adapter import Adapter
+from lora_export.base.own_code import code_notes
+from lora_export.checkpoint import read_config
 from lora_export.errors import BackendError
 from lora_export.parity.candidate import About, Candidate, describe, open_candidate
 from lora_export.parity.limits import STEP
@@ -148,7 +150,8 @@ def open_sides(
     own = None
     if isinstance(right, CheckpointReference) and dtype != high:
         own = TorchReference(reference, dtype, adapters)
-    notes = [*merged.notes, *_of_dtypes(about, dtype, reference, str(right.about["dtype"]))]
+    code = code_notes(read_config(reference)) if isinstance(right, CheckpointReference) else ()
+    notes = [*code, *merged.notes, *_of_dtypes(about, dtype, reference, str(right.about["dtype"]))]
     return Sides(opened, right, own, dtype, merged, blend, notes)
 
 

@@ -45,8 +45,8 @@ trap 'rm -f -- "$out/$engine.tmp"' EXIT
 if ! "$tool" --onnx="$kit"/@MODEL@ --saveEngine="$out/$engine.tmp" \
     @FLAGS@ >"$log" 2>&1; then
   tail -n 20 -- "$log" >&2
-  echo "Error: $tool could not build the engine; all of its messages are in $log" >&2
+  printf 'Error: %s could not build the engine; all of its messages are in %s\n' "$tool" "$log" >&2
   exit 1
 fi
 python3 "$kit/finish.py" "$kit/record.json" "$out/$engine.tmp" "$log" "$out/$engine"
-echo "wrote $out/$engine"
+printf 'wrote %s\n' "$out/$engine"
