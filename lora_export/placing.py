@@ -198,13 +198,14 @@ def _lost(
 ) -> tuple[str, str]:
     """Return message and hint where nothing of an adapter is found."""
     total = len(misses)
-    if checked:
+    is_foreign = checked and all(miss.is_foreign for miss in misses)
+    if checked and not is_foreign:
         return (
             f"{file} holds the checkpoint's values of none of the {total} parameters of {name}",
             "give the folder that the graph was exported from, and the graph as its exporter wrote it: a "
             "tool may have changed its weights since",
         )
-    if any(miss.kind == "nameless" for miss in misses):
+    if not checked and any(miss.kind == "nameless" for miss in misses):
         return (
             f"{file} does not say where its weights belong: none of the {total} parameters of {name} is "
             "named in it",
@@ -220,7 +221,14 @@ def _lost(
         listed = ", ".join(f"{one} is perhaps {other}" for one, other in pairs)
         return (
             f"{name} names its modules in another way than {file}: none of its {total} parameters is found",
-            f"the shapes fit ({listed}): rename the adapter's tensors; or {values}",
+            f"the shapes fit ({listed}): rename the adapter's tensors"
+            + ("" if checked else f"; or {values}"),
+        )
+    if checked:
+        return (
+            f"{name} was made for another model: neither {file} nor the checkpoint has any of its {total} "
+            "parameters",
+            "give the base that the adapter was trained on: its graph, and with --checkpoint its folder",
         )
     return (
         f"{name} was made for another model: none of its {total} parameters has a place in {file}",
@@ -262,7 +270,7 @@ def _rows_hints(misses: Sequence[Miss]) -> list[str]:
         if miss.target.action == "replace" and miss.kind == "shape" and may_be_tied(key):
             hints.append(f"for new tokens or labels: give the base {shape[0]} rows before it is exported")
         elif miss.target.action == "replace" and miss.kind in _LOST:
-            hints.append(head_hint(key, shape))
+            hints.append(head_hint(key, shape, of_graph=True))
     return [hint for hint in dict.fromkeys(hints) if hint]
 
 

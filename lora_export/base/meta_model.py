@@ -28,15 +28,30 @@ def build_model(checkpoint: Checkpoint, changed: Mapping[str, Any] | None = None
 
     name = (checkpoint.config.get("architectures") or [""])[0]
     kind = getattr(transformers, name, None)
+    with quiet_config(checkpoint, changed) as config, torch.device("meta"):
+        return kind(config) if kind else transformers.AutoModel.from_config(config)
+
+
+@contextlib.contextmanager
+def quiet_config(
+    checkpoint: Checkpoint, changed: Mapping[str, Any] | None = None, **more: Any
+) -> Iterator[Any]:
+    """Yield transformers' config of a checkpoint; while it is in use, transformers says errors only.
+
+    Args:
+        checkpoint: The base.
+        changed: See `build_model`.
+        more: Settings to change.
+    """
+    import transformers
+
     verbosity = transformers.logging.get_verbosity()
     # Its remarks about the config are for those who run the model.
     transformers.logging.set_verbosity_error()
     try:
         with _folder_of(checkpoint, changed) as folder:
             # False, not unsaid: else a folder with code of its own asks on the terminal.
-            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
-            return kind(config) if kind else transformers.AutoModel.from_config(config)
+            yield transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, **more)
     finally:
         transformers.logging.set_verbosity(verbosity)
 
