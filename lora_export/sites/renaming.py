@@ -338,6 +338,9 @@ class _Renamer:
             )
             hint = f"give {offers.text}, or omit --component" if offers else "omit --component"
             return self._all(problem, hint, offers)
+        if offers.others and not offers:
+            problem = Problem("not found", "what would fit is of another kind of model")
+            return self._all(problem, self._of_others(offers), offers)
         most = max(map(len, self._fits.values()))
         if not most:
             return self._all(NOT_FOUND, part, offers)
@@ -353,6 +356,15 @@ class _Renamer:
             "not found", "not under its own path; under another it may be a different part of the model"
         )
         return self._all(problem, f"{offers.placed} of {count} parameters fit elsewhere: {part}", offers)
+
+    def _of_others(self, offers: Offers) -> str:
+        """Say that all that would be placed belongs to another kind of model than the base."""
+        own = " and ".join(sorted(self._known.kinds)) or "another"
+        listed = ", ".join(f"{part} ({kind})" for part, kind in offers.others[:_SHOWN])
+        return (
+            f"the base is a model of the kind {own}, and what would fit of the adapter is of another: "
+            f"{listed}; give the base of that part"
+        )
 
     def _all(self, problem: Problem, hint: str, offers: Offers) -> Renaming:
         problems = dict.fromkeys(range(len(self._wanted)), problem)
