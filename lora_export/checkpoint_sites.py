@@ -44,6 +44,7 @@ from lora_export.base.vocabulary import grows, head_hint, is_head, resize_hint, 
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_names import Names, Part
 from lora_export.formats.schemes import fitted
+from lora_export.formats.scope import SHARED
 from lora_export.formats.whole_copies import reach_of
 from lora_export.patch import Patch, Placement, patch_from, replacement
 from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, unaccounted
@@ -71,6 +72,7 @@ def place_adapters(
     weights: Sequence[float],
     quantised: Quantised,
     resize: bool | None = None,
+    shared: bool | None = None,
 ) -> Placed:
     """Find every change of some adapters in a checkpoint; what has no place is ``refused`` in the plan.
 
@@ -80,13 +82,15 @@ def place_adapters(
         weights: A factor for each adapter's ΔW.
         quantised: The base's quantised weights.
         resize: Give the base the rows for new tokens that an adapter holds; None: there is no such option.
+        shared: The command's options hold for others as well; by default, if there are several adapters.
     """
+    shared = len(adapters) > 1 if shared is None else shared
     judged = are_judged(weights, checkpoint.folder / MANIFEST)
     placer, notes = _Placer(checkpoint, quantised, resize, judged), list[str]()
     for given, weight in zip(adapters, weights, strict=True):
         adapter = placer.settled(fitted(given, checkpoint.tensors, notes))
         start = len(placer.rows)
-        placer.begin(adapter, weight)
+        placer.begin(adapter, weight, shared)
         for path, values in adapter.extras.items():
             names: tuple[str, ...] = (adapter.extra_tensors.get(path, path),)
             placer.place(adapter, path, names, "replace", partial(placer.replaced, path, values, adapter))
@@ -161,7 +165,7 @@ class _Placer:
     def _may_be_tied(self, name: str) -> bool:
         return may_be_tied(name) or self._layers_may_be_tied
 
-    def begin(self, adapter: Adapter, weight: float) -> None:
+    def begin(self, adapter: Adapter, weight: float, shared: bool) -> None:
         """Find the base's names for all that one adapter changes: one change of names holds for it."""
         self._ledger.begin(adapter)
         self._owner, self._weight = self._owner + 1, weight
@@ -172,7 +176,7 @@ class _Placer:
         if self._renaming.note:
             self._notes.append(f"adapter '{adapter.name}': paths matched with {self._renaming.note}")
         if self._renaming.hint:
-            self._hints.append(self._renaming.hint)
+            self._hints += [self._renaming.hint, *[SHARED] * shared]
 
     def settled(self, adapter: Adapter) -> Adapter:
         """Return the adapter with the layout of its experts as this base has it."""

@@ -14,7 +14,7 @@ from lora_export.adapter import Adapter
 from lora_export.base.ties import may_be_tied
 from lora_export.base.vocabulary import head_hint
 from lora_export.errors import SiteError
-from lora_export.formats.scope import how_to_part
+from lora_export.formats.scope import SHARED, how_to_part
 from lora_export.graph import GraphFile, shape_of
 from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, unaccounted
 from lora_export.sites.changed import is_transposed_constant
@@ -107,6 +107,7 @@ def refuse(
     verb: Verb,
     checked: bool,
     uses: Sequence[Use],
+    shared: bool = False,
 ) -> None:
     """Raise `SiteError` with a reason for each miss.
 
@@ -118,6 +119,7 @@ def refuse(
         verb: The command that wants places.
         checked: There is a checkpoint to compare values with.
         uses: All weights of the graph.
+        shared: The command's options hold for other adapters as well.
     """
     total, file = len(sites) + len(misses), graph.path.name
     # Without a format it is no file but what the user typed.
@@ -132,8 +134,10 @@ def refuse(
         or (_lost(file, misses, name, checked, uses) if lost else None)
     )
     if found is None:
+        given += [SHARED] if shared and given else []
         hints = [*_rows_hints(misses), *hints_of(kinds, verb, checked, bool(sites), given)]
-        hints += [how_to_part(adapter)] if "double" in kinds else []
+        doubled = {miss.target.key for miss in misses if miss.kind == "double"}
+        hints += [how_to_part(adapter, doubled)] if doubled else []
         message = f"{name} has {len(misses)} parameters with no place in {file} (of {total})"
         found = message, "; ".join(dict.fromkeys(hints))
     raise (OtherValues if "values" in kinds else SiteError)(*found, lines)

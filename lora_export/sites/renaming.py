@@ -336,7 +336,8 @@ class _Renamer:
             problem = Problem(
                 "not found", f"neither the adapter nor the base has anything under '{self._given}'"
             )
-            hint = f"give {offers.text}, or omit --component" if offers else "omit --component"
+            without = "give this adapter without --component"
+            hint = f"give {offers.text}, or {without}" if offers else without
             return self._all(problem, hint, offers)
         if offers.others and not offers:
             problem = Problem("not found", "what would fit is of another kind of model")

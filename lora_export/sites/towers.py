@@ -49,7 +49,7 @@ def kinds_of_class(config: Mapping[str, Any]) -> Kinds:
     """Return what a config says of its model; empty where it says nothing."""
     names = [str(name) for name in config.get("architectures") or ()]
     words = [word for name in names for word in _WORD.findall(_TASK.sub("", name))]
-    return _kinds([*words, *_WORD.findall(str(config.get("model_type", "")))])
+    return kinds_of_words([*words, *_WORD.findall(str(config.get("model_type", "")))])
 
 
 def kinds_of_names(names: Iterable[str]) -> Kinds:
@@ -90,8 +90,9 @@ def other_kind(part: str, kinds: Kinds, names: Iterable[str]) -> str:
 
 
 def _of_path(path: str) -> Kinds:
-    return _kinds(re.split(r"[._]", path))
+    return kinds_of_words(re.split(r"[._]", path))
 
 
-def _kinds(words: Iterable[str]) -> Kinds:
+def kinds_of_words(words: Iterable[str]) -> Kinds:
+    """Return what some words of a name denote."""
     return frozenset(_WORDS[word.lower()] for word in words if word.lower() in _WORDS)
