@@ -176,7 +176,8 @@ class _Placer:
         if self._renaming.note:
             self._notes.append(f"adapter '{adapter.name}': paths matched with {self._renaming.note}")
         if self._renaming.hint:
-            self._hints += [self._renaming.hint, *[SHARED] * shared]
+            hint = self._renaming.hint
+            self._hints += [f"for '{adapter.name}': {hint}", SHARED] if shared else [hint]
 
     def settled(self, adapter: Adapter) -> Adapter:
         """Return the adapter with the layout of its experts as this base has it."""

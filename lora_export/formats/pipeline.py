@@ -87,7 +87,7 @@ def refuse_other_components(adapters: Iterable[Adapter], places: Sequence[Path])
 
 def _shared(error: AdapterError, adapters: Sequence[Adapter], parts: Collection[str]) -> AdapterError:
     """Return an error that says what to do where ``--component`` does not fit all of several adapters."""
-    if all(parts <= _named(adapter).keys() for adapter in adapters):
+    if all(set(parts) <= set(_named(adapter)) for adapter in adapters):
         return error
     return AdapterError(error.message, f"{error.hint}; {SHARED}", error.problems)
 

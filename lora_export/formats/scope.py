@@ -8,11 +8,10 @@ from dataclasses import replace
 from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError
 
-
 # What to do where a hint's option does not fit all of several adapters.
 SHARED = (
-    "an option holds for every --adapter: merge one after the other, each with its own options and the result "
-    "as the base of the next; or load each in Python (load_adapter) and give these"
+    "an option holds for every --adapter: merge one after the other, each with its own options and the "
+    "result as the base of the next; or load each in Python (load_adapter) and give these"
 )
 
 

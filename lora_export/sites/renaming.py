@@ -345,7 +345,9 @@ class _Renamer:
         most = max(map(len, self._fits.values()))
         if not most:
             return self._all(NOT_FOUND, part, offers)
-        best = [said(change) for change, fits in self._fits.items() if len(fits) == most]
+        likeliest = [change for change, fits in self._fits.items() if len(fits) == most]
+        own = [change for change in likeliest if not self._known.other_kind(change.strip)]
+        best = [said(change) for change in own or likeliest]
         if not offers:
             found = " or ".join(best[:2])
             hint = (
