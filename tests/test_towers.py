@@ -105,6 +105,21 @@ def test_what_is_for_the_other_tower_alone_is_offered_nothing(case, tmp_path, ca
     assert "rename" not in error
 
 
+def test_who_insists_on_the_other_tower_is_told_so(tmp_path, capsys):
+    for number, (make, part, other) in enumerate(
+        [(clip, "vision_model", "text_model"), (siglip, "text_model", "vision_model")]
+    ):
+        folder = tmp_path / str(number)
+        model = make()
+        with tiny.quiet():
+            model.get_submodule(part).save_pretrained(folder / "base")
+            config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+            get_peft_model(model, config).save_pretrained(folder / "whole")
+        assert _run(command("merge", folder, "whole", "--component", other), False) == 0
+        said = capsys.readouterr()
+        assert f"it is for a model of the kind {other.partition('_')[0]}" in said.out + said.err
+
+
 # A graph has no class: nothing tells Bart's encoder from its decoder.
 @pytest.mark.parametrize("case", [name for name in CASES if "bart" not in name], indirect=True)
 def test_a_graph_is_told_by_its_names(case, tmp_path, capsys):

@@ -71,6 +71,7 @@ class Renaming:
         change: The change that was made.
         hint: What the user may give to place the adapter, or the part of it that belongs; it was tried.
         reach: How many parameters are placed where the user does so.
+        doubt: What speaks against the part that the user named.
     """
 
     names: tuple[str | None, ...]
@@ -78,11 +79,12 @@ class Renaming:
     change: Prefix = NO_CHANGE
     hint: str = ""
     reach: int = 0
+    doubt: str = ""
 
     @property
     def note(self) -> str:
         """What was changed, for the plan; empty where nothing was."""
-        return said(self.change) if self.change != NO_CHANGE else ""
+        return f"{said(self.change)}{self.doubt}" if self.change != NO_CHANGE else ""
 
 
 def said(change: Prefix) -> str:
@@ -272,11 +274,19 @@ class _Renamer:
                 names.append(self._changed(named.key, change))
         has_doubles = self._refuse_doubles(names, problems)
         if not has_doubles and len(self._fits[change]) == len(self._deciding):
-            return Renaming(tuple(names), problems, change)
+            return Renaming(tuple(names), problems, change, doubt=self._doubt())
         offers = self._offers(0 if has_doubles else len(self._fits[change]))
         text = f"say which of the file's models with {offers.text}" if has_doubles else ""
         text = text or f"{offers.text} takes the part that fits"
-        return Renaming(tuple(names), problems, change, text if offers else "", offers.placed)
+        hint = text if offers else ""
+        return Renaming(tuple(names), problems, change, hint, offers.placed, self._doubt())
+
+    def _doubt(self) -> str:
+        kind = self._known.other_kind(self._given) if self._given else ""
+        own = " and ".join(sorted(self._known.kinds))
+        return (
+            f", as --component says: it is for a model of the kind {kind}, the base is {own}" if kind else ""
+        )
 
     def _refuse_doubles(self, names: list[str | None], problems: dict[int, Problem]) -> bool:
         """Rule 6; return whether there are any."""
