@@ -315,7 +315,8 @@ def _raise_refused(
     hints = list(dict.fromkeys(found.hints))
     hints += [_remake(exposed)] if "not exposed" in kinds and not found.hints else []
     hints += [hint for kind, hint in _HINTS if kind in kinds]
-    hints += [how_to_part(adapter)] if "double" in kinds else []
+    doubled = {row.parameter for row in refused if row.kind == "double"}
+    hints += [how_to_part(adapter, doubled)] if doubled else []
     if "dora" in kinds:
         swap = "make a graph with swap-onnx --dora and this adapter"
         hints.append(f"{swap}, or {_MERGE}" if exposed.mode == "bank" else swap)

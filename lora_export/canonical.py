@@ -22,6 +22,7 @@ from lora_export.graph import GraphFile, shape_of
 from lora_export.sites.experts import is_turned, settle
 from lora_export.sites.names import Named
 from lora_export.sites.target import Stack, Target, Wanted
+from lora_export.sites.towers import Kinds
 
 
 class CheckpointWeights:
@@ -42,6 +43,17 @@ class CheckpointWeights:
         self._twins = Twins(self._quantised)
         self.parameters = frozenset(checkpoint.tensors)
         self.hints: list[str] = []
+
+    @property
+    def quantised_as(self) -> str:
+        """How some of its weights are quantised; "" where none is."""
+        scaled = {one.codes.code for one in self._quantised.scaled.values()}
+        return ", ".join(sorted({*scaled, *self._quantised.closed.values()}))
+
+    @property
+    def kinds(self) -> Kinds:
+        """What kind of model it is."""
+        return self._names.kinds
 
     def for_adapter(self, named: Sequence[Named], flattened: bool, scope: str | None) -> AdapterWeights:
         """Return what looks up the parameters of one adapter.
@@ -105,6 +117,14 @@ class AdapterWeights:
         self._table, self._quantised, self.names, self._twins = table, quantised, names, twins
         self._ties_of = ties_of
         self._by_named = dict(zip(named, names, strict=True))
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the checkpoint stores none of the parameters, so that the adapter is for another model."""
+        return not any(name and self._stores(name) for name in self.names)
+
+    def _stores(self, name: str) -> bool:
+        return bool(self._table.parts(name) or self._quantised.packed_at(name))
 
     def __call__(self, target: Target) -> Wanted | None:
         """Return values in the target's canonical shape, or None; of stacked experts, each one's.

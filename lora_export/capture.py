@@ -88,6 +88,7 @@ def capture_checkpoint(
     require("torch", "transformers", "onnxscript")
     path = Path(folder)
     model, _ = load_model(path, dtype, replaced)
+    _batch_experts(model)
     inputs = example_inputs(model, path)
     model.config.use_cache = True
     outputs = run_module(model, inputs)
@@ -291,6 +292,17 @@ def _model_class(config: Any, path: Path) -> Any:
         f"(architectures: {names})",
         "set 'architectures' to the model's class, or export the model yourself and go on with that .onnx",
     )
+
+
+def _batch_experts(model: Any) -> None:
+    """Have a mixture of experts multiply with each token's own experts, which ONNX has operators for.
+
+    transformers 5's default groups the tokens by expert (``torch._grouped_mm``), and its loop over the
+    experts depends on the values: neither can be exported. The sums are the same ones.
+    """
+    if hasattr(model, "set_experts_implementation"):
+        with quiet():
+            model.set_experts_implementation("batched_mm")
 
 
 def _attention(config: Any) -> str | None:

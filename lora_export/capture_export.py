@@ -94,13 +94,24 @@ def export_module(
         except Exception as error:  # the exporter raises its own and torch.export's many kinds
             raise GraphError(
                 f"torch.onnx can't export {type(module).__name__}: {first_line(error)}",
-                "export the model yourself and go on with that .onnx; attn_implementation='eager' may help",
+                f"export the model yourself and go on with that .onnx{_what_may_help(module)}",
             ) from error
         assert program is not None
         model: ir.Model = program.model
         _optimize(model)
     _drop_traces(model)
     return model
+
+
+def _what_may_help(module: torch.nn.Module) -> str:
+    """Return what to load a model of transformers with, of what it was not loaded with."""
+    model = next((part for part in module.modules() if hasattr(part, "get_experts_implementation")), None)
+    found = []
+    if model is not None and "grouped_mm" in model.get_experts_implementation().values():
+        found.append("experts_implementation='batched_mm'")
+    if getattr(getattr(model, "config", None), "_attn_implementation", "eager") != "eager":
+        found.append("attn_implementation='eager'")
+    return f"; loading it with {' or '.join(found)} may help" if found else ""
 
 
 def _optimize(model: ir.Model) -> None:

@@ -154,7 +154,8 @@ def refuse_absent(base: Path, adapters: Sequence[Adapter], allow_unmatched: bool
     refuse_contained(checkpoint)
     refuse_merged(checkpoint.folder, adapters)
     for adapter in adapters:
-        placed = place_adapters(checkpoint, [adapter], [1.0], find_quantised(checkpoint))
+        shared = len(adapters) > 1
+        placed = place_adapters(checkpoint, [adapter], [1.0], find_quantised(checkpoint), shared=shared)
         refuse_overwriting(placed.copied, checkpoint.folder / MANIFEST, [adapter])
         changed = {f"{module.path}.{module.parameter}" for module in adapter.modules.values()}
         absent = changed & set(placed.absent)

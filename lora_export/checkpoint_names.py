@@ -20,6 +20,7 @@ from lora_export.sites.experts import Held
 from lora_export.sites.known_names import KnownNames
 from lora_export.sites.names import Named
 from lora_export.sites.renaming import NOT_FOUND, Problem, Renaming, rename
+from lora_export.sites.towers import Kinds, kinds_of_class
 
 NO_TENSOR = "no tensor of that name"
 _NO_TRANSFORMERS = "transformers' table of renamed modules could not be asked: pip install 'lora-export[hf]'"
@@ -54,7 +55,7 @@ class Names:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._stored = _unwrapped(checkpoint.tensors)
-        self._known = KnownNames(self._stored, lambda name: self._shape(self._stored[name]))
+        self._known = self._known_of(self._stored)
         self._held: dict[str, Held | None] = {}
 
     def __iter__(self) -> Iterator[str]:
@@ -76,13 +77,23 @@ class Names:
             return found
         table, problem = self._renamed
         if table:
-            known = KnownNames(table, lambda name: self._shape(table[name]))
+            known = self._known_of(table)
             again = rename(named, known, flattened=flattened, scope=scope)
             left = len(self._missing(named, again, table))
             if left < len(missing) or (left == len(missing) and again.reach > found.reach):
                 found, missing = again, self._missing(named, again, table)
         reasons = {number: _reason(found.problems.get(number, NOT_FOUND), problem) for number in missing}
         return replace(found, problems=found.problems | reasons)
+
+    def _known_of(self, table: Mapping[str, tuple[Part, ...]]) -> KnownNames:
+        return KnownNames(
+            table, lambda name: self._shape(table[name]), lambda: kinds_of_class(self._checkpoint.config)
+        )
+
+    @property
+    def kinds(self) -> Kinds:
+        """What kind of model the checkpoint is, as far as its config and its names say."""
+        return self._known.kinds
 
     def parts(self, name: str) -> tuple[Part, ...]:
         """Return where a parameter of `rename`'s path is stored; nothing where it is not."""

@@ -16,7 +16,7 @@ Layouts that a stored weight can have against the module's canonical one:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from lora_export.base.copies import (
     untrained_note,
 )
 from lora_export.base.families import is_conv1d
+from lora_export.base.heads import head_classes
 from lora_export.base.history import MANIFEST
 from lora_export.base.ledger import Ledger
 from lora_export.base.placed import Added, Placed, view_of
@@ -39,10 +40,11 @@ from lora_export.base.quantised import Quantised, quantised_notes
 from lora_export.base.settle import settle
 from lora_export.base.tied_layers import may_tie_layers
 from lora_export.base.ties import Ties, find_ties, may_be_tied
-from lora_export.base.vocabulary import grows, head_hint, resize_hint, rows_hint
+from lora_export.base.vocabulary import grows, head_hint, is_head, resize_hint, rows_hint
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_names import Names, Part
 from lora_export.formats.schemes import fitted
+from lora_export.formats.scope import SHARED
 from lora_export.formats.whole_copies import reach_of
 from lora_export.patch import Patch, Placement, patch_from, replacement
 from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, unaccounted
@@ -70,6 +72,7 @@ def place_adapters(
     weights: Sequence[float],
     quantised: Quantised,
     resize: bool | None = None,
+    shared: bool | None = None,
 ) -> Placed:
     """Find every change of some adapters in a checkpoint; what has no place is ``refused`` in the plan.
 
@@ -79,13 +82,15 @@ def place_adapters(
         weights: A factor for each adapter's ΔW.
         quantised: The base's quantised weights.
         resize: Give the base the rows for new tokens that an adapter holds; None: there is no such option.
+        shared: The command's options hold for others as well; by default, if there are several adapters.
     """
+    shared = len(adapters) > 1 if shared is None else shared
     judged = are_judged(weights, checkpoint.folder / MANIFEST)
     placer, notes = _Placer(checkpoint, quantised, resize, judged), list[str]()
     for given, weight in zip(adapters, weights, strict=True):
         adapter = placer.settled(fitted(given, checkpoint.tensors, notes))
         start = len(placer.rows)
-        placer.begin(adapter, weight)
+        placer.begin(adapter, weight, shared)
         for path, values in adapter.extras.items():
             names: tuple[str, ...] = (adapter.extra_tensors.get(path, path),)
             placer.place(adapter, path, names, "replace", partial(placer.replaced, path, values, adapter))
@@ -142,6 +147,7 @@ class _Placer:
         self._renaming = Renaming(())
         self._numbers: dict[Named, int] = {}
         self._is_flattened = False
+        self._trained: Mapping[str, Any] = {}
 
     @property
     def rows(self) -> list[PlanRow]:
@@ -159,18 +165,19 @@ class _Placer:
     def _may_be_tied(self, name: str) -> bool:
         return may_be_tied(name) or self._layers_may_be_tied
 
-    def begin(self, adapter: Adapter, weight: float) -> None:
+    def begin(self, adapter: Adapter, weight: float, shared: bool) -> None:
         """Find the base's names for all that one adapter changes: one change of names holds for it."""
         self._ledger.begin(adapter)
         self._owner, self._weight = self._owner + 1, weight
-        self._is_flattened = adapter.flattened
+        self._is_flattened, self._trained = adapter.flattened, adapter.config
         named = named_of(adapter)
         self._renaming = self._names.rename(named, adapter.flattened, adapter.scope)
         self._numbers = {one: number for number, one in enumerate(named)}
         if self._renaming.note:
             self._notes.append(f"adapter '{adapter.name}': paths matched with {self._renaming.note}")
         if self._renaming.hint:
-            self._hints.append(self._renaming.hint)
+            hint = self._renaming.hint
+            self._hints += [f"for '{adapter.name}': {hint}", SHARED] if shared else [hint]
 
     def settled(self, adapter: Adapter) -> Adapter:
         """Return the adapter with the layout of its experts as this base has it."""
@@ -392,6 +399,12 @@ class _Placer:
     def _rows_hint(self, path: str, shape: tuple[int, ...], seen: tuple[int, ...]) -> str:
         return rows_hint(self._checkpoint.config, path, shape, seen, may_resize=self._resize is False)
 
+    def _head_hint(self, path: str, shape: tuple[int, ...]) -> str:
+        if not is_head(path):
+            return ""
+        classes = head_classes(self._checkpoint, path, shape, self._trained)
+        return head_hint(path, shape, classes, of_graph=False)
+
     # Names.
 
     def _find(self, named: Named) -> tuple[Part, ...] | Problem:
@@ -415,7 +428,7 @@ class _Placer:
         tied = self._ties.absent(parameter, flattened) if self._may_be_tied(parameter) else None
         if tied is None:
             self._absent.append(named.key)
-            raise NoPlace("not found", str(parts), head_hint(named.key, whole) if whole else "")
+            raise NoPlace("not found", str(parts), self._head_hint(named.key, whole) if whole else "")
         tie, name = tied
         if name not in self._checkpoint.tensors:
             self._ledger.sources[name] = tie.source

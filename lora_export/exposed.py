@@ -201,6 +201,8 @@ class ExposedGraph:
         resident: Whether a bank's tensors are constants or inputs.
         batch_input: The graph input whose first dimension is the batch, in a bank.
         merged: What merges have put into its weights, see `base.in_graph`.
+        landmarks: Parameters of the base that tell what kind of model it is (`sites.towers`): the graph
+            itself may have lost their names, and an engine has none.
     """
 
     mode: Mode
@@ -214,6 +216,7 @@ class ExposedGraph:
     resident: Resident = "initializers"
     batch_input: str = ""
     merged: str = ""
+    landmarks: tuple[str, ...] = ()
     format: int = field(default=FORMAT)
 
     def members(self) -> Iterator[tuple[ExposedModule, Member]]:

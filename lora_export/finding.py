@@ -6,7 +6,7 @@ kohya's underscores. A file that was converted already may name a whole pack as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from lora_export.adapter import Adapter
@@ -17,6 +17,7 @@ from lora_export.sites import names
 from lora_export.sites.known_names import KnownNames
 from lora_export.sites.names import Named
 from lora_export.sites.renaming import NOT_FOUND, rename
+from lora_export.sites.towers import kinds_of_names
 
 _WEIGHT = ".weight"
 
@@ -43,13 +44,20 @@ class Finder:
         adapter: Whose paths they are.
         exposed: The graph's record.
         where: The graph's file, for reasons.
+        others: Returns the names of the graph's constants, which tell what kind of model it is.
 
     Attributes:
         notes: What was assumed for all paths.
         hint: What would give paths without a place one, where that is known.
     """
 
-    def __init__(self, adapter: Adapter, exposed: ExposedGraph, where: str) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        exposed: ExposedGraph,
+        where: str,
+        others: Callable[[], Iterable[str]] = tuple,
+    ) -> None:
         self._where, self._flattened = where, adapter.flattened
         self._places = _places(exposed, is_converted(adapter.config))
         self.notes: list[str] = []
@@ -61,7 +69,7 @@ class Finder:
             *(_named(key.rpartition(".")[0]) for key in adapter.extras),
         ]
         named = list(dict.fromkeys(named))
-        known = KnownNames(self._places, self._shape)
+        known = KnownNames(self._places, self._shape, lambda: kinds_of_names(others()))
         self._renaming = rename(named, known, flattened=adapter.flattened, scope=adapter.scope)
         self._numbers = {one: number for number, one in enumerate(named)}
         if self._renaming.note:

@@ -101,7 +101,16 @@ def plan_changes(
         misses, notes = misses + torn, notes + tied
         if misses and not (allow_unmatched and sites):
             checked = weight_of is not None
-            refuse(graph, adapter, sites, misses, verb="merge-onnx", checked=checked, uses=resolver.uses)
+            refuse(
+                graph,
+                adapter,
+                sites,
+                misses,
+                verb="merge-onnx",
+                checked=checked,
+                uses=resolver.uses,
+                shared=len(adapters) > 1,
+            )
         unchanged = [site for site in sites if judged and _is_copy(site) and holds(site)]
         rows += [placed_row(adapter, site, "unchanged") for site in unchanged]
         sites = [site for site in sites if site not in unchanged]

@@ -7,7 +7,7 @@ from the base's values, which are read from the graph.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -124,8 +124,13 @@ def match_modules(adapter: Adapter, exposed: ExposedGraph, where: str, weight_of
     """
     notes: list[str] = []
     known = {f"{member.path}.weight" for _, member in exposed.members()}
-    adapter = fitted(adapter, known, notes, others=getattr(weight_of, "names", tuple))
-    finder = Finder(adapter, exposed, where)
+    names: Callable[[], Collection[str]] = getattr(weight_of, "names", tuple)
+
+    def others() -> Collection[str]:
+        return (*names(), *exposed.landmarks)
+
+    adapter = fitted(adapter, known, notes, others=others)
+    finder = Finder(adapter, exposed, where, others)
     found = Matches(notes=notes, hints=[finder.hint] if finder.hint else [])
     found.notes += finder.notes
     for path, problem in token_rows_problems(adapter):

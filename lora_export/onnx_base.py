@@ -30,6 +30,7 @@ from lora_export.plan import Plan
 from lora_export.sites.target import BaseWeights
 
 if TYPE_CHECKING:
+    from lora_export.canonical import CheckpointWeights
     from lora_export.checkpoint import Checkpoint
 
 # A folder; None: the one that an adapter names as its base, where it is on this machine; False: none.
@@ -232,15 +233,41 @@ def _opened(
         opened = Checkpoint.open(Path(checkpoint))
         if share and base.is_dir():
             shared = link_weights(graph, opened)
-        return Base(graph, CheckpointWeights(opened), shared, files, Path(checkpoint))
-    found, notes = (None, []) if checkpoint is False else _named_checkpoint(adapters)
-    if found is None:
-        return Base(graph, None, shared, files, notes=tuple(notes))
-    return Base(graph, CheckpointWeights(found), shared, files, found.folder, tuple(notes))
+        return Base(graph, _given_weights(opened), shared, files, Path(checkpoint))
+    if checkpoint is False:
+        return Base(graph, None, shared, files)
+    found, folder, notes = _named_checkpoint(adapters)
+    return Base(graph, found, shared, files, folder, tuple(notes))
 
 
-def _named_checkpoint(adapters: Collection[Adapter]) -> tuple[Checkpoint | None, list[str]]:
-    """Return the local folder that adapters name as their base, and what there is to say of it."""
+def _given_weights(checkpoint: Checkpoint) -> CheckpointWeights:
+    """Return the weights of the folder that the user gave.
+
+    Raises:
+        CheckpointError: It is quantised in a way that is not understood.
+    """
+    from lora_export.canonical import CheckpointWeights
+
+    try:
+        return CheckpointWeights(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error.message}: the graph's values can't be compared with it",
+            "give the unquantised folder with --checkpoint, or go by names: --no-checkpoint "
+            "(checkpoint=False)",
+            error.problems,
+        ) from error
+
+
+def _named_checkpoint(
+    adapters: Collection[Adapter],
+) -> tuple[CheckpointWeights | None, Path | None, list[str]]:
+    """Return the weights of the local folder that adapters name as their base, and what to say of it.
+
+    A folder that is quantised was trained on (QLoRA), but a graph is of the unquantised model: its values
+    are near the folder's, and not the same.
+    """
+    from lora_export.canonical import CheckpointWeights
     from lora_export.checkpoint import Checkpoint
 
     weights: dict[Path, Adapter] = {}
@@ -250,17 +277,20 @@ def _named_checkpoint(adapters: Collection[Adapter]) -> tuple[Checkpoint | None,
         if adapter.base_model and _holds_weights(folder):
             weights.setdefault(folder.resolve(), adapter)
     if not weights:
-        return None, []
+        return None, None, []
     if len(weights) > 1:
         listed = ", ".join(f"{adapter.name}: {folder}" for folder, adapter in weights.items())
-        return None, [f"values were not compared: the adapters name several folders as their base ({listed})"]
+        several = f"values were not compared: the adapters name several folders as their base ({listed})"
+        return None, None, [several]
     ((folder, adapter),) = weights.items()
+    where = f"{folder}, which {adapter.name!r} names as its base"
     try:
-        opened = Checkpoint.open(folder)
+        found = CheckpointWeights(Checkpoint.open(folder))
     except CheckpointError as error:
-        where = f"{folder}, which {adapter.name!r} names as its base"
-        return None, [f"values were not compared with {where}: {error.message}"]
-    return opened, [f"values compared with {folder}, which {adapter.name!r} names as its base"]
+        return None, None, [f"values were not compared with {where}: {error.message}"]
+    if kind := found.quantised_as:
+        return None, None, [f"values were not compared with {where}: it is quantised ({kind})"]
+    return found, folder, [f"values compared with {where}"]
 
 
 def _holds_weights(folder: Path) -> bool:

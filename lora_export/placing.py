@@ -14,7 +14,7 @@ from lora_export.adapter import Adapter
 from lora_export.base.ties import may_be_tied
 from lora_export.base.vocabulary import head_hint
 from lora_export.errors import SiteError
-from lora_export.formats.scope import how_to_part
+from lora_export.formats.scope import SHARED, how_to_part
 from lora_export.graph import GraphFile, shape_of
 from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, unaccounted
 from lora_export.sites.changed import is_transposed_constant
@@ -107,6 +107,7 @@ def refuse(
     verb: Verb,
     checked: bool,
     uses: Sequence[Use],
+    shared: bool = False,
 ) -> None:
     """Raise `SiteError` with a reason for each miss.
 
@@ -118,6 +119,7 @@ def refuse(
         verb: The command that wants places.
         checked: There is a checkpoint to compare values with.
         uses: All weights of the graph.
+        shared: The command's options hold for other adapters as well.
     """
     total, file = len(sites) + len(misses), graph.path.name
     # Without a format it is no file but what the user typed.
@@ -132,8 +134,10 @@ def refuse(
         or (_lost(file, misses, name, checked, uses) if lost else None)
     )
     if found is None:
+        given += [SHARED] if shared and given else []
         hints = [*_rows_hints(misses), *hints_of(kinds, verb, checked, bool(sites), given)]
-        hints += [how_to_part(adapter)] if "double" in kinds else []
+        doubled = {miss.target.key for miss in misses if miss.kind == "double"}
+        hints += [how_to_part(adapter, doubled)] if doubled else []
         message = f"{name} has {len(misses)} parameters with no place in {file} (of {total})"
         found = message, "; ".join(dict.fromkeys(hints))
     raise (OtherValues if "values" in kinds else SiteError)(*found, lines)
@@ -198,13 +202,14 @@ def _lost(
 ) -> tuple[str, str]:
     """Return message and hint where nothing of an adapter is found."""
     total = len(misses)
-    if checked:
+    is_foreign = checked and all(miss.is_foreign for miss in misses)
+    if checked and not is_foreign:
         return (
             f"{file} holds the checkpoint's values of none of the {total} parameters of {name}",
             "give the folder that the graph was exported from, and the graph as its exporter wrote it: a "
             "tool may have changed its weights since",
         )
-    if any(miss.kind == "nameless" for miss in misses):
+    if not checked and any(miss.kind == "nameless" for miss in misses):
         return (
             f"{file} does not say where its weights belong: none of the {total} parameters of {name} is "
             "named in it",
@@ -220,7 +225,14 @@ def _lost(
         listed = ", ".join(f"{one} is perhaps {other}" for one, other in pairs)
         return (
             f"{name} names its modules in another way than {file}: none of its {total} parameters is found",
-            f"the shapes fit ({listed}): rename the adapter's tensors; or {values}",
+            f"the shapes fit ({listed}): rename the adapter's tensors"
+            + ("" if checked else f"; or {values}"),
+        )
+    if checked:
+        return (
+            f"{name} was made for another model: neither {file} nor the checkpoint has any of its {total} "
+            "parameters",
+            "give the base that the adapter was trained on: its graph, and with --checkpoint its folder",
         )
     return (
         f"{name} was made for another model: none of its {total} parameters has a place in {file}",
@@ -262,7 +274,7 @@ def _rows_hints(misses: Sequence[Miss]) -> list[str]:
         if miss.target.action == "replace" and miss.kind == "shape" and may_be_tied(key):
             hints.append(f"for new tokens or labels: give the base {shape[0]} rows before it is exported")
         elif miss.target.action == "replace" and miss.kind in _LOST:
-            hints.append(head_hint(key, shape))
+            hints.append(head_hint(key, shape, of_graph=True))
     return [hint for hint in dict.fromkeys(hints) if hint]
 
 

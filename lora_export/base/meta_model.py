@@ -33,16 +33,33 @@ def build_model(checkpoint: Checkpoint, changed: Mapping[str, Any] | None = None
     if why := why_not_built(config):
         raise CheckpointError(why)
     kind = model_class((checkpoint.config.get("architectures") or [""])[0])
+    with quiet_config(checkpoint, changed) as made, torch.device("meta"):
+        return kind(made) if kind else transformers.AutoModel.from_config(made, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def quiet_config(
+    checkpoint: Checkpoint, changed: Mapping[str, Any] | None = None, **more: Any
+) -> Iterator[Any]:
+    """Yield transformers' config of a checkpoint; while it is in use, transformers says errors only.
+
+    It never asks whether to run a checkpoint's own code.
+
+    Args:
+        checkpoint: The base.
+        changed: See `build_model`.
+        more: Settings to change.
+    """
+    import transformers
+
     verbosity = transformers.logging.get_verbosity()
     # Its remarks about the config are for those who run the model.
     transformers.logging.set_verbosity_error()
     try:
         with _folder_of(checkpoint, changed) as folder, never_asked():
-            made = transformers.AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
+            yield transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, **more
             )
-        with torch.device("meta"), never_asked():
-            return kind(made) if kind else transformers.AutoModel.from_config(made, trust_remote_code=False)
     finally:
         transformers.logging.set_verbosity(verbosity)
 

@@ -7,7 +7,7 @@ whole; what it doesn't hold can't be made up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_export.base.meta_model import LoadedNames, build_model, model_names
@@ -15,14 +15,9 @@ from lora_export.base.ties import may_be_tied
 from lora_export.checkpoint import Checkpoint
 
 _KEY = "vocab_size"
-# Heads for a task, by their modules' names, and what transformers makes them with.
-_HEADS = {
-    "score": "AutoModelForSequenceClassification",
-    "classifier": "AutoModelForSequenceClassification or AutoModelForTokenClassification",
-    "qa_outputs": "AutoModelForQuestionAnswering",
-    "out_proj": "AutoModelForSequenceClassification",
-    "dense": "AutoModelForSequenceClassification",
-}
+# Heads for a task, by their modules' names; of the last, the rows are no labels.
+_HEADS = {"score", "classifier", "qa_outputs", "out_proj", "dense"}
+_INNER = "dense"
 
 
 def resized_config(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
@@ -116,16 +111,28 @@ def rows_hint(
     return f"the adapter was trained with new tokens: {resize_hint(seen[0])}{rows if may_resize else ''}"
 
 
-def head_hint(path: str, shape: tuple[int, ...]) -> str:
-    """Return what to do to a base without a head that an adapter brings whole; empty where it is not that."""
-    leaf = _leaf(path)
-    if leaf not in _HEADS or not may_be_tied(path):
+def is_head(path: str) -> bool:
+    """Whether a parameter is, by its name, of a head for a task."""
+    return _leaf(path) in _HEADS and may_be_tied(path)
+
+
+def head_hint(path: str, shape: tuple[int, ...], classes: Sequence[str] = (), *, of_graph: bool) -> str:
+    """Return what to do to a base without a head that an adapter brings whole; empty where it is not that.
+
+    Args:
+        path: The parameter.
+        shape: Its shape.
+        classes: Classes of transformers that put such a head on the base, where that is known.
+        of_graph: The base is a graph.
+    """
+    if not is_head(path):
         return ""
-    count, labels = (f" of {shape[0]} labels", f", num_labels={shape[0]}") if leaf != "dense" else ("", "")
-    return (
-        f"save the base with a head{count} ({_HEADS[leaf]}.from_pretrained(BASE{labels}), then "
-        "save_pretrained), and merge into that"
-    )
+    is_counted = _leaf(path) != _INNER
+    count, labels = (f" of {shape[0]} labels", f", num_labels={shape[0]}") if is_counted else ("", "")
+    made = " or ".join(classes) or "the class of transformers that the adapter was trained with: CLASS"
+    end = "export that, and merge into the graph" if of_graph else "and merge into that"
+    call = f"{made}.from_pretrained(BASE{labels}), then save_pretrained"
+    return f"save the base with a head{count} ({call}), {end}"
 
 
 def _leaf(path: str) -> str:

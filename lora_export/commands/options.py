@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,6 +10,7 @@ import click
 
 from lora_export.captured import DTYPES
 from lora_export.commands.printing import print_json, print_lines, print_warnings
+from lora_export.errors import AdapterError
 from lora_export.formats import FORMATS, load_adapter
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from lora_export.merge_report import MergeReport
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+# Options that state what an adapter's file may state itself.
+_STATED = ("alpha", "rank", "rslora")
 
 
 def _adapter_options(format_flag: str) -> list[Callable[[Command], Command]]:
@@ -224,7 +227,41 @@ def print_merge(report: MergeReport, seconds: float, as_json: bool, quiet: bool,
 def load_adapters(paths: Iterable[Path], options: dict[str, Any]) -> list[Adapter]:
     """Take the options of `adapter_options` out of ``options`` and load each path with them."""
     taken = {name: options.pop(name) for name in ("alpha", "rank", "rslora", "format", "component")}
-    return [load_adapter(path, **taken) for path in paths]
+    listed = list(paths)
+    try:
+        return [load_adapter(path, **taken) for path in listed]
+    except AdapterError as error:
+        if lines := _how_each_is_read(listed, taken):
+            from lora_export.formats.scope import SHARED
+
+            raise AdapterError("the adapters can't be read with the same options", SHARED, lines) from error
+        raise
+
+
+def _how_each_is_read(paths: Sequence[Path], taken: Mapping[str, Any]) -> list[str]:
+    """Return which of some files need what is stated with options, where others must not have it; else []."""
+    given = {name: taken[name] for name in _STATED if taken[name] is not None}
+    stated = given or {"alpha": 1.0}
+    said = " ".join(f"--{name}" for name in stated)
+    ways = {
+        path: (_is_read(path, {**taken, **stated}), _is_read(path, {**taken, **dict.fromkeys(stated)}))
+        for path in paths
+    }
+    words = {
+        (True, False): f"does not state all of its scaling: give it with {said}",
+        (False, True): f"states its own scaling: give it without {said}",
+        (True, True): f"may be given with or without {said}",
+    }
+    differ = {(True, False), (False, True)} <= set(ways.values()) <= words.keys()
+    return [f"{path}: {words[way]}" for path, way in ways.items()] if differ else []
+
+
+def _is_read(path: Path, options: Mapping[str, Any]) -> bool:
+    try:
+        load_adapter(path, **options)
+    except AdapterError:
+        return False
+    return True
 
 
 def whole_numbers(

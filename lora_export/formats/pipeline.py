@@ -22,6 +22,8 @@ from pathlib import Path
 from lora_export.adapter import Adapter, LoraModule
 from lora_export.errors import AdapterError, LoraExportError
 from lora_export.formats.diffusion_names import COMPONENT
+from lora_export.formats.scope import SHARED
+from lora_export.sites.towers import kinds_of_class, kinds_of_words, other_kind
 from lora_export.untrusted.documents import read_json
 
 _SHOWN = 4
@@ -63,6 +65,7 @@ def refuse_other_components(adapters: Iterable[Adapter], places: Sequence[Path])
         AdapterError: Of the first adapter that is not for the base.
     """
     notes: list[str] = []
+    adapters = list(adapters)
     place, own = next(((p, name) for p in places if (name := component_of(p))), (None, None))
     for adapter in adapters:
         named = _named(adapter)
@@ -72,14 +75,21 @@ def refuse_other_components(adapters: Iterable[Adapter], places: Sequence[Path])
             if not others:
                 continue
             if adapter.part is None and adapter.scope is None:
-                raise _other(adapter, place, own, named, others)
+                raise _shared(_other(adapter, place, own, named, others), adapters, set(named) - set(others))
             notes.append(
                 f"adapter '{adapter.name}': its part {', '.join(others)} goes into the pipeline's {own}, as "
                 "--component says"
             )
         elif adapter.part is None and adapter.scope is None and any(map(_FURTHER.fullmatch, named)):
-            raise _unknown(adapter, places, named)
+            raise _shared(_unknown(adapter, places, named), adapters, set(named))
     return notes
+
+
+def _shared(error: AdapterError, adapters: Sequence[Adapter], parts: Collection[str]) -> AdapterError:
+    """Return an error that says what to do where ``--component`` does not fit all of several adapters."""
+    if all(set(parts) <= set(_named(adapter)) for adapter in adapters):
+        return error
+    return AdapterError(error.message, f"{error.hint}; {SHARED}", error.problems)
 
 
 def _named(adapter: Adapter) -> dict[str, list[LoraModule]]:
@@ -126,9 +136,11 @@ def _other(
             _lines(adapter, others),
         )
     meant = " or ".join(str(place.absolute().parent / name) for name in others)
+    alike = [name for name in others if _kind(name) == _kind(own)]
+    here = f"; if it is meant for this one, say so with --component {alike[0]}" if alike else ""
     return AdapterError(
         f"adapter '{adapter.name}' is for the pipeline's {listed}, and {place} is its '{own}'",
-        f"give {meant} as the base; if it is meant for this one, say so with --component {others[0]}",
+        f"give {meant} as the base{here}",
         _lines(adapter, others),
     )
 
@@ -137,14 +149,39 @@ def _unknown(adapter: Adapter, places: Sequence[Path], named: Collection[str]) -
     """Return the error for a further component and a base whose component is not known (rule 3)."""
     further = [name for name in named if _FURTHER.fullmatch(name)]
     where = f" {places[0]}" if places else ""
-    says = " or ".join(f"--component {name}" for name in named)
-    only = f"if the base is the pipeline's {further[0]}, say so with {says}"
+    fitting = [name for name in named if places and _may_hold(places[0], name)]
+    says = " or ".join(f"--component {name}" for name in fitting)
+    hint = f"say which part belongs to the base with {says}"
+    if not fitting:
+        hint = "give the base that the adapter was trained on: this one is of another kind"
+    elif len(fitting) == 1:
+        hint = f"if the base is the pipeline's {fitting[0]}, say so with {says}"
     return AdapterError(
         f"adapter '{adapter.name}' names {', '.join(further)}, and nothing says that the base{where} is this "
         "one of several parts that may be built alike",
-        only if len(named) == 1 else f"say which part belongs to the base with {says}",
+        hint,
         _lines(adapter, further),
     )
+
+
+def _kind(name: str) -> frozenset[str]:
+    """Return what kind of model a component's name denotes."""
+    return kinds_of_words(name.split("_")) if _NO_DENOISER.fullmatch(name) else frozenset({"denoiser"})
+
+
+def _may_hold(folder: Path, name: str) -> bool:
+    """Whether a folder may hold a component, by the class that its config names."""
+    try:
+        config = read_json(folder / "config.json")
+    except LoraExportError:
+        return True
+    if not isinstance(config, dict):
+        return True
+    if "_class_name" in config:  # diffusers: its pipelines' encoders are models of transformers
+        return not re.fullmatch(r"(?:text|image)_encoder\w*", name)
+    is_transformers = bool(config.get("architectures") or config.get("model_type"))
+    is_denoiser = _NO_DENOISER.fullmatch(name) is None
+    return not (is_transformers and (is_denoiser or other_kind(name, kinds_of_class(config), ())))
 
 
 def _lines(adapter: Adapter, components: Collection[str]) -> list[str]:

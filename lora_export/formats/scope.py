@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError
+
+# What to do where a hint's option does not fit all of several adapters.
+SHARED = (
+    "an option holds for every --adapter: merge one after the other, each with its own options and the "
+    "result as the base of the next; or load each in Python (load_adapter) and give these"
+)
 
 
 def part_of(adapter: Adapter, component: str) -> Adapter:
@@ -32,11 +38,17 @@ def part_of(adapter: Adapter, component: str) -> Adapter:
     return within(adapter, component)
 
 
-def how_to_part(adapter: Adapter) -> str:
-    """Return what to do about two modules of an adapter that have one place in the base."""
-    components = sorted({module.component for module in adapter.modules.values() if module.component})
+def how_to_part(adapter: Adapter, parameters: Collection[str]) -> str:
+    """Return what to do about modules of an adapter that have one place in the base.
+
+    Args:
+        adapter: The adapter.
+        parameters: What has a place that something else has as well, as the plan calls it.
+    """
+    doubled = [m for m in adapter.modules.values() if f"{m.path}.{m.parameter}" in parameters]
+    components = sorted({module.component for module in doubled if module.component})
     if len(components) > 1:
-        return f"give --component with one of {', '.join(components)}"
+        return f"give --component with the one of {', '.join(components)} that the base is"
     return "save the adapter without one of the modules that have the same place"
 
 
@@ -45,7 +57,9 @@ def unknown_component(adapter: str, name: str, there: Iterable[str | None]) -> A
     known = sorted(component for component in there if component)
     return AdapterError(
         f"adapter '{adapter}' has no component '{name}'",
-        f"give --component with one of {', '.join(known)}" if known else "give the path of a submodel alone",
+        f"give --component with the one of {', '.join(known)} that the base is"
+        if known
+        else "give the path of a submodel alone",
     )
 
 

@@ -32,6 +32,7 @@ from lora_export.onnx_base import CheckpointChoice, open_base
 from lora_export.sites.listing import targets_named
 from lora_export.sites.ranges import cut_off
 from lora_export.sites.resolve import Resolver
+from lora_export.sites.towers import landmarks
 
 PathLike = str | os.PathLike[str]
 DEFAULT_MAX_RANK = 64
@@ -135,6 +136,7 @@ def swap_onnx(
             flavour,
             dora,
             merged=opened.merged,
+            landmarks=landmarks(resolver.known),
         )
         plan = union.plan(notes)
         plan = opened.verified(plan)

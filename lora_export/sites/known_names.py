@@ -9,6 +9,7 @@ from functools import cached_property
 from itertools import pairwise
 
 from lora_export.sites.names import Prefix, flatten, per_expert, variants
+from lora_export.sites.towers import Kinds, kinds_of_names, merged_kinds, other_kind
 
 # Names of submodels that stand beside others of their kind.
 _SUBMODEL = re.compile(
@@ -47,13 +48,22 @@ class KnownNames:
     Args:
         names: Dotted paths, wrappers taken off.
         shape_of: Looks up the shape of one, where it is known.
+        kinds: Returns what else than the names says of the kind of model that the base is, see `towers`.
     """
 
     def __init__(
-        self, names: Iterable[str], shape_of: Callable[[str], tuple[int, ...] | None] = lambda _: None
+        self,
+        names: Iterable[str],
+        shape_of: Callable[[str], tuple[int, ...] | None] = lambda _: None,
+        kinds: Callable[[], Kinds] = frozenset,
     ) -> None:
         self.names = frozenset(names)
-        self._shape_of = shape_of
+        self._shape_of, self._stated = shape_of, kinds
+
+    @cached_property
+    def kinds(self) -> Kinds:
+        """What kind of model the base is, as far as that is known."""
+        return merged_kinds(self._stated(), kinds_of_names(self.names))
 
     @cached_property
     def _children(self) -> dict[str, set[str]]:
@@ -95,6 +105,10 @@ class KnownNames:
     def under(self, scope: str) -> list[str]:
         """Return the paths that end in ``scope`` and have parameters under them."""
         return sorted(path for path in self._children if path == scope or path.endswith(f".{scope}"))
+
+    def other_kind(self, part: str) -> str:
+        """Return which kind of model a part's path denotes that the base is not; "" where it may be it."""
+        return other_kind(part, self.kinds, self.names)
 
     def is_inside(self, path: str) -> bool:
         """Whether all of the base's numbered blocks, or where it has none all of it, lie under one path."""

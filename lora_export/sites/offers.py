@@ -7,7 +7,7 @@ file serves; of an adapter that was made for such a one, both (``text_encoder:cl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from lora_export.sites.known_names import KnownNames, has_index
@@ -32,11 +32,13 @@ class Offers:
         options: What may stand behind ``--component``; empty where nothing would be placed.
         placed: How many of the adapter's low-rank changes the first of them places.
         is_whole: All of a part would be placed; else the rest needs ``--allow-unmatched``.
+        others: Parts that would be placed as well, and are of another kind than the base → the kind.
     """
 
     options: tuple[str, ...] = ()
     placed: int = 0
     is_whole: bool = True
+    others: tuple[tuple[str, str], ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.options)
@@ -72,10 +74,12 @@ def offers_of(
     """
     components = sorted({one.component for one in wanted if one.component})
     found: dict[str, tuple[int, bool]] = {}
+    kinds: dict[str, str] = {}
     if len(components) > 1:
         for component in components:
             mine = [one for one in wanted if one.component == component]
             found[component] = _outcome(mine, known, place(mine, None))
+            kinds[component] = known.other_kind(component)
     else:
         front = f"{components[0]}:" if components else ""
         for part in islice(_candidates(wanted, changes, flattened), _TRIED):
@@ -85,9 +89,15 @@ def offers_of(
             placed, is_whole = _outcome(below or wanted, known, place(below or wanted, part))
             if below or is_whole:
                 found[front + part] = placed, is_whole
+                kinds[front + part] = known.other_kind(part)
             if len(found) == _ENOUGH:
                 break
-    return _best(found, least, len(_low_rank(wanted)), "_" if flattened else ".")
+    total, mark = len(_low_rank(wanted)), "_" if flattened else "."
+    own = {part: outcome for part, outcome in found.items() if not kinds[part]}
+    others = _best({part: found[part] for part in found.keys() - own}, least, total, mark)
+    return replace(
+        _best(own, least, total, mark), others=tuple((part, kinds[part]) for part in others.options)
+    )
 
 
 def _candidates(wanted: Sequence[Named], changes: Iterable[Prefix], flattened: bool) -> Iterator[str]:

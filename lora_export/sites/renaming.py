@@ -71,6 +71,7 @@ class Renaming:
         change: The change that was made.
         hint: What the user may give to place the adapter, or the part of it that belongs; it was tried.
         reach: How many parameters are placed where the user does so.
+        doubt: What speaks against the part that the user named.
     """
 
     names: tuple[str | None, ...]
@@ -78,11 +79,12 @@ class Renaming:
     change: Prefix = NO_CHANGE
     hint: str = ""
     reach: int = 0
+    doubt: str = ""
 
     @property
     def note(self) -> str:
         """What was changed, for the plan; empty where nothing was."""
-        return said(self.change) if self.change != NO_CHANGE else ""
+        return f"{said(self.change)}{self.doubt}" if self.change != NO_CHANGE else ""
 
 
 def said(change: Prefix) -> str:
@@ -272,11 +274,19 @@ class _Renamer:
                 names.append(self._changed(named.key, change))
         has_doubles = self._refuse_doubles(names, problems)
         if not has_doubles and len(self._fits[change]) == len(self._deciding):
-            return Renaming(tuple(names), problems, change)
+            return Renaming(tuple(names), problems, change, doubt=self._doubt())
         offers = self._offers(0 if has_doubles else len(self._fits[change]))
         text = f"say which of the file's models with {offers.text}" if has_doubles else ""
         text = text or f"{offers.text} takes the part that fits"
-        return Renaming(tuple(names), problems, change, text if offers else "", offers.placed)
+        hint = text if offers else ""
+        return Renaming(tuple(names), problems, change, hint, offers.placed, self._doubt())
+
+    def _doubt(self) -> str:
+        kind = self._known.other_kind(self._given) if self._given else ""
+        own = " and ".join(sorted(self._known.kinds))
+        return (
+            f", as --component says: it is for a model of the kind {kind}, the base is {own}" if kind else ""
+        )
 
     def _refuse_doubles(self, names: list[str | None], problems: dict[int, Problem]) -> bool:
         """Rule 6; return whether there are any."""
@@ -336,12 +346,18 @@ class _Renamer:
             problem = Problem(
                 "not found", f"neither the adapter nor the base has anything under '{self._given}'"
             )
-            hint = f"give {offers.text}, or omit --component" if offers else "omit --component"
+            without = "give this adapter without --component"
+            hint = f"give {offers.text}, or {without}" if offers else without
             return self._all(problem, hint, offers)
+        if offers.others and not offers:
+            problem = Problem("not found", "what would fit is of another kind of model")
+            return self._all(problem, self._of_others(offers), offers)
         most = max(map(len, self._fits.values()))
         if not most:
             return self._all(NOT_FOUND, part, offers)
-        best = [said(change) for change, fits in self._fits.items() if len(fits) == most]
+        likeliest = [change for change, fits in self._fits.items() if len(fits) == most]
+        own = [change for change in likeliest if not self._known.other_kind(change.strip)]
+        best = [said(change) for change in own or likeliest]
         if not offers:
             found = " or ".join(best[:2])
             hint = (
@@ -353,6 +369,15 @@ class _Renamer:
             "not found", "not under its own path; under another it may be a different part of the model"
         )
         return self._all(problem, f"{offers.placed} of {count} parameters fit elsewhere: {part}", offers)
+
+    def _of_others(self, offers: Offers) -> str:
+        """Say that all that would be placed belongs to another kind of model than the base."""
+        own = " and ".join(sorted(self._known.kinds)) or "another"
+        listed = ", ".join(f"{part} ({kind})" for part, kind in offers.others[:_SHOWN])
+        return (
+            f"the base is a model of the kind {own}, and what would fit of the adapter is of another: "
+            f"{listed}; give the base of that part"
+        )
 
     def _all(self, problem: Problem, hint: str, offers: Offers) -> Renaming:
         problems = dict.fromkeys(range(len(self._wanted)), problem)

@@ -39,6 +39,7 @@ from lora_export.sites.likeness import matrix_of
 from lora_export.sites.renaming import NOT_FOUND, Renaming, is_below, rename
 from lora_export.sites.slot import Use
 from lora_export.sites.target import BaseWeights, Miss, Part, Site, Stack, Target, Wanted, WeightOf
+from lora_export.sites.towers import Kinds
 from lora_export.sites.uses import find_uses
 from lora_export.sites.verify import check_codes, check_content, orientations, search, tile, unconfirmed
 
@@ -64,13 +65,16 @@ class Resolver:
         self.uses = find_uses(graph)
         self._evidence = collect(self.uses)
         keys = (key for table in self._evidence.values() for key in table)
-        self._known = KnownNames(keys, self._shape)
+        self._known = KnownNames(keys, self._shape, self._kinds)
         self._constants = list(graph.initializers())
         self._computed = computed_parameters(self._constants)
         self._base = weight_of
         self.weight_of: WeightOf | None = None
         self._wanted: set[str] = set()
         self._branches = branches
+
+    def _kinds(self) -> Kinds:
+        return self._base.kinds if self._base else frozenset()
 
     def _shape(self, key: str) -> tuple[int, ...] | None:
         """Return the shape of the constants that are a parameter by the graph's names, where they agree."""
@@ -111,6 +115,8 @@ class Resolver:
         named_so = [self._find(target, number, change) for number, target in enumerate(targets)]
         found = [self._explained(item, change.hint) for item in self._by_content(named_so)]
         misses = [miss for miss in found if isinstance(miss, Miss)]
+        if misses and self.weight_of is not None and self.weight_of.is_foreign:
+            misses = [replace(miss, is_foreign=True) for miss in misses]
         placed = [site for site in found if isinstance(site, Site)]
         if flattened and self._branches:
             # The names of what is exposed are paths, with their dots.

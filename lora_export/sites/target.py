@@ -16,6 +16,7 @@ from lora_export.patch import Placement
 from lora_export.plan import Proof, RefusalKind
 from lora_export.sites.names import Named
 from lora_export.sites.slot import Use
+from lora_export.sites.towers import Kinds
 
 TargetKind = Literal["linear", "conv", "embedding", "parameter", "vector", "any"]
 
@@ -94,6 +95,11 @@ class WeightOf(Protocol):
 
     names: tuple[str | None, ...]
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the checkpoint stores none of the parameters, so that the adapter is for another model."""
+        ...
+
     def __call__(self, target: Target) -> Wanted | None:
         """Return the canonical weight, of stacked experts each one's, or None where there is none."""
         ...
@@ -133,6 +139,11 @@ class BaseWeights(Protocol):
 
     parameters: frozenset[str]
     hints: list[str]
+
+    @property
+    def kinds(self) -> Kinds:
+        """What kind of model it is, see `towers`."""
+        ...
 
     def for_adapter(self, named: Sequence[Named], flattened: bool, scope: str | None) -> WeightOf:
         """Return what looks up one adapter's parameters, whose names are turned into the checkpoint's."""
@@ -244,9 +255,11 @@ class Miss:
         reason: Why it has no place.
         kind: What to do about it hangs on this.
         hint: What would give the adapter one, where that is known.
+        is_foreign: There is a checkpoint, and it stores nothing that the adapter changes.
     """
 
     target: Target
     reason: str
     kind: RefusalKind
     hint: str = ""
+    is_foreign: bool = False

@@ -47,7 +47,7 @@ class _Tower:
 
     def lookup(self, known: KnownModules) -> Lookup:
         """Return a function that takes the tower's name off, where the base is that tower."""
-        is_tower = bool(known.find(self.own)) and not known.find(self.other)
+        is_tower = known.has(self.own) and not known.has(self.other)
 
         def find(path: str) -> Sequence[Counterpart]:
             if not is_tower or not self.explains(path):

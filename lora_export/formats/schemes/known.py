@@ -48,6 +48,14 @@ class KnownModules:
         """Paths of all modules, those without a place included."""
         return self.paths | _modules(self._others())
 
+    def has(self, path: str) -> bool:
+        """Whether the base has a module behind some prefix, one without a place for an adapter included.
+
+        Args:
+            path: Its dotted path.
+        """
+        return any(name == path or name.endswith(f".{path}") for name in self.structure)
+
     def find(self, path: str) -> Mapping[str, str]:
         """Return outer prefix → dotted path behind it, for each prefix under which ``path`` is known.
 

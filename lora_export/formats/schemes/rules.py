@@ -171,9 +171,10 @@ class TableScheme:
 
     def lookup(self, known: KnownModules) -> Lookup:
         """Return the table as a function, or one that finds nothing where the base is of another family."""
-        if known.is_complete and not all(any(map(known.find, group)) for group in self.anchors):
+        # A graph may have lost the names of what it does not expose.
+        if known.is_complete and not all(any(map(known.has, group)) for group in self.anchors):
             return lambda path: ()
-        if any(map(known.find, self.rivals)):
+        if any(map(known.has, self.rivals)):
             return lambda path: ()
         return self._find
 
