@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_export.adapter import Adapter
-from lora_export.base.in_graph import merged_in, refuse_merged_into
+from lora_export.base.history import MANIFEST, history_of
+from lora_export.base.in_graph import merged_in, not_in, refuse_merged_into
 from lora_export.base.merged import refuse_merged
 from lora_export.base.ort_names import free_names
 from lora_export.base.own_code import code_notes, refuse_own_code
@@ -236,7 +237,7 @@ def _opened(
         return Base(graph, _given_weights(opened), shared, files, Path(checkpoint))
     if checkpoint is False:
         return Base(graph, None, shared, files)
-    found, folder, notes = _named_checkpoint(adapters)
+    found, folder, notes = _named_checkpoint(adapters, merged_in(graph.model.metadata_props))
     return Base(graph, found, shared, files, folder, tuple(notes))
 
 
@@ -260,12 +261,16 @@ def _given_weights(checkpoint: Checkpoint) -> CheckpointWeights:
 
 
 def _named_checkpoint(
-    adapters: Collection[Adapter],
+    adapters: Collection[Adapter], merged: str
 ) -> tuple[CheckpointWeights | None, Path | None, list[str]]:
     """Return the weights of the local folder that adapters name as their base, and what to say of it.
 
     A folder that is quantised was trained on (QLoRA), but a graph is of the unquantised model: its values
-    are near the folder's, and not the same.
+    are near the folder's, and not the same. Neither are those of a graph that merges have changed since.
+
+    Args:
+        adapters: What may name a folder.
+        merged: What merges have put into the graph.
     """
     from lora_export.canonical import CheckpointWeights
     from lora_export.checkpoint import Checkpoint
@@ -284,6 +289,9 @@ def _named_checkpoint(
         return None, None, [several]
     ((folder, adapter),) = weights.items()
     where = f"{folder}, which {adapter.name!r} names as its base"
+    if others := not_in(merged, history_of(folder / MANIFEST)):
+        changed = f"the graph has {', '.join(others)} merged into it, which that has not"
+        return None, None, [f"values were not compared with {where}: {changed}"]
     try:
         found = CheckpointWeights(Checkpoint.open(folder))
     except CheckpointError as error:

@@ -1,6 +1,7 @@
 """A base that holds an adapter: its layers, by name; or the same file, merged part by part."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -267,3 +268,21 @@ def test_a_converted_file_of_an_adapter_in_the_weights(tmp_path):
             pytest.raises(AdapterError, match="would act twice"),
         ):
             session.load_adapter("a", tmp_path / "a.safetensors", any_base=any_base)
+
+
+@pytest.mark.parametrize("make", [opt, bert])
+@pytest.mark.parametrize("verb", ["merge", "swap"])
+def test_another_adapter_onto_a_merged_graph_is_not_compared_with_the_base_it_names(verb, make, tmp_path):
+    _, other = two_adapters(make, tmp_path)
+    config = json.loads((other / "adapter_config.json").read_text())
+    for folder, compared in (("base", False), ("merged", True)):
+        text = json.dumps(config | {"base_model_name_or_path": str(tmp_path / folder)})
+        (other / "adapter_config.json").write_text(text)
+        out = tmp_path / f"{folder}-out.onnx"
+        if verb == "merge":
+            report = merge_onnx(tmp_path / "merged.onnx", other, out)
+        else:
+            report = swap_onnx(tmp_path / "merged.onnx", out, adapter=other)
+        said = " ".join(report.plan.notes)
+        assert ("values compared with" in said) == compared
+        assert ("'a' merged into it" in said) != compared

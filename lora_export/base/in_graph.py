@@ -21,6 +21,7 @@ MERGED_BASE_KEY = "lora_export.merged_base"
 CAPTURED_KEY = "lora_export.merged_before_capture"
 _UNKNOWN_WEIGHT = "?"
 _SEPARATOR = "; "
+_ENTRY = re.compile(r"(?:^|; )(.+?) sha256=(\S*) weight=")
 # An adapter's factor, and what may follow it.
 _PART = re.compile(r"[^;\s]+ part=([^;\s]+)")
 
@@ -62,6 +63,17 @@ def merged_parts(merged: str, sha256: str) -> list[str | None]:
     # An adapter's name is the user's: it may hold anything, but hardly this.
     _, *entries = merged.split(f" sha256={sha256} weight=") if sha256 else [""]
     return [found and found[1] for found in map(_PART.match, entries)]
+
+
+def not_in(merged: str, history: History) -> list[str]:
+    """Return the names of adapters that are in a graph and, by its manifest, not in a folder.
+
+    Args:
+        merged: Entries of the graph.
+        history: Of the folder.
+    """
+    entries = _ENTRY.findall(merged)
+    return [f"'{name}'" for name, sha256 in entries if sha256 not in history.adapters]
 
 
 def refuse_merged_into(where: str, merged: str, adapters: Sequence[Adapter]) -> None:
