@@ -34,6 +34,7 @@ from lora_export.onnx_base import CheckpointChoice, open_base
 from lora_export.packing import Block, assemble, blocks_of_slot, cut_b
 from lora_export.sites.ranges import cut_off
 from lora_export.sites.resolve import Resolver
+from lora_export.sites.towers import landmarks
 
 PathLike = str | os.PathLike[str]
 
@@ -139,6 +140,7 @@ def bank_onnx(
             resident=resident,
             batch_input=str(gate.batch_input.name),
             merged=opened.merged,
+            landmarks=landmarks(resolver.known),
         )
         caster = Caster()
         tensors = _tensors(opened.graph, record, union.loras, bundles, caster)
