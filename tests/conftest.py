@@ -1,8 +1,10 @@
 """Settings for every test: offline, one thread a process (small models run faster so; xdist runs several)."""
 
 import atexit
+import contextlib
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,3 +15,12 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # Engines are built anew by each run of the tests, and leave nothing in the user's cache.
 os.environ["LORA_EXPORT_CACHE"] = tempfile.mkdtemp(prefix="lora-export-cache-")
 atexit.register(shutil.rmtree, os.environ["LORA_EXPORT_CACHE"], ignore_errors=True)
+
+
+def pytest_configure() -> None:
+    """Let signals do what they usually do: a job in the background is begun with some of them ignored."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    for number, handler in usual.items():
+        if signal.getsignal(number) is signal.SIG_IGN:
+            with contextlib.suppress(ValueError):  # not the main thread
+                signal.signal(number, handler)

@@ -288,5 +288,5 @@ def test_a_damaged_record_is_refused_and_none_is_none():
     assert Captured.from_metadata(metadata) == record
     assert Captured.from_metadata({}) is None
     for key, text in ((MODEL_KEY, "{"), (MODEL_KEY, '{"kind": "other"}'), (DIMS_KEY, '{"sequence": 3}')):
-        with pytest.raises(GraphError, match="damaged|read as JSON"):
+        with pytest.raises(GraphError, match=r"damaged|read as JSON"):
             Captured.from_metadata(metadata | {key: text})
