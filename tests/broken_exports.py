@@ -333,6 +333,18 @@ def rewired(names: Mapping[str, str]) -> Callable[[onnx.ModelProto], None]:
     return apply
 
 
+def without_entry(key: str) -> Callable[[onnx.ModelProto], None]:
+    """Take an entry out of a graph's metadata."""
+
+    def apply(model: onnx.ModelProto) -> None:
+        kept = [entry for entry in model.metadata_props if entry.key != key]
+        assert len(kept) < len(model.metadata_props)
+        del model.metadata_props[:]
+        model.metadata_props.extend(kept)
+
+    return apply
+
+
 def b_doubled(path: str) -> Callable[[onnx.ModelProto], None]:
     """Let a swap graph scale a module's B by 2."""
 
