@@ -24,7 +24,7 @@ API = {
     *("context", "runtime", "refitter", "runtime_config", "engine_api"),
 }
 # Not the API's: of Python's own objects under those names.
-OURS = {"items", "get", "name", "value", "hint", "message"}
+OURS = {"items", "get", "name", "value", "hint", "message", "errno"}
 RTX_ONLY = {
     *("num_compute_capabilities", "set_compute_capability", "ComputeCapability"),
     *("create_runtime_config", "create_runtime_cache", "set_runtime_cache", "IRuntimeCache"),
