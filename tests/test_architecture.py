@@ -144,7 +144,7 @@ def test_no_module_is_named_after_nothing():
 
 def test_top_level_is_what_the_design_lists():
     known = {
-        *("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt"),
+        *("pyproject.toml", "README.md", "LICENSE", "SECURITY.md", "CHANGELOG.md", "constraints.txt"),
         *("lora_export", "recipes", "tests", "tools"),
         *(".ci", ".github", ".gitignore", ".pre-commit-config.yaml"),
     }
