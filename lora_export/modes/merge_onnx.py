@@ -29,7 +29,7 @@ from lora_export.manifest import (
     Manifest,
     adapter_entry,
     hash_file,
-    identity_of_graph,
+    identity_of,
     package_versions,
 )
 from lora_export.merge_report import MergeReport
@@ -140,11 +140,10 @@ def merge_onnx(
             if base.is_dir() and (entries := entries_before(before)):
                 graph.model.metadata_props[CAPTURED_KEY] = entries
             mark_merged(graph.model, loaded, factors, opened.identity)
-            mark_data(
-                graph.model, opened.shared_places(out) | {targets["data"].name: hash_file(staged["data"])}
-            )
+            data = hash_file(staged["data"])
+            mark_data(graph.model, opened.shared_places(out) | {targets["data"].name: data})
             save_graph(graph.model, staged["graph"])
-            identity = identity_of_graph(staged["graph"], staged["data"])
+            identity = identity_of([hash_file(staged["graph"]), data])
             _save_manifest(
                 staged["manifest"], report, list(opened.hashes.values()), loaded, factors, before, identity
             )
