@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutators import places, replaced
 from test_engine_record import RECORD
 
 from lora_export.captured import DIMS_KEY, MODEL_KEY, Captured
@@ -145,27 +145,6 @@ def _good(reader: str, folder: Path) -> Any:
     return json.loads(texts[reader]) if reader in texts else _saved(folder)
 
 
-def _places(data: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    yield place
-    entries = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
-    for key, inner in entries:
-        yield from _places(inner, (*place, key))
-
-
-def _changed(data: Any, place: tuple[Any, ...], value: Any) -> Any:
-    if not place:
-        return value
-    made = copy.deepcopy(data)
-    inner = made
-    for key in place[:-1]:
-        inner = inner[key]
-    if value is ...:
-        del inner[place[-1]]
-    else:
-        inner[place[-1]] = value
-    return made
-
-
 @pytest.mark.parametrize("reader", READERS)
 def test_what_we_write_is_read(reader: str, tmp_path: Path) -> None:
     READERS[reader](_good(reader, tmp_path), tmp_path)
@@ -176,11 +155,10 @@ def test_what_we_write_is_read(reader: str, tmp_path: Path) -> None:
 def test_any_value_in_any_place_is_read_or_the_users_error(reader: str, value: Any, tmp_path: Path) -> None:
     """What `dataclass(**json)` took, and what then failed far from the file, is refused here."""
     good, refused = _good(reader, tmp_path), 0
-    places = list(_places(good))
-    for place in places:
+    for place in places(good):
         if place or value is not ...:
             try:
-                READERS[reader](_changed(good, place, value), tmp_path)
+                READERS[reader](replaced(good, place, value), tmp_path)
             except LoraExportError as error:
                 refused += error.exit_code == 1 and error.hint != ""
     assert refused >= 1
@@ -189,13 +167,13 @@ def test_any_value_in_any_place_is_read_or_the_users_error(reader: str, value: A
 def test_the_kind_of_every_field_is_checked() -> None:
     """A list in the place of a scalar, a scalar in the place of a list or an object: each refused."""
     good = json.loads(SWAP.to_json())
-    for place in _places(good):
+    for place in places(good):
         inner: Any = good
         for key in place:
             inner = inner[key]
         other: Any = 3 if isinstance(inner, list | dict) else [3]
         with pytest.raises(LoraExportError) as caught:
-            ExposedGraph.from_json(json.dumps(_changed(good, place, other)))
+            ExposedGraph.from_json(json.dumps(replaced(good, place, other)))
         last = next((str(key) for key in reversed(place) if isinstance(key, str)), "record")
         assert last in str(caught.value)
 
