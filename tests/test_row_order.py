@@ -327,18 +327,75 @@ def test_rows_in_their_order_are_followed(kind, exporter, tmp_path):
     assert tiny.relative_error(actual, expected) <= 2e-6
 
 
+SQUARE = torch.tensor(random(BATCH, BATCH, DIM, seed=3))
+
+
 class State(Net):
     """A state of several layers beside the input, of as many as the batch has rows."""
 
-    inputs = (X, torch.tensor(random(BATCH, BATCH, DIM, seed=3)))
+    inputs = (X, SQUARE)
 
     def forward(self, x, state):
-        return self.o(x) + self.o(self.mid(state)).sum(0)[:, None]
+        return self.o(x) + self.a(state).mean(0)[:, None, :6]
+
+
+class StateFirst(State):
+    inputs = (SQUARE, X)
+
+    def forward(self, state, x):
+        return super().forward(x, state)
+
+
+class StateTurned(State):
+    """Nodes between the state and the module: it is from the state alone all the same."""
+
+    def forward(self, x, state):
+        return self.o(x) + self.a(torch.sigmoid(state.transpose(0, 1)) * 2).mean(1)[:, None, :6]
 
 
 @pytest.mark.parametrize("exporter", ["dynamo-static", "static"])
-def test_an_input_with_two_axes_of_the_batchs_size_is_spoken_of(exporter, tmp_path):
-    model, base, _ = exported(State, exporter, tmp_path)
-    given, _ = adapted(model, State, tmp_path, alone=False)
-    report = bank_onnx(base, given, tmp_path / "bank.onnx", checkpoint=False)
-    assert any(note.startswith("a ") and "not followed" in note for note in report.plan.notes)
+@pytest.mark.parametrize("kind", [State, StateFirst, StateTurned])
+def test_a_module_on_an_input_with_two_axes_of_the_batchs_size_is_refused(kind, exporter, tmp_path):
+    """Which axis has the batch's rows nothing tells: each row would get another row's adapter."""
+    model, base, _ = exported(kind, exporter, tmp_path)
+    given, _ = adapted(model, kind, tmp_path, alone=False)
+    caught = refused(bank_onnx, base, given, checkpoint=False)
+    assert [problem.split(":")[0] for problem in caught.problems] == ["a"]
+    assert "several axes of the batch's size (3, of " in caught.problems[0]
+    assert "free batch axis" in caught.hint
+
+
+class Both(Net):
+    """What is from the state and from the input has the input's rows."""
+
+    inputs = (X, SQUARE)
+
+    def forward(self, x, state):
+        return self.o(self.mid(x) + state.mean(1)[:, None])
+
+
+@pytest.mark.parametrize("exporter", ["dynamo-static", "static"])
+def test_a_module_on_that_input_and_on_the_batchs_is_not_refused(exporter, tmp_path):
+    model, base, feeds = exported(Both, exporter, tmp_path)
+    given, answers = adapted(model, Both, tmp_path)
+    bank_onnx(base, given, tmp_path / "bank.onnx", checkpoint=False)
+    (actual,) = run_bank(tmp_path / "bank.onnx", [[1, 0], [0, 1], [0, 1]], feeds)
+    assert tiny.relative_error(actual, np.stack([answers[0][0], answers[1][1], answers[1][2]])) <= 2e-6
+
+
+class Square(Net):
+    """As long as the batch: the first axis of the batch's own input is the batch."""
+
+    inputs = (SQUARE,)
+
+    def forward(self, x):
+        return self.o(self.mid(x))
+
+
+@pytest.mark.parametrize("exporter", ["dynamo-static", "static"])
+def test_a_square_batch_alone_is_followed(exporter, tmp_path):
+    model, base, feeds = exported(Square, exporter, tmp_path)
+    given, answers = adapted(model, Square, tmp_path)
+    bank_onnx(base, given, tmp_path / "bank.onnx", checkpoint=False)
+    (actual,) = run_bank(tmp_path / "bank.onnx", [[1, 0], [0, 1], [0, 1]], feeds)
+    assert tiny.relative_error(actual, np.stack([answers[0][0], answers[1][1], answers[1][2]])) <= 2e-6

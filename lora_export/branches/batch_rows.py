@@ -3,6 +3,7 @@
 Rules:
 
 1. An input whose first axis is the batch's has its rows along it; constants and sizes are the same for all.
+   Of another input with several axes of the batch's size no axis is believed (`BatchRows.either`).
 2. A node that is the same for all rows when its inputs are, whatever it computes.
 3. An operator without a rule leaves it unknown: then nothing is concluded, neither that a place is right nor
    that it is wrong.
@@ -71,8 +72,11 @@ class BatchRows:
         self._shapes, self._batch = shapes, batch
         self._rows: dict[int, Rows | None] = {}
         self._unknown: dict[int, str] = {}
+        self._either: dict[int, str] = {}
         for value in graph.inputs:
             self._rows[id(value)] = Rows(0) if value is batch_input else self._entry(value)
+            if self._rows[id(value)] is None and self._axes_of_batch(value) > 1:
+                self._either[id(value)] = str(value.name)
         self._run(graph)
 
     def _entry(self, value: ir.Value) -> Rows | None:
@@ -87,6 +91,17 @@ class BatchRows:
         if len(named) == 1:
             return Rows(named[0])
         return SAME if not named and all(isinstance(size, int) for size in dims[:1]) else None
+
+    def _axes_of_batch(self, value: ir.Value) -> int:
+        """Return how many axes of an input have the batch's size, or its name."""
+        return sum(size == self._batch and not _is_nameless(size) for size in value.shape or ())
+
+    def either(self, value: ir.Value) -> str:
+        """Return the input with several axes of the batch's size, if a value is computed from that alone.
+
+        Which of them is the batch no node tells then; an empty text for all other values.
+        """
+        return self._either.get(id(value), "")
 
     def of(self, value: ir.Value | None) -> Rows | None:
         """Return where the rows are; None where that is unknown."""
@@ -135,15 +150,24 @@ class BatchRows:
             for body in bodies:
                 self._run(body)
             rows = self._node(node, bodies)
+            either = "" if rows is not None or bodies else self._from_either(node)
             if rows is not None and rows.axis is not None:
                 rows = self._doubted(node, rows)
             for number, output in enumerate(node.outputs):
                 # Its scale and zero point are of the whole batch.
                 whole = number and node.op_type == "DynamicQuantizeLinear" and rows is not None
                 self._rows[id(output)] = summed_by(node) if whole and rows != SAME else rows
+                if either:
+                    self._either[id(output)] = either
                 if rows is None:
                     before = (self._unknown.get(id(value)) for value in node.inputs)
                     self._unknown[id(output)] = next(filter(None, before), name_of(node))
+
+    def _from_either(self, node: ir.Node) -> str:
+        """Return the input of `either` that a node reads, if nothing else of what it reads has rows."""
+        read = [value for value in node.inputs if value is not None and self.of(value) != SAME]
+        found = [self.either(value) for value in read]
+        return found[0] if found and all(found) else ""
 
     def _doubted(self, node: ir.Node, rows: Rows) -> Rows:
         """Add the doubt about what is combined with rows, or of it."""
@@ -384,3 +408,7 @@ def _certain(rows: Rows | None) -> Rows | None:
 
 def _is_named(size: int | ir.SymbolicDim) -> bool:
     return isinstance(size, ir.SymbolicDim) and size.value is not None
+
+
+def _is_nameless(size: int | ir.SymbolicDim) -> bool:
+    return isinstance(size, ir.SymbolicDim) and size.value is None

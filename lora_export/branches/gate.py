@@ -124,6 +124,7 @@ class BankGate:
         rows = self._flow.of(x)
         if rows is not None and rows.axis is None:
             self._refuse_moved(rows, module, x)
+        self._refuse_either(module, x)
         known = shape is not None and self._has_batch_in_front(shape, module)
         self._refuse_misplaced(rows, module, x)
         # Without rows, those of a batch in front are equal: none can have another's place.
@@ -269,6 +270,16 @@ class BankGate:
             return
         self._misplaced.setdefault(module.name, (reason, f"{hint}: {_INSTEAD}"))
 
+    def _refuse_either(self, module: ExposedModule, x: ir.Value) -> None:
+        """Let `refuse` refuse a module that hangs on an input with several axes of the batch's size alone."""
+        if name := self._flow.either(x):
+            reason = (
+                f"{module.name}: its activation {x.name} is computed from the input {name} alone, which has "
+                f"several axes of the batch's size ({self.batch}, of {self.batch_input.name}): any may be it"
+            )
+            hint = f"export the graph with a free batch axis, or with other sizes of {name} than the batch's"
+            self._misplaced.setdefault(module.name, (reason, hint))
+
     def _refuse_misplaced(self, rows: Rows | None, module: ExposedModule, x: ir.Value) -> None:
         """Let `refuse` refuse a module if the graph puts something outside of the batch's rows."""
         if rows is None or rows.axis is None or rows.in_front:
@@ -333,9 +344,21 @@ def _batch_input(graph: GraphFile, name: str | None) -> ir.Value:
     inputs = [value for value in graph.graph.inputs if value.const_value is None and value.shape]
     free = [value for value in inputs if value.shape and not isinstance(value.shape[0], int)]
     for value in free + inputs:
-        if name is None or value.name == name:
+        if name is None:
+            return _most_certain(value, inputs)
+        if value.name == name:
             return value
     raise SiteError(
         f"{graph.path.name} has no input {name!r} with a batch axis" if name else "no input has any axis",
         f"name one with --batch-input: {', '.join(str(value.name) for value in inputs)}",
     )
+
+
+def _most_certain(first: ir.Value, inputs: list[ir.Value]) -> ir.Value:
+    """Return an input of the same batch in which no other axis has its size: there the first is it."""
+    assert first.shape is not None
+    batch = first.shape[0]
+    for value in [first, *inputs]:
+        if value.shape and value.shape[0] == batch and list(value.shape).count(batch) == 1:
+            return value
+    return first
