@@ -128,6 +128,79 @@ def test_copies_that_have_a_place_each(name, mode, tmp_path):
     assert error(got, wanted) < 1e-5
 
 
+class Gated(nn.Module):
+    """A gate and a value that began as one, with biases that did not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.ModuleDict({"gate": nn.Linear(D, D), "value": nn.Linear(D, D)})
+        with torch.no_grad():
+            self.mlp["value"].weight.copy_(self.mlp["gate"].weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.mlp["gate"](x)) * self.mlp["value"](x)
+
+
+class Biased(nn.Module):
+    """What is no copy: one product, to which the model adds its bias, and one of another module's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.other = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product = x @ self.fc.weight.T
+        return torch.tanh(product + self.fc.bias) * (product + self.other.bias) + self.other(x)
+
+
+APART = {
+    "heads": (Heads, {"left": "right", "right": "left"}),
+    "gated": (Gated, {"mlp.gate": "mlp.value", "mlp.value": "mlp.gate"}),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("exporter", "tool"), [("dynamo", "none"), ("torchscript", "onnxsim"), ("torchscript", "ort-basic")]
+)
+@pytest.mark.parametrize(
+    ("name", "target"), [(name, one) for name, (_, both) in APART.items() for one in both]
+)
+def test_joined_modules_with_biases_of_their_own_without_a_checkpoint(
+    name, target, exporter, tool, mode, tmp_path
+):
+    """One product and two biases tell: right where the tool left both weights, refused where it did not."""
+    torch.manual_seed(0)
+    make, both = APART[name]
+    model, x = make().eval(), torch.randn(ROWS)
+    wanted = saved(model, x, tmp_path, (target,))
+    EXPORTERS[exporter](model, x, tmp_path / "raw.onnx")
+    TOOLS[tool](tmp_path / "raw.onnx", tmp_path / "graph.onnx")
+    got = outcome(
+        mode,
+        tmp_path / "graph.onnx",
+        tmp_path / "adapter",
+        x.numpy(),
+        tmp_path / "out.onnx",
+        checkpoint=False,
+    )
+    if not isinstance(got, SiteError):
+        assert error(got, wanted) < 1e-5
+        return
+    assert not (tmp_path / "out.onnx").exists()
+    if "joined" in str(got):
+        assert f"{both[target]}.bias is added to its product as well" in str(got)
+        assert "optimize=False" in got.hint
+
+
+def test_a_second_bias_on_a_product_is_no_copy(tmp_path):
+    torch.manual_seed(0)
+    model, x = Biased().eval(), torch.randn(ROWS)
+    saved(model, x, tmp_path, ("other",))
+    EXPORTERS["dynamo"](model, x, tmp_path / "graph.onnx")
+    merge_onnx(tmp_path / "graph.onnx", tmp_path / "adapter", tmp_path / "out.onnx", checkpoint=False)
+
+
 class Alone(nn.Module):
     """One of the copies as a model of its own."""
 

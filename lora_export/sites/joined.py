@@ -2,14 +2,17 @@
 
 Copies of a network (policy and reference, online and target network) and cloned heads hold equal values
 until they are trained. Optimisers join two calls of equal weights on one input into one node that feeds both,
-and to change its weight for one of the copies would change the other. The graph doesn't tell; the checkpoint
-does: it has another parameter with the target's values, and the graph has no place of its own for it. Such a
-place is
+and to change its weight for one of the copies would change the other. The graph is then that of a model which
+calls one module and uses its answer twice. The checkpoint tells them apart: it has another parameter with the
+target's values, and the graph has no place of its own for it. Such a place is
 
 1. a use of a matrix, not the target's, that names say is the other parameter's; or
 2. one that no name says of whose it is, with the same values.
 
-That the copy keeps a place for one call and lost it for another is not seen.
+That the copy keeps a place for one call and lost it for another is not seen. Without a checkpoint one thing
+shows:
+
+3. The copies' biases differ: each is added to the one product, and one is of a module that has no weight.
 """
 
 from __future__ import annotations
@@ -23,11 +26,15 @@ from lora_export.graph import FLOAT_TYPES
 from lora_export.sites import names
 from lora_export.sites.codes import canonical_shape
 from lora_export.sites.copies import holds_rows, is_nameless
-from lora_export.sites.evidence import NODE_NAME, SCOPE
+from lora_export.sites.evidence import NODE_NAME, SCOPE, weight_name, weight_path
 from lora_export.sites.readers import is_related, module_of
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Site, WeightOf
 
+_APART = (
+    "export with torch.onnx.export(..., dynamo=True, optimize=False) and run no simplifier before the "
+    "adapter is in the graph: each copy then has a place of its own"
+)
 # Evidence source → parameter path → uses.
 Evidence = Mapping[str, Mapping[str, Sequence[Use]]]
 
@@ -57,6 +64,31 @@ def joined_copies(
         copies = [other for other in copies if not _has_place(own, other, site, evidence)]
         if len(copies) > _nameless_places(site, uses, len(copies)):
             found[id(site.target)] = _reason(copies), _hint(copies)
+    return found
+
+
+def copies_with_biases(
+    sites: Sequence[Site], uses: Sequence[Use], evidence: Evidence
+) -> Mapping[int, tuple[str, str]]:
+    """Return identity of a target → why its product is a copy's as well (rule 3), and what to do."""
+    biases = [use for use in uses if use.node.op_type == "Add" and use.slot.kind == "vector"]
+    found: dict[int, tuple[str, str]] = {}
+    for site in sites:
+        products = {id(out) for part in site.parts for use in part.uses for out in use.node.outputs}
+        for bias in biases:
+            (product,) = (value for index, value in enumerate(bias.node.inputs) if index != bias.slot.index)
+            if product is None or id(product) not in products or len(product.uses()) < 2:
+                continue
+            name = weight_path(weight_name(bias))
+            module, _, leaf = name.rpartition(".")
+            paths = [key.rpartition(".")[0] for key in site.keys]
+            own = any(is_related(module, path) or is_related(path, module) for path in paths)
+            if leaf == "bias" and module and not own and not any(_named(f"{module}.weight", evidence)):
+                reason = (
+                    f"{name} is added to its product as well, and the graph has no {module}.weight: a tool "
+                    "joined the two modules, whose weights were equal"
+                )
+                found[id(site.target)] = reason, _APART
     return found
 
 
@@ -130,8 +162,6 @@ def _reason(copies: Sequence[str]) -> str:
 
 def _hint(copies: Sequence[str]) -> str:
     return (
-        "export with torch.onnx.export(..., dynamo=True, optimize=False) and run no simplifier before the "
-        "adapter is in the graph: each copy then has a place of its own; if "
-        f"{copies[0].rpartition('.')[0]} is not in the graph at all, give --checkpoint a folder without it, "
-        "or --no-checkpoint (checkpoint=False)"
+        f"{_APART}; if {copies[0].rpartition('.')[0]} is not in the graph at all, give --checkpoint a folder "
+        "without it, or --no-checkpoint (checkpoint=False)"
     )

@@ -33,7 +33,7 @@ from lora_export.sites.contained import branch_beside
 from lora_export.sites.copies import REMEDY, computed_parameters, computed_result, other_calls
 from lora_export.sites.evidence import FOLDED, NODE_NAME, SCOPE, SOURCES, WEIGHT_NAME, collect
 from lora_export.sites.fingerprints import Places, find_places
-from lora_export.sites.joined import joined_copies
+from lora_export.sites.joined import copies_with_biases, joined_copies
 from lora_export.sites.known_names import KnownNames
 from lora_export.sites.likeness import matrix_of
 from lora_export.sites.renaming import NOT_FOUND, Renaming, is_below, rename
@@ -140,10 +140,11 @@ class Resolver:
             lost[key] = Miss(targets[key], f"ambiguous: {why}", "ambiguous", REMEDY)
         for key, why in turned.other_orientations(sites, self.uses, parameters).items():
             lost[key] = Miss(targets[key], f"ambiguous: {why}", "ambiguous", fit.BOTH_WAYS)
+        copies = dict(copies_with_biases(sites, self.uses, self._evidence))
         if self.weight_of is not None:
-            copies = joined_copies(sites, self.uses, self._evidence, self.weight_of)
-            for key, (why, hint) in copies.items():
-                lost[key] = Miss(targets[key], f"ambiguous: {why}", "ambiguous", hint)
+            copies |= joined_copies(sites, self.uses, self._evidence, self.weight_of)
+        for key, (why, hint) in copies.items():
+            lost[key] = Miss(targets[key], f"ambiguous: {why}", "ambiguous", hint)
         return lost
 
     def _dotted(self, targets: Sequence[Target], change: Renaming) -> dict[int, str]:
