@@ -26,6 +26,8 @@ from lora_export.data_identity import (
     refuse_changed_data,
 )
 from lora_export.errors import GraphError
+from lora_export.sums.seal import KEY as SEAL_KEY
+from lora_export.sums.seal import UNSEALED, seal_file
 from lora_export.untrusted.graphs import function_problems, graph_problems
 from lora_export.untrusted.shown import limited
 
@@ -39,6 +41,11 @@ _OTHERS = {
     **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin"), "a PyTorch file"),
     **dict.fromkeys((".xml", ".tflite", ".mlmodel", ".gguf"), "a model in another format"),
 }
+# An entry of ``metadata_props`` behind the rest of the protobuf: field 14, its key as field 1, its value
+# as field 2. Readers of protobuf take fields in any order.
+_SEAL_PAIR = b"\x0a" + bytes([len(SEAL_KEY)]) + SEAL_KEY.encode()
+_SEAL_PAIR += b"\x12" + bytes([len(UNSEALED)]) + UNSEALED.encode()
+_SEAL_ENTRY = b"\x72" + bytes([len(_SEAL_PAIR)]) + _SEAL_PAIR
 # What a merge can compute in. Everything else (int8, uint4, float8 …) is a quantised weight.
 FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
@@ -124,6 +131,8 @@ def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> Graph
         from onnx_ir.passes.common import InlinePass
 
         model = InlinePass(None if portable else _is_no_operator)(model).model
+    # Of this file; nothing that is made from the graph may take it over.
+    model.metadata_props.pop(SEAL_KEY, None)
     graph = GraphFile(model, file)
     _refuse_invalid(file, list(graph_problems(model)))
     _read_constants(model)
@@ -303,22 +312,25 @@ def shape_of(tensor: ir.TensorProtocol) -> tuple[int, ...]:
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
-    """Write the protobuf; external tensors are written as the references that they are.
+    """Write the protobuf, sealed; external tensors are written as the references that they are.
 
     Raises:
         GraphError: The protobuf would exceed 2 GB.
     """
-    path.write_bytes(proto_bytes(model))
+    with path.open("wb") as file:
+        file.write(proto_bytes(model))
+        file.write(_SEAL_ENTRY)
+    seal_file(path)
 
 
 def proto_bytes(model: ir.Model) -> bytes:
-    """Return what `save_graph` writes.
+    """Return what `save_graph` writes before the seal.
 
     Raises:
         GraphError: It would exceed 2 GB.
     """
     proto = ir.to_proto(model)
-    if proto.ByteSize() >= 2**31:
+    if proto.ByteSize() >= 2**31 - len(_SEAL_ENTRY):
         raise GraphError(
             f"the graph without its external data is {proto.ByteSize()} bytes; protobuf stops at 2 GB",
             "save the base with external data first (onnx_ir.save(..., external_data=...))",
