@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from blake3 import blake3
 
 from lora_export.adapter import Adapter
+from lora_export.commit.steps import sync_path
 from lora_export.errors import GraphError
 from lora_export.sums.full import full_hash
 from lora_export.sums.seal import SEAL, sealed_json
@@ -130,11 +132,21 @@ def hash_file(path: Path) -> FileHash:
 def hash_written(path: Path, name: str) -> FileHash:
     """Return the identity and the full hash of a file that was written.
 
+    A large file goes to the disk meanwhile: it has to before it gets its name, and both take as long.
+
     Args:
         path: Where it lies now.
         name: Its own name.
+
+    Raises:
+        OSError: It can't be read, or the disk does not take it.
     """
-    return replace(hash_file(path), name=name, blake3=full_hash(path))
+    with ThreadPoolExecutor(1) as beside:
+        flushed = beside.submit(sync_path, path) if is_sampled(path.stat().st_size) else None
+        entry = replace(hash_file(path), name=name, blake3=full_hash(path))
+        if flushed is not None:
+            flushed.result()
+    return entry
 
 
 def hash_content(name: str, content: bytes) -> FileHash:
