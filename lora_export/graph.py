@@ -26,8 +26,7 @@ from lora_export.data_identity import (
     refuse_changed_data,
 )
 from lora_export.errors import GraphError
-from lora_export.sums.seal import KEY as SEAL_KEY
-from lora_export.sums.seal import UNSEALED, seal_file
+from lora_export.sums import seal
 from lora_export.untrusted.graphs import function_problems, graph_problems
 from lora_export.untrusted.shown import limited
 
@@ -41,11 +40,6 @@ _OTHERS = {
     **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin"), "a PyTorch file"),
     **dict.fromkeys((".xml", ".tflite", ".mlmodel", ".gguf"), "a model in another format"),
 }
-# An entry of ``metadata_props`` behind the rest of the protobuf: field 14, its key as field 1, its value
-# as field 2. Readers of protobuf take fields in any order.
-_SEAL_PAIR = b"\x0a" + bytes([len(SEAL_KEY)]) + SEAL_KEY.encode()
-_SEAL_PAIR += b"\x12" + bytes([len(UNSEALED)]) + UNSEALED.encode()
-_SEAL_ENTRY = b"\x72" + bytes([len(_SEAL_PAIR)]) + _SEAL_PAIR
 # What a merge can compute in. Everything else (int8, uint4, float8 …) is a quantised weight.
 FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
@@ -131,8 +125,7 @@ def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> Graph
         from onnx_ir.passes.common import InlinePass
 
         model = InlinePass(None if portable else _is_no_operator)(model).model
-    # Of this file; nothing that is made from the graph may take it over.
-    model.metadata_props.pop(SEAL_KEY, None)
+    model.metadata_props.pop(seal.KEY, None)  # of this file, not of what is made from the graph
     graph = GraphFile(model, file)
     _refuse_invalid(file, list(graph_problems(model)))
     _read_constants(model)
@@ -317,10 +310,7 @@ def save_graph(model: ir.Model, path: Path) -> None:
     Raises:
         GraphError: The protobuf would exceed 2 GB.
     """
-    with path.open("wb") as file:
-        file.write(proto_bytes(model))
-        file.write(_SEAL_ENTRY)
-    seal_file(path)
+    seal.write_onnx(path, proto_bytes(model))
 
 
 def proto_bytes(model: ir.Model) -> bytes:
@@ -330,7 +320,7 @@ def proto_bytes(model: ir.Model) -> bytes:
         GraphError: It would exceed 2 GB.
     """
     proto = ir.to_proto(model)
-    if proto.ByteSize() >= 2**31 - len(_SEAL_ENTRY):
+    if proto.ByteSize() >= 2**31 - len(seal.ONNX_ENTRY):
         raise GraphError(
             f"the graph without its external data is {proto.ByteSize()} bytes; protobuf stops at 2 GB",
             "save the base with external data first (onnx_ir.save(..., external_data=...))",

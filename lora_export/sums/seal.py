@@ -20,14 +20,16 @@ from blake3 import blake3
 from lora_export.errors import InternalError
 from lora_export.sums.full import file_digest
 
-# The key of the entry in a header's or a graph's metadata.
-KEY = "lora_export.seal"
+# The key of the entry in a header's or a graph's metadata, and in JSON.
+KEY, SEAL = "lora_export.seal", "seal"
 _DIGITS = 64
 MARK = "lora-export:blake3-of-this-file:"
 UNSEALED = MARK + "0" * _DIGITS
+# An entry of ``metadata_props`` behind the rest of the protobuf: field 14, its key as field 1, its value
+# as field 2. Readers of protobuf take fields in any order.
+_PAIR = b"\x0a" + bytes([len(KEY)]) + KEY.encode() + b"\x12" + bytes([len(UNSEALED)]) + UNSEALED.encode()
+ONNX_ENTRY = b"\x72" + bytes([len(_PAIR)]) + _PAIR
 _SEAL = re.compile(rb"lora-export:(blake3|sha256)-of-this-file:([0-9a-f]{64})")
-# The same in JSON.
-SEAL = "seal"
 _JSON_START = f'{{\n "{SEAL}": "'
 # Eight bytes of a length come first.
 _SAFETENSORS_START = 8 + len(f'{{"__metadata__":{{"{KEY}":"')
@@ -72,6 +74,14 @@ def seal_file(path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(found.start)
         file.write(digest.encode())
+
+
+def write_onnx(path: Path, content: bytes) -> None:
+    """Write a graph's protobuf and its seal."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.write(ONNX_ENTRY)
+    seal_file(path)
 
 
 def find_seal(path: Path) -> Seal | None:
