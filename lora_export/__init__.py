@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         SiteError,
     )
     from lora_export.formats import load_adapter, save_adapter
+    from lora_export.integrity.check import VerifyReport, verify
     from lora_export.modes.bank_onnx import bank_onnx
     from lora_export.modes.capture_onnx import capture_onnx
     from lora_export.modes.merge_checkpoint import merge_checkpoint
@@ -65,6 +66,7 @@ _HOME = {
     "ParityReport": "lora_export.parity.result",
     "ProfileRequest": "lora_export.engines.profiles",
     "SiteError": "lora_export.errors",
+    "VerifyReport": "lora_export.integrity.check",
     "assert_parity": "lora_export.parity.asserting",
     "bank_onnx": "lora_export.modes.bank_onnx",
     "build_engine": "lora_export.engines.build",
@@ -78,6 +80,7 @@ _HOME = {
     "run_bench": "lora_export.bench.run",
     "save_adapter": "lora_export.formats",
     "swap_onnx": "lora_export.modes.swap_onnx",
+    "verify": "lora_export.integrity.check",
 }
 
 __all__ = [
@@ -99,6 +102,7 @@ __all__ = [
     "ParityReport",
     "ProfileRequest",
     "SiteError",
+    "VerifyReport",
     "__version__",
     "assert_parity",
     "bank_onnx",
@@ -113,6 +117,7 @@ __all__ = [
     "run_bench",
     "save_adapter",
     "swap_onnx",
+    "verify",
 ]
 
 

@@ -38,7 +38,7 @@ from lora_export.checkpoint import Checkpoint, diffusers_class, no_folder, read_
 from lora_export.data_identity import mark_data
 from lora_export.errors import CheckpointError, OutputError
 from lora_export.graph import save_graph
-from lora_export.manifest import hash_file
+from lora_export.manifest import hash_written
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -140,7 +140,7 @@ def _save(graph: ir.Model, output: Path) -> Path:
     data = output.parent / f"{output.name}.data"
     graph = unload_from_model(graph, output.parent, data.name, size_threshold_bytes=_INLINE_BYTES)
     if data.is_file():
-        mark_data(graph, {data.name: hash_file(data)})
+        mark_data(graph, {data.name: hash_written(data, data.name)})
     save_graph(graph, output)
     return output
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
@@ -24,6 +24,7 @@ from lora_export.untrusted.documents import json_of
 from lora_export.untrusted.fields import FieldError, from_plain
 
 KEY = "lora_export.data"
+_AGAIN = "copy the graph again from where it was made, or make it again"
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,12 @@ class DataIdentity:
     Attributes:
         layout: SHA-256 over every weight's name, file, offset and length.
         files: Identity of each file (`manifest.FileHash`), by its place from the graph's folder.
+        blake3: The same files' full hashes; of graphs that earlier versions wrote none.
     """
 
     layout: str
     files: Mapping[str, str]
+    blake3: Mapping[str, str] = field(default_factory=dict)
 
 
 def place_problem(path: Path, location: str) -> str:
@@ -106,20 +109,49 @@ def external_tensors(model: ir.Model) -> list[tuple[str, ir.ExternalTensor]]:
     ]
 
 
-def mark_data(model: ir.Model, files: Mapping[str, FileHash]) -> None:
+def mark_data(model: ir.Model, files: Mapping[str, FileHash]) -> dict[str, FileHash]:
     """Write into a model's metadata what its data files are.
 
     Args:
         model: Its constants refer to the files already.
-        files: By their place from the graph's folder; those that no constant refers to are left out.
+        files: By their place from the graph's folder, with full hashes.
+
+    Returns:
+        Those of the files that a constant refers to: the others are left out.
     """
     tensors = external_tensors(model)
     used = {str(held.location) for _, held in tensors}
-    known = {place: entry.sha256 for place, entry in files.items() if place in used}
+    known = {place: entry for place, entry in files.items() if place in used}
     model.metadata_props.pop(KEY, None)
     if known:
-        text = json.dumps(asdict(DataIdentity(layout_of(tensors), known)), sort_keys=True)
-        model.metadata_props[KEY] = text
+        identity = DataIdentity(
+            layout_of(tensors),
+            {place: entry.sha256 for place, entry in known.items()},
+            {place: entry.blake3 for place, entry in known.items()},
+        )
+        model.metadata_props[KEY] = json.dumps(asdict(identity), sort_keys=True)
+    return known
+
+
+def read_identity(metadata: Mapping[str, str], path: Path) -> DataIdentity | None:
+    """Return what a graph says of the files that it was written with, or None.
+
+    Args:
+        metadata: ``metadata_props`` of an ONNX file, or ONNX Runtime's ``custom_metadata_map``.
+        path: The graph's file, for messages.
+
+    Raises:
+        GraphError: The entry is damaged.
+    """
+    text = metadata.get(KEY)
+    if text is None:
+        return None
+    where = f"{path}: the metadata entry {KEY!r}"
+    try:
+        # A later version may say more.
+        return from_plain(DataIdentity, json_of(text, where, GraphError, _AGAIN), known_only=False)
+    except FieldError as error:
+        raise GraphError(f"{where} is damaged", _AGAIN, error.problems) from error
 
 
 def refuse_changed_data(metadata: Mapping[str, str], path: Path, layout: Callable[[], str]) -> None:
@@ -130,16 +162,9 @@ def refuse_changed_data(metadata: Mapping[str, str], path: Path, layout: Callabl
         path: The graph's file. A data file that is missing is its reader's own error.
         layout: Returns `layout_of` the graph; asked only where a file differs.
     """
-    text = metadata.get(KEY)
-    if text is None:
+    identity = read_identity(metadata, path)
+    if identity is None:
         return
-    hint = "copy the graph again from where it was made, or make it again"
-    where = f"{path}: the metadata entry {KEY!r}"
-    try:
-        # A later version may say more.
-        identity = from_plain(DataIdentity, json_of(text, where, GraphError, hint), known_only=False)
-    except FieldError as error:
-        raise GraphError(f"{where} is damaged", hint, error.problems) from error
     outside = [problem for place in identity.files if (problem := place_problem(path, place))]
     if outside:
         raise GraphError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from lora_export.errors import GraphError
 from lora_export.exposed import KEY, ExposedGraph
 from lora_export.external_data import plan_data, write_data
 from lora_export.graph import GraphFile, save_graph
-from lora_export.manifest import Manifest, adapter_entry, hash_file, package_versions
+from lora_export.manifest import Manifest, adapter_entry, hash_content, hash_written, package_versions
 from lora_export.onnx_base import Base
 from lora_export.output import OutputSet, output_errors
 from lora_export.plan import Plan
@@ -70,6 +70,7 @@ def write_exposed(
     adapters: Sequence[Adapter],
     force: bool,
     progress: Callable[[int], None] | None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> ExposeReport:
     """Write what ``report`` says, unless it is a dry run; return it with the sizes.
 
@@ -79,6 +80,7 @@ def write_exposed(
         adapters: Those that it was made from.
         force: Replace existing files.
         progress: Called with the number of bytes just written.
+        beside: Name → content of files that the caller writes beside the graph: the manifest lists them.
 
     Raises:
         OutputError: A file exists or can't be written.
@@ -92,8 +94,12 @@ def write_exposed(
     with output_errors(out), OutputSet(force) as outputs:
         staged = {name: outputs.stage(path) for name, path in paths.items()}
         write_data(staged["data"], paths["data"].name, slots, size, {}, "sample", progress)
-        mark_data(base.graph.model, base.shared_places(out) | {paths["data"].name: hash_file(staged["data"])})
+        name = paths["data"].name
+        own = {name: hash_written(staged["data"], name)}
+        own |= mark_data(base.graph.model, base.shared_places(out) | own)
         save_graph(base.graph.model, staged["graph"])
+        own[out.name] = hash_written(staged["graph"], out.name)
+        own |= {name: hash_content(name, content) for name, content in (beside or {}).items()}
         manifest = Manifest(
             f"{report.exposed.mode}-onnx",
             list(base.hashes.values()),
@@ -103,8 +109,9 @@ def write_exposed(
             {name: path.name for name, path in paths.items()} | {"shared_bytes": shared},
             {"lora-export": __version__} | package_versions(["numpy", "ml_dtypes", "onnx-ir"]),
             asdict(report.exposed),
+            own,
         )
-        staged["manifest"].write_text(manifest.to_json(), encoding="utf-8")
+        manifest.save(staged["manifest"])
         outputs.commit()
     return report
 

@@ -26,6 +26,7 @@ from lora_export.data_identity import (
     refuse_changed_data,
 )
 from lora_export.errors import GraphError
+from lora_export.sums import seal
 from lora_export.untrusted.graphs import function_problems, graph_problems
 from lora_export.untrusted.shown import limited
 
@@ -124,6 +125,7 @@ def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> Graph
         from onnx_ir.passes.common import InlinePass
 
         model = InlinePass(None if portable else _is_no_operator)(model).model
+    model.metadata_props.pop(seal.KEY, None)  # of this file, not of what is made from the graph
     graph = GraphFile(model, file)
     _refuse_invalid(file, list(graph_problems(model)))
     _read_constants(model)
@@ -303,22 +305,22 @@ def shape_of(tensor: ir.TensorProtocol) -> tuple[int, ...]:
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
-    """Write the protobuf; external tensors are written as the references that they are.
+    """Write the protobuf, sealed; external tensors are written as the references that they are.
 
     Raises:
         GraphError: The protobuf would exceed 2 GB.
     """
-    path.write_bytes(proto_bytes(model))
+    seal.write_onnx(path, proto_bytes(model))
 
 
 def proto_bytes(model: ir.Model) -> bytes:
-    """Return what `save_graph` writes.
+    """Return what `save_graph` writes before the seal.
 
     Raises:
         GraphError: It would exceed 2 GB.
     """
     proto = ir.to_proto(model)
-    if proto.ByteSize() >= 2**31:
+    if proto.ByteSize() >= 2**31 - len(seal.ONNX_ENTRY):
         raise GraphError(
             f"the graph without its external data is {proto.ByteSize()} bytes; protobuf stops at 2 GB",
             "save the base with external data first (onnx_ir.save(..., external_data=...))",

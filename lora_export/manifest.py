@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from lora_export.adapter import Adapter
+from lora_export.commit.steps import sync_path
 from lora_export.errors import GraphError
+from lora_export.sums.full import full_hash
+from lora_export.sums.seal import SEAL, sealed_json
 from lora_export.untrusted.documents import json_of
 from lora_export.untrusted.fields import Count, FieldError, from_plain, seen
 
@@ -35,12 +41,15 @@ class FileHash:
         size_bytes: Its size.
         sha256: Of its content, or see ``sampled``.
         sampled: The hash is over the size and 256 evenly spaced blocks of 64 KiB instead of the whole.
+        blake3: Of all of its content; empty where only its identity was asked for, and in files that earlier
+            versions wrote.
     """
 
     name: str
     size_bytes: Count
     sha256: str
     sampled: bool = False
+    blake3: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,8 @@ class Manifest:
         outputs: The files written, by what they are.
         versions: Packages that decide about the bytes written.
         exposed: The record of a graph with exposed LoRA, see `exposed.ExposedGraph`.
+        files: All files that belong to what was written, but for the manifest itself, by their place from
+            its folder.
     """
 
     mode: str
@@ -67,20 +78,27 @@ class Manifest:
     outputs: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     exposed: dict[str, Any] = field(default_factory=dict)
+    files: Mapping[str, FileHash] = field(default_factory=dict)
     format: int = FORMAT
 
+    def save(self, path: Path) -> None:
+        """Write the manifest, sealed."""
+        path.write_bytes(sealed_json(self.to_json()))
+
     def to_json(self) -> str:
-        """Return the manifest as indented JSON with sorted keys."""
+        """Return the manifest as indented JSON with sorted keys, without a seal."""
         return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Read what `to_json` wrote.
+        """Read what `save` or `to_json` wrote.
 
         Raises:
             GraphError: It is no manifest, or one of another format.
         """
         data = json_of(text, "the manifest", GraphError, _HINT)
+        if isinstance(data, dict):
+            data.pop(SEAL, None)
         if isinstance(data, dict) and "format" in data and data["format"] != FORMAT:
             said = seen(data["format"])
             raise GraphError(f"the manifest has format {said}, this version reads {FORMAT}", _HINT)
@@ -90,12 +108,17 @@ class Manifest:
             raise GraphError("not a lora-export manifest, or a damaged one", _HINT, error.problems) from error
 
 
+def is_sampled(size_bytes: int) -> bool:
+    """Whether the identity of a file of this size is over a sample of it."""
+    return size_bytes > _WHOLE_BYTES
+
+
 def hash_file(path: Path) -> FileHash:
     """Return a file's identity; above 64 MiB over a sample of it."""
     size = path.stat().st_size
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        if size <= _WHOLE_BYTES:
+        if not is_sampled(size):
             while block := file.read(1 << 20):
                 digest.update(block)
         else:
@@ -103,7 +126,40 @@ def hash_file(path: Path) -> FileHash:
             for number in range(_SAMPLES):
                 file.seek((size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
-    return FileHash(path.name, size, digest.hexdigest(), sampled=size > _WHOLE_BYTES)
+    return FileHash(path.name, size, digest.hexdigest(), is_sampled(size))
+
+
+def hash_written(path: Path, name: str) -> FileHash:
+    """Return the identity and the full hash of a file that was written.
+
+    A large file goes to the disk meanwhile: it has to before it gets its name, and both take as long.
+
+    Args:
+        path: Where it lies now.
+        name: Its own name.
+
+    Raises:
+        OSError: It can't be read, or the disk does not take it.
+    """
+    with ThreadPoolExecutor(1) as beside:
+        flushed = beside.submit(sync_path, path) if is_sampled(path.stat().st_size) else None
+        entry = replace(hash_file(path), name=name, blake3=full_hash(path))
+        if flushed is not None:
+            flushed.result()
+    return entry
+
+
+def hash_content(name: str, content: bytes) -> FileHash:
+    """Return the full hashes of a file that is still to be written."""
+    sha256 = hashlib.sha256(content).hexdigest()
+    return FileHash(name, len(content), sha256, blake3=blake3(content).hexdigest())
+
+
+def hash_folder(folder: Path) -> dict[str, FileHash]:
+    """Return the full hashes of a folder's files, those below it too, by their place in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    places = {path.relative_to(folder).as_posix(): path for path in files}
+    return {place: hash_written(path, path.name) for place, path in places.items()}
 
 
 def identity_of(hashes: Iterable[FileHash]) -> str:

@@ -29,6 +29,7 @@ from lora_export.output import refuse_replacing
 from lora_export.placing import OtherValues, warned_of_computed, with_unverified
 from lora_export.plan import Plan
 from lora_export.sites.target import BaseWeights
+from lora_export.sums.full import full_hash
 
 if TYPE_CHECKING:
     from lora_export.canonical import CheckpointWeights
@@ -71,9 +72,15 @@ class Base:
         return identity_of(self.hashes.values())
 
     def shared_places(self, out: Path) -> dict[str, FileHash]:
-        """Return what the files are in which weights may stay, by their place from the folder of ``out``."""
+        """Return what the files are in which weights may stay, by their place from the folder of ``out``.
+
+        With full hashes: they are read whole, which a graph that is only looked at never is.
+        """
         folder = out.parent.resolve()
-        return {os.path.relpath(path.resolve(), folder): self.hashes[path] for path in self.shared_files}
+        return {
+            os.path.relpath(path.resolve(), folder): replace(self.hashes[path], blake3=full_hash(path))
+            for path in sorted(self.shared_files)
+        }
 
     @property
     def merged(self) -> str:

@@ -77,7 +77,7 @@ def _lines(label: str) -> Advance:
         done += count
         if time.monotonic() - last >= _LINE_SECONDS:
             last = time.monotonic()
-            print(shown(f"{label}: {done / 1e9:.1f} GB written"), file=sys.stderr, flush=True)
+            print(shown(f"{label}: {done / 1e9:.1f} GB"), file=sys.stderr, flush=True)
 
     return advance
 

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "lora_export"
 # A module may import modules of its own layer and of earlier ones. A folder is one entry.
 LAYERS = [
     ("errors",),
-    ("commit", "untrusted"),
+    ("commit", "sums", "untrusted"),
     ("adapter", "output", "progress", "safetensors_header"),
     (
         "captured",
@@ -43,7 +43,7 @@ LAYERS = [
     ("branches", "exposed_output", "graph_merge"),
     ("modes", "convert"),
     ("engines", "runtimes"),
-    ("parity", "bench", "doctor", "doctor_checks", "packages", "reports"),
+    ("parity", "bench", "doctor", "doctor_checks", "integrity", "packages", "reports"),
     ("recipe", "demo"),
     ("commands",),
     ("cli",),
@@ -190,6 +190,7 @@ assert not loaded, loaded
         (["targets", "rtx-4090"], ["numpy", "onnx_ir", "rich"]),
         (["doctor", "--help"], ["numpy", "onnx_ir", "rich"]),
         (["run", "--help"], ["numpy", "onnx_ir", "yaml"]),
+        (["verify", "--help"], ["numpy", "onnx_ir", "rich"]),
     ],
 )
 def test_help_loads_nothing_heavy(arguments, more):

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 import pytest
+from blake3 import blake3
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from small_graphs import adapter as adapter_of
@@ -110,6 +111,9 @@ def test_safetensors_metadata_say_where_the_file_belongs(tmp_path):
     path, tensors = written(tmp_path, "safetensors")
     with safe_open(path, "np") as file:
         metadata = file.metadata()
+    kind, digest = metadata.pop("lora_export.seal").rsplit(":", 1)
+    assert kind == "lora-export:blake3-of-this-file"
+    assert blake3(path.read_bytes().replace(digest.encode(), b"0" * 64)).hexdigest() == digest
     assert metadata == {
         "format": "lora-export",
         "layout": "onnx",

@@ -12,6 +12,7 @@ COMMANDS: dict[str, str] = {
     "build-engine": "lora_export.commands.build_engine:build_engine",
     "bench": "lora_export.commands.bench:bench",
     "parity": "lora_export.commands.parity:parity",
+    "verify": "lora_export.commands.verify:verify",
     "targets": "lora_export.commands.targets:targets",
     "doctor": "lora_export.commands.doctor:doctor",
     "run": "lora_export.commands.run:run",

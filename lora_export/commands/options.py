@@ -182,6 +182,7 @@ def run_expose(
     beside = companions_of(base, output, options["force"]) if companions else None
     if beside and not dry_run:
         beside.check()
+        options["beside"] = beside.files
     with byte_progress(f"writing {output}", quiet or dry_run) as progress:
         report = mode(base, *arguments, output, progress=progress, **options)
     if beside and not dry_run:

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +17,11 @@ from lora_export.demo.report import DemoReport, Parity, Prediction, StorageRow, 
 from lora_export.demo.sentences import Task, load_tasks
 from lora_export.demo.training import Trainer, require_packages, save_base, training_session
 from lora_export.errors import OutputError
+from lora_export.manifest import hash_folder
 from lora_export.modes.merge_onnx import merge_onnx
 from lora_export.output import OutputSet, make_parent, output_errors
 from lora_export.progress import Say
+from lora_export.sums.seal import sealed_json
 
 REPORT = "demo.json"
 _NEEDED_BYTES = 400_000_000
@@ -57,10 +60,16 @@ def run_demo(output: Path, *, seed: int = 0, force: bool = False, progress: Say 
         report = _report(trainer, tasks, folder, first)
         # The numbers are of the staged folder; the user meets it under its own name.
         report = dataclasses.replace(report, output=output, seconds=time.monotonic() - started)
-        (folder / REPORT).write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+        save_report(report.as_dict(), folder)
         outputs.commit(lambda: check_output(output, force))
     say("done", 1.0)
     return report
+
+
+def save_report(report: dict[str, Any], folder: Path) -> None:
+    """Write what came out, with the hashes of all that is in the folder."""
+    files = {place: dataclasses.asdict(entry) for place, entry in hash_folder(folder).items()}
+    (folder / REPORT).write_bytes(sealed_json(json.dumps(report | {"files": files}, indent=2) + "\n"))
 
 
 def check_output(output: Path, force: bool, needed_bytes: int = 0) -> bool:

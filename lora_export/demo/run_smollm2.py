@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +12,7 @@ from lora_export.commit.leftovers import scratch_folder
 from lora_export.demo.genai_base import Precision, build_base, load_int4_weights
 from lora_export.demo.greedy import Expected, Greedy
 from lora_export.demo.questions import Lesson, load_lesson
-from lora_export.demo.run import REPORT, check_output
+from lora_export.demo.run import check_output, save_report
 from lora_export.demo.smollm2 import ChatTrainer, require_packages, save_base
 from lora_export.demo.training import silence, training_session
 from lora_export.output import OutputSet, output_errors
@@ -79,7 +78,7 @@ def run_smollm2(
         _train(trainer, lesson, folder, say)
         answers = dict(_bases(trainer, lesson, folder, say))
         report = ChatReport(output, lesson.held_out, answers, time.monotonic() - started)
-        (folder / REPORT).write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+        save_report(report.as_dict(), folder)
         outputs.commit(lambda: check_output(output, force))
     say("done", 1.0)
     return replace(report, seconds=time.monotonic() - started)

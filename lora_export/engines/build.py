@@ -29,6 +29,7 @@ from lora_export.engines.run_worker import run_worker
 from lora_export.engines.source import Serialized, port_of, serialize
 from lora_export.engines.worker import Job
 from lora_export.errors import BackendError, EngineBuildError, OutputError
+from lora_export.manifest import hash_written
 from lora_export.output import OutputSet, check_parent, output_errors, refuse_replacing
 from lora_export.progress import Say
 
@@ -273,8 +274,10 @@ def _build_one(work: _Work, engine: BuiltEngine) -> BuiltEngine:
         if known is None:
             _refuse_changed(work)
             not_kept = work.cache.keep(key, staged["engine"], staged["log"], built)
-        record = _record(work, engine, built)
-        staged["record"].write_text(record.to_json(), encoding="utf-8")
+        written = {files[kind].name: staged[kind] for kind in ("engine", "log")}
+        own = {name: hash_written(path, name) for name, path in written.items()}
+        record = replace(_record(work, engine, built), files=own)
+        record.save(staged["record"])
         outputs.commit()
     seconds = time.monotonic() - started
     return replace(engine, record=record, cached=known is not None, seconds=seconds, not_kept=not_kept)

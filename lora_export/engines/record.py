@@ -17,6 +17,8 @@ from typing import Annotated, Any
 from lora_export.errors import BackendError
 from lora_export.exposed import ExposedGraph
 from lora_export.manifest import FileHash
+from lora_export.sums.full import file_digest
+from lora_export.sums.seal import SEAL, sealed_json
 from lora_export.untrusted.documents import json_of, read_json
 from lora_export.untrusted.fields import AtLeast, Axes, Count, FieldError, from_plain, seen
 
@@ -127,6 +129,8 @@ class EngineRecord:
         memory: Bytes, as the compiler says: ``weights``, ``activations`` (scratch included).
         build_s: Seconds that the compiler took.
         peak_build_bytes: Most memory that it took.
+        files: The engine and the builder's messages, by name, with full hashes; none in records that earlier
+            versions wrote.
     """
 
     name: str
@@ -148,18 +152,23 @@ class EngineRecord:
     memory: Mapping[str, Count] = field(default_factory=dict)
     build_s: float = 0.0
     peak_build_bytes: Count = 0
+    files: Mapping[str, FileHash] = field(default_factory=dict)
     format: int = FORMAT
     kind: str = KIND
 
+    def save(self, path: Path) -> None:
+        """Write the record, sealed."""
+        path.write_bytes(sealed_json(self.to_json()))
+
     def to_json(self) -> str:
-        """Return the record as indented JSON with sorted keys."""
+        """Return the record as indented JSON with sorted keys, without a seal."""
         data = asdict(replace(self, exposed=None))
         data["exposed"] = json.loads(self.exposed.to_json()) if self.exposed else None
         return json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str) -> EngineRecord:
-        """Read what `to_json` wrote.
+        """Read what `save` or `to_json` wrote.
 
         Args:
             text: The JSON.
@@ -198,7 +207,8 @@ class EngineRecord:
         except FieldError as error:
             problems += (f"exposed.{problem}" for problem in error.problems)
         try:
-            record = from_plain(cls, {**data, "exposed": None})
+            plain = {key: value for key, value in data.items() if key != SEAL}
+            record = from_plain(cls, {**plain, "exposed": None})
             problems += _contradictions(record)
         except FieldError as error:
             problems += error.problems
@@ -275,9 +285,12 @@ def read_engine(engine: Path) -> EngineRecord:
             + ("it is cut short" if size < record.size_bytes else "it is another file"),
             "copy both files again, or build the engine again",
         )
-    if (found := sha256_of(engine)) != record.sha256:
+    kind, wanted = "sha256", record.sha256
+    if (own := record.files.get(engine.name)) and own.blake3:
+        kind, wanted = "blake3", own.blake3
+    if (found := file_digest(engine, kind)) != wanted:
         raise BackendError(
-            f"{engine} is not what {beside.name} describes: sha256 {found}, wanted {record.sha256}",
+            f"{engine} is not what {beside.name} describes: {kind} {found}, wanted {wanted}",
             "copy both files again, or build the engine again",
         )
     return record

@@ -14,6 +14,7 @@ from lora_export.formats.graph_layout import EXPECTS, read_converted
 from lora_export.formats.provenance import FORMAT_KEY, FORMAT_NAME, LAYOUT, LAYOUT_KEY, Provenance, Writer
 from lora_export.formats.source import Format, Options, Source
 from lora_export.formats.tensors import write_safetensors
+from lora_export.sums.seal import seal_file
 
 
 def recognises(source: Source) -> bool:
@@ -32,7 +33,8 @@ def read(source: Source, options: Options) -> Adapter:
 
 def write(path: Path, tensors: Mapping[str, Array], provenance: Provenance) -> None:
     """Write the file; the same tensors give the same bytes."""
-    write_safetensors(path, tensors, provenance.metadata())
+    write_safetensors(path, tensors, provenance.sealed_metadata())
+    seal_file(path)
 
 
 WRITER = Writer(".safetensors", write)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from lora_export.adapter import Adapter, Array
@@ -16,6 +17,8 @@ from lora_export.formats.graph_layout import EXPECTS, has_names, read_converted
 from lora_export.formats.provenance import Provenance, Writer
 from lora_export.formats.source import EDGE_LLM_NAME, Format, Options, Source
 from lora_export.formats.tensors import write_safetensors
+from lora_export.manifest import hash_written
+from lora_export.sums.seal import seal_file, sealed_json
 
 _CONFIG_NAME = "config.json"
 # Parts of module paths that live outside its engine's LoRA inputs.
@@ -39,7 +42,9 @@ def read(source: Source, options: Options) -> Adapter:
 def write(path: Path, tensors: Mapping[str, Array], provenance: Provenance) -> None:
     """Write the folder ``path``."""
     path.mkdir()
-    write_safetensors(path / EDGE_LLM_NAME, tensors, provenance.metadata())
+    weights = path / EDGE_LLM_NAME
+    write_safetensors(weights, tensors, provenance.sealed_metadata())
+    seal_file(weights)
     rank = max(provenance.ranks.values())
     config = {
         "peft_type": "LORA",
@@ -48,10 +53,13 @@ def write(path: Path, tensors: Mapping[str, Array], provenance: Provenance) -> N
         "lora_alpha": rank,
         "target_modules": sorted(provenance.ranks),
         "rank_pattern": {name: own for name, own in provenance.ranks.items() if own != rank},
-        "lora_export": provenance.metadata(),
+        "lora_export": {
+            **provenance.metadata(),
+            "files": {weights.name: asdict(hash_written(weights, weights.name))},
+        },
     }
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    (path / _CONFIG_NAME).write_text(text, encoding="utf-8")
+    (path / _CONFIG_NAME).write_bytes(sealed_json(text))
 
 
 def _refusal(name: str, kind: str) -> str:

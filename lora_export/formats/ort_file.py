@@ -15,6 +15,7 @@ import numpy as np
 from lora_export.adapter import Array
 from lora_export.errors import AdapterError, BackendUnavailable
 from lora_export.formats.provenance import ONLY_THIS_BASE_KEY
+from lora_export.sums.seal import UNSEALED, seal_file
 
 SUFFIX = ".onnx_adapter"
 # The adapter version of files that we write: in these the model's version is a part of the base's identity.
@@ -69,7 +70,7 @@ def config_of(versions: Mapping[str, Any]) -> dict[str, Any]:
 def write_ort_file(
     path: Path, tensors: Mapping[str, Array], model_version: int, only_this_base: bool
 ) -> None:
-    """Write ``tensors`` in the order of their names.
+    """Write ``tensors`` in the order of their names, and a seal behind the tables of the format.
 
     Args:
         path: The file.
@@ -90,6 +91,9 @@ def write_ort_file(
         adapter.export_adapter(str(path))
     except RuntimeError as error:
         raise OSError(f"onnxruntime: {_reason(error)}") from error
+    with path.open("ab") as file:
+        file.write(UNSEALED.encode())
+    seal_file(path)
 
 
 def _reason(error: RuntimeError) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_export.adapter import Adapter, Array
 from lora_export.errors import AdapterError
+from lora_export.sums.seal import KEY, UNSEALED
 
 FORMAT_KEY, FORMAT_NAME = "format", "lora-export"
 LAYOUT_KEY, LAYOUT = "layout", "onnx"
@@ -46,6 +47,10 @@ class Provenance:
     kinds: Mapping[str, str] = field(default_factory=dict)
     only_this_base: bool = False
     version: str = ""
+
+    def sealed_metadata(self) -> dict[str, str]:
+        """Return `metadata` with a place for the file's seal (`seal_file`), as its first entry."""
+        return {KEY: UNSEALED, **self.metadata()}
 
     def metadata(self) -> dict[str, str]:
         """Return text → text, as ``.safetensors`` files hold it; the same provenance gives the same texts."""

@@ -17,6 +17,7 @@ from lora_export.blend import AdapterLike, check_blend
 from lora_export.checkpoint_files import small_files
 from lora_export.checkpoint_merge import CheckpointMerge, plan_merge
 from lora_export.errors import OutputError
+from lora_export.manifest import Manifest, adapter_entry, hash_file, hash_folder, package_versions
 from lora_export.merge_report import MergeReport
 from lora_export.output import OutputSet, output_errors
 from lora_export.plan import Plan
@@ -80,7 +81,7 @@ def merge_checkpoint(
         folder = outputs.stage(target, folder=True)
         with output_errors(target):
             roundings = merge.write(folder, small, rounding, progress)
-            (folder / MANIFEST).write_text(_manifest(merge, plan, loaded, factors, roundings), "utf-8")
+            _manifest(merge, plan, loaded, factors, roundings, folder).save(folder / MANIFEST)
         outputs.commit(lambda: _refuse_output(target, inputs, force))
     return replace(report, roundings=roundings)
 
@@ -111,10 +112,9 @@ def _manifest(
     adapters: Sequence[Adapter],
     weights: Sequence[float],
     roundings: dict[str, Rounding],
-) -> str:
-    """Return the record that lies beside the weights, as JSON without time or absolute paths."""
-    from lora_export.manifest import Manifest, adapter_entry, hash_file, package_versions
-
+    folder: Path,
+) -> Manifest:
+    """Return the record that lies beside the weights in ``folder``, without time or absolute paths."""
     base = [hash_file(shard.path) for shard in merge.checkpoint.shards]
     described = [adapter_entry(adapter, weight) for adapter, weight in zip(adapters, weights, strict=True)]
     added = [added.name for added in merge.placed.added]
@@ -122,5 +122,12 @@ def _manifest(
     outputs |= history_of(merge.checkpoint.folder / MANIFEST).outputs()
     versions = package_versions(["lora-export", "numpy", "ml_dtypes"])
     return Manifest(
-        "merge", base, described, plan.as_dict(), rounding_dict(roundings), outputs, versions
-    ).to_json()
+        "merge",
+        base,
+        described,
+        plan.as_dict(),
+        rounding_dict(roundings),
+        outputs,
+        versions,
+        files=hash_folder(folder),
+    )

@@ -28,7 +28,7 @@ from lora_export.manifest import (
     FileHash,
     Manifest,
     adapter_entry,
-    hash_file,
+    hash_written,
     identity_of,
     package_versions,
 )
@@ -140,13 +140,14 @@ def merge_onnx(
             if base.is_dir() and (entries := entries_before(before)):
                 graph.model.metadata_props[CAPTURED_KEY] = entries
             mark_merged(graph.model, loaded, factors, opened.identity)
-            data = hash_file(staged["data"])
-            mark_data(graph.model, opened.shared_places(out) | {targets["data"].name: data})
+            name = targets["data"].name
+            own = {name: hash_written(staged["data"], name)}
+            shared_data = mark_data(graph.model, opened.shared_places(out) | own)
             save_graph(graph.model, staged["graph"])
-            identity = identity_of([hash_file(staged["graph"]), data])
-            _save_manifest(
-                staged["manifest"], report, list(opened.hashes.values()), loaded, factors, before, identity
-            )
+            own[out.name] = hash_written(staged["graph"], out.name)
+            base_files = list(opened.hashes.values())
+            manifest = _manifest(report, base_files, loaded, factors, before, own, shared_data)
+            manifest.save(staged["manifest"])
             outputs.commit()
     return report
 
@@ -168,17 +169,19 @@ def _merged_folder(
     return prepare
 
 
-def _save_manifest(
-    path: Path,
+def _manifest(
     report: MergeReport,
     base: list[FileHash],
     adapters: Sequence[Adapter],
     factors: Sequence[float],
     before: History,
-    identity: str,
-) -> None:
+    own: Mapping[str, FileHash],
+    read: Mapping[str, FileHash],
+) -> Manifest:
+    """Return the record beside a graph: ``own`` files are what was written, it has weights in ``read``."""
     written: dict[str, Any] = {name: path.name for name, path in report.outputs.items()}
-    manifest = Manifest(
+    identity = identity_of(own.values())
+    return Manifest(
         "merge-onnx",
         base,
         [adapter_entry(adapter, factor) for adapter, factor in zip(adapters, factors, strict=True)],
@@ -186,8 +189,8 @@ def _save_manifest(
         rounding_dict(report.roundings),
         written | {"identity": identity, "shared_bytes": report.shared_bytes} | before.outputs(),
         {"lora-export": __version__} | package_versions(["numpy", "ml_dtypes", "onnx-ir"]),
+        files={**read, **own},
     )
-    path.write_text(manifest.to_json(), encoding="utf-8")
 
 
 def export_onnx(

@@ -9,7 +9,7 @@ input with an initializer for a constant and would build the base.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +58,7 @@ def swap_onnx(
     force: bool = False,
     dry_run: bool = False,
     progress: Callable[[int], None] | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> ExposeReport:
     """Write ``base`` with LoRA tensors as inputs to ``output``, ``output.data`` and ``*.lora.json``.
 
@@ -83,6 +84,7 @@ def swap_onnx(
         force: Replace existing output files.
         dry_run: Make the plan and write nothing.
         progress: Called with the number of bytes just written.
+        beside: Name → content of files that you write beside the graph: the manifest lists them too.
 
     Returns:
         The plan, the record and the files.
@@ -144,7 +146,7 @@ def swap_onnx(
         sums = BranchWriter(opened.graph, gemm=packed and flavour == "ort").write(bundles, tensors)
         plan = replace(plan, warnings=(*plan.warnings, *cut_off(sums)))
         report = ExposeReport(plan, record, paths, dry_run=dry_run)
-        return write_exposed(opened, report, made_of, force, progress)
+        return write_exposed(opened, report, made_of, force, progress, beside)
 
 
 def _max_rank(wanted: int | None, ranks: Sequence[int]) -> int:

@@ -24,7 +24,7 @@ from lora_export.engines.source import serialize
 from lora_export.errors import BackendError
 from lora_export.external_data import plan_data, write_data
 from lora_export.graph import save_graph
-from lora_export.manifest import hash_file
+from lora_export.manifest import hash_written
 from lora_export.output import OutputSet, check_parent, output_errors, refuse_existing
 
 PathLike = str | os.PathLike[str]
@@ -120,12 +120,12 @@ def _write(plan: BuildPlan, group: Group, source: EngineSource, folder: Path) ->
     try:
         slots, size, _ = plan_data(graph, {}, onnx, frozenset())
         write_data(data, data.name, slots, size, {}, "sample", None)
-        mark_data(graph.model, {data.name: hash_file(data)})
+        mark_data(graph.model, {data.name: hash_written(data, data.name)})
         save_graph(graph.model, onnx)
     finally:
         for value, tensor in kept.items():  # the next kit is written from the same graph
             value.const_value = tensor
-    (folder / "record.json").write_text(record.to_json(), encoding="utf-8")
+    record.save(folder / "record.json")
     template = (files("lora_export.packages") / _TEMPLATES / "finish.py").read_text(encoding="utf-8")
     (folder / "finish.py").write_text(template, encoding="utf-8")
     (folder / "build.sh").write_text(_script(plan, group, record.name), encoding="utf-8")

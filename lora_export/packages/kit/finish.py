@@ -24,6 +24,15 @@ def version_in(log: str) -> str:
     sys.exit("Error: the log does not say which version of TensorRT has built the engine")
 
 
+def sealed(record: dict[str, object]) -> bytes:
+    """Return a record as JSON that begins with its own SHA-256, as if that were zeros."""
+    record.pop("seal", None)
+    rest = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False)[1:] + "\n"
+    start, end = '{\n "seal": "lora-export:sha256-of-this-file:', '",' + rest
+    digest = hashlib.sha256((start + "0" * 64 + end).encode()).hexdigest()
+    return (start + digest + end).encode()
+
+
 def main(template: str, built: str, log: str, engine: str) -> None:
     """Rename the engine that was built, and write its record beside it."""
     record, path = json.loads(Path(template).read_text(encoding="utf-8")), Path(engine)
@@ -35,6 +44,14 @@ def main(template: str, built: str, log: str, engine: str) -> None:
     record["name"] = path.name
     record["sha256"] = digest.hexdigest()
     record["size_bytes"] = Path(built).stat().st_size
+    record["files"] = {
+        path.name: {"name": path.name, "size_bytes": record["size_bytes"], "sha256": record["sha256"]},
+        Path(log).name: {
+            "name": Path(log).name,
+            "size_bytes": Path(log).stat().st_size,
+            "sha256": hashlib.sha256(Path(log).read_bytes()).hexdigest(),
+        },
+    }
     record["builder_version"] = version_in(said)
     record["platform"] = f"{platform.system().lower()}-{platform.machine().lower()}"
     for name, label in (("weights", "Weights"), ("activations", "Activation")):
@@ -43,9 +60,8 @@ def main(template: str, built: str, log: str, engine: str) -> None:
             record["memory"][name] = int(found.group(1))
     target = path.with_suffix(".json")
     temporary = target.with_name(target.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1, sort_keys=True, ensure_ascii=False)
-        file.write("\n")
+    with temporary.open("wb") as file:
+        file.write(sealed(record))
         file.flush()
         os.fsync(file.fileno())
     Path(built).replace(path)

@@ -1,0 +1,292 @@
+"""Check sets of files that we wrote: each file by its full hash, each description by its own seal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_export.data_identity import place_problem
+from lora_export.errors import LoraExportError
+from lora_export.integrity.claims import SUMS, Claim, Description, description_of
+from lora_export.manifest import hash_file, identity_of, is_sampled
+from lora_export.sums.full import file_digest
+from lora_export.sums.seal import find_seal
+
+State = Literal["ok", "sampled", "unhashed", "not described", "changed", "missing", "outside"]
+# What decides where several things are said of one file, the strongest first.
+_STRENGTH: tuple[State, ...] = (
+    *("outside", "missing", "changed"),
+    *("ok", "sampled", "unhashed", "not described"),
+)
+BROKEN: frozenset[State] = frozenset({"changed", "missing", "outside"})
+# What a program would load or run: none of it may be there without a word about it.
+_LOADED = {
+    *(".onnx", ".data", ".onnx_adapter", ".safetensors", ".engine", ".plan"),
+    *(".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".so", ".py", ".sh"),
+}
+_EARLIER = "no full hash: an earlier version wrote it"
+_MOST_FILES = 100_000
+PathLike = str | os.PathLike[str]
+
+
+@dataclass
+class FileState:
+    """What is known of one file.
+
+    Attributes:
+        path: The file.
+        state: The strongest of what was found.
+        by: The files that describe it; its own name where it has a seal.
+        details: Seen versus wanted, or why it could not be compared.
+        matters: That nothing describes it is no small thing: a program would load it.
+    """
+
+    path: Path
+    state: State = "not described"
+    by: list[str] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
+    matters: bool = False
+
+    def add(self, state: State, by: str, detail: str = "") -> None:
+        """Take in one more thing that was found."""
+        stronger = _STRENGTH.index(state) < _STRENGTH.index(self.state)
+        if stronger:
+            self.state = state
+            self.details = [] if state not in BROKEN else self.details
+        if by not in self.by:
+            self.by.append(by)
+        if detail and (stronger or state == self.state) and detail not in self.details:
+            self.details.append(detail)
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was found.
+
+    Attributes:
+        files: Every file that was looked at, by path.
+    """
+
+    files: tuple[FileState, ...]
+
+    def failures(self, allow_sampled: bool = False) -> list[FileState]:
+        """Return the files that are not, or can't be known to be, what was written."""
+        allowed = {"ok"} | ({"sampled", "unhashed"} if allow_sampled else set())
+        return [
+            found
+            for found in self.files
+            if found.state not in allowed and (found.state != "not described" or found.matters)
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            "files": [
+                {
+                    "path": str(found.path),
+                    "state": found.state,
+                    "described_by": found.by,
+                    "details": found.details,
+                    "matters": found.matters or found.state != "not described",
+                }
+                for found in self.files
+            ]
+        }
+
+
+def verify(
+    paths: PathLike | Sequence[PathLike], progress: Callable[[int], None] | None = None
+) -> VerifyReport:
+    """Check graphs, folders, engines, converted adapters, manifests and kits by full hashes.
+
+    Args:
+        paths: Files, with all of the set that they belong to, and folders, with all that is in them.
+        progress: Called with the number of bytes just read.
+
+    Raises:
+        LoraExportError: A path does not exist, or nothing there says what it was written as.
+    """
+    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    check = _Check(progress or (lambda _bytes: None))
+    bare = []
+    for path in map(Path, given):
+        if not (path.is_file() or path.is_dir()):
+            raise LoraExportError(f"there is no file or folder at {path}", "check the path")
+        before = check.compared
+        check.look_at_all(_files(path))
+        if check.compared == before:
+            bare.append(str(path))
+    if bare:
+        raise LoraExportError(
+            "nothing says what was written here: no hash was found to check",
+            "give what lora-export wrote (a graph, its folder, an engine with its record, a converted "
+            "adapter, a kit); of a single file copied elsewhere, give the whole set",
+            bare,
+        )
+    return VerifyReport(tuple(sorted(check.states.values(), key=lambda found: str(found.path))))
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """Yield the files of a folder, but for hidden ones, or a file and those beside it that describe it."""
+    if not path.is_dir():
+        yield path
+        for beside in sorted(path.parent.iterdir()):
+            if beside != path and beside.is_file() and _may_name(beside, path.name):
+                yield beside
+        return
+    count = 0
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            file = Path(folder, name)
+            if name.startswith(".") or not file.is_file():
+                continue
+            count += 1
+            if count > _MOST_FILES:
+                raise LoraExportError(
+                    f"{path} holds more than {_MOST_FILES} files", "give the folder of one set"
+                )
+            yield file
+
+
+def _may_name(beside: Path, name: str) -> bool:
+    """Whether a file describes another, or may have before it was damaged."""
+    description = description_of(beside)
+    if description is None:
+        return False
+    if any(claim.place == name for claim in description.claims):
+        return True
+    seal = find_seal(beside)
+    is_broken = seal is not None and seal.seen(beside) != seal.digest
+    # Other graphs beside it have files of their own.
+    return beside.suffix != ".onnx" and (is_broken or bool(description.problems))
+
+
+@dataclass
+class _Check:
+    """Files looked at so far, by where they lead.
+
+    Attributes:
+        progress: Called with the number of bytes just read.
+        states: What was found, by real path.
+        compared: How many hashes were compared.
+    """
+
+    progress: Callable[[int], None]
+    states: dict[str, FileState] = field(default_factory=dict)
+    compared: int = 0
+    _digests: dict[tuple[str, str], str] = field(default_factory=dict)
+    _seen: set[str] = field(default_factory=set)
+    _named: list[Path] = field(default_factory=list)
+
+    def look_at_all(self, paths: Iterable[Path]) -> None:
+        """Look at files, and at those that they describe and that describe others in turn."""
+        for path in paths:
+            self._look_at(path)
+        while self._named:
+            self._look_at(self._named.pop())
+
+    def _look_at(self, path: Path) -> None:
+        """Compare a file with its own seal, and what it describes with what it says."""
+        if (real := os.path.realpath(path)) in self._seen:
+            return
+        self._seen.add(real)
+        state = self._state(path)
+        state.matters |= path.suffix in _LOADED
+        seal, is_broken = find_seal(path), False
+        if seal is not None:
+            self.compared += 1
+            found = seal.seen(path)
+            self.progress(path.stat().st_size)
+            wanted = seal.digest or "a hash, and the place of it is damaged"
+            detail = "" if found == seal.digest else f"{seal.algorithm} {found}, wanted {wanted}"
+            state.add("changed" if detail else "ok", path.name, detail)
+            is_broken = bool(detail)
+        # A damaged graph says nothing that is worth the reading of it; a list may still tell what is there.
+        description = None if is_broken and path.suffix == ".onnx" else description_of(path)
+        if description is None:
+            return
+        for problem in description.problems:
+            self.compared += 1
+            state.add("changed", path.name, problem)
+        if description.is_unsealed:
+            state.add("changed", path.name, "it has no hash of its own, with which it was written")
+        elif path.name == SUMS:
+            state.add("ok", path.name)  # every character of it is compared with something
+        elif seal is None and description.claims:
+            state.add("unhashed", path.name, _EARLIER)
+        for claim in description.claims:
+            self._compare(claim, path)
+        self._compare_identity(description, path)
+        for place in description.uses:
+            if place not in {claim.place for claim in description.claims}:
+                used = self._state(path.parent / place)
+                used.matters = True
+                used.add("not described", path.name, "its weights lie there, and it does not say as what")
+
+    def _state(self, path: Path) -> FileState:
+        shown = Path(os.path.normpath(path))
+        return self.states.setdefault(os.path.realpath(path), FileState(shown))
+
+    def _compare(self, claim: Claim, by: Path) -> None:
+        path = by.parent / claim.place
+        if place_problem(by, claim.place):
+            # Not joined: a claim may not speak of a file elsewhere, whatever lies there.
+            key = f"{by}\0{claim.place}"
+            outside = self.states.setdefault(key, FileState(Path(f"{by}: {claim.place}")))
+            outside.add("outside", by.name, "a set's files lie in its folder, without links out of it")
+            return
+        state = self._state(path)
+        try:
+            size = path.stat().st_size if path.is_file() else None
+            if size is None:
+                state.add("missing", by.name, "there is no file")
+            elif claim.size_bytes is not None and size != claim.size_bytes:
+                self.compared += 1
+                state.add("changed", by.name, f"{size} bytes, wanted {claim.size_bytes}")
+            else:
+                self._compare_hash(claim, path, size, state, by)
+                self._named.append(path)
+        except OSError as error:
+            state.add("missing", by.name, f"it can't be read: {error.strerror or error}")
+
+    def _compare_hash(self, claim: Claim, path: Path, size: int, state: FileState, by: Path) -> None:
+        if not (claim.blake3 or claim.sha256):
+            state.add("unhashed", by.name, _EARLIER)
+            return
+        self.compared += 1
+        if claim.blake3:
+            kind, wanted, found = "blake3", claim.blake3, self._digest(path, "blake3", size)
+        elif claim.whole or not is_sampled(size):
+            kind, wanted, found = "sha256", claim.sha256, self._digest(path, "sha256", size)
+        else:
+            kind, wanted, found = "sampled sha256", claim.sha256, hash_file(path).sha256
+        if found != wanted:
+            state.add("changed", by.name, f"{kind} {found}, wanted {wanted}")
+        elif kind == "sampled sha256":
+            state.add("sampled", by.name, _EARLIER)
+        else:
+            state.add("ok", by.name)
+
+    def _digest(self, path: Path, algorithm: str, size: int) -> str:
+        key = (os.path.realpath(path), algorithm)
+        if key not in self._digests:
+            self._digests[key] = file_digest(path, algorithm)
+            self.progress(size)
+        return self._digests[key]
+
+    def _compare_identity(self, description: Description, by: Path) -> None:
+        """Compare what an earlier version's merge says of its graph and data together."""
+        paths = [by.parent / claim.place for claim in description.claims]
+        inside = not any(place_problem(by, claim.place) for claim in description.claims)
+        if not description.identity or not inside or not all(path.is_file() for path in paths):
+            return
+        self.compared += 1
+        found = identity_of(map(hash_file, paths))
+        if found != description.identity:
+            detail = f"identity {found}, wanted {description.identity}"
+            for path in paths:
+                self._state(path).add("changed", by.name, f"of all files of {by.name} together: {detail}")

@@ -1,0 +1,46 @@
+"""What `lora-export verify` found, as text."""
+
+from __future__ import annotations
+
+from lora_export.integrity.check import BROKEN, FileState, VerifyReport
+from lora_export.untrusted.shown import limited
+
+_WORDS = {
+    "sampled": "by a sample",
+    "unhashed": "no full hash",
+    "outside": "outside",
+}
+
+
+def file_lines(report: VerifyReport, quiet: bool = False) -> list[str]:
+    """Return a line for each file, what is wrong first.
+
+    Args:
+        report: What was found.
+        quiet: Only what is not right.
+    """
+    rows = sorted(report.files, key=lambda found: found.state not in BROKEN)
+    lines = [_line(found) for found in rows if not quiet or found.state != "ok"]
+    return limited(lines, "files")
+
+
+def last_line(report: VerifyReport) -> str:
+    """Return what a set that passed is told."""
+    states = [found.state for found in report.files]
+    kinds = [f"{states.count('ok')} right by full hash"]
+    kinds += [f"{states.count(kind)} {_WORDS[kind]}" for kind in ("sampled", "unhashed") if kind in states]
+    if others := states.count("not described"):
+        kinds.append(f"{others} that nothing describes")
+    return f"{len(states)} files: {', '.join(kinds)}"
+
+
+def problem_line(found: FileState) -> str:
+    """Return what is wrong with a file, for an error."""
+    return "; ".join([f"{found.path}: {_WORDS.get(found.state, found.state)}", *found.details])
+
+
+def _line(found: FileState) -> str:
+    by = [name for name in found.by if name != found.path.name]
+    what = _WORDS.get(found.state, found.state)
+    said = [*([f"by {', '.join(by)}"] if by else []), *found.details]
+    return f"{what:<13} {found.path}" + (f"  ({'; '.join(said)})" if said else "")

@@ -1,0 +1,1 @@
+"""Hashes over whole files, and files that hold their own."""
