@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export.base.history import MANIFEST, history_of
 from lora_export.base.in_graph import CAPTURED_KEY, entries_before
+from lora_export.base.links import refuse_links
 from lora_export.base.own_code import model_class, never_asked, refuse_own_code
 from lora_export.base.quantised import refuse_bare_codes
 from lora_export.capture_cache import name_total, with_cache
@@ -168,6 +169,7 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
     if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
         raise CheckpointError(f"{path} is an adapter, not a base model", "give the folder of its base model")
     _refuse_diffusers(path)
+    refuse_links(path, [found for kind in ("json", "safetensors", "bin") for found in path.glob(f"*.{kind}")])
     refuse_own_code(path, read_config(path))
     _refuse_adapter_beside(path)
     refuse_bare_codes(path)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Array
+from lora_export.base.links import refuse_links
 from lora_export.base.own_code import code_notes
 from lora_export.base.sentence_modules import transformer_folder
 from lora_export.base.weight_files import find_weights, read_object
@@ -102,6 +103,7 @@ class Checkpoint:
         found = find_weights(folder, is_diffusers=_diffusers_class(config) != "")
         if found is None:
             raise _no_safetensors(folder)
+        refuse_links(folder, [folder / name for name in ("config.json", found.name, *found.files)])
         index, problems = found.index, list[str]()
         shards = [
             shard for name in found.files if (shard := _read_shard(folder / name, problems)) is not None

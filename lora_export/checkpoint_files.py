@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from lora_export.base.history import MANIFEST
-from lora_export.base.links import link_problems
+from lora_export.base.links import refuse_links
 from lora_export.base.placed import Placed
 from lora_export.base.quantised import dequantised_config
 from lora_export.base.sentence_modules import module_paths
@@ -18,7 +18,6 @@ from lora_export.base.vocabulary import resized_config
 from lora_export.base.weight_files import is_index, read_object
 from lora_export.checkpoint import Checkpoint
 from lora_export.checkpoint_layout import Layout
-from lora_export.errors import CheckpointError
 from lora_export.safetensors_header import read_file_header
 
 # Weights in other formats: left out, or the output would hold the unmerged model beside the merged one.
@@ -59,12 +58,7 @@ def small_files(checkpoint: Checkpoint, changed: Container[str]) -> tuple[list[P
             left_out.append(str(relative))
         else:
             small.append(relative)
-    if problems := link_problems(checkpoint.folder, (checkpoint.folder / path for path in small)):
-        raise CheckpointError(
-            f"{len(problems)} files of {checkpoint.folder} would be copied from somewhere else, or can't be",
-            "put the files themselves into the folder in place of the links, or remove the links",
-            problems,
-        )
+    refuse_links(checkpoint.folder, [checkpoint.folder / path for path in small])
     return small, left_out
 
 

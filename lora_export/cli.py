@@ -15,7 +15,7 @@ import click
 
 from lora_export import __version__
 from lora_export.commands import COMMANDS
-from lora_export.commands.printing import print_error, print_lines
+from lora_export.commands.printing import guard_libraries, print_error, print_lines
 from lora_export.commit.told import Run, listening
 from lora_export.errors import InternalError, LoraExportError
 from lora_export.untrusted.shown import shown
@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     # Accept --debug behind the verb as well: that is where people add it after a failure.
     arguments = ["--debug", *(a for a in arguments if a != "--debug")] if debug else arguments
+    guard_libraries()
     # As Ctrl-C does: what was begun is put away, and builders are ended.
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, _terminate)

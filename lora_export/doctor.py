@@ -77,7 +77,8 @@ def _leftovers() -> list[str]:
         with listening(lines.append):
             tidy(folder)
         lines += [
-            f"{path} is another machine's or container's: remove it if no lora-export runs there"
+            f"{path} is another machine's, container's or earlier version's: remove it if no lora-export "
+            "runs there"
             for path in foreign(folder)
         ]
     return lines

@@ -296,10 +296,10 @@ def _named_checkpoint(
         return None, None, [several]
     ((folder, adapter),) = weights.items()
     where = f"{folder}, which {adapter.name!r} names as its base"
-    if others := not_in(merged, history_of(folder / MANIFEST)):
-        changed = f"the graph has {', '.join(others)} merged into it, which that has not"
-        return None, None, [f"values were not compared with {where}: {changed}"]
     try:
+        if others := not_in(merged, history_of(folder / MANIFEST)):
+            changed = f"the graph has {', '.join(others)} merged into it, which that has not"
+            return None, None, [f"values were not compared with {where}: {changed}"]
         found = CheckpointWeights(Checkpoint.open(folder))
     except CheckpointError as error:
         return None, None, [f"values were not compared with {where}: {error.message}"]

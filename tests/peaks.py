@@ -1,11 +1,12 @@
-"""How much memory a run of the command line takes above its imports: measured in a child process."""
+"""How much memory a run of the command line takes above its imports, here or in a child process."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 # The limit that every reader keeps: ten times the file, and what a small one takes.
@@ -60,6 +61,27 @@ def measured(
     found = [tuple(json.loads(line)) for line in done.stdout.splitlines()]
     assert len(found) == len(runs)
     return found
+
+
+@contextmanager
+def within(path: Path) -> Iterator[None]:
+    """Hold what is done in this process to the peak that reading a file may have, where there is a /proc.
+
+    Without the warm-up of `measured`: small files, of which many are read.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    Path("/proc/self/clear_refs").write_text("5")
+    start = _status("VmRSS")
+    yield
+    peak = _status("VmHWM") - start
+    assert peak <= allowed(path), f"{peak / 1e6:.0f} MB for {path}, of {allowed(path) / 1e6:.0f}"
+
+
+def _status(key: str) -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
 
 
 def allowed(path: Path) -> int:

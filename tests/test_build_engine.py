@@ -302,6 +302,22 @@ def test_the_first_real_error_names_the_node_and_its_module(which, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["m.sm89.log"]
 
 
+def test_the_log_of_an_engine_stays_where_the_next_build_fails(tmp_path):
+    out = tmp_path / "out"
+    build_engine(product(tmp_path / "m.onnx"), "sm89", out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert {*before} == {"m.sm89.engine", "m.sm89.log", "m.sm89.json"}
+    node, dims, outputs, constants, said = next(iter(FAILING.values()))
+    graph_of(tmp_path / "m.onnx", [node], [value("x", dims)], [value("y", outputs)], constants)
+    with pytest.raises(EngineBuildError, match=said) as caught:
+        build_engine(tmp_path / "m.onnx", "sm89", out, force=True)
+    failed = out / "m.sm89.failed.log"
+    assert str(failed) in caught.value.hint
+    assert said in failed.read_text()
+    failed.unlink()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_bf16_on_turing(tmp_path):
     model = product(tmp_path / "m.onnx", dtype=TensorProto.BFLOAT16)
     with pytest.raises(EngineBuildError, match=r"7\.5"):

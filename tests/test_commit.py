@@ -285,7 +285,9 @@ def test_only_what_certainly_has_ended_is_removed(tmp_path):
             staged_by(Owner("f" * 6, 99999999, here.start), tmp_path, "another-machine"),
         ]
         # Neither ours by its name, nor by its form.
-        kept += [tmp_path / name for name in ("m.onnx.tmp-123-abcdef12", "x.tmp", "lora-export-notes")]
+        kept += [tmp_path / name for name in ("m.onnx.tmp-123-abcdef", "x.tmp", "lora-export-notes")]
+        # An earlier version's: on which machine its process ran is not known.
+        kept += [tmp_path / f"m.onnx.tmp-{dead().pid}-abcdef12{kind}" for kind in ("", ".old")]
         for path in kept[3:]:
             path.write_text("mine")
         gone = [
@@ -300,7 +302,7 @@ def test_only_what_certainly_has_ended_is_removed(tmp_path):
         running.wait()
     assert sorted(tmp_path.iterdir()) == sorted(kept)
     assert not any(path.exists() for path in gone)
-    assert leftovers.foreign(tmp_path) == [kept[2]]
+    assert leftovers.foreign(tmp_path) == [kept[2], *kept[-2:]]
 
 
 def test_a_process_that_is_only_waited_for_has_ended():

@@ -289,6 +289,25 @@ def test_a_merge_copies_no_file_of_another_folder(kind, cached, tmp_path, capsys
         assert not (tmp_path / "out").exists()
 
 
+@group("llama")
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("verb", ["merge", "swap-onnx", "capture-onnx"])
+def test_weights_and_config_are_held_to_the_rule_of_the_other_files(verb, name, cached, tmp_path, capsys):
+    """In a snapshot of the cache a link into its own blobs is read; no other link out of the folder is."""
+    base = snapshot(tmp_path) if cached else shutil.copytree(tiny.checkpoint("llama"), tmp_path / "base")
+    other = shutil.copyfile(base / name, tmp_path / "elsewhere")
+    (base / name).unlink()
+    link(base / name, other)
+    out = tmp_path / ("out" if verb == "merge" else "o.onnx")
+    given = [base] if verb == "capture-onnx" else ["--base", base, "--adapter", tiny.adapter("llama")]
+    assert _run([verb, *map(str, given), "-o", str(out)], False) == 1
+    error = capsys.readouterr().err
+    assert f"{name} is a link out of the folder, to {other}" in error
+    assert "hint: put the files themselves into the folder" in error
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("good", [True, False])
 def test_blobs_are_those_of_the_same_repository(good, tmp_path):
     folder = tmp_path / "models--x" / "snapshots" / "abc"

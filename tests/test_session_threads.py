@@ -1,5 +1,6 @@
 """`AdapterSession` under many threads: nobody sees another's adapter, a run keeps what it started with."""
 
+import itertools
 import random as chance
 import sys
 import threading
@@ -15,7 +16,6 @@ from small_graphs import error
 from lora_export import AdapterError, AdapterSession
 from lora_export.runtimes import swap_adapters
 
-SECONDS = 3.0  # a bound, not a target: the counts below end first on a quick machine
 A, B = both(1), both(2, rank=4)
 
 
@@ -141,26 +141,25 @@ def test_one_of_two_that_load_the_same_name_wins(tmp_path):
     assert error(session.run(inputs, "same")["y"], wanted(both(winners[0]), inputs)) < 2e-6
 
 
-class Stress:
-    """Runs functions in threads until each was called so often, or the time is over; keeps what failed."""
+class Soak:
+    """Runs functions in threads, each again and again until the time is over; raises what failed first."""
 
-    def __init__(self):
-        self.failures, self.calls = [], 0
-        self._end = time.monotonic() + SECONDS
+    def __init__(self, seconds):
+        self.seconds, self.failures = seconds, []
 
-    def run(self, *works, count):
-        def loop(work, seed):
-            dice = chance.Random(seed)
-            for _ in range(count):
-                if time.monotonic() > self._end or self.failures:
-                    return
+    def run(self, *works):
+        end, counts = time.monotonic() + self.seconds, [0] * len(works)
+
+        def loop(number, work):
+            dice = chance.Random(number)
+            while time.monotonic() < end and not self.failures:
                 try:
                     work(dice)
                 except BaseException as failure:  # to be shown by the test, from whatever thread
                     self.failures.append(failure)
-                self.calls += 1
+                counts[number] += 1
 
-        threads = [threading.Thread(target=loop, args=(work, seed)) for seed, work in enumerate(works)]
+        threads = [threading.Thread(target=loop, args=each) for each in enumerate(works)]
         interval = sys.getswitchinterval()
         sys.setswitchinterval(1e-5)  # 500 times as often as usual: threads meet in every line
         try:
@@ -172,7 +171,7 @@ class Stress:
             sys.setswitchinterval(interval)
         if self.failures:
             raise self.failures[0]
-        assert self.calls >= len(works)
+        assert min(counts) >= 3, counts
 
 
 def answer_or_unknown(run, said):
@@ -185,66 +184,131 @@ def answer_or_unknown(run, said):
         return None
 
 
-def test_swap_under_load(tmp_path):
-    """Six adapters on a device for three, replaced, loaded and unloaded while eight threads use them."""
-    session, inputs = AdapterSession(swap(tmp_path), threads=1, max_adapters=3), feeds()
-    names = [f"n{seed}" for seed in range(6)]
-    for seed, name in enumerate(names):
-        session.load_adapter(name, both(seed, rank=1 + seed % 3))
-    bits = {name: session.run(inputs, name)["y"] for name in [*names, None]}
-    turns = []
-    for seed in (30, 31):
-        session.load_adapter("turning", both(seed), replace=True)
-        turns.append(session.run(inputs, "turning")["y"])
-    assert len({answer.tobytes() for answer in [*bits.values(), *turns]}) == 9
+# Requests of several sizes: an answer to another's request differs as well as one by another's adapter.
+REQUESTS = [feeds(batch, seed=60 + batch) for batch in (1, 3, 4)]
+
+
+def alone(path, given):
+    """Return an adapter's answers to the requests, from a session that never had another."""
+    session = AdapterSession(path, threads=1)
+    if given is not None:
+        session.load_adapter("only", given)
+    answers = [session.run(inputs, "only" if given else None)["y"] for inputs in REQUESTS]
+    for inputs, answer in zip(REQUESTS, answers, strict=True):
+        assert error(answer, wanted(given, inputs)) < 2e-6
+    return answers
+
+
+def test_soak_swap(tmp_path):
+    """Sixteen threads for 15 s; 10 of them with adapters evicted, replaced, loaded and unloaded meanwhile."""
+    path = swap(tmp_path)
+    given = {None: None} | {f"n{seed}": both(seed, rank=1 + seed % 3) for seed in range(6)}
+    own, turning = [both(seed) for seed in range(20, 24)], [both(seed) for seed in (30, 31)]
+    bits = {name: alone(path, one) for name, one in given.items()}
+    own_bits, turns = ([alone(path, one) for one in many] for many in (own, turning))
+    known = [*bits.values(), *own_bits, *turns]
+    assert len({answer.tobytes() for answers in known for answer in answers}) == len(known) * len(REQUESTS)
+
+    def opened(**options):
+        session = AdapterSession(path, threads=1, **options)
+        for name, one in given.items():
+            if name is not None:
+                session.load_adapter(name, one)
+        return session
 
     def use(dice):
-        name = dice.choice([*names, None])
-        assert np.array_equal(session.run(inputs, name)["y"], bits[name])
+        name, number = dice.choice(list(given)), dice.randrange(len(REQUESTS))
+        assert np.array_equal(session.run(REQUESTS[number], name)["y"], bits[name][number])
 
     def use_turning(dice):
-        answer = session.run(inputs, "turning")["y"]
-        assert any(np.array_equal(answer, one) for one in turns)
+        number = dice.randrange(len(REQUESTS))
+        answer = session.run(REQUESTS[number], "turning")["y"]
+        assert any(np.array_equal(answer, answers[number]) for answers in turns)
 
     def use_passing(dice):
-        answer = answer_or_unknown(lambda: session.run(inputs, "passing")["y"], "there is no adapter")
-        assert answer is None or np.array_equal(answer, bits["n0"])
+        number = dice.randrange(len(REQUESTS))
+        answer = answer_or_unknown(
+            lambda: session.run(REQUESTS[number], "passing")["y"], "there is no adapter"
+        )
+        assert answer is None or np.array_equal(answer, bits["n0"][number])
 
     def turn(dice):
-        session.load_adapter("turning", both(30 + dice.randrange(2)), replace=True)
+        session.load_adapter("turning", dice.choice(turning), replace=True)
 
     def come_and_go(dice):
-        session.load_adapter("passing", both(0, rank=1))
+        session.load_adapter("passing", given["n0"])
         session.unload_adapter("passing")
 
-    Stress().run(*[use] * 5, use_turning, use_passing, turn, come_and_go, count=1000)
+    def bring(seed):
+        """Return a user who loads an adapter, asks it, and takes it away."""
+
+        def work(dice):
+            session.load_adapter(f"own{seed}", own[seed])
+            for number, answer in enumerate(own_bits[seed]):
+                assert np.array_equal(session.run(REQUESTS[number], f"own{seed}")["y"], answer)
+            session.unload_adapter(f"own{seed}")
+
+        return work
+
+    session = opened()
+    Soak(5).run(*[use] * 16)
+    session = opened(max_adapters=3)
+    session.load_adapter("turning", turning[0])
+    brought = [bring(seed) for seed in range(len(own))]
+    Soak(10).run(*[use] * 6, *[use_turning] * 2, *[use_passing] * 2, turn, come_and_go, *brought)
     assert len(session.on_device) <= 3
-    assert session.adapters == [*names, "turning"]
+    assert session.adapters == [*filter(None, given), "turning"]
 
 
-def test_bank_under_load(tmp_path):
-    """A slot is filled and emptied while rows of all kinds run."""
-    residents = fitting(1, 0), fitting(2, 1)
-    session = AdapterSession(bank(tmp_path, "defaults", *residents), threads=1)
-    inputs = feeds(3)
-    turns = [fitting(seed, 2) for seed in (40, 41)]
-    fixed = session.run(inputs, adapters=["emotion", "summary", None])["y"]
-    turned = []
-    for given in turns:
-        session.load_adapter("turning", given, replace=True)
-        turned.append(session.run(inputs, adapters=["turning", "summary", None])["y"])
+def test_soak_bank(tmp_path):
+    """Sixteen threads for 15 s, with rows of all kinds; 10 of them while a slot is filled and emptied."""
+    residents, turning = (fitting(1, 0), fitting(2, 1)), [fitting(seed, 2) for seed in (40, 41)]
+    path = bank(tmp_path, "defaults", *residents)
+    blend = {"emotion": 0.5, "summary": 2.0}
+    entries = ["emotion", "summary", None, blend]
+
+    def answers(kinds, third):
+        """Return request, rows → answer, from a session that nobody else uses."""
+        quiet, found = AdapterSession(path, threads=1), {}
+        if third is not None:
+            quiet.load_adapter("turning", third)
+        weighted = {
+            "emotion": [(residents[0], 1.0)], "summary": [(residents[1], 1.0)], "turning": [(third, 1.0)]
+        }  # fmt: skip
+        weighted |= {None: [], str(blend): [(residents[0], 0.5), (residents[1], 2.0)]}
+        for number, inputs in enumerate(REQUESTS):
+            for rows in itertools.product(kinds, repeat=len(inputs["x"])):
+                answer = found[number, str(rows)] = quiet.run(inputs, adapters=list(rows))["y"]
+                for place, row in enumerate(rows):
+                    adapters = weighted[str(row) if row is blend else row]
+                    assert error(answer[place], wanted_blend(adapters, inputs, place)) < 2e-6
+        return found
+
+    bits = answers(entries, None)
+    turned = [answers(["turning", "summary", None], one) for one in turning]
+    assert len({answer.tobytes() for answer in bits.values()}) == len(bits)
 
     def use(dice):
-        assert np.array_equal(session.run(inputs, adapters=["emotion", "summary", None])["y"], fixed)
+        number = dice.randrange(len(REQUESTS))
+        rows = tuple(dice.choices(entries, k=len(REQUESTS[number]["x"])))
+        answer = session.run(REQUESTS[number], adapters=list(rows))["y"]
+        assert np.array_equal(answer, bits[number, str(rows)])
 
     def use_turning(dice):
-        rows = ["turning", "summary", None]
-        answer = answer_or_unknown(lambda: session.run(inputs, adapters=rows)["y"], "row 0: no adapter")
-        assert answer is None or any(np.array_equal(answer, one) for one in turned)
+        number = dice.randrange(len(REQUESTS))
+        rows = tuple(dice.choices(["turning", "summary", None], k=len(REQUESTS[number]["x"])))
+        answer = answer_or_unknown(
+            lambda: session.run(REQUESTS[number], adapters=list(rows))["y"], "no adapter 'turning'"
+        )
+        # Never one row by the adapter before and one by the adapter behind.
+        assert answer is None or any(np.array_equal(answer, one[number, str(rows)]) for one in turned)
 
     def turn(dice):
         if dice.random() < 0.3:
             session.unload_adapter("turning")
-        session.load_adapter("turning", turns[dice.randrange(2)], replace=True)
+        session.load_adapter("turning", dice.choice(turning), replace=True)
 
-    Stress().run(use, use, use_turning, use_turning, turn, count=1000)
+    session = AdapterSession(path, threads=1)
+    Soak(5).run(*[use] * 16)
+    Soak(10).run(*[use] * 9, *[use_turning] * 6, turn)
+    assert session.adapters == ["emotion", "summary", "turning"]

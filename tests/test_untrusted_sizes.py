@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import struct
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ import torch
 from onnx import helper, numpy_helper
 from safetensors.numpy import save_file
 
+from lora_export.cli import main
 from lora_export.errors import AdapterError, BackendError
 from lora_export.formats.ort_file import read_ort_file, write_ort_file
 from lora_export.formats.pickles import read_checkpoint
-from lora_export.parity.feeds_file import refuse_npz
+from lora_export.parity.array_files import read_arrays
 from lora_export.parity.reference import read_tensors
 
 PREFIX = "base_model.model.q"
@@ -261,12 +263,95 @@ def test_settings_are_checked_by_type(settings: dict[str, Any], says: str, tmp_p
     assert says in caught.value.problems
 
 
+def _archive(members: Iterable[tuple[str, bytes]], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def _npy(shape: str, dtype: str = "'<f4'") -> bytes:
+    text = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}\n"
+    return b"\x93NUMPY\1\0" + len(text).to_bytes(2, "little") + text.encode()
+
+
+def _verdicts(good: bytes) -> bytes:
+    return json.dumps(json.loads(good) | {"verdicts": [{}] * 20_000, "metrics": [0] * 300_000}).encode()
+
+
+# A name's suffix → what it holds, by a good file of this kind; what is said.
+PARITY: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
+    "zeros": (".npz", lambda _: _archive([("x.npy", _npy("(2, 9999999)") + bytes(79_999_992))]), "unpack to"),
+    "a claim": (".npz", lambda _: _archive([("x.npy", _npy("(2, 100000000000)"))]), "x: "),
+    "a claim of text": (".npz", lambda _: _archive([("x.npy", _npy("(9,)", "'<U900000000'"))]), "x: "),
+    "no bytes each": (".npz", lambda _: _archive([("x.npy", _npy("(500000000,)", "'<U0'"))]), "x: "),
+    "no archive": (".npz", lambda _: _npy("(2, 4000000000)"), "not a zip archive"),
+    "empty members": (".npz", lambda _: _archive((f"{i}", b"") for i in range(2_000)), "0: "),
+    "labels": (".npz", lambda _: _archive((f"{i}/x", _npy("(0, 8)")) for i in range(12_000)), "no values"),
+    "wide": (
+        ".safetensors",
+        lambda _: _header(
+            b'{"x":{"dtype":"F32","shape":[0,8],"data_offsets":[0,0]}' + b"".join(
+                f',"{i:x}/x":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'.encode()
+                for i in range(250_000)
+            ) + b"}"
+        ),
+        "its header",
+    ),
+    "lists": (".json", lambda _: b'{"format": [' + b"[]," * 5_000_000 + b"[]]}", "in memory"),
+    "verdicts": (".json", _verdicts, "a damaged one"),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_feeds_and_baselines_take_no_more_than_ten_times_their_size(tmp_path: Path) -> None:
+    graphs = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
+    for graph in graphs:
+        graph.write_bytes(_graph([PRODUCT, END], []))
+    sides = ["parity", "--reference", graphs[0], "--candidate", graphs[1]]
+    feeds, report = tmp_path / "good.npz", tmp_path / "good.json"
+    np.savez(feeds, x=np.ones((2, 8), np.float32))
+    save_file({"x": np.ones((2, 8), np.float32)}, feeds.with_suffix(".safetensors"))
+    saved = tmp_path / "saved.npz"
+    np.savez(saved, y=np.ones((2, 8), np.float32))
+    warm = [
+        [*sides, "--feeds", feeds, "--report", report],
+        [*sides, "--feeds", feeds.with_suffix(".safetensors"), "--baseline", report],
+        ["parity", "--reference", saved, "--candidate", graphs[1], "--feeds", feeds],
+    ]
+    with pytest.raises(SystemExit):
+        main([str(word) for word in warm[0]])
+    warm[0].append("--force")
+    runs, paths, says = [], [], []
+    for name, (kind, make, said) in PARITY.items():
+        path = tmp_path / f"{name.replace(' ', '_')}{kind}"
+        path.write_bytes(make(report.read_bytes()))
+        one = [*sides, "--feeds", path] if kind != ".json" else [*sides, "--feeds", feeds, "--baseline", path]
+        runs.append(one)
+        paths.append(path)
+        says.append(said)
+        if name in ("zeros", "a claim", "empty members", "wide"):
+            runs.append(["parity", "--reference", path, "--candidate", graphs[1], "--feeds", feeds])
+            paths.append(path)
+            says.append(said.removeprefix("x"))
+    wrong = []
+    found = peaks.measured(warm, runs)
+    for path, said, (code, _, err, peak, seconds) in zip(paths, says, found, strict=True):
+        print(
+            f"{path.name:30} {code} {peak / 1e6:8.1f} MB of {peaks.allowed(path) / 1e6:6.1f}  {seconds:.1f} s"
+        )
+        if code != 1 or peak > peaks.allowed(path) or said not in err or seconds > 20:
+            wrong.append(f"{path.name}: code {code}, peak {peak / 1e6:.0f} MB, {seconds:.0f} s\n{err[:600]}")
+    assert not wrong, "\n".join(wrong)
+
+
 @pytest.mark.parametrize("members", [1, 40])
 def test_an_npz_that_unpacks_to_much_more_is_refused(members: int, tmp_path: Path) -> None:
     path = tmp_path / "feeds.npz"
     zeros = np.zeros(64_000_000 // members, np.int64)
     np.savez_compressed(path, **{f"x{i}": zeros for i in range(members)})
-    for read in (refuse_npz, read_tensors):
+    for read in (read_arrays, read_tensors):
         with pytest.raises(BackendError, match="claims more than it holds"):
             read(path)
     np.savez_compressed(path, x=np.zeros((4, 512), np.int64))

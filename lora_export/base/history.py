@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.adapter import Adapter
-from lora_export.errors import LoraExportError
+from lora_export.errors import CheckpointError
 from lora_export.formats.scope import share
 from lora_export.untrusted.documents import read_json
 from lora_export.untrusted.fields import FieldError, from_plain
@@ -18,6 +19,10 @@ from lora_export.untrusted.fields import FieldError, from_plain
 MANIFEST = "lora.json"
 # Of a manifest's outputs: what had been merged before.
 EARLIER = "earlier"
+_HINT = (
+    "it says what is merged into the base already: restore it from where the base came from; remove it only "
+    "if nothing is"
+)
 
 
 @dataclass(frozen=True)
@@ -90,17 +95,27 @@ class History:
 
 
 def history_of(manifest: Path) -> History:
-    """Return what a manifest tells; nothing where it is missing, or none.
+    """Return what a manifest tells; nothing where there is none.
+
+    One that can't be read is not taken for none: a second merge of an adapter, and a copy over what an
+    earlier merge has changed, would go unseen.
 
     Args:
         manifest: ``lora.json`` of a merged folder, ``OUT.lora.json`` of a merged graph.
+
+    Raises:
+        CheckpointError: It is damaged, or not a manifest.
     """
+    if not os.path.lexists(manifest):
+        return History()
     try:
-        record = from_plain(_Record, read_json(manifest), known_only=False)
+        record = from_plain(_Record, read_json(manifest, CheckpointError, _HINT), known_only=False)
         before = record.outputs.get(EARLIER)
         earlier = _Earlier() if not before else from_plain(_Earlier, before)
-    except (LoraExportError, FieldError):
-        return History()
+    except FieldError as error:
+        raise CheckpointError(
+            f"{manifest}, the manifest of earlier merges, is damaged or not one", _HINT, error.problems
+        ) from error
     adapters = {sha256: _parts(merged) for sha256, merged in earlier.adapters.items()}
     for entry in record.adapters:
         if entry.sha256:

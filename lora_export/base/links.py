@@ -1,7 +1,7 @@
-"""Links in a folder that somebody else made: what is copied from it must lie in it.
+"""Links in a folder that somebody else made: what is read or copied from it must lie in it.
 
-A link to a private file would be copied as that file, and published with the output. Hugging Face's cache is
-made of links: ``models--x/snapshots/COMMIT/config.json`` leads to ``models--x/blobs/HASH``.
+A link to a private file would be copied as that file, or merged into, and published with the output. Hugging
+Face's cache is made of links: ``models--x/snapshots/COMMIT/config.json`` leads to ``models--x/blobs/HASH``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,25 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from lora_export.errors import CheckpointError
+
 _SNAPSHOTS, _BLOBS = "snapshots", "blobs"
+
+
+def refuse_links(folder: Path, paths: Iterable[Path]) -> None:
+    """Raise `CheckpointError` where files of a checkpoint, weights too, are links out of its folder.
+
+    Args:
+        folder: The folder.
+        paths: Of files in it; those that are missing are not looked at.
+    """
+    found = (path for path in dict.fromkeys(paths) if path.is_symlink() or path.exists())
+    if problems := link_problems(folder, found):
+        raise CheckpointError(
+            f"{len(problems)} files of {folder} would be read from somewhere else, or can't be",
+            "put the files themselves into the folder in place of the links, or remove the links",
+            problems,
+        )
 
 
 def link_problems(folder: Path, paths: Iterable[Path]) -> list[str]:

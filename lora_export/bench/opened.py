@@ -24,7 +24,8 @@ from lora_export.runtimes.ort_open import open_session
 from lora_export.runtimes.resident import Resident
 from lora_export.runtimes.session import AdapterSession
 
-_ERRORS_ONLY = 3
+# Its own log goes to the terminal with a stranger's names as they are; its errors are raised as well.
+_FATAL_ONLY = 4
 _MAX_CUDA_GRAPHS = 1024
 
 
@@ -180,7 +181,7 @@ def _session_options() -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _FATAL_ONLY
     # Threads of a session that has just run would go on spinning, on the cores of the one that is timed next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +19,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.branches.rows import SAME, Flow, Rows
+from lora_export.untrusted.computed import MAX_ELEMENTS, UncomputedError
+from lora_export.untrusted.computed import computed as values_of
 
 Numbers = NDArray[np.int64]
 # What an index is computed with; behind any other operator that reads an input is a number to fill in.
@@ -29,7 +31,9 @@ _ARITHMETIC = {
 }
 # Of a body of an If, which has none of its own.
 _OPSET = 18
-_MAX_NODES, _MAX_SIZE = 300, 1 << 20
+_MAX_NODES = 300
+# Of a value whose rows are numbered, to see where a Reshape puts them.
+_MAX_NUMBERED = 1 << 24
 # Sizes to compute with where they have no number: the batch's, and that of any other axis.
 _PROBES = ((3, 7), (5, 11))
 # What to fill in: one number; or ones in the first place of the last axis and zeros behind it, of what has
@@ -81,24 +85,20 @@ class Probe:
             _UnknownError: It can't be computed.
         """
         from onnx import helper
-        from onnx.reference import ReferenceEvaluator
 
         part = _Part(self)
         part.add(value)
-        version = _opset(value)
+        graph = helper.make_graph(
+            [ir.to_proto(node) for node in part.nodes],
+            "index",
+            [],
+            [helper.make_tensor_value_info(str(value.name), 0, None)],
+            [ir.to_proto(ir.tensor(array, name=name)) for name, array in part.known.items()],
+        )
         try:
-            graph = helper.make_graph(
-                [ir.to_proto(node) for node in part.nodes],
-                "index",
-                [],
-                [helper.make_tensor_value_info(str(value.name), 0, None)],
-                [ir.to_proto(ir.tensor(array, name=name)) for name, array in part.known.items()],
-            )
-            model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)])
-            (result,) = ReferenceEvaluator(model).run(None, {})
-        except Exception as error:  # it raises many kinds, and what it can't compute stays unknown
+            return values_of(graph, _opset(value))
+        except UncomputedError as error:
             raise _UnknownError from error
-        return np.asarray(result)
 
 
 @dataclass
@@ -109,6 +109,7 @@ class _Part:
     nodes: list[ir.Node] = field(default_factory=list)
     known: dict[str, NDArray[np.generic]] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
+    size: int = 0
 
     def add(self, value: ir.Value) -> None:
         """Add what computes a value."""
@@ -116,8 +117,7 @@ class _Part:
         if str(value.name) in self.known or (node is not None and id(node) in self.seen):
             return
         if value.const_value is not None:
-            if value.const_value.size > _MAX_SIZE:
-                raise _UnknownError
+            self._admit(value.const_value.size)
             self.known[str(value.name)] = value.const_value.numpy()
         elif node is not None and node.op_type == "Shape" and self._has_sizes(node):
             self.known[str(value.name)] = self._shape(node)
@@ -131,6 +131,12 @@ class _Part:
             self.nodes.append(node)
         else:
             self.known[str(value.name)] = self._filled(value)
+
+    def _admit(self, size: int) -> None:
+        """Count what is read; a stranger's shape is no reason to fill the memory."""
+        self.size += size
+        if self.size > MAX_ELEMENTS:
+            raise _UnknownError
 
     def _is_computed(self, node: ir.Node) -> bool:
         if node.domain not in ("", "ai.onnx"):
@@ -166,6 +172,7 @@ class _Part:
         if rank is None or self.probe.flow.of(value) is None:
             raise _UnknownError
         shape = [self.probe.size(value, axis) for axis in range(rank)]
+        self._admit(math.prod(shape))
         fill = self.probe.fill
         numbers = np.full(shape, 0 if fill == "first" else fill, np.int64 if dtype is None else dtype.numpy())
         rows = self.probe.flow.of(value)
@@ -214,7 +221,9 @@ def rows_reshaped(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
             before, after = shape_of(probe, source), shape_of(probe, target)
         except _UnknownError:
             return None
-        numbers = np.repeat(np.arange(probe.batch), before[rows.axis] // probe.batch)
+        if math.prod(before) > _MAX_NUMBERED:
+            return None
+        numbers = np.repeat(_rows(probe.batch), before[rows.axis] // probe.batch)
         numbers = numbers.reshape([-1 if axis == rows.axis else 1 for axis in range(len(before))])
         found.add(_counted(np.broadcast_to(numbers, before).reshape(after), probe.batch))
     return found.pop() if len(found) == 1 and SAME not in found else None
@@ -270,12 +279,29 @@ def shape_of(probe: Probe, value: ir.Value) -> tuple[int, ...]:
         assert node.inputs[1] is not None
         target = [int(size) for size in probe.compute(node.inputs[1])]
         try:
-            return np.broadcast_to(np.int8(0), before).reshape(target).shape
+            return _reshaped(before, target)
         except ValueError as error:
             raise _UnknownError from error
     if rank is None:
         raise _UnknownError
     return tuple(probe.size(value, axis) for axis in range(rank))
+
+
+def _reshaped(shape: Sequence[int], target: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape that a Reshape gives to a value of a shape."""
+    sizes = list(target)
+    known = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) == 1 and known > 0:
+        sizes[sizes.index(-1)] = math.prod(shape) // known
+    if math.prod(sizes) != math.prod(shape) or min(sizes, default=1) < 0:
+        raise ValueError
+    return tuple(sizes)
+
+
+def _rows(batch: int) -> NDArray[np.unsignedinteger]:
+    """Return the rows' numbers in the smallest type: as many as a value has elements are made of them."""
+    numbers: NDArray[np.unsignedinteger] = np.arange(batch, dtype=np.min_scalar_type(batch))
+    return numbers
 
 
 def _sizes(flow: Flow) -> list[tuple[int, int]]:
@@ -289,7 +315,7 @@ def _probes(flow: Flow, fills: tuple[Fill, ...] = _FILLS) -> list[Probe]:
 def _counted(numbers: Numbers, batch: int) -> Rows:
     for axis, size in enumerate(numbers.shape):
         if size and size % batch == 0:
-            rows = np.repeat(np.arange(batch), size // batch)
+            rows = np.repeat(_rows(batch), size // batch)
             shape = [size if place == axis else 1 for place in range(numbers.ndim)]
             if np.array_equal(numbers, np.broadcast_to(rows.reshape(shape), numbers.shape)):
                 return Rows(axis, alone=size == batch)

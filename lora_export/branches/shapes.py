@@ -7,6 +7,10 @@ from collections.abc import Iterator
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+# onnx computes vectors that shapes are made of (``data_prop``) whatever their length: a Concat that doubles
+# one forty times fills the memory.
+_LONGEST = 1 << 20
+
 
 def shapes_of(model: ir.Model) -> dict[int, ir.Shape]:
     """Return the id of each value → its shape, where the graph has it or onnx can infer it.
@@ -15,15 +19,26 @@ def shapes_of(model: ir.Model) -> dict[int, ir.Shape]:
     the base's bits.
     """
     values = list(_all_values(model))
-    if any(value.shape is None for value in values):
-        before = [(value, value.shape, value.type) for value in values]
-        ShapeInferencePass(check_type=False, strict_mode=False)(model)
-        found = {id(value): value.shape for value in values}
-        for value, shape, kind in before:
-            value.shape, value.type = shape, kind
-    else:
-        found = {id(value): value.shape for value in values}
+    found = {id(value): value.shape for value in values}
+    if any(shape is None for shape in found.values()):
+        found = _inferred(model, values, False)
+        if not any(map(_is_long, found.values())):
+            found = _inferred(model, values, True)
     return {key: shape for key, shape in found.items() if shape is not None}
+
+
+def _is_long(shape: ir.Shape | None) -> bool:
+    """Whether a value is a vector of more elements than onnx is to compute."""
+    return shape is not None and len(shape) == 1 and isinstance(shape[0], int) and shape[0] > _LONGEST
+
+
+def _inferred(model: ir.Model, values: list[ir.Value], data_prop: bool) -> dict[int, ir.Shape | None]:
+    before = [(value, value.shape, value.type) for value in values]
+    ShapeInferencePass(check_type=False, strict_mode=False, data_prop=data_prop)(model)
+    found = {id(value): value.shape for value in values}
+    for value, shape, kind in before:
+        value.shape, value.type = shape, kind
+    return found
 
 
 def _all_values(model: ir.Model) -> Iterator[ir.Value]:

@@ -6,8 +6,12 @@ a terminal would act on becomes an escape of JSON's own.
 
 from __future__ import annotations
 
+import logging
 import re
+import traceback
+import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import click
 
@@ -16,6 +20,35 @@ from lora_export.untrusted.shown import error_lines, limited, shown_lines
 
 # Within a JSON text, characters that may do something, and "##[", which GitHub obeys anywhere in a line.
 _ACTING = re.compile(r"[^\n -~]|#(?=#(?:\w+)?\[)")
+
+
+class _ShownRecord(logging.LogRecord):
+    """What a library logs, as text: transformers, onnx_ir and others name what is in a stranger's file."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        if self.exc_info and self.exc_info[0] is not None:
+            self.exc_text = _shown("".join(traceback.format_exception(*self.exc_info)))
+
+    def getMessage(self) -> str:
+        """Return the message, line by line as text."""
+        return _shown(super().getMessage())
+
+
+def guard_libraries() -> None:
+    """Let what libraries log, and warn of, be nothing but text as well, whoever prints it."""
+    logging.setLogRecordFactory(_ShownRecord)
+    warnings.formatwarning = _formatted_warning
+
+
+def _formatted_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return f"{filename}:{lineno}: {category.__name__}: {_shown(str(message))}\n"
+
+
+def _shown(text: str) -> str:
+    return "\n".join(shown_lines(text.rstrip("\n").split("\n")))
 
 
 def print_lines(lines: Iterable[str], err: bool = False) -> None:

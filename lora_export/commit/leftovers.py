@@ -28,6 +28,8 @@ _NAME = re.compile(
     re.DOTALL,
 )
 _SCRATCH = re.compile(rf"\.?lora-export-{PATTERN}-\w+")
+# Of versions that wrote no machine into a name: whose it is can't be told.
+_EARLIER = re.compile(rf".+\.tmp-[0-9]{{1,10}}-[0-9a-f]{{8}}(?:{re.escape(RETIRED)})?", re.DOTALL)
 _SHOWN = 3
 _PATIENCE_S = 1.0
 
@@ -83,8 +85,9 @@ def abandoned(folder: Path) -> list[Path]:
 
 
 def foreign(folder: Path) -> list[Path]:
-    """Return temporary names of other machines and containers, which nothing is known of."""
-    return [path for path, owner, _ in _named(folder) if not owner.is_here]
+    """Return temporary names of other machines, containers and earlier versions: nothing is known of them."""
+    others = [path for path, owner, _ in _named(folder) if not owner.is_here]
+    return others + [folder / name for name in _own_names(folder) if _EARLIER.fullmatch(name)]
 
 
 def tidy(folder: Path) -> bool:
@@ -125,7 +128,14 @@ def _found(folder: Path) -> tuple[dict[str, _Set], list[Path]]:
 
 
 def _named(folder: Path) -> Iterator[tuple[Path, Owner, re.Match[str]]]:
-    """Yield what bears a temporary name of ours and is this user's: in /tmp there are others'."""
+    """Yield what bears a temporary name of ours, with whose it is."""
+    for name in _own_names(folder):
+        if named := _NAME.fullmatch(name) or _SCRATCH.fullmatch(name):
+            yield folder / name, Owner(named["host"], int(named["pid"]), named["start"]), named
+
+
+def _own_names(folder: Path) -> Iterator[str]:
+    """Yield what may be a temporary name and is this user's: in /tmp there are others'."""
     try:
         with os.scandir(folder) as entries:
             names = sorted(
@@ -134,10 +144,9 @@ def _named(folder: Path) -> Iterator[tuple[Path, Owner, re.Match[str]]]:
     except OSError:
         return
     for name in names:
-        named = _NAME.fullmatch(name) or _SCRATCH.fullmatch(name)
         with contextlib.suppress(OSError):
-            if named and (folder / name).lstat().st_uid == os.geteuid():
-                yield folder / name, Owner(named["host"], int(named["pid"]), named["start"]), named
+            if (folder / name).lstat().st_uid == os.geteuid():
+                yield name
 
 
 def _settle(found: _Set, calm: Uninterrupted) -> bool:

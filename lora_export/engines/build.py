@@ -265,12 +265,14 @@ def _build_one(work: _Work, engine: BuiltEngine) -> BuiltEngine:
     """Build one engine, or take it from the cache, and write its three files."""
     started, not_kept = time.monotonic(), ""
     files, key = engine_files(engine.path), _key(work, engine.group)
+    # A log that stands beside an engine is that engine's, also where the next build fails.
+    failed_log = engine.path.with_suffix(".failed.log") if engine.path.exists() else files["log"]
     with output_errors(engine.path), OutputSet(work.force) as outputs:
         # A log alone is what a build that failed has left: that is no reason to refuse.
         forces = {"log": True}
         staged = {kind: outputs.stage(path, force=forces.get(kind)) for kind, path in files.items()}
         known = None if work.verbose else work.cache.take(key, staged["engine"], staged["log"])
-        built = known or _compile(work, engine.group, staged, files["log"])
+        built = known or _compile(work, engine.group, staged, failed_log)
         if known is None:
             _refuse_changed(work)
             not_kept = work.cache.keep(key, staged["engine"], staged["log"], built)

@@ -159,18 +159,23 @@ def _set(model: ir.Model, known: Mapping[str, Sized]) -> None:
             value.shape = None
 
 
-def _has_huge(model: ir.Model) -> bool:
-    """Whether an input has a size that onnx's propagation of values would fill the memory with."""
-    shapes = (value.shape or () for value in model.graph.inputs)
-    return any(isinstance(size, int) and size > _MAX_PROPAGATED for shape in shapes for size in shape)
-
-
 def _infer(model: ir.Model) -> dict[str, Sized]:
+    found = _inferred_by_onnx(model, False)
+    vectors = [sized.shape[0] for sized in found.values() if len(sized.shape) == 1]
+    shapes = (value.shape or () for value in model.graph.inputs)
+    sizes = [size for shape in shapes for size in shape if isinstance(size, int)]
+    # onnx's propagation of values would fill the memory with them.
+    if max((*vectors, *sizes), default=0) > _MAX_PROPAGATED:
+        return found
+    return _inferred_by_onnx(model, True)
+
+
+def _inferred_by_onnx(model: ir.Model, data_prop: bool) -> dict[str, Sized]:
     # onnx_ir's pass is this call, and prints a traceback where onnx finds two shapes for one value.
     from onnx import shape_inference
 
     try:
-        inferred = shape_inference.infer_shapes(ir.to_proto(model), data_prop=not _has_huge(model))
+        inferred = shape_inference.infer_shapes(ir.to_proto(model), data_prop=data_prop)
     except shape_inference.InferenceError:
         return {}
     found = {}

@@ -94,6 +94,7 @@ def merge_onnx(
     """
     out, base = Path(output), Path(base)
     loaded, factors = check_blend(adapters, weights, component)
+    before = history_of(base / MANIFEST if base.is_dir() else base.with_suffix(".lora.json"))
     roundings: dict[str, Rounding] = {}
     merge = None
     if base.is_dir() and (
@@ -136,7 +137,6 @@ def merge_onnx(
             staged = {name: outputs.stage(path) for name, path in targets.items()}
             costs = write_data(staged["data"], targets["data"].name, slots, size, changes, rounding, progress)
             report = replace(report, roundings=roundings | costs)
-            before = history_of(base / MANIFEST if base.is_dir() else base.with_suffix(".lora.json"))
             if base.is_dir() and (entries := entries_before(before)):
                 graph.model.metadata_props[CAPTURED_KEY] = entries
             mark_merged(graph.model, loaded, factors, opened.identity)

@@ -5,7 +5,6 @@ One feed under the inputs' own names, or several under ``<label>/<input>``.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ import numpy as np
 
 from lora_export.adapter import Array
 from lora_export.captured import PAST_SEQUENCE, SEQUENCE, TOTAL_SEQUENCE, Captured
-from lora_export.errors import AdapterError, BackendError
-from lora_export.formats.tensors import read_safetensors
+from lora_export.errors import BackendError
+from lora_export.parity.array_files import SUFFIXES, read_arrays
 from lora_export.parity.feeds_ports import Feed, InputPort, is_float, shared_inputs, sizes_by_role
-from lora_export.untrusted.archives import archive_entries, archive_problems
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -61,68 +59,14 @@ def _tensors(path: Path) -> dict[str, Array]:
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no file"
         raise BackendError(f"{path} is {what}", "give an .npz or .safetensors file with the inputs' values")
-    if path.suffix not in (".npz", ".safetensors"):
+    if path.suffix not in SUFFIXES:
         raise BackendError(
             f"{path} is neither .npz nor .safetensors", "save the inputs with numpy.savez(file, **inputs)"
         )
-    tensors = _from_npz(path) if path.suffix == ".npz" else _from_safetensors(path)
+    tensors = read_arrays(path)
     if not tensors:
         raise BackendError(f"{path} is empty: nothing would be checked", "put the inputs' values in it")
     return tensors
-
-
-def _from_safetensors(path: Path) -> dict[str, Array]:
-    try:
-        return read_safetensors(path)[0]
-    except AdapterError as error:
-        raise BackendError(error.message, "save them again with safetensors", error.problems) from error
-
-
-def _from_npz(path: Path) -> dict[str, Array]:
-    tensors, problems = {}, []
-    refuse_npz(path)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            for name in file.files:
-                try:
-                    tensors[name] = _native(np.asarray(file[name]))
-                except Exception as error:  # a damaged member: zipfile, zlib and numpy raise many kinds
-                    problems.append(f"{name}: {type(error).__name__}: {error}")
-    except Exception as error:  # the same for a damaged file
-        raise BackendError(
-            f"{path} is not a readable .npz file: {npz_trouble(path, error)}",
-            "save it again with numpy.savez(file, **inputs)",
-        ) from error
-    if problems:
-        raise BackendError(
-            f"{path} holds arrays that can't be read",
-            "save plain arrays of numbers with numpy.savez(file, **inputs)",
-            problems,
-        )
-    return tensors
-
-
-def refuse_npz(path: Path) -> None:
-    """Raise `BackendError` where an ``.npz`` unpacks to much more than it holds."""
-    try:
-        found = archive_problems(path, archive_entries(path))
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
-        return  # its reader says what it is
-    if found:
-        hint = "save it with numpy.savez(file, **inputs), not compressed, or as .safetensors"
-        raise BackendError(f"{path} claims more than it holds", hint, found)
-
-
-def npz_trouble(path: Path, error: Exception) -> str:
-    """Return what is wrong with an ``.npz`` that numpy can't read: it takes other files for a pickle."""
-    if not isinstance(error, OSError) and not zipfile.is_zipfile(path):
-        return "it is not a zip archive, which numpy.savez writes"
-    return f"{type(error).__name__}: {error}"
-
-
-def _native(values: Array) -> Array:
-    # Equal numbers in another byte order are another dtype to numpy.
-    return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
 def _by_label(

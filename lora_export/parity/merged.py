@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,15 +49,15 @@ def read_merged(graph: Path, adapters: Mapping[str, Adapter], weights: Sequence[
             f"{len(weights)} weights for {len(adapters)} adapters",
             "give one --weight for each --adapter" if adapters else "give --adapter too, or omit --weight",
         )
-    manifest = _manifest(graph)
     notes: list[str] = []
+    manifest = _manifest(graph, notes)
     if manifest is not None and not _is_of(manifest, graph):
         notes.append(
             f"{graph.with_suffix(_SUFFIX).name} is of another merge, or {graph.name} was changed since: what "
             "it says of weights and of rounding is left aside"
         )
         manifest = None
-    left = _entries(manifest)
+    left = _entries(manifest, graph, notes)
     listed = ", ".join(str(entry["name"]) for entry in left)
     state = []
     for number, (name, adapter) in enumerate(adapters.items()):
@@ -88,7 +89,7 @@ def read_merged(graph: Path, adapters: Mapping[str, Adapter], weights: Sequence[
     return Merged(tuple(state), _rounding(manifest, graph) if state else None, tuple(notes))
 
 
-def _entries(manifest: Manifest | None) -> list[Mapping[str, Any]]:
+def _entries(manifest: Manifest | None, graph: Path, notes: list[str]) -> list[Mapping[str, Any]]:
     """Return the adapters of a manifest; none where it is not as we write it: it is a help, no more."""
     try:
         return [
@@ -101,7 +102,12 @@ def _entries(manifest: Manifest | None) -> list[Mapping[str, Any]]:
             for entry in (manifest.adapters if manifest is not None else ())
         ]
     except (TypeError, ValueError, KeyError, AttributeError):
+        notes.append(_aside(graph, "its entries of adapters are damaged"))
         return []
+
+
+def _aside(graph: Path, why: str) -> str:
+    return f"{graph.with_suffix(_SUFFIX).name}: {why}; what it says of weights and of rounding is left aside"
 
 
 def _entry_of(adapter: Adapter, entries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -127,15 +133,18 @@ def _span(scalings: Mapping[str, float]) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
-def _manifest(graph: Path) -> Manifest | None:
+def _manifest(graph: Path, notes: list[str]) -> Manifest | None:
     beside = graph.with_suffix(_SUFFIX)
-    if not beside.is_file():
+    if not os.path.lexists(beside):
         return None
     try:
         return Manifest.from_json(beside.read_text(encoding="utf-8"))
-    except (GraphError, UnicodeDecodeError):
-        # It is a help, not the candidate: what it would have said is measured anyway.
-        return None
+    # It is a help, not the candidate: what it would have said is measured anyway.
+    except GraphError as error:
+        notes.append(_aside(graph, "; ".join((error.message, *error.problems[:1]))))
+    except (OSError, UnicodeDecodeError) as error:
+        notes.append(_aside(graph, f"it can't be read ({type(error).__name__})"))
+    return None
 
 
 def _is_of(manifest: Manifest, graph: Path) -> bool:

@@ -16,16 +16,13 @@ import numpy as np
 
 from lora_export.adapter import Adapter, Array
 from lora_export.checkpoint import no_folder
-from lora_export.errors import AdapterError, BackendError
-from lora_export.formats.tensors import read_safetensors
+from lora_export.errors import BackendError
 from lora_export.manifest import hash_file, identity_of
+from lora_export.parity.array_files import SUFFIXES, read_arrays
 from lora_export.parity.candidate import Candidate, describe, open_candidate
-from lora_export.parity.feeds_file import npz_trouble, refuse_npz
 from lora_export.parity.result import BASE, State, state_name
 from lora_export.runtimes.device import Provider
 from lora_export.runtimes.torch_reference import TorchReference
-
-_SAVED = (".npz", ".safetensors")
 
 
 class Reference(Protocol):
@@ -144,7 +141,7 @@ def open_reference(
         )
     if path.is_dir():
         return CheckpointReference(TorchReference(path, dtype, adapters), path, dtype)
-    if path.suffix in _SAVED:
+    if path.suffix in SUFFIXES:
         return SavedReference(path, _read_saved(path, blend))
     if path.suffix != ".onnx":
         raise _no_reference(path)
@@ -206,20 +203,7 @@ def read_tensors(path: Path) -> dict[str, Array]:
     """
     import ml_dtypes
 
-    again = "save it again with numpy.savez or safetensors"
-    try:
-        if path.suffix == ".safetensors":
-            found: dict[str, Array] = dict(read_safetensors(path)[0])
-        else:
-            refuse_npz(path)
-            with np.load(path, allow_pickle=False) as file:
-                found = {name: file[name] for name in file.files}
-    except AdapterError as error:
-        raise BackendError(error.message, again, error.problems) from error
-    except BackendError:
-        raise
-    except Exception as error:  # of a damaged file: zipfile, zlib and numpy raise many kinds
-        raise BackendError(f"{path} can't be read: {npz_trouble(path, error)}", again) from error
+    found = read_arrays(path)
     found = {
         name: values.view(ml_dtypes.bfloat16) if values.dtype == np.dtype("V2") else values
         for name, values in found.items()
@@ -230,7 +214,7 @@ def read_tensors(path: Path) -> dict[str, Array]:
         if values.dtype.kind not in "fiub" and values.dtype != ml_dtypes.bfloat16
     ]
     if strange:
-        raise BackendError(f"{path} holds arrays that are no numbers", again, strange)
+        raise BackendError(f"{path} holds arrays that are no numbers", "save the outputs again", strange)
     return found
 
 

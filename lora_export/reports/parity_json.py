@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lora_export.untrusted.shown import limited
 
 _HINT = "write a report: the same check without --baseline, with --report FILE"
 # A damaged report can break a rule once for every verdict.
-_NAMED = 20
+_NAMED, _MOST = 20, 1000
 _TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
     "array": (list,),
@@ -70,7 +71,7 @@ def check_report(data: object, name: str) -> None:
     if isinstance(data, dict) and repr(data.get("format")) != repr(FORMAT):
         seen = json.dumps(data.get("format"), default=str)[:60]
         raise LoraExportError(f"{name}: the report's format is {seen}, this version reads {FORMAT}", _HINT)
-    problems = list(_broken(data, _schema(), ""))
+    problems = list(islice(_broken(data, _schema(), ""), _MOST))
     if not problems and isinstance(data, dict):
         problems = list(_contradictions(data))
     if problems:
@@ -92,7 +93,7 @@ def _broken(data: Any, rule: Mapping[str, Any], where: str) -> Iterator[str]:
         rule = _schema()["$defs"][reference.removeprefix("#/$defs/")]
     place = where or "the report"
     if "anyOf" in rule:
-        tries = [list(_broken(data, option, where)) for option in rule["anyOf"]]
+        tries = [list(islice(_broken(data, option, where), _MOST)) for option in rule["anyOf"]]
         if all(tries):
             # What comes nearest to the data says most: the alternative that is broken deepest inside.
             yield from max(tries, key=lambda problems: max(map(len, problems)))

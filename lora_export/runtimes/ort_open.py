@@ -11,7 +11,8 @@ from lora_export.graph import load_graph
 from lora_export.runtimes.device import DeviceMemory
 
 _CUDA = "CUDAExecutionProvider"
-_ERRORS_ONLY = 3
+# Its own log goes to the terminal with a stranger's names as they are; its errors are raised as well.
+_FATAL_ONLY = 4
 
 
 def open_session(
@@ -62,8 +63,7 @@ def open_session(
     options = session_options
     if options is None:
         options = ort.SessionOptions()
-        # Its warning level prints a line for each LoRA tensor: that it may be overridden, which is the point.
-        options.log_severity_level = _ERRORS_ONLY
+        options.log_severity_level = _FATAL_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

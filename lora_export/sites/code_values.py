@@ -157,7 +157,10 @@ def _of_nbits(use: Use) -> Codes | None:
     assert scale is not None
     assert use.root.const_value is not None
     blocks = -(-cols // block)
-    packed = np.asarray(use.root.const_value.numpy()).reshape(rows, -1)
+    stored = np.asarray(use.root.const_value.numpy())
+    if stored.size * 8 != rows * blocks * block * bits or scale.size != rows * blocks:
+        return None
+    packed = stored.reshape(rows, -1)
     if zero is None:
         zeros: Array = np.full((rows, blocks), 1 << (bits - 1), np.float32)
     else:

@@ -93,7 +93,10 @@ def per_value(node: ir.Node, index: int, shape: tuple[int, ...]) -> Array:
     axis = node.attributes.get_int("axis", 1) % len(shape)
     if numbers.ndim > 1:
         block = node.attributes.get_int("block_size", 0) or -(-shape[axis] // numbers.shape[axis])
-        return np.repeat(numbers, block, axis)[tuple(slice(size) for size in shape)]
+        # A block may claim to be longer than the axis.
+        block = min(block, shape[axis])
+        needed = numbers.take(range(min(-(-shape[axis] // max(block, 1)), numbers.shape[axis])), axis)
+        return np.repeat(needed, block, axis)[tuple(slice(size) for size in shape)]
     return numbers.reshape([-1 if position == axis else 1 for position in range(len(shape))])
 
 

@@ -1,0 +1,183 @@
+"""Values that a stranger's nodes compute: how many they make is known before they make them.
+
+An Expand of one number to 10¹² is forty bytes of a file. onnx's reference implementation computes whatever
+it is told; here only operators run of which the size of the result follows from their inputs, and all results
+together have a limit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import onnx
+
+Values = NDArray[Any]
+# Elements of all values that are computed on the way to one, and of all that they are computed from.
+MAX_ELEMENTS = 1 << 20
+_STRING = 8
+
+# The result is as large as the inputs broadcast together.
+_BROADCAST = """
+Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean
+Min Mod Mul Or Pow PRelu Sub Sum Where Xor
+"""
+# The result is not larger than the largest input; of several results, each.
+_NOT_LARGER = """
+Abs Acos ArgMax ArgMin Asin Atan BitwiseNot Cast CastLike Ceil Celu Clip Compress Cos Cosh CumSum Det
+Dropout Elu Erf Exp EyeLike Flatten Floor GatherElements HardSigmoid HardSwish Hardmax Identity IsInf IsNaN
+LeakyRelu Log LogSoftmax Neg Not Reciprocal ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax
+ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape ReverseSequence Round ScatterElements
+ScatterND Selu Sigmoid Sign Sin Sinh Size Slice Softmax Softplus Softsign Sqrt Squeeze Tan Tanh
+ThresholdedRelu TopK Transpose Trilu Unique Unsqueeze
+"""
+
+
+class UncomputedError(Exception):
+    """A value can't be computed, or is too large."""
+
+
+def computed(graph: onnx.GraphProto, version: int) -> Values:
+    """Return the first output of a graph without inputs.
+
+    Args:
+        graph: Its nodes, and what they read.
+        version: Of the operators.
+
+    Raises:
+        UncomputedError: It can't be computed, or what is computed on the way is too large.
+    """
+    from onnx import helper
+    from onnx.reference import ReferenceEvaluator
+
+    left = MAX_ELEMENTS - sum(math.prod(tensor.dims) for tensor in graph.initializer)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)])
+    try:
+        evaluator = ReferenceEvaluator(model)
+        values: dict[str, Any] = {"": None, **evaluator.rt_inits_}
+        for node in evaluator.rt_nodes_:
+            inputs = [values[name] for name in node.input]
+            left -= elements(node.onnx_node, inputs)
+            if left < 0:
+                raise UncomputedError(f"more than {MAX_ELEMENTS} elements")
+            values.update(zip(node.output, node.run(*inputs), strict=False))
+        return np.asarray(values[graph.output[0].name])
+    except UncomputedError:
+        raise
+    except Exception as error:  # it raises many kinds, and what it can't compute stays unknown
+        raise UncomputedError(str(error)) from error
+
+
+def elements(node: onnx.NodeProto, inputs: Sequence[Values | None]) -> int:
+    """Return how many elements each result of a node has at most.
+
+    Args:
+        node: Any node.
+        inputs: Its inputs' values; None where it has none.
+
+    Raises:
+        UncomputedError: Nothing tells it.
+    """
+    attributes = {attribute.name: attribute for attribute in node.attribute}
+    rule = _RULES.get(node.op_type)
+    is_text = node.op_type == "Cast" and "to" in attributes and attributes["to"].i == _STRING
+    if rule is None or node.domain not in ("", "ai.onnx") or is_text:
+        raise UncomputedError(node.op_type)
+    return rule([np.asarray(0) if value is None else value for value in inputs], attributes)
+
+
+def _largest(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
+    return max((value.size for value in inputs), default=0) + 1
+
+
+def _broadcast(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
+    return math.prod(np.broadcast_shapes(*(value.shape for value in inputs)))
+
+
+def _ranked(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
+    """Of Shape and NonZero: a number for each axis of each element."""
+    return (inputs[0].ndim + 1) * (inputs[0].size + 1)
+
+
+def _concat(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
+    return sum(value.size for value in inputs)
+
+
+def _constant(_inputs: Sequence[Values], attributes: Mapping[str, Any]) -> int:
+    """Of the kinds whose values are in the file."""
+    for name, attribute in attributes.items():
+        if name == "value":
+            return math.prod(attribute.t.dims)
+        if name in ("value_int", "value_float", "value_ints", "value_floats"):
+            return len(attribute.ints) + len(attribute.floats) + 1
+    raise UncomputedError("Constant")
+
+
+def _sized(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
+    return math.prod(_sizes(inputs[0]))
+
+
+def _expand(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
+    return math.prod(np.broadcast_shapes(inputs[0].shape, tuple(_sizes(inputs[1]))))
+
+
+def _tile(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
+    return inputs[0].size * math.prod(_sizes(inputs[1]))
+
+
+def _range(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
+    start, limit, step = (float(value.reshape(())) for value in inputs)
+    return max(math.ceil((limit - start) / step), 0)
+
+
+def _pad(inputs: Sequence[Values], attributes: Mapping[str, Any]) -> int:
+    if "pads" in attributes or len(inputs) > 3:
+        raise UncomputedError("Pad of another form")
+    shape, added = inputs[0].shape, [abs(size) for size in _sizes(inputs[1])]
+    before, behind = added[: len(shape)], added[len(shape) :]
+    return math.prod(map(sum, zip(shape, before, behind, strict=True)))
+
+
+def _one_hot(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
+    return inputs[0].size * max(_sizes(inputs[1]))
+
+
+def _gather(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
+    """Of Gather and GatherND: for each index at most all of the data along the other axes."""
+    data, indices = inputs
+    return indices.size * (data.size // max(min(data.shape, default=1), 1))
+
+
+def _product(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
+    one, two = inputs
+    shared = one.shape[-1] if one.ndim else 1
+    return max(one.size // max(shared, 1), 1) * max(two.size // max(shared, 1), 1)
+
+
+def _sizes(value: Values) -> list[int]:
+    return [int(size) for size in value.reshape(-1)]
+
+
+_RULES: dict[str, Callable[[Sequence[Values], Mapping[str, Any]], int]] = {
+    **dict.fromkeys(_BROADCAST.split(), _broadcast),
+    **dict.fromkeys(_NOT_LARGER.split(), _largest),
+    "Concat": _concat,
+    "Constant": _constant,
+    "ConstantOfShape": _sized,
+    "Expand": _expand,
+    "Gather": _gather,
+    "GatherND": _gather,
+    "MatMul": _product,
+    "NonZero": _ranked,
+    "OneHot": _one_hot,
+    "Pad": _pad,
+    "Range": _range,
+    "Shape": _ranked,
+    "Split": _largest,
+    "Tile": _tile,
+}
