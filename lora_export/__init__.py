@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_export.adapter import Adapter, LoraModule
     from lora_export.bench.run import run_bench
-    from lora_export.convert import convert_adapter
     from lora_export.engines.build import build_engine
     from lora_export.engines.profiles import ProfileRequest
     from lora_export.engines.record import BuildOptions
@@ -32,15 +31,16 @@ if TYPE_CHECKING:
     from lora_export.integrity.check import VerifyReport, verify
     from lora_export.modes.bank_onnx import bank_onnx
     from lora_export.modes.capture_onnx import capture_onnx
+    from lora_export.modes.convert_adapter import convert_adapter
     from lora_export.modes.merge_checkpoint import merge_checkpoint
     from lora_export.modes.merge_onnx import export_onnx, merge_onnx
     from lora_export.modes.swap_onnx import swap_onnx
-    from lora_export.parity.asserting import assert_parity
     from lora_export.parity.check import check_parity
     from lora_export.parity.result import ParityReport
-    from lora_export.runtimes.engine_session import EngineSession
-    from lora_export.runtimes.refit import MergedEngine
+    from lora_export.reports.parity.to_assertion import assert_parity
     from lora_export.runtimes.session import AdapterSession
+    from lora_export.runtimes.tensorrt.refit import MergedEngine
+    from lora_export.runtimes.tensorrt.session import EngineSession
 
 __version__ = "0.1.0"
 
@@ -56,23 +56,23 @@ _HOME = {
     "BuildOptions": "lora_export.engines.record",
     "CheckpointError": "lora_export.errors",
     "EngineBuildError": "lora_export.errors",
-    "EngineSession": "lora_export.runtimes.engine_session",
+    "EngineSession": "lora_export.runtimes.tensorrt.session",
     "GraphError": "lora_export.errors",
     "LoraExportError": "lora_export.errors",
     "LoraModule": "lora_export.adapter",
-    "MergedEngine": "lora_export.runtimes.refit",
+    "MergedEngine": "lora_export.runtimes.tensorrt.refit",
     "OutputError": "lora_export.errors",
     "ParityError": "lora_export.errors",
     "ParityReport": "lora_export.parity.result",
     "ProfileRequest": "lora_export.engines.profiles",
     "SiteError": "lora_export.errors",
     "VerifyReport": "lora_export.integrity.check",
-    "assert_parity": "lora_export.parity.asserting",
+    "assert_parity": "lora_export.reports.parity.to_assertion",
     "bank_onnx": "lora_export.modes.bank_onnx",
     "build_engine": "lora_export.engines.build",
     "capture_onnx": "lora_export.modes.capture_onnx",
     "check_parity": "lora_export.parity.check",
-    "convert_adapter": "lora_export.convert",
+    "convert_adapter": "lora_export.modes.convert_adapter",
     "export_onnx": "lora_export.modes.merge_onnx",
     "load_adapter": "lora_export.formats",
     "merge_checkpoint": "lora_export.modes.merge_checkpoint",

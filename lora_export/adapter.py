@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Kind = Literal["linear", "conv", "embedding", "parameter"]
-# What decides whether stacked experts' factors lie turned; see `lora_export.formats.experts`.
+# What decides whether stacked experts' factors lie turned; see `lora_export.formats.reading.experts`.
 Layout = Literal["known", "class", "class inverted", "unknown"]
 
 
@@ -44,7 +44,7 @@ class LoraModule:
         parameter: Name of the changed parameter inside the module.
         experts: Number of stacked matrices.
         turned: Of a parameter: its change is ``(B·A)ᵀ``, lora_a acts on the matrices' first axis.
-        layout: What decides `turned`: ``known``; or the module's class, see `lora_export.formats.experts`.
+        layout: What decides `turned`: ``known``; or the module's class, see `lora_export.formats.reading.experts`.
         groups: Groups of a convolution, when the factors tell (more than 1: cannot be merged).
         component: ``unet``, ``text_encoder``, … where one file serves several models.
         tensor_names: The tensors of the file this module was made of.
@@ -189,7 +189,7 @@ class Adapter:
         token_rows: Embedding's parameter path → single rows that the adapter replaces, after ``extras``.
         flattened: The paths' dots are underscores (kohya); compare them flattened.
         scope: The part of the model that the user says belongs, ``model.encoder``: the paths are below it, or
-            it stands in front of them in the base (`lora_export.sites.renaming`).
+            it stands in front of them in the base (`lora_export.sites.naming.renaming`).
         part: The part of its file that this is, as the user has said it: ``component``, ``:path`` that all of
             it is below, or ``component:path``; None: the whole file.
         base_model: What the file says it was trained on, if it says so.

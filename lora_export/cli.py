@@ -16,8 +16,8 @@ import click
 from lora_export import __version__
 from lora_export.commands import COMMANDS
 from lora_export.commands.printing import guard_libraries, print_error, print_lines
-from lora_export.commit.told import Run, listening
 from lora_export.errors import InternalError, LoraExportError
+from lora_export.storage.commit.told import Run, listening
 from lora_export.untrusted.shown import shown
 
 _NOTHING = "Aborted: nothing was replaced."
@@ -113,7 +113,7 @@ def _written(run: Run) -> str:
 
 def _tidy(arguments: Sequence[str]) -> None:
     """Put in order what ended runs have left where this one reads and writes."""
-    from lora_export.commit.leftovers import tidy
+    from lora_export.storage.commit.leftovers import tidy
 
     # The doctor has this in its report.
     if arguments and not {"--help", "-h", "--version", "--dry-run", "doctor"} & set(arguments):

@@ -15,11 +15,11 @@ import torch
 from small_graphs import delta, error, random, run
 
 from lora_export import Adapter, LoraExportError, LoraModule
-from lora_export.binding import Binding, bind_adapter
-from lora_export.exposed import WEIGHTS_INPUT
-from lora_export.exposed_output import ExposeReport
-from lora_export.graph import load_graph
+from lora_export.binding.bind import Binding, bind_adapter
+from lora_export.graph.exposed import WEIGHTS_INPUT
+from lora_export.graph.onnx_file import load_graph
 from lora_export.modes.bank_onnx import bank_onnx
+from lora_export.modes.branches.output import ExposeReport
 from lora_export.modes.swap_onnx import swap_onnx
 
 TOLERANCE = 2e-6

@@ -23,16 +23,8 @@ import tiny
 import torch
 from onnx import numpy_helper
 
-from lora_export import (
-    Adapter,
-    LoraModule,
-    bank_onnx,
-    binding,
-    capture_onnx,
-    load_adapter,
-    merge_onnx,
-    swap_onnx,
-)
+from lora_export import Adapter, LoraModule, bank_onnx, capture_onnx, load_adapter, merge_onnx, swap_onnx
+from lora_export.binding import bind as binding
 from lora_export.runtimes import swap_adapters
 
 Array = tiny.Array

@@ -20,9 +20,9 @@ from recording_cuda import RecordingCuda
 from lora_export.engines import BACKENDS, compiler_of
 from lora_export.engines.record import BuildOptions, EngineRecord, Profile, record_path, sha256_of
 from lora_export.engines.source import ports_of, serialize
-from lora_export.exposed import KEY, ExposedGraph
-from lora_export.graph import load_graph
-from lora_export.runtimes.cuda_memory import CudaDevice
+from lora_export.graph.exposed import KEY, ExposedGraph
+from lora_export.graph.onnx_file import load_graph
+from lora_export.runtimes.tensorrt.cuda import CudaDevice
 
 RANKS, OTHERS = (1, 4, 8), (1, 2, 16)
 

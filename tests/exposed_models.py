@@ -10,9 +10,9 @@ import numpy as np
 import tiny
 
 from lora_export import bank_onnx, load_adapter, swap_onnx
-from lora_export.binding import bind_adapter
-from lora_export.exposed import WEIGHTS_INPUT, ExposedGraph, exposed_of
-from lora_export.graph import load_graph
+from lora_export.binding.bind import bind_adapter
+from lora_export.graph.exposed import WEIGHTS_INPUT, ExposedGraph, exposed_of
+from lora_export.graph.onnx_file import load_graph
 
 Array = tiny.Array
 

@@ -22,9 +22,9 @@ import faults
 import output_cases
 from test_merge_onnx_errors import small_adapter
 
-import lora_export.output
+import lora_export.storage.outputs
 from lora_export import cli
-from lora_export.commit.lock import locked
+from lora_export.storage.commit.lock import locked
 
 VERBS = ("merge", "merge-onnx", "swap-onnx", "convert-adapter", "convert-adapter to a folder")
 RACES = 60
@@ -129,7 +129,7 @@ def _race(graph: Path, adapter: Path, out: Path, force: list[str], ready: int, g
         with locked(folders):
             yield
 
-    lora_export.output.locked = at_once
+    lora_export.storage.outputs.locked = at_once
     with contextlib.redirect_stderr(io.StringIO()) as said:
         code = _merge(graph, adapter, out, *force)
     if code:

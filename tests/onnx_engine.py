@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from lora_export.runtimes.device import DeviceMemory, host_value
+from lora_export.runtimes.ort.device import DeviceMemory, host_value
 
 
 class OnnxEngine:

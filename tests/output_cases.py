@@ -12,7 +12,7 @@ from test_build_engine import product
 from test_merge_onnx_errors import half_graph, small_adapter
 
 from lora_export import cli
-from lora_export.formats.tensors import write_safetensors
+from lora_export.formats.reading.tensors import write_safetensors
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_export.adapter import Adapter, LoraModule
-from lora_export.patch import Patch, Placement, patch_from
+from lora_export.storage.patch import Patch, Placement, patch_from
 
 
 class Block(nn.Module):

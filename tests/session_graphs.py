@@ -11,7 +11,7 @@ import onnx_ir as ir
 from small_graphs import adapter, delta, graph, random, save
 
 from lora_export import Adapter, LoraModule
-from lora_export.exposed import KEY, WEIGHTS_INPUT, ExposedGraph, ExposedModule, Member, Slot
+from lora_export.graph.exposed import KEY, WEIGHTS_INPUT, ExposedGraph, ExposedModule, Member, Slot
 from lora_export.modes.swap_onnx import swap_onnx
 
 # y = q(p(x)) + shift; h is y in bfloat16.

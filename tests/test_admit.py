@@ -16,13 +16,13 @@ from small_graphs import graph, random, save
 from test_swap_onnx import group
 
 from lora_export import bank_onnx, swap_onnx
-from lora_export.engines.admit import admit
-from lora_export.engines.dtypes import NEEDS, TAKEN
-from lora_export.engines.naming import find_node, module_of, node_text
-from lora_export.engines.operators import ABSENT
+from lora_export.engines.prepare.dtypes import NEEDS, TAKEN
+from lora_export.engines.prepare.operators import ABSENT
+from lora_export.engines.prepare.prepare import admit
 from lora_export.errors import EngineBuildError
-from lora_export.exposed import KEY, WEIGHTS_INPUT, ExposedGraph, ExposedModule, exposed_of
-from lora_export.graph import load_graph, save_graph
+from lora_export.graph.exposed import KEY, WEIGHTS_INPUT, ExposedGraph, ExposedModule, exposed_of
+from lora_export.graph.onnx_file import load_graph, save_graph
+from lora_export.sites.node_text import find_node, module_of, node_text
 
 needs_compiler = pytest.mark.skipif(not INSTALLED, reason="tensorrt-rtx-cu13 is not installed")
 HEAD = '<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1, "my.domain" : 1]>'

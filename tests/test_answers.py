@@ -20,7 +20,7 @@ from torch import nn
 
 from lora_export import LoraExportError, SiteError, merge_onnx
 from lora_export.sites import OPERATORS
-from lora_export.sites.quantized import SCALES
+from lora_export.sites.operators.quantized import SCALES
 
 D, ROWS = 16, 6
 

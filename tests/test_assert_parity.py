@@ -13,8 +13,8 @@ import tiny
 
 import lora_export
 from lora_export import LoraExportError, ParityReport, assert_parity, check_parity
-from lora_export.parity import asserting
-from lora_export.reports.parity_text import lines
+from lora_export.reports.parity import to_assertion as asserting
+from lora_export.reports.parity.to_text import lines
 
 pytestmark = pytest.mark.xdist_group("llama")
 QUICK = {"samples": 2, "batches": (2,), "sequences": (5,)}

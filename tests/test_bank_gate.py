@@ -25,8 +25,8 @@ from branch_graphs import (
 from small_graphs import adapter, delta, embedding, graph, random, run, save
 
 from lora_export import AdapterError, GraphError, SiteError, swap_onnx
-from lora_export.binding import clear_slot, slot_blocks
-from lora_export.exposed import WEIGHTS_INPUT
+from lora_export.binding.bind import clear_slot, slot_blocks
+from lora_export.graph.exposed import WEIGHTS_INPUT
 from lora_export.modes.bank_onnx import bank_onnx
 
 OUT, IN, BATCH = 6, 8, 3

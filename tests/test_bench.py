@@ -25,14 +25,14 @@ from lora_export import (
     save_adapter,
     swap_onnx,
 )
+from lora_export.base.capture.capture import capture_checkpoint
 from lora_export.bench import load_probe
 from lora_export.bench.result import Row, Table
 from lora_export.bench.statistics import Latency
 from lora_export.bench.workloads import Workload
-from lora_export.capture import capture_checkpoint
 from lora_export.cli import _run
 from lora_export.engines.record import sha256_of
-from lora_export.reports.bench_text import report_lines
+from lora_export.reports.bench.to_text import report_lines
 
 machine = engine_files.machine
 cached_llama = pytest.mark.xdist_group("llama")
@@ -193,8 +193,8 @@ def test_a_bank_mixes_its_own_slots_and_takes_new_ones(tmp_path, capsys):
 
 def test_a_row_of_a_bank_has_its_adapter():
     from lora_export.bench.contenders import Contender
-    from lora_export.bench.models import BenchModel
-    from lora_export.exposed import ExposedGraph, Slot
+    from lora_export.graph.exposed import ExposedGraph, Slot
+    from lora_export.runtimes.model_file import BenchModel
 
     record = ExposedGraph("bank", "b", "", (), 8, slots=(Slot("x", "1"), Slot("y", "2"), Slot("free")))
     model = BenchModel(Path("b.onnx"), "b.onnx", "graph", (), record)

@@ -13,7 +13,7 @@ from small_graphs import graph, save
 from test_bench import bench, cached_llama, decoders, measured
 
 from lora_export import LoraExportError, run_bench, save_adapter
-from lora_export.captured import Captured
+from lora_export.graph.captured import Captured
 
 
 def refused(capsys, *arguments):

@@ -9,8 +9,8 @@ import torch
 from small_graphs import adapter, conv, delta, embedding, linear, random
 
 from lora_export import Adapter, AdapterError, LoraModule, SiteError
-from lora_export.binding import bind_adapter, clear_slot, slot_blocks
-from lora_export.exposed import ExposedGraph, ExposedModule, Member, Slot, StoredRows
+from lora_export.binding.bind import bind_adapter, clear_slot, slot_blocks
+from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member, Slot, StoredRows
 
 BASE = "ab" * 32
 
@@ -594,7 +594,7 @@ def test_a_large_w0_is_read_in_blocks_and_gives_the_same_factor(monkeypatch, tra
     w0 = random(50, 40, seed=4)
     module = linear("q", 50, 40, magnitude=np.abs(random(50, seed=5)))
     graph = swap(place("q", 50, 40, stored=(StoredRows("w", (0, 50), transposed=transposed),)), dora=True)
-    monkeypatch.setattr("lora_export.base_weights._BLOCK", 7 * 40)
+    monkeypatch.setattr("lora_export.binding.base_weights._BLOCK", 7 * 40)
     weights = {"w": w0.T if transposed else w0}
     scale = bind(adapter(module), graph, weight_of=weights.__getitem__).tensors["q.lora_scale.weight"]
     wanted = module.magnitude / np.linalg.norm(w0.astype(np.float64) + delta(module), axis=1)

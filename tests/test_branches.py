@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 from small_graphs import HEAD, adapter, error, graph, random, run, save
 
 from lora_export import AdapterError, GraphError, SiteError, merge_onnx
-from lora_export.exposed import exposed_of
+from lora_export.graph.exposed import exposed_of
 from lora_export.modes.swap_onnx import swap_onnx
 
 OUT, IN = 24, 40

@@ -14,12 +14,13 @@ import tiny
 from onnx import TensorProto, helper
 from test_swap_onnx import group
 
-from lora_export import bank_onnx, build_engine, data_identity, merge_onnx, swap_onnx
+from lora_export import bank_onnx, build_engine, merge_onnx, swap_onnx
 from lora_export.cli import main
 from lora_export.engines.profiles import ProfileRequest
 from lora_export.engines.record import BuildOptions, read_engine, sha256_of
-from lora_export.engines.targets import RTX_COMPUTE_CAPABILITIES
 from lora_export.errors import BackendError, BackendUnavailable, EngineBuildError, GraphError, OutputError
+from lora_export.graph import data_identity
+from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed")
 SMALL = {"batch": "1:1:2", "sequence": "1:4:16"}

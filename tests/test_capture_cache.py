@@ -12,12 +12,12 @@ from cached_runs import BATCH, CHAINS, TOKENS, CachedGraph, reference
 from peft import PeftModel
 
 from lora_export import CheckpointError, GraphError, bank_onnx, merge_onnx, swap_onnx
-from lora_export.capture import capture_checkpoint
-from lora_export.captured import DIMS_KEY, MODEL_KEY, Captured
-from lora_export.checkpoint import Checkpoint
+from lora_export.base.capture.capture import capture_checkpoint
+from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.cli import _run
-from lora_export.exposed import WEIGHTS_INPUT
-from lora_export.graph import load_graph
+from lora_export.graph.captured import DIMS_KEY, MODEL_KEY, Captured
+from lora_export.graph.exposed import WEIGHTS_INPUT
+from lora_export.graph.onnx_file import load_graph
 
 TOLERANCE = 2e-6
 DECODERS = ("llama", "qwen2", "gpt2", "phi3")

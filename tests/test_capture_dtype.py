@@ -20,11 +20,11 @@ from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 
 from lora_export import CheckpointError, OutputError, bank_onnx, merge_onnx, swap_onnx
-from lora_export.capture import capture_checkpoint
-from lora_export.captured import Captured
+from lora_export.base.capture.capture import capture_checkpoint
 from lora_export.cli import _run
-from lora_export.exposed import WEIGHTS_INPUT
-from lora_export.graph import load_graph
+from lora_export.graph.captured import Captured
+from lora_export.graph.exposed import WEIGHTS_INPUT
+from lora_export.graph.onnx_file import load_graph
 
 FLOATS = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -200,7 +200,7 @@ def test_unchanged_weights_stay_in_a_checkpoint_of_the_same_dtype(arch, tmp_path
 
 @each("llama")
 def test_a_dry_run_prints_the_plan_and_captures_nothing(arch, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lora_export.capture.capture_checkpoint", None)
+    monkeypatch.setattr("lora_export.base.capture.capture.capture_checkpoint", None)
     arguments = ["--base", str(tiny.checkpoint(arch)), "--adapter", str(tiny.adapter(arch)), "--dry-run"]
     assert _run(["merge-onnx", *arguments, "--dtype", "bfloat16", "-o", str(tmp_path / "m.onnx")], False) == 0
     assert "model.layers.1.mlp.down_proj.weight" in capsys.readouterr().out

@@ -13,10 +13,10 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lora_export.capture_export import export_module
+from lora_export.base.capture.export import export_module
 from lora_export.errors import GraphError
 from lora_export.modes.merge_onnx import merge_onnx
-from lora_export.runtimes.torch_reference import TorchReference
+from lora_export.runtimes.torch.reference import TorchReference
 
 SIZES = {
     "vocab_size": 48,

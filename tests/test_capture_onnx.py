@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_export import CheckpointError, OutputError, capture_onnx, merge_onnx
 from lora_export.cli import _run
-from lora_export.graph import load_graph
+from lora_export.graph.onnx_file import load_graph
 from lora_export.modes import capture_onnx as mode
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("bert")]

@@ -1,4 +1,4 @@
-"""lora_export.checkpoint: headers are believed only after checking; names are found or refused."""
+"""lora_export.base.checkpoint.checkpoint: headers are believed only after checking; names are found or refused."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, build
 
-from lora_export.base.ties import tied_head
-from lora_export.checkpoint import Checkpoint
-from lora_export.checkpoint_names import Names
+from lora_export.base.checkpoint.checkpoint import Checkpoint
+from lora_export.base.checkpoint.names import Names
+from lora_export.base.ties.ties import tied_head
 from lora_export.errors import CheckpointError
-from lora_export.sites.names import Named
+from lora_export.sites.naming.names import Named
 
 
 def raw(header, data=b""):

@@ -24,7 +24,7 @@ from ci_jobs import MAIN, Machine, Outcome
 from lora_export.cli import root
 from lora_export.commands import COMMANDS
 from lora_export.engines.record import read_engine
-from lora_export.reports.parity_baseline import FACTOR, floors
+from lora_export.reports.parity.baseline import FACTOR, floors
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ("github.yml", "gitlab.yml")

@@ -18,13 +18,13 @@ import pytest
 from output_cases import CASES, fill, inputs, run
 
 from lora_export import cli
-from lora_export.commit import leftovers, lock, owner, steps
-from lora_export.commit.leftovers import scratch_folder, tidy
-from lora_export.commit.lock import locked
-from lora_export.commit.owner import Owner, this_process
-from lora_export.commit.signals import Uninterrupted
 from lora_export.errors import OutputError
-from lora_export.output import OutputSet
+from lora_export.storage.commit import leftovers, lock, owner, steps
+from lora_export.storage.commit.leftovers import scratch_folder, tidy
+from lora_export.storage.commit.lock import locked
+from lora_export.storage.commit.owner import Owner, this_process
+from lora_export.storage.commit.signals import Uninterrupted
+from lora_export.storage.outputs import OutputSet
 
 NAMES = ("m.onnx.data", "m.lora.json", "m.onnx")
 
@@ -394,7 +394,7 @@ def test_doctor_says_and_removes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     left = staged_by(dead(), tmp_path)
     other = staged_by(Owner("f" * 6, 1, "0" * 6), tmp_path, "other")
-    from lora_export.doctor import _leftovers
+    from lora_export.doctor.doctor import _leftovers
 
     said = _leftovers()
     assert [line.split(" that ")[0] for line in said[:1]] == ["removed 2.0 MB"]

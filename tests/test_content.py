@@ -15,7 +15,7 @@ from small_graphs import adapter, conv, delta, embedding, error, graph, linear, 
 from torch import nn
 
 from lora_export import merge_onnx
-from lora_export.sites import content
+from lora_export.sites.values import content
 
 HEAD = "g (float[B,S,8] x) => (float[B,S,N] y) "
 X = random(2, 3, 8, seed=9)

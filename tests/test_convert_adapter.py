@@ -28,9 +28,9 @@ from lora_export import (
     load_adapter,
     merge_onnx,
 )
-from lora_export.exposed import KEY, ExposedGraph, ExposedModule, Member, Slot, StoredRows
+from lora_export.graph.exposed import KEY, ExposedGraph, ExposedModule, Member, Slot, StoredRows
 from lora_export.modes.swap_onnx import swap_onnx
-from lora_export.reports.adapter import inspect_adapter
+from lora_export.reports.adapter.facts import inspect_adapter
 
 BASE = "ab" * 32
 

@@ -16,8 +16,8 @@ from session_graphs import bank, both, feeds, fitting, swap, wanted, wanted_blen
 from small_graphs import error
 
 from lora_export import AdapterSession, BackendError
-from lora_export.runtimes.cuda_graphs import CudaGraphs
-from lora_export.runtimes.device import DeviceMemory, host_value
+from lora_export.runtimes.ort.cuda_graphs import CudaGraphs
+from lora_export.runtimes.ort.device import DeviceMemory, host_value
 
 A, B = both(1), both(2, rank=4)
 gpu = pytest.mark.skipif(

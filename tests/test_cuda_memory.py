@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lora_export import BackendError, BackendUnavailable
-from lora_export.runtimes.cuda_memory import (
+from lora_export.runtimes.tensorrt.cuda import (
     ALIGNMENT,
     CudaDevice,
     DeviceBuffer,
@@ -17,7 +17,7 @@ from lora_export.runtimes.cuda_memory import (
     Stream,
     cuda_runtime,
 )
-from lora_export.runtimes.tensorrt_engine import gpu_compute_capability
+from lora_export.runtimes.tensorrt.engine import gpu_compute_capability
 
 HERE = gpu_compute_capability()
 gpu = pytest.mark.skipif(HERE is None, reason="no NVIDIA GPU, or no cuda-bindings")

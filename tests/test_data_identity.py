@@ -11,11 +11,11 @@ import pytest
 import tiny
 
 from lora_export import AdapterSession, GraphError, bank_onnx, convert_adapter, merge_onnx, swap_onnx
-from lora_export.data_identity import KEY
-from lora_export.graph import load_graph
+from lora_export.graph.data_identity import KEY
+from lora_export.graph.onnx_file import load_graph
 from lora_export.modes.capture_onnx import capture_onnx
-from lora_export.runtimes.device import DeviceMemory
-from lora_export.runtimes.ort_open import open_session
+from lora_export.runtimes.ort.device import DeviceMemory
+from lora_export.runtimes.ort.open import open_session
 
 ARCHS = ("llama", "bert")
 CHANGED = "have changed since it was made"

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from lora_export import doctor
 from lora_export.commands.doctor import doctor as command
-from lora_export.doctor_checks import Machine, capabilities
-from lora_export.engines import local_gpus as gpus_module
-from lora_export.engines.local_gpus import LocalGpus, local_gpus
-from lora_export.engines.probe import PACKAGES, Package, probe, read_lines
-from lora_export.engines.targets import RTX_COMPUTE_CAPABILITIES
+from lora_export.doctor import doctor
+from lora_export.doctor.checks import Machine, capabilities
+from lora_export.machines import local_gpus as gpus_module
+from lora_export.machines.local_gpus import LocalGpus, local_gpus
+from lora_export.machines.packages import PACKAGES, Package, probe, read_lines
+from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES
 from lora_export.reports.doctor import doctor_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -291,7 +291,7 @@ def test_folders_of_the_user_are_no_packages(packages, tmp_path, monkeypatch):
 
 def test_the_probe_without_any_package():
     """-S: Python without its site-packages."""
-    command = [sys.executable, "-S", "-m", "lora_export.engines.probe"]
+    command = [sys.executable, "-S", "-m", "lora_export.machines.packages"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     found, importing = read_lines(done.stdout)
@@ -302,13 +302,13 @@ def test_the_probe_without_any_package():
 def test_the_probe_says_what_it_is_and_loads_nothing():
     script = (
         "import runpy, sys; sys.argv = ['probe', '--help']\n"
-        "runpy.run_module('lora_export.engines.probe', run_name='__main__')\n"
+        "runpy.run_module('lora_export.machines.packages', run_name='__main__')\n"
         "loaded = {'numpy', 'torch', 'onnx_ir', 'click', 'tensorrt_rtx'} & set(sys.modules)\n"
         "assert not loaded, loaded"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "python -m lora_export.engines.probe" in done.stdout
+    assert "python -m lora_export.machines.packages" in done.stdout
 
 
 def test_a_line_that_was_cut_off_names_no_package():

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_graphs import graph, random
 
-from lora_export.engines.expressions import evaluate
-from lora_export.engines.largest import Sized, dimensions, input_shapes, largest_values
+from lora_export.engines.memory.largest import Sized, dimensions, input_shapes, largest_values
 from lora_export.engines.record import Profile
-from lora_export.graph import GraphFile, load_graph
+from lora_export.graph.expressions import evaluate
+from lora_export.graph.onnx_file import GraphFile, load_graph
 
 FLOAT, HALF, INT64 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT64
 

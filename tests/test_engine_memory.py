@@ -21,13 +21,13 @@ from small_graphs import graph, random, save
 from test_swap_onnx import group
 
 from lora_export import bank_onnx, merge_onnx, swap_onnx
-from lora_export.engines.activations import WORKSPACE_BYTES, peak_activations
-from lora_export.engines.largest import dimensions, input_shapes, largest_values
-from lora_export.engines.memory import OVERHEAD_BYTES, MemoryEstimate, check_fit, estimate_memory
+from lora_export.engines.memory.activations import WORKSPACE_BYTES, peak_activations
+from lora_export.engines.memory.estimate import OVERHEAD_BYTES, MemoryEstimate, check_fit, estimate_memory
+from lora_export.engines.memory.largest import dimensions, input_shapes, largest_values
 from lora_export.engines.record import Profile
-from lora_export.engines.targets import find_target
-from lora_export.exposed import KEY, ExposedGraph
-from lora_export.graph import GraphFile, load_graph
+from lora_export.graph.exposed import KEY, ExposedGraph
+from lora_export.graph.onnx_file import GraphFile, load_graph
+from lora_export.machines.targets import find_target
 
 GIB = 2**30
 

@@ -13,11 +13,11 @@ import pytest
 from test_build_engine import product
 
 from lora_export import build_engine
+from lora_export.engines.builder_process import Job, _Messages
 from lora_export.engines.record import BuildOptions, Profile
-from lora_export.engines.run_worker import run_worker
-from lora_export.engines.worker import Job, _Messages
+from lora_export.engines.run_builder import run_worker
 from lora_export.errors import EngineBuildError
-from lora_export.graph import load_graph
+from lora_export.graph.onnx_file import load_graph
 
 COMMAND = "import sys; from lora_export.cli import main; main(sys.argv[1:])"
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from lora_export.engines.record import EngineRecord, read_engine, sha256_of
-from lora_export.engines.targets import RTX_COMPUTE_CAPABILITIES
+from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed")
 ROOT = Path(__file__).resolve().parents[1]

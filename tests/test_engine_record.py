@@ -18,8 +18,8 @@ from lora_export.engines.record import (
     sha256_of,
 )
 from lora_export.errors import BackendError
-from lora_export.exposed import ExposedGraph, ExposedModule, Member, Slot
-from lora_export.manifest import FileHash
+from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member, Slot
+from lora_export.storage.manifest import FileHash
 
 MODULE = ExposedModule("l.q", "linear", 4, 6, "float16", (Member("l.q", 0, 6, ranks=(2,)),))
 EXPOSED = ExposedGraph("bank", "b.onnx", "0" * 64, (MODULE,), 8, slots=(Slot("a", "1"),), batch_input="x")

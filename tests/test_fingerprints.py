@@ -8,11 +8,11 @@ from safetensors.numpy import save_file
 from small_graphs import adapter, delta, error, graph, linear, random, refusals, run, save
 
 from lora_export import merge_onnx
-from lora_export.graph import load_graph
-from lora_export.sites import content
-from lora_export.sites.fingerprints import find_places
+from lora_export.graph.onnx_file import load_graph
 from lora_export.sites.target import Target
 from lora_export.sites.uses import find_uses
+from lora_export.sites.values import content
+from lora_export.sites.values.fingerprints import find_places
 
 WIDTH = 96
 

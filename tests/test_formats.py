@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from lora_export.adapter import Adapter, LoraModule
 from lora_export.errors import AdapterError
 from lora_export.formats import FORMATS, load_adapter, save_adapter
-from lora_export.formats.tensors import read_header, read_safetensors, write_safetensors
+from lora_export.formats.reading.tensors import read_header, read_safetensors, write_safetensors
 
 RANDOM = np.random.default_rng(0)
 

@@ -16,11 +16,11 @@ from small_graphs import adapter as adapter_of
 from small_graphs import conv, embedding, linear, random
 
 from lora_export import AdapterError, BackendUnavailable, LoraModule, load_adapter
-from lora_export.binding import bind_adapter
-from lora_export.exposed import ExposedGraph, ExposedModule, Member
+from lora_export.binding.bind import bind_adapter
 from lora_export.formats import WRITERS, writer_of
 from lora_export.formats.provenance import Provenance, base_version
-from lora_export.reports.adapter import inspect_adapter
+from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member
+from lora_export.reports.adapter.facts import inspect_adapter
 
 BASE = "ab" * 32
 # q's factors are square, of rank 2: only what the file says tells which way round they are.

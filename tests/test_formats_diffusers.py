@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_export import load_adapter
-from lora_export.patch import Placement, patch_from
+from lora_export.storage.patch import Placement, patch_from
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.xdist_group("diffusers")

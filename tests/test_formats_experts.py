@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError
 from lora_export.formats import load_adapter, save_adapter
-from lora_export.formats.experts import is_target_module, parameters_of
+from lora_export.formats.reading.experts import is_target_module, parameters_of
 from lora_export.sites.experts import Held, settle, unsettled
 
 EXPERTS, RANK, ALPHA = 3, 2, 6

@@ -22,7 +22,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 
 from lora_export.errors import AdapterError
 from lora_export.formats import load_adapter
-from lora_export.formats.wrappers import strip_flat_wrappers, strip_wrappers, unwrap
+from lora_export.formats.reading.wrappers import strip_flat_wrappers, strip_wrappers, unwrap
 from lora_export.modes.merge_checkpoint import merge_checkpoint
 
 State = dict[str, torch.Tensor]

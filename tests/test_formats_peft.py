@@ -376,7 +376,7 @@ def _edit_config(folder: Path, change: dict[str, Any]) -> None:
 
 def test_we_know_every_key_of_this_peft() -> None:
     """A key that PEFT adds must be thought about: here, not at a user's desk."""
-    from lora_export.formats import lora_config
+    from lora_export.formats.reading import lora_config
 
     keys = set(LoraConfig().to_dict())
     assert keys <= lora_config._HARMLESS | lora_config._READ | lora_config._REFUSED.keys()
@@ -458,7 +458,7 @@ def test_alpha_patterns_that_overlap_are_noted(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_old_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
 
-    from lora_export.formats import peft_folder
+    from lora_export.formats.reading import peft_folder
 
     saved_and_merged(CASES["linear"], tmp_path, torch.float32)
     adapter = load_adapter(tmp_path)

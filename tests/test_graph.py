@@ -7,7 +7,7 @@ import pytest
 from small_graphs import adapter, constants, delta, error, graph, linear, random, run, save
 
 from lora_export import GraphError, merge_onnx
-from lora_export.graph import byte_size, load_graph, matrix_shape, save_graph
+from lora_export.graph.onnx_file import byte_size, load_graph, matrix_shape, save_graph
 
 TEXT = "g (float[B,64] x) => (float[B,N] y) { h = MatMul (x, a_weight) y = MatMul (h, b_weight) }"
 WEIGHTS = {"a.weight": random(64, 32), "b.weight": random(32, 16, seed=1)}

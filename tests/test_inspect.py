@@ -16,7 +16,7 @@ from lora_export.adapter import Adapter, LoraModule
 from lora_export.cli import main
 from lora_export.formats import load_adapter, save_adapter, writer_of
 from lora_export.formats.provenance import Provenance
-from lora_export.formats.tensors import write_safetensors
+from lora_export.formats.reading.tensors import write_safetensors
 
 RANDOM = np.random.default_rng(5)
 

@@ -17,7 +17,7 @@ import pytest
 import tiny
 
 from lora_export import AdapterSession, convert_adapter, load_adapter, merge_onnx
-from lora_export.graph import load_graph
+from lora_export.graph.onnx_file import load_graph
 
 TOLERANCE = 2e-6
 # One of each kind: MatMul with names, Gemm on flattened rows, fused weights, convolutions.

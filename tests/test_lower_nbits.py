@@ -19,12 +19,12 @@ from small_graphs import graph, random, save
 from test_swap_onnx import group
 
 from lora_export import swap_onnx
-from lora_export.engines import lower_nbits
-from lora_export.engines.admit import admit
-from lora_export.engines.naming import find_node, module_of
-from lora_export.engines.opset import opset_of, raise_opset
+from lora_export.engines.prepare import lower_nbits
+from lora_export.engines.prepare.opset import opset_of, raise_opset
+from lora_export.engines.prepare.prepare import admit
 from lora_export.errors import EngineBuildError
-from lora_export.graph import GraphFile, load_graph, save_graph
+from lora_export.graph.onnx_file import GraphFile, load_graph, save_graph
+from lora_export.sites.node_text import find_node, module_of
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>'
 N, K = 32, 128

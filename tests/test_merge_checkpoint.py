@@ -26,13 +26,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, build
 
 from lora_export.adapter import Adapter, LoraModule
-from lora_export.base.families import CONV1D_FAMILIES, source_folder
-from lora_export.checkpoint import Checkpoint
-from lora_export.checkpoint_merge import DTYPES
+from lora_export.base.checkpoint.checkpoint import Checkpoint
+from lora_export.base.checkpoint.families import CONV1D_FAMILIES, source_folder
 from lora_export.commands import merge as command
 from lora_export.commands.merge import merge
 from lora_export.errors import AdapterError, CheckpointError, OutputError, SiteError
 from lora_export.modes.merge_checkpoint import merge_checkpoint
+from lora_export.modes.merging.into_checkpoint import DTYPES
 
 CASES = [(arch, feature) for arch, spec in ARCHITECTURES.items() for feature in spec.features]
 

@@ -9,7 +9,7 @@ import tiny
 
 from lora_export import load_adapter, merge_onnx
 from lora_export.cli import _run
-from lora_export.graph import load_graph
+from lora_export.graph.onnx_file import load_graph
 from lora_export.plan import unaccounted
 
 TOLERANCE = 2e-6
@@ -244,7 +244,7 @@ def test_share_base_refuses_a_folder_that_onnxruntime_would_refuse(tmp_path):
 
 @group("llama")
 def test_manifest_round_trip_and_every_tensor_in_it(tmp_path):
-    from lora_export.manifest import Manifest
+    from lora_export.storage.manifest import Manifest
 
     adapter = load_adapter(tiny.adapter("llama", "patterns"))
     merge_onnx(tiny.base_onnx("llama", "dynamo"), adapter, tmp_path / "m.onnx")

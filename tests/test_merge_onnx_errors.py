@@ -112,7 +112,7 @@ def test_wrong_base_lists_every_shape(capsys, adapter, out, tmp_path):
     """The same architecture in another size: every module is named, with both shapes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    import lora_export.capture
+    import lora_export.base.capture.capture
 
     config = LlamaConfig(
         vocab_size=100,
@@ -123,7 +123,7 @@ def test_wrong_base_lists_every_shape(capsys, adapter, out, tmp_path):
         num_key_value_heads=2,
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
-    other = lora_export.capture.capture_checkpoint(tmp_path / "other", tmp_path / "other.onnx")
+    other = lora_export.base.capture.capture.capture_checkpoint(tmp_path / "other", tmp_path / "other.onnx")
     said = refused(capsys, other, adapter, out)
     modules = {name for name in load_file(adapter / "adapter_model.safetensors") if "lora_A" in name}
     assert said.count("shapes differ") == len(modules) == 14

@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_export.base.quantised import find_quantised, refuse_bare_codes
-from lora_export.canonical import CheckpointWeights
-from lora_export.checkpoint import Checkpoint
+from lora_export.base.checkpoint.checkpoint import Checkpoint
+from lora_export.base.checkpoint.quantised import find_quantised, refuse_bare_codes
+from lora_export.base.checkpoint.weights import CheckpointWeights
 from lora_export.errors import CheckpointError, SiteError
 from lora_export.modes.merge_checkpoint import merge_checkpoint
 from lora_export.sites.target import Target

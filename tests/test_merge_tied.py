@@ -11,9 +11,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lora_export.base.tied_layers import may_tie_layers
-from lora_export.base.ties import Tie, Ties, find_ties, untied_config
-from lora_export.checkpoint import Checkpoint
+from lora_export.base.checkpoint.checkpoint import Checkpoint
+from lora_export.base.ties.tied_layers import may_tie_layers
+from lora_export.base.ties.ties import Tie, Ties, find_ties, untied_config
 from lora_export.errors import SiteError
 from lora_export.modes.merge_checkpoint import merge_checkpoint
 

@@ -12,8 +12,8 @@ from small_graphs import constants
 from tiny_models import HEADS, HIDDEN, LAYERS
 
 from lora_export import SiteError, bank_onnx, convert_adapter, merge_onnx, swap_onnx
-from lora_export.sites import names
-from lora_export.sites.evidence import weight_path
+from lora_export.sites.naming import names
+from lora_export.sites.naming.evidence import weight_path
 
 TOLERANCE = 2e-6
 PROVIDERS = ("default", "cpu", "cuda", "dml", "mlx", "onnx-standard", "openvino", "qnn", "trt-rtx", "webgpu")

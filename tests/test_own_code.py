@@ -17,10 +17,10 @@ from planted import AUTO_MAP, plant
 from safetensors.torch import load_file
 from test_swap_onnx import group
 
-from lora_export.base.meta_model import build_model
-from lora_export.base.own_code import code_notes, never_asked, why_not_built
-from lora_export.capture import load_model
-from lora_export.checkpoint import Checkpoint
+from lora_export.base.capture.capture import load_model
+from lora_export.base.checkpoint.checkpoint import Checkpoint
+from lora_export.base.checkpoint.meta_model import build_model
+from lora_export.base.checkpoint.own_code import code_notes, never_asked, why_not_built
 from lora_export.errors import CheckpointError
 
 # What transformers can't build without the code, and what it can.

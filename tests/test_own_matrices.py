@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-from lora_export.convert import convert_adapter
 from lora_export.errors import LoraExportError, SiteError
 from lora_export.modes.bank_onnx import bank_onnx
+from lora_export.modes.convert_adapter import convert_adapter
 from lora_export.modes.merge_checkpoint import merge_checkpoint
 from lora_export.modes.merge_onnx import merge_onnx
 from lora_export.modes.swap_onnx import swap_onnx

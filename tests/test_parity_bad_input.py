@@ -22,19 +22,11 @@ import tiny
 from session_graphs import P, Q, both
 from small_graphs import adapter, graph, linear, random, save
 
-from lora_export import (
-    Adapter,
-    LoraExportError,
-    bank_onnx,
-    load_adapter,
-    merge_onnx,
-    save_adapter,
-    swap_onnx,
-)
+from lora_export import Adapter, LoraExportError, bank_onnx, load_adapter, merge_onnx, save_adapter, swap_onnx
 from lora_export.cli import _run
 from lora_export.parity import check
 from lora_export.parity.check import check_parity
-from lora_export.reports import parity_files
+from lora_export.reports.parity import files as parity_files
 
 Array = Any
 A, B = both(1), both(2, rank=4)

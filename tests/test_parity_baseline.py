@@ -11,8 +11,8 @@ import pytest
 
 from lora_export.errors import LoraExportError
 from lora_export.parity.result import Generated
-from lora_export.reports import parity_json
-from lora_export.reports.parity_baseline import compare, floors, lines
+from lora_export.reports.parity import to_json as parity_json
+from lora_export.reports.parity.baseline import compare, floors, lines
 
 
 def data(report):

@@ -28,12 +28,12 @@ from small_graphs import delta, graph, random, save
 from lora_export import Adapter, bank_onnx, load_adapter, merge_onnx, save_adapter, swap_onnx
 from lora_export.errors import BackendError, GraphError
 from lora_export.parity.check import check_parity
-from lora_export.parity.feeds import InputPort
-from lora_export.parity.generate import generate, prompts_of, token_verdicts
-from lora_export.parity.limits import FACTOR, STEP, STEPS
+from lora_export.parity.feeds.made import InputPort
+from lora_export.parity.judge.limits import FACTOR, STEP, STEPS
 from lora_export.parity.result import BASE, ParityReport, Verdict
-from lora_export.reports.parity_baseline import compare
-from lora_export.reports.parity_json import check_report, report_json
+from lora_export.parity.tokens import generate, prompts_of, token_verdicts
+from lora_export.reports.parity.baseline import compare
+from lora_export.reports.parity.to_json import check_report, report_json
 
 Array = Any
 machine = engine_files.machine
@@ -651,7 +651,7 @@ def test_tokens_of_logits_that_are_no_numbers_never_pass(value, side):
 
 
 def test_prompts_leave_padding_out():
-    from lora_export.parity.feeds import Feed
+    from lora_export.parity.feeds.made import Feed
 
     ids = np.arange(12).reshape(1, 12)
     mask = np.ones_like(ids)

@@ -20,9 +20,9 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from lora_export import capture_onnx, load_adapter, merge_onnx, swap_onnx
 from lora_export.parity.check import check_parity
-from lora_export.reports.parity_html import report_html
-from lora_export.reports.parity_json import report_json
-from lora_export.reports.parity_text import lines
+from lora_export.reports.parity.to_html import report_html
+from lora_export.reports.parity.to_json import report_json
+from lora_export.reports.parity.to_text import lines
 
 SIZES = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 ROWS = 48

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_export import BackendError, GraphError
-from lora_export.capture import capture_checkpoint
-from lora_export.captured import Captured
-from lora_export.formats.tensors import write_safetensors
-from lora_export.parity.feeds import Feed, InputPort, make_feeds, ports_of_graph, read_feeds, rows_of
+from lora_export.base.capture.capture import capture_checkpoint
+from lora_export.formats.reading.tensors import write_safetensors
+from lora_export.graph.captured import Captured
+from lora_export.parity.feeds.made import Feed, InputPort, make_feeds, ports_of_graph, read_feeds, rows_of
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 TEXT = ("batch", "sequence")

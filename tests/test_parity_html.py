@@ -14,9 +14,9 @@ import parity_reports
 import pytest
 
 from lora_export.parity.result import Localisation, ModuleRow, Scatter
-from lora_export.reports.parity_html import report_html
-from lora_export.reports.parity_plots import error_against_effect, error_by_module, value_scatter
-from lora_export.reports.parity_words import mark, number, verdict_line
+from lora_export.reports.parity.plots import error_against_effect, error_by_module, value_scatter
+from lora_export.reports.parity.to_html import report_html
+from lora_export.reports.parity.words import mark, number, verdict_line
 from lora_export.untrusted.shown import printable
 
 REPORTS = {"good": parity_reports.good, "failed": parity_reports.failed, "hostile": parity_reports.hostile}

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_export.captured import BATCH, SEQUENCE
-from lora_export.parity.candidate import About, Candidate
+from lora_export.graph.captured import BATCH, SEQUENCE
+from lora_export.graph.stored_types import StoredTypes
 from lora_export.parity.comparison import Comparison
-from lora_export.parity.feeds import Feed, InputPort
+from lora_export.parity.feeds.made import Feed, InputPort
+from lora_export.parity.judge.verdicts import Judge, Tolerance
 from lora_export.parity.laws import Laws, masks_of
 from lora_export.parity.result import BASE, State, Verdict, state_of
-from lora_export.parity.stored_types import StoredTypes
-from lora_export.parity.verdicts import Judge, Tolerance
+from lora_export.parity.sides.candidate import About, Candidate
 
 Array = Any
 A, B = state_of("a"), state_of("b")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_export.parity.limits import (
+from lora_export.parity.judge.limits import (
     APPLIED_CEILING,
     APPLIED_LIMIT,
     CEILING,
@@ -30,9 +30,9 @@ from lora_export.parity.limits import (
     pooled,
     pooled_own,
 )
-from lora_export.parity.metrics import Tally
+from lora_export.parity.judge.metrics import Tally
+from lora_export.parity.judge.verdicts import Judge, Tolerance, largest_limit
 from lora_export.parity.result import BASE, state_of
-from lora_export.parity.verdicts import Judge, Tolerance, largest_limit
 
 STATE = state_of("a")
 DTYPES = list(STEP)

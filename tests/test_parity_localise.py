@@ -21,16 +21,16 @@ import tiny
 import tiny_models
 
 from lora_export import Adapter, load_adapter, merge_onnx
-from lora_export.exposed import WEIGHTS_INPUT
-from lora_export.graph import load_graph
-from lora_export.parity import localise as localising
-from lora_export.parity.localise import Sources, localise
-from lora_export.parity.module_error import Measured, Runs
-from lora_export.parity.probe_session import run_with_outputs
-from lora_export.parity.probe_walk import shown
-from lora_export.parity.probes import NOT_FOUND, ModuleShape, find_probes
+from lora_export.graph.exposed import WEIGHTS_INPUT
+from lora_export.graph.onnx_file import load_graph
+from lora_export.parity.localise import localise as localising
+from lora_export.parity.localise.find_modules import NOT_FOUND, ModuleShape, find_probes
+from lora_export.parity.localise.localise import Sources, localise
+from lora_export.parity.localise.module_error import Measured, Runs
+from lora_export.parity.localise.run_inside import run_with_outputs
+from lora_export.parity.localise.walk import shown
 from lora_export.parity.result import BASE, Localisation, ModuleRow, State, state_of
-from lora_export.runtimes.torch_reference import TorchReference
+from lora_export.runtimes.torch.reference import TorchReference
 
 # Of float32, relative: what a whole tiny model loses.
 NOISE = 2e-6

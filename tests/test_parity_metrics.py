@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_export.parity.metrics import Tally, group_of, is_logits, valid_positions
+from lora_export.parity.judge.metrics import Tally, group_of, is_logits, valid_positions
 
 Array = Any
 LOGITS = (3, 5, 17)

@@ -16,11 +16,11 @@ import tiny
 from broken_exports import DTYPES, MODES
 
 from lora_export import Adapter, merge_onnx
-from lora_export.base.in_graph import MERGED_KEY
-from lora_export.parity.candidate import describe
+from lora_export.base.history.in_graph import MERGED_KEY
 from lora_export.parity.check import check_parity
-from lora_export.parity.feeds import make_feeds
+from lora_export.parity.feeds.made import make_feeds
 from lora_export.parity.result import ParityReport
+from lora_export.parity.sides.candidate import describe
 
 FIRST = "model.layers.0.self_attn.q_proj"
 BERT = "bert.encoder.layer.1"

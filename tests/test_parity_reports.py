@@ -23,9 +23,17 @@ from lora_export import cli
 from lora_export.errors import LoraExportError, OutputError
 from lora_export.parity import check, result
 from lora_export.parity.result import Localisation, ModuleRow, Verdict
-from lora_export.reports import parity_json, parity_junit, parity_text
-from lora_export.reports.parity_files import Inputs, check_outputs
-from lora_export.reports.parity_words import mark, number, relation, share, verdict_line
+from lora_export.reports.parity import (
+    to_json as parity_json,
+)
+from lora_export.reports.parity import (
+    to_junit as parity_junit,
+)
+from lora_export.reports.parity import (
+    to_text as parity_text,
+)
+from lora_export.reports.parity.files import Inputs, check_outputs
+from lora_export.reports.parity.words import mark, number, relation, share, verdict_line
 from lora_export.untrusted.shown import printable
 
 REPORTS = {"good": parity_reports.good, "failed": parity_reports.failed, "hostile": parity_reports.hostile}

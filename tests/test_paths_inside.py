@@ -13,11 +13,11 @@ from onnx import TensorProto, helper
 from safetensors.numpy import load_file
 from test_swap_onnx import group
 
-from lora_export.base.links import link_problems
+from lora_export.base.checkpoint.links import link_problems
 from lora_export.cli import _run
-from lora_export.data_identity import KEY, place_problem
 from lora_export.errors import CheckpointError, GraphError
-from lora_export.graph import load_graph
+from lora_export.graph.data_identity import KEY, place_problem
+from lora_export.graph.onnx_file import load_graph
 
 SECRET = np.ones((4, 4), np.float32)
 
@@ -319,7 +319,7 @@ def test_blobs_are_those_of_the_same_repository(good, tmp_path):
 @group("llama")
 @pytest.mark.parametrize("name", ["../other.safetensors", "/dev/zero", "sub/model.safetensors", "a\0b"])
 def test_an_index_names_files_of_its_folder(name, tmp_path):
-    from lora_export.checkpoint import Checkpoint
+    from lora_export.base.checkpoint.checkpoint import Checkpoint
 
     base = shutil.copytree(tiny.checkpoint("llama"), tmp_path / "base")
     names = load_file(base / "model.safetensors")

@@ -14,9 +14,9 @@ from test_swap_onnx import group
 from lora_export import load_adapter, swap_onnx
 from lora_export.cli import _run
 from lora_export.errors import AdapterError
-from lora_export.formats.lora_config import pattern_values
-from lora_export.formats.patterns import LIMIT_S, fullmatch, match, within
-from lora_export.formats.targeting import is_targeted
+from lora_export.formats.reading.lora_config import pattern_values
+from lora_export.formats.reading.patterns import LIMIT_S, fullmatch, match, within
+from lora_export.formats.reading.targeting import is_targeted
 
 # Each doubles or squares its work with every letter of a long name, for `re` and for `regex`.
 SLOW = {

@@ -6,7 +6,7 @@ from lora_export.engines.dims import Range, role_of, total_of
 from lora_export.engines.profiles import ProfileRequest, make_profiles, parse_shapes, shape_text
 from lora_export.engines.record import Port
 from lora_export.errors import BackendError
-from lora_export.exposed import ExposedGraph, ExposedModule, Member
+from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member
 
 
 def port(name, *dims, dtype="int64"):

@@ -11,8 +11,8 @@ import click
 import pytest
 
 from lora_export.cli import main
+from lora_export.commands.recipe import load_recipe
 from lora_export.errors import OutputError, RecipeError
-from lora_export.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -220,7 +220,9 @@ def test_the_first_failure_stops_and_says_where(tmp_path: Path, capsys: pytest.C
 def test_missing_packages_are_named_before_the_first_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_export.recipe.find_spec", lambda name: "found" if name == "torch" else None)
+    monkeypatch.setattr(
+        "lora_export.commands.recipe.find_spec", lambda name: "found" if name == "torch" else None
+    )
     with pytest.raises(SystemExit) as stop:
         main(["run", str(write(tmp_path, "[onnxruntime_genai, torch, gguf]", "x"))])
     said = capsys.readouterr().err

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from lora_export import AdapterError, SiteError, bank_onnx, merge_onnx, swap_onnx
-from lora_export import capture as capturing
+from lora_export.base.capture import capture as capturing
 
 SIZES = {
     "vocab_size": 32,

@@ -13,9 +13,9 @@ from torch import nn
 
 from lora_export import SiteError, export_onnx, load_adapter
 from lora_export.cli import _run
-from lora_export.sites.known_names import KnownNames
-from lora_export.sites.names import Named, Prefix
-from lora_export.sites.renaming import rename
+from lora_export.sites.naming.known_names import KnownNames
+from lora_export.sites.naming.names import Named, Prefix
+from lora_export.sites.naming.renaming import rename
 
 
 def layers(*prefixes, leaf="q.weight", count=2):
@@ -575,7 +575,7 @@ def test_a_wrong_adapter_is_refused_before_a_capture(tmp_path, monkeypatch, caps
     def slow(*arguments, **options):
         raise AssertionError("captured")
 
-    monkeypatch.setattr("lora_export.capture.capture_checkpoint", slow)
+    monkeypatch.setattr("lora_export.base.capture.capture.capture_checkpoint", slow)
     for verb in ("merge-onnx", "swap-onnx"):
         command = [
             verb,

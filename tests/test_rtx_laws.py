@@ -22,8 +22,8 @@ from small_graphs import adapter, error, random
 
 import lora_export
 from lora_export import AdapterSession, EngineSession, bank_onnx, convert_adapter, save_adapter, swap_onnx
-from lora_export.engines.targets import RTX_COMPUTE_CAPABILITIES
-from lora_export.runtimes.tensorrt_engine import gpu_compute_capability
+from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES
+from lora_export.runtimes.tensorrt.engine import gpu_compute_capability
 
 A, B = both(1), both(2, rank=4)
 machine, gpu_machine = engine_files.machine, engine_files.gpu_machine

@@ -1,4 +1,4 @@
-"""lora_export.safetensors_header: all problems of a file at once; the reference reader agrees."""
+"""lora_export.storage.safetensors: all problems of a file at once; the reference reader agrees."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
-from lora_export.checkpoint import Checkpoint
+from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.errors import AdapterError, CheckpointError
-from lora_export.formats.tensors import read_header
-from lora_export.safetensors_header import HeaderError, header_bytes, read_file_header
+from lora_export.formats.reading.tensors import read_header
+from lora_export.storage.safetensors import HeaderError, header_bytes, read_file_header
 
 
 def raw(header: Any, data: bytes = b"") -> bytes:

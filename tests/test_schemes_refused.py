@@ -27,7 +27,7 @@ from scheme_bases import (
 from scheme_transformers import FAMILIES
 
 from lora_export.adapter import Adapter
-from lora_export.base.history import MANIFEST
+from lora_export.base.history.history import MANIFEST
 from lora_export.errors import AdapterError, LoraExportError
 from lora_export.formats import load_adapter
 from lora_export.formats.schemes import translate

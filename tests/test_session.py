@@ -23,10 +23,10 @@ from lora_export import (
     SiteError,
     save_adapter,
 )
-from lora_export.binding import bind_adapter
-from lora_export.exposed import KEY, exposed_of
+from lora_export.binding.bind import bind_adapter
 from lora_export.formats import writer_of
 from lora_export.formats.provenance import Provenance
+from lora_export.graph.exposed import KEY, exposed_of
 from lora_export.modes.swap_onnx import swap_onnx
 
 A, B = both(1), both(2, rank=4)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_export.adapter import LoraModule
-from lora_export.spectrum import Spectrum, spectrum
+from lora_export.reports.adapter.spectrum import Spectrum, spectrum
 
 RANDOM = np.random.default_rng(1)
 

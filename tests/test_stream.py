@@ -1,4 +1,4 @@
-"""lora_export.stream: pieces become one file, merged in float32 and rounded once."""
+"""lora_export.storage.stream: pieces become one file, merged in float32 and rounded once."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import lora_export.blocks as blocks
-import lora_export.stream as stream
+import lora_export.storage.blocks as blocks
+import lora_export.storage.stream as stream
 from lora_export.errors import CheckpointError, OutputError
-from lora_export.patch import Patch
-from lora_export.rounding import total_of
-from lora_export.stream import BytesPiece, CopyPiece, MergePiece, write_pieces
+from lora_export.storage.patch import Patch
+from lora_export.storage.rounding import total_of
+from lora_export.storage.stream import BytesPiece, CopyPiece, MergePiece, write_pieces
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F16, F32, F64 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)

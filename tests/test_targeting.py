@@ -21,7 +21,7 @@ from lora_export import (
     save_adapter,
     swap_onnx,
 )
-from lora_export.formats.targeting import is_targeted
+from lora_export.formats.reading.targeting import is_targeted
 
 PATHS = (
     "model.layers.0.self_attn.q_proj",

@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from lora_export.commands.targets import targets as command
-from lora_export.engines.targets import (
+from lora_export.errors import BackendError
+from lora_export.machines.targets import (
     COMPILERS,
     PRECISIONS,
     RTX_COMPUTE_CAPABILITIES,
@@ -20,7 +21,6 @@ from lora_export.engines.targets import (
     select_targets,
     targets_of,
 )
-from lora_export.errors import BackendError
 
 TARGETS = load_targets()
 GIB = 2**30

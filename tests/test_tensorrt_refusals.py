@@ -11,8 +11,8 @@ import lora_export.engines.record as records
 from lora_export import AdapterSession, BackendError, BackendUnavailable, OutputError
 from lora_export.engines import compiler_of
 from lora_export.engines.record import BuildOptions
-from lora_export.runtimes import tensorrt_engine
-from lora_export.runtimes.tensorrt_engine import gpu_compute_capability
+from lora_export.runtimes.tensorrt import engine as tensorrt_engine
+from lora_export.runtimes.tensorrt.engine import gpu_compute_capability
 
 machine = engine_files.machine
 
@@ -233,7 +233,7 @@ def test_a_cache_is_written_whole_or_not_at_all(machine, tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lora_export.output.sync_path", full)
+    monkeypatch.setattr("lora_export.storage.outputs.sync_path", full)
     with pytest.raises(OutputError, match="kernels"):
         session.close()
     assert file.read_bytes() == b"cache:old"

@@ -17,15 +17,8 @@ from engine_files import engine_of
 from session_graphs import bank, base, both, feeds, fitting, linear, swap, wanted, wanted_blend
 from small_graphs import adapter, error, graph, random, save
 
-from lora_export import (
-    AdapterError,
-    AdapterSession,
-    BackendError,
-    EngineSession,
-    GraphError,
-    save_adapter,
-)
-from lora_export.runtimes.cuda_memory import DeviceTensor
+from lora_export import AdapterError, AdapterSession, BackendError, EngineSession, GraphError, save_adapter
+from lora_export.runtimes.tensorrt.cuda import DeviceTensor
 
 A, B = both(1), both(2, rank=4)
 machine = engine_files.machine

@@ -16,7 +16,7 @@ from test_merge_tied import BART, FAMILIES, base_of, config_of, gemma3, inputs_o
 from lora_export.errors import AdapterError, SiteError
 from lora_export.formats import load_adapter, save_adapter
 from lora_export.modes.merge_checkpoint import merge_checkpoint
-from lora_export.runtimes.torch_reference import TorchReference
+from lora_export.runtimes.torch.reference import TorchReference
 
 # Class → config, input embedding, output head, a linear layer.
 KINDS: dict[str, tuple[Any, str, str, str]] = {

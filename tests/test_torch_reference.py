@@ -1,4 +1,4 @@
-"""lora_export.runtimes.torch_reference: PEFT's own branches, unmerged, are the oracle."""
+"""lora_export.runtimes.torch.reference: PEFT's own branches, unmerged, are the oracle."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tiny_models import ARCHITECTURES, HEADS, HIDDEN, KV_HEADS, build
 from torch import nn
 
 from lora_export.adapter import Adapter, LoraModule
-from lora_export.capture import capture_checkpoint
-from lora_export.checkpoint import Checkpoint
-from lora_export.checkpoint_names import Names
+from lora_export.base.capture.capture import capture_checkpoint
+from lora_export.base.checkpoint.checkpoint import Checkpoint
+from lora_export.base.checkpoint.names import Names
 from lora_export.errors import AdapterError, BackendError, CheckpointError
 from lora_export.formats import load_adapter
-from lora_export.runtimes.torch_reference import TorchReference
+from lora_export.runtimes.torch.reference import TorchReference
 
 CASES = [
     pytest.param(arch, feature, marks=pytest.mark.xdist_group(arch), id=f"{arch}-{feature}")

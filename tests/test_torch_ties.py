@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lora_export.parity.limits import FACTOR, limit_of
-from lora_export.parity.metrics import Distance, Tally
-from lora_export.runtimes.torch_ties import Choice, near_ties, record_choices, turn_ties
+from lora_export.parity.judge.limits import FACTOR, limit_of
+from lora_export.parity.judge.metrics import Distance, Tally
+from lora_export.runtimes.torch.ties import Choice, near_ties, record_choices, turn_ties
 
 SCORES = torch.tensor(
     [

@@ -19,7 +19,7 @@ from torch import nn
 
 from lora_export.cli import _run
 from lora_export.runtimes.session import AdapterSession
-from lora_export.sites.towers import kinds_of_class, other_kind
+from lora_export.sites.naming.towers import kinds_of_class, other_kind
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = {**SIZES, "vocab_size": 40, "max_position_embeddings": 16, "eos_token_id": 39}

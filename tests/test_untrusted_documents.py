@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 import yaml
 
-from lora_export.base.history import History, history_of
-from lora_export.base.weight_files import read_object
-from lora_export.captured import MODEL_KEY, Captured
-from lora_export.data_identity import KEY as DATA_KEY
-from lora_export.data_identity import refuse_changed_data
+from lora_export.base.checkpoint.weight_files import read_object
+from lora_export.base.history.history import History, history_of
 from lora_export.demo.greedy import Expected
 from lora_export.engines.record import EngineRecord
 from lora_export.errors import LoraExportError
-from lora_export.exposed import ExposedGraph
-from lora_export.formats.source import read_config
-from lora_export.manifest import Manifest
+from lora_export.formats.reading.source import read_config
+from lora_export.graph.captured import MODEL_KEY, Captured
+from lora_export.graph.data_identity import KEY as DATA_KEY
+from lora_export.graph.data_identity import refuse_changed_data
+from lora_export.graph.exposed import ExposedGraph
 from lora_export.packages.onnxruntime_genai import CONFIG, companions_of
-from lora_export.reports.parity_json import read_report
+from lora_export.reports.parity.to_json import read_report
+from lora_export.storage.manifest import Manifest
 from lora_export.untrusted.documents import (
     MAX_BYTES,
     MAX_DEPTH,

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from mutators import places, replaced
 from test_engine_record import RECORD
 
-from lora_export.captured import DIMS_KEY, MODEL_KEY, Captured
-from lora_export.data_identity import KEY as DATA_KEY
-from lora_export.data_identity import DataIdentity, refuse_changed_data
 from lora_export.demo.greedy import Expected, Greedy
 from lora_export.engines.record import EngineRecord
 from lora_export.errors import LoraExportError
-from lora_export.exposed import ExposedGraph, ExposedModule, Member, StoredRows
-from lora_export.manifest import FileHash, Manifest
+from lora_export.graph.captured import DIMS_KEY, MODEL_KEY, Captured
+from lora_export.graph.data_identity import KEY as DATA_KEY
+from lora_export.graph.data_identity import DataIdentity, refuse_changed_data
+from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member, StoredRows
+from lora_export.storage.manifest import FileHash, Manifest
 from lora_export.untrusted.fields import Axes, Count, FieldError, Size, from_plain
 
 

@@ -22,9 +22,9 @@ from safetensors.numpy import save_file
 from lora_export.cli import main
 from lora_export.commands.printing import print_json, print_lines
 from lora_export.errors import AdapterError
-from lora_export.reports.parity_html import report_html
-from lora_export.reports.parity_junit import junit_xml
-from lora_export.reports.parity_text import lines as parity_lines
+from lora_export.reports.parity.to_html import report_html
+from lora_export.reports.parity.to_junit import junit_xml
+from lora_export.reports.parity.to_text import lines as parity_lines
 from lora_export.untrusted.shown import MAX_LINE, MAX_LISTED, safe, shown
 
 ROOT = Path(__file__).resolve().parents[1]

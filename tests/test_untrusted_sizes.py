@@ -22,10 +22,10 @@ from safetensors.numpy import save_file
 
 from lora_export.cli import main
 from lora_export.errors import AdapterError, BackendError
-from lora_export.formats.ort_file import read_ort_file, write_ort_file
-from lora_export.formats.pickles import read_checkpoint
-from lora_export.parity.array_files import read_arrays
-from lora_export.parity.reference import read_tensors
+from lora_export.formats.reading.ort_file import read_ort_file, write_ort_file
+from lora_export.formats.reading.pickles import read_checkpoint
+from lora_export.parity.feeds.array_files import read_arrays
+from lora_export.parity.sides.reference import read_tensors
 
 PREFIX = "base_model.model.q"
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"], "bias": "none"}

@@ -26,14 +26,14 @@ import lora_export
 from lora_export import bank_onnx, load_adapter, merge_onnx, save_adapter, swap_onnx
 from lora_export.cli import _run, root
 from lora_export.commands import COMMANDS
-from lora_export.engines.fit import check_fits
+from lora_export.commands.recipe import Recipe
+from lora_export.engines.memory.fit import check_fits
 from lora_export.engines.plan import Wish, plan_build
-from lora_export.engines.targets import find_target
 from lora_export.errors import BackendError, CheckpointError, LoraExportError
+from lora_export.formats.given import named_adapters
+from lora_export.machines.targets import find_target
 from lora_export.parity.check import check_parity
-from lora_export.parity.naming import named_adapters
-from lora_export.recipe import Recipe
-from lora_export.reports.parity_baseline import compare
+from lora_export.reports.parity.baseline import compare
 
 PACKAGE = Path(lora_export.__file__).parent
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
@@ -556,7 +556,7 @@ def test_needs_are_packages_that_we_know(name, tmp_path, capsys):
     ],
 )
 def test_packages_are_installed_by_the_names_of_pip(missing, line, monkeypatch):
-    monkeypatch.setattr("lora_export.recipe.find_spec", lambda name: None)
+    monkeypatch.setattr("lora_export.commands.recipe.find_spec", lambda name: None)
     with pytest.raises(LoraExportError) as caught:
         Recipe("a", "b", (missing,), ()).check_needs()
     assert caught.value.hint == line

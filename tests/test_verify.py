@@ -29,11 +29,11 @@ from lora_export import (
 from lora_export.cli import main as command_line
 from lora_export.demo.run import save_report
 from lora_export.engines.plan import Wish
-from lora_export.manifest import hash_file
 from lora_export.modes.capture_onnx import capture_onnx
 from lora_export.packages.build_kit import write_kits
-from lora_export.sums.full import full_hash
-from lora_export.sums.seal import find_seal, sealed_json
+from lora_export.storage.manifest import hash_file
+from lora_export.storage.sums.full import full_hash
+from lora_export.storage.sums.seal import find_seal, sealed_json
 
 FLIPS = 6
 WIDTH = 48

@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from lora_export.checkpoint import Checkpoint
+from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.cli import _run
 from lora_export.errors import CheckpointError
 

@@ -41,8 +41,8 @@ from transformers import LlamaConfig, LlamaModel
 from transformers.utils import logging as transformers_logging
 
 from lora_export import AdapterSession, bank_onnx, convert_adapter, load_adapter, merge_onnx, swap_onnx
-from lora_export.binding import bind_adapter
-from lora_export.exposed import WEIGHTS_INPUT, exposed_of
+from lora_export.binding.bind import bind_adapter
+from lora_export.graph.exposed import WEIGHTS_INPUT, exposed_of
 
 EAGER, GRAPH = "-1", "1"  # gpu_graph_id: -1 runs without a CUDA graph
 # What is given to swap_onnx and bank_onnx.

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lora_export.adapter import Array
-from lora_export.bench.models import BenchModel
 from lora_export.bench.rounds import Run
-from lora_export.runtimes.cuda_graphs import CudaGraphs
-from lora_export.runtimes.cuda_memory import CudaDevice, DeviceBuffer, DeviceTensor
-from lora_export.runtimes.device import DeviceMemory, Provider
-from lora_export.runtimes.engine_session import EngineSession
-from lora_export.runtimes.ort_open import open_session
-from lora_export.runtimes.resident import Resident
+from lora_export.runtimes.model_file import BenchModel
+from lora_export.runtimes.ort.cuda_graphs import CudaGraphs
+from lora_export.runtimes.ort.device import DeviceMemory, Provider
+from lora_export.runtimes.ort.open import open_session
+from lora_export.runtimes.ort.resident import Resident
 from lora_export.runtimes.session import AdapterSession
+from lora_export.runtimes.tensorrt.cuda import CudaDevice, DeviceBuffer, DeviceTensor
+from lora_export.runtimes.tensorrt.session import EngineSession
 
 # Its own log goes to the terminal with a stranger's names as they are; its errors are raised as well.
 _FATAL_ONLY = 4

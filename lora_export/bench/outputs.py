@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lora_export.bench.contenders import AdapterChoice
-from lora_export.bench.models import BenchModel
 from lora_export.engines.record import is_engine, record_path
-from lora_export.output import places_of
+from lora_export.runtimes.model_file import BenchModel
+from lora_export.storage.outputs import places_of
 
 # What PEFT reads beside a file of weights.
 _ADAPTER_CONFIG = "adapter_config.json"

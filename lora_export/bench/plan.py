@@ -10,12 +10,12 @@ from pathlib import Path
 
 from lora_export.bench.adapter_checks import adapter_problems
 from lora_export.bench.contenders import AdapterChoice, Contender, plan_contenders
-from lora_export.bench.models import BenchModel, label_models, read_model
 from lora_export.bench.opened import Opening
 from lora_export.bench.outputs import overlap_problems
 from lora_export.bench.sizes import choose_sizes
 from lora_export.bench.workloads import Workload, has_cache, has_sequence, plan_workloads, shape_problems
 from lora_export.errors import LoraExportError
+from lora_export.runtimes.model_file import BenchModel, label_models, read_model
 
 # More threads than any machine has cores are a slip of the finger, and ONNX Runtime would start them all.
 _MOST_THREADS = 4096

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lora_export.bench.adapters import AdapterLoading, Swapping
-from lora_export.bench.environment import Environment
 from lora_export.bench.load_probe import Loaded
 from lora_export.bench.rounds import Stop
 from lora_export.bench.statistics import CONFIDENCE, METHOD, Interval, Latency
 from lora_export.bench.workloads import Workload
+from lora_export.machines.environment import Environment
 
 FORMAT = 1
 KIND = "lora_export.bench"

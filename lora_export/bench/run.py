@@ -10,7 +10,6 @@ from pathlib import Path
 
 from lora_export.bench.adapters import AdapterLoading, Swapping, load_adapters, measure_swapping
 from lora_export.bench.contenders import AdapterChoice, Contender
-from lora_export.bench.environment import load_average, read_environment
 from lora_export.bench.load_probe import Job, Loaded, measure_loading
 from lora_export.bench.opened import Opened, Opening, opened
 from lora_export.bench.plan import Plan, Wish, plan_bench
@@ -19,8 +18,9 @@ from lora_export.bench.rounds import Rounds, Run, measure
 from lora_export.bench.statistics import summarise
 from lora_export.bench.workloads import Workload, make_feeds
 from lora_export.errors import BackendError, LoraExportError
+from lora_export.machines.environment import load_average, read_environment
 from lora_export.progress import Say
-from lora_export.runtimes.device import Provider
+from lora_export.runtimes.ort.device import Provider
 
 PathLike = str | os.PathLike[str]
 # Shares of the progress bar; the time of the first parts is not known before.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_export.bench.models import BenchModel
 from lora_export.bench.workloads import has_cache, most_of
+from lora_export.runtimes.model_file import BenchModel
 
 USUAL_SEQUENCE = 128
 

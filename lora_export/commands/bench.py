@@ -95,8 +95,8 @@ def bench(model: Path, as_json: bool, force: bool, dry_run: bool, quiet: bool, *
     from lora_export.bench.plan import plan_bench
     from lora_export.bench.run import carry_out
     from lora_export.progress import stage_progress
-    from lora_export.reports.bench_json import report_json
-    from lora_export.reports.bench_text import plan_lines, report_lines
+    from lora_export.reports.bench.to_json import report_json
+    from lora_export.reports.bench.to_text import plan_lines, report_lines
 
     files = {kind: options.pop(kind) for kind in ("report", "plot", "html")}
     outputs = {f"--{kind}": path for kind, path in files.items() if path is not None}
@@ -143,8 +143,8 @@ def _each_once(numbers: Sequence[int]) -> tuple[int, ...]:
 def _file_problems(files: dict[str, Path | None], force: bool) -> list[str]:
     """Return why files can't be written: known before a minute of timing rather than after it."""
     from lora_export.errors import LoraExportError
-    from lora_export.output import refuse_replacing
-    from lora_export.reports.bench_figure import FORMATS, check_matplotlib
+    from lora_export.reports.bench.to_figure import FORMATS, check_matplotlib
+    from lora_export.storage.outputs import refuse_replacing
 
     problems = []
     for kind, path in files.items():
@@ -172,10 +172,10 @@ def _file_problems(files: dict[str, Path | None], force: bool) -> list[str]:
 
 def _write(report: BenchReport, files: dict[str, Path | None], force: bool) -> None:
     """Write the files, all of them or none."""
-    from lora_export.output import OutputSet, output_errors
-    from lora_export.reports.bench_figure import write_figure
-    from lora_export.reports.bench_html import write_html
-    from lora_export.reports.bench_json import write_json
+    from lora_export.reports.bench.to_figure import write_figure
+    from lora_export.reports.bench.to_html import write_html
+    from lora_export.reports.bench.to_json import write_json
+    from lora_export.storage.outputs import OutputSet, output_errors
 
     with OutputSet(force) as outputs:
         if path := files["report"]:

@@ -38,8 +38,8 @@ def capture_onnx(
     Example:
       lora-export capture-onnx my-model --dtype float16 --kv-cache -o base/model.onnx
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
-    from lora_export.base.own_code import code_notes
-    from lora_export.checkpoint import read_config
+    from lora_export.base.checkpoint.checkpoint import read_config
+    from lora_export.base.checkpoint.own_code import code_notes
     from lora_export.modes import capture_onnx as mode
     from lora_export.reports.merge import size_text
 

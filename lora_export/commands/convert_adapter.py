@@ -15,7 +15,7 @@ from lora_export.formats import WRITERS
 from lora_export.untrusted.shown import limited
 
 if TYPE_CHECKING:
-    from lora_export.convert import ConvertReport
+    from lora_export.modes.convert_adapter import ConvertReport
 
 _PATH = click.Path(path_type=Path)
 
@@ -44,7 +44,7 @@ def convert_adapter(adapter: Path, output: Path, as_json: bool, quiet: bool, **o
       lora-export convert-adapter my-adapter --for swap.onnx -o my-adapter.onnx_adapter
       lora-export convert-adapter my-adapter --for swap.onnx -o edge --format edge-llm
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
-    from lora_export import convert
+    from lora_export.modes import convert_adapter as convert
 
     started = time.monotonic()
     target = options.pop("format")

@@ -22,7 +22,7 @@ def doctor(as_json: bool) -> None:
     Example:
       lora-export doctor
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
-    from lora_export.doctor import examine
+    from lora_export.doctor.doctor import examine
     from lora_export.reports.doctor import doctor_lines
 
     report = examine()

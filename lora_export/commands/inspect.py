@@ -15,7 +15,7 @@ from lora_export.commands.printing import print_json, print_lines
 from lora_export.reports import ADAPTER_PLOTS
 
 if TYPE_CHECKING:
-    from lora_export.reports.adapter import AdapterReport
+    from lora_export.reports.adapter.facts import AdapterReport
 
 
 @click.command(short_help="Show what an adapter holds (modules, ranks, scaling, ‖ΔW‖), or an engine.")
@@ -56,8 +56,8 @@ def inspect(
     if is_engine(adapter):
         _inspect_engine(adapter, as_json, {"--base": base, "--plot": plot, **options})
         return
-    from lora_export.reports.adapter import inspect_adapter
-    from lora_export.reports.adapter_text import plain_lines, print_table
+    from lora_export.reports.adapter.facts import inspect_adapter
+    from lora_export.reports.adapter.to_text import plain_lines, print_table
 
     if plot is not None and plot.suffix[1:] not in ADAPTER_PLOTS:
         raise click.BadParameter(f"{plot} doesn't end in .{', .'.join(ADAPTER_PLOTS)}", param_hint="--plot")
@@ -88,7 +88,7 @@ def _inspect_engine(engine: Path, as_json: bool, others: dict[str, Any]) -> None
 
 
 def _draw(report: AdapterReport, plot: Path, force: bool) -> None:
-    from lora_export.output import OutputSet
+    from lora_export.storage.outputs import OutputSet
 
     module, _, attribute = ADAPTER_PLOTS[plot.suffix[1:]].partition(":")
     with OutputSet(force) as outputs:

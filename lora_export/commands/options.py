@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lora_export.captured import DTYPES
 from lora_export.commands.printing import print_json, print_lines, print_warnings
 from lora_export.errors import AdapterError
 from lora_export.formats import FORMATS, load_adapter
+from lora_export.graph.captured import DTYPES
 
 if TYPE_CHECKING:
     from lora_export.adapter import Adapter
-    from lora_export.exposed_output import ExposeReport
-    from lora_export.merge_report import MergeReport
+    from lora_export.modes.branches.output import ExposeReport
+    from lora_export.modes.merging.report import MergeReport
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 # Options that state what an adapter's file may state itself.
@@ -233,7 +233,7 @@ def load_adapters(paths: Iterable[Path], options: dict[str, Any]) -> list[Adapte
         return [load_adapter(path, **taken) for path in listed]
     except AdapterError as error:
         if lines := _how_each_is_read(listed, taken):
-            from lora_export.formats.scope import SHARED
+            from lora_export.formats.reading.scope import SHARED
 
             raise AdapterError("the adapters can't be read with the same options", SHARED, lines) from error
         raise

@@ -115,8 +115,8 @@ def parity(
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
     from lora_export.parity.check import check_parity
     from lora_export.progress import stage_progress
-    from lora_export.reports.parity_files import Inputs, check_outputs
-    from lora_export.reports.parity_json import read_report
+    from lora_export.reports.parity.files import Inputs, check_outputs
+    from lora_export.reports.parity.to_json import read_report
 
     outputs = {"json": report, "junit": junit, "html": html}
     read = Inputs(candidate, reference, options["base"], options["feeds"], baseline, _adapter_paths(adapters))
@@ -139,8 +139,8 @@ def _adapter_paths(entries: tuple[str, ...]) -> tuple[Path, ...]:
 
 
 def _print(found: ParityReport, as_json: bool, quiet: bool) -> None:
-    from lora_export.reports.parity_json import report_json
-    from lora_export.reports.parity_text import lines, note_lines
+    from lora_export.reports.parity.to_json import report_json
+    from lora_export.reports.parity.to_text import lines, note_lines
 
     if as_json:
         _say(lambda: print_json(report_json(found)))
@@ -160,8 +160,8 @@ def _finish(
     Raises:
         LoraExportError: The export passed, and its reports can't be written or it can't be compared.
     """
-    from lora_export.reports import parity_baseline
-    from lora_export.reports.parity_files import write_reports
+    from lora_export.reports.parity import baseline as parity_baseline
+    from lora_export.reports.parity.files import write_reports
 
     errors: list[LoraExportError] = []
     worse = False

@@ -24,8 +24,8 @@ def run(context: click.Context, recipe: Path, force: bool, dry_run: bool, quiet:
     Example:
       lora-export run recipes/demo-minilm.yaml --dry-run
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
+    from lora_export.commands.recipe import load_recipe
     from lora_export.errors import LoraExportError
-    from lora_export.recipe import load_recipe
 
     root = context.find_root()
     group = root.command

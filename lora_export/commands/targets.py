@@ -7,8 +7,8 @@ import json
 import click
 
 from lora_export.commands.printing import print_json, print_lines
-from lora_export.engines.targets import COMPILERS, PRECISIONS, select_targets
 from lora_export.errors import BackendError
+from lora_export.machines.targets import COMPILERS, PRECISIONS, select_targets
 
 # The verb that has just run, but for what was asked of it.
 _ALL = "leave out filters and options: then all are listed"

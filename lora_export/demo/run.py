@@ -17,11 +17,11 @@ from lora_export.demo.report import DemoReport, Parity, Prediction, StorageRow, 
 from lora_export.demo.sentences import Task, load_tasks
 from lora_export.demo.training import Trainer, require_packages, save_base, training_session
 from lora_export.errors import OutputError
-from lora_export.manifest import hash_folder
 from lora_export.modes.merge_onnx import merge_onnx
-from lora_export.output import OutputSet, make_parent, output_errors
 from lora_export.progress import Say
-from lora_export.sums.seal import sealed_json
+from lora_export.storage.manifest import hash_folder
+from lora_export.storage.outputs import OutputSet, make_parent, output_errors
+from lora_export.storage.sums.seal import sealed_json
 
 REPORT = "demo.json"
 _NEEDED_BYTES = 400_000_000

@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_export.commit.leftovers import scratch_folder
 from lora_export.demo.genai_base import Precision, build_base, load_int4_weights
 from lora_export.demo.greedy import Expected, Greedy
 from lora_export.demo.questions import Lesson, load_lesson
 from lora_export.demo.run import check_output, save_report
 from lora_export.demo.smollm2 import ChatTrainer, require_packages, save_base
 from lora_export.demo.training import silence, training_session
-from lora_export.output import OutputSet, output_errors
 from lora_export.progress import Say
+from lora_export.storage.commit.leftovers import scratch_folder
+from lora_export.storage.outputs import OutputSet, output_errors
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int4")
 _NEEDED_BYTES = 1_300_000_000

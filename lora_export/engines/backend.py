@@ -14,9 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lora_export.engines.local_gpus import Gpu, local_gpus
 from lora_export.engines.record import BuildOptions
 from lora_export.errors import BackendUnavailable
+from lora_export.machines.local_gpus import Gpu, local_gpus
 
 # The packages have no types; what is used of them is checked by a test against their bindings.
 TensorRT = Any

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_export import __version__
-from lora_export.commit.leftovers import scratch_folder
 from lora_export.engines.backend import DTYPES, Compiler, gpu_name_here
+from lora_export.engines.builder_process import Job
 from lora_export.engines.cache import EngineCache, default_folder, key_of
 from lora_export.engines.plan import BuildPlan, Group, Wish, engine_files, plan_build
 from lora_export.engines.profiles import ProfileRequest, shape_text
@@ -25,13 +25,13 @@ from lora_export.engines.record import (
     record_path,
     sha256_of,
 )
-from lora_export.engines.run_worker import run_worker
+from lora_export.engines.run_builder import run_worker
 from lora_export.engines.source import Serialized, port_of, serialize
-from lora_export.engines.worker import Job
 from lora_export.errors import BackendError, EngineBuildError, OutputError
-from lora_export.manifest import hash_written
-from lora_export.output import OutputSet, check_parent, output_errors, refuse_replacing
 from lora_export.progress import Say
+from lora_export.storage.commit.leftovers import scratch_folder
+from lora_export.storage.manifest import hash_written
+from lora_export.storage.outputs import OutputSet, check_parent, output_errors, refuse_replacing
 
 PathLike = str | os.PathLike[str]
 

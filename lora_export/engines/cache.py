@@ -21,7 +21,7 @@ from typing import Any
 
 from lora_export.engines.record import sha256_of
 from lora_export.errors import LoraExportError, OutputError
-from lora_export.output import OutputSet
+from lora_export.storage.outputs import OutputSet
 from lora_export.untrusted.documents import read_json
 from lora_export.untrusted.fields import Count, FieldError, from_plain
 

@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from lora_export.captured import BATCH, PAST_SEQUENCE, SEQUENCE, TOTAL_SEQUENCE
 from lora_export.engines.record import Port
-from lora_export.exposed import ExposedGraph
+from lora_export.graph.captured import BATCH, PAST_SEQUENCE, SEQUENCE, TOTAL_SEQUENCE
+from lora_export.graph.exposed import ExposedGraph
 
 PAST, TOTAL, RANK = PAST_SEQUENCE, TOTAL_SEQUENCE, "rank"
 # Profiles that know their sizes by their names.

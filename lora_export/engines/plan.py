@@ -8,24 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_export.engines import compiler_of
-from lora_export.engines.admit import Admitted, admit
 from lora_export.engines.backend import Compiler
 from lora_export.engines.dims import role_of
-from lora_export.engines.fit import Fit, check_fits
+from lora_export.engines.memory.fit import Fit, check_fits
+from lora_export.engines.prepare.prepare import Admitted, admit
 from lora_export.engines.profiles import ProfileRequest, make_profiles
-from lora_export.engines.record import (
-    BuildOptions,
-    EngineRecord,
-    EngineSource,
-    Port,
-    Profile,
-    record_path,
-)
+from lora_export.engines.record import BuildOptions, EngineRecord, EngineSource, Port, Profile, record_path
 from lora_export.engines.source import largest_sizes, ports_of
-from lora_export.engines.targets import RTX_COMPUTE_CAPABILITIES, Target, find_target
 from lora_export.errors import BackendError
-from lora_export.exposed import KEY
-from lora_export.graph import load_graph
+from lora_export.graph.exposed import KEY
+from lora_export.graph.onnx_file import load_graph
+from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES, Target, find_target
 
 PathLike = str | os.PathLike[str]
 # Every GPU that TensorRT-RTX builds for, by compute capability.

@@ -12,7 +12,6 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lora_export.captured import SEQUENCE
 from lora_export.engines.dims import (
     PAST,
     PHASES,
@@ -28,10 +27,11 @@ from lora_export.engines.dims import (
     total_of,
     varying,
 )
-from lora_export.engines.expressions import evaluate, names_in
 from lora_export.engines.record import Port, Profile, ShapeRange
 from lora_export.errors import BackendError
-from lora_export.exposed import ExposedGraph
+from lora_export.graph.captured import SEQUENCE
+from lora_export.graph.exposed import ExposedGraph
+from lora_export.graph.expressions import evaluate, names_in
 
 _HINT = (
     "give --shape DIMENSION=MIN:OPT:MAX (batch=1:1:8) or --shape INPUT=MIN:OPT:MAX with shapes "

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lora_export.errors import BackendError
-from lora_export.exposed import ExposedGraph
-from lora_export.manifest import FileHash
-from lora_export.sums.full import file_digest
-from lora_export.sums.seal import SEAL, sealed_json
+from lora_export.graph.exposed import ExposedGraph
+from lora_export.storage.manifest import FileHash
+from lora_export.storage.sums.full import file_digest
+from lora_export.storage.sums.seal import SEAL, sealed_json
 from lora_export.untrusted.documents import json_of, read_json
 from lora_export.untrusted.fields import AtLeast, Axes, Count, FieldError, from_plain, seen
 

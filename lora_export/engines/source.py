@@ -9,11 +9,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from lora_export.captured import Captured
 from lora_export.engines.cache import combined
 from lora_export.engines.record import EngineSource, Port
-from lora_export.graph import GraphFile, proto_bytes
-from lora_export.manifest import FileHash, hash_file
+from lora_export.graph.captured import Captured
+from lora_export.graph.onnx_file import GraphFile, proto_bytes
+from lora_export.storage.manifest import FileHash, hash_file
 
 
 def ports_of(graph: GraphFile) -> tuple[tuple[Port, ...], tuple[Port, ...]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_export.engines.backend import Compiler, TensorRT, gpu_here
 from lora_export.engines.record import BuildOptions
-from lora_export.output import OutputSet
+from lora_export.storage.outputs import OutputSet
 
 
 class TensorRTClassic(Compiler):

@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_export.engines.backend import Compiler, TensorRT, gpu_here
 from lora_export.engines.record import BuildOptions
-from lora_export.engines.targets import RTX_COMPUTE_CAPABILITIES
+from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES
 
 
 class TensorRTRTX(Compiler):

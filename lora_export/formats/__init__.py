@@ -17,7 +17,7 @@ from lora_export.errors import AdapterError
 if TYPE_CHECKING:
     from lora_export.adapter import Adapter
     from lora_export.formats.provenance import Writer
-    from lora_export.formats.source import Format, Source
+    from lora_export.formats.reading.source import Format, Source
 
 __all__ = ["FORMATS", "WRITERS", "as_adapter", "load_adapter", "save_adapter", "writer_of"]
 
@@ -71,9 +71,9 @@ def load_adapter(
         BackendUnavailable: A torch checkpoint or an ``.onnx_adapter``, and torch or onnxruntime is not
             installed.
     """
-    from lora_export.formats.pairs import check_options
-    from lora_export.formats.patterns import within
-    from lora_export.formats.source import Options, open_source
+    from lora_export.formats.reading.pairs import check_options
+    from lora_export.formats.reading.patterns import within
+    from lora_export.formats.reading.source import Options, open_source
 
     options = Options(alpha, rank, rslora, component)
     check_options(options)
@@ -86,7 +86,7 @@ def load_adapter(
         adapter = _with_effect(_format(format or detect_format(source)).read(source, options))
     if component is None:
         return adapter
-    from lora_export.formats.scope import part_of
+    from lora_export.formats.reading.scope import part_of
 
     return part_of(adapter, component)
 
@@ -116,7 +116,7 @@ def as_adapter(given: str | os.PathLike[str] | Adapter, component: str | None = 
         AdapterError: As `load_adapter`.
     """
     from lora_export.adapter import Adapter
-    from lora_export.formats.scope import part_of
+    from lora_export.formats.reading.scope import part_of
 
     if not isinstance(given, Adapter):
         return load_adapter(Path(given), component=component)
@@ -138,7 +138,7 @@ def save_adapter(adapter: Adapter, folder: str | Path, force: bool = False) -> P
         AdapterError: The adapter has something that PEFT's config can't say; all of it is listed.
         OutputError: The files exist already, or can't be written.
     """
-    from lora_export.formats.peft_folder import write_folder
+    from lora_export.formats.reading.peft_folder import write_folder
 
     return write_folder(adapter, Path(folder), force)
 
@@ -149,7 +149,7 @@ def detect_format(source: Source) -> str:
     Raises:
         AdapterError: None recognises it, or several do.
     """
-    from lora_export.formats.source import FORMAT_OPTION
+    from lora_export.formats.reading.source import FORMAT_OPTION
 
     formats = {name: _format(name) for name in FORMATS}
     found = [name for name, one in formats.items() if one.certain and one.recognises(source)][:1]

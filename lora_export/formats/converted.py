@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lora_export.adapter import Adapter, Array
-from lora_export.formats.graph_layout import EXPECTS, read_converted
 from lora_export.formats.provenance import FORMAT_KEY, FORMAT_NAME, LAYOUT, LAYOUT_KEY, Provenance, Writer
-from lora_export.formats.source import Format, Options, Source
-from lora_export.formats.tensors import write_safetensors
-from lora_export.sums.seal import seal_file
+from lora_export.formats.reading.graph_layout import EXPECTS, read_converted
+from lora_export.formats.reading.source import Format, Options, Source
+from lora_export.formats.reading.tensors import write_safetensors
+from lora_export.storage.sums.seal import seal_file
 
 
 def recognises(source: Source) -> bool:

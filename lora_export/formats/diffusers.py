@@ -7,7 +7,7 @@ diffusion-pipe and ComfyUI write ``diffusion_model``. Three spellings: ``….lor
 ``double_blocks.0.processor.qkv_lora1.down.weight`` is read as Black Forest Labs' name of the same module.
 
 Scaling, in this order: the metadata ``lora_adapter_metadata`` (one JSON object with keys such as
-``unet.lora_alpha``); ``<module>.alpha``; alpha in the metadata (`lora_export.formats.stated`); else alpha =
+``unet.lora_alpha``); ``<module>.alpha``; alpha in the metadata (`lora_export.formats.reading.stated`); else alpha =
 rank for each module, whether or not the ranks are equal (``utils/peft_utils.py``, ``get_peft_kwargs``).
 """
 
@@ -19,15 +19,15 @@ from typing import Any
 
 from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError
-from lora_export.formats.diffusion_names import (
+from lora_export.formats.reading.diffusion_names import (
     COMPONENT,
     METADATA_KEY,
     Components,
     follows_diffusers,
     xlabs_path,
 )
-from lora_export.formats.lora_config import LoraRules
-from lora_export.formats.pairs import (
+from lora_export.formats.reading.lora_config import LoraRules
+from lora_export.formats.reading.pairs import (
     Parts,
     PartsTable,
     adapter_of,
@@ -36,8 +36,8 @@ from lora_export.formats.pairs import (
     raise_problems,
     select_component,
 )
-from lora_export.formats.source import Format, Options, Source
-from lora_export.formats.stated import Stated, check_alpha_tensors, stated_of
+from lora_export.formats.reading.source import Format, Options, Source
+from lora_export.formats.reading.stated import Stated, check_alpha_tensors, stated_of
 from lora_export.untrusted.documents import json_of
 
 _LORA = re.compile(

@@ -13,12 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lora_export.adapter import Adapter, Array
-from lora_export.formats.graph_layout import EXPECTS, has_names, read_converted
 from lora_export.formats.provenance import Provenance, Writer
-from lora_export.formats.source import EDGE_LLM_NAME, Format, Options, Source
-from lora_export.formats.tensors import write_safetensors
-from lora_export.manifest import hash_written
-from lora_export.sums.seal import seal_file, sealed_json
+from lora_export.formats.reading.graph_layout import EXPECTS, has_names, read_converted
+from lora_export.formats.reading.source import EDGE_LLM_NAME, Format, Options, Source
+from lora_export.formats.reading.tensors import write_safetensors
+from lora_export.storage.manifest import hash_written
+from lora_export.storage.sums.seal import seal_file, sealed_json
 
 _CONFIG_NAME = "config.json"
 # Parts of module paths that live outside its engine's LoRA inputs.

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lora_export.adapter import Adapter, Array
-from lora_export.formats.graph_layout import read_converted
-from lora_export.formats.ort_file import SUFFIX, config_of, write_ort_file
 from lora_export.formats.provenance import Provenance, Writer, base_version
-from lora_export.formats.source import Format, Options, Source
+from lora_export.formats.reading.graph_layout import read_converted
+from lora_export.formats.reading.ort_file import SUFFIX, config_of, write_ort_file
+from lora_export.formats.reading.source import Format, Options, Source
 
 _MARK = re.compile(r"\.lora_[AB]\.MatMul\.weight$")
 

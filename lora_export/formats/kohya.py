@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from lora_export.adapter import Adapter, Array
-from lora_export.formats.diffusion_names import Components
-from lora_export.formats.pairs import (
+from lora_export.formats.reading.diffusion_names import Components
+from lora_export.formats.reading.pairs import (
     Parts,
     PartsTable,
     adapter_of,
@@ -23,9 +23,9 @@ from lora_export.formats.pairs import (
     raise_problems,
     select_component,
 )
-from lora_export.formats.source import Format, Options, Source
-from lora_export.formats.stated import Stated, check_alpha_tensors, stated_of
-from lora_export.formats.wrappers import strip_flat_wrappers
+from lora_export.formats.reading.source import Format, Options, Source
+from lora_export.formats.reading.stated import Stated, check_alpha_tensors, stated_of
+from lora_export.formats.reading.wrappers import strip_flat_wrappers
 
 _PARTS = {
     "lora_down.weight": "lora_a",

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Adapter, Array
-from lora_export.formats.pairs import (
+from lora_export.formats.reading.pairs import (
     Parts,
     PartsTable,
     Room,
@@ -30,9 +30,9 @@ from lora_export.formats.pairs import (
     build_module,
     raise_problems,
 )
-from lora_export.formats.source import Format, Options, Source
-from lora_export.formats.stated import stated_of, where_to_look
-from lora_export.formats.tensors import value_problems
+from lora_export.formats.reading.source import Format, Options, Source
+from lora_export.formats.reading.stated import stated_of, where_to_look
+from lora_export.formats.reading.tensors import value_problems
 
 _LORA = re.compile(r"^(?P<path>.+)\.lora_(?P<part>[AB])$")
 _EMBEDDINGS = frozenset(

@@ -16,8 +16,8 @@ from typing import Any
 
 from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError
-from lora_export.formats.pairs import Parts, PartsTable, adapter_of, build_module, raise_problems
-from lora_export.formats.source import CONFIG_NAME, Format, Options, Source
+from lora_export.formats.reading.pairs import Parts, PartsTable, adapter_of, build_module, raise_problems
+from lora_export.formats.reading.source import CONFIG_NAME, Format, Options, Source
 
 _NAME = re.compile(r"^(?P<path>.+)\.(?P<part>lora_a|lora_b|m)$")
 _EMBEDDINGS = frozenset(

@@ -20,10 +20,10 @@ import numpy as np
 
 from lora_export.adapter import Adapter, Array, LoraModule
 from lora_export.errors import AdapterError
-from lora_export.formats.diffusion_names import follows_diffusers, strip_denoiser
-from lora_export.formats.experts import is_target_module, layout_of, nesting, parameters_of
-from lora_export.formats.lora_config import ALORA, LoraRules, pattern_values
-from lora_export.formats.pairs import (
+from lora_export.formats.reading.diffusion_names import follows_diffusers, strip_denoiser
+from lora_export.formats.reading.experts import is_target_module, layout_of, nesting, parameters_of
+from lora_export.formats.reading.lora_config import ALORA, LoraRules, pattern_values
+from lora_export.formats.reading.pairs import (
     Parts,
     PartsTable,
     Room,
@@ -32,13 +32,13 @@ from lora_export.formats.pairs import (
     raise_problems,
     select_component,
 )
-from lora_export.formats.pattern_keys import misplaced_keys
-from lora_export.formats.source import CONFIG_NAME, FORMAT_OPTION, Format, Options, Source
-from lora_export.formats.stated import stated_of, where_to_look
-from lora_export.formats.targeting import is_targeted
-from lora_export.formats.tensors import value_problems
-from lora_export.formats.token_rows import is_rows, read_rows
-from lora_export.formats.wrappers import PREFIX, unwrap_config
+from lora_export.formats.reading.pattern_keys import misplaced_keys
+from lora_export.formats.reading.source import CONFIG_NAME, FORMAT_OPTION, Format, Options, Source
+from lora_export.formats.reading.stated import stated_of, where_to_look
+from lora_export.formats.reading.targeting import is_targeted
+from lora_export.formats.reading.tensors import value_problems
+from lora_export.formats.reading.token_rows import is_rows, read_rows
+from lora_export.formats.reading.wrappers import PREFIX, unwrap_config
 
 # Names in one message.
 _SHOWN = 3
@@ -335,7 +335,7 @@ def _check_switches(
 def _check_experts(modules: Mapping[str, LoraModule], problems: list[str]) -> None:
     """A wrong nesting shows in the shapes: ``down_proj`` puts out what ``gate_up_proj`` takes in.
 
-    Factors that act on the other axis (see `lora_export.formats.experts`) have the two exchanged.
+    Factors that act on the other axis (see `lora_export.formats.reading.experts`) have the two exchanged.
     """
     for key, up in modules.items():
         down = modules.get(key.removesuffix("gate_up_proj") + "down_proj")

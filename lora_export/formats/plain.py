@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 
 from lora_export.adapter import Adapter
-from lora_export.formats.pairs import PartsTable, adapter_of, build_module, raise_problems
-from lora_export.formats.source import Format, Options, Source
-from lora_export.formats.stated import stated_of, where_to_look
+from lora_export.formats.reading.pairs import PartsTable, adapter_of, build_module, raise_problems
+from lora_export.formats.reading.source import Format, Options, Source
+from lora_export.formats.reading.stated import stated_of, where_to_look
 
 _LORA = re.compile(r"^(?P<path>.+)\.(?P<part>[AB])\.weight$")
 

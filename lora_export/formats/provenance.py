@@ -1,6 +1,6 @@
 """What a converted adapter says of itself: the base it was made for, the adapter it was made of.
 
-A converted file holds tensors as a graph takes them (`lora_export.exposed`). Transposed matrices can't be
+A converted file holds tensors as a graph takes them (`lora_export.graph.exposed`). Transposed matrices can't be
 told from their shapes (square ones least of all), so a file is known by what it says, never by its looks.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_export.adapter import Adapter, Array
 from lora_export.errors import AdapterError
-from lora_export.sums.seal import KEY, UNSEALED
+from lora_export.storage.sums.seal import KEY, UNSEALED
 
 FORMAT_KEY, FORMAT_NAME = "format", "lora-export"
 LAYOUT_KEY, LAYOUT = "layout", "onnx"

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_export.data_identity import place_problem
 from lora_export.errors import LoraExportError
+from lora_export.graph.data_identity import place_problem
 from lora_export.integrity.claims import SUMS, Claim, Description, description_of
-from lora_export.manifest import hash_file, identity_of, is_sampled
-from lora_export.sums.full import file_digest
-from lora_export.sums.seal import find_seal
+from lora_export.storage.manifest import hash_file, identity_of, is_sampled
+from lora_export.storage.sums.full import file_digest
+from lora_export.storage.sums.seal import find_seal
 
 State = Literal["ok", "sampled", "unhashed", "not described", "changed", "missing", "outside"]
 # What decides where several things are said of one file, the strongest first.

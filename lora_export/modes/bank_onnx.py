@@ -17,24 +17,24 @@ from pathlib import Path
 import numpy as np
 
 from lora_export.adapter import Adapter, LoraModule
-from lora_export.branches.bundles import Bundle, bundles_of, with_ranks
-from lora_export.branches.fuse import fuse_calls
-from lora_export.branches.gate import BankGate
-from lora_export.branches.inputs import add_initializer, add_input, ir_type
-from lora_export.branches.place import refuse_unsuited
-from lora_export.branches.shapes import shapes_of
-from lora_export.branches.union import Union
-from lora_export.branches.write import BranchWriter, Tensors
-from lora_export.casting import Caster
+from lora_export.base.open_base import CheckpointChoice, open_base
+from lora_export.binding.cast import Caster
+from lora_export.binding.pack import Block, assemble, blocks_of_slot, cut_b
 from lora_export.errors import AdapterError
-from lora_export.exposed import UNHASHED, ExposedGraph, Flavour, Resident, Slot
-from lora_export.exposed_output import ExposeReport, base_name, write_exposed
-from lora_export.graph import GraphFile
-from lora_export.onnx_base import CheckpointChoice, open_base
-from lora_export.packing import Block, assemble, blocks_of_slot, cut_b
-from lora_export.sites.ranges import cut_off
+from lora_export.graph.exposed import UNHASHED, ExposedGraph, Flavour, Resident, Slot
+from lora_export.graph.onnx_file import GraphFile
+from lora_export.graph.shapes import shapes_of
+from lora_export.modes.branches.bundles import Bundle, bundles_of, with_ranks
+from lora_export.modes.branches.fuse import fuse_calls
+from lora_export.modes.branches.gate import BankGate
+from lora_export.modes.branches.inputs import add_initializer, add_input, ir_type
+from lora_export.modes.branches.output import ExposeReport, base_name, write_exposed
+from lora_export.modes.branches.place import refuse_unsuited
+from lora_export.modes.branches.union import Union
+from lora_export.modes.branches.write import BranchWriter, Tensors
+from lora_export.sites.naming.towers import landmarks
 from lora_export.sites.resolve import Resolver
-from lora_export.sites.towers import landmarks
+from lora_export.sites.values.ranges import cut_off
 
 PathLike = str | os.PathLike[str]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lora_export.capture import capture_checkpoint
-from lora_export.commit.leftovers import scratch_folder
-from lora_export.onnx_base import output_paths
-from lora_export.output import OutputSet, make_parent, output_errors, refuse_replacing
+from lora_export.base.capture.capture import capture_checkpoint
+from lora_export.base.open_base import output_paths
+from lora_export.storage.commit.leftovers import scratch_folder
+from lora_export.storage.outputs import OutputSet, make_parent, output_errors, refuse_replacing
 
 PathLike = str | os.PathLike[str]
 

@@ -12,19 +12,21 @@ import onnx_ir as ir
 
 from lora_export import __version__
 from lora_export.adapter import Adapter
-from lora_export.base.copies import may_replace_ties
-from lora_export.base.history import MANIFEST, History, history_of
-from lora_export.base.in_graph import CAPTURED_KEY, entries_before
-from lora_export.blend import check_blend
-from lora_export.branches.union import refuse_other_bases
-from lora_export.checkpoint_files import small_files
-from lora_export.checkpoint_merge import CheckpointMerge, plan_merge
-from lora_export.commit.leftovers import scratch_folder
-from lora_export.data_identity import mark_data
-from lora_export.external_data import Change, plan_data, write_data
-from lora_export.graph import save_graph
-from lora_export.graph_merge import mark_merged, plan_changes
-from lora_export.manifest import (
+from lora_export.base.history.history import MANIFEST, History, history_of
+from lora_export.base.history.in_graph import CAPTURED_KEY, entries_before
+from lora_export.base.open_base import CheckpointChoice, open_base, output_paths
+from lora_export.base.ties.copies import may_replace_ties
+from lora_export.graph.data_identity import mark_data
+from lora_export.graph.external_data import Change, plan_data, write_data
+from lora_export.graph.onnx_file import save_graph
+from lora_export.modes.branches.union import refuse_other_bases
+from lora_export.modes.merging.blend import check_blend
+from lora_export.modes.merging.checkpoint_files import small_files
+from lora_export.modes.merging.into_checkpoint import CheckpointMerge, plan_merge
+from lora_export.modes.merging.into_graph import mark_merged, plan_changes
+from lora_export.modes.merging.report import MergeReport
+from lora_export.storage.commit.leftovers import scratch_folder
+from lora_export.storage.manifest import (
     FileHash,
     Manifest,
     adapter_entry,
@@ -32,10 +34,8 @@ from lora_export.manifest import (
     identity_of,
     package_versions,
 )
-from lora_export.merge_report import MergeReport
-from lora_export.onnx_base import CheckpointChoice, open_base, output_paths
-from lora_export.output import OutputSet, output_errors, refuse_replacing
-from lora_export.rounding import Mode, Rounding, rounding_dict
+from lora_export.storage.outputs import OutputSet, output_errors, refuse_replacing
+from lora_export.storage.rounding import Mode, Rounding, rounding_dict
 
 if TYPE_CHECKING:
     import torch
@@ -228,7 +228,7 @@ def export_onnx(
     Raises:
         LoraExportError: As `merge_onnx`; `GraphError` where torch.onnx can't export the module.
     """
-    from lora_export.capture import capture_module
+    from lora_export.base.capture.capture import capture_module
 
     refuse_replacing(list(output_paths(Path(output)).values()), force)
     with scratch_folder() as scratch:

@@ -17,22 +17,22 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.adapter import Adapter
-from lora_export.branches.bundles import Bundle, bundles_of
-from lora_export.branches.calls import Branch
-from lora_export.branches.fuse import fuse_calls
-from lora_export.branches.inputs import add_input, ir_type
-from lora_export.branches.place import refuse_unsuited
-from lora_export.branches.union import Union
-from lora_export.branches.write import BranchWriter, Tensors
+from lora_export.base.open_base import CheckpointChoice, open_base
 from lora_export.errors import AdapterError
-from lora_export.exposed import ExposedGraph, ExposedModule, Flavour
-from lora_export.exposed_output import ExposeReport, base_name, write_exposed
-from lora_export.graph import GraphFile
-from lora_export.onnx_base import CheckpointChoice, open_base
+from lora_export.graph.exposed import ExposedGraph, ExposedModule, Flavour
+from lora_export.graph.onnx_file import GraphFile
+from lora_export.modes.branches.bundles import Bundle, bundles_of
+from lora_export.modes.branches.calls import Branch
+from lora_export.modes.branches.fuse import fuse_calls
+from lora_export.modes.branches.inputs import add_input, ir_type
+from lora_export.modes.branches.output import ExposeReport, base_name, write_exposed
+from lora_export.modes.branches.place import refuse_unsuited
+from lora_export.modes.branches.union import Union
+from lora_export.modes.branches.write import BranchWriter, Tensors
 from lora_export.sites.listing import targets_named
-from lora_export.sites.ranges import cut_off
+from lora_export.sites.naming.towers import landmarks
 from lora_export.sites.resolve import Resolver
-from lora_export.sites.towers import landmarks
+from lora_export.sites.values.ranges import cut_off
 
 PathLike = str | os.PathLike[str]
 DEFAULT_MAX_RANK = 64

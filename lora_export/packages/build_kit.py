@@ -16,16 +16,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lora_export.data_identity import mark_data
 from lora_export.engines.plan import BuildPlan, Group, Wish, plan_build
 from lora_export.engines.profiles import ProfileRequest
 from lora_export.engines.record import EngineSource, Profile, sha256_of
 from lora_export.engines.source import serialize
 from lora_export.errors import BackendError
-from lora_export.external_data import plan_data, write_data
-from lora_export.graph import save_graph
-from lora_export.manifest import hash_written
-from lora_export.output import OutputSet, check_parent, output_errors, refuse_existing
+from lora_export.graph.data_identity import mark_data
+from lora_export.graph.external_data import plan_data, write_data
+from lora_export.graph.onnx_file import save_graph
+from lora_export.storage.manifest import hash_written
+from lora_export.storage.outputs import OutputSet, check_parent, output_errors, refuse_existing
 
 PathLike = str | os.PathLike[str]
 _MIB = 1 << 20

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_export.base.links import link_problems
+from lora_export.base.checkpoint.links import link_problems
 from lora_export.errors import PackageError
-from lora_export.output import OutputSet, output_errors, refuse_existing
+from lora_export.storage.outputs import OutputSet, output_errors, refuse_existing
 from lora_export.untrusted.documents import read_json
 
 CONFIG = "genai_config.json"

@@ -11,21 +11,21 @@ from pathlib import Path
 
 from lora_export.adapter import Adapter, Array
 from lora_export.errors import BackendError
+from lora_export.formats.given import Adapters, named_adapters
 from lora_export.parity import laws as laws_of
 from lora_export.parity.comparison import Comparison
-from lora_export.parity.coverage import Coverage
 from lora_export.parity.environment import environment
-from lora_export.parity.feeds import Feed, ids_left, make_feeds, read_feeds
-from lora_export.parity.further_feeds import FurtherFeeds
-from lora_export.parity.generate import check_decoder, generate, prompts_of, token_verdicts
-from lora_export.parity.limits import STEP, STEPS
-from lora_export.parity.localise import Sources
-from lora_export.parity.localise import localise as localise_error
-from lora_export.parity.naming import Adapters, named_adapters
-from lora_export.parity.pasts import with_real_pasts
-from lora_export.parity.reference import CheckpointReference
+from lora_export.parity.feeds.coverage import Coverage
+from lora_export.parity.feeds.further import FurtherFeeds
+from lora_export.parity.feeds.made import Feed, ids_left, make_feeds, read_feeds
+from lora_export.parity.feeds.pasts import with_real_pasts
+from lora_export.parity.judge.limits import STEP, STEPS
+from lora_export.parity.judge.verdicts import Judge
+from lora_export.parity.localise.localise import Sources
+from lora_export.parity.localise.localise import localise as localise_error
 from lora_export.parity.result import BASE, Generated, Localisation, ParityReport, State, Verdict, state_name
-from lora_export.parity.sides import (
+from lora_export.parity.sides.reference import CheckpointReference
+from lora_export.parity.sides.sides import (
     Options,
     Sides,
     known_dtype,
@@ -34,9 +34,9 @@ from lora_export.parity.sides import (
     tolerance_of,
     vocabulary_of,
 )
-from lora_export.parity.verdicts import Judge
+from lora_export.parity.tokens import check_decoder, generate, prompts_of, token_verdicts
 from lora_export.progress import Say
-from lora_export.runtimes.device import Provider
+from lora_export.runtimes.ort.device import Provider
 
 PathLike = str | os.PathLike[str]
 _PROMPTS = 2
@@ -78,7 +78,7 @@ def check_parity(
         sequences: Lengths of made feeds; by default 1 and 16, or what the graph fixes.
         seed: Of made feeds.
         samples: How many feeds are made.
-        tolerance: ``auto``: from the dtypes, see `lora_export.parity.limits`; or ``(rtol, atol)``.
+        tolerance: ``auto``: from the dtypes, see `lora_export.parity.judge.limits`; or ``(rtol, atol)``.
         generate: Compare this many greedy tokens as well, of decoders.
         dtype: What the candidate is to be held to; by default what it says of itself.
         reference_dtype: What PyTorch computes the reference in: ``float64`` or ``float32``; by default

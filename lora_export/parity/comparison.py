@@ -11,15 +11,15 @@ import numpy as np
 
 from lora_export.adapter import Array
 from lora_export.errors import BackendError
-from lora_export.parity.candidate import Candidate
-from lora_export.parity.feeds import Feed
+from lora_export.parity.feeds.made import Feed
+from lora_export.parity.judge.limits import FACTOR
+from lora_export.parity.judge.metrics import Tally, group_of, is_logits
 from lora_export.parity.laws import Answer, Laws, masks_of
-from lora_export.parity.limits import FACTOR
-from lora_export.parity.metrics import Tally, group_of, is_logits
-from lora_export.parity.reference import Reference, pair_outputs
 from lora_export.parity.result import ANY, BASE, OutputMetrics, Scatter, State, Verdict, state_name
-from lora_export.runtimes.torch_reference import TorchReference
-from lora_export.runtimes.torch_ties import Choice, near_ties, record_choices, turn_ties
+from lora_export.parity.sides.candidate import Candidate
+from lora_export.parity.sides.reference import Reference, pair_outputs
+from lora_export.runtimes.torch.reference import TorchReference
+from lora_export.runtimes.torch.ties import Choice, near_ties, record_choices, turn_ties
 
 _POINTS = 400
 _FAR = 4.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from lora_export.bench.environment import read_environment
-from lora_export.manifest import package_versions
+from lora_export.machines.environment import read_environment
+from lora_export.storage.manifest import package_versions
 
 _PACKAGES = ("torch", "transformers")
 

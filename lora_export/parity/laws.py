@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from lora_export.adapter import Array
-from lora_export.parity.candidate import Candidate
-from lora_export.parity.feeds import Feed, rows_of
-from lora_export.parity.limits import EFFECT_CEILING, STEP, STEPS
-from lora_export.parity.metrics import Tally, group_of, is_logits
+from lora_export.parity.feeds.made import Feed, rows_of
+from lora_export.parity.judge.limits import EFFECT_CEILING, STEP, STEPS
+from lora_export.parity.judge.metrics import Tally, group_of, is_logits
+from lora_export.parity.judge.verdicts import Judge, finite_verdicts, groups, largest_limit
 from lora_export.parity.result import ANY, BASE, State, Verdict, state_name
-from lora_export.parity.verdicts import Judge, finite_verdicts, groups, largest_limit
+from lora_export.parity.sides.candidate import Candidate
 
 Outputs = Mapping[str, Array]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lora_export.doctor import DoctorReport
-from lora_export.doctor_checks import Capability, pip_name
-from lora_export.engines.local_gpus import Gpu
-from lora_export.engines.probe import Package
+from lora_export.doctor.checks import Capability, pip_name
+from lora_export.doctor.doctor import DoctorReport
+from lora_export.machines.local_gpus import Gpu
+from lora_export.machines.packages import Package
 from lora_export.plan import align
 
 _GIB = 2**30

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from lora_export.exposed import WEIGHTS_INPUT
-from lora_export.exposed_output import ExposeReport
+from lora_export.graph.exposed import WEIGHTS_INPUT
+from lora_export.modes.branches.output import ExposeReport
 from lora_export.reports.merge import size_text
 from lora_export.untrusted.shown import limited
 

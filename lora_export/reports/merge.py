@@ -6,13 +6,13 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from lora_export.merge_report import MergeReport
+from lora_export.modes.merging.report import MergeReport
 from lora_export.plan import align
-from lora_export.rounding import WARN_LOST, WARN_RELATIVE, Rounding, total_of
+from lora_export.storage.rounding import WARN_LOST, WARN_RELATIVE, Rounding, total_of
 from lora_export.untrusted.shown import limited
 
 if TYPE_CHECKING:
-    from lora_export.exposed_output import ExposeReport
+    from lora_export.modes.branches.output import ExposeReport
 
 # The modules with the greatest loss are named; the manifest has them all.
 _WORST = 3

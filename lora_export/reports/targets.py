@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_export.engines.targets import PRECISIONS, Target
+from lora_export.machines.targets import PRECISIONS, Target
 from lora_export.plan import align
 
 _HEADINGS = ("target", "GPU", "compute", "memory", "bandwidth", "precisions", "compilers")

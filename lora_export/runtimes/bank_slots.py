@@ -16,12 +16,12 @@ from typing import Generic
 import numpy as np
 
 from lora_export.adapter import Adapter, Array
-from lora_export.binding import clear_slot, slot_blocks
-from lora_export.casting import dtype_of
+from lora_export.binding.bind import clear_slot, slot_blocks
+from lora_export.binding.cast import dtype_of
+from lora_export.binding.pack import Block
 from lora_export.errors import AdapterError
-from lora_export.exposed import WEIGHTS_INPUT
-from lora_export.graph import load_graph
-from lora_export.packing import Block
+from lora_export.graph.exposed import WEIGHTS_INPUT
+from lora_export.graph.onnx_file import load_graph
 from lora_export.runtimes.adapter_cache import did_you_mean, unknown_adapter
 from lora_export.runtimes.feeds import Feeds
 from lora_export.runtimes.model import Model, R

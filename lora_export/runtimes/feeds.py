@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from lora_export.adapter import Array
 from lora_export.errors import BackendError
-from lora_export.exposed import WEIGHTS_INPUT
+from lora_export.graph.exposed import WEIGHTS_INPUT
 
 # A tensor that lies where the runtime wants it: an `onnxruntime.OrtValue`, an engine's `DeviceTensor`.
 DeviceValue = Any

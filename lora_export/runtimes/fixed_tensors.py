@@ -9,8 +9,8 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from lora_export.runtimes.cuda_memory import CudaDevice, DeviceBuffer, Stream
-from lora_export.runtimes.engine_tensors import EngineTensors
+from lora_export.runtimes.tensorrt.cuda import CudaDevice, DeviceBuffer, Stream
+from lora_export.runtimes.tensorrt.tensors import EngineTensors
 
 
 class FixedTensors:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from lora_export.adapter import Array
-from lora_export.base_weights import WeightOf
-from lora_export.exposed import ExposedGraph
+from lora_export.binding.base_weights import WeightOf
+from lora_export.graph.exposed import ExposedGraph
 from lora_export.runtimes.feeds import DeviceValue, Feeds, Input
 
 # LoRA tensors on the device, ready for a run, as the runtime keeps them.

@@ -7,9 +7,9 @@ from typing import Any
 
 from lora_export.engines.record import is_engine
 from lora_export.runtimes.model import Model
-from lora_export.runtimes.ort_model import OrtModel
+from lora_export.runtimes.ort.model import OrtModel
 from lora_export.runtimes.session_options import SessionOptions
-from lora_export.runtimes.tensorrt import TensorRTModel
+from lora_export.runtimes.tensorrt.model import TensorRTModel
 
 
 def open_model(path: Path, options: SessionOptions) -> Model[Any]:

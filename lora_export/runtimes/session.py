@@ -9,15 +9,15 @@ from types import TracebackType
 from typing import Any
 
 from lora_export.adapter import Adapter, Array
+from lora_export.base.pipeline import refuse_other_components
 from lora_export.errors import AdapterError, BackendError
-from lora_export.exposed import ExposedGraph
 from lora_export.formats import load_adapter
-from lora_export.formats.pipeline import refuse_other_components
+from lora_export.graph.exposed import ExposedGraph
 from lora_export.runtimes.bank_slots import BankSlots, Rows
-from lora_export.runtimes.device import OrtValue, Provider
 from lora_export.runtimes.feeds import DeviceValue, Feeds
 from lora_export.runtimes.opening import open_model
-from lora_export.runtimes.ort_model import OrtModel
+from lora_export.runtimes.ort.device import OrtValue, Provider
+from lora_export.runtimes.ort.model import OrtModel
 from lora_export.runtimes.session_options import PathLike, SessionOptions
 from lora_export.runtimes.swap_adapters import SwapAdapters
 
@@ -244,7 +244,7 @@ class AdapterSession:
     ) -> dict[str, DeviceValue]:
         """Run the model as `run` does and leave the outputs on the device, to be fed again or read later.
 
-        They are `onnxruntime.OrtValue`, from an engine `lora_export.runtimes.cuda_memory.DeviceTensor`; both
+        They are `onnxruntime.OrtValue`, from an engine `lora_export.runtimes.tensorrt.cuda.DeviceTensor`; both
         have ``numpy()``.
         """
         return self._run(self._model.run_on_device, feeds, adapter, adapters, outputs)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.errors import BackendError
-from lora_export.runtimes.device import Provider
+from lora_export.runtimes.ort.device import Provider
 
 PathLike = str | os.PathLike[str]
 _ENGINE_ALONE = ("profile", "runtime_cache", "weight_streaming_budget_bytes", "source")

@@ -9,10 +9,10 @@ from typing import Any, Generic
 import numpy as np
 
 from lora_export.adapter import Adapter, Array
-from lora_export.binding import bind_adapter
-from lora_export.casting import dtype_of
+from lora_export.binding.bind import bind_adapter
+from lora_export.binding.cast import dtype_of
+from lora_export.binding.pack import cut_b
 from lora_export.errors import AdapterError
-from lora_export.packing import cut_b
 from lora_export.runtimes.adapter_cache import AdapterCache, Prepared
 from lora_export.runtimes.feeds import Feeds
 from lora_export.runtimes.model import Model, R

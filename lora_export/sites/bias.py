@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.graph import take_over_output
+from lora_export.graph.onnx_file import take_over_output
 from lora_export.sites.fit import placement_at
 from lora_export.sites.slot import Slot, Use
 from lora_export.sites.target import Miss, Part, Site, Stack, Target, WeightOf

@@ -4,7 +4,7 @@ Rules, for the parameters of one module (PEFT wraps them all alike):
 
 1. Shapes are proof: where one parameter's matrices are not square, the factors fit in one way only.
 2. Else the file's PEFT version says it, alone or together with the module's ``is_transposed``
-   (`lora_export.formats.experts` has the table).
+   (`lora_export.formats.reading.experts` has the table).
 3. Else it is not known, and the module stays as it was: who places it refuses it.
 """
 

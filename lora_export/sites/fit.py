@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.graph import matrix_shape, shape_of, stored_matrix
-from lora_export.patch import Placement
+from lora_export.graph.onnx_file import matrix_shape, shape_of, stored_matrix
 from lora_export.sites.heads import heads_of
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Miss, Part, Site, Target
+from lora_export.storage.patch import Placement
 
 # What changes a weight for all that a model does with it.
 BOTH_WAYS = (

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from lora_export.errors import SiteError
-from lora_export.graph import initializer_of
+from lora_export.graph.onnx_file import initializer_of
 from lora_export.sites.slot import DEQUANTIZE, PASSED, QUANTIZE, SHAPE_ONLY, Use
 from lora_export.sites.target import Part
 

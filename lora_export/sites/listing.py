@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from lora_export.errors import SiteError
-from lora_export.graph import GraphFile, shape_of
-from lora_export.sites import fit, names
+from lora_export.graph.onnx_file import GraphFile, shape_of
+from lora_export.sites import fit
 from lora_export.sites.heads import heads_of
+from lora_export.sites.naming import names
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Target, TargetKind

@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lora_export.adapter import Array, LoraModule
-from lora_export.sites import content
-from lora_export.sites.evidence import computed_from, folded_from, scope_class, scope_path
+from lora_export.sites.naming.evidence import computed_from, folded_from, scope_class, scope_path
 from lora_export.sites.target import Miss, Site, Target
-from lora_export.sites.verify import canonical_rows
+from lora_export.sites.values import content
+from lora_export.sites.values.verify import canonical_rows
 
 _SQUARE = (
     "the matrix is square {shape}: whether the graph stores it transposed can't be known from its shape; "

@@ -23,25 +23,34 @@ from functools import partial
 from itertools import islice, zip_longest
 
 from lora_export.adapter import Array
-from lora_export.graph import GraphFile, release, shape_of
-from lora_export.patch import Placement
+from lora_export.graph.onnx_file import GraphFile, release, shape_of
 from lora_export.plan import RefusalKind
-from lora_export.sites import changed, fit, matrices, names, readers, turned
-from lora_export.sites.answers import computed_answers
-from lora_export.sites.conflicts import without_conflicts
-from lora_export.sites.contained import branch_beside
-from lora_export.sites.copies import REMEDY, computed_parameters, computed_result, other_calls
-from lora_export.sites.evidence import FOLDED, NODE_NAME, SCOPE, SOURCES, WEIGHT_NAME, collect
-from lora_export.sites.fingerprints import Places, find_places
-from lora_export.sites.joined import copies_with_biases, joined_copies
-from lora_export.sites.known_names import KnownNames
-from lora_export.sites.likeness import matrix_of
-from lora_export.sites.renaming import NOT_FOUND, Renaming, is_below, rename
+from lora_export.sites import fit, matrices
+from lora_export.sites.doubts import changed, readers, turned
+from lora_export.sites.doubts.answers import computed_answers
+from lora_export.sites.doubts.conflicts import without_conflicts
+from lora_export.sites.doubts.contained import branch_beside
+from lora_export.sites.doubts.copies import REMEDY, computed_parameters, computed_result, other_calls
+from lora_export.sites.doubts.joined import copies_with_biases, joined_copies
+from lora_export.sites.naming import names
+from lora_export.sites.naming.evidence import FOLDED, NODE_NAME, SCOPE, SOURCES, WEIGHT_NAME, collect
+from lora_export.sites.naming.known_names import KnownNames
+from lora_export.sites.naming.likeness import matrix_of
+from lora_export.sites.naming.renaming import NOT_FOUND, Renaming, is_below, rename
+from lora_export.sites.naming.towers import Kinds
 from lora_export.sites.slot import Use
 from lora_export.sites.target import BaseWeights, Miss, Part, Site, Stack, Target, Wanted, WeightOf
-from lora_export.sites.towers import Kinds
 from lora_export.sites.uses import find_uses
-from lora_export.sites.verify import check_codes, check_content, orientations, search, tile, unconfirmed
+from lora_export.sites.values.fingerprints import Places, find_places
+from lora_export.sites.values.verify import (
+    check_codes,
+    check_content,
+    orientations,
+    search,
+    tile,
+    unconfirmed,
+)
+from lora_export.storage.patch import Placement
 
 # Part of the evidence where a checkpoint is at hand and the graph's weight is quantised.
 _NOT_COMPARED = "quantised, its values are not compared"

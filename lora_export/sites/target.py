@@ -11,12 +11,12 @@ import onnx_ir as ir
 
 from lora_export.adapter import MERGE_ROWS, Adapter, Array, LoraModule, token_rows_problems
 from lora_export.errors import AdapterError
-from lora_export.formats.whole_copies import reach_of
-from lora_export.patch import Placement
+from lora_export.formats.reading.whole_copies import reach_of
 from lora_export.plan import Proof, RefusalKind
-from lora_export.sites.names import Named
+from lora_export.sites.naming.names import Named
+from lora_export.sites.naming.towers import Kinds
 from lora_export.sites.slot import Use
-from lora_export.sites.towers import Kinds
+from lora_export.storage.patch import Placement
 
 TargetKind = Literal["linear", "conv", "embedding", "parameter", "vector", "any"]
 

@@ -8,11 +8,11 @@ from importlib import import_module
 
 import onnx_ir as ir
 
-from lora_export.graph import FLOAT_TYPES, GraphFile, shape_of
+from lora_export.graph.onnx_file import FLOAT_TYPES, GraphFile, shape_of
 from lora_export.sites import OPERATORS
-from lora_export.sites.quantized import SCALES
-from lora_export.sites.ranges import is_fixed
+from lora_export.sites.operators.quantized import SCALES
 from lora_export.sites.slot import DEQUANTIZE, NORMS, PASSED, QUANTIZE, SHAPE_ONLY, SKIP_NORMS, Slot, Use
+from lora_export.sites.values.ranges import is_fixed
 
 # What else a vector may feed, so that biases and norms (modules_to_save, bias="all") have a place.
 _VECTOR_PARAMETERS = {"Add": "bias", "Mul": "weight"}

@@ -9,9 +9,9 @@ from functools import partial
 import numpy as np
 
 from lora_export.adapter import Array
-from lora_export.blocks import Block, Buffers, Findings, Matrix, MergePiece, blocks_of
-from lora_export.patch import Patch
-from lora_export.rounding import Sample
+from lora_export.storage.blocks import Block, Buffers, Findings, Matrix, MergePiece, blocks_of
+from lora_export.storage.patch import Patch
+from lora_export.storage.rounding import Sample
 from lora_export.storage.scales import dequantise, requantise
 
 

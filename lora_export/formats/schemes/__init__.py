@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from lora_export.errors import AdapterError
-from lora_export.formats.targeting import half_saved, refuse_unsaved
+from lora_export.formats.reading.targeting import half_saved, refuse_unsaved
 
 if TYPE_CHECKING:
     from lora_export.adapter import Adapter

@@ -35,7 +35,7 @@ SCHEME = TableScheme(
             *(f"{_SINGLE}.attn.to_{x}" for x in "qkv"), f"{_SINGLE}.proj_mlp"
         ),
         "single_blocks.{}.linear2": f"{_SINGLE}.proj_out",
-        # XLabs' adapters leave the MLP's rows of linear1 out (`lora_export.formats.diffusion_names`).
+        # XLabs' adapters leave the MLP's rows of linear1 out (`lora_export.formats.reading.diffusion_names`).
         "single_blocks.{}.qkv": thirds(*(f"{_SINGLE}.attn.to_{x}" for x in "qkv")),
         "single_blocks.{}.modulation.lin": f"{_SINGLE}.norm.linear",
         "distilled_guidance_layer.layers.{}.in_layer": "distilled_guidance_layer.layers.{}.linear_1",

@@ -5,14 +5,7 @@ Source: diffusers ``loaders/single_file_utils.py``, ``convert_sd3_transformer_ch
 
 from __future__ import annotations
 
-from lora_export.formats.schemes.rules import (
-    Counterpart,
-    Spans,
-    TableScheme,
-    swapped_halves,
-    thirds,
-    whole,
-)
+from lora_export.formats.schemes.rules import Counterpart, Spans, TableScheme, swapped_halves, thirds, whole
 
 _BLOCK, _EMBED = "transformer_blocks.{}", "time_text_embed"
 

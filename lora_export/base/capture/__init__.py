@@ -1,0 +1,1 @@
+"""A checkpoint folder or a model in memory, captured as a graph."""

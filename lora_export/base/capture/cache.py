@@ -1,0 +1,155 @@
+"""A decoder with its key-value cache as plain inputs and outputs, under the names that servers expect.
+
+========================================== ==============================================
+``input_ids``, ``position_ids``            ``[batch, sequence]``
+``attention_mask``                         ``[batch, total_sequence]``, past and new tokens
+``past_key_values.N.key``, ``….value``     ``[batch, kv_heads, past_sequence, head_dim]``
+``logits``                                 ``[batch, sequence, vocab]``
+``present.N.key``, ``….value``             ``[batch, kv_heads, total_sequence, head_dim]``
+========================================== ==============================================
+
+These are the names of optimum and onnxruntime-genai. Every layer keeps all tokens: what a layer with a
+sliding window must not see is masked, as it is without a cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_export.errors import CheckpointError
+from lora_export.graph.captured import BATCH, PAST_SEQUENCE, SEQUENCE, TOTAL_SEQUENCE
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+_PAST = 5  # Tokens in the example's cache: a size that no other dimension of the example has.
+_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
+
+
+@dataclass(frozen=True)
+class CachedDecoder:
+    """What `capture_export.export_module` takes for a decoder with a cache.
+
+    Attributes:
+        inputs: Example inputs by parameter.
+        shapes: Their dynamic dimensions.
+        input_names: Of the graph.
+        output_names: Of the graph.
+    """
+
+    inputs: dict[str, Any]
+    shapes: dict[str, Any]
+    input_names: list[str]
+    output_names: list[str]
+
+
+def with_cache(
+    model: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any], where: str
+) -> CachedDecoder:
+    """Make a model read and return its cache as a flat list of tensors.
+
+    Args:
+        model: A transformers model; its ``forward`` is replaced. A module around it would do as well, but
+            each weight of the graph would have another name than in the checkpoint.
+        inputs: What it was run with.
+        outputs: What it returned; the cache in it shows the layers' shapes.
+        where: The folder, for messages.
+
+    Raises:
+        CheckpointError: The model has no key-value cache, or another state beside it.
+    """
+    import torch
+
+    past = _empty_past(type(model).__name__, inputs, outputs, where)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    example: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": torch.ones(len(ids), mask.shape[1] + _PAST, dtype=mask.dtype),
+    }
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        example["position_ids"] = torch.arange(_PAST, _PAST + ids.shape[1]).repeat(len(ids), 1)
+    names = [*example]
+    _replace_forward(model, names)
+    example["past"] = past
+    layers = [f"{number}.{part}" for number in range(len(past)) for part in ("key", "value")]
+    return CachedDecoder(
+        example,
+        _shapes(example),
+        names + [f"past_key_values.{layer}" for layer in layers],
+        ["logits", *(f"present.{layer}" for layer in layers)],
+    )
+
+
+def _empty_past(
+    kind: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any], where: str
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return zeros in the shape of each layer's keys and values."""
+    cache, logits = outputs.get("past_key_values"), outputs.get("logits")
+    if cache is None:
+        raise CheckpointError(
+            f"{where}: {kind} has no key-value cache",
+            "only decoders that generate text have one: leave out --kv-cache (kv_cache=True)",
+        )
+    if logits is None or logits.shape[:2] != inputs["input_ids"].shape:
+        raise CheckpointError(
+            f"{where}: {kind} has a key-value cache, but no logits for each token to go on from",
+            "leave out --kv-cache (kv_cache=True)",
+        )
+    layers = getattr(cache, "layers", [])
+    others = sorted({type(layer).__name__ for layer in layers} - set(_LAYERS))
+    if others or not layers:
+        raise CheckpointError(
+            f"{where}: {kind} keeps a state that is more than keys and values "
+            f"({', '.join(others) or type(cache).__name__})",
+            "leave out --kv-cache (kv_cache=True), or build the graph with onnxruntime-genai's builder",
+        )
+    return [(_zeros(layer.keys), _zeros(layer.values)) for layer in layers]
+
+
+def _zeros(state: torch.Tensor) -> torch.Tensor:
+    batch, heads, _, size = state.shape
+    return state.new_zeros(batch, heads, _PAST, size)
+
+
+def _replace_forward(model: Any, names: list[str]) -> None:
+    from transformers import DynamicCache
+
+    forward = model.forward
+
+    def cached(
+        input_ids: Any, attention_mask: Any, position_ids: Any = None, past: Any = ()
+    ) -> tuple[torch.Tensor, ...]:
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        # Without the config: with it, layers with a sliding window would forget.
+        result = forward(
+            **{name: given[name] for name in names}, past_key_values=DynamicCache(past), use_cache=True
+        )
+        states = [state for layer in result.past_key_values.layers for state in (layer.keys, layer.values)]
+        return (result.logits, *states)
+
+    model.forward = cached
+
+
+def _shapes(example: Mapping[str, Any]) -> dict[str, Any]:
+    from torch.export import Dim
+
+    batch, sequence, past = Dim(BATCH), Dim(SEQUENCE), Dim(PAST_SEQUENCE)
+    shapes: dict[str, Any] = {name: {0: batch, 1: sequence} for name in example}
+    shapes["attention_mask"] = {0: batch, 1: Dim(TOTAL_SEQUENCE)}
+    shapes["past"] = [({0: batch, 2: past}, {0: batch, 2: past})] * len(example["past"])
+    return shapes
+
+
+def name_total(model: ir.Model) -> None:
+    """Give the outputs' ``past_sequence + sequence`` the name that the attention mask has for it."""
+    import onnx_ir as ir
+
+    for value in model.graph.outputs[1:]:
+        assert value.shape is not None
+        dims = list(value.shape)
+        dims[2] = ir.SymbolicDim(TOTAL_SEQUENCE)
+        value.shape = ir.Shape(dims)

@@ -1,0 +1,358 @@
+"""Capture a PyTorch module or a Hugging Face checkpoint as an ONNX graph, with torch.onnx's dynamo exporter.
+
+The graph says in its metadata what it was captured from, see `lora_export.graph.captured`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_export.base.capture.cache import name_total, with_cache
+from lora_export.base.capture.export import (
+    export_module,
+    first_line,
+    quiet,
+    require,
+    run_module,
+    tensor_names,
+)
+from lora_export.base.checkpoint.checkpoint import Checkpoint, diffusers_class, no_folder, read_config
+from lora_export.base.checkpoint.links import refuse_links
+from lora_export.base.checkpoint.own_code import model_class, never_asked, refuse_own_code
+from lora_export.base.checkpoint.quantised import refuse_bare_codes
+from lora_export.base.history.history import MANIFEST, history_of
+from lora_export.base.history.in_graph import CAPTURED_KEY, entries_before
+from lora_export.errors import CheckpointError, OutputError
+from lora_export.graph.captured import (
+    BATCH,
+    DECODER_SEQUENCE,
+    DTYPES,
+    PAST_SEQUENCE,
+    SEQUENCE,
+    TOTAL_SEQUENCE,
+    Captured,
+    Kind,
+)
+from lora_export.graph.data_identity import mark_data
+from lora_export.graph.onnx_file import save_graph
+from lora_export.storage.manifest import hash_written
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+# The first in which Conv and pooling take bfloat16.
+_BFLOAT16_OPSET = 22
+# Smaller constants stay in the protobuf.
+_INLINE_BYTES = 256
+_EXPORT_YOURSELF = (
+    "export the model yourself and go on with that .onnx (lora_export.export_onnx does it, an adapter merged)"
+)
+
+
+def capture_checkpoint(
+    folder: str | os.PathLike[str],
+    output: Path,
+    *,
+    dtype: str = "float32",
+    kv_cache: bool = False,
+    replaced: Collection[str] = (),
+) -> Path:
+    """Write the graph of a checkpoint folder, with dynamic batch and sequence axes.
+
+    The model class is the one named in the config's ``architectures``.
+
+    Args:
+        folder: What ``save_pretrained`` wrote.
+        output: The ``.onnx`` file to write; its data goes beside it.
+        dtype: One of `DTYPES`: of weights, inputs and outputs (but ids). The graph computes as the model
+            does in PyTorch in that dtype: what transformers computes in float32 even then stays so.
+        kv_cache: For decoders: keys and values of past tokens are inputs and outputs, see `capture_cache`.
+        replaced: Parameters that are replaced afterwards: the checkpoint may lack them.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        BackendUnavailable: torch, transformers or onnxscript is missing.
+        CheckpointError: The folder can't be loaded or lacks weights, its kind of input is not known, it has
+            no cache, or weights don't fit into the dtype.
+        GraphError: torch.onnx can't export the model.
+        OutputError: There is no such dtype.
+    """
+    if dtype not in DTYPES:
+        raise OutputError(f"there is no dtype {dtype!r} to capture in", f"one of: {', '.join(DTYPES)}")
+    require("torch", "transformers", "onnxscript")
+    path = Path(folder)
+    model, _ = load_model(path, dtype, replaced)
+    _batch_experts(model)
+    inputs = example_inputs(model, path)
+    model.config.use_cache = True
+    outputs = run_module(model, inputs)
+    model.config.use_cache = False
+    captured = _describe(model, outputs, dtype, kv_cache)
+    opset = _BFLOAT16_OPSET if dtype == "bfloat16" else None
+    if kv_cache:
+        made = with_cache(model, inputs, outputs, str(path))
+        graph = export_module(model, made.inputs, made.shapes, made.output_names, made.input_names, opset)
+        name_total(graph)
+    else:
+        shapes = {name: _dynamic(name) for name in inputs}
+        graph = export_module(model, inputs, shapes, tensor_names(outputs), opset=opset)
+    graph.metadata_props.update(captured.to_metadata())
+    if before := entries_before(history_of(path / MANIFEST)):
+        graph.metadata_props[CAPTURED_KEY] = before
+    return _save(graph, output)
+
+
+def capture_module(
+    module: torch.nn.Module,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any],
+    output: Path,
+    dynamic_shapes: Any = None,
+) -> Path:
+    """Write the graph of a module.
+
+    Args:
+        module: In the mode (eval, dtype) in which it is to be captured.
+        example_inputs: Positional or keyword inputs.
+        output: The ``.onnx`` file to write; its data goes beside it.
+        dynamic_shapes: As for `torch.export.export`.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        BackendUnavailable: torch or onnxscript is missing.
+        GraphError: torch.onnx can't export the module.
+    """
+    require("torch", "onnxscript")
+    names = tensor_names(run_module(module, example_inputs))
+    return _save(export_module(module, example_inputs, dynamic_shapes, names), output)
+
+
+def _save(graph: ir.Model, output: Path) -> Path:
+    from onnx_ir.external_data import unload_from_model
+
+    data = output.parent / f"{output.name}.data"
+    graph = unload_from_model(graph, output.parent, data.name, size_threshold_bytes=_INLINE_BYTES)
+    if data.is_file():
+        mark_data(graph, {data.name: hash_written(data, data.name)})
+    save_graph(graph, output)
+    return output
+
+
+def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[Any, tuple[str, ...]]:
+    """Return a checkpoint's model as transformers loads it, in eval mode, and what it had to make up.
+
+    Args:
+        path: What ``save_pretrained`` wrote.
+        dtype: Of the weights: one of `DTYPES`, or ``float64``.
+        replaced: Parameters that are replaced afterwards: the checkpoint may lack them.
+
+    Returns:
+        The model, and the names of parameters that the checkpoint lacks: their values are random.
+
+    Raises:
+        CheckpointError: The folder can't be loaded without running code of its own, can't be loaded or lacks
+            weights, or weights don't fit into the dtype.
+    """
+    import torch
+    import transformers
+
+    if not path.is_dir():  # else transformers asks a hub for a model of that name
+        raise no_folder(path)
+    if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
+        raise CheckpointError(f"{path} is an adapter, not a base model", "give the folder of its base model")
+    _refuse_diffusers(path)
+    refuse_links(path, [found for kind in ("json", "safetensors", "bin") for found in path.glob(f"*.{kind}")])
+    refuse_own_code(path, read_config(path))
+    _refuse_adapter_beside(path)
+    refuse_bare_codes(path)
+    with quiet(), never_asked():
+        try:
+            config = transformers.AutoConfig.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
+            model, loading = _model_class(config, path).from_pretrained(
+                path,
+                dtype=getattr(torch, dtype),
+                local_files_only=True,
+                trust_remote_code=False,
+                attn_implementation=_attention(config),
+                output_loading_info=True,
+            )
+        except CheckpointError:
+            raise
+        except Exception as error:  # transformers, safetensors and torch raise many kinds
+            raise CheckpointError(
+                f"transformers can't load {path}: {first_line(error)}",
+                f"give the folder that save_pretrained wrote, or {_EXPORT_YOURSELF}",
+            ) from error
+    _refuse_missing(loading["missing_keys"], path, replaced)
+    _refuse_infinite(model, path, dtype)
+    return model.eval(), tuple(sorted(loading["missing_keys"]))
+
+
+def _refuse_diffusers(path: Path) -> None:
+    """Refuse a pipeline of diffusers, or one of its models, by that name."""
+    if (path / "model_index.json").exists():
+        Checkpoint.open(path)  # a pipeline: it says so
+    if kind := diffusers_class(path):
+        raise CheckpointError(
+            f"{path} holds a model of diffusers ({kind}): only models of transformers are captured",
+            f"{_EXPORT_YOURSELF}, or merge the adapter into the folder (lora-export merge)",
+        )
+
+
+def _refuse_adapter_beside(path: Path) -> None:
+    """Refuse an adapter in the model's folder: transformers applies it where PEFT is installed."""
+    if (path / "config.json").exists() and (path / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{path} holds an adapter beside the model (adapter_config.json): transformers would apply it "
+            "where PEFT is installed",
+            "move adapter_config.json and the adapter's weights to a folder of their own, and give that as "
+            "the adapter",
+        )
+
+
+def _refuse_missing(keys: Collection[str], path: Path, replaced: Collection[str]) -> None:
+    """Refuse a checkpoint without some of the model's weights: transformers has made them up."""
+    given = [f".{name}" for name in replaced]
+    missing = sorted(
+        key for key in keys if not any(f".{key}".endswith(name) or name.endswith(f".{key}") for name in given)
+    )
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {len(missing)} of the model's weights",
+            "give all of its files, or the class that it was saved from as 'architectures' in config.json",
+            missing,
+        )
+
+
+def _refuse_infinite(model: Any, path: Path, dtype: str) -> None:
+    """Refuse weights beyond what the dtype holds: transformers has made them infinite without a word."""
+    if dtype in ("float32", "float64"):
+        return
+    lost = {name: values for name, values in model.named_parameters() if not values.isfinite().all()}
+    if not lost:
+        return
+    # A conversion makes numbers infinite, never NaN.
+    spoilt = [name for name, values in lost.items() if values.isnan().any()]
+    if spoilt:
+        raise CheckpointError(
+            f"{len(spoilt)} weights of {path} are NaN, in whatever dtype", "save the checkpoint again", spoilt
+        )
+    larger = "bfloat16 or float32" if dtype == "float16" else "float32"
+    raise CheckpointError(
+        f"{len(lost)} weights of {path} are not finite in {dtype}", f"give --dtype {larger}", list(lost)
+    )
+
+
+def _describe(model: Any, outputs: Mapping[str, Any], dtype: str, kv_cache: bool) -> Captured:
+    config = model.config.get_text_config()
+    kind: Kind = "encoder"
+    if getattr(model.config, "is_encoder_decoder", False):
+        kind = "encoder-decoder"
+    elif model.main_input_name == "pixel_values":
+        return Captured("vision", kv_cache, dtype)
+    elif any(outputs.get(name) is not None for name in ("past_key_values", "cache_params")):
+        kind = "decoder"
+    longest = _longest(model, config)
+    dims = [SEQUENCE]
+    dims += [DECODER_SEQUENCE] * (kind == "encoder-decoder") + [PAST_SEQUENCE, TOTAL_SEQUENCE] * kv_cache
+    largest = dict.fromkeys(dims, longest) if longest else {}
+    return Captured(kind, kv_cache, dtype, getattr(config, "vocab_size", None), largest)
+
+
+def _longest(model: Any, config: Any) -> int | None:
+    """How many positions there are, where the config says it."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    for name, module in model.named_modules():
+        # RoBERTa and its like begin to count behind the padding token's id.
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None and module.num_embeddings == limit:
+            return limit - int(padding) - 1
+    return limit
+
+
+def _model_class(config: Any, path: Path) -> Any:
+    import transformers
+
+    names = config.architectures or []
+    for name in names:
+        if kind := model_class(name):
+            return kind
+    raise CheckpointError(
+        f"{path}/config.json names no architecture that transformers {transformers.__version__} has "
+        f"(architectures: {names})",
+        "set 'architectures' to the model's class, or export the model yourself and go on with that .onnx",
+    )
+
+
+def _batch_experts(model: Any) -> None:
+    """Have a mixture of experts multiply with each token's own experts, which ONNX has operators for.
+
+    transformers 5's default groups the tokens by expert (``torch._grouped_mm``), and its loop over the
+    experts depends on the values: neither can be exported. The sums are the same ones.
+    """
+    if hasattr(model, "set_experts_implementation"):
+        with quiet():
+            model.set_experts_implementation("batched_mm")
+
+
+def _attention(config: Any) -> str | None:
+    # T5's scaled-dot-product path fails in torch.export ("Cannot view a tensor").
+    return "eager" if getattr(config, "is_encoder_decoder", False) else None
+
+
+def example_inputs(model: Any, path: Path) -> dict[str, Any]:
+    """Return inputs that a model runs with: ids of 1, masks of 1, black images.
+
+    Args:
+        model: A transformers model.
+        path: Its folder, for messages.
+
+    Raises:
+        CheckpointError: Its kind of input is not known.
+    """
+    import torch
+
+    config = model.config
+    accepted = inspect.signature(model.forward).parameters
+    if "pixel_values" in accepted and model.main_input_name == "pixel_values":
+        size = getattr(config, "image_size", None)
+        if size is None:
+            raise CheckpointError(
+                f"{path}/config.json says no image_size, which the graph is made for", _EXPORT_YOURSELF
+            )
+        size = size if isinstance(size, int) else max(size)
+        return {"pixel_values": torch.zeros(2, config.num_channels, size, size, dtype=model.dtype)}
+    if model.main_input_name != "input_ids":
+        raise CheckpointError(
+            f"{path}: don't know example inputs for a model that reads {model.main_input_name!r}",
+            _EXPORT_YOURSELF,
+        )
+    inputs = {"input_ids": torch.ones(2, 7, dtype=torch.int64)}
+    for name in ("attention_mask", "token_type_ids"):
+        # Models without token types still accept the argument (GPT-2 takes it for word ids).
+        if name in accepted and (name == "attention_mask" or getattr(config, "type_vocab_size", None)):
+            inputs[name] = torch.full((2, 7), int(name == "attention_mask"), dtype=torch.int64)
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = torch.ones(2, 5, dtype=torch.int64)
+    return inputs
+
+
+def _dynamic(name: str) -> dict[int, Any]:
+    import torch
+
+    axes: dict[int, Any] = {0: torch.export.Dim(BATCH)}
+    if name != "pixel_values":
+        axes[1] = torch.export.Dim(DECODER_SEQUENCE if name.startswith("decoder") else SEQUENCE)
+    return axes

@@ -1,0 +1,1 @@
+"""A folder of weights and what its config, names and tensors say."""

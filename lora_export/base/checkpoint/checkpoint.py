@@ -1,0 +1,251 @@
+"""The weights of a Hugging Face folder: where each tensor lies in which safetensors file, without torch.
+
+Only headers are read, and checked by `lora_export.storage.safetensors` before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_export.adapter import Array
+from lora_export.base.checkpoint.links import refuse_links
+from lora_export.base.checkpoint.own_code import code_notes
+from lora_export.base.checkpoint.sentence_modules import transformer_folder
+from lora_export.base.checkpoint.weight_files import find_weights, read_object
+from lora_export.errors import CheckpointError
+from lora_export.storage.safetensors import DTYPES, HeaderError, read_file_header
+
+_OTHER_FORMATS = {
+    "pytorch_model.bin": "PyTorch pickles",
+    "pytorch_model.bin.index.json": "PyTorch pickles",
+    "tf_model.h5": "TensorFlow weights",
+    "flax_model.msgpack": "Flax weights",
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint.
+
+    Attributes:
+        name: Its name in the file.
+        file: The file that holds it.
+        code: The format's word for the dtype, such as ``BF16``.
+        shape: Its shape.
+        offset: Where it starts, in bytes from the start of the file.
+        length: Its size in bytes.
+    """
+
+    name: str
+    file: Path
+    code: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file.
+
+    Attributes:
+        path: The file.
+        size: Its size in bytes.
+        data_start: Where the tensors start: behind the header.
+        header: The header, in its own order.
+        tensors: The tensors by their place in the file.
+    """
+
+    path: Path
+    size: int
+    data_start: int
+    header: Mapping[str, Any]
+    tensors: tuple[StoredTensor, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder's weights.
+
+    Attributes:
+        folder: The folder.
+        config: Its config.json; empty where there is none.
+        shards: The safetensors files, in the order of their names.
+        tensors: Tensor name → where it is, over all shards.
+        index: The index file of a sharded checkpoint, or None.
+        notes: Which sets of weights were left aside, and which code.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    shards: tuple[Shard, ...]
+    tensors: Mapping[str, StoredTensor]
+    index: Path | None
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Checkpoint:
+        """Read the headers of a folder and check them.
+
+        Raises:
+            CheckpointError: The folder is missing, holds no safetensors, or a file breaks a rule; all
+                problems are listed.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise no_folder(folder)
+        config = read_config(folder)
+        found = find_weights(folder, is_diffusers=_diffusers_class(config) != "")
+        if found is None:
+            raise _no_safetensors(folder)
+        refuse_links(folder, [folder / name for name in ("config.json", found.name, *found.files)])
+        index, problems = found.index, list[str]()
+        shards = [
+            shard for name in found.files if (shard := _read_shard(folder / name, problems)) is not None
+        ]
+        tensors = _joined(shards, problems)
+        if index is not None and not problems:
+            _check_index(index, tensors, problems)
+        if problems:
+            raise CheckpointError(
+                f"the checkpoint {folder} is damaged or incomplete", "download or save it again", problems
+            )
+        notes = (*found.notes, *code_notes(config))
+        return cls(folder, config, tuple(shards), tensors, index, notes)
+
+    @property
+    def diffusers_class(self) -> str:
+        """Class of a model of diffusers, which transformers doesn't know; empty for others."""
+        return _diffusers_class(self.config)
+
+    def read(self, name: str) -> Array:
+        """Return a tensor's values as a read-only view of the mapped file.
+
+        Raises:
+            CheckpointError: There is no such tensor, or numpy has no dtype for it.
+        """
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise CheckpointError(f"{self.folder} has no tensor '{name}'", "see `lora-export inspect`")
+        if tensor.code not in DTYPES:
+            raise CheckpointError(
+                f"tensor '{name}' has the dtype {tensor.code}", "only copying it is possible"
+            )
+        dtype = DTYPES[tensor.code]
+        if tensor.length == 0:
+            return np.zeros(tensor.shape, dtype)
+        raw = np.memmap(tensor.file, np.uint8, "r", tensor.offset, (tensor.length,))
+        return raw.view(np.ndarray).view(dtype).reshape(tensor.shape)
+
+
+def no_folder(path: Path) -> CheckpointError:
+    """Return the error where a checkpoint's folder is wanted and none is."""
+    if path.suffix == ".onnx" and path.is_file():
+        hint = "give the checkpoint folder that it was exported from"
+        return CheckpointError(f"{path} is a graph already, not a folder of a checkpoint", hint)
+    hint = "give a local folder with config.json and model.safetensors"
+    if path.is_file():
+        return CheckpointError(f"{path} is a file, not a folder of a checkpoint", hint)
+    # An absolute path is no name on a hub, nor is one of three parts.
+    if len(path.parts) == 2 and not path.is_absolute():
+        hint = f"check the path; for a model on the Hub, first: hf download {path} --local-dir {path.name}"
+    return CheckpointError(f"no folder at {path}", hint)
+
+
+def _diffusers_class(config: Mapping[str, Any]) -> str:
+    return "" if "model_type" in config else str(config.get("_class_name", ""))
+
+
+def _no_safetensors(folder: Path) -> CheckpointError:
+    found = [f"{name}: {kind}" for name, kind in _OTHER_FORMATS.items() if (folder / name).exists()]
+    found += [f"{path.name}: GGUF" for path in sorted(folder.glob("*.gguf"))]
+    if (folder / "adapter_config.json").exists():
+        return CheckpointError(f"{folder} is an adapter, not a base model", "give it to --adapter")
+    if (folder / "model_index.json").exists():
+        models = (path for name in ("*.safetensors", "config.json") for path in folder.glob(f"*/{name}"))
+        parts = sorted({path.parent.name for path in models})
+        return CheckpointError(
+            f"{folder} is a diffusers pipeline of several models, not one",
+            f"give the folder of one of them: {', '.join(parts) or 'unet, transformer, text_encoder, …'}",
+            [str(folder / part) for part in parts],
+        )
+    if (transformer := transformer_folder(folder)) is not None:
+        return CheckpointError(
+            f"{folder} is a model of sentence-transformers whose transformer has a folder of its own",
+            f"give {transformer} as the base, and put what is written in its place in a copy of {folder}",
+        )
+    if snapshots := sorted(path for path in folder.glob("snapshots/*") if path.is_dir()):
+        return CheckpointError(
+            f"{folder} is a model's folder in the Hugging Face cache, above its snapshots",
+            f"give the snapshot: {snapshots[-1]}" if len(snapshots) == 1 else "give one of its snapshots",
+            [str(path) for path in snapshots[1:] and snapshots],
+        )
+    return CheckpointError(
+        f"{folder} holds no safetensors",
+        "convert the base: transformers' from_pretrained(...), for a GGUF with gguf_file=..., then "
+        "save_pretrained(DIR, safe_serialization=True)",
+        found,
+    )
+
+
+def diffusers_class(folder: Path) -> str:
+    """Return the class of the model of diffusers in a folder, its weights there or not; "" for others.
+
+    Raises:
+        CheckpointError: Its config can't be read.
+    """
+    return _diffusers_class(read_config(folder))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return a folder's config.json; an empty dict where it has none.
+
+    Raises:
+        CheckpointError: It can't be read.
+    """
+    file = folder / "config.json"
+    config = read_object(file) if file.exists() else {}
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CheckpointError(
+            f"{file}: architectures is {names!r}, wanted a list of class names",
+            "write the class that it was saved from, or download the file again",
+        )
+    return config
+
+
+def _read_shard(path: Path, problems: list[str]) -> Shard | None:
+    """Return a file's layout, or None after adding to ``problems``."""
+    try:
+        found = read_file_header(path)
+    except OSError as error:
+        problems.append(f"{path.name}: {error.strerror or error}")
+        return None
+    except HeaderError as error:
+        problems += [f"{path.name}: {problem}" for problem in error.problems]
+        return None
+    tensors = [StoredTensor(e.name, path, e.code, e.shape, e.start, e.stop - e.start) for e in found.entries]
+    return Shard(path, found.size, found.data_start, found.content, tuple(tensors))
+
+
+def _joined(shards: list[Shard], problems: list[str]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
+        for tensor in shard.tensors:
+            first = tensors.setdefault(tensor.name, tensor)
+            if first is not tensor:
+                problems.append(f"'{tensor.name}' is in both {first.file.name} and {shard.path.name}")
+    return tensors
+
+
+def _check_index(index: Path, tensors: Mapping[str, StoredTensor], problems: list[str]) -> None:
+    for name, file in read_object(index)["weight_map"].items():
+        if name not in tensors:
+            problems.append(f"{index.name} puts '{name}' into {file}, which doesn't hold it")
+        elif tensors[name].file.name != file:
+            problems.append(f"{index.name} puts '{name}' into {file}; it is in {tensors[name].file.name}")

@@ -1,0 +1,238 @@
+"""Which stored tensors hold a parameter of a model: by name, else by the renaming that transformers knows.
+
+An adapter speaks of modules as they were named in memory; a file may use other names. Three differences
+occur: a prefix (``bert.encoder…`` against ``encoder…``), names of an older transformers (5.x renames modules
+and writes the old names), and experts that are stacked in memory but stored one by one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from lora_export.base.checkpoint.checkpoint import Checkpoint
+from lora_export.base.checkpoint.meta_model import LoadedNames, build_model
+from lora_export.formats.reading.wrappers import strip_wrappers
+from lora_export.sites.experts import Held
+from lora_export.sites.naming.known_names import KnownNames
+from lora_export.sites.naming.names import Named
+from lora_export.sites.naming.renaming import NOT_FOUND, Problem, Renaming, rename
+from lora_export.sites.naming.towers import Kinds, kinds_of_class
+
+NO_TENSOR = "no tensor of that name"
+_NO_TRANSFORMERS = "transformers' table of renamed modules could not be asked: pip install 'lora-export[hf]'"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stored tensor that holds a parameter, or some rows of it.
+
+    Attributes:
+        tensor: The stored tensor's name.
+        expert: Which of the parameter's stacked matrices; None: all of them, or it is not stacked.
+        piece: ``(index, count)``: the tensor is the index-th of count that are concatenated along the rows.
+        reason: What led here.
+        transposed: The module holds the transpose of the (last two axes of the) tensor.
+    """
+
+    tensor: str
+    expert: int | None = None
+    piece: tuple[int, int] = (0, 1)
+    reason: str = "name"
+    transposed: bool = False
+
+
+class Names:
+    """Finds parameters in a checkpoint; iterating yields the paths of what it stores.
+
+    Args:
+        checkpoint: The base.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._stored = _unwrapped(checkpoint.tensors)
+        self._known = self._known_of(self._stored)
+        self._held: dict[str, Held | None] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def rename(self, named: Sequence[Named], flattened: bool = False, scope: str | None = None) -> Renaming:
+        """Return the path of each parameter of one adapter, for `parts`.
+
+        The names of the file are tried first, then those that transformers gives to what is in it.
+
+        Args:
+            named: All that the adapter changes: one change of names holds for it.
+            flattened: The paths' dots are underscores (kohya's files).
+            scope: The part that belongs, as the user says it.
+        """
+        found = rename(named, self._known, flattened=flattened, scope=scope)
+        missing = self._missing(named, found, self._stored)
+        if all(self._kind(found, number) == "ambiguous" for number in missing):
+            return found
+        table, problem = self._renamed
+        if table:
+            known = self._known_of(table)
+            again = rename(named, known, flattened=flattened, scope=scope)
+            left = len(self._missing(named, again, table))
+            if left < len(missing) or (left == len(missing) and again.reach > found.reach):
+                found, missing = again, self._missing(named, again, table)
+        reasons = {number: _reason(found.problems.get(number, NOT_FOUND), problem) for number in missing}
+        return replace(found, problems=found.problems | reasons)
+
+    def _known_of(self, table: Mapping[str, tuple[Part, ...]]) -> KnownNames:
+        return KnownNames(
+            table, lambda name: self._shape(table[name]), lambda: kinds_of_class(self._checkpoint.config)
+        )
+
+    @property
+    def kinds(self) -> Kinds:
+        """What kind of model the checkpoint is, as far as its config and its names say."""
+        return self._known.kinds
+
+    def parts(self, name: str) -> tuple[Part, ...]:
+        """Return where a parameter of `rename`'s path is stored; nothing where it is not."""
+        return self._stored.get(name) or (self._renamed[0].get(name, ()) if self._is_renamed else ())
+
+    def find(self, parameter: str) -> tuple[Part, ...]:
+        """Return where one parameter is stored; nothing where it is not, or where several may be meant."""
+        found = self.rename([Named(parameter)])
+        (name,) = found.names
+        return self.parts(name) if name and not found.problems else ()
+
+    def _kind(self, found: Renaming, number: int) -> str:
+        return found.problems.get(number, NOT_FOUND).kind
+
+    def _shape(self, parts: Sequence[Part]) -> tuple[int, ...] | None:
+        """Return the shape of a parameter that is stored as one tensor."""
+        (part, *more) = parts
+        if more or part.expert is not None or part.piece != (0, 1):
+            return None
+        return self._checkpoint.tensors[part.tensor].shape
+
+    def _missing(
+        self, named: Sequence[Named], found: Renaming, table: Mapping[str, tuple[Part, ...]]
+    ) -> list[int]:
+        return [number for number, name in enumerate(found.names) if name is None or name not in table]
+
+    @property
+    def _is_renamed(self) -> bool:
+        """Whether transformers was asked: it imports torch."""
+        return "_renamed" in self.__dict__
+
+    def held(self, parameter: str) -> Held | None:
+        """Return how the model's own module holds a parameter in memory, as transformers builds it.
+
+        Without transformers, or for a model that it doesn't know, as the parameter is stored. None where
+        there is no such parameter, or several that differ.
+        """
+        if parameter not in self._held:
+            self._held[parameter] = self._look_up(parameter)
+        return self._held[parameter]
+
+    def _look_up(self, parameter: str) -> Held | None:
+        shapes = self._shapes
+        names: list[str] = [parameter] if parameter in shapes else []
+        # Other components may stand in front, in both: what counts is that all that may be meant are alike.
+        for tail in () if names else (parameter, *_tails(parameter)):
+            names = names or [name for name in shapes if name == tail or name.endswith(f".{tail}")]
+        found = set()
+        for name in names:
+            owner = self._model[0].get_submodule(name.rpartition(".")[0])
+            found.add(Held(shapes[name], bool(getattr(owner, "is_transposed", False))))
+        if found:
+            return found.pop() if len(found) == 1 else None
+        parts = self.find(parameter)
+        if len(parts) != 1:
+            return None
+        return Held(self._checkpoint.tensors[parts[0].tensor].shape, None)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        model, _ = self._model
+        return {} if model is None else {n: tuple(v.shape) for n, v in model.state_dict().items()}
+
+    @cached_property
+    def _model(self) -> tuple[Any, str]:
+        """The model without its values, or why there is none; asked only when needed: it imports torch."""
+        if self._checkpoint.diffusers_class:
+            return None, ""  # diffusers stores parameters under the names that they have in memory
+        try:
+            return build_model(self._checkpoint), ""
+        except ImportError:
+            return None, _NO_TRANSFORMERS
+        except Exception as error:  # a model that this transformers can't build
+            return None, f"transformers cannot build the model: {type(error).__name__}: {error}"
+
+    @cached_property
+    def _renamed(self) -> tuple[dict[str, tuple[Part, ...]], str]:
+        """The renaming of transformers, asked only when a name was not found."""
+        model, problem = self._model
+        if model is None:
+            return {}, problem
+        try:
+            return dict(_by_transformers(self._checkpoint, model)), ""
+        except Exception as error:  # a conversion that we don't know
+            return {}, f"transformers' renaming can't be followed: {type(error).__name__}: {error}"
+
+
+def _tails(name: str) -> Iterator[str]:
+    """Yield ``b.c`` for ``a.b.c``: what is left with fewer components in front, but for a bare name."""
+    parts = name.split(".")
+    return (".".join(parts[start:]) for start in range(1, len(parts) - 1))
+
+
+def _unwrapped(names: Iterable[str]) -> dict[str, tuple[Part, ...]]:
+    """Return the parts by their paths without wrappers; of two that become one, both keep their names."""
+    plain = {name: strip_wrappers(name) for name in names}
+    count = Counter(plain.values())
+    return {path if count[path] == 1 else name: (Part(name),) for name, path in plain.items()}
+
+
+def _reason(problem: Problem, asked: str) -> Problem:
+    """Return why a parameter is not stored, and where transformers could not be asked, why."""
+    detail = problem.detail or NO_TENSOR
+    return replace(problem, detail=f"{detail} ({asked})" if asked else detail)
+
+
+def _by_transformers(checkpoint: Checkpoint, model: Any) -> Iterator[tuple[str, tuple[Part, ...]]]:
+    """Yield the parameters of a model as transformers would load them from this checkpoint."""
+    renaming = LoadedNames(model)
+    found: dict[str, list[Part]] = {}
+    for stored in checkpoint.tensors:
+        target, pattern, converter = renaming.loaded(stored)
+        part = Part(stored, reason="transformers' renaming")
+        if pattern is not None:
+            stacked = _stacked(stored, pattern, converter)
+            if stacked is None:
+                continue
+            part = stacked
+        found.setdefault(target, []).append(part)
+    for target, parts in found.items():
+        yield target, tuple(sorted(parts, key=lambda part: (part.expert or 0, part.piece)))
+
+
+def _stacked(stored: str, pattern: str, converter: Any) -> Part | None:
+    """Return which rows of which expert a tensor becomes; None for a conversion that we can't follow."""
+    operations = [
+        (type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations
+    ]
+    if operations == [("Transpose", None)]:
+        (turn,) = converter.operations
+        # ``check_dims``: as its shape wants it, which is told by who places it.
+        always = (turn.dim0, turn.dim1) in ((0, 1), (1, 2)) and not turn.check_dims
+        return Part(stored, reason="transformers' renaming", transposed=True) if always else None
+    if operations not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
+        return None
+    numbers = [int(word) for word in stored.split(".") if word.isdigit()]
+    if pattern.count("*") != 1 or not numbers:
+        return None
+    sources = list(converter.source_patterns)
+    # The expert's number is the last one of the name: ``layers.3.mlp.experts.17.up_proj.weight``.
+    piece = (sources.index(pattern), len(sources))
+    return Part(stored, numbers[-1], piece, "transformers' stacking of experts")

@@ -1,0 +1,286 @@
+"""Which of a checkpoint's weights are quantised: by the tensors beside them, and by its config.
+
+Codes of eight bits with scales are understood (`lora_export.storage.scales`); everything else is refused for
+the parameters it concerns, by the name of its format. A weight beside them that is stored as a plain float is
+merged into as ever: attention beside MXFP4 experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_export.adapter import Array
+from lora_export.base.checkpoint.checkpoint import Checkpoint, StoredTensor
+from lora_export.base.checkpoint.packed import packed
+from lora_export.errors import CheckpointError
+from lora_export.storage.safetensors import FLOATS
+from lora_export.storage.scales import dequantise, grid_of, looks_scaled
+
+_QUANTISED = "stored quantised"
+HINT = "merge into the unquantised base and quantise the result, or keep the adapter apart"
+CONFIG_KEYS = ("quantization_config", "compression_config")
+# Methods whose tensors say themselves what is quantised and how.
+_BY_TENSORS = {"fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "mxfp4"}
+_CODES = {"F8_E4M3", "F8_E5M2", "I8"}
+_FLOAT_SCALES = {"F64", "F32", "F16", "BF16"}
+# A scale of the layer's inputs: it stays as it is.
+_OF_INPUTS = re.compile(r"(^|_)(input|activation|act)(_|$)|^scale_(input|output)$|^(output|k|v|q)_scale$")
+_OF_WEIGHT = re.compile(r"scale|zero|absmax|quant|codebook", re.IGNORECASE)
+_SHOWN = 4
+# ComfyUI's marks of a file with scaled weights.
+_MARKS = {"scaled_fp8", "comfy_quant"}
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A weight of codes and scales.
+
+    Attributes:
+        codes: The stored codes.
+        scales: Their scales.
+        grid: How many elements share a scale, along each axis.
+        inputs: Names of fixed scales of the layer's inputs.
+    """
+
+    codes: StoredTensor
+    scales: StoredTensor
+    grid: tuple[int, ...]
+    inputs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A checkpoint's quantised weights.
+
+    Attributes:
+        checkpoint: The checkpoint.
+        scaled: Weight's name → codes and scales that are understood.
+        refused: Name of a stored weight → why it is not.
+        packed: Parameter that is not stored as a tensor of its own → format and its tensors.
+    """
+
+    checkpoint: Checkpoint
+    scaled: Mapping[str, Scaled] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    packed: Mapping[str, str] = field(default_factory=dict)
+
+    def refusal(self, tensor: str) -> str:
+        """Return why a stored weight can't be merged into, or an empty string."""
+        if tensor in self.scaled:
+            return ""
+        known = self.refused.get(tensor) or self.packed.get(tensor)
+        if known:
+            return f"{_QUANTISED} ({known})"
+        stored = self.checkpoint.tensors[tensor]
+        if stored.code not in FLOATS:
+            return f"{tensor} is stored as {stored.code}: a quantised weight can't be merged into"
+        if stored.code in _CODES and looks_scaled(self.checkpoint.read(tensor)):
+            return (
+                f"{_QUANTISED} ({tensor} is {stored.code} up to its end, as codes with a scale are, "
+                "but no scale lies beside it)"
+            )
+        return ""
+
+    def packed_at(self, parameter: str) -> str:
+        """Return the reason of a parameter that is only stored packed, or an empty string."""
+        for name, kind in self.packed.items():
+            if f".{name}".endswith(f".{parameter}") or f".{parameter}".endswith(f".{name}"):
+                return f"{_QUANTISED} ({kind})"
+        return ""
+
+    def read(self, tensor: str) -> tuple[Array, Array]:
+        """Return codes and scales of a weight in `scaled`."""
+        scaled = self.scaled[tensor]
+        return self.checkpoint.read(scaled.codes.name), self.checkpoint.read(scaled.scales.name)
+
+    def values(self, tensor: str) -> Array:
+        """Return the values that a stored tensor stands for; those of `scaled` in float32.
+
+        Raises:
+            CheckpointError: It is quantised in a way that is not understood.
+        """
+        if tensor in self.scaled:
+            return dequantise(*self.read(tensor), self.scaled[tensor].grid)
+        if tensor in self.refused or tensor in self.packed:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {tensor} is {self.refusal(tensor)}: its values can't be compared",
+                "give the unquantised folder with --checkpoint, or --no-checkpoint (checkpoint=False)",
+            )
+        return self.checkpoint.read(tensor)
+
+    @property
+    def closed(self) -> dict[str, str]:
+        """Weights whose values can't be told, and why."""
+        tensors = self.checkpoint.tensors
+        found = {n: why for n, why in self.refused.items() if tensors[n].code not in _FLOAT_SCALES}
+        bare = [n for n, tensor in tensors.items() if tensor.code in _CODES and tensor.code in FLOATS]
+        found |= {name: reason for name in bare if (reason := self.refusal(name))}
+        return {**self.packed, **found}
+
+    @property
+    def beside(self) -> set[str]:
+        """Names of all tensors that mean nothing without the codes: scales and marks."""
+        found = {scaled.scales.name for scaled in self.scaled.values()}
+        found |= {name for scaled in self.scaled.values() for name in scaled.inputs}
+        return found | {n for n in self.checkpoint.tensors if n.rpartition(".")[2] in _MARKS}
+
+
+def find_quantised(checkpoint: Checkpoint) -> Quantised:
+    """Look at all tensors' names and shapes.
+
+    Raises:
+        CheckpointError: The config says a method that the tensors alone don't explain.
+    """
+    tensors = checkpoint.tensors
+    kinds = dict(packed(tensors))
+    _refuse_methods(checkpoint, kinds)
+    blocks = _block_size(checkpoint.config)
+    beside: dict[str, list[str]] = {}
+    for name in tensors:
+        beside.setdefault(name.rpartition(".")[0], []).append(name)
+    scaled: dict[str, Scaled] = {}
+    refused: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if name in kinds or len(tensor.shape) < 2:
+            continue
+        scales = [tensors[scale] for scale in _scale_names(name) if scale in tensors]
+        if tensor.code not in _CODES and not scales:
+            continue
+        near = [*beside[name.rpartition(".")[0]], *beside.get(name, ())]
+        found = _judged(tensor, scales, [tensors[n] for n in near], blocks)
+        if isinstance(found, Scaled):
+            scaled[name] = found
+        elif found:
+            refused[name] = found
+    return Quantised(checkpoint, scaled, refused, kinds)
+
+
+def _judged(
+    tensor: StoredTensor, scales: list[StoredTensor], near: list[StoredTensor], blocks: tuple[int, ...]
+) -> Scaled | str:
+    """Return what a weight is: codes with scales, something not understood, or an empty string."""
+    if tensor.code not in _CODES:
+        if tensor.code in FLOATS:
+            return f"{scales[0].name} lies beside {tensor.code} values, which need no scale"
+        return f"{tensor.code} with {scales[0].name}"
+    of_weight = [other for other in near if other is not tensor and _is_of_weight(other.name, tensor.name)]
+    unknown = [other.name for other in of_weight if other not in scales]
+    if not scales:
+        return f"{tensor.code} with {', '.join(unknown)}" if unknown else ""
+    if len(scales) > 1 or unknown:
+        return f"{tensor.code} with {', '.join([*(s.name for s in scales), *unknown])}"
+    scale = scales[0]
+    if scale.code not in _FLOAT_SCALES:
+        return f"{tensor.code} with {scale.name} of type {scale.code}"
+    grid = grid_of(tensor.shape, scale.shape, blocks)
+    if grid is None:
+        return (
+            f"{tensor.code} of shape {tensor.shape} with {scale.name} of shape {scale.shape}: how many "
+            "values share a scale can't be told"
+        )
+    inputs = tuple(o.name for o in near if _OF_INPUTS.search(o.name.rpartition(".")[2]) and o not in scales)
+    return Scaled(tensor, scale, grid, inputs)
+
+
+def _scale_names(name: str) -> Iterator[str]:
+    yield f"{name}_scale"
+    yield f"{name}_scale_inv"
+    module, _, leaf = name.rpartition(".")
+    if leaf == "weight":
+        yield f"{module}.scale_weight"
+        yield f"{module}.qscale_weight"
+
+
+def _is_of_weight(name: str, weight: str) -> bool:
+    """Whether a tensor beside a weight may say what its codes mean."""
+    leaf, own = name.rpartition(".")[2], weight.rpartition(".")[2]
+    if _OF_INPUTS.search(leaf) or leaf in _MARKS or not _OF_WEIGHT.search(leaf):
+        return False
+    # Beside ``gate_up_proj`` lies also what belongs to ``down_proj``.
+    return own == "weight" or leaf.startswith(own)
+
+
+def _levels(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield config
+    yield from (value for value in config.values() if isinstance(value, dict))
+
+
+def _methods(config: Mapping[str, Any]) -> Iterator[Any]:
+    for level in _levels(config):
+        yield from (level[key] for key in CONFIG_KEYS if level.get(key))
+
+
+def _block_size(config: Mapping[str, Any]) -> tuple[int, ...]:
+    for method in _methods(config):
+        size = method.get("weight_block_size") if isinstance(method, dict) else None
+        if isinstance(size, list) and all(isinstance(n, int) and n > 0 for n in size):
+            return tuple(size)
+    return ()
+
+
+def _refuse_methods(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> None:
+    for method in _methods(checkpoint.config):
+        name = str(method.get("quant_method", "unknown")) if isinstance(method, dict) else "unknown"
+        if name not in _BY_TENSORS:
+            count = {kind: list(kinds.values()).count(kind) for kind in dict.fromkeys(kinds.values())}
+            raise CheckpointError(
+                f"the base {checkpoint.folder} is quantised ({name})",
+                HINT,
+                [f"{number} weights as {kind}" for kind, number in count.items()],
+            )
+
+
+def refuse_bare_codes(folder: Path) -> None:
+    """Refuse a folder of codes with scales whose config doesn't say so: loading it takes codes for values.
+
+    Raises:
+        CheckpointError: It is one.
+    """
+    try:
+        checkpoint = Checkpoint.open(folder)
+    except CheckpointError:  # no safetensors: who loads it says what is wrong with it
+        return
+    if any(True for _ in _methods(checkpoint.config)):
+        return
+    found = find_quantised(checkpoint)
+    odd = [*(scaled.scales.name for scaled in found.scaled.values()), *found.refused, *found.packed]
+    if odd:
+        raise CheckpointError(
+            f"{folder} holds {len(odd)} quantised weights, and its config doesn't say so: transformers would "
+            "take their codes for values",
+            "give the unquantised base; merge --dtype bfloat16 writes codes with scales as values",
+            odd[:_SHOWN],
+        )
+
+
+def dequantised_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config without what it says of quantisation, at all levels."""
+    kept = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
+    return {k: dequantised_config(v) if isinstance(v, dict) else v for k, v in kept.items()}
+
+
+def quantised_notes(quantised: Quantised, changed: Collection[str]) -> Iterator[str]:
+    """Yield what a user should know where some of the changed tensors are float8 or int8."""
+    scaled = [quantised.scaled[name] for name in sorted(changed) if name in quantised.scaled]
+    if scaled:
+        kinds = ", ".join(sorted({one.codes.code for one in scaled}))
+        yield (
+            f"{len(scaled)} of the changed weights are {kinds} codes with scales ({scaled[0].scales.name} "
+            "…): summed in float32, and quantised again by the same rule where no --dtype is given"
+        )
+    fixed = [one for one in scaled if one.inputs]
+    if fixed:
+        yield (
+            f"{len(fixed)} of them have a fixed scale of their inputs ({fixed[0].inputs[0]} …), which was "
+            "measured without the adapter: check the answers, or write --dtype bfloat16"
+        )
+    tensors = quantised.checkpoint.tensors
+    plain = [
+        n for n in sorted(changed) if n in tensors and n not in quantised.scaled and tensors[n].code in _CODES
+    ]
+    if plain:
+        yield f"{len(plain)} of the changed weights are float8 without a scale, and stay so ({plain[0]} …)"

@@ -1,0 +1,158 @@
+"""The further modules of a sentence-transformers model: an adapter's folder may hold trained ones.
+
+`SentenceTransformer.save` writes ``modules.json`` with the folder of each module (source:
+https://github.com/UKPLab/sentence-transformers ``SentenceTransformer.py``). Of a model with an adapter the
+transformer's folder has the adapter alone, and the others (``2_Dense``) are whole. A merge reads the adapter:
+what has changed beside it would be lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_export.adapter import Adapter
+from lora_export.errors import AdapterError, CheckpointError, LoraExportError
+from lora_export.formats.reading.tensors import read_safetensors
+from lora_export.untrusted.documents import read_json
+
+_LIST = "modules.json"
+_COMPARED = (".json", ".safetensors", ".bin", ".pt", ".pth")
+# In front of each of the older switches.
+_MODE = "pooling_mode_"
+
+
+def transformer_folder(folder: Path) -> Path | None:
+    """Return the subfolder with the transformer of a model in the older layout (``0_Transformer``)."""
+    for path in module_paths(folder):
+        place = folder / path
+        if any(place.glob("*.safetensors")) and (place / "config.json").exists():
+            return place
+    return None
+
+
+def module_paths(folder: Path) -> list[str]:
+    """Return the subfolders of a model's modules; none where it isn't sentence-transformers'."""
+    return [path for path, _ in _modules(folder) if path]
+
+
+def lost_modules(adapters: Sequence[Adapter], base: Path, *, refuse: bool) -> list[str]:
+    """Say which modules that were trained beside adapters a base has not, or not so.
+
+    Args:
+        adapters: What is to be merged.
+        base: The folder of the base's transformer.
+        refuse: Do not go on without them.
+
+    Returns:
+        A note for each adapter with such modules.
+
+    Raises:
+        AdapterError: A module's weights or settings are not the base's; all are listed.
+    """
+    root, notes = _root(base), list[str]()
+    for adapter in adapters:
+        source = Path(adapter.source)
+        folder = _root(source if source.is_dir() else source.parent)
+        lost = dict(_differing(folder, root))
+        if not lost:
+            continue
+        if refuse:
+            copied = " and ".join(str(folder / name) for name in [*sorted(lost), _LIST])
+            raise AdapterError(
+                f"adapter '{adapter.name}' was trained in a sentence-transformers model whose further "
+                f"modules are not those of {root}: they are not in the adapter's file, and would be lost",
+                f"copy {copied} into a copy of {root} and merge into that; or go on without with "
+                "--allow-unmatched",
+                [f"{folder / name}: {why}" for name, why in lost.items()],
+            )
+        listed = "; ".join(f"{folder / name} ({why})" for name, why in lost.items())
+        notes.append(f"adapter '{adapter.name}': not taken along from its folder: {listed}")
+    return notes
+
+
+def _root(place: Path) -> Path:
+    """Return the folder of the model that a transformer's folder belongs to: itself, or its parent."""
+    own = place.absolute()
+    return own.parent if own.name in module_paths(own.parent) and not (own / _LIST).exists() else place
+
+
+def _modules(folder: Path) -> list[tuple[str, str]]:
+    """Return path and class of the modules in ``modules.json``; none where there is no such file.
+
+    Raises:
+        CheckpointError: A path leads out of the folder.
+    """
+    try:
+        entries = read_json(folder / _LIST)
+        # A class's package has been moved.
+        found = [(str(entry["path"]), str(entry["type"]).rpartition(".")[2]) for entry in entries]
+    except (LoraExportError, TypeError, KeyError):
+        return []
+    outside = [
+        path for path, _ in found if Path(path).is_absolute() or {"..", "\0"} & {*Path(path).parts, *path}
+    ]
+    if outside:
+        raise CheckpointError(
+            f"{folder / _LIST} names modules outside of its folder",
+            "put the modules' folders beside it, and correct their paths",
+            [repr(path) for path in outside],
+        )
+    return found
+
+
+def _differing(folder: Path, root: Path) -> Iterator[tuple[str, str]]:
+    """Yield the modules of an adapter's folder that a base has not, or not so, each with the difference."""
+    theirs = _modules(root)
+    for path, kind in _modules(folder):
+        if not path or (folder / path / "adapter_config.json").exists():
+            continue
+        if kind not in (other for _, other in theirs):
+            yield path, f"the base has no module {kind}"
+        elif why := _difference(folder / path, root / path):
+            yield path, why
+
+
+def _difference(mine: Path, theirs: Path) -> str:
+    """Return in what two folders of a module differ, or an empty text."""
+    for file in sorted(path for path in mine.rglob("*") if path.is_file()):
+        if file.suffix not in _COMPARED:
+            continue
+        other = theirs / file.relative_to(mine)
+        if not other.exists():
+            return f"the base has no {other}"
+        if not _is_equal(file, other):
+            what = "settings" if file.suffix == ".json" else "weights"
+            return f"its {what} are not those of {other}"
+    return ""
+
+
+def _is_equal(file: Path, other: Path) -> bool:
+    if file.read_bytes() == other.read_bytes():
+        return True
+    try:
+        if file.suffix == ".json":
+            one, two = (_settings(read_json(path)) for path in (file, other))
+            return all(one[key] == two[key] for key in one.keys() & two.keys())
+        if file.suffix == ".safetensors":
+            mine, theirs = read_safetensors(file)[0], read_safetensors(other)[0]
+            return mine.keys() == theirs.keys() and all(np.array_equal(mine[n], theirs[n]) for n in mine)
+    except (AttributeError, LoraExportError):
+        pass
+    return False
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a module's settings; of versions that know more or fewer, only those of both are compared."""
+    modes = config.get("pooling_mode", [])
+    modes = modes.split("+") if isinstance(modes, str) else modes
+    # Before version 6 a switch for each mode: ``pooling_mode_cls_token``, ``pooling_mode_mean_tokens``.
+    switches = {key: value for key, value in config.items() if key.startswith(_MODE)}
+    modes = [*modes, *(key for key, value in switches.items() if value)] or ["mean"] * bool(switches)
+    plain = {key: value for key, value in config.items() if not key.startswith("pooling_mode")}
+    words = (str(mode).removeprefix(_MODE) for mode in modes)
+    found = {word.removesuffix("_tokens").removesuffix("_token") for word in words}
+    return plain | ({"pooling_mode": found} if found else {})

@@ -1,0 +1,1 @@
+"""What earlier merges have put into a base."""

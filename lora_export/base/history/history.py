@@ -1,0 +1,138 @@
+"""What earlier merges have put into a base, by the manifest that the last of them has written beside it."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_export.adapter import Adapter
+from lora_export.errors import CheckpointError
+from lora_export.formats.reading.scope import share
+from lora_export.untrusted.documents import read_json
+from lora_export.untrusted.fields import FieldError, from_plain
+
+# Beside the weights of a merged folder.
+MANIFEST = "lora.json"
+# Of a manifest's outputs: what had been merged before.
+EARLIER = "earlier"
+_HINT = (
+    "it says what is merged into the base already: restore it from where the base came from; remove it only "
+    "if nothing is"
+)
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """An adapter of a manifest."""
+
+    name: str
+    sha256: str
+    part: str | None = None
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of a manifest's plan."""
+
+    adapter: str
+    parameter: str
+    action: str
+    place: str
+
+
+@dataclass(frozen=True)
+class _Plan:
+    rows: tuple[_Row, ...]
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """What had been merged before; the first manifests had an adapter's name alone."""
+
+    adapters: Mapping[str, str | Mapping[str, str]] = field(default_factory=dict)
+    changed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What is read of a manifest here."""
+
+    adapters: tuple[_Merged, ...]
+    outputs: Mapping[str, Any]
+    plan: _Plan
+
+
+@dataclass(frozen=True)
+class History:
+    """All merges that led to a base.
+
+    Attributes:
+        adapters: SHA-256 of an adapter's file → what of it was merged (`Adapter.part`; an empty text for all
+            of it), each with the adapter's name.
+        changed: Stored weight, and each parameter in it (`part_of`) → the adapters that changed it.
+    """
+
+    adapters: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    changed: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def merged(self, adapter: Adapter) -> str:
+        """Say which part of an adapter's file is in the base already; an empty text where none is."""
+        before = self.adapters.get(adapter.sha256, {}) if adapter.sha256 else {}
+        found = [
+            f"'{name}'" + (f", its part {part.removeprefix(':')}" if part else "")
+            for part, name in before.items()
+            if share(part or None, adapter.part, adapter.flattened)
+        ]
+        return f"{adapter.name} (as {'; '.join(found)})" if found else ""
+
+    def outputs(self) -> dict[str, Any]:
+        """Return what the next manifest says of it in its outputs; nothing of a base without a history."""
+        return {EARLIER: {"adapters": self.adapters, "changed": self.changed}} if self.changed else {}
+
+
+def history_of(manifest: Path) -> History:
+    """Return what a manifest tells; nothing where there is none.
+
+    One that can't be read is not taken for none: a second merge of an adapter, and a copy over what an
+    earlier merge has changed, would go unseen.
+
+    Args:
+        manifest: ``lora.json`` of a merged folder, ``OUT.lora.json`` of a merged graph.
+
+    Raises:
+        CheckpointError: It is damaged, or not a manifest.
+    """
+    if not os.path.lexists(manifest):
+        return History()
+    try:
+        record = from_plain(_Record, read_json(manifest, CheckpointError, _HINT), known_only=False)
+        before = record.outputs.get(EARLIER)
+        earlier = _Earlier() if not before else from_plain(_Earlier, before)
+    except FieldError as error:
+        raise CheckpointError(
+            f"{manifest}, the manifest of earlier merges, is damaged or not one", _HINT, error.problems
+        ) from error
+    adapters = {sha256: _parts(merged) for sha256, merged in earlier.adapters.items()}
+    for entry in record.adapters:
+        if entry.sha256:
+            adapters.setdefault(entry.sha256, {})[entry.part or ""] = entry.name
+    changed = defaultdict(list, {place: list(names) for place, names in earlier.changed.items()})
+    for row in record.plan.rows:
+        for place in row.place.split(", ") if row.action not in ("refused", "unchanged") else ():
+            for stored in (place, part_of(place, row.parameter)):
+                changed[stored].append(row.adapter)
+    return History(adapters, dict(changed))
+
+
+def _parts(merged: str | Mapping[str, str]) -> dict[str, str]:
+    """Return an entry of an earlier manifest; the first manifests had the name alone, and knew no parts."""
+    return {"": merged} if isinstance(merged, str) else dict(merged)
+
+
+def part_of(stored: str, parameter: str) -> str:
+    """Return how a parameter is called that is some rows of a stored weight."""
+    return f"{stored} of {parameter}"

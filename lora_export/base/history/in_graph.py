@@ -1,0 +1,120 @@
+"""What merges have put into a graph, as entries of its own metadata: by this file's merges, and before them.
+
+Entries are ``NAME sha256=… weight=… part=…``, one for each adapter, joined by ``; ``. A graph with exposed
+LoRA has them in its record, so that an adapter that is in its weights isn't put on a second time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from lora_export.adapter import Adapter
+from lora_export.base.history.history import History
+from lora_export.errors import AdapterError, GraphError
+from lora_export.formats.provenance import is_converted
+from lora_export.formats.reading.scope import share
+
+MERGED_KEY = "lora_export.merged"
+MERGED_BASE_KEY = "lora_export.merged_base"
+# What had been merged into the folder that a graph was captured from.
+CAPTURED_KEY = "lora_export.merged_before_capture"
+_UNKNOWN_WEIGHT = "?"
+_SEPARATOR = "; "
+_ENTRY = re.compile(r"(?:^|; )(.+?) sha256=(\S*) weight=")
+# An adapter's factor, and what may follow it.
+_PART = re.compile(r"[^;\s]+ part=([^;\s]+)")
+
+
+def entries_of(adapters: Sequence[Adapter], factors: Sequence[float]) -> str:
+    """Return what is said of adapters that are merged, with their factors."""
+    return _SEPARATOR.join(
+        _entry(adapter.name, adapter.sha256, str(factor), adapter.part)
+        for adapter, factor in zip(adapters, factors, strict=True)
+    )
+
+
+def entries_before(history: History) -> str:
+    """Return what is said of adapters that a folder's manifest tells of."""
+    return _SEPARATOR.join(
+        _entry(name, sha256, _UNKNOWN_WEIGHT, part or None)
+        for sha256, parts in history.adapters.items()
+        for part, name in parts.items()
+    )
+
+
+def joined(*entries: str) -> str:
+    """Return several texts of entries as one."""
+    return _SEPARATOR.join(filter(None, entries))
+
+
+def merged_in(metadata: Mapping[str, str]) -> str:
+    """Return all entries of a graph's metadata."""
+    return joined(metadata.get(CAPTURED_KEY, ""), metadata.get(MERGED_KEY, ""))
+
+
+def merged_parts(merged: str, sha256: str) -> list[str | None]:
+    """Return which parts of an adapter's file are in a graph (`Adapter.part`), None for all of it.
+
+    Args:
+        merged: Entries.
+        sha256: Of the file.
+    """
+    # An adapter's name is the user's: it may hold anything, but hardly this.
+    _, *entries = merged.split(f" sha256={sha256} weight=") if sha256 else [""]
+    return [found and found[1] for found in map(_PART.match, entries)]
+
+
+def not_in(merged: str, history: History) -> list[str]:
+    """Return the names of adapters that are in a graph and, by its manifest, not in a folder.
+
+    Args:
+        merged: Entries of the graph.
+        history: Of the folder.
+    """
+    entries = _ENTRY.findall(merged)
+    return [f"'{name}'" for name, sha256 in entries if sha256 not in history.adapters]
+
+
+def refuse_merged_into(where: str, merged: str, adapters: Sequence[Adapter]) -> None:
+    """Refuse adapters that are in a graph's weights already.
+
+    Args:
+        where: The graph's file.
+        merged: Its entries.
+        adapters: What is to be merged into it, or put beside its weights; also converted ones.
+
+    Raises:
+        GraphError: Some of them are, or parts of their files are.
+    """
+    again = [adapter.name for adapter in adapters if _is_in(merged, adapter)]
+    if again:
+        raise GraphError(
+            f"{where} has this adapter merged into it already",
+            "give the graph that it was merged into (for LoRA inputs, one that was made from that)",
+            again,
+        )
+
+
+def refuse_bound(adapter: Adapter, merged: str, where: str) -> None:
+    """Refuse an adapter that is in the weights of the graph which it is to be bound to.
+
+    Raises:
+        AdapterError: It is.
+    """
+    if _is_in(merged, adapter):
+        raise AdapterError(
+            f"adapter '{adapter.name}' is merged into the weights of {where} already: it would act twice",
+            "leave it out: the graph without an adapter is the base with it; or make the graph from the base "
+            "that nothing was merged into",
+        )
+
+
+def _is_in(merged: str, adapter: Adapter) -> bool:
+    converted = is_converted(adapter.config)
+    sha256 = str(adapter.config.get("adapter_sha256", "")) if converted else adapter.sha256
+    return any(share(part, adapter.part, adapter.flattened) for part in merged_parts(merged, sha256))
+
+
+def _entry(name: str, sha256: str, weight: str, part: str | None) -> str:
+    return f"{name} sha256={sha256} weight={weight}" + (f" part={part}" if part is not None else "")

@@ -1,0 +1,353 @@
+"""The base graph of a mode: loaded or captured, with what its weights may be compared with and shared with.
+
+Also the names of what is written for it: a graph, its data, a manifest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lora_export.adapter import Adapter
+from lora_export.base.checkpoint.own_code import code_notes, refuse_own_code
+from lora_export.base.checkpoint.sentence_modules import lost_modules
+from lora_export.base.history.history import MANIFEST, history_of
+from lora_export.base.history.in_graph import merged_in, not_in, refuse_merged_into
+from lora_export.base.history.merged import refuse_merged
+from lora_export.base.pipeline import refuse_other_components
+from lora_export.base.placing.plan_rows import OtherValues, warned_of_computed, with_unverified
+from lora_export.errors import CheckpointError, GraphError, OutputError, SiteError
+from lora_export.graph.onnx_file import GraphFile, load_graph
+from lora_export.graph.ort_names import free_names
+from lora_export.plan import Plan
+from lora_export.sites.target import BaseWeights
+from lora_export.storage.commit.leftovers import scratch_folder
+from lora_export.storage.manifest import FileHash, hash_file, identity_of
+from lora_export.storage.outputs import refuse_replacing
+from lora_export.storage.sums.full import full_hash
+
+if TYPE_CHECKING:
+    from lora_export.base.checkpoint.checkpoint import Checkpoint
+    from lora_export.base.checkpoint.weights import CheckpointWeights
+
+# A folder; None: the one that an adapter names as its base, where it is on this machine; False: none.
+CheckpointChoice = str | os.PathLike[str] | Literal[False] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A base graph.
+
+    Attributes:
+        graph: The graph.
+        weight_of: The checkpoint's weights, where there is one.
+        shared_files: Data files in which unchanged weights may stay.
+        files: What it was read from.
+        checkpoint: The folder that an ONNX file's weights are compared with.
+        notes: Where that folder was found, or why there is none.
+        said: What else the plan has to say of the adapters and this base.
+    """
+
+    graph: GraphFile
+    weight_of: BaseWeights | None
+    shared_files: set[Path]
+    files: list[Path]
+    checkpoint: Path | None = None
+    notes: tuple[str, ...] = ()
+    said: tuple[str, ...] = ()
+
+    @cached_property
+    def hashes(self) -> dict[Path, FileHash]:
+        """Each file's identity; read once, as a base is large."""
+        return {path: hash_file(path) for path in self.files}
+
+    @property
+    def identity(self) -> str:
+        """One SHA-256 for the base as a whole."""
+        return identity_of(self.hashes.values())
+
+    def shared_places(self, out: Path) -> dict[str, FileHash]:
+        """Return what the files are in which weights may stay, by their place from the folder of ``out``.
+
+        With full hashes: they are read whole, which a graph that is only looked at never is.
+        """
+        folder = out.parent.resolve()
+        return {
+            os.path.relpath(path.resolve(), folder): replace(self.hashes[path], blake3=full_hash(path))
+            for path in sorted(self.shared_files)
+        }
+
+    @property
+    def merged(self) -> str:
+        """What merges have put into it, see `base.in_graph`."""
+        return merged_in(self.graph.model.metadata_props)
+
+    def verified(self, plan: Plan) -> Plan:
+        """Return a plan that says what was compared with the checkpoint, and what was not.
+
+        Raises:
+            SiteError: The folder that the user gave confirms no place at all.
+        """
+        plan = replace(plan, notes=(*self.said, *plan.notes))
+        if self.checkpoint is None:
+            return warned_of_computed(replace(plan, notes=(*plan.notes, *self.notes)))
+        try:
+            plan = with_unverified(plan, self.checkpoint)
+        except SiteError as error:
+            hints = list(dict.fromkeys(self.weight_of.hints)) if self.weight_of else []
+            if hints:
+                raise SiteError(
+                    f"the checkpoint {self.checkpoint} has the parameters that would change in several parts "
+                    "of the model: names alone don't tell which is meant",
+                    "; ".join(hints),
+                    error.problems,
+                ) from error
+            if not self.notes:
+                raise
+            # The folder was not the user's choice, and names led to every place.
+            return replace(plan, notes=(*plan.notes, f"values were not compared: {error.message}"))
+        return replace(plan, notes=(*plan.notes, *self.notes))
+
+
+@contextlib.contextmanager
+def open_base(
+    base: Path,
+    out: Path,
+    adapters: Collection[Adapter],
+    *,
+    checkpoint: CheckpointChoice,
+    share_base: bool,
+    force: bool,
+    dry_run: bool,
+    allow_unmatched: bool = False,
+    dtype: str | None = None,
+    kv_cache: bool = False,
+    prepare: Callable[[Path], Path] | None = None,
+) -> Iterator[tuple[Base, dict[str, Path]]]:
+    """Load a graph, or capture a checkpoint folder; yield it with the files to write.
+
+    Args:
+        base: An ONNX file or a Hugging Face folder.
+        out: The graph to write.
+        adapters: What is read besides: no output may replace it, and what they replace a folder may lack.
+        checkpoint: The folder that an ONNX file was exported from; None: the one that an adapter names as its
+            base, if it is on this machine; False: none.
+        share_base: Unchanged weights are to stay in the base's files.
+        force: Existing outputs may be replaced.
+        dry_run: Nothing will be written.
+        allow_unmatched: What has no place will be left out.
+        dtype: To capture a folder in; float32 if left out.
+        kv_cache: Capture it with its key-value cache.
+        prepare: Makes the folder to capture in the base's place, in a temporary one.
+
+    Raises:
+        GraphError: The graph can't be read, has an adapter merged into it already, or is to be captured in a
+            dtype or with a cache.
+        CheckpointError: The folder can't be read or captured.
+        AdapterError: An adapter is not for the folder, seen before the capture, by names alone; or it was
+            merged into the folder or the checkpoint already.
+        SiteError: Some of an adapter is not in the folder.
+        OutputError: An output exists or would replace what is read, or there is nothing to share.
+    """
+    paths = output_paths(out)
+    refuse_overlap([base, *(Path(adapter.source) for adapter in adapters)], paths)
+    if not dry_run:
+        refuse_replacing(list(paths.values()), force)
+    given = [Path(checkpoint)] if checkpoint else []
+    folders = [*given, base if base.is_dir() else base.parent]
+    said = refuse_other_components(adapters, folders)
+    # A graph has none of them; whoever puts the model together needs to know.
+    said += lost_modules(list(adapters), folders[0], refuse=False)
+    # A capture is as large as the base: it goes where the output will have room, not to a small /tmp.
+    place = out.parent if base.is_dir() and out.parent.is_dir() else None
+    with scratch_folder(place) as scratch:
+        if base.is_dir():
+            from lora_export.base.capture.capture import capture_checkpoint
+            from lora_export.base.checkpoint.checkpoint import read_config
+            from lora_export.modes.merging.into_checkpoint import refuse_absent
+
+            config = read_config(base)
+            refuse_own_code(base, config)
+            said += code_notes(config)
+            refuse_absent(base, list(adapters), allow_unmatched)
+            source, captured = prepare(scratch) if prepare else base, scratch / "base.onnx"
+            capture_checkpoint(
+                source,
+                captured,
+                dtype=dtype or "float32",
+                kv_cache=kv_cache,
+                replaced=[] if prepare else [name for adapter in adapters for name in adapter.extras],
+            )
+            graph = load_graph(captured)
+        else:
+            graph = load_graph(base)
+            free_names(graph)
+            _refuse_capturing(base, dtype, kv_cache)
+        refuse_merged_into(str(base), merged_in(graph.model.metadata_props), list(adapters))
+        opened = replace(_opened(base, graph, adapters, checkpoint, share_base), said=tuple(said))
+        if opened.checkpoint is not None:
+            refuse_merged(opened.checkpoint, list(adapters))
+        refuse_overlap(opened.files, paths)
+        try:
+            yield opened, paths
+        except SiteError as error:
+            raise _explained(error, opened) from error
+
+
+def _explained(error: SiteError, base: Base) -> SiteError:
+    """Say where the folder came from that a graph's values differ from."""
+    if not base.notes or not isinstance(error, OtherValues):
+        return error
+    return SiteError(
+        f"{error.message} ({base.notes[0]})",
+        "give --checkpoint with the folder that the graph was exported from; if the graph is right and the "
+        "folder is another model by now, --no-checkpoint (checkpoint=False) goes by names alone",
+        error.problems,
+    )
+
+
+def _refuse_capturing(base: Path, dtype: str | None, kv_cache: bool) -> None:
+    given = ["--dtype"] * (dtype is not None) + ["--kv-cache"] * kv_cache
+    if given:
+        raise GraphError(
+            f"{base} is a graph already: {' and '.join(given)} can't change its dtype and cache",
+            f"give the checkpoint folder that it comes from as --base, or leave out {' and '.join(given)}",
+        )
+
+
+def _opened(
+    base: Path, graph: GraphFile, adapters: Collection[Adapter], checkpoint: CheckpointChoice, share: bool
+) -> Base:
+    data_files = graph.data_files()
+    if share and not data_files:
+        raise OutputError(
+            f"{base} has no weights in files of their own: nothing can be shared",
+            "leave out --share-base, or save the base with external data first",
+        )
+    from lora_export.base.checkpoint.checkpoint import Checkpoint
+    from lora_export.base.checkpoint.weights import CheckpointWeights, link_weights
+
+    files, shared = _base_files(base, graph), data_files if share else set()
+    if base.is_dir() and not checkpoint:
+        opened = Checkpoint.open(base)
+        shared = link_weights(graph, opened) if share else set()
+        return Base(graph, CheckpointWeights(opened), shared, files)
+    if checkpoint:
+        opened = Checkpoint.open(Path(checkpoint))
+        if share and base.is_dir():
+            shared = link_weights(graph, opened)
+        return Base(graph, _given_weights(opened), shared, files, Path(checkpoint))
+    if checkpoint is False:
+        return Base(graph, None, shared, files)
+    found, folder, notes = _named_checkpoint(adapters, merged_in(graph.model.metadata_props))
+    return Base(graph, found, shared, files, folder, tuple(notes))
+
+
+def _given_weights(checkpoint: Checkpoint) -> CheckpointWeights:
+    """Return the weights of the folder that the user gave.
+
+    Raises:
+        CheckpointError: It is quantised in a way that is not understood.
+    """
+    from lora_export.base.checkpoint.weights import CheckpointWeights
+
+    try:
+        return CheckpointWeights(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error.message}: the graph's values can't be compared with it",
+            "give the unquantised folder with --checkpoint, or go by names: --no-checkpoint "
+            "(checkpoint=False)",
+            error.problems,
+        ) from error
+
+
+def _named_checkpoint(
+    adapters: Collection[Adapter], merged: str
+) -> tuple[CheckpointWeights | None, Path | None, list[str]]:
+    """Return the weights of the local folder that adapters name as their base, and what to say of it.
+
+    A folder that is quantised was trained on (QLoRA), but a graph is of the unquantised model: its values
+    are near the folder's, and not the same. Neither are those of a graph that merges have changed since.
+
+    Args:
+        adapters: What may name a folder.
+        merged: What merges have put into the graph.
+    """
+    from lora_export.base.checkpoint.checkpoint import Checkpoint
+    from lora_export.base.checkpoint.weights import CheckpointWeights
+
+    weights: dict[Path, Adapter] = {}
+    for adapter in adapters:
+        # A name of the hub is a path as well, and that folder is what PEFT would load.
+        folder = Path(adapter.base_model or "")
+        if adapter.base_model and _holds_weights(folder):
+            weights.setdefault(folder.resolve(), adapter)
+    if not weights:
+        return None, None, []
+    if len(weights) > 1:
+        listed = ", ".join(f"{adapter.name}: {folder}" for folder, adapter in weights.items())
+        several = f"values were not compared: the adapters name several folders as their base ({listed})"
+        return None, None, [several]
+    ((folder, adapter),) = weights.items()
+    where = f"{folder}, which {adapter.name!r} names as its base"
+    try:
+        if others := not_in(merged, history_of(folder / MANIFEST)):
+            changed = f"the graph has {', '.join(others)} merged into it, which that has not"
+            return None, None, [f"values were not compared with {where}: {changed}"]
+        found = CheckpointWeights(Checkpoint.open(folder))
+    except CheckpointError as error:
+        return None, None, [f"values were not compared with {where}: {error.message}"]
+    if kind := found.quantised_as:
+        return None, None, [f"values were not compared with {where}: it is quantised ({kind})"]
+    return found, folder, [f"values compared with {where}"]
+
+
+def _holds_weights(folder: Path) -> bool:
+    try:
+        return folder.is_dir() and any(folder.glob("*.safetensors"))
+    except OSError:  # a text that is too long to be a path, or a folder that may not be read
+        return False
+
+
+def refuse_overlap(base_files: Sequence[Path], targets: Mapping[str, Path]) -> None:
+    """Raise `OutputError` where an output would replace what is read."""
+    inputs = {path.resolve() for path in base_files}
+    both = [str(path) for path in targets.values() if path.resolve() in inputs]
+    if both:
+        raise OutputError("the output would replace what is read", "choose another name", both)
+
+
+def output_paths(out: Path) -> dict[str, Path]:
+    """Return the files that belong to an output graph, the graph last: it appears when the rest is there.
+
+    Raises:
+        OutputError: The name does not end in ``.onnx``.
+    """
+    if out.suffix != ".onnx":
+        raise OutputError(f"the output {out} does not end in .onnx", f"-o {out / 'model.onnx'}")
+    return {
+        "data": out.with_name(out.name + ".data"),
+        "manifest": out.with_suffix(".lora.json"),
+        "graph": out,
+    }
+
+
+def drop_dead(graph: GraphFile) -> None:
+    """Remove constants that nothing reads after copies took over."""
+    for owner in graph.graphs():
+        inputs = {id(value) for value in owner.inputs}
+        for name, value in list(owner.initializers.items()):
+            if not value.uses() and not value.is_graph_output() and id(value) not in inputs:
+                owner.initializers.pop(name)
+
+
+def _base_files(base: Path, graph: GraphFile) -> list[Path]:
+    if base.is_dir():
+        return sorted([*base.glob("*.safetensors"), *base.glob("config.json")])
+    return [base, *sorted(graph.data_files())]

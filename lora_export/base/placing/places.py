@@ -1,0 +1,454 @@
+"""Where an adapter's changes lie in a checkpoint: the plan, and patches that are made when they are written.
+
+Layouts that a stored weight can have against the module's canonical one:
+
+- as it is (`nn.Linear`, convolutions, embeddings);
+- transposed: GPT-2's Conv1D stores ``(in_dim, out_dim)``. Shapes tell, and the model's family for
+  square ones (`lora_export.base.checkpoint.families`);
+- experts stacked in one tensor, or one tensor for each expert and half;
+- as codes with scales (`lora_export.base.checkpoint.quantised`);
+- not at all: an output head that is tied to the input embedding. PEFT's `merge_and_unload` adds the head's
+  change to the one shared parameter, so that the embedding changes as well, which the trained adapter
+  never did (PEFT warns of it). Here the head becomes a tensor of its own and the config says
+  ``tie_word_embeddings: false``; so too when the embedding is changed, for the sake of the head
+  (`lora_export.base.ties.tied_changes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from lora_export.adapter import Adapter, Array, LoraModule, TokenRows
+from lora_export.base.checkpoint.checkpoint import Checkpoint
+from lora_export.base.checkpoint.families import is_conv1d
+from lora_export.base.checkpoint.heads import head_classes
+from lora_export.base.checkpoint.names import Names, Part
+from lora_export.base.checkpoint.quantised import Quantised, quantised_notes
+from lora_export.base.checkpoint.vocabulary import grows, head_hint, is_head, resize_hint, rows_hint
+from lora_export.base.history.history import MANIFEST
+from lora_export.base.placing.changes import Added, Placed, view_of
+from lora_export.base.placing.ledger import Ledger
+from lora_export.base.placing.settle import settle
+from lora_export.base.ties.copies import UNCHANGED, Copied, are_judged, is_same, spread_copies, untrained_note
+from lora_export.base.ties.tied_layers import may_tie_layers
+from lora_export.base.ties.ties import Ties, find_ties, may_be_tied
+from lora_export.formats.reading.scope import SHARED
+from lora_export.formats.reading.whole_copies import reach_of
+from lora_export.formats.schemes import fitted
+from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, unaccounted
+from lora_export.sites.experts import fit_matrix, fit_parameter, is_turned, unsettled
+from lora_export.sites.experts import settle as settle_layout
+from lora_export.sites.naming.names import Named
+from lora_export.sites.naming.renaming import NOT_FOUND, Problem, Renaming
+from lora_export.storage.patch import Patch, Placement, patch_from, replacement
+
+
+class NoPlace(Exception):
+    """Why a parameter can't be placed; caught here and written into the plan.
+
+    Attributes:
+        refusal: The reason, with what to do to the base where that helps.
+    """
+
+    def __init__(self, kind: RefusalKind, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.refusal = Refusal(kind, reason, hint)
+
+
+def place_adapters(
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    quantised: Quantised,
+    resize: bool | None = None,
+    shared: bool | None = None,
+) -> Placed:
+    """Find every change of some adapters in a checkpoint; what has no place is ``refused`` in the plan.
+
+    Args:
+        checkpoint: The base.
+        adapters: What to merge.
+        weights: A factor for each adapter's ΔW.
+        quantised: The base's quantised weights.
+        resize: Give the base the rows for new tokens that an adapter holds; None: there is no such option.
+        shared: The command's options hold for others as well; by default, if there are several adapters.
+    """
+    shared = len(adapters) > 1 if shared is None else shared
+    judged = are_judged(weights, checkpoint.folder / MANIFEST)
+    placer, notes = _Placer(checkpoint, quantised, resize, judged), list[str]()
+    for given, weight in zip(adapters, weights, strict=True):
+        adapter = placer.settled(fitted(given, checkpoint.tensors, notes))
+        start = len(placer.rows)
+        placer.begin(adapter, weight, shared)
+        for path, values in adapter.extras.items():
+            names: tuple[str, ...] = (adapter.extra_tensors.get(path, path),)
+            placer.place(adapter, path, names, "replace", partial(placer.replaced, path, values, adapter))
+        for path, rows in adapter.token_rows.items():
+            act = partial(placer.rows_replaced, path, rows, adapter)
+            placer.place(adapter, path, (rows.tensor_name,), "replace", act)
+        for module in adapter.modules.values():
+            biases = tuple(n for n in module.tensor_names if n.endswith("bias")) if _biased(module) else ()
+            names = tuple(n for n in module.tensor_names if n not in biases)
+            path = f"{module.path}.{module.parameter}"
+            placer.place(adapter, path, names, "merge", partial(placer.merged, module, adapter, weight))
+            if _biased(module):
+                act = partial(placer.bias_added, module, adapter, weight)
+                placer.place(adapter, f"{module.path}.bias", biases, "add to bias", act)
+        lost = unaccounted(adapter.tensor_names, placer.rows[start:])
+        unruled = Refusal("operator", "no rule for it")
+        placer.rows.extend(PlanRow.refused(adapter.name, name, (name,), unruled) for name in lost)
+    return placer.finish(notes)
+
+
+def named_of(adapter: Adapter) -> list[Named]:
+    """Return all that an adapter changes, by its own paths."""
+    named = [Named(path, "replace", shape=values.shape) for path, values in adapter.extras.items()]
+    named += [Named(path, "replace rows") for path in adapter.token_rows]
+    for module in adapter.modules.values():
+        parameter = f"{module.path}.{module.parameter}"
+        named.append(Named(parameter, "merge", module.component, module.told_shape))
+        if _biased(module):
+            named.append(Named(f"{module.path}.bias", "add to bias", module.component))
+    return named
+
+
+def _biased(module: LoraModule) -> bool:
+    return module.lora_bias is not None
+
+
+class _Placer:
+    """Collects rows and changes of all adapters over one checkpoint."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, quantised: Quantised, resize: bool | None, judged: bool
+    ) -> None:
+        self._checkpoint, self._are_judged = checkpoint, judged
+        self._copied: list[Copied] = []
+        self._warnings: list[str] = []
+        self._owner, self._weight = -1, 1.0
+        self._names = Names(checkpoint)
+        self._quantised, self._resize = quantised, resize
+        self._ledger = Ledger(checkpoint)
+        self._stacked: set[str] = set()
+        self._absent: list[str] = []
+        self._hints: list[str] = []
+        self._notes: list[str] = []
+        self._renaming = Renaming(())
+        self._numbers: dict[Named, int] = {}
+        self._is_flattened = False
+        self._trained: Mapping[str, Any] = {}
+
+    @property
+    def rows(self) -> list[PlanRow]:
+        """The plan so far."""
+        return self._ledger.rows
+
+    @cached_property
+    def _ties(self) -> Ties:
+        return find_ties(self._checkpoint)
+
+    @cached_property
+    def _layers_may_be_tied(self) -> bool:
+        return may_tie_layers(self._checkpoint.config)
+
+    def _may_be_tied(self, name: str) -> bool:
+        return may_be_tied(name) or self._layers_may_be_tied
+
+    def begin(self, adapter: Adapter, weight: float, shared: bool) -> None:
+        """Find the base's names for all that one adapter changes: one change of names holds for it."""
+        self._ledger.begin(adapter)
+        self._owner, self._weight = self._owner + 1, weight
+        self._is_flattened, self._trained = adapter.flattened, adapter.config
+        named = named_of(adapter)
+        self._renaming = self._names.rename(named, adapter.flattened, adapter.scope)
+        self._numbers = {one: number for number, one in enumerate(named)}
+        if self._renaming.note:
+            self._notes.append(f"adapter '{adapter.name}': paths matched with {self._renaming.note}")
+        if self._renaming.hint:
+            hint = self._renaming.hint
+            self._hints += [f"for '{adapter.name}': {hint}", SHARED] if shared else [hint]
+
+    def settled(self, adapter: Adapter) -> Adapter:
+        """Return the adapter with the layout of its experts as this base has it."""
+        adapter, notes = settle_layout(adapter, self._names.held)
+        self._notes += notes
+        return adapter
+
+    def place(
+        self,
+        adapter: Adapter,
+        parameter: str,
+        tensors: tuple[str, ...],
+        action: str,
+        act: Callable[[], tuple[list[str], str, str]],
+    ) -> None:
+        """Add one row: ``act`` registers the change and returns places, layout and reason."""
+        copies = len(self._copied)
+        try:
+            places, layout, reason = act()
+        except NoPlace as problem:
+            # Parts that were placed before the one that has no place.
+            self._ledger.drop({len(self.rows)})
+            del self._copied[copies:]
+            self._hints += [problem.refusal.hint] * bool(problem.refusal.hint)
+            self.rows.append(PlanRow.refused(adapter.name, parameter, tensors, problem.refusal))
+            return
+        action = "unchanged" if reason == UNCHANGED else action
+        shown = ", ".join(places[:2]) + (f", … ({len(places)})" if len(places) > 2 else "")
+        self.rows.append(PlanRow(adapter.name, parameter, tensors, action, shown, "", layout, reason))
+
+    def finish(self, notes: Sequence[str]) -> Placed:
+        """Settle what shares a weight with others, and return the whole."""
+        ledger = self._ledger
+        settled = settle(ledger, self._may_be_tied, lambda: self._ties, self._quantised)
+        changes = {name: [c.make for c in changes] for name, changes in ledger.changes.items() if changes}
+        said = [*notes, *self._notes, *settled.notes, *quantised_notes(self._quantised, changes)]
+        return Placed(
+            self._quantised,
+            Plan(tuple(ledger.rows), tuple(said), tuple(self._warnings)),
+            changes,
+            self._stacked,
+            [Added(name, source) for name, source in settled.parted],
+            settled.untied,
+            self._absent,
+            ledger.resized,
+            settled.vocabulary,
+            tuple(dict.fromkeys([*self._hints, *ledger.hints])),
+            [*self._copied, *spread_copies(self._copied, settled.copies)],
+        )
+
+    # What each kind of change does.
+
+    def replaced(self, path: str, values: Array, adapter: Adapter) -> tuple[list[str], str, str]:
+        """Put whole values in place of a parameter."""
+        name, reason = self._single(Named(path, "replace"), values.shape)
+        tensor = self._ledger.tensor(name)
+        if tensor.shape != values.shape:
+            may_grow = self._resize and name not in self._quantised.scaled
+            if not (may_grow and grows(path, tensor.shape, values.shape)):
+                raise NoPlace(
+                    "shape",
+                    f"stored with shape {tensor.shape}, the adapter's values have {values.shape}",
+                    self._rows_hint(path, tensor.shape, values.shape),
+                )
+            self._ledger.resized[name] = values.shape
+        source = self._ledger.sources.get(name, name)
+        held = self._quantised.values(source) if source not in self._quantised.refused else None
+        if held is not None and self._are_judged and is_same(values, held):
+            return [name], "", UNCHANGED
+        if held is not None and (warning := untrained_note(adapter, path, values, held)):
+            self._warnings.append(warning)
+        self._copied.append(Copied(name, name, path, adapter.name, self._owner, self._weight, values))
+        matrix = values.reshape(view_of(values.shape, name in self._stacked))
+        reach = reach_of(adapter, path)
+        if reach == "unknown" and held is not None and is_same(values, held):
+            reach = "all"
+        self._ledger.add(name, lambda _: replacement(path, matrix), reach, is_copy=True)
+        return [name], "", reason
+
+    def rows_replaced(self, path: str, rows: TokenRows, adapter: Adapter) -> tuple[list[str], str, str]:
+        """Put single rows in place of an embedding's, and of what is tied to it."""
+        name, reason = self._single(Named(path, "replace rows"))
+        shape = self._ledger.tensor(name).shape
+        if shape[1:] != rows.values.shape[1:]:
+            raise NoPlace(
+                "shape", f"stored with shape {shape}, the adapter's rows have {rows.values.shape[1]} values"
+            )
+        if max(rows.indices) >= shape[0]:
+            wanted = max(rows.indices) + 1
+            raise NoPlace("shape", f"row {wanted - 1} of {shape[0]}", resize_hint(wanted))
+        if self._are_judged and self._holds_rows(name, rows):
+            return [name], f"{len(rows.indices)} rows", UNCHANGED
+        self._copied.append(
+            Copied(name, name, path, adapter.name, self._owner, self._weight, row_count=len(rows.indices))
+        )
+        for first, values in rows.runs():
+            self._ledger.add(name, partial(_replaced, path, values, first), "all")
+        return [name], f"{len(rows.indices)} rows", reason
+
+    def _holds_rows(self, name: str, rows: TokenRows) -> bool:
+        """Whether the base has these rows already; one that can't be read has not."""
+        source = self._ledger.sources.get(name, name)
+        if name in self._ledger.resized or source in self._quantised.refused:
+            return False
+        return is_same(rows.values, self._quantised.values(source)[list(rows.indices)])
+
+    def bias_added(self, module: LoraModule, adapter: Adapter, weight: float) -> tuple[list[str], str, str]:
+        """Add the scaled bias of lora_B to the module's own bias."""
+        assert module.lora_bias is not None
+        path, bias = f"{module.path}.bias", module.lora_bias
+        try:
+            name, reason = self._single(Named(path, "add to bias", module.component))
+        except NoPlace as problem:
+            if problem.refusal.kind != "not found":
+                raise
+            why = "lora_bias needs a bias to be added to, and the base has none here"
+            raise NoPlace("not found", why) from None
+        if self._ledger.tensor(name).shape != bias.shape:
+            shape = self._ledger.tensor(name).shape
+            raise NoPlace("shape", f"{name} has shape {shape}, lora_bias {bias.shape}")
+
+        def make(dtype: type[Any]) -> Patch:
+            row = bias.astype(dtype)[None, :] * dtype(weight * module.scaling)
+            return Patch(path, 0, 0, 1, bias.size, left=np.ones((1, 1), dtype), right=row)
+
+        self._ledger.add(name, make)
+        self._copied.append(Copied(name, name, path, adapter.name, self._owner, weight))
+        return [name], "", reason
+
+    def merged(self, module: LoraModule, adapter: Adapter, weight: float) -> tuple[list[str], str, str]:
+        """Add ΔW where the module's weight, or each part of it, is stored."""
+        if module.groups > 1:
+            raise NoPlace(
+                "branch only",
+                f"a convolution of {module.groups} groups can't be merged (PEFT refuses it, too)",
+            )
+        parts = self._parts(Named(f"{module.path}.{module.parameter}", "merge", module.component))
+        rows, _ = module.matrix_shape
+        experts = {part.expert for part in parts}
+        if None not in experts and len(experts) != module.experts:
+            raise NoPlace("shape", f"the base has {len(experts)} experts, the adapter {module.experts}")
+        layouts = []
+        for part in parts:
+            index, count = part.piece
+            if rows % count:
+                raise NoPlace("shape", f"{rows} rows can't be cut into {count} equal tensors")
+            span = (rows // count * index, rows // count * (index + 1))
+            placements, layout = self._fit(module, adapter, part, span)
+            layouts.append(layout)
+            for placement in placements:
+                self._ledger.add(part.tensor, partial(_make, module, placement, weight))
+            self._copied.append(
+                Copied(
+                    part.tensor,
+                    part.tensor,
+                    module.key,
+                    adapter.name,
+                    self._owner,
+                    weight,
+                    is_dora=module.magnitude is not None,
+                )
+            )
+        return [part.tensor for part in parts], layouts[0], parts[0].reason
+
+    def _fit(
+        self, module: LoraModule, adapter: Adapter, part: Part, span: tuple[int, int]
+    ) -> tuple[list[Placement], str]:
+        """Return where canonical rows ``span`` lie in a stored tensor; NoPlace if shapes don't allow it."""
+        if module.kind == "parameter":
+            return self._fit_parameter(module, part, span)
+        tensor = self._ledger.tensor(part.tensor)
+        wanted = (span[1] - span[0], module.matrix_shape[1])
+        shape = tensor.shape
+        # kohya and diffusers write a 1×1 convolution's factors as a Linear's, and the other way round.
+        plain = len(shape) >= 2 and all(size == 1 for size in shape[2:])
+        same = shape == module.weight_shape or (plain and shape[:2] == wanted)
+        turned = module.kind == "linear" and shape == wanted[::-1]
+        if not same and not turned:
+            parameter = f"{module.path}.{module.parameter}"
+            as_name = "" if tensor.name.endswith(parameter) else f" ({tensor.name})"
+            raise NoPlace(
+                "shape",
+                f"stored with shape {tensor.shape}, the adapter fits {module.weight_shape}{as_name}",
+                self._rows_hint(parameter, shape, module.weight_shape),
+            )
+        config, flag = self._checkpoint.config, adapter.fan_in_fan_out
+        transposed = turned and (not same or is_conv1d(config, module.path, flag))
+        if part.transposed:
+            raise NoPlace("operator", f"{tensor.name} holds the transpose of it, by transformers' conversion")
+        return [Placement(span, 0, 0, transposed)], "transposed" if transposed else ""
+
+    def _fit_parameter(
+        self, module: LoraModule, part: Part, span: tuple[int, int]
+    ) -> tuple[list[Placement], str]:
+        """Return where a module's own parameter, or some experts of one, lie in a stored tensor.
+
+        PEFT adds to such a parameter as the module holds it, which is how it is stored, but where
+        transformers transposes it in loading.
+        """
+        held = self._names.held(f"{module.path}.{module.parameter}")
+        if reason := unsettled(module, held):
+            raise NoPlace("unproven", reason)
+        tensor, experts = self._ledger.tensor(part.tensor), module.experts
+        if part.expert is not None:
+            placed = fit_matrix((span[1] - span[0], module.weight_shape[1]), tensor.shape, part.transposed)
+        else:
+            turned = part.transposed or (held is not None and is_turned(tensor.shape, held.shape))
+            placed = fit_parameter(module, tensor.shape, turned)
+        if isinstance(placed, str):
+            raise NoPlace("shape", placed)
+        layout = "transposed" if placed else ""
+        if part.expert is not None or experts == 1:
+            return [Placement(span, 0, 0, placed, expert=part.expert or 0)], layout
+        self._stacked.add(tensor.name)
+        height = tensor.shape[1]
+        placements = [Placement(span, e * height, 0, placed, expert=e) for e in range(experts)]
+        return placements, f"{experts} experts stacked" + (", transposed" if placed else "")
+
+    def _rows_hint(self, path: str, shape: tuple[int, ...], seen: tuple[int, ...]) -> str:
+        return rows_hint(self._checkpoint.config, path, shape, seen, may_resize=self._resize is False)
+
+    def _head_hint(self, path: str, shape: tuple[int, ...]) -> str:
+        if not is_head(path):
+            return ""
+        classes = head_classes(self._checkpoint, path, shape, self._trained)
+        return head_hint(path, shape, classes, of_graph=False)
+
+    # Names.
+
+    def _find(self, named: Named) -> tuple[Part, ...] | Problem:
+        """Return where a parameter of the adapter is stored, or why that is not known."""
+        number = self._numbers[named]
+        name, problem = self._renaming.names[number], self._renaming.problems.get(number)
+        return (self._names.parts(name) if name and not problem else ()) or problem or NOT_FOUND
+
+    def _parts(self, named: Named, whole: tuple[int, ...] = ()) -> tuple[Part, ...]:
+        parts = self._find(named)
+        if not isinstance(parts, Problem):
+            self._check(parts)
+            return parts
+        number = self._numbers[named]
+        parameter = self._renaming.names[number] or named.key
+        if packed := self._quantised.packed_at(parameter):
+            raise NoPlace("quantised", packed)
+        if parts.kind == "ambiguous":
+            raise NoPlace("ambiguous", str(parts))
+        flattened = self._is_flattened and self._renaming.names[number] is None
+        tied = self._ties.absent(parameter, flattened) if self._may_be_tied(parameter) else None
+        if tied is None:
+            self._absent.append(named.key)
+            raise NoPlace("not found", str(parts), self._head_hint(named.key, whole) if whole else "")
+        tie, name = tied
+        if name not in self._checkpoint.tensors:
+            self._ledger.sources[name] = tie.source
+        part = Part(name, reason=f"tied to {tie.source}")
+        self._check([Part(tie.source)])
+        return (part,)
+
+    def _check(self, parts: Sequence[Part]) -> None:
+        """Refuse what can't be merged into."""
+        for part in parts:
+            reason = self._quantised.refusal(part.tensor)
+            if reason:
+                raise NoPlace("quantised", reason)
+
+    def _single(self, named: Named, whole: tuple[int, ...] = ()) -> tuple[str, str]:
+        parts = self._parts(named, whole)
+        (first, *more) = parts
+        if more or first.piece != (0, 1) or first.expert is not None or first.transposed:
+            raise NoPlace(
+                "operator", f"the base stores it as {len(parts)} tensors: replacing it whole is not possible"
+            )
+        return parts[0].tensor, parts[0].reason
+
+
+def _make(module: LoraModule, placement: Placement, weight: float, dtype: type[Any]) -> Patch:
+    return patch_from(module, placement, weight, dtype)
+
+
+def _replaced(path: str, values: Array, row: int, _: type[Any]) -> Patch:
+    return replacement(path, values, row)

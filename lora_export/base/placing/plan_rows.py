@@ -1,0 +1,358 @@
+"""Place adapters in a graph: rows of the plan, and one error that lists all that has no place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+
+from lora_export.adapter import Adapter
+from lora_export.base.checkpoint.vocabulary import head_hint
+from lora_export.base.ties.ties import may_be_tied
+from lora_export.errors import SiteError
+from lora_export.formats.reading.scope import SHARED, how_to_part
+from lora_export.graph.onnx_file import GraphFile, shape_of
+from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, unaccounted
+from lora_export.sites.doubts.changed import is_transposed_constant
+from lora_export.sites.doubts.readers import module_of
+from lora_export.sites.naming.likeness import counterparts
+from lora_export.sites.slot import Use
+from lora_export.sites.target import Miss, Site
+
+_EXAMPLES = 4
+# Nothing led to a place.
+_LOST: AbstractSet[RefusalKind] = {"not found", "nameless"}
+Verb = Literal["merge-onnx", "swap-onnx", "bank-onnx"]
+_BY_VALUE = "give --checkpoint BASE_DIR to match by value"
+_COMPARE = "give --checkpoint BASE_DIR: its values may explain the constants"
+_QUANTISED = (
+    "keep the adapter beside the quantised weights (lora-export swap-onnx), or merge into the "
+    "unquantised base and quantise the result"
+)
+_INTEGERS = (
+    "merge into the unquantised graph and quantise the result; or quantise that graph so that the operators "
+    "stay floats (quantize_static(..., quant_format=QuantFormat.QDQ), MatMulNBits) and "
+)
+_AGAIN = (
+    "export the graph again with torch.onnx.export(..., dynamo=True, optimize=False), which keeps names, "
+    "computes nothing in advance and has one constant for all calls of a module"
+)
+_MERGE_FIRST = (
+    "where that is how it was made (torch.cond drops names), merge into the checkpoint (lora-export merge) "
+    "and export the result"
+)
+_CONTRIB = "com.microsoft"
+# Domains of operators that ONNX Runtime's optimiser makes for a machine, and how their layout is called.
+_ARRANGED = {"com.microsoft.nchwc": "NCHWc ", "com.ms.internal.nhwc": "NHWC ", _CONTRIB: ""}
+
+
+class OtherValues(SiteError):
+    """Places that names led to hold other values than the checkpoint."""
+
+
+def refuse_unaccounted(adapter: Adapter, rows: Sequence[PlanRow]) -> None:
+    """Raise `SiteError` where the plan does not speak of some of an adapter's tensors."""
+    lost = unaccounted(adapter.tensor_names, rows)
+    if lost:
+        raise SiteError(f"adapter {adapter.name!r} has tensors that the plan does not speak of", "", lost)
+
+
+def with_unverified(plan: Plan, checkpoint: Path) -> Plan:
+    """Say which places the checkpoint could not confirm; raise `SiteError` where it confirms none."""
+    # What was added to the graph has no values that could be another module's.
+    silent = [row for row in plan.placed if row.proof == "names"]
+    if silent and not any(row.proof == "values" for row in plan.placed):
+        raise SiteError(
+            f"the checkpoint {checkpoint} stores none of the {len(silent)} parameters that would change",
+            "give the folder that the graph was exported from, or go by names: --no-checkpoint "
+            "(checkpoint=False)",
+            [row.parameter for row in silent[:_EXAMPLES]],
+        )
+    notes = [
+        f"{row.parameter}: found by {row.reason} alone, the checkpoint does not store it" for row in silent
+    ]
+    return replace(plan, notes=(*plan.notes, *notes))
+
+
+def warned_of_computed(plan: Plan) -> Plan:
+    """Say which places have a module's name on the node alone, where the exporter computed the constant."""
+    names = [
+        name
+        for row in plan.placed
+        if row.proof == "names"
+        for name in row.place.split(", ")
+        if is_transposed_constant(name)
+    ]
+    if not names:
+        return plan
+    listed = ", ".join(names[:_EXAMPLES]) + (", …" if len(names) > _EXAMPLES else "")
+    warning = (
+        f"torch.onnx (TorchScript) computed {len(names)} of the weights ({listed}): a factor that the model "
+        "has on a weight would be in them, and only their nodes' names say whose they are; give --checkpoint "
+        "BASE_DIR to compare the values"
+    )
+    return replace(plan, warnings=(*plan.warnings, warning))
+
+
+def refuse(
+    graph: GraphFile,
+    adapter: Adapter,
+    sites: Sequence[Site],
+    misses: Sequence[Miss],
+    *,
+    verb: Verb,
+    checked: bool,
+    uses: Sequence[Use],
+    shared: bool = False,
+) -> None:
+    """Raise `SiteError` with a reason for each miss.
+
+    Args:
+        graph: The graph.
+        adapter: The adapter.
+        sites: What was placed.
+        misses: What was not.
+        verb: The command that wants places.
+        checked: There is a checkpoint to compare values with.
+        uses: All weights of the graph.
+        shared: The command's options hold for other adapters as well.
+    """
+    total, file = len(sites) + len(misses), graph.path.name
+    # Without a format it is no file but what the user typed.
+    name = f"adapter {adapter.name!r}" if adapter.format else adapter.name
+    lines = [f"{miss.target.key}  {miss.reason}" for miss in misses]
+    kinds = {miss.kind for miss in misses}
+    given = list(dict.fromkeys(miss.hint for miss in misses if miss.hint))
+    lost = not sites and kinds <= _LOST and not given
+    found = (
+        _changed(graph, misses, adapter, name, total, checked)
+        or _quantised(file, misses, name, total, verb, uses, bool(sites))
+        or (_lost(file, misses, name, checked, uses) if lost else None)
+    )
+    if found is None:
+        given += [SHARED] if shared and given else []
+        hints = [*_rows_hints(misses), *hints_of(kinds, verb, checked, bool(sites), given)]
+        doubled = {miss.target.key for miss in misses if miss.kind == "double"}
+        hints += [how_to_part(adapter, doubled)] if doubled else []
+        message = f"{name} has {len(misses)} parameters with no place in {file} (of {total})"
+        found = message, "; ".join(dict.fromkeys(hints))
+    raise (OtherValues if "values" in kinds else SiteError)(*found, lines)
+
+
+def _changed(
+    graph: GraphFile, misses: Sequence[Miss], adapter: Adapter, name: str, total: int, checked: bool
+) -> tuple[str, str] | None:
+    """Return message and hint where the graph is another than its exporter wrote."""
+    file, kinds = graph.path.name, {miss.kind for miss in misses}
+    if contained := sum(miss.kind == "contained" for miss in misses):
+        return (
+            f"{file} contains an adapter already, beside {contained} of the {total} parameters of {name}",
+            "export the base model without the adapter, or give the graph that it was added to",
+        )
+    if computed := sum(miss.kind == "partly computed" for miss in misses):
+        return (
+            f"a tool has computed parts of {file} into constants, perhaps with {computed} of the {total} "
+            f"parameters of {name}",
+            "give the graph as its exporter wrote it (torch.onnx.export(..., optimize=False)), and run the "
+            "tool on the result" + ("" if checked else f"; or {_COMPARE}"),
+        )
+    if "values" in kinds:
+        return (
+            f"{file} was not exported from this checkpoint, or was changed since: {name} has "
+            f"{len(misses)} places (of {total}) that are not confirmed",
+            "give the folder that the graph was exported from"
+            + (f", or another part than {adapter.scope} with --component" if adapter.scope else ""),
+        )
+    if (arranged := _arranged(graph)) and kinds & {*_LOST, "operator"}:
+        return (
+            f"{file} was optimised by ONNX Runtime for one machine ({arranged}), which stores weights in a "
+            f"layout of its own: {name} has {len(misses)} parameters with no place in it (of {total})",
+            "give the graph that it was made from, or save it with "
+            "SessionOptions.graph_optimization_level = ORT_ENABLE_EXTENDED instead of ORT_ENABLE_ALL",
+        )
+    return None
+
+
+def _quantised(
+    file: str, misses: Sequence[Miss], name: str, total: int, verb: Verb, uses: Sequence[Use], some: bool
+) -> tuple[str, str] | None:
+    """Return message and hint where weights are quantised: the misses' own, or some of a nameless graph."""
+    merging = verb == "merge-onnx"
+    codes = [use for use in uses if use.quantised and (merging or use.no_branch)]
+    kinds = {miss.kind for miss in misses}
+    lost = kinds <= _LOST
+    if not kinds & {"quantised", "integers"} and not (lost and not some and codes):
+        return None
+    hint = _QUANTISED
+    if "integers" in kinds or (lost and all(use.no_branch for use in codes)):
+        hint = _INTEGERS + ("use swap-onnx" if merging else "give that")
+    return (
+        f"{file} has quantised weights{_operators(codes)}: {name} can't be "
+        f"{'merged into' if merging else 'exposed at'} {len(misses)} of its {total} parameters' places",
+        hint,
+    )
+
+
+def _lost(
+    file: str, misses: Sequence[Miss], name: str, checked: bool, uses: Sequence[Use]
+) -> tuple[str, str]:
+    """Return message and hint where nothing of an adapter is found."""
+    total = len(misses)
+    is_foreign = checked and all(miss.is_foreign for miss in misses)
+    if checked and not is_foreign:
+        return (
+            f"{file} holds the checkpoint's values of none of the {total} parameters of {name}",
+            "give the folder that the graph was exported from, and the graph as its exporter wrote it: a "
+            "tool may have changed its weights since",
+        )
+    if not checked and any(miss.kind == "nameless" for miss in misses):
+        return (
+            f"{file} does not say where its weights belong: none of the {total} parameters of {name} is "
+            "named in it",
+            f"{_BY_VALUE}, or the graph as its exporter wrote it",
+        )
+    # The values of codes are not the checkpoint's.
+    codes = any(use.quantised for use in uses)
+    nameless = "export it with names (torch.onnx.export(..., optimize=False)) and quantise that"
+    values = nameless if codes else _BY_VALUE
+    wanted = {miss.target.key: miss.target.shape for miss in misses if miss.target.module is not None}
+    pairs = counterparts(wanted, _matrices(uses))
+    if pairs:
+        listed = ", ".join(f"{one} is perhaps {other}" for one, other in pairs)
+        return (
+            f"{name} names its modules in another way than {file}: none of its {total} parameters is found",
+            f"the shapes fit ({listed}): rename the adapter's tensors"
+            + ("" if checked else f"; or {values}"),
+        )
+    if checked:
+        return (
+            f"{name} was made for another model: neither {file} nor the checkpoint has any of its {total} "
+            "parameters",
+            "give the base that the adapter was trained on: its graph, and with --checkpoint its folder",
+        )
+    return (
+        f"{name} was made for another model: none of its {total} parameters has a place in {file}",
+        f"check the base; if the graph's names are gone, {values}",
+    )
+
+
+def _matrices(uses: Sequence[Use]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a graph's matrices by the module that reads them, else by their own names."""
+    found = {}
+    for use in uses:
+        if use.slot.kind in ("linear", "conv", "embedding") and use.root.const_value is not None:
+            found[module_of(use.node) or str(use.root.name)] = shape_of(use.root.const_value)
+    return found
+
+
+def _arranged(graph: GraphFile) -> str:
+    """Name ONNX Runtime's operators whose weights lie in blocks of channels, or channels last."""
+    nodes = (node for node in graph.graph.all_nodes() if node.domain in _ARRANGED)
+    found = {f"{_ARRANGED[node.domain]}{node.op_type}" for node in nodes if _is_arranged(node)}
+    return ", ".join(sorted(found))
+
+
+def _is_arranged(node: ir.Node) -> bool:
+    return node.domain != _CONTRIB or node.op_type.startswith("Nhwc")
+
+
+def _operators(uses: Sequence[Use]) -> str:
+    """Return ``" (MatMulInteger)"`` where weights are quantised, whatever their names; else ""."""
+    found = {use.node.op_type for use in uses}
+    return f" ({', '.join(sorted(found))})" if found else ""
+
+
+def _rows_hints(misses: Sequence[Miss]) -> list[str]:
+    """Return what to do to a base that lacks rows for new tokens, or the head, that an adapter brings."""
+    hints = []
+    for miss in misses:
+        key, shape = miss.target.key, miss.target.shape
+        if miss.target.action == "replace" and miss.kind == "shape" and may_be_tied(key):
+            hints.append(f"for new tokens or labels: give the base {shape[0]} rows before it is exported")
+        elif miss.target.action == "replace" and miss.kind in _LOST:
+            hints.append(head_hint(key, shape, of_graph=True))
+    return [hint for hint in dict.fromkeys(hints) if hint]
+
+
+def hints_of(
+    kinds: AbstractSet[RefusalKind], verb: Verb, checked: bool, some: bool, given: Sequence[str]
+) -> list[str]:
+    """Say what to do: never what was given already, nor the command that is running.
+
+    Args:
+        kinds: Of all refusals.
+        verb: The command that wants places.
+        checked: There is a checkpoint to compare values with.
+        some: Other parameters have a place.
+        given: Hints that are known to help.
+    """
+    hints = list(given)
+    if "shape" in kinds:
+        hints.append("give the base that the adapter was trained on")
+    if not checked and ("unproven" in kinds or (kinds & _LOST and not given)):
+        hints.append(_BY_VALUE)
+    if checked and "unproven" in kinds:
+        hints.append("give the graph as its exporter wrote it, or a checkpoint that stores these parameters")
+    if checked and "not found" in kinds and not given:
+        hints.append("export the graph again with these modules in it")
+    if "ambiguous" in kinds and not given:
+        hints.append(_AGAIN if checked else f"{_AGAIN}, and give --checkpoint BASE_DIR")
+        if verb == "merge-onnx":
+            hints.append(_MERGE_FIRST)
+    if "computed" in kinds:
+        hints.append(_AGAIN)
+    if "dora" in kinds:
+        merge = "merge the adapter with merge-onnx"
+        hints.append(
+            f"give --dora, or {merge}" if verb == "swap-onnx" else f"see swap-onnx --dora, or {merge}"
+        )
+    if "merge only" in kinds:
+        hints.append("merge the adapter with merge-onnx")
+    if "branch only" in kinds:
+        hints.append("keep the adapter beside the weights with swap-onnx")
+    if "operator" in kinds:
+        hints.append("export the graph with plain MatMul, Gemm or Conv nodes for these modules")
+    if some:
+        hints.append("--allow-unmatched (allow_unmatched=True) goes on without them")
+    return hints
+
+
+def placed_row(adapter: Adapter, site: Site, action: str = "") -> PlanRow:
+    """Return the plan's row of a site; the action is the target's own unless given."""
+    operators = sorted({use.node.op_type for part in site.parts for use in part.uses})
+    layouts = []
+    for part in site.parts:
+        first = part.placements[0]
+        words = ["transposed"] if first.transposed else []
+        if first.row or first.col or first.rows != (0, site.target.matrix[0]):
+            words.append(
+                f"rows {first.rows[0]}–{first.rows[1]} at {first.col if first.transposed else first.row}"
+            )
+        if len(part.placements) > 1:
+            words.append(f"{len(part.placements)} experts")
+        if first.row_scale is not None:
+            words.append("rescaled per output channel")
+        if first.shift:
+            words.append(f"plus {first.shift:g}")
+        layouts.append(" ".join(words) or "as in PyTorch")
+    return PlanRow(
+        adapter.name,
+        site.target.key,
+        site.target.tensor_names,
+        action or site.target.action,
+        ", ".join(str(part.root.name) for part in site.parts),
+        ", ".join(operators),
+        "; ".join(layouts),
+        site.evidence,
+        proof=site.proof,
+    )
+
+
+def refused_row(adapter: Adapter, miss: Miss) -> PlanRow:
+    """Return the plan's row of a miss."""
+    target, refusal = miss.target, Refusal(miss.kind, miss.reason)
+    return PlanRow.refused(adapter.name, target.key, target.tensor_names, refusal)

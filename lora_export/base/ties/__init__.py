@@ -1,0 +1,1 @@
+"""Parameters that share one weight, and the changes that reach them."""

@@ -1,0 +1,242 @@
+"""Whole copies of parameters that adapters store: which are changes, and which of several would win.
+
+A copy in an adapter's file is a trained one (``modules_to_save``, ``bias``), or PEFT's of an embedding that
+training left alone (``save_embedding_layers``). PEFT loads either over the base's values. It refuses to add
+up adapters that hold two copies (`LoraModel.add_weighted_adapter`), and of stored embeddings takes the one
+that was loaded last. Rules here:
+
+1. A copy that has the base's values changes nothing.
+2. Of two other copies of one parameter none wins, unless they are equal.
+3. A copy is not a sum: its adapter has weight 1, unless every adapter of the blend holds the same copy.
+4. No adapter changes a parameter in which another one puts its own copy: it was trained on another weight.
+5. A base that an earlier merge has written counts as a blend with what was merged, but for an adapter that
+   was trained on it: neither copies, nor single rows, nor DoRA, whose magnitude is of the weight that it was
+   trained on, come over what was merged there.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from lora_export.adapter import Adapter, Array
+from lora_export.base.checkpoint.checkpoint import Checkpoint
+from lora_export.base.history.history import history_of
+from lora_export.base.ties.tied_layers import may_tie_layers
+from lora_export.base.ties.ties import find_ties, may_be_tied
+from lora_export.errors import AdapterError
+from lora_export.formats.reading.whole_copies import reach_of
+
+_HINT = (
+    "merge one of them alone, or train the second on the merged base; PEFT stores whole embeddings and heads "
+    "beside LoRA on them unless it is told save_embedding_layers=False"
+)
+# Reason of a copy that is no change.
+UNCHANGED = "the base holds the same values"
+_ROWS = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Copied:
+    """One adapter's change of one parameter.
+
+    Attributes:
+        place: What is the same for two adapters that change the same weight.
+        stored: The stored weight, as a manifest names it; of a part of one, with the parameter.
+        parameter: Its path.
+        adapter: The adapter's name, which another one may have as well.
+        owner: Its position in the blend.
+        weight: Its factor in the blend.
+        values: The copy; None for what is added to the weight.
+        row_count: How many single rows it replaces.
+        is_dora: It scales the weight to a length of its own.
+    """
+
+    place: Hashable
+    stored: str
+    parameter: str
+    adapter: str
+    owner: int
+    weight: float
+    values: Array | None = None
+    row_count: int = 0
+    is_dora: bool = False
+
+    @property
+    def overwrites(self) -> str:
+        """What it would do to other changes of the weight; empty for a sum."""
+        if self.values is not None:
+            return "holds a whole copy of it, which would replace what"
+        if self.row_count:
+            return f"holds {self.row_count} single rows of it, which would replace what"
+        return (
+            "is DoRA, which scales it to the length that it was trained at, with all that"
+            if self.is_dora
+            else ""
+        )
+
+
+def are_judged(weights: Sequence[float], manifest: Path) -> bool:
+    """Whether copies have to be compared with the base: a lone adapter of weight 1 simply puts its own in.
+
+    Args:
+        weights: One for each adapter.
+        manifest: What an earlier merge has written beside the base, if one has.
+    """
+    return list(weights) != [1.0] or manifest.exists()
+
+
+def spread_copies(changes: Sequence[Copied], spread: Iterable[tuple[int, str, str]]) -> list[Copied]:
+    """Return the copies that replace what is tied to their parameters, as copies of those.
+
+    Args:
+        changes: What adapters change.
+        spread: ``(owner, from, to)``, names of stored weights.
+    """
+    copies = {(one.owner, one.stored): one for one in changes if one.values is not None}
+    return [
+        replace(copies[owner, name], place=other, stored=other)
+        for owner, name, other in spread
+        if (owner, name) in copies
+    ]
+
+
+def refuse_copies(changes: Sequence[Copied], adapters: Sequence[Adapter]) -> None:
+    """Raise `AdapterError` where a blend's copies break rules 2 to 4; copies of rule 1 are not among them.
+
+    Args:
+        changes: All of them.
+        adapters: The adapters of the blend.
+    """
+    places: dict[Hashable, list[Copied]] = defaultdict(list)
+    for change in changes:
+        places[change.place].append(change)
+    problems = [problem for found in places.values() if (problem := _problem(found, len(adapters)))]
+    if problems:
+        raise AdapterError("these adapters can't be merged so", _HINT, list(dict.fromkeys(problems)))
+
+
+def refuse_overwriting(changes: Sequence[Copied], manifest: Path, adapters: Sequence[Adapter]) -> None:
+    """Raise `AdapterError` where a change is no sum with what an earlier merge put into the base (rule 5).
+
+    Args:
+        changes: What the adapters change.
+        manifest: What an earlier merge has written beside the base, if one has.
+        adapters: The adapters.
+    """
+    own = {n for n, adapter in enumerate(adapters) if _is_folder(adapter.base_model, manifest.parent)}
+    copies = [change for change in changes if change.overwrites and change.owner not in own]
+    earlier = history_of(manifest).changed if copies else {}
+    lost = [change for change in copies if change.stored in earlier]
+    problems = [
+        f"{change.parameter}: '{change.adapter}' {change.overwrites} "
+        f"{', '.join(map(repr, dict.fromkeys(earlier[change.stored])))} changed in this base"
+        for change in lost
+    ]
+    if problems:
+        names = ", ".join(f"'{adapter.name}'" for adapter in adapters)
+        in_one_go = (
+            "merge all of them into the original base in one go: copies with its values then change nothing"
+        )
+        on_merged = "merge it into the original base alone, or train it on the merged one"
+        raise AdapterError(
+            f"adapter {names} would undo an earlier merge, of which {manifest} tells",
+            f"{in_one_go if all(change.values is not None for change in lost) else on_merged}; "
+            f"if it was trained on the merged base, which its config does not name, remove {manifest.name}",
+            list(dict.fromkeys(problems)),
+        )
+
+
+def _is_folder(base_model: str | None, folder: Path) -> bool:
+    """Whether an adapter names a folder as the base that it was trained on."""
+    try:
+        return bool(base_model) and Path(str(base_model)).resolve() == folder.resolve()
+    except (OSError, ValueError):
+        return False
+
+
+def may_replace_ties(base: Path, adapters: Iterable[Adapter]) -> bool:
+    """Whether an adapter has a copy that PEFT would load into a weight that a folder's model may tie.
+
+    Args:
+        base: Folder with config.json and safetensors.
+        adapters: Any.
+    """
+    copies = [path for one in adapters for path in one.extras if reach_of(one, path) != "one"]
+    if not copies:
+        return False
+    checkpoint = Checkpoint.open(base)
+    layers = may_tie_layers(checkpoint.config)
+    return any(layers or may_be_tied(path) for path in copies) and bool(find_ties(checkpoint).ties)
+
+
+def is_same(copy: Array, stored: Array) -> bool:
+    """Whether a copy has a weight's values, in the coarser one of the two types (rule 1)."""
+    return copy.shape == stored.shape and not any(_differing(copy, stored))
+
+
+def differing_rows(copy: Array, stored: Array) -> int:
+    """Return how many rows of a copy are not a weight's; rows that only one of them has don't count."""
+    return sum(_differing(copy, stored))
+
+
+def _differing(copy: Array, stored: Array) -> Iterator[int]:
+    """Yield how many rows differ, some thousand rows at a time."""
+    rows = min(len(copy), len(stored))
+    for start in range(0, rows, _ROWS):
+        one, other = (
+            values[start : min(start + _ROWS, rows)].reshape(min(_ROWS, rows - start), -1)
+            for values in (copy, stored)
+        )
+        with np.errstate(over="ignore"):
+            same = (one.astype(other.dtype) == other) | (other.astype(one.dtype) == one)
+        yield int((~same.all(axis=1)).sum())
+
+
+def untrained_note(adapter: Adapter, parameter: str, copy: Array, stored: Array) -> str:
+    """Return a warning where a copy that training left alone differs from the base, else an empty string."""
+    is_stored = parameter.endswith(".weight") and reach_of(adapter, parameter) != "one"
+    if not is_stored or copy.shape[1:] != stored.shape[1:]:
+        return ""
+    count = differing_rows(copy, stored)
+    if not count:
+        return ""
+    return (
+        f"{parameter}: '{adapter.name}' stores a copy of it that its training did not change (PEFT's "
+        f"save_embedding_layers), and {count} of {len(stored)} rows differ from this base: the copy replaces "
+        "them, and what the base has learned there since is lost; save the adapter with "
+        "save_embedding_layers=False to keep the base's"
+    )
+
+
+def _problem(found: Sequence[Copied], count: int) -> str:
+    """Return which rule the changes of one place break, or an empty string."""
+    copies = [change for change in found if change.values is not None]
+    if not copies:
+        return ""
+    first, *others = copies
+    assert first.values is not None
+    parameter, holders = first.parameter, {change.owner for change in copies}
+    for other in others:
+        if other.values is not None and not is_same(first.values, other.values):
+            return (
+                f"{parameter}: '{first.adapter}' and '{other.adapter}' each hold a whole copy of it, with "
+                "other values: only one could win"
+            )
+    strangers = [change.adapter for change in found if change.owner not in holders]
+    if strangers:
+        return (
+            f"{parameter}: '{first.adapter}' replaces it by its own copy, and '{strangers[0]}' was trained "
+            "to change another one"
+        )
+    weights = [change.weight for change in copies if change.weight != 1]
+    if weights and (len(copies) < count or count == 1):
+        return (
+            f"{parameter}: '{first.adapter}' replaces it by a whole copy, which is not a sum: with weight 1 "
+            f"only, not {weights[0]}"
+        )
+    return ""

@@ -1,0 +1,54 @@
+"""Whether a model's class ties weights of numbered layers, as Zamba's shared blocks: read off its source.
+
+Asking the class itself imports torch and takes seconds, and nearly no class ties any: parsing the one file of
+transformers that defines it takes some hundredths of a second.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_export.base.checkpoint.families import model_types, source_folder
+
+_TABLE = "_tied_weights_keys"
+# A parameter's path in which no module is numbered.
+_PLAIN = re.compile(r"([A-Za-z_]\w*\.)*[A-Za-z_]\w*")
+
+
+def may_tie_layers(config: Mapping[str, Any]) -> bool:
+    """Whether the source of one of a config's models ties more than parameters of plain names.
+
+    False where transformers, or the model's file in it, is not there: then nobody can be asked either.
+    """
+    folders = dict.fromkeys(source_folder(kind) for kind in model_types(config))
+    return any(_ties_others(file) for folder in folders if folder for file in folder.glob("modeling_*.py"))
+
+
+def _ties_others(file: Path) -> bool:
+    try:
+        text = file.read_text("utf-8")
+        tree = ast.parse(text) if _TABLE in text else None
+    except (OSError, ValueError, SyntaxError):
+        return True
+    return tree is not None and any(map(_is_other, ast.walk(tree)))
+
+
+def _is_other(node: ast.AST) -> bool:
+    """Whether code makes the table while it runs, or gives it a name with a number or a pattern."""
+    if isinstance(node, ast.FunctionDef):
+        return node.name == _TABLE
+    if isinstance(node, ast.Attribute):
+        return node.attr == _TABLE
+    if not isinstance(node, ast.Assign):
+        return False
+    if not any(isinstance(target, ast.Name) and target.id == _TABLE for target in node.targets):
+        return False
+    try:
+        table = ast.literal_eval(node.value) or {}
+        return any(_PLAIN.fullmatch(name) is None for name in (*table, *table.values()))
+    except (ValueError, TypeError, AttributeError):  # put together, or no table of names
+        return True

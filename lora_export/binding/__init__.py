@@ -1,0 +1,1 @@
+"""An adapter, turned into the tensors of a graph with exposed LoRA."""

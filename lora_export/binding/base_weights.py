@@ -1,0 +1,121 @@
+"""W0 of a graph with exposed LoRA, read where the record says that it lies; a block of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_export.adapter import Array
+from lora_export.graph.exposed import StoredRows
+from lora_export.graph.onnx_file import GraphFile, load_graph
+
+# Name of an initializer → its values, perhaps memory-mapped; KeyError where the graph has none.
+WeightOf = Callable[[str], Array]
+# Elements that are looked at together: 4 MB in float32.
+_BLOCK = 1 << 20
+
+
+class GraphWeights:
+    """A graph's constants by name; the file is opened when the first is asked for.
+
+    Args:
+        path: The ONNX file.
+        graph: The file's graph, where it is open already.
+    """
+
+    def __init__(self, path: Path, graph: GraphFile | None = None) -> None:
+        self._path = path
+        self._constants = _constants(graph) if graph else {}
+
+    def __call__(self, name: str) -> Array:
+        """Return a constant's values, memory-mapped where they are external; KeyError where there is none."""
+        return np.asarray(self._opened()[name].numpy())
+
+    def names(self) -> Collection[str]:
+        """Return the constants' names."""
+        return self._opened().keys()
+
+    def _opened(self) -> dict[str, ir.TensorProtocol]:
+        if not self._constants:
+            self._constants = _constants(load_graph(self._path))
+        return self._constants
+
+
+def _constants(graph: GraphFile) -> dict[str, ir.TensorProtocol]:
+    """Of the main graph and of subgraphs."""
+    return {
+        str(value.name): value.const_value for value in graph.initializers() if value.const_value is not None
+    }
+
+
+def stored_blocks(
+    stored: Sequence[StoredRows], cols: int, weight_of: WeightOf
+) -> Iterator[tuple[int, Array]]:
+    """Yield (first row, rows of the canonical matrix ``(height, cols)``), in the stored dtype.
+
+    Raises:
+        ValueError: The graph's constant isn't as large as the record says.
+    """
+    height = max(1, _BLOCK // cols)
+    for part in stored:
+        values = weight_of(part.weight)
+        matrix = values.reshape(values.shape[0], -1)
+        start, stop = part.rows
+        for row in range(start, stop, height):
+            count, skip = min(height, stop - row), row - start
+            if part.transposed:
+                view = matrix[part.row : part.row + cols, part.col + skip : part.col + skip + count].T
+            else:
+                view = matrix[part.row + skip : part.row + skip + count, part.col : part.col + cols]
+            if view.shape != (count, cols):
+                raise ValueError(f"{part.weight} {values.shape} has no rows {start}–{stop} of {cols} columns")
+            yield row, view
+
+
+def read_stored(stored: Sequence[StoredRows], shape: tuple[int, int], weight_of: WeightOf) -> Array:
+    """Return a canonical matrix in float64; rows that nothing is stored of are NaN."""
+    values = np.full(shape, np.nan)
+    for row, block in stored_blocks(stored, shape[1], weight_of):
+        values[row : row + len(block)] = block
+    return values
+
+
+def holds(values: Array, stored: Sequence[StoredRows], name: str, weight_of: WeightOf) -> bool:
+    """Whether the graph's weight has these very values, once they are rounded to its dtype.
+
+    Args:
+        values: A whole canonical parameter.
+        stored: Where the record says that it lies.
+        name: Its path: the name to look for where the record doesn't speak of it.
+        weight_of: The graph's constants.
+    """
+    try:
+        if not stored:
+            return _same(values, weight_of(name))
+        matrix = values.reshape(values.shape[0], -1)
+        seen = 0
+        for row, block in stored_blocks(stored, matrix.shape[1], weight_of):
+            seen += len(block)
+            if not _same(matrix[row : row + len(block)], block):
+                return False
+        return seen == len(matrix)
+    except (KeyError, ValueError):
+        # No weight of that name, or one of another size.
+        return False
+
+
+def has_constant(name: str, weight_of: WeightOf) -> bool:
+    """Whether the graph has a constant of this name."""
+    try:
+        weight_of(name)
+    except KeyError:
+        return False
+    return True
+
+
+def _same(values: Array, stored: Array) -> bool:
+    with np.errstate(over="ignore"):
+        return values.shape == stored.shape and bool(np.array_equal(values.astype(stored.dtype), stored))

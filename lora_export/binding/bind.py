@@ -1,0 +1,339 @@
+"""Bind an adapter to a graph with exposed LoRA: every tensor placed, checked, scaled and in its layout.
+
+`bind_adapter` makes the tensors of one adapter for a swap graph, `slot_blocks` the rectangles that it fills
+in a bank. Nothing is bound where something of the adapter has no place, unless the user allows it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_export.adapter import Adapter, Array, LoraModule
+from lora_export.base.history.in_graph import refuse_bound
+from lora_export.binding.base_weights import WeightOf
+from lora_export.binding.cast import Caster, dtype_of, wide_of
+from lora_export.binding.dora import dora_factor, dora_problem
+from lora_export.binding.match import Matches, Pairing, match_modules, split_pack
+from lora_export.binding.pack import Block, assemble, blocks_of_factors, blocks_of_slot, cut_b, joined_bias
+from lora_export.errors import AdapterError, SiteError
+from lora_export.formats.provenance import only_this_base, refuse_other_base
+from lora_export.formats.reading.scope import how_to_part
+from lora_export.graph.exposed import ExposedGraph, ExposedModule
+from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, unaccounted
+
+_MAX_LISTED = 40
+_MERGE = "merge the adapter with merge-onnx"
+# What to do about a kind of refusal, in the order in which it is said.
+_HINTS: tuple[tuple[RefusalKind, str], ...] = (
+    ("not found", "check the base"),
+    ("shape", "give the base that the adapter was trained on"),
+    ("mixed", "give the adapter that it was converted from"),
+    ("slot rank", "make the bank with a larger --slot-rank (slot_rank=)"),
+    ("rank", "make the graph with a larger --max-rank (max_rank=)"),
+    ("merge only", _MERGE),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Binding:
+    """An adapter as a swap graph takes it.
+
+    Attributes:
+        adapter: Its name.
+        tensors: Graph input → values, in the graph's layout and dtype, C-contiguous; perhaps read-only.
+        ranks: `ExposedModule.name` → rank of its tensors, padding included.
+        plan: A row for each parameter of the adapter.
+        notes: What was converted, padded, assumed or left out.
+        warnings: Those of the notes that a user should not miss.
+        only_this_base: Some values were computed from the base's, see `Provenance`.
+    """
+
+    adapter: str
+    tensors: Mapping[str, Array]
+    ranks: Mapping[str, int]
+    plan: Plan
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    only_this_base: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class SlotBinding:
+    """An adapter as one slot of a bank takes it.
+
+    Attributes:
+        adapter: Its name.
+        slot: Number of the slot.
+        blocks: All that the slot owns, zeros included: written, they leave nothing of its last adapter.
+        ranks: `Member.path` → the adapter's rank.
+        plan: A row for each parameter of the adapter.
+        notes: What was converted, padded, assumed or left out.
+        warnings: Those of the notes that a user should not miss.
+    """
+
+    adapter: str
+    slot: int
+    blocks: tuple[Block, ...]
+    ranks: Mapping[str, int]
+    plan: Plan
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def bind_adapter(
+    adapter: Adapter,
+    exposed: ExposedGraph,
+    *,
+    where: str,
+    weight_of: WeightOf | None = None,
+    allow_unmatched: bool = False,
+    any_base: bool = False,
+) -> Binding:
+    """Make the tensors that turn a swap graph into the adapted model.
+
+    Modules that the adapter leaves alone get no tensors.
+
+    Args:
+        adapter: What to bind.
+        exposed: The graph's record.
+        where: The graph's file, for messages.
+        weight_of: Name of an initializer → its values: needed for DoRA, and to see that a whole parameter
+            saved along is the base's own.
+        allow_unmatched: Go on without what has no place, unless that is everything.
+        any_base: Go on with a file converted for another base, unless its values were computed from that one.
+
+    Raises:
+        SiteError: Something of the adapter has no place; everything wrong is listed.
+        AdapterError: Values are NaN, infinite or too large for the graph's dtype, or another base; or it is
+            merged into the graph's weights already.
+    """
+    refuse_bound(adapter, exposed.merged, where)
+    warnings = refuse_other_base(adapter, exposed.base_sha256, where, any_base)
+    found = match_modules(adapter, exposed, where, weight_of)
+    _refuse_ranks(found, adapter, exposed)
+    _refuse_dora(found, adapter, weight_of)
+    caster = Caster()
+    tensors: dict[str, Array] = {}
+    ranks: dict[str, int] = {}
+    for module, pairings in _by_module(found.pairings):
+        rank = sum(pair.lora.rank for pair in pairings)
+        if module.rank > rank:
+            found.notes.append(f"{module.name}: rank {rank}, padded with zeros to the graph's {module.rank}")
+        ranks[module.name] = module.rank or rank
+        blocks, offset = [], 0
+        for pair in pairings:
+            factors = caster.factors(pair.lora, dtype_of(module.dtype))
+            blocks += blocks_of_factors(module, pair.member, factors, offset, ranks[module.name])
+            offset += pair.lora.rank
+        tensors[module.lora_a], b = assemble(module, ranks[module.name], blocks)
+        tensors |= cut_b(module, b)
+        if module.bias:
+            parts = [(pair.member, pair.lora) for pair in pairings]
+            tensors[module.lora_bias] = joined_bias(module, parts, caster)
+        if any(pair.has_dora for pair in pairings):
+            tensors[module.scale] = _scale(module, pairings, weight_of, caster)
+    plan = _finish(adapter, exposed, found, caster, where, allow_unmatched, warnings)
+    fixed = only_this_base(adapter) or any(pair.from_base or pair.has_dora for pair in found.pairings)
+    return Binding(adapter.name, tensors, ranks, plan, plan.notes, (*warnings, *caster.warnings()), fixed)
+
+
+def slot_blocks(
+    adapter: Adapter,
+    exposed: ExposedGraph,
+    slot: int,
+    *,
+    where: str,
+    weight_of: WeightOf | None = None,
+    allow_unmatched: bool = False,
+    any_base: bool = False,
+) -> SlotBinding:
+    """Make the rectangles of a bank's tensors that an adapter fills in one slot.
+
+    Args:
+        adapter: What to bind.
+        exposed: The graph's record, of a bank.
+        slot: Number of the slot.
+        where: The graph's file, for messages.
+        weight_of: See `bind_adapter`.
+        allow_unmatched: Go on without what has no place, unless that is everything.
+        any_base: See `bind_adapter`.
+
+    Raises:
+        SiteError: See `bind_adapter`; also where the slot's rank is too small.
+        AdapterError: See `bind_adapter`.
+    """
+    refuse_bound(adapter, exposed.merged, where)
+    warnings = refuse_other_base(adapter, exposed.base_sha256, where, any_base)
+    found = match_modules(adapter, exposed, where, weight_of)
+    loras = _slot_loras(found, adapter, slot)
+    caster = Caster()
+    blocks = blocks_of_slot(exposed, slot, loras, caster)
+    plan = _finish(adapter, exposed, found, caster, where, allow_unmatched, warnings)
+    ranks = {path: lora.rank for path, lora in loras.items()}
+    return SlotBinding(adapter.name, slot, blocks, ranks, plan, plan.notes, (*warnings, *caster.warnings()))
+
+
+def clear_slot(exposed: ExposedGraph, slot: int) -> tuple[Block, ...]:
+    """Return the blocks that make a slot of a bank an empty one."""
+    return blocks_of_slot(exposed, slot, {}, Caster())
+
+
+def _refuse(found: Matches, adapter: Adapter, reasons: Mapping[int, Refusal]) -> None:
+    """Move pairings to the refused ones; ``reasons`` are by identity."""
+    for pair in found.pairings:
+        if reason := reasons.get(id(pair)):
+            for row in pair.rows(adapter.name):
+                found.refuse(row.adapter, row.parameter, row.tensors, reason)
+    found.pairings = [pair for pair in found.pairings if id(pair) not in reasons]
+
+
+def _refuse_ranks(found: Matches, adapter: Adapter, exposed: ExposedGraph) -> None:
+    reasons = {}
+    for module, pairings in _by_module(found.pairings):
+        total = sum(pair.lora.rank for pair in pairings)
+        for pair in pairings:
+            most = exposed.max_rank * (len(module.members) if pair.whole else 1)
+            if pair.lora.rank > most:
+                reason = f"rank {pair.lora.rank}, the graph takes {most} at most"
+                reasons[id(pair)] = Refusal("rank", reason)
+            elif module.rank and total > module.rank:
+                reasons[id(pair)] = Refusal("not exposed", f"rank {total}, the graph fixes {module.rank}")
+    _refuse(found, adapter, reasons)
+
+
+def _refuse_dora(found: Matches, adapter: Adapter, weight_of: WeightOf | None) -> None:
+    trained = [pair for pair in found.pairings if pair.lora.scale is None and pair.lora.magnitude is not None]
+    reasons = {id(pair): dora_problem(pair.member, weight_of) for pair in trained}
+    _refuse(found, adapter, {key: reason for key, reason in reasons.items() if reason})
+
+
+def _slot_loras(found: Matches, adapter: Adapter, slot: int) -> dict[str, LoraModule]:
+    """Return `Member.path` → factors of what fits into the slot; the rest is refused."""
+    reasons: dict[int, Refusal] = {}
+    loras: dict[str, LoraModule] = {}
+    for pair in found.pairings:
+        parts = split_pack(pair) if pair.whole else [pair]
+        if isinstance(parts, Refusal):
+            reasons[id(pair)] = parts
+            continue
+        for part in parts:
+            room = part.member.ranks[slot]
+            if part.lora.rank > room:
+                reason = f"rank {part.lora.rank}, slot {slot} has {room} for {part.member.path}"
+                reasons[id(pair)] = Refusal("slot rank", reason)
+        if id(pair) not in reasons:
+            loras |= {part.member.path: part.lora for part in parts}
+    _refuse(found, adapter, reasons)
+    return loras
+
+
+def _by_module(pairings: Iterable[Pairing]) -> list[tuple[ExposedModule, list[Pairing]]]:
+    """Group pairings by their tensors, in the adapter's order; members in the pack's order."""
+    groups: defaultdict[str, list[Pairing]] = defaultdict(list)
+    for pair in pairings:
+        groups[pair.module.name].append(pair)
+    return [(group[0].module, sorted(group, key=lambda pair: pair.member.start)) for group in groups.values()]
+
+
+def _scale(
+    module: ExposedModule, pairings: Sequence[Pairing], weight_of: WeightOf | None, caster: Caster
+) -> Array:
+    """Return DoRA's factor of every output of a pack: 1 where the adapter has none."""
+    dtype = dtype_of(module.dtype)
+    scale = np.ones(module.out_dim, dtype)
+    for pair in pairings:
+        lora, member = pair.lora, pair.member
+        factor = lora.scale
+        if factor is None and lora.magnitude is not None:
+            assert weight_of is not None
+            try:
+                factor = dora_factor(lora, member, weight_of, wide_of(dtype))
+            except ValueError as error:
+                caster.problems.append(f"{lora.path}: {error}")
+        if factor is not None:
+            rows = slice(member.start, member.start + member.out_dim)
+            scale[rows] = caster.vector(factor, dtype, f"{lora.path} DoRA's factor")
+    return scale
+
+
+def _finish(
+    adapter: Adapter,
+    exposed: ExposedGraph,
+    found: Matches,
+    caster: Caster,
+    where: str,
+    allow_unmatched: bool,
+    warnings: Sequence[str],
+) -> Plan:
+    """Raise everything that is wrong at once, or return the plan with its notes, ``warnings`` first."""
+    placed = [row for pair in found.pairings for row in pair.rows(adapter.name)]
+    rows = [*placed, *found.unchanged, *found.refused]
+    order = {name: place for place, name in enumerate(adapter.tensor_names)}
+    rows.sort(key=lambda row: min((order[name] for name in row.tensors if name in order), default=0))
+    refused = [row for row in rows if row.action == "refused"]
+    if refused and not (allow_unmatched and found.pairings):
+        _raise_refused(adapter, exposed, where, rows, found, caster.problems)
+    if caster.problems:
+        raise AdapterError(
+            f"adapter '{adapter.name}' has values that can't be used with {where}",
+            "train or save it again with finite values; a float32 or bfloat16 graph takes larger ones",
+            _listed(caster.problems),
+        )
+    lost = unaccounted(adapter.tensor_names, rows)
+    if lost:
+        raise SiteError(f"adapter '{adapter.name}' has tensors that the plan does not speak of", "", lost)
+    notes = [*warnings, *found.notes, *caster.notes()]
+    if refused:
+        left = ", ".join(row.parameter for row in refused[:4]) + (", …" if len(refused) > 4 else "")
+        notes.append(f"left out {len(refused)} of {len(rows)} parameters: {left}")
+    return Plan(tuple(rows), tuple(notes))
+
+
+def _raise_refused(
+    adapter: Adapter,
+    exposed: ExposedGraph,
+    where: str,
+    rows: Sequence[PlanRow],
+    found: Matches,
+    more: Sequence[str],
+) -> None:
+    refused, count = [row for row in rows if row.action == "refused"], len(rows)
+    kinds = {row.kind for row in refused}
+    lines = _listed([*(f"{row.parameter}  {row.reason}" for row in refused), *more])
+    if len(refused) == count and kinds <= {"not exposed", "not found"} and not found.hints:
+        raise SiteError(
+            f"adapter '{adapter.name}' was made for another model, or for modules that {where} does not "
+            f"expose: none of its {count} parameters has a place",
+            f"check the base; if it is the right one, {_remake(exposed)}",
+            lines,
+        )
+    # Where a path is matched otherwise, its module may well be exposed.
+    hints = list(dict.fromkeys(found.hints))
+    hints += [_remake(exposed)] if "not exposed" in kinds and not found.hints else []
+    hints += [hint for kind, hint in _HINTS if kind in kinds]
+    doubled = {row.parameter for row in refused if row.kind == "double"}
+    hints += [how_to_part(adapter, doubled)] if doubled else []
+    if "dora" in kinds:
+        swap = "make a graph with swap-onnx --dora and this adapter"
+        hints.append(f"{swap}, or {_MERGE}" if exposed.mode == "bank" else swap)
+    if found.pairings:
+        hints.append("convert-adapter --allow-unmatched (allow_unmatched=True) goes on without them")
+    raise SiteError(
+        f"adapter '{adapter.name}' has {len(refused)} parameters with no place in {where} (of {count})",
+        "; ".join(hints),
+        lines,
+    )
+
+
+def _remake(exposed: ExposedGraph) -> str:
+    return f"make the graph again with this adapter ({exposed.mode}-onnx --adapter)"
+
+
+def _listed(lines: Sequence[str]) -> list[str]:
+    if len(lines) <= _MAX_LISTED:
+        return list(lines)
+    return [*lines[:_MAX_LISTED], f"… and {len(lines) - _MAX_LISTED} more"]

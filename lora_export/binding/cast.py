@@ -1,0 +1,146 @@
+"""An adapter's factors in a graph's dtype: scaling folded in, rounded once, nothing lost in silence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from lora_export.adapter import Array, LoraModule
+from lora_export.formats.reading.tensors import value_problems
+from lora_export.storage.rounding import WARN_LOST, WARN_RELATIVE, Rounding
+
+# Beyond what rounding costs (0.2 % in bfloat16): values too small for the dtype.
+_EXPLAINED = 0.01
+# Tensors with the greatest loss that are named.
+_WORST = 3
+_EXPONENT = {np.dtype(np.float16): 0x7C00, np.dtype(ml_dtypes.bfloat16): 0x7F80}
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    """Return the numpy dtype of `ExposedModule.dtype`."""
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def wide_of(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
+    """Return the dtype to compute in for results of ``dtype``."""
+    return np.float64 if dtype == np.float64 else np.float32
+
+
+class Caster:
+    """Converts, and remembers.
+
+    Attributes:
+        problems: One line for each tensor with values that can't be used.
+        converted: ``(dtype from, dtype to)`` → modules converted.
+        losses: Tensors that lost more than rounding explains, each as a change of a W0 of zeros.
+    """
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.converted: Counter[tuple[str, str]] = Counter()
+        self.losses: list[Rounding] = []
+
+    def factors(self, lora: LoraModule, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+        """Return A and B in the graph's layout and ``dtype``, scaling folded into B.
+
+        Without scaling and conversion they are views of the adapter's own arrays.
+
+        Returns:
+            For a convolution ``(rank, in_dim, *kernel)`` and ``(out_dim, rank/groups, 1…)``, else
+            ``(in_dim, rank)`` and ``(rank, out_dim)``.
+        """
+        a, b = lora.lora_a, lora.lora_b
+        if lora.kind != "conv":
+            a, b = a.T, b.T
+        sources = [values.dtype for values in (a, b) if values.dtype != dtype]
+        if sources:
+            self.converted[sources[0].name, dtype.name] += 1
+        return (
+            self._cast(a, 1.0, dtype, f"{lora.path} lora_A"),
+            self._cast(b, lora.scaling, dtype, f"{lora.path} lora_B"),
+        )
+
+    def vector(self, values: Array, dtype: np.dtype[Any], label: str, scaling: float = 1.0) -> Array:
+        """Return a vector in ``dtype``."""
+        return self._cast(values, scaling, dtype, label)
+
+    def _cast(self, values: Array, scaling: float, dtype: np.dtype[Any], label: str) -> Array:
+        made = values
+        if scaling != 1.0 or values.dtype != dtype:
+            wide = wide_of(dtype)
+            with np.errstate(over="ignore"):
+                exact = np.ascontiguousarray(values).astype(wide)
+                if scaling != 1.0:
+                    exact *= wide(scaling)
+                made = exact.astype(dtype, copy=False)
+        if not _finite(made):
+            self.problems += value_problems([(label, values)]) or [
+                f"{label}: values up to {_largest(values) * scaling:.3g} are too large for {dtype.name}, "
+                f"which ends at {float(ml_dtypes.finfo(dtype).max):.3g}"
+            ]
+        elif dtype in _EXPONENT and made is not values:
+            self._measure(label, exact, made)
+        return np.ascontiguousarray(made)
+
+    def _measure(self, label: str, exact: Array, made: Array) -> None:
+        """Remember a tensor with values that are too small for its dtype."""
+        # The squares of such values would be too small for float32 as well.
+        wanted, got = exact.astype(np.float64), made.astype(np.float64)
+        changed = wanted != 0
+        cost = Rounding(
+            label,
+            elements=wanted.size,
+            measured=wanted.size,
+            error_squared=float(np.square(got - wanted).sum()),
+            delta_squared=float(np.square(wanted).sum()),
+            changed=int(np.count_nonzero(changed)),
+            lost=int(np.count_nonzero(changed & (got == 0))),
+        )
+        if cost.lost or cost.relative > _EXPLAINED:
+            self.losses.append(cost)
+
+    def notes(self) -> list[str]:
+        """Return what was converted and what that cost, in words."""
+        converted = [
+            f"converted from {source} to {target} ({count} module{'s' if count > 1 else ''})"
+            for (source, target), count in sorted(self.converted.items())
+        ]
+        return converted + [_loss_text(self.losses)] * bool(self.losses)
+
+    def warnings(self) -> list[str]:
+        """Return those of the notes that a user should not miss."""
+        much = any(cost.relative > WARN_RELATIVE or cost.lost_share > WARN_LOST for cost in self.losses)
+        return [_loss_text(self.losses)] * much
+
+
+def _loss_text(losses: Sequence[Rounding]) -> str:
+    worst = sorted(losses, key=lambda cost: (-cost.relative, -cost.lost_share, cost.label))[:_WORST]
+    said = [
+        f"{cost.label} (error {cost.relative:.2%}, {cost.lost_share:.2%} of its values became 0)"
+        for cost in worst
+    ]
+    more = f" and {len(losses) - len(worst)} more" if len(losses) > len(worst) else ""
+    return f"values too small for the graph's dtype: {', '.join(said)}{more}"
+
+
+def _largest(values: Array) -> float:
+    return float(np.abs(values.astype(np.float64)).max())
+
+
+def _finite(values: Array) -> bool:
+    """Whether no value is NaN or infinite; empty arrays count as not finite, like `value_problems` says."""
+    if not values.size:
+        return False
+    if values.dtype in _EXPONENT:
+        # By the exponent's bits: widening would cost a copy.
+        mask = _EXPONENT[values.dtype]
+        bits = values.view(np.uint16)
+        return not bool(((bits & mask) == mask).any())
+    # One pass without a mask: a sum with NaN or infinity in it is never finite.
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = values.sum()
+    return bool(np.isfinite(total)) or bool(np.isfinite(values).all())

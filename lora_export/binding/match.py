@@ -1,0 +1,384 @@
+"""Pair what an adapter changes with the tensors of a graph with exposed LoRA, and check that it fits there.
+
+A whole parameter that the adapter replaces fits where the graph has tensors for its module: as the change
+from the base's values, which are read from the graph.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from lora_export.adapter import MERGE_ROWS, Adapter, Array, Kind, LoraModule, token_rows_problems
+from lora_export.binding.base_weights import WeightOf, has_constant, holds, read_stored
+from lora_export.binding.paths import Finder, Place
+from lora_export.formats.provenance import is_converted
+from lora_export.formats.reading.saved import change_of, with_bias
+from lora_export.formats.schemes import fitted
+from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member, path_of
+from lora_export.plan import PlanRow, Refusal
+from lora_export.sites.matrices import embedding_of, linear_of
+
+_UNKNOWN = Refusal("not found", "the graph has no parameter of this name")
+_REPLACED = Refusal("merge only", "replaces the whole parameter, which the graph keeps as a constant")
+
+
+@dataclass(frozen=True, eq=False)
+class Pairing:
+    """A module of an adapter and its place.
+
+    Attributes:
+        lora: The trained factors.
+        module: The pair of tensors of the graph.
+        member: The module of the base; for a whole pack one that stands for all of them.
+        how: What was assumed about names, for the plan.
+        from_base: It is, or has, the change from the base's own values to a whole parameter.
+    """
+
+    lora: LoraModule
+    module: ExposedModule
+    member: Member
+    how: str = ""
+    from_base: bool = False
+
+    @property
+    def has_dora(self) -> bool:
+        """Whether the module's product has a factor."""
+        return _has_dora(self.lora)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the factors are those of a pack of several modules."""
+        return self.member not in self.module.members
+
+    def rows(self, adapter: str) -> list[PlanRow]:
+        """Return what the plan says of its weight, and of its bias if it has one."""
+        lora, module = self.lora, self.module
+        part = f"outputs {self.member.start}–{self.member.start + self.member.out_dim} of a pack"
+        weight = PlanRow(
+            adapter,
+            f"{lora.path}.{lora.parameter}",
+            weight_tensors(lora),
+            "expose",
+            place=", ".join([module.lora_a, *(name for name, _, _ in module.b_parts)]),
+            operator=module.kind,
+            layout=part if self.member.out_dim < module.out_dim else "",
+            reason=self.how or "path",
+        )
+        if lora.lora_bias is None:
+            return [weight]
+        bias = replace(
+            weight, parameter=f"{lora.path}.bias", tensors=bias_tensors(lora), place=module.lora_bias
+        )
+        return [weight, bias]
+
+
+@dataclass
+class Matches:
+    """What `match_modules` found.
+
+    Attributes:
+        pairings: Modules with a place.
+        unchanged: Whole parameters that the base holds already.
+        refused: What has no place, with the reason.
+        notes: What was assumed.
+        hints: What would give something without a place one, where more is known than its kind tells.
+    """
+
+    pairings: list[Pairing] = field(default_factory=list)
+    unchanged: list[PlanRow] = field(default_factory=list)
+    refused: list[PlanRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
+
+    def refuse(self, adapter: str, parameter: str, tensors: Sequence[str], refusal: Refusal) -> None:
+        """Add something without a place."""
+        self.refused.append(PlanRow.refused(adapter, parameter, tensors, refusal))
+        if refusal.hint and refusal.hint not in self.hints:
+            self.hints.append(refusal.hint)
+
+
+def weight_tensors(lora: LoraModule) -> tuple[str, ...]:
+    """The file's tensors of a module without the bias, which is a parameter of its own."""
+    return tuple(name for name in lora.tensor_names if name not in bias_tensors(lora))
+
+
+def bias_tensors(lora: LoraModule) -> tuple[str, ...]:
+    """The file's tensors of a module's bias."""
+    if lora.lora_bias is None:
+        return ()
+    return tuple(name for name in lora.tensor_names if name.endswith("bias"))
+
+
+def match_modules(adapter: Adapter, exposed: ExposedGraph, where: str, weight_of: WeightOf | None) -> Matches:
+    """Pair what an adapter changes with a graph's modules; everything without a place gets its reason.
+
+    Args:
+        adapter: What to place.
+        exposed: The graph's record.
+        where: The graph's file, for reasons.
+        weight_of: The graph's constants; without them every whole parameter is refused.
+    """
+    notes: list[str] = []
+    known = {f"{member.path}.weight" for _, member in exposed.members()}
+    names: Callable[[], Collection[str]] = getattr(weight_of, "names", tuple)
+
+    def others() -> Collection[str]:
+        return (*names(), *exposed.landmarks)
+
+    adapter = fitted(adapter, known, notes, others=others)
+    finder = Finder(adapter, exposed, where, others)
+    found = Matches(notes=notes, hints=[finder.hint] if finder.hint else [])
+    found.notes += finder.notes
+    for path, problem in token_rows_problems(adapter):
+        tensors = (adapter.token_rows[path].tensor_name,)
+        found.refuse(adapter.name, path, tensors, Refusal("merge only", problem, MERGE_ROWS))
+    converted = is_converted(adapter.config)
+    for lora in adapter.modules.values():
+        key = f"{lora.path}.{lora.parameter}"
+        place = _unsupported(lora, exposed) or finder.find(path_of(key), lora.component)
+        if isinstance(place, Place) and lora.kind == "parameter":
+            made = _as_used(lora, place)
+            place, lora = (made, lora) if isinstance(made, Refusal) else (place, made)
+        if isinstance(place, Place):
+            lora = _as_exposed(lora, place.module)
+            place = _misfit(lora, place, converted) or place
+        if isinstance(place, Refusal):
+            _refuse_module(adapter, lora, place, found)
+            continue
+        if lora.lora_bias is not None and (reason := _no_bias(lora, place.module)):
+            found.refuse(adapter.name, f"{lora.path}.bias", bias_tensors(lora), reason)
+            lora = replace(lora, lora_bias=None, tensor_names=weight_tensors(lora))
+        found.pairings.append(Pairing(lora, place.module, place.member, place.how))
+    _place_replaced(adapter, finder, found, weight_of)
+    _drop_conflicts(adapter, found)
+    return found
+
+
+def split_pack(pairing: Pairing) -> list[Pairing] | Refusal:
+    """Cut a whole pack's factors into its members'; a refusal where that can't be done.
+
+    Each rank's column of B must lie within one member: a column that is all zeros changes nothing and is
+    left away.
+    """
+    lora, module = pairing.lora, pairing.module
+    used = np.stack([
+        (lora.lora_b[member.start : member.start + member.out_dim] != 0).any(axis=0)
+        for member in module.members
+    ])  # fmt: skip
+    if (used.sum(axis=0) > 1).any():
+        return Refusal("mixed", "its B mixes the modules of the pack")
+    parts = []
+    for member, columns in zip(module.members, used, strict=True):
+        rows = slice(member.start, member.start + member.out_dim)
+        bias = None if lora.lora_bias is None else lora.lora_bias[rows]
+        if not columns.any() and (bias is None or not bias.any()):
+            continue
+        # A bias alone: some column that is zero here carries it.
+        columns = columns if columns.any() else np.arange(len(columns)) == 0
+        rank = int(columns.sum())
+        part = replace(
+            lora,
+            path=member.path,
+            lora_a=lora.lora_a[columns],
+            lora_b=lora.lora_b[rows][:, columns],
+            rank=rank,
+            alpha=lora.scaling * rank,
+            rslora=False,
+            lora_bias=bias,
+        )
+        parts.append(Pairing(part, module, member, pairing.how))
+    return parts
+
+
+def _has_dora(lora: LoraModule) -> bool:
+    return lora.magnitude is not None or lora.scale is not None
+
+
+def _unsupported(lora: LoraModule, exposed: ExposedGraph) -> Refusal | None:
+    """Why no graph of this kind can take a module; None where it can."""
+    if lora.experts > 1:
+        return Refusal(
+            "merge only", f"stacked experts ({lora.experts}) have no tensors of their own in the graph"
+        )
+    if not _has_dora(lora) or exposed.dora:
+        return None
+    return Refusal(
+        "dora",
+        "DoRA's factor can't differ by row"
+        if exposed.mode == "bank"
+        else "DoRA, and the graph has no factors",
+    )
+
+
+def _as_exposed(lora: LoraModule, module: ExposedModule) -> LoraModule:
+    """The factors in the graph's form: a Linear may be a convolution of ones, and the other way round."""
+    ones = module.kind in ("linear", "conv") and all(size == 1 for size in module.kernel)
+    return lora.with_kernel(len(module.kernel)) if ones and module.groups == 1 and lora.is_pointwise else lora
+
+
+def _as_used(lora: LoraModule, place: Place) -> LoraModule | Refusal:
+    """Return the change of a module's own matrix as the graph uses it, or why that is not known.
+
+    A shape that is not square tells; else what the graph's record says, or a weight that kept its name.
+    """
+    module, member = place.module, place.member
+    if module.kind == "conv":
+        reason = f"the adapter changes a matrix {lora.matrix_shape}, the graph has a convolution"
+        return Refusal("shape", reason)
+    sizes = (member.out_dim, module.in_dim)
+    canonical = sizes[::-1] if module.kind == "embedding" else sizes
+    turned = member.held_turned
+    if canonical[0] != canonical[1]:
+        turned = lora.matrix_shape != canonical
+    elif turned is None:
+        turned = _kept_turned(lora, member)
+    if turned is None:
+        return Refusal(
+            "not exposed",
+            f"the matrix is square {lora.matrix_shape}, and the graph's record doesn't say whether the "
+            "module holds its transpose",
+        )
+    return embedding_of(lora, turned) if module.kind == "embedding" else linear_of(lora, turned)
+
+
+def _kept_turned(lora: LoraModule, member: Member) -> bool | None:
+    """Whether the graph stores the matrix under its own name, that is, as the module holds it, turned."""
+    name = f"{lora.path}.{lora.parameter}"
+    named = [rows for rows in member.stored if rows.weight == name or name.endswith(f".{rows.weight}")]
+    return named[0].transposed if named and len(named) == len(member.stored) else None
+
+
+def _misfit(lora: LoraModule, place: Place, converted: bool) -> Refusal | None:
+    """Why the factors don't fit their place; None where they do."""
+    module = place.module
+    kind = lora.kind
+    # A converted file without metadata doesn't tell an embedding from a linear; their layouts are alike.
+    if kind != module.kind and not (converted and "conv" not in (kind, module.kind)):
+        return Refusal("shape", f"the adapter has a {kind} module, the graph a {module.kind} one")
+    seen = (*lora.lora_a.shape[1:], lora.lora_b.shape[0])
+    wanted = (module.in_dim, *module.kernel, place.member.out_dim)
+    if seen != wanted:
+        dims = "(in_dim, kernel…, out_dim)" if module.kind == "conv" else "(in_dim, out_dim)"
+        return Refusal("shape", f"shapes differ: {dims} {seen}, the graph has {wanted}")
+    if module.kind == "conv" and lora.groups != module.groups:
+        reason = f"lora_B has {lora.groups} groups, the graph's convolution {module.groups}"
+        return Refusal("shape", reason)
+    return None
+
+
+def _no_bias(lora: LoraModule, module: ExposedModule) -> Refusal | None:
+    """Why the graph can't take a bias of the branch; None where it can."""
+    if not module.bias:
+        return Refusal("not exposed", "lora_bias: the graph has no tensor for a bias of lora_B")
+    if _has_dora(lora):
+        reason = "lora_bias: its module has DoRA, whose factor would scale the bias as well"
+        return Refusal("merge only", reason)
+    return None
+
+
+def _refuse_module(adapter: Adapter, lora: LoraModule, refusal: Refusal, found: Matches) -> None:
+    parameters = [(f"{lora.path}.{lora.parameter}", weight_tensors(lora))]
+    if lora.lora_bias is not None:
+        parameters.append((f"{lora.path}.bias", bias_tensors(lora)))
+    for key, tensors in parameters:
+        found.refuse(adapter.name, key, tensors, refusal)
+
+
+def _place_replaced(adapter: Adapter, finder: Finder, found: Matches, weight_of: WeightOf | None) -> None:
+    """Place whole parameters; weights first, as a bias needs its module's pairing.
+
+    PEFT saves whole embeddings along with LoRA on them; those that weren't trained change nothing.
+    """
+    for key, values in sorted(adapter.extras.items(), key=lambda extra: extra[0].endswith(".bias")):
+        path, _, leaf = key.rpartition(".")
+        tensors = (adapter.extra_tensors.get(key, key),)
+        place = finder.find(path)
+        member = place.member if isinstance(place, Place) else Member(path, 0, 0)
+        stored = member.stored_bias if leaf == "bias" else member.stored
+        if weight_of is not None and holds(values, stored, key, weight_of):
+            reason = "the base holds the same values"
+            found.unchanged.append(PlanRow(adapter.name, key, tensors, "unchanged", reason=reason))
+            continue
+        refusal = _replace_one(found, place, key, values, weight_of, tensors)
+        if refusal:
+            found.refuse(adapter.name, key, tensors, refusal)
+
+
+def _replace_one(
+    found: Matches,
+    place: Place | Refusal,
+    key: str,
+    values: Array,
+    weight_of: WeightOf | None,
+    tensors: tuple[str, ...],
+) -> Refusal | None:
+    """Add a whole parameter to the pairings, or return why that can't be done."""
+    path, _, leaf = key.rpartition(".")
+    index = next((n for n, pair in enumerate(found.pairings) if pair.lora.path == path), None)
+    if isinstance(place, Refusal):
+        unknown = weight_of is not None and not has_constant(key, weight_of)
+        return _UNKNOWN if unknown else _REPLACED
+    stored = place.member.stored_bias if leaf == "bias" else place.member.stored
+    if weight_of is None or not stored:
+        return _REPLACED
+    if leaf == "bias" and index is not None:
+        pair = found.pairings[index]
+        changed = _bias_change(pair, values, weight_of, tensors)
+        if isinstance(changed, Refusal):
+            return changed
+        found.pairings[index] = replace(pair, lora=changed, from_base=True)
+        return None
+    if leaf != "weight" or index is not None:
+        return _REPLACED
+    lora = _weight_change(path, place, values, weight_of, tensors)
+    if isinstance(lora, Refusal):
+        return lora
+    refusal = _misfit(lora, place, converted=False)
+    if refusal is None:
+        found.pairings.append(Pairing(lora, place.module, place.member, place.how, from_base=True))
+    return refusal
+
+
+def _weight_change(
+    path: str, place: Place, values: Array, weight_of: WeightOf, tensors: tuple[str, ...]
+) -> LoraModule | Refusal:
+    module, size = place.module, (place.member.out_dim, place.module.in_dim)
+    if any(length != 1 for length in module.kernel) or module.groups > 1:
+        return _REPLACED
+    wanted = size[::-1] if module.kind == "embedding" else size
+    if values.shape[:2] != wanted or values.size != wanted[0] * wanted[1]:
+        return Refusal("shape", f"shapes differ: {values.shape}, the graph has {wanted}")
+    old = read_stored(place.member.stored, wanted, weight_of)
+    kind: Kind = "embedding" if module.kind == "embedding" else "linear"
+    return _as_exposed(change_of(path, kind, values.reshape(wanted), old, tensors), module)
+
+
+def _bias_change(
+    pair: Pairing, values: Array, weight_of: WeightOf, tensors: tuple[str, ...]
+) -> LoraModule | Refusal:
+    if reason := _no_bias(pair.lora, pair.module):
+        return reason
+    size = pair.member.out_dim
+    if values.shape != (size,):
+        return Refusal("shape", f"shapes differ: {values.shape}, the graph has {(size,)}")
+    old = read_stored(pair.member.stored_bias, (size, 1), weight_of)[:, 0]
+    return with_bias(pair.lora, values.astype(np.float64) - old, tensors)
+
+
+def _drop_conflicts(adapter: Adapter, found: Matches) -> None:
+    """Two modules of one adapter in one place can't both be right."""
+    taken = Counter((pair.module.name, pair.member.path) for pair in found.pairings)
+    whole = {pair.module.name for pair in found.pairings if pair.whole}
+    kept = []
+    for pair in found.pairings:
+        mixed = pair.module.name in whole and not pair.whole
+        if taken[pair.module.name, pair.member.path] > 1 or mixed:
+            reason = "ambiguous: another module of the adapter has the same place"
+            _refuse_module(adapter, pair.lora, Refusal("double", reason), found)
+        else:
+            kept.append(pair)
+    found.pairings = kept

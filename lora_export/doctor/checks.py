@@ -1,0 +1,187 @@
+"""What follows from the GPUs and packages of a machine: one function for each thing that lora-export does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lora_export.machines.local_gpus import Gpu, LocalGpus
+from lora_export.machines.packages import PACKAGES, Package
+from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES
+
+_CUDA_PROVIDER = "CUDAExecutionProvider"
+# What runs engines beside the compiler's own package.
+_RUNNER = "cuda.bindings"
+_ALL_RTX = ", ".join(RTX_COMPUTE_CAPABILITIES)
+
+
+@dataclass(frozen=True)
+class Capability:
+    """Something that lora-export does, and whether it does it here.
+
+    Attributes:
+        name: For machines: ``build-tensorrt-rtx``.
+        title: For people.
+        works: Whether it does here.
+        reason: Why, or why not.
+        fix: The command that mends it, or "": nothing to mend, or no command can.
+    """
+
+    name: str
+    title: str
+    works: bool
+    reason: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the checks look at.
+
+    Attributes:
+        gpus: What the driver says.
+        packages: What Python imports → what came of it.
+    """
+
+    gpus: LocalGpus
+    packages: Mapping[str, Package]
+
+    def blocked(self, names: Sequence[str], extra: str) -> tuple[str, str] | None:
+        """Return why packages can't be used and what mends it, or None if all can.
+
+        Args:
+            names: What Python imports.
+            extra: Our extra that installs them.
+        """
+        looked_at = [self.packages[name] for name in names]
+        missing = [pip_name(package.name) for package in looked_at if package.status == "missing"]
+        broken = [package for package in looked_at if package.status == "broken"]
+        reasons = [f"{pip_name(package.name)} is broken: {package.reason}" for package in broken]
+        fixes = [
+            f"pip install --force-reinstall {package.distribution or pip_name(package.name)}"
+            for package in broken
+        ]
+        if missing:
+            reasons.append(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed")
+            fixes.append(f"pip install 'lora-export[{extra}]'")
+        return ("; ".join(reasons), " && ".join(fixes)) if reasons else None
+
+
+def pip_name(package: str) -> str:
+    """Return what pip calls a package that Python imports, in its plainest form."""
+    return PACKAGES[package][-1]
+
+
+def capabilities(machine: Machine) -> tuple[Capability, ...]:
+    """Return what works on a machine, in the order in which a user comes to need it."""
+    return tuple(check(machine) for check in _CHECKS)
+
+
+def _merge(machine: Machine) -> Capability:
+    return Capability("merge", "merge adapters, expose LoRA in ONNX graphs", True, "needs no other package")
+
+
+def _packages_only(
+    name: str, title: str, packages: Sequence[str], extra: str
+) -> Callable[[Machine], Capability]:
+    """Return the check of something that needs packages and nothing else."""
+
+    def check(machine: Machine) -> Capability:
+        if blocked := machine.blocked(packages, extra):
+            return Capability(name, title, False, *blocked)
+        have = ", ".join(f"{pip_name(used)} {machine.packages[used].version}" for used in packages)
+        return Capability(name, title, True, have)
+
+    return check
+
+
+def _run_cuda(machine: Machine) -> Capability:
+    name, title = "run-cuda", "run graphs on a GPU (ONNX Runtime, CUDA)"
+    if not machine.gpus.gpus:
+        return Capability(name, title, False, machine.gpus.problem)
+    if blocked := machine.blocked(["onnxruntime"], "gpu"):
+        return Capability(name, title, False, *blocked)
+    package = machine.packages["onnxruntime"]
+    if _CUDA_PROVIDER in package.details.get("providers", ()):
+        return Capability(name, title, True, f"onnxruntime {package.version} with {_CUDA_PROVIDER}")
+    # Both wheels bring a module `onnxruntime`: the one must go before the other comes.
+    return Capability(
+        name,
+        title,
+        False,
+        f"onnxruntime {package.version} has no {_CUDA_PROVIDER}",
+        "pip uninstall onnxruntime && pip install 'lora-export[gpu]'",
+    )
+
+
+def _build_rtx(machine: Machine) -> Capability:
+    name, title = "build-tensorrt-rtx", "build engines with TensorRT-RTX"
+    if blocked := machine.blocked(["tensorrt_rtx"], "rtx"):
+        return Capability(name, title, False, *blocked)
+    package = machine.packages["tensorrt_rtx"]
+    targets = ", ".join(package.details.get("compute_capabilities", ()))
+    return Capability(
+        name, title, True, f"tensorrt-rtx {package.version}, for compute capabilities {targets}; needs no GPU"
+    )
+
+
+def _run_rtx(machine: Machine) -> Capability:
+    name, title = "run-tensorrt-rtx", "run engines of TensorRT-RTX"
+    gpus = machine.gpus.gpus
+    if not gpus:
+        return Capability(name, title, False, machine.gpus.problem)
+    supported = [gpu for gpu in gpus if gpu.compute_capability in RTX_COMPUTE_CAPABILITIES]
+    if not supported:
+        here = ", ".join(f"{gpu.name} has {gpu.compute_capability or 'an unknown one'}" for gpu in gpus)
+        return Capability(
+            name,
+            title,
+            False,
+            f"TensorRT-RTX runs on compute capabilities {_ALL_RTX}; {here}: use classic TensorRT here",
+        )
+    if blocked := machine.blocked(["tensorrt_rtx", _RUNNER], "rtx"):
+        return Capability(name, title, False, *blocked)
+    return Capability(name, title, True, f"on {_listed(supported)}")
+
+
+def _build_tensorrt(machine: Machine) -> Capability:
+    name, title = "build-tensorrt", "build engines with classic TensorRT"
+    return _on_this_gpu(machine, name, title, "for this machine's {}", ["tensorrt"])
+
+
+def _run_tensorrt(machine: Machine) -> Capability:
+    name, title = "run-tensorrt", "run engines of classic TensorRT"
+    return _on_this_gpu(machine, name, title, "on {}, those that were built for it", ["tensorrt", _RUNNER])
+
+
+def _on_this_gpu(machine: Machine, name: str, title: str, works: str, packages: Sequence[str]) -> Capability:
+    if not machine.gpus.gpus:
+        return Capability(
+            name, title, False, f"classic TensorRT builds and runs on the GPU itself: {machine.gpus.problem}"
+        )
+    if blocked := machine.blocked(packages, "tensorrt"):
+        return Capability(name, title, False, *blocked)
+    return Capability(name, title, True, works.format(_listed(machine.gpus.gpus)))
+
+
+def _listed(gpus: Sequence[Gpu]) -> str:
+    return ", ".join(f"{gpu.name} ({gpu.compute_capability or 'unknown'})" for gpu in gpus)
+
+
+_CHECKS: tuple[Callable[[Machine], Capability], ...] = (
+    _merge,
+    _packages_only("read-pickles", "read .pt, .pth, .bin, .ckpt adapters", ["torch"], "hf"),
+    _packages_only(
+        "capture", "capture Hugging Face folders as ONNX", ["torch", "transformers", "onnxscript"], "hf"
+    ),
+    _packages_only("run-cpu", "run graphs on the CPU (ONNX Runtime)", ["onnxruntime"], "cpu"),
+    _run_cuda,
+    _packages_only(
+        "genai", "generate text with onnxruntime-genai", ["onnxruntime_genai", "onnxruntime"], "genai"
+    ),
+    _packages_only("demo", "train the demo's adapters", ["torch", "transformers", "peft"], "demo"),
+    _build_rtx,
+    _run_rtx,
+    _build_tensorrt,
+    _run_tensorrt,
+)

@@ -1,0 +1,1 @@
+"""How much memory an engine takes, told before it is built."""

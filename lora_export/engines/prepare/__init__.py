@@ -1,0 +1,1 @@
+"""What a graph goes through before a TensorRT parser sees it."""

@@ -1,0 +1,108 @@
+"""Which operators a TensorRT parser has, and which it would take for another one of the same name.
+
+A parser looks at an operator's name and not at its domain: ``com.microsoft.Attention`` is read as ONNX's own
+``Attention``, whose inputs mean something else. So nodes of other domains are refused unless they are known
+to mean the same. Measured with TensorRT-RTX 1.7.1; `tests/test_admit.py` asks the parser again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from lora_export.engines.prepare.problem import TITLES, Problem, of_nodes
+from lora_export.graph.onnx_file import GraphFile
+
+_ONNX = ("", "ai.onnx")
+_CONTRIB = "com.microsoft"
+_ABSENT_NAMES = """
+AffineGrid Bernoulli BitCast BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor CenterCropPad Col2Im
+Compress ConcatFromSequence ConvInteger CumProd DFT DeformConv Det DynamicQuantizeLinear ImageDecoder
+MatMulInteger MaxRoiPool MaxUnpool MelWeightMatrix Multinomial NegativeLogLikelihoodLoss Optional
+OptionalGetElement OptionalHasElement QLinearConv QLinearMatMul RegexFullMatch SequenceAt SequenceConstruct
+SequenceEmpty SequenceErase SequenceInsert SequenceLength SequenceMap SoftmaxCrossEntropyLoss SplitToSequence
+StringConcat StringNormalizer StringSplit SwiGLU TfIdfVectorizer Unique
+"""
+# Operators of ONNX that the parser has no importer for.
+ABSENT = frozenset(_ABSENT_NAMES.split())
+# ONNX Runtime's own operators that TensorRT-RTX reads as ONNX Runtime means them: their layers in the network
+# were compared with the definitions. The classic parser could not be asked.
+_SAME_NAMES = """
+Gelu MultiHeadAttention SimplifiedLayerNormalization SkipSimplifiedLayerNormalization
+QuantizeLinear DequantizeLinear
+"""
+_SAME_MEANING = {"tensorrt-rtx": frozenset(_SAME_NAMES.split()), "tensorrt": frozenset()}
+# ONNX Runtime writes this one into ONNX's own domain.
+_STRAY = "SimplifiedLayerNormalization"
+# How ONNX Runtime's quantised operators begin.
+_QUANTISED = (
+    "MatMulBnb4",
+    "GatherBlockQuantized",
+    "QLinear",
+    "DynamicQuantize",
+    "MatMulInteger",
+    "ConvInteger",
+    "QAttention",
+    "QGemm",
+    "QEmbed",
+)
+_HINTS = {
+    "GroupQueryAttention": "onnxruntime-genai's builder writes GroupQueryAttention: capture the checkpoint "
+    "instead (capture-onnx HF_FOLDER --kv-cache)",
+    "quantised": "quantised for ONNX Runtime's own kernels: build from the float graph, or quantise with "
+    "QuantizeLinear and DequantizeLinear, symmetric int8",
+    "fused": "ONNX Runtime's fusions: export without them, or save no optimised model",
+    "custom": "export without custom operators",
+    "absent": "export the model without this operator, or run the graph with ONNX Runtime",
+}
+
+
+def operator_problems(graph: GraphFile, backend: str, lowered: frozenset[str]) -> Iterator[Problem]:
+    """Yield the nodes whose operator the parser has not, or would misread.
+
+    Args:
+        graph: The graph, functions inlined.
+        backend: ``tensorrt-rtx`` or ``tensorrt``.
+        lowered: Operators of ONNX Runtime that are dealt with elsewhere.
+    """
+    found: dict[tuple[str, str], list[ir.Node]] = defaultdict(list)
+    for node in graph.model.graph.all_nodes():
+        if node.domain == _CONTRIB and node.op_type in lowered:
+            continue
+        if not _is_taken(node, backend):
+            found[node.domain, node.op_type].append(node)
+    for (domain, operator), nodes in found.items():
+        yield from of_nodes(nodes, _reason(domain, backend), _hint(domain, operator))
+
+
+def _is_taken(node: ir.Node, backend: str) -> bool:
+    if node.domain in _ONNX:
+        return node.op_type not in ABSENT and _is_known(node.op_type, backend)
+    return node.domain == _CONTRIB and node.op_type in _SAME_MEANING[backend]
+
+
+def _is_known(operator: str, backend: str) -> bool:
+    """Whether ONNX has an operator of that name, or ONNX Runtime has put one there."""
+    import onnx
+
+    return bool(onnx.defs.has(operator)) or (operator == _STRAY and operator in _SAME_MEANING[backend])
+
+
+def _reason(domain: str, backend: str) -> str:
+    if domain in _ONNX:
+        return f"{TITLES[backend]} has no such operator"
+    if domain == _CONTRIB:
+        return f"ONNX Runtime's own operator, {TITLES[backend]} has none that means the same"
+    return f"operator of the domain {domain!r}, which {TITLES[backend]} does not know"
+
+
+def _hint(domain: str, operator: str) -> str:
+    if operator in _HINTS:
+        return _HINTS[operator]
+    if operator.startswith(_QUANTISED):
+        return _HINTS["quantised"]
+    if domain == _CONTRIB:
+        return _HINTS["fused"]
+    return _HINTS["absent" if domain in _ONNX else "custom"]

@@ -1,0 +1,168 @@
+"""Inputs with a default become what they mean: LoRA tensors plain inputs, anything else is asked about.
+
+A TensorRT parser takes an input with an initializer of the same name for a constant. A graph of the flavour
+``ort``, whose LoRA tensors have empty defaults, would be built without an error: as the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from lora_export.engines.prepare.problem import Problem, of_places
+from lora_export.graph.exposed import KEY, WEIGHTS_INPUT, ExposedGraph, ExposedModule, exposed_of
+from lora_export.graph.onnx_file import GraphFile, shape_of
+
+# From this version on an input with an initializer is a choice; before, weights had to be inputs as well.
+_FREE_INITIALIZERS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class PlainInputs:
+    """What became of a graph's inputs.
+
+    Attributes:
+        exposed: The LoRA record, of the flavour ``tensorrt``.
+        notes: What was changed.
+        problems: What can't be changed without asking.
+    """
+
+    exposed: ExposedGraph | None
+    notes: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+
+def make_plain(graph: GraphFile) -> PlainInputs:
+    """Drop the defaults of LoRA tensors and the weights from a legacy graph's inputs.
+
+    Raises:
+        GraphError: The LoRA record is damaged.
+    """
+    metadata = graph.model.metadata_props
+    record = exposed_of(metadata, graph.path.name) if KEY in metadata else None
+    notes: list[str] = []
+    problems: list[Problem] = []
+    ours: frozenset[str] = frozenset()
+    if record is not None:
+        ours = frozenset(_exposed_inputs(record))
+        problems += _record_problems(graph, record)
+        notes += [] if problems else _drop_defaults(graph, record)
+        record = _for_tensorrt(record)
+        metadata[KEY] = record.to_json()
+    legacy, more = _other_defaults(graph, ours)
+    return PlainInputs(record, (*notes, *legacy), (*problems, *more))
+
+
+def _for_tensorrt(record: ExposedGraph) -> ExposedGraph:
+    """The record as it is of the engine: plain inputs, and float32 for float64, which TensorRT has not."""
+    modules = tuple(
+        replace(module, dtype="float32") if module.dtype == "float64" else module for module in record.modules
+    )
+    return replace(record, flavour="tensorrt", modules=modules)
+
+
+def _exposed_inputs(record: ExposedGraph) -> list[str]:
+    """Names of the inputs that the record speaks of."""
+    return [*[WEIGHTS_INPUT] * (record.mode == "bank"), *record.input_names()]
+
+
+def _record_problems(graph: GraphFile, record: ExposedGraph) -> Iterator[Problem]:
+    inputs = {str(value.name): value for value in graph.graph.inputs}
+    missing = [f"input {name!r}" for name in _exposed_inputs(record) if name not in inputs]
+    yield from of_places(
+        missing,
+        "the graph's LoRA record names it, the graph has it no more",
+        "make the graph again with swap-onnx or bank-onnx; a tool has changed it since",
+    )
+    if missing or not record.input_names():
+        return
+    dynamic = [
+        f"module {module.name}"
+        for module in record.modules
+        if module.kind == "conv" and not _has_sizes(inputs, module)
+    ]
+    yield from of_places(
+        dynamic,
+        "TensorRT builds no convolution whose number of channels, the rank, is open",
+        "make it with swap-onnx --flavour tensorrt --adapter ADAPTER, which fixes the rank",
+    )
+
+
+def _has_sizes(inputs: dict[str, ir.Value], module: ExposedModule) -> bool:
+    shape = inputs[module.lora_a].shape
+    return shape is not None and all(isinstance(size, int) for size in shape)
+
+
+def _drop_defaults(graph: GraphFile, record: ExposedGraph) -> list[str]:
+    """Make the LoRA tensors plain inputs; return what to say."""
+    defaults = [name for name in _exposed_inputs(record) if name in graph.graph.initializers]
+    for name in defaults:
+        value = graph.graph.initializers.pop(name)
+        value.const_value = None
+    notes = []
+    if defaults:
+        notes.append(
+            f"{len(defaults)} LoRA tensors are plain inputs now: TensorRT builds defaults in as constants"
+        )
+    if defaults and record.mode == "bank":
+        slots = ", ".join(slot.name for slot in record.slots if slot.adapter)
+        notes.append(
+            f"the adapters that were the bank's defaults are not in the engine: load {slots} into it"
+        )
+    if record.mode == "bank" and _share_batch(graph, record):
+        notes.append(
+            f"{WEIGHTS_INPUT} has the batch's own dimension now, in place of a check that it has its rows"
+        )
+    return notes
+
+
+def _share_batch(graph: GraphFile, record: ExposedGraph) -> bool:
+    """Give a bank's weights the batch's symbol, which TensorRT holds to be equal, for the node that compares.
+
+    Returns:
+        Whether there was such a node.
+    """
+    inputs = {str(value.name): value for value in graph.graph.inputs}
+    weights, batch = inputs[WEIGHTS_INPUT], inputs.get(record.batch_input)
+    checks = [use.node for use in weights.uses() if use.node.op_type == "Split"]
+    if batch is None or batch.shape is None or weights.shape is None or not checks:
+        return False
+    weights.shape = ir.Shape([batch.shape[0], *weights.shape[1:]])
+    for check in checks:
+        ir.convenience.replace_all_uses_with(check.outputs[0], weights)
+        owner = check.graph
+        assert owner is not None
+        owner.remove(check, safe=True)
+    return True
+
+
+def _other_defaults(graph: GraphFile, ours: frozenset[str]) -> tuple[list[str], list[Problem]]:
+    """Deal with inputs that have an initializer and are no LoRA of ours: a weight, or something to be fed?"""
+    both = [value for value in graph.graph.inputs if value.is_initializer() and value.name not in ours]
+    if graph.model.ir_version >= _FREE_INITIALIZERS:
+        return [], list(_refused(both, "TensorRT would build its default in as a constant"))
+    suspects = [value for value in both if _looks_fed(value)]
+    if suspects or not both:
+        return [], list(
+            _refused(suspects, "it looks like an adapter's, TensorRT would build it in as a constant")
+        )
+    for value in both:
+        graph.graph.inputs.remove(value)
+    graph.model.ir_version = _FREE_INITIALIZERS
+    return [f"{len(both)} weights that an old file format lists as inputs are constants"], []
+
+
+def _looks_fed(value: ir.Value) -> bool:
+    assert value.const_value is not None
+    return 0 in shape_of(value.const_value) or "lora" in str(value.name).lower()
+
+
+def _refused(values: Sequence[ir.Value], reason: str) -> Iterator[Problem]:
+    return of_places(
+        [f"input {value.name!r}" for value in values],
+        reason,
+        "to feed them, make the graph with swap-onnx --flavour tensorrt, or remove the initializers; "
+        "if they are constants, remove them from the graph's inputs",
+    )

@@ -1,0 +1,96 @@
+"""What a graph goes through before TensorRT's parser sees it: what must be changed, and what is refused.
+
+The parser has the last word on everything. What is here is where it would build something else than the
+graph says (inputs with a default, operators of the same name, unsigned quantisation), where its message tells
+nothing (types), and what can be said in other operators (`lower_nbits`). No compiler has to be installed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from lora_export.engines.prepare.dtypes import dtype_notes, dtype_problems
+from lora_export.engines.prepare.lower_nbits import lower_nbits, nbits_problems
+from lora_export.engines.prepare.nbits_weight import OPERATOR
+from lora_export.engines.prepare.operators import operator_problems
+from lora_export.engines.prepare.plain_inputs import make_plain
+from lora_export.engines.prepare.problem import Problem, of_places, refuse
+from lora_export.engines.prepare.quantised import quantisation_problems
+from lora_export.graph.exposed import ExposedGraph
+from lora_export.graph.onnx_file import GraphFile
+
+
+@dataclass(frozen=True, eq=False)
+class Admitted:
+    """A graph that the compiler can be given.
+
+    Attributes:
+        graph: As the compiler gets it; ``path`` is still the file, which external data is relative to.
+        exposed: The LoRA record, of the flavour ``tensorrt``.
+        notes: What was changed, and what the compiler will change, one line each.
+    """
+
+    graph: GraphFile
+    exposed: ExposedGraph | None
+    notes: tuple[str, ...]
+
+
+def admit(graph: GraphFile, targets: Mapping[str, Sequence[str]]) -> Admitted:
+    """Make a graph fit for a TensorRT parser, or for both.
+
+    Args:
+        graph: Fresh from `load_graph`; it is changed.
+        targets: Compiler (``tensorrt-rtx``, ``tensorrt``) → compute capabilities that it is asked for:
+            ``8.9`` …
+
+    Raises:
+        EngineBuildError: It can't be: all that stands in the way, by node, and how to mend it.
+        GraphError: Its LoRA record is damaged.
+    """
+    name = graph.path.name
+    inputs = make_plain(graph)
+    for backend, capabilities in targets.items():
+        refuse(
+            name,
+            backend,
+            [
+                *inputs.problems,
+                *_port_problems(graph),
+                *operator_problems(graph, backend, frozenset({OPERATOR})),
+                *nbits_problems(graph, capabilities),
+                *quantisation_problems(graph, backend),
+                *dtype_problems(graph, capabilities, backend),
+            ],
+        )
+    seen = tuple(dtype_notes(graph))
+    lowered, problems = lower_nbits(graph)
+    refuse(name, next(iter(targets)), problems)
+    return Admitted(graph, inputs.exposed, (*inputs.notes, *lowered, *seen))
+
+
+def _port_problems(graph: GraphFile) -> Iterator[Problem]:
+    """Inputs that the engine would not have as they are, and outputs under names that it would not have."""
+    silent = [
+        f"input {value.name!r}"
+        for value in graph.graph.inputs
+        if value.shape is None and not value.is_initializer() and isinstance(value.type, ir.TensorType)
+    ]
+    yield from of_places(
+        silent,
+        "the graph tells no shape for it, TensorRT would take it for a single number",
+        "export it with shapes; names such as 'batch' for sizes that vary",
+    )
+    inputs = {id(value) for value in graph.graph.inputs}
+    passed = [f"output {value.name!r}" for value in graph.graph.outputs if id(value) in inputs]
+    yield from of_places(
+        passed,
+        "it is an input as well, which TensorRT would give another name",
+        "remove it from the graph's outputs",
+    )
+    counts = Counter(str(value.name) for value in graph.graph.outputs)
+    twice = [f"output {name!r}" for name, count in counts.items() if count > 1]
+    yield from of_places(twice, "listed more than once", "remove the others from the graph's outputs")

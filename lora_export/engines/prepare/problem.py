@@ -1,0 +1,56 @@
+"""What stands between a graph and an engine: lines for the user, all of them, and how to mend each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from lora_export.errors import EngineBuildError
+from lora_export.sites.node_text import node_text
+
+# How the user calls the compilers.
+TITLES = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
+# A model has the same trouble in each of its layers: more examples tell nothing new.
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that keeps a graph from being built.
+
+    Attributes:
+        text: Where it is, and what.
+        hint: How to mend it; the same sentence where the same mends several.
+    """
+
+    text: str
+    hint: str = ""
+
+
+def of_nodes(nodes: Sequence[ir.Node], reason: str, hint: str = "") -> Iterator[Problem]:
+    """Yield a line for each of the first nodes with the same trouble, and the number of the others."""
+    return of_places([node_text(node) for node in nodes], reason, hint)
+
+
+def of_places(places: Sequence[str], reason: str, hint: str = "") -> Iterator[Problem]:
+    """Yield a line for each of the first places with the same trouble, and the number of the others."""
+    shown = len(places) if len(places) == _EXAMPLES + 1 else _EXAMPLES
+    for place in places[:shown]:
+        yield Problem(f"{place}: {reason}", hint)
+    if len(places) > shown:
+        yield Problem(f"… and {len(places) - shown} more: {reason}", hint)
+
+
+def refuse(name: str, backend: str, problems: Iterable[Problem]) -> None:
+    """Raise `EngineBuildError` with all problems and each hint once; do nothing if there are none."""
+    found = list(problems)
+    if not found:
+        return
+    hints = dict.fromkeys(problem.hint for problem in found if problem.hint)
+    raise EngineBuildError(
+        f"{name} can't be built by {TITLES.get(backend, backend)} as it is",
+        "; ".join(hints),
+        [problem.text for problem in found],
+    )

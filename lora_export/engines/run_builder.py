@@ -1,0 +1,148 @@
+"""Run a builder in a process of its own, and turn what it says into progress, a result or an error."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from lora_export.engines.builder_process import Job
+from lora_export.errors import BackendUnavailable, EngineBuildError, LoraExportError, OutputError
+from lora_export.graph.onnx_file import GraphFile
+from lora_export.progress import Say
+from lora_export.sites.node_text import find_node, node_text
+from lora_export.storage.outputs import output_errors
+from lora_export.untrusted.documents import DocumentError, parse_json
+
+_STAGES = {
+    "parse": "TensorRT's parser refuses",
+    "profile": "TensorRT takes none of these shapes for",
+    "build": "TensorRT can't build",
+}
+# "ITopKLayer NAME: NAME: K exceeds …"
+_LAYER = re.compile(r"\bI\w+Layer ([^\s:]+)")
+# The builder's later errors are consequences of the first ones.
+_SHOWN = 5
+# Of what it complains of on its way out.
+_LINE = 300
+
+
+def run_worker(job: Job, graph: GraphFile, scratch: Path, kept_log: Path, progress: Say) -> dict[str, Any]:
+    """Build an engine.
+
+    Args:
+        job: What to build.
+        graph: The graph as the compiler gets it, for messages.
+        scratch: A folder for the job's own file.
+        kept_log: What messages call the builder's log.
+        progress: Called as it goes on.
+
+    Returns:
+        What the builder says of the engine.
+
+    Raises:
+        BackendUnavailable: The compiler can't be loaded.
+        EngineBuildError: It refused, or died.
+        OSError: It could not read or write a file.
+        OutputError: It could not keep its measurements.
+    """
+    path = scratch / "job.json"
+    reader, writer = os.pipe()
+    try:
+        with output_errors(path):
+            path.write_text(replace(job, pipe=writer).to_json(), encoding="utf-8")
+    except BaseException:
+        os.close(reader)
+        os.close(writer)
+        raise
+    # -P: a script of the user's called "tensorrt.py" is no package.
+    command = [sys.executable, "-P", "-m", "lora_export.engines.builder_process", str(path)]
+    # A file, not a pipe: nobody reads what it complains of until it ends, and a full pipe would stop it.
+    with (scratch / "stderr").open("wb+") as errors:
+        with subprocess.Popen(
+            command, pass_fds=[writer], stdout=subprocess.DEVNULL, stderr=errors, env=_environment()
+        ) as process:
+            os.close(writer)
+            try:
+                last = _follow(reader, progress)
+            except BaseException:
+                process.kill()
+                raise
+        errors.seek(0)
+        said = errors.read()
+    if built := last.get("built"):
+        return dict(built)
+    if failed := last.get("failed"):
+        raise _failure(failed, graph, kept_log)
+    raise _died(process.returncode, said.decode(errors="replace"), graph, kept_log)
+
+
+def _environment() -> dict[str, str]:
+    """Let the process find this very package, installed or not; everything else where its caller does."""
+    here = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), here]))
+    return os.environ | {"PYTHONPATH": path}
+
+
+def _follow(reader: int, progress: Say) -> dict[str, Any]:
+    last: dict[str, Any] = {}
+    with os.fdopen(reader, encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                last = parse_json(line)
+            except DocumentError:  # cut off where the process ended
+                return {}
+            if "phase" in last:
+                progress(str(last["phase"]), float(last["share"]))
+    return last
+
+
+def _failure(failed: dict[str, Any], graph: GraphFile, log: Path) -> LoraExportError | OSError:
+    if failed["stage"] == "write":
+        return OSError(failed["errno"], failed["text"])
+    if failed["stage"] == "output":
+        return OutputError(failed["text"], failed["hint"])
+    reasons = failed["reasons"]
+    if failed["stage"] == "load":
+        return BackendUnavailable(reasons[0]["text"], failed["hint"])
+    shown = [_reason(reason, graph) for reason in reasons[:_SHOWN]]
+    if len(reasons) > _SHOWN:
+        shown.append(f"… and {len(reasons) - _SHOWN} more")
+    return EngineBuildError(
+        f"{_STAGES[failed['stage']]} {graph.path}",
+        f"the builder's own messages are in {log}",
+        shown or ["it gave no reason"],
+    )
+
+
+def _reason(reason: dict[str, Any], graph: GraphFile) -> str:
+    text = " ".join(str(reason["text"]).split())
+    node = find_node(graph, str(reason.get("node") or "")) or _named_in(text, graph)
+    if node is not None:
+        return f"{node_text(node)}: {text}"
+    name, operator = reason.get("node"), reason.get("operator")
+    return f"node '{name}' ({operator}): {text}" if name else text
+
+
+def _named_in(text: str, graph: GraphFile) -> ir.Node | None:
+    """Return the node that one of the builder's own errors is about: a layer has its node's name."""
+    named = _LAYER.search(text)
+    return find_node(graph, named.group(1)) if named else None
+
+
+def _died(code: int, said: str, graph: GraphFile, log: Path) -> EngineBuildError:
+    lines: Sequence[str] = [line[:_LINE] for line in said.strip().splitlines() if line.strip()]
+    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    what, hint = f"ended with {name}", f"the builder's own messages are in {log}"
+    if code == -signal.SIGKILL:
+        what = "was killed: the machine has probably run out of memory"
+        hint = "build on a larger machine, or with smaller --shape"
+    return EngineBuildError(f"TensorRT's builder {what}, while it built {graph.path}", hint, list(lines[-3:]))

@@ -1,0 +1,1 @@
+"""What the formats of adapters have in common: files, pairs, configs."""

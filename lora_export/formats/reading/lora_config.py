@@ -1,0 +1,223 @@
+"""What PEFT's ``LoraConfig`` means for weights: which keys matter, which don't, which we refuse.
+
+Source: PEFT 0.21, ``tuners/lora/config.py`` (the keys) and ``tuners/lora/model.py`` (pattern matching).
+Every key is accounted for: one that we don't know and that isn't off is refused, because it may change
+what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lora_export.formats.reading.patterns import check, match
+from lora_export.formats.reading.source import Options
+
+# Change how the tensors are made or trained, not what they mean once saved.
+_HARMLESS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "merge_weights",
+        "modules_to_save",
+        "monteclora_config",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "velora_config",
+    }
+)
+# Read by the formats that use this module.
+_READ = frozenset(
+    {
+        "alpha_pattern",
+        "bias",
+        "fan_in_fan_out",
+        "lora_alpha",
+        "lora_bias",
+        "r",
+        "rank_pattern",
+        "target_parameters",
+        "trainable_token_indices",
+        "use_bdlora",
+        "use_dora",
+        "use_rslora",
+    }
+)
+# The adapter acts on some tokens only: no merge can say it.
+ALORA = "alora_invocation_tokens"
+_REFUSED = {
+    ALORA: "aLoRA acts only behind its invocation tokens, which no merged or exported "
+    "weight can do; serve it with PEFT or vLLM",
+    "arrow_config": "Arrow routes between adapters for each token; export the task adapters one by one",
+    "enable_lora": "a MergedLinear of PEFT 0.2; load it with that version and save it per projection",
+    "kasa_config": "KaSA truncates the base weights themselves; merge it with PEFT's merge_and_unload",
+    "layer_replication": "the adapter belongs to a model whose layers were replicated; save that model as a "
+    "base of its own and train or rename the adapter for it",
+    "megatron_config": "Megatron's parallel layers may hold a shard of a factor; gather and save without it",
+    "use_qalora": "QALoRA's lora_A works on pooled inputs of a GPTQ base; PEFT itself can't merge it",
+}  # fmt: skip
+# Initialisations that change the base weights: what was saved counts from the changed base.
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+def pattern_values(config: Mapping[str, Any], name: str, path: str) -> list[Any]:
+    """Return the values of all keys that match ``path`` under PEFT's rule; the first one counts.
+
+    Args:
+        config: PEFT's.
+        name: ``rank_pattern`` or ``alpha_pattern``.
+        path: Of a module.
+
+    The rule (``peft.utils.other.get_pattern_key``): a key matches as a regular expression the end of the
+    path, from a dot on; where none does, a key that is the path itself.
+    """
+    pattern = config.get(name)
+    if not isinstance(pattern, Mapping):
+        return []
+    found = []
+    for key, value in pattern.items():
+        try:
+            if match(name, rf"(.*\.)?({key})$", path):
+                found.append(value)
+        except re.error:
+            continue
+    if not found and path in pattern:
+        return [pattern[path]]
+    return found
+
+
+class LoraRules:
+    """The part of a ``LoraConfig`` that turns tensors into a change of weights.
+
+    Args:
+        config: The JSON object.
+        options: What the user states besides; it may not contradict the config.
+
+    Attributes:
+        problems: One line for each key that is refused or makes no sense.
+        notes: What a user should know about keys that were left aside.
+    """
+
+    def __init__(self, config: Mapping[str, Any], options: Options) -> None:
+        self._config = config
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self.rslora = bool(config.get("use_rslora"))
+        targets = config.get("target_parameters") or []
+        self.target_parameters: list[str] = targets if isinstance(targets, list) else []
+        self._check_types()
+        self._check_numbers(options)
+        self._check_keys()
+        if options.rslora is not None and options.rslora != self.rslora:
+            self.problems.append(f"use_rslora: the config says {self.rslora}, the option {options.rslora}")
+
+    def alpha(self, path: str) -> float | None:
+        """Alpha of a module; None where the config has no usable number (already a problem)."""
+        found = pattern_values(self._config, "alpha_pattern", path)
+        value: Any = found[0] if found else self._config.get("lora_alpha")
+        if any(other != value for other in found):
+            # Seen with peft 0.21: save_pretrained sorts the keys, training used them as they were given.
+            self.notes.append(
+                f"{path}: several alpha_pattern keys match; read as PEFT reads the file, alpha {value}, "
+                "but PEFT sorted the keys on saving, so training may have used another"
+            )
+        return None if _number_problem(value) else float(value)
+
+    def rank(self, path: str) -> int | None:
+        """Rank of a module; None where the config has no usable number (already a problem)."""
+        found = pattern_values(self._config, "rank_pattern", path)
+        value: Any = found[0] if found else self._config.get("r")
+        return None if _number_problem(value, whole=True) else int(value)
+
+    def _check_numbers(self, options: Options) -> None:
+        for key, option in (("r", options.rank), ("lora_alpha", options.alpha)):
+            value: Any = self._config.get(key)
+            if problem := _number_problem(value, whole=key == "r"):
+                self.problems.append(f"config {key}: {problem}")
+            elif option is not None and option != value:
+                self.problems.append(
+                    f"{key}: the config says {value:g}, the option {option:g}; leave it away"
+                )
+        for key in ("rank_pattern", "alpha_pattern"):
+            pattern = self._config.get(key)
+            for name, value in pattern.items() if isinstance(pattern, Mapping) else ():
+                problem = _number_problem(value, whole=key == "rank_pattern") or _pattern_problem(name)
+                if problem:
+                    self.problems.append(f"config {key} {name!r}: {problem}")
+
+    def _check_types(self) -> None:
+        for kind, what, keys in (
+            (Mapping, "an object", ("rank_pattern", "alpha_pattern", "use_bdlora")),
+            (list, "a list", ("target_parameters",)),
+            (list | str, "a list or a text", ("target_modules", "exclude_modules", "modules_to_save")),
+            (bool, "true or false", ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias")),
+        ):
+            for key in keys:
+                if (value := self._config.get(key)) is not None and not isinstance(value, kind):
+                    self.problems.append(f"config {key}: {value!r}, wanted {what}")
+        if not all(isinstance(target, str) for target in self.target_parameters):
+            self.problems.append("config target_parameters: wanted a list of names")
+            self.target_parameters = []
+
+    def _check_keys(self) -> None:
+        for key, value in self._config.items():
+            if key in _REFUSED and value:
+                self.problems.append(f"config {key}: {_REFUSED[key]}")
+            elif key not in _HARMLESS | _READ | _REFUSED.keys() and value:
+                self.problems.append(
+                    f"config {key}: {value!r} under a key that we don't know may change what the tensors mean"
+                )
+        init = str(self._config.get("init_lora_weights", "")).lower()
+        if init.startswith(_CHANGES_BASE):
+            self.problems.append(
+                f"config init_lora_weights: '{init}' changed the base weights, and the tensors count from "
+                "there; save again with save_pretrained(…, path_initial_model_for_weight_conversion=INITIAL) "
+                "(not for loftq: merge into its own base), or, where the base given here is the changed one, "
+                "set init_lora_weights to true in the config"
+            )
+        if self._config.get("velora_config"):
+            self.notes.append("VeLoRA changes the backward pass only: read as plain LoRA")
+        if self._config.get("monteclora_config"):
+            self.notes.append(
+                "Monteclora's sampling is left away, as PEFT does in a merge: read as plain LoRA"
+            )
+        if self._config.get("ensure_weight_tying"):
+            self.notes.append(
+                "trained with tied embeddings: both ends carry the same change of one weight; it counts once"
+            )
+
+
+def _pattern_problem(pattern: str) -> str:
+    """Return why PEFT would stop at a key of a pattern, or an empty string."""
+    try:
+        check(rf"(.*\.)?({pattern})$")
+    except re.error as error:
+        return f"no regular expression ({error}), which is what PEFT reads it as; for any name write .*"
+    return ""
+
+
+def _number_problem(value: Any, whole: bool = False) -> str:
+    """Return what is wrong with a rank or an alpha, or an empty string."""
+    wanted = "a whole number" if whole else "a number"
+    if isinstance(value, bool) or not isinstance(value, int | float) or (whole and value % 1):
+        return f"{value!r}, wanted {wanted}"
+    # The upper bound keeps absurd JSON (1e999 is infinity) away from arithmetic.
+    return "" if 0 < value < 1e15 else f"{value!r}, wanted {wanted} above 0"

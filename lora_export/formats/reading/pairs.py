@@ -1,0 +1,257 @@
+"""From loose tensors to `LoraModule`s: collect the parts of each module, then check them all.
+
+Every format names its tensors in its own way; what makes a pair right is the same everywhere, and is here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_export.adapter import Adapter, Array, Kind, LoraModule
+from lora_export.errors import AdapterError
+from lora_export.formats.reading.scope import unknown_component
+from lora_export.formats.reading.source import Options, Source
+from lora_export.formats.reading.tensors import value_problems
+from lora_export.untrusted.archives import too_much
+
+MAX_LISTED = 40
+
+
+@dataclass
+class Parts:
+    """The tensors found for one module, and what its file says of it."""
+
+    path: str
+    component: str | None = None
+    kind: Kind | None = None
+    parameter: str = "weight"
+    tensors: dict[str, Array] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    alpha: float | None = None
+    rank: int | None = None
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of ``lora_A``, the rank of a plain pair; None without one."""
+        lora_a = self.tensors.get("lora_a")
+        return None if lora_a is None or not lora_a.ndim else int(lora_a.shape[0])
+
+    @property
+    def label(self) -> str:
+        """How to speak of it in an error."""
+        path = f"{self.component}/{self.path}" if self.component else self.path
+        return path if self.parameter == "weight" else f"{path}.{self.parameter}"
+
+
+class PartsTable:
+    """All modules of a file, in its order.
+
+    Attributes:
+        problems: One line for each thing wrong so far.
+        aside: Names of tensors that are left out on purpose.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[str | None, str], Parts] = {}
+        self.problems: list[str] = []
+        self.aside: list[str] = []
+
+    def add(self, path: str, part: str, name: str, values: Array, component: str | None = None) -> Parts:
+        """Put the tensor ``name`` down as ``part`` (``lora_a``, ``lora_b``, …) of the module ``path``."""
+        row = self.rows.setdefault((component, path), Parts(path, component))
+        if part in row.tensors:
+            self.problems.append(f"{row.label}: {part} is there twice, as {row.names[-1]} and as {name}")
+        row.tensors[part] = values
+        row.names.append(name)
+        return row
+
+    def unknown(self, names: Sequence[str], why: str) -> None:
+        """Put tensors down that no rule of the format accounts for."""
+        self.problems.extend(f"{name}: {why}" for name in names)
+
+
+class Room:
+    """What a file's tensors may take once blocks and stacks are laid out in full, with zeros between them.
+
+    Args:
+        tensors: As they are stored.
+    """
+
+    def __init__(self, tensors: Mapping[str, Array]) -> None:
+        self._left = too_much(sum(values.nbytes for values in tensors.values()))
+
+    def take(self, stored: Array, times: int, label: str, problems: list[str]) -> bool:
+        """Whether there is room for a tensor laid out at so many times its size; a problem where not."""
+        wanted = stored.nbytes * times
+        if wanted > self._left:
+            problems.append(
+                f"{label} {stored.shape}, laid out in full, takes {wanted} bytes: {times} times what is "
+                f"stored, and the whole file has room for {self._left} more"
+            )
+            return False
+        self._left -= wanted
+        return True
+
+
+def number(values: Array) -> float:
+    """Return the one value of a tensor such as kohya's ``alpha``; NaN where it holds several."""
+    return float(values.astype("float64").reshape(-1)[0]) if values.size == 1 else math.nan
+
+
+def build_module(parts: Parts, alpha: float | None, rslora: bool, problems: list[str]) -> LoraModule | None:
+    """Check one module's parts and make it; problems go into the list, and None comes back.
+
+    Args:
+        parts: Its tensors; ``parts.rank`` is what config or user state, compared with the tensors.
+        alpha: Numerator of the scaling; None where a problem about it is in the list already.
+        rslora: Divide by √rank.
+        problems: Gets one line for each thing wrong.
+    """
+    before = len(problems)
+    lora_a, lora_b = parts.tensors.get("lora_a"), parts.tensors.get("lora_b")
+    if lora_a is None or lora_b is None:
+        missing = " and ".join(n for n, v in (("lora_A", lora_a), ("lora_B", lora_b)) if v is None)
+        problems.append(f"{parts.label}: {missing} is missing (there is {', '.join(parts.names)})")
+        return None
+    problems += value_problems((f"{parts.label} {part}", values) for part, values in parts.tensors.items())
+    kind, rank, experts, groups = _measure(parts, lora_a, lora_b, problems)
+    for part in ("magnitude", "lora_bias"):
+        values = parts.tensors.get(part)
+        if values is not None and values.size != lora_b.shape[0]:
+            problems.append(f"{parts.label}: {part} {values.shape}, wanted {lora_b.shape[0]} values")
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        problems.append(f"{parts.label}: alpha is {alpha:g}, wanted a number above 0")
+    if alpha is None or len(problems) > before:
+        return None
+    magnitude, bias = parts.tensors.get("magnitude"), parts.tensors.get("lora_bias")
+    return LoraModule(
+        path=parts.path,
+        kind=kind,
+        lora_a=lora_a,
+        lora_b=lora_b,
+        alpha=float(alpha),
+        rank=rank,
+        rslora=rslora,
+        magnitude=None if magnitude is None else magnitude.reshape(-1),
+        lora_bias=None if bias is None else bias.reshape(-1),
+        parameter=parts.parameter,
+        experts=experts,
+        groups=groups,
+        component=parts.component,
+        tensor_names=tuple(parts.names),
+    )
+
+
+def _measure(parts: Parts, lora_a: Array, lora_b: Array, problems: list[str]) -> tuple[Kind, int, int, int]:
+    """Return kind, rank, experts and groups as the shapes tell them, compared with the stated rank.
+
+    A grouped convolution's ``lora_B`` is ``(out, rank / groups, 1, …)``; stacked experts have ``rank`` rows
+    of ``lora_A`` each (PEFT ``tuners/lora/layer.py``, ``_ConvNd`` and ``ParamWrapper``).
+    """
+    kind: Kind = parts.kind or ("conv" if lora_a.ndim > 2 else "linear")
+    shapes = f"lora_A {lora_a.shape}, lora_B {lora_b.shape}"
+    if lora_a.ndim < 2 or lora_a.ndim != lora_b.ndim:
+        problems.append(f"{parts.label}: {shapes}; wanted two matrices, or two convolution kernels")
+        return kind, 0, 1, 1
+    experts, groups = 1, 1
+    rank = seen = lora_a.shape[0]
+    if kind == "parameter" and parts.rank and parts.rank > 0 and seen % parts.rank == 0:
+        rank, experts = parts.rank, seen // parts.rank
+    if kind == "conv" and lora_b.shape[1] and seen % lora_b.shape[1] == 0:
+        groups = seen // lora_b.shape[1]
+    if lora_b.shape[1] * groups != seen or any(n != 1 for n in lora_b.shape[2:]):
+        problems.append(_shape_problem(parts, lora_a, lora_b))
+    elif parts.rank is not None and rank != parts.rank:
+        problems.append(f"{parts.label}: rank {parts.rank} is stated, but {shapes} have rank {rank}")
+    return kind, rank, experts, groups
+
+
+def _shape_problem(parts: Parts, lora_a: Array, lora_b: Array) -> str:
+    text = f"{parts.label}: lora_A {lora_a.shape} and lora_B {lora_b.shape} have no common rank"
+    if lora_a.ndim == 2 and lora_a.shape[1] == lora_b.shape[0]:
+        return f"{text}; transposed? wanted lora_A (rank, in_dim), lora_B (out_dim, rank)"
+    return f"{text}; wanted lora_A (rank, …), lora_B (…, rank)"
+
+
+def check_options(options: Options) -> None:
+    """Refuse options that can't be right, all at once.
+
+    Raises:
+        AdapterError: alpha or rank is not above 0.
+    """
+    problems = [
+        f"{name}: {value:g}, wanted a number above 0"
+        for name, value in (("alpha", options.alpha), ("rank", options.rank))
+        if value is not None and not (math.isfinite(value) and value > 0)
+    ]
+    if problems:
+        raise AdapterError("the options don't make a scaling", "give the values used in training", problems)
+
+
+def raise_problems(source: Source, problems: Sequence[str], hint: str) -> None:
+    """Raise one `AdapterError` with every problem, if there is one."""
+    if not problems:
+        return
+    unique = list(dict.fromkeys(problems))
+    listed = unique[:MAX_LISTED]
+    if len(unique) > MAX_LISTED:
+        listed.append(f"… and {len(unique) - MAX_LISTED} more")
+    count = "1 problem" if len(unique) == 1 else f"{len(unique)} problems"
+    raise AdapterError(f"adapter '{source.name}' has {count} ({source.file})", hint, listed)
+
+
+def select_component(source: Source, table: PartsTable, component: str | None) -> tuple[str, ...]:
+    """Keep only the rows of ``component``, and return a note that says what was left aside.
+
+    In a file for one model it may be a submodel's path, which `scope.part_of` follows.
+
+    Raises:
+        AdapterError: The file is for several models, and not for this one.
+    """
+    if component is None:
+        return ()
+    there = {key[0] for key in table.rows}
+    name = component.partition(":")[0]
+    if name not in there and len(there) < 2:
+        return ()
+    if name not in there:
+        raise unknown_component(source.name, name, there)
+    aside = [key for key in table.rows if key[0] != name]
+    for key in aside:
+        table.aside += table.rows.pop(key).names
+    return (f"{len(aside)} modules of other components were left aside",) if aside else ()
+
+
+def adapter_of(
+    source: Source,
+    format: str,
+    table: PartsTable,
+    modules: Mapping[str, LoraModule],
+    config: Mapping[str, Any],
+    notes: Sequence[str] = (),
+) -> Adapter:
+    """Make an adapter of what every format says alike; `dataclasses.replace` sets the rest.
+
+    Args:
+        source: The file.
+        format: Key of the format that read it.
+        table: What became of the file's tensors.
+        modules: Made of the table.
+        config: The format's own configuration.
+        notes: What to say behind the source's own notes.
+    """
+    aside = frozenset(table.aside)
+    return Adapter(
+        name=source.name,
+        source=str(source.path),
+        format=format,
+        modules=modules,
+        config=config,
+        # Of the file, not of the modules: a plan that speaks of each of them has lost none.
+        tensor_names=tuple(name for name in source.tensors if name not in aside),
+        sha256=source.sha256,
+        notes=(*source.notes, *notes),
+    )

@@ -1,0 +1,202 @@
+"""Write an adapter as the folder that PEFT's ``from_pretrained`` reads.
+
+The inverse of `lora_export.formats.peft`: ranks and alphas become ``r``, ``lora_alpha`` and patterns with one
+anchored key for each module that differs. What PEFT's config can't say is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_export.adapter import MERGE_ROWS, Adapter, Array, LoraModule, token_rows_problems
+from lora_export.errors import AdapterError
+from lora_export.formats.reading.experts import REGISTERED, layout_of
+from lora_export.formats.reading.source import CONFIG_NAME, WEIGHT_NAMES
+from lora_export.formats.reading.tensors import write_safetensors
+from lora_export.formats.reading.whole_copies import reach_of
+from lora_export.storage.outputs import OutputSet, output_errors, refuse_existing
+
+_PREFIX = "base_model.model."
+# One for each way in which stacked experts' factors may lie.
+_VERSIONS = ("0.18.1", "0.19.0", "0.19.1", "0.19.1.dev0")
+_SETTLED = "settled for one base"
+
+
+def write_folder(adapter: Adapter, folder: Path, force: bool) -> Path:
+    """Write both files; see `lora_export.formats.save_adapter`."""
+    problems = _problems(adapter)
+    if problems:
+        raise AdapterError(
+            f"adapter '{adapter.name}' can't be said in PEFT's format",
+            "export it in parts, or merge it",
+            problems,
+        )
+    config, tensors = _config(adapter), _tensors(adapter)
+    weights_file, config_file = folder / WEIGHT_NAMES[0], folder / CONFIG_NAME
+    refuse_existing([weights_file, config_file], force)
+    with OutputSet(force) as outputs, output_errors(weights_file):
+        write_safetensors(outputs.stage(weights_file), tensors, {"format": "pt"})
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        outputs.stage(config_file).write_text(text, encoding="utf-8")
+        outputs.commit()
+    return folder
+
+
+def _problems(adapter: Adapter) -> list[str]:
+    modules = list(adapter.modules.values())
+    problems = [] if modules else ["it has no LoRA modules"]
+    problems += [f"{path}: {problem}; {MERGE_ROWS}" for path, problem in token_rows_problems(adapter)]
+    components = sorted({module.component for module in modules if module.component})
+    if len(components) > 1:
+        problems.append(
+            f"components {', '.join(components)}: one PEFT folder serves one model; load one of them"
+        )
+    if adapter.flattened:
+        problems.append(
+            "flattened names: kohya's files have lost the dots, and PEFT needs the modules' real paths"
+        )
+    if any(module.scale is not None for module in modules):
+        problems.append("DoRA's factors, computed for a graph: PEFT keeps the magnitude; save the original")
+    for label, having in (
+        ("a DoRA magnitude", [m for m in modules if m.magnitude is not None]),
+        ("a bias of lora_B", [m for m in modules if m.lora_bias is not None]),
+    ):
+        if having and len(having) < len(modules):
+            without = next(m for m in modules if all(m is not other for other in having))
+            problems.append(
+                f"{having[0].path} has {label} and {without.path} has none: PEFT's switch is for all modules"
+            )
+    versions = {_version(module) for module in modules} - {None}
+    if len(versions) > 1 or _SETTLED in versions:
+        problems.append(
+            "stacked experts whose factors lie as no PEFT version has them; write what was loaded"
+        )
+    for path, names in _parameters(modules).items():
+        if len(names) > 1 and any(name not in REGISTERED for name in names):
+            problems.append(f"{path}: how PEFT would nest the parameters {', '.join(names)} isn't known")
+    return problems
+
+
+def _parameters(modules: Iterable[LoraModule]) -> dict[str, list[str]]:
+    """Module path → its changed parameters, in the order in which PEFT nests them, outermost first."""
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        if module.kind == "parameter":
+            found.setdefault(module.path, []).append(module.parameter)
+    for names in found.values():
+        if all(name in REGISTERED for name in names):
+            names.sort(key=REGISTERED.index, reverse=True)
+    return found
+
+
+def _config(adapter: Adapter) -> dict[str, Any]:
+    modules = list(adapter.modules.values())
+    rslora = all(module.rslora for module in modules)
+    # Where only some use √rank, all are said with the plain rule: the same scaling, another alpha.
+    alphas = {m.key: m.alpha if rslora or not m.rslora else m.scaling * m.rank for m in modules}
+    rank = Counter(module.rank for module in modules).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    biases = [name for name in adapter.extras if _is_bias(name, adapter.extras)]
+    targeted = {module.path for module in modules}
+    # A copy that PEFT is to load over the base's own weight is no module to save.
+    own = [name for name in adapter.extras if name not in biases and reach_of(adapter, name) != "all"]
+    saved = {name.rpartition(".")[0] for name in own} - targeted
+    return {
+        "peft_type": "LORA",
+        "peft_version": _stated_version(adapter),
+        "task_type": adapter.config.get("task_type"),
+        "base_model_name_or_path": adapter.base_model,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": _plain_number(alpha),
+        "use_rslora": rslora,
+        "rank_pattern": {_pattern(m): m.rank for m in modules if m.rank != rank},
+        "alpha_pattern": {
+            _pattern(m): _plain_number(alphas[m.key]) for m in modules if alphas[m.key] != alpha
+        },
+        "target_modules": sorted({m.path for m in modules if m.kind != "parameter"}),
+        "target_parameters": sorted(f"{m.path}.{m.parameter}" for m in modules if m.kind == "parameter")
+        or None,
+        "modules_to_save": sorted(p for p in saved if not any(p.startswith(f"{q}.") for q in saved)) or None,
+        "bias": "none" if not biases else "lora_only" if _bases(biases) <= targeted else "all",
+        "use_dora": any(module.magnitude is not None for module in modules),
+        "lora_bias": any(module.lora_bias is not None for module in modules),
+        "fan_in_fan_out": adapter.fan_in_fan_out,
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+    }
+
+
+def _stated_version(adapter: Adapter) -> str | None:
+    """Return the PEFT version by which a reader knows how stacked experts' factors lie."""
+    versions = {_version(module) for module in adapter.modules.values()} - {None}
+    stated = adapter.config.get("peft_version") if adapter.format == "peft" else None
+    if not versions:
+        return stated
+    (version,) = versions
+    same = stated is not None and layout_of(stated) == layout_of(version)
+    return str(stated) if same else version
+
+
+def _version(module: LoraModule) -> str | None:
+    """Return a version that lays a module's factors as they are; None where all do it alike."""
+    if module.experts == 1:
+        return None
+    laid = (module.turned, module.layout)
+    return next((version for version in _VERSIONS if layout_of(version) == laid), _SETTLED)
+
+
+def _pattern(module: LoraModule) -> str:
+    path = f"{module.path}.{module.parameter}" if module.kind == "parameter" else module.path
+    return "^" + re.escape(path)
+
+
+def _plain_number(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
+
+
+def _bases(names: Iterable[str]) -> set[str]:
+    return {name.rpartition(".")[0] for name in names}
+
+
+def _is_bias(name: str, extras: Mapping[str, Array]) -> bool:
+    """A lone bias was trained by ``bias=…``; beside a weight it belongs to a module to save."""
+    module, _, leaf = name.rpartition(".")
+    return leaf == "bias" and f"{module}.weight" not in extras
+
+
+def _tensors(adapter: Adapter) -> dict[str, Array]:
+    tensors: dict[str, Array] = {}
+    nested = _parameters(adapter.modules.values())
+    for module in adapter.modules.values():
+        level = nested[module.path].index(module.parameter) if module.kind == "parameter" else 0
+        path = f"{_PREFIX}{module.path}{'.base_layer' * level}"
+        if module.kind == "embedding":
+            tensors[f"{path}.lora_embedding_A"] = module.lora_a
+            tensors[f"{path}.lora_embedding_B"] = module.lora_b
+        else:
+            tensors[f"{path}.lora_A.weight"] = module.lora_a
+            tensors[f"{path}.lora_B.weight"] = module.lora_b
+        if module.lora_bias is not None:
+            tensors[f"{path}.lora_B.bias"] = module.lora_bias
+        if module.magnitude is not None:
+            # PEFT keeps a convolution's magnitude in the shape in which it multiplies the weight's outputs.
+            shape = (1, -1, *(1,) * (module.lora_a.ndim - 2)) if module.kind == "conv" else (-1,)
+            tensors[f"{path}.lora_magnitude_vector"] = module.magnitude.reshape(shape)
+    targeted = {module.path for module in adapter.modules.values()}
+    for name, values in adapter.extras.items():
+        parent, _, leaf = name.rpartition(".")
+        inner = f"{parent}.base_layer" if parent in targeted else parent
+        front = _PREFIX + (f"{inner}." if parent else "")
+        tensors[front + leaf] = values
+        if leaf == "running_mean":
+            # A batch norm's count of training steps: reading leaves it aside, PEFT won't load without it.
+            tensors[f"{front}num_batches_tracked"] = np.zeros((), np.int64)
+    return tensors

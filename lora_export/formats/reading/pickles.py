@@ -1,0 +1,269 @@
+"""Tensors of a torch checkpoint (``.bin``, ``.pt``, ``.pth``, ``.ckpt``), read without running its code.
+
+People save a bare state dict, or a dict that holds one beside alpha, rank and bookkeeping. Both become the
+same: tensors, and the few numbers that say how to scale them. A number counts only where its name or its
+place says that it is LoRA's: a training run's dictionaries are full of others called alpha, rank or scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from lora_export.adapter import Array
+from lora_export.errors import AdapterError, BackendUnavailable
+from lora_export.formats.reading.pickle_claims import claim_problems
+from lora_export.untrusted.fields import seen
+
+SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+# Where a dict keeps its tensors. What lies beside the first ones may belong to the whole training run.
+_GENERAL_NESTS = ("state_dict", "model_state_dict", "model", "weights", "module")
+_LORA_NESTS = ("lora_state_dict", "lora", "adapter")
+# Dictionaries without tensors that speak of LoRA alone.
+_LORA_CONFIGS = ("lora_config", "lora_args", "lora_params", "lora_parameters", "peft_config",
+                 "adapter_config", "lora", "peft", "adapter")  # fmt: skip
+# How the numbers that we need are spelt. These names say by themselves whose they are …
+_CLEAR = {
+    "lora_alpha": "alpha",
+    "lora_r": "rank", "lora_rank": "rank",
+    "lora_scaling": "scaling",
+    "rslora": "rslora", "use_rslora": "rslora",
+    "enable_lora": "enable_lora",
+}  # fmt: skip
+# … and these do not: alpha may be mixup's or an optimizer's, rank a process's, scale a loss's.
+_PLAIN = {"alpha": "alpha", "r": "rank", "rank": "rank", "scaling": "scaling", "scale": "scaling"}
+# Settings that change what the factors mean, which these formats can't say.
+_MEANINGFUL = ("use_dora", "dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication")
+# In names of what speaks of an adapter.
+_OF_LORA = ("lora", "adapter", "target_modules", "base_model")
+_BOOKKEEPING = ("optim", "sched", "epoch", "step", "rng", "loss", "callbacks", "loops", "version", "metric",
+                "scaler", "amp_")  # fmt: skip
+
+
+@dataclass
+class Checkpoint:
+    """What a torch checkpoint holds.
+
+    Attributes:
+        tensors: Name → values.
+        settings: Of ``alpha``, ``rank``, ``scaling``, ``rslora``, ``enable_lora`` what the file states.
+        ignored: Keys that are bookkeeping of a training run.
+        mentions: Numbers called alpha that may be LoRA's or not: where, value.
+        problems: Keys that we don't understand, or settings that contradict each other.
+    """
+
+    tensors: dict[str, Array] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+    mentions: list[tuple[str, float]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a torch checkpoint with ``weights_only=True``.
+
+    Raises:
+        BackendUnavailable: torch is not installed.
+        AdapterError: The file is damaged, holds other objects than tensors and plain values, or is no dict.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"reading {path.name} needs torch, which is not installed",
+            "pip install 'lora-export[hf]', or save the adapter as .safetensors",
+        ) from error
+    try:
+        if problems := claim_problems(path):
+            raise AdapterError(
+                f"{path} claims more than it holds",
+                "save the state dict alone, best as .safetensors",
+                problems,
+            )
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except AdapterError:
+        raise
+    except OSError as error:
+        raise AdapterError(f"cannot read {path}: {error}", "check the path and its permissions") from error
+    # torch raises whatever its zip reader or unpickler met: RuntimeError, EOFError, UnpicklingError, …
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise AdapterError(
+            f"{path} can't be loaded with weights_only=True: {first}",
+            "it is damaged, or holds Python objects (refused: loading them would run their code); "
+            "save the state dict alone, best as .safetensors",
+        ) from error
+    if not isinstance(content, Mapping):
+        raise AdapterError(
+            f"{path} holds a {type(content).__name__}, wanted a dict of tensors",
+            "save it with torch.save(model.state_dict(), path)",
+        )
+    checkpoint = Checkpoint()
+    _collect(content, "", checkpoint, torch.Tensor)
+    if checkpoint.problems:
+        raise AdapterError(
+            f"{path} holds entries that are neither tensors nor settings we know",
+            "save only the LoRA tensors, alpha and r",
+            checkpoint.problems,
+        )
+    return checkpoint
+
+
+def _collect(
+    content: Mapping[Any, Any], where: str, into: Checkpoint, tensor_type: type, of_model: bool = False
+) -> None:
+    """Sort the entries of a dict that holds tensors, or holds a dict that does.
+
+    Args:
+        content: The dict.
+        where: Path of the dict, with a slash behind.
+        into: Gets the entries.
+        tensor_type: torch's.
+        of_model: The dict is a model's state dict: what it calls alpha is a parameter of the model.
+    """
+    of_lora = _speaks_of_lora(content, tensor_type)
+    spellings = _CLEAR | _PLAIN if of_lora else _CLEAR
+    for key, value in content.items():
+        name = f"{where}{key}"
+        # A one-element tensor under such a key is the number; under "lora_unet….alpha" the key differs.
+        one: Any = value
+        is_number = isinstance(value, tensor_type) and one.numel() == 1 and not of_model
+        number = one.item() if is_number else value
+        if str(key) in spellings and isinstance(number, (bool, int, float, list, tuple)):
+            _set(into, spellings[str(key)], number, name)
+        elif isinstance(value, tensor_type):
+            if str(key) in into.tensors:
+                into.problems.append(f"{name}: a second tensor of this name")
+            try:
+                into.tensors[str(key)] = _array(value)
+            # A sparse, quantised or meta tensor: torch says so in one of these.
+            except (RuntimeError, TypeError, NotImplementedError) as error:
+                into.problems.append(f"{name}: {str(error).splitlines()[0]}")
+        elif (
+            isinstance(value, Mapping)
+            and key in _GENERAL_NESTS + _LORA_NESTS
+            and _tensors(value, tensor_type)
+        ):
+            _collect(value, f"{name}/", into, tensor_type, of_model=key in _GENERAL_NESTS)
+        elif key in _MEANINGFUL:
+            if value:
+                into.problems.append(f"{name}: {value!r} is not supported in this format")
+        elif any(word in str(key).lower() for word in _BOOKKEEPING) or isinstance(value, (str, type(None))):
+            into.ignored.append(name)
+        elif isinstance(value, Mapping) and not _tensors(value, tensor_type):
+            if key not in _LORA_CONFIGS:
+                into.ignored.append(name)
+            _collect_settings(value, name, into, of_lora=key in _LORA_CONFIGS)
+        elif (not of_lora or _is_of_lora(key)) and _is_plain(value):
+            _mention(into, str(key), value, name)
+            into.ignored.append(name)
+        else:
+            into.problems.append(f"{name}: {type(value).__name__}")
+
+
+def _collect_settings(content: Mapping[Any, Any], where: str, into: Checkpoint, of_lora: bool) -> None:
+    """Take LoRA's numbers from a dict without tensors; everything else in it is the training's."""
+    spellings = _CLEAR | _PLAIN if of_lora else _CLEAR
+    for key, value in content.items():
+        name = f"{where}/{key}"
+        if key in _MEANINGFUL and value:
+            into.problems.append(f"{name}: {value!r} is not supported in this format")
+        elif str(key) in spellings and isinstance(value, (bool, int, float, list)):
+            _set(into, spellings[str(key)], value, name)
+        elif isinstance(value, Mapping) and not any(word in str(key).lower() for word in _BOOKKEEPING):
+            # PEFT's own dict has a level for each adapter: {"default": {"r": 8, …}}.
+            _collect_settings(value, name, into, of_lora or key in _LORA_CONFIGS)
+        else:
+            _mention(into, str(key), value, name)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number or a list of plain values: nothing that could hold a weight."""
+    if isinstance(value, (list, tuple, set)):
+        return all(_is_plain(one) or isinstance(one, str) for one in value)
+    return isinstance(value, (bool, int, float))
+
+
+def _speaks_of_lora(content: Mapping[Any, Any], tensor_type: type) -> bool:
+    """Whether numbers in this dict that don't say whose they are can only be LoRA's.
+
+    They are where the tensors themselves lie, and beside a dict of tensors where all else in it is LoRA's as
+    well: beside anything of a training run (an ``ema``, its settings, a name) they may be anybody's.
+    """
+    if any(isinstance(value, tensor_type) for value in content.values()):
+        return True
+    if any(key in _LORA_NESTS for key in content):
+        return True
+    own = {*_GENERAL_NESTS, *_LORA_CONFIGS, *_CLEAR, *_PLAIN, *_MEANINGFUL}
+    return all(key in own or _is_of_lora(key) for key in content)
+
+
+def _is_of_lora(key: Any) -> bool:
+    return any(word in str(key).lower() for word in _OF_LORA)
+
+
+def _tensors(content: Mapping[Any, Any], tensor_type: type) -> bool:
+    """Whether a dict holds tensors, at any depth."""
+    return any(
+        isinstance(value, tensor_type) or (isinstance(value, Mapping) and _tensors(value, tensor_type))
+        for value in content.values()
+    )
+
+
+def _mention(into: Checkpoint, key: str, value: Any, name: str) -> None:
+    if _PLAIN.get(key) == "alpha" and _is_number(value):
+        into.mentions.append((name.replace("/", "."), float(value)))
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that a float holds; to Python, true is one as well."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= _LARGEST and math.isfinite(value)
+
+
+def _are_switches(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(one, bool) or (isinstance(one, int) and one in (0, 1)) for one in value
+    )
+
+
+_LARGEST = 2**100
+_SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "rslora": (lambda value: isinstance(value, bool), "true or false"),
+    "enable_lora": (_are_switches, "a list of true and false"),
+    "rank": (lambda value: _is_number(value) and value == int(value), "a whole number"),
+}
+
+
+def _set(into: Checkpoint, key: str, value: Any, name: str) -> None:
+    fits, what = _SETTINGS.get(key, (_is_number, "a finite number"))
+    if not fits(value):
+        into.problems.append(f"{name}: {seen(value)}, wanted {what}")
+    elif into.settings.setdefault(key, value) != value:
+        into.problems.append(f"{name}: {value}, but {key} is {into.settings[key]} elsewhere in the file")
+
+
+def _array(tensor: Any) -> Array:
+    tensor = tensor.detach().cpu().contiguous()
+    kind = str(tensor.dtype)
+    # numpy has no bfloat16 or float8: take the bits over under ml_dtypes' names.
+    for torch_name, bits, dtype in (
+        ("torch.bfloat16", "int16", ml_dtypes.bfloat16),
+        ("torch.float8_e4m3fn", "int8", ml_dtypes.float8_e4m3fn),
+        ("torch.float8_e5m2", "int8", ml_dtypes.float8_e5m2),
+    ):
+        if kind == torch_name:
+            import torch
+
+            raw: Array = tensor.view(getattr(torch, bits)).numpy()
+            return raw.view(dtype)
+    array: Array = np.asarray(tensor.numpy())
+    return array

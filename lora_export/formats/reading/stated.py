@@ -1,0 +1,188 @@
+"""What a file says of its scaling beside the tensors: a torch checkpoint's numbers, a header's metadata.
+
+Metadata are text → text. Trainers write alpha and rank as plain keys (``lora_alpha``, ``alpha``,
+``network_alpha``; sd-scripts ``ss_network_alpha``, ``ss_network_dim``) or behind the component
+(SimpleTuner: ``transformer.lora_alpha``, ``transformer.r``). Few programs read them; scaling 1 in their place
+is wrong by alpha / rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from lora_export.formats.reading.source import Options, Source
+
+_ALPHAS = ("lora_alpha", "network_alpha", "ss_network_alpha")
+_BARE_ALPHA = "alpha"
+_RANKS = ("lora_rank", "lora_r", "r", "rank", "network_dim", "ss_network_dim")
+_RSLORA = ("use_rslora", "rslora")
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What file and user together say of the scaling.
+
+    Attributes:
+        alpha: Numerator; None where neither says it.
+        rank: Rank of every module.
+        scaling: The whole factor, where a file says that instead.
+        rslora: Divide by √rank.
+        notes: Where the numbers come from, if not from the user.
+    """
+
+    alpha: float | None = None
+    rank: int | None = None
+    scaling: float | None = None
+    rslora: bool = False
+    notes: tuple[str, ...] = ()
+
+    def alpha_of(self, rows: int | None) -> float | None:
+        """Return alpha of a module with ``rows`` rows in ``lora_A``; None where nothing tells it."""
+        if self.alpha is not None or self.scaling is None or rows is None:
+            return self.alpha
+        return self.scaling * (math.sqrt(rows) if self.rslora else rows)
+
+
+def stated_of(
+    source: Source,
+    options: Options,
+    problems: list[str],
+    component: str | None = None,
+    ranks: Collection[int] = (),
+    of_diffusion: bool = False,
+) -> Stated:
+    """Return what is stated for the modules of ``component``.
+
+    Args:
+        source: The file.
+        options: What the user states; it may not contradict the file.
+        problems: Gets a line for each contradiction.
+        component: Part of a file that serves several models.
+        ranks: Ranks that the tensors have: metadata of which none is true are of another file.
+        of_diffusion: A diffusion tool wrote the file: ``alpha`` in its metadata is LoRA's.
+    """
+    settings = source.settings
+    alpha, rank, scaling = (settings.get(key) for key in ("alpha", "rank", "scaling"))
+    rslora = settings.get("rslora")
+    notes = []
+    if alpha is None and scaling is None:
+        found = _Metadata(source.metadata, component, set(ranks), of_diffusion)
+        # Metadata speak of the file as a trainer wrote it, maybe of its parents: the user knows better.
+        alpha, note = found.alpha(options.alpha, problems)
+        notes += [note] if note else []
+        rslora = rslora or found.first(_RSLORA)[0].lower() in ("true", "1")
+    stated = Stated(
+        alpha=options.alpha if alpha is None else alpha,
+        rank=options.rank or rank,
+        scaling=scaling,
+        rslora=bool(rslora if options.rslora is None else options.rslora),
+        notes=tuple(notes),
+    )
+    _check(stated, options, ranks, problems)
+    return stated
+
+
+def check_alpha_tensors(alphas: Collection[float | None], options: Options, problems: list[str]) -> None:
+    """Add a problem where every module has an ``.alpha`` tensor and the user states another number.
+
+    Args:
+        alphas: Of each module what its tensor says; None without one, and then the option is for those.
+        options: What the user states.
+        problems: Gets a line.
+    """
+    stated = sorted({alpha for alpha in alphas if alpha is not None})
+    if options.alpha is None or None in alphas or stated in ([], [options.alpha]):
+        return
+    said = ", ".join(f"{alpha:g}" for alpha in stated[:4]) + (", …" if len(stated) > 4 else "")
+    problems.append(
+        f"alpha: the file's .alpha tensors say {said}, the option {options.alpha:g}; omit the option"
+    )
+
+
+def where_to_look(source: Source) -> str:
+    """Return, for the refusal of a file without alpha, the numbers in it that may be LoRA's."""
+    bare = _number(source.metadata.get(_BARE_ALPHA, ""))
+    for where, value in (*source.mentions, *([("the metadata's alpha", bare)] if bare else [])):
+        return f" ({where} is {value:g}: if that is LoRA's, give --alpha {value:g})"
+    return ""
+
+
+def _check(stated: Stated, options: Options, ranks: Collection[int], problems: list[str]) -> None:
+    """Add a problem where the file contradicts the user or itself."""
+    if options.alpha is not None and stated.alpha != options.alpha:
+        problems.append(
+            f"alpha: the file says {stated.alpha:g}, the option {options.alpha:g}; omit the option"
+        )
+    if stated.alpha is None or stated.scaling is None:
+        return
+    for rank in set(ranks) - {0}:
+        made = stated.alpha / (math.sqrt(rank) if stated.rslora else rank)
+        if not math.isclose(made, stated.scaling, rel_tol=1e-4):
+            fix = "omit the option" if options.alpha is not None else "save the file with one of them"
+            problems.append(
+                f"scaling: the file says {stated.scaling:g}, but alpha {stated.alpha:g} makes {made:g} "
+                f"with rank {rank}; {fix}"
+            )
+
+
+class _Metadata:
+    """What a header's metadata say for one component of a file."""
+
+    def __init__(
+        self, metadata: Mapping[str, str], component: str | None, ranks: set[int], of_diffusion: bool
+    ) -> None:
+        self._metadata = metadata
+        self._fronts = (f"{component}.", "") if component else ("",)
+        self._ranks = ranks
+        self._of_diffusion = of_diffusion
+
+    def first(self, keys: Iterable[str]) -> tuple[str, str]:
+        """Return the text of the first of the keys that is there, and the key as it is written."""
+        for key in (f"{front}{key}" for front in self._fronts for key in keys):
+            if key in self._metadata:
+                return self._metadata[key], key
+        return "", ""
+
+    def alpha(self, option: float | None, problems: list[str]) -> tuple[float | None, str]:
+        """Return alpha and a note of its origin; None where there is none, or it is another file's."""
+        text, rank_key = self.first(_RANKS)
+        rank = _number(text)
+        numbers = self._numbers(known=self._of_diffusion or rank in self._ranks)
+        if not numbers:
+            return None, ""
+        said = ", ".join(f"{key} {value:g}" for key, value in numbers.items())
+        if option is not None:
+            differs = set(numbers.values()) != {option}
+            return option, f"alpha {option:g} as given; the file's metadata say {said}" if differs else ""
+        where, alpha = next(iter(numbers.items()))
+        if len(set(numbers.values())) > 1:
+            problems.append(f"alpha: the metadata contradict themselves ({said}); give --alpha")
+        elif self._ranks and rank is not None and rank not in self._ranks:
+            shown = ", ".join(map(str, sorted(self._ranks)))
+            problems.append(
+                f"alpha: the metadata's {where} {alpha:g} goes with {rank_key} {rank:g}, but the tensors "
+                f"have rank {shown} (resized or merged since?); give the --alpha that goes with these tensors"
+            )
+        else:
+            return alpha, f"alpha {alpha:g} from the file's metadata ({where})"
+        return None, ""
+
+    def _numbers(self, known: bool) -> dict[str, float]:
+        """Return each key and its number; ``alpha`` alone counts where it is known to be LoRA's."""
+        numbers = {}
+        for key in (*_ALPHAS, *([_BARE_ALPHA] if known else [])):
+            text, where = self.first((key,))
+            if (value := _number(text)) is not None:
+                numbers[where] = value
+        return numbers
+
+
+def _number(text: str) -> float | None:
+    """Return a number above 0; None for anything else (sd-scripts write "Dynamic" and "None")."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and value > 0 else None

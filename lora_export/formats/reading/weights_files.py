@@ -1,0 +1,195 @@
+"""Which files of a folder are an adapter's weights, and which config belongs to them.
+
+A folder holds one adapter. What lies in it is known by name: PEFT's, diffusers', mlx-lm's and Edge-LLM's
+weights, in one file or in shards; what a training run keeps to go on. Any other weights file is an error that
+names it: LLaVA's ``non_lora_trainables.bin`` is as much of the adapter as the LoRA beside it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_export.errors import AdapterError
+from lora_export.formats.reading.ort_file import SUFFIX as ORT_SUFFIX
+from lora_export.formats.reading.pickles import SUFFIXES
+from lora_export.untrusted.documents import read_json
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+# TensorRT-Edge-LLM's folder of one adapter, in the layout of its engines' inputs.
+EDGE_LLM_NAME = "processed_adapter_model.safetensors"
+MLX_NAME = "adapters.safetensors"
+_DIFFUSERS_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+_KNOWN = (*WEIGHT_NAMES, *_DIFFUSERS_NAMES, EDGE_LLM_NAME, MLX_NAME)
+_SHARD = re.compile(
+    r"^(?P<stem>adapter_model|pytorch_lora_weights)-(?P<number>\d{5})-of-(?P<count>\d{5})\.\w+$"
+)
+# mlx-lm saves these along the way, and the last one once more under the adapter's own name.
+_MLX_STEP = re.compile(r"^\d+_adapters\.safetensors$")
+# What Trainer, Accelerate, DeepSpeed and diffusers' scripts keep to go on with a training.
+_TRAINING = re.compile(
+    r"^(training_args|optimi[sz]er|scheduler|lr_scheduler|scaler|rng_state|random_states|sampler|dl_state"
+    r"|trainer_state|custom_checkpoint)[\w.-]*\.(bin|pt|pth|pkl|safetensors)$"
+)
+
+
+@dataclass(frozen=True)
+class WeightsFiles:
+    """The files that make one adapter.
+
+    Attributes:
+        files: The weights file, or all shards in their order.
+        index: Tensor's name → shard, as the index beside the shards has it; None without one.
+        config: ``adapter_config.json``, if there is one that belongs to these files.
+        notes: What lies beside them and was left aside.
+    """
+
+    files: tuple[Path, ...]
+    index: dict[str, str] | None = None
+    config: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+def find_weights(path: Path) -> WeightsFiles:
+    """Return the files of the adapter at ``path``, a folder or a file.
+
+    Raises:
+        AdapterError: Nothing is there, no weights file, more than one, or not all shards.
+    """
+    if path.is_file():
+        return _one_file(path)
+    if not path.exists():
+        hint = "check the path"
+        if path.parts and len(path.parts) == 2 and not path.is_absolute():
+            hint = (
+                f"check the path; for a model on the Hub, first: hf download {path} --local-dir {path.name}"
+            )
+        raise AdapterError(f"there is no adapter at {path}", hint)
+    if not path.is_dir():
+        raise AdapterError(f"{path} is neither a file nor a folder", "give a PEFT folder or a weights file")
+    names = sorted(child.name for child in path.iterdir() if child.suffix in _suffixes() and child.is_file())
+    steps = [name for name in names if _MLX_STEP.match(name)] if MLX_NAME in names else []
+    left = [name for name in names if not _TRAINING.match(name) and name not in steps]
+    shards = [name for name in left if _SHARD.match(name)]
+    known = [name for name in _KNOWN if name in left]
+    if not known and not shards:
+        return _only_candidate(path, left)
+    own = shards if shards and not known else known[:1]
+    if others := [name for name in left if name not in own]:
+        raise AdapterError(
+            f"{path} holds several weights files: {own[0] if len(own) == 1 else f'{len(own)} shards'} and "
+            f"{_listed(others)}, which is not read with it",
+            f"give the file that you mean, such as {path / own[0]}, or move the others out of the folder",
+        )
+    notes = (f"left aside, earlier steps of the training: {', '.join(steps)}",) if steps else ()
+    if shards:
+        return _all_shards(path, shards)
+    return WeightsFiles((path / own[0],), None, _config_of(path / own[0]), notes)
+
+
+def is_peft_name(name: str) -> bool:
+    """Whether PEFT's config applies to a file of this name."""
+    shard = _SHARD.match(name)
+    return name in WEIGHT_NAMES or (shard is not None and shard["stem"] == "adapter_model")
+
+
+def is_mlx_name(name: str) -> bool:
+    """Whether mlx-lm's config applies to a file of this name."""
+    return name == MLX_NAME or bool(_MLX_STEP.match(name))
+
+
+def _suffixes() -> tuple[str, ...]:
+    return (".safetensors", *SUFFIXES, ORT_SUFFIX)
+
+
+def _one_file(path: Path) -> WeightsFiles:
+    if shard := _SHARD.match(path.name):
+        raise AdapterError(
+            f"{path} is one of {int(shard['count'])} shards of an adapter", f"give the folder: {path.parent}"
+        )
+    config = _config_of(path)
+    beside = path.parent / CONFIG_NAME
+    notes: tuple[str, ...] = ()
+    if config is None and beside.is_file() and path.name not in (*_DIFFUSERS_NAMES, EDGE_LLM_NAME):
+        notes = (
+            f"{beside} was not used: it belongs to {WEIGHT_NAMES[0]} of its folder, not to {path.name}; "
+            "rename the file if it is this one's",
+        )
+    return WeightsFiles((path,), None, config, notes)
+
+
+def _config_of(file: Path) -> Path | None:
+    config = file.parent / CONFIG_NAME
+    belongs = is_peft_name(file.name) or is_mlx_name(file.name)
+    return config if belongs and config.is_file() else None
+
+
+def _all_shards(folder: Path, names: Sequence[str]) -> WeightsFiles:
+    """Return the shards in ``folder``, complete by their own names and by the index beside them."""
+    matches = [match for name in names if (match := _SHARD.match(name))]
+    kinds = {(match["stem"], match["count"], Path(match.string).suffix) for match in matches}
+    if len(kinds) > 1:
+        raise AdapterError(
+            f"{folder} holds the shards of several adapters", "move the others out of the folder", list(names)
+        )
+    ((stem, count, suffix),) = kinds
+    wanted = [f"{stem}-{number:05d}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
+    index = _read_index(folder / f"{stem}{suffix}.index.json")
+    wanted += sorted(set((index or {}).values()) - set(wanted))
+    if missing := [name for name in wanted if name not in names]:
+        raise AdapterError(
+            f"{folder} has {len(names)} of {len(wanted)} shards", "download or save the missing ones", missing
+        )
+    if extra := [name for name in names if name not in wanted]:
+        raise AdapterError(
+            f"{folder} has shards outside of 1–{int(count)}", "move them out of the folder", extra
+        )
+    return WeightsFiles(tuple(folder / name for name in wanted), index, _config_of(folder / wanted[0]))
+
+
+def _read_index(path: Path) -> dict[str, str] | None:
+    if not path.is_file():
+        return None
+    content = read_json(path, AdapterError, "save the adapter again")
+    index = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
+        raise AdapterError(
+            f"{path} is not an index of shards: it has no 'weight_map' of file names",
+            "save the adapter again",
+        )
+    return index
+
+
+def _only_candidate(path: Path, found: Sequence[str]) -> WeightsFiles:
+    if (path / CONFIG_NAME).is_file():
+        beside = f"; {_listed(found)} is none of them" if found else ""
+        raise AdapterError(
+            f"{path} has {CONFIG_NAME} but no {' or '.join((*WEIGHT_NAMES, MLX_NAME))}{beside}",
+            "save or download the weights too, or give the file itself with what it needs, such as --alpha",
+        )
+    nested = sorted(child.parent.name for child in path.glob(f"*/{CONFIG_NAME}"))
+    if nested:
+        raise AdapterError(
+            f"{path} holds adapters in its subfolders, none itself",
+            "give one of these",
+            [str(path / child) for child in nested],
+        )
+    if (path / "config.json").is_file():
+        raise AdapterError(
+            f"{path} is a model, not an adapter: it has config.json and no {CONFIG_NAME}",
+            "give the adapter's folder, not its base model's",
+        )
+    if len(found) == 1:
+        return WeightsFiles((path / found[0],))
+    raise AdapterError(
+        f"{path} holds {len(found)} weights files and no {CONFIG_NAME}",
+        "give one of the files" if found else "give the folder that PEFT's save_pretrained wrote",
+        list(found),
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f", … ({len(names)})" if len(names) > 8 else "")

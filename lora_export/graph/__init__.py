@@ -1,0 +1,1 @@
+"""The ONNX file, its data and its metadata."""

@@ -1,0 +1,188 @@
+"""Where a graph's data files may lie, and which it was written with, as an entry of its metadata (`KEY`).
+
+A graph's weights lie in files beside it. One of them replaced by another model's of equal shapes (half of an
+update copied, a base exported again under ``--share-base``) loads without a word and answers as that model.
+
+A tool that saves the graph anew keeps the metadata and lays the weights out anew: the entry says which layout
+it is about, and of another it says nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import onnx_ir as ir
+
+from lora_export.errors import GraphError
+from lora_export.storage.manifest import FileHash, hash_file
+from lora_export.untrusted.documents import json_of
+from lora_export.untrusted.fields import FieldError, from_plain
+
+KEY = "lora_export.data"
+_AGAIN = "copy the graph again from where it was made, or make it again"
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """What a graph was written with.
+
+    Attributes:
+        layout: SHA-256 over every weight's name, file, offset and length.
+        files: Identity of each file (`manifest.FileHash`), by its place from the graph's folder.
+        blake3: The same files' full hashes; of graphs that earlier versions wrote none.
+    """
+
+    layout: str
+    files: Mapping[str, str]
+    blake3: Mapping[str, str] = field(default_factory=dict)
+
+
+def place_problem(path: Path, location: str) -> str:
+    """Return why a graph may not have its data at a place, or an empty text.
+
+    The rule is ONNX Runtime's (``ValidateExternalDataPath``, ``tensorprotoutils.cc`` of 1.32): a relative
+    path, and with links followed a file in the graph's folder or below it. Where the graph's file is a link
+    itself, as in Hugging Face's cache, the folder that it leads to counts as well. We want no ``..`` besides.
+
+    Args:
+        path: The graph's file.
+        location: The place, seen from the graph's folder.
+    """
+    if "\0" in location or Path(location).is_absolute() or ".." in Path(location).parts:
+        return f"external data at {location!r} is outside the model's folder"
+    found = os.path.realpath(path.parent / location)
+    folders = {os.path.realpath(path.parent), os.path.dirname(os.path.realpath(path))}  # noqa: PTH120
+    if any(os.path.commonpath([folder, found]) == folder for folder in folders):
+        return ""
+    return f"external data at {location!r} leads out of the model's folder, to {found}"
+
+
+class DataTensor(ir.ExternalTensor):
+    """A constant in a file whose place is allowed (`place_problem`).
+
+    onnx_ir's own rule, which holds while a tensor says its folder, is another than ONNX Runtime's: it reads
+    neither Hugging Face's cache nor a file with two names (hard links).
+
+    Args:
+        tensor: What the graph says.
+        path: The file.
+    """
+
+    def __init__(self, tensor: ir.ExternalTensor, path: Path) -> None:
+        super().__init__(
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=str(tensor.name),
+            doc_string=tensor.doc_string,
+            metadata_props=dict(tensor.metadata_props),
+        )
+        self._path = str(path)
+
+    @property
+    def path(self) -> str:
+        """The file, which ``location`` names from the graph's folder."""
+        return self._path
+
+
+def layout_of(tensors: Iterable[tuple[str, ir.ExternalTensor]]) -> str:
+    """Return one hash over where weights lie: name, file, offset and length of each, in any order."""
+    lines = sorted(f"{name}\t{held.location}\t{held.offset or 0}\t{held.length}" for name, held in tensors)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def external_tensors(model: ir.Model) -> list[tuple[str, ir.ExternalTensor]]:
+    """Return the constants of a model that lie in other files, with their names."""
+    graphs = [model.graph, *model.graph.subgraphs()]
+    values = [value for graph in graphs for value in graph.initializers.values()]
+    return [
+        (str(value.name), value.const_value)
+        for value in values
+        if isinstance(value.const_value, ir.ExternalTensor)
+    ]
+
+
+def mark_data(model: ir.Model, files: Mapping[str, FileHash]) -> dict[str, FileHash]:
+    """Write into a model's metadata what its data files are.
+
+    Args:
+        model: Its constants refer to the files already.
+        files: By their place from the graph's folder, with full hashes.
+
+    Returns:
+        Those of the files that a constant refers to: the others are left out.
+    """
+    tensors = external_tensors(model)
+    used = {str(held.location) for _, held in tensors}
+    known = {place: entry for place, entry in files.items() if place in used}
+    model.metadata_props.pop(KEY, None)
+    if known:
+        identity = DataIdentity(
+            layout_of(tensors),
+            {place: entry.sha256 for place, entry in known.items()},
+            {place: entry.blake3 for place, entry in known.items()},
+        )
+        model.metadata_props[KEY] = json.dumps(asdict(identity), sort_keys=True)
+    return known
+
+
+def read_identity(metadata: Mapping[str, str], path: Path) -> DataIdentity | None:
+    """Return what a graph says of the files that it was written with, or None.
+
+    Args:
+        metadata: ``metadata_props`` of an ONNX file, or ONNX Runtime's ``custom_metadata_map``.
+        path: The graph's file, for messages.
+
+    Raises:
+        GraphError: The entry is damaged.
+    """
+    text = metadata.get(KEY)
+    if text is None:
+        return None
+    where = f"{path}: the metadata entry {KEY!r}"
+    try:
+        # A later version may say more.
+        return from_plain(DataIdentity, json_of(text, where, GraphError, _AGAIN), known_only=False)
+    except FieldError as error:
+        raise GraphError(f"{where} is damaged", _AGAIN, error.problems) from error
+
+
+def refuse_changed_data(metadata: Mapping[str, str], path: Path, layout: Callable[[], str]) -> None:
+    """Raise `GraphError` where a graph's data files are not those that it was written with.
+
+    Args:
+        metadata: ``metadata_props`` of an ONNX file, or ONNX Runtime's ``custom_metadata_map``.
+        path: The graph's file. A data file that is missing is its reader's own error.
+        layout: Returns `layout_of` the graph; asked only where a file differs.
+    """
+    identity = read_identity(metadata, path)
+    if identity is None:
+        return
+    outside = [problem for place in identity.files if (problem := place_problem(path, place))]
+    if outside:
+        raise GraphError(
+            f"{path}: the metadata entry {KEY!r} names files that can't be the graph's",
+            "copy the graph and its data into one folder, without links out of it; or make it again",
+            outside,
+        )
+    changed = [
+        f"{file}: sha256 {found}, the graph was written with {sha256}"
+        for place, sha256 in identity.files.items()
+        if (file := path.parent / place).is_file() and (found := hash_file(file).sha256) != sha256
+    ]
+    if changed and layout() == identity.layout:
+        raise GraphError(
+            f"{path}: the weights beside it have changed since it was made: it would answer as another model",
+            "copy the .onnx and its data again from where they were made, or make them again; if the files "
+            "are the base's (--share-base), make the graph again from the base as it is now, and convert the "
+            "adapters for it. Where weights were changed on purpose: load it with onnx.load, remove "
+            f"the entry {KEY!r} of metadata_props, and save it",
+            changed,
+        )

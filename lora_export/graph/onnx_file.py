@@ -1,0 +1,330 @@
+"""Load, check and save ONNX graphs with `onnx_ir`; where each constant's bytes lie.
+
+External data is never read here: a constant is a `Source`, a byte range of some file, until something asks
+for its values. What may be referred to (`facts <https://onnx.ai/onnx/repo-docs/ExternalData.html>`_): a file
+in the model's own folder or below it, never an absolute path, one through ``..`` or a link out of it.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_export.adapter import Array
+from lora_export.errors import GraphError
+from lora_export.graph.data_identity import (
+    DataTensor,
+    external_tensors,
+    layout_of,
+    place_problem,
+    refuse_changed_data,
+)
+from lora_export.storage.sums import seal
+from lora_export.untrusted.graphs import function_problems, graph_problems
+from lora_export.untrusted.shown import limited
+
+# Tensors without their data that are named: mostly they are all of a file's.
+_SHOWN = 5
+# The domain of ONNX Runtime's own operators.
+ORT_DOMAIN = "com.microsoft"
+# Suffix → what such a file is.
+_OTHERS = {
+    **dict.fromkeys((".engine", ".plan", ".trt"), "a TensorRT engine"),
+    **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin"), "a PyTorch file"),
+    **dict.fromkeys((".xml", ".tflite", ".mlmodel", ".gguf"), "a model in another format"),
+}
+# What a merge can compute in. Everything else (int8, uint4, float8 …) is a quantised weight.
+FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Where a constant's bytes are: ``length`` bytes at ``offset`` of ``path``, or ``data`` in memory.
+
+    Neither, where they are made when the constant is written (`ir.LazyTensor`).
+    """
+
+    length: int
+    path: Path | None = None
+    offset: int = 0
+    data: bytes | None = None
+
+
+@dataclass(eq=False)
+class GraphFile:
+    """An ONNX model and the folder that its external data is relative to."""
+
+    model: ir.Model
+    path: Path
+
+    @property
+    def graph(self) -> ir.Graph:
+        """The main graph."""
+        return self.model.graph
+
+    def graphs(self) -> Iterator[ir.Graph]:
+        """Yield the main graph and every subgraph (If, Loop, Scan)."""
+        yield self.model.graph
+        yield from self.model.graph.subgraphs()
+
+    def initializers(self) -> Iterator[ir.Value]:
+        """Yield every initializer that has values, of the main graph and of subgraphs."""
+        for graph in self.graphs():
+            for value in graph.initializers.values():
+                if value.const_value is not None:
+                    yield value
+
+    def data_files(self) -> set[Path]:
+        """Return the files that its constants' values lie in, outside the graph's own."""
+        tensors = (value.const_value for value in self.initializers())
+        return {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+
+
+def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> GraphFile:
+    """Read an ONNX file without its external data, and check that the external data is what belongs to it.
+
+    Functions are inlined, so that every node is in a graph, but for those that say what one of ONNX Runtime's
+    own operators does: it runs the operator, and its results have other bits than the function's.
+
+    Args:
+        path: The file.
+        portable: Inline those as well, for other runtimes.
+
+    Raises:
+        GraphError: Not an ONNX file, empty, or external data missing, short, outside the folder or not what
+            a graph of ours was written with.
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise GraphError(
+            f"{file} is a folder, not an ONNX file",
+            "give the .onnx in it; of a checkpoint make one: lora-export capture-onnx FOLDER -o base.onnx",
+        )
+    if not file.is_file():
+        raise GraphError(f"no ONNX file at {file}", "check the path")
+    _refuse_other_formats(file)
+    try:
+        model = ir.load(file)
+    except Exception as error:  # protobuf and onnx_ir raise many kinds for a damaged file
+        first_line = (str(error).splitlines() or [""])[0][:200]
+        raise GraphError(
+            f"{file} is not a readable ONNX file: {type(error).__name__}: {first_line}",
+            "export it again, or copy it again if it was cut short",
+        ) from error
+    if not len(model.graph):
+        raise GraphError(f"{file} holds no nodes: it is empty, cut short or no ONNX file", "export it again")
+    _refuse_invalid(file, function_problems(model))
+    if model.functions:
+        from onnx_ir.passes.common import InlinePass
+
+        model = InlinePass(None if portable else _is_no_operator)(model).model
+    model.metadata_props.pop(seal.KEY, None)  # of this file, not of what is made from the graph
+    graph = GraphFile(model, file)
+    _refuse_invalid(file, list(graph_problems(model)))
+    _read_constants(model)
+    problems = [problem for value in graph.initializers() for problem in _external_problems(value, file)]
+    problems += _attribute_problems(model)
+    if problems:
+        raise GraphError(
+            f"{file} has {len(problems)} tensors whose external data can't be read",
+            "put the data files that belong to this .onnx into its folder, where they were, seen from it",
+            limited(problems, most=_SHOWN),
+        )
+    refuse_changed_data(model.metadata_props, file, lambda: layout_of(external_tensors(model)))
+    for value in graph.initializers():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = DataTensor(value.const_value, Path(value.const_value.path))
+    return graph
+
+
+def _refuse_invalid(file: Path, problems: list[str]) -> None:
+    if problems:
+        raise GraphError(
+            f"{file} is not a valid graph",
+            "export it again, or copy it again",
+            limited(problems, most=_SHOWN),
+        )
+
+
+def _is_no_operator(function: ir.Function) -> bool:
+    return function.domain != ORT_DOMAIN
+
+
+def _refuse_other_formats(file: Path) -> None:
+    """Raise `GraphError` for files that people take for ONNX, by their first bytes or their name."""
+    if file.suffix == ".safetensors":
+        raise GraphError(
+            f"{file} holds weights, not a graph",
+            "give an .onnx file, or where a checkpoint is taken as well, the folder that it is in",
+        )
+    with file.open("rb") as opened:
+        start = opened.read(8)
+    if start[4:] == b"ORTM" or file.suffix == ".ort":
+        raise GraphError(
+            f"{file} is in ONNX Runtime's own format (.ort), which can't be changed",
+            "give the .onnx file that it was converted from, and convert the result",
+        )
+    if file.suffix in _OTHERS:
+        raise GraphError(
+            f"{file} is {_OTHERS[file.suffix]}, not an ONNX file", "give the .onnx file that it was made from"
+        )
+
+
+def _read_constants(model: ir.Model) -> None:
+    """Let Constant nodes' outputs know their values; those in other files become initializers."""
+    for node in list(model.graph.all_nodes()):
+        if node.op_type != "Constant" or (tensor := _constant_tensor(node)) is None:
+            continue
+        node.outputs[0].const_value = tensor
+        if isinstance(tensor, ir.ExternalTensor):
+            initializer_of(node.outputs[0])
+
+
+def initializer_of(value: ir.Value) -> ir.Value:
+    """Turn a Constant node's output into an initializer of the same name; return an initializer as it is."""
+    maker = value.producer()
+    if maker is None:
+        return value
+    graph, tensor = maker.graph, value.const_value
+    assert isinstance(graph, ir.Graph)
+    assert tensor is not None
+    name, outputs = value.name, value.is_graph_output()
+    new = ir.Value(name=name, shape=value.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    ir.convenience.replace_all_uses_with(value, new, replace_graph_outputs=outputs)
+    graph.remove(maker, safe=False)
+    graph.register_initializer(new)
+    return new
+
+
+def take_over_output(product: ir.Value, total: ir.Value) -> None:
+    """Let ``total`` be the graph's output in place of ``product``, under the name that the output had."""
+    node = product.producer()
+    assert node is not None
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    product.name, total.name = total.name, product.name
+    graph.outputs[list(graph.outputs).index(product)] = total
+
+
+def _constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
+    attribute = node.attributes.get("value")
+    return attribute.as_tensor() if attribute is not None and not attribute.is_ref() else None
+
+
+def _attribute_problems(model: ir.Model) -> Iterator[str]:
+    """Yield attributes with tensors in other files: we don't read them, and an output would refer to them."""
+    owners: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for node in (node for owner in owners for node in owner.all_nodes()):
+        for attribute in node.attributes.values():
+            if attribute.is_ref() or attribute.type not in (
+                ir.AttributeType.TENSOR,
+                ir.AttributeType.TENSORS,
+            ):
+                continue
+            held = attribute.value if attribute.type == ir.AttributeType.TENSORS else [attribute.value]
+            if any(isinstance(tensor, ir.ExternalTensor) for tensor in held):
+                yield f"attribute {attribute.name!r} of node {node.name!r} ({node.op_type}): external data"
+
+
+def _external_problems(value: ir.Value, file: Path) -> Iterator[str]:
+    tensor = value.const_value
+    if not isinstance(tensor, ir.ExternalTensor):
+        return
+    location = str(tensor.location)
+    if problem := place_problem(file, location):
+        yield f"{value.name}: {problem}"
+        return
+    path = Path(tensor.path)
+    if not path.is_file():
+        yield f"{value.name}: external data file {location!r} does not exist"
+        return
+    needed, offset = byte_size(tensor), tensor.offset or 0
+    length = needed if tensor.length is None else tensor.length
+    size = path.stat().st_size
+    if length != needed:
+        yield f"{value.name}: says {length} bytes, its shape {tuple(tensor.shape)} needs {needed}"
+    elif offset + length > size:
+        yield f"{value.name}: bytes {offset}–{offset + length} of {location!r}, which has {size}"
+
+
+def byte_size(tensor: ir.TensorProtocol) -> int:
+    """Bytes that a dense tensor of this dtype and shape takes in ONNX (4-bit types packed in pairs)."""
+    return math.ceil(math.prod(int(d) for d in tensor.shape.numpy()) * tensor.dtype.bitwidth / 8)
+
+
+def source_of(tensor: ir.TensorProtocol) -> Source:
+    """Return where the bytes of ``tensor`` are (little-endian, as ONNX stores raw data)."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return Source(byte_size(tensor), Path(tensor.path), tensor.offset or 0)
+    if isinstance(tensor, ir.LazyTensor):
+        return Source(byte_size(tensor))
+    data = tensor.tobytes()
+    return Source(len(data), data=data)
+
+
+def stored_matrix(tensor: ir.TensorProtocol) -> Array:
+    """Return a (memory-mapped) view of a tensor as a matrix: see `matrix_shape`."""
+    values: Array = np.asarray(tensor.numpy())
+    return values.reshape(matrix_shape(values.shape))
+
+
+def release(value: ir.Value) -> None:
+    """Give back the memory of a constant's pages that were read; views of it stay valid.
+
+    Pages of a mapped file count as this process's memory until then: comparing all weights of a model would
+    come to the model's size.
+    """
+    tensor = value.const_value
+    if isinstance(tensor, ir.ExternalTensor) and tensor.raw is not None and hasattr(mmap, "MADV_DONTNEED"):
+        tensor.raw.madvise(mmap.MADV_DONTNEED)
+
+
+def matrix_shape(shape: tuple[int, ...], stacked: bool = False) -> tuple[int, int]:
+    """Shape of a stored tensor seen as a matrix.
+
+    The first axis are the rows and the rest the columns; a vector is one column; ``stacked`` matrices
+    (experts) have the first two axes as rows.
+    """
+    if stacked and len(shape) == 3:
+        return shape[0] * shape[1], shape[2]
+    if not shape:
+        return 1, 1
+    return shape[0], math.prod(shape[1:])
+
+
+def shape_of(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    """Static shape of a tensor as plain integers."""
+    return tuple(int(d) for d in tensor.shape.numpy())
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Write the protobuf, sealed; external tensors are written as the references that they are.
+
+    Raises:
+        GraphError: The protobuf would exceed 2 GB.
+    """
+    seal.write_onnx(path, proto_bytes(model))
+
+
+def proto_bytes(model: ir.Model) -> bytes:
+    """Return what `save_graph` writes before the seal.
+
+    Raises:
+        GraphError: It would exceed 2 GB.
+    """
+    proto = ir.to_proto(model)
+    if proto.ByteSize() >= 2**31 - len(seal.ONNX_ENTRY):
+        raise GraphError(
+            f"the graph without its external data is {proto.ByteSize()} bytes; protobuf stops at 2 GB",
+            "save the base with external data first (onnx_ir.save(..., external_data=...))",
+        )
+    # Deterministic: map fields (metadata) in key order, so that the same inputs give the same bytes.
+    data: bytes = proto.SerializeToString(deterministic=True)
+    return data

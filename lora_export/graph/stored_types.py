@@ -1,0 +1,54 @@
+"""Which dtypes a graph's weights and outputs have, and which operators quantise."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lora_export.graph.onnx_file import FLOAT_TYPES, GraphFile, byte_size
+
+_NAMES = {"FLOAT": "float32", "DOUBLE": "float64", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
+_DEFAULT = "float32"
+# Operators whose weights are whole numbers: what they lose can't be told from a dtype.
+_QUANTISED = ("MatMulNBits", "GatherBlockQuantized", "QuantizeLinear", "DequantizeLinear", "DynamicQuantize")
+# Scalars and norms stay in float32 in many half precision graphs.
+_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class StoredTypes:
+    """What a graph stores.
+
+    Attributes:
+        outputs: Dtype of its first float output.
+        weights: Dtype → bytes of float weights of that dtype.
+        quantised: Operators that quantise.
+    """
+
+    outputs: str
+    weights: Mapping[str, int]
+    quantised: tuple[str, ...]
+
+    @property
+    def mostly(self) -> str | None:
+        """The dtype that most of the weights are stored in; None where none is most."""
+        total = sum(self.weights.values())
+        return next((name for name, size in self.weights.items() if size > _SHARE * total), None)
+
+
+def stored_types(graph: GraphFile) -> StoredTypes:
+    """Read them off a graph."""
+    weights: Counter[str] = Counter()
+    for value in graph.initializers():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype in FLOAT_TYPES and len(tensor.shape) > 1:
+            weights[_NAMES[tensor.dtype.name]] += byte_size(tensor)
+    floats = [
+        _NAMES[output.dtype.name]
+        for output in graph.graph.outputs
+        if output.dtype is not None and output.dtype in FLOAT_TYPES
+    ]
+    operators = {node.op_type for nodes in graph.graphs() for node in nodes}
+    quantised = sorted(name for name in operators if name.startswith(_QUANTISED) or "Integer" in name)
+    return StoredTypes(floats[0] if floats else _DEFAULT, dict(weights), tuple(quantised))

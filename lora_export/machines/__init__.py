@@ -1,0 +1,1 @@
+"""GPUs as data, and what this machine has."""

@@ -1,0 +1,106 @@
+"""The GPUs of this machine, asked for through the driver's own tool, which needs no Python package."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+from lora_export.errors import BackendError
+from lora_export.machines.targets import find_target
+
+_COMMAND = ("--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader")
+_TIMEOUT_S = 20
+_MIB = 2**20
+# What stands where the tool has no answer, as for memory that the CPU shares.
+_NONE = r"\[.+\]|N/A"
+_LINE = re.compile(
+    rf"^(?P<name>[^,]+), (?P<cc>\d+\.\d|{_NONE}), (?P<memory>\d+ MiB|{_NONE}), (?P<driver>[\d.]+|{_NONE})$"
+)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU.
+
+    Attributes:
+        name: As the driver calls it.
+        compute_capability: ``8.9``, or None where the driver doesn't say.
+        memory_bytes: What programs can get, or None where the CPU shares it.
+        driver: The driver's version, or "".
+        target: Its name in ``targets.toml``, or None if it isn't there.
+    """
+
+    name: str
+    compute_capability: str | None
+    memory_bytes: int | None
+    driver: str
+    target: str | None
+
+
+@dataclass(frozen=True)
+class LocalGpus:
+    """What the driver answers.
+
+    Attributes:
+        gpus: In its order.
+        problem: Why there is none, or "".
+    """
+
+    gpus: tuple[Gpu, ...]
+    problem: str = ""
+
+
+def local_gpus() -> LocalGpus:
+    """Ask ``nvidia-smi``; whatever it does instead of answering is said in `problem`."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return LocalGpus((), "no NVIDIA GPU found (there is no nvidia-smi)")
+    try:
+        done = subprocess.run(
+            [tool, *_COMMAND],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return LocalGpus((), f"nvidia-smi did not answer in {_TIMEOUT_S} s")
+    except OSError as error:
+        return LocalGpus((), f"nvidia-smi can't be run: {error.strerror or error}")
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    if done.returncode:
+        # It complains on stdout.
+        said = next(iter([*lines, *done.stderr.splitlines()]), f"exit code {done.returncode}")
+        return LocalGpus((), f"nvidia-smi failed: {said}")
+    if not lines:
+        return LocalGpus((), "no NVIDIA GPU found (nvidia-smi lists none)")
+    found = [_gpu(line) for line in lines]
+    gpus = tuple(gpu for gpu in found if gpu)
+    if len(gpus) < len(found):
+        return LocalGpus(gpus, f"nvidia-smi says what can't be read: {lines[found.index(None)][:80]!r}")
+    return LocalGpus(gpus)
+
+
+def _gpu(line: str) -> Gpu | None:
+    matched = _LINE.match(line)
+    if matched is None:
+        return None
+    target = _target_of(matched["name"])
+    known = find_target(target).compute_capability if target else None
+    return Gpu(
+        name=matched["name"],
+        compute_capability=matched["cc"] if matched["cc"][0].isdigit() else known,
+        memory_bytes=int(matched["memory"].split()[0]) * _MIB if matched["memory"][0].isdigit() else None,
+        driver=matched["driver"] if matched["driver"][0].isdigit() else "",
+        target=target,
+    )
+
+
+def _target_of(name: str) -> str | None:
+    try:
+        return find_target(name).name
+    except BackendError:
+        return None

@@ -1,0 +1,164 @@
+"""Import packages and say what came of it: ``python -m lora_export.machines.packages [PACKAGE …]``.
+
+A process of its own, because a package with broken libraries can end the process that imports it. It prints a
+line of JSON before an import and one after it, so that whoever reads them knows which import was the last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from lora_export.untrusted.documents import DocumentError, parse_json
+from lora_export.untrusted.fields import FieldError, from_plain
+
+Status = Literal["ok", "missing", "broken"]
+_REASON_LENGTH = 300
+
+
+@dataclass(frozen=True)
+class Package:
+    """What came of importing a package.
+
+    Attributes:
+        name: What Python imports.
+        status: ``missing``: not installed; ``broken``: installed, and can't be imported.
+        version: Its version, or "".
+        distribution: What pip calls it, or "": pip did not install it.
+        reason: What went wrong.
+        details: What it offers here: ``providers`` of onnxruntime, ``compute_capabilities`` of TensorRT-RTX,
+            the ``cuda`` version that torch was built with.
+    """
+
+    name: str
+    status: Status
+    version: str = ""
+    distribution: str = ""
+    reason: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return one line."""
+        return json.dumps(asdict(self))
+
+
+# What Python imports → what pip may call it: the first that is installed counts, the last is the plainest.
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "torch": ("torch",),
+    "transformers": ("transformers",),
+    "onnxscript": ("onnxscript",),
+    "peft": ("peft",),
+    "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),
+    "onnxruntime_genai": ("onnxruntime-genai-cuda", "onnxruntime-genai"),
+    "tensorrt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
+    "tensorrt": ("tensorrt-cu13", "tensorrt-cu12", "tensorrt"),
+    "cuda.bindings": ("cuda-bindings",),
+}
+
+
+def _torch(module: Any) -> dict[str, Any]:
+    return {"cuda": module.version.cuda}
+
+
+def _onnxruntime(module: Any) -> dict[str, Any]:
+    return {"providers": module.get_available_providers()}
+
+
+def _tensorrt_rtx(module: Any) -> dict[str, Any]:
+    names = [name[2:] for name in module.ComputeCapability.__members__ if name.startswith("SM")]
+    return {"compute_capabilities": [f"{name[:-1]}.{name[-1]}" for name in names]}
+
+
+def _cuda_bindings(module: Any) -> dict[str, Any]:
+    # The part that we use; the package itself loads no library.
+    import_module(f"{module.__name__}.runtime")
+    return {}
+
+
+_DETAILS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "torch": _torch,
+    "onnxruntime": _onnxruntime,
+    "tensorrt_rtx": _tensorrt_rtx,
+    "cuda.bindings": _cuda_bindings,
+}
+
+
+def probe(name: str) -> Package:
+    """Import a package; whatever it raises becomes a reason."""
+    if not _is_installed(name):
+        return Package(name, "missing")
+    distribution, number = _installed(name)
+    try:
+        module = import_module(name)
+        details = _DETAILS[name](module) if name in _DETAILS else {}
+    except (Exception, SystemExit) as error:
+        return Package(name, "broken", number, distribution, _short(f"{type(error).__name__}: {error}"))
+    number = number or str(getattr(module, "__version__", ""))
+    return Package(name, "ok", number, distribution, details=details)
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        spec = find_spec(name)
+    except (ImportError, ValueError):
+        return False
+    # A folder of that name without Python in it is no package: a left-over, or the user's own.
+    return spec is not None and spec.origin is not None
+
+
+def _installed(name: str) -> tuple[str, str]:
+    for distribution in PACKAGES.get(name, (name,)):
+        try:
+            return distribution, version(distribution)
+        except PackageNotFoundError:
+            continue
+    return "", ""
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _REASON_LENGTH else f"{line[: _REASON_LENGTH - 1]}…"
+
+
+def read_lines(text: str) -> tuple[list[Package], str]:
+    """Read what `main` printed.
+
+    Returns:
+        The packages that it was done with, and the one whose import it was in, or "".
+    """
+    done, importing = [], ""
+    for line in text.splitlines():
+        try:
+            data = parse_json(line)
+            importing = str(data.get("importing", "")) if isinstance(data, dict) else ""
+            if not importing:
+                done.append(from_plain(Package, data))
+        except (DocumentError, FieldError):
+            continue  # cut off where the process ended
+    return done, importing
+
+
+def main(names: list[str]) -> None:
+    """Probe packages and print lines of JSON."""
+    # Packages print when they are imported; what they print goes to stderr, and the lines stay readable.
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
+        os.dup2(2, 1)
+        for name in names or list(PACKAGES):
+            print(json.dumps({"importing": name}), file=out, flush=True)
+            print(probe(name).to_json(), file=out, flush=True)
+        # Some libraries crash while they are unloaded, when all has been said.
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(__doc__)
+    else:
+        main(sys.argv[1:])

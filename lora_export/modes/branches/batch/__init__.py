@@ -1,0 +1,1 @@
+"""Where the batch's rows lie in a graph's values."""

@@ -1,0 +1,329 @@
+"""Whether an index counts the batch's rows: computed for two sizes of the batch, and not read off its nodes.
+
+Exporters write ``x[arange(batch), length]`` and the reads of attention masks as a Gather of computed numbers.
+What depends on sizes alone is computed as the graph does; what depends on the model's inputs (the length) is
+filled in with several kinds of numbers: where it has a part in the row's number, the results differ. Numbers
+with which the index leads out of what it reads are none that the model gets (no mask is all zeros).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from lora_export.modes.branches.batch.rows import SAME, Flow, Rows
+from lora_export.untrusted.computed import MAX_ELEMENTS, UncomputedError
+from lora_export.untrusted.computed import computed as values_of
+
+Numbers = NDArray[np.int64]
+# What an index is computed with; behind any other operator that reads an input is a number to fill in.
+_ARITHMETIC = {
+    *("Add", "Cast", "CastLike", "Concat", "Div", "Equal", "Expand", "Flatten", "GreaterOrEqual"),
+    *("Identity", "Less", "Max", "Min", "Mod", "Mul", "Neg", "Reshape", "Slice", "Squeeze", "Sub"),
+    *("Tile", "Transpose", "Unsqueeze", "Where"),
+}
+# Of a body of an If, which has none of its own.
+_OPSET = 18
+_MAX_NODES = 300
+# Of a value whose rows are numbered, to see where a Reshape puts them.
+_MAX_NUMBERED = 1 << 24
+# Sizes to compute with where they have no number: the batch's, and that of any other axis.
+_PROBES = ((3, 7), (5, 11))
+# What to fill in: one number; or ones in the first place of the last axis and zeros behind it, of what has
+# nothing else than rows along it ones.
+Fill = Literal[0, 1, 2, "first"]
+_FILLS: tuple[Fill, ...] = (0, 1)
+_MORE_FILLS: tuple[Fill, ...] = (*_FILLS, 2, "first")
+# So many of them must lead to one place.
+_ENOUGH = 2
+
+
+class _UnknownError(Exception):
+    """A number can't be computed."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Computes values of a graph for given sizes.
+
+    Attributes:
+        flow: What is known of the graph.
+        batch: The size of the batch.
+        other: The size of other axes without a number.
+        fill: What values have that depend on the graph's inputs, see `Fill`.
+    """
+
+    flow: Flow
+    batch: int
+    other: int
+    fill: Fill
+
+    def size(self, value: ir.Value, axis: int) -> int:
+        """Return the size of an axis.
+
+        Raises:
+            _UnknownError: It has none.
+        """
+        size = self.flow.size(value, axis)
+        if isinstance(size, int):
+            return size
+        if size is None:
+            raise _UnknownError
+        return {"batch": self.batch, "times": self.batch * self.other, "other": self.other}[size]
+
+    def compute(self, value: ir.Value) -> Numbers:
+        """Return a value.
+
+        Raises:
+            _UnknownError: It can't be computed.
+        """
+        from onnx import helper
+
+        part = _Part(self)
+        part.add(value)
+        graph = helper.make_graph(
+            [ir.to_proto(node) for node in part.nodes],
+            "index",
+            [],
+            [helper.make_tensor_value_info(str(value.name), 0, None)],
+            [ir.to_proto(ir.tensor(array, name=name)) for name, array in part.known.items()],
+        )
+        try:
+            return values_of(graph, _opset(value))
+        except UncomputedError as error:
+            raise _UnknownError from error
+
+
+@dataclass
+class _Part:
+    """The nodes that compute a value, and what they read."""
+
+    probe: Probe
+    nodes: list[ir.Node] = field(default_factory=list)
+    known: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+    seen: set[int] = field(default_factory=set)
+    size: int = 0
+
+    def add(self, value: ir.Value) -> None:
+        """Add what computes a value."""
+        node = value.producer()
+        if str(value.name) in self.known or (node is not None and id(node) in self.seen):
+            return
+        if value.const_value is not None:
+            self._admit(value.const_value.size)
+            self.known[str(value.name)] = value.const_value.numpy()
+        elif node is not None and node.op_type == "Shape" and self._has_sizes(node):
+            self.known[str(value.name)] = self._shape(node)
+        elif node is not None and self._is_computed(node):
+            self.seen.add(id(node))
+            if len(self.seen) > _MAX_NODES:
+                raise _UnknownError
+            for read in node.inputs:
+                if read is not None:
+                    self.add(read)
+            self.nodes.append(node)
+        else:
+            self.known[str(value.name)] = self._filled(value)
+
+    def _admit(self, size: int) -> None:
+        """Count what is read; a stranger's shape is no reason to fill the memory."""
+        self.size += size
+        if self.size > MAX_ELEMENTS:
+            raise _UnknownError
+
+    def _is_computed(self, node: ir.Node) -> bool:
+        if node.domain not in ("", "ai.onnx"):
+            return False
+        if node.op_type in _ARITHMETIC:
+            return True
+        bodies = any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values())
+        return not bodies and all(self.probe.flow.of(read) == SAME for read in node.inputs)
+
+    def _has_sizes(self, node: ir.Node) -> bool:
+        """Whether a Shape's sizes are known; else it is computed with what it reads."""
+        flow, source = self.probe.flow, node.inputs[0]
+        rank = flow.rank(source)
+        if flow.of(source) != SAME:
+            if rank is None:
+                raise _UnknownError
+            return True
+        assert source is not None
+        # Of what has no rows, an axis without a number may still have the batch's size.
+        numbers = [flow.size(source, axis) for axis in range(rank or 0)]
+        return rank is not None and all(isinstance(number, int) for number in numbers)
+
+    def _shape(self, node: ir.Node) -> NDArray[np.generic]:
+        source = node.inputs[0]
+        assert source is not None
+        rank = self.probe.flow.rank(source) or 0
+        stop = node.attributes.get_int("end", rank)
+        axes = range(rank)[node.attributes.get_int("start", 0) : stop]
+        return np.array([self.probe.size(source, axis) for axis in axes], np.int64)
+
+    def _filled(self, value: ir.Value) -> NDArray[np.generic]:
+        rank, dtype = self.probe.flow.rank(value), value.dtype
+        if rank is None or self.probe.flow.of(value) is None:
+            raise _UnknownError
+        shape = [self.probe.size(value, axis) for axis in range(rank)]
+        self._admit(math.prod(shape))
+        fill = self.probe.fill
+        numbers = np.full(shape, 0 if fill == "first" else fill, np.int64 if dtype is None else dtype.numpy())
+        rows = self.probe.flow.of(value)
+        if fill == "first":
+            numbers[..., : None if rows is not None and rows.axis == len(shape) - 1 else 1] = 1
+        return numbers
+
+
+def rows_of_index(
+    flow: Flow, index: ir.Value, number: Callable[[Probe, Numbers], Numbers | None]
+) -> Rows | None:
+    """Return where the rows lie of which an index has the numbers, in their order: 0, 1, 2, ….
+
+    Args:
+        flow: What is known of the graph.
+        index: The index.
+        number: Makes the numbers of rows of the index's values; None where these lead out of what it reads.
+
+    Returns:
+        The place; `SAME` where the index takes them in another order, or not all of them. None where the
+        index can't be computed.
+    """
+    found: set[Rows] = set()
+    told: Counter[tuple[int, int]] = Counter()
+    for probe in _probes(flow, _MORE_FILLS):
+        try:
+            numbers = number(probe, probe.compute(index))
+        except _UnknownError:
+            return None
+        if numbers is not None:
+            found.add(_counted(numbers, probe.batch))
+            told[probe.batch, probe.other] += 1
+    if min((told[sizes] for sizes in _sizes(flow)), default=0) < _ENOUGH:
+        return None
+    return found.pop() if len(found) == 1 else SAME
+
+
+def rows_reshaped(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
+    """Return where a Reshape puts rows, by the numbers of rows of a value with its sizes; None if unknown."""
+    source, target = node.inputs[0], node.outputs[0]
+    if source is None or rows.axis is None or not rows.outermost:
+        return None
+    found: set[Rows] = set()
+    for probe in _probes(flow):
+        try:
+            before, after = shape_of(probe, source), shape_of(probe, target)
+        except _UnknownError:
+            return None
+        if math.prod(before) > _MAX_NUMBERED:
+            return None
+        numbers = np.repeat(_rows(probe.batch), before[rows.axis] // probe.batch)
+        numbers = numbers.reshape([-1 if axis == rows.axis else 1 for axis in range(len(before))])
+        found.add(_counted(np.broadcast_to(numbers, before).reshape(after), probe.batch))
+    return found.pop() if len(found) == 1 and SAME not in found else None
+
+
+def same_size(flow: Flow, one: ir.Value, two: ir.Value, axis: int) -> bool:
+    """Whether two values, of which the first depends on sizes alone, are known to be of one size along it."""
+    try:
+        return all(
+            probe.compute(one).shape[axis : axis + 1] == shape_of(probe, two)[axis : axis + 1]
+            for probe in _probes(flow)
+        )
+    except _UnknownError:
+        return False
+
+
+def keeps_size(flow: Flow, given: ir.Value, place: int, data: ir.Value, axis: int) -> bool | None:
+    """Return whether an axis keeps its size by a vector of sizes, or of factors; None if that is unknown."""
+    kept = []
+    for probe in _probes(flow):
+        try:
+            numbers = probe.compute(given).reshape(-1)
+            kept.append(numbers[place] == (1 if numbers.dtype.kind == "f" else shape_of(probe, data)[axis]))
+        except (_UnknownError, IndexError):
+            return None
+    return all(kept)
+
+
+def computed(flow: Flow, value: ir.Value) -> list[int] | None:
+    """Return the numbers of a vector that depends on no size and on no input; None for another."""
+    found: set[tuple[int, ...]] = set()
+    for probe in _probes(flow):
+        try:
+            numbers = probe.compute(value)
+        except _UnknownError:
+            return None
+        found.add(tuple(int(number) for number in numbers.reshape(-1)))
+    return list(found.pop()) if len(found) == 1 else None
+
+
+def shape_of(probe: Probe, value: ir.Value) -> tuple[int, ...]:
+    """Return a value's shape, of one that was flattened or reshaped as its node computes it.
+
+    Raises:
+        _UnknownError: It can't be computed.
+    """
+    node, rank = value.producer(), probe.flow.rank(value)
+    if node is not None and node.op_type in ("Flatten", "Reshape") and node.inputs[0] is not None:
+        before = shape_of(probe, node.inputs[0])
+        if node.op_type == "Flatten":
+            axis = node.attributes.get_int("axis", 1)
+            return math.prod(before[:axis]), math.prod(before[axis:])
+        assert node.inputs[1] is not None
+        target = [int(size) for size in probe.compute(node.inputs[1])]
+        try:
+            return _reshaped(before, target)
+        except ValueError as error:
+            raise _UnknownError from error
+    if rank is None:
+        raise _UnknownError
+    return tuple(probe.size(value, axis) for axis in range(rank))
+
+
+def _reshaped(shape: Sequence[int], target: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape that a Reshape gives to a value of a shape."""
+    sizes = list(target)
+    known = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) == 1 and known > 0:
+        sizes[sizes.index(-1)] = math.prod(shape) // known
+    if math.prod(sizes) != math.prod(shape) or min(sizes, default=1) < 0:
+        raise ValueError
+    return tuple(sizes)
+
+
+def _rows(batch: int) -> NDArray[np.unsignedinteger]:
+    """Return the rows' numbers in the smallest type: as many as a value has elements are made of them."""
+    numbers: NDArray[np.unsignedinteger] = np.arange(batch, dtype=np.min_scalar_type(batch))
+    return numbers
+
+
+def _sizes(flow: Flow) -> list[tuple[int, int]]:
+    return [(flow.batch if isinstance(flow.batch, int) else batch, other) for batch, other in _PROBES]
+
+
+def _probes(flow: Flow, fills: tuple[Fill, ...] = _FILLS) -> list[Probe]:
+    return [Probe(flow, batch, other, fill) for batch, other in _sizes(flow) for fill in fills]
+
+
+def _counted(numbers: Numbers, batch: int) -> Rows:
+    for axis, size in enumerate(numbers.shape):
+        if size and size % batch == 0:
+            rows = np.repeat(_rows(batch), size // batch)
+            shape = [size if place == axis else 1 for place in range(numbers.ndim)]
+            if np.array_equal(numbers, np.broadcast_to(rows.reshape(shape), numbers.shape)):
+                return Rows(axis, alone=size == batch)
+    return SAME
+
+
+def _opset(value: ir.Value) -> int:
+    node = value.producer()
+    graph = node.graph if node is not None else None
+    version = graph.opset_imports.get("") if graph is not None else None
+    return version or _OPSET

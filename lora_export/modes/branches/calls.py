@@ -1,0 +1,298 @@
+"""What a node with a weight computes: the activation a branch reads, the width and type of its result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_export.adapter import Array, LoraModule
+from lora_export.formats.reading.saved import LARGEST_RANK, change_of
+from lora_export.graph.exposed import ExposedKind, StoredRows, path_of
+from lora_export.graph.onnx_file import shape_of
+from lora_export.sites.fit import stored_shape
+from lora_export.sites.slot import DEQUANTIZE, QUANTIZE, Use
+from lora_export.sites.target import Part, Site, Target
+from lora_export.sites.values.ranges import may_hold_activation
+from lora_export.sites.values.verify import canonical_rows
+
+_TRANSPOSING = ("transA", "transBatchA")
+
+_KINDS: dict[str, ExposedKind] = {"linear": "linear", "conv": "conv", "embedding": "embedding"}
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A node that computes one or several modules' products.
+
+    Attributes:
+        node: The operator.
+        x: The activation; for an embedding the indices.
+        width: Outputs of the node, along its last axis (a convolution's second).
+        dtype: Type of activation and result.
+    """
+
+    node: ir.Node
+    x: ir.Value
+    width: int
+    dtype: ir.DataType
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Some of a module's outputs in the result of a call.
+
+    Attributes:
+        call: The call.
+        rows: Range of the module's outputs.
+        offset: Where it begins in the call's result.
+        row_scale: Factor per output in ``rows`` that an exporter folded into the weight.
+    """
+
+    call: Call
+    rows: tuple[int, int]
+    offset: int = 0
+    row_scale: Array | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """A module that gets a branch.
+
+    Attributes:
+        path: Module path; the beginning of every name that is added.
+        kind: What the module is.
+        in_dim: Inputs: features, channels, or the rows of an embedding.
+        out_dim: Outputs.
+        pieces: Where its outputs are computed: one, or more where its weight is split or it is called again.
+        kernel: Of a convolution.
+        groups: Of the convolution that B is.
+        lora: The factors of the adapter that asked for it, if one did.
+        stored: Where its weight lies; empty where that is no help (quantised, rescaled).
+        bias: The branch has a bias too.
+        stored_bias: Where the module's own bias lies.
+        held_turned: See `Target`.
+    """
+
+    path: str
+    kind: ExposedKind
+    in_dim: int
+    out_dim: int
+    pieces: tuple[Piece, ...]
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+    lora: LoraModule | None = None
+    stored: tuple[StoredRows, ...] = ()
+    bias: bool = False
+    stored_bias: tuple[StoredRows, ...] = ()
+    held_turned: bool | None = None
+
+    @property
+    def rank(self) -> int:
+        """Of the adapter that asked for it, 0 if none did."""
+        return self.lora.rank if self.lora else 0
+
+
+def branch_of(site: Site, calls: dict[int, Call]) -> Branch | str:
+    """Return the branch beside a site, or why there can be none.
+
+    Args:
+        site: Where the module's weight is.
+        calls: Node → its call; several modules share the call of a fused weight.
+    """
+    target = _as_module(site)
+    if isinstance(target, str):
+        return target
+    form = _form(target, site)
+    if isinstance(form, str):
+        return form
+    kind, kernel = form
+    pieces: list[Piece] = []
+    for part in site.parts:
+        placement = part.placements[0]
+        offset = placement.col if placement.transposed else placement.row
+        rows = (0, target.shape[1]) if target.kind == "embedding" else placement.rows
+        for use in part.uses:
+            if id(use.node) not in calls:
+                call = _call_of(target, use)
+                if isinstance(call, str):
+                    return call
+                calls[id(use.node)] = call
+            pieces.append(Piece(calls[id(use.node)], rows, offset, placement.row_scale))
+    out_dim, in_dim = target.shape[:2] if target.kind != "embedding" else target.shape[:2][::-1]
+    module, groups = target.module, site.parts[0].uses[0].node.attributes.get_int("group", 1)
+    if module is not None and module.groups != groups:
+        return f"lora_B has {module.groups} groups, the graph's convolution {groups}"
+    if kind == "conv" and any((piece.rows, piece.call.width) != ((0, out_dim), out_dim) for piece in pieces):
+        return "it is a part of a convolution's outputs: no branch is known for it"
+    if module is not None and module.is_pointwise:
+        module = module.with_kernel(len(kernel))
+    return Branch(
+        # PEFT's name is that of the module, whose weight it is; another matrix of it needs its own.
+        target.path if target.held_turned is None else path_of(target.key),
+        kind,
+        in_dim * groups,
+        out_dim,
+        tuple(pieces),
+        kernel,
+        groups,
+        module,
+        _stored(site.parts),
+        held_turned=target.held_turned,
+    )
+
+
+def _form(target: Target, site: Site) -> tuple[ExposedKind, tuple[int, ...]] | str:
+    """What the graph makes of a module, and the kernel: a Linear may be a convolution, or the other way."""
+    kernels: set[tuple[int, ...] | None] = set()
+    for use in (use for part in site.parts for use in part.uses):
+        tensor = use.root.const_value
+        assert tensor is not None
+        kernels.add(shape_of(tensor)[2:] if use.slot.kind == "conv" else None)
+    kernel, *others = kernels
+    if others:
+        return (
+            "it is a Linear in one place of the graph and a convolution in another: no branch is known for it"
+        )
+    if kernel is None:
+        return ("embedding" if target.kind == "embedding" else "linear"), ()
+    return "conv", kernel
+
+
+def _as_module(site: Site) -> Target | str:
+    """The target as a low-rank change: a whole matrix that replaces one becomes the difference to it."""
+    target = site.target
+    if target.action == "merge" and target.kind in _KINDS:
+        return target
+    kind = site.parts[0].uses[0].slot.kind
+    pointwise = all(size == 1 for size in target.shape[2:])
+    if target.kind != "any" or kind not in _KINDS or len(target.shape) < 2 or not pointwise:
+        return f"the adapter changes a {target.kind} that no branch goes beside; merge it instead"
+    if (rank := min(target.matrix)) > LARGEST_RANK:
+        return (
+            f"the adapter replaces this whole matrix {target.shape}, as a change of rank {rank}: more than "
+            f"{LARGEST_RANK}; merge it instead"
+        )
+    old = _values(site)
+    if isinstance(old, str):
+        return old
+    assert target.values is not None
+    like: ExposedKind = "embedding" if kind == "embedding" else "linear"
+    new = np.asarray(target.values).reshape(target.matrix)
+    module = change_of(target.path, like, new, old, target.tensor_names)
+    return replace(target, kind=like, shape=target.matrix, module=module)
+
+
+def _values(site: Site) -> Array | str:
+    """The base's values of a whole canonical matrix."""
+    values = np.zeros(site.target.matrix, np.float32)
+    for part in site.parts:
+        (placement,) = part.placements
+        if placement.row_scale is not None or any(use.quantised for use in part.uses):
+            return "the adapter replaces it, and the base's values are not in the graph as they are; merge it"
+        values[slice(*placement.rows)] = canonical_rows(part, placement)
+    return values
+
+
+def _stored(parts: tuple[Part, ...]) -> tuple[StoredRows, ...]:
+    """Where W0 lies; the same rows in a second constant (an exporter repeats shared weights) are left out."""
+    found: dict[tuple[int, int], StoredRows] = {}
+    for part in parts:
+        (placement,) = part.placements
+        if placement.row_scale is not None or any(use.quantised for use in part.uses):
+            return ()
+        rows = StoredRows(
+            str(part.root.name), placement.rows, placement.row, placement.col, placement.transposed
+        )
+        found.setdefault(placement.rows, rows)
+    return tuple(found.values())
+
+
+def _call_of(target: Target, use: Use) -> Call | str:
+    node = use.node
+    if any(node.attributes.get_int(name, 0) for name in _TRANSPOSING):
+        return f"{node.op_type} reads its activation transposed: no branch is known for it"
+    if node.op_type.startswith("MatMulInteger"):
+        return _integer_call(target, use)
+    # Gather takes the table first; the others the activation.
+    x = node.inputs[1] if target.kind == "embedding" else node.inputs[0]
+    if x is None:
+        return f"{node.op_type} has no activation"
+    dtype = _dtype(use)
+    if dtype is None:
+        return f"the type that {node.op_type} computes in can't be told"
+    return Call(node, _unquantised(x), _width(target, use), dtype)
+
+
+def _integer_call(target: Target, use: Use) -> Call | str:
+    """Integers, quantised dynamically: x is before its quantiser, the float product behind Cast and Mul."""
+    quantiser = use.node.inputs[0].producer() if use.node.inputs[0] is not None else None
+    last = use.node
+    for operator in ("Cast", "Mul") if last.op_type == "MatMulInteger" else ():
+        readers = [usage.node for usage in last.outputs[0].uses()]
+        if len(readers) != 1 or readers[0].op_type != operator:
+            return "MatMulInteger without the Cast and Mul of dynamic quantisation: no branch is known for it"
+        (last,) = readers
+    if last is not use.node and not _scales(last, quantiser):
+        return "MatMulInteger whose Mul is not by both scales at once: no branch is known for it"
+    if quantiser is None or quantiser.op_type != "DynamicQuantizeLinear" or quantiser.inputs[0] is None:
+        return f"{use.node.op_type} whose activation no DynamicQuantizeLinear makes: no branch is known"
+    return Call(last, quantiser.inputs[0], _width(target, use), ir.DataType.FLOAT)
+
+
+def _scales(last: ir.Node, quantiser: ir.Node | None) -> bool:
+    """Whether a Mul turns integers into the product: by the activation's scale times the weight's."""
+    factors = [value.producer() for value in last.inputs if value is not None]
+    scale = quantiser.outputs[1] if quantiser is not None and len(quantiser.outputs) > 1 else None
+    return any(node is not None and node.op_type == "Mul" and scale in node.inputs for node in factors)
+
+
+def _width(target: Target, use: Use) -> int:
+    if target.kind == "embedding":
+        return target.shape[1]
+    height, width = stored_shape(target, use)
+    return width if use.transposed else height
+
+
+def _dtype(use: Use) -> ir.DataType | None:
+    """The float type that reaches the operator, behind Cast and DequantizeLinear."""
+    if use.slot.shape is not None:
+        # Packed weights come with scales, in the type of the activation.
+        scales = use.node.inputs[2]
+        return scales.dtype if scales is not None else None
+    if use.node.op_type == "DynamicQuantizeMatMul":
+        return ir.DataType.FLOAT
+    for node in reversed(use.chain):
+        if node.op_type == "Cast":
+            return ir.DataType(node.attributes["to"].as_int())
+        if node.op_type == "CastLike" or node.op_type in DEQUANTIZE:
+            like = node.inputs[1]
+            return like.dtype if like is not None else None
+    assert use.root.const_value is not None
+    return use.root.const_value.dtype
+
+
+def _unquantised(x: ir.Value) -> ir.Value:
+    """The activation before a pair of QuantizeLinear and DequantizeLinear: the branch loses nothing by it.
+
+    Unless the pair's range also does the work of an activation that the quantiser dropped.
+    """
+    maker = x.producer()
+    if maker is not None and maker.op_type in DEQUANTIZE and maker.inputs[0] is not None:
+        source = maker.inputs[0].producer()
+        if source is not None and source.op_type in QUANTIZE and source.inputs[0] is not None:
+            before = source.inputs[0]
+            other = None not in (x.dtype, before.dtype) and x.dtype != before.dtype
+            return x if other or may_hold_activation(source) else before
+    return x
+
+
+def tiled(call: Call, pieces: list[Piece]) -> bool:
+    """Whether pieces cover all outputs of a call, without gap or overlap."""
+    at = 0
+    for piece in sorted(pieces, key=lambda piece: piece.offset):
+        if piece.offset != at:
+            return False
+        at += piece.rows[1] - piece.rows[0]
+    return at == call.width

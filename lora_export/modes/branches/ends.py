@@ -1,0 +1,90 @@
+"""Where a branch is added to the product of a quantised module: behind the rounding, where that is possible.
+
+A statically quantised graph rounds every product to a range that was measured without an adapter, and cuts
+off what lies beyond it. Measured on a two-layer network whose adapter is as large as the base: 9–13 % of the
+effect is left where the branch is added before the QuantizeLinear.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import onnx_ir as ir
+
+from lora_export.sites.slot import DEQUANTIZE, QUANTIZE
+from lora_export.sites.values.ranges import is_fixed, may_hold_activation
+
+
+class _Reader(NamedTuple):
+    node: ir.Node
+    idx: int
+
+
+@dataclass(frozen=True, eq=False)
+class End:
+    """A value that is the product, up to rounding and the module's own bias.
+
+    Attributes:
+        value: The value.
+        readers: Those of its readers that are to read the sum.
+        is_output: It is an output of the graph, which is to be the sum.
+    """
+
+    value: ir.Value
+    readers: tuple[_Reader, ...]
+    is_output: bool
+
+
+def ends_of(product: ir.Value, dtype: ir.DataType, *, past_bias: bool) -> list[End]:
+    """Return where the readers of a product are to read the sum.
+
+    Args:
+        product: The result of a call.
+        dtype: Its type.
+        past_bias: What is added is not scaled afterwards, so that it may come after the bias as well.
+    """
+    inner: list[_Reader] = []
+    ends: list[End] = []
+    for usage in (_Reader(*used) for used in product.uses()):
+        behind = _behind_rounding(usage, dtype)
+        if not behind and past_bias:
+            behind = _behind_bias(usage, dtype)
+            # Without a quantiser behind it the bias stays last, see `write`.
+            if behind and all(end.value is behind[0] for end in ends_of(behind[0], dtype, past_bias=True)):
+                behind = []
+        if not behind:
+            inner.append(usage)
+        for value in behind:
+            ends += ends_of(value, dtype, past_bias=past_bias)
+    if inner or product.is_graph_output():
+        ends.insert(0, End(product, tuple(inner), product.is_graph_output()))
+    return ends
+
+
+def _behind_rounding(usage: _Reader, dtype: ir.DataType) -> list[ir.Value]:
+    """Return the floats behind a quantiser whose range is fixed, or nothing where the sum can't go there."""
+    node = usage.node
+    if usage.idx != 0 or not is_fixed(node) or may_hold_activation(node):
+        return []
+    codes, found = node.outputs[0], []
+    for reader in codes.uses():
+        scale = reader.node.inputs[1] if len(reader.node.inputs) > 1 else None
+        if reader.node.op_type not in DEQUANTIZE or reader.idx != 0 or scale is None or scale.dtype != dtype:
+            return []
+        found.append(reader.node.outputs[0])
+    return [] if codes.is_graph_output() else found
+
+
+def _behind_bias(usage: _Reader, dtype: ir.DataType) -> list[ir.Value]:
+    """Return the sum of the product and a constant vector."""
+    node = usage.node
+    if node.op_type != "Add" or node.domain != "":
+        return []
+    other = node.inputs[1 - usage.idx]
+    while other is not None and (maker := other.producer()) is not None:
+        if maker.op_type not in DEQUANTIZE | QUANTIZE:
+            break
+        other = maker.inputs[0]
+    tensor = other.const_value if other is not None else None
+    return [node.outputs[0]] if tensor is not None and len(tensor.shape) == 1 else []

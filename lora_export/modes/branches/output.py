@@ -1,0 +1,144 @@
+"""Write a graph with exposed LoRA: the graph with its record, the base's weights, the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lora_export import __version__
+from lora_export.adapter import Adapter
+from lora_export.base.open_base import Base
+from lora_export.errors import GraphError
+from lora_export.graph.data_identity import mark_data
+from lora_export.graph.exposed import KEY, ExposedGraph
+from lora_export.graph.external_data import plan_data, write_data
+from lora_export.graph.onnx_file import GraphFile, save_graph
+from lora_export.modes.branches.inputs import ir_type
+from lora_export.plan import Plan
+from lora_export.storage.manifest import Manifest, adapter_entry, hash_content, hash_written, package_versions
+from lora_export.storage.outputs import OutputSet, output_errors
+
+_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class ExposeReport:
+    """What exposing did, or with ``dry_run`` would do.
+
+    Attributes:
+        plan: Every target and where its branch goes.
+        exposed: The graph's record.
+        outputs: What was (or would be) written: ``graph``, ``data``, ``manifest``.
+        size_bytes: Size of the weights written.
+        shared_bytes: Weights that stay in the base's files.
+        dry_run: Nothing was written.
+        warnings: What a user should not miss.
+    """
+
+    plan: Plan
+    exposed: ExposedGraph
+    outputs: dict[str, Path] = field(default_factory=dict)
+    size_bytes: int = 0
+    shared_bytes: int = 0
+    dry_run: bool = False
+    warnings: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            "outputs": {name: str(path) for name, path in self.outputs.items()},
+            "dry_run": self.dry_run,
+            "size_bytes": self.size_bytes,
+            "shared_bytes": self.shared_bytes,
+            "plan": self.plan.as_dict(),
+            "warnings": list(self.warnings),
+            "exposed": asdict(self.exposed),
+        }
+
+
+def base_name(base: Path) -> str:
+    """What a record calls the base: its file or folder name."""
+    # Not what a link leads to: files in Hugging Face's cache are called by their hashes.
+    return base.absolute().name if base.is_file() else base.resolve().name
+
+
+def write_exposed(
+    base: Base,
+    report: ExposeReport,
+    adapters: Sequence[Adapter],
+    force: bool,
+    progress: Callable[[int], None] | None,
+    beside: Mapping[str, bytes] | None = None,
+) -> ExposeReport:
+    """Write what ``report`` says, unless it is a dry run; return it with the sizes.
+
+    Args:
+        base: The graph with its branches.
+        report: Plan, record and paths.
+        adapters: Those that it was made from.
+        force: Replace existing files.
+        progress: Called with the number of bytes just written.
+        beside: Name → content of files that the caller writes beside the graph: the manifest lists them.
+
+    Raises:
+        OutputError: A file exists or can't be written.
+    """
+    paths, out = report.outputs, report.outputs["graph"]
+    slots, size, shared = plan_data(base.graph, {}, out, base.shared_files)
+    report = replace(report, size_bytes=size, shared_bytes=shared)
+    if report.dry_run:
+        return report
+    base.graph.model.metadata_props[KEY] = report.exposed.to_json()
+    with output_errors(out), OutputSet(force) as outputs:
+        staged = {name: outputs.stage(path) for name, path in paths.items()}
+        write_data(staged["data"], paths["data"].name, slots, size, {}, "sample", progress)
+        name = paths["data"].name
+        own = {name: hash_written(staged["data"], name)}
+        own |= mark_data(base.graph.model, base.shared_places(out) | own)
+        save_graph(base.graph.model, staged["graph"])
+        own[out.name] = hash_written(staged["graph"], out.name)
+        own |= {name: hash_content(name, content) for name, content in (beside or {}).items()}
+        manifest = Manifest(
+            f"{report.exposed.mode}-onnx",
+            list(base.hashes.values()),
+            [adapter_entry(adapter, 1.0) for adapter in adapters],
+            report.plan.as_dict(),
+            {},
+            {name: path.name for name, path in paths.items()} | {"shared_bytes": shared},
+            {"lora-export": __version__} | package_versions(["numpy", "ml_dtypes", "onnx-ir"]),
+            asdict(report.exposed),
+            own,
+        )
+        manifest.save(staged["manifest"])
+        outputs.commit()
+    return report
+
+
+def refuse_lost_inputs(exposed: ExposedGraph, graph: GraphFile) -> None:
+    """Raise `GraphError` where a graph's inputs are no longer those that its record speaks of.
+
+    Simplifiers and quantisers take an input that has a default for a constant, float16 converters change its
+    type.
+
+    Args:
+        exposed: The graph's record.
+        graph: The graph.
+    """
+    inputs = {str(value.name): value.dtype for value in graph.graph.inputs}
+    lost, changed = [], []
+    for module in exposed.modules:
+        dtype = ir_type(module)
+        for name in exposed.names_of(module):
+            if name not in inputs:
+                lost.append(f"{name}: not an input any more")
+            elif inputs[name] != dtype:
+                changed.append(f"{name}: {inputs[name]}, the record says {dtype}")
+    if lost or changed:
+        raise GraphError(
+            f"{graph.path} was changed after LoRA was exposed in it: {len(lost)} of its LoRA inputs "
+            f"became constants, {len(changed)} have another type; adapters made for it would not fit",
+            "change the base first (simplify, optimise, quantise, convert), then run swap-onnx on the result",
+            [*lost, *changed][:_SHOWN],
+        )

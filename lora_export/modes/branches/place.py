@@ -1,0 +1,273 @@
+"""From what an adapter changes to the branches of a graph; what gets none is listed with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from lora_export.adapter import Adapter, LoraModule
+from lora_export.base.placing.plan_rows import (
+    Verb,
+    hints_of,
+    placed_row,
+    refuse,
+    refuse_unaccounted,
+    refused_row,
+)
+from lora_export.base.ties.copies import is_same
+from lora_export.errors import GraphError, SiteError
+from lora_export.formats.reading.saved import with_bias
+from lora_export.graph.exposed import KEY, StoredRows
+from lora_export.graph.onnx_file import GraphFile, initializer_of
+from lora_export.modes.branches.calls import Branch, Call, branch_of
+from lora_export.plan import Plan, PlanRow
+from lora_export.sites.bias import restore_biases
+from lora_export.sites.doubts.contained import adapter_names
+from lora_export.sites.resolve import Resolver
+from lora_export.sites.target import Miss, Site, Target, targets_of
+from lora_export.sites.values.verify import canonical_rows
+
+_NO_ADAPTER = "--target-modules"
+_REPLACED = "the adapter replaces this whole parameter, which has no low-rank branch"
+# An activation is computed inside: a factor on the product can't come before it.
+_ACTIVATED = {"FusedConv", "FusedGemm"}
+
+
+def place_branches(
+    graph: GraphFile,
+    resolver: Resolver,
+    adapter: Adapter | None,
+    targets: Sequence[Target],
+    calls: dict[int, Call],
+    *,
+    allow_unmatched: bool,
+    dora: bool = False,
+    bank: bool = False,
+) -> tuple[Plan, list[Branch]]:
+    """Find a branch for each target.
+
+    Args:
+        graph: The graph.
+        resolver: Its weights, with ``branches``.
+        adapter: Whose targets they are, if anybody's.
+        targets: What is to get a branch.
+        calls: Node → its call; several adapters share them.
+        allow_unmatched: Leave out what has no place.
+        dora: There will be factors as well.
+        bank: It is for a bank.
+
+    Returns:
+        The plan and the branches, in the targets' order.
+
+    Raises:
+        GraphError: The graph has exposed LoRA already.
+        SiteError: Targets without a place; all are listed.
+    """
+    refuse_exposed(graph)
+    wanted = [target for target in targets if not _unsuited(target, dora, bank)]
+    flattened, scope = (adapter.flattened, adapter.scope) if adapter else (False, None)
+    sites, misses = resolver.resolve(wanted, flattened, scope)
+    sites, misses = restore_biases(sites, misses, resolver.weight_of)
+    misses += _unsuited_of(targets, dora, bank)
+    unchanged = [site for site in sites if site.target.action == "replace" and holds(site)]
+    biases = [site for site in sites if site.target.kind == "vector" and site not in unchanged]
+    weights = [site for site in sites if site not in unchanged and site not in biases]
+    placed, branches, without = _branches_of(weights, calls, dora)
+    misses += without
+    for site in biases:
+        reason = _add_bias(site, branches)
+        if reason:
+            misses.append(Miss(site.target, reason, "merge only"))
+        else:
+            placed.append(site)
+    shown = adapter or Adapter(_NO_ADAPTER, "", "", {})
+    if misses and not (allow_unmatched and branches):
+        verb: Verb = "bank-onnx" if bank else "swap-onnx"
+        checked = resolver.weight_of is not None
+        refuse(graph, shown, placed, misses, verb=verb, checked=checked, uses=resolver.uses)
+    rows: list[PlanRow] = [placed_row(shown, site, "unchanged") for site in unchanged]
+    rows += [placed_row(shown, site, "expose") for site in placed]
+    rows += [refused_row(shown, miss) for miss in misses]
+    if adapter:
+        refuse_unaccounted(adapter, rows)
+    if not branches:
+        raise SiteError(
+            f"{shown.name}: nothing to expose in {graph.path.name}", "check the base and the targets"
+        )
+    return Plan(tuple(rows)), branches
+
+
+def refuse_unsuited(
+    adapters: Sequence[Adapter], base: Path, *, allow_unmatched: bool, dora: bool = False, bank: bool = False
+) -> None:
+    """Refuse adapters for what no graph could be given a branch for: a folder need not be captured first.
+
+    Args:
+        adapters: Whose changes are to be exposed.
+        base: The folder.
+        allow_unmatched: Leave out what has no place.
+        dora: There will be factors as well.
+        bank: It is for a bank.
+
+    Raises:
+        AdapterError: An adapter replaces single rows.
+        SiteError: Some of an adapter can't be exposed; all of it is listed.
+    """
+    for adapter in adapters:
+        targets = targets_of(adapter)
+        misses = _unsuited_of(targets, dora, bank)
+        some = len(misses) < len(targets)
+        if misses and not (allow_unmatched and some):
+            verb: Verb = "bank-onnx" if bank else "swap-onnx"
+            raise SiteError(
+                f"adapter {adapter.name!r} has {len(misses)} parameters with no place in a graph of "
+                f"{base.name} (of {len(targets)})",
+                "; ".join(hints_of({miss.kind for miss in misses}, verb, True, some, [])),
+                [f"{miss.target.key}  {miss.reason}" for miss in misses],
+            )
+
+
+def _branches_of(
+    sites: Sequence[Site], calls: dict[int, Call], dora: bool
+) -> tuple[list[Site], list[Branch], list[Miss]]:
+    """Return the sites that get a branch, their branches, and the others with their reasons."""
+    placed: list[Site] = []
+    branches: list[Branch] = []
+    misses: list[Miss] = []
+    for site in sites:
+        branch = branch_of(site, calls)
+        if isinstance(branch, Branch) and dora:
+            branch = _with_factor(branch)
+            _name_weights(site)
+        if isinstance(branch, str):
+            misses.append(Miss(site.target, branch, "integers" if _is_quantised(site) else "merge only"))
+        else:
+            placed.append(site)
+            branches.append(branch)
+    misses += _doubled(placed, branches)
+    return placed, branches, misses
+
+
+def refuse_exposed(graph: GraphFile) -> None:
+    """Raise `GraphError` for a graph that has LoRA already: as inputs, ours or another tool's, or inside."""
+    inputs = [str(value.name) for value in graph.graph.inputs if ".lora_" in str(value.name)]
+    if inputs or KEY in graph.model.metadata_props:
+        raise GraphError(
+            f"{graph.path} has exposed LoRA already", "give the base that it was made of", inputs[:4]
+        )
+    refuse_contained(graph)
+
+
+def refuse_contained(graph: GraphFile) -> None:
+    """Raise `GraphError` for a graph with an adapter's layers in it, their values constants."""
+    names = adapter_names(graph)
+    if names:
+        raise GraphError(
+            f"{graph.path} contains an adapter already (exported from a PEFT model without "
+            "merge_and_unload): another one would be added to it",
+            "export the base model without the adapter, or give the graph that it was added to",
+            names,
+        )
+
+
+def _unsuited_of(targets: Sequence[Target], dora: bool, bank: bool) -> list[Miss]:
+    return [
+        Miss(target, reason, "merge only" if target.experts > 1 else "dora")
+        for target in targets
+        if (reason := _unsuited(target, dora, bank))
+    ]
+
+
+def _unsuited(target: Target, dora: bool, bank: bool) -> str:
+    """Why a target can't be exposed as a low-rank branch, or an empty text."""
+    if target.experts > 1:
+        return "stacked experts are not exposed"
+    if target.module is not None and _is_dora(target.module) and not dora:
+        return "DoRA has a factor on the whole product"
+    return ""
+
+
+def holds(site: Site) -> bool:
+    """Whether the graph holds a replacement's values already: PEFT saves untrained embeddings too."""
+    target = site.target
+    assert target.values is not None
+    if _is_quantised(site):
+        return False
+    for part in site.parts:
+        (placement,) = part.placements
+        wanted = np.asarray(target.values).reshape(target.matrix)[slice(*placement.rows)]
+        if placement.shift:
+            wanted = wanted.astype(np.float32) + np.float32(placement.shift)
+        if placement.row_scale is not None or not is_same(wanted, canonical_rows(part, placement)):
+            return False
+    return True
+
+
+def _is_quantised(site: Site) -> bool:
+    return any(use.quantised for part in site.parts for use in part.uses)
+
+
+def _add_bias(site: Site, branches: list[Branch]) -> str:
+    """Give a module's branch the change of its bias, or say why it can't have it."""
+    target = site.target
+    number = next((n for n, branch in enumerate(branches) if branch.path == target.path), None)
+    if not target.key.endswith(".bias") or number is None:
+        return _REPLACED
+    branch = branches[number]
+    assert target.values is not None
+    assert branch.lora is not None
+    if _is_dora(branch.lora):
+        return "its module has DoRA, whose factor would scale the bias as well"
+    lora, change, (part, *more) = branch.lora, np.asarray(target.values), site.parts
+    start = part.placements[0].row
+    stored = StoredRows(str(part.root.name), (0, len(change)), row=start)
+    if target.action == "replace":
+        assert part.root.const_value is not None
+        values = np.asarray(part.root.const_value.numpy())[start : start + len(change)]
+        if more or values.shape != change.shape:
+            return "its bias is stored in several parts"
+        change = change.astype(np.float64) - values.astype(np.float64)
+        lora = with_bias(lora, change, target.tensor_names)
+    branches[number] = replace(branch, lora=lora, bias=True, stored_bias=(stored,))
+    return ""
+
+
+def _name_weights(site: Site) -> None:
+    """Make initializers of Constant nodes: DoRA's factor is computed from W0, looked up by its name."""
+    for part in site.parts:
+        maker = part.root.producer()
+        if maker is not None and maker.graph is not None:
+            initializer_of(part.root)
+
+
+def _is_dora(module: LoraModule) -> bool:
+    return module.magnitude is not None or module.scale is not None
+
+
+def _with_factor(branch: Branch) -> Branch | str:
+    """The branch, if a factor on its product is possible, and DoRA's can be computed where it is needed."""
+    if branch.lora is not None and branch.lora.magnitude is not None and not branch.stored:
+        return (
+            "DoRA's factor needs W0, which is quantised or rescaled here: merge it into the unquantised base"
+        )
+    operators = {piece.call.node.op_type for piece in branch.pieces} & _ACTIVATED
+    if operators:
+        return f"{operators.pop()} applies its activation inside: DoRA's factor can't come before it"
+    return branch
+
+
+def _doubled(placed: list[Site], branches: list[Branch]) -> list[Miss]:
+    """Take out modules whose path two targets have: their tensors would have one name."""
+    seen: set[str] = set()
+    misses = []
+    for number in range(len(branches) - 1, -1, -1):
+        if branches[number].path in seen:
+            reason = "two targets have this path"
+            misses.append(Miss(placed[number].target, reason, "double"))
+            del placed[number], branches[number]
+        else:
+            seen.add(branches[number].path)
+    return misses

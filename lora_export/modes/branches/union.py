@@ -1,0 +1,143 @@
+"""The branches of several adapters: one for each place, whatever the adapters call it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lora_export.adapter import Adapter, LoraModule
+from lora_export.base.placing.plan_rows import OtherValues
+from lora_export.errors import AdapterError, SiteError
+from lora_export.formats.provenance import base_problem
+from lora_export.formats.schemes import fitted
+from lora_export.graph.onnx_file import GraphFile
+from lora_export.modes.branches.calls import Branch, Call
+from lora_export.modes.branches.place import place_branches
+from lora_export.plan import Plan
+from lora_export.sites.resolve import Resolver
+from lora_export.sites.target import Target, targets_of
+
+_Places = frozenset[tuple[int, int, tuple[int, int]]]
+
+
+class Union:
+    """Collects branches.
+
+    Args:
+        graph: The graph.
+        resolver: Its weights, with ``branches``.
+        allow_unmatched: Leave out what has no place.
+        dora: There will be factors as well.
+        bank: It is for a bank.
+
+    Attributes:
+        loras: For each adapter, path of a branch → its factors.
+    """
+
+    def __init__(
+        self,
+        graph: GraphFile,
+        resolver: Resolver,
+        *,
+        allow_unmatched: bool,
+        dora: bool = False,
+        bank: bool = False,
+    ) -> None:
+        self._graph, self._resolver = graph, resolver
+        self._allow_unmatched, self._dora, self._bank = allow_unmatched, dora, bank
+        self._calls: dict[int, Call] = {}
+        self._by_place: dict[_Places, Branch] = {}
+        self._plans: list[Plan] = []
+        self._notes: list[str] = []
+        self.loras: list[dict[str, LoraModule]] = []
+
+    @property
+    def branches(self) -> list[Branch]:
+        """In the order in which they were asked for."""
+        return list(self._by_place.values())
+
+    def add_adapters(self, adapters: Sequence[Adapter], base_sha256: str) -> None:
+        """Place each adapter's modules.
+
+        Args:
+            adapters: The adapters.
+            base_sha256: Identity of the base, which converted files have to be for.
+
+        Raises:
+            SiteError: Some have no place for something; that of all of them is listed.
+            AdapterError: A converted file is for another base.
+        """
+        refuse_other_bases(adapters, base_sha256)
+        failed: list[SiteError] = []
+        for given in adapters:
+            adapter = fitted(given, self._resolver.known, self._notes)
+            try:
+                branches = self._place(adapter, targets_of(adapter))
+            except SiteError as error:
+                failed.append(error)
+                continue
+            self.loras.append({self._known(branch): branch.lora for branch in branches if branch.lora})
+        if len(failed) == 1:
+            raise failed[0]
+        if failed:
+            kind = next((type(error) for error in failed if isinstance(error, OtherValues)), SiteError)
+            raise kind(
+                f"{len(failed)} of {len(adapters)} adapters don't fit {self._graph.path.name}",
+                "; ".join(dict.fromkeys(error.hint for error in failed if error.hint)),
+                [line for error in failed for line in (error.message, *(f"  {p}" for p in error.problems))],
+            )
+
+    def add_targets(self, targets: Sequence[Target]) -> None:
+        """Place modules that no adapter names."""
+        for branch in self._place(None, targets):
+            self._known(branch)
+
+    def plan(self, notes: Sequence[str] = ()) -> Plan:
+        """Return the rows of all, with further notes."""
+        return Plan(
+            tuple(row for plan in self._plans for row in plan.rows),
+            (*self._notes, *(note for plan in self._plans for note in plan.notes), *notes),
+        )
+
+    def _place(self, adapter: Adapter | None, targets: Sequence[Target]) -> list[Branch]:
+        plan, branches = place_branches(
+            self._graph,
+            self._resolver,
+            adapter,
+            targets,
+            self._calls,
+            allow_unmatched=self._allow_unmatched,
+            dora=self._dora,
+            bank=self._bank,
+        )
+        self._plans.append(plan)
+        return branches
+
+    def _known(self, branch: Branch) -> str:
+        """Return the path under which the place of a branch is known."""
+        places = frozenset((id(piece.call), piece.offset, piece.rows) for piece in branch.pieces)
+        known = self._by_place.setdefault(places, branch)
+        if branch.bias and not known.bias:
+            # One adapter changes the bias: the others leave it as it is.
+            known = replace(known, bias=True, stored_bias=branch.stored_bias)
+        if known.held_turned is None and branch.held_turned is not None:
+            known = replace(known, held_turned=branch.held_turned)
+        if branch.rank > known.rank:
+            known = replace(known, lora=branch.lora)
+        self._by_place[places] = known
+        return known.path
+
+
+def refuse_other_bases(adapters: Sequence[Adapter], base_sha256: str) -> None:
+    """Raise `AdapterError` for files that were converted for a graph of another base."""
+    problems = [
+        f"{adapter.name}: {problem}"
+        for adapter in adapters
+        if (problem := base_problem(adapter.config, base_sha256))
+    ]
+    if problems:
+        raise AdapterError(
+            "adapters were converted for another base",
+            "give the adapters that they were made of",
+            problems,
+        )

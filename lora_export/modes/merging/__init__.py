@@ -1,0 +1,1 @@
+"""Merge adapters into graphs and checkpoints."""

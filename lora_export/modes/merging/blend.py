@@ -1,0 +1,75 @@
+"""Several adapters at once: which can be blended, and with which weights."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+from lora_export.adapter import Adapter
+from lora_export.errors import AdapterError
+
+AdapterLike = str | os.PathLike[str] | Adapter
+
+
+def check_blend(
+    adapters: AdapterLike | Sequence[AdapterLike],
+    weights: Sequence[float] | None,
+    component: str | None = None,
+) -> tuple[list[Adapter], list[float]]:
+    """Load what is given as paths and check that the adapters can be merged together.
+
+    The blend is ``W0 + Σ wᵢ·ΔWᵢ`` (PEFT's ``add_weighted_adapter`` with ``combination_type="cat"``).
+
+    Args:
+        adapters: Paths or `Adapter` values.
+        weights: A factor for each.
+        component: The part of each that belongs, see `load_adapter`.
+
+    Returns:
+        The adapters and one weight for each.
+
+    Raises:
+        AdapterError: Fewer or more weights than adapters, a weight that is no number, DoRA or replaced rows
+            in a blend (they are not sums), DoRA converted for a graph. Whole copies of parameters need the
+            base to be judged (`lora_export.base.ties.copies`).
+    """
+    from lora_export.formats import as_adapter
+
+    given = [adapters] if isinstance(adapters, (str, os.PathLike, Adapter)) else list(adapters)
+    if not given:
+        raise AdapterError("no adapter given", "give at least one adapter")
+    loaded = [as_adapter(item, component) for item in given]
+    factors = [1.0] * len(loaded) if not weights else [float(weight) for weight in weights]
+    if len(factors) != len(loaded):
+        raise AdapterError(
+            f"{len(loaded)} adapters and {len(factors)} weights",
+            "give one --weight for each --adapter, or none",
+        )
+    problems = [f"weight {factor} is not a finite number" for factor in factors if not math.isfinite(factor)]
+    plain = len(loaded) == 1 and factors == [1.0]
+    for adapter in loaded:
+        computed = [module.path for module in adapter.modules.values() if module.scale is not None]
+        if computed:
+            problems.append(
+                f"{adapter.name}: DoRA, converted for a graph ({len(computed)} modules): "
+                "its factors hold for the exposed tensors only; give the adapter that it was made of"
+            )
+        dora = [module.path for module in adapter.modules.values() if module.magnitude is not None]
+        if dora and not plain:
+            problems.append(
+                f"{adapter.name}: DoRA ({len(dora)} modules, {dora[0]} …) is not a sum: "
+                "alone and with weight 1 only"
+            )
+        if adapter.token_rows and not plain:
+            problems.append(
+                f"{adapter.name}: replaces single rows ({next(iter(adapter.token_rows))} …): "
+                "alone and with weight 1 only"
+            )
+    if problems:
+        raise AdapterError(
+            "these adapters can't be merged so",
+            "merge one of them alone" + (", without --weight" if any(f != 1 for f in factors) else ""),
+            problems,
+        )
+    return loaded, factors

@@ -1,0 +1,141 @@
+"""The files of a merged folder beside its weights: copies, the index, and what the config has to say anew."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Container, Iterator, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from lora_export.base.checkpoint.checkpoint import Checkpoint
+from lora_export.base.checkpoint.links import refuse_links
+from lora_export.base.checkpoint.quantised import dequantised_config
+from lora_export.base.checkpoint.sentence_modules import module_paths
+from lora_export.base.checkpoint.vocabulary import resized_config
+from lora_export.base.checkpoint.weight_files import is_index, read_object
+from lora_export.base.history.history import MANIFEST
+from lora_export.base.placing.changes import Placed
+from lora_export.base.ties.ties import untied_config
+from lora_export.modes.merging.checkpoint_layout import Layout
+from lora_export.storage.safetensors import read_file_header
+
+# Weights in other formats: left out, or the output would hold the unmerged model beside the merged one.
+_OTHER_WEIGHTS = {
+    *(".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".tflite"),
+    *(".onnx", ".onnx_data", ".data", ".safetensors"),
+}
+
+
+# transformers' weights for one language, loaded over the model's own (Wav2Vec2, MMS: ``target_lang``).
+_LANGUAGE = "adapter.*.safetensors"
+
+
+def small_files(checkpoint: Checkpoint, changed: Container[str]) -> tuple[list[Path], list[str]]:
+    """Return the files to copy as they are, relative to the base, and those to leave out.
+
+    Args:
+        checkpoint: The base.
+        changed: Names of the tensors that the merge changes.
+
+    Raises:
+        CheckpointError: A file to copy is a link out of the folder, or no file.
+    """
+    shards = {shard.path for shard in checkpoint.shards}
+    written = {*shards, checkpoint.folder / MANIFEST}
+    small, left_out = [], []
+    modules = tuple(checkpoint.folder / path for path in module_paths(checkpoint.folder))
+    for path in _files(checkpoint.folder):
+        relative = path.relative_to(checkpoint.folder)
+        if path in written:
+            continue
+        nested_part = len(relative.parts) > 1 and path.suffix == ".safetensors"
+        if any(module in path.parents for module in modules) or _is_language(path, changed):
+            small.append(relative)
+            continue
+        adapter = path.name.startswith("adapter_") and path.suffix in (".json", ".safetensors", ".bin")
+        if adapter or (path.suffix in _OTHER_WEIGHTS and not nested_part) or _is_index(path, checkpoint):
+            left_out.append(str(relative))
+        else:
+            small.append(relative)
+    refuse_links(checkpoint.folder, [checkpoint.folder / path for path in small])
+    return small, left_out
+
+
+def _is_language(path: Path, changed: Container[str]) -> bool:
+    """Whether a file holds a language's weights, none of which the merge changes."""
+    if not fnmatch(path.name, _LANGUAGE):
+        return False
+    return not any(entry.name in changed for entry in read_file_header(path).entries)
+
+
+def _is_index(path: Path, checkpoint: Checkpoint) -> bool:
+    """Whether a file is the index of weights that are not written."""
+    others = path.name.endswith((".bin.index.json", ".h5.index.json")) or is_index(path.name)
+    nested = path.parent != checkpoint.folder
+    return others and path != checkpoint.index and not (nested and is_index(path.name))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield a folder's files and links, sorted, without hidden ones (.git, .cache)."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            yield from _files(path)
+        else:
+            yield path
+
+
+def says_quantised(path: Path) -> bool:
+    """Whether a file beside the weights says how they are quantised (ModelOpt, GPTQ and AWQ tools)."""
+    return path.name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+
+
+def copy_small_files(base: Path, files: list[Path], folder: Path) -> None:
+    """Copy files, given relative to ``base``, with their subfolders."""
+    for relative in files:
+        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(base / relative, folder / relative)
+
+
+def write_index(checkpoint: Checkpoint, layouts: Sequence[Layout], folder: Path) -> None:
+    """Write the index anew where sizes or names changed; otherwise its copy stays."""
+    if checkpoint.index is None:
+        return
+    index = read_object(checkpoint.index)
+    size = sum(slot.length for layout in layouts for slot in layout.slots)
+    files = zip(checkpoint.shards, layouts, strict=True)
+    names = {slot.name: shard.path.name for shard, layout in files for slot in layout.slots}
+    before = sum(tensor.length for tensor in checkpoint.tensors.values())
+    if names.keys() == checkpoint.tensors.keys() and size == before:
+        return
+    index["weight_map"] = dict(sorted(names.items()))
+    if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
+        index["metadata"]["total_size"] = size
+    (folder / checkpoint.index.name).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def write_config(
+    checkpoint: Checkpoint, folder: Path, placed: Placed, dtype: str | None, dequantised: bool
+) -> None:
+    """Change what the config says of dtype, tied embeddings, quantisation and vocabulary, if that changed."""
+    changed = dtype is not None or placed.untied or dequantised or placed.vocabulary is not None
+    if not checkpoint.config or not changed:
+        return
+    config = dequantised_config(checkpoint.config) if dequantised else dict(checkpoint.config)
+    nested = {key: dict(value) for key, value in config.items() if isinstance(value, dict)}
+    config.update(nested)
+    if dtype is not None:
+        for level in (config, *nested.values()):
+            for key in ("dtype", "torch_dtype"):
+                if isinstance(level.get(key), str):
+                    level[key] = dtype
+        if "dtype" not in config and "torch_dtype" not in config:
+            config["dtype"] = dtype
+    if placed.vocabulary is not None:
+        config = resized_config(config, *placed.vocabulary)
+    if placed.untied:
+        config = untied_config(config)
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / "config.json").write_text(text, "utf-8")

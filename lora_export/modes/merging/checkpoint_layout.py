@@ -1,0 +1,180 @@
+"""The layout of a shard that is written: tensors and order as before, another dtype or one tensor more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from lora_export.base.checkpoint.checkpoint import Shard, StoredTensor
+from lora_export.base.placing.changes import Placed, view_of
+from lora_export.storage.safetensors import DTYPES, FLOATS, METADATA, header_bytes
+from lora_export.storage.stream import BytesPiece, CopyPiece, MergePiece, Piece, RequantisedPiece
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor of the output.
+
+    Attributes:
+        name: Its name there.
+        tensor: The stored tensor that it comes from.
+        code: Its dtype there.
+        shape: Its shape there.
+        at: Where it starts, in bytes from the start of the output file.
+        length: Its size there.
+    """
+
+    name: str
+    tensor: StoredTensor
+    code: str
+    shape: tuple[int, ...]
+    at: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One file of the output: its header's bytes and its tensors, in file order."""
+
+    header: bytes
+    slots: tuple[Slot, ...]
+    size: int
+
+    @cached_property
+    def by_name(self) -> dict[str, Slot]:
+        """The tensors by their names."""
+        return {slot.name: slot for slot in self.slots}
+
+
+def layout_of(shard: Shard, placed: Placed, code: str | None) -> Layout:
+    """Lay a shard out again.
+
+    The header is written anew only if it has to say something new; the metadata and the order of names and
+    data stay. An added tensor goes behind the others of the shard that holds its source. With another dtype
+    codes with scales become plain values, and the scales are left out.
+
+    Args:
+        shard: The base's file.
+        placed: The plan.
+        code: Dtype of every float tensor, or None to leave each as it is.
+    """
+    dropped = placed.quantised.beside if code else set()
+    wanted = [(tensor.name, tensor) for tensor in shard.tensors if tensor.name not in dropped]
+    by_name = dict(wanted)
+    added = [(a.name, by_name[a.source]) for a in placed.added if a.source in by_name]
+    codes = [
+        code if code and (t.code in FLOATS or t.name in placed.quantised.scaled) else t.code
+        for _, t in wanted + added
+    ]
+    resized = any(name in placed.resized for name, _ in wanted)
+    same = len(wanted) == len(shard.tensors) and not added and not resized
+    if same and all(c == t.code for c, (_, t) in zip(codes, wanted, strict=True)):
+        header = shard.path.open("rb").read(shard.data_start)
+        slots = [Slot(name, t, t.code, t.shape, t.offset, t.length) for name, t in wanted]
+        return Layout(header, tuple(slots), shard.size)
+    at, slots = 0, []
+    for (name, tensor), new in zip(wanted + added, codes, strict=True):
+        shape = placed.resized.get(name, tensor.shape)
+        same = new == tensor.code and shape == tensor.shape
+        length = tensor.length if same else math.prod(shape) * DTYPES[new].itemsize
+        slots.append(Slot(name, tensor, new, shape, at, length))
+        at += length
+    header = _header(shard, slots)
+    moved = tuple(replace(slot, at=slot.at + len(header)) for slot in slots)
+    return Layout(header, moved, at + len(header))
+
+
+def pieces_of(layout: Layout, placed: Placed) -> Iterator[Piece]:
+    """Yield what the file is made of; runs of untouched tensors become one copy, patches are made late."""
+    yield BytesPiece(layout.header, 0)
+    run: CopyPiece | None = None
+    requantised = _requantised(layout, placed)
+    for slot in layout.slots:
+        if slot.name in requantised:
+            piece: Piece | None = requantised[slot.name]
+        elif not placed.changes.get(slot.name) and slot.code == slot.tensor.code:
+            run, done = _extended(run, slot)
+            if done is not None:
+                yield done
+            continue
+        else:
+            piece = _merged(slot, placed)
+        if run is not None:
+            yield run
+            run = None
+        if piece is not None:
+            yield piece
+    if run is not None:
+        yield run
+
+
+def _merged(slot: Slot, placed: Placed) -> MergePiece:
+    """Return the piece of a tensor that is changed, or written in another dtype."""
+    out = FLOATS[slot.code]
+    values = placed.quantised.values(slot.name) if slot.name in placed.quantised.scaled else None
+    if slot.name in placed.resized:
+        # All of it is replaced by the adapter's.
+        values = np.broadcast_to(np.zeros(1, FLOATS[slot.tensor.code]), slot.shape)
+    stored = FLOATS[slot.tensor.code] if values is None else values.dtype
+    wide: type[Any] = np.float64 if np.dtype(np.float64) in (stored, out) else np.float32
+    return MergePiece(
+        slot.name,
+        slot.tensor.file if values is None else values,
+        slot.tensor.offset,
+        slot.at,
+        view_of(slot.shape, slot.name in placed.stacked),
+        stored,
+        out,
+        [make(wide) for make in placed.changes.get(slot.name, [])],
+    )
+
+
+def _requantised(layout: Layout, placed: Placed) -> dict[str, RequantisedPiece | None]:
+    """Return what is written for codes that change and for their scales; None: with the other of the two."""
+    found: dict[str, RequantisedPiece | None] = {}
+    for name, scaled in placed.quantised.scaled.items():
+        codes, scales = layout.by_name.get(name), layout.by_name.get(scaled.scales.name)
+        stays = codes is None or codes.code == codes.tensor.code
+        if not placed.changes.get(name) or not stays or (codes is None and scales is None):
+            continue
+        if scales is not None:
+            found[scales.name] = None
+        found[name if codes is not None else scaled.scales.name] = RequantisedPiece(
+            name,
+            partial(placed.quantised.read, name),
+            scaled.grid,
+            view_of(scaled.codes.shape, name in placed.stacked),
+            [make(np.float32) for make in placed.changes[name]],
+            None if codes is None else codes.at,
+            None if scales is None else scales.at,
+        )
+    return found
+
+
+def _extended(run: CopyPiece | None, slot: Slot) -> tuple[CopyPiece, CopyPiece | None]:
+    """Return the run with the slot, and a finished run if the slot doesn't continue it."""
+    tensor = slot.tensor
+    if run is not None and (run.offset + run.length, run.at + run.length) == (tensor.offset, slot.at):
+        return CopyPiece(run.source, run.offset, run.length + slot.length, run.at), None
+    return CopyPiece(tensor.file, tensor.offset, slot.length, slot.at), run
+
+
+def _header(shard: Shard, slots: list[Slot]) -> bytes:
+    by_name = {slot.name: slot for slot in slots}
+    order = [*shard.header, *(name for name in by_name if name not in shard.header)]
+    header: dict[str, Any] = {}
+    for name in order:
+        if name == METADATA:
+            header[name] = shard.header[name]
+            continue
+        if name not in by_name:
+            continue
+        slot = by_name[name]
+        offsets = [slot.at, slot.at + slot.length]
+        header[name] = {"dtype": slot.code, "shape": list(slot.shape), "data_offsets": offsets}
+    return header_bytes(header)

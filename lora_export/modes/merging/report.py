@@ -1,0 +1,51 @@
+"""What a merge did, whichever base it went into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_export.plan import Plan
+from lora_export.storage.rounding import Rounding, rounding_dict, total_of
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did, or with ``dry_run`` would do.
+
+    Attributes:
+        plan: Every tensor of the adapters and where it went.
+        roundings: Module → what rounding cost; empty for a dry run.
+        outputs: What was (or would be) written: ``graph``, ``data``, ``manifest``, or ``folder``.
+        size_bytes: Size of the weights written.
+        shared_bytes: Weights that stay in the base's files.
+        left_out: Files of the base that were not copied, because they hold unmerged weights.
+        dry_run: Nothing was written.
+    """
+
+    plan: Plan
+    roundings: Mapping[str, Rounding] = field(default_factory=dict)
+    outputs: Mapping[str, Path] = field(default_factory=dict)
+    size_bytes: int = 0
+    shared_bytes: int = 0
+    left_out: tuple[str, ...] = ()
+    dry_run: bool = False
+
+    @property
+    def total(self) -> Rounding:
+        """What rounding cost over all modules."""
+        return total_of(self.roundings.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            "outputs": {name: str(path) for name, path in self.outputs.items()},
+            "dry_run": self.dry_run,
+            "size_bytes": self.size_bytes,
+            "shared_bytes": self.shared_bytes,
+            "plan": self.plan.as_dict(),
+            "rounding": rounding_dict(self.roundings),
+            "left_out": list(self.left_out),
+        }

@@ -1,0 +1,1 @@
+"""The inputs of a parity check: made, read, and what they cover."""

@@ -1,0 +1,91 @@
+"""Arrays by name from the user's ``.npz`` or ``.safetensors`` file: feeds, and outputs that were saved.
+
+An ``.npz`` is a zip archive of `numpy.save`'s files. Of each, what its header claims is compared with what
+the archive holds before memory is taken for it, and nothing but plain arrays is read.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from lora_export.adapter import Array
+from lora_export.errors import AdapterError, BackendError
+from lora_export.formats.reading.tensors import read_safetensors
+from lora_export.untrusted.archives import archive_entries, archive_problems
+
+SUFFIXES = (".npz", ".safetensors")
+_AGAIN = "save it again with numpy.savez(file, **arrays) or safetensors"
+_ENDING = ".npy"
+# Version 3 is for arrays of records, whose fields have names.
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+def read_arrays(path: Path) -> dict[str, Array]:
+    """Return name → array, in the file's order and this machine's byte order.
+
+    Args:
+        path: A file whose suffix is one of `SUFFIXES`.
+
+    Raises:
+        BackendError: It is damaged, claims more than it holds, or holds something else than arrays.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            return dict(read_safetensors(path)[0])
+        except AdapterError as error:
+            raise BackendError(error.message, _AGAIN, error.problems) from error
+    arrays: dict[str, Array] = {}
+    problems = []
+    try:
+        entries = archive_entries(path)
+        if found := archive_problems(path, entries):
+            hint = "save it with numpy.savez(file, **arrays), not compressed, or as .safetensors"
+            raise BackendError(f"{path} claims more than it holds", hint, found)
+        with zipfile.ZipFile(path) as archive:
+            for entry in entries:
+                name = entry.filename.removesuffix(_ENDING)
+                try:
+                    if name in arrays:
+                        raise ValueError("it is there twice, with .npy in its name and without")
+                    with archive.open(entry) as member:
+                        arrays[name] = _array(member, entry.file_size)
+                except Exception as error:  # a damaged member: zipfile, zlib and numpy raise many kinds
+                    problems.append(f"{name}: {type(error).__name__}: {error}")
+    except BackendError:
+        raise
+    except Exception as error:  # the same for a damaged file
+        raise BackendError(f"{path} can't be read: {_trouble(path, error)}", _AGAIN) from error
+    if problems:
+        hint = "save plain arrays of numbers with numpy.savez(file, **arrays)"
+        raise BackendError(f"{path} holds arrays that can't be read", hint, problems)
+    return arrays
+
+
+def _array(member: IO[bytes], size: int) -> Array:
+    version = np.lib.format.read_magic(member)
+    if version not in _HEADERS:
+        raise ValueError(f"version {version[0]}.{version[1]} of the format, wanted 1.0 or 2.0")
+    shape, transposed, dtype = _HEADERS[version](member)
+    needed, held = math.prod(shape) * dtype.itemsize, size - member.tell()
+    if dtype.hasobject or not dtype.itemsize or dtype.shape:
+        raise ValueError(f"holds {dtype}, wanted numbers")
+    if needed != held or min(shape, default=0) < 0:
+        raise ValueError(f"its shape {list(shape)} of {dtype} needs {needed} bytes, it holds {held}")
+    values: np.ndarray[Any, Any] = np.frombuffer(bytearray(member.read()), dtype)
+    values = values.reshape(shape, order="F" if transposed else "C")
+    # Equal numbers in another byte order are another dtype to numpy.
+    return values.astype(dtype.newbyteorder("="), copy=False)
+
+
+def _trouble(path: Path, error: Exception) -> str:
+    if not isinstance(error, OSError) and not zipfile.is_zipfile(path):
+        return "it is not a zip archive, which numpy.savez writes"
+    return f"{type(error).__name__}: {error}"

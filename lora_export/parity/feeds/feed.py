@@ -1,0 +1,278 @@
+"""What a graph's inputs are for, and a set of values for them.
+
+An input's kind comes from its name and dtype; the meaning of its dimensions from `engines.dims`, so that
+parity and an engine's profiles read a graph in the same way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_export.adapter import Array
+from lora_export.engines.dims import role_of
+from lora_export.engines.record import Port
+from lora_export.errors import GraphError
+from lora_export.graph.captured import BATCH, DECODER_SEQUENCE, PAST_SEQUENCE, SEQUENCE, TOTAL_SEQUENCE
+from lora_export.graph.onnx_file import load_graph
+
+InputKind = Literal["ids", "types", "positions", "steps", "mask", "past", "bytes", "bools", "values"]
+_PAST_NAME = re.compile(r"^past(_key_values|_key|_value|\b)")
+# Operators that leave ids what they are.
+_SAME_IDS = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
+_LOOKUPS = {"Gather": "axis", "GatherBlockQuantized": "gather_axis"}
+_TOKEN_KINDS = ("ids", "types", "positions", "mask")
+
+
+@dataclass(frozen=True)
+class InputPort:
+    """An input of a graph that a feed must have.
+
+    Attributes:
+        name: Its name.
+        dtype: Of numpy or `ml_dtypes`.
+        shape: For each axis its size, the name of its dimension, or None where it has neither.
+        rows: Where it is an index: how many rows the table has that the graph looks it up in, if known.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str | None, ...]
+    rows: int | None = None
+
+    @property
+    def kind(self) -> InputKind | None:
+        """What it is for; None where neither name nor dtype tells."""
+        name, rank = self.name.lower(), len(self.shape)
+        if _PAST_NAME.match(name):
+            return "past" if rank == 4 and is_float(self.dtype) else None
+        if "mask" in name:
+            return "mask" if rank == 2 else None
+        if is_float(self.dtype):
+            return "values"
+        if self.dtype == np.bool_:
+            return "bools"
+        if self.dtype == np.uint8:
+            return "bytes"
+        if not np.issubdtype(self.dtype, np.integer):
+            return None
+        if "cache_position" in name:
+            return "steps" if rank == 1 else None
+        return _integer_kind(name) if rank == 2 else None
+
+    def role(self, axis: int) -> str | None:
+        """Return what an axis counts, by the names of `captured`, or None where nothing tells."""
+        dim = self.shape[axis]
+        if self.kind == "past":
+            # Not by the dimension's name: onnxruntime-genai calls the head's size kv_cache_dim.
+            return {0: BATCH, 2: PAST_SEQUENCE}.get(axis)
+        if self.kind == "steps":
+            return SEQUENCE
+        if isinstance(dim, int) and (len(self.shape) == 1 or (axis and self.kind not in _TOKEN_KINDS)):
+            return None
+        if axis == 1 and dim is not None and isinstance(dim, int):
+            return self._side(SEQUENCE)
+        dims = tuple("" if size is None else size for size in self.shape)
+        found = role_of(Port(self.name, self.dtype.name, (), dims), axis)
+        if found is None and axis == 1 and self.kind in _TOKEN_KINDS:
+            found = SEQUENCE
+        return self._side(found, str(dim)) if found == SEQUENCE else found
+
+    def _side(self, role: str, symbol: str = "") -> str:
+        """Tell the tokens of a decoder behind an encoder from the encoder's."""
+        decoder = "decoder" in symbol or ("encoder" not in symbol and self.name.startswith("decoder_"))
+        return DECODER_SEQUENCE if decoder else role
+
+    @property
+    def text(self) -> str:
+        """Its dtype and shape for messages: ``int64 [batch, sequence]``."""
+        return f"{self.dtype.name} [{', '.join('?' if dim is None else str(dim) for dim in self.shape)}]"
+
+
+@dataclass(frozen=True, eq=False)
+class Feed:
+    """Values for all inputs of a graph but LoRA's.
+
+    Attributes:
+        label: What reports call it.
+        values: Input → values.
+        shared: Inputs without a batch axis: all rows have them in common.
+    """
+
+    label: str
+    values: Mapping[str, Array]
+    shared: frozenset[str] = frozenset()
+
+    @property
+    def batch(self) -> int:
+        """How many rows it has."""
+        for name in ("input_ids", "pixel_values", *self.values):
+            if name in self.values and name not in self.shared:
+                return int(self.values[name].shape[0])
+        return 1
+
+    @property
+    def mask(self) -> Array | None:
+        """Which of the tokens that logits stand for are no padding, bool ``[batch, sequence]``.
+
+        Tokens of the past are left out. Behind an encoder they are the decoder's: its own mask where the
+        graph has one, else None, for the encoder's says nothing of them.
+        """
+        prefix = "decoder_" if "decoder_input_ids" in self.values else ""
+        found = self.values.get(f"{prefix}attention_mask")
+        if found is None or found.ndim != 2:
+            return None
+        ids = self.values.get(f"{prefix}input_ids")
+        past = self.past if ids is None else found.shape[1] - ids.shape[1]
+        current: Array = found[:, max(past, 0) :] != 0
+        return current
+
+    @property
+    def past(self) -> int:
+        """How many past tokens its key-value cache holds."""
+        sizes = (v.shape[2] for name, v in self.values.items() if _PAST_NAME.match(name) and v.ndim == 4)
+        return int(next(sizes, 0))
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Input → its sizes."""
+        return {name: list(values.shape) for name, values in self.values.items()}
+
+    @property
+    def sha256(self) -> str:
+        """Hash of names, dtypes, sizes and values."""
+        found = hashlib.sha256()
+        for name, values in sorted(self.values.items()):
+            found.update(f"{name} {values.dtype} {values.shape}\n".encode())
+            found.update(np.ascontiguousarray(values).tobytes())
+        return found.hexdigest()
+
+
+def ids_left(feeds: Sequence[Feed], ports: Sequence[InputPort], vocab_size: int | None) -> list[str]:
+    """Return a line where some token ids are in no feed: their rows of the embedding are never read.
+
+    Args:
+        feeds: All of them.
+        ports: The graph's inputs.
+        vocab_size: How many token ids there are; None: as many as the graph's table has rows, if known.
+    """
+    if vocab_size is None:
+        vocab_size = max((port.rows or 0 for port in ports if port.kind == "ids"), default=0) or None
+    found = {
+        int(token)
+        for port in ports
+        if port.kind == "ids"
+        for feed in feeds
+        for token in np.unique(feed.values[port.name])
+    }
+    if not found or vocab_size is None or len(found) >= vocab_size:
+        return []
+    return [
+        f"{len(found):,} of {vocab_size:,} token ids occur in the inputs; what is wrong with other rows of "
+        "an embedding alone does not show (more: --samples, --sequence)"
+    ]
+
+
+def rows_of(feed: Feed, indices: Sequence[int]) -> Feed:
+    """Return a feed with some rows of another, in the order given; a row may come more than once.
+
+    Args:
+        feed: Where they are taken from.
+        indices: Numbers of rows.
+    """
+    chosen = np.asarray(indices, np.int64)
+    values = {name: v if name in feed.shared else v[chosen] for name, v in feed.values.items()}
+    return Feed(f"{feed.label}, rows {','.join(map(str, chosen))}", values, feed.shared)
+
+
+def shared_inputs(ports: Iterable[InputPort]) -> frozenset[str]:
+    """Return the names of inputs whose first axis is not the batch."""
+    return frozenset(port.name for port in ports if not port.shape or port.role(0) != BATCH)
+
+
+def sizes_by_role(ports: Sequence[InputPort]) -> list[tuple[InputPort, int, str | None]]:
+    """Return every axis of every input with what it counts.
+
+    Returns:
+        Input, axis, role. A mask of a fixed length covers past and new tokens where there is a cache.
+    """
+    cached = any(port.kind == "past" for port in ports)
+    found = []
+    for port in ports:
+        for axis, dim in enumerate(port.shape):
+            role = port.role(axis)
+            if cached and port.kind == "mask" and isinstance(dim, int) and role == SEQUENCE:
+                role = TOTAL_SEQUENCE
+            found.append((port, axis, role))
+    return found
+
+
+def ports_of_graph(path: Path, exclude: Collection[str] = ()) -> list[InputPort]:
+    """Return the inputs of an ONNX graph that a feed must have, in the graph's order.
+
+    Args:
+        path: The graph.
+        exclude: Inputs to leave out: LoRA's. Those with a default are left out anyway.
+
+    Raises:
+        GraphError: It can't be read, or has inputs that are no tensors of a known rank.
+    """
+    graph = load_graph(path).graph
+    values = [v for v in graph.inputs if v.name not in exclude and v.name not in graph.initializers]
+    problems = [
+        f"{value.name}: {value.type or 'no type'}" + (" of unknown rank" if value.shape is None else "")
+        for value in values
+        if not isinstance(value.type, ir.TensorType) or value.shape is None
+    ]
+    if problems:
+        raise GraphError(
+            f"{path.name} has inputs that are no tensors of a known rank",
+            "export it again with plain tensors as inputs",
+            problems,
+        )
+    return [_port(value) for value in values]
+
+
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Whether a dtype is a floating point type of numpy or `ml_dtypes`."""
+    return np.issubdtype(dtype, np.floating) or dtype.name.startswith(("bfloat", "float"))
+
+
+def _port(value: ir.Value) -> InputPort:
+    assert value.name is not None
+    assert value.shape is not None
+    assert value.dtype is not None
+    dims = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
+    # numpy has no fixed type for texts.
+    dtype = np.dtype(object if value.dtype == ir.DataType.STRING else value.dtype.numpy())
+    return InputPort(value.name, dtype, dims, _rows_looked_up(value))
+
+
+def _rows_looked_up(value: ir.Value) -> int | None:
+    """Return how many rows the smallest table has that a value is an index of."""
+    sizes, todo = [], [value]
+    while todo:
+        for node, position in todo.pop().uses():
+            if node.op_type in _SAME_IDS and position == 0:
+                todo.append(node.outputs[0])
+            elif node.op_type in _LOOKUPS and position == 1:
+                axis = node.attributes.get(_LOOKUPS[node.op_type])
+                table = node.inputs[0]
+                if table is not None and table.shape is not None and (axis is None or axis.as_int() == 0):
+                    sizes += [rows for rows in table.shape[:1] if isinstance(rows, int)]
+    return min(sizes, default=None)
+
+
+def _integer_kind(name: str) -> InputKind | None:
+    if "token_type" in name or "segment" in name:
+        return "types"
+    if "position" in name:
+        return "positions"
+    return "ids" if "ids" in name or "tokens" in name else None

@@ -1,0 +1,262 @@
+"""Feeds for a parity check, made from the graph's own inputs; `feeds_file.read_feeds` reads the user's.
+
+What is made: token ids within the vocabulary, dealt like cards so that as many different ones as possible
+occur; masks with rows padded on the left, rows padded on the right and full rows; an empty past and one of a
+few tokens; positions that count a row's own tokens; floats from a standard normal distribution.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from lora_export.adapter import Array
+from lora_export.errors import BackendError
+from lora_export.graph.captured import (
+    BATCH,
+    DECODER_SEQUENCE,
+    PAST_SEQUENCE,
+    SEQUENCE,
+    TOTAL_SEQUENCE,
+    Captured,
+)
+from lora_export.parity.feeds.feed import (
+    Feed,
+    InputPort,
+    ids_left,
+    ports_of_graph,
+    rows_of,
+    shared_inputs,
+    sizes_by_role,
+)
+from lora_export.parity.feeds.file import read_feeds
+from lora_export.parity.feeds.sizes import LENGTHS, Sizes, chosen_batches, chosen_sequences
+
+__all__ = ["Feed", "InputPort", "ids_left", "make_feeds", "ports_of_graph", "read_feeds", "rows_of"]
+
+# A cache's keys and values are smaller than what a layer's norm puts out.
+_PAST_SCALE = 0.5
+# Of a graph whose table of token types can't be seen: BERT's.
+_TYPES = 2
+_PADDINGS = ("none", "left", "right")
+
+
+def make_feeds(
+    ports: Sequence[InputPort],
+    captured: Captured | None = None,
+    batches: Sequence[int] | None = None,
+    sequences: Sequence[int] | None = None,
+    seed: int = 0,
+    samples: int = 8,
+    vocab_size: int | None = None,
+    first: Sequence[int] = (),
+    padded: bool = True,
+) -> list[Feed]:
+    """Make feeds for a graph; the same arguments give the same bytes.
+
+    Every batch and every sequence occurs, then every pair of them, then the pairs again with other values,
+    paddings and pasts; more samples leave the first ones as they are. Of a graph with a cache, every second
+    feed has a past. Behind an encoder the decoder
+    reads as many tokens as the next of the sequences says, so that the two differ.
+
+    Args:
+        ports: The graph's inputs without LoRA's.
+        captured: Its record, where it has one: vocabulary and largest sizes.
+        batches: Numbers of rows; None: what the graph fixes, else (1, 4).
+        sequences: Numbers of new tokens; None: what the graph fixes, else (1, 16) as far as the model has
+            positions. A graph without tokens does not look at them.
+        seed: Of the random values.
+        samples: How many feeds; at least as many as there are batches, and sequences.
+        vocab_size: How many token ids there are; goes before the record, and that before the graph's table.
+        first: Token ids that are dealt before all others.
+        padded: Some rows are padded, where the graph has a mask.
+
+    Returns:
+        ``samples`` feeds with different labels.
+
+    Raises:
+        BackendError: Inputs that are not understood, an unknown vocabulary, or sizes that the graph does not
+            take; all of them are listed.
+    """
+    sizes = Sizes.of(ports, captured)
+    unclear = _unclear(ports, captured, vocab_size)
+    wrong, rows = chosen_batches(batches, sizes)
+    more, tokens = chosen_sequences(sequences, sizes)
+    wrong += more + _number_problems(seed, samples, max(len(set(batches or ())), len(set(sequences or ()))))
+    if unclear or wrong:
+        hints = ["give values for all inputs: --feeds FILE.npz or FILE.safetensors"] * bool(unclear)
+        hints += ["give sizes that the graph takes: --batch, --sequence, --samples, --seed"] * bool(wrong)
+        raise BackendError("can't make feeds for the graph", "; ".join(hints), unclear + wrong)
+    maker = _Maker(ports, sizes, _vocabularies(ports, captured, vocab_size), seed, first, padded)
+    pairs = _pairs(rows, tokens)
+    return [maker.feed(number, pairs, tokens) for number in range(samples)]
+
+
+def _unclear(ports: Sequence[InputPort], captured: Captured | None, vocab_size: int | None) -> list[str]:
+    """Return a line for each input that nothing can be made for."""
+    problems = [f"{port.name}: {port.text}, don't know what it is" for port in ports if port.kind is None]
+    known = [port for port in ports if port.kind is not None]
+    problems += Sizes.of(known, captured).problems
+    vocabularies = _vocabularies(ports, captured, vocab_size)
+    problems += [
+        f"{port.name}: {port.text}, nothing tells how many token ids there are"
+        for port in ports
+        if port.kind == "ids" and vocabularies[port.name] is None
+    ]
+    if vocab_size is not None and vocab_size < 1:
+        problems.append(f"a vocabulary of {vocab_size} tokens")
+    return problems if ports else ["the graph has no inputs"]
+
+
+def _vocabularies(
+    ports: Sequence[InputPort], captured: Captured | None, vocab_size: int | None
+) -> dict[str, int | None]:
+    # The graph's own table last: if it lacks a row, the row is to be asked for.
+    known = vocab_size or (captured.vocab_size if captured else None)
+    return {port.name: known or port.rows for port in ports if port.kind == "ids"}
+
+
+def _number_problems(seed: int, samples: int, least: int) -> list[str]:
+    problems = [f"seed {seed}: must not be negative"] if seed < 0 else []
+    if samples < 1:
+        problems.append(f"samples {samples}: nothing would be checked")
+    elif samples < least:
+        problems.append(f"samples {samples}: {least} sizes were asked for, and each needs a feed")
+    return problems
+
+
+def _pairs(batches: Sequence[int], sequences: Sequence[int]) -> list[tuple[int, int]]:
+    """Return all pairs; the first ones have every batch and every sequence."""
+    longer = max(len(batches), len(sequences))
+    first = [(batches[i % len(batches)], sequences[i % len(sequences)]) for i in range(longer)]
+    return first + [pair for pair in itertools.product(batches, sequences) if pair not in first]
+
+
+class _Deck:
+    """Token ids, shuffled and dealt: none comes again before all have come."""
+
+    def __init__(self, size: int, random: np.random.Generator, first: Sequence[int] = ()) -> None:
+        self.size, self._random = size, random
+        deck = random.permutation(size)
+        chosen = np.asarray([token for token in first if token < size], deck.dtype)
+        self._left = np.concatenate([chosen, deck[~np.isin(deck, chosen)]])
+
+    def deal(self, count: int) -> Array:
+        dealt = self._left[:count]
+        self._left = self._left[count:]
+        while len(dealt) < count:
+            deck = self._random.permutation(self.size)
+            again = np.isin(deck, dealt)
+            # Those of this hand come last, so that a hand has no id twice where it need not.
+            deck = np.concatenate([deck[~again], deck[again]])
+            taken = count - len(dealt)
+            dealt, self._left = np.concatenate([dealt, deck[:taken]]), deck[taken:]
+        return dealt
+
+
+class _Maker:
+    """Makes one feed after the other."""
+
+    def __init__(
+        self,
+        ports: Sequence[InputPort],
+        sizes: Sizes,
+        vocabularies: dict[str, int | None],
+        seed: int,
+        first: Sequence[int],
+        padded: bool,
+    ) -> None:
+        self._ports, self._sizes, self._padded = ports, sizes, padded
+        self._shared = shared_inputs(ports)
+        self._random = np.random.default_rng(seed)
+        self._decks = {name: _Deck(size or 0, self._random, first) for name, size in vocabularies.items()}
+        self._roles = {(port.name, axis): role for port, axis, role in sizes_by_role(ports)}
+
+    def feed(self, number: int, pairs: Sequence[tuple[int, int]], sequences: Sequence[int]) -> Feed:
+        """Return the feed of a number; they are to be asked for in order."""
+        turn, place = divmod(number, len(pairs))
+        batch, sequence = pairs[place]
+        after = sequences[(sequences.index(sequence) + 1) % len(sequences)]
+        least, most = self._sizes.pasts(sequence)
+        past = least
+        if (turn + place) % 2 and most > least:
+            past = int(self._random.integers(min(2, most), most + 1))
+        lengths = {BATCH: batch, PAST_SEQUENCE: past, TOTAL_SEQUENCE: past + sequence}
+        lengths |= {SEQUENCE: sequence, DECODER_SEQUENCE: after, self._sizes.main: sequence}
+        lengths |= self._sizes.fixed
+        masks = {}
+        for later, side in enumerate(LENGTHS):
+            before = past if side == self._sizes.main else 0
+            masks[side] = self._mask(turn + place + later, side, batch, before, lengths[side])
+        values = {port.name: self._values(port, lengths, masks) for port in self._ports}
+        return Feed(self._label(number, lengths, masks), values, self._shared)
+
+    def _label(self, number: int, lengths: dict[str, int], masks: dict[str, Array]) -> str:
+        words = [f"batch {lengths[BATCH]}"]
+        words += [
+            f"{role.replace('_', ' ')} {lengths[role]}" for role in LENGTHS if role in self._sizes.roles
+        ]
+        words += [f"past {lengths[PAST_SEQUENCE]}"] * (PAST_SEQUENCE in self._sizes.roles)
+        words += ["padded"] * (not all(mask.all() for mask in masks.values()))
+        return f"{number + 1}: {', '.join(words)}"
+
+    def _mask(self, first: int, side: str, batch: int, past: int, sequence: int) -> Array:
+        """Return which tokens are none of padding, bool ``[batch, past + sequence]``."""
+        mask = np.ones((batch, past + sequence), np.bool_)
+        has_mask = any(port.kind == "mask" and self._side(port) == side for port in self._ports)
+        if not (has_mask and self._padded):
+            return mask
+        for row in range(batch):
+            padding = _PADDINGS[(row + first) % len(_PADDINGS)]
+            # Never all tokens of the past, nor all of the new ones.
+            most = past - 1 if padding == "left" and past else sequence - 1
+            if padding == "none" or most < 1:
+                continue
+            count = int(self._random.integers(1, most + 1))
+            if padding == "left":
+                mask[row, :count] = False
+            else:
+                mask[row, past + sequence - count :] = False
+        return mask
+
+    def _side(self, port: InputPort) -> str:
+        roles = {self._roles[port.name, axis] for axis in range(len(port.shape))}
+        return DECODER_SEQUENCE if DECODER_SEQUENCE in roles else SEQUENCE
+
+    def _values(self, port: InputPort, lengths: dict[str, int], masks: dict[str, Array]) -> Array:
+        shape = tuple(
+            dim if isinstance(dim, int) else lengths[str(self._roles[port.name, axis])]
+            for axis, dim in enumerate(port.shape)
+        )
+        mask = masks[self._side(port)]
+        made = self._made(port, shape, mask)
+        return np.ascontiguousarray(made.astype(port.dtype))
+
+    def _made(self, port: InputPort, shape: tuple[int, ...], mask: Array) -> Array:
+        """Return values, not yet in the input's dtype; of a mask its last tokens, as many as fit."""
+        random, kind = self._random, port.kind
+        if kind == "ids":
+            return self._ids(port.name, mask[:, mask.shape[1] - shape[1] :])
+        if kind == "types":
+            return random.integers(0, port.rows or _TYPES, shape)
+        if kind == "positions":
+            places: Array = np.maximum(mask.cumsum(1) - 1, 0)
+            return places[:, mask.shape[1] - shape[1] :]
+        if kind == "steps":
+            return np.arange(mask.shape[1] - shape[0], mask.shape[1])
+        if kind == "mask":
+            return mask[:, mask.shape[1] - shape[1] :]
+        if kind == "bytes":
+            return random.integers(0, 256, shape)
+        if kind == "bools":
+            return random.integers(0, 2, shape)
+        return random.standard_normal(shape) * (_PAST_SCALE if kind == "past" else 1)
+
+    def _ids(self, name: str, mask: Array) -> Array:
+        """Return ids: dealt where a token counts, any where there is padding."""
+        deck = self._decks[name]
+        ids = self._random.integers(0, deck.size, mask.shape)
+        ids[mask] = deck.deal(int(mask.sum()))
+        return ids

@@ -1,0 +1,1 @@
+"""From two runs to verdicts: metrics, limits, verdicts."""

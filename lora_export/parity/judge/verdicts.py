@@ -1,0 +1,257 @@
+"""From tallies to verdicts: what passes, by how much, and why the limit is what it is.
+
+Outputs are judged in groups (all layers of a cache are one), each with its worst member's figure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from lora_export.parity.judge.limits import (
+    EFFECT_CEILING,
+    FACTOR,
+    TIES_FACTOR,
+    Limit,
+    Rounding,
+    applied_limit,
+    effect_limit,
+    limit_of,
+    pooled_own,
+    pooled_ties,
+)
+from lora_export.parity.judge.metrics import Distance, Tally, group_of
+from lora_export.parity.result import BASE, State, Verdict, state_name
+
+_NOTHING_MOVES = "the adapter changes nothing on these feeds (B = 0, or what it changes is never read)"
+_UNKNOWN = (
+    "the reference was not run without the adapter, so its effect is not known; "
+    "of a graph --base tells it, of saved outputs base/…"
+)
+StateTallies = Mapping[State, Mapping[str, Tally]]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What the user asked for.
+
+    Attributes:
+        rtol: None: ``auto``.
+        atol: None: ``auto``.
+    """
+
+    rtol: float | None = None
+    atol: float | None = None
+
+    @property
+    def auto(self) -> bool:
+        """The limits come from the dtypes."""
+        return self.rtol is None
+
+    def __str__(self) -> str:
+        return "auto" if self.auto else f"{self.rtol:g},{self.atol:g}"
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What limits depend on.
+
+    Attributes:
+        dtype: The candidate's.
+        tolerance: The user's.
+        rounding: What the merge's manifest says; None where nothing was merged or rounded.
+        limits: (state, group) → its limits, filled as states are judged.
+    """
+
+    dtype: str
+    tolerance: Tolerance = field(default_factory=Tolerance)
+    rounding: Rounding | None = None
+    limits: dict[tuple[State, str], Limit] = field(default_factory=dict)
+
+    def judge(self, tallies: StateTallies) -> list[Verdict]:
+        """Return the verdicts on every state; afterwards `limits` are known."""
+        worst_own: dict[str, float] = {}
+        for outputs in tallies.values():
+            for group, members in groups(outputs).items():
+                own = pooled_own(list(members.values()))
+                if own is not None:
+                    worst_own[group] = max(worst_own.get(group, 0.0), own[1])
+        verdicts: list[Verdict] = []
+        for state, outputs in tallies.items():
+            verdicts += finite_verdicts(state, outputs)
+            for group, members in groups(outputs).items():
+                verdicts += self._errors(state, group, members, worst_own.get(group))
+            if state != BASE:
+                verdicts += self.effects(state, outputs)
+        return _one_moves(verdicts)
+
+    def _errors(
+        self, state: State, group: str, members: Mapping[str, Tally], worst_own: float | None
+    ) -> list[Verdict]:
+        counted = list(members.values())
+        norm = math.sqrt(sum(tally.wanted_squared for tally in counted)) or 1.0
+        effect = math.sqrt(sum(tally.moved_squared for tally in counted)) / norm
+        ties = pooled_ties(counted)
+        limit = limit_of(self.dtype, pooled_own(counted), worst_own, effect, self.rounding, ties)
+        each = {
+            name: FACTOR * tally.relative(tally.own) + TIES_FACTOR * tally.relative(tally.ties or Distance())
+            for name, tally in members.items()
+            if tally.own is not None and not tally.own.infinite
+        }
+        self.limits[state, group] = limit = replace(limit, each=each, norm=norm)
+        return self.errors(state_name(state), group, members, limit)
+
+    def errors(
+        self, state: str, group: str, members: Mapping[str, Tally], limit: Limit, kind: str = ""
+    ) -> list[Verdict]:
+        """Return the verdicts on the errors of a group of outputs.
+
+        Args:
+            state: What was active, for people.
+            group: Name of the group.
+            members: Its outputs.
+            limit: The limits, where the tolerance is ``auto``.
+            kind: Of a law: what it is called.
+        """
+        label, usable = (f"{kind}: " if kind else ""), usable_members(members)
+        if not usable:
+            return []
+        if not self.tolerance.auto:
+            return [self._within(state, group, usable, label)]
+        relative = max(usable.items(), key=lambda item: item[1].relative(item[1].got) / limit.of(item[0])[0])
+        worst = max(usable.items(), key=lambda item: item[1].worst(item[1].got))
+        allowed, why = limit.of(relative[0])
+        shown = f"{group} ({len(members)})" if len(members) > 1 else next(iter(members))
+
+        def verdict(name: str, member: str, value: float, largest: float, why: str) -> Verdict:
+            passed = value <= largest
+            where = f"; in {member}" if len(members) > 1 and not passed else ""
+            return Verdict(
+                "law" if kind else "error", label + name, state, shown, value, largest, passed, why + where
+            )
+
+        return [
+            verdict(
+                "relative error",
+                relative[0],
+                relative[1].relative(relative[1].got),
+                allowed,
+                why,
+            ),
+            verdict("worst position", worst[0], worst[1].worst(worst[1].got), limit.worst, limit.why_worst),
+        ]
+
+    def _within(self, state: str, group: str, members: Mapping[str, Tally], label: str) -> Verdict:
+        value = max(tally.got.beyond for tally in members.values())
+        why = f"largest |difference| / (atol + rtol × |reference|), as given: {self.tolerance}"
+        name = f"{label}tolerance"
+        return Verdict("law" if label else "error", name, state, group, value, 1.0, value <= 1.0, why)
+
+    def effects(self, state: State, outputs: Mapping[str, Tally]) -> list[Verdict]:
+        """Return the verdicts on whether an adapter is applied."""
+        name = state_name(state)
+        judged = {output: tally for output, tally in outputs.items() if tally.moved}
+        if not judged:
+            return [_unproven(name, "", _UNKNOWN)]
+        moving = {output: tally for output, tally in judged.items() if tally.moved_squared > 0}
+        if not moving:
+            # Without finite values there is no telling; they have failed already.
+            return [_unproven(name, "", _NOTHING_MOVES)] if usable_members(judged) else []
+        # What the model is for; a cache only where nothing else moves.
+        main = {output: tally for output, tally in moving.items() if group_of(output) == output} or moving
+        verdicts = []
+        for output, tally in usable_members(main).items():
+            verdicts += self._effect(name, output, tally)
+        return verdicts
+
+    def _effect(self, state: str, output: str, tally: Tally) -> list[Verdict]:
+        own = tally.own if tally.own is not None and not tally.own.infinite else None
+        share = None if own is None else abs(tally.applied(own) - 1)
+        ratio = None if own is None else tally.error_over_effect(own)
+        ties = 0.0 if tally.ties is None else tally.error_over_effect(tally.ties)
+        value = abs(tally.applied(tally.got) - 1)
+        limit, why = applied_limit(self.dtype, share, None if ratio is None else max(ratio, ties))
+        applied = value <= limit
+        if not applied:
+            why = f"{tally.applied(tally.got):.3g} of the adapter's effect is there; {why}"
+        verdicts = [Verdict("effect", "adapter applied", state, output, value, limit, applied, why)]
+        # What a tolerance was given for, as quantising loses it, is no part of what the adapter adds.
+        value = (tally.error_over_effect if self.tolerance.auto else tally.drift_over_effect)(tally.got)
+        limit, why = effect_limit(self.dtype, ratio, tally.effect, self.rounding, ties)
+        if value > limit and ratio is not None and ratio > EFFECT_CEILING / 2:
+            why = (
+                f"PyTorch itself in {self.dtype} is off by {ratio:.2g} of the effect ({tally.effect:.2g}): "
+                f"in this dtype it can't be shown that the adapter is applied; check a float32 export"
+            )
+        verdicts.append(Verdict("effect", "error / effect", state, output, value, limit, value <= limit, why))
+        return verdicts
+
+
+def _one_moves(verdicts: list[Verdict]) -> list[Verdict]:
+    """Let adapters without effect fail where there is no other: nothing would tell them from none at all.
+
+    Beside one that moves the outputs they are said and pass. Where the reference can't be run without the
+    adapter, no effect can be asked for.
+    """
+    effects = [verdict for verdict in verdicts if verdict.kind == "effect"]
+    if any(verdict.counted for verdict in effects):
+        return verdicts
+    why = f"{_NOTHING_MOVES}: nothing shows that any adapter is applied"
+    return [
+        replace(verdict, passed=False, why=why) if verdict.why == _NOTHING_MOVES else verdict
+        for verdict in verdicts
+    ]
+
+
+def _unproven(state: str, output: str, why: str) -> Verdict:
+    return Verdict("effect", "adapter applied", state, output, math.nan, math.inf, True, why, counted=False)
+
+
+def usable_members(members: Mapping[str, Tally]) -> dict[str, Tally]:
+    """Return the outputs without NaN and infinite values; the others have failed already."""
+    return {name: tally for name, tally in members.items() if not tally.got.infinite and not tally.infinite}
+
+
+def groups(outputs: Mapping[str, Tally]) -> dict[str, dict[str, Tally]]:
+    """Return group → its outputs."""
+    found: dict[str, dict[str, Tally]] = {}
+    for output, tally in outputs.items():
+        found.setdefault(group_of(output), {})[output] = tally
+    return found
+
+
+def finite_verdicts(
+    state: State, outputs: Mapping[str, Tally], law: str = "", right: str = "the reference"
+) -> list[Verdict]:
+    """Return one verdict on NaN and infinite values: they never pass, on either side.
+
+    Args:
+        state: What was active.
+        outputs: The tallies.
+        law: What is checked, where it is a law.
+        right: What the candidate is compared with.
+    """
+    problems, count = [], 0
+    for output, tally in outputs.items():
+        for side, found in (("the candidate", tally.got.infinite), (right, tally.infinite)):
+            if found:
+                count += found
+                problems.append(f"{output} of {side}: {found}")
+    why = "no NaN and no Inf on either side"
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        why = "NaN or Inf in " + ", ".join(problems[:3]) + more
+    name = f"{law}: finite" if law else "finite"
+    return [Verdict("finite", name, state_name(state), "", float(count), 0.0, not count, why)]
+
+
+def largest_limit(limits: Mapping[tuple[State, str], Limit], states: Iterable[State], group: str) -> Limit:
+    """Return the largest limit of a group in several states: of a batch whose rows are in different ones."""
+    found: Sequence[Limit] = [limits[state, group] for state in states if (state, group) in limits]
+    widest = max(found, key=lambda limit: limit.relative)
+    worst = max(found, key=lambda limit: limit.worst)
+    each: dict[str, float] = {}
+    for limit in found:
+        each |= {output: max(value, each.get(output, 0.0)) for output, value in limit.each.items()}
+    return Limit(widest.relative, worst.worst, widest.why, worst.why_worst, each, widest.ties, widest.norm)

@@ -1,0 +1,1 @@
+"""Where the error of a candidate begins."""

@@ -1,0 +1,225 @@
+"""Where the error of a candidate begins: the first module whose output is further off than rounding explains.
+
+Modules are run with their outputs exposed, in the graph and in PyTorch. In the order of the computation, all
+that comes before the mistake is off by rounding alone (`module_error`), so the first one that is not, though
+what goes into it is right, holds the mistake. Of many modules only some are exposed at first, then those
+between the last good and the first bad one; all of them, in turns, only where none is bad.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_export.adapter import Array
+from lora_export.errors import LoraExportError
+from lora_export.graph.onnx_file import GraphFile, load_graph
+from lora_export.parity.localise.find_modules import NOT_FOUND, ModuleShape, Probe, find_probes
+from lora_export.parity.localise.module_error import Measured, Runs, Taken
+from lora_export.parity.localise.run_inside import run_with_outputs
+from lora_export.parity.localise.torch_modules import bare_output, modules_of, weight_in
+from lora_export.parity.localise.walk import shown
+from lora_export.parity.result import BASE, Localisation, State, state_name
+from lora_export.runtimes.ort.device import Provider
+from lora_export.runtimes.torch.reference import TorchReference
+
+if TYPE_CHECKING:
+    import torch
+
+# Most modules that are exposed at once.
+MOST = 64
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What is compared, on one feed.
+
+    Attributes:
+        reference: PyTorch in high precision.
+        model: The model in it.
+        own: PyTorch in the candidate's dtype; None where there is no such run.
+        candidate: The ``.onnx`` file.
+        provider: Where it runs.
+        values: The feed.
+        tensors: More inputs of the candidate, that put it into the state: LoRA tensors, a bank's weights.
+        state: What is active.
+        dtype: The candidate's.
+        masks: Which positions are not padding, see `valid_positions`.
+    """
+
+    reference: TorchReference
+    model: torch.nn.Module
+    own: TorchReference | None
+    candidate: Path
+    provider: Provider
+    values: Mapping[str, Array]
+    tensors: Mapping[str, Array]
+    state: State
+    dtype: str = "float32"
+    masks: Sequence[Array] = ()
+
+
+def localise(sources: Sources, most: int = MOST) -> Localisation:
+    """Find the module at which the error begins.
+
+    Args:
+        sources: What is compared.
+        most: Most modules that are exposed at once; at least 2.
+
+    Returns:
+        What was found. Nothing is raised, so that a verdict never gets lost: the note says why there is no
+        table.
+    """
+    name, file = state_name(sources.state), sources.candidate.name
+    if sources.candidate.suffix != ".onnx":
+        return Localisation(name, "", note=f"{file} is an engine: nothing inside it can be seen")
+    try:
+        graph, modules = load_graph(sources.candidate), modules_of(sources.model)
+        found, missing = find_probes(graph, modules, lambda target: weight_in(sources.model, target))
+        probes, lost = _once(found, missing, modules)
+        if not probes:
+            return Localisation(name, "", note=f"no module of the model could be found in {file}")
+        return _Search(sources, graph, probes, lost, most).run()
+    except LoraExportError as error:
+        return Localisation(name, "", note=f"could not look into {file}: {error.message}")
+    except Exception as error:  # a defect of ours, or a graph that nobody thought of
+        return Localisation(name, "", note=f"could not look into {file}: {type(error).__name__}: {error}")
+
+
+def _once(
+    probes: Sequence[Probe], missing: Mapping[str, str], modules: Sequence[ModuleShape]
+) -> tuple[list[Probe], dict[str, str]]:
+    """Keep one name of each module, that of its first call, and those that are missing under all names."""
+    identity = {module.path: module.identity for module in modules}
+    kept: dict[int, Probe] = {}
+    for probe in probes:
+        kept.setdefault(identity[probe.module], probe)
+    lost: dict[int, str] = {}
+    for path in missing:
+        if identity[path] not in kept:
+            lost.setdefault(identity[path], path)
+    return list(kept.values()), {path: missing[path] for path in lost.values()}
+
+
+@dataclass
+class _Search:
+    """The search so far.
+
+    Attributes:
+        sources: What is compared.
+        graph: The candidate.
+        probes: What can be looked at, in the order of the computation.
+        lost: Modules that can't, and why.
+        most: Most that are exposed at once.
+        seen: Number of a probe → what was found.
+        unlike: Numbers of probes whose value is not what PyTorch's module returns.
+    """
+
+    sources: Sources
+    graph: GraphFile
+    probes: Sequence[Probe]
+    lost: dict[str, str]
+    most: int
+    seen: dict[int, Measured] = field(default_factory=dict)
+    unlike: list[int] = field(default_factory=list)
+
+    def run(self) -> Localisation:
+        """Look at all modules, or at some and then between the last good and the first bad one."""
+        numbers = range(len(self.probes))
+        while unseen := [n for n in numbers if n not in self.seen and n not in self.unlike]:
+            self._look(self._spread(unseen))
+            first = self._first_off()
+            # A small error may drown in the noise of what follows: then all are looked at, in turns.
+            numbers = numbers if first is None else self._before(first)
+        return self._result(self._first_off())
+
+    def _spread(self, numbers: Sequence[int]) -> list[int]:
+        """Return these numbers, or of many some that are evenly spaced, the last one among them."""
+        if len(numbers) <= self.most:
+            return list(numbers)
+        picks = np.linspace(0, len(numbers) - 1, self.most).round().astype(int)
+        return [numbers[n] for n in picks.tolist()]
+
+    def _first_off(self) -> int | None:
+        return min((n for n, measured in self.seen.items() if measured.off), default=None)
+
+    def _before(self, first: int) -> range:
+        """Return what the first bad module may have its error from."""
+        good = max((n for n in self.seen if n < first), default=-1)
+        between = range(good + 1, first)
+        done = all(n in self.unlike for n in between)
+        if done and self.seen[first].off_in:
+            # The good one may stand beside the mistake, in another branch, not behind it.
+            return range(max(0, first - self.most), first)
+        return between
+
+    def _look(self, numbers: Sequence[int]) -> None:
+        """Run both sides with these modules exposed."""
+        sources, chosen = self.sources, [self.probes[n] for n in numbers]
+        taps = [tap for probe in chosen for tap in (*probe.y, *((probe.x,) if probe.x else ()))]
+        feeds = {**sources.values, **sources.tensors}
+        got = run_with_outputs(self.graph, [tap.value for tap in taps], feeds, sources.provider)
+        runs = self._runs([probe.module for probe in chosen])
+        for number, probe in zip(numbers, chosen, strict=True):
+            parts = [shown(tap, got, probe.axis) for tap in probe.y]
+            y = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=probe.axis)
+            x = shown(probe.x, got, probe.axis) if probe.x else None
+            if probe.axis != probe.module_axis:
+                y = np.moveaxis(y, probe.axis, probe.module_axis)
+                x = None if x is None else np.moveaxis(x, probe.axis, probe.module_axis)
+            measured = runs.measure(probe.module, x, y, probe.module_axis)
+            if measured is None:
+                self.unlike.append(number)
+            else:
+                self.seen[number] = measured
+
+    def _runs(self, paths: list[str]) -> Runs:
+        """Run PyTorch; at the first time also those that are lost, to know whether they run at all."""
+        sources = self.sources
+        more = [] if self.seen or self.unlike else list(self.lost)[: self.most]
+        _, right = sources.reference.run_with_modules(sources.values, sources.state, [*paths, *more])
+        self.lost = {path: why for path, why in self.lost.items() if path not in more or path in right}
+        without: Taken = right
+        if sources.state != BASE:
+            _, without = sources.reference.run_with_modules(sources.values, BASE, paths)
+        own: Taken = {}
+        if sources.own is not None:
+            _, own = sources.own.run_with_modules(sources.values, sources.state, paths)
+        bare = {path: bare_output(sources.model, path, x) for path, (x, _) in right.items()}
+        added = {path: values for path, values in bare.items() if values is not None}
+        return Runs(right, without, own, added, sources.dtype, sources.masks)
+
+    def _result(self, first: int | None) -> Localisation:
+        module, notes = "", []
+        if first is None:
+            notes.append("no module's error jumps: it begins behind the last one, or other feeds show it")
+        elif self.seen[first].off_in:
+            reader, before = self.probes[first].module, [n for n in self.seen if n < first]
+            where = f"behind {self.probes[max(before)].module}" if before else "before all that can be seen"
+            notes.append(f"the error comes in with what {reader} reads: it begins {where}")
+        else:
+            module = self.probes[first].module
+            if math.isnan(self.seen[first].row.error_in):
+                notes.append(f"what goes into {module} can't be seen: the error may begin shortly before it")
+        rows = tuple(replace(self.seen[n].row, jumped=n == first and bool(module)) for n in sorted(self.seen))
+        unlike = [self.probes[n].module for n in self.unlike]
+        notes += [
+            *_listed("not found in the graph", [path for path, why in self.lost.items() if why == NOT_FOUND]),
+            *_listed("of another size in the graph", unlike),
+            *(f"{path}: {why}" for path, why in self.lost.items() if why != NOT_FOUND),
+        ]
+        looked = len(self.seen) + len(self.unlike)
+        return Localisation(
+            state_name(self.sources.state), module, rows, looked, len(self.probes), "; ".join(notes)
+        )
+
+
+def _listed(what: str, names: Sequence[str]) -> list[str]:
+    more = f", … ({len(names)})" if len(names) > _SHOWN else ""
+    return [f"{what}: {', '.join(names[:_SHOWN])}{more}"] if names else []

@@ -1,0 +1,1 @@
+"""What is compared: candidate and reference."""

@@ -1,0 +1,242 @@
+"""Both sides of a parity check, opened: candidate, reference, and PyTorch in the candidate's dtype."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_export.adapter import Adapter
+from lora_export.base.checkpoint.checkpoint import read_config
+from lora_export.base.checkpoint.own_code import code_notes
+from lora_export.errors import BackendError
+from lora_export.parity.judge.limits import STEP
+from lora_export.parity.judge.verdicts import Tolerance
+from lora_export.parity.result import BASE, State, state_name
+from lora_export.parity.sides.candidate import About, Candidate, describe, open_candidate
+from lora_export.parity.sides.merged import Merged, read_merged
+from lora_export.parity.sides.reference import (
+    CheckpointReference,
+    GraphReference,
+    Reference,
+    SavedReference,
+    open_reference,
+)
+from lora_export.runtimes.ort.device import Provider
+from lora_export.runtimes.torch.reference import TorchReference
+
+PathLike = str | os.PathLike[str]
+_DTYPES = tuple(STEP)
+
+
+@dataclass
+class Sides:
+    """Both sides, opened.
+
+    Attributes:
+        candidate: What is checked.
+        reference: What is right.
+        own: PyTorch in the candidate's dtype; None where there is no such run.
+        dtype: The candidate's.
+        merged: What the candidate's manifest says.
+        blend: The state of a plain candidate.
+        notes: What a user should know.
+    """
+
+    candidate: Candidate
+    reference: Reference
+    own: TorchReference | None
+    dtype: str
+    merged: Merged
+    blend: State
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for.
+
+    Attributes:
+        tolerance: Of errors.
+        dtype: What the candidate is held to; None: what it says of itself.
+        reference_dtype: What PyTorch computes the reference in; None: as the dtype asks for.
+    """
+
+    tolerance: Tolerance
+    dtype: str | None
+    reference_dtype: str | None
+
+    @property
+    def tolerance_pair(self) -> tuple[float, float] | None:
+        """``(rtol, atol)`` where the user gave one."""
+        if self.tolerance.rtol is None or self.tolerance.atol is None:
+            return None
+        return self.tolerance.rtol, self.tolerance.atol
+
+
+def tolerance_of(given: str | tuple[float, float]) -> Tolerance:
+    """Read a tolerance.
+
+    Raises:
+        BackendError: It is none.
+    """
+    if given == "auto":
+        return Tolerance()
+    try:
+        parts = given.split(",") if isinstance(given, str) else given
+        rtol, atol = (float(part) for part in parts)
+    except (TypeError, ValueError) as error:
+        raise BackendError(f"tolerance is {given!r}", "give auto, or rtol,atol: 1e-3,1e-5") from error
+    if not (0 <= rtol < float("inf") and 0 <= atol < float("inf") and rtol + atol > 0):
+        raise BackendError(f"tolerance is {given!r}", "give finite numbers from 0 on, not both 0: 1e-3,1e-5")
+    return Tolerance(rtol, atol)
+
+
+def known_dtype(dtype: str | None, among: Sequence[str] = _DTYPES) -> str | None:
+    """Return a dtype that is known, or None.
+
+    Raises:
+        BackendError: It is not known.
+    """
+    if dtype is not None and dtype not in among:
+        raise BackendError(f"there is no dtype {dtype!r} to check in", f"one of: {', '.join(among)}")
+    return dtype
+
+
+def open_sides(
+    reference: Path,
+    candidate: Path,
+    adapters: Mapping[str, Adapter],
+    weights: Sequence[float],
+    base: PathLike | None,
+    provider: Provider | None,
+    options: Options,
+) -> Sides:
+    """Open candidate and reference.
+
+    Raises:
+        BackendError: They can't be compared so.
+        LoraExportError: As opening a graph, a checkpoint or an adapter.
+    """
+    about = describe(candidate, provider)
+    if reference.is_file() and reference.samefile(candidate):
+        raise BackendError(
+            f"{candidate.name} would be compared with itself",
+            "give what it was exported from: a checkpoint folder, another graph, or saved outputs",
+        )
+    merged = _merged(about, adapters, weights)
+    blend = merged.state
+    dtype = options.dtype or about.dtype
+    if about.types.quantised and options.tolerance.auto:
+        raise BackendError(
+            f"{candidate.name} is quantised, and no dtype tells what that loses",
+            "give --tolerance rtol,atol",
+            about.types.quantised,
+        )
+    high = options.reference_dtype or ("float64" if STEP[dtype] <= STEP["float32"] else "float32")
+    opened = open_candidate(about, adapters)
+    right = open_reference(
+        reference, adapters, high, blend, Path(base) if base is not None else None, provider or "cpu"
+    )
+    if base is not None and not adapters:
+        raise BackendError(
+            "--base tells what an adapter changes, and no adapter was given",
+            "give --adapter, or leave --base out",
+        )
+    if isinstance(right, GraphReference):
+        _same_inputs(about, right.graph.about)
+    own = None
+    if isinstance(right, CheckpointReference) and dtype != high:
+        own = TorchReference(reference, dtype, adapters)
+    code = code_notes(read_config(reference)) if isinstance(right, CheckpointReference) else ()
+    notes = [*code, *merged.notes, *_of_dtypes(about, dtype, reference, str(right.about["dtype"]))]
+    return Sides(opened, right, own, dtype, merged, blend, notes)
+
+
+def _merged(about: About, adapters: Mapping[str, Adapter], weights: Sequence[float]) -> Merged:
+    """Return what is merged into the candidate."""
+    if wrong := [weight for weight in weights if not math.isfinite(weight)]:
+        raise BackendError(f"weights are {', '.join(map(str, wrong))}", "give finite numbers")
+    if about.mode == "plain":
+        return read_merged(about.path, adapters, weights)
+    if weights:
+        raise BackendError(
+            f"weights are of adapters that were merged; {about.path.name} is a {about.mode} graph",
+            "omit --weight (weights=)",
+        )
+    return Merged()
+
+
+def _of_dtypes(about: About, dtype: str, reference: Path, right: str) -> list[str]:
+    """Return what a user should know where the candidate is held to another dtype than something is in."""
+    notes, mostly = [], about.types.mostly
+    if mostly not in (None, dtype) and STEP[str(mostly)] > STEP[dtype]:
+        notes.append(
+            f"most weights of {about.path.name} are stored in {mostly}, it is held to {dtype}; "
+            f"if that is meant: --dtype {mostly}"
+        )
+    if STEP[dtype] > STEP[about.dtype]:
+        notes.append(
+            f"{about.path.name} is in {about.dtype} and held to {dtype}, as asked: the limits are wider"
+        )
+    if STEP.get(right, 0.0) > STEP[dtype]:
+        notes.append(
+            f"{reference.name} is in {right}, coarser than {dtype}, which the candidate is held to; "
+            f"if that is meant: --dtype {right}"
+        )
+    return notes
+
+
+def _same_inputs(candidate: About, reference: About) -> None:
+    """Refuse graphs that read different things.
+
+    Raises:
+        BackendError: An input of one is none of the other.
+    """
+    names = [{port.name for port in about.ports} for about in (candidate, reference)]
+    if names[0] != names[1]:
+        raise BackendError(
+            "the reference graph and the candidate have different inputs",
+            "compare graphs that were exported alike: both with a key-value cache, or both without",
+            [
+                *(f"only {candidate.path} has {name}" for name in sorted(names[0] - names[1])),
+                *(f"only {reference.path} has {name}" for name in sorted(names[1] - names[0])),
+            ],
+        )
+
+
+def vocabulary_of(sides: Sides) -> int | None:
+    """Return how many token ids the reference knows, where it is a checkpoint."""
+    right = sides.reference
+    return right.model.vocab_size if isinstance(right, CheckpointReference) else None
+
+
+def _how_to_run(sides: Sides) -> str:
+    """Return what to give for a reference that lacks adapters of the candidate."""
+    if isinstance(sides.reference, SavedReference):
+        output = sides.candidate.about.outputs[0]
+        return f"save the outputs of each adapter as NAME/{output}, or give a checkpoint folder"
+    return "give a checkpoint folder as the reference, or outputs saved with each of them"
+
+
+def states_of(sides: Sides) -> list[State]:
+    """Return the states that both sides can be in, the base first.
+
+    Raises:
+        BackendError: There is none.
+    """
+    wanted = sides.candidate.states(sides.blend)
+    states = [state for state in wanted if sides.reference.has(state)]
+    lacking = [state_name(state) for state in wanted if state not in states and state != BASE]
+    if lacking or not states:
+        raise BackendError(
+            "the reference can't be run with every adapter of the candidate", _how_to_run(sides), lacking
+        )
+    saved = sides.reference.outputs if isinstance(sides.reference, SavedReference) else {}
+    if left := [state_name(state) for state in saved if state not in (*wanted, BASE)]:
+        sides.notes.append(f"saved for {', '.join(left)}, which the candidate can't be: not compared")
+    if BASE in wanted and BASE not in states:
+        sides.notes.append("the reference can't be run without adapter: the candidate's base is not checked")
+    return states

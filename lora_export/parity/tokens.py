@@ -1,0 +1,191 @@
+"""Greedy tokens, step by step on both sides, until they differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from lora_export.adapter import Array
+from lora_export.errors import BackendError
+from lora_export.graph.captured import SEQUENCE, TOTAL_SEQUENCE, Captured
+from lora_export.parity.feeds.made import Feed, InputPort
+from lora_export.parity.result import Generated, State, Verdict, state_name
+
+Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
+_PAST, _PRESENT = "past_key_values.", "present."
+_KNOWN = ("input_ids", "attention_mask", "position_ids")
+_PROMPT = 8
+
+
+def check_decoder(
+    ports: Sequence[InputPort],
+    outputs: Sequence[str],
+    where: str,
+    count: int = 1,
+    captured: Captured | None = None,
+) -> None:
+    """Refuse what can't go on from its own tokens, or not for so many.
+
+    Raises:
+        BackendError: The candidate is no decoder, or takes fewer tokens.
+    """
+    if count < 0:
+        raise BackendError(f"can't generate {count} tokens", "give a number from 1 on, or leave it out")
+    largest = captured.largest if captured is not None else {}
+    most = min((largest[role] for role in (SEQUENCE, TOTAL_SEQUENCE) if role in largest), default=None)
+    if most is not None and _PROMPT + count > most:
+        raise BackendError(
+            f"{where} takes {most} tokens: a prompt of {_PROMPT} and {count} new ones are more",
+            f"give at most --generate {most - _PROMPT}" if most > _PROMPT else "leave out --generate",
+        )
+    names = [port.name for port in ports]
+    strange = [name for name in names if name not in _KNOWN and not name.startswith(_PAST)]
+    unclear = [
+        f"input {port.name}: {list(port.shape)}"
+        for port in ports
+        if port.name.startswith(_PAST)
+        and not (len(port.shape) == 4 and isinstance(port.shape[1], int) and isinstance(port.shape[3], int))
+    ]
+    if unclear:
+        raise BackendError(
+            f"{where} does not say how many heads its cache has, or how large they are",
+            "leave out --generate, or export it with these sizes fixed",
+            unclear,
+        )
+    if "input_ids" not in names or "logits" not in outputs or strange:
+        raise BackendError(
+            f"{where} is no decoder that generates text: it has to read input_ids and to return logits",
+            "leave out --generate",
+            [f"input {name}: not known to a decoder" for name in strange],
+        )
+
+
+def prompts_of(feeds: Sequence[Feed], count: int) -> list[tuple[int, ...]]:
+    """Return the beginnings of unpadded rows of the feeds, of different feeds first.
+
+    Raises:
+        BackendError: No feed has any token.
+    """
+    found: list[tuple[int, ...]] = []
+    for feed in feeds:
+        ids = feed.values["input_ids"]
+        row = ids[0] if feed.mask is None else ids[0][feed.mask[0].astype(bool)]
+        prompt = tuple(int(token) for token in row[:_PROMPT])
+        if prompt and prompt not in found:
+            found.append(prompt)
+    if not found:
+        raise BackendError("no feed begins with a row of tokens to go on from", "leave out --generate")
+    return sorted(found, key=len, reverse=True)[:count]
+
+
+class _Stream:
+    """One side's context: tokens so far, and the cache where there is one."""
+
+    def __init__(self, run: Run, ports: Sequence[InputPort], prompt: Sequence[int]) -> None:
+        self._run = run
+        self._ports = {port.name: port for port in ports}
+        self._caches = [name for name in self._ports if name.startswith(_PAST)]
+        self._tokens = list(prompt)
+        self._new = list(prompt)
+        self._past = {name: self._empty(self._ports[name]) for name in self._caches}
+
+    @staticmethod
+    def _empty(port: InputPort) -> Array:
+        _, heads, _, size = port.shape
+        return np.zeros((1, int(heads or 0), 0, int(size or 0)), port.dtype)
+
+    def logits(self) -> Array:
+        """Return the logits behind the last token, ``(vocab,)``."""
+        length = len(self._tokens)
+        ids = self._new if self._caches else self._tokens
+        given = {
+            "input_ids": np.array([ids]),
+            "attention_mask": np.ones((1, length)),
+            "position_ids": np.arange(length - len(ids), length)[None],
+        }
+        values = {
+            name: values.astype(self._ports[name].dtype)
+            for name, values in given.items()
+            if name in self._ports
+        }
+        outputs = self._run({**values, **self._past})
+        for name in self._caches:
+            self._past[name] = outputs[_PRESENT + name.removeprefix(_PAST)]
+        last: Array = outputs["logits"][0, -1].astype(np.float64)
+        return last
+
+    def push(self, token: int) -> None:
+        """Go on with a token."""
+        self._tokens.append(token)
+        self._new = [token]
+
+
+def generate(
+    reference: Run,
+    candidate: Run,
+    ports: Sequence[InputPort],
+    prompt: Sequence[int],
+    count: int,
+    state: State,
+    tie: float,
+) -> Generated:
+    """Generate until ``count`` tokens are equal or one differs.
+
+    Args:
+        reference: Runs the reference in the state.
+        candidate: Runs the candidate in it.
+        ports: What they read.
+        prompt: Token ids.
+        count: How many tokens.
+        state: What is active.
+        tie: Logits of the reference that are nearer than this can't be told apart.
+    """
+    streams = _Stream(reference, ports, prompt), _Stream(candidate, ports, prompt)
+    chosen: tuple[list[int], list[int]] = [], []
+    for _ in range(count):
+        wanted, got = (stream.logits() for stream in streams)
+        tokens = int(wanted.argmax()), int(got.argmax())
+        for tokens_of, token in zip(chosen, tokens, strict=True):
+            tokens_of.append(token)
+        finite = bool(np.isfinite(got).all() and np.isfinite(wanted).all())
+        if tokens[0] != tokens[1] or not finite:
+            gap = float(wanted[tokens[0]] - wanted[tokens[1]]) if finite else math.nan
+            equal = len(chosen[0]) - 1
+            near = finite and gap <= tie
+            return Generated(
+                state_name(state), tuple(prompt), tuple(chosen[0]), tuple(chosen[1]), equal, near
+            )
+        for stream in streams:
+            stream.push(tokens[0])
+    return Generated(state_name(state), tuple(prompt), tuple(chosen[0]), tuple(chosen[1]), count)
+
+
+def token_verdicts(found: Sequence[Generated], count: int, tie: Mapping[str, float]) -> list[Verdict]:
+    """Return one verdict a state: how many tokens differ, ties not counted.
+
+    Args:
+        found: What was generated.
+        count: Tokens asked for.
+        tie: State → the gap below which a difference is a tie.
+    """
+    verdicts = []
+    for state in dict.fromkeys(entry.state for entry in found):
+        mine = [entry for entry in found if entry.state == state]
+        wrong = [entry for entry in mine if entry.equal < count and not entry.tie]
+        ties = sum(entry.tie for entry in mine)
+        why = f"{sum(entry.equal for entry in mine)} greedy tokens of {len(mine)} prompts are equal"
+        if ties:
+            why += f"; {ties} ended at a tie: the reference's own logits are nearer than {tie[state]:.1e}"
+        if wrong:
+            at = wrong[0]
+            why = f"token {at.equal + 1} is {at.candidate[-1]}, the reference chose {at.reference[-1]}; {why}"
+        # Where every prompt ended at once, with a tie, no token was compared.
+        counted = bool(wrong) or any(entry.equal for entry in mine)
+        verdicts.append(
+            Verdict(
+                "tokens", "greedy tokens", state, "logits", float(len(wrong)), 0.0, not wrong, why, counted
+            )
+        )
+    return verdicts

@@ -1,0 +1,57 @@
+"""How large a base model is, from headers and file sizes: no weight is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_export.base.checkpoint.checkpoint import Checkpoint
+from lora_export.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class BaseSize:
+    """Size of a base model.
+
+    Attributes:
+        path: What was measured.
+        parameters: Stored values (tied weights once); None where the files don't tell without reading them.
+        size_bytes: Of the weights.
+    """
+
+    path: str
+    parameters: int | None
+    size_bytes: int
+
+
+def base_size(path: Path) -> BaseSize:
+    """Measure a Hugging Face checkpoint folder or an ONNX file with its external data.
+
+    Raises:
+        CheckpointError: Nothing is there, or a folder that is damaged or without weights.
+        GraphError: A damaged ONNX file, or one without its external data.
+    """
+    if path.is_file() and path.suffix == ".onnx":
+        return _onnx_size(path)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"there is no base model at {path}", "give a Hugging Face folder or an .onnx file"
+        )
+    if any(path.glob("*.safetensors*")):
+        tensors = Checkpoint.open(path).tensors.values()
+        return BaseSize(str(path), sum(math.prod(t.shape) for t in tensors), sum(t.length for t in tensors))
+    pickles = sorted(path.glob("pytorch_model*.bin"))
+    if pickles:
+        return BaseSize(str(path), None, sum(file.stat().st_size for file in pickles))
+    raise CheckpointError(
+        f"{path} has no .safetensors or pytorch_model.bin", "give the folder of a Hugging Face model"
+    )
+
+
+def _onnx_size(path: Path) -> BaseSize:
+    from lora_export.graph.onnx_file import byte_size, load_graph, shape_of
+
+    tensors = [value.const_value for value in load_graph(path).initializers()]
+    sizes = [(math.prod(shape_of(t)), byte_size(t)) for t in tensors if t is not None]
+    return BaseSize(str(path), sum(count for count, _ in sizes), sum(size for _, size in sizes))

@@ -1,0 +1,1 @@
+"""What `parity` shows, writes and asserts."""

@@ -1,0 +1,286 @@
+"""Two parity reports, before and now: what became worse by more than the noise between machines.
+
+The limits of a check say whether an export is right; a baseline says whether it is still as good as before.
+Two machines (or two versions of a runtime) sum in other orders and fuse other operations, so numbers move:
+
+- The error of a float network differs by up to about 2 between machines: that is the usual ``factor``.
+- Below a floor of the coarser dtype all is noise. One operation errs by at most the unit roundoff u (2⁻²⁴
+  for float32); over some tens of layers such errors add up like a random walk: a relative error of √16·u.
+- KL is quadratic in the error δ of the logits, ½·Var(δ): its factor is ``factor``². With logits of the
+  size of 10 its floor is ½·(10·4u)².
+- top-1 differs where two logits are nearer than their error, 10·4u. With three positions in ten that have
+  such a pair within 1, a share of 0.3·10·4u = 12u is noise, and one position more, since it can't be divided.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lora_export.errors import LoraExportError
+from lora_export.parity.result import ParityReport
+from lora_export.reports.parity.to_json import check_report
+from lora_export.reports.parity.words import number, plural
+from lora_export.untrusted.shown import printable
+
+FACTOR = 2.0
+_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+_LAYERS = 4.0  # √16
+_LOGITS = 10.0
+_NEAR_PAIRS = 0.3
+
+
+@dataclass(frozen=True)
+class Floors:
+    """What is noise whatever it was before, for one pair of dtypes.
+
+    Attributes:
+        relative: Relative error.
+        kl: Kullback-Leibler divergence in nats.
+        top1: Share of positions whose largest logit differs.
+    """
+
+    relative: float
+    kl: float
+    top1: float
+
+
+@dataclass(frozen=True)
+class Regression:
+    """One thing that is worse than in the baseline.
+
+    Attributes:
+        kind: ``verdict`` (passed and fails now), ``metric`` (worse by more than noise), ``vanished`` (not
+            checked now), ``void`` (proved something and proves nothing now).
+        name: What was checked or measured.
+        state: Name of the state.
+        output: Name of the output, or "".
+        before: The value in the baseline.
+        now: The value now; NaN where there is none.
+        limit: Largest value (of ``top1``: smallest) that is no regression; NaN where there is none.
+        why: Why this is one.
+    """
+
+    kind: Literal["verdict", "metric", "vanished", "void"]
+    name: str
+    state: str
+    output: str
+    before: float
+    now: float
+    limit: float
+    why: str
+
+
+def floors(*dtypes: str) -> Floors:
+    """Return the noise of a comparison between these dtypes, the coarsest's; an unknown one is float32."""
+    roundoff = max(_ROUNDOFF.get(dtype, _ROUNDOFF["float32"]) for dtype in dtypes)
+    relative = _LAYERS * roundoff
+    return Floors(relative, kl=0.5 * (_LOGITS * relative) ** 2, top1=_NEAR_PAIRS * _LOGITS * relative)
+
+
+def compare(
+    old: Mapping[str, Any] | ParityReport, new: ParityReport | Mapping[str, Any], factor: float = FACTOR
+) -> list[Regression]:
+    """Return what is worse in a report than in its baseline; nothing where it is as good.
+
+    Args:
+        old: The baseline, as `read_report` returns it.
+        new: The report of now.
+        factor: How many times larger an error may be.
+
+    Raises:
+        LoraExportError: A report is damaged, the baseline proves nothing, or the two are not of the same
+            check; with all reasons.
+    """
+    if not (math.isfinite(factor) and factor >= 1):
+        raise LoraExportError(
+            f"a baseline's factor must be a number from 1 on, not {factor:g}", f"omit factor= for {FACTOR:g}"
+        )
+    before, now = _data(old, "the baseline"), _data(new, "the report")
+    if reasons := list(_incomparable(before, now)):
+        raise LoraExportError(
+            "the baseline can't be compared with this check",
+            "write a new one: the same check without --baseline, with --report FILE",
+            reasons,
+        )
+    found = list(_verdict_regressions(before["verdicts"], now["verdicts"]))
+    found += _token_regressions(before["generated"], now["generated"])
+    return found + list(_metric_regressions(before, now, factor))
+
+
+def lines(regressions: Sequence[Regression]) -> list[str]:
+    """Return what a user reads of a comparison; the last line is its verdict."""
+    text: list[str] = []
+    for row in regressions:
+        what = ", ".join(printable(part) for part in (row.name, row.state, row.output) if part)
+        values = [f"{number(row.before)} before, {number(row.now)} now"]
+        values += [] if math.isnan(row.limit) else [f"limit {number(row.limit)}"]
+        text += [f"WORSE  {what}: {', '.join(values)}", f"       {printable(row.why)}"]
+    if regressions:
+        return [*text, f"FAILED: {plural(len(regressions), 'thing')} worse than the baseline"]
+    return ["PASSED: nothing is worse than the baseline"]
+
+
+def _data(report: Mapping[str, Any] | ParityReport, name: str) -> dict[str, Any]:
+    data = report.as_dict() if isinstance(report, ParityReport) else dict(report)
+    check_report(data, name)
+    return data
+
+
+def _incomparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Yield every reason why two reports are not of the same check."""
+    if not any(row["counted"] and row["passed"] for row in old["verdicts"]):
+        yield "the baseline is empty: no check in it passed and proved something"
+    for side, keys in (("reference", ("kind", "dtype", "sha256")), ("candidate", ("mode", "dtype"))):
+        for key in keys:
+            yield from _differs(f"{side}'s {key}", old[side].get(key), new[side].get(key))
+    if not (old["reference"].get("sha256") and new["reference"].get("sha256")):
+        # Without a hash, the folder's own name: what lies above differs from machine to machine.
+        names = [report["reference"]["path"].rstrip("/").rpartition("/")[2] for report in (old, new)]
+        yield from _differs("reference's name", *names)
+    adapters = [{row["name"]: row for row in report["adapters"]} for report in (old, new)]
+    yield from _differs("adapters", *(", ".join(sorted(rows)) or "none" for rows in adapters))
+    for name in sorted(adapters[0].keys() & adapters[1].keys()):
+        for key in ("sha256", "modules", "scaling"):
+            yield from _differs(f"adapter {name!r}: {key}", adapters[0][name][key], adapters[1][name][key])
+    # A wider tolerance lets pass what failed before.
+    yield from _differs("tolerance", old["tolerance"], new["tolerance"])
+    if reason := _feeds_differ(old["feeds"], new["feeds"]):
+        yield reason
+
+
+def _differs(what: str, before: Any, now: Any) -> Iterator[str]:
+    # A hash that one side lacks says nothing about the other's.
+    if before != now and not (what.endswith("sha256") and not (before and now)):
+        yield f"the {what}: {printable(before)} in the baseline, {printable(now)} now"
+
+
+def _feeds_differ(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> str:
+    before, now = ({row["label"]: row for row in feeds} for feeds in (old, new))
+    changed = sorted(
+        label
+        for label in before.keys() | now.keys()
+        if label not in before or label not in now or _feed_differs(before[label], now[label])
+    )
+    if changed:
+        listed = ", ".join(printable(label) for label in changed[:5])
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        return f"the feeds: {len(before)} in the baseline, {len(now)} now; not the same: {listed}{more}"
+    return "" if len(old) == len(new) else f"the feeds: {len(old)} in the baseline, {len(new)} now"
+
+
+def _feed_differs(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    # Only feeds from a file have a hash, and reports of older versions have none.
+    hashes = old.get("sha256"), new.get("sha256")
+    return old["shapes"] != new["shapes"] or (all(hashes) and hashes[0] != hashes[1])
+
+
+def _verdict_regressions(
+    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
+) -> Iterator[Regression]:
+    before, now = _by_check(old), _by_check(new)
+    for (kind, name, state, output), rows in before.items():
+        current = now.get((kind, name, state, output), [])
+        value, seen = _worst(rows), _worst(current)
+        said = (name, state, output, value, seen)
+        if len(current) < len(rows):
+            why = (
+                f"checked {len(rows)} times before, {len(current)} now"
+                if current
+                else "is not checked any more"
+            )
+            yield Regression("vanished", *said, math.nan, why)
+            continue
+        failed = [row for row in current if not row["passed"]]
+        if failed and all(row["passed"] for row in rows):
+            yield Regression(
+                "verdict", *said, float(failed[0]["limit"]), f"passed, fails now: {failed[0]['why']}"
+            )
+        elif any(row["counted"] for row in rows) and not any(row["counted"] for row in current):
+            yield Regression("void", *said, math.nan, "proved something before, proves nothing now")
+    for (kind, name, state, output), rows in now.items():
+        if (kind, name, state, output) not in before and not all(row["passed"] for row in rows):
+            said = (name, state, output, math.nan, _worst(rows))
+            yield Regression("verdict", *said, float(rows[0]["limit"]), "a check that is new, and fails")
+
+
+def _token_regressions(
+    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
+) -> Iterator[Regression]:
+    """Yield the states of which more tokens were compared before than are asked for now."""
+    # A run that met no difference has as many tokens as were asked for. Where each met one (a tie), it can't
+    # be told how many that were, and a tie is no regression.
+    asked = max((run["equal"] for run in new if run["equal"] == len(run["reference"])), default=None)
+    states = {run["state"] for run in new}  # of the others the verdict is gone, which is said once
+    compared: dict[str, int] = {}
+    for run in old:
+        compared[run["state"]] = max(compared.get(run["state"], 0), len(run["reference"]))
+    for state, before in compared.items():
+        if asked is not None and state in states and asked < before:
+            why = "fewer greedy tokens are asked for: --generate is smaller"
+            yield Regression("vanished", "greedy tokens", state, "logits", before, asked, math.nan, why)
+
+
+def _by_check(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str, str], list[Mapping[str, Any]]]:
+    found: dict[tuple[str, str, str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["kind"], row["name"], row["state"], row["output"]), []).append(row)
+    return found
+
+
+def _worst(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Return the largest value; NaN is worse than any, and stands for no value."""
+    values = [float(row["value"]) for row in rows]
+    return math.nan if not values or any(map(math.isnan, values)) else max(values)
+
+
+def _metric_regressions(
+    old: Mapping[str, Any], new: Mapping[str, Any], factor: float
+) -> Iterator[Regression]:
+    noise = floors(new["reference"]["dtype"], new["candidate"]["dtype"])
+    current = {(row["state"], row["output"]): row for row in new["metrics"]}
+    for row in old["metrics"]:
+        now = current.get((row["state"], row["output"]), {})
+        # Reports of older versions don't say how many positions were compared.
+        positions = now.get("positions") or _positions(new["feeds"])
+        one = 1 / positions if positions else 0.0
+        for name, before in _measured(row).items():
+            said = (name, row["state"], row["output"], before)
+            value = now.get(name)
+            if value is None:
+                yield Regression("vanished", *said, math.nan, math.nan, "is not measured any more")
+                continue
+            limit, why = _limit(name, before, factor, noise, one)
+            value = float(value)
+            # Written so that NaN is worse.
+            if not (value >= limit if name == "top1" else value <= limit):
+                yield Regression("metric", *said, value, limit, why)
+
+
+def _measured(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a baseline that can become worse; what was no number then can't."""
+    values = {name: float(row[name]) for name in ("relative", "kl", "top1") if row[name] is not None}
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def _limit(name: str, before: float, factor: float, noise: Floors, one: float) -> tuple[float, str]:
+    """Return the worst value that is no regression, and why."""
+    if name == "relative":
+        floor = noise.relative
+        return factor * max(
+            before, floor
+        ), f"more than {factor:g} × what it was or {number(floor)}, which is noise"
+    if name == "kl":
+        floor, squared = noise.kl, factor**2
+        return squared * max(
+            before, floor
+        ), f"more than {squared:g} × what it was or {number(floor)}, which is noise"
+    differ = factor * max(1 - before, noise.top1) + one
+    return 1 - differ, f"more than {factor:g} × the positions that differed or {noise.top1:.2%}, and one more"
+
+
+def _positions(feeds: Sequence[Mapping[str, Any]]) -> int:
+    """Return how many positions the feeds have logits for, padding too; 0 where they are no tokens."""
+    return sum(math.prod(row["shapes"].get("input_ids", [0])) for row in feeds)

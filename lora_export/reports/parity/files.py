@@ -1,0 +1,167 @@
+"""The reports of a parity check as files: JSON, JUnit, HTML."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_export.errors import LoraExportError, OutputError
+from lora_export.graph.onnx_file import load_graph
+from lora_export.parity.result import ParityReport
+from lora_export.reports.parity.to_html import report_html
+from lora_export.reports.parity.to_json import report_json
+from lora_export.reports.parity.to_junit import junit_xml
+from lora_export.storage.outputs import OutputSet, output_errors, places_of
+
+_WRITERS: Mapping[str, Callable[[ParityReport], str]] = {
+    "json": report_json,
+    "junit": junit_xml,
+    "html": report_html,
+}
+_OPTIONS = {"json": "--report", "junit": "--junit", "html": "--html"}
+# What lies beside a graph or an engine under its stem.
+_BESIDE = {".onnx": (".lora.json",), ".engine": (".lora.json", ".json", ".log")}
+_ADAPTER_CONFIG = "adapter_config.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".data")
+_CONFIGS = (_ADAPTER_CONFIG, "config.json")
+Outputs = Mapping[str, Path | None]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a check reads: no report may replace it.
+
+    Attributes:
+        candidate: Graph or engine.
+        reference: Folder or file.
+        base: The graph without the adapter.
+        feeds: File of inputs.
+        baseline: An earlier report.
+        adapters: Folders and files.
+    """
+
+    candidate: Path
+    reference: Path
+    base: Path | None = None
+    feeds: Path | None = None
+    baseline: Path | None = None
+    adapters: tuple[Path, ...] = ()
+
+
+def check_outputs(outputs: Outputs, force: bool, inputs: Inputs) -> None:
+    """Refuse what could not be written, before anything is run.
+
+    Raises:
+        OutputError: Two reports have one path, one would replace what the check reads, lies in a folder that
+            can't be written, or exists without ``force``; all of them.
+    """
+    problems: list[str] = []
+    hints: set[str] = set()
+    seen: dict[Path, str] = {}
+    for kind, path in outputs.items():
+        if path is None:
+            continue
+        option, known = _OPTIONS[kind], path.resolve()
+        if known in seen:
+            problems.append(f"{seen[known]} and {option} are both {path}")
+            hints.add("give each a path of its own")
+        seen[known] = option
+        if why := _refused(path, inputs):
+            problems.append(f"{option} {path}{why}")
+            hints.add("give a path at which a file can be written")
+        elif _there(path) and not force:
+            problems.append(f"{option} {path} exists")
+            hints.add("choose another name, or give --force")
+    if problems:
+        raise OutputError("the reports can't be written", "; ".join(sorted(hints)), problems)
+
+
+def _refused(path: Path, inputs: Inputs) -> str:
+    """Return why a report can't have this path, "" if it can."""
+    if path.is_dir():
+        return " is a folder"
+    if any(parent.is_file() for parent in path.parents):
+        return " lies below a file, not in a folder"
+    if what := next(_read_as(path, inputs), ""):
+        # Not even with --force.
+        return f" is {what}"
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return f" can't be written: you may not write to {folder}"
+    return ""
+
+
+def _read_as(path: Path, inputs: Inputs) -> Iterator[str]:
+    """Yield what the file at a path is to the check."""
+    places = places_of(path)
+    named = {
+        "the baseline": inputs.baseline,
+        "the candidate": inputs.candidate,
+        "the reference": inputs.reference,
+        "the graph of --base": inputs.base,
+        "the file of --feeds": inputs.feeds,
+    }
+    given = [(name, file) for name, file in named.items() if file is not None]
+    given += [("the adapter", adapter) for adapter in inputs.adapters]
+    for name, file in given:
+        if places & places_of(file):
+            yield f"{name} itself"
+        elif file.is_dir():
+            # A new file there replaces nothing. Of what lies deeper, a model reads configs and weights; a
+            # report of ours may well lie there.
+            inside = [place for place in places if file.resolve() in place.parents]
+            if _there(path) and any(
+                place.parent == file.resolve() or place.name in _CONFIGS or place.suffix in _WEIGHTS
+                for place in inside
+            ):
+                yield f"a file of {name}, {file}"
+        elif any(_goes_with(place, own, name) for place in places for own in places_of(file)):
+            yield f"a file of {name}, {file}, or would be taken for one"
+        elif file.suffix == ".onnx" and _there(path) and places & _data_of(file):
+            yield f"data of {name}, {file}"
+
+
+def _goes_with(path: Path, file: Path, name: str) -> bool:
+    """Whether a path is that of an adapter's config, or of a graph's external data, manifest or record."""
+    if path.parent != file.parent:
+        return False
+    if name == "the adapter":
+        return path.name == _ADAPTER_CONFIG
+    endings = _BESIDE.get(file.suffix, ())
+    return bool(endings) and (
+        path.name.startswith(file.name) or path.name in {file.stem + ending for ending in endings}
+    )
+
+
+def _data_of(graph: Path) -> set[Path]:
+    try:
+        return {place for file in load_graph(graph).data_files() for place in places_of(file)}
+    except LoraExportError:  # said when it is opened
+        return set()
+
+
+def _there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def write_reports(report: ParityReport, outputs: Outputs, force: bool = False) -> list[Path]:
+    """Write the reports that were asked for; all of them appear, or none.
+
+    Args:
+        report: What to write.
+        outputs: Where to.
+        force: Replace files that exist; whether they may be replaced is `check_outputs`'s question.
+
+    Raises:
+        OutputError: One exists already or can't be written.
+    """
+    written = [(kind, path) for kind, path in outputs.items() if path is not None]
+    with OutputSet(force) as group:
+        for kind, path in written:
+            staged = group.stage(path)
+            with output_errors(path):
+                staged.write_text(_WRITERS[kind](report), encoding="utf-8")
+        group.commit()
+    return [path for _, path in written]

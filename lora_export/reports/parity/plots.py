@@ -1,0 +1,196 @@
+"""The plots of a `ParityReport` as inline SVG: error by module, error against effect, values against values.
+
+A number that has no place (NaN, infinite) is not drawn, and the caption counts it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from lora_export.parity.result import Localisation, OutputMetrics, ParityReport, Scatter
+from lora_export.reports.parity.svg import (
+    BOTTOM,
+    LARGEST,
+    LEFT,
+    RIGHT,
+    TOP,
+    Axis,
+    cross,
+    curve,
+    dot,
+    figure,
+    frame,
+    label,
+    linear_axis,
+    log_axis,
+    segment,
+)
+from lora_export.reports.parity.words import number, plural
+from lora_export.untrusted.shown import safe
+
+# The number of a layer in a module's path.
+_LAYER = re.compile(r"\.(\d+)\.")
+_LAYERS_NAMED = 24
+
+
+class _Line(NamedTuple):
+    field: str
+    kind: str
+    said: str
+
+
+_LINES = (
+    _Line("effect", "effect", "effect of the adapter"),
+    _Line("own_out", "own", "PyTorch’s own error"),
+    _Line("error_out", "error", "error of the candidate"),
+)
+
+
+def error_by_module(found: Localisation) -> str:
+    """Return the error along the computation, module by module; "" where there is nothing to draw."""
+    width, height = 1000.0, 340.0
+    rows = found.rows
+    values = [getattr(row, line.field) for row in rows for line in _LINES]
+    y = log_axis(values, height - BOTTOM, TOP)
+    if y is None:
+        return ""
+    x = Axis(-0.5, len(rows) - 0.5, LEFT, width - RIGHT)
+    parts = [
+        *frame(
+            width, height, None, y, "layers and their modules, in the order of the computation", "relative"
+        )
+    ]
+    parts += _layers(found, x, height - BOTTOM)
+    parts += _culprit(found, x, height - BOTTOM)
+    for line in _LINES:
+        parts += _line(found, line, x, y)
+    where = f"begins at {found.module}" if found.module else "jumps nowhere"
+    words = f"Relative error of {plural(len(rows), 'module')} in the order of the computation; it {where}."
+    legend = " ".join(
+        f'<span class="key"><i class="{line.kind}"></i>{safe(line.said)}</span>' for line in reversed(_LINES)
+    )
+    missing = sum(not math.isfinite(row.error_out) for row in rows)
+    return figure(width, height, words, parts, f"{legend} One point for each module.", missing)
+
+
+def error_against_effect(report: ParityReport) -> str:
+    """Return error against effect of every state and output; "" where no adapter has an effect.
+
+    On the diagonal the error is as large as the effect: there lies an adapter that is not applied.
+    """
+    size = 480.0
+    rows = [row for row in report.metrics if row.effect is not None]
+    drawn = [(row, row.effect) for row in rows if row.effect and _has_place(row.effect, row.relative)]
+    x = log_axis((effect for _, effect in drawn), LEFT, size - RIGHT)
+    # Not of the applied share, which is no slope here.
+    judged = [v for v in report.verdicts if (v.kind, v.name) == ("effect", "error / effect")]
+    limits = {v.limit for v in judged if 0 < v.limit < LARGEST}
+    # The diagonal and the limit are to be seen, whatever the errors are.
+    ends = [effect * times for _, effect in drawn for times in (1.0, min(limits, default=1.0))]
+    y = log_axis([*(row.relative for row, _ in drawn), *ends], size - BOTTOM, TOP)
+    if x is None or y is None:
+        return ""
+    parts = frame(size, size, x, y, "effect of the adapter", "error")
+    parts += _ratio(x, y, 1.0, "diagonal", "error = effect: not applied")
+    if limits:
+        said = "limit" if len(limits) == 1 else "strictest limit"
+        parts += _ratio(x, y, min(limits), "limit", f"{said}: {number(min(limits))} × effect")
+    failed = {(verdict.state, verdict.output) for verdict in report.failed}
+    for row, effect in sorted(drawn, key=lambda pair: _key(pair[0]) in failed):
+        bad = _key(row) in failed
+        said = f"{row.state}, {row.output}: error {number(row.relative)}, effect {number(effect)}"
+        draw, kind = (cross, "bad") if bad else (dot, "error")
+        parts.append(draw(x.at(effect), y.at(row.relative), kind, said + (", FAILED" if bad else "")))
+    count = sum(_key(row) in failed for row, _ in drawn)
+    words = f"Error against effect of {plural(len(drawn), 'output')}, {count} of them failed."
+    caption = "Error against effect: a point for each adapter and output; those that failed are a ×."
+    return figure(size, size, words, parts, caption, len(rows) - len(drawn))
+
+
+def value_scatter(found: Scatter) -> str:
+    """Return values of one output, reference against candidate; "" where none is finite."""
+    size = 480.0
+    pairs = list(zip(found.reference, found.candidate, strict=False))
+    drawn = [pair for pair in pairs if all(abs(value) <= LARGEST for value in pair)]
+    if not drawn:
+        return ""
+    values = [value for pair in drawn for value in pair]
+    x, y = linear_axis(values, LEFT, size - RIGHT), linear_axis(values, size - BOTTOM, TOP)
+    parts = frame(size, size, x, y, "reference", "candidate")
+    parts.append(segment("diagonal", x.at(x.low), y.at(y.low), x.at(x.high), y.at(y.high)))
+    # One path for all: thousands of elements of their own would make the page slow.
+    strokes = "".join(f"M{x.at(wanted):.1f} {y.at(seen):.1f}h0" for wanted, seen in drawn)
+    parts.append(f'<path class="points" d="{strokes}"/>')
+    title = f"{found.state}, {found.output}"
+    words = f"{title}: {plural(len(drawn), 'value')} of the candidate against the reference's."
+    caption = f"{safe(title)}: {plural(len(drawn), 'value')}; on the line both are equal."
+    return figure(size, size, words, parts, caption, len(pairs) - len(drawn))
+
+
+def _key(row: OutputMetrics) -> tuple[str, str]:
+    return row.state, row.output
+
+
+def _has_place(*values: float) -> bool:
+    return all(0 <= value <= LARGEST for value in values)
+
+
+def _line(found: Localisation, line: _Line, x: Axis, y: Axis) -> Iterator[str]:
+    """Yield one line through all modules and its points."""
+    values = [getattr(row, line.field) for row in found.rows]
+    points = [(x.at(i), y.at(value)) if _has_place(value) else None for i, value in enumerate(values)]
+    yield curve(line.kind, points)
+    for row, value, point in zip(found.rows, values, points, strict=True):
+        if point is None:
+            continue
+        said = f"{row.module}: {line.said} {number(value)}"
+        if line.field != "error_out":
+            yield dot(*point, line.kind, said, 2.0)
+        elif row.jumped or row.module == found.module:
+            yield cross(*point, "bad", f"{said}, of its input {number(row.error_in)}; it jumps here")
+        else:
+            yield dot(*point, line.kind, f"{said}, of its input {number(row.error_in)}", 3.5)
+
+
+def _layers(found: Localisation, x: Axis, bottom: float) -> Iterator[str]:
+    """Yield where each layer begins, with its number, or every n-th where there are many."""
+    starts: list[tuple[int, str]] = []
+    for i, row in enumerate(found.rows):
+        layer = _LAYER.search(row.module)
+        if layer is not None and (not starts or starts[-1][1] != layer[1]):
+            starts.append((i, layer[1]))
+    step = max(1, math.ceil(len(starts) / _LAYERS_NAMED))
+    for i, said in starts[::step]:
+        at = x.at(i - 0.5)
+        yield segment("grid", at, TOP, at, bottom) + label(at + 3, bottom + 16, said)
+
+
+def _culprit(found: Localisation, x: Axis, bottom: float) -> Iterator[str]:
+    """Yield a line and the name at the module where the error begins."""
+    for i, row in enumerate(found.rows):
+        if row.module == found.module:
+            at, right = x.at(i), i > len(found.rows) / 2
+            yield segment("culprit", at, TOP, at, bottom)
+            yield label(
+                at + (-8 if right else 8), TOP + 16, row.module, "end" if right else "start", "culprit"
+            )
+
+
+def _ratio(x: Axis, y: Axis, ratio: float, kind: str, said: str) -> Iterator[str]:
+    """Yield the line error = ratio × effect within the plot, and its name at the upper end."""
+    shift = math.log10(ratio)
+    low, high = max(x.low, y.low - shift), min(x.high, y.high - shift)
+    if low < high:
+        ends = [(_pixel(x, power), _pixel(y, power + shift)) for power in (low, high)]
+        yield segment(kind, *ends[0], *ends[1])
+        # Left of where the line is at the text's height, so that it does not run through the text.
+        (left, bottom), (right, top) = ends
+        height = 14
+        yield label(right - height * (right - left) / (bottom - top) - 8, top + height, said, "end", kind)
+
+
+def _pixel(axis: Axis, power: float) -> float:
+    return axis.start + (power - axis.low) / (axis.high - axis.low) * (axis.end - axis.start)

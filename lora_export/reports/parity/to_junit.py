@@ -1,0 +1,104 @@
+"""A `ParityReport` as JUnit XML: one suite for each state, one case for each verdict.
+
+GitHub's test reporters and GitLab read it. Neither knows "proves nothing", so such a verdict is skipped,
+and a check that proved nothing at all gets a case of its own that fails: no report is green by being empty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from xml.etree.ElementTree import Element, SubElement, indent, tostring
+
+from lora_export.parity.result import ParityReport, Verdict
+from lora_export.plan import align
+from lora_export.reports.parity.to_text import localisation_lines, note_lines
+from lora_export.reports.parity.words import by_state, facts, metric_rows, relation, verdict_line
+from lora_export.untrusted.shown import printable
+
+
+def junit_xml(report: ParityReport) -> str:
+    r"""Return the document; the same report gives the same text.
+
+    Names may hold anything: what XML 1.0 can't hold is written out (``\x00``). No case has a time of
+    its own, because verdicts share their runs; the time of the whole check is the root's.
+    """
+    verdicts = list(report.verdicts)
+    if not report.passed and not report.failed:
+        verdicts.append(_nothing_proven(report))
+    root = Element("testsuites", name="lora-export parity")
+    used: set[tuple[str, str]] = set()
+    for state, group in by_state(verdicts).items():
+        root.append(_suite(report, state, group, used))
+    for key in ("tests", "failures", "errors", "skipped"):
+        root.set(key, str(sum(int(suite.get(key, "0")) for suite in root)))
+    root.set("time", f"{report.seconds:.3f}")
+    indent(root)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{tostring(root, encoding="unicode")}\n'
+
+
+def _nothing_proven(report: ParityReport) -> Verdict:
+    why = verdict_line(report)
+    return Verdict("law", "something was proven", "everything", "", math.nan, math.nan, passed=False, why=why)
+
+
+def _suite(
+    report: ParityReport, state: str, verdicts: Sequence[Verdict], used: set[tuple[str, str]]
+) -> Element:
+    """Return a state's suite: properties, cases, notes and metrics, in the order of JUnit's schema."""
+    suite = Element("testsuite", name=printable(state))
+    properties = SubElement(suite, "properties")
+    for label, value in facts(report):
+        SubElement(properties, "property", name=label, value=value)
+    for verdict in verdicts:
+        suite.append(_case(report, verdict, used))
+    counts = {
+        "tests": len(verdicts),
+        "failures": sum(not verdict.passed for verdict in verdicts),
+        "errors": 0,
+        "skipped": sum(verdict.passed and not verdict.counted for verdict in verdicts),
+    }
+    for key, count in counts.items():
+        suite.set(key, str(count))
+    suite.set("time", "0.000")
+    metrics = metric_rows(row for row in report.metrics if row.state == state)
+    # JUnit's schema has no place for text but in a suite, so each has the notes.
+    if said := [*note_lines(report), *(align(metrics) if len(metrics) > 1 else [])]:
+        SubElement(suite, "system-out").text = "\n".join(said)
+    return suite
+
+
+def _case(report: ParityReport, verdict: Verdict, used: set[tuple[str, str]]) -> Element:
+    classname = f"parity.{printable(verdict.state).replace('.', '_')}"
+    plain = printable(f"{verdict.name} [{verdict.output}]" if verdict.output else verdict.name)
+    name, count = plain, 1
+    # GitLab takes two cases of one name for the same one.
+    while (classname, name) in used:
+        count += 1
+        name = f"{plain} #{count}"
+    used.add((classname, name))
+    case = Element("testcase", classname=classname, name=name, time="0.000")
+    if not verdict.passed:
+        failure = SubElement(case, "failure", message=_message(verdict), type=verdict.kind)
+        failure.text = "\n".join(_failure_lines(report, verdict))
+    elif not verdict.counted:
+        SubElement(case, "skipped", message=f"proves nothing: {printable(verdict.why)}".rstrip(": "))
+    return case
+
+
+def _message(verdict: Verdict) -> str:
+    found = "" if math.isnan(verdict.limit) else relation(verdict)
+    return ": ".join(filter(None, (printable(verdict.name), found, printable(verdict.why))))
+
+
+def _failure_lines(report: ParityReport, verdict: Verdict) -> list[str]:
+    said = [
+        ("state", verdict.state),
+        ("output", verdict.output),
+        ("found", relation(verdict)),
+        ("why", verdict.why),
+    ]
+    text = align([(label, printable(value)) for label, value in said if value])
+    if report.localisation is not None:
+        text += ["", *localisation_lines(report.localisation)]
+    return text

@@ -1,0 +1,165 @@
+"""What a benchmark has to know of a model before it is opened: its inputs, limits, LoRA and identity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from lora_export.engines.record import EngineRecord, is_engine, read_engine, sha256_of
+from lora_export.errors import GraphError
+from lora_export.graph.captured import Captured
+from lora_export.graph.exposed import KEY, WEIGHTS_INPUT, ExposedGraph, exposed_of
+from lora_export.graph.onnx_file import GraphFile, load_graph
+
+Kind = Literal["graph", "engine"]
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input that a request feeds.
+
+    Attributes:
+        name: Its name.
+        dtype: As numpy and ml_dtypes call it.
+        dims: A size, a symbol, or None where nothing is known.
+    """
+
+    name: str
+    dtype: str
+    dims: tuple[int | str | None, ...]
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """A model that takes part.
+
+    Attributes:
+        path: Its file.
+        label: What the report calls it: the file's name, with as much of its folder as tells it from others.
+        kind: A graph for ONNX Runtime, or a TensorRT engine.
+        inputs: What a request has to feed, without LoRA's inputs.
+        exposed: What it says of its LoRA tensors; None for a base or merged model.
+        largest: Name of a dimension → the largest size that the model has positions for.
+        vocab_size: How many token ids there are, where that is known.
+        files: The files that hold it.
+    """
+
+    path: Path
+    label: str
+    kind: Kind
+    inputs: tuple[Input, ...]
+    exposed: ExposedGraph | None = None
+    largest: Mapping[str, int] = field(default_factory=dict)
+    vocab_size: int | None = None
+    files: tuple[Path, ...] = ()
+
+    @property
+    def mode(self) -> str:
+        """``swap`` or ``bank``; "" for a model without exposed LoRA."""
+        return self.exposed.mode if self.exposed else ""
+
+    @property
+    def takes_files(self) -> bool:
+        """Whether adapters can be loaded into it: a bank of constants has those that it has."""
+        exposed = self.exposed
+        return exposed is not None and (exposed.mode == "swap" or exposed.resident == "inputs")
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of a bank's slots that hold an adapter."""
+        return tuple(slot.name for slot in self.exposed.slots if slot.adapter) if self.exposed else ()
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of its files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def sha256(self) -> dict[str, str]:
+        """Return the SHA-256 of each file, by name; all of each file is read."""
+        return {file.name: sha256_of(file) for file in self.files}
+
+
+def read_model(path: Path) -> BenchModel:
+    """Read what a file says of itself; its weights stay where they are.
+
+    Raises:
+        GraphError: It is no ONNX file, damaged, or has inputs that are no tensors.
+        BackendError: It is no engine, or has no record.
+    """
+    return _of_engine(path, read_engine(path)) if is_engine(path) else _of_graph(path, load_graph(path))
+
+
+def label_models(models: Sequence[BenchModel]) -> list[BenchModel]:
+    """Give models of the same file name as much of their folders as tells them apart, or a number."""
+    labels = [model.path.name for model in models]
+    resolved = [model.path.resolve().parts for model in models]
+    for depth in range(2, max(map(len, resolved), default=0) + 1):
+        if len(set(labels)) == len(set(resolved)):
+            break
+        labels = [
+            "/".join(parts[-depth:]) if labels.count(label) > 1 else label
+            for label, parts in zip(labels, resolved, strict=True)
+        ]
+    seen: dict[str, int] = {}
+    for number, label in enumerate(labels):
+        seen[label] = seen.get(label, 0) + 1
+        labels[number] = label if seen[label] == 1 else f"{label} #{seen[label]}"
+    return [replace(model, label=label) for model, label in zip(models, labels, strict=True)]
+
+
+def _of_graph(path: Path, graph: GraphFile) -> BenchModel:
+    metadata = graph.model.metadata_props
+    exposed = exposed_of(metadata, str(path)) if KEY in metadata else None
+    lora = {*exposed.input_names(), WEIGHTS_INPUT} if exposed else set()
+    defaults = set(graph.graph.initializers)
+    inputs, problems = [], []
+    for value in graph.graph.inputs:
+        name = str(value.name)
+        if name in lora or name in defaults:
+            continue
+        if value.dtype is None or value.shape is None:
+            problems.append(f"{name}: a tensor of unknown type or rank, or no tensor at all")
+            continue
+        dims = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
+        inputs.append(Input(name, np.dtype(value.dtype.numpy()).name, dims))
+    if problems:
+        raise GraphError(
+            f"{path}: no feeds can be made for these inputs",
+            "export it with tensors of a known type and rank as inputs",
+            problems,
+        )
+    captured = Captured.from_metadata(metadata)
+    return BenchModel(
+        path,
+        path.name,
+        "graph",
+        tuple(inputs),
+        exposed,
+        captured.largest if captured else {},
+        captured.vocab_size if captured else None,
+        (path, *sorted(graph.data_files())),
+    )
+
+
+def _of_engine(path: Path, record: EngineRecord) -> BenchModel:
+    exposed = record.exposed
+    lora = {*exposed.input_names(), WEIGHTS_INPUT} if exposed else set()
+    captured = Captured.from_metadata(record.metadata)
+    return BenchModel(
+        path,
+        path.name,
+        "engine",
+        tuple(
+            Input(port.name, port.dtype, tuple(port.dims or port.shape))
+            for port in record.inputs
+            if port.name not in lora
+        ),
+        exposed,
+        captured.largest if captured else {},
+        captured.vocab_size if captured else None,
+        (path,),
+    )

@@ -1,0 +1,197 @@
+"""An ONNX Runtime session of a graph with exposed LoRA: opened, described, and its feeds checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_export.adapter import Array
+from lora_export.binding.base_weights import GraphWeights, WeightOf
+from lora_export.errors import BackendError, GraphError
+from lora_export.graph.exposed import WEIGHTS_INPUT, ExposedGraph, exposed_of
+from lora_export.runtimes.feeds import Feeds, check_feeds, choose_outputs
+from lora_export.runtimes.ort.cuda_graphs import CudaGraphs
+from lora_export.runtimes.ort.device import DTYPES, DeviceMemory, OrtValue, Provider, host_value
+from lora_export.runtimes.ort.open import open_session
+from lora_export.runtimes.ort.resident import Resident
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input of the graph.
+
+    Attributes:
+        name: Its name.
+        type: As ONNX Runtime says it, ``tensor(float)``.
+        shape: Sizes, names of symbols, or None.
+        required: It has no default in the graph.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int | str | None, ...]
+    required: bool
+
+    @property
+    def dtype(self) -> np.dtype[Any] | None:
+        """What an array for it must have; None where that is not checked."""
+        return DTYPES.get(self.type)
+
+
+class OrtModel:
+    """The opened graph.
+
+    Attributes:
+        path: The file.
+        session: `onnxruntime.InferenceSession`.
+        memory: The device.
+        graphs: Captured CUDA graphs, where they are wanted.
+        record: What the graph says about its LoRA tensors.
+        inputs: What a request feeds, by name: all inputs but LoRA's.
+        lora: LoRA's inputs, by name.
+        outputs: Names, in the graph's order.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        provider: Provider,
+        threads: int | None = None,
+        cuda_graphs: int = 0,
+        session_options: Any = None,
+        device_id: int = 0,
+    ) -> None:
+        if not path.is_file():
+            raise GraphError(f"no ONNX file at {path}", "check the path")
+        self.path = path
+        self.memory = DeviceMemory(provider, device_id)
+        self.session = open_session(path, self.memory, threads, cuda_graphs > 0, session_options)
+        self.graphs = CudaGraphs(self.session, self.memory, cuda_graphs) if cuda_graphs else None
+        self.record = exposed_of(self.session.get_modelmeta().custom_metadata_map, str(path))
+        ports = {
+            port.name: Port(port.name, port.type, tuple(port.shape), required)
+            for listed, required in (
+                (self.session.get_inputs(), True),
+                (self.session.get_overridable_initializers(), False),
+            )
+            for port in listed
+        }
+        lora = self.record.input_names()
+        self.lora = {name: ports[name] for name in lora if name in ports}
+        self.inputs = {name: port for name, port in ports.items() if name not in self.lora}
+        self.outputs = [output.name for output in self.session.get_outputs()]
+        _check_record(self.record, ports, path)
+
+    @property
+    def weight_of(self) -> WeightOf:
+        """The graph's constants; opened anew for each use, so that an idle session holds none."""
+        return GraphWeights(self.path)
+
+    def choose_outputs(self, names: Sequence[str] | None) -> Sequence[str]:
+        """Return the outputs to compute: all of them, or those asked for.
+
+        Raises:
+            BackendError: The graph has no such outputs.
+        """
+        return choose_outputs(self.path, self.outputs, names)
+
+    def check_feeds(self, feeds: Mapping[str, Array | OrtValue]) -> Feeds:
+        """Return the feeds as they are bound.
+
+        Raises:
+            BackendError: Inputs missing, unknown or of another dtype; all of them are listed.
+        """
+        check_feeds(self.path, feeds, self.inputs, self.lora, self._type_problem)
+        return [(name, _as_bound(value)) for name, value in feeds.items()]
+
+    def fitted(self, tensors: Mapping[str, Array], adapter: str) -> tuple[Mapping[str, Array], list[str]]:
+        """Return an adapter's tensors as they are: a graph takes every rank."""
+        return tensors, []
+
+    def put(self, tensors: Mapping[str, Array], beside: Resident | None = None) -> Resident:
+        """Copy LoRA tensors to the device; those that are not among them are ``beside``'s, shared."""
+
+        def copy() -> Resident:
+            values = {name: self.memory.put(array) for name, array in tensors.items()}
+            return Resident(self.session, {**(beside.tensors if beside else {}), **values})
+
+        return self.graphs.call(copy) if self.graphs else copy()
+
+    def run(self, resident: Resident, feeds: Feeds, outputs: Sequence[str]) -> list[Array]:
+        """Run the graph; return the outputs' values in the order asked for.
+
+        Raises:
+            BackendError: ONNX Runtime refused the inputs or failed.
+        """
+        try:
+            if self.graphs:
+                return self.graphs.run(resident, feeds, outputs)
+            return [self.memory.read(value) for value in resident.run(feeds, outputs, "cpu")]
+        except Exception as error:  # ONNX Runtime's exceptions have no common class
+            raise self._failed(error) from error
+
+    def run_on_device(self, resident: Resident, feeds: Feeds, outputs: Sequence[str]) -> list[OrtValue]:
+        """Run the graph; leave the outputs on the device.
+
+        Raises:
+            BackendError: As `run`, or the session replays CUDA graphs, which write over their outputs.
+        """
+        if self.graphs:
+            raise BackendError(
+                "the outputs of a CUDA graph are overwritten by the next run and can't be handed out",
+                "use run, or make the session with cuda_graph=False",
+            )
+        try:
+            return resident.run(feeds, outputs, self.memory.kind, self.memory.device_id)
+        except Exception as error:  # ONNX Runtime's exceptions have no common class
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> BackendError:
+        return BackendError(
+            f"ONNX Runtime could not run {self.path.name}: {error}",
+            "compare the feeds' shapes with the graph's inputs",
+            [f"{port.name}: {port.type} {list(port.shape)}" for port in self.inputs.values()],
+        )
+
+    def save_runtime_cache(self) -> None:
+        """Refuse: ONNX Runtime keeps no compiled kernels.
+
+        Raises:
+            BackendError: Always.
+        """
+        raise BackendError("only a TensorRT-RTX engine has a runtime cache", f"{self.path.name} is a graph")
+
+    def close(self) -> None:
+        """Do nothing: ONNX Runtime gives back what it holds when the session is gone."""
+
+    def _type_problem(self, name: str, value: object) -> str:
+        port = self.inputs[name]
+        if isinstance(value, np.ndarray):
+            fits = port.dtype is None or value.dtype == port.dtype
+            return "" if fits else f"{value.dtype}, the graph wants {port.dtype}"
+        if not hasattr(value, "data_type"):
+            return f"{type(value).__name__}, wanted a numpy array or an onnxruntime.OrtValue"
+        return "" if value.data_type() == port.type else f"{value.data_type()}, the graph wants {port.type}"
+
+
+def _as_bound(value: Array | OrtValue) -> Array | OrtValue:
+    if not isinstance(value, np.ndarray):
+        return value
+    values = np.asarray(value, order="C")
+    return host_value(values) if values.dtype.kind == "V" else values
+
+
+def _check_record(record: ExposedGraph, ports: Iterable[str], path: Path) -> None:
+    wanted = record.input_names()
+    if record.mode == "bank":
+        wanted += [WEIGHTS_INPUT, record.batch_input]
+    if missing := [name or "(the batch input has no name)" for name in wanted if name not in ports]:
+        raise GraphError(
+            f"{path}: the LoRA record names {len(missing)} inputs that the graph lacks (of {len(wanted)})",
+            "a tool has changed the graph since; make it again with swap-onnx or bank-onnx",
+            missing,
+        )

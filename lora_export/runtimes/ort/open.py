@@ -1,0 +1,87 @@
+"""A graph opened by ONNX Runtime, on the CPU or by its CUDA provider."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lora_export.errors import BackendError, BackendUnavailable
+from lora_export.graph.data_identity import external_tensors, layout_of, refuse_changed_data
+from lora_export.graph.onnx_file import load_graph
+from lora_export.runtimes.ort.device import DeviceMemory
+
+_CUDA = "CUDAExecutionProvider"
+# Its own log goes to the terminal with a stranger's names as they are; its errors are raised as well.
+_FATAL_ONLY = 4
+
+
+def open_session(
+    path: Path,
+    memory: DeviceMemory,
+    threads: int | None = None,
+    cuda_graph: bool = False,
+    session_options: Any = None,
+) -> Any:
+    """Open any graph, with or without LoRA.
+
+    Args:
+        path: The ``.onnx`` file.
+        memory: Where it runs.
+        threads: Threads within one operator; None: as many as there are cores.
+        cuda_graph: Let ONNX Runtime capture runs as CUDA graphs.
+        session_options: An `onnxruntime.SessionOptions`, where the defaults don't do.
+
+    Returns:
+        An `onnxruntime.InferenceSession`. Float32 products on CUDA are float32, not TF32.
+
+    Raises:
+        BackendUnavailable: ONNX Runtime or its CUDA provider is not installed, or can't start.
+        BackendError: ONNX Runtime can't open the file.
+        GraphError: Its data files are not those that it was written with.
+    """
+    provider = memory.kind
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        extra = "gpu" if provider == "cuda" else "cpu"
+        raise BackendUnavailable(
+            "running a graph needs onnxruntime, which is not installed", f"pip install 'lora-export[{extra}]'"
+        ) from error
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if provider == "cuda":
+        if _CUDA not in ort.get_available_providers():
+            raise BackendUnavailable(
+                f"this onnxruntime ({ort.__version__}) has no CUDA provider",
+                "pip uninstall onnxruntime; pip install 'lora-export[gpu]'",
+            )
+        ort.preload_dlls()  # CUDA's libraries where pip installed them; nothing if they are elsewhere
+        # Its default for float32 products is TF32, which keeps 10 bits of each factor.
+        chosen = {"use_tf32": "0"} | ({"enable_cuda_graph": "1"} if cuda_graph else {})
+        if memory.device_id:  # it warns of the option, whatever its value
+            chosen["device_id"] = str(memory.device_id)
+        providers.insert(0, (_CUDA, chosen))
+    options = session_options
+    if options is None:
+        options = ort.SessionOptions()
+        options.log_severity_level = _FATAL_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # ONNX Runtime's exceptions have no common class
+        raise BackendError(
+            f"ONNX Runtime can't open {path}: {error}",
+            "a CUDA graph needs every node on the GPU: leave out --cuda-graph (cuda_graph=True)"
+            if cuda_graph
+            else "check the file, and the operators that this onnxruntime supports",
+        ) from error
+    if provider == "cuda" and _CUDA not in session.get_providers():
+        raise BackendUnavailable(
+            "ONNX Runtime could not start its CUDA provider and fell back to the CPU",
+            "install CUDA and cuDNN for it: pip install 'onnxruntime-gpu[cuda,cudnn]'",
+        )
+    # Where a data file differs, reading the graph tells whether it is still the one that was written, and
+    # refuses it then.
+    metadata = session.get_modelmeta().custom_metadata_map
+    refuse_changed_data(metadata, path, lambda: layout_of(external_tensors(load_graph(path).model)))
+    return session

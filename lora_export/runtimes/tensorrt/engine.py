@@ -1,0 +1,236 @@
+"""Open an engine on this machine's GPU, or say everything that stands in the way.
+
+What can be known without a GPU is known from the engine's record; TensorRT-RTX's own look at the engine's
+header comes after it, for what only the driver knows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_export.engines import compiler_of
+from lora_export.engines.record import EngineRecord, platform_here
+from lora_export.engines.source import graph_hashes
+from lora_export.errors import BackendError, BackendUnavailable
+from lora_export.graph.onnx_file import load_graph
+from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES
+from lora_export.runtimes.tensorrt.cuda import CudaDevice
+from lora_export.storage.manifest import FileHash, identity_of
+
+_KEPT_ERRORS = 40
+_NAMES = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedEngine:
+    """An engine on a GPU.
+
+    Attributes:
+        path: Its file.
+        record: What it is.
+        trt: The package that runs it.
+        engine: Its ``ICudaEngine``.
+        runtime: The ``Runtime`` that it belongs to.
+        log: What TensorRT has said of it.
+        device: The GPU.
+    """
+
+    path: Path
+    record: EngineRecord
+    trt: Any
+    engine: Any
+    runtime: Any
+    log: EngineLog
+    device: CudaDevice
+
+    @property
+    def is_rtx(self) -> bool:
+        """Whether it is TensorRT-RTX's, which compiles kernels while it runs."""
+        return self.record.backend == "tensorrt-rtx"
+
+
+class EngineLog:
+    """TensorRT's messages: the errors are kept until somebody asks for them, as the reason of a failure.
+
+    Attributes:
+        logger: The ``ILogger``; everything that is made with it needs it for as long as it lives.
+    """
+
+    def __init__(self, trt: Any) -> None:
+        self._errors: deque[str] = deque(maxlen=_KEPT_ERRORS)
+        errors, severe = self._errors, (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)
+
+        class Logger(trt.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, msg: str) -> None:
+                if severity in severe:
+                    errors.append(msg)
+
+        self.logger = Logger()
+
+    def take(self) -> list[str]:
+        """Return the errors since the last call."""
+        taken = list(self._errors)
+        self._errors.clear()
+        return taken
+
+    def refused(self, path: Path, what: str, hint: str = "") -> BackendError:
+        """Return the error for something that TensorRT did not do."""
+        return BackendError(f"{path.name}: TensorRT could not {what}", hint, self.take())
+
+
+def gpu_compute_capability(device_id: int = 0) -> str | None:
+    """Return a GPU's compute capability (``8.9``) as CUDA says it, or None where no GPU can be used."""
+    try:
+        return CudaDevice(device_id).compute_capability()
+    except BackendError:
+        return None
+
+
+def load_engine(path: Path, record: EngineRecord, device_id: int = 0) -> LoadedEngine:
+    """Put an engine on a GPU.
+
+    Args:
+        path: Its file.
+        record: Its record, see `read_engine`.
+        device_id: Which GPU.
+
+    Raises:
+        BackendUnavailable: Packages are missing that it runs with.
+        BackendError: It can't run here; every reason is listed.
+    """
+    device = _checked_device(path, record, device_id)
+    trt = compiler_of(record.backend).load()
+    log = EngineLog(trt)
+    runtime = trt.Runtime(log.logger)
+    if record.options.version_compatible:
+        # Such an engine brings its own code for the host. The record's hash says that the file is ours.
+        runtime.engine_host_code_allowed = True
+    data = path.read_bytes()
+    if record.backend == "tensorrt-rtx":
+        _check_validity(path, trt, runtime, data, log)
+    engine = runtime.deserialize_cuda_engine(data)
+    if engine is None:
+        raise log.refused(path, "open it", "build it again on this machine, or for this GPU")
+    return LoadedEngine(path, record, trt, engine, runtime, log, device)
+
+
+def check_source(path: Path, record: EngineRecord, source: Path) -> None:
+    """Refuse a graph that the engine was not built from.
+
+    Args:
+        path: The engine.
+        record: Its record.
+        source: The ONNX graph.
+
+    Raises:
+        BackendError: It is another graph, or its weights have changed.
+        GraphError: It can't be read.
+    """
+    if not same_files(graph_hashes(load_graph(source)), record.source.files):
+        raise BackendError(
+            f"{path.name} was not built from {source}, as it is now",
+            "give the graph that it was built from, or build it again",
+            [f"{file.name}: sha256 {file.sha256}" for file in record.source.files],
+        )
+
+
+def same_files(one: Sequence[FileHash], other: Sequence[FileHash]) -> bool:
+    """Whether two graphs are the same files, whatever they are called."""
+    return identity_of(one) == identity_of(other)
+
+
+def _checked_device(path: Path, record: EngineRecord, device_id: int) -> CudaDevice:
+    """Return the GPU if the engine can run on it here."""
+    refusals = _Refusals()
+    compiler = compiler_of(record.backend)
+    with refusals.collect():
+        _check_version(record, compiler.version(), refusals)
+    if record.platform != (here := platform_here()):
+        refusals.problems.append(f"it is for {record.platform}, this is {here}")
+    device = None
+    with refusals.collect():
+        device = CudaDevice(device_id)
+        refusals.problems += _gpu_problems(record, device.compute_capability())
+    refusals.finish(path)
+    assert device is not None
+    return device
+
+
+class _Refusals:
+    """Reasons why an engine can't run here, and what would mend them."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.hints: list[str] = []
+        self._missing = False
+
+    @contextlib.contextmanager
+    def collect(self) -> Iterator[None]:
+        """Take an error for one of the reasons."""
+        try:
+            yield
+        except BackendError as error:
+            self._missing |= isinstance(error, BackendUnavailable)
+            self.problems.append(error.message)
+            self.hints += [error.hint] if error.hint else []
+
+    def finish(self, path: Path) -> None:
+        """Raise them, if there are any."""
+        if self.problems:
+            kind = BackendUnavailable if self._missing else BackendError
+            hint = "; ".join(self.hints) or "build the engine again, for this machine"
+            raise kind(f"{path.name} can't run here", hint, self.problems)
+
+
+def _check_version(record: EngineRecord, here: str, refusals: _Refusals) -> None:
+    """Engines run with the version that built them; version compatible ones within their major one."""
+    built = record.builder_version
+    # trtexec says one number less than the package, whose last one is the packaging's.
+    parts = list(zip(built.split("."), here.split("."), strict=False))
+    wanted = parts[:1] if record.options.version_compatible else parts
+    if all(one == other for one, other in wanted):
+        return
+    name = _NAMES[record.backend]
+    refusals.problems.append(f"it was built by {name} {built}, and {here} is installed")
+    refusals.hints.append(f"install {name} {built}, or build the engine again")
+
+
+def _gpu_problems(record: EngineRecord, here: str) -> list[str]:
+    if record.backend == "tensorrt-rtx" and here not in RTX_COMPUTE_CAPABILITIES:
+        return [
+            f"the GPU has compute capability {here}, which TensorRT-RTX does not support: it runs on "
+            f"{', '.join(RTX_COMPUTE_CAPABILITIES)}"
+        ]
+    if here in record.compute_capabilities:
+        return []
+    # Ampere and all that came after it.
+    if record.options.hardware_compatible and int(here.split(".")[0]) >= 8:
+        return []
+    wanted = " or ".join(record.compute_capabilities)
+    return [f"the GPU has compute capability {here}, the engine is for {wanted}"]
+
+
+def _check_validity(path: Path, trt: Any, runtime: Any, data: bytes, log: EngineLog) -> None:
+    """Let TensorRT-RTX look at the header: it knows the driver, CUDA's version and the free memory."""
+    validity, diagnostics = runtime.get_engine_validity(data)
+    if validity == trt.EngineValidity.SUBOPTIMAL:
+        message = f"{path.name}: TensorRT-RTX says that it may be slower here than an engine built anew"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    if validity != trt.EngineValidity.INVALID:
+        return
+    reasons = trt.EngineInvalidityDiagnostics.__members__.items()
+    named = [name.lower().replace("_", " ") for name, bit in reasons if diagnostics & int(bit)]
+    raise BackendError(
+        f"{path.name}: TensorRT-RTX says that this engine is not valid here",
+        "build it again, for this machine",
+        [*named, *log.take()],
+    )

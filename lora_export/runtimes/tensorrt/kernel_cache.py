@@ -1,0 +1,75 @@
+"""TensorRT-RTX's runtime cache: the kernels that it compiled for this GPU, kept from one process to the next.
+
+https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/work-with-runtime-cache.html
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lora_export.errors import BackendError
+from lora_export.runtimes.session_options import PathLike
+from lora_export.runtimes.tensorrt.engine import LoadedEngine
+from lora_export.storage.outputs import OutputSet, output_errors
+
+
+class RuntimeCache:
+    """The cache of one engine's context.
+
+    Attributes:
+        wanted: There is a file for it.
+    """
+
+    def __init__(self, loaded: LoadedEngine, file: PathLike | None) -> None:
+        """Remember the file.
+
+        Raises:
+            BackendError: Classic TensorRT compiles nothing while it runs.
+        """
+        if file is not None and not loaded.is_rtx:
+            raise BackendError(
+                f"{loaded.path.name} is an engine of classic TensorRT, which has no runtime cache",
+                "omit runtime_cache=",
+            )
+        self._loaded: LoadedEngine | None = loaded
+        self._file = None if file is None else Path(file)
+        self._cache: Any = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is a file for it."""
+        return self._file is not None
+
+    def attach(self, config: Any) -> None:
+        """Give the context that is made with ``config`` what was compiled before."""
+        if self._file is None:
+            return
+        self._cache = config.create_runtime_cache()
+        if self._file.is_file():
+            # False: another GPU, driver or version. All is compiled anew then, and the file replaced.
+            self._cache.deserialize(self._file.read_bytes())
+        assert self._loaded is not None
+        if not config.set_runtime_cache(self._cache):
+            raise self._loaded.log.refused(self._loaded.path, "use a runtime cache")
+
+    def save(self) -> None:
+        """Write what was compiled so far; a reader sees the old file or the new one.
+
+        Raises:
+            BackendError: There is no cache, or TensorRT-RTX doesn't give it.
+            OutputError: The file can't be written.
+        """
+        if self._file is None:
+            raise BackendError("the session has no runtime cache", "open it with runtime_cache=FILE")
+        assert self._loaded is not None
+        blob = self._cache.serialize()
+        if blob is None:
+            raise self._loaded.log.refused(self._loaded.path, "give its runtime cache")
+        with output_errors(self._file), OutputSet(force=True, listed=False) as outputs:
+            outputs.stage(self._file).write_bytes(bytes(blob))
+            outputs.commit()
+
+    def release(self) -> None:
+        """Let go of TensorRT's objects."""
+        self._cache = self._loaded = None

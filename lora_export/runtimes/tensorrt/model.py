@@ -1,0 +1,255 @@
+"""Engines of TensorRT-RTX and of classic TensorRT, ready to run: `EngineModel`, with LoRA `TensorRTModel`.
+
+Both packages have one API. What is used of it is checked by tests against both packages' bindings; classic
+TensorRT was never run by us, and TensorRT-RTX not on the machines that this was written on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from lora_export.adapter import Array
+from lora_export.binding.base_weights import GraphWeights, WeightOf
+from lora_export.engines.record import EngineRecord, Port, read_engine
+from lora_export.errors import AdapterError, BackendError, GraphError
+from lora_export.graph.exposed import WEIGHTS_INPUT, ExposedGraph
+from lora_export.runtimes.feeds import Feeds, check_feeds, choose_outputs
+from lora_export.runtimes.session_options import EngineOptions
+from lora_export.runtimes.tensorrt.context import shapes_of
+from lora_export.runtimes.tensorrt.cuda import DeviceTensor
+from lora_export.runtimes.tensorrt.engine import LoadedEngine, check_source, load_engine
+from lora_export.runtimes.tensorrt.runner import EngineRunner
+from lora_export.runtimes.tensorrt.tensors import EngineTensors, put_together
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EngineInput:
+    """An input of an engine.
+
+    Attributes:
+        port: What the record says of it.
+        required: Always: an engine's inputs have no defaults.
+    """
+
+    port: Port
+    required: bool = True
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.port.name
+
+    @property
+    def type(self) -> str:
+        """Its type and shape."""
+        return f"{self.port.dtype} ({', '.join(map(str, self.port.dims or self.port.shape))})"
+
+
+class EngineModel:
+    """An engine that is ready to run.
+
+    Attributes:
+        path: Its file.
+        engine_record: What it is.
+        inputs: What a request feeds, by name: all inputs but LoRA's.
+        outputs: Names, in the graph's order.
+    """
+
+    def __init__(
+        self, path: Path, record: EngineRecord, options: EngineOptions, refits: bool = False
+    ) -> None:
+        """Open an engine.
+
+        Args:
+            path: The engine.
+            record: Its record, see `read_engine`.
+            options: How to run it.
+            refits: The caller writes the weights, which the file need not hold then.
+
+        Raises:
+            BackendUnavailable: TensorRT or cuda-bindings is not installed.
+            BackendError: It can't run here; every reason is listed.
+        """
+        if record.options.strip_weights and not refits:
+            raise BackendError(
+                f"{path} was built with strip_weights and holds no weights",
+                "run it with lora_export.MergedEngine, which writes them, or build without --strip-weights",
+            )
+        if options.source is not None:
+            check_source(path, record, Path(options.source))
+        loaded = load_engine(path, record, options.device_id)
+        self.path, self.engine_record = path, record
+        self.inputs = {port.name: EngineInput(port) for port in record.inputs}
+        self.outputs = [port.name for port in record.outputs]
+        self._device = loaded.device
+        self._runner = EngineRunner(loaded, options)
+
+    def choose_outputs(self, names: Sequence[str] | None) -> Sequence[str]:
+        """Return the outputs to read: all of them, or those asked for.
+
+        Raises:
+            BackendError: The engine has no such outputs.
+        """
+        return choose_outputs(self.path, self.outputs, names)
+
+    def check_feeds(self, feeds: Mapping[str, Array | DeviceTensor]) -> Feeds:
+        """Return the feeds as they are copied: their shapes are checked by the run.
+
+        Raises:
+            BackendError: Inputs missing, unknown or of another dtype; all of them are listed.
+        """
+        check_feeds(self.path, feeds, self.inputs, self._lora_names(), self._type_problem)
+        return [(name, _as_copied(value)) for name, value in feeds.items()]
+
+    def run(self, resident: EngineTensors | None, feeds: Feeds, outputs: Sequence[str]) -> list[Array]:
+        """Run the engine; see `EngineRunner.run`."""
+        return self._runner.run(resident, feeds, outputs)
+
+    def run_on_device(
+        self, resident: EngineTensors | None, feeds: Feeds, outputs: Sequence[str]
+    ) -> list[DeviceTensor]:
+        """Run the engine; see `EngineRunner.run_on_device`."""
+        return self._runner.run_on_device(resident, feeds, outputs)
+
+    def set_unusable(self, reason: str) -> None:
+        """Refuse runs from now on, or with an empty text allow them again; to be called within `alone`."""
+        self._runner.unusable = reason
+
+    def alone(self, work: Callable[[LoadedEngine], T]) -> T:
+        """Do something to the engine while nothing runs; see `EngineRunner.alone`."""
+        return self._runner.alone(work)
+
+    def save_runtime_cache(self) -> None:
+        """Write the kernels compiled so far; see `EngineRunner.save_runtime_cache`."""
+        self._runner.save_runtime_cache()
+
+    def close(self) -> None:
+        """Write the runtime cache and give everything back; see `EngineRunner.close`."""
+        self._runner.close()
+
+    def _lora_names(self) -> Sequence[str]:
+        return ()
+
+    def _type_problem(self, name: str, value: object) -> str:
+        wanted = self.inputs[name].port.dtype
+        if not isinstance(value, (np.ndarray, DeviceTensor)):
+            return f"{type(value).__name__}, wanted a numpy array or a DeviceTensor of run_on_device"
+        if isinstance(value, DeviceTensor) and value.buffer.device.device_id != self._device.device_id:
+            return f"on GPU {value.buffer.device.device_id}, the engine is on GPU {self._device.device_id}"
+        return "" if value.dtype == np.dtype(wanted) else f"{value.dtype}, the engine wants {wanted}"
+
+
+class TensorRTModel(EngineModel):
+    """An engine with LoRA tensors among its inputs.
+
+    Attributes:
+        record: What its graph said about its LoRA tensors.
+        lora: LoRA's inputs, by name.
+    """
+
+    def __init__(self, path: Path, options: EngineOptions) -> None:
+        """Open an engine.
+
+        Args:
+            path: The engine.
+            options: How to run it.
+
+        Raises:
+            BackendUnavailable: TensorRT or cuda-bindings is not installed.
+            BackendError: There is no engine, or it can't run here; every reason is listed.
+            GraphError: It has no LoRA record, or lacks inputs that the record speaks of.
+        """
+        engine_record = read_engine(path)
+        self.record = _exposed(path, engine_record)
+        super().__init__(path, engine_record, options)
+        self.lora = {name: self.inputs.pop(name) for name in self.record.input_names()}
+        self._source = None if options.source is None else Path(options.source)
+
+    @property
+    def weight_of(self) -> WeightOf:
+        """The base's weights: those of the graph that the engine was built from."""
+        return self._no_weights if self._source is None else GraphWeights(self._source)
+
+    def fitted(self, tensors: Mapping[str, Array], adapter: str) -> tuple[Mapping[str, Array], list[str]]:
+        """Return LoRA tensors in shapes that a profile takes, padded with zeros up to its smallest rank.
+
+        Raises:
+            AdapterError: No profile takes them.
+        """
+        shapes = self._runner.shapes
+        for number in shapes.chosen:
+            padded = shapes.padded(number, tensors)
+            if shapes.taking(shapes_of(padded.items())):
+                grown = [name for name, values in padded.items() if values.shape != tensors[name].shape]
+                note = f"{len(grown)} tensors padded with zeros to the smallest rank that the engine takes"
+                return padded, [note] if grown else []
+        raise AdapterError(
+            f"{adapter} doesn't fit {self.path.name}: the engine was built for other ranks",
+            "build the engine with a wider range of ranks: --shape rank=MIN:OPT:MAX",
+            shapes.problems(shapes_of(tensors.items())),
+        )
+
+    def put(self, tensors: Mapping[str, Array], beside: EngineTensors | None = None) -> EngineTensors:
+        """Copy LoRA tensors to the GPU; those that are not among them are ``beside``'s, copied there."""
+        shapes = {} if beside is None else shapes_of(beside.tensors.items())
+        shapes |= shapes_of(tensors.items())
+        self._device.activate()
+        fitting = self._runner.shapes.taking(shapes)
+        return put_together(self._device, list(self.lora), tensors, beside, fitting)
+
+    def _lora_names(self) -> Sequence[str]:
+        return list(self.lora)
+
+    def _no_weights(self, name: str) -> Array:
+        raise AdapterError(
+            f"the adapter needs the base's weight {name}, and {self.path.name} is an engine, which has none "
+            "that can be read",
+            "give source=, the ONNX graph that the engine was built from; or convert the adapter for that "
+            "graph with convert-adapter, and load what it writes",
+        )
+
+
+def _as_copied(value: Array | DeviceTensor) -> Array | DeviceTensor:
+    return np.asarray(value, order="C") if isinstance(value, np.ndarray) else value
+
+
+def _exposed(path: Path, record: EngineRecord) -> ExposedGraph:
+    exposed = record.exposed
+    if exposed is None:
+        raise GraphError(
+            f"{path} has no exposed LoRA: it was built from a base or a merged graph",
+            "run it with lora_export.EngineSession; or build it from a graph of swap-onnx or bank-onnx "
+            "(--flavour tensorrt)",
+        )
+    wanted = exposed.input_names()
+    wanted += [WEIGHTS_INPUT, exposed.batch_input] if exposed.mode == "bank" else []
+    inputs = {port.name for port in record.inputs}
+    if missing := [name for name in wanted if name not in inputs]:
+        raise GraphError(
+            f"{path} lacks {len(missing)} of the {len(wanted)} inputs that its LoRA record speaks of",
+            "build the engine from what swap-onnx or bank-onnx wrote: a tool has changed it since",
+            missing,
+        )
+    return exposed
+
+
+def open_engine(path: Path, options: EngineOptions, refits: bool = False) -> EngineModel:
+    """Open an engine that needs no LoRA tensors; see `EngineModel`.
+
+    Raises:
+        BackendUnavailable: TensorRT or cuda-bindings is not installed.
+        BackendError: There is no engine, it has LoRA inputs, or it can't run here.
+    """
+    record = read_engine(path)
+    if record.exposed is not None:
+        raise BackendError(
+            f"{path} has LoRA tensors among its inputs", "run it with lora_export.AdapterSession"
+        )
+    return EngineModel(path, record, options, refits)

@@ -1,0 +1,277 @@
+"""`MergedEngine`: a merged adapter in a TensorRT engine changed for another one, without a build.
+
+Each switch writes every weight that the engine's own adapter or any adapter so far has touched: W0 + ΔW of
+the new one's, and W0 for all the others. Writing only what the new adapter changes would leave parts of the
+last one behind: A, then B, then A must be A again.
+
+Never run by us: a refittable engine is built on a machine with a GPU. What is used of TensorRT is checked
+against both packages' bindings.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_export.adapter import Adapter, Array
+from lora_export.base.checkpoint.checkpoint import Checkpoint
+from lora_export.base.checkpoint.weights import CheckpointWeights
+from lora_export.base.history.in_graph import MERGED_BASE_KEY, MERGED_KEY, merged_parts
+from lora_export.engines.backend import DTYPES
+from lora_export.engines.record import EngineRecord, read_engine
+from lora_export.engines.source import graph_hashes
+from lora_export.errors import BackendError, GraphError
+from lora_export.graph.external_data import merged_values
+from lora_export.graph.onnx_file import GraphFile, load_graph
+from lora_export.modes.branches.union import refuse_other_bases
+from lora_export.modes.merging.blend import check_blend
+from lora_export.modes.merging.into_graph import plan_changes
+from lora_export.runtimes.session_options import PathLike
+from lora_export.runtimes.tensorrt.engine import LoadedEngine, same_files
+from lora_export.runtimes.tensorrt.session import EngineSession
+from lora_export.storage.manifest import FileHash, identity_of
+
+# numpy's and ml_dtypes' names of types → TensorRT's.
+_KINDS = ("FLOAT", "HALF", "BF16", "FP8", "INT8", "UINT8", "INT32", "INT64", "BOOL")
+_TYPES = {DTYPES.get(kind, kind.lower()): kind for kind in _KINDS}
+
+
+class MergedEngine(EngineSession):
+    """Runs an engine whose merged adapter is changed by refitting its weights.
+
+    The engine is built with ``--refit`` from the base graph, or from a graph that `merge_onnx` made of it;
+    the latter where modules share a weight, which only the merged graph has a copy of for each. Weights are
+    found by the graph's names, as `merge_onnx` finds them.
+
+    What the vendor says of the cost: an engine that can be refitted may run slower than one that can't, a
+    switch takes time in proportion to the weights written, and TensorRT 11.3 may lose a Gemm's bias in
+    engines built with ``kREFIT``: compare its answers before you rely on one.
+
+    Example::
+
+        engine = MergedEngine("base.rtx-4090.engine", "base.onnx")
+        engine.switch("adapter-a")
+        logits = engine.run({"input_ids": ids})["logits"]
+        engine.switch(None)  # the base
+    """
+
+    _WRITES_WEIGHTS = True
+
+    def __init__(
+        self,
+        engine: PathLike,
+        source: PathLike,
+        *,
+        checkpoint: PathLike | None = None,
+        merged: PathLike | Adapter | Sequence[PathLike | Adapter] | None = None,
+        allow_unmatched: bool = False,
+        **options: Any,
+    ) -> None:
+        """Open an engine.
+
+        Args:
+            engine: The file, with its record beside it.
+            source: The base's ONNX graph.
+            checkpoint: The folder of the checkpoint that it was exported from, see `merge_onnx`.
+            merged: The adapters that are in the engine's graph already, where that is not the base itself.
+            allow_unmatched: Go on without the tensors of an adapter that have no place.
+            options: As for `EngineSession`.
+
+        Raises:
+            BackendUnavailable: TensorRT or cuda-bindings is not installed.
+            BackendError: The engine can't be refitted, was built from another graph, or can't run here.
+            GraphError: The graph can't be read.
+        """
+        record = read_engine(Path(engine))
+        _refuse_unfit(Path(engine), record)
+        self._source, self._allow_unmatched = Path(source), allow_unmatched
+        self._weight_of = None if checkpoint is None else CheckpointWeights(Checkpoint.open(Path(checkpoint)))
+        own = [] if merged is None else check_blend(merged, None)[0]
+        self._hashes = graph_hashes(load_graph(self._source))
+        _check_origin(record, self._hashes, own)
+        self._switching = threading.Lock()
+        self._adapter: str | None = ", ".join(given.name for given in own) or None
+        # Name → W0 of every weight that is written at each switch.
+        self._touched: dict[str, ir.TensorProtocol] = {}
+        for given in own:
+            self._touched |= self._plan(given)[0]
+        super().__init__(engine, **options)
+        if record.options.strip_weights:
+            self.switch(None)
+
+    @property
+    def adapter(self) -> str | None:
+        """Name of the adapter that is in the engine now; None: the base."""
+        return self._adapter
+
+    def switch(self, adapter: PathLike | Adapter | None) -> tuple[str, ...]:
+        """Write an adapter into the engine's weights in place of the one that is there.
+
+        Runs wait meanwhile. The adapter is merged on the CPU, as `merge_onnx` does it, before they do.
+
+        Args:
+            adapter: What `load_adapter` reads, an `Adapter`, or None: the base again.
+
+        Returns:
+            What to know: weights that were shared, say.
+
+        Raises:
+            AdapterError: The adapter can't be read or used.
+            SiteError: Something of it has no place in the graph.
+            GraphError: The graph has changed since the engine was opened.
+            BackendError: The engine hasn't these weights, or TensorRT failed; if it failed while it wrote,
+                the engine is not run until a switch succeeds.
+        """
+        with self._switching:
+            loaded = None if adapter is None else check_blend(adapter, None)[0][0]
+            base, values, notes = ({}, {}, ()) if loaded is None else self._plan(loaded)
+            touched = self._touched | base
+            self._model.alone(lambda engine: self._write(engine, touched, values))
+            self._adapter = None if loaded is None else loaded.name
+        return notes
+
+    def _plan(
+        self, adapter: Adapter
+    ) -> tuple[dict[str, ir.TensorProtocol], dict[str, Array], tuple[str, ...]]:
+        """Return W0 of the weights that an adapter changes, their new values, and notes."""
+        graph = self._graph()
+        refuse_other_bases([adapter], identity_of(self._hashes))
+        plan, changes = plan_changes(graph, [adapter], [1.0], self._weight_of, self._allow_unmatched)
+        base = {str(value.name): _tensor(value) for value in changes}
+        merged = {str(value.name): merged_values(value, change) for value, change in changes.items()}
+        return base, merged, plan.notes
+
+    def _graph(self) -> GraphFile:
+        graph = load_graph(self._source)
+        if graph_hashes(graph) != self._hashes:
+            raise GraphError(
+                f"{self._source} has changed since the engine was opened", "open the engine again"
+            )
+        return graph
+
+    def _write(
+        self, loaded: LoadedEngine, touched: dict[str, ir.TensorProtocol], values: Mapping[str, Array]
+    ) -> None:
+        writer = _WeightWriter(loaded)
+        if not touched and not writer.missing():
+            return  # the base, which it is
+        writer.give({name: _array(values.get(name), tensor) for name, tensor in touched.items()})
+        if writer.missing():
+            # Weights that the compiler joined with those: they go along, from now on at each switch.
+            constants = {str(value.name): _tensor(value) for value in self._graph().initializers()}
+            while joined := [name for name in writer.missing() if name in constants]:
+                writer.give({name: _array(None, constants[name]) for name in joined})
+                touched |= {name: constants[name] for name in joined}
+        writer.refuse_missing()
+        self._touched = touched
+        self._model.set_unusable("a switch failed while it wrote, and its weights are those of two adapters")
+        writer.write()
+        self._model.set_unusable("")
+
+
+class _WeightWriter:
+    """TensorRT's ``Refitter`` for one switch; the arrays live as long as it does."""
+
+    def __init__(self, loaded: LoadedEngine) -> None:
+        self._loaded, self._trt = loaded, loaded.trt
+        self._refitter = loaded.trt.Refitter(loaded.engine, loaded.log.logger)
+        self._held: list[Array] = []
+
+    def give(self, weights: Mapping[str, Array]) -> None:
+        """Give weights, after a look at whether the engine has all of them, in this size and type."""
+        known = set(self._refitter.get_all_weights())
+        problems = [
+            problem for name, values in weights.items() if (problem := self._problem(name, values, known))
+        ]
+        if problems:
+            raise BackendError(
+                f"{self._loaded.path.name} can't be refitted with this adapter: it lacks {len(problems)} of "
+                f"the {len(weights)} weights",
+                "a weight that modules share has a copy for each in a graph that merge-onnx made: build the "
+                "engine from that, and open it with merged=",
+                problems,
+            )
+        for name, values in weights.items():
+            kind = getattr(self._trt.DataType, _TYPES[values.dtype.name])
+            given = self._trt.Weights(kind, values.ctypes.data, values.size)
+            if not self._refitter.set_named_weights(name, given):
+                raise self._loaded.log.refused(self._loaded.path, f"take new values of {name}")
+            self._held.append(values)
+
+    def missing(self) -> list[str]:
+        """Return weights that have to be given along with those."""
+        return list(self._refitter.get_missing_weights())
+
+    def refuse_missing(self) -> None:
+        """Raise `BackendError` where weights are missing still."""
+        if missing := self.missing():
+            raise BackendError(
+                f"{self._loaded.path.name}: the compiler joined weights with others that the graph lacks",
+                "build the engine from the merged graph instead, one for each adapter",
+                missing,
+            )
+
+    def write(self) -> None:
+        """Write them into the engine."""
+        if not self._refitter.refit_cuda_engine():
+            raise self._loaded.log.refused(self._loaded.path, "write the new weights", "call switch again")
+
+    def _problem(self, name: str, values: Array, known: set[str]) -> str:
+        if name not in known:
+            return f"{name}: no weight of the engine"
+        kind = _TYPES.get(values.dtype.name)
+        wanted = self._refitter.get_weights_prototype(name)
+        fits = kind is not None and wanted.dtype == getattr(self._trt.DataType, kind)
+        if fits and wanted.size == values.size:
+            return ""
+        return f"{name}: {values.dtype} × {values.size}, the engine has {wanted.dtype.name} × {wanted.size}"
+
+
+def _tensor(value: ir.Value) -> ir.TensorProtocol:
+    assert value.const_value is not None
+    return value.const_value
+
+
+def _array(values: Array | None, tensor: ir.TensorProtocol) -> Array:
+    """Return a weight's values: the new ones, or else the base's, memory-mapped where they are in a file."""
+    return np.ascontiguousarray(tensor.numpy()) if values is None else values
+
+
+def _refuse_unfit(path: Path, record: EngineRecord) -> None:
+    if not record.options.refit:
+        raise BackendError(
+            f"{path.name} was built without refit: its weights can't be changed",
+            "build it with --refit, on a machine with a GPU: no compiler builds such an engine without one",
+        )
+
+
+def _check_origin(record: EngineRecord, hashes: Sequence[FileHash], merged: Sequence[Adapter]) -> None:
+    """Refuse a base that the engine doesn't come from, and adapters other than those in its graph.
+
+    Args:
+        record: The engine's.
+        hashes: Of the base's files.
+        merged: What the user says is in the engine's graph.
+    """
+    inside = record.metadata.get(MERGED_KEY, "")
+    known = all(given.part in merged_parts(inside, given.sha256) for given in merged)
+    if len(merged) != inside.count("sha256=") or not known:
+        raise BackendError(
+            f"{record.name} was built from a graph with other adapters in it than merged= says",
+            "give exactly those that are in it as merged=; none, where that is the base itself",
+            inside.split("; ") if inside else ["none"],
+        )
+    if inside:
+        is_base = record.metadata.get(MERGED_BASE_KEY) == identity_of(hashes)
+    else:
+        is_base = same_files(hashes, record.source.files)
+    if not is_base:
+        raise BackendError(
+            f"the base that {record.name} comes from is not this source, as it is now",
+            "give the graph that it was built from; for a merged one, the graph that was merged into",
+        )

@@ -1,0 +1,235 @@
+"""An adapter beside a PyTorch model's own weights: h = W0 x + scaling·B·A x, by hooks, nothing merged.
+
+`bind` finds every module of an adapter in the model and checks its shape; `applied` lets some adapters act
+for a while. Inside, in this order: whole parameters are replaced, then each module's hook adds its product to
+the module's output. What has no such output (stacked experts, modules that do more than one product) is
+changed as a parameter, W0 + scaling·B·A, while its module runs, as in PEFT.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_export.adapter import MERGE_ROWS, Adapter, Array, LoraModule, token_rows_problems
+from lora_export.base.checkpoint.names import Part
+from lora_export.errors import AdapterError
+from lora_export.formats.reading.whole_copies import reach_of
+from lora_export.formats.schemes import fitted
+from lora_export.runtimes.torch.places import NoPlace, Owner, Places
+from lora_export.runtimes.torch.products import Hook, changed, hook_of, tensor_of
+from lora_export.sites.experts import Held, settle
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One module's change.
+
+    Attributes:
+        lora: What the adapter says.
+        where: Path of the module in the model.
+        owner: The parameter W0.
+        hook: Adds the product to the module's output, times a strength; None: W0 is changed for a call.
+        part: The expert and the rows of W0 that are meant, where it is not all of it.
+    """
+
+    lora: LoraModule
+    where: str
+    owner: Owner
+    hook: Hook | None
+    part: Part | None = None
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An adapter with its places in one model.
+
+    Attributes:
+        adapter: Which.
+        branches: Its modules.
+        extras: Whole parameters that it replaces; those that are what the model has already are left out.
+        paths: `LoraModule.path` → path of the module in the model.
+    """
+
+    adapter: Adapter
+    branches: tuple[Branch, ...]
+    extras: tuple[tuple[Owner, torch.Tensor], ...]
+    paths: Mapping[str, str]
+
+
+def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Bound, list[str]]:
+    """Return an adapter's places in a model, and a line for each part that has none or does not fit."""
+    import torch
+
+    adapter = fitted(adapter, places.known, [])
+    finder = places.finder(adapter)
+    problems = [f"{path}: {problem}; {MERGE_ROWS}" for path, problem in token_rows_problems(adapter)]
+    branches = []
+
+    def locate(
+        parameter: str, action: str = "merge", component: str | None = None
+    ) -> tuple[str, Owner, Part | None]:
+        found = finder.find(parameter, action, component)
+        if isinstance(found, str):
+            raise NoPlace(found)
+        name, part = found
+        path, _, leaf = name.rpartition(".")
+        return path, Owner(model.get_submodule(path), leaf), part
+
+    def held(parameter: str) -> Held | None:
+        try:
+            _, owner, part = locate(parameter)
+        except NoPlace:
+            return None
+        transposed = bool(getattr(owner.module, "is_transposed", False))
+        return Held(tuple(owner.get().shape), transposed) if part is None else None
+
+    adapter, _ = settle(adapter, held)
+    copies: dict[Owner, torch.Tensor] = {}
+    # Copies of a module's own last: they stand over what the shared weight is replaced by.
+    own_last = sorted(adapter.extras.items(), key=lambda extra: reach_of(adapter, extra[0]) == "one")
+    for path, values in own_last:
+        try:
+            _, owner, part = locate(path, "replace")
+            tensor = _replacement(owner, values, part)
+            copies |= dict.fromkeys(_replaced_by(adapter, path, owner, model, tensor, copies), tensor)
+        except NoPlace as problem:
+            problems.append(f"{path}  {problem}")
+    extras = [(owner, tensor) for owner, tensor in copies.items() if not torch.equal(owner.get(), tensor)]
+    for lora in adapter.modules.values():
+        try:
+            where, owner, part = locate(f"{lora.path}.{lora.parameter}", "merge", lora.component)
+            branches.append(Branch(lora, where, owner, hook_of(lora, owner, part), part))
+        except NoPlace as problem:
+            problems.append(f"{lora.path}  {problem}")
+    paths = {branch.lora.path: branch.where for branch in branches}
+    return Bound(adapter, tuple(branches), tuple(extras), paths), problems
+
+
+@contextlib.contextmanager
+def applied(adapters: Sequence[tuple[Bound, float]]) -> Iterator[None]:
+    """Let adapters act on the model that they are bound to, each with a weight; afterwards it is as before.
+
+    Raises:
+        AdapterError: DoRA, or whole replaced parameters, with another weight than 1 or with other adapters
+            that change the same.
+    """
+    _refuse_blends(adapters)
+    before: dict[Owner, torch.Tensor] = {}
+    handles: list[Any] = []
+    try:
+        for bound, _ in adapters:
+            for owner, values in bound.extras:
+                before.setdefault(owner, owner.get())
+                owner.put(values)
+        for bound, weight in adapters:
+            for branch in bound.branches:
+                strength = weight * branch.lora.scaling
+                module = branch.owner.module
+                if branch.hook is not None:
+                    hook = functools.partial(branch.hook, strength=strength)
+                    handles.append(module.register_forward_hook(hook, with_kwargs=True))
+                else:
+                    before.setdefault(branch.owner, branch.owner.get())
+                    handles += _changed_while_running(branch, weight)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for owner, tensor in before.items():
+            owner.put(tensor)
+
+
+def _refuse_blends(adapters: Sequence[tuple[Bound, float]]) -> None:
+    problems = []
+    replaced: set[Owner] = set()
+    for bound, weight in adapters:
+        name = bound.adapter.name
+        dora = [branch.lora.path for branch in bound.branches if branch.lora.magnitude is not None]
+        if dora and (weight != 1 or len(adapters) > 1):
+            problems.append(f"{name}: DoRA ({len(dora)} modules, {dora[0]} …) is not a sum")
+        owners = {owner for owner, _ in bound.extras}
+        if owners and (weight != 1 or owners & replaced):
+            problems.append(f"{name}: replaces whole parameters ({next(iter(bound.adapter.extras))} …)")
+        replaced |= owners
+    if problems:
+        raise AdapterError(
+            "these adapters can't act together so", "run them one by one, with weight 1", problems
+        )
+
+
+def _changed_while_running(branch: Branch, weight: float) -> list[Any]:
+    """Change W0 whenever the module runs, and put it back: only one module's copy exists at a time."""
+    kept: list[torch.Tensor] = []
+
+    def enter(*_: Any) -> None:
+        kept.append(branch.owner.get())
+        branch.owner.put(changed(branch.lora, branch.owner, branch.part, weight))
+
+    def leave(*_: Any) -> None:
+        branch.owner.put(kept.pop())
+
+    module = branch.owner.module
+    # The last that has changed it is the first to put it back.
+    return [
+        module.register_forward_pre_hook(enter),
+        module.register_forward_hook(leave, prepend=True),
+    ]
+
+
+# --- whole parameters ---------------------------------------------------------------------------------
+
+
+def _replaced_by(
+    adapter: Adapter,
+    path: str,
+    owner: Owner,
+    model: torch.nn.Module,
+    tensor: torch.Tensor,
+    copies: Mapping[Owner, torch.Tensor],
+) -> list[Owner]:
+    """Return which parameters are a copy from now on: with the named one all that PEFT loads it into.
+
+    Args:
+        adapter: The adapter.
+        path: The copy's path in it.
+        owner: The parameter that it names.
+        model: The model.
+        tensor: The copy.
+        copies: What other copies have replaced.
+    """
+    import torch
+
+    shared = owner.get()
+    owners = [
+        Owner(module, name)
+        for module in model.modules()
+        for name, values in module._parameters.items()
+        if values is shared
+    ]
+    reach = reach_of(adapter, path)
+    if reach == "one" or len(owners) < 2:
+        return [owner]
+    if reach == "unknown" and not torch.equal(shared, tensor):
+        raise NoPlace(
+            "the model ties it to others, and no config says whether the copy is of all of them: put "
+            "adapter_config.json beside the file"
+        )
+    if any(one in copies and not torch.equal(copies[one], tensor) for one in owners):
+        raise NoPlace("the model ties it to others, for which the adapter has a copy with other values")
+    return owners
+
+
+def _replacement(owner: Owner, values: Array, part: Part | None) -> torch.Tensor:
+    if part is not None:
+        raise NoPlace("the model holds it as a part of another parameter: it can't be replaced whole")
+    old = owner.get()
+    if tuple(old.shape) != values.shape:
+        raise NoPlace(f"the model has shape {tuple(old.shape)}, the adapter's values {values.shape}")
+    return tensor_of(values).to(old.dtype)

@@ -1,0 +1,286 @@
+"""What a LoRA module adds to the output of a PyTorch module, and to a parameter that has no such output.
+
+Products are computed in the dtype of W0, and DoRA's factor in float32 or better.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_export.adapter import Array, LoraModule
+from lora_export.base.checkpoint.names import Part
+from lora_export.runtimes.torch.places import NoPlace, Owner
+from lora_export.sites.experts import Held, unsettled
+
+if TYPE_CHECKING:
+    import torch
+
+_ROWS = 1 << 16  # How many rows of W0 are widened at once for DoRA's norm.
+# A forward hook that also takes ``strength``: scaling times the adapter's weight.
+Hook = Callable[..., Any]
+
+
+def tensor_of(values: Array) -> torch.Tensor:
+    """Return a copy of an array as a tensor of the same dtype; bfloat16 is ml_dtypes' in NumPy."""
+    import torch
+
+    if values.dtype.name == "bfloat16":
+        return torch.from_numpy(values.view(np.uint16).copy()).view(torch.bfloat16)
+    if values.dtype.kind == "V":  # float8 and its like
+        values = values.astype(np.float32)
+    return torch.from_numpy(np.array(values))
+
+
+def array_of(tensor: torch.Tensor) -> Array:
+    """Return a tensor's values in the same dtype; bfloat16 becomes ml_dtypes'."""
+    import ml_dtypes
+    import torch
+
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        halves: Array = tensor.view(torch.uint16).numpy().copy()
+        return halves.view(ml_dtypes.bfloat16)
+    array: Array = tensor.numpy().copy()
+    return array
+
+
+# --- products ----------------------------------------------------------------------------------------
+
+
+def hook_of(lora: LoraModule, owner: Owner, part: Part | None) -> Hook | None:
+    """Return what adds a module's product to its output; None where W0 itself has to be changed.
+
+    Args:
+        lora: What the adapter says.
+        owner: W0.
+        part: The expert and the rows of it that are meant, where it is not all of it.
+
+    Raises:
+        NoPlace: The module is of another kind, or its shapes don't fit.
+    """
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    module = owner.module
+    if lora.scale is not None:
+        raise NoPlace("DoRA, converted for a graph: give the adapter that it was made of")
+    plain = lora.parameter == "weight" and part is None and lora.kind != "parameter"
+    if plain and isinstance(module, nn.Embedding):
+        return _embedding(lora, owner)
+    if plain and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return _convolution(lora, owner)
+    if plain and isinstance(module, nn.Linear | Conv1D):
+        return _linear(lora, owner, isinstance(module, Conv1D))
+    if lora.magnitude is not None or lora.lora_bias is not None:
+        raise NoPlace(f"DoRA or a bias of LoRA on a {type(module).__name__}: not known what it means there")
+    _orientation(lora, owner, part)
+    return None
+
+
+def _linear(lora: LoraModule, owner: Owner, transposed: bool) -> Hook:
+    import torch.nn.functional as F
+
+    weight = owner.get()
+    seen = tuple(weight.shape[::-1]) if transposed else tuple(weight.shape)
+    _check(lora, ("linear", "conv"), seen, lora.matrix_shape, owner)
+    # kohya and diffusers write a Linear's factors as a 1×1 convolution's, and the other way round.
+    a = tensor_of(lora.lora_a).to(weight.dtype).flatten(1)
+    b = tensor_of(lora.lora_b).to(weight.dtype).flatten(1)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x.to(a.dtype), a), b)
+
+    return _adding(product, lora, owner, -1, transposed)
+
+
+def _convolution(lora: LoraModule, owner: Owner) -> Hook:
+    import torch.nn.functional as F
+
+    module: Any = owner.module
+    weight = owner.get()
+    kernel = tuple(weight.shape[2:])
+    shape = (lora.weight_shape[0], lora.lora_a.shape[1], *(lora.lora_a.shape[2:] or (1,) * len(kernel)))
+    seen = (module.out_channels, module.in_channels, *kernel)
+    _check(lora, ("linear", "conv"), seen, shape, owner)
+    if lora.groups not in (1, module.groups):
+        raise NoPlace(f"the model's convolution has {module.groups} groups, the adapter's B {lora.groups}")
+    if module.groups > 1 and lora.groups == 1:
+        raise NoPlace(f"the model's convolution has {module.groups} groups, the adapter's factors one")
+    if lora.magnitude is not None and lora.groups > 1:
+        raise NoPlace("DoRA on a convolution with groups: not known what it means there")
+    ones = (1,) * len(kernel)
+    a = tensor_of(lora.lora_a).to(weight.dtype).reshape(-1, module.in_channels, *kernel)
+    b = tensor_of(lora.lora_b).to(weight.dtype)
+    b = b.reshape(*b.shape[:2], *ones)
+    convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(kernel)]
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        padding = module.padding
+        if module.padding_mode != "zeros":
+            x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+            padding = 0
+        down = convolve(x.to(a.dtype), a, None, module.stride, padding, module.dilation)
+        return convolve(down, b, groups=lora.groups)
+
+    return _adding(product, lora, owner, 1, False)
+
+
+def _embedding(lora: LoraModule, owner: Owner) -> Hook:
+    import torch.nn.functional as F
+
+    weight = owner.get()
+    _check(lora, ("embedding",), tuple(weight.shape), lora.weight_shape, owner)
+    a = tensor_of(lora.lora_a).to(weight.dtype).T.contiguous()
+    b = tensor_of(lora.lora_b).to(weight.dtype)
+
+    def product(ids: torch.Tensor) -> torch.Tensor:
+        change = F.linear(F.embedding(ids, a), b)
+        # Gemma's embeddings scale what they have looked up.
+        scale = getattr(owner.module, "embed_scale", None)
+        return change if scale is None else change * scale
+
+    return _adding(product, lora, owner, -1, False)
+
+
+def _check(
+    lora: LoraModule, kinds: Sequence[str], seen: tuple[int, ...], wanted: tuple[int, ...], owner: Owner
+) -> None:
+    kind = type(owner.module).__name__
+    if lora.kind not in kinds:
+        raise NoPlace(f"the model has a {kind} {seen} there, the adapter's factors are of kind {lora.kind}")
+    if seen != wanted:
+        raise NoPlace(f"the model's {kind} has a weight {seen}, the adapter fits {wanted}")
+
+
+def _adding(
+    product: Callable[[Any], Any], lora: LoraModule, owner: Owner, axis: int, transposed: bool
+) -> Hook:
+    """Return a forward hook; ``axis`` is that of the outputs in what the module returns."""
+    bias = None if lora.lora_bias is None else tensor_of(lora.lora_bias).to(owner.get().dtype)
+
+    # Only the adapter's own extras change W0 beside it, and they are there in every run.
+    factor = functools.cache(lambda: dora_factor(lora, owner, transposed))
+
+    def along(values: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        return values if axis == -1 else values.view(-1, *(1,) * (output.dim() - axis - 1))
+
+    def hook(module: Any, args: Any, kwargs: Any, output: Any, strength: float) -> Any:
+        change = product(args[0] if args else next(iter(kwargs.values())))
+        if bias is not None:
+            change = change + along(bias, output)
+        change = change * strength
+        if lora.magnitude is not None:
+            share = along(factor(), output)
+            own = getattr(module, "bias", None)
+            plain = output if own is None else output - along(own, output)
+            # In the factor's dtype: share - 1 is small, and would lose most of its digits in a half.
+            change = (share - 1) * plain + share * change
+        return (output + change).to(output.dtype)
+
+    return hook
+
+
+def dora_factor(lora: LoraModule, owner: Owner, transposed: bool) -> torch.Tensor:
+    """Return m/‖W0 + ΔW‖ for each output, ``(out_dim,)``, in float64 for a float64 model, else in float32.
+
+    Args:
+        lora: A module with a magnitude.
+        owner: W0.
+        transposed: It is stored ``(in_dim, out_dim)``.
+    """
+    import torch
+
+    assert lora.magnitude is not None
+    weight = owner.get().T if transposed else owner.get()
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    left, right = (torch.from_numpy(factor) for factor in lora.factors(dtype=_numpy(wide)))
+    by_row = lora.magnitude_axis == 0
+    squares = []
+    for row in range(0, len(weight), _ROWS):
+        rows = weight[row : row + _ROWS].flatten(1).to(wide) + left[row : row + _ROWS] @ right
+        squares.append(rows.double().square().sum(1 if by_row else 0))
+    norm = (torch.cat(squares) if by_row else torch.stack(squares).sum(0)).sqrt()
+    magnitude = tensor_of(lora.magnitude).double()
+    # A row of zeros with a magnitude of zero stays zero, whatever the factor.
+    factor = torch.where((norm == 0) & (magnitude == 0), torch.zeros_like(norm), magnitude / norm)
+    return factor.to(wide)
+
+
+def _numpy(dtype: torch.dtype) -> type[np.floating[Any]]:
+    import torch
+
+    return np.float64 if dtype == torch.float64 else np.float32
+
+
+# --- changed parameters ------------------------------------------------------------------------------
+
+
+def changed(lora: LoraModule, owner: Owner, part: Part | None, weight: float) -> torch.Tensor:
+    """Return W0 + weight·scaling·B·A, rounded once to W0's dtype.
+
+    Args:
+        lora: A module for which `hook_of` returned None.
+        owner: W0.
+        part: The expert and the rows of it that are meant, where it is not all of it.
+        weight: The adapter's.
+    """
+    import torch
+
+    values = owner.get().clone()
+    transposed = _orientation(lora, owner, part)
+    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+    for expert in range(lora.experts):
+        left, right = (torch.from_numpy(factor) for factor in lora.factors(expert, _numpy(wide)))
+        change = (left @ right) * weight
+        target = _target(values, lora, part, expert)
+        change = change.T if transposed else change.reshape(target.shape)
+        target.copy_(target.to(wide) + change)
+    return values
+
+
+def _target(values: torch.Tensor, lora: LoraModule, part: Part | None, expert: int) -> torch.Tensor:
+    """Return the view of a parameter that one product changes."""
+    if part is not None:
+        whole = values if part.expert is None else values[part.expert]
+        index, count = part.piece
+        height = len(whole) // count
+        return whole[height * index : height * (index + 1)]
+    stacked = values.dim() == 3 and lora.kind == "parameter"
+    return values[expert] if stacked else values
+
+
+def _orientation(lora: LoraModule, owner: Owner, part: Part | None) -> bool:
+    """Return whether W0 is stored transposed.
+
+    Raises:
+        NoPlace: The shapes don't fit in any way.
+    """
+    values = owner.get()
+    stacked = values.dim() == 3 and lora.kind == "parameter" and part is None
+    if stacked and len(values) != lora.experts:
+        raise NoPlace(f"the model has {len(values)} experts, the adapter {lora.experts}")
+    if lora.experts > 1 and not stacked:
+        raise NoPlace(f"the model has one weight {tuple(values.shape)}, the adapter {lora.experts} experts")
+    seen = tuple(_target(values, lora, part, 0).shape)
+    if lora.kind == "parameter":
+        return _parameter_turned(lora, seen, part)
+    fits = seen == lora.weight_shape or (seen[:2] == lora.matrix_shape and set(seen[2:]) <= {1})
+    turned = len(seen) == 2 and seen[::-1] == lora.matrix_shape
+    if not fits and not turned:
+        raise NoPlace(f"the model has a weight {seen}, the adapter fits {lora.weight_shape}")
+    return turned and not fits
+
+
+def _parameter_turned(lora: LoraModule, seen: tuple[int, ...], part: Part | None) -> bool:
+    """Return False where a module's own parameter fits: PEFT changes it as the module holds it."""
+    rows, cols = lora.matrix_shape
+    rows = rows if part is None else rows // part.piece[1]
+    if reason := unsettled(lora, Held(seen, None)):
+        raise NoPlace(reason)
+    if seen != (rows, cols):
+        raise NoPlace(f"the model holds matrices {seen}, the adapter fits {(rows, cols)}")
+    return False

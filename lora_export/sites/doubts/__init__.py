@@ -1,0 +1,1 @@
+"""What speaks against a place that was found."""

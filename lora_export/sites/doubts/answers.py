@@ -1,0 +1,148 @@
+"""Tell that a tool may have computed a call of a module, and put the answer into the graph as a constant.
+
+Optimisers (onnxsim, onnxslim, ONNX Runtime) compute every node whose inputs are constants. A module that is
+called on its input and on a table of the model's (DeBERTa's positions) then has its weight in the graph for
+one call and an answer for the other; the answer would stay as it is. Nothing in the graph says what an answer
+was computed from, so a constant is a suspect where
+
+1. neither its name nor the exporter's metadata says that it is a parameter; without a checkpoint, where its
+   name is that of a node's output (``/encoder/layer.0/attention/self/Transpose_6_output_0``);
+2. it has as many values as some calls of the module give, split into heads and repeated as they may be;
+3. it is no mask and no table of sines; and
+4. the checkpoint has no parameter with its values: moved, picked, or times a factor.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from lora_export.adapter import Array
+from lora_export.graph.onnx_file import FLOAT_TYPES, release, shape_of
+from lora_export.sites.doubts.changed import is_path
+from lora_export.sites.doubts.readers import module_of
+from lora_export.sites.naming.evidence import folded_names, path_in, weight_name, weight_path
+from lora_export.sites.slot import Use
+from lora_export.sites.target import BaseWeights, Site
+from lora_export.sites.values.moved import moved_parameters
+
+# TorchScript's name for the output of a node that computes something.
+_OUTPUT = re.compile(r"/(?:[^/]+/)*(?!Constant)[^/]+_output_\d+")
+# Its name for what it computed itself, which is never a product of matrices (`constant_fold.cpp` of torch's
+# passes/onnx lists the operators).
+_FOLDED = re.compile(r"onnx::\w+_\d+")
+# A mask has two values, or three.
+_FEW = 4
+# Positions that a table of sines has at least, and what its rule leaves of it by rounding.
+_POSITIONS, _SINES = 4, 5e-3
+# How far along each axis a constant of as many dimensions is read to tell that.
+_CORNER = (1, 65536, 256, 64, 16)
+
+
+def computed_answers(
+    sites: Sequence[Site], uses: Sequence[Use], base: BaseWeights | None
+) -> Mapping[int, str]:
+    """Return identity of a target → why a constant may be an answer of its module.
+
+    Args:
+        sites: Where the weights of an adapter were found.
+        uses: All uses of constants in the graph.
+        base: The checkpoint, whose parameters explain constants.
+    """
+    outputs: dict[int, list[Site]] = defaultdict(list)
+    for site in sites:
+        outputs[_outputs(site)].append(site)
+    mine = {id(part.root) for site in sites for part in site.parts}
+    suspects: dict[int, Use] = {}
+    for use in uses:
+        if id(use.root) not in mine and id(use.root) not in suspects and _is_suspect(use, outputs, base):
+            suspects[id(use.root)] = use
+    if base is not None:
+        explained = moved_parameters([use.root for use in suspects.values()], base) if suspects else set()
+        suspects = {key: use for key, use in suspects.items() if key not in explained}
+    found: dict[int, str] = {}
+    for size, owners in outputs.items():
+        able = [use for use in suspects.values() if _is_multiple(use, size)]
+        for site in owners if able else ():
+            near = max(able, key=lambda use: _nearness(use, site))
+            found[id(site.target)] = (
+                f"the constant {near.root.name!r} {list(_shape(near))}, which {near.node.op_type} reads, was "
+                "computed from the model's weights and may be a call of this module: it would stay the base's"
+            )
+    return found
+
+
+def _outputs(site: Site) -> int:
+    rows, cols = site.target.matrix
+    return cols if site.target.kind == "embedding" else rows
+
+
+def _is_suspect(use: Use, outputs: Iterable[int], base: BaseWeights | None) -> bool:
+    """Rules 1 to 3."""
+    root, name = use.root, weight_name(use)
+    tensor = root.const_value
+    if tensor is None or tensor.dtype not in FLOAT_TYPES or use.quantised or use.slot.kind == "conv":
+        return False
+    answer = _OUTPUT.fullmatch(name) is not None
+    if not answer and (base is None or len(_shape(use)) < 2):
+        return False
+    if is_path(weight_path(name)) or _FOLDED.fullmatch(name) or folded_names(root):
+        return False
+    if not any(_is_multiple(use, size) for size in outputs):
+        return False
+    if base is None and _is_lookup(name, use):
+        return False
+    told = _is_plain(np.asarray(tensor.numpy()))
+    release(root)
+    return not told
+
+
+def _shape(use: Use) -> tuple[int, ...]:
+    assert use.root.const_value is not None
+    return shape_of(use.root.const_value)
+
+
+def _is_multiple(use: Use, size: int) -> bool:
+    """Rule 2."""
+    count = math.prod(_shape(use))
+    return count > 0 and count % size == 0
+
+
+def _is_lookup(name: str, use: Use) -> bool:
+    """Whether the name says that rows were picked from a table, by a module of its own."""
+    return name.rpartition("/")[2].startswith("Gather") and module_of(use.node) != path_in(name)
+
+
+def _is_plain(values: Array) -> bool:
+    """Rule 3: whether the values are no weights' doing."""
+    # A corner first: most constants are told from it, and a table of embeddings in float64 takes gigabytes.
+    corner = values[(slice(_CORNER[min(values.ndim, len(_CORNER) - 1)]),) * values.ndim]
+    if len(np.unique(corner)) <= _FEW:
+        return len(np.unique(values)) <= _FEW
+    exact = np.asarray(corner, np.float64)
+    if not np.isfinite(exact).all():
+        return False
+    return bool(np.array_equal(exact, np.round(exact))) or any(
+        _are_sines(np.moveaxis(exact, axis, 0)) for axis in range(exact.ndim)
+    )
+
+
+def _are_sines(values: Array) -> bool:
+    """Whether each column is ``a·sin(f·p + b)``: its neighbours' sum is ``2·cos(f)`` times itself."""
+    if len(values) < _POSITIONS:
+        return False
+    middle = values[1:-1].reshape(len(values) - 2, -1)
+    around = (values[2:] + values[:-2]).reshape(middle.shape)
+    factor = (around * middle).sum(axis=0) / np.maximum((middle**2).sum(axis=0), 1e-300)
+    return bool(np.linalg.norm(around - factor * middle) <= _SINES * np.linalg.norm(middle))
+
+
+def _nearness(use: Use, site: Site) -> int:
+    """Count the leading names that a constant's module and the site's share."""
+    one = (path_in(weight_name(use)) or module_of(use.node) or "").split(".")
+    other = site.target.path.split(".")
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))

@@ -1,0 +1,140 @@
+"""Tell whether a constant is a module's parameter as an exporter writes it, or may have been changed since.
+
+Tools that optimise graphs multiply factors and norms into a constant and keep the module's name, on the node
+or in the constant's new name. So a place is believed by name only where
+
+1. the constant has the parameter's own path, alone or with what an exporter is known to append, or is said to
+   be that parameter transposed (``folded_from``, ``onnx::MatMul_12``); and
+2. the product that reads it says what module it is, by metadata or by a path in its name, as every exporter
+   known here writes one of the two: into a Gemm's or a convolution's constant exporters fold a batch norm
+   without a new name, and tools that smooth or permute a MatMul's constant keep its name;
+   and it is not the weight of a norm in a graph of onnxruntime-genai's builder, which adds 1 to some.
+
+Everything else is a doubt, which the checkpoint's values can settle.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from lora_export.sites import fit
+from lora_export.sites.doubts.readers import module_of
+from lora_export.sites.naming.evidence import (
+    FOLDED,
+    WEIGHT_NAME,
+    computed_from,
+    folded_from,
+    weight_name,
+    weight_path,
+)
+from lora_export.sites.slot import Use
+from lora_export.sites.target import Part, Target
+
+_FOLDING = {"Conv", "FusedConv", "NhwcConv", "ConvTranspose", "Gemm", "FusedGemm", "GemmFastGelu"}
+_PRODUCTS = {"MatMul", "FusedMatMul"}
+_RULE = "pkg.onnxscript.rewriter.rule_name"
+# Another module's parameter: exporters keep one of two that are tied or equal.
+_PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)+")
+# The TorchScript exporter's name for a parameter that it transposed, which only a MatMul needs.
+_TRANSPOSED = re.compile(r"onnx::MatMul_\d+")
+# onnxruntime-genai's builder (``models/builders/base.py``: ``layernorm_attrs["add_offset"]``).
+_GENAI_NORM = re.compile(r"norm/(Skip)?LayerNorm(/|$)")
+_QUANTISED = re.compile(r"(_DQ)?(_Q\d\w*|_quantized)$")
+# Names that tools are known to give, and what they do to the values.
+_TOOLS = (
+    (
+        re.compile(r"Conv(Bn|Mul|Add)Fusion_|MatMulBn\w*_"),
+        "ONNX Runtime's optimiser folded a norm or a factor into it",
+    ),
+    (re.compile(r"_(weight|bias)_fused$"), "onnxslim multiplied or added a constant into it"),
+    (re.compile(r"\w_(weight|bias)$"), "onnxslim made it when it fused nodes"),
+    (re.compile(r"_(scaled|offset)$"), "onnxscript's rewriter multiplied or added a constant into it"),
+    (re.compile(r"^onnx::"), "torch.onnx (TorchScript) computed it, perhaps with a norm or a factor"),
+    (re.compile(r"^val_\d+$"), "torch.onnx computed it and does not say what from"),
+)
+
+
+def is_path(path: str) -> bool:
+    """Whether a text is a path of modules, with dots, and no tool is known to have made it."""
+    return _PATH.fullmatch(path) is not None and not any(tool.search(path) for tool, _ in _TOOLS)
+
+
+def doubt_of(target: Target, part: Part, source: str, key: str) -> str:
+    """Return why a constant may hold other values than a parameter, or an empty string.
+
+    Args:
+        target: The parameter.
+        part: Where it was found by name.
+        source: Kind of evidence.
+        key: The parameter's path in the graph.
+    """
+    name = str(part.root.name)
+    if any(use.slot.parameter == "weight" and _GENAI_NORM.search(use.node.name or "") for use in part.uses):
+        return (
+            f"onnxruntime-genai's builder adds 1 to the weights of some models' norms (Gemma, Nemotron), and "
+            f"{name!r} does not say whether it is one of them"
+        )
+    if names := computed_from(part.root):
+        return f"the exporter computed {name!r} from {', '.join(names[:4])}"
+    for use in part.uses:
+        rule = use.node.metadata_props.get(_RULE, "")
+        if "BatchNorm" in rule or "Affine" in rule:
+            return f"the exporter computed {name!r}: it folded a batch norm or a factor into it ({rule})"
+        if source in (FOLDED, WEIGHT_NAME) and (hidden := _nameless_product(use)):
+            return (
+                f"the {use.node.op_type} that reads {name!r} has neither metadata nor a name that says of "
+                f"which module it is: a tool dropped them, and {hidden} would not show"
+            )
+        if not _is_own_name(target, use, key):
+            return f"{name!r} is not a name that an exporter gives to {key}: {_what(name)}"
+    return ""
+
+
+def _nameless_product(use: Use) -> str:
+    """Return what may hide in the constant of a product that says no module; empty for other nodes."""
+    if module_of(use.node) is not None:
+        return ""
+    if use.node.op_type in _FOLDING:
+        return "a folded batch norm"
+    return "a factor or another order of the values" if use.node.op_type in _PRODUCTS else ""
+
+
+def _is_own_name(target: Target, use: Use, key: str) -> bool:
+    if folded_from(use.root):
+        return True
+    name = _QUANTISED.sub("", weight_name(use))
+    path = weight_path(name)
+    if path == key or (is_path(path) and not any(tool.search(name) for tool, _ in _TOOLS)):
+        return True
+    linear = target.kind in ("linear", "any") or use.slot.kind == "linear"
+    return linear and _TRANSPOSED.fullmatch(name) is not None
+
+
+def is_transposed_constant(name: str) -> bool:
+    """Whether a constant is one that the TorchScript exporter made of a Linear's weight for a MatMul.
+
+    It computes whatever constants allow: a factor that the model puts on the weight lies in it as well.
+    """
+    return _TRANSPOSED.fullmatch(_QUANTISED.sub("", name)) is not None
+
+
+def _what(name: str) -> str:
+    found = next((what for tool, what in _TOOLS if tool.search(name)), "")
+    return found or "a tool may have multiplied or added something into it"
+
+
+def nameless(target: Target, uses: Sequence[Use]) -> list[str]:
+    """Return some constants of a target's shape that neither they nor their nodes give a module's name."""
+    found: dict[str, None] = {}
+    for use in uses:
+        if use.quantised or not fit.accepts(target, use) or isinstance(fit.place(target, use), str):
+            continue
+        name = weight_name(use)
+        if (
+            module_of(use.node) is None
+            and not folded_from(use.root)
+            and _PATH.fullmatch(weight_path(name)) is None
+        ):
+            found[name] = None
+    return list(found)[:2]

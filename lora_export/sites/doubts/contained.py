@@ -1,0 +1,120 @@
+"""Tell that a graph contains an adapter: an adapter's layers, or its product, stand beside the weights.
+
+PEFT puts ``lora_A``, ``lora_B`` and ``base_layer`` in a layer's place, so an export of a model whose adapter
+is not merged has them in its names. Adding an adapter to such a graph would count it twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import onnx_ir as ir
+
+from lora_export.graph.onnx_file import GraphFile
+from lora_export.sites.doubts.readers import module_of
+from lora_export.sites.naming.adapter_layers import adapters_among
+from lora_export.sites.naming.evidence import folded_names, scope_path
+from lora_export.sites.slot import PASSED
+from lora_export.sites.target import Site
+
+_PRODUCTS = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "Gather"}
+_VIEWS = {"Reshape", "Identity", "Cast", "Flatten", "Squeeze", "Unsqueeze"}
+_SCALED = _VIEWS | {"Mul", "Div", "Transpose", "Dropout"}
+_SUMMED = _VIEWS | {"Add"}
+# A bias and a change of shape may lie between the two products and their sum.
+_STEPS = 4
+
+
+def adapter_names(graph: GraphFile) -> list[str]:
+    """Return some of the names in a graph that only an adapter's layers have, or nothing."""
+    return adapters_among(_names(graph))
+
+
+def _names(graph: GraphFile) -> Iterator[str]:
+    for owner in graph.graphs():
+        yield from (str(value.name) for value in owner.inputs)
+    for value in graph.initializers():
+        yield str(value.name)
+        yield from folded_names(value)
+    for node in graph.graph.all_nodes():
+        yield from _node_names(node)
+
+
+def _node_names(node: ir.Node) -> Iterator[str]:
+    yield node.name or ""
+    yield scope_path(node) or ""
+    yield from (str(output.name) for output in node.outputs)
+
+
+def branch_beside(site: Site) -> str:
+    """Say where a product of two constants is added to a module's own product, or return an empty string.
+
+    That is an adapter's branch, whose names are gone or were never an adapter's, unless the nodes say that it
+    is another module's.
+    """
+    for use in (use for part in site.parts for use in part.uses):
+        x = _through(use.node.inputs[1 if site.target.kind == "embedding" else 0], _VIEWS)
+        for addend in _addends(use.node):
+            up = _product(addend)
+            down = _product(up.inputs[0]) if up is not None else None
+            if up is None or down is None or x is None or x not in map(_viewed, down.inputs):
+                continue
+            if {module_of(up), module_of(down)} <= {module_of(use.node)}:
+                names = [
+                    repr(str(value.name)) for value in up.inputs if value is not None and _is_constant(value)
+                ]
+                return (
+                    f"contains an adapter already: a product with {', '.join(names)} and another constant is "
+                    f"added beside {use.root.name!r}"
+                )
+    return ""
+
+
+def _addends(node: ir.Node) -> Iterator[ir.Value]:
+    """Yield what is added to a node's product before anything else is done with it."""
+    if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
+        yield node.inputs[2]
+    front = [node.outputs[0]]
+    for _ in range(_STEPS):
+        readers = [(value, usage.node) for value in front for usage in value.uses()]
+        front = []
+        for value, reader in readers:
+            others = [other for other in reader.inputs if other is not None and other is not value]
+            if reader.op_type == "Add" and len(others) == 1:
+                yield others[0]
+            if reader.op_type in _SUMMED:
+                front.append(reader.outputs[0])
+
+
+def _product(value: ir.Value | None) -> ir.Node | None:
+    """Return the product of an activation and a constant that a value is, but for factors."""
+    while value is not None and (maker := value.producer()) is not None:
+        if maker.op_type in _PRODUCTS:
+            return maker if _is_constant(maker.inputs[0 if maker.op_type == "Gather" else 1]) else None
+        value = _through(value, _SCALED)
+        if value is not None and value.producer() is maker:
+            return None
+    return None
+
+
+def _viewed(value: ir.Value | None) -> ir.Value | None:
+    return _through(value, _VIEWS)
+
+
+def _through(value: ir.Value | None, operators: Collection[str]) -> ir.Value | None:
+    """Walk back through operators that have one activation."""
+    while value is not None and (maker := value.producer()) is not None and maker.op_type in operators:
+        inputs = [other for other in maker.inputs if other is not None and not _is_constant(other)]
+        if not inputs:
+            return value
+        value = inputs[0]
+    return value
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    """Whether a value is a constant, perhaps transposed or cast."""
+    while value is not None and value.const_value is None and (maker := value.producer()) is not None:
+        if maker.op_type not in PASSED:
+            return False
+        value = maker.inputs[0]
+    return value is not None and value.const_value is not None

@@ -1,0 +1,127 @@
+"""Who reads a weight: what tells one module's uses of a constant from another's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from lora_export.sites.naming.evidence import (
+    FOLDED,
+    NODE_NAME,
+    WEIGHT_NAME,
+    folded_from,
+    node_path,
+    scope_path,
+    weight_path,
+)
+from lora_export.sites.slot import Use
+from lora_export.sites.target import Part, Site, Target
+
+_CONVOLUTIONS = {"Conv", "FusedConv", "NhwcConv", "ConvTranspose"}
+
+
+def module_of(node: ir.Node) -> str | None:
+    """Module path of a node by its metadata or its name; None where the exporter left neither."""
+    path = scope_path(node)
+    return node_path(node) if path is None else path
+
+
+def reads_another(use: Use, path: str, parameter: str) -> bool:
+    """Whether the constant's own name says that it is another parameter of module ``path``."""
+    for name in (str(use.root.name), *folded_from(use.root)):
+        module, _, leaf = weight_path(name).rpartition(".")
+        if leaf != parameter and (module == path or (module and path.endswith(f".{module}"))):
+            return True
+    return False
+
+
+def foreign_reader(path: str, uses: Sequence[Use]) -> str:
+    """Why a weight with the right name may hold other values, or an empty string."""
+    for use in uses:
+        reader = module_of(use.node)
+        if reader and not is_related(reader, path):
+            return (
+                f"the weight {use.root.name!r} is read by a node of {reader!r}: the exporter may have "
+                "changed its values (a folded batch norm)"
+            )
+    return ""
+
+
+def is_related(reader: str, path: str) -> bool:
+    """Whether a node of module ``reader`` may read ``path``'s weight: itself, or a module around it."""
+    reader_parts, parts = reader.split("."), path.split(".")
+    while parts:
+        if reader_parts[-len(parts) :] == parts:
+            return True
+        parts = parts[:-1]
+    return False
+
+
+def doubt(site: Site, path: str, source: str, uses: Sequence[Use]) -> str:
+    """Why it is not sure which readers of a constant are the module's, or an empty string.
+
+    Args:
+        site: What was found.
+        path: The module's path in the graph.
+        source: Kind of evidence.
+        uses: All uses in the graph.
+    """
+    for part in site.parts:
+        found = _unclear(part, source) or _stranger(part, path, uses)
+        if found:
+            return f"ambiguous: the weight {part.root.name!r} {found}"
+    return ""
+
+
+def repeated_calls(site: Site, path: str, source: str) -> str:
+    """Say which nodes of other names were taken for further calls of the module."""
+    if source != NODE_NAME:
+        return ""
+    modules = {module_of(use.node) for part in site.parts for use in part.uses}
+    others = sorted(str(module) for module in modules if module and not module.endswith(path))
+    return f"; {', '.join(others)} taken for further calls of it" if others else ""
+
+
+def _unclear(part: Part, source: str) -> str:
+    """A weight's name does not tell which of its readers is the module: exporters merge equal weights."""
+    nodes = {id(use.node): use.node for use in part.uses}.values()
+    if len(nodes) < 2 or source not in (FOLDED, WEIGHT_NAME):
+        return ""
+    modules = {module_of(node) for node in nodes}
+    if None in modules:
+        return (
+            f"is read by {len(nodes)} nodes that have no names: one module called twice, "
+            "or modules whose equal weights were merged"
+        )
+    listed = ", ".join(repr(module) for module in sorted(map(str, modules))[:4])
+    return f"is read by several modules ({listed})" if len(modules) > 1 else ""
+
+
+def _stranger(part: Part, path: str, uses: Sequence[Use]) -> str:
+    """A reader that may be the module's own, not understood: it would keep the old values."""
+    mine = {(id(use.node), use.slot.index) for use in part.uses}
+    kinds = {use.slot.kind for use in part.uses}
+    for use in uses:
+        if use.root is not part.root or (id(use.node), use.slot.index) in mine:
+            continue
+        module = module_of(use.node)
+        # A tied weight: one reader is a table, the other a matrix, so they are different modules.
+        tied = {*kinds, use.slot.kind} == {"embedding", "linear"} and not use.refusal
+        if module == path or (module is None and not tied):
+            return f"is also read by {use.node.op_type}, which can't be told from the module's own use"
+    return ""
+
+
+def folded_into_conv(target: Target, part: Part) -> bool:
+    """Whether a convolution's weight or bias was computed by the exporter: a batch norm may be in it.
+
+    Exporters either give the result a name of its own, or keep the name and say that the norm reads it.
+    """
+    if not any(use.node.op_type in _CONVOLUTIONS for use in part.uses):
+        return False
+    # A quantiser's suffix says nothing of a norm.
+    name, parameter = weight_path(str(part.root.name)), target.key.rpartition(".")[2]
+    return not name.endswith(f".{parameter}") or any(
+        scope_path(use.node) not in (None, name.removesuffix(f".{parameter}")) for use in part.uses
+    )

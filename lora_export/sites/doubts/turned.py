@@ -1,0 +1,167 @@
+"""Tell that a graph has a module's weight in the other orientation as well: the model computes x @ W, too.
+
+A Linear computes ``x @ Wᵀ``. A model that multiplies with the same weight from the other side (tied
+autoencoders, attractor networks) has it in a graph twice: as one constant that is read in both orientations,
+or, where an exporter or a tool has computed the transpose, as two. To change one of them would change half of
+what the model does with the weight. Such a product is another use of the weight where
+
+1. it reads the constant that is the module's, in the other orientation, unless both are modules of other
+   names than the constant (a tool merges equal weights under one name); or
+2. it reads a constant with the transpose of the weight's values, as they are, times a factor for each row, or
+   as a quantiser's codes, which is no other parameter: neither its own name nor its node's module says so.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence, Set
+from functools import cache
+
+import numpy as np
+
+from lora_export.adapter import Array
+from lora_export.graph.onnx_file import release, stored_matrix
+from lora_export.sites.doubts.copies import named_parameters
+from lora_export.sites.doubts.readers import module_of
+from lora_export.sites.slot import Use
+from lora_export.sites.target import Part, Site
+from lora_export.sites.values.codes import canonical_shape, rows_of
+from lora_export.sites.values.content import COSINE
+
+# Rows and columns at whose crossings two matrices are compared first, and the least cosine of rows of codes.
+_LINES, _ALIKE = 8, 0.9
+
+
+def other_orientations(sites: Sequence[Site], uses: Sequence[Use], parameters: Set[str]) -> Mapping[int, str]:
+    """Return identity of a target → which product reads its weight in the other orientation.
+
+    Args:
+        sites: Where the weights of an adapter were found.
+        uses: All uses in the graph.
+        parameters: Paths of parameters: by the names of constants, and the checkpoint's.
+    """
+    products: dict[tuple[int, int], list[Use]] = defaultdict(list)
+    readers: dict[int, list[Use]] = defaultdict(list)
+    for use in uses:
+        if use.slot.kind == "linear":
+            products[canonical_shape(use)].append(use)
+            readers[id(use.root)].append(use)
+    mine = {id(part.root) for site in sites for part in site.parts}
+    crossings = cache(_crossings)
+    found: dict[int, str] = {}
+    for site in sites:
+        if site.target.kind == "vector" or site.target.experts > 1 or not _is_product(site):
+            continue
+        reader = _turned_reader(site, readers)
+        if reader is None and canonical_shape(site.parts[0].uses[0]) == site.target.matrix:
+            copies = [use for use in products[site.target.matrix[::-1]] if id(use.root) not in mine]
+            reader = _turned_copy(site, copies, parameters, crossings)
+        if reader is not None:
+            found[id(site.target)] = (
+                f"its weight is read in both orientations: {reader.node.op_type} multiplies with "
+                f"{reader.root.name!r}, which is its transpose"
+            )
+    return found
+
+
+def _is_product(site: Site) -> bool:
+    return all(use.slot.kind == "linear" for part in site.parts for use in part.uses)
+
+
+def _turned_reader(site: Site, readers: Mapping[int, Sequence[Use]]) -> Use | None:
+    """Rule 1."""
+    for part in site.parts:
+        for use in readers.get(id(part.root), ()):
+            if use.transposed != part.uses[0].transposed:
+                named = named_parameters(use)
+                merged = named and not set(named) & set(site.keys)
+                if not (merged and _is_beside(module_of(use.node), site.target.path)):
+                    return use
+    return None
+
+
+def _is_beside(module: str | None, path: str) -> bool:
+    """Whether a module is another one, and none around ``path``."""
+    return bool(module) and module != path and not f".{path}.".count(f".{module}.")
+
+
+def _turned_copy(
+    site: Site, copies: Sequence[Use], parameters: Set[str], crossings: Callable[[Use], Array | None]
+) -> Use | None:
+    """Rule 2."""
+    part = site.parts[0]
+    mine = part.uses[0]
+    for use in copies:
+        named = named_parameters(use)
+        if named and not set(named) & set(site.keys):
+            continue
+        if (
+            _are_transposes(crossings(mine), crossings(use), _least(mine, use))
+            and (named or not _is_module(use, part, site.keys, parameters))
+            and _hold_transposes(mine, use)
+        ):
+            return use
+    return None
+
+
+def _least(one: Use, other: Use) -> float:
+    return _ALIKE if one.quantised or other.quantised else COSINE
+
+
+def _is_module(use: Use, part: Part, keys: Sequence[str], parameters: Set[str]) -> bool:
+    """Whether the node that reads a constant says that it is another module, which has a weight."""
+    module = module_of(use.node)
+    if not module or module in {module_of(mine.node) for mine in part.uses}:
+        return False
+    own = f"{module}.weight"
+    return own not in keys and any(_is_end(own, name) for name in parameters)
+
+
+def _is_end(one: str, other: str) -> bool:
+    """Whether one of two paths ends in the other."""
+    return f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}")
+
+
+def _lines(count: int) -> Array:
+    return np.unique(np.linspace(0, count - 1, _LINES).astype(int))
+
+
+def _crossings(use: Use) -> Array | None:
+    """Return the values of a canonical weight where some rows cross some columns."""
+    assert use.root.const_value is not None
+    rows, cols = (_lines(count) for count in canonical_shape(use))
+    if use.quantised:
+        values = rows_of(use, rows)
+        return None if values is None else values[:, cols]
+    stored = stored_matrix(use.root.const_value)
+    picked = np.asarray((stored.T if use.transposed else stored)[np.ix_(rows, cols)], np.float64)
+    release(use.root)
+    return picked
+
+
+def _hold_transposes(one: Use, other: Use) -> bool:
+    """Whether some whole rows of a weight are another's columns, up to a factor each."""
+    rows = _lines(canonical_shape(one)[0])
+    mine, theirs = rows_of(one, rows), _columns_of(other, rows)
+    for use in (one, other):
+        release(use.root)
+    return _are_transposes(mine, theirs, _least(one, other))
+
+
+def _columns_of(use: Use, columns: Array) -> Array | None:
+    assert use.root.const_value is not None
+    if use.quantised:
+        values = rows_of(use, np.arange(canonical_shape(use)[0]))
+        return None if values is None else values[:, columns]
+    stored = stored_matrix(use.root.const_value)
+    return np.asarray((stored.T if use.transposed else stored)[:, columns], np.float64)
+
+
+def _are_transposes(one: Array | None, other: Array | None, least: float) -> bool:
+    """Whether the rows of a matrix are another's columns; equal numbers tell nothing."""
+    if one is None or other is None or np.ptp(one) == 0:
+        return False
+    turned = other.T
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(turned, axis=1)
+    products = np.abs(np.einsum("ij,ij->i", one, turned))
+    return bool(lengths.any() and (products >= least * lengths).all())

@@ -1,0 +1,232 @@
+"""The parameter paths of a base, ready to be compared with an adapter's; what a path component may denote."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from itertools import pairwise
+
+from lora_export.sites.naming.names import Prefix, flatten, per_expert, variants
+from lora_export.sites.naming.towers import Kinds, kinds_of_names, merged_kinds, other_kind
+
+# Names of submodels that stand beside others of their kind.
+_SUBMODEL = re.compile(
+    r"(?:\w*_)?(?:encoder|decoder|tower|unet|vae|prior|controlnet|generator|discriminator|teacher|student"
+    r"|actor|critic|policy|reward|draft|ema)(?:_?\d+)?"
+    r"|(?:text|vision|visual|image|audio|speech|video|protein|query|doc|document|user|item|code|graph)"
+    r"_(?:model|backbone|branch|net|transformer|embedder)"
+    r"|visual|vision|\w+_[2-9]"
+)
+# Names of a whole model inside a class with a head, or inside a wrapper: transformers' ``base_model_prefix``
+# of its model classes (5.23), but for those that are one of several submodels, and what wrappers are called.
+_OUTER_NAMES = """
+    aimv2 albert align audio_spectrogram_transformer auto_model backbone base base_model beit bert bert_model
+    biogpt bit blip bridgetower bros canine clap clip clvp convbert convnext convnextv2 cpmant cvt dac
+    data2vec_audio data2vec_text data2vec_vision deberta decision_transformer deit dinat dinov2
+    dinov2_with_registers distilbert donut dpt efficientnet electra ernie esm esmc flava fnet focalnet
+    funnel git glpn gpt_neox gpt_neox_japanese groupvit hiera hubert ibert ijepa inner language_model
+    layoutlm layoutlmv2 layoutlmv3 led levit lilt longformer luke lxmert markuplm mobilebert
+    mobilenet_v1 mobilenet_v2 mobilevit mobilevitv2 model module mpnet mra net network nomic_bert
+    nystromformer owlv2 owlvit perceiver poolformer prophetnet pvt pvt_v2 reformer regnet rembert resnet
+    roberta roberta_prelayernorm roc_bert roformer rwkv sam segformer sew sew_d siglip siglip2 splinter
+    swiftformer swin swin2sr swinv2 switch_transformers tapas timesformer timm_model transformer
+    unispeech unispeech_sat videomae videomt vilt visual_bert vit vitdet vits vivit wav2vec2
+    wav2vec2_bert wav2vec2_conformer wavlm wrapped wrapper x_clip yoso
+"""
+_OUTER = frozenset(_OUTER_NAMES.split())
+_FLAT_OUTER = re.compile(rf"(?:{'|'.join(_OUTER)})(?:_(?:{'|'.join(_OUTER)}))*")
+
+# Of stacked experts, each of which a graph has on its own: how many tell that they are there.
+_EXPERTS = 2
+
+
+class KnownNames:
+    """The parameter paths of a base, ready to be compared with.
+
+    Args:
+        names: Dotted paths, wrappers taken off.
+        shape_of: Looks up the shape of one, where it is known.
+        kinds: Returns what else than the names says of the kind of model that the base is, see `towers`.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        shape_of: Callable[[str], tuple[int, ...] | None] = lambda _: None,
+        kinds: Callable[[], Kinds] = frozenset,
+    ) -> None:
+        self.names = frozenset(names)
+        self._shape_of, self._stated = shape_of, kinds
+
+    @cached_property
+    def kinds(self) -> Kinds:
+        """What kind of model the base is, as far as that is known."""
+        return merged_kinds(self._stated(), kinds_of_names(self.names))
+
+    @cached_property
+    def _children(self) -> dict[str, set[str]]:
+        children: dict[str, set[str]] = defaultdict(set)
+        for name in self.names:
+            parts = name.split(".")
+            for end in range(len(parts) - 1):
+                children[".".join(parts[:end])].add(parts[end])
+        return children
+
+    @cached_property
+    def _by_flat(self) -> dict[str, list[str]]:
+        flat: dict[str, list[str]] = defaultdict(list)
+        for name in sorted(self.names):
+            flat[flatten(name)].append(name)
+        return flat
+
+    @cached_property
+    def _by_flat_tail(self) -> dict[str, set[str]]:
+        """Flattened end of a path → what stands in front of it."""
+        tails: dict[str, set[str]] = defaultdict(set)
+        for name in self.names:
+            parts = name.split(".")
+            for end in range(1, len(parts) - 1):
+                tails[flatten(".".join(parts[end:]))].add(".".join(parts[:end]))
+        return tails
+
+    def has(self, key: str) -> bool:
+        """Whether the base has a parameter under this path, or under another name of a builder for it."""
+        if key in self.names:
+            return True
+        named = (*variants(key), *per_expert(key, _EXPERTS))
+        return any(all(name in self.names for name in variant.keys) for variant in named)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of a parameter under this very path; None where that is not known."""
+        return self._shape_of(name) if name in self.names else None
+
+    def under(self, scope: str) -> list[str]:
+        """Return the paths that end in ``scope`` and have parameters under them."""
+        return sorted(path for path in self._children if path == scope or path.endswith(f".{scope}"))
+
+    def other_kind(self, part: str) -> str:
+        """Return which kind of model a part's path denotes that the base is not; "" where it may be it."""
+        return other_kind(part, self.kinds, self.names)
+
+    def is_inside(self, path: str) -> bool:
+        """Whether all of the base's numbered blocks, or where it has none all of it, lie under one path."""
+        # By dots alone: exporters number constants without a name (``val_12``).
+        blocks = [name for name in self.names if any(map(str.isdigit, name.split(".")))] or self.names
+        return all(name.startswith(f"{path}.") for name in blocks)
+
+    def has_rivals(self, path: str) -> bool:
+        """Whether a submodel on the way down a path has another submodel beside it."""
+        parts = path.split(".")
+        for end, part in enumerate(parts):
+            beside = self._children[".".join(parts[:end])] - {part}
+            if is_submodel(part) and any(map(is_submodel, beside)):
+                return True
+        return False
+
+    def changes(self, keys: Iterable[str]) -> set[Prefix]:
+        """Return the changes under which one of some dotted paths is a parameter's; no index comes off."""
+        by_rest: dict[str, list[str]] = defaultdict(list)
+        for key in keys:
+            for variant in variants(key):
+                for name in variant.keys:
+                    by_rest[_behind_first_index(name)].append(name)
+        found: set[Prefix] = set()
+        for known in self.names:
+            theirs = known.split(".")
+            for start in range(len(theirs) - 1):
+                for name in by_rest.get(".".join(theirs[start:]), ()):
+                    parts = name.split(".")
+                    same = _common_end(parts, theirs)
+                    found.add(Prefix(".".join(parts[:-same]), ".".join(theirs[:-same])))
+        return found
+
+    def flat_changes(self, keys: Iterable[str]) -> set[Prefix]:
+        """Return the same for flattened paths; the text that comes off has underscores."""
+        found: set[Prefix] = set()
+        for key in keys:
+            text = flatten(key)
+            for at in [-1, *(match.start() for match in re.finditer("_", text))]:
+                strip, rest = text[: max(at, 0)], text[at + 1 :]
+                if has_index(strip):
+                    break
+                found.update(Prefix(strip, add) for add in self._by_flat_tail.get(rest, ()))
+                if rest in self._by_flat:
+                    found.add(Prefix(strip))
+        return found
+
+    def unflatten(self, key: str, change: Prefix) -> list[str]:
+        """Return the paths that a flattened one may stand for under a change."""
+        text = flatten(key)
+        if change.strip and text.startswith(f"{change.strip}_"):
+            text = text[len(change.strip) + 1 :]
+        elif change.strip:
+            return self._by_flat.get(text, [])
+        if not change.add:
+            return self._by_flat.get(text, [])
+        whole = self._by_flat.get(f"{flatten(change.add)}_{text}", [])
+        return [name for name in whole if name.startswith(f"{change.add}.")]
+
+
+def is_submodel(name: str) -> bool:
+    """Whether a path component denotes one of several models, by its name."""
+    return _SUBMODEL.fullmatch(name) is not None
+
+
+def is_outer(path: str) -> bool:
+    """Whether a path is only names that a whole model has inside a class with a head, or inside a wrapper.
+
+    A language model is called ``language_model`` inside a vision–language model, or ``text_model`` inside
+    ``model`` (Idefics 3, SmolVLM; CLIP's text model has no ``model`` around it).
+    """
+    parts = path.split(".")
+    # A Sequential around the whole model (SentenceTransformer's ``0.auto_model``).
+    parts = parts[1:] if parts[0].isdigit() and len(parts) > 1 else parts
+    return all(part in _OUTER or _is_language(before, part) for before, part in pairwise(["", *parts]))
+
+
+def is_flat_outer(text: str) -> bool:
+    """Whether flattened text is only such names."""
+    return _FLAT_OUTER.fullmatch(text) is not None
+
+
+def has_language_model(path: str) -> bool:
+    """Whether a path leads into the language model of a vision–language model."""
+    return any(_is_language(before, part) for before, part in pairwise(["", *path.split(".")]))
+
+
+def submodels_of(path: str) -> list[str]:
+    """Return the submodels on the way down a path, but for the language model of a vision–language model."""
+    pairs = pairwise(["", *path.split(".")])
+    return [part for before, part in pairs if is_submodel(part) and not _is_language(before, part)]
+
+
+def has_submodel(text: str) -> bool:
+    """Whether some of the words of a flattened path are the name of a submodel."""
+    words = text.split("_")
+    spans = (words[start:end] for end in range(1, len(words) + 1) for start in range(end))
+    return any(is_submodel("_".join(span)) for span in spans)
+
+
+def _is_language(before: str, part: str) -> bool:
+    return part == "language_model" or (before, part) == ("model", "text_model")
+
+
+def has_index(name: str) -> bool:
+    """Whether a path, dotted or flattened, goes through a numbered block."""
+    return any(part.isdigit() for part in re.split(r"[._]", name))
+
+
+def _behind_first_index(name: str) -> str:
+    """Return a path from its first index on, but for one in front; without any, from the module itself on."""
+    parts = name.split(".")
+    start = next((at for at, part in enumerate(parts) if at and part.isdigit()), len(parts) - 2)
+    return ".".join(parts[max(0, min(start, len(parts) - 2)) :])
+
+
+def _common_end(one: Sequence[str], other: Sequence[str]) -> int:
+    same = 0
+    while same < min(len(one), len(other)) and one[-1 - same] == other[-1 - same]:
+        same += 1
+    return same

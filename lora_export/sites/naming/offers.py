@@ -1,0 +1,162 @@
+"""What a user may give as ``--component`` so that a part of an adapter is placed; tried before it is offered.
+
+A part is the path of a submodel, as the adapter's names or as the base's have it; or one of the models that a
+file serves; of an adapter that was made for such a one, both (``text_encoder:clip.text_model``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from lora_export.sites.naming.known_names import KnownNames, has_index
+from lora_export.sites.naming.likeness import matrix_of
+from lora_export.sites.naming.names import Named, Prefix, flatten
+
+_SHOWN = 4
+# Parts that are tried, each at the cost of placing the adapter, and how many are enough to name.
+_TRIED = 256
+_ENOUGH = 24
+
+
+# The adapter's parameters below a part, and the part or None → for each the base's path, or None.
+Try = Callable[[Sequence[Named], str | None], Sequence[str | None]]
+
+
+@dataclass(frozen=True)
+class Offers:
+    """Parts that would be placed.
+
+    Attributes:
+        options: What may stand behind ``--component``; empty where nothing would be placed.
+        placed: How many of the adapter's low-rank changes the first of them places.
+        is_whole: All of a part would be placed; else the rest needs ``--allow-unmatched``.
+        others: Parts that would be placed as well, and are of another kind than the base → the kind.
+    """
+
+    options: tuple[str, ...] = ()
+    placed: int = 0
+    is_whole: bool = True
+    others: tuple[tuple[str, str], ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.options)
+
+    @property
+    def text(self) -> str:
+        """The options as a user types them."""
+        listed = " or ".join(f"--component {option}" for option in self.options[:_SHOWN])
+        listed += " or others" if len(self.options) > _SHOWN else ""
+        return listed if self.is_whole else f"{listed} together with --allow-unmatched"
+
+
+def offers_of(
+    wanted: Sequence[Named],
+    known: KnownNames,
+    changes: Iterable[Prefix],
+    *,
+    flattened: bool,
+    given: str | None,
+    least: int,
+    place: Try,
+) -> Offers:
+    """Return the parts that place most of an adapter.
+
+    Args:
+        wanted: What the adapter changes.
+        known: The base's paths.
+        changes: Changes of prefix under which some of it is known, those of most first.
+        flattened: The adapter's paths have underscores for dots.
+        given: What the user gave already: it is not offered again.
+        least: How many are placed without any: what places fewer is not offered.
+        place: Names the adapter's parameters below a part.
+    """
+    components = sorted({one.component for one in wanted if one.component})
+    found: dict[str, tuple[int, bool]] = {}
+    kinds: dict[str, str] = {}
+    if len(components) > 1:
+        for component in components:
+            mine = [one for one in wanted if one.component == component]
+            found[component] = _outcome(mine, known, place(mine, None))
+            kinds[component] = known.other_kind(component)
+    else:
+        front = f"{components[0]}:" if components else ""
+        for part in islice(_candidates(wanted, changes, flattened), _TRIED):
+            if part == given or (given and not part.startswith(f"{given}.")):
+                continue
+            below = [one for one in wanted if _is_below(one.key, part, flattened)]
+            placed, is_whole = _outcome(below or wanted, known, place(below or wanted, part))
+            if below or is_whole:
+                found[front + part] = placed, is_whole
+                kinds[front + part] = known.other_kind(part)
+            if len(found) == _ENOUGH:
+                break
+    total, mark = len(_low_rank(wanted)), "_" if flattened else "."
+    own = {part: outcome for part, outcome in found.items() if not kinds[part]}
+    others = _best({part: found[part] for part in found.keys() - own}, least, total, mark)
+    return replace(
+        _best(own, least, total, mark), others=tuple((part, kinds[part]) for part in others.options)
+    )
+
+
+def _candidates(wanted: Sequence[Named], changes: Iterable[Prefix], flattened: bool) -> Iterator[str]:
+    seen: set[str] = set()
+    for change in changes:
+        for part in (change.strip, change.add):
+            if part and part not in seen:
+                seen.add(part)
+                yield part
+    if not flattened:
+        yield from _shared(wanted, seen)
+
+
+def _shared(wanted: Sequence[Named], seen: set[str]) -> Iterator[str]:
+    """Yield the adapter's own paths above its numbered blocks, the shortest first."""
+    for one in wanted:
+        parts = one.key.split(".")
+        for end in range(1, len(parts) - 1):
+            path = ".".join(parts[:end])
+            if has_index(path):
+                break
+            if path not in seen:
+                seen.add(path)
+                yield path
+
+
+def _is_below(key: str, part: str, flattened: bool) -> bool:
+    return key.startswith(f"{flatten(part)}_" if flattened else f"{part}.")
+
+
+def _outcome(wanted: Sequence[Named], known: KnownNames, names: Sequence[str | None]) -> tuple[int, bool]:
+    """Return how many low-rank changes are placed, and whether all are; none where a shape is against it."""
+    low_rank, placed = _low_rank(wanted), 0
+    for number in low_rank:
+        name = names[number]
+        if name is None or not known.has(name):
+            continue
+        mine, theirs = wanted[number].shape, known.shape(name)
+        if mine is not None and theirs is not None and matrix_of(mine) != matrix_of(theirs):
+            return 0, False
+        placed += 1
+    return placed, placed == len(low_rank)
+
+
+def _low_rank(wanted: Sequence[Named]) -> list[int]:
+    """Return the numbers of the low-rank changes, or where there are none, of all."""
+    return [n for n, one in enumerate(wanted) if one.action == "merge"] or list(range(len(wanted)))
+
+
+def _best(found: dict[str, tuple[int, bool]], least: int, total: int, mark: str) -> Offers:
+    found = {part: (n, whole) for part, (n, whole) in found.items() if n > least or (whole and n == least)}
+    is_whole = any(whole for _, whole in found.values())
+    kept = {part: placed for part, (placed, whole) in found.items() if placed and whole == is_whole}
+    # The shortest that says it.
+    short = [
+        part
+        for part, placed in kept.items()
+        if not any(part.startswith(f"{other}{mark}") and kept[other] >= placed for other in kept)
+    ]
+    # What places all of the adapter says more than a part of it that would be placed as well.
+    options = [part for part in short if kept[part] == total] or short
+    return Offers(tuple(sorted(options)), max(map(kept.__getitem__, options), default=0), is_whole)

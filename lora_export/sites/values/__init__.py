@@ -1,0 +1,1 @@
+"""Weights found and held against values."""

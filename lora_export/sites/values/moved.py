@@ -1,0 +1,126 @@
+"""Tell which constants are a checkpoint's parameters, moved: transposed, packed, picked rows, times a factor.
+
+This explains a constant; it doesn't find a place for anything. So one vector of it that is a parameter's row
+is enough: a computed answer has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cache, partial
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from lora_export.adapter import Array
+from lora_export.graph.onnx_file import release
+from lora_export.sites.target import BaseWeights
+
+# Cosine of two vectors that are one, rounded to another float type or times a factor.
+_SAME = 0.9999
+# Fewer values may be alike by chance.
+_SHORTEST = 8
+# Tables small enough that all of their values are held against a constant's.
+_SMALL = 1 << 20
+# Values that are read at a time.
+_BLOCK = 1 << 20
+# Bytes of a mapped file that are read before they are given back.
+_MAPPED_BYTES = 64 << 20
+_HALVES = {np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)}
+
+
+def moved_parameters(constants: Iterable[ir.Value], base: BaseWeights) -> set[int]:
+    """Return the identities of the constants that a parameter of the checkpoint explains."""
+    left = {id(value): value for value in constants}
+    vectors = {key: _vectors(value) for key, value in left.items()}
+    found: set[int] = set()
+    for every in (False, True):
+        if not left.keys() - found:
+            break
+        for values in base.stored():
+            found |= _with_row(values, {k: v for k, v in vectors.items() if k not in found}, every)
+    return found | _picked([value for key, value in left.items() if key not in found], base)
+
+
+def _vectors(value: ir.Value) -> list[Array]:
+    """Return a constant's first vector along each of its axes, of length 1."""
+    assert value.const_value is not None
+    values = np.asarray(value.const_value.numpy())
+    made = []
+    for axis in range(values.ndim):
+        vector = _copied(value, np.moveaxis(values, axis, -1)[(0,) * (values.ndim - 1)])
+        length = np.linalg.norm(vector)
+        if len(vector) >= _SHORTEST and length > 0:
+            made.append(vector / length)
+    release(value)
+    return made
+
+
+def _copied(value: ir.Value, line: Array) -> Array:
+    """Return a line of a constant in float32; read in pieces: across its rows, each value has a page."""
+    step = max(1, _MAPPED_BYTES // max(1, *line.strides))
+    pieces = []
+    for start in range(0, len(line), step):
+        pieces.append(line[start : start + step].astype(np.float32))
+        release(value)
+    return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+
+
+def _with_row(values: Array, vectors: Mapping[int, list[Array]], every: bool) -> set[int]:
+    """Return the constants with a vector that is a row of a parameter.
+
+    Args:
+        values: The parameter.
+        vectors: Identity of a constant → its vectors.
+        every: Look at all rows; otherwise at the first one, which tells of whole parameters.
+    """
+    if not values.size or not values.ndim:
+        return set()
+    rows = values.reshape(-1, values.shape[-1])[: None if every else 1]
+    return {
+        key
+        for key, mine in vectors.items()
+        if any(len(vector) == rows.shape[1] and _holds(rows, vector) for vector in mine)
+    }
+
+
+def _holds(rows: Array, vector: Array) -> bool:
+    step = max(1, _BLOCK // len(vector))
+    for start in range(0, len(rows), step):
+        block = np.asarray(rows[start : start + step], np.float32)
+        lengths = np.linalg.norm(block, axis=1)
+        if (np.abs(block @ vector) >= _SAME * lengths)[lengths > 0].any():
+            return True
+    return False
+
+
+def _picked(constants: Iterable[ir.Value], base: BaseWeights) -> set[int]:
+    """Return those that have no values but those of one small parameter: entries picked from a table.
+
+    So few values fit into half a float that a subset is no evidence there: it must be all of them.
+    """
+    left: dict[int, Array] = {}
+    for value in constants:
+        assert value.const_value is not None
+        left[id(value)] = np.unique(np.asarray(value.const_value.numpy()))
+        release(value)
+    found: set[int] = set()
+    for values in base.stored() if left else ():
+        if values.size > _SMALL:
+            continue
+        entries = cache(partial(_entries, values))
+        for key, mine in left.items():
+            if key in found or len(mine) > values.size:
+                continue
+            other = entries(mine.dtype)
+            coarse = {mine.dtype, values.dtype} & _HALVES
+            if np.array_equal(other, mine) if coarse else np.isin(mine, other).all():
+                found.add(key)
+    return found
+
+
+def _entries(values: Array, dtype: np.dtype[Any]) -> Array:
+    with np.errstate(over="ignore"):
+        return np.unique(values.astype(dtype))

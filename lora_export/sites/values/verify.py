@@ -1,0 +1,271 @@
+"""Hold what was found by name against the checkpoint's values, and find weights by their values alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from lora_export.adapter import Array
+from lora_export.graph.onnx_file import matrix_shape, release, shape_of, stored_matrix
+from lora_export.sites import fit
+from lora_export.sites.experts import unsettled
+from lora_export.sites.slot import NORMS, SKIP_NORMS, Use
+from lora_export.sites.target import Part, Stack, Target, Wanted
+from lora_export.sites.values import content
+from lora_export.sites.values.code_values import CodesMatch, codes_of, compare_codes
+from lora_export.storage.patch import Placement
+
+# What builders add to the weights of norms that compute x·(1 + w), Gemma's and Nemotron's.
+NORM_SHIFT = 1.0
+# Kinds whose rows are output channels: a factor on each can be followed (also through DoRA's norms).
+_SCALABLE = ("conv", "linear")
+# What is left of float32 values after a factor that a tool multiplied them with is taken out again.
+_ROUNDED = 1e-5
+# Cosine of rows that a factor on each column may have turned.
+_RELATED = 0.5
+
+
+def check_content(target: Target, part: Part, wanted: Wanted, trusted: bool = False) -> Part | str:
+    """Compare every value of a part with the checkpoint's weight.
+
+    Args:
+        target: The parameter.
+        part: Where it was found.
+        wanted: The checkpoint's values.
+        trusted: The constant's name is an exporter's own: zeros of a vector are its own, too.
+
+    Returns:
+        The part, with the factors of rescaled rows; or what differs.
+    """
+    if isinstance(wanted, Stack):
+        return _check_experts(target, part, wanted)
+    if target.kind == "vector":
+        return _check_whole(target, part, wanted, trusted)
+    (placement,) = part.placements
+    start, stop = placement.rows
+    stored = canonical_rows(part, placement)
+    match, rows = _best(stored, [matrix[start:stop] for matrix in orientations(target, wanted)])
+    step = content.step(stored, rows) if match.worst > content.EXACT else 0.0
+    if match.worst <= max(content.EXACT, step):
+        return part
+    scale = match.row_scale if match.scaled and target.kind in _SCALABLE else None
+    if scale is not None and _explains(stored, rows, scale[:, None], step):
+        return replace(part, placements=(replace(placement, row_scale=scale),))
+    # Rows of another weight point elsewhere.
+    columns = _column_factor(stored, rows, step) if match.cosine > _RELATED else ""
+    return (
+        f"the weight {part.root.name!r} does not hold the checkpoint's values (relative difference "
+        f"{match.difference:.2g}, least cosine {match.cosine:.3f}{columns})"
+    )
+
+
+def _explains(stored: Array, wanted: Array, factor: Array, step: float) -> bool:
+    """Whether ``wanted · factor``, one for each row or for each column, is what is stored, up to rounding."""
+    factors, least = np.broadcast_to(factor, wanted.shape), content.least_of(stored)
+    return all(
+        bool((content.worst_values(one, other * times, least) <= max(_ROUNDED, step)).all())
+        for one, other, times in content.blocks(stored, wanted, factors)
+    )
+
+
+def _column_factor(stored: Array, wanted: Array, step: float) -> str:
+    """Say where the columns are multiples: a factor on the module's input, which can't be followed."""
+    products = np.zeros(wanted.shape[1])
+    squares = np.zeros(wanted.shape[1])
+    for one, other in content.blocks(stored, wanted):
+        products += np.einsum("ij,ij->j", one, other)
+        squares += np.einsum("ij,ij->j", other, other)
+    if not _explains(stored, wanted, (products / np.maximum(squares, 1e-300))[None, :], step):
+        return ""
+    return (
+        "; its columns are the checkpoint's times a factor each: a tool folded what stands before the module "
+        "into it"
+    )
+
+
+def _best(stored: Array, wanted: Sequence[Array]) -> tuple[content.Match, Array]:
+    """Return how well values match, and which: another orientation is tried where the first differs."""
+    first, *others = wanted
+    match = content.compare(stored, first)
+    if others and not match.same:
+        other = content.compare(stored, others[0])
+        if other.difference < match.difference:
+            return other, others[0]
+    return match, first
+
+
+def check_codes(target: Target, part: Part, wanted: Wanted) -> CodesMatch | None:
+    """Compare every value that a quantised constant stands for with the checkpoint's.
+
+    Returns:
+        The better one of a square matrix' two orientations; None where the codes can't be read, or stand
+        for an expert's or a vector's values.
+    """
+    held = codes_of(part.uses[0])
+    if held is None or isinstance(wanted, Stack) or target.kind == "vector":
+        return None
+    (placement,) = part.placements
+    found = [
+        compare_codes(held, placement, matrix[slice(*placement.rows)])
+        for matrix in orientations(target, wanted)
+    ]
+    release(part.root)
+    return max(found, key=lambda match: (match.within, match.cosine))
+
+
+def canonical_rows(part: Part, placement: Placement) -> Array:
+    """Return the stored rectangle of a placement, in canonical orientation."""
+    assert part.root.const_value is not None
+    return _rectangle(stored_matrix(part.root.const_value), placement)
+
+
+def _rectangle(matrix: Array, placement: Placement) -> Array:
+    view = matrix.T if placement.transposed else matrix
+    offset = placement.col if placement.transposed else placement.row
+    start, stop = placement.rows
+    return view[offset : offset + stop - start]
+
+
+def orientations(target: Target, wanted: Array) -> list[Array]:
+    """Return the checkpoint's matrix; a square one also transposed: it may be a Conv1D's."""
+    matrix = wanted.reshape(target.matrix)
+    square = target.kind in ("linear", "any") and wanted.ndim == 2 and matrix.shape[0] == matrix.shape[1]
+    return [matrix, matrix.T] if square else [matrix]
+
+
+def _check_whole(target: Target, part: Part, wanted: Array, trusted: bool) -> Part | str:
+    assert part.root.const_value is not None
+    start, stop = part.placements[0].rows
+    row = part.placements[0].row
+    stored = np.asarray(part.root.const_value.numpy())[row : row + stop - start]
+    wanted = wanted[start:stop]
+    if wanted.shape != stored.shape:
+        return _differs(part)
+    # One row: a value that is nearly zero counts as one of the vector's.
+    if _holds(stored[None], wanted[None]):
+        if trusted or np.all(wanted):
+            return part
+        return (
+            f"the vector {part.root.name!r} has zeros: what a folded norm or factor made of it can't be known"
+        )
+    if _is_norm(target, part) and _holds(stored[None], wanted[None], NORM_SHIFT):
+        return replace(part, placements=(replace(part.placements[0], shift=NORM_SHIFT),))
+    return _differs(part)
+
+
+def _is_norm(target: Target, part: Part) -> bool:
+    """Whether a vector is only read as the weight of norms."""
+    norms = NORMS | SKIP_NORMS
+    return target.key.endswith(".weight") and all(use.node.op_type in norms for use in part.uses)
+
+
+def _differs(part: Part) -> str:
+    kind = (
+        "vector" if part.root.const_value is not None and len(part.root.const_value.shape) == 1 else "weight"
+    )
+    return f"the {kind} {part.root.name!r} does not hold the checkpoint's values"
+
+
+def _check_experts(target: Target, part: Part, wanted: Stack) -> Part | str:
+    """Compare every matrix of a stack; values tell which way round square ones lie.
+
+    Args:
+        target: The stack.
+        part: A constant of ``(experts, …, …)``, or of some rows of one expert.
+        wanted: The checkpoint's.
+    """
+    module = target.module
+    if module is not None and (reason := unsettled(module, None)):
+        return reason
+    assert part.root.const_value is not None
+    stored = np.asarray(part.root.const_value.numpy())
+    if stored.ndim == 2:
+        return _check_expert(target, part, wanted)
+    alike = {False, True}
+    for expert in range(target.experts):
+        held = wanted.matrix(expert)
+        alike = {turned for turned in alike if _holds(stored[expert], held.T if turned else held)}
+        release(part.root)
+        if not alike:
+            return f"{_differs(part)} of expert {expert}"
+    if len(alike) > 1:
+        return f"ambiguous: the experts in {part.root.name!r} are symmetric, their orientation can't be known"
+    # Layouts that no shape settles are refused above: what is square lies as the module holds it.
+    turned = wanted.matrix(0).shape != target.shape
+    return replace(part, placements=fit.expert_placements(target, (True in alike) != turned))
+
+
+def _check_expert(target: Target, part: Part, wanted: Stack) -> Part | str:
+    """Compare some rows of one expert."""
+    (placement,) = part.placements
+    held = wanted.matrix(placement.expert)
+    rows = (held if held.shape == target.shape else held.T)[slice(*placement.rows)]
+    if _holds(canonical_rows(part, placement), rows):
+        return part
+    return f"{_differs(part)} of expert {placement.expert}"
+
+
+def _holds(stored: Array, wanted: Array, shift: float = 0.0) -> bool:
+    """Whether a matrix is the checkpoint's plus a number, up to rounding."""
+    if stored.shape != wanted.shape:
+        return False
+    worst = content.compare(stored, wanted.astype(np.float32) + np.float32(shift) if shift else wanted).worst
+    return worst <= content.EXACT or worst <= content.step(stored, wanted)
+
+
+def unconfirmed(target: Target) -> str:
+    """Why experts can't be placed by their names and shapes alone, or an empty text."""
+    square = target.experts > 1 and target.shape[0] == target.shape[1]
+    if not square:
+        return ""
+    return (
+        f"the experts' matrices are square {(target.experts, *target.shape)}: whether they are stored "
+        "transposed can't be known from their shape; give --checkpoint to compare the values"
+    )
+
+
+def search(target: Target, use: Use, wanted: Wanted, offsets: Sequence[int]) -> Iterator[Part]:
+    """Yield where a use's constant holds the target's values: all of it, some rows of it, or some of them.
+
+    Args:
+        target: What to look for.
+        use: A use of a constant.
+        wanted: The target's values in the checkpoint.
+        offsets: Where their rows may begin in the constant, or the constant's in them: of what is stacked or
+            a vector, nothing needs to be known.
+    """
+    assert use.root.const_value is not None
+    if target.experts > 1:
+        placed = fit.place(target, use)
+        if isinstance(placed, str):
+            return
+        checked = check_content(target, Part(use.root, (use,), placed), wanted)
+        if not isinstance(checked, str):
+            yield checked
+        return
+    transposed = use.transposed and target.kind != "vector"
+    stored = matrix_shape(shape_of(use.root.const_value))
+    height, width = stored[::-1] if transposed else stored
+    rows, cols = target.matrix
+    if width != cols or (target.kind == "vector" and height != rows):
+        return
+    fused = height >= rows
+    for offset in (0,) if target.kind == "vector" else offsets:
+        covered = (0, rows) if fused else (offset, offset + height)
+        placement = fit.placement_at(offset if fused else 0, covered, transposed)
+        checked = check_content(target, Part(use.root, (use,), (placement,)), wanted)
+        if not isinstance(checked, str):
+            yield checked
+
+
+def tile(target: Target, parts: Sequence[Part]) -> bool:
+    """Whether the parts are the whole target: one of them, or rows that follow each other."""
+    row = 0
+    for part in parts:
+        start, stop = part.placements[0].rows
+        if start != row:
+            return False
+        row = stop
+    return row == target.matrix[0]

@@ -1,0 +1,267 @@
+"""Give files that are complete their own names, in steps that can be taken back.
+
+1. Every file that is to be replaced is renamed, the last of the set first: it is the one that points at the
+   others, so no reader meets it beside another run's data.
+2. A mark is made: from here on the new set is what the folder is to hold.
+3. Every new file gets its name, the last of the set last.
+4. What was replaced is removed, then the mark.
+
+A step that fails is taken back with all before it. A process that is killed leaves names from which
+`leftovers.tidy` goes on: with a mark forward, without it back. Nothing that lies under its own name is ever
+overwritten, but for a single file, whose renaming is one step of the file system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from lora_export.errors import OutputError
+from lora_export.storage.commit.signals import Uninterrupted
+from lora_export.storage.commit.told import has_written, tell
+
+RETIRED, MARK = ".old", ".commit"
+
+
+@dataclass(frozen=True)
+class Staged:
+    """One file or folder of a set.
+
+    Attributes:
+        path: Where it was written.
+        target: Its own name.
+        retired: Name of what it replaces.
+    """
+
+    path: Path
+    target: Path
+    retired: Path
+
+
+class Step(Protocol):
+    """Something that can be done, and undone, twice as well as once."""
+
+    def do(self) -> None:
+        """Do it."""
+
+    def is_done(self) -> bool:
+        """Whether there is something to undo."""
+
+    def undo(self) -> None:
+        """Leave the folder as if it had not been done."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """A renaming to a name that is free.
+
+    Attributes:
+        source: The name now.
+        destination: The name wanted.
+    """
+
+    source: Path
+    destination: Path
+
+    def do(self) -> None:
+        """Rename it."""
+        _move(self.source, self.destination)
+
+    def is_done(self) -> bool:
+        """Whether it has the other name."""
+        return os.path.lexists(self.destination) and not os.path.lexists(self.source)
+
+    def undo(self) -> None:
+        """Rename it back."""
+        _move(self.destination, self.source)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The empty file that says: all of the set is complete, and what it replaces is out of the way.
+
+    Attributes:
+        path: The file.
+    """
+
+    path: Path
+
+    def do(self) -> None:
+        """Create it, and let the disk know before anything follows."""
+        os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666))
+        sync_path(self.path.parent)
+
+    def is_done(self) -> bool:
+        """Whether it is there."""
+        return os.path.lexists(self.path)
+
+    def undo(self) -> None:
+        """Remove it."""
+        self.path.unlink(missing_ok=True)
+
+
+def _move(source: Path, destination: Path) -> None:
+    if os.path.lexists(source):
+        if os.path.lexists(destination):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(destination))
+        source.rename(destination)
+    elif not os.path.lexists(destination):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source))
+
+
+def give_names(staged: Sequence[Staged], suffix: str, listed: bool) -> None:
+    """Do all four steps; the locks of the folders are held.
+
+    Args:
+        staged: The set, in order; all of it on the disk.
+        suffix: Of the set's temporary names.
+        listed: Whether the run is told of it.
+
+    Raises:
+        OutputError: A step failed. `StuckError`, where it could not be taken back: then ``staged`` is needed
+            to put the folder in order.
+    """
+    entry = staged[-1].target
+    marks = [folder / f"{_last(staged, folder)}{suffix}{MARK}" for folder in _folders(staged)]
+    with Uninterrupted() as calm:
+        if len(staged) == 1 and not entry.is_dir():
+            _replace(staged[0], calm)
+        else:
+            _in_steps(staged, marks, calm)
+        unsynced = _try_each([(folder, sync_path) for folder in _folders(staged)], calm)
+        if listed and not unsynced:
+            has_written(entry)
+        for path in [*(entry.retired for entry in staged), *marks]:
+            discard(path, calm)
+    if unsynced:
+        raise OutputError(
+            f"{entry} is written and complete, but the system does not confirm that it is on the disk",
+            "look at the disk's health, and compare the files before you rely on them",
+            unsynced,
+        )
+
+
+class StuckError(OutputError):
+    """A step failed, and so did taking back those before it."""
+
+
+def _replace(single: Staged, calm: Uninterrupted) -> None:
+    tried = False
+
+    def act() -> None:
+        nonlocal tried
+        if not tried or os.path.lexists(single.path):
+            tried = True
+            single.path.replace(single.target)
+
+    try:
+        calm.insist(act)
+    except OSError as error:
+        raise _failed(single.target, error) from error
+
+
+def _in_steps(staged: Sequence[Staged], marks: Sequence[Path], calm: Uninterrupted) -> None:
+    replaced = [entry for entry in staged if os.path.lexists(entry.target)]
+    steps: list[Step] = [Move(entry.target, entry.retired) for entry in reversed(replaced)]
+    steps += map(Mark, marks)
+    steps += [Move(entry.path, entry.target) for entry in staged]
+    done = 0
+    try:
+        for step in steps:
+            calm.insist(step.do)
+            done += 1
+    except BaseException as error:
+        done += steps[done].is_done()
+        try:
+            for step in reversed(steps[:done]):
+                calm.insist(step.undo)
+        except OSError as second:
+            raise _stuck(staged, marks, error, second) from error
+        if isinstance(error, OSError):
+            raise _failed(staged[-1].target, error) from error
+        raise
+
+
+def _failed(target: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"cannot write {target}: {reason_of(error)} (nothing was replaced)",
+        "check the path and its permissions, and whether another program holds it",
+    )
+
+
+def _stuck(
+    staged: Sequence[Staged], marks: Sequence[Path], first: BaseException, second: OSError
+) -> StuckError:
+    """Say which file lies under which name."""
+    problems = [f"{mark} says that the new ones are complete" for mark in marks if os.path.lexists(mark)]
+    for entry in staged:
+        if os.path.lexists(entry.retired):
+            problems.append(f"{entry.target}: the old one is {entry.retired.name}")
+        if os.path.lexists(entry.path):
+            problems.append(f"{entry.target}: the new one is {entry.path.name}")
+        elif os.path.lexists(entry.target):
+            problems.append(f"{entry.target} is the new one")
+    reason = reason_of(first) if isinstance(first, OSError) else type(first).__name__
+    return StuckError(
+        f"cannot write {staged[-1].target}: {reason}; and what had been renamed could not be named back: "
+        f"{reason_of(second)}",
+        "nothing is lost: the next lora-export command that names a file of that folder puts it in order",
+        problems,
+    )
+
+
+def reason_of(error: OSError) -> str:
+    """Return what the system said, with the file that it said it of."""
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{where}"
+
+
+def _folders(staged: Sequence[Staged]) -> list[Path]:
+    return list(dict.fromkeys(entry.target.parent for entry in staged))
+
+
+def _last(staged: Sequence[Staged], folder: Path) -> str:
+    return [entry.target.name for entry in staged if entry.target.parent == folder][-1]
+
+
+def _try_each(acts: Sequence[tuple[Path, Callable[[Path], None]]], calm: Uninterrupted) -> list[str]:
+    """Do all; return what the system said of those that failed."""
+    problems = []
+    for path, act in acts:
+        try:
+            calm.insist(lambda path=path, act=act: act(path))  # type: ignore[misc]
+        except OSError as error:
+            problems.append(f"{path}: {reason_of(error)}")
+    return problems
+
+
+def discard(path: Path, calm: Uninterrupted) -> bool:
+    """Remove a file or a folder that nobody needs; return whether it is gone, and tell if it is not."""
+    if problems := _try_each([(path, _remove)], calm):
+        tell(f"could not remove {problems[0]}; nothing needs it any more")
+    return not problems
+
+
+def _remove(path: Path) -> None:
+    if not os.path.lexists(path):
+        return
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def sync_path(path: Path) -> None:
+    """Flush one file or folder entry to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

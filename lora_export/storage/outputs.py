@@ -1,0 +1,181 @@
+"""Write outputs so that a killed process leaves the old files or the new ones, never some of each."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+from lora_export.errors import OutputError
+from lora_export.storage.commit.leftovers import new_suffix, tidy
+from lora_export.storage.commit.lock import locked
+from lora_export.storage.commit.signals import Uninterrupted
+from lora_export.storage.commit.steps import RETIRED, Staged, StuckError, discard, give_names, sync_path
+
+_ANOTHER_NAME = "choose another name"
+
+
+class OutputSet:
+    """A group of files that appear together.
+
+    Each file is written under a temporary name in its own folder. `commit` syncs them and gives them their
+    names in the order of their creation (`commit.steps`): the last one is what points at the others. An
+    interrupt during the renaming waits for its end; an error takes all of it back. Leaving the `with` block
+    without `commit` removes every temporary.
+
+    Args:
+        force: Replace files that exist already.
+        listed: The user is told of it when a later step of the same run fails; False for caches.
+    """
+
+    def __init__(self, force: bool = False, *, listed: bool = True) -> None:
+        self._force, self._listed = force, listed
+        self._staged: list[Staged] = []
+        self._kept: list[Path] = []
+        self._suffix = new_suffix()
+
+    def __enter__(self) -> OutputSet:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with Uninterrupted() as calm:
+            for entry in self._staged:
+                discard(entry.path, calm)
+
+    def stage(self, target: Path, folder: bool = False, force: bool | None = None) -> Path:
+        """Return the temporary path under which ``target`` is to be written.
+
+        Args:
+            target: What to write.
+            folder: It is a folder, and the caller has made sure that one of that name may be replaced.
+            force: As for the set, for this file alone.
+
+        Raises:
+            OutputError: ``target`` exists and ``force`` is off, it is a folder where a file is to be written
+                or the other way round, or its folder can't be written.
+        """
+        force = self._force if force is None else force
+        if target.parent not in {entry.target.parent for entry in self._staged}:
+            tidy(target.parent)
+        if folder:
+            refuse_existing([target], force)
+            if target.is_file():
+                raise OutputError(f"{target} is a file, and a folder is to be written", _ANOTHER_NAME)
+        else:
+            refuse_replacing([target], force)
+        make_parent(target)
+        name = target.name + self._suffix
+        entry = Staged(target.with_name(name), target, target.with_name(name + RETIRED))
+        self._staged.append(entry)
+        if not force:
+            self._kept.append(target)
+        return entry.path
+
+    def commit(self, check: Callable[[], object] | None = None) -> None:
+        """Sync every staged file and give each its own name.
+
+        Args:
+            check: Raises where the output must not be replaced after all. Called while no other process can
+                give names in the folder.
+
+        Raises:
+            OutputError: A file can't be written or renamed, or another process has written it meanwhile and
+                ``force`` is off.
+        """
+        if not self._staged:
+            return
+        with output_errors(self._staged[-1].target):
+            for entry in self._staged:
+                sync_tree(entry.path)
+        with locked(entry.target.parent for entry in self._staged):
+            # Looked at again: another process may have been faster.
+            _refuse(_existing(self._kept))
+            if check is not None:
+                check()
+            try:
+                give_names(self._staged, self._suffix, self._listed)
+            except StuckError:
+                self._staged.clear()  # they are needed to put the folder in order
+                raise
+        self._staged.clear()
+
+
+def refuse_existing(targets: list[Path], force: bool) -> None:
+    """Raise `OutputError` naming every target that exists already, unless ``force``."""
+    if force:
+        return
+    existing = _existing(targets)
+    # What an ended run has left between two renames is finished or put back before it is judged.
+    if existing:
+        for folder in {target.parent for target in targets}:
+            tidy(folder)
+        existing = _existing(targets)
+    _refuse(existing)
+
+
+def _existing(targets: list[Path]) -> list[str]:
+    return [str(target) for target in targets if os.path.lexists(target)]
+
+
+def _refuse(existing: list[str]) -> None:
+    if existing:
+        raise OutputError(
+            "the output exists already", "choose another name, or give --force (force=True)", existing
+        )
+
+
+def refuse_replacing(files: list[Path], force: bool) -> None:
+    """Raise `OutputError` for files that exist already, unless ``force``; for folders always."""
+    folders = [str(file) for file in files if file.is_dir()]
+    if folders:
+        raise OutputError("the output is a folder, and a file is to be written", _ANOTHER_NAME, folders)
+    refuse_existing(files, force)
+
+
+def places_of(path: Path) -> set[Path]:
+    """Return where a file lies and where that leads: files of a Hugging Face cache are links to elsewhere."""
+    return {path.resolve(), path.parent.resolve() / path.name}
+
+
+def make_parent(target: Path) -> None:
+    """Create the folder of ``target``; `OutputError` if that can't be done or it can't be written."""
+    check_parent(target)
+    with output_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+
+
+def check_parent(target: Path) -> None:
+    """Raise `OutputError` if ``target`` can't have its folder, or that can't be written; nothing is made."""
+    above = next((path for path in target.absolute().parents if path.exists()), Path())
+    if not above.is_dir():
+        raise OutputError(f"cannot write {target}: {above} is a file, not a folder", _ANOTHER_NAME)
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write into {above}", "choose a folder that you may write to")
+
+
+def sync_tree(path: Path) -> None:
+    """Flush a file, or each file of a folder, to the disk."""
+    if path.is_dir():
+        for child in path.rglob("*"):
+            sync_path(child)
+    sync_path(path)
+
+
+@contextlib.contextmanager
+def output_errors(target: Path) -> Iterator[None]:
+    """Turn an `OSError` met while writing into an `OutputError` about ``target``."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        hint = (
+            "free some space and run it again"
+            if error.errno == errno.ENOSPC
+            else "check the path and its permissions"
+        )
+        raise OutputError(f"cannot write {target}: {reason} (nothing was replaced)", hint) from error
