@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Kind = Literal["linear", "conv", "embedding", "parameter"]
-# What decides whether stacked experts' factors lie turned; see `lora_export.formats.reading.experts`.
+# What decides whether stacked experts' factors lie turned; see `formats.reading.experts`.
 Layout = Literal["known", "class", "class inverted", "unknown"]
 
 
@@ -44,7 +44,7 @@ class LoraModule:
         parameter: Name of the changed parameter inside the module.
         experts: Number of stacked matrices.
         turned: Of a parameter: its change is ``(B·A)ᵀ``, lora_a acts on the matrices' first axis.
-        layout: What decides `turned`: ``known``; or the module's class, see `lora_export.formats.reading.experts`.
+        layout: What decides `turned`: ``known``; or the module's class, see `formats.reading.experts`.
         groups: Groups of a convolution, when the factors tell (more than 1: cannot be merged).
         component: ``unet``, ``text_encoder``, … where one file serves several models.
         tensor_names: The tensors of the file this module was made of.

@@ -1,4 +1,4 @@
-"""lora_export.base.checkpoint.checkpoint: headers are believed only after checking; names are found or refused."""
+"""Checkpoints: headers are believed only after checking; names are found or refused."""
 
 from __future__ import annotations
 

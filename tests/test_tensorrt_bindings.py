@@ -14,9 +14,11 @@ import recording_trt
 
 PACKAGE = Path(__file__).resolve().parents[1] / "lora_export"
 SOURCES = [
-    *(PACKAGE / "engines" / name for name in ("backend.py", "worker.py", "tensorrt.py", "tensorrt_rtx.py")),
-    *sorted(PACKAGE.glob("runtimes/tensorrt*.py")),
-    PACKAGE / "runtimes" / "refit.py",
+    *(
+        PACKAGE / "engines" / name
+        for name in ("backend.py", "builder_process.py", "tensorrt.py", "tensorrt_rtx.py")
+    ),
+    *(PACKAGE / "runtimes" / "tensorrt" / name for name in ("engine.py", "model.py", "refit.py")),
 ]
 # What holds objects of the API where it is used.
 API = {
@@ -90,6 +92,6 @@ def test_classic_tensorrt_has_them():
 
 def test_what_only_one_has_is_asked_of_that_one_alone():
     """The shared code uses nothing that only one of them has."""
-    shared = {"backend.py", "worker.py"}
+    shared = {"backend.py", "builder_process.py"}
     wrong = [at for at in used() if at[0] in RTX_ONLY | CLASSIC_ONLY and at[1].split(":")[0] in shared]
     assert not wrong

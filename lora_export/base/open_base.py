@@ -169,7 +169,7 @@ def open_base(
         if base.is_dir():
             from lora_export.base.capture.capture import capture_checkpoint
             from lora_export.base.checkpoint.checkpoint import read_config
-            from lora_export.modes.merging.into_checkpoint import refuse_absent
+            from lora_export.base.placing.refuse import refuse_absent
 
             config = read_config(base)
             refuse_own_code(base, config)

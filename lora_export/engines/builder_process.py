@@ -1,8 +1,8 @@
 """The process that a builder runs in: what it does wrong takes this process with it, and not its caller's.
 
-``python -m lora_export.engines.builder_process JOB`` reads a job as JSON and writes lines of JSON to the job's pipe:
-``{"phase": …, "share": …}`` while it builds, at the end ``{"built": {…}}`` or ``{"failed": {…}}``. The
-builder's own messages go to the job's log file.
+``python -m lora_export.engines.builder_process JOB`` reads a job as JSON and writes lines of JSON to the
+job's pipe: ``{"phase": …, "share": …}`` while it builds, at the end ``{"built": {…}}`` or ``{"failed":
+{…}}``. The builder's own messages go to the job's log file.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ diffusion-pipe and ComfyUI write ``diffusion_model``. Three spellings: ``….lor
 ``double_blocks.0.processor.qkv_lora1.down.weight`` is read as Black Forest Labs' name of the same module.
 
 Scaling, in this order: the metadata ``lora_adapter_metadata`` (one JSON object with keys such as
-``unet.lora_alpha``); ``<module>.alpha``; alpha in the metadata (`lora_export.formats.reading.stated`); else alpha =
+``unet.lora_alpha``); ``<module>.alpha``; alpha in the metadata (`formats.reading.stated`); else alpha =
 rank for each module, whether or not the ranks are equal (``utils/peft_utils.py``, ``get_peft_kwargs``).
 """
 

@@ -1,6 +1,6 @@
 """What a converted adapter says of itself: the base it was made for, the adapter it was made of.
 
-A converted file holds tensors as a graph takes them (`lora_export.graph.exposed`). Transposed matrices can't be
+A converted file holds tensors as a graph takes them (`graph.exposed`). Transposed matrices can't be
 told from their shapes (square ones least of all), so a file is known by what it says, never by its looks.
 """
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_export.machines.local_gpus import local_gpus
-from lora_export.storage.manifest import package_versions
+from lora_export.machines.packages import package_versions
 
 _PACKAGES = (
     *("lora-export", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu13"),

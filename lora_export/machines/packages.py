@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -155,6 +155,17 @@ def main(names: list[str]) -> None:
             print(probe(name).to_json(), file=out, flush=True)
         # Some libraries crash while they are unloaded, when all has been said.
         os._exit(0)
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the installed versions of packages; those not installed are left out."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ from lora_export.adapter import Adapter
 from lora_export.base.checkpoint.sentence_modules import lost_modules
 from lora_export.base.history.history import MANIFEST, history_of
 from lora_export.errors import OutputError
+from lora_export.machines.packages import package_versions
 from lora_export.modes.merging.blend import AdapterLike, check_blend
 from lora_export.modes.merging.checkpoint_files import small_files
 from lora_export.modes.merging.into_checkpoint import CheckpointMerge, plan_merge
 from lora_export.modes.merging.report import MergeReport
 from lora_export.plan import Plan
-from lora_export.storage.manifest import Manifest, adapter_entry, hash_file, hash_folder, package_versions
+from lora_export.storage.manifest import Manifest, adapter_entry, hash_file, hash_folder
 from lora_export.storage.outputs import OutputSet, output_errors
 from lora_export.storage.rounding import Mode, Rounding, rounding_dict
 

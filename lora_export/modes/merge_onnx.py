@@ -19,6 +19,7 @@ from lora_export.base.ties.copies import may_replace_ties
 from lora_export.graph.data_identity import mark_data
 from lora_export.graph.external_data import Change, plan_data, write_data
 from lora_export.graph.onnx_file import save_graph
+from lora_export.machines.packages import package_versions
 from lora_export.modes.branches.union import refuse_other_bases
 from lora_export.modes.merging.blend import check_blend
 from lora_export.modes.merging.checkpoint_files import small_files
@@ -26,14 +27,7 @@ from lora_export.modes.merging.into_checkpoint import CheckpointMerge, plan_merg
 from lora_export.modes.merging.into_graph import mark_merged, plan_changes
 from lora_export.modes.merging.report import MergeReport
 from lora_export.storage.commit.leftovers import scratch_folder
-from lora_export.storage.manifest import (
-    FileHash,
-    Manifest,
-    adapter_entry,
-    hash_written,
-    identity_of,
-    package_versions,
-)
+from lora_export.storage.manifest import FileHash, Manifest, adapter_entry, hash_written, identity_of
 from lora_export.storage.outputs import OutputSet, output_errors, refuse_replacing
 from lora_export.storage.rounding import Mode, Rounding, rounding_dict
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lora_export.machines.environment import read_environment
-from lora_export.storage.manifest import package_versions
+from lora_export.machines.packages import package_versions
 
 _PACKAGES = ("torch", "transformers")
 

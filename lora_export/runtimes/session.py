@@ -244,7 +244,7 @@ class AdapterSession:
     ) -> dict[str, DeviceValue]:
         """Run the model as `run` does and leave the outputs on the device, to be fed again or read later.
 
-        They are `onnxruntime.OrtValue`, from an engine `lora_export.runtimes.tensorrt.cuda.DeviceTensor`; both
+        They are `onnxruntime.OrtValue`, from an engine `runtimes.tensorrt.cuda.DeviceTensor`; both
         have ``numpy()``.
         """
         return self._run(self._model.run_on_device, feeds, adapter, adapters, outputs)

@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -173,17 +172,6 @@ def identity_of(hashes: Iterable[FileHash]) -> str:
 def identity_of_graph(graph: Path, data: Path) -> str:
     """Return the identity of a graph and its own data file, which it may lack."""
     return identity_of(hash_file(file) for file in (graph, data) if file.is_file())
-
-
-def package_versions(names: Iterable[str]) -> dict[str, str]:
-    """Return the installed versions of packages; those not installed are left out."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def adapter_entry(adapter: Adapter, weight: float) -> dict[str, Any]:

@@ -5,7 +5,7 @@ writes both ends where it trained them as one (``ensure_weight_tying``), except 
 
 - single token rows, which stand for everything that is tied to the embedding
   (``other.set_additional_trainable_modules``, PEFT 0.21); and
-- copies of no module of their own, which it loads into the one weight (`lora_export.formats.reading.whole_copies`).
+- copies of no module of their own, which it loads into the one weight (`formats.reading.whole_copies`).
 
 What another adapter of a blend does is its own affair. In the end, parameters whose changes are equal are
 still one weight.

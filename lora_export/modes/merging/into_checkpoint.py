@@ -12,14 +12,15 @@ from pathlib import Path
 
 from lora_export.adapter import Adapter
 from lora_export.base.checkpoint.checkpoint import Checkpoint
-from lora_export.base.checkpoint.quantised import HINT, Quantised, find_quantised
+from lora_export.base.checkpoint.quantised import Quantised, find_quantised
 from lora_export.base.history.history import MANIFEST
 from lora_export.base.history.merged import refuse_contained, refuse_merged
 from lora_export.base.pipeline import refuse_other_components
 from lora_export.base.placing.changes import Placed
 from lora_export.base.placing.places import place_adapters
+from lora_export.base.placing.refuse import refuse_unplaced
 from lora_export.base.ties.copies import refuse_copies, refuse_overwriting
-from lora_export.errors import AdapterError, CheckpointError, OutputError, SiteError
+from lora_export.errors import CheckpointError, OutputError
 from lora_export.modes.merging.checkpoint_files import (
     copy_small_files,
     says_quantised,
@@ -27,8 +28,6 @@ from lora_export.modes.merging.checkpoint_files import (
     write_index,
 )
 from lora_export.modes.merging.checkpoint_layout import Layout, layout_of, pieces_of
-from lora_export.plan import Plan
-from lora_export.sites.naming.likeness import counterparts, side_by_side
 from lora_export.storage.rounding import Mode, Rounding, update
 from lora_export.storage.stream import nonfinite_error, write_pieces
 
@@ -120,7 +119,7 @@ def plan_merge(
     notes = [*checkpoint.notes, *refuse_other_components(adapters, [checkpoint.folder])]
     refuse_merged(checkpoint.folder, adapters)
     placed = place_adapters(checkpoint, adapters, factors, quantised, resize)
-    _refuse_unplaced(checkpoint, adapters, placed, allow_unmatched)
+    refuse_unplaced(checkpoint, adapters, placed, allow_unmatched)
     refuse_copies(placed.copied, adapters)
     refuse_overwriting(placed.copied, checkpoint.folder / MANIFEST, adapters)
     placed = replace(placed, plan=replace(placed.plan, notes=(*notes, *placed.plan.notes)))
@@ -130,39 +129,6 @@ def plan_merge(
     return CheckpointMerge(
         checkpoint, placed, tuple(layout_of(shard, placed, code) for shard in checkpoint.shards), dtype
     )
-
-
-def refuse_absent(base: Path, adapters: Sequence[Adapter], allow_unmatched: bool) -> None:
-    """Refuse adapters whose low-rank changes are of parameters that a folder does not have, by names alone.
-
-    A capture takes a minute; a wrong adapter is known in a second.
-
-    Args:
-        base: Folder with config.json and safetensors.
-        adapters: What will be placed in the graph that is captured from it.
-        allow_unmatched: What has no place will be left out.
-
-    Raises:
-        AdapterError: An adapter is for another architecture, or was merged into the base already, or holds
-            copies of what an earlier merge has changed.
-        CheckpointError: The base is damaged.
-        SiteError: Some of an adapter has no place in the base; all of it is listed.
-    """
-    if not adapters:
-        return
-    checkpoint = Checkpoint.open(base)
-    refuse_contained(checkpoint)
-    refuse_merged(checkpoint.folder, adapters)
-    for adapter in adapters:
-        shared = len(adapters) > 1
-        placed = place_adapters(checkpoint, [adapter], [1.0], find_quantised(checkpoint), shared=shared)
-        refuse_overwriting(placed.copied, checkpoint.folder / MANIFEST, [adapter])
-        changed = {f"{module.path}.{module.parameter}" for module in adapter.modules.values()}
-        absent = changed & set(placed.absent)
-        rows = [row for row in placed.plan.rows if row.parameter in absent or row.action != "refused"]
-        if absent:
-            found = replace(placed, plan=Plan(tuple(rows)))
-            _refuse_unplaced(checkpoint, [adapter], found, allow_unmatched)
 
 
 def _refuse_dequantising(quantised: Quantised, dtype: str) -> None:
@@ -175,86 +141,6 @@ def _refuse_dequantising(quantised: Quantised, dtype: str) -> None:
             "leave --dtype out, or take the unquantised base",
             [*lines[:_EXAMPLES], *["…"] * (len(lines) > _EXAMPLES)],
         )
-
-
-def _refuse_unplaced(
-    checkpoint: Checkpoint, adapters: Sequence[Adapter], placed: Placed, allow_unmatched: bool
-) -> None:
-    refused, rows = placed.plan.refused, placed.plan.rows
-    names = ", ".join(f"'{adapter.name}'" for adapter in adapters)
-    if not rows:
-        raise AdapterError(f"adapter {names} changes nothing", "check that the right file was given")
-    hints = list(dict.fromkeys(placed.hints))
-    if len(refused) == len(rows) and len(set(placed.absent)) >= len({row.parameter for row in rows}):
-        raise _foreign(checkpoint, adapters, hints, len(rows))
-    if not refused or (allow_unmatched and len(refused) < len(rows)):
-        return
-    lines = [f"{row.parameter}   {row.reason}" for row in refused]
-    kinds = {row.kind for row in refused}
-    if "quantised" in kinds:
-        closed = sum(row.kind == "quantised" for row in refused)
-        raise SiteError(
-            f"the base {checkpoint.folder} is quantised: {closed} of the {len(rows)} parameters that adapter "
-            f"{names} changes can't be merged into",
-            HINT,
-            lines,
-        )
-    if "branch only" in kinds:
-        hints.append(
-            "export the base to ONNX and keep the adapter beside its weights (lora-export swap-onnx)"
-        )
-    if kinds & {"not found", "shape"} and not hints:
-        hints.append(_trained_on(checkpoint, adapters))
-    if len(refused) < len(rows):
-        hints.append("--allow-unmatched merges the others and leaves these out")
-    raise SiteError(
-        f"adapter {names} has {len(refused)} parameters with no place in {checkpoint.folder} "
-        f"(of {len(rows)})",
-        "; ".join(dict.fromkeys(hint for hint in hints if hint)),
-        lines,
-    )
-
-
-def _foreign(
-    checkpoint: Checkpoint, adapters: Sequence[Adapter], hints: Sequence[str], total: int
-) -> AdapterError:
-    """Return the error for adapters none of whose names is known: another naming, or another model."""
-    names = ", ".join(f"'{adapter.name}'" for adapter in adapters)
-    wanted = {
-        f"{module.path}.{module.parameter}": module.weight_shape
-        for adapter in adapters
-        for module in adapter.modules.values()
-    }
-    stored = {tensor.name: tensor.shape for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1}
-    # With a part to name, which of the base's names are meant is no guess any more.
-    alike = [] if hints else counterparts(wanted, stored)
-    seen = side_by_side(alike) or [
-        *(f"the adapter has {name}" for name in list(wanted)[:_EXAMPLES]),
-        *(f"the base has {name}" for name in list(stored)[:_EXAMPLES]),
-    ]
-    if hints:
-        what, hint = "does not belong as a whole to", "; ".join(hints)
-    elif alike:
-        what = "names its modules in another way than"
-        hint = (
-            "the shapes fit: if these are the same modules, rename the adapter's tensors to the base's names"
-        )
-    else:
-        what = "is for another architecture than"
-        hint = _trained_on(checkpoint, adapters)
-    return AdapterError(
-        f"adapter {names} {what} {checkpoint.folder}: none of its {total} parameters is placed", hint, seen
-    )
-
-
-def _trained_on(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> str:
-    """Return which base to give; never the one that was given."""
-    names = {adapter.base_model for adapter in adapters if adapter.base_model}
-    others = sorted(name for name in names if Path(name).absolute() != checkpoint.folder.absolute())
-    if names and not others:
-        return "give the base as it was when the adapter was trained: this folder has changed since"
-    told = f", {', '.join(others)}" if others else ""
-    return f"give the base that the adapter was trained on{told}"
 
 
 def _refuse_small_disk(folder: Path, size: int) -> None:
