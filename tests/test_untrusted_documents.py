@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from lora_export.base.checkpoint.weight_files import read_object
-from lora_export.base.history.history import History, history_of
+from lora_export.base.history.history import history_of
 from lora_export.demo.greedy import Expected
 from lora_export.engines.record import EngineRecord
-from lora_export.errors import LoraExportError
+from lora_export.errors import CheckpointError, LoraExportError
 from lora_export.formats.reading.source import read_config
 from lora_export.graph.captured import MODEL_KEY, Captured
 from lora_export.graph.data_identity import KEY as DATA_KEY
@@ -84,9 +84,11 @@ def test_a_damaged_document_is_the_users_error_in_every_place(
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_manifest_has_no_history(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_manifest_is_not_taken_for_none(damage: str, tmp_path: Path) -> None:
     (tmp_path / "lora.json").write_bytes(DAMAGED[damage])
-    assert history_of(tmp_path / "lora.json") == History()
+    with pytest.raises(CheckpointError) as caught:
+        history_of(tmp_path / "lora.json")
+    assert "restore it" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(
