@@ -277,7 +277,7 @@ def _npy(shape: str, dtype: str = "'<f4'") -> bytes:
 
 
 def _verdicts(good: bytes) -> bytes:
-    return json.dumps(json.loads(good) | {"verdicts": [{}] * 20_000, "metrics": [0] * 300_000}).encode()
+    return json.dumps(json.loads(good) | {"verdicts": [{}] * 20_000, "metrics": [0] * 500_000}).encode()
 
 
 # A name's suffix → what it holds, by a good file of this kind; what is said.
