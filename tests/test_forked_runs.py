@@ -21,9 +21,10 @@ def lines_of(what: str, folder: Path) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def test_killed_at_every_call(tmp_path):
+def test_killed_at_every_call(tmp_path, record_property):
     """The next run that names the folder leaves the old output or the new one whole, and says what it did."""
     runs = lines_of("killed", tmp_path)
+    record_property("tried", len(runs))
     assert len(runs) > 400
     for run in runs:
         assert set(run["after"]) <= {"old", "new"}, run
@@ -39,8 +40,9 @@ def test_killed_at_every_call(tmp_path):
     assert {"old", "new"} <= {state for run in runs for state in run["before"] if isinstance(state, str)}
 
 
-def test_two_writers_of_one_output(tmp_path):
+def test_two_writers_of_one_output(tmp_path, record_property):
     runs = lines_of("races", tmp_path)
+    record_property("tried", len(runs))
     assert len(runs) == forked_runs.RACES
     for run in runs:
         assert run["names"] == ["m.lora.json", "m.onnx", "m.onnx.data"], run

@@ -75,7 +75,7 @@ def quick(monkeypatch, tmp_path, timed):
 @pytest.mark.parametrize("fault", faults.FAULTS)
 @pytest.mark.parametrize("replaces", [False, True], ids=["new", "replaced"])
 @pytest.mark.parametrize("verb", CASES)
-def test_every_call(verb, replaces, fault, folder, quick, tmp_path, capsys):
+def test_every_call(verb, replaces, fault, folder, quick, tmp_path, capsys, record_property):
     case = CASES[verb]
     force = ["--force"] if replaces else []
     assert run(case, folder, tmp_path / "good") == 0
@@ -100,6 +100,7 @@ def test_every_call(verb, replaces, fault, folder, quick, tmp_path, capsys):
             assert path.name in said, f"left without a word: {path}, {number}: {call}"
             shutil.rmtree(path)
         number += 1
+    record_property("tried", tried)
     assert code == 0
     assert tried >= 8
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from lora_export.cli import main
 HANG_S = 20.0
 ONES = np.ones
 EXAMPLES = 60
+# One entry for each run on a mutated file.
+TRIED: list[int] = []
 
 
 def mutating(examples: int = EXAMPLES) -> Callable[[Any], Any]:
@@ -36,6 +38,7 @@ def mutating(examples: int = EXAMPLES) -> Callable[[Any], Any]:
 
 
 def run(*arguments: object) -> int:
+    TRIED.append(1)
     begin = time.monotonic()
     with pytest.raises(SystemExit) as stop:
         main([str(word) for word in arguments])
@@ -43,6 +46,13 @@ def run(*arguments: object) -> int:
     assert code in (0, 1), f"exit code {code}"
     assert time.monotonic() - begin < HANG_S
     return code
+
+
+@pytest.fixture(autouse=True)
+def counted(record_property: Callable[[str, int], None]) -> Iterator[None]:
+    TRIED.clear()
+    yield
+    record_property("tried", len(TRIED))
 
 
 @pytest.fixture(scope="module")

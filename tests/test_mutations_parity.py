@@ -6,7 +6,7 @@ import io
 import json
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from lora_export.cli import main
 
 # Seconds that a run on files of a few kilobytes may take: a hang is what is looked for.
 HANG_S = 20.0
+# One entry for each run on a mutated file.
+TRIED: list[int] = []
 TEXT = """g (int64[batch,sequence] input_ids, int64[batch,sequence] attention_mask,
     float[batch,sequence,4] bias) => (float[batch,sequence,4] logits) {
     rows = Gather(table, input_ids)  last = Unsqueeze(attention_mask, axis)  mask = Cast<to = 1>(last)
@@ -41,6 +43,13 @@ def mutating(examples: int) -> Callable[[Any], Any]:
         max_examples=examples, deadline=None, derandomize=True, database=None,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def counted(record_property: Callable[[str, int], None]) -> Iterator[None]:
+    TRIED.clear()
+    yield
+    record_property("tried", len(TRIED))
 
 
 class Place:
@@ -64,6 +73,7 @@ class Place:
         return path
 
     def parity(self, *options: object, codes: tuple[int, ...] = (0, 1, 3), reference: object = None) -> int:
+        TRIED.append(1)
         begin = time.monotonic()
         words = ["parity", "--reference", reference or self.reference, "--candidate", self.graph, "--quiet"]
         with pytest.raises(SystemExit) as stop:

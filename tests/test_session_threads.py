@@ -172,6 +172,7 @@ class Soak:
         if self.failures:
             raise self.failures[0]
         assert min(counts) >= 3, counts
+        return sum(counts)
 
 
 def answer_or_unknown(run, said):
@@ -199,7 +200,7 @@ def alone(path, given):
     return answers
 
 
-def test_soak_swap(tmp_path):
+def test_soak_swap(tmp_path, record_property):
     """Sixteen threads for 15 s; 10 of them with adapters evicted, replaced, loaded and unloaded meanwhile."""
     path = swap(tmp_path)
     given = {None: None} | {f"n{seed}": both(seed, rank=1 + seed % 3) for seed in range(6)}
@@ -251,16 +252,17 @@ def test_soak_swap(tmp_path):
         return work
 
     session = opened()
-    Soak(5).run(*[use] * 16)
+    tried = Soak(5).run(*[use] * 16)
     session = opened(max_adapters=3)
     session.load_adapter("turning", turning[0])
     brought = [bring(seed) for seed in range(len(own))]
-    Soak(10).run(*[use] * 6, *[use_turning] * 2, *[use_passing] * 2, turn, come_and_go, *brought)
+    tried += Soak(10).run(*[use] * 6, *[use_turning] * 2, *[use_passing] * 2, turn, come_and_go, *brought)
+    record_property("tried", tried)
     assert len(session.on_device) <= 3
     assert session.adapters == [*filter(None, given), "turning"]
 
 
-def test_soak_bank(tmp_path):
+def test_soak_bank(tmp_path, record_property):
     """Sixteen threads for 15 s, with rows of all kinds; 10 of them while a slot is filled and emptied."""
     residents, turning = (fitting(1, 0), fitting(2, 1)), [fitting(seed, 2) for seed in (40, 41)]
     path = bank(tmp_path, "defaults", *residents)
@@ -309,6 +311,7 @@ def test_soak_bank(tmp_path):
         session.load_adapter("turning", dice.choice(turning), replace=True)
 
     session = AdapterSession(path, threads=1)
-    Soak(5).run(*[use] * 16)
-    Soak(10).run(*[use] * 9, *[use_turning] * 6, turn)
+    tried = Soak(5).run(*[use] * 16)
+    tried += Soak(10).run(*[use] * 9, *[use_turning] * 6, turn)
+    record_property("tried", tried)
     assert session.adapters == ["emotion", "summary", "turning"]
