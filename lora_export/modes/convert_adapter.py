@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lora_export import __version__
 from lora_export.adapter import Adapter, Array
-from lora_export.base.open_base import refuse_overlap
 from lora_export.base.pipeline import refuse_other_components
+from lora_export.base.reads import files_read, graph_files
 from lora_export.binding.base_weights import GraphWeights
 from lora_export.binding.bind import Binding, bind_adapter
 from lora_export.binding.foreign import foreign_lora
@@ -24,7 +24,7 @@ from lora_export.graph.onnx_file import GraphFile, load_graph
 from lora_export.modes.branches.output import refuse_lost_inputs
 from lora_export.modes.branches.place import refuse_contained
 from lora_export.plan import Plan
-from lora_export.storage.outputs import OutputSet, output_errors, refuse_existing
+from lora_export.storage.outputs import OutputSet, output_errors, refuse_existing, refuse_inputs
 
 PathLike = str | os.PathLike[str]
 # What other runtimes know: no factors, biases, or packs whose B is cut.
@@ -120,7 +120,8 @@ def convert_adapter(
     _check_output(target, format, writer, file, genai)
     loaded = as_adapter(adapter, component)
     said = refuse_other_components([loaded], [file.path.parent])
-    refuse_overlap([file.path, Path(loaded.source)], {"adapter": target})
+    reads = [*graph_files(file), *files_read(file.path, [loaded])]
+    refuse_inputs([target], reads)
     if not dry_run:
         refuse_existing([target], force)
     typed = exposed
@@ -149,7 +150,7 @@ def convert_adapter(
         dry_run,
     )
     if not dry_run:
-        _write(target, writer.write, binding.tensors, provenance, not writer.suffix, force)
+        _write(target, writer.write, binding.tensors, provenance, not writer.suffix, force, reads)
     return report
 
 
@@ -243,7 +244,8 @@ def _write(
     provenance: Provenance,
     folder: bool,
     force: bool,
+    reads: Sequence[Path],
 ) -> None:
-    with output_errors(target), OutputSet(force) as outputs:
+    with output_errors(target), OutputSet(force, reads) as outputs:
         write(outputs.stage(target, folder), tensors, provenance)
         outputs.commit()

@@ -13,6 +13,7 @@ from pathlib import Path
 from lora_export.adapter import Adapter
 from lora_export.base.checkpoint.sentence_modules import lost_modules
 from lora_export.base.history.history import MANIFEST, history_of
+from lora_export.base.reads import files_read
 from lora_export.errors import OutputError
 from lora_export.machines.packages import package_versions
 from lora_export.modes.merging.blend import AdapterLike, check_blend
@@ -21,7 +22,7 @@ from lora_export.modes.merging.into_checkpoint import CheckpointMerge, plan_merg
 from lora_export.modes.merging.report import MergeReport
 from lora_export.plan import Plan
 from lora_export.storage.manifest import Manifest, adapter_entry, hash_file, hash_folder
-from lora_export.storage.outputs import OutputSet, output_errors
+from lora_export.storage.outputs import OutputSet, output_errors, refuse_inputs
 from lora_export.storage.rounding import Mode, Rounding, rounding_dict
 
 
@@ -73,12 +74,14 @@ def merge_checkpoint(
     plan = replace(merge.placed.plan, notes=(*beside, *merge.placed.plan.notes))
     target = Path(output)
     inputs = [Path(base), *(Path(a.source) for a in loaded)]
+    reads = files_read(Path(base), loaded)
     _refuse_output(target, inputs, force)
+    refuse_inputs([target], reads)
     small, left_out = small_files(merge.checkpoint, merge.placed.changes)
     report = MergeReport(plan, {}, {"folder": target}, merge.size_bytes, 0, tuple(left_out), dry_run)
     if dry_run:
         return report
-    with OutputSet(force) as outputs:
+    with OutputSet(force, reads) as outputs:
         folder = outputs.stage(target, folder=True)
         with output_errors(target):
             roundings = merge.write(folder, small, rounding, progress)

@@ -25,7 +25,7 @@ from lora_export.graph.data_identity import mark_data
 from lora_export.graph.external_data import plan_data, write_data
 from lora_export.graph.onnx_file import save_graph
 from lora_export.storage.manifest import hash_written
-from lora_export.storage.outputs import OutputSet, check_parent, output_errors, refuse_existing
+from lora_export.storage.outputs import OutputSet, check_parent, output_errors, refuse_existing, refuse_inputs
 
 PathLike = str | os.PathLike[str]
 _MIB = 1 << 20
@@ -92,11 +92,12 @@ def write_kits(
     kits = tuple(Path(output) / f"{plan.name}.{group.label}.kit" for group in plan.groups)
     report = KitReport(kits, plan.groups, plan.profiles, (*plan.admitted.notes, *plan.notes), dry_run)
     check_parent(kits[0])
+    refuse_inputs(kits, plan.reads)
     if not dry_run:
         refuse_existing(list(kits), force)
         source = serialize(plan.admitted.graph, sha256_of).source
         for path, group in zip(kits, plan.groups, strict=True):
-            with output_errors(path), OutputSet(force) as outputs:
+            with output_errors(path), OutputSet(force, plan.reads) as outputs:
                 _write(plan, group, source, outputs.stage(path, folder=True))
                 outputs.commit()
     return report
