@@ -21,6 +21,7 @@ from lora_export.engines.profiles import ProfileRequest
 from lora_export.engines.record import BuildOptions, read_engine
 from lora_export.errors import BackendError, EngineBuildError, OutputError
 from lora_export.packages.build_kit import write_kits
+from lora_export.storage.outputs import OutputSet
 
 # Stands for trtexec: writes what it was asked to, and says its version.
 FAKE = """#!{python}
@@ -205,6 +206,48 @@ def test_the_command_writes_it(tmp_path, capsys):
     assert "exists already" in said
     code, said, _ = run(capsys, *command, "--force", "--json")
     assert Path(json.loads(said)["kits"][0]["path"]).is_dir()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_kit_to_which_something_was_added_is_not_replaced(late, tmp_path, monkeypatch):
+    """``sh build.sh`` in it builds the engine into it."""
+    model, wish = product(tmp_path / "m.onnx"), Wish(["orin-nano-8gb"])
+    (kit,) = write_kits(model, wish, tmp_path / "kits").kits
+    write_kits(model, wish, tmp_path / "kits", force=True)
+    engine, own = kit / "m.orin-nano-8gb.engine", OutputSet.commit
+
+    def build(outputs=None, *check):
+        engine.write_bytes(b"built for an hour")
+        if outputs is not None:
+            own(outputs, *check)
+
+    if late:
+        monkeypatch.setattr(OutputSet, "commit", build)
+    else:
+        build()
+    with pytest.raises(OutputError, match="other files") as caught:
+        write_kits(model, wish, tmp_path / "kits", force=True)
+    assert caught.value.problems == (engine.name,)
+    assert engine.read_bytes() == b"built for an hour"
+
+
+def test_a_folder_that_is_no_kit_is_not_replaced(tmp_path):
+    model, wish = product(tmp_path / "m.onnx"), Wish(["orin-nano-8gb"])
+    (kit,) = write_kits(model, wish, tmp_path / "kits", dry_run=True).kits
+    kit.mkdir(parents=True)
+    write_kits(model, wish, tmp_path / "kits", force=True)  # an empty one may go
+    shutil.rmtree(kit)
+    kit.mkdir()
+    (kit / "thesis.txt").write_text("mine")
+    for sums in ("", f"{'0' * 64}  thesis.txt\n"):
+        (kit / "SHA256SUMS").write_text(sums)
+        with pytest.raises(OutputError, match="no kit that we wrote"):
+            write_kits(model, wish, tmp_path / "kits", force=True)
+    shutil.rmtree(kit)
+    (tmp_path / "elsewhere").mkdir()
+    kit.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputError, match="no folder of a kit"):
+        write_kits(model, wish, tmp_path / "kits", force=True)
 
 
 def test_one_graph_serves_several_kits(tmp_path):

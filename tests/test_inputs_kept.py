@@ -202,6 +202,9 @@ def test_a_folder_with_an_input_in_it(tmp_path, capsys):
     weights = adapter / "adapter_model.safetensors"
     weights.rename(merged / "kept.safetensors")
     weights.symlink_to(merged / "kept.safetensors")
+    manifest = json.loads((merged / "lora.json").read_text())
+    manifest["files"]["kept.safetensors"] = {}
+    (merged / "lora.json").write_text(json.dumps(manifest))
     capsys.readouterr()
     assert call("merge", "--base", checkpoint(tmp_path), *words, "--force") == 1
     assert "would replace what is read" in capsys.readouterr().err

@@ -17,20 +17,19 @@ from lora_export.binding.bind import Binding, bind_adapter
 from lora_export.binding.foreign import foreign_lora
 from lora_export.errors import GraphError, OutputError, SiteError
 from lora_export.formats import WRITERS, as_adapter, writer_of
+from lora_export.formats.edge_llm import own_files
 from lora_export.formats.provenance import Provenance, Writer, is_converted
-from lora_export.formats.reading.source import EDGE_LLM_NAME
 from lora_export.graph.exposed import KEY, ExposedGraph, exposed_of
 from lora_export.graph.onnx_file import GraphFile, load_graph
 from lora_export.modes.branches.output import refuse_lost_inputs
 from lora_export.modes.branches.place import refuse_contained
 from lora_export.plan import Plan
+from lora_export.storage.folders import refuse_strangers
 from lora_export.storage.outputs import OutputSet, output_errors, refuse_existing, refuse_inputs
 
 PathLike = str | os.PathLike[str]
 # What other runtimes know: no factors, biases, or packs whose B is cut.
 _EVERYWHERE = (".lora_A.weight", ".lora_B.weight")
-# Files of a folder that we may replace.
-_FOLDER_FILES = {EDGE_LLM_NAME, "config.json"}
 
 
 @dataclass(frozen=True)
@@ -198,10 +197,14 @@ def _check_output(output: Path, format: str, writer: Writer, file: GraphFile, ge
             f"{file.path.name} has {names} for its LoRA inputs: a {format} file would not fit them",
             f"--format {better}",
         )
-    if output.is_dir() and not writer.suffix:
-        others = sorted({child.name for child in output.iterdir()} - _FOLDER_FILES)
-        if others:
-            raise OutputError(f"{output} holds other files", "choose another name", others[:4])
+    if not writer.suffix:
+        _check_folder(output)
+
+
+def _check_folder(output: Path) -> None:
+    """Refuse to replace a folder with more in it than an earlier conversion has written."""
+    if output.is_dir():
+        refuse_strangers(output, own_files(output), "converted adapter")
 
 
 def _provenance(adapter: Adapter, exposed: ExposedGraph, binding: Binding) -> Provenance:
@@ -248,4 +251,4 @@ def _write(
 ) -> None:
     with output_errors(target), OutputSet(force, reads) as outputs:
         write(outputs.stage(target, folder), tensors, provenance)
-        outputs.commit()
+        outputs.commit((lambda: _check_folder(target)) if folder else None)

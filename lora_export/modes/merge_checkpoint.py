@@ -21,6 +21,7 @@ from lora_export.modes.merging.checkpoint_files import small_files
 from lora_export.modes.merging.into_checkpoint import CheckpointMerge, plan_merge
 from lora_export.modes.merging.report import MergeReport
 from lora_export.plan import Plan
+from lora_export.storage.folders import listed_files, refuse_strangers
 from lora_export.storage.manifest import Manifest, adapter_entry, hash_file, hash_folder
 from lora_export.storage.outputs import OutputSet, output_errors, refuse_inputs
 from lora_export.storage.rounding import Mode, Rounding, rounding_dict
@@ -56,7 +57,7 @@ def merge_checkpoint(
         allow_unmatched: Leave out what has no place in the base, instead of refusing.
         resize: Where an adapter holds a whole embedding and head with more rows, for new tokens: give the
             base these rows.
-        force: Replace ``output``, with all that is in it, if an earlier merge wrote it.
+        force: Replace ``output``, if an earlier merge wrote all that is in it.
         dry_run: Only make the plan.
         rounding: ``sample`` measures large weights on evenly spaced blocks, ``exact`` on every element.
         progress: Called with the number of bytes just written.
@@ -108,6 +109,7 @@ def _refuse_output(target: Path, inputs: list[Path], force: bool) -> None:
             f"{target} has no {MANIFEST}, so no merge has written it: it is not replaced, even with --force",
             "choose another name, or remove it yourself",
         )
+    refuse_strangers(target, listed_files(target / MANIFEST), "merged model")
 
 
 def _manifest(
