@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lora_export.adapter import Adapter
 from lora_export.base.checkpoint.sentence_modules import module_paths
 from lora_export.errors import CheckpointError
 from lora_export.formats.reading.weights_files import files_of
-from lora_export.graph.onnx_file import GraphFile
+
+if TYPE_CHECKING:
+    from lora_export.graph.onnx_file import GraphFile
 
 # A folder; None: the one that an adapter names as its base, where it is on this machine; False: none.
 CheckpointChoice = str | os.PathLike[str] | Literal[False] | None
