@@ -153,8 +153,14 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(cache, tmp_path,
     """Reading a large one takes longer than the two seconds after which a time is believed."""
     path = tmp_path / "weights"
     path.write_bytes(b"one")
-    ticks = iter([time.time_ns(), time.time_ns() + 10**11])
-    monkeypatch.setattr("lora_export.engines.cache.time.time_ns", lambda: next(ticks))
+    clock = [time.time_ns()]
+
+    def read(_):
+        clock[0] += 10**11
+        return "of what was read"
+
+    monkeypatch.setattr("lora_export.engines.cache.time.time_ns", lambda: clock[0])
+    monkeypatch.setattr("lora_export.engines.cache.sha256_of", read)
     cache.sha256(path)
     assert not (tmp_path / "cache" / "hashes.json").exists()
 
