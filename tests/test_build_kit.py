@@ -1,5 +1,7 @@
 """A build kit is complete, its script is a shell's, and what it writes on the device is what we read."""
 
+import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -7,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import faults
 import onnx
 import onnxruntime as ort
 import pytest
@@ -21,6 +24,7 @@ from lora_export.engines.profiles import ProfileRequest
 from lora_export.engines.record import BuildOptions, read_engine
 from lora_export.errors import BackendError, EngineBuildError, OutputError
 from lora_export.packages.build_kit import write_kits
+from lora_export.storage.outputs import OutputSet
 
 # Stands for trtexec: writes what it was asked to, and says its version.
 FAKE = """#!{python}
@@ -207,6 +211,48 @@ def test_the_command_writes_it(tmp_path, capsys):
     assert Path(json.loads(said)["kits"][0]["path"]).is_dir()
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_kit_to_which_something_was_added_is_not_replaced(late, tmp_path, monkeypatch):
+    """``sh build.sh`` in it builds the engine into it."""
+    model, wish = product(tmp_path / "m.onnx"), Wish(["orin-nano-8gb"])
+    (kit,) = write_kits(model, wish, tmp_path / "kits").kits
+    write_kits(model, wish, tmp_path / "kits", force=True)
+    engine, own = kit / "m.orin-nano-8gb.engine", OutputSet.commit
+
+    def build(outputs=None, *check):
+        engine.write_bytes(b"built for an hour")
+        if outputs is not None:
+            own(outputs, *check)
+
+    if late:
+        monkeypatch.setattr(OutputSet, "commit", build)
+    else:
+        build()
+    with pytest.raises(OutputError, match="other files") as caught:
+        write_kits(model, wish, tmp_path / "kits", force=True)
+    assert caught.value.problems == (engine.name,)
+    assert engine.read_bytes() == b"built for an hour"
+
+
+def test_a_folder_that_is_no_kit_is_not_replaced(tmp_path):
+    model, wish = product(tmp_path / "m.onnx"), Wish(["orin-nano-8gb"])
+    (kit,) = write_kits(model, wish, tmp_path / "kits", dry_run=True).kits
+    kit.mkdir(parents=True)
+    write_kits(model, wish, tmp_path / "kits", force=True)  # an empty one may go
+    shutil.rmtree(kit)
+    kit.mkdir()
+    (kit / "thesis.txt").write_text("mine")
+    for sums in ("", f"{'0' * 64}  thesis.txt\n"):
+        (kit / "SHA256SUMS").write_text(sums)
+        with pytest.raises(OutputError, match="no kit that we wrote"):
+            write_kits(model, wish, tmp_path / "kits", force=True)
+    shutil.rmtree(kit)
+    (tmp_path / "elsewhere").mkdir()
+    kit.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputError, match="no folder of a kit"):
+        write_kits(model, wish, tmp_path / "kits", force=True)
+
+
 def test_one_graph_serves_several_kits(tmp_path):
     model = product(tmp_path / "m.onnx")
     report = write_kits(model, Wish(["orin-nano-8gb", "h100-sxm"]), tmp_path / "kits")
@@ -287,6 +333,88 @@ def test_a_graph_without_varying_sizes(tmp_path):
 def small_kit(tmp_path):
     (kit,) = write_kits(product(tmp_path / "m.onnx"), Wish(["orin-nano-8gb"]), tmp_path / "kits").kits
     return kit
+
+
+# Writes half of an engine, waits until the other run does so too, and writes the rest.
+SLOW = """#!{python}
+import os, sys, time
+flags = dict(flag.partition("=")[::2] for flag in sys.argv[1:])
+who = os.environ["WHO"]
+print("[I] TensorRT version: 10.13.3", who)
+with open(flags["--saveEngine"], "w") as file:
+    file.write(who * 500)
+    file.flush()
+    open({folder!r} + "/" + who, "w").close()
+    ends = time.monotonic() + 30
+    while len(os.listdir({folder!r})) < 2 and time.monotonic() < ends:
+        time.sleep(0.01)
+    file.write(who * 500)
+"""
+
+
+def test_two_builds_into_one_folder_at_once(small_kit, tmp_path):
+    (tmp_path / "there").mkdir()
+    tool, out = tmp_path / "trt", tmp_path / "out"
+    tool.write_text(SLOW.format(python=sys.executable, folder=str(tmp_path / "there")))
+    tool.chmod(0o755)
+    env = {"PATH": "/usr/bin:/bin", "TRTEXEC": str(tool)}
+    runs = [
+        subprocess.Popen(
+            ["sh", str(small_kit / "build.sh"), str(out)],
+            env=env | {"WHO": who},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for who in "AB"
+    ]
+    said = [run.communicate()[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    engine, record, log = (next(out.glob(f"*.{kind}")) for kind in ("engine", "json", "log"))
+    assert sorted(out.iterdir()) == sorted([engine, record, log])
+    who = engine.read_text()[:1]
+    assert engine.read_text() == who * 1000
+    assert log.read_text().split()[-1] == who
+    files = json.loads(record.read_text())["files"]
+    for path in (engine, log):
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == files[path.name]["sha256"]
+
+
+def test_a_build_that_fails_leaves_the_log_of_the_engine_that_is_there(small_kit, tmp_path):
+    out = tmp_path / "out"
+    assert shell(small_kit, fake_tool(tmp_path / "bin"), out).returncode == 0
+    before = faults.snapshot(out)
+    done = shell(small_kit, fake_tool(tmp_path / "worse", 1), out)
+    assert done.returncode == 1
+    (added,) = faults.snapshot(out).keys() - before.keys()
+    assert added.endswith(".failed.log")
+    assert added in done.stderr
+    assert {name: data for name, data in faults.snapshot(out).items() if name in before} == before
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_finish_that_is_stopped_leaves_no_record_of_another(step, small_kit, tmp_path, monkeypatch):
+    out, built = tmp_path / "out", tmp_path / "built"
+    assert shell(small_kit, fake_tool(tmp_path / "bin"), out).returncode == 0
+    (engine,), (record,) = out.glob("*.engine"), out.glob("*.json")
+    built.mkdir()
+    (built / "engine").write_bytes(b"another")
+    (built / "log").write_text(VERSION)
+    spec = importlib.util.spec_from_file_location("finish", small_kit / "finish.py")
+    finish = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(finish)
+    own, left = Path.replace, iter(range(1, 9))
+
+    def replace(path, target):
+        if next(left) == step:
+            raise KeyboardInterrupt
+        return own(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        finish.main(str(small_kit / "record.json"), str(built / "engine"), str(built / "log"), str(engine))
+    assert not record.exists()
+    assert sorted(path.suffix for path in out.iterdir()) == [".engine", ".log"]
 
 
 def test_a_log_without_a_version_leaves_no_engine(small_kit, tmp_path):

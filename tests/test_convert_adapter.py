@@ -31,6 +31,7 @@ from lora_export import (
 from lora_export.graph.exposed import KEY, ExposedGraph, ExposedModule, Member, Slot, StoredRows
 from lora_export.modes.swap_onnx import swap_onnx
 from lora_export.reports.adapter.facts import inspect_adapter
+from lora_export.storage.outputs import OutputSet
 
 BASE = "ab" * 32
 
@@ -276,6 +277,25 @@ def test_an_existing_output_is_kept_unless_told(tmp_path):
     with pytest.raises(OutputError, match="holds other files"):
         convert_adapter(given, model, tmp_path / "edge", format="edge-llm", force=True)
     assert (tmp_path / "edge" / "notes.txt").read_text() == "mine"
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(OutputError, match="no converted adapter that we wrote"):
+        convert_adapter(given, model, tmp_path / "theirs", format="edge-llm", force=True)
+
+
+def test_a_folder_to_which_something_came_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    model, given, out = small(tmp_path), adapter_of(linear("q", 6, 5)), tmp_path / "edge"
+    convert_adapter(given, model, out, format="edge-llm")
+    own = OutputSet.commit
+
+    def late(outputs, *check):
+        (out / "notes.txt").write_text("mine")
+        own(outputs, *check)
+
+    monkeypatch.setattr(OutputSet, "commit", late)
+    with pytest.raises(OutputError, match="holds other files"):
+        convert_adapter(given, model, out, format="edge-llm", force=True)
+    assert (out / "notes.txt").read_text() == "mine"
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):

@@ -1,14 +1,20 @@
 """The cache returns an engine for what it was built from, and never for anything else."""
 
+import errno
 import json
 import os
 import shutil
 import time
 
+import faults
 import pytest
 
 from lora_export.engines.cache import EngineCache, default_folder, key_of
 from lora_export.engines.record import sha256_of
+from lora_export.storage.commit.leftovers import new_suffix
+
+KEYS = [key_of({"number": number}) for number in range(4)]
+K = KEYS[0]
 
 
 @pytest.fixture
@@ -36,67 +42,139 @@ def settled(monkeypatch):
 
 def test_what_was_kept_is_found(cache, tmp_path):
     path, built = engine(tmp_path)
-    assert cache.find("k") is None
-    keep(cache, "k", path, built)
-    found = cache.find("k")
+    assert cache.find(K) is None
+    keep(cache, K, path, built)
+    found = cache.find(K)
     assert found.engine.read_bytes() == b"engine"
     assert found.built == built
-    assert cache.find("other") is None
+    assert cache.find(key_of({"other": 1})) is None
 
 
 def test_the_builders_messages_are_kept_with_it(cache, tmp_path):
     path, built = engine(tmp_path)
-    keep(cache, "k", path, built)
-    assert cache.take("k", tmp_path / "e2", tmp_path / "log2") == built
+    keep(cache, K, path, built)
+    assert cache.take(K, tmp_path / "e2", tmp_path / "log2") == built
     assert (tmp_path / "e2").read_bytes() == b"engine"
     assert (tmp_path / "log2").read_text() == "the builder's messages"
-    assert cache.take("other", tmp_path / "e3", tmp_path / "log3") is None
+    assert cache.take(key_of({"other": 1}), tmp_path / "e3", tmp_path / "log3") is None
 
 
 @pytest.mark.parametrize("how", ["removes", "replaces"])
 def test_another_process_that_changes_an_entry_meanwhile(how, cache, tmp_path, monkeypatch):
     """What was copied is nothing, or no longer what the builder said of it: it is built again."""
     path, built = engine(tmp_path)
-    keep(cache, "k", path, built)
+    keep(cache, K, path, built)
     other, rebuilt = engine(tmp_path, "other", b"ENGINE")
     copy = shutil.copyfile
 
     def interrupted(source, target):
         monkeypatch.setattr(shutil, "copyfile", copy)
         if how == "removes":
-            shutil.rmtree(tmp_path / "cache" / "k")
+            shutil.rmtree(tmp_path / "cache" / K)
         else:
-            keep(cache, "k", other, rebuilt)
+            keep(cache, K, other, rebuilt)
         return copy(source, target)
 
     monkeypatch.setattr(shutil, "copyfile", interrupted)
-    assert cache.take("k", tmp_path / "e2", tmp_path / "log2") is None
+    assert cache.take(K, tmp_path / "e2", tmp_path / "log2") is None
 
 
 def test_a_cache_that_may_only_be_read_is_one(cache, tmp_path, monkeypatch):
     path, built = engine(tmp_path)
-    keep(cache, "k", path, built)
+    keep(cache, K, path, built)
 
     def refuse(*_):
         raise PermissionError
 
     monkeypatch.setattr("lora_export.engines.cache.os.utime", refuse)
-    assert cache.find("k") is not None
+    assert cache.find(K) is not None
 
 
 @pytest.mark.parametrize("name", ["engine", "built.json"])
 @pytest.mark.parametrize("how", ["cut", "changed", "gone"])
 def test_a_damaged_entry_is_forgotten(cache, tmp_path, name, how):
     path, built = engine(tmp_path)
-    keep(cache, "k", path, built)
-    file = tmp_path / "cache" / "k" / name
+    keep(cache, K, path, built)
+    file = tmp_path / "cache" / K / name
     data = file.read_bytes()
     if how == "gone":
         file.unlink()
     else:
         file.write_bytes(data[:-2] if how == "cut" else data[:-2] + b"#!")
-    assert cache.find("k") is None
-    assert not (tmp_path / "cache" / "k").exists()
+    assert cache.find(K) is None
+    if how == "gone":  # it may be on its way
+        assert (tmp_path / "cache" / K).exists()
+    else:
+        assert not (tmp_path / "cache" / K).exists()
+    keep(cache, K, path, built)
+    assert cache.find(K).built == built
+
+
+@pytest.mark.parametrize("what", ["sha256_of", "Path.read_bytes"])
+def test_an_entry_that_cannot_be_read_at_the_moment_is_kept(what, cache, tmp_path, monkeypatch):
+    path, built = engine(tmp_path)
+    keep(cache, K, path, built)
+
+    def fail(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"lora_export.engines.cache.{what}", fail)
+        assert cache.find(K) is None
+        assert cache.take(K, tmp_path / "e2", tmp_path / "log2") is None
+    assert cache.find(K).built == built
+
+
+@pytest.mark.parametrize("name", ["my-project", "f" * 64, "0" * 64 + new_suffix()])
+def test_what_others_keep_in_the_folder_is_not_removed(name, tmp_path):
+    """Neither somebody's folder nor what another process is just writing."""
+    cache = EngineCache(tmp_path / "cache", max_bytes=1)
+    theirs = tmp_path / "cache" / name
+    theirs.mkdir(parents=True)
+    (theirs / "engine").write_bytes(b"x" * 100)
+    if "tmp" in name:
+        (theirs / "built.json").write_text("{}")
+    else:
+        (theirs / "notes.txt").write_text("mine")
+    (tmp_path / "cache" / "hashes.json").write_text('{"mine": 1}')
+    os.utime(theirs, (1, 1))
+    before = faults.snapshot(theirs)
+    path, built = engine(tmp_path)
+    for key in KEYS:
+        keep(cache, key, path, built)
+    cache.find(name)
+    cache.sha256(path)
+    assert [cache.find(key) is not None for key in KEYS] == [False, False, False, True]
+    assert faults.snapshot(theirs) == before
+    assert (tmp_path / "cache" / "hashes.json").read_text() == '{"mine": 1}'
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_remembered(cache, tmp_path, monkeypatch):
+    """Reading a large one takes longer than the two seconds after which a time is believed."""
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    clock = [time.time_ns()]
+
+    def read(_):
+        clock[0] += 10**11
+        return "of what was read"
+
+    monkeypatch.setattr("lora_export.engines.cache.time.time_ns", lambda: clock[0])
+    monkeypatch.setattr("lora_export.engines.cache.sha256_of", read)
+    cache.sha256(path)
+    assert not (tmp_path / "cache" / "hashes.json").exists()
+
+
+def test_a_file_of_the_same_numbers_on_another_device(cache, tmp_path, settled, monkeypatch):
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    cache.sha256(path)
+    file = tmp_path / "cache" / "hashes.json"
+    known = json.loads(file.read_text())
+    ((digest, device, *rest),) = known.values()
+    assert device == path.stat().st_dev
+    file.write_text(json.dumps({str(path): ["of the other", device + 1, *rest]}))
+    assert cache.sha256(path) == digest
 
 
 def test_hashes_are_remembered_and_a_changed_file_is_read_again(cache, tmp_path, settled):
@@ -133,26 +211,26 @@ def test_those_used_least_recently_make_room(tmp_path):
     cache = EngineCache(tmp_path / "cache", max_bytes=250)
     path, built = engine(tmp_path, data=b"x" * 100)
     for number in range(3):
-        keep(cache, f"k{number}", path, built)
-        os.utime(tmp_path / "cache" / f"k{number}", (number + 1, number + 1))
-    assert cache.find("k1")  # used: now k2 is the oldest
-    keep(cache, "k3", path, built)
-    assert [cache.find(f"k{number}") is not None for number in range(4)] == [False, True, False, True]
+        keep(cache, KEYS[number], path, built)
+        os.utime(tmp_path / "cache" / KEYS[number], (number + 1, number + 1))
+    assert cache.find(KEYS[1])  # used: now k2 is the oldest
+    keep(cache, KEYS[3], path, built)
+    assert [cache.find(KEYS[number]) is not None for number in range(4)] == [False, True, False, True]
 
 
 def test_one_larger_than_the_limit_is_kept_until_the_next(tmp_path):
     cache = EngineCache(tmp_path / "cache", max_bytes=1)
     path, built = engine(tmp_path)
-    keep(cache, "a", path, built)
-    assert cache.find("a")
+    keep(cache, K, path, built)
+    assert cache.find(K)
 
 
 def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(tmp_path, settled):
     (tmp_path / "file").write_text("")
     cache = EngineCache(tmp_path / "file" / "cache")
     path, built = engine(tmp_path)
-    keep(cache, "k", path, built)
-    assert cache.find("k") is None
+    keep(cache, K, path, built)
+    assert cache.find(K) is None
     assert cache.sha256(path) == built["sha256"]
 
 

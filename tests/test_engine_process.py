@@ -16,7 +16,7 @@ from lora_export import build_engine
 from lora_export.engines.builder_process import Job, _Messages
 from lora_export.engines.record import BuildOptions, Profile
 from lora_export.engines.run_builder import run_worker
-from lora_export.errors import EngineBuildError
+from lora_export.errors import BackendUnavailable, EngineBuildError
 from lora_export.graph.onnx_file import load_graph
 
 COMMAND = "import sys; from lora_export.cli import main; main(sys.argv[1:])"
@@ -117,6 +117,36 @@ def test_the_builder_tells_of_a_full_disk(kind, tmp_path):
     with pytest.raises(OSError, match="No space left on device") as caught:
         run_worker(job, graph, tmp_path, tmp_path / "log", lambda *_: None)
     assert caught.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [("raise ImportError('broken')", BackendUnavailable), ("import os; os._exit(3)", EngineBuildError)],
+)
+def test_a_process_that_is_forked_meanwhile_is_not_waited_for(text, error, package, tmp_path, monkeypatch):
+    """It has the other end of the builder's pipe, as multiprocessing in another thread would."""
+    package(text)
+    graph, own, forked = load_graph(product(tmp_path / "m.onnx")), subprocess.Popen, []
+
+    class Forking(own):
+        def __init__(self, *arguments, **options):
+            if not (pid := os.fork()):
+                time.sleep(60)
+                os._exit(0)
+            forked.append(pid)
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", Forking)
+    paths = [str(tmp_path / name) for name in ("m.onnx", "m.onnx", "engine", "log")]
+    job = Job("tensorrt-rtx", *paths, ("8.9",), BuildOptions(), ())
+    started = time.monotonic()
+    try:
+        with pytest.raises(error):
+            run_worker(job, graph, tmp_path, tmp_path / "log", lambda *_: None)
+        assert time.monotonic() - started < 40
+    finally:
+        os.kill(forked[0], signal.SIGKILL)
+        os.waitpid(forked[0], 0)
 
 
 def test_what_the_logger_can_not_write_ends_the_build_and_not_the_process():

@@ -414,11 +414,12 @@ def test_mixed_rslora_is_written_as_the_same_scaling(tmp_path: Path) -> None:
 def test_existing_files_stay_without_force(tmp_path: Path) -> None:
     saved_and_merged(CASES["linear"], tmp_path, torch.float32)
     adapter = load_adapter(tmp_path)
+    save_adapter(adapter, tmp_path / "again")
     with pytest.raises(OutputError) as caught:
-        save_adapter(adapter, tmp_path)
+        save_adapter(adapter, tmp_path / "again")
     assert len(caught.value.problems) == 2
-    save_adapter(adapter, tmp_path, force=True)
-    assert_same(load_adapter(tmp_path), adapter)
+    save_adapter(adapter, tmp_path / "again", force=True)
+    assert_same(load_adapter(tmp_path / "again"), adapter)
 
 
 def test_tied_embeddings_say_that_their_change_counts_once(tmp_path: Path) -> None:
@@ -462,7 +463,8 @@ def test_a_full_disk_leaves_the_old_adapter(tmp_path: Path, monkeypatch: pytest.
 
     saved_and_merged(CASES["linear"], tmp_path, torch.float32)
     adapter = load_adapter(tmp_path)
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    save_adapter(adapter, tmp_path / "again")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "again").iterdir()}
 
     def full(path: Path, *_: Any) -> None:
         path.write_bytes(b"half")
@@ -470,5 +472,5 @@ def test_a_full_disk_leaves_the_old_adapter(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(peft_folder, "write_safetensors", full)
     with pytest.raises(OutputError, match=r"(?s)No space left on device \(nothing was replaced\).*free some"):
-        save_adapter(adapter, tmp_path, force=True)
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+        save_adapter(adapter, tmp_path / "again", force=True)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "again").iterdir()} == before

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from lora_export.adapter import Adapter
 from lora_export.base.checkpoint.own_code import code_notes, refuse_own_code
@@ -21,6 +21,7 @@ from lora_export.base.history.in_graph import merged_in, not_in, refuse_merged_i
 from lora_export.base.history.merged import refuse_merged
 from lora_export.base.pipeline import refuse_other_components
 from lora_export.base.placing.plan_rows import OtherValues, warned_of_computed, with_unverified
+from lora_export.base.reads import CheckpointChoice, files_read, holds_weights
 from lora_export.errors import CheckpointError, GraphError, OutputError, SiteError
 from lora_export.graph.onnx_file import GraphFile, load_graph
 from lora_export.graph.ort_names import free_names
@@ -28,15 +29,12 @@ from lora_export.plan import Plan
 from lora_export.sites.target import BaseWeights
 from lora_export.storage.commit.leftovers import scratch_folder
 from lora_export.storage.manifest import FileHash, hash_file, identity_of
-from lora_export.storage.outputs import refuse_replacing
+from lora_export.storage.outputs import refuse_inputs, refuse_replacing
 from lora_export.storage.sums.full import full_hash
 
 if TYPE_CHECKING:
     from lora_export.base.checkpoint.checkpoint import Checkpoint
     from lora_export.base.checkpoint.weights import CheckpointWeights
-
-# A folder; None: the one that an adapter names as its base, where it is on this machine; False: none.
-CheckpointChoice = str | os.PathLike[str] | Literal[False] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +49,7 @@ class Base:
         checkpoint: The folder that an ONNX file's weights are compared with.
         notes: Where that folder was found, or why there is none.
         said: What else the plan has to say of the adapters and this base.
+        reads: All files that were read, of the adapters and the checkpoint too: no output may be one of them.
     """
 
     graph: GraphFile
@@ -60,6 +59,7 @@ class Base:
     checkpoint: Path | None = None
     notes: tuple[str, ...] = ()
     said: tuple[str, ...] = ()
+    reads: tuple[Path, ...] = ()
 
     @cached_property
     def hashes(self) -> dict[Path, FileHash]:
@@ -155,7 +155,8 @@ def open_base(
         OutputError: An output exists or would replace what is read, or there is nothing to share.
     """
     paths = output_paths(out)
-    refuse_overlap([base, *(Path(adapter.source) for adapter in adapters)], paths)
+    reads = files_read(base, adapters, checkpoint)
+    refuse_inputs(paths.values(), reads)
     if not dry_run:
         refuse_replacing(list(paths.values()), force)
     given = [Path(checkpoint)] if checkpoint else []
@@ -189,10 +190,12 @@ def open_base(
             free_names(graph)
             _refuse_capturing(base, dtype, kv_cache)
         refuse_merged_into(str(base), merged_in(graph.model.metadata_props), list(adapters))
-        opened = replace(_opened(base, graph, adapters, checkpoint, share_base), said=tuple(said))
+        opened = _opened(base, graph, adapters, checkpoint, share_base)
+        reads = [*reads, *opened.files]
+        refuse_inputs(paths.values(), reads)
+        opened = replace(opened, said=tuple(said), reads=tuple(reads))
         if opened.checkpoint is not None:
             refuse_merged(opened.checkpoint, list(adapters))
-        refuse_overlap(opened.files, paths)
         try:
             yield opened, paths
         except SiteError as error:
@@ -284,9 +287,9 @@ def _named_checkpoint(
 
     weights: dict[Path, Adapter] = {}
     for adapter in adapters:
-        # A name of the hub is a path as well, and that folder is what PEFT would load.
+        # That folder is what PEFT would load.
         folder = Path(adapter.base_model or "")
-        if adapter.base_model and _holds_weights(folder):
+        if adapter.base_model and holds_weights(folder):
             weights.setdefault(folder.resolve(), adapter)
     if not weights:
         return None, None, []
@@ -306,21 +309,6 @@ def _named_checkpoint(
     if kind := found.quantised_as:
         return None, None, [f"values were not compared with {where}: it is quantised ({kind})"]
     return found, folder, [f"values compared with {where}"]
-
-
-def _holds_weights(folder: Path) -> bool:
-    try:
-        return folder.is_dir() and any(folder.glob("*.safetensors"))
-    except OSError:  # a text that is too long to be a path, or a folder that may not be read
-        return False
-
-
-def refuse_overlap(base_files: Sequence[Path], targets: Mapping[str, Path]) -> None:
-    """Raise `OutputError` where an output would replace what is read."""
-    inputs = {path.resolve() for path in base_files}
-    both = [str(path) for path in targets.values() if path.resolve() in inputs]
-    if both:
-        raise OutputError("the output would replace what is read", "choose another name", both)
 
 
 def output_paths(out: Path) -> dict[str, Path]:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from lora_export.bench.contenders import AdapterChoice
 from lora_export.engines.record import is_engine, record_path
+from lora_export.formats.reading.weights_files import files_of
 from lora_export.runtimes.model_file import BenchModel
-from lora_export.storage.outputs import places_of
+from lora_export.storage.outputs import places_of, replaced_inputs
 
 # What PEFT reads beside a file of weights.
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -33,7 +34,20 @@ def overlap_problems(
         places = places_of(output)
         for what in (*_of_models(places, paths, models), *_of_adapters(places, adapters)):
             found[f"{flag} {output}: {what}; choose another name"] = None
+        if not any(line.startswith(f"{flag} ") for line in found):
+            for file in replaced_inputs(output, files_read(paths, models, adapters)):  # hard links
+                found[f"{flag} {output}: it is {file}, which is timed; choose another name"] = None
     return list(found)
+
+
+def files_read(
+    paths: Sequence[Path], models: Sequence[BenchModel], adapters: Sequence[AdapterChoice]
+) -> list[Path]:
+    """Return the files of models, with what lies beside them, and of adapters."""
+    named = [adapter.path for adapter in adapters if adapter.path not in (None, Path())]
+    found = [file for path in paths for file in (path, *_beside(path))]
+    found += [file for model in models for file in model.files]
+    return [*found, *(file for path in named if path is not None for file in files_of(path))]
 
 
 def _of_models(places: set[Path], paths: Sequence[Path], models: Sequence[BenchModel]) -> Iterator[str]:

@@ -92,6 +92,7 @@ def bench(model: Path, as_json: bool, force: bool, dry_run: bool, quiet: bool, *
     Example:
       lora-export bench merged.onnx --against swap.onnx --adapter sql=my-adapter --batch 1,8 --html out.html
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
+    from lora_export.bench.outputs import files_read
     from lora_export.bench.plan import plan_bench
     from lora_export.bench.run import carry_out
     from lora_export.progress import stage_progress
@@ -111,7 +112,7 @@ def bench(model: Path, as_json: bool, force: bool, dry_run: bool, quiet: bool, *
         print_json(report_json(report))
     else:
         print_lines(report_lines(report))
-    _write(report, files, force)
+    _write(report, files, force, files_read(plan.wish.models, plan.models, plan.wish.adapters))
     if not quiet:
         for path in filter(None, files.values()):
             print_lines([f"wrote {path}"], err=True)
@@ -170,14 +171,14 @@ def _file_problems(files: dict[str, Path | None], force: bool) -> list[str]:
     return problems
 
 
-def _write(report: BenchReport, files: dict[str, Path | None], force: bool) -> None:
+def _write(report: BenchReport, files: dict[str, Path | None], force: bool, reads: Sequence[Path]) -> None:
     """Write the files, all of them or none."""
     from lora_export.reports.bench.to_figure import write_figure
     from lora_export.reports.bench.to_html import write_html
     from lora_export.reports.bench.to_json import write_json
     from lora_export.storage.outputs import OutputSet, output_errors
 
-    with OutputSet(force) as outputs:
+    with OutputSet(force, reads) as outputs:
         if path := files["report"]:
             with output_errors(path):
                 write_json(report, outputs.stage(path))

@@ -15,6 +15,7 @@ from lora_export.commands.printing import print_json, print_lines
 from lora_export.reports import ADAPTER_PLOTS
 
 if TYPE_CHECKING:
+    from lora_export.adapter import Adapter
     from lora_export.reports.adapter.facts import AdapterReport
 
 
@@ -58,13 +59,17 @@ def inspect(
         return
     from lora_export.reports.adapter.facts import inspect_adapter
     from lora_export.reports.adapter.to_text import plain_lines, print_table
+    from lora_export.storage.outputs import refuse_replacing
 
     if plot is not None and plot.suffix[1:] not in ADAPTER_PLOTS:
         raise click.BadParameter(f"{plot} doesn't end in .{', .'.join(ADAPTER_PLOTS)}", param_hint="--plot")
     (loaded,) = load_adapters([adapter], options)
+    reads = _files_read(loaded, base)
+    if plot is not None:
+        refuse_replacing([plot], force, reads)
     report = inspect_adapter(loaded, base)
     if plot is not None:
-        _draw(report, plot, force)
+        _draw(report, plot, force, reads)
     if as_json:
         print_json(json.dumps(report.to_json(), indent=2))
     elif sys.stdout.isatty():
@@ -87,11 +92,22 @@ def _inspect_engine(engine: Path, as_json: bool, others: dict[str, Any]) -> None
         print_lines(record_lines(record))
 
 
-def _draw(report: AdapterReport, plot: Path, force: bool) -> None:
+def _files_read(adapter: Adapter, base: Path | None) -> list[Path]:
+    from lora_export.base.reads import files_read, graph_files
+    from lora_export.formats.reading.weights_files import files_of
+    from lora_export.graph.onnx_file import load_graph
+
+    if base is None:
+        return files_of(adapter.source)
+    data = [] if base.is_dir() else graph_files(load_graph(base))
+    return [*data, *files_read(base, [adapter])]
+
+
+def _draw(report: AdapterReport, plot: Path, force: bool, reads: list[Path]) -> None:
     from lora_export.storage.outputs import OutputSet
 
     module, _, attribute = ADAPTER_PLOTS[plot.suffix[1:]].partition(":")
-    with OutputSet(force) as outputs:
+    with OutputSet(force, reads) as outputs:
         getattr(import_module(module), attribute)(report, outputs.stage(plot), plot.suffix[1:])
         outputs.commit()
     print_lines([f"wrote {plot}"], err=True)

@@ -170,6 +170,7 @@ def run_expose(
     """
     import time
 
+    from lora_export.base.reads import files_read
     from lora_export.packages.onnxruntime_genai import companions_of
     from lora_export.progress import byte_progress
     from lora_export.reports import expose as text
@@ -181,12 +182,12 @@ def run_expose(
     started = time.monotonic()
     beside = companions_of(base, output, options["force"]) if companions else None
     if beside and not dry_run:
-        beside.check()
+        beside.check(files_read(base, options["adapter"], options["checkpoint"]))
         options["beside"] = beside.files
     with byte_progress(f"writing {output}", quiet or dry_run) as progress:
         report = mode(base, *arguments, output, progress=progress, **options)
     if beside and not dry_run:
-        beside.write()
+        beside.write(report.reads)
     if as_json:
         print_json(report_json(report))
     elif dry_run:

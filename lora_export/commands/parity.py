@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,7 +129,7 @@ def parity(
         found = check_parity(reference, candidate, given, progress=progress, **options)
     # The verdict comes first: whatever goes wrong with a report or a baseline, the run is not lost.
     _print(found, as_json, quiet)
-    return _finish(found, outputs, old, force)
+    return _finish(found, outputs, old, force, read.files())
 
 
 def _adapter_paths(entries: tuple[str, ...]) -> tuple[Path, ...]:
@@ -151,7 +151,11 @@ def _print(found: ParityReport, as_json: bool, quiet: bool) -> None:
 
 
 def _finish(
-    found: ParityReport, outputs: Mapping[str, Path | None], old: dict[str, Any] | None, force: bool
+    found: ParityReport,
+    outputs: Mapping[str, Path | None],
+    old: dict[str, Any] | None,
+    force: bool,
+    reads: Sequence[Path],
 ) -> int:
     """Write the reports, compare with the baseline, and return the exit code.
 
@@ -166,7 +170,7 @@ def _finish(
     errors: list[LoraExportError] = []
     worse = False
     try:
-        write_reports(found, outputs, force)
+        write_reports(found, outputs, force, reads)
     except LoraExportError as error:
         errors.append(error)
     try:

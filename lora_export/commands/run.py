@@ -26,6 +26,7 @@ def run(context: click.Context, recipe: Path, force: bool, dry_run: bool, quiet:
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
     from lora_export.commands.recipe import load_recipe
     from lora_export.errors import LoraExportError
+    from lora_export.storage.outputs import reading
 
     root = context.find_root()
     group = root.command
@@ -43,7 +44,10 @@ def run(context: click.Context, recipe: Path, force: bool, dry_run: bool, quiet:
         if not quiet:
             print_lines([f"step {number} of {len(steps)}: {step}"], err=True)
         try:
-            with step.command.make_context(step.verb, list(step.arguments), parent=root) as inner:
+            with (
+                reading([recipe]),
+                step.command.make_context(step.verb, list(step.arguments), parent=root) as inner,
+            ):
                 code = step.command.invoke(inner)
         except LoraExportError as error:
             error.message = f"step {number} ({step.verb}) of {recipe}: {error.message}"

@@ -31,7 +31,13 @@ from lora_export.errors import BackendError, EngineBuildError, OutputError
 from lora_export.progress import Say
 from lora_export.storage.commit.leftovers import scratch_folder
 from lora_export.storage.manifest import hash_written
-from lora_export.storage.outputs import OutputSet, check_parent, output_errors, refuse_replacing
+from lora_export.storage.outputs import (
+    OutputSet,
+    check_parent,
+    output_errors,
+    refuse_inputs,
+    refuse_replacing,
+)
 
 PathLike = str | os.PathLike[str]
 
@@ -217,6 +223,8 @@ def carry_out(
     engines = [BuiltEngine(plan.engine_path(Path(output), group), group) for group in plan.groups]
     report = BuildReport(tuple(engines), plan.profiles, (*plan.admitted.notes, *plan.notes), dry_run)
     check_parent(engines[0].path)
+    written = [file for engine in engines for file in engine_files(engine.path).values()]
+    refuse_inputs([*written, *([Path(timing_cache)] if timing_cache is not None else [])], plan.reads)
     if dry_run:
         return report
     _refuse_existing([engine.path for engine in engines], force)
@@ -267,7 +275,7 @@ def _build_one(work: _Work, engine: BuiltEngine) -> BuiltEngine:
     files, key = engine_files(engine.path), _key(work, engine.group)
     # A log that stands beside an engine is that engine's, also where the next build fails.
     failed_log = engine.path.with_suffix(".failed.log") if engine.path.exists() else files["log"]
-    with output_errors(engine.path), OutputSet(work.force) as outputs:
+    with output_errors(engine.path), OutputSet(work.force, work.plan.reads) as outputs:
         # A log alone is what a build that failed has left: that is no reason to refuse.
         forces = {"log": True}
         staged = {kind: outputs.stage(path, force=forces.get(kind)) for kind, path in files.items()}
@@ -335,17 +343,17 @@ def _compile(work: _Work, group: Group, staged: Mapping[str, Path], log: Path) -
         _check_ports(work.plan, built, log)
     except EngineBuildError as error:
         try:
-            _leave_log(staged["log"], log)
+            _leave_log(staged["log"], log, work.plan.reads)
         except OutputError as unkept:
             error.hint = f"the builder's own messages could not be kept: {unkept.message}"
         raise
     return built | {"size_bytes": staged["engine"].stat().st_size, "sha256": sha256_of(staged["engine"])}
 
 
-def _leave_log(staged: Path, log: Path) -> None:
+def _leave_log(staged: Path, log: Path, reads: Sequence[Path]) -> None:
     """Give the builder's messages their name: the one thing that a failed build leaves."""
     if staged.exists():
-        with output_errors(log), OutputSet(force=True, listed=False) as outputs:
+        with output_errors(log), OutputSet(True, reads, listed=False) as outputs:
             shutil.copyfile(staged, outputs.stage(log))
             outputs.commit()
 

@@ -2,8 +2,11 @@
 
 A folder holds ``<key>/engine``, ``<key>/log`` and ``<key>/built.json``; the key is a hash of the graph, all
 of its weights, the options, the shapes, the GPUs and the versions of the builder and of lora-export.
-``hashes.json`` remembers the hashes of large files by size, inode and time of change, as git's index does: an
-unchanged gigabyte is not read again.
+``hashes.json`` remembers the hashes of large files by device, inode, size and times of change, as git's index
+does: an unchanged gigabyte is not read again. What changes a file without any of these is not seen: a memory
+map whose page is written to again (on tmpfs at any time). `--no-cache` reads every file.
+
+Others' files in the folder are never removed: an entry has a key for a name, a record, and nothing else.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -22,7 +26,7 @@ from typing import Any
 from lora_export.engines.record import sha256_of
 from lora_export.errors import LoraExportError, OutputError
 from lora_export.storage.outputs import OutputSet
-from lora_export.untrusted.documents import read_json
+from lora_export.untrusted.documents import DocumentError, parse_json, read_json
 from lora_export.untrusted.fields import Count, FieldError, from_plain
 
 DEFAULT_MAX_BYTES = 20 << 30
@@ -30,6 +34,7 @@ _ENGINE, _LOG, _BUILT, _HASHES = "engine", "log", "built.json", "hashes.json"
 # A file that changed this recently may change again within the same tick of the file system's clock.
 _RACY_NS = 2_000_000_000
 _REMEMBERED = 1000
+_KEY = re.compile("[0-9a-f]{64}")
 
 
 def default_folder() -> Path:
@@ -76,18 +81,26 @@ class EngineCache:
         self._max_bytes = max_bytes
 
     def find(self, key: str) -> Cached | None:
-        """Return what was built under a key, or None; one that is damaged is forgotten."""
+        """Return what was built under a key, or None.
+
+        One that is damaged is forgotten. One that can't be read is not damaged: too many open files, or a
+        server that does not answer, are over in a moment.
+        """
         place = self.folder / key
         try:
-            built = read_json(place / _BUILT)
+            built = parse_json((place / _BUILT).read_bytes())
             engine, known = place / _ENGINE, from_plain(_Built, built, known_only=False)
             if engine.stat().st_size == known.size_bytes and self.sha256(engine) == known.sha256:
                 with contextlib.suppress(OSError):  # one that may only be read is a cache as well
                     os.utime(place)
                 return Cached(engine, place / _LOG, built)
-        except (OSError, LoraExportError, FieldError):
+        except OSError:
+            return None
+        except (DocumentError, FieldError):
             pass
-        shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            if _is_entry(place):
+                shutil.rmtree(place)
         return None
 
     def take(self, key: str, engine: Path, log: Path) -> dict[str, Any] | None:
@@ -135,16 +148,17 @@ class EngineCache:
 
     def sha256(self, path: Path) -> str:
         """Return a file's SHA-256, without reading it again where it is as it was."""
-        status = path.stat()
+        # Before the file is looked at, and before it is read: a change of that very moment has the same time.
+        now, status = time.time_ns(), path.stat()
         name = str(path.resolve())
         known = self._hashes()
-        state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        state = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
         entry = known.get(name)
         if isinstance(entry, list) and entry[1:] == state:
             return str(entry[0])
         digest = sha256_of(path)
         # Copying and unpacking set the first of these times back.
-        if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _RACY_NS:
+        if now - max(status.st_mtime_ns, status.st_ctime_ns) > _RACY_NS:
             known.pop(name, None)
             known[name] = [digest, *state]
             self._remember(known)
@@ -155,23 +169,38 @@ class EngineCache:
             known = read_json(self.folder / _HASHES)
         except LoraExportError:
             return {}
-        return known if isinstance(known, dict) else {}
+        ours = isinstance(known, dict) and all(isinstance(entry, list) for entry in known.values())
+        return known if ours else {}
 
     def _remember(self, known: dict[str, Any]) -> None:
+        if (self.folder / _HASHES).exists() and not self._hashes():
+            return  # somebody's own file of that name
         latest = dict(list(known.items())[-_REMEMBERED:])
         with contextlib.suppress(OSError, OutputError), OutputSet(force=True, listed=False) as outputs:
             outputs.stage(self.folder / _HASHES).write_text(json.dumps(latest), encoding="utf-8")
             outputs.commit()
 
     def _make_room(self, newest: str) -> None:
-        places = [entry for entry in self.folder.iterdir() if (entry / _ENGINE).is_file()]
-        places.sort(key=lambda place: (place.name == newest, place.stat().st_mtime))
-        size = sum((place / _ENGINE).stat().st_size for place in places)
-        for place in places[:-1]:
-            if size <= self._max_bytes:
+        found = []
+        for place in self.folder.iterdir():
+            with contextlib.suppress(OSError):  # another process makes room as well
+                if _is_entry(place):
+                    used, size = place.stat().st_mtime, (place / _ENGINE).stat().st_size
+                    found.append((place.name == newest, used, size, place))
+        total = sum(size for _, _, size, _ in found)
+        for _, _, size, place in sorted(found)[:-1]:
+            if total <= self._max_bytes:
                 return
-            size -= (place / _ENGINE).stat().st_size
+            total -= size
             shutil.rmtree(place, ignore_errors=True)
+
+
+def _is_entry(place: Path) -> bool:
+    """Whether a cache wrote a folder and nobody put anything there: not one that is just being written."""
+    if not _KEY.fullmatch(place.name) or place.is_symlink() or not place.is_dir():
+        return False
+    names = {path.name for path in place.iterdir()}
+    return _BUILT in names and names <= {_ENGINE, _LOG, _BUILT}
 
 
 def key_of(parts: Mapping[str, Any]) -> str:

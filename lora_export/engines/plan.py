@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lora_export.base.reads import graph_files
 from lora_export.engines import compiler_of
 from lora_export.engines.backend import Compiler
 from lora_export.engines.dims import role_of
@@ -95,6 +96,7 @@ class BuildPlan:
         profiles: Which shapes the engines take.
         options: What the compiler is told.
         notes: What to know about the shapes.
+        reads: The files that the graph was read from: no output may be one of them.
     """
 
     name: str
@@ -105,6 +107,7 @@ class BuildPlan:
     profiles: tuple[Profile, ...]
     options: BuildOptions
     notes: tuple[str, ...] = ()
+    reads: tuple[Path, ...] = ()
 
     def engine_path(self, folder: Path, group: Group) -> Path:
         """Return where a group's engine goes."""
@@ -159,6 +162,7 @@ def plan_build(model: PathLike, wish: Wish, *, here: bool = True) -> BuildPlan:
     groups = _groups(wish)
     _check_options(groups, wish, here)
     graph = load_graph(model, portable=True)
+    reads = tuple(graph_files(graph))
     name = wish.name or graph.path.stem
     _check_name(name)
     admitted = admit(graph, _capabilities(groups))
@@ -185,6 +189,7 @@ def plan_build(model: PathLike, wish: Wish, *, here: bool = True) -> BuildPlan:
         profiles,
         wish.options,
         tuple(_beyond(inputs, profiles, largest)),
+        reads,
     )
 
 

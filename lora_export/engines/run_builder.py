@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ _LAYER = re.compile(r"\bI\w+Layer ([^\s:]+)")
 _SHOWN = 5
 # Of what it complains of on its way out.
 _LINE = 300
+# How often it is asked whether it has ended.
+_PAUSE_MS = 200
 
 
 def run_worker(job: Job, graph: GraphFile, scratch: Path, kept_log: Path, progress: Say) -> dict[str, Any]:
@@ -72,10 +75,12 @@ def run_worker(job: Job, graph: GraphFile, scratch: Path, kept_log: Path, progre
         ) as process:
             os.close(writer)
             try:
-                last = _follow(reader, progress)
+                last = _follow(reader, process, progress)
             except BaseException:
                 process.kill()
                 raise
+            finally:
+                os.close(reader)
         errors.seek(0)
         said = errors.read()
     if built := last.get("built"):
@@ -92,17 +97,38 @@ def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path}
 
 
-def _follow(reader: int, progress: Say) -> dict[str, Any]:
-    last: dict[str, Any] = {}
-    with os.fdopen(reader, encoding="utf-8") as lines:
-        for line in lines:
-            try:
-                last = parse_json(line)
-            except DocumentError:  # cut off where the process ended
-                return {}
-            if "phase" in last:
-                progress(str(last["phase"]), float(last["share"]))
-    return last
+def _follow(reader: int, process: subprocess.Popen[bytes], progress: Say) -> dict[str, Any]:
+    """Return the builder's last word, the result or why there is none; nothing where it ends without."""
+    for line in _lines(reader, process):
+        try:
+            said = parse_json(line)
+        except DocumentError:
+            return {}
+        if "phase" not in said:
+            return dict(said)
+        progress(str(said["phase"]), float(said["share"]))
+    return {}
+
+
+def _lines(reader: int, process: subprocess.Popen[bytes]) -> Iterator[bytes]:
+    """Yield what the builder says, until it ends.
+
+    The pipe's end would come later: whatever our program forks while it starts the builder (multiprocessing
+    in another thread) has the other end, too.
+    """
+    waiting, pending = select.poll(), b""
+    waiting.register(reader, select.POLLIN)
+    while True:
+        ended = process.poll() is not None
+        if not waiting.poll(0 if ended else _PAUSE_MS):
+            if ended:
+                return
+            continue
+        block = os.read(reader, 1 << 16)
+        if not block:
+            return
+        *lines, pending = (pending + block).split(b"\n")
+        yield from lines
 
 
 def _failure(failed: dict[str, Any], graph: GraphFile, log: Path) -> LoraExportError | OSError:

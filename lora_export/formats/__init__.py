@@ -129,7 +129,7 @@ def save_adapter(adapter: Adapter, folder: str | Path, force: bool = False) -> P
     Args:
         adapter: What to write. Dtypes stay as they are.
         folder: Where; it is made if it isn't there.
-        force: Replace files that exist.
+        force: Replace files that exist, but never those that the adapter was read from.
 
     Returns:
         The folder.

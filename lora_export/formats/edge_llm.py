@@ -17,6 +17,7 @@ from lora_export.formats.provenance import Provenance, Writer
 from lora_export.formats.reading.graph_layout import EXPECTS, has_names, read_converted
 from lora_export.formats.reading.source import EDGE_LLM_NAME, Format, Options, Source
 from lora_export.formats.reading.tensors import write_safetensors
+from lora_export.storage.folders import listed_files
 from lora_export.storage.manifest import hash_written
 from lora_export.storage.sums.seal import seal_file, sealed_json
 
@@ -60,6 +61,11 @@ def write(path: Path, tensors: Mapping[str, Array], provenance: Provenance) -> N
     }
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (path / _CONFIG_NAME).write_bytes(sealed_json(text))
+
+
+def own_files(folder: Path) -> set[str]:
+    """Return which files of a folder we have written, as its config says; none if we have not."""
+    return listed_files(folder / _CONFIG_NAME, "lora_export")
 
 
 def _refusal(name: str, kind: str) -> str:

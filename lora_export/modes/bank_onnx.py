@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from lora_export.adapter import Adapter, LoraModule
-from lora_export.base.open_base import CheckpointChoice, open_base
+from lora_export.base.open_base import open_base
+from lora_export.base.reads import CheckpointChoice
 from lora_export.binding.cast import Caster
 from lora_export.binding.pack import Block, assemble, blocks_of_slot, cut_b
 from lora_export.errors import AdapterError

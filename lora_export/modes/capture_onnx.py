@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lora_export.base.capture.capture import capture_checkpoint
 from lora_export.base.open_base import output_paths
+from lora_export.base.reads import files_read
 from lora_export.storage.commit.leftovers import scratch_folder
 from lora_export.storage.outputs import OutputSet, make_parent, output_errors, refuse_replacing
 
@@ -39,11 +40,12 @@ def capture_onnx(
     """
     graph = Path(output)
     data = output_paths(graph)["data"]
-    refuse_replacing([graph, data], force)
+    reads = files_read(Path(checkpoint), ())
+    refuse_replacing([graph, data], force, reads)
     make_parent(graph)
     with (
         output_errors(graph),
-        OutputSet(force) as outputs,
+        OutputSet(force, reads) as outputs,
         # Beside the output, so that gigabytes are renamed and not copied.
         scratch_folder(graph.parent) as scratch,
     ):

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lora_export import __version__
 from lora_export.adapter import Adapter, Array
-from lora_export.base.open_base import refuse_overlap
 from lora_export.base.pipeline import refuse_other_components
+from lora_export.base.reads import files_read, graph_files
 from lora_export.binding.base_weights import GraphWeights
 from lora_export.binding.bind import Binding, bind_adapter
 from lora_export.binding.foreign import foreign_lora
 from lora_export.errors import GraphError, OutputError, SiteError
 from lora_export.formats import WRITERS, as_adapter, writer_of
+from lora_export.formats.edge_llm import own_files
 from lora_export.formats.provenance import Provenance, Writer, is_converted
-from lora_export.formats.reading.source import EDGE_LLM_NAME
 from lora_export.graph.exposed import KEY, ExposedGraph, exposed_of
 from lora_export.graph.onnx_file import GraphFile, load_graph
 from lora_export.modes.branches.output import refuse_lost_inputs
 from lora_export.modes.branches.place import refuse_contained
 from lora_export.plan import Plan
-from lora_export.storage.outputs import OutputSet, output_errors, refuse_existing
+from lora_export.storage.folders import refuse_strangers
+from lora_export.storage.outputs import OutputSet, output_errors, refuse_existing, refuse_inputs
 
 PathLike = str | os.PathLike[str]
 # What other runtimes know: no factors, biases, or packs whose B is cut.
 _EVERYWHERE = (".lora_A.weight", ".lora_B.weight")
-# Files of a folder that we may replace.
-_FOLDER_FILES = {EDGE_LLM_NAME, "config.json"}
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,8 @@ def convert_adapter(
     _check_output(target, format, writer, file, genai)
     loaded = as_adapter(adapter, component)
     said = refuse_other_components([loaded], [file.path.parent])
-    refuse_overlap([file.path, Path(loaded.source)], {"adapter": target})
+    reads = [*graph_files(file), *files_read(file.path, [loaded])]
+    refuse_inputs([target], reads)
     if not dry_run:
         refuse_existing([target], force)
     typed = exposed
@@ -149,7 +149,7 @@ def convert_adapter(
         dry_run,
     )
     if not dry_run:
-        _write(target, writer.write, binding.tensors, provenance, not writer.suffix, force)
+        _write(target, writer.write, binding.tensors, provenance, not writer.suffix, force, reads)
     return report
 
 
@@ -197,10 +197,14 @@ def _check_output(output: Path, format: str, writer: Writer, file: GraphFile, ge
             f"{file.path.name} has {names} for its LoRA inputs: a {format} file would not fit them",
             f"--format {better}",
         )
-    if output.is_dir() and not writer.suffix:
-        others = sorted({child.name for child in output.iterdir()} - _FOLDER_FILES)
-        if others:
-            raise OutputError(f"{output} holds other files", "choose another name", others[:4])
+    if not writer.suffix:
+        _check_folder(output)
+
+
+def _check_folder(output: Path) -> None:
+    """Refuse to replace a folder with more in it than an earlier conversion has written."""
+    if output.is_dir():
+        refuse_strangers(output, own_files(output), "converted adapter")
 
 
 def _provenance(adapter: Adapter, exposed: ExposedGraph, binding: Binding) -> Provenance:
@@ -243,7 +247,8 @@ def _write(
     provenance: Provenance,
     folder: bool,
     force: bool,
+    reads: Sequence[Path],
 ) -> None:
-    with output_errors(target), OutputSet(force) as outputs:
+    with output_errors(target), OutputSet(force, reads) as outputs:
         write(outputs.stage(target, folder), tensors, provenance)
-        outputs.commit()
+        outputs.commit((lambda: _check_folder(target)) if folder else None)

@@ -13,6 +13,7 @@ from pathlib import Path
 from lora_export.adapter import Adapter
 from lora_export.base.checkpoint.sentence_modules import lost_modules
 from lora_export.base.history.history import MANIFEST, history_of
+from lora_export.base.reads import files_read
 from lora_export.errors import OutputError
 from lora_export.machines.packages import package_versions
 from lora_export.modes.merging.blend import AdapterLike, check_blend
@@ -20,8 +21,9 @@ from lora_export.modes.merging.checkpoint_files import small_files
 from lora_export.modes.merging.into_checkpoint import CheckpointMerge, plan_merge
 from lora_export.modes.merging.report import MergeReport
 from lora_export.plan import Plan
+from lora_export.storage.folders import listed_files, refuse_strangers
 from lora_export.storage.manifest import Manifest, adapter_entry, hash_file, hash_folder
-from lora_export.storage.outputs import OutputSet, output_errors
+from lora_export.storage.outputs import OutputSet, output_errors, refuse_inputs
 from lora_export.storage.rounding import Mode, Rounding, rounding_dict
 
 
@@ -55,7 +57,7 @@ def merge_checkpoint(
         allow_unmatched: Leave out what has no place in the base, instead of refusing.
         resize: Where an adapter holds a whole embedding and head with more rows, for new tokens: give the
             base these rows.
-        force: Replace ``output``, with all that is in it, if an earlier merge wrote it.
+        force: Replace ``output``, if an earlier merge wrote all that is in it.
         dry_run: Only make the plan.
         rounding: ``sample`` measures large weights on evenly spaced blocks, ``exact`` on every element.
         progress: Called with the number of bytes just written.
@@ -73,12 +75,14 @@ def merge_checkpoint(
     plan = replace(merge.placed.plan, notes=(*beside, *merge.placed.plan.notes))
     target = Path(output)
     inputs = [Path(base), *(Path(a.source) for a in loaded)]
+    reads = files_read(Path(base), loaded)
     _refuse_output(target, inputs, force)
+    refuse_inputs([target], reads)
     small, left_out = small_files(merge.checkpoint, merge.placed.changes)
     report = MergeReport(plan, {}, {"folder": target}, merge.size_bytes, 0, tuple(left_out), dry_run)
     if dry_run:
         return report
-    with OutputSet(force) as outputs:
+    with OutputSet(force, reads) as outputs:
         folder = outputs.stage(target, folder=True)
         with output_errors(target):
             roundings = merge.write(folder, small, rounding, progress)
@@ -105,6 +109,7 @@ def _refuse_output(target: Path, inputs: list[Path], force: bool) -> None:
             f"{target} has no {MANIFEST}, so no merge has written it: it is not replaced, even with --force",
             "choose another name, or remove it yourself",
         )
+    refuse_strangers(target, listed_files(target / MANIFEST), "merged model")
 
 
 def _manifest(

@@ -14,7 +14,8 @@ from lora_export import __version__
 from lora_export.adapter import Adapter
 from lora_export.base.history.history import MANIFEST, History, history_of
 from lora_export.base.history.in_graph import CAPTURED_KEY, entries_before
-from lora_export.base.open_base import CheckpointChoice, open_base, output_paths
+from lora_export.base.open_base import open_base, output_paths
+from lora_export.base.reads import CheckpointChoice
 from lora_export.base.ties.copies import may_replace_ties
 from lora_export.graph.data_identity import mark_data
 from lora_export.graph.external_data import Change, plan_data, write_data
@@ -127,7 +128,7 @@ def merge_onnx(
         report = MergeReport(plan, {}, targets, size, shared, dry_run=dry_run)
         if dry_run:
             return report
-        with output_errors(out), OutputSet(force) as outputs:
+        with output_errors(out), OutputSet(force, opened.reads) as outputs:
             staged = {name: outputs.stage(path) for name, path in targets.items()}
             costs = write_data(staged["data"], targets["data"].name, slots, size, changes, rounding, progress)
             report = replace(report, roundings=roundings | costs)

@@ -17,7 +17,8 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.adapter import Adapter
-from lora_export.base.open_base import CheckpointChoice, open_base
+from lora_export.base.open_base import open_base
+from lora_export.base.reads import CheckpointChoice
 from lora_export.errors import AdapterError
 from lora_export.graph.exposed import ExposedGraph, ExposedModule, Flavour
 from lora_export.graph.onnx_file import GraphFile

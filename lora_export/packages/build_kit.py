@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,15 @@ from lora_export.errors import BackendError
 from lora_export.graph.data_identity import mark_data
 from lora_export.graph.external_data import plan_data, write_data
 from lora_export.graph.onnx_file import save_graph
+from lora_export.storage.folders import refuse_strangers
 from lora_export.storage.manifest import hash_written
-from lora_export.storage.outputs import OutputSet, check_parent, output_errors, refuse_existing
+from lora_export.storage.outputs import OutputSet, check_parent, output_errors, refuse_existing, refuse_inputs
 
 PathLike = str | os.PathLike[str]
 _MIB = 1 << 20
 _TEMPLATES = "kit"
+_SUMS = "SHA256SUMS"
+_OF_A_KIT = {"build.sh", "finish.py", "record.json"}
 _KEY = re.compile("@([A-Z]+)@")
 # Of an input's name, trtexec splits at the first, drops the second, and takes the third for any other name.
 # The last can't be given to any program.
@@ -81,7 +85,7 @@ def write_kits(
         model: The ``.onnx`` file.
         wish: What is asked for; nothing of it has to be buildable on this machine.
         output: The folder to write into.
-        force: Replace existing kits.
+        force: Replace existing kits, if nothing was added to them.
         dry_run: Check everything and write nothing.
 
     Raises:
@@ -92,14 +96,30 @@ def write_kits(
     kits = tuple(Path(output) / f"{plan.name}.{group.label}.kit" for group in plan.groups)
     report = KitReport(kits, plan.groups, plan.profiles, (*plan.admitted.notes, *plan.notes), dry_run)
     check_parent(kits[0])
+    refuse_inputs(kits, plan.reads)
     if not dry_run:
         refuse_existing(list(kits), force)
+        for path in kits:
+            _check_kit(path)
         source = serialize(plan.admitted.graph, sha256_of).source
         for path, group in zip(kits, plan.groups, strict=True):
-            with output_errors(path), OutputSet(force) as outputs:
+            with output_errors(path), OutputSet(force, plan.reads) as outputs:
                 _write(plan, group, source, outputs.stage(path, folder=True))
-                outputs.commit()
+                outputs.commit(partial(_check_kit, path))
     return report
+
+
+def _check_kit(path: Path) -> None:
+    """Refuse to replace a folder that was no kit, or in which an engine was built, or anything else lies."""
+    if not path.is_dir() or path.is_symlink():
+        refuse_strangers(path, (), "kit")
+        return
+    try:
+        lines = (path / _SUMS).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        lines = []
+    listed = {line[64:].removeprefix("  ") for line in lines if line[64:66] == "  "}
+    refuse_strangers(path, {_SUMS, *listed} if listed >= _OF_A_KIT else (), "kit")
 
 
 def _check_inputs(profiles: Iterable[Profile]) -> None:
@@ -132,7 +152,7 @@ def _write(plan: BuildPlan, group: Group, source: EngineSource, folder: Path) ->
     (folder / "build.sh").chmod(0o755)
     listed = sorted(path for path in folder.iterdir())
     sums = "".join(f"{sha256_of(path)}  {path.name}\n" for path in listed)
-    (folder / "SHA256SUMS").write_text(sums, encoding="utf-8")
+    (folder / _SUMS).write_text(sums, encoding="utf-8")
 
 
 def _script(plan: BuildPlan, group: Group, engine: str) -> str:

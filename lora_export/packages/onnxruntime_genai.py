@@ -8,14 +8,14 @@ entry. What is not copied: other graphs, weights, adapters, folders, and our man
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_export.base.checkpoint.links import link_problems
 from lora_export.errors import PackageError
-from lora_export.storage.outputs import OutputSet, output_errors, refuse_existing
+from lora_export.storage.outputs import OutputSet, output_errors, refuse_replacing
 from lora_export.untrusted.documents import read_json
 
 CONFIG = "genai_config.json"
@@ -40,20 +40,24 @@ class Companions:
     notes: tuple[str, ...] = ()
     force: bool = False
 
-    def write(self) -> None:
+    def write(self, reads: Iterable[Path] = ()) -> None:
         """Write the files that are not there yet; all of them or, if that fails, none.
 
+        Args:
+            reads: What was read: none of it is replaced, even with ``force``.
+
         Raises:
-            OutputError: A file of that name and another content exists, or the folder can't be written.
+            OutputError: A file of that name and another content exists or was read, or the folder can't be
+                written.
         """
-        with output_errors(self.output.parent), OutputSet(self.force) as outputs:
+        with output_errors(self.output.parent), OutputSet(self.force, reads) as outputs:
             for path, content in self._missing():
                 outputs.stage(path).write_bytes(content)
             outputs.commit()
 
-    def check(self) -> None:
-        """Raise `OutputError` naming every file that exists with another content, unless ``force``."""
-        refuse_existing([path for path, _ in self._missing()], self.force)
+    def check(self, reads: Iterable[Path] = ()) -> None:
+        """Raise `OutputError` naming every file that `write` would refuse to replace."""
+        refuse_replacing([path for path, _ in self._missing()], self.force, reads)
 
     def _missing(self) -> Iterator[tuple[Path, bytes]]:
         for name, content in self.files.items():

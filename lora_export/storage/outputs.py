@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
 
@@ -16,6 +17,8 @@ from lora_export.storage.commit.signals import Uninterrupted
 from lora_export.storage.commit.steps import RETIRED, Staged, StuckError, discard, give_names, sync_path
 
 _ANOTHER_NAME = "choose another name"
+# What callers above are reading; see `reading`.
+_READ_ABOVE: ContextVar[tuple[Path, ...]] = ContextVar("_READ_ABOVE", default=())
 
 
 class OutputSet:
@@ -28,11 +31,12 @@ class OutputSet:
 
     Args:
         force: Replace files that exist already.
+        reads: The files that were read for it: none of them is ever replaced.
         listed: The user is told of it when a later step of the same run fails; False for caches.
     """
 
-    def __init__(self, force: bool = False, *, listed: bool = True) -> None:
-        self._force, self._listed = force, listed
+    def __init__(self, force: bool = False, reads: Iterable[Path] = (), *, listed: bool = True) -> None:
+        self._force, self._reads, self._listed = force, list(reads), listed
         self._staged: list[Staged] = []
         self._kept: list[Path] = []
         self._suffix = new_suffix()
@@ -56,9 +60,10 @@ class OutputSet:
             force: As for the set, for this file alone.
 
         Raises:
-            OutputError: ``target`` exists and ``force`` is off, it is a folder where a file is to be written
-                or the other way round, or its folder can't be written.
+            OutputError: ``target`` exists and ``force`` is off, it is what was read, it is a folder where a
+                file is to be written or the other way round, or its folder can't be written.
         """
+        refuse_inputs([target], self._reads)
         force = self._force if force is None else force
         if target.parent not in {entry.target.parent for entry in self._staged}:
             tidy(target.parent)
@@ -94,6 +99,7 @@ class OutputSet:
                 sync_tree(entry.path)
         with locked(entry.target.parent for entry in self._staged):
             # Looked at again: another process may have been faster.
+            refuse_inputs([entry.target for entry in self._staged], self._reads)
             _refuse(_existing(self._kept))
             if check is not None:
                 check()
@@ -129,8 +135,9 @@ def _refuse(existing: list[str]) -> None:
         )
 
 
-def refuse_replacing(files: list[Path], force: bool) -> None:
-    """Raise `OutputError` for files that exist already, unless ``force``; for folders always."""
+def refuse_replacing(files: list[Path], force: bool, reads: Iterable[Path] = ()) -> None:
+    """Raise `OutputError` for files that exist already, unless ``force``; for folders and inputs always."""
+    refuse_inputs(files, reads)
     folders = [str(file) for file in files if file.is_dir()]
     if folders:
         raise OutputError("the output is a folder, and a file is to be written", _ANOTHER_NAME, folders)
@@ -140,6 +147,54 @@ def refuse_replacing(files: list[Path], force: bool) -> None:
 def places_of(path: Path) -> set[Path]:
     """Return where a file lies and where that leads: files of a Hugging Face cache are links to elsewhere."""
     return {path.resolve(), path.parent.resolve() / path.name}
+
+
+@contextlib.contextmanager
+def reading(files: Iterable[Path]) -> Iterator[None]:
+    """Refuse to replace ``files`` in all that is written within the block: a recipe, while its steps run."""
+    token = _READ_ABOVE.set((*_READ_ABOVE.get(), *files))
+    try:
+        yield
+    finally:
+        _READ_ABOVE.reset(token)
+
+
+def refuse_inputs(targets: Iterable[Path], reads: Iterable[Path]) -> None:
+    """Raise `OutputError` where an output would replace what was read, whatever ``force`` says."""
+    known = [*reads, *_READ_ABOVE.get()]
+    both = [
+        f"{target}" if path == target else f"{target} is {path}"
+        for target in targets
+        for path in replaced_inputs(target, known)[:1]
+    ]
+    if both:
+        raise OutputError("the output would replace what is read", _ANOTHER_NAME, both)
+
+
+def replaced_inputs(target: Path, reads: Iterable[Path]) -> list[Path]:
+    """Return which files writing ``target`` would replace: itself under any name or link, or what lies in it.
+
+    Args:
+        target: A file or folder to write.
+        reads: The files that were read.
+    """
+    own, identity = places_of(target), _identity(target)
+    found = []
+    for path in dict.fromkeys(reads):
+        places = places_of(path)
+        below = any(not own.isdisjoint(place.parents) for place in places)
+        if below or places & own or (identity is not None and identity == _identity(path)):
+            found.append(path)
+    return found
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what hard links have in common."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def make_parent(target: Path) -> None:

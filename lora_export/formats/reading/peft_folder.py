@@ -20,8 +20,9 @@ from lora_export.errors import AdapterError
 from lora_export.formats.reading.experts import REGISTERED, layout_of
 from lora_export.formats.reading.source import CONFIG_NAME, WEIGHT_NAMES
 from lora_export.formats.reading.tensors import write_safetensors
+from lora_export.formats.reading.weights_files import files_of
 from lora_export.formats.reading.whole_copies import reach_of
-from lora_export.storage.outputs import OutputSet, output_errors, refuse_existing
+from lora_export.storage.outputs import OutputSet, output_errors, refuse_replacing
 
 _PREFIX = "base_model.model."
 # One for each way in which stacked experts' factors may lie.
@@ -40,8 +41,9 @@ def write_folder(adapter: Adapter, folder: Path, force: bool) -> Path:
         )
     config, tensors = _config(adapter), _tensors(adapter)
     weights_file, config_file = folder / WEIGHT_NAMES[0], folder / CONFIG_NAME
-    refuse_existing([weights_file, config_file], force)
-    with OutputSet(force) as outputs, output_errors(weights_file):
+    reads = files_of(adapter.source)
+    refuse_replacing([weights_file, config_file], force, reads)
+    with OutputSet(force, reads) as outputs, output_errors(weights_file):
         write_safetensors(outputs.stage(weights_file), tensors, {"format": "pt"})
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         outputs.stage(config_file).write_text(text, encoding="utf-8")

@@ -90,6 +90,19 @@ def find_weights(path: Path) -> WeightsFiles:
     return WeightsFiles((path / own[0],), None, _config_of(path / own[0]), notes)
 
 
+def files_of(source: str | Path) -> list[Path]:
+    """Return every file that reading the adapter at ``source`` reads; none where nothing is there."""
+    path = Path(source)
+    try:
+        found = find_weights(path)
+    except AdapterError:  # made in memory, or moved since
+        return [path] if path.exists() else []
+    folder = found.files[0].parent
+    # Also a config that was not used: it is the adapter's.
+    beside = [folder / CONFIG_NAME, *folder.glob("*.index.json")]
+    return [*found.files, *(file for file in beside if file.is_file())]
+
+
 def is_peft_name(name: str) -> bool:
     """Whether PEFT's config applies to a file of this name."""
     shard = _SHARD.match(name)

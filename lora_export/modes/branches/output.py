@@ -36,6 +36,7 @@ class ExposeReport:
         shared_bytes: Weights that stay in the base's files.
         dry_run: Nothing was written.
         warnings: What a user should not miss.
+        reads: The files that were read.
     """
 
     plan: Plan
@@ -45,6 +46,7 @@ class ExposeReport:
     shared_bytes: int = 0
     dry_run: bool = False
     warnings: tuple[str, ...] = ()
+    reads: tuple[Path, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -88,11 +90,11 @@ def write_exposed(
     """
     paths, out = report.outputs, report.outputs["graph"]
     slots, size, shared = plan_data(base.graph, {}, out, base.shared_files)
-    report = replace(report, size_bytes=size, shared_bytes=shared)
+    report = replace(report, size_bytes=size, shared_bytes=shared, reads=base.reads)
     if report.dry_run:
         return report
     base.graph.model.metadata_props[KEY] = report.exposed.to_json()
-    with output_errors(out), OutputSet(force) as outputs:
+    with output_errors(out), OutputSet(force, base.reads) as outputs:
         staged = {name: outputs.stage(path) for name, path in paths.items()}
         write_data(staged["data"], paths["data"].name, slots, size, {}, "sample", progress)
         name = paths["data"].name

@@ -40,13 +40,31 @@ if ! command -v python3 >/dev/null 2>&1; then
 fi
 
 engine=@ENGINE@
-log="$out/${engine%.engine}.log"
-trap 'rm -f -- "$out/$engine.tmp"' EXIT
-if ! "$tool" --onnx="$kit"/@MODEL@ --saveEngine="$out/$engine.tmp" \
-    @FLAGS@ >"$log" 2>&1; then
-  tail -n 20 -- "$log" >&2
+# A folder of this run's own: another run may build into the same one.
+own=$(mktemp -d "$out/.lora-export-kit.XXXXXX")
+trap 'rm -rf -- "$own"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+
+keep_log() {
+  log="$out/${engine%.engine}.log"
+  # A log that stands beside an engine is that engine's.
+  if [ -e "$out/$engine" ]; then
+    log="$out/${engine%.engine}.failed.log"
+  fi
+  mv -f -- "$own/log" "$log"
+}
+
+if ! "$tool" --onnx="$kit"/@MODEL@ --saveEngine="$own/engine" \
+    @FLAGS@ >"$own/log" 2>&1; then
+  tail -n 20 -- "$own/log" >&2
+  keep_log
   printf 'Error: %s could not build the engine; all of its messages are in %s\n' "$tool" "$log" >&2
   exit 1
 fi
-python3 "$kit/finish.py" "$kit/record.json" "$out/$engine.tmp" "$log" "$out/$engine"
+if ! python3 "$kit/finish.py" "$kit/record.json" "$own/engine" "$own/log" "$out/$engine"; then
+  keep_log
+  printf 'hint: the messages of %s are in %s\n' "$tool" "$log" >&2
+  exit 1
+fi
 printf 'wrote %s\n' "$out/$engine"

@@ -1,9 +1,14 @@
-"""Complete an engine's record with what only the machine knows that built it, and give both their names.
+"""Complete an engine's record with what only the machine knows that built it, and give all files their names.
 
 Usage: python3 finish.py record.json BUILT LOG ENGINE
+BUILT and LOG lie in a folder of their own, on the disk of ENGINE. The log goes beside it, and the record.
 Needs nothing but Python's standard library, 3.8 or newer.
 """
 
+from __future__ import annotations
+
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -33,21 +38,67 @@ def sealed(record: dict[str, object]) -> bytes:
     return (start + digest + end).encode()
 
 
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's names, are on the disk."""
+    handle = os.open(str(path), os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def give_names(files: dict[Path, Path]) -> None:
+    """Give files their names, the record's last, while no other run does so in that folder.
+
+    Meanwhile there is no record: whoever is stopped in between leaves an engine without one, never an engine
+    with another's.
+
+    Args:
+        files: Where each is to lie, and where it lies.
+    """
+    for made in files.values():
+        sync(made)
+    record = list(files)[-1]
+    # The file that lora-export locks, too.
+    lock = record.parent / ".lora-export.lock"
+    while True:
+        with lock.open("ab") as held:
+            with contextlib.suppress(OSError):  # this file system has no locks
+                fcntl.flock(held, fcntl.LOCK_EX)
+            try:
+                current = lock.stat().st_ino == os.fstat(held.fileno()).st_ino
+            except FileNotFoundError:  # whoever had it took it away
+                current = False
+            if not current:
+                continue
+            try:
+                if record.exists():
+                    record.unlink()
+                    sync(record.parent)
+                for target, made in files.items():
+                    made.replace(target)
+                sync(record.parent)
+            finally:
+                with contextlib.suppress(OSError):
+                    lock.unlink()
+            return
+
+
 def main(template: str, built: str, log: str, engine: str) -> None:
-    """Rename the engine that was built, and write its record beside it."""
+    """Give the engine that was built and its log their names, and write its record beside them."""
     record, path = json.loads(Path(template).read_text(encoding="utf-8")), Path(engine)
     digest = hashlib.sha256()
     with Path(built).open("rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
-    said = Path(log).read_text(encoding="utf-8", errors="replace")
+    said, log_path = Path(log).read_text(encoding="utf-8", errors="replace"), path.with_suffix(".log")
     record["name"] = path.name
     record["sha256"] = digest.hexdigest()
     record["size_bytes"] = Path(built).stat().st_size
     record["files"] = {
         path.name: {"name": path.name, "size_bytes": record["size_bytes"], "sha256": record["sha256"]},
-        Path(log).name: {
-            "name": Path(log).name,
+        log_path.name: {
+            "name": log_path.name,
             "size_bytes": Path(log).stat().st_size,
             "sha256": hashlib.sha256(Path(log).read_bytes()).hexdigest(),
         },
@@ -58,14 +109,9 @@ def main(template: str, built: str, log: str, engine: str) -> None:
         found = re.search(rf"Total {label} Memory: (\d+)", said)
         if found:
             record["memory"][name] = int(found.group(1))
-    target = path.with_suffix(".json")
-    temporary = target.with_name(target.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(sealed(record))
-        file.flush()
-        os.fsync(file.fileno())
-    Path(built).replace(path)
-    temporary.replace(target)
+    written = Path(built).with_name("record.json")
+    written.write_bytes(sealed(record))
+    give_names({path: Path(built), log_path: Path(log), path.with_suffix(".json"): written})
 
 
 if __name__ == "__main__":

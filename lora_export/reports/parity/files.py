@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_export.base.reads import folder_files
 from lora_export.errors import LoraExportError, OutputError
+from lora_export.formats.reading.weights_files import files_of
 from lora_export.graph.onnx_file import load_graph
 from lora_export.parity.result import ParityReport
 from lora_export.reports.parity.to_html import report_html
 from lora_export.reports.parity.to_json import report_json
 from lora_export.reports.parity.to_junit import junit_xml
-from lora_export.storage.outputs import OutputSet, output_errors, places_of
+from lora_export.storage.outputs import OutputSet, output_errors, places_of, replaced_inputs
 
 _WRITERS: Mapping[str, Callable[[ParityReport], str]] = {
     "json": report_json,
@@ -48,6 +50,14 @@ class Inputs:
     feeds: Path | None = None
     baseline: Path | None = None
     adapters: tuple[Path, ...] = ()
+
+    def files(self) -> list[Path]:
+        """Return every file that the check reads."""
+        models = [path for path in (self.candidate, self.reference, self.base) if path is not None]
+        found = [path for path in (self.feeds, self.baseline) if path is not None]
+        for path in models:
+            found += folder_files(path) if path.is_dir() else [path, *sorted(_data_of(path))]
+        return [*found, *(file for adapter in self.adapters for file in files_of(adapter))]
 
 
 def check_outputs(outputs: Outputs, force: bool, inputs: Inputs) -> None:
@@ -121,6 +131,8 @@ def _read_as(path: Path, inputs: Inputs) -> Iterator[str]:
             yield f"a file of {name}, {file}, or would be taken for one"
         elif file.suffix == ".onnx" and _there(path) and places & _data_of(file):
             yield f"data of {name}, {file}"
+    # Hard links, too.
+    yield from (f"{file}, which the check reads" for file in replaced_inputs(path, inputs.files()))
 
 
 def _goes_with(path: Path, file: Path, name: str) -> bool:
@@ -136,6 +148,8 @@ def _goes_with(path: Path, file: Path, name: str) -> bool:
 
 
 def _data_of(graph: Path) -> set[Path]:
+    if graph.suffix != ".onnx":
+        return set()
     try:
         return {place for file in load_graph(graph).data_files() for place in places_of(file)}
     except LoraExportError:  # said when it is opened
@@ -146,19 +160,22 @@ def _there(path: Path) -> bool:
     return path.exists() or path.is_symlink()
 
 
-def write_reports(report: ParityReport, outputs: Outputs, force: bool = False) -> list[Path]:
+def write_reports(
+    report: ParityReport, outputs: Outputs, force: bool = False, reads: Iterable[Path] = ()
+) -> list[Path]:
     """Write the reports that were asked for; all of them appear, or none.
 
     Args:
         report: What to write.
         outputs: Where to.
         force: Replace files that exist; whether they may be replaced is `check_outputs`'s question.
+        reads: What was read, never to be replaced: `Inputs.files`.
 
     Raises:
         OutputError: One exists already or can't be written.
     """
     written = [(kind, path) for kind, path in outputs.items() if path is not None]
-    with OutputSet(force) as group:
+    with OutputSet(force, reads) as group:
         for kind, path in written:
             staged = group.stage(path)
             with output_errors(path):

@@ -1,0 +1,80 @@
+"""Which files are read of a base, its checkpoint and the adapters: no output may be one of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lora_export.adapter import Adapter
+from lora_export.base.checkpoint.sentence_modules import module_paths
+from lora_export.errors import CheckpointError
+from lora_export.formats.reading.weights_files import files_of
+
+if TYPE_CHECKING:
+    from lora_export.graph.onnx_file import GraphFile
+
+# A folder; None: the one that an adapter names as its base, where it is on this machine; False: none.
+CheckpointChoice = str | os.PathLike[str] | Literal[False] | None
+# Of a model's folder; graphs, their data and manifests lie there as outputs.
+_SUFFIXES = {".bin", ".jinja", ".json", ".model", ".pt", ".pth", ".py", ".safetensors", ".tiktoken", ".txt"}
+_MANIFEST = ".lora.json"
+# What says of the folder above which part of a model this is.
+_ABOVE = ("model_index.json", "modules.json")
+
+
+def files_read(base: Path, adapters: Collection[Adapter], checkpoint: CheckpointChoice = False) -> list[Path]:
+    """Return what a verb reads, but for a graph's data files, which `graph_files` knows.
+
+    Args:
+        base: A graph's file, or a model's folder.
+        adapters: What is merged or exposed.
+        checkpoint: What values are compared with.
+    """
+    folder = base if base.is_dir() else base.parent
+    found = folder_files(base) if base.is_dir() else [base, base.with_suffix(_MANIFEST)]
+    found += [place / name for place in (folder, folder.parent) for name in _ABOVE]
+    folders = [Path(checkpoint)] if checkpoint else []
+    if checkpoint is None:
+        folders = [named for adapter in adapters if holds_weights(named := Path(adapter.base_model or ""))]
+    for place in folders:
+        found += folder_files(place)
+    for adapter in adapters:
+        found += files_of(adapter.source)
+        source = Path(adapter.source)
+        found += _module_files(source if source.is_dir() else source.parent)
+    return [path for path in dict.fromkeys(found) if path.is_file()]
+
+
+def graph_files(graph: GraphFile) -> list[Path]:
+    """Return a graph's file, its data files and its manifest."""
+    manifest = graph.path.with_suffix(_MANIFEST)
+    return [graph.path, *sorted(graph.data_files()), *([manifest] if manifest.is_file() else [])]
+
+
+def folder_files(folder: Path) -> list[Path]:
+    """Return what is read of a model's folder: weights, configs, what tokenizers are kept in, code."""
+    try:
+        beside = [path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file()]
+    except OSError:  # said when it is opened
+        return []
+    own = [path for path in sorted(beside) if not path.name.endswith(_MANIFEST)]
+    return [*own, *_module_files(folder)]
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder is there and has weights: a name of the hub is a path as well."""
+    try:
+        return folder.is_dir() and any(folder.glob("*.safetensors"))
+    except OSError:  # a text that is too long to be a path, or a folder that may not be read
+        return False
+
+
+def _module_files(folder: Path) -> list[Path]:
+    """Return the files of sentence-transformers' further modules."""
+    try:
+        places = module_paths(folder)
+    except CheckpointError:  # said where they are compared
+        return []
+    return [path for place in places for path in sorted((folder / place).glob("*")) if path.is_file()]
