@@ -24,6 +24,7 @@ from lora_export.graph.onnx_file import GraphFile, load_graph
 from lora_export.modes.branches.output import refuse_lost_inputs
 from lora_export.modes.branches.place import refuse_contained
 from lora_export.plan import Plan
+from lora_export.storage.inputs import same_inputs
 from lora_export.storage.outputs import OutputSet, output_errors, refuse_existing
 
 PathLike = str | os.PathLike[str]
@@ -77,6 +78,7 @@ class ConvertReport:
         }
 
 
+@same_inputs()
 def convert_adapter(
     adapter: PathLike | Adapter,
     graph: PathLike,

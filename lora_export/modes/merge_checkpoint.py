@@ -20,11 +20,13 @@ from lora_export.modes.merging.checkpoint_files import small_files
 from lora_export.modes.merging.into_checkpoint import CheckpointMerge, plan_merge
 from lora_export.modes.merging.report import MergeReport
 from lora_export.plan import Plan
+from lora_export.storage.inputs import same_inputs
 from lora_export.storage.manifest import Manifest, adapter_entry, hash_file, hash_folder
 from lora_export.storage.outputs import OutputSet, output_errors
 from lora_export.storage.rounding import Mode, Rounding, rounding_dict
 
 
+@same_inputs()
 def merge_checkpoint(
     base: str | Path,
     adapters: AdapterLike | Sequence[AdapterLike],

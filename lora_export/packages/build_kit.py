@@ -24,6 +24,7 @@ from lora_export.errors import BackendError
 from lora_export.graph.data_identity import mark_data
 from lora_export.graph.external_data import plan_data, write_data
 from lora_export.graph.onnx_file import save_graph
+from lora_export.storage.inputs import same_inputs
 from lora_export.storage.manifest import hash_written
 from lora_export.storage.outputs import OutputSet, check_parent, output_errors, refuse_existing
 
@@ -72,6 +73,7 @@ class KitReport:
         }
 
 
+@same_inputs()
 def write_kits(
     model: PathLike, wish: Wish, output: PathLike, *, force: bool = False, dry_run: bool = False
 ) -> KitReport:
