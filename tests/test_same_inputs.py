@@ -225,3 +225,19 @@ def test_what_became_of_a_file(tmp_path):
     assert state.change() == f"{file}: replaced by another file"
     file.unlink()
     assert state.change() == f"{file}: not there any more"
+
+
+def test_a_benchmark_of_a_model_replaced_before_it_is_timed(tmp_path, monkeypatch):
+    from lora_export.bench import run
+
+    model = graph(tmp_path / "m.onnx", 1.0)
+    own = run._open_all
+
+    def open_all(*given):
+        replaced(model, 2.0)
+        return own(*given)
+
+    monkeypatch.setattr(run, "_open_all", open_all)
+    monkeypatch.setattr(run, "_probe_all", lambda *_: [None])
+    with pytest.raises(InputChangedError, match="2 files have changed while they were read"):
+        run.run_bench(model, seconds=0.2)

@@ -107,9 +107,14 @@ def same_inputs(at_end: bool = False) -> Iterator[Inputs]:
 
 def note_inputs(paths: Iterable[Path]) -> None:
     """Note files before they are opened; outside of `same_inputs` nothing is to be kept together."""
+    note_states(map(FileState.of, paths))
+
+
+def note_states(states: Iterable[FileState]) -> None:
+    """Note files that something was read from already, as they were then."""
     if (inputs := _INPUTS.get()) is not None:
-        for path in paths:
-            inputs.note(FileState.of(path))
+        for state in states:
+            inputs.note(state)
 
 
 def note_loaded(states: Iterable[FileState]) -> None:
@@ -122,9 +127,7 @@ def note_loaded(states: Iterable[FileState]) -> None:
     """
     mapped = [state for state in states if state.is_of(FileState.of(state.path))]
     refuse_changed(mapped, "since they were loaded", "load them again")
-    if (inputs := _INPUTS.get()) is not None:
-        for state in mapped:
-            inputs.note(state)
+    note_states(mapped)
 
 
 def forget_inputs(written: Iterable[Path]) -> None:
