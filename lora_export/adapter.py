@@ -6,10 +6,13 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from lora_export.storage.inputs import FileState
 
 Array = NDArray[Any]
 Kind = Literal["linear", "conv", "embedding", "parameter"]
@@ -199,6 +202,7 @@ class Adapter:
         sha256: Of the weights file; of a converted ``.safetensors`` its header's, which has that of the file
             it was made of.
         notes: What a user should know: said by `inspect` and kept in manifests.
+        states: Of its weights files as they were loaded: values may be mapped, see `storage.inputs`.
     """
 
     name: str
@@ -217,6 +221,7 @@ class Adapter:
     tensor_names: tuple[str, ...] = ()
     sha256: str = ""
     notes: tuple[str, ...] = ()
+    states: tuple[FileState, ...] = ()
 
     @cached_property
     def parameter_count(self) -> int:

@@ -8,6 +8,7 @@ The tree::
     ├── SiteError            a module has no place, or more than one, in the graph
     ├── GraphError           the ONNX file itself
     ├── OutputError          the place we write to
+    ├── InputChangedError    a file changed while a result was made from it
     ├── RecipeError          a recipe file
     ├── BackendError         a compiler or runtime
     │   ├── BackendUnavailable   not installed; the hint is the pip line
@@ -65,6 +66,10 @@ class GraphError(LoraExportError):
 
 class OutputError(LoraExportError):
     """The output exists already, or can't be written."""
+
+
+class InputChangedError(LoraExportError):
+    """A file has changed, or was replaced, while a result was made from it."""
 
 
 class RecipeError(LoraExportError):

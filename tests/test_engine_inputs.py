@@ -13,7 +13,7 @@ from lora_export import build_engine
 from lora_export.engines.record import read_engine, sha256_of
 from lora_export.engines.run_builder import run_worker
 from lora_export.engines.source import serialize
-from lora_export.errors import BackendError, EngineBuildError, GraphError
+from lora_export.errors import BackendError, GraphError, InputChangedError
 from lora_export.graph.onnx_file import load_graph
 from lora_export.machines.targets import targets_of
 
@@ -53,7 +53,7 @@ def test_weights_that_change_while_they_are_built_from(tmp_path, monkeypatch):
 
     monkeypatch.setattr("lora_export.engines.build.run_worker", changing)
     options = {"shapes": SMALL, "cache": tmp_path / "cache"}
-    with pytest.raises(EngineBuildError, match="have changed"):
+    with pytest.raises(InputChangedError, match="changed while they were read"):
         build_engine(model, "sm89", tmp_path / "out", **options)
     assert not list((tmp_path / "out").iterdir())
     assert not list((tmp_path / "cache").glob("*/engine"))

@@ -18,6 +18,7 @@ from lora_export import (
     BackendError,
     EngineSession,
     GraphError,
+    InputChangedError,
     LoraModule,
     MergedEngine,
     SiteError,
@@ -235,6 +236,21 @@ def test_a_base_that_changes_meanwhile(machine, tmp_path):
     save(graph(text, {"p.weight": P.T.copy()}), tmp_path)
     with pytest.raises(GraphError, match="has changed since the engine was opened"):
         engine.switch(A)
+
+
+def test_w0_that_is_replaced_meanwhile(machine, tmp_path):
+    """The base's own values are read at each switch back to it, from the files beside the graph."""
+    engine = open_engine(tmp_path)
+    engine.switch(A)
+    inputs = feeds()
+    answer = engine.run(inputs)["y"]
+    file = tmp_path / "base.onnx"
+    (tmp_path / "same").write_bytes(file.read_bytes())
+    (tmp_path / "same").replace(file)
+    with pytest.raises(InputChangedError, match="since the engine was opened"):
+        engine.switch(None)
+    assert engine.adapter == A.name
+    assert np.array_equal(engine.run(inputs)["y"], answer)
 
 
 def test_a_weight_of_another_size(machine, tmp_path):

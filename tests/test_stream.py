@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import threading
+import time
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -277,3 +281,75 @@ def test_same_pieces_same_bytes_and_figures(tmp_path):
         again = merged(tmp_path, matrix, [patch], BF16, threads=3)
         assert again[0].tobytes() == first[0].tobytes()
         assert again[1] == first[1]
+
+
+@pytest.fixture
+def handled():
+    """Set handlers as a program's own; the old ones are back behind the test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
+
+    def handle(number, handler):
+        signal.signal(number, handler)
+
+    yield handle
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def slow_disk(monkeypatch, then):
+    """Let each block take its time, the one thread's longer; return the calls that are under way."""
+    own, running, lock = os.pwrite, [], threading.Lock()
+
+    def pwrite(handle, data, at):
+        with lock:
+            running.append(handle)
+            number = len(running)
+        if number == 2:
+            then()
+        time.sleep(0.4 if number == 1 else 0.1)
+        try:
+            return own(handle, data, at)
+        finally:
+            with lock:
+                running.remove(handle)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    return running
+
+
+def open_files():
+    return {entry.name for entry in Path("/proc/self/fd").iterdir()}
+
+
+def of_ones(count):
+    return [BytesPiece(bytes([1]) * 8, 8 * number) for number in range(count)]
+
+
+@pytest.mark.parametrize("times", [1, 2], ids=["once", "twice"])
+def test_ctrl_c_waits_for_the_workers(tmp_path, monkeypatch, handled, times):
+    """Later writes would go to whatever file has got the closed one's number by then."""
+    main = threading.main_thread().ident
+
+    def interrupt():
+        for number in range(times):
+            threading.Timer(0.05 * (number + 1), signal.pthread_kill, (main, signal.SIGINT)).start()
+
+    running = slow_disk(monkeypatch, interrupt)
+    handled(signal.SIGINT, signal.default_int_handler)
+    opened = open_files()
+    with pytest.raises(KeyboardInterrupt):
+        write_pieces(tmp_path / "o", 8 * 40, of_ones(40))
+    assert running == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert open_files() == opened
+    # It ended soon: most was not written.
+    assert (tmp_path / "o").read_bytes().count(1) < 8 * 20
+
+
+def test_a_signal_that_raises_nothing_stops_nothing(tmp_path, monkeypatch, handled):
+    seen, main = [], threading.main_thread().ident
+    slow_disk(monkeypatch, lambda: signal.pthread_kill(main, signal.SIGUSR1))
+    handled(signal.SIGUSR1, lambda number, _frame: seen.append(number))
+    write_pieces(tmp_path / "o", 8 * 6, of_ones(6))
+    assert (tmp_path / "o").read_bytes() == bytes([1]) * 48
+    assert set(seen) == {signal.SIGUSR1}

@@ -21,6 +21,7 @@ from lora_export.errors import BackendError, LoraExportError
 from lora_export.machines.environment import load_average, read_environment
 from lora_export.progress import Say
 from lora_export.runtimes.ort.device import Provider
+from lora_export.storage.inputs import note_states, same_inputs
 
 PathLike = str | os.PathLike[str]
 # Shares of the progress bar; the time of the first parts is not known before.
@@ -90,8 +91,11 @@ def run_bench(
     return carry_out(plan_bench(wish), progress)
 
 
+@same_inputs(at_end=True)
 def carry_out(plan: Plan, progress: Say | None = None) -> BenchReport:
     """Do what was planned; see `run_bench`."""
+    # What was planned is about these files, and so are the hashes and the figures.
+    note_states(state for model in plan.models for state in model.states)
     say = progress or (lambda _what, _share: None)
     before = load_average()
     say("hashing the models", 0.0)

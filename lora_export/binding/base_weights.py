@@ -11,6 +11,7 @@ import onnx_ir as ir
 from lora_export.adapter import Array
 from lora_export.graph.exposed import StoredRows
 from lora_export.graph.onnx_file import GraphFile, load_graph
+from lora_export.storage.inputs import FileState, refuse_changed
 
 # Name of an initializer → its values, perhaps memory-mapped; KeyError where the graph has none.
 WeightOf = Callable[[str], Array]
@@ -24,15 +25,24 @@ class GraphWeights:
     Args:
         path: The ONNX file.
         graph: The file's graph, where it is open already.
+        opened: The files of the session that the constants are for, as they were when it was opened.
     """
 
-    def __init__(self, path: Path, graph: GraphFile | None = None) -> None:
-        self._path = path
+    def __init__(
+        self, path: Path, graph: GraphFile | None = None, opened: Collection[FileState] = ()
+    ) -> None:
+        self._path, self._files = path, opened
         self._constants = _constants(graph) if graph else {}
 
     def __call__(self, name: str) -> Array:
-        """Return a constant's values, memory-mapped where they are external; KeyError where there is none."""
-        return np.asarray(self._opened()[name].numpy())
+        """Return a constant's values, memory-mapped where they are external; KeyError where there is none.
+
+        Raises:
+            InputChangedError: A file is not the one that the session has opened.
+        """
+        values = np.asarray(self._opened()[name].numpy())
+        self._refuse_changed()  # they are mapped now
+        return values
 
     def names(self) -> Collection[str]:
         """Return the constants' names."""
@@ -40,8 +50,12 @@ class GraphWeights:
 
     def _opened(self) -> dict[str, ir.TensorProtocol]:
         if not self._constants:
+            self._refuse_changed()
             self._constants = _constants(load_graph(self._path))
         return self._constants
+
+    def _refuse_changed(self) -> None:
+        refuse_changed(self._files, "since the session was opened", "open another session")
 
 
 def _constants(graph: GraphFile) -> dict[str, ir.TensorProtocol]:

@@ -30,6 +30,7 @@ from lora_export.engines.source import Serialized, port_of, serialize
 from lora_export.errors import BackendError, EngineBuildError, OutputError
 from lora_export.progress import Say
 from lora_export.storage.commit.leftovers import scratch_folder
+from lora_export.storage.inputs import refuse_changed_inputs, same_inputs
 from lora_export.storage.manifest import hash_written
 from lora_export.storage.outputs import (
     OutputSet,
@@ -204,6 +205,7 @@ def build_engine(
     )
 
 
+@same_inputs()
 def carry_out(
     model: PathLike,
     wish: Wish,
@@ -282,7 +284,7 @@ def _build_one(work: _Work, engine: BuiltEngine) -> BuiltEngine:
         known = None if work.verbose else work.cache.take(key, staged["engine"], staged["log"])
         built = known or _compile(work, engine.group, staged, failed_log)
         if known is None:
-            _refuse_changed(work)
+            refuse_changed_inputs()
             not_kept = work.cache.keep(key, staged["engine"], staged["log"], built)
         written = {files[kind].name: staged[kind] for kind in ("engine", "log")}
         own = {name: hash_written(path, name) for name, path in written.items()}
@@ -291,14 +293,6 @@ def _build_one(work: _Work, engine: BuiltEngine) -> BuiltEngine:
         outputs.commit()
     seconds = time.monotonic() - started
     return replace(engine, record=record, cached=known is not None, seconds=seconds, not_kept=not_kept)
-
-
-def _refuse_changed(work: _Work) -> None:
-    """Refuse an engine whose weights may be others than those that it would be kept and recorded for."""
-    hashes = work.serialized.hashes
-    changed = [str(path) for path, digest in hashes.items() if work.cache.sha256(path) != digest]
-    if changed:
-        raise EngineBuildError("the weights have changed while they were built from", "build again", changed)
 
 
 def _key(work: _Work, group: Group) -> str:

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from lora_export.errors import BackendError
 from lora_export.graph.exposed import ExposedGraph
+from lora_export.storage.inputs import note_inputs
 from lora_export.storage.manifest import FileHash
 from lora_export.storage.sums.full import file_digest
 from lora_export.storage.sums.seal import SEAL, sealed_json
@@ -272,6 +273,7 @@ def read_engine(engine: Path) -> EngineRecord:
             raise BackendError(f"{engine} is a folder, not an engine", "give the .engine file")
         raise BackendError(f"no engine at {engine}", "check the path")
     beside = record_path(engine)
+    note_inputs([engine, beside])
     if not beside.is_file():
         raise BackendError(
             f"{engine} has no record beside it ({beside.name})",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,12 +60,10 @@ class Serialized:
     Attributes:
         data: The protobuf.
         source: Its identity and files.
-        hashes: Of the files with its weights, as they were when it was identified.
     """
 
     data: bytes
     source: EngineSource
-    hashes: Mapping[Path, str]
 
 
 def serialize(graph: GraphFile, sha256: Callable[[Path], str]) -> Serialized:
@@ -79,10 +77,10 @@ def serialize(graph: GraphFile, sha256: Callable[[Path], str]) -> Serialized:
         GraphError: With weights that were rewritten for the compiler, the graph exceeds 2 GB.
     """
     data = proto_bytes(graph.model)
-    hashes = {path: sha256(path) for path in sorted(graph.data_files())}
-    identity = combined([hashlib.sha256(data).hexdigest(), *hashes.values()])
+    hashes = [sha256(path) for path in sorted(graph.data_files())]
+    identity = combined([hashlib.sha256(data).hexdigest(), *hashes])
     source = EngineSource(graph.path.name, identity, tuple(graph_hashes(graph)))
-    return Serialized(data, source, hashes)
+    return Serialized(data, source)
 
 
 def graph_hashes(graph: GraphFile) -> list[FileHash]:

@@ -84,6 +84,7 @@ def load_adapter(
         raise AdapterError(f"adapter '{source.name}' is empty: {source.file} has no tensors", "save it again")
     with within(f"adapter '{source.name}' ({source.file})"):
         adapter = _with_effect(_format(format or detect_format(source)).read(source, options))
+    adapter = replace(adapter, states=source.states)
     if component is None:
         return adapter
     from lora_export.formats.reading.scope import part_of
@@ -114,12 +115,15 @@ def as_adapter(given: str | os.PathLike[str] | Adapter, component: str | None = 
 
     Raises:
         AdapterError: As `load_adapter`.
+        InputChangedError: The files of an `Adapter` were written to since it was loaded.
     """
     from lora_export.adapter import Adapter
     from lora_export.formats.reading.scope import part_of
+    from lora_export.storage.inputs import note_loaded
 
     if not isinstance(given, Adapter):
         return load_adapter(Path(given), component=component)
+    note_loaded(given.states)
     return given if component is None else part_of(given, component)
 
 

@@ -26,6 +26,7 @@ from lora_export.graph.data_identity import (
     place_problem,
     refuse_changed_data,
 )
+from lora_export.storage.inputs import note_inputs
 from lora_export.storage.sums import seal
 from lora_export.untrusted.graphs import function_problems, graph_problems
 from lora_export.untrusted.shown import limited
@@ -109,6 +110,7 @@ def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> Graph
         )
     if not file.is_file():
         raise GraphError(f"no ONNX file at {file}", "check the path")
+    note_inputs([file])
     _refuse_other_formats(file)
     try:
         model = ir.load(file)
@@ -129,6 +131,7 @@ def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> Graph
     graph = GraphFile(model, file)
     _refuse_invalid(file, list(graph_problems(model)))
     _read_constants(model)
+    note_inputs(graph.data_files())
     problems = [problem for value in graph.initializers() for problem in _external_problems(value, file)]
     problems += _attribute_problems(model)
     if problems:

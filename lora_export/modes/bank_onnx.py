@@ -36,10 +36,12 @@ from lora_export.modes.branches.write import BranchWriter, Tensors
 from lora_export.sites.naming.towers import landmarks
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.values.ranges import cut_off
+from lora_export.storage.inputs import same_inputs
 
 PathLike = str | os.PathLike[str]
 
 
+@same_inputs()
 def bank_onnx(
     base: PathLike,
     adapters: Mapping[str, PathLike | Adapter],

@@ -9,11 +9,13 @@ from lora_export.base.capture.capture import capture_checkpoint
 from lora_export.base.open_base import output_paths
 from lora_export.base.reads import files_read
 from lora_export.storage.commit.leftovers import scratch_folder
+from lora_export.storage.inputs import same_inputs
 from lora_export.storage.outputs import OutputSet, make_parent, output_errors, refuse_replacing
 
 PathLike = str | os.PathLike[str]
 
 
+@same_inputs()
 def capture_onnx(
     checkpoint: PathLike,
     output: PathLike,

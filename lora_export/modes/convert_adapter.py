@@ -25,6 +25,7 @@ from lora_export.modes.branches.output import refuse_lost_inputs
 from lora_export.modes.branches.place import refuse_contained
 from lora_export.plan import Plan
 from lora_export.storage.folders import refuse_strangers
+from lora_export.storage.inputs import same_inputs
 from lora_export.storage.outputs import OutputSet, output_errors, refuse_existing, refuse_inputs
 
 PathLike = str | os.PathLike[str]
@@ -76,6 +77,7 @@ class ConvertReport:
         }
 
 
+@same_inputs()
 def convert_adapter(
     adapter: PathLike | Adapter,
     graph: PathLike,

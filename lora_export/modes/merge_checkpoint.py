@@ -22,11 +22,13 @@ from lora_export.modes.merging.into_checkpoint import CheckpointMerge, plan_merg
 from lora_export.modes.merging.report import MergeReport
 from lora_export.plan import Plan
 from lora_export.storage.folders import listed_files, refuse_strangers
+from lora_export.storage.inputs import same_inputs
 from lora_export.storage.manifest import Manifest, adapter_entry, hash_file, hash_folder
 from lora_export.storage.outputs import OutputSet, output_errors, refuse_inputs
 from lora_export.storage.rounding import Mode, Rounding, rounding_dict
 
 
+@same_inputs()
 def merge_checkpoint(
     base: str | Path,
     adapters: AdapterLike | Sequence[AdapterLike],

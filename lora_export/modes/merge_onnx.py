@@ -28,6 +28,7 @@ from lora_export.modes.merging.into_checkpoint import CheckpointMerge, plan_merg
 from lora_export.modes.merging.into_graph import mark_merged, plan_changes
 from lora_export.modes.merging.report import MergeReport
 from lora_export.storage.commit.leftovers import scratch_folder
+from lora_export.storage.inputs import same_inputs
 from lora_export.storage.manifest import FileHash, Manifest, adapter_entry, hash_written, identity_of
 from lora_export.storage.outputs import OutputSet, output_errors, refuse_replacing
 from lora_export.storage.rounding import Mode, Rounding, rounding_dict
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 PathLike = str | os.PathLike[str]
 
 
+@same_inputs()
 def merge_onnx(
     base: PathLike,
     adapters: PathLike | Adapter | Sequence[PathLike | Adapter],

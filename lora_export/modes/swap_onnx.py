@@ -34,11 +34,13 @@ from lora_export.sites.listing import targets_named
 from lora_export.sites.naming.towers import landmarks
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.values.ranges import cut_off
+from lora_export.storage.inputs import same_inputs
 
 PathLike = str | os.PathLike[str]
 DEFAULT_MAX_RANK = 64
 
 
+@same_inputs()
 def swap_onnx(
     base: PathLike,
     output: PathLike,

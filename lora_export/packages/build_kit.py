@@ -26,6 +26,7 @@ from lora_export.graph.data_identity import mark_data
 from lora_export.graph.external_data import plan_data, write_data
 from lora_export.graph.onnx_file import save_graph
 from lora_export.storage.folders import refuse_strangers
+from lora_export.storage.inputs import same_inputs
 from lora_export.storage.manifest import hash_written
 from lora_export.storage.outputs import OutputSet, check_parent, output_errors, refuse_existing, refuse_inputs
 
@@ -76,6 +77,7 @@ class KitReport:
         }
 
 
+@same_inputs()
 def write_kits(
     model: PathLike, wish: Wish, output: PathLike, *, force: bool = False, dry_run: bool = False
 ) -> KitReport:

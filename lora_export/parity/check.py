@@ -37,11 +37,13 @@ from lora_export.parity.sides.sides import (
 from lora_export.parity.tokens import check_decoder, generate, prompts_of, token_verdicts
 from lora_export.progress import Say
 from lora_export.runtimes.ort.device import Provider
+from lora_export.storage.inputs import same_inputs
 
 PathLike = str | os.PathLike[str]
 _PROMPTS = 2
 
 
+@same_inputs(at_end=True)
 def check_parity(
     reference: PathLike,
     candidate: PathLike,

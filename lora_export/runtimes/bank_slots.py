@@ -21,10 +21,10 @@ from lora_export.binding.cast import dtype_of
 from lora_export.binding.pack import Block
 from lora_export.errors import AdapterError
 from lora_export.graph.exposed import WEIGHTS_INPUT
-from lora_export.graph.onnx_file import load_graph
 from lora_export.runtimes.adapter_cache import did_you_mean, unknown_adapter
 from lora_export.runtimes.feeds import Feeds
 from lora_export.runtimes.model import Model, R
+from lora_export.storage.inputs import refuse_changed_inputs, same_inputs
 
 # What a request says of one row: an adapter, none, or several with their weights.
 Row = str | None | Mapping[str, float]
@@ -158,23 +158,26 @@ class BankSlots(Generic[R]):
         Raises:
             AdapterError: The bank's tensors are constants, the slot is unknown or taken, or none is free.
             SiteError: Something of the adapter has no place, or the slot's rank is too small.
+            InputChangedError: The graph, whose tensors the other slots are, is not the file that was opened.
         """
         self._check_replaceable()
-        adapter = read()
-        with self._writing:
-            number = self._choose(name, slot, replace)
-            where = str(self._model.path)
-            bound = slot_blocks(
-                adapter,
-                self._record,
-                number,
-                where=where,
-                weight_of=self._model.weight_of,
-                allow_unmatched=allow_unmatched,
-                any_base=any_base,
-            )
-            kept = {known: at for known, at in self.state.slots.items() if at != number}
-            self._write(bound.blocks, {**kept, name: number})
+        with same_inputs():
+            adapter = read()
+            with self._writing:
+                number = self._choose(name, slot, replace)
+                where = str(self._model.path)
+                bound = slot_blocks(
+                    adapter,
+                    self._record,
+                    number,
+                    where=where,
+                    weight_of=self._model.weight_of,
+                    allow_unmatched=allow_unmatched,
+                    any_base=any_base,
+                )
+                kept = {known: at for known, at in self.state.slots.items() if at != number}
+                refuse_changed_inputs()
+                self._write(bound.blocks, {**kept, name: number})
         return bound.notes
 
     def unload(self, name: str) -> None:
@@ -253,13 +256,8 @@ class BankSlots(Generic[R]):
         return tensors
 
     def _defaults(self) -> dict[str, Array]:
-        constants = load_graph(self._model.path).graph.initializers
-        tensors: dict[str, Array] = {}
-        for name in self._model.lora:
-            constant = constants[name].const_value
-            assert constant is not None
-            tensors[name] = np.array(constant.numpy())
-        return tensors
+        weight_of = self._model.weight_of
+        return {name: np.array(weight_of(name)) for name in self._model.lora}
 
 
 def _checked_array(rows: Array, batch: int, n_slots: int) -> Array:

@@ -14,6 +14,7 @@ from lora_export.errors import GraphError
 from lora_export.graph.captured import Captured
 from lora_export.graph.exposed import KEY, WEIGHTS_INPUT, ExposedGraph, exposed_of
 from lora_export.graph.onnx_file import GraphFile, load_graph
+from lora_export.storage.inputs import FileState, same_inputs
 
 Kind = Literal["graph", "engine"]
 
@@ -46,6 +47,7 @@ class BenchModel:
         largest: Name of a dimension → the largest size that the model has positions for.
         vocab_size: How many token ids there are, where that is known.
         files: The files that hold it.
+        states: What it was read from, as that was then.
     """
 
     path: Path
@@ -56,6 +58,7 @@ class BenchModel:
     largest: Mapping[str, int] = field(default_factory=dict)
     vocab_size: int | None = None
     files: tuple[Path, ...] = ()
+    states: tuple[FileState, ...] = ()
 
     @property
     def mode(self) -> str:
@@ -89,8 +92,11 @@ def read_model(path: Path) -> BenchModel:
     Raises:
         GraphError: It is no ONNX file, damaged, or has inputs that are no tensors.
         BackendError: It is no engine, or has no record.
+        InputChangedError: It changes meanwhile.
     """
-    return _of_engine(path, read_engine(path)) if is_engine(path) else _of_graph(path, load_graph(path))
+    with same_inputs(at_end=True) as inputs:
+        found = _of_engine(path, read_engine(path)) if is_engine(path) else _of_graph(path, load_graph(path))
+        return replace(found, states=tuple(inputs.states.values()))
 
 
 def label_models(models: Sequence[BenchModel]) -> list[BenchModel]:

@@ -11,7 +11,7 @@ from typing import Any
 from lora_export.adapter import Adapter, Array
 from lora_export.base.pipeline import refuse_other_components
 from lora_export.errors import AdapterError, BackendError
-from lora_export.formats import load_adapter
+from lora_export.formats import as_adapter, load_adapter
 from lora_export.graph.exposed import ExposedGraph
 from lora_export.runtimes.bank_slots import BankSlots, Rows
 from lora_export.runtimes.feeds import DeviceValue, Feeds
@@ -322,4 +322,4 @@ def _read(source: PathLike | Adapter, name: str, options: Mapping[str, Any], fol
             f"adapter '{name}' is an Adapter, which says its own {', '.join(options)}",
             "omit these, or give the file",
         )
-    return source
+    return as_adapter(source)

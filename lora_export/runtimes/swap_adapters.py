@@ -16,6 +16,7 @@ from lora_export.errors import AdapterError
 from lora_export.runtimes.adapter_cache import AdapterCache, Prepared
 from lora_export.runtimes.feeds import Feeds
 from lora_export.runtimes.model import Model, R
+from lora_export.storage.inputs import same_inputs
 
 
 class SwapAdapters(Generic[R]):
@@ -80,24 +81,28 @@ class SwapAdapters(Generic[R]):
         Raises:
             AdapterError: The name is taken, the adapter can't be used, or exceeds the byte budget.
             SiteError: Something of the adapter has no place.
+            InputChangedError: Its tensors come of W0, and the graph is not the file that was opened.
         """
         if slot is not None:
             raise AdapterError(f"{self._model.path.name} has no slots: it is a swap graph", "omit slot=")
         if not replace:
             self.cache.check_free(name)
-        adapter = read()
-        known = _fingerprint(adapter)
+        with same_inputs(at_end=True):
+            adapter = read()
+            known = _fingerprint(adapter)
+            prepared, notes = self._bind(adapter, allow_unmatched, any_base)
 
         def again() -> Prepared[R]:
-            fresh = read()
+            with same_inputs(at_end=True):
+                fresh = read()
+                prepared = self._bind(fresh, allow_unmatched, any_base)[0]
             if _fingerprint(fresh) != known:
                 raise AdapterError(
                     f"adapter '{name}' had left the device, and {fresh.source} is not what it was then",
                     "load it again with replace=True, or give the session larger max_adapters and max_bytes",
                 )
-            return self._bind(fresh, allow_unmatched, any_base)[0]
+            return prepared
 
-        prepared, notes = self._bind(adapter, allow_unmatched, any_base)
         self.cache.add(name, prepared, again, replace=replace)
         return notes
 

@@ -15,6 +15,7 @@ from lora_export.storage.commit.leftovers import new_suffix, tidy
 from lora_export.storage.commit.lock import locked
 from lora_export.storage.commit.signals import Uninterrupted
 from lora_export.storage.commit.steps import RETIRED, Staged, StuckError, discard, give_names, sync_path
+from lora_export.storage.inputs import forget_inputs, refuse_changed_inputs
 
 _ANOTHER_NAME = "choose another name"
 # What callers above are reading; see `reading`.
@@ -91,6 +92,7 @@ class OutputSet:
         Raises:
             OutputError: A file can't be written or renamed, or another process has written it meanwhile and
                 ``force`` is off.
+            InputChangedError: A file that it was made from has changed, see `lora_export.storage.inputs`.
         """
         if not self._staged:
             return
@@ -103,11 +105,14 @@ class OutputSet:
             _refuse(_existing(self._kept))
             if check is not None:
                 check()
+            if self._listed:
+                refuse_changed_inputs()
             try:
                 give_names(self._staged, self._suffix, self._listed)
             except StuckError:
                 self._staged.clear()  # they are needed to put the folder in order
                 raise
+            forget_inputs(entry.target for entry in self._staged)
         self._staged.clear()
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from lora_export.storage.inputs import note_inputs
 from lora_export.untrusted.documents import DocumentError, parse_json
 
 METADATA = "__metadata__"
@@ -100,6 +101,7 @@ def read_file_header(path: Path, known_dtypes: bool = False) -> FileHeader:
         HeaderError: With everything that is wrong.
         OSError: The file can't be read.
     """
+    note_inputs([path])
     raw, size = _read(path)
     data_start = 8 + len(raw)
     problems: list[str] = []

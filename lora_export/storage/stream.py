@@ -20,10 +20,12 @@ import numpy as np
 
 from lora_export.adapter import Array
 from lora_export.errors import CheckpointError
+from lora_export.machines.blas import one_blas_thread
 from lora_export.storage.blocks import Block, Buffers, Findings, Matrix, MergePiece, blocks_of
 from lora_export.storage.outputs import output_errors
 from lora_export.storage.requantised import RequantisedPiece
 from lora_export.storage.rounding import Mode, Rounding, collect
+from lora_export.storage.workers import run_in_threads
 
 __all__ = ["BytesPiece", "CopyPiece", "MergePiece", "Piece", "RequantisedPiece", "Rounding", "write_pieces"]
 
@@ -104,12 +106,10 @@ def write_pieces(
             one that changes its dtype, is not finite.
         OutputError: The file can't be written, for example because the disk is full.
     """
-    from threadpoolctl import threadpool_limits
-
     handle = _create(path, size)
     try:
         writer = _Writer(handle, size, pieces, progress, rounding)
-        with output_errors(path), threadpool_limits(1, user_api="blas"):
+        with output_errors(path), one_blas_thread():
             writer.run(threads)
     finally:
         os.close(handle)
@@ -178,19 +178,9 @@ class _Writer:
         """Do every job; raise the first error after all workers have stopped."""
         jobs = self._jobs()
         self.findings = [Findings() for _ in range(threads)]
-        workers = [threading.Thread(target=self._work, args=(jobs, found)) for found in self.findings]
         try:
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
-        except BaseException as error:
-            self._error = self._error or error
-            raise
+            run_in_threads([partial(self._work, jobs, found) for found in self.findings], self._stop)
         finally:
-            for worker in workers:
-                if worker.ident is not None:
-                    worker.join()
             for handle in self._sources.values():
                 os.close(handle)
         if self._error is not None:
@@ -213,21 +203,26 @@ class _Writer:
 
     def _work(self, jobs: Iterator[Callable[[Buffers, Findings], int]], findings: Findings) -> None:
         buffers = Buffers()
-        try:
-            # Overflow is looked for in every block; numpy's own warnings would only add noise.
-            with np.errstate(all="ignore"):
-                while True:
+        # Overflow is looked for in every block; numpy's own warnings would only add noise.
+        with np.errstate(all="ignore"):
+            while True:
+                with self._lock:
+                    job = None if self._error is not None else next(jobs, None)
+                if job is None:
+                    return
+                written = job(buffers, findings)
+                if self._progress is not None:
                     with self._lock:
-                        job = None if self._error is not None else next(jobs, None)
-                    if job is None:
-                        return
-                    written = job(buffers, findings)
-                    if self._progress is not None:
-                        with self._lock:
-                            self._progress(written)
-        except BaseException as error:
-            with self._lock:
-                self._error = self._error or error
+                        self._progress(written)
+
+    def _stop(self, error: BaseException) -> None:
+        # Without the lock: a signal's handler must not wait for it.
+        self._error = self._error or error
+
+    def _refuse_stopped(self) -> None:
+        """End a job that goes over many blocks; the error is the one that has stopped us."""
+        if self._error is not None:
+            raise self._error
 
     def _jobs(self) -> Iterator[Callable[[Buffers, Findings], int]]:
         for piece in self._pieces:
@@ -264,6 +259,7 @@ class _Writer:
 
     def _read_block(self, piece: MergePiece, block: Block, buffers: Buffers) -> Array:
         """Return the block as stored, ``(size,)``."""
+        self._refuse_stopped()
         if isinstance(piece.source, np.ndarray):
             matrix = piece.source.reshape(piece.shape)
             rows = matrix[block.row : block.row + block.height, block.col : block.col + block.width]
@@ -312,6 +308,7 @@ class _Writer:
         return handle
 
     def _write(self, view: memoryview, at: int) -> int:
+        self._refuse_stopped()
         done = 0
         while done < view.nbytes:
             done += os.pwrite(self._handle, view[done:], at + done)

@@ -39,6 +39,7 @@ from lora_export.graph.captured import (
 )
 from lora_export.graph.data_identity import mark_data
 from lora_export.graph.onnx_file import save_graph
+from lora_export.storage.inputs import note_inputs
 from lora_export.storage.manifest import hash_written
 
 if TYPE_CHECKING:
@@ -166,6 +167,7 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
 
     if not path.is_dir():  # else transformers asks a hub for a model of that name
         raise no_folder(path)
+    note_inputs(found for found in path.glob("*") if found.is_file())
     if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
         raise CheckpointError(f"{path} is an adapter, not a base model", "give the folder of its base model")
     _refuse_diffusers(path)

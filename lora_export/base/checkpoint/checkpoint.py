@@ -18,6 +18,7 @@ from lora_export.base.checkpoint.own_code import code_notes
 from lora_export.base.checkpoint.sentence_modules import transformer_folder
 from lora_export.base.checkpoint.weight_files import find_weights, read_object
 from lora_export.errors import CheckpointError
+from lora_export.storage.inputs import note_inputs
 from lora_export.storage.safetensors import DTYPES, HeaderError, read_file_header
 
 _OTHER_FORMATS = {
@@ -99,6 +100,8 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise no_folder(folder)
+        # Not the headers' files alone: all that says what the weights are, such as the index.
+        note_inputs(path for path in folder.glob("*") if path.suffix in (".json", ".safetensors"))
         config = read_config(folder)
         found = find_weights(folder, is_diffusers=_diffusers_class(config) != "")
         if found is None:

@@ -12,6 +12,7 @@ from typing import Any
 from lora_export.adapter import Adapter
 from lora_export.errors import CheckpointError
 from lora_export.formats.reading.scope import share
+from lora_export.storage.inputs import note_inputs
 from lora_export.untrusted.documents import read_json
 from lora_export.untrusted.fields import FieldError, from_plain
 
@@ -106,6 +107,8 @@ def history_of(manifest: Path) -> History:
     Raises:
         CheckpointError: It is damaged, or not a manifest.
     """
+    # Also where there is none: one that comes is of another base.
+    note_inputs([manifest])
     if not os.path.lexists(manifest):
         return History()
     try:

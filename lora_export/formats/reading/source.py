@@ -27,6 +27,7 @@ from lora_export.formats.reading.weights_files import (
     is_mlx_name,
 )
 from lora_export.formats.reading.wrappers import unwrap
+from lora_export.storage.inputs import FileState, note_inputs, refuse_changed
 from lora_export.untrusted.documents import read_json
 
 __all__ = [
@@ -77,6 +78,7 @@ class Source:
         config: ``adapter_config.json``, if there is one that belongs to the file: PEFT's, or mlx-lm's.
         sha256: Of the weights file, see `Adapter.sha256`.
         notes: What was left aside while opening it.
+        states: Of the weights files, as they were read.
     """
 
     path: Path
@@ -89,6 +91,7 @@ class Source:
     config: Mapping[str, Any] | None = None
     sha256: str = ""
     notes: tuple[str, ...] = ()
+    states: tuple[FileState, ...] = ()
 
     @property
     def peft_config(self) -> Mapping[str, Any] | None:
@@ -160,6 +163,7 @@ def open_source(path: Path, name: str | None = None) -> Source:
     opened = [_open_file(path, file) for file in found.files]
     first = opened[0]
     file = first.file
+    note_inputs([found.config] if found.config is not None else [])
     config = read_config(found.config) if found.config is not None else None
     notes = [*(note for one in opened for note in one.notes), *found.notes]
     if config is not None and is_mlx_name(file.name) and "peft_type" in config:
@@ -179,11 +183,14 @@ def open_source(path: Path, name: str | None = None) -> Source:
         config=config,
         sha256=first.sha256 if len(opened) == 1 else _joined_sha256(opened),
         notes=tuple(notes),
+        states=tuple(state for one in opened for state in one.states),
     )
 
 
 def _open_file(path: Path, file: Path) -> Source:
-    """Read one weights file."""
+    """Read one weights file; what it holds and its hash are of one state of it."""
+    before = FileState.of(file)
+    note_inputs([file])
     metadata: dict[str, str] = {}
     settings: dict[str, Any] = {}
     mentions: tuple[tuple[str, float], ...] = ()
@@ -203,6 +210,9 @@ def _open_file(path: Path, file: Path) -> Source:
             f"{file} is no adapter: its name ends in {file.suffix or 'nothing'!r}",
             f"give a PEFT folder, or a file ending in .safetensors, {', '.join(SUFFIXES)}, {ORT_SUFFIX}",
         )
+    # A converted file's header names the adapter it was made from: a session that loads it need not wait.
+    sha256 = header_sha256(file) if is_converted(metadata) else file_sha256(file)
+    refuse_changed([before])
     return Source(
         path=path,
         file=file,
@@ -211,9 +221,9 @@ def _open_file(path: Path, file: Path) -> Source:
         metadata=metadata,
         settings=settings,
         mentions=mentions,
-        # A converted file's header names the adapter it was made from: a session that loads it need not wait.
-        sha256=header_sha256(file) if is_converted(metadata) else file_sha256(file),
+        sha256=sha256,
         notes=notes,
+        states=(before,),
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from lora_export.adapter import Array
 from lora_export.errors import AdapterError
+from lora_export.storage.inputs import FileState, refuse_changed
 from lora_export.storage.safetensors import (
     DTYPES,
     FLOATS,
@@ -77,10 +78,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
 
     Raises:
         AdapterError: See `read_header`.
+        InputChangedError: Another file has taken its place between header and values.
     """
+    before = FileState.of(path)
     header = read_header(path)
     with path.open("rb") as file:
         view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    refuse_changed([before])
     tensors = {
         name: np.frombuffer(view, entry.dtype, entry.parameters, entry.start).reshape(entry.shape)
         if entry.parameters

@@ -18,6 +18,7 @@ from lora_export.base.history.history import MANIFEST
 from lora_export.base.placing.changes import Placed
 from lora_export.base.ties.ties import untied_config
 from lora_export.modes.merging.checkpoint_layout import Layout
+from lora_export.storage.inputs import note_inputs
 from lora_export.storage.safetensors import read_file_header
 
 # Weights in other formats: left out, or the output would hold the unmerged model beside the merged one.
@@ -59,6 +60,7 @@ def small_files(checkpoint: Checkpoint, changed: Container[str]) -> tuple[list[P
         else:
             small.append(relative)
     refuse_links(checkpoint.folder, [checkpoint.folder / path for path in small])
+    note_inputs(checkpoint.folder / path for path in small)
     return small, left_out
 
 

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from threadpoolctl import threadpool_limits
-
 from lora_export.adapter import Adapter, LoraModule
 from lora_export.formats.provenance import is_converted
+from lora_export.machines.blas import one_blas_thread
 from lora_export.reports.adapter.base_size import BaseSize, base_size
 from lora_export.reports.adapter.spectrum import spectrum
 
@@ -125,7 +124,7 @@ def inspect_adapter(adapter: Adapter, base: Path | None = None) -> AdapterReport
         GraphError: ``base`` is a damaged ONNX file.
     """
     # Hundreds of tiny decompositions: threads would wait for each other (seconds on a busy machine).
-    with threadpool_limits(1, "blas"):
+    with one_blas_thread():
         modules = tuple(_module_report(module) for module in adapter.modules.values())
     extras = tuple(
         ExtraReport(name, values.shape, values.dtype.name, values.size, values.nbytes)

@@ -18,6 +18,7 @@ from lora_export.runtimes.ort.cuda_graphs import CudaGraphs
 from lora_export.runtimes.ort.device import DTYPES, DeviceMemory, OrtValue, Provider, host_value
 from lora_export.runtimes.ort.open import open_session
 from lora_export.runtimes.ort.resident import Resident
+from lora_export.storage.inputs import same_inputs
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ class OrtModel:
             raise GraphError(f"no ONNX file at {path}", "check the path")
         self.path = path
         self.memory = DeviceMemory(provider, device_id)
-        self.session = open_session(path, self.memory, threads, cuda_graphs > 0, session_options)
+        with same_inputs(at_end=True) as inputs:
+            self.session = open_session(path, self.memory, threads, cuda_graphs > 0, session_options)
+            self._files = tuple(inputs.states.values())
         self.graphs = CudaGraphs(self.session, self.memory, cuda_graphs) if cuda_graphs else None
         self.record = exposed_of(self.session.get_modelmeta().custom_metadata_map, str(path))
         ports = {
@@ -89,7 +92,7 @@ class OrtModel:
     @property
     def weight_of(self) -> WeightOf:
         """The graph's constants; opened anew for each use, so that an idle session holds none."""
-        return GraphWeights(self.path)
+        return GraphWeights(self.path, opened=self._files)
 
     def choose_outputs(self, names: Sequence[str] | None) -> Sequence[str]:
         """Return the outputs to compute: all of them, or those asked for.

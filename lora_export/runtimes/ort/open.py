@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.errors import BackendError, BackendUnavailable
-from lora_export.graph.data_identity import external_tensors, layout_of, refuse_changed_data
+from lora_export.graph.data_identity import external_tensors, layout_of, read_identity, refuse_changed_data
 from lora_export.graph.onnx_file import load_graph
 from lora_export.runtimes.ort.device import DeviceMemory
+from lora_export.storage.inputs import note_inputs, same_inputs
 
 _CUDA = "CUDAExecutionProvider"
 # Its own log goes to the terminal with a stranger's names as they are; its errors are raised as well.
 _FATAL_ONLY = 4
 
 
+@same_inputs(at_end=True)
 def open_session(
     path: Path,
     memory: DeviceMemory,
@@ -38,7 +40,9 @@ def open_session(
         BackendUnavailable: ONNX Runtime or its CUDA provider is not installed, or can't start.
         BackendError: ONNX Runtime can't open the file.
         GraphError: Its data files are not those that it was written with.
+        InputChangedError: The files have changed meanwhile: it would be one graph with another one's weights.
     """
+    note_inputs([path])
     provider = memory.kind
     try:
         import onnxruntime as ort
@@ -83,5 +87,7 @@ def open_session(
     # Where a data file differs, reading the graph tells whether it is still the one that was written, and
     # refuses it then.
     metadata = session.get_modelmeta().custom_metadata_map
+    identity = read_identity(metadata, path)
+    note_inputs(path.parent / place for place in (identity.files if identity else ()))
     refuse_changed_data(metadata, path, lambda: layout_of(external_tensors(load_graph(path).model)))
     return session

@@ -15,7 +15,7 @@ import numpy as np
 
 from lora_export.adapter import Array
 from lora_export.binding.base_weights import GraphWeights, WeightOf
-from lora_export.engines.record import EngineRecord, Port, read_engine
+from lora_export.engines.record import EngineRecord, Port, read_engine, record_path
 from lora_export.errors import AdapterError, BackendError, GraphError
 from lora_export.graph.exposed import WEIGHTS_INPUT, ExposedGraph
 from lora_export.runtimes.feeds import Feeds, check_feeds, choose_outputs
@@ -25,6 +25,7 @@ from lora_export.runtimes.tensorrt.cuda import DeviceTensor
 from lora_export.runtimes.tensorrt.engine import LoadedEngine, check_source, load_engine
 from lora_export.runtimes.tensorrt.runner import EngineRunner
 from lora_export.runtimes.tensorrt.tensors import EngineTensors, put_together
+from lora_export.storage.inputs import same_inputs
 
 T = TypeVar("T")
 
@@ -166,16 +167,20 @@ class TensorRTModel(EngineModel):
             BackendError: There is no engine, or it can't run here; every reason is listed.
             GraphError: It has no LoRA record, or lacks inputs that the record speaks of.
         """
-        engine_record = read_engine(path)
-        self.record = _exposed(path, engine_record)
-        super().__init__(path, engine_record, options)
+        with same_inputs(at_end=True) as inputs:
+            engine_record = read_engine(path)
+            self.record = _exposed(path, engine_record)
+            super().__init__(path, engine_record, options)
+            beside = (path.absolute(), record_path(path).absolute())
+            # The engine itself is on the GPU: W0 is read from its source alone.
+            self._files = [state for found, state in inputs.states.items() if found not in beside]
         self.lora = {name: self.inputs.pop(name) for name in self.record.input_names()}
         self._source = None if options.source is None else Path(options.source)
 
     @property
     def weight_of(self) -> WeightOf:
         """The base's weights: those of the graph that the engine was built from."""
-        return self._no_weights if self._source is None else GraphWeights(self._source)
+        return self._no_weights if self._source is None else GraphWeights(self._source, opened=self._files)
 
     def fitted(self, tensors: Mapping[str, Array], adapter: str) -> tuple[Mapping[str, Array], list[str]]:
         """Return LoRA tensors in shapes that a profile takes, padded with zeros up to its smallest rank.
@@ -240,6 +245,7 @@ def _exposed(path: Path, record: EngineRecord) -> ExposedGraph:
     return exposed
 
 
+@same_inputs(at_end=True)
 def open_engine(path: Path, options: EngineOptions, refits: bool = False) -> EngineModel:
     """Open an engine that needs no LoRA tensors; see `EngineModel`.
 

@@ -23,7 +23,7 @@ from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.weights import CheckpointWeights
 from lora_export.base.history.in_graph import MERGED_BASE_KEY, MERGED_KEY, merged_parts
 from lora_export.engines.backend import DTYPES
-from lora_export.engines.record import EngineRecord, read_engine
+from lora_export.engines.record import EngineRecord, read_engine, record_path
 from lora_export.engines.source import graph_hashes
 from lora_export.errors import BackendError, GraphError
 from lora_export.graph.external_data import merged_values
@@ -34,6 +34,7 @@ from lora_export.modes.merging.into_graph import plan_changes
 from lora_export.runtimes.session_options import PathLike
 from lora_export.runtimes.tensorrt.engine import LoadedEngine, same_files
 from lora_export.runtimes.tensorrt.session import EngineSession
+from lora_export.storage.inputs import FileState, refuse_changed, same_inputs
 from lora_export.storage.manifest import FileHash, identity_of
 
 # numpy's and ml_dtypes' names of types → TensorRT's.
@@ -87,12 +88,16 @@ class MergedEngine(EngineSession):
             BackendError: The engine can't be refitted, was built from another graph, or can't run here.
             GraphError: The graph can't be read.
         """
+        opened = [FileState.of(path) for path in (Path(engine), record_path(Path(engine)))]
         record = read_engine(Path(engine))
         _refuse_unfit(Path(engine), record)
         self._source, self._allow_unmatched = Path(source), allow_unmatched
-        self._weight_of = None if checkpoint is None else CheckpointWeights(Checkpoint.open(Path(checkpoint)))
+        with same_inputs(at_end=True) as inputs:
+            base = None if checkpoint is None else Checkpoint.open(Path(checkpoint))
+            self._weight_of = None if base is None else CheckpointWeights(base)
+            self._hashes = graph_hashes(load_graph(self._source))
+            self._files = tuple(inputs.states.values())
         own = [] if merged is None else check_blend(merged, None)[0]
-        self._hashes = graph_hashes(load_graph(self._source))
         _check_origin(record, self._hashes, own)
         self._switching = threading.Lock()
         self._adapter: str | None = ", ".join(given.name for given in own) or None
@@ -101,6 +106,7 @@ class MergedEngine(EngineSession):
         for given in own:
             self._touched |= self._plan(given)[0]
         super().__init__(engine, **options)
+        refuse_changed(opened, "while it was opened", "open it again")
         if record.options.strip_weights:
             self.switch(None)
 
@@ -124,6 +130,7 @@ class MergedEngine(EngineSession):
             AdapterError: The adapter can't be read or used.
             SiteError: Something of it has no place in the graph.
             GraphError: The graph has changed since the engine was opened.
+            InputChangedError: Its weights' files have.
             BackendError: The engine hasn't these weights, or TensorRT failed; if it failed while it wrote,
                 the engine is not run until a switch succeeds.
         """
@@ -168,6 +175,8 @@ class MergedEngine(EngineSession):
                 writer.give({name: _array(None, constants[name]) for name in joined})
                 touched |= {name: constants[name] for name in joined}
         writer.refuse_missing()
+        # W0 is read by its path at each switch.
+        refuse_changed(self._files, "since the engine was opened", "open the engine again")
         self._touched = touched
         self._model.set_unusable("a switch failed while it wrote, and its weights are those of two adapters")
         writer.write()

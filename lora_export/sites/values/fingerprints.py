@@ -14,10 +14,10 @@ from functools import cache, partial
 
 import numpy as np
 import onnx_ir as ir
-from threadpoolctl import threadpool_limits
 
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import matrix_shape, release, shape_of, stored_matrix
+from lora_export.machines.blas import one_blas_thread
 from lora_export.sites import fit
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Target
@@ -117,7 +117,7 @@ def find_places(
         if view.shape[1] in wanted:
             views[view.shape[1]].append(view)
     # With so few columns, a second thread costs more than it brings.
-    with threadpool_limits(1, user_api="blas"):
+    with one_blas_thread():
         for width, group in wanted.items():
             _search(group, views[width])
     return {

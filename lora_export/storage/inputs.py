@@ -1,0 +1,161 @@
+"""The files that a result is made from: the same from the first look at them to the last, or no result.
+
+A base is read several times by its path: its header, its hash, its weights. A commit of another run may
+replace it in between, and the result would be of two models under the hash of one. So whoever opens an input
+notes its state (`note_inputs`) within a block of `same_inputs`; all that were noted are looked at once more
+before anything gets its name (`OutputSet.commit`), or before a verdict is given. Only
+states are compared: nothing is read for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection, Iterable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_export.errors import InputChangedError
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What tells a file from one that has taken its place, and from itself after somebody has written to it.
+
+    Attributes:
+        path: Its absolute path, links not followed.
+        device: The file system; -1 where there is no such file.
+        inode: Its number there.
+        size_bytes: Its size.
+        modified_ns: When it was written to.
+    """
+
+    path: Path
+    device: int
+    inode: int
+    size_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        """Return the state of a file as it is now."""
+        absolute = path.absolute()
+        try:
+            found = os.stat(absolute)  # noqa: PTH116
+        except OSError:
+            return cls(absolute, -1, 0, 0, 0)
+        return cls(absolute, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+    def change(self) -> str:
+        """Return what has become of the file since, or an empty text."""
+        now = FileState.of(self.path)
+        if now == self:
+            return ""
+        if now.device == -1:
+            return f"{self.path}: not there any more"
+        if self.device == -1:
+            return f"{self.path}: was not there"
+        if not self.is_of(now):
+            return f"{self.path}: replaced by another file"
+        return f"{self.path}: written to ({self.size_bytes} bytes then, {now.size_bytes} now)"
+
+    def is_of(self, other: FileState) -> bool:
+        """Whether both are states of one file."""
+        return (self.device, self.inode) == (other.device, other.inode)
+
+
+@dataclass
+class Inputs:
+    """The inputs of one result.
+
+    Attributes:
+        states: By path, each as it was when it was first noted.
+    """
+
+    states: dict[Path, FileState] = field(default_factory=dict)
+
+    def note(self, state: FileState) -> None:
+        """Keep a file's state, unless an earlier one is known."""
+        self.states.setdefault(state.path, state)
+
+
+_INPUTS: ContextVar[Inputs | None] = ContextVar("inputs", default=None)
+
+
+@contextlib.contextmanager
+def same_inputs(at_end: bool = False) -> Iterator[Inputs]:
+    """Return a block, or a decorator, within which inputs are noted for one result.
+
+    Args:
+        at_end: There is no commit that looks at them: it is done when the block is. Such a block within
+            another one is a part of it, as a session that a parity check opens.
+
+    Raises:
+        InputChangedError: With ``at_end``, an input has changed.
+    """
+    outer = _INPUTS.get()
+    inputs = outer if outer is not None and at_end else Inputs()
+    token = _INPUTS.set(inputs)
+    try:
+        yield inputs
+        if at_end:
+            refuse_changed(inputs.states.values())
+    finally:
+        _INPUTS.reset(token)
+
+
+def note_inputs(paths: Iterable[Path]) -> None:
+    """Note files before they are opened; outside of `same_inputs` nothing is to be kept together."""
+    note_states(map(FileState.of, paths))
+
+
+def note_states(states: Iterable[FileState]) -> None:
+    """Note files that something was read from already, as they were then."""
+    if (inputs := _INPUTS.get()) is not None:
+        for state in states:
+            inputs.note(state)
+
+
+def note_loaded(states: Iterable[FileState]) -> None:
+    """Note files that were loaded before, whose values are mapped, and refuse those written to since.
+
+    One that was replaced is none of ours any more: what is mapped is the old file.
+
+    Raises:
+        InputChangedError: A file was written to: its values are not those that it was loaded with.
+    """
+    mapped = [state for state in states if state.is_of(FileState.of(state.path))]
+    refuse_changed(mapped, "since they were loaded", "load them again")
+    note_states(mapped)
+
+
+def forget_inputs(written: Iterable[Path]) -> None:
+    """Take files, or all below folders, for inputs no longer: this very run has replaced them."""
+    if (inputs := _INPUTS.get()) is not None:
+        for place in (path.absolute() for path in written):
+            for path in [path for path in inputs.states if place in (path, *path.parents)]:
+                del inputs.states[path]
+
+
+def refuse_changed_inputs() -> None:
+    """Raise `InputChangedError` where an input of this block has changed since it was noted."""
+    if (inputs := _INPUTS.get()) is not None:
+        refuse_changed(inputs.states.values())
+
+
+def refuse_changed(
+    states: Collection[FileState],
+    since: str = "while they were read",
+    hint: str = "nothing was written: run it again when nobody writes them",
+) -> None:
+    """Raise `InputChangedError` naming every file whose state is another one now.
+
+    Args:
+        states: Of when they were first looked at.
+        since: Since when, for the message.
+        hint: What to do.
+    """
+    if changed := [change for state in states if (change := state.change())]:
+        files = "a file has" if len(changed) == 1 else f"{len(changed)} files have"
+        raise InputChangedError(f"{files} changed {since}: the result would be of two models", hint, changed)
