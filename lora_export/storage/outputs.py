@@ -71,6 +71,11 @@ class OutputSet:
                 or the other way round, or its folder can't be written.
         """
         force = self._force if force is None else force
+        if target.name in ("", ".."):
+            raise OutputError(
+                f"the output {target} can't be written under another name first: it has none of its own here",
+                f"give the folder's name: {target.resolve()}",
+            )
         if target.parent not in {entry.target.parent for entry in self._staged}:
             tidy(target.parent)
         if folder:
