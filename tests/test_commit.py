@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -152,6 +153,22 @@ def test_a_renaming_that_is_done_and_answered_with_an_error(names, tmp_path, mon
                 outputs.commit()
     assert refused
     assert {contents(tmp_path)[name] for name in names} == {"new" if len(names) == 1 else "old"}
+
+
+def test_a_folder_of_a_containers_image_says_so(tmp_path, monkeypatch):
+    """overlayfs does not rename a folder of a lower layer; permissions are not why."""
+
+    def refused(source, _):
+        raise OSError(errno.EXDEV, "Invalid cross-device link", str(source))
+
+    (tmp_path / "m").mkdir()
+    monkeypatch.setattr(steps, "_move", refused)
+    with OutputSet(True) as outputs:
+        outputs.stage(tmp_path / "m", folder=True).mkdir()
+        with pytest.raises(OutputError, match="nothing was replaced") as caught:
+            outputs.commit()
+    assert "container's image" in caught.value.hint
+    assert names_in(tmp_path) == ["m"]
 
 
 def test_another_process_puts_in_order_what_this_one_could_not(tmp_path, monkeypatch):
@@ -365,6 +382,28 @@ def test_a_lock_is_waited_for_and_leaves_nothing(tmp_path):
     with locked([tmp_path]):
         assert [path.name for path in tmp_path.iterdir()] == [lock.NAME]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_ends_the_wait_for_a_lock(tmp_path):
+    def ask(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, ask)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+    try:
+        timer.start()
+        with locked([tmp_path]), in_seconds(10), pytest.raises(KeyboardInterrupt), locked([tmp_path]):
+            pass
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_leases_are_no_other_users_business(tmp_path):
+    with OutputSet() as outputs:
+        outputs.stage(tmp_path / "m.onnx")
+        (held,) = tmp_path.iterdir()
+        assert held.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_lock_of_a_killed_process_is_taken(tmp_path):

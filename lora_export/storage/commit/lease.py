@@ -137,7 +137,8 @@ class Lease:
         self.held_here.add(self.identity)
         while self._grip is None:
             with Uninterrupted() as calm:
-                self._grip = calm.insist(lambda: take(self.path, create=True))
+                # Another user who could lock it would keep this process waiting.
+                self._grip = calm.insist(lambda: take(self.path, create=True, mode=0o600))
             if self._grip is None:  # somebody has looked at it before it was locked, and removes it
                 time.sleep(PAUSE_S)
 

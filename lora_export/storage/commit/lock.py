@@ -99,12 +99,13 @@ def _taken(path: Path, held: contextlib.ExitStack) -> bool:
         return grip is not None
 
 
-def take(path: Path, create: bool = False) -> Grip | None:
+def take(path: Path, create: bool = False, mode: int = 0o666) -> Grip | None:
     """Open a file and lock it, without waiting.
 
     Args:
         path: The file.
         create: Make it where there is none.
+        mode: Who may open it then.
 
     Returns:
         None if another process holds it, or has removed it meanwhile.
@@ -113,7 +114,7 @@ def take(path: Path, create: bool = False) -> Grip | None:
         OSError: It can't be opened.
         OutputError: It is a link, a pipe, a folder or a device.
     """
-    handle = _open(path, create)
+    handle = _open(path, create, mode)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -127,11 +128,11 @@ def take(path: Path, create: bool = False) -> Grip | None:
     return Grip(handle, True)
 
 
-def _open(path: Path, create: bool) -> int:
+def _open(path: Path, create: bool, mode: int) -> int:
     # Without O_NONBLOCK, a pipe that somebody has put there would be waited for without end.
     flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        handle = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0) | flags, 0o666)
+        handle = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0) | flags, mode)
     except OSError:
         if path.is_symlink():
             raise _no_file(path) from None
