@@ -156,7 +156,7 @@ def test_a_renaming_that_is_done_and_answered_with_an_error(names, tmp_path, mon
 
 
 def test_a_folder_of_a_containers_image_says_so(tmp_path, monkeypatch):
-    """overlayfs does not rename a folder of a lower layer; permissions are not why."""
+    """Overlayfs does not rename a folder of a lower layer; permissions are not why."""
 
     def refused(source, _):
         raise OSError(errno.EXDEV, "Invalid cross-device link", str(source))
@@ -450,7 +450,7 @@ def test_what_lies_in_the_locks_place_is_not_followed_nor_waited_for(what, tmp_p
 @contextlib.contextmanager
 def in_seconds(most: int):
     def late(*_):
-        raise TimeoutError
+        raise AssertionError("it waits without end")  # no OSError, which is dealt with
 
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(most)
@@ -702,6 +702,30 @@ def test_all_folders_of_a_set_go_one_way(replaces, named, tmp_path):
     assert states[-1] == "new"
     assert len(states) == (6 if replaces else 4)
     assert states[:-1] == (["old"] * 2 if replaces else []) + ["new"] * 3
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_set_of_which_one_folder_is_not_there_is_left_alone(replaces, tmp_path):
+    """A volume is not mounted, or another one in its place: what lies here may be all that there is."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        if replaces:
+            (folder / "p").write_text("old")
+    assert killed_after(3 if replaces else 1, *(folder / "p" for folder in folders))
+    folders[0].rename(tmp_path / "elsewhere")
+    for _ in range(2):
+        left = files(folders[1])
+        what = "name it back if p is missing" if replaces else "left alone in"
+        with pytest.warns(UserWarning, match=what):
+            assert not tidy(folders[1])
+        assert files(folders[1]) == left
+        folders[0].mkdir(exist_ok=True)
+    folders[0].rmdir()
+    (tmp_path / "elsewhere").rename(folders[0])
+    with pytest.warns(UserWarning, match="finished p"):
+        assert tidy(folders[1])
+    assert [files(folder) for folder in folders] == [{"p": "new"}] * 2
 
 
 def test_what_lies_in_a_set_is_asked_for_once(tmp_path, monkeypatch):

@@ -99,7 +99,7 @@ def tidy(folder: Path, held: Sequence[Path] = ()) -> bool:
             with locked([folder], _PATIENCE_S, held), Uninterrupted() as calm:
                 for identity in _found(folder).here:  # another process may have been here first
                     _Settling(folder, identity, (*held, folder), outcome, calm).run()
-        except (BusyError, FileNotFoundError):  # the next run comes by as well; or the folder is gone
+        except (BusyError, OSError):  # the next run comes by as well; or the folder is gone
             pass
         except OutputError as error:
             tell(error.message)
@@ -112,7 +112,7 @@ def tidy(folder: Path, held: Sequence[Path] = ()) -> bool:
         tell(
             f"left alone in {folder}: {names(outcome.unknown)}; whether the run that wrote this has ended "
             "can't be told here (another machine's or an earlier version's, or this one was started again): "
-            "remove it if no lora-export runs there"
+            f"remove it if no lora-export runs there{_kept(outcome.unknown)}"
         )
     return outcome.has_changed
 
@@ -134,15 +134,16 @@ class _Settling:
             record = self._read(own)
             if record is None:
                 return
-            if record.first is None or not record.first.is_dir():
+            if record.first is None:
                 self._settle([own], record)
+                return
+            if not Lease(record.first, self.identity).exists:
+                self._leave(own)
                 return
             with locked([record.first], _PATIENCE_S, self.held):
                 first = Lease(record.first, self.identity)
                 try:
-                    if not first.exists:
-                        self._settle([own], record)
-                    elif (decided := self._read(first)) is not None:
+                    if (decided := self._read(first)) is not None:
                         self._settle([own, first], decided)
                 finally:
                     first.let_go()
@@ -152,13 +153,20 @@ class _Settling:
     def _read(self, lease: Lease) -> Record | None:
         """Return what a lease says if its holder has ended; from then on it is held."""
         owner = lease.owner()
-        with contextlib.suppress(ValueError, TypeError, KeyError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
             if owner is Owner.RUNS:
                 return None
             if owner is Owner.ENDED:
                 return lease.read()
         self.outcome.unknown += self._names(self.folder)
         return None
+
+    def _leave(self, own: Lease) -> None:
+        """Leave alone a set whose own lease is not to be found: its folder may not be mounted here."""
+        if left := self._names(self.folder):
+            self.outcome.unknown += left
+        else:
+            own.remove(self.calm)
 
     def _settle(self, leases: list[Lease], record: Record) -> None:
         folders = [folder for folder in (leases[-1].folder, *record.folders) if folder.is_dir()]
@@ -221,6 +229,15 @@ def _own_names(folder: Path) -> Iterator[str]:
 
 def _is_lease(path: Path) -> bool:
     return path.name.startswith(".lora-export-") and path.name.endswith((LEASE, MARK))
+
+
+def _kept(unknown: Sequence[Path]) -> str:
+    """Return what to do about files that may be the only ones of their output."""
+    old = next((path.name for path in unknown if path.name.endswith(RETIRED)), None)
+    if old is None:
+        return ""
+    name = old.rpartition(".tmp-")[0]
+    return f"; what ends in {RETIRED} is what was to be replaced: name it back if {name} is missing"
 
 
 def _size(path: Path) -> int:
