@@ -17,6 +17,7 @@ from lora_export import __version__
 from lora_export.commands import COMMANDS
 from lora_export.commands.printing import guard_libraries, print_error, print_lines
 from lora_export.errors import InternalError, LoraExportError
+from lora_export.progress import spoken
 from lora_export.storage.commit.told import Run, listening
 from lora_export.untrusted.shown import shown
 
@@ -54,7 +55,15 @@ def root(debug: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    code = 130
+    try:
+        code = _guarded(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:  # before the run listens to it, or after its end
+        print_lines(["Aborted."], err=True)
+    sys.exit(code)
+
+
+def _guarded(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     # Accept --debug behind the verb as well: that is where people add it after a failure.
     arguments = ["--debug", *(a for a in arguments if a != "--debug")] if debug else arguments
@@ -64,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
         signal.signal(signal.SIGTERM, _terminate)
         if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it, and so it stays
             signal.signal(signal.SIGHUP, _terminate)
-    sys.exit(_run(arguments, debug))
+    return _run(arguments, debug)
 
 
 def _terminate(number: int, _frame: object) -> None:
@@ -142,7 +151,7 @@ def _outcome(arguments: list[str], debug: bool, run: Run) -> int:
         if error.message != (text := shown(error.message)):
             print_lines([f"Error: {text}"], err=True)
         else:
-            error.show()
+            spoken(error.show, err=True)
         return error.exit_code
     except LoraExportError as error:
         if debug:
@@ -151,8 +160,6 @@ def _outcome(arguments: list[str], debug: bool, run: Run) -> int:
         if written := _written(run):
             print_lines([f"before that:{written[:-1]}"], err=True)
         return error.exit_code
-    except BrokenPipeError:
-        return 0
     except OSError as error:
         if debug:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -77,7 +78,7 @@ def _lines(label: str) -> Advance:
         done += count
         if time.monotonic() - last >= _LINE_SECONDS:
             last = time.monotonic()
-            print(shown(f"{label}: {done / 1e9:.1f} GB"), file=sys.stderr, flush=True)
+            _to_stderr(f"{label}: {done / 1e9:.1f} GB")
 
     return advance
 
@@ -118,6 +119,38 @@ def _stage_lines() -> Say:
         nonlocal last
         if what != last:
             last = what
-            print(shown(f"[{share:4.0%}] {what}"), file=sys.stderr, flush=True)
+            _to_stderr(f"[{share:4.0%}] {what}")
 
     return say
+
+
+def _to_stderr(line: str) -> None:
+    spoken(lambda: print(shown(line), file=sys.stderr, flush=True), err=True)
+
+
+def spoken(say: Callable[[], object], err: bool = False) -> None:
+    """Print; the work goes on, and its exit code stays, where nobody reads on (``| head``).
+
+    Args:
+        say: Prints.
+        err: To stderr, of which no failure can be told; that of stdout is raised, but for a closed pipe.
+
+    Raises:
+        OSError: A result can't be written.
+    """
+    try:
+        say()
+    except OSError as error:
+        _silence(err)
+        if not (err or isinstance(error, BrokenPipeError)):
+            raise
+
+
+def _silence(err: bool) -> None:
+    """Let what is still in the buffer, which would be an error again when Python ends, lead nowhere."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, (sys.stderr if err else sys.stdout).fileno())
+        finally:
+            os.close(nowhere)

@@ -1,12 +1,14 @@
 """Exit codes and messages of the command line as a whole."""
 
+import os
 import subprocess
 import sys
 
 import click
+import output_cases
 import pytest
 
-from lora_export import LoraExportError, ParityError
+from lora_export import LoraExportError, ParityError, cli
 from lora_export.cli import _run, root
 from lora_export.commands import COMMANDS
 
@@ -44,7 +46,7 @@ def test_every_verb_has_a_short_help_and_an_example(verb):
         (ParityError("apart"), 3, "Error: apart\n"),
         (KeyError("x"), 4, "defect of lora-export"),
         (click.exceptions.Abort(), 130, "nothing was replaced"),
-        (BrokenPipeError(), 0, ""),
+        (BrokenPipeError(32, "Broken pipe"), 1, "refused to read or write: Broken pipe"),
         (
             OSError(28, "No space left on device", "x.json"),
             1,
@@ -69,3 +71,78 @@ def test_debug_shows_the_traceback(tmp_path):
         assert done.returncode == 1
         assert "Traceback" in done.stderr
     assert "Traceback" not in call("inspect", str(tmp_path / "nothing")).stderr
+
+
+def gone() -> int:
+    """Return the writing end of a pipe that nobody reads from."""
+    read, write = os.pipe()
+    os.close(read)
+    return write
+
+
+STREAMS = {"a closed pipe": gone, "a full disk": lambda: os.open("/dev/full", os.O_WRONLY)}
+
+
+@pytest.mark.parametrize("where", STREAMS)
+@pytest.mark.parametrize("streams", [("stdout",), ("stderr",), ("stdout", "stderr")])
+def test_what_can_not_be_said_does_not_end_the_work(streams, where, tmp_path):
+    """Nor does a note at its beginning; the exit code says whether the work and its result are there."""
+    graph, adapter = output_cases.inputs(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "x.tmp-ffffff-1-0123456789ab").touch()  # told of at the start
+    command = [sys.executable, "-c", "from lora_export.cli import main; main()"]
+
+    def code(*arguments):
+        handles = {name: STREAMS[where]() for name in streams}
+        try:
+            others = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
+            done = subprocess.run([*command, *map(str, arguments)], check=False, **others | handles)
+        finally:
+            for handle in handles.values():
+                os.close(handle)
+        return done.returncode
+
+    has_result = where == "a closed pipe" or "stdout" not in streams
+    assert code("merge-onnx", "--base", graph, "--adapter", adapter, "-o", out / "m.onnx", "--json") == (
+        0 if has_result else 1
+    )
+    assert {"m.lora.json", "m.onnx", "m.onnx.data"} <= {path.name for path in out.iterdir()}
+    assert code("inspect", tmp_path / "nothing") == 1
+    assert code("inspect", adapter) == (0 if has_result else 1)
+
+
+@pytest.mark.parametrize("verb", ["merge-onnx", "swap-onnx", "bank-onnx"])
+def test_a_graph_with_a_name_that_is_not_utf8(verb, tmp_path):
+    """The graph could not name its data file; elsewhere such names are fine."""
+    out = tmp_path / "out"
+    out.mkdir()
+    arguments = output_cases.CASES[verb].arguments(tmp_path, out)
+    done = call(*map(str, arguments[:-1]), os.fsencode(out) + b"/caf\xe9.onnx")
+    assert done.returncode == 1
+    assert "is not UTF-8" in done.stderr
+    done = call(*map(str, output_cases.merge(tmp_path, out)[:-1]), os.fsencode(out) + b"/caf\xe9")
+    assert done.returncode == 0
+    assert [os.fsencode(path.name) for path in out.iterdir()] == [b"caf\xe9"]
+
+
+def test_an_output_without_a_name_of_its_own(tmp_path, monkeypatch, capsys):
+    """It would be written beside itself."""
+    place = tmp_path / "here"
+    place.mkdir()
+    arguments = [str(argument) for argument in output_cases.merge(tmp_path, tmp_path)[:-1]]
+    monkeypatch.chdir(place)
+    assert _run([*arguments, ".", "--force"], False) == 1
+    assert f"give the folder's name: {place}" in capsys.readouterr().err
+    assert not list(place.iterdir())
+
+
+def test_an_interrupt_before_the_run_is_no_traceback(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "guard_libraries", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["inspect", "x"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "Aborted.\n"

@@ -315,8 +315,13 @@ def output_paths(out: Path) -> dict[str, Path]:
     """Return the files that belong to an output graph, the graph last: it appears when the rest is there.
 
     Raises:
-        OutputError: The name does not end in ``.onnx``.
+        OutputError: The name does not end in ``.onnx``, or can't be written into a graph.
     """
+    try:
+        out.name.encode()
+    except UnicodeEncodeError:
+        # onnx.proto: strings are UTF-8, and the graph names its data file.
+        raise OutputError(f"the name of the output {out} is not UTF-8", "choose another name") from None
     if out.suffix != ".onnx":
         raise OutputError(f"the output {out} does not end in .onnx", f"-o {out / 'model.onnx'}")
     return {

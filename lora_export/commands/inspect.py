@@ -12,6 +12,7 @@ import click
 
 from lora_export.commands.options import adapter_options, load_adapters
 from lora_export.commands.printing import print_json, print_lines
+from lora_export.progress import spoken
 from lora_export.reports import ADAPTER_PLOTS
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def inspect(
     if as_json:
         print_json(json.dumps(report.to_json(), indent=2))
     elif sys.stdout.isatty():
-        print_table(report)
+        spoken(lambda: print_table(report))
     else:
         print_lines(plain_lines(report))
 

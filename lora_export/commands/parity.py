@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,11 +141,11 @@ def _print(found: ParityReport, as_json: bool, quiet: bool) -> None:
     from lora_export.reports.parity.to_text import lines, note_lines
 
     if as_json:
-        _say(lambda: print_json(report_json(found)))
+        print_json(report_json(found))
         return
     text = lines(found, cut=sys.stdout.isatty())
     # A note says what a gate did not look at: quiet or not, that has to be seen.
-    _say(lambda: print_lines([*note_lines(found), text[-1]] if quiet and found.passed else text))
+    print_lines([*note_lines(found), text[-1]] if quiet and found.passed else text)
 
 
 def _finish(
@@ -177,24 +175,13 @@ def _finish(
         if old is not None:
             regressions = parity_baseline.compare(old, found)
             worse = bool(regressions)
-            _say(lambda: print_lines(parity_baseline.lines(regressions), err=True), err=True)
+            print_lines(parity_baseline.lines(regressions), err=True)
     except LoraExportError as error:
         errors.append(error)
     failed = worse or not found.passed
     last = errors.pop() if errors and not failed else None
     for problem in errors:
-        _say(partial(print_error, problem), err=True)
+        print_error(problem)
     if last is not None:
         raise last
     return ParityError.exit_code if failed else 0
-
-
-def _say(say: Callable[[], None], err: bool = False) -> None:
-    """Print; where nobody reads on, as with ``| head``, reports are still written and the exit code stays."""
-    try:
-        say()
-    except BrokenPipeError:
-        # What is left in the buffer would be an error again when Python ends.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, (sys.stderr if err else sys.stdout).fileno())
-        os.close(nowhere)

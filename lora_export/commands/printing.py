@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from lora_export.errors import LoraExportError
+from lora_export.progress import spoken
 from lora_export.untrusted.shown import error_lines, limited, shown_lines
 
 # Within a JSON text, characters that may do something, and "##[", which GitHub obeys anywhere in a line.
@@ -53,7 +54,8 @@ def _shown(text: str) -> str:
 
 def print_lines(lines: Iterable[str], err: bool = False) -> None:
     """Print lines, to stderr if ``err``."""
-    click.echo("\n".join(shown_lines(lines)), err=err)
+    text = "\n".join(shown_lines(lines))
+    spoken(lambda: click.echo(text, err=err), err)
 
 
 def print_warnings(lines: Iterable[str]) -> None:
@@ -64,7 +66,8 @@ def print_warnings(lines: Iterable[str]) -> None:
 
 def print_json(text: str) -> None:
     """Print a JSON text to stdout: the same data."""
-    click.echo(_ACTING.sub(_escaped, text))
+    exact = _ACTING.sub(_escaped, text)
+    spoken(lambda: click.echo(exact))
 
 
 def print_error(error: LoraExportError) -> None:

@@ -19,7 +19,7 @@ from lora_export.doctor.checks import Capability, Machine, capabilities
 from lora_export.engines.cache import default_folder
 from lora_export.machines.local_gpus import LocalGpus, local_gpus
 from lora_export.machines.packages import PACKAGES, Package, read_lines
-from lora_export.storage.commit.leftovers import foreign, tidy
+from lora_export.storage.commit.leftovers import tidy
 from lora_export.storage.commit.told import listening
 
 # Importing everything takes four seconds on a slow machine, and a hundred from a cold network disk.
@@ -76,11 +76,6 @@ def _leftovers() -> list[str]:
     for folder in folders:
         with listening(lines.append):
             tidy(folder)
-        lines += [
-            f"{path} is another machine's, container's or earlier version's: remove it if no lora-export "
-            "runs there"
-            for path in foreign(folder)
-        ]
     return lines
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from types import TracebackType
 
 from lora_export.errors import OutputError
-from lora_export.storage.commit.leftovers import new_suffix, tidy
+from lora_export.storage.commit.leases import Leases
+from lora_export.storage.commit.leftovers import tidy
 from lora_export.storage.commit.lock import locked
 from lora_export.storage.commit.signals import Uninterrupted
-from lora_export.storage.commit.steps import RETIRED, Staged, StuckError, discard, give_names, sync_path
+from lora_export.storage.commit.steps import Staged, StuckError, discard, give_names, sync_path
 from lora_export.storage.inputs import forget_inputs, refuse_changed_inputs
 
 _ANOTHER_NAME = "choose another name"
@@ -40,7 +41,8 @@ class OutputSet:
         self._force, self._reads, self._listed = force, list(reads), listed
         self._staged: list[Staged] = []
         self._kept: list[Path] = []
-        self._suffix = new_suffix()
+        self._leases = Leases()
+        self._is_stuck = False
 
     def __enter__(self) -> OutputSet:
         return self
@@ -48,9 +50,18 @@ class OutputSet:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        """Remove what was not committed, and let go of the leases."""
         with Uninterrupted() as calm:
-            for entry in self._staged:
-                discard(entry.path, calm)
+            if not self._is_stuck:  # else they are needed to put the folder in order
+                for entry in self._staged:
+                    discard(entry.path, calm)
+            names = [name for entry in self._staged for name in (entry.path, entry.retired)]
+            is_left = self._is_stuck or any(map(os.path.lexists, names))
+            self._leases.release(calm, remove=not is_left)
+            self._staged.clear()
 
     def stage(self, target: Path, folder: bool = False, force: bool | None = None) -> Path:
         """Return the temporary path under which ``target`` is to be written.
@@ -66,6 +77,11 @@ class OutputSet:
         """
         refuse_inputs([target], self._reads)
         force = self._force if force is None else force
+        if target.name in ("", ".."):
+            raise OutputError(
+                f"the output {target} can't be written under another name first: it has none of its own here",
+                f"give the folder's name: {target.resolve()}",
+            )
         if target.parent not in {entry.target.parent for entry in self._staged}:
             tidy(target.parent)
         if folder:
@@ -75,8 +91,8 @@ class OutputSet:
         else:
             refuse_replacing([target], force)
         make_parent(target)
-        name = target.name + self._suffix
-        entry = Staged(target.with_name(name), target, target.with_name(name + RETIRED))
+        with output_errors(target):
+            entry = self._leases.staged(target)
         self._staged.append(entry)
         if not force:
             self._kept.append(target)
@@ -99,8 +115,11 @@ class OutputSet:
         with output_errors(self._staged[-1].target):
             for entry in self._staged:
                 sync_tree(entry.path)
-        with locked(entry.target.parent for entry in self._staged):
-            # Looked at again: another process may have been faster.
+        folders = list(dict.fromkeys(entry.target.parent for entry in self._staged))
+        with locked(folders):
+            # Another process may have been faster, and may have been killed between its renames.
+            for folder in folders:
+                tidy(folder, held=folders)
             refuse_inputs([entry.target for entry in self._staged], self._reads)
             _refuse(_existing(self._kept))
             if check is not None:
@@ -108,12 +127,15 @@ class OutputSet:
             if self._listed:
                 refuse_changed_inputs()
             try:
-                give_names(self._staged, self._suffix, self._listed)
+                give_names(self._staged, self._leases.mark, self._remember, self._listed)
             except StuckError:
-                self._staged.clear()  # they are needed to put the folder in order
+                self._is_stuck = True
                 raise
             forget_inputs(entry.target for entry in self._staged)
-        self._staged.clear()
+            self._close()
+
+    def _remember(self) -> None:
+        self._leases.first.remember(self._staged)
 
 
 def refuse_existing(targets: list[Path], force: bool) -> None:

@@ -1,8 +1,8 @@
 """Temporary names, and what is done about those whose process has ended.
 
 A killed process leaves files that it was writing: they go. Where it was killed while a set got its names,
-the set is finished or what it replaced is put back (`steps`). What belongs to a process that may still run,
-to another machine or to another container is left alone.
+the set is finished or what it replaced is put back (`settling`). What belongs to a process that may still run
+(`lease`) is left alone, and where that can't be told, it is said.
 """
 
 from __future__ import annotations
@@ -10,33 +10,24 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_export.errors import OutputError
-from lora_export.storage.commit.lock import NAME, locked
-from lora_export.storage.commit.owner import PATTERN, Owner, this_process
+from lora_export.storage.commit.lease import IDENTITY, LEASE, Lease, Owner, Record, is_here, new_identity
+from lora_export.storage.commit.lock import NAME, BusyError, locked
+from lora_export.storage.commit.settling import names, settle
 from lora_export.storage.commit.signals import Uninterrupted
-from lora_export.storage.commit.steps import MARK, RETIRED, Move, discard, reason_of
+from lora_export.storage.commit.steps import MARK, RETIRED, discard
 from lora_export.storage.commit.told import tell
 
-_NAME = re.compile(
-    rf"(?P<name>.+)(?P<suffix>\.tmp-{PATTERN}-[0-9a-f]{{6}})(?P<kind>{re.escape(RETIRED)}|{re.escape(MARK)})?",
-    re.DOTALL,
-)
-_SCRATCH = re.compile(rf"\.?lora-export-{PATTERN}-\w+")
+_STAGED = re.compile(rf".+\.tmp-{IDENTITY}(?:{re.escape(RETIRED)})?", re.DOTALL)
+_SCRATCH = re.compile(rf"\.?lora-export-{IDENTITY}(?:{re.escape(LEASE)}|{re.escape(MARK)})?")
 # Of versions that wrote no machine into a name: whose it is can't be told.
 _EARLIER = re.compile(rf".+\.tmp-[0-9]{{1,10}}-[0-9a-f]{{8}}(?:{re.escape(RETIRED)})?", re.DOTALL)
-_SHOWN = 3
 _PATIENCE_S = 1.0
-
-
-def new_suffix() -> str:
-    """Return what the temporary names of one set end with."""
-    return f".tmp-{this_process()}-{secrets.token_hex(3)}"
 
 
 @contextlib.contextmanager
@@ -49,139 +40,204 @@ def scratch_folder(place: Path | None = None) -> Iterator[Path]:
     """
     hidden = "" if place is None else "."
     above = Path(tempfile.gettempdir()) if place is None else place
-    # Named before it is made, so that it is removed wherever an interrupt comes: 64 bits are nobody else's.
-    folder = above / f"{hidden}lora-export-{this_process()}-{secrets.token_hex(8)}"
+    lease = Lease(above, new_identity())
+    # Named before it is made, so that it is removed wherever an interrupt comes.
+    folder = above / f"{hidden}lora-export-{lease.identity}"
     try:
+        lease.hold()
         folder.mkdir(mode=0o700)
         yield folder
     finally:
         with Uninterrupted() as calm:
-            discard(folder, calm)
+            lease.release(calm, remove=discard(folder, calm))
 
 
 @dataclass
-class _Set:
-    """Names of one set in one folder, each with the name that it stands for.
+class _Sets:
+    """What bears temporary names in a folder, but for what this process writes itself.
 
     Attributes:
-        staged: New files.
-        retired: What they replace.
-        marks: Marks, with the name of the set's last file.
+        here: Names under this kernel, by the identity of their set.
+        elsewhere: Those of which nothing can be known.
     """
 
-    staged: dict[Path, Path] = field(default_factory=dict)
-    retired: dict[Path, Path] = field(default_factory=dict)
-    marks: dict[Path, Path] = field(default_factory=dict)
-
-    def paths(self) -> list[Path]:
-        """Return all of them."""
-        return [*self.staged, *self.retired, *self.marks]
+    here: dict[str, list[Path]] = field(default_factory=dict)
+    elsewhere: list[Path] = field(default_factory=list)
 
 
-def abandoned(folder: Path) -> list[Path]:
-    """Return what ended processes have left in a folder; nothing is changed."""
-    sets, scratch = _found(folder)
-    return [path for found in sets.values() for path in found.paths()] + scratch
+@dataclass
+class _Outcome:
+    """What came of looking through a folder.
+
+    Attributes:
+        removed: Files that nobody needed.
+        size_bytes: Of these.
+        unknown: Names of which it can't be told whether their process has ended.
+        has_changed: Whether anything is otherwise than before.
+    """
+
+    removed: list[Path] = field(default_factory=list)
+    size_bytes: int = 0
+    unknown: list[Path] = field(default_factory=list)
+    has_changed: bool = False
 
 
-def foreign(folder: Path) -> list[Path]:
-    """Return temporary names of other machines, containers and earlier versions: nothing is known of them."""
-    others = [path for path, owner, _ in _named(folder) if not owner.is_here]
-    return others + [folder / name for name in _own_names(folder) if _EARLIER.fullmatch(name)]
-
-
-def tidy(folder: Path) -> bool:
+def tidy(folder: Path, held: Sequence[Path] = ()) -> bool:
     """Remove, finish or put back what ended processes have left in a folder, and tell of it.
 
     Args:
         folder: Any; one that can't be read or written is left alone.
+        held: Folders whose locks the caller holds.
 
     Returns:
         Whether anything is otherwise than before.
     """
-    if not (abandoned(folder) or (folder / NAME).exists()) or not os.access(folder, os.W_OK | os.X_OK):
-        return False
-    try:
-        with locked([folder], _PATIENCE_S), Uninterrupted() as calm:
-            sets, scratch = _found(folder)  # another process may have been here first
-            changed = [_settle(found, calm) for found in sets.values() if found.retired or found.marks]
-            unfinished = [found for found in sets.values() if not (found.retired or found.marks)]
-            dead = [path for found in unfinished for path in found.staged] + scratch
-            return any([*changed, _clear(folder, dead, calm)])
-    except OutputError:  # another writer is busy; the next run comes by as well
-        return False
+    found = _found(folder)
+    outcome = _Outcome(unknown=found.elsewhere)
+    if (found.here or os.path.lexists(folder / NAME)) and os.access(folder, os.W_OK | os.X_OK):
+        try:
+            with locked([folder], _PATIENCE_S, held), Uninterrupted() as calm:
+                for identity in _found(folder).here:  # another process may have been here first
+                    _Settling(folder, identity, (*held, folder), outcome, calm).run()
+        except (BusyError, OSError):  # the next run comes by as well; or the folder is gone
+            pass
+        except OutputError as error:
+            tell(error.message)
+    if outcome.removed:
+        tell(
+            f"removed {_size_text(outcome.size_bytes)} that ended runs have left in {folder}: "
+            f"{names(outcome.removed)}"
+        )
+    if outcome.unknown:
+        tell(
+            f"left alone in {folder}: {names(outcome.unknown)}; whether the run that wrote this has ended "
+            "can't be told here (another machine's or an earlier version's, or this one was started again): "
+            f"remove it if no lora-export runs there{_kept(outcome.unknown)}"
+        )
+    return outcome.has_changed
 
 
-def _found(folder: Path) -> tuple[dict[str, _Set], list[Path]]:
-    sets: dict[str, _Set] = {}
-    scratch = []
-    for path, owner, named in _named(folder):
-        if not owner.has_ended:
-            continue
-        if "kind" not in named.re.groupindex:
-            scratch.append(path)
-            continue
-        found = sets.setdefault(named["suffix"], _Set())
-        kinds = {RETIRED: found.retired, MARK: found.marks}
-        kinds.get(named["kind"], found.staged)[path] = folder / named["name"]
-    return sets, scratch
+@dataclass(frozen=True)
+class _Settling:
+    """One set of an ended process; the lock of ``folder`` is held."""
+
+    folder: Path
+    identity: str
+    held: Sequence[Path]
+    outcome: _Outcome
+    calm: Uninterrupted
+
+    def run(self) -> None:
+        """Settle the set by the one lease that decides for all its folders."""
+        own = Lease(self.folder, self.identity)
+        try:
+            record = self._read(own)
+            if record is None:
+                return
+            if record.first is None:
+                self._settle([own], record)
+                return
+            if not Lease(record.first, self.identity).exists:
+                self._leave(own)
+                return
+            with locked([record.first], _PATIENCE_S, self.held):
+                first = Lease(record.first, self.identity)
+                try:
+                    if (decided := self._read(first)) is not None:
+                        self._settle([own, first], decided)
+                finally:
+                    first.let_go()
+        finally:
+            own.let_go()
+
+    def _read(self, lease: Lease) -> Record | None:
+        """Return what a lease says if its holder has ended; from then on it is held."""
+        owner = lease.owner()
+        with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
+            if owner is Owner.RUNS:
+                return None
+            if owner is Owner.ENDED:
+                return lease.read()
+        self.outcome.unknown += self._names(self.folder)
+        return None
+
+    def _leave(self, own: Lease) -> None:
+        """Leave alone a set whose own lease is not to be found: its folder may not be mounted here."""
+        if left := self._names(self.folder):
+            self.outcome.unknown += left
+        else:
+            own.remove(self.calm)
+
+    def _settle(self, leases: list[Lease], record: Record) -> None:
+        folders = [folder for folder in (leases[-1].folder, *record.folders) if folder.is_dir()]
+        with locked(folders, _PATIENCE_S, (*self.held, leases[-1].folder)):
+            is_marked = os.path.lexists(leases[-1].mark.destination)
+            if record.entries and not settle(record.entries, is_marked, self.calm):
+                return
+            left = [path for folder in folders for path in self._names(folder)]
+            if any(path.name.endswith(RETIRED) for path in left):  # no lease says what they are
+                self.outcome.unknown += left
+                return
+            self.outcome.has_changed = True
+            are_gone = [self._give_up(path) for path in left]
+            if all(are_gone):
+                others = [Lease(folder, self.identity) for folder in folders]
+                for lease in (*reversed(others), leases[-1]):
+                    lease.remove(self.calm)
+
+    def _names(self, folder: Path) -> list[Path]:
+        return [path for path in _found(folder).here.get(self.identity, ()) if not _is_lease(path)]
+
+    def _give_up(self, path: Path) -> bool:
+        if not os.path.lexists(path):  # it has its name
+            return True
+        size = _size(path)
+        if is_gone := discard(path, self.calm):
+            self.outcome.size_bytes += size
+            self.outcome.removed.append(path)
+        return is_gone
 
 
-def _named(folder: Path) -> Iterator[tuple[Path, Owner, re.Match[str]]]:
-    """Yield what bears a temporary name of ours, with whose it is."""
+def _found(folder: Path) -> _Sets:
+    sets = _Sets()
     for name in _own_names(folder):
-        if named := _NAME.fullmatch(name) or _SCRATCH.fullmatch(name):
-            yield folder / name, Owner(named["host"], int(named["pid"]), named["start"]), named
+        named = _STAGED.fullmatch(name) or _SCRATCH.fullmatch(name)
+        if named is None:
+            if _EARLIER.fullmatch(name):
+                sets.elsewhere.append(folder / name)
+        elif not is_here(named["kernel"]):
+            sets.elsewhere.append(folder / name)
+        elif named["identity"] not in Lease.held_here:
+            sets.here.setdefault(named["identity"], []).append(folder / name)
+    return sets
 
 
 def _own_names(folder: Path) -> Iterator[str]:
     """Yield what may be a temporary name and is this user's: in /tmp there are others'."""
     try:
         with os.scandir(folder) as entries:
-            names = sorted(
+            found = sorted(
                 entry.name for entry in entries if ".tmp-" in entry.name or "lora-export-" in entry.name
             )
     except OSError:
         return
-    for name in names:
+    for name in found:
         with contextlib.suppress(OSError):
             if (folder / name).lstat().st_uid == os.geteuid():
                 yield name
 
 
-def _settle(found: _Set, calm: Uninterrupted) -> bool:
-    """Finish a set whose process was killed while it got its names, or put back what it was to replace."""
-    forward = bool(found.marks) or not found.staged
-    wanted = found.staged if forward else found.retired
-    taken = [path for path in wanted.values() if os.path.lexists(path)]
-    if taken:
-        tell(
-            f"an ended run has left {_names(found.paths())}; {_names(taken)} exists by now, so nothing was "
-            "touched: keep one of both and remove the other"
-        )
-        return False
-    # As in `steps`: what points at the others comes last.
-    last = set(found.marks.values()) if forward else set()
-    for path, target in sorted(wanted.items(), key=lambda item: item[1] in last):
-        try:
-            calm.insist(Move(path, target).do)
-        except OSError as error:
-            tell(f"could not rename what an ended run has left in {path.parent}: {reason_of(error)}")
-            return False
-    for path in [*(found.retired if forward else found.staged), *found.marks]:
-        discard(path, calm)
-    what = "finished" if forward else "put back"
-    targets = list(dict.fromkeys([*found.retired.values(), *found.staged.values(), *found.marks.values()]))
-    tell(f"{what} {_names(targets)} in {targets[0].parent}: the run was ended between two renames")
-    return True
+def _is_lease(path: Path) -> bool:
+    return path.name.startswith(".lora-export-") and path.name.endswith((LEASE, MARK))
 
 
-def _clear(folder: Path, dead: list[Path], calm: Uninterrupted) -> bool:
-    size = sum(map(_size, dead))
-    gone = [path for path in dead if discard(path, calm)]
-    if gone:
-        tell(f"removed {_size_text(size)} that ended runs have left in {folder}: {_names(gone)}")
-    return bool(gone)
+def _kept(unknown: Sequence[Path]) -> str:
+    """Return what to do about files that may be the only ones of their output."""
+    old = next((path.name for path in unknown if path.name.endswith(RETIRED)), None)
+    if old is None:
+        return ""
+    name = old.rpartition(".tmp-")[0]
+    return f"; what ends in {RETIRED} is what was to be replaced: name it back if {name} is missing"
 
 
 def _size(path: Path) -> int:
@@ -194,8 +250,3 @@ def _size(path: Path) -> int:
 
 def _size_text(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
-
-
-def _names(paths: list[Path]) -> str:
-    more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
-    return ", ".join(path.name for path in paths[:_SHOWN]) + more

@@ -22,23 +22,28 @@ class Uninterrupted:
         self._before: dict[int, Any] = {}
         self._arrived: list[int] = []
         self._interrupt: BaseException | None = None
+        self._is_over = False
 
     def __enter__(self) -> Uninterrupted:
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
-                handler = signal.getsignal(number)
-                if handler not in (None, signal.SIG_IGN):
-                    self._before[number] = handler
-                    signal.signal(number, self._note)
+            try:
+                for number in _SIGNALS:
+                    handler = signal.getsignal(number)
+                    if handler not in (None, signal.SIG_IGN):
+                        self._before[number] = handler
+                        signal.signal(number, self._note)
+            except BaseException:  # a signal whose handler is not replaced yet
+                self._restore()
+                raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        for number in self._arrived:
-            signal.raise_signal(number)
+        try:
+            self._restore()
+        finally:
+            self._deliver()
         if self._interrupt is not None:
             raise self._interrupt
 
@@ -52,6 +57,36 @@ class Uninterrupted:
             self._interrupt = interrupt
             return act()
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        if number not in self._arrived:
-            self._arrived.append(number)
+    def _restore(self) -> None:
+        """Put the handlers back; one that is back already may raise in between, and the others follow."""
+        self._is_over = True
+        try:
+            while self._before:
+                number, handler = next(iter(self._before.items()))
+                signal.signal(number, handler)
+                self._before.pop(number, None)
+        finally:
+            if self._before:
+                self._restore()
+
+    def _deliver(self) -> None:
+        """Raise what has arrived; a handler that raises does not keep the others from being called."""
+        try:
+            while self._arrived:
+                signal.raise_signal(self._arrived.pop(0))
+        finally:
+            if self._arrived:
+                self._deliver()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self._is_over:
+            if number not in self._arrived:
+                self._arrived.append(number)
+            return
+        # It comes while handlers are put back.
+        handler = self._before.get(number, signal.getsignal(number))
+        signal.signal(number, handler)
+        if callable(handler):
+            handler(number, frame)
+        else:
+            signal.raise_signal(number)

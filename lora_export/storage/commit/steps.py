@@ -1,13 +1,14 @@
 """Give files that are complete their own names, in steps that can be taken back.
 
-1. Every file that is to be replaced is renamed, the last of the set first: it is the one that points at the
+1. The set's lease remembers what the set is to become.
+2. Every file that is to be replaced is renamed, the last of the set first: it is the one that points at the
    others, so no reader meets it beside another run's data.
-2. A mark is made: from here on the new set is what the folder is to hold.
-3. Every new file gets its name, the last of the set last.
-4. What was replaced is removed, then the mark.
+3. The lease is renamed, one for all folders: from here on they are to hold the new set.
+4. Every new file gets its name, the last of the set last.
+5. What was replaced is removed, then the leases, the set's own last.
 
-A step that fails is taken back with all before it. A process that is killed leaves names from which
-`leftovers.tidy` goes on: with a mark forward, without it back. Nothing that lies under its own name is ever
+A step that fails is taken back with all before it. A process that is killed leaves names and a lease from
+which `settling` goes on: with a mark forward, without it back. Nothing that lies under its own name is ever
 overwritten, but for a single file, whose renaming is one step of the file system.
 """
 
@@ -83,27 +84,13 @@ class Move:
 
 
 @dataclass(frozen=True)
-class Mark:
-    """The empty file that says: all of the set is complete, and what it replaces is out of the way.
-
-    Attributes:
-        path: The file.
-    """
-
-    path: Path
+class Mark(Move):
+    """The renaming that says: all of the set is complete, and what it replaces is out of the way."""
 
     def do(self) -> None:
-        """Create it, and let the disk know before anything follows."""
-        os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666))
-        sync_path(self.path.parent)
-
-    def is_done(self) -> bool:
-        """Whether it is there."""
-        return os.path.lexists(self.path)
-
-    def undo(self) -> None:
-        """Remove it."""
-        self.path.unlink(missing_ok=True)
+        """Rename the lease, and let the disk know before anything follows."""
+        super().do()
+        sync_path(self.destination.parent)
 
 
 def _move(source: Path, destination: Path) -> None:
@@ -115,12 +102,13 @@ def _move(source: Path, destination: Path) -> None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source))
 
 
-def give_names(staged: Sequence[Staged], suffix: str, listed: bool) -> None:
-    """Do all four steps; the locks of the folders are held.
+def give_names(staged: Sequence[Staged], mark: Mark, remember: Callable[[], None], listed: bool) -> None:
+    """Do all but the removal of the leases; the locks of the folders are held.
 
     Args:
         staged: The set, in order; all of it on the disk.
-        suffix: Of the set's temporary names.
+        mark: Of the set's lease.
+        remember: Lets the lease know what the set is to become.
         listed: Whether the run is told of it.
 
     Raises:
@@ -128,16 +116,19 @@ def give_names(staged: Sequence[Staged], suffix: str, listed: bool) -> None:
             to put the folder in order.
     """
     entry = staged[-1].target
-    marks = [folder / f"{_last(staged, folder)}{suffix}{MARK}" for folder in _folders(staged)]
     with Uninterrupted() as calm:
         if len(staged) == 1 and not entry.is_dir():
             _replace(staged[0], calm)
         else:
-            _in_steps(staged, marks, calm)
+            try:
+                calm.insist(remember)
+            except OSError as error:
+                raise _failed(entry, error) from error
+            _in_steps(staged, mark, calm)
         unsynced = _try_each([(folder, sync_path) for folder in _folders(staged)], calm)
         if listed and not unsynced:
             has_written(entry)
-        for path in [*(entry.retired for entry in staged), *marks]:
+        for path in (entry.retired for entry in staged):
             discard(path, calm)
     if unsynced:
         raise OutputError(
@@ -152,13 +143,15 @@ class StuckError(OutputError):
 
 
 def _replace(single: Staged, calm: Uninterrupted) -> None:
-    tried = False
+    new = single.path.lstat()
 
     def act() -> None:
-        nonlocal tried
-        if not tried or os.path.lexists(single.path):
-            tried = True
+        try:
             single.path.replace(single.target)
+        except OSError:
+            # Done all the same: a network file system has lost the answer, or this is the second try.
+            if os.path.lexists(single.path) or not os.path.samestat(single.target.lstat(), new):
+                raise
 
     try:
         calm.insist(act)
@@ -166,11 +159,10 @@ def _replace(single: Staged, calm: Uninterrupted) -> None:
         raise _failed(single.target, error) from error
 
 
-def _in_steps(staged: Sequence[Staged], marks: Sequence[Path], calm: Uninterrupted) -> None:
+def _in_steps(staged: Sequence[Staged], mark: Mark, calm: Uninterrupted) -> None:
     replaced = [entry for entry in staged if os.path.lexists(entry.target)]
     steps: list[Step] = [Move(entry.target, entry.retired) for entry in reversed(replaced)]
-    steps += map(Mark, marks)
-    steps += [Move(entry.path, entry.target) for entry in staged]
+    steps += [mark, *(Move(entry.path, entry.target) for entry in staged)]
     done = 0
     try:
         for step in steps:
@@ -182,24 +174,28 @@ def _in_steps(staged: Sequence[Staged], marks: Sequence[Path], calm: Uninterrupt
             for step in reversed(steps[:done]):
                 calm.insist(step.undo)
         except OSError as second:
-            raise _stuck(staged, marks, error, second) from error
+            raise _stuck(staged, mark, error, second) from error
         if isinstance(error, OSError):
             raise _failed(staged[-1].target, error) from error
         raise
 
 
 def _failed(target: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"cannot write {target}: {reason_of(error)} (nothing was replaced)",
-        "check the path and its permissions, and whether another program holds it",
-    )
+    hint = "check the path and its permissions, and whether another program holds it"
+    if error.errno == errno.EXDEV:
+        hint = (
+            "a folder of a container's image (overlayfs) can't be renamed: choose another name, or remove it "
+            "yourself"
+        )
+    return OutputError(f"cannot write {target}: {reason_of(error)} (nothing was replaced)", hint)
 
 
-def _stuck(
-    staged: Sequence[Staged], marks: Sequence[Path], first: BaseException, second: OSError
-) -> StuckError:
+def _stuck(staged: Sequence[Staged], mark: Mark, first: BaseException, second: OSError) -> StuckError:
     """Say which file lies under which name."""
-    problems = [f"{mark} says that the new ones are complete" for mark in marks if os.path.lexists(mark)]
+    if os.path.lexists(mark.destination):
+        problems = [f"{mark.destination} says that the new ones are complete"]
+    else:
+        problems = [f"{mark.source} says what there was"]
     for entry in staged:
         if os.path.lexists(entry.retired):
             problems.append(f"{entry.target}: the old one is {entry.retired.name}")
@@ -224,10 +220,6 @@ def reason_of(error: OSError) -> str:
 
 def _folders(staged: Sequence[Staged]) -> list[Path]:
     return list(dict.fromkeys(entry.target.parent for entry in staged))
-
-
-def _last(staged: Sequence[Staged], folder: Path) -> str:
-    return [entry.target.name for entry in staged if entry.target.parent == folder][-1]
 
 
 def _try_each(acts: Sequence[tuple[Path, Callable[[Path], None]]], calm: Uninterrupted) -> list[str]:

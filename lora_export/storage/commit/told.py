@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,10 +16,11 @@ class Run:
     """One run of the command line.
 
     Attributes:
-        note: Called with each note.
+        note: Called with each note, once with those that say the same.
     """
 
     note: Callable[[str], None]
+    _noted: set[str] = field(default_factory=set)
     _committed: list[Path] = field(default_factory=list)
 
     def written(self) -> list[Path]:
@@ -42,10 +44,15 @@ def listening(note: Callable[[str], None]) -> Iterator[Run]:
 
 def tell(text: str) -> None:
     """Tell the user something that is no error."""
-    if _run is not None:
+    if _run is None:
+        try:
+            warnings.warn(text, UserWarning, stacklevel=3)
+        except UserWarning:
+            # Warnings are errors here: what is being put in order must not be broken off by a note.
+            logging.getLogger("lora_export").warning(text)
+    elif text not in _run._noted:
+        _run._noted.add(text)
         _run.note(text)
-    else:
-        warnings.warn(text, UserWarning, stacklevel=3)
 
 
 def has_written(output: Path) -> None:
