@@ -24,6 +24,7 @@ from lora_export.base.checkpoint.checkpoint import Checkpoint, diffusers_class, 
 from lora_export.base.checkpoint.links import refuse_links
 from lora_export.base.checkpoint.own_code import model_class, never_asked, refuse_own_code
 from lora_export.base.checkpoint.quantised import refuse_bare_codes
+from lora_export.base.checkpoint.weight_files import refuse_chosen_elsewhere
 from lora_export.base.history.history import MANIFEST, history_of
 from lora_export.base.history.in_graph import CAPTURED_KEY, entries_before
 from lora_export.errors import CheckpointError, OutputError
@@ -170,7 +171,9 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
         raise CheckpointError(f"{path} is an adapter, not a base model", "give the folder of its base model")
     _refuse_diffusers(path)
     refuse_links(path, [found for kind in ("json", "safetensors", "bin") for found in path.glob(f"*.{kind}")])
-    refuse_own_code(path, read_config(path))
+    written = read_config(path)
+    refuse_own_code(path, written)
+    refuse_chosen_elsewhere(path, written)
     _refuse_adapter_beside(path)
     refuse_bare_codes(path)
     with quiet(), never_asked():

@@ -100,7 +100,7 @@ class Checkpoint:
         if not folder.is_dir():
             raise no_folder(folder)
         config = read_config(folder)
-        found = find_weights(folder, is_diffusers=_diffusers_class(config) != "")
+        found = find_weights(folder, is_diffusers=_diffusers_class(config) != "", config=config)
         if found is None:
             raise _no_safetensors(folder)
         refuse_links(folder, [folder / name for name in ("config.json", found.name, *found.files)])
