@@ -265,15 +265,20 @@ def _describe(model: Any, outputs: Mapping[str, Any], dtype: str, kv_cache: bool
         return Captured("vision", kv_cache, dtype)
     elif any(outputs.get(name) is not None for name in ("past_key_values", "cache_params")):
         kind = "decoder"
-    longest = _longest(model, config)
+    longest = longest_of(model, config)
     dims = [SEQUENCE]
     dims += [DECODER_SEQUENCE] * (kind == "encoder-decoder") + [PAST_SEQUENCE, TOTAL_SEQUENCE] * kv_cache
     largest = dict.fromkeys(dims, longest) if longest else {}
     return Captured(kind, kv_cache, dtype, getattr(config, "vocab_size", None), largest)
 
 
-def _longest(model: Any, config: Any) -> int | None:
-    """How many positions there are, where the config says it."""
+def longest_of(model: Any, config: Any) -> int | None:
+    """Return how many positions a model of transformers has; None where its config doesn't say it.
+
+    Args:
+        model: The module.
+        config: Of its text.
+    """
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
