@@ -633,7 +633,8 @@ def test_metadata_do_not_choose_the_token_ids_where_the_reference_is_a_graph(siz
     assert_passes(report)
     wanted = check_parity(broken.base("llama"), stored_copy(tmp_path), localise=False)
     assert [feed["shapes"] for feed in report.feeds] == [feed["shapes"] for feed in wanted.feeds]
-    assert [row.max_abs for row in report.metrics] == [row.max_abs for row in wanted.metrics]
+    # How many of the token ids were read.
+    assert report.notes == wanted.notes
 
 
 def stored_copy(folder: Path) -> Path:
