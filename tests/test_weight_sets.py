@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from lora_export.base.capture.capture import load_model
 from lora_export.base.checkpoint.checkpoint import Checkpoint
+from lora_export.base.checkpoint.meta_model import quiet_config
 from lora_export.cli import _run
 from lora_export.errors import CheckpointError
 
@@ -196,3 +197,27 @@ def test_weights_in_a_subfolder_that_nothing_is_merged_into_are_named(tmp_path, 
     command = ["--base", tmp_path / "base", "--adapter", tmp_path / "a.safetensors", "--alpha", "2"]
     assert _run(["merge", *map(str, command), "-o", str(tmp_path / "out")], False) == 0
     assert "nothing merged into them: original/x.safetensors" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num_hidden_layers": 100_000}, "num_hidden_layers: 100000"),
+        ({"part": {"n_layer": 10**9}}, "part.n_layer: 1000000000"),
+        ({"depths": [2, 10**6]}, "depths: 1000000"),
+        ({"num_local_experts": 10**6}, "num_local_experts: 1000000"),
+    ],
+)
+def test_a_config_of_more_layers_than_any_model_has_is_refused_before_it_is_built(change, says, tmp_path):
+    torch.manual_seed(0)
+    opt().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match="more layers than any model has") as caught:
+        load_model(tmp_path, "float32")
+    assert says in "".join(caught.value.problems)
+    with (
+        pytest.raises(CheckpointError, match="more layers than any model has"),
+        quiet_config(Checkpoint.open(tmp_path)),
+    ):
+        pass

@@ -35,6 +35,14 @@ Shape = Annotated[tuple[Count, ...], _AXES]
 ShapeRange = tuple[Shape, Shape, Shape]
 
 
+_ELEMENTS = frozenset(
+    """
+    bool int4 uint4 int8 uint8 int16 uint16 int32 uint32 int64 uint64 float16 bfloat16 float32 float64
+    float4_e2m1fn float8_e4m3fn float8_e5m2 float8_e8m0fnu
+    """.split()
+)
+
+
 @dataclass(frozen=True)
 class Port:
     """An input or output of an engine.
@@ -228,6 +236,8 @@ def _contradictions(record: EngineRecord) -> list[str]:
     for key, entries in (("inputs", record.inputs), ("outputs", record.outputs)):
         for i, port in enumerate(entries):
             ports[port.name] = port
+            if port.dtype not in _ELEMENTS:
+                problems.append(f"{key}[{i}].dtype: {seen(port.dtype)}, wanted a type of numpy or ml_dtypes")
             if port.dims and len(port.dims) != len(port.shape):
                 problems.append(f"{key}[{i}]: {len(port.shape)} axes in shape, {len(port.dims)} in dims")
     for i, profile in enumerate(record.profiles):

@@ -21,6 +21,7 @@ from lora_export.base.capture.export import (
     tensor_names,
 )
 from lora_export.base.checkpoint.checkpoint import Checkpoint, diffusers_class, no_folder, read_config
+from lora_export.base.checkpoint.layer_counts import refuse_many_layers
 from lora_export.base.checkpoint.links import refuse_links
 from lora_export.base.checkpoint.own_code import model_class, never_asked, refuse_own_code
 from lora_export.base.checkpoint.quantised import refuse_bare_codes
@@ -174,6 +175,7 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
     written = read_config(path)
     refuse_own_code(path, written)
     refuse_chosen_elsewhere(path, written)
+    refuse_many_layers(path, written)
     _refuse_adapter_beside(path)
     refuse_bare_codes(path)
     with quiet(), never_asked():

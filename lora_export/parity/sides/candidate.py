@@ -315,7 +315,7 @@ def _describe_engine(path: Path, engine: EngineRecord) -> About:
     ports = tuple(
         InputPort(
             port.name,
-            np.dtype(getattr(ml_dtypes, port.dtype) if port.dtype == "bfloat16" else port.dtype),
+            np.dtype(getattr(ml_dtypes, port.dtype, port.dtype)),
             tuple(port.dims or port.shape),
         )
         for port in engine.inputs
