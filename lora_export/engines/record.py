@@ -35,12 +35,13 @@ Shape = Annotated[tuple[Count, ...], _AXES]
 ShapeRange = tuple[Shape, Shape, Shape]
 
 
-_ELEMENTS = frozenset(
-    """
-    bool int4 uint4 int8 uint8 int16 uint16 int32 uint32 int64 uint64 float16 bfloat16 float32 float64
-    float4_e2m1fn float8_e4m3fn float8_e5m2 float8_e8m0fnu
-    """.split()
-)
+# Whole numbers of these many bits, signed and not, and floating ones as numpy and ml_dtypes call them.
+_ELEMENTS = {
+    "bool",
+    *(f"{sign}int{bits}" for sign in ("", "u") for bits in (4, 8, 16, 32, 64)),
+    *("float16", "bfloat16", "float32", "float64"),
+    *("float4_e2m1fn", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"),
+}
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def _record_problems(graph: GraphFile, record: ExposedGraph) -> Iterator[Problem
         "the graph's LoRA record names it, the graph has it no more",
         "make the graph again with swap-onnx or bank-onnx; a tool has changed it since",
     )
-    shapes = {name: value.shape and value.shape.dims for name, value in inputs.items()}
+    shapes = {name: None if value.shape is None else value.shape.dims for name, value in inputs.items()}
     sizes = size_problems(record, shapes)
     yield from of_places(
         sizes,

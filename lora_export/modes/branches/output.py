@@ -137,7 +137,9 @@ def refuse_lost_inputs(exposed: ExposedGraph, graph: GraphFile) -> None:
                 lost.append(f"{name}: not an input any more")
             elif inputs[name] != dtype:
                 changed.append(f"{name}: {inputs[name]}, the record says {dtype}")
-    shapes = {str(value.name): value.shape and value.shape.dims for value in graph.graph.inputs}
+    shapes = {
+        str(value.name): None if value.shape is None else value.shape.dims for value in graph.graph.inputs
+    }
     sizes = [] if lost or changed else size_problems(exposed, shapes)
     if sizes:
         raise GraphError(
