@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import tiny
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_graphs import graph, random
 
 from lora_export.engines.memory.largest import Sized, dimensions, input_shapes, largest_values
 from lora_export.engines.record import Profile
-from lora_export.graph.expressions import evaluate
+from lora_export.graph.expressions import evaluate, names_in
 from lora_export.graph.onnx_file import GraphFile, load_graph
 
 FLOAT, HALF, INT64 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT64
@@ -97,6 +98,7 @@ def test_it_is_what_python_says(text, s0, batch, past_sequence):
     assert got == wanted or (got is None and text.count("*") >= 3)
 
 
+@settings(deadline=None)  # the first one imports sympy
 @given(
     st.sampled_from(["s*{}/{}", "floor(s/{}) - {}", "Mod(s, {}) + {}"]), st.integers(1, 9), st.integers(1, 9)
 )
@@ -162,6 +164,42 @@ def test_shapes_computed_in_the_graph_are_followed():
     assert found["rows"] == Sized(FLOAT, (300, 3))
     assert found["target"] == Sized(INT64, (2,))
     assert found["y"] == Sized(FLOAT, (4, 300))
+
+
+@pytest.mark.parametrize(
+    ("name", "node", "shape"),
+    [
+        ("inputs of one name", "z = Range(one, many, one)", (10**9 - 1,)),
+        ("together large", "z = Max(a, b, c, d, e)", (60,) * 5),
+        ("long", "l = Range(one, many, one) m = Add(l, l) z = Concat<axis=0>(m, m)", (2 * 10**9 - 2,)),
+    ],
+)
+def test_what_a_stranger_computes_takes_no_memory(name, node, shape):
+    """Nodes of a few bytes whose results would be gigabytes."""
+    text = f"""g (float[b, 4] x) => (float[b, 4] y) {{
+        one = Constant<value_int=1>() many = Constant<value_int={10**9}>()
+        {node} s = Shape(x) y = Reshape(x, s) n = NonZero(y)
+    }}"""
+    weights = {
+        name: np.arange(60).reshape([60 if axis == own else 1 for axis in range(5)])
+        for own, name in enumerate("abcde")
+    }
+    file = file_of(text, **weights)
+    tracemalloc.start()
+    found = values_of(file, x=(2, 4))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+    assert found["z"].shape == shape
+
+
+def test_an_expression_of_a_megabyte_is_no_size():
+    tracemalloc.start()
+    assert evaluate("Max(" + "n," * 500_000 + "n)", {"n": 3}) is None
+    assert names_in("Max(" + "n," * 500_000 + "n)") == set()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5e6
 
 
 def test_what_nobody_can_tell_is_missing():

@@ -134,3 +134,16 @@ def test_inspect_refuses_an_adapters_options(engine, capsys):
 def test_a_record_of_another_kind_is_a_backend_error():
     with pytest.raises(BackendError, match="build the engine again"):
         EngineRecord.from_json('{"kind": "x", "format": 1}', "r.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"memory": {"weights": 10**4000}}, "an integer of 64 bits"),
+        ({"inputs": [{"name": "x", "dtype": "os", "shape": [-1]}]}, 'inputs[0].dtype: "os"'),
+    ],
+)
+def test_what_no_build_writes_is_the_users_error(change, says):
+    with pytest.raises(BackendError) as caught:
+        EngineRecord.from_json(json.dumps(json.loads(RECORD.to_json()) | change), "m.json")
+    assert says in "".join(caught.value.problems)

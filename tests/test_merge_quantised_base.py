@@ -424,6 +424,8 @@ def test_marks_and_input_scales_go_with_the_scales(tmp_path):
         ((4, 64, 64), (4, 1, 1), (), (1, 64, 64)),
         ((64, 64), (7, 7), (), None),
         ((64, 64), (4, 4, 4), (), None),
+        ((64, 64), (0,), (), None),
+        ((0, 64), (0, 2), (), None),
     ],
 )
 def test_how_many_values_share_a_scale(shape, scales, blocks, grid):

@@ -28,12 +28,13 @@ from small_graphs import delta, graph, random, save
 from lora_export import Adapter, bank_onnx, load_adapter, merge_onnx, save_adapter, swap_onnx
 from lora_export.errors import BackendError, GraphError
 from lora_export.parity.check import check_parity
-from lora_export.parity.feeds.made import InputPort
+from lora_export.parity.feeds.made import InputPort, make_feeds
 from lora_export.parity.judge.limits import FACTOR, STEP, STEPS
 from lora_export.parity.result import BASE, ParityReport, Verdict
 from lora_export.parity.tokens import generate, prompts_of, token_verdicts
 from lora_export.reports.parity.baseline import compare
 from lora_export.reports.parity.to_json import check_report, report_json
+from lora_export.storage.manifest import identity_of_graph
 
 Array = Any
 machine = engine_files.machine
@@ -345,7 +346,8 @@ def test_a_manifest_of_another_merge_raises_no_limit(changed, tmp_path):
         return
     report = check()
     assert any("is of another merge" in note for note in report.notes)
-    assert max(verdict.limit for verdict in of(report, "error")) < min(lenient)
+    strict = [verdict.limit for verdict in of(report, "error")]
+    assert all(one < other for one, other in zip(strict, lenient, strict=True))
 
 
 def test_a_manifest_that_names_other_adapters_is_said(tmp_path):
@@ -546,6 +548,104 @@ def test_a_candidate_is_held_to_the_dtype_that_is_said(tmp_path):
         report = check_parity(tiny.checkpoint("llama"), rounded, dtype=dtype, localise=False)
         assert report.passed == passes, failures(report)
         assert report.candidate["dtype"] == (dtype or "float32")
+
+
+def noisy(model: Any) -> None:
+    """Change every matrix by a hundredth: far more than float32 loses, about what bfloat16 does."""
+    generator = np.random.default_rng(0)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2:
+            values = onnx.numpy_helper.to_array(tensor)
+            values = values * (1 + 0.01 * generator.standard_normal(values.shape).astype(np.float32))
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float32), tensor.name))
+
+
+def saying(path: Path, key: str, **entries: Any) -> Path:
+    """Change what a graph says of itself."""
+    model = onnx.load(path)
+    for entry in model.metadata_props:
+        if entry.key == key:
+            entry.value = json.dumps(json.loads(entry.value) | entries)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@llama
+@pytest.mark.parametrize("unread", [False, True])
+def test_the_metadata_of_a_candidate_do_not_widen_its_limits(unread, tmp_path):
+    """A float32 graph that calls itself bfloat16, one with unused bfloat16 weights as well."""
+
+    def changed(model: Any) -> None:
+        noisy(model)
+        if unread:
+            values = onnx.helper.make_tensor(
+                "unread", onnx.TensorProto.BFLOAT16, [1024, 1024], b"\0" * 2**21, True
+            )
+            model.graph.initializer.append(values)
+
+    candidate = broken.edited(broken.base("llama"), tmp_path / "m.onnx", changed)
+    saying(candidate, "lora_export.model", dtype="bfloat16")
+    report = check_parity(tiny.checkpoint("llama"), candidate, localise=False)
+    assert not report.passed
+    assert report.candidate["dtype"] == "float32"
+    assert any(
+        "say that it computes in bfloat16, but its outputs are float32" in note for note in report.notes
+    )
+    asked = check_parity(tiny.checkpoint("llama"), candidate, localise=False, dtype="bfloat16")
+    assert asked.candidate["dtype"] == "bfloat16"
+
+
+@llama
+def test_a_manifest_does_not_excuse_more_than_its_dtype_can_lose(tmp_path):
+    given = broken.adapter("llama")
+    candidate = broken.export("merged", broken.base("llama"), {"a": given}, tmp_path)
+    right = check_parity(tiny.checkpoint("llama"), candidate, {"a": given}, localise=False)
+    assert_passes(right)
+    broken.edited(candidate, candidate, noisy)
+    manifest = json.loads(candidate.with_suffix(".lora.json").read_text())
+    identity = identity_of_graph(candidate, candidate.with_name(str(manifest["outputs"]["data"])))
+    rewritten(
+        candidate,
+        rounding={"total": {"relative_error": 1e9}},
+        outputs=manifest["outputs"] | {"identity": identity},
+    )
+    report = check_parity(tiny.checkpoint("llama"), candidate, {"a": given}, localise=False)
+    assert not report.passed
+    assert any("no more is believed than weights in float32 can lose" in note for note in report.notes)
+
+
+@llama
+def test_metadata_do_not_shorten_what_is_compared(tmp_path):
+    candidate = broken.edited(broken.base("llama"), tmp_path / "m.onnx", lambda model: None)
+    saying(candidate, "lora_export.dims", sequence={"max": 1})
+    report = check_parity(tiny.checkpoint("llama"), candidate, localise=False)
+    assert_passes(report)
+    assert max(size for feed in report.feeds for size in feed["shapes"]["input_ids"]) == 16
+    assert any("say at most 1 for sequence, the reference takes" in note for note in report.notes)
+
+
+@llama
+@pytest.mark.parametrize("size", [1, 10**8])
+def test_metadata_do_not_choose_the_token_ids_where_the_reference_is_a_graph(size, tmp_path):
+    candidate = broken.edited(broken.base("llama"), tmp_path / "m.onnx", lambda model: None)
+    saying(candidate, "lora_export.model", vocab_size=size)
+    report = check_parity(broken.base("llama"), candidate, localise=False)
+    assert_passes(report)
+    wanted = check_parity(broken.base("llama"), stored_copy(tmp_path), localise=False)
+    assert [feed["shapes"] for feed in report.feeds] == [feed["shapes"] for feed in wanted.feeds]
+    # How many of the token ids were read.
+    assert report.notes == wanted.notes
+
+
+def stored_copy(folder: Path) -> Path:
+    return broken.edited(broken.base("llama"), folder / "copy.onnx", lambda model: None)
+
+
+def test_a_vocabulary_beyond_all_models_is_refused(tmp_path):
+    port = InputPort("input_ids", np.dtype(np.int64), ("batch", "sequence"))
+    with pytest.raises(BackendError) as caught:
+        make_feeds([port], None, vocab_size=10**8)
+    assert "a vocabulary of 100000000 tokens" in "".join(caught.value.problems)
 
 
 @llama

@@ -8,7 +8,9 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from lora_export.base.capture.capture import load_model
 from lora_export.base.checkpoint.checkpoint import Checkpoint
+from lora_export.base.checkpoint.meta_model import quiet_config
 from lora_export.cli import _run
 from lora_export.errors import CheckpointError
 
@@ -131,3 +133,91 @@ def test_what_was_left_aside_is_not_in_the_merged_folder(make, tmp_path, capsys)
     for name, values in before.items():
         expected = values + b @ a if name == f"{path}.weight" else values
         torch.testing.assert_close(after[name], expected, rtol=1e-5, atol=1e-5)
+
+
+CHOSEN = {
+    "in a subfolder": ({"transformers_weights": "sub/x.safetensors"}, "sub/x.safetensors"),
+    "a pickle": ({"transformers_weights": "adapter_model.bin"}, "adapter_model.bin"),
+    "outside": ({"transformers_weights": "../x.safetensors"}, "../x.safetensors"),
+    "missing": ({"transformers_weights": "y.safetensors"}, "y.safetensors"),
+    "no text": ({"transformers_weights": ["x.safetensors"]}, "transformers_weights"),
+    "of a part": (
+        {"text_config": {"transformers_weights": "x.safetensors"}},
+        "text_config.transformers_weights",
+    ),
+    "distributed": ({}, "shard-00000-model-00001-of-00001.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", CHOSEN)
+def test_weights_that_the_config_chooses_elsewhere_are_refused_everywhere(case, tmp_path):
+    """Transformers loads them in place of those of the usual names."""
+    keys, named = CHOSEN[case]
+    torch.manual_seed(0)
+    model, base = opt(), tmp_path / "base"
+    model.save_pretrained(base)
+    for name in ("x.safetensors", "sub/x.safetensors", *[named] * (case == "distributed")):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_bytes((base / "model.safetensors").read_bytes())
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | keys))
+    for call in (Checkpoint.open, lambda folder: load_model(folder, "float32")):
+        with pytest.raises(CheckpointError, match="other weights") as caught:
+            call(base)
+        assert named in "".join(caught.value.problems)
+
+
+@pytest.mark.parametrize("size", ["10GB", "6KB"])
+def test_weights_that_the_config_names_in_the_folder_are_the_models(size, tmp_path):
+    torch.manual_seed(0)
+    model, base = opt(), tmp_path / "base"
+    shifted(model).save_pretrained(base)
+    model.save_pretrained(tmp_path / "other", max_shard_size=size)
+    name = "x.safetensors" if size == "10GB" else "x.safetensors.index.json"
+    for file in (tmp_path / "other").glob("*.safetensors*"):
+        own = "model.safetensors" + (".index.json" if size == "6KB" else "")
+        (base / (name if file.name == own else file.name)).write_bytes(file.read_bytes())
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"transformers_weights": name}))
+    checkpoint = Checkpoint.open(base)
+    same(checkpoint, loaded(model, base, dtype=torch.float32))
+    same(checkpoint, model.state_dict())
+    assert "model.safetensors" in checkpoint.notes[0]
+
+
+def test_weights_in_a_subfolder_that_nothing_is_merged_into_are_named(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = opt()
+    model.save_pretrained(tmp_path / "base")
+    (tmp_path / "base/original").mkdir()
+    (tmp_path / "base/original/x.safetensors").write_bytes((tmp_path / "base/model.safetensors").read_bytes())
+    path = "model.decoder.layers.0.fc1"
+    a, b = torch.randn(2, 16), torch.randn(24, 2)
+    save_file({f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}, tmp_path / "a.safetensors")
+    command = ["--base", tmp_path / "base", "--adapter", tmp_path / "a.safetensors", "--alpha", "2"]
+    assert _run(["merge", *map(str, command), "-o", str(tmp_path / "out")], False) == 0
+    assert "nothing merged into them: original/x.safetensors" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num_hidden_layers": 100_000}, "num_hidden_layers: 100000"),
+        ({"part": {"n_layer": 10**9}}, "part.n_layer: 1000000000"),
+        ({"depths": [2, 10**6]}, "depths: 1000000"),
+        ({"num_local_experts": 10**6}, "num_local_experts: 1000000"),
+    ],
+)
+def test_a_config_of_more_layers_than_any_model_has_is_refused_before_it_is_built(change, says, tmp_path):
+    torch.manual_seed(0)
+    opt().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match="more layers than any model has") as caught:
+        load_model(tmp_path, "float32")
+    assert says in "".join(caught.value.problems)
+    with (
+        pytest.raises(CheckpointError, match="more layers than any model has"),
+        quiet_config(Checkpoint.open(tmp_path)),
+    ):
+        pass

@@ -36,6 +36,15 @@ Shape = Annotated[tuple[Count, ...], _AXES]
 ShapeRange = tuple[Shape, Shape, Shape]
 
 
+# Whole numbers of these many bits, signed and not, and floating ones as numpy and ml_dtypes call them.
+_ELEMENTS = {
+    "bool",
+    *(f"{sign}int{bits}" for sign in ("", "u") for bits in (4, 8, 16, 32, 64)),
+    *("float16", "bfloat16", "float32", "float64"),
+    *("float4_e2m1fn", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"),
+}
+
+
 @dataclass(frozen=True)
 class Port:
     """An input or output of an engine.
@@ -229,6 +238,8 @@ def _contradictions(record: EngineRecord) -> list[str]:
     for key, entries in (("inputs", record.inputs), ("outputs", record.outputs)):
         for i, port in enumerate(entries):
             ports[port.name] = port
+            if port.dtype not in _ELEMENTS:
+                problems.append(f"{key}[{i}].dtype: {seen(port.dtype)}, wanted a type of numpy or ml_dtypes")
             if port.dims and len(port.dims) != len(port.shape):
                 problems.append(f"{key}[{i}]: {len(port.shape)} axes in shape, {len(port.dims)} in dims")
     for i, profile in enumerate(record.profiles):

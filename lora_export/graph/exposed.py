@@ -278,6 +278,8 @@ def _contradictions(record: ExposedGraph) -> Iterator[str]:
     """Yield what one part of a record says against another."""
     if record.format != FORMAT:
         yield f"format: {record.format}, this version reads {FORMAT}"
+    if not all(letter in "0123456789abcdef" for letter in record.base_sha256):
+        yield f"base_sha256: {seen(record.base_sha256)}, wanted hexadecimal digits"
     first: dict[str, int] = {}
     for i, module in enumerate(record.modules):
         where = f"modules[{i}]"
@@ -285,6 +287,8 @@ def _contradictions(record: ExposedGraph) -> Iterator[str]:
             yield f"{where}.name: {seen(module.name)} is modules[{first[module.name]}] already"
         if module.dtype not in _DTYPES:
             yield f"{where}.dtype: {seen(module.dtype)}, wanted one of {', '.join(_DTYPES)}"
+        if not module.members:
+            yield f"{where}.members: none, wanted at least one"
         cuts = list(module.cuts)
         if cuts != sorted(set(cuts)) or (module.cuts and module.cuts[-1] >= module.out_dim):
             yield f"{where}.cuts: {cuts}, wanted rising numbers below out_dim {module.out_dim}"

@@ -17,6 +17,8 @@ Number = int | Fraction
 
 # A size above this is no size: expressions come from files, and a power has no bound.
 _MAX_SIZE, _MAX_EXPONENT = 2**63, 16
+# Characters of an expression: its syntax tree takes some hundred times as much memory.
+_MAX_LENGTH = 4096
 
 
 def evaluate(expression: str, sizes: Mapping[str, int]) -> int | None:
@@ -31,7 +33,7 @@ def evaluate(expression: str, sizes: Mapping[str, int]) -> int | None:
     if expression in sizes:
         return sizes[expression]
     try:
-        value = _value(ast.parse(expression.strip(), mode="eval").body, sizes)
+        value = _value(_parsed(expression), sizes)
     except (SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, RecursionError, MemoryError):
         return None
     return int(value) if value == int(value) else None
@@ -40,13 +42,19 @@ def evaluate(expression: str, sizes: Mapping[str, int]) -> int | None:
 def names_in(expression: str) -> set[str]:
     """Return the names that an expression is made of; none where it is a name itself, or no expression."""
     try:
-        parsed = ast.parse(expression.strip(), mode="eval").body
+        parsed = _parsed(expression)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return set()
     if isinstance(parsed, ast.Name | ast.Attribute):
         return set()
     called = {id(node.func) for node in ast.walk(parsed) if isinstance(node, ast.Call)}
     return {node.id for node in ast.walk(parsed) if isinstance(node, ast.Name) and id(node) not in called}
+
+
+def _parsed(expression: str) -> ast.expr:
+    if len(expression) > _MAX_LENGTH:
+        raise ValueError("no dimension is written at that length")
+    return ast.parse(expression.strip(), mode="eval").body
 
 
 def _value(node: ast.expr, sizes: Mapping[str, int]) -> Number:

@@ -26,21 +26,13 @@ from lora_export.graph.data_identity import (
     place_problem,
     refuse_changed_data,
 )
+from lora_export.graph.read_model import inlined, read_model
 from lora_export.storage.inputs import note_inputs
 from lora_export.storage.sums import seal
-from lora_export.untrusted.graphs import function_problems, graph_problems
 from lora_export.untrusted.shown import limited
 
 # Tensors without their data that are named: mostly they are all of a file's.
 _SHOWN = 5
-# The domain of ONNX Runtime's own operators.
-ORT_DOMAIN = "com.microsoft"
-# Suffix → what such a file is.
-_OTHERS = {
-    **dict.fromkeys((".engine", ".plan", ".trt"), "a TensorRT engine"),
-    **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin"), "a PyTorch file"),
-    **dict.fromkeys((".xml", ".tflite", ".mlmodel", ".gguf"), "a model in another format"),
-}
 # What a merge can compute in. Everything else (int8, uint4, float8 …) is a quantised weight.
 FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
@@ -111,25 +103,9 @@ def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> Graph
     if not file.is_file():
         raise GraphError(f"no ONNX file at {file}", "check the path")
     note_inputs([file])
-    _refuse_other_formats(file)
-    try:
-        model = ir.load(file)
-    except Exception as error:  # protobuf and onnx_ir raise many kinds for a damaged file
-        first_line = (str(error).splitlines() or [""])[0][:200]
-        raise GraphError(
-            f"{file} is not a readable ONNX file: {type(error).__name__}: {first_line}",
-            "export it again, or copy it again if it was cut short",
-        ) from error
-    if not len(model.graph):
-        raise GraphError(f"{file} holds no nodes: it is empty, cut short or no ONNX file", "export it again")
-    _refuse_invalid(file, function_problems(model))
-    if model.functions:
-        from onnx_ir.passes.common import InlinePass
-
-        model = InlinePass(None if portable else _is_no_operator)(model).model
+    model = inlined(read_model(file), file, portable=portable)
     model.metadata_props.pop(seal.KEY, None)  # of this file, not of what is made from the graph
     graph = GraphFile(model, file)
-    _refuse_invalid(file, list(graph_problems(model)))
     _read_constants(model)
     note_inputs(graph.data_files())
     problems = [problem for value in graph.initializers() for problem in _external_problems(value, file)]
@@ -145,39 +121,6 @@ def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> Graph
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value = DataTensor(value.const_value, Path(value.const_value.path))
     return graph
-
-
-def _refuse_invalid(file: Path, problems: list[str]) -> None:
-    if problems:
-        raise GraphError(
-            f"{file} is not a valid graph",
-            "export it again, or copy it again",
-            limited(problems, most=_SHOWN),
-        )
-
-
-def _is_no_operator(function: ir.Function) -> bool:
-    return function.domain != ORT_DOMAIN
-
-
-def _refuse_other_formats(file: Path) -> None:
-    """Raise `GraphError` for files that people take for ONNX, by their first bytes or their name."""
-    if file.suffix == ".safetensors":
-        raise GraphError(
-            f"{file} holds weights, not a graph",
-            "give an .onnx file, or where a checkpoint is taken as well, the folder that it is in",
-        )
-    with file.open("rb") as opened:
-        start = opened.read(8)
-    if start[4:] == b"ORTM" or file.suffix == ".ort":
-        raise GraphError(
-            f"{file} is in ONNX Runtime's own format (.ort), which can't be changed",
-            "give the .onnx file that it was converted from, and convert the result",
-        )
-    if file.suffix in _OTHERS:
-        raise GraphError(
-            f"{file} is {_OTHERS[file.suffix]}, not an ONNX file", "give the .onnx file that it was made from"
-        )
 
 
 def _read_constants(model: ir.Model) -> None:

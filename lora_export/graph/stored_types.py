@@ -22,7 +22,7 @@ class StoredTypes:
 
     Attributes:
         outputs: Dtype of its first float output.
-        weights: Dtype → bytes of float weights of that dtype.
+        weights: Dtype → bytes of float weights of that dtype that a node reads.
         quantised: Operators that quantise.
     """
 
@@ -42,7 +42,7 @@ def stored_types(graph: GraphFile) -> StoredTypes:
     weights: Counter[str] = Counter()
     for value in graph.initializers():
         tensor = value.const_value
-        if tensor is not None and tensor.dtype in FLOAT_TYPES and len(tensor.shape) > 1:
+        if tensor is not None and value.uses() and tensor.dtype in FLOAT_TYPES and len(tensor.shape) > 1:
             weights[_NAMES[tensor.dtype.name]] += byte_size(tensor)
     floats = [
         _NAMES[output.dtype.name]

@@ -164,12 +164,12 @@ def _earlier_manifest(data: dict[str, object]) -> Description:
 
 
 def _graph(path: Path) -> Description:
-    import onnx_ir as ir
+    from lora_export.graph.read_model import read_model
 
     try:
-        model = ir.load(path)
-    except Exception as error:  # protobuf and onnx_ir raise many kinds for a damaged file
-        return Description(problems=(f"it is not a readable ONNX file: {type(error).__name__}",))
+        model = read_model(path)
+    except GraphError as error:
+        return Description(problems=error.problems or (error.message,))
     used = {str(tensor.location) for _, tensor in external_tensors(model)}
     try:
         identity = read_identity(model.metadata_props, path)

@@ -17,7 +17,7 @@ from lora_export.base.reads import files_read
 from lora_export.errors import OutputError
 from lora_export.machines.packages import package_versions
 from lora_export.modes.merging.blend import AdapterLike, check_blend
-from lora_export.modes.merging.checkpoint_files import small_files
+from lora_export.modes.merging.checkpoint_files import small_files, unmerged_notes
 from lora_export.modes.merging.into_checkpoint import CheckpointMerge, plan_merge
 from lora_export.modes.merging.report import MergeReport
 from lora_export.plan import Plan
@@ -81,6 +81,7 @@ def merge_checkpoint(
     _refuse_output(target, inputs, force)
     refuse_inputs([target], reads)
     small, left_out = small_files(merge.checkpoint, merge.placed.changes)
+    plan = replace(plan, notes=(*plan.notes, *unmerged_notes(merge.checkpoint, small)))
     report = MergeReport(plan, {}, {"folder": target}, merge.size_bytes, 0, tuple(left_out), dry_run)
     if dry_run:
         return report

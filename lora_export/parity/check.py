@@ -133,6 +133,11 @@ def check_parity(
         sides.notes += ids_left(runs, about.ports, vocabulary_of(sides))
     judge = Judge(sides.dtype, options.tolerance, sides.merged.rounding)
     verdicts = [*judge.judge(comparison.tallies), *comparison.coverage(), *comparison.laws.judge(judge)]
+    if (rounding := sides.merged.rounding) and any(limit.is_bounded for limit in judge.limits.values()):
+        sides.notes.append(
+            f"{rounding.source} says that rounding cost {rounding.relative:.2g} of what was merged: no more "
+            f"is believed than weights in {rounding.dtype} can lose"
+        )
     generated: list[Generated] = []
     if generate:
         say("generating", 0.95)

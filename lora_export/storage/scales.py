@@ -55,6 +55,8 @@ def grid_of(
 
 
 def _along(size: int, count: int, given: int) -> int | None:
+    if count < 1:
+        return None
     if count in (1, size):
         return size // count
     fitting = {block for block in (given or _USUAL_BLOCK,) if -(-size // block) == count}

@@ -19,6 +19,8 @@ from lora_export.untrusted.shown import shown
 
 T = TypeVar("T")
 _SEEN = 60
+# What sizes and numbers of bytes are held in, here and in what reads our records.
+_LARGEST = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,8 @@ class _Checker:
             return data
         if wanted is float:
             return self._float(data, where)
+        if type(data) is int and not -_LARGEST <= data <= _LARGEST:
+            self._complain(where, data, "an integer of 64 bits")
         return data
 
     def _float(self, data: Any, where: str) -> float:

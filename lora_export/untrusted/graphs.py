@@ -1,7 +1,9 @@
 """A graph of a stranger, held to what everybody who reads it takes for granted.
 
-1. A constant has an element type, sizes that are not negative, and as many values as its shape says.
+1. A constant has an element type, sizes that are not negative, and as many values as its shape says; not more
+   axes or elements than an array can have.
 2. A node has the inputs and outputs that its operator needs, and its attributes are of the operator's types.
+   Outside of functions none refers to a function's attribute, and an element type is one that ONNX has.
 3. Functions do not call themselves, and with every call replaced by its body the graph stays a graph: twenty
    functions that each call the next one twice are a million nodes.
 
@@ -21,6 +23,10 @@ import onnx_ir as ir
 from lora_export.untrusted.shown import shown
 
 MAX_NODES = 2_000_000
+# Of numpy's arrays (NPY_MAXDIMS); more elements can't be counted, also where one of the sizes is 0.
+_MAX_AXES, _MAX_ELEMENTS = 64, 2**63 - 1
+# Attributes that hold an element type.
+_TYPES = ("to", "dtype", "output_dtype")
 _NAME = 120
 # Of ONNX Runtime's own operators, for which the onnx package has no schemas: what is read here.
 _KINDS = {
@@ -47,7 +53,7 @@ _KINDS = {
 
 
 def graph_problems(model: ir.Model) -> Iterator[str]:
-    """Yield what is wrong with a model whose functions have been inlined (rules 1 and 2)."""
+    """Yield what is wrong with a model outside of its functions (rules 1 and 2)."""
     for graph in (model.graph, *model.graph.subgraphs()):
         for value in graph.initializers.values():
             if value.const_value is not None:
@@ -96,7 +102,11 @@ def _tensor_problems(tensor: ir.TensorProtocol, name: str) -> Iterator[str]:
         yield f"{name}: no element type that ONNX has ({shown(error, _NAME)})"
         return
     sizes = [int(size) for size in tensor.shape.numpy()]
-    if any(size < 0 for size in sizes):
+    if len(sizes) > _MAX_AXES:
+        yield f"{name}: {len(sizes)} axes, wanted at most {_MAX_AXES}"
+    elif math.prod(size for size in sizes if size > 0) > _MAX_ELEMENTS:
+        yield f"{name}: shape {shown(sizes, _NAME)}, wanted at most {_MAX_ELEMENTS} elements"
+    elif any(size < 0 for size in sizes):
         yield f"{name}: shape {sizes}, wanted sizes of 0 or more"
     elif isinstance(tensor, ir.ExternalTensor) and is_text:
         yield f"{name}: texts can't lie in another file"
@@ -131,10 +141,13 @@ def _broken(node: ir.Node, schema: _Schema | None) -> Iterator[str]:
         if attribute.type == ir.AttributeType.UNDEFINED:
             yield f"the attribute {shown(attribute.name, _NAME)} has no type"
         elif attribute.is_ref():
-            continue
+            name = shown(attribute.name, _NAME)
+            yield f"the attribute {name} refers to a function's, outside of functions"
         elif kind and attribute.type.name != kind:
             name = shown(attribute.name, _NAME)
             yield f"the attribute {name} is of type {attribute.type.name}, wanted {kind}"
+        elif kind == "INT" and attribute.name in _TYPES and not _is_type(attribute.value):
+            yield f"the attribute {attribute.name} is {attribute.value}, wanted an element type that ONNX has"
         elif attribute.type == ir.AttributeType.TENSOR:
             yield from _tensor_problems(attribute.value, shown(attribute.name, _NAME))
     if schema is None:
@@ -146,6 +159,13 @@ def _broken(node: ir.Node, schema: _Schema | None) -> Iterator[str]:
         yield f"no input {', '.join(map(str, missing))}, which the operator needs"
     if absent := [name for name in schema.required if name not in node.attributes]:
         yield f"no attribute {', '.join(absent)}, which the operator needs"
+
+
+def _is_type(number: int) -> bool:
+    try:
+        return ir.DataType(number) is not None
+    except ValueError:
+        return False
 
 
 class _Schema:

@@ -21,9 +21,11 @@ from lora_export.base.capture.export import (
     tensor_names,
 )
 from lora_export.base.checkpoint.checkpoint import Checkpoint, diffusers_class, no_folder, read_config
+from lora_export.base.checkpoint.layer_counts import refuse_many_layers
 from lora_export.base.checkpoint.links import refuse_links
 from lora_export.base.checkpoint.own_code import model_class, never_asked, refuse_own_code
 from lora_export.base.checkpoint.quantised import refuse_bare_codes
+from lora_export.base.checkpoint.weight_files import refuse_chosen_elsewhere
 from lora_export.base.history.history import MANIFEST, history_of
 from lora_export.base.history.in_graph import CAPTURED_KEY, entries_before
 from lora_export.errors import CheckpointError, OutputError
@@ -172,7 +174,10 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
         raise CheckpointError(f"{path} is an adapter, not a base model", "give the folder of its base model")
     _refuse_diffusers(path)
     refuse_links(path, [found for kind in ("json", "safetensors", "bin") for found in path.glob(f"*.{kind}")])
-    refuse_own_code(path, read_config(path))
+    written = read_config(path)
+    refuse_own_code(path, written)
+    refuse_chosen_elsewhere(path, written)
+    refuse_many_layers(path, written)
     _refuse_adapter_beside(path)
     refuse_bare_codes(path)
     with quiet(), never_asked():
@@ -264,15 +269,20 @@ def _describe(model: Any, outputs: Mapping[str, Any], dtype: str, kv_cache: bool
         return Captured("vision", kv_cache, dtype)
     elif any(outputs.get(name) is not None for name in ("past_key_values", "cache_params")):
         kind = "decoder"
-    longest = _longest(model, config)
+    longest = longest_of(model, config)
     dims = [SEQUENCE]
     dims += [DECODER_SEQUENCE] * (kind == "encoder-decoder") + [PAST_SEQUENCE, TOTAL_SEQUENCE] * kv_cache
     largest = dict.fromkeys(dims, longest) if longest else {}
     return Captured(kind, kv_cache, dtype, getattr(config, "vocab_size", None), largest)
 
 
-def _longest(model: Any, config: Any) -> int | None:
-    """How many positions there are, where the config says it."""
+def longest_of(model: Any, config: Any) -> int | None:
+    """Return how many positions a model of transformers has; None where its config doesn't say it.
+
+    Args:
+        model: The module.
+        config: Of its text.
+    """
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None

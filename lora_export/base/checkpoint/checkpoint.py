@@ -103,7 +103,7 @@ class Checkpoint:
         # Not the headers' files alone: all that says what the weights are, such as the index.
         note_inputs(path for path in folder.glob("*") if path.suffix in (".json", ".safetensors"))
         config = read_config(folder)
-        found = find_weights(folder, is_diffusers=_diffusers_class(config) != "")
+        found = find_weights(folder, is_diffusers=_diffusers_class(config) != "", config=config)
         if found is None:
             raise _no_safetensors(folder)
         refuse_links(folder, [folder / name for name in ("config.json", found.name, *found.files)])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.base.checkpoint.checkpoint import Checkpoint
+from lora_export.base.checkpoint.layer_counts import refuse_many_layers
 from lora_export.base.checkpoint.own_code import model_class, never_asked, why_not_built
 from lora_export.errors import CheckpointError
 from lora_export.storage.commit.leftovers import scratch_folder
@@ -52,6 +53,7 @@ def quiet_config(
     """
     import transformers
 
+    refuse_many_layers(checkpoint.folder, checkpoint.config)
     verbosity = transformers.logging.get_verbosity()
     # Its remarks about the config are for those who run the model.
     transformers.logging.set_verbosity_error()

@@ -2,25 +2,33 @@
 
 A folder of the hub may hold several sets of weights: copies in another dtype, called variants
 (``model.fp16.safetensors``, ``model.safetensors.index.fp16.json``), and the files of other programs
-(Mistral's ``consolidated``). Loaded is the set without a variant under the library's own name.
+(Mistral's ``consolidated``). Loaded is the set without a variant under the library's own name, unless
+transformers takes another one (`refuse_chosen_elsewhere`): a config's ``transformers_weights`` names one, and
+the parts of a distributed checkpoint come before all others.
 
-Source: https://github.com/huggingface/transformers ``modeling_utils.py`` (``_add_variant``), and diffusers
+Source: https://github.com/huggingface/transformers ``modeling_utils.py`` (``_add_variant``,
+``_get_resolved_checkpoint_files``) and ``distributed/checkpoint.py``, and diffusers
 ``models/model_loading_utils.py``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lora_export.errors import CheckpointError
 from lora_export.untrusted.documents import read_json
+from lora_export.untrusted.fields import seen
 
 _STEMS = ("model", "diffusion_pytorch_model")
 _SINGLE = re.compile(rf"(?P<stem>{'|'.join(_STEMS)})(?:\.(?P<variant>[^.]+))?\.safetensors")
+_KEY = "transformers_weights"
+_DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
+# Model type → files that its class reads beside the model's own (``PreTrainedConfig.extra_files``).
+_EXTRA = {"jev": ("head.safetensors", "readout.safetensors")}
 _INDEX = re.compile(r"(?P<stem>.+)\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json")
 
 
@@ -50,17 +58,71 @@ def is_index(name: str) -> bool:
     return _INDEX.fullmatch(name) is not None
 
 
-def find_weights(folder: Path, is_diffusers: bool) -> WeightFiles | None:
+def refuse_chosen_elsewhere(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` where transformers would load other weights than those of the usual names.
+
+    Args:
+        folder: Of a checkpoint of transformers.
+        config: Its config.json.
+    """
+    problems = [
+        f"config.json: {place}: {seen(name)}"
+        for place, name in _named(config)
+        # A name of the folder's own is followed; of a part's config nothing tells whether it is read.
+        if place != _KEY or not (isinstance(name, str) and _is_plain(folder, name))
+    ]
+    if folder.is_dir():
+        names = [path.name for path in folder.glob("*.safetensors")]
+        parts = sorted(name for name in names if _DISTRIBUTED.fullmatch(name))
+        problems += [
+            f"{name}: a part of a distributed checkpoint, loaded before all others" for name in parts
+        ]
+        kind = config.get("model_type")
+        extra = _EXTRA.get(kind, ()) if isinstance(kind, str) else ()
+        problems += [f"{name}: loaded beside the model's own weights" for name in names if name in extra]
+    if problems:
+        raise CheckpointError(
+            f"transformers would load other weights of {folder} than those of the usual names",
+            "load the model with transformers and save it again with save_pretrained, or name one file (or "
+            f"index) that lies in the folder itself with {_KEY}",
+            problems,
+        )
+
+
+def _named(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield place and value of each ``transformers_weights``, of parts' configs as well; null is none."""
+    levels: list[tuple[str, Mapping[str, Any]]] = [("", config)]
+    while levels:
+        place, level = levels.pop()
+        if level.get(_KEY) is not None:
+            yield place + _KEY, level[_KEY]
+        levels += [(f"{place}{key}.", part) for key, part in level.items() if isinstance(part, dict)]
+
+
+def _is_plain(folder: Path, name: str) -> bool:
+    ends = name.endswith((".safetensors", ".safetensors.index.json"))
+    return ends and Path(name).name == name and "\0" not in name and (folder / name).is_file()
+
+
+def find_weights(folder: Path, is_diffusers: bool, config: Mapping[str, Any]) -> WeightFiles | None:
     """Return the model's weights in a folder; None where it holds no safetensors.
 
     Args:
         folder: Of a checkpoint.
         is_diffusers: Its config is diffusers', which has a name of its own for weights.
+        config: Its config.json.
 
     Raises:
-        CheckpointError: There are several sets, and no rule says which one is the model.
+        CheckpointError: There are several sets, and no rule says which one is the model, or transformers
+            would load another one.
     """
     sets = _sets(folder)
+    if not is_diffusers:
+        refuse_chosen_elsewhere(folder, config)
+        if (named := config.get(_KEY)) is not None:
+            chosen = [found for found in sets if found.name == named]
+            # A file that an index names is no set, and an adapter's is none of a base.
+            return _noted(chosen[0] if chosen else WeightFiles(named, "", "", None, (named,)), sets)
     stems = _STEMS[::-1] if is_diffusers else _STEMS
     for stem in stems:
         own = [found for found in sets if found.stem == stem]

@@ -32,7 +32,7 @@ def _ties_others(file: Path) -> bool:
     try:
         text = file.read_text("utf-8")
         tree = ast.parse(text) if _TABLE in text else None
-    except (OSError, ValueError, SyntaxError):
+    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
         return True
     return tree is not None and any(map(_is_other, ast.walk(tree)))
 
@@ -50,5 +50,12 @@ def _is_other(node: ast.AST) -> bool:
     try:
         table = ast.literal_eval(node.value) or {}
         return any(_PLAIN.fullmatch(name) is None for name in (*table, *table.values()))
-    except (ValueError, TypeError, AttributeError):  # put together, or no table of names
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        SyntaxError,
+        RecursionError,
+        MemoryError,
+    ):  # put together, or no table of names
         return True

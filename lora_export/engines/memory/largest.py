@@ -9,7 +9,7 @@ are not read.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from lora_export.adapter import Array
 from lora_export.engines.record import Profile
 from lora_export.graph.expressions import evaluate
 from lora_export.graph.onnx_file import GraphFile, initializer_of, shape_of
+from lora_export.untrusted.computed import elements
 
 if TYPE_CHECKING:
     import onnx
@@ -36,6 +37,8 @@ _INDEX_OPERATORS = frozenset(_INDEX_NAMES.split())
 _MAX_PROPAGATED = 1 << 20
 # A shape has a few elements, and a chain of such operators is a few layers of inference deep.
 _MAX_ELEMENTS, _MAX_ROUNDS = 64, 8
+# What one node may make of such constants: a choice of some from some.
+_MAX_COMPUTED = _MAX_ELEMENTS**2
 
 
 @dataclass(frozen=True)
@@ -227,15 +230,22 @@ def _index(node: ir.Node, opset: int) -> Array | None:
         shape = _evaluated(node.inputs[0].shape, {}) if node.inputs[0] is not None else None
         start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", None)
         return None if shape is None else np.array(shape[start:end], np.int64)
-    arrays = {str(value.name): _small(value) for value in node.inputs if value is not None}
-    known = {name: array for name, array in arrays.items() if array is not None}
-    if len(known) < len(arrays):
+    inputs = [None if value is None else _small(value) for value in node.inputs]
+    if any(value is not None and array is None for value, array in zip(node.inputs, inputs, strict=True)):
         return None
-    count = _count(node, list(known.values()))
-    if count > _MAX_ELEMENTS:
+    proto = ir.to_proto(node)
+    try:
+        count = elements(proto, inputs)
+        if count <= _MAX_COMPUTED:
+            return _run(proto, inputs, opset)
         # Positions of a whole sequence: how many they are is all that a shape needs.
-        return np.broadcast_to(next(iter(known.values())), (count,)) if node.op_type == "Range" else None
-    return _run(node, known, opset)
+        return (
+            np.broadcast_to(inputs[0], (count,))
+            if node.op_type == "Range" and inputs[0] is not None
+            else None
+        )
+    except Exception:  # onnx and numpy raise many kinds, and what can't be computed stays unknown
+        return None
 
 
 def _small(value: ir.Value) -> Array | None:
@@ -247,29 +257,16 @@ def _small(value: ir.Value) -> Array | None:
     return array
 
 
-def _count(node: ir.Node, arrays: list[Array]) -> int:
-    """Return how many elements a node makes that can make many out of few; 0 for others."""
-    if node.op_type == "ConstantOfShape":
-        return math.prod(int(size) for size in arrays[0])
-    if node.op_type == "Range" and len(arrays) == 3 and arrays[2]:
-        start, limit, delta = (float(array) for array in arrays)
-        return max(math.ceil((limit - start) / delta), 0)
-    return 0
-
-
-def _run(node: ir.Node, inputs: Mapping[str, Array], opset: int) -> Array | None:
+def _run(node: onnx.NodeProto, inputs: Sequence[Array | None], opset: int) -> Array | None:
     # onnx_ir runs nothing.
     from onnx import helper
     from onnx.reference import ReferenceEvaluator
 
+    known = {name: array for name, array in zip(node.input, inputs, strict=True) if array is not None}
     ports = [
         helper.make_tensor_value_info(name, ir.DataType.from_numpy(array.dtype), array.shape)
-        for name, array in inputs.items()
+        for name, array in known.items()
     ]
-    output = helper.make_empty_tensor_value_info(str(node.outputs[0].name))
-    graph = helper.make_graph([ir.to_proto(node)], "index", ports, [output])
-    try:
-        results = ReferenceEvaluator(graph, opsets={"": opset}).run(None, {**inputs})
-    except Exception:  # it raises many kinds, and what it can't compute stays unknown
-        return None
+    graph = helper.make_graph([node], "index", ports, [helper.make_empty_tensor_value_info(node.output[0])])
+    results = ReferenceEvaluator(graph, opsets={"": opset}).run(None, known)
     return np.asarray(results[0]) if isinstance(results, list) else None

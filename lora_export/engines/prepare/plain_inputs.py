@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from lora_export.engines.prepare.problem import Problem, of_places
 from lora_export.graph.exposed import KEY, WEIGHTS_INPUT, ExposedGraph, ExposedModule, exposed_of
+from lora_export.graph.exposed_inputs import size_problems
 from lora_export.graph.onnx_file import GraphFile, shape_of
 
 # From this version on an input with an initializer is a choice; before, weights had to be inputs as well.
@@ -76,7 +77,14 @@ def _record_problems(graph: GraphFile, record: ExposedGraph) -> Iterator[Problem
         "the graph's LoRA record names it, the graph has it no more",
         "make the graph again with swap-onnx or bank-onnx; a tool has changed it since",
     )
-    if missing or not record.input_names():
+    shapes = {name: None if value.shape is None else value.shape.dims for name, value in inputs.items()}
+    sizes = size_problems(record, shapes)
+    yield from of_places(
+        sizes,
+        "the graph's LoRA record says other sizes",
+        "make the graph again with swap-onnx or bank-onnx; a tool has changed it since",
+    )
+    if missing or sizes or not record.input_names():
         return
     dynamic = [
         f"module {module.name}"

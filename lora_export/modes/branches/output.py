@@ -13,6 +13,7 @@ from lora_export.base.open_base import Base
 from lora_export.errors import GraphError
 from lora_export.graph.data_identity import mark_data
 from lora_export.graph.exposed import KEY, ExposedGraph
+from lora_export.graph.exposed_inputs import size_problems
 from lora_export.graph.external_data import plan_data, write_data
 from lora_export.graph.onnx_file import GraphFile, save_graph
 from lora_export.machines.packages import package_versions
@@ -138,6 +139,16 @@ def refuse_lost_inputs(exposed: ExposedGraph, graph: GraphFile) -> None:
                 lost.append(f"{name}: not an input any more")
             elif inputs[name] != dtype:
                 changed.append(f"{name}: {inputs[name]}, the record says {dtype}")
+    shapes = {
+        str(value.name): None if value.shape is None else value.shape.dims for value in graph.graph.inputs
+    }
+    sizes = [] if lost or changed else size_problems(exposed, shapes)
+    if sizes:
+        raise GraphError(
+            f"{graph.path}: {len(sizes)} LoRA inputs have other sizes than the graph's record says",
+            "make it again with swap-onnx or bank-onnx; a tool has changed it since",
+            sizes[:_SHOWN],
+        )
     if lost or changed:
         raise GraphError(
             f"{graph.path} was changed after LoRA was exposed in it: {len(lost)} of its LoRA inputs "

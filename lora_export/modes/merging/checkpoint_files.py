@@ -64,6 +64,19 @@ def small_files(checkpoint: Checkpoint, changed: Container[str]) -> tuple[list[P
     return small, left_out
 
 
+def unmerged_notes(checkpoint: Checkpoint, small: Sequence[Path]) -> tuple[str, ...]:
+    """Return a note on weights in subfolders that are copied as they are; modules of the model are none."""
+    modules = [Path(path) for path in module_paths(checkpoint.folder)]
+    nested = [
+        str(path)
+        for path in small
+        if path.suffix == ".safetensors"
+        and len(path.parts) > 1
+        and not any(module in path.parents for module in modules)
+    ]
+    return (f"copied as they are, with nothing merged into them: {', '.join(nested)}",) if nested else ()
+
+
 def _is_language(path: Path, changed: Container[str]) -> bool:
     """Whether a file holds a language's weights, none of which the merge changes."""
     if not fnmatch(path.name, _LANGUAGE):

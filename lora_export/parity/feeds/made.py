@@ -40,6 +40,8 @@ __all__ = ["Feed", "InputPort", "ids_left", "make_feeds", "ports_of_graph", "rea
 _PAST_SCALE = 0.5
 # Of a graph whose table of token types can't be seen: BERT's.
 _TYPES = 2
+# The largest of today's models have some hundred thousands; all ids are shuffled at once.
+_MAX_VOCABULARY = 1 << 22
 _PADDINGS = ("none", "left", "right")
 
 
@@ -104,6 +106,11 @@ def _unclear(ports: Sequence[InputPort], captured: Captured | None, vocab_size: 
         f"{port.name}: {port.text}, nothing tells how many token ids there are"
         for port in ports
         if port.kind == "ids" and vocabularies[port.name] is None
+    ]
+    problems += [
+        f"{name}: a vocabulary of {size} tokens, wanted at most {_MAX_VOCABULARY}"
+        for name, size in vocabularies.items()
+        if size is not None and size > _MAX_VOCABULARY
     ]
     if vocab_size is not None and vocab_size < 1:
         problems.append(f"a vocabulary of {vocab_size} tokens")

@@ -3,7 +3,9 @@
 ``auto`` takes no number out of the air: PyTorch itself is run in the candidate's dtype on the same feeds,
 adapter unmerged, and loses something against the reference in higher precision. The candidate may lose
 `FACTOR` times as much: it adds up in another order, and fuses operators. To that comes what the merge's own
-report says that rounding W0 + ΔW cost, times the adapter's effect (`ROUNDING_FACTOR`).
+report says that rounding W0 + ΔW cost, times the adapter's effect (`ROUNDING_FACTOR`), but not more than
+rounding all weights to the dtype that they are stored in can cost (`STEPS` of it): the report is the
+candidate's own.
 
 What is measured is pooled over the layers of a cache, because a single layer's figure is a matter of luck; a
 layer in which PyTorch loses more than in all together may lose `FACTOR` times that. On
@@ -60,6 +62,7 @@ class Limit:
         each: Output → the limit of its relative error: a layer of a cache may lose more than all together.
         ties: What is in ``relative`` for ties of routers.
         norm: ‖reference‖ of the group, which ``relative`` is to.
+        is_bounded: Of rounding less was taken than the manifest says.
     """
 
     relative: float
@@ -69,6 +72,7 @@ class Limit:
     each: Mapping[str, float] = field(default_factory=dict)
     ties: float = 0.0
     norm: float = 0.0
+    is_bounded: bool = False
 
     def over(self, norm: float) -> Limit:
         """Return the limits of fewer positions, of this ‖reference‖: a tie is a larger share of them."""
@@ -90,10 +94,17 @@ class Rounding:
     Attributes:
         relative: ‖round(W) − W‖ / ‖ΔW‖ over all modules.
         source: The manifest.
+        dtype: What most of the candidate's weights are stored in.
     """
 
     relative: float
     source: str
+    dtype: str = "bfloat16"
+
+    def cost(self, effect: float) -> tuple[float, bool]:
+        """Return what the limit of the relative error rises by, and whether that is less than is said."""
+        said, most = ROUNDING_FACTOR * self.relative * effect, STEPS * STEP[self.dtype]
+        return min(said, most), said > most
 
 
 def pooled_own(tallies: Sequence[Tally]) -> tuple[float, float] | None:
@@ -153,10 +164,12 @@ def limit_of(
         found = max(worst_own, own[0], step)
         worst = WORST_FACTOR * found
         why_worst = f"{WORST_FACTOR:g} × PyTorch's own worst in {dtype}, {found:.1e}"
+    is_bounded = False
     if rounding is not None and rounding.relative > 0 and effect > 0:
-        more = ROUNDING_FACTOR * rounding.relative * effect
+        more, is_bounded = rounding.cost(effect)
         relative, worst = relative + more, worst + WORST_FACTOR / FACTOR * more
         why += f" + {ROUNDING_FACTOR:g} × rounding {rounding.relative:.2g} × effect {effect:.2g}"
+        why += f" (of which {more:.1e} is what {rounding.dtype} can lose)" * is_bounded
         why_worst += f" + rounding {WORST_FACTOR / FACTOR * more:.1e}"
     if ties[0]:
         relative, worst = relative + TIES_FACTOR * ties[0], worst + TIES_FACTOR * ties[1]
@@ -167,7 +180,7 @@ def limit_of(
     most = max(WORST_CEILING, WORST_OVER * (worst_own or 0.0), WORST_OVER * ties[1])
     if worst > most:
         worst, why_worst = most, f"{why_worst}, but at most {most:.2g}: a position without values is off by 1"
-    return Limit(relative, worst, why, why_worst, ties=TIES_FACTOR * ties[0])
+    return Limit(relative, worst, why, why_worst, ties=TIES_FACTOR * ties[0], is_bounded=is_bounded)
 
 
 def effect_limit(
@@ -184,8 +197,8 @@ def effect_limit(
     """
     lost = own if own is not None else STEPS * STEP[dtype] / (2 * effect)
     limit, why = 2 * lost, f"2 × {'PyTorch’s own' if own is not None else 'the step’s'} {lost:.2g} in {dtype}"
-    if rounding is not None and rounding.relative > 0:
-        limit += ROUNDING_FACTOR * rounding.relative
+    if rounding is not None and rounding.relative > 0 and effect > 0:
+        limit += rounding.cost(effect)[0] / effect
         why += f" + {ROUNDING_FACTOR:g} × rounding {rounding.relative:.2g}"
     if ties:
         limit += TIES_FACTOR * ties

@@ -19,6 +19,7 @@ from lora_export.graph.exposed import KEY, UNHASHED, WEIGHTS_INPUT, ExposedGraph
 from lora_export.graph.onnx_file import GraphFile, load_graph
 from lora_export.graph.stored_types import StoredTypes, stored_types
 from lora_export.parity.feeds.made import InputPort, ports_of_graph
+from lora_export.parity.judge.limits import STEP
 from lora_export.parity.result import BASE, State, state_of
 from lora_export.runtimes.ort.device import DeviceMemory, Provider, host_value
 from lora_export.runtimes.ort.open import open_session
@@ -57,8 +58,10 @@ class About:
 
     @property
     def dtype(self) -> str:
-        """The dtype that it claims to compute in: the capture's, else that of its outputs."""
-        return self.captured.dtype if self.captured else self.types.outputs
+        """The dtype that it computes in: the capture's, where outputs or weights are as coarse as that."""
+        outputs, mostly = self.types.outputs, self.types.mostly or self.types.outputs
+        shown = max(STEP[outputs], STEP[mostly])
+        return self.captured.dtype if self.captured and STEP[self.captured.dtype] <= shown else outputs
 
     @property
     def caches(self) -> bool:
@@ -312,13 +315,13 @@ def _describe_engine(path: Path, engine: EngineRecord) -> About:
     ports = tuple(
         InputPort(
             port.name,
-            np.dtype(getattr(ml_dtypes, port.dtype) if port.dtype == "bfloat16" else port.dtype),
+            np.dtype(getattr(ml_dtypes, port.dtype, port.dtype)),
             tuple(port.dims or port.shape),
         )
         for port in engine.inputs
         if port.name not in lora
     )
-    floats = [port.dtype for port in engine.outputs if "float" in port.dtype]
+    floats = [port.dtype for port in engine.outputs if port.dtype in STEP]
     types = StoredTypes(floats[0] if floats else "float32", {}, ())
     return About(
         path,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora_export.adapter import Adapter
@@ -16,6 +16,7 @@ from lora_export.parity.judge.limits import STEP
 from lora_export.parity.judge.verdicts import Tolerance
 from lora_export.parity.result import BASE, State, state_name
 from lora_export.parity.sides.candidate import About, Candidate, describe, open_candidate
+from lora_export.parity.sides.claims import believed, dtype_notes
 from lora_export.parity.sides.merged import Merged, read_merged
 from lora_export.parity.sides.reference import (
     CheckpointReference,
@@ -127,6 +128,9 @@ def open_sides(
             "give what it was exported from: a checkpoint folder, another graph, or saved outputs",
         )
     merged = _merged(about, adapters, weights)
+    if merged.rounding is not None:
+        stored = about.types.mostly or about.types.outputs
+        merged = replace(merged, rounding=replace(merged.rounding, dtype=stored))
     blend = merged.state
     dtype = options.dtype or about.dtype
     if about.types.quantised and options.tolerance.auto:
@@ -151,7 +155,10 @@ def open_sides(
     if isinstance(right, CheckpointReference) and dtype != high:
         own = TorchReference(reference, dtype, adapters)
     code = code_notes(read_config(reference)) if isinstance(right, CheckpointReference) else ()
-    notes = [*code, *merged.notes, *_of_dtypes(about, dtype, reference, str(right.about["dtype"]))]
+    captured, claims = believed(about, right)
+    opened.about = replace(about, captured=captured)
+    claims += dtype_notes(about) if options.dtype is None else []
+    notes = [*code, *merged.notes, *claims, *_of_dtypes(about, dtype, reference, str(right.about["dtype"]))]
     return Sides(opened, right, own, dtype, merged, blend, notes)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,17 @@ from lora_export.adapter import Array
 from lora_export.binding.base_weights import GraphWeights, WeightOf
 from lora_export.errors import BackendError, GraphError
 from lora_export.graph.exposed import WEIGHTS_INPUT, ExposedGraph, exposed_of
+from lora_export.graph.exposed_inputs import size_problems
 from lora_export.runtimes.feeds import Feeds, check_feeds, choose_outputs
 from lora_export.runtimes.ort.cuda_graphs import CudaGraphs
 from lora_export.runtimes.ort.device import DTYPES, DeviceMemory, OrtValue, Provider, host_value
 from lora_export.runtimes.ort.open import open_session
 from lora_export.runtimes.ort.resident import Resident
 from lora_export.storage.inputs import same_inputs
+from lora_export.untrusted.shown import limited
+
+# Inputs with other sizes that are named: mostly they are all of a graph's.
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -188,7 +193,7 @@ def _as_bound(value: Array | OrtValue) -> Array | OrtValue:
     return host_value(values) if values.dtype.kind == "V" else values
 
 
-def _check_record(record: ExposedGraph, ports: Iterable[str], path: Path) -> None:
+def _check_record(record: ExposedGraph, ports: Mapping[str, Port], path: Path) -> None:
     wanted = record.input_names()
     if record.mode == "bank":
         wanted += [WEIGHTS_INPUT, record.batch_input]
@@ -197,4 +202,10 @@ def _check_record(record: ExposedGraph, ports: Iterable[str], path: Path) -> Non
             f"{path}: the LoRA record names {len(missing)} inputs that the graph lacks (of {len(wanted)})",
             "a tool has changed the graph since; make it again with swap-onnx or bank-onnx",
             missing,
+        )
+    if sizes := size_problems(record, {name: port.shape for name, port in ports.items()}):
+        raise GraphError(
+            f"{path}: {len(sizes)} LoRA inputs have other sizes than the LoRA record says",
+            "a tool has changed the graph since; make it again with swap-onnx or bank-onnx",
+            limited(sizes, most=_SHOWN),
         )

@@ -12,7 +12,6 @@ In the order in which they are to be believed:
 
 from __future__ import annotations
 
-import ast
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ import onnx_ir as ir
 from lora_export.formats.reading.wrappers import strip_wrappers
 from lora_export.sites.naming.names import fused_of
 from lora_export.sites.slot import Use
+from lora_export.untrusted.texts import listed_texts
 
 SCOPE, NODE_NAME, FOLDED, WEIGHT_NAME = "scope", "node name", "folded from", "weight name"
 SOURCES = (SCOPE, NODE_NAME, FOLDED, WEIGHT_NAME)
@@ -100,12 +100,7 @@ def scope_class(node: ir.Node) -> str | None:
 
 
 def _listed(node: ir.Node, key: str) -> list[str]:
-    text = node.metadata_props.get(key)
-    try:
-        scopes = ast.literal_eval(text) if text else []
-    except (SyntaxError, ValueError):
-        return []
-    return [str(scope) for scope in scopes] if isinstance(scopes, list) else []
+    return listed_texts(node.metadata_props.get(key))
 
 
 def node_path(node: ir.Node) -> str | None:
@@ -143,11 +138,7 @@ def folded_names(value: ir.Value) -> list[str]:
     """Names of the initializers that onnxscript's optimiser computed this one from."""
     tensor = value.const_value
     text = value.metadata_props.get(_FOLDED) or (tensor.metadata_props.get(_FOLDED) if tensor else None)
-    try:
-        names = ast.literal_eval(text) if text else []
-    except (SyntaxError, ValueError):
-        return []
-    return [str(name) for name in names] if isinstance(names, (list, tuple, set)) else []
+    return listed_texts(text, "[({")
 
 
 def weight_path(name: str) -> str:

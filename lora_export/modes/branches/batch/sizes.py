@@ -17,6 +17,9 @@ Size = int | Literal["batch", "times", "other"] | None
 SizeOf = Callable[[ir.Value, int], Size]
 _PASSED = {"Cast", "Identity", "Unsqueeze", "Squeeze"}
 _MANY_AXES = 16
+# Entries of a vector of sizes, and how much it is computed from: an array has at most 64 axes.
+_MAX_LENGTH, _MAX_DEPTH, _MAX_VALUES = 256, 100, 2000
+_MAX_SIZE = 2**63 - 1
 _ARITHMETIC = {"Add", "Div", "Mod", "Mul", "Sub"}
 
 
@@ -27,47 +30,104 @@ def sizes_of(value: ir.Value | None, size_of: SizeOf) -> list[Size] | None:
         value: The vector.
         size_of: Says what the size of a value's axis is.
     """
-    if value is None:
-        return None
-    if (numbers := numbers_of(value)) is not None:
-        return list(numbers)
-    node = value.producer()
-    if node is None or node.domain not in ("", "ai.onnx"):
-        return None
-    if node.op_type in _PASSED:
-        # What is unsqueezed to be joined with others is a scalar.
-        return sizes_of(node.inputs[0], size_of) or ([None] if node.op_type == "Unsqueeze" else None)
-    if node.op_type == "Reshape":
-        inner = sizes_of(node.inputs[0], size_of)
-        return inner if inner is not None and len(inner) == 1 else None
-    if node.op_type == "Concat":
-        parts = [sizes_of(part, size_of) for part in node.inputs]
-        return None if None in parts else [size for part in parts if part is not None for size in part]
-    if node.op_type == "Shape":
-        return _of_shape(node, size_of)
-    if node.op_type in ("Gather", "Slice"):
-        return _chosen(node, size_of)
-    if node.op_type in _ARITHMETIC:
-        pair = [sizes_of(part, size_of) for part in node.inputs]
-        if any(part is None or len(part) != 1 for part in pair):
+    return _Vectors(size_of).of(value)
+
+
+class _Vectors:
+    """Reads vectors of sizes, each once: a graph may add a vector to itself as often as it likes.
+
+    What is longer than a shape, or computed from more than exporters compute one from, is unknown.
+    """
+
+    def __init__(self, size_of: SizeOf) -> None:
+        self._size_of = size_of
+        self._found: dict[int, list[Size] | None] = {}
+        self._depth = 0
+
+    def of(self, value: ir.Value | None) -> list[Size] | None:
+        """Return the numbers of a vector, see `sizes_of`."""
+        if value is None:
             return None
-        return [_computed(node.op_type, [part[0] for part in pair if part is not None])]
-    return None
+        if id(value) not in self._found:
+            if self._depth >= _MAX_DEPTH or len(self._found) >= _MAX_VALUES:
+                return None
+            self._depth += 1
+            sizes = self._read(value)
+            self._depth -= 1
+            self._found[id(value)] = sizes if sizes is None or len(sizes) <= _MAX_LENGTH else None
+        return self._found[id(value)]
+
+    def _read(self, value: ir.Value) -> list[Size] | None:
+        if value.const_value is not None and value.const_value.size > _MAX_LENGTH:
+            return None
+        if (numbers := numbers_of(value)) is not None:
+            return list(numbers)
+        node = value.producer()
+        if node is None or node.domain not in ("", "ai.onnx"):
+            return None
+        if node.op_type in _PASSED:
+            # What is unsqueezed to be joined with others is a scalar.
+            return self.of(node.inputs[0]) or ([None] if node.op_type == "Unsqueeze" else None)
+        if node.op_type == "Reshape":
+            inner = self.of(node.inputs[0])
+            return inner if inner is not None and len(inner) == 1 else None
+        if node.op_type == "Concat":
+            parts = [self.of(part) for part in node.inputs]
+            return None if None in parts else [size for part in parts if part is not None for size in part]
+        if node.op_type == "Shape":
+            return _of_shape(node, self._size_of)
+        if node.op_type in ("Gather", "Slice"):
+            return self._chosen(node)
+        if node.op_type in _ARITHMETIC:
+            pair = [self.of(part) for part in node.inputs]
+            if any(part is None or len(part) != 1 for part in pair):
+                return None
+            return [_computed(node.op_type, [part[0] for part in pair if part is not None])]
+        return None
+
+    def _chosen(self, node: ir.Node) -> list[Size] | None:
+        """One or some numbers of a vector, mostly of a Shape."""
+        lost: list[Size] | None = [None] if node.op_type == "Gather" else None
+        vector = node.inputs[0]
+        bounds = [numbers_of(part) for part in node.inputs[1:]]
+        if vector is None or any(bound is None or len(bound) != 1 for bound in bounds):
+            return lost
+        numbers = [bound[0] for bound in bounds if bound is not None]
+        start, end = (numbers[0], numbers[0] + 1) if node.op_type == "Gather" else (numbers[0], numbers[1])
+        if node.op_type == "Slice" and numbers[3:] not in ([], [1]):
+            return None
+        whole = self.of(vector)
+        if whole is not None:
+            return whole[start : end or None] if start == -1 else whole[start:end]
+        maker = vector.producer()
+        plain = maker is not None and maker.op_type == "Shape" and not maker.attributes
+        if maker is None or maker.inputs[0] is None or not plain:
+            return lost
+        if node.op_type == "Gather":
+            return [self._size_of(maker.inputs[0], start)]
+        if not 0 <= start < end < _MANY_AXES:
+            return lost
+        # Of an activation whose rank is unknown.
+        return [self._size_of(maker.inputs[0], axis) for axis in range(start, end)]
 
 
 def numbers_of(value: ir.Value | None) -> list[int] | None:
     """Return the numbers of a constant, whatever its axes; None where it is none."""
+    node = None if value is None else value.producer()
+    # Not by calling itself: a chain may be as long as the graph.
+    while value is not None and value.const_value is None and node is not None:
+        if node.op_type not in (*_PASSED, "Reshape"):
+            break
+        value = node.inputs[0] if node.inputs else None
+        node = None if value is None else value.producer()
     if value is None:
         return None
     if value.const_value is not None:
         return [int(number) for number in np.asarray(value.const_value.numpy()).reshape(-1)]
-    node = value.producer()
     for name in ("value_ints", "value_int") if node is not None and node.op_type == "Constant" else ():
         if node is not None and name in node.attributes:
             found = node.attributes[name].value
             return [int(found)] if name == "value_int" else [int(number) for number in found]
-    if node is not None and node.op_type in (*_PASSED, "Reshape"):
-        return numbers_of(node.inputs[0])
     return None
 
 
@@ -87,36 +147,12 @@ def _of_shape(node: ir.Node, size_of: SizeOf) -> list[Size] | None:
     return [size_of(source, axis) for axis in axes]
 
 
-def _chosen(node: ir.Node, size_of: SizeOf) -> list[Size] | None:
-    """One or some numbers of a vector, mostly of a Shape."""
-    lost: list[Size] | None = [None] if node.op_type == "Gather" else None
-    vector = node.inputs[0]
-    bounds = [numbers_of(part) for part in node.inputs[1:]]
-    if vector is None or any(bound is None or len(bound) != 1 for bound in bounds):
-        return lost
-    numbers = [bound[0] for bound in bounds if bound is not None]
-    start, end = (numbers[0], numbers[0] + 1) if node.op_type == "Gather" else (numbers[0], numbers[1])
-    if node.op_type == "Slice" and numbers[3:] not in ([], [1]):
-        return None
-    whole = sizes_of(vector, size_of)
-    if whole is not None:
-        return whole[start : end or None] if start == -1 else whole[start:end]
-    maker = vector.producer()
-    plain = maker is not None and maker.op_type == "Shape" and not maker.attributes
-    if maker is None or maker.inputs[0] is None or not plain:
-        return lost
-    if node.op_type == "Gather":
-        return [size_of(maker.inputs[0], start)]
-    if not 0 <= start < end < _MANY_AXES:
-        return lost
-    # Of an activation whose rank is unknown.
-    return [size_of(maker.inputs[0], axis) for axis in range(start, end)]
-
-
 def _computed(operator: str, sizes: Sequence[Size]) -> Size:
     one, two = sizes
     if all(isinstance(size, int) or size == OTHER for size in sizes):
-        return one * two if operator == "Mul" and isinstance(one, int) and isinstance(two, int) else OTHER
+        if operator == "Mul" and isinstance(one, int) and isinstance(two, int):
+            return one * two if abs(one * two) <= _MAX_SIZE else None
+        return OTHER
     if operator != "Mul" or None in sizes:
         return None
     if 1 in sizes:

@@ -1,0 +1,111 @@
+"""Read an ONNX file as onnx_ir's model, with its functions inlined; what is no valid file is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from lora_export.errors import GraphError
+from lora_export.untrusted.graphs import function_problems, graph_problems
+from lora_export.untrusted.protos import proto_problems
+from lora_export.untrusted.shown import limited, shown
+
+# The domain of ONNX Runtime's own operators.
+ORT_DOMAIN = "com.microsoft"
+# Problems that are named: mostly they are all of a kind.
+_SHOWN = 5
+_REASON = 200
+_AGAIN = "export it again, or copy it again"
+# Suffix → what such a file is.
+_OTHERS = {
+    **dict.fromkeys((".engine", ".plan", ".trt"), "a TensorRT engine"),
+    **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin"), "a PyTorch file"),
+    **dict.fromkeys((".xml", ".tflite", ".mlmodel", ".gguf"), "a model in another format"),
+}
+
+
+def read_model(file: Path) -> ir.Model:
+    """Return the model of a file as it is written; external data is not read.
+
+    Raises:
+        GraphError: It is not an ONNX file, or can be understood in two ways.
+    """
+    import onnx
+
+    _refuse_other_formats(file)
+    try:
+        proto = onnx.load(file, load_external_data=False)
+        problems = list(proto_problems(proto))
+        model = None if problems else ir.from_proto(proto)
+    except Exception as error:  # protobuf and onnx_ir raise many kinds for a damaged file
+        raise GraphError(
+            f"{file} is not a readable ONNX file: {type(error).__name__}: {_first_line(error)}",
+            "export it again, or copy it again if it was cut short",
+        ) from error
+    if model is None:
+        raise _invalid(file, problems)
+    ir.external_data.set_base_dir(model.graph, str(file.parent))
+    return model
+
+
+def inlined(model: ir.Model, file: Path, *, portable: bool = False) -> ir.Model:
+    """Return a model whose functions are inlined, and that is a valid graph.
+
+    Args:
+        model: It is changed.
+        file: Where it was read, for messages.
+        portable: Inline those as well that say what one of ONNX Runtime's own operators does.
+
+    Raises:
+        GraphError: It is empty, or breaks a rule of `lora_export.untrusted.graphs`.
+    """
+    if not len(model.graph):
+        raise GraphError(f"{file} holds no nodes: it is empty, cut short or no ONNX file", "export it again")
+    if problems := [*function_problems(model), *graph_problems(model)]:
+        raise _invalid(file, problems)
+    if not model.functions:
+        return model
+    from onnx_ir.passes.common import InlinePass
+
+    try:
+        model = InlinePass(None if portable else _is_no_operator)(model).model
+    except Exception as error:  # onnx_ir raises many kinds for functions that don't fit where they are called
+        raise _invalid(
+            file, [f"its functions can't be put in place of their calls: {_first_line(error)}"]
+        ) from error
+    if problems := list(graph_problems(model)):
+        raise _invalid(file, problems)
+    return model
+
+
+def _is_no_operator(function: ir.Function) -> bool:
+    return function.domain != ORT_DOMAIN
+
+
+def _invalid(file: Path, problems: list[str]) -> GraphError:
+    return GraphError(f"{file} is not a valid graph", _AGAIN, limited(problems, most=_SHOWN))
+
+
+def _first_line(error: Exception) -> str:
+    return shown((str(error).splitlines() or [""])[0], _REASON)
+
+
+def _refuse_other_formats(file: Path) -> None:
+    """Raise `GraphError` for files that people take for ONNX, by their first bytes or their name."""
+    if file.suffix == ".safetensors":
+        raise GraphError(
+            f"{file} holds weights, not a graph",
+            "give an .onnx file, or where a checkpoint is taken as well, the folder that it is in",
+        )
+    with file.open("rb") as opened:
+        start = opened.read(8)
+    if start[4:] == b"ORTM" or file.suffix == ".ort":
+        raise GraphError(
+            f"{file} is in ONNX Runtime's own format (.ort), which can't be changed",
+            "give the .onnx file that it was converted from, and convert the result",
+        )
+    if file.suffix in _OTHERS:
+        raise GraphError(
+            f"{file} is {_OTHERS[file.suffix]}, not an ONNX file", "give the .onnx file that it was made from"
+        )

@@ -1,0 +1,202 @@
+"""Graphs that two readers understand differently, or that are none: refused by name when they are read."""
+
+import re
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from lora_export.errors import GraphError
+from lora_export.graph.onnx_file import load_graph
+
+W = np.eye(8, dtype=np.float32)
+PRODUCT = helper.make_node("MatMul", ["x", "q.weight"], ["h"], name="/q/MatMul")
+END = helper.make_node("Relu", ["h"], ["y"], name="/end")
+
+
+def constant(name="q.weight", values=W):
+    return numpy_helper.from_array(values, name)
+
+
+def model(nodes=(PRODUCT, END), constants=None, functions=(), opsets=(("", 20), ("own", 1))):
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 8]) for name in "xy"]
+    graph = helper.make_graph(list(nodes), "g", ports[:1], ports[1:], constants or [constant()])
+    imports = [helper.make_opsetid(*opset) for opset in opsets]
+    return helper.make_model(graph, opset_imports=imports, ir_version=10, functions=list(functions))
+
+
+def function(name, domain="own", body="Neg", opset=20, more=()):
+    nodes = [helper.make_node(body, ["a", *more], ["b"])]
+    return helper.make_function(domain, name, ["a"], ["b"], nodes, [helper.make_opsetid("", opset)])
+
+
+def called(name):
+    return [PRODUCT, helper.make_node(name, ["h"], ["y"], domain="own")]
+
+
+def tensor(dims, **more):
+    return TensorProto(name="k", data_type=TensorProto.FLOAT, dims=dims, **more)
+
+
+def changed(change, *arguments):
+    made = model(*arguments)
+    change(made)
+    return made
+
+
+def sparse(graph):
+    found = graph.sparse_initializer.add(dims=[8, 8])
+    found.values.CopyFrom(constant("zz", np.ones(2, np.float32)))
+    found.indices.CopyFrom(constant("", np.array([1, 2])))
+
+
+def in_branch(change):
+    """Return a model with a subgraph that is changed."""
+    output = helper.make_tensor_value_info("b", TensorProto.FLOAT, None)
+    branch = helper.make_graph([helper.make_node("Identity", ["h"], ["b"])], "branch", [], [output])
+    change(branch)
+    choice = helper.make_node("If", ["c"], ["y"], name="/if", then_branch=branch, else_branch=branch)
+    return model([PRODUCT, choice], [constant(), constant("c", np.array(True))])
+
+
+def with_reference(op_type, name, kind):
+    node = helper.make_node(op_type, ["q.weight"], ["t"], name="/q/t")
+    node.attribute.add(name=name, ref_attr_name="foo", type=kind)
+    return model([node, helper.make_node("MatMul", ["x", "t"], ["h"]), END])
+
+
+def doubled_entry(proto):
+    for value in ("a.bin", "b.bin"):
+        proto.graph.initializer[0].external_data.add(key="location", value=value)
+    proto.graph.initializer[0].data_location = TensorProto.EXTERNAL
+
+
+def doubled_metadata(owner):
+    for value in "12":
+        owner.metadata_props.add(key="lora_export.model", value=value)
+
+
+CASES = {
+    "two constants": (
+        model(constants=[constant(), constant(values=5 * W)]),
+        "two initializers .* 'q.weight'",
+    ),
+    "two constants of a branch": (
+        in_branch(lambda branch: branch.initializer.extend([constant("k"), constant("k")])),
+        "two initializers of the subgraph 'branch' are called 'k'",
+    ),
+    "a constant without a name": (model(constants=[constant(), constant("")]), "has no name"),
+    "two attributes": (
+        changed(lambda m: m.graph.node[1].attribute.extend([helper.make_attribute("k", n) for n in (1, 2)])),
+        "two attributes of the node '/end' are called 'k'",
+    ),
+    "two functions": (
+        model(called("F"), None, [function("F"), function("F", body="Abs")]),
+        "two functions .* 'F'",
+    ),
+    "two locations": (
+        changed(doubled_entry),
+        "external data of 'q.weight': the entry 'location' is there twice",
+    ),
+    "two metadata": (changed(doubled_metadata), "the metadata: the entry 'lora_export.model' is there twice"),
+    "two metadata of a node": (
+        changed(lambda m: doubled_metadata(m.graph.node[0])),
+        "'/q/MatMul'.*there twice",
+    ),
+    "two versions": (model(opsets=(("", 20), ("ai.onnx", 11))), "versions .* twice"),
+    "a value made twice": (model([PRODUCT, END, END]), "'y': computed by two nodes"),
+    "a value made and given": (
+        model([PRODUCT, helper.make_node("Relu", ["h"], ["x"])]),
+        "'x': computed by two",
+    ),
+    "two outputs": (changed(lambda m: m.graph.output.append(m.graph.output[0])), "two outputs .* 'y'"),
+    "two inputs": (changed(lambda m: m.graph.input.append(m.graph.input[0])), "two inputs .* 'x'"),
+    "sparse": (changed(lambda m: sparse(m.graph)), "'zz': a sparse tensor"),
+    "sparse in a branch": (in_branch(sparse), "'zz': a sparse tensor"),
+    "an operator's name": (
+        model(functions=[function("Relu", "")]),
+        "the function 'Relu' has the name of an operator",
+    ),
+    "an operator's name, spelt out": (model(functions=[function("Relu", "ai.onnx")]), "'Relu' has the name"),
+    "an operator's name of ONNX's other domain": (
+        model(functions=[function("Scaler", "ai.onnx.ml")]),
+        "'Scaler'",
+    ),
+    "a standard domain": (model(functions=[function("Affine", "")]), "'Affine' has the name"),
+    "an undefined input": (
+        model([helper.make_node("MatMul", ["nope", "q.weight"], ["h"]), END]),
+        "'nope': read by",
+    ),
+    "an undefined input of a branch": (
+        in_branch(lambda branch: branch.node.append(helper.make_node("Relu", ["nope"], ["k"]))),
+        "'nope': read by a node of the subgraph 'branch'",
+    ),
+    "an undefined output": (model([PRODUCT]), "'y': an output of the graph, made by none"),
+    "a cycle": (
+        model(
+            [
+                helper.make_node("Add", ["b", "x"], ["a"]),
+                helper.make_node("Add", ["a", "x"], ["b"]),
+                PRODUCT,
+                END,
+            ]
+        ),
+        "'[ab]': computed from itself",
+    ),
+    "a function that reads outside": (
+        model(called("F"), None, [function("F", body="MatMul", more=["q.weight"])]),
+        "'q.weight': read by a node of the function 'F'",
+    ),
+    "a function of another version": (
+        model(called("F"), None, [function("F", body="Softmax", opset=11)]),
+        "functions can't be put in place of their calls",
+    ),
+    "huge sizes": (model(constants=[constant(), tensor([2**62] * 400, raw_data=b"\0" * 4)]), "k: 400 axes"),
+    "huge and external": (
+        model(constants=[constant(), tensor([2**62] * 40, data_location=TensorProto.EXTERNAL)]),
+        "at most 9223372036854775807 elements",
+    ),
+    "zero and huge sizes": (model(constants=[constant(), tensor([0, 2**62, 2**62])]), "at most .* elements"),
+    "a hundred axes": (model(constants=[constant(), tensor([1] * 100, raw_data=b"\0" * 4)]), "k: 100 axes"),
+    "a reference to an attribute": (with_reference("Transpose", "perm", 7), "perm refers to a function's"),
+    "a reference to a number": (with_reference("Cast", "to", 2), "to refers to a function's"),
+    "a cast to no type": (
+        model([helper.make_node("Cast", ["x"], ["c"], to=999), PRODUCT, END]),
+        "the attribute to is 999, wanted an element type",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_two_readers_understand_differently_is_refused(case, tmp_path):
+    proto, says = CASES[case]
+    path = tmp_path / "m.onnx"
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(GraphError, match="not a valid graph") as caught:
+        load_graph(path)
+    found = "\n".join(caught.value.problems)
+    assert any(re.search(says, line) for line in caught.value.problems), found
+
+
+def same_twice(proto):
+    for owner in (proto, proto.graph.node[0]):
+        for _ in range(2):
+            owner.metadata_props.add(key="k", value="1")
+
+
+VALID = {
+    "nodes in another order": model([END, PRODUCT]),
+    "the same entry twice": changed(same_twice),
+    "a function": model(called("F"), None, [function("F")]),
+    "a function called like another domain's operator": model(called("Relu"), None, [function("Relu")]),
+    "a branch": in_branch(lambda branch: None),
+}
+
+
+@pytest.mark.parametrize("case", VALID)
+def test_what_has_one_meaning_is_read(case, tmp_path):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(VALID[case].SerializeToString())
+    onnx.load(path)
+    assert "q.weight" in load_graph(path).graph.initializers
