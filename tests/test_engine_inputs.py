@@ -53,7 +53,7 @@ def test_weights_that_change_while_they_are_built_from(tmp_path, monkeypatch):
 
     monkeypatch.setattr("lora_export.engines.build.run_worker", changing)
     options = {"shapes": SMALL, "cache": tmp_path / "cache"}
-    with pytest.raises(InputChangedError, match="changed while they were read"):
+    with pytest.raises(InputChangedError, match="changed while being read"):
         build_engine(model, "sm89", tmp_path / "out", **options)
     assert not list((tmp_path / "out").iterdir())
     assert not list((tmp_path / "cache").glob("*/engine"))

@@ -117,7 +117,7 @@ def test_parity_of_a_candidate_replaced_before_it_is_run(tmp_path, monkeypatch):
         return own(*given)
 
     monkeypatch.setattr(sides, "open_candidate", open_candidate)
-    with pytest.raises(InputChangedError, match="changed while they were read"):
+    with pytest.raises(InputChangedError, match="changed while being read"):
         lora_export.check_parity(right, wrong)
 
 
@@ -139,11 +139,11 @@ def test_an_adapter_overwritten_after_it_was_loaded(tmp_path):
     base = checkpoint(tmp_path / "base", 1.0)
     loaded = lora_export.load_adapter(tmp_path / "adapter")
     overwrite(file, 100)
-    with pytest.raises(InputChangedError, match="since they were loaded"):
+    with pytest.raises(InputChangedError, match="since loading"):
         lora_export.merge_checkpoint(base, loaded, tmp_path / "out")
     loaded = lora_export.load_adapter(tmp_path / "adapter")
     file.write_bytes(b"")
-    with pytest.raises(InputChangedError, match="since they were loaded"):
+    with pytest.raises(InputChangedError, match="since loading"):
         lora_export.merge_checkpoint(base, loaded, tmp_path / "out")
 
 
@@ -174,7 +174,7 @@ def test_header_and_values_are_of_one_file(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(tensors, "read_header", read_header)
-    with pytest.raises(InputChangedError, match="changed while they were read"):
+    with pytest.raises(InputChangedError, match="changed while being read"):
         tensors.read_safetensors(file)
 
 
@@ -239,5 +239,5 @@ def test_a_benchmark_of_a_model_replaced_before_it_is_timed(tmp_path, monkeypatc
 
     monkeypatch.setattr(run, "_open_all", open_all)
     monkeypatch.setattr(run, "_probe_all", lambda *_: [None])
-    with pytest.raises(InputChangedError, match="2 files have changed while they were read"):
+    with pytest.raises(InputChangedError, match="2 files have changed while being read"):
         run.run_bench(model, seconds=0.2)

@@ -126,7 +126,7 @@ def note_loaded(states: Iterable[FileState]) -> None:
         InputChangedError: A file was written to: its values are not those that it was loaded with.
     """
     mapped = [state for state in states if state.is_of(FileState.of(state.path))]
-    refuse_changed(mapped, "since they were loaded", "load them again")
+    refuse_changed(mapped, "since loading", "load it again")
     note_states(mapped)
 
 
@@ -146,7 +146,7 @@ def refuse_changed_inputs() -> None:
 
 def refuse_changed(
     states: Collection[FileState],
-    since: str = "while they were read",
+    since: str = "while being read",
     hint: str = "nothing was written: run it again when nobody writes them",
 ) -> None:
     """Raise `InputChangedError` naming every file whose state is another one now.

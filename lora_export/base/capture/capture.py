@@ -20,7 +20,13 @@ from lora_export.base.capture.export import (
     run_module,
     tensor_names,
 )
-from lora_export.base.checkpoint.checkpoint import Checkpoint, diffusers_class, no_folder, read_config
+from lora_export.base.checkpoint.checkpoint import (
+    Checkpoint,
+    diffusers_class,
+    model_files,
+    no_folder,
+    read_config,
+)
 from lora_export.base.checkpoint.layer_counts import refuse_many_layers
 from lora_export.base.checkpoint.links import refuse_links
 from lora_export.base.checkpoint.own_code import model_class, never_asked, refuse_own_code
@@ -169,7 +175,7 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
 
     if not path.is_dir():  # else transformers asks a hub for a model of that name
         raise no_folder(path)
-    note_inputs(found for found in path.glob("*") if found.is_file())
+    note_inputs(model_files(path))
     if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
         raise CheckpointError(f"{path} is an adapter, not a base model", "give the folder of its base model")
     _refuse_diffusers(path)

@@ -100,8 +100,7 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise no_folder(folder)
-        # Not the headers' files alone: all that says what the weights are, such as the index.
-        note_inputs(path for path in folder.glob("*") if path.suffix in (".json", ".safetensors"))
+        note_inputs(model_files(folder))
         config = read_config(folder)
         found = find_weights(folder, is_diffusers=_diffusers_class(config) != "", config=config)
         if found is None:
@@ -144,6 +143,12 @@ class Checkpoint:
             return np.zeros(tensor.shape, dtype)
         raw = np.memmap(tensor.file, np.uint8, "r", tensor.offset, (tensor.length,))
         return raw.view(np.ndarray).view(dtype).reshape(tensor.shape)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that say what its model is: weights, indexes and configs."""
+    kinds = ("*.safetensors", "*.bin", "*config.json", "*.index*.json")
+    return [path for kind in kinds for path in folder.glob(kind)]
 
 
 def no_folder(path: Path) -> CheckpointError:
