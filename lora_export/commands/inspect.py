@@ -60,17 +60,13 @@ def inspect(
         return
     from lora_export.reports.adapter.facts import inspect_adapter
     from lora_export.reports.adapter.to_text import plain_lines, print_table
-    from lora_export.storage.outputs import refuse_replacing
 
     if plot is not None and plot.suffix[1:] not in ADAPTER_PLOTS:
         raise click.BadParameter(f"{plot} doesn't end in .{', .'.join(ADAPTER_PLOTS)}", param_hint="--plot")
     (loaded,) = load_adapters([adapter], options)
-    reads = _files_read(loaded, base)
-    if plot is not None:
-        refuse_replacing([plot], force, reads)
     report = inspect_adapter(loaded, base)
     if plot is not None:
-        _draw(report, plot, force, reads)
+        _draw(report, plot, force, _files_read(loaded, base))
     if as_json:
         print_json(json.dumps(report.to_json(), indent=2))
     elif sys.stdout.isatty():
