@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from lora_export.adapter import Array
 from lora_export.graph.exposed import StoredRows
-from lora_export.graph.onnx_file import GraphFile, load_graph
+from lora_export.graph.onnx_file import FLOAT_TYPES, GraphFile, load_graph
+from lora_export.sites.values.held import floats_by_name, floats_of
 
 # Name of an initializer → its values, perhaps memory-mapped; KeyError where the graph has none.
 WeightOf = Callable[[str], Array]
@@ -19,7 +20,9 @@ _BLOCK = 1 << 20
 
 
 class GraphWeights:
-    """A graph's constants by name; the file is opened when the first is asked for.
+    """A graph's constants by name, quantised ones as the floats that their codes stand for.
+
+    The file is opened when the first is asked for.
 
     Args:
         path: The ONNX file.
@@ -28,11 +31,23 @@ class GraphWeights:
 
     def __init__(self, path: Path, graph: GraphFile | None = None) -> None:
         self._path = path
-        self._constants = _constants(graph) if graph else {}
+        self._graph = graph
+        self._constants: dict[str, ir.TensorProtocol] = {}
+        self._dequantisers: dict[str, ir.Node] = {}
 
     def __call__(self, name: str) -> Array:
-        """Return a constant's values, memory-mapped where they are external; KeyError where there is none."""
-        return np.asarray(self._opened()[name].numpy())
+        """Return a constant's values, memory-mapped where they are external.
+
+        Raises:
+            KeyError: There is no such constant, or it is codes whose values can't be told.
+        """
+        tensor = self._opened().get(name)
+        if tensor is not None and tensor.dtype in FLOAT_TYPES:
+            return np.asarray(tensor.numpy())
+        values = floats_of(self._dequantisers[name])
+        if values is None:
+            raise KeyError(name)
+        return values
 
     def names(self) -> Collection[str]:
         """Return the constants' names."""
@@ -40,15 +55,19 @@ class GraphWeights:
 
     def _opened(self) -> dict[str, ir.TensorProtocol]:
         if not self._constants:
-            self._constants = _constants(load_graph(self._path))
+            graph = self._graph or load_graph(self._path)
+            self._graph = None
+            self._dequantisers = floats_by_name(graph.graph.all_nodes())
+            self._constants = dict(_constants(graph))
         return self._constants
 
 
-def _constants(graph: GraphFile) -> dict[str, ir.TensorProtocol]:
-    """Of the main graph and of subgraphs."""
-    return {
-        str(value.name): value.const_value for value in graph.initializers() if value.const_value is not None
-    }
+def _constants(graph: GraphFile) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    """Yield those of the main graph and of subgraphs, also of Constant nodes."""
+    nodes = (node for node in graph.graph.all_nodes() if node.op_type == "Constant")
+    for value in (*graph.initializers(), *(node.outputs[0] for node in nodes)):
+        if value.const_value is not None:
+            yield str(value.name), value.const_value
 
 
 def stored_blocks(

@@ -28,6 +28,7 @@ from lora_export.sites.bias import restore_biases
 from lora_export.sites.doubts.contained import adapter_names
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.target import Miss, Site, Target, targets_of
+from lora_export.sites.values.held import held_of
 from lora_export.sites.values.verify import canonical_rows
 
 _NO_ADAPTER = "--target-modules"
@@ -223,15 +224,18 @@ def _add_bias(site: Site, branches: list[Branch]) -> str:
         return "its module has DoRA, whose factor would scale the bias as well"
     lora, change, (part, *more) = branch.lora, np.asarray(target.values), site.parts
     start = part.placements[0].row
-    stored = StoredRows(str(part.root.name), (0, len(change)), row=start)
+    held = held_of(part.uses[0])
     if target.action == "replace":
-        assert part.root.const_value is not None
-        values = np.asarray(part.root.const_value.numpy())[start : start + len(change)]
+        if isinstance(held, str):
+            return f"the adapter replaces it, and {held}"
+        values = held.values[start : start + len(change)]
         if more or values.shape != change.shape:
             return "its bias is stored in several parts"
         change = change.astype(np.float64) - values.astype(np.float64)
         lora = with_bias(lora, change, target.tensor_names)
-    branches[number] = replace(branch, lora=lora, bias=True, stored_bias=(stored,))
+    # Codes that can't be read are no place for an adapter that replaces the bias.
+    stored = () if isinstance(held, str) else (StoredRows(held.name, (0, len(change)), row=start),)
+    branches[number] = replace(branch, lora=lora, bias=True, stored_bias=stored)
     return ""
 
 
