@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lora_export.adapter import MERGE_ROWS, Adapter, Array, Kind, LoraModule, token_rows_problems
+from lora_export.adapter import EVERYWHERE, MERGE_ROWS, Adapter, Array, Kind, LoraModule, token_rows_problems
 from lora_export.binding.base_weights import WeightOf, has_constant, holds, read_stored
 from lora_export.binding.paths import Finder, Place
 from lora_export.formats.provenance import is_converted
@@ -205,6 +205,8 @@ def _unsupported(lora: LoraModule, exposed: ExposedGraph) -> Refusal | None:
         return Refusal(
             "merge only", f"stacked experts ({lora.experts}) have no tensors of their own in the graph"
         )
+    if lora.everywhere:
+        return Refusal("merge only", EVERYWHERE)
     if not _has_dora(lora) or exposed.dora:
         return None
     return Refusal(

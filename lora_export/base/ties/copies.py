@@ -159,14 +159,15 @@ def _is_folder(base_model: str | None, folder: Path) -> bool:
         return False
 
 
-def may_replace_ties(base: Path, adapters: Iterable[Adapter]) -> bool:
-    """Whether an adapter has a copy that PEFT would load into a weight that a folder's model may tie.
+def may_replace_ties(base: Path, adapters: Sequence[Adapter]) -> bool:
+    """Whether an adapter has a copy, or LoRA, that is of a weight which a folder's model may tie.
 
     Args:
         base: Folder with config.json and safetensors.
         adapters: Any.
     """
     copies = [path for one in adapters for path in one.extras if reach_of(one, path) != "one"]
+    copies += [module.key for one in adapters for module in one.modules.values() if module.everywhere]
     if not copies:
         return False
     checkpoint = Checkpoint.open(base)

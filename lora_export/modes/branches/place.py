@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_export.adapter import Adapter, LoraModule
+from lora_export.adapter import EVERYWHERE, Adapter, LoraModule
 from lora_export.base.placing.plan_rows import (
     Verb,
     hints_of,
@@ -176,7 +176,7 @@ def refuse_contained(graph: GraphFile) -> None:
 
 def _unsuited_of(targets: Sequence[Target], dora: bool, bank: bool) -> list[Miss]:
     return [
-        Miss(target, reason, "merge only" if target.experts > 1 else "dora")
+        Miss(target, reason, "merge only" if target.experts > 1 or reason == EVERYWHERE else "dora")
         for target in targets
         if (reason := _unsuited(target, dora, bank))
     ]
@@ -186,6 +186,8 @@ def _unsuited(target: Target, dora: bool, bank: bool) -> str:
     """Why a target can't be exposed as a low-rank branch, or an empty text."""
     if target.experts > 1:
         return "stacked experts are not exposed"
+    if target.module is not None and target.module.everywhere:
+        return EVERYWHERE
     if target.module is not None and _is_dora(target.module) and not dora:
         return "DoRA has a factor on the whole product"
     return ""
