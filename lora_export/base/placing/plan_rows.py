@@ -245,7 +245,8 @@ def _matrices(uses: Sequence[Use]) -> dict[str, tuple[int, ...]]:
     found = {}
     for use in uses:
         if use.slot.kind in ("linear", "conv", "embedding") and use.root.const_value is not None:
-            found[module_of(use.node) or str(use.root.name)] = shape_of(use.root.const_value)
+            shape = use.slot.shape or shape_of(use.root.const_value)
+            found[module_of(use.node) or str(use.root.name)] = shape
     return found
 
 
@@ -295,6 +296,9 @@ def hints_of(
         hints.append("give the base that the adapter was trained on")
     if not checked and ("unproven" in kinds or (kinds & _LOST and not given)):
         hints.append(_BY_VALUE)
+    elif not checked and kinds & _LOST and not any("--component" in hint for hint in given):
+        # Other names of the same weights are no matter there.
+        hints.insert(0, _BY_VALUE)
     if checked and "unproven" in kinds:
         hints.append("give the graph as its exporter wrote it, or a checkpoint that stores these parameters")
     if checked and "not found" in kinds and not given:
