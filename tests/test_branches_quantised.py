@@ -478,6 +478,18 @@ def test_some_places_are_quantised_beyond_a_branch(tmp_path):
     assert [row.action for row in report.plan.rows] == ["expose", "refused"]
 
 
+def test_a_whole_copy_of_packed_codes(tmp_path):
+    """The hint does not propose what was given; the bias is lost with its weight."""
+    base, _ = nbits_base(tmp_path, bias=True)
+    extras = {"fc.weight": random(OUT, IN, seed=3), "fc.bias": random(OUT, seed=4)}
+    caught = refuse_swap(base, adapter(extras=extras))
+    lines = reasons(caught)
+    assert "MatMulNBits" in lines["fc.weight"]
+    assert lines["fc.bias"] == "it goes with its module's weight, which has no place"
+    assert "nodes_to_exclude" in caught.hint
+    assert "MatMulNBits" not in caught.hint
+
+
 class Linears(nn.Module):
     """Two Linears, whose weights ONNX Runtime's quantiser packs."""
 

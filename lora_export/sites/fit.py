@@ -37,6 +37,8 @@ def accepts(target: Target, use: Use) -> bool:
         # Ways in which a matrix is a module's weight are tried on their own (`matrices.forms_of`).
         return rank == len(target.shape) and kind == "other"
     if target.kind == "any":
+        # Packed codes of a matrix may have any rank.
+        rank = rank if use.slot.shape is None else len(use.slot.shape)
         return rank == len(target.shape) and kind in ("linear", "conv", "embedding", "other")
     return kind == target.kind
 

@@ -37,6 +37,10 @@ _INTEGERS = (
     "merge into the unquantised graph and quantise the result; or quantise that graph so that the operators "
     "stay floats (quantize_static(..., quant_format=QuantFormat.QDQ), MatMulNBits) and "
 )
+_COPIES = (
+    "merge into the unquantised graph and quantise the result; or quantise that graph without these modules "
+    "(nodes_to_exclude=[...]) and give that"
+)
 _AGAIN = (
     "export the graph again with torch.onnx.export(..., dynamo=True, optimize=False), which keeps names, "
     "computes nothing in advance and has one constant for all calls of a module"
@@ -190,6 +194,10 @@ def _quantised(
     hint = _QUANTISED
     if "integers" in kinds or (lost and all(use.no_branch for use in codes)):
         hint = _INTEGERS + ("use swap-onnx" if merging else "give that")
+    codes_of = [miss.target for miss in misses if miss.kind == "integers"]
+    if not merging and codes_of and all(target.action == "replace" for target in codes_of):
+        # Beside these codes LoRA has a branch: what has none is a whole copy of them.
+        hint = _COPIES
     return (
         f"{file} has quantised weights{_operators(codes)}: {name} can't be "
         f"{'merged into' if merging else 'exposed at'} {len(misses)} of its {total} parameters' places",

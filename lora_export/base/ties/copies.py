@@ -206,6 +206,12 @@ def untrained_note(adapter: Adapter, parameter: str, copy: Array, stored: Array)
     count = differing_rows(copy, stored)
     if not count:
         return ""
+    if not may_be_tied(parameter):
+        return (
+            f"{parameter}: '{adapter.name}' holds a whole copy of it that no modules_to_save names, as a "
+            f"file of a whole model does, and {count} of {len(stored)} rows differ from this base: the copy "
+            "replaces them; give the base that it was trained on, or save the adapter's own tensors alone"
+        )
     return (
         f"{parameter}: '{adapter.name}' stores a copy of it that its training did not change (PEFT's "
         f"save_embedding_layers), and {count} of {len(stored)} rows differ from this base: the copy replaces "

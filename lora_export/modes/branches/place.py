@@ -33,6 +33,7 @@ from lora_export.sites.values.verify import canonical_rows
 
 _NO_ADAPTER = "--target-modules"
 _REPLACED = "the adapter replaces this whole parameter, which has no low-rank branch"
+_WITH_WEIGHT = "it goes with its module's weight, which has no place"
 # An activation is computed inside: a factor on the product can't come before it.
 _ACTIVATED = {"FusedConv", "FusedGemm"}
 
@@ -78,8 +79,9 @@ def place_branches(
     weights = [site for site in sites if site not in unchanged and site not in biases]
     placed, branches, without = _branches_of(weights, calls, dora)
     misses += without
+    lost = {miss.target.path for miss in misses if miss.target.key.endswith(".weight")}
     for site in biases:
-        reason = _add_bias(site, branches)
+        reason = _WITH_WEIGHT if site.target.path in lost else _add_bias(site, branches)
         if reason:
             misses.append(Miss(site.target, reason, "merge only"))
         else:

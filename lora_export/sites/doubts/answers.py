@@ -139,7 +139,7 @@ def _are_sines(values: Array) -> bool:
     if len(values) < _POSITIONS:
         return False
     rows = values.reshape(len(values), -1)
-    told = rows.any(axis=1)
+    told = np.asarray(rows.any(axis=1))
     whole = told[1:-1] & told[2:] & told[:-2]
     if 2 * whole.sum() < len(whole):
         return False
