@@ -51,6 +51,8 @@ class LoraModule:
         groups: Groups of a convolution, when the factors tell (more than 1: cannot be merged).
         component: ``unet``, ``text_encoder``, … where one file serves several models.
         tensor_names: The tensors of the file this module was made of.
+        everywhere: Its trainer adds it wherever the base uses the weight: mlx-lm's embedding also in the
+            output head that is tied to it.
     """
 
     path: str
@@ -70,6 +72,7 @@ class LoraModule:
     groups: int = 1
     component: str | None = None
     tensor_names: tuple[str, ...] = ()
+    everywhere: bool = False
 
     @property
     def key(self) -> str:
@@ -116,6 +119,11 @@ class LoraModule:
             lora_a=self.lora_a.reshape(*self.lora_a.shape[:2], *ones),
             lora_b=self.lora_b.reshape(*self.lora_b.shape[:2], *ones),
         )
+
+    def as_head(self, path: str) -> LoraModule:
+        """Return an embedding's change as that of the output head that is tied to it."""
+        a, b = self.lora_b.T, self.lora_a.T
+        return replace(self, path=path, kind="linear", lora_a=a, lora_b=b, everywhere=False)
 
     @property
     def is_pointwise(self) -> bool:
@@ -236,6 +244,11 @@ class Adapter:
         return lora + rows + sum(values.size for values in self.extras.values())
 
 
+# Why LoRA that is `LoraModule.everywhere` gets no branch.
+EVERYWHERE = (
+    "mlx-lm adds LoRA on an embedding in the output head that is tied to it as well: no branch beside one of "
+    "them is known to be all of it"
+)
 # What to do about an adapter that replaces rows of an embedding, where that can't be done.
 MERGE_ROWS = "merge it into the checkpoint with `lora-export merge`, and use the result as the base"
 

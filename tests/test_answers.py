@@ -10,16 +10,20 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import tiny
 import torch
+import transformers
 from changed_graphs import EXPORTERS, MODES, TOOLS
 from onnx import helper
 from onnxruntime.capi import onnxruntime_pybind11_state
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file
 from torch import nn
 
 from lora_export import LoraExportError, SiteError, merge_onnx
 from lora_export.sites import OPERATORS
+from lora_export.sites.doubts.answers import _are_sines
 from lora_export.sites.operators.quantized import SCALES
 
 D, ROWS = 16, 6
@@ -276,3 +280,59 @@ def test_positions_of_scales_are_onnxruntimes():
             assert SCALES[name] == {n for n, entry in enumerate(inputs) if told.search(entry)}, name
     known = {name for (_, name), target in OPERATORS.items() if "quantized" in target}
     assert known <= SCALES.keys()
+
+
+SMALL = {"vocab_size": 48, "d_model": 32, "max_position_embeddings": 32, "use_cache": False}
+LAYERS = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+HEADS = {f"{side}_attention_heads": 4 for side in ("encoder", "decoder")}
+
+
+class Named(nn.Module):
+    """Gives a model its inputs by name, which the TorchScript exporter can't."""
+
+    def __init__(self, model, inputs):
+        super().__init__()
+        self.model, self.inputs = model, inputs
+
+    def forward(self, *given):
+        return self.model(**dict(zip(self.inputs, given, strict=True)), return_dict=False)[0]
+
+
+@pytest.mark.parametrize("kind", ["XGLM", "M2M100"])
+def test_a_table_of_positions_is_no_answer(kind, tmp_path):
+    """It is a buffer that no checkpoint stores, of sines but for the row of the padding token."""
+    torch.manual_seed(0)
+    if kind == "XGLM":
+        config = transformers.XGLMConfig(**SMALL, ffn_dim=48, num_layers=1, attention_heads=4)
+        model, inputs = transformers.XGLMForCausalLM(config).eval(), ["input_ids"]
+    else:
+        config = transformers.M2M100Config(**SMALL, **LAYERS, **HEADS)
+        model = transformers.M2M100ForConditionalGeneration(config).eval()
+        inputs = ["input_ids", "attention_mask", "decoder_input_ids"]
+    ids = torch.arange(6, 18).reshape(2, 6)
+    feeds = {name: torch.ones_like(ids) if "mask" in name else ids for name in inputs}
+    model.save_pretrained(tmp_path / "base")
+    with tiny.quiet(), torch.no_grad():
+        named, given = Named(model, inputs), tuple(feeds.values())
+        torch.onnx.export(named, given, tmp_path / "graph.onnx", input_names=inputs, dynamo=False)
+        peft = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        for name, value in peft.named_parameters():
+            if "lora_" in name:
+                value.copy_(torch.randn(value.shape) * 0.3)
+        peft.save_pretrained(tmp_path / "adapter")
+        wanted = peft.eval()(**feeds)[0].numpy()
+    out = tmp_path / "out.onnx"
+    merge_onnx(tmp_path / "graph.onnx", tmp_path / "adapter", out, checkpoint=tmp_path / "base")
+    arrays = {name: value.numpy() for name, value in feeds.items()}
+    known = {value.name for value in onnx.load(out).graph.input}
+    got = changed.run(out, {name: value for name, value in arrays.items() if name in known})
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_zeros_make_no_table_of_positions():
+    """An answer of a table with a row of zeros is none of sines; neither are zeros alone."""
+    values = np.random.default_rng(0).normal(size=(16, 8))
+    values[1] = 0
+    assert not _are_sines(values)
+    values[2:] = 0
+    assert not _are_sines(values)

@@ -2,8 +2,11 @@
 
 import ml_dtypes
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
+import tiny
+import torch
 from branch_graphs import (
     bind,
     check_bits,
@@ -20,9 +23,12 @@ from branch_graphs import (
     table_lora,
     unoptimised,
 )
+from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
+from peft import LoraConfig, get_peft_model
 from small_graphs import HEAD, adapter, graph, random, run, save
+from torch import nn
 
-from lora_export import merge_onnx
+from lora_export import AdapterSession, merge_onnx, swap_onnx
 
 OUT, IN, BLOCK = 24, 64, 32
 W, BIAS, X = random(OUT, IN, seed=7) / 5, random(OUT, seed=8), random(2, 3, IN, seed=9)
@@ -470,3 +476,54 @@ def test_some_places_are_quantised_beyond_a_branch(tmp_path):
     assert list(reasons(refuse_swap(base, given))) == ["fc.weight"]
     _, report = swapped(base, given, allow_unmatched=True)
     assert [row.action for row in report.plan.rows] == ["expose", "refused"]
+
+
+def test_a_whole_copy_of_packed_codes(tmp_path):
+    """The hint does not propose what was given; the bias is lost with its weight."""
+    base, _ = nbits_base(tmp_path, bias=True)
+    extras = {"fc.weight": random(OUT, IN, seed=3), "fc.bias": random(OUT, seed=4)}
+    caught = refuse_swap(base, adapter(extras=extras))
+    lines = reasons(caught)
+    assert "MatMulNBits" in lines["fc.weight"]
+    assert lines["fc.bias"] == "it goes with its module's weight, which has no place"
+    assert "nodes_to_exclude" in caught.hint
+    assert "MatMulNBits" not in caught.hint
+
+
+class Linears(nn.Module):
+    """Two Linears, whose weights ONNX Runtime's quantiser packs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        """Map ``(…, 32)`` to the same shape."""
+        return self.down(nn.functional.gelu(self.up(x)))
+
+
+def test_what_the_bnb4_quantiser_writes(tmp_path):
+    """Its weights are one row of bytes, and it has suffixes of its own."""
+    torch.manual_seed(1)
+    model, x = Linears().eval(), torch.randn(4, 5, 32)
+    with tiny.quiet(), torch.no_grad():
+        torch.onnx.export(model, (x,), tmp_path / "float.onnx", input_names=["x"], dynamo=False)
+        plain = model(x).numpy()
+    quantiser = MatMulBnb4Quantizer(onnx.load(tmp_path / "float.onnx"), 1, 32)
+    quantiser.process()
+    quantiser.model.save_model_to_file(str(tmp_path / "base.onnx"))
+    base = tmp_path / "base.onnx"
+    assert sum(node.op_type == "MatMulBnb4" for node in onnx.load(base).graph.node) == 2
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=["up", "down"]))
+    for key, value in peft.named_parameters():
+        if "lora_" in key:
+            value.data = torch.randn(value.shape) * 0.2
+    peft.save_pretrained(tmp_path / "peft")
+    swap_onnx(base, tmp_path / "swap.onnx", adapter=tmp_path / "peft")
+    session = AdapterSession(tmp_path / "swap.onnx")
+    session.load_adapter("a", tmp_path / "peft")
+    (got,) = session.run({"x": x.numpy()}, adapter="a").values()
+    (zero,) = run(base, x=x.numpy())
+    with torch.no_grad():
+        effect = peft.eval()(x).numpy() - plain
+    assert np.linalg.norm((got - zero) - effect) < 0.2 * np.linalg.norm(effect)

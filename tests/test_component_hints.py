@@ -9,6 +9,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from small_graphs import adapter, graph, linear, random, save
 from torch import nn
 
 from lora_export import SiteError, merge_onnx
@@ -282,3 +283,23 @@ def test_rows_of_an_embedding_belong_to_a_part_as_modules_do(tmp_path, name, par
         below = key.startswith(f"{parts[part - 1]}.")
         assert torch.allclose(values, merged[key] if below else before[key], atol=1e-6), key
     assert changed == {key for key in changed if key.startswith((f"{parts[0]}.", f"{parts[1]}."))}
+
+
+LAYER = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.out_proj", "fc1"]
+
+
+@pytest.mark.parametrize("known", [LAYER[:2], LAYER])
+def test_half_of_each_layer_is_no_part_of_a_model(known, tmp_path):
+    """Where the graph has other names for the rest of a layer, a part of it would be left out."""
+    keys = [f"model.decoder.layers.{n}.{name}" for n in range(2) for name in LAYER]
+    found = [f"model.h.{n}.{name}" for n in range(2) for name in known]
+    lines = [f"y{n} = MatMul (x, {name.replace('.', '_')}_weight)" for n, name in enumerate(found)]
+    text = f"g (float[b,4] x) => (float[b,4] y{len(found) - 1}) {{ {' '.join(lines)} }}"
+    model = graph(text, {f"{name}.weight": random(4, 4, seed=n) for n, name in enumerate(found)})
+    base = save(model, tmp_path)
+    with pytest.raises(SiteError) as caught:
+        merge_onnx(base, adapter(*(linear(key, 4, 4) for key in keys)), tmp_path / "m.onnx")
+    offered = "--component" in caught.value.hint
+    assert offered == (known == LAYER)
+    if not offered:
+        assert caught.value.hint.startswith("give --checkpoint BASE_DIR")

@@ -17,7 +17,16 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from lora_export import AdapterError, AdapterSession, bank_onnx, merge_checkpoint, merge_onnx, swap_onnx
+from lora_export import (
+    Adapter,
+    AdapterError,
+    AdapterSession,
+    bank_onnx,
+    merge_checkpoint,
+    merge_onnx,
+    swap_onnx,
+)
+from lora_export.base.ties.copies import untrained_note
 
 SIZES = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -387,3 +396,13 @@ def test_dora_over_what_an_earlier_merge_changed_is_refused(name: str, tmp_path:
     further = trained(tmp_path / "merged", name, tmp_path / "further", 3, use_dora=True)
     merge_checkpoint(tmp_path / "merged", [further], tmp_path / "out")
     assert close(logits(loaded(tmp_path / "out", name)), one_by_one(tmp_path / "merged", name, [further]))
+
+
+def test_a_copy_of_a_layer_is_not_blamed_on_an_embedding():
+    """A file of a whole model holds every weight; PEFT's save_embedding_layers is about embeddings alone."""
+    copy, stored = np.ones((4, 3), np.float32), np.zeros((4, 3), np.float32)
+    for key, blamed in (("model.layers.0.mlp.up_proj.weight", False), ("model.embed_tokens.weight", True)):
+        given = Adapter("a", "a", "peft", {}, extras={key: copy}, config={"modules_to_save": None})
+        note = untrained_note(given, key, copy, stored)
+        assert "4 of 4 rows differ" in note
+        assert ("save_embedding_layers" in note) == blamed

@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from lora_export.adapter import Array
 from lora_export.graph.exposed import StoredRows
-from lora_export.graph.onnx_file import GraphFile, load_graph
+from lora_export.graph.onnx_file import FLOAT_TYPES, GraphFile, load_graph
+from lora_export.sites.values.held import floats_by_name, floats_of
 from lora_export.storage.inputs import FileState, refuse_changed
 
 # Name of an initializer → its values, perhaps memory-mapped; KeyError where the graph has none.
@@ -20,7 +21,9 @@ _BLOCK = 1 << 20
 
 
 class GraphWeights:
-    """A graph's constants by name; the file is opened when the first is asked for.
+    """A graph's constants by name, quantised ones as the floats that their codes stand for.
+
+    The file is opened when the first is asked for.
 
     Args:
         path: The ONNX file.
@@ -32,16 +35,25 @@ class GraphWeights:
         self, path: Path, graph: GraphFile | None = None, opened: Collection[FileState] = ()
     ) -> None:
         self._path, self._files = path, opened
-        self._constants = _constants(graph) if graph else {}
+        self._graph = graph
+        self._constants: dict[str, ir.TensorProtocol] = {}
+        self._dequantisers: dict[str, ir.Node] = {}
 
     def __call__(self, name: str) -> Array:
-        """Return a constant's values, memory-mapped where they are external; KeyError where there is none.
+        """Return a constant's values, memory-mapped where they are external.
 
         Raises:
             InputChangedError: A file is not the one that the session has opened.
+            KeyError: There is no such constant, or it is codes whose values can't be told.
         """
-        values = np.asarray(self._opened()[name].numpy())
+        tensor = self._opened().get(name)
+        if tensor is not None and tensor.dtype in FLOAT_TYPES:
+            values: Array | None = np.asarray(tensor.numpy())
+        else:
+            values = floats_of(self._dequantisers[name])
         self._refuse_changed()  # they are mapped now
+        if values is None:
+            raise KeyError(name)
         return values
 
     def names(self) -> Collection[str]:
@@ -51,18 +63,22 @@ class GraphWeights:
     def _opened(self) -> dict[str, ir.TensorProtocol]:
         if not self._constants:
             self._refuse_changed()
-            self._constants = _constants(load_graph(self._path))
+            graph = self._graph or load_graph(self._path)
+            self._graph = None
+            self._dequantisers = floats_by_name(graph.graph.all_nodes())
+            self._constants = dict(_constants(graph))
         return self._constants
 
     def _refuse_changed(self) -> None:
         refuse_changed(self._files, "since the session was opened", "open another session")
 
 
-def _constants(graph: GraphFile) -> dict[str, ir.TensorProtocol]:
-    """Of the main graph and of subgraphs."""
-    return {
-        str(value.name): value.const_value for value in graph.initializers() if value.const_value is not None
-    }
+def _constants(graph: GraphFile) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    """Yield those of the main graph and of subgraphs, also of Constant nodes."""
+    nodes = (node for node in graph.graph.all_nodes() if node.op_type == "Constant")
+    for value in (*graph.initializers(), *(node.outputs[0] for node in nodes)):
+        if value.const_value is not None:
+            yield str(value.name), value.const_value
 
 
 def stored_blocks(

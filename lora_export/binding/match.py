@@ -12,17 +12,18 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lora_export.adapter import MERGE_ROWS, Adapter, Array, Kind, LoraModule, token_rows_problems
+from lora_export.adapter import EVERYWHERE, MERGE_ROWS, Adapter, Array, Kind, LoraModule, token_rows_problems
 from lora_export.binding.base_weights import WeightOf, has_constant, holds, read_stored
 from lora_export.binding.paths import Finder, Place
 from lora_export.formats.provenance import is_converted
 from lora_export.formats.reading.saved import change_of, with_bias
 from lora_export.formats.schemes import fitted
-from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member, path_of
+from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member, StoredRows, path_of
 from lora_export.plan import PlanRow, Refusal
 from lora_export.sites.matrices import embedding_of, linear_of
 
 _UNKNOWN = Refusal("not found", "the graph has no parameter of this name")
+_UNREAD = Refusal("merge only", "replaces the whole parameter, whose values in the base can't be told")
 _REPLACED = Refusal("merge only", "replaces the whole parameter, which the graph keeps as a constant")
 
 
@@ -204,6 +205,8 @@ def _unsupported(lora: LoraModule, exposed: ExposedGraph) -> Refusal | None:
         return Refusal(
             "merge only", f"stacked experts ({lora.experts}) have no tensors of their own in the graph"
         )
+    if lora.everywhere:
+        return Refusal("merge only", EVERYWHERE)
     if not _has_dora(lora) or exposed.dora:
         return None
     return Refusal(
@@ -352,7 +355,9 @@ def _weight_change(
     wanted = size[::-1] if module.kind == "embedding" else size
     if values.shape[:2] != wanted or values.size != wanted[0] * wanted[1]:
         return Refusal("shape", f"shapes differ: {values.shape}, the graph has {wanted}")
-    old = read_stored(place.member.stored, wanted, weight_of)
+    old = _values_of(place.member.stored, wanted, weight_of)
+    if isinstance(old, Refusal):
+        return old
     kind: Kind = "embedding" if module.kind == "embedding" else "linear"
     return _as_exposed(change_of(path, kind, values.reshape(wanted), old, tensors), module)
 
@@ -365,8 +370,18 @@ def _bias_change(
     size = pair.member.out_dim
     if values.shape != (size,):
         return Refusal("shape", f"shapes differ: {values.shape}, the graph has {(size,)}")
-    old = read_stored(pair.member.stored_bias, (size, 1), weight_of)[:, 0]
-    return with_bias(pair.lora, values.astype(np.float64) - old, tensors)
+    old = _values_of(pair.member.stored_bias, (size, 1), weight_of)
+    if isinstance(old, Refusal):
+        return old
+    return with_bias(pair.lora, values.astype(np.float64) - old[:, 0], tensors)
+
+
+def _values_of(stored: Sequence[StoredRows], shape: tuple[int, int], weight_of: WeightOf) -> Array | Refusal:
+    """Return the base's values of a parameter, or that they can't be told."""
+    try:
+        return read_stored(stored, shape, weight_of)
+    except KeyError:
+        return _UNREAD
 
 
 def _drop_conflicts(adapter: Adapter, found: Matches) -> None:

@@ -50,6 +50,12 @@ _EMBEDDINGS = frozenset(
     }
 )
 
+# ``loralib/layers.py``: ``Embedding.forward`` and ``Embedding.train``.
+_TABLE = (
+    "loralib trains LoRA on an embedding for the lookup alone, and its eval() adds it to the weight, also "
+    "where an output head is tied to that; here it is added to the lookup alone"
+)
+
 
 def recognises(source: Source) -> bool:
     """Whether a tensor name ends in ``.lora_A`` or ``.lora_B``, as AdaLoRA's in PEFT's own folder do."""
@@ -83,7 +89,9 @@ def read(source: Source, options: Options) -> Adapter:
     raise_problems(
         source, table.problems, "fix the listed problems; a loralib file holds lora_A, lora_B and biases"
     )
-    made = adapter_of(source, "loralib", table, modules, dict(source.settings), stated.notes)
+    tables = [module.path for module in modules.values() if module.kind == "embedding"]
+    notes = [f"{path}: {_TABLE}" for path in tables]
+    made = adapter_of(source, "loralib", table, modules, dict(source.settings), (*stated.notes, *notes))
     named = {path: name for name, path in source.paths.items() if path in extras and path != name}
     return replace(made, extras=extras, extra_tensors=named)
 

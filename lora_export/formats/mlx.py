@@ -4,14 +4,17 @@ Source: https://github.com/ml-explore/mlx-lm, ``tuner/lora.py``, ``tuner/dora.py
 ``<module>.lora_a`` is ``(in_dim, rank)``, ``.lora_b`` ``(rank, out_dim)``: the transposes of PEFT's. The
 change is ``scale * (lora_a @ lora_b)ᵀ`` with the config's ``lora_parameters.scale`` as the whole factor, not
 divided by the rank. DoRA's ``.m`` is the norm of each output row, as PEFT's. Of an embedding lora_a is
-``(num_embeddings, rank)``. Not read: experts (``switch_mlp``: stacked along an axis of their own, under names
-that no Hugging Face checkpoint has) and DoRA's embedding, whose norms run along the other axis.
+``(num_embeddings, rank)``, and the change is the weight's, also where an output head is tied to it
+(``LoRAEmbedding.as_linear`` adds it there, ``fuse`` writes one weight). Not read: experts (``switch_mlp``:
+stacked along an axis of their own, under names that no Hugging Face checkpoint has) and DoRA's embedding,
+whose norms run along the other axis.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lora_export.adapter import Adapter
@@ -65,7 +68,7 @@ def read(source: Source, options: Options) -> Adapter:
             alpha = scale * parts.rows
         module = build_module(parts, alpha, False, table.problems)
         if module:
-            modules[module.key] = module
+            modules[module.key] = replace(module, everywhere=module.kind == "embedding")
     raise_problems(source, table.problems, "fix the listed problems, or fuse with mlx_lm.fuse")
     return adapter_of(source, "mlx", table, modules, dict(config))
 

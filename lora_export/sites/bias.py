@@ -6,14 +6,14 @@ which ``modules_to_save`` then trains.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.graph.onnx_file import take_over_output
+from lora_export.graph.onnx_file import FLOAT_TYPES, take_over_output
 from lora_export.sites.fit import placement_at
-from lora_export.sites.slot import Slot, Use
+from lora_export.sites.slot import ROUNDED_OR_MOVED, Slot, Use, constant_behind
 from lora_export.sites.target import Miss, Part, Site, Stack, Target, WeightOf
 
 _ADDED = "added: the exporter dropped a bias of zeros"
@@ -76,6 +76,7 @@ def _can_add(weight: Site, target: Target) -> bool:
     (part,) = weight.parts
     # Rescaled rows: a norm was folded in, and its factor would be the bias's as well.
     whole = all(p.row == p.col == 0 and p.row_scale is None for p in part.placements)
+    whole = whole and part.uses[0].operand_type in FLOAT_TYPES
     return whole and all(_is_bare(use.node) for use in part.uses) and _rows(part) == target.shape[0]
 
 
@@ -96,18 +97,29 @@ def _is_bare(node: ir.Node) -> bool:
 
 
 def _gets_a_vector(node: ir.Node) -> bool:
-    """Whether what reads the product also reads a constant vector: that may be the bias, fused."""
-    others = (value for usage in node.outputs[0].uses() for value in usage.node.inputs if value is not None)
-    return any(value.const_value is not None and len(value.const_value.shape) == 1 for value in others)
+    """Whether what reads the product, rounded or cast, also reads a constant vector: that may be the bias."""
+    others = (constant_behind(value) for reader in _readers(node.outputs[0]) for value in reader.inputs)
+    tensors = [other.const_value for other in others if other is not None]
+    return any(tensor is not None and len(tensor.shape) == 1 for tensor in tensors)
+
+
+def _readers(product: ir.Value) -> Iterator[ir.Node]:
+    """Yield what computes with a product, behind nodes that round or cast it."""
+    for usage in product.uses():
+        if usage.node.op_type in ROUNDED_OR_MOVED:
+            yield from _readers(usage.node.outputs[0])
+        else:
+            yield usage.node
 
 
 def _add(weight: Site, target: Target) -> Site:
     (part,) = weight.parts
-    tensor = part.root.const_value
-    assert tensor is not None
-    zeros = ir.tensor(np.zeros(target.shape, tensor.dtype.numpy()), name=_name(target))
+    # What is stored may be codes, or cast on its way.
+    dtype = part.uses[0].operand_type
+    assert dtype is not None
+    zeros = ir.tensor(np.zeros(target.shape, dtype.numpy()), name=_name(target))
     bias = ir.Value(
-        name=zeros.name, shape=ir.Shape(target.shape), type=ir.TensorType(tensor.dtype), const_value=zeros
+        name=zeros.name, shape=ir.Shape(target.shape), type=ir.TensorType(dtype), const_value=zeros
     )
     nodes = {id(use.node): use.node for use in part.uses}.values()
     owner = next(iter(nodes)).graph

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 
 import numpy as np
-import onnx_ir as ir
 
+from lora_export.adapter import Array
 from lora_export.graph.onnx_file import matrix_shape, shape_of, stored_matrix
 from lora_export.sites.heads import heads_of
-from lora_export.sites.slot import Use
+from lora_export.sites.operators.quantized import SCALES
+from lora_export.sites.slot import DEQUANTIZE, Use
 from lora_export.sites.target import Miss, Part, Site, Target
 from lora_export.storage.patch import Placement
 
@@ -34,6 +37,8 @@ def accepts(target: Target, use: Use) -> bool:
         # Ways in which a matrix is a module's weight are tried on their own (`matrices.forms_of`).
         return rank == len(target.shape) and kind == "other"
     if target.kind == "any":
+        # Packed codes of a matrix may have any rank.
+        rank = rank if use.slot.shape is None else len(use.slot.shape)
         return rank == len(target.shape) and kind in ("linear", "conv", "embedding", "other")
     return kind == target.kind
 
@@ -188,17 +193,34 @@ def site_of(target: Target, fits: list[tuple[Use, tuple[Placement, ...]]], evide
     )
     if any(use.transposed != group[0][0].transposed for group in roots.values() for use, _ in group):
         return Miss(target, "ambiguous: its weight is read in both orientations", "ambiguous", BOTH_WAYS)
-    if len(parts) > 1 and not _same_bytes([part.root for part in parts]):
+    if not _same_values(parts):
         where = ", ".join(str(part.root.name) for part in parts[:4])
-        return Miss(target, f"ambiguous: {len(parts)} weights have its name and shape ({where})", "ambiguous")
+        said = (
+            f"{len(parts)} weights have its name and shape" if len(parts) > 1 else "its codes have two scales"
+        )
+        return Miss(target, f"ambiguous: {said} ({where})", "ambiguous")
     return Site(target, parts, evidence)
 
 
-def _same_bytes(roots: list[ir.Value]) -> bool:
-    first = roots[0].const_value
+def _same_values(parts: Sequence[Part]) -> bool:
+    """Whether constants have the same bytes, and their uses, where those are codes, the same scales."""
+    first = parts[0].root.const_value
     assert first is not None
-    for root in roots[1:]:
-        assert root.const_value is not None
-        if not np.array_equal(stored_matrix(first), stored_matrix(root.const_value)):
+    for part in parts[1:]:
+        assert part.root.const_value is not None
+        if not np.array_equal(stored_matrix(first), stored_matrix(part.root.const_value)):
             return False
-    return True
+    one, *others = [_scales(use) for part in parts for use in part.uses]
+    return all(np.array_equal(mine, theirs) for other in others for mine, theirs in zip_longest(one, other))
+
+
+def _scales(use: Use) -> list[Array]:
+    """Return what the codes of a weight are read with, as far as it is constant."""
+    values = [value for node in use.chain if node.op_type in DEQUANTIZE for value in node.inputs[1:]]
+    positions = SCALES.get(use.node.op_type, frozenset())
+    values += [value for index, value in enumerate(use.node.inputs) if index in positions]
+    return [
+        np.asarray(value.const_value.numpy())
+        for value in values
+        if value is not None and value.const_value is not None
+    ]

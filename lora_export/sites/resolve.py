@@ -349,7 +349,8 @@ class Resolver:
         compared = [check_codes(site.target, part, wanted) for part in site.parts]
         read = [match for match in compared if match is not None]
         names = ", ".join(repr(part.root.name) for part in site.parts)
-        differs = f"the weight {names} does not hold the checkpoint's values"
+        kind = "vector" if site.target.kind == "vector" else "weight"
+        differs = f"the {kind} {names} does not hold the checkpoint's values"
         if any(not match.related for match in read):
             least = min(match.cosine for match in read)
             reason = f"{differs}, as far as its codes tell (least cosine {least:.3f})"

@@ -16,6 +16,8 @@ DEQUANTIZE = frozenset({"DequantizeLinear", "DequantizeLinearBlock", "TRT_FP8Deq
 # Nodes that round to a grid (ModelOpt's own for float8 as well): with one of `DEQUANTIZE` behind it, a float
 # weight stays a float weight.
 QUANTIZE = frozenset({"QuantizeLinear", "TRT_FP8QuantizeLinear"})
+# Nodes behind which a value is the same one, rounded, cast or moved.
+ROUNDED_OR_MOVED = PASSED | DEQUANTIZE | QUANTIZE
 # Norms, whose weight and bias are vectors, and those that add another input before.
 NORMS = frozenset(
     {
@@ -79,3 +81,30 @@ class Use:
     refusal: str = ""
     no_branch: str = ""
     quantised: bool = False
+
+    @property
+    def operand_type(self) -> ir.DataType | None:
+        """The float type that reaches the operator, behind Cast and DequantizeLinear; None: not known."""
+        if self.slot.shape is not None:
+            # Packed weights come with scales, in the type of the activation.
+            scales = self.node.inputs[2]
+            return scales.dtype if scales is not None else None
+        if self.node.op_type == "DynamicQuantizeMatMul":
+            return ir.DataType.FLOAT
+        for node in reversed(self.chain):
+            if node.op_type == "Cast":
+                return ir.DataType(node.attributes["to"].as_int())
+            if node.op_type == "CastLike" or node.op_type in DEQUANTIZE:
+                like = node.inputs[1]
+                return like.dtype if like is not None else None
+        assert self.root.const_value is not None
+        return self.root.const_value.dtype
+
+
+def constant_behind(value: ir.Value | None) -> ir.Value | None:
+    """Return the constant that a value is, perhaps rounded, cast or moved; None where it is computed."""
+    while value is not None and value.const_value is None and (maker := value.producer()) is not None:
+        if maker.op_type not in ROUNDED_OR_MOVED:
+            return None
+        value = maker.inputs[0]
+    return value if value is not None and value.const_value is not None else None

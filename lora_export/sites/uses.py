@@ -85,7 +85,8 @@ def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
     if value.const_value is None:
         return None
     shape, dtype = shape_of(value.const_value), value.const_value.dtype
-    if (slot.kind in ("linear", "conv", "embedding") and len(shape) < 2) or not shape:
+    packed = slot.shape is not None
+    if (slot.kind in ("linear", "conv", "embedding") and len(shape) < 2 and not packed) or not shape:
         return None
     no_branch = slot.no_branch
     dequantised = next((node.op_type for node in chain if node.op_type in DEQUANTIZE), None)

@@ -37,7 +37,7 @@ from lora_export.base.ties.copies import UNCHANGED, Copied, are_judged, is_same,
 from lora_export.base.ties.tied_layers import may_tie_layers
 from lora_export.base.ties.ties import Ties, find_ties, may_be_tied
 from lora_export.formats.reading.scope import SHARED
-from lora_export.formats.reading.whole_copies import reach_of
+from lora_export.formats.reading.whole_copies import Reach, reach_of
 from lora_export.formats.schemes import fitted
 from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, unaccounted
 from lora_export.sites.experts import fit_matrix, fit_parameter, is_turned, unsettled
@@ -321,7 +321,8 @@ class _Placer:
             placements, layout = self._fit(module, adapter, part, span)
             layouts.append(layout)
             for placement in placements:
-                self._ledger.add(part.tensor, partial(_make, module, placement, weight))
+                reach: Reach = "all" if module.everywhere else "one"
+                self._ledger.add(part.tensor, partial(_make, module, placement, weight), reach)
             self._copied.append(
                 Copied(
                     part.tensor,

@@ -37,6 +37,10 @@ _INTEGERS = (
     "merge into the unquantised graph and quantise the result; or quantise that graph so that the operators "
     "stay floats (quantize_static(..., quant_format=QuantFormat.QDQ), MatMulNBits) and "
 )
+_COPIES = (
+    "merge into the unquantised graph and quantise the result; or quantise that graph without these modules "
+    "(nodes_to_exclude=[...]) and give that"
+)
 _AGAIN = (
     "export the graph again with torch.onnx.export(..., dynamo=True, optimize=False), which keeps names, "
     "computes nothing in advance and has one constant for all calls of a module"
@@ -190,6 +194,10 @@ def _quantised(
     hint = _QUANTISED
     if "integers" in kinds or (lost and all(use.no_branch for use in codes)):
         hint = _INTEGERS + ("use swap-onnx" if merging else "give that")
+    codes_of = [miss.target for miss in misses if miss.kind == "integers"]
+    if not merging and codes_of and all(target.action == "replace" for target in codes_of):
+        # Beside these codes LoRA has a branch: what has none is a whole copy of them.
+        hint = _COPIES
     return (
         f"{file} has quantised weights{_operators(codes)}: {name} can't be "
         f"{'merged into' if merging else 'exposed at'} {len(misses)} of its {total} parameters' places",
@@ -245,7 +253,8 @@ def _matrices(uses: Sequence[Use]) -> dict[str, tuple[int, ...]]:
     found = {}
     for use in uses:
         if use.slot.kind in ("linear", "conv", "embedding") and use.root.const_value is not None:
-            found[module_of(use.node) or str(use.root.name)] = shape_of(use.root.const_value)
+            shape = use.slot.shape or shape_of(use.root.const_value)
+            found[module_of(use.node) or str(use.root.name)] = shape
     return found
 
 
@@ -295,6 +304,9 @@ def hints_of(
         hints.append("give the base that the adapter was trained on")
     if not checked and ("unproven" in kinds or (kinds & _LOST and not given)):
         hints.append(_BY_VALUE)
+    elif not checked and kinds & _LOST and not any("--component" in hint for hint in given):
+        # Other names of the same weights are no matter there.
+        hints.insert(0, _BY_VALUE)
     if checked and "unproven" in kinds:
         hints.append("give the graph as its exporter wrote it, or a checkpoint that stores these parameters")
     if checked and "not found" in kinds and not given:

@@ -159,14 +159,15 @@ def _is_folder(base_model: str | None, folder: Path) -> bool:
         return False
 
 
-def may_replace_ties(base: Path, adapters: Iterable[Adapter]) -> bool:
-    """Whether an adapter has a copy that PEFT would load into a weight that a folder's model may tie.
+def may_replace_ties(base: Path, adapters: Sequence[Adapter]) -> bool:
+    """Whether an adapter has a copy, or LoRA, that is of a weight which a folder's model may tie.
 
     Args:
         base: Folder with config.json and safetensors.
         adapters: Any.
     """
     copies = [path for one in adapters for path in one.extras if reach_of(one, path) != "one"]
+    copies += [module.key for one in adapters for module in one.modules.values() if module.everywhere]
     if not copies:
         return False
     checkpoint = Checkpoint.open(base)
@@ -205,6 +206,12 @@ def untrained_note(adapter: Adapter, parameter: str, copy: Array, stored: Array)
     count = differing_rows(copy, stored)
     if not count:
         return ""
+    if not may_be_tied(parameter):
+        return (
+            f"{parameter}: '{adapter.name}' holds a whole copy of it that no modules_to_save names, as a "
+            f"file of a whole model does, and {count} of {len(stored)} rows differ from this base: the copy "
+            "replaces them; give the base that it was trained on, or save the adapter's own tensors alone"
+        )
     return (
         f"{parameter}: '{adapter.name}' stores a copy of it that its training did not change (PEFT's "
         f"save_embedding_layers), and {count} of {len(stored)} rows differ from this base: the copy replaces "

@@ -4,7 +4,8 @@ A trained adapter changes the modules that its file names, and no other that sha
 writes both ends where it trained them as one (``ensure_weight_tying``), except for
 
 - single token rows, which stand for everything that is tied to the embedding
-  (``other.set_additional_trainable_modules``, PEFT 0.21); and
+  (``other.set_additional_trainable_modules``, PEFT 0.21);
+- mlx-lm's embeddings, whose change is that of the one weight, in a file that has none for the head; and
 - copies of no module of their own, which it loads into the one weight (`formats.reading.whole_copies`).
 
 What another adapter of a blend does is its own affair. In the end, parameters whose changes are equal are
@@ -51,14 +52,14 @@ class Change:
     is_copy: bool = False
 
     @property
-    def is_rows(self) -> bool:
-        """Whether it is single token rows."""
+    def is_for_all(self) -> bool:
+        """Whether it is no copy and stands for the whole tie: single token rows, mlx-lm's embedding."""
         return self.reach == "all" and not self.is_copy
 
     @property
     def order(self) -> tuple[int, int]:
         """Where it comes: PEFT puts rows over a copy, and LoRA on both."""
-        return self.adapter, 0 if self.is_copy else 1 if self.is_rows else 2
+        return self.adapter, 0 if self.is_copy else 1 if self.is_for_all else 2
 
 
 @dataclass
@@ -90,7 +91,7 @@ def spread(tie: Tie, changes: Mapping[str, Sequence[Change]]) -> Spread:
     for adapter in sorted({change.adapter for given in found.values() for change in given}):
         own = {name: [c for c in given if c.adapter == adapter] for name, given in found.items()}
         _spread_copy(tie, own, adapter, result)
-        rows = [change for change in own[first] if change.is_rows]
+        shared = [change for change in own[first] if change.is_for_all]
         for tensor in others if own[first] else ():
             trained = [change for change in own[tensor] if not (change.is_copy and change.reach == "all")]
             if any(change.is_tied for change in trained):
@@ -100,8 +101,9 @@ def spread(tie: Tie, changes: Mapping[str, Sequence[Change]]) -> Spread:
                         f"trained with ensure_weight_tying, and yet {' and '.join(found)} change differently"
                     )
                     result.refusal = Refusal("tied", reason)
-            elif rows and not any(map(_replaces, trained)):
-                _add(result, tensor, rows)
+            elif shared and not any(map(_replaces, trained)):
+                # LoRA on both of them is that of a model without the tie.
+                _add(result, tensor, [one for one in shared if not trained or _replaces(one)])
     return result
 
 

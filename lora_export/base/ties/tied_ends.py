@@ -1,11 +1,13 @@
-"""Give a copy that PEFT loads into a tied weight to every module of a graph that has that weight.
+"""Give a change of a tied weight to every module of a graph that has that weight.
+
+It is a copy that PEFT loads into the weight, or LoRA that mlx-lm adds wherever the weight is used.
 
 A graph has a tied weight once, read by a Gather and a product, or once for each module, where its exporter
 has computed the transpose. It does not say that they are tied: equal values do, and the checkpoint at hand.
 Rules:
 
 1. A copy of a module of its own (``modules_to_save``), or with the values that the graph has, concerns no
-   other.
+   other. So does LoRA where the adapter has LoRA for another reader, too: its base ties nothing.
 2. A module that the adapter has a copy of its own for is no matter of another copy.
 3. The checkpoint's model says whether the weight is tied.
 4. Without one, readers of the very constant are taken for tied; another constant of its values may be a
@@ -23,7 +25,7 @@ import numpy as np
 
 from lora_export.adapter import Adapter, Array
 from lora_export.base.ties.copies import is_same
-from lora_export.formats.reading.whole_copies import reach_of
+from lora_export.formats.reading.whole_copies import Reach, reach_of
 from lora_export.graph.onnx_file import release
 from lora_export.sites import fit
 from lora_export.sites.doubts.readers import module_of
@@ -56,13 +58,17 @@ def with_tied_ends(
     """
     made, misses, notes = [], [], []
     taken = {_key(use) for site in sites if _is_copy(site) for use in _uses_of(site)}
+    changed = {_key(use) for site in sites if not _is_copy(site) for use in _uses_of(site)}
     for site in sites:
-        reach = reach_of(adapter, site.target.key) if _is_copy(site) else "one"
+        reach = _reach(adapter, site)
         tied = weight_of.is_tied(site.target) if weight_of and reach != "one" else None
         if reach == "one" or tied is False or not _changes_whole(site):
             made.append(site)  # Rules 1 and 3.
             continue
         ends = _ends(site, uses)
+        if not _is_copy(site) and any(_key(use) in changed for use in ends):
+            made.append(site)  # Rule 1.
+            continue
         reason, hint = _problem(adapter, site, sites, ends, uses, tied)
         if reason:
             misses.append(Miss(site.target, reason, "tied", hint))
@@ -72,13 +78,21 @@ def with_tied_ends(
             taken |= set(map(_key, ends))
             names = ", ".join(sorted({module_of(use.node) or str(use.node.name) for use in ends}))
             how = "the checkpoint's model ties it to" if tied else "its constant is also read by"
-            notes.append(
-                f"{site.target.key}: {how} {names}: the adapter's copy replaces it there, too, as in PEFT"
-            )
+            what = "the adapter's copy replaces it there, too, as in PEFT"
+            if not _is_copy(site):
+                what = "the adapter is added there, too, as mlx-lm does"
+            notes.append(f"{site.target.key}: {how} {names}: {what}")
             made.append(replace(site, parts=_parts(site, ends, sites)))
         else:
             made.append(site)
     return made, misses, notes
+
+
+def _reach(adapter: Adapter, site: Site) -> Reach:
+    """Return which readers of its weight a site's change is of."""
+    if _is_copy(site):
+        return reach_of(adapter, site.target.key)
+    return "all" if site.target.module is not None and site.target.module.everywhere else "one"
 
 
 def _is_copy(site: Site) -> bool:
@@ -94,14 +108,14 @@ def _key(use: Use) -> tuple[int, int]:
 
 
 def _changes_whole(site: Site) -> bool:
-    """Whether a site is one constant of plain values, a matrix, and the copy has others."""
+    """Whether a site is one constant of plain values, a matrix, and the change has others."""
     (part, *more), target = site.parts, site.target
     (placement, *others) = part.placements
     if more or others or len(target.shape) != 2 or any(use.quantised for use in part.uses):
         return False
     if placement.row_scale is not None or placement.shift or placement.rows != (0, target.matrix[0]):
         return False
-    return not is_same(np.asarray(target.values), canonical_rows(part, placement))
+    return not _is_copy(site) or not is_same(np.asarray(target.values), canonical_rows(part, placement))
 
 
 def _ends(site: Site, uses: Iterable[Use]) -> list[Use]:
@@ -158,7 +172,9 @@ def _problem(
     copies = {_key(use): other.target for other in sites if _is_copy(other) for use in _uses_of(other)}
     there = {id(copy): copy for use in ends if (copy := copies.get(_key(use))) is not None}.values()
     rivals = [
-        copy.key for copy in there if reach_of(adapter, copy.key) != "one" and not _are_equal(copy, target)
+        copy.key
+        for copy in there
+        if _is_copy(site) and reach_of(adapter, copy.key) != "one" and not _are_equal(copy, target)
     ]
     if rivals:  # Rule 6.
         listed = ", ".join(rivals)
@@ -167,7 +183,7 @@ def _problem(
             _BASE,
         )
     ends = [use for use in ends if _key(use) not in copies]
-    if ends and reach_of(adapter, target.key) == "unknown":
+    if ends and _reach(adapter, site) == "unknown":
         return (
             f"{root.name!r} is other modules' too, and no config says whether the copy is of all of them",
             _CONFIG,
@@ -176,12 +192,13 @@ def _problem(
     hidden = set(readers_of(root)) - {_key(use) for use in uses}
     if hidden or closed:  # Rule 5.
         what = closed[0].node.op_type if closed else "a node that is not understood"
-        return f"the copy replaces all that is tied to it, and {what} reads the weight as well", _AGAIN
+        does = "the copy replaces" if _is_copy(site) else "the adapter changes"
+        return f"{does} all that is tied to it, and {what} reads the weight as well", _AGAIN
     others = sorted({str(use.root.name) for use in ends if use.root is not root})
     if tied is None and others:  # Rule 4.
         listed = ", ".join(map(repr, others))
         return (
-            f"{listed} holds the same values, and no name tells whether it is tied and replaced, too",
+            f"{listed} holds the same values, and no name tells whether it is tied and changed, too",
             _CHECKPOINT,
         )
     return "", ""

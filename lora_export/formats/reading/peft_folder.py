@@ -54,6 +54,11 @@ def write_folder(adapter: Adapter, folder: Path, force: bool) -> Path:
 def _problems(adapter: Adapter) -> list[str]:
     modules = list(adapter.modules.values())
     problems = [] if modules else ["it has no LoRA modules"]
+    problems += [
+        f"{module.path}: mlx-lm's change of an embedding is that of a tied head, too, and PEFT's is not"
+        for module in modules
+        if module.everywhere
+    ]
     problems += [f"{path}: {problem}; {MERGE_ROWS}" for path, problem in token_rows_problems(adapter)]
     components = sorted({module.component for module in modules if module.component})
     if len(components) > 1:

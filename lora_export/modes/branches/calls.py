@@ -10,12 +10,13 @@ import onnx_ir as ir
 from lora_export.adapter import Array, LoraModule
 from lora_export.formats.reading.saved import LARGEST_RANK, change_of
 from lora_export.graph.exposed import ExposedKind, StoredRows, path_of
-from lora_export.graph.onnx_file import shape_of
+from lora_export.graph.onnx_file import matrix_shape, shape_of
 from lora_export.sites.fit import stored_shape
 from lora_export.sites.slot import DEQUANTIZE, QUANTIZE, Use
 from lora_export.sites.target import Part, Site, Target
+from lora_export.sites.values.held import held_of, name_of_floats
 from lora_export.sites.values.ranges import may_hold_activation
-from lora_export.sites.values.verify import canonical_rows
+from lora_export.sites.values.verify import rectangle
 
 _TRANSPOSING = ("transA", "transBatchA")
 
@@ -138,7 +139,7 @@ def branch_of(site: Site, calls: dict[int, Call]) -> Branch | str:
         kernel,
         groups,
         module,
-        _stored(site.parts),
+        _stored(site.parts, codes=site.target.action == "replace"),
         held_turned=target.held_turned,
     )
 
@@ -189,22 +190,31 @@ def _values(site: Site) -> Array | str:
     values = np.zeros(site.target.matrix, np.float32)
     for part in site.parts:
         (placement,) = part.placements
-        if placement.row_scale is not None or any(use.quantised for use in part.uses):
+        if placement.row_scale is not None:
             return "the adapter replaces it, and the base's values are not in the graph as they are; merge it"
-        values[slice(*placement.rows)] = canonical_rows(part, placement)
+        held = held_of(part.uses[0])
+        if isinstance(held, str):
+            return f"the adapter replaces it, and {held}"
+        matrix = held.values.reshape(matrix_shape(held.values.shape))
+        values[slice(*placement.rows)] = rectangle(matrix, placement)
     return values
 
 
-def _stored(parts: tuple[Part, ...]) -> tuple[StoredRows, ...]:
-    """Where W0 lies; the same rows in a second constant (an exporter repeats shared weights) are left out."""
+def _stored(parts: tuple[Part, ...], *, codes: bool) -> tuple[StoredRows, ...]:
+    """Where W0 lies; the same rows in a second constant (an exporter repeats shared weights) are left out.
+
+    Args:
+        parts: Where it was found.
+        codes: What a quantiser left of it counts: the adapter replaces what the graph computes with.
+    """
     found: dict[tuple[int, int], StoredRows] = {}
     for part in parts:
         (placement,) = part.placements
-        if placement.row_scale is not None or any(use.quantised for use in part.uses):
+        name = name_of_floats(part.uses[0])
+        quantised = any(use.quantised for use in part.uses)
+        if placement.row_scale is not None or name is None or (quantised and not codes):
             return ()
-        rows = StoredRows(
-            str(part.root.name), placement.rows, placement.row, placement.col, placement.transposed
-        )
+        rows = StoredRows(name, placement.rows, placement.row, placement.col, placement.transposed)
         found.setdefault(placement.rows, rows)
     return tuple(found.values())
 
@@ -219,7 +229,7 @@ def _call_of(target: Target, use: Use) -> Call | str:
     x = node.inputs[1] if target.kind == "embedding" else node.inputs[0]
     if x is None:
         return f"{node.op_type} has no activation"
-    dtype = _dtype(use)
+    dtype = use.operand_type
     if dtype is None:
         return f"the type that {node.op_type} computes in can't be told"
     return Call(node, _unquantised(x), _width(target, use), dtype)
@@ -253,24 +263,6 @@ def _width(target: Target, use: Use) -> int:
         return target.shape[1]
     height, width = stored_shape(target, use)
     return width if use.transposed else height
-
-
-def _dtype(use: Use) -> ir.DataType | None:
-    """The float type that reaches the operator, behind Cast and DequantizeLinear."""
-    if use.slot.shape is not None:
-        # Packed weights come with scales, in the type of the activation.
-        scales = use.node.inputs[2]
-        return scales.dtype if scales is not None else None
-    if use.node.op_type == "DynamicQuantizeMatMul":
-        return ir.DataType.FLOAT
-    for node in reversed(use.chain):
-        if node.op_type == "Cast":
-            return ir.DataType(node.attributes["to"].as_int())
-        if node.op_type == "CastLike" or node.op_type in DEQUANTIZE:
-            like = node.inputs[1]
-            return like.dtype if like is not None else None
-    assert use.root.const_value is not None
-    return use.root.const_value.dtype
 
 
 def _unquantised(x: ir.Value) -> ir.Value:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from lora_export.sites.slot import DEQUANTIZE, QUANTIZE
+from lora_export.sites.slot import DEQUANTIZE, constant_behind
 from lora_export.sites.values.ranges import is_fixed, may_hold_activation
 
 
@@ -81,10 +81,6 @@ def _behind_bias(usage: _Reader, dtype: ir.DataType) -> list[ir.Value]:
     node = usage.node
     if node.op_type != "Add" or node.domain != "":
         return []
-    other = node.inputs[1 - usage.idx]
-    while other is not None and (maker := other.producer()) is not None:
-        if maker.op_type not in DEQUANTIZE | QUANTIZE:
-            break
-        other = maker.inputs[0]
+    other = constant_behind(node.inputs[1 - usage.idx])
     tensor = other.const_value if other is not None else None
     return [node.outputs[0]] if tensor is not None and len(tensor.shape) == 1 else []

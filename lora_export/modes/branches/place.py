@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_export.adapter import Adapter, LoraModule
+from lora_export.adapter import EVERYWHERE, Adapter, LoraModule
 from lora_export.base.placing.plan_rows import (
     Verb,
     hints_of,
@@ -28,10 +28,12 @@ from lora_export.sites.bias import restore_biases
 from lora_export.sites.doubts.contained import adapter_names
 from lora_export.sites.resolve import Resolver
 from lora_export.sites.target import Miss, Site, Target, targets_of
+from lora_export.sites.values.held import held_of
 from lora_export.sites.values.verify import canonical_rows
 
 _NO_ADAPTER = "--target-modules"
 _REPLACED = "the adapter replaces this whole parameter, which has no low-rank branch"
+_WITH_WEIGHT = "it goes with its module's weight, which has no place"
 # An activation is computed inside: a factor on the product can't come before it.
 _ACTIVATED = {"FusedConv", "FusedGemm"}
 
@@ -77,8 +79,9 @@ def place_branches(
     weights = [site for site in sites if site not in unchanged and site not in biases]
     placed, branches, without = _branches_of(weights, calls, dora)
     misses += without
+    lost = {miss.target.path for miss in misses if miss.target.key.endswith(".weight")}
     for site in biases:
-        reason = _add_bias(site, branches)
+        reason = _WITH_WEIGHT if site.target.path in lost else _add_bias(site, branches)
         if reason:
             misses.append(Miss(site.target, reason, "merge only"))
         else:
@@ -175,7 +178,7 @@ def refuse_contained(graph: GraphFile) -> None:
 
 def _unsuited_of(targets: Sequence[Target], dora: bool, bank: bool) -> list[Miss]:
     return [
-        Miss(target, reason, "merge only" if target.experts > 1 else "dora")
+        Miss(target, reason, "merge only" if target.experts > 1 or reason == EVERYWHERE else "dora")
         for target in targets
         if (reason := _unsuited(target, dora, bank))
     ]
@@ -185,6 +188,8 @@ def _unsuited(target: Target, dora: bool, bank: bool) -> str:
     """Why a target can't be exposed as a low-rank branch, or an empty text."""
     if target.experts > 1:
         return "stacked experts are not exposed"
+    if target.module is not None and target.module.everywhere:
+        return EVERYWHERE
     if target.module is not None and _is_dora(target.module) and not dora:
         return "DoRA has a factor on the whole product"
     return ""
@@ -223,15 +228,18 @@ def _add_bias(site: Site, branches: list[Branch]) -> str:
         return "its module has DoRA, whose factor would scale the bias as well"
     lora, change, (part, *more) = branch.lora, np.asarray(target.values), site.parts
     start = part.placements[0].row
-    stored = StoredRows(str(part.root.name), (0, len(change)), row=start)
+    held = held_of(part.uses[0])
     if target.action == "replace":
-        assert part.root.const_value is not None
-        values = np.asarray(part.root.const_value.numpy())[start : start + len(change)]
+        if isinstance(held, str):
+            return f"the adapter replaces it, and {held}"
+        values = held.values[start : start + len(change)]
         if more or values.shape != change.shape:
             return "its bias is stored in several parts"
         change = change.astype(np.float64) - values.astype(np.float64)
         lora = with_bias(lora, change, target.tensor_names)
-    branches[number] = replace(branch, lora=lora, bias=True, stored_bias=(stored,))
+    # Codes that can't be read are no place for an adapter that replaces the bias.
+    stored = () if isinstance(held, str) else (StoredRows(held.name, (0, len(change)), row=start),)
+    branches[number] = replace(branch, lora=lora, bias=True, stored_bias=stored)
     return ""
 
 

@@ -120,6 +120,9 @@ class Union:
         if branch.bias and not known.bias:
             # One adapter changes the bias: the others leave it as it is.
             known = replace(known, bias=True, stored_bias=branch.stored_bias)
+        if branch.stored and not known.stored:
+            # The others don't ask for the values of codes.
+            known = replace(known, stored=branch.stored)
         if known.held_turned is None and branch.held_turned is not None:
             known = replace(known, held_turned=branch.held_turned)
         if branch.rank > known.rank:

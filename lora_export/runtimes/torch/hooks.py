@@ -106,6 +106,7 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
         try:
             where, owner, part = locate(f"{lora.path}.{lora.parameter}", "merge", lora.component)
             branches.append(Branch(lora, where, owner, hook_of(lora, owner, part), part))
+            branches += _at_tied_heads(model, branches[-1], adapter)
         except NoPlace as problem:
             problems.append(f"{lora.path}  {problem}")
     paths = {branch.lora.path: branch.where for branch in branches}
@@ -183,6 +184,30 @@ def _changed_while_running(branch: Branch, weight: float) -> list[Any]:
     ]
 
 
+def _at_tied_heads(model: torch.nn.Module, branch: Branch, adapter: Adapter) -> list[Branch]:
+    """Return the branches at what else uses an embedding's weight, where the trainer adds them there, too."""
+    if not branch.lora.everywhere:
+        return []
+    others = [item for item in _owners_of(model, branch.owner.get()) if item[1] != branch.owner]
+    made = []
+    for path, owner in others:
+        if path in {lora.path for lora in adapter.modules.values()}:
+            return []
+        lora = branch.lora.as_head(path)
+        made.append(Branch(lora, path, owner, hook_of(lora, owner, None)))
+    return made
+
+
+def _owners_of(model: torch.nn.Module, shared: torch.Tensor) -> list[tuple[str, Owner]]:
+    """Return path and owner of every parameter that is the very tensor."""
+    return [
+        (path, Owner(module, name))
+        for path, module in model.named_modules()
+        for name, values in module._parameters.items()
+        if values is shared
+    ]
+
+
 # --- whole parameters ---------------------------------------------------------------------------------
 
 
@@ -207,12 +232,7 @@ def _replaced_by(
     import torch
 
     shared = owner.get()
-    owners = [
-        Owner(module, name)
-        for module in model.modules()
-        for name, values in module._parameters.items()
-        if values is shared
-    ]
+    owners = [one for _, one in _owners_of(model, shared)]
     reach = reach_of(adapter, path)
     if reach == "one" or len(owners) < 2:
         return [owner]

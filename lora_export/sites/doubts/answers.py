@@ -132,11 +132,18 @@ def _is_plain(values: Array) -> bool:
 
 
 def _are_sines(values: Array) -> bool:
-    """Whether each column is ``a·sin(f·p + b)``: its neighbours' sum is ``2·cos(f)`` times itself."""
+    """Whether each column is ``a·sin(f·p + b)``: its neighbours' sum is ``2·cos(f)`` times itself.
+
+    The row of the padding token is set to zeros (M2M100, XGLM): it is no position.
+    """
     if len(values) < _POSITIONS:
         return False
-    middle = values[1:-1].reshape(len(values) - 2, -1)
-    around = (values[2:] + values[:-2]).reshape(middle.shape)
+    rows = values.reshape(len(values), -1)
+    told = np.asarray(rows.any(axis=1))
+    whole = told[1:-1] & told[2:] & told[:-2]
+    if 2 * whole.sum() < len(whole):
+        return False
+    middle, around = rows[1:-1][whole], (rows[2:] + rows[:-2])[whole]
     factor = (around * middle).sum(axis=0) / np.maximum((middle**2).sum(axis=0), 1e-300)
     return bool(np.linalg.norm(around - factor * middle) <= _SINES * np.linalg.norm(middle))
 

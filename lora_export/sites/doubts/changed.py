@@ -40,7 +40,7 @@ _PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)+")
 _TRANSPOSED = re.compile(r"onnx::MatMul_\d+")
 # onnxruntime-genai's builder (``models/builders/base.py``: ``layernorm_attrs["add_offset"]``).
 _GENAI_NORM = re.compile(r"norm/(Skip)?LayerNorm(/|$)")
-_QUANTISED = re.compile(r"(_DQ)?(_Q\d\w*|_quantized)$")
+_QUANTISED = re.compile(r"(_DQ)?(_Q\d\w*|_Bnb4|_quantized)$")
 # Names that tools are known to give, and what they do to the values.
 _TOOLS = (
     (

@@ -14,7 +14,7 @@ from lora_export.graph.onnx_file import GraphFile
 from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.naming.adapter_layers import adapters_among
 from lora_export.sites.naming.evidence import folded_names, scope_path
-from lora_export.sites.slot import PASSED
+from lora_export.sites.slot import constant_behind
 from lora_export.sites.target import Site
 
 _PRODUCTS = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "Gather"}
@@ -60,9 +60,8 @@ def branch_beside(site: Site) -> str:
             if up is None or down is None or x is None or x not in map(_viewed, down.inputs):
                 continue
             if {module_of(up), module_of(down)} <= {module_of(use.node)}:
-                names = [
-                    repr(str(value.name)) for value in up.inputs if value is not None and _is_constant(value)
-                ]
+                factors = [value for value in up.inputs if value is not None]
+                names = [repr(str(value.name)) for value in factors if constant_behind(value) is not None]
                 return (
                     f"contains an adapter already: a product with {', '.join(names)} and another constant is "
                     f"added beside {use.root.name!r}"
@@ -90,7 +89,8 @@ def _product(value: ir.Value | None) -> ir.Node | None:
     """Return the product of an activation and a constant that a value is, but for factors."""
     while value is not None and (maker := value.producer()) is not None:
         if maker.op_type in _PRODUCTS:
-            return maker if _is_constant(maker.inputs[0 if maker.op_type == "Gather" else 1]) else None
+            weight = maker.inputs[0 if maker.op_type == "Gather" else 1]
+            return maker if constant_behind(weight) is not None else None
         value = _through(value, _SCALED)
         if value is not None and value.producer() is maker:
             return None
@@ -104,17 +104,8 @@ def _viewed(value: ir.Value | None) -> ir.Value | None:
 def _through(value: ir.Value | None, operators: Collection[str]) -> ir.Value | None:
     """Walk back through operators that have one activation."""
     while value is not None and (maker := value.producer()) is not None and maker.op_type in operators:
-        inputs = [other for other in maker.inputs if other is not None and not _is_constant(other)]
+        inputs = [other for other in maker.inputs if other is not None and constant_behind(other) is None]
         if not inputs:
             return value
         value = inputs[0]
     return value
-
-
-def _is_constant(value: ir.Value | None) -> bool:
-    """Whether a value is a constant, perhaps transposed or cast."""
-    while value is not None and value.const_value is None and (maker := value.producer()) is not None:
-        if maker.op_type not in PASSED:
-            return False
-        value = maker.inputs[0]
-    return value is not None and value.const_value is not None

@@ -6,7 +6,9 @@ file serves; of an adapter that was made for such a one, both (``text_encoder:cl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -15,6 +17,8 @@ from lora_export.sites.naming.likeness import matrix_of
 from lora_export.sites.naming.names import Named, Prefix, flatten
 
 _SHOWN = 4
+# A path down to its last number that is not a module of its own: `to_out.0` is one.
+_BLOCK = re.compile(r"(.*[._]\d+)[._](?!weight$|bias$)")
 # Parts that are tried, each at the cost of placing the adapter, and how many are enough to name.
 _TRIED = 256
 _ENOUGH = 24
@@ -86,8 +90,14 @@ def offers_of(
             if part == given or (given and not part.startswith(f"{given}.")):
                 continue
             below = [one for one in wanted if _is_below(one.key, part, flattened)]
-            placed, is_whole = _outcome(below or wanted, known, place(below or wanted, part))
-            if below or is_whole:
+            names = place(below or wanted, part)
+            placed, is_whole = _outcome(below or wanted, known, names)
+            fitting = {
+                one.key
+                for one, name in zip(below or wanted, names, strict=True)
+                if name is not None and known.has(name)
+            }
+            if (below or is_whole) and not _tears(wanted, fitting):
                 found[front + part] = placed, is_whole
                 kinds[front + part] = known.other_kind(part)
             if len(found) == _ENOUGH:
@@ -126,6 +136,21 @@ def _shared(wanted: Sequence[Named], seen: set[str]) -> Iterator[str]:
 
 def _is_below(key: str, part: str, flattened: bool) -> bool:
     return key.startswith(f"{flatten(part)}_" if flattened else f"{part}.")
+
+
+def _tears(wanted: Sequence[Named], fitting: AbstractSet[str]) -> bool:
+    """Whether what fits leaves others of the same numbered block behind: it is no part of a model then."""
+    low_rank = [wanted[number].key for number in _low_rank(wanted)]
+    torn = {_block(key) for key in low_rank if key in fitting} & {
+        _block(key) for key in low_rank if key not in fitting
+    }
+    return bool(torn - {""})
+
+
+def _block(key: str) -> str:
+    """Return the path of the innermost numbered block that a parameter is in; empty where it is in none."""
+    match = _BLOCK.match(key)
+    return match[1] if match else ""
 
 
 def _outcome(wanted: Sequence[Named], known: KnownNames, names: Sequence[str | None]) -> tuple[int, bool]:

@@ -13,7 +13,7 @@ import numpy as np
 from lora_export.adapter import Array
 from lora_export.sites.slot import Use
 from lora_export.sites.values.codes import NBITS_WIDTHS, constant_of, has_input, unpacked
-from lora_export.sites.values.grid import per_value
+from lora_export.sites.values.grid import dequantiser, per_value
 from lora_export.storage.patch import Placement
 
 # Operator of integers → position of the weight's scale (None: it is in a product further on), of its zero.
@@ -92,8 +92,8 @@ def codes_of(use: Use) -> Codes | None:
         return _of_nbits(use)
     stored = np.asarray(use.root.const_value.numpy())
     codes = stored.reshape(len(stored), -1)
-    first = use.chain[0] if use.chain else None
-    if first is not None and first.op_type == "DequantizeLinear":
+    first = dequantiser(use)
+    if first is not None:
         step: Array | None
         step, zero = (
             np.broadcast_to(per_value(first, index, stored.shape), stored.shape).reshape(codes.shape)

@@ -72,14 +72,45 @@ def held_by_codes(use: Use) -> tuple[Array, Array] | None:
         use: A use of the constant.
 
     Returns:
-        Two arrays of the constant's shape, in float64; None where no DequantizeLinear reads it.
+        Two arrays of the constant's shape, in float64; None where no DequantizeLinear reads it, or one whose
+        scale the graph computes.
     """
-    node = use.chain[0] if use.chain else None
-    if node is None or node.op_type != "DequantizeLinear" or use.root.const_value is None:
+    node = dequantiser(use)
+    return None if node is None else values_and_steps(node)
+
+
+def dequantiser(use: Use) -> ir.Node | None:
+    """Return the DequantizeLinear that turns a constant of codes into floats, by constant scales."""
+    changing = [node for node in use.chain if node.op_type != "Identity"]
+    return changing[0] if changing and is_dequantiser(changing[0]) else None
+
+
+def is_dequantiser(node: ir.Node) -> bool:
+    """Whether a node is a DequantizeLinear whose scale and zero point are constants."""
+    return node.op_type == "DequantizeLinear" and all(
+        value is None or value.const_value is not None for value in node.inputs[1:]
+    )
+
+
+def values_and_steps(node: ir.Node) -> tuple[Array, Array] | None:
+    """Return what a DequantizeLinear gives, and the step between two codes at each value, in float64.
+
+    Returns:
+        None where the codes are no constant.
+    """
+    value = without_identity(node.inputs[0])
+    if value is None or value.const_value is None:
         return None
-    codes = np.asarray(use.root.const_value.numpy()).astype(np.float64)
+    codes = np.asarray(value.const_value.numpy()).astype(np.float64)
     step, zero = (per_value(node, index, codes.shape) for index in (1, 2))
     return (codes - zero) * step, np.broadcast_to(step, codes.shape)
+
+
+def without_identity(value: ir.Value | None) -> ir.Value | None:
+    """Return what a value is behind nodes that do nothing."""
+    while value is not None and (maker := value.producer()) is not None and maker.op_type == "Identity":
+        value = maker.inputs[0]
+    return value
 
 
 def per_value(node: ir.Node, index: int, shape: tuple[int, ...]) -> Array:

@@ -15,6 +15,7 @@ from lora_export.sites.slot import NORMS, SKIP_NORMS, Use
 from lora_export.sites.target import Part, Stack, Target, Wanted
 from lora_export.sites.values import content
 from lora_export.sites.values.code_values import CodesMatch, codes_of, compare_codes
+from lora_export.sites.values.held import compare_vector
 from lora_export.storage.patch import Placement
 
 # What builders add to the weights of norms that compute x·(1 + w), Gemma's and Nemotron's.
@@ -101,12 +102,16 @@ def check_codes(target: Target, part: Part, wanted: Wanted) -> CodesMatch | None
 
     Returns:
         The better one of a square matrix' two orientations; None where the codes can't be read, or stand
-        for an expert's or a vector's values.
+        for an expert's values.
     """
-    held = codes_of(part.uses[0])
-    if held is None or isinstance(wanted, Stack) or target.kind == "vector":
+    if isinstance(wanted, Stack):
         return None
     (placement,) = part.placements
+    if target.kind == "vector":
+        return compare_vector(part.uses[0], placement.row, wanted[slice(*placement.rows)])
+    held = codes_of(part.uses[0])
+    if held is None:
+        return None
     found = [
         compare_codes(held, placement, matrix[slice(*placement.rows)])
         for matrix in orientations(target, wanted)
@@ -118,10 +123,11 @@ def check_codes(target: Target, part: Part, wanted: Wanted) -> CodesMatch | None
 def canonical_rows(part: Part, placement: Placement) -> Array:
     """Return the stored rectangle of a placement, in canonical orientation."""
     assert part.root.const_value is not None
-    return _rectangle(stored_matrix(part.root.const_value), placement)
+    return rectangle(stored_matrix(part.root.const_value), placement)
 
 
-def _rectangle(matrix: Array, placement: Placement) -> Array:
+def rectangle(matrix: Array, placement: Placement) -> Array:
+    """Return the rectangle of a placement in a stored matrix, in canonical orientation."""
     view = matrix.T if placement.transposed else matrix
     offset = placement.col if placement.transposed else placement.row
     start, stop = placement.rows
