@@ -18,13 +18,14 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no 
 
 @pytest.fixture
 def pipe(tmp_path: Path) -> Iterator[Path]:
-    """A named pipe; who waits for it gets nothing after some seconds, so that a test fails and doesn't hang."""
+    """Make a named pipe; after some seconds whoever waits for it gets nothing, so that no test hangs."""
     path = tmp_path / "file"
     os.mkfifo(path)
 
     def answer() -> None:
-        with open(os.open(path, os.O_RDWR), "wb"):
-            done.wait(1)
+        handle = os.open(path, os.O_RDWR)
+        done.wait(1)
+        os.close(handle)
 
     done = threading.Event()
     timer = threading.Timer(5, answer)
