@@ -207,8 +207,7 @@ class Adapter:
         fan_in_fan_out: The config says that the base stores the transposed weight (GPT-2's Conv1D).
         config: The format's own configuration, for `inspect`.
         tensor_names: Every tensor of the file; each belongs to a module or to ``extras``.
-        sha256: Of the weights file; of a converted ``.safetensors`` its header's, which has that of the file
-            it was made of.
+        sha256: Of all of the weights file.
         notes: What a user should know: said by `inspect` and kept in manifests.
         states: Of its weights files as they were loaded: values may be mapped, see `storage.inputs`.
     """

@@ -164,6 +164,23 @@ def test_a_damaged_entry(text, tmp_path):
         load_graph(base)
 
 
+def test_a_file_that_is_named_twice_is_refused_and_not_hashed_again(tmp_path, monkeypatch):
+    base, _ = two_bases("llama", tmp_path)
+    swap_onnx(base, tmp_path / "m.onnx", adapter=tiny.adapter("llama"), checkpoint=False)
+    model = onnx.load(tmp_path / "m.onnx", load_external_data=False)
+    (entry,) = (entry for entry in model.metadata_props if entry.key == KEY)
+    said = json.loads(entry.value)
+    said["files"] |= {f".{'/' * number}m.onnx.data": "0" for number in range(1, 200)}
+    entry.value = json.dumps(said)
+    onnx.save(model, tmp_path / "m.onnx")
+    hashed = []
+    monkeypatch.setattr("lora_export.graph.data_identity.hash_file", hashed.append)
+    with pytest.raises(GraphError, match="names a file several times") as caught:
+        load_graph(tmp_path / "m.onnx")
+    assert caught.value.problems == ("m.onnx.data: named 200 times",)
+    assert not hashed
+
+
 def test_the_entry_says_what_the_files_are(tmp_path):
     base, _ = two_bases("llama", tmp_path)
     swapped_sharing(base, base.parent / "m.onnx", tiny.adapter("llama"))

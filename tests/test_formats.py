@@ -692,7 +692,7 @@ def test_a_header_with_a_name_twice_or_odd_metadata(tmp_path: Path) -> None:
 
 
 def test_settings_of_a_checkpoint_that_we_cannot_honour(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="config/use_dora: True is not supported in this format"):
+    with pytest.raises(AdapterError, match="config/use_dora: true is not supported in this format"):
         load_adapter(loralib_file(tmp_path, {**PAIR, "config": {"alpha": 8, "use_dora": True}}))
     with pytest.raises(AdapterError, match=r"alpha_pattern: .* is not supported in this format"):
         load_adapter(loralib_file(tmp_path, {**PAIR, "alpha": 8, "alpha_pattern": {"q": 1}}))

@@ -373,3 +373,28 @@ def test_a_folder_of_edge_llms_own_converter_is_read(tmp_path):
         1.5 * module.lora_b @ module.lora_a,
         atol=2e-2,
     )
+
+
+@pytest.mark.parametrize("metadata", [{"layout": "onnx"}, None])
+def test_two_adapters_of_other_values_have_two_identities(tmp_path, metadata):
+    """Also under one header, whoever wrote it."""
+    written(tmp_path, "safetensors")
+    (file,) = tmp_path.glob("*.safetensors")
+    with safe_open(file, "numpy") as opened:
+        said = opened.metadata()
+    first, hashes = load_adapter(file).sha256, set()
+    tensors = load_file(file)
+    for factor in (1, 3):
+        save_file({name: value * factor for name, value in tensors.items()}, file, said)
+        hashes.add(load_adapter(file).sha256)
+    assert len(hashes) == 2
+    assert first
+    peft = tmp_path / "peft"
+    peft.mkdir()
+    (peft / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    for factor in (1, 3):
+        name = "base_model.model.q.lora_{}.weight"
+        values = {name.format("A"): np.full((2, 3), factor, "f4"), name.format("B"): np.ones((3, 2), "f4")}
+        save_file(values, peft / "adapter_model.safetensors", metadata)
+        hashes.add(load_adapter(peft).sha256)
+    assert len(hashes) == 4

@@ -1,5 +1,6 @@
 """Patterns of an adapter's config: matched as by PEFT, and none keeps a verb busy."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -109,6 +110,59 @@ def test_what_is_honest_and_large_is_not_refused():
         with within("adapter 'x'"):
             found = [pattern_values(config, "rank_pattern", path) for path in paths]
         assert found == [[number] for number in range(len(paths))]
+
+
+@pytest.mark.parametrize(
+    ("keys", "paths", "says"),
+    [
+        # More keys than are kept compiled, for each of many modules; and what is only compiled.
+        ([f"x{n}[ab]+" for n in range(5000)], 2000, "takes more than|more than 5000000 times"),
+        ([f"x{n}[ab]" for n in range(5000)], 2000, "more than 5000000 times"),
+        ([f"x{n}[ab]+" for n in range(12_000)], 1, "more than 10000|to compile"),
+        ([f"{n}" * 9000 + "(a)" for n in range(3000)], 1, "to compile"),
+        (["x" * n for n in range(4000)], 2000, "more than 5000000 times"),
+    ],
+)
+def test_number_and_compiling_of_keys_count(keys, paths, says):
+    config = {"rank_pattern": dict.fromkeys(keys, 4)}
+    started = time.process_time()
+    texts = [f"l.{number}.q" for number in range(paths)]
+    with within("adapter 'x'"), pytest.raises(AdapterError, match=says):
+        all(not pattern_values(config, "rank_pattern", text) for text in texts)
+    assert time.process_time() - started < 15
+
+
+def test_a_key_for_each_of_many_modules_is_quick():
+    paths = [f"model.layers.{n}.experts.{m}.{p}_proj" for n in range(20) for m in range(64) for p in "uvw"]
+    config = {"rank_pattern": {path: number for number, path in enumerate(paths)}}
+    started = time.process_time()
+    with within("adapter 'x'"):
+        found = [pattern_values(config, "rank_pattern", path) for path in paths]
+    assert found == [[number] for number in range(len(paths))]
+    assert time.process_time() - started < 3
+
+
+KEY_LETTERS = st.text("ab.", min_size=1, max_size=5)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(
+    keys=st.lists(
+        st.one_of(KEY_LETTERS, KEY_LETTERS.map(re.escape), st.sampled_from(["a+", "(", "^a", "a|b"]))
+    ),
+    path=st.text("ab.-\n", min_size=1, max_size=7),
+)
+def test_keys_are_found_as_peft_finds_them(keys, path):
+    """`get_pattern_key` of ``peft.utils.other``, for all keys that match."""
+    config = {"rank_pattern": {key: number for number, key in enumerate(keys)}}
+    wanted = []
+    for key, value in config["rank_pattern"].items():
+        with contextlib.suppress(re.error):
+            if re.match(rf"(.*\.)?({key})$", path):
+                wanted.append(value)
+    if not wanted and path in config["rank_pattern"]:
+        wanted = [config["rank_pattern"][path]]
+    assert pattern_values(config, "rank_pattern", path) == wanted
 
 
 @group("llama")

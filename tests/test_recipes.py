@@ -101,6 +101,19 @@ def test_steps_become_what_would_be_typed(tmp_path: Path) -> None:
     assert values["as_json"]
 
 
+def test_an_argument_is_never_read_as_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (step,) = read(tmp_path, "steps:\n- blend: {adapter: '--help', output: out, json: true}\n").steps
+    assert step.arguments == ("--output", "out", "--json", "--", "--help")
+    assert step.with_flag("force").arguments[0] == "--force"
+    (tmp_path / "r.yaml").write_text(
+        "name: n\ndescription: d\nneeds: []\nsteps:\n- inspect: {adapter: '--help'}\n- targets: {}\n"
+    )
+    with pytest.raises(SystemExit) as stop:
+        main(["run", str(tmp_path / "r.yaml")])
+    assert stop.value.code == 1
+    assert "there is no adapter at --help" in capsys.readouterr().err
+
+
 def test_flags_are_added_once_and_where_they_are_known(tmp_path: Path) -> None:
     (step,) = read(tmp_path, "steps: [{blend: {adapter: a, output: b}}]").steps
     assert "--force" in step.with_flag("force").arguments

@@ -166,12 +166,17 @@ class _Reader:
         if missing:
             self._complain(node, f"{where}: missing {', '.join(repr(name) for name in missing)}")
         arguments: list[str] = []
+        options_typed: list[str] = []
         for name, value in given.items():
             words = self._words(f"{where}: {name!r}", name, known[name], value)
-            arguments = (
-                [*words, *arguments] if isinstance(known[name], click.Argument) else [*arguments, *words]
-            )
-        return Step(verb, tuple(arguments), command)
+            if isinstance(known[name], click.Argument):
+                arguments = [*words, *arguments]
+            else:
+                options_typed += words
+        if any(word.startswith("-") for word in arguments):
+            # A file may be called "--help": what is an argument is never read as an option.
+            return Step(verb, (*options_typed, "--", *arguments), command)
+        return Step(verb, (*arguments, *options_typed), command)
 
     def _words(self, where: str, name: str, parameter: click.Parameter, node: yaml.Node) -> list[str]:
         """Return what would be typed for one option."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -172,6 +173,9 @@ def refuse_changed_data(metadata: Mapping[str, str], path: Path, layout: Callabl
             "copy the graph and its data into one folder, without links out of it; or make it again",
             outside,
         )
+    named = Counter(map(os.path.normpath, identity.files))
+    if twice := [f"{name}: named {count} times" for name, count in named.items() if count > 1]:
+        raise GraphError(f"{path}: the metadata entry {KEY!r} names a file several times", _AGAIN, twice)
     changed = [
         f"{file}: sha256 {found}, the graph was written with {sha256}"
         for place, sha256 in identity.files.items()

@@ -13,11 +13,14 @@ What it holds a document to, before anybody looks at what it says:
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import stat
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from lora_export.errors import LoraExportError
 from lora_export.untrusted.shown import shown
@@ -182,11 +185,27 @@ def compose_yaml(path: Path, error: type[LoraExportError], what: str) -> yaml.No
     return root
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read, and nothing else that has a name: a pipe would be waited for, for ever.
+
+    Raises:
+        OSError: It can't be opened, or is no regular file.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
 def _bytes_of(path: Path, most: int, error: type[LoraExportError], what: str = "") -> bytes:
     """Return a file's content, of which no more is read than ``most``."""
     name = f"the {what} {path}" if what else str(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             raw = file.read(most + 1)
     except OSError as found:
         hint = "check the path and its permissions"

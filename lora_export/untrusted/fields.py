@@ -217,6 +217,8 @@ def seen(data: object) -> str:
     """Return what a value is, in a few characters."""
     if isinstance(data, dict | list | tuple):
         return f"an {'object' if isinstance(data, dict) else 'array'} of {len(data)}"
+    if isinstance(data, set | frozenset | bytes | bytearray):
+        return f"{'bytes' if isinstance(data, bytes | bytearray) else 'a set'}, {len(data)} of them"
     if isinstance(data, int) and data.bit_length() > 200:
         return f"a number of {data.bit_length()} bits"
     text = json.dumps(data[: _SEEN + 1] if isinstance(data, str) else data, default=repr, ensure_ascii=False)

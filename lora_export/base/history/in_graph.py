@@ -7,7 +7,7 @@ LoRA has them in its record, so that an adapter that is in its weights isn't put
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from lora_export.adapter import Adapter
 from lora_export.base.history.history import History
@@ -21,7 +21,7 @@ MERGED_BASE_KEY = "lora_export.merged_base"
 CAPTURED_KEY = "lora_export.merged_before_capture"
 _UNKNOWN_WEIGHT = "?"
 _SEPARATOR = "; "
-_ENTRY = re.compile(r"(?:^|; )(.+?) sha256=(\S*) weight=")
+_HASH = re.compile(r" sha256=(\S*) weight=")
 # An adapter's factor, and what may follow it.
 _PART = re.compile(r"[^;\s]+ part=([^;\s]+)")
 
@@ -72,8 +72,18 @@ def not_in(merged: str, history: History) -> list[str]:
         merged: Entries of the graph.
         history: Of the folder.
     """
-    entries = _ENTRY.findall(merged)
-    return [f"'{name}'" for name, sha256 in entries if sha256 not in history.adapters]
+    return [f"'{name}'" for name, sha256 in _names(merged) if sha256 not in history.adapters]
+
+
+def _names(merged: str) -> Iterator[tuple[str, str]]:
+    """Yield name and hash of each entry: a name begins at the first separator behind the entry before."""
+    end = 0
+    for found in _HASH.finditer(merged):
+        separator = merged.find(_SEPARATOR, end, found.start()) if end else -len(_SEPARATOR)
+        if (end and separator < 0) or not (name := merged[separator + len(_SEPARATOR) : found.start()]):
+            continue
+        yield name, found[1]
+        end = found.end()
 
 
 def refuse_merged_into(where: str, merged: str, adapters: Sequence[Adapter]) -> None:

@@ -11,7 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lora_export.formats.reading.patterns import check, match
+from lora_export.formats.reading.key_index import KeyIndex
+from lora_export.formats.reading.patterns import check, remembered
 from lora_export.formats.reading.source import Options
 
 # Change how the tensors are made or trained, not what they mean once saved.
@@ -92,13 +93,8 @@ def pattern_values(config: Mapping[str, Any], name: str, path: str) -> list[Any]
     pattern = config.get(name)
     if not isinstance(pattern, Mapping):
         return []
-    found = []
-    for key, value in pattern.items():
-        try:
-            if match(name, rf"(.*\.)?({key})$", path):
-                found.append(value)
-        except re.error:
-            continue
+    index, values = remembered(pattern, lambda: (KeyIndex(name, map(str, pattern)), list(pattern.values())))
+    found = [values[number] for number in index.fitting(path)]
     if not found and path in pattern:
         return [pattern[path]]
     return found
@@ -159,7 +155,7 @@ class LoraRules:
         for key in ("rank_pattern", "alpha_pattern"):
             pattern = self._config.get(key)
             for name, value in pattern.items() if isinstance(pattern, Mapping) else ():
-                problem = _number_problem(value, whole=key == "rank_pattern") or _pattern_problem(name)
+                problem = _number_problem(value, whole=key == "rank_pattern") or _pattern_problem(key, name)
                 if problem:
                     self.problems.append(f"config {key} {name!r}: {problem}")
 
@@ -205,10 +201,10 @@ class LoraRules:
             )
 
 
-def _pattern_problem(pattern: str) -> str:
+def _pattern_problem(key: str, pattern: str) -> str:
     """Return why PEFT would stop at a key of a pattern, or an empty string."""
     try:
-        check(rf"(.*\.)?({pattern})$")
+        check(key, rf"(.*\.)?({pattern})$")
     except re.error as error:
         return f"no regular expression ({error}), which is what PEFT reads it as; for any name write .*"
     return ""

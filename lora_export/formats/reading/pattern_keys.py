@@ -8,15 +8,15 @@ path fits nothing, and its module would get the general rank or alpha without a 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from lora_export.formats.reading.lora_config import pattern_values
-from lora_export.formats.reading.patterns import fullmatch
+from lora_export.formats.reading.key_index import KeyIndex
 
 KEYS = ("rank_pattern", "alpha_pattern")
 # A literal name at the beginning of a key, as far as its dot.
 _FIRST_NAME = re.compile(r"\^?(?:[A-Za-z_]\w*)(?:\\\.|\.)(?![*+?{])")
+_MOST_NAMES = 64
 
 
 def misplaced_keys(config: Mapping[str, Any], paths: Collection[str]) -> Iterator[str]:
@@ -31,27 +31,41 @@ def misplaced_keys(config: Mapping[str, Any], paths: Collection[str]) -> Iterato
     """
     for kind in KEYS:
         pattern = config.get(kind)
-        for key in map(str, pattern) if isinstance(pattern, Mapping) else ():
-            if any(pattern_values({kind: {key: 1}}, kind, path) for path in paths):
-                continue
-            if (meant := next((path for path in paths if _is_meant(kind, key, path)), None)) is not None:
+        keys = list(map(str, pattern)) if isinstance(pattern, Mapping) else []
+        index, whole = KeyIndex(kind, keys), set(paths)
+        fitting = {number for path in paths for number in index.fitting(path)}
+        left = [key for number, key in enumerate(keys) if number not in fitting and key not in whole]
+        meant = _meant(kind, left, paths) if left else {}
+        for key in left:
+            if key in meant:
                 yield (
                     f"config {kind} {key!r}: fits no module as the file calls them; it would fit "
-                    f"{meant} with another beginning: write it as that path begins"
+                    f"{meant[key]} with another beginning: write it as that path begins"
                 )
 
 
-def _is_meant(kind: str, key: str, path: str) -> bool:
-    """Whether a key fits a path without its first names, or without its own first names all of a path."""
-    names = path.split(".")
-    ends = (".".join(names[first:]) for first in range(1, len(names) - 1))
-    if any(pattern_values({kind: {key: 1}}, kind, end) for end in ends):
-        return True
-    while found := _FIRST_NAME.match(key):
+def _meant(kind: str, keys: Sequence[str], paths: Collection[str]) -> dict[str, str]:
+    """Return the first path that each key fits if one of the two loses some of its first names."""
+    index, meant, known = KeyIndex(kind, keys), dict[str, str](), set(keys)
+    shorter = [(key, short) for key in keys for short in _shorter(key)]
+    whole = KeyIndex(kind, (short.removesuffix("$") for _, short in shorter), whole=True)
+    for path in paths:
+        names = path.split(".")
+        for first in range(1, len(names) - 1):
+            end = ".".join(names[first:])
+            for number in index.fitting(end):
+                meant.setdefault(keys[number], path)
+            if end in known:
+                meant.setdefault(end, path)
+        for number in whole.fitting(path):
+            meant.setdefault(shorter[number][0], path)
+    return meant
+
+
+def _shorter(key: str) -> Iterator[str]:
+    """Yield a key without its first names."""
+    for _ in range(_MOST_NAMES):
+        if not (found := _FIRST_NAME.match(key)):
+            return
         key = key[found.end() :]
-        try:
-            if fullmatch(kind, key.removesuffix("$"), path):
-                return True
-        except re.error:
-            return False
-    return False
+        yield key

@@ -6,7 +6,8 @@ busy for ever: ``(a|aa)+$`` doubles its work with each letter. So:
 1. ``re`` says whether a pattern is one, and a pattern that can't branch is matched by ``re``.
 2. All others are matched by the package ``regex``, which has a time limit and the same syntax: what it reads
    in another way than ``re`` (``{e<=1}``, ``[[:alpha:]]``) is escaped first.
-3. What `within` reads has one budget for all of its matches.
+3. What `within` reads has one budget for all of its patterns: for the time of compiling and matching them,
+   for their number and for that of matches.
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lora_export.errors import AdapterError
 
-# For all matches of one reading together, in seconds of this thread; and what each match is granted besides,
-# of which the usual one takes a tenth.
+# For all patterns of one reading together, in seconds of this thread; and what each match and each pattern is
+# granted besides, of which the usual one takes a tenth, and a third; in total no more than so much.
 LIMIT_S = 1.0
-_GRANT_S = 20e-6
+_GRANT_S, _COMPILE_GRANT_S, _MOST_GRANTED_S = 20e-6, 500e-6, 4.0
+# A microsecond each, or more for a long text; and some kilobytes each.
+_MOST_MATCHES, _LONG_TEXT = 5_000_000, 1000
+_MOST_PATTERNS = 10_000
 # ``regex`` compiles about 150 letters a millisecond.
 _LONGEST = 100_000
 # Without these, escaped ones apart, a pattern has one way to match; PEFT's prefix ``(.*\\.)?`` has one for
@@ -36,19 +40,36 @@ _REPEAT = re.compile(r"\{(?:\d+(?:,\d*)?|,\d*)\}")
 _COMMENT = re.compile(r"\(\?#[^)]*\)")
 _VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
 _SHOWN = 80
+T = TypeVar("T")
 
 
 @dataclass
 class _Budget:
-    """What is left of a reading's time.
+    """What is left for a reading.
 
     Attributes:
         where: What is read.
         left_s: Seconds.
+        granted_s: Seconds that came on top.
+        matches: Number of them; of long texts each is several.
+        compiled: Patterns, ready to match.
+        remembered: What was made of objects, with these.
     """
 
     where: str
     left_s: float = LIMIT_S
+    granted_s: float = 0.0
+    matches: int = _MOST_MATCHES
+    compiled: dict[str, tuple[bool, Any]] = field(default_factory=dict)
+    remembered: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+
+    def spend(self, seconds: float, grant_s: float) -> bool:
+        """Take what something cost, less what it is granted; return whether anything is left."""
+        if self.granted_s < _MOST_GRANTED_S:
+            self.granted_s += grant_s
+            self.left_s += grant_s
+        self.left_s -= seconds
+        return self.left_s > 0
 
 
 _BUDGET: ContextVar[_Budget | None] = ContextVar("pattern_budget", default=None)
@@ -92,46 +113,116 @@ def fullmatch(key: str, pattern: str, text: str) -> Any:
     return _run("fullmatch", key, pattern, text)
 
 
-def check(pattern: str) -> None:
-    """Raise `re.error` for what is no regular expression."""
+def remembered(owner: object, make: Callable[[], T]) -> T:
+    """Return what is made of an object, once in each reading (`within`); the object may not change in it."""
+    budget = _BUDGET.get()
+    if budget is None:
+        return make()
+    if id(owner) not in budget.remembered:
+        budget.remembered[id(owner)] = owner, make()
+    made: T = budget.remembered[id(owner)][1]
+    return made
+
+
+def check(key: str, pattern: str) -> None:
+    """Raise `re.error` for what is no regular expression.
+
+    Args:
+        key: Of the config, for messages.
+        pattern: A stranger's.
+
+    Raises:
+        re.error: It is none.
+        AdapterError: All patterns together take too long to compile.
+    """
+    with _compiling(_budget(), key, pattern):
+        _check(pattern)
+
+
+def _check(pattern: str) -> None:
     try:
         re.compile(pattern)
     except (RecursionError, OverflowError) as error:
         raise re.error(str(error), pattern) from error
 
 
+def _budget() -> _Budget:
+    return _BUDGET.get() or _Budget("an adapter's config")
+
+
+@contextlib.contextmanager
+def _compiling(budget: _Budget, key: str, pattern: str) -> Iterator[None]:
+    """Count the time of a ``with`` block."""
+    started = time.thread_time()
+    yield
+    if not budget.spend(time.thread_time() - started, _COMPILE_GRANT_S):
+        raise _refusal(budget, key, pattern, f"and those before it take more than {LIMIT_S:g} s to compile")
+
+
+def _ready(budget: _Budget, key: str, pattern: str) -> tuple[bool, Any]:
+    """Return what `_compiled` does, from this reading's patterns where it is there."""
+    if found := budget.compiled.get(pattern):
+        return found
+    if len(budget.compiled) >= _MOST_PATTERNS:
+        raise _refusal(budget, key, pattern, f"is one of more than {_MOST_PATTERNS}")
+    with _compiling(budget, key, pattern):
+        try:
+            made = budget.compiled[pattern] = _compiled(pattern)
+        except _UnlimitedError as error:
+            raise _refusal(budget, key, pattern, str(error)) from error
+    return made
+
+
 def _run(method: Literal["match", "fullmatch"], key: str, pattern: str, text: str) -> Any:
-    budget = _BUDGET.get() or _Budget("an adapter's config")
-    try:
-        limited, compiled = _compiled(pattern)
-    except _UnlimitedError as error:
-        raise _refusal(budget, key, pattern, str(error)) from error
+    budget = _budget()
+    limited, compiled = _ready(budget, key, pattern)
+    _count(budget, key, pattern, text)
     if not limited:
         return getattr(compiled, method)(text)
     started = time.thread_time()
     try:
         found = getattr(compiled, method)(text, timeout=max(budget.left_s, _GRANT_S))
     except TimeoutError:
-        budget.left_s = 0.0
-        found = None
-    budget.left_s += _GRANT_S - (time.thread_time() - started)
-    if budget.left_s <= _GRANT_S:
+        budget.left_s, found = 0.0, None
+    if not budget.spend(time.thread_time() - started, _GRANT_S):
         raise _refusal(budget, key, pattern, f"takes more than {LIMIT_S:g} s to match modules' paths")
     return found
+
+
+def count(key: str, pattern: str, text: str, times: int) -> None:
+    """Count looking patterns up as matching them.
+
+    Args:
+        key: Of the config, for messages.
+        pattern: One of them.
+        text: What is looked up.
+        times: How often.
+
+    Raises:
+        AdapterError: It is too often.
+    """
+    _count(_budget(), key, pattern, text, times)
+
+
+def _count(budget: _Budget, key: str, pattern: str, text: str, times: int = 1) -> None:
+    budget.matches -= times * (1 + len(text) // _LONG_TEXT)
+    if budget.matches < 0:
+        why = f"and others are matched with modules' paths more than {_MOST_MATCHES} times"
+        raise _refusal(budget, key, pattern, why)
 
 
 def _refusal(budget: _Budget, key: str, pattern: str, why: str) -> AdapterError:
     shown = pattern if len(pattern) <= _SHOWN else f"{pattern[:_SHOWN]}…"
     return AdapterError(
         f"{budget.where}: the regular expression {shown!r} of {key} {why}",
-        f"write {key} without repeats inside of repeats, or as a list of modules' names",
+        f"write {key} without repeats inside of repeats, or with modules' names as they are",
     )
 
 
 @lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> tuple[bool, Any]:
     """Return whether a pattern's matches need a limit, and the pattern compiled."""
-    check(pattern)
+    _check(pattern)
     if _BRANCHING.isdisjoint(_ESCAPED.sub("", pattern).removeprefix("(.*)?")):
         return False, re.compile(pattern)
     if len(pattern) > _LONGEST:

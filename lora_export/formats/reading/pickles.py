@@ -19,7 +19,10 @@ import numpy as np
 from lora_export.adapter import Array
 from lora_export.errors import AdapterError, BackendUnavailable
 from lora_export.formats.reading.pickle_claims import claim_problems
+from lora_export.formats.reading.pickle_contents import Contents, TangledError
+from lora_export.untrusted.documents import open_regular
 from lora_export.untrusted.fields import seen
+from lora_export.untrusted.shown import printable
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -81,13 +84,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
             "pip install 'lora-export[hf]', or save the adapter as .safetensors",
         ) from error
     try:
-        if problems := claim_problems(path):
-            raise AdapterError(
-                f"{path} claims more than it holds",
-                "save the state dict alone, best as .safetensors",
-                problems,
-            )
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # The same open file: another one of this name may be there by the time that torch opens it.
+        with open_regular(path) as file:
+            if problems := claim_problems(file):
+                raise AdapterError(
+                    f"{path} claims more than it holds, or is not what torch.save writes",
+                    "save the state dict alone, best as .safetensors",
+                    problems,
+                )
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except AdapterError:
         raise
     except OSError as error:
@@ -106,7 +111,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
             "save it with torch.save(model.state_dict(), path)",
         )
     checkpoint = Checkpoint()
-    _collect(content, "", checkpoint, torch.Tensor)
+    try:
+        contents = Contents(content, torch.Tensor)
+    except TangledError as error:
+        raise AdapterError(
+            f"{path} can't be walked: {error}", "save the state dict alone, best as .safetensors"
+        ) from error
+    _Collector(checkpoint, contents, torch.Tensor).collect(content, "")
     if checkpoint.problems:
         raise AdapterError(
             f"{path} holds entries that are neither tensors nor settings we know",
@@ -116,79 +127,95 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _collect(
-    content: Mapping[Any, Any], where: str, into: Checkpoint, tensor_type: type, of_model: bool = False
-) -> None:
-    """Sort the entries of a dict that holds tensors, or holds a dict that does.
+class _Collector:
+    """Sorts what a checkpoint's dictionaries hold, each once in each of its roles.
 
     Args:
-        content: The dict.
-        where: Path of the dict, with a slash behind.
         into: Gets the entries.
+        contents: What the dictionaries hold.
         tensor_type: torch's.
-        of_model: The dict is a model's state dict: what it calls alpha is a parameter of the model.
     """
-    of_lora = _speaks_of_lora(content, tensor_type)
-    spellings = _CLEAR | _PLAIN if of_lora else _CLEAR
-    for key, value in content.items():
-        name = f"{where}{key}"
-        # A one-element tensor under such a key is the number; under "lora_unet….alpha" the key differs.
-        one: Any = value
-        is_number = isinstance(value, tensor_type) and one.numel() == 1 and not of_model
-        number = one.item() if is_number else value
-        if str(key) in spellings and isinstance(number, (bool, int, float, list, tuple)):
-            _set(into, spellings[str(key)], number, name)
-        elif isinstance(value, tensor_type):
-            if str(key) in into.tensors:
-                into.problems.append(f"{name}: a second tensor of this name")
-            try:
-                into.tensors[str(key)] = _array(value)
-            # A sparse, quantised or meta tensor: torch says so in one of these.
-            except (RuntimeError, TypeError, NotImplementedError) as error:
-                into.problems.append(f"{name}: {str(error).splitlines()[0]}")
-        elif (
-            isinstance(value, Mapping)
-            and key in _GENERAL_NESTS + _LORA_NESTS
-            and _tensors(value, tensor_type)
-        ):
-            _collect(value, f"{name}/", into, tensor_type, of_model=key in _GENERAL_NESTS)
-        elif key in _MEANINGFUL:
-            if value:
-                into.problems.append(f"{name}: {value!r} is not supported in this format")
-        elif any(word in str(key).lower() for word in _BOOKKEEPING) or isinstance(value, (str, type(None))):
-            into.ignored.append(name)
-        elif isinstance(value, Mapping) and not _tensors(value, tensor_type):
-            if key not in _LORA_CONFIGS:
+
+    def __init__(self, into: Checkpoint, contents: Contents, tensor_type: type) -> None:
+        self._into, self._contents, self._tensor_type = into, contents, tensor_type
+        self._done: set[tuple[int, str, bool]] = set()
+
+    def collect(self, content: Mapping[Any, Any], where: str, of_model: bool = False) -> None:
+        """Sort the entries of a dict that holds tensors, or holds a dict that does.
+
+        Args:
+            content: The dict.
+            where: Path of the dict, with a slash behind.
+            of_model: The dict is a model's state dict: what it calls alpha is a parameter of the model.
+        """
+        if not self._is_new(content, "tensors", of_model):
+            return
+        into, tensor_type = self._into, self._tensor_type
+        of_lora = _speaks_of_lora(content, tensor_type)
+        spellings = _CLEAR | _PLAIN if of_lora else _CLEAR
+        for key, value in content.items():
+            name = _path(where, key)
+            # A one-element tensor under such a key is the number; under "lora_unet….alpha" the key differs.
+            one: Any = value
+            is_number = isinstance(value, tensor_type) and one.numel() == 1 and not of_model
+            number = one.item() if is_number else value
+            if str(key) in spellings and isinstance(number, (bool, int, float, list, tuple)):
+                _set(into, spellings[str(key)], number, name)
+            elif isinstance(value, tensor_type):
+                self._take_tensor(str(key), value, name)
+            elif key in _GENERAL_NESTS + _LORA_NESTS and self._contents.has_tensors(value):
+                self.collect(value, f"{name}/", of_model=key in _GENERAL_NESTS)
+            elif key in _MEANINGFUL:
+                if value:
+                    into.problems.append(f"{name}: {seen(value)} is not supported in this format")
+            elif _is_bookkeeping(key) or isinstance(value, (str, type(None))):
                 into.ignored.append(name)
-            _collect_settings(value, name, into, of_lora=key in _LORA_CONFIGS)
-        elif (not of_lora or _is_of_lora(key)) and _is_plain(value):
-            _mention(into, str(key), value, name)
-            into.ignored.append(name)
-        else:
-            into.problems.append(f"{name}: {type(value).__name__}")
+            elif isinstance(value, Mapping) and not self._contents.has_tensors(value):
+                if key not in _LORA_CONFIGS:
+                    into.ignored.append(name)
+                self._collect_settings(value, name, of_lora=key in _LORA_CONFIGS)
+            elif (not of_lora or _is_of_lora(key)) and self._contents.is_plain(value):
+                _mention(into, str(key), value, name)
+                into.ignored.append(name)
+            else:
+                into.problems.append(f"{name}: {type(value).__name__}")
+
+    def _is_new(self, content: Mapping[Any, Any], role: str, meaning: bool) -> bool:
+        """Whether a dict was not yet sorted in a role; it may be there under several names."""
+        count = len(self._done)
+        self._done.add((id(content), role, meaning))
+        return len(self._done) > count
+
+    def _take_tensor(self, key: str, tensor: Any, name: str) -> None:
+        if key in self._into.tensors:
+            self._into.problems.append(f"{name}: a second tensor of this name")
+        try:
+            self._into.tensors[key] = _array(tensor)
+        # A sparse, quantised or meta tensor: torch says so in one of these.
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            self._into.problems.append(f"{name}: {str(error).splitlines()[0]}")
+
+    def _collect_settings(self, content: Mapping[Any, Any], where: str, of_lora: bool) -> None:
+        """Take LoRA's numbers from a dict without tensors; everything else in it is the training's."""
+        if not self._is_new(content, "settings", of_lora):
+            return
+        into, spellings = self._into, _CLEAR | _PLAIN if of_lora else _CLEAR
+        for key, value in content.items():
+            name = _path(f"{where}/", key)
+            if key in _MEANINGFUL and value:
+                into.problems.append(f"{name}: {seen(value)} is not supported in this format")
+            elif str(key) in spellings and isinstance(value, (bool, int, float, list)):
+                _set(into, spellings[str(key)], value, name)
+            elif isinstance(value, Mapping) and not _is_bookkeeping(key):
+                # PEFT's own dict has a level for each adapter: {"default": {"r": 8, …}}.
+                self._collect_settings(value, name, of_lora or key in _LORA_CONFIGS)
+            else:
+                _mention(into, str(key), value, name)
 
 
-def _collect_settings(content: Mapping[Any, Any], where: str, into: Checkpoint, of_lora: bool) -> None:
-    """Take LoRA's numbers from a dict without tensors; everything else in it is the training's."""
-    spellings = _CLEAR | _PLAIN if of_lora else _CLEAR
-    for key, value in content.items():
-        name = f"{where}/{key}"
-        if key in _MEANINGFUL and value:
-            into.problems.append(f"{name}: {value!r} is not supported in this format")
-        elif str(key) in spellings and isinstance(value, (bool, int, float, list)):
-            _set(into, spellings[str(key)], value, name)
-        elif isinstance(value, Mapping) and not any(word in str(key).lower() for word in _BOOKKEEPING):
-            # PEFT's own dict has a level for each adapter: {"default": {"r": 8, …}}.
-            _collect_settings(value, name, into, of_lora or key in _LORA_CONFIGS)
-        else:
-            _mention(into, str(key), value, name)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is a number or a list of plain values: nothing that could hold a weight."""
-    if isinstance(value, (list, tuple, set)):
-        return all(_is_plain(one) or isinstance(one, str) for one in value)
-    return isinstance(value, (bool, int, float))
+def _path(where: str, key: Any) -> str:
+    """Return where an entry is, without the middle of what is too long: keys may be shared and long."""
+    return printable(f"{where}{str(key)[:_LONGEST_PATH]}", _LONGEST_PATH)
 
 
 def _speaks_of_lora(content: Mapping[Any, Any], tensor_type: type) -> bool:
@@ -206,15 +233,16 @@ def _speaks_of_lora(content: Mapping[Any, Any], tensor_type: type) -> bool:
 
 
 def _is_of_lora(key: Any) -> bool:
-    return any(word in str(key).lower() for word in _OF_LORA)
+    return _has_word(key, _OF_LORA)
 
 
-def _tensors(content: Mapping[Any, Any], tensor_type: type) -> bool:
-    """Whether a dict holds tensors, at any depth."""
-    return any(
-        isinstance(value, tensor_type) or (isinstance(value, Mapping) and _tensors(value, tensor_type))
-        for value in content.values()
-    )
+def _is_bookkeeping(key: Any) -> bool:
+    return _has_word(key, _BOOKKEEPING)
+
+
+def _has_word(key: Any, words: tuple[str, ...]) -> bool:
+    text = str(key).lower()
+    return any(word in text for word in words)
 
 
 def _mention(into: Checkpoint, key: str, value: Any, name: str) -> None:
@@ -236,6 +264,7 @@ def _are_switches(value: Any) -> bool:
 
 
 _LARGEST = 2**100
+_LONGEST_PATH = 300
 _SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rslora": (lambda value: isinstance(value, bool), "true or false"),
     "enable_lora": (_are_switches, "a list of true and false"),
@@ -248,7 +277,9 @@ def _set(into: Checkpoint, key: str, value: Any, name: str) -> None:
     if not fits(value):
         into.problems.append(f"{name}: {seen(value)}, wanted {what}")
     elif into.settings.setdefault(key, value) != value:
-        into.problems.append(f"{name}: {value}, but {key} is {into.settings[key]} elsewhere in the file")
+        into.problems.append(
+            f"{name}: {seen(value)}, but {key} is {seen(into.settings[key])} elsewhere in the file"
+        )
 
 
 def _array(tensor: Any) -> Array:

@@ -11,12 +11,11 @@ from typing import Any
 
 from lora_export.adapter import Adapter, Array
 from lora_export.errors import AdapterError
-from lora_export.formats.provenance import is_converted
 from lora_export.formats.reading.adapter_name import strip_adapter_name
 from lora_export.formats.reading.ort_file import SUFFIX as ORT_SUFFIX
 from lora_export.formats.reading.ort_file import read_ort_file
 from lora_export.formats.reading.pickles import SUFFIXES, read_checkpoint
-from lora_export.formats.reading.tensors import file_sha256, header_sha256, read_safetensors
+from lora_export.formats.reading.tensors import file_sha256, read_safetensors
 from lora_export.formats.reading.weights_files import (
     CONFIG_NAME,
     EDGE_LLM_NAME,
@@ -210,8 +209,8 @@ def _open_file(path: Path, file: Path) -> Source:
             f"{file} is no adapter: its name ends in {file.suffix or 'nothing'!r}",
             f"give a PEFT folder, or a file ending in .safetensors, {', '.join(SUFFIXES)}, {ORT_SUFFIX}",
         )
-    # A converted file's header names the adapter it was made from: a session that loads it need not wait.
-    sha256 = header_sha256(file) if is_converted(metadata) else file_sha256(file)
+    # All bytes, also of a converted file: values may change under a header that stays as it is.
+    sha256 = file_sha256(file)
     refuse_changed([before])
     return Source(
         path=path,

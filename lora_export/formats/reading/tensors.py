@@ -128,13 +128,6 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def header_sha256(path: Path) -> str:
-    """Return the SHA-256 of a ``.safetensors`` file's header: names, shapes, metadata."""
-    with path.open("rb") as file:
-        length = file.read(8)
-        return hashlib.sha256(length + file.read(int.from_bytes(length, "little"))).hexdigest()
-
-
 def value_problems(tensors: Iterable[tuple[str, Array]]) -> list[str]:
     """Return one line for each trained tensor that is no float, has no values, or holds NaN or infinity."""
     problems = []

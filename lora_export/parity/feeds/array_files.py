@@ -46,7 +46,7 @@ def read_arrays(path: Path) -> dict[str, Array]:
     problems = []
     try:
         entries = archive_entries(path)
-        if found := archive_problems(path, entries):
+        if found := archive_problems(path.stat().st_size, entries):
             hint = "save it with numpy.savez(file, **arrays), not compressed, or as .safetensors"
             raise BackendError(f"{path} claims more than it holds", hint, found)
         with zipfile.ZipFile(path) as archive:

@@ -1,0 +1,73 @@
+"""Which keys of ``rank_pattern`` or ``alpha_pattern`` fit a module: found without trying them all.
+
+Training that gives each module a rank of its own (EVA, AdaLoRA) writes a key for each, and there may be
+twenty thousand modules, in a mixture of experts. Nearly all keys are paths, in which a dot stands for any
+letter: keys of one length, with their dots in the same places, are looked up together.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+from lora_export.formats.reading.patterns import count, fullmatch, match
+
+# Letters that mean themselves, dots that mean any letter, and dots that mean dots.
+_PLAIN = re.compile(r"(?:[A-Za-z0-9_-]|\\?\.)+")
+_PIECE = re.compile(r"\\\.|.")
+# Stands for "any letter" in what is looked up.
+_ANY = "\0"
+
+
+class KeyIndex:
+    """Finds keys by a module's path, under PEFT's rule: a key matches an end of it, from a dot on.
+
+    Args:
+        name: Of the keys in the config.
+        keys: Regular expressions; what is none fits nothing.
+        whole: They have to match all of a path.
+    """
+
+    def __init__(self, name: str, keys: Iterable[str], *, whole: bool = False) -> None:
+        self._name, self._keys, self._whole = name, list(keys), whole
+        self._others: list[int] = []
+        # The length, and places of the dots that mean any letter → the key without them → numbers.
+        self._plain: dict[tuple[int, tuple[int, ...]], dict[str, list[int]]] = defaultdict(dict)
+        for number, key in enumerate(self._keys):
+            if not _PLAIN.fullmatch(key):
+                self._others.append(number)
+                continue
+            letters = [_ANY if piece == "." else piece[-1] for piece in _PIECE.findall(key)]
+            dots = tuple(at for at, letter in enumerate(letters) if letter == _ANY)
+            self._plain[len(letters), dots].setdefault("".join(letters), []).append(number)
+
+    def fitting(self, path: str) -> list[int]:
+        """Return the numbers of the keys that fit a path, in their order.
+
+        Raises:
+            AdapterError: They take too long to match.
+        """
+        # No dot stands for the end of a line, and $ stands before one.
+        if "\n" in path or _ANY in path:
+            return [number for number in range(len(self._keys)) if self._fits(number, path)]
+        if self._plain:
+            count(self._name, self._keys[0], path, len(self._plain))
+        found = [number for number in self._others if self._fits(number, path)]
+        for (length, dots), keys in self._plain.items():
+            start = len(path) - length
+            if start < 0 or (start and (self._whole or path[start - 1] != ".")):
+                continue
+            letters = list(path[start:])
+            for at in dots:
+                letters[at] = _ANY
+            found += keys.get("".join(letters), ())
+        return sorted(found)
+
+    def _fits(self, number: int, path: str) -> bool:
+        try:
+            if self._whole:
+                return fullmatch(self._name, self._keys[number], path) is not None
+            return match(self._name, rf"(.*\.)?({self._keys[number]})$", path) is not None
+        except re.error:
+            return False
