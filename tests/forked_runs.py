@@ -37,7 +37,7 @@ def killed(top: Path) -> None:
         assert output_cases.run(output_cases.CASES[verb], top, top / verb / "good") == 0
         new = faults.snapshot(top / verb / "good")
         for fault in faults.KILLS:
-            for old in ({}, dict.fromkeys(new, b"old")):
+            for old in ({}, output_cases.old_of(new)):
                 numbers = itertools.count()
                 while _killed_at(top, verb, fault, next(numbers), old, new):
                     pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,27 @@ CASES = {
 
 def run(case: Case, folder: Path, out: Path, *more: str) -> int:
     return cli._run([str(entry) for entry in (*case.arguments(folder, out), *more)], False)
+
+
+def old_of(new: dict[str, bytes]) -> dict[str, bytes]:
+    """Return the files that an earlier run has left: others than the new ones, in folders that are ours.
+
+    A folder is replaced only where its own record lists what is in it.
+    """
+    old = {place: b"" if place.endswith("/") else b"old" for place in new}
+    for place in new:
+        folder, _, name = place.rpartition("/")
+        inside = [other[len(folder) + 1 :] for other in new if folder and other.startswith(f"{folder}/")]
+        inside = [other for other in inside if other and not other.endswith("/")]
+        listing = {"files": dict.fromkeys(inside, "old")}
+        if name == "lora.json":
+            old[place] = json.dumps(listing).encode()
+        elif name == "config.json" and folder == "edge":
+            old[place] = json.dumps({"lora_export": listing}).encode()
+        elif name == "SHA256SUMS":
+            lines = [f"{'0' * 64}  {other}\n" for other in inside if other != name]
+            old[place] = "".join(lines).encode()
+    return old
 
 
 def fill(out: Path, files: dict[str, bytes]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import faults
 import pytest
-from output_cases import CASES, fill, inputs, run
+from output_cases import CASES, fill, inputs, old_of, run
 
 from lora_export import cli
 from lora_export.errors import OutputError
@@ -58,7 +58,7 @@ def test_from_one_call_on_everything_fails(verb, fault, tmp_path, monkeypatch, c
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     assert run(case, top, tmp_path / "good") == 0
     new = faults.snapshot(tmp_path / "good")
-    old = dict.fromkeys(new, b"old")
+    old = old_of(new)
     number, stuck = 0, 0
     while True:
         out = tmp_path / str(number) / "out"

@@ -65,9 +65,20 @@ def run(model, inputs, adapter=None):
     return np.asarray(session.run([session.get_outputs()[0].name], inputs, run_options)[0])
 
 
+def sizes_of(record):
+    """Return the sizes of each tensor that a record names; the rank is free."""
+    found = {}
+    for module in record.modules:
+        shapes = {module.lora_a: module.a_shape(0), module.lora_b: module.b_shape(0)}
+        shapes |= {module.lora_bias: [module.out_dim]} if module.bias else {}
+        shapes |= {module.scale: [module.out_dim]} if record.dora else {}
+        found |= {name: [size or "r" for size in shape] for name, shape in shapes.items()}
+    return found
+
+
 def small(folder, record=None, **more):
     """Save y = x·W with exposed LoRA on it, written out by hand; W is ``(5, 6)``."""
-    dims = more.pop("dims", ("r", "r"))
+    given, dims = set(more), more.pop("dims", ("r", "r"))
     model = graph(
         f"""small (float[n, 5] x, float[5, {dims[0]}] q_lora_A_weight, float[{dims[1]}, 6] q_lora_B_weight)
         => (float[n, 6] y) {{
@@ -85,11 +96,14 @@ def small(folder, record=None, **more):
         record = ExposedGraph("swap", "base.onnx", BASE, (module,), **({"max_rank": 8} | more))
     if record:
         model.metadata_props[KEY] = record.to_json()
-        inputs = {value.name for value in model.graph.inputs}
-        for name in set(record.tensor_names()) - inputs:
-            model.graph.inputs.append(
-                ir.Value(name=name, shape=ir.Shape(["k"]), type=ir.TensorType(ir.DataType.FLOAT))
-            )
+        inputs = {value.name: value for value in model.graph.inputs}
+        for name, sizes in sizes_of(record).items():
+            value = inputs.get(name)
+            if value is None:
+                value = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT))
+                model.graph.inputs.append(value)
+            if "dims" not in given:
+                value.shape = ir.Shape(sizes)
     return save(model, folder, "swap.onnx")
 
 
@@ -415,6 +429,8 @@ def test_lora_inputs_that_are_not_understood(tmp_path):
     model = onnx.load(path)
     model.graph.input[1].type.tensor_type.shape.dim[0].dim_param = "in"
     model.graph.input[2].name = "other.lora_B.weight"
+    for node in model.graph.node:
+        node.input[:] = [name.replace("q.lora_B", "other.lora_B") for name in node.input]
     onnx.save(model, path)
     with pytest.raises(GraphError) as caught:
         convert_adapter(adapter_of(linear("q", 6, 5)), path, tmp_path / "a.safetensors")

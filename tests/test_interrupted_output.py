@@ -13,7 +13,7 @@ import faults
 import parity_reports
 import pytest
 import session_graphs
-from output_cases import CASES, fill, run
+from output_cases import CASES, fill, old_of, run
 
 from lora_export import cli, run_bench
 from lora_export.demo import run as demo
@@ -80,7 +80,7 @@ def test_every_call(verb, replaces, fault, folder, quick, tmp_path, capsys, reco
     force = ["--force"] if replaces else []
     assert run(case, folder, tmp_path / "good") == 0
     new = faults.snapshot(tmp_path / "good")
-    old = {place: b"" if place.endswith("/") else b"old" for place in new} if replaces else {}
+    old = old_of(new) if replaces else {}
     number, tried = 0, 0
     while True:
         top = tmp_path / f"{number}"
