@@ -17,6 +17,7 @@ import lora_export
 from lora_export import InputChangedError, LoraModule
 from lora_export.formats.reading import tensors
 from lora_export.formats.reading.tensors import write_safetensors
+from lora_export.storage.commit.leftovers import scratch_folder
 from lora_export.storage.inputs import FileState, note_inputs, refuse_changed_inputs, same_inputs
 from lora_export.storage.outputs import OutputSet
 
@@ -241,3 +242,12 @@ def test_a_benchmark_of_a_model_replaced_before_it_is_timed(tmp_path, monkeypatc
     monkeypatch.setattr(run, "_probe_all", lambda *_: [None])
     with pytest.raises(InputChangedError, match="2 files have changed while being read"):
         run.run_bench(model, seconds=0.2)
+
+
+def test_what_was_read_in_a_scratch_folder_of_ours_is_no_input():
+    """Parity reads graphs that it has made for itself, and they go with their folder."""
+    with same_inputs(at_end=True):
+        with scratch_folder() as folder:
+            (folder / "probes.onnx").write_bytes(b"x")
+            note_inputs([folder / "probes.onnx"])
+        refuse_changed_inputs()

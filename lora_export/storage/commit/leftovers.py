@@ -22,6 +22,7 @@ from lora_export.storage.commit.settling import names, settle
 from lora_export.storage.commit.signals import Uninterrupted
 from lora_export.storage.commit.steps import MARK, RETIRED, discard
 from lora_export.storage.commit.told import tell
+from lora_export.storage.inputs import forget_inputs
 
 _STAGED = re.compile(rf".+\.tmp-{IDENTITY}(?:{re.escape(RETIRED)})?", re.DOTALL)
 _SCRATCH = re.compile(rf"\.?lora-export-{IDENTITY}(?:{re.escape(LEASE)}|{re.escape(MARK)})?")
@@ -48,6 +49,8 @@ def scratch_folder(place: Path | None = None) -> Iterator[Path]:
         folder.mkdir(mode=0o700)
         yield folder
     finally:
+        # What was read there was this run's own, and goes with it.
+        forget_inputs([folder])
         with Uninterrupted() as calm:
             lease.release(calm, remove=discard(folder, calm))
 
