@@ -31,6 +31,7 @@ from lora_export.storage.commit.lock import PAUSE_S, Grip, take
 from lora_export.storage.commit.signals import Uninterrupted
 from lora_export.storage.commit.steps import MARK, RETIRED, Mark, Staged, discard
 from lora_export.storage.commit.told import tell
+from lora_export.untrusted.documents import parse_json
 
 # Groups of an identity within a name.
 IDENTITY = r"(?P<identity>(?P<kernel>[0-9a-f]{6})-[0-9]{1,10}-[0-9a-f]{12})"
@@ -225,7 +226,7 @@ class Lease:
         for line in os.pread(self._grip.handle, size, 0).splitlines(keepends=True):
             if not line.endswith(b"\n"):
                 break
-            data: dict[str, Any] = json.loads(line)
+            data: dict[str, Any] = parse_json(line)
             if "first" in data:
                 record.first = self.folder / data["first"]
             if "folder" in data:
