@@ -110,7 +110,7 @@ def test_numbers_that_are_loras(case: str, spelling: str, tmp_path: Path) -> Non
             {"hyper_parameters": {"lora_alpha": [1, 2]}},
             r"hyper_parameters/lora_alpha: an array of 2, wanted a finite number",
         ),
-        ({"lora_config": {"alpha": 12, "use_dora": True}}, "use_dora: True is not supported in this format"),
+        ({"lora_config": {"alpha": 12, "use_dora": True}}, "use_dora: true is not supported in this format"),
     ],
 )
 def test_what_the_file_says_of_lora_must_fit(
