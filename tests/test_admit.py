@@ -20,7 +20,7 @@ from lora_export.engines.prepare.dtypes import NEEDS, TAKEN
 from lora_export.engines.prepare.operators import ABSENT
 from lora_export.engines.prepare.prepare import admit
 from lora_export.errors import EngineBuildError
-from lora_export.graph.exposed import KEY, WEIGHTS_INPUT, ExposedGraph, ExposedModule, exposed_of
+from lora_export.graph.exposed import KEY, WEIGHTS_INPUT, ExposedGraph, ExposedModule, Member, exposed_of
 from lora_export.graph.onnx_file import load_graph, save_graph
 from lora_export.sites.node_text import find_node, module_of, node_text
 
@@ -160,7 +160,7 @@ def test_a_float64_module_is_float32_in_the_engine(tmp_path):
     found = load_graph(path)
     for value in list(found.graph.inputs)[1:]:
         value.name = str(value.name).replace("_lora_", ".lora_").replace("_weight", ".weight")
-    module = ExposedModule("w", "linear", in_dim=4, out_dim=3, dtype="float64", members=())
+    module = ExposedModule("w", "linear", 4, 3, "float64", (Member("w", 0, 3),))
     found.model.metadata_props[KEY] = ExposedGraph("swap", "b", "0", (module,), 8, "tensorrt").to_json()
     admitted = admit(found, {"tensorrt-rtx": ["8.9"]})
     assert admitted.exposed is not None
