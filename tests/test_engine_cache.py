@@ -11,7 +11,7 @@ import pytest
 
 from lora_export.engines.cache import EngineCache, default_folder, key_of
 from lora_export.engines.record import sha256_of
-from lora_export.storage.commit.leftovers import new_suffix
+from lora_export.storage.commit.lease import new_identity
 
 KEYS = [key_of({"number": number}) for number in range(4)]
 K = KEYS[0]
@@ -125,11 +125,11 @@ def test_an_entry_that_cannot_be_read_at_the_moment_is_kept(what, cache, tmp_pat
     assert cache.find(K).built == built
 
 
-@pytest.mark.parametrize("name", ["my-project", "f" * 64, "0" * 64 + new_suffix()])
+@pytest.mark.parametrize("name", ["my-project", "f" * 64, "0" * 64 + ".tmp-"])
 def test_what_others_keep_in_the_folder_is_not_removed(name, tmp_path):
     """Neither somebody's folder nor what another process is just writing."""
     cache = EngineCache(tmp_path / "cache", max_bytes=1)
-    theirs = tmp_path / "cache" / name
+    theirs = tmp_path / "cache" / (name + new_identity() if name.endswith("-") else name)
     theirs.mkdir(parents=True)
     (theirs / "engine").write_bytes(b"x" * 100)
     if "tmp" in name:

@@ -28,7 +28,7 @@ each_target = pytest.mark.parametrize("target", [pytest.param(t, id=n) for n, t 
 
 
 def raw():
-    return tomllib.loads((files("lora_export.engines") / "targets.toml").read_text(encoding="utf-8"))
+    return tomllib.loads((files("lora_export.machines") / "targets.toml").read_text(encoding="utf-8"))
 
 
 @each_target
@@ -248,4 +248,4 @@ def test_command_says_when_nothing_fits():
 
 def test_the_data_is_in_the_wheel():
     """Hatchling takes all files of the package; one that git ignored would be left out."""
-    assert (files("lora_export.engines") / "targets.toml").is_file()
+    assert (files("lora_export.machines") / "targets.toml").is_file()
