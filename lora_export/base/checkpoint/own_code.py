@@ -10,12 +10,12 @@ says no; calls that transformers makes itself (for a part of a composite model) 
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_export.errors import CheckpointError
+from lora_export.machines.held import Held
 
 _KEY = "auto_map"
 # What names a kernel: of the hub where it has a "/" (transformers ``integrations/hub_kernels.py``).
@@ -96,30 +96,19 @@ def model_class(name: str) -> Any:
     return None
 
 
-class _Switch:
-    """Holds transformers' time limit for an answer at 0, with which it does not ask, as long as needed."""
+def _ask_no_more() -> Callable[[], None]:
+    """Set transformers' time limit for an answer to 0, with which it does not ask."""
+    from transformers import dynamic_module_utils as asking
 
-    def __init__(self) -> None:
-        self._lock, self._holders, self._before = threading.Lock(), 0, 0
+    before, asking.TIME_OUT_REMOTE_CODE = asking.TIME_OUT_REMOTE_CODE, 0
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        from transformers import dynamic_module_utils as asking
+    def put_back() -> None:
+        asking.TIME_OUT_REMOTE_CODE = before
 
-        with self._lock:
-            if not self._holders:
-                self._before, asking.TIME_OUT_REMOTE_CODE = asking.TIME_OUT_REMOTE_CODE, 0
-            self._holders += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._holders -= 1
-                if not self._holders:
-                    asking.TIME_OUT_REMOTE_CODE = self._before
+    return put_back
 
 
-_SWITCH = _Switch()
+_SWITCH = Held(_ask_no_more)
 
 
 def never_asked() -> contextlib.AbstractContextManager[None]:
