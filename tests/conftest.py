@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
 
 import pytest
 
@@ -15,9 +14,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# Where pytest keeps what failed tests wrote is not in the folders that go at the end.
+os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+TEMPORARY = tempfile.mkdtemp(prefix="lora-export-tests-")
+_OWNER = os.getpid()
+
+
+@atexit.register
+def _remove_temporary() -> None:
+    if os.getpid() == _OWNER:  # not a fork
+        shutil.rmtree(TEMPORARY, ignore_errors=True)
+
+
 # Engines are built anew by each run of the tests, and leave nothing in the user's cache.
-os.environ["LORA_EXPORT_CACHE"] = tempfile.mkdtemp(prefix="lora-export-cache-")
-atexit.register(shutil.rmtree, os.environ["LORA_EXPORT_CACHE"], ignore_errors=True)
+os.environ["LORA_EXPORT_CACHE"] = tempfile.mkdtemp(dir=TEMPORARY)
 
 
 def pytest_configure() -> None:
@@ -30,9 +40,10 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Give each test a temporary folder of its own: a verb tells of what other tests' killed runs have left there."""
-    with tempfile.TemporaryDirectory(prefix="lora-export-test-", ignore_cleanup_errors=True) as folder:
-        monkeypatch.setenv("TMPDIR", folder)
-        monkeypatch.setattr(tempfile, "tempdir", None)
-        yield
+def own_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give each test a temporary folder of its own: a verb tells of what a killed run has left there.
+
+    It stays until the end: models that several tests share are made in the folder of the first.
+    """
+    monkeypatch.setenv("TMPDIR", tempfile.mkdtemp(dir=TEMPORARY))
+    monkeypatch.setattr(tempfile, "tempdir", None)
