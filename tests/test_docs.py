@@ -252,5 +252,10 @@ def test_the_pages_build(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     pages = {path.relative_to(tmp_path / "site") for path in (tmp_path / "site").rglob("index.html")}
     assert {Path("guides/merge/index.html"), Path("reference/cli/index.html")} <= pages
+    for built in pages:
+        article = text_of(tmp_path / "site" / built).partition("<article")[2].partition("</article>")[0]
+        # A list without an empty line before it is a paragraph to Python-Markdown.
+        paragraphs = re.findall(r"<p>.*?</p>", re.sub(r"<pre.*?</pre>", "", article, flags=re.S), re.S)
+        assert not [text for text in paragraphs if re.search(r"\n(?:[-|]|\d+\.) ", text)], built
     page = text_of(tmp_path / "site" / "index.html")
     assert not re.findall(r'(?:src|rel="stylesheet" href)="(https?:[^"]+)', page)  # nothing from elsewhere
