@@ -18,11 +18,20 @@ import recording_trt
 from recording_cuda import RecordingCuda
 
 from lora_export.engines import BACKENDS, compiler_of
-from lora_export.engines.record import BuildOptions, EngineRecord, Profile, record_path, sha256_of
+from lora_export.engines.record import (
+    BuildOptions,
+    EngineRecord,
+    EngineSource,
+    Port,
+    Profile,
+    record_path,
+    sha256_of,
+)
 from lora_export.engines.source import ports_of, serialize
-from lora_export.graph.exposed import KEY, ExposedGraph
+from lora_export.graph.exposed import KEY, ExposedGraph, ExposedModule, Member, Slot
 from lora_export.graph.onnx_file import load_graph
 from lora_export.runtimes.tensorrt.cuda import CudaDevice
+from lora_export.storage.manifest import FileHash
 
 RANKS, OTHERS = (1, 4, 8), (1, 2, 16)
 
@@ -151,3 +160,32 @@ def rewrite_record(engine: Path, **fields: Any) -> None:
     """Change fields of an engine's record."""
     text = dataclasses.replace(record_of(engine), **fields).to_json()
     record_path(engine).write_text(text, encoding="utf-8")
+
+
+MODULE = ExposedModule("l.q", "linear", 4, 6, "float16", (Member("l.q", 0, 6, ranks=(2,)),))
+
+
+EXPOSED = ExposedGraph("bank", "b.onnx", "0" * 64, (MODULE,), 8, slots=(Slot("a", "1"),), batch_input="x")
+
+
+RECORD = EngineRecord(
+    name="m.rtx-4090.engine",
+    sha256="",
+    size_bytes=0,
+    backend="tensorrt-rtx",
+    builder_version="1.7.1",
+    targets=("rtx-4090",),
+    compute_capabilities=("8.9",),
+    platform="linux-x86_64",
+    options=BuildOptions(tf32=True, workspace_bytes=7),
+    inputs=(Port("x", "int64", (-1, 4), ("batch", 4)), Port("l.q.lora_A.weight", "float16", (4, 2), (4, 2))),
+    outputs=(Port("y", "float16", (-1,), ("batch",)),),
+    profiles=(Profile("default", {"x": ((1, 4), (2, 4), (3, 4))}),),
+    source=EngineSource("m.onnx", "f" * 64, (FileHash("m.onnx", 3, "a" * 64),)),
+    exposed=EXPOSED,
+    metadata={"lora_export.dims": "{}"},
+    notes=("one",),
+    memory={"weights": 5},
+    build_s=1.5,
+    peak_build_bytes=9,
+)

@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import tiny
 
-from lora_export import bank_onnx, load_adapter, swap_onnx
+from lora_export import (
+    bank_onnx,
+    load_adapter,
+    swap_onnx,
+)
 from lora_export.binding.bind import bind_adapter
 from lora_export.graph.exposed import WEIGHTS_INPUT, ExposedGraph, exposed_of
 from lora_export.graph.onnx_file import load_graph
@@ -66,3 +71,15 @@ def swapped_tensors(
 ) -> dict[str, Array]:
     """Do what an adapter that doesn't fit must not get through: expose its modules, then bind it."""
     return tensors(swap(arch, exporter, adapter, folder, **options), adapter)
+
+
+EXPORTERS = tuple(name for name in tiny.EXPORTERS if name != "ort_fusions")
+
+
+# A batch norm folded into a convolution can't be seen by name.
+FOLDED_NORM = {("conv", "dynamo"), ("conv", "torchscript")}
+
+
+def group(arch):
+    """Keep an architecture's tests in one xdist worker: each exports a model once."""
+    return pytest.mark.xdist_group(arch)

@@ -20,7 +20,7 @@ from typing import Any
 
 import faults
 import output_cases
-from test_merge_onnx_errors import small_adapter
+from half_graphs import small_adapter
 
 import lora_export.storage.outputs
 from lora_export import cli

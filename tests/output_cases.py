@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import session_graphs
-from test_build_engine import product
-from test_merge_onnx_errors import half_graph, small_adapter
+from engine_graphs import product
+from half_graphs import half_graph, small_adapter
 
 from lora_export import cli
 from lora_export.formats.reading.tensors import write_safetensors

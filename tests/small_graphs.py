@@ -142,3 +142,13 @@ def refusals(base: Path, given: Adapter, tmp_path: Path, **options: Any) -> dict
         assert not out.parent.exists() or not list(out.parent.iterdir())
         return dict(line.split("  ", 1) for line in refused.problems)
     raise AssertionError("the merge was not refused")
+
+
+class Huge:
+    """A graph that says of itself that it is as large as protobuf can't hold."""
+
+    def ByteSize(self):
+        return 2**31
+
+    def SerializeToString(self, deterministic):
+        raise AssertionError("must not be called: protobuf fails above 2 GB")

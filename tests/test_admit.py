@@ -11,9 +11,9 @@ import onnx_ir as ir
 import pytest
 import rtx_compiler
 import tiny
+from exposed_models import group
 from rtx_compiler import INSTALLED
 from small_graphs import graph, random, save
-from test_swap_onnx import group
 
 from lora_export import bank_onnx, swap_onnx
 from lora_export.engines.prepare.dtypes import NEEDS, TAKEN

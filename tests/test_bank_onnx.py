@@ -9,8 +9,8 @@ import pytest
 import small_graphs
 import tiny
 import torch
+from exposed_models import EXPORTERS, FOLDED_NORM, group
 from peft import PeftModel
-from test_swap_onnx import EXPORTERS, FOLDED_NORM, group
 
 from lora_export import AdapterError, SiteError, bank_onnx, load_adapter
 from lora_export.cli import _run

@@ -1,7 +1,6 @@
 """`lora-export bench` from the command line, on tiny models: plain, swap, bank, with a key-value cache."""
 
 import dataclasses
-import functools
 import json
 import re
 import shutil
@@ -12,58 +11,23 @@ import engine_files
 import numpy as np
 import pytest
 import session_graphs
-import tiny
+from bench_runs import bench, cached_llama, decoders, measured
 from engine_files import engine_of
 from small_graphs import graph, save
 
 from lora_export import (
     LoraExportError,
-    bank_onnx,
-    load_adapter,
-    merge_onnx,
     run_bench,
     save_adapter,
-    swap_onnx,
 )
-from lora_export.base.capture.capture import capture_checkpoint
 from lora_export.bench import load_probe
 from lora_export.bench.result import Row, Table
 from lora_export.bench.statistics import Latency
 from lora_export.bench.workloads import Workload
-from lora_export.cli import _run
 from lora_export.engines.record import sha256_of
 from lora_export.reports.bench.to_text import report_lines
 
 machine = engine_files.machine
-cached_llama = pytest.mark.xdist_group("llama")
-# An interval is never so narrow: time ends it.
-QUICK = ["--seconds", "0.4", "--narrow", "1e-9", "--threads", "1", "--quiet"]
-
-
-def bench(capsys, *arguments, quick=True):
-    """Run the command; return its exit code, stdout and stderr."""
-    code = _run(["bench", *(QUICK if quick else []), *map(str, arguments)], debug=False)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def measured(capsys, *arguments):
-    code, out, err = bench(capsys, *arguments, "--json")
-    assert code == 0, err
-    return json.loads(out)
-
-
-@functools.cache
-def decoders() -> dict[str, Path]:
-    """A decoder with its cache: base, merged, swap, bank; and two adapters."""
-    folder = tiny.cache_folder() / "llama" / "bench"
-    folder.mkdir(parents=True)
-    base = capture_checkpoint(tiny.checkpoint("llama"), folder / "base.onnx", kv_cache=True)
-    one, two = tiny.adapter("llama"), tiny.adapter("llama", seed=1)
-    merge_onnx(base, [load_adapter(one)], folder / "merged.onnx")
-    swap_onnx(base, folder / "swap.onnx", adapter=load_adapter(one))
-    bank_onnx(base, {"one": load_adapter(one), "two": load_adapter(two)}, folder / "bank.onnx")
-    return {path.stem: path for path in folder.glob("*.onnx")} | {"one": one, "two": two}
 
 
 # --- what comes out ----------------------------------------------------------------------------------------

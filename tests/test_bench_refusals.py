@@ -8,9 +8,9 @@ import onnx_ir as ir
 import pytest
 import session_graphs
 import tiny
+from bench_runs import bench, cached_llama, decoders, measured
 from engine_files import engine_of
 from small_graphs import graph, save
-from test_bench import bench, cached_llama, decoders, measured
 
 from lora_export import LoraExportError, run_bench, save_adapter
 from lora_export.graph.captured import Captured

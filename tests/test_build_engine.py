@@ -7,15 +7,14 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import onnx
 import pytest
 import tiny
+from engine_graphs import SMALL, graph_of, made, product, run, value
+from exposed_models import group
 from onnx import TensorProto, helper
-from test_swap_onnx import group
 
-from lora_export import bank_onnx, build_engine, merge_onnx, swap_onnx
-from lora_export.cli import main
+from lora_export import build_engine, swap_onnx
 from lora_export.engines.profiles import ProfileRequest
 from lora_export.engines.record import BuildOptions, read_engine, sha256_of
 from lora_export.errors import BackendError, BackendUnavailable, EngineBuildError, GraphError, OutputError
@@ -23,23 +22,6 @@ from lora_export.graph import data_identity
 from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed")
-SMALL = {"batch": "1:1:2", "sequence": "1:4:16"}
-
-
-def made(mode, arch, folder, **options):
-    """Write a graph of one of the modes; return its path and LoRA record."""
-    base, out = tiny.base_onnx(arch, "dynamo"), folder / "m.onnx"
-    if arch == "conv":
-        options["checkpoint"] = tiny.checkpoint(arch)
-    if mode == "merge":
-        merge_onnx(base, tiny.adapter(arch), out, **options)
-        return out, None
-    if mode == "swap":
-        report = swap_onnx(base, out, adapter=tiny.adapter(arch), **options)
-    else:
-        named = {"a": tiny.adapter(arch), "b": tiny.adapter(arch, "patterns", 1)}
-        report = bank_onnx(base, named, out, **options)
-    return out, report.exposed
 
 
 GRAPHS = [
@@ -210,33 +192,7 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     assert f"would write {out / 'm.rtx-4090.engine'}" in said
 
 
-def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err
-    return stop.value.code, said.out, said.err
-
-
 # --- what can be wrong -------------------------------------------------------------------------------------
-
-
-def graph_of(path, nodes, inputs, outputs, initializers=(), opset=20):
-    graph = helper.make_graph(nodes, "g", inputs, outputs, list(initializers))
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
-    onnx.save(model, path)
-    return path
-
-
-def value(name, dims, dtype=TensorProto.FLOAT):
-    return helper.make_tensor_value_info(name, dtype, dims)
-
-
-def product(path, dims=("batch", 4), dtype=TensorProto.FLOAT):
-    kind = helper.tensor_dtype_to_np_dtype(dtype)
-    weight = helper.make_tensor("w", dtype, [4, 4], np.ones((4, 4), kind).tobytes(), raw=True)
-    node = helper.make_node("MatMul", ["x", "w"], ["y"], name="product")
-    return graph_of(path, [node], [value("x", dims, dtype)], [value("y", dims, dtype)], [weight])
 
 
 def test_a_truncated_graph(tmp_path):

@@ -14,9 +14,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 import tiny
+from engine_graphs import SMALL, graph_of, product, run, value
+from exposed_models import group
 from onnx import helper
-from test_build_engine import SMALL, graph_of, product, run, value
-from test_swap_onnx import group
 
 from lora_export import swap_onnx
 from lora_export.engines.plan import Wish

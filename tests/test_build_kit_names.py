@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
+from engine_graphs import graph_of, value
 from onnx import helper
-from test_build_engine import graph_of, value
 
 from lora_export.commands.build_engine import build_engine
 from lora_export.engines.plan import Wish

@@ -4,10 +4,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from engine_graphs import SMALL, graph_of, made, product, value
+from exposed_models import group
 from onnx import TensorProto, helper
-from test_build_engine import SMALL, graph_of, made, product, value
-from test_graph import Huge
-from test_swap_onnx import group
+from small_graphs import Huge
 
 from lora_export import build_engine
 from lora_export.engines.record import read_engine, sha256_of

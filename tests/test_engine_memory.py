@@ -17,8 +17,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import tiny
+from exposed_models import group
 from small_graphs import graph, random, save
-from test_swap_onnx import group
 
 from lora_export import bank_onnx, merge_onnx, swap_onnx
 from lora_export.engines.memory.activations import WORKSPACE_BYTES, peak_activations

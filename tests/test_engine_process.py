@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_build_engine import product
+from engine_graphs import product
 
 from lora_export import build_engine
 from lora_export.engines.builder_process import Job, _Messages

@@ -4,46 +4,17 @@ import json
 from dataclasses import replace
 
 import pytest
+from engine_files import RECORD
 
 from lora_export.cli import main
 from lora_export.engines.record import (
-    BuildOptions,
     EngineRecord,
-    EngineSource,
-    Port,
-    Profile,
     is_engine,
     read_engine,
     record_path,
     sha256_of,
 )
 from lora_export.errors import BackendError
-from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member, Slot
-from lora_export.storage.manifest import FileHash
-
-MODULE = ExposedModule("l.q", "linear", 4, 6, "float16", (Member("l.q", 0, 6, ranks=(2,)),))
-EXPOSED = ExposedGraph("bank", "b.onnx", "0" * 64, (MODULE,), 8, slots=(Slot("a", "1"),), batch_input="x")
-RECORD = EngineRecord(
-    name="m.rtx-4090.engine",
-    sha256="",
-    size_bytes=0,
-    backend="tensorrt-rtx",
-    builder_version="1.7.1",
-    targets=("rtx-4090",),
-    compute_capabilities=("8.9",),
-    platform="linux-x86_64",
-    options=BuildOptions(tf32=True, workspace_bytes=7),
-    inputs=(Port("x", "int64", (-1, 4), ("batch", 4)), Port("l.q.lora_A.weight", "float16", (4, 2), (4, 2))),
-    outputs=(Port("y", "float16", (-1,), ("batch",)),),
-    profiles=(Profile("default", {"x": ((1, 4), (2, 4), (3, 4))}),),
-    source=EngineSource("m.onnx", "f" * 64, (FileHash("m.onnx", 3, "a" * 64),)),
-    exposed=EXPOSED,
-    metadata={"lora_export.dims": "{}"},
-    notes=("one",),
-    memory={"weights": 5},
-    build_s=1.5,
-    peak_build_bytes=9,
-)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from small_graphs import adapter, constants, delta, error, graph, linear, random, run, save
+from small_graphs import Huge, adapter, constants, delta, error, graph, linear, random, run, save
 
 from lora_export import GraphError, merge_onnx
 from lora_export.graph.onnx_file import byte_size, load_graph, matrix_shape, save_graph
@@ -202,14 +202,6 @@ def test_constants_of_a_branch_without_nodes(tmp_path):
     for flag, name in ((True, "then_branch"), (False, "else_branch")):
         (got,) = run(tmp_path / "out" / "m.onnx", x=X, c=np.array(flag))
         assert error(got, X.astype(np.float64) @ values[name] @ fc) < 2e-6
-
-
-class Huge:
-    def ByteSize(self):
-        return 2**31
-
-    def SerializeToString(self, deterministic):
-        raise AssertionError("must not be called: protobuf fails above 2 GB")
 
 
 def test_a_graph_that_protobuf_cannot_hold(tmp_path, monkeypatch):

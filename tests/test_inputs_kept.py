@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import pytest
 import session_graphs
+from engine_graphs import product
 from output_cases import CASES, checkpoint, exposed, inputs, run
-from test_build_engine import product
 
 from lora_export import cli, load_adapter, save_adapter
 from lora_export.errors import OutputError

@@ -13,10 +13,9 @@ import onnxruntime as ort
 import pytest
 import rtx_compiler
 import tiny
-from exposed_models import tensors
+from exposed_models import group, tensors
 from rtx_compiler import INSTALLED
 from small_graphs import graph, random, save
-from test_swap_onnx import group
 
 from lora_export import swap_onnx
 from lora_export.engines.prepare import lower_nbits

@@ -12,17 +12,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import tiny
+from half_graphs import half_graph, small_adapter
 from safetensors.numpy import load_file, save_file
 
 from lora_export import Adapter, LoraModule, load_adapter, merge_onnx, save_adapter
 from lora_export.cli import _run
-
-pytestmark = pytest.mark.xdist_group("llama")
-
-
-@pytest.fixture
-def base():
-    return tiny.base_onnx("llama", "dynamo")
 
 
 @pytest.fixture
@@ -31,6 +25,14 @@ def adapter(tmp_path):
     folder = tmp_path / "adapter"
     shutil.copytree(tiny.adapter("llama"), folder)
     return folder
+
+
+pytestmark = pytest.mark.xdist_group("llama")
+
+
+@pytest.fixture
+def base():
+    return tiny.base_onnx("llama", "dynamo")
 
 
 @pytest.fixture
@@ -252,31 +254,6 @@ def test_output_that_would_replace_the_base(capsys, base, adapter, tmp_path):
     assert _run([*map(str, arguments), "-o", str(copy / "model.onnx")], False) == 1
     assert "would replace what is read" in capsys.readouterr().err
     assert before == {path.name: path.read_bytes() for path in copy.iterdir()}
-
-
-def half_graph(path, dtype):
-    """Write ``y = x @ W`` with W of 64 × 64 in a 16-bit type."""
-    values = np.linspace(-1, 1, 64 * 64).reshape(64, 64).astype(dtype)
-    kind = ir.DataType.from_numpy(values.dtype)
-    weight = ir.Value(
-        name="fc.weight", shape=ir.Shape((64, 64)), type=ir.TensorType(kind), const_value=ir.tensor(values)
-    )
-    x = ir.Input("x", ir.Shape(("batch", 64)), ir.TensorType(kind))
-    node = ir.node("MatMul", [x, weight], name="/fc/MatMul")
-    graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[weight], opset_imports={"": 20}, name="g")
-    node.outputs[0].name = "y"
-    node.outputs[0].type = ir.TensorType(kind)
-    ir.save(ir.Model(graph, ir_version=10), path)
-    return path
-
-
-def small_adapter(folder, size=1.0):
-    rng = np.random.default_rng(0)
-    a = rng.normal(size=(4, 64)).astype(np.float32)
-    b = (size * rng.normal(size=(64, 4))).astype(np.float32)
-    module = LoraModule("fc", "linear", a, b, alpha=4, rank=4, tensor_names=("a", "b"))
-    adapter = Adapter("a", "a", "peft", {module.key: module}, tensor_names=("a", "b"))
-    return save_adapter(adapter, folder), module
 
 
 def test_a_value_that_the_type_can_not_hold(capsys, out, tmp_path):

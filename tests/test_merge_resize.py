@@ -10,7 +10,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from test_merge_tied import BART, base_of, config_of, gemma3, inputs_of, logits, reloaded
+from tied_models import BART, base_of, config_of, gemma3, inputs_of, logits, reloaded
 from tiny_models import build
 
 from lora_export.commands.merge import merge

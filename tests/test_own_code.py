@@ -13,9 +13,9 @@ import pytest
 import tiny
 import torch
 import transformers
+from exposed_models import group
 from planted import AUTO_MAP, plant
 from safetensors.torch import load_file
-from test_swap_onnx import group
 
 from lora_export.base.capture.capture import load_model
 from lora_export.base.checkpoint.checkpoint import Checkpoint

@@ -9,9 +9,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 import tiny
+from exposed_models import group
 from onnx import TensorProto, helper
 from safetensors.numpy import load_file
-from test_swap_onnx import group
 
 from lora_export.base.checkpoint.links import link_problems
 from lora_export.cli import _run

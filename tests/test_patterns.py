@@ -8,9 +8,9 @@ import time
 
 import pytest
 import tiny
+from exposed_models import group
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_swap_onnx import group
 
 from lora_export import load_adapter, swap_onnx
 from lora_export.cli import _run

@@ -10,9 +10,9 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from quantised_models import Convs, Gelu
 from safetensors.torch import load_file, save_file
 from small_graphs import adapter, conv, graph, linear, random, save
-from test_static_quantised import Convs, Gelu
 from torch import nn
 
 import lora_export

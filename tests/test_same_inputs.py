@@ -9,9 +9,9 @@ import threading
 import numpy as np
 import onnx
 import pytest
+from half_graphs import small_adapter
 from onnx import helper, numpy_helper
 from small_graphs import adapter as adapter_of
-from test_merge_onnx_errors import small_adapter
 
 import lora_export
 from lora_export import InputChangedError, LoraModule

@@ -11,9 +11,9 @@ from branch_graphs import bind, unoptimised
 from onnxruntime.quantization import QuantFormat, QuantType
 from peft import LoraConfig, get_peft_model
 from quantised_graphs import static
+from quantised_models import Convs, Gelu
 from safetensors.numpy import load_file, save_file
 from small_graphs import error, run
-from torch import nn
 
 from lora_export import SiteError, bank_onnx, load_adapter, merge_onnx, swap_onnx
 from lora_export.cli import main
@@ -29,37 +29,12 @@ STYLES = {
 }
 
 
-class Gelu(nn.Module):
-    """Two Linears with a GELU between."""
-
-    def __init__(self, bias: bool = True) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(32, 48, bias=bias), nn.Linear(48, 32, bias=bias)
-
-    def forward(self, x):
-        """Map ``(…, 32)`` to the same shape."""
-        return self.down(nn.functional.gelu(self.up(x)))
-
-
 class Relu(Gelu):
     """ONNX Runtime drops the Relu: the range of what is quantised does its work."""
 
     def forward(self, x):
         """Map ``(…, 32)`` to the same shape."""
         return self.down(torch.relu(self.up(x)))
-
-
-class Convs(nn.Module):
-    """A CNN with a Linear as its head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.next = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 12, 3, stride=2)
-        self.down = nn.Linear(12, 8)
-
-    def forward(self, x):
-        """Map pixels to labels."""
-        return self.down(torch.tanh(self.next(torch.tanh(self.up(x)))).mean((2, 3)))
 
 
 # id: (module, shape of x, what the adapter changes)

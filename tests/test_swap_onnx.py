@@ -7,24 +7,17 @@ import numpy as np
 import onnx
 import pytest
 import tiny
+from exposed_models import EXPORTERS, FOLDED_NORM, group
 
 from lora_export import AdapterSession, GraphError, SiteError, convert_adapter, load_adapter, swap_onnx
 from lora_export.cli import _run
 
 TOLERANCE = 2e-6
-EXPORTERS = tuple(name for name in tiny.EXPORTERS if name != "ort_fusions")
-# A batch norm folded into a convolution can't be seen by name.
-FOLDED_NORM = {("conv", "dynamo"), ("conv", "torchscript")}
 # What has no low-rank branch: norms trained whole, stacked experts.
 NORM_HEADS = {"qwen2", "gpt2", "t5"}
 # Features whose tensors lie in a pack in a way of their own.
 PACKED = {"patterns", "dora", "lora_bias"}
 WITH_NORMS = {"gpt2", "bert", "vit", "conv"}
-
-
-def group(arch):
-    """Keep an architecture's tests in one xdist worker: each exports a model once."""
-    return pytest.mark.xdist_group(arch)
 
 
 def refused(arch, exporter, feature):

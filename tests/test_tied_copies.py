@@ -11,7 +11,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_merge_tied import BART, FAMILIES, base_of, config_of, gemma3, inputs_of, logits, reloaded
+from tied_models import BART, FAMILIES, base_of, config_of, gemma3, inputs_of, logits, reloaded
 
 from lora_export.errors import AdapterError, SiteError
 from lora_export.formats import load_adapter, save_adapter

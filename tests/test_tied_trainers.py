@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
-from test_tied_graphs import FEEDS, KINDS, answer, base_of, graph_of, loaded, ran
+from tied_graphs import FEEDS, KINDS, answer, base_of, graph_of, loaded, ran
 
 from lora_export import (
     AdapterError,

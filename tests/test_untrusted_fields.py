@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
+from engine_files import RECORD
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutators import places, replaced
-from test_engine_record import RECORD
 
 from lora_export.demo.greedy import Expected, Greedy
 from lora_export.engines.record import EngineRecord

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from harmless import is_harmless
 from onnx import TensorProto, helper, numpy_helper
-from test_untrusted_shown import is_harmless
 
 from lora_export.commands.printing import guard_libraries
 

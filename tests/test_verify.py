@@ -14,7 +14,7 @@ import pytest
 import small_graphs as small
 import tiny
 from blake3 import blake3
-from test_build_engine import product
+from engine_graphs import product
 
 from lora_export import (
     LoraExportError,
