@@ -18,7 +18,7 @@ from lora_export.errors import OutputError
 from lora_export.formats.reading.tensors import write_safetensors
 from lora_export.storage.outputs import OutputSet, replaced_inputs
 
-PACKAGE = Path(__file__).resolve().parents[1] / "lora_export"
+PACKAGE = Path(__file__).resolve().parents[2] / "lora_export"
 ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 CHECKPOINT = ("checkpoint/config.json", "checkpoint/model.safetensors")
 # What a case of `output_cases` reads.

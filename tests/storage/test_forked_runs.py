@@ -12,10 +12,9 @@ import forked_runs
 
 
 def lines_of(what: str, folder: Path) -> list[dict]:
-    command = [sys.executable, str(Path(__file__).with_name("forked_runs.py")), what, str(folder)]
-    root = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path}
+    command = [sys.executable, str(Path(forked_runs.__file__)), what, str(folder)]
+    # What pytest looks for in tests/zoo, and the package, whether or not it is installed.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

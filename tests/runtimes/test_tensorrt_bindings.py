@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import recording_trt
 
-PACKAGE = Path(__file__).resolve().parents[1] / "lora_export"
+PACKAGE = Path(__file__).resolve().parents[2] / "lora_export"
 SOURCES = [
     *(
         PACKAGE / "engines" / name

@@ -260,7 +260,7 @@ def test_every_call_that_has_a_switch_sets_it(name):
     """Of transformers' and torch's; PEFT's ``PeftModel`` builds no base and has none."""
     argument, wanted = SWITCHES[name]
     found, wrong = 0, []
-    for path in (Path(__file__).parents[1] / "lora_export").rglob("*.py"):
+    for path in (Path(__file__).parents[2] / "lora_export").rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
                 continue

@@ -18,7 +18,7 @@ from lora_export.machines.packages import PACKAGES, Package, probe, read_lines
 from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES
 from lora_export.reports.doctor import doctor_lines
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RTX_4090 = "NVIDIA GeForce RTX 4090, 8.9, 24564 MiB, 580.65.06"
 H100 = "NVIDIA H100 80GB HBM3, 9.0, 81559 MiB, 570.86.15"
 

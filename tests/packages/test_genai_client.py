@@ -29,7 +29,7 @@ from lora_export.cli import _run
 
 og = pytest.importorskip("onnxruntime_genai")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ADAPTERS = ("plain", "rslora", "patterns")
 BASES = {"fp32": ("fp32", []), "int4": ("int4", ["accuracy_level=1"]), "int4-default": ("int4", [])}
 PROMPTS = ([5, 9, 23, 42, 7], [11, 3, 60], [80, 31, 31, 8, 19, 77, 50])

@@ -32,7 +32,7 @@ from lora_export.untrusted.documents import (
     read_json,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DAMAGED = {
     "cut": b'{"a": [1, 2',
     "empty": b"",

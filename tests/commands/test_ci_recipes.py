@@ -26,7 +26,7 @@ from lora_export.commands import COMMANDS
 from lora_export.engines.record import read_engine
 from lora_export.reports.parity.baseline import FACTOR, floors
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ("github.yml", "gitlab.yml")
 REPORTS = ("out/parity.json", "out/parity.xml", "out/parity.html")
 USERS = ("BASE", "ADAPTER", "DTYPE", "TARGET")

@@ -15,7 +15,7 @@ from lora_export.engines.record import EngineRecord, read_engine, sha256_of
 from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_recipe(name: str, folder: Path) -> Path:

@@ -28,7 +28,7 @@ from lora_export.reports.parity.to_junit import junit_xml
 from lora_export.reports.parity.to_text import lines as parity_lines
 from lora_export.untrusted.shown import MAX_LINE, MAX_LISTED, safe, shown
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = {
     "escape": "a\x1b[31mred\x1b]0;title\x07",
     "carriage return": "a\rError: all is well",

@@ -25,7 +25,7 @@ from onnx import numpy_helper
 
 from lora_export.storage.manifest import identity_of_graph
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "ci"
+RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "ci"
 # What GitHub runs for `shell: bash`, and what GitLab sets in the shell that gets all of a job's lines.
 BASH = ("bash", "--noprofile", "--norc", "-eo", "pipefail")
 MAIN = "refs/heads/main"

@@ -14,7 +14,7 @@ from lora_export.cli import main
 from lora_export.commands.recipe import load_recipe
 from lora_export.errors import OutputError, RecipeError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
