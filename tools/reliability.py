@@ -71,7 +71,8 @@ ROWS = [
     ),
     (
         "documents and records are checked field by field",
-        "tests/untrusted/test_untrusted_documents.py tests/untrusted/test_untrusted_fields.py tests/base/test_damaged_manifests.py",
+        "tests/untrusted/test_untrusted_documents.py tests/untrusted/test_untrusted_fields.py "
+        "tests/base/test_damaged_manifests.py",
         "cases",
     ),
     (
