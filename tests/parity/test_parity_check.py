@@ -5,12 +5,7 @@ Small graphs are compared with numpy's answers, models of the zoo with PEFT's in
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
-import shutil
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,411 +15,44 @@ import numpy as np
 import onnx
 import pytest
 import tiny
-import torch
-from safetensors.numpy import save_file
-from session_graphs import P, Q, both
-from small_graphs import delta, graph, random, save
+from parity_cases import (
+    TEXT,
+    A,
+    B,
+    assert_passes,
+    banked,
+    base,
+    failures,
+    feeds,
+    llama,
+    merged,
+    of,
+    peft_logits,
+    proven,
+    rewritten,
+    right,
+    saved,
+    swapped,
+)
+from session_graphs import P, Q
+from small_graphs import graph, save
 
-from lora_export import Adapter, bank_onnx, load_adapter, merge_onnx, save_adapter, swap_onnx
-from lora_export.errors import BackendError, GraphError
+from lora_export import Adapter, load_adapter, save_adapter
+from lora_export.errors import BackendError
 from lora_export.parity.check import check_parity
 from lora_export.parity.feeds.made import InputPort, make_feeds
-from lora_export.parity.judge.limits import FACTOR, STEP, STEPS
-from lora_export.parity.result import BASE, ParityReport, Verdict
-from lora_export.parity.tokens import generate, prompts_of, token_verdicts
+from lora_export.parity.judge.limits import FACTOR, STEP
+from lora_export.parity.result import ParityReport
 from lora_export.reports.parity.baseline import compare
 from lora_export.reports.parity.to_json import check_report, report_json
 from lora_export.storage.manifest import identity_of_graph
 
-Array = Any
 machine = engine_files.machine
-A, B = both(1), both(2, rank=4)
-# y = q(p(x))
-TEXT = """g (float[batch,4] x) => (float[batch,3] y) {
-    t = MatMul(x, p_weight)  y = MatMul(t, q_weight)
-}"""
-X = random(4, 4, seed=3)
-llama = pytest.mark.xdist_group("parity-llama")
-
-
-def base(folder: Path, name: str = "base.onnx", **changed: Array) -> Path:
-    weights = {"p.weight": P.T.copy(), "q.weight": Q.T.copy()} | changed
-    return save(graph(TEXT, weights), folder, name)
-
-
-def right(*given: tuple[Adapter, float], x: Array = X) -> Array:
-    """Return y in float64 with adapters and their weights."""
-    weights = {"p": P.astype(np.float64), "q": Q.astype(np.float64)}
-    for adapter, weight in given:
-        for module in adapter.modules.values():
-            weights[module.path] = weights[module.path] + weight * delta(module)
-    return x.astype(np.float64) @ weights["p"].T @ weights["q"].T
-
-
-def merged(folder: Path, *adapters: Adapter, **options: Any) -> Path:
-    merge_onnx(base(folder), list(adapters), folder / "merged.onnx", **options)
-    return folder / "merged.onnx"
-
-
-def swapped(folder: Path, **options: Any) -> Path:
-    swap_onnx(base(folder), folder / "swap.onnx", target_modules=["p", "q"], max_rank=8, **options)
-    return folder / "swap.onnx"
-
-
-def banked(folder: Path, slots: Mapping[str, Adapter], **options: Any) -> Path:
-    bank_onnx(base(folder), slots, folder / "bank.onnx", **options)
-    return folder / "bank.onnx"
-
-
-def saved(path: Path, outputs: Mapping[str, Array]) -> Path:
-    if path.suffix == ".npz":
-        np.savez(path, **outputs)
-    else:
-        save_file(dict(outputs), path)
-    return path
-
-
-def feeds(folder: Path, x: Array = X) -> Path:
-    return saved(folder / "feeds.npz", {"x": x})
 
 
 def stored(given: Adapter, folder: Path) -> Path:
     save_adapter(given, folder)
     return folder
-
-
-def failures(report: ParityReport) -> str:
-    return "\n".join(
-        f"{v.kind} {v.name} [{v.state}] {v.output}: {v.value} > {v.limit} ({v.why})" for v in report.failed
-    )
-
-
-def assert_passes(report: ParityReport) -> None:
-    assert report.passed, failures(report)
-
-
-def of(report: ParityReport, kind: str, state: str | None = None) -> list[Verdict]:
-    return [v for v in report.verdicts if v.kind == kind and state in (None, v.state)]
-
-
-def proven(report: ParityReport) -> set[str]:
-    """Return the states whose adapters are shown to be applied."""
-    return {verdict.state for verdict in of(report, "effect") if verdict.counted and verdict.passed}
-
-
-# --- saved outputs ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-@pytest.mark.parametrize("mode", ["merged", "swap", "bank"])
-def test_saved_outputs_with_their_states(mode, suffix, tmp_path):
-    outputs = {"base/y": right(), "a/y": right((A, 1)), "b/y": right((B, 1))}
-    given = {"a": A, "b": B}
-    if mode == "merged":
-        candidate, given = merged(tmp_path, A), {"a": A}
-        del outputs["b/y"]
-    else:
-        candidate = swapped(tmp_path) if mode == "swap" else banked(tmp_path, given)
-    reference = saved(tmp_path / f"right{suffix}", outputs)
-    report = check_parity(reference, candidate, given, feeds=feeds(tmp_path))
-    assert_passes(report)
-    assert proven(report) == set(given)
-    assert report.reference == {"kind": "saved", "path": str(reference), "dtype": "float64"}
-    assert (report.candidate["mode"], report.candidate["dtype"]) == (mode, "float32")
-    assert {row.state for row in report.metrics} == set(given) | (
-        {"no adapter"} if mode != "merged" else set()
-    )
-    assert report.notes == ()
-    for name, adapter in given.items():
-        (row,) = [row for row in report.metrics if row.state == name]
-        effect = np.linalg.norm(right((adapter, 1)) - right()) / np.linalg.norm(right((adapter, 1)))
-        assert row.effect == pytest.approx(effect)
-        assert row.relative == pytest.approx(0, abs=1e-6)
-    # A wrong one among them is found and no other is blamed.
-    outputs[f"{list(given)[-1]}/y"] = right((both(9), 1))
-    wrong = check_parity(saved(tmp_path / f"w{suffix}", outputs), candidate, given, feeds=feeds(tmp_path))
-    assert {v.state for v in wrong.failed if v.kind != "law"} == {list(given)[-1]}
-
-
-def test_saved_outputs_without_a_name_are_those_of_a_merged_graph(tmp_path):
-    reference = saved(tmp_path / "right.npz", {"y": right((A, 1))})
-    report = check_parity(reference, merged(tmp_path, A), {"a": A}, feeds=feeds(tmp_path))
-    assert_passes(report)
-    (effect,) = of(report, "effect")
-    assert not effect.counted
-    limits = {v.name: v.limit for v in of(report, "error")}
-    assert limits["relative error"] == pytest.approx(STEPS * STEP["float32"])
-
-
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_saved_outputs_in_bfloat16(suffix, tmp_path):
-    import ml_dtypes
-
-    reference = saved(tmp_path / f"right{suffix}", {"y": right().astype(ml_dtypes.bfloat16)})
-    report = check_parity(reference, base(tmp_path), feeds=feeds(tmp_path), dtype="bfloat16")
-    assert_passes(report)
-    assert report.reference["dtype"] == "bfloat16"
-    assert [note for note in report.notes if "held to bfloat16" in note] == list(report.notes)
-    # It can't tell whether a float32 export is as good as float32.
-    report = check_parity(reference, tmp_path / "base.onnx", feeds=feeds(tmp_path))
-    assert not report.passed
-    assert any("coarser than float32" in note for note in report.notes)
-
-
-def test_saved_states_that_the_candidate_has_not_are_said(tmp_path):
-    reference = saved(tmp_path / "right.npz", {"base/y": right(), "a/y": right((A, 1)), "b/y": right((B, 1))})
-    report = check_parity(reference, swapped(tmp_path), {"a": A}, feeds=feeds(tmp_path))
-    assert_passes(report)
-    assert [note for note in report.notes if "b" in note and "not compared" in note]
-
-
-def test_a_base_that_was_not_saved_is_said(tmp_path):
-    reference = saved(tmp_path / "right.npz", {"a/y": right((A, 1))})
-    report = check_parity(reference, swapped(tmp_path), {"a": A}, feeds=feeds(tmp_path))
-    assert_passes(report)
-    assert any("base is not checked" in note for note in report.notes)
-    assert not of(report, "error", "no adapter")
-
-
-# --- graphs as the reference -------------------------------------------------------------------------------
-
-
-def copied(path: Path, folder: Path) -> Path:
-    """Return a graph that computes the same, in another file."""
-    return broken.edited(path, folder / f"other-{path.name}", lambda model: None)
-
-
-@pytest.mark.parametrize("with_base", [True, False])
-def test_a_merged_graph_against_another_one(with_base, tmp_path):
-    candidate = merged(tmp_path, A)
-    reference = copied(candidate, tmp_path)
-    options = {"base": tmp_path / "base.onnx"} if with_base else {}
-    report = check_parity(reference, candidate, {"a": A}, **options)
-    assert_passes(report)
-    assert report.reference["kind"] == "onnx"
-    assert proven(report) == ({"a"} if with_base else set())
-    not_applied = check_parity(reference, tmp_path / "base.onnx", {"a": A}, tolerance="1e9,1e9", **options)
-    # Only what is known without the adapter can tell, where errors don't count.
-    assert not_applied.passed == (not with_base)
-
-
-def test_a_bank_against_a_swap_graph(tmp_path):
-    given = {"a": A, "b": B}
-    report = check_parity(swapped(tmp_path), banked(tmp_path, given), given)
-    assert_passes(report)
-    assert proven(report) == {"a", "b"}
-    assert {"mixed batch", "permuted rows", "row alone", "A→B→A"} == {
-        verdict.name.partition(":")[0] for verdict in of(report, "law")
-    }
-
-
-def test_an_output_of_another_name_is_compared_where_it_is_the_only_one(tmp_path):
-    text = TEXT.replace("=> (float[batch,3] y)", "=> (float[batch,3] result)").replace(" y = ", " result = ")
-    other = save(graph(text, {"p.weight": P.T.copy(), "q.weight": Q.T.copy()}), tmp_path, "other.onnx")
-    report = check_parity(base(tmp_path), other)
-    assert_passes(report)
-    assert any("'result'" in note and "'y'" in note for note in report.notes)
-
-
-def test_outputs_that_the_candidate_lacks_are_said(tmp_path):
-    text = TEXT.replace("=> (float[batch,3] y)", "=> (float[batch,3] y, float[batch,5] t)")
-    more = save(graph(text, {"p.weight": P.T.copy(), "q.weight": Q.T.copy()}), tmp_path, "more.onnx")
-    report = check_parity(more, base(tmp_path))
-    assert_passes(report)
-    (left,) = [verdict for verdict in report.verdicts if verdict.name == "not compared"]
-    assert (left.output, left.counted) == ("t", False)
-
-
-def test_a_candidate_without_logits_fails(tmp_path):
-    text = TEXT.replace("=> (float[batch,3] y)", "=> (float[batch,3] y, float[batch,5] logits)")
-    text = text.replace("t =", "logits =").replace("(t,", "(logits,")
-    more = save(graph(text, {"p.weight": P.T.copy(), "q.weight": Q.T.copy()}), tmp_path, "more.onnx")
-    report = check_parity(more, base(tmp_path))
-    assert {(verdict.name, verdict.output) for verdict in report.failed} == {("not compared", "logits")}
-
-
-def test_graphs_are_compared_without_torch(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    other = shutil.copy(base(tmp_path), tmp_path / "other.onnx")
-    assert check_parity(other, tmp_path / "base.onnx").passed
-
-
-def test_a_base_tells_nothing_without_an_adapter(tmp_path):
-    merged_graph = merged(tmp_path, A)
-    with pytest.raises(BackendError, match="no adapter was given"):
-        check_parity(merged_graph, base(tmp_path), base=base(tmp_path), tolerance=(2, 2))
-
-
-@pytest.mark.parametrize("weight", [math.nan, math.inf])
-def test_a_weight_that_is_no_number(weight, tmp_path):
-    with pytest.raises(BackendError, match="weights are"):
-        check_parity(base(tmp_path), merged(tmp_path, A), {"a": A}, weights=[weight])
-
-
-# --- blends ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("weights", [(0.25, 0.75), (1.0, -0.5)])
-@pytest.mark.parametrize("said", ["manifest", "weights"])
-def test_a_blend_is_checked_with_its_weights(said, weights, tmp_path):
-    candidate = merged(tmp_path, A, B, weights=list(weights))
-    reference = saved(
-        tmp_path / "right.npz",
-        {"base/y": right(), "y": right((A, weights[0]), (B, weights[1]))},
-    )
-    options = {"weights": weights} if said == "weights" else {}
-    if said == "weights":
-        (tmp_path / "merged.lora.json").unlink()
-    given = {"a": A, "b": B}
-    report = check_parity(reference, candidate, given, feeds=feeds(tmp_path), **options)
-    assert_passes(report)
-    (state,) = proven(report)
-    assert state == " + ".join(
-        name if weight == 1 else f"{weight:g} {name}" for name, weight in zip("ab", weights, strict=True)
-    )
-    assert all("is checked with weight" in note for note in report.notes)
-
-
-@llama
-def test_wrong_weights_of_a_blend_fail(tmp_path):
-    given = {name: broken.adapter("llama", seed=seed, name=name) for seed, name in enumerate("ab")}
-    merge_onnx(broken.base("llama"), list(given.values()), tmp_path / "m.onnx", weights=[0.3, 0.7])
-    check = lambda **options: check_parity(  # noqa: E731
-        tiny.checkpoint("llama"), tmp_path / "m.onnx", given, localise=False, **options
-    )
-    assert_passes(check())
-    wrong = check(weights=[0.7, 0.3])
-    assert {"error", "effect"} <= {verdict.kind for verdict in wrong.failed}
-
-
-def rewritten(graph_path: Path, **fields: Any) -> None:
-    path = graph_path.with_suffix(".lora.json")
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"adapters": [{"name": "a"}]},
-        {"adapters": [1]},
-        {"adapters": [{"name": "a", "sha256": "1-2", "weight": "much", "modules": {}}]},
-        {"rounding": {"total": 3}},
-        {"rounding": {"total": {"relative_error": "x"}}},
-        {"rounding": {"total": {"relative_error": float("inf")}}},
-        {"rounding": {"total": {"relative_error": -1.0}}},
-        {"format": 77},
-    ],
-    ids=str,
-)
-def test_a_damaged_manifest_neither_helps_nor_stops(fields, tmp_path):
-    candidate = merged(tmp_path, A)
-    rewritten(candidate, **fields)
-    reference = saved(tmp_path / "right.npz", {"base/y": right(), "a/y": right((A, 1))})
-    report = check_parity(reference, candidate, {"a": A}, feeds=feeds(tmp_path))
-    assert_passes(report)
-    assert all(verdict.limit < 1 for verdict in of(report, "error"))
-    assert not check_parity(reference, tmp_path / "base.onnx", {"a": A}, feeds=feeds(tmp_path)).passed
-
-
-@pytest.mark.parametrize("changed", ["manifest", "graph", "data"])
-def test_a_manifest_of_another_merge_raises_no_limit(changed, tmp_path):
-    """What an earlier merge lost in rounding is no excuse for this graph."""
-    candidate = merged(tmp_path, A)
-    reference = saved(tmp_path / "right.npz", {"base/y": right(), "a/y": right((A, 1))})
-    rewritten(candidate, rounding={"total": {"relative_error": 0.2}})
-    check = lambda: check_parity(reference, candidate, {"a": A}, feeds=feeds(tmp_path))  # noqa: E731
-    lenient = [verdict.limit for verdict in of(check(), "error")]
-    if changed == "manifest":
-        rewritten(candidate, outputs={"data": "merged.onnx.data", "identity": "of another"})
-    elif changed == "graph":
-        broken.edited(candidate, candidate, lambda model: model.metadata_props.add(key="other", value="1"))
-    else:
-        data = candidate.with_name("merged.onnx.data")
-        data.write_bytes(data.read_bytes() + bytes(64))
-        with pytest.raises(GraphError, match="have changed since it was made"):
-            check()
-        return
-    report = check()
-    assert any("is of another merge" in note for note in report.notes)
-    strict = [verdict.limit for verdict in of(report, "error")]
-    assert all(one < other for one, other in zip(strict, lenient, strict=True))
-
-
-def test_a_manifest_that_names_other_adapters_is_said(tmp_path):
-    candidate = merged(tmp_path, A, B)
-    reference = saved(tmp_path / "right.npz", {"base/y": right(), "c/y": right((both(5), 1))})
-    report = check_parity(reference, candidate, {"c": both(5)}, feeds=feeds(tmp_path))
-    assert not report.passed
-    assert any("does not name adapter 'c'" in note for note in report.notes)
-    assert sum("which was not given" in note for note in report.notes) == 2
-
-
-# --- the same weights with another scaling -----------------------------------------------------------------
-
-
-def rescaled(given: Adapter, factor: float) -> Adapter:
-    """Return an adapter of the same file whose configuration says another alpha."""
-    modules = {
-        key: dataclasses.replace(module, alpha=factor * module.alpha) for key, module in given.modules.items()
-    }
-    return dataclasses.replace(given, modules=modules)
-
-
-def test_another_alpha_with_the_same_weights_fails_and_is_said(tmp_path):
-    candidate, louder = merged(tmp_path, A), rescaled(A, 1.5)
-    reference = saved(tmp_path / "right.npz", {"base/y": right(), "a/y": right((louder, 1))})
-    report = check_parity(reference, candidate, {"a": louder}, feeds=feeds(tmp_path))
-    assert {"error", "effect"} <= {verdict.kind for verdict in report.failed}
-    assert any("another scaling" in note for note in report.notes)
-    (about,) = report.adapters
-    assert about["scaling"] != [module.scaling for module in A.modules.values()]
-
-
-def test_two_adapters_of_one_file_are_told_apart_in_a_manifest(tmp_path):
-    quiet = rescaled(A, 0.5)
-    candidate = merged(tmp_path, A, quiet, weights=[0.2, 0.9])
-    reference = saved(tmp_path / "right.npz", {"base/y": right(), "y": right((quiet, 0.9), (A, 0.2))})
-    # In the other order: by the hash alone, each would get the other's weight, or both the last one's.
-    report = check_parity(reference, candidate, {"quiet": quiet, "a": A}, feeds=feeds(tmp_path))
-    assert_passes(report)
-    assert proven(report) == {"0.9 quiet + 0.2 a"}
-    assert all("is checked with weight" in note for note in report.notes)
-
-
-def test_a_banks_slot_is_found_by_the_file_where_its_name_is_another(tmp_path):
-    candidate = banked(tmp_path, {"first": A, "second": B})
-    outputs = {"base/y": right(), "one/y": right((A, 1)), "two/y": right((B, 1))}
-    reference = saved(tmp_path / "right.npz", outputs)
-    assert_passes(check_parity(reference, candidate, {"two": B, "one": A}, feeds=feeds(tmp_path)))
-
-
-def test_slots_of_one_file_need_their_names(tmp_path):
-    quiet = rescaled(A, 0.5)
-    candidate = banked(tmp_path, {"loud": A, "quiet": quiet})
-    outputs = {"base/y": right(), "loud/y": right((A, 1)), "quiet/y": right((quiet, 1))}
-    reference = saved(tmp_path / "right.npz", outputs)
-    report = check_parity(reference, candidate, {"quiet": quiet, "loud": A}, feeds=feeds(tmp_path))
-    assert_passes(report)
-    assert proven(report) == {"loud", "quiet"}
-    exchanged = check_parity(reference, candidate, {"quiet": A, "loud": quiet}, feeds=feeds(tmp_path))
-    assert exchanged.passed  # the reference is saved under the slots' names: the files don't come into it
-
-
-def test_slots_that_were_filled_from_other_files_are_said(tmp_path):
-    candidate = banked(tmp_path, {"a": A, "b": B})
-    outputs = {"base/y": right(), "a/y": right((A, 1))}
-    report = check_parity(
-        saved(tmp_path / "r.npz", outputs), candidate, {"a": both(7)}, feeds=feeds(tmp_path)
-    )
-    assert any("slot 'a' was filled from another file" in note for note in report.notes)
-    assert any("no adapter was given for b" in note for note in report.notes)
-
-
-def test_a_swap_graph_without_adapters_says_what_is_checked(tmp_path):
-    reference = saved(tmp_path / "right.npz", {"base/y": right()})
-    report = check_parity(reference, swapped(tmp_path), feeds=feeds(tmp_path))
-    assert_passes(report)
-    assert any("no adapter was given" in note for note in report.notes)
 
 
 # --- engines -----------------------------------------------------------------------------------------------
@@ -476,19 +104,6 @@ def test_an_engine_against_a_graph_on_the_cpu(machine, tmp_path):
 
 
 # --- a checkpoint, by PyTorch ------------------------------------------------------------------------------
-
-
-def peft_logits(arch: str, folder: Path | None, values: Mapping[str, Array]) -> Array:
-    """Return what PEFT computes in float64, unmerged; of Llama not the norms and rotations."""
-    from peft import PeftModel
-
-    model: Any = tiny.build(arch)
-    if folder is not None:
-        with tiny.quiet():
-            model = PeftModel.from_pretrained(model, folder)
-    with torch.no_grad():
-        inputs = {name: torch.from_numpy(array) for name, array in values.items()}
-        return model.double().eval()(**inputs).logits.numpy()
 
 
 @pytest.mark.xdist_group("bert")
@@ -656,107 +271,6 @@ def test_progress_is_said(tmp_path):
     )
     assert [share for _, share in heard] == sorted(share for _, share in heard)
     assert sum(what.startswith("feed ") for what, _ in heard) == 2
-
-
-# --- greedy tokens -----------------------------------------------------------------------------------------
-
-
-@llama
-@pytest.mark.parametrize("cached", [True, False])
-def test_greedy_tokens_are_those_of_peft(cached, tmp_path):
-    given = broken.adapter("llama")
-    graph_path = broken.base("llama", kv_cache=cached)
-    candidate = broken.export("merged", graph_path, {"a": given}, tmp_path)
-    report = check_parity(tiny.checkpoint("llama"), candidate, {"a": given}, generate=5, samples=2)
-    assert_passes(report)
-    assert len(report.generated) == 2
-    for found in report.generated:
-        assert found.equal == 5
-        tokens = list(found.prompt)
-        for token in found.reference:
-            ids = np.array([tokens])
-            values = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-            assert token == peft_logits("llama", tiny.adapter("llama"), values)[0, -1].argmax()
-            tokens.append(token)
-    (verdict,) = of(report, "tokens")
-    assert (verdict.value, verdict.counted) == (0, True)
-
-
-@llama
-def test_other_greedy_tokens_fail(tmp_path):
-    given = broken.adapter("llama")
-    candidate = broken.export("merged", broken.base("llama"), {"a": broken.not_applied(given)}, tmp_path)
-    report = check_parity(
-        tiny.checkpoint("llama"), candidate, {"a": given}, generate=12, localise=False, samples=2
-    )
-    (verdict,) = of(report, "tokens")
-    assert not verdict.passed
-    different = [found for found in report.generated if found.reference != found.candidate]
-    assert verdict.value == len(different) > 0
-    for found in different:
-        assert found.reference[: found.equal] == found.candidate[: found.equal]
-        assert found.reference[found.equal] != found.candidate[found.equal]
-
-
-TOKENS = [InputPort("input_ids", np.dtype(np.int64), ("batch", "sequence"))]
-CLOSE = 1e-4
-
-
-def walker(nudge: float = 0.0, at: int = 3, other: float = CLOSE):
-    """Return a model that counts; behind token ``at`` the next two are apart by ``other`` alone."""
-
-    def run(values: Mapping[str, Array]) -> dict[str, Array]:
-        ids = values["input_ids"]
-        logits = np.zeros((*ids.shape, 10), np.float32)
-        last = int(ids[0, -1])
-        logits[0, -1, (last + 1) % 10] = 1
-        if last == at:
-            logits[0, -1, (last + 2) % 10] = 1 - other + nudge
-        return {"logits": logits}
-
-    return run
-
-
-@pytest.mark.parametrize(("apart", "tie"), [(CLOSE, True), (0.1, False)])
-def test_a_difference_between_tokens_that_are_as_good_is_a_tie(apart, tie):
-    found = generate(walker(other=apart), walker(2 * apart, other=apart), TOKENS, [1, 2], 6, BASE, 10 * CLOSE)
-    assert (found.reference, found.candidate) == ((3, 4), (3, 5))
-    assert (found.equal, found.tie) == (1, tie)
-    (verdict,) = token_verdicts([found], 6, {"no adapter": 10 * CLOSE})
-    assert verdict.passed == tie
-    assert verdict.value == (0 if tie else 1)
-    assert ("tie" in verdict.why) == tie
-
-
-def test_a_tie_at_the_first_token_proves_nothing():
-    found = generate(walker(), walker(2 * CLOSE), TOKENS, [3], 6, BASE, 10 * CLOSE)
-    (verdict,) = token_verdicts([found], 6, {"no adapter": 10 * CLOSE})
-    assert (found.equal, verdict.passed, verdict.counted) == (0, True, False)
-
-
-@pytest.mark.parametrize("side", [0, 1])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_tokens_of_logits_that_are_no_numbers_never_pass(value, side):
-    def run(values: Mapping[str, Array]) -> dict[str, Array]:
-        logits = walker()(values)["logits"]
-        logits[0, -1, 4] = value
-        return {"logits": logits}
-
-    sides = (run, walker()) if side == 0 else (walker(), run)
-    # Behind 3 comes 4: both choose the same one, though on one side it is no number.
-    found = generate(*sides, TOKENS, [3], 6, BASE, math.inf)
-    assert not found.tie
-    (verdict,) = token_verdicts([found], 6, {"no adapter": math.inf})
-    assert not verdict.passed
-
-
-def test_prompts_leave_padding_out():
-    from lora_export.parity.feeds.made import Feed
-
-    ids = np.arange(12).reshape(1, 12)
-    mask = np.ones_like(ids)
-    mask[0, :2] = 0
-    assert prompts_of([Feed("one", {"input_ids": ids, "attention_mask": mask})], 2) == [tuple(range(2, 10))]
 
 
 # --- files -------------------------------------------------------------------------------------------------

@@ -1,62 +1,35 @@
 """Feeds of a parity check: what is made fits the graph and exercises it; what doesn't fit is refused."""
 
-import functools
-import zipfile
-
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 import small_graphs as small
-import tiny
+from feed_cases import (
+    BFLOAT16,
+    CACHED,
+    DECODER,
+    IDS,
+    PAIR,
+    PLAIN,
+    PLAIN_RECORD,
+    TEXT,
+    _check_shapes,
+    contents,
+    port,
+    refused,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_export import BackendError, GraphError
-from lora_export.base.capture.capture import capture_checkpoint
-from lora_export.formats.reading.tensors import write_safetensors
+from lora_export import GraphError
 from lora_export.graph.captured import Captured
-from lora_export.parity.feeds.made import Feed, InputPort, make_feeds, ports_of_graph, read_feeds, rows_of
+from lora_export.parity.feeds.made import make_feeds, ports_of_graph, rows_of
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-TEXT = ("batch", "sequence")
-
-
-def port(name, shape, dtype=np.int64, rows=None):
-    return InputPort(name, np.dtype(dtype), tuple(shape), rows)
-
-
-IDS, MASK = port("input_ids", TEXT), port("attention_mask", TEXT)
-PLAIN = [IDS, MASK, port("token_type_ids", TEXT), port("position_ids", TEXT)]
-CACHED = [
-    IDS,
-    port("attention_mask", ("batch", "total_sequence")),
-    port("position_ids", TEXT),
-    port("cache_position", ("sequence",)),
-    *(port(f"past_key_values.0.{p}", ("batch", 2, "past_sequence", 8), np.float16) for p in ("key", "value")),
-]
-PAIR = [IDS, MASK, port("decoder_input_ids", ("batch", "decoder_sequence"))]
 PIXELS = [port("pixel_values", ("batch", 3, 8, 8), np.float32)]
-DECODER = Captured(
-    "decoder", True, "float16", 50, {"sequence": 20, "past_sequence": 20, "total_sequence": 20}
-)
-PLAIN_RECORD = Captured("encoder", False, "float32", 50, {"sequence": 20})
-
-
-def refused(call, *words, count=None):
-    """Run a call that must be refused with all of the words; return its problems."""
-    with pytest.raises(BackendError) as caught:
-        call()
-    assert caught.value.hint
-    assert caught.value.exit_code == 1
-    for word in words:
-        assert word in str(caught.value), word
-    assert count is None or len(caught.value.problems) == count, caught.value.problems
-    return caught.value.problems
 
 
 # --- properties of what is made ----------------------------------------------------------------------
+
 
 SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=4)
 
@@ -82,22 +55,6 @@ def test_what_is_made_fits_the_graph(graph, batches, sequences, seed, more):
     for feed in feeds:
         _check_shapes(feed, ports)
         _check_tokens(feed)
-
-
-def _check_shapes(feed, ports):
-    sizes = {}
-    assert list(feed.values) == [p.name for p in ports]
-    for p in ports:
-        values = feed.values[p.name]
-        assert values.dtype == p.dtype
-        assert values.flags["C_CONTIGUOUS"]
-        assert values.ndim == len(p.shape)
-        for dim, size in zip(p.shape, values.shape, strict=True):
-            assert size == (dim if isinstance(dim, int) else sizes.setdefault(dim, size)), (p.name, dim)
-    if "total_sequence" in sizes:
-        assert sizes["total_sequence"] == sizes["past_sequence"] + sizes["sequence"] <= 20
-        assert feed.past == sizes["past_sequence"]
-    assert feed.shapes == {name: list(values.shape) for name, values in feed.values.items()}
 
 
 def _check_tokens(feed):
@@ -170,10 +127,6 @@ def test_the_same_seed_gives_the_same_bytes(ports):
     # More samples leave the first ones alone.
     longer = make_feeds(ports, PLAIN_RECORD, seed=3, samples=9)
     assert [contents(feed) for feed in longer[:5]] == [contents(feed) for feed in one]
-
-
-def contents(feed):
-    return feed.label, {name: values.tobytes() for name, values in feed.values.items()}
 
 
 def test_vocabulary_is_the_callers_else_the_records_else_the_tables():
@@ -404,258 +357,3 @@ def test_inputs_that_are_no_tensors_are_refused(tmp_path):
     assert len(caught.value.problems) == 2
     with pytest.raises(GraphError):
         ports_of_graph(tmp_path / "none.onnx")
-
-
-# --- files -------------------------------------------------------------------------------------------
-
-FEED = {
-    "input_ids": np.array([[1, 2, 3], [4, 5, 6]]),
-    "attention_mask": np.array([[1, 1, 1, 1], [0, 1, 1, 1]]),
-    "past_key_values.0.key": np.full((2, 2, 1, 8), 0.5, np.float16),
-}
-PORTS = [
-    IDS,
-    port("attention_mask", ("batch", "total_sequence")),
-    port("past_key_values.0.key", ("batch", 2, "past_sequence", 8), np.float16),
-]
-
-
-def written(folder, tensors, suffix=".npz"):
-    path = folder / f"mine{suffix}"
-    if suffix == ".npz":
-        np.savez(path, **tensors)
-    else:
-        write_safetensors(path, tensors, {})
-    return path
-
-
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_feeds_are_read(tmp_path, suffix):
-    (feed,) = read_feeds(written(tmp_path, FEED, suffix), PORTS, DECODER)
-    assert (feed.label, feed.batch, feed.past) == ("mine", 2, 1)
-    assert feed.mask.all()
-    _same(feed, FEED)
-    several = {
-        f"{label}/{name}": values + 1 * (label == "b" and name == "input_ids")
-        for label in ("a", "b")
-        for name, values in FEED.items()
-    }
-    one, two = read_feeds(written(tmp_path, several, suffix), PORTS, DECODER)
-    assert (one.label, two.label) == ("a", "b")
-    _same(one, FEED)
-    _same(two, FEED | {"input_ids": FEED["input_ids"] + 1})
-
-
-def _same(feed, wanted):
-    assert set(feed.values) == set(wanted)
-    for name, values in wanted.items():
-        assert feed.values[name].dtype == values.dtype
-        assert feed.values[name].flags.writeable
-        np.testing.assert_array_equal(feed.values[name], values)
-
-
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_what_is_made_can_be_written_and_read(tmp_path, suffix):
-    wide = [*PLAIN, port("x", ("batch", 3), BFLOAT16)]
-    for ports, record in ((wide, PLAIN_RECORD), (CACHED, DECODER), (PAIR, PLAIN_RECORD)):
-        made = make_feeds(ports, record)
-        flat = {f"{feed.label}/{name}": v for feed in made for name, v in feed.values.items()}
-        read = {feed.label: feed for feed in read_feeds(written(tmp_path, flat, suffix), ports, record)}
-        assert {label: contents(feed) for label, feed in read.items()} == {f.label: contents(f) for f in made}
-        assert {feed.shared for feed in read.values()} == {made[0].shared}
-
-
-def test_other_byte_order_is_read(tmp_path):
-    swapped = FEED | {"input_ids": FEED["input_ids"].astype(">i8")}
-    _same(read_feeds(written(tmp_path, swapped), PORTS)[0], FEED)
-
-
-def test_names_with_slashes_are_read(tmp_path):
-    ports = [port("serving/ids", TEXT), port("ids", TEXT, np.int32)]
-    values = {"serving/ids": FEED["input_ids"], "ids": FEED["input_ids"].astype(np.int32)}
-    _same(read_feeds(written(tmp_path, values), ports)[0], values)
-    labelled = {f"a/b/{name}": array for name, array in values.items()}
-    (feed,) = read_feeds(written(tmp_path, labelled), ports)
-    assert feed.label == "a/b"
-    _same(feed, values)
-
-
-def changed(**changes):
-    """Return the good feed with values replaced, or left out where the change is None."""
-    return {name: v for name, v in (FEED | changes).items() if v is not None}
-
-
-def with_value(name, index, value):
-    values = FEED[name].copy()
-    values[index] = value
-    return {name: values}
-
-
-BAD = {
-    "missing": (changed(input_ids=None), ["input_ids: missing, int64 [batch, sequence]"]),
-    "unknown": (changed(inputs_ids=FEED["input_ids"]), ["inputs_ids: no input"]),
-    "dtype": (changed(input_ids=np.ones((2, 3), np.int32)), ["int32, wanted int64", "astype('int64')"]),
-    "float dtype": (
-        FEED | {"past_key_values.0.key": FEED["past_key_values.0.key"].astype(np.float32)},
-        ["float32, wanted float16"],
-    ),
-    "rank": (changed(input_ids=FEED["input_ids"][0]), ["shape [3], wanted int64 [batch, sequence]"]),
-    "fixed size": (FEED | {"past_key_values.0.key": np.zeros((2, 2, 1, 4), np.float16)}, ["[2, 2, 1, 4]"]),
-    "batches differ": (changed(input_ids=np.ones((3, 3), np.int64)), ["'batch' is 2, in input_ids it is 3"]),
-    "total": (changed(input_ids=np.ones((2, 2), np.int64)), ["4 tokens, but 1 past", "2 new"]),
-    "no rows": ({name: v[:0] for name, v in FEED.items()}, ["holds no values"]),
-    "nan": (FEED | with_value("past_key_values.0.key", (0, 0, 0, 0), np.nan), ["1 of 32 values are NaN"]),
-    "inf": (FEED | with_value("past_key_values.0.key", (1, 0, 0, 0), -np.inf), ["1 of 32 values are NaN"]),
-    "vocabulary": (FEED | with_value("input_ids", (0, 0), 50), ["from 2 to 50, wanted 0 to 49"]),
-    "negative": (FEED | with_value("input_ids", (0, 0), -1), ["from -1 to 6"]),
-    "mask values": (FEED | with_value("attention_mask", (0, 0), 2), ["other than 0 and 1"]),
-    "empty row": (FEED | with_value("attention_mask", 1, 0), ["no token in row 1"]),
-    "too long": (
-        changed(input_ids=np.ones((2, 21), np.int64), attention_mask=np.ones((2, 22), np.int64)),
-        ["input_ids: 21 tokens, the model takes 20", "attention_mask: 22 tokens, the model takes 20"],
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BAD)
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_bad_feeds(tmp_path, case, suffix):
-    tensors, words = BAD[case]
-    refused(lambda: read_feeds(written(tmp_path, tensors, suffix), PORTS, DECODER), "mine", *words)
-
-
-def test_all_that_is_wrong_is_listed_with_the_feed_that_it_is_in(tmp_path):
-    bad = {
-        "a/input_ids": FEED["input_ids"].astype(np.int32)[0],
-        "a/attention_mask": FEED["attention_mask"] * 3,
-        "b/input_ids": FEED["input_ids"] - 9,
-        "b/attention_mask": FEED["attention_mask"],
-        "b/past_key_values.0.key": FEED["past_key_values.0.key"],
-        "b/other": FEED["input_ids"],
-        "stray": FEED["input_ids"],
-    }
-    problems = refused(lambda: read_feeds(written(tmp_path, bad), PORTS, DECODER), count=7)
-    assert sum(problem.startswith("a: ") for problem in problems) == 4
-    assert sum(problem.startswith("b: ") for problem in problems) == 2
-    assert sum(problem.startswith("stray: ") for problem in problems) == 1
-
-
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_files_that_can_not_be_read(tmp_path, suffix):
-    whole = written(tmp_path, FEED, suffix)
-    data = whole.read_bytes()
-    path = tmp_path / f"bad{suffix}"
-    refused(lambda: read_feeds(path, PORTS), "no file")
-    refused(lambda: read_feeds(tmp_path, PORTS), "folder")
-    for damaged in (b"", b"x", data[: len(data) // 2], data[:-3], b"no such format at all" * 9):
-        path.write_bytes(damaged)
-        refused(lambda: read_feeds(path, PORTS), "bad")
-    other = whole.rename(tmp_path / "feeds.bin")
-    refused(lambda: read_feeds(other, PORTS), "neither .npz nor .safetensors")
-    refused(lambda: read_feeds(written(tmp_path, {}, suffix), PORTS), "empty")
-
-
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_damaged_bytes_give_feeds_or_an_error_of_ours(tmp_path, suffix):
-    data = written(tmp_path, FEED, suffix).read_bytes()
-    bad, refusals = tmp_path / f"bad{suffix}", 0
-    random = np.random.default_rng(0)
-    for place in range(len(data)):
-        bad.write_bytes(data[:place] + random.bytes(1) + data[place + 1 :])
-        try:
-            (feed,) = read_feeds(bad, PORTS, DECODER)
-        except BackendError as error:
-            refusals += 1
-            assert error.hint  # noqa: PT017 - feeds are right as well
-        else:
-            _check_shapes(feed, PORTS)
-    assert refusals > len(data) // 4
-
-
-def test_pickled_arrays_are_not_loaded(tmp_path):
-    path = written(tmp_path, FEED | {"input_ids": np.array([{"a": 1}], object)})
-    refused(lambda: read_feeds(path, PORTS), "input_ids", "holds object", count=1)
-
-
-def test_a_zip_of_something_else_is_refused(tmp_path):
-    path = tmp_path / "mine.npz"
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("readme.txt", "hello")
-    refused(lambda: read_feeds(path, PORTS), "readme.txt")
-
-
-# --- graphs run with them ----------------------------------------------------------------------------
-
-
-def answers(path, feed):
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return session.run(None, dict(feed.values))
-
-
-def other_padding(feed):
-    """Return the same feed with other ids where there is padding."""
-    values = dict(feed.values)
-    mask = values["attention_mask"][:, -values["input_ids"].shape[1] :] == 1
-    values["input_ids"] = np.where(mask, values["input_ids"], (values["input_ids"] + 7) % tiny.VOCAB)
-    return Feed(feed.label, values, feed.shared)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "arch", [pytest.param(arch, marks=pytest.mark.xdist_group(arch)) for arch in tiny.ARCHITECTURES]
-)
-def test_every_architecture_runs_and_rows_keep_their_answers(arch):
-    path = tiny.base_onnx(arch, "dynamo")
-    feeds = make_feeds(ports_of_graph(path), samples=4)
-    assert {feed.batch for feed in feeds} == {1, 4}
-    for feed in feeds:
-        _check_answers(path, feed)
-
-
-def _check_answers(path, feed):
-    wanted = answers(path, feed)[0]
-    shown = np.ones(wanted.shape[:1], bool) if feed.mask is None or wanted.ndim < 3 else feed.mask
-    assert np.isfinite(wanted[shown]).all()
-    order = list(reversed(range(feed.batch)))
-    turned = answers(path, rows_of(feed, order))[0][order]
-    assert tiny.relative_error(turned[shown], wanted[shown]) < 1e-5
-    if "attention_mask" in feed.values and wanted.ndim == 3:
-        # Padding does not count: what is compared does not depend on what stands there. (A classifier looks
-        # at the first token, whatever it is.)
-        again = answers(path, other_padding(feed))[0]
-        assert tiny.relative_error(again[shown], wanted[shown]) < 1e-5
-
-
-@functools.cache
-def cached_decoder():
-    folder = tiny.cache_folder() / "llama" / "parity_feeds"
-    folder.mkdir(parents=True)
-    return capture_checkpoint(tiny.checkpoint("llama"), folder / "model.onnx", kv_cache=True)
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("llama")
-def test_a_captured_decoder_with_its_cache_runs():
-    path = cached_decoder()
-    captured = Captured.from_metadata(ir.load(path).metadata_props)
-    ports = ports_of_graph(path)
-    feeds = make_feeds(ports, captured, samples=8)
-    assert {feed.past > 0 for feed in feeds} == {True, False}
-    for feed in feeds:
-        _check_answers(path, feed)
-        logits, state = answers(path, feed)[:2]
-        assert logits.shape[:2] == feed.mask.shape
-        assert state.shape[2] == feed.past + logits.shape[1]
-        if feed.past:
-            _check_past_counts(path, feed, logits)
-    long = make_feeds(ports, captured, [1], [captured.largest["sequence"]], samples=1)
-    assert np.isfinite(answers(path, long[0])[0]).all()
-
-
-def _check_past_counts(path, feed, logits):
-    zeros = {n: np.zeros_like(v) if n.startswith("past") else v for n, v in feed.values.items()}
-    without = answers(path, Feed("zeros", zeros, feed.shared))[0]
-    assert tiny.relative_error(without[feed.mask], logits[feed.mask]) > 1e-2
