@@ -137,6 +137,15 @@ def test_top_level_is_what_the_design_lists():
     assert {name.split("/")[0] for name in listed} <= known
 
 
+def test_tests_lie_in_rooms_of_the_same_names():
+    """But for what the tests are made from (``zoo``), and recorders, stand-ins and oracles (``doubles``)."""
+    rooms = {path.parent.name for path in (ROOT / "lora_export").glob("*/__init__.py")}
+    named = {path.parent.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("*.py")}
+    assert named <= rooms | {"zoo", "doubles", "."}
+    whole = {"conftest.py", "test_architecture.py", "test_lint.py", "test_readme.py", "test_docs.py"}
+    assert {path.name for path in (ROOT / "tests").glob("*.py")} <= whole
+
+
 LIGHT = """
 import sys
 sys.argv = ["lora-export", *{arguments!r}]

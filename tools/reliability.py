@@ -20,77 +20,78 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
     (
         "an error or a signal at any call that writes leaves the old output or the new one",
-        "tests/test_interrupted_output.py",
+        "tests/storage/test_interrupted_output.py",
         "faults at single calls",
     ),
     (
         "a killed process leaves the old output or the new one, and the next run says so",
-        "tests/test_forked_runs.py -k killed",
+        "tests/storage/test_forked_runs.py -k killed",
         "kills",
     ),
-    ("two writers of one output do not mix", "tests/test_forked_runs.py -k writers", "races"),
+    ("two writers of one output do not mix", "tests/storage/test_forked_runs.py -k writers", "races"),
     (
         "locks, leftovers and signals are told from others'",
-        "tests/test_commit.py",
+        "tests/storage/test_commit.py",
         "cases",
     ),
     (
         "weights of another model beside a graph are refused",
-        "tests/test_data_identity.py",
+        "tests/base/test_data_identity.py",
         "cases",
     ),
     (
         "one flipped bit in a set that we wrote is found",
-        "tests/test_verify.py",
+        "tests/integrity/test_verify.py",
         "flipped bits and further cases",
     ),
     (
         "every answer of sixteen threads is its own adapter's",
-        "tests/test_session_threads.py -k soak",
+        "tests/runtimes/test_session_threads.py -k soak",
         "calls",
     ),
     (
         "a checkpoint's own Python never runs",
-        "tests/test_own_code.py",
+        "tests/untrusted/test_own_code.py",
         "cases",
     ),
     (
         "no command of a name runs in a kit's script",
-        "tests/test_build_kit_names.py",
+        "tests/packages/test_build_kit_names.py",
         "cases",
     ),
     (
         "malformed files are the user's error: no traceback, no hang",
-        "tests/test_mutations.py tests/test_mutations_parity.py",
+        "tests/untrusted/test_mutations.py tests/untrusted/test_mutations_parity.py",
         "mutated files",
     ),
     (
         "what a file claims is compared with what it holds before memory is taken",
-        "tests/test_untrusted_sizes.py tests/test_untrusted_computed.py",
+        "tests/untrusted/test_untrusted_sizes.py tests/untrusted/test_untrusted_computed.py",
         "cases",
     ),
     (
         "documents and records are checked field by field",
-        "tests/test_untrusted_documents.py tests/test_untrusted_fields.py tests/test_damaged_manifests.py",
+        "tests/untrusted/test_untrusted_documents.py tests/untrusted/test_untrusted_fields.py "
+        "tests/base/test_damaged_manifests.py",
         "cases",
     ),
     (
         "a stranger's pattern can't keep a verb busy",
-        "tests/test_patterns.py",
+        "tests/formats/test_patterns.py",
         "cases",
     ),
     (
         "a stranger's text is nothing but text",
-        "tests/test_untrusted_shown.py tests/test_untrusted_logs.py",
+        "tests/untrusted/test_untrusted_shown.py tests/untrusted/test_untrusted_logs.py",
         "cases",
     ),
     (
         "no path in a file leads out of its folder",
-        "tests/test_paths_inside.py",
+        "tests/untrusted/test_paths_inside.py",
         "cases",
     ),
-    ("no verb asks the network for anything", "tests/test_no_network.py", "cases"),
-    ("same inputs, same bytes", "tests/test_determinism.py", "cases"),
+    ("no verb asks the network for anything", "tests/untrusted/test_no_network.py", "cases"),
+    ("same inputs, same bytes", "tests/modes/test_determinism.py", "cases"),
 ]
 
 

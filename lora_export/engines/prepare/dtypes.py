@@ -1,7 +1,7 @@
 """Which types of numbers an engine can have, and on which GPUs.
 
-Measured with TensorRT-RTX 1.7.1 (`tests/test_admit.py` builds each row again). It compiles for all targets
-together, so one GPU that lacks a type is enough for no engine at all.
+Measured with TensorRT-RTX 1.7.1 (`tests/engines/test_admit.py` builds each row again). It compiles for all
+targets together, so one GPU that lacks a type is enough for no engine at all.
 """
 
 from __future__ import annotations

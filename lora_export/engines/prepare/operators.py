@@ -2,7 +2,7 @@
 
 A parser looks at an operator's name and not at its domain: ``com.microsoft.Attention`` is read as ONNX's own
 ``Attention``, whose inputs mean something else. So nodes of other domains are refused unless they are known
-to mean the same. Measured with TensorRT-RTX 1.7.1; `tests/test_admit.py` asks the parser again.
+to mean the same. Measured with TensorRT-RTX 1.7.1; `tests/engines/test_admit.py` asks the parser again.
 """
 
 from __future__ import annotations

@@ -1,0 +1,278 @@
+"""Recipes: those we ship are valid and their headers complete; bad ones are refused with every problem."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from lora_export.cli import main
+from lora_export.commands.recipe import load_recipe
+from lora_export.errors import OutputError, RecipeError
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@click.command()
+@click.argument("adapter")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
+@click.option("--weight", multiple=True, type=float)
+@click.option("--kind", type=click.Choice(["a", "b"]))
+@click.option("--json", "as_json", is_flag=True)
+@click.option("--force", is_flag=True)
+def blend(**_options: object) -> None:
+    """A verb with each kind of parameter."""
+
+
+def read(folder: Path, steps: str, head: str = "name: n\ndescription: d\nneeds: []\n"):
+    path = folder / "recipe.yaml"
+    path.write_text(head + steps, encoding="utf-8")
+    return load_recipe(path, ["blend", "run"], lambda _verb: blend)
+
+
+def problems(folder: Path, steps: str, head: str = "name: n\ndescription: d\nneeds: []\n") -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        read(folder, steps, head)
+    return list(caught.value.problems)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_our_recipes_are_valid(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["run", str(path), "--dry-run"])
+    assert stop.value.code == 0
+    assert all(line.startswith("lora-export ") for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_our_recipes_explain_themselves(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    header = [line for line in text.splitlines() if line.startswith("#")]
+    for word in ("What:", "Needs:", "Command:", "Result:"):
+        assert any(line.startswith(f"# {word}") for line in header), f"{path.name}: header lacks {word}"
+    assert f"lora-export run recipes/{path.name}" in text
+    assert f"\nname: {path.stem}\n" in text
+
+
+def test_there_are_recipes() -> None:
+    assert RECIPES
+
+
+@pytest.mark.slow
+def test_the_demo_recipe_runs_where_it_is_called(tmp_path: Path) -> None:
+    from lora_export.demo.report import Parity
+    from lora_export.demo.run import run_graph
+    from lora_export.demo.sentences import load_tasks
+    from lora_export.demo.training import Trainer
+
+    command = [sys.executable, "-c", "from lora_export.cli import main; main()"]
+    arguments = ["run", str(ROOT / "recipes" / "demo-minilm.yaml"), "--quiet"]
+    done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "lora-export-recipe"
+    trainer, tasks = Trainer(folder / "base", 0), {task.name: task for task in load_tasks()}
+    for name in ("topic", "question"):
+        examples = tasks[name].held_out
+        got = run_graph(folder / f"{name}-shared.onnx", trainer.encode(examples))
+        wanted = trainer.logits(folder / "adapters" / name, examples)
+        assert Parity.between(got, wanted).relative_l2 <= 1e-5
+
+
+def test_steps_become_what_would_be_typed(tmp_path: Path) -> None:
+    recipe = read(
+        tmp_path,
+        """steps:
+  - blend: {weight: [0.70, -1e-3], output: a b/x, adapter: my, json: true, force: no}
+  - blend: {adapter: 2026-11-01, output: "true", weight: 1, kind: b}
+""",
+    )
+    first, second = recipe.steps
+    assert str(first) == "lora-export blend my --weight 0.70 --weight -1e-3 --output 'a b/x' --json"
+    assert second.arguments == ("2026-11-01", "--output", "true", "--weight", "1", "--kind", "b")
+    # The verb itself understands it so.
+    values = blend.make_context("blend", list(first.arguments)).params
+    assert values["weight"] == (0.7, -0.001)
+    assert values["adapter"] == "my"
+    assert values["as_json"]
+
+
+def test_an_argument_is_never_read_as_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (step,) = read(tmp_path, "steps:\n- blend: {adapter: '--help', output: out, json: true}\n").steps
+    assert step.arguments == ("--output", "out", "--json", "--", "--help")
+    assert step.with_flag("force").arguments[0] == "--force"
+    (tmp_path / "r.yaml").write_text(
+        "name: n\ndescription: d\nneeds: []\nsteps:\n- inspect: {adapter: '--help'}\n- targets: {}\n"
+    )
+    with pytest.raises(SystemExit) as stop:
+        main(["run", str(tmp_path / "r.yaml")])
+    assert stop.value.code == 1
+    assert "there is no adapter at --help" in capsys.readouterr().err
+
+
+def test_flags_are_added_once_and_where_they_are_known(tmp_path: Path) -> None:
+    (step,) = read(tmp_path, "steps: [{blend: {adapter: a, output: b}}]").steps
+    assert "--force" in step.with_flag("force").arguments
+    assert step.with_flag("force").with_flag("force") == step.with_flag("force")
+    assert step.with_flag("quiet") == step
+
+
+def test_all_problems_are_listed_with_their_lines(tmp_path: Path) -> None:
+    found = problems(
+        tmp_path,
+        """steps:
+  - blend:
+      adapter: a
+      outptu: b
+      weight: [1, x]
+      kind: c
+      json: 3
+      output: [a, b]
+  - blend: {adapter: a, adapter: b, output: }
+  - merge: {}
+  - run: {recipe: recipe.yaml}
+  - blend:
+  - blend: 7
+  - [blend]
+  - {blend: {}, merge: {}}
+  - blend: {adapter: {a: b}, output: true, weight: [[1]]}
+""",
+        "name: [1]\ndescripton: d\nneeds: torch\n",
+    )
+    wanted = [
+        "line 2: recipe: unknown key 'descripton'; did you mean 'description'?",
+        "missing key 'description'",
+        "line 1: name: text is wanted, got a list",
+        "line 3: needs: a list is wanted",
+        "line 7: step 1 (blend): unknown option 'outptu'; did you mean 'output'?",
+        "line 8: step 1 (blend): 'weight': 'x' is not a valid float.",
+        "line 9: step 1 (blend): 'kind': 'c' is not one of 'a', 'b'.",
+        "line 10: step 1 (blend): 'json' is true or false, got '3'",
+        "line 11: step 1 (blend): 'output' takes one value, got a list",
+        "line 12: step 2 (blend): option 'adapter' is given twice",
+        "line 12: step 2 (blend): 'output' takes a value, got ''",
+        "line 13: step 3: unknown verb 'merge' (there are: blend)",
+        "line 14: step 4: unknown verb 'run' (there are: blend)",
+        "line 15: step 5 (blend): missing 'adapter', 'output'",
+        "line 16: step 6 (blend): options are 'option: value' pairs",
+        "line 17: step 7: one verb with its options is wanted, 'verb: {option: value}'",
+        "line 18: step 8: one verb with its options is wanted, 'verb: {option: value}'",
+        "line 19: step 9 (blend): 'adapter' takes a value, got a mapping",
+        "line 19: step 9 (blend): 'output' takes a value, got 'true'",
+        "line 19: step 9 (blend): 'weight' takes values, got a list",
+    ]
+    assert found == wanted
+
+
+def test_a_recipe_without_steps_is_refused(tmp_path: Path) -> None:
+    assert problems(tmp_path, "steps: []") == ["line 4: steps: a recipe has at least one"]
+    assert problems(tmp_path, "") == ["missing key 'steps'"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"steps: [", "is not YAML"),
+        (b"- a\n", "holds no recipe"),
+        (b"", "holds no recipe"),
+        (b"\xff\xfe", "is no"),
+        (b"name: !!python/object:os.system x\n", "problem"),
+        (b"name: &a [*a]\n", "nested deeper"),
+        (b"name: !!bool maybe\n", "problem"),
+    ],
+)
+def test_files_that_are_no_recipe(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path, ["blend"], lambda _verb: blend)
+
+
+def test_a_missing_file_is_an_error_of_the_user(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "nowhere.yaml"])
+    assert stop.value.code == 1
+    assert "cannot read the recipe nowhere.yaml: No such file" in capsys.readouterr().err
+
+
+def write(folder: Path, needs: str, *adapters: str) -> Path:
+    steps = "".join(f"  - inspect: {{adapter: {adapter}, json: true}}\n" for adapter in adapters)
+    path = folder / "recipe.yaml"
+    path.write_text(f"name: n\ndescription: d\nneeds: {needs}\nsteps:\n{steps}", encoding="utf-8")
+    return path
+
+
+def test_steps_run_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import tiny
+
+    first, second = (tiny.adapter("conv", "plain", seed) for seed in (0, 1))
+    with pytest.raises(SystemExit) as stop:
+        main(["run", str(write(tmp_path, "[torch]", str(first), str(second)))])
+    said = capsys.readouterr()
+    assert stop.value.code == 0, said.err
+    assert said.err.index("step 1 of 2: lora-export inspect") < said.err.index("step 2 of 2")
+    reports, rest = json.JSONDecoder().raw_decode(said.out)
+    assert reports
+    assert said.out[rest:].strip().startswith("{")
+
+
+def test_the_first_failure_stops_and_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, "[]", str(tmp_path / "missing"), str(tmp_path / "never"))
+    with pytest.raises(SystemExit) as stop:
+        main(["run", str(path)])
+    said = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert f"Error: step 1 (inspect) of {path}: " in said
+    assert "never" not in said
+
+
+def test_missing_packages_are_named_before_the_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "lora_export.commands.recipe.find_spec", lambda name: "found" if name == "torch" else None
+    )
+    with pytest.raises(SystemExit) as stop:
+        main(["run", str(write(tmp_path, "[onnxruntime_genai, torch, gguf]", "x"))])
+    said = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert "  onnxruntime_genai\n  gguf\nhint: pip install onnxruntime-genai gguf" in said
+    assert "step 1" not in said
+
+
+@pytest.mark.parametrize("name", ["planted", "planted.x", "this.x", "cuda.planted", "torch.x", "os", "../x"])
+def test_a_package_by_a_strangers_name_is_neither_looked_for_nor_offered(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To look for a part of a package, Python runs the package; and a stranger's is not to be installed."""
+    mark = tmp_path / "mark"
+    (tmp_path / "planted").mkdir()
+    (tmp_path / "planted" / "__init__.py").write_text(f"open({str(mark)!r}, 'w')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        main(["run", str(write(tmp_path, f"[{name}]", "x"))])
+    said = capsys.readouterr()
+    assert stop.value.code == 1
+    assert f"line 3: needs: unknown package {name!r}" in said.err
+    assert "pip install" not in said.err
+    assert "this" not in sys.modules
+    assert not mark.exists()
+
+
+def test_the_exit_code_of_a_step_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_export.commands import inspect
+
+    class Parity(OutputError):
+        exit_code = 3
+
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise Parity("differs")
+
+    monkeypatch.setattr(inspect.inspect, "callback", fail)
+    with pytest.raises(SystemExit) as stop:
+        main(["run", str(write(tmp_path, "[]", "x"))])
+    assert stop.value.code == 3

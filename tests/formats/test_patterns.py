@@ -1,0 +1,252 @@
+"""Patterns of an adapter's config: matched as by PEFT, and none keeps a verb busy."""
+
+import contextlib
+import json
+import re
+import shutil
+import time
+
+import pytest
+import tiny
+from exposed_models import group
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_export import load_adapter, swap_onnx
+from lora_export.cli import _run
+from lora_export.errors import AdapterError
+from lora_export.formats.reading.lora_config import pattern_values
+from lora_export.formats.reading.patterns import LIMIT_S, fullmatch, match, within
+from lora_export.formats.reading.targeting import is_targeted
+
+# Each doubles or squares its work with every letter of a long name, for `re` and for `regex`.
+SLOW = {
+    "pairs": r"(.|..)*[^\w.]",
+    "words": r"([\w.]|[\w.][\w.])*[!?]",
+    "nested": r"((.|..)+)+[^\w.]",
+    "counted": r"((.{1,100}){1,100}){1,100}[^\w.]",
+    "looking ahead": r"(?=(.|..)*[^\w.]).*",
+    "optional": r"((.|..)*\.?)*[^\w.]",
+}
+# What hangs `re`, and is matched at once.
+HANGS_RE = {"plus": r"(a+)+$", "letters": r"([a-z.]+)*!", "either": r"(x|x)*y"}
+LONG = "a" * 60
+
+
+def config_with(folder, **changes):
+    """Copy tiny Llama's adapter, the config changed."""
+    shutil.copytree(tiny.adapter("llama"), folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+def keyed(key, pattern):
+    """Return a pattern as the config has it under a key."""
+    if key in ("rank_pattern", "alpha_pattern"):
+        return {key: {pattern: 4}}
+    if key == "layers_pattern":
+        return {key: pattern, "target_modules": ["q_proj"], "layers_to_transform": [0]}
+    return {key: pattern}
+
+
+KEYS = ["rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern"]
+
+
+# In front of a layer's number there are a few letters only, for which most are quick.
+CASES = [
+    (name, key) for key in KEYS for name in SLOW if key != "layers_pattern" or name in ("nested", "counted")
+]
+
+
+@group("llama")
+@pytest.mark.parametrize(("name", "key"), CASES)
+def test_what_takes_too_long_is_refused_with_its_file(name, key, tmp_path):
+    folder = config_with(tmp_path / "a", **keyed(key, SLOW[name]))
+    started = time.process_time()
+    with pytest.raises(AdapterError, match="takes more than") as caught:
+        load_adapter(folder)
+    assert str(folder) in caught.value.message
+    assert key in caught.value.message
+    assert f"{SLOW[name]!r}"[1:-1] in caught.value.message
+    assert caught.value.hint
+    assert time.process_time() - started < 4
+
+
+@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("call", [match, fullmatch])
+def test_one_budget_for_all_matches(name, call):
+    started = time.process_time()
+    # 15 letters are matched in some milliseconds: none is slow for itself.
+    texts = [f"{'a' * 15}.{number}" for number in range(100_000)] + [f"{LONG}.1"]
+    with within("adapter 'x' (a file)"), pytest.raises(AdapterError, match=r"adapter 'x' \(a file\)"):
+        all(call("rank_pattern", SLOW[name], text) is None for text in texts)
+    assert time.process_time() - started < 2 * LIMIT_S + 1
+    # The next one has a budget of its own.
+    with within("adapter 'y'"):
+        assert call("rank_pattern", r"a+(b|c)", "aab")
+
+
+@pytest.mark.parametrize("name", HANGS_RE)
+def test_what_hangs_re_and_need_not(name):
+    started = time.process_time()
+    assert not fullmatch("target_modules", HANGS_RE[name], f"{LONG}!?")
+    assert time.process_time() - started < 0.5
+
+
+def test_many_slow_keys_share_the_budget():
+    config = {"rank_pattern": {f"(.|..)*[^{number}\\w.]": 4 for number in range(50)}}
+    started = time.process_time()
+    with within("adapter 'x'"), pytest.raises(AdapterError, match="rank_pattern"):
+        pattern_values(config, "rank_pattern", LONG)
+    assert time.process_time() - started < 2 * LIMIT_S + 1
+
+
+def test_what_is_honest_and_large_is_not_refused():
+    """As PEFT writes it for ranks that differ: a key for each module."""
+    paths = [f"model.layers.{n}.mlp.{part}_proj" for n in range(100) for part in ("gate", "up", "down")]
+    for keys in (paths, [f"{re.escape(path)}(x|y)?" for path in paths]):
+        config = {"rank_pattern": {key: number for number, key in enumerate(keys)}}
+        with within("adapter 'x'"):
+            found = [pattern_values(config, "rank_pattern", path) for path in paths]
+        assert found == [[number] for number in range(len(paths))]
+
+
+@pytest.mark.parametrize(
+    ("keys", "paths", "says"),
+    [
+        # More keys than are kept compiled, for each of many modules; and what is only compiled.
+        ([f"x{n}[ab]+" for n in range(5000)], 2000, "takes more than|more than 5000000 times"),
+        ([f"x{n}[ab]" for n in range(5000)], 2000, "more than 5000000 times"),
+        ([f"x{n}[ab]+" for n in range(12_000)], 1, "more than 10000|to compile"),
+        ([f"{n}" * 9000 + "(a)" for n in range(3000)], 1, "to compile"),
+        (["x" * n for n in range(4000)], 2000, "more than 5000000 times"),
+    ],
+)
+def test_number_and_compiling_of_keys_count(keys, paths, says):
+    config = {"rank_pattern": dict.fromkeys(keys, 4)}
+    started = time.process_time()
+    texts = [f"l.{number}.q" for number in range(paths)]
+    with within("adapter 'x'"), pytest.raises(AdapterError, match=says):
+        all(not pattern_values(config, "rank_pattern", text) for text in texts)
+    assert time.process_time() - started < 15
+
+
+def test_a_key_for_each_of_many_modules_is_quick():
+    paths = [f"model.layers.{n}.experts.{m}.{p}_proj" for n in range(20) for m in range(64) for p in "uvw"]
+    config = {"rank_pattern": {path: number for number, path in enumerate(paths)}}
+    started = time.process_time()
+    with within("adapter 'x'"):
+        found = [pattern_values(config, "rank_pattern", path) for path in paths]
+    assert found == [[number] for number in range(len(paths))]
+    assert time.process_time() - started < 3
+
+
+KEY_LETTERS = st.text("ab.", min_size=1, max_size=5)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(
+    keys=st.lists(
+        st.one_of(KEY_LETTERS, KEY_LETTERS.map(re.escape), st.sampled_from(["a+", "(", "^a", "a|b"]))
+    ),
+    path=st.text("ab.-\n", min_size=1, max_size=7),
+)
+def test_keys_are_found_as_peft_finds_them(keys, path):
+    """`get_pattern_key` of ``peft.utils.other``, for all keys that match."""
+    config = {"rank_pattern": {key: number for number, key in enumerate(keys)}}
+    wanted = []
+    for key, value in config["rank_pattern"].items():
+        with contextlib.suppress(re.error):
+            if re.match(rf"(.*\.)?({key})$", path):
+                wanted.append(value)
+    if not wanted and path in config["rank_pattern"]:
+        wanted = [config["rank_pattern"][path]]
+    assert pattern_values(config, "rank_pattern", path) == wanted
+
+
+@group("llama")
+@pytest.mark.parametrize("key", ["rank_pattern", "target_modules"])
+def test_each_verb_ends(key, tmp_path, capsys):
+    adapter = config_with(tmp_path / "a", **keyed(key, SLOW["words"]))
+    base, graph = tiny.checkpoint("llama"), tiny.base_onnx("llama", "dynamo")
+    given = ["--adapter", adapter]
+    swap_onnx(graph, tmp_path / "for.onnx", adapter=tiny.adapter("llama"))
+    verbs = [
+        ["inspect", adapter],
+        ["merge", "--base", base, *given, "-o", tmp_path / "m"],
+        ["merge-onnx", "--base", base, *given, "-o", tmp_path / "c.onnx"],
+        ["merge-onnx", "--base", graph, *given, "-o", tmp_path / "m.onnx"],
+        ["swap-onnx", "--base", graph, *given, "-o", tmp_path / "s.onnx"],
+        ["bank-onnx", "--base", graph, "--adapter", f"a={adapter}", "-o", tmp_path / "b.onnx"],
+        ["convert-adapter", adapter, "--for", tmp_path / "for.onnx", "-o", tmp_path / "c.safetensors"],
+        ["parity", "--reference", base, "--candidate", graph, *given],
+    ]
+    for verb in verbs:
+        started = time.process_time()
+        assert _run([str(word) for word in verb], False) == 1, verb
+        assert time.process_time() - started < 5, verb
+        error = capsys.readouterr().err
+        assert str(adapter) in error
+        assert key in error
+        assert "takes more than 1 s" in error
+
+
+# --- the meaning is that of re -----------------------------------------------------------------------
+
+TEXTS = st.text("ab.1_[]{}:-e<=&|~^ \n", max_size=12)
+PIECES = st.one_of(
+    st.sampled_from(
+        ["a", "b", r"\.", ".", r"\d", r"\w", "_", r"\[", r"\\", "^", "$", r"\b", r"\{", "e", "1"]
+    ),
+    st.sampled_from(
+        ["{e<=1}", "{e}", "{i}", "{1e}", "{", "{}", "{,}", "{ 1}", "{1 }", "}", "]", ":", "&&", "||", "~~"]
+    ),
+    st.sampled_from(
+        ["[[:alpha:]]", "[[a]", "[^[]", "[]a]", "[^]a]", "[a&&b]", "[a||b]", "[a--b]", "[a~~b]", r"[\]a]"]
+    ),
+    st.sampled_from(
+        ["(?#[{e})", "(?:a)", "(?=a)", "(?!a)", "(?<=a)", "(?<!a)", "(?>a)", "(?P<n>a)", "(?i:A)", "(?a)"]
+    ),
+    st.sampled_from(
+        ["{2}", "{1,2}", "{,2}", "{0,}", "*", "+", "?", "*?", "+?", "??", "*+", "|", "(", ")", r"(a|b)"]
+    ),
+)
+PATTERNS = st.lists(PIECES, max_size=8).map("".join)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(pattern=PATTERNS, text=TEXTS, prefixed=st.booleans())
+def test_the_same_as_re(pattern, text, prefixed):
+    pattern = rf"(.*\.)?({pattern})$" if prefixed else pattern
+    for ours, theirs in ((match, re.match), (fullmatch, re.fullmatch)):
+        try:
+            expected = theirs(pattern, text)
+        except re.error:
+            with pytest.raises(re.error):
+                ours("k", pattern, text)
+            continue
+        found = ours("k", pattern, text)
+        assert (found and (found.span(), found.groups())) == (
+            expected and (expected.span(), expected.groups())
+        )
+
+
+@pytest.mark.parametrize("pattern", ["(" * 5000 + ")" * 5000, "(?:" * 300 + "a" + "){1,9}" * 300])
+def test_what_is_nested_too_deeply(pattern):
+    with pytest.raises((re.error, AdapterError)):
+        match("rank_pattern", pattern, "a")
+
+
+@pytest.mark.parametrize("pattern", ["a|" * 60_000, "(?x)a | b # {e}"])
+def test_what_no_limit_can_hold(pattern):
+    with pytest.raises(AdapterError, match="rank_pattern"):
+        match("rank_pattern", pattern, "a")
+
+
+@pytest.mark.parametrize("pattern", ["(lay)ers", "(x)?layers", r"(\d)layers"])
+def test_a_layers_pattern_with_a_group_of_its_own(pattern):
+    """PEFT takes the first group for the number, and stops where it is none; so no layer is meant."""
+    config = {"target_modules": ["q"], "layers_to_transform": [0], "layers_pattern": pattern}
+    assert not is_targeted(config, "model.layers.0.q")
+    assert is_targeted(config | {"layers_pattern": "layers"}, "model.layers.0.q")

@@ -1,0 +1,62 @@
+"""What tests of binding share."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from small_graphs import random
+
+from lora_export import Adapter, AdapterError, LoraModule, SiteError
+from lora_export.binding.bind import bind_adapter
+from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member, Slot
+
+BASE = "ab" * 32
+
+
+def swap(*modules, **more):
+    return ExposedGraph("swap", "base.onnx", BASE, modules, **({"max_rank": 8} | more))
+
+
+def place(path, out_dim, in_dim, dtype="float32", **more):
+    stored = more.pop("stored", ())
+    return ExposedModule(
+        path, "linear", in_dim, out_dim, dtype, (Member(path, 0, out_dim, stored=stored),), **more
+    )
+
+
+def bind(given, exposed, **options):
+    return bind_adapter(given, exposed, where="out.onnx", **options)
+
+
+def product(binding, name):
+    a, b = (binding.tensors[f"{name}.lora_{part}.weight"].astype(np.float64) for part in "AB")
+    return a @ b
+
+
+def refused(given, exposed, **options):
+    with pytest.raises((SiteError, AdapterError)) as caught:
+        bind(given, exposed, **options)
+    return caught.value
+
+
+def pack(dtype="float32", **more):
+    members = (Member("l.q_proj", 0, 6), Member("l.k_proj", 6, 3), Member("l.v_proj", 9, 3))
+    return ExposedModule("l.qkv_proj", "linear", 5, 12, dtype, members, **more)
+
+
+def converted(module, **config):
+    return Adapter("c", "c", "converted", {module.key: module}, config={"layout": "onnx", **config})
+
+
+def bank(ranks=((2, 4), (3, 0), (1, 2)), dtype="float32"):
+    """Return a bank of two slots with a pack of three members; ``ranks``: of each slot, by member."""
+    module = pack(dtype)
+    members = tuple(replace(m, ranks=r) for m, r in zip(module.members, ranks, strict=True))
+    graph = swap(replace(module, members=members), slots=(Slot("one"), Slot("two")))
+    return replace(graph, mode="bank")
+
+
+def wide(path, out_dim, rank, seed):
+    return LoraModule(
+        path, "linear", random(rank, 5, seed=seed), random(out_dim, rank, seed=seed + 1), 3.0, rank
+    )
