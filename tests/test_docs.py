@@ -161,6 +161,8 @@ def test_paths_in_the_text_exist(page: Path) -> None:
     words += [word for line in shell_lines(page) for word in shlex.split(line.split(" #")[0])]
     paths = [word for word in words if word.startswith(FOLDERS) and "NAME" not in word]
     assert not [path for path in paths if not list(ROOT.glob(path.rstrip("/")))]
+    named = [word for word in words if re.fullmatch(r"test_\w+\.py", word)]
+    assert not [name for name in named if not list((ROOT / "tests").rglob(name))]
 
 
 @each_page
