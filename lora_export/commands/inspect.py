@@ -12,6 +12,7 @@ import click
 
 from lora_export.commands.options import adapter_options, load_adapters
 from lora_export.commands.printing import print_json, print_lines
+from lora_export.commands.verb import Verb
 from lora_export.progress import spoken
 from lora_export.reports import ADAPTER_PLOTS
 
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from lora_export.reports.adapter.facts import AdapterReport
 
 
-@click.command(short_help="Show what an adapter holds (modules, ranks, scaling, ‖ΔW‖), or an engine.")
+@click.command(
+    cls=Verb, short_help="Show what an adapter holds (modules, ranks, scaling, ‖ΔW‖), or an engine."
+)
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option(
     "--base",
