@@ -15,6 +15,9 @@ Words = list[str | Path]
 # Options that say how an adapter's file is read: the next verb has to read it in the same way.
 _READING = ("alpha", "rank", "rslora", "component")
 
+# Files that are adapters as trainers write them.
+_ADAPTERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
 
 def print_next(context: click.Context) -> None:
     """Print the next useful command to stderr, with the paths of the one that has ended.
@@ -94,10 +97,11 @@ def _after_parity(given: Mapping[str, Any]) -> Words:
 
 
 def _after_inspect(given: Mapping[str, Any]) -> Words:
-    if given["adapter"].suffix in (".engine", ".onnx"):
+    adapter: Path = given["adapter"]
+    if not ((adapter / "adapter_config.json").is_file() or adapter.suffix in _ADAPTERS):
         return []
     base = given["base"] or "my-model"
-    words: Words = ["merge-onnx", "--base", base, "--adapter", given["adapter"], *_reading(given)]
+    words: Words = ["merge-onnx", "--base", base, "--adapter", adapter, *_reading(given)]
     return [*words, "-o", "merged/model.onnx"]
 
 
