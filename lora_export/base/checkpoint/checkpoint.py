@@ -129,7 +129,7 @@ class Checkpoint:
         """Return a tensor's values as a read-only view of the mapped file.
 
         Raises:
-            CheckpointError: There is no such tensor, numpy has no dtype for it, or its file was cut short since.
+            CheckpointError: There is no such tensor, numpy has no dtype for it, or its file was cut short.
         """
         tensor = self.tensors.get(name)
         if tensor is None:
