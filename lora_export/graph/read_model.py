@@ -39,6 +39,8 @@ def read_model(file: Path) -> ir.Model:
         proto = onnx.load(file, load_external_data=False)
         problems = list(proto_problems(proto))
         model = None if problems else ir.from_proto(proto)
+        if model is not None:
+            ir.external_data.set_base_dir(model.graph, str(file.parent))
     except Exception as error:  # protobuf and onnx_ir raise many kinds for a damaged file
         raise GraphError(
             f"{file} is not a readable ONNX file: {type(error).__name__}: {_first_line(error)}",
@@ -46,7 +48,6 @@ def read_model(file: Path) -> ir.Model:
         ) from error
     if model is None:
         raise _invalid(file, problems)
-    ir.external_data.set_base_dir(model.graph, str(file.parent))
     return model
 
 
