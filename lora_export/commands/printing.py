@@ -50,7 +50,8 @@ def _formatted_warning(
 
 
 def _shown(text: str) -> str:
-    return "\n".join(shown_lines(text.rstrip("\n").split("\n")))
+    # Further lines are set in: none of them, which may be a name's, begins as a line of ours does.
+    return "\n  ".join(shown_lines(text.rstrip("\n").split("\n")))
 
 
 def print_lines(lines: Iterable[str], err: bool = False) -> None:
