@@ -54,7 +54,7 @@ def _shape(node: ir.Node, index: int) -> tuple[int, ...] | None:
     if value is None:
         return None
     if value.const_value is not None:
-        return tuple(int(size) for size in value.const_value.shape)
+        return tuple(int(size) for size in value.const_value.shape.numpy())
     sizes = () if value.shape is None else tuple(value.shape)
     known = tuple(size for size in sizes if isinstance(size, int))
     return known if value.shape is not None and len(known) == len(sizes) else None
