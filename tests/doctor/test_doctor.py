@@ -102,7 +102,7 @@ def test_a_known_gpu_has_a_compute_capability_if_the_driver_has_none(driver):
     ("output", "code", "said"),
     [
         ("Hello there", 0, "can't read this line of nvidia-smi: 'Hello there'"),
-        ("<html>, 1, 2, 3", 0, "can't be read"),
+        ("<html>, 1, 2, 3", 0, "can't read this line of nvidia-smi"),
         ("NVIDIA-SMI has failed because it couldn't communicate with the driver.", 9, "couldn't communicate"),
         ('Field "compute_cap" is not a valid field to query.', 2, "not a valid field"),
         ("", 12, "exit code 12"),
