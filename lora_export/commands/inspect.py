@@ -1,4 +1,4 @@
-"""`lora-export inspect`: what an adapter file holds."""
+"""`lora-export inspect`: show what an adapter file holds, or what an engine is."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 @click.option(
     "--base",
     type=click.Path(path_type=Path),
-    help="Base model, to say the share: a Hugging Face folder or an ONNX file.",
+    help="Base of the adapter, to show what share of it changes: a Hugging Face folder or an ONNX file.",
 )
 @click.option(
-    "--json", "as_json", is_flag=True, help="Everything as one JSON object, singular values included."
+    "--json", "as_json", is_flag=True, help="Print everything as one JSON object, singular values included."
 )
 @click.option(
     "--plot", type=click.Path(path_type=Path), help=f"Also draw the spectra: .{', .'.join(ADAPTER_PLOTS)}."
@@ -46,7 +46,7 @@ def inspect(
     """Show what ADAPTER holds: a PEFT folder, or a .safetensors, .bin or .pt file; or what an .engine is.
 
     For each module: rank, alpha, scaling, shapes, dtype, ‖ΔW‖, and how many directions hold 90 % and 99 % of
-    its energy, which is why small ranks suffice. For an engine: what it takes, which GPUs it is for.
+    its energy (few do, which is why small ranks suffice). For an engine: its inputs, and the GPUs it is for.
 
     \b
     Examples:
@@ -62,7 +62,7 @@ def inspect(
     from lora_export.reports.adapter.to_text import plain_lines, print_table
 
     if plot is not None and plot.suffix[1:] not in ADAPTER_PLOTS:
-        raise click.BadParameter(f"{plot} doesn't end in .{', .'.join(ADAPTER_PLOTS)}", param_hint="--plot")
+        raise click.BadParameter(f"{plot} doesn't end in .{' or .'.join(ADAPTER_PLOTS)}", param_hint="--plot")
     (loaded,) = load_adapters([adapter], options)
     report = inspect_adapter(loaded, base)
     if plot is not None:
@@ -81,7 +81,7 @@ def _inspect_engine(engine: Path, as_json: bool, others: dict[str, Any]) -> None
 
     if given := [name for name, value in others.items() if value is not None]:
         named = ", ".join(f"--{name.lstrip('-')}" for name in given)
-        raise click.UsageError(f"{engine} is an engine: leave out {named}")
+        raise click.UsageError(f"{engine} is an engine: omit {named}")
     record = read_engine(engine)
     if as_json:
         print_json(record.to_json())
