@@ -147,7 +147,7 @@ def test_all_problems_are_listed_with_their_lines(tmp_path: Path) -> None:
         "line 2: recipe: unknown key 'descripton'; did you mean 'description'?",
         "missing key 'description'",
         "line 1: name: give a text, not a list",
-        "line 3: needs: give a list, not",
+        "line 3: needs: give a list, not 'torch'",
         "line 7: step 1 (blend): unknown option 'outptu'; did you mean 'output'?",
         "line 8: step 1 (blend): 'weight': 'x' is not a valid float.",
         "line 9: step 1 (blend): 'kind': 'c' is not one of 'a', 'b'.",
