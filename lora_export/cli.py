@@ -131,7 +131,7 @@ def _tidy(arguments: Sequence[str]) -> None:
 
 
 def _folders(arguments: Sequence[str]) -> Iterator[Path]:
-    with contextlib.suppress(OSError):  # there is no such folder, or it is full
+    with contextlib.suppress(OSError):  # the folder is missing or full
         yield Path(tempfile.gettempdir())
     for argument in arguments[1:]:
         named = Path(argument.partition("=")[2] if argument.startswith("-") else argument)

@@ -71,7 +71,7 @@ def _leftovers() -> list[str]:
     """Tidy the current and temporary folders and the engine cache; return a line for each thing found."""
     lines: list[str] = []
     folders = [Path(), default_folder()]
-    with contextlib.suppress(OSError):  # there is no such folder, or it is full
+    with contextlib.suppress(OSError):  # the folder is missing or full
         folders.append(Path(tempfile.gettempdir()))
     for folder in folders:
         with listening(lines.append):

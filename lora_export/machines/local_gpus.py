@@ -56,7 +56,7 @@ def local_gpus() -> LocalGpus:
     """Return the GPUs that ``nvidia-smi`` lists; a failure of any kind is described in `problem`."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return LocalGpus((), "no NVIDIA GPU found (there is no nvidia-smi)")
+        return LocalGpus((), "no NVIDIA GPU found (nvidia-smi is missing)")
     try:
         done = subprocess.run(
             [tool, *_COMMAND],

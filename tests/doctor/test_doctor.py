@@ -133,7 +133,7 @@ def test_a_driver_that_hangs_or_is_no_program(driver, monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("driver")
 def test_no_driver():
-    assert local_gpus() == LocalGpus((), "no NVIDIA GPU found (there is no nvidia-smi)")
+    assert local_gpus() == LocalGpus((), "no NVIDIA GPU found (nvidia-smi is missing)")
 
 
 def test_everything_works_on_an_rtx_gpu(driver):
