@@ -29,7 +29,7 @@ class LoraExportError(Exception):
     Attributes:
         message: The rule that failed, and where.
         problems: All problems found, one line each.
-        hint: How to fix it.
+        hint: Text on how to fix it.
         exit_code: Exit code of the command line.
     """
 

@@ -23,7 +23,7 @@ class Capability:
         name: Name in JSON: ``build-tensorrt-rtx``.
         title: Text for people.
         works: True if it works here.
-        reason: What makes it work, or what is missing.
+        reason: Text on what makes it work, or on what is missing.
         fix: The command that makes it work, or "" if none is needed or none can.
     """
 

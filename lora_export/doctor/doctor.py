@@ -36,7 +36,7 @@ class DoctorReport:
         platform: Operating system and processor.
         gpus: The driver's answer.
         packages: Result of importing each package.
-        capabilities: What works, the reason, and the command that fixes the rest.
+        capabilities: Each capability with the reason why it works or not, and the command that fixes it.
         leftovers: Files that earlier runs left when they were stopped, and what was done about them.
     """
 

@@ -29,7 +29,7 @@ class Environment:
         physical_cores: Cores of the machine without hyper-threads; None if unknown.
         cpu_quota: Number of cores that a container's CPU limit allows; None if no limit is known.
         memory_bytes: The machine's memory; None if unknown.
-        governor: How the CPU's frequency is chosen, or "unknown".
+        governor: Linux's policy for the CPU's frequency, or "unknown".
         turbo: ``on``, ``off`` or ``unknown``.
         system: Operating system and processor.
         python: Version of Python.

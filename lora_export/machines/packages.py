@@ -32,8 +32,8 @@ class Package:
         status: ``missing``: not installed; ``broken``: installed, but can't be imported.
         version: Version of the package, or "".
         distribution: pip's name for it, or "" if pip did not install it.
-        reason: What went wrong, or "".
-        details: What it offers on this machine: ``providers`` of onnxruntime, ``compute_capabilities`` of
+        reason: Error of the import, or "".
+        details: Facts on this machine: ``providers`` of onnxruntime, ``compute_capabilities`` of
             TensorRT-RTX, the ``cuda`` version that torch was built with.
     """
 

@@ -118,7 +118,7 @@ def test_a_switch_that_fails_while_it_writes(machine, engine):
     with pytest.raises(BackendError, match="could not write the new weights"):
         engine.switch(A)
     machine.fails = set()
-    with pytest.raises(BackendError, match="weights are those of two adapters"):
+    with pytest.raises(BackendError, match="weights are a mix of two adapters"):
         engine.run(feeds())
     written(machine)
     engine.switch(None)
