@@ -1,4 +1,4 @@
-"""LoRA tensors that lie on the device, and the I/O bindings that have them bound."""
+"""Hold LoRA tensors on the device, and I/O bindings that have them bound."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from lora_export.runtimes.feeds import Feeds
 from lora_export.runtimes.ort.device import OrtValue, Provider, host_value
 
-# Bindings kept per set of tensors: as many threads can use one adapter at once without binding anew.
+# Bindings kept for each set of tensors: so many threads can use one adapter at once without binding again.
 _IDLE_BINDINGS = 16
 _NOTHING = np.zeros(0, np.float32)
 
@@ -19,8 +19,8 @@ _NOTHING = np.zeros(0, np.float32)
 class Resident:
     """Tensors on the device under the graph's names, ready for a run.
 
-    Binding a few hundred tensors takes longer than a small graph's run, so that a binding is kept after its
-    run and taken again. A binding holds its tensors: a run in flight is not disturbed when its adapter is
+    Binding a few hundred tensors takes longer than a small graph's run, so a binding is kept after its run
+    and used again. A binding holds its tensors: a run in flight is not disturbed when its adapter is
     unloaded, and one binding serves one run at a time.
 
     Attributes:
@@ -36,7 +36,7 @@ class Resident:
     def run(
         self, feeds: Feeds, outputs: Sequence[str], device: Provider, device_id: int = 0
     ) -> list[OrtValue]:
-        """Run the graph with these tensors; return the outputs in the order asked for, on ``device``."""
+        """Run the graph with these tensors, and return the outputs on ``device`` in the requested order."""
         try:
             binding = self._idle.pop()
         except IndexError:
@@ -57,7 +57,7 @@ class Resident:
         return values
 
     def new_binding(self) -> Any:
-        """Return a binding with the tensors bound, and nothing else."""
+        """Return a binding in which only the tensors are bound."""
         binding = self._session.io_binding()
         for name, value in self.tensors.items():
             binding.bind_ortvalue_input(name, value)
