@@ -255,7 +255,7 @@ def test_effects_without_a_place_are_counted():
 def test_plots_that_are_left_out_are_said():
     report = parity_reports.good()
     page = Page(report_html(replace(report, scatter=report.scatter[:1] * 15)))
-    assert "3 plots more of values against values with --report." in page.texts
+    assert "3 plots more of values against values with --report FILE.json." in page.texts
 
 
 def test_a_report_of_nothing_has_a_page():

@@ -23,6 +23,7 @@ from lora_export import cli
 from lora_export.errors import LoraExportError, OutputError
 from lora_export.parity import check, result
 from lora_export.parity.result import Localisation, ModuleRow, Verdict
+from lora_export.reports.files import ReportFile
 from lora_export.reports.parity import (
     to_json as parity_json,
 )
@@ -138,7 +139,7 @@ def test_a_long_table_of_modules_is_cut_around_the_culprit(begins):
     shown = re.findall(r"layers\.(\d+)\.proj  ", "\n".join(text[1:]))
     assert {str(begins), "50"} <= set(shown)
     assert len(shown) < 20
-    assert f"… and {200 - len(shown)} more with --report" in text
+    assert f"… and {200 - len(shown)} more with --report FILE.json" in text
 
 
 def test_no_module_found_is_said():
@@ -719,6 +720,6 @@ def test_a_report_never_replaces_a_graphs_data_whatever_its_name(tmp_path):
     )
     inputs = Inputs(tmp_path / "m.onnx", tmp_path / "hf")
     with pytest.raises(OutputError) as found:
-        check_outputs({"json": tmp_path / "weights.bin"}, True, inputs)
+        check_outputs([ReportFile("--html", tmp_path / "weights.bin", "html")], True, inputs)
     assert "data of the candidate" in found.value.problems[0]
-    check_outputs({"json": tmp_path / "other.bin"}, True, inputs)
+    check_outputs([ReportFile("--html", tmp_path / "other.bin", "html")], True, inputs)

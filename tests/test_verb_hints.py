@@ -42,7 +42,7 @@ FOREIGN = ("pip install", "pip uninstall", "hf download")
 # Texts for other programs: nvidia-smi, and the lines of a build kit.
 OTHER_PROGRAMS = {"machines/local_gpus.py", "bench/memory.py", "packages/build_kit.py"}
 # What looks like options there is CSS.
-STYLES = "reports/parity/to_html.py"
+STYLES = "reports/page.py"
 
 
 def options_of(verb: str) -> set[str]:

@@ -77,7 +77,7 @@ def plan_bench(wish: Wish, already: Sequence[str] = (), outputs: Mapping[str, Pa
     Args:
         wish: What the user asks for.
         already: What was found wrong before.
-        outputs: Option → the file that it is to write: none of what is timed.
+        outputs: Option with its value → the file that it is to write: none of what is timed.
 
     Raises:
         LoraExportError: Something of it can't be done; all that was found is listed.

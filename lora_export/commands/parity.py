@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_export.commands.options import adapter_options, named_adapters, whole_numbers
+from lora_export.commands.options import adapter_options, named_adapters, report_option, whole_numbers
 from lora_export.commands.printing import print_error, print_json, print_lines
 from lora_export.errors import LoraExportError, ParityError
 
 if TYPE_CHECKING:
     from lora_export.parity.result import ParityReport
+    from lora_export.reports.files import ReportFile
 
 _PATH = click.Path(path_type=Path)
 
@@ -78,10 +79,12 @@ def _finite(_context: click.Context, _parameter: click.Parameter, values: tuple[
     "--reference-dtype", type=click.Choice(["float64", "float32"]), help="What PyTorch computes in."
 )
 @click.option("--no-localise", is_flag=True, help="Don't look for the module where an error begins.")
-@click.option("--baseline", type=_PATH, help="The report of an earlier run: fail where this one is worse.")
-@click.option("--report", type=_PATH, help="Write the report as JSON.")
-@click.option("--junit", type=_PATH, help="Write it as JUnit XML.")
-@click.option("--html", type=_PATH, help="Write it as one HTML page.")
+@click.option(
+    "--baseline", type=_PATH, help="The .json report of an earlier run: fail where this one is worse."
+)
+@report_option("parity")
+@click.option("--junit", type=_PATH, help="Write it as JUnit XML, whatever the ending.")
+@click.option("--html", type=_PATH, help="Write it as one HTML page, whatever the ending.")
 @click.option("--force", is_flag=True, help="Replace existing reports.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress; of what passed, notes and the last line only.")
@@ -91,7 +94,7 @@ def parity(
     candidate: Path,
     adapters: tuple[str, ...],
     baseline: Path | None,
-    report: Path | None,
+    reports: tuple[Path, ...],
     junit: Path | None,
     html: Path | None,
     force: bool,
@@ -109,14 +112,15 @@ def parity(
     \b
     Examples:
       lora-export parity --reference hf-folder --adapter my-adapter --candidate merged/model.onnx
-      lora-export parity --reference hf-folder --adapter a --adapter b --candidate swap.onnx --junit p.xml
+      lora-export parity --reference hf-folder --adapter a --adapter b --candidate swap.onnx --report p.xml
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
     from lora_export.parity.check import check_parity
     from lora_export.progress import stage_progress
+    from lora_export.reports.files import asked_for
     from lora_export.reports.parity.files import Inputs, check_outputs
     from lora_export.reports.parity.to_json import read_report
 
-    outputs = {"json": report, "junit": junit, "html": html}
+    outputs = asked_for("parity", reports, junit=(junit, "xml"), html=(html, "html"))
     read = Inputs(candidate, reference, options["base"], options["feeds"], baseline, _adapter_paths(adapters))
     check_outputs(outputs, force, read)
     old = read_report(baseline) if baseline is not None else None
@@ -150,7 +154,7 @@ def _print(found: ParityReport, as_json: bool, quiet: bool) -> None:
 
 def _finish(
     found: ParityReport,
-    outputs: Mapping[str, Path | None],
+    outputs: Sequence[ReportFile],
     old: dict[str, Any] | None,
     force: bool,
     reads: Sequence[Path],
@@ -162,13 +166,13 @@ def _finish(
     Raises:
         LoraExportError: The export passed, and its reports can't be written or it can't be compared.
     """
+    from lora_export.reports.files import write_reports
     from lora_export.reports.parity import baseline as parity_baseline
-    from lora_export.reports.parity.files import write_reports
 
     errors: list[LoraExportError] = []
     worse = False
     try:
-        write_reports(found, outputs, force, reads)
+        write_reports("parity", found, outputs, force, reads)
     except LoraExportError as error:
         errors.append(error)
     try:

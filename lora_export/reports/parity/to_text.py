@@ -51,6 +51,11 @@ def lines(report: ParityReport, cut: bool = False) -> list[str]:
     return [*text, *([""] if notes else []), *notes, "", verdict_line(report)]
 
 
+def report_text(report: ParityReport) -> str:
+    """Return the lines as a file has them."""
+    return "\n".join(lines(report)) + "\n"
+
+
 def head_lines(report: ParityReport) -> list[str]:
     """Return what was compared with what, on which feeds."""
     rows = facts(report)
@@ -76,7 +81,7 @@ def localisation_lines(found: Localisation) -> list[str]:
         text += align([heading, *(_module_cells(row, found) for row in shown)])
         text.append("(>>: the error begins here; PyTorch: its own error there in the candidate's dtype)")
     if left := len(found.rows) - len(shown):
-        text.append(f"… and {left} more with --report")
+        text.append(f"… and {left} more with --report FILE.json")
     if found.of:
         text.append(f"looked at {found.looked_at} of {plural(found.of, 'module')}")
     return text + (_wrapped(printable(found.note), indent=2) if found.note else [])
