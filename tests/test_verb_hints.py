@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 import numpy as np
 import onnx
+import parity_reports
 import pytest
 import tiny
 import torch
@@ -427,7 +428,7 @@ def test_what_python_is_told_are_words_of_python():
         named_adapters([one, one])
     assert "NAME=PATH" not in caught.value.hint
     with pytest.raises(LoraExportError) as caught:
-        compare({}, {}, factor=0.5)
+        compare(parity_reports.good(), parity_reports.good(), factor=0.5)
     assert "factor=" in caught.value.hint
     assert "--" not in caught.value.hint
 

@@ -155,7 +155,7 @@ def _print(found: ParityReport, as_json: bool, quiet: bool) -> None:
 def _finish(
     found: ParityReport,
     outputs: Sequence[ReportFile],
-    old: dict[str, Any] | None,
+    old: ParityReport | None,
     force: bool,
     reads: Sequence[Path],
 ) -> int:

@@ -2,15 +2,17 @@
 
 ``Record(**data)`` checks the names and nothing else: a text for a number fails, if at all, far from the file
 that is wrong. Known are the annotations that our records have: dataclasses, ``tuple``, ``list``, ``Mapping``,
-``Literal``, unions, plain types, ``Any``; `Count` and `Size` for numbers with a lower bound.
+``Literal``, unions, plain types, ``Any``; `Count` and `Size` for numbers with a lower bound, `Number` for one
+that may be NaN or infinite; `Matches` for texts, `Keys` for mappings.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -38,6 +40,39 @@ class Axes:
     most: int
 
 
+@dataclass(frozen=True)
+class Matches:
+    """The pattern that the whole of a text matches, and what to call that, in an annotation."""
+
+    pattern: str
+    said: str
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of a mapping and the annotations of their values, in an annotation.
+
+    Attributes:
+        required: Keys that are always there.
+        optional: Keys that may be missing.
+    """
+
+    required: Mapping[str, Any]
+    optional: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """A number may be one that JSON can't hold, written as a text, in an annotation."""
+
+
+@dataclass(frozen=True)
+class Later:
+    """Files of older versions lack the field, in an annotation."""
+
+
+_NON_FINITE = ("nan", "inf", "-inf")
+Number = Annotated[float, NonFinite()]
 Count = Annotated[int, AtLeast(0)]
 Size = Annotated[int, AtLeast(1)]
 
@@ -54,18 +89,19 @@ class FieldError(ValueError):
         super().__init__("; ".join(problems))
 
 
-def from_plain(cls: type[T], data: object, known_only: bool = True) -> T:
+def from_plain(cls: type[T], data: object, known_only: bool = True, complete: bool = False) -> T:
     """Return a dataclass made of plain data.
 
     Args:
         cls: The dataclass.
         data: What was read.
         known_only: Refuse fields that the dataclass has not.
+        complete: Refuse data without a field, also one that has a default, unless it is a `Later` one.
 
     Raises:
         FieldError: With everything that does not fit.
     """
-    checker = _Checker(known_only)
+    checker = _Checker(known_only, complete)
     made = checker.value(cls, data, "")
     if checker.problems:
         raise FieldError(checker.problems)
@@ -85,9 +121,9 @@ def check_plain(wanted: object, data: object, where: str = "") -> Any:
 class _Checker:
     """Turns values into what annotations say, and collects every problem."""
 
-    def __init__(self, known_only: bool) -> None:
+    def __init__(self, known_only: bool, complete: bool = False) -> None:
         self.problems: list[str] = []
-        self._known_only = known_only
+        self._known_only, self._complete = known_only, complete
 
     def value(self, wanted: Any, data: object, where: str) -> Any:
         """Return a value of an annotation's type; anything after a problem."""
@@ -123,26 +159,54 @@ class _Checker:
             self._complain(where, data, "an object")
             return None
         before, dot, annotations = len(self.problems), f"{where}." if where else "", _annotations(cls)
-        known: dict[str, Field[Any]] = {field.name: field for field in fields(cls) if field.init}
+        known: dict[str, Field[Any]] = {one.name: one for one in fields(cls) if one.init}
         if self._known_only:
             self.problems += [f"{dot}{shown(key, _SEEN)}: is not known" for key in data if key not in known]
         values = {}
-        for name, field in known.items():
+        for name, one in known.items():
             if name in data:
                 values[name] = self.value(annotations[name], data[name], f"{dot}{name}")
-            elif field.default is MISSING and field.default_factory is MISSING:
+            elif self._is_required(one, annotations[name]):
                 self.problems.append(f"{dot}{name}: is missing")
         return cls(**values) if len(self.problems) == before else None
 
+    def _is_required(self, one: Field[Any], annotation: Any) -> bool:
+        if one.default is MISSING and one.default_factory is MISSING:
+            return True
+        return self._complete and Later() not in get_args(annotation)[1:]
+
     def _bounded(self, inner: Any, bounds: tuple[Any, ...], data: object, where: str) -> Any:
         before = len(self.problems)
+        if NonFinite() in bounds:
+            return self._number(data, where)
+        if keys := next((bound for bound in bounds if isinstance(bound, Keys)), None):
+            return self._keyed(keys, data, where)
         made = self.value(inner, data, where)
         for bound in bounds if len(self.problems) == before else ():
             if isinstance(bound, AtLeast) and made < bound.value:
                 self._complain(where, data, f"{bound.value} or more")
             if isinstance(bound, Axes) and not bound.least <= len(made) <= bound.most:
                 self._complain(where, data, f"{bound.least} to {bound.most} entries")
+            if isinstance(bound, Matches) and not re.fullmatch(bound.pattern, made, re.DOTALL):
+                self._complain(where, data, bound.said)
         return made
+
+    def _number(self, data: object, where: str) -> float:
+        if isinstance(data, str) and data in _NON_FINITE:
+            return float(data)
+        if type(data) not in (int, float):
+            self._complain(where, data, f"a number, {', '.join(_NON_FINITE[:-1])} or {_NON_FINITE[-1]}")
+            return math.nan
+        return self._float(data, where)
+
+    def _keyed(self, keys: Keys, data: object, where: str) -> dict[str, Any]:
+        if not isinstance(data, dict):
+            self._complain(where, data, "an object")
+            return {}
+        known, dot = {**keys.required, **keys.optional}, f"{where}." if where else ""
+        self.problems += [f"{dot}{shown(key, _SEEN)}: is not known" for key in data if key not in known]
+        self.problems += [f"{dot}{key}: is missing" for key in keys.required if key not in data]
+        return {key: self.value(known[key], data[key], f"{dot}{key}") for key in data if key in known}
 
     def _union(self, choices: tuple[Any, ...], data: object, where: str) -> Any:
         if data is None and NoneType in choices:
@@ -151,7 +215,7 @@ class _Checker:
         if len(left) == 1:
             return self.value(left[0], data, where)
         for choice in left:
-            tried = _Checker(self._known_only)
+            tried = _Checker(self._known_only, self._complete)
             made = tried.value(choice, data, where)
             if not tried.problems:
                 return made
