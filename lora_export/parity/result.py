@@ -112,6 +112,8 @@ class OutputMetrics:
         own_relative: ``relative`` of PyTorch itself, run in the candidate's dtype; None where it was not run.
         effect: ‖with − without‖ / ‖with‖: how far the adapter moves the reference; None for the base.
         error_over_effect: ‖candidate − reference‖ / ‖with − without‖; None for the base or without effect.
+        applied: Share of the adapter's effect that is there: 1 all of it, 0 none, 2 twice; None for the base
+            or without effect.
         kl: Mean Kullback-Leibler divergence KL(reference‖candidate) in nats, of logits.
         top1: Share of positions whose largest logit is the same one.
         top5: Mean share of the five largest logits that are the same.
@@ -132,6 +134,7 @@ class OutputMetrics:
     top1: Number | None = None
     top5: Number | None = None
     positions: Annotated[Count, Later()] = 0
+    applied: Annotated[Number | None, Later()] = None
 
 
 @dataclass(frozen=True)
@@ -252,6 +255,12 @@ class ParityReport:
     def passed(self) -> bool:
         """Everything passed, and something was proven."""
         return not self.failed and any(verdict.counted for verdict in self.verdicts)
+
+    def __str__(self) -> str:
+        """A few lines: the verdict in a sentence, what was compared, what failed."""
+        from lora_export.parity.sentence import summary
+
+        return "\n".join(summary(self))
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; NaN and infinities are the texts ``nan``, ``inf``, ``-inf``."""

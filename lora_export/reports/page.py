@@ -24,6 +24,7 @@ header.failed { border-color: var(--bad); }
 h1 { margin: 0; font-size: 2.2rem; line-height: 1.15; letter-spacing: .02em; color: var(--good); }
 .failed h1 { color: var(--bad); }
 header p { margin: .3rem 0 0; font-size: 1.05rem; overflow-wrap: anywhere; }
+header p.count { font-size: 1rem; color: var(--soft); }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: 1.2rem 0 0; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_export.parity.result import Localisation, ParityReport, Verdict
+from lora_export.parity.sentence import sentence
 from lora_export.reports.markup import Markup, element, joined
 from lora_export.reports.page import folded, grid, page, section, table
 from lora_export.reports.parity.plots import error_against_effect, error_by_module, value_scatter
@@ -29,12 +30,17 @@ _SCATTERS = 12
 
 def report_html(report: ParityReport) -> str:
     """Return the page: the verdict, what failed and where it begins, plots, and every number."""
-    big, _, rest = verdict_line(report).partition(": ")
+    big, _, said = sentence(report).partition(": ")
+    _, _, count = verdict_line(report).partition(": ")
     head = [element(*entry) for label, value in facts(report) for entry in (("dt", label), ("dd", value))]
     return page(
         f"{big.lower()}: {report.candidate.get('path', 'candidate')}",
         element(
-            "header", element("h1", big), element("p", rest), class_="passed" if report.passed else "failed"
+            "header",
+            element("h1", big),
+            element("p", said),
+            element("p", count, class_="count"),
+            class_="passed" if report.passed else "failed",
         ),
         element("main", element("dl", *head), *_sections(report)),
     )

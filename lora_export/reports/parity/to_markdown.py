@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lora_export.parity.result import ParityReport, Verdict
+from lora_export.parity.sentence import sentence
 from lora_export.reports.markdown import block, section, table, text
 from lora_export.reports.parity.to_text import localisation_lines
 from lora_export.reports.parity.words import facts, generated_rows, logit_rows, mark, relation, verdict_line
@@ -14,10 +15,16 @@ _HEADINGS = ("", "check", "state", "output", "value and limit", "why")
 
 def report_markdown(report: ParityReport) -> str:
     """Return the summary of a check."""
+    big, _, said = sentence(report).partition(": ")
+    _, _, count = verdict_line(report).partition(": ")
     found = report.localisation
     passed = [verdict for verdict in report.verdicts if verdict.passed]
     parts = [
-        f"# {text(verdict_line(report))}",
+        f"# {big}",
+        "",
+        text(said),
+        "",
+        text(count),
         "",
         *table([("", ""), *facts(report)], 2),
         *(f"- {text(note)}" for note in report.notes),

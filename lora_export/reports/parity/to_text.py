@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from lora_export.parity.result import Localisation, ModuleRow, ParityReport, Verdict
+from lora_export.parity.sentence import sentence
 from lora_export.plan import align
 from lora_export.reports.parity.words import (
     by_state,
@@ -30,14 +31,15 @@ _WHY = 24
 
 
 def lines(report: ParityReport, cut: bool = False) -> list[str]:
-    """Return what a user reads after a check; the last line is the verdict on all of it.
+    """Return what a user reads after a check: first a sentence for everybody, last the count of checks.
 
     Args:
         report: What was found.
         cut: Cut reasons of what passed, so that only names that a user chose (modules, outputs, paths) make
             a line longer than ``WIDTH``: for a terminal. In the log of a job the rest would be lost.
     """
-    text = head_lines(report)
+    said = sentence(report)
+    text = [*(_wrapped(said) if cut else [said]), "", *head_lines(report)]
     for state, verdicts in by_state(report.verdicts).items():
         text += ["", *_state_lines(state, verdicts, cut)]
     for title, table in (
