@@ -90,6 +90,7 @@ def test_the_page_is_whole_and_loads_nothing(report):
     assert not re.search(r"url\(|@import|https?:", re.search(r"<style>(.*?)</style>", html, re.DOTALL)[1])
     assert html.count("<style>") == html.count("</style>") == 1
     assert all(char.isprintable() or char == "\n" for char in html)
+    assert not [said for said in page.texts if said.strip() == r"\n"]
     html.encode("utf-8")
 
 

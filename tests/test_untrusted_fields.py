@@ -264,3 +264,17 @@ def test_the_kind_of_every_field_is_checked() -> None:
 def test_any_data_is_a_record_or_a_list_of_problems(data: Any) -> None:
     with contextlib.suppress(FieldError):
         assert isinstance(from_plain(Outer, data), Outer)
+
+
+def test_the_problems_of_a_file_have_an_end() -> None:
+    """What is looked for is the memory of a problem for each of a million entries."""
+    for many in (
+        {"name": "x", "inner": [{}] * 100_000},
+        {"name": "x", "inner": [], **dict.fromkeys(map(str, range(100_000)))},
+    ):
+        with pytest.raises(FieldError) as caught:
+            from_plain(Outer, many)
+        assert len(caught.value.problems) == 1000
+    with pytest.raises(FieldError, match="name: 3, wanted a text") as caught:
+        from_plain(Outer, {"name": 3, "inner": [{"start": "x"}] * 5})
+    assert len(caught.value.problems) == 6

@@ -40,11 +40,8 @@ def sentence(report: ParityReport) -> str:
 
 def failure_sentence(report: ParityReport, failed: Sequence[Verdict]) -> str:
     """Return what is wrong by some of a report's verdicts, which failed: those of one state, or all."""
-    _, say, verdict = min(
-        ((rank, say, verdict) for verdict in failed for rank, say in [_sentence_of(verdict)]),
-        key=lambda found: (found[0], -_size(found[2])),
-    )
-    return f"FAILED: {say(report, verdict)}"
+    verdict = min(failed, key=lambda one: (_place(one), -_size(one)))
+    return f"FAILED: {_ORDER[_place(verdict)][1](report, verdict)}"
 
 
 def summary(report: ParityReport) -> list[str]:
@@ -73,9 +70,9 @@ def _size(verdict: Verdict) -> float:
     return math.inf if math.isnan(used) else used
 
 
-def _sentence_of(verdict: Verdict) -> tuple[int, _Say]:
-    """Return a verdict's place in the order, and what says its sentence."""
-    return next((rank, say) for rank, (fits, say) in enumerate(_ORDER) if fits(verdict))
+def _place(verdict: Verdict) -> int:
+    """Return a verdict's place in `_ORDER`."""
+    return next(place for place, (fits, _) in enumerate(_ORDER) if fits(verdict))
 
 
 def _finite(report: ParityReport, verdict: Verdict) -> str:
@@ -185,9 +182,9 @@ def _other(report: ParityReport, verdict: Verdict) -> str:
     return f"{printable(verdict.name, _NAME)} is not as it should be{_begins(report)}. {_AGAIN}"
 
 
-_Say = Callable[[ParityReport, Verdict], str]
+_Sentence = Callable[[ParityReport, Verdict], str]
 # The first that fits a verdict says its sentence; of several verdicts, the one with the first of these.
-_ORDER: tuple[tuple[Callable[[Verdict], bool], _Say], ...] = (
+_ORDER: tuple[tuple[Callable[[Verdict], bool], _Sentence], ...] = (
     (lambda verdict: verdict.kind == "finite", _finite),
     (lambda verdict: verdict.name == "not compared", _not_compared),
     (lambda verdict: verdict.kind == "error" and verdict.state == state_name(BASE), _base_error),

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lora_export.reports import PICTURES, REPORTS
+from lora_export.reports import REPORTS
 from lora_export.storage.outputs import OutputSet, output_errors
 
 
@@ -17,9 +17,9 @@ class ReportFile:
     """A report that was asked for.
 
     Attributes:
-        option: What the user typed for it: ``--report``, ``--html``.
-        path: The file to write.
-        ending: What it is, a key of `REPORTS`; "" where the file's name doesn't tell.
+        option: Option that the user typed: ``--report``, ``--html``.
+        path: File to write.
+        ending: Key of `REPORTS` that says what it is; "" where the file's name doesn't tell.
     """
 
     option: str
@@ -29,15 +29,10 @@ class ReportFile:
     def __str__(self) -> str:
         return f"{self.option} {self.path}"
 
-    @property
-    def is_picture(self) -> bool:
-        """Whether matplotlib draws it."""
-        return self.ending in PICTURES
 
-
-def endings(kind: str, of: Iterable[str] | None = None) -> str:
+def endings(kind: str) -> str:
     """Return the endings of a kind of result as a user reads them: ``.json, .html, .xml``."""
-    return ", ".join(f".{ending}" for ending in (REPORTS[kind] if of is None else of))
+    return ", ".join(f".{ending}" for ending in REPORTS[kind])
 
 
 def asked_for(kind: str, reports: Sequence[Path], **named: tuple[Path | None, str]) -> list[ReportFile]:

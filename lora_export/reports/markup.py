@@ -16,6 +16,10 @@ class Markup(str):
     __slots__ = ()
 
 
+# A break in the page's source: as a text it would be written out.
+LINE_END = Markup("\n")
+
+
 def element(name: str, *content: object, **attributes: object) -> Markup:
     """Return an element.
 

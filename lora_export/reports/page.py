@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from lora_export.reports.markup import Markup, element, joined
+from lora_export.reports.markup import LINE_END, Markup, element, joined
 
 # Nothing that a page like this could be made to load is allowed to load.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -79,7 +79,7 @@ def page(title: str, *body: Markup) -> str:
     """Return a whole page.
 
     Args:
-        title: What a browser's tab says.
+        title: Text of the browser's tab.
         body: The sections.
     """
     return (
@@ -115,16 +115,11 @@ def table(rows: Sequence[Sequence[object]], words: int, marks: Sequence[str] = (
     head = [
         element("th", cell, scope="col", class_="w" if i < words else "n") for i, cell in enumerate(rows[0])
     ]
-    body = [
-        element(
-            "tr",
-            *(element("td", cell, class_="name" if i < words else "n") for i, cell in enumerate(row)),
-            class_=marks[place] if marks else "",
-        )
-        + "\n"
-        for place, row in enumerate(rows[1:], start=1)
-    ]
-    return grid(head, [element("tbody", *map(Markup, body))])
+    body: list[Markup] = []
+    for place, row in enumerate(rows[1:], start=1):
+        cells = [element("td", cell, class_="name" if i < words else "n") for i, cell in enumerate(row)]
+        body += [element("tr", *cells, class_=marks[place] if marks else ""), LINE_END]
+    return grid(head, [element("tbody", *body)])
 
 
 def grid(head: Iterable[Markup], bodies: Iterable[Markup]) -> Markup:
@@ -135,6 +130,6 @@ def grid(head: Iterable[Markup], bodies: Iterable[Markup]) -> Markup:
 
 def lines(text: Iterable[str]) -> Markup:
     """Return lines as they would be printed; nothing where there are none."""
-    # Each is escaped by itself: what is too long is cut line by line.
-    kept = [joined([line]) for line in text]
-    return element("pre", Markup("\n".join(kept))) if kept else Markup()
+    # Each is a text of its own: what is too long is cut line by line.
+    kept = [part for line in text for part in (line, LINE_END)]
+    return element("pre", *kept[:-1]) if kept else Markup()

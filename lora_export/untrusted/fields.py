@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
@@ -21,6 +22,8 @@ from lora_export.untrusted.shown import shown
 
 T = TypeVar("T")
 _SEEN = 60
+# Problems that are collected: a damaged file can break a rule once for every entry.
+_MOST = 1000
 # What sizes and numbers of bytes are held in, here and in what reads our records.
 _LARGEST = 2**63 - 1
 
@@ -101,29 +104,35 @@ def from_plain(cls: type[T], data: object, known_only: bool = True, complete: bo
     Raises:
         FieldError: With everything that does not fit.
     """
-    checker = _Checker(known_only, complete)
-    made = checker.value(cls, data, "")
-    if checker.problems:
-        raise FieldError(checker.problems)
+    made = _Checker(known_only, complete).checked(cls, data, "")
     assert isinstance(made, cls)
     return made
 
 
 def check_plain(wanted: object, data: object, where: str = "") -> Any:
     """Return plain data as the type of an annotation; see `from_plain`."""
-    checker = _Checker(known_only=True)
-    made = checker.value(wanted, data, where)
-    if checker.problems:
-        raise FieldError(checker.problems)
-    return made
+    return _Checker(known_only=True).checked(wanted, data, where)
+
+
+class _EnoughError(Exception):
+    """There are so many problems that further ones say nothing more."""
 
 
 class _Checker:
-    """Turns values into what annotations say, and collects every problem."""
+    """Turns values into what annotations say, and collects every problem, up to `_MOST`."""
 
     def __init__(self, known_only: bool, complete: bool = False) -> None:
         self.problems: list[str] = []
         self._known_only, self._complete = known_only, complete
+
+    def checked(self, wanted: Any, data: object, where: str) -> Any:
+        """Return a value of an annotation's type; raise `FieldError` with all problems."""
+        made = None
+        with suppress(_EnoughError):
+            made = self.value(wanted, data, where)
+        if self.problems:
+            raise FieldError(self.problems)
+        return made
 
     def value(self, wanted: Any, data: object, where: str) -> Any:
         """Return a value of an annotation's type; anything after a problem."""
@@ -152,7 +161,12 @@ class _Checker:
         raise TypeError(f"no rule for the annotation {wanted}")
 
     def _complain(self, where: str, data: object, wanted: str) -> None:
-        self.problems.append(f"{where or 'the record'}: {seen(data)}, wanted {wanted}")
+        self._add(f"{where or 'the record'}: {seen(data)}, wanted {wanted}")
+
+    def _add(self, *problems: str) -> None:
+        self.problems += problems
+        if len(self.problems) >= _MOST:
+            raise _EnoughError
 
     def _record(self, cls: Any, data: object, where: str) -> Any:
         if not isinstance(data, dict):
@@ -161,14 +175,19 @@ class _Checker:
         before, dot, annotations = len(self.problems), f"{where}." if where else "", _annotations(cls)
         known: dict[str, Field[Any]] = {one.name: one for one in fields(cls) if one.init}
         if self._known_only:
-            self.problems += [f"{dot}{shown(key, _SEEN)}: is not known" for key in data if key not in known]
+            self._refuse_others(data, known, dot)
         values = {}
         for name, one in known.items():
             if name in data:
                 values[name] = self.value(annotations[name], data[name], f"{dot}{name}")
             elif self._is_required(one, annotations[name]):
-                self.problems.append(f"{dot}{name}: is missing")
+                self._add(f"{dot}{name}: is missing")
         return cls(**values) if len(self.problems) == before else None
+
+    def _refuse_others(self, data: Mapping[str, Any], known: Mapping[str, Any], dot: str) -> None:
+        for key in data:
+            if key not in known:
+                self._add(f"{dot}{shown(key, _SEEN)}: is not known")
 
     def _is_required(self, one: Field[Any], annotation: Any) -> bool:
         if one.default is MISSING and one.default_factory is MISSING:
@@ -204,8 +223,8 @@ class _Checker:
             self._complain(where, data, "an object")
             return {}
         known, dot = {**keys.required, **keys.optional}, f"{where}." if where else ""
-        self.problems += [f"{dot}{shown(key, _SEEN)}: is not known" for key in data if key not in known]
-        self.problems += [f"{dot}{key}: is missing" for key in keys.required if key not in data]
+        self._refuse_others(data, known, dot)
+        self._add(*(f"{dot}{key}: is missing" for key in keys.required if key not in data))
         return {key: self.value(known[key], data[key], f"{dot}{key}") for key in data if key in known}
 
     def _union(self, choices: tuple[Any, ...], data: object, where: str) -> Any:
@@ -216,9 +235,8 @@ class _Checker:
             return self.value(left[0], data, where)
         for choice in left:
             tried = _Checker(self._known_only, self._complete)
-            made = tried.value(choice, data, where)
-            if not tried.problems:
-                return made
+            with suppress(FieldError):
+                return tried.checked(choice, data, where)
         self._complain(where, data, " or ".join(_PLAIN.get(choice, str(choice)) for choice in left))
         return None
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_export.parity.result import Localisation, ParityReport, Verdict
 from lora_export.parity.sentence import sentence
-from lora_export.reports.markup import Markup, element, joined
+from lora_export.reports.markup import LINE_END, Markup, element, joined
 from lora_export.reports.page import folded, grid, page, section, table
 from lora_export.reports.parity.plots import error_against_effect, error_by_module, value_scatter
 from lora_export.reports.parity.words import (
@@ -89,7 +89,7 @@ def _verdict(verdict: Verdict) -> Markup:
         element("td", _bar(verdict), class_="used"),
         element("td", why, class_="why"),
     )
-    return joined([element("tr", *cells, class_=sign), "\n"])
+    return joined([element("tr", *cells, class_=sign), LINE_END])
 
 
 def _bar(verdict: Verdict) -> Markup:
