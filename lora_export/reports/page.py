@@ -21,8 +21,9 @@ body { font: 14px/1.5 system-ui, "Liberation Sans", sans-serif; margin: 0 auto; 
 header { border-left: .5rem solid var(--good); background: var(--card); padding: 1rem 1.25rem;
   border-radius: .4rem; }
 header.failed { border-color: var(--bad); }
-h1 { margin: 0; font-size: 2.2rem; line-height: 1.15; letter-spacing: .02em; color: var(--good); }
-.failed h1 { color: var(--bad); }
+h1 { margin: 0; font-size: 1.6rem; line-height: 1.2; overflow-wrap: anywhere; }
+header h1 { font-size: 2.2rem; letter-spacing: .02em; }
+.passed h1 { color: var(--good); } .failed h1 { color: var(--bad); }
 header p { margin: .3rem 0 0; font-size: 1.05rem; overflow-wrap: anywhere; }
 header p.count { font-size: 1rem; color: var(--soft); }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
