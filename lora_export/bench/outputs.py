@@ -24,19 +24,19 @@ def overlap_problems(
     """Return a problem for each output that would replace a timed file; even ``--force`` doesn't allow that.
 
     Args:
-        outputs: Option → the file that it writes.
+        outputs: Option with its value → the file that it writes.
         paths: Files of all models.
         models: The models that could be read, which know their data files.
         adapters: Adapters that the user named.
     """
     found: dict[str, None] = {}  # a set in order: a model may be named twice
-    for flag, output in outputs.items():
+    for typed, output in outputs.items():
         places = places_of(output)
         for what in (*_of_models(places, paths, models), *_of_adapters(places, adapters)):
-            found[f"{flag} {output}: {what}; choose another name"] = None
-        if not any(line.startswith(f"{flag} ") for line in found):
+            found[f"{typed}: {what}; choose another name"] = None
+        if not any(line.startswith(f"{typed}: ") for line in found):
             for file in replaced_inputs(output, files_read(paths, models, adapters)):  # hard links
-                found[f"{flag} {output}: it is {file}, which is timed; choose another name"] = None
+                found[f"{typed}: it is {file}, which is timed; choose another name"] = None
     return list(found)
 
 

@@ -77,7 +77,7 @@ def plan_bench(wish: Wish, already: Sequence[str] = (), outputs: Mapping[str, Pa
     Args:
         wish: The user's request.
         already: Problems that were found before.
-        outputs: Option → the file that it writes, which must not be a timed file.
+        outputs: Option with its value → the file that it writes, which must not be a timed file.
 
     Raises:
         LoraExportError: The request can't be carried out; all problems are listed.

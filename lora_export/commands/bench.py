@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_export.commands.options import whole_numbers, whole_numbers_from_0
+from lora_export.commands.options import report_option, whole_numbers, whole_numbers_from_0
 from lora_export.commands.printing import print_json, print_lines
 from lora_export.commands.verb import Verb
 
 if TYPE_CHECKING:
     from lora_export.bench.plan import Wish
-    from lora_export.bench.result import BenchReport
+    from lora_export.reports.files import ReportFile
 
 _PATH = click.Path(path_type=Path)
 
@@ -78,9 +78,9 @@ _PATH = click.Path(path_type=Path)
     "--seed", type=int, default=0, show_default=True, help="Seed of the feeds and of the models' order."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--report", type=_PATH, help="Also write the report as a JSON file.")
-@click.option("--plot", type=_PATH, help="Also draw the report: .png or .svg.")
-@click.option("--html", type=_PATH, help="Also write the report as one HTML page.")
+@report_option("bench")
+@click.option("--plot", type=_PATH, help="Draw the report: .png or .svg, as --report does.")
+@click.option("--html", type=_PATH, help="Write the report as one HTML page, whatever the ending.")
 @click.option("--force", is_flag=True, help="Replace these files if they exist.")
 @click.option(
     "--dry-run",
@@ -99,17 +99,21 @@ def bench(model: Path, as_json: bool, force: bool, dry_run: bool, quiet: bool, *
 
     \b
     Example:
-      lora-export bench merged.onnx --against swap.onnx --adapter sql=my-adapter --batch 1,8 --html out.html
+      lora-export bench merged.onnx --against swap.onnx --adapter sql=my-adapter --batch 1,8 --report out.html
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
     from lora_export.bench.outputs import files_read
     from lora_export.bench.plan import plan_bench
     from lora_export.bench.run import carry_out
     from lora_export.progress import stage_progress
+    from lora_export.reports import PICTURES
     from lora_export.reports.bench.to_json import report_json
     from lora_export.reports.bench.to_text import plan_lines, report_lines
+    from lora_export.reports.files import asked_for, write_reports
 
-    files = {kind: options.pop(kind) for kind in ("report", "plot", "html")}
-    outputs = {f"--{kind}": path for kind, path in files.items() if path is not None}
+    plot = options.pop("plot")
+    drawn = plot.suffix[1:] if plot is not None and plot.suffix[1:] in PICTURES else ""
+    files = asked_for("bench", options.pop("reports"), plot=(plot, drawn), html=(options.pop("html"), "html"))
+    outputs = {str(file): file.path for file in files}
     plan = plan_bench(_wish(model, options), _file_problems(files, force), outputs)
     if dry_run:
         print_lines(plan_lines(plan))
@@ -118,12 +122,12 @@ def bench(model: Path, as_json: bool, force: bool, dry_run: bool, quiet: bool, *
         report = carry_out(plan, progress)
     # Printed first: a full disk must not cost the user what was measured.
     if as_json:
-        print_json(report_json(report))
+        print_json(report_json(report).rstrip("\n"))
     else:
         print_lines(report_lines(report))
-    _write(report, files, force, files_read(plan.wish.models, plan.models, plan.wish.adapters))
-    if not quiet:
-        for path in filter(None, files.values()):
+    reads = files_read(plan.wish.models, plan.models, plan.wish.adapters)
+    for path in write_reports("bench", report, files, force, reads):
+        if not quiet:
             print_lines([f"wrote {path}"], err=True)
 
 
@@ -150,51 +154,33 @@ def _each_once(numbers: Sequence[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(numbers))
 
 
-def _file_problems(files: dict[str, Path | None], force: bool) -> list[str]:
+def _file_problems(files: Sequence[ReportFile], force: bool) -> list[str]:
     """Return why files can't be written, so that the user learns it before the timing, not after."""
     from lora_export.errors import LoraExportError
-    from lora_export.reports.bench.to_figure import FORMATS, check_matplotlib
+    from lora_export.reports import PICTURES
+    from lora_export.reports.files import ending_problem
+    from lora_export.reports.picture import check_matplotlib
     from lora_export.storage.outputs import refuse_replacing
 
     problems = []
-    for kind, path in files.items():
-        if path is None:
-            continue
+    for file in files:
         # A missing folder is created when the file is written, after the timing.
-        above = next(parent for parent in path.absolute().parents if parent.exists())
+        above = next(parent for parent in file.path.absolute().parents if parent.exists())
         if not above.is_dir():
-            problems.append(f"--{kind} {path}: {above} is a file, not a folder (choose another name)")
+            problems.append(f"{file}: {above} is a file, not a folder (choose another name)")
         elif not os.access(above, os.W_OK | os.X_OK):
-            problems.append(f"--{kind} {path}: nothing can be written into {above} (choose another folder)")
+            problems.append(f"{file}: nothing can be written into {above} (choose another folder)")
         try:
-            refuse_replacing([path], force)
-            if kind == "plot":
+            refuse_replacing([file.path], force)
+            if file.ending in PICTURES:
                 check_matplotlib()
         except LoraExportError as error:
-            problems.append(f"--{kind} {path}: {error.message} ({error.hint})")
-        if kind == "plot" and path.suffix[1:] not in FORMATS:
-            problems.append(f"--plot {path}: the name must end in .{' or .'.join(FORMATS)}")
-    given = [path.resolve() for path in files.values() if path]
+            problems.append(f"{file}: {error.message} ({error.hint})")
+        if file.option == "--plot" and not file.ending:
+            problems.append(f"{file}: the name must end in .{' or .'.join(PICTURES)}")
+        elif why := ending_problem("bench", file):
+            problems.append(why)
+    given = [file.path.resolve() for file in files]
     if len(set(given)) < len(given):
         problems.append("--report, --plot, --html: two of them are the same file")
     return problems
-
-
-def _write(report: BenchReport, files: dict[str, Path | None], force: bool, reads: Sequence[Path]) -> None:
-    """Write the files, all of them or none."""
-    from lora_export.reports.bench.to_figure import write_figure
-    from lora_export.reports.bench.to_html import write_html
-    from lora_export.reports.bench.to_json import write_json
-    from lora_export.storage.outputs import OutputSet, output_errors
-
-    with OutputSet(force, reads) as outputs:
-        if path := files["report"]:
-            with output_errors(path):
-                write_json(report, outputs.stage(path))
-        if path := files["plot"]:
-            with output_errors(path):
-                write_figure(report, outputs.stage(path), path.suffix[1:])
-        if path := files["html"]:
-            with output_errors(path):
-                write_html(report, outputs.stage(path))
-        outputs.commit()

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_export.commands.options import adapter_options, load_adapters
+from lora_export.commands.options import adapter_options, load_adapters, report_option
 from lora_export.commands.printing import print_json, print_lines
 from lora_export.commands.verb import Verb
 from lora_export.progress import spoken
-from lora_export.reports import ADAPTER_PLOTS
+from lora_export.reports import PICTURES
 
 if TYPE_CHECKING:
     from lora_export.adapter import Adapter
-    from lora_export.reports.adapter.facts import AdapterReport
+
+
+# What --plot took before there was --report.
+_PLOTS = ("html", *PICTURES)
 
 
 @click.command(
@@ -33,16 +35,20 @@ if TYPE_CHECKING:
 @click.option(
     "--json", "as_json", is_flag=True, help="Print everything as one JSON object, singular values included."
 )
+@report_option("adapter")
 @click.option(
-    "--plot", type=click.Path(path_type=Path), help=f"Also draw the spectra: .{', .'.join(ADAPTER_PLOTS)}."
+    "--plot",
+    type=click.Path(path_type=Path),
+    help=f"Draw the spectra: .{', .'.join(_PLOTS)}, as --report does.",
 )
-@click.option("--force", is_flag=True, help="Replace the plot if it exists.")
+@click.option("--force", is_flag=True, help="Replace existing reports.")
 @click.option("--modules", is_flag=True, help="List all modules of a large adapter, not their kinds.")
 @adapter_options
 def inspect(
     adapter: Path,
     base: Path | None,
     as_json: bool,
+    reports: tuple[Path, ...],
     plot: Path | None,
     force: bool,
     modules: bool,
@@ -59,14 +65,15 @@ def inspect(
 
     \b
     Examples:
-      lora-export inspect my-adapter --base my-model --plot spectra.html
+      lora-export inspect my-adapter --base my-model --report spectra.html
       lora-export inspect swap/model.onnx
       lora-export inspect engines/model.rtx-4090.engine
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
     from lora_export.reports.artefact import read_artefact
 
     if (found := read_artefact(adapter)) is not None:
-        _refuse_options(found.kind, adapter, {"--base": base, "--plot": plot, **options})
+        given = {"--base": base, "--report": reports or None, "--plot": plot, **options}
+        _refuse_options(found.kind, adapter, given)
         if as_json:
             print_json(
                 json.dumps(found.as_dict(), indent=1, sort_keys=True, ensure_ascii=False, default=list)
@@ -75,16 +82,22 @@ def inspect(
             print_lines(found.lines)
         return
     from lora_export.reports.adapter.facts import inspect_adapter
+    from lora_export.reports.adapter.to_json import report_json
     from lora_export.reports.adapter.to_text import plain_lines, print_table
+    from lora_export.reports.files import asked_for, ending_problem, write_reports
 
-    if plot is not None and plot.suffix[1:] not in ADAPTER_PLOTS:
-        raise click.BadParameter(f"{plot} doesn't end in .{' or .'.join(ADAPTER_PLOTS)}", param_hint="--plot")
+    if plot is not None and plot.suffix[1:] not in _PLOTS:
+        raise click.BadParameter(f"{plot} doesn't end in .{' or .'.join(_PLOTS)}", param_hint="--plot")
+    files = asked_for("adapter", reports, plot=(plot, plot.suffix[1:] if plot is not None else ""))
+    if problems := [why for file in files if (why := ending_problem("adapter", file))]:
+        raise click.UsageError("; ".join(problems))
     (loaded,) = load_adapters([adapter], options)
     report = inspect_adapter(loaded, base)
-    if plot is not None:
-        _draw(report, plot, force, _files_read(loaded, base))
+    if files:
+        for path in write_reports("adapter", report, files, force, _files_read(loaded, base)):
+            print_lines([f"wrote {path}"], err=True)
     if as_json:
-        print_json(json.dumps(report.to_json(), indent=2))
+        print_json(report_json(report).rstrip("\n"))
     elif sys.stdout.isatty():
         spoken(lambda: print_table(report, modules))
     else:
@@ -108,13 +121,3 @@ def _files_read(adapter: Adapter, base: Path | None) -> list[Path]:
         return files_of(adapter.source)
     data = [] if base.is_dir() else graph_files(load_graph(base))
     return [*data, *files_read(base, [adapter])]
-
-
-def _draw(report: AdapterReport, plot: Path, force: bool, reads: list[Path]) -> None:
-    from lora_export.storage.outputs import OutputSet
-
-    module, _, attribute = ADAPTER_PLOTS[plot.suffix[1:]].partition(":")
-    with OutputSet(force, reads) as outputs:
-        getattr(import_module(module), attribute)(report, outputs.stage(plot), plot.suffix[1:])
-        outputs.commit()
-    print_lines([f"wrote {plot}"], err=True)

@@ -12,6 +12,7 @@ from lora_export.commands.printing import print_json, print_lines, print_warning
 from lora_export.errors import AdapterError
 from lora_export.formats import FORMATS, load_adapter
 from lora_export.graph.captured import DTYPES
+from lora_export.reports import REPORTS
 
 if TYPE_CHECKING:
     from lora_export.adapter import Adapter
@@ -94,6 +95,13 @@ _MERGE_SWITCHES = [
     click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
     click.option("--quiet", is_flag=True, help="Print no progress and no summary; only warnings."),
 ]
+
+
+def report_option(kind: str) -> Callable[[Command], Command]:
+    """Return the option that names the reports of a kind of result; they arrive as ``reports``."""
+    endings = ", ".join(f".{ending}" for ending in REPORTS[kind])
+    said = f"Write a report; its ending says what it is: {endings}. Repeat for several."
+    return click.option("--report", "reports", multiple=True, type=_PATH, metavar="FILE", help=said)
 
 
 def adapter_options(command: Command) -> Command:

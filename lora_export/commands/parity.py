@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_export.commands.options import adapter_options, named_adapters, whole_numbers
+from lora_export.commands.options import adapter_options, named_adapters, report_option, whole_numbers
 from lora_export.commands.printing import print_error, print_json, print_lines
 from lora_export.commands.verb import Verb
 from lora_export.errors import LoraExportError, ParityError
 
 if TYPE_CHECKING:
     from lora_export.parity.result import ParityReport
+    from lora_export.reports.files import ReportFile
 
 _PATH = click.Path(path_type=Path)
 
@@ -85,10 +86,10 @@ def _finite(_context: click.Context, _parameter: click.Parameter, values: tuple[
     "--reference-dtype", type=click.Choice(["float64", "float32"]), help="Type that PyTorch computes in."
 )
 @click.option("--no-localise", is_flag=True, help="Don't search for the module where an error begins.")
-@click.option("--baseline", type=_PATH, help="Report of an earlier run: fail if this run is worse.")
-@click.option("--report", type=_PATH, help="Write the report as JSON.")
-@click.option("--junit", type=_PATH, help="Write the report as JUnit XML.")
-@click.option("--html", type=_PATH, help="Write the report as one HTML page.")
+@click.option("--baseline", type=_PATH, help="The .json report of an earlier run: fail if this run is worse.")
+@report_option("parity")
+@click.option("--junit", type=_PATH, help="Write the report as JUnit XML, whatever the ending.")
+@click.option("--html", type=_PATH, help="Write the report as one HTML page, whatever the ending.")
 @click.option("--force", is_flag=True, help="Replace existing reports.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--quiet", is_flag=True, help="Print no progress; if it passes, only notes and the last line.")
@@ -98,7 +99,7 @@ def parity(
     candidate: Path,
     adapters: tuple[str, ...],
     baseline: Path | None,
-    report: Path | None,
+    reports: tuple[Path, ...],
     junit: Path | None,
     html: Path | None,
     force: bool,
@@ -116,14 +117,15 @@ def parity(
     \b
     Examples:
       lora-export parity --reference hf-folder --adapter my-adapter --candidate merged/model.onnx
-      lora-export parity --reference hf-folder --adapter a --adapter b --candidate swap.onnx --junit p.xml
+      lora-export parity --reference hf-folder --adapter a --adapter b --candidate swap.onnx --report p.xml
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
     from lora_export.parity.check import check_parity
     from lora_export.progress import stage_progress
+    from lora_export.reports.files import asked_for
     from lora_export.reports.parity.files import Inputs, check_outputs
     from lora_export.reports.parity.to_json import read_report
 
-    outputs = {"json": report, "junit": junit, "html": html}
+    outputs = asked_for("parity", reports, junit=(junit, "xml"), html=(html, "html"))
     read = Inputs(candidate, reference, options["base"], options["feeds"], baseline, _adapter_paths(adapters))
     check_outputs(outputs, force, read)
     old = read_report(baseline) if baseline is not None else None
@@ -157,8 +159,8 @@ def _print(found: ParityReport, as_json: bool, quiet: bool) -> None:
 
 def _finish(
     found: ParityReport,
-    outputs: Mapping[str, Path | None],
-    old: dict[str, Any] | None,
+    outputs: Sequence[ReportFile],
+    old: ParityReport | None,
     force: bool,
     reads: Sequence[Path],
 ) -> int:
@@ -167,13 +169,13 @@ def _finish(
     A problem with one of them doesn't prevent the other, and an export that failed still gives exit code 3.
     Where the export passed but its reports can't be written or it can't be compared, that decides.
     """
+    from lora_export.reports.files import write_reports
     from lora_export.reports.parity import baseline as parity_baseline
-    from lora_export.reports.parity.files import write_reports
 
     errors: list[LoraExportError] = []
     worse = False
     try:
-        write_reports(found, outputs, force, reads)
+        write_reports("parity", found, outputs, force, reads)
     except LoraExportError as error:
         errors.append(error)
     try:

@@ -1,14 +1,31 @@
 """Results of a parity check, as data: verdicts with numbers and limits, metrics, where the error begins.
 
-Nothing here computes or prints: the reports (`lora_export.reports.parity`) read it, `as_dict` is the JSON.
+Nothing here computes: the reports (`lora_export.reports.parity`) read it. `ParityReport.as_dict` is the JSON,
+for which there is a schema beside them, and `ParityReport.from_json` reads it again.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from lora_export.errors import LoraExportError
+from lora_export.untrusted.fields import (
+    AtLeast,
+    Axes,
+    Count,
+    FieldError,
+    Keys,
+    Later,
+    Matches,
+    Number,
+    check_plain,
+    from_plain,
+)
+from lora_export.untrusted.shown import limited
 
 FORMAT = 1
 # Adapters of one row with their weights; () is the base. Hashable, as results are kept by state.
@@ -17,6 +34,27 @@ BASE: State = ()
 # State of a verdict that belongs to no single state.
 ANY = "everything"
 Kind = Literal["finite", "error", "effect", "tokens", "law"]
+Name = Annotated[str, Matches(".+", "a text that is not empty")]
+Sha256 = Annotated[str, Matches("([0-9a-f]{64})?", "64 hexadecimal digits, or an empty text")]
+_REFERENCE = Keys(
+    {"kind": Literal["checkpoint", "onnx", "saved"], "path": str, "dtype": str}, {"sha256": Sha256}
+)
+_CANDIDATE = Keys(
+    {
+        "path": str,
+        "mode": Literal["plain", "merged", "swap", "bank"],
+        "runtime": str,
+        "provider": str,
+        "dtype": str,
+        "sha256": Sha256,
+    }
+)
+_SCALING = Annotated[list[Number], Axes(0, 2)]
+_ADAPTER = Keys({"name": Name, "sha256": Sha256, "modules": Count, "scaling": _SCALING})
+_FEED = Keys({"label": Name, "shapes": Mapping[str, list[Count]]}, {"sha256": Sha256})
+_HINT = "write a report: the same check without --baseline, with --report FILE.json"
+# A damaged report can break a rule once for every verdict.
+_NAMED = 20
 
 
 def state_of(adapter: str) -> State:
@@ -49,11 +87,11 @@ class Verdict:
     """
 
     kind: Kind
-    name: str
-    state: str
+    name: Name
+    state: Name
     output: str
-    value: float
-    limit: float
+    value: Number
+    limit: Number
     passed: bool
     why: str = ""
     counted: bool = True
@@ -75,26 +113,29 @@ class OutputMetrics:
         own_relative: ``relative`` of PyTorch itself, run in the candidate's dtype; None if it was not run.
         effect: ‖with − without‖ / ‖with‖, the adapter's effect on the reference; None for the base.
         error_over_effect: ‖candidate − reference‖ / ‖with − without‖; None for the base or without effect.
+        applied: Share of the adapter's effect that is there: 1 all of it, 0 none, 2 twice; None for the base
+            or without effect.
         kl: Mean Kullback-Leibler divergence KL(reference‖candidate) in nats, of logits.
         top1: Share of positions whose largest logit is the same.
         top5: Mean share of the five largest logits that are the same.
         positions: Number of compared vectors along the last axis, without padding.
     """
 
-    state: str
-    output: str
-    max_abs: float
-    mean_abs: float
-    relative: float
-    worst_position: float
-    cosine: float
-    own_relative: float | None = None
-    effect: float | None = None
-    error_over_effect: float | None = None
-    kl: float | None = None
-    top1: float | None = None
-    top5: float | None = None
-    positions: int = 0
+    state: Name
+    output: Name
+    max_abs: Number
+    mean_abs: Number
+    relative: Number
+    worst_position: Number
+    cosine: Number
+    own_relative: Number | None = None
+    effect: Number | None = None
+    error_over_effect: Number | None = None
+    kl: Number | None = None
+    top1: Number | None = None
+    top5: Number | None = None
+    positions: Annotated[Count, Later()] = 0
+    applied: Annotated[Number | None, Later()] = None
 
 
 @dataclass(frozen=True)
@@ -110,11 +151,11 @@ class ModuleRow:
         jumped: True if the error jumps here.
     """
 
-    module: str
-    error_in: float
-    error_out: float
-    own_out: float
-    effect: float
+    module: Name
+    error_in: Number
+    error_out: Number
+    own_out: Number
+    effect: Number
     jumped: bool = False
 
 
@@ -131,11 +172,11 @@ class Localisation:
         note: Text on modules that were not found in the graph, or on the reason for a missing table.
     """
 
-    state: str
+    state: Name
     module: str
     rows: tuple[ModuleRow, ...] = ()
-    looked_at: int = 0
-    of: int = 0
+    looked_at: Count = 0
+    of: Count = 0
     note: str = ""
 
 
@@ -143,10 +184,10 @@ class Localisation:
 class Scatter:
     """Up to a few thousand values of one output, reference against candidate, for a plot."""
 
-    state: str
+    state: Name
     output: str
-    reference: tuple[float, ...]
-    candidate: tuple[float, ...]
+    reference: tuple[Number, ...]
+    candidate: tuple[Number, ...]
 
 
 @dataclass(frozen=True)
@@ -162,11 +203,11 @@ class Generated:
         tie: True if the reference itself can hardly tell the first two different tokens apart.
     """
 
-    state: str
-    prompt: tuple[int, ...]
-    reference: tuple[int, ...]
-    candidate: tuple[int, ...]
-    equal: int
+    state: Name
+    prompt: tuple[Count, ...]
+    reference: tuple[Count, ...]
+    candidate: tuple[Count, ...]
+    equal: Count
     tie: bool = False
 
 
@@ -192,11 +233,11 @@ class ParityReport:
         seconds: Time that the check took.
     """
 
-    reference: Mapping[str, Any]
-    candidate: Mapping[str, Any]
-    adapters: tuple[Mapping[str, Any], ...]
-    feeds: tuple[Mapping[str, Any], ...]
-    tolerance: str
+    reference: Annotated[Mapping[str, Any], _REFERENCE]
+    candidate: Annotated[Mapping[str, Any], _CANDIDATE]
+    adapters: tuple[Annotated[Mapping[str, Any], _ADAPTER], ...]
+    feeds: tuple[Annotated[Mapping[str, Any], _FEED], ...]
+    tolerance: Name
     verdicts: tuple[Verdict, ...]
     metrics: tuple[OutputMetrics, ...]
     localisation: Localisation | None = None
@@ -204,7 +245,7 @@ class ParityReport:
     scatter: tuple[Scatter, ...] = ()
     notes: tuple[str, ...] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
+    seconds: Annotated[float, AtLeast(0)] = 0.0
     format: int = FORMAT
 
     @property
@@ -217,10 +258,69 @@ class ParityReport:
         """True if everything passed and something was proven."""
         return not self.failed and any(verdict.counted for verdict in self.verdicts)
 
+    def __str__(self) -> str:
+        """A few lines: the verdict in a sentence, what was compared, what failed."""
+        from lora_export.parity.sentence import summary
+
+        return "\n".join(summary(self))
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; NaN and infinities are the texts ``nan``, ``inf``, ``-inf``."""
         data = {"passed": self.passed, **asdict(self)}
         return {key: _plain(value) for key, value in data.items()}
+
+    @classmethod
+    def from_json(cls, data: object, name: str = "the report") -> ParityReport:
+        """Return the report that `as_dict` made this of.
+
+        Args:
+            data: What was read.
+            name: What to call it in the error.
+
+        Raises:
+            LoraExportError: It is not a whole report of this format; with every rule that it breaks.
+        """
+        if isinstance(data, dict) and repr(data.get("format")) != repr(FORMAT):
+            seen = json.dumps(data.get("format"), default=str)[:60]
+            raise LoraExportError(
+                f"{name}: the report's format is {seen}, this version reads {FORMAT}", _HINT
+            )
+        problems: list[str] = []
+        passed, fields = None, data
+        if isinstance(data, dict):
+            fields = {key: value for key, value in data.items() if key != "passed"}
+            try:
+                passed = check_plain(bool, data["passed"], "passed") if "passed" in data else None
+            except FieldError as error:
+                problems += error.problems
+            problems += [] if "passed" in data else ["passed: is missing"]
+        try:
+            report = from_plain(cls, fields, complete=True)
+        except FieldError as error:
+            problems += error.problems
+        if not problems:
+            problems = list(_contradictions(report, passed))
+        if problems:
+            listed = limited(problems, most=_NAMED)
+            raise LoraExportError(
+                f"{name}: not a report of lora-export parity, or a damaged one", _HINT, listed
+            )
+        return report
+
+
+def _contradictions(report: ParityReport, passed: bool | None) -> Iterator[str]:
+    """Yield what one part of a report says against another."""
+    if passed != report.passed:
+        yield f"passed: {passed}, but its verdicts say {report.passed}"
+    for i, plot in enumerate(report.scatter):
+        if len(plot.reference) != len(plot.candidate):
+            yield f"scatter[{i}]: {len(plot.reference)} values against {len(plot.candidate)}"
+    for i, run in enumerate(report.generated):
+        if run.equal > min(len(run.reference), len(run.candidate)):
+            yield f"generated[{i}]: {run.equal} equal tokens of fewer"
+    found = report.localisation
+    if found and found.module and found.rows and found.module not in {row.module for row in found.rows}:
+        yield f"localisation.module: {found.module!r} has no row"
 
 
 def _plain(value: Any) -> Any:

@@ -1,8 +1,39 @@
-"""Results as text, pictures and pages: file ending → ``module:attribute``, imported when it is asked for."""
+"""Results as text, pictures and pages.
 
-# Each takes (AdapterReport, path) and writes the picture of an adapter's spectra.
-ADAPTER_PLOTS: dict[str, str] = {
-    "html": "lora_export.reports.adapter.to_html:write_html",
-    "png": "lora_export.reports.adapter.to_figure:write_figure",
-    "svg": "lora_export.reports.adapter.to_figure:write_figure",
+`REPORTS` is what can be written to a file: kind of result → ending of the file → ``module:attribute``,
+imported when it is asked for. Each takes the result and returns what the file holds, text or bytes. A new
+form of report is a module and a line here.
+"""
+
+_PARITY, _BENCH, _ADAPTER = (f"lora_export.reports.{kind}" for kind in ("parity", "bench", "adapter"))
+
+REPORTS: dict[str, dict[str, str]] = {
+    # Of `lora_export.parity.result.ParityReport`.
+    "parity": {
+        "json": f"{_PARITY}.to_json:report_json",
+        "html": f"{_PARITY}.to_html:report_html",
+        "xml": f"{_PARITY}.to_junit:junit_xml",
+        "md": f"{_PARITY}.to_markdown:report_markdown",
+        "txt": f"{_PARITY}.to_text:report_text",
+    },
+    # Of `lora_export.bench.result.BenchReport`.
+    "bench": {
+        "json": f"{_BENCH}.to_json:report_json",
+        "html": f"{_BENCH}.to_html:report_html",
+        "md": f"{_BENCH}.to_markdown:report_markdown",
+        "txt": f"{_BENCH}.to_text:report_text",
+        "png": f"{_BENCH}.to_figure:report_png",
+        "svg": f"{_BENCH}.to_figure:report_svg",
+    },
+    # Of `lora_export.reports.adapter.facts.AdapterReport`.
+    "adapter": {
+        "json": f"{_ADAPTER}.to_json:report_json",
+        "html": f"{_ADAPTER}.to_html:report_html",
+        "md": f"{_ADAPTER}.to_markdown:report_markdown",
+        "txt": f"{_ADAPTER}.to_text:report_text",
+        "png": f"{_ADAPTER}.to_figure:report_png",
+        "svg": f"{_ADAPTER}.to_figure:report_svg",
+    },
 }
+# What needs matplotlib.
+PICTURES = ("png", "svg")

@@ -2,15 +2,18 @@
 
 ``Record(**data)`` checks the names and nothing else: a text for a number fails, if at all, far from the file
 that is wrong. Known are the annotations that our records have: dataclasses, ``tuple``, ``list``, ``Mapping``,
-``Literal``, unions, plain types, ``Any``; `Count` and `Size` for numbers with a lower bound.
+``Literal``, unions, plain types, ``Any``; `Count` and `Size` for numbers with a lower bound, `Number` for one
+that may be NaN or infinite; `Matches` for texts, `Keys` for mappings.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from contextlib import suppress
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -19,6 +22,8 @@ from lora_export.untrusted.shown import shown
 
 T = TypeVar("T")
 _SEEN = 60
+# Problems that are collected: a damaged file can break a rule once for every entry.
+_MOST = 1000
 # What sizes and numbers of bytes are held in, here and in what reads our records.
 _LARGEST = 2**63 - 1
 
@@ -38,6 +43,39 @@ class Axes:
     most: int
 
 
+@dataclass(frozen=True)
+class Matches:
+    """The pattern that the whole of a text matches, and what to call that, in an annotation."""
+
+    pattern: str
+    said: str
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of a mapping and the annotations of their values, in an annotation.
+
+    Attributes:
+        required: Keys that are always there.
+        optional: Keys that may be missing.
+    """
+
+    required: Mapping[str, Any]
+    optional: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """A number may be one that JSON can't hold, written as a text, in an annotation."""
+
+
+@dataclass(frozen=True)
+class Later:
+    """Files of older versions lack the field, in an annotation."""
+
+
+_NON_FINITE = ("nan", "inf", "-inf")
+Number = Annotated[float, NonFinite()]
 Count = Annotated[int, AtLeast(0)]
 Size = Annotated[int, AtLeast(1)]
 
@@ -54,40 +92,47 @@ class FieldError(ValueError):
         super().__init__("; ".join(problems))
 
 
-def from_plain(cls: type[T], data: object, known_only: bool = True) -> T:
+def from_plain(cls: type[T], data: object, known_only: bool = True, complete: bool = False) -> T:
     """Return a dataclass made of plain data.
 
     Args:
         cls: The dataclass.
         data: What was read.
         known_only: Refuse fields that the dataclass has not.
+        complete: Refuse data without a field, also one that has a default, unless it is a `Later` one.
 
     Raises:
         FieldError: With everything that does not fit.
     """
-    checker = _Checker(known_only)
-    made = checker.value(cls, data, "")
-    if checker.problems:
-        raise FieldError(checker.problems)
+    made = _Checker(known_only, complete).checked(cls, data, "")
     assert isinstance(made, cls)
     return made
 
 
 def check_plain(wanted: object, data: object, where: str = "") -> Any:
     """Return plain data as the type of an annotation; see `from_plain`."""
-    checker = _Checker(known_only=True)
-    made = checker.value(wanted, data, where)
-    if checker.problems:
-        raise FieldError(checker.problems)
-    return made
+    return _Checker(known_only=True).checked(wanted, data, where)
+
+
+class _EnoughError(Exception):
+    """There are so many problems that further ones say nothing more."""
 
 
 class _Checker:
-    """Turns values into what annotations say, and collects every problem."""
+    """Turns values into what annotations say, and collects every problem, up to `_MOST`."""
 
-    def __init__(self, known_only: bool) -> None:
+    def __init__(self, known_only: bool, complete: bool = False) -> None:
         self.problems: list[str] = []
-        self._known_only = known_only
+        self._known_only, self._complete = known_only, complete
+
+    def checked(self, wanted: Any, data: object, where: str) -> Any:
+        """Return a value of an annotation's type; raise `FieldError` with all problems."""
+        made = None
+        with suppress(_EnoughError):
+            made = self.value(wanted, data, where)
+        if self.problems:
+            raise FieldError(self.problems)
+        return made
 
     def value(self, wanted: Any, data: object, where: str) -> Any:
         """Return a value of an annotation's type; anything after a problem."""
@@ -116,33 +161,71 @@ class _Checker:
         raise TypeError(f"no rule for the annotation {wanted}")
 
     def _complain(self, where: str, data: object, wanted: str) -> None:
-        self.problems.append(f"{where or 'the record'}: {seen(data)}, wanted {wanted}")
+        self._add(f"{where or 'the record'}: {seen(data)}, wanted {wanted}")
+
+    def _add(self, *problems: str) -> None:
+        self.problems += problems
+        if len(self.problems) >= _MOST:
+            raise _EnoughError
 
     def _record(self, cls: Any, data: object, where: str) -> Any:
         if not isinstance(data, dict):
             self._complain(where, data, "an object")
             return None
         before, dot, annotations = len(self.problems), f"{where}." if where else "", _annotations(cls)
-        known: dict[str, Field[Any]] = {field.name: field for field in fields(cls) if field.init}
+        known: dict[str, Field[Any]] = {one.name: one for one in fields(cls) if one.init}
         if self._known_only:
-            self.problems += [f"{dot}{shown(key, _SEEN)}: is not known" for key in data if key not in known]
+            self._refuse_others(data, known, dot)
         values = {}
-        for name, field in known.items():
+        for name, one in known.items():
             if name in data:
                 values[name] = self.value(annotations[name], data[name], f"{dot}{name}")
-            elif field.default is MISSING and field.default_factory is MISSING:
-                self.problems.append(f"{dot}{name}: is missing")
+            elif self._is_required(one, annotations[name]):
+                self._add(f"{dot}{name}: is missing")
         return cls(**values) if len(self.problems) == before else None
+
+    def _refuse_others(self, data: Mapping[str, Any], known: Mapping[str, Any], dot: str) -> None:
+        for key in data:
+            if key not in known:
+                self._add(f"{dot}{shown(key, _SEEN)}: is not known")
+
+    def _is_required(self, one: Field[Any], annotation: Any) -> bool:
+        if one.default is MISSING and one.default_factory is MISSING:
+            return True
+        return self._complete and Later() not in get_args(annotation)[1:]
 
     def _bounded(self, inner: Any, bounds: tuple[Any, ...], data: object, where: str) -> Any:
         before = len(self.problems)
+        if NonFinite() in bounds:
+            return self._number(data, where)
+        if keys := next((bound for bound in bounds if isinstance(bound, Keys)), None):
+            return self._keyed(keys, data, where)
         made = self.value(inner, data, where)
         for bound in bounds if len(self.problems) == before else ():
             if isinstance(bound, AtLeast) and made < bound.value:
                 self._complain(where, data, f"{bound.value} or more")
             if isinstance(bound, Axes) and not bound.least <= len(made) <= bound.most:
                 self._complain(where, data, f"{bound.least} to {bound.most} entries")
+            if isinstance(bound, Matches) and not re.fullmatch(bound.pattern, made, re.DOTALL):
+                self._complain(where, data, bound.said)
         return made
+
+    def _number(self, data: object, where: str) -> float:
+        if isinstance(data, str) and data in _NON_FINITE:
+            return float(data)
+        if type(data) not in (int, float):
+            self._complain(where, data, f"a number, {', '.join(_NON_FINITE[:-1])} or {_NON_FINITE[-1]}")
+            return math.nan
+        return self._float(data, where)
+
+    def _keyed(self, keys: Keys, data: object, where: str) -> dict[str, Any]:
+        if not isinstance(data, dict):
+            self._complain(where, data, "an object")
+            return {}
+        known, dot = {**keys.required, **keys.optional}, f"{where}." if where else ""
+        self._refuse_others(data, known, dot)
+        self._add(*(f"{dot}{key}: is missing" for key in keys.required if key not in data))
+        return {key: self.value(known[key], data[key], f"{dot}{key}") for key in data if key in known}
 
     def _union(self, choices: tuple[Any, ...], data: object, where: str) -> Any:
         if data is None and NoneType in choices:
@@ -151,10 +234,9 @@ class _Checker:
         if len(left) == 1:
             return self.value(left[0], data, where)
         for choice in left:
-            tried = _Checker(self._known_only)
-            made = tried.value(choice, data, where)
-            if not tried.problems:
-                return made
+            tried = _Checker(self._known_only, self._complete)
+            with suppress(FieldError):
+                return tried.checked(choice, data, where)
         self._complain(where, data, " or ".join(_PLAIN.get(choice, str(choice)) for choice in left))
         return None
 

@@ -119,7 +119,7 @@ def test_commands_are_ours_and_fit_together(recipe: str) -> None:
     assert merged["output"] == built["model"] == checked["candidate"]
     assert merged["base"] == checked["reference"] == Path(variables(recipe)["BASE"])
     assert [str(path) for path in merged["adapters"]] == [str(path) for path in checked["adapters"]]
-    written = [str(checked[kind]) for kind in ("report", "junit", "html")]
+    written = [*map(str, checked["reports"]), *(str(checked[kind]) for kind in ("junit", "html"))]
     assert written == list(REPORTS)
     assert "--baseline" in " ".join(scripts(recipe))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 import numpy as np
 import onnx
+import parity_reports
 import pytest
 import tiny
 import torch
@@ -42,7 +43,7 @@ FOREIGN = ("pip install", "pip uninstall", "hf download")
 # Texts for other programs: nvidia-smi, and the lines of a build kit.
 OTHER_PROGRAMS = {"machines/local_gpus.py", "bench/memory.py", "packages/build_kit.py"}
 # What looks like options there is CSS.
-STYLES = "reports/parity/to_html.py"
+STYLES = "reports/page.py"
 
 
 def options_of(verb: str) -> set[str]:
@@ -427,7 +428,7 @@ def test_what_python_is_told_are_words_of_python():
         named_adapters([one, one])
     assert "NAME=PATH" not in caught.value.hint
     with pytest.raises(LoraExportError) as caught:
-        compare({}, {}, factor=0.5)
+        compare(parity_reports.good(), parity_reports.good(), factor=0.5)
     assert "factor=" in caught.value.hint
     assert "--" not in caught.value.hint
 

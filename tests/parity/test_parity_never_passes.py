@@ -33,7 +33,7 @@ from lora_export import Adapter, LoraExportError, bank_onnx, load_adapter, merge
 from lora_export.cli import _run
 from lora_export.parity import check
 from lora_export.parity.check import check_parity
-from lora_export.reports.parity import files as parity_files
+from lora_export.reports.parity import to_html
 
 llama = pytest.mark.xdist_group("parity-llama")
 
@@ -275,9 +275,7 @@ def test_all_reports_appear_or_none(old, good, tmp_path, capsys, monkeypatch):
     if old:
         for name in ("r.json", "r.xml", "r.html"):
             (tmp_path / name).write_text("old")
-    monkeypatch.setattr(
-        parity_files, "_WRITERS", {**parity_files._WRITERS, "html": fail}
-    )  # the last that is written
+    monkeypatch.setattr(to_html, "report_html", fail)  # the last that is written
     refused([*good, *outputs(tmp_path), *["--force"] * old], tmp_path, capsys, "No space left")
 
 

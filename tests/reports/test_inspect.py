@@ -180,7 +180,7 @@ def test_html_is_self_contained_and_escaped(adapter: Path, tmp_path: Path) -> No
     assert "layers.0.k&lt;b&gt;" in page
     assert "k<b>" not in page
     assert not any(word in page for word in ("http://", "https://", "<script", "src="))
-    assert page.count("<polyline") == 2
+    assert page.count("<path") == 2
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])

@@ -90,6 +90,7 @@ def test_the_page_is_whole_and_loads_nothing(report):
     assert not re.search(r"url\(|@import|https?:", re.search(r"<style>(.*?)</style>", html, re.DOTALL)[1])
     assert html.count("<style>") == html.count("</style>") == 1
     assert all(char.isprintable() or char == "\n" for char in html)
+    assert not [said for said in page.texts if said.strip() == r"\n"]
     html.encode("utf-8")
 
 
@@ -255,7 +256,7 @@ def test_effects_without_a_place_are_counted():
 def test_plots_that_are_left_out_are_said():
     report = parity_reports.good()
     page = Page(report_html(replace(report, scatter=report.scatter[:1] * 15)))
-    assert "3 plots more of values against values with --report." in page.texts
+    assert "3 plots more of values against values with --report FILE.json." in page.texts
 
 
 def test_a_report_of_nothing_has_a_page():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,13 +24,35 @@ from lora_export.graph.data_identity import KEY as DATA_KEY
 from lora_export.graph.data_identity import DataIdentity, refuse_changed_data
 from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member, StoredRows
 from lora_export.storage.manifest import FileHash, Manifest
-from lora_export.untrusted.fields import Axes, Count, FieldError, Size, from_plain
+from lora_export.untrusted.fields import (
+    Axes,
+    Count,
+    FieldError,
+    Keys,
+    Later,
+    Matches,
+    Number,
+    Size,
+    from_plain,
+)
 
 
 @dataclass(frozen=True)
 class Inner:
     start: Count
     word: Literal["one", "two"] = "one"
+
+
+@dataclass(frozen=True)
+class Numbers:
+    value: Number
+    many: tuple[Number, ...] = ()
+    maybe: Number | None = None
+    code: Annotated[str, Matches("[a-f]+", "letters from a to f")] = "a"
+    about: Annotated[Mapping[str, Any], Keys({"path": str, "n": Count}, {"more": list[Number]})] = field(
+        default_factory=dict
+    )
+    new: Annotated[Count, Later()] = 7
 
 
 @dataclass(frozen=True)
@@ -43,6 +66,59 @@ class Outer:
     on: bool = False
     more: Mapping[str, list[Inner]] = field(default_factory=dict)
     anything: Any = None
+
+
+NUMBERS: dict[str, Any] = {
+    "value": "inf", "many": [1, "-inf"], "maybe": None, "code": "fa",
+    "about": {"path": "", "n": 0, "more": [2]}, "new": 0,
+}  # fmt: skip
+
+
+def test_numbers_texts_and_keys_are_read() -> None:
+    wanted = Numbers(math.inf, (1.0, -math.inf), None, "fa", {"path": "", "n": 0, "more": [2.0]}, 0)
+    assert from_plain(Numbers, NUMBERS, complete=True) == wanted
+    assert type(from_plain(Numbers, NUMBERS).many[0]) is float
+    assert math.isnan(from_plain(Numbers, {"value": "nan"}).value)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"value": "Infinity"}, 'value: "Infinity", wanted a number, nan, inf or -inf'),
+        ({"value": True}, "value: true, wanted a number, nan, inf or -inf"),
+        ({"value": None}, "value: null, wanted a number, nan, inf or -inf"),
+        ({"value": 10**400}, "value: a number of 1329 bits, wanted a finite number"),
+        ({"many": ["nan", []]}, "many[1]: an array of 0, wanted a number, nan, inf or -inf"),
+        ({"maybe": "x"}, 'maybe: "x", wanted a number, nan, inf or -inf'),
+        ({"code": "fag"}, 'code: "fag", wanted letters from a to f'),
+        ({"code": "a\n"}, 'code: "a\\n", wanted letters from a to f'),
+        ({"code": 3}, "code: 3, wanted a text"),
+        ({"about": []}, "about: an array of 0, wanted an object"),
+        ({"about": {"path": "x"}}, "about.n: is missing"),
+        ({"about": {"path": "x", "n": -1}}, "about.n: -1, wanted 0 or more"),
+        ({"about": {"path": "x", "n": 1, "odd": 1}}, "about.odd: is not known"),
+        (
+            {"about": {"path": "x", "n": 1, "more": [""]}},
+            'about.more[0]: "", wanted a number, nan, inf or -inf',
+        ),
+    ],
+)
+def test_what_numbers_texts_and_keys_are_not(change: dict[str, Any], problem: str) -> None:
+    with pytest.raises(FieldError) as caught:
+        from_plain(Numbers, NUMBERS | change)
+    assert caught.value.problems == (problem,)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_complete_record_lacks_only_what_came_later(name: str) -> None:
+    data = {key: value for key, value in NUMBERS.items() if key != name}
+    if name == "new":
+        assert from_plain(Numbers, data, complete=True).new == 7
+        return
+    with pytest.raises(FieldError, match=f"{name}: is missing"):
+        from_plain(Numbers, data, complete=True)
+    if name != "value":
+        from_plain(Numbers, data)
 
 
 def test_good_data_is_the_record() -> None:
@@ -188,3 +264,17 @@ def test_the_kind_of_every_field_is_checked() -> None:
 def test_any_data_is_a_record_or_a_list_of_problems(data: Any) -> None:
     with contextlib.suppress(FieldError):
         assert isinstance(from_plain(Outer, data), Outer)
+
+
+def test_the_problems_of_a_file_have_an_end() -> None:
+    """What is looked for is the memory of a problem for each of a million entries."""
+    for many in (
+        {"name": "x", "inner": [{}] * 100_000},
+        {"name": "x", "inner": [], **dict.fromkeys(map(str, range(100_000)))},
+    ):
+        with pytest.raises(FieldError) as caught:
+            from_plain(Outer, many)
+        assert len(caught.value.problems) == 1000
+    with pytest.raises(FieldError, match="name: 3, wanted a text") as caught:
+        from_plain(Outer, {"name": 3, "inner": [{"start": "x"}] * 5})
+    assert len(caught.value.problems) == 6

@@ -263,6 +263,7 @@ class Tally:
             top1=shown(got.top1 / each) if self.logits else None,
             top5=shown(got.top5 / each) if self.logits else None,
             positions=self.positions,
+            applied=shown(self.applied(got)) if has_effect else None,
         )
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lora_export.errors import BackendUnavailable
 from lora_export.reports.adapter.facts import AdapterReport
 from lora_export.reports.adapter.to_text import label
+from lora_export.reports.picture import COLOUR, REFERENCE, picture
 from lora_export.untrusted.shown import shown
 
 # Characters of a name beside a bar.
@@ -17,45 +16,31 @@ _LABEL = 80
 _SHOWN = 60
 
 
-def write_figure(report: AdapterReport, path: Path, file_format: str) -> None:
-    """Draw, for every module, the energy that the first k directions hold, and the largest ‖ΔW‖.
+def report_png(report: AdapterReport) -> bytes:
+    """Return for every module the energy that the first k directions hold, and the largest ‖ΔW‖."""
+    return _picture(report, "png")
 
-    Args:
-        report: What to draw.
-        path: File to write.
-        file_format: ``png`` or ``svg``.
 
-    Raises:
-        BackendUnavailable: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
+def report_svg(report: AdapterReport) -> bytes:
+    """Return the same as SVG."""
+    return _picture(report, "svg")
 
-        matplotlib.use("agg")
-        # Fixed ids and no date: the same adapter gives the same bytes.
-        matplotlib.rcParams["svg.hashsalt"] = "lora-export"
-        # A name with a dollar is no formula.
-        matplotlib.rcParams["text.parse_math"] = False
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"a {file_format} plot needs matplotlib, which is not installed",
-            "pip install 'lora-export[plot]', or --plot to an .html file",
-        ) from error
+
+def _picture(report: AdapterReport, file_format: str) -> bytes:
     largest = sorted(report.modules, key=lambda row: -row.norm)[:_SHOWN]
-    height = max(4.0, 0.18 * len(largest) + 1.5)
-    figure, (energy, norms) = pyplot.subplots(1, 2, figsize=(12, height), layout="constrained")
-    _draw_energy(energy, report)
-    norms.barh(range(len(largest)), [row.norm for row in largest], color="#4c72b0")
-    norms.set_yticks(range(len(largest)), [shown(label(row), _LABEL) for row in largest], fontsize=7)
-    norms.set_ylim(len(largest) - 0.4, -0.6)
-    norms.set(xlabel="‖ΔW‖ (Frobenius)", title=f"the {len(largest)} largest changes")
-    figure.suptitle(
-        f"{shown(report.name, _LABEL)}: {shown(report.tuner, _LABEL)}, {len(report.modules)} modules"
-    )
-    metadata = {"Date": None} if file_format == "svg" else {"Software": None}
-    figure.savefig(path, format=file_format, dpi=130, metadata=metadata)
-    pyplot.close(figure)
+
+    def draw(figure: Any, axes: Any) -> None:
+        energy, norms = axes[0]
+        _draw_energy(energy, report)
+        norms.barh(range(len(largest)), [row.norm for row in largest], color=COLOUR)
+        norms.set_yticks(range(len(largest)), [shown(label(row), _LABEL) for row in largest], fontsize=7)
+        norms.set_ylim(len(largest) - 0.4, -0.6)
+        norms.set(xlabel="‖ΔW‖ (Frobenius)", title=f"the {len(largest)} largest changes")
+        figure.suptitle(
+            f"{shown(report.name, _LABEL)}: {shown(report.tuner, _LABEL)}, {len(report.modules)} modules"
+        )
+
+    return picture(file_format, 1, max(4.0, 0.18 * len(largest) + 1.5), draw)
 
 
 def _draw_energy(axes: Any, report: AdapterReport) -> None:
@@ -63,9 +48,9 @@ def _draw_energy(axes: Any, report: AdapterReport) -> None:
         energy = np.cumsum(np.square(row.singular_values))
         if energy.size and energy[-1] > 0:
             share = np.concatenate([[0.0], energy / energy[-1]])
-            axes.plot(range(share.size), 100 * share, color="#4c72b0", alpha=0.35, linewidth=1)
+            axes.plot(range(share.size), 100 * share, color=COLOUR, alpha=0.35, linewidth=1)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.axhline(90, color="#999999", linewidth=0.8, linestyle="--")
+    axes.axhline(90, color=REFERENCE, linewidth=0.8, linestyle="--")
     axes.set(
         xlabel="k, directions of ΔW",
         ylabel="share of ‖ΔW‖² that the first k hold (%)",

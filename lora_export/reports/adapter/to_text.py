@@ -6,13 +6,13 @@ import math
 
 from lora_export.plan import align
 from lora_export.reports.adapter.facts import AdapterReport, ModuleReport
-from lora_export.untrusted.shown import MAX_CELL, limited, shown
+from lora_export.untrusted.shown import MAX_CELL, limited, shown, shown_lines
 
 HEADINGS = ("module", "weight", "rank", "alpha", "scaling", "dtype", "‖ΔW‖", "σ₁", "90 %", "99 %")
 KIND_HEADINGS = ("modules", "number", "weight", "rank", "scaling", "dtype", "‖ΔW‖")
 # More are listed by their kinds, unless each is asked for.
 MAX_MODULES = 40
-_LEFT = 2  # the first columns are words
+WORDS = 2  # how many columns, from the left, are words
 _DROPPED = ("dtype", "σ₁", "alpha", "99 %", "weight")  # in this order, on a narrow terminal
 
 
@@ -135,12 +135,17 @@ def plain_lines(report: AdapterReport, modules: bool = False) -> list[str]:
     widths = [max(len(row[i]) for row in table) for i in range(len(HEADINGS))]
     lines = [
         "  ".join(
-            cell.ljust(width) if i < _LEFT else cell.rjust(width)
+            cell.ljust(width) if i < WORDS else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in table
     ]
     return [*heading_lines(report), "", *lines, "", *closing_lines(report)]
+
+
+def report_text(report: AdapterReport) -> str:
+    """Return the lines as a file has them: what a terminal would act on is written out."""
+    return "\n".join(shown_lines(plain_lines(report, modules=True))) + "\n"
 
 
 def print_table(report: AdapterReport, modules: bool = False) -> None:
@@ -161,7 +166,7 @@ def print_table(report: AdapterReport, modules: bool = False) -> None:
     columns = _columns_that_fit(cells, console.width)
     for i in columns:
         table.add_column(
-            HEADINGS[i], justify="left" if i < _LEFT else "right", no_wrap=i > 0, overflow="fold"
+            HEADINGS[i], justify="left" if i < WORDS else "right", no_wrap=i > 0, overflow="fold"
         )
     for row in cells[1:]:
         table.add_row(*(row[i] for i in columns))

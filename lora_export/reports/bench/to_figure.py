@@ -2,57 +2,37 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from lora_export.bench.result import BenchReport, Table
-from lora_export.errors import BackendUnavailable
+from lora_export.reports.picture import COLOUR, REFERENCE, picture
+from lora_export.untrusted.shown import shown
 
-FORMATS = ("png", "svg")
 # A disturbed machine has p95 far above the medians, which would be too short to compare.
 _CUT = 3.0
-_COLOUR, _REFERENCE = "#4c72b0", "#777777"
+# Characters of a name beside a bar.
+_LABEL = 80
 
 
-def check_matplotlib() -> None:
-    """Raise `BackendUnavailable` if pictures can't be drawn here."""
-    if find_spec("matplotlib") is None:
-        raise BackendUnavailable(
-            "a plot needs matplotlib, which is not installed",
-            "pip install 'lora-export[plot]', or write --html, which needs nothing",
-        )
+def report_png(report: BenchReport) -> bytes:
+    """Return a row for each workload: times (median, middle half, p95) and ratios with their intervals."""
+    return _picture(report, "png")
 
 
-def write_figure(report: BenchReport, path: Path, file_format: str) -> None:
-    """Draw a row for each workload: times (median, middle half, p95) and ratios with their intervals.
+def report_svg(report: BenchReport) -> bytes:
+    """Return the same as SVG."""
+    return _picture(report, "svg")
 
-    Args:
-        report: What to draw.
-        path: File to write.
-        file_format: One of `FORMATS`.
 
-    Raises:
-        BackendUnavailable: matplotlib is not installed.
-    """
-    check_matplotlib()
-    import matplotlib
+def _picture(report: BenchReport, file_format: str) -> bytes:
+    def draw(figure: Any, axes: Any) -> None:
+        for table, (times, ratios) in zip(report.tables, axes, strict=True):
+            _draw_times(times, table)
+            _draw_ratios(ratios, table)
+        figure.suptitle(f"{report.environment.cpu}; {report.timed}", fontsize=9, wrap=True)
 
-    matplotlib.use("agg")
-    # Fixed ids and no date: the same report gives the same bytes.
-    matplotlib.rcParams["svg.hashsalt"] = "lora-export"
-    from matplotlib import pyplot
-
-    count = len(report.tables)
     height = sum(0.35 * len(table.rows) + 0.9 for table in report.tables) + 0.6
-    figure, axes = pyplot.subplots(count, 2, figsize=(12, height), squeeze=False, layout="constrained")
-    for table, (times, ratios) in zip(report.tables, axes, strict=True):
-        _draw_times(times, table)
-        _draw_ratios(ratios, table)
-    figure.suptitle(f"{report.environment.cpu}; {report.timed}", fontsize=9, wrap=True)
-    metadata = {"Date": None} if file_format == "svg" else {"Software": None}
-    figure.savefig(path, format=file_format, dpi=130, metadata=metadata)
-    pyplot.close(figure)
+    return picture(file_format, len(report.tables), height, draw)
 
 
 def _draw_times(axes: Any, table: Table) -> None:
@@ -60,15 +40,15 @@ def _draw_times(axes: Any, table: Table) -> None:
     found = [row.latency for row in table.rows]
     medians = [latency.median_ms for latency in found]
     reach = [[0.0] * len(found), [max(latency.p95_ms - latency.median_ms, 0.0) for latency in found]]
-    axes.barh(places, medians, xerr=reach, color=_COLOUR, ecolor=_REFERENCE, capsize=3)
-    axes.set_yticks(places, [row.contender for row in table.rows], fontsize=8)
+    axes.barh(places, medians, xerr=reach, color=COLOUR, ecolor=REFERENCE, capsize=3)
+    axes.set_yticks(places, [shown(row.contender, _LABEL) for row in table.rows], fontsize=8)
     axes.set_ylim(len(table.rows) - 0.4, -0.6)
     axes.set_xlim(0, 1.05 * min(max(latency.p95_ms for latency in found), _CUT * max(medians)))
     axes.set_title(f"{table.workload.label}: ms, median and p95", fontsize=9)
 
 
 def _draw_ratios(axes: Any, table: Table) -> None:
-    axes.axvline(1, color=_REFERENCE, linewidth=0.8, linestyle="--")
+    axes.axvline(1, color=REFERENCE, linewidth=0.8, linestyle="--")
     for place, row in enumerate(table.rows[1:], 1):
         if row.ratio:
             low, high = row.ratio.value - row.ratio.low, row.ratio.high - row.ratio.value
@@ -76,7 +56,7 @@ def _draw_ratios(axes: Any, table: Table) -> None:
                 row.ratio.value,
                 place,
                 xerr=[[low], [high]],
-                color=_COLOUR,
+                color=COLOUR,
                 marker="o",
                 markersize=4,
                 capsize=3,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from lora_export.bench.result import BenchReport
 
@@ -14,9 +13,4 @@ def report_json(report: BenchReport) -> str:
     Its keys are those of `lora_export.bench.result.BenchReport` and the classes within it, and ``kind``,
     ``format``, ``confidence`` and ``stopped_by``.
     """
-    return json.dumps(report.as_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-
-
-def write_json(report: BenchReport, path: Path) -> None:
-    """Write it to a file."""
-    path.write_text(report_json(report) + "\n", encoding="utf-8")
+    return json.dumps(report.as_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

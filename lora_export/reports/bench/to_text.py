@@ -8,6 +8,7 @@ from lora_export.bench.plan import Plan
 from lora_export.bench.result import BenchReport, ModelFacts, Row, Table
 from lora_export.bench.statistics import Interval
 from lora_export.reports.adapter.to_text import human_bytes
+from lora_export.untrusted.shown import shown_lines
 
 HEADINGS = (
     "phase",
@@ -22,21 +23,26 @@ HEADINGS = (
     "ratio [95 % interval]",
 )
 MODEL_HEADINGS = ("model", "files", "opened in s", "again", "memory opened", "after runs", "peak", "GPU")
-# Columns of words; the others are numbers.
-_LEFT, _MODEL_LEFT = 3, 1
+# How many columns of `HEADINGS`, from the left, are words; the others are numbers.
+WORDS = 3
 _NONE = "–"
 
 
 def report_lines(report: BenchReport) -> list[str]:
     """Return the whole report."""
     return [
-        *aligned([HEADINGS, *rows(report)], _LEFT),
+        *aligned([HEADINGS, *rows(report)], WORDS),
         "",
-        *aligned([MODEL_HEADINGS, *map(_model_cells, report.models)], _MODEL_LEFT),
+        *aligned([MODEL_HEADINGS, *map(_model_cells, report.models)], 1),
         *adapter_lines(report),
         "",
         *closing_lines(report),
     ]
+
+
+def report_text(report: BenchReport) -> str:
+    """Return the lines as a file has them: what a terminal would act on is written out."""
+    return "\n".join(shown_lines(report_lines(report))) + "\n"
 
 
 def plan_lines(plan: Plan) -> list[str]:

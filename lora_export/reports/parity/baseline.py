@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lora_export.errors import LoraExportError
-from lora_export.parity.result import ParityReport
-from lora_export.reports.parity.to_json import check_report
+from lora_export.parity.result import Generated, OutputMetrics, ParityReport, Verdict
 from lora_export.reports.parity.words import number, plural
 from lora_export.untrusted.shown import printable
 
@@ -80,34 +79,30 @@ def floors(*dtypes: str) -> Floors:
     return Floors(relative, kl=0.5 * (_LOGITS * relative) ** 2, top1=_NEAR_PAIRS * _LOGITS * relative)
 
 
-def compare(
-    old: Mapping[str, Any] | ParityReport, new: ParityReport | Mapping[str, Any], factor: float = FACTOR
-) -> list[Regression]:
+def compare(old: ParityReport, new: ParityReport, factor: float = FACTOR) -> list[Regression]:
     """Return what is worse in a report than in its baseline; nothing where it is as good.
 
     Args:
-        old: The baseline, as `read_report` returns it.
+        old: The baseline.
         new: The report of now.
         factor: How many times larger an error may be.
 
     Raises:
-        LoraExportError: A report is damaged, the baseline proves nothing, or the two are not of the same
-            check; with all reasons.
+        LoraExportError: The baseline proves nothing, or the two are not of the same check; with all reasons.
     """
     if not (math.isfinite(factor) and factor >= 1):
         raise LoraExportError(
             f"a baseline's factor must be a number from 1 on, not {factor:g}", f"omit factor= for {FACTOR:g}"
         )
-    before, now = _data(old, "the baseline"), _data(new, "the report")
-    if reasons := list(_incomparable(before, now)):
+    if reasons := list(_incomparable(old, new)):
         raise LoraExportError(
             "the baseline can't be compared with this check",
-            "write a new one: the same check without --baseline, with --report FILE",
+            "write a new one: the same check without --baseline, with --report FILE.json",
             reasons,
         )
-    found = list(_verdict_regressions(before["verdicts"], now["verdicts"]))
-    found += _token_regressions(before["generated"], now["generated"])
-    return found + list(_metric_regressions(before, now, factor))
+    found = list(_verdict_regressions(old.verdicts, new.verdicts))
+    found += _token_regressions(old.generated, new.generated)
+    return found + list(_metric_regressions(old, new, factor))
 
 
 def lines(regressions: Sequence[Regression]) -> list[str]:
@@ -123,31 +118,28 @@ def lines(regressions: Sequence[Regression]) -> list[str]:
     return ["PASSED: nothing is worse than the baseline"]
 
 
-def _data(report: Mapping[str, Any] | ParityReport, name: str) -> dict[str, Any]:
-    data = report.as_dict() if isinstance(report, ParityReport) else dict(report)
-    check_report(data, name)
-    return data
-
-
-def _incomparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+def _incomparable(old: ParityReport, new: ParityReport) -> Iterator[str]:
     """Yield every reason why two reports are not of the same check."""
-    if not any(row["counted"] and row["passed"] for row in old["verdicts"]):
+    if not any(row.counted and row.passed for row in old.verdicts):
         yield "the baseline is empty: no check in it passed and proved something"
-    for side, keys in (("reference", ("kind", "dtype", "sha256")), ("candidate", ("mode", "dtype"))):
+    for side, before, now, keys in (
+        ("reference", old.reference, new.reference, ("kind", "dtype", "sha256")),
+        ("candidate", old.candidate, new.candidate, ("mode", "dtype")),
+    ):
         for key in keys:
-            yield from _differs(f"{side}'s {key}", old[side].get(key), new[side].get(key))
-    if not (old["reference"].get("sha256") and new["reference"].get("sha256")):
+            yield from _differs(f"{side}'s {key}", before.get(key), now.get(key))
+    if not (old.reference.get("sha256") and new.reference.get("sha256")):
         # Without a hash, the folder's own name: what lies above differs from machine to machine.
-        names = [report["reference"]["path"].rstrip("/").rpartition("/")[2] for report in (old, new)]
+        names = [report.reference["path"].rstrip("/").rpartition("/")[2] for report in (old, new)]
         yield from _differs("reference's name", *names)
-    adapters = [{row["name"]: row for row in report["adapters"]} for report in (old, new)]
+    adapters = [{row["name"]: row for row in report.adapters} for report in (old, new)]
     yield from _differs("adapters", *(", ".join(sorted(rows)) or "none" for rows in adapters))
     for name in sorted(adapters[0].keys() & adapters[1].keys()):
         for key in ("sha256", "modules", "scaling"):
             yield from _differs(f"adapter {name!r}: {key}", adapters[0][name][key], adapters[1][name][key])
     # A wider tolerance lets pass what failed before.
-    yield from _differs("tolerance", old["tolerance"], new["tolerance"])
-    if reason := _feeds_differ(old["feeds"], new["feeds"]):
+    yield from _differs("tolerance", old.tolerance, new.tolerance)
+    if reason := _feeds_differ(old.feeds, new.feeds):
         yield reason
 
 
@@ -177,9 +169,7 @@ def _feed_differs(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     return old["shapes"] != new["shapes"] or (all(hashes) and hashes[0] != hashes[1])
 
 
-def _verdict_regressions(
-    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
-) -> Iterator[Regression]:
+def _verdict_regressions(old: Sequence[Verdict], new: Sequence[Verdict]) -> Iterator[Regression]:
     before, now = _by_check(old), _by_check(new)
     for (kind, name, state, output), rows in before.items():
         current = now.get((kind, name, state, output), [])
@@ -193,76 +183,69 @@ def _verdict_regressions(
             )
             yield Regression("vanished", *said, math.nan, why)
             continue
-        failed = [row for row in current if not row["passed"]]
-        if failed and all(row["passed"] for row in rows):
-            yield Regression(
-                "verdict", *said, float(failed[0]["limit"]), f"passed, fails now: {failed[0]['why']}"
-            )
-        elif any(row["counted"] for row in rows) and not any(row["counted"] for row in current):
+        failed = [row for row in current if not row.passed]
+        if failed and all(row.passed for row in rows):
+            yield Regression("verdict", *said, failed[0].limit, f"passed, fails now: {failed[0].why}")
+        elif any(row.counted for row in rows) and not any(row.counted for row in current):
             yield Regression("void", *said, math.nan, "proved something before, proves nothing now")
     for (kind, name, state, output), rows in now.items():
-        if (kind, name, state, output) not in before and not all(row["passed"] for row in rows):
+        if (kind, name, state, output) not in before and not all(row.passed for row in rows):
             said = (name, state, output, math.nan, _worst(rows))
-            yield Regression("verdict", *said, float(rows[0]["limit"]), "a check that is new, and fails")
+            yield Regression("verdict", *said, rows[0].limit, "a check that is new, and fails")
 
 
-def _token_regressions(
-    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
-) -> Iterator[Regression]:
+def _token_regressions(old: Sequence[Generated], new: Sequence[Generated]) -> Iterator[Regression]:
     """Yield the states of which more tokens were compared before than are asked for now."""
     # A run that met no difference has as many tokens as were asked for. Where each met one (a tie), it can't
     # be told how many that were, and a tie is no regression.
-    asked = max((run["equal"] for run in new if run["equal"] == len(run["reference"])), default=None)
-    states = {run["state"] for run in new}  # of the others the verdict is gone, which is said once
+    asked = max((run.equal for run in new if run.equal == len(run.reference)), default=None)
+    states = {run.state for run in new}  # of the others the verdict is gone, which is said once
     compared: dict[str, int] = {}
     for run in old:
-        compared[run["state"]] = max(compared.get(run["state"], 0), len(run["reference"]))
+        compared[run.state] = max(compared.get(run.state, 0), len(run.reference))
     for state, before in compared.items():
         if asked is not None and state in states and asked < before:
             why = "fewer greedy tokens are asked for: --generate is smaller"
             yield Regression("vanished", "greedy tokens", state, "logits", before, asked, math.nan, why)
 
 
-def _by_check(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str, str], list[Mapping[str, Any]]]:
-    found: dict[tuple[str, str, str, str], list[Mapping[str, Any]]] = {}
+def _by_check(rows: Sequence[Verdict]) -> dict[tuple[str, str, str, str], list[Verdict]]:
+    found: dict[tuple[str, str, str, str], list[Verdict]] = {}
     for row in rows:
-        found.setdefault((row["kind"], row["name"], row["state"], row["output"]), []).append(row)
+        found.setdefault((row.kind, row.name, row.state, row.output), []).append(row)
     return found
 
 
-def _worst(rows: Sequence[Mapping[str, Any]]) -> float:
+def _worst(rows: Sequence[Verdict]) -> float:
     """Return the largest value; NaN is worse than any, and stands for no value."""
-    values = [float(row["value"]) for row in rows]
+    values = [row.value for row in rows]
     return math.nan if not values or any(map(math.isnan, values)) else max(values)
 
 
-def _metric_regressions(
-    old: Mapping[str, Any], new: Mapping[str, Any], factor: float
-) -> Iterator[Regression]:
-    noise = floors(new["reference"]["dtype"], new["candidate"]["dtype"])
-    current = {(row["state"], row["output"]): row for row in new["metrics"]}
-    for row in old["metrics"]:
-        now = current.get((row["state"], row["output"]), {})
+def _metric_regressions(old: ParityReport, new: ParityReport, factor: float) -> Iterator[Regression]:
+    noise = floors(new.reference["dtype"], new.candidate["dtype"])
+    current = {(row.state, row.output): row for row in new.metrics}
+    for row in old.metrics:
+        now = current.get((row.state, row.output))
         # Reports of older versions don't say how many positions were compared.
-        positions = now.get("positions") or _positions(new["feeds"])
+        positions = (now.positions if now is not None else 0) or _positions(new.feeds)
         one = 1 / positions if positions else 0.0
         for name, before in _measured(row).items():
-            said = (name, row["state"], row["output"], before)
-            value = now.get(name)
+            said = (name, row.state, row.output, before)
+            value = None if now is None else getattr(now, name)
             if value is None:
                 yield Regression("vanished", *said, math.nan, math.nan, "is not measured any more")
                 continue
             limit, why = _limit(name, before, factor, noise, one)
-            value = float(value)
             # Written so that NaN is worse.
             if not (value >= limit if name == "top1" else value <= limit):
                 yield Regression("metric", *said, value, limit, why)
 
 
-def _measured(row: Mapping[str, Any]) -> dict[str, float]:
+def _measured(row: OutputMetrics) -> dict[str, float]:
     """Return the numbers of a baseline that can become worse; what was no number then can't."""
-    values = {name: float(row[name]) for name in ("relative", "kl", "top1") if row[name] is not None}
-    return {name: value for name, value in values.items() if math.isfinite(value)}
+    values = {"relative": row.relative, "kl": row.kl, "top1": row.top1}
+    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
 def _limit(name: str, before: float, factor: float, noise: Floors, one: float) -> tuple[float, str]:

@@ -1,9 +1,9 @@
-"""The reports of a parity check as files: JSON, JUnit, HTML."""
+"""Which files the reports of a parity check may not be written to."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,24 +11,14 @@ from lora_export.base.reads import folder_files
 from lora_export.errors import LoraExportError, OutputError
 from lora_export.formats.reading.weights_files import files_of
 from lora_export.graph.onnx_file import load_graph
-from lora_export.parity.result import ParityReport
-from lora_export.reports.parity.to_html import report_html
-from lora_export.reports.parity.to_json import report_json
-from lora_export.reports.parity.to_junit import junit_xml
-from lora_export.storage.outputs import OutputSet, output_errors, places_of, replaced_inputs
+from lora_export.reports.files import ReportFile, ending_problem
+from lora_export.storage.outputs import places_of, replaced_inputs
 
-_WRITERS: Mapping[str, Callable[[ParityReport], str]] = {
-    "json": report_json,
-    "junit": junit_xml,
-    "html": report_html,
-}
-_OPTIONS = {"json": "--report", "junit": "--junit", "html": "--html"}
 # What lies beside a graph or an engine under its stem.
 _BESIDE = {".onnx": (".lora.json",), ".engine": (".lora.json", ".json", ".log")}
 _ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".data")
 _CONFIGS = (_ADAPTER_CONFIG, "config.json")
-Outputs = Mapping[str, Path | None]
 
 
 @dataclass(frozen=True)
@@ -60,29 +50,30 @@ class Inputs:
         return [*found, *(file for adapter in self.adapters for file in files_of(adapter))]
 
 
-def check_outputs(outputs: Outputs, force: bool, inputs: Inputs) -> None:
+def check_outputs(outputs: Sequence[ReportFile], force: bool, inputs: Inputs) -> None:
     """Refuse what could not be written, before anything is run.
 
     Raises:
-        OutputError: Two reports have one path, one would replace what the check reads, lies in a folder that
-            can't be written, or exists without ``force``; all of them.
+        OutputError: Two reports have one path, the ending of one says nothing, one would replace what the
+            check reads, lies in a folder that can't be written, or exists without ``force``; all of them.
     """
     problems: list[str] = []
     hints: set[str] = set()
     seen: dict[Path, str] = {}
-    for kind, path in outputs.items():
-        if path is None:
-            continue
-        option, known = _OPTIONS[kind], path.resolve()
+    for file in outputs:
+        known = file.path.resolve()
         if known in seen:
-            problems.append(f"{seen[known]} and {option} are both {path}")
+            problems.append(f"{seen[known]} and {file.option} are both {file.path}")
             hints.add("give each a path of its own")
-        seen[known] = option
-        if why := _refused(path, inputs):
-            problems.append(f"{option} {path}{why}")
+        seen[known] = file.option
+        if why := _refused(file.path, inputs):
+            problems.append(f"{file}{why}")
             hints.add("give a path at which a file can be written")
-        elif _there(path) and not force:
-            problems.append(f"{option} {path} exists")
+        elif why := ending_problem("parity", file):
+            problems.append(why)
+            hints.add("give a name with such an ending")
+        elif _there(file.path) and not force:
+            problems.append(f"{file} exists")
             hints.add("choose another name, or give --force")
     if problems:
         raise OutputError("the reports can't be written", "; ".join(sorted(hints)), problems)
@@ -158,27 +149,3 @@ def _data_of(graph: Path) -> set[Path]:
 
 def _there(path: Path) -> bool:
     return path.exists() or path.is_symlink()
-
-
-def write_reports(
-    report: ParityReport, outputs: Outputs, force: bool = False, reads: Iterable[Path] = ()
-) -> list[Path]:
-    """Write the reports that were asked for; all of them appear, or none.
-
-    Args:
-        report: What to write.
-        outputs: Where to.
-        force: Replace files that exist; whether they may be replaced is `check_outputs`'s question.
-        reads: What was read, never to be replaced: `Inputs.files`.
-
-    Raises:
-        OutputError: One exists already or can't be written.
-    """
-    written = [(kind, path) for kind, path in outputs.items() if path is not None]
-    with OutputSet(force, reads) as group:
-        for kind, path in written:
-            staged = group.stage(path)
-            with output_errors(path):
-                staged.write_text(_WRITERS[kind](report), encoding="utf-8")
-        group.commit()
-    return [path for _, path in written]

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from lora_export.parity.result import Localisation, OutputMetrics, ParityReport, Scatter
-from lora_export.reports.parity.svg import (
+from lora_export.reports.markup import Markup, element, joined
+from lora_export.reports.parity.words import number, plural
+from lora_export.reports.svg import (
     BOTTOM,
     LARGEST,
     LEFT,
@@ -26,10 +28,9 @@ from lora_export.reports.parity.svg import (
     label,
     linear_axis,
     log_axis,
+    points,
     segment,
 )
-from lora_export.reports.parity.words import number, plural
-from lora_export.untrusted.shown import safe
 
 # The number of a layer in a module's path.
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -49,14 +50,14 @@ _LINES = (
 )
 
 
-def error_by_module(found: Localisation) -> str:
+def error_by_module(found: Localisation) -> Markup:
     """Return the error along the computation, module by module; "" where there is nothing to draw."""
     width, height = 1000.0, 340.0
     rows = found.rows
     values = [getattr(row, line.field) for row in rows for line in _LINES]
     y = log_axis(values, height - BOTTOM, TOP)
     if y is None:
-        return ""
+        return Markup()
     x = Axis(-0.5, len(rows) - 0.5, LEFT, width - RIGHT)
     parts = [
         *frame(
@@ -69,14 +70,16 @@ def error_by_module(found: Localisation) -> str:
         parts += _line(found, line, x, y)
     where = f"begins at {found.module}" if found.module else "jumps nowhere"
     words = f"Relative error of {plural(len(rows), 'module')} in the order of the computation; it {where}."
-    legend = " ".join(
-        f'<span class="key"><i class="{line.kind}"></i>{safe(line.said)}</span>' for line in reversed(_LINES)
-    )
+    legend = [
+        element("span", element("i", class_=line.kind), line.said, " ", class_="key")
+        for line in reversed(_LINES)
+    ]
     missing = sum(not math.isfinite(row.error_out) for row in rows)
-    return figure(width, height, words, parts, f"{legend} One point for each module.", missing)
+    caption = joined([*legend, "One point for each module."])
+    return figure(width, height, words, parts, caption, missing)
 
 
-def error_against_effect(report: ParityReport) -> str:
+def error_against_effect(report: ParityReport) -> Markup:
     """Return error against effect of every state and output; "" where no adapter has an effect.
 
     On the diagonal the error is as large as the effect: there lies an adapter that is not applied.
@@ -92,7 +95,7 @@ def error_against_effect(report: ParityReport) -> str:
     ends = [effect * times for _, effect in drawn for times in (1.0, min(limits, default=1.0))]
     y = log_axis([*(row.relative for row, _ in drawn), *ends], size - BOTTOM, TOP)
     if x is None or y is None:
-        return ""
+        return Markup()
     parts = frame(size, size, x, y, "effect of the adapter", "error")
     parts += _ratio(x, y, 1.0, "diagonal", "error = effect: not applied")
     if limits:
@@ -110,23 +113,21 @@ def error_against_effect(report: ParityReport) -> str:
     return figure(size, size, words, parts, caption, len(rows) - len(drawn))
 
 
-def value_scatter(found: Scatter) -> str:
+def value_scatter(found: Scatter) -> Markup:
     """Return values of one output, reference against candidate; "" where none is finite."""
     size = 480.0
     pairs = list(zip(found.reference, found.candidate, strict=False))
     drawn = [pair for pair in pairs if all(abs(value) <= LARGEST for value in pair)]
     if not drawn:
-        return ""
+        return Markup()
     values = [value for pair in drawn for value in pair]
     x, y = linear_axis(values, LEFT, size - RIGHT), linear_axis(values, size - BOTTOM, TOP)
     parts = frame(size, size, x, y, "reference", "candidate")
     parts.append(segment("diagonal", x.at(x.low), y.at(y.low), x.at(x.high), y.at(y.high)))
-    # One path for all: thousands of elements of their own would make the page slow.
-    strokes = "".join(f"M{x.at(wanted):.1f} {y.at(seen):.1f}h0" for wanted, seen in drawn)
-    parts.append(f'<path class="points" d="{strokes}"/>')
+    parts.append(points("points", ((x.at(wanted), y.at(seen)) for wanted, seen in drawn)))
     title = f"{found.state}, {found.output}"
     words = f"{title}: {plural(len(drawn), 'value')} of the candidate against the reference's."
-    caption = f"{safe(title)}: {plural(len(drawn), 'value')}; on the line both are equal."
+    caption = f"{title}: {plural(len(drawn), 'value')}; on the line both are equal."
     return figure(size, size, words, parts, caption, len(pairs) - len(drawn))
 
 
@@ -138,12 +139,12 @@ def _has_place(*values: float) -> bool:
     return all(0 <= value <= LARGEST for value in values)
 
 
-def _line(found: Localisation, line: _Line, x: Axis, y: Axis) -> Iterator[str]:
+def _line(found: Localisation, line: _Line, x: Axis, y: Axis) -> Iterator[Markup]:
     """Yield one line through all modules and its points."""
     values = [getattr(row, line.field) for row in found.rows]
-    points = [(x.at(i), y.at(value)) if _has_place(value) else None for i, value in enumerate(values)]
-    yield curve(line.kind, points)
-    for row, value, point in zip(found.rows, values, points, strict=True):
+    places = [(x.at(i), y.at(value)) if _has_place(value) else None for i, value in enumerate(values)]
+    yield curve(line.kind, places)
+    for row, value, point in zip(found.rows, values, places, strict=True):
         if point is None:
             continue
         said = f"{row.module}: {line.said} {number(value)}"
@@ -155,7 +156,7 @@ def _line(found: Localisation, line: _Line, x: Axis, y: Axis) -> Iterator[str]:
             yield dot(*point, line.kind, f"{said}, of its input {number(row.error_in)}", 3.5)
 
 
-def _layers(found: Localisation, x: Axis, bottom: float) -> Iterator[str]:
+def _layers(found: Localisation, x: Axis, bottom: float) -> Iterator[Markup]:
     """Yield where each layer begins, with its number, or every n-th where there are many."""
     starts: list[tuple[int, str]] = []
     for i, row in enumerate(found.rows):
@@ -165,10 +166,11 @@ def _layers(found: Localisation, x: Axis, bottom: float) -> Iterator[str]:
     step = max(1, math.ceil(len(starts) / _LAYERS_NAMED))
     for i, said in starts[::step]:
         at = x.at(i - 0.5)
-        yield segment("grid", at, TOP, at, bottom) + label(at + 3, bottom + 16, said)
+        yield segment("grid", at, TOP, at, bottom)
+        yield label(at + 3, bottom + 16, said)
 
 
-def _culprit(found: Localisation, x: Axis, bottom: float) -> Iterator[str]:
+def _culprit(found: Localisation, x: Axis, bottom: float) -> Iterator[Markup]:
     """Yield a line and the name at the module where the error begins."""
     for i, row in enumerate(found.rows):
         if row.module == found.module:
@@ -179,7 +181,7 @@ def _culprit(found: Localisation, x: Axis, bottom: float) -> Iterator[str]:
             )
 
 
-def _ratio(x: Axis, y: Axis, ratio: float, kind: str, said: str) -> Iterator[str]:
+def _ratio(x: Axis, y: Axis, ratio: float, kind: str, said: str) -> Iterator[Markup]:
     """Yield the line error = ratio × effect within the plot, and its name at the upper end."""
     shift = math.log10(ratio)
     low, high = max(x.low, y.low - shift), min(x.high, y.high - shift)

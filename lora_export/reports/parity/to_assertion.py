@@ -26,13 +26,12 @@ def assert_parity(
 
     Raises:
         AssertionError: Something differs, or nothing was proven. Its text is what `lora-export parity`
-            prints, the verdict first.
+            prints.
         LoraExportError: The two could not be compared, as of `check_parity`.
     """
     __tracebackhide__ = True  # pytest shows the line of the test that called
     report = check_parity(reference, candidate, adapters, **options)
     if not report.passed:
-        *text, verdict = lines(report)
-        # pytest's summary shows a message's first line.
-        raise AssertionError("\n".join([verdict, "", *text]).rstrip())
+        # pytest's summary shows a message's first line: the sentence.
+        raise AssertionError("\n".join(lines(report)))
     return report

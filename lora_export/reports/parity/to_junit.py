@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from lora_export.parity.result import ParityReport, Verdict
+from lora_export.parity.sentence import failure_sentence, sentence
 from lora_export.plan import align
 from lora_export.reports.parity.to_text import localisation_lines, note_lines
-from lora_export.reports.parity.words import by_state, facts, metric_rows, relation, verdict_line
+from lora_export.reports.parity.words import by_state, facts, metric_rows, relation
 from lora_export.untrusted.shown import printable
 
 
@@ -38,7 +39,7 @@ def junit_xml(report: ParityReport) -> str:
 
 
 def _nothing_proven(report: ParityReport) -> Verdict:
-    why = verdict_line(report)
+    why = sentence(report)
     return Verdict("law", "something was proven", "everything", "", math.nan, math.nan, passed=False, why=why)
 
 
@@ -50,8 +51,11 @@ def _suite(
     properties = SubElement(suite, "properties")
     for label, value in facts(report):
         SubElement(properties, "property", name=label, value=value)
+    # What is wrong with a state is one thing, whichever verdicts show it.
+    failed = [verdict for verdict in verdicts if not verdict.passed]
+    message = failure_sentence(report, failed) if report.failed and failed else sentence(report)
     for verdict in verdicts:
-        suite.append(_case(report, verdict, used))
+        suite.append(_case(report, verdict, message, used))
     counts = {
         "tests": len(verdicts),
         "failures": sum(not verdict.passed for verdict in verdicts),
@@ -68,7 +72,7 @@ def _suite(
     return suite
 
 
-def _case(report: ParityReport, verdict: Verdict, used: set[tuple[str, str]]) -> Element:
+def _case(report: ParityReport, verdict: Verdict, message: str, used: set[tuple[str, str]]) -> Element:
     classname = f"parity.{printable(verdict.state).replace('.', '_')}"
     plain = printable(f"{verdict.name} [{verdict.output}]" if verdict.output else verdict.name)
     name, count = plain, 1
@@ -79,20 +83,16 @@ def _case(report: ParityReport, verdict: Verdict, used: set[tuple[str, str]]) ->
     used.add((classname, name))
     case = Element("testcase", classname=classname, name=name, time="0.000")
     if not verdict.passed:
-        failure = SubElement(case, "failure", message=_message(verdict), type=verdict.kind)
+        failure = SubElement(case, "failure", message=message, type=verdict.kind)
         failure.text = "\n".join(_failure_lines(report, verdict))
     elif not verdict.counted:
         SubElement(case, "skipped", message=f"proves nothing: {printable(verdict.why)}".rstrip(": "))
     return case
 
 
-def _message(verdict: Verdict) -> str:
-    found = "" if math.isnan(verdict.limit) else relation(verdict)
-    return ": ".join(filter(None, (printable(verdict.name), found, printable(verdict.why))))
-
-
 def _failure_lines(report: ParityReport, verdict: Verdict) -> list[str]:
     said = [
+        ("check", verdict.name),
         ("state", verdict.state),
         ("output", verdict.output),
         ("found", relation(verdict)),

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from lora_export.parity.result import Localisation, ModuleRow, ParityReport, Verdict
+from lora_export.parity.sentence import sentence
 from lora_export.plan import align
 from lora_export.reports.parity.words import (
     by_state,
@@ -30,14 +31,15 @@ _WHY = 24
 
 
 def lines(report: ParityReport, cut: bool = False) -> list[str]:
-    """Return what a user reads after a check; the last line is the verdict on all of it.
+    """Return what a user reads after a check: first a sentence for everybody, last the count of checks.
 
     Args:
         report: What was found.
         cut: Cut reasons of what passed, so that only names that a user chose (modules, outputs, paths) make
             a line longer than ``WIDTH``: for a terminal. In the log of a job the rest would be lost.
     """
-    text = head_lines(report)
+    said = sentence(report)
+    text = [*(_wrapped(said) if cut else [said]), "", *head_lines(report)]
     for state, verdicts in by_state(report.verdicts).items():
         text += ["", *_state_lines(state, verdicts, cut)]
     for title, table in (
@@ -49,6 +51,11 @@ def lines(report: ParityReport, cut: bool = False) -> list[str]:
         text += _section("where the error begins", localisation_lines(report.localisation))
     notes = note_lines(report)
     return [*text, *([""] if notes else []), *notes, "", verdict_line(report)]
+
+
+def report_text(report: ParityReport) -> str:
+    """Return the lines as a file has them."""
+    return "\n".join(lines(report)) + "\n"
 
 
 def head_lines(report: ParityReport) -> list[str]:
@@ -76,7 +83,7 @@ def localisation_lines(found: Localisation) -> list[str]:
         text += align([heading, *(_module_cells(row, found) for row in shown)])
         text.append("(>>: the error begins here; PyTorch: its own error there in the candidate's dtype)")
     if left := len(found.rows) - len(shown):
-        text.append(f"… and {left} more with --report")
+        text.append(f"… and {left} more with --report FILE.json")
     if found.of:
         text.append(f"looked at {found.looked_at} of {plural(found.of, 'module')}")
     return text + (_wrapped(printable(found.note), indent=2) if found.note else [])

@@ -1,6 +1,7 @@
-"""What the plots of a parity report are made of: axes, points, lines and a frame, as SVG text.
+"""What all plots of pages are made of: axes, points, lines, bars and a frame, as SVG.
 
-Colours are classes of the page's CSS. Points have a ``title``, which browsers show under the mouse.
+Colours are classes of the page's CSS (`lora_export.reports.page`). Points have a ``title``, which browsers
+show under the mouse.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lora_export.untrusted.shown import safe
+from lora_export.reports.markup import Markup, element, joined
 
 LEFT, RIGHT, TOP, BOTTOM = 62.0, 14.0, 14.0, 46.0
 _TICKS = 7
@@ -75,47 +76,51 @@ def linear_axis(values: Sequence[float], start: float, end: float) -> Axis:
     return Axis(low - air, high + air, start, end)
 
 
-def frame(width: float, height: float, x: Axis | None, y: Axis, x_said: str, y_said: str) -> list[str]:
+def frame(width: float, height: float, x: Axis | None, y: Axis, x_said: str, y_said: str) -> list[Markup]:
     """Return grid, labels of the ticks and names of the axes; without ``x`` no vertical ones."""
     right, bottom = width - RIGHT, height - BOTTOM
-    parts = [f'<rect class="frame" x="{LEFT}" y="{TOP}" width="{right - LEFT}" height="{bottom - TOP}"/>']
+    parts = [element("rect", class_="frame", x=LEFT, y=TOP, width=right - LEFT, height=bottom - TOP)]
     for value in y.ticks():
         at = y.at(value)
-        parts.append(segment("grid", LEFT, at, right, at) + label(LEFT - 6, at + 4, y.label(value), "end"))
+        parts += [segment("grid", LEFT, at, right, at), label(LEFT - 6, at + 4, y.label(value), "end")]
     for at, said in [(x.at(value), x.label(value)) for value in x.ticks()] if x is not None else []:
-        parts.append(segment("grid", at, TOP, at, bottom) + label(at, bottom + 16, said, "middle"))
+        parts += [segment("grid", at, TOP, at, bottom), label(at, bottom + 16, said, "middle")]
     parts.append(label((LEFT + right) / 2, height - 8, x_said, "middle", "axis"))
     middle = (TOP + bottom) / 2
-    turned = f'transform="rotate(-90 14 {middle:.1f})"'
-    parts.append(label(14, middle, y_said, "middle", "axis", turned))
+    parts.append(label(14.0, middle, y_said, "middle", "axis", turned=f"rotate(-90 14 {middle:.1f})"))
     return parts
 
 
-def label(x: float, y: float, said: str, anchor: str = "start", kind: str = "tick", more: str = "") -> str:
+def label(
+    x: float, y: float, said: str, anchor: str = "start", kind: str = "tick", turned: str | None = None
+) -> Markup:
     """Return a text of the picture."""
-    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
-    return f'<text class="{kind}" {place} {more}>{safe(said)}</text>'
+    return element("text", said, class_=kind, x=float(x), y=float(y), text_anchor=anchor, transform=turned)
 
 
-def segment(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
+def segment(kind: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
     """Return a straight line."""
-    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+    return element("line", class_=kind, x1=float(x1), y1=float(y1), x2=float(x2), y2=float(y2))
 
 
-def dot(x: float, y: float, kind: str, said: str, radius: float = 4.0) -> str:
+def bar(kind: str, x: float, y: float, width: float, height: float, said: str) -> Markup:
+    """Return a filled rectangle that says what it is."""
+    place = {"x": float(x), "y": float(y), "width": float(width), "height": float(height)}
+    return element("rect", element("title", said), class_=kind, **place)
+
+
+def dot(x: float, y: float, kind: str, said: str, radius: float = 4.0) -> Markup:
     """Return a round point that says what it is."""
-    return (
-        f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{safe(said)}</title></circle>'
-    )
+    return element("circle", element("title", said), class_=kind, cx=float(x), cy=float(y), r=radius)
 
 
-def cross(x: float, y: float, kind: str, said: str) -> str:
+def cross(x: float, y: float, kind: str, said: str) -> Markup:
     """Return a point in the form of a ×, so that not only its colour tells it from others."""
     strokes = "".join(f"M{x - 5:.1f} {y + way * 5:.1f}L{x + 5:.1f} {y - way * 5:.1f}" for way in (-1, 1))
-    return f'<path class="{kind} cross" d="{strokes}"><title>{safe(said)}</title></path>'
+    return element("path", element("title", said), class_=f"{kind} cross", d=Markup(strokes))
 
 
-def curve(kind: str, points: Iterable[tuple[float, float] | None]) -> str:
+def curve(kind: str, points: Iterable[tuple[float, float] | None]) -> Markup:
     """Return a line through points, with a gap at each None."""
     strokes, pen = [], "M"
     for point in points:
@@ -124,25 +129,47 @@ def curve(kind: str, points: Iterable[tuple[float, float] | None]) -> str:
         else:
             strokes.append(f"{pen}{point[0]:.1f} {point[1]:.1f}")
             pen = "L"
-    return f'<path class="{kind} curve" d="{"".join(strokes)}"/>' if strokes else ""
+    return element("path", class_=f"{kind} curve", d=Markup("".join(strokes))) if strokes else Markup()
 
 
-def figure(
-    width: float, height: float, words: str, parts: Iterable[str], caption: str, missing: int = 0
-) -> str:
-    """Return the whole picture with its caption.
+def points(kind: str, places: Iterable[tuple[float, float]]) -> Markup:
+    """Return round points without words; one path for all, as thousands of elements make a page slow."""
+    return element("path", class_=kind, d=Markup("".join(f"M{x:.1f} {y:.1f}h0" for x, y in places)))
+
+
+def drawing(
+    width: float, height: float, words: str, parts: Iterable[Markup], kind: str | None = None
+) -> Markup:
+    """Return a picture.
 
     Args:
         width: Size in the picture's own unit; the page scales it.
         height: The same.
         words: What it shows, for who can't see it.
-        parts: SVG.
-        caption: HTML, what stands below.
+        parts: What is drawn, the first at the back.
+        kind: Class of the page's CSS.
+    """
+    size = f"0 0 {width:g} {height:g}"
+    return element("svg", joined(parts), viewBox=size, class_=kind, role="img", aria_label=words)
+
+
+def figure(
+    width: float, height: float, words: str, parts: Iterable[Markup], caption: object, missing: int = 0
+) -> Markup:
+    """Return a picture with its caption.
+
+    Args:
+        width: Size in the picture's own unit; the page scales it.
+        height: The same.
+        words: What it shows, for who can't see it.
+        parts: What is drawn, the first at the back.
+        caption: What stands below.
         missing: How many points had no place.
     """
     left_out = f" Not drawn, because no finite number: {missing}." if missing else ""
-    return (
-        f'<figure style="max-width:{width:g}px"><svg viewBox="0 0 {width:g} {height:g}" role="img" '
-        f'aria-label="{safe(words + left_out)}">{"".join(parts)}</svg>'
-        f"<figcaption>{caption}{left_out}</figcaption></figure>"
+    return element(
+        "figure",
+        drawing(width, height, words + left_out, parts),
+        element("figcaption", caption, left_out),
+        style=f"max-width:{width:g}px",
     )
