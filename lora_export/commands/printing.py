@@ -86,7 +86,7 @@ def print_json_error(
         kind: Name of the error's class.
         code: Exit code.
         message: Rule that failed.
-        problems: What failed, one by one.
+        problems: The failures, one by one.
         hint: Way out.
     """
     error = {"kind": kind, "exit_code": code, "message": message, "problems": list(problems), "hint": hint}

@@ -1,4 +1,4 @@
-"""What a verb says beside its result: its help, options by what they are about; and what comes next."""
+"""Verbs of the command line: their help, with options under headings, and the command that comes next."""
 
 from __future__ import annotations
 

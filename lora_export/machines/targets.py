@@ -143,7 +143,7 @@ def select_targets(
 
 
 def _has(target: Target, word: str) -> bool:
-    """Whether a word occurs in a GPU's name or label."""
+    """Return True if a word occurs in a GPU's name or label."""
     if key := _key(word):
         return key in f"{_key(target.name)} {_key(target.label)}"
     # A word that spellings leave out, alone: jetson chooses by the labels, nvidia fits every GPU.

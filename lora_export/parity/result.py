@@ -271,14 +271,14 @@ class ParityReport:
 
     @classmethod
     def from_json(cls, data: object, name: str = "the report") -> ParityReport:
-        """Return the report that `as_dict` made this of.
+        """Return the report from which `as_dict` made the data.
 
         Args:
-            data: What was read.
-            name: What to call it in the error.
+            data: Parsed JSON.
+            name: Name of the report in the error.
 
         Raises:
-            LoraExportError: It is not a whole report of this format; with every rule that it breaks.
+            LoraExportError: The data is not a whole report of this format; every broken rule is listed.
         """
         if isinstance(data, dict) and repr(data.get("format")) != repr(FORMAT):
             seen = json.dumps(data.get("format"), default=str)[:60]
