@@ -28,7 +28,7 @@ def shapes_of(model: ir.Model) -> dict[int, ir.Shape]:
 
 
 def _is_long(shape: ir.Shape | None) -> bool:
-    """Whether a value is a vector of more elements than onnx is to compute."""
+    """Return whether a value is a vector of more elements than onnx is to compute."""
     return shape is not None and len(shape) == 1 and isinstance(shape[0], int) and shape[0] > _LONGEST
 
 

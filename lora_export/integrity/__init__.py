@@ -1,1 +1,1 @@
-"""Whether files are still what was written: every file of a set by its full hash."""
+"""Return whether files are still what was written: every file of a set by its full hash."""

@@ -153,7 +153,7 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def _may_name(beside: Path, name: str) -> bool:
-    """Whether a file describes another, or may have before it was damaged."""
+    """Return whether a file describes another, or may have before it was damaged."""
     description = description_of(beside)
     if description is None:
         return False

@@ -154,7 +154,7 @@ class Matrix:
 
     @property
     def needs_norms(self) -> bool:
-        """Whether some DoRA norm spans several blocks, so that `measure_norms` must come first."""
+        """Return whether some DoRA norm spans several blocks, so that `measure_norms` must come first."""
         rows_are_cut = self.piece.shape[1] > WIDE
         return any(p.magnitude is not None and (p.magnitude_axis == 1 or rows_are_cut) for p in self.patches)
 
@@ -236,7 +236,7 @@ class Matrix:
         grid[region] *= factor[:, None] if patch.magnitude_axis == 0 else factor[None, :]
 
     def _is_measured(self, patch: Patch, block: Block) -> bool:
-        """Whether this block is one of the evenly spaced ones on which ``patch`` is measured."""
+        """Return whether this block is one of the evenly spaced ones on which ``patch`` is measured."""
         if self._rounding == "off" or _region(patch, block) is None:
             return False
         if self._rounding == "exact" or block.width < self.piece.shape[1]:

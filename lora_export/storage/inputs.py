@@ -61,7 +61,7 @@ class FileState:
         return f"{self.path}: written to ({self.size_bytes} bytes then, {now.size_bytes} now)"
 
     def is_of(self, other: FileState) -> bool:
-        """Whether both are states of one file."""
+        """Return whether both are states of one file."""
         return (self.device, self.inode) == (other.device, other.inode)
 
 

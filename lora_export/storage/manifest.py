@@ -108,7 +108,7 @@ class Manifest:
 
 
 def is_sampled(size_bytes: int) -> bool:
-    """Whether the identity of a file of this size is over a sample of it."""
+    """Return whether the identity of a file of this size is over a sample of it."""
     return size_bytes > _WHOLE_BYTES
 
 

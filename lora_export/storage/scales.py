@@ -141,7 +141,7 @@ def _reduced(operation: Callable[..., Any], values: Array, grid: Sequence[int]) 
 
 
 def looks_scaled(codes: Array) -> bool:
-    """Whether float8 values reach so near to the end of their type as only codes with a scale do."""
+    """Return whether float8 values reach so near to the end of their type as only codes with a scale do."""
     largest = _LARGEST.get(codes.dtype)
     if largest is None or not codes.size:
         return False

@@ -88,7 +88,7 @@ def layout_problems(file: IO[bytes], size: int, entries: Sequence[zipfile.ZipInf
 
 
 def _is_one_archive(file: IO[bytes], size: int, entries: Sequence[zipfile.ZipInfo]) -> bool:
-    """Whether nothing is before the first entry, and nothing behind or between directory and last records."""
+    """Return whether nothing is before the first entry, and nothing behind or between directory and last records."""
     _, disk, first_disk, here, count, length, offset, comment = _END.unpack(_tail(file, size, 0, _END))
     end = size - _END.size
     locator = _LOCATOR.unpack(_tail(file, size, _END.size, _LOCATOR))

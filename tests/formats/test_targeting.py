@@ -108,7 +108,7 @@ def test_a_pattern_that_stops_peft_is_refused(key, value, pattern, tmp_path):
         peft.PeftModel.from_pretrained(tiny.build("llama"), given)
     with pytest.raises(AdapterError) as caught:
         load_adapter(given)
-    assert any(f"{key} {pattern!r}: no regular expression" in problem for problem in caught.value.problems)
+    assert any(f"{key} {pattern!r}: not a regular expression" in problem for problem in caught.value.problems)
 
 
 def test_keys_of_a_pattern_that_contradict_each_other_are_said(tmp_path):

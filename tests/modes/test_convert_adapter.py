@@ -395,7 +395,7 @@ def test_a_replaced_parameter_is_converted_for_its_base_alone(tmp_path, name):
     for number, file in enumerate((first, convert_adapter(first, here, tmp_path / name).output)):
         with pytest.raises(AdapterError) as caught:
             convert_adapter(file, other, tmp_path / f"{number}-{name}", any_base=True)
-        assert "they hold for no other base" in caught.value.problems[1]
+        assert "they are valid only for that base" in caught.value.problems[1]
 
 
 def test_a_rank_above_the_graphs_is_refused(tmp_path):
@@ -534,7 +534,7 @@ def test_reading_options_have_names_of_their_own(tmp_path):
     save_file({"q.lora_A.weight": random(5, 2), "q.lora_B.weight": random(2, 6)}, file)
     unknown = command("convert-adapter", file, "--for", model, "-o", out)
     assert unknown.returncode == 1
-    assert "don't tell alpha" in unknown.stderr
+    assert "doesn't state alpha" in unknown.stderr
     assert "--from-format" in unknown.stderr
     told = command("convert-adapter", file, "--for", model, "-o", out, "--from-format", "converted")
     assert told.returncode == 0, told.stderr

@@ -471,5 +471,5 @@ def test_trtexec_is_used_where_both_are(kit, tmp_path):
 
 
 def test_a_kit_for_a_compiler_that_never_builds_for_it_is_refused(tmp_path):
-    with pytest.raises(BackendError, match="leave out --backend tensorrt-rtx"):
+    with pytest.raises(BackendError, match="omit --backend tensorrt-rtx"):
         write_kits(product(tmp_path / "m.onnx"), Wish(["orin-nano-8gb"], backend="tensorrt-rtx"), tmp_path)

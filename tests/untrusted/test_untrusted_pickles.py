@@ -56,7 +56,7 @@ def renamed(entries: list[tuple[str, bytes]], old: str, new: str) -> list[tuple[
 # What torch loads is not what another reader finds.
 TWO_READERS: dict[str, tuple[Callable[[], bytes], str]] = {
     "an archive behind the old layout": (
-        lambda: saved(GOOD, new_layout=False) + saved(GOOD), "lies behind its beginning",
+        lambda: saved(GOOD, new_layout=False) + saved(GOOD), "follows after its beginning",
     ),
     "capitals": (
         lambda: zipped(

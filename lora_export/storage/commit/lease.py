@@ -191,7 +191,7 @@ class Lease:
 
     @property
     def exists(self) -> bool:
-        """Whether there is a file under one of its names."""
+        """Return whether there is a file under one of its names."""
         return any(map(os.path.lexists, self._places))
 
     @property

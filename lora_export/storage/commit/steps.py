@@ -52,7 +52,7 @@ class Step(Protocol):
         """Do it."""
 
     def is_done(self) -> bool:
-        """Whether there is something to undo."""
+        """Return whether there is something to undo."""
 
     def undo(self) -> None:
         """Leave the folder as if it had not been done."""
@@ -75,7 +75,7 @@ class Move:
         _move(self.source, self.destination)
 
     def is_done(self) -> bool:
-        """Whether it has the other name."""
+        """Return whether it has the other name."""
         return os.path.lexists(self.destination) and not os.path.lexists(self.source)
 
     def undo(self) -> None:
