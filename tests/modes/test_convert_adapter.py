@@ -288,7 +288,7 @@ def test_an_existing_output_is_kept_unless_told(tmp_path):
         convert_adapter(given, model, out, format=format, force=True)
         assert load_adapter(out).modules.keys() == {"q.weight"}
     (tmp_path / "edge" / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match="holds other files"):
+    with pytest.raises(OutputError, match="holds files that its record does not list"):
         convert_adapter(given, model, tmp_path / "edge", format="edge-llm", force=True)
     assert (tmp_path / "edge" / "notes.txt").read_text() == "mine"
     (tmp_path / "theirs").mkdir()
@@ -307,7 +307,7 @@ def test_a_folder_to_which_something_came_meanwhile_is_not_replaced(tmp_path, mo
         own(outputs, *check)
 
     monkeypatch.setattr(OutputSet, "commit", late)
-    with pytest.raises(OutputError, match="holds other files"):
+    with pytest.raises(OutputError, match="holds files that its record does not list"):
         convert_adapter(given, model, out, format="edge-llm", force=True)
     assert (out / "notes.txt").read_text() == "mine"
 
@@ -342,7 +342,7 @@ def test_a_full_disk_is_an_output_error_and_leaves_nothing(tmp_path):
 def test_the_output_never_replaces_the_adapter_that_is_read(tmp_path):
     model = small(tmp_path)
     out = convert_adapter(adapter_of(linear("q", 6, 5)), model, tmp_path / "a.safetensors").output
-    with pytest.raises(OutputError, match="would replace what is read"):
+    with pytest.raises(OutputError, match="would replace a file that is read"):
         convert_adapter(out, model, out, force=True)
 
 
@@ -416,7 +416,7 @@ def test_modules_without_a_place_are_refused_or_left_out(tmp_path):
 
 def test_graphs_that_take_no_adapter(tmp_path):
     given = adapter_of(linear("q", 6, 5))
-    with pytest.raises(GraphError, match="has no exposed LoRA that we know of"):
+    with pytest.raises(GraphError, match="has no exposed LoRA: its metadata lack"):
         convert_adapter(given, tiny.base_onnx("llama", "dynamo"), tmp_path / "a.safetensors")
     module = ExposedModule("q", "linear", 5, 6, "float32", (Member("q", 0, 6, ranks=(2,)),))
     bank = ExposedGraph("bank", "base.onnx", BASE, (module,), 2, slots=(Slot("one"),))

@@ -228,7 +228,7 @@ def test_a_kit_to_which_something_was_added_is_not_replaced(late, tmp_path, monk
         monkeypatch.setattr(OutputSet, "commit", build)
     else:
         build()
-    with pytest.raises(OutputError, match="other files") as caught:
+    with pytest.raises(OutputError, match="files that its record does not list") as caught:
         write_kits(model, wish, tmp_path / "kits", force=True)
     assert caught.value.problems == (engine.name,)
     assert engine.read_bytes() == b"built for an hour"
@@ -249,7 +249,7 @@ def test_a_folder_that_is_no_kit_is_not_replaced(tmp_path):
     shutil.rmtree(kit)
     (tmp_path / "elsewhere").mkdir()
     kit.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OutputError, match="no folder of a kit"):
+    with pytest.raises(OutputError, match="is not a folder of a kit"):
         write_kits(model, wish, tmp_path / "kits", force=True)
 
 
