@@ -1,8 +1,9 @@
-"""Plain data (of JSON) to a dataclass, every field checked against its annotation; all problems at once.
+"""Turn plain data (from JSON) into a dataclass, with every field checked against its annotation.
 
-``Record(**data)`` checks the names and nothing else: a text for a number fails, if at all, far from the file
-that is wrong. Known are the annotations that our records have: dataclasses, ``tuple``, ``list``, ``Mapping``,
-``Literal``, unions, plain types, ``Any``; `Count` and `Size` for numbers with a lower bound.
+``Record(**data)`` checks only the names: a string for a number fails, if at all, far from the wrong file.
+Known annotations are those of our records: dataclasses, ``tuple``, ``list``, ``Mapping``, ``Literal``,
+unions, plain types, ``Any``; `Count` and `Size` for numbers with a lower bound. All problems are reported at
+once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lora_export.untrusted.shown import shown
 
 T = TypeVar("T")
 _SEEN = 60
-# What sizes and numbers of bytes are held in, here and in what reads our records.
+# The largest size or number of bytes, here and in readers of our records.
 _LARGEST = 2**63 - 1
 
 
@@ -32,7 +33,7 @@ class AtLeast:
 
 @dataclass(frozen=True)
 class Axes:
-    """How many entries a list has, at least and at most, in an annotation."""
+    """Least and largest number of entries of a list, in an annotation."""
 
     least: int
     most: int
@@ -43,10 +44,10 @@ Size = Annotated[int, AtLeast(1)]
 
 
 class FieldError(ValueError):
-    """Data does not fit a record.
+    """Error for data that does not fit a record.
 
     Attributes:
-        problems: One line for each field: its path, what was seen, what is wanted.
+        problems: A line for each field: its path, the value seen and the one wanted.
     """
 
     def __init__(self, problems: list[str]) -> None:
@@ -55,15 +56,15 @@ class FieldError(ValueError):
 
 
 def from_plain(cls: type[T], data: object, known_only: bool = True) -> T:
-    """Return a dataclass made of plain data.
+    """Return a dataclass made from plain data.
 
     Args:
         cls: The dataclass.
-        data: What was read.
-        known_only: Refuse fields that the dataclass has not.
+        data: The data.
+        known_only: Refuse fields that the dataclass does not have.
 
     Raises:
-        FieldError: With everything that does not fit.
+        FieldError: The data does not fit; all problems are listed.
     """
     checker = _Checker(known_only)
     made = checker.value(cls, data, "")
@@ -83,14 +84,14 @@ def check_plain(wanted: object, data: object, where: str = "") -> Any:
 
 
 class _Checker:
-    """Turns values into what annotations say, and collects every problem."""
+    """Turn values into the types of annotations, and collect all problems."""
 
     def __init__(self, known_only: bool) -> None:
         self.problems: list[str] = []
         self._known_only = known_only
 
     def value(self, wanted: Any, data: object, where: str) -> Any:
-        """Return a value of an annotation's type; anything after a problem."""
+        """Return a value of an annotation's type; after a problem, the result has no meaning."""
         origin, arguments = get_origin(wanted), get_args(wanted)
         if wanted is Any or wanted is object:
             return data
@@ -101,7 +102,7 @@ class _Checker:
         if origin in (Union, UnionType):
             return self._union(arguments, data, where)
         if origin is Literal:
-            # By type as well: to Python, 1 is True.
+            # By type as well, because Python's 1 equals True.
             if not any(type(data) is type(word) and data == word for word in arguments):
                 self._complain(where, data, f"one of {', '.join(map(str, arguments))}")
             return data
@@ -181,7 +182,7 @@ class _Checker:
         return {key: self.value(wanted, one, f"{where}['{shown(key, _SEEN)}']") for key, one in data.items()}
 
     def _plain(self, wanted: type, data: object, where: str) -> object:
-        # By exact type: to Python, true is a number as well.
+        # By exact type, because Python's booleans are numbers as well.
         fits = type(data) is wanted or (wanted is float and type(data) is int)
         if not fits:
             self._complain(where, data, _PLAIN[wanted])
@@ -203,7 +204,7 @@ class _Checker:
 
 
 _PLAIN: dict[Any, str] = {
-    str: "a text",
+    str: "a string",
     int: "an integer",
     float: "a number",
     bool: "true or false",
@@ -214,7 +215,7 @@ _PLAIN: dict[Any, str] = {
 
 
 def seen(data: object) -> str:
-    """Return what a value is, in a few characters."""
+    """Return a short text for a value."""
     if isinstance(data, dict | list | tuple):
         return f"an {'object' if isinstance(data, dict) else 'array'} of {len(data)}"
     if isinstance(data, set | frozenset | bytes | bytearray):

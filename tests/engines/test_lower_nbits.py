@@ -261,7 +261,7 @@ REFUSED = {
     ),
     "order": ({}, lambda w: {"arguments": ",, o", "weights": {"o": np.arange(K, dtype=np.int32)}}, "(g_idx)"),
     "prepacked": ({}, lambda w: {"attributes": ", weight_prepacked=1"}, "packed for one processor"),
-    "attribute": ({}, lambda w: {"attributes": ", mystery=1"}, "the attribute mystery"),
+    "attribute": ({}, lambda w: {"attributes": ", mystery=1"}, "the unknown attribute mystery"),
     "scales": ({}, lambda w: {"weights": {"s": np.ones(3, np.float32)}}, "its scales are float (3,)"),
     "weight": (
         {},
@@ -299,7 +299,7 @@ def test_more_than_a_protobuf_holds(tmp_path, monkeypatch):
     monkeypatch.setattr(lower_nbits, "LIMIT_BYTES", N * K // 2)
     lowered(path)
     monkeypatch.setattr(lower_nbits, "LIMIT_BYTES", N * K // 2 - 1)
-    assert f"its weights are {N * K // 2} bytes" in refused(path).problems[0]
+    assert f"its weights take {N * K // 2} bytes" in refused(path).problems[0]
 
 
 # --- whole models, and their opset -------------------------------------------------------------------

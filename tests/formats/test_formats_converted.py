@@ -191,7 +191,7 @@ def test_names_without_metadata_are_never_guessed(tmp_path):
     np.testing.assert_array_equal(
         told.modules["model.q.weight"].lora_a, load_adapter(path).modules["model.q.weight"].lora_a
     )
-    assert "that can't be checked" in told.notes[0]
+    assert "so this can't be checked" in told.notes[0]
 
 
 def test_peft_files_are_not_taken_for_converted_ones(tmp_path):

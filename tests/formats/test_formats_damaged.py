@@ -268,7 +268,7 @@ def test_config_and_tensors_contradict(
 def test_a_header_with_a_name_twice_or_odd_metadata(tmp_path: Path) -> None:
     entry = '{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
     for text, message in (
-        (f'{{"a": {entry}, "a": {entry}}}', "'a' is there twice"),
+        (f'{{"a": {entry}, "a": {entry}}}', "the key 'a' occurs twice"),
         ('{"__metadata__": [1]}', "its __metadata__ is not a JSON object"),
     ):
         file = tmp_path / "a.safetensors"

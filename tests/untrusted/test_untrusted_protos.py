@@ -97,9 +97,9 @@ CASES = {
     ),
     "two locations": (
         changed(doubled_entry),
-        "external data of 'q.weight': the entry 'location' is there twice",
+        "external data of 'q.weight': the entry 'location' occurs twice",
     ),
-    "two metadata": (changed(doubled_metadata), "the metadata: the entry 'lora_export.model' is there twice"),
+    "two metadata": (changed(doubled_metadata), "the metadata: the entry 'lora_export.model' occurs twice"),
     "two metadata of a node": (
         changed(lambda m: doubled_metadata(m.graph.node[0])),
         "'/q/MatMul'.*there twice",
@@ -132,7 +132,7 @@ CASES = {
         in_branch(lambda branch: branch.node.append(helper.make_node("Relu", ["nope"], ["k"]))),
         "'nope': read by a node of the subgraph 'branch'",
     ),
-    "an undefined output": (model([PRODUCT]), "'y': an output of the graph, made by none"),
+    "an undefined output": (model([PRODUCT]), "'y': an output of the graph, but no node computes it"),
     "a cycle": (
         model(
             [
@@ -150,7 +150,7 @@ CASES = {
     ),
     "a function of another version": (
         model(called("F"), None, [function("F", body="Softmax", opset=11)]),
-        "functions can't be put in place of their calls",
+        "its functions can't be inlined",
     ),
     "huge sizes": (model(constants=[constant(), tensor([2**62] * 400, raw_data=b"\0" * 4)]), "k: 400 axes"),
     "huge and external": (

@@ -189,7 +189,8 @@ class LoraRules:
                 f"config init_lora_weights: '{init}' changed the base weights, and the tensors are relative "
                 "to them; save again with "
                 "save_pretrained(…, path_initial_model_for_weight_conversion=INITIAL) (not for loftq: merge "
-                "into its own base), or, if the base given here is the changed one, set init_lora_weights to true in the config"
+                "into its own base), or, if the base given here is the changed one, "
+                "set init_lora_weights to true in the config"
             )
         if self._config.get("velora_config"):
             self.notes.append("VeLoRA changes only the backward pass: read as plain LoRA")
