@@ -25,7 +25,7 @@ from lora_export.untrusted.documents import DocumentError, parse_json
 
 _STAGES = {
     "parse": "TensorRT's parser refuses",
-    "profile": "TensorRT takes none of these shapes for",
+    "profile": "TensorRT refuses these shapes for",
     "build": "TensorRT can't build",
 }
 # "ITopKLayer NAME: NAME: K exceeds …"

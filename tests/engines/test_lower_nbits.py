@@ -392,7 +392,7 @@ def test_raising_the_opset_keeps_everything_else(tmp_path):
 
 
 OLD = {
-    "Resize": (10, "float[1,1,4,4] i", "o = Resize(i, f)", "older than 13"),
+    "Resize": (10, "float[1,1,4,4] i", "o = Resize(i, f)", "it is older than 13"),
     "GroupNormalization": (
         18,
         "float[1,4,2,2] i, float[2] k",

@@ -45,7 +45,7 @@ class Owner(Enum):
 
     RUNS = "runs"
     ENDED = "ended"
-    UNKNOWN = "can't be told"
+    UNKNOWN = "unknown"
 
 
 def new_identity() -> str:

@@ -122,7 +122,7 @@ def tidy(folder: Path, held: Sequence[Path] = ()) -> bool:
 
 @dataclass(frozen=True)
 class _Settling:
-    """Settles one set of an ended process; the lock of ``folder`` is held."""
+    """Settle one set of an ended process; the lock of ``folder`` is held."""
 
     folder: Path
     identity: str
