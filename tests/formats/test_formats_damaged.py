@@ -134,8 +134,8 @@ def test_damaged_safetensors(tmp_path: Path) -> None:
     file = write(tmp_path / "a.safetensors", GOOD)
     whole = file.read_bytes()
     for content, message in (
-        (b"", "it holds 0 bytes"),
-        (whole[:4], "it holds 4 bytes"),
+        (b"", "it has 0 bytes"),
+        (whole[:4], "it has 4 bytes"),
         (whole[:60], "its header claims"),
         (whole[:-3], "ends at byte"),
         (struct.pack("<Q", 2**60) + whole[8:], "its header claims"),

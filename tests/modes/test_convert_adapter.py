@@ -293,7 +293,7 @@ def test_an_existing_output_is_kept_unless_told(tmp_path):
     assert (tmp_path / "edge" / "notes.txt").read_text() == "mine"
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(OutputError, match="no converted adapter that we wrote"):
+    with pytest.raises(OutputError, match="is not a converted adapter that we wrote"):
         convert_adapter(given, model, tmp_path / "theirs", format="edge-llm", force=True)
 
 

@@ -244,7 +244,7 @@ def test_a_folder_that_is_no_kit_is_not_replaced(tmp_path):
     (kit / "thesis.txt").write_text("mine")
     for sums in ("", f"{'0' * 64}  thesis.txt\n"):
         (kit / "SHA256SUMS").write_text(sums)
-        with pytest.raises(OutputError, match="no kit that we wrote"):
+        with pytest.raises(OutputError, match="is not a kit that we wrote"):
             write_kits(model, wish, tmp_path / "kits", force=True)
     shutil.rmtree(kit)
     (tmp_path / "elsewhere").mkdir()

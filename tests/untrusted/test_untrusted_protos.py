@@ -102,7 +102,7 @@ CASES = {
     "two metadata": (changed(doubled_metadata), "the metadata: the entry 'lora_export.model' occurs twice"),
     "two metadata of a node": (
         changed(lambda m: doubled_metadata(m.graph.node[0])),
-        "'/q/MatMul'.*there twice",
+        "'/q/MatMul'.*occurs twice",
     ),
     "two versions": (model(opsets=(("", 20), ("ai.onnx", 11))), "versions .* twice"),
     "a value made twice": (model([PRODUCT, END, END]), "'y': computed by two nodes"),
