@@ -15,7 +15,8 @@ import click
 
 from lora_export import __version__
 from lora_export.commands import COMMANDS
-from lora_export.commands.printing import guard_libraries, print_error, print_lines
+from lora_export.commands.printing import guard_libraries, print_error, print_json_error, print_lines
+from lora_export.commands.verb import write_verbs
 from lora_export.errors import InternalError, LoraExportError
 from lora_export.progress import spoken
 from lora_export.storage.commit.told import Run, listening
@@ -40,6 +41,10 @@ class VerbGroup(click.Group):
         command = getattr(import_module(module), attribute)
         assert isinstance(command, click.Command)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the verbs in the order of the data."""
+        write_verbs(self, ctx, formatter)
 
 
 @click.group(cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -146,12 +151,16 @@ def _outcome(arguments: list[str], debug: bool, run: Run) -> int:
         return code if isinstance(code, int) else 0
     except click.exceptions.Abort:
         raise
+    except click.exceptions.NoArgsIsHelpError as error:
+        print_lines(error.message.split("\n"), err=True)
+        return error.exit_code
     except click.ClickException as error:
         # What was typed may hold the name of a stranger's file.
         if error.message != (text := shown(error.message)):
             print_lines([f"Error: {text}"], err=True)
         else:
             spoken(error.show, err=True)
+        _answer(arguments, error, error.exit_code, error.format_message())
         return error.exit_code
     except LoraExportError as error:
         if debug:
@@ -159,23 +168,35 @@ def _outcome(arguments: list[str], debug: bool, run: Run) -> int:
         print_error(error)
         if written := _written(run):
             print_lines([f"before that:{written[:-1]}"], err=True)
+        _answer(arguments, error, error.exit_code, error.message, error.problems, error.hint)
         return error.exit_code
     except OSError as error:
         if debug:
             raise
         where = f" {error.filename}" if error.filename else ""
-        print_lines(
-            [f"Error: the system refused to read or write{where}: {error.strerror or error}"], err=True
-        )
+        message = f"the system refused to read or write{where}: {error.strerror or error}"
+        print_lines([f"Error: {message}"], err=True)
+        _answer(arguments, error, LoraExportError.exit_code, message)
         return LoraExportError.exit_code
     except Exception as error:
         if debug:
             raise
-        print_lines(
-            [
-                f"Internal error: {type(error).__name__}: {error}",
-                f"hint: this is a defect of lora-export; run again with --debug and report it at {ISSUES}",
-            ],
-            err=True,
-        )
+        message = f"{type(error).__name__}: {error}"
+        hint = f"this is a defect of lora-export; run again with --debug and report it at {ISSUES}"
+        print_lines([f"Internal error: {message}", f"hint: {hint}"], err=True)
+        _answer(arguments, error, InternalError.exit_code, message, hint=hint)
         return InternalError.exit_code
+
+
+def _answer(
+    arguments: Sequence[str],
+    error: Exception,
+    code: int,
+    message: str,
+    problems: Sequence[str] = (),
+    hint: str = "",
+) -> None:
+    """Give a program that asked for JSON the error as JSON; stdout can't be written, and it has the code."""
+    if "--json" in arguments:
+        with contextlib.suppress(OSError):
+            print_json_error(type(error).__name__, code, message, problems, hint)

@@ -8,9 +8,12 @@ from typing import Any
 import click
 
 from lora_export.commands.options import adapter_options, expose_options, load_adapters, run_expose
+from lora_export.commands.verb import Verb
 
 
-@click.command("bank-onnx", short_help="Keep several adapters in one ONNX graph, chosen by each row.")
+@click.command(
+    "bank-onnx", cls=Verb, short_help="Keep several adapters in one ONNX graph, chosen by each row."
+)
 @click.option(
     "--adapter",
     "adapters",

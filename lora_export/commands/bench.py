@@ -11,6 +11,7 @@ import click
 
 from lora_export.commands.options import whole_numbers, whole_numbers_from_0
 from lora_export.commands.printing import print_json, print_lines
+from lora_export.commands.verb import Verb
 
 if TYPE_CHECKING:
     from lora_export.bench.plan import Wish
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 _PATH = click.Path(path_type=Path)
 
 
-@click.command(short_help="Time models side by side: latency, ratio with an interval, memory, loading.")
+@click.command(
+    cls=Verb, short_help="Time models side by side: latency, ratio with an interval, memory, loading."
+)
 @click.argument("model", type=_PATH)
 @click.option("--against", multiple=True, type=_PATH, help="Another model; repeat for several.")
 @click.option(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_export.commands.printing import print_json, print_lines, print_warnings
+from lora_export.commands.verb import Verb
 
 if TYPE_CHECKING:
     from lora_export.engines.build import BuildReport
@@ -20,7 +21,9 @@ _PATH = click.Path(path_type=Path)
 _MIB = 1 << 20
 
 
-@click.command("build-engine", short_help="Compile a graph to TensorRT engines; for RTX no GPU is needed.")
+@click.command(
+    "build-engine", cls=Verb, short_help="Compile a graph to TensorRT engines; for RTX no GPU is needed."
+)
 @click.argument("model", type=_PATH)
 @click.option(
     "--target",

@@ -8,11 +8,14 @@ from pathlib import Path
 import click
 
 from lora_export.commands.printing import print_lines
+from lora_export.commands.verb import Verb
 
 _PATH = click.Path(path_type=Path)
 
 
-@click.command("capture-onnx", short_help="Write a Hugging Face checkpoint as an ONNX graph: the base.")
+@click.command(
+    "capture-onnx", cls=Verb, short_help="Write a Hugging Face checkpoint as an ONNX graph: the base."
+)
 @click.argument("checkpoint", type=_PATH)
 @click.option("-o", "--output", required=True, type=_PATH, help="The .onnx file to write.")
 @click.option(

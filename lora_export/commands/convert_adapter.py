@@ -11,6 +11,7 @@ import click
 
 from lora_export.commands.options import load_adapters, reading_options
 from lora_export.commands.printing import print_json, print_lines, print_warnings
+from lora_export.commands.verb import Verb
 from lora_export.formats import WRITERS
 from lora_export.untrusted.shown import limited
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 _PATH = click.Path(path_type=Path)
 
 
-@click.command("convert-adapter", short_help="Convert an adapter for a graph with exposed LoRA.")
+@click.command("convert-adapter", cls=Verb, short_help="Convert an adapter for a graph with exposed LoRA.")
 @click.argument("adapter", type=_PATH)
 @click.option("--for", "graph", required=True, type=_PATH, help="The .onnx file that it is for.")
 @click.option("-o", "--output", required=True, type=_PATH, help="File or folder to write.")

@@ -9,9 +9,12 @@ from typing import Any
 import click
 
 from lora_export.commands.printing import print_json, print_lines
+from lora_export.commands.verb import Verb
 
 
-@click.command(short_help="Train, merge, export and check on a real model; offline, under two minutes.")
+@click.command(
+    cls=Verb, short_help="Train, merge, export and check on a real model; offline, under two minutes."
+)
 @click.option(
     "--model",
     type=click.Choice(["minilm", "smollm2"]),

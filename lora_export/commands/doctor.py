@@ -7,9 +7,10 @@ import json
 import click
 
 from lora_export.commands.printing import print_json, print_lines
+from lora_export.commands.verb import Verb
 
 
-@click.command(short_help="Say what this machine can build and run, and what would mend the rest.")
+@click.command(cls=Verb, short_help="Say what this machine can build and run, and what would mend the rest.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def doctor(as_json: bool) -> None:
     """Look at the GPUs and packages of this machine: what works, why not, the command that mends it.

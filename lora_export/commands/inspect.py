@@ -12,6 +12,7 @@ import click
 
 from lora_export.commands.options import adapter_options, load_adapters
 from lora_export.commands.printing import print_json, print_lines
+from lora_export.commands.verb import Verb
 from lora_export.progress import spoken
 from lora_export.reports import ADAPTER_PLOTS
 
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from lora_export.reports.adapter.facts import AdapterReport
 
 
-@click.command(short_help="Show what an adapter holds (modules, ranks, scaling, ‖ΔW‖), or an engine.")
+@click.command(
+    cls=Verb, short_help="Show what an adapter holds (modules, ranks, scaling, ‖ΔW‖), or what a file is."
+)
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option(
     "--base",
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     "--plot", type=click.Path(path_type=Path), help=f"Also draw the spectra: .{', .'.join(ADAPTER_PLOTS)}."
 )
 @click.option("--force", is_flag=True, help="Replace the plot if it exists.")
+@click.option("--modules", is_flag=True, help="List all modules of a large adapter, not their kinds.")
 @adapter_options
 def inspect(
     adapter: Path,
@@ -41,22 +45,33 @@ def inspect(
     as_json: bool,
     plot: Path | None,
     force: bool,
+    modules: bool,
     **options: Any,
 ) -> None:
-    """Show what ADAPTER holds: a PEFT folder, or a .safetensors, .bin or .pt file; or what an .engine is.
+    """Show what ADAPTER holds: a PEFT folder, or a .safetensors, .bin or .pt file.
+
+    Or what else lora-export reads and writes is: an .onnx graph, its manifest, an .engine or its record, a
+    build kit, a folder for onnxruntime-genai.
 
     For each module: rank, alpha, scaling, shapes, dtype, ‖ΔW‖, and how many directions hold 90 % and 99 % of
-    its energy, which is why small ranks suffice. For an engine: what it takes, which GPUs it is for.
+    its energy, which is why small ranks suffice. Of many modules the kinds come first; --modules lists all.
 
     \b
     Examples:
       lora-export inspect my-adapter --base my-model --plot spectra.html
+      lora-export inspect swap/model.onnx
       lora-export inspect engines/model.rtx-4090.engine
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
-    from lora_export.engines.record import is_engine
+    from lora_export.reports.artefact import read_artefact
 
-    if is_engine(adapter):
-        _inspect_engine(adapter, as_json, {"--base": base, "--plot": plot, **options})
+    if (found := read_artefact(adapter)) is not None:
+        _refuse_options(found.kind, adapter, {"--base": base, "--plot": plot, **options})
+        if as_json:
+            print_json(
+                json.dumps(found.as_dict(), indent=1, sort_keys=True, ensure_ascii=False, default=list)
+            )
+        else:
+            print_lines(found.lines)
         return
     from lora_export.reports.adapter.facts import inspect_adapter
     from lora_export.reports.adapter.to_text import plain_lines, print_table
@@ -70,23 +85,17 @@ def inspect(
     if as_json:
         print_json(json.dumps(report.to_json(), indent=2))
     elif sys.stdout.isatty():
-        spoken(lambda: print_table(report))
+        spoken(lambda: print_table(report, modules))
     else:
-        print_lines(plain_lines(report))
+        print_lines(plain_lines(report, modules))
 
 
-def _inspect_engine(engine: Path, as_json: bool, others: dict[str, Any]) -> None:
-    from lora_export.engines.record import read_engine
-    from lora_export.reports.engine import record_lines
-
+def _refuse_options(kind: str, path: Path, others: dict[str, Any]) -> None:
+    """Raise a usage error for options that are about adapters."""
     if given := [name for name, value in others.items() if value is not None]:
         named = ", ".join(f"--{name.lstrip('-')}" for name in given)
-        raise click.UsageError(f"{engine} is an engine: leave out {named}")
-    record = read_engine(engine)
-    if as_json:
-        print_json(record.to_json())
-    else:
-        print_lines(record_lines(record))
+        article = "an" if kind[0] in "aeio" else "a"
+        raise click.UsageError(f"{path} is {article} {kind}: leave out {named}")
 
 
 def _files_read(adapter: Adapter, base: Path | None) -> list[Path]:

@@ -9,13 +9,14 @@ from typing import Any
 import click
 
 from lora_export.commands.options import load_adapters, merge_options, print_merge
+from lora_export.commands.verb import Verb
 
 _FINER = "--dtype float32 keeps it all, float16 is 8 times finer than bfloat16; or serve the adapter unmerged"
 # Written out, as the module that knows them imports numpy: --help has to be quick.
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-@click.command(short_help="Merge adapters into a Hugging Face folder, streamed, in little memory.")
+@click.command(cls=Verb, short_help="Merge adapters into a Hugging Face folder, streamed, in little memory.")
 @click.option("--base", required=True, type=click.Path(path_type=Path), help="Folder of the base model.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to create.")
 @click.option(

@@ -17,11 +17,14 @@ from lora_export.commands.options import (
     read_checkpoint_options,
 )
 from lora_export.commands.printing import print_lines
+from lora_export.commands.verb import Verb
 
 _PATH = click.Path(path_type=Path)
 
 
-@click.command("merge-onnx", short_help="Merge adapters into an ONNX graph, or into a checkpoint as ONNX.")
+@click.command(
+    "merge-onnx", cls=Verb, short_help="Merge adapters into an ONNX graph, or into a checkpoint as ONNX."
+)
 @click.option("--base", required=True, type=_PATH, help="An ONNX file, or a Hugging Face checkpoint folder.")
 @click.option("-o", "--output", required=True, type=_PATH, help="The .onnx file to write.")
 @checkpoint_options

@@ -12,6 +12,7 @@ import click
 
 from lora_export.commands.options import adapter_options, named_adapters, whole_numbers
 from lora_export.commands.printing import print_error, print_json, print_lines
+from lora_export.commands.verb import Verb
 from lora_export.errors import LoraExportError, ParityError
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ def _finite(_context: click.Context, _parameter: click.Parameter, values: tuple[
     return values
 
 
-@click.command("parity", short_help="Check an exported model against PyTorch: a numeric gate for CI.")
+@click.command(
+    "parity", cls=Verb, short_help="Check an exported model against PyTorch: a numeric gate for CI."
+)
 @click.option(
     "--reference",
     required=True,
@@ -158,9 +161,7 @@ def _finish(
     """Write the reports, compare with the baseline, and return the exit code.
 
     What goes wrong with one is no reason to leave the other out, nor to say 1 of an export that failed.
-
-    Raises:
-        LoraExportError: The export passed, and its reports can't be written or it can't be compared.
+    Where the export passed and its reports can't be written, or it can't be compared, that decides.
     """
     from lora_export.reports.parity import baseline as parity_baseline
     from lora_export.reports.parity.files import write_reports
@@ -183,5 +184,7 @@ def _finish(
     for problem in errors:
         print_error(problem)
     if last is not None:
-        raise last
+        # Not raised: the report is on stdout already, perhaps as JSON, and is the one answer there.
+        print_error(last)
+        return last.exit_code
     return ParityError.exit_code if failed else 0

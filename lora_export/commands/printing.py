@@ -6,11 +6,12 @@ a terminal would act on becomes an escape of JSON's own.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
@@ -73,6 +74,22 @@ def print_json(text: str) -> None:
 def print_error(error: LoraExportError) -> None:
     """Print an error to stderr: its message, some of its problems, the hint."""
     print_lines(("Error: " + error.message, *_below(error)), err=True)
+
+
+def print_json_error(
+    kind: str, code: int, message: str, problems: Sequence[str] = (), hint: str = ""
+) -> None:
+    """Print an error to stdout as ``{"error": …}``, every problem in full.
+
+    Args:
+        kind: Name of the error's class.
+        code: Exit code.
+        message: Rule that failed.
+        problems: What failed, one by one.
+        hint: Way out.
+    """
+    error = {"kind": kind, "exit_code": code, "message": message, "problems": list(problems), "hint": hint}
+    print_json(json.dumps({"error": error}, indent=1, ensure_ascii=False))
 
 
 def print_plain_error(message: str, hint: str = "") -> None:

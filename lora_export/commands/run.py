@@ -7,9 +7,10 @@ from pathlib import Path
 import click
 
 from lora_export.commands.printing import print_lines
+from lora_export.commands.verb import Verb
 
 
-@click.command(short_help="Run a recipe: several verbs with their options, from a YAML file.")
+@click.command(cls=Verb, short_help="Run a recipe: several verbs with their options, from a YAML file.")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Give --force to every step that knows it.")
 @click.option("--dry-run", is_flag=True, help="Check the recipe and print its commands; run nothing.")

@@ -8,9 +8,12 @@ from typing import Any
 import click
 
 from lora_export.commands.options import adapter_options, expose_options, load_adapters, run_expose
+from lora_export.commands.verb import Verb
 
 
-@click.command("swap-onnx", short_help="Expose LoRA as inputs of an ONNX graph: adapters change at run time.")
+@click.command(
+    "swap-onnx", cls=Verb, short_help="Expose LoRA as inputs of an ONNX graph: adapters change at run time."
+)
 @click.option(
     "--adapter",
     "adapters",

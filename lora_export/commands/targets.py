@@ -7,6 +7,7 @@ import json
 import click
 
 from lora_export.commands.printing import print_json, print_lines
+from lora_export.commands.verb import Verb
 from lora_export.errors import BackendError
 from lora_export.machines.targets import COMPILERS, PRECISIONS, select_targets
 
@@ -14,7 +15,7 @@ from lora_export.machines.targets import COMPILERS, PRECISIONS, select_targets
 _ALL = "leave out filters and options: then all are listed"
 
 
-@click.command(short_help="List GPUs: compute capability, memory, precisions, compilers.")
+@click.command(cls=Verb, short_help="List GPUs: compute capability, memory, precisions, compilers.")
 @click.argument("words", metavar="[FILTER]...", nargs=-1)
 @click.option("--compiler", type=click.Choice(COMPILERS), help="Only GPUs that it builds for.")
 @click.option("--compute-capability", metavar="X.Y", help="Only these GPUs: 8.9, sm89.")

@@ -8,9 +8,10 @@ from pathlib import Path
 import click
 
 from lora_export.commands.printing import print_json, print_lines
+from lora_export.commands.verb import Verb
 
 
-@click.command(short_help="Check what lora-export wrote by full hashes: one flipped bit is found.")
+@click.command(cls=Verb, short_help="Check what lora-export wrote by full hashes: one flipped bit is found.")
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the state of each file as one JSON object.")
 @click.option("--quiet", is_flag=True, help="Print only files that are not right.")

@@ -134,12 +134,23 @@ def select_targets(
     return [
         target
         for target in _catalogue()[0].values()
-        if all(_key(word) in _key(target.name) + " " + _key(target.label) for word in words)
+        if all(_has(target, word) for word in words)
         and compiler in (None, *target.compilers)
         and wanted in (None, target.compute_capability)
         and precision in (None, *target.precisions)
         and (min_memory_gb is None or (target.memory_bytes or 0) >= min_memory_gb * _GIB)
     ]
+
+
+def _has(target: Target, word: str) -> bool:
+    """Whether a word occurs in a GPU's name or label."""
+    if key := _key(word):
+        return key in f"{_key(target.name)} {_key(target.label)}"
+    # A word that spellings leave out, alone: jetson chooses by the labels, nvidia fits every GPU.
+    plain = word.strip().lower()
+    if any(plain in other.label.lower() for other in _catalogue()[0].values()):
+        return plain in target.label.lower()
+    return True
 
 
 def _capability_of(text: str) -> str:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lora_export.engines.build import BuildReport, BuiltEngine
     from lora_export.engines.plan import Group
     from lora_export.engines.record import EngineRecord, Port, Profile, ShapeRange
+    from lora_export.graph.exposed import ExposedGraph
     from lora_export.packages.build_kit import KitReport
 
 _LORA = ".lora_"
@@ -140,13 +141,13 @@ def record_lines(record: EngineRecord) -> list[str]:
     if record.build_s:
         most = size_text(record.peak_build_bytes)
         lines.append(f"built in {record.build_s:.1f} s, at most {most} of memory")
-    lines += _exposed_lines(record)
+    lines += exposed_lines(record.exposed)
     lines += _port_lines("inputs", record.inputs) + _port_lines("outputs", record.outputs)
     return [*lines, *profile_lines(record.profiles), *(f"note: {note}" for note in record.notes)]
 
 
-def _exposed_lines(record: EngineRecord) -> list[str]:
-    exposed = record.exposed
+def exposed_lines(exposed: ExposedGraph | None) -> list[str]:
+    """Return the one line that says which LoRA an engine or a graph takes."""
     if exposed is None:
         return ["LoRA: none exposed (a base or merged model)"]
     modules = sum(len(module.members) for module in exposed.modules)

@@ -20,7 +20,7 @@ from lora_export.errors import GraphError
 from lora_export.storage.commit.steps import sync_path
 from lora_export.storage.sums.full import full_hash
 from lora_export.storage.sums.seal import SEAL, sealed_json
-from lora_export.untrusted.documents import json_of
+from lora_export.untrusted.documents import json_of, read_json
 from lora_export.untrusted.fields import Count, FieldError, from_plain, seen
 
 FORMAT = 1
@@ -94,7 +94,19 @@ class Manifest:
         Raises:
             GraphError: It is not a manifest, is damaged, or has another format.
         """
-        data = json_of(text, "the manifest", GraphError, _HINT)
+        return cls._from_data(json_of(text, "the manifest", GraphError, _HINT))
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read a manifest's file.
+
+        Raises:
+            GraphError: It can't be read, or as in `from_json`.
+        """
+        return cls._from_data(read_json(path, GraphError, _HINT))
+
+    @classmethod
+    def _from_data(cls, data: Any) -> Manifest:
         if isinstance(data, dict):
             data.pop(SEAL, None)
         if isinstance(data, dict) and "format" in data and data["format"] != FORMAT:

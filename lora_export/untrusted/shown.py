@@ -18,6 +18,8 @@ MAX_LINE = 2000
 MAX_CELL = 300
 # Limit of problems, notes and warnings in a list.
 MAX_LISTED = 100
+# Largest number of subjects of one problem that are listed one by one; of more, the first are named.
+MAX_ALIKE, _NAMED = 8, 3
 # Commands of CI services: GitHub's at the beginning of a line and its older form anywhere
 # (github.com/actions/runner ``ActionCommand.cs``), Azure's (``##vso[``).
 _FIRST, _ANYWHERE = re.compile(r"^(\s*):(?=:)"), re.compile(r"#(?=#(?:\w+)?\[)")
@@ -75,7 +77,29 @@ def limited(lines: Sequence[str], what: str = "", most: int = MAX_LISTED) -> lis
     return [*lines[:most], f"… and {left} more{f' {what}' if what else ''}"]
 
 
+def together(problems: Sequence[str]) -> list[str]:
+    """Return problems with a problem of many subjects in one line, at the place of the first.
+
+    Args:
+        problems: Texts ``subject  reason`` with two spaces, or any other text.
+    """
+    subjects: dict[str, list[str]] = {}
+    for problem in problems:
+        subject, parted, reason = problem.partition("  ")
+        subjects.setdefault(reason.strip() if parted else problem, []).append(subject)
+    lines: dict[str, None] = {}
+    for problem in problems:
+        subject, parted, reason = problem.partition("  ")
+        alike = subjects[reason.strip()] if parted else [subject]
+        if len(alike) > MAX_ALIKE:
+            named = ", ".join(alike[:_NAMED])
+            lines[f"{named} and {len(alike) - _NAMED} more  {reason.strip()}"] = None
+        else:
+            lines[problem] = None
+    return list(lines)
+
+
 def error_lines(message: str, problems: Sequence[str] = (), hint: str = "") -> list[str]:
     """Return the lines of an error: the message, the first of its problems, the hint."""
-    lines = [shown(message), *(f"  {shown(problem)}" for problem in limited(problems))]
+    lines = [shown(message), *(f"  {shown(problem)}" for problem in limited(together(problems)))]
     return [*lines, f"hint: {shown(hint)}"] if hint else lines

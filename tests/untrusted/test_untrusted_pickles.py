@@ -81,7 +81,10 @@ TWO_READERS: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "an archive behind an archive": (lambda: saved(LARGE) + saved(GOOD), "before or after"),
     "a comment": (lambda: zipped(entries_of(GOOD), b"x" * 22), "before or after"),
-    "an archive in a comment": (lambda: zipped(entries_of(GOOD), zipped(entries_of(LARGE))), "before or after"),
+    "an archive in a comment": (
+        lambda: zipped(entries_of(GOOD), zipped(entries_of(LARGE))),
+        "before or after",
+    ),
 }  # fmt: skip
 
 

@@ -72,10 +72,10 @@ def not_in(merged: str, history: History) -> list[str]:
         merged: Entries of the graph.
         history: Of the folder.
     """
-    return [f"'{name}'" for name, sha256 in _names(merged) if sha256 not in history.adapters]
+    return [f"'{name}'" for name, sha256 in adapters_in(merged) if sha256 not in history.adapters]
 
 
-def _names(merged: str) -> Iterator[tuple[str, str]]:
+def adapters_in(merged: str) -> Iterator[tuple[str, str]]:
     """Yield name and hash of each entry: a name begins at the first separator behind the entry before."""
     end = 0
     for found in _HASH.finditer(merged):

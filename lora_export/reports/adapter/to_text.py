@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
+from lora_export.plan import align
 from lora_export.reports.adapter.facts import AdapterReport, ModuleReport
 from lora_export.untrusted.shown import MAX_CELL, limited, shown
 
 HEADINGS = ("module", "weight", "rank", "alpha", "scaling", "dtype", "‖ΔW‖", "σ₁", "90 %", "99 %")
+KIND_HEADINGS = ("modules", "number", "weight", "rank", "scaling", "dtype", "‖ΔW‖")
+# More are listed by their kinds, unless each is asked for.
+MAX_MODULES = 40
 _LEFT = 2  # the first columns are words
 _DROPPED = ("dtype", "σ₁", "alpha", "99 %", "weight")  # in this order, on a narrow terminal
 
@@ -64,6 +70,36 @@ def rows(report: AdapterReport) -> list[tuple[str, ...]]:
     ]
 
 
+def is_long(report: AdapterReport) -> bool:
+    """Whether a reader sees kinds of modules first."""
+    return len(report.modules) > MAX_MODULES
+
+
+def kind_rows(report: AdapterReport) -> list[tuple[str, ...]]:
+    """Return a row for modules of one name, layout, rank and scaling: how many, and ‖ΔW‖ of them together."""
+    kinds: dict[tuple[str, ...], list[float]] = {}
+    for row in report.modules:
+        name = (
+            f"{row.component}/…{row.module.rpartition('.')[2]}"
+            if row.component
+            else row.module.rpartition(".")[2]
+        )
+        key = (name, _weight(row), str(row.rank), f"{row.scaling:.4g}", row.dtype)
+        kinds.setdefault(key, []).append(row.norm)
+    return [
+        (name, f"{len(norms)}", *others, f"{math.hypot(*norms):.4g}")
+        for (name, *others), norms in kinds.items()
+    ]
+
+
+def _kinds(report: AdapterReport) -> list[str]:
+    table = align(
+        [KIND_HEADINGS, *(tuple(shown(cell, MAX_CELL) for cell in row) for row in kind_rows(report))]
+    )
+    total = math.hypot(*(row.norm for row in report.modules))
+    return [*table, "", f"all modules: ‖ΔW‖ {total:.4g}; each of them: --modules"]
+
+
 def closing_lines(report: AdapterReport) -> list[str]:
     """Return the lines below the table: replaced parameters, what the columns mean, notes."""
     lines = [
@@ -85,8 +121,15 @@ def closing_lines(report: AdapterReport) -> list[str]:
     return lines + limited([f"note: {note}" for note in report.notes], "notes")
 
 
-def plain_lines(report: AdapterReport) -> list[str]:
-    """Return the whole report as aligned columns without colours or boxes, for files and pipes."""
+def plain_lines(report: AdapterReport, modules: bool = False) -> list[str]:
+    """Return the report as aligned columns without colours or boxes, for files and pipes.
+
+    Args:
+        report: The report.
+        modules: List every module, however many there are.
+    """
+    if is_long(report) and not modules:
+        return [*heading_lines(report), "", *_kinds(report), *closing_lines(report)]
     table = [HEADINGS, *rows(report)]
     table = [tuple(shown(cell, MAX_CELL) for cell in row) for row in table]
     widths = [max(len(row[i]) for row in table) for i in range(len(HEADINGS))]
@@ -100,8 +143,8 @@ def plain_lines(report: AdapterReport) -> list[str]:
     return [*heading_lines(report), "", *lines, "", *closing_lines(report)]
 
 
-def print_table(report: AdapterReport) -> None:
-    """Print the report to the terminal with rich."""
+def print_table(report: AdapterReport, modules: bool = False) -> None:
+    """Print the report to the terminal with rich; see `plain_lines`."""
     from rich.console import Console
     from rich.table import Table
 
@@ -109,6 +152,10 @@ def print_table(report: AdapterReport) -> None:
     console = Console(highlight=False, markup=False)
     for line in heading_lines(report):
         console.print(shown(line))
+    if is_long(report) and not modules:
+        for line in ("", *_kinds(report), *(shown(line) for line in closing_lines(report))):
+            console.print(line)
+        return
     table = Table(box=None, header_style="bold", pad_edge=False)
     cells = [HEADINGS, *(tuple(shown(cell, MAX_CELL) for cell in row) for row in rows(report))]
     columns = _columns_that_fit(cells, console.width)

@@ -1,0 +1,266 @@
+"""What a graph, a manifest, an engine's record, a kit or a folder of onnxruntime-genai's says of itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_export.plan import align
+from lora_export.reports.merge import size_text
+from lora_export.untrusted.shown import limited
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from lora_export.engines.record import EngineRecord
+    from lora_export.graph.exposed import ExposedGraph
+    from lora_export.graph.onnx_file import GraphFile
+
+# Kinds of operators, inputs and slots that are named; what there are more of is counted.
+_NAMED = 8
+_MANIFEST, _RECORD, _GENAI = ".lora.json", "record.json", "genai_config.json"
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What one file or folder is.
+
+    Attributes:
+        kind: ``graph``, ``manifest``, ``engine``, ``kit`` or ``genai folder``.
+        facts: Plain data, as `inspect --json` prints it; of an engine its record.
+        lines: The same for a reader.
+    """
+
+    kind: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    lines: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {"kind": self.kind, **self.facts}
+
+
+def read_artefact(path: Path) -> Artefact | None:
+    """Read what is not an adapter by its name and content; None for what may be one.
+
+    Raises:
+        GraphError: A graph or a manifest is damaged.
+        BackendError: An engine's record is.
+        PackageError: A folder's genai_config.json is.
+    """
+    from lora_export.engines.record import is_engine
+
+    if path.is_dir():
+        if (path / "adapter_config.json").exists():
+            return None
+        if (path / _RECORD).is_file() and (path / "build.sh").is_file():
+            return _kit(path)
+        return _genai(path) if (path / _GENAI).is_file() else None
+    readers: dict[str, Callable[[Path], Artefact]] = {".onnx": _graph, _MANIFEST: _manifest}
+    for ending, read in readers.items():
+        if path.name.endswith(ending):
+            return read(path)
+    if path.name == _GENAI:
+        return _genai(path.parent)
+    if is_engine(path):
+        return _engine(path)
+    return _json(path) if path.suffix == ".json" else None
+
+
+def _json(path: Path) -> Artefact | None:
+    """Tell an engine's record and a folder's manifest from other JSON, by what is in it."""
+    from lora_export.engines.record import KIND
+    from lora_export.errors import GraphError
+    from lora_export.untrusted.documents import read_json
+
+    data = read_json(path, GraphError, "give a file that lora-export wrote, or an adapter")
+    if isinstance(data, dict) and data.get("kind") == KIND:
+        return _record("engine", path)
+    return _manifest(path) if isinstance(data, dict) and {"mode", "plan", "base"} <= data.keys() else None
+
+
+# --- graphs ------------------------------------------------------------------------------------------
+
+
+def _graph(path: Path) -> Artefact:
+    from lora_export.base.history.in_graph import adapters_in, merged_in
+    from lora_export.graph.captured import Captured
+    from lora_export.graph.exposed import KEY, exposed_of
+    from lora_export.graph.onnx_file import load_graph
+    from lora_export.storage.inputs import same_inputs
+
+    with same_inputs(at_end=True):
+        graph = load_graph(path)
+        metadata = graph.model.metadata_props
+        exposed = exposed_of(metadata, str(path)) if KEY in metadata else None
+        captured, merged = Captured.from_metadata(metadata), merged_in(metadata)
+        data = {file.name: file.stat().st_size for file in sorted(graph.data_files())}
+    size = path.stat().st_size + sum(data.values())
+    operators = Counter(node.op_type for each in graph.graphs() for node in each)
+    facts: dict[str, Any] = {
+        "size_bytes": size,
+        "data": data,
+        "opsets": dict(graph.model.opset_imports),
+        "nodes": operators.total(),
+        "operators": dict(operators.most_common()),
+        "inputs": _ports(graph, exposed),
+        "outputs": [_port(value) for value in graph.graph.outputs],
+        "captured": None if captured is None else vars(captured),
+        "merged": [f"{name}, sha256 {sha256}" for name, sha256 in adapters_in(merged)],
+        "lora": _lora(exposed),
+    }
+    opsets = ", ".join(f"{name or 'ai.onnx'} {number}" for name, number in facts["opsets"].items())
+    lines = [
+        f"graph     {path.name}, {size_text(size)}" + (f" with {', '.join(data)}" if data else ""),
+        f"opsets    {opsets}",
+        f"nodes     {facts['nodes']}: {_counted(operators.most_common())}",
+    ]
+    if captured is not None:
+        cache = ", with a key-value cache" if captured.kv_cache else ""
+        lines.append(f"captured  {captured.kind}, {captured.dtype}{cache}")
+    lines += [f"merged    {entry}" for entry in limited(facts["merged"], "adapters", _NAMED)]
+    lines += _lora_lines(exposed)
+    for kind in ("inputs", "outputs"):
+        rows = [(kind, "dtype", "shape")]
+        rows += [
+            (port["name"], port["dtype"], f"[{', '.join(map(str, port['dims']))}]") for port in facts[kind]
+        ]
+        lines += limited(align(rows), kind, _NAMED + 1)
+    manifest = path.with_name(f"{path.stem}{_MANIFEST}")
+    if manifest.is_file():
+        lines.append(f"manifest  {manifest.name}: lora-export inspect {manifest}")
+    return Artefact("graph", facts, tuple(lines))
+
+
+def _port(value: ir.Value) -> dict[str, Any]:
+    dtype = "unknown" if value.dtype is None else np.dtype(value.dtype.numpy()).name
+    shape = () if value.shape is None else value.shape
+    dims = [dim if isinstance(dim, int) else dim.value or "?" for dim in shape]
+    return {"name": str(value.name), "dtype": dtype, "dims": None if value.shape is None else dims}
+
+
+def _ports(graph: GraphFile, exposed: ExposedGraph | None) -> list[dict[str, Any]]:
+    """Return the inputs that a request feeds: LoRA's are in the LoRA record."""
+    lora = set(exposed.input_names()) if exposed else set()
+    held = lora | set(graph.graph.initializers)
+    return [_port(value) for value in graph.graph.inputs if str(value.name) not in held]
+
+
+def _dims(dims: Sequence[int | str] | None) -> str:
+    return "unknown" if dims is None else f"[{', '.join(map(str, dims))}]"
+
+
+def _counted(counts: Sequence[tuple[str, int]]) -> str:
+    named = ", ".join(f"{count} {name}" for name, count in counts[:_NAMED])
+    left = sum(count for _, count in counts[_NAMED:])
+    return f"{named}, {left} others" if left else named
+
+
+def _lora(exposed: ExposedGraph | None) -> dict[str, Any] | None:
+    if exposed is None:
+        return None
+    return {
+        "mode": exposed.mode,
+        "base": exposed.base,
+        "modules": [member.path for module in exposed.modules for member in module.members],
+        "max_rank": exposed.max_rank,
+        "flavour": exposed.flavour,
+        "slots": [slot.name for slot in exposed.slots],
+    }
+
+
+def _lora_lines(exposed: ExposedGraph | None) -> list[str]:
+    if exposed is None:
+        return ["LoRA      none exposed (a base or merged model)"]
+    from lora_export.reports.engine import exposed_lines
+
+    said = exposed_lines(exposed)[0].removeprefix("LoRA: ")
+    return [f"LoRA      {said}, over {exposed.base}"]
+
+
+# --- manifests, engines, kits, folders ---------------------------------------------------------------
+
+
+def _manifest(path: Path) -> Artefact:
+    import json
+
+    from lora_export.storage.manifest import Manifest
+
+    manifest = Manifest.read(path)
+    facts = json.loads(manifest.to_json())
+    files = [f"{entry.name} ({size_text(entry.size_bytes)})" for entry in manifest.base]
+    lines = [
+        f"manifest  {path.name} of {manifest.mode}",
+        f"base      {', '.join(limited(files, 'files', _NAMED))}",
+    ]
+    lines += [f"adapter   {_adapter(entry)}" for entry in manifest.adapters]
+    rows = manifest.plan.get("rows", [])
+    actions = Counter(str(row.get("action")) for row in rows if isinstance(row, dict))
+    if actions:
+        lines.append("plan      " + ", ".join(f"{count} {action}" for action, count in actions.most_common()))
+    lines += [f"file      {name} ({size_text(entry.size_bytes)})" for name, entry in manifest.files.items()]
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    return Artefact("manifest", facts, (*lines, f"versions  {versions}"))
+
+
+def _adapter(entry: Mapping[str, Any]) -> str:
+    weight = entry.get("weight", 1)
+    times = f", weight {weight:g}" if isinstance(weight, int | float) and weight != 1 else ""
+    return f"{entry.get('name')} ({entry.get('format')}{times}), sha256 {entry.get('sha256')}"
+
+
+def _engine(path: Path) -> Artefact:
+    from lora_export.engines.record import read_engine
+
+    return _of_record("engine", read_engine(path))
+
+
+def _record(kind: str, record: Path) -> Artefact:
+    from lora_export.engines.record import EngineRecord
+
+    return _of_record(kind, EngineRecord.read(record))
+
+
+def _of_record(kind: str, record: EngineRecord) -> Artefact:
+    import json
+
+    from lora_export.reports.engine import record_lines
+
+    return Artefact(kind, json.loads(record.to_json()), tuple(record_lines(record)))
+
+
+def _kit(path: Path) -> Artefact:
+    kit = _record("kit", path / _RECORD)
+    how = f"kit       not built yet: copy the folder to the device, then: sh {path.name}/build.sh"
+    built = sorted(file.name for file in path.glob("*.engine"))
+    first = f"kit       built here: {', '.join(built)}" if built else how
+    return Artefact("kit", {"record": kit.facts, "built": built}, (first, *kit.lines))
+
+
+def _genai(path: Path) -> Artefact:
+    from lora_export.errors import PackageError
+    from lora_export.untrusted.documents import read_json
+
+    config = read_json(path / _GENAI, PackageError, "have onnxruntime-genai's builder write it again")
+    model = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(model, dict):
+        raise PackageError(f"{path / _GENAI} has no 'model' that is an object", "give the folder of a model")
+    parts = {name: part for name, part in model.items() if isinstance(part, dict) and "filename" in part}
+    adapters = sorted(file.name for file in path.glob("*.onnx_adapter"))
+    facts = {"config": config, "adapters": adapters}
+    lines = [
+        f"folder    {path.name}, for onnxruntime-genai",
+        f"model     {model.get('type')}, context of {model.get('context_length')} tokens, "
+        f"vocabulary of {model.get('vocab_size')}",
+    ]
+    for name, part in parts.items():
+        file = path / str(part["filename"])
+        there = "" if file.is_file() else ", which is missing"
+        lines.append(f"{name:<9} {part['filename']}{there}")
+    lines += [f"adapter   {name}" for name in adapters]
+    return Artefact("genai folder", facts, tuple(lines))

@@ -1,0 +1,161 @@
+"""`lora-export inspect` of what lora-export writes: graphs, manifests, engines, kits, folders."""
+
+from __future__ import annotations
+
+import collections
+import json
+
+import numpy as np
+import onnx
+import output_cases
+import pytest
+import tiny
+
+from lora_export import bank_onnx, capture_onnx, load_adapter, merge_onnx, swap_onnx
+from lora_export.cli import _run
+from lora_export.engines.record import record_path
+from lora_export.reports.adapter.facts import inspect_adapter
+from lora_export.reports.adapter.to_text import MAX_MODULES, plain_lines
+
+
+def said(capsys, *arguments):
+    capsys.readouterr()
+    code = _run(["inspect", *map(str, arguments)], False)
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return captured.out
+
+
+def facts(capsys, *arguments):
+    return json.loads(said(capsys, *arguments, "--json"))
+
+
+def made(verb, folder):
+    (folder / "out").mkdir()
+    arguments = output_cases.CASES[verb].arguments(folder, folder / "out")
+    assert _run([str(word) for word in arguments], False) == 0
+
+
+def test_graphs(tmp_path, capsys):
+    """Counts and inputs are those that onnx reads; LoRA's are told apart."""
+    base, adapter = tiny.base_onnx("llama", "torchscript"), tiny.adapter("llama")
+    swap_onnx(base, tmp_path / "swap.onnx", adapter=adapter)
+    bank_onnx(base, {"a": adapter, "b": tiny.adapter("llama", seed=1)}, tmp_path / "bank.onnx")
+    merge_onnx(base, adapter, tmp_path / "merged.onnx")
+    modules = set(load_adapter(adapter).modules)
+    for path in (base, *(tmp_path / f"{mode}.onnx" for mode in ("swap", "bank", "merged"))):
+        found, model = facts(capsys, path), onnx.load(path)
+        assert found["kind"] == "graph"
+        assert found["operators"] == dict(collections.Counter(node.op_type for node in model.graph.node))
+        held = {tensor.name for tensor in model.graph.initializer}
+        plain = [
+            value for value in model.graph.input if value.name not in held and ".lora_" not in value.name
+        ]
+        assert {port["name"] for port in found["inputs"]} == {value.name for value in plain} - {
+            "lora.adapter_weights"
+        }
+        files = [path, *(path.parent / name for name in found["data"])]
+        assert found["size_bytes"] == sum(file.stat().st_size for file in files)
+        text = said(capsys, path)
+        assert all(port["name"] in text for port in found["inputs"])
+    lora = facts(capsys, tmp_path / "swap.onnx")["lora"]
+    assert (lora["mode"], set(lora["modules"])) == ("swap", modules)
+    assert facts(capsys, tmp_path / "bank.onnx")["lora"]["slots"] == ["a", "b"]
+    merged = facts(capsys, tmp_path / "merged.onnx")
+    assert merged["lora"] is None
+    assert load_adapter(adapter).sha256 in merged["merged"][0]
+    assert facts(capsys, base)["merged"] == []
+
+
+def test_a_captured_graph(tmp_path, capsys):
+    capture_onnx(tiny.checkpoint("llama"), tmp_path / "m.onnx", kv_cache=True)
+    captured = facts(capsys, tmp_path / "m.onnx")["captured"]
+    assert (captured["kind"], captured["kv_cache"], captured["dtype"]) == ("decoder", True, "float32")
+    config = json.loads((tiny.checkpoint("llama") / "config.json").read_text())
+    assert captured["vocab_size"] == config["vocab_size"]
+
+
+@pytest.mark.parametrize("verb", ["merge-onnx", "swap-onnx", "bank-onnx"])
+def test_manifests(verb, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    assert (
+        _run([str(word) for word in output_cases.CASES[verb].arguments(tmp_path, tmp_path / "out")], False)
+        == 0
+    )
+    (path,) = (tmp_path / "out").glob("*.lora.json")
+    found, stored = facts(capsys, path), json.loads(path.read_text())
+    assert (found["kind"], found["mode"]) == ("manifest", verb)
+    assert found["adapters"] == stored["adapters"]
+    text = said(capsys, path)
+    assert all(entry["sha256"] in text for entry in stored["adapters"])
+    # Under another name it is known by what is in it.
+    other = path.rename(path.with_name("renamed.json"))
+    assert facts(capsys, other)["mode"] == verb
+
+
+@pytest.mark.parametrize("what", ["build-engine", "kit"])
+def test_engines_and_kits(what, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    assert (
+        _run([str(word) for word in output_cases.CASES[what].arguments(tmp_path, tmp_path / "out")], False)
+        == 0
+    )
+    if what == "kit":
+        (folder,) = (tmp_path / "out").glob("*.kit")
+        found = facts(capsys, folder)
+        assert (found["kind"], found["built"]) == ("kit", [])
+        assert "build.sh" in said(capsys, folder)
+        return
+    (engine,) = (tmp_path / "out").glob("*.engine")
+    record = record_path(engine)
+    stored = json.loads(record.read_text())
+    for path in (engine, record):
+        found = facts(capsys, path)
+        assert (found["kind"], found["sha256"]) == (stored["kind"], stored["sha256"])
+        assert stored["targets"][0] in said(capsys, path)
+
+
+def test_a_folder_for_genai(tmp_path, capsys):
+    config = {
+        "model": {"type": "llama", "context_length": 64, "vocab_size": 7, "decoder": {"filename": "m.onnx"}}
+    }
+    (tmp_path / "genai_config.json").write_text(json.dumps(config))
+    (tmp_path / "a.onnx_adapter").touch()
+    assert facts(capsys, tmp_path)["adapters"] == ["a.onnx_adapter"]
+    text = said(capsys, tmp_path)
+    assert "m.onnx, which is missing" in text
+    (tmp_path / "m.onnx").touch()
+    assert "missing" not in said(capsys, tmp_path / "genai_config.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("m.onnx", "x"), ("m.lora.json", "{}"), ("x.json", "{"), ("genai_config.json", '{"model": 1}')],
+)
+def test_damaged_ones_are_errors(name, content, tmp_path, capsys):
+    (tmp_path / name).write_text(content)
+    assert _run(["inspect", str(tmp_path / name)], False) == 1
+    assert "Error: " in capsys.readouterr().err
+
+
+def test_options_about_adapters_are_refused(tmp_path, capsys):
+    assert _run(["inspect", str(tiny.base_onnx("bert", "torchscript")), "--rank", "4"], False) == 2
+    assert "is a graph: leave out --rank" in capsys.readouterr().err
+
+
+def test_many_modules_are_summed_up(tmp_path, monkeypatch):
+    """By name, shape, rank and scaling; the sum of the squares of all ‖ΔW‖ stays what it is."""
+    report = inspect_adapter(load_adapter(tiny.adapter("llama", "patterns")))
+    assert len(plain_lines(report)) > len(report.modules)
+    assert len(report.modules) <= MAX_MODULES
+    monkeypatch.setattr("lora_export.reports.adapter.to_text.MAX_MODULES", 3)
+    lines = plain_lines(report)
+    start = next(number for number, line in enumerate(lines) if line.startswith("modules "))
+    rows = [line.split() for line in lines[start + 1 : lines.index("", start)]]
+    assert sum(int(row[1]) for row in rows) == len(report.modules)
+    norms = np.array([module.norm for module in report.modules])
+    assert np.isclose(np.linalg.norm([float(row[-1]) for row in rows]), np.linalg.norm(norms), rtol=1e-3)
+    assert f"‖ΔW‖ {np.linalg.norm(norms):.4g}" in "\n".join(lines)
+    for module in report.modules:
+        assert module.module not in "\n".join(lines)
+        assert module.module in "\n".join(plain_lines(report, modules=True))
