@@ -112,7 +112,7 @@ def _drop_defaults(graph: GraphFile, record: ExposedGraph) -> list[str]:
     notes = []
     if defaults:
         notes.append(
-            f"{len(defaults)} LoRA tensors are plain inputs now: TensorRT would make their defaults constants"
+            f"{len(defaults)} LoRA tensors are plain inputs now: TensorRT builds defaults in as constants"
         )
     if defaults and record.mode == "bank":
         slots = ", ".join(slot.name for slot in record.slots if slot.adapter)
