@@ -86,7 +86,7 @@ def test_axis_by_version(
     np.testing.assert_allclose(changes(adapter), wanted.numpy(), rtol=1e-12)
     # Only where no shape proves it.
     assert bool(notes) == (version is None and rows == cols)
-    assert ("names no peft_version" in " ".join(adapter.notes)) == (version is None)
+    assert ("the config has no peft_version" in " ".join(adapter.notes)) == (version is None)
 
 
 @pytest.mark.parametrize("version", [None, "0.18.1", "0.19.0", "0.21.2", "0.19.1.dev0@abc", "nonsense"])

@@ -441,7 +441,7 @@ def test_lora_inputs_that_are_not_understood(tmp_path):
     ("module", "kind", "reason"),
     [
         (linear("lm_head", 6, 5), "linear", "has no LoRA inputs for lm_head"),
-        (conv("q", 6, 5, 3), "conv", "linear modules only"),
+        (conv("q", 6, 5, 3), "conv", "adapts only linear modules"),
     ],
 )
 def test_edge_llm_takes_linear_modules_but_lm_head(tmp_path, module, kind, reason):

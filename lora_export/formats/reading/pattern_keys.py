@@ -39,8 +39,8 @@ def misplaced_keys(config: Mapping[str, Any], paths: Collection[str]) -> Iterato
         for key in left:
             if key in meant:
                 yield (
-                    f"config {kind} {key!r}: fits no module name of the file; with another beginning it "
-                    f"would fit {meant[key]}: begin it like that path"
+                    f"config {kind} {key!r}: fits no module name of the file; it would fit {meant[key]} "
+                    "with another beginning: begin it like that path"
                 )
 
 
