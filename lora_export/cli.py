@@ -73,10 +73,10 @@ def _guarded(arguments: list[str]) -> int:
     # Accept --debug behind the verb as well: that is where people add it after a failure.
     arguments = ["--debug", *(a for a in arguments if a != "--debug")] if debug else arguments
     guard_libraries()
-    # As Ctrl-C does: what was begun is put away, and builders are ended.
+    # Do what Ctrl-C does: unfinished output is removed, and running builders are ended.
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, _terminate)
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it, and so it stays
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # under nohup it stays ignored
             signal.signal(signal.SIGHUP, _terminate)
     return _run(arguments, debug)
 
@@ -86,7 +86,7 @@ def _terminate(number: int, _frame: object) -> None:
 
 
 class _Terminated(SystemExit):
-    """The system asks the process to end."""
+    """Raised when the system asks the process to end."""
 
 
 def _run(arguments: list[str], debug: bool) -> int:
@@ -106,10 +106,10 @@ def _note(text: str) -> None:
 
 
 def _interrupted(error: BaseException, run: Run) -> None:
-    """Say what an interrupt has left, which is what lies on the disk."""
+    """Print which outputs were complete on the disk when the run was interrupted."""
     before: BaseException | None = error
     while before is not None:
-        if isinstance(before, LoraExportError):  # it came while this error was dealt with
+        if isinstance(before, LoraExportError):  # the interrupt came while this error was handled
             print_error(before)
             print_lines([f"Aborted.{_written(run)}"], err=True)
             return
@@ -120,27 +120,27 @@ def _interrupted(error: BaseException, run: Run) -> None:
 
 
 def _written(run: Run) -> str:
-    """Return what has its name already, or ""."""
+    """Return a text that names the outputs in place already, or "" if there are none."""
     paths = run.written()
     return f" complete and in place: {', '.join(map(str, paths))};" if paths else ""
 
 
 def _tidy(arguments: Sequence[str]) -> None:
-    """Put in order what ended runs have left where this one reads and writes."""
+    """Remove what runs that ended early left in the folders that this run reads and writes."""
     from lora_export.storage.commit.leftovers import tidy
 
-    # The doctor has this in its report.
+    # The doctor tidies on its own, and reports it.
     if arguments and not {"--help", "-h", "--version", "--dry-run", "doctor"} & set(arguments):
         for folder in dict.fromkeys(_folders(arguments)):
             tidy(folder)
 
 
 def _folders(arguments: Sequence[str]) -> Iterator[Path]:
-    with contextlib.suppress(OSError):  # there is none, or no room in it
+    with contextlib.suppress(OSError):  # the folder is missing or full
         yield Path(tempfile.gettempdir())
     for argument in arguments[1:]:
         named = Path(argument.partition("=")[2] if argument.startswith("-") else argument)
-        with contextlib.suppress(OSError, ValueError):  # no path, or none that can be looked at
+        with contextlib.suppress(OSError, ValueError):  # not a path, or one that can't be looked at
             yield from (folder for folder in (named, named.parent) if folder.is_dir())
 
 
@@ -155,7 +155,7 @@ def _outcome(arguments: list[str], debug: bool, run: Run) -> int:
         print_lines(error.message.split("\n"), err=True)
         return error.exit_code
     except click.ClickException as error:
-        # What was typed may hold the name of a stranger's file.
+        # What was typed may contain the name of a file that a stranger chose.
         if error.message != (text := shown(error.message)):
             print_lines([f"Error: {text}"], err=True)
         else:

@@ -5,9 +5,9 @@ The tree::
     LoraExportError(message, hint, problems)      exit code 1
     ├── AdapterError         the adapter file, its tensors or its config
     ├── CheckpointError      the base model's folder or weights
-    ├── SiteError            a module has no place, or more than one, in the graph
+    ├── SiteError            a module has no site in the graph, or more than one
     ├── GraphError           the ONNX file itself
-    ├── OutputError          the place we write to
+    ├── OutputError          the file or folder to write
     ├── InputChangedError    a file changed while a result was made from it
     ├── RecipeError          a recipe file
     ├── BackendError         a compiler or runtime
@@ -24,13 +24,13 @@ from collections.abc import Sequence
 
 
 class LoraExportError(Exception):
-    """A problem that the user can mend; shown without a traceback.
+    """A problem that the user can fix; shown without a traceback.
 
     Attributes:
-        message: Which rule failed, and where.
-        problems: One line for each thing found wrong; all of them, not the first.
-        hint: How to mend it.
-        exit_code: What the command line returns.
+        message: The rule that failed, and where.
+        problems: All problems found, one line each.
+        hint: Text on how to fix it.
+        exit_code: Exit code of the command line.
     """
 
     exit_code = 1
@@ -57,7 +57,7 @@ class CheckpointError(LoraExportError):
 
 
 class SiteError(LoraExportError):
-    """A module has no place in the graph, more than one, or one of another shape."""
+    """A module has no site in the graph, more than one, or one of another shape."""
 
 
 class GraphError(LoraExportError):
@@ -69,7 +69,7 @@ class OutputError(LoraExportError):
 
 
 class InputChangedError(LoraExportError):
-    """A file has changed, or was replaced, while a result was made from it."""
+    """A file was changed or replaced while a result was made from it."""
 
 
 class RecipeError(LoraExportError):

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a few lines elsewhere, nothing when asked to be quiet."""
+"""Show the progress of long work: a bar on a terminal, a few lines elsewhere, nothing if quiet."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from rich.progress import TextColumn
 
 Advance = Callable[[int], None]
-# What is being done, and the share of the whole that is done.
+# A progress callback: takes what is being done, and the share of the whole that is done.
 Say = Callable[[str, float], None]
-# Off a terminal (a log), one line when a write has gone on for this long, and then as often again.
+# In a log, a long write prints one line every so many seconds.
 _LINE_SECONDS = 10.0
 
 
@@ -64,7 +64,7 @@ class _Bar:
 
 
 def _text() -> TextColumn:
-    """Return the column with a task's description, in which brackets and braces are only that."""
+    """Return the column with a task's description, shown without reading it as rich's markup."""
     from rich.progress import TextColumn
 
     return TextColumn("{task.description}", markup=False)
@@ -115,31 +115,32 @@ def _stage_bar() -> Iterator[Say]:
 def _stage_lines() -> Say:
     last = ""
 
-    def say(what: str, share: float) -> None:
+    def show(what: str, share: float) -> None:
         nonlocal last
         if what != last:
             last = what
             _to_stderr(f"[{share:4.0%}] {what}")
 
-    return say
+    return show
 
 
 def _to_stderr(line: str) -> None:
     spoken(lambda: print(shown(line), file=sys.stderr, flush=True), err=True)
 
 
-def spoken(say: Callable[[], object], err: bool = False) -> None:
-    """Print; the work goes on, and its exit code stays, where nobody reads on (``| head``).
+def spoken(write: Callable[[], object], err: bool = False) -> None:
+    """Print; if the reader has gone (``| head``), let the work go on and keep its exit code.
 
     Args:
-        say: Prints.
-        err: To stderr, of which no failure can be told; that of stdout is raised, but for a closed pipe.
+        write: Function that prints.
+        err: True if it prints to stderr. Failures of stderr are ignored, those of stdout are raised, except a
+            closed pipe.
 
     Raises:
         OSError: A result can't be written.
     """
     try:
-        say()
+        write()
     except OSError as error:
         _silence(err)
         if not (err or isinstance(error, BrokenPipeError)):
@@ -147,7 +148,7 @@ def spoken(say: Callable[[], object], err: bool = False) -> None:
 
 
 def _silence(err: bool) -> None:
-    """Let what is still in the buffer, which would be an error again when Python ends, lead nowhere."""
+    """Send what is still in the buffer nowhere: it would be an error again when Python ends."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         try:

@@ -6,6 +6,8 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -24,10 +26,30 @@ _OWNER = os.getpid()
 def _remove_temporary() -> None:
     if os.getpid() == _OWNER:  # not a fork
         shutil.rmtree(TEMPORARY, ignore_errors=True)
+        if _IS_FIRST:
+            shutil.rmtree(SHARED, ignore_errors=True)
 
 
 # Engines are built anew by each run of the tests, and leave nothing in the user's cache.
 os.environ["LORA_EXPORT_CACHE"] = tempfile.mkdtemp(dir=TEMPORARY)
+# What workers share: the first process of a run makes it, and removes it in the end.
+_IS_FIRST = "LORA_EXPORT_TESTS_SHARED" not in os.environ
+if _IS_FIRST:
+    os.environ["LORA_EXPORT_TESTS_SHARED"] = tempfile.mkdtemp(prefix="lora-export-shared-")
+SHARED = os.environ["LORA_EXPORT_TESTS_SHARED"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def exports_are_shared() -> Iterator[None]:
+    """Let torch's exporter run once for the same module: see `exports_once`."""
+    import torch.onnx
+    from exports_once import exported_once
+
+    folder = Path(SHARED) / "exports"
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", exported_once(torch.onnx.export, folder))
+        yield
 
 
 def pytest_configure() -> None:

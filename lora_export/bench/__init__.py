@@ -1,1 +1,1 @@
-"""How fast models run, measured side by side: `run.run_bench` is the door."""
+"""Measure how fast models run, side by side; `run.run_bench` is the entry point."""

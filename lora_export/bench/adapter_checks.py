@@ -1,4 +1,4 @@
-"""Whether adapters can go into the models, as far as files tell: nothing is opened or put on a device."""
+"""Check that adapters fit the models, as far as files tell: no model is opened or put on a device."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from lora_export.graph.exposed import ExposedGraph
 from lora_export.runtimes.model_file import BenchModel
 from lora_export.untrusted.shown import limited
 
-# Problems of one adapter that are named.
+# Largest number of problems of one adapter that are listed.
 _LISTED = 10
 
-# Of convert-adapter, as errors name them: what a file doesn't say, and what is left out.
+# Options of convert-adapter, as errors name them: for what a file doesn't state, and for leaving modules out.
 OPTIONS = ("alpha", "rank", "rslora", "format", "component", "any-base", "allow-unmatched")
 
 
 def adapter_problems(adapters: Sequence[AdapterChoice], models: Sequence[BenchModel]) -> list[str]:
-    """Return why adapters can't be used.
+    """Return the reasons why adapters can't be used.
 
     Args:
-        adapters: What the user named.
+        adapters: Adapters that the user named.
         models: The models.
     """
     names = [adapter.name for adapter in adapters]
     problems = [f"--adapter {name}: named twice" for name in sorted({n for n in names if names.count(n) > 1})]
     if adapters and not any(model.mode for model in models):
         listed = ", ".join(model.label for model in models)
-        return [*problems, f"--adapter: {listed} takes no adapter, merged or without exposed LoRA (omit it)"]
+        return [*problems, f"--adapter: {listed} takes no adapter: merged, or without exposed LoRA (omit it)"]
     for number, adapter in enumerate(adapters):
         if not adapter.name or adapter.path == Path():
             shown = f"={adapter.path}" if not adapter.name else f"{adapter.name}="
-            problems.append(f"--adapter {shown}: wanted NAME=PATH")
+            problems.append(f"--adapter {shown}: give NAME=PATH")
             continue
         problems += _slot_problems(adapter, models)
         problems += _file_problems(adapter, names[:number], models)
@@ -78,10 +78,10 @@ def _file_problems(
 def _bind(
     adapter: Adapter, name: str, before: Sequence[str], model: BenchModel, exposed: ExposedGraph
 ) -> None:
-    """Make an adapter's tensors as loading does, and drop them.
+    """Make an adapter's tensors as loading does, and discard them.
 
     Raises:
-        LoraExportError: The adapter has no place in the model; of a bank's slots, in any that it may get.
+        LoraExportError: The adapter doesn't fit the model, or any slot of a bank that it may get.
     """
     weight_of = GraphWeights(model.path) if model.kind == "graph" else _no_weights(model)
     if exposed.mode == "swap":
@@ -100,7 +100,7 @@ def _bind(
 
 
 def _slots_for(name: str, before: Sequence[str], exposed: ExposedGraph) -> Sequence[int]:
-    """Return the slots that an adapter may get: its own, unless one without a slot may have taken that."""
+    """Return the slots that an adapter may get: its own, unless an earlier adapter may have taken it."""
     names = [slot.name for slot in exposed.slots]
     if name in names and all(earlier in names for earlier in before):
         return [names.index(name)]
@@ -110,34 +110,33 @@ def _slots_for(name: str, before: Sequence[str], exposed: ExposedGraph) -> Seque
 def _no_weights(model: BenchModel) -> WeightOf:
     def refuse(name: str) -> Array:
         raise AdapterError(
-            f"the adapter needs the base's weight {name}, and {model.label} is an engine, which has none "
-            "that can be read",
-            "convert the adapter for the engine's graph with convert-adapter, and give what that writes",
+            f"the adapter needs the base's weight {name}, which {model.label}, an engine, can't provide",
+            "convert the adapter for the engine's graph with convert-adapter, and give the converted file",
         )
 
     return refuse
 
 
 def _named(given: str) -> str:
-    """Return how an adapter without a file is named: perhaps the file alone was given."""
+    """Return ``NAME=PATH`` for an adapter given without a path; what was given may be the path itself."""
     path = Path(given)
     return f"{path.stem}={given}" if path.exists() else f"{given}=PATH"
 
 
 def _converted(adapter: AdapterChoice, error: LoraExportError, models: Sequence[BenchModel]) -> str:
-    """Return a line for an error that asks for options: convert-adapter has those, a benchmark does not."""
+    """Return a text for an error that asks for options, which convert-adapter has and bench does not."""
     takers = [model.path for model in models if model.kind == "graph" and model.takes_files]
     if not takers or not any(f"--{word}" in str(error) for word in OPTIONS):
         return ""
     to = f"{adapter.name}.onnx_adapter"
     return (
-        "; bench has no such options: convert the adapter with them, and give what that writes: "
+        "; bench has no such options: convert the adapter with them, and give the converted file: "
         f"lora-export convert-adapter {adapter.path} --for {takers[0]} -o {to}"
     )
 
 
 def _nested(error: LoraExportError) -> str:
-    """Return an error as one entry of a list, on one line with what it lists itself."""
+    """Return an error with its hint and problems as one line."""
     hint = f" ({error.hint})" if error.hint else ""
     listed = "; ".join(limited(error.problems, most=_LISTED))
     return error.message + hint + (f": {listed}" if listed else "")

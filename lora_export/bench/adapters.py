@@ -1,4 +1,4 @@
-"""What adapters cost while a model serves: loading one, and taking turns instead of staying with one."""
+"""Measure what adapters cost while a model serves: loading one, and switching between several."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_export.bench.workloads import Workload
 
 _LOADINGS = 5
 _LOADINGS_S = 5.0
-# A block of cycles lasts about so long: a median of several keeps single disturbances out.
+# Duration of a block of cycles: a median of several cycles is safe from single disturbances.
 _BLOCK_S = 0.05
 _LARGEST_BLOCK = 32
 _MIN_BLOCKS = 5
@@ -25,13 +25,13 @@ _MIN_BLOCKS = 5
 
 @dataclass(frozen=True)
 class AdapterLoading:
-    """How long it takes until an adapter is ready to run.
+    """Time until an adapter is ready to run.
 
     Attributes:
         model: The model's label.
-        adapter: Its name.
-        median_ms: From the file (which the system has in memory by then) to the device.
-        loadings: How often it was loaded.
+        adapter: The adapter's name.
+        median_ms: Median time from the file (already in the system's file cache) to the device.
+        loadings: Number of times that it was loaded.
     """
 
     model: str
@@ -42,16 +42,16 @@ class AdapterLoading:
 
 @dataclass(frozen=True)
 class Swapping:
-    """What it costs that a run has another adapter than the run before it; both are on the device.
+    """Cost of running with another adapter than the run before, when both are on the device.
 
     Attributes:
         model: The model's label.
-        workload: What was run.
-        adapters: How many took turns.
+        workload: The workload of the runs.
+        adapters: Number of adapters that took turns.
         same_ms: Median of runs with the adapter of the run before.
-        other_ms: Median of runs with another one.
-        added_ms: How much longer the latter take, with its interval over blocks of cycles.
-        cycles: In each, every adapter ran twice in a row.
+        other_ms: Median of runs with another adapter.
+        added_ms: Difference of the two, with its interval over blocks of cycles.
+        cycles: Number of cycles; in each, every adapter ran twice in a row.
     """
 
     model: str
@@ -69,10 +69,10 @@ def load_adapters(
     adapters: Sequence[AdapterChoice],
     clock: Clock = time.perf_counter,
 ) -> list[AdapterLoading]:
-    """Load adapters that have a file into a session, each several times.
+    """Load each adapter that has a file into a session several times, and return the times.
 
     Raises:
-        LoraExportError: Whatever `AdapterSession.load_adapter` raises.
+        LoraExportError: As for `AdapterSession.load_adapter`.
     """
     found = []
     for adapter in adapters:
@@ -81,7 +81,7 @@ def load_adapters(
         times: list[float] = []
         while len(times) < _LOADINGS and sum(times) < _LOADINGS_S:
             start = clock()
-            # A bank's slot may hold an adapter of this name from the beginning.
+            # A slot of the bank may already hold an adapter of this name.
             session.load(adapter.name, adapter.path, replace=bool(times) or contender.model.mode == "bank")
             times.append(clock() - start)
         median_ms = statistics.median(times) * 1e3
@@ -96,21 +96,21 @@ def measure_swapping(
     seconds: float,
     clock: Clock = time.perf_counter,
 ) -> Swapping:
-    """Run each adapter twice in a row, one after the other, again and again.
+    """Run each adapter twice in a row, in cycles over all of them, and compare first and second runs.
 
     The second run of a pair has the adapter of the run before, the first one has another. In each cycle both
-    kinds contain every adapter once, so that what an adapter itself costs falls out of their difference; it
-    is taken between the medians of a block of cycles.
+    kinds contain every adapter once, so that the cost of the adapters themselves cancels in their difference,
+    which is taken between the medians of a block of cycles.
 
     Args:
         model: The model's label.
-        workload: What is run.
-        runs: A run of it with each adapter.
-        seconds: Time for it; a few blocks are made in any case.
-        clock: Returns seconds.
+        workload: The workload of the runs.
+        runs: A function for each adapter that runs the workload with it.
+        seconds: Time budget; a few blocks are run in any case.
+        clock: Function that returns seconds.
 
     Returns:
-        What taking turns costs.
+        The cost of switching adapters.
     """
     for run in runs:
         run()
@@ -132,7 +132,7 @@ def measure_swapping(
         for first, second in zip(other, same, strict=True)
     ]
     interval = mean_interval(added)
-    assert interval is not None  # there are several blocks
+    assert interval is not None  # there are at least _MIN_BLOCKS
     same_ms, other_ms = (statistics.median(itertools.chain.from_iterable(kind)) for kind in (same, other))
     return Swapping(model, workload, len(runs), same_ms, other_ms, interval, per_block * len(same))
 

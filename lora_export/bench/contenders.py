@@ -1,4 +1,4 @@
-"""Who is timed: each model, and of a model that takes adapters each way in which it is run."""
+"""List the contenders to time: each model, with each choice of adapters if it takes adapters."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class AdapterChoice:
     """An adapter that the user named.
 
     Attributes:
-        name: What runs call it.
-        path: Its file or folder; None: a slot that the bank has.
+        name: The adapter's name in runs.
+        path: File or folder of the adapter; None for a slot of the bank.
     """
 
     name: str
@@ -25,20 +25,20 @@ class AdapterChoice:
 
     @classmethod
     def parse(cls, text: str) -> AdapterChoice:
-        """Read ``NAME=PATH`` or ``NAME``; either part may turn out to be empty."""
+        """Read ``NAME=PATH`` or ``NAME``; name and path may be empty."""
         name, equals, path = text.partition("=")
         return cls(name, Path(path) if equals else None)
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One row of the result.
+    """A model with a choice of adapters: one row of the result.
 
     Attributes:
-        label: What the report calls it.
+        label: Name in the report.
         model: The model.
-        adapters: Of a swap model the adapter, or none; of a bank those that its rows have in turn, the base
-            being the last of them.
+        adapters: The adapter of a swap model, or none; for a bank the adapters that its rows use in turn,
+            followed by the base.
     """
 
     label: str
@@ -46,7 +46,7 @@ class Contender:
     adapters: tuple[str, ...] = ()
 
     def choice(self, batch: int) -> dict[str, Any]:
-        """Return what a run of so many rows is told, as `AdapterSession.run` takes it."""
+        """Return the adapter arguments of `AdapterSession.run` for a run of ``batch`` rows."""
         if self.model.mode == "bank":
             turn = itertools.cycle((*self.adapters, None))
             return {"adapters": list(itertools.islice(turn, batch))}
@@ -54,7 +54,7 @@ class Contender:
 
 
 def plan_contenders(models: Sequence[BenchModel], adapters: Sequence[AdapterChoice]) -> tuple[Contender, ...]:
-    """Return the contenders, in the models' order: the first is what the others are compared with.
+    """Return the contenders in the models' order; the others are compared with the first.
 
     A swap model runs with the first adapter and without any; a bank with its rows mixed.
     """

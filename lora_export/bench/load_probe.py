@@ -1,7 +1,7 @@
-"""One model opened alone in a process of its own: how long that takes and how much memory.
+"""Measure the time and memory of opening one model, alone in a separate process.
 
-In a process that holds several models nobody could say which of them a page belongs to. Run as ``python -m
-lora_export.bench.load_probe``: a pickled `Job` on stdin, a JSON object as the last line of stdout.
+In a process with several models, memory can't be attributed to one of them. Run as ``python -m
+lora_export.bench.load_probe``: it reads a pickled `Job` from stdin and prints a JSON object as its last line.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lora_export.bench.workloads import Workload, make_feeds
 from lora_export.untrusted.documents import DocumentError, parse_json
 from lora_export.untrusted.fields import FieldError, from_plain
 
-# Opened so often, unless that takes longer than the limit.
+# Number of openings, and the time after which no further one is started.
 _OPENINGS = 3
 _OPENINGS_S = 20.0
 _TIMEOUT_S = 1800
@@ -34,14 +34,14 @@ _TIMEOUT_S = 1800
 
 @dataclass(frozen=True)
 class Job:
-    """What the process does.
+    """Task of the process.
 
     Attributes:
-        contender: The model, and how it is run.
-        opening: How it is opened.
-        adapters: What is loaded into it.
-        workloads: What is run once each, for the memory of the runs.
-        seed: Of the feeds.
+        contender: The model with its choice of adapters.
+        opening: Options for opening it.
+        adapters: Adapters to load into it.
+        workloads: Workloads to run once each, for the memory of the runs.
+        seed: Seed of the feeds.
     """
 
     contender: Contender
@@ -53,21 +53,21 @@ class Job:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What opening a model costs.
+    """Cost of opening a model.
 
     Attributes:
-        first_s: Opening it the first time in the process; on a GPU that starts CUDA as well. The files were
-            read shortly before, so that the system has them in memory as far as they fit.
-        again_s: Opening it again, the median; None if there was no time for it.
-        openings: How often it was opened.
+        first_s: Time of the first opening in the process; on a GPU that includes starting CUDA. The files
+            were read shortly before, so that the system holds them in memory as far as they fit.
+        again_s: Median time of opening it again; None if there was no time for that.
+        openings: Number of openings.
         loaded_bytes: Host memory that the opened model added.
-        loaded_file_bytes: Of these, pages of mapped files.
+        loaded_file_bytes: Part of it in pages of mapped files.
         running_bytes: Host memory added after the adapters were loaded and each workload was run once.
-        peak_bytes: The most host memory that opening, loading or running added at any time.
+        peak_bytes: Largest host memory that opening, loading or running added at any time.
         gpu_loaded_bytes: GPU memory that the opened model added, CUDA's own included; None on the CPU.
         gpu_running_bytes: GPU memory added after the runs.
-        gpu_whose: What the driver counted.
-        problem: Why it was not measured, or "".
+        gpu_whose: Text on what the driver counted.
+        problem: The reason if it was not measured, or "".
     """
 
     first_s: float | None = None
@@ -84,10 +84,10 @@ class Loaded:
 
 
 def measure_loading(job: Job) -> Loaded:
-    """Open a model in a process of its own; what goes wrong there is said in `Loaded.problem`."""
+    """Open a model in a separate process and return the cost; a failure is described in `Loaded.problem`."""
     here = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), here]))
-    # -P: a script of the user's called "pickle.py" is no package.
+    # -P: a script of the user's called "pickle.py" is not a package.
     command = [sys.executable, "-P", "-m", "lora_export.bench.load_probe"]
     try:
         done = subprocess.run(
@@ -104,13 +104,13 @@ def measure_loading(job: Job) -> Loaded:
     try:
         return from_plain(Loaded, parse_json(last))
     except (DocumentError, FieldError):
-        said = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
-        return Loaded(problem=f"the process ended with {done.returncode}: {said[0][:300]}")
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        return Loaded(problem=f"the process ended with exit code {done.returncode}: {lines[-1][:300]}")
 
 
 def probe(job: Job) -> Loaded:
-    """Open the job's model in this process, run it, open it again."""
-    import onnxruntime  # noqa: F401 - its own memory is no model's
+    """Open the job's model in this process, run it, open it again, and return the cost."""
+    import onnxruntime  # noqa: F401 - its memory does not count as a model's
 
     gpu = job.opening.device_of(job.contender.model) == "cuda"
     before, gpu_before = host_memory(), gpu_memory() if gpu else None
@@ -123,7 +123,7 @@ def probe(job: Job) -> Loaded:
     session.close()
     del session
     again = _open_again(job, first_s)
-    # The driver lists a process from its first use of the GPU on: before that, its own are 0.
+    # The driver lists a process from its first use of the GPU on: before that, it uses 0 bytes.
     same = gpu_before and gpu_opened and gpu_before[1] == gpu_opened[1]
     own_before = gpu_before[0] if gpu_before and same else 0
     return Loaded(
@@ -143,7 +143,7 @@ def probe(job: Job) -> Loaded:
 def _run_all(session: Opened, job: Job) -> None:
     for adapter in job.adapters:
         if adapter.path is not None:
-            # A bank's slot may hold an adapter of this name from the beginning.
+            # A slot of the bank may already hold an adapter of this name.
             session.load(adapter.name, adapter.path, replace=job.contender.model.mode == "bank")
     for workload in job.workloads:
         feeds = make_feeds(job.contender.model, workload, job.seed)
@@ -167,7 +167,7 @@ def _grown(now: int | None, before: int | None) -> int | None:
 
 
 def main() -> None:
-    """Do the job on stdin; print what came out."""
+    """Read the job from stdin, run it and print the result."""
     job: Any = pickle.load(sys.stdin.buffer)
     try:
         result = probe(job)

@@ -1,4 +1,4 @@
-"""How much memory this process takes: the host's from the system, a GPU's from the driver's own tool."""
+"""Read how much memory this process uses: the host's from the system, a GPU's from the driver's tool."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class HostMemory:
-    """What this process has of the host's memory.
+    """Host memory of this process.
 
     Attributes:
-        resident_bytes: In memory now; None where the system doesn't say.
-        file_bytes: Of these, pages of files that are mapped, such as a graph's weights; other processes
-            that map the same file share them.
-        peak_bytes: The most that it ever had.
+        resident_bytes: Memory in use now; None if the system doesn't say.
+        file_bytes: Part of it in pages of mapped files, such as a graph's weights; other processes that map
+            the same file share them.
+        peak_bytes: Largest memory in use so far.
     """
 
     resident_bytes: int | None
@@ -31,7 +31,7 @@ class HostMemory:
 
 
 def host_memory() -> HostMemory:
-    """Ask Linux for this process's memory; other systems tell the peak alone."""
+    """Return this process's memory; systems other than Linux tell the peak alone."""
     if not _STATUS.is_file():
         import resource
 
@@ -46,9 +46,9 @@ def host_memory() -> HostMemory:
 
 
 def gpu_memory() -> tuple[int, str] | None:
-    """Return the bytes of GPU memory in use and whose they are, or None where the driver doesn't say.
+    """Return the bytes of GPU memory in use and a text on what they count, or None if the driver doesn't say.
 
-    Those of this process where the driver knows it, else of the whole GPU.
+    They are this process's if the driver lists it, otherwise the whole GPU's.
     """
     own = _ask("--query-compute-apps=pid,used_memory")
     for line in own:

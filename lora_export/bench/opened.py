@@ -1,8 +1,9 @@
-"""A model opened for timing: its inputs lie on the device, and a run is one call.
+"""Open a model for timing: its inputs lie on the device, and a run is one call.
 
-What is timed on the CPU is a run as a server makes it: inputs in memory, outputs allocated by the runtime. On
-a GPU inputs lie there before, outputs stay there, and the call returns when the GPU has finished; no copy is
-timed. With CUDA graphs inputs are copied into the captured buffers and outputs are read, as sessions do it.
+On the CPU a timed run is that of a server: inputs in memory, outputs allocated by the runtime. On a GPU the
+inputs are copied there before the run, outputs stay there, and the call returns when the GPU has finished; no
+copy is timed. With CUDA graphs inputs are copied into the captured buffers and outputs are read, as sessions
+do.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from lora_export.runtimes.session import AdapterSession
 from lora_export.runtimes.tensorrt.cuda import CudaDevice, DeviceBuffer, DeviceTensor
 from lora_export.runtimes.tensorrt.session import EngineSession
 
-# Its own log goes to the terminal with a stranger's names as they are; its errors are raised as well.
+# ONNX Runtime's log prints strangers' names unchanged to the terminal; its errors are raised anyway.
 _FATAL_ONLY = 4
 _MAX_CUDA_GRAPHS = 1024
 
 
 @dataclass(frozen=True)
 class Opening:
-    """How models are opened.
+    """Options for opening models.
 
     Attributes:
-        provider: Where graphs run; engines always run on a GPU.
-        threads: ONNX Runtime's threads within one operator; None: as many as there are cores.
+        provider: Provider for graphs; engines always run on a GPU.
+        threads: ONNX Runtime's threads within one operator; None: one for each core.
         cuda_graph: Replay runs as CUDA graphs.
     """
 
@@ -44,18 +45,18 @@ class Opening:
     cuda_graph: bool = False
 
     def device_of(self, model: BenchModel) -> Provider:
-        """Return where a model runs."""
+        """Return the device that a model runs on."""
         return "cuda" if model.kind == "engine" else self.provider
 
     def timed(self) -> str:
-        """Return in words what a time is the time of."""
+        """Return a text that says what a time includes."""
         if self.cuda_graph:
             return (
-                "one run replayed as a CUDA graph, copies of the inputs into its buffers and of the "
-                "outputs to the host included"
+                "one run replayed as a CUDA graph, with copies of the inputs into its buffers and of the "
+                "outputs to the host"
             )
         if self.provider == "cuda":
-            return "one run until the GPU has finished; inputs lie on the GPU before, outputs stay there"
+            return "one run until the GPU has finished; inputs are on the GPU before it, outputs stay there"
         return "one run, inputs in memory, outputs allocated by the runtime"
 
 
@@ -70,18 +71,18 @@ class Opened(Protocol):
 
         Args:
             feeds: Input name → values.
-            choice: ``adapter`` or ``adapters``, as `AdapterSession.run` takes them.
+            choice: The argument ``adapter`` or ``adapters`` of `AdapterSession.run`.
         """
 
     def close(self) -> None:
-        """Give back what can be given back."""
+        """Release the memory that can be released."""
 
 
 def open_for_timing(model: BenchModel, opening: Opening) -> Opened:
     """Open a model.
 
     Raises:
-        LoraExportError: Whatever its session raises.
+        LoraExportError: As for its session.
     """
     if model.exposed is not None:
         return _Exposed(model, opening)
@@ -90,7 +91,7 @@ def open_for_timing(model: BenchModel, opening: Opening) -> Opened:
 
 @contextlib.contextmanager
 def opened(model: BenchModel, opening: Opening) -> Iterator[Opened]:
-    """Open a model, and close it behind the block."""
+    """Open a model, and close it after the block."""
     session = open_for_timing(model, opening)
     try:
         yield session
@@ -99,7 +100,7 @@ def opened(model: BenchModel, opening: Opening) -> Iterator[Opened]:
 
 
 class _Graph:
-    """A graph without LoRA, by ONNX Runtime."""
+    """A graph without LoRA, run by ONNX Runtime."""
 
     def __init__(self, model: BenchModel, opening: Opening) -> None:
         self._memory = DeviceMemory(opening.provider)
@@ -126,7 +127,7 @@ class _Graph:
 
 
 class _Engine:
-    """An engine without LoRA, by TensorRT."""
+    """An engine without LoRA, run by TensorRT."""
 
     def __init__(self, model: BenchModel, opening: Opening) -> None:
         self._session = EngineSession(
@@ -146,7 +147,7 @@ class _Engine:
 
 
 class _Exposed:
-    """A swap graph, a bank, or an engine of one, by its session."""
+    """A swap graph, a bank, or an engine built from one, run by an `AdapterSession`."""
 
     def __init__(self, model: BenchModel, opening: Opening) -> None:
         self._engine = model.kind == "engine"
@@ -177,12 +178,12 @@ class _Exposed:
 
 
 def _session_options() -> Any:
-    """Return ONNX Runtime's options for models that are timed beside others in one process."""
+    """Return ONNX Runtime's options for models that are timed together in one process."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL_ONLY
-    # Threads of a session that has just run would go on spinning, on the cores of the one that is timed next.
+    # Otherwise threads of the session that has just run would spin on the cores that the next one needs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 

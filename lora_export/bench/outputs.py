@@ -1,4 +1,4 @@
-"""Which files a report must never replace: the models that are timed, what belongs to them, the adapters."""
+"""Find files that a report must never replace: timed models, files that belong to them, adapters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_export.formats.reading.weights_files import files_of
 from lora_export.runtimes.model_file import BenchModel
 from lora_export.storage.outputs import places_of, replaced_inputs
 
-# What PEFT reads beside a file of weights.
+# The file that PEFT reads beside a file of weights.
 _ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -21,12 +21,12 @@ def overlap_problems(
     models: Sequence[BenchModel],
     adapters: Sequence[AdapterChoice],
 ) -> list[str]:
-    """Return which outputs would replace what is timed; no ``--force`` allows that.
+    """Return a problem for each output that would replace a timed file; even ``--force`` doesn't allow that.
 
     Args:
-        outputs: Option → the file that it is to write.
+        outputs: Option → the file that it writes.
         paths: Files of all models.
-        models: Those of them that could be read, which know their data files.
+        models: The models that could be read, which know their data files.
         adapters: Adapters that the user named.
     """
     found: dict[str, None] = {}  # a set in order: a model may be named twice
@@ -43,7 +43,7 @@ def overlap_problems(
 def files_read(
     paths: Sequence[Path], models: Sequence[BenchModel], adapters: Sequence[AdapterChoice]
 ) -> list[Path]:
-    """Return the files of models, with what lies beside them, and of adapters."""
+    """Return the files of models and adapters, with the files that lie beside the models."""
     named = [adapter.path for adapter in adapters if adapter.path not in (None, Path())]
     found = [file for path in paths for file in (path, *_beside(path))]
     found += [file for model in models for file in model.files]
@@ -64,7 +64,7 @@ def _of_models(places: set[Path], paths: Sequence[Path], models: Sequence[BenchM
 
 def _of_adapters(places: set[Path], adapters: Sequence[AdapterChoice]) -> Iterator[str]:
     for adapter in adapters:
-        # Of an empty path, "NAME=", the folder that we stand in would be the adapter.
+        # An empty path, "NAME=", would mean the current folder.
         if adapter.path is None or adapter.path == Path():
             continue
         own = places_of(adapter.path)
@@ -74,7 +74,7 @@ def _of_adapters(places: set[Path], adapters: Sequence[AdapterChoice]) -> Iterat
 
 
 def _beside(model: Path) -> Iterator[Path]:
-    """Yield the files that exporters write beside a model, and we."""
+    """Yield the files that exporters and lora-export write beside a model."""
     yield model.with_name(model.name + ".data")
     yield model.with_name(model.name + "_data")
     yield model.with_suffix(".lora.json")

@@ -1,4 +1,4 @@
-"""What a benchmark is going to do, with everything checked that can be known before a model is opened."""
+"""Plan a benchmark: check everything that can be known before a model is opened."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from lora_export.bench.workloads import Workload, has_cache, has_sequence, plan_
 from lora_export.errors import LoraExportError
 from lora_export.runtimes.model_file import BenchModel, label_models, read_model
 
-# More threads than any machine has cores are a slip of the finger, and ONNX Runtime would start them all.
+# More threads than any machine has cores are a typing mistake, and ONNX Runtime would start them all.
 _MOST_THREADS = 4096
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What the user asks for.
+    """The user's request.
 
     Attributes:
-        models: The first is what the others are compared with.
+        models: Paths of the models; the others are compared with the first.
         adapters: Named adapters.
-        batches: Rows.
-        sequences: Tokens of a row; None: as many as are usual, see `lora_export.bench.sizes`.
+        batches: Batch sizes.
+        sequences: Tokens of a row; None: the usual number, see `lora_export.bench.sizes`.
         pasts: Tokens in the cache when one is decoded; empty: as `sequences`.
-        opening: How models are opened.
-        seconds: Time for the timed runs.
-        narrow: Width of a ratio's interval, as a share of it, at which enough is known.
-        seed: Of feeds and orders.
+        opening: Options for opening the models.
+        seconds: Time budget of the timed runs.
+        narrow: Width of a ratio's interval, as a share of the ratio, at which timing stops.
+        seed: Seed of feeds and orders.
     """
 
     models: tuple[Path, ...]
@@ -50,14 +50,14 @@ class Wish:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is going to be done.
+    """The checked plan of a benchmark.
 
     Attributes:
-        wish: What was asked for.
-        models: What the files say of themselves.
-        contenders: Who is timed; the first is what the others are compared with.
-        workloads: What they run.
-        notes: What of the wish has no effect, and sizes that are smaller than usual.
+        wish: The user's request.
+        models: The models as their files describe them.
+        contenders: The contenders to time; the others are compared with the first.
+        workloads: The workloads that they run.
+        notes: Notes on options without effect and on sizes that are smaller than usual.
     """
 
     wish: Wish
@@ -67,20 +67,20 @@ class Plan:
     notes: tuple[str, ...]
 
     def adapters_for(self, model: BenchModel) -> tuple[AdapterChoice, ...]:
-        """Return the adapters that are loaded into a model."""
+        """Return the adapters to load into a model."""
         return self.wish.adapters if model.takes_files else ()
 
 
 def plan_bench(wish: Wish, already: Sequence[str] = (), outputs: Mapping[str, Path] | None = None) -> Plan:
-    """Read the models and check the wish.
+    """Read the models, check the request, and return the plan.
 
     Args:
-        wish: What the user asks for.
-        already: What was found wrong before.
-        outputs: Option → the file that it is to write: none of what is timed.
+        wish: The user's request.
+        already: Problems that were found before.
+        outputs: Option → the file that it writes, which must not be a timed file.
 
     Raises:
-        LoraExportError: Something of it can't be done; all that was found is listed.
+        LoraExportError: The request can't be carried out; all problems are listed.
     """
     problems = [*already, *_number_problems(wish)]
     models, unreadable = _read_all(wish.models)
@@ -89,7 +89,7 @@ def plan_bench(wish: Wish, already: Sequence[str] = (), outputs: Mapping[str, Pa
         *_provider_problems(wish.opening, models),
         *overlap_problems(outputs or {}, wish.models, models, wish.adapters),
     ]
-    if len(models) < len(wish.models):  # the rest is asked of all of them together
+    if len(models) < len(wish.models):  # the other checks need all models
         raise _refused(problems)
     first = models[0]
     problems += [*_input_problems(models), *adapter_problems(wish.adapters, models)]
@@ -128,31 +128,31 @@ def _one_line(error: LoraExportError) -> str:
 
 def _number_problems(wish: Wish) -> list[str]:
     sequences = (1,) if wish.sequences is None else wish.sequences
-    wanted = [("--batch", wish.batches, 1), ("--sequence", sequences, 1), ("--past", wish.pasts, 0)]
+    limits = [("--batch", wish.batches, 1), ("--sequence", sequences, 1), ("--past", wish.pasts, 0)]
     problems = [
-        f"{flag} {value}: wanted at least {least}"
-        for flag, values, least in wanted
+        f"{flag} {value}: give at least {least}"
+        for flag, values, least in limits
         for value in values
         if value < least
     ]
-    problems += [f"{flag} names no size" for flag, values, least in wanted if least and not values]
+    problems += [f"{flag} names no size" for flag, values, least in limits if least and not values]
     problems += [
-        f"{flag} {value:g}: wanted a number above 0"
+        f"{flag} {value:g}: give a number above 0"
         for flag, value in (("--seconds", wish.seconds), ("--narrow", wish.narrow))
         if not (value > 0 and math.isfinite(value))
     ]
     threads = wish.opening.threads
     if threads is not None and not 1 <= threads <= _MOST_THREADS:
-        problems.append(f"--threads {threads}: wanted 1 to {_MOST_THREADS}")
+        problems.append(f"--threads {threads}: give 1 to {_MOST_THREADS}")
     if wish.seed < 0:
-        problems.append(f"--seed {wish.seed}: wanted at least 0")
+        problems.append(f"--seed {wish.seed}: give at least 0")
     if wish.opening.cuda_graph and wish.opening.provider == "cpu":
         problems.append("--cuda-graph needs --provider cuda")
     return problems
 
 
 def _provider_problems(opening: Opening, models: Sequence[BenchModel]) -> list[str]:
-    """Return why graphs can't run where they are to, as far as the installed packages tell."""
+    """Return the reasons why graphs can't run with the provider, as far as the installed packages tell."""
     if not any(model.kind == "graph" for model in models):
         return []
     if importlib.util.find_spec("onnxruntime") is None:
@@ -171,20 +171,20 @@ def _provider_problems(opening: Opening, models: Sequence[BenchModel]) -> list[s
 
 
 def _input_problems(models: Sequence[BenchModel]) -> list[str]:
-    """Return how models differ from the first in what they are fed; dtypes of floats may differ."""
+    """Return how the inputs of models differ from the first model's; dtypes of floats may differ."""
     first, problems = models[0], []
-    wanted = {port.name: port for port in first.inputs}
+    expected = {port.name: port for port in first.inputs}
     for model in models[1:]:
         own = {port.name: port for port in model.inputs}
-        if missing := _some(name for name in wanted if name not in own):
+        if missing := _some(name for name in expected if name not in own):
             problems.append(f"{model.label} lacks inputs of {first.label}: {missing}")
-        if extra := _some(name for name in own if name not in wanted):
+        if extra := _some(name for name in own if name not in expected):
             problems.append(f"{model.label} has inputs that {first.label} lacks: {extra}")
-        for name in own.keys() & wanted.keys():
-            if len(own[name].dims) != len(wanted[name].dims):
+        for name in own.keys() & expected.keys():
+            if len(own[name].dims) != len(expected[name].dims):
                 problems.append(
                     f"{name} has {len(own[name].dims)} axes in {model.label}, "
-                    f"{len(wanted[name].dims)} in {first.label}"
+                    f"{len(expected[name].dims)} in {first.label}"
                 )
     return problems
 

@@ -1,4 +1,4 @@
-"""What a benchmark found, as data; ``reports.bench_*`` show it."""
+"""Results of a benchmark, as data; the room ``reports.bench`` shows them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_export.machines.environment import Environment
 
 FORMAT = 1
 KIND = "lora_export.bench"
-# Of the cores, wanted by others before anything of ours ran.
+# Share of the cores that other programs used before the benchmark ran.
 _BUSY_SHARE = 0.5
 
 
@@ -24,13 +24,13 @@ class Row:
     """One contender with one workload.
 
     Attributes:
-        contender: Its label.
-        runs_per_block: Its counted runs in a round: more of a fast model than of a slow one.
-        latency: How long runs took.
-        rows_per_s: Rows of the batch by the median.
-        tokens_per_s: New tokens by the median; None where the model reads no sequence.
-        ratio: How much longer it takes than the first contender; None for the first, and where one round
-            was all there was time for.
+        contender: The contender's label.
+        runs_per_block: Number of counted runs in a round: more for a fast model than for a slow one.
+        latency: Summary of the times of runs.
+        rows_per_s: Rows of the batch per second, by the median.
+        tokens_per_s: New tokens per second, by the median; None if the model reads no sequence.
+        ratio: Ratio of its times to the first contender's; None for the first, and if there was time for one
+            round only.
     """
 
     contender: str
@@ -46,10 +46,10 @@ class Table:
     """All contenders with one workload.
 
     Attributes:
-        workload: What they ran.
-        rounds: How many rounds.
+        workload: The workload that they ran.
+        rounds: Number of rounds.
         stopped_by: ``narrow`` or ``time``.
-        rows: One for each contender; the first is what the others are compared with.
+        rows: One row for each contender; the others are compared with the first.
     """
 
     workload: Workload
@@ -59,24 +59,24 @@ class Table:
 
     @property
     def runs_per_block(self) -> str:
-        """The rows' counted runs in a round, for people: ``5``, or ``1 to 20`` where they differ."""
+        """Counted runs in a round as text: ``5``, or ``1 to 20`` if the rows differ."""
         counts = {row.runs_per_block for row in self.rows}
         return " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """One model.
+    """Facts on one model.
 
     Attributes:
-        label: What the report calls it.
-        file: Its path, as it was given.
+        label: Name in the report.
+        file: Path as it was given.
         kind: ``graph`` or ``engine``.
         mode: ``swap``, ``bank``, or "" without exposed LoRA.
         device: ``cpu`` or ``cuda``.
-        size_bytes: Of its files.
-        sha256: Of each file, by name.
-        loaded: What opening it costs.
+        size_bytes: Size of its files.
+        sha256: SHA-256 of each file, by name.
+        loaded: Cost of opening it.
     """
 
     label: str
@@ -95,14 +95,15 @@ class BenchReport:
 
     Attributes:
         models: The models, in the user's order.
-        tables: One for each workload.
-        adapters: Loading times.
-        swapping: Of swap models with two adapters or more.
-        environment: The machine.
-        load_average: Before and after; None where unknown.
-        settings: What the user chose: seconds, narrow, threads, seed, provider, cuda_graph.
-        timed: What a time is the time of.
-        notes: What is to be known when these numbers are read.
+        tables: One table for each workload.
+        adapters: Loading times of adapters.
+        swapping: Cost of switching adapters, for swap models with two adapters or more.
+        environment: The machine and its packages.
+        load_average: Load before and after; None if unknown.
+        settings: The user's choices: seconds, narrow, threads, seed, provider, cuda_graph.
+        timed: Text that says what a time includes.
+        notes: Notes for reading these numbers.
+        method: Text on how intervals are computed.
     """
 
     models: tuple[ModelFacts, ...]
@@ -118,25 +119,25 @@ class BenchReport:
 
     @property
     def was_busy(self) -> bool:
-        """Whether other programs wanted the processor, by the load before and, beyond its cores, after."""
+        """True if other programs used the processor, by the load before and the excess load after."""
         before, after = (load[0] if load else 0.0 for load in self.load_average)
         cores = self.environment.cpu_quota or self.environment.cores
         return before > _BUSY_SHARE * cores or after > cores + 1
 
     @property
     def stopped_by(self) -> str:
-        """In a sentence, what ended the measurement."""
+        """A sentence on what ended the measurement."""
         narrow = sum(table.stopped_by == "narrow" for table in self.tables)
-        wanted = f"{self.settings['narrow']:.1%}"
+        width = f"{self.settings['narrow']:.1%}"
         if narrow == len(self.tables):
-            return f"stopped because every interval was narrower than {wanted}"
+            return f"stopped because every interval was narrower than {width}"
         if narrow:
             parts = f"{narrow} of {len(self.tables)} workloads"
-            return f"stopped at intervals below {wanted} in {parts}, by the time budget in the others"
-        return f"stopped by the time budget of {self.settings['seconds']:g} s, before intervals of {wanted}"
+            return f"stopped at intervals below {width} in {parts}, by the time budget in the others"
+        return f"stopped by the time budget of {self.settings['seconds']:g} s, before intervals of {width}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as JSON has it; every unit is in its key's name."""
+        """Return plain data for JSON; units are part of the keys."""
         found = {
             "kind": KIND,
             "format": FORMAT,

@@ -1,10 +1,10 @@
-"""Contenders timed in turn, round after round, until the ratios are known well enough or time is up.
+"""Time contenders in turn, round after round, until the ratios are known well enough or time is up.
 
-In each round every contender has one block of runs, in an order that is shuffled anew. A block of short
+In each round every contender has one block of runs; the order is shuffled in each round. A block of short
 runs begins with one that isn't counted, which brings the contender's weights back into the processor's
 caches: what is timed is a model that serves one request after the other, not one that shares the caches with
-its rivals. What is short is asked of each contender alone: a fast one beside a slow one must not lose its
-uncounted run.
+other contenders. Whether runs are short is decided for each contender alone: a fast one timed with a slow one
+must not lose its uncounted run.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ Run = Callable[[], object]
 Clock = Callable[[], float]
 Stop = Literal["narrow", "time"]
 
-# A block of short runs lasts about so long: the clock's and the scheduler's grain disappear in it.
+# Duration of a block of short runs: long compared with the resolution of clock and scheduler.
 _BLOCK_S = 0.02
 _LARGEST_BLOCK = 32
-# Longer runs use far more memory than any cache holds; one uncounted run in each block would be wasted.
+# Longer runs use far more memory than a cache holds: an uncounted run in each block would be wasted.
 _LEAD_BELOW_S = 0.05
-# Warm-up: allocators grow, kernels are chosen, pages come in.
+# During warm-up allocators grow, kernels are chosen and pages are loaded.
 _WARM_UP_S = 0.3
 _WARM_UP_RUNS = (2, 20)
-# Below it an interval that looks narrow may be so by chance: stopping would favour such chances.
+# With fewer rounds an interval may be narrow by chance, and stopping would favour such chances.
 MIN_ROUNDS = 10
-# An interval is looked at when there are so many more rounds than at the last look, for the same reason.
+# Factor by which the number of rounds grows between two checks of the intervals, for the same reason.
 _LOOK_AGAIN = 1.1
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """What was measured.
+    """Measured times.
 
     Attributes:
-        times_s: For each contender all its counted runs.
-        blocks_s: For each contender the median of each round's block.
-        runs_per_block: For each contender the counted runs in a block.
-        seconds: How long all of it took.
+        times_s: Times of all counted runs, for each contender.
+        blocks_s: Median of each round's block, for each contender.
+        runs_per_block: Number of counted runs in a block, for each contender.
+        seconds: Time that the whole measurement took.
         stopped_by: ``narrow``: every interval was narrow enough; ``time``: time was up.
     """
 
@@ -60,11 +60,11 @@ class Rounds:
 
     @property
     def count(self) -> int:
-        """How many rounds there were."""
+        """Number of rounds."""
         return len(self.blocks_s[0])
 
     def ratio(self, contender: int) -> Interval | None:
-        """Return how much longer a contender takes than the first; None with fewer than two rounds."""
+        """Return the ratio of a contender's times to the first one's; None with fewer than two rounds."""
         return ratio_interval(self.blocks_s[contender], self.blocks_s[0])
 
 
@@ -80,16 +80,16 @@ def measure(
     """Time contenders against each other.
 
     Args:
-        contenders: What is run; the first is what the others are compared with.
-        seconds: Time for it, warm-up included. One round is made in any case.
-        narrow: Enough is known when each ratio's interval is narrower than this share of the ratio; of a
-            contender alone, its time's interval.
-        seed: Of the order within rounds.
-        clock: Returns seconds.
-        tick: Called after each round with the share of the time that is spent.
+        contenders: Functions to time; the others are compared with the first.
+        seconds: Time budget, warm-up included. At least one round is run.
+        narrow: Stop when each ratio's interval is narrower than this share of the ratio; for a single
+            contender, the interval of its time.
+        seed: Seed of the order within rounds.
+        clock: Function that returns seconds.
+        tick: Function called after each round with the spent share of the time budget.
 
     Returns:
-        All times.
+        The measured times.
     """
     began = clock()
     with _without_collector():
@@ -119,7 +119,7 @@ def measure(
 
 
 def _warm_up(run: Run, clock: Clock) -> float:
-    """Run until things have settled; return how long the fastest of these runs took."""
+    """Run for a while to warm up; return the time of the fastest of these runs in seconds."""
     fewest, most = _WARM_UP_RUNS
     began, fastest = clock(), math.inf
     for number in range(most):
@@ -149,7 +149,7 @@ def _block(run: Run, counted: int, lead: bool, clock: Clock) -> list[float]:
 
 def _known(blocks: Sequence[Sequence[float]], narrow: float) -> bool:
     if len(blocks) == 1:
-        found = [ratio_interval(blocks[0], np.ones(len(blocks[0])))]  # the time itself: its ratio to 1 s
+        found = [ratio_interval(blocks[0], np.ones(len(blocks[0])))]  # the time itself, as its ratio to 1 s
     else:
         found = [ratio_interval(own, blocks[0]) for own in blocks[1:]]
     return all(ratio is not None and ratio.relative_width < narrow for ratio in found)

@@ -1,4 +1,4 @@
-"""`run_bench`: plan, open, time, report."""
+"""Run a benchmark: plan, open, time, report."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from lora_export.runtimes.ort.device import Provider
 from lora_export.storage.inputs import note_states, same_inputs
 
 PathLike = str | os.PathLike[str]
-# Shares of the progress bar; the time of the first parts is not known before.
+# Shares of the progress bar; the time of the first parts can't be known in advance.
 _HASHED, _PROBED, _OPENED, _TIMED = 0.05, 0.2, 0.3, 0.95
-# Of the time budget, and at most so many seconds.
+# Share of the time budget for swapping, and its limit in seconds.
 _SWAPPING_SHARE, _SWAPPING_S = 0.1, 5.0
 
 
@@ -48,31 +48,31 @@ def run_bench(
 ) -> BenchReport:
     """Time models side by side.
 
-    All of them are open at once, and take turns in every round; see `lora_export.bench.rounds`. How long
-    opening takes, and how much memory, is measured before that, each model in a process of its own.
+    All models are open at once and take turns in every round; see `lora_export.bench.rounds`. Before that,
+    the time and memory that opening takes are measured, each model in a separate process.
 
     Args:
-        model: A graph or engine; the others are compared with it.
-        against: Others with the same inputs.
-        adapters: Name → file or folder; of a bank's own slot None.
-        batches: Rows of a request.
+        model: Graph or engine; the others are compared with it.
+        against: Other models with the same inputs.
+        adapters: Name → file or folder; None for a slot of a bank.
+        batches: Batch sizes.
         sequences: Tokens of a row; by default 128, or as many as the models have positions for.
-        pasts: Of models with a key-value cache: tokens in the cache when one more is decoded; empty: as
-            ``sequences``. Where both are left to their defaults, as many as leave room for one token more.
+        pasts: Tokens in the key-value cache when one more is decoded; empty: as ``sequences``. If neither is
+            given, at most as many as leave a position for one more token.
         provider: ``cpu`` or ``cuda``, for graphs; engines always run on a GPU.
         threads: ONNX Runtime's threads within one operator.
         cuda_graph: Replay runs as CUDA graphs.
-        seconds: Time for the timed runs, all workloads together; opening and loading are extra.
+        seconds: Time budget of the timed runs of all workloads; opening and loading are extra.
         narrow: Stop when each ratio's interval is narrower than this share of the ratio.
-        seed: Of feeds and orders.
+        seed: Seed of feeds and orders.
         progress: Called with what is being done and the share of the whole that is done.
 
     Returns:
-        What was measured.
+        The measured results.
 
     Raises:
-        LoraExportError: Something can't be done; all that was found is listed. Where a model is refused by
-            its runtime alone, it is that error.
+        LoraExportError: The benchmark can't be run; all problems are listed. If only one runtime refuses its
+            model, it is that runtime's error.
     """
     wish = Wish(
         (Path(model), *map(Path, against)),
@@ -93,21 +93,21 @@ def run_bench(
 
 @same_inputs(at_end=True)
 def carry_out(plan: Plan, progress: Say | None = None) -> BenchReport:
-    """Do what was planned; see `run_bench`."""
-    # What was planned is about these files, and so are the hashes and the figures.
+    """Run a planned benchmark and return its results; see `run_bench`."""
+    # The plan, the hashes and the results are all about these states of the files.
     note_states(state for model in plan.models for state in model.states)
-    say = progress or (lambda _what, _share: None)
+    progress = progress or (lambda _what, _share: None)
     before = load_average()
-    say("hashing the models", 0.0)
+    progress("hashing the models", 0.0)
     hashes = [model.sha256() for model in plan.models]
-    loaded = _probe_all(plan, say)
+    loaded = _probe_all(plan, progress)
     with contextlib.ExitStack() as stack:
-        say("opening all models", _PROBED)
+        progress("opening all models", _PROBED)
         sessions = _open_all(plan, stack)
         loadings = _load_all(plan, sessions)
         runs = _trial_runs(plan, sessions)
-        tables = list(_time_all(plan, runs, say))
-        say("swapping adapters", _TIMED)
+        tables = list(_time_all(plan, runs, progress))
+        progress("swapping adapters", _TIMED)
         swapping = list(_swap_all(plan, sessions))
     devices = [plan.wish.opening.device_of(model) for model in plan.models]
     facts = tuple(
@@ -145,11 +145,11 @@ def _contender_of(plan: Plan, number: int) -> Contender:
     return next(one for one in plan.contenders if one.model is plan.models[number])
 
 
-def _probe_all(plan: Plan, say: Say) -> list[Loaded]:
+def _probe_all(plan: Plan, progress: Say) -> list[Loaded]:
     found = []
     for number, model in enumerate(plan.models):
         share = _HASHED + (_PROBED - _HASHED) * number / len(plan.models)
-        say(f"opening {model.label} alone", share)
+        progress(f"opening {model.label} alone", share)
         job = Job(
             _contender_of(plan, number),
             plan.wish.opening,
@@ -184,7 +184,7 @@ def _load_all(plan: Plan, sessions: Sequence[Opened]) -> list[AdapterLoading]:
 
 
 def _trial_runs(plan: Plan, sessions: Sequence[Opened]) -> dict[Workload, list[Run]]:
-    """Make every run that is to be timed, and run it once: what a runtime refuses is known before."""
+    """Return the runs to time, each tried once, so that a runtime's refusal is known before the timing."""
     runs: dict[Workload, list[Run]] = {workload: [] for workload in plan.workloads}
     errors = []
     for workload in plan.workloads:
@@ -196,8 +196,8 @@ def _trial_runs(plan: Plan, sessions: Sequence[Opened]) -> dict[Workload, list[R
                 errors.append((f"{contender.label}, {workload.label}", error))
                 continue
             except Exception as error:  # ONNX Runtime's exceptions have no common class
-                said = BackendError(f"the runtime failed: {error}")
-                errors.append((f"{contender.label}, {workload.label}", said))
+                failed = BackendError(f"the runtime failed: {error}")
+                errors.append((f"{contender.label}, {workload.label}", failed))
                 continue
             runs[workload].append(run)
     _raise(errors, "can't be run")
@@ -223,27 +223,27 @@ def _raise(errors: Sequence[tuple[str, LoraExportError]], what: str) -> None:
         raise BackendError(f"{len(errors)} of the benchmark's models or runs {what}", problems=problems)
 
 
-def _time_all(plan: Plan, runs: Mapping[Workload, list[Run]], say: Say) -> Iterator[Table]:
+def _time_all(plan: Plan, runs: Mapping[Workload, list[Run]], progress: Say) -> Iterator[Table]:
     left = plan.wish.seconds
     for number, workload in enumerate(plan.workloads):
         waiting = len(plan.workloads) - number
         start = _OPENED + (_TIMED - _OPENED) * number / len(plan.workloads)
         span = (_TIMED - _OPENED) / len(plan.workloads)
-        say(workload.label, start)
-        # What one workload leaves of its time, the next ones have.
+        progress(workload.label, start)
+        # Time that one workload doesn't use goes to the next ones.
         rounds = measure(
             runs[workload],
             seconds=left / waiting,
             narrow=plan.wish.narrow,
             seed=plan.wish.seed + number,
-            tick=functools.partial(_tick, say, workload.label, start, span),
+            tick=functools.partial(_tick, progress, workload.label, start, span),
         )
         left = max(left - rounds.seconds, 0.0)
         yield _table(plan, workload, rounds)
 
 
-def _tick(say: Say, what: str, start: float, span: float, share: float) -> None:
-    say(what, start + span * share)
+def _tick(progress: Say, what: str, start: float, span: float, share: float) -> None:
+    progress(what, start + span * share)
 
 
 def _table(plan: Plan, workload: Workload, rounds: Rounds) -> Table:
@@ -259,7 +259,7 @@ def _table(plan: Plan, workload: Workload, rounds: Rounds) -> Table:
 
 
 def _swap_all(plan: Plan, sessions: Sequence[Opened]) -> Iterator[Swapping]:
-    """Yield, of each swap model with two adapters or more, what taking turns costs in its smallest work."""
+    """Yield the cost of switching adapters in the smallest workload, for each swap model."""
     names = [adapter.name for adapter in plan.wish.adapters]
     workload = min(plan.workloads, key=lambda work: (work.tokens or work.batch, work.past))
     for model in plan.models:

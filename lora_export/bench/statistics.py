@@ -1,15 +1,15 @@
-"""From single times to numbers that can be compared: medians, percentiles, a ratio with its interval.
+"""Turn single times into numbers that can be compared: medians, percentiles, a ratio with its interval.
 
 A ratio is estimated from *paired* rounds: in each round every contender runs once, in a shuffled order, so
-that what disturbs the machine for longer than a round (heat, other programs) disturbs all of them. In each
+that a disturbance longer than a round (heat, other programs) affects all of them. In each
 round the times of a contender and of the first one give one ratio; the logarithms of these ratios have a mean
 and a Student interval, whose exponentials are the ratio (a geometric mean) and its bounds. Paired differences
 get the same interval without logarithms. See "Statistically Rigorous Java Performance Evaluation"
 (Georges, Buytaert, Eeckhout, OOPSLA 2007, section 3) for Student intervals of repeated runs, and "Rigorous
-Benchmarking in Reasonable Time" (Kalibera, Jones, ISMM 2013) for the ratio as what is to be reported.
+Benchmarking in Reasonable Time" (Kalibera, Jones, ISMM 2013) for reporting the ratio.
 
-An interval speaks of the models as they are opened in this process. Another opening may place memory
-otherwise and give a ratio some percent away; a model against itself shows how much.
+An interval is valid for the models as opened in this process. In another process memory may be placed
+differently, and the ratio may differ by some percent; timing a model against itself shows how much.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ METHOD = (
     "95 % Student interval of the mean log ratio over paired rounds (Georges, Buytaert, Eeckhout 2007; "
     "Kalibera, Jones 2013); the ratio is the geometric mean"
 )
-# Above this, Student's distribution is the normal one to five digits of the quantile.
+# With more degrees, Student's quantile equals the normal one in five digits.
 _NORMAL_DEGREES = 100_000
 _BISECTIONS = 80
 
@@ -51,20 +51,20 @@ class Interval:
 
     @property
     def relative_width(self) -> float:
-        """The bounds' distance as a share of the estimate."""
+        """Distance of the bounds as a share of the estimate."""
         return (self.high - self.low) / abs(self.value) if self.value else math.inf
 
 
 @dataclass(frozen=True)
 class Latency:
-    """How long runs took.
+    """Summary of the times of runs.
 
     Attributes:
-        count: How many were timed.
-        median_ms: Half of them took no longer.
-        p95_ms: 95 % of them took no longer.
-        iqr_ms: Spread: the middle half lies within so much (interquartile range).
-        min_ms: The fastest.
+        count: Number of timed runs.
+        median_ms: Time that half of the runs did not exceed.
+        p95_ms: Time that 95 % of the runs did not exceed.
+        iqr_ms: Width of the middle half of the times (interquartile range).
+        min_ms: Time of the fastest run.
     """
 
     count: int
@@ -75,21 +75,21 @@ class Latency:
 
 
 def summarise(times_s: Sequence[float]) -> Latency:
-    """Return what is said of single times, in seconds; there must be one at least."""
+    """Return the summary of single times in seconds; at least one is needed."""
     times = np.asarray(times_s, np.float64) * 1e3
     lower, median, upper, p95 = np.percentile(times, [25, 50, 75, 95])
     return Latency(len(times), float(median), float(p95), float(upper - lower), float(times.min()))
 
 
 def ratio_interval(times_s: Times, reference_s: Times) -> Interval | None:
-    """Return how much longer a contender takes than the reference.
+    """Return the ratio of a contender's times to the reference's.
 
     Args:
-        times_s: One time for each round.
-        reference_s: The reference's in the same rounds.
+        times_s: The contender's time in each round.
+        reference_s: The reference's time in the same rounds.
 
     Returns:
-        The ratio; None for fewer than two rounds, which have no interval.
+        The ratio with its interval; None for fewer than two rounds.
     """
     logs = np.log(np.asarray(times_s, np.float64)) - np.log(np.asarray(reference_s, np.float64))
     found = mean_interval(logs)
@@ -109,14 +109,14 @@ def mean_interval(values: Times) -> Interval | None:
 
 @functools.cache
 def student_quantile(probability: float, degrees: int) -> float:
-    """Return the value that Student's t stays below with a probability of 0.5 to 1.
+    """Return the quantile of Student's t distribution for a probability from 0.5 to 1.
 
     Args:
         probability: At least 0.5, below 1.
         degrees: Degrees of freedom, at least 1.
     """
     degrees = min(degrees, _NORMAL_DEGREES)
-    low, high = 0.0, math.pi / 2  # of atan(t / √degrees): every t has its place between them
+    low, high = 0.0, math.pi / 2  # bounds of atan(t / √degrees), for any t
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         if 0.5 + _within(middle, degrees) / 2 < probability:
@@ -127,7 +127,7 @@ def student_quantile(probability: float, degrees: int) -> float:
 
 
 def _within(angle: float, degrees: int) -> float:
-    """Return the probability that abs(t) stays below √degrees · tan(angle).
+    """Return the probability that abs(t) is below √degrees · tan(angle).
 
     For whole degrees it is a finite sum: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3
     (odd) and 26.7.4 (even).

@@ -1,4 +1,4 @@
-"""What is run: a phase with its sizes, and the feeds of exactly these sizes for each model."""
+"""Define workloads (a phase with its sizes), and make feeds of exactly these sizes for each model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Phase = Literal["run", "prefill", "decode"]
 Role = Literal["batch", "sequence", "past", "total"]
 
 _PAST = re.compile(r"^past(_key_values)?[._].*(key|value)")
-# Inputs [batch, sequence, …] under the names that exporters of Hugging Face models give them.
+# Inputs [batch, sequence, …] by the names that exporters of Hugging Face models use.
 _TOKENS = frozenset(
     {"input_ids", "token_type_ids", "position_ids", "inputs_embeds"}
     | {"decoder_input_ids", "decoder_attention_mask"}
 )
-# What a symbol's name says, the first that fits; "total_sequence" is no "sequence".
+# Word in a symbol's name → its role; the first that fits counts, as "total_sequence" is not "sequence".
 _SYMBOLS: tuple[tuple[str, Role], ...] = (
     ("batch", "batch"),
     ("total", "total"),
@@ -31,7 +31,7 @@ _SYMBOLS: tuple[tuple[str, Role], ...] = (
     ("len", "sequence"),
     ("token", "sequence"),
 )
-# Token ids where nobody says how many there are: any vocabulary has these.
+# Number of token ids to use if the vocabulary's size is unknown: any vocabulary has these.
 _SAFE_VOCABULARY = 16
 
 
@@ -42,8 +42,8 @@ class Workload:
     Attributes:
         phase: ``run``: a model without a key-value cache; ``prefill``: the prompt's tokens with an empty
             cache, which is the time to the first token; ``decode``: one token with a full cache.
-        batch: Rows.
-        sequence: New tokens of each row; 0 where the model reads no sequence.
+        batch: Number of rows.
+        sequence: New tokens of each row; 0 if the model reads no sequence.
         past: Tokens of each row in the cache.
     """
 
@@ -54,23 +54,23 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """New tokens of all rows."""
+        """Number of new tokens of all rows."""
         return self.batch * self.sequence
 
     @property
     def size(self) -> str:
-        """Sizes for people: ``8×128``, with a cache ``8×1 after 128``."""
+        """Sizes as text: ``8×128``, with a cache ``8×1 after 128``."""
         text = f"{self.batch}×{self.sequence}" if self.sequence else f"{self.batch}"
         return f"{text} after {self.past}" if self.phase == "decode" else text
 
     @property
     def label(self) -> str:
-        """Phase and sizes."""
+        """Phase and sizes as text."""
         return f"{self.phase} {self.size}"
 
     @property
     def sizes(self) -> dict[Role, int]:
-        """Size of a dimension of each role."""
+        """Size of the dimensions of each role."""
         return {
             "batch": self.batch,
             "sequence": self.sequence,
@@ -80,12 +80,12 @@ class Workload:
 
 
 def has_cache(model: BenchModel) -> bool:
-    """Whether a model reads a key-value cache."""
+    """Return True if a model reads a key-value cache."""
     return any(_PAST.match(port.name) for port in model.inputs)
 
 
 def has_sequence(model: BenchModel) -> bool:
-    """Whether a model reads a sequence whose length varies, or tokens."""
+    """Return True if a model reads tokens, or a sequence whose length varies."""
     return any(
         role == "sequence" or port.name in _TOKENS for port in model.inputs for role in _roles(port, {})
     )
@@ -94,12 +94,12 @@ def has_sequence(model: BenchModel) -> bool:
 def plan_workloads(
     model: BenchModel, batches: Sequence[int], sequences: Sequence[int], pasts: Sequence[int]
 ) -> tuple[Workload, ...]:
-    """Return what a model is to run.
+    """Return the workloads of a model.
 
     Args:
         model: The model.
-        batches: Rows.
-        sequences: Tokens of a row: of a prompt, or of the whole request where there is no cache.
+        batches: Batch sizes.
+        sequences: Tokens of a row: of a prompt, or of the whole request without a cache.
         pasts: Tokens in the cache when one more is decoded; empty: as many as the prompts have.
     """
     if has_cache(model):
@@ -111,23 +111,23 @@ def plan_workloads(
 
 
 def shape_problems(model: BenchModel, workload: Workload) -> Iterator[str]:
-    """Yield why a model can't take a workload, as far as its inputs tell."""
+    """Yield the reasons why a model can't take a workload, as far as its inputs tell."""
     sizes, symbols = workload.sizes, _symbols(model)
     for port in model.inputs:
         for axis, (dim, role) in enumerate(zip(port.dims, _roles(port, symbols), strict=True)):
             if role is None:
                 if not isinstance(dim, int):
-                    yield f"{port.name}: nobody knows the size of axis {axis} ({dim or 'no name'})"
+                    yield f"{port.name}: the size of axis {axis} ({dim or 'no name'}) is unknown"
             elif isinstance(dim, int) and dim >= 0 and dim != sizes[role]:
-                mend = _mend(workload, role, dim, "{}")
-                yield f"{port.name} has a fixed {role} of {dim}, not {sizes[role]}{mend}"
+                fix = _fix(workload, role, dim, "{}")
+                yield f"{port.name} has a fixed {role} of {dim}, not {sizes[role]}{fix}"
             elif isinstance(dim, str) and sizes[role] > (most := model.largest.get(dim, sizes[role])):
-                mend = _mend(workload, role, most, "{} or less")
-                yield f"{port.name}: the model has positions for a {role} of {most}, not {sizes[role]}{mend}"
+                fix = _fix(workload, role, most, "{} or less")
+                yield f"{port.name}: the model has positions for a {role} of {most}, not {sizes[role]}{fix}"
 
 
 def most_of(models: Iterable[BenchModel], role: Role) -> Iterator[int]:
-    """Yield the largest sizes that models have positions for, of dimensions of one role."""
+    """Yield the largest sizes that models have positions for, for dimensions of one role."""
     for model in models:
         symbols = _symbols(model)
         for port in model.inputs:
@@ -136,8 +136,8 @@ def most_of(models: Iterable[BenchModel], role: Role) -> Iterator[int]:
                     yield model.largest[dim]
 
 
-def _mend(workload: Workload, role: Role, size: int, wanted: str) -> str:
-    """Return which option makes a dimension fit; "" where none does, as for the one token of a decode."""
+def _fix(workload: Workload, role: Role, size: int, text: str) -> str:
+    """Return the option that makes a dimension fit, or "" if none does, as for the one token of a decode."""
     decode = workload.phase == "decode"
     if role == "batch":
         flag = "--batch"
@@ -147,13 +147,13 @@ def _mend(workload: Workload, role: Role, size: int, wanted: str) -> str:
         flag = "--past" if decode else ""
     else:
         flag = "" if decode else "--sequence"
-    return f": give {flag} {wanted.format(size)}" if flag and size >= 0 else ""
+    return f": give {flag} {text.format(size)}" if flag and size >= 0 else ""
 
 
 def make_feeds(model: BenchModel, workload: Workload, seed: int) -> dict[str, Array]:
-    """Return feeds of exactly a workload's sizes, nothing padded: ids within the vocabulary, full masks.
+    """Return feeds of exactly a workload's sizes, without padding: ids within the vocabulary, full masks.
 
-    The values are the same for all models that have the same inputs. `shape_problems` must be none.
+    The values are the same for all models with the same inputs. `shape_problems` must yield nothing.
     """
     sizes, symbols = workload.sizes, _symbols(model)
     feeds = {}
@@ -167,7 +167,7 @@ def make_feeds(model: BenchModel, workload: Workload, seed: int) -> dict[str, Ar
 
 
 def _roles(port: Input, symbols: Mapping[str, Role]) -> tuple[Role | None, ...]:
-    """Return what each axis of an input counts; None: what the graph says itself."""
+    """Return the role of each axis of an input; None for an axis whose size the graph states."""
     rank = len(port.dims)
     if _PAST.match(port.name) and rank == 4:
         return ("batch", None, "past", None)
@@ -190,7 +190,7 @@ def _role_of(dim: int | str | None, axis: int, symbols: Mapping[str, Role]) -> R
 
 
 def _symbols(model: BenchModel) -> dict[str, Role]:
-    """Return the roles of symbols that stand in inputs which we know by name."""
+    """Return the roles of the symbols in the inputs that are known by name."""
     return {
         dim: role
         for port in model.inputs
@@ -210,5 +210,5 @@ def _values(port: Input, shape: tuple[int, ...], work: Workload, vocabulary: int
         return np.zeros(shape, dtype)
     if dtype.kind in "iu":
         return random.integers(0, vocabulary or _SAFE_VOCABULARY, shape).astype(dtype)
-    # In float32 first: the same values for models of every dtype.
+    # Made in float32, so that models of every dtype get the same values.
     return (0.5 * random.standard_normal(shape, np.float32)).astype(dtype)

@@ -1,4 +1,4 @@
-"""`lora-export bank-onnx`: several adapters resident in one graph, chosen for each row of the batch."""
+"""`lora-export bank-onnx`: keep several adapters in one graph, chosen for each row of the batch."""
 
 from __future__ import annotations
 
@@ -27,16 +27,20 @@ from lora_export.commands.verb import Verb
     type=click.Choice(["initializers", "inputs"]),
     default="initializers",
     show_default=True,
-    help="Adapters as constants, or as inputs, whose slots can be replaced while it runs.",
+    help="Adapters as constants, or as inputs, whose slots can be replaced while the graph runs.",
 )
-@click.option("--slot-rank", type=int, help="With --resident inputs: the rank that every slot has room for.")
-@click.option("--batch-input", help="Input whose first axis is the batch; the first with a free one.")
+@click.option("--slot-rank", type=int, help="With --resident inputs: the largest rank that a slot can hold.")
+@click.option(
+    "--batch-input",
+    help="Input whose first axis is the batch; by default the first one with a free first axis.",
+)
 @expose_options
 @adapter_options
 def bank_onnx(base: Path, output: Path, adapters: tuple[str, ...], **options: Any) -> None:
-    """Write the base with all adapters in it, and an input that chooses one for each row.
+    """Write a graph of the base with all adapters in it and an input that chooses one for each row.
 
-    ``lora.adapter_weights`` is ``[batch, slots]``: a one-hot row chooses, zeros are the base, others blend.
+    ``lora.adapter_weights`` is ``[batch, slots]``: a one-hot row chooses an adapter, zeros choose the base,
+    other values blend.
 
     \b
     Example:

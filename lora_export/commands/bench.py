@@ -1,4 +1,4 @@
-"""`lora-export bench`: models timed side by side."""
+"""`lora-export bench`: time models side by side."""
 
 from __future__ import annotations
 
@@ -30,30 +30,34 @@ _PATH = click.Path(path_type=Path)
     "adapters",
     multiple=True,
     metavar="NAME=PATH",
-    help="For models with exposed LoRA; of a bank's own slot its NAME. The first is what a swap model runs "
-    "with; with two or more, taking turns is timed as well.",
+    help="For models with exposed LoRA; NAME alone for a slot of a bank. A swap model runs with the first; "
+    "with two or more, switching between them is timed as well.",
 )
-@click.option("--batch", "batches", default="1", show_default=True, callback=whole_numbers, help="Rows: 1,8.")
+@click.option(
+    "--batch", "batches", default="1", show_default=True, callback=whole_numbers, help="Batch sizes: 1,8."
+)
 @click.option(
     "--sequence",
     "sequences",
     callback=whole_numbers,
-    help="Tokens of a row: 1,128; by default 128, or less where the model has fewer positions.",
+    help="Tokens of a row: 1,128; by default 128, or fewer if the model has fewer positions.",
 )
 @click.option(
     "--past",
     "pasts",
     callback=whole_numbers_from_0,
-    help="Tokens in the key-value cache when one is decoded; by default as --sequence.",
+    help="Tokens in the key-value cache when one more is decoded; by default as --sequence.",
 )
 @click.option(
     "--provider",
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="For graphs; engines always run on a GPU.",
+    help="Where graphs run; engines always run on a GPU.",
 )
-@click.option("--threads", type=int, help="ONNX Runtime's threads within one operator; else all cores.")
+@click.option(
+    "--threads", type=int, help="ONNX Runtime's threads within one operator; by default one for each core."
+)
 @click.option("--cuda-graph", is_flag=True, help="Replay runs as CUDA graphs.")
 @click.option(
     "--seconds",
@@ -67,19 +71,21 @@ _PATH = click.Path(path_type=Path)
     type=float,
     default=0.02,
     show_default=True,
-    help="Stop where each ratio's 95 % interval (of a model alone: its time's) is narrower than this share "
-    "of it.",
+    help="Stop when the 95 % interval of each ratio (of the time, for a single model) is narrower than this "
+    "share of the value.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of feeds and of the models' order.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of the feeds and of the models' order."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--report", type=_PATH, help="Also write the JSON to a file.")
-@click.option("--plot", type=_PATH, help="Also draw it: .png or .svg.")
-@click.option("--html", type=_PATH, help="Also write a page that needs no other file.")
+@click.option("--report", type=_PATH, help="Also write the report as a JSON file.")
+@click.option("--plot", type=_PATH, help="Also draw the report: .png or .svg.")
+@click.option("--html", type=_PATH, help="Also write the report as one HTML page.")
 @click.option("--force", is_flag=True, help="Replace these files if they exist.")
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Check options, files, sizes and adapters, print what would be run, and open no model.",
+    help="Check options, files, sizes and adapters, and print the plan; open no model.",
 )
 @click.option("--quiet", is_flag=True, help="No progress.")
 def bench(model: Path, as_json: bool, force: bool, dry_run: bool, quiet: bool, **options: Any) -> None:
@@ -88,8 +94,8 @@ def bench(model: Path, as_json: bool, force: bool, dry_run: bool, quiet: bool, *
     All models take turns in every round, in shuffled order, so that a machine that slows down slows all of
     them. Each is compared with MODEL: the ratio of their times, with a 95 % interval. Models with a key-value
     cache are timed twice: prefill is a prompt with an empty cache (time to the first token), decode is one
-    token with a full one. Before that, each model is opened alone in a process of its own, for the time that
-    takes and its memory. All models are open at once: there must be memory for all.
+    token with a full cache. Before that, each model is opened alone in a separate process, to measure the
+    time and the memory that this takes. Then all models are open at once: there must be memory for all.
 
     \b
     Example:
@@ -122,7 +128,7 @@ def bench(model: Path, as_json: bool, force: bool, dry_run: bool, quiet: bool, *
 
 
 def _wish(model: Path, options: dict[str, Any]) -> Wish:
-    """Return what the options ask for."""
+    """Return the request that the options state."""
     from lora_export.bench.contenders import AdapterChoice
     from lora_export.bench.opened import Opening
     from lora_export.bench.plan import Wish
@@ -145,7 +151,7 @@ def _each_once(numbers: Sequence[int]) -> tuple[int, ...]:
 
 
 def _file_problems(files: dict[str, Path | None], force: bool) -> list[str]:
-    """Return why files can't be written: known before a minute of timing rather than after it."""
+    """Return why files can't be written, so that the user learns it before the timing, not after."""
     from lora_export.errors import LoraExportError
     from lora_export.reports.bench.to_figure import FORMATS, check_matplotlib
     from lora_export.storage.outputs import refuse_replacing
@@ -154,7 +160,7 @@ def _file_problems(files: dict[str, Path | None], force: bool) -> list[str]:
     for kind, path in files.items():
         if path is None:
             continue
-        # A folder that is missing is made when the file is written, after the timing.
+        # A missing folder is created when the file is written, after the timing.
         above = next(parent for parent in path.absolute().parents if parent.exists())
         if not above.is_dir():
             problems.append(f"--{kind} {path}: {above} is a file, not a folder (choose another name)")
@@ -167,7 +173,7 @@ def _file_problems(files: dict[str, Path | None], force: bool) -> list[str]:
         except LoraExportError as error:
             problems.append(f"--{kind} {path}: {error.message} ({error.hint})")
         if kind == "plot" and path.suffix[1:] not in FORMATS:
-            problems.append(f"--plot {path}: wanted an ending of .{' or .'.join(FORMATS)}")
+            problems.append(f"--plot {path}: the name must end in .{' or .'.join(FORMATS)}")
     given = [path.resolve() for path in files.values() if path]
     if len(set(given)) < len(given):
         problems.append("--report, --plot, --html: two of them are the same file")

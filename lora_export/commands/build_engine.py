@@ -1,4 +1,4 @@
-"""`lora-export build-engine`: compile a graph for GPUs."""
+"""`lora-export build-engine`: compile a graph to engines for GPUs."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _MIB = 1 << 20
     "targets",
     required=True,
     multiple=True,
-    help="A GPU (rtx-4090), a compute capability (sm89), or all; repeat for several. See: targets.",
+    help="A GPU (rtx-4090), a compute capability (sm89), or all; repeat for several. See the verb targets.",
 )
 @click.option("-o", "--output", required=True, type=_PATH, help="The folder to write into.")
-@click.option("--name", help="Beginning of the files' names; by default the graph's.")
+@click.option("--name", help="First part of the files' names; by default the graph's name.")
 @click.option(
     "--shape",
     "shapes",
@@ -46,35 +46,59 @@ _MIB = 1 << 20
     "profiles",
     multiple=True,
     metavar="'NAME KEY=MIN:OPT:MAX …'",
-    help="One of several profiles; prefill and decode know their sizes. Each costs engine size.",
+    help="One of several profiles; prefill and decode have sizes of their own. Each makes the engine larger.",
 )
-@click.option("--together", is_flag=True, help="One engine for all targets in place of one for each.")
-@click.option("--backend", type=click.Choice(["tensorrt-rtx", "tensorrt"]), help="By default the target's.")
-@click.option("--tf32", is_flag=True, help="Allow TF32 in float32 products: faster, and three digits less.")
-@click.option("--weight-streaming", is_flag=True, help="Weights may stay in host memory while it runs.")
-@click.option("--refit", is_flag=True, help="Weights can be changed later. Building it needs a GPU.")
-@click.option("--strip-weights", is_flag=True, help="An engine without weights. Building it needs a GPU.")
-@click.option("--version-compatible", is_flag=True, help="Runs with later versions; tensorrt only.")
-@click.option("--hardware-compatible", is_flag=True, help="Runs on Ampere and later; tensorrt only.")
-@click.option("--optimization-level", type=click.IntRange(0, 5), help="How long the builder may search.")
-@click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="Limit of the scratch memory.")
-@click.option("--adapters", type=click.IntRange(0), default=1, help="How many adapters have to fit.")
-@click.option("--ignore-memory", is_flag=True, help="Build also what doesn't fit the target's memory.")
-@click.option("--kit", is_flag=True, help="Write a folder that is built on the target in place of engines.")
-@click.option("--cache-dir", type=_PATH, help="Engines built before; by default in the user's cache folder.")
-@click.option("--no-cache", is_flag=True, help="Build also what was built before.")
-@click.option("--timing-cache", type=_PATH, help="What earlier builds measured; tensorrt only.")
-@click.option("--verbose", is_flag=True, help="Keep all of the builder's messages in the log; builds again.")
+@click.option("--together", is_flag=True, help="Build one engine for all targets instead of one for each.")
+@click.option(
+    "--backend", type=click.Choice(["tensorrt-rtx", "tensorrt"]), help="Compiler; by default the target's."
+)
+@click.option("--tf32", is_flag=True, help="Allow TF32 in float32 products: faster, but three digits fewer.")
+@click.option(
+    "--weight-streaming", is_flag=True, help="Weights may stay in host memory while the engine runs."
+)
+@click.option("--refit", is_flag=True, help="Allow changing the weights later. Building needs a GPU.")
+@click.option("--strip-weights", is_flag=True, help="Build an engine without weights. Building needs a GPU.")
+@click.option(
+    "--version-compatible", is_flag=True, help="The engine also runs with later versions; tensorrt only."
+)
+@click.option(
+    "--hardware-compatible", is_flag=True, help="The engine runs on Ampere and later GPUs; tensorrt only."
+)
+@click.option(
+    "--optimization-level",
+    type=click.IntRange(0, 5),
+    help="How long the builder searches: 0 (short) to 5 (long).",
+)
+@click.option(
+    "--workspace", type=click.IntRange(1), metavar="MIB", help="Limit of the builder's scratch memory."
+)
+@click.option(
+    "--adapters",
+    type=click.IntRange(0),
+    default=1,
+    help="How many adapters must fit into the target's memory.",
+)
+@click.option(
+    "--ignore-memory", is_flag=True, help="Build even if the model doesn't fit the target's memory."
+)
+@click.option("--kit", is_flag=True, help="Write a folder to build on the target instead of engines.")
+@click.option(
+    "--cache-dir", type=_PATH, help="Folder of engines built before; by default in your cache folder."
+)
+@click.option("--no-cache", is_flag=True, help="Build again even if an equal engine was built before.")
+@click.option("--timing-cache", type=_PATH, help="File of timings of earlier builds; tensorrt only.")
+@click.option("--verbose", is_flag=True, help="Keep all messages of the builder in the log; always builds.")
 @click.option("--force", is_flag=True, help="Replace existing output files.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; build nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--quiet", is_flag=True, help="No progress and no summary; warnings stay.")
+@click.option("--quiet", is_flag=True, help="Print no progress and no summary; only warnings.")
 def build_engine(model: Path, output: Path, kit: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Compile MODEL, an .onnx file, for each --target into OUT/NAME.TARGET.engine, with a record beside it.
 
-    Which shapes the engine takes comes from the graph: batch, sequence, past, the rank of each LoRA input.
-    TensorRT-RTX builds here, GPU or not; classic TensorRT on the GPU itself: --kit for another machine.
-    The graph's own types are kept: for half precision, export it with --dtype float16.
+    The graph says which sizes an engine can take: batch, sequence, past, the rank of each LoRA input.
+    TensorRT-RTX builds on this machine, with or without a GPU. Classic TensorRT builds on the target GPU
+    itself: use --kit for another machine. The graph's types are kept: for half precision, export it with
+    --dtype float16.
 
     \b
     Examples:
@@ -91,7 +115,9 @@ def build_engine(model: Path, output: Path, kit: bool, as_json: bool, quiet: boo
     caches, switches = _take(options, "timing_cache", "verbose"), _take(options, "force", "dry_run")
     caches["cache"] = _cache(options.pop("cache_dir"), options.pop("no_cache"))
     if kit and caches != {"timing_cache": None, "verbose": False, "cache": True}:
-        raise click.UsageError("--kit builds nothing: leave out caches, --timing-cache and --verbose")
+        raise click.UsageError(
+            "--kit builds no engine: omit --cache-dir, --no-cache, --timing-cache and --verbose"
+        )
     wish = _wish(options)
     report: BuildReport | KitReport
     warnings: list[str] = []
@@ -116,12 +142,12 @@ def _take(options: dict[str, Any], *names: str) -> dict[str, Any]:
 
 def _cache(folder: Path | None, off: bool) -> Path | bool:
     if folder is not None and off:
-        raise click.UsageError("--cache-dir and --no-cache exclude each other")
+        raise click.UsageError("give either --cache-dir or --no-cache, not both")
     return folder or not off
 
 
 def _wish(given: dict[str, Any]) -> Wish:
-    """Return what the options ask for."""
+    """Return the build request that the options state."""
     from dataclasses import fields
 
     from lora_export.engines.plan import Wish

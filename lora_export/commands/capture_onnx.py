@@ -1,4 +1,4 @@
-"""`lora-export capture-onnx`: a checkpoint as a graph, before any adapter."""
+"""`lora-export capture-onnx`: write a checkpoint as a graph, without any adapter."""
 
 from __future__ import annotations
 
@@ -23,19 +23,22 @@ _PATH = click.Path(path_type=Path)
     type=click.Choice(["float32", "float16", "bfloat16"]),
     default="float32",
     show_default=True,
-    help="Of weights, inputs and outputs.",
+    help="Type of weights, inputs and outputs.",
 )
-@click.option("--kv-cache", is_flag=True, help="Keys and values of past tokens as inputs and outputs.")
+@click.option(
+    "--kv-cache", is_flag=True, help="Add the keys and values of past tokens as inputs and outputs."
+)
 @click.option("--force", is_flag=True, help="Replace existing output files.")
-@click.option("--quiet", is_flag=True, help="No summary.")
+@click.option("--quiet", is_flag=True, help="Print no summary.")
 def capture_onnx(
     checkpoint: Path, output: Path, dtype: str, kv_cache: bool, force: bool, quiet: bool
 ) -> None:
     """Write the graph of CHECKPOINT, a folder that save_pretrained wrote, as OUT.onnx and OUT.onnx.data.
 
-    merge-onnx, swap-onnx and bank-onnx capture a folder themselves. Do it once, and each takes seconds; with
-    --share-base their graphs then use one copy of the weights. For a merge into float16 or bfloat16, give
-    merge-onnx the folder: it rounds W0 + ΔW once, while a captured graph's W0 is rounded already.
+    merge-onnx, swap-onnx and bank-onnx also capture a folder themselves. Capture it once, and each of them
+    takes seconds; with --share-base their graphs then use one copy of the weights. To merge into float16 or
+    bfloat16, give merge-onnx the folder: it rounds W0 + ΔW once, while the W0 of a captured graph is rounded
+    already.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""`lora-export convert-adapter`: an adapter as the tensors that a graph with exposed LoRA takes."""
+"""`lora-export convert-adapter`: write an adapter as the tensors that a graph with exposed LoRA takes."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ _PATH = click.Path(path_type=Path)
 
 @click.command("convert-adapter", cls=Verb, short_help="Convert an adapter for a graph with exposed LoRA.")
 @click.argument("adapter", type=_PATH)
-@click.option("--for", "graph", required=True, type=_PATH, help="The .onnx file that it is for.")
+@click.option("--for", "graph", required=True, type=_PATH, help="The .onnx file that the adapter is for.")
 @click.option("-o", "--output", required=True, type=_PATH, help="File or folder to write.")
-@click.option("--format", type=click.Choice(list(WRITERS)), help="By default what the output's name says.")
-@click.option("--any-base", is_flag=True, help="Go on with a file that was converted for another base.")
+@click.option("--format", type=click.Choice(list(WRITERS)), help="By default chosen by the output's name.")
+@click.option("--any-base", is_flag=True, help="Accept a file that was converted for another base.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
-@click.option("--allow-unmatched", is_flag=True, help="Go on without what has no place in the graph.")
+@click.option("--allow-unmatched", is_flag=True, help="Leave out modules that have no site in the graph.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--quiet", is_flag=True, help="No summary; warnings stay.")
+@click.option("--quiet", is_flag=True, help="Print no summary; only warnings.")
 @reading_options
 def convert_adapter(adapter: Path, output: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Write ADAPTER as tensors for the LoRA inputs of a graph: checked, in its layout, scaling folded in.
 
-    onnx_adapter is what onnxruntime and onnxruntime-genai load, safetensors what AdapterSession takes with
-    all of its provenance, edge-llm TensorRT-Edge-LLM's folder, genai the names of graphs that
-    onnxruntime-genai's own builder gave LoRA.
+    Formats: onnx_adapter for onnxruntime and onnxruntime-genai; safetensors for AdapterSession, with the
+    adapter's whole provenance; edge-llm, a folder for TensorRT-Edge-LLM; genai for graphs whose LoRA inputs
+    were made by onnxruntime-genai's own builder.
 
     \b
     Examples:
@@ -71,11 +71,13 @@ def _print(report: ConvertReport, seconds: float) -> None:
     if report.dry_run:
         lines = [*report.plan.lines(), f"dry run: {size} would be written"]
         if report.output.exists():
-            lines.append(f"note: --force would be needed, there is already: {report.output}")
+            lines.append(f"note: {report.output} exists already: give --force to replace it")
         print_lines(lines)
         return
     ranks = sorted(set(report.ranks.values()))
-    said = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}–{ranks[-1]}"
-    done = f"converted {len(report.ranks)} modules ({said}, {size}) for {report.graph} in {seconds:.1f} s"
+    rank_text = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}–{ranks[-1]}"
+    done = (
+        f"converted {len(report.ranks)} modules ({rank_text}, {size}) for {report.graph} in {seconds:.1f} s"
+    )
     notes = [f"note: {note}" for note in report.notes if note not in report.warnings]
     print_lines([done, *limited(notes, "notes"), f"wrote {report.output}"])

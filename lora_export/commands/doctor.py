@@ -1,4 +1,4 @@
-"""`lora-export doctor`: what this machine can build and run."""
+"""`lora-export doctor`: report what this machine can build and run."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lora_export.commands.printing import print_json, print_lines
 from lora_export.commands.verb import Verb
 
 
-@click.command(cls=Verb, short_help="Say what this machine can build and run, and what would mend the rest.")
+@click.command(cls=Verb, short_help="Report what this machine can build and run, and how to fix the rest.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def doctor(as_json: bool) -> None:
-    """Look at the GPUs and packages of this machine: what works, why not, the command that mends it.
+    """Examine the GPUs and packages of this machine: what works, what doesn't, and the command that fixes it.
 
-    Packages are imported in a process of their own, so one that is broken is reported, whatever it does.
-    The exit code is 0 whatever is found. What runs that were ended have left in the current folder, in the
-    system's temporary one and in the cache of engines is put in order; nothing else is changed.
+    Packages are imported in a separate process, so that a broken one can't stop the report. The exit code is
+    0 whatever is found. What stopped runs have left in the current folder, in the system's temporary folder
+    and in the engine cache is put in order; nothing else is changed.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""`lora-export inspect`: what an adapter file holds."""
+"""`lora-export inspect`: show what an adapter file holds, or what an engine is."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 @click.option(
     "--base",
     type=click.Path(path_type=Path),
-    help="Base model, to say the share: a Hugging Face folder or an ONNX file.",
+    help="Base of the adapter, to show what share of it changes: a Hugging Face folder or an ONNX file.",
 )
 @click.option(
-    "--json", "as_json", is_flag=True, help="Everything as one JSON object, singular values included."
+    "--json", "as_json", is_flag=True, help="Print everything as one JSON object, singular values included."
 )
 @click.option(
     "--plot", type=click.Path(path_type=Path), help=f"Also draw the spectra: .{', .'.join(ADAPTER_PLOTS)}."
@@ -54,7 +54,8 @@ def inspect(
     build kit, a folder for onnxruntime-genai.
 
     For each module: rank, alpha, scaling, shapes, dtype, ‖ΔW‖, and how many directions hold 90 % and 99 % of
-    its energy, which is why small ranks suffice. Of many modules the kinds come first; --modules lists all.
+    its energy (few do, which is why small ranks suffice). Of many modules the kinds come first; --modules
+    lists all.
 
     \b
     Examples:
@@ -77,7 +78,7 @@ def inspect(
     from lora_export.reports.adapter.to_text import plain_lines, print_table
 
     if plot is not None and plot.suffix[1:] not in ADAPTER_PLOTS:
-        raise click.BadParameter(f"{plot} doesn't end in .{', .'.join(ADAPTER_PLOTS)}", param_hint="--plot")
+        raise click.BadParameter(f"{plot} doesn't end in .{' or .'.join(ADAPTER_PLOTS)}", param_hint="--plot")
     (loaded,) = load_adapters([adapter], options)
     report = inspect_adapter(loaded, base)
     if plot is not None:
@@ -95,7 +96,7 @@ def _refuse_options(kind: str, path: Path, others: dict[str, Any]) -> None:
     if given := [name for name, value in others.items() if value is not None]:
         named = ", ".join(f"--{name.lstrip('-')}" for name in given)
         article = "an" if kind[0] in "aeio" else "a"
-        raise click.UsageError(f"{path} is {article} {kind}: leave out {named}")
+        raise click.UsageError(f"{path} is {article} {kind}: omit {named}")
 
 
 def _files_read(adapter: Adapter, base: Path | None) -> list[Path]:

@@ -1,4 +1,4 @@
-"""`lora-export merge`: adapters into a Hugging Face folder."""
+"""`lora-export merge`: merge adapters into a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ import click
 from lora_export.commands.options import load_adapters, merge_options, print_merge
 from lora_export.commands.verb import Verb
 
-_FINER = "--dtype float32 keeps it all, float16 is 8 times finer than bfloat16; or serve the adapter unmerged"
-# Written out, as the module that knows them imports numpy: --help has to be quick.
+_FINER = (
+    "--dtype float32 keeps all of it, float16 is 8 times finer than bfloat16; or serve the adapter unmerged"
+)
+# Written out because the module that defines them imports numpy, and --help has to be quick.
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-@click.command(cls=Verb, short_help="Merge adapters into a Hugging Face folder, streamed, in little memory.")
+@click.command(cls=Verb, short_help="Merge adapters into a Hugging Face folder, with little memory.")
 @click.option("--base", required=True, type=click.Path(path_type=Path), help="Folder of the base model.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to create.")
 @click.option(
-    "--dtype", type=click.Choice(DTYPES), help="Type of the weights written; as the base's if left out."
+    "--dtype", type=click.Choice(DTYPES), help="Type of the written weights; by default the base's."
 )
 @click.option(
-    "--resize", is_flag=True, help="Give the base the rows for new tokens that the adapter holds whole."
+    "--resize", is_flag=True, help="Add rows for new tokens to the base, where the adapter holds them whole."
 )
 @click.option("--force", is_flag=True, help="Replace the output folder if an earlier merge wrote it.")
 @merge_options
@@ -32,7 +34,8 @@ def merge(
 ) -> None:
     """Write the base with the adapters merged into it: W0 + Σ weight · scaling · B · A.
 
-    Computed in float32, rounded once; says what the rounding cost. The output loads like the base.
+    It is computed in float32 and rounded once; what the rounding cost is printed. The output loads like the
+    base.
 
     \b
     Examples:

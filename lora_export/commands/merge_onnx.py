@@ -1,4 +1,4 @@
-"""`lora-export merge-onnx`: adapters into the weights of an ONNX graph."""
+"""`lora-export merge-onnx`: merge adapters into the weights of an ONNX graph."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ _PATH = click.Path(path_type=Path)
 
 
 @click.command(
-    "merge-onnx", cls=Verb, short_help="Merge adapters into an ONNX graph, or into a checkpoint as ONNX."
+    "merge-onnx",
+    cls=Verb,
+    short_help="Merge adapters into an ONNX graph, or export a merged checkpoint to ONNX.",
 )
 @click.option("--base", required=True, type=_PATH, help="An ONNX file, or a Hugging Face checkpoint folder.")
 @click.option("-o", "--output", required=True, type=_PATH, help="The .onnx file to write.")
 @checkpoint_options
 @capture_options
-@click.option("--share-base", is_flag=True, help="Leave unchanged weights in the base's own data files.")
+@click.option("--share-base", is_flag=True, help="Leave unchanged weights in the base's data files.")
 @click.option("--force", is_flag=True, help="Replace existing output files.")
 @merge_options
 def merge_onnx(
     base: Path, adapters: tuple[Path, ...], output: Path, as_json: bool, quiet: bool, **options: Any
 ) -> None:
-    """Merge adapters into an ONNX graph: W' = W0 + scaling·B·A, at no cost when the model runs.
+    """Merge adapters into an ONNX graph: W' = W0 + scaling·B·A. The model runs as fast as the base.
 
     Writes OUT.onnx, OUT.onnx.data and OUT.lora.json (what went where, hashes, what rounding cost).
 
@@ -56,10 +58,11 @@ def merge_onnx(
         )
     with byte_progress(f"writing {output}", quiet or options["dry_run"]) as progress:
         report = mode.merge_onnx(base, loaded, output, progress=progress, **options)
-    finer = "a float32 or float16 base keeps more of it, and so does serving the adapter unmerged"
+    finer = "a float32 or float16 base keeps more of it; so does serving the adapter unmerged"
     print_merge(report, time.monotonic() - started, as_json, quiet, finer)
     compared = any(row.proof == "values" for row in report.plan.placed)
     if options["checkpoint"] is None and not (compared or base.is_dir() or as_json or quiet):
         print_lines(
-            ["note: found by name alone; --checkpoint BASE_DIR would also compare the values"], err=True
+            ["note: weights were found by name alone; --checkpoint BASE_DIR would also compare their values"],
+            err=True,
         )

@@ -1,4 +1,4 @@
-"""Options that several verbs share."""
+"""Define the options that several verbs share, and read and print what goes with them."""
 
 from __future__ import annotations
 
@@ -19,22 +19,26 @@ if TYPE_CHECKING:
     from lora_export.modes.merging.report import MergeReport
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-# Options that state what an adapter's file may state itself.
+# Options for facts that an adapter's file may also state.
 _STATED = ("alpha", "rank", "rslora")
 
 
 def _adapter_options(format_flag: str) -> list[Callable[[Command], Command]]:
     return [
-        click.option("--alpha", type=float, help="Numerator of the scaling, where the file doesn't say it."),
-        click.option("--rank", type=int, help="Rank, checked against the tensors."),
+        click.option("--alpha", type=float, help="Numerator of the scaling, if the file doesn't state it."),
+        click.option("--rank", type=int, help="Rank of the adapter; it is checked against the tensors."),
         click.option("--rslora", is_flag=True, default=None, help="The scaling is alpha / √rank."),
-        click.option(format_flag, type=click.Choice(list(FORMATS)), help="Where names don't tell it."),
+        click.option(
+            format_flag,
+            type=click.Choice(list(FORMATS)),
+            help="The file's format, if its names don't tell it.",
+        ),
         click.option(
             "--component",
             "--scope",
             "component",
-            help="The part that belongs: unet, text_encoder, … of the file; a submodel: model.encoder; or "
-            "both, with a colon between.",
+            help="Part to use: a part of the file (unet, text_encoder, …), a submodel (model.encoder), or "
+            "both with a colon between.",
         ),
     ]
 
@@ -50,15 +54,15 @@ _MERGE_INPUTS = [
         required=True,
         multiple=True,
         type=_PATH,
-        help="Folder or file of a trained adapter; repeat to add up several.",
+        help="Folder or file of a trained adapter; repeat to add several.",
     ),
     click.option(
-        "--weight", "weights", multiple=True, type=float, help="Factor on an adapter, one for each --adapter."
+        "--weight", "weights", multiple=True, type=float, help="Factor of an adapter; one for each --adapter."
     ),
 ]
 _CAPTURE_OPTIONS = [
     click.option(
-        "--dtype", type=click.Choice(DTYPES), help="Of a captured checkpoint folder; float32 if left out."
+        "--dtype", type=click.Choice(DTYPES), help="Type of a captured checkpoint folder; by default float32."
     ),
     click.option(
         "--kv-cache",
@@ -71,9 +75,11 @@ _CHECKPOINT_OPTIONS = [
         "--checkpoint",
         type=_PATH,
         help="Folder of the checkpoint that the graph was exported from: find and verify weights by value. "
-        "Left out, it is the folder that the adapter names as its base, where that is on this machine.",
+        "By default the folder that the adapter names as its base, if that is on this machine.",
     ),
-    click.option("--no-checkpoint", is_flag=True, help="Go by names alone, also where that folder is here."),
+    click.option(
+        "--no-checkpoint", is_flag=True, help="Find weights by name alone, even if that folder is here."
+    ),
 ]
 _MERGE_SWITCHES = [
     click.option(
@@ -81,37 +87,37 @@ _MERGE_SWITCHES = [
         type=click.Choice(["sample", "exact"]),
         default="sample",
         show_default=True,
-        help="Measure what rounding cost on evenly spaced blocks of large weights, or on every element.",
+        help="Measure the rounding error on evenly spaced blocks of large weights, or on every element.",
     ),
-    click.option("--allow-unmatched", is_flag=True, help="Go on without what has no place in the base."),
+    click.option("--allow-unmatched", is_flag=True, help="Leave out modules that have no site in the base."),
     click.option("--dry-run", is_flag=True, help="Print the plan; write nothing."),
     click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
-    click.option("--quiet", is_flag=True, help="No progress and no summary; warnings stay."),
+    click.option("--quiet", is_flag=True, help="Print no progress and no summary; only warnings."),
 ]
 
 
 def adapter_options(command: Command) -> Command:
-    """Add the options that say what an adapter's file does not; they arrive as `load_adapter` takes them."""
+    """Add the options for what an adapter's file doesn't state, with the names that `load_adapter` takes."""
     return _with(command, _ADAPTER_OPTIONS)
 
 
 def reading_options(command: Command) -> Command:
-    """Add the same, with ``--from-format``: for a verb whose ``--format`` is what it writes."""
+    """Add the same options with ``--from-format``, for a verb whose ``--format`` is what it writes."""
     return _with(command, _adapter_options("--from-format"))
 
 
 def merge_options(command: Command) -> Command:
-    """Add what every merge has: adapters and weights, what their files do not say, switches."""
+    """Add the options of every merge: adapters and weights, what their files don't state, switches."""
     return _with(command, [*_MERGE_INPUTS, *_ADAPTER_OPTIONS, *_MERGE_SWITCHES])
 
 
 def capture_options(command: Command) -> Command:
-    """Add what says how a checkpoint folder is captured."""
+    """Add the options for how a checkpoint folder is captured."""
     return _with(command, _CAPTURE_OPTIONS)
 
 
 def checkpoint_options(command: Command) -> Command:
-    """Add what says what a graph's values are compared with."""
+    """Add the options for the checkpoint that a graph's values are compared with."""
     return _with(command, _CHECKPOINT_OPTIONS)
 
 
@@ -119,7 +125,7 @@ def read_checkpoint_options(options: dict[str, Any]) -> None:
     """Turn ``no_checkpoint`` into the mode's ``checkpoint=False``."""
     if options.pop("no_checkpoint"):
         if options["checkpoint"] is not None:
-            raise click.UsageError("--checkpoint and --no-checkpoint exclude each other")
+            raise click.UsageError("give either --checkpoint or --no-checkpoint, not both")
         options["checkpoint"] = False
 
 
@@ -134,11 +140,15 @@ _EXPOSE_OPTIONS = [
         type=click.Choice(["ort", "tensorrt"]),
         default="ort",
         show_default=True,
-        help="LoRA inputs with defaults, which may be left out, or as TensorRT needs them: without.",
+        help="ort: LoRA inputs with defaults, which a caller may omit; tensorrt: without defaults.",
     ),
-    click.option("--pack", is_flag=True, help="One pair of tensors for q, k, v, one for gate, up; for GPUs."),
-    click.option("--fuse-base", is_flag=True, help="--pack, and the base's own q, k, v as one product."),
-    click.option("--share-base", is_flag=True, help="Leave the weights in the base's own data files."),
+    click.option(
+        "--pack", is_flag=True, help="One pair of tensors for q, k, v and one for gate, up; for GPUs."
+    ),
+    click.option(
+        "--fuse-base", is_flag=True, help="As --pack, and compute the base's q, k, v as one product."
+    ),
+    click.option("--share-base", is_flag=True, help="Leave the weights in the base's data files."),
     click.option("--force", is_flag=True, help="Replace existing output files."),
     *_CAPTURE_OPTIONS,
     *_MERGE_SWITCHES[1:],
@@ -146,7 +156,7 @@ _EXPOSE_OPTIONS = [
 
 
 def expose_options(command: Command) -> Command:
-    """Add what verbs that expose LoRA have: base, output, switches."""
+    """Add the options of verbs that expose LoRA: base, output, switches."""
     return _with(command, _EXPOSE_OPTIONS)
 
 
@@ -162,11 +172,11 @@ def run_expose(
 
     Args:
         mode: `swap_onnx` or `bank_onnx`.
-        base: The base.
+        base: ONNX file or checkpoint folder.
         output: The graph to write.
-        arguments: What the mode takes between base and output.
-        options: What it takes by name, and ``as_json`` and ``quiet``.
-        companions: Write what onnxruntime-genai wants beside the graph, if it lies beside the base.
+        arguments: Arguments of the mode between base and output.
+        options: Arguments of the mode by name, and ``as_json`` and ``quiet``.
+        companions: Copy the files that onnxruntime-genai needs from beside the base, if there are any.
     """
     import time
 
@@ -209,11 +219,11 @@ def print_merge(report: MergeReport, seconds: float, as_json: bool, quiet: bool,
     """Print a merge's result, and its warnings to stderr.
 
     Args:
-        report: What the merge did.
-        seconds: How long it took.
+        report: Result of the merge.
+        seconds: Time that the merge took.
         as_json: Print JSON instead of a summary.
         quiet: Print warnings only.
-        finer: What keeps more of an adapter than the type that was written.
+        finer: Advice on how to keep more of an adapter.
     """
     from lora_export.reports import merge as text
 
@@ -227,7 +237,7 @@ def print_merge(report: MergeReport, seconds: float, as_json: bool, quiet: bool,
 
 
 def load_adapters(paths: Iterable[Path], options: dict[str, Any]) -> list[Adapter]:
-    """Take the options of `adapter_options` out of ``options`` and load each path with them."""
+    """Load each path with the options of `adapter_options`, which are removed from ``options``."""
     taken = {name: options.pop(name) for name in ("alpha", "rank", "rslora", "format", "component")}
     listed = list(paths)
     try:
@@ -241,18 +251,18 @@ def load_adapters(paths: Iterable[Path], options: dict[str, Any]) -> list[Adapte
 
 
 def _how_each_is_read(paths: Sequence[Path], taken: Mapping[str, Any]) -> list[str]:
-    """Return which of some files need what is stated with options, where others must not have it; else []."""
+    """Return a line for each file if some files need an option that others must not have; otherwise []."""
     given = {name: taken[name] for name in _STATED if taken[name] is not None}
     stated = given or {"alpha": 1.0}
-    said = " ".join(f"--{name}" for name in stated)
+    flags = " ".join(f"--{name}" for name in stated)
     ways = {
         path: (_is_read(path, {**taken, **stated}), _is_read(path, {**taken, **dict.fromkeys(stated)}))
         for path in paths
     }
     words = {
-        (True, False): f"does not state all of its scaling: give it with {said}",
-        (False, True): f"states its own scaling: give it without {said}",
-        (True, True): f"may be given with or without {said}",
+        (True, False): f"does not state all of its scaling: give it with {flags}",
+        (False, True): f"states its own scaling: give it without {flags}",
+        (True, True): f"may be given with or without {flags}",
     }
     differ = {(True, False), (False, True)} <= set(ways.values()) <= words.keys()
     return [f"{path}: {words[way]}" for path, way in ways.items()] if differ else []
@@ -269,14 +279,14 @@ def _is_read(path: Path, options: Mapping[str, Any]) -> bool:
 def whole_numbers(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> tuple[int, ...] | None:
-    """Read ``1,4,16``; a callback of click's."""
+    """Read ``1,4,16``; a callback for click."""
     return None if value is None else _at_least(1, value, "1,4")
 
 
 def whole_numbers_from_0(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> tuple[int, ...] | None:
-    """Read ``0,128``; a callback of click's."""
+    """Read ``0,128``; a callback for click."""
     return None if value is None else _at_least(0, value, "0,128")
 
 
@@ -291,7 +301,7 @@ def _at_least(least: int, value: str, example: str) -> tuple[int, ...]:
 
 
 def named_adapters(entries: Sequence[str], options: dict[str, Any]) -> dict[str, Adapter]:
-    """Take the options of `adapter_options` out of ``options`` and load each ``[NAME=]PATH`` with them."""
+    """Load each ``[NAME=]PATH`` with the options of `adapter_options`, which are removed from ``options``."""
     parts = [entry.partition("=") for entry in entries]
     # A path may have a "=" in it.
     named = [

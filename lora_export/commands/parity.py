@@ -1,4 +1,4 @@
-"""`lora-export parity`: an exported model against what it was exported from; exit code 3 where it differs."""
+"""`lora-export parity`: compare an export with what it was exported from; exit code 3 if they differ."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PATH = click.Path(path_type=Path)
 
 
 def _finite(_context: click.Context, _parameter: click.Parameter, values: tuple[float, ...]) -> Any:
-    """Refuse ``nan`` and ``inf``, which click takes for numbers."""
+    """Refuse ``nan`` and ``inf``, which click accepts as numbers."""
     if wrong := [value for value in values if not math.isfinite(value)]:
         raise click.BadParameter(f"{', '.join(map(str, wrong))}: give a finite number")
     return values
@@ -45,7 +45,7 @@ def _finite(_context: click.Context, _parameter: click.Parameter, values: tuple[
     "adapters",
     multiple=True,
     metavar="[NAME=]PATH",
-    help="What is merged into it, loaded into it, or in its slot NAME; repeat for several.",
+    help="An adapter that is merged or loaded into the candidate, or in its slot NAME; repeat for several.",
 )
 @click.option(
     "--weight",
@@ -53,41 +53,45 @@ def _finite(_context: click.Context, _parameter: click.Parameter, values: tuple[
     multiple=True,
     type=float,
     callback=_finite,
-    help="Of an adapter in a merged blend.",
+    help="Weight of an adapter in a merged blend; one for each --adapter.",
 )
-@click.option("--base", type=_PATH, help="With a merged reference graph: the graph without the adapter.")
-@click.option("--provider", type=click.Choice(["cpu", "cuda"]), help="Where graphs run; cpu if left out.")
-@click.option("--feeds", type=_PATH, help="Inputs from a file (.npz, .safetensors) instead of made ones.")
-@click.option("--batch", callback=whole_numbers, help="Batch sizes of made inputs: 1,4.")
-@click.option("--sequence", callback=whole_numbers, help="Lengths of made inputs: 1,16,128.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of made inputs.")
+@click.option("--base", type=_PATH, help="For a merged reference graph: the graph without the adapter.")
+@click.option("--provider", type=click.Choice(["cpu", "cuda"]), help="Where graphs run; by default cpu.")
 @click.option(
-    "--samples", type=click.IntRange(1), default=8, show_default=True, help="How many inputs are made."
+    "--feeds", type=_PATH, help="Use inputs from a file (.npz, .safetensors) instead of generated ones."
+)
+@click.option("--batch", callback=whole_numbers, help="Batch sizes of generated inputs: 1,4.")
+@click.option("--sequence", callback=whole_numbers, help="Lengths of generated inputs: 1,16,128.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of generated inputs."
+)
+@click.option(
+    "--samples", type=click.IntRange(1), default=8, show_default=True, help="How many inputs to generate."
 )
 @click.option(
     "--tolerance",
     default="auto",
     show_default=True,
     metavar="auto|RTOL,ATOL",
-    help="auto: from what PyTorch itself loses in the candidate's dtype.",
+    help="auto: derived from the error of PyTorch itself in the candidate's dtype.",
 )
-@click.option("--generate", type=click.IntRange(0), default=0, help="Compare this many greedy tokens too.")
+@click.option("--generate", type=click.IntRange(0), default=0, help="Also compare this many greedy tokens.")
 @click.option(
     "--dtype",
     type=click.Choice(["float64", "float32", "float16", "bfloat16"]),
-    help="What the candidate is held to; what it says of itself if left out.",
+    help="Type whose limits the candidate must keep; by default the type that it states.",
 )
 @click.option(
-    "--reference-dtype", type=click.Choice(["float64", "float32"]), help="What PyTorch computes in."
+    "--reference-dtype", type=click.Choice(["float64", "float32"]), help="Type that PyTorch computes in."
 )
-@click.option("--no-localise", is_flag=True, help="Don't look for the module where an error begins.")
-@click.option("--baseline", type=_PATH, help="The report of an earlier run: fail where this one is worse.")
+@click.option("--no-localise", is_flag=True, help="Don't search for the module where an error begins.")
+@click.option("--baseline", type=_PATH, help="Report of an earlier run: fail if this run is worse.")
 @click.option("--report", type=_PATH, help="Write the report as JSON.")
-@click.option("--junit", type=_PATH, help="Write it as JUnit XML.")
-@click.option("--html", type=_PATH, help="Write it as one HTML page.")
+@click.option("--junit", type=_PATH, help="Write the report as JUnit XML.")
+@click.option("--html", type=_PATH, help="Write the report as one HTML page.")
 @click.option("--force", is_flag=True, help="Replace existing reports.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--quiet", is_flag=True, help="No progress; of what passed, notes and the last line only.")
+@click.option("--quiet", is_flag=True, help="Print no progress; if it passes, only notes and the last line.")
 @adapter_options
 def parity(
     reference: Path,
@@ -102,12 +106,12 @@ def parity(
     quiet: bool,
     **options: Any,
 ) -> int:
-    """Run both on the same inputs, without adapter and with each, and judge every difference.
+    """Run both on the same inputs, without an adapter and with each, and judge every difference.
 
-    Limits come from what PyTorch itself loses in the candidate's dtype. An export without its adapter never
-    passes, whatever the tolerance, where the reference can be run without it too.
+    Limits are derived from the error of PyTorch itself in the candidate's dtype. If the reference can also
+    run without the adapter, an export that lacks its adapter never passes, whatever the tolerance.
 
-    Exit code 0: passed; 3: not; 1: they could not be compared.
+    Exit code 0: passed; 3: failed; 1: they could not be compared.
 
     \b
     Examples:
@@ -128,7 +132,7 @@ def parity(
     options |= {"batches": options.pop("batch"), "sequences": options.pop("sequence")}
     with stage_progress(quiet) as progress:
         found = check_parity(reference, candidate, given, progress=progress, **options)
-    # The verdict comes first: whatever goes wrong with a report or a baseline, the run is not lost.
+    # The verdict is printed first, so that a problem with a report or a baseline can't lose the run.
     _print(found, as_json, quiet)
     return _finish(found, outputs, old, force, read.files())
 
@@ -147,7 +151,7 @@ def _print(found: ParityReport, as_json: bool, quiet: bool) -> None:
         print_json(report_json(found))
         return
     text = lines(found, cut=sys.stdout.isatty())
-    # A note says what a gate did not look at: quiet or not, that has to be seen.
+    # Notes name what the gate did not check: they must be seen even with --quiet.
     print_lines([*note_lines(found), text[-1]] if quiet and found.passed else text)
 
 
@@ -160,8 +164,8 @@ def _finish(
 ) -> int:
     """Write the reports, compare with the baseline, and return the exit code.
 
-    What goes wrong with one is no reason to leave the other out, nor to say 1 of an export that failed.
-    Where the export passed and its reports can't be written, or it can't be compared, that decides.
+    A problem with one of them doesn't prevent the other, and an export that failed still gives exit code 3.
+    Where the export passed but its reports can't be written or it can't be compared, that decides.
     """
     from lora_export.reports.parity import baseline as parity_baseline
     from lora_export.reports.parity.files import write_reports

@@ -1,7 +1,7 @@
-"""The edge to the terminal: everything that a verb prints goes through here, and is nothing but text.
+"""Print to the terminal: every verb prints through here, so that no control character reaches a terminal.
 
-Names of tensors, nodes and files are strangers' words (`lora_export.untrusted.shown`). JSON stays exact: what
-a terminal would act on becomes an escape of JSON's own.
+Strangers choose the names of tensors, nodes and files (`lora_export.untrusted.shown`). JSON stays exact: a
+character that a terminal would act on becomes a JSON escape.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lora_export.errors import LoraExportError
 from lora_export.progress import spoken
 from lora_export.untrusted.shown import error_lines, limited, shown_lines
 
-# Within a JSON text, characters that may do something, and "##[", which GitHub obeys anywhere in a line.
+# Characters in a JSON text that a terminal may act on, and "##[", which GitHub obeys anywhere in a line.
 _ACTING = re.compile(r"[^\n -~]|#(?=#(?:\w+)?\[)")
 
 
 class _ShownRecord(logging.LogRecord):
-    """What a library logs, as text: transformers, onnx_ir and others name what is in a stranger's file."""
+    """A library's log record, safe to print: transformers, onnx_ir and others quote strangers' files."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -33,12 +33,12 @@ class _ShownRecord(logging.LogRecord):
             self.exc_text = _shown("".join(traceback.format_exception(*self.exc_info)))
 
     def getMessage(self) -> str:
-        """Return the message, line by line as text."""
+        """Return the message with each line made safe to print."""
         return _shown(super().getMessage())
 
 
 def guard_libraries() -> None:
-    """Let what libraries log, and warn of, be nothing but text as well, whoever prints it."""
+    """Make the log records and warnings of libraries safe to print, whoever prints them."""
     logging.setLogRecordFactory(_ShownRecord)
     warnings.formatwarning = _formatted_warning
 
@@ -50,7 +50,8 @@ def _formatted_warning(
 
 
 def _shown(text: str) -> str:
-    return "\n".join(shown_lines(text.rstrip("\n").split("\n")))
+    # Further lines are set in: none of them, which may be a name's, begins as a line of ours does.
+    return "\n  ".join(shown_lines(text.rstrip("\n").split("\n")))
 
 
 def print_lines(lines: Iterable[str], err: bool = False) -> None:
@@ -60,13 +61,13 @@ def print_lines(lines: Iterable[str], err: bool = False) -> None:
 
 
 def print_warnings(lines: Iterable[str]) -> None:
-    """Print what a user should not miss to stderr; of thousands the first."""
+    """Print warnings to stderr; if there are thousands, only the first ones."""
     if found := list(lines):
         print_lines(limited(found, "warnings"), err=True)
 
 
 def print_json(text: str) -> None:
-    """Print a JSON text to stdout: the same data."""
+    """Print a JSON text to stdout, escaped for terminals, with the same data."""
     exact = _ACTING.sub(_escaped, text)
     spoken(lambda: click.echo(exact))
 
@@ -93,7 +94,7 @@ def print_json_error(
 
 
 def print_plain_error(message: str, hint: str = "") -> None:
-    """Print an error that is none of ours to stderr."""
+    """Print an error that is not a `LoraExportError` to stderr."""
     print_lines(error_lines(message, (), hint), err=True)
 
 

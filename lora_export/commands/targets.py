@@ -1,4 +1,4 @@
-"""`lora-export targets`: the GPUs that engines are built for."""
+"""`lora-export targets`: list the GPUs that engines are built for."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from lora_export.commands.verb import Verb
 from lora_export.errors import BackendError
 from lora_export.machines.targets import COMPILERS, PRECISIONS, select_targets
 
-# The verb that has just run, but for what was asked of it.
-_ALL = "leave out filters and options: then all are listed"
+# The user has just run the verb: only filters and options have to go.
+_ALL = "omit filters and options to list all GPUs"
 
 
 @click.command(cls=Verb, short_help="List GPUs: compute capability, memory, precisions, compilers.")
 @click.argument("words", metavar="[FILTER]...", nargs=-1)
-@click.option("--compiler", type=click.Choice(COMPILERS), help="Only GPUs that it builds for.")
-@click.option("--compute-capability", metavar="X.Y", help="Only these GPUs: 8.9, sm89.")
-@click.option("--precision", type=click.Choice(PRECISIONS), help="Only GPUs whose tensor cores multiply it.")
+@click.option("--compiler", type=click.Choice(COMPILERS), help="Only GPUs that this compiler builds for.")
+@click.option("--compute-capability", metavar="X.Y", help="Only GPUs of this compute capability: 8.9, sm89.")
 @click.option(
-    "--min-memory", type=click.FloatRange(min=0), metavar="GB", help="Only GPUs with as much memory."
+    "--precision", type=click.Choice(PRECISIONS), help="Only GPUs whose tensor cores have this precision."
+)
+@click.option(
+    "--min-memory", type=click.FloatRange(min=0), metavar="GB", help="Only GPUs with at least this memory."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a list of objects, with each GPU's source.")
 def targets(
@@ -34,7 +36,7 @@ def targets(
 ) -> None:
     """List the GPUs that engines are built for; each FILTER is part of the name.
 
-    Memory, bandwidth and precisions are the vendor's figures, not ours; int4 stands for 4-bit weights.
+    Memory, bandwidth and precisions are the vendor's figures, not measured; int4 means 4-bit weights.
     tensorrt-rtx builds on any machine, tensorrt on a GPU of the same kind.
 
     \b
@@ -62,4 +64,4 @@ def targets(
         print_lines(target_lines(found))
         print_lines(hint_lines(found), err=True)
     if not found:
-        raise BackendError("no GPU fits all of this", _ALL)
+        raise BackendError("no GPU meets all of these conditions", _ALL)

@@ -1,4 +1,4 @@
-"""`lora-export verify`: whether files are still what was written."""
+"""`lora-export verify`: check that files are still what was written."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from lora_export.commands.printing import print_json, print_lines
 from lora_export.commands.verb import Verb
 
 
-@click.command(cls=Verb, short_help="Check what lora-export wrote by full hashes: one flipped bit is found.")
+@click.command(
+    cls=Verb, short_help="Check files that lora-export wrote by full hashes: one flipped bit is found."
+)
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the state of each file as one JSON object.")
-@click.option("--quiet", is_flag=True, help="Print only files that are not right.")
+@click.option("--quiet", is_flag=True, help="Print only files that failed the check.")
 @click.option(
     "--allow-sampled",
     is_flag=True,
@@ -23,15 +25,17 @@ from lora_export.commands.verb import Verb
 def verify(paths: tuple[Path, ...], as_json: bool, quiet: bool, allow_sampled: bool) -> None:
     """Check that each PATH is what was written, bit for bit.
 
-    PATH is a graph, an engine, a converted adapter, a manifest or any file of a set (all of the set is
-    checked), or a folder: a merged one, a kit, any with such files in it. Under --share-base the base's files
-    are checked as well. Says of each file: ok, changed, missing, outside (of the folder), not described.
+    PATH is a graph, an engine, a converted adapter, a manifest or any file of a set (the whole set is
+    checked), or a folder: a merged one, a kit, or any with such files in it. After --share-base the base's
+    files are checked as well. Prints for each file: ok, changed, missing, outside (of the folder), not
+    described.
 
-    The exit code is 0 where something was checked and all that is described is right, by a hash over the
-    whole file, and nothing else lies there that a program would load (weights, graphs, engines, scripts).
-    Files that earlier versions hashed in part, or not at all, need --allow-sampled.
+    The exit code is 0 if at least one file was checked, all described files are right by a hash of the whole
+    file, and nothing else lies there that a program would load (weights, graphs, engines, scripts). Files
+    that earlier versions hashed in part, or not at all, need --allow-sampled.
 
-    A hash says that nothing was damaged, not who wrote it: whoever can change files can change hashes.
+    A hash shows that nothing was damaged, not who wrote it: whoever can change the files can change the
+    hashes.
 
     \b
     Examples:

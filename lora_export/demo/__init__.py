@@ -1,1 +1,1 @@
-"""`lora-export demo`: train three adapters on a real encoder, merge, export, check; offline."""
+"""`lora-export demo`: train three adapters on a real model, merge, export and check, all offline."""

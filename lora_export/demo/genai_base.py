@@ -1,4 +1,4 @@
-"""Bases by onnxruntime-genai's own model builder, and the weights that its int4 base computes with."""
+"""Build bases with onnxruntime-genai's model builder, and read the weights of its int4 base."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_export.demo.training import silence
 from lora_export.errors import BackendError, InternalError
 
 Precision = Literal["fp32", "int4"]
-# The builder's own choice on a CPU, 4, also rounds the activations to int8, which PyTorch has no equal of:
+# The builder's default on a CPU, 4, also rounds the activations to int8, which PyTorch can't do the same way;
 # 1 keeps them in float32, so that its tokens can be compared with PyTorch's exactly.
 _EXACT = ["accuracy_level=1"]
 _BITS = 4
@@ -24,12 +24,12 @@ def build_base(checkpoint: Path, folder: Path, precision: Precision, cache: Path
 
     Args:
         checkpoint: A Hugging Face folder with a tokenizer.
-        folder: Where to.
-        precision: Of the weights.
+        folder: Folder to write.
+        precision: Precision of the weights.
         cache: A folder for the builder's temporary files.
 
     Returns:
-        The graph.
+        Path of the graph.
 
     Raises:
         BackendError: The builder failed.
@@ -45,13 +45,13 @@ def build_base(checkpoint: Path, folder: Path, precision: Precision, cache: Path
     except Exception as error:
         raise BackendError(
             f"onnxruntime-genai's model builder failed: {type(error).__name__}: {error}",
-            "pip install 'lora-export[genai]' for a version that we know",
+            "pip install 'lora-export[genai]' for a version that is known to work",
         ) from error
     return folder / "model.onnx"
 
 
 def load_int4_weights(model: Any, graph: Path) -> None:
-    """Give a Llama in PyTorch the rounded weights of its int4 graph, in float32.
+    """Copy the rounded weights of an int4 graph into its Llama in PyTorch, in float32.
 
     Args:
         model: A ``LlamaForCausalLM`` of the checkpoint that the graph was built from; it is changed.
@@ -75,7 +75,7 @@ def load_int4_weights(model: Any, graph: Path) -> None:
 
 
 def _rounded_weights(graph: Path) -> Iterator[tuple[str, Array]]:
-    """Yield the name of each quantised weight and its values ``(out_dim, in_dim or more)``."""
+    """Yield each quantised weight's name and values, of shape ``(out_dim, in_dim or more)``."""
     import onnx_ir as ir
 
     for node in ir.load(graph).graph:
@@ -85,14 +85,14 @@ def _rounded_weights(graph: Path) -> Iterator[tuple[str, Array]]:
         assert stored is not None
         assert scales is not None
         packed = stored.numpy()
-        # Two weights a byte, the first in the low half, around 8; one scale for each block of a row.
+        # Two weights in a byte, the first in the low half, with 8 as zero; one scale for each block of a row.
         pairs = np.stack([packed & 15, packed >> _BITS], axis=-1).reshape(*packed.shape[:2], -1)
         blocks = (pairs.astype(np.float32) - 8) * scales.numpy().reshape(*packed.shape[:2], 1)
         yield stored.name or "", blocks.reshape(len(packed), -1)
 
 
 def _modules_of(name: str) -> list[str]:
-    """Return the modules whose rows a weight of the builder's holds, in their order."""
+    """Return the modules whose rows a weight of the builder's graph holds, in row order."""
     path = name.partition(".MatMul.")[0].replace(".attn.", ".self_attn.")
     above, _, last = path.rpartition(".")
     if last != "qkv_proj":

@@ -1,4 +1,4 @@
-"""Greedy generation: PyTorch's answers written beside a base, and onnxruntime-genai's compared with them."""
+"""Compare greedy generation: PyTorch's answers, saved beside a base, with onnxruntime-genai's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_export.errors import BackendUnavailable, PackageError, ParityError
 from lora_export.untrusted.documents import read_json
 from lora_export.untrusted.fields import FieldError, from_plain
 
-# Beside the base's model.onnx, from where swap-onnx takes it along with the tokenizer's files.
+# Lies beside the base's model.onnx; swap-onnx copies it with the tokenizer's files.
 EXPECTED = "greedy.json"
 ADAPTER_SUFFIX = ".onnx_adapter"
 MAX_NEW_TOKENS = 24
@@ -23,11 +23,11 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Greedy:
-    """What was generated for each prompt, without the prompt and without the end-of-sequence token.
+    """Tokens generated for each prompt, without the prompt and without the end-of-sequence token.
 
     Attributes:
-        adapter: Its name, or None for the base alone.
-        answers: One for each prompt.
+        adapter: The adapter's name, or None for the base alone.
+        answers: One answer for each prompt.
     """
 
     adapter: str | None
@@ -49,7 +49,7 @@ class Greedy:
                     do_sample=False,
                 )
             answer = output[0].tolist()[len(prompt) :]
-            # onnxruntime-genai stops before it.
+            # onnxruntime-genai leaves out the end token.
             ended = answer[-1] == model.generation_config.eos_token_id
             answers.append(tuple(answer[:-1] if ended else answer))
         return cls(adapter, tuple(answers))
@@ -57,12 +57,12 @@ class Greedy:
 
 @dataclass(frozen=True)
 class Expected:
-    """The content of ``greedy.json``.
+    """Content of ``greedy.json``.
 
     Attributes:
-        prompts: Token ids.
-        generated: Without an adapter, then with each.
-        max_new_tokens: Where an answer without an end was cut.
+        prompts: Token ids of each prompt.
+        generated: Answers without an adapter, then with each adapter.
+        max_new_tokens: Number of tokens at which an unfinished answer was cut.
     """
 
     prompts: tuple[Tokens, ...]
@@ -70,15 +70,15 @@ class Expected:
     max_new_tokens: int = MAX_NEW_TOKENS
 
     def save(self, folder: Path) -> None:
-        """Write it into ``folder``."""
+        """Write the file into ``folder``."""
         (folder / EXPECTED).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Expected:
-        """Read what `save` wrote.
+        """Read the file that `save` wrote.
 
         Raises:
-            PackageError: The folder has none, or it is damaged.
+            PackageError: The file is missing or damaged.
         """
         path = folder / EXPECTED
         if not path.is_file():
@@ -95,46 +95,49 @@ class Expected:
 
 @dataclass(frozen=True)
 class Served:
-    """What onnxruntime-genai generated from a folder, and PyTorch before it.
+    """Answers of onnxruntime-genai from a folder, and PyTorch's answers to the same prompts.
 
     Attributes:
-        got: By onnxruntime-genai, in the order of ``wanted``.
-        wanted: By PyTorch.
-        texts: What ``got`` says.
+        candidate: Answers of onnxruntime-genai, in the order of ``reference``.
+        reference: Answers of PyTorch.
+        texts: The answers of ``candidate`` as text.
     """
 
-    got: tuple[Greedy, ...]
-    wanted: tuple[Greedy, ...]
+    candidate: tuple[Greedy, ...]
+    reference: tuple[Greedy, ...]
     texts: tuple[tuple[str, ...], ...]
 
     def rows(self) -> list[tuple[str, int, int, tuple[str, ...]]]:
-        """Return (adapter or "(none)", equal answers, answers, texts) for each."""
+        """Return (adapter or "(none)", equal answers, all answers, texts) for each adapter."""
         return [
             (
-                got.adapter or "(none)",
-                sum(mine == theirs for mine, theirs in zip(got.answers, wanted.answers, strict=True)),
-                len(wanted.answers),
+                candidate.adapter or "(none)",
+                sum(
+                    mine == theirs for mine, theirs in zip(candidate.answers, reference.answers, strict=True)
+                ),
+                len(reference.answers),
                 texts,
             )
-            for got, wanted, texts in zip(self.got, self.wanted, self.texts, strict=True)
+            for candidate, reference, texts in zip(self.candidate, self.reference, self.texts, strict=True)
         ]
 
     def require_equal(self, folder: Path) -> None:
-        """Raise `ParityError` listing every adapter with other tokens than PyTorch's."""
+        """Raise `ParityError` that lists every adapter whose tokens differ from PyTorch's."""
         rows = [(name, equal, count) for name, equal, count, _ in self.rows() if equal < count]
         if rows:
             raise ParityError(
                 f"{folder} in onnxruntime-genai generates other tokens than PyTorch with PEFT",
-                "is each .onnx_adapter there converted from the demo's adapter of that name?",
+                "check that each .onnx_adapter there was converted from the demo's adapter of the same name",
                 [f"{name}: {equal} of {count} answers are equal" for name, equal, count in rows],
             )
 
 
 def serve(folder: Path) -> Served:
-    """Generate from ``folder`` with onnxruntime-genai alone: without an adapter, and with each of its own.
+    """Generate with onnxruntime-genai from ``folder``: without an adapter, then with each adapter in it.
 
     Args:
-        folder: Graph, config, tokenizer, ``greedy.json`` and a ``NAME.onnx_adapter`` for each adapter in it.
+        folder: Folder with graph, config, tokenizer, ``greedy.json`` and a ``NAME.onnx_adapter`` for each
+            adapter that ``greedy.json`` names.
 
     Raises:
         BackendUnavailable: onnxruntime-genai is not installed.
@@ -145,7 +148,7 @@ def serve(folder: Path) -> Served:
     missing = [name for name in names if not (folder / f"{name}{ADAPTER_SUFFIX}").is_file()]
     if missing:
         raise PackageError(
-            f"{folder} lacks adapters that {EXPECTED} knows",
+            f"{folder} lacks adapters that {EXPECTED} names",
             f"lora-export convert-adapter ADAPTER --for {folder}/model.onnx -o {folder}/NAME{ADAPTER_SUFFIX}",
             [f"{name}{ADAPTER_SUFFIX}" for name in missing],
         )
@@ -155,18 +158,19 @@ def serve(folder: Path) -> Served:
         tokenizer, adapters = og.Tokenizer(model), og.Adapters(model)
         for name in names:
             adapters.load(str(folder / f"{name}{ADAPTER_SUFFIX}"), name)
-        got = tuple(
+        answers = tuple(
             Greedy(row.adapter, tuple(_generate(og, model, adapters, row.adapter, expected)))
             for row in expected.generated
         )
         texts = tuple(
-            tuple(str(tokenizer.decode(np.array(answer, np.int32))) for answer in row.answers) for row in got
+            tuple(str(tokenizer.decode(np.array(answer, np.int32))) for answer in row.answers)
+            for row in answers
         )
     except RuntimeError as error:
         raise PackageError(
             f"onnxruntime-genai refuses {folder}: {error}", "make the folder again with swap-onnx"
         ) from error
-    return Served(got, expected.generated, texts)
+    return Served(answers, expected.generated, texts)
 
 
 def _genai() -> Any:
@@ -188,7 +192,7 @@ def _generate(
         params.set_search_options(max_length=len(prompt) + expected.max_new_tokens, do_sample=False)
         generator = og.Generator(model, params)
         if adapter is not None:
-            # Before the prompt: set later, the prompt's keys and values would be the base's, without a word.
+            # Set before the prompt: set later, the prompt's keys and values would silently be the base's.
             generator.set_active_adapter(adapters, adapter)
         generator.append_tokens(np.array(prompt, np.int32))
         while not generator.is_done():

@@ -1,4 +1,4 @@
-"""What the chat demo learns, read from ``questions.toml``: the same answers in three styles."""
+"""Read what the chat demo learns from ``questions.toml``: the same answers in three styles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 
 class Answered(NamedTuple):
-    """A question and what is to be said."""
+    """A question and the answer to learn."""
 
     question: str
     answer: str
@@ -20,7 +20,7 @@ class Style:
     """One way to answer.
 
     Attributes:
-        name: What the adapter is called.
+        name: Name of the adapter.
         train: Questions with answers in this style.
         lora: Options of PEFT's ``LoraConfig``.
     """
@@ -32,10 +32,10 @@ class Style:
 
 @dataclass(frozen=True)
 class Lesson:
-    """Everything in the file.
+    """Content of ``questions.toml``.
 
     Attributes:
-        styles: In the file's order.
+        styles: Styles in the file's order.
         held_out: Questions that no adapter was trained on.
     """
 
@@ -44,7 +44,7 @@ class Lesson:
 
 
 def load_lesson() -> Lesson:
-    """Return the lesson."""
+    """Return the styles and the held-out questions of the file."""
     data = tomllib.loads(files("lora_export.demo").joinpath("questions.toml").read_text(encoding="utf-8"))
     train: dict[str, str] = data["train"]
     styles = (

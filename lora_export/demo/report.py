@@ -1,4 +1,4 @@
-"""What the demo found, as data and as text."""
+"""The demo's results, as data and as text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_export.adapter import Array
 
 @dataclass(frozen=True)
 class TaskResult:
-    """How well an adapter does on sentences it has not seen (PyTorch and PEFT)."""
+    """An adapter's score on sentences that it was not trained on (PyTorch and PEFT)."""
 
     name: str
     labels: tuple[str, ...]
@@ -22,18 +22,18 @@ class TaskResult:
 
     @property
     def accuracy(self) -> float:
-        """Share of the held-out sentences that are right."""
+        """Share of the held-out sentences whose label is right."""
         return self.correct / self.total
 
     @property
     def chance(self) -> float:
-        """What guessing would reach; every label has as many held-out sentences."""
+        """Accuracy of guessing; all labels have the same number of held-out sentences."""
         return 1 / len(self.labels)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the merged graph says of one held-out sentence in ONNX Runtime."""
+    """The merged graph's label for one held-out sentence, in ONNX Runtime."""
 
     sentence: str
     predicted: str
@@ -42,20 +42,20 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Parity:
-    """How far the merged graph in ONNX Runtime is from PyTorch with PEFT's own branches."""
+    """Difference of the merged graph in ONNX Runtime from PyTorch with PEFT's own branches."""
 
     max_abs: float
     relative_l2: float
     label_agreement: float
 
     @classmethod
-    def between(cls, got: Array, wanted: Array) -> Parity:
-        """Compare logits ``(sentences, labels)``."""
-        difference = got.astype(np.float64) - wanted.astype(np.float64)
+    def between(cls, candidate: Array, reference: Array) -> Parity:
+        """Compare logits of shape ``(sentences, labels)``."""
+        difference = candidate.astype(np.float64) - reference.astype(np.float64)
         return cls(
             float(np.abs(difference).max()),
-            float(np.linalg.norm(difference) / np.linalg.norm(wanted.astype(np.float64))),
-            float(np.mean(got.argmax(-1) == wanted.argmax(-1))),
+            float(np.linalg.norm(difference) / np.linalg.norm(reference.astype(np.float64))),
+            float(np.mean(candidate.argmax(-1) == reference.argmax(-1))),
         )
 
 
@@ -64,9 +64,9 @@ class StorageRow:
     """One way to keep three tasks on disk.
 
     Attributes:
-        name: The way.
-        parts: ``(count, bytes)`` of what it needs.
-        files: The files whose sizes were added for each part.
+        name: Text that names the way.
+        parts: ``(count, bytes)`` of each part.
+        files: Files whose sizes were added up for each part.
     """
 
     name: str
@@ -75,7 +75,7 @@ class StorageRow:
 
     @property
     def total_bytes(self) -> int:
-        """Sum over the parts."""
+        """Sum of count · bytes over the parts."""
         return sum(count * size for count, size in self.parts)
 
 
@@ -86,10 +86,10 @@ class DemoReport:
     Attributes:
         output: The folder.
         tasks: One result for each adapter.
-        merged: The task whose adapter was merged.
-        predictions: Of the merged graph, one for each held-out sentence.
-        parity: Of the merged graph.
-        shared_is_equal: The graph that shares the base's weights gives the same bits.
+        merged: Name of the task whose adapter was merged.
+        predictions: The merged graph's label for each held-out sentence.
+        parity: Difference of the merged graph from PyTorch.
+        shared_is_equal: True if the graph that shares the base's weights gives the same bits.
         storage: Three ways to keep three tasks.
         seconds: Wall time of the whole demo.
     """
@@ -112,7 +112,7 @@ class DemoReport:
         return rest | {"tasks": tasks, "storage": storage, "seconds": round(self.seconds, 1)}
 
 
-# Shown of each label on a terminal; demo.json holds them all.
+# Number of sentences shown for each label; demo.json holds all of them.
 _SHOWN = 2
 
 
@@ -160,7 +160,7 @@ def _storage_lines(report: DemoReport) -> list[str]:
     largest = max(row.total_bytes for row in report.storage)
     lines = []
     for row in report.storage:
-        # Equal sizes are one term; each is rounded, so the terms add up to the total only nearly.
+        # Equal sizes become one term; each is rounded, so the terms add up to the total only nearly.
         counts: dict[str, int] = {}
         for count, size in row.parts:
             counts[f"{size / 1e6:.1f}"] = counts.get(f"{size / 1e6:.1f}", 0) + count

@@ -1,4 +1,4 @@
-"""The demo from end to end: base, three adapters, a merge, ONNX Runtime, parity and sizes."""
+"""Run the demo from end to end: base, three adapters, a merge, ONNX Runtime, parity and sizes."""
 
 from __future__ import annotations
 
@@ -33,41 +33,41 @@ def run_demo(output: Path, *, seed: int = 0, force: bool = False, progress: Say 
     """Train three adapters on MiniLM, merge one into ONNX, run it and compare; no network.
 
     Args:
-        output: Folder to write: ``base/``, ``adapters/``, the merged graphs and ``demo.json``.
-        seed: For everything random.
+        output: Folder to write, with ``base/``, ``adapters/``, the merged graphs and ``demo.json``.
+        seed: Seed of everything random.
         force: Replace the folder of an earlier demo.
         progress: Called with what is being done and the share of the whole that is done.
 
     Returns:
-        What came out.
+        The results.
 
     Raises:
-        BackendUnavailable: Something of the extra ``demo`` is not installed.
+        BackendUnavailable: A package of the extra ``demo`` is not installed.
         OutputError: The folder exists, or can't be written.
     """
-    started, say = time.monotonic(), progress or (lambda _what, _share: None)
+    started, progress = time.monotonic(), progress or (lambda _what, _share: None)
     require_packages()
     replaces = check_output(output, force, _NEEDED_BYTES)
-    say("loading the libraries and MiniLM", 0.0)
+    progress("loading the libraries and MiniLM", 0.0)
     with output_errors(output), OutputSet(replaces) as outputs, training_session():
         folder = outputs.stage(output, folder=True)
         tasks = load_tasks()
         save_base(folder / "base", max(len(task.labels) for task in tasks), seed)
         trainer = Trainer(folder / "base", seed)
-        _train(trainer, tasks, folder, say)
+        _train(trainer, tasks, folder, progress)
         first = tasks[0]
-        _merge(folder, first, say)
+        _merge(folder, first, progress)
         report = _report(trainer, tasks, folder, first)
-        # The numbers are of the staged folder; the user meets it under its own name.
+        # The numbers were taken in the staging folder; the user sees the folder's final name.
         report = dataclasses.replace(report, output=output, seconds=time.monotonic() - started)
         save_report(report.as_dict(), folder)
         outputs.commit(lambda: check_output(output, force))
-    say("done", 1.0)
+    progress("done", 1.0)
     return report
 
 
 def save_report(report: dict[str, Any], folder: Path) -> None:
-    """Write what came out, with the hashes of all that is in the folder."""
+    """Write the report with the hashes of all files in the folder."""
     files = {place: dataclasses.asdict(entry) for place, entry in hash_folder(folder).items()}
     (folder / REPORT).write_bytes(sealed_json(json.dumps(report | {"files": files}, indent=2) + "\n"))
 
@@ -78,15 +78,15 @@ def check_output(output: Path, force: bool, needed_bytes: int = 0) -> bool:
     Args:
         output: The folder to write.
         force: Replace the folder of an earlier demo.
-        needed_bytes: What the demo writes.
+        needed_bytes: Bytes that the demo writes.
 
     Raises:
-        OutputError: No demo wrote what is there, whatever ``force`` says, or the disk is too full.
+        OutputError: The output exists without ``force``, no demo wrote it, or the disk is too full.
     """
     empty = output.is_dir() and not any(output.iterdir())
     if output.exists() and not empty and not (output / REPORT).is_file():
         raise OutputError(
-            f"{output} exists and is no folder of an earlier demo (it has no {REPORT})",
+            f"{output} exists and is not the folder of an earlier demo (it has no {REPORT})",
             "choose another --output; --force replaces only what a demo wrote",
         )
     if output.exists() and not empty and not force:
@@ -101,24 +101,24 @@ def check_output(output: Path, force: bool, needed_bytes: int = 0) -> bool:
     return force or empty
 
 
-def _train(trainer: Trainer, tasks: tuple[Task, ...], folder: Path, say: Say) -> None:
+def _train(trainer: Trainer, tasks: tuple[Task, ...], folder: Path, progress: Say) -> None:
     for number, task in enumerate(tasks):
         what = f"training adapter '{task.name}' on {len(task.train)} sentences"
 
         def advance(share: float, what: str = what, number: int = number) -> None:
-            say(what, _TRAINED * (number + share) / len(tasks))
+            progress(what, _TRAINED * (number + share) / len(tasks))
 
         advance(0.0)
         trainer.train(task, folder / "adapters" / task.name, advance)
 
 
-def _merge(folder: Path, task: Task, say: Say) -> None:
+def _merge(folder: Path, task: Task, progress: Say) -> None:
     adapter, half = folder / "adapters" / task.name, (_TRAINED + _MERGED) / 2
-    say(f"merging '{task.name}' and exporting {task.name}.onnx", _TRAINED)
+    progress(f"merging '{task.name}' and exporting {task.name}.onnx", _TRAINED)
     merge_onnx(folder / "base", adapter, folder / f"{task.name}.onnx")
-    say(f"again as {task.name}-shared.onnx, which keeps its unchanged weights in base/", half)
+    progress(f"again as {task.name}-shared.onnx, whose unchanged weights stay in base/", half)
     merge_onnx(folder / "base", adapter, folder / f"{task.name}-shared.onnx", share_base=True)
-    say("comparing ONNX Runtime with PyTorch", _MERGED)
+    progress("comparing ONNX Runtime with PyTorch", _MERGED)
 
 
 def _report(trainer: Trainer, tasks: tuple[Task, ...], folder: Path, merged: Task) -> DemoReport:
@@ -126,26 +126,26 @@ def _report(trainer: Trainer, tasks: tuple[Task, ...], folder: Path, merged: Tas
     for task in tasks:
         # A task with fewer labels than the base's classifier has uses the first logits only.
         answers = trainer.logits(folder / "adapters" / task.name, task.held_out)[:, : len(task.labels)]
-        wanted = [example.label for example in task.held_out]
-        correct = int(np.sum(answers.argmax(-1) == wanted))
-        results.append(TaskResult(task.name, task.labels, correct, len(wanted)))
+        expected = [example.label for example in task.held_out]
+        correct = int(np.sum(answers.argmax(-1) == expected))
+        results.append(TaskResult(task.name, task.labels, correct, len(expected)))
         logits[task.name] = answers
     feeds = trainer.encode(merged.held_out)
-    got, shared = (
+    own, shared = (
         run_graph(folder / f"{name}.onnx", feeds)[:, : len(merged.labels)]
         for name in (merged.name, f"{merged.name}-shared")
     )
     predictions = tuple(
         Prediction(example.sentence, merged.labels[index], merged.labels[example.label])
-        for example, index in zip(merged.held_out, got.argmax(-1), strict=True)
+        for example, index in zip(merged.held_out, own.argmax(-1), strict=True)
     )
     return DemoReport(
         folder,
         tuple(results),
         merged.name,
         predictions,
-        Parity.between(got, logits[merged.name]),
-        bool(np.array_equal(got, shared)),
+        Parity.between(own, logits[merged.name]),
+        bool(np.array_equal(own, shared)),
         _storage(folder, tasks, merged),
         0.0,
     )
@@ -164,7 +164,7 @@ def run_graph(path: Path, feeds: dict[str, Array]) -> Array:
 
 
 def _storage(folder: Path, tasks: tuple[Task, ...], merged: Task) -> tuple[StorageRow, ...]:
-    """Add up files that were written: every part of a row names its files, so that a reader can check."""
+    """Add up the sizes of written files; every part of a row names its files, so that a reader can check."""
     base = ("base/model.safetensors",)
     adapters = [
         tuple(f"adapters/{task.name}/{name}" for name in ("adapter_model.safetensors", "adapter_config.json"))

@@ -1,4 +1,4 @@
-"""The chat demo from end to end: base, three adapters, genai's bases and PyTorch's tokens to compare with."""
+"""Run the chat demo from end to end: base, three adapters, genai's bases and PyTorch's tokens to compare."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ChatReport:
 
     Attributes:
         output: The folder.
-        questions: None was trained on.
+        questions: Questions that no adapter was trained on.
         answers: Precision → adapter (or "(none)") → PyTorch's answers.
         seconds: Wall time.
     """
@@ -54,55 +54,55 @@ def run_smollm2(
 
     Args:
         output: Folder to write: ``hf/``, ``adapters/``, ``base-fp32/``, ``base-int4/`` and ``demo.json``.
-        seed: For everything random.
+        seed: Seed of everything random.
         force: Replace the folder of an earlier demo.
         progress: Called with what is being done and the share of the whole that is done.
 
     Returns:
-        What came out.
+        The results.
 
     Raises:
-        BackendUnavailable: Something that it needs is not installed.
+        BackendUnavailable: A package that the demo needs is not installed.
         BackendError: onnxruntime-genai's model builder failed.
         OutputError: The folder exists, or can't be written.
     """
-    started, say = time.monotonic(), progress or (lambda _what, _share: None)
+    started, progress = time.monotonic(), progress or (lambda _what, _share: None)
     require_packages()
     replaces = check_output(output, force, _NEEDED_BYTES)
-    say("loading the libraries and SmolLM2", 0.0)
+    progress("loading the libraries and SmolLM2", 0.0)
     with output_errors(output), OutputSet(replaces) as outputs, training_session():
         folder, lesson = outputs.stage(output, folder=True), load_lesson()
         with silence():
             save_base(folder / "hf")
         trainer = ChatTrainer(folder / "hf", seed)
-        _train(trainer, lesson, folder, say)
-        answers = dict(_bases(trainer, lesson, folder, say))
+        _train(trainer, lesson, folder, progress)
+        answers = dict(_bases(trainer, lesson, folder, progress))
         report = ChatReport(output, lesson.held_out, answers, time.monotonic() - started)
         save_report(report.as_dict(), folder)
         outputs.commit(lambda: check_output(output, force))
-    say("done", 1.0)
+    progress("done", 1.0)
     return replace(report, seconds=time.monotonic() - started)
 
 
-def _train(trainer: ChatTrainer, lesson: Lesson, folder: Path, say: Say) -> None:
+def _train(trainer: ChatTrainer, lesson: Lesson, folder: Path, progress: Say) -> None:
     for number, style in enumerate(lesson.styles):
         what = f"training adapter '{style.name}' on {len(style.train)} answers"
 
         def advance(share: float, what: str = what, number: int = number) -> None:
-            say(what, _LOADED + (_TRAINED - _LOADED) * (number + share) / len(lesson.styles))
+            progress(what, _LOADED + (_TRAINED - _LOADED) * (number + share) / len(lesson.styles))
 
         advance(0.0)
         trainer.train(style, folder / "adapters" / style.name, advance)
 
 
 def _bases(
-    trainer: ChatTrainer, lesson: Lesson, folder: Path, say: Say
+    trainer: ChatTrainer, lesson: Lesson, folder: Path, progress: Say
 ) -> Iterator[tuple[str, dict[str, list[str]]]]:
-    """Build each base with what PyTorch generates from its weights; yield the precision and the answers."""
+    """Build each base and save PyTorch's answers from its weights in it; yield precision and answers."""
     adapters = [folder / "adapters" / style.name for style in lesson.styles]
     prompts = tuple(tuple(trainer.prompt(question)) for question in lesson.held_out)
     for number, precision in enumerate(PRECISIONS):
-        say(
+        progress(
             f"building base-{precision}/ with onnxruntime-genai, generating with PyTorch to compare",
             _TRAINED + (1 - _TRAINED) * number / len(PRECISIONS),
         )

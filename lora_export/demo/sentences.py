@@ -1,4 +1,4 @@
-"""The demo's three tasks, read from ``sentences.toml``."""
+"""Read the demo's three tasks from ``sentences.toml``."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to learn.
+    """A classification of sentences to learn.
 
     Attributes:
-        name: What the adapter is called.
-        labels: What a sentence can be.
+        name: Name of the adapter.
+        labels: Labels that a sentence can have.
         train: Sentences to learn from.
-        held_out: Sentences to be tested with; none stands in ``train``.
+        held_out: Sentences to test with; none is in ``train``.
     """
 
     name: str

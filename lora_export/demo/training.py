@@ -1,4 +1,4 @@
-"""The demo's PyTorch half: MiniLM with a classifier as the base, one LoRA adapter for each task."""
+"""Train the demo in PyTorch: MiniLM with a classifier as the base, one LoRA adapter for each task."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LEARNED_LOSS = 0.02
 
 
 def require_packages() -> None:
-    """Raise `BackendUnavailable` naming everything the demo needs that is not installed."""
+    """Raise `BackendUnavailable` if a package that the demo needs is not installed; name them all."""
     missing = [name for name in _NEEDS if find_spec(name) is None]
     if missing:
         raise BackendUnavailable(
@@ -39,11 +39,11 @@ def require_packages() -> None:
 
 
 class Trainer:
-    """Trains and runs adapters on one base folder.
+    """Train and run adapters on one base folder.
 
     Args:
         base: Folder that `save_base` wrote.
-        seed: For initial weights and the order of the sentences.
+        seed: Seed of the initial weights and the order of the sentences.
     """
 
     def __init__(self, base: Path, seed: int) -> None:
@@ -61,9 +61,9 @@ class Trainer:
         """Train one adapter and save it as a PEFT folder.
 
         Args:
-            task: What to learn.
-            folder: Where the adapter goes.
-            progress: Called with the share of the epochs that is done.
+            task: Task to learn.
+            folder: Folder for the adapter.
+            progress: Function that takes the share of the epochs that is done.
         """
         import torch
         from peft import LoraConfig, get_peft_model
@@ -76,11 +76,11 @@ class Trainer:
             modules_to_save=["classifier"],
         )
         model = get_peft_model(self._load_base(), config)
-        # Else PEFT writes this machine's path to the base into the adapter.
+        # Otherwise PEFT writes this machine's path to the base into the adapter.
         model.peft_config["default"].base_model_name_or_path = self._base.name
         # In eval mode: with dropout on so few sentences, one seed in six left 'question' at chance.
         self._fit(model.eval(), task, progress)
-        # Else PEFT looks for the base's config, to see whether an embedding was resized.
+        # Otherwise PEFT looks for the base's config, to see whether an embedding was resized.
         model.save_pretrained(folder, save_embedding_layers=False)
         # PEFT's model card is an empty form with that path in it.
         (folder / "README.md").unlink(missing_ok=True)
@@ -95,8 +95,8 @@ class Trainer:
             order, total = torch.randperm(len(task.train)).tolist(), 0.0
             for start in range(0, len(order), BATCH):
                 batch = [task.train[index] for index in order[start : start + BATCH]]
-                wanted = torch.tensor([example.label for example in batch])
-                loss = torch.nn.functional.cross_entropy(model(**self._tensors(batch)).logits, wanted)
+                labels = torch.tensor([example.label for example in batch])
+                loss = torch.nn.functional.cross_entropy(model(**self._tensors(batch)).logits, labels)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -107,7 +107,7 @@ class Trainer:
                 break
 
     def logits(self, adapter: Path, examples: Sequence[Example]) -> Array:
-        """Return what PyTorch says with the adapter's branches beside the base, not merged."""
+        """Return PyTorch's logits with the adapter's branches beside the base, not merged."""
         import torch
         from peft import PeftModel
 
@@ -129,12 +129,12 @@ class Trainer:
 
 
 def save_base(folder: Path, labels: int, seed: int) -> None:
-    """Save the encoder with a classifier for ``labels`` labels: one base, so one W0, for every task.
+    """Save the encoder with a classifier for ``labels`` labels: one base, with one W0, for all tasks.
 
     Args:
-        folder: Where the checkpoint and its tokenizer go.
-        labels: The most that a task has; a task with fewer reads the first logits.
-        seed: For the classifier's first values; each adapter brings its own.
+        folder: Folder for the checkpoint and its tokenizer.
+        labels: Largest number of labels of a task; a task with fewer uses the first logits.
+        seed: Seed of the classifier's initial values; each adapter brings its own classifier.
     """
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -144,7 +144,7 @@ def save_base(folder: Path, labels: int, seed: int) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(
         source, num_labels=labels, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
-    # Exporters drop a bias of zeros from the graph: the adapter's own classifier.bias would have no place.
+    # Exporters drop a bias of zeros from the graph: the adapter's own classifier.bias would have no site.
     torch.nn.init.normal_(model.classifier.bias, std=model.config.initializer_range)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False).save_pretrained(
@@ -156,7 +156,7 @@ def save_base(folder: Path, labels: int, seed: int) -> None:
 def training_session() -> Iterator[None]:
     """Run torch on one thread, which is faster for a model this small, and silence the libraries' chatter.
 
-    Threads, random state and verbosity are as before when it ends.
+    Threads, random state and verbosity are restored when the block ends.
     """
     import torch
     from transformers.utils import logging as chatter
@@ -182,9 +182,9 @@ def training_session() -> Iterator[None]:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Hold back everything printed or logged: lines by the hundred, and bars that heed no setting.
+    """Suppress everything printed or logged: hundreds of lines, and bars that can't be turned off.
 
-    Not for our own progress. Errors are raised all the same.
+    Our own progress must not run inside it. Errors are still raised.
     """
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)

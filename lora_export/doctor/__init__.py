@@ -1,1 +1,1 @@
-"""What this machine has and lacks for the work: `lora-export doctor`."""
+"""Report what this machine can do and what it lacks: `lora-export doctor`."""

@@ -1,4 +1,4 @@
-"""What follows from the GPUs and packages of a machine: one function for each thing that lora-export does."""
+"""Check what a machine can do by its GPUs and packages: one function for each thing that lora-export does."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from lora_export.machines.packages import PACKAGES, Package
 from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES
 
 _CUDA_PROVIDER = "CUDAExecutionProvider"
-# What runs engines beside the compiler's own package.
+# Needed to run engines, in addition to the compiler's own package.
 _RUNNER = "cuda.bindings"
 _ALL_RTX = ", ".join(RTX_COMPUTE_CAPABILITIES)
 
 
 @dataclass(frozen=True)
 class Capability:
-    """Something that lora-export does, and whether it does it here.
+    """Something that lora-export does, and whether it works on this machine.
 
     Attributes:
-        name: For machines: ``build-tensorrt-rtx``.
-        title: For people.
-        works: Whether it does here.
-        reason: Why, or why not.
-        fix: The command that mends it, or "": nothing to mend, or no command can.
+        name: Name in JSON: ``build-tensorrt-rtx``.
+        title: Text for people.
+        works: True if it works here.
+        reason: Text on what makes it work, or on what is missing.
+        fix: The command that makes it work, or "" if none is needed or none can.
     """
 
     name: str
@@ -36,22 +36,22 @@ class Capability:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the checks look at.
+    """GPUs and packages that the checks look at.
 
     Attributes:
-        gpus: What the driver says.
-        packages: What Python imports → what came of it.
+        gpus: The driver's answer.
+        packages: Name that Python imports → result of importing it.
     """
 
     gpus: LocalGpus
     packages: Mapping[str, Package]
 
     def blocked(self, names: Sequence[str], extra: str) -> tuple[str, str] | None:
-        """Return why packages can't be used and what mends it, or None if all can.
+        """Return (reason, command that fixes it) if packages can't be used, or None if all can.
 
         Args:
-            names: What Python imports.
-            extra: Our extra that installs them.
+            names: Names that Python imports.
+            extra: The extra of lora-export that installs them.
         """
         looked_at = [self.packages[name] for name in names]
         missing = [pip_name(package.name) for package in looked_at if package.status == "missing"]
@@ -68,12 +68,12 @@ class Machine:
 
 
 def pip_name(package: str) -> str:
-    """Return what pip calls a package that Python imports, in its plainest form."""
+    """Return pip's name for a package that Python imports, without the CUDA variants."""
     return PACKAGES[package][-1]
 
 
 def capabilities(machine: Machine) -> tuple[Capability, ...]:
-    """Return what works on a machine, in the order in which a user comes to need it."""
+    """Return what works on a machine, in the order in which users need it."""
     return tuple(check(machine) for check in _CHECKS)
 
 
@@ -104,7 +104,7 @@ def _run_cuda(machine: Machine) -> Capability:
     package = machine.packages["onnxruntime"]
     if _CUDA_PROVIDER in package.details.get("providers", ()):
         return Capability(name, title, True, f"onnxruntime {package.version} with {_CUDA_PROVIDER}")
-    # Both wheels bring a module `onnxruntime`: the one must go before the other comes.
+    # Both wheels install a module `onnxruntime`: the old one must be removed first.
     return Capability(
         name,
         title,

@@ -1,4 +1,4 @@
-"""What this machine can do: its GPUs, the packages that are installed, and what follows from both."""
+"""Report what this machine can do: its GPUs, its installed packages, and what follows from both."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from lora_export.machines.packages import PACKAGES, Package, read_lines
 from lora_export.storage.commit.leftovers import tidy
 from lora_export.storage.commit.told import listening
 
-# Importing everything takes four seconds on a slow machine, and a hundred from a cold network disk.
+# Importing all packages takes 4 s on a slow machine, and 100 s from a cold network disk.
 _TIMEOUT_S = 240
 
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """The whole result.
+    """Everything that `lora-export doctor` reports.
 
     Attributes:
-        version: Of lora-export.
+        version: Version of lora-export.
         python: Version of Python.
         platform: Operating system and processor.
-        gpus: What the driver says.
-        packages: What came of importing each.
-        capabilities: What works, why, and what would mend it.
-        leftovers: What runs that were ended have left, and what was done about it.
+        gpus: The driver's answer.
+        packages: Result of importing each package.
+        capabilities: Each capability with the reason why it works or not, and the command that fixes it.
+        leftovers: Files that earlier runs left when they were stopped, and what was done about them.
     """
 
     version: str
@@ -54,7 +54,7 @@ class DoctorReport:
 
 
 def examine() -> DoctorReport:
-    """Look at this machine; nothing that is broken raises. What ended runs have left here is put in order."""
+    """Examine this machine and remove what stopped runs left behind; nothing broken raises an error."""
     gpus, packages = local_gpus(), probe_packages()
     return DoctorReport(
         version=__version__,
@@ -68,10 +68,10 @@ def examine() -> DoctorReport:
 
 
 def _leftovers() -> list[str]:
-    """Tidy the current folder, the system's temporary one and the engines' cache; return what there was."""
+    """Tidy the current and temporary folders and the engine cache; return a line for each thing found."""
     lines: list[str] = []
     folders = [Path(), default_folder()]
-    with contextlib.suppress(OSError):  # there is none, or no room in it
+    with contextlib.suppress(OSError):  # the folder is missing or full
         folders.append(Path(tempfile.gettempdir()))
     for folder in folders:
         with listening(lines.append):
@@ -80,33 +80,33 @@ def _leftovers() -> list[str]:
 
 
 def probe_packages(names: Sequence[str] = tuple(PACKAGES)) -> tuple[Package, ...]:
-    """Import packages in a process of their own.
+    """Import packages in a separate process and return what happened.
 
-    One process does all of them. Only if a package ends it, which makes that one ``broken``, another process
-    goes on behind it.
+    One process imports all of them. If a package ends that process, the package counts as ``broken``, and a
+    new process imports the rest.
 
     Args:
-        names: Of `PACKAGES`.
+        names: Names in `PACKAGES`.
     """
     found: dict[str, Package] = {}
     while left := [name for name in names if name not in found]:
         output, death = _run_probe(left)
         results, importing = read_lines(output)
         found.update({result.name: result for result in results})
-        # Without an import to blame, no package can be looked at.
+        # The process ended before any import: no package can be examined.
         guilty = [importing] if importing else [name for name in left if death and name not in found]
         found.update({name: Package(name, "broken", reason=death) for name in guilty})
     return tuple(found[name] for name in names)
 
 
 def _run_probe(names: Sequence[str]) -> tuple[str, str]:
-    """Return what the probe printed, and what it died of, or ""."""
-    # -P: a folder of the user's called "torch" is no package. Our own place comes last, so that what is found
-    # is what the command itself would import.
+    """Return what the probe printed, and why it ended early, or ""."""
+    # -P: a folder of the user's called "torch" is not a package. Our own folder comes last on the path, so
+    # that the packages found are those that the command itself would import.
     own = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), own]))
     command = [sys.executable, "-P", "-m", "lora_export.machines.packages", *names]
-    # Files, not pipes: what was printed before a timeout is there to read.
+    # Files, not pipes: what was printed before a timeout can still be read.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as log:
         try:
             code = subprocess.run(
@@ -133,10 +133,10 @@ def _cause(code: int, log: str) -> str:
     if code == 0:
         return ""
     lines = log.strip().splitlines()
-    said = f": {lines[-1].strip()[:200]}" if lines else ""
+    last = f": {lines[-1].strip()[:200]}" if lines else ""
     if code < 0:
         try:
-            return f"Python was ended by {signal.Signals(-code).name} while importing it{said}"
+            return f"Python was ended by {signal.Signals(-code).name} while importing it{last}"
         except ValueError:
-            return f"Python was ended by signal {-code} while importing it{said}"
-    return f"Python ended with exit code {code} while importing it{said}"
+            return f"Python was ended by signal {-code} while importing it{last}"
+    return f"Python ended with exit code {code} while importing it{last}"

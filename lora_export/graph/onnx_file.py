@@ -27,6 +27,7 @@ from lora_export.graph.data_identity import (
     refuse_changed_data,
 )
 from lora_export.graph.read_model import inlined, read_model
+from lora_export.graph.scale_shapes import scale_problems
 from lora_export.storage.inputs import note_inputs
 from lora_export.storage.sums import seal
 from lora_export.untrusted.shown import limited
@@ -91,8 +92,9 @@ def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> Graph
         portable: Inline those as well, for other runtimes.
 
     Raises:
-        GraphError: It is not an ONNX file, is empty, or its external data is missing, short, outside of the
-            folder, or not the data that a graph of ours was written with.
+        GraphError: It is not an ONNX file, is empty, its external data is missing, short, outside of the
+            folder, or not the data that a graph of ours was written with, or scales don't fit the weights
+            that they quantise.
     """
     file = Path(path)
     if file.is_dir():
@@ -107,13 +109,20 @@ def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> Graph
     model.metadata_props.pop(seal.KEY, None)  # the seal of this file, not of files made from the graph
     graph = GraphFile(model, file)
     _read_constants(model)
-    note_inputs(graph.data_files())
     problems = [problem for value in graph.initializers() for problem in _external_problems(value, file)]
+    if not problems:
+        note_inputs(graph.data_files())
     problems += _attribute_problems(model)
     if problems:
         raise GraphError(
             f"{file} has {len(problems)} tensors whose external data can't be read",
             "put the data files of this .onnx beside it, at the same relative paths as before",
+            limited(problems, most=_SHOWN),
+        )
+    if problems := list(scale_problems(model)):
+        raise GraphError(
+            f"{file} has {len(problems)} scales or zero points that don't fit what they quantise",
+            "no runtime takes the graph: quantise it again",
             limited(problems, most=_SHOWN),
         )
     refuse_changed_data(model.metadata_props, file, lambda: layout_of(external_tensors(model)))

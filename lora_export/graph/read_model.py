@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from lora_export.errors import GraphError
+from lora_export.untrusted.documents import open_regular
 from lora_export.untrusted.graphs import function_problems, graph_problems
 from lora_export.untrusted.protos import proto_problems
 from lora_export.untrusted.shown import limited, shown
@@ -38,6 +39,8 @@ def read_model(file: Path) -> ir.Model:
         proto = onnx.load(file, load_external_data=False)
         problems = list(proto_problems(proto))
         model = None if problems else ir.from_proto(proto)
+        if model is not None:
+            ir.external_data.set_base_dir(model.graph, str(file.parent))
     except Exception as error:  # protobuf and onnx_ir raise many kinds for a damaged file
         raise GraphError(
             f"{file} is not a readable ONNX file: {type(error).__name__}: {_first_line(error)}",
@@ -45,7 +48,6 @@ def read_model(file: Path) -> ir.Model:
         ) from error
     if model is None:
         raise _invalid(file, problems)
-    ir.external_data.set_base_dir(model.graph, str(file.parent))
     return model
 
 
@@ -98,7 +100,7 @@ def _refuse_other_formats(file: Path) -> None:
             f"{file} holds weights, not a graph",
             "give an .onnx file, or, if the command also takes a checkpoint, the folder that it is in",
         )
-    with file.open("rb") as opened:
+    with open_regular(file) as opened:
         start = opened.read(8)
     if start[4:] == b"ORTM" or file.suffix == ".ort":
         raise GraphError(

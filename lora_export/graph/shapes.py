@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import threading
 from collections.abc import Iterator
 
 import onnx_ir as ir
@@ -34,11 +37,27 @@ def _is_long(shape: ir.Shape | None) -> bool:
 
 def _inferred(model: ir.Model, values: list[ir.Value], data_prop: bool) -> dict[int, ir.Shape | None]:
     before = [(value, value.shape, value.type) for value in values]
-    ShapeInferencePass(check_type=False, strict_mode=False, data_prop=data_prop)(model)
+    with _unlogged():
+        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=data_prop)(model)
     found = {id(value): value.shape for value in values}
     for value, shape, kind in before:
         value.shape, value.type = shape, kind
     return found
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keep quiet, in this thread, where onnx can't infer shapes: those that a graph has are left."""
+    logger, thread = logging.getLogger(ShapeInferencePass.__module__), threading.get_ident()
+
+    def is_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    logger.addFilter(is_others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_others)
 
 
 def _all_values(model: ir.Model) -> Iterator[ir.Value]:

@@ -1,1 +1,1 @@
-"""GPUs as data, and what this machine has."""
+"""GPUs as data, and what this machine has: its GPUs, packages and environment."""

@@ -1,4 +1,4 @@
-"""BLAS on one thread, for as long as anybody wants it so."""
+"""Keep BLAS on one thread while any caller needs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On which machine, with which packages, and how busy it was."""
+"""Read the machine, its packages and its load, to report with measured times."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _CPU = Path("/sys/devices/system/cpu")
 
 @dataclass(frozen=True)
 class Environment:
-    """What times depend on beside the models.
+    """Everything apart from the models that measured times depend on.
 
     Attributes:
         cpu: The processor's name.
         cores: Logical cores that this process may use.
-        physical_cores: Cores of the machine, hyper-threads not counted; None where nobody says.
-        cpu_quota: Cores' worth of time that a container's limit leaves; None: no limit known.
-        memory_bytes: The machine's memory; None where nobody says.
-        governor: How the CPU's frequency is chosen, or "unknown".
+        physical_cores: Cores of the machine without hyper-threads; None if unknown.
+        cpu_quota: Number of cores that a container's CPU limit allows; None if no limit is known.
+        memory_bytes: The machine's memory; None if unknown.
+        governor: Linux's policy for the CPU's frequency, or "unknown".
         turbo: ``on``, ``off`` or ``unknown``.
         system: Operating system and processor.
-        python: Its version.
-        packages: Versions of those that matter, if installed.
-        omp_num_threads: The variable of this name, or "".
-        gpus: Name, and the driver's version, of each GPU; asked for only where one is used.
+        python: Version of Python.
+        packages: Versions of the packages that matter, if installed.
+        omp_num_threads: The variable OMP_NUM_THREADS, or "".
+        gpus: Name and driver version of each GPU; empty where no GPU is used.
     """
 
     cpu: str
@@ -53,7 +53,7 @@ class Environment:
 
 
 def read_environment(with_gpus: bool) -> Environment:
-    """Look at the machine; what it doesn't say is None or "unknown"."""
+    """Read the machine's facts; what can't be read is None or "unknown"."""
     name, physical = _cpu()
     gpus = local_gpus().gpus if with_gpus else ()
     return Environment(

@@ -1,4 +1,4 @@
-"""A setting of the whole process, changed for as long as anybody needs it so."""
+"""A setting of the whole process that stays changed while any caller needs it."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from collections.abc import Callable, Iterator
 
 
 class Held:
-    """Changes a setting for the first holder, and puts it back when the last one leaves.
+    """Change a setting for the first holder, and restore it when the last holder leaves.
 
-    Two holders that overlap, each putting back what it has found, would leave the first one's change behind.
+    If each of two overlapping holders restored what it had found, the first one's change would remain.
 
     Args:
-        change: Changes the setting; returns what puts it back.
+        change: Function that changes the setting and returns a function that restores it.
     """
 
     def __init__(self, change: Callable[[], Callable[[], object]]) -> None:
         self._change, self._lock, self._holders = change, threading.Lock(), 0
-        self._put_back: Callable[[], object] = lambda: None
+        self._restore: Callable[[], object] = lambda: None
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Return a context in which the setting is changed."""
+        """Keep the setting changed inside a ``with`` block."""
         with self._lock:
             if not self._holders:
-                self._put_back = self._change()
+                self._restore = self._change()
             self._holders += 1
         try:
             yield
@@ -33,4 +33,4 @@ class Held:
             with self._lock:
                 self._holders -= 1
                 if not self._holders:
-                    self._put_back()
+                    self._restore()

@@ -1,4 +1,4 @@
-"""The GPUs of this machine, asked for through the driver's own tool, which needs no Python package."""
+"""Find the GPUs of this machine with ``nvidia-smi``, the driver's tool, which needs no Python package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_export.machines.targets import find_target
 _COMMAND = ("--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader")
 _TIMEOUT_S = 20
 _MIB = 2**20
-# What stands where the tool has no answer, as for memory that the CPU shares.
+# What nvidia-smi prints where it has no answer, as for memory that the CPU shares.
 _NONE = r"\[.+\]|N/A"
 _LINE = re.compile(
     rf"^(?P<name>[^,]+), (?P<cc>\d+\.\d|{_NONE}), (?P<memory>\d+ MiB|{_NONE}), (?P<driver>[\d.]+|{_NONE})$"
@@ -25,9 +25,9 @@ class Gpu:
     """One GPU.
 
     Attributes:
-        name: As the driver calls it.
+        name: The driver's name for it.
         compute_capability: ``8.9``, or None where the driver doesn't say.
-        memory_bytes: What programs can get, or None where the CPU shares it.
+        memory_bytes: Memory that programs can get, or None where the CPU shares it.
         driver: The driver's version, or "".
         target: Its name in ``targets.toml``, or None if it isn't there.
     """
@@ -41,11 +41,11 @@ class Gpu:
 
 @dataclass(frozen=True)
 class LocalGpus:
-    """What the driver answers.
+    """The driver's answer.
 
     Attributes:
-        gpus: In its order.
-        problem: Why there is none, or "".
+        gpus: GPUs in the driver's order.
+        problem: The reason if there is no GPU or one can't be read, or "".
     """
 
     gpus: tuple[Gpu, ...]
@@ -53,10 +53,10 @@ class LocalGpus:
 
 
 def local_gpus() -> LocalGpus:
-    """Ask ``nvidia-smi``; whatever it does instead of answering is said in `problem`."""
+    """Return the GPUs that ``nvidia-smi`` lists; a failure of any kind is described in `problem`."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return LocalGpus((), "no NVIDIA GPU found (there is no nvidia-smi)")
+        return LocalGpus((), "no NVIDIA GPU found (nvidia-smi is missing)")
     try:
         done = subprocess.run(
             [tool, *_COMMAND],
@@ -72,15 +72,15 @@ def local_gpus() -> LocalGpus:
         return LocalGpus((), f"nvidia-smi can't be run: {error.strerror or error}")
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     if done.returncode:
-        # It complains on stdout.
-        said = next(iter([*lines, *done.stderr.splitlines()]), f"exit code {done.returncode}")
-        return LocalGpus((), f"nvidia-smi failed: {said}")
+        # nvidia-smi prints its errors on stdout.
+        complaint = next(iter([*lines, *done.stderr.splitlines()]), f"exit code {done.returncode}")
+        return LocalGpus((), f"nvidia-smi failed: {complaint}")
     if not lines:
         return LocalGpus((), "no NVIDIA GPU found (nvidia-smi lists none)")
     found = [_gpu(line) for line in lines]
     gpus = tuple(gpu for gpu in found if gpu)
     if len(gpus) < len(found):
-        return LocalGpus(gpus, f"nvidia-smi says what can't be read: {lines[found.index(None)][:80]!r}")
+        return LocalGpus(gpus, f"can't read this line of nvidia-smi: {lines[found.index(None)][:80]!r}")
     return LocalGpus(gpus)
 
 

@@ -1,7 +1,7 @@
-"""Import packages and say what came of it: ``python -m lora_export.machines.packages [PACKAGE …]``.
+"""Import packages and print what happened: ``python -m lora_export.machines.packages [PACKAGE …]``.
 
-A process of its own, because a package with broken libraries can end the process that imports it. It prints a
-line of JSON before an import and one after it, so that whoever reads them knows which import was the last.
+It runs in a separate process, because a package with broken libraries can end the process that imports it. It
+prints a line of JSON before each import and one after it, so that the reader knows which import was the last.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _REASON_LENGTH = 300
 
 @dataclass(frozen=True)
 class Package:
-    """What came of importing a package.
+    """Result of importing a package.
 
     Attributes:
-        name: What Python imports.
-        status: ``missing``: not installed; ``broken``: installed, and can't be imported.
-        version: Its version, or "".
-        distribution: What pip calls it, or "": pip did not install it.
-        reason: What went wrong.
-        details: What it offers here: ``providers`` of onnxruntime, ``compute_capabilities`` of TensorRT-RTX,
-            the ``cuda`` version that torch was built with.
+        name: Name that Python imports.
+        status: ``missing``: not installed; ``broken``: installed, but can't be imported.
+        version: Version of the package, or "".
+        distribution: pip's name for it, or "" if pip did not install it.
+        reason: Error of the import, or "".
+        details: Facts on this machine: ``providers`` of onnxruntime, ``compute_capabilities`` of
+            TensorRT-RTX, the ``cuda`` version that torch was built with.
     """
 
     name: str
@@ -45,11 +45,12 @@ class Package:
     details: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Return one line."""
+        """Return the result as one line of JSON."""
         return json.dumps(asdict(self))
 
 
-# What Python imports → what pip may call it: the first that is installed counts, the last is the plainest.
+# Name that Python imports → names that pip may have for it: the first that is installed counts, the last has
+# no CUDA variant in it.
 PACKAGES: dict[str, tuple[str, ...]] = {
     "torch": ("torch",),
     "transformers": ("transformers",),
@@ -77,7 +78,7 @@ def _tensorrt_rtx(module: Any) -> dict[str, Any]:
 
 
 def _cuda_bindings(module: Any) -> dict[str, Any]:
-    # The part that we use; the package itself loads no library.
+    # Import the part that we use: the package itself loads no library.
     import_module(f"{module.__name__}.runtime")
     return {}
 
@@ -91,7 +92,7 @@ _DETAILS: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 
 def probe(name: str) -> Package:
-    """Import a package; whatever it raises becomes a reason."""
+    """Import a package and return the result; an error becomes the reason."""
     if not _is_installed(name):
         return Package(name, "missing")
     distribution, number = _installed(name)
@@ -109,7 +110,7 @@ def _is_installed(name: str) -> bool:
         spec = find_spec(name)
     except (ImportError, ValueError):
         return False
-    # A folder of that name without Python in it is no package: a left-over, or the user's own.
+    # A folder of that name without Python in it is not a package: a leftover, or the user's own.
     return spec is not None and spec.origin is not None
 
 
@@ -131,7 +132,7 @@ def read_lines(text: str) -> tuple[list[Package], str]:
     """Read what `main` printed.
 
     Returns:
-        The packages that it was done with, and the one whose import it was in, or "".
+        The packages that were finished, and the one whose import had begun and not ended, or "".
     """
     done, importing = [], ""
     for line in text.splitlines():
@@ -146,14 +147,14 @@ def read_lines(text: str) -> tuple[list[Package], str]:
 
 
 def main(names: list[str]) -> None:
-    """Probe packages and print lines of JSON."""
-    # Packages print when they are imported; what they print goes to stderr, and the lines stay readable.
+    """Import packages and print lines of JSON."""
+    # Some packages print when they are imported: that goes to stderr, so that the JSON lines stay readable.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
         os.dup2(2, 1)
         for name in names or list(PACKAGES):
             print(json.dumps({"importing": name}), file=out, flush=True)
             print(probe(name).to_json(), file=out, flush=True)
-        # Some libraries crash while they are unloaded, when all has been said.
+        # Some libraries crash while they are unloaded, when the results are already printed.
         os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""GPUs that engines are built for: data in ``targets.toml``, found by the names that people give them."""
+"""GPUs that engines are built for: data in ``targets.toml``, found by the names that people use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_export.errors import BackendError
 
-# What TensorRT-RTX can be told to build for; a test compares it with the package's own list.
+# Compute capabilities that TensorRT-RTX can build for; a test compares them with the package's own list.
 RTX_COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 COMPILERS = ("tensorrt-rtx", "tensorrt")
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8", "fp8", "int4", "fp4")
@@ -22,7 +22,7 @@ COMPUTE_CAPABILITIES_SOURCE = "https://developer.nvidia.com/cuda-gpus"
 _HINT = "lora-export targets lists them"
 _GIB = 2**30
 _COMPUTE_CAPABILITY = re.compile(r"^(?:sm[\s_-]?(\d{1,2})(\d)|(\d{1,2})\.(\d))$")
-# Words that some write and others leave out: "NVIDIA GeForce RTX 4090", "RTX 6000 Ada Generation".
+# Words that some people write and others leave out: "NVIDIA GeForce RTX 4090", "RTX 6000 Ada Generation".
 _OPTIONAL_WORDS = re.compile(
     r"\b(nvidia|geforce|tesla|jetson|gpu|generation|blackwell|workstation|edition|module)\b"
 )
@@ -33,15 +33,15 @@ class Target:
     """A GPU, or all GPUs of one compute capability.
 
     Attributes:
-        name: What the user types: ``rtx-4090``; ``sm89`` for all of one compute capability.
-        label: As the vendor calls it.
+        name: Name that the user types: ``rtx-4090``; ``sm89`` for all of one compute capability.
+        label: The vendor's name for it.
         compute_capability: ``8.9``.
-        memory_bytes: What it carries; a vendor's "GB" of GPU memory is 2**30 bytes. What a program gets is
-            less: ECC and the driver take 1 to 8 %, and where it is shared, the system takes its part.
-        bandwidth_bytes_s: Of that memory; a vendor's "GB/s" is 1e9 bytes a second.
-        precisions: What its tensor cores multiply, of `PRECISIONS`; ``int4`` as weights.
-        compilers: Which of `COMPILERS` build for it.
-        shared_memory: The CPU uses the same memory.
+        memory_bytes: Memory on the board; a vendor's "GB" of GPU memory is 2**30 bytes. A program gets
+            less: ECC and the driver take 1 to 8 %, and shared memory also serves the system.
+        bandwidth_bytes_s: Bandwidth of that memory; a vendor's "GB/s" is 1e9 bytes a second.
+        precisions: Those of `PRECISIONS` that its tensor cores multiply; ``int4`` for weights only.
+        compilers: Those of `COMPILERS` that build for it.
+        shared_memory: True if the CPU uses the same memory.
         source: The vendor's page that states memory and bandwidth.
     """
 
@@ -88,7 +88,7 @@ def find_target(name: str) -> Target:
             compute capability (``sm89``, ``8.9``), which stands for all of its GPUs.
 
     Raises:
-        BackendError: Nothing is called so; the message offers what is near.
+        BackendError: No GPU has that name; the message suggests similar names.
     """
     targets, keys = _catalogue()
     if matched := _COMPUTE_CAPABILITY.match(name.strip().lower()):
@@ -118,25 +118,25 @@ def select_targets(
     precision: str | None = None,
     min_memory_gb: float | None = None,
 ) -> list[Target]:
-    """Return the GPUs for which all of this holds.
+    """Return the GPUs that meet all conditions.
 
     Args:
-        words: Each occurs in the name or label, in any spelling.
-        compiler: One that builds for it.
+        words: Words that all occur in the name or label, in any spelling.
+        compiler: Compiler that builds for the GPU.
         compute_capability: ``8.9`` or ``sm89``.
-        precision: One that its tensor cores multiply.
-        min_memory_gb: Smallest memory; a GPU whose memory is unknown is left out.
+        precision: Precision that its tensor cores multiply.
+        min_memory_gb: Least memory; a GPU whose memory is unknown is left out.
 
     Raises:
         BackendError: No GPU has that compute capability.
     """
-    wanted = _capability_of(compute_capability) if compute_capability else None
+    capability = _capability_of(compute_capability) if compute_capability else None
     return [
         target
         for target in _catalogue()[0].values()
         if all(_has(target, word) for word in words)
         and compiler in (None, *target.compilers)
-        and wanted in (None, target.compute_capability)
+        and capability in (None, target.compute_capability)
         and precision in (None, *target.precisions)
         and (min_memory_gb is None or (target.memory_bytes or 0) >= min_memory_gb * _GIB)
     ]
@@ -154,7 +154,7 @@ def _has(target: Target, word: str) -> bool:
 
 
 def _capability_of(text: str) -> str:
-    """Return the compute capability that a text is, or that the GPU of that name has."""
+    """Return the compute capability that a text states, or that of the GPU it names."""
     try:
         return find_target(text).compute_capability
     except BackendError as error:
@@ -201,7 +201,7 @@ def _target(name: str, row: dict[str, Any]) -> Target:
 
 
 def _any_of(compute_capability: str) -> Target:
-    """Return what all GPUs of a compute capability have in common."""
+    """Return a target that stands for all GPUs of a compute capability."""
     known = known_compute_capabilities()
     if compute_capability not in known:
         raise BackendError(
@@ -222,7 +222,7 @@ def _any_of(compute_capability: str) -> Target:
 
 
 def _key(name: str) -> str:
-    """Return a spelling without what spellings differ in."""
+    """Return a name without the characters and words in which spellings differ."""
     words = _OPTIONAL_WORDS.sub(" ", re.sub(r"[_-]", " ", name.lower()))
     return re.sub(r"[^a-z0-9]", "", words)
 

@@ -1,1 +1,1 @@
-"""SEAM: what a server wants in its folder beside the graph."""
+"""SEAM: write the files that a server needs in its folder, with the graph."""

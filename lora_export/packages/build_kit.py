@@ -1,8 +1,9 @@
-"""A folder from which an engine is built on the device that it is for, by ``sh build.sh``.
+"""Write a folder from which ``sh build.sh`` builds an engine on the device that it is for.
 
-It holds the graph as the compiler is to get it, a shell script with every flag, checksums, and the engine's
-record but for what only the device knows. With lora-export on the device the script uses it; without, it
-calls TensorRT's own ``trtexec`` and completes the record (``finish.py``, with the standard library only).
+It holds the graph prepared for the compiler, a shell script with every flag, checksums, and the engine record
+without the fields that only the device knows. If lora-export is installed on the device, the script uses it;
+otherwise it calls TensorRT's own ``trtexec`` and completes the record with ``finish.py``, which needs the
+standard library only.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from lora_export.storage.folders import refuse_strangers
 from lora_export.storage.inputs import same_inputs
 from lora_export.storage.manifest import hash_written
 from lora_export.storage.outputs import OutputSet, check_parent, output_errors, refuse_existing, refuse_inputs
+from lora_export.untrusted.documents import open_regular
 
 PathLike = str | os.PathLike[str]
 _MIB = 1 << 20
@@ -36,21 +38,21 @@ _TEMPLATES = "kit"
 _SUMS = "SHA256SUMS"
 _OF_A_KIT = {"build.sh", "finish.py", "record.json"}
 _KEY = re.compile("@([A-Z]+)@")
-# Of an input's name, trtexec splits at the first, drops the second, and takes the third for any other name.
-# The last can't be given to any program.
+# In an input's name, trtexec splits at a comma, drops an apostrophe, and reads an asterisk as any name. A
+# null character can't be in an argument of any program.
 _SPLIT = frozenset(",'*\0")
 
 
 @dataclass(frozen=True)
 class KitReport:
-    """What `write_kits` did, or would do.
+    """Result of `write_kits`, or its plan.
 
     Attributes:
         kits: The folders.
-        groups: The GPUs of each.
-        profiles: Which shapes the engines will take.
-        notes: What was changed in the graph for the compiler.
-        dry_run: Nothing was written.
+        groups: The GPUs of each folder.
+        profiles: Shapes that the engines will take.
+        notes: Changes to the graph for the compiler.
+        dry_run: True if nothing was written.
     """
 
     kits: tuple[Path, ...]
@@ -85,13 +87,13 @@ def write_kits(
 
     Args:
         model: The ``.onnx`` file.
-        wish: What is asked for; nothing of it has to be buildable on this machine.
+        wish: The build request; this machine need not be able to build it.
         output: The folder to write into.
         force: Replace existing kits, if nothing was added to them.
         dry_run: Check everything and write nothing.
 
     Raises:
-        LoraExportError: As `engines.build.build_engine`, but for what only matters where it is built.
+        LoraExportError: As for `engines.build.build_engine`, except problems of the machine that builds.
     """
     plan = plan_build(model, wish, here=False)
     _check_inputs(plan.profiles)
@@ -112,12 +114,13 @@ def write_kits(
 
 
 def _check_kit(path: Path) -> None:
-    """Refuse to replace a folder that was no kit, or in which an engine was built, or anything else lies."""
+    """Refuse to replace a folder that is not a kit, or in which anything else lies, such as an engine."""
     if not path.is_dir() or path.is_symlink():
         refuse_strangers(path, (), "kit")
         return
     try:
-        lines = (path / _SUMS).read_text(encoding="utf-8").splitlines()
+        with open_regular(path / _SUMS) as file:
+            lines = file.read().decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         lines = []
     listed = {line[64:].removeprefix("  ") for line in lines if line[64:66] == "  "}
@@ -160,7 +163,7 @@ def _write(plan: BuildPlan, group: Group, source: EngineSource, folder: Path) ->
 def _script(plan: BuildPlan, group: Group, engine: str) -> str:
     template = (files("lora_export.packages") / _TEMPLATES / "build.sh").read_text(encoding="utf-8")
     filled = {
-        # In a comment, which ends with its line.
+        # Goes into a comment, which ends with its line.
         "TARGET": _one_line(", ".join(target.label for target in group.targets)),
         "MODEL": shlex.quote(f"{plan.name}.onnx"),
         "ENGINE": shlex.quote(engine),
@@ -172,11 +175,11 @@ def _script(plan: BuildPlan, group: Group, engine: str) -> str:
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """Return a template with each ``@KEY@`` replaced, in one pass: what a value holds is never a key.
+    """Return a template with each ``@KEY@`` replaced, in one pass: text in a value is never read as a key.
 
     Args:
-        template: What is shipped.
-        values: Key → text, quoted for the place where it goes.
+        template: Text of the shipped file.
+        values: Key → text, quoted as the line around the key needs it.
     """
     return _KEY.sub(lambda found: values[found[1]], template)
 
@@ -190,13 +193,13 @@ def _lines(flags: Iterator[str]) -> str:
 
 
 def _own_flags(plan: BuildPlan, group: Group) -> Iterator[str]:
-    """Yield the options of ``lora-export build-engine`` that say the same."""
+    """Yield the options of ``lora-export build-engine`` that build the same engine."""
     for target in group.targets:
         yield from ("--target", target.name)
     yield from ("--backend", group.compiler.name, "--name", plan.name)
     if len(group.targets) > 1:
         yield "--together"
-    # Whether it fits was looked at when the kit was made, and building it again is what the user wants.
+    # The memory was checked when the kit was made, and the user wants it built again.
     yield from ("--ignore-memory", "--force")
     for name, value in asdict(plan.options).items():
         if name == "workspace_bytes":
@@ -205,7 +208,7 @@ def _own_flags(plan: BuildPlan, group: Group) -> Iterator[str]:
         elif value not in (False, None):
             flag = f"--{name.replace('_', '-')}"
             yield from ((flag,) if value is True else (flag, str(value)))
-    # Without shapes, a profile has nothing to say: a graph whose sizes are all fixed.
+    # A profile without shapes (all sizes of the graph are fixed) needs no option.
     for profile in (profile for profile in plan.profiles if profile.shapes):
         shapes = {name: ":".join(map(_size, sizes)) for name, sizes in profile.shapes.items()}
         yield from ("--profile", ProfileRequest(profile.name, shapes).text())
@@ -219,7 +222,7 @@ def _trtexec_flags(plan: BuildPlan, group: Group) -> Iterator[str]:
     """Yield the flags of trtexec (its ``--help``, its source) or of TensorRT-RTX's tool of the same kind."""
     profiles, options = plan.profiles, plan.options
     if group.compiler.name == "tensorrt-rtx":
-        # Its networks are all strongly typed, and without the GPUs it builds for a default set.
+        # Its networks are always strongly typed, and without this flag it builds for a default set of GPUs.
         numbers = (name.replace(".", "") for name in group.compute_capabilities)
         yield f"--computeCapabilities={','.join(numbers)}"
     else:
@@ -231,7 +234,7 @@ def _trtexec_flags(plan: BuildPlan, group: Group) -> Iterator[str]:
         if len(profiles) > 1:
             yield f"--profile={number}"
         for at, flag in enumerate(("--minShapes", "--optShapes", "--maxShapes")):
-            # Not quoted: quotes would be part of the name. The last ':' is what it splits at.
+            # Not quoted: quotes would be part of the name. trtexec splits at the last ':'.
             shapes = (f"{name}:{_size(sizes[at])}" for name, sizes in profile.shapes.items())
             yield f"{flag}={','.join(shapes)}"
     switches = {
@@ -242,7 +245,7 @@ def _trtexec_flags(plan: BuildPlan, group: Group) -> Iterator[str]:
         "--versionCompatible": options.version_compatible,
         "--hardwareCompatibilityLevel=ampere+": options.hardware_compatible,
     }
-    yield from (flag for flag, wanted in switches.items() if wanted)
+    yield from (flag for flag, is_on in switches.items() if is_on)
     if options.optimization_level is not None:
         yield f"--builderOptimizationLevel={options.optimization_level}"
     if options.workspace_bytes is not None:

@@ -1,8 +1,8 @@
-"""A folder that onnxruntime-genai runs as it is: the graph, its ``genai_config.json``, the tokenizer's files.
+"""Write a folder that onnxruntime-genai runs: the graph, its ``genai_config.json``, the tokenizer's files.
 
-Its model builder writes them beside the base. A graph made of that base serves in its place once they lie
-beside it too: the config names the graph's own inputs only, and LoRA inputs with an empty default need no
-entry. What is not copied: other graphs, weights, adapters, folders, and our manifests.
+Its model builder writes these files beside the base. A graph made from that base can run in its place once
+they lie beside it too: the config names the graph's own inputs only, and LoRA inputs with an empty default
+need no entry. Other graphs, weights, adapters, folders, and our manifests are not copied.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from lora_export.storage.outputs import OutputSet, output_errors, refuse_replaci
 from lora_export.untrusted.documents import read_json
 
 CONFIG = "genai_config.json"
-# What tokenizers, chat templates and processors are kept in.
+# Files that hold tokenizers, chat templates and processors.
 _SUFFIXES = {".json", ".jinja", ".model", ".tiktoken", ".txt"}
 _MANIFEST = ".lora.json"
 
 
 @dataclass(frozen=True)
 class Companions:
-    """The files to be written beside a graph.
+    """Files to write beside a graph.
 
     Attributes:
         files: Name → content; the config last, because without it onnxruntime-genai refuses the folder.
-        output: The graph that they go beside.
-        notes: What the user has to do or know.
+        output: The graph that they belong to.
+        notes: Notes for the user.
         force: Replace files that differ.
     """
 
@@ -41,14 +41,14 @@ class Companions:
     force: bool = False
 
     def write(self, reads: Iterable[Path] = ()) -> None:
-        """Write the files that are not there yet; all of them or, if that fails, none.
+        """Write the missing files; all of them or, if that fails, none.
 
         Args:
-            reads: What was read: none of it is replaced, even with ``force``.
+            reads: Files that were read; none of them is replaced, even with ``force``.
 
         Raises:
-            OutputError: A file of that name and another content exists or was read, or the folder can't be
-                written.
+            OutputError: A file with the same name and other content exists or was read, or the folder can't
+                be written.
         """
         with output_errors(self.output.parent), OutputSet(self.force, reads) as outputs:
             for path, content in self._missing():
@@ -67,14 +67,14 @@ class Companions:
 
 
 def companions_of(base: Path, output: Path, force: bool = False) -> Companions:
-    """Return what must lie beside ``output`` so that onnxruntime-genai runs it in place of ``base``.
+    """Return the files needed beside ``output`` so that onnxruntime-genai runs it in place of ``base``.
 
-    Nothing where ``base`` has no ``genai_config.json`` beside it, or one that runs another graph.
+    There are none if no ``genai_config.json`` lies beside ``base``, or one that runs another graph.
 
     Args:
         base: The base's ONNX file.
-        output: The graph made of it.
-        force: Replace files that exist with another content.
+        output: The graph made from it.
+        force: Replace existing files with other content.
 
     Raises:
         PackageError: The config beside the base can't be read, or a file is a link out of the folder.
@@ -88,7 +88,7 @@ def companions_of(base: Path, output: Path, force: bool = False) -> Companions:
     if base.name not in named:
         return nothing
     if output.parent.resolve() == base.parent.resolve():
-        # The config there is the base's own; what it runs is not ours to change.
+        # The config there belongs to the base; we don't change which graph it runs.
         note = f"{config_path} runs {base.name}; to run {output.name}, put that name there"
         return Companions({}, output, (note,))
     beside = [
@@ -116,7 +116,7 @@ def _read(path: Path) -> Any:
 
 
 def _graphs(config: Any) -> Iterator[str]:
-    """Yield the graphs that a config names, wherever: a pipeline or a vision model has several."""
+    """Yield the graphs that a config names at any depth: a pipeline or a vision model has several."""
     if isinstance(config, dict):
         for key, value in config.items():
             if key == "filename" and isinstance(value, str):
@@ -130,7 +130,7 @@ def _graphs(config: Any) -> Iterator[str]:
 
 
 def _renamed(config: Any, base: Path, output: Path) -> bytes:
-    """Return the config with the output's name for the base's, laid out as the builder lays it out."""
+    """Return the config with the output's name in place of the base's, in the builder's layout."""
 
     def rename(value: Any) -> Any:
         if isinstance(value, dict):

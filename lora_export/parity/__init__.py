@@ -1,1 +1,1 @@
-"""Parity: a candidate, graph or engine, against its reference, with a verdict on everything checked."""
+"""Compare a candidate (graph or engine) with its reference, with a verdict on everything checked."""

@@ -1,4 +1,4 @@
-"""The parity check: run both sides on the same feeds in every state, judge, look where it fails."""
+"""Check parity: run both sides on the same feeds in every state, judge, and localise an error."""
 
 from __future__ import annotations
 
@@ -70,46 +70,46 @@ def check_parity(
         reference: A Hugging Face checkpoint folder (run by PyTorch, adapters unmerged: h = W0·x +
             scaling·B·A·x), another ``.onnx`` file, or saved outputs (``.npz``, ``.safetensors``).
         candidate: An ``.onnx`` file (merged, swap or bank), run by ONNX Runtime, or an ``.engine``.
-        adapters: Files, folders or `Adapter` objects; or name → them. Of a merged candidate those that were
-            merged; of a bank those in its slots, by the slots' names.
-        weights: Of several that were merged together; by default those of the candidate's manifest.
-        base: With a reference graph that has the adapter merged: the graph without it.
-        provider: ``cpu`` or ``cuda``: where graphs run. By default ``cpu``; engines run on the GPU.
-        feeds: A file of inputs; by default they are made from the graph's own inputs.
-        batches: Batch sizes of made feeds; by default 1 and 4, or what the graph fixes.
-        sequences: Lengths of made feeds; by default 1 and 16, or what the graph fixes.
-        seed: Of made feeds.
-        samples: How many feeds are made.
+        adapters: Files, folders or `Adapter` objects; or name → one of these. For a merged candidate the
+            adapters that were merged; for a bank those in its slots, by the slots' names.
+        weights: Weights of adapters that were merged together; by default those of the candidate's manifest.
+        base: For a reference graph with the adapter merged: the graph without it.
+        provider: Provider of graphs, ``cpu`` or ``cuda``; by default ``cpu``. Engines run on the GPU.
+        feeds: File of inputs; by default feeds are made from the graph's own inputs.
+        batches: Batch sizes of made feeds; by default 1 and 4, or the size that the graph fixes.
+        sequences: Lengths of made feeds; by default 1 and 16, or the length that the graph fixes.
+        seed: Seed of made feeds.
+        samples: Number of feeds to make.
         tolerance: ``auto``: from the dtypes, see `lora_export.parity.judge.limits`; or ``(rtol, atol)``.
-        generate: Compare this many greedy tokens as well, of decoders.
-        dtype: What the candidate is to be held to; by default what it says of itself.
-        reference_dtype: What PyTorch computes the reference in: ``float64`` or ``float32``; by default
+        generate: Number of greedy tokens to compare as well, for decoders.
+        dtype: Type whose limits the candidate must keep; by default the type that it states.
+        reference_dtype: Type that PyTorch computes the reference in: ``float64`` or ``float32``; by default
             ``float64`` for float32 candidates and ``float32`` for the others.
-        localise: Where something fails, look for the first module whose error jumps.
+        localise: If a verdict fails, search for the first module whose error jumps.
         progress: Called with what is being done and the share that is done.
 
     Returns:
-        What was found. ``passed`` says whether everything passed, and ``failed`` what did not.
+        The report. ``passed`` is True if everything passed, and ``failed`` lists the failed verdicts.
 
     Raises:
-        AdapterError: An adapter can't be read, or has no place.
-        BackendError: Something can't be opened, run or compared; all that is wrong is listed.
+        AdapterError: An adapter can't be read, or has no site.
+        BackendError: A side can't be opened, run or compared; all problems are listed.
         LoraExportError: Other problems of the input, each with its own class.
     """
     started = time.monotonic()
-    say = progress or (lambda _what, _share: None)
+    progress = progress or (lambda _what, _share: None)
     given = named_adapters(adapters)
     options = Options(
         tolerance_of(tolerance),
         known_dtype(dtype),
         known_dtype(reference_dtype, ("float64", "float32")),
     )
-    say("opening both sides", 0.0)
+    progress("opening both sides", 0.0)
     sides = open_sides(Path(reference), Path(candidate), given, weights, base, provider, options)
     about = sides.candidate.about
     if generate:
         if sides.reference.about["kind"] == "saved":
-            raise BackendError("saved outputs can't go on from new tokens", "leave out --generate")
+            raise BackendError("saved outputs can't continue from new tokens", "omit --generate")
         check_decoder(about.ports, about.outputs, about.path.name, generate, about.captured)
     runs = _feeds(sides, feeds, batches, sequences, seed, samples)
     comparison = Comparison(
@@ -122,11 +122,11 @@ def check_parity(
     )
     coverage = Coverage.of(sides)
     for number, feed in enumerate(runs):
-        say(f"feed {number + 1} of {len(runs)}: {feed.label}", number / (len(runs) + 1))
+        progress(f"feed {number + 1} of {len(runs)}: {feed.label}", number / (len(runs) + 1))
         with coverage.watch(feed):
             comparison.add(feed)
     if feeds is None and sequences is None:
-        say("rows of embeddings that no input reads", 0.9)
+        progress("rows of embeddings that no input reads", 0.9)
         sides.notes += FurtherFeeds(sides, coverage, batches, seed).add_to(comparison, runs)
     sides.notes += coverage.notes("more: --samples, --sequence" if feeds is None else "more: --feeds")
     if not any(table.is_vocabulary for table in coverage.tables.values()):
@@ -140,13 +140,13 @@ def check_parity(
         )
     generated: list[Generated] = []
     if generate:
-        say("generating", 0.95)
+        progress("generating", 0.95)
         generated, more = _generate(sides, comparison, runs, generate)
         verdicts += more
     where = None
-    # An adapter without effect and outputs that are missing begin nowhere.
+    # A missing effect or a missing output can't be traced to a module.
     if localise and any(not verdict.passed and not math.isinf(verdict.limit) for verdict in verdicts):
-        say("looking where it begins", 0.97)
+        progress("searching where the error begins", 0.97)
         where = _localise(sides, comparison, runs, verdicts)
     return ParityReport(
         sides.reference.about,
@@ -186,14 +186,14 @@ def _feeds(
     if file is not None:
         if batches or sequences:
             raise BackendError(
-                "sizes are of inputs that are made; those of a file have their own",
-                "leave out --batch and --sequence, or --feeds",
+                "sizes apply to made inputs; the inputs of a file have sizes of their own",
+                "omit --batch and --sequence, or omit --feeds",
             )
         found = read_feeds(Path(file), about.ports, about.captured, vocabulary_of(sides))
         if sides.reference.about["kind"] == "saved" and len(found) > 1:
             raise BackendError(
-                f"{file} holds {len(found)} feeds, saved outputs are of one",
-                "give a file with the inputs of one feed, those that the outputs were saved from",
+                f"{file} holds {len(found)} feeds, but saved outputs belong to one feed",
+                "give a file with the one feed that the outputs were saved from",
             )
         return found
     if sides.reference.about["kind"] == "saved":
@@ -201,10 +201,10 @@ def _feeds(
             "saved outputs belong to inputs that only the user knows", "give --feeds FILE as well"
         )
     made = make_feeds(about.ports, about.captured, batches, sequences, seed, samples, vocabulary_of(sides))
-    right = sides.reference
-    if isinstance(right, CheckpointReference) and about.caches and right.has(BASE):
-        made = with_real_pasts(made, lambda values: right.run(values, BASE), seed)
-    # A report of another seed is one of other feeds.
+    reference = sides.reference
+    if isinstance(reference, CheckpointReference) and about.caches and reference.has(BASE):
+        made = with_real_pasts(made, lambda values: reference.run(values, BASE), seed)
+    # Reports with different seeds are about different feeds.
     return [replace(feed, label=f"{feed.label}; seed {seed}") for feed in made] if seed else made
 
 
@@ -221,8 +221,8 @@ def _generate(
         ties[state_name(state)] = tie
 
         def reference(values: Mapping[str, Array], state: State = state) -> Mapping[str, Array]:
-            right = sides.reference.run(values, state)
-            return {name: right[other] for name, other in comparison.pairs.items()}
+            outputs = sides.reference.run(values, state)
+            return {name: outputs[other] for name, other in comparison.pairs.items()}
 
         def candidate(values: Mapping[str, Array], state: State = state) -> Mapping[str, Array]:
             return sides.candidate.run(values, (state,))
@@ -235,21 +235,21 @@ def _generate(
 def _localise(
     sides: Sides, comparison: Comparison, feeds: Sequence[Feed], verdicts: Sequence[Verdict]
 ) -> Localisation | None:
-    """Look into the first state that failed, on the feed that shows most of it."""
-    right = sides.reference
+    """Localise the error of the first failed state, on the feed that shows it best."""
+    reference = sides.reference
     failed = [verdict.state for verdict in verdicts if not verdict.passed]
     states = sides.candidate.states(sides.blend)
     state = next((state for state in states if state_name(state) in failed), states[-1])
-    if not isinstance(right, CheckpointReference):
+    if not isinstance(reference, CheckpointReference):
         return Localisation(
-            state_name(state), "", note="only a checkpoint as the reference can be looked into"
+            state_name(state), "", note="the error can be localised only if the reference is a checkpoint"
         )
     feed = comparison.telling_feed(state, feeds)
     about = sides.candidate.about
     rows = (state,) * feed.batch
     sources = Sources(
-        right.model,
-        right.model.module,
+        reference.model,
+        reference.model.module,
         sides.own,
         about.path,
         about.provider,
@@ -263,7 +263,7 @@ def _localise(
 
 
 def _about_feed(feed: Feed, from_file: bool) -> Mapping[str, object]:
-    # Made ones are the same by their label, up to a past that this machine's arithmetic gave.
+    # Made feeds with the same label are equal, except for a past that this machine computed.
     return {"label": feed.label, "shapes": feed.shapes} | ({"sha256": feed.sha256} if from_file else {})
 
 

@@ -1,4 +1,4 @@
-"""Both sides on the same feeds, in every state: what is added up, feed by feed."""
+"""Run both sides on the same feeds in every state, and add up their differences feed by feed."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class Comparison:
     """The comparison so far.
 
     Attributes:
-        candidate: What is checked.
-        reference: What is right.
-        own: PyTorch in the candidate's dtype.
-        states: What is compared, the base first where the candidate has it.
-        laws: Checked on each feed's answers.
-        tolerance: ``(rtol, atol)`` where the user gave one.
+        candidate: The side to check.
+        reference: The side that is right by definition.
+        own: PyTorch in the candidate's dtype; None if it is not run.
+        states: The states to compare, the base first if the candidate has it.
+        laws: Laws to check on each feed's answers.
+        tolerance: ``(rtol, atol)`` if the user gave one.
         tallies: State → output → tally.
         scatter: A few values of each state's main output.
-        notes: What a user should know.
+        notes: Notes for the user.
         pairs: The candidate's output → the reference's.
         missing: Outputs of the reference that the candidate lacks.
     """
@@ -67,32 +67,32 @@ class Comparison:
             BackendError: A side can't be run, or the outputs can't be compared.
         """
         without: Mapping[str, Array] | None = None
-        got_without: Mapping[str, Array] | None = None
+        actual_without: Mapping[str, Array] | None = None
         if BASE not in self.states and self.reference.has(BASE):
             without = self.reference.run(feed.values, BASE)
         answers = {}
         for state in self.states:
-            # Without a run of PyTorch there is nothing to compare choices with, and torch may be missing.
+            # Without PyTorch's own run there are no choices to compare with, and torch may be missing.
             recording: AbstractContextManager[list[Choice]] = nullcontext([])
             if self.own is not None:
                 recording = record_choices()
             with recording as choices:
-                wanted = self.reference.run(feed.values, state)
-            got = self.candidate.run(feed.values, (state,) * feed.batch)
+                expected = self.reference.run(feed.values, state)
+            actual = self.candidate.run(feed.values, (state,) * feed.batch)
             own, tied = self._run_own(feed, state, choices)
-            self._check(wanted, got, without)
-            moved = None if state == BASE else without
-            self._tally(state, feed, wanted, got, own, tied, moved, got_without)
+            self._check(expected, actual, without)
+            compared = None if state == BASE else without
+            self._tally(state, feed, expected, actual, own, tied, compared, actual_without)
             if state == BASE:
-                without, got_without = wanted, got
-            answers[state] = Answer(wanted, got, own, tied)
+                without, actual_without = expected, actual
+            answers[state] = Answer(expected, actual, own, tied)
         self.laws.check(feed, answers, self.pairs)
         self._feeds += 1
 
     def _run_own(
         self, feed: Feed, state: State, choices: Sequence[Choice]
     ) -> tuple[Mapping[str, Array] | None, Mapping[str, Array] | None]:
-        """Run PyTorch in the candidate's dtype; again with ties the other way, where there are any."""
+        """Run PyTorch in the candidate's dtype, and if there are ties again with the other choices."""
         if self.own is None:
             return None, None
         with record_choices() as chosen:
@@ -106,29 +106,29 @@ class Comparison:
             return own, self.own.run(feed.values, state)
 
     def _check(
-        self, wanted: Mapping[str, Array], got: Mapping[str, Array], without: Mapping[str, Array] | None
+        self, expected: Mapping[str, Array], actual: Mapping[str, Array], without: Mapping[str, Array] | None
     ) -> None:
         if not self.pairs:
             where = self.candidate.about.path
             self.pairs = pair_outputs(
-                list(got), list(wanted), where, ordered=self.reference.about["kind"] != "saved"
+                list(actual), list(expected), where, ordered=self.reference.about["kind"] != "saved"
             )
             self.notes += [
                 f"the candidate's output '{name}' is compared with the reference's '{other}'"
                 for name, other in self.pairs.items()
                 if name != other
             ]
-            self.missing = [name for name in wanted if name not in self.pairs.values()]
-            if texts := [name for name, values in got.items() if not _is_number(values)]:
+            self.missing = [name for name in expected if name not in self.pairs.values()]
+            if texts := [name for name, values in actual.items() if not _is_number(values)]:
                 raise BackendError(
-                    f"outputs of {where.name} are no numbers: {', '.join(texts)}",
+                    f"outputs of {where.name} are not numbers: {', '.join(texts)}",
                     "check a graph whose outputs are numbers",
                 )
         different = [
-            f"{name}: candidate {got[name].shape}, {whose} {_shape(values, other)}"
-            for whose, values in (("reference", wanted), ("reference without adapter", without))
+            f"{name}: candidate {actual[name].shape}, {side} {_shape(values, other)}"
+            for side, values in (("reference", expected), ("reference without adapter", without))
             for name, other in self.pairs.items()
-            if values is not None and _shape(values, other) != got[name].shape
+            if values is not None and _shape(values, other) != actual[name].shape
         ]
         if different:
             raise BackendError(
@@ -141,45 +141,45 @@ class Comparison:
         self,
         state: State,
         feed: Feed,
-        wanted: Mapping[str, Array],
-        got: Mapping[str, Array],
+        expected: Mapping[str, Array],
+        actual: Mapping[str, Array],
         own: Mapping[str, Array] | None,
         tied: Mapping[str, Array] | None,
         without: Mapping[str, Array] | None,
-        got_without: Mapping[str, Array] | None,
+        actual_without: Mapping[str, Array] | None,
     ) -> None:
         into = self.tallies.setdefault(state, {})
         for name, other in self.pairs.items():
             tally = into.setdefault(name, Tally(is_logits(other), self.tolerance))
             tally.add(
-                wanted[other],
-                got[name],
+                expected[other],
+                actual[name],
                 None if own is None else own[other],
                 None if without is None else without[other],
-                None if got_without is None else got_without[name],
+                None if actual_without is None else actual_without[name],
                 masks_of(feed, other),
                 None if tied is None else tied[other],
             )
-            self._note_worst(state, tally, wanted[other], got[name], masks_of(feed, other))
-            largest = float(np.abs(wanted[other]).max(initial=0.0))
+            self._note_worst(state, tally, expected[other], actual[name], masks_of(feed, other))
+            largest = float(np.abs(expected[other]).max(initial=0.0))
             self._largest[state, name] = max(self._largest.get((state, name), 0.0), largest)
         main = next((name for name in self.pairs if group_of(name) == name), None)
         if main is not None and not any(entry.state == state_name(state) for entry in self.scatter):
-            self._scatter(state, main, wanted[self.pairs[main]], got[main])
+            self._scatter(state, main, expected[self.pairs[main]], actual[main])
 
     def _note_worst(
-        self, state: State, tally: Tally, wanted: Array, got: Array, masks: Sequence[Array]
+        self, state: State, tally: Tally, expected: Array, actual: Array, masks: Sequence[Array]
     ) -> None:
-        """Keep a feed's error by itself: what one feed alone shows is to be looked for in that feed."""
+        """Record a feed's own error, so that an error which only one feed shows is localised on that feed."""
         alone = Tally()
-        alone.add(wanted, got, None, None, None, masks)
+        alone.add(expected, actual, None, None, None, masks)
         lost = alone.got.infinite or alone.infinite
         error = math.inf if lost else alone.relative(alone.got)
         known = self._errors.setdefault(state, {})
         known[self._feeds] = max(known.get(self._feeds, 0.0), error)
 
     def telling_feed(self, state: State, feeds: Sequence[Feed]) -> Feed:
-        """Return the feed to look into: the one with most tokens, unless another's error is far larger."""
+        """Return the feed to localise on: that with most tokens, unless another's error is far larger."""
         errors = self._errors.get(state, {})
         size = [sum(values.size for values in feed.values.values()) for feed in feeds]
         largest = max(range(len(feeds)), key=size.__getitem__)
@@ -187,11 +187,11 @@ class Comparison:
         return feeds[worst if errors.get(worst, 0.0) > _FAR * errors.get(largest, 0.0) else largest]
 
     def coverage(self) -> list[Verdict]:
-        """Return a verdict on each output that was not compared, or at no position."""
+        """Return a verdict for each output that was not compared, or compared at no position."""
         verdicts = []
         for name in self.missing:
             why = f"the candidate has no '{name}', which the reference returns: it was not compared"
-            lost = is_logits(name)  # a pooled or hidden state may be left out; what the model is for may not
+            lost = is_logits(name)  # pooled or hidden states may be missing, but not the logits
             verdicts.append(
                 Verdict("error", "not compared", ANY, name, math.nan, math.inf, not lost, why, counted=lost)
             )
@@ -203,10 +203,10 @@ class Comparison:
                 verdicts.append(Verdict("error", "not compared", where, "", math.nan, math.inf, False, why))
         return verdicts
 
-    def _scatter(self, state: State, name: str, wanted: Array, got: Array) -> None:
-        step = max(1, wanted.size // _POINTS)
+    def _scatter(self, state: State, name: str, expected: Array, actual: Array) -> None:
+        step = max(1, expected.size // _POINTS)
         chosen = [
-            values.reshape(-1)[::step][:_POINTS].astype(np.float64).tolist() for values in (wanted, got)
+            values.reshape(-1)[::step][:_POINTS].astype(np.float64).tolist() for values in (expected, actual)
         ]
         self.scatter.append(Scatter(state_name(state), name, tuple(chosen[0]), tuple(chosen[1])))
 
@@ -219,7 +219,7 @@ class Comparison:
         ]
 
     def told_apart(self, output: str, state: State) -> float | None:
-        """Return how far apart values of an output have to be to be told apart; None: PyTorch was not run."""
+        """Return the difference from which values can be told apart; None if PyTorch was not run."""
         tally = self.tallies[state][output]
         if tally.own is None or tally.own.infinite:
             return None
@@ -227,13 +227,13 @@ class Comparison:
 
     @property
     def said(self) -> list[str]:
-        """What a user should know, after all feeds."""
+        """Notes for the user, after all feeds."""
         if not self._near:
             return self.notes
         return [
             *self.notes,
             f"{self._near} of {self._choices:,} choices of experts are a tie in the candidate's dtype: "
-            "either is right, and what the other costs is in the limits",
+            "either is right, and the limits contain the difference",
         ]
 
     def largest_value(self, output: str, state: State) -> float:

@@ -1,4 +1,4 @@
-"""Where a check ran: the machine, and the versions of what decides about its numbers."""
+"""Read where a check runs: the machine, and the versions of packages that its numbers depend on."""
 
 from __future__ import annotations
 

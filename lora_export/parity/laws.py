@@ -1,6 +1,6 @@
-"""Laws that hold whatever the weights are: A→B→A is A again, rows don't know of each other.
+"""Check laws that hold for all weights: A→B→A gives A again, and rows of a batch don't influence each other.
 
-Each is checked while a feed's answers are at hand, and judged at the end.
+Each law is checked while a feed's answers are at hand, and judged at the end.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Outputs = Mapping[str, Array]
 
 @dataclass(frozen=True)
 class Answer:
-    """What all sides answered in a state.
+    """Outputs of all sides in a state.
 
     Attributes:
-        wanted: The reference's outputs.
-        got: The candidate's.
-        own: PyTorch's in the candidate's dtype; None where it was not run.
-        tied: The same with ties of routers chosen the other way; None where there are none.
+        wanted: Outputs of the reference.
+        got: Outputs of the candidate.
+        own: Outputs of PyTorch in the candidate's dtype; None if it was not run.
+        tied: Outputs of PyTorch with ties of routers chosen the other way; None if there are no ties.
     """
 
     wanted: Outputs
@@ -45,12 +45,12 @@ _AGAIN = "the same adapter again after another one gives the same bits"
 
 
 def masks_of(feed: Feed, output: str | None = None) -> list[Array]:
-    """Return the masks that tell an output's padding: of the current tokens, and with those of the past.
+    """Return the masks of an output's padding: of the current tokens, and of these with the past ones.
 
     Args:
-        feed: It.
-        output: Where there are an encoder and a decoder, the masks are those of the side that this output is
-            of: the two may have as many tokens, and other paddings. None: of both sides.
+        feed: The feed.
+        output: Name of the output. With an encoder and a decoder, only the masks of the output's side are
+            returned, as both may have the same number of tokens and different paddings. None: of both sides.
     """
     current, every = feed.mask, feed.values.get("attention_mask")
     if "decoder_input_ids" in feed.values and output is not None:
@@ -66,16 +66,16 @@ class Laws:
     """The laws' tallies over all feeds.
 
     Attributes:
-        candidate: What is checked.
-        tolerance: ``(rtol, atol)`` where the user gave one.
-        mixed: A bank's rows in different states, against the reference: output → tally.
-        applied: The same rows by their state: whether each has its own adapter's effect.
-        permuted: Permuted rows, against the candidate's own rows.
-        alone: One row, against the same row of a batch.
-        again: Relative differences of A→B→A: (A, output) → the largest.
-        mixed_states: States that rows of a mixed batch were in.
+        candidate: The side to check.
+        tolerance: ``(rtol, atol)`` if the user gave one.
+        mixed: Output → tally of a bank's rows in different states, against the reference.
+        applied: State → output → tally of the same rows, to check each row's own adapter effect.
+        permuted: Output → tally of permuted rows, against the candidate's rows in order.
+        alone: Output → tally of a lone row, against the same row of a batch.
+        again: (A, output) → largest relative difference of A→B→A.
+        mixed_states: States of the rows of mixed batches.
         seen: States that `permuted` and `alone` were run in.
-        states: All that can be compared.
+        states: All states that can be compared.
     """
 
     candidate: Candidate
@@ -93,53 +93,53 @@ class Laws:
     _feeds: int = 0
 
     def check(self, feed: Feed, answers: Answers, pairs: Mapping[str, str]) -> None:
-        """Check what can be checked on a feed.
+        """Check the laws that a feed allows to check.
 
         Args:
-            feed: It.
-            answers: Of every state that can be compared.
+            feed: The feed.
+            answers: State → outputs, for every state that can be compared.
             pairs: The candidate's output → the reference's.
         """
         self.states = states = list(answers)
         if self.candidate.switches and len(states) > 1:
-            # The last one ran just now: nothing would be between.
+            # Not the last state, which ran just now: no other run would be between.
             self._again(feed, answers, states[self._feeds % (len(states) - 1)])
             self._feeds += 1
         if feed.batch < 2 or not self._has_rows(feed):
             return
         rows = self._rows(states, feed.batch)
-        got = self.candidate.run(feed.values, rows)
-        names = [name for name in pairs if got[name].shape[:1] == (feed.batch,)]
+        actual = self.candidate.run(feed.values, rows)
+        names = [name for name in pairs if actual[name].shape[:1] == (feed.batch,)]
         if len(set(rows)) > 1:
             self.mixed_states |= set(rows)
-            wanted = {
+            expected = {
                 name: np.stack([answers[state].wanted[pairs[name]][row] for row, state in enumerate(rows)])
                 for name in names
             }
-            self._add(self.mixed, feed, names, wanted, got)
-            self._add_applied(feed, answers, {name: pairs[name] for name in names}, rows, got)
+            self._add(self.mixed, feed, names, expected, actual)
+            self._add_applied(feed, answers, {name: pairs[name] for name in names}, rows, actual)
         self.seen |= set(rows)
         order = list(reversed(range(feed.batch)))
         turned = self.candidate.run(rows_of(feed, order).values, [rows[row] for row in order])
         back = {name: turned[name][order] for name in names}
-        self._add(self.permuted, feed, names, got, back)
+        self._add(self.permuted, feed, names, actual, back)
         if not self._takes_rows(feed):
             return
         one = self._turn % feed.batch
         only = rows_of(feed, [one])
         lone = self.candidate.run(only.values, rows[one : one + 1])
-        kept = {name: got[name][one : one + 1] for name in names}
+        kept = {name: actual[name][one : one + 1] for name in names}
         self._add(self.alone, only, names, kept, lone)
 
     @staticmethod
     def _has_rows(feed: Feed) -> bool:
-        """Whether the first axis of every input that rows don't share is the batch."""
+        """Return True if the batch is the first axis of every input that rows don't share."""
         return all(
             name in feed.shared or values.shape[:1] == (feed.batch,) for name, values in feed.values.items()
         )
 
     def _takes_rows(self, feed: Feed) -> bool:
-        """Whether the batch can have another size: the first dimension of every input with one varies."""
+        """Return True if the batch's size can change: the first dimension of every unshared input varies."""
         return all(
             port.name in feed.shared or (bool(port.shape) and not isinstance(port.shape[0], int))
             for port in self.candidate.about.ports
@@ -148,7 +148,7 @@ class Laws:
 
     @property
     def notes(self) -> list[str]:
-        """What could not be checked."""
+        """Notes on laws that could not be checked."""
         left = [state_name(state) for state in self.states if self.mixed and state not in self.mixed_states]
         if left:
             return [f"not among other rows of a batch: {', '.join(left)} (more: --samples, --batch)"]
@@ -159,11 +159,12 @@ class Laws:
         return []
 
     def _rows(self, states: Sequence[State], batch: int) -> list[State]:
-        """Choose each row's state; the next feed begins with another one."""
+        """Return a state for each row; the next feed begins with another one."""
         self._turn += 1
         if self.candidate.about.mode == "bank":
             begin = self._next
-            # Of more states than rows the next feed has the next ones, until each was among others.
+            # With more states than rows, the next feed takes the next states, until each was in a batch with
+            # others.
             self._next += batch if batch < len(states) else 1
             return [states[(row + begin) % len(states)] for row in range(batch)]
         return [states[self._turn % len(states)]] * batch
@@ -177,7 +178,7 @@ class Laws:
             else:
                 exact, found = before.astype(np.float64), values.astype(np.float64)
                 difference = float(np.linalg.norm(found - exact) / (np.linalg.norm(exact) or 1.0))
-            # max() would keep what was there before a NaN.
+            # max() would keep the value before a NaN.
             known = self.again.get((state, name), 0.0)
             self.again[state, name] = difference if math.isnan(difference) else max(known, difference)
 
@@ -186,30 +187,30 @@ class Laws:
         into: dict[str, Tally],
         feed: Feed,
         names: Iterable[str],
-        wanted: Mapping[str, Array],
-        got: Mapping[str, Array],
+        expected: Mapping[str, Array],
+        actual: Mapping[str, Array],
     ) -> None:
         for name in names:
             tally = into.setdefault(name, Tally(is_logits(name), self.tolerance))
-            tally.add(wanted[name], got[name], None, None, None, masks_of(feed, name))
+            tally.add(expected[name], actual[name], None, None, None, masks_of(feed, name))
 
     def _add_applied(
-        self, feed: Feed, answers: Answers, pairs: Mapping[str, str], rows: Sequence[State], got: Outputs
+        self, feed: Feed, answers: Answers, pairs: Mapping[str, str], rows: Sequence[State], actual: Outputs
     ) -> None:
-        """Compare each row of a mixed batch with the same row without adapter."""
+        """Compare each row of a mixed batch with the same row without an adapter."""
         if BASE not in answers:
             return
         base = answers[BASE]
         for row, state in enumerate(rows):
             if state == BASE:
-                self._add_without(feed, answers, list(pairs), row, rows, got)
+                self._add_without(feed, answers, list(pairs), row, rows, actual)
                 continue
             answer, at = answers[state], slice(row, row + 1)
             tallies = self.applied.setdefault(state, {})
             for name, other in pairs.items():
                 tallies.setdefault(name, Tally(is_logits(name), self.tolerance)).add(
                     answer.wanted[other][at],
-                    got[name][at],
+                    actual[name][at],
                     None if answer.own is None else answer.own[other][at],
                     base.wanted[other][at],
                     base.got[name][at],
@@ -224,11 +225,11 @@ class Laws:
         names: Sequence[str],
         row: int,
         rows: Sequence[State],
-        got: Outputs,
+        actual: Outputs,
     ) -> None:
-        """Compare a row without adapter with what the candidate makes of it where all rows have none.
+        """Compare a row without an adapter with the candidate's output where no row has an adapter.
 
-        What could be wrong is another row's adapter, which moves it as far as that does by itself.
+        The possible error is the effect of another row's adapter, so that effect is the measure.
         """
         other = next((state for state in rows if state != BASE), None)
         if other is None:
@@ -237,7 +238,7 @@ class Laws:
         for name in names:
             tallies.setdefault(name, Tally(is_logits(name), self.tolerance)).add(
                 answers[BASE].got[name][at],
-                got[name][at],
+                actual[name][at],
                 None,
                 answers[other].got[name][at],
                 None,
@@ -245,7 +246,7 @@ class Laws:
             )
 
     def judge(self, judge: Judge) -> list[Verdict]:
-        """Return the verdicts; the states must have been judged before, for their limits."""
+        """Return the verdicts; the states must be judged first, as their limits are used."""
         verdicts: list[Verdict] = []
         if self.again:
             verdicts.append(self._judge_again(judge))
@@ -267,7 +268,7 @@ class Laws:
         return verdicts
 
     def _judge_applied(self, judge: Judge) -> list[Verdict]:
-        """Return whether rows that are with others in a batch have their own adapter."""
+        """Return verdicts on whether each row of a mixed batch has its own adapter."""
         if self.candidate.about.mode != "bank":
             return []
         if not self.mixed:
@@ -275,17 +276,17 @@ class Laws:
             return [_uncounted(ANY, why)]
         verdicts: list[Verdict] = []
         for state, outputs in self.applied.items():
-            telling = {name: tally for name, tally in outputs.items() if _tells(tally, judge.dtype)}
+            telling = {name: tally for name, tally in outputs.items() if _is_telling(tally, judge.dtype)}
             found = [verdict for verdict in judge.effects(state, telling) if verdict.counted]
             verdicts += [replace(row, kind="law", name=f"mixed batch: {row.name}") for row in found]
             if not found:
-                why = f"too little moves in these rows to be told in {judge.dtype}"
+                why = f"the adapter's effect on these rows is too small to measure in {judge.dtype}"
                 verdicts.append(_uncounted(state_name(state), why))
         return verdicts
 
     def _judge_again(self, judge: Judge) -> Verdict:
         exact = self.candidate.about.provider == "cpu"
-        why = _AGAIN if exact else "a GPU's kernels may add up in another order: as the relative error"
+        why = _AGAIN if exact else "a GPU's kernels may add up in another order: the relative error's limit"
 
         def limit(state: State, output: str) -> float:
             return 0.0 if exact else judge.limits[state, group_of(output)].relative
@@ -303,10 +304,11 @@ def _uncounted(state: str, why: str) -> Verdict:
     return Verdict("law", "mixed batch", state, "", math.nan, math.inf, True, why, counted=False)
 
 
-def _tells(tally: Tally, dtype: str) -> bool:
-    """Whether an adapter's effect on a few rows is far above what the dtype loses there.
+def _is_telling(tally: Tally, dtype: str) -> bool:
+    """Return True if an adapter's effect on a few rows is far larger than the dtype's error there.
 
-    Else a good export could fail; the state's own batches, and the error of the mixed one, are judged anyway.
+    Otherwise a good export could fail; the state's own batches, and the mixed batch's error, are judged
+    anyway.
     """
     if not tally.moved_squared:
         return False

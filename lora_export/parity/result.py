@@ -1,6 +1,6 @@
-"""What a parity check found, as data: verdicts with numbers and limits, metrics, where the error begins.
+"""Results of a parity check, as data: verdicts with numbers and limits, metrics, where the error begins.
 
-Nothing here computes or prints: the reports (`lora_export.reports.parity_*`) read it, `as_dict` is the JSON.
+Nothing here computes or prints: the reports (`lora_export.reports.parity`) read it, `as_dict` is the JSON.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 FORMAT = 1
-# Adapters of one row with their weights; () is the base. Hashable, so that results are kept by it.
+# Adapters of one row with their weights; () is the base. Hashable, as results are kept by state.
 State = tuple[tuple[str, float], ...]
 BASE: State = ()
-# What a verdict that is of no state in particular has for one.
+# State of a verdict that belongs to no single state.
 ANY = "everything"
 Kind = Literal["finite", "error", "effect", "tokens", "law"]
 
@@ -25,7 +25,7 @@ def state_of(adapter: str) -> State:
 
 
 def state_name(state: State) -> str:
-    """Return what a state is called in reports: ``no adapter``, ``json``, ``0.7 json + 0.3 pirate``."""
+    """Return the name of a state in reports: ``no adapter``, ``json``, ``0.7 json + 0.3 pirate``."""
     if not state:
         return "no adapter"
     return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in state)
@@ -33,19 +33,19 @@ def state_name(state: State) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One thing that was checked.
+    """Result of one check.
 
     Attributes:
         kind: ``finite`` (NaN, Inf), ``error`` (distance from the reference), ``effect`` (the adapter is
             applied), ``tokens`` (greedy generation) or ``law``.
-        name: What was checked, in a few words: ``relative error``, ``A→B→A``.
-        state: `state_name` of what was active.
+        name: Short text on what was checked: ``relative error``, ``A→B→A``.
+        state: `state_name` of the active adapters.
         output: Name of the output, of a group of outputs (``present.*``), or "".
-        value: What was found; NaN where it could not be computed.
-        limit: Largest value that passes; Inf where nothing was proven, see ``counted``.
-        passed: Whether it passes.
-        why: Why the limit is what it is, or what went wrong; one line.
-        counted: It is proof of something. False for an adapter without effect: said, but proves nothing.
+        value: Measured value; NaN if it could not be computed.
+        limit: Largest value that passes; Inf if nothing was proven, see ``counted``.
+        passed: True if it passes.
+        why: The reason for the limit, or what went wrong; one line.
+        counted: True if it proves something. False for an adapter without effect, which is only reported.
     """
 
     kind: Kind
@@ -61,23 +61,24 @@ class Verdict:
 
 @dataclass(frozen=True)
 class OutputMetrics:
-    """How far one output of the candidate is from the reference's, over all feeds of a state.
+    """Distance of one output of the candidate from the reference's, over all feeds of a state.
 
     Attributes:
-        state: `state_name`.
+        state: `state_name` of the state.
         output: Name of the output.
         max_abs: Largest absolute difference.
         mean_abs: Mean absolute difference.
         relative: ‖candidate − reference‖ / ‖reference‖.
-        worst_position: The same for the worst vector along the last axis, to the mean vector's norm.
-        cosine: Cosine of the two, over everything.
-        own_relative: ``relative`` of PyTorch itself, run in the candidate's dtype; None where it was not run.
-        effect: ‖with − without‖ / ‖with‖: how far the adapter moves the reference; None for the base.
+        worst_position: ‖difference‖ of the worst vector along the last axis, relative to the mean vector's
+            norm.
+        cosine: Cosine of candidate and reference, over all values.
+        own_relative: ``relative`` of PyTorch itself, run in the candidate's dtype; None if it was not run.
+        effect: ‖with − without‖ / ‖with‖, the adapter's effect on the reference; None for the base.
         error_over_effect: ‖candidate − reference‖ / ‖with − without‖; None for the base or without effect.
         kl: Mean Kullback-Leibler divergence KL(reference‖candidate) in nats, of logits.
-        top1: Share of positions whose largest logit is the same one.
+        top1: Share of positions whose largest logit is the same.
         top5: Mean share of the five largest logits that are the same.
-        positions: How many vectors along the last axis were compared, padding left out.
+        positions: Number of compared vectors along the last axis, without padding.
     """
 
     state: str
@@ -101,12 +102,12 @@ class ModuleRow:
     """One target module in the table of where the error begins.
 
     Attributes:
-        module: Path in the base model.
-        error_in: Relative error of what goes into it; NaN where the graph does not show it.
-        error_out: Relative error of what comes out of it.
-        own_out: Relative error of PyTorch in the candidate's dtype there; NaN where it was not run.
+        module: Path in the base.
+        error_in: Relative error of its input; NaN if the graph does not show it.
+        error_out: Relative error of its output.
+        own_out: Relative error of its output in PyTorch in the candidate's dtype; NaN if that was not run.
         effect: ‖with − without‖ / ‖with‖ of its output.
-        jumped: The error jumps here.
+        jumped: True if the error jumps here.
     """
 
     module: str
@@ -119,15 +120,15 @@ class ModuleRow:
 
 @dataclass(frozen=True)
 class Localisation:
-    """Where the error begins.
+    """The module at which the error begins.
 
     Attributes:
-        state: `state_name` of the run that was looked at.
-        module: The first module whose error jumps; "" where none does.
-        rows: The modules that were looked at, in the order of the computation.
-        looked_at: How many modules were run with their outputs exposed.
-        of: How many the graph has.
-        note: What else is to be said: modules that could not be found in the graph, why there is no table.
+        state: `state_name` of the examined run.
+        module: The first module whose error jumps; "" if none does.
+        rows: The examined modules in the order of computation.
+        looked_at: Number of modules that were run with their outputs exposed.
+        of: Number of modules in the graph.
+        note: Text on modules that were not found in the graph, or on the reason for a missing table.
     """
 
     state: str
@@ -153,12 +154,12 @@ class Generated:
     """Greedy tokens of one prompt.
 
     Attributes:
-        state: `state_name`.
+        state: `state_name` of the state.
         prompt: Token ids.
         reference: Tokens that the reference chose.
         candidate: Tokens that the candidate chose.
-        equal: How many are equal from the beginning.
-        tie: The first difference is between two tokens that the reference itself hardly tells apart.
+        equal: Number of equal tokens before the first difference.
+        tie: True if the reference itself can hardly tell the first two different tokens apart.
     """
 
     state: str
@@ -171,23 +172,24 @@ class Generated:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """What a parity check found.
+    """Result of a parity check.
 
     Attributes:
-        reference: What was compared with: ``kind`` (checkpoint, onnx, saved), ``path``, ``dtype``.
-        candidate: What was checked: ``path``, ``mode`` (plain, merged, swap, bank), ``runtime``,
+        reference: Facts on the reference: ``kind`` (checkpoint, onnx, saved), ``path``, ``dtype``.
+        candidate: Facts on the candidate: ``path``, ``mode`` (plain, merged, swap, bank), ``runtime``,
             ``provider``, ``dtype``, ``sha256``.
-        adapters: For each: ``name``, ``sha256``, ``modules`` (how many), ``scaling`` (smallest and largest).
-        feeds: For each: ``label`` and ``shapes`` (input → list of sizes).
+        adapters: Facts on each adapter: ``name``, ``sha256``, ``modules`` (their number), ``scaling``
+            (smallest and largest).
+        feeds: Facts on each feed: ``label`` and ``shapes`` (input → list of sizes).
         tolerance: ``auto`` or ``rtol,atol`` as given.
-        verdicts: Everything that was checked.
+        verdicts: Results of all checks.
         metrics: Numbers for each state and output.
-        localisation: Where the error begins; None where all passed or it could not be looked for.
-        generated: Greedy tokens, where they were asked for.
+        localisation: Module at which the error begins; None if all passed or no search was possible.
+        generated: Greedy tokens, if they were requested.
         scatter: Values for a plot.
-        notes: What a user should know that is no verdict.
+        notes: Notes for the user that are not verdicts.
         environment: Versions of packages, processor, provider.
-        seconds: How long it took.
+        seconds: Time that the check took.
     """
 
     reference: Mapping[str, Any]
@@ -212,7 +214,7 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        """Everything passed, and something was proven."""
+        """True if everything passed and something was proven."""
         return not self.failed and any(verdict.counted for verdict in self.verdicts)
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Greedy tokens, step by step on both sides, until they differ."""
+"""Generate greedy tokens step by step on both sides, until they differ."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def check_decoder(
     count: int = 1,
     captured: Captured | None = None,
 ) -> None:
-    """Refuse what can't go on from its own tokens, or not for so many.
+    """Refuse a candidate that can't generate ``count`` tokens.
 
     Raises:
-        BackendError: The candidate is no decoder, or takes fewer tokens.
+        BackendError: The candidate is not a decoder, or takes fewer tokens.
     """
     if count < 0:
-        raise BackendError(f"can't generate {count} tokens", "give a number from 1 on, or leave it out")
+        raise BackendError(f"can't generate {count} tokens", "give at least 1, or omit it")
     largest = captured.largest if captured is not None else {}
     most = min((largest[role] for role in (SEQUENCE, TOTAL_SEQUENCE) if role in largest), default=None)
     if most is not None and _PROMPT + count > most:
         raise BackendError(
-            f"{where} takes {most} tokens: a prompt of {_PROMPT} and {count} new ones are more",
-            f"give at most --generate {most - _PROMPT}" if most > _PROMPT else "leave out --generate",
+            f"{where} takes {most} tokens, but a prompt of {_PROMPT} and {count} new ones are more",
+            f"give at most --generate {most - _PROMPT}" if most > _PROMPT else "omit --generate",
         )
     names = [port.name for port in ports]
     strange = [name for name in names if name not in _KNOWN and not name.startswith(_PAST)]
@@ -50,23 +50,23 @@ def check_decoder(
     ]
     if unclear:
         raise BackendError(
-            f"{where} does not say how many heads its cache has, or how large they are",
-            "leave out --generate, or export it with these sizes fixed",
+            f"{where} does not state how many heads its cache has, or how large they are",
+            "omit --generate, or export it with these sizes fixed",
             unclear,
         )
     if "input_ids" not in names or "logits" not in outputs or strange:
         raise BackendError(
-            f"{where} is no decoder that generates text: it has to read input_ids and to return logits",
+            f"{where} is not a decoder that generates text: it has to read input_ids and to return logits",
             "leave out --generate",
             [f"input {name}: not known to a decoder" for name in strange],
         )
 
 
 def prompts_of(feeds: Sequence[Feed], count: int) -> list[tuple[int, ...]]:
-    """Return the beginnings of unpadded rows of the feeds, of different feeds first.
+    """Return up to ``count`` prompts: the beginnings of the feeds' first rows without padding, longest first.
 
     Raises:
-        BackendError: No feed has any token.
+        BackendError: No feed begins with a token.
     """
     found: list[tuple[int, ...]] = []
     for feed in feeds:
@@ -76,12 +76,12 @@ def prompts_of(feeds: Sequence[Feed], count: int) -> list[tuple[int, ...]]:
         if prompt and prompt not in found:
             found.append(prompt)
     if not found:
-        raise BackendError("no feed begins with a row of tokens to go on from", "leave out --generate")
+        raise BackendError("no feed begins with a row of tokens to continue from", "omit --generate")
     return sorted(found, key=len, reverse=True)[:count]
 
 
 class _Stream:
-    """One side's context: tokens so far, and the cache where there is one."""
+    """One side's context: tokens so far, and the cache if there is one."""
 
     def __init__(self, run: Run, ports: Sequence[InputPort], prompt: Sequence[int]) -> None:
         self._run = run
@@ -97,7 +97,7 @@ class _Stream:
         return np.zeros((1, int(heads or 0), 0, int(size or 0)), port.dtype)
 
     def logits(self) -> Array:
-        """Return the logits behind the last token, ``(vocab,)``."""
+        """Return the logits after the last token, of shape ``(vocab,)``."""
         length = len(self._tokens)
         ids = self._new if self._caches else self._tokens
         given = {
@@ -117,7 +117,7 @@ class _Stream:
         return last
 
     def push(self, token: int) -> None:
-        """Go on with a token."""
+        """Append a token to the context."""
         self._tokens.append(token)
         self._new = [token]
 
@@ -134,24 +134,24 @@ def generate(
     """Generate until ``count`` tokens are equal or one differs.
 
     Args:
-        reference: Runs the reference in the state.
-        candidate: Runs the candidate in it.
-        ports: What they read.
-        prompt: Token ids.
-        count: How many tokens.
-        state: What is active.
-        tie: Logits of the reference that are nearer than this can't be told apart.
+        reference: Function that runs the reference in the state.
+        candidate: Function that runs the candidate in the state.
+        ports: Inputs of both.
+        prompt: Token ids of the prompt.
+        count: Number of tokens.
+        state: Active adapters.
+        tie: Difference below which two logits of the reference can't be told apart.
     """
     streams = _Stream(reference, ports, prompt), _Stream(candidate, ports, prompt)
     chosen: tuple[list[int], list[int]] = [], []
     for _ in range(count):
-        wanted, got = (stream.logits() for stream in streams)
-        tokens = int(wanted.argmax()), int(got.argmax())
+        expected, actual = (stream.logits() for stream in streams)
+        tokens = int(expected.argmax()), int(actual.argmax())
         for tokens_of, token in zip(chosen, tokens, strict=True):
             tokens_of.append(token)
-        finite = bool(np.isfinite(got).all() and np.isfinite(wanted).all())
+        finite = bool(np.isfinite(actual).all() and np.isfinite(expected).all())
         if tokens[0] != tokens[1] or not finite:
-            gap = float(wanted[tokens[0]] - wanted[tokens[1]]) if finite else math.nan
+            gap = float(expected[tokens[0]] - expected[tokens[1]]) if finite else math.nan
             equal = len(chosen[0]) - 1
             near = finite and gap <= tie
             return Generated(
@@ -163,26 +163,26 @@ def generate(
 
 
 def token_verdicts(found: Sequence[Generated], count: int, tie: Mapping[str, float]) -> list[Verdict]:
-    """Return one verdict a state: how many tokens differ, ties not counted.
+    """Return one verdict for each state: the number of prompts whose tokens differ, ties not counted.
 
     Args:
-        found: What was generated.
-        count: Tokens asked for.
+        found: The generated tokens.
+        count: Number of requested tokens.
         tie: State → the gap below which a difference is a tie.
     """
     verdicts = []
     for state in dict.fromkeys(entry.state for entry in found):
-        mine = [entry for entry in found if entry.state == state]
-        wrong = [entry for entry in mine if entry.equal < count and not entry.tie]
-        ties = sum(entry.tie for entry in mine)
-        why = f"{sum(entry.equal for entry in mine)} greedy tokens of {len(mine)} prompts are equal"
+        own = [entry for entry in found if entry.state == state]
+        wrong = [entry for entry in own if entry.equal < count and not entry.tie]
+        ties = sum(entry.tie for entry in own)
+        why = f"{sum(entry.equal for entry in own)} greedy tokens of {len(own)} prompts are equal"
         if ties:
             why += f"; {ties} ended at a tie: the reference's own logits are nearer than {tie[state]:.1e}"
         if wrong:
             at = wrong[0]
             why = f"token {at.equal + 1} is {at.candidate[-1]}, the reference chose {at.reference[-1]}; {why}"
-        # Where every prompt ended at once, with a tie, no token was compared.
-        counted = bool(wrong) or any(entry.equal for entry in mine)
+        # If every prompt ended at once with a tie, no token was compared.
+        counted = bool(wrong) or any(entry.equal for entry in own)
         verdicts.append(
             Verdict(
                 "tokens", "greedy tokens", state, "logits", float(len(wrong)), 0.0, not wrong, why, counted

@@ -1,4 +1,5 @@
-"""Run a graph with ONNX Runtime (`ort_model`) or an engine with TensorRT (`tensorrt`).
+"""Run graphs in ONNX Runtime (`ort`), engines in TensorRT (`tensorrt`), checkpoints in PyTorch (`torch`).
 
-A user calls `session` and `engine_session`. A runtime takes named tensors; it knows no adapter format.
+Users call `session.AdapterSession` and `tensorrt.session.EngineSession`. A runtime takes named tensors; it
+knows no adapter format.
 """

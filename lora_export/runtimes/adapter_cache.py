@@ -1,4 +1,4 @@
-"""Which adapters are on the device: the least recently used make room, and come back when they are asked for.
+"""Keep adapters on the device: the least recently used is evicted, and loaded again when a run asks for it.
 
 The cache's lock is held for bookkeeping alone, never while an adapter is read, copied or run.
 """
@@ -23,8 +23,8 @@ class Prepared(Generic[T]):
     """An adapter that is ready to go to the device.
 
     Attributes:
-        nbytes: What it will take there.
-        place: Put it there.
+        nbytes: Bytes that it takes on the device.
+        place: Function that puts it on the device.
     """
 
     nbytes: int
@@ -33,7 +33,7 @@ class Prepared(Generic[T]):
 
 @dataclass(eq=False)
 class _Entry(Generic[T]):
-    """One name: how to load it, and the value while it is on the device. Identity is what counts."""
+    """One name: how to load its adapter, and the value while that is on the device. Compared by identity."""
 
     name: str
     load: Callable[[], Prepared[T]]
@@ -44,15 +44,15 @@ class _Entry(Generic[T]):
 
 
 class AdapterCache(Generic[T]):
-    """Adapters by name, at most so many and so many bytes of them on the device.
+    """Adapters by name, with limits on their number and bytes on the device.
 
     An adapter that a run is using is not evicted: while every adapter is in use the limits are exceeded, and
-    kept again as soon as one is free. Bytes of adapters that were unloaded or replaced while a run still uses
-    them are not counted.
+    they hold again as soon as one is free. Bytes of adapters that were unloaded or replaced while a run still
+    uses them are not counted.
 
     Attributes:
-        max_items: Most adapters on the device.
-        max_bytes: Most bytes of them, or None.
+        max_items: Largest number of adapters on the device.
+        max_bytes: Largest number of their bytes, or None.
     """
 
     def __init__(self, max_items: int, max_bytes: int | None = None) -> None:
@@ -65,17 +65,17 @@ class AdapterCache(Generic[T]):
         self._bytes = 0
 
     def names(self) -> list[str]:
-        """Return every name, in the order of loading, evicted ones as well."""
+        """Return all names in the order of loading, evicted ones included."""
         with self._lock:
             return list(self._entries)
 
     def on_device(self) -> list[str]:
-        """Return the names on the device, the least recently used first."""
+        """Return the names of the adapters on the device, the least recently used first."""
         with self._lock:
             return [entry.name for entry in self._on_device]
 
     def bytes_on_device(self) -> int:
-        """Return what they take there."""
+        """Return the bytes that the adapters take on the device."""
         with self._lock:
             return self._bytes
 
@@ -83,7 +83,7 @@ class AdapterCache(Generic[T]):
         """Refuse a name that is taken.
 
         Raises:
-            AdapterError: It is.
+            AdapterError: The name is taken.
         """
         with self._lock:
             self._check_free(name)
@@ -94,10 +94,10 @@ class AdapterCache(Generic[T]):
         """Put an adapter on the device under a name; a run that uses the one it replaces is not disturbed.
 
         Args:
-            name: What runs call it.
+            name: The adapter's name in runs.
             prepared: The adapter.
-            load: How to get it again after it was evicted.
-            replace: Take the place of an adapter of this name.
+            load: Function that prepares it again after it was evicted.
+            replace: Replace an adapter of this name.
 
         Raises:
             AdapterError: The name is taken, or the adapter alone is larger than the budget.
@@ -117,7 +117,7 @@ class AdapterCache(Generic[T]):
         """Forget an adapter; a run that uses it finishes with it.
 
         Raises:
-            AdapterError: There is none of this name.
+            AdapterError: No adapter has this name.
         """
         with self._lock:
             self._forget(self._known(name))
@@ -125,10 +125,10 @@ class AdapterCache(Generic[T]):
 
     @contextmanager
     def use(self, name: str) -> Iterator[T]:
-        """Give an adapter to a run and keep it on the device meanwhile; load it again if it was evicted.
+        """Give an adapter to a run and keep it on the device during the run; load it again if it was evicted.
 
         Raises:
-            AdapterError: There is none of this name, or it can't be loaded again.
+            AdapterError: No adapter has this name, or it can't be loaded again.
         """
         with self._lock:
             entry = self._known(name)
@@ -144,7 +144,7 @@ class AdapterCache(Generic[T]):
                 self._shrink(0, 0)
 
     def _load_again(self, entry: _Entry[T]) -> T:
-        with entry.loading:  # of several runs that want it, one loads it
+        with entry.loading:  # if several runs ask for it, one of them loads it
             if entry.value is None:
                 self._admit(entry, entry.load())
                 with self._lock:
@@ -154,7 +154,7 @@ class AdapterCache(Generic[T]):
             return entry.value
 
     def _admit(self, entry: _Entry[T], prepared: Prepared[T]) -> None:
-        """Make room first, so that the device never holds more than the budget because of us."""
+        """Make room, then put an adapter on the device, so that loading never exceeds the budget."""
         if self.max_bytes is not None and prepared.nbytes > self.max_bytes:
             raise AdapterError(
                 f"adapter '{entry.name}' takes {prepared.nbytes} bytes on the device, "
@@ -178,7 +178,7 @@ class AdapterCache(Generic[T]):
             self._on_device[entry] = None
 
     def _shrink(self, items: int, nbytes: int) -> None:
-        """Evict what is not in use, the least recently used first, until there is room for so much more."""
+        """Evict unused adapters, the least recently used first, until there is room for so much more."""
         for entry in list(self._on_device) if self._over(items, nbytes) else ():
             if entry.users == 0:
                 self._forget(entry)
@@ -193,13 +193,13 @@ class AdapterCache(Generic[T]):
         )
 
     def _forget(self, entry: _Entry[T]) -> None:
-        """Count an entry no longer; whoever uses it holds its value."""
+        """Stop counting an entry; a run that uses it still holds its value."""
         if entry in self._on_device:
             del self._on_device[entry]
             self._bytes -= entry.nbytes
 
     def _known(self, name: str) -> _Entry[T]:
-        # Not every wrong name has a hash.
+        # A wrong name may be unhashable.
         entry = self._entries.get(name) if isinstance(name, str) else None
         if entry is None:
             raise unknown_adapter(name, list(self._entries))
@@ -216,11 +216,11 @@ def unknown_adapter(name: object, known: list[str]) -> AdapterError:
     """Return the error for a name that no adapter has."""
     hint = "load it with load_adapter" if isinstance(name, str) else "an adapter's name is a text"
     hint += f", or use one of: {', '.join(known)}" if known else ""
-    return AdapterError(f"there is no adapter {name!r}", did_you_mean([name], known) + hint)
+    return AdapterError(f"no adapter is called {name!r}", did_you_mean([name], known) + hint)
 
 
 def did_you_mean(names: Iterable[object], known: Iterable[str]) -> str:
-    """Return the beginning of a hint that names what was meant, or an empty text."""
+    """Return the beginning of a hint that names the nearest known names, or an empty text."""
     listed = list(known)
     near = [close for name in names for close in difflib.get_close_matches(str(name), listed, 1)]
     return f"did you mean {', '.join(dict.fromkeys(map(repr, near)))}? " if near else ""

@@ -1,7 +1,7 @@
-"""The slots of a bank: which adapters are in them, a request's weights, and slots replaced while runs go on.
+"""Manage the slots of a bank: their adapters, a request's weights, and slots replaced while runs go on.
 
-A run takes one `BankState` and keeps to it. Whoever changes a slot makes a new state with new tensors beside
-the old one, so that a run in flight sees the bank as it was when it started.
+A run takes one `BankState` and keeps it. Changing a slot makes a new state with new tensors, so that a run in
+flight sees the bank as it was when it started.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lora_export.runtimes.feeds import Feeds
 from lora_export.runtimes.model import Model, R
 from lora_export.storage.inputs import refuse_changed_inputs, same_inputs
 
-# What a request says of one row: an adapter, none, or several with their weights.
+# A request's entry for one row: an adapter, None, or several adapters with their weights.
 Row = str | None | Mapping[str, float]
 Rows = Sequence[Row] | Array
 _LARGEST = float(np.finfo(np.float32).max)
@@ -38,7 +38,7 @@ class BankState(Generic[R]):
 
     Attributes:
         slots: Adapter name → number of its slot.
-        resident: The bank's tensors; those that no load has touched are the graph's own.
+        resident: The bank's tensors; those that no load has changed are the graph's own.
     """
 
     slots: Mapping[str, int]
@@ -49,7 +49,7 @@ class BankSlots(Generic[R]):
     """The slots of one session's bank.
 
     Attributes:
-        state: What a run that starts now sees.
+        state: The bank as a run that starts now sees it.
     """
 
     def __init__(self, model: Model[R]) -> None:
@@ -75,12 +75,12 @@ class BankSlots(Generic[R]):
         return sorted(slots, key=lambda name: slots[name])
 
     def on_device(self) -> list[str]:
-        """Return the names of those on the device: a bank's all are."""
+        """Return the names of the adapters on the device: all of them."""
         return self.names()
 
     @contextmanager
     def use(self, feeds: Feeds, adapter: str | None, adapters: Rows | None) -> Iterator[tuple[R, Feeds]]:
-        """Give a run the bank as it is now, and its rows' weights.
+        """Give a run the bank as it is now, and the weights of its rows.
 
         Raises:
             AdapterError: The rows' adapters can't be used, or the request has one adapter for all.
@@ -88,7 +88,7 @@ class BankSlots(Generic[R]):
         if adapter is not None:
             raise AdapterError(
                 f"{self._model.path.name} is a bank: it takes one adapter for each row",
-                f"give adapters=[{adapter!r}, …] in place of adapter=",
+                f"give adapters=[{adapter!r}, …] instead of adapter=",
             )
         state = self.state
         batch = dict(feeds)[self._record.batch_input]
@@ -100,12 +100,12 @@ class BankSlots(Generic[R]):
         """Return the input ``lora.adapter_weights`` ``(batch, n_slots)``.
 
         Args:
-            state: What the run sees.
-            rows: One entry a row of the batch; None: every row is the base; or the array itself.
-            batch: Rows of the request.
+            state: The bank as the run sees it.
+            rows: One entry for each row of the batch, or the array itself; None: all rows use the base.
+            batch: Number of rows of the request.
 
         Raises:
-            AdapterError: Another number of rows, unknown adapters, or weights that are no finite numbers.
+            AdapterError: Another number of rows, unknown adapters, or weights that are not finite numbers.
         """
         n_slots = len(self._record.slots)
         if rows is None:
@@ -148,10 +148,11 @@ class BankSlots(Generic[R]):
         """Put an adapter into a slot; return what the user should know.
 
         Args:
-            name: What requests call it.
-            read: Read it.
-            slot: Name of the slot in the graph's record; by default the one of this name, or a free one.
-            allow_unmatched: Go on without what has no place.
+            name: The adapter's name in requests.
+            read: Function that reads it.
+            slot: Name of the slot in the LoRA record; by default the slot of the adapter's name, or a free
+                one.
+            allow_unmatched: Leave out modules that have no site.
             any_base: Load a file converted for another base.
             replace: Take the place of the adapter that is there.
 
@@ -184,7 +185,7 @@ class BankSlots(Generic[R]):
         """Empty an adapter's slot.
 
         Raises:
-            AdapterError: The bank's tensors are constants, or there is no such adapter.
+            AdapterError: The bank's tensors are constants, or no adapter has this name.
         """
         self._check_replaceable()
         with self._writing:
@@ -239,7 +240,7 @@ class BankSlots(Generic[R]):
         self.state = BankState(slots, resident)
 
     def _tensors(self) -> dict[str, Array]:
-        """Return the bank's tensors in the host's memory; at first those of the file, or zeros."""
+        """Return the bank's tensors in the host's memory; before any load those of the file, or zeros."""
         if not self._host and self._model.lora:
             self._host = self._empty() if self._plain else self._defaults()
         return self._host
@@ -277,14 +278,14 @@ def _checked_array(rows: Array, batch: int, n_slots: int) -> Array:
 
 
 def _unknown(rows: Sequence[Row], slots: Mapping[str, int]) -> Iterator[str]:
-    """Yield the names of a request that no adapter has."""
+    """Yield the names in a request that belong to no adapter."""
     for row in rows:
         named = [row] if isinstance(row, str) else row if isinstance(row, Mapping) else []
         yield from (str(name) for name in named if name not in slots)
 
 
 def _fill_row(weights: Array, row: object, slots: Mapping[str, int]) -> list[str]:
-    """Set one row's weights; return what is wrong with it."""
+    """Set one row's weights, and return its problems."""
     if row is None:
         return []
     if isinstance(row, str):

@@ -1,4 +1,4 @@
-"""What a request feeds and asks for, checked against what a model takes: all that is wrong at once."""
+"""Check the feeds and outputs of a request against a model, and report all problems at once."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from lora_export.adapter import Array
 from lora_export.errors import BackendError
 from lora_export.graph.exposed import WEIGHTS_INPUT
 
-# A tensor that lies where the runtime wants it: an `onnxruntime.OrtValue`, an engine's `DeviceTensor`.
+# A tensor on the runtime's device: an `onnxruntime.OrtValue`, or an engine's `DeviceTensor`.
 DeviceValue = Any
-# What a run is fed: input name → values.
+# The feeds of a run: (input name, values).
 Feeds = Sequence[tuple[str, Array | DeviceValue]]
 
 
 class Input(Protocol):
-    """An input of a model, whatever the runtime calls its type."""
+    """An input of a model of any runtime."""
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """Name of the input."""
 
     @property
     def required(self) -> bool:
-        """It has no default."""
+        """True if the input has no default."""
 
     @property
     def type(self) -> str:
-        """Its type in the runtime's words."""
+        """Type of the input in the runtime's words."""
 
 
 def check_feeds(
@@ -43,10 +43,10 @@ def check_feeds(
 
     Args:
         path: The model's file, for messages.
-        feeds: What the request feeds.
-        inputs: What it may feed, and `WEIGHTS_INPUT`, which it may not.
-        lora: Inputs that are LoRA's.
-        type_problem: Returns what is wrong with a value for an input, or an empty text.
+        feeds: The feeds of the request.
+        inputs: Inputs that it may feed, and `WEIGHTS_INPUT`, which it may not.
+        lora: LoRA's inputs.
+        type_problem: Function that returns the problem of a value for an input, or an empty text.
 
     Raises:
         BackendError: Inputs missing, unknown or of another type; all of them are listed.
@@ -58,7 +58,7 @@ def check_feeds(
         elif name in lora:
             problems.append(f"{name}: a LoRA tensor; load_adapter and run(adapter=…) set it")
         elif name not in inputs:
-            problems.append(f"{name}: no input of the graph")
+            problems.append(f"{name}: not an input of the graph")
         elif problem := type_problem(name, value):
             problems.append(f"{name}: {problem}")
     own = [port for port in inputs.values() if port.name != WEIGHTS_INPUT]
@@ -71,10 +71,10 @@ def check_feeds(
 
 
 def choose_outputs(path: Path, known: Sequence[str], names: Sequence[str] | None) -> Sequence[str]:
-    """Return the outputs to compute: all of them, or those asked for.
+    """Return the outputs to compute: all, or the requested ones.
 
     Raises:
-        BackendError: The model has no such outputs.
+        BackendError: The model lacks a requested output.
     """
     if names is None:
         return known

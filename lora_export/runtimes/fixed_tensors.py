@@ -1,7 +1,7 @@
-"""LoRA tensors at addresses that stay: what a CUDA graph is captured with, whichever adapter it runs.
+"""Keep LoRA tensors at fixed addresses, so that one captured CUDA graph can run different adapters.
 
-Adapters of the same ranks share one block and one captured graph. Changing from one to another is one copy
-within the GPU; running the same one again is none.
+Adapters of the same ranks share one block and one captured graph. Changing from one to another takes one copy
+within the GPU; running the same one again takes none.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ class FixedTensors:
     def __init__(self, device: CudaDevice) -> None:
         self._device = device
         self._fixed: dict[Any, EngineTensors] = {}
-        # Which adapter's values a block holds; not kept alive by that.
+        # The adapter whose values a block holds; a weak reference, which doesn't keep it alive.
         self._holds: dict[Any, weakref.ref[EngineTensors]] = {}
 
     def filled(self, lora: EngineTensors, stream: Stream) -> EngineTensors:
-        """Return the fixed tensors of an adapter's layout, with its values in the order of ``stream``."""
+        """Return the fixed tensors of an adapter's layout; a copy on ``stream`` fills in its values."""
         fixed = self._fixed.get(lora.layout)
         if fixed is None:
             fixed = lora.in_block(DeviceBuffer(self._device, lora.block.nbytes))
             self._fixed[lora.layout] = fixed
         held = self._holds.get(lora.layout)
         if held is None or held() is not lora:
-            # A copy that fails leaves values of two adapters.
+            # A failed copy leaves values of two adapters.
             self._holds.pop(lora.layout, None)
             self._device.copy(fixed.block.address, lora.block.address, lora.block.nbytes, stream)
             self._holds[lora.layout] = weakref.ref(lora)

@@ -1,4 +1,4 @@
-"""What a session needs of a model, whichever runtime has it open."""
+"""Define what a session needs from a model, whichever runtime has it open."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_export.binding.base_weights import WeightOf
 from lora_export.graph.exposed import ExposedGraph
 from lora_export.runtimes.feeds import DeviceValue, Feeds, Input
 
-# LoRA tensors on the device, ready for a run, as the runtime keeps them.
+# LoRA tensors on the device, ready for a run, in the runtime's own type.
 R = TypeVar("R")
 
 
@@ -20,40 +20,40 @@ class Model(Protocol[R]):
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """Path of the model's file."""
 
     @property
     def record(self) -> ExposedGraph:
-        """What it says about its LoRA tensors."""
+        """The model's LoRA record."""
 
     @property
     def lora(self) -> Mapping[str, Input]:
-        """LoRA's inputs, by name."""
+        """LoRA's inputs by name."""
 
     @property
     def weight_of(self) -> WeightOf:
         """The base's weights by name, for adapters whose tensors are computed from them."""
 
     def choose_outputs(self, names: Sequence[str] | None) -> Sequence[str]:
-        """Return the outputs to compute; `BackendError` where there are no such."""
+        """Return the outputs to compute; raise `BackendError` if the model lacks one."""
 
     def check_feeds(self, feeds: Mapping[str, Array | DeviceValue]) -> Feeds:
-        """Return the feeds as they are bound; `BackendError` with all that is wrong with them."""
+        """Return the feeds as they are bound; raise `BackendError` with all their problems."""
 
     def fitted(self, tensors: Mapping[str, Array], adapter: str) -> tuple[Mapping[str, Array], list[str]]:
-        """Return an adapter's tensors in shapes that it takes, and notes; `AdapterError` if it takes none."""
+        """Return an adapter's tensors in shapes that the model takes, and notes, or raise `AdapterError`."""
 
     def put(self, tensors: Mapping[str, Array], beside: R | None = None) -> R:
-        """Copy LoRA tensors to the device; those that are not among them are ``beside``'s."""
+        """Copy LoRA tensors to the device; take missing ones from ``beside``."""
 
     def run(self, resident: R, feeds: Feeds, outputs: Sequence[str]) -> list[Array]:
-        """Run it; return the outputs' values in the order asked for."""
+        """Run the model and return the outputs' values in the requested order."""
 
     def run_on_device(self, resident: R, feeds: Feeds, outputs: Sequence[str]) -> list[DeviceValue]:
-        """Run it; leave the outputs on the device."""
+        """Run the model and leave the outputs on the device."""
 
     def save_runtime_cache(self) -> None:
-        """Keep what was compiled for this GPU, where a runtime compiles."""
+        """Save the kernels compiled for this GPU, if the runtime compiles any."""
 
     def close(self) -> None:
-        """Save the cache and give back what the model holds."""
+        """Save the cache and release what the model holds."""

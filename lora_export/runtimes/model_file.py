@@ -1,4 +1,4 @@
-"""What a benchmark has to know of a model before it is opened: its inputs, limits, LoRA and identity."""
+"""Read what a benchmark needs to know about a model before it is opened: inputs, limits, LoRA, identity."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Input:
     """An input that a request feeds.
 
     Attributes:
-        name: Its name.
-        dtype: As numpy and ml_dtypes call it.
-        dims: A size, a symbol, or None where nothing is known.
+        name: Name of the input.
+        dtype: Name of the type in numpy and ml_dtypes.
+        dims: Size, symbol, or None if unknown, for each axis.
     """
 
     name: str
@@ -36,18 +36,18 @@ class Input:
 
 @dataclass(frozen=True)
 class BenchModel:
-    """A model that takes part.
+    """A model in a benchmark.
 
     Attributes:
-        path: Its file.
-        label: What the report calls it: the file's name, with as much of its folder as tells it from others.
-        kind: A graph for ONNX Runtime, or a TensorRT engine.
-        inputs: What a request has to feed, without LoRA's inputs.
-        exposed: What it says of its LoRA tensors; None for a base or merged model.
+        path: The model's file.
+        label: Name in the report: the file's name, with as much of its folder as tells it from others.
+        kind: ``graph`` for ONNX Runtime, or ``engine`` for TensorRT.
+        inputs: Inputs that a request has to feed, without LoRA's inputs.
+        exposed: The LoRA record; None for a base or merged model.
         largest: Name of a dimension → the largest size that the model has positions for.
-        vocab_size: How many token ids there are, where that is known.
+        vocab_size: Number of token ids, or None if unknown.
         files: The files that hold it.
-        states: What it was read from, as that was then.
+        states: States of the files when they were read.
     """
 
     path: Path
@@ -67,7 +67,7 @@ class BenchModel:
 
     @property
     def takes_files(self) -> bool:
-        """Whether adapters can be loaded into it: a bank of constants has those that it has."""
+        """True if adapters can be loaded into it, which a bank of constants doesn't allow."""
         exposed = self.exposed
         return exposed is not None and (exposed.mode == "swap" or exposed.resident == "inputs")
 
@@ -87,12 +87,12 @@ class BenchModel:
 
 
 def read_model(path: Path) -> BenchModel:
-    """Read what a file says of itself; its weights stay where they are.
+    """Read a model file's description of itself, without loading its weights.
 
     Raises:
-        GraphError: It is no ONNX file, damaged, or has inputs that are no tensors.
-        BackendError: It is no engine, or has no record.
-        InputChangedError: It changes meanwhile.
+        GraphError: The file is not an ONNX file, is damaged, or has inputs that are not tensors.
+        BackendError: The file is not an engine, or has no record.
+        InputChangedError: The file changed while it was read.
     """
     with same_inputs(at_end=True) as inputs:
         found = _of_engine(path, read_engine(path)) if is_engine(path) else _of_graph(path, load_graph(path))
@@ -100,7 +100,7 @@ def read_model(path: Path) -> BenchModel:
 
 
 def label_models(models: Sequence[BenchModel]) -> list[BenchModel]:
-    """Give models of the same file name as much of their folders as tells them apart, or a number."""
+    """Return the models with distinct labels: equal file names get parts of their folders, or a number."""
     labels = [model.path.name for model in models]
     resolved = [model.path.resolve().parts for model in models]
     for depth in range(2, max(map(len, resolved), default=0) + 1):
@@ -128,7 +128,7 @@ def _of_graph(path: Path, graph: GraphFile) -> BenchModel:
         if name in lora or name in defaults:
             continue
         if value.dtype is None or value.shape is None:
-            problems.append(f"{name}: a tensor of unknown type or rank, or no tensor at all")
+            problems.append(f"{name}: a tensor of unknown type or rank, or not a tensor")
             continue
         dims = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
         inputs.append(Input(name, np.dtype(value.dtype.numpy()).name, dims))

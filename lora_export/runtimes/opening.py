@@ -1,4 +1,4 @@
-"""Open a file by the runtime that it is for: a graph by ONNX Runtime, an engine by its TensorRT."""
+"""Open a file with its runtime: a graph with ONNX Runtime, an engine with its TensorRT."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def open_model(path: Path, options: SessionOptions) -> Model[Any]:
 
     Raises:
         BackendUnavailable: The runtime is not installed.
-        BackendError: It can't be opened or can't run here, or options are wrong.
-        GraphError: There is no such graph, or it has no exposed LoRA.
+        BackendError: The file can't be opened or can't run here, or options are wrong.
+        GraphError: The graph is missing, or has no exposed LoRA.
     """
     if is_engine(path):
         return TensorRTModel(path, options.for_engine(path))

@@ -1,4 +1,4 @@
-"""`AdapterSession`: one model, many adapters, changed while it runs, by ONNX Runtime or TensorRT."""
+"""Run one model with many adapters that change at run time, in ONNX Runtime or TensorRT: `AdapterSession`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lora_export.adapter import Adapter, Array
 from lora_export.base.pipeline import refuse_other_components
 from lora_export.errors import AdapterError, BackendError
 from lora_export.formats import as_adapter, load_adapter
+from lora_export.formats.reading.weights_files import files_of
 from lora_export.graph.exposed import ExposedGraph
 from lora_export.runtimes.bank_slots import BankSlots, Rows
 from lora_export.runtimes.feeds import DeviceValue, Feeds
@@ -20,22 +21,23 @@ from lora_export.runtimes.ort.device import OrtValue, Provider
 from lora_export.runtimes.ort.model import OrtModel
 from lora_export.runtimes.session_options import PathLike, SessionOptions
 from lora_export.runtimes.swap_adapters import SwapAdapters
+from lora_export.storage.outputs import refuse_inputs
 
 
 class AdapterSession:
-    """Runs what ``swap-onnx`` or ``bank-onnx`` made, each request with an adapter of its own.
+    """Run a graph that ``swap-onnx`` or ``bank-onnx`` made, each request with its own adapter.
 
     It takes the graph (ONNX Runtime) or an engine that ``build-engine`` built from it (TensorRT-RTX or
     TensorRT, on an NVIDIA GPU).
 
-    Many threads may call everything at once; an engine's runs take turns. A run keeps the tensors that it
-    started with: one that is in flight while its adapter is unloaded, replaced or evicted finishes with that
+    Many threads may call all methods at once; runs of an engine take turns. A run keeps the tensors that it
+    started with: if its adapter is unloaded, replaced or evicted during the run, it finishes with that
     adapter.
 
-    *Swap graph.* `load_adapter` puts an adapter on the device, ``run(adapter=name)`` uses it, ``run()`` is
-    the base. Above ``max_adapters`` or ``max_bytes`` the least recently used that no run is using leaves the
-    device; its name stays known, and the next run that asks for it reads its source again (and refuses a
-    source that has changed meanwhile). `unload_adapter` forgets it.
+    *Swap graph.* `load_adapter` puts an adapter on the device, ``run(adapter=name)`` uses it, ``run()`` runs
+    the base. Above ``max_adapters`` or ``max_bytes``, the least recently used adapter that no run is using
+    leaves the device; its name stays known, and the next run that asks for it reads its source again (and
+    refuses a source that has changed since). `unload_adapter` forgets it.
 
     *Bank.* The adapters are in the graph, ``run(adapters=[…])`` has one entry for each row. Those of a bank
     made with ``--resident inputs`` can be loaded and unloaded; each such change copies the bank's tensors.
@@ -69,28 +71,29 @@ class AdapterSession:
         Args:
             model: The ``.onnx`` file, or the ``.engine`` file with its record beside it.
             provider: ``cpu`` or ``cuda``; by default ``cpu`` for a graph, ``cuda`` for an engine.
-            max_adapters: Most adapters of a swap graph on the device at once.
-            max_bytes: Most bytes of them; None: no limit.
-            threads: ONNX Runtime's threads within one operator; by default as many as there are cores.
-            cuda_graph: Replay runs as CUDA graphs. With ONNX Runtime one for each (adapter, input shapes,
-                outputs), on a thread of the session's own; with an engine one for each (ranks, input
-                shapes), whichever adapter.
-            max_cuda_graphs: Most graphs captured in the session's life; further combinations run without.
-            session_options: An `onnxruntime.SessionOptions`, where the defaults don't do.
-            device_id: Which GPU.
-            profile: Of an engine: the optimisation profile to use, by name; by default the first that takes a
+            max_adapters: Largest number of adapters of a swap graph on the device at once.
+            max_bytes: Largest number of their bytes; None: no limit.
+            threads: ONNX Runtime's threads within one operator; by default one for each core.
+            cuda_graph: Replay runs as CUDA graphs. With ONNX Runtime one graph for each (adapter, input
+                shapes, outputs), on a thread of the session's own; with an engine one for each (ranks, input
+                shapes), for all adapters.
+            max_cuda_graphs: Largest number of graphs captured by the session; further combinations run
+                without.
+            session_options: An `onnxruntime.SessionOptions`, if the defaults don't suit.
+            device_id: Number of the GPU.
+            profile: For an engine: name of the optimisation profile; by default the first that takes a
                 request's shapes.
-            runtime_cache: Of a TensorRT-RTX engine: file of the kernels that it compiles for this GPU; read
+            runtime_cache: For a TensorRT-RTX engine: file of the kernels that it compiles for this GPU; read
                 now, written by `close` and `save_runtime_cache`.
-            weight_streaming_budget_bytes: Of an engine built for it: most device memory for its weights; the
-                others are streamed from the host's.
-            source: Of an engine: the ONNX graph that it was built from. Needed for adapters whose tensors
+            weight_streaming_budget_bytes: For an engine built with weight streaming: largest device memory
+                for its weights; other weights are streamed from host memory.
+            source: For an engine: the ONNX graph that it was built from. Needed for adapters whose tensors
                 are computed from W0 (DoRA, replaced heads and biases) and were not converted before.
 
         Raises:
             BackendUnavailable: ONNX Runtime or its CUDA provider, TensorRT or cuda-bindings is not installed.
             BackendError: The model can't be opened or can't run here, or options are wrong.
-            GraphError: There is no such graph, or its metadata (the engine's record) have no LoRA record.
+            GraphError: The graph is missing, or its metadata (the engine record) contain no LoRA record.
         """
         options = SessionOptions(
             provider,
@@ -107,6 +110,7 @@ class AdapterSession:
             source,
         )
         self._model = open_model(Path(model), options)
+        self._writes = [] if runtime_cache is None else [Path(runtime_cache)]
         self._adapters = (
             BankSlots(self._model)
             if self._model.record.mode == "bank"
@@ -122,9 +126,9 @@ class AdapterSession:
         self.close()
 
     def close(self) -> None:
-        """Write the runtime cache, where there is one, and give back the engine; a graph needs no closing.
+        """Write the runtime cache, if there is one, and release the engine; a graph needs no closing.
 
-        The adapters leave the GPU when the session itself is gone.
+        The adapters leave the GPU when the session object is deleted.
         """
         self._model.close()
 
@@ -139,17 +143,17 @@ class AdapterSession:
 
     @property
     def record(self) -> ExposedGraph:
-        """What the graph says about its LoRA tensors."""
+        """The graph's LoRA record."""
         return self._model.record
 
     @property
     def adapters(self) -> list[str]:
-        """Names that `run` takes, evicted ones as well, in the order of loading; a bank's by slot."""
+        """Names that `run` takes: in the order of loading, evicted ones included; in a bank by slot."""
         return self._adapters.names()
 
     @property
     def on_device(self) -> list[str]:
-        """Names of the adapters on the device, the least recently used first; a bank's all are."""
+        """Names of the adapters on the device, the least recently used first; in a bank all of them."""
         return self._adapters.on_device()
 
     def load_adapter(
@@ -169,32 +173,33 @@ class AdapterSession:
         """Load an adapter under a name.
 
         Args:
-            name: What `run` calls it.
-            source: Any file or folder that `lora_export.load_adapter` reads, one that was converted for this
-                graph, or an `Adapter`.
-            alpha: See `lora_export.load_adapter`.
-            rslora: See there.
-            format: See there.
-            component: See there.
-            slot: In a bank, the slot by its name in the graph; by default the one named like the adapter, or
-                a free one.
-            allow_unmatched: Go on without modules that have no place in the graph.
-            any_base: Load a file that was converted for another base, unless it holds for that one only.
-            replace: Take the place of the adapter of this name (or in this slot), which is refused otherwise.
+            name: The adapter's name in `run`.
+            source: Any file or folder that `lora_export.load_adapter` reads, a file that was converted for
+                this graph, or an `Adapter`.
+            alpha: As for `lora_export.load_adapter`.
+            rslora: As for `lora_export.load_adapter`.
+            format: As for `lora_export.load_adapter`.
+            component: As for `lora_export.load_adapter`.
+            slot: For a bank: name of the slot in the graph; by default the slot of the adapter's name, or a
+                free one.
+            allow_unmatched: Leave out modules that have no site in the graph.
+            any_base: Load a file that was converted for another base, unless it is valid for that base only.
+            replace: Replace the adapter of this name (or in this slot), which is refused otherwise.
 
         Returns:
-            What to know about it: values that were converted, padded or left out.
+            Notes on values that were converted, padded or left out.
 
         Raises:
-            AdapterError: The name is taken, the file can't be read or used, is for another component of a
+            AdapterError: The name is taken, or the file can't be read or used, is for another component of a
                 pipeline than the graph's folder, or exceeds the byte budget.
-            SiteError: Something of the adapter has no place in the graph.
+            SiteError: A module of the adapter has no site in the graph.
+            OutputError: The runtime cache would be written over the adapter.
         """
         if not isinstance(name, str) or not name:
             raise AdapterError(f"an adapter's name is {name!r}", "give a text that is not empty")
         stated = {"alpha": alpha, "rslora": rslora, "format": format, "component": component}
         options = {key: value for key, value in stated.items() if value is not None}
-        read = partial(_read, source, name, options, self._model.path.parent)
+        read = partial(_read, source, name, options, self._model.path.parent, self._writes)
         return self._adapters.load(
             name, read, slot, allow_unmatched=allow_unmatched, any_base=any_base, replace=replace
         )
@@ -203,7 +208,7 @@ class AdapterSession:
         """Forget an adapter; runs that use it finish with it.
 
         Raises:
-            AdapterError: There is none of this name, or the bank's adapters are constants.
+            AdapterError: No adapter has this name, or the bank's adapters are constants.
         """
         self._adapters.unload(name)
 
@@ -218,11 +223,11 @@ class AdapterSession:
         """Run the model.
 
         Args:
-            feeds: Input name → numpy array, or a tensor that `run_on_device` gave (of a graph: any
+            feeds: Input name → numpy array, or a tensor that `run_on_device` returned (for a graph: any
                 `onnxruntime.OrtValue`), without LoRA's inputs.
-            adapter: Of a swap graph: which adapter; None is the base.
-            adapters: Of a bank: for each row of the batch a name, None for the base, or a dict of names and
-                weights; or an array ``[batch, n_slots]`` of weights. None is the base for all rows.
+            adapter: For a swap graph: name of the adapter; None runs the base.
+            adapters: For a bank: for each row of the batch a name, None for the base, or a dict of names and
+                weights; or an array ``[batch, n_slots]`` of weights. None runs the base for all rows.
             outputs: Names of the outputs to compute; by default all.
 
         Returns:
@@ -244,7 +249,7 @@ class AdapterSession:
     ) -> dict[str, DeviceValue]:
         """Run the model as `run` does and leave the outputs on the device, to be fed again or read later.
 
-        They are `onnxruntime.OrtValue`, from an engine `runtimes.tensorrt.cuda.DeviceTensor`; both
+        They are of type `onnxruntime.OrtValue`, for an engine `runtimes.tensorrt.cuda.DeviceTensor`; both
         have ``numpy()``.
         """
         return self._run(self._model.run_on_device, feeds, adapter, adapters, outputs)
@@ -260,7 +265,7 @@ class AdapterSession:
         """Run a graph as `run_on_device` does: its outputs are `onnxruntime.OrtValue`.
 
         Raises:
-            BackendError: As `run`, or the model is an engine.
+            BackendError: As for `run`, or the model is an engine.
         """
         if not isinstance(self._model, OrtModel):
             raise BackendError(
@@ -275,9 +280,9 @@ class AdapterSession:
         *,
         adapters: Rows | None = None,
     ) -> dict[str, Array]:
-        """Return what a run of a graph would feed beside the feeds: LoRA's inputs, a bank's weights.
+        """Return the further inputs of a run of a graph: LoRA's inputs, a bank's weights.
 
-        Those that the graph's own defaults stand for are left out.
+        Inputs for which the graph's defaults are used are left out.
 
         Args:
             feeds: As for `run`.
@@ -285,8 +290,8 @@ class AdapterSession:
             adapters: As for `run`.
 
         Raises:
-            AdapterError: As `run`.
-            BackendError: As `run`, or the model is an engine.
+            AdapterError: As for `run`.
+            BackendError: As for `run`, or the model is an engine.
         """
         if not isinstance(self._model, OrtModel):
             raise BackendError(
@@ -312,14 +317,19 @@ class AdapterSession:
         return dict(zip(names, values, strict=True))
 
 
-def _read(source: PathLike | Adapter, name: str, options: Mapping[str, Any], folder: Path) -> Adapter:
-    if not isinstance(source, Adapter):
+def _read(
+    source: PathLike | Adapter, name: str, options: Mapping[str, Any], folder: Path, writes: Sequence[Path]
+) -> Adapter:
+    if isinstance(source, Adapter):
+        if options:
+            raise AdapterError(
+                f"adapter '{name}' is an Adapter, which states its own {', '.join(options)}",
+                "omit these, or give the file",
+            )
+        loaded = as_adapter(source)
+    else:
         loaded = load_adapter(Path(source), **options)
         refuse_other_components([loaded], [folder])
-        return loaded
-    if options:
-        raise AdapterError(
-            f"adapter '{name}' is an Adapter, which says its own {', '.join(options)}",
-            "omit these, or give the file",
-        )
-    return as_adapter(source)
+    if writes:
+        refuse_inputs(writes, files_of(loaded.source))
+    return loaded

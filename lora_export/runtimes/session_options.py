@@ -1,4 +1,4 @@
-"""The options of a session: which of them a graph takes, which an engine, and what is wrong with them."""
+"""Check the options of a session: which of them a graph takes, and which an engine."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _GRAPH_ALONE = ("threads", "session_options")
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How an engine is run.
+    """Options for running an engine.
 
     Attributes:
-        profile: Name of the optimisation profile to use; None: the first that takes a request's shapes.
+        profile: Name of the optimisation profile; None: the first that takes a request's shapes.
         runtime_cache: File of the kernels that TensorRT-RTX compiles for this GPU; read when the engine is
             opened, written when it is closed.
-        weight_streaming_budget_bytes: Most device memory for weights; the others stay in the host's and
-            are streamed. None: all are on the device.
+        weight_streaming_budget_bytes: Largest device memory for weights; other weights stay in host memory
+            and are streamed. None: all weights are on the device.
         source: The ONNX graph that the engine was built from.
-        device_id: Which GPU.
-        cuda_graphs: Most CUDA graphs captured; 0: runs are not captured.
+        device_id: Number of the GPU.
+        cuda_graphs: Largest number of captured CUDA graphs; 0: runs are not captured.
     """
 
     profile: str | None = None
@@ -40,7 +40,7 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """What `AdapterSession` is told; see there."""
+    """Options of `AdapterSession`, which explains them."""
 
     provider: Provider | None
     max_adapters: int
@@ -57,19 +57,19 @@ class SessionOptions:
 
     @property
     def cuda_graphs(self) -> int:
-        """Most CUDA graphs; 0: none are wanted."""
+        """Largest number of captured CUDA graphs; 0: runs are not captured."""
         return self.max_cuda_graphs if self.cuda_graph else 0
 
     def for_engine(self, path: Path) -> EngineOptions:
-        """Return what is for an engine.
+        """Return the options for an engine.
 
         Raises:
-            BackendError: Options are wrong, or a graph's.
+            BackendError: Options are wrong, or only for a graph.
         """
         problems = self._problems("cuda")
         if self.provider == "cpu":
             problems.append("provider is 'cpu': an engine runs on a GPU")
-        problems += self._strange(_GRAPH_ALONE, f"ONNX Runtime's, and {path.name} is an engine")
+        problems += self._strange(_GRAPH_ALONE, f"for ONNX Runtime only, and {path.name} is an engine")
         _raise(problems)
         return EngineOptions(
             self.profile,
@@ -81,14 +81,14 @@ class SessionOptions:
         )
 
     def for_graph(self, path: Path) -> Provider:
-        """Return where a graph runs.
+        """Return the provider that a graph runs on.
 
         Raises:
-            BackendError: Options are wrong, or an engine's.
+            BackendError: Options are wrong, or only for an engine.
         """
         provider = self.provider or "cpu"
         problems = self._problems(provider)
-        problems += self._strange(_ENGINE_ALONE, f"an engine's, and {path.name} is a graph")
+        problems += self._strange(_ENGINE_ALONE, f"for engines only, and {path.name} is a graph")
         if self.device_id and provider == "cpu":
             problems.append(f"device_id is {self.device_id} with provider 'cpu'")
         _raise(problems)
@@ -114,8 +114,8 @@ class SessionOptions:
                 problems.append(f"{name} is {value}, wanted at least {smallest}")
         return problems
 
-    def _strange(self, names: tuple[str, ...], whose: str) -> list[str]:
-        return [f"{name} is {whose}" for name in names if getattr(self, name) is not None]
+    def _strange(self, names: tuple[str, ...], reason: str) -> list[str]:
+        return [f"{name} is {reason}" for name in names if getattr(self, name) is not None]
 
 
 def _raise(problems: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The adapters of a swap graph: bound, put on the device, evicted, and read again when they are asked for."""
+"""Bind the adapters of a swap graph, put them on the device, evict them, and read them again on demand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SwapAdapters(Generic[R]):
     """The adapters of one session.
 
     Attributes:
-        cache: Those that have a name.
+        cache: Adapters by name.
     """
 
     def __init__(self, model: Model[R], max_adapters: int, max_bytes: int | None) -> None:
@@ -36,20 +36,20 @@ class SwapAdapters(Generic[R]):
         return self.cache.names()
 
     def on_device(self) -> list[str]:
-        """Return the names of those on the device, the least recently used first."""
+        """Return the names of the adapters on the device, the least recently used first."""
         return self.cache.on_device()
 
     @contextmanager
     def use(self, feeds: Feeds, adapter: str | None, adapters: object) -> Iterator[tuple[R, Feeds]]:
-        """Give a run its tensors, an adapter's or for None the base's, and keep them there meanwhile.
+        """Give a run an adapter's tensors, or the base's for None, and keep them on the device meanwhile.
 
         Raises:
-            AdapterError: There is no such adapter, it was evicted and can't be read again, or the request has
+            AdapterError: No adapter has this name, it was evicted and can't be read again, or the request has
                 an adapter for each row.
         """
         if adapters is not None:
             raise AdapterError(
-                f"{self._model.path.name} is a swap graph: it takes one adapter a run",
+                f"{self._model.path.name} is a swap graph: it takes one adapter for each run",
                 "give adapter=, or make a bank with bank-onnx",
             )
         if adapter is None:
@@ -71,17 +71,18 @@ class SwapAdapters(Generic[R]):
         """Put an adapter on the device; return what the user should know.
 
         Args:
-            name: What requests call it.
-            read: Read it; called again when it is asked for after it was evicted.
-            slot: Of a bank; refused.
-            allow_unmatched: Go on without what has no place.
+            name: The adapter's name in requests.
+            read: Function that reads it; called again when a run asks for it after it was evicted.
+            slot: For a bank only; refused here.
+            allow_unmatched: Leave out modules that have no site.
             any_base: Load a file converted for another base.
-            replace: Take the place of the adapter of this name.
+            replace: Replace the adapter of this name.
 
         Raises:
             AdapterError: The name is taken, the adapter can't be used, or exceeds the byte budget.
-            SiteError: Something of the adapter has no place.
-            InputChangedError: Its tensors come of W0, and the graph is not the file that was opened.
+            SiteError: A module of the adapter has no site.
+            InputChangedError: Its tensors are computed from W0, and the graph is not the file that was
+                opened.
         """
         if slot is not None:
             raise AdapterError(f"{self._model.path.name} has no slots: it is a swap graph", "omit slot=")
@@ -98,7 +99,7 @@ class SwapAdapters(Generic[R]):
                 prepared = self._bind(fresh, allow_unmatched, any_base)[0]
             if _fingerprint(fresh) != known:
                 raise AdapterError(
-                    f"adapter '{name}' had left the device, and {fresh.source} is not what it was then",
+                    f"adapter '{name}' was evicted, and {fresh.source} has changed since it was loaded",
                     "load it again with replace=True, or give the session larger max_adapters and max_bytes",
                 )
             return prepared
@@ -110,7 +111,7 @@ class SwapAdapters(Generic[R]):
         """Forget an adapter; runs that use it finish with it.
 
         Raises:
-            AdapterError: There is none of this name.
+            AdapterError: No adapter has this name.
         """
         self.cache.remove(name)
 
@@ -128,7 +129,7 @@ class SwapAdapters(Generic[R]):
         tensors, notes = self._model.fitted(binding.tensors, f"adapter '{adapter.name}'")
 
         def place() -> R:
-            # What the adapter leaves alone is the base's, where the graph has no default of its own.
+            # Tensors that the adapter doesn't set are the base's, if the graph has no default for them.
             return self._model.put(tensors, self._base)
 
         nbytes = sum(values.nbytes for values in tensors.values())
@@ -136,15 +137,15 @@ class SwapAdapters(Generic[R]):
 
 
 def _fingerprint(adapter: Adapter) -> tuple[Any, ...]:
-    """Return what makes an adapter the one it was: its weights file, and what the config makes of it."""
+    """Return what identifies an adapter's content: the hash of its weights file, and ranks and scalings."""
     return adapter.sha256, *((key, module.rank, module.scaling) for key, module in adapter.modules.items())
 
 
 def _neutral_tensors(model: Model[R]) -> dict[str, Array]:
-    """Return tensors that change nothing, for inputs without a default (flavour ``tensorrt``)."""
+    """Return tensors without effect for inputs without a default (flavour ``tensorrt``)."""
     tensors: dict[str, Array] = {}
     for module in model.record.modules:
-        rank = module.rank or module.groups  # the smallest that the graph takes
+        rank = module.rank or module.groups  # the smallest rank that the graph takes
         dtype = dtype_of(module.dtype)
         tensors[module.lora_a] = np.zeros(module.a_shape(rank), dtype)
         tensors |= cut_b(module, np.zeros(module.b_shape(rank), dtype))

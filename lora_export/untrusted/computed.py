@@ -92,7 +92,12 @@ def elements(node: onnx.NodeProto, inputs: Sequence[Values | None]) -> int:
 
 
 def _largest(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
-    return max((value.size for value in inputs), default=0) + 1
+    return max(map(_room, inputs), default=0) + 1
+
+
+def _room(value: Values) -> int:
+    """Return how many elements are left at most where axes go: of ``[0, n]`` the sum over the first has n."""
+    return math.prod(max(size, 1) for size in value.shape)
 
 
 def _broadcast(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
@@ -150,13 +155,14 @@ def _one_hot(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
 def _gather(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
     """Return the limit for Gather and GatherND: for each index, all of the data along the other axes."""
     data, indices = inputs
-    return indices.size * (data.size // max(min(data.shape, default=1), 1))
+    return indices.size * (_room(data) // max(min(data.shape, default=1), 1))
 
 
 def _product(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
     one, two = inputs
-    shared = one.shape[-1] if one.ndim else 1
-    return max(one.size // max(shared, 1), 1) * max(two.size // max(shared, 1), 1)
+    left = one.shape if one.ndim > 1 else (1, *one.shape)
+    right = two.shape if two.ndim > 1 else (*two.shape, 1)
+    return math.prod((*np.broadcast_shapes(left[:-2], right[:-2]), left[-2], right[-1]))
 
 
 def _sizes(value: Values) -> list[int]:

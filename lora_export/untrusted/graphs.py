@@ -93,6 +93,16 @@ def function_problems(model: ir.Model) -> list[str]:
     return problems
 
 
+_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
+# Which field has the values of a type, of those that int32_data has not (``onnx.proto``, TensorProto).
+_FIELD = {
+    **dict.fromkeys((ir.DataType.FLOAT, ir.DataType.COMPLEX64), "float_data"),
+    **dict.fromkeys((ir.DataType.DOUBLE, ir.DataType.COMPLEX128), "double_data"),
+    **dict.fromkeys((ir.DataType.UINT32, ir.DataType.UINT64), "uint64_data"),
+    ir.DataType.INT64: "int64_data",
+}
+
+
 def _tensor_problems(tensor: ir.TensorProtocol, name: str) -> Iterator[str]:
     try:
         dtype = tensor.dtype
@@ -120,10 +130,11 @@ def _held_bytes(proto: Any, dtype: ir.DataType, bits: int) -> int:
     """Return the bytes of values of a tensor in the graph's own file (``onnx.proto``, TensorProto)."""
     if proto.HasField("raw_data"):
         return len(proto.raw_data)
+    field = _FIELD.get(dtype, "int32_data")
+    others = [name for name in _FIELDS if name != field and len(getattr(proto, name))]
+    count = 0 if others else len(getattr(proto, field))
     if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
-        return (len(proto.float_data) or len(proto.double_data)) * bits // 16
-    fields = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
-    count = max(len(getattr(proto, field)) for field in fields)
+        return count * bits // 16
     # For types below a byte, one number holds the values of a whole byte.
     return count if bits < 8 else count * bits // 8
 

@@ -5,7 +5,8 @@
 2. Nothing exists that onnx_ir ignores: sparse tensors, constants without a name.
 3. Values that a node reads exist: in its graph, or in one around it; for a function, in that alone. No value
    is computed from itself.
-4. No function has the name of an operator: a runtime computes the operator instead of the function.
+4. All texts are UTF-8: protobuf returns others as bytes, which no reader takes for names.
+5. No function has the name of an operator: a runtime computes the operator instead of the function.
 
 All of it is checked before onnx_ir makes a graph from the file, in one pass, without reading values.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from lora_export.untrusted.shown import shown
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     import onnx
 
 _NAME = 120
+# Texts that are named: a graph in another encoding has thousands.
+_MOST = 100
+_TEXTS_OF_A_TENSOR = ("name", "doc_string", "external_data", "metadata_props")
 _ONNX = ("", "ai.onnx")
 # Domains of ONNX's and ONNX Runtime's own operators, except ``com.microsoft``: functions there define what an
 # operator does, and the operator counts (`lora_export.graph.read_model`).
@@ -30,6 +35,9 @@ _RUNTIMES = ("ai.onnx", "com.microsoft.", "com.ms.", "org.pytorch.aten")
 
 def proto_problems(proto: onnx.ModelProto) -> Iterator[str]:
     """Yield the problems of a model, by the rules above."""
+    if problems := list(islice(_not_utf8(proto), _MOST)):
+        yield from problems  # the comparison of names needs texts
+        return
     yield from _entries(proto.metadata_props, "the metadata")
     opsets = [(_domain(entry.domain), entry.version) for entry in proto.opset_import]
     yield from _twice_unlike(opsets, "the versions of the operators", "domain")
@@ -38,6 +46,32 @@ def proto_problems(proto: onnx.ModelProto) -> Iterator[str]:
     yield from _graph(proto.graph, [])
     for function in proto.functions:
         yield from _function(function)
+
+
+def _not_utf8(proto: onnx.ModelProto) -> Iterator[str]:
+    """Yield the fields whose text protobuf could not decode; rule 4."""
+    left: list[Any] = [proto]
+    while left:
+        message = left.pop()
+        for field, value in _fields(message):
+            if field.type == field.TYPE_MESSAGE:
+                left.extend([value] if hasattr(value, "ListFields") else value)
+            elif field.type == field.TYPE_STRING:
+                texts = [value] if isinstance(value, str | bytes) else value
+                where = field.full_name.removeprefix("onnx.")
+                yield from (
+                    f"{where}: {text[:_NAME]!r} is not UTF-8" for text in texts if isinstance(text, bytes)
+                )
+
+
+def _fields(message: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield the fields of a message that are set; of a tensor not its values, which may be gigabytes."""
+    if message.DESCRIPTOR.name != "TensorProto":
+        yield from message.ListFields()
+        return
+    for field in message.DESCRIPTOR.fields:
+        if field.name in _TEXTS_OF_A_TENSOR and (value := getattr(message, field.name)):
+            yield field, value
 
 
 def _function(function: onnx.FunctionProto) -> Iterator[str]:
@@ -76,7 +110,8 @@ def _graph(graph: onnx.GraphProto, around: list[set[str]]) -> Iterator[str]:
     yield from _entries(graph.metadata_props, where)
     constants += [sparse.values.name for sparse in graph.sparse_initializer]
     yield from _nodes(graph.node, {*inputs, *constants}, around, where)
-    known = {name for node in graph.node for name in node.output}.union(inputs, constants, *around)
+    # Not what a graph around it has: ONNX Runtime wants an Identity between.
+    known = {name for node in graph.node for name in node.output}.union(inputs, constants)
     for value in graph.output:
         if value.name not in known:
             yield f"{_text(value.name)}: an output of {where}, but no node computes it"

@@ -154,7 +154,7 @@ def test_on_the_command_line(verb, tmp_path, capsys):
     assert "--no-checkpoint" in said
     assert not (tmp_path / "o.onnx").exists()
     assert _run([*arguments, "--no-checkpoint", "--checkpoint", str(folder)], False) == 2
-    assert "exclude each other" in capsys.readouterr().err
+    assert "give either --checkpoint or --no-checkpoint, not both" in capsys.readouterr().err
     assert _run([*arguments, "--no-checkpoint"], False) == 0
     assert "--checkpoint" not in capsys.readouterr().err
     good = base(tmp_path / "good")

@@ -275,7 +275,7 @@ def test_a_process_that_dies_is_a_note(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(load_probe.sys, "executable", shutil.which("false"))
     code, out, err = bench(capsys, path)
     assert code == 0, err
-    assert "opening it alone was not measured: the process ended with 1" in out
+    assert "opening it alone was not measured: the process ended with exit code 1" in out
 
 
 def test_what_goes_wrong_in_the_process_is_said(tmp_path, monkeypatch, capsys):

@@ -146,8 +146,8 @@ def test_all_problems_are_listed_with_their_lines(tmp_path: Path) -> None:
     wanted = [
         "line 2: recipe: unknown key 'descripton'; did you mean 'description'?",
         "missing key 'description'",
-        "line 1: name: text is wanted, got a list",
-        "line 3: needs: a list is wanted",
+        "line 1: name: give a text, not a list",
+        "line 3: needs: give a list, not 'torch'",
         "line 7: step 1 (blend): unknown option 'outptu'; did you mean 'output'?",
         "line 8: step 1 (blend): 'weight': 'x' is not a valid float.",
         "line 9: step 1 (blend): 'kind': 'c' is not one of 'a', 'b'.",
@@ -159,8 +159,8 @@ def test_all_problems_are_listed_with_their_lines(tmp_path: Path) -> None:
         "line 14: step 4: unknown verb 'run' (there are: blend)",
         "line 15: step 5 (blend): missing 'adapter', 'output'",
         "line 16: step 6 (blend): options are 'option: value' pairs",
-        "line 17: step 7: one verb with its options is wanted, 'verb: {option: value}'",
-        "line 18: step 8: one verb with its options is wanted, 'verb: {option: value}'",
+        "line 17: step 7: give one verb with its options, 'verb: {option: value}'",
+        "line 18: step 8: give one verb with its options, 'verb: {option: value}'",
         "line 19: step 9 (blend): 'adapter' takes a value, got a mapping",
         "line 19: step 9 (blend): 'output' takes a value, got 'true'",
         "line 19: step 9 (blend): 'weight' takes values, got a list",
@@ -169,7 +169,7 @@ def test_all_problems_are_listed_with_their_lines(tmp_path: Path) -> None:
 
 
 def test_a_recipe_without_steps_is_refused(tmp_path: Path) -> None:
-    assert problems(tmp_path, "steps: []") == ["line 4: steps: a recipe has at least one"]
+    assert problems(tmp_path, "steps: []") == ["line 4: steps: give at least one step"]
     assert problems(tmp_path, "") == ["missing key 'steps'"]
 
 
@@ -177,8 +177,8 @@ def test_a_recipe_without_steps_is_refused(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"steps: [", "is not YAML"),
-        (b"- a\n", "holds no recipe"),
-        (b"", "holds no recipe"),
+        (b"- a\n", "is not a recipe"),
+        (b"", "is not a recipe"),
         (b"\xff\xfe", "is no"),
         (b"name: !!python/object:os.system x\n", "problem"),
         (b"name: &a [*a]\n", "nested deeper"),

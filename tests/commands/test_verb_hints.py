@@ -379,7 +379,7 @@ def test_a_graph_is_to_be_made_again_by_the_verb_that_makes_it(mode, files, caps
 def test_a_path_without_a_name_is_given_one(files, capsys):
     said = refused(capsys, "bench", files / "swap.onnx", "--adapter", files / "a", "--dry-run")
     assert "needs its file: a=…" in said
-    assert "wanted NAME=PATH" in refused(capsys, "bench", files / "swap.onnx", "--adapter", "x=", "--dry-run")
+    assert "give NAME=PATH" in refused(capsys, "bench", files / "swap.onnx", "--adapter", "x=", "--dry-run")
 
 
 def test_a_full_bank_has_no_slot_for_a_third(files):

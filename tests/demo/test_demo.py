@@ -110,7 +110,7 @@ def test_a_folder_that_no_demo_wrote_is_left_alone(
         with pytest.raises(SystemExit) as stop:
             main(["demo", "--output", str(tmp_path), *more])
         assert stop.value.code == 1
-        assert "no folder of an earlier demo" in capsys.readouterr().err
+        assert "is not the folder of an earlier demo" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 

@@ -101,8 +101,8 @@ def test_a_known_gpu_has_a_compute_capability_if_the_driver_has_none(driver):
 @pytest.mark.parametrize(
     ("output", "code", "said"),
     [
-        ("Hello there", 0, "can't be read: 'Hello there'"),
-        ("<html>, 1, 2, 3", 0, "can't be read"),
+        ("Hello there", 0, "can't read this line of nvidia-smi: 'Hello there'"),
+        ("<html>, 1, 2, 3", 0, "can't read this line of nvidia-smi"),
         ("NVIDIA-SMI has failed because it couldn't communicate with the driver.", 9, "couldn't communicate"),
         ('Field "compute_cap" is not a valid field to query.', 2, "not a valid field"),
         ("", 12, "exit code 12"),
@@ -133,7 +133,7 @@ def test_a_driver_that_hangs_or_is_no_program(driver, monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("driver")
 def test_no_driver():
-    assert local_gpus() == LocalGpus((), "no NVIDIA GPU found (there is no nvidia-smi)")
+    assert local_gpus() == LocalGpus((), "no NVIDIA GPU found (nvidia-smi is missing)")
 
 
 def test_everything_works_on_an_rtx_gpu(driver):
@@ -342,7 +342,7 @@ def test_the_command_on_this_machine(driver, packages):
     done = CliRunner().invoke(command, ["--json"])
     assert done.exit_code == 0, done.output
     data = json.loads(done.stdout)
-    assert data["gpus"] == {"gpus": [], "problem": "nvidia-smi says what can't be read: 'garbage'"}
+    assert data["gpus"] == {"gpus": [], "problem": "can't read this line of nvidia-smi: 'garbage'"}
     assert [package["name"] for package in data["packages"]] == list(PACKAGES)
     broken = {package["name"] for package in data["packages"] if package["status"] == "broken"}
     assert broken == {"tensorrt"}

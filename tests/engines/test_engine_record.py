@@ -99,7 +99,7 @@ def test_inspect_refuses_an_adapters_options(engine, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["inspect", str(engine), "--alpha", "3"])
     assert stop.value.code == 2
-    assert "leave out --alpha" in capsys.readouterr().err
+    assert "omit --alpha" in capsys.readouterr().err
 
 
 def test_a_record_of_another_kind_is_a_backend_error():

@@ -242,7 +242,7 @@ def test_command_says_when_nothing_fits():
     done = CliRunner().invoke(command, ["4090", "--compute-capability", "8.6"])
     assert isinstance(done.exception, BackendError)
     assert done.exception.exit_code == 1
-    assert "no GPU fits" in str(done.exception)
+    assert "no GPU meets" in str(done.exception)
     assert done.stdout == ""
 
 

@@ -456,7 +456,7 @@ def test_options_of_a_build_are_not_for_kits(option, tmp_path, capsys):
     command = ["build-engine", str(model), "--target", "orin-nano-8gb", "--kit", "-o", str(tmp_path / "kits")]
     code, _, said = run(capsys, *command, *option)
     assert code == 2
-    assert "--kit builds nothing" in said
+    assert "--kit builds no engine" in said
 
 
 @group("llama")

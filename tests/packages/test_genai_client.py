@@ -264,7 +264,7 @@ def checked(tmp_path: Path) -> Path:
 
 def test_check_takes_no_option_in_vain(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(["demo", "--check", "x", "--output", "y", "--seed", "1"], debug=False) == 2
-    assert "leave out --output, --seed" in capsys.readouterr().err
+    assert "omit --output, --seed" in capsys.readouterr().err
 
 
 def test_check_passes_and_fails(checked: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,7 +146,7 @@ CASES = {
             "feeds": feeds(f),
         },
         "BackendError",
-        ("not the same outputs", "no adapter: no z"),
+        ("doesn't have the same outputs", "no adapter: no z"),
     ),
     "base of another shape": Case(
         lambda f: {
@@ -162,7 +162,7 @@ CASES = {
     "feeds lack an input": Case(
         with_feeds(lambda f: feeds(f, z=X)),
         "BackendError",
-        ("x: missing", "z: no input", "it takes: x float32"),
+        ("x: missing", "z: not an input of the graph", "it takes: x float32"),
     ),
     "feeds of another dtype": Case(
         with_feeds(lambda f: feeds(f, x=X.astype(np.float64))),
@@ -193,7 +193,7 @@ CASES = {
     "damaged feeds": Case(
         with_feeds(lambda f: written(f / "feeds.npz")), "BackendError", ("can't be read: ",)
     ),
-    "no feeds file": Case(with_feeds(lambda f: f / "no.npz"), "BackendError", ("no.npz is no file",)),
+    "no feeds file": Case(with_feeds(lambda f: f / "no.npz"), "BackendError", ("no file at", "no.npz")),
     "feeds in a folder": Case(with_feeds(lambda f: f), "BackendError", ("is a folder",)),
     "saved outputs without feeds": Case(
         lambda f: {"reference": saved(f), "candidate": base(f)}, "BackendError", ("give --feeds FILE",)
@@ -315,7 +315,7 @@ CASES = {
     "a text as the reference": Case(
         lambda f: {"reference": written(f / "r.txt"), "candidate": base(f)},
         "BackendError",
-        ("is no reference", "a checkpoint folder, an .onnx file, or saved outputs"),
+        ("can't be a reference", "a checkpoint folder, an .onnx file, or saved outputs"),
     ),
     "damaged saved outputs": Case(
         lambda f: {"reference": written(f / "r.npz"), "candidate": base(f), "feeds": feeds(f)},
@@ -341,7 +341,7 @@ CASES = {
         "BackendError",
         ("pickled.npz holds arrays that can't be read",),
     ),
-    "saved texts": Case(of_saved(y=np.array(["a", "b"])), "BackendError", ("no numbers", "y: <U1")),
+    "saved texts": Case(of_saved(y=np.array(["a", "b"])), "BackendError", ("not numbers", "y: <U1")),
     "an output saved twice": Case(
         of_saved(**{"y": X, "base/y": X}), "BackendError", ("'y' of no adapter twice",)
     ),
@@ -366,12 +366,12 @@ CASES = {
         for text in ("", "exact", "1e-3", "1e-3,x", "1,2,3", "-1,0", "0,0", "nan,1", "inf,0")
     },
     "an unknown dtype": Case(
-        against_itself_but(dtype="int8"), "BackendError", ("there is no dtype 'int8'", "float16"), code=2
+        against_itself_but(dtype="int8"), "BackendError", ("can't check in dtype 'int8'", "float16"), code=2
     ),
     "an unknown dtype of the reference": Case(
         against_itself_but(reference_dtype="float16"),
         "BackendError",
-        ("there is no dtype 'float16'",),
+        ("can't check in dtype 'float16'",),
         code=2,
     ),
     "a quantised candidate without a tolerance": Case(
@@ -380,7 +380,7 @@ CASES = {
         ("int8.onnx is quantised", "DequantizeLinear", "give --tolerance rtol,atol"),
     ),
     "tokens of what generates none": Case(
-        against_itself_but(generate=4), "BackendError", ("is no decoder", "input x: not known")
+        against_itself_but(generate=4), "BackendError", ("is not a decoder", "input x: not known")
     ),
     "fewer tokens than none": Case(
         lambda f: {
@@ -393,7 +393,7 @@ CASES = {
         code=2,
     ),
     "tokens of saved outputs": Case(
-        lambda f: {**of_saved()(f), "generate": 2}, "BackendError", ("leave out --generate",)
+        lambda f: {**of_saved()(f), "generate": 2}, "BackendError", ("omit --generate",)
     ),
     # Devices.
     "an engine without its record": Case(

@@ -105,7 +105,7 @@ def test_a_manifest_of_another_merge_raises_no_limit(changed, tmp_path):
             check()
         return
     report = check()
-    assert any("is of another merge" in note for note in report.notes)
+    assert any("belongs to another merge" in note for note in report.notes)
     strict = [verdict.limit for verdict in of(report, "error")]
     assert all(one < other for one, other in zip(strict, lenient, strict=True))
 

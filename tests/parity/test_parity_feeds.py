@@ -297,7 +297,7 @@ def test_inputs_that_are_not_understood_are_listed_with_the_way_out():
     refused(
         lambda: make_feeds(ports),
         *(f"{p.name}: " for p in ports),
-        "how many token ids",
+        "the number of token ids is unknown",
         "--feeds",
         count=8,  # one for each input, and both axes of the image
     )

@@ -110,7 +110,7 @@ def with_value(name, index, value):
 
 BAD = {
     "missing": (changed(input_ids=None), ["input_ids: missing, int64 [batch, sequence]"]),
-    "unknown": (changed(inputs_ids=FEED["input_ids"]), ["inputs_ids: no input"]),
+    "unknown": (changed(inputs_ids=FEED["input_ids"]), ["inputs_ids: not an input of the graph"]),
     "dtype": (changed(input_ids=np.ones((2, 3), np.int32)), ["int32, wanted int64", "astype('int64')"]),
     "float dtype": (
         FEED | {"past_key_values.0.key": FEED["past_key_values.0.key"].astype(np.float32)},

@@ -287,10 +287,8 @@ def test_an_error_between_modules_is_said_to_be_there(tmp_path):
     found = localise(sources("llama", changed(graph, names[0], _double)))
     assert found.module == ""
     assert not any(row.jumped for row in found.rows)
-    assert (
-        "the error comes in with what model.layers.0.self_attn.o_proj reads: it begins behind" in found.note
-    )
-    assert "behind model.layers.0.self_attn." in found.note
+    assert "the input of model.layers.0.self_attn.o_proj already has the error: it begins after" in found.note
+    assert "after model.layers.0.self_attn." in found.note
 
 
 @pytest.mark.xdist_group("llama")

@@ -140,7 +140,7 @@ def test_damaged_ones_are_errors(name, content, tmp_path, capsys):
 
 def test_options_about_adapters_are_refused(tmp_path, capsys):
     assert _run(["inspect", str(tiny.base_onnx("bert", "torchscript")), "--rank", "4"], False) == 2
-    assert "is a graph: leave out --rank" in capsys.readouterr().err
+    assert "is a graph: omit --rank" in capsys.readouterr().err
 
 
 def test_many_modules_are_summed_up(tmp_path, monkeypatch):

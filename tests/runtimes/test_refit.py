@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from engine_files import engine_of, rewrite_record
+from safetensors.numpy import save_file
 from session_graphs import P, base, both, feeds, linear, wanted
 from small_graphs import adapter, delta, error, graph, random, run, save
 
@@ -21,7 +22,9 @@ from lora_export import (
     InputChangedError,
     LoraModule,
     MergedEngine,
+    OutputError,
     SiteError,
+    load_adapter,
     merge_onnx,
     save_adapter,
 )
@@ -118,7 +121,7 @@ def test_a_switch_that_fails_while_it_writes(machine, engine):
     with pytest.raises(BackendError, match="could not write the new weights"):
         engine.switch(A)
     machine.fails = set()
-    with pytest.raises(BackendError, match="weights are those of two adapters"):
+    with pytest.raises(BackendError, match="weights are a mix of two adapters"):
         engine.run(feeds())
     written(machine)
     engine.switch(None)
@@ -166,7 +169,7 @@ def test_a_shared_weight_needs_the_merged_graph(machine, tmp_path):
     onnx = tied(tmp_path)
     with pytest.raises(BackendError, match="lacks 1 of the 1 weights") as refused:
         MergedEngine(engine_of(onnx, options=REFIT), onnx).switch(of_one(1))
-    assert refused.value.problems == ("one.lora_merged.weight: no weight of the engine",)
+    assert refused.value.problems == ("one.lora_merged.weight: not a weight of the engine",)
     assert "merged=" in refused.value.hint
     merged = tmp_path / "merged.onnx"
     merge_onnx(onnx, of_one(1), merged)
@@ -220,10 +223,10 @@ def test_other_bases_are_refused(machine, tmp_path):
     other = save(graph(text, {"p.weight": P.T.copy()}), tmp_path, "o.onnx")
     plain, of_merged = engine_of(onnx, options=REFIT), engine_of(merged, options=REFIT)
     for engine, options in ((plain, {}), (of_merged, {"merged": A})):
-        with pytest.raises(BackendError, match="is not this source, as it is now"):
+        with pytest.raises(BackendError, match="is not this source as it is now"):
             MergedEngine(engine, other, **options)
     for engine, options in ((plain, {"merged": A}), (of_merged, {}), (of_merged, {"merged": [A, B]})):
-        with pytest.raises(BackendError, match="other adapters in it than merged= says"):
+        with pytest.raises(BackendError, match="other adapters in it than merged= names"):
             MergedEngine(engine, onnx, **options)
     with pytest.raises(BackendError) as refused:
         MergedEngine(of_merged, onnx, merged=B)
@@ -266,3 +269,16 @@ def test_a_weight_of_another_size(machine, tmp_path):
     with pytest.raises(BackendError) as refused:
         MergedEngine(swapped, onnx).switch(adapter(linear("p", 3)))
     assert refused.value.problems == ("p.weight: float32 × 20, the engine has FLOAT × 28",)
+
+
+def test_the_runtime_cache_is_none_of_what_is_read(machine, tmp_path):
+    onnx = base(tmp_path)
+    engine = engine_of(onnx, options=REFIT)
+    for file in (engine, onnx):
+        with pytest.raises(OutputError, match="would replace what is read"):
+            MergedEngine(engine, onnx, runtime_cache=file)
+    given = tmp_path / "adapter.safetensors"
+    save_file({"p.lora_A.weight": P[:2, :4].copy(), "p.lora_B.weight": P[:, :2].copy()}, given)
+    opened = MergedEngine(engine, onnx, runtime_cache=given)
+    with pytest.raises(OutputError, match="would replace what is read"):
+        opened.switch(load_adapter(given, alpha=2))

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from session_graphs import SHIFT, P, Q, base, both, feeds, linear, swap, wanted
+from session_graphs import BASE, SHIFT, P, Q, base, both, feeds, linear, swap, wanted
 from small_graphs import adapter, conv, delta, error, graph, random, run, save
 
 from lora_export import (
@@ -144,6 +144,21 @@ def test_feeds_may_be_tensors_or_strided(session):
     assert np.array_equal(session.run({**inputs, "x": strided}, "a")["y"], y)
 
 
+def test_an_input_with_a_default_may_be_fed(tmp_path):
+    """An initializer of the same name; what one request feeds is not the next one's default."""
+    weights = {"p.weight": P.T.copy(), "q.weight": Q.T.copy(), "shift": SHIFT}
+    save(graph(BASE, weights), tmp_path)
+    x, other = feeds()["x"], 7 * SHIFT
+    with AdapterSession(swap(tmp_path)) as session:
+        session.load_adapter("a", both(1))
+        for name, given in (("a", both(1)), (None, None)):
+            for shift in (other, None, ort.OrtValue.ortvalue_from_numpy(other), None):
+                fed = {"x": x} if shift is None else {"x": x, "shift": shift}
+                values = {"x": x, "shift": SHIFT if shift is None else other}
+                got = session.run(fed, adapter=name)["y"]
+                assert np.abs(got - wanted(given, values)).max() < 1e-5
+
+
 def test_bfloat16_feeds(tmp_path):
     text = "g (bfloat16[b,4] x) => (float[b,5] y) { f = Cast<to = 1>(x)  y = MatMul(f, p_weight) }"
     path = save(graph(text, {"p.weight": P.T.copy()}), tmp_path)
@@ -247,7 +262,7 @@ def test_alpha_goes_to_the_file_that_does_not_say_it(session, tmp_path):
     session.load_adapter("p", tmp_path / "p.safetensors", alpha=3.0)
     inputs = feeds()
     assert error(session.run(inputs, "p")["y"], wanted(adapter(module), inputs)) < 2e-6
-    with pytest.raises(AdapterError, match="says its own alpha"):
+    with pytest.raises(AdapterError, match="states its own alpha"):
         session.load_adapter("q", A, alpha=3.0)
 
 
@@ -289,7 +304,7 @@ def test_an_evicted_adapter_whose_file_has_changed_is_refused(tmp_path):
     session.load_adapter("a", folder)
     session.load_adapter("b", B)
     save_adapter(both(9), folder, force=True)
-    with pytest.raises(AdapterError, match="is not what it was then"):
+    with pytest.raises(AdapterError, match="has changed since it was loaded"):
         session.run(feeds(), "a")
     shutil.rmtree(folder)
     with pytest.raises(AdapterError):
@@ -338,10 +353,10 @@ def test_a_replacement_that_fails_leaves_the_old_one(session):
 def test_unload_forgets(session):
     session.unload_adapter("a")
     assert session.adapters == ["b"]
-    with pytest.raises(AdapterError, match="there is no adapter 'a'") as unknown:
+    with pytest.raises(AdapterError, match="no adapter is called 'a'") as unknown:
         session.run(feeds(), "a")
     assert "b" in unknown.value.hint
-    with pytest.raises(AdapterError, match="there is no adapter 'a'"):
+    with pytest.raises(AdapterError, match="no adapter is called 'a'"):
         session.unload_adapter("a")
 
 
@@ -361,7 +376,7 @@ def test_an_adapter_without_a_place_is_refused_and_not_kept(session):
 def test_a_name_that_is_almost_right_is_named(session):
     session.load_adapter("emotion", A)
     for request in (session.unload_adapter, lambda name: session.run(feeds(), name)):
-        with pytest.raises(AdapterError, match="there is no adapter 'emotoin'") as unknown:
+        with pytest.raises(AdapterError, match="no adapter is called 'emotoin'") as unknown:
             request("emotoin")
         assert unknown.value.hint.startswith("did you mean 'emotion'? ")
 
@@ -369,7 +384,7 @@ def test_a_name_that_is_almost_right_is_named(session):
 @pytest.mark.parametrize("name", [["a"], {"a": 1.0}, 3])
 def test_a_run_wants_one_name(session, name):
     for request in (session.unload_adapter, lambda given: session.run(feeds(), given)):
-        with pytest.raises(AdapterError, match="there is no adapter") as refused:
+        with pytest.raises(AdapterError, match="no adapter is called") as refused:
             request(name)
         assert "an adapter's name is a text, or use one of: a, b" in refused.value.hint
 
@@ -388,8 +403,8 @@ def test_all_that_is_wrong_with_the_feeds_is_said_at_once(session):
     with pytest.raises(BackendError, match=r"the feeds don't fit swap\.onnx") as refused:
         session.run(wrong, "a")
     assert list(refused.value.problems) == [
-        "x: float64, the graph wants float32",
-        "z: no input of the graph",
+        "x: float64, the graph takes float32",
+        "z: not an input of the graph",
         "p.lora_A.weight: a LoRA tensor; load_adapter and run(adapter=…) set it",
         "shift: missing, tensor(float)",
     ]
@@ -403,7 +418,7 @@ def test_feeds_of_other_kinds(session):
     tensor = ort.OrtValue.ortvalue_from_numpy(inputs["x"].astype(np.float16))
     with pytest.raises(BackendError) as refused:
         session.run({**inputs, "x": tensor}, "a")
-    assert refused.value.problems == ("x: tensor(float16), the graph wants tensor(float)",)
+    assert refused.value.problems == ("x: tensor(float16), the graph takes tensor(float)",)
 
 
 def test_a_wrong_shape_keeps_onnx_runtimes_words(session):

@@ -220,10 +220,10 @@ def test_an_adapter_that_does_not_fit_its_slot_changes_nothing(tmp_path):
 
 def test_unknown_adapter_of_a_bank(tmp_path):
     session = open_bank(tmp_path, "defaults", E, S)
-    with pytest.raises(AdapterError, match="there is no adapter 'joy'") as refused:
+    with pytest.raises(AdapterError, match="no adapter is called 'joy'") as refused:
         session.unload_adapter("joy")
     assert "emotion, summary" in refused.value.hint
-    with pytest.raises(AdapterError, match="there is no adapter"):
+    with pytest.raises(AdapterError, match="no adapter is called"):
         session.unload_adapter(["emotion"])
 
 

@@ -62,7 +62,7 @@ def test_a_run_in_flight_finishes_with_what_it_started_with(tmp_path, gate, chan
     running = gate.run(lambda: session.run(inputs, "a")["y"])
     if change == "unload":
         session.unload_adapter("a")
-        with pytest.raises(AdapterError, match="there is no adapter 'a'"):
+        with pytest.raises(AdapterError, match="no adapter is called 'a'"):
             session.run(inputs, "a")
     else:
         session.load_adapter("a", both(5), replace=True)
@@ -229,7 +229,7 @@ def test_soak_swap(tmp_path, record_property):
     def use_passing(dice):
         number = dice.randrange(len(REQUESTS))
         answer = answer_or_unknown(
-            lambda: session.run(REQUESTS[number], "passing")["y"], "there is no adapter"
+            lambda: session.run(REQUESTS[number], "passing")["y"], "no adapter is called"
         )
         assert answer is None or np.array_equal(answer, bits["n0"][number])
 

@@ -5,12 +5,13 @@ import sys
 import engine_files
 import pytest
 from engine_files import engine_of, rewrite_record
-from session_graphs import feeds, swap
+from safetensors.numpy import save_file
+from session_graphs import P, Q, feeds, swap
 
 import lora_export.engines.record as records
 from lora_export import AdapterSession, BackendError, BackendUnavailable, OutputError
 from lora_export.engines import compiler_of
-from lora_export.engines.record import BuildOptions
+from lora_export.engines.record import BuildOptions, record_path
 from lora_export.runtimes.tensorrt import engine as tensorrt_engine
 from lora_export.runtimes.tensorrt.engine import gpu_compute_capability
 
@@ -31,8 +32,8 @@ def test_everything_in_the_way_is_said_at_once(machine, tmp_path):
     machine.cuda.compute_capability = "9.0"
     engine = swap_engine(tmp_path, builder_version="1.6.0.1", platform="windows-amd64")
     found = refusal(engine)
-    assert found.problems[0] == "it was built by TensorRT-RTX 1.6.0.1, and 1.7.1.116 is installed"
-    assert found.problems[1].startswith("it is for windows-amd64, this is ")
+    assert found.problems[0] == "it was built by TensorRT-RTX 1.6.0.1, but 1.7.1.116 is installed"
+    assert found.problems[1].startswith("the engine is for windows-amd64, this machine is ")
     assert found.problems[2] == (
         "the GPU has compute capability 9.0, which TensorRT-RTX does not support: it runs on "
         "7.5, 8.0, 8.6, 8.9, 12.0, 12.1"
@@ -65,7 +66,7 @@ def test_version_compatible_engines_run_within_their_major_version(machine, tmp_
     if runs:
         AdapterSession(engine)
     else:
-        assert refusal(engine).problems == ("it was built by TensorRT 2.0.0, and 1.7.1.116 is installed",)
+        assert refusal(engine).problems == ("it was built by TensorRT 2.0.0, but 1.7.1.116 is installed",)
 
 
 @pytest.mark.parametrize(("built", "runs"), [("1.7.1", True), ("1.7.2", False), ("1.7.1.117", False)])
@@ -75,7 +76,7 @@ def test_a_kits_engine_has_the_version_that_trtexec_says(machine, tmp_path, buil
     if runs:
         AdapterSession(engine)
     else:
-        assert refusal(engine).problems == (f"it was built by TensorRT {built}, and 1.7.1.116 is installed",)
+        assert refusal(engine).problems == (f"it was built by TensorRT {built}, but 1.7.1.116 is installed",)
 
 
 def test_an_engine_without_weights_is_not_run(machine, tmp_path):
@@ -115,7 +116,7 @@ def test_what_tensorrt_rtx_says_of_the_header(machine, tmp_path):
     machine.validity, machine.diagnostics = 2, 4 | 16
     assert refusal(engine).problems == ("old cuda driver", "insufficient gpu memory")
     machine.validity = 1
-    with pytest.warns(RuntimeWarning, match="may be slower here"):
+    with pytest.warns(RuntimeWarning, match="may be faster here"):
         AdapterSession(engine)
 
 
@@ -166,14 +167,14 @@ def test_options_of_the_other_kind(machine, tmp_path):
         "max_adapters is 0, wanted at least 1",
         "device_id is -1, wanted at least 0",
         "provider is 'cpu': an engine runs on a GPU",
-        "threads is ONNX Runtime's, and swap.rtx-4090.engine is an engine",
-        "session_options is ONNX Runtime's, and swap.rtx-4090.engine is an engine",
+        "threads is for ONNX Runtime only, and swap.rtx-4090.engine is an engine",
+        "session_options is for ONNX Runtime only, and swap.rtx-4090.engine is an engine",
     )
     onnx = tmp_path / "swap.onnx"
     options = {"profile": "default", "runtime_cache": "c", "source": onnx, "weight_streaming_budget_bytes": 0}
     assert refusal(onnx, **options, device_id=1).problems == (
         *(
-            f"{name} is an engine's, and swap.onnx is a graph"
+            f"{name} is for engines only, and swap.onnx is a graph"
             for name in ("profile", "runtime_cache", "weight_streaming_budget_bytes", "source")
         ),
         "device_id is 1 with provider 'cpu'",
@@ -222,6 +223,27 @@ def test_the_runtime_cache_is_read_and_written(machine, tmp_path):
         AdapterSession(engine).save_runtime_cache()
     classic = swap_engine(tmp_path / "classic", backend="tensorrt")
     assert "classic TensorRT, which has no runtime cache" in refusal(classic, runtime_cache=file).message
+
+
+def test_the_runtime_cache_is_none_of_what_is_read(machine, tmp_path):
+    onnx = swap(tmp_path, flavour="tensorrt")
+    engine = engine_of(onnx)
+    adapter = tmp_path / "adapter.safetensors"
+    save_file({"p.lora_A.weight": P[:2, :4].copy(), "p.lora_B.weight": Q.T[:, :2].copy()}, adapter)
+    link = tmp_path / "kernels.cache"
+    link.hardlink_to(onnx)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for file in (engine, record_path(engine), onnx, link):
+        with pytest.raises(OutputError, match="would replace what is read"):
+            AdapterSession(engine, source=onnx, runtime_cache=file)
+    with AdapterSession(engine, runtime_cache=tmp_path / "new" / ".." / "other.cache") as session:
+        session.load_adapter("a", adapter, alpha=2)
+    link.unlink()
+    link.hardlink_to(adapter)
+    session = AdapterSession(engine, runtime_cache=link)
+    with pytest.raises(OutputError, match="would replace what is read"):
+        session.load_adapter("a", adapter, alpha=2)
+    assert all(path.read_bytes() == data for path, data in before.items() if path != link)
 
 
 def test_a_cache_is_written_whole_or_not_at_all(machine, tmp_path, monkeypatch):

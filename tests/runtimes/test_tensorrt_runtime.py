@@ -281,7 +281,7 @@ def test_dora_needs_the_graph(machine, tmp_path):
 
 def test_another_source_is_refused(machine, tmp_path):
     engine, other = swap_engine(tmp_path), swap(tmp_path, "other.onnx", flavour="tensorrt", dora=True)
-    with pytest.raises(BackendError, match=r"was not built from .*other\.onnx, as it is now") as refused:
+    with pytest.raises(BackendError, match=r"was not built from .*other\.onnx as it is now") as refused:
         AdapterSession(engine, source=other)
     assert refused.value.problems[0].startswith("swap.onnx: sha256 ")
 
@@ -352,8 +352,8 @@ def test_all_that_is_wrong_with_the_feeds(machine, session):
     with pytest.raises(BackendError, match="the feeds don't fit") as refused:
         session.run(wrong, "a")
     assert list(refused.value.problems) == [
-        "x: float64, the engine wants float32",
-        "z: no input of the graph",
+        "x: float64, the engine takes float32",
+        "z: not an input of the graph",
         "p.lora_A.weight: a LoRA tensor; load_adapter and run(adapter=…) set it",
         "shift: missing, float32 (3)",
     ]

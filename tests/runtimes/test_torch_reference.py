@@ -280,7 +280,7 @@ def test_what_is_no_sum_is_refused_in_a_blend():
     model = reference("bert", "float32", **{n: tiny.adapter("bert", f) for n, f in names.items()})
     feeds = feeds_of("bert")
     for state in ((("dora", 0.5),), (("dora", 1.0), ("plain", 1.0)), (("plain", 1.0), ("head", 0.5))):
-        with pytest.raises(AdapterError, match="can't act together"):
+        with pytest.raises(AdapterError, match="can't be active together"):
             model.run(feeds, state)
     with pytest.raises(AdapterError) as caught:
         model.run(feeds, (("dora", 0.5), ("head", 0.5)))

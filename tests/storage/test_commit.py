@@ -787,7 +787,7 @@ def test_a_folder_that_filled_meanwhile_is_not_replaced(verb, tmp_path, monkeypa
         target.mkdir()
         with OutputSet(check_output(target, False)) as outputs:
             outputs.stage(target, folder=True).mkdir()
-            with pytest.raises(OutputError, match="no folder of an earlier demo"):
+            with pytest.raises(OutputError, match="is not the folder of an earlier demo"):
                 late(outputs, lambda: check_output(target, False))
     assert faults.snapshot(target) == {"thesis.txt": b"somebody's"}
     assert not list(tmp_path.glob("*.tmp-*"))

@@ -35,6 +35,10 @@ NODES = {
     ],
     "broadcast": ["v = Add(column, row)"],
     "MatMul": ["v = MatMul(column, row)"],
+    "MatMul of nothing": ["v = MatMul(no_columns, no_rows)"],
+    "MatMul of nothing, many times": ["w = MatMul(no_matrices, no_rows)", "v = Flatten(w)"],
+    "ReduceSum over nothing": ["v = ReduceSum<keepdims = 0>(nothing, first)"],
+    "ReduceProd over nothing": ["v = ReduceProd<axes = [0]>(nothing)"],
     "Gather": ["c = Add(column, zero)", "w = Expand(one, side)", "i = Sub(w, one)", "t = Transpose(column)",
                "v = Gather<axis = 0>(t, i)"],
     "RandomNormal": [f"r = RandomNormal<shape = [{SIDE}, {SIDE}]>()", "v = Cast<to = 7>(r)"],
@@ -44,6 +48,8 @@ CONSTANTS = {
     "one": [1], "zero": 0, "step": 1, "end": MANY, "many": [MANY], "huge": [HUGE], "pads": [0, MANY],
     "pair": [0, 1], "sides": [SIDE, SIDE], "side": [SIDE], "resized": [1, 1, SIDE, SIDE],
     "column": np.ones((SIDE, 1), np.int64), "row": np.ones((1, SIDE), np.int64),
+    "no_columns": np.ones((SIDE, 0), np.int64), "no_rows": np.ones((0, SIDE), np.int64), "first": [0],
+    "no_matrices": np.ones((100, SIDE // 100, 0), np.int64), "nothing": np.ones((0, MANY), np.int64),
     "image": np.ones((1, 1, 2, 2), np.float32),
 }  # fmt: skip
 # Rows of the batch by an index that hangs on v: which rows these are is what a bank computes.

@@ -7,6 +7,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from lora_export import Adapter, LoraModule, save_adapter
+from lora_export.cli import _run
 from lora_export.errors import GraphError
 from lora_export.graph.onnx_file import load_graph
 
@@ -161,6 +163,18 @@ CASES = {
     "a hundred axes": (model(constants=[constant(), tensor([1] * 100, raw_data=b"\0" * 4)]), "k: 100 axes"),
     "a reference to an attribute": (with_reference("Transpose", "perm", 7), "perm refers to a function's"),
     "a reference to a number": (with_reference("Cast", "to", 2), "to refers to a function's"),
+    "values in another type's field": (
+        model(constants=[constant(), tensor([2], int64_data=[1, 2])]),
+        "k: holds 0 bytes, its shape .* of FLOAT needs 8",
+    ),
+    "values in two fields": (
+        model(constants=[constant(), tensor([2], float_data=[1, 2], int32_data=[1, 2])]),
+        "k: holds 0 bytes",
+    ),
+    "a branch that gives what is around it": (
+        in_branch(lambda branch: setattr(branch.output[0], "name", "h")),
+        "'h': an output of the subgraph 'branch', made by none",
+    ),
     "a cast to no type": (
         model([helper.make_node("Cast", ["x"], ["c"], to=999), PRODUCT, END]),
         "the attribute to is 999, wanted an element type",
@@ -200,3 +214,58 @@ def test_what_has_one_meaning_is_read(case, tmp_path):
     path.write_bytes(VALID[case].SerializeToString())
     onnx.load(path)
     assert "q.weight" in load_graph(path).graph.initializers
+
+
+TEXTS = ["q.weight", "MatMul", "/q/MatMul", "Relu", "own", "batch", "some text", "key", "said"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_that_are_not_utf8(text, tmp_path):
+    """One flipped byte of a name, an operator, a domain, a dimension, a text, a metadata entry."""
+    proto = model(called("F"), None, [function("F")])
+    proto.graph.node.append(helper.make_node("Relu", ["h"], ["z"]))
+    proto.graph.doc_string = "some text"
+    proto.graph.node[0].metadata_props.add(key="key", value="said")
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    good = proto.SerializeToString()
+    assert text.encode() in good
+    path = tmp_path / "m.onnx"
+    path.write_bytes(good.replace(text.encode(), b"\xff" + text.encode()[1:]))
+    with pytest.raises(GraphError, match="not a valid graph") as caught:
+        load_graph(path)
+    assert all("is not UTF-8" in problem for problem in caught.value.problems)
+    path.write_bytes(good)
+    load_graph(path)
+
+
+def test_a_subgraph_that_refers_to_a_functions_attribute(tmp_path):
+    """Outside of a function there is none."""
+    branch = in_branch(lambda branch: None)
+    attribute = branch.graph.node[1].attribute[0]
+    attribute.ClearField("g")
+    attribute.ref_attr_name = "own"
+    path = tmp_path / "m.onnx"
+    path.write_bytes(branch.SerializeToString())
+    with pytest.raises(GraphError):
+        load_graph(path)
+
+
+@pytest.mark.parametrize("verb", ["merge-onnx", "swap-onnx", "bank-onnx"])
+def test_what_onnx_can_not_infer_is_no_traceback(verb, tmp_path, capfd):
+    """It logs one; the shapes that the graph tells are left."""
+    nodes = [
+        PRODUCT,
+        helper.make_node("Reshape", ["h", "sizes"], ["r"]),
+        helper.make_node("Add", ["r", "h"], ["y"]),
+    ]
+    proto = model(nodes, [constant(), constant("sizes", np.array([3, 5, 7]))])
+    path = tmp_path / "m.onnx"
+    path.write_bytes(proto.SerializeToString())
+    module = LoraModule("q", "linear", W[:4], W[:, :4], alpha=4, rank=4, tensor_names=("a", "b"))
+    made = Adapter("a", "a", "peft", {module.key: module}, tensor_names=("a", "b"))
+    adapter = save_adapter(made, tmp_path / "a")
+    named = f"one={adapter}" if verb == "bank-onnx" else str(adapter)
+    _run([verb, "--base", str(path), "--adapter", named, "-o", str(tmp_path / "o.onnx")], False)
+    said = capfd.readouterr()
+    assert "Traceback" not in said.err + said.out
+    assert "inference" not in said.err + said.out

@@ -17,11 +17,12 @@ import functools
 import io
 import logging
 import math
+import os
 import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import numpy as np
 import onnx
 import onnx_ir
 import torch
+from exports_once import locked
 from numpy.typing import NDArray
 from tiny_models import ARCHITECTURES, HEADS, HIDDEN, KV_HEADS, VOCAB, Architecture, build
 from torch import nn
@@ -59,21 +61,42 @@ def cache_folder() -> Path:
 
 
 @functools.cache
+def shared_folder() -> Path:
+    """Return the folder of what `_once` makes: one for all workers of a run of the tests."""
+    shared = os.environ.get("LORA_EXPORT_TESTS_SHARED")
+    return Path(shared) / "zoo" if shared else cache_folder()
+
+
+@functools.cache
 def checkpoint(arch: str) -> Path:
     """Return the checkpoint folder of ``arch``; do not change it."""
-    return save_checkpoint(arch, cache_folder() / arch / "checkpoint")
+    return _once(shared_folder() / arch / "checkpoint", lambda folder: save_checkpoint(arch, folder))
 
 
 @functools.cache
 def adapter(arch: str, feature: str = "plain", seed: int = 0) -> Path:
     """Return a PEFT folder; do not change it."""
-    return make_adapter(arch, cache_folder() / arch / f"adapter-{feature}-{seed}", feature, seed)
+    folder = shared_folder() / arch / f"adapter-{feature}-{seed}"
+    return _once(folder, lambda made: make_adapter(arch, made, feature, seed))
 
 
 @functools.cache
 def base_onnx(arch: str, exporter: str) -> Path:
     """Return the ONNX file of the base model; do not change it."""
-    return export(arch, exporter, cache_folder() / arch / exporter)
+    folder = shared_folder() / arch / exporter
+    return _once(folder, lambda made: export(arch, exporter, made)) / "model.onnx"
+
+
+def _once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """Return a folder that the first worker makes, where it will be: some of what is made names its place."""
+    done = folder.with_name(f"{folder.name}.done")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_name(f"{folder.name}.lock")):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make(folder)
+            done.touch()
+    return folder
 
 
 def pairs(*exporters: str) -> list[tuple[str, str]]:

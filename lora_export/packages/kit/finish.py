@@ -1,7 +1,7 @@
-"""Complete an engine's record with what only the machine knows that built it, and give all files their names.
+"""Complete an engine record with facts that only the building machine knows, and give all files their names.
 
 Usage: python3 finish.py record.json BUILT LOG ENGINE
-BUILT and LOG lie in a folder of their own, on the disk of ENGINE. The log goes beside it, and the record.
+BUILT and LOG lie in a separate folder on the same disk as ENGINE. The log and the record go beside ENGINE.
 Needs nothing but Python's standard library, 3.8 or newer.
 """
 
@@ -19,18 +19,18 @@ from pathlib import Path
 
 
 def version_in(log: str) -> str:
-    """Return the version that trtexec says it has: ``10.13.0``."""
-    said = re.search(r"TensorRT(?:-RTX)? version: (\d+(?:\.\d+)+)", log)
-    if said is not None:
-        return said.group(1)
+    """Return trtexec's version as its log states it: ``10.13.0``."""
+    stated = re.search(r"TensorRT(?:-RTX)? version: (\d+(?:\.\d+)+)", log)
+    if stated is not None:
+        return stated.group(1)
     packed = re.search(r"\[TensorRT(?:-RTX)? v(\d+)(\d\d)(\d\d)\]", log)
     if packed is not None:
         return ".".join(str(int(part)) for part in packed.groups())
-    sys.exit("Error: the log does not say which version of TensorRT has built the engine")
+    sys.exit("Error: the log does not say which version of TensorRT built the engine")
 
 
 def sealed(record: dict[str, object]) -> bytes:
-    """Return a record as JSON that begins with its own SHA-256, as if that were zeros."""
+    """Return a record as JSON that begins with its own SHA-256, computed with zeros in place of the hash."""
     record.pop("seal", None)
     rest = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False)[1:] + "\n"
     start, end = '{\n "seal": "lora-export:sha256-of-this-file:', '",' + rest
@@ -39,7 +39,7 @@ def sealed(record: dict[str, object]) -> bytes:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's names, are on the disk."""
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
     handle = os.open(str(path), os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -48,18 +48,18 @@ def sync(path: Path) -> None:
 
 
 def give_names(files: dict[Path, Path]) -> None:
-    """Give files their names, the record's last, while no other run does so in that folder.
+    """Give files their names, the record last, while no other run does so in that folder.
 
-    Meanwhile there is no record: whoever is stopped in between leaves an engine without one, never an engine
-    with another's.
+    The old record is removed first: a run that is stopped in between leaves an engine without a record, never
+    an engine with another engine's record.
 
     Args:
-        files: Where each is to lie, and where it lies.
+        files: Final path → present path; the record last.
     """
     for made in files.values():
         sync(made)
     record = list(files)[-1]
-    # The file that lora-export locks, too.
+    # lora-export locks the same file.
     lock = record.parent / ".lora-export.lock"
     while True:
         with lock.open("ab") as held:
@@ -67,7 +67,7 @@ def give_names(files: dict[Path, Path]) -> None:
                 fcntl.flock(held, fcntl.LOCK_EX)
             try:
                 current = lock.stat().st_ino == os.fstat(held.fileno()).st_ino
-            except FileNotFoundError:  # whoever had it took it away
+            except FileNotFoundError:  # the run that held the lock removed it
                 current = False
             if not current:
                 continue
@@ -91,7 +91,7 @@ def main(template: str, built: str, log: str, engine: str) -> None:
     with Path(built).open("rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
-    said, log_path = Path(log).read_text(encoding="utf-8", errors="replace"), path.with_suffix(".log")
+    log_text, log_path = Path(log).read_text(encoding="utf-8", errors="replace"), path.with_suffix(".log")
     record["name"] = path.name
     record["sha256"] = digest.hexdigest()
     record["size_bytes"] = Path(built).stat().st_size
@@ -103,10 +103,10 @@ def main(template: str, built: str, log: str, engine: str) -> None:
             "sha256": hashlib.sha256(Path(log).read_bytes()).hexdigest(),
         },
     }
-    record["builder_version"] = version_in(said)
+    record["builder_version"] = version_in(log_text)
     record["platform"] = f"{platform.system().lower()}-{platform.machine().lower()}"
     for name, label in (("weights", "Weights"), ("activations", "Activation")):
-        found = re.search(rf"Total {label} Memory: (\d+)", said)
+        found = re.search(rf"Total {label} Memory: (\d+)", log_text)
         if found:
             record["memory"][name] = int(found.group(1))
     written = Path(built).with_name("record.json")

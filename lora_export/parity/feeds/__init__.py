@@ -1,1 +1,1 @@
-"""The inputs of a parity check: made, read, and what they cover."""
+"""Make and read the inputs of a parity check, and measure what they cover."""

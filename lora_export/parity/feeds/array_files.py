@@ -1,7 +1,7 @@
-"""Arrays by name from the user's ``.npz`` or ``.safetensors`` file: feeds, and outputs that were saved.
+"""Read arrays by name from the user's ``.npz`` or ``.safetensors`` file: feeds, and saved outputs.
 
-An ``.npz`` is a zip archive of `numpy.save`'s files. Of each, what its header claims is compared with what
-the archive holds before memory is taken for it, and nothing but plain arrays is read.
+An ``.npz`` is a zip archive of `numpy.save`'s files. The size in each header is compared with the archive
+before memory is allocated, and only plain arrays are read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lora_export.untrusted.archives import archive_entries, archive_problems
 SUFFIXES = (".npz", ".safetensors")
 _AGAIN = "save it again with numpy.savez(file, **arrays) or safetensors"
 _ENDING = ".npy"
-# Version 3 is for arrays of records, whose fields have names.
+# Version 3 is only for arrays of records, whose fields have names.
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -35,7 +35,7 @@ def read_arrays(path: Path) -> dict[str, Array]:
         path: A file whose suffix is one of `SUFFIXES`.
 
     Raises:
-        BackendError: It is damaged, claims more than it holds, or holds something else than arrays.
+        BackendError: The file is damaged, claims more than it holds, or holds something else than arrays.
     """
     if path.suffix == ".safetensors":
         try:

@@ -1,7 +1,7 @@
-"""Which rows of the embeddings that an adapter changes are read by the feeds.
+"""Find which rows of the embeddings that an adapter changes are read by the feeds.
 
-A row that no feed reads may hold anything: it shows in no output. In PyTorch the lookups are recorded; where
-the reference is a graph, the values that go into the lookups of the candidate are looked at.
+An error in a row that no feed reads shows in no output. In PyTorch the lookups are recorded; if the reference
+is a graph, the indices of the candidate's lookups are read.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Table:
     """An embedding that an adapter changes.
 
     Attributes:
-        path: Of its module.
-        read: For each row whether a feed reads it where nothing is padded.
-        is_longest: The longest input that the model takes was among the feeds.
+        path: Path of its module.
+        read: For each row, True if a feed reads it at a position without padding.
+        is_longest: True if the longest input that the model takes was among the feeds.
     """
 
     path: str
@@ -46,37 +46,37 @@ class Table:
 
     @property
     def rows(self) -> int:
-        """How many rows it has."""
+        """Number of rows."""
         return len(self.read)
 
     @property
     def unread(self) -> list[int]:
-        """Rows that no feed reads."""
+        """Numbers of the rows that no feed reads."""
         return [int(row) for row in np.flatnonzero(~self.read)]
 
     @property
     def is_vocabulary(self) -> bool:
-        """Whether token ids are what it is looked up by; a position may by chance be the same number."""
+        """True if most lookups are by token ids; a position may by chance equal a token id."""
         return 2 * self._by_ids > self._lookups
 
     def add(self, index: Array, feed: Feed, ids: Collection[str]) -> None:
-        """Count the rows of one lookup; ``ids`` are the inputs that hold token ids."""
+        """Mark the rows of one lookup as read; ``ids`` are the inputs that hold token ids."""
         self._lookups += 1
         self._by_ids += any(np.array_equal(index, feed.values[name]) for name in ids)
         rows = _unpadded(index, feed).astype(np.int64)
-        # Of other lookups than those of the table, as where a probe is wrong, nothing is counted.
+        # Indices out of range come from a wrong probe, and are not counted.
         rows = rows[(rows >= -self.rows) & (rows < self.rows)]
         self.read[rows] = True
 
 
 @dataclass
 class Coverage:
-    """The tables, and which of their rows have been read so far.
+    """The tables, with the rows that were read so far.
 
     Attributes:
         sides: Both sides of the check.
         tables: Path → table.
-        unknown: Embeddings of which it can't be seen what reads them, and why.
+        unknown: Path of each embedding whose lookups can't be seen → the reason.
     """
 
     sides: Sides
@@ -87,10 +87,10 @@ class Coverage:
 
     @classmethod
     def of(cls, sides: Sides) -> Coverage:
-        """Find the tables that the adapters of a check change."""
-        made, right = cls(sides), sides.reference
-        if isinstance(right, CheckpointReference):
-            for path, owner in right.model.changed_embeddings.items():
+        """Return a coverage with the tables that the adapters of a check change."""
+        made, reference = cls(sides), sides.reference
+        if isinstance(reference, CheckpointReference):
+            for path, owner in reference.model.changed_embeddings.items():
                 made.tables[path] = Table(path, np.zeros(len(owner.get()), np.bool_))
         else:
             made._look_into_the_graph()
@@ -98,10 +98,10 @@ class Coverage:
 
     @contextlib.contextmanager
     def watch(self, feed: Feed) -> Iterator[None]:
-        """Count what is read while both sides run on a feed."""
-        right = self.sides.reference
-        if isinstance(right, CheckpointReference) and self.tables:
-            owners, ids = right.model.changed_embeddings, self._ids
+        """Record the rows that are read while both sides run on a feed inside the block."""
+        reference = self.sides.reference
+        if isinstance(reference, CheckpointReference) and self.tables:
+            owners, ids = reference.model.changed_embeddings, self._ids
             with record_lookups(owners, lambda path, index: self.tables[path].add(index, feed, ids)):
                 yield
             return
@@ -110,10 +110,10 @@ class Coverage:
             self._count_in_the_graph(feed)
 
     def notes(self, hint: str) -> list[str]:
-        """Return a line for each table of which rows were not read.
+        """Return a line for each table with rows that were not read.
 
         Args:
-            hint: How to have more of them read.
+            hint: Text on how to have more of them read.
         """
         lines = []
         for table in self.tables.values():
@@ -122,12 +122,12 @@ class Coverage:
             how = "no longer input fits the model" if table.is_longest else hint
             lines.append(
                 f"{table.rows - len(unread):,} of {table.rows:,} rows of {table.path}, which the adapter "
-                f"changes, are read by the inputs; what is wrong with the others ({_ranges(unread)}) does "
-                f"not show ({how})"
+                f"changes, are read by the inputs; an error in the others ({_ranges(unread)}) does not show "
+                f"({how})"
             )
         lines += [
-            f"which rows of {path}, which the adapter changes, are read by the inputs is not known ({why}); "
-            "what is wrong with rows that none reads does not show"
+            f"it is not known which rows of {path}, which the adapter changes, the inputs read ({why}); an "
+            "error in rows that none reads does not show"
             for path, why in self.unknown.items()
         ]
         return lines
@@ -147,7 +147,7 @@ class Coverage:
             return
         path = self.sides.candidate.about.path
         if path.suffix != ".onnx":
-            self.unknown = dict.fromkeys(shapes, "the candidate is an engine, the reference no checkpoint")
+            self.unknown = dict.fromkeys(shapes, "the candidate is an engine, the reference not a checkpoint")
             return
         self._graph = load_graph(path)
         probes, missing = find_probes(self._graph, list(shapes.values()), lambda _: None)
@@ -170,7 +170,7 @@ class Coverage:
                 self._graph, list(values.values()), {**feed.values, **tensors}, candidate.about.provider
             )
         except LoraExportError as error:
-            # A note gets lost by it, no verdict.
+            # Only a note is lost, not a verdict.
             self.unknown |= dict.fromkeys(values, error.message)
             self.tables, self._probes = {}, ()
             return
@@ -179,7 +179,7 @@ class Coverage:
 
 
 def _unpadded(index: Array, feed: Feed) -> Array:
-    """Return the indices of a lookup where some row of the batch is not padded, flat."""
+    """Return the indices of a lookup, flat, at positions where some row of the batch is not padded."""
     masks = [
         mask
         for mask in masks_of(feed)

@@ -1,7 +1,7 @@
-"""What a graph's inputs are for, and a set of values for them.
+"""Describe a graph's inputs and hold values for them.
 
-An input's kind comes from its name and dtype; the meaning of its dimensions from `engines.dims`, so that
-parity and an engine's profiles read a graph in the same way.
+An input's kind is told by its name and dtype, the meaning of its dimensions by `engines.dims`, so that parity
+and an engine's profiles read a graph in the same way.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lora_export.graph.onnx_file import load_graph
 
 InputKind = Literal["ids", "types", "positions", "steps", "mask", "past", "bytes", "bools", "values"]
 _PAST_NAME = re.compile(r"^past(_key_values|_key|_value|\b)")
-# Operators that leave ids what they are.
+# Operators that don't change ids.
 _SAME_IDS = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 _LOOKUPS = {"Gather": "axis", "GatherBlockQuantized": "gather_axis"}
 _TOKEN_KINDS = ("ids", "types", "positions", "mask")
@@ -36,10 +36,10 @@ class InputPort:
     """An input of a graph that a feed must have.
 
     Attributes:
-        name: Its name.
-        dtype: Of numpy or `ml_dtypes`.
-        shape: For each axis its size, the name of its dimension, or None where it has neither.
-        rows: Where it is an index: how many rows the table has that the graph looks it up in, if known.
+        name: Name of the input.
+        dtype: Type in numpy or `ml_dtypes`.
+        shape: Size, name of the dimension, or None if it has neither, for each axis.
+        rows: For an index: number of rows of the table that the graph looks it up in, or None if unknown.
     """
 
     name: str
@@ -49,7 +49,7 @@ class InputPort:
 
     @property
     def kind(self) -> InputKind | None:
-        """What it is for; None where neither name nor dtype tells."""
+        """Purpose of the input; None if neither name nor dtype tells it."""
         name, rank = self.name.lower(), len(self.shape)
         if _PAST_NAME.match(name):
             return "past" if rank == 4 and is_float(self.dtype) else None
@@ -68,7 +68,7 @@ class InputPort:
         return _integer_kind(name) if rank == 2 else None
 
     def role(self, axis: int) -> str | None:
-        """Return what an axis counts, by the names of `captured`, or None where nothing tells."""
+        """Return the role of an axis, with the names of `captured`, or None if nothing tells it."""
         dim = self.shape[axis]
         if self.kind == "past":
             # Not by the dimension's name: onnxruntime-genai calls the head's size kv_cache_dim.
@@ -86,24 +86,24 @@ class InputPort:
         return self._side(found, str(dim)) if found == SEQUENCE else found
 
     def _side(self, role: str, symbol: str = "") -> str:
-        """Tell the tokens of a decoder behind an encoder from the encoder's."""
+        """Return the role of tokens: the decoder's role for tokens of a decoder after an encoder."""
         decoder = "decoder" in symbol or ("encoder" not in symbol and self.name.startswith("decoder_"))
         return DECODER_SEQUENCE if decoder else role
 
     @property
     def text(self) -> str:
-        """Its dtype and shape for messages: ``int64 [batch, sequence]``."""
+        """Type and shape for messages: ``int64 [batch, sequence]``."""
         return f"{self.dtype.name} [{', '.join('?' if dim is None else str(dim) for dim in self.shape)}]"
 
 
 @dataclass(frozen=True, eq=False)
 class Feed:
-    """Values for all inputs of a graph but LoRA's.
+    """Values for all inputs of a graph except LoRA's.
 
     Attributes:
-        label: What reports call it.
-        values: Input → values.
-        shared: Inputs without a batch axis: all rows have them in common.
+        label: Name in reports.
+        values: Input name → values.
+        shared: Inputs without a batch axis, which all rows share.
     """
 
     label: str
@@ -112,7 +112,7 @@ class Feed:
 
     @property
     def batch(self) -> int:
-        """How many rows it has."""
+        """Number of rows."""
         for name in ("input_ids", "pixel_values", *self.values):
             if name in self.values and name not in self.shared:
                 return int(self.values[name].shape[0])
@@ -120,10 +120,10 @@ class Feed:
 
     @property
     def mask(self) -> Array | None:
-        """Which of the tokens that logits stand for are no padding, bool ``[batch, sequence]``.
+        """True for each token of the logits that is not padding, bool ``[batch, sequence]``; None if unknown.
 
-        Tokens of the past are left out. Behind an encoder they are the decoder's: its own mask where the
-        graph has one, else None, for the encoder's says nothing of them.
+        Tokens of the past are left out. After an encoder the tokens are the decoder's: its own mask if the
+        graph has one, otherwise None, as the encoder's mask does not cover them.
         """
         prefix = "decoder_" if "decoder_input_ids" in self.values else ""
         found = self.values.get(f"{prefix}attention_mask")
@@ -136,13 +136,13 @@ class Feed:
 
     @property
     def past(self) -> int:
-        """How many past tokens its key-value cache holds."""
+        """Number of past tokens in its key-value cache."""
         sizes = (v.shape[2] for name, v in self.values.items() if _PAST_NAME.match(name) and v.ndim == 4)
         return int(next(sizes, 0))
 
     @property
     def shapes(self) -> dict[str, list[int]]:
-        """Input → its sizes."""
+        """Input name → its sizes."""
         return {name: list(values.shape) for name, values in self.values.items()}
 
     @property
@@ -156,12 +156,12 @@ class Feed:
 
 
 def ids_left(feeds: Sequence[Feed], ports: Sequence[InputPort], vocab_size: int | None) -> list[str]:
-    """Return a line where some token ids are in no feed: their rows of the embedding are never read.
+    """Return a line if some token ids are in no feed, as their rows of the embedding are never read.
 
     Args:
-        feeds: All of them.
+        feeds: All feeds.
         ports: The graph's inputs.
-        vocab_size: How many token ids there are; None: as many as the graph's table has rows, if known.
+        vocab_size: Number of token ids; None: number of rows of the graph's table, if known.
     """
     if vocab_size is None:
         vocab_size = max((port.rows or 0 for port in ports if port.kind == "ids"), default=0) or None
@@ -175,17 +175,17 @@ def ids_left(feeds: Sequence[Feed], ports: Sequence[InputPort], vocab_size: int 
     if not found or vocab_size is None or len(found) >= vocab_size:
         return []
     return [
-        f"{len(found):,} of {vocab_size:,} token ids occur in the inputs; what is wrong with other rows of "
-        "an embedding alone does not show (more: --samples, --sequence)"
+        f"{len(found):,} of {vocab_size:,} token ids occur in the inputs; an error only in other rows of an "
+        "embedding does not show (more: --samples, --sequence)"
     ]
 
 
 def rows_of(feed: Feed, indices: Sequence[int]) -> Feed:
-    """Return a feed with some rows of another, in the order given; a row may come more than once.
+    """Return a feed with some rows of another, in the given order; a row may occur more than once.
 
     Args:
-        feed: Where they are taken from.
-        indices: Numbers of rows.
+        feed: Feed to take the rows from.
+        indices: Numbers of the rows.
     """
     chosen = np.asarray(indices, np.int64)
     values = {name: v if name in feed.shared else v[chosen] for name, v in feed.values.items()}
@@ -198,10 +198,10 @@ def shared_inputs(ports: Iterable[InputPort]) -> frozenset[str]:
 
 
 def sizes_by_role(ports: Sequence[InputPort]) -> list[tuple[InputPort, int, str | None]]:
-    """Return every axis of every input with what it counts.
+    """Return every axis of every input with its role.
 
     Returns:
-        Input, axis, role. A mask of a fixed length covers past and new tokens where there is a cache.
+        List of (input, axis, role). With a cache, a mask of a fixed length covers past and new tokens.
     """
     cached = any(port.kind == "past" for port in ports)
     found = []
@@ -219,10 +219,10 @@ def ports_of_graph(path: Path, exclude: Collection[str] = ()) -> list[InputPort]
 
     Args:
         path: The graph.
-        exclude: Inputs to leave out: LoRA's. Those with a default are left out anyway.
+        exclude: Inputs to leave out: LoRA's. Inputs with a default are left out anyway.
 
     Raises:
-        GraphError: It can't be read, or has inputs that are no tensors of a known rank.
+        GraphError: The graph can't be read, or has inputs that are not tensors of a known rank.
     """
     graph = load_graph(path).graph
     values = [v for v in graph.inputs if v.name not in exclude and v.name not in graph.initializers]
@@ -233,7 +233,7 @@ def ports_of_graph(path: Path, exclude: Collection[str] = ()) -> list[InputPort]
     ]
     if problems:
         raise GraphError(
-            f"{path.name} has inputs that are no tensors of a known rank",
+            f"{path.name} has inputs that are not tensors of a known rank",
             "export it again with plain tensors as inputs",
             problems,
         )
@@ -241,7 +241,7 @@ def ports_of_graph(path: Path, exclude: Collection[str] = ()) -> list[InputPort]
 
 
 def is_float(dtype: np.dtype[Any]) -> bool:
-    """Whether a dtype is a floating point type of numpy or `ml_dtypes`."""
+    """Return True if a dtype is a floating point type of numpy or `ml_dtypes`."""
     return np.issubdtype(dtype, np.floating) or dtype.name.startswith(("bfloat", "float"))
 
 
@@ -256,7 +256,7 @@ def _port(value: ir.Value) -> InputPort:
 
 
 def _rows_looked_up(value: ir.Value) -> int | None:
-    """Return how many rows the smallest table has that a value is an index of."""
+    """Return the number of rows of the smallest table that a value is an index of."""
     sizes, todo = [], [value]
     while todo:
         for node, position in todo.pop().uses():

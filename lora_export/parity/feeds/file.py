@@ -1,6 +1,6 @@
-"""Feeds from the user's ``.npz`` or ``.safetensors`` file, checked against the inputs.
+"""Read feeds from the user's ``.npz`` or ``.safetensors`` file, and check them against the inputs.
 
-One feed under the inputs' own names, or several under ``<label>/<input>``.
+A file holds one feed under the inputs' own names, or several under ``<label>/<input>``.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def read_feeds(
     Args:
         path: The file.
         ports: The graph's inputs without LoRA's.
-        captured: Its record, where it has one: vocabulary and largest sizes.
-        vocab_size: How many token ids there are; goes before the record, and that before the graph's table.
+        captured: The graph's metadata on its model, if any: vocabulary and largest sizes.
+        vocab_size: Number of token ids; it overrides the metadata, and these the graph's table.
 
     Returns:
-        One feed, called like the file, or one for each label, in the file's order.
+        One feed with the file's name, or one for each label, in the file's order.
 
     Raises:
-        BackendError: It can't be read, or does not fit the inputs; everything that is wrong is listed.
+        BackendError: The file can't be read, or does not fit the inputs; all problems are listed.
     """
     tensors = _tensors(path)
     names = [port.name for port in ports]
@@ -46,8 +46,8 @@ def read_feeds(
         where = f"{label}: " if len(feeds) > 1 else ""
         problems += [f"{where}{problem}" for problem in checker.problems(values)]
     if problems:
-        wanted = "; ".join(f"{port.name} {port.text}" for port in ports)
-        raise BackendError(f"the feeds in {path} don't fit the graph", f"it takes: {wanted}", problems)
+        taken = "; ".join(f"{port.name} {port.text}" for port in ports)
+        raise BackendError(f"the feeds in {path} don't fit the graph", f"it takes: {taken}", problems)
     shared = shared_inputs(ports)
     return [
         Feed(label, {name: np.array(values[name]) for name in names}, shared)
@@ -57,8 +57,8 @@ def read_feeds(
 
 def _tensors(path: Path) -> dict[str, Array]:
     if not path.is_file():
-        what = "a folder" if path.is_dir() else "no file"
-        raise BackendError(f"{path} is {what}", "give an .npz or .safetensors file with the inputs' values")
+        text = f"{path} is a folder" if path.is_dir() else f"no file at {path}"
+        raise BackendError(text, "give an .npz or .safetensors file with the inputs' values")
     if path.suffix not in SUFFIXES:
         raise BackendError(
             f"{path} is neither .npz nor .safetensors", "save the inputs with numpy.savez(file, **inputs)"
@@ -72,12 +72,12 @@ def _tensors(path: Path) -> dict[str, Array]:
 def _by_label(
     path: Path, tensors: Mapping[str, Array], names: Sequence[str]
 ) -> tuple[dict[str, dict[str, Array]], list[str]]:
-    """Return label → input → values, and names that are neither."""
+    """Return label → input → values, and a problem for each name that has no label."""
     if any(key in names for key in tensors) or not any("/" in key for key in tensors):
         return {path.stem: dict(tensors)}, []
     feeds: dict[str, dict[str, Array]] = {}
     problems = []
-    # An input's name may hold a slash itself: the longest one that fits is meant.
+    # An input's name may contain a slash: the longest name that fits is meant.
     ordered = sorted(names, key=len, reverse=True)
     for key, values in tensors.items():
         found = next((name for name in ordered if key.endswith(f"/{name}")), None)
@@ -85,12 +85,12 @@ def _by_label(
         if label:
             feeds.setdefault(label, {})[name] = values
         else:
-            problems.append(f"{key}: no <label>/<input>, as the others are")
+            problems.append(f"{key}: not <label>/<input>, as the others are")
     return feeds, problems
 
 
 class _Checker:
-    """What is wrong with one feed."""
+    """Check one feed."""
 
     def __init__(self, ports: Sequence[InputPort], captured: Captured | None, vocab_size: int | None) -> None:
         self._ports = {port.name: port for port in ports}
@@ -99,8 +99,8 @@ class _Checker:
         self._vocab_size = vocab_size or (captured.vocab_size if captured else None)
 
     def problems(self, values: dict[str, Array]) -> list[str]:
-        """Return a line for everything that is wrong; bfloat16 values of an .npz get their dtype back."""
-        problems = [f"{name}: no input of the graph" for name in values if name not in self._ports]
+        """Return a line for each problem; bfloat16 values of an .npz get their dtype back."""
+        problems = [f"{name}: not an input of the graph" for name in values if name not in self._ports]
         problems += [
             f"{name}: missing, {port.text}" for name, port in self._ports.items() if name not in values
         ]
@@ -109,7 +109,7 @@ class _Checker:
             if name not in values:
                 continue
             if port.dtype == _BFLOAT16 and values[name].dtype == np.dtype("V2"):
-                values[name] = values[name].view(_BFLOAT16)  # .npz has no word for it
+                values[name] = values[name].view(_BFLOAT16)  # .npz can't express this dtype
             found = _port_problem(port, values[name])
             problems += found
             if not found:

@@ -1,11 +1,11 @@
-"""Feeds beside the usual ones, for rows of embeddings that these leave unread.
+"""Add feeds for rows of embeddings that the usual feeds leave unread.
 
-The usual ones are short, so that of a table of positions most rows are read by none. What is added is within
-a few times their cost:
+The usual feeds are short, so that most rows of a table of positions are unread. The added feeds cost at most
+a few times as much:
 
 1. for a table that is read by position, one input as long as the table, the model and `_TOKENS` allow;
-2. for a vocabulary, one input with the ids that are left, where it can hold all of them. Of a large
-   vocabulary it can't, and a thousand ids more would prove little.
+2. for a vocabulary, one input with the remaining ids, if it can hold all of them. For a large vocabulary it
+   can't, and a thousand more ids would prove little.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from lora_export.parity.feeds.sizes import LENGTHS, Sizes, chosen_batches, chose
 from lora_export.parity.sides.reference import CheckpointReference
 from lora_export.parity.sides.sides import Sides, vocabulary_of
 
-# Tokens of one feed, and values of its logits: half a gigabyte in float64.
+# Largest number of tokens of one feed, and of values of its logits: half a gigabyte in float64.
 _TOKENS = 1024
 _LOGITS = 1 << 26
-# Where nothing tells which token is padding, it is taken for one of the first.
+# If the padding token is unknown, it is assumed to be among the first ids.
 _SPECIAL = 4
 
 
 class FurtherFeeds:
-    """Adds feeds to a comparison.
+    """Add feeds to a comparison.
 
     Args:
         sides: Both sides.
-        coverage: What was read so far.
-        batches: What the user asked for.
-        seed: Of the values.
+        coverage: Rows that were read so far.
+        batches: Batch sizes that the user gave, or None.
+        seed: Seed of the values.
     """
 
     def __init__(self, sides: Sides, coverage: Coverage, batches: Sequence[int] | None, seed: int) -> None:
@@ -53,7 +53,7 @@ class FurtherFeeds:
         self._most = max(min(self._tokens, self._sizes.longest or _TOKENS), 1)
 
     def add_to(self, comparison: Comparison, runs: list[Feed]) -> list[str]:
-        """Compare on more feeds, which are added to ``runs``; return what a user should know."""
+        """Compare on more feeds, append them to ``runs``, and return notes."""
         notes: list[str] = []
         if self._sizes.roles & set(LENGTHS) and self._coverage.tables:
             for table in self._coverage.tables.values():
@@ -72,14 +72,14 @@ class FurtherFeeds:
         if not unread:
             return
         usual = max(chosen_sequences(None, self._sizes)[1])
-        if not table.is_vocabulary:
-            # Where a table starts behind an offset (RoBERTa, OPT), two tokens fewer fit; buckets of distances
-            # (T5) reach further than there are rows.
-            wanted = (4 * table.rows, table.rows, table.rows - 2, table.rows // 2)
-            for length in dict.fromkeys(min(size, self._most) for size in wanted):
+        if not table.is_vocabulary:  # rule 1
+            # If positions start at an offset (RoBERTa, OPT), two tokens fewer fit; buckets of distances (T5)
+            # reach further than there are rows.
+            lengths = (4 * table.rows, table.rows, table.rows - 2, table.rows // 2)
+            for length in dict.fromkeys(min(size, self._most) for size in lengths):
                 if length > usual:
                     yield from self._made(min(self._batches), length, self._meant())
-        elif len(unread) <= self._tokens and len(self._batches) > 1:
+        elif len(unread) <= self._tokens and len(self._batches) > 1:  # rule 2
             yield from self._made(-(-len(unread) // usual), usual, unread)
         elif len(unread) <= self._most * self._batches[0]:
             yield from self._made(self._batches[0], -(-len(unread) // self._batches[0]), unread)
@@ -98,20 +98,20 @@ class FurtherFeeds:
                 padded=False,
             )
         except BackendError:
-            # The graph does not take this size; the next may fit.
+            # The graph does not take this size; the next one may fit.
             return
 
     def _meant(self) -> list[int]:
-        """Return all token ids but the padding's: RoBERTa gives that one no position of its own."""
-        right = self._sides.reference
+        """Return all token ids except padding, which has no position of its own in RoBERTa."""
+        reference = self._sides.reference
         special: set[int | None] = set(range(_SPECIAL))
-        if isinstance(right, CheckpointReference):
-            special = {getattr(getattr(right.model.module, "config", None), "pad_token_id", None)}
+        if isinstance(reference, CheckpointReference):
+            special = {getattr(getattr(reference.model.module, "config", None), "pad_token_id", None)}
         ids = np.random.default_rng(self._seed).permutation(self._vocabulary)
         return [int(token) for token in ids if token not in special]
 
     def _fits(self, comparison: Comparison, feed: Feed) -> bool:
-        """Whether the reference takes a feed: nothing but a run tells how many positions it has."""
+        """Return True if the reference takes a feed: only a run tells how many positions it has."""
         try:
             self._sides.reference.run(feed.values, comparison.states[0])
         except BackendError:
@@ -126,13 +126,13 @@ class FurtherFeeds:
                 comparison.add(feed)
         except BackendError as error:
             return [
-                f"an input that the reference takes ({feed.label}) was not compared, the candidate does not "
+                f"an input that the reference takes ({feed.label}) was not compared: the candidate doesn't "
                 f"take it: {error.message}"
             ]
         runs.append(feed)
         return []
 
     def _is_longest(self, table: Table, feed: Feed) -> bool:
-        """Whether what is still unread is so because the model has no more positions."""
+        """Return True if rows are still unread because the model has no more positions."""
         length = max((values.shape[1] for values in feed.values.values() if values.ndim == 2), default=0)
         return length == self._sizes.longest or (not table.is_vocabulary and length < self._most)

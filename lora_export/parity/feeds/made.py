@@ -1,6 +1,6 @@
-"""Feeds for a parity check, made from the graph's own inputs; `feeds_file.read_feeds` reads the user's.
+"""Make feeds for a parity check from the graph's own inputs; `file.read_feeds` reads the user's.
 
-What is made: token ids within the vocabulary, dealt like cards so that as many different ones as possible
+The values are: token ids within the vocabulary, dealt like cards so that as many different ones as possible
 occur; masks with rows padded on the left, rows padded on the right and full rows; an empty past and one of a
 few tokens; positions that count a row's own tokens; floats from a standard normal distribution.
 """
@@ -36,11 +36,11 @@ from lora_export.parity.feeds.sizes import LENGTHS, Sizes, chosen_batches, chose
 
 __all__ = ["Feed", "InputPort", "ids_left", "make_feeds", "ports_of_graph", "read_feeds", "rows_of"]
 
-# A cache's keys and values are smaller than what a layer's norm puts out.
+# A cache's keys and values are smaller than the outputs of a layer's norm.
 _PAST_SCALE = 0.5
-# Of a graph whose table of token types can't be seen: BERT's.
+# Number of token types if the graph's table can't be seen: BERT's.
 _TYPES = 2
-# The largest of today's models have some hundred thousands; all ids are shuffled at once.
+# Today's largest models have some hundred thousand ids; all ids are shuffled at once.
 _MAX_VOCABULARY = 1 << 22
 _PADDINGS = ("none", "left", "right")
 
@@ -59,28 +59,28 @@ def make_feeds(
     """Make feeds for a graph; the same arguments give the same bytes.
 
     Every batch and every sequence occurs, then every pair of them, then the pairs again with other values,
-    paddings and pasts; more samples leave the first ones as they are. Of a graph with a cache, every second
-    feed has a past. Behind an encoder the decoder
-    reads as many tokens as the next of the sequences says, so that the two differ.
+    paddings and pasts; more samples leave the first feeds unchanged. With a cache, every second feed has a
+    past. A decoder after an encoder reads as many tokens as the next sequence in the list, so that the two
+    differ.
 
     Args:
         ports: The graph's inputs without LoRA's.
-        captured: Its record, where it has one: vocabulary and largest sizes.
-        batches: Numbers of rows; None: what the graph fixes, else (1, 4).
-        sequences: Numbers of new tokens; None: what the graph fixes, else (1, 16) as far as the model has
-            positions. A graph without tokens does not look at them.
-        seed: Of the random values.
-        samples: How many feeds; at least as many as there are batches, and sequences.
-        vocab_size: How many token ids there are; goes before the record, and that before the graph's table.
+        captured: The graph's metadata on its model, if any: vocabulary and largest sizes.
+        batches: Numbers of rows; None: the number that the graph fixes, else (1, 4).
+        sequences: Numbers of new tokens; None: the number that the graph fixes, else (1, 16) as far as the
+            model has positions. They have no effect on a graph without tokens.
+        seed: Seed of the random values.
+        samples: Number of feeds; at least the number of batches and of sequences.
+        vocab_size: Number of token ids; it overrides the metadata, and these the graph's table.
         first: Token ids that are dealt before all others.
-        padded: Some rows are padded, where the graph has a mask.
+        padded: Pad some rows, if the graph has a mask.
 
     Returns:
         ``samples`` feeds with different labels.
 
     Raises:
-        BackendError: Inputs that are not understood, an unknown vocabulary, or sizes that the graph does not
-            take; all of them are listed.
+        BackendError: Inputs are not understood, the vocabulary is unknown, or the graph does not take the
+            sizes; all problems are listed.
     """
     sizes = Sizes.of(ports, captured)
     unclear = _unclear(ports, captured, vocab_size)
@@ -97,13 +97,13 @@ def make_feeds(
 
 
 def _unclear(ports: Sequence[InputPort], captured: Captured | None, vocab_size: int | None) -> list[str]:
-    """Return a line for each input that nothing can be made for."""
-    problems = [f"{port.name}: {port.text}, don't know what it is" for port in ports if port.kind is None]
+    """Return a line for each input that no values can be made for."""
+    problems = [f"{port.name}: {port.text}, its purpose is unknown" for port in ports if port.kind is None]
     known = [port for port in ports if port.kind is not None]
     problems += Sizes.of(known, captured).problems
     vocabularies = _vocabularies(ports, captured, vocab_size)
     problems += [
-        f"{port.name}: {port.text}, nothing tells how many token ids there are"
+        f"{port.name}: {port.text}, the number of token ids is unknown"
         for port in ports
         if port.kind == "ids" and vocabularies[port.name] is None
     ]
@@ -120,7 +120,7 @@ def _unclear(ports: Sequence[InputPort], captured: Captured | None, vocab_size: 
 def _vocabularies(
     ports: Sequence[InputPort], captured: Captured | None, vocab_size: int | None
 ) -> dict[str, int | None]:
-    # The graph's own table last: if it lacks a row, the row is to be asked for.
+    # The graph's own table comes last: if it lacks a row, a feed must use that row.
     known = vocab_size or (captured.vocab_size if captured else None)
     return {port.name: known or port.rows for port in ports if port.kind == "ids"}
 
@@ -135,14 +135,14 @@ def _number_problems(seed: int, samples: int, least: int) -> list[str]:
 
 
 def _pairs(batches: Sequence[int], sequences: Sequence[int]) -> list[tuple[int, int]]:
-    """Return all pairs; the first ones have every batch and every sequence."""
+    """Return all pairs; the first of them contain every batch and every sequence."""
     longer = max(len(batches), len(sequences))
     first = [(batches[i % len(batches)], sequences[i % len(sequences)]) for i in range(longer)]
     return first + [pair for pair in itertools.product(batches, sequences) if pair not in first]
 
 
 class _Deck:
-    """Token ids, shuffled and dealt: none comes again before all have come."""
+    """Token ids, shuffled and dealt: none is dealt again before all were dealt."""
 
     def __init__(self, size: int, random: np.random.Generator, first: Sequence[int] = ()) -> None:
         self.size, self._random = size, random
@@ -156,7 +156,7 @@ class _Deck:
         while len(dealt) < count:
             deck = self._random.permutation(self.size)
             again = np.isin(deck, dealt)
-            # Those of this hand come last, so that a hand has no id twice where it need not.
+            # Ids dealt in this hand come last, so that a hand repeats an id only if it must.
             deck = np.concatenate([deck[~again], deck[again]])
             taken = count - len(dealt)
             dealt, self._left = np.concatenate([dealt, deck[:taken]]), deck[taken:]
@@ -164,7 +164,7 @@ class _Deck:
 
 
 class _Maker:
-    """Makes one feed after the other."""
+    """Make one feed after the other."""
 
     def __init__(
         self,
@@ -182,7 +182,7 @@ class _Maker:
         self._roles = {(port.name, axis): role for port, axis, role in sizes_by_role(ports)}
 
     def feed(self, number: int, pairs: Sequence[tuple[int, int]], sequences: Sequence[int]) -> Feed:
-        """Return the feed of a number; they are to be asked for in order."""
+        """Return the feed of a number; call it with the numbers in order."""
         turn, place = divmod(number, len(pairs))
         batch, sequence = pairs[place]
         after = sequences[(sequences.index(sequence) + 1) % len(sequences)]
@@ -210,14 +210,14 @@ class _Maker:
         return f"{number + 1}: {', '.join(words)}"
 
     def _mask(self, first: int, side: str, batch: int, past: int, sequence: int) -> Array:
-        """Return which tokens are none of padding, bool ``[batch, past + sequence]``."""
+        """Return a mask that is True for tokens without padding, bool ``[batch, past + sequence]``."""
         mask = np.ones((batch, past + sequence), np.bool_)
         has_mask = any(port.kind == "mask" and self._side(port) == side for port in self._ports)
         if not (has_mask and self._padded):
             return mask
         for row in range(batch):
             padding = _PADDINGS[(row + first) % len(_PADDINGS)]
-            # Never all tokens of the past, nor all of the new ones.
+            # Never pad all tokens of the past, nor all new tokens.
             most = past - 1 if padding == "left" and past else sequence - 1
             if padding == "none" or most < 1:
                 continue
@@ -242,7 +242,7 @@ class _Maker:
         return np.ascontiguousarray(made.astype(port.dtype))
 
     def _made(self, port: InputPort, shape: tuple[int, ...], mask: Array) -> Array:
-        """Return values, not yet in the input's dtype; of a mask its last tokens, as many as fit."""
+        """Return values, not yet in the input's dtype, for the last tokens of the mask that fit."""
         random, kind = self._random, port.kind
         if kind == "ids":
             return self._ids(port.name, mask[:, mask.shape[1] - shape[1] :])
@@ -262,7 +262,7 @@ class _Maker:
         return random.standard_normal(shape) * (_PAST_SCALE if kind == "past" else 1)
 
     def _ids(self, name: str, mask: Array) -> Array:
-        """Return ids: dealt where a token counts, any where there is padding."""
+        """Return ids: dealt ones for tokens, random ones for padding."""
         deck = self._decks[name]
         ids = self._random.integers(0, deck.size, mask.shape)
         ids[mask] = deck.deal(int(mask.sum()))

@@ -1,8 +1,8 @@
-"""A key-value cache that the model itself computed, in place of random numbers.
+"""Replace random key-value caches in feeds by caches that the model itself computed.
 
-Random keys and values are far from what a model ever sees: on SmolLM2-135M they made float16's own error in
-the logits 0.04 to 0.2, and an error of the export could hide there. So the reference reads as many tokens as
-the past is long, without adapter, and what it keeps of them is the past.
+Random keys and values are far from those of real use: on SmolLM2-135M they raised float16's own error in the
+logits to 0.04 to 0.2, and an error of the export could hide there. So the reference reads as many tokens as
+the past has, without an adapter, and its cache of them becomes the past.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _PAST, _PRESENT = "past_key_values.", "present."
 def with_real_pasts(
     feeds: Sequence[Feed], run: Callable[[Mapping[str, Array]], Mapping[str, Array]], seed: int
 ) -> list[Feed]:
-    """Return the feeds, with each past replaced by what the reference keeps of random tokens.
+    """Return the feeds, with each past replaced by the reference's cache of random tokens.
 
     Args:
-        feeds: As `make_feeds` makes them.
-        run: Runs the reference without adapter.
-        seed: Of the tokens, which are drawn from all those of the feeds.
+        feeds: Feeds from `make_feeds`.
+        run: Function that runs the reference without an adapter.
+        seed: Seed of the tokens, which are drawn from those of all feeds.
     """
     random = np.random.default_rng(seed)
     return [_with_real_past(feed, feeds, run, random) if feed.past else feed for feed in feeds]

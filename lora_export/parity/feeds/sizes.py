@@ -1,4 +1,4 @@
-"""Which batches and sequences a graph takes: what it fixes, how many positions its model has."""
+"""Find the batches and sequences that a graph takes: sizes that it fixes, positions that its model has."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _MAX_PAST = 7
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a graph says of its dimensions, by the names of `captured`.
+    """Sizes of a graph's dimensions, by the role names of `captured`.
 
     Attributes:
-        roles: Which there are.
-        fixed: Those of one size.
-        largest: How large they may get.
-        problems: Axes whose size nothing tells, or that contradict each other.
+        roles: Roles that occur.
+        fixed: Role → its fixed size.
+        largest: Role → its largest size.
+        problems: Lines on axes whose size is unknown, or that contradict each other.
     """
 
     roles: frozenset[str]
@@ -38,7 +38,7 @@ class Sizes:
 
     @classmethod
     def of(cls, ports: Sequence[InputPort], captured: Captured | None) -> Sizes:
-        """Read the inputs and the graph's record."""
+        """Return the sizes by the inputs and the graph's metadata."""
         roles: set[str] = set()
         fixed: dict[str, int] = {}
         problems = []
@@ -49,7 +49,7 @@ class Sizes:
             if isinstance(dim, int) and role is not None and fixed.setdefault(role, dim) != dim:
                 problems.append(f"{port.name}: {port.text}, but another input fixes {role} at {fixed[role]}")
             if not isinstance(dim, int) and role is None:
-                problems.append(f"{port.name}: {port.text}, nothing tells the size of axis {axis}")
+                problems.append(f"{port.name}: {port.text}, the size of axis {axis} is unknown")
         largest = dict(captured.largest) if captured else {}
         for port in ports:
             if port.kind == "positions" and port.rows is not None:
@@ -58,12 +58,12 @@ class Sizes:
 
     @property
     def main(self) -> str:
-        """What a sequence asked for is: a graph may be a decoder alone, without its encoder's tokens."""
+        """The role that a requested sequence sets: the decoder's in a graph without an encoder's tokens."""
         alone = DECODER_SEQUENCE in self.roles and SEQUENCE not in self.roles
         return DECODER_SEQUENCE if alone else SEQUENCE
 
     def pasts(self, sequence: int) -> tuple[int, int]:
-        """Return the smallest and largest past that may stand before so many new tokens."""
+        """Return the smallest and largest past that may precede so many new tokens."""
         if PAST_SEQUENCE not in self.roles:
             return 0, 0
         if PAST_SEQUENCE in self.fixed:
@@ -80,7 +80,7 @@ class Sizes:
 
     @property
     def longest(self) -> int | None:
-        """The most new tokens that the graph or its record allow, None where neither limits them."""
+        """Largest number of new tokens that the graph or its metadata allow; None if neither limits it."""
         if self.main in self.fixed or TOTAL_SEQUENCE in self.fixed:
             return max(_usual_sequences(self))
         limits = [self.largest[role] for role in (*LENGTHS, TOTAL_SEQUENCE) if role in self.largest]
@@ -88,7 +88,7 @@ class Sizes:
         return min((limit - past for limit in limits), default=None)
 
     def sequence_problem(self, sequence: int) -> str:
-        """Return why so many new tokens don't fit, or an empty text."""
+        """Return the reason why so many new tokens don't fit, or an empty text."""
         if sequence != self.fixed.get(self.main, sequence):
             return f"the graph fixes {self.main} at {self.fixed[self.main]}"
         past, total = self.pasts(sequence)[0], self.fixed.get(TOTAL_SEQUENCE)
@@ -102,7 +102,7 @@ class Sizes:
 
 
 def chosen_batches(asked: Sequence[int] | None, sizes: Sizes) -> tuple[list[str], list[int]]:
-    """Return what is wrong with the batches asked for, and the batches, each once."""
+    """Return the problems of the requested batches, and the batches, each once."""
     fixed = sizes.fixed.get(BATCH)
     if asked is None:
         return [], list(DEFAULT_BATCHES) if fixed is None else [fixed]
@@ -117,7 +117,7 @@ def chosen_batches(asked: Sequence[int] | None, sizes: Sizes) -> tuple[list[str]
 
 
 def chosen_sequences(asked: Sequence[int] | None, sizes: Sizes) -> tuple[list[str], list[int]]:
-    """Return what is wrong with the sequences asked for, and the sequences, each once."""
+    """Return the problems of the requested sequences, and the sequences, each once."""
     if not sizes.roles & set(LENGTHS):
         return [], [1]
     found = list(dict.fromkeys(_usual_sequences(sizes) if asked is None else asked))
@@ -129,7 +129,7 @@ def chosen_sequences(asked: Sequence[int] | None, sizes: Sizes) -> tuple[list[st
 
 
 def _usual_sequences(sizes: Sizes) -> list[int]:
-    """Return the sequences that a graph is run with unless the user says otherwise."""
+    """Return the sequences that a graph is run with by default."""
     if sizes.main in sizes.fixed:
         return [sizes.fixed[sizes.main]]
     if TOTAL_SEQUENCE in sizes.fixed:

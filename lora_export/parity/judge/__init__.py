@@ -1,1 +1,1 @@
-"""From two runs to verdicts: metrics, limits, verdicts."""
+"""Turn two runs into verdicts: metrics, limits, verdicts."""

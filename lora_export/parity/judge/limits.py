@@ -1,20 +1,18 @@
-"""How large an error may be before something is wrong with the export, and why.
+"""Compute how large an error may be in a correct export, with the reason.
 
-``auto`` takes no number out of the air: PyTorch itself is run in the candidate's dtype on the same feeds,
-adapter unmerged, and loses something against the reference in higher precision. The candidate may lose
-`FACTOR` times as much: it adds up in another order, and fuses operators. To that comes what the merge's own
-report says that rounding W0 + ΔW cost, times the adapter's effect (`ROUNDING_FACTOR`), but not more than
-rounding all weights to the dtype that they are stored in can cost (`STEPS` of it): the report is the
-candidate's own.
+``auto`` limits are measured: PyTorch itself is run in the candidate's dtype on the same feeds, adapter
+unmerged, and has an error against the reference in higher precision. The candidate's error may be `FACTOR`
+times as large: it adds up in another order, and fuses operators. The cost of rounding W0 + ΔW by the merge's
+manifest is added, times the adapter's effect (`ROUNDING_FACTOR`), but not more than rounding all weights to
+their stored dtype can cost (`STEPS` of it), as the manifest comes from the candidate's maker.
 
-What is measured is pooled over the layers of a cache, because a single layer's figure is a matter of luck; a
-layer in which PyTorch loses more than in all together may lose `FACTOR` times that. On
-SmolLM2-135M in float32 ONNX Runtime lost up to 1.7 times what PyTorch lost in the pooled relative error, and
-up to 2.1 times in the worst position pooled over layers and adapters, but 5.7 times in the worst position of
-one layer alone.
+Errors are pooled over the layers of a cache, because a single layer's figure depends on chance; a layer in
+which PyTorch's error is larger than the pooled one may have `FACTOR` times that. On SmolLM2-135M in float32
+the error of ONNX Runtime was up to 1.7 times PyTorch's in the pooled relative error, and up to 2.1 times in
+the worst position pooled over layers and adapters, but 5.7 times in the worst position of one layer alone.
 
-Of a mixture of experts, PyTorch is run once more where tokens are near a tie of their router, with those
-choosing the other way; what that costs is added, not multiplied (`TIES_FACTOR`).
+For a mixture of experts with tokens near a tie of their router, PyTorch is run once more with those tokens
+choosing the other way; the difference is added, not multiplied (`TIES_FACTOR`).
 
 Without a PyTorch run (the reference is a graph, or saved outputs) the limit is a multiple of the dtype's
 step.
@@ -31,21 +29,21 @@ from lora_export.parity.judge.metrics import Distance, Tally
 FACTOR = 4.0
 WORST_FACTOR = 6.0
 ROUNDING_FACTOR = 2.0
-# All ties at once are more than what a candidate has; what one costs depends on those before it.
+# A candidate never has all ties at once; the cost of one depends on those before it.
 TIES_FACTOR = 1.5
-# Of the step, where PyTorch was not run: what a few dozen layers add up to.
+# Multiple of the dtype's step if PyTorch was not run: the sum over a few dozen layers.
 STEPS = 32.0
 STEP = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-# Zeros in place of outputs have a relative error of 1, and 1 at each position: no limit comes near that.
+# Outputs of zeros have a relative error of 1, also at each position: limits stay well below that.
 CEILING = 0.5
-# Where PyTorch's own worst position is that bad, it is up to `WORST_OVER` times what PyTorch has.
+# If PyTorch's own worst position is that bad, the limit is up to `WORST_OVER` times PyTorch's.
 WORST_CEILING = 0.9
 WORST_OVER = 2.0
-# An export whose error is this share of the adapter's effect is not the adapter any more.
+# An export with an error of this share of the adapter's effect no longer represents the adapter.
 EFFECT_LIMIT = 0.1
-# Where the dtype itself loses more, the limit follows it up to here: without the adapter it is above 1.
+# If the dtype's own error is larger, the limit follows it up to here; without the adapter the value is 1.
 EFFECT_CEILING = 0.8
-# Of |applied share − 1|.
+# Limits of |applied share − 1|.
 APPLIED_LIMIT = 0.05
 APPLIED_CEILING = 0.45
 
@@ -55,14 +53,15 @@ class Limit:
     """The limits of a group of outputs in one state.
 
     Attributes:
-        relative: Of the relative error.
-        worst: Of the worst position's.
-        why: Why ``relative`` is what it is.
-        why_worst: Why ``worst`` is.
-        each: Output → the limit of its relative error: a layer of a cache may lose more than all together.
-        ties: What is in ``relative`` for ties of routers.
-        norm: ‖reference‖ of the group, which ``relative`` is to.
-        is_bounded: Of rounding less was taken than the manifest says.
+        relative: Limit of the relative error.
+        worst: Limit of the worst position's error.
+        why: The reason for ``relative``.
+        why_worst: The reason for ``worst``.
+        each: Output → the limit of its relative error: a layer of a cache may have a larger error than all
+            together.
+        ties: Part of ``relative`` that is for ties of routers.
+        norm: ‖reference‖ of the group, which ``relative`` is relative to.
+        is_bounded: True if less rounding was allowed than the manifest states.
     """
 
     relative: float
@@ -75,12 +74,12 @@ class Limit:
     is_bounded: bool = False
 
     def over(self, norm: float) -> Limit:
-        """Return the limits of fewer positions, of this ‖reference‖: a tie is a larger share of them."""
+        """Return the limits for fewer positions with this ‖reference‖, of which a tie is a larger share."""
         more = self.ties * max(self.norm / norm - 1, 0.0) if norm else 0.0
         return replace(self, relative=min(self.relative + more, max(CEILING, self.relative)))
 
     def of(self, output: str) -> tuple[float, str]:
-        """Return the limit of one output's relative error, and why."""
+        """Return the limit of one output's relative error, and the reason."""
         alone = self.each.get(output, 0.0)
         if alone <= self.relative or math.isclose(alone, self.relative):
             return self.relative, self.why
@@ -89,12 +88,12 @@ class Limit:
 
 @dataclass(frozen=True)
 class Rounding:
-    """What the merge's manifest says of rounding.
+    """Cost of rounding by the merge's manifest.
 
     Attributes:
         relative: ‖round(W) − W‖ / ‖ΔW‖ over all modules.
-        source: The manifest.
-        dtype: What most of the candidate's weights are stored in.
+        source: Name of the manifest.
+        dtype: Type that most of the candidate's weights are stored in.
     """
 
     relative: float
@@ -102,16 +101,16 @@ class Rounding:
     dtype: str = "bfloat16"
 
     def cost(self, effect: float) -> tuple[float, bool]:
-        """Return what the limit of the relative error rises by, and whether that is less than is said."""
-        said, most = ROUNDING_FACTOR * self.relative * effect, STEPS * STEP[self.dtype]
-        return min(said, most), said > most
+        """Return the addition to the limit of the relative error, and True if the manifest states more."""
+        stated, most = ROUNDING_FACTOR * self.relative * effect, STEPS * STEP[self.dtype]
+        return min(stated, most), stated > most
 
 
 def pooled_own(tallies: Sequence[Tally]) -> tuple[float, float] | None:
     """Return PyTorch's relative error and its worst position over several outputs.
 
     Returns:
-        None: It was not run, or what it computes in that dtype is not finite, so that nothing is known.
+        (relative error, worst position), or None if PyTorch was not run or its outputs are not finite.
     """
     if any(tally.own is None or tally.own.infinite for tally in tallies):
         return None
@@ -119,7 +118,7 @@ def pooled_own(tallies: Sequence[Tally]) -> tuple[float, float] | None:
 
 
 def pooled_ties(tallies: Sequence[Tally]) -> tuple[float, float]:
-    """Return the same where ties of routers were chosen the other way; 0 where there were none."""
+    """Return both for the run with ties of routers chosen the other way; 0 if there are no ties."""
     if all(tally.ties is None for tally in tallies):
         return 0.0, 0.0
     return pooled(tallies, [tally.ties or Distance() for tally in tallies])
@@ -144,11 +143,11 @@ def limit_of(
     """Return the limits for a group of outputs.
 
     Args:
-        dtype: The candidate's.
+        dtype: Type of the candidate.
         own: `pooled_own` of the group in this state.
-        worst_own: The worst position in any state: how bad the worst one is depends on luck.
+        worst_own: PyTorch's worst position over all states, as a single state's depends on chance.
         effect: ‖with − without‖ / ‖with‖ of the group.
-        rounding: What the merge's manifest says.
+        rounding: Cost of rounding by the merge's manifest.
         ties: `pooled_ties` of the group in this state.
     """
     step = STEP[dtype]
@@ -159,8 +158,8 @@ def limit_of(
     else:
         found = max(own[0], step)
         relative = FACTOR * found
-        whose = f"PyTorch's own in {dtype}" if found == own[0] else f"{dtype}'s step"
-        why = f"{FACTOR:g} × {whose}, {found:.1e}"
+        source = f"PyTorch's own in {dtype}" if found == own[0] else f"{dtype}'s step"
+        why = f"{FACTOR:g} × {source}, {found:.1e}"
         found = max(worst_own, own[0], step)
         worst = WORST_FACTOR * found
         why_worst = f"{WORST_FACTOR:g} × PyTorch's own worst in {dtype}, {found:.1e}"
@@ -186,14 +185,14 @@ def limit_of(
 def effect_limit(
     dtype: str, own: float | None, effect: float, rounding: Rounding | None, ties: float = 0.0
 ) -> tuple[float, str]:
-    """Return the limit of error / effect, and why.
+    """Return the limit of error / effect, and the reason.
 
     Args:
-        dtype: The candidate's.
-        own: PyTorch's own error / effect in that dtype.
+        dtype: Type of the candidate.
+        own: PyTorch's own error / effect in that dtype; None if it was not run.
         effect: ‖with − without‖ / ‖with‖.
-        rounding: What the merge's manifest says.
-        ties: Of routers, chosen the other way: error / effect.
+        rounding: Cost of rounding by the merge's manifest.
+        ties: Error / effect of the run with ties of routers chosen the other way.
     """
     lost = own if own is not None else STEPS * STEP[dtype] / (2 * effect)
     limit, why = 2 * lost, f"2 × {'PyTorch’s own' if own is not None else 'the step’s'} {lost:.2g} in {dtype}"
@@ -211,12 +210,12 @@ def effect_limit(
 
 
 def applied_limit(dtype: str, own: float | None, ratio: float | None = None) -> tuple[float, str]:
-    """Return the limit of |share of the effect − 1|, and why.
+    """Return the limit of |share of the effect − 1|, and the reason.
 
     Args:
-        dtype: The candidate's.
-        own: PyTorch's own |share − 1| in that dtype.
-        ratio: PyTorch's own error / effect in it: how large ``own`` might have been by bad luck.
+        dtype: Type of the candidate.
+        own: PyTorch's own |share − 1| in that dtype; None if it was not run.
+        ratio: PyTorch's own error / effect in that dtype: an upper bound of ``own`` on other feeds.
     """
     limit = APPLIED_LIMIT if own is None else max(FACTOR * own, ratio or 0.0, own)
     if limit <= APPLIED_LIMIT:

@@ -1,6 +1,6 @@
-"""How far two runs are apart, added up feed by feed, so that no outputs have to be kept.
+"""Measure the distance of two runs, added up feed by feed, so that no outputs have to be kept.
 
-Everything is computed in float64. *Positions* are the vectors along an output's last axis: of logits one for
+Everything is computed in float64. *Positions* are the vectors along an output's last axis: for logits one for
 each token. Positions that are padding are left out, see `valid_positions`.
 """
 
@@ -27,18 +27,18 @@ def group_of(output: str) -> str:
 
 
 def is_logits(output: str) -> bool:
-    """Whether an output's last axis is a distribution before its softmax."""
+    """Return True if an output's last axis is a distribution before its softmax."""
     return output.rpartition(".")[2].endswith("logits")
 
 
 def valid_positions(shape: tuple[int, ...], masks: Sequence[Array]) -> NDArray[np.bool_] | None:
-    """Return which positions of an output are not padding, ``shape[:-1]``; None: all of them.
+    """Return True for each position of an output that is not padding, ``shape[:-1]``; None for all positions.
 
-    What a model computes at a padded position means nothing, and implementations differ there.
+    A model's values at padded positions mean nothing, and implementations differ there.
 
     Args:
-        shape: The output's: ``(batch, sequence, …)``, or of a cache ``(batch, heads, total, dim)``.
-        masks: ``(batch, sequence)`` or ``(batch, total)``: the first of the output's length counts.
+        shape: Shape of the output: ``(batch, sequence, …)``, or of a cache ``(batch, heads, total, dim)``.
+        masks: Masks ``(batch, sequence)`` or ``(batch, total)``; the first with the output's length counts.
     """
     if len(shape) < 3:
         return None
@@ -75,15 +75,15 @@ class Distance:
         max_abs: Largest absolute difference.
         sum_abs: Sum of the absolute differences.
         along: (run − reference without the adapter) · (reference with − without it).
-        drift: ‖(run − its own run without the adapter) − (reference with − without it)‖²: what it loses of
-            base and adapter alike cancels. Where it can't do without, against the reference's.
+        drift: ‖(run − its own run without the adapter) − (reference with − without it)‖²: errors that both
+            runs share cancel. If it can't run without the adapter, the reference's run without it is used.
         dot: run · reference.
         norm_squared: ‖run‖².
         kl: Sum over positions of KL(reference‖run).
         top1: Positions with the same largest logit.
-        top5: Sum of the shares of the largest that are the same.
-        infinite: How many values are NaN or infinite.
-        beyond: Largest |difference| / (atol + rtol · |reference|), where a tolerance was given.
+        top5: Sum over positions of the share of the five largest logits that are the same.
+        infinite: Number of values that are NaN or infinite.
+        beyond: Largest |difference| / (atol + rtol · |reference|), if a tolerance was given.
     """
 
     squared: float = 0.0
@@ -106,18 +106,18 @@ class Tally:
     """One output in one state, over all feeds so far.
 
     Attributes:
-        logits: Compare distributions as well.
-        tolerance: ``(rtol, atol)``, where the user gave one.
-        values: Number of values compared.
+        logits: True if distributions are compared as well.
+        tolerance: ``(rtol, atol)``, if the user gave one.
+        values: Number of compared values.
         positions: Number of positions.
         wanted_squared: ‖reference‖².
         moved_squared: ‖reference with − without the adapter‖².
-        infinite: How many values of the reference are NaN or infinite.
+        infinite: Number of the reference's values that are NaN or infinite.
         got: The candidate's distance.
-        own: PyTorch's, run in the candidate's dtype; None where it was not run.
-        ties: The same where experts that are a tie in this dtype were chosen the other way, over the feeds
-            that have such ties; None where there were none.
-        moved: There was a run without the adapter to compare with.
+        own: PyTorch's distance in the candidate's dtype; None if it was not run.
+        ties: PyTorch's distance with experts that are a tie in this dtype chosen the other way, over the
+            feeds with such ties; None if there are none.
+        moved: True if there was a run without the adapter to compare with.
     """
 
     logits: bool = False
@@ -145,13 +145,13 @@ class Tally:
         """Add one feed.
 
         Args:
-            wanted: The reference's values.
-            got: The candidate's, of the same shape.
-            own: PyTorch's in the candidate's dtype.
-            without: The reference's without the adapter.
-            got_without: The candidate's without the adapter, where it can do without.
-            masks: The feed's, see `valid_positions`.
-            tied: PyTorch's in the candidate's dtype with ties chosen the other way.
+            wanted: Values of the reference.
+            got: Values of the candidate, of the same shape.
+            own: Values of PyTorch in the candidate's dtype.
+            without: Values of the reference without the adapter.
+            got_without: Values of the candidate without the adapter, if it can run without it.
+            masks: Masks of the feed, see `valid_positions`.
+            tied: Values of PyTorch in the candidate's dtype with ties chosen the other way.
         """
         valid = valid_positions(wanted.shape, masks)
         exact = _positions(wanted, valid)
@@ -162,7 +162,7 @@ class Tally:
         infinite = _infinite(exact) + (0 if base is None else _infinite(base))
         self.infinite += infinite
         if infinite:
-            # Nothing can be measured against it; what is infinite on the other side is said as well.
+            # Nothing can be measured against infinite values; those of the candidate are counted too.
             self.got.infinite += _infinite(_positions(got, valid))
             return
         self.wanted_squared += float(_squares(exact).sum())
@@ -170,7 +170,7 @@ class Tally:
             self.moved_squared += float(_squares(exact - base).sum())
         own_base = None if got_without is None else _positions(got_without, valid)
         if own_base is not None and _infinite(own_base):
-            own_base = None  # its own state says so
+            own_base = None  # the base state reports it
         self._measure(self.got, exact, _positions(got, valid), base, own_base)
         if own is not None:
             self.own = self.own or Distance()
@@ -200,7 +200,7 @@ class Tally:
         into.dot += float(np.einsum("ij,ij->", found, exact))
         into.norm_squared += float(_squares(found).sum())
         if base is not None:
-            # Against the candidate's own base, what both runs round in the same way cancels.
+            # Against the candidate's own base, rounding that both runs share cancels.
             start = base if found_base is None else found_base
             into.along += float(np.einsum("ij,ij->", found - start, exact - base))
             into.drift += float(_squares(found - start - (exact - base)).sum())
@@ -209,33 +209,33 @@ class Tally:
 
     @property
     def wanted_norm(self) -> float:
-        """‖reference‖."""
+        """Norm of the reference, ‖reference‖."""
         return math.sqrt(self.wanted_squared)
 
     def relative(self, of: Distance) -> float:
-        """Return ‖difference‖ / ‖reference‖; against zeros the difference's norm itself."""
+        """Return ‖difference‖ / ‖reference‖, or ‖difference‖ if the reference is zero."""
         return math.sqrt(of.squared) / (self.wanted_norm or 1.0)
 
     def worst(self, of: Distance) -> float:
-        """Return the worst position's ‖difference‖ to the root mean square norm of the positions."""
+        """Return the worst position's ‖difference‖ relative to the root mean square norm of the positions."""
         mean = math.sqrt(self.wanted_squared / self.positions) if self.positions else 0.0
         return math.sqrt(of.worst_squared) / (mean or 1.0)
 
     @property
     def effect(self) -> float:
-        """‖with − without‖ / ‖with‖."""
+        """The adapter's effect, ‖with − without‖ / ‖with‖."""
         return math.sqrt(self.moved_squared) / (self.wanted_norm or 1.0)
 
     def error_over_effect(self, of: Distance) -> float:
-        """Return ‖difference‖ / ‖with − without‖; Inf where nothing moved."""
+        """Return ‖difference‖ / ‖with − without‖, or Inf if the adapter has no effect."""
         return math.sqrt(of.squared / self.moved_squared) if self.moved_squared else math.inf
 
     def drift_over_effect(self, of: Distance) -> float:
-        """Return how far what the adapter adds is from what it should add, to the latter."""
+        """Return the error of the adapter's contribution relative to the contribution in the reference."""
         return math.sqrt(of.drift / self.moved_squared) if self.moved_squared else math.inf
 
     def applied(self, of: Distance) -> float:
-        """Return which share of the adapter's effect there is: 1 all of it, 0 none, 2 twice."""
+        """Return the applied share of the adapter's effect: 1 for all of it, 0 for none, 2 for twice."""
         return of.along / self.moved_squared if self.moved_squared else math.nan
 
     def metrics(self, state: str, output: str) -> OutputMetrics:
@@ -267,8 +267,8 @@ class Tally:
 
 
 def _add_logits(into: Distance, exact: Doubles, found: Doubles) -> None:
-    wanted, got = _log_softmax(exact), _log_softmax(found)
-    into.kl += float((np.exp(wanted) * (wanted - got)).sum())
+    expected, actual = _log_softmax(exact), _log_softmax(found)
+    into.kl += float((np.exp(expected) * (expected - actual)).sum())
     into.top1 += int((exact.argmax(-1) == found.argmax(-1)).sum())
     count = min(_TOP, exact.shape[-1])
     tops = [np.argpartition(rows, -count, axis=-1)[:, -count:] for rows in (exact, found)]

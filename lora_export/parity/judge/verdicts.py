@@ -1,6 +1,6 @@
-"""From tallies to verdicts: what passes, by how much, and why the limit is what it is.
+"""Turn tallies into verdicts: what passes, by how much, and the reason for each limit.
 
-Outputs are judged in groups (all layers of a cache are one), each with its worst member's figure.
+Outputs are judged in groups (all layers of a cache are one), each by its worst member's figure.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ StateTallies = Mapping[State, Mapping[str, Tally]]
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What the user asked for.
+    """The user's tolerance.
 
     Attributes:
-        rtol: None: ``auto``.
-        atol: None: ``auto``.
+        rtol: Relative tolerance; None for ``auto``.
+        atol: Absolute tolerance; None for ``auto``.
     """
 
     rtol: float | None = None
@@ -46,7 +46,7 @@ class Tolerance:
 
     @property
     def auto(self) -> bool:
-        """The limits come from the dtypes."""
+        """True if the limits are derived from the dtypes."""
         return self.rtol is None
 
     def __str__(self) -> str:
@@ -55,13 +55,13 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Judge:
-    """What limits depend on.
+    """Judge of tallies.
 
     Attributes:
-        dtype: The candidate's.
-        tolerance: The user's.
-        rounding: What the merge's manifest says; None where nothing was merged or rounded.
-        limits: (state, group) → its limits, filled as states are judged.
+        dtype: Type whose limits the candidate must keep.
+        tolerance: The user's tolerance.
+        rounding: Cost of rounding by the merge's manifest; None if nothing was merged or rounded.
+        limits: (state, group) → its limits, set as states are judged.
     """
 
     dtype: str
@@ -70,7 +70,7 @@ class Judge:
     limits: dict[tuple[State, str], Limit] = field(default_factory=dict)
 
     def judge(self, tallies: StateTallies) -> list[Verdict]:
-        """Return the verdicts on every state; afterwards `limits` are known."""
+        """Return the verdicts on every state, and set `limits`."""
         worst_own: dict[str, float] = {}
         for outputs in tallies.values():
             for group, members in groups(outputs).items():
@@ -108,11 +108,11 @@ class Judge:
         """Return the verdicts on the errors of a group of outputs.
 
         Args:
-            state: What was active, for people.
+            state: Name of the state.
             group: Name of the group.
-            members: Its outputs.
-            limit: The limits, where the tolerance is ``auto``.
-            kind: Of a law: what it is called.
+            members: Output → tally, of the group.
+            limit: Limits for the tolerance ``auto``.
+            kind: Name of the law, or "" if it is not a law.
         """
         label, usable = (f"{kind}: " if kind else ""), usable_members(members)
         if not usable:
@@ -156,9 +156,9 @@ class Judge:
             return [_unproven(name, "", _UNKNOWN)]
         moving = {output: tally for output, tally in judged.items() if tally.moved_squared > 0}
         if not moving:
-            # Without finite values there is no telling; they have failed already.
+            # Without finite values nothing can be told, and they have failed already.
             return [_unproven(name, "", _NOTHING_MOVES)] if usable_members(judged) else []
-        # What the model is for; a cache only where nothing else moves.
+        # The model's main outputs; a cache only if nothing else changes.
         main = {output: tally for output, tally in moving.items() if group_of(output) == output} or moving
         verdicts = []
         for output, tally in usable_members(main).items():
@@ -176,7 +176,7 @@ class Judge:
         if not applied:
             why = f"{tally.applied(tally.got):.3g} of the adapter's effect is there; {why}"
         verdicts = [Verdict("effect", "adapter applied", state, output, value, limit, applied, why)]
-        # What a tolerance was given for, as quantising loses it, is no part of what the adapter adds.
+        # A given tolerance allows for an error of the base, such as quantising, which the drift leaves out.
         value = (tally.error_over_effect if self.tolerance.auto else tally.drift_over_effect)(tally.got)
         limit, why = effect_limit(self.dtype, ratio, tally.effect, self.rounding, ties)
         if value > limit and ratio is not None and ratio > EFFECT_CEILING / 2:
@@ -189,10 +189,10 @@ class Judge:
 
 
 def _one_moves(verdicts: list[Verdict]) -> list[Verdict]:
-    """Let adapters without effect fail where there is no other: nothing would tell them from none at all.
+    """Return the verdicts, in which adapters without effect fail if no adapter has an effect.
 
-    Beside one that moves the outputs they are said and pass. Where the reference can't be run without the
-    adapter, no effect can be asked for.
+    If another adapter changes the outputs, they are reported and pass. If the reference can't be run without
+    the adapter, no effect can be required.
     """
     effects = [verdict for verdict in verdicts if verdict.kind == "effect"]
     if any(verdict.counted for verdict in effects):
@@ -227,10 +227,10 @@ def finite_verdicts(
     """Return one verdict on NaN and infinite values: they never pass, on either side.
 
     Args:
-        state: What was active.
-        outputs: The tallies.
-        law: What is checked, where it is a law.
-        right: What the candidate is compared with.
+        state: Active adapters.
+        outputs: Output → tally.
+        law: Name of the law, or "" if it is not a law.
+        right: Name of the side that the candidate is compared with.
     """
     problems, count = [], 0
     for output, tally in outputs.items():
@@ -247,7 +247,7 @@ def finite_verdicts(
 
 
 def largest_limit(limits: Mapping[tuple[State, str], Limit], states: Iterable[State], group: str) -> Limit:
-    """Return the largest limit of a group in several states: of a batch whose rows are in different ones."""
+    """Return the largest limit of a group in several states, for a batch whose rows are in these states."""
     found: Sequence[Limit] = [limits[state, group] for state in states if (state, group) in limits]
     widest = max(found, key=lambda limit: limit.relative)
     worst = max(found, key=lambda limit: limit.worst)

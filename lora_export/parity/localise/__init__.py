@@ -1,1 +1,1 @@
-"""Where the error of a candidate begins."""
+"""Find the module at which a candidate's error begins."""

@@ -1,8 +1,8 @@
-"""Where modules of the PyTorch model are in a graph: the values that go into each and that come out of it.
+"""Find modules of the PyTorch model in a graph: the input and output value of each.
 
-The graph fails, so that its weights can't be trusted. In the order in which they are believed: the record of
-exposed LoRA, names (`lora_export.sites`), and for weights that have lost theirs, which of them
-is nearest to the model's (`probe_content`). Stacked experts are found by the nodes that carry their name.
+The graph fails the check, so its weights can't be trusted. These are tried in order: the LoRA record, names
+(`lora_export.sites`), and for weights without names the constant nearest to the model's weight
+(`by_content`). Stacked experts are found by the nodes that carry their name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lora_export.storage.patch import Placement
 _NORMS = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
 _SKIP_NORMS = {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
 NOT_FOUND = "no node or weight of the graph names it"
-# Output of a skip norm that is the sum which it normalises.
+# Number of a skip norm's output that is its input sum.
 _SKIP_SUM = 3
 
 
@@ -41,10 +41,10 @@ class ModuleShape:
     """A module of the PyTorch model.
 
     Attributes:
-        path: Its path.
+        path: Path of the module.
         kind: ``linear``, ``conv``, ``embedding``; ``vector`` for a norm; ``parameter`` for stacked experts.
-        shape: Of its weight, ``(out_dim, in_dim, …)``, of an embedding ``(num_embeddings, dim)``.
-        identity: The same for other names of the same module.
+        shape: Shape of its weight, ``(out_dim, in_dim, …)``, or ``(num_embeddings, dim)`` of an embedding.
+        identity: Number that is the same for all names of a module.
     """
 
     path: str
@@ -58,12 +58,13 @@ class Probe:
     """A module in the graph.
 
     Attributes:
-        module: Its path in the PyTorch model.
-        order: Where it is computed: larger is later.
-        y: What comes out of it, in parts that follow each other along ``axis``.
-        x: What goes into it; None where the graph does not show it.
-        axis: Along which outputs lie.
-        module_axis: Along which they lie in PyTorch: a tool may have written a Linear as a convolution.
+        module: Path of the module in the PyTorch model.
+        order: Number in the order of computation: larger is later.
+        y: Its output, in parts along ``axis``.
+        x: Its input; None if the graph does not show it.
+        axis: Axis of the output channels in the graph.
+        module_axis: Axis of the output channels in PyTorch: a tool may have written a Linear as a
+            convolution.
     """
 
     module: str
@@ -80,12 +81,12 @@ def find_probes(
     """Find modules in a graph.
 
     Args:
-        graph: The graph; nodes may be added to it, whose results nothing reads but probes.
-        modules: What to find.
-        weight_of: Looks up a module's weight in the PyTorch model, without any adapter.
+        graph: The graph; nodes may be added to it whose results only probes read.
+        modules: Modules to find.
+        weight_of: Function that returns a module's weight in the PyTorch model, without any adapter.
 
     Returns:
-        The probes in the order of the computation, and for each module that has none the reason.
+        The probes in the order of computation, and for each module without a probe the reason.
     """
     return _Search(graph, modules, weight_of).run()
 
@@ -136,7 +137,7 @@ class _Search:
         return probes, {path: reason for path, reason in found.items() if isinstance(reason, str)}
 
     def _recorded(self, target: Target) -> Site | None:
-        """The place that the record of exposed LoRA says; the names of a fused base are gone."""
+        """Return the site by the LoRA record, or None; a fused base has lost its names."""
         parts = []
         for rows in self._stored.get(target.path, ()):
             uses = tuple(use for use in self._by_root.get(rows.weight, ()) if fit.accepts(target, use))
@@ -170,11 +171,11 @@ class _Search:
         target = site.target
         for part in site.parts:
             if folded_into_conv(target, part):
-                return "the exporter has folded a norm into it: the graph has no value that is its output"
+                return "the exporter has folded a norm into it: the graph doesn't contain its output"
         branch = branch_of(site, {})
         if isinstance(branch, str):
             return branch
-        # A module that is called several times is looked at in its first call.
+        # A module that is called several times is examined in its first call.
         pieces = {piece.rows: piece for piece in reversed(branch.pieces)}
         taps, order, at = [], -1, 0
         for rows, piece in sorted(pieces.items()):
@@ -202,7 +203,7 @@ class _Search:
         return None
 
     def _by_scope(self, path: str) -> Probe | None:
-        """The one float value that leaves the nodes which carry a module's name."""
+        """Return a probe of the only float value that leaves the nodes with a module's name, or None."""
         leaving = [
             (node, value)
             for node in self._inside(path)
@@ -218,14 +219,14 @@ class _Search:
         return [node for scope in self._scopes if _within(scope, path) for node in self._scopes[scope]]
 
     def _leaves(self, value: ir.Value, path: str) -> bool:
-        """Whether a node of another module reads it; nodes without a name are anybody's."""
+        """Return True if a node of another module reads a value; nodes without a name don't count."""
         readers = [module_of(usage.node) for usage in value.uses()]
         return value.is_graph_output() or any(
             reader is not None and not _within(reader, path) for reader in readers
         )
 
     def _entering(self, path: str) -> Tap | None:
-        """The one float value that nodes of a module read and others compute."""
+        """Return the only float value that nodes of a module read and others compute, or None."""
         nodes = self._inside(path)
         mine = {id(node) for node in nodes}
         found = {
@@ -239,7 +240,7 @@ class _Search:
 
 
 def _normed(node: ir.Node) -> Tap | None:
-    """What an operator that is a whole norm normalises."""
+    """Return the input of an operator that is a whole norm, or None."""
     if node.op_type in _NORMS and node.inputs[0] is not None:
         return Tap(node.inputs[0])
     if node.op_type in _SKIP_NORMS and len(node.outputs) > _SKIP_SUM and node.outputs[_SKIP_SUM].name:

@@ -1,9 +1,9 @@
-"""Where the error of a candidate begins: the first module whose output is further off than rounding explains.
+"""Find where a candidate's error begins: the first module whose output is further off than rounding explains.
 
-Modules are run with their outputs exposed, in the graph and in PyTorch. In the order of the computation, all
-that comes before the mistake is off by rounding alone (`module_error`), so the first one that is not, though
-what goes into it is right, holds the mistake. Of many modules only some are exposed at first, then those
-between the last good and the first bad one; all of them, in turns, only where none is bad.
+Modules are run with their outputs exposed, in the graph and in PyTorch. In the order of computation,
+everything before the mistake is off by rounding alone (`module_error`), so the first module that is off
+further, though its input is right, contains the mistake. Of many modules only some are exposed at first, then
+those between the last good and the first bad one; only if none is bad, all of them are exposed, in turns.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from lora_export.runtimes.torch.reference import TorchReference
 if TYPE_CHECKING:
     import torch
 
-# Most modules that are exposed at once.
+# Largest number of modules that are exposed at once.
 MOST = 64
 _SHOWN = 4
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What is compared, on one feed.
+    """Both sides and one feed to compare them on.
 
     Attributes:
         reference: PyTorch in high precision.
-        model: The model in it.
-        own: PyTorch in the candidate's dtype; None where there is no such run.
-        candidate: The ``.onnx`` file.
-        provider: Where it runs.
-        values: The feed.
-        tensors: More inputs of the candidate, that put it into the state: LoRA tensors, a bank's weights.
-        state: What is active.
-        dtype: The candidate's.
-        masks: Which positions are not padding, see `valid_positions`.
+        model: The reference's model.
+        own: PyTorch in the candidate's dtype; None if it is not run.
+        candidate: Path of the ``.onnx`` file.
+        provider: Provider that it runs on.
+        values: Values of the feed.
+        tensors: Further inputs of the candidate that bring it into the state: LoRA tensors, a bank's weights.
+        state: Active adapters.
+        dtype: Type of the candidate.
+        masks: Masks of the positions that are not padding, see `valid_positions`.
     """
 
     reference: TorchReference
@@ -69,12 +69,12 @@ def localise(sources: Sources, most: int = MOST) -> Localisation:
     """Find the module at which the error begins.
 
     Args:
-        sources: What is compared.
-        most: Most modules that are exposed at once; at least 2.
+        sources: Both sides and the feed.
+        most: Largest number of modules that are exposed at once; at least 2.
 
     Returns:
-        What was found. Nothing is raised, so that a verdict never gets lost: the note says why there is no
-        table.
+        The localisation. No error is raised, so that a verdict never gets lost: the note gives the reason for
+        a missing table.
     """
     name, file = state_name(sources.state), sources.candidate.name
     if sources.candidate.suffix != ".onnx":
@@ -88,14 +88,14 @@ def localise(sources: Sources, most: int = MOST) -> Localisation:
         return _Search(sources, graph, probes, lost, most).run()
     except LoraExportError as error:
         return Localisation(name, "", note=f"could not look into {file}: {error.message}")
-    except Exception as error:  # a defect of ours, or a graph that nobody thought of
+    except Exception as error:  # a defect of ours, or an unforeseen graph
         return Localisation(name, "", note=f"could not look into {file}: {type(error).__name__}: {error}")
 
 
 def _once(
     probes: Sequence[Probe], missing: Mapping[str, str], modules: Sequence[ModuleShape]
 ) -> tuple[list[Probe], dict[str, str]]:
-    """Keep one name of each module, that of its first call, and those that are missing under all names."""
+    """Return one probe for each module, of its first name, and the modules missing under all their names."""
     identity = {module.path: module.identity for module in modules}
     kept: dict[int, Probe] = {}
     for probe in probes:
@@ -112,13 +112,13 @@ class _Search:
     """The search so far.
 
     Attributes:
-        sources: What is compared.
-        graph: The candidate.
-        probes: What can be looked at, in the order of the computation.
-        lost: Modules that can't, and why.
-        most: Most that are exposed at once.
-        seen: Number of a probe → what was found.
-        unlike: Numbers of probes whose value is not what PyTorch's module returns.
+        sources: Both sides and the feed.
+        graph: The candidate's graph.
+        probes: Modules that can be examined, in the order of computation.
+        lost: Path of each module that can't → the reason.
+        most: Largest number of modules that are exposed at once.
+        seen: Number of a probe → its error.
+        unlike: Numbers of probes whose value has another size than PyTorch's.
     """
 
     sources: Sources
@@ -130,17 +130,17 @@ class _Search:
     unlike: list[int] = field(default_factory=list)
 
     def run(self) -> Localisation:
-        """Look at all modules, or at some and then between the last good and the first bad one."""
+        """Examine all modules, or some and then those between the last good and the first bad one."""
         numbers = range(len(self.probes))
         while unseen := [n for n in numbers if n not in self.seen and n not in self.unlike]:
             self._look(self._spread(unseen))
             first = self._first_off()
-            # A small error may drown in the noise of what follows: then all are looked at, in turns.
+            # A small error may vanish in the noise of later modules: then all are examined, in turns.
             numbers = numbers if first is None else self._before(first)
         return self._result(self._first_off())
 
     def _spread(self, numbers: Sequence[int]) -> list[int]:
-        """Return these numbers, or of many some that are evenly spaced, the last one among them."""
+        """Return these numbers, or if there are many some that are evenly spaced, including the last."""
         if len(numbers) <= self.most:
             return list(numbers)
         picks = np.linspace(0, len(numbers) - 1, self.most).round().astype(int)
@@ -150,26 +150,26 @@ class _Search:
         return min((n for n, measured in self.seen.items() if measured.off), default=None)
 
     def _before(self, first: int) -> range:
-        """Return what the first bad module may have its error from."""
+        """Return the modules that the first bad module may have its error from."""
         good = max((n for n in self.seen if n < first), default=-1)
         between = range(good + 1, first)
         done = all(n in self.unlike for n in between)
         if done and self.seen[first].off_in:
-            # The good one may stand beside the mistake, in another branch, not behind it.
+            # The good module may be in another branch than the mistake, not after it.
             return range(max(0, first - self.most), first)
         return between
 
     def _look(self, numbers: Sequence[int]) -> None:
-        """Run both sides with these modules exposed."""
+        """Run both sides with these modules exposed, and record their errors."""
         sources, chosen = self.sources, [self.probes[n] for n in numbers]
         taps = [tap for probe in chosen for tap in (*probe.y, *((probe.x,) if probe.x else ()))]
         feeds = {**sources.values, **sources.tensors}
-        got = run_with_outputs(self.graph, [tap.value for tap in taps], feeds, sources.provider)
+        values = run_with_outputs(self.graph, [tap.value for tap in taps], feeds, sources.provider)
         runs = self._runs([probe.module for probe in chosen])
         for number, probe in zip(numbers, chosen, strict=True):
-            parts = [shown(tap, got, probe.axis) for tap in probe.y]
+            parts = [shown(tap, values, probe.axis) for tap in probe.y]
             y = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=probe.axis)
-            x = shown(probe.x, got, probe.axis) if probe.x else None
+            x = shown(probe.x, values, probe.axis) if probe.x else None
             if probe.axis != probe.module_axis:
                 y = np.moveaxis(y, probe.axis, probe.module_axis)
                 x = None if x is None else np.moveaxis(x, probe.axis, probe.module_axis)
@@ -180,33 +180,37 @@ class _Search:
                 self.seen[number] = measured
 
     def _runs(self, paths: list[str]) -> Runs:
-        """Run PyTorch; at the first time also those that are lost, to know whether they run at all."""
+        """Run PyTorch; the first time also with the lost modules, to learn whether they run at all."""
         sources = self.sources
         more = [] if self.seen or self.unlike else list(self.lost)[: self.most]
-        _, right = sources.reference.run_with_modules(sources.values, sources.state, [*paths, *more])
-        self.lost = {path: why for path, why in self.lost.items() if path not in more or path in right}
-        without: Taken = right
+        _, high = sources.reference.run_with_modules(sources.values, sources.state, [*paths, *more])
+        self.lost = {path: why for path, why in self.lost.items() if path not in more or path in high}
+        without: Taken = high
         if sources.state != BASE:
             _, without = sources.reference.run_with_modules(sources.values, BASE, paths)
         own: Taken = {}
         if sources.own is not None:
             _, own = sources.own.run_with_modules(sources.values, sources.state, paths)
-        bare = {path: bare_output(sources.model, path, x) for path, (x, _) in right.items()}
+        bare = {path: bare_output(sources.model, path, x) for path, (x, _) in high.items()}
         added = {path: values for path, values in bare.items() if values is not None}
-        return Runs(right, without, own, added, sources.dtype, sources.masks)
+        return Runs(high, without, own, added, sources.dtype, sources.masks)
 
     def _result(self, first: int | None) -> Localisation:
         module, notes = "", []
         if first is None:
-            notes.append("no module's error jumps: it begins behind the last one, or other feeds show it")
+            notes.append("no module's error jumps: it begins after the last one, or other feeds show it")
         elif self.seen[first].off_in:
             reader, before = self.probes[first].module, [n for n in self.seen if n < first]
-            where = f"behind {self.probes[max(before)].module}" if before else "before all that can be seen"
-            notes.append(f"the error comes in with what {reader} reads: it begins {where}")
+            where = (
+                f"after {self.probes[max(before)].module}"
+                if before
+                else "before all modules that can be seen"
+            )
+            notes.append(f"the input of {reader} already has the error: it begins {where}")
         else:
             module = self.probes[first].module
             if math.isnan(self.seen[first].row.error_in):
-                notes.append(f"what goes into {module} can't be seen: the error may begin shortly before it")
+                notes.append(f"the input of {module} can't be seen: the error may begin shortly before it")
         rows = tuple(replace(self.seen[n].row, jumped=n == first and bool(module)) for n in sorted(self.seen))
         unlike = [self.probes[n].module for n in self.unlike]
         notes += [

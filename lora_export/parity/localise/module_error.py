@@ -1,11 +1,12 @@
-"""How far a module's input and output in a graph are from PyTorch's, and whether that is more than rounding.
+"""Measure the error of a module's input and output in a graph, and decide whether it is more than rounding.
 
-An output is off where
+An output is off if
 
-1. its distance from the reference is more than `FACTOR` times what PyTorch loses there in the candidate's
+1. its distance from the reference is more than `FACTOR` times PyTorch's own error there in the candidate's
    dtype, or
-2. a sizeable share of that distance lies along what the adapter adds there, y − W0·x: rounding has no
-   direction, an adapter that is missing or there twice has.
+2. a sizeable share of that distance lies along the adapter's contribution, y − W0·x: rounding has no
+direction,
+   but an adapter that is missing or applied twice has one.
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ from lora_export.parity.result import ModuleRow
 Doubles = NDArray[np.float64]
 # Module → its input and output.
 Taken = Mapping[str, tuple[Array, Array]]
-# Less than this is no error in any graph of floats.
+# A smaller error is rounding in any graph of floats.
 _FLOOR = 16 * STEP["float32"]
-# Of the dtype's step, where PyTorch was not run in it.
+# Multiple of the dtype's step, if PyTorch was not run in that dtype.
 _STEPS = 4.0
-# Rule 2: share of what is added, and standard deviations from what chance makes of the channels.
+# Rule 2: least share of the contribution, and least number of standard deviations from chance.
 _SHARE = 0.1
 _DEVIATIONS = 5.0
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A module that was looked at.
+    """An examined module.
 
     Attributes:
-        row: Its figures.
-        off: Its output is further off than rounding explains.
-        off_in: So is what goes into it, as far as that is seen.
+        row: Figures of the module.
+        off: True if its output is further off than rounding explains.
+        off_in: True if its input is, as far as the graph shows it.
     """
 
     row: ModuleRow
@@ -51,15 +52,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Runs:
-    """PyTorch's runs with the modules watched.
+    """PyTorch's runs, with inputs and outputs of the modules.
 
     Attributes:
-        right: In high precision.
-        without: The same without adapters.
-        own: In the candidate's dtype; empty where it was not run.
-        bare: W0·x + b for the x of ``right``, of modules that are such a product.
-        dtype: The candidate's.
-        masks: Which positions are not padding, see `valid_positions`.
+        right: Run in high precision.
+        without: Run in high precision without adapters.
+        own: Run in the candidate's dtype; empty if there was none.
+        bare: W0·x + b for the x of ``right``, for modules that are such a product.
+        dtype: Type of the candidate.
+        masks: Masks of the positions that are not padding, see `valid_positions`.
     """
 
     right: Taken
@@ -70,22 +71,22 @@ class Runs:
     masks: Sequence[Array] = ()
 
     def measure(self, module: str, x: Array | None, y: Array, axis: int) -> Measured | None:
-        """Compare a module of the graph; None where its value is not the size of what PyTorch computes.
+        """Return the error of a module in the graph; None if its output's size differs from PyTorch's.
 
         Args:
-            module: Its path.
-            x: What goes into it in the graph, if that can be seen.
-            y: What comes out of it.
-            axis: Along which its channels lie.
+            module: Path of the module.
+            x: Its input in the graph, or None if the graph doesn't show it.
+            y: Its output in the graph.
+            axis: Axis of its channels.
         """
-        got = self._compared(self.right, module, 1, y, axis)
-        if got is None:
+        compared = self._compared(self.right, module, 1, y, axis)
+        if compared is None:
             return None
-        difference, wanted = got
-        effect = _relative(wanted - self._values(self.without[module][1], y, axis), wanted)
-        error_out, own_out, error_in, own_in = _relative(difference, wanted), math.nan, math.nan, math.nan
+        difference, expected = compared
+        effect = _relative(expected - self._values(self.without[module][1], y, axis), expected)
+        error_out, own_out, error_in, own_in = _relative(difference, expected), math.nan, math.nan, math.nan
         if module in self.own:
-            own_out = _relative(self._values(self.own[module][1], y, axis) - wanted, wanted)
+            own_out = _relative(self._values(self.own[module][1], y, axis) - expected, expected)
         if x is not None and (entering := self._compared(self.right, module, 0, x, axis)) is not None:
             error_in = _relative(*entering)
             if module in self.own:
@@ -93,26 +94,26 @@ class Runs:
         row = ModuleRow(module, error_in, error_out, own_out, effect)
         off = self._is_off(error_out, own_out)
         if not off and module in self.bare:
-            off = _along(difference, wanted - self._values(self.bare[module], y, axis))
+            off = _along(difference, expected - self._values(self.bare[module], y, axis))
         return Measured(row, off, not math.isnan(error_in) and self._is_off(error_in, own_in))
 
     def _compared(
-        self, taken: Taken, module: str, side: int, got: Array, axis: int
+        self, taken: Taken, module: str, side: int, actual: Array, axis: int
     ) -> tuple[Doubles, Doubles] | None:
-        """Return graph − PyTorch, and PyTorch's values; None where they don't have the same size."""
-        right = _like(taken[module][side], got) if module in taken else None
-        if right is None:
+        """Return graph − PyTorch, and PyTorch's values; None if their sizes differ."""
+        reference = _like(taken[module][side], actual) if module in taken else None
+        if reference is None:
             return None
-        wanted = self._rows(right, axis)
-        return self._rows(got.reshape(right.shape), axis) - wanted, wanted
+        expected = self._rows(reference, axis)
+        return self._rows(actual.reshape(reference.shape), axis) - expected, expected
 
-    def _values(self, values: Array, got: Array, axis: int) -> Doubles:
-        found = _like(values, got)
+    def _values(self, values: Array, actual: Array, axis: int) -> Doubles:
+        found = _like(values, actual)
         assert found is not None
         return self._rows(found, axis)
 
     def _rows(self, values: Array, axis: int) -> Doubles:
-        """Return the positions that are no padding as rows, channels as columns."""
+        """Return the positions without padding as rows, with channels as columns."""
         valid = None
         if values.ndim == 2:
             # Batch and sequence are one axis.
@@ -124,34 +125,35 @@ class Runs:
         return chosen.reshape(-1, chosen.shape[-1] if chosen.ndim else 1).astype(np.float64)
 
     def _is_off(self, error: float, own: float) -> bool:
-        """Rule 1; what is not finite is off even where PyTorch's own is not, for it should be named."""
+        """Return True by rule 1; values that are not finite are off even if PyTorch's own are not finite."""
         floor = _FLOOR if self.own else max(_FLOOR, _STEPS * STEP[self.dtype])
         noise = max(floor, own) if math.isfinite(own) else floor
         return not error <= FACTOR * noise
 
 
-def _like(wanted: Array, got: Array) -> Array | None:
-    """Return the reference's values that a graph's value stands for: of several calls the first one's."""
-    if wanted.size == got.size:
-        return wanted
-    if got.ndim == 0 or wanted.size < got.size:
+def _like(expected: Array, actual: Array) -> Array | None:
+    """Return the reference's values that match a graph's value: of several calls the first one's."""
+    if expected.size == actual.size:
+        return expected
+    if actual.ndim == 0 or expected.size < actual.size:
         return None
-    alike = wanted.shape[1:] == got.shape[1:] and wanted.shape[0] % got.shape[0] == 0
-    return wanted.reshape(-1)[: got.size].reshape(got.shape) if alike or wanted.ndim == 1 else None
+    alike = expected.shape[1:] == actual.shape[1:] and expected.shape[0] % actual.shape[0] == 0
+    return expected.reshape(-1)[: actual.size].reshape(actual.shape) if alike or expected.ndim == 1 else None
 
 
-def _relative(difference: Doubles, wanted: Doubles) -> float:
-    """‖difference‖ / ‖wanted‖; infinite where the difference is not finite."""
+def _relative(difference: Doubles, expected: Doubles) -> float:
+    """Return ‖difference‖ / ‖expected‖, or infinity if the difference is not finite."""
     if not np.isfinite(difference).all():
         return math.inf
-    norm, error = float(np.linalg.norm(wanted)), float(np.linalg.norm(difference))
+    norm, error = float(np.linalg.norm(expected)), float(np.linalg.norm(difference))
     return error / norm if norm else (0.0 if error == 0 else math.inf)
 
 
 def _along(difference: Doubles, added: Doubles) -> bool:
-    """Rule 2: channels whose error is along what the adapter adds, more of them than chance would make.
+    """Return True by rule 2: the error lies along the adapter's contribution, more than chance explains.
 
-    By channels, because a weight's rounding error has one sign at all positions whose activations are alike.
+    Chance is estimated over channels, because a weight's rounding error has the same sign at all positions
+    with similar activations.
     """
     squared = float(np.einsum("ij,ij->", added, added))
     if not (squared > 0 and np.isfinite(difference).all()):

@@ -1,4 +1,4 @@
-"""Run a graph with values of its inside as its outputs."""
+"""Run a graph with inner values as its outputs."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from lora_export.runtimes.ort.device import DeviceMemory, Provider, host_value
 from lora_export.runtimes.ort.open import open_session
 from lora_export.storage.commit.leftovers import scratch_folder
 
-# Where external data are, for a graph that is not where they are.
+# Option for the folder of external data, for a graph that lies elsewhere.
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
-# Its own log goes to the terminal with a stranger's names as they are; its errors are raised as well.
+# ONNX Runtime's log prints strangers' names unchanged to the terminal; its errors are raised anyway.
 _FATAL_ONLY = 4
 
 
 def run_with_outputs(
     graph: GraphFile, values: Sequence[ir.Value], feeds: Mapping[str, Array], provider: Provider
 ) -> dict[str, Array]:
-    """Run a graph and return values of its inside; what comes after them is not computed.
+    """Run a graph and return inner values; nodes after them are not computed.
 
-    The graph without its weights is written to a temporary folder, where it is opened; ``graph`` is as it was
-    before, and so is its folder.
+    The graph without its weights is written to a temporary folder and opened there; ``graph`` and its folder
+    are unchanged afterwards.
 
     Args:
         graph: The graph, as `load_graph` returns it.
-        values: Values of its main graph, constants and inputs among them.
-        feeds: Its inputs, by name.
-        provider: Where it runs.
+        values: Values of its main graph; constants and inputs are allowed.
+        feeds: Input name → values.
+        provider: Provider that it runs on.
 
     Returns:
-        Values by their names; half precision as float32.
+        Name → values; half precision as float32.
 
     Raises:
-        BackendError: ONNX Runtime can't open or run it.
+        BackendError: ONNX Runtime can't open or run the graph.
         BackendUnavailable: ONNX Runtime is not installed.
     """
     import onnxruntime as ort
@@ -51,9 +51,9 @@ def run_with_outputs(
         path = folder / "probes.onnx"
         save_graph(graph.model, path)
         session = open_session(path, memory, session_options=options)
-    wanted = {port.name for port in session.get_inputs()}
-    wanted |= {port.name for port in session.get_overridable_initializers()}
-    bound = {name: host_value(array) for name, array in feeds.items() if name in wanted}
+    taken = {port.name for port in session.get_inputs()}
+    taken |= {port.name for port in session.get_overridable_initializers()}
+    bound = {name: host_value(array) for name, array in feeds.items() if name in taken}
     try:
         found = session.run_with_ort_values(list(names), bound)
     except Exception as error:  # ONNX Runtime's exceptions have no common class
@@ -66,15 +66,15 @@ def run_with_outputs(
 
 @contextmanager
 def _exposed(graph: GraphFile, values: Sequence[ir.Value]) -> Iterator[dict[str, str]]:
-    """Let values be the graph's only outputs for a while; yield the outputs' names with the values'.
+    """Make values the graph's only outputs inside the block; yield output name → value name.
 
-    Each goes through a Cast: it may be an input, and numpy knows no bfloat16.
+    Each value goes through a Cast, as it may be an input, and numpy has no bfloat16.
     """
     outputs, main = list(graph.graph.outputs), graph.graph
     chosen = {str(value.name): value for value in values}
     names, nodes = {}, []
     for number, (name, value) in enumerate(chosen.items()):
-        # An unknown type is a float's: indices have theirs from the graph's inputs.
+        # An unknown type is a float: indices get their type from the graph's inputs.
         kept = value.dtype is not None and (
             value.dtype not in FLOAT_TYPES or value.dtype == ir.DataType.DOUBLE
         )

@@ -1,4 +1,4 @@
-"""The modules of a PyTorch model that a graph can be asked for, and their weights."""
+"""List the modules of a PyTorch model that can be searched for in a graph, and read their weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _STACKED = 3
 
 
 def modules_of(model: torch.nn.Module) -> list[ModuleShape]:
-    """Return every module that has weights of its own, under each of its names.
+    """Return every module with weights of its own, under each of its names.
 
     Linear modules (GPT-2's ``Conv1D`` among them), convolutions, embeddings, norms, stacked experts.
     """
@@ -37,17 +37,17 @@ def weight_in(model: torch.nn.Module, target: Target) -> Array | None:
     if not isinstance(weight, nn.Parameter):
         return None
     values: Array = weight.detach().float().cpu().numpy()
-    # A square one can't be told by its shape.
+    # The shape can't tell whether a square weight is transposed.
     return values.T if _is_conv1d(model.get_submodule(target.path)) else values
 
 
 def bare_output(model: torch.nn.Module, path: str, x: Array) -> Array | None:
-    """Return what a module makes of an input without any adapter; None where it is more than a product."""
+    """Return a module's output for an input without any adapter; None if it is more than a product."""
     import torch
 
     module = model.get_submodule(path)
     shape = _shape_of(path, module)
-    # Calls of different shapes are one flat axis, see `TorchReference.run_with_modules`.
+    # Calls of different shapes come as one flat axis, see `TorchReference.run_with_modules`.
     if shape is None or shape.kind not in ("linear", "conv", "embedding") or x.ndim < 2:
         return None
     with torch.inference_mode():
@@ -55,7 +55,7 @@ def bare_output(model: torch.nn.Module, path: str, x: Array) -> Array | None:
 
 
 def _is_conv1d(module: torch.nn.Module) -> bool:
-    """Whether it is GPT-2's linear module, which stores ``(in_dim, out_dim)``."""
+    """Return True for GPT-2's linear module, which stores ``(in_dim, out_dim)``."""
     return type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None
 
 

@@ -1,4 +1,4 @@
-"""From the operator of a module to the value that leaves the module: behind its branch and its bias."""
+"""Find the output value of a module from its operator: after its branch and its bias."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lora_export.graph.onnx_file import GraphFile
 from lora_export.modes.branches.calls import Call
 from lora_export.sites.slot import PASSED, SHAPE_ONLY
 
-# What `branches.attach` puts behind a product, by the names that it gives.
+# Names of the nodes that `branches.attach` adds after a product.
 _ATTACHED = re.compile(r"\.lora\.(sum|scaled|biased)(\.\d+)?\.\w+$")
 _BY_GEMM = re.compile(r"\.lora\.(base|up)(\.\d+)?\.(Flatten|Gemm)$")
 _BIAS_SUM = re.compile(r"\.lora\.(bias|joined)(\.\d+)?\.Add$")
-# Position of the bias among the inputs of operators that add one to their own product …
+# Input number of the bias in operators that add one to their own product …
 _OWN_BIAS = {"Gemm": 2, "Conv": 2, "MatMulNBits": 5, "DynamicQuantizeMatMul": 4, "MatMulIntegerToFloat": 6}
-# … and of those that add one to what they are given, and then compute more.
+# … and in operators that add one to their input, and then compute more.
 _FUSED_BIAS = {
     "BiasGelu": 1,
     "FastGelu": 1,
@@ -35,12 +35,12 @@ _STEPS = 8
 
 @dataclass(frozen=True, eq=False)
 class Tap:
-    """A value of the graph, some of its columns, or these and a bias that the graph adds later.
+    """A value of the graph, or some of its columns, and a bias that the graph adds later.
 
     Attributes:
         value: The value.
-        columns: Range along its last axis; None: all.
-        bias: To be added.
+        columns: Range along its last axis; None for all.
+        bias: Bias to add, or None.
     """
 
     value: ir.Value
@@ -49,18 +49,18 @@ class Tap:
 
 
 class Walker:
-    """Finds what leaves a module.
+    """Find the outputs of modules.
 
     Args:
-        graph: The graph; an operator that hides a product in itself gets a twin that shows it.
+        graph: The graph; an operator that hides a product gets an added node that computes it openly.
     """
 
     def __init__(self, graph: GraphFile) -> None:
         self._write = NodeWriter(model_names(graph.model))
-        self._twins: dict[int, tuple[ir.Value, bool]] = {}
+        self._opened: dict[int, tuple[ir.Value, bool]] = {}
 
     def output(self, call: Call, start: int, stop: int, path: str) -> Tap:
-        """Return what leaves the module whose product is ``start`` to ``stop`` of a call's outputs."""
+        """Return the output of a module whose product is columns ``start`` to ``stop`` of a call's output."""
         value, biased = self._product(call, path)
         tap = Tap(value, None if (start, stop) == (0, call.width) else (start, stop))
         width = call.width
@@ -77,18 +77,18 @@ class Walker:
         return tap if biased else replace(tap, bias=_bias_later(tap, width))
 
     def _product(self, call: Call, path: str) -> tuple[ir.Value, bool]:
-        """The product, and whether a bias is in it already."""
+        """Return the product, and True if it contains a bias already."""
         node = call.node
         if node.op_type == "Attention" or node.op_type in _ACTIVATED:
-            if id(node) not in self._twins:
-                self._twins[id(node)] = self._twin(call, path)
-            return self._twins[id(node)]
+            if id(node) not in self._opened:
+                self._opened[id(node)] = self._open(call, path)
+            return self._opened[id(node)]
         index = _OWN_BIAS.get(node.op_type)
         has_bias = index is not None and len(node.inputs) > index and node.inputs[index] is not None
         return node.outputs[0], has_bias
 
-    def _twin(self, call: Call, path: str) -> tuple[ir.Value, bool]:
-        """Compute beside an operator what it projects before it attends or activates."""
+    def _open(self, call: Call, path: str) -> tuple[ir.Value, bool]:
+        """Return an operator's projection before its attention or activation, computed by added nodes."""
         node, name = call.node, f"{path}.lora_probe"
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if node.op_type == "Attention":
@@ -108,7 +108,7 @@ class Walker:
 
 
 def _attached(value: ir.Value) -> ir.Value | None:
-    """The sum with the module's branches, where the value is read by one."""
+    """Return the sum of a value with the module's branches, or None if no branch reads it."""
     for usage in value.uses():
         node = usage.node
         if _ATTACHED.search(node.name or "") or (
@@ -119,12 +119,12 @@ def _attached(value: ir.Value) -> ir.Value | None:
 
 
 def _continues(node: ir.Node, value: ir.Value) -> bool:
-    """Whether a Flatten is of the product, a Gemm one to which the product is added."""
+    """Return True for a Flatten, and for a Gemm that the product is added to."""
     return node.op_type == "Flatten" or (len(node.inputs) > 2 and node.inputs[2] is value)
 
 
 def _cut(tap: Tap) -> tuple[Tap, int] | None:
-    """The output of a Split in which the columns are, and its width."""
+    """Return the output of a Split that holds the columns, and its width, or None."""
     assert tap.columns is not None
     start, stop = tap.columns
     for usage in tap.value.uses():
@@ -142,7 +142,7 @@ def _cut(tap: Tap) -> tuple[Tap, int] | None:
 
 
 def _with_bias(value: ir.Value, width: int) -> ir.Value | None:
-    """The sum with a bias, where an Add behind the product makes it."""
+    """Return the sum with a bias that an Add after the product computes, or None."""
     readers = [usage for usage in value.uses() if usage.node.op_type not in SHAPE_ONLY]
     if len(readers) != 1 or readers[0].node.op_type != "Add":
         return None
@@ -158,7 +158,7 @@ def _with_bias(value: ir.Value, width: int) -> ir.Value | None:
 
 
 def _bias_later(tap: Tap, width: int) -> Array | None:
-    """A bias that an operator adds to the product together with what it does next."""
+    """Return a bias that a fused operator after the product adds, or None."""
     readers = [usage for usage in tap.value.uses() if usage.node.op_type not in SHAPE_ONLY]
     if len(readers) != 1:
         return None
@@ -177,7 +177,7 @@ def _bias_later(tap: Tap, width: int) -> Array | None:
 
 
 def _vector(value: ir.Value | None) -> Array | None:
-    """The values of a constant vector, through Cast and Identity."""
+    """Return the values of a constant vector, through Cast and Identity, or None."""
     while value is not None and value.const_value is None:
         maker = value.producer()
         if maker is None or maker.op_type not in PASSED:
@@ -194,8 +194,8 @@ def shown(tap: Tap, values: Mapping[str, Array], axis: int) -> Array:
 
     Args:
         tap: The tap.
-        values: Those of the graph's values, by the name of the value.
-        axis: Along which outputs lie.
+        values: Name of a graph value → its values.
+        axis: Axis of the output channels.
     """
     found = values[str(tap.value.name)]
     if tap.columns is not None:

@@ -1,1 +1,1 @@
-"""What is compared: candidate and reference."""
+"""Open and run the two sides of parity: candidate and reference."""

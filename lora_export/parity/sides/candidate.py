@@ -1,7 +1,7 @@
-"""What is checked: a graph in ONNX Runtime or an engine in its TensorRT, run in any state that it can be in.
+"""Open and run the candidate: a graph in ONNX Runtime or an engine in its TensorRT, in any of its states.
 
-A *plain* file has one state: it is the base, or adapters are merged into it. A *swap* graph has one state a
-run, a *bank* one a row.
+A *plain* file has one state: it is the base, or adapters are merged into it. A *swap* graph has one state for
+each run, a *bank* one for each row.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from lora_export.storage.manifest import hash_file, identity_of
 
 @dataclass(frozen=True)
 class About:
-    """What is known of a candidate without running it.
+    """Facts on a candidate that are known without running it.
 
     Attributes:
-        path: The file.
+        path: Path of the file.
         mode: ``plain``, ``swap`` or ``bank``.
         runtime: ``onnxruntime``, ``tensorrt`` or ``tensorrt-rtx``.
         provider: ``cpu`` or ``cuda``.
-        ports: What a request feeds: all inputs but LoRA's.
+        ports: Inputs that a request feeds: all except LoRA's.
         outputs: Names of the outputs.
-        types: Which dtypes its weights and outputs have.
-        captured: What the graph says of its model; None where we did not capture it.
-        record: Of its exposed LoRA.
+        types: Types of its weights and outputs.
+        captured: The graph's metadata on its model; None if we did not capture it.
+        record: The LoRA record; None without exposed LoRA.
         sha256: Identity of the file.
     """
 
@@ -58,14 +58,14 @@ class About:
 
     @property
     def dtype(self) -> str:
-        """The dtype that it computes in: the capture's, where outputs or weights are as coarse as that."""
+        """Type that it computes in: the capture's if outputs or weights are as coarse, else the outputs'."""
         outputs, mostly = self.types.outputs, self.types.mostly or self.types.outputs
         shown = max(STEP[outputs], STEP[mostly])
         return self.captured.dtype if self.captured and STEP[self.captured.dtype] <= shown else outputs
 
     @property
     def caches(self) -> bool:
-        """It takes and gives a key-value cache."""
+        """True if it takes and returns a key-value cache."""
         return any(port.name.startswith("past_key_values.") for port in self.ports)
 
 
@@ -74,9 +74,9 @@ class Candidate(ABC):
     """An opened candidate.
 
     Attributes:
-        about: What is known of it.
-        adapters: Name → adapter, those that were given.
-        notes: What a user should know.
+        about: Facts on the candidate.
+        adapters: Name → adapter, as given.
+        notes: Notes for the user.
     """
 
     about: About
@@ -85,27 +85,27 @@ class Candidate(ABC):
 
     @abstractmethod
     def states(self, blend: State) -> list[State]:
-        """Return the states to compare; ``blend`` is that of adapters that were merged together."""
+        """Return the states to compare; ``blend`` is the state of adapters that were merged together."""
 
     @abstractmethod
     def run(self, values: Mapping[str, Array], rows: Sequence[State]) -> dict[str, Array]:
-        """Run it.
+        """Run the candidate.
 
         Args:
             values: The feeds.
-            rows: The state of each row of the batch; only a bank's differ.
+            rows: State of each row of the batch; only in a bank they can differ.
 
         Returns:
             Output name → values.
         """
 
     def lora_inputs(self, values: Mapping[str, Array], rows: Sequence[State]) -> dict[str, Array]:
-        """Return what a run feeds beside the feeds to bring a graph into the rows' states."""
+        """Return the further inputs of a run that bring a graph into the rows' states."""
         return {}
 
     @property
     def switches(self) -> bool:
-        """Adapters can be changed, or left out, while it runs."""
+        """True if adapters can be changed or left out at run time."""
         return self.about.mode != "plain"
 
 
@@ -125,7 +125,7 @@ class PlainCandidate(Candidate):
         return [blend]
 
     def run(self, values: Mapping[str, Array], rows: Sequence[State]) -> dict[str, Array]:
-        """Run it; it is always in the state that it was exported in."""
+        """Run the candidate, which is always in the state that it was exported in."""
         if isinstance(self._session, EngineSession):
             return self._session.run(values)
         bound = {name: host_value(array) for name, array in values.items()}
@@ -149,14 +149,14 @@ class SwapCandidate(Candidate):
         for name, adapter in adapters.items():
             self.notes += self.session.load_adapter(name, adapter)
         if not adapters:
-            self.notes.append("no adapter was given: only the graph without adapter is checked")
+            self.notes.append("no adapter was given: only the graph without an adapter is checked")
 
     def states(self, blend: State) -> list[State]:
         """Return the base, and each adapter alone."""
         return [BASE, *(state_of(name) for name in self.adapters)]
 
     def run(self, values: Mapping[str, Array], rows: Sequence[State]) -> dict[str, Array]:
-        """Run it with the rows' adapter."""
+        """Run the candidate with the rows' adapter."""
         return self.session.run(values, adapter=self._adapter(rows))
 
     def lora_inputs(self, values: Mapping[str, Array], rows: Sequence[State]) -> dict[str, Array]:
@@ -183,24 +183,24 @@ class BankCandidate(Candidate):
         return [BASE, *(state_of(name) for name in self.adapters)]
 
     def run(self, values: Mapping[str, Array], rows: Sequence[State]) -> dict[str, Array]:
-        """Run it with each row's adapters."""
-        return self.session.run(values, adapters=self._wanted(rows))
+        """Run the candidate with each row's adapters."""
+        return self.session.run(values, adapters=self._weights(rows))
 
     def lora_inputs(self, values: Mapping[str, Array], rows: Sequence[State]) -> dict[str, Array]:
-        """Return the rows' weights, and the slots' tensors where they are inputs."""
-        return self.session.lora_inputs(values, adapters=self._wanted(rows))
+        """Return the rows' weights, and the slots' tensors if they are inputs."""
+        return self.session.lora_inputs(values, adapters=self._weights(rows))
 
-    def _wanted(self, rows: Sequence[State]) -> list[dict[str, float]]:
+    def _weights(self, rows: Sequence[State]) -> list[dict[str, float]]:
         return [{self.slots[name]: weight for name, weight in state} for state in rows]
 
     def _find_slots(self, record: ExposedGraph) -> dict[str, str]:
-        """Return adapter name → what the session calls it: by name, else by the file's hash.
+        """Return adapter name → name of its slot, found by name, or else by the file's hash.
 
-        The hash is of the weights alone: slots that differ in their scaling only share it, so that it tells
-        a slot only where no other has it.
+        The hash covers the weights alone: slots that differ only in their scaling share it, so it identifies
+        a slot only if no other has it.
 
         Raises:
-            AdapterError: Adapters are in no slot and none can be loaded, or it is not clear in which.
+            AdapterError: Adapters are in no slot and none can be loaded, or the slot is not clear.
         """
         resident = self.session.adapters
         files = {slot.name: slot.adapter for slot in record.slots if slot.name in resident}
@@ -226,7 +226,7 @@ class BankCandidate(Candidate):
             elif record.resident == "inputs":
                 problems.append(f"{name}: all {len(record.slots)} slots are taken, by other adapters")
             else:
-                problems.append(f"{name}: no slot of that name, nor of {adapter.source}")
+                problems.append(f"{name}: no slot has this name or the file {adapter.source}")
         problems += [
             f"{name}: slot '{slot}' as well as {first}"
             for name, slot in found.items()
@@ -256,27 +256,27 @@ _OPENED: Mapping[str, type[PlainCandidate] | type[SwapCandidate] | type[BankCand
 
 
 def open_candidate(about: About, adapters: Mapping[str, Adapter]) -> Candidate:
-    """Open a candidate and load the adapters into it, where it takes any.
+    """Open a candidate and load the adapters into it, if it takes any.
 
     Raises:
         AdapterError: An adapter can't be loaded.
         BackendError: The file can't be opened or can't run here.
         BackendUnavailable: The runtime is not installed.
-        SiteError: Something of an adapter has no place in it.
+        SiteError: A part of an adapter has no site in it.
     """
     return _OPENED[about.mode](about, adapters)
 
 
 def describe(path: Path, provider: Provider | None) -> About:
-    """Read what is known of a graph or an engine without running it.
+    """Read the facts on a graph or an engine without running it.
 
     Args:
-        path: The file.
+        path: Path of the file.
         provider: ``cpu`` or ``cuda``; by default ``cpu`` for a graph, ``cuda`` for an engine.
 
     Raises:
         BackendError: The engine's record is missing or damaged, or the provider can't run it.
-        GraphError: There is no such graph, or it is damaged.
+        GraphError: The graph is missing or damaged.
     """
     if is_engine(path):
         if provider == "cpu":
@@ -301,7 +301,7 @@ def describe(path: Path, provider: Provider | None) -> About:
 
 
 def _identity(graph: GraphFile) -> str:
-    """Return the identity of a graph with its weights: they may be in files beside it."""
+    """Return the identity of a graph with its weights, which may be in files beside it."""
     hashes = [hash_file(graph.path), *map(hash_file, sorted(graph.data_files()))]
     return identity_of(hashes) if len(hashes) > 1 else hashes[0].sha256
 

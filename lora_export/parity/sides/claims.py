@@ -1,7 +1,7 @@
-"""What a candidate's record of itself says against what shows: it may not choose how it is checked.
+"""Compare a candidate's metadata with what can be seen, as a candidate may not choose how it is checked.
 
-A graph's metadata are its maker's, as its weights are. Its dtype is that of its outputs and weights
-(`About.dtype`); how many positions and token ids there are, the reference tells where it knows it.
+Whoever made the graph also wrote its metadata. The dtype is taken from its outputs and weights
+(`About.dtype`), and the numbers of positions and token ids from the reference if it knows them.
 """
 
 from __future__ import annotations
@@ -17,65 +17,65 @@ from lora_export.parity.sides.reference import CheckpointReference, GraphReferen
 
 
 def believed(about: About, reference: Reference) -> tuple[Captured | None, list[str]]:
-    """Return a candidate's record with sizes that its reference bears out, and what a user should know.
+    """Return a candidate's metadata with sizes that its reference confirms, and notes.
 
     Args:
-        about: The candidate.
-        reference: What it is compared with.
+        about: Facts on the candidate.
+        reference: The reference.
     """
-    said = about.captured
-    if said is None:
+    stated = about.captured
+    if stated is None:
         return None, []
     notes = []
-    known = _known_sizes(reference, said)
-    largest = dict(said.largest)
-    for role, size in said.largest.items():
-        right = size if known is None else known.get(role)
-        if right is not None and right <= size:
+    known = _known_sizes(reference, stated)
+    largest = dict(stated.largest)
+    for role, size in stated.largest.items():
+        expected = size if known is None else known.get(role)
+        if expected is not None and expected <= size:
             continue
-        least = "any" if right is None else str(right)
+        taken = "any" if expected is None else str(expected)
         notes.append(
-            f"the metadata of {about.path.name} say at most {size} for {role}, the reference takes {least}: "
-            "it is checked as the reference is"
+            f"the metadata of {about.path.name} say at most {size} for {role}, the reference takes {taken}: "
+            "the reference's limit is used"
         )
-        largest.pop(role) if right is None else largest.update({role: right})
+        largest.pop(role) if expected is None else largest.update({role: expected})
     longest = min((largest[role] for role in LENGTHS if role in largest), default=max(DEFAULT_SEQUENCES))
     if longest < max(DEFAULT_SEQUENCES):
         notes.append(f"{about.path.name} says that it takes {longest} tokens: longer inputs are not compared")
-    return replace(said, largest=largest, vocab_size=_vocabulary(reference) or said.vocab_size), notes
+    return replace(stated, largest=largest, vocab_size=_vocabulary(reference) or stated.vocab_size), notes
 
 
 def dtype_notes(about: About) -> list[str]:
-    """Return what a user should know of a candidate that says another dtype than its outputs have."""
-    said, outputs, mostly = about.captured and about.captured.dtype, about.types.outputs, about.types.mostly
-    if said in (None, outputs):
+    """Return a note if a candidate's metadata state another dtype than its outputs have."""
+    stated, outputs, mostly = about.captured and about.captured.dtype, about.types.outputs, about.types.mostly
+    if stated in (None, outputs):
         return []
     shows = f"its outputs are {outputs}, most of its weights {mostly or 'of no one dtype'}"
     name = about.path.name
-    if said == about.dtype:
-        return [f"the metadata of {name} say that it computes in {said}, which it is held to; {shows}"]
+    if stated == about.dtype:
+        return [f"the metadata of {name} say that it computes in {stated}, which it is held to; {shows}"]
     return [
-        f"the metadata of {name} say that it computes in {said}, but {shows}: it is held to {about.dtype}; "
-        f"if {said} is meant: --dtype {said}"
+        f"the metadata of {name} say that it computes in {stated}, but {shows}: it is held to {about.dtype}; "
+        f"if {stated} is meant: --dtype {stated}"
     ]
 
 
-def _known_sizes(reference: Reference, said: Captured) -> Mapping[str, int] | None:
-    """Return role → the largest size that the reference has positions for; None where it does not tell."""
+def _known_sizes(reference: Reference, stated: Captured) -> Mapping[str, int] | None:
+    """Return role → the largest size that the reference has positions for; None if it doesn't tell."""
     if isinstance(reference, CheckpointReference):
         config = getattr(reference.model.module, "config", None)
         longest = None if config is None else longest_of(reference.model.module, config.get_text_config())
-        return dict.fromkeys(said.largest, longest) if longest else {}
+        return dict.fromkeys(stated.largest, longest) if longest else {}
     if isinstance(reference, GraphReference) and reference.graph.about.captured is not None:
         return reference.graph.about.captured.largest
     return None
 
 
 def _vocabulary(reference: Reference) -> int | None:
-    """Return how many token ids a graph that is the reference has."""
+    """Return the number of token ids of a reference graph; None if unknown or not a graph."""
     if not isinstance(reference, GraphReference):
         return None
     about = reference.graph.about
     rows = [port.rows for port in about.ports if port.kind == "ids" and port.rows]
-    said = about.captured.vocab_size if about.captured else None
-    return said or min(rows, default=None)
+    stated = about.captured.vocab_size if about.captured else None
+    return stated or min(rows, default=None)

@@ -1,4 +1,4 @@
-"""What a merged candidate's manifest says: which adapters, with which weights, and what rounding cost."""
+"""Read a merged candidate's manifest: which adapters, with which weights, and what rounding cost."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lora_export.errors import AdapterError, GraphError
 from lora_export.parity.judge.limits import Rounding
 from lora_export.parity.result import BASE, State
 from lora_export.storage.manifest import Manifest, identity_of_graph
+from lora_export.untrusted.documents import open_regular
 
 _SUFFIX = ".lora.json"
 
@@ -24,8 +25,8 @@ class Merged:
 
     Attributes:
         state: Adapters and weights.
-        rounding: What rounding W0 + ΔW cost, where the manifest says it.
-        notes: Where the manifest and what was given differ.
+        rounding: Cost of rounding W0 + ΔW, if the manifest states it.
+        notes: Notes on differences between the manifest and the user's arguments.
     """
 
     state: State = BASE
@@ -34,15 +35,15 @@ class Merged:
 
 
 def read_merged(graph: Path, adapters: Mapping[str, Adapter], weights: Sequence[float]) -> Merged:
-    """Return what a plain candidate ought to be.
+    """Return the state that a plain candidate should be in.
 
     Args:
-        graph: The candidate; its manifest is looked for beside it.
-        adapters: What the user says is merged into it.
-        weights: Of each; by default what the manifest says, else 1.
+        graph: The candidate; its manifest is expected beside it.
+        adapters: Adapters that the user says are merged into it.
+        weights: Weight of each adapter; by default the manifest's, or 1.
 
     Raises:
-        AdapterError: As many weights as adapters are wanted.
+        AdapterError: The numbers of weights and adapters differ.
     """
     if weights and len(weights) != len(adapters):
         raise AdapterError(
@@ -53,8 +54,8 @@ def read_merged(graph: Path, adapters: Mapping[str, Adapter], weights: Sequence[
     manifest = _manifest(graph, notes)
     if manifest is not None and not _is_of(manifest, graph):
         notes.append(
-            f"{graph.with_suffix(_SUFFIX).name} is of another merge, or {graph.name} was changed since: what "
-            "it says of weights and of rounding is left aside"
+            f"{graph.with_suffix(_SUFFIX).name} belongs to another merge, or {graph.name} was changed since: "
+            "its weights and rounding are ignored"
         )
         manifest = None
     left = _entries(manifest, graph, notes)
@@ -90,7 +91,7 @@ def read_merged(graph: Path, adapters: Mapping[str, Adapter], weights: Sequence[
 
 
 def _entries(manifest: Manifest | None, graph: Path, notes: list[str]) -> list[Mapping[str, Any]]:
-    """Return the adapters of a manifest; none where it is not as we write it: it is a help, no more."""
+    """Return the adapters of a manifest; none if it is not as we write it, as the manifest is optional."""
     try:
         return [
             {
@@ -102,18 +103,18 @@ def _entries(manifest: Manifest | None, graph: Path, notes: list[str]) -> list[M
             for entry in (manifest.adapters if manifest is not None else ())
         ]
     except (TypeError, ValueError, KeyError, AttributeError):
-        notes.append(_aside(graph, "its entries of adapters are damaged"))
+        notes.append(_ignored(graph, "its adapter entries are damaged"))
         return []
 
 
-def _aside(graph: Path, why: str) -> str:
-    return f"{graph.with_suffix(_SUFFIX).name}: {why}; what it says of weights and of rounding is left aside"
+def _ignored(graph: Path, why: str) -> str:
+    return f"{graph.with_suffix(_SUFFIX).name}: {why}; its weights and rounding are ignored"
 
 
 def _entry_of(adapter: Adapter, entries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Return the entry of an adapter: of its file, and of several those with its scaling first.
+    """Return the manifest's entry for an adapter's file; of several the one with its scaling.
 
-    The hash is of the weights alone; the scaling is in another file.
+    The hash covers the weights alone; the scaling is in another file.
     """
     same = [entry for entry in entries if adapter.sha256 and entry["sha256"] == adapter.sha256]
     return min(same, key=lambda entry: _scalings(entry) != _scalings_of(adapter), default=None)
@@ -138,17 +139,18 @@ def _manifest(graph: Path, notes: list[str]) -> Manifest | None:
     if not os.path.lexists(beside):
         return None
     try:
-        return Manifest.from_json(beside.read_text(encoding="utf-8"))
-    # It is a help, not the candidate: what it would have said is measured anyway.
+        with open_regular(beside) as file:
+            return Manifest.from_json(file.read().decode("utf-8"))
+    # The manifest is optional: what it would have stated is measured anyway.
     except GraphError as error:
-        notes.append(_aside(graph, "; ".join((error.message, *error.problems[:1]))))
+        notes.append(_ignored(graph, "; ".join((error.message, *error.problems[:1]))))
     except (OSError, UnicodeDecodeError) as error:
-        notes.append(_aside(graph, f"it can't be read ({type(error).__name__})"))
+        notes.append(_ignored(graph, f"it can't be read ({type(error).__name__})"))
     return None
 
 
 def _is_of(manifest: Manifest, graph: Path) -> bool:
-    """Whether a manifest is of this very graph and its data: a limit hangs on what it says."""
+    """Return True if a manifest is for exactly this graph and its data, as a limit depends on it."""
     identity, data = manifest.outputs.get("identity"), manifest.outputs.get("data")
     return identity == identity_of_graph(graph, graph.parent / Path(str(data)).name)
 

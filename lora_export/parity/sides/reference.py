@@ -1,4 +1,4 @@
-"""What a candidate is compared with: a checkpoint in PyTorch, another graph, or outputs that were saved.
+"""Open the reference of a candidate: a checkpoint in PyTorch, another graph, or saved outputs.
 
 Saved outputs are one ``.npz`` or ``.safetensors`` file for one feed: ``logits``, or with the state in front
 ``<adapter>/logits`` and ``base/logits``.
@@ -30,10 +30,10 @@ class Reference(Protocol):
 
     @property
     def about(self) -> Mapping[str, Any]:
-        """``kind``, ``path`` and ``dtype``, for the report."""
+        """Facts for the report: ``kind``, ``path`` and ``dtype``."""
 
     def has(self, state: State) -> bool:
-        """Whether it can be run in a state."""
+        """Return True if it can be run in a state."""
 
     def run(self, values: Mapping[str, Array], state: State) -> dict[str, Array]:
         """Return all outputs by name."""
@@ -41,7 +41,7 @@ class Reference(Protocol):
 
 @dataclass
 class CheckpointReference:
-    """A Hugging Face checkpoint in PyTorch, adapters unmerged."""
+    """A Hugging Face checkpoint in PyTorch, with adapters not merged."""
 
     model: TorchReference
     path: Path
@@ -49,13 +49,13 @@ class CheckpointReference:
 
     @cached_property
     def about(self) -> Mapping[str, Any]:
-        """What it is; hashing the weights takes a while."""
-        said = {"kind": "checkpoint", "path": str(self.path), "dtype": self.dtype}
+        """Facts for the report; hashing the weights takes a while."""
+        facts = {"kind": "checkpoint", "path": str(self.path), "dtype": self.dtype}
         hashes = [hash_file(file) for file in sorted(self.path.glob("*.safetensors"))]
-        return said | ({"sha256": identity_of(hashes)} if hashes else {})
+        return facts | ({"sha256": identity_of(hashes)} if hashes else {})
 
     def has(self, state: State) -> bool:
-        """Every state; without adapter only where the checkpoint is all there."""
+        """Return True for every state, but for the base only if the checkpoint is complete."""
         return state != BASE or not self.model.made_up
 
     def run(self, values: Mapping[str, Array], state: State) -> dict[str, Array]:
@@ -65,7 +65,7 @@ class CheckpointReference:
 
 @dataclass
 class GraphReference:
-    """A graph, in the state it was exported in or in those it can be in; its base in another graph."""
+    """A graph with the states that it can be in; the base of a merged graph is another graph."""
 
     graph: Candidate
     base: Candidate | None
@@ -73,12 +73,12 @@ class GraphReference:
 
     @property
     def about(self) -> Mapping[str, Any]:
-        """What it is."""
+        """Facts for the report."""
         known = self.graph.about
         return {"kind": "onnx", "path": str(known.path), "dtype": known.dtype, "sha256": known.sha256}
 
     def has(self, state: State) -> bool:
-        """Whether the graph, or its base, is in this state."""
+        """Return True if the graph, or its base, can be in this state."""
         if state == BASE and self.base is not None:
             return True
         return state in self.graph.states(self.blend)
@@ -92,23 +92,23 @@ class GraphReference:
 
 @dataclass
 class SavedReference:
-    """Outputs that were saved, of one feed."""
+    """Saved outputs of one feed."""
 
     path: Path
     outputs: Mapping[State, Mapping[str, Array]]
 
     @property
     def about(self) -> Mapping[str, Any]:
-        """What it is."""
+        """Facts for the report."""
         found = [values.dtype for states in self.outputs.values() for values in states.values()]
         return {"kind": "saved", "path": str(self.path), "dtype": str(found[0])}
 
     def has(self, state: State) -> bool:
-        """Whether the state was saved."""
+        """Return True if outputs of the state were saved."""
         return state in self.outputs
 
     def run(self, values: Mapping[str, Array], state: State) -> dict[str, Array]:
-        """Return what was saved."""
+        """Return the saved outputs by name."""
         return dict(self.outputs[state])
 
 
@@ -120,24 +120,24 @@ def open_reference(
     base: Path | None,
     provider: Provider,
 ) -> Reference:
-    """Open what is to be compared with.
+    """Open the reference.
 
     Args:
         path: A checkpoint folder, an ``.onnx`` file, or saved outputs.
         adapters: Name → adapter.
-        dtype: What a checkpoint computes in.
-        blend: The state of adapters that were merged together.
-        base: Of a merged graph: the graph without the adapter, to know the adapter's effect.
-        provider: Where graphs run.
+        dtype: Type that a checkpoint computes in.
+        blend: State of adapters that were merged together.
+        base: For a merged graph: the graph without the adapter, to know the adapter's effect.
+        provider: Provider that graphs run on.
 
     Raises:
-        BackendError: There is no such thing, or it can't be read.
-        LoraExportError: As opening a checkpoint or a graph.
+        BackendError: The path can't be a reference, or can't be read.
+        LoraExportError: As for opening a checkpoint or a graph.
     """
     if base is not None and path.suffix != ".onnx":
         raise BackendError(
             f"--base is for a reference that is a graph, not for {path.name}",
-            "leave it out: a checkpoint folder is the base, saved outputs without adapter are base/logits",
+            "omit it: a checkpoint folder is the base, and saved outputs without an adapter are base/logits",
         )
     if path.is_dir():
         return CheckpointReference(TorchReference(path, dtype, adapters), path, dtype)
@@ -151,7 +151,7 @@ def open_reference(
 
 
 def _no_reference(path: Path) -> BackendError:
-    """Return why nothing can be compared with a path; what can't be one is called by its name."""
+    """Return the error for a path that can't be a reference, naming what it is."""
     if not path.exists():
         return BackendError(f"there is nothing at {path}", no_folder(path).hint)
     kinds = {
@@ -159,7 +159,7 @@ def _no_reference(path: Path) -> BackendError:
         ".ort": ": it is in ONNX Runtime's own format (.ort)",
     }
     return BackendError(
-        f"{path} is no reference{kinds.get(path.suffix, '')}",
+        f"{path} can't be a reference{kinds.get(path.suffix, '')}",
         "give a checkpoint folder, an .onnx file, or saved outputs (.npz, .safetensors)",
     )
 
@@ -169,12 +169,12 @@ def _read_saved(path: Path, blend: State) -> dict[State, dict[str, Array]]:
         raise BackendError(f"no file at {path}", "check the path")
     found: dict[State, dict[str, Array]] = {}
     for name, values in read_tensors(path).items():
-        whose, _, output = name.rpartition("/")
-        state = blend if not whose else BASE if whose == "base" else ((whose, 1.0),)
+        adapter, _, output = name.rpartition("/")
+        state = blend if not adapter else BASE if adapter == "base" else ((adapter, 1.0),)
         if output in found.setdefault(state, {}):
             raise BackendError(
                 f"{path} has '{output}' of {state_name(state)} twice: with a name in front and without",
-                "keep the right one",
+                "remove the wrong one",
             )
         found[state][output] = values
     if not found:
@@ -187,7 +187,9 @@ def _read_saved(path: Path, blend: State) -> dict[State, dict[str, Array]]:
     ]
     if lacking:
         raise BackendError(
-            f"{path} has not the same outputs with every adapter", "save all outputs in each state", lacking
+            f"{path} doesn't have the same outputs with every adapter",
+            "save all outputs in each state",
+            lacking,
         )
     return found
 
@@ -199,7 +201,7 @@ def read_tensors(path: Path) -> dict[str, Array]:
         Name → numbers; bfloat16 as `ml_dtypes.bfloat16`, which an ``.npz`` holds as two bytes without a type.
 
     Raises:
-        BackendError: It is damaged, or holds something else than arrays of numbers.
+        BackendError: The file is damaged, or holds something else than arrays of numbers.
     """
     import ml_dtypes
 
@@ -214,20 +216,21 @@ def read_tensors(path: Path) -> dict[str, Array]:
         if values.dtype.kind not in "fiub" and values.dtype != ml_dtypes.bfloat16
     ]
     if strange:
-        raise BackendError(f"{path} holds arrays that are no numbers", "save the outputs again", strange)
+        raise BackendError(f"{path} holds arrays that are not numbers", "save the outputs again", strange)
     return found
 
 
 def pair_outputs(
     candidate: Sequence[str], reference: Sequence[str], where: Path, ordered: bool = True
 ) -> dict[str, str]:
-    """Return the candidate's output → the reference's.
+    """Return a mapping from the candidate's outputs to the reference's.
 
     Args:
-        candidate: Its outputs.
-        reference: Its outputs.
-        where: The candidate.
-        ordered: The reference's first output is what a model returns first: in a file any may be first.
+        candidate: Names of the candidate's outputs.
+        reference: Names of the reference's outputs.
+        where: Path of the candidate.
+        ordered: True if the reference's first output is the model's first one; in a file the order is
+            arbitrary.
 
     Raises:
         BackendError: The candidate has outputs that the reference lacks.
@@ -240,10 +243,10 @@ def pair_outputs(
         and (len(reference) == 1 or ordered)
         and not any(name.startswith("present") for name in strange)
     ):
-        # An exporter's own name for the only thing that the model returns first.
+        # An exporter's own name for the model's first output.
         return {candidate[0]: reference[0]}
     raise BackendError(
         f"{where.name} has {len(strange)} outputs that the reference does not have",
-        "compare a model with a reference that returns the same",
+        "compare it with a reference that returns the same outputs",
         [*(f"only the candidate: {name}" for name in strange), f"the reference: {', '.join(reference)}"],
     )

@@ -1,4 +1,4 @@
-"""Both sides of a parity check, opened: candidate, reference, and PyTorch in the candidate's dtype."""
+"""Open both sides of a parity check: candidate, reference, and PyTorch in the candidate's dtype."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Sides:
     """Both sides, opened.
 
     Attributes:
-        candidate: What is checked.
-        reference: What is right.
-        own: PyTorch in the candidate's dtype; None where there is no such run.
-        dtype: The candidate's.
-        merged: What the candidate's manifest says.
-        blend: The state of a plain candidate.
-        notes: What a user should know.
+        candidate: The side to check.
+        reference: The side that is right by definition.
+        own: PyTorch in the candidate's dtype; None if it is not run.
+        dtype: Type whose limits the candidate must keep.
+        merged: State and rounding by the candidate's manifest.
+        blend: State of a plain candidate.
+        notes: Notes for the user.
     """
 
     candidate: Candidate
@@ -57,12 +57,12 @@ class Sides:
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for.
+    """The user's options.
 
     Attributes:
-        tolerance: Of errors.
-        dtype: What the candidate is held to; None: what it says of itself.
-        reference_dtype: What PyTorch computes the reference in; None: as the dtype asks for.
+        tolerance: Tolerance of errors.
+        dtype: Type whose limits the candidate must keep; None: the type that it states.
+        reference_dtype: Type that PyTorch computes the reference in; None: chosen by the dtype.
     """
 
     tolerance: Tolerance
@@ -71,7 +71,7 @@ class Options:
 
     @property
     def tolerance_pair(self) -> tuple[float, float] | None:
-        """``(rtol, atol)`` where the user gave one."""
+        """The user's ``(rtol, atol)``; None for ``auto``."""
         if self.tolerance.rtol is None or self.tolerance.atol is None:
             return None
         return self.tolerance.rtol, self.tolerance.atol
@@ -81,7 +81,7 @@ def tolerance_of(given: str | tuple[float, float]) -> Tolerance:
     """Read a tolerance.
 
     Raises:
-        BackendError: It is none.
+        BackendError: The text or pair is not a tolerance.
     """
     if given == "auto":
         return Tolerance()
@@ -91,18 +91,20 @@ def tolerance_of(given: str | tuple[float, float]) -> Tolerance:
     except (TypeError, ValueError) as error:
         raise BackendError(f"tolerance is {given!r}", "give auto, or rtol,atol: 1e-3,1e-5") from error
     if not (0 <= rtol < float("inf") and 0 <= atol < float("inf") and rtol + atol > 0):
-        raise BackendError(f"tolerance is {given!r}", "give finite numbers from 0 on, not both 0: 1e-3,1e-5")
+        raise BackendError(
+            f"tolerance is {given!r}", "give finite numbers of at least 0, not both 0: 1e-3,1e-5"
+        )
     return Tolerance(rtol, atol)
 
 
 def known_dtype(dtype: str | None, among: Sequence[str] = _DTYPES) -> str | None:
-    """Return a dtype that is known, or None.
+    """Return a dtype, or None, after checking that it is known.
 
     Raises:
-        BackendError: It is not known.
+        BackendError: The dtype is unknown.
     """
     if dtype is not None and dtype not in among:
-        raise BackendError(f"there is no dtype {dtype!r} to check in", f"one of: {', '.join(among)}")
+        raise BackendError(f"can't check in dtype {dtype!r}", f"give one of: {', '.join(among)}")
     return dtype
 
 
@@ -118,8 +120,8 @@ def open_sides(
     """Open candidate and reference.
 
     Raises:
-        BackendError: They can't be compared so.
-        LoraExportError: As opening a graph, a checkpoint or an adapter.
+        BackendError: They can't be compared with these options.
+        LoraExportError: As for opening a graph, a checkpoint or an adapter.
     """
     about = describe(candidate, provider)
     if reference.is_file() and reference.samefile(candidate):
@@ -135,49 +137,50 @@ def open_sides(
     dtype = options.dtype or about.dtype
     if about.types.quantised and options.tolerance.auto:
         raise BackendError(
-            f"{candidate.name} is quantised, and no dtype tells what that loses",
+            f"{candidate.name} is quantised, and no dtype tells how much that loses",
             "give --tolerance rtol,atol",
             about.types.quantised,
         )
     high = options.reference_dtype or ("float64" if STEP[dtype] <= STEP["float32"] else "float32")
     opened = open_candidate(about, adapters)
-    right = open_reference(
+    opened_reference = open_reference(
         reference, adapters, high, blend, Path(base) if base is not None else None, provider or "cpu"
     )
     if base is not None and not adapters:
         raise BackendError(
-            "--base tells what an adapter changes, and no adapter was given",
-            "give --adapter, or leave --base out",
+            "--base shows an adapter's effect, but no adapter was given",
+            "give --adapter, or omit --base",
         )
-    if isinstance(right, GraphReference):
-        _same_inputs(about, right.graph.about)
+    if isinstance(opened_reference, GraphReference):
+        _same_inputs(about, opened_reference.graph.about)
     own = None
-    if isinstance(right, CheckpointReference) and dtype != high:
+    if isinstance(opened_reference, CheckpointReference) and dtype != high:
         own = TorchReference(reference, dtype, adapters)
-    code = code_notes(read_config(reference)) if isinstance(right, CheckpointReference) else ()
-    captured, claims = believed(about, right)
+    code = code_notes(read_config(reference)) if isinstance(opened_reference, CheckpointReference) else ()
+    captured, claims = believed(about, opened_reference)
     opened.about = replace(about, captured=captured)
     claims += dtype_notes(about) if options.dtype is None else []
-    notes = [*code, *merged.notes, *claims, *_of_dtypes(about, dtype, reference, str(right.about["dtype"]))]
-    return Sides(opened, right, own, dtype, merged, blend, notes)
+    reference_dtype = str(opened_reference.about["dtype"])
+    notes = [*code, *merged.notes, *claims, *_of_dtypes(about, dtype, reference, reference_dtype)]
+    return Sides(opened, opened_reference, own, dtype, merged, blend, notes)
 
 
 def _merged(about: About, adapters: Mapping[str, Adapter], weights: Sequence[float]) -> Merged:
-    """Return what is merged into the candidate."""
+    """Return the state of the candidate by its manifest and the user's arguments."""
     if wrong := [weight for weight in weights if not math.isfinite(weight)]:
         raise BackendError(f"weights are {', '.join(map(str, wrong))}", "give finite numbers")
     if about.mode == "plain":
         return read_merged(about.path, adapters, weights)
     if weights:
         raise BackendError(
-            f"weights are of adapters that were merged; {about.path.name} is a {about.mode} graph",
+            f"weights are for merged adapters, but {about.path.name} is a {about.mode} graph",
             "omit --weight (weights=)",
         )
     return Merged()
 
 
-def _of_dtypes(about: About, dtype: str, reference: Path, right: str) -> list[str]:
-    """Return what a user should know where the candidate is held to another dtype than something is in."""
+def _of_dtypes(about: About, dtype: str, reference: Path, reference_dtype: str) -> list[str]:
+    """Return notes on weights, candidate or reference whose dtype is not the one that limits come from."""
     notes, mostly = [], about.types.mostly
     if mostly not in (None, dtype) and STEP[str(mostly)] > STEP[dtype]:
         notes.append(
@@ -188,19 +191,19 @@ def _of_dtypes(about: About, dtype: str, reference: Path, right: str) -> list[st
         notes.append(
             f"{about.path.name} is in {about.dtype} and held to {dtype}, as asked: the limits are wider"
         )
-    if STEP.get(right, 0.0) > STEP[dtype]:
+    if STEP.get(reference_dtype, 0.0) > STEP[dtype]:
         notes.append(
-            f"{reference.name} is in {right}, coarser than {dtype}, which the candidate is held to; "
-            f"if that is meant: --dtype {right}"
+            f"{reference.name} is in {reference_dtype}, coarser than {dtype}, which the candidate is held "
+            f"to; if that is meant: --dtype {reference_dtype}"
         )
     return notes
 
 
 def _same_inputs(candidate: About, reference: About) -> None:
-    """Refuse graphs that read different things.
+    """Refuse graphs with different inputs.
 
     Raises:
-        BackendError: An input of one is none of the other.
+        BackendError: An input of one graph is missing in the other.
     """
     names = [{port.name for port in about.ports} for about in (candidate, reference)]
     if names[0] != names[1]:
@@ -215,13 +218,13 @@ def _same_inputs(candidate: About, reference: About) -> None:
 
 
 def vocabulary_of(sides: Sides) -> int | None:
-    """Return how many token ids the reference knows, where it is a checkpoint."""
-    right = sides.reference
-    return right.model.vocab_size if isinstance(right, CheckpointReference) else None
+    """Return the number of token ids of a reference checkpoint; None for other references."""
+    reference = sides.reference
+    return reference.model.vocab_size if isinstance(reference, CheckpointReference) else None
 
 
 def _how_to_run(sides: Sides) -> str:
-    """Return what to give for a reference that lacks adapters of the candidate."""
+    """Return the hint for a reference that lacks adapters of the candidate."""
     if isinstance(sides.reference, SavedReference):
         output = sides.candidate.about.outputs[0]
         return f"save the outputs of each adapter as NAME/{output}, or give a checkpoint folder"
@@ -232,18 +235,20 @@ def states_of(sides: Sides) -> list[State]:
     """Return the states that both sides can be in, the base first.
 
     Raises:
-        BackendError: There is none.
+        BackendError: The reference can't be run in all adapter states of the candidate.
     """
-    wanted = sides.candidate.states(sides.blend)
-    states = [state for state in wanted if sides.reference.has(state)]
-    lacking = [state_name(state) for state in wanted if state not in states and state != BASE]
+    possible = sides.candidate.states(sides.blend)
+    states = [state for state in possible if sides.reference.has(state)]
+    lacking = [state_name(state) for state in possible if state not in states and state != BASE]
     if lacking or not states:
         raise BackendError(
             "the reference can't be run with every adapter of the candidate", _how_to_run(sides), lacking
         )
     saved = sides.reference.outputs if isinstance(sides.reference, SavedReference) else {}
-    if left := [state_name(state) for state in saved if state not in (*wanted, BASE)]:
-        sides.notes.append(f"saved for {', '.join(left)}, which the candidate can't be: not compared")
-    if BASE in wanted and BASE not in states:
-        sides.notes.append("the reference can't be run without adapter: the candidate's base is not checked")
+    if left := [state_name(state) for state in saved if state not in (*possible, BASE)]:
+        sides.notes.append(f"outputs saved for {', '.join(left)} are not compared: the candidate lacks it")
+    if BASE in possible and BASE not in states:
+        sides.notes.append(
+            "the reference can't be run without an adapter: the candidate's base is not checked"
+        )
     return states

@@ -1,1 +1,1 @@
-"""ONNX Runtime."""
+"""Run graphs with ONNX Runtime."""

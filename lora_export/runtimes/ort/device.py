@@ -1,7 +1,7 @@
-"""Tensors of ONNX Runtime: numpy in, numpy out, on the CPU or on a CUDA device, bfloat16 and float8 included.
+"""Convert between numpy arrays and ONNX Runtime's tensors, on the CPU or a CUDA device, for all float types.
 
-ONNX Runtime's numpy conversions stop at the types that numpy has itself. The others (`ml_dtypes`) go through
-integers of the same size, and come back from the tensor's memory.
+ONNX Runtime converts only the types that numpy itself has. bfloat16 and float8 (`ml_dtypes`) are passed as
+integers of the same size, and read back from the tensor's memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ELEMENT_OF = {dtype: element for element, dtype in _EXTENDED.items()}
 _INTEGER_OF_SIZE: dict[int, type[np.unsignedinteger[Any]]] = {1: np.uint8, 2: np.uint16}
 
 _INTEGERS = ("int", "uint")
-# How ONNX Runtime names the type of a graph's input; others (strings, sequences) are not checked.
+# ONNX Runtime's names of input types; others (strings, sequences) are not checked.
 DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(double)": np.dtype(np.float64),
@@ -48,11 +48,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 
 class DeviceMemory:
-    """Makes tensors on one device and reads them back.
+    """Make tensors on one device and read them back.
 
     Attributes:
         kind: ``cpu`` or ``cuda``.
-        device_id: Which one.
+        device_id: Number of the device.
     """
 
     def __init__(self, kind: Provider, device_id: int = 0) -> None:
@@ -60,13 +60,13 @@ class DeviceMemory:
         self.device_id = device_id
 
     def put(self, values: Array) -> OrtValue:
-        """Copy an array to the device: what the caller does to it afterwards changes nothing."""
+        """Copy an array to the device; later changes of the array have no effect on the copy."""
         tensor = self.empty(values.shape, values.dtype)
         tensor.update_inplace(_as_known(np.ascontiguousarray(values)))
         return tensor
 
     def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> OrtValue:
-        """Make a tensor on the device whose values are not set."""
+        """Make a tensor on the device with undefined values."""
         import onnxruntime as ort
 
         return ort.OrtValue.ortvalue_from_shape_and_type(
@@ -74,7 +74,7 @@ class DeviceMemory:
         )
 
     def like(self, value: OrtValue) -> OrtValue:
-        """Make a tensor on the device of another's shape and type; its values are not set."""
+        """Make a tensor on the device with another's shape and type, and undefined values."""
         import onnxruntime as ort
 
         return ort.OrtValue.ortvalue_from_shape_and_type(
@@ -105,7 +105,7 @@ def host_value(values: Array) -> OrtValue:
 
 
 def _as_known(values: Array) -> Array:
-    """Return the bytes of bfloat16 or float8 as integers of their size; other arrays as they are."""
+    """Return the bytes of bfloat16 or float8 as integers of their size; other arrays unchanged."""
     return values.view(_INTEGER_OF_SIZE[values.itemsize]) if values.dtype in _ELEMENT_OF else values
 
 

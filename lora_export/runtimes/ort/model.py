@@ -1,4 +1,4 @@
-"""An ONNX Runtime session of a graph with exposed LoRA: opened, described, and its feeds checked."""
+"""Open a graph with exposed LoRA in ONNX Runtime, describe it, check its feeds and run it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_export.runtimes.ort.resident import Resident
 from lora_export.storage.inputs import same_inputs
 from lora_export.untrusted.shown import limited
 
-# Inputs with other sizes that are named: mostly they are all of a graph's.
+# Largest number of inputs with wrong sizes that are listed: mostly all inputs of a graph have them.
 _SHOWN = 5
 
 
@@ -31,10 +31,10 @@ class Port:
     """An input of the graph.
 
     Attributes:
-        name: Its name.
-        type: As ONNX Runtime says it, ``tensor(float)``.
-        shape: Sizes, names of symbols, or None.
-        required: It has no default in the graph.
+        name: Name of the input.
+        type: ONNX Runtime's name of the type, ``tensor(float)``.
+        shape: Size, name of a symbol, or None, for each axis.
+        required: True if it has no default in the graph.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Port:
 
     @property
     def dtype(self) -> np.dtype[Any] | None:
-        """What an array for it must have; None where that is not checked."""
+        """The dtype that an array for it must have; None if that is not checked."""
         return DTYPES.get(self.type)
 
 
@@ -52,14 +52,14 @@ class OrtModel:
     """The opened graph.
 
     Attributes:
-        path: The file.
-        session: `onnxruntime.InferenceSession`.
-        memory: The device.
-        graphs: Captured CUDA graphs, where they are wanted.
-        record: What the graph says about its LoRA tensors.
-        inputs: What a request feeds, by name: all inputs but LoRA's.
-        lora: LoRA's inputs, by name.
-        outputs: Names, in the graph's order.
+        path: Path of the file.
+        session: The `onnxruntime.InferenceSession`.
+        memory: Memory of the device.
+        graphs: Captured CUDA graphs; None if runs are not captured.
+        record: The graph's LoRA record.
+        inputs: Inputs that a request feeds, by name: all except LoRA's.
+        lora: LoRA's inputs by name.
+        outputs: Names of the outputs in the graph's order.
     """
 
     def __init__(
@@ -96,14 +96,14 @@ class OrtModel:
 
     @property
     def weight_of(self) -> WeightOf:
-        """The graph's constants; opened anew for each use, so that an idle session holds none."""
+        """The graph's constants; opened again for each use, so that an idle session holds none."""
         return GraphWeights(self.path, opened=self._files)
 
     def choose_outputs(self, names: Sequence[str] | None) -> Sequence[str]:
-        """Return the outputs to compute: all of them, or those asked for.
+        """Return the outputs to compute: all, or the requested ones.
 
         Raises:
-            BackendError: The graph has no such outputs.
+            BackendError: The graph lacks a requested output.
         """
         return choose_outputs(self.path, self.outputs, names)
 
@@ -117,11 +117,11 @@ class OrtModel:
         return [(name, _as_bound(value)) for name, value in feeds.items()]
 
     def fitted(self, tensors: Mapping[str, Array], adapter: str) -> tuple[Mapping[str, Array], list[str]]:
-        """Return an adapter's tensors as they are: a graph takes every rank."""
+        """Return an adapter's tensors unchanged: a graph takes every rank."""
         return tensors, []
 
     def put(self, tensors: Mapping[str, Array], beside: Resident | None = None) -> Resident:
-        """Copy LoRA tensors to the device; those that are not among them are ``beside``'s, shared."""
+        """Copy LoRA tensors to the device; share missing ones with ``beside``."""
 
         def copy() -> Resident:
             values = {name: self.memory.put(array) for name, array in tensors.items()}
@@ -130,7 +130,7 @@ class OrtModel:
         return self.graphs.call(copy) if self.graphs else copy()
 
     def run(self, resident: Resident, feeds: Feeds, outputs: Sequence[str]) -> list[Array]:
-        """Run the graph; return the outputs' values in the order asked for.
+        """Run the graph and return the outputs' values in the requested order.
 
         Raises:
             BackendError: ONNX Runtime refused the inputs or failed.
@@ -143,15 +143,15 @@ class OrtModel:
             raise self._failed(error) from error
 
     def run_on_device(self, resident: Resident, feeds: Feeds, outputs: Sequence[str]) -> list[OrtValue]:
-        """Run the graph; leave the outputs on the device.
+        """Run the graph and leave the outputs on the device.
 
         Raises:
-            BackendError: As `run`, or the session replays CUDA graphs, which write over their outputs.
+            BackendError: As for `run`, or the session replays CUDA graphs, which overwrite their outputs.
         """
         if self.graphs:
             raise BackendError(
-                "the outputs of a CUDA graph are overwritten by the next run and can't be handed out",
-                "use run, or make the session with cuda_graph=False",
+                "the outputs of a CUDA graph are overwritten by the next run and can't be returned",
+                "use run, or open the session with cuda_graph=False",
             )
         try:
             return resident.run(feeds, outputs, self.memory.kind, self.memory.device_id)
@@ -166,7 +166,7 @@ class OrtModel:
         )
 
     def save_runtime_cache(self) -> None:
-        """Refuse: ONNX Runtime keeps no compiled kernels.
+        """Raise `BackendError`: ONNX Runtime keeps no compiled kernels.
 
         Raises:
             BackendError: Always.
@@ -174,16 +174,16 @@ class OrtModel:
         raise BackendError("only a TensorRT-RTX engine has a runtime cache", f"{self.path.name} is a graph")
 
     def close(self) -> None:
-        """Do nothing: ONNX Runtime gives back what it holds when the session is gone."""
+        """Do nothing: ONNX Runtime releases what it holds when the session is deleted."""
 
     def _type_problem(self, name: str, value: object) -> str:
         port = self.inputs[name]
         if isinstance(value, np.ndarray):
             fits = port.dtype is None or value.dtype == port.dtype
-            return "" if fits else f"{value.dtype}, the graph wants {port.dtype}"
+            return "" if fits else f"{value.dtype}, the graph takes {port.dtype}"
         if not hasattr(value, "data_type"):
             return f"{type(value).__name__}, wanted a numpy array or an onnxruntime.OrtValue"
-        return "" if value.data_type() == port.type else f"{value.data_type()}, the graph wants {port.type}"
+        return "" if value.data_type() == port.type else f"{value.data_type()}, the graph takes {port.type}"
 
 
 def _as_bound(value: Array | OrtValue) -> Array | OrtValue:
@@ -194,18 +194,18 @@ def _as_bound(value: Array | OrtValue) -> Array | OrtValue:
 
 
 def _check_record(record: ExposedGraph, ports: Mapping[str, Port], path: Path) -> None:
-    wanted = record.input_names()
+    expected = record.input_names()
     if record.mode == "bank":
-        wanted += [WEIGHTS_INPUT, record.batch_input]
-    if missing := [name or "(the batch input has no name)" for name in wanted if name not in ports]:
+        expected += [WEIGHTS_INPUT, record.batch_input]
+    if missing := [name or "(the batch input has no name)" for name in expected if name not in ports]:
         raise GraphError(
-            f"{path}: the LoRA record names {len(missing)} inputs that the graph lacks (of {len(wanted)})",
-            "a tool has changed the graph since; make it again with swap-onnx or bank-onnx",
+            f"{path}: the LoRA record names {len(missing)} inputs that the graph lacks (of {len(expected)})",
+            "a tool has changed the graph since it was written; make it again with swap-onnx or bank-onnx",
             missing,
         )
     if sizes := size_problems(record, {name: port.shape for name, port in ports.items()}):
         raise GraphError(
-            f"{path}: {len(sizes)} LoRA inputs have other sizes than the LoRA record says",
-            "a tool has changed the graph since; make it again with swap-onnx or bank-onnx",
+            f"{path}: {len(sizes)} LoRA inputs have other sizes than the LoRA record states",
+            "a tool has changed the graph since it was written; make it again with swap-onnx or bank-onnx",
             limited(sizes, most=_SHOWN),
         )

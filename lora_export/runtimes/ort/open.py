@@ -1,4 +1,4 @@
-"""A graph opened by ONNX Runtime, on the CPU or by its CUDA provider."""
+"""Open a graph with ONNX Runtime, on the CPU or with its CUDA provider."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_export.runtimes.ort.device import DeviceMemory
 from lora_export.storage.inputs import note_inputs, same_inputs
 
 _CUDA = "CUDAExecutionProvider"
-# Its own log goes to the terminal with a stranger's names as they are; its errors are raised as well.
+# ONNX Runtime's log prints strangers' names unchanged to the terminal; its errors are raised anyway.
 _FATAL_ONLY = 4
 
 
@@ -28,10 +28,10 @@ def open_session(
 
     Args:
         path: The ``.onnx`` file.
-        memory: Where it runs.
-        threads: Threads within one operator; None: as many as there are cores.
+        memory: Memory of the device that it runs on.
+        threads: Threads within one operator; None: one for each core.
         cuda_graph: Let ONNX Runtime capture runs as CUDA graphs.
-        session_options: An `onnxruntime.SessionOptions`, where the defaults don't do.
+        session_options: An `onnxruntime.SessionOptions`, if the defaults don't suit.
 
     Returns:
         An `onnxruntime.InferenceSession`. Float32 products on CUDA are float32, not TF32.
@@ -39,8 +39,8 @@ def open_session(
     Raises:
         BackendUnavailable: ONNX Runtime or its CUDA provider is not installed, or can't start.
         BackendError: ONNX Runtime can't open the file.
-        GraphError: Its data files are not those that it was written with.
-        InputChangedError: The files have changed meanwhile: it would be one graph with another one's weights.
+        GraphError: The graph's data files are not those that it was written with.
+        InputChangedError: The files changed while they were read, so that graph and weights may not match.
     """
     note_inputs([path])
     provider = memory.kind
@@ -58,10 +58,10 @@ def open_session(
                 f"this onnxruntime ({ort.__version__}) has no CUDA provider",
                 "pip uninstall onnxruntime; pip install 'lora-export[gpu]'",
             )
-        ort.preload_dlls()  # CUDA's libraries where pip installed them; nothing if they are elsewhere
-        # Its default for float32 products is TF32, which keeps 10 bits of each factor.
+        ort.preload_dlls()  # CUDA's libraries, if pip installed them
+        # The provider's default for float32 products is TF32, which keeps 10 bits of each factor.
         chosen = {"use_tf32": "0"} | ({"enable_cuda_graph": "1"} if cuda_graph else {})
-        if memory.device_id:  # it warns of the option, whatever its value
+        if memory.device_id:  # ONNX Runtime warns about the option even if it is 0
             chosen["device_id"] = str(memory.device_id)
         providers.insert(0, (_CUDA, chosen))
     options = session_options
@@ -75,7 +75,7 @@ def open_session(
     except Exception as error:  # ONNX Runtime's exceptions have no common class
         raise BackendError(
             f"ONNX Runtime can't open {path}: {error}",
-            "a CUDA graph needs every node on the GPU: leave out --cuda-graph (cuda_graph=True)"
+            "a CUDA graph needs every node on the GPU: omit --cuda-graph (cuda_graph=True)"
             if cuda_graph
             else "check the file, and the operators that this onnxruntime supports",
         ) from error
@@ -84,8 +84,8 @@ def open_session(
             "ONNX Runtime could not start its CUDA provider and fell back to the CPU",
             "install CUDA and cuDNN for it: pip install 'onnxruntime-gpu[cuda,cudnn]'",
         )
-    # Where a data file differs, reading the graph tells whether it is still the one that was written, and
-    # refuses it then.
+    # If a data file differs, the graph is read to see whether it is still the written one; then it is
+    # refused.
     metadata = session.get_modelmeta().custom_metadata_map
     identity = read_identity(metadata, path)
     note_inputs(path.parent / place for place in (identity.files if identity else ()))

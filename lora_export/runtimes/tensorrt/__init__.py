@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT-RTX."""
+"""Run engines with TensorRT and TensorRT-RTX."""

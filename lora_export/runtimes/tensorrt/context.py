@@ -1,4 +1,4 @@
-"""An execution context and what is bound to it: only what differs from the last run is bound again."""
+"""Bind inputs and outputs to an execution context: only what differs from the last run is bound again."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ class EngineContext:
     """One ``IExecutionContext``. One thread at a time may use it."""
 
     def __init__(self, loaded: LoadedEngine, context: Any, shapes: EngineShapes, stream: Stream) -> None:
-        # In this order: a context goes before its engine.
+        # In this order, so that the context is deleted before its engine.
         self._context, self._loaded, self._stream = context, loaded, stream
         self._varies = shapes.varies
         self._outputs = [port.name for port in loaded.record.outputs]
         self.forget()
 
     def forget(self) -> None:
-        """Bind everything anew in the next run: after a failure nobody knows what is bound."""
+        """Make the next run bind everything again: after a failure it is unknown what is bound."""
         self._profile: int | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._inferred: dict[str, tuple[int, ...]] | None = None
-        # No reason to keep an adapter on the device.
+        # A weak reference, which doesn't keep an adapter on the device.
         self._lora: weakref.ref[EngineTensors] | None = None
 
     def use_profile(self, number: int) -> None:
-        """Choose the optimisation profile. That makes TensorRT forget every shape."""
+        """Select the optimisation profile, which makes TensorRT forget every shape."""
         if number == self._profile:
             return
         self.forget()
@@ -41,12 +41,12 @@ class EngineContext:
         self._check(
             self._context.set_optimization_profile_async(number, int(self._stream)), f"use profile '{name}'"
         )
-        # What the change copies has to be there before a run begins on any stream.
+        # The copies that the change makes must be done before a run begins on any stream.
         self._stream.synchronize()
         self._profile = number
 
     def bind_lora(self, lora: EngineTensors) -> None:
-        """Bind LoRA's inputs: those of the last run are bound already."""
+        """Bind LoRA's inputs, unless they are bound since the last run."""
         if self._lora is not None and self._lora() is lora:
             return
         for name, tensor in lora.tensors.items():
@@ -70,7 +70,7 @@ class EngineContext:
             self._addresses[name] = address
 
     def output_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Return the outputs' shapes, once every input is bound."""
+        """Return the outputs' shapes; every input must be bound."""
         if self._inferred is None:
             self._infer()
             found = {name: tuple(self._context.get_tensor_shape(name)) for name in self._outputs}
@@ -90,7 +90,7 @@ class EngineContext:
         unknown = [f"{name} {shape}" for name, shape in shapes.items() if any(size < 0 for size in shape)]
         if unknown:
             raise BackendError(
-                f"{self._loaded.path.name} has outputs whose shape depends on values, which we don't run",
+                f"{self._loaded.path.name} has outputs whose shape depends on values, which is not supported",
                 "make the graph's outputs depend on its inputs' shapes alone",
                 unknown,
             )

@@ -1,7 +1,7 @@
-"""Memory of a CUDA device, copies to and from it, and captured graphs, through NVIDIA's cuda-bindings.
+"""Allocate and copy memory of a CUDA device and capture graphs, with NVIDIA's cuda-bindings.
 
-Every call names what it does, so that an error says more than a number. Values go as bytes: bfloat16 and
-float8 (`ml_dtypes`) like any other.
+Every call names what it does, so that an error says more than a number. Values are copied as bytes: bfloat16
+and float8 (`ml_dtypes`) like any other.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import numpy as np
 from lora_export.adapter import Array
 from lora_export.errors import BackendError, BackendUnavailable
 
-# What TensorRT asks of a tensor's address; cudaMalloc gives no less.
+# Alignment that TensorRT needs for a tensor's address; cudaMalloc guarantees it.
 ALIGNMENT = 256
 
 _HINTS = {
     "cudaErrorMemoryAllocation": "give the session smaller max_adapters or max_bytes",
     "cudaErrorInsufficientDriver": "install NVIDIA's driver, or one as new as cuda-bindings' CUDA; "
     "for a driver of CUDA 12: pip install 'cuda-bindings<13'",
-    "cudaErrorNoDevice": "an engine runs on an NVIDIA GPU alone",
-    "cudaErrorInvalidDevice": "give the device_id of a GPU that is there",
+    "cudaErrorNoDevice": "an engine runs only on an NVIDIA GPU",
+    "cudaErrorInvalidDevice": "give the device_id of a GPU of this machine",
 }
 
 
 def cuda_runtime() -> Any:
-    """Import CUDA's runtime API.
+    """Import CUDA's runtime API and return it.
 
     Raises:
         BackendUnavailable: cuda-bindings is not installed.
@@ -49,8 +49,8 @@ class CudaDevice:
     """One GPU.
 
     Attributes:
-        device_id: Its number.
-        copies: A stream for copies that belong to no run.
+        device_id: Number of the GPU.
+        copies: Stream for copies that belong to no run.
     """
 
     def __init__(self, device_id: int = 0) -> None:
@@ -65,12 +65,12 @@ class CudaDevice:
         self.copies = Stream(self)
 
     def call(self, what: str, name: str, *arguments: Any) -> Any:
-        """Call a function of CUDA's runtime; return what it gives besides its error code.
+        """Call a function of CUDA's runtime and return its result without the error code.
 
         Args:
-            what: What it does, for messages: "CUDA could not …".
-            name: The function.
-            arguments: Its arguments.
+            what: Text that completes the message "CUDA could not …".
+            name: Name of the function.
+            arguments: Arguments of the function.
 
         Raises:
             BackendError: The function failed.
@@ -87,15 +87,15 @@ class CudaDevice:
         return getattr(getattr(self._api, enumeration), member)
 
     def on_release(self, owner: object, name: str, handle: Any) -> None:
-        """Give a handle back when its owner is gone. What that returns is of no use to anybody."""
+        """Free a handle when its owner is deleted; an error of that call is ignored."""
         weakref.finalize(owner, getattr(self._api, name), handle)
 
     def activate(self) -> None:
-        """Make it the calling thread's device."""
+        """Make this GPU the calling thread's device."""
         self.call(f"use GPU {self.device_id}", "cudaSetDevice", self.device_id)
 
     def compute_capability(self) -> str:
-        """Return ``8.9`` or the like."""
+        """Return the compute capability, as ``8.9``."""
         major, minor = (
             self.call(
                 "read the compute capability",
@@ -111,9 +111,9 @@ class CudaDevice:
         """Queue a copy of an array, which must be C-contiguous, to the device.
 
         Args:
-            address: Where to.
-            values: The array; it has been read when this returns, as it is no page-locked memory.
-            stream: In whose order.
+            address: Address on the device.
+            values: The array; it has been read when this returns, as its memory is not page-locked.
+            stream: Stream to queue the copy on.
         """
         self._copy("to", address, values.ctypes.data, values.nbytes, "cudaMemcpyHostToDevice", stream)
 
@@ -145,17 +145,17 @@ class Stream:
         return int(self.handle)
 
     def synchronize(self) -> None:
-        """Wait until all of its work is done."""
+        """Wait until all queued work is done."""
         self._device.call("finish its work", "cudaStreamSynchronize", self.handle)
 
     def capture(self, work: Callable[[], None]) -> CapturedGraph:
-        """Keep what ``work`` queues here, in place of doing it.
+        """Capture the work that ``work`` queues here instead of doing it.
 
         Raises:
-            BackendError: Something in it can't be captured.
+            BackendError: A part of the work can't be captured.
         """
         call = self._device.call
-        # Of this thread alone: others go on allocating memory meanwhile.
+        # Only this thread is captured: others may go on allocating memory.
         mode = self._device.value("cudaStreamCaptureMode", "cudaStreamCaptureModeThreadLocal")
         call("begin the capture of a CUDA graph", "cudaStreamBeginCapture", self.handle, mode)
         try:
@@ -170,16 +170,16 @@ class Stream:
             call("free a captured CUDA graph", "cudaGraphDestroy", graph)
 
     def _abandon(self) -> None:
-        """End a capture that failed: a stream left in it takes no other work."""
+        """End a failed capture: a stream that is still capturing takes no other work."""
         try:
             graph = self._device.call("end a capture", "cudaStreamEndCapture", self.handle)
-        except BackendError:  # it says that the capture failed, which is known
+        except BackendError:  # the error says that the capture failed, which is known
             return
         self._device.call("free a captured CUDA graph", "cudaGraphDestroy", graph)
 
 
 class CapturedGraph:
-    """Work of a stream that is done again by one launch, at the addresses that it was captured with."""
+    """Captured work of a stream, repeated by one launch at the addresses of its capture."""
 
     def __init__(self, device: CudaDevice, stream: Stream, graph: Any) -> None:
         self._device, self._stream = device, stream
@@ -187,17 +187,18 @@ class CapturedGraph:
         device.on_release(self, "cudaGraphExecDestroy", self._executable)
 
     def launch(self) -> None:
-        """Queue it on its stream."""
+        """Queue the work on its stream."""
         self._device.call("launch a CUDA graph", "cudaGraphLaunch", self._executable, self._stream.handle)
 
 
 class DeviceBuffer:
-    """Memory of a device, given back when nobody holds it any more.
+    """Memory of a device, freed when the buffer is deleted.
 
     Attributes:
         device: The device.
-        address: Where it begins; never 0, also where it is empty: TensorRT wants an address for every tensor.
-        nbytes: Its size.
+        address: Address of its first byte; never 0, even if it is empty: TensorRT needs an address for every
+            tensor.
+        nbytes: Size in bytes.
     """
 
     def __init__(self, device: CudaDevice, nbytes: int) -> None:
@@ -212,10 +213,10 @@ class DeviceTensor:
     """A tensor in a device's memory.
 
     Attributes:
-        buffer: What it lies in.
-        offset: Where it begins there.
-        shape: Its shape.
-        dtype: Its type.
+        buffer: Buffer that it lies in.
+        offset: Offset in the buffer, in bytes.
+        shape: Shape of the tensor.
+        dtype: Type of its elements.
     """
 
     buffer: DeviceBuffer
@@ -225,16 +226,16 @@ class DeviceTensor:
 
     @property
     def address(self) -> int:
-        """Where its values begin."""
+        """Address of its first value."""
         return self.buffer.address + self.offset
 
     @property
     def nbytes(self) -> int:
-        """Size of its values."""
+        """Size of its values in bytes."""
         return nbytes_of(self.shape, self.dtype)
 
     def numpy(self) -> Array:
-        """Copy its values to the host."""
+        """Copy its values to the host and return them."""
         values: Array = np.empty(self.shape, self.dtype)
         device = self.buffer.device
         device.activate()
@@ -244,5 +245,5 @@ class DeviceTensor:
 
 
 def nbytes_of(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
-    """Return how many bytes a tensor takes."""
+    """Return the size of a tensor in bytes."""
     return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize

@@ -1,7 +1,7 @@
-"""Open an engine on this machine's GPU, or say everything that stands in the way.
+"""Open an engine on this machine's GPU, or report every reason why it can't run here.
 
-What can be known without a GPU is known from the engine's record; TensorRT-RTX's own look at the engine's
-header comes after it, for what only the driver knows.
+The engine record is checked first, which needs no GPU; then TensorRT-RTX checks the engine's header, for what
+only the driver knows.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class LoadedEngine:
     """An engine on a GPU.
 
     Attributes:
-        path: Its file.
-        record: What it is.
+        path: The engine's file.
+        record: The engine record.
         trt: The package that runs it.
-        engine: Its ``ICudaEngine``.
+        engine: The ``ICudaEngine``.
         runtime: The ``Runtime`` that it belongs to.
-        log: What TensorRT has said of it.
+        log: TensorRT's messages on it.
         device: The GPU.
     """
 
@@ -51,15 +51,15 @@ class LoadedEngine:
 
     @property
     def is_rtx(self) -> bool:
-        """Whether it is TensorRT-RTX's, which compiles kernels while it runs."""
+        """True if it is an engine of TensorRT-RTX, which compiles kernels while it runs."""
         return self.record.backend == "tensorrt-rtx"
 
 
 class EngineLog:
-    """TensorRT's messages: the errors are kept until somebody asks for them, as the reason of a failure.
+    """TensorRT's error messages, kept to explain a failure.
 
     Attributes:
-        logger: The ``ILogger``; everything that is made with it needs it for as long as it lives.
+        logger: The ``ILogger``; it must outlive everything that is made with it.
     """
 
     def __init__(self, trt: Any) -> None:
@@ -83,12 +83,12 @@ class EngineLog:
         return taken
 
     def refused(self, path: Path, what: str, hint: str = "") -> BackendError:
-        """Return the error for something that TensorRT did not do."""
+        """Return the error for a call that TensorRT refused, with its messages."""
         return BackendError(f"{path.name}: TensorRT could not {what}", hint, self.take())
 
 
 def gpu_compute_capability(device_id: int = 0) -> str | None:
-    """Return a GPU's compute capability (``8.9``) as CUDA says it, or None where no GPU can be used."""
+    """Return a GPU's compute capability (``8.9``) as CUDA states it, or None if no GPU can be used."""
     try:
         return CudaDevice(device_id).compute_capability()
     except BackendError:
@@ -96,23 +96,23 @@ def gpu_compute_capability(device_id: int = 0) -> str | None:
 
 
 def load_engine(path: Path, record: EngineRecord, device_id: int = 0) -> LoadedEngine:
-    """Put an engine on a GPU.
+    """Load an engine onto a GPU.
 
     Args:
-        path: Its file.
-        record: Its record, see `read_engine`.
-        device_id: Which GPU.
+        path: The engine's file.
+        record: The engine record, see `read_engine`.
+        device_id: Number of the GPU.
 
     Raises:
-        BackendUnavailable: Packages are missing that it runs with.
-        BackendError: It can't run here; every reason is listed.
+        BackendUnavailable: Packages that it runs with are missing.
+        BackendError: The engine can't run here; every reason is listed.
     """
     device = _checked_device(path, record, device_id)
     trt = compiler_of(record.backend).load()
     log = EngineLog(trt)
     runtime = trt.Runtime(log.logger)
     if record.options.version_compatible:
-        # Such an engine brings its own code for the host. The record's hash says that the file is ours.
+        # Such an engine contains host code. The hash in its record shows that lora-export wrote the file.
         runtime.engine_host_code_allowed = True
     data = path.read_bytes()
     if record.backend == "tensorrt-rtx":
@@ -127,35 +127,35 @@ def check_source(path: Path, record: EngineRecord, source: Path) -> None:
     """Refuse a graph that the engine was not built from.
 
     Args:
-        path: The engine.
-        record: Its record.
+        path: The engine's file.
+        record: The engine record.
         source: The ONNX graph.
 
     Raises:
-        BackendError: It is another graph, or its weights have changed.
-        GraphError: It can't be read.
+        BackendError: The engine was built from another graph, or the graph's weights have changed.
+        GraphError: The graph can't be read.
     """
     if not same_files(graph_hashes(load_graph(source)), record.source.files):
         raise BackendError(
-            f"{path.name} was not built from {source}, as it is now",
+            f"{path.name} was not built from {source} as it is now",
             "give the graph that it was built from, or build it again",
             [f"{file.name}: sha256 {file.sha256}" for file in record.source.files],
         )
 
 
 def same_files(one: Sequence[FileHash], other: Sequence[FileHash]) -> bool:
-    """Whether two graphs are the same files, whatever they are called."""
+    """Return True if two graphs have files of the same content, whatever their names are."""
     return identity_of(one) == identity_of(other)
 
 
 def _checked_device(path: Path, record: EngineRecord, device_id: int) -> CudaDevice:
-    """Return the GPU if the engine can run on it here."""
+    """Return the GPU, or raise `BackendError` with every reason why the engine can't run on it."""
     refusals = _Refusals()
     compiler = compiler_of(record.backend)
     with refusals.collect():
         _check_version(record, compiler.version(), refusals)
     if record.platform != (here := platform_here()):
-        refusals.problems.append(f"it is for {record.platform}, this is {here}")
+        refusals.problems.append(f"the engine is for {record.platform}, this machine is {here}")
     device = None
     with refusals.collect():
         device = CudaDevice(device_id)
@@ -166,7 +166,7 @@ def _checked_device(path: Path, record: EngineRecord, device_id: int) -> CudaDev
 
 
 class _Refusals:
-    """Reasons why an engine can't run here, and what would mend them."""
+    """Reasons why an engine can't run here, and how to fix them."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
@@ -175,7 +175,7 @@ class _Refusals:
 
     @contextlib.contextmanager
     def collect(self) -> Iterator[None]:
-        """Take an error for one of the reasons."""
+        """Record an error raised inside as one of the reasons."""
         try:
             yield
         except BackendError as error:
@@ -184,7 +184,7 @@ class _Refusals:
             self.hints += [error.hint] if error.hint else []
 
     def finish(self, path: Path) -> None:
-        """Raise them, if there are any."""
+        """Raise one error with all reasons, if there are any."""
         if self.problems:
             kind = BackendUnavailable if self._missing else BackendError
             hint = "; ".join(self.hints) or "build the engine again, for this machine"
@@ -192,15 +192,15 @@ class _Refusals:
 
 
 def _check_version(record: EngineRecord, here: str, refusals: _Refusals) -> None:
-    """Engines run with the version that built them; version compatible ones within their major one."""
+    """Add a refusal unless the installed version built the engine, or has its major version if compatible."""
     built = record.builder_version
-    # trtexec says one number less than the package, whose last one is the packaging's.
+    # trtexec states one number less than the package, whose last number counts packagings.
     parts = list(zip(built.split("."), here.split("."), strict=False))
-    wanted = parts[:1] if record.options.version_compatible else parts
-    if all(one == other for one, other in wanted):
+    compared = parts[:1] if record.options.version_compatible else parts
+    if all(one == other for one, other in compared):
         return
     name = _NAMES[record.backend]
-    refusals.problems.append(f"it was built by {name} {built}, and {here} is installed")
+    refusals.problems.append(f"it was built by {name} {built}, but {here} is installed")
     refusals.hints.append(f"install {name} {built}, or build the engine again")
 
 
@@ -212,18 +212,18 @@ def _gpu_problems(record: EngineRecord, here: str) -> list[str]:
         ]
     if here in record.compute_capabilities:
         return []
-    # Ampere and all that came after it.
+    # Ampere and later.
     if record.options.hardware_compatible and int(here.split(".")[0]) >= 8:
         return []
-    wanted = " or ".join(record.compute_capabilities)
-    return [f"the GPU has compute capability {here}, the engine is for {wanted}"]
+    supported = " or ".join(record.compute_capabilities)
+    return [f"the GPU has compute capability {here}, the engine is for {supported}"]
 
 
 def _check_validity(path: Path, trt: Any, runtime: Any, data: bytes, log: EngineLog) -> None:
-    """Let TensorRT-RTX look at the header: it knows the driver, CUDA's version and the free memory."""
+    """Let TensorRT-RTX check the header: it knows the driver, CUDA's version and the free memory."""
     validity, diagnostics = runtime.get_engine_validity(data)
     if validity == trt.EngineValidity.SUBOPTIMAL:
-        message = f"{path.name}: TensorRT-RTX says that it may be slower here than an engine built anew"
+        message = f"{path.name}: TensorRT-RTX says that an engine built again may be faster here"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     if validity != trt.EngineValidity.INVALID:
         return

@@ -1,7 +1,7 @@
-"""Runs of classic TensorRT that are captured as CUDA graphs and launched again.
+"""Capture runs of classic TensorRT as CUDA graphs and launch them again.
 
-A captured graph has shapes and addresses in it: each has buffers of its own for inputs and outputs, and the
-LoRA tensors at fixed places (`FixedTensors`). NVIDIA's advice for TensorRT is one execution context for each
+A captured graph contains shapes and addresses: each has its own buffers for inputs and outputs, and the LoRA
+tensors at fixed addresses (`FixedTensors`). NVIDIA's advice for TensorRT is one execution context for each
 graph, as a graph refers to its context's state, and one scratch memory for all, as they run in turn. A
 context has to run once with new shapes before it is captured.
 """
@@ -25,7 +25,7 @@ from lora_export.runtimes.tensorrt.tensors import EngineTensors
 
 @dataclass(frozen=True, eq=False)
 class _Captured:
-    """A graph with what it reads and writes, all of which has to live as long as it does."""
+    """A graph with the tensors that it reads and writes, which must live as long as it does."""
 
     graph: CapturedGraph
     context: EngineContext
@@ -42,11 +42,11 @@ class CapturedRuns:
         self._scratch = DeviceBuffer(loaded.device, loaded.engine.device_memory_size_v2)
 
     def run(self, number: int, lora: EngineTensors | None, feeds: Feeds) -> Mapping[str, DeviceTensor] | None:
-        """Queue a run; return the outputs, or None where the limit is reached.
+        """Queue a run and return the outputs, or None if the limit of graphs is reached.
 
         Args:
-            number: The optimisation profile.
-            lora: LoRA tensors at their fixed places.
+            number: Number of the optimisation profile.
+            lora: LoRA tensors at their fixed addresses.
             feeds: All other inputs.
         """
         layout = lora.layout if lora else None
@@ -62,7 +62,7 @@ class CapturedRuns:
         return captured.outputs
 
     def drop(self) -> None:
-        """Forget all graphs: something that they have in them has changed."""
+        """Forget all graphs, because something that they contain has changed."""
         self._captured.clear()
 
     def _capture(self, number: int, lora: EngineTensors | None, feeds: Feeds) -> _Captured:
@@ -103,7 +103,7 @@ class CapturedRuns:
 
     def _say_full(self) -> None:
         message = (
-            f"{self._limit} CUDA graphs are captured, the most that this session keeps: runs with further "
+            f"{self._limit} CUDA graphs are captured, the limit of this session: runs with further "
             "ranks or input shapes are not captured (max_cuda_graphs)"
         )
         warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -1,4 +1,4 @@
-"""TensorRT-RTX's runtime cache: the kernels that it compiled for this GPU, kept from one process to the next.
+"""Keep TensorRT-RTX's runtime cache in a file: the kernels that it compiled for this GPU.
 
 https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/work-with-runtime-cache.html
 """
@@ -15,17 +15,13 @@ from lora_export.storage.outputs import OutputSet, output_errors
 
 
 class RuntimeCache:
-    """The cache of one engine's context.
-
-    Attributes:
-        wanted: There is a file for it.
-    """
+    """The runtime cache of one engine's context."""
 
     def __init__(self, loaded: LoadedEngine, file: PathLike | None) -> None:
         """Remember the file.
 
         Raises:
-            BackendError: Classic TensorRT compiles nothing while it runs.
+            BackendError: A file is given for classic TensorRT, which compiles nothing while it runs.
         """
         if file is not None and not loaded.is_rtx:
             raise BackendError(
@@ -38,26 +34,27 @@ class RuntimeCache:
 
     @property
     def wanted(self) -> bool:
-        """Whether there is a file for it."""
+        """True if there is a file for the cache."""
         return self._file is not None
 
     def attach(self, config: Any) -> None:
-        """Give the context that is made with ``config`` what was compiled before."""
+        """Attach the cache to the ``config`` of a context, with the kernels compiled before."""
         if self._file is None:
             return
         self._cache = config.create_runtime_cache()
         if self._file.is_file():
-            # False: another GPU, driver or version. All is compiled anew then, and the file replaced.
+            # It returns False for another GPU, driver or version; then all is compiled again and the file
+            # replaced.
             self._cache.deserialize(self._file.read_bytes())
         assert self._loaded is not None
         if not config.set_runtime_cache(self._cache):
             raise self._loaded.log.refused(self._loaded.path, "use a runtime cache")
 
     def save(self) -> None:
-        """Write what was compiled so far; a reader sees the old file or the new one.
+        """Write the kernels compiled so far; a reader sees the old file or the new one.
 
         Raises:
-            BackendError: There is no cache, or TensorRT-RTX doesn't give it.
+            BackendError: The session has no cache, or TensorRT-RTX doesn't return it.
             OutputError: The file can't be written.
         """
         if self._file is None:
@@ -65,11 +62,11 @@ class RuntimeCache:
         assert self._loaded is not None
         blob = self._cache.serialize()
         if blob is None:
-            raise self._loaded.log.refused(self._loaded.path, "give its runtime cache")
+            raise self._loaded.log.refused(self._loaded.path, "return its runtime cache")
         with output_errors(self._file), OutputSet(force=True, listed=False) as outputs:
             outputs.stage(self._file).write_bytes(bytes(blob))
             outputs.commit()
 
     def release(self) -> None:
-        """Let go of TensorRT's objects."""
+        """Release TensorRT's objects."""
         self._cache = self._loaded = None

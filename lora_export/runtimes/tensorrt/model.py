@@ -1,7 +1,7 @@
-"""Engines of TensorRT-RTX and of classic TensorRT, ready to run: `EngineModel`, with LoRA `TensorRTModel`.
+"""Open engines of TensorRT-RTX and classic TensorRT for running: `EngineModel`, with LoRA `TensorRTModel`.
 
-Both packages have one API. What is used of it is checked by tests against both packages' bindings; classic
-TensorRT was never run by us, and TensorRT-RTX not on the machines that this was written on.
+Both packages have the same API. Tests check the used part of it against both packages' bindings; we have
+never run classic TensorRT, nor TensorRT-RTX on the machines that this was written on.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from typing import TypeVar
 import numpy as np
 
 from lora_export.adapter import Array
+from lora_export.base.reads import graph_files
 from lora_export.binding.base_weights import GraphWeights, WeightOf
 from lora_export.engines.record import EngineRecord, Port, read_engine, record_path
 from lora_export.errors import AdapterError, BackendError, GraphError
 from lora_export.graph.exposed import WEIGHTS_INPUT, ExposedGraph
+from lora_export.graph.onnx_file import load_graph
 from lora_export.runtimes.feeds import Feeds, check_feeds, choose_outputs
 from lora_export.runtimes.session_options import EngineOptions
 from lora_export.runtimes.tensorrt.context import shapes_of
@@ -26,6 +28,7 @@ from lora_export.runtimes.tensorrt.engine import LoadedEngine, check_source, loa
 from lora_export.runtimes.tensorrt.runner import EngineRunner
 from lora_export.runtimes.tensorrt.tensors import EngineTensors, put_together
 from lora_export.storage.inputs import same_inputs
+from lora_export.storage.outputs import refuse_inputs
 
 T = TypeVar("T")
 
@@ -35,8 +38,8 @@ class EngineInput:
     """An input of an engine.
 
     Attributes:
-        port: What the record says of it.
-        required: Always: an engine's inputs have no defaults.
+        port: The input in the engine record.
+        required: Always True: an engine's inputs have no defaults.
     """
 
     port: Port
@@ -44,12 +47,12 @@ class EngineInput:
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """Name of the input."""
         return self.port.name
 
     @property
     def type(self) -> str:
-        """Its type and shape."""
+        """Type and shape of the input as text."""
         return f"{self.port.dtype} ({', '.join(map(str, self.port.dims or self.port.shape))})"
 
 
@@ -57,10 +60,10 @@ class EngineModel:
     """An engine that is ready to run.
 
     Attributes:
-        path: Its file.
-        engine_record: What it is.
-        inputs: What a request feeds, by name: all inputs but LoRA's.
-        outputs: Names, in the graph's order.
+        path: The engine's file.
+        engine_record: The engine record.
+        inputs: Inputs that a request feeds, by name: all except LoRA's.
+        outputs: Names of the outputs in the graph's order.
     """
 
     def __init__(
@@ -69,14 +72,15 @@ class EngineModel:
         """Open an engine.
 
         Args:
-            path: The engine.
-            record: Its record, see `read_engine`.
-            options: How to run it.
-            refits: The caller writes the weights, which the file need not hold then.
+            path: The engine's file.
+            record: The engine record, see `read_engine`.
+            options: Options for running it.
+            refits: True if the caller writes the weights, so that the file need not hold them.
 
         Raises:
             BackendUnavailable: TensorRT or cuda-bindings is not installed.
-            BackendError: It can't run here; every reason is listed.
+            BackendError: The engine can't run here; every reason is listed.
+            OutputError: The runtime cache would be written over the engine, its record or its source.
         """
         if record.options.strip_weights and not refits:
             raise BackendError(
@@ -85,6 +89,9 @@ class EngineModel:
             )
         if options.source is not None:
             check_source(path, record, Path(options.source))
+        if options.runtime_cache is not None:
+            graph = [] if options.source is None else graph_files(load_graph(Path(options.source)))
+            refuse_inputs([Path(options.runtime_cache)], [path, record_path(path), *graph])
         loaded = load_engine(path, record, options.device_id)
         self.path, self.engine_record = path, record
         self.inputs = {port.name: EngineInput(port) for port in record.inputs}
@@ -93,15 +100,15 @@ class EngineModel:
         self._runner = EngineRunner(loaded, options)
 
     def choose_outputs(self, names: Sequence[str] | None) -> Sequence[str]:
-        """Return the outputs to read: all of them, or those asked for.
+        """Return the outputs to read: all, or the requested ones.
 
         Raises:
-            BackendError: The engine has no such outputs.
+            BackendError: The engine lacks a requested output.
         """
         return choose_outputs(self.path, self.outputs, names)
 
     def check_feeds(self, feeds: Mapping[str, Array | DeviceTensor]) -> Feeds:
-        """Return the feeds as they are copied: their shapes are checked by the run.
+        """Return the feeds as they are copied; the run checks their shapes.
 
         Raises:
             BackendError: Inputs missing, unknown or of another dtype; all of them are listed.
@@ -120,11 +127,11 @@ class EngineModel:
         return self._runner.run_on_device(resident, feeds, outputs)
 
     def set_unusable(self, reason: str) -> None:
-        """Refuse runs from now on, or with an empty text allow them again; to be called within `alone`."""
+        """Refuse runs from now on, or allow them again if the reason is empty; call it within `alone`."""
         self._runner.unusable = reason
 
     def alone(self, work: Callable[[LoadedEngine], T]) -> T:
-        """Do something to the engine while nothing runs; see `EngineRunner.alone`."""
+        """Call a function with the engine while nothing runs; see `EngineRunner.alone`."""
         return self._runner.alone(work)
 
     def save_runtime_cache(self) -> None:
@@ -132,58 +139,58 @@ class EngineModel:
         self._runner.save_runtime_cache()
 
     def close(self) -> None:
-        """Write the runtime cache and give everything back; see `EngineRunner.close`."""
+        """Write the runtime cache and release everything; see `EngineRunner.close`."""
         self._runner.close()
 
     def _lora_names(self) -> Sequence[str]:
         return ()
 
     def _type_problem(self, name: str, value: object) -> str:
-        wanted = self.inputs[name].port.dtype
+        expected = self.inputs[name].port.dtype
         if not isinstance(value, (np.ndarray, DeviceTensor)):
             return f"{type(value).__name__}, wanted a numpy array or a DeviceTensor of run_on_device"
         if isinstance(value, DeviceTensor) and value.buffer.device.device_id != self._device.device_id:
             return f"on GPU {value.buffer.device.device_id}, the engine is on GPU {self._device.device_id}"
-        return "" if value.dtype == np.dtype(wanted) else f"{value.dtype}, the engine wants {wanted}"
+        return "" if value.dtype == np.dtype(expected) else f"{value.dtype}, the engine takes {expected}"
 
 
 class TensorRTModel(EngineModel):
     """An engine with LoRA tensors among its inputs.
 
     Attributes:
-        record: What its graph said about its LoRA tensors.
-        lora: LoRA's inputs, by name.
+        record: The LoRA record of the engine's graph.
+        lora: LoRA's inputs by name.
     """
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         """Open an engine.
 
         Args:
-            path: The engine.
-            options: How to run it.
+            path: The engine's file.
+            options: Options for running it.
 
         Raises:
             BackendUnavailable: TensorRT or cuda-bindings is not installed.
-            BackendError: There is no engine, or it can't run here; every reason is listed.
-            GraphError: It has no LoRA record, or lacks inputs that the record speaks of.
+            BackendError: The engine is missing or can't run here; every reason is listed.
+            GraphError: The engine has no LoRA record, or lacks inputs that the LoRA record names.
         """
         with same_inputs(at_end=True) as inputs:
             engine_record = read_engine(path)
             self.record = _exposed(path, engine_record)
             super().__init__(path, engine_record, options)
             beside = (path.absolute(), record_path(path).absolute())
-            # The engine itself is on the GPU: W0 is read from its source alone.
+            # W0 is never read from the engine, only from its source.
             self._files = [state for found, state in inputs.states.items() if found not in beside]
         self.lora = {name: self.inputs.pop(name) for name in self.record.input_names()}
         self._source = None if options.source is None else Path(options.source)
 
     @property
     def weight_of(self) -> WeightOf:
-        """The base's weights: those of the graph that the engine was built from."""
+        """The base's weights, read from the graph that the engine was built from."""
         return self._no_weights if self._source is None else GraphWeights(self._source, opened=self._files)
 
     def fitted(self, tensors: Mapping[str, Array], adapter: str) -> tuple[Mapping[str, Array], list[str]]:
-        """Return LoRA tensors in shapes that a profile takes, padded with zeros up to its smallest rank.
+        """Return LoRA tensors in shapes that a profile takes, padded with zeros to its smallest rank.
 
         Raises:
             AdapterError: No profile takes them.
@@ -202,7 +209,7 @@ class TensorRTModel(EngineModel):
         )
 
     def put(self, tensors: Mapping[str, Array], beside: EngineTensors | None = None) -> EngineTensors:
-        """Copy LoRA tensors to the GPU; those that are not among them are ``beside``'s, copied there."""
+        """Copy LoRA tensors to the GPU; copy missing ones from ``beside``."""
         shapes = {} if beside is None else shapes_of(beside.tensors.items())
         shapes |= shapes_of(tensors.items())
         self._device.activate()
@@ -214,10 +221,9 @@ class TensorRTModel(EngineModel):
 
     def _no_weights(self, name: str) -> Array:
         raise AdapterError(
-            f"the adapter needs the base's weight {name}, and {self.path.name} is an engine, which has none "
-            "that can be read",
+            f"the adapter needs the base's weight {name}, which {self.path.name}, an engine, can't provide",
             "give source=, the ONNX graph that the engine was built from; or convert the adapter for that "
-            "graph with convert-adapter, and load what it writes",
+            "graph with convert-adapter, and load the converted file",
         )
 
 
@@ -233,13 +239,13 @@ def _exposed(path: Path, record: EngineRecord) -> ExposedGraph:
             "run it with lora_export.EngineSession; or build it from a graph of swap-onnx or bank-onnx "
             "(--flavour tensorrt)",
         )
-    wanted = exposed.input_names()
-    wanted += [WEIGHTS_INPUT, exposed.batch_input] if exposed.mode == "bank" else []
+    expected = exposed.input_names()
+    expected += [WEIGHTS_INPUT, exposed.batch_input] if exposed.mode == "bank" else []
     inputs = {port.name for port in record.inputs}
-    if missing := [name for name in wanted if name not in inputs]:
+    if missing := [name for name in expected if name not in inputs]:
         raise GraphError(
-            f"{path} lacks {len(missing)} of the {len(wanted)} inputs that its LoRA record speaks of",
-            "build the engine from what swap-onnx or bank-onnx wrote: a tool has changed it since",
+            f"{path} lacks {len(missing)} of the {len(expected)} inputs that its LoRA record names",
+            "build the engine from the file that swap-onnx or bank-onnx wrote: a tool has changed it since",
             missing,
         )
     return exposed
@@ -251,7 +257,7 @@ def open_engine(path: Path, options: EngineOptions, refits: bool = False) -> Eng
 
     Raises:
         BackendUnavailable: TensorRT or cuda-bindings is not installed.
-        BackendError: There is no engine, it has LoRA inputs, or it can't run here.
+        BackendError: The engine is missing, has LoRA inputs, or can't run here.
     """
     record = read_engine(path)
     if record.exposed is not None:

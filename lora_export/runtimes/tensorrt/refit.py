@@ -1,11 +1,11 @@
-"""`MergedEngine`: a merged adapter in a TensorRT engine changed for another one, without a build.
+"""Change the adapter that is merged into a TensorRT engine, without building again: `MergedEngine`.
 
-Each switch writes every weight that the engine's own adapter or any adapter so far has touched: W0 + ΔW of
-the new one's, and W0 for all the others. Writing only what the new adapter changes would leave parts of the
-last one behind: A, then B, then A must be A again.
+Each switch writes every weight that the engine's first adapter or any later one has changed: W0 + ΔW if the
+new adapter changes it, otherwise W0. Writing only the new adapter's weights would leave parts of the last
+one: A, then B, then A must be A again.
 
-Never run by us: a refittable engine is built on a machine with a GPU. What is used of TensorRT is checked
-against both packages' bindings.
+We have never run it: a refittable engine must be built on a machine with a GPU. Tests check the used part of
+TensorRT's API against both packages' bindings.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from lora_export.engines.backend import DTYPES
 from lora_export.engines.record import EngineRecord, read_engine, record_path
 from lora_export.engines.source import graph_hashes
 from lora_export.errors import BackendError, GraphError
+from lora_export.formats.reading.weights_files import files_of
 from lora_export.graph.external_data import merged_values
 from lora_export.graph.onnx_file import GraphFile, load_graph
 from lora_export.modes.branches.union import refuse_other_bases
@@ -36,6 +37,7 @@ from lora_export.runtimes.tensorrt.engine import LoadedEngine, same_files
 from lora_export.runtimes.tensorrt.session import EngineSession
 from lora_export.storage.inputs import FileState, refuse_changed, same_inputs
 from lora_export.storage.manifest import FileHash, identity_of
+from lora_export.storage.outputs import refuse_inputs
 
 # numpy's and ml_dtypes' names of types → TensorRT's.
 _KINDS = ("FLOAT", "HALF", "BF16", "FP8", "INT8", "UINT8", "INT32", "INT64", "BOOL")
@@ -43,15 +45,15 @@ _TYPES = {DTYPES.get(kind, kind.lower()): kind for kind in _KINDS}
 
 
 class MergedEngine(EngineSession):
-    """Runs an engine whose merged adapter is changed by refitting its weights.
+    """Run an engine whose merged adapter is changed by refitting its weights.
 
-    The engine is built with ``--refit`` from the base graph, or from a graph that `merge_onnx` made of it;
-    the latter where modules share a weight, which only the merged graph has a copy of for each. Weights are
-    found by the graph's names, as `merge_onnx` finds them.
+    The engine is built with ``--refit`` from the base graph, or from a graph that `merge_onnx` made from it.
+    The latter is needed if modules share a weight: only the merged graph has a copy for each of them. Weights
+    are found by the graph's names, as `merge_onnx` finds them.
 
-    What the vendor says of the cost: an engine that can be refitted may run slower than one that can't, a
-    switch takes time in proportion to the weights written, and TensorRT 11.3 may lose a Gemm's bias in
-    engines built with ``kREFIT``: compare its answers before you rely on one.
+    NVIDIA says of the cost: an engine that can be refitted may run slower than one that can't, a switch takes
+    time in proportion to the written weights, and TensorRT 11.3 may lose a Gemm's bias in engines built with
+    ``kREFIT``: compare its answers before you rely on one.
 
     Example::
 
@@ -76,17 +78,18 @@ class MergedEngine(EngineSession):
         """Open an engine.
 
         Args:
-            engine: The file, with its record beside it.
+            engine: The engine's file, with its record beside it.
             source: The base's ONNX graph.
-            checkpoint: The folder of the checkpoint that it was exported from, see `merge_onnx`.
-            merged: The adapters that are in the engine's graph already, where that is not the base itself.
-            allow_unmatched: Go on without the tensors of an adapter that have no place.
+            checkpoint: Folder of the checkpoint that it was exported from, see `merge_onnx`.
+            merged: Adapters that are merged into the engine's graph, if that is not the base itself.
+            allow_unmatched: Leave out an adapter's tensors that have no site.
             options: As for `EngineSession`.
 
         Raises:
             BackendUnavailable: TensorRT or cuda-bindings is not installed.
             BackendError: The engine can't be refitted, was built from another graph, or can't run here.
             GraphError: The graph can't be read.
+            OutputError: The runtime cache would be written over what is read.
         """
         opened = [FileState.of(path) for path in (Path(engine), record_path(Path(engine)))]
         record = read_engine(Path(engine))
@@ -98,10 +101,15 @@ class MergedEngine(EngineSession):
             self._hashes = graph_hashes(load_graph(self._source))
             self._files = tuple(inputs.states.values())
         own = [] if merged is None else check_blend(merged, None)[0]
+        cache = options.get("runtime_cache")
+        self._writes = [] if cache is None else [Path(cache)]
+        refuse_inputs(self._writes, [state.path for state in self._files])
+        for given in own:
+            refuse_inputs(self._writes, files_of(given.source))
         _check_origin(record, self._hashes, own)
         self._switching = threading.Lock()
         self._adapter: str | None = ", ".join(given.name for given in own) or None
-        # Name → W0 of every weight that is written at each switch.
+        # Name → W0 of each weight that every switch writes.
         self._touched: dict[str, ir.TensorProtocol] = {}
         for given in own:
             self._touched |= self._plan(given)[0]
@@ -112,30 +120,33 @@ class MergedEngine(EngineSession):
 
     @property
     def adapter(self) -> str | None:
-        """Name of the adapter that is in the engine now; None: the base."""
+        """Name of the adapter in the engine now; None for the base."""
         return self._adapter
 
     def switch(self, adapter: PathLike | Adapter | None) -> tuple[str, ...]:
-        """Write an adapter into the engine's weights in place of the one that is there.
+        """Replace the adapter in the engine's weights by another one.
 
-        Runs wait meanwhile. The adapter is merged on the CPU, as `merge_onnx` does it, before they do.
+        The adapter is first merged on the CPU, as `merge_onnx` does it. Runs wait only while the weights are
+        written.
 
         Args:
-            adapter: What `load_adapter` reads, an `Adapter`, or None: the base again.
+            adapter: File or folder that `load_adapter` reads, an `Adapter`, or None for the base.
 
         Returns:
-            What to know: weights that were shared, say.
+            Notes, for instance on shared weights.
 
         Raises:
             AdapterError: The adapter can't be read or used.
-            SiteError: Something of it has no place in the graph.
+            SiteError: A tensor of the adapter has no site in the graph.
             GraphError: The graph has changed since the engine was opened.
-            InputChangedError: Its weights' files have.
-            BackendError: The engine hasn't these weights, or TensorRT failed; if it failed while it wrote,
-                the engine is not run until a switch succeeds.
+            InputChangedError: The files of the graph's weights have changed since then.
+            BackendError: The engine lacks these weights, or TensorRT failed; if it failed while writing, the
+                engine refuses runs until a switch succeeds.
         """
         with self._switching:
             loaded = None if adapter is None else check_blend(adapter, None)[0][0]
+            if loaded is not None:
+                refuse_inputs(self._writes, files_of(loaded.source))
             base, values, notes = ({}, {}, ()) if loaded is None else self._plan(loaded)
             touched = self._touched | base
             self._model.alone(lambda engine: self._write(engine, touched, values))
@@ -166,25 +177,25 @@ class MergedEngine(EngineSession):
     ) -> None:
         writer = _WeightWriter(loaded)
         if not touched and not writer.missing():
-            return  # the base, which it is
+            return  # the engine holds the base already
         writer.give({name: _array(values.get(name), tensor) for name, tensor in touched.items()})
         if writer.missing():
-            # Weights that the compiler joined with those: they go along, from now on at each switch.
+            # The compiler joined weights with these: write them too, now and at each later switch.
             constants = {str(value.name): _tensor(value) for value in self._graph().initializers()}
             while joined := [name for name in writer.missing() if name in constants]:
                 writer.give({name: _array(None, constants[name]) for name in joined})
                 touched |= {name: constants[name] for name in joined}
         writer.refuse_missing()
-        # W0 is read by its path at each switch.
+        # Each switch reads W0 again from its files.
         refuse_changed(self._files, "since the engine was opened", "open the engine again")
         self._touched = touched
-        self._model.set_unusable("a switch failed while it wrote, and its weights are those of two adapters")
+        self._model.set_unusable("a switch failed while writing, and its weights are a mix of two adapters")
         writer.write()
         self._model.set_unusable("")
 
 
 class _WeightWriter:
-    """TensorRT's ``Refitter`` for one switch; the arrays live as long as it does."""
+    """TensorRT's ``Refitter`` for one switch; it keeps the arrays alive."""
 
     def __init__(self, loaded: LoadedEngine) -> None:
         self._loaded, self._trt = loaded, loaded.trt
@@ -192,7 +203,7 @@ class _WeightWriter:
         self._held: list[Array] = []
 
     def give(self, weights: Mapping[str, Array]) -> None:
-        """Give weights, after a look at whether the engine has all of them, in this size and type."""
+        """Pass weights to TensorRT, after checking that the engine has all of them in this size and type."""
         known = set(self._refitter.get_all_weights())
         problems = [
             problem for name, values in weights.items() if (problem := self._problem(name, values, known))
@@ -201,8 +212,8 @@ class _WeightWriter:
             raise BackendError(
                 f"{self._loaded.path.name} can't be refitted with this adapter: it lacks {len(problems)} of "
                 f"the {len(weights)} weights",
-                "a weight that modules share has a copy for each in a graph that merge-onnx made: build the "
-                "engine from that, and open it with merged=",
+                "a graph that merge-onnx made has a copy of a shared weight for each module: build the "
+                "engine from that graph, and open it with merged=",
                 problems,
             )
         for name, values in weights.items():
@@ -213,11 +224,11 @@ class _WeightWriter:
             self._held.append(values)
 
     def missing(self) -> list[str]:
-        """Return weights that have to be given along with those."""
+        """Return weights that TensorRT also needs, given those passed so far."""
         return list(self._refitter.get_missing_weights())
 
     def refuse_missing(self) -> None:
-        """Raise `BackendError` where weights are missing still."""
+        """Raise `BackendError` if weights are still missing."""
         if missing := self.missing():
             raise BackendError(
                 f"{self._loaded.path.name}: the compiler joined weights with others that the graph lacks",
@@ -226,19 +237,20 @@ class _WeightWriter:
             )
 
     def write(self) -> None:
-        """Write them into the engine."""
+        """Write the weights into the engine."""
         if not self._refitter.refit_cuda_engine():
             raise self._loaded.log.refused(self._loaded.path, "write the new weights", "call switch again")
 
     def _problem(self, name: str, values: Array, known: set[str]) -> str:
         if name not in known:
-            return f"{name}: no weight of the engine"
+            return f"{name}: not a weight of the engine"
         kind = _TYPES.get(values.dtype.name)
-        wanted = self._refitter.get_weights_prototype(name)
-        fits = kind is not None and wanted.dtype == getattr(self._trt.DataType, kind)
-        if fits and wanted.size == values.size:
+        expected = self._refitter.get_weights_prototype(name)
+        fits = kind is not None and expected.dtype == getattr(self._trt.DataType, kind)
+        if fits and expected.size == values.size:
             return ""
-        return f"{name}: {values.dtype} × {values.size}, the engine has {wanted.dtype.name} × {wanted.size}"
+        given, taken = f"{values.dtype} × {values.size}", f"{expected.dtype.name} × {expected.size}"
+        return f"{name}: {given}, the engine has {taken}"
 
 
 def _tensor(value: ir.Value) -> ir.TensorProtocol:
@@ -247,7 +259,7 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol:
 
 
 def _array(values: Array | None, tensor: ir.TensorProtocol) -> Array:
-    """Return a weight's values: the new ones, or else the base's, memory-mapped where they are in a file."""
+    """Return a weight's new values, or if there are none the base's, memory-mapped if they are in a file."""
     return np.ascontiguousarray(tensor.numpy()) if values is None else values
 
 
@@ -263,16 +275,16 @@ def _check_origin(record: EngineRecord, hashes: Sequence[FileHash], merged: Sequ
     """Refuse a base that the engine doesn't come from, and adapters other than those in its graph.
 
     Args:
-        record: The engine's.
-        hashes: Of the base's files.
-        merged: What the user says is in the engine's graph.
+        record: The engine record.
+        hashes: Hashes of the base's files.
+        merged: Adapters that the user says are in the engine's graph.
     """
     inside = record.metadata.get(MERGED_KEY, "")
     known = all(given.part in merged_parts(inside, given.sha256) for given in merged)
     if len(merged) != inside.count("sha256=") or not known:
         raise BackendError(
-            f"{record.name} was built from a graph with other adapters in it than merged= says",
-            "give exactly those that are in it as merged=; none, where that is the base itself",
+            f"{record.name} was built from a graph with other adapters in it than merged= names",
+            "give exactly the adapters of that graph as merged=; none if it is the base itself",
             inside.split("; ") if inside else ["none"],
         )
     if inside:
@@ -281,6 +293,6 @@ def _check_origin(record: EngineRecord, hashes: Sequence[FileHash], merged: Sequ
         is_base = same_files(hashes, record.source.files)
     if not is_base:
         raise BackendError(
-            f"the base that {record.name} comes from is not this source, as it is now",
-            "give the graph that it was built from; for a merged one, the graph that was merged into",
+            f"the base of {record.name} is not this source as it is now",
+            "give the graph that it was built from; for a merged graph, the graph that was merged into",
         )

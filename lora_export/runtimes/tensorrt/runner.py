@@ -1,4 +1,4 @@
-"""Runs an engine: inputs copied in, outputs copied out, all on one stream and one run at a time."""
+"""Run an engine: inputs are copied in, outputs copied out, on one stream and one run at a time."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _LESS_MEMORY = "it may need more memory than the GPU has free"
 class EngineRunner:
     """One engine's execution context, stream and buffers.
 
-    Many threads may call it: runs take turns, because a context does one at a time, and a second one would
-    take the engine's scratch memory a second time.
+    Many threads may call it: runs take turns, because a context does one at a time, and a second context
+    would need the scratch memory a second time.
 
     Attributes:
-        shapes: Which shapes the engine takes.
-        unusable: Why the engine must not be run, or "".
+        shapes: Shapes that the engine takes.
+        unusable: The reason why the engine must not be run, or "".
     """
 
     def __init__(self, loaded: LoadedEngine, options: EngineOptions) -> None:
@@ -56,15 +56,16 @@ class EngineRunner:
         )
 
     def run(self, lora: EngineTensors | None, feeds: Feeds, outputs: Sequence[str]) -> list[Array]:
-        """Run the engine; return the outputs' values in the order asked for.
+        """Run the engine and return the outputs' values in the requested order.
 
         Args:
-            lora: The LoRA tensors, where the engine has any.
-            feeds: All other inputs, checked but for their shapes.
-            outputs: Names.
+            lora: The LoRA tensors, if the engine has any.
+            feeds: All other inputs, checked except for their shapes.
+            outputs: Names of the outputs.
 
         Raises:
-            BackendError: Shapes that the engine doesn't take, CUDA or TensorRT failed, or it is closed.
+            BackendError: The engine doesn't take the shapes, CUDA or TensorRT failed, or the engine is
+                closed.
         """
 
         def work() -> list[Array]:
@@ -82,15 +83,15 @@ class EngineRunner:
     def run_on_device(
         self, lora: EngineTensors | None, feeds: Feeds, outputs: Sequence[str]
     ) -> list[DeviceTensor]:
-        """Run the engine; leave the outputs on the GPU.
+        """Run the engine and leave the outputs on the GPU.
 
         Raises:
-            BackendError: As `run`, or the runs are CUDA graphs, which write over their outputs.
+            BackendError: As for `run`, or the runs are CUDA graphs, which overwrite their outputs.
         """
         if self._fixed:
             raise BackendError(
-                "the outputs of a CUDA graph are overwritten by the next run and can't be handed out",
-                "use run, or make the session with cuda_graph=False",
+                "the outputs of a CUDA graph are overwritten by the next run and can't be returned",
+                "use run, or open the session with cuda_graph=False",
             )
 
         def work() -> list[DeviceTensor]:
@@ -101,10 +102,10 @@ class EngineRunner:
         return self._alone(work)
 
     def alone(self, work: Callable[[LoadedEngine], T]) -> T:
-        """Do something to the engine while nothing runs; captured graphs are dropped, for it may change.
+        """Call ``work`` with the engine while nothing runs; drop captured graphs, as the engine may change.
 
         Raises:
-            BackendError: ``work`` does, or the engine is closed.
+            BackendError: ``work`` raises it, or the engine is closed.
         """
 
         def changing() -> T:
@@ -119,13 +120,13 @@ class EngineRunner:
         """Write the kernels compiled so far.
 
         Raises:
-            BackendError: There is no runtime cache, or the engine is closed.
+            BackendError: The session has no runtime cache, or the engine is closed.
             OutputError: The file can't be written.
         """
         self._alone(self._cache.save)
 
     def close(self) -> None:
-        """Write the runtime cache and give everything back; a second time does nothing."""
+        """Write the runtime cache and release everything; a second call does nothing."""
         with self._lock:
             if self._loaded is None:
                 return
@@ -134,7 +135,7 @@ class EngineRunner:
                 if self._cache.wanted:
                     self._cache.save()
             finally:
-                # Contexts before the engine that they belong to.
+                # Contexts must be deleted before their engine.
                 del self._context, self._config
                 self._captured = self._fixed = None
                 self._cache.release()
@@ -165,7 +166,7 @@ class EngineRunner:
         feeds: Feeds,
         output: Callable[[str, int], DeviceBuffer],
     ) -> Mapping[str, DeviceTensor]:
-        """Queue a run; return all outputs: each of them has to be somewhere."""
+        """Queue a run and return all outputs: TensorRT needs an address for each, requested or not."""
         context = self._context
         context.use_profile(number)
         for name, values in feeds:
@@ -181,7 +182,7 @@ class EngineRunner:
         return tensors
 
     def _placed(self, name: str, values: Array | DeviceTensor) -> int:
-        """Return where an input lies on the GPU; arrays are copied there."""
+        """Return the address of an input on the GPU; arrays are copied there."""
         if isinstance(values, DeviceTensor):
             return values.address
         address = self._shared(name, values.nbytes).address
@@ -189,7 +190,7 @@ class EngineRunner:
         return address
 
     def _shared(self, name: str, nbytes: int) -> DeviceBuffer:
-        """Return the session's buffer for an input or output: it grows, and its address stays otherwise."""
+        """Return the session's buffer for an input or output; its address changes only when it grows."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.nbytes < nbytes:
             buffer = self._buffers[name] = DeviceBuffer(self._device, nbytes)
@@ -206,13 +207,13 @@ class EngineRunner:
         return arrays
 
     def _make_context(self, loaded: LoadedEngine, cuda_graph: bool) -> Any:
-        # A context may refer to what it was configured with.
+        # Kept, as a context may refer to its configuration.
         self._config: Any = None
         if loaded.is_rtx:
             config = self._config = loaded.engine.create_runtime_config()
             self._cache.attach(config)
             if cuda_graph:
-                # TensorRT-RTX knows itself when its kernels are final, and captures then.
+                # TensorRT-RTX decides itself when its kernels are final, and captures then.
                 config.cuda_graph_strategy = loaded.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             context = loaded.engine.create_execution_context(runtime_config=config)
         else:
@@ -223,7 +224,7 @@ class EngineRunner:
 
 
 def _stream_weights(loaded: LoadedEngine, budget: int | None) -> None:
-    """Limit the weights on the device; that comes before the first context."""
+    """Limit the weights on the device; call it before the first context is made."""
     if budget is None:
         return
     if not loaded.record.options.weight_streaming:

@@ -1,4 +1,4 @@
-"""`EngineSession`: a TensorRT engine of a base or merged graph, run."""
+"""Run a TensorRT engine of a base or merged graph: `EngineSession`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_export.runtimes.tensorrt.model import open_engine
 
 
 class EngineSession:
-    """Runs an engine that ``build-engine`` built from a graph without LoRA.
+    """Run an engine that ``build-engine`` built from a graph without LoRA.
 
     Many threads may call it at once; runs take turns.
 
@@ -40,20 +40,19 @@ class EngineSession:
         """Open an engine.
 
         Args:
-            engine: The file, with its record beside it.
-            profile: The optimisation profile to use, by name; by default the first that takes a request's
-                shapes.
-            runtime_cache: Of TensorRT-RTX: file of the kernels that it compiles for this GPU; read now,
+            engine: The engine's file, with its record beside it.
+            profile: Name of the optimisation profile; by default the first that takes a request's shapes.
+            runtime_cache: For TensorRT-RTX: file of the kernels that it compiles for this GPU; read now,
                 written by `close` and `save_runtime_cache`.
-            weight_streaming_budget_bytes: Of an engine built for it: most device memory for its weights.
+            weight_streaming_budget_bytes: For an engine built with weight streaming: largest device memory
+                for its weights.
             cuda_graph: Replay runs as CUDA graphs, one for each combination of input shapes.
-            max_cuda_graphs: Most graphs captured; further combinations run without.
-            device_id: Which GPU.
+            max_cuda_graphs: Largest number of captured graphs; further combinations run without.
+            device_id: Number of the GPU.
 
         Raises:
             BackendUnavailable: TensorRT or cuda-bindings is not installed.
-            BackendError: There is no engine, it has LoRA inputs, or it can't run here; every reason is
-                listed.
+            BackendError: The engine is missing, has LoRA inputs, or can't run here; every reason is listed.
         """
         graphs = max_cuda_graphs if cuda_graph else 0
         options = EngineOptions(
@@ -71,7 +70,7 @@ class EngineSession:
 
     @property
     def record(self) -> EngineRecord:
-        """What the engine is."""
+        """The engine record."""
         return self._model.engine_record
 
     def run(
@@ -80,7 +79,7 @@ class EngineSession:
         """Run the engine.
 
         Args:
-            feeds: Input name → numpy array, or a tensor that `run_on_device` gave.
+            feeds: Input name → numpy array, or a tensor that `run_on_device` returned.
             outputs: Names of the outputs to read; by default all.
 
         Returns:
@@ -105,5 +104,5 @@ class EngineSession:
         self._model.save_runtime_cache()
 
     def close(self) -> None:
-        """Write the runtime cache, where there is one, and give the engine back."""
+        """Write the runtime cache, if there is one, and release the engine."""
         self._model.close()

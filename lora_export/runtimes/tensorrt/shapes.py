@@ -1,6 +1,6 @@
-"""Which shapes an engine takes: from its record, before TensorRT is asked, all that is wrong at once.
+"""Check shapes against an engine's record before TensorRT is called, and report all problems at once.
 
-TensorRT itself takes a shape outside of the profile for an error of the one tensor that it saw first.
+TensorRT itself reports only the first tensor whose shape is outside of the profile.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class EngineShapes:
         """Read a record.
 
         Args:
-            record: The engine's.
-            profile: The profile to use, or None for any.
+            record: The engine record.
+            profile: Name of the profile to use, or None for any.
 
         Raises:
-            BackendError: There is no profile of that name.
+            BackendError: No profile has this name.
         """
         self._name = record.name
         self._ports = {port.name: port for port in record.inputs}
@@ -42,7 +42,7 @@ class EngineShapes:
         self.chosen = range(len(names)) if profile is None else [names.index(profile)]
 
     def varies(self, name: str) -> bool:
-        """Whether an input has a size that is not fixed in the engine."""
+        """Return True if an input has a size that is not fixed in the engine."""
         return -1 in self._ports[name].shape
 
     def taking(self, shapes: Shapes) -> tuple[int, ...]:
@@ -53,11 +53,11 @@ class EngineShapes:
         """Return the first profile that takes a request.
 
         Args:
-            shapes: The shapes of its feeds.
-            among: Profiles that take the LoRA tensors that it runs with.
+            shapes: Shapes of the request's feeds.
+            among: Numbers of the profiles that take the LoRA tensors of the run.
 
         Raises:
-            BackendError: There is none; everything that stands in the way is listed.
+            BackendError: No profile takes the request; every reason is listed.
         """
         problems = self._unequal(shapes)
         fitting = () if problems else [number for number in among if not self._outside(number, shapes)]
@@ -67,19 +67,19 @@ class EngineShapes:
             problems += self._outside(number, shapes)
         raise BackendError(
             f"the feeds' shapes don't fit {self._name}",
-            "feed such shapes, or build the engine with a profile that takes these",
+            "change the feeds' shapes, or build the engine with a profile that takes them",
             problems or [f"no profile takes both the feeds and the adapter; it has {len(self._profiles)}"],
         )
 
     def padded(self, number: int, tensors: Mapping[str, Array]) -> dict[str, Array]:
-        """Return LoRA tensors with zeros added at the end of each axis, up to a profile's smallest shape.
+        """Return LoRA tensors padded with zeros at the end of each axis to a profile's smallest shape.
 
-        More ranks of zeros change nothing: ranks are the only sizes of these tensors that vary.
+        Only ranks vary in these tensors' shapes, and additional ranks of zeros have no effect.
         """
         return {name: _padded(values, self._range(number, name)) for name, values in tensors.items()}
 
     def problems(self, shapes: Shapes) -> list[str]:
-        """Return why no profile takes these inputs, a line for each and each profile."""
+        """Return the reasons why no profile takes these inputs: a line for each input and profile."""
         return [line for number in self.chosen for line in self._outside(number, shapes)]
 
     def _range(self, number: int, name: str) -> ShapeRange:
@@ -89,13 +89,13 @@ class EngineShapes:
     def _outside(self, number: int, shapes: Shapes) -> list[str]:
         profile = self._profiles[number]
         return [
-            f"{name} {shape}: {_said(profile, self._ports[name], sizes)}"
+            f"{name} {shape}: {_taken(profile, self._ports[name], sizes)}"
             for name, shape in shapes.items()
             if not _within(shape, sizes := self._range(number, name))
         ]
 
     def _unequal(self, shapes: Shapes) -> list[str]:
-        """Return dimensions of one name that differ in size from input to input."""
+        """Return a line for each dimension whose size differs between two inputs."""
         seen: dict[str, tuple[int, str]] = {}
         problems = []
         for name, shape in shapes.items():
@@ -116,11 +116,11 @@ def _within(shape: tuple[int, ...], sizes: ShapeRange) -> bool:
     )
 
 
-def _said(profile: Profile, port: Port, sizes: ShapeRange) -> str:
+def _taken(profile: Profile, port: Port, sizes: ShapeRange) -> str:
     pairs = zip(sizes[0], sizes[2], strict=True)
     each = [str(least) if least == most else f"{least}..{most}" for least, most in pairs]
-    taken = f"({', '.join(each)}{',' if len(each) == 1 else ''})"
-    return f"profile '{profile.name}' takes {taken}" if -1 in port.shape else f"the engine takes {taken}"
+    shape = f"({', '.join(each)}{',' if len(each) == 1 else ''})"
+    return f"profile '{profile.name}' takes {shape}" if -1 in port.shape else f"the engine takes {shape}"
 
 
 def _padded(values: Array, sizes: ShapeRange) -> Array:

@@ -1,4 +1,4 @@
-"""LoRA tensors in one block of a GPU's memory: one allocation and one copy for all tensors of an adapter."""
+"""Put LoRA tensors into one block of a GPU's memory: one allocation and one copy for a whole adapter."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class EngineTensors:
     """Values of all LoRA inputs of an engine; a run holds them until it is done.
 
     Attributes:
-        tensors: Input → its tensor, in the engine's order.
-        block: What they lie in.
-        layout: Shapes and types: where two have the same, a tensor lies at the same place in both blocks.
+        tensors: Input name → its tensor, in the engine's order.
+        block: Buffer that they lie in.
+        layout: Names, shapes and types; with equal layouts, tensors have the same offsets in their blocks.
         profiles: Numbers of the optimisation profiles that take these shapes.
     """
 
@@ -28,7 +28,7 @@ class EngineTensors:
         self.layout = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
 
     def in_block(self, block: DeviceBuffer) -> EngineTensors:
-        """Return tensors of the same layout in another block, whose values are not set."""
+        """Return tensors of the same layout in another block, with undefined values."""
         moved = {
             name: DeviceTensor(block, tensor.offset, tensor.shape, tensor.dtype)
             for name, tensor in self.tensors.items()
@@ -47,14 +47,14 @@ def put_together(
     beside: EngineTensors | None,
     profiles: tuple[int, ...],
 ) -> EngineTensors:
-    """Copy tensors to the device, into a block of their own.
+    """Copy tensors to the device, into a new block.
 
     Args:
         device: The device.
-        names: Which tensors, in the engine's order.
-        arrays: Their values, for those that are not ``beside``'s.
-        beside: Tensors on the device already, to copy the others from.
-        profiles: See `EngineTensors`.
+        names: Names of the tensors in the engine's order.
+        arrays: Values of those that are not copied from ``beside``.
+        beside: Tensors that are already on the device, to copy the others from.
+        profiles: As in `EngineTensors`.
     """
     known = beside.tensors if beside else {}
     layout: _Layout = {
@@ -81,7 +81,7 @@ def put_together(
 
 
 def _offsets(layout: _Layout) -> tuple[dict[str, int], int]:
-    """Return where each tensor begins, and the size of all."""
+    """Return the offset of each tensor, and the size of all in bytes."""
     offsets, end = {}, 0
     for name, (shape, dtype) in layout.items():
         offsets[name] = end

@@ -1,1 +1,1 @@
-"""PyTorch, as the reference."""
+"""Run checkpoints in PyTorch, as the reference of parity."""

@@ -1,7 +1,7 @@
-"""float64 throughout: norms, softmax and rotations too, which models compute in float32.
+"""Compute everything in float64, also norms, softmax and rotations, which models compute in float32.
 
 transformers casts there by name (``x.to(torch.float32)``, ``softmax(…, dtype=torch.float32)``,
-``x.float()``), which helps a half, and costs a float64 model nine digits.
+``x.float()``), which helps a float16 model, but costs a float64 model nine digits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def in_float64() -> Iterator[None]:
-    """Read float64 wherever a call of PyTorch inside says float32."""
+    """Use float64 wherever a call of PyTorch inside names float32."""
     import torch
     from torch.overrides import TorchFunctionMode
 

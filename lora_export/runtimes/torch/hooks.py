@@ -1,9 +1,9 @@
-"""An adapter beside a PyTorch model's own weights: h = W0 x + scaling·B·A x, by hooks, nothing merged.
+"""Apply adapters beside a PyTorch model's weights with hooks: h = W0 x + scaling·B·A x, nothing merged.
 
-`bind` finds every module of an adapter in the model and checks its shape; `applied` lets some adapters act
-for a while. Inside, in this order: whole parameters are replaced, then each module's hook adds its product to
-the module's output. What has no such output (stacked experts, modules that do more than one product) is
-changed as a parameter, W0 + scaling·B·A, while its module runs, as in PEFT.
+`bind` finds every module of an adapter in the model and checks its shape; `applied` activates some adapters
+within a block. Inside, whole parameters are replaced first; then each module's hook adds its product to the
+module's output. A parameter without such an output (stacked experts, modules that do more than one product)
+is changed to W0 + scaling·B·A while its module runs, as in PEFT.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Branch:
-    """One module's change.
+    """One module of an adapter with its target in the model.
 
     Attributes:
-        lora: What the adapter says.
+        lora: The adapter's module.
         where: Path of the module in the model.
-        owner: The parameter W0.
-        hook: Adds the product to the module's output, times a strength; None: W0 is changed for a call.
-        part: The expert and the rows of W0 that are meant, where it is not all of it.
+        owner: Owner of the parameter W0.
+        hook: Hook that adds the product to the module's output, times a strength; None: W0 is changed
+            during a call.
+        part: The expert and rows of W0 that the module changes; None for all of it.
     """
 
     lora: LoraModule
@@ -48,12 +49,12 @@ class Branch:
 
 @dataclass(frozen=True)
 class Bound:
-    """An adapter with its places in one model.
+    """An adapter bound to one model.
 
     Attributes:
-        adapter: Which.
-        branches: Its modules.
-        extras: Whole parameters that it replaces; those that are what the model has already are left out.
+        adapter: The adapter.
+        branches: Its modules with their targets.
+        extras: Whole parameters that it replaces, without those that equal the model's.
         paths: `LoraModule.path` → path of the module in the model.
     """
 
@@ -64,7 +65,7 @@ class Bound:
 
 
 def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Bound, list[str]]:
-    """Return an adapter's places in a model, and a line for each part that has none or does not fit."""
+    """Return an adapter bound to a model, and a line for each part that is not found or does not fit."""
     import torch
 
     adapter = fitted(adapter, places.known, [])
@@ -92,7 +93,7 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
 
     adapter, _ = settle(adapter, held)
     copies: dict[Owner, torch.Tensor] = {}
-    # Copies of a module's own last: they stand over what the shared weight is replaced by.
+    # A module's own copies come last: they override the replacement of a shared weight.
     own_last = sorted(adapter.extras.items(), key=lambda extra: reach_of(adapter, extra[0]) == "one")
     for path, values in own_last:
         try:
@@ -115,11 +116,11 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
 
 @contextlib.contextmanager
 def applied(adapters: Sequence[tuple[Bound, float]]) -> Iterator[None]:
-    """Let adapters act on the model that they are bound to, each with a weight; afterwards it is as before.
+    """Apply adapters with weights to their model inside a ``with`` block; afterwards the model is unchanged.
 
     Raises:
-        AdapterError: DoRA, or whole replaced parameters, with another weight than 1 or with other adapters
-            that change the same.
+        AdapterError: DoRA, or whole replaced parameters, with a weight other than 1 or with other adapters
+            that change the same parameters.
     """
     _refuse_blends(adapters)
     before: dict[Owner, torch.Tensor] = {}
@@ -154,19 +155,19 @@ def _refuse_blends(adapters: Sequence[tuple[Bound, float]]) -> None:
         name = bound.adapter.name
         dora = [branch.lora.path for branch in bound.branches if branch.lora.magnitude is not None]
         if dora and (weight != 1 or len(adapters) > 1):
-            problems.append(f"{name}: DoRA ({len(dora)} modules, {dora[0]} …) is not a sum")
+            problems.append(f"{name}: DoRA ({len(dora)} modules, {dora[0]} …) can't be weighted or added")
         owners = {owner for owner, _ in bound.extras}
         if owners and (weight != 1 or owners & replaced):
             problems.append(f"{name}: replaces whole parameters ({next(iter(bound.adapter.extras))} …)")
         replaced |= owners
     if problems:
         raise AdapterError(
-            "these adapters can't act together so", "run them one by one, with weight 1", problems
+            "these adapters can't be active together", "run them one by one, with weight 1", problems
         )
 
 
 def _changed_while_running(branch: Branch, weight: float) -> list[Any]:
-    """Change W0 whenever the module runs, and put it back: only one module's copy exists at a time."""
+    """Change W0 while the module runs, and restore it: only one module's copy exists at a time."""
     kept: list[torch.Tensor] = []
 
     def enter(*_: Any) -> None:
@@ -177,7 +178,7 @@ def _changed_while_running(branch: Branch, weight: float) -> list[Any]:
         branch.owner.put(kept.pop())
 
     module = branch.owner.module
-    # The last that has changed it is the first to put it back.
+    # The last hook to change W0 is the first to restore it.
     return [
         module.register_forward_pre_hook(enter),
         module.register_forward_hook(leave, prepend=True),
@@ -185,7 +186,7 @@ def _changed_while_running(branch: Branch, weight: float) -> list[Any]:
 
 
 def _at_tied_heads(model: torch.nn.Module, branch: Branch, adapter: Adapter) -> list[Branch]:
-    """Return the branches at what else uses an embedding's weight, where the trainer adds them there, too."""
+    """Return branches at other users of an embedding's weight, if the trainer adds the adapter there."""
     if not branch.lora.everywhere:
         return []
     others = [item for item in _owners_of(model, branch.owner.get()) if item[1] != branch.owner]
@@ -199,7 +200,7 @@ def _at_tied_heads(model: torch.nn.Module, branch: Branch, adapter: Adapter) -> 
 
 
 def _owners_of(model: torch.nn.Module, shared: torch.Tensor) -> list[tuple[str, Owner]]:
-    """Return path and owner of every parameter that is the very tensor."""
+    """Return path and owner of every parameter that is the same tensor object."""
     return [
         (path, Owner(module, name))
         for path, module in model.named_modules()
@@ -219,15 +220,15 @@ def _replaced_by(
     tensor: torch.Tensor,
     copies: Mapping[Owner, torch.Tensor],
 ) -> list[Owner]:
-    """Return which parameters are a copy from now on: with the named one all that PEFT loads it into.
+    """Return the parameters that a copy replaces: the named one and all others that PEFT loads it into.
 
     Args:
         adapter: The adapter.
-        path: The copy's path in it.
-        owner: The parameter that it names.
+        path: Path of the copy in the adapter.
+        owner: Owner of the parameter that it names.
         model: The model.
-        tensor: The copy.
-        copies: What other copies have replaced.
+        tensor: Values of the copy.
+        copies: Parameters that other copies have replaced.
     """
     import torch
 

@@ -1,8 +1,8 @@
-"""Which rows of a model's embeddings its runs read.
+"""Record which rows of a model's embeddings its runs read.
 
-A table of positions is read as far as an input is long, whatever its values: what is wrong with the other
-rows shows in no output. So the lookups themselves are recorded, `torch.nn.functional.embedding` and rows that
-are cut out of the table; what reads all of it, as a tied head does, is no lookup.
+A table of positions is read up to the input's length, whatever its values: an error in the other rows shows
+in no output. So the lookups themselves are recorded: `torch.nn.functional.embedding`, and rows that are cut
+out of the table. A read of the whole table, as by a tied head, does not count as a lookup.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from lora_export.adapter import Array
 from lora_export.runtimes.torch.places import Owner
 
-# Called with a table's path and the rows that were read, in the shape of the lookup.
+# Function that takes a table's path and the row numbers that were read, in the shape of the lookup.
 Seen = Callable[[str, Array], None]
 
 
@@ -23,8 +23,8 @@ def record_lookups(tables: Mapping[str, Owner], seen: Seen) -> Iterator[None]:
     """Call ``seen`` with every lookup inside.
 
     Args:
-        tables: Path of an embedding → where its table is; it may be replaced for a run.
-        seen: Called with the path and the numbers of the rows.
+        tables: Path of an embedding → owner of its table, which may be replaced for a run.
+        seen: Function that takes the path and the numbers of the rows.
     """
     import torch
     from torch.overrides import TorchFunctionMode

@@ -1,8 +1,8 @@
-"""Where the parameters that an adapter changes are in a PyTorch model.
+"""Find the parameters that an adapter changes in a PyTorch model.
 
-An adapter's paths are those of the model in the process that trained it. They differ where the model was
-wrapped, is another class of the same family, has modules that transformers has renamed since, or where the
-file writes underscores for dots.
+An adapter's paths are those of the model in the process that trained it. They differ if the model was
+wrapped, is another class of the same family, has modules that transformers has renamed since, or if the file
+writes underscores for dots.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ if TYPE_CHECKING:
 
 
 class NoPlace(Exception):
-    """Why a part of an adapter can't act on the model; caught in `torch_branches.bind`."""
+    """A part of an adapter can't be applied to the model; the message says why. Caught in `hooks.bind`."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A parameter or a buffer, by the module that holds it; hashable, so that what stood there can be kept.
+    """A parameter or a buffer, by the module that holds it; hashable, to be the key of its former values.
 
     Attributes:
         module: The module.
-        name: The parameter's own name in it.
+        name: Name of the parameter in the module.
     """
 
     module: torch.nn.Module
     name: str
 
     def get(self) -> torch.Tensor:
-        """Return what is there now."""
+        """Return the present values."""
         values: torch.Tensor = getattr(self.module, self.name)
         return values
 
     def put(self, values: torch.Tensor) -> None:
-        """Put other values there; the same name in other modules, tied to it, keeps its own."""
+        """Replace the values in this module; parameters of other modules that are tied to it keep theirs."""
         import torch
 
         if self.name not in self.module._parameters:
@@ -59,15 +59,16 @@ class Owner:
 
 
 class Places:
-    """Finds parameters and buffers of a model by the paths that adapters have for them.
+    """Find parameters and buffers of a model by an adapter's paths.
 
     Args:
-        model: Where to look.
-        folder: Its checkpoint, whose names may be those of an older transformers; None: there is none.
+        model: The model.
+        folder: The model's checkpoint, whose names may be those of an older transformers; None if there is
+            none.
     """
 
     def __init__(self, model: torch.nn.Module, folder: Path | None = None) -> None:
-        # Tied parameters have a place under each of their names.
+        # Tied parameters are listed under each of their names.
         self._known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
         self._names = KnownNames(self._known)
@@ -75,13 +76,14 @@ class Places:
 
     @property
     def known(self) -> set[str]:
-        """The model's names of parameters and buffers."""
+        """Names of the model's parameters and buffers."""
         return self._known
 
     def finder(self, adapter: Adapter) -> Finder:
-        """Return what finds one adapter's parameters: one change of names holds for all of them.
+        """Return a finder for one adapter's parameters; one renaming holds for all of them.
 
-        Where the model's own names don't fit, those under which the checkpoint stores its parameters may.
+        If the model's own names don't fit, the names under which the checkpoint stores its parameters may
+        fit.
         """
         named = [
             *(Named(f"{module.path}.{module.parameter}", "merge", module.component)
@@ -107,20 +109,20 @@ class Places:
             return {}
         try:
             table = Names(Checkpoint.open(self._folder))
-        except LoraExportError:  # not safetensors: transformers has loaded it, we can't list it
+        except LoraExportError:  # not safetensors: transformers loaded it, but we can't list it
             return {}
         found: dict[str, list[tuple[str, Part]]] = {}
         for name in sorted(self._known):
             parts = table.find(name)
             for part in parts:
-                if part.transposed:  # what the adapter would mean by the stored tensor's name is not known
+                if part.transposed:  # an adapter for the stored, transposed tensor would be ambiguous
                     continue
                 found.setdefault(part.tensor, []).append((name, part))
         return found
 
 
 class Finder:
-    """Finds one adapter's parameters; made by `Places.finder`."""
+    """Find one adapter's parameters; made by `Places.finder`."""
 
     def __init__(self, places: Places, named: Sequence[Named], own: Renaming, older: Renaming) -> None:
         self._places, self._own, self._older = places, own, older
@@ -129,9 +131,9 @@ class Finder:
     def find(
         self, parameter: str, action: str = "merge", component: str | None = None
     ) -> tuple[str, Part | None] | str:
-        """Return the model's name of a parameter, or why there is none.
+        """Return the model's name of a parameter, or the reason why there is none.
 
-        With the name comes a `Part` where the path means only one expert, or some rows, of that parameter.
+        With the name comes a `Part` if the path means only one expert, or some rows, of that parameter.
         """
         number = self._numbers[Named(parameter, action, component)]
         problem = self._own.problems.get(number)

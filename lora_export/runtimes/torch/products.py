@@ -1,4 +1,4 @@
-"""What a LoRA module adds to the output of a PyTorch module, and to a parameter that has no such output.
+"""Add a LoRA module's product to the output of a PyTorch module, or to a parameter without such an output.
 
 Products are computed in the dtype of W0, and DoRA's factor in float32 or better.
 """
@@ -19,13 +19,13 @@ from lora_export.sites.experts import Held, unsettled
 if TYPE_CHECKING:
     import torch
 
-_ROWS = 1 << 16  # How many rows of W0 are widened at once for DoRA's norm.
-# A forward hook that also takes ``strength``: scaling times the adapter's weight.
+_ROWS = 1 << 16  # Number of rows of W0 that are widened at once for DoRA's norm.
+# A forward hook with a further argument ``strength``: scaling times the adapter's weight.
 Hook = Callable[..., Any]
 
 
 def tensor_of(values: Array) -> torch.Tensor:
-    """Return a copy of an array as a tensor of the same dtype; bfloat16 is ml_dtypes' in NumPy."""
+    """Return a copy of an array as a tensor of the same dtype; bfloat16 arrays are ml_dtypes'."""
     import torch
 
     if values.dtype.name == "bfloat16":
@@ -52,22 +52,22 @@ def array_of(tensor: torch.Tensor) -> Array:
 
 
 def hook_of(lora: LoraModule, owner: Owner, part: Part | None) -> Hook | None:
-    """Return what adds a module's product to its output; None where W0 itself has to be changed.
+    """Return a hook that adds a module's product to its output; None if W0 itself has to be changed.
 
     Args:
-        lora: What the adapter says.
-        owner: W0.
-        part: The expert and the rows of it that are meant, where it is not all of it.
+        lora: The adapter's module.
+        owner: Owner of W0.
+        part: The expert and rows of W0 that the module changes; None for all of it.
 
     Raises:
-        NoPlace: The module is of another kind, or its shapes don't fit.
+        NoPlace: The PyTorch module is of another kind, or the shapes don't fit.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     module = owner.module
     if lora.scale is not None:
-        raise NoPlace("DoRA, converted for a graph: give the adapter that it was made of")
+        raise NoPlace("DoRA, converted for a graph: give the adapter that it was made from")
     plain = lora.parameter == "weight" and part is None and lora.kind != "parameter"
     if plain and isinstance(module, nn.Embedding):
         return _embedding(lora, owner)
@@ -76,7 +76,7 @@ def hook_of(lora: LoraModule, owner: Owner, part: Part | None) -> Hook | None:
     if plain and isinstance(module, nn.Linear | Conv1D):
         return _linear(lora, owner, isinstance(module, Conv1D))
     if lora.magnitude is not None or lora.lora_bias is not None:
-        raise NoPlace(f"DoRA or a bias of LoRA on a {type(module).__name__}: not known what it means there")
+        raise NoPlace(f"DoRA or a LoRA bias on a {type(module).__name__} is not supported")
     _orientation(lora, owner, part)
     return None
 
@@ -87,7 +87,7 @@ def _linear(lora: LoraModule, owner: Owner, transposed: bool) -> Hook:
     weight = owner.get()
     seen = tuple(weight.shape[::-1]) if transposed else tuple(weight.shape)
     _check(lora, ("linear", "conv"), seen, lora.matrix_shape, owner)
-    # kohya and diffusers write a Linear's factors as a 1×1 convolution's, and the other way round.
+    # kohya and diffusers write a Linear's factors as those of a 1×1 convolution, and vice versa.
     a = tensor_of(lora.lora_a).to(weight.dtype).flatten(1)
     b = tensor_of(lora.lora_b).to(weight.dtype).flatten(1)
 
@@ -111,7 +111,7 @@ def _convolution(lora: LoraModule, owner: Owner) -> Hook:
     if module.groups > 1 and lora.groups == 1:
         raise NoPlace(f"the model's convolution has {module.groups} groups, the adapter's factors one")
     if lora.magnitude is not None and lora.groups > 1:
-        raise NoPlace("DoRA on a convolution with groups: not known what it means there")
+        raise NoPlace("DoRA on a convolution with groups is not supported")
     ones = (1,) * len(kernel)
     a = tensor_of(lora.lora_a).to(weight.dtype).reshape(-1, module.in_channels, *kernel)
     b = tensor_of(lora.lora_b).to(weight.dtype)
@@ -139,7 +139,7 @@ def _embedding(lora: LoraModule, owner: Owner) -> Hook:
 
     def product(ids: torch.Tensor) -> torch.Tensor:
         change = F.linear(F.embedding(ids, a), b)
-        # Gemma's embeddings scale what they have looked up.
+        # Gemma's embeddings scale the rows that they look up.
         scale = getattr(owner.module, "embed_scale", None)
         return change if scale is None else change * scale
 
@@ -147,22 +147,22 @@ def _embedding(lora: LoraModule, owner: Owner) -> Hook:
 
 
 def _check(
-    lora: LoraModule, kinds: Sequence[str], seen: tuple[int, ...], wanted: tuple[int, ...], owner: Owner
+    lora: LoraModule, kinds: Sequence[str], seen: tuple[int, ...], fitting: tuple[int, ...], owner: Owner
 ) -> None:
     kind = type(owner.module).__name__
     if lora.kind not in kinds:
         raise NoPlace(f"the model has a {kind} {seen} there, the adapter's factors are of kind {lora.kind}")
-    if seen != wanted:
-        raise NoPlace(f"the model's {kind} has a weight {seen}, the adapter fits {wanted}")
+    if seen != fitting:
+        raise NoPlace(f"the model's {kind} has a weight {seen}, the adapter fits {fitting}")
 
 
 def _adding(
     product: Callable[[Any], Any], lora: LoraModule, owner: Owner, axis: int, transposed: bool
 ) -> Hook:
-    """Return a forward hook; ``axis`` is that of the outputs in what the module returns."""
+    """Return a forward hook; ``axis`` is the axis of the output channels in the module's output."""
     bias = None if lora.lora_bias is None else tensor_of(lora.lora_bias).to(owner.get().dtype)
 
-    # Only the adapter's own extras change W0 beside it, and they are there in every run.
+    # Cached: apart from this module only the adapter's own extras change W0, and they do so in every run.
     factor = functools.cache(lambda: dora_factor(lora, owner, transposed))
 
     def along(values: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -177,7 +177,7 @@ def _adding(
             share = along(factor(), output)
             own = getattr(module, "bias", None)
             plain = output if own is None else output - along(own, output)
-            # In the factor's dtype: share - 1 is small, and would lose most of its digits in a half.
+            # In the factor's dtype: share - 1 is small, and would lose most of its digits in float16.
             change = (share - 1) * plain + share * change
         return (output + change).to(output.dtype)
 
@@ -189,8 +189,8 @@ def dora_factor(lora: LoraModule, owner: Owner, transposed: bool) -> torch.Tenso
 
     Args:
         lora: A module with a magnitude.
-        owner: W0.
-        transposed: It is stored ``(in_dim, out_dim)``.
+        owner: Owner of W0.
+        transposed: True if W0 is stored as ``(in_dim, out_dim)``.
     """
     import torch
 
@@ -224,9 +224,9 @@ def changed(lora: LoraModule, owner: Owner, part: Part | None, weight: float) ->
 
     Args:
         lora: A module for which `hook_of` returned None.
-        owner: W0.
-        part: The expert and the rows of it that are meant, where it is not all of it.
-        weight: The adapter's.
+        owner: Owner of W0.
+        part: The expert and rows of W0 that the module changes; None for all of it.
+        weight: Weight of the adapter.
     """
     import torch
 
@@ -254,10 +254,10 @@ def _target(values: torch.Tensor, lora: LoraModule, part: Part | None, expert: i
 
 
 def _orientation(lora: LoraModule, owner: Owner, part: Part | None) -> bool:
-    """Return whether W0 is stored transposed.
+    """Return True if W0 is stored transposed.
 
     Raises:
-        NoPlace: The shapes don't fit in any way.
+        NoPlace: The shapes fit in neither orientation.
     """
     values = owner.get()
     stacked = values.dim() == 3 and lora.kind == "parameter" and part is None
@@ -276,7 +276,7 @@ def _orientation(lora: LoraModule, owner: Owner, part: Part | None) -> bool:
 
 
 def _parameter_turned(lora: LoraModule, seen: tuple[int, ...], part: Part | None) -> bool:
-    """Return False where a module's own parameter fits: PEFT changes it as the module holds it."""
+    """Return False if a module's own parameter fits: PEFT changes it untransposed. Else raise `NoPlace`."""
     rows, cols = lora.matrix_shape
     rows = rows if part is None else rows // part.piece[1]
     if reason := unsettled(lora, Held(seen, None)):

@@ -1,4 +1,4 @@
-"""Run a Hugging Face checkpoint in PyTorch, with adapters beside its weights: what exports are compared with.
+"""Run a Hugging Face checkpoint in PyTorch with adapters beside its weights, as the reference for exports.
 
 Inputs and outputs have the names that `capture_checkpoint` gives those of a graph.
 """
@@ -32,28 +32,28 @@ _PAST, _PRESENT = "past_key_values.", "present."
 
 
 class TorchReference:
-    """A model in memory, once, and adapters that are never merged into it. Not for several threads at once.
+    """One model in memory with adapters that are never merged into it. Not for several threads at once.
 
     Args:
-        folder: What ``save_pretrained`` wrote.
-        dtype: One of `DTYPES`: of weights, products and floating inputs.
+        folder: Folder that ``save_pretrained`` wrote.
+        dtype: One of `DTYPES`: the type of weights, products and floating inputs.
         adapters: Name → adapter.
 
     Attributes:
-        made_up: Parameters that the checkpoint lacks and that only an adapter brings: without it their values
-            are random, and the base's outputs mean nothing.
+        made_up: Parameters that the checkpoint lacks and only an adapter brings: without the adapter their
+            values are random, and the base's outputs mean nothing.
 
     Raises:
         BackendUnavailable: torch or transformers is missing.
-        BackendError: There is no such dtype.
+        BackendError: The dtype is unknown.
         CheckpointError: The folder can't be loaded, lacks weights, or they don't fit into the dtype.
-        AdapterError: Parts of the adapters have no place in the model or another shape; all are listed.
+        AdapterError: Parts of the adapters have no site in the model, or another shape; all are listed.
     """
 
     def __init__(self, folder: Path, dtype: str, adapters: Mapping[str, Adapter]) -> None:
         require("torch", "transformers")
         if dtype not in DTYPES:
-            raise BackendError(f"there is no dtype {dtype!r} to run in", f"one of: {', '.join(DTYPES)}")
+            raise BackendError(f"can't run in dtype {dtype!r}", f"give one of: {', '.join(DTYPES)}")
         replaced = [name for adapter in adapters.values() for name in adapter.extras]
         model, self.made_up = load_model(folder, dtype, replaced)
         if dtype == "float64" and hasattr(model, "set_experts_implementation"):
@@ -68,15 +68,15 @@ class TorchReference:
         adapters: Mapping[str, Adapter],
         output_names: Sequence[str] = (),
     ) -> TorchReference:
-        """Run a module of one's own; its inputs are the parameters of ``forward``.
+        """Make a reference from a given module; its inputs are the parameters of ``forward``.
 
         Args:
-            module: In the mode and dtype in which it is to run; it is as before after each run.
+            module: The module, in the mode and dtype to run in; each run leaves it unchanged.
             adapters: Name → adapter.
-            output_names: For a module that returns tensors instead of a mapping.
+            output_names: Names of the outputs, for a module that returns tensors instead of a mapping.
 
         Raises:
-            AdapterError: Parts of the adapters have no place in the module or another shape; all are listed.
+            AdapterError: Parts of the adapters have no site in the module, or another shape; all are listed.
         """
         made = cls.__new__(cls)
         made.made_up = ()
@@ -93,12 +93,12 @@ class TorchReference:
 
     @property
     def module(self) -> torch.nn.Module:
-        """The model itself, without adapters; not to be changed."""
+        """The model itself, without adapters; don't change it."""
         return self._model
 
     @cached_property
     def output_names(self) -> tuple[str, ...]:
-        """What a run without a cache returns, in order."""
+        """Names of the outputs of a run without a cache, in order."""
         if self._folder is None:
             return self._names
         inputs = example_inputs(self._model, self._folder)
@@ -106,7 +106,7 @@ class TorchReference:
 
     @cached_property
     def changed_embeddings(self) -> dict[str, Owner]:
-        """Path of each embedding that an adapter changes or replaces → where its table is."""
+        """Path of each embedding that an adapter changes or replaces → owner of its table."""
         from torch import nn
 
         changed = {
@@ -122,7 +122,7 @@ class TorchReference:
 
     @property
     def vocab_size(self) -> int | None:
-        """How many token ids there are; None for a model that reads none."""
+        """Number of token ids; None for a model that reads no tokens."""
         config = getattr(self._model, "config", None)
         if config is None or getattr(self._model, "main_input_name", "") == "pixel_values":
             return None
@@ -134,20 +134,20 @@ class TorchReference:
     ) -> dict[str, Array]:
         """Return the model's outputs.
 
-        With ``past_key_values.N.key`` and ``….value`` among the feeds, or ``present.…`` among the outputs
-        asked for, the cache is returned as well.
+        With ``past_key_values.N.key`` and ``….value`` among the feeds, or ``present.…`` among the requested
+        outputs, the cache is returned as well.
 
         Args:
-            feeds: Input → values; floating ones are cast to the model's dtype.
-            state: (name, weight) of the adapters that act; empty: the base.
-            outputs: Which ones, in this order; all of them if left out.
+            feeds: Input name → values; floating values are cast to the model's dtype.
+            state: (name, weight) of the active adapters; empty: the base.
+            outputs: Names of the outputs in the order to return; by default all.
 
         Returns:
-            Name → values in the model's dtype; bfloat16 as ml_dtypes'.
+            Name → values in the model's dtype; bfloat16 as `ml_dtypes.bfloat16`.
 
         Raises:
-            AdapterError: There is no such adapter, or they can't act together.
-            BackendError: Inputs that the model does not take, outputs that it has not, or it fails on them.
+            AdapterError: An adapter is unknown, or they can't be active together.
+            BackendError: The model doesn't take the inputs, lacks the outputs, or fails on the feeds.
         """
         inputs, past = self._inputs(feeds)
         cached = past is not None or (
@@ -164,7 +164,7 @@ class TorchReference:
     def run_with_modules(
         self, feeds: Mapping[str, Array], state: State, modules: Collection[str]
     ) -> tuple[dict[str, Array], dict[str, tuple[Array, Array]]]:
-        """Run, and return what goes into modules and comes out of them, the adapters' part included.
+        """Run, and return the inputs and outputs of modules, with the adapters' changes.
 
         Args:
             feeds: As for `run`.
@@ -172,13 +172,13 @@ class TorchReference:
             modules: Paths, as in any of the adapters (`LoraModule.path`) or in the model.
 
         Returns:
-            The outputs, and path → (input, output) of its first tensor each. A module that runs several
-            times has its calls one after another along the first axis; where their shapes don't fit
-            together, along the only axis of the flattened values. One that does not run is not there.
+            The outputs, and path → (first input tensor, first output tensor). The calls of a module that runs
+            several times are joined along the first axis or, if their shapes don't fit together, as flattened
+            values. A module that does not run is left out.
 
         Raises:
-            AdapterError: As `run`.
-            BackendError: As `run`, or there is no such module.
+            AdapterError: As for `run`.
+            BackendError: As for `run`, or a module is unknown.
         """
         inputs, past = self._inputs(feeds)
         seen: dict[str, list[tuple[Any, Any]]] = {}
@@ -193,21 +193,21 @@ class TorchReference:
     # Feeds.
 
     def _inputs(self, feeds: Mapping[str, Array]) -> tuple[dict[str, Any], list[tuple[Any, Any]] | None]:
-        """Return the arguments of ``forward``, and the cache."""
+        """Return the arguments of ``forward``, and the cache's keys and values or None."""
         past = {name: values for name, values in feeds.items() if name.startswith(_PAST)}
         plain = {name: self._tensor(values) for name, values in feeds.items() if name not in past}
-        problems = [f"{name}: no input of the model" for name in plain if name not in self._accepted]
+        problems = [f"{name}: not an input of the model" for name in plain if name not in self._accepted]
         layers = range((len(past) + 1) // 2)
-        wanted = [(f"{_PAST}{layer}.key", f"{_PAST}{layer}.value") for layer in layers]
-        problems += [f"{name}: missing" for pair in wanted for name in pair if name not in past]
-        known = {name for pair in wanted for name in pair}
-        problems += [f"{name}: no key or value of layers 0, 1, …" for name in past if name not in known]
+        pairs = [(f"{_PAST}{layer}.key", f"{_PAST}{layer}.value") for layer in layers]
+        problems += [f"{name}: missing" for pair in pairs for name in pair if name not in past]
+        known = {name for pair in pairs for name in pair}
+        problems += [f"{name}: not a key or value of layers 0, 1, …" for name in past if name not in known]
         if past and "past_key_values" not in self._accepted:
             problems.append("past_key_values: the model has no key-value cache")
         if problems:
             taken = ", ".join(self._accepted)
             raise BackendError(f"the feeds don't fit {self._title}", f"it takes: {taken}", problems)
-        cache = [(self._tensor(past[key]), self._tensor(past[value])) for key, value in wanted]
+        cache = [(self._tensor(past[key]), self._tensor(past[value])) for key, value in pairs]
         return plain, cache if past else None
 
     def _tensor(self, values: Array) -> torch.Tensor:
@@ -227,7 +227,7 @@ class TorchReference:
         if cached:
             from transformers import DynamicCache
 
-            # Without the config, as in a graph: with it, layers with a sliding window would forget.
+            # Without the config, as in a graph: with it, layers with a sliding window would drop old tokens.
             arguments |= {"past_key_values": DynamicCache(past or ()), "use_cache": True}
         wide = in_float64() if self._dtype == torch.float64 else contextlib.nullcontext()
         with quiet(), torch.inference_mode(), wide:
@@ -236,7 +236,7 @@ class TorchReference:
             except Exception as error:  # whatever the model's own code raises
                 raise BackendError(
                     f"{self._title} fails on the feeds: {first_line(error)}",
-                    "give the inputs that the graph has, with fitting shapes",
+                    "give the graph's inputs, with fitting shapes",
                 ) from error
         return self._named(result) | (_present(result) if cached else {})
 
@@ -270,7 +270,7 @@ class TorchReference:
         handles = []
         try:
             for path in modules:
-                # Behind the adapters' hooks, which are there already: what they add is in the output.
+                # Registered after the adapters' hooks, so that the output contains what they add.
                 hook = functools.partial(keep, path=path)
                 module = own[paths.get(path, path)]
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
@@ -300,7 +300,7 @@ def _bind_all(model: Any, adapters: Mapping[str, Adapter], folder: Path | None) 
 
 
 def _present(result: Any) -> dict[str, Any]:
-    """Return the cache under the names of a graph's outputs."""
+    """Return the cache by the names of a graph's outputs."""
     layers = getattr(result.get("past_key_values"), "layers", ())
     return {
         f"{_PRESENT}{number}.{part}": state
@@ -310,7 +310,7 @@ def _present(result: Any) -> dict[str, Any]:
 
 
 def _first(values: Sequence[Any]) -> Any:
-    """Return the first tensor, a copy: what follows may write into it."""
+    """Return a copy of the first tensor: later modules may write into the tensor itself."""
     for value in values:
         if hasattr(value, "detach"):
             return value.detach().clone()

@@ -1,10 +1,10 @@
-"""Choices of experts: where rounding alone may send a token to another one.
+"""Find choices of experts in which rounding alone may send a token to another expert.
 
-A router takes the largest of its scores with `torch.topk`. Where the last that it takes and the first that it
-leaves are nearer than what a dtype loses there, either choice is right, and the two answers are far apart: a
-step, which the rounding error of a run that happened to choose alike tells nothing of. `record_choices` keeps
-what was chosen among, `near_ties` finds the calls with such tokens, and inside `turn_ties` they choose the
-other way. Routers that take one expert with ``argmax`` are not seen.
+A router takes the largest of its scores with `torch.topk`. If the last score that it takes and the first that
+it leaves differ by less than the dtype's error there, either choice is right, but the two answers are far
+apart. The rounding error of a run that happened to choose the same way doesn't show that. `record_choices`
+records the scores, `near_ties` finds the calls with such tokens, and inside `turn_ties` they choose the other
+way. Routers that take one expert with ``argmax`` are not recorded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 
-# A normal distribution's standard deviation, in medians of its absolute values.
+# Standard deviation of a normal distribution, divided by the median of its absolute values.
 _OF_MEDIAN = 1.4826
 
 
@@ -28,29 +28,29 @@ class Choice:
     """One call of `torch.topk`.
 
     Attributes:
-        scores: ``(…, n)``.
-        count: How many it takes; fewer than n.
+        scores: Scores of shape ``(…, n)``.
+        count: Number of scores that it takes; less than n.
     """
 
     scores: torch.Tensor
     count: int
 
     def edge(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return where the last that is taken and the first that is left are, ``(…, 1)`` each."""
-        # By topk itself: of equal scores only it knows which it takes.
+        """Return the indices of the last taken and the first left score, each of shape ``(…, 1)``."""
+        # Found with topk itself: only topk knows which of equal scores it takes.
         top = self.scores.topk(self.count, dim=-1).indices
         rest = self.scores.scatter(-1, top, -math.inf)
         return top[..., -1:], rest.argmax(-1, keepdim=True)
 
     def gap(self, edge: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Return how far the score at the one is above that at the other, ``(…, 1)``."""
+        """Return the difference of the two scores at an edge, of shape ``(…, 1)``."""
         taken, left = edge
         return self.scores.gather(-1, taken) - self.scores.gather(-1, left)
 
 
 @contextlib.contextmanager
 def record_choices() -> Iterator[list[Choice]]:
-    """Record what every `torch.topk` along the last axis chooses among inside."""
+    """Record the scores of every `torch.topk` along the last axis inside the block."""
     found: list[Choice] = []
 
     def record(choice: Choice) -> torch.Tensor:
@@ -63,12 +63,12 @@ def record_choices() -> Iterator[list[Choice]]:
 
 @dataclass(frozen=True)
 class Ties:
-    """What can't be told apart in a dtype.
+    """Choices that can't be told apart in a dtype.
 
     Attributes:
-        gaps: Call by call: scores that are nearer are a tie.
-        near: How many choices are a tie.
-        of: How many choices there are.
+        gaps: For each call, the difference below which two scores are a tie.
+        near: Number of choices that are a tie.
+        of: Number of all choices.
     """
 
     gaps: tuple[float, ...]
@@ -76,18 +76,18 @@ class Ties:
     of: int
 
 
-def near_ties(right: Sequence[Choice], own: Sequence[Choice], factor: float) -> Ties:
-    """Compare a run in a dtype with the right one.
+def near_ties(reference: Sequence[Choice], lossy: Sequence[Choice], factor: float) -> Ties:
+    """Return the ties found by comparing a run in a dtype with the exact run.
 
     Args:
-        right: Its choices.
-        own: Those of the run in the dtype, on the same feeds.
-        factor: A gap is a tie where it is less than so many times what the dtype loses of gaps.
+        reference: Choices of the exact run.
+        lossy: Choices of the run in the dtype, on the same feeds.
+        factor: A gap is a tie if it is less than this many times the dtype's error of gaps.
     """
     gaps, near, of = [], 0, 0
-    if [choice.scores.shape for choice in right] != [choice.scores.shape for choice in own]:
+    if [choice.scores.shape for choice in reference] != [choice.scores.shape for choice in lossy]:
         return Ties((), 0, 0)
-    for exact, found in zip(right, own, strict=True):
+    for exact, found in zip(reference, lossy, strict=True):
         edge = exact.edge()
         gap = exact.gap(edge)
         lost = _spread(found.gap(edge) - gap)
@@ -98,9 +98,10 @@ def near_ties(right: Sequence[Choice], own: Sequence[Choice], factor: float) -> 
 
 
 def _spread(errors: torch.Tensor) -> float:
-    """Return the standard deviation of most of them.
+    """Return the standard deviation of most errors.
 
-    By the median, because a token that went to another expert one layer earlier has quite other scores here.
+    It is estimated by the median, because a token that went to another expert one layer earlier has very
+    different scores here.
     """
     finite = errors[errors.isfinite()].abs()
     return _OF_MEDIAN * finite.median().item() if finite.numel() else 0.0
@@ -108,7 +109,7 @@ def _spread(errors: torch.Tensor) -> float:
 
 @contextlib.contextmanager
 def turn_ties(ties: Ties) -> Iterator[None]:
-    """Let every choice that is a tie go the other way inside; for the same feeds."""
+    """Make every choice that is a tie go the other way inside the block, for the same feeds."""
     import torch
 
     calls = iter(ties.gaps)
@@ -119,7 +120,7 @@ def turn_ties(ties: Ties) -> Iterator[None]:
         near = choice.gap(edge) < within
         swapped = torch.where(near, left, taken), torch.where(near, taken, left)
         high, low = choice.scores.gather(-1, taken), choice.scores.gather(-1, left)
-        # Equal ones are to be told apart: what is left falls by as much as the dtype can show.
+        # Equal scores must differ after the swap: the left one is lowered by as little as the dtype can show.
         fall = (low.abs() * 2 * torch.finfo(low.dtype).eps).clamp(min=within)
         low = torch.where(near, low - fall, low)
         return choice.scores.scatter(-1, swapped[0], high).scatter(-1, swapped[1], low)
@@ -130,7 +131,7 @@ def turn_ties(ties: Ties) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _each_choice(change: Any) -> Iterator[None]:
-    """Call ``change`` with every choice, which takes among what it returns."""
+    """Call ``change`` with every choice; `torch.topk` then uses the scores that it returns."""
     import torch
     from torch.overrides import TorchFunctionMode
 

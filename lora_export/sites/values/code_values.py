@@ -104,14 +104,21 @@ def codes_of(use: Use) -> Codes | None:
         found = [None if index is None else constant_of(use.node, index) for index in (where, at)]
         if (where is not None and found[0] is None) or (found[1] is None and has_input(use.node, at)):
             return None
-        scale = found[0]
-        step = None if scale is None else np.broadcast_to(scale, codes.shape)
-        zero = np.broadcast_to(np.zeros(()) if found[1] is None else found[1], codes.shape)
+        scale, own = found[0], np.zeros(()) if found[1] is None else found[1]
+        if not all(given is None or _fits(given, codes.shape) for given in (scale, own)):
+            return None
+        step = None if scale is None else np.broadcast_to(scale.reshape(-1), codes.shape)
+        zero = np.broadcast_to(own.reshape(-1), codes.shape)
     else:
         return None
     # Centred codes fit into 16 bits: of bytes, or fewer, and their zeros.
     centred = codes.astype(np.float32) - zero.astype(np.float32)
     return Codes(centred, step, float(np.abs(centred).max(initial=0)))
+
+
+def _fits(values: Array, shape: tuple[int, ...]) -> bool:
+    """Whether there is one for the whole matrix, or one for each column."""
+    return values.size == 1 or (values.size == shape[-1] == values.shape[-1])
 
 
 def compare_codes(held: Codes, placement: Placement, wanted: Array) -> CodesMatch:
@@ -161,6 +168,10 @@ def _of_nbits(use: Use) -> Codes | None:
     if stored.size * 8 != rows * blocks * block * bits or scale.size != rows * blocks:
         return None
     packed = stored.reshape(rows, -1)
+    if zero is not None and zero.size != rows * (
+        -(-blocks * bits // 8) if zero.dtype == np.uint8 else blocks
+    ):
+        return None
     if zero is None:
         zeros: Array = np.full((rows, blocks), 1 << (bits - 1), np.float32)
     else:

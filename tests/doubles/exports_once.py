@@ -1,0 +1,197 @@
+"""torch's dynamo exporter, run once for the same module in a run of the tests, whichever worker comes first.
+
+Most of the time that the tests take is torch tracing the same tiny models. What it returned is kept in a
+folder that the workers share, under a hash of everything that it depends on: the module's classes and their
+code, its settings, every value of its parameters and buffers, the inputs, the options. All that lora-export
+does itself (what it asks for, its own passes, what it writes) runs in every test.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import inspect
+import os
+import types
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+# What decides about a graph. With any other option, or another kind of module, the exporter is run.
+_OPTIONS = frozenset(
+    {
+        *(
+            "f",
+            "kwargs",
+            "verbose",
+            "input_names",
+            "output_names",
+            "opset_version",
+            "dynamo",
+            "external_data",
+        ),
+        *("dynamic_shapes", "optimize", "export_params", "keep_initializers_as_inputs"),
+    }
+)
+_HERE = str(Path(__file__).resolve().parents[1])
+Export = Callable[..., Any]
+
+
+def exported_once(export: Export, folder: Path) -> Export:
+    """Return `torch.onnx.export`, which exports what is not yet in ``folder``."""
+
+    @functools.wraps(export)
+    def once(model: Any, args: Any = (), f: Any = None, **options: Any) -> Any:
+        known = isinstance(model, torch.nn.Module) and not isinstance(model, torch.jit.ScriptModule)
+        if not (known and options.get("dynamo", True) and options.keys() <= _OPTIONS):
+            return export(model, args, f, **options)
+        given = {name: value for name, value in options.items() if name not in ("external_data", "verbose")}
+        kept = folder / key_of(model, args, given)
+        with locked(kept.with_suffix(".lock")):
+            if not kept.exists():
+                program = export(model, args, **options)
+                made = kept.with_suffix(".new")
+                made.mkdir()
+                ir.save(program.model, made / "model.onnx", external_data="model.data")
+                made.rename(kept)
+        # The same for the first and for all others.
+        program = torch.onnx.ONNXProgram(ir.load(kept / "model.onnx"), None)
+        if f is not None:
+            program.save(
+                f,
+                include_initializers=options.get("export_params", True),
+                keep_initializers_as_inputs=options.get("keep_initializers_as_inputs", False),
+                external_data=options.get("external_data", True),
+            )
+        return program
+
+    return once
+
+
+class locked:
+    """A lock that other processes respect, for as long as a block lasts."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        self._handle = os.open(self._path, os.O_CREAT | os.O_RDWR)
+        fcntl.flock(self._handle, fcntl.LOCK_EX)
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._handle)
+
+
+def key_of(model: torch.nn.Module, args: Any, options: Mapping[str, Any]) -> str:
+    """Return a hash of what an export depends on."""
+    digest = hashlib.sha256()
+    for part in (*_of_module(model), *_plain((args, dict(options)))):
+        digest.update(part if isinstance(part, bytes) else part.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def _of_module(model: torch.nn.Module) -> Iterator[str | bytes]:
+    for name, module in model.named_modules(remove_duplicate=False):
+        kind = type(module)
+        yield f"{name} {kind.__module__}.{kind.__qualname__} {module.training}"
+        for code in kind.__mro__:
+            if code.__module__.split(".")[0] not in ("torch", "builtins") and "forward" in vars(code):
+                yield from _code(vars(code)["forward"])
+        for attribute, value in sorted(vars(module).items()):
+            if attribute.endswith("_hooks"):
+                for hook in value.values():
+                    yield from _code(hook)
+            elif attribute not in ("_parameters", "_buffers", "_modules"):
+                yield attribute
+                yield from _plain(value)
+    shared: dict[int, int] = {}
+    tensors = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    for name, tensor in tensors:
+        yield f"{name} {shared.setdefault(id(tensor), len(shared))}"
+        yield from _plain(tensor)
+
+
+def _plain(value: Any, depth: int = 0) -> Iterator[str | bytes]:
+    """Yield what a value holds: data, settings, functions; of other objects the class and their settings."""
+    if isinstance(value, torch.Tensor):
+        yield f"{value.dtype} {tuple(value.shape)} {value.requires_grad}"
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, str | int | float | bool | bytes | type(None) | torch.dtype | torch.device):
+        yield repr(value)
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield repr(key)
+            yield from _plain(inner, depth + 1)
+    elif isinstance(value, list | tuple | set | frozenset):
+        items = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
+        yield f"{type(value).__name__} {len(value)}"
+        for inner in items:
+            yield from _plain(inner, depth + 1)
+    elif isinstance(value, torch.nn.Module):
+        yield f"{type(value).__module__}.{type(value).__qualname__}"
+    elif inspect.isfunction(value) or inspect.ismethod(value) or isinstance(value, functools.partial):
+        yield from _code(value, depth)
+    elif isinstance(value, type):
+        yield f"{value.__module__}.{value.__qualname__}"
+    else:
+        yield f"{type(value).__module__}.{type(value).__qualname__}"
+        yield from _settings(value, depth)
+
+
+def _settings(value: Any, depth: int) -> Iterator[str | bytes]:
+    if depth > 6:
+        return
+    if hasattr(value, "to_json_string"):  # a config of transformers, and what it keeps to itself
+        yield value.to_json_string(use_diff=False)
+        yield repr(getattr(value, "_attn_implementation", None))
+        yield repr(getattr(value, "_experts_implementation", None))
+    elif isinstance(getattr(value, "__dict__", None), dict):
+        for name, inner in sorted(vars(value).items()):
+            yield name
+            yield from _plain(inner, depth + 1)
+    else:
+        text = repr(value)
+        yield "" if " at 0x" in text else text
+
+
+def _code(function: Any, depth: int = 0) -> Iterator[str | bytes]:
+    """Yield a function's code, what it holds of the code around it, and those of ours that it calls."""
+    if isinstance(function, functools.partial):
+        yield from _plain((function.args, function.keywords), depth + 1)
+        function = function.func
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    if not isinstance(function, types.FunctionType) or depth > 6:
+        yield getattr(function, "__qualname__", type(function).__qualname__)
+        return
+    yield function.__qualname__
+    yield from _instructions(function.__code__)
+    for cell in function.__closure__ or ():
+        try:
+            yield from _plain(cell.cell_contents, depth + 1)
+        except ValueError:  # empty
+            yield ""
+    yield from _plain(function.__defaults__, depth + 1)
+    for name in function.__code__.co_names:
+        inner = function.__globals__.get(name)
+        is_ours = isinstance(inner, types.FunctionType) and inner.__code__.co_filename.startswith(_HERE)
+        if is_ours or isinstance(inner, str | int | float | bool | tuple | torch.Tensor):
+            yield name
+            yield from _plain(inner, depth + 1)
+
+
+def _instructions(code: types.CodeType) -> Iterator[str | bytes]:
+    yield code.co_code
+    yield repr(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _instructions(constant)
+        else:
+            yield repr(constant)

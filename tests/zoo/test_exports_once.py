@@ -1,0 +1,128 @@
+"""Exports that the tests share: equal modules share one, modules that differ in anything never do."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import onnx
+import pytest
+import tiny
+import torch
+import transformers
+from exports_once import exported_once, key_of
+
+from lora_export import capture_onnx
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, size=4, by=2.0, kind="mul", seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.fc, self.by = torch.nn.Linear(size, size), by
+        self.apply_it = {"mul": lambda x: x * by, "add": lambda x: x + by}[kind]
+
+    def forward(self, x):
+        return self.apply_it(self.fc(x))
+
+
+X = torch.ones(2, 4)
+DIM = torch.export.Dim("batch")
+OTHERS = {
+    "values": lambda: (Scaled(seed=1), (X,), {}),
+    "an attribute, closed over": lambda: (Scaled(by=3.0), (X,), {}),
+    "code": lambda: (Scaled(kind="add"), (X,), {}),
+    "mode": lambda: (Scaled().eval(), (X,), {}),
+    "dtype": lambda: (Scaled().double(), (X.double(),), {}),
+    "input's shape": lambda: (Scaled(), (torch.ones(3, 4),), {}),
+    "input's values": lambda: (Scaled(), (X + 1,), {}),
+    "input by name": lambda: (Scaled(), (), {"kwargs": {"x": X}}),
+    "dynamic shapes": lambda: (Scaled(), (X,), {"dynamic_shapes": {"x": {0: DIM}}}),
+    "a limit of a dimension": lambda: (
+        *(Scaled(), (X,)),
+        {"dynamic_shapes": {"x": {0: torch.export.Dim("batch", max=7)}}},
+    ),
+    "opset": lambda: (Scaled(), (X,), {"opset_version": 21}),
+    "optimised": lambda: (Scaled(), (X,), {"optimize": False}),
+    "names": lambda: (Scaled(), (X,), {"output_names": ["y"]}),
+    "a forward of its own": lambda: (_replaced(Scaled()), (X,), {}),
+    "a hook": lambda: (_hooked(Scaled()), (X,), {}),
+}
+
+
+def _replaced(module):
+    module.forward = lambda x: module.fc(x)
+    return module
+
+
+def _hooked(module):
+    module.fc.register_forward_hook(lambda *_: None)
+    return module
+
+
+def test_what_differs_has_another_key():
+    keys = {what: key_of(*make()) for what, make in OTHERS.items()}
+    keys["usual"] = key_of(Scaled(), (X,), {})
+    assert len(set(keys.values())) == len(keys)
+    assert keys["usual"] == key_of(copy.deepcopy(Scaled()), (X.clone(),), {})
+    assert {what: key_of(*make()) for what, make in OTHERS.items()} == {
+        what: key for what, key in keys.items() if what != "usual"
+    }
+
+
+def test_attention_and_config_count():
+    config = transformers.AutoConfig.from_pretrained(tiny.checkpoint("llama"))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    other = copy.deepcopy(model)
+    assert key_of(model, (), {}) == key_of(other, (), {})
+    other.set_attn_implementation("sdpa")
+    assert key_of(model, (), {}) != key_of(other, (), {})
+    third = copy.deepcopy(model)
+    third.config.rms_norm_eps *= 2
+    assert key_of(model, (), {}) != key_of(third, (), {})
+
+
+def test_tied_weights_are_told_from_equal_ones():
+    one, two = Scaled(), Scaled()
+    both = torch.nn.ModuleList([one.fc, two.fc])
+    assert key_of(both, (), {}) != key_of(torch.nn.ModuleList([one.fc, one.fc]), (), {})
+
+
+def renumbered(path):
+    """Return a graph as text with its temporary names numbered as they come, and its constants' bytes."""
+    model = onnx.load(path)
+    del model.metadata_props[:]
+    text, numbers = str(model), {}
+    return re.sub(r"\b(val|node_\w+?)_\d+", lambda name: f"{numbers.setdefault(name[0], len(numbers))}", text)
+
+
+@pytest.mark.parametrize("kv_cache", [False, True])
+def test_what_is_captured_is_the_same_with_and_without(kv_cache, tmp_path, monkeypatch):
+    """For the first and for those that find it there byte for byte; without, but for numbers in names."""
+    real = torch.onnx.export.__wrapped__
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append(options)
+        return real(*arguments, **options)
+
+    (tmp_path / "shared").mkdir()
+    for name in ("first", "again", "without"):
+        export = exported_once(counted, tmp_path / "shared") if name != "without" else real
+        monkeypatch.setattr(torch.onnx, "export", export)
+        (tmp_path / name).mkdir()
+        capture_onnx(tiny.checkpoint("llama"), tmp_path / name / "m.onnx", kv_cache=kv_cache)
+    assert len(calls) == 1
+    for file in ("m.onnx", "m.onnx.data"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+    assert renumbered(tmp_path / "first" / "m.onnx") == renumbered(tmp_path / "without" / "m.onnx")
+
+
+def test_failures_are_raised_each_time(tmp_path):
+    def broken(*_, **__):
+        raise RuntimeError("no")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no"):
+            exported_once(broken, tmp_path)(Scaled(), (X,))
