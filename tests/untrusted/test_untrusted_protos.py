@@ -165,7 +165,7 @@ CASES = {
     "a reference to a number": (with_reference("Cast", "to", 2), "to refers to a function's"),
     "values in another type's field": (
         model(constants=[constant(), tensor([2], int64_data=[1, 2])]),
-        "k: holds 0 bytes, its shape .* of FLOAT needs 8",
+        "k: holds 0 bytes, but its shape .* of FLOAT needs 8",
     ),
     "values in two fields": (
         model(constants=[constant(), tensor([2], float_data=[1, 2], int32_data=[1, 2])]),
@@ -173,7 +173,7 @@ CASES = {
     ),
     "a branch that gives what is around it": (
         in_branch(lambda branch: setattr(branch.output[0], "name", "h")),
-        "'h': an output of the subgraph 'branch', made by none",
+        "'h': an output of the subgraph 'branch', but no node computes it",
     ),
     "a cast to no type": (
         model([helper.make_node("Cast", ["x"], ["c"], to=999), PRODUCT, END]),
