@@ -1,4 +1,4 @@
-"""Compile an ONNX graph to an engine: backend → ``module:attribute``, imported when it is asked for."""
+"""Compile an ONNX graph to an engine: backend → ``module:attribute``, imported when it is used."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ BACKENDS: dict[str, str] = {
 
 
 def compiler_of(backend: str) -> Compiler:
-    """Return the compiler of that name; it is installed or not.
+    """Return the compiler of that name; its package may not be installed.
 
     Raises:
-        BackendError: There is none of that name.
+        BackendError: No compiler has that name.
     """
     if backend not in BACKENDS:
-        raise BackendError(f"there is no backend {backend!r}", f"use one of: {', '.join(BACKENDS)}")
+        raise BackendError(f"the backend {backend!r} is unknown", f"use one of: {', '.join(BACKENDS)}")
     module, _, attribute = BACKENDS[backend].partition(":")
     compiler: Compiler = getattr(import_module(module), attribute)()
     return compiler

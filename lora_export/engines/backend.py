@@ -1,7 +1,7 @@
-"""What the two compilers have in common: TensorRT-RTX and classic TensorRT have one API.
+"""The common part of the two compilers: TensorRT-RTX and classic TensorRT have one API.
 
-A `Compiler` says how it is installed, which options and GPUs it takes, and sets a builder's configuration.
-Everything else, from reading ONNX to writing the engine, is the same code for both (`worker`).
+A `Compiler` knows how it is installed and which options and GPUs it takes, and configures a builder.
+Everything else, from reading ONNX to writing the engine, is the same code for both (`builder_process`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from lora_export.engines.record import BuildOptions
 from lora_export.errors import BackendUnavailable
 from lora_export.machines.local_gpus import Gpu, local_gpus
 
-# The packages have no types; what is used of them is checked by a test against their bindings.
+# The packages have no types; a test checks the names that we use against their bindings.
 TensorRT = Any
 
 
-# How the bindings call what numpy and ml_dtypes call otherwise; the other types have one name.
+# Types whose names in the bindings differ from those of numpy and ml_dtypes.
 DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
@@ -36,11 +36,11 @@ class Compiler(ABC):
     """One of the compilers.
 
     Attributes:
-        name: What the user calls it.
-        package: What Python imports.
-        distributions: What pip may call it, the first found counts.
+        name: Name for users.
+        package: Python package.
+        distributions: Its names for pip; the first one that is installed counts.
         extra: Our extra that installs it.
-        anywhere: It builds without a GPU, for GPUs that are elsewhere.
+        anywhere: Whether it builds without a GPU, for GPUs of other machines.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Compiler(ABC):
             raise BackendUnavailable(
                 f"{self.name} is not installed"
                 if missing
-                else f"{self.name} is installed and can't be loaded: {error}",
+                else f"{self.name} is installed but can't be loaded: {error}",
                 f"pip install 'lora-export[{self.extra}]'",
             ) from error
 
@@ -81,11 +81,11 @@ class Compiler(ABC):
 
     @abstractmethod
     def target_problem(self, compute_capability: str) -> str | None:
-        """Return why it can't build for such a GPU here, or None."""
+        """Return the reason why it can't build for such a GPU here, or None."""
 
     @abstractmethod
     def option_problems(self, options: BuildOptions, here: bool) -> list[str]:
-        """Return which options it can't do (``here``: on this machine), one line each."""
+        """Return the options that it does not support (``here``: on this machine), one line each."""
 
     def configure(
         self, trt: TensorRT, config: Any, options: BuildOptions, compute_capabilities: Sequence[str]
@@ -95,10 +95,10 @@ class Compiler(ABC):
         Args:
             trt: The package.
             config: Its ``IBuilderConfig``.
-            options: What the user asks for.
-            compute_capabilities: Which GPUs it is for.
+            options: The user's options.
+            compute_capabilities: Compute capabilities of the GPUs that the engine is for.
         """
-        # Both states: a package's own default is nothing to rely on.
+        # Set or cleared: the package's own defaults may change.
         flags = {
             trt.BuilderFlag.TF32: options.tf32,
             trt.BuilderFlag.WEIGHT_STREAMING: options.weight_streaming,
@@ -120,14 +120,14 @@ class Compiler(ABC):
     def configure_own(
         self, trt: TensorRT, config: Any, options: BuildOptions, compute_capabilities: Sequence[str]
     ) -> None:
-        """Set what only this compiler has."""
+        """Set the options that only this compiler has."""
 
     def read_timings(self, config: Any, path: Path) -> None:
-        """Let the builder know what earlier builds measured; nothing where a compiler measures nothing."""
+        """Give the builder the timings of earlier builds; do nothing if the compiler has none."""
         return
 
     def write_timings(self, config: Any, path: Path) -> None:
-        """Keep what this build measured for later ones; nothing where a compiler measures nothing."""
+        """Keep the timings of this build for later ones; do nothing if the compiler has none."""
         return
 
 
@@ -137,12 +137,12 @@ def _first_gpu() -> Gpu | None:
 
 
 def gpu_here() -> str | None:
-    """Return the compute capability of this machine's first GPU (``8.9``), or None where there is none."""
+    """Return the compute capability of this machine's first GPU (``8.9``), or None without a GPU."""
     gpu = _first_gpu()
     return gpu.compute_capability if gpu else None
 
 
 def gpu_name_here() -> str:
-    """Return what the driver calls the same GPU, or ""."""
+    """Return the driver's name of the same GPU, or ""."""
     gpu = _first_gpu()
     return gpu.name if gpu else ""

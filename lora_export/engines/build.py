@@ -1,4 +1,4 @@
-"""Build engines from an ONNX graph: one for each target, or one for several together."""
+"""Build engines from an ONNX graph: one for each target, or one for all targets together."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class BuiltEngine:
     """One engine that was (or would be) written.
 
     Attributes:
-        path: Its file.
-        group: Which GPUs it is for, and its memory on each.
-        record: What it is; None in a dry run.
-        cached: It was built before.
-        seconds: What it took, the cache included.
-        not_kept: Why the cache does not have it now, or "".
+        path: File of the engine.
+        group: GPUs that it is for, and its memory on each.
+        record: Engine record; None in a dry run.
+        cached: Whether it was taken from the cache.
+        seconds: Seconds that it took, the cache included.
+        not_kept: Reason why the cache could not keep it, or "".
     """
 
     path: Path
@@ -81,13 +81,13 @@ class BuiltEngine:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What `build_engine` did, or with ``dry_run`` would do.
+    """The result of `build_engine`; with ``dry_run``, what it would do.
 
     Attributes:
-        engines: In the order of the targets.
-        profiles: Which shapes they take.
-        notes: What was changed in the graph for the compiler, and what to know.
-        dry_run: Nothing was written.
+        engines: The engines, in the order of the targets.
+        profiles: Shapes that they take.
+        notes: Changes to the graph for the compiler, and other notes.
+        dry_run: Whether nothing was written.
     """
 
     engines: tuple[BuiltEngine, ...]
@@ -112,7 +112,7 @@ class BuildReport:
 
 @dataclass(frozen=True)
 class _Work:
-    """A plan, and how it is carried out."""
+    """A plan, and the settings to carry it out."""
 
     plan: BuildPlan
     serialized: Serialized
@@ -147,8 +147,8 @@ def build_engine(
     """Compile an ONNX graph of any of our modes, or a plain one, for GPUs.
 
     Writes ``<name>.<target>.engine``, its record ``<name>.<target>.json`` and the builder's messages
-    ``<name>.<target>.log`` for each target into ``output``. The graph's own types decide what is computed in
-    what (a strongly typed network). Its LoRA tensors are inputs of the engine.
+    ``<name>.<target>.log`` for each target into ``output``. The engine computes in the graph's own types (a
+    strongly typed network). The graph's LoRA tensors are inputs of the engine.
 
     Args:
         model: The ``.onnx`` file.
@@ -156,24 +156,24 @@ def build_engine(
         output: The folder to write into.
         name: Beginning of the files' names; by default the graph's.
         backend: ``tensorrt-rtx``, or ``tensorrt`` on the GPU that the engine is for; None: by the target.
-        options: What the compiler is told.
+        options: Options of the compiler.
         shapes: Dimension or input → ``MIN:OPT:MAX`` or those three, for all profiles.
         profiles: Several profiles in place of one, for instance ``prefill`` and ``decode``.
-        together: One engine for all targets in place of one for each.
-        adapters: How many adapters of the largest rank have to fit beside it.
-        ignore_memory: Build also what does not fit.
+        together: Build one engine for all targets in place of one for each.
+        adapters: Number of adapters of the largest rank that have to fit in memory with the engine.
+        ignore_memory: Build even if the engine does not fit.
         cache: Folder of engines built before; True: the user's cache folder, False: none.
-        timing_cache: File of what classic TensorRT measured in earlier builds.
-        verbose: Keep all of the builder's messages in the log; what was built before is built again for them.
+        timing_cache: File with classic TensorRT's timings of earlier builds.
+        verbose: Keep all of the builder's messages in the log; cached engines are built again for them.
         force: Replace existing files.
-        dry_run: Check everything, and build nothing.
-        progress: Called with what is being done and the share of it that is done.
+        dry_run: Check everything, but build nothing.
+        progress: Function called with the current step and the share of it that is done.
 
     Returns:
         The engines.
 
     Raises:
-        BackendError: Unknown targets or shapes, options that the compiler hasn't, too little memory.
+        BackendError: Unknown targets or shapes, options that the compiler does not have, too little memory.
         BackendUnavailable: The compiler is not installed.
         EngineBuildError: The compiler can't build the graph.
         GraphError: The graph can't be read.
@@ -218,7 +218,7 @@ def carry_out(
     dry_run: bool = False,
     progress: Say | None = None,
 ) -> BuildReport:
-    """Do what `build_engine` does, for a wish; the other arguments are the same."""
+    """Carry out a build request; the other arguments are those of `build_engine`."""
     plan = plan_build(model, wish)
     if timing_cache is not None:
         _check_timings([group.compiler for group in plan.groups])
@@ -231,7 +231,7 @@ def carry_out(
         return report
     _refuse_existing([engine.path for engine in engines], force)
     for group in plan.groups:
-        group.compiler.version()  # not installed: say so before hashing gigabytes
+        group.compiler.version()  # raises before gigabytes are hashed, if it is not installed
     with scratch_folder() as scratch:
         # Without a cache too, GPUs of one compute capability share one build.
         store = EngineCache(_cache_folder(cache, scratch))
@@ -254,13 +254,13 @@ def carry_out(
 def _check_timings(compilers: Sequence[Compiler]) -> None:
     if names := sorted({compiler.name for compiler in compilers if compiler.anywhere}):
         raise BackendError(
-            f"timing_cache: {', '.join(names)} measures nothing, so that there is nothing to keep",
-            "leave out --timing-cache",
+            f"timing_cache: {', '.join(names)} measures no timings, so there is nothing to keep",
+            "omit --timing-cache",
         )
 
 
 def _refuse_existing(engines: Sequence[Path], force: bool) -> None:
-    """Refuse to replace engines. A log alone is what a build that failed has left: that is no reason."""
+    """Refuse to replace engines or their records. A log alone, which a failed build leaves, may go."""
     files = [engine_files(path) for path in engines]
     refuse_replacing([kinds[kind] for kinds in files for kind in ("engine", "record")], force)
 
@@ -275,10 +275,10 @@ def _build_one(work: _Work, engine: BuiltEngine) -> BuiltEngine:
     """Build one engine, or take it from the cache, and write its three files."""
     started, not_kept = time.monotonic(), ""
     files, key = engine_files(engine.path), _key(work, engine.group)
-    # A log that stands beside an engine is that engine's, also where the next build fails.
+    # The log beside an existing engine stays that engine's, even if this build fails.
     failed_log = engine.path.with_suffix(".failed.log") if engine.path.exists() else files["log"]
     with output_errors(engine.path), OutputSet(work.force, work.plan.reads) as outputs:
-        # A log alone is what a build that failed has left: that is no reason to refuse.
+        # A log alone, which a failed build leaves, may be replaced.
         forces = {"log": True}
         staged = {kind: outputs.stage(path, force=forces.get(kind)) for kind, path in files.items()}
         known = None if work.verbose else work.cache.take(key, staged["engine"], staged["log"])
@@ -303,7 +303,7 @@ def _key(work: _Work, group: Group) -> str:
             "version": group.compiler.version(),
             "lora_export": __version__,
             "platform": platform_here(),
-            # Classic TensorRT measures on the very GPU: others of its compute capability are not the same.
+            # Classic TensorRT measures on this very GPU: another model of its compute capability differs.
             "gpu": "" if group.compiler.anywhere else gpu_name_here(),
             "compute_capabilities": list(group.compute_capabilities),
             "options": asdict(work.plan.options),
@@ -317,7 +317,7 @@ def _compile(work: _Work, group: Group, staged: Mapping[str, Path], log: Path) -
     job = Job(
         group.compiler.name,
         str(work.scratch / "graph.onnx"),
-        # Not resolved: where the file is a link, its data lies beside the link, for us and for all others.
+        # Not resolved: if the file is a link, its data lies beside the link, for us as for other tools.
         str(graph.path.absolute()),
         str(staged["engine"].resolve()),
         str(staged["log"].resolve()),
@@ -329,7 +329,7 @@ def _compile(work: _Work, group: Group, staged: Mapping[str, Path], log: Path) -
     )
 
     def progress(_phase: str, share: float) -> None:
-        # One line for each engine in a log, and not one for each of the builder's many phases.
+        # A log gets one line for each engine, not one for each of the builder's many phases.
         work.progress(f"building for {group.label}", share)
 
     try:
@@ -337,15 +337,15 @@ def _compile(work: _Work, group: Group, staged: Mapping[str, Path], log: Path) -
         _check_ports(work.plan, built, log)
     except EngineBuildError as error:
         try:
-            _leave_log(staged["log"], log, work.plan.reads)
+            _keep_log(staged["log"], log, work.plan.reads)
         except OutputError as unkept:
             error.hint = f"the builder's own messages could not be kept: {unkept.message}"
         raise
     return built | {"size_bytes": staged["engine"].stat().st_size, "sha256": sha256_of(staged["engine"])}
 
 
-def _leave_log(staged: Path, log: Path, reads: Sequence[Path]) -> None:
-    """Give the builder's messages their name: the one thing that a failed build leaves."""
+def _keep_log(staged: Path, log: Path, reads: Sequence[Path]) -> None:
+    """Write the builder's messages to their file, the only one that a failed build leaves."""
     if staged.exists():
         with output_errors(log), OutputSet(True, reads, listed=False) as outputs:
             shutil.copyfile(staged, outputs.stage(log))
@@ -353,12 +353,12 @@ def _leave_log(staged: Path, log: Path, reads: Sequence[Path]) -> None:
 
 
 def _check_ports(plan: BuildPlan, built: Mapping[str, Any], log: Path) -> None:
-    """Refuse an engine whose inputs and outputs are not the graph's: an input that became a constant, say."""
+    """Refuse an engine whose inputs or outputs differ from the graph's (one may become a constant)."""
     problems = []
     for kind, ports in (("inputs", plan.inputs), ("outputs", _outputs(plan, built))):
-        got = {port["name"]: port for port in built[kind]}
+        actual = {port["name"]: port for port in built[kind]}
         for port in ports:
-            found = got.pop(port.name, None)
+            found = actual.pop(port.name, None)
             if found is None:
                 problems.append(f"{port.name}: not among the engine's {kind}")
                 continue
@@ -369,17 +369,17 @@ def _check_ports(plan: BuildPlan, built: Mapping[str, Any], log: Path) -> None:
                 problems.append(
                     f"{port.name}: {found['shape']} in the engine, {list(port.dims)} in the graph"
                 )
-        problems += [f"{name}: the engine has it and the graph doesn't" for name in got]
+        problems += [f"{name}: in the engine, but not in the graph" for name in actual]
     if problems:
         raise EngineBuildError(
-            f"the engine built from {plan.admitted.graph.path} is not the graph's",
+            f"the engine built from {plan.admitted.graph.path} does not have the graph's inputs and outputs",
             f"the builder's own messages are in {log}",
             problems,
         )
 
 
 def _outputs(plan: BuildPlan, built: Mapping[str, Any]) -> tuple[Port, ...]:
-    """Return the graph's outputs; where it does not tell a shape, the engine's."""
+    """Return the graph's outputs, with the engine's shape for an output whose shape the graph omits."""
     shapes = {port["name"]: tuple(port["shape"]) for port in built["outputs"]}
     silent = {str(value.name) for value in plan.admitted.graph.graph.outputs if value.shape is None}
     return tuple(

@@ -1,7 +1,7 @@
-"""The process that a builder runs in: what it does wrong takes this process with it, and not its caller's.
+"""Run a builder in a process of its own, so that a crash of the builder does not end its caller.
 
 ``python -m lora_export.engines.builder_process JOB`` reads a job as JSON and writes lines of JSON to the
-job's pipe: ``{"phase": …, "share": …}`` while it builds, at the end ``{"built": {…}}`` or ``{"failed":
+job's pipe: ``{"phase": …, "share": …}`` during the build, at the end ``{"built": {…}}`` or ``{"failed":
 {…}}``. The builder's own messages go to the job's log file.
 """
 
@@ -35,17 +35,17 @@ _MEMORY = {
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be built.
+    """One build.
 
     Attributes:
-        backend: Which compiler.
-        graph: File with the graph as the compiler is to read it.
+        backend: Name of the compiler.
+        graph: File with the graph as the compiler reads it.
         model: The graph's own file, which its external data is relative to.
         engine: File to write.
         log: File for the builder's messages.
-        compute_capabilities: Which GPUs it is for.
-        options: What the compiler is told.
-        profiles: Which shapes it takes.
+        compute_capabilities: Compute capabilities of the GPUs that the engine is for.
+        options: Options of the compiler.
+        profiles: Shapes that the engine takes.
         timings: File of measurements of earlier builds, or "".
         verbose: Keep all of the builder's messages.
         pipe: File descriptor that progress and result are written to.
@@ -74,7 +74,7 @@ class Job:
 
 
 class _Failed(Exception):
-    """The builder refused; its reasons, one for each thing that it names."""
+    """Failure of the builder, with its stage and reasons."""
 
     def __init__(self, stage: str, reasons: list[dict[str, Any]]) -> None:
         super().__init__(stage)
@@ -82,11 +82,11 @@ class _Failed(Exception):
 
 
 class _Messages:
-    """The builder's messages: all of them in a file, the errors and memory figures at hand.
+    """The builder's messages: all of them go to a file, errors and memory figures are kept here too.
 
     Attributes:
-        unwritten: The file can't be written; raised when the builder has returned, for none of our exceptions
-            may go through its C++.
+        unwritten: Error from writing the file; raised after the builder has returned, because no exception of
+            ours may pass through its C++.
     """
 
     def __init__(self, trt: TensorRT, file: TextIO, verbose: bool) -> None:
@@ -118,8 +118,8 @@ class _Messages:
         self.logger = Logger()
 
 
-def _monitor(trt: TensorRT, say: Any) -> Any:
-    """Return what the builder tells its progress to: the share that is done is the outermost phase's."""
+def _monitor(trt: TensorRT, progress: Any) -> Any:
+    """Return a progress monitor for the builder; the share that is done is the outermost phase's."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -129,7 +129,7 @@ def _monitor(trt: TensorRT, say: Any) -> Any:
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             if parent_phase is None:
                 self._steps[phase_name] = (0, num_steps)
-            self._say(phase_name)
+            self._report(phase_name)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             if phase_name in self._steps:
@@ -139,9 +139,9 @@ def _monitor(trt: TensorRT, say: Any) -> Any:
         def phase_finish(self, phase_name: str) -> None:
             self._steps.pop(phase_name, None)
 
-        def _say(self, phase: str) -> None:
+        def _report(self, phase: str) -> None:
             done = max((step / steps for step, steps in self._steps.values()), default=0.0)
-            say({"phase": phase, "share": round(done, 3)})
+            progress({"phase": phase, "share": round(done, 3)})
 
     return Monitor()
 
@@ -156,7 +156,7 @@ def _parse(trt: TensorRT, network: Any, job: Job, messages: _Messages) -> None:
         {"node": error.node_name(), "operator": error.node_operator(), "text": error.desc()}
         for error in errors
     ]
-    # The name of a missing file, for one, is in the logger only.
+    # Some details, such as the name of a missing file, are only in the logger's messages.
     known = " ".join(reason["text"] for reason in reasons)
     reasons += [{"text": text} for text in messages.errors if text not in known and not reasons]
     raise _Failed("parse", reasons or [{"text": "the parser returned an empty network and no error"}])
@@ -196,13 +196,13 @@ def _port(tensor: Any) -> dict[str, Any]:
     return {"name": tensor.name, "dtype": tensor.dtype.name, "shape": list(tensor.shape)}
 
 
-def _build(compiler: Compiler, trt: TensorRT, job: Job, messages: _Messages, say: Any) -> dict[str, Any]:
+def _build(compiler: Compiler, trt: TensorRT, job: Job, messages: _Messages, progress: Any) -> dict[str, Any]:
     builder = trt.Builder(messages.logger)
     network = builder.create_network(_network_flags(trt))
-    say({"phase": "Parsing ONNX", "share": 0.0})
+    progress({"phase": "Parsing ONNX", "share": 0.0})
     _parse(trt, network, job, messages)
     config = builder.create_builder_config()
-    config.progress_monitor = monitor = _monitor(trt, say)
+    config.progress_monitor = monitor = _monitor(trt, progress)
     compiler.configure(trt, config, job.options, job.compute_capabilities)
     _add_profiles(trt, builder, config, network, job)
     if job.timings:
@@ -229,7 +229,7 @@ def _build(compiler: Compiler, trt: TensorRT, job: Job, messages: _Messages, say
 
 
 def _peak_bytes() -> int:
-    """Return this process's largest memory. Not getrusage's: that begins with the parent's."""
+    """Return this process's peak memory in bytes. Not from getrusage, which starts at the parent's."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -238,7 +238,7 @@ def _peak_bytes() -> int:
 
 
 def end_with_parent() -> None:
-    """Let the system end this process with the one that started it: nobody would take the engine."""
+    """Make the system end this process with its parent: nobody else would use the engine."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -247,8 +247,8 @@ def run(job: Job) -> int:
     """Do a job; return the exit code: 0 if it was built."""
     with os.fdopen(job.pipe, "w", encoding="utf-8") as pipe:
 
-        def say(what: dict[str, Any]) -> None:
-            pipe.write(json.dumps(what) + "\n")
+        def send(message: dict[str, Any]) -> None:
+            pipe.write(json.dumps(message) + "\n")
             pipe.flush()
 
         try:
@@ -257,25 +257,25 @@ def run(job: Job) -> int:
             try:
                 with Path(job.log).open("w", encoding="utf-8") as log:
                     messages = _Messages(trt, log, job.verbose)
-                    built = _build(compiler, trt, job, messages, say)
-            except OSError as error:  # a full disk, for one: what failed has no name of its own there
-                say({"failed": {"stage": "write", "errno": error.errno, "text": reason_of(error)}})
+                    built = _build(compiler, trt, job, messages, send)
+            except OSError as error:  # for example a full disk: such an error does not name the file
+                send({"failed": {"stage": "write", "errno": error.errno, "text": reason_of(error)}})
                 return 1
-            say({"built": built})
+            send({"built": built})
         except _Failed as failed:
-            say({"failed": {"stage": failed.stage, "reasons": failed.reasons}})
+            send({"failed": {"stage": failed.stage, "reasons": failed.reasons}})
             return 1
         except BackendUnavailable as error:
-            say({"failed": {"stage": "load", "reasons": [{"text": error.message}], "hint": error.hint}})
+            send({"failed": {"stage": "load", "reasons": [{"text": error.message}], "hint": error.hint}})
             return 1
         except OutputError as error:
-            say({"failed": {"stage": "output", "text": error.message, "hint": error.hint}})
+            send({"failed": {"stage": "output", "text": error.message, "hint": error.hint}})
             return 1
     return 0
 
 
 if __name__ == "__main__":
     end_with_parent()
-    # Ctrl-C on a terminal goes to both processes: what becomes of this one is the other's to say.
+    # Ctrl-C on a terminal goes to both processes: the parent decides what happens to this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(run(Job.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))))

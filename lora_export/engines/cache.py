@@ -1,12 +1,13 @@
-"""Engines that were built before, by what they were built from: an unchanged one is not built again.
+"""Keep engines by what they were built from, so that an unchanged one is not built again.
 
 A folder holds ``<key>/engine``, ``<key>/log`` and ``<key>/built.json``; the key is a hash of the graph, all
 of its weights, the options, the shapes, the GPUs and the versions of the builder and of lora-export.
 ``hashes.json`` remembers the hashes of large files by device, inode, size and times of change, as git's index
-does: an unchanged gigabyte is not read again. What changes a file without any of these is not seen: a memory
-map whose page is written to again (on tmpfs at any time). `--no-cache` reads every file.
+does: an unchanged gigabyte is not read again. A change that leaves all of these as they are goes unnoticed:
+for example through a memory map whose page is written to again (on tmpfs at any time). `--no-cache` reads
+every file.
 
-Others' files in the folder are never removed: an entry has a key for a name, a record, and nothing else.
+Other files in the folder are never removed: an entry's name is a key, and it holds these files only.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _KEY = re.compile("[0-9a-f]{64}")
 
 
 def default_folder() -> Path:
-    """Return where engines are kept: ``$LORA_EXPORT_CACHE``, else the user's cache folder."""
+    """Return the folder of the cache: ``$LORA_EXPORT_CACHE``, else one in the user's cache folder."""
     if chosen := os.environ.get("LORA_EXPORT_CACHE"):
         return Path(chosen)
     above = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -47,7 +48,7 @@ def default_folder() -> Path:
 
 @dataclass(frozen=True)
 class _Built:
-    """What is read of ``built.json`` here: enough to tell whether the engine is that one."""
+    """The fields of ``built.json`` that show whether the engine is the one that was built."""
 
     size_bytes: Count
     sha256: str
@@ -55,12 +56,12 @@ class _Built:
 
 @dataclass(frozen=True)
 class Cached:
-    """An engine of the cache.
+    """An engine in the cache.
 
     Attributes:
-        engine: Its file.
-        log: The builder's messages.
-        built: What the builder said of it.
+        engine: File of the engine.
+        log: File of the builder's messages.
+        built: The builder's result.
     """
 
     engine: Path
@@ -69,11 +70,11 @@ class Cached:
 
 
 class EngineCache:
-    """The engines of one folder.
+    """The cached engines of one folder.
 
     Args:
-        folder: Created when something is kept.
-        max_bytes: Those used least recently make room above it.
+        folder: The folder; created when the first engine is kept.
+        max_bytes: Limit of their sizes; above it, the least recently used are removed.
     """
 
     def __init__(self, folder: Path, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
@@ -81,17 +82,17 @@ class EngineCache:
         self._max_bytes = max_bytes
 
     def find(self, key: str) -> Cached | None:
-        """Return what was built under a key, or None.
+        """Return the engine of a key, or None.
 
-        One that is damaged is forgotten. One that can't be read is not damaged: too many open files, or a
-        server that does not answer, are over in a moment.
+        A damaged one is removed. One that can't be read is not damaged: too many open files, or a server
+        that does not answer, are over in a moment.
         """
         place = self.folder / key
         try:
             built = parse_json((place / _BUILT).read_bytes())
             engine, known = place / _ENGINE, from_plain(_Built, built, known_only=False)
             if engine.stat().st_size == known.size_bytes and self.sha256(engine) == known.sha256:
-                with contextlib.suppress(OSError):  # one that may only be read is a cache as well
+                with contextlib.suppress(OSError):  # a read-only cache works as well
                     os.utime(place)
                 return Cached(engine, place / _LOG, built)
         except OSError:
@@ -104,15 +105,15 @@ class EngineCache:
         return None
 
     def take(self, key: str, engine: Path, log: Path) -> dict[str, Any] | None:
-        """Copy what was built under a key.
+        """Copy the engine of a key.
 
         Args:
-            key: Of what is wanted.
-            engine: Where the engine goes.
-            log: Where the builder's messages go.
+            key: Key of the engine.
+            engine: File to copy the engine to.
+            log: File to copy the builder's messages to.
 
         Returns:
-            What the builder said of it; None if there is nothing, or another process has just replaced it.
+            The builder's result; None if the cache lacks the engine, or another process just replaced it.
         """
         place = self.folder / key
         try:
@@ -128,7 +129,7 @@ class EngineCache:
         """Keep a copy of an engine under a key.
 
         Returns:
-            Why it could not be kept, or "": that is no reason to fail.
+            The reason why it could not be kept, or "": a build does not fail for it.
         """
         place = self.folder / key
         try:
@@ -147,8 +148,8 @@ class EngineCache:
         return ""
 
     def sha256(self, path: Path) -> str:
-        """Return a file's SHA-256, without reading it again where it is as it was."""
-        # Before the file is looked at, and before it is read: a change of that very moment has the same time.
+        """Return a file's SHA-256; an unchanged file is not read again."""
+        # Taken before the file is read: a change at that very moment has the same time.
         now, status = time.time_ns(), path.stat()
         name = str(path.resolve())
         known = self._hashes()
@@ -174,7 +175,7 @@ class EngineCache:
 
     def _remember(self, known: dict[str, Any]) -> None:
         if (self.folder / _HASHES).exists() and not self._hashes():
-            return  # somebody's own file of that name
+            return  # somebody else's file of that name
         latest = dict(list(known.items())[-_REMEMBERED:])
         with contextlib.suppress(OSError, OutputError), OutputSet(force=True, listed=False) as outputs:
             outputs.stage(self.folder / _HASHES).write_text(json.dumps(latest), encoding="utf-8")
@@ -196,7 +197,7 @@ class EngineCache:
 
 
 def _is_entry(place: Path) -> bool:
-    """Whether a cache wrote a folder and nobody put anything there: not one that is just being written."""
+    """Return whether a folder is a complete cache entry (not one being written) without other files."""
     if not _KEY.fullmatch(place.name) or place.is_symlink() or not place.is_dir():
         return False
     names = {path.name for path in place.iterdir()}
@@ -204,12 +205,12 @@ def _is_entry(place: Path) -> bool:
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
-    """Return the key of everything that an engine is made from: plain data, in any order."""
+    """Return the key for everything that an engine is made from: plain data, in any order."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def combined(hashes: Iterable[str]) -> str:
-    """Return one hash of several, whose order counts."""
+    """Return one hash of several; their order counts."""
     digest = hashlib.sha256()
     for entry in hashes:
         digest.update(entry.encode())

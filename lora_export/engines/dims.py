@@ -1,8 +1,8 @@
-"""The varying dimensions of a graph's inputs: what they are, and which sizes an engine should take.
+"""The varying dimensions of a graph's inputs: their roles, and the sizes that an engine should take.
 
-A dimension's meaning comes from its name in the graph (exporters agree on few, so several spellings are
-known), else from the input that it belongs to. How large it may get comes from the graph's metadata where the
-graph was captured by us (`captured`), and for LoRA's ranks from its LoRA record.
+A dimension's role comes from its name in the graph (exporters agree on few names, so several spellings are
+known), else from the input that it belongs to. Its largest size comes from the graph's metadata if we
+captured the graph (`captured`), and for LoRA's ranks from its LoRA record.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from lora_export.graph.captured import BATCH, PAST_SEQUENCE, SEQUENCE, TOTAL_SEQ
 from lora_export.graph.exposed import ExposedGraph
 
 PAST, TOTAL, RANK = PAST_SEQUENCE, TOTAL_SEQUENCE, "rank"
-# Profiles that know their sizes by their names.
+# Profiles whose names decide their sizes.
 PHASES = ("prefill", "decode")
 ROLES = (BATCH, SEQUENCE, PAST, TOTAL, RANK)
-# Usual sizes where nothing says how large an input may get.
+# Sizes used if nothing states how large an input may get.
 _MAX_BATCH, _SEQUENCE, _MAX_SEQUENCE, _PAST, _MAX_PAST = 4, 128, 512, 256, 1024
 _TEXT_INPUTS = re.compile(r"(^|[._/])(input_ids|token_type_ids|position_ids|attention_mask|inputs_embeds)$")
 _PAST_INPUTS = re.compile(r"^past(_key_values|_key|_value|\b)")
@@ -38,11 +38,11 @@ class Range:
 
 
 def role_of(port: Port, axis: int) -> str | None:
-    """Return what a varying dimension of an input is, or None where nothing tells.
+    """Return the role of a varying dimension of an input, or None if it is unknown.
 
     Args:
         port: The input.
-        axis: Which of its dimensions.
+        axis: Index of the dimension.
     """
     dim = str(port.dims[axis])
     return _role_by_name(dim) or (None if "*" in dim else _role_by_input(port.name, axis))
@@ -50,8 +50,8 @@ def role_of(port: Port, axis: int) -> str | None:
 
 def _role_by_name(symbol: str) -> str | None:
     text = symbol.lower()
-    # An exporter's placeholder repeats the input's name, which says nothing of the dimension.
-    # Nor does a multiple of a batch say what a batch is.
+    # An exporter's placeholder repeats the input's name, which tells nothing about the dimension.
+    # A multiple of a batch is not itself a batch.
     if "dynamic_axes" in text or "*" in text:
         return None
     if "total" in text or ("past" in text and "+" in text):
@@ -74,10 +74,10 @@ def _role_by_input(name: str, axis: int) -> str | None:
 
 
 def default_ranges(largest: Mapping[str, int]) -> dict[str, Range]:
-    """Return the sizes that an engine takes unless the user says otherwise.
+    """Return the sizes that an engine takes by default.
 
     Args:
-        largest: Role → the largest size that the model can take, where that is known.
+        largest: Role → the largest size that the model can take, if that is known.
     """
     sequence, past = _halves(largest)
     return {
@@ -88,7 +88,7 @@ def default_ranges(largest: Mapping[str, int]) -> dict[str, Range]:
 
 
 def _halves(largest: Mapping[str, int]) -> tuple[int, int]:
-    """Return the largest sequence and past: together not more than the model has positions for."""
+    """Return the largest sequence and past: together at most as many as the model has positions."""
     sequence = min(_MAX_SEQUENCE, largest.get(SEQUENCE, _MAX_SEQUENCE))
     past = min(_MAX_PAST, largest.get(PAST, _MAX_PAST))
     total = largest.get(TOTAL)
@@ -99,9 +99,9 @@ def _halves(largest: Mapping[str, int]) -> tuple[int, int]:
 
 
 def phase_ranges(name: str, largest: Mapping[str, int]) -> dict[str, Range] | None:
-    """Return the sizes of a profile whose name says what it is for, or None.
+    """Return the sizes of a profile whose name decides them, or None.
 
-    ``prefill`` reads a prompt behind an empty cache, ``decode`` one token behind a filled one.
+    ``prefill`` reads a prompt with an empty cache, ``decode`` one token with a filled one.
     """
     ranges = default_ranges(largest)
     if name == "prefill":
@@ -115,7 +115,7 @@ def phase_ranges(name: str, largest: Mapping[str, int]) -> dict[str, Range] | No
 
 
 def total_of(sequence: Range, past: Range) -> Range:
-    """Return the sizes of what both together are, an attention mask's."""
+    """Return the sizes of both together, which an attention mask has."""
     return Range(sequence.low + past.low, sequence.usual + past.usual, sequence.high + past.high)
 
 
@@ -124,8 +124,8 @@ class RankDim:
     """A symbolic rank of a graph with exposed LoRA.
 
     Attributes:
-        members: Modules packed into one pair of tensors: their ranks add up.
-        groups: Of a grouped convolution, whose B has rank/groups channels.
+        members: Number of modules packed into one pair of tensors; their ranks add up.
+        groups: Groups of a grouped convolution, whose B has rank/groups channels.
     """
 
     members: int = 1
@@ -152,7 +152,7 @@ def rank_dims(exposed: ExposedGraph | None) -> dict[str, RankDim]:
 
 
 def default_rank(exposed: ExposedGraph | None) -> Range:
-    """Return the ranks that an engine takes: up to the graph's largest; 1 is what no adapter is bound as."""
+    """Return the ranks that an engine takes: from 1, which stands for no adapter, to the graph's largest."""
     high = exposed.max_rank if exposed else 1
     return Range(1, max(high // 2, 1), high)
 

@@ -1,4 +1,4 @@
-"""What is to be built, checked before a compiler runs: for `build`, and for kits that are built elsewhere."""
+"""Plan engines and check the plan before a compiler runs: for `build`, and for kits built elsewhere."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES, Target, find_
 PathLike = str | os.PathLike[str]
 # Every GPU that TensorRT-RTX builds for, by compute capability.
 ALL = "all"
-# An engine of more GPUs is called by their compute capabilities: a file's name ends at 255 bytes.
+# With more GPUs, file names list compute capabilities instead: a name has at most 255 bytes.
 _NAMED = 4
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What the user asks for; see `build.build_engine`, which has the same words.
+    """A build request: what the user asked for, in the words of `build.build_engine`.
 
     Attributes:
         targets: Names of GPUs.
-        backend: Which compiler; None: the one for the target.
-        options: What the compiler is told.
+        backend: Name of the compiler; None: the one for the target.
+        options: Options of the compiler.
         shapes: Dimension or input → ``MIN:OPT:MAX``, for all profiles.
         profiles: Several profiles in place of one.
-        together: One engine for all targets.
-        adapters: How many adapters have to fit.
-        ignore_memory: Go on with what doesn't fit.
+        together: Build one engine for all targets.
+        adapters: Number of adapters that have to fit in memory.
+        ignore_memory: Go on even if the engine doesn't fit.
         name: Beginning of the files' names.
     """
 
@@ -60,9 +60,9 @@ class Group:
     """The GPUs that one engine is for.
 
     Attributes:
-        targets: At least one.
-        compiler: What builds it.
-        fits: Its memory on each of them.
+        targets: The GPUs, at least one.
+        compiler: Compiler that builds the engine.
+        fits: How the engine fits in each GPU's memory.
     """
 
     targets: tuple[Target, ...]
@@ -71,7 +71,7 @@ class Group:
 
     @property
     def label(self) -> str:
-        """What its files are called."""
+        """Name of these GPUs in file names."""
         if set(self.compute_capabilities) == set(RTX_COMPUTE_CAPABILITIES):
             return ALL
         named = [target.name for target in self.targets]
@@ -79,24 +79,24 @@ class Group:
 
     @property
     def compute_capabilities(self) -> tuple[str, ...]:
-        """Each once."""
+        """Compute capabilities of the GPUs, each once."""
         return tuple(dict.fromkeys(target.compute_capability for target in self.targets))
 
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """All that is known before a compiler runs.
+    """Everything that is known before a compiler runs.
 
     Attributes:
         name: Beginning of the files' names.
-        groups: One for each engine.
+        groups: The GPUs of each engine.
         admitted: The graph as the compiler gets it.
         inputs: Its inputs.
         outputs: Its outputs.
-        profiles: Which shapes the engines take.
-        options: What the compiler is told.
-        notes: What to know about the shapes.
-        reads: The files that the graph was read from: no output may be one of them.
+        profiles: Shapes that the engines take.
+        options: Options of the compiler.
+        notes: Notes on the shapes.
+        reads: Files that the graph was read from: no output may be one of them.
     """
 
     name: str
@@ -110,14 +110,14 @@ class BuildPlan:
     reads: tuple[Path, ...] = ()
 
     def engine_path(self, folder: Path, group: Group) -> Path:
-        """Return where a group's engine goes."""
+        """Return the path of a group's engine."""
         return folder / f"{self.name}.{group.label}.engine"
 
     def record(self, group: Group, source: EngineSource) -> EngineRecord:
-        """Return a group's record without what only the machine knows that builds it.
+        """Return a group's engine record without the facts that only the build itself provides.
 
         Args:
-            group: Which GPUs the engine is for.
+            group: GPUs that the engine is for.
             source: The graph's identity.
         """
         metadata = self.admitted.graph.model.metadata_props
@@ -147,15 +147,15 @@ def engine_files(engine: Path) -> dict[str, Path]:
 
 
 def plan_build(model: PathLike, wish: Wish, *, here: bool = True) -> BuildPlan:
-    """Read the graph and check everything that can be checked without the compiler.
+    """Read the graph and check everything that needs no compiler.
 
     Args:
         model: The ``.onnx`` file.
-        wish: What is asked for.
-        here: It is to be built on this machine.
+        wish: The build request.
+        here: Whether this machine builds it.
 
     Raises:
-        BackendError: Unknown targets or shapes, options that the compiler hasn't, too little memory.
+        BackendError: Unknown targets or shapes, options that the compiler does not have, too little memory.
         EngineBuildError: The compiler can't build the graph.
         GraphError: The graph can't be read.
     """
@@ -194,7 +194,7 @@ def plan_build(model: PathLike, wish: Wish, *, here: bool = True) -> BuildPlan:
 
 
 def _beyond(inputs: Sequence[Port], profiles: Sequence[Profile], largest: Mapping[str, int]) -> Iterator[str]:
-    """Yield a note for each size that an engine takes and the model has no positions for."""
+    """Yield a note for each size that an engine takes but the model has no positions for."""
     for profile in profiles:
         sizes = {
             role: profile.shapes[port.name][2][axis]
@@ -205,7 +205,7 @@ def _beyond(inputs: Sequence[Port], profiles: Sequence[Profile], largest: Mappin
         }
         for role, most in largest.items():
             if sizes.get(role, 0) > most:
-                yield f"profile '{profile.name}': {role} to {sizes[role]}, the model has {most} positions"
+                yield f"profile '{profile.name}': {role} to {sizes[role]}, but the model has {most} positions"
 
 
 def _groups(wish: Wish) -> list[Group]:
@@ -215,8 +215,8 @@ def _groups(wish: Wish) -> list[Group]:
         return [Group((target,), compiler) for target, compiler in zip(targets, compilers, strict=True)]
     if len({compiler.name for compiler in compilers}) > 1 or not compilers[0].anywhere:
         raise BackendError(
-            "one engine for several GPUs (together) is TensorRT-RTX's, and not all of these are its own",
-            "leave out --together",
+            "only TensorRT-RTX builds one engine for several GPUs (together), and not all targets use it",
+            "omit --together",
             [f"{target.name}: {', '.join(target.compilers)}" for target in targets],
         )
     return [Group(tuple(targets), compilers[0])]
@@ -227,7 +227,8 @@ def _targets(names: Sequence[str]) -> list[Target]:
     singles = [single.strip() for given in names for single in given.split(",") if single.strip()]
     if not singles:
         raise BackendError(
-            "which GPUs is the engine for?", "give --target NAME; lora-export targets lists the names"
+            "no target is given: which GPUs is the engine for?",
+            "give --target NAME; lora-export targets lists the names",
         )
     found: dict[str, Target] = {}
     problems, hint = [], ""
@@ -246,7 +247,7 @@ def _targets(names: Sequence[str]) -> list[Target]:
 
 
 def _capabilities(groups: Sequence[Group]) -> dict[str, list[str]]:
-    """Return the compute capabilities that each compiler is asked for, each once."""
+    """Return the compute capabilities that each compiler builds for, each once."""
     found: dict[str, dict[str, None]] = {}
     for group in groups:
         found.setdefault(group.compiler.name, {}).update(dict.fromkeys(group.compute_capabilities))
@@ -256,23 +257,23 @@ def _capabilities(groups: Sequence[Group]) -> dict[str, list[str]]:
 def _check_name(name: str) -> None:
     if Path(name).name != name or not name.isprintable():
         raise BackendError(
-            f"the name {name!r} is no beginning of a file's name",
-            "give another --name; folders belong into --output",
+            f"the name {name!r} can't begin a file's name",
+            "give another --name; folders go into --output",
         )
 
 
 def _check_options(groups: Sequence[Group], wish: Wish, here: bool) -> None:
     problems: list[str] = []
     hints: list[str] = []
-    # What builds anywhere builds for the same GPUs everywhere.
+    # A compiler that builds anywhere builds for the same GPUs on every machine.
     for group in (group for group in groups if here or group.compiler.anywhere):
         for target in group.targets:
             if problem := group.compiler.target_problem(target.compute_capability):
                 problems.append(f"{target.name}: {problem}")
                 hints.append(
-                    f"leave out --backend {group.compiler.name}"
+                    f"omit --backend {group.compiler.name}"
                     if group.compiler.anywhere
-                    else "for a GPU that is elsewhere, make a build kit and run it there: --kit"
+                    else "for a GPU of another machine, make a build kit and run it there: --kit"
                 )
     if refused := [
         problem
@@ -280,7 +281,7 @@ def _check_options(groups: Sequence[Group], wish: Wish, here: bool) -> None:
         for problem in compiler.option_problems(wish.options, here)
     ]:
         problems += refused
-        hints.append("leave these options out")
+        hints.append("omit these options")
     known = len(problems)
     level, workspace = wish.options.optimization_level, wish.options.workspace_bytes
     if level is not None and not 0 <= level <= 5:

@@ -1,7 +1,7 @@
-"""Optimisation profiles: for each input whose shape varies, the smallest, usual and largest shape.
+"""Make optimisation profiles: for each input whose shape varies, the smallest, usual and largest shape.
 
-They are made from what the graph says, so that a user states only what differs:
-``batch=1:1:8`` for a dimension, wherever it occurs, or ``input_ids=1x1:1x128:8x2048`` for one input.
+They are made from the graph, so that the user states only what differs: ``batch=1:1:8`` for a dimension,
+wherever it occurs, or ``input_ids=1x1:1x128:8x2048`` for one input.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _HINT = (
     "give --shape DIMENSION=MIN:OPT:MAX (batch=1:1:8) or --shape INPUT=MIN:OPT:MAX with shapes "
     "(input_ids=1x1:1x128:8x2048)"
 )
-_FIT_HINT = "change what is given with --shape or --profile as listed"
+_FIT_HINT = "change --shape or --profile as listed"
 _PROFILE_HINT = "give --profile 'NAME KEY=MIN:OPT:MAX …' (--profile 'decode batch=1:1:8')"
-# Names that a message lists: a decoder has an input for each layer's cache.
+# Limit of names in a message: a decoder has an input for each layer's cache.
 _LISTED = 10
 _SIZE = re.compile(r"^\d+$")
-# TensorRT-RTX 1.7.1 refuses 2**31 and builds 2**40 without a word: it keeps 32 bits of a size.
+# TensorRT-RTX 1.7.1 refuses 2**31 but silently builds 2**40: it keeps 32 bits of a size.
 _MAX_SIZE = 2**31 - 1
 
 
@@ -51,7 +51,7 @@ class ProfileRequest:
     """A profile as the user asks for it.
 
     Attributes:
-        name: ``prefill`` and ``decode`` have sizes of their own; others have the usual ones.
+        name: Name; ``prefill`` and ``decode`` have sizes of their own, other names the usual ones.
         shapes: Dimension or input → ``MIN:OPT:MAX``, or one size for all three.
     """
 
@@ -63,7 +63,7 @@ class ProfileRequest:
         """Read ``NAME KEY=MIN:OPT:MAX …``; a name with spaces is quoted, as in a shell.
 
         Raises:
-            BackendError: It is written otherwise.
+            BackendError: The text has another form.
         """
         try:
             name, *words = shlex.split(text)
@@ -75,18 +75,18 @@ class ProfileRequest:
             near = difflib.get_close_matches(name, PHASES, 1)
             meant = f"did you mean {near[0]!r}? " if near else ""
             raise BackendError(
-                f"the profile {name!r} has no sizes, and only {' and '.join(PHASES)} know their own",
+                f"the profile {name!r} has no sizes; only {' and '.join(PHASES)} have sizes of their own",
                 meant + _PROFILE_HINT,
             )
         return cls(name, parse_shapes(words))
 
     def text(self) -> str:
-        """Return what `parse` reads."""
+        """Return the text that `parse` reads."""
         return shlex.join([self.name, *(f"{key}={sizes}" for key, sizes in self.shapes.items())])
 
 
 def shape_text(sizes: str | Sequence[int | Sequence[int]]) -> str:
-    """Return ``(1, 1, 8)`` or ``((1, 1), (1, 128), (8, 2048))`` as it would be typed; a text as it is."""
+    """Return ``(1, 1, 8)`` or ``((1, 1), (1, 128), (8, 2048))`` as typed; a text unchanged."""
     if isinstance(sizes, str):
         return sizes
     return ":".join(str(part) if isinstance(part, int) else "x".join(map(str, part)) for part in sizes)
@@ -103,7 +103,7 @@ def parse_shapes(words: Sequence[str]) -> dict[str, str]:
         # An input's name may hold '='; a shape does not.
         key, equals, value = word.rpartition("=")
         if not equals or not key:
-            problems.append(f"{word!r}: no KEY=MIN:OPT:MAX")
+            problems.append(f"{word!r}: not KEY=MIN:OPT:MAX")
         elif key in found:
             problems.append(f"{key}: given twice")
         found[key] = value
@@ -123,15 +123,15 @@ def make_profiles(
     Args:
         inputs: All inputs of the graph.
         exposed: Its LoRA record.
-        largest: Role of a dimension → the largest size that the model takes, where known.
-        requests: What is asked for; one named ``default`` if nothing is.
+        largest: Role of a dimension → the largest size that the model takes, if known.
+        requests: The requested profiles; if empty, one named ``default`` is made.
 
     Returns:
-        One for each request; shapes for each input that varies.
+        A profile for each request, with shapes for each input that varies.
 
     Raises:
-        BackendError: Unknown keys, sizes out of order, ranks above the graph's, dimensions that nothing tells
-            the sizes of; all of them are listed.
+        BackendError: Unknown keys, sizes out of order, ranks above the graph's, dimensions of unknown size;
+            all of them are listed.
     """
     problems: list[str] = []
     hints: list[str] = []
@@ -148,12 +148,12 @@ def make_profiles(
         hints.append("give each --profile a name of its own")
     if problems:
         hint = "; ".join(dict.fromkeys(hints))
-        raise BackendError("the shapes that the engine should take don't fit the graph", hint, problems)
+        raise BackendError("the engine's shapes don't fit the graph", hint, problems)
     return tuple(profiles)
 
 
 class _Maker:
-    """Makes one profile and collects what is wrong with it."""
+    """Make one profile and collect its problems."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class _Maker:
         request: ProfileRequest,
     ) -> None:
         self.problems: list[str] = []
-        self.unknown: list[str] = []  # dimensions that nothing tells the sizes of
+        self.unknown: list[str] = []  # lines on dimensions of unknown size
         self._request = request
         self._exposed = exposed
         self._inputs = inputs
@@ -177,15 +177,15 @@ class _Maker:
         self._read(request.shapes)
 
     def _check_total(self) -> None:
-        """A mask is over past and sequence: an engine whose mask takes less takes no request."""
+        """Check that a mask's sizes cover past and sequence: otherwise the engine accepts no request."""
         if TOTAL not in self._roles or self.problems:
             return
         wanted, given = total_of(self._of_role(SEQUENCE), self._of_role(PAST)), self._roles[TOTAL]
         if given.low > wanted.low or given.high < wanted.high:
-            self.problems.append(f"{TOTAL}: {given}, sequence and past together are {wanted}")
+            self.problems.append(f"{TOTAL}: {given}, but sequence and past together are {wanted}")
 
     def profile(self) -> Profile:
-        """Return it; what could not be told is in `unknown`."""
+        """Return the profile, without inputs of `unknown` sizes."""
         self._check_total()
         shapes: dict[str, ShapeRange] = {}
         for port in self._varying:
@@ -211,12 +211,12 @@ class _Maker:
         if role != TOTAL and (computed := self._computed(symbol)) is not None:
             return computed
         if role is None:
-            self.unknown.append(f"{port.name}: nothing tells the sizes of dimension {axis} ({symbol})")
+            self.unknown.append(f"{port.name}: the sizes of dimension {axis} ({symbol}) are unknown")
             return None
         return self._roles[role]
 
     def _of_role(self, role: str) -> Range:
-        """Return the sizes of the graph's own dimension of that role, fixed ones too; 0 if it has none."""
+        """Return the sizes of the graph's dimension of that role, also if it is fixed; 0 if there is none."""
         for port in self._inputs:
             for axis, dim in enumerate(port.dims):
                 if str(dim) not in self._ranks and role_of(port, axis) == role:
@@ -224,7 +224,7 @@ class _Maker:
         return Range(0, 0, 0)
 
     def _computed(self, symbol: str) -> Range | None:
-        """Return the sizes of ``2*batch`` where other dimensions give ``batch`` its own."""
+        """Return the sizes of an expression such as ``2*batch`` if the sizes of ``batch`` are known."""
         named = {name: self._named(name) for name in names_in(symbol)}
         known = {name: sizes for name, sizes in named.items() if sizes is not None}
         if not known or len(known) < len(named):
@@ -244,11 +244,11 @@ class _Maker:
         return None
 
     def _read(self, given: Mapping[str, str]) -> None:
-        """Take what the user says: a role of dimensions, a dimension by its name, or an input."""
+        """Read the user's shapes: of a role of dimensions, a dimension by its name, or an input."""
         ports = {port.name: port for port in self._varying}
         symbols = {str(dim) for port in self._varying for dim in port.dims if not isinstance(dim, int)}
         roles = self._roles_here()
-        # An input's shape tells its dimensions' sizes for other inputs; what is said of one itself wins.
+        # An input's shape also sets its dimensions' sizes for other inputs; a dimension's own key wins.
         for key, text in sorted(given.items(), key=lambda item: item[0] not in ports):
             if key in ports:
                 self._read_input(ports[key], text)
@@ -262,7 +262,7 @@ class _Maker:
                 self._unknown(key, [*roles, *symbols, *ports])
 
     def _roles_here(self) -> list[str]:
-        """Return what the varying dimensions are, LoRA's ranks included."""
+        """Return the roles of the varying dimensions, LoRA's ranks included."""
         found = {
             role_of(port, axis)
             for port in self._varying
@@ -306,7 +306,7 @@ class _Maker:
         self._by_input[port.name] = found
 
     def _check_size(self, key: str, sizes: Range) -> None:
-        """A past may be empty, an input may not."""
+        """Check that a size other than a past's is not 0."""
         if sizes.low == 0:
             self.problems.append(f"{key}: the smallest size is 0")
 
@@ -320,12 +320,12 @@ class _Maker:
 
     def _parse(self, key: str, text: str, dims: int) -> tuple[Range, ...] | None:
         """Read ``MIN:OPT:MAX`` of sizes or of shapes such as ``1x128``."""
-        said = text.split(":")
-        if len(said) == 1:
-            said = said * 3
-        sizes = [part.split("x") for part in said]
-        if len(said) != 3 or not all(_SIZE.match(size) for part in sizes for size in part):
-            self.problems.append(f"{key}={text}: wanted MIN:OPT:MAX, or one for all three")
+        parts = text.split(":")
+        if len(parts) == 1:
+            parts = parts * 3
+        sizes = [part.split("x") for part in parts]
+        if len(parts) != 3 or not all(_SIZE.match(size) for part in sizes for size in part):
+            self.problems.append(f"{key}={text}: wanted MIN:OPT:MAX, or one size for all three")
             return None
         if any(len(part) != dims for part in sizes):
             self.problems.append(f"{key}={text}: it has {dims} dimension{'s' if dims > 1 else ''}")
@@ -342,7 +342,7 @@ class _Maker:
         more = ", …" if len(listed) > _LISTED else ""
         there = f" (there are: {', '.join(listed[:_LISTED])}{more})"
         guess = f"; did you mean {near[0]!r}?" if near else there
-        self.problems.append(f"{key}: no input or dimension of the graph{guess}")
+        self.problems.append(f"{key}: the graph has no such input or dimension{guess}")
 
 
 def _out_of_order(ranges: Sequence[Range]) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""What an engine is, as data beside it: ``<name>.<target>.json`` for ``<name>.<target>.engine``.
+"""The record beside an engine: ``<name>.<target>.json`` for ``<name>.<target>.engine``.
 
-An engine file is the compiler's own format, which only a supported GPU can open: everything that is to be
-known of it before that (what it takes, for which GPUs, from which graph it was made) is in this record.
+An engine file is in the compiler's own format, which only a supported GPU can open. Everything that must be
+known before that (its inputs, its GPUs, the graph that it was made from) is in this record.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lora_export.untrusted.fields import AtLeast, Axes, Count, FieldError, from_
 
 FORMAT = 1
 KIND = "lora_export.engine"
-# What both packages begin a serialised engine with ("ftrt": TensorRT, "vtrt": TensorRT-RTX).
+# The first bytes of a serialised engine, by package.
 MAGICS = {b"ftrt": "tensorrt", b"vtrt": "tensorrt-rtx"}
 
 _AGAIN = "build the engine again with lora-export build-engine"
@@ -36,7 +36,7 @@ Shape = Annotated[tuple[Count, ...], _AXES]
 ShapeRange = tuple[Shape, Shape, Shape]
 
 
-# Whole numbers of these many bits, signed and not, and floating ones as numpy and ml_dtypes call them.
+# Names of types in numpy and ml_dtypes: integers of 4 to 64 bits, signed and unsigned, and floats.
 _ELEMENTS = {
     "bool",
     *(f"{sign}int{bits}" for sign in ("", "u") for bits in (4, 8, 16, 32, 64)),
@@ -51,9 +51,9 @@ class Port:
 
     Attributes:
         name: Its name.
-        dtype: As numpy and ml_dtypes call it: ``float16``, ``bfloat16``, ``int64`` …
-        shape: Sizes; -1 where it varies.
-        dims: The same with the graph's own names where it varies.
+        dtype: Type as numpy and ml_dtypes call it: ``float16``, ``bfloat16``, ``int64`` …
+        shape: Sizes; -1 where a size varies.
+        dims: Sizes; the graph's own name where a size varies.
     """
 
     name: str
@@ -64,11 +64,11 @@ class Port:
 
 @dataclass(frozen=True)
 class Profile:
-    """An optimisation profile: which shapes the engine takes.
+    """An optimisation profile: the shapes that the engine takes.
 
     Attributes:
-        name: What it is for: ``default``, ``prefill``, ``decode`` or the user's word.
-        shapes: For each input whose shape varies: smallest, usual and largest shape.
+        name: Purpose: ``default``, ``prefill``, ``decode`` or the user's word.
+        shapes: Smallest, usual and largest shape of each input whose shape varies.
     """
 
     name: str
@@ -77,17 +77,17 @@ class Profile:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What the compiler is told. All of them are part of the cache's key.
+    """Options of the compiler. All of them are part of the cache's key.
 
     Attributes:
         tf32: Allow 10-bit mantissas in float32 products; off, because it costs three decimal digits.
-        weight_streaming: The weights may stay in host memory while it runs.
-        refit: Weights can be changed later without building (needs a GPU).
+        weight_streaming: Allow the weights to stay in host memory while the engine runs.
+        refit: Allow changes of the weights without another build (needs a GPU).
         strip_weights: Leave the weights out of the file; they are refitted before it runs (needs a GPU).
-        version_compatible: Runs with later minor versions (classic TensorRT only).
-        hardware_compatible: Runs on Ampere and later GPUs, at some cost in speed (classic TensorRT only).
+        version_compatible: Build for later minor versions too (classic TensorRT only).
+        hardware_compatible: Build for Ampere and later GPUs, at some cost in speed (classic TensorRT only).
         optimization_level: 0–5; None is the compiler's own default.
-        workspace_bytes: Limit of the scratch memory; None: the compiler's own.
+        workspace_bytes: Limit of the scratch memory; None is the compiler's own.
     """
 
     tf32: bool = False
@@ -106,7 +106,7 @@ class EngineSource:
 
     Attributes:
         name: File name.
-        sha256: Of the graph as the compiler got it and of all its weights.
+        sha256: Hash of the graph as the compiler got it and of all its weights.
         files: The graph's file and its data files.
     """
 
@@ -121,26 +121,26 @@ class EngineRecord:
 
     Attributes:
         name: File name of the engine.
-        sha256: Of the engine file.
-        size_bytes: Its size.
+        sha256: Hash of the engine file.
+        size_bytes: Size of the engine file.
         backend: ``tensorrt-rtx`` or ``tensorrt``.
-        builder_version: Of that package.
-        targets: What the user asked for: ``rtx-4090`` …
-        compute_capabilities: ``8.9`` …
+        builder_version: Version of the compiler's package.
+        targets: Names of GPUs as the user gave them: ``rtx-4090`` …
+        compute_capabilities: Compute capabilities of these GPUs: ``8.9`` …
         platform: Operating system and processor that it runs on: ``linux-x86_64``.
-        options: What the compiler was told.
+        options: Options of the compiler.
         inputs: All inputs, LoRA's too.
         outputs: All outputs.
-        profiles: At least one.
-        source: The graph.
-        exposed: Its LoRA record, or None: a base or merged model.
+        profiles: Optimisation profiles, at least one.
+        source: The graph that it was made from.
+        exposed: LoRA record of the graph; None for a base or a merged graph.
         metadata: The graph's own metadata, without the LoRA record.
-        notes: What was changed in the graph for the compiler.
-        memory: Bytes, as the compiler says: ``weights``, ``activations`` (scratch included).
+        notes: Changes to the graph for the compiler.
+        memory: Bytes, as the compiler states them: ``weights``, ``activations`` (scratch included).
         build_s: Seconds that the compiler took.
-        peak_build_bytes: Most memory that it took.
-        files: The engine and the builder's messages, by name, with full hashes; none in records that earlier
-            versions wrote.
+        peak_build_bytes: Peak memory of the build.
+        files: The engine and the builder's messages, by name, with full hashes; empty in records of earlier
+            versions.
     """
 
     name: str
@@ -185,7 +185,7 @@ class EngineRecord:
             where: The file, for messages.
 
         Raises:
-            BackendError: It is no engine's record, damaged, or of another version.
+            BackendError: It is not an engine record, is damaged, or is of another version.
         """
         return cls._from_data(json_of(text, where, BackendError, _AGAIN), where)
 
@@ -194,7 +194,7 @@ class EngineRecord:
         """Read a record's file.
 
         Raises:
-            BackendError: It can't be read, or see `from_json`.
+            BackendError: It can't be read, or as in `from_json`.
         """
         return cls._from_data(read_json(path, BackendError, _AGAIN), str(path))
 
@@ -232,7 +232,7 @@ class EngineRecord:
 
 
 def _contradictions(record: EngineRecord) -> list[str]:
-    """Return what one part of a record says against another."""
+    """Return the contradictions between parts of a record."""
     problems = [] if record.profiles else ["profiles: there is none, wanted at least one"]
     ports = {}
     for key, entries in (("inputs", record.inputs), ("outputs", record.outputs)):
@@ -254,7 +254,7 @@ def _contradictions(record: EngineRecord) -> list[str]:
 
 
 def platform_here() -> str:
-    """Return what engines of this machine run on: ``linux-x86_64``."""
+    """Return the platform of engines built on this machine: ``linux-x86_64``."""
     return f"{platform.system()}-{platform.machine()}".lower()
 
 
@@ -264,7 +264,7 @@ def record_path(engine: Path) -> Path:
 
 
 def is_engine(path: Path) -> bool:
-    """Whether a file begins as an engine does, or is called one."""
+    """Return whether a file has an engine's first bytes or file ending."""
     if path.suffix in (".engine", ".plan"):
         return True
     if not path.is_file():
@@ -274,10 +274,10 @@ def is_engine(path: Path) -> bool:
 
 
 def read_engine(engine: Path) -> EngineRecord:
-    """Read an engine's record and check that it is this file's.
+    """Read an engine's record and check that it describes this file.
 
     Raises:
-        BackendError: There is no engine or no record, either is damaged, or they don't belong together.
+        BackendError: The engine or its record is missing or damaged, or they don't belong together.
     """
     if not engine.is_file():
         if engine.is_dir():
@@ -310,6 +310,6 @@ def read_engine(engine: Path) -> EngineRecord:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of all of a file."""
+    """Return the SHA-256 of a whole file."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Run a builder in a process of its own, and turn what it says into progress, a result or an error."""
+"""Run a builder in a process of its own, and turn its messages into progress, a result or an error."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from lora_export.untrusted.documents import DocumentError, parse_json
 
 _STAGES = {
     "parse": "TensorRT's parser refuses",
-    "profile": "TensorRT takes none of these shapes for",
+    "profile": "TensorRT refuses these shapes for",
     "build": "TensorRT can't build",
 }
 # "ITopKLayer NAME: NAME: K exceeds …"
 _LAYER = re.compile(r"\bI\w+Layer ([^\s:]+)")
 # The builder's later errors are consequences of the first ones.
 _SHOWN = 5
-# Of what it complains of on its way out.
+# Characters of each line that a dying builder wrote to stderr.
 _LINE = 300
-# How often it is asked whether it has ended.
+# Time between two checks whether the builder has ended.
 _PAUSE_MS = 200
 
 
@@ -42,20 +42,20 @@ def run_worker(job: Job, graph: GraphFile, scratch: Path, kept_log: Path, progre
     """Build an engine.
 
     Args:
-        job: What to build.
+        job: The build.
         graph: The graph as the compiler gets it, for messages.
         scratch: A folder for the job's own file.
-        kept_log: What messages call the builder's log.
-        progress: Called as it goes on.
+        kept_log: Path of the builder's log for messages.
+        progress: Function called with the current phase and the share that is done.
 
     Returns:
-        What the builder says of the engine.
+        The builder's result.
 
     Raises:
         BackendUnavailable: The compiler can't be loaded.
-        EngineBuildError: It refused, or died.
-        OSError: It could not read or write a file.
-        OutputError: It could not keep its measurements.
+        EngineBuildError: The builder refused the graph, or crashed.
+        OSError: The builder could not read or write a file.
+        OutputError: The builder could not keep its timings.
     """
     path = scratch / "job.json"
     reader, writer = os.pipe()
@@ -66,9 +66,9 @@ def run_worker(job: Job, graph: GraphFile, scratch: Path, kept_log: Path, progre
         os.close(reader)
         os.close(writer)
         raise
-    # -P: a script of the user's called "tensorrt.py" is no package.
+    # -P: a script of the user called "tensorrt.py" must not be imported as the package.
     command = [sys.executable, "-P", "-m", "lora_export.engines.builder_process", str(path)]
-    # A file, not a pipe: nobody reads what it complains of until it ends, and a full pipe would stop it.
+    # A file, not a pipe: nobody reads stderr until the builder ends, and a full pipe would stop it.
     with (scratch / "stderr").open("wb+") as errors:
         with subprocess.Popen(
             command, pass_fds=[writer], stdout=subprocess.DEVNULL, stderr=errors, env=_environment()
@@ -82,39 +82,39 @@ def run_worker(job: Job, graph: GraphFile, scratch: Path, kept_log: Path, progre
             finally:
                 os.close(reader)
         errors.seek(0)
-        said = errors.read()
+        stderr = errors.read()
     if built := last.get("built"):
         return dict(built)
     if failed := last.get("failed"):
         raise _failure(failed, graph, kept_log)
-    raise _died(process.returncode, said.decode(errors="replace"), graph, kept_log)
+    raise _died(process.returncode, stderr.decode(errors="replace"), graph, kept_log)
 
 
 def _environment() -> dict[str, str]:
-    """Let the process find this very package, installed or not; everything else where its caller does."""
+    """Return an environment in which the process finds this very package, installed or not."""
     here = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), here]))
     return os.environ | {"PYTHONPATH": path}
 
 
 def _follow(reader: int, process: subprocess.Popen[bytes], progress: Say) -> dict[str, Any]:
-    """Return the builder's last word, the result or why there is none; nothing where it ends without."""
+    """Return the builder's last message, a result or a failure; an empty one if it ends without."""
     for line in _lines(reader, process):
         try:
-            said = parse_json(line)
+            message = parse_json(line)
         except DocumentError:
             return {}
-        if "phase" not in said:
-            return dict(said)
-        progress(str(said["phase"]), float(said["share"]))
+        if "phase" not in message:
+            return dict(message)
+        progress(str(message["phase"]), float(message["share"]))
     return {}
 
 
 def _lines(reader: int, process: subprocess.Popen[bytes]) -> Iterator[bytes]:
-    """Yield what the builder says, until it ends.
+    """Yield the lines that the builder sends, until it ends.
 
-    The pipe's end would come later: whatever our program forks while it starts the builder (multiprocessing
-    in another thread) has the other end, too.
+    The pipe may end later than the builder: a process that our program forks while it starts the builder
+    (multiprocessing in another thread) holds the other end, too.
     """
     waiting, pending = select.poll(), b""
     waiting.register(reader, select.POLLIN)
@@ -145,7 +145,7 @@ def _failure(failed: dict[str, Any], graph: GraphFile, log: Path) -> LoraExportE
     return EngineBuildError(
         f"{_STAGES[failed['stage']]} {graph.path}",
         f"the builder's own messages are in {log}",
-        shown or ["it gave no reason"],
+        shown or ["the builder gave no reason"],
     )
 
 
@@ -159,16 +159,16 @@ def _reason(reason: dict[str, Any], graph: GraphFile) -> str:
 
 
 def _named_in(text: str, graph: GraphFile) -> ir.Node | None:
-    """Return the node that one of the builder's own errors is about: a layer has its node's name."""
+    """Return the node that an error of the builder names: a layer has its node's name."""
     named = _LAYER.search(text)
     return find_node(graph, named.group(1)) if named else None
 
 
-def _died(code: int, said: str, graph: GraphFile, log: Path) -> EngineBuildError:
-    lines: Sequence[str] = [line[:_LINE] for line in said.strip().splitlines() if line.strip()]
+def _died(code: int, stderr: str, graph: GraphFile, log: Path) -> EngineBuildError:
+    lines: Sequence[str] = [line[:_LINE] for line in stderr.strip().splitlines() if line.strip()]
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     what, hint = f"ended with {name}", f"the builder's own messages are in {log}"
     if code == -signal.SIGKILL:
         what = "was killed: the machine has probably run out of memory"
-        hint = "build on a larger machine, or with smaller --shape"
-    return EngineBuildError(f"TensorRT's builder {what}, while it built {graph.path}", hint, list(lines[-3:]))
+        hint = "build on a larger machine, or with a smaller --shape"
+    return EngineBuildError(f"TensorRT's builder {what} while it built {graph.path}", hint, list(lines[-3:]))

@@ -1,4 +1,4 @@
-"""The graph that an engine is built from: its inputs and outputs, what it says of itself, its files."""
+"""The graph that an engine is built from: its inputs, outputs, metadata and files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ports_of(graph: GraphFile) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
 def _port(value: ir.Value) -> Port:
     dims = [dim if isinstance(dim, int) else dim.value or -1 for dim in value.shape or ()]
     dtype = str(value.dtype.numpy()) if value.dtype is not None else ""
-    # TensorRT has no float64 and computes in float32; `admit` says so.
+    # TensorRT has no float64 and computes in float32; `admit` notes it.
     dtype = "float32" if dtype == "float64" else dtype
     return port_of(str(value.name), dtype, dims)
 
@@ -37,17 +37,17 @@ def port_of(name: str, dtype: str, dims: Sequence[int | str]) -> Port:
     Args:
         name: Its name.
         dtype: Its type.
-        dims: Sizes and names of sizes; -1 for one that varies and has no name, which is nobody else's.
+        dims: Sizes and names of sizes; -1 for a size that varies and has no name, and so gets one of its own.
     """
     named = tuple(f"{name}[{axis}]" if dim == -1 else dim for axis, dim in enumerate(dims))
     return Port(name, dtype, tuple(dim if isinstance(dim, int) else -1 for dim in named), named)
 
 
 def largest_sizes(graph: GraphFile) -> dict[str, int]:
-    """Return dimension → the largest size that the model takes, where we captured the graph and it says so.
+    """Return dimension → the largest size that the model takes; empty unless our capture states it.
 
     Raises:
-        GraphError: What it says is damaged.
+        GraphError: The capture's metadata is damaged.
     """
     captured = Captured.from_metadata(graph.model.metadata_props)
     return dict(captured.largest) if captured else {}
@@ -67,11 +67,11 @@ class Serialized:
 
 
 def serialize(graph: GraphFile, sha256: Callable[[Path], str]) -> Serialized:
-    """Return the graph's bytes and what they and all of its weights are known by.
+    """Return the graph's bytes, and hashes of them and of all its weights.
 
     Args:
         graph: The graph.
-        sha256: Returns a file's hash.
+        sha256: Function that returns a file's hash.
 
     Raises:
         GraphError: With weights that were rewritten for the compiler, the graph exceeds 2 GB.
@@ -84,5 +84,5 @@ def serialize(graph: GraphFile, sha256: Callable[[Path], str]) -> Serialized:
 
 
 def graph_hashes(graph: GraphFile) -> list[FileHash]:
-    """Return what a graph's file and its data files are known by."""
+    """Return the hashes of a graph's file and of its data files."""
     return [hash_file(path) for path in (graph.path, *sorted(graph.data_files()))]

@@ -1,9 +1,9 @@
-"""Classic TensorRT, for data-centre GPUs and Jetson: builds on the GPU that the engine is for.
+"""Classic TensorRT, for data-centre GPUs and Jetson: it builds on the GPU that the engine is for.
 
 https://docs.nvidia.com/deeplearning/tensorrt/latest/
 
-Never run by us: no machine that develops this project has the package. Every attribute that is used is
-checked against its bindings in a test.
+We have never run it: no machine that develops this project has the package. A test checks every attribute
+that is used against its bindings.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TensorRTClassic(Compiler):
     anywhere = False
 
     def target_problem(self, compute_capability: str) -> str | None:
-        """Return why it can't build for such a GPU here, or None."""
+        """Return the reason why it can't build for such a GPU here, or None."""
         here = gpu_here()
         if here == compute_capability:
             return None
@@ -35,7 +35,7 @@ class TensorRTClassic(Compiler):
         return f"TensorRT builds on the GPU that the engine is for; this machine has {has}"
 
     def option_problems(self, options: BuildOptions, here: bool) -> list[str]:
-        """Return which options it can't do: none."""
+        """Return the options that it does not support: none."""
         return []
 
     def configure_own(
@@ -48,13 +48,13 @@ class TensorRTClassic(Compiler):
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
 
     def read_timings(self, config: Any, path: Path) -> None:
-        """Let the builder know what earlier builds measured."""
+        """Give the builder the timings of earlier builds."""
         cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
         # False: a cache of another GPU is refused, not used.
         config.set_timing_cache(cache, False)
 
     def write_timings(self, config: Any, path: Path) -> None:
-        """Keep what this build measured for later ones."""
+        """Keep the timings of this build for later ones."""
         with OutputSet(force=True, listed=False) as outputs:
             outputs.stage(path).write_bytes(bytes(config.get_timing_cache().serialize()))
             outputs.commit()

@@ -1,4 +1,4 @@
-"""Adapter files in, `Adapter` out: name → ``module:attribute``, imported when a file is read.
+"""Read adapter files as `Adapter`: format → ``module:attribute``, imported when a file is read.
 
 A new format is one module with one `Format`, and one line here. Listing the names (a command's help) imports
 nothing, numpy included.
@@ -33,7 +33,7 @@ FORMATS: dict[str, str] = {
     "genai": "lora_export.formats.genai:FORMAT",
     "onnx_adapter": "lora_export.formats.onnx_adapter:FORMAT",
 }
-# What `convert-adapter` writes, each read back by the format in its module.
+# Formats that `convert-adapter` writes; the format in the same module reads each back.
 WRITERS: dict[str, str] = {
     "safetensors": "lora_export.formats.converted:WRITER",
     "onnx_adapter": "lora_export.formats.onnx_adapter:WRITER",
@@ -53,23 +53,23 @@ def load_adapter(
     component: str | None = None,
     name: str | None = None,
 ) -> Adapter:
-    """Read a trained adapter, whatever tool wrote it.
+    """Read a trained adapter of any known format.
 
     Args:
         path: A PEFT folder, or a ``.safetensors``, ``.bin``, ``.pt``, ``.pth``, ``.ckpt`` or
             ``.onnx_adapter`` file. The last imports onnxruntime, the four before it torch.
-        alpha: Numerator of the scaling, where the file doesn't say it.
-        rank: Rank, to be checked against the tensors.
-        rslora: The scaling is alpha / √rank.
-        format: A key of `FORMATS`, where the names alone don't tell.
-        component: The part that belongs: ``unet``, ``text_encoder``, … of a file that serves several models;
-            else the path of a submodel (``model.encoder``), see `Adapter.scope`; or both, a colon between.
-        name: What to call the adapter; by default the folder's or the file's name.
+        alpha: Numerator of the scaling, if the file doesn't state it.
+        rank: Rank, which is checked against the tensors.
+        rslora: Whether the scaling is alpha / √rank.
+        format: A key of `FORMATS`, if the tensor names alone are ambiguous.
+        component: The part to read: ``unet``, ``text_encoder``, … of a file for several models; else the path
+            of a submodel (``model.encoder``), see `Adapter.scope`; or both, with a colon in between.
+        name: Name of the adapter; by default the folder's or the file's name.
 
     Raises:
-        AdapterError: The file is missing, damaged, of no known format, or breaks rules; all are listed.
-        BackendUnavailable: A torch checkpoint or an ``.onnx_adapter``, and torch or onnxruntime is not
-            installed.
+        AdapterError: The file is missing, damaged, of an unknown format, or breaks rules; all are listed.
+        BackendUnavailable: The file is a torch checkpoint or an ``.onnx_adapter``, but torch or onnxruntime
+            is not installed.
     """
     from lora_export.formats.reading.pairs import check_options
     from lora_export.formats.reading.patterns import within
@@ -78,7 +78,7 @@ def load_adapter(
     options = Options(alpha, rank, rslora, component)
     check_options(options)
     if format is not None and format not in FORMATS:
-        raise AdapterError(f"there is no format '{format}'", f"one of: {', '.join(FORMATS)}")
+        raise AdapterError(f"the format '{format}' is unknown", f"give one of: {', '.join(FORMATS)}")
     source = open_source(Path(path), name)
     if not source.tensors:
         raise AdapterError(f"adapter '{source.name}' is empty: {source.file} has no tensors", "save it again")
@@ -93,7 +93,7 @@ def load_adapter(
 
 
 def _with_effect(adapter: Adapter) -> Adapter:
-    """Say of an adapter without any effect that it has none: training begins with B = 0."""
+    """Add a note to an adapter that has no effect: training begins with B = 0."""
     import numpy as np
 
     modules = adapter.modules.values()
@@ -107,15 +107,15 @@ def _with_effect(adapter: Adapter) -> Adapter:
 
 
 def as_adapter(given: str | os.PathLike[str] | Adapter, component: str | None = None) -> Adapter:
-    """Return an adapter that was given as a path or as itself.
+    """Return an adapter that was given as a path or as an `Adapter`.
 
     Args:
-        given: What `load_adapter` reads, or an `Adapter`.
-        component: The part that belongs, see `load_adapter`.
+        given: A path for `load_adapter`, or an `Adapter`.
+        component: The part to read, see `load_adapter`.
 
     Raises:
-        AdapterError: As `load_adapter`.
-        InputChangedError: The files of an `Adapter` were written to since it was loaded.
+        AdapterError: As in `load_adapter`.
+        InputChangedError: The files of an `Adapter` have changed since it was loaded.
     """
     from lora_export.adapter import Adapter
     from lora_export.formats.reading.scope import part_of
@@ -128,18 +128,18 @@ def as_adapter(given: str | os.PathLike[str] | Adapter, component: str | None = 
 
 
 def save_adapter(adapter: Adapter, folder: str | Path, force: bool = False) -> Path:
-    """Write a PEFT folder: ``adapter_config.json`` and ``adapter_model.safetensors``; both or neither.
+    """Write a PEFT folder: ``adapter_config.json`` and ``adapter_model.safetensors``, both or neither.
 
     Args:
-        adapter: What to write. Dtypes stay as they are.
-        folder: Where; it is made if it isn't there.
-        force: Replace files that exist, but never those that the adapter was read from.
+        adapter: The adapter. Its dtypes are kept.
+        folder: The folder, which is made if it doesn't exist.
+        force: Replace existing files, but never those that the adapter was read from.
 
     Returns:
         The folder.
 
     Raises:
-        AdapterError: The adapter has something that PEFT's config can't say; all of it is listed.
+        AdapterError: The adapter has something that PEFT's format can't express; all of it is listed.
         OutputError: The files exist already, or can't be written.
     """
     from lora_export.formats.reading.peft_folder import write_folder
@@ -148,10 +148,10 @@ def save_adapter(adapter: Adapter, folder: str | Path, force: bool = False) -> P
 
 
 def detect_format(source: Source) -> str:
-    """Return the one format whose names the file has; a format that is certain comes first.
+    """Return the one format that recognises the file; a format that is certain comes first.
 
     Raises:
-        AdapterError: None recognises it, or several do.
+        AdapterError: No format recognises it, or several do.
     """
     from lora_export.formats.reading.source import FORMAT_OPTION
 
@@ -168,11 +168,11 @@ def detect_format(source: Source) -> str:
     if found:
         raise AdapterError(
             f"{source.file} looks like several formats: {', '.join(found)}",
-            f"save the tensors of each as a file of its own, or say which one it is with {FORMAT_OPTION}",
+            f"save the tensors of each in a file of its own, or name the format with {FORMAT_OPTION}",
             listed,
         )
     raise AdapterError(
-        f"{source.file} is in no adapter format that we know",
+        f"{source.file} is not in a known adapter format",
         "rename the tensors to one of these forms, or save only the adapter's tensors",
         listed,
     )

@@ -1,7 +1,7 @@
-"""A ``.safetensors`` file made by `convert-adapter`: a graph's own tensors, and where they belong.
+"""Read and write the ``.safetensors`` files of `convert-adapter`: tensors in a graph's layout.
 
-Known by its metadata alone (`Provenance.metadata`). The same tensors in a file without them, as Olive writes
-it, are read with ``--format converted``: nothing but the user's word tells that they are transposed.
+Only the metadata identify such a file (`Provenance.metadata`). The same tensors in a file without metadata,
+as Olive writes it, are read with ``--format converted``: only the user knows that they are transposed.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from lora_export.storage.sums.seal import seal_file
 
 
 def recognises(source: Source) -> bool:
-    """Whether the file's metadata say that we wrote it."""
+    """Return whether the file has the metadata that we write."""
     return source.metadata.get(FORMAT_KEY) == FORMAT_NAME and source.metadata.get(LAYOUT_KEY) == LAYOUT
 
 
 def read(source: Source, options: Options) -> Adapter:
-    """Make an adapter of a converted file.
+    """Make an adapter from a converted file.
 
     Raises:
-        AdapterError: A list of all that is wrong.
+        AdapterError: The file breaks rules; all problems are listed.
     """
     return read_converted(source, options, "converted", dict(source.metadata))
 
 
 def write(path: Path, tensors: Mapping[str, Array], provenance: Provenance) -> None:
-    """Write the file; the same tensors give the same bytes."""
+    """Write the file; equal tensors give equal bytes."""
     write_safetensors(path, tensors, provenance.sealed_metadata())
     seal_file(path)
 
 
 WRITER = Writer(".safetensors", write)
 FORMAT = Format(
-    expects=f"{EXPECTS}, and metadata that say so",
+    expects=f"{EXPECTS}, and lora-export's metadata",
     recognises=recognises,
     read=read,
     certain=True,

@@ -1,4 +1,4 @@
-"""The naming of diffusers' ``pytorch_lora_weights.safetensors``, old and new.
+"""Read diffusers' ``pytorch_lora_weights.safetensors``, with old and new names.
 
 Source: https://github.com/huggingface/diffusers, ``loaders/lora_base.py``, ``utils/state_dict_utils.py``. The
 first part of a name is the component (``unet``, ``transformer``, ``text_encoder``, …); ai-toolkit,
@@ -49,7 +49,7 @@ _LORA = re.compile(
 
 
 def recognises(source: Source) -> bool:
-    """Whether names are in one of the old spellings, or in PEFT's with a sign that diffusers' rules hold."""
+    """Return whether names are in an old spelling, or in PEFT's with a sign that diffusers' rules hold."""
     if source.config is not None:
         return False
     paths = source.paths.values()
@@ -59,10 +59,10 @@ def recognises(source: Source) -> bool:
 
 
 def read(source: Source, options: Options) -> Adapter:
-    """Make an adapter of a diffusers file.
+    """Make an adapter from a diffusers file.
 
     Raises:
-        AdapterError: A list of all that is wrong.
+        AdapterError: The file breaks rules; all problems are listed.
     """
     table = PartsTable()
     components = Components(source.paths.values())
@@ -70,11 +70,11 @@ def read(source: Source, options: Options) -> Adapter:
         match = _LORA.match(path)
         part = _part(match) if match else None
         if match is None or part is None:
-            table.unknown([name], "not a name that diffusers' LoRA files have")
+            table.unknown([name], "not a tensor name of diffusers' LoRA files")
             continue
         component, module_path = _split(match["path"], match["stream"] or "", components)
         if module_path is None:
-            table.unknown([name], "not a name that diffusers' or XLabs' LoRA files have")
+            table.unknown([name], "not a tensor name of diffusers' or XLabs' LoRA files")
             continue
         table.add(module_path, part, name, values, component)
     notes = select_component(source, table, options.component)
@@ -108,9 +108,9 @@ def _split(path: str, stream: str, components: Components) -> tuple[str | None, 
     """Return component and module path; ``processor.to_out_lora`` wraps the module ``to_out.0``.
 
     Args:
-        path: The name up to the pair's own part.
-        stream: The number of the stream in XLabs' names; a path that is none of theirs has none.
-        components: Of the file.
+        path: The tensor's name up to the part of the pair.
+        stream: The number of the stream in XLabs' names, else an empty string.
+        components: Components of the file.
     """
     component, path = components.split(path)
     if (theirs := xlabs_path(path, stream)) or stream:
@@ -141,7 +141,7 @@ class _Scalings:
     """Alpha and rsLoRA of each module of one file.
 
     Attributes:
-        notes: Where the numbers come from, if the file doesn't say it module by module.
+        notes: Origin of the numbers, if the file doesn't state them module by module.
     """
 
     def __init__(self, source: Source, options: Options, table: PartsTable) -> None:
@@ -161,7 +161,7 @@ class _Scalings:
         }  # fmt: skip
 
     def of(self, parts: Parts, rules: LoraRules | None) -> tuple[float | None, bool]:
-        """Return alpha, or None with a problem, and whether to divide by √rank."""
+        """Return alpha, or None after adding a problem, and whether to divide by √rank."""
         own = parts.tensors.pop("alpha", None)
         if rules is not None:
             parts.rank = rules.rank(parts.path)
@@ -181,12 +181,12 @@ class _Scalings:
         if alpha is not None and any(other != alpha for other in self._alphas[parts.component]):
             # diffusers takes the most frequent alpha of the others here, ComfyUI scaling 1.
             self._problems.append(
-                f"{parts.label}: has no .alpha while other modules have; programs differ in what that means: "
-                "give --alpha for those without"
+                f"{parts.label}: has no .alpha, but other modules have one; programs read that differently: "
+                "give --alpha for the modules without one"
             )
             return None, False
         if stated.rslora and alpha is not None:
-            self._problems.append(f"{parts.label}: rsLoRA is stated, but no alpha; give --alpha")
+            self._problems.append(f"{parts.label}: rsLoRA is stated, but not alpha; give --alpha")
             return None, False
         return alpha, False
 

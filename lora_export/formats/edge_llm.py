@@ -1,8 +1,8 @@
-"""TensorRT-Edge-LLM's folder of one adapter: ``processed_adapter_model.safetensors`` and ``config.json``.
+"""Read and write TensorRT-Edge-LLM's folder: ``processed_adapter_model.safetensors`` and ``config.json``.
 
 The layout is that of its engines' inputs (its ``insert_lora`` step): ``<module>.lora_A.weight``
 ``(in_dim, rank)`` and ``.lora_B.weight`` ``(rank, out_dim)`` in float16, scaling folded into B, on every
-linear module but ``lm_head``. Its own converter folds one alpha / r only; here each module has its own.
+linear module except ``lm_head``. Its own converter folds a single alpha / r; here each module has its own.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from lora_export.storage.manifest import hash_written
 from lora_export.storage.sums.seal import seal_file, sealed_json
 
 _CONFIG_NAME = "config.json"
-# Parts of module paths that live outside its engine's LoRA inputs.
+# Parts of module paths that have no LoRA inputs in its engines.
 _OUTSIDE = frozenset({"lm_head", "embed_tokens", "vision_tower", "audio_tower", "visual"})
 
 
 def recognises(source: Source) -> bool:
-    """Whether the file has the name that Edge-LLM's tools give it."""
+    """Return whether the file has the name that Edge-LLM's tools use."""
     return source.file.name == EDGE_LLM_NAME and has_names(source.tensors)
 
 
 def read(source: Source, options: Options) -> Adapter:
-    """Make an adapter of such a folder; the base is known where we wrote it.
+    """Make an adapter from such a folder; the base is known if we wrote it.
 
     Raises:
-        AdapterError: A list of all that is wrong.
+        AdapterError: The file breaks rules; all problems are listed.
     """
     return read_converted(source, options, "edge-llm", dict(source.metadata))
 
@@ -50,7 +50,7 @@ def write(path: Path, tensors: Mapping[str, Array], provenance: Provenance) -> N
     config = {
         "peft_type": "LORA",
         "r": rank,
-        # The scaling is in lora_B: alpha / r is 1.
+        # The scaling is folded into lora_B, so alpha / r is 1.
         "lora_alpha": rank,
         "target_modules": sorted(provenance.ranks),
         "rank_pattern": {name: own for name, own in provenance.ranks.items() if own != rank},
@@ -64,13 +64,13 @@ def write(path: Path, tensors: Mapping[str, Array], provenance: Provenance) -> N
 
 
 def own_files(folder: Path) -> set[str]:
-    """Return which files of a folder we have written, as its config says; none if we have not."""
+    """Return the files of a folder that its config lists as ours; none if we did not write it."""
     return listed_files(folder / _CONFIG_NAME, "lora_export")
 
 
 def _refusal(name: str, kind: str) -> str:
     if kind != "linear":
-        return f"TensorRT-Edge-LLM adapts linear modules only, this is {kind}"
+        return f"TensorRT-Edge-LLM adapts only linear modules, this is {kind}"
     outside = _OUTSIDE.intersection(name.split("."))
     return f"TensorRT-Edge-LLM has no LoRA inputs for {', '.join(sorted(outside))}" if outside else ""
 

@@ -1,4 +1,4 @@
-"""An ``.onnx_adapter`` with the names of onnxruntime-genai's model builder.
+"""Read and write an ``.onnx_adapter`` with the names of onnxruntime-genai's model builder.
 
 A model that was built with ``adapter_path`` has its LoRA tensors as
 ``model.layers.N.attn.q_proj.lora_A.MatMul.weight`` (onnxruntime-genai 0.18, ``models/builders/base.py``,
@@ -22,15 +22,15 @@ _MARK = re.compile(r"\.lora_[AB]\.MatMul\.weight$")
 
 
 def recognises(source: Source) -> bool:
-    """Whether an ``.onnx_adapter`` has the builder's names."""
+    """Return whether an ``.onnx_adapter`` has the builder's names."""
     return source.file.suffix == SUFFIX and any(_MARK.search(name) for name in source.tensors)
 
 
 def read(source: Source, options: Options) -> Adapter:
-    """Make an adapter of such a file.
+    """Make an adapter from such a file.
 
     Raises:
-        AdapterError: A list of all that is wrong.
+        AdapterError: The file breaks rules; all problems are listed.
     """
     return read_converted(source, options, "genai", config_of(source.settings))
 
@@ -42,7 +42,7 @@ def write(path: Path, tensors: Mapping[str, Array], provenance: Provenance) -> N
 
 
 def _refusal(name: str, kind: str) -> str:
-    return "" if kind == "linear" else f"the builder makes LoRA for linear modules only, this is {kind}"
+    return "" if kind == "linear" else f"the builder makes LoRA only for linear modules, this is {kind}"
 
 
 WRITER = Writer(SUFFIX, write, refusal=_refusal, foreign=True)

@@ -1,4 +1,4 @@
-"""The adapters of a check, by name."""
+"""Read the adapters of a check, by name."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Adapters = One | Sequence[One] | Mapping[str, One]
 
 
 def named_adapters(given: Adapters) -> dict[str, Adapter]:
-    """Read adapters; those without a name are called as their files are.
+    """Read adapters; those without a name take their file's.
 
     Raises:
-        AdapterError: Two have one name, or one can't be read.
+        AdapterError: Two have the same name, or one can't be read.
     """
     if isinstance(given, Mapping):
         return {name: as_adapter(one) for name, one in given.items()}

@@ -1,9 +1,9 @@
-"""The naming of kohya's sd-scripts: ``lora_unet_<path with _ for .>.lora_down.weight``, ``.lora_up.weight``.
+"""Read files of kohya's sd-scripts: ``lora_unet_<path with _ for .>.lora_down.weight``, ``.lora_up.weight``.
 
 Source: https://github.com/kohya-ss/sd-scripts, ``networks/lora.py``: scaling is alpha / rank, and a module
 without ``.alpha`` has alpha = rank. ``.dora_scale`` is LyCORIS's DoRA
-(https://github.com/KohakuBlueleaf/LyCORIS, ``modules/locon.py``), the same as PEFT's where it has one norm
-for each output.
+(https://github.com/KohakuBlueleaf/LyCORIS, ``modules/locon.py``), the same as PEFT's if it has one norm for
+each output.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _REFUSED = (
 
 
 def recognises(source: Source) -> bool:
-    """Whether a tensor name ends in ``.lora_down.weight`` or begins as kohya's do."""
+    """Return whether a tensor name ends in ``.lora_down.weight`` or begins like kohya's names."""
     return any(
         path.endswith((".lora_down.weight", ".lora_up.weight")) or (_COMPONENT.match(path) and "." in path)
         for path in source.paths.values()
@@ -57,10 +57,10 @@ def recognises(source: Source) -> bool:
 
 
 def read(source: Source, options: Options) -> Adapter:
-    """Make an adapter of a kohya file. Paths keep their underscores: `Adapter.flattened`.
+    """Make an adapter from a kohya file. Paths keep their underscores: `Adapter.flattened`.
 
     Raises:
-        AdapterError: A list of all that is wrong or not supported.
+        AdapterError: The file breaks rules, or has unsupported parts; all problems are listed.
     """
     table = PartsTable()
     components = Components(source.paths.values())
@@ -93,7 +93,7 @@ def read(source: Source, options: Options) -> Adapter:
 
 
 def _is_bare(paths: Iterable[str]) -> bool:
-    """Whether a file has ``lora_`` alone in front of a model's paths, which may be called ``transformer``."""
+    """Return whether all names are ``lora_`` and a model's own path, which may begin with ``transformer``."""
     names = [match["path"] for path in paths if (match := _NAME.match(path))]
     parts = [match and match["component"] for match in map(_COMPONENT.match, names)]
     return (
@@ -116,12 +116,12 @@ def _refusal(name: str) -> str:
     last = name.split(".", 1)[-1] if name.startswith("lora_") else name.rpartition(".")[2]
     for word, what in _REFUSED:
         if last.startswith(word) or f".{word}" in name:
-            return f"{what}, which is no plain LoRA pair; merge it with the tool that trained it"
-    return "not a name that kohya's files have"
+            return f"{what}, not a plain LoRA pair; merge it with the tool that trained it"
+    return "not a tensor name of kohya's files"
 
 
 def _stated(source: Source, options: Options, table: PartsTable) -> Stated:
-    """Return what is stated for the modules without ``.alpha``, if there are any."""
+    """Return the stated scaling of the modules without ``.alpha``, if there are any."""
     rows = [row for row in table.rows.values() if "alpha" not in row.tensors]
     if not rows:
         return Stated()
@@ -130,20 +130,20 @@ def _stated(source: Source, options: Options, table: PartsTable) -> Stated:
 
 
 def _alpha(parts: Parts, stated: Stated, options: Options, problems: list[str]) -> tuple[float | None, bool]:
-    """Return alpha and rsLoRA of a module; kohya's own rule is that without alpha the scaling is 1."""
+    """Return alpha and rsLoRA of a module; kohya's rule is that the scaling is 1 without alpha."""
     own = parts.tensors.pop("alpha", None)
     if own is not None:
         return number(own), bool(options.rslora)
     alpha = stated.alpha_of(parts.rows)
     if alpha is None and options.rslora:
-        problems.append(f"{parts.label}: rsLoRA is stated, but no alpha; give --alpha")
+        problems.append(f"{parts.label}: rsLoRA is stated, but not alpha; give --alpha")
         return None, False
     if alpha is None:
         return None if parts.rows is None else float(parts.rows), False
     if options.alpha is None and parts.rows is not None and alpha != parts.rows and stated.scaling is None:
-        # sd-scripts, ComfyUI and diffusers load it with scaling 1: what was trained is not what they show.
+        # sd-scripts, ComfyUI and diffusers load it with scaling 1, which differs from the training.
         problems.append(
-            f"{parts.label}: no .alpha tensor, so every program takes scaling 1, but the file states alpha "
+            f"{parts.label}: no .alpha tensor, so every program uses scaling 1, but the file states alpha "
             f"{alpha:g}; give --alpha {alpha:g} (as trained) or --alpha {parts.rows} (scaling 1)"
         )
         return None, False

@@ -1,14 +1,14 @@
-"""Checkpoints of Microsoft's loralib: ``<module>.lora_A`` ``(rank, in)``, ``….lora_B`` ``(out, rank)``.
+"""Read checkpoints of Microsoft's loralib: ``<module>.lora_A`` ``(rank, in)``, ``….lora_B`` ``(out, rank)``.
 
 Source: https://github.com/microsoft/LoRA, ``loralib/layers.py``. ``lora_state_dict(model, bias)`` saves the
-factors and, with ``bias="all"`` or ``"lora_only"``, biases, which replace the base's. The file tells neither
+factors and, with ``bias="all"`` or ``"lora_only"``, biases, which replace the base's. The file states neither
 alpha nor the kind of layer:
 
-- Embedding: factors as for a Linear, but the change is transposed. Taken for one where the module bears a
-  customary embedding name; a wrong guess shows as a wrong shape when the weight is looked up.
+- Embedding: factors as for a Linear, but the change is transposed. A module with a customary embedding name
+  is taken for one; a wrong guess shows as a wrong shape when the weight is looked up.
 - MergedLinear (GPT-2's fused qkv): ``lora_A`` stacks one factor for each enabled part, ``lora_B`` their rows.
-  Which parts are enabled is read from ``enable_lora`` in the checkpoint's dict; without it, it is refused.
-- ConvLoRA: its factors make a reshaped matrix whose rank is a multiple of the stated one: refused.
+  ``enable_lora`` in the checkpoint's dict tells the enabled parts; a file without it is refused.
+- ConvLoRA: its factors make a reshaped matrix whose rank is a multiple of the stated one; it is refused.
 """
 
 from __future__ import annotations
@@ -52,24 +52,24 @@ _EMBEDDINGS = frozenset(
 
 # ``loralib/layers.py``: ``Embedding.forward`` and ``Embedding.train``.
 _TABLE = (
-    "loralib trains LoRA on an embedding for the lookup alone, and its eval() adds it to the weight, also "
-    "where an output head is tied to that; here it is added to the lookup alone"
+    "loralib trains LoRA on an embedding only for the lookup, but its eval() adds it to the weight, and so "
+    "also to an output head that is tied to it; here it is added only to the lookup"
 )
 
 
 def recognises(source: Source) -> bool:
-    """Whether a tensor name ends in ``.lora_A`` or ``.lora_B``, as AdaLoRA's in PEFT's own folder do."""
+    """Return whether a name ends in ``.lora_A`` or ``.lora_B``, outside of a PEFT folder (AdaLoRA's)."""
     return source.peft_config is None and any(_LORA.match(path) for path in source.paths.values())
 
 
 def read(source: Source, options: Options) -> Adapter:
-    """Make an adapter of a loralib checkpoint.
+    """Make an adapter from a loralib checkpoint.
 
     Raises:
-        AdapterError: alpha is stated nowhere, or a list of all that is wrong.
+        AdapterError: alpha is stated nowhere, or the file breaks rules; all problems are listed.
     """
     table, extras = _sort_tensors(source)
-    # Of a MergedLinear lora_A stacks several; lora_B tells the rank of each.
+    # A MergedLinear's lora_A stacks several factors; the columns of lora_B are the rank of each.
     factors = [parts.tensors["lora_b"] for parts in table.rows.values() if "lora_b" in parts.tensors]
     ranks = [lora_b.shape[1] for lora_b in factors if lora_b.ndim == 2]
     stated = stated_of(source, options, table.problems, ranks=ranks)
@@ -120,7 +120,7 @@ def _unstack(parts: Parts, enabled: Any, rslora: bool, room: Room, problems: lis
     zeros for the parts that are not enabled, and rank ``k * rank``.
 
     Returns:
-        What alpha is to be multiplied with, so that the scaling stays.
+        Factor for alpha that keeps the scaling.
     """
     lora_a, lora_b = parts.tensors.get("lora_a"), parts.tensors.get("lora_b")
     if lora_a is None or lora_b is None or lora_a.ndim != 2 or lora_b.ndim != 2 or not lora_b.shape[1]:
@@ -131,7 +131,7 @@ def _unstack(parts: Parts, enabled: Any, rslora: bool, room: Room, problems: lis
         if parts.rank and parts.rank != rank and rank % parts.rank == 0:
             problems.append(
                 f"{parts.label}: rank {parts.rank} is stated, but the factors have rank {rank} "
-                "(a multiple is loralib's ConvLoRA: merge that with loralib, model.eval(), and export it)"
+                "(a multiple means loralib's ConvLoRA: merge it with loralib, model.eval(), and export it)"
             )
             parts.rank = rank
         return 1.0
@@ -155,7 +155,7 @@ def _unstack(parts: Parts, enabled: Any, rslora: bool, room: Room, problems: lis
 
 
 def _spread(lora_b: Array, enabled: Sequence[Any], stacked: int) -> Array:
-    """Put each enabled part's rows into its place and its own columns; the rest is zeros."""
+    """Put the rows of each enabled part into their place and into columns of their own; the rest is zeros."""
     part_rows, rank = lora_b.shape[0] // stacked, lora_b.shape[1]
     full = np.zeros((part_rows * len(enabled), stacked * rank), lora_b.dtype)
     slots = [slot for slot, on in enumerate(enabled) if on]
@@ -166,7 +166,7 @@ def _spread(lora_b: Array, enabled: Sequence[Any], stacked: int) -> Array:
 
 
 FORMAT = Format(
-    expects="<module>.lora_A, <module>.lora_B (no .weight behind), and --alpha",
+    expects="<module>.lora_A, <module>.lora_B (without .weight at the end), and --alpha",
     recognises=recognises,
     read=read,
 )

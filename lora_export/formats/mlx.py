@@ -1,13 +1,13 @@
-"""Adapters of Apple's mlx-lm: ``adapters.safetensors`` beside its own ``adapter_config.json``.
+"""Read adapters of Apple's mlx-lm: ``adapters.safetensors`` beside its own ``adapter_config.json``.
 
 Source: https://github.com/ml-explore/mlx-lm, ``tuner/lora.py``, ``tuner/dora.py``, ``tuner/utils.py``.
 ``<module>.lora_a`` is ``(in_dim, rank)``, ``.lora_b`` ``(rank, out_dim)``: the transposes of PEFT's. The
 change is ``scale * (lora_a @ lora_b)ᵀ`` with the config's ``lora_parameters.scale`` as the whole factor, not
-divided by the rank. DoRA's ``.m`` is the norm of each output row, as PEFT's. Of an embedding lora_a is
-``(num_embeddings, rank)``, and the change is the weight's, also where an output head is tied to it
-(``LoRAEmbedding.as_linear`` adds it there, ``fuse`` writes one weight). Not read: experts (``switch_mlp``:
-stacked along an axis of their own, under names that no Hugging Face checkpoint has) and DoRA's embedding,
-whose norms run along the other axis.
+divided by the rank. DoRA's ``.m`` is the norm of each output row, as PEFT's. For an embedding, lora_a is
+``(num_embeddings, rank)``, and the change applies to the weight, also in an output head that is tied to it
+(``LoRAEmbedding.as_linear`` adds it there, ``fuse`` writes one weight). Not supported: experts
+(``switch_mlp``: stacked along an axis of their own, under names that no Hugging Face checkpoint has) and
+DoRA's embedding, whose norms run along the other axis.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ _EMBEDDINGS = frozenset(
 
 
 def recognises(source: Source) -> bool:
-    """Whether tensors end in ``.lora_a`` or ``.lora_b``, in small letters, or the config is mlx-lm's."""
+    """Return whether names end in ``.lora_a`` or ``.lora_b``, in lower case, or the config is mlx-lm's."""
     small = any(path.endswith((".lora_a", ".lora_b")) for path in source.paths.values())
     return small or (source.config is not None and source.peft_config is None)
 
 
 def read(source: Source, options: Options) -> Adapter:
-    """Make an adapter of what ``mlx_lm.lora`` saved.
+    """Make an adapter from the files of ``mlx_lm.lora``.
 
     Raises:
-        AdapterError: A full fine-tuning, no scale, or a list of all that is wrong.
+        AdapterError: It is a full fine-tuning, has no scale, or breaks rules; all problems are listed.
     """
     config: Mapping[str, Any] = source.config if source.config is not None else {}
     kind = config.get("fine_tune_type", "dora" if config.get("use_dora") else "lora")
     if kind not in ("lora", "dora"):
         raise AdapterError(
             f"adapter '{source.name}' is mlx-lm's fine_tune_type '{kind}', not a low-rank change",
-            "for 'full', the file holds the weights themselves: fuse with mlx_lm.fuse and export that model",
+            "for 'full', the file holds whole weights: fuse it with mlx_lm.fuse and export that model",
         )
     table = PartsTable()
     scale, rank = _settings(source, config, options, table.problems)
@@ -84,10 +84,10 @@ def _settings(
     if options.rslora or (options.alpha is not None and config):
         problems.append("mlx-lm's scale is the whole factor; omit --alpha and --rslora")
     if parameters.get("alpha") is not None:
-        # Until the middle of 2024 the factor was scale * alpha / rank; later versions look at scale alone.
+        # Until the middle of 2024 the factor was scale * alpha / rank; later versions read only scale.
         problems.append(
             f"config lora_parameters.alpha: {parameters['alpha']!r}; old versions of mlx-lm multiply scale "
-            "with alpha / rank, new ones do not: write the whole factor as scale, and remove alpha"
+            "by alpha / rank, new ones do not: write the whole factor as scale, and remove alpha"
         )
     rank = parameters.get("rank")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
@@ -99,7 +99,7 @@ def _settings(
     if not config:
         if options.alpha is None:
             problems.append(
-                f"scale: there is no {CONFIG_NAME} of mlx-lm beside {source.file.name}; put it there (its "
+                f"scale: mlx-lm's {CONFIG_NAME} is missing beside {source.file.name}; put it there (its "
                 "lora_parameters.scale is the factor of the change), or give --alpha, scale times rank"
             )
     elif isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < 1e15:
@@ -109,7 +109,7 @@ def _settings(
 
 
 def _orient(parts: Parts, kind: str, problems: list[str]) -> None:
-    """Say which modules are embeddings, and check that DoRA's norms are there or not, as the config says."""
+    """Mark a module that is an embedding, and check DoRA's norms against the config."""
     if parts.path.rpartition(".")[2] in _EMBEDDINGS:
         parts.kind = "embedding"
         if "magnitude" in parts.tensors:

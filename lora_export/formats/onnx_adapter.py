@@ -1,6 +1,6 @@
-"""onnxruntime's ``.onnx_adapter``: what `LoraAdapter` loads, always in the layout of the graph's inputs.
+"""Read and write onnxruntime's ``.onnx_adapter``, which `LoraAdapter` loads: the layout of a graph's inputs.
 
-The format has no metadata, but two integers. In files of ours the model's version is a part of the base's
+The format has no metadata except two integers. In our files, the model's version is a part of the base's
 identity, so that a wrong base is refused here as well.
 """
 
@@ -17,17 +17,18 @@ from lora_export.formats.reading.source import Format, Options, Source
 
 
 def recognises(source: Source) -> bool:
-    """Whether the file's name says so: onnxruntime's reader has checked the rest."""
+    """Return whether the file's name ends in ``.onnx_adapter``: onnxruntime's reader has checked the rest."""
     return source.file.suffix == SUFFIX
 
 
 def read(source: Source, options: Options) -> Adapter:
-    """Make an adapter of an ``.onnx_adapter``.
+    """Make an adapter from an ``.onnx_adapter``.
 
-    The format doesn't tell an embedding from a linear module; both are read as linear, and lie alike.
+    The format doesn't distinguish an embedding from a linear module; both are read as linear, and have the
+    same layout.
 
     Raises:
-        AdapterError: A list of all that is wrong.
+        AdapterError: The file breaks rules; all problems are listed.
     """
     return read_converted(source, options, "onnx_adapter", config_of(source.settings))
 

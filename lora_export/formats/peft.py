@@ -1,9 +1,9 @@
-"""PEFT's own format: ``adapter_config.json`` beside ``adapter_model.safetensors`` or ``.bin``.
+"""Read PEFT's own format: ``adapter_config.json`` beside ``adapter_model.safetensors`` or ``.bin``.
 
 Tensor names (PEFT 0.21, ``utils/save_and_load.py``), behind ``base_model.model.<module path>``:
 ``.lora_A.weight``, ``.lora_B.weight``, ``.lora_B.bias``, ``.lora_embedding_A``, ``.lora_embedding_B``,
-``.lora_magnitude_vector``; everything else is a whole parameter that loading puts in the base's place:
-``modules_to_save``, ``bias``, and the embeddings that PEFT saves along when they are targeted or resized.
+``.lora_magnitude_vector``; everything else is a whole parameter that replaces the base's on loading:
+``modules_to_save``, ``bias``, and the embeddings that PEFT also saves if they are targeted or resized.
 
 Such whole parameters become `Adapter.extras` under the parameter's own path (``….base_layer.weight`` is the
 base's ``….weight``): **first the replacement, then the low-rank change on top of it**, as PEFT does.
@@ -40,7 +40,7 @@ from lora_export.formats.reading.tensors import value_problems
 from lora_export.formats.reading.token_rows import is_rows, read_rows
 from lora_export.formats.reading.wrappers import PREFIX, unwrap_config
 
-# Names in one message.
+# Limit of names in one message.
 _SHOWN = 3
 _PARTS = {
     "lora_A.weight": "lora_a",
@@ -55,8 +55,8 @@ _LORA = re.compile(
     r"^(?P<path>.+?)\.(?P<part>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)"
     r"(?P<leaf>\.weight|\.bias)?$"
 )
-# Needed to train only: VeLoRA's projection, Monteclora's sampler, the untrained copy of a module to save, a
-# batch norm's count of batches.
+# Needed only in training: VeLoRA's projection, Monteclora's sampler, the untrained copy of a module to save,
+# a batch norm's count of batches.
 _ASIDE = re.compile(
     r"\.(lora_velora_embed|lora_monteclora_sampler|original_module)(\.|$)|\.num_batches_tracked$"
 )
@@ -65,7 +65,7 @@ _PROMPT_TUNERS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMP
 
 
 def recognises(source: Source) -> bool:
-    """Whether the file lies beside a PEFT config under PEFT's name, or has PEFT's tensor names."""
+    """Return whether the file has PEFT's name beside a PEFT config, or has PEFT's tensor names."""
     if source.peft_config is not None:
         return True
     paths = source.paths.values()
@@ -76,10 +76,10 @@ def recognises(source: Source) -> bool:
 
 
 def read(source: Source, options: Options) -> Adapter:
-    """Make an adapter of a PEFT file, with its config or with stated alpha.
+    """Make an adapter from a PEFT file, with its config or with a stated alpha.
 
     Raises:
-        AdapterError: Another tuner, or a list of all that is wrong or not supported, each with its reason.
+        AdapterError: It is another tuner's, breaks rules, or has unsupported parts; all problems are listed.
     """
     table = PartsTable()
     notes: list[str] = []
@@ -88,7 +88,7 @@ def read(source: Source, options: Options) -> Adapter:
     else:
         config = _config_from(source, options, table.problems, notes)
     _refuse_other_tuners(source, config)
-    # A config may name modules of the wrapped model; their paths carry no wrappers any more.
+    # A config may name modules of the wrapped model; the paths here have no wrappers any more.
     unwrapped = unwrap_config(config)
     rules = LoraRules(unwrapped, options)
     table.problems += rules.problems
@@ -116,19 +116,19 @@ def read(source: Source, options: Options) -> Adapter:
         notes += _left_out_by_config(modules, unwrapped)
     if config.get("peft_version") is None and any(module.experts > 1 for module in modules.values()):
         notes.append(
-            "the config names no peft_version: lora_A of stacked experts is taken to act on their first "
-            "axis, as PEFT before 0.18 wrote it, unless the base's shapes say otherwise"
+            "the config has no peft_version: lora_A of stacked experts is taken to act on their first "
+            "axis, as PEFT before 0.18 wrote it, unless the base's shapes show otherwise"
         )
     if config.get("modules_to_save") and not extras:
-        notes.append(f"the config names modules_to_save {config['modules_to_save']}, and the file holds none")
+        notes.append(f"the config lists modules_to_save {config['modules_to_save']}, but the file has none")
     if copies := _base_copies([source.paths[name] for name in extra_tensors.values()], table):
         notes.append(
-            f"the file holds {copies} weights of the base too (….base_layer.weight): they take the place of "
-            "the given base's, and the low-rank change is added to them"
+            f"the file also holds {copies} weights of the base (….base_layer.weight): they replace those of "
+            "the given base, and the low-rank change is added to them"
         )
     notes += [f"{path}: {len(row.indices)} single rows are replaced" for path, row in token_rows.items()]
     if table.aside:
-        notes.append(f"left aside, needed in training only: {', '.join(table.aside)}")
+        notes.append(f"ignored, needed only in training: {', '.join(table.aside)}")
     return replace(
         adapter_of(source, "peft", table, modules, config, notes),
         extras=extras,
@@ -140,7 +140,7 @@ def read(source: Source, options: Options) -> Adapter:
 
 
 def _left_out_by_config(modules: Mapping[str, LoraModule], config: Mapping[str, Any]) -> list[str]:
-    """Say which of a file's modules PEFT would not load: somebody has edited the config, or the file."""
+    """Return a note on a file's modules that PEFT would not load: the config or the file was edited."""
     paths = [module.path for module in modules.values() if module.parameter == "weight"]
     left = [path for path in paths if not is_targeted(config, path)]
     if not left:
@@ -151,12 +151,12 @@ def _left_out_by_config(modules: Mapping[str, LoraModule], config: Mapping[str, 
     ]
     return [
         f"the config's {', '.join(keys)} leave out {len(left)} of the file's {len(paths)} modules ({shown}), "
-        "which PEFT would not load; they count all the same"
+        "which PEFT would not load; they are read anyway"
     ]
 
 
 def _pattern_path(parts: Parts) -> str:
-    """Return what PEFT matches its patterns against: the module, for target_parameters the parameter."""
+    """Return the path that PEFT matches its patterns against: the module, or target_parameters' parameter."""
     return f"{parts.path}.{parts.parameter}" if parts.kind == "parameter" else parts.path
 
 
@@ -179,7 +179,7 @@ def _build_modules(
 
 
 def _config_from(source: Source, options: Options, problems: list[str], notes: list[str]) -> dict[str, Any]:
-    """Stand in for a missing config: ranks from the tensors, alpha from the option or from the file."""
+    """Make up for a missing config: ranks come from the tensors, alpha from the option or from the file."""
     ranks = {
         match["path"].removeprefix(PREFIX): int(source.tensors[name].shape[0])
         for name, path in source.paths.items()
@@ -188,21 +188,21 @@ def _config_from(source: Source, options: Options, problems: list[str], notes: l
     stated = stated_of(source, options, problems, ranks=ranks.values())
     notes += stated.notes
     if stated.alpha is None and stated.scaling is None:
-        hint = "give --alpha (and --rslora where used), or put the config beside adapter_model.safetensors"
+        hint = "give --alpha (and --rslora if used), or put the config beside adapter_model.safetensors"
         if not any(path.startswith(PREFIX) for path in source.paths.values()):
             hint += (
-                f"; {FORMAT_OPTION} diffusers if a diffusion tool wrote it (no alpha is scaling 1 there), "
+                f"; {FORMAT_OPTION} diffusers if a diffusion tool wrote it (no alpha means scaling 1 there), "
                 "converted if it was converted for a graph"
             )
         hint += "".join(f"; {note}" for note in source.notes if CONFIG_NAME in note)
         raise AdapterError(
-            f"adapter '{source.name}' has no {CONFIG_NAME} beside it, and its tensors don't tell alpha"
+            f"adapter '{source.name}' has no {CONFIG_NAME} beside it, and its file doesn't state alpha"
             f"{where_to_look(source)}",
             hint,
             problems,
         )
     rank = stated.rank or min(ranks.values(), default=1)
-    # alpha/rank differs by module where ranks do, just as in a config whose rank_pattern lists them.
+    # If the ranks differ, alpha/rank differs by module, as in a config whose rank_pattern lists them.
     differ = stated.rank is None and len(set(ranks.values())) > 1
     alphas = {path: stated.alpha_of(rows) for path, rows in ranks.items()} if stated.alpha is None else {}
     return {
@@ -222,11 +222,11 @@ def _refuse_other_tuners(source: Source, config: Mapping[str, Any]) -> None:
     if tuner in _PROMPT_TUNERS:
         raise AdapterError(
             f"adapter '{source.name}' is {tuner}: it changes the model's input, not its weights",
-            "nothing of it can be merged; train a LoRA instead",
+            "it can't be merged; train a LoRA instead",
         )
     raise AdapterError(
         f"adapter '{source.name}' is {tuner}, not LoRA",
-        f"where PEFT can convert {tuner}: from peft import save_as_lora; "
+        f"if PEFT can convert {tuner}: from peft import save_as_lora; "
         "save_as_lora(FOLDER, model, rank=R), then use FOLDER; otherwise merge with PEFT's merge_and_unload",
     )
 
@@ -236,11 +236,11 @@ def _part(match: re.Match[str]) -> str | None:
 
 
 def _sort_tensors(source: Source, table: PartsTable) -> tuple[dict[str, Array], dict[str, str]]:
-    """Give each tensor its place: a module's part, a whole parameter (with its tensor's name), or aside."""
+    """Sort the tensors into modules' parts, whole parameters (with their tensors' names) and ignored ones."""
     extras: dict[str, Array] = {}
     names: dict[str, str] = {}
     for name, unwrapped, values in source.entries():
-        # diffusion-pipe puts ComfyUI's name for the denoiser in front, beside a config of PEFT's own paths.
+        # diffusion-pipe puts ComfyUI's name for the denoiser in front, but its config has PEFT's own paths.
         component, path = strip_denoiser(unwrapped.removeprefix(PREFIX))
         match = _LORA.match(path)
         part = _part(match) if match else None
@@ -253,7 +253,7 @@ def _sort_tensors(source: Source, table: PartsTable) -> tuple[dict[str, Array], 
         elif is_rows(path):
             continue  # read by token_rows
         elif ".lora_" in path:
-            table.unknown([name], "not a tensor that a LoRA adapter has; merge with PEFT's merge_and_unload")
+            table.unknown([name], "not a tensor of a LoRA adapter; merge with PEFT's merge_and_unload")
         else:
             target = path.replace(".token_adapter.base_layer.", ".")
             target = target.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
@@ -268,23 +268,23 @@ def _sort_tensors(source: Source, table: PartsTable) -> tuple[dict[str, Array], 
 
 
 def _check_patterns(table: PartsTable, config: Mapping[str, Any]) -> None:
-    """Refuse patterns that fit a path only without a ``module`` that may be DataParallel's.
+    """Refuse patterns that fit a path only without a leading ``module``, which may be DataParallel's.
 
-    PEFT around DataParallel matched them against the path as it is, DataParallel around the model inside of
-    PEFT against the path without.
+    PEFT around DataParallel matched them against the path with it, DataParallel around the model inside of
+    PEFT against the path without it.
     """
     for _, path in table.rows:
         inner = path.removeprefix("module.")
         for key in ("rank_pattern", "alpha_pattern") if inner != path else ():
             if pattern_values(config, key, inner) and not pattern_values(config, key, path):
                 table.problems.append(
-                    f"{path}: config {key} has a key that fits only without 'module.' in front; where "
+                    f"{path}: config {key} has a key that fits only without 'module.' in front; if "
                     "that is DataParallel's, save the model inside of it (model.module)"
                 )
 
 
 def _base_copies(paths: Iterable[str], table: PartsTable) -> int:
-    """Count the weights that a state dict of the whole model has; PEFT itself saves embeddings alone so."""
+    """Count the base's weights from a state dict of the whole model; PEFT itself saves only embeddings so."""
     kinds = {path: parts.kind for (_, path), parts in table.rows.items()}
     copies = [path.partition(".base_layer.")[0] for path in paths if ".base_layer." in path]
     return sum(kinds.get(path.removeprefix(PREFIX)) != "embedding" for path in copies)
@@ -296,13 +296,13 @@ def _refuse_attention(table: PartsTable) -> None:
         module = key[1].removesuffix(suffix)
         table.problems.append(
             f"{module}: LoRA on nn.MultiheadAttention; PEFT's merge counts out_proj's change twice (0.21), "
-            "so what the numbers mean depends on its version; merge with the PEFT that trained it"
+            "so the meaning of the numbers depends on its version; merge with the PEFT that trained it"
         )
         del table.rows[key]
 
 
 def _name_parameters(table: PartsTable, rules: LoraRules, config: Mapping[str, Any]) -> None:
-    """Say which parameter each nested pair of ``target_parameters`` changes."""
+    """Set the parameter that each nested pair of ``target_parameters`` changes."""
     levels: dict[str, list[Parts]] = {}
     for parts in table.rows.values():
         levels.setdefault(parts.path.replace(".base_layer", ""), []).append(parts)
@@ -319,21 +319,24 @@ def _name_parameters(table: PartsTable, rules: LoraRules, config: Mapping[str, A
 def _check_switches(
     modules: Mapping[str, LoraModule], config: Mapping[str, Any], problems: list[str]
 ) -> None:
-    """PEFT loads a magnitude or a bias only where its switch is on, and starts anew where it is missing."""
+    """Check that magnitudes and biases agree with the config's switches.
+
+    PEFT loads one only if its switch is on, and initialises one that is missing.
+    """
     for switch, attribute, kinds in (
         ("use_dora", "magnitude", ("linear", "conv", "embedding")),
         ("lora_bias", "lora_bias", ("linear", "conv")),
     ):
         for module in modules.values():
-            there = getattr(module, attribute) is not None
-            if there and not config.get(switch):
+            has_it = getattr(module, attribute) is not None
+            if has_it and not config.get(switch):
                 problems.append(f"{module.path}: has a {attribute}, but the config's {switch} is off")
-            elif config.get(switch) is True and not there and module.kind in kinds:
+            elif config.get(switch) is True and not has_it and module.kind in kinds:
                 problems.append(f"{module.path}: has no {attribute}, but the config's {switch} is on")
 
 
 def _check_experts(modules: Mapping[str, LoraModule], problems: list[str]) -> None:
-    """A wrong nesting shows in the shapes: ``down_proj`` puts out what ``gate_up_proj`` takes in.
+    """Check the nesting of experts by their shapes: ``down_proj``'s outputs are ``gate_up_proj``'s inputs.
 
     Factors that act on the other axis (see `lora_export.formats.reading.experts`) have the two exchanged.
     """
@@ -352,12 +355,12 @@ def _check_experts(modules: Mapping[str, LoraModule], problems: list[str]) -> No
 
 
 def _sizes(module: LoraModule) -> tuple[int, int]:
-    """Return what lora_A takes and what lora_B gives."""
+    """Return the inputs of lora_A and the outputs of lora_B."""
     return int(module.lora_a.shape[1]), int(module.lora_b.shape[0])
 
 
 def _expand_blocks(parts: Parts, blocks: Mapping[str, Any], room: Room, problems: list[str]) -> None:
-    """Make BD-LoRA's stacked blocks the block-diagonal matrix they stand for (``lora/variants.py``)."""
+    """Turn BD-LoRA's stacked blocks into the block-diagonal matrix they mean (``lora/variants.py``)."""
     count = blocks.get("nblocks")
     if not isinstance(count, int) or count < 1:
         problems.append(f"config use_bdlora: nblocks is {count!r}, wanted a whole number above 0")

@@ -1,4 +1,4 @@
-"""The naming of a hand-written LoRA layer: two ``nn.Linear(bias=False)`` called ``A`` and ``B``.
+"""Read files of a hand-written LoRA layer: two ``nn.Linear(bias=False)`` called ``A`` and ``B``.
 
 ``<module>.A.weight`` is ``(rank, in_dim)``, ``<module>.B.weight`` ``(out_dim, rank)``; the change of the
 weight is ``scaling * B @ A``. The file is a bare state dict, or a dict that also holds alpha, r or scaling.
@@ -17,16 +17,16 @@ _LORA = re.compile(r"^(?P<path>.+)\.(?P<part>[AB])\.weight$")
 
 
 def recognises(source: Source) -> bool:
-    """Whether tensors are named ``….A.weight`` and ``….B.weight``."""
+    """Return whether tensors are named ``….A.weight`` and ``….B.weight``."""
     parts = {match["part"] for path in source.paths.values() if (match := _LORA.match(path))}
     return parts == {"A", "B"}
 
 
 def read(source: Source, options: Options) -> Adapter:
-    """Make an adapter of ``….A.weight`` and ``….B.weight``.
+    """Make an adapter from ``….A.weight`` and ``….B.weight``.
 
     Raises:
-        AdapterError: alpha is stated nowhere, or a list of all that is wrong.
+        AdapterError: alpha is stated nowhere, or the file breaks rules; all problems are listed.
     """
     table = PartsTable()
     for name, path, values in source.entries():

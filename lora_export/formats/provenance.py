@@ -1,7 +1,7 @@
-"""What a converted adapter says of itself: the base it was made for, the adapter it was made of.
+"""The provenance of a converted adapter: the base it was made for, and the adapter it was made from.
 
-A converted file holds tensors as a graph takes them (`graph.exposed`). Transposed matrices can't be
-told from their shapes (square ones least of all), so a file is known by what it says, never by its looks.
+A converted file holds tensors in a graph's layout (`graph.exposed`). Shapes don't show whether matrices are
+transposed (square ones least of all), so a file is identified by its metadata, never by its tensors.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _BASE_VERSION_BITS = 31
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a converted adapter comes from and where it belongs.
+    """The origin of a converted adapter, and the base that it belongs to.
 
     Attributes:
-        adapter: Its name.
-        adapter_sha256: Of the file it was made of.
+        adapter: Name of the adapter.
+        adapter_sha256: Hash of the file it was made from.
         base: File name of the base graph.
         base_sha256: The base graph's identity.
         ranks: Module's name → rank of its tensors.
-        kinds: Module's name → kind, of those that are not ``linear``.
-        only_this_base: There are values that were computed from the base's: DoRA's factors, or the changes
-            that make whole parameters of the base's.
-        version: Of lora-export.
+        kinds: Module's name → kind, for modules that are not ``linear``.
+        only_this_base: Whether values were computed from the base's: DoRA's factors, or changes that turn the
+            base's parameters into whole ones of the adapter.
+        version: Version of lora-export.
     """
 
     adapter: str
@@ -53,7 +53,7 @@ class Provenance:
         return {KEY: UNSEALED, **self.metadata()}
 
     def metadata(self) -> dict[str, str]:
-        """Return text → text, as ``.safetensors`` files hold it; the same provenance gives the same texts."""
+        """Return text → text, as ``.safetensors`` files hold it; equal provenances give equal texts."""
         return {
             FORMAT_KEY: FORMAT_NAME,
             LAYOUT_KEY: LAYOUT,
@@ -71,14 +71,14 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Writer:
-    """How converted tensors are written in a format: an entry of `lora_export.formats.WRITERS`.
+    """The writer of a format for converted tensors: an entry of `lora_export.formats.WRITERS`.
 
     Attributes:
-        suffix: Of the output's name; empty for a folder.
-        write: ``(path, tensors, provenance)``; names and values as the graph takes them.
+        suffix: Ending of the output's name; empty for a folder.
+        write: Function of ``(path, tensors, provenance)``; names and values in the graph's layout.
         dtype: The only dtype that the format's reader takes, as `ExposedModule.dtype`; empty for any.
-        refusal: ``(module's name, kind)`` → why the format's reader can't take a module, or an empty text.
-        foreign: For graphs that lora-export did not make: their LoRA inputs have names of their own.
+        refusal: ``(module's name, kind)`` → reason why the format's reader can't take a module, or "".
+        foreign: Whether it is for graphs of other tools, whose LoRA inputs have names of their own.
     """
 
     suffix: str
@@ -93,50 +93,50 @@ def _json(value: Mapping[str, Any] | bool) -> str:
 
 
 def is_converted(config: Mapping[str, Any]) -> bool:
-    """Whether an adapter (`Adapter.config`), or a file's metadata, is in a graph's layout already."""
+    """Return whether an adapter (by its `Adapter.config`, or a file's metadata) is in a graph's layout."""
     return bool(config.get(LAYOUT_KEY) == LAYOUT)
 
 
 def only_this_base(adapter: Adapter) -> bool:
-    """Whether a converted adapter has values that were computed from its base's, see `Provenance`."""
+    """Return whether a converted adapter has values computed from its base's, see `Provenance`."""
     marked = is_converted(adapter.config) and adapter.config.get(ONLY_THIS_BASE_KEY) == _json(True)
     return marked or any(module.scale is not None for module in adapter.modules.values())
 
 
 def base_version(base_sha256: str) -> int:
-    """Return the part of a base's identity that fits into an integer; 0 where there is no identity."""
+    """Return the part of a base's identity that fits into an integer; 0 without an identity."""
     return int(base_sha256[:16] or "0", 16) % (1 << _BASE_VERSION_BITS)
 
 
 def base_problem(config: Mapping[str, Any], base_sha256: str) -> str:
-    """Return in what a converted adapter's base differs from a graph's, or an empty text.
+    """Return the difference between a converted adapter's base and a graph's, or "".
 
     Args:
-        config: Of the adapter.
+        config: Config of the adapter.
         base_sha256: Identity of the graph's base.
     """
     if not is_converted(config) or not base_sha256:
         return ""
     made_for = config.get("base_sha256")
     if made_for:
-        return "" if made_for == base_sha256 else f"base sha256 {made_for}, the graph's is {base_sha256}"
+        return "" if made_for == base_sha256 else f"base sha256 {made_for}, but the graph's is {base_sha256}"
     number = config.get("base_version")
     if not number or number == base_version(base_sha256):
         return ""
-    return f"base version {number}, the graph's is {base_version(base_sha256)}"
+    return f"base version {number}, but the graph's is {base_version(base_sha256)}"
 
 
 def refuse_other_base(adapter: Adapter, base_sha256: str, where: str, any_base: bool) -> tuple[str, ...]:
     """Refuse an adapter that was converted for another base.
 
     Args:
-        adapter: Any adapter; one that is not converted fits every base, as far as can be told here.
+        adapter: Any adapter; one that is not converted is not checked here.
         base_sha256: Identity of the base (`manifest.identity_of`).
         where: The graph's file, for messages.
-        any_base: Go on with another base, where the values are trained ones.
+        any_base: Go on with another base, unless values were computed from the adapter's own.
 
     Returns:
-        A warning where it goes on with another base, else nothing.
+        A warning if it goes on with another base, else nothing.
 
     Raises:
         AdapterError: It was made for another base.
@@ -144,11 +144,11 @@ def refuse_other_base(adapter: Adapter, base_sha256: str, where: str, any_base: 
     problems = [problem] if (problem := base_problem(adapter.config, base_sha256)) else []
     if not problems:
         return ()
-    hint = "give the adapter that it was made of, or convert that for this graph (convert-adapter)"
+    hint = "give the adapter that it was made from, or convert that one for this graph (convert-adapter)"
     if only_this_base(adapter):
         problems.append(
             "some values were computed from that base's weights (DoRA's factors, or whole parameters as "
-            "changes): they hold for no other base"
+            "changes): they are valid only for that base"
         )
     elif any_base:
         return (f"bound to another base than it was made for: {problem}",)

@@ -1,9 +1,9 @@
-"""What a captured graph says about its model: of which kind it is, and how large its dimensions may get.
+"""The record of a captured graph's model: its kind, and the largest sizes of its dimensions.
 
-Two entries of the graph's own metadata, each JSON, so that whoever compiles or serves the graph need not look
-for the checkpoint: `MODEL_KEY` ``{"kind", "kv_cache", "dtype", "vocab_size"}`` and `DIMS_KEY` ``{"sequence":
-{"max": 2048}, …}``, by the names that the graph's inputs give their dimensions. A dimension that the model
-sets no limit to has no entry.
+It is two entries of the graph's own metadata, each JSON, so that the graph can be compiled or served without
+the checkpoint: `MODEL_KEY` ``{"kind", "kv_cache", "dtype", "vocab_size"}`` and `DIMS_KEY` ``{"sequence":
+{"max": 2048}, …}``, by the names that the graph's inputs give their dimensions. A dimension without a limit
+has no entry.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Captured:
     """The record of a captured graph.
 
     Attributes:
-        kind: What the model does with its input.
-        kv_cache: Keys and values of past tokens are inputs and outputs.
-        dtype: One of `DTYPES`: what it computes in.
-        vocab_size: How many token ids there are, where it reads tokens.
+        kind: Kind of the model.
+        kv_cache: Whether keys and values of past tokens are inputs and outputs.
+        dtype: Type that it computes in, one of `DTYPES`.
+        vocab_size: Number of token ids, if it reads tokens.
         largest: Name of a dimension → the largest size that the model has positions for.
     """
 
@@ -61,13 +61,13 @@ class Captured:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Captured | None:
-        """Read what `to_metadata` wrote; None where the graph was not captured by us.
+        """Read the entries that `to_metadata` wrote; None if we did not capture the graph.
 
         Args:
             metadata: ``metadata_props`` of an ONNX file, or ONNX Runtime's ``custom_metadata_map``.
 
         Raises:
-            GraphError: It is damaged.
+            GraphError: The entries are damaged.
         """
         if MODEL_KEY not in metadata:
             return None

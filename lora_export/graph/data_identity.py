@@ -1,10 +1,11 @@
-"""Where a graph's data files may lie, and which it was written with, as an entry of its metadata (`KEY`).
+"""Record which data files a graph was written with, in its metadata (`KEY`), and check their places.
 
-A graph's weights lie in files beside it. One of them replaced by another model's of equal shapes (half of an
-update copied, a base exported again under ``--share-base``) loads without a word and answers as that model.
+A graph's weights lie in files beside it. If one of them is replaced by another model's with equal shapes
+(half of an update copied, a base exported again under ``--share-base``), the graph loads silently and answers
+as that model.
 
-A tool that saves the graph anew keeps the metadata and lays the weights out anew: the entry says which layout
-it is about, and of another it says nothing.
+A tool that saves the graph again keeps the metadata but may lay out the weights differently: the entry holds
+a hash of its layout, and does not apply to any other.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ _AGAIN = "copy the graph again from where it was made, or make it again"
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """What a graph was written with.
+    """The data files that a graph was written with.
 
     Attributes:
-        layout: SHA-256 over every weight's name, file, offset and length.
-        files: Identity of each file (`manifest.FileHash`), by its place from the graph's folder.
-        blake3: The same files' full hashes; of graphs that earlier versions wrote none.
+        layout: SHA-256 of the name, file, offset and length of every weight.
+        files: Identity of each file (`manifest.FileHash`), by its path from the graph's folder.
+        blake3: Full hashes of the same files; empty in graphs of earlier versions.
     """
 
     layout: str
@@ -44,15 +45,15 @@ class DataIdentity:
 
 
 def place_problem(path: Path, location: str) -> str:
-    """Return why a graph may not have its data at a place, or an empty text.
+    """Return the reason why a graph may not have its data at a place, or "".
 
     The rule is ONNX Runtime's (``ValidateExternalDataPath``, ``tensorprotoutils.cc`` of 1.32): a relative
-    path, and with links followed a file in the graph's folder or below it. Where the graph's file is a link
-    itself, as in Hugging Face's cache, the folder that it leads to counts as well. We want no ``..`` besides.
+    path to a file that, with links followed, is in the graph's folder or below it. If the graph's file is a
+    link itself, as in Hugging Face's cache, the folder that it leads to counts as well. ``..`` is refused.
 
     Args:
         path: The graph's file.
-        location: The place, seen from the graph's folder.
+        location: Path of the data file from the graph's folder.
     """
     if "\0" in location or Path(location).is_absolute() or ".." in Path(location).parts:
         return f"external data at {location!r} is outside the model's folder"
@@ -64,14 +65,14 @@ def place_problem(path: Path, location: str) -> str:
 
 
 class DataTensor(ir.ExternalTensor):
-    """A constant in a file whose place is allowed (`place_problem`).
+    """A constant in a data file at an allowed place (`place_problem`).
 
-    onnx_ir's own rule, which holds while a tensor says its folder, is another than ONNX Runtime's: it reads
+    onnx_ir's own rule, which applies while a tensor has a base folder, differs from ONNX Runtime's: it reads
     neither Hugging Face's cache nor a file with two names (hard links).
 
     Args:
-        tensor: What the graph says.
-        path: The file.
+        tensor: Tensor as it is in the graph.
+        path: The data file.
     """
 
     def __init__(self, tensor: ir.ExternalTensor, path: Path) -> None:
@@ -89,18 +90,18 @@ class DataTensor(ir.ExternalTensor):
 
     @property
     def path(self) -> str:
-        """The file, which ``location`` names from the graph's folder."""
+        """The data file, which ``location`` names from the graph's folder."""
         return self._path
 
 
 def layout_of(tensors: Iterable[tuple[str, ir.ExternalTensor]]) -> str:
-    """Return one hash over where weights lie: name, file, offset and length of each, in any order."""
+    """Return one hash of the layout of weights: name, file, offset and length of each, in any order."""
     lines = sorted(f"{name}\t{held.location}\t{held.offset or 0}\t{held.length}" for name, held in tensors)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def external_tensors(model: ir.Model) -> list[tuple[str, ir.ExternalTensor]]:
-    """Return the constants of a model that lie in other files, with their names."""
+    """Return the constants of a model that are in other files, with their names."""
     graphs = [model.graph, *model.graph.subgraphs()]
     values = [value for graph in graphs for value in graph.initializers.values()]
     return [
@@ -111,14 +112,14 @@ def external_tensors(model: ir.Model) -> list[tuple[str, ir.ExternalTensor]]:
 
 
 def mark_data(model: ir.Model, files: Mapping[str, FileHash]) -> dict[str, FileHash]:
-    """Write into a model's metadata what its data files are.
+    """Write the identity of a model's data files into its metadata.
 
     Args:
-        model: Its constants refer to the files already.
-        files: By their place from the graph's folder, with full hashes.
+        model: The model; its constants already refer to the files.
+        files: Files with full hashes, by their path from the graph's folder.
 
     Returns:
-        Those of the files that a constant refers to: the others are left out.
+        The files that a constant refers to.
     """
     tensors = external_tensors(model)
     used = {str(held.location) for _, held in tensors}
@@ -135,7 +136,7 @@ def mark_data(model: ir.Model, files: Mapping[str, FileHash]) -> dict[str, FileH
 
 
 def read_identity(metadata: Mapping[str, str], path: Path) -> DataIdentity | None:
-    """Return what a graph says of the files that it was written with, or None.
+    """Return the identity of the files that a graph was written with, or None without the entry.
 
     Args:
         metadata: ``metadata_props`` of an ONNX file, or ONNX Runtime's ``custom_metadata_map``.
@@ -149,19 +150,19 @@ def read_identity(metadata: Mapping[str, str], path: Path) -> DataIdentity | Non
         return None
     where = f"{path}: the metadata entry {KEY!r}"
     try:
-        # A later version may say more.
+        # A later version may have more fields.
         return from_plain(DataIdentity, json_of(text, where, GraphError, _AGAIN), known_only=False)
     except FieldError as error:
         raise GraphError(f"{where} is damaged", _AGAIN, error.problems) from error
 
 
 def refuse_changed_data(metadata: Mapping[str, str], path: Path, layout: Callable[[], str]) -> None:
-    """Raise `GraphError` where a graph's data files are not those that it was written with.
+    """Raise `GraphError` if a graph's data files are not those that it was written with.
 
     Args:
         metadata: ``metadata_props`` of an ONNX file, or ONNX Runtime's ``custom_metadata_map``.
-        path: The graph's file. A data file that is missing is its reader's own error.
-        layout: Returns `layout_of` the graph; asked only where a file differs.
+        path: The graph's file. A missing data file is not an error here, but of the graph's reader.
+        layout: Function that returns `layout_of` the graph; called only if a file differs.
     """
     identity = read_identity(metadata, path)
     if identity is None:
@@ -177,7 +178,7 @@ def refuse_changed_data(metadata: Mapping[str, str], path: Path, layout: Callabl
     if twice := [f"{name}: named {count} times" for name, count in named.items() if count > 1]:
         raise GraphError(f"{path}: the metadata entry {KEY!r} names a file several times", _AGAIN, twice)
     changed = [
-        f"{file}: sha256 {found}, the graph was written with {sha256}"
+        f"{file}: sha256 {found}, but the graph was written with {sha256}"
         for place, sha256 in identity.files.items()
         if (file := path.parent / place).is_file() and (found := hash_file(file).sha256) != sha256
     ]
@@ -185,8 +186,8 @@ def refuse_changed_data(metadata: Mapping[str, str], path: Path, layout: Callabl
         raise GraphError(
             f"{path}: the weights beside it have changed since it was made: it would answer as another model",
             "copy the .onnx and its data again from where they were made, or make them again; if the files "
-            "are the base's (--share-base), make the graph again from the base as it is now, and convert the "
-            "adapters for it. Where weights were changed on purpose: load it with onnx.load, remove "
+            "are the base's (--share-base), make the graph again from the current base, and convert the "
+            "adapters for it. If weights were changed on purpose: load it with onnx.load, remove "
             f"the entry {KEY!r} of metadata_props, and save it",
             changed,
         )

@@ -1,10 +1,10 @@
-"""What a graph with exposed LoRA says about itself: its modules, the tensors they take, its base.
+"""The LoRA record of a graph with exposed LoRA: its modules, their tensors, its base.
 
-The record is JSON in the model's own metadata (`KEY`), so that a graph alone is enough: for a runtime, for
-`convert-adapter`, and for a reader without lora-export.
+The record is JSON in the model's own metadata (`KEY`), so that the graph alone is enough for a runtime, for
+`convert-adapter`, and for readers without lora-export.
 
-The tensors, named by module path (the names that ONNX Runtime, Olive and TensorRT-Edge-LLM share), with the
-scaling folded into B:
+The tensors are named by module path (the names that ONNX Runtime, Olive and TensorRT-Edge-LLM share), with
+the scaling folded into B:
 
 ========== ============================ =============================== ======================
 kind       ``<name>.lora_A.weight``     ``<name>.lora_B.weight``        what the graph adds
@@ -50,14 +50,14 @@ def path_of(parameter: str) -> str:
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Where rows of a module's W0 lie in the graph; what DoRA's norm is computed from.
+    """The place of rows of a module's W0 in the graph, from which DoRA's norm is computed.
 
     Attributes:
         weight: Name of the initializer.
-        rows: Range of the canonical weight's rows: outputs, for an embedding its entries.
+        rows: Range of the canonical weight's rows: outputs, or an embedding's entries.
         row: First stored row.
         col: First stored column.
-        transposed: Stored as ``(in_dim, out_dim)``.
+        transposed: Whether it is stored as ``(in_dim, out_dim)``.
     """
 
     weight: str
@@ -73,13 +73,13 @@ class Member:
 
     Attributes:
         path: Module path.
-        start: Where its outputs begin among the pair's.
-        out_dim: How many they are.
-        ranks: In a bank, the rank that each slot has for this module (0: the slot leaves it alone).
-        stored: Where its W0 lies; empty where the weight is quantised or was rescaled.
-        stored_bias: Where its bias lies, as one row; empty where it has none or it is a part of another.
+        start: Index of its first output among the pair's.
+        out_dim: Number of its outputs.
+        ranks: In a bank, the rank of each slot for this module (0: the slot doesn't change it).
+        stored: Places of its W0; empty if the weight is quantised or was rescaled.
+        stored_bias: Places of its bias, as one row; empty if it has none or it is a part of another.
         held_turned: Whether the base's module holds the transpose of the canonical weight (a matrix of its
-            own, used as ``x @ W``); None: no adapter that changes it so asked for the branch.
+            own, used as ``x @ W``); None if no adapter that changes it that way asked for the branch.
     """
 
     path: str
@@ -93,24 +93,24 @@ class Member:
 
 @dataclass(frozen=True)
 class ExposedModule:
-    """A pair of LoRA tensors of a graph and the modules behind it: one, or siblings packed into one product.
+    """A pair of LoRA tensors of a graph and its modules: one, or siblings packed into one product.
 
     A pack's A holds its members' A side by side, its B theirs on the diagonal. In a bank the columns of A
     (rows of B) are those of the first member's slots, in order, then of the next member's.
 
     Attributes:
-        name: Beginning of the tensors' names: the module's path.
-        kind: What the graph adds.
-        in_dim: Inputs; for an embedding the number of rows, for a convolution channels (per group of A: all).
-        out_dim: Outputs, of all members.
+        name: First part of the tensors' names: the module's path.
+        kind: Kind of the branch.
+        in_dim: Number of inputs; rows of an embedding, or a convolution's channels (per group of A: all).
+        out_dim: Number of outputs of all members.
         dtype: ``float32``, ``float16``, ``bfloat16`` or ``float64``.
         members: The modules, in the order of their outputs.
-        kernel: Of a convolution.
-        groups: Of a convolution's B.
-        rank: The rank where the graph fixes it, else 0.
-        bias: There is a bias of the branch too.
-        cuts: Of a pack whose members' products are added in several places: where B is cut into tensors of
-            their own, ``<name>.lora_B.<number>.weight``.
+        kernel: Kernel of a convolution.
+        groups: Groups of a convolution's B.
+        rank: The rank if the graph fixes it, else 0.
+        bias: Whether the branch has a bias.
+        cuts: For a pack whose members' products are added in several places: outputs at which B is cut into
+            tensors of their own, ``<name>.lora_B.<number>.weight``.
     """
 
     name: str
@@ -137,7 +137,7 @@ class ExposedModule:
 
     @property
     def b_parts(self) -> tuple[tuple[str, int, int], ...]:
-        """Name, first and last output of each tensor that B consists of: one, but for a pack with cuts."""
+        """Name, first and last output of each tensor of B: one, except for a pack with cuts."""
         if not self.cuts:
             return ((self.lora_b, 0, self.out_dim),)
         bounds = (0, *self.cuts, self.out_dim)
@@ -158,15 +158,15 @@ class ExposedModule:
 
     @property
     def rank_symbol(self) -> str:
-        """The module's own symbolic dimension: modules of one adapter may have different ranks."""
+        """The module's own symbolic dimension, as modules of one adapter may have different ranks."""
         return f"{self.name}.rank"
 
     def a_shape(self, rank: int) -> tuple[int, ...]:
-        """Shape of A."""
+        """Return the shape of A."""
         return (rank, self.in_dim, *self.kernel) if self.kind == "conv" else (self.in_dim, rank)
 
     def b_shape(self, rank: int) -> tuple[int, ...]:
-        """Shape of B."""
+        """Return the shape of B."""
         if self.kind == "conv":
             return (self.out_dim, rank // self.groups, *(1 for _ in self.kernel))
         return rank, self.out_dim
@@ -177,8 +177,8 @@ class Slot:
     """One resident adapter of a bank.
 
     Attributes:
-        name: What a request calls it.
-        adapter: Identity of its file (sha256), `UNHASHED` if it was no file, or "" for an empty slot.
+        name: Name in requests.
+        adapter: Identity of its file (sha256), `UNHASHED` if it came from no file, or "" for an empty slot.
     """
 
     name: str
@@ -187,22 +187,22 @@ class Slot:
 
 @dataclass(frozen=True)
 class ExposedGraph:
-    """The record of a graph with exposed LoRA.
+    """The LoRA record of a graph.
 
     Attributes:
-        mode: ``swap`` (one adapter a run) or ``bank`` (one a row).
+        mode: ``swap`` (one adapter per run) or ``bank`` (one per row).
         base: File name of the base graph.
-        base_sha256: Its identity, see `manifest.identity_of`.
+        base_sha256: Identity of the base graph, see `manifest.identity_of`.
         modules: The pairs of tensors.
         max_rank: Largest rank that a converted adapter may have.
         flavour: ``ort``: tensors are inputs with an empty default; ``tensorrt``: plain inputs.
-        dora: There are factors too.
-        slots: Of a bank.
+        dora: Whether there are DoRA's factors.
+        slots: Slots of a bank.
         resident: Whether a bank's tensors are constants or inputs.
         batch_input: The graph input whose first dimension is the batch, in a bank.
-        merged: What merges have put into its weights, see `base.in_graph`.
-        landmarks: Parameters of the base that tell what kind of model it is (`sites.towers`): the graph
-            itself may have lost their names, and an engine has none.
+        merged: Record of the merges into its weights, see `base.in_graph`.
+        landmarks: Parameters of the base that show its kind of model (`sites.towers`): the graph itself may
+            have lost their names, and an engine has none.
     """
 
     mode: Mode
@@ -235,7 +235,7 @@ class ExposedGraph:
         return names + [module.lora_bias] * module.bias + [module.scale] * self.dora
 
     def input_names(self) -> list[str]:
-        """Return the names of those that are inputs of the graph: a bank's may be constants."""
+        """Return the names of the LoRA tensors that are inputs of the graph; a bank's may be constants."""
         constant = self.mode == "bank" and self.resident == "initializers"
         return [] if constant else self.tensor_names()
 
@@ -245,16 +245,16 @@ class ExposedGraph:
 
     @classmethod
     def from_json(cls, text: str) -> ExposedGraph:
-        """Read what `to_json` wrote.
+        """Read the record that `to_json` wrote.
 
         Raises:
-            GraphError: It is damaged, or of another version.
+            GraphError: The record is damaged, or of another version.
         """
         data = json_of(text, "the graph's LoRA record", GraphError, _AGAIN)
         if isinstance(data, dict) and "format" in data and data["format"] != FORMAT:
-            said = seen(data["format"])
+            found = seen(data["format"])
             raise GraphError(
-                f"the graph's LoRA record has format {said}, this version reads {FORMAT}", _AGAIN
+                f"the graph's LoRA record has format {found}, but this version reads {FORMAT}", _AGAIN
             )
         try:
             return cls.from_data(data)
@@ -263,10 +263,10 @@ class ExposedGraph:
 
     @classmethod
     def from_data(cls, data: object) -> ExposedGraph:
-        """Return the record of plain data.
+        """Make the record from plain data.
 
         Raises:
-            FieldError: A field has another type than it has here, or two of them contradict each other.
+            FieldError: A field has a wrong type, or two fields contradict each other.
         """
         record = from_plain(cls, data)
         if problems := list(_contradictions(record)):
@@ -275,16 +275,16 @@ class ExposedGraph:
 
 
 def _contradictions(record: ExposedGraph) -> Iterator[str]:
-    """Yield what one part of a record says against another."""
+    """Yield the contradictions between parts of a record."""
     if record.format != FORMAT:
-        yield f"format: {record.format}, this version reads {FORMAT}"
+        yield f"format: {record.format}, but this version reads {FORMAT}"
     if not all(letter in "0123456789abcdef" for letter in record.base_sha256):
         yield f"base_sha256: {seen(record.base_sha256)}, wanted hexadecimal digits"
     first: dict[str, int] = {}
     for i, module in enumerate(record.modules):
         where = f"modules[{i}]"
         if first.setdefault(module.name, i) != i:
-            yield f"{where}.name: {seen(module.name)} is modules[{first[module.name]}] already"
+            yield f"{where}.name: {seen(module.name)} is already the name of modules[{first[module.name]}]"
         if module.dtype not in _DTYPES:
             yield f"{where}.dtype: {seen(module.dtype)}, wanted one of {', '.join(_DTYPES)}"
         if not module.members:
@@ -294,27 +294,27 @@ def _contradictions(record: ExposedGraph) -> Iterator[str]:
             yield f"{where}.cuts: {cuts}, wanted rising numbers below out_dim {module.out_dim}"
         for j, member in enumerate(module.members):
             if member.start + member.out_dim > module.out_dim:
-                said = f"start {member.start} and out_dim {member.out_dim}"
-                yield f"{where}.members[{j}]: {said}, the module has {module.out_dim} outputs"
+                outputs = f"start {member.start} and out_dim {member.out_dim}"
+                yield f"{where}.members[{j}]: {outputs}, but the module has {module.out_dim} outputs"
             if len(member.ranks) != len(record.slots):
-                said = f"{len(member.ranks)} numbers"
-                yield f"{where}.members[{j}].ranks: {said}, the record has {len(record.slots)} slots"
+                ranks = f"{len(member.ranks)} numbers"
+                yield f"{where}.members[{j}].ranks: {ranks}, but the record has {len(record.slots)} slots"
 
 
 def exposed_of(metadata: Mapping[str, str], where: str) -> ExposedGraph:
-    """Return the record in a model's metadata.
+    """Return the LoRA record in a model's metadata.
 
     Args:
         metadata: ``metadata_props`` of an ONNX file, or ONNX Runtime's ``custom_metadata_map``.
         where: The file, for messages.
 
     Raises:
-        GraphError: There is none, or it is damaged.
+        GraphError: The record is missing or damaged.
     """
     text = metadata.get(KEY)
     if text is None:
         raise GraphError(
-            f"{where} has no exposed LoRA that we know of: its metadata lack {KEY!r}",
+            f"{where} has no exposed LoRA: its metadata lack {KEY!r}",
             "make it with: lora-export swap-onnx --base BASE.onnx --adapter ADAPTER -o OUT.onnx",
         )
     return ExposedGraph.from_json(text)

@@ -1,6 +1,6 @@
-"""What a LoRA record says of the sizes of inputs, against the inputs that the graph has.
+"""Compare the sizes of inputs in a LoRA record with the inputs that the graph has.
 
-A record of a kilobyte may claim a rank of millions; whoever makes tensors by it makes gigabytes.
+A record of a kilobyte may claim a rank of millions, and tensors made by it would take gigabytes.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from lora_export.untrusted.shown import shown
 
 
 def size_problems(record: ExposedGraph, shapes: Mapping[str, Sequence[object] | None]) -> list[str]:
-    """Return a line for each LoRA input that has other sizes than the record says.
+    """Return a line for each LoRA input whose sizes differ from the record's.
 
     Args:
-        record: Of the graph.
-        shapes: Input → its sizes, or their symbols. Those that the graph lacks are somebody else's to say.
+        record: LoRA record of the graph.
+        shapes: Input → its sizes, or their symbols. Missing inputs are not reported here.
     """
     if not record.input_names():
         return []
@@ -27,17 +27,17 @@ def size_problems(record: ExposedGraph, shapes: Mapping[str, Sequence[object] | 
             if found is None:
                 continue
             fits = len(found) == len(wanted) and all(
-                size is None or size == there for size, there in zip(wanted, found, strict=True)
+                size is None or size == dim for size, dim in zip(wanted, found, strict=True)
             )
             if not fits:
-                said = ", ".join("rank" if size is None else str(size) for size in wanted)
-                there = ", ".join(map(str, found))
-                problems.append(f"{shown(name)}: sizes [{shown(there)}], the record says [{said}]")
+                recorded = ", ".join("rank" if size is None else str(size) for size in wanted)
+                sizes = ", ".join(map(str, found))
+                problems.append(f"{shown(name)}: sizes [{shown(sizes)}], but the record has [{recorded}]")
     return problems
 
 
 def _wanted(record: ExposedGraph, module: ExposedModule) -> Iterator[tuple[str, list[int | None]]]:
-    """Yield each tensor's name and sizes; None where a request chooses the rank."""
+    """Yield each tensor's name and sizes; None for a rank that a request chooses."""
     is_bank, is_conv = record.mode == "bank", module.kind == "conv"
     rank = sum(sum(member.ranks) for member in module.members) if is_bank else module.rank
     is_open = rank == 0 and not is_bank

@@ -1,8 +1,8 @@
-"""What an exporter writes for a dimension, and its value when the names in it have sizes.
+"""Evaluate an exporter's expression for a dimension, given sizes for the names in it.
 
 ``batch``, ``past_sequence + sequence``, ``Min(64, sequence)``, ``((batch*sequence)//batch)``: the notation of
 sympy and torch, read as Python and evaluated here, because sympy takes longer to import than an estimate may
-take, and because `eval` must not see what a file says.
+take, and because `eval` must not run text from a file.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from fractions import Fraction
 
 Number = int | Fraction
 
-# A size above this is no size: expressions come from files, and a power has no bound.
+# Sizes above this are refused: expressions come from files, and a power has no bound.
 _MAX_SIZE, _MAX_EXPONENT = 2**63, 16
-# Characters of an expression: its syntax tree takes some hundred times as much memory.
+# Limit of characters in an expression: its syntax tree takes some hundred times as much memory.
 _MAX_LENGTH = 4096
 
 
 def evaluate(expression: str, sizes: Mapping[str, int]) -> int | None:
-    """Return the value of a dimension, or None where it can't be told.
+    """Return the value of a dimension, or None if it is unknown.
 
     Args:
         expression: A name, or integers and names with ``+ - * / // % **``, ``Max``, ``Min``, ``Mod``,
@@ -40,7 +40,7 @@ def evaluate(expression: str, sizes: Mapping[str, int]) -> int | None:
 
 
 def names_in(expression: str) -> set[str]:
-    """Return the names that an expression is made of; none where it is a name itself, or no expression."""
+    """Return the names in an expression; none if it is a name itself, or not an expression."""
     try:
         parsed = _parsed(expression)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -53,7 +53,7 @@ def names_in(expression: str) -> set[str]:
 
 def _parsed(expression: str) -> ast.expr:
     if len(expression) > _MAX_LENGTH:
-        raise ValueError("no dimension is written at that length")
+        raise ValueError("the expression is too long for a dimension")
     return ast.parse(expression.strip(), mode="eval").body
 
 
@@ -71,20 +71,20 @@ def _value(node: ast.expr, sizes: Mapping[str, int]) -> Number:
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
             value = _FUNCTIONS[name](*(_value(argument, sizes) for argument in arguments))
         case _:
-            raise ValueError(f"no dimension is written with {type(node).__name__}")
+            raise ValueError(f"{type(node).__name__} is not allowed in a dimension")
     if not -_MAX_SIZE < value < _MAX_SIZE:
-        raise ValueError("no dimension is that large")
+        raise ValueError("the dimension is too large")
     return value
 
 
 def _divide(number: Number, by: Number) -> Number:
-    # Exact: an expression may go on to multiply.
+    # Exact, because the expression may multiply the result.
     return Fraction(number) / Fraction(by)
 
 
 def _power(base: Number, exponent: Number) -> Number:
     if not 0 <= exponent <= _MAX_EXPONENT or exponent != int(exponent):
-        raise ValueError("no dimension has such a power")
+        raise ValueError("the power is too large for a dimension")
     return base ** int(exponent)
 
 

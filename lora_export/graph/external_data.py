@@ -1,4 +1,4 @@
-"""Lay out a graph's constants in one data file and write it, streamed, with patches applied on the way."""
+"""Lay out a graph's constants in one data file, and write it as a stream with patches applied."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_export.storage.patch import Patch
 from lora_export.storage.rounding import Mode, Rounding
 from lora_export.storage.stream import BytesPiece, CopyPiece, MergePiece, Piece, write_pieces
 
-# Constants below this size stay in the protobuf: shape inference needs the small ones at hand.
+# Constants below this size stay in the protobuf, where shape inference can read them.
 INLINE_BYTES = 1024
 _PAGE_BYTES = 4096
 _SMALL_ALIGNMENT = 64
@@ -29,9 +29,9 @@ class Change:
     """Patches for one initializer.
 
     Attributes:
-        patches: Makes them, in the view of `graph.matrix_shape`, when the constant's turn comes: all
-            adapters' factors in float32 at once would be the largest thing in memory.
-        stacked: The first two axes are rows (experts).
+        patches: Function that makes the patches, in the view of `graph.matrix_shape`, when the constant is
+            written: all adapters' factors in float32 at once would take most of the memory.
+        stacked: Whether the first two axes are rows (experts).
     """
 
     patches: Callable[[], tuple[Patch, ...]]
@@ -48,10 +48,10 @@ class _Slot:
 def plan_data(
     graph: GraphFile, changes: Mapping[ir.Value, Change], out: Path, shared_files: Set[Path]
 ) -> tuple[list[_Slot], int, int]:
-    """Decide what goes into the data file; let constants that stay in ``shared_files`` refer to them there.
+    """Choose the constants of the data file; those that stay in ``shared_files`` refer to these files.
 
     Returns:
-        The constants that go there, the file's size, and how many bytes stay in the base's files.
+        The constants of the data file, its size, and the number of bytes that stay in the base's files.
 
     Raises:
         OutputError: A shared file is not in the output's folder or below it.
@@ -84,7 +84,7 @@ def plan_data(
         raise OutputError(
             "the base's weights can't be shared from there: ONNX Runtime reads external data only from the "
             "model's own folder or below it",
-            f"write the output into {Path(next(iter(outside))).parent}, or leave out --share-base",
+            f"write the output into {Path(next(iter(outside))).parent}, or omit --share-base",
             sorted(outside),
         )
     return slots, position, shared
@@ -99,10 +99,10 @@ def write_data(
     rounding: Mode,
     progress: Callable[[int], None] | None,
 ) -> dict[str, Rounding]:
-    """Write the data file at ``staged`` and let each constant refer to it under ``name``.
+    """Write the data file at ``staged``, and make each constant refer to it as ``name``.
 
     Returns:
-        What rounding cost, by module.
+        The loss by rounding, by module.
     """
     pieces = (_piece(slot, changes.get(slot.value)) for slot in slots)
     costs = write_pieces(staged, size, pieces, rounding=rounding, progress=progress)
@@ -113,7 +113,7 @@ def write_data(
 
 
 def merged_values(value: ir.Value, change: Change) -> Array:
-    """Return a constant with its patches applied, the same bits as `write_data` would write.
+    """Return a constant with its patches applied, bit for bit as `write_data` would write it.
 
     Raises:
         CheckpointError: A value is not finite.

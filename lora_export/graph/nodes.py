@@ -14,10 +14,10 @@ Attributes = Mapping[str, Any]
 
 
 class NodeWriter:
-    """Adds nodes and constants to the graph that an anchor node is in.
+    """Add nodes and constants to the graph that an anchor node is in.
 
     Args:
-        names: Names that the model has already; those added are put in.
+        names: Names that the model has already; new ones are added to the set.
     """
 
     def __init__(self, names: set[str]) -> None:
@@ -39,13 +39,13 @@ class NodeWriter:
 
         Args:
             anchor: A node of the graph.
-            operator: Of the default domain.
-            inputs: Its inputs.
-            name: Of the output; the node is called so too. Numbered where it is taken.
-            dtype: Of the output.
-            attributes: Its attributes.
-            after: Behind the anchor instead of before it.
-            shape: Of the output, where it is known.
+            operator: Operator of the default domain.
+            inputs: Inputs of the node.
+            name: Name of the output and, with the operator, of the node; numbered if it is taken.
+            dtype: Type of the output.
+            attributes: Attributes of the node.
+            after: Add it after the anchor instead of before it.
+            shape: Shape of the output, if it is known.
         """
         name = self.free(name)
         output = ir.Value(
@@ -86,7 +86,7 @@ class NodeWriter:
         return value
 
     def free(self, name: str) -> str:
-        """Return ``name``, numbered where the model has it already; it is taken from then on."""
+        """Return ``name``, numbered if the model has it already, and mark it as taken."""
         number, free = 1, name
         while free in self._names:
             number += 1

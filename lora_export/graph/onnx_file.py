@@ -1,8 +1,8 @@
-"""Load, check and save ONNX graphs with `onnx_ir`; where each constant's bytes lie.
+"""Load, check and save ONNX graphs with `onnx_ir`, and find the bytes of their constants.
 
-External data is never read here: a constant is a `Source`, a byte range of some file, until something asks
-for its values. What may be referred to (`facts <https://onnx.ai/onnx/repo-docs/ExternalData.html>`_): a file
-in the model's own folder or below it, never an absolute path, one through ``..`` or a link out of it.
+External data is never read here: a constant is a `Source`, a byte range of a file, until its values are
+needed. A graph may refer (see https://onnx.ai/onnx/repo-docs/ExternalData.html) to a file in the model's own
+folder or below it, but not by an absolute path, through ``..``, or through a link out of the folder.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from lora_export.storage.inputs import note_inputs
 from lora_export.storage.sums import seal
 from lora_export.untrusted.shown import limited
 
-# Tensors without their data that are named: mostly they are all of a file's.
+# Limit of named tensors whose data is missing: usually it is all tensors of a file.
 _SHOWN = 5
-# What a merge can compute in. Everything else (int8, uint4, float8 …) is a quantised weight.
+# Types that a merge can compute in. Everything else (int8, uint4, float8 …) is a quantised weight.
 FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Where a constant's bytes are: ``length`` bytes at ``offset`` of ``path``, or ``data`` in memory.
+    """The place of a constant's bytes: ``length`` bytes at ``offset`` of ``path``, or ``data`` in memory.
 
-    Neither, where they are made when the constant is written (`ir.LazyTensor`).
+    It is neither if they are made when the constant is written (`ir.LazyTensor`).
     """
 
     length: int
@@ -76,36 +76,37 @@ class GraphFile:
                     yield value
 
     def data_files(self) -> set[Path]:
-        """Return the files that its constants' values lie in, outside the graph's own."""
+        """Return the files other than the graph's own that hold its constants' values."""
         tensors = (value.const_value for value in self.initializers())
         return {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
 
 
 def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> GraphFile:
-    """Read an ONNX file without its external data, and check that the external data is what belongs to it.
+    """Read an ONNX file without its external data, and check that the external data belongs to it.
 
-    Functions are inlined, so that every node is in a graph, but for those that say what one of ONNX Runtime's
-    own operators does: it runs the operator, and its results have other bits than the function's.
+    Functions are inlined, so that every node is in a graph, except those that define one of ONNX Runtime's
+    own operators: ONNX Runtime runs the operator, whose results differ in bits from the function's.
 
     Args:
         path: The file.
         portable: Inline those as well, for other runtimes.
 
     Raises:
-        GraphError: Not an ONNX file, empty, external data missing, short, outside the folder or not what a
-            graph of ours was written with, or scales that don't fit what they quantise.
+        GraphError: It is not an ONNX file, is empty, its external data is missing, short, outside of the
+            folder, or not the data that a graph of ours was written with, or scales don't fit the weights
+            that they quantise.
     """
     file = Path(path)
     if file.is_dir():
         raise GraphError(
             f"{file} is a folder, not an ONNX file",
-            "give the .onnx in it; of a checkpoint make one: lora-export capture-onnx FOLDER -o base.onnx",
+            "give the .onnx in it; for a checkpoint: lora-export capture-onnx FOLDER -o base.onnx",
         )
     if not file.is_file():
         raise GraphError(f"no ONNX file at {file}", "check the path")
     note_inputs([file])
     model = inlined(read_model(file), file, portable=portable)
-    model.metadata_props.pop(seal.KEY, None)  # of this file, not of what is made from the graph
+    model.metadata_props.pop(seal.KEY, None)  # the seal of this file, not of files made from the graph
     graph = GraphFile(model, file)
     _read_constants(model)
     problems = [problem for value in graph.initializers() for problem in _external_problems(value, file)]
@@ -115,7 +116,7 @@ def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> Graph
     if problems:
         raise GraphError(
             f"{file} has {len(problems)} tensors whose external data can't be read",
-            "put the data files that belong to this .onnx into its folder, where they were, seen from it",
+            "put the data files of this .onnx beside it, at the same relative paths as before",
             limited(problems, most=_SHOWN),
         )
     if problems := list(scale_problems(model)):
@@ -132,7 +133,7 @@ def load_graph(path: str | os.PathLike[str], *, portable: bool = False) -> Graph
 
 
 def _read_constants(model: ir.Model) -> None:
-    """Let Constant nodes' outputs know their values; those in other files become initializers."""
+    """Set the values of Constant nodes' outputs; those in other files become initializers."""
     for node in list(model.graph.all_nodes()):
         if node.op_type != "Constant" or (tensor := _constant_tensor(node)) is None:
             continue
@@ -142,7 +143,7 @@ def _read_constants(model: ir.Model) -> None:
 
 
 def initializer_of(value: ir.Value) -> ir.Value:
-    """Turn a Constant node's output into an initializer of the same name; return an initializer as it is."""
+    """Turn a Constant node's output into an initializer of the same name; return an initializer unchanged."""
     maker = value.producer()
     if maker is None:
         return value
@@ -158,7 +159,7 @@ def initializer_of(value: ir.Value) -> ir.Value:
 
 
 def take_over_output(product: ir.Value, total: ir.Value) -> None:
-    """Let ``total`` be the graph's output in place of ``product``, under the name that the output had."""
+    """Make ``total`` the graph's output in place of ``product``, under the output's name."""
     node = product.producer()
     assert node is not None
     graph = node.graph
@@ -173,7 +174,7 @@ def _constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
 
 
 def _attribute_problems(model: ir.Model) -> Iterator[str]:
-    """Yield attributes with tensors in other files: we don't read them, and an output would refer to them."""
+    """Yield attributes with tensors in other files: these aren't read, but an output would refer to them."""
     owners: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     for node in (node for owner in owners for node in owner.all_nodes()):
         for attribute in node.attributes.values():
@@ -203,18 +204,18 @@ def _external_problems(value: ir.Value, file: Path) -> Iterator[str]:
     length = needed if tensor.length is None else tensor.length
     size = path.stat().st_size
     if length != needed:
-        yield f"{value.name}: says {length} bytes, its shape {tuple(tensor.shape)} needs {needed}"
+        yield f"{value.name}: states {length} bytes, but its shape {tuple(tensor.shape)} needs {needed}"
     elif offset + length > size:
         yield f"{value.name}: bytes {offset}–{offset + length} of {location!r}, which has {size}"
 
 
 def byte_size(tensor: ir.TensorProtocol) -> int:
-    """Bytes that a dense tensor of this dtype and shape takes in ONNX (4-bit types packed in pairs)."""
+    """Return the bytes of a dense tensor of this dtype and shape in ONNX (4-bit types packed in pairs)."""
     return math.ceil(math.prod(int(d) for d in tensor.shape.numpy()) * tensor.dtype.bitwidth / 8)
 
 
 def source_of(tensor: ir.TensorProtocol) -> Source:
-    """Return where the bytes of ``tensor`` are (little-endian, as ONNX stores raw data)."""
+    """Return the place of a tensor's bytes (little-endian, as ONNX stores raw data)."""
     if isinstance(tensor, ir.ExternalTensor):
         return Source(byte_size(tensor), Path(tensor.path), tensor.offset or 0)
     if isinstance(tensor, ir.LazyTensor):
@@ -224,16 +225,16 @@ def source_of(tensor: ir.TensorProtocol) -> Source:
 
 
 def stored_matrix(tensor: ir.TensorProtocol) -> Array:
-    """Return a (memory-mapped) view of a tensor as a matrix: see `matrix_shape`."""
+    """Return a (memory-mapped) view of a tensor as a matrix, see `matrix_shape`."""
     values: Array = np.asarray(tensor.numpy())
     return values.reshape(matrix_shape(values.shape))
 
 
 def release(value: ir.Value) -> None:
-    """Give back the memory of a constant's pages that were read; views of it stay valid.
+    """Release the memory of a constant's pages that were read; views of it stay valid.
 
     Pages of a mapped file count as this process's memory until then: comparing all weights of a model would
-    come to the model's size.
+    take the model's size.
     """
     tensor = value.const_value
     if isinstance(tensor, ir.ExternalTensor) and tensor.raw is not None and hasattr(mmap, "MADV_DONTNEED"):
@@ -241,9 +242,9 @@ def release(value: ir.Value) -> None:
 
 
 def matrix_shape(shape: tuple[int, ...], stacked: bool = False) -> tuple[int, int]:
-    """Shape of a stored tensor seen as a matrix.
+    """Return the shape of a stored tensor viewed as a matrix.
 
-    The first axis are the rows and the rest the columns; a vector is one column; ``stacked`` matrices
+    The first axis is the rows and the rest the columns; a vector is one column; ``stacked`` matrices
     (experts) have the first two axes as rows.
     """
     if stacked and len(shape) == 3:
@@ -254,12 +255,12 @@ def matrix_shape(shape: tuple[int, ...], stacked: bool = False) -> tuple[int, in
 
 
 def shape_of(tensor: ir.TensorProtocol) -> tuple[int, ...]:
-    """Static shape of a tensor as plain integers."""
+    """Return the static shape of a tensor as plain integers."""
     return tuple(int(d) for d in tensor.shape.numpy())
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
-    """Write the protobuf, sealed; external tensors are written as the references that they are.
+    """Write the protobuf, sealed; external tensors are written as references.
 
     Raises:
         GraphError: The protobuf would exceed 2 GB.
@@ -268,17 +269,17 @@ def save_graph(model: ir.Model, path: Path) -> None:
 
 
 def proto_bytes(model: ir.Model) -> bytes:
-    """Return what `save_graph` writes before the seal.
+    """Return the bytes that `save_graph` writes before the seal.
 
     Raises:
-        GraphError: It would exceed 2 GB.
+        GraphError: The protobuf would exceed 2 GB.
     """
     proto = ir.to_proto(model)
     if proto.ByteSize() >= 2**31 - len(seal.ONNX_ENTRY):
         raise GraphError(
-            f"the graph without its external data is {proto.ByteSize()} bytes; protobuf stops at 2 GB",
+            f"the graph without its external data is {proto.ByteSize()} bytes; protobuf's limit is 2 GB",
             "save the base with external data first (onnx_ir.save(..., external_data=...))",
         )
-    # Deterministic: map fields (metadata) in key order, so that the same inputs give the same bytes.
+    # Deterministic: map fields (metadata) are in key order, so that equal inputs give equal bytes.
     data: bytes = proto.SerializeToString(deterministic=True)
     return data

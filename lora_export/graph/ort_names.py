@@ -1,10 +1,11 @@
-"""Rename the constants whose names ONNX Runtime's optimiser would give again.
+"""Rename constants whose names ONNX Runtime's optimiser would use again.
 
-It names the shapes and splits that it makes as if they were nodes (``Graph::GenerateUniqueNodeName``), or,
-where it makes one Reshape of several, after the first of them (``<node>_new_shape``, ``reshape_fusion.cc``),
-and doesn't ask whether a constant has that name. In a graph that it has saved, constants have them: with one
-more place to fuse than it left there, it can't be loaded any more ("Attempt to replace the existing tensor").
-Seen with onnxruntime 1.32. All else that it adds gets a name that is free.
+The optimiser names the shapes and splits that it makes as if they were nodes
+(``Graph::GenerateUniqueNodeName``), or, when it joins several Reshapes, after the first of them
+(``<node>_new_shape``, ``reshape_fusion.cc``), and doesn't check whether a constant has that name. In a graph
+that it has saved, constants have these names: if it finds another place to fuse, the graph can't be loaded
+any more ("Attempt to replace the existing tensor"). Seen with onnxruntime 1.32. Everything else that it adds
+gets a free name.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import onnx_ir as ir
 from lora_export.graph.onnx_file import GraphFile
 
 # MatMulAddFusion's shapes, GatherToSplitFusion's and GatherToSliceFusion's operands, ReshapeFusion's shapes;
-# of the second of a kind, and so on, the name is numbered.
+# from the second of a kind on, the name is numbered.
 _GIVEN_AGAIN = re.compile(
     r"(gemm_(input|output)_shape|splits|starts|ends|axes|steps)(_token_\d+)?|.*(_new_shape|_token_\d+)"
 )
 
 
 def free_names(graph: GraphFile) -> None:
-    """Rename the integers of a graph whose names ONNX Runtime may give to others; inputs and outputs stay."""
+    """Rename a graph's integer constants whose names ONNX Runtime may use; inputs and outputs stay."""
     found = []
     for owner in graph.graphs():
         inputs = {id(value) for value in owner.inputs}

@@ -1,4 +1,4 @@
-"""Read an ONNX file as onnx_ir's model, with its functions inlined; what is no valid file is refused."""
+"""Read an ONNX file as onnx_ir's model with its functions inlined, and refuse an invalid file."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lora_export.untrusted.shown import limited, shown
 
 # The domain of ONNX Runtime's own operators.
 ORT_DOMAIN = "com.microsoft"
-# Problems that are named: mostly they are all of a kind.
+# Limit of listed problems: usually they are all of one kind.
 _SHOWN = 5
 _REASON = 200
 _AGAIN = "export it again, or copy it again"
-# Suffix → what such a file is.
+# Suffix → description of such a file.
 _OTHERS = {
     **dict.fromkeys((".engine", ".plan", ".trt"), "a TensorRT engine"),
     **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin"), "a PyTorch file"),
@@ -27,10 +27,10 @@ _OTHERS = {
 
 
 def read_model(file: Path) -> ir.Model:
-    """Return the model of a file as it is written; external data is not read.
+    """Return the model of a file unchanged; external data is not read.
 
     Raises:
-        GraphError: It is not an ONNX file, or can be understood in two ways.
+        GraphError: It is not an ONNX file, or is ambiguous.
     """
     import onnx
 
@@ -52,18 +52,20 @@ def read_model(file: Path) -> ir.Model:
 
 
 def inlined(model: ir.Model, file: Path, *, portable: bool = False) -> ir.Model:
-    """Return a model whose functions are inlined, and that is a valid graph.
+    """Return a valid model with its functions inlined.
 
     Args:
-        model: It is changed.
-        file: Where it was read, for messages.
-        portable: Inline those as well that say what one of ONNX Runtime's own operators does.
+        model: The model, which is changed.
+        file: File of the model, for messages.
+        portable: Also inline functions that define one of ONNX Runtime's own operators.
 
     Raises:
         GraphError: It is empty, or breaks a rule of `lora_export.untrusted.graphs`.
     """
     if not len(model.graph):
-        raise GraphError(f"{file} holds no nodes: it is empty, cut short or no ONNX file", "export it again")
+        raise GraphError(
+            f"{file} holds no nodes: it is empty, cut short or not an ONNX file", "export it again"
+        )
     if problems := [*function_problems(model), *graph_problems(model)]:
         raise _invalid(file, problems)
     if not model.functions:
@@ -73,9 +75,7 @@ def inlined(model: ir.Model, file: Path, *, portable: bool = False) -> ir.Model:
     try:
         model = InlinePass(None if portable else _is_no_operator)(model).model
     except Exception as error:  # onnx_ir raises many kinds for functions that don't fit where they are called
-        raise _invalid(
-            file, [f"its functions can't be put in place of their calls: {_first_line(error)}"]
-        ) from error
+        raise _invalid(file, [f"its functions can't be inlined: {_first_line(error)}"]) from error
     if problems := list(graph_problems(model)):
         raise _invalid(file, problems)
     return model
@@ -94,11 +94,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _refuse_other_formats(file: Path) -> None:
-    """Raise `GraphError` for files that people take for ONNX, by their first bytes or their name."""
+    """Raise `GraphError` for files that people mistake for ONNX, by their first bytes or their name."""
     if file.suffix == ".safetensors":
         raise GraphError(
             f"{file} holds weights, not a graph",
-            "give an .onnx file, or where a checkpoint is taken as well, the folder that it is in",
+            "give an .onnx file, or, if the command also takes a checkpoint, the folder that it is in",
         )
     with open_regular(file) as opened:
         start = opened.read(8)

@@ -1,4 +1,4 @@
-"""Shapes that a graph does not tell, inferred without writing them into it."""
+"""Infer shapes that are not in a graph, without writing them into it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from collections.abc import Iterator
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-# onnx computes vectors that shapes are made of (``data_prop``) whatever their length: a Concat that doubles
-# one forty times fills the memory.
+# onnx computes vectors for shapes (``data_prop``) of any length: a Concat that doubles one forty times fills
+# the memory.
 _LONGEST = 1 << 20
 
 
 def shapes_of(model: ir.Model) -> dict[int, ir.Shape]:
-    """Return the id of each value → its shape, where the graph has it or onnx can infer it.
+    """Return id of each value → its shape, if the graph has it or onnx can infer it.
 
-    The model stays as it is: more shapes would change which of the base's nodes ONNX Runtime fuses, and so
-    the base's bits.
+    The model is not changed: more shapes would change which of the base's nodes ONNX Runtime fuses, and so
+    the bits of the base's results.
     """
     values = list(_all_values(model))
     found = {id(value): value.shape for value in values}
@@ -31,7 +31,7 @@ def shapes_of(model: ir.Model) -> dict[int, ir.Shape]:
 
 
 def _is_long(shape: ir.Shape | None) -> bool:
-    """Whether a value is a vector of more elements than onnx is to compute."""
+    """Return whether a value is a vector with more elements than onnx should compute."""
     return shape is not None and len(shape) == 1 and isinstance(shape[0], int) and shape[0] > _LONGEST
 
 

@@ -1,4 +1,4 @@
-"""Which dtypes a graph's weights and outputs have, and which operators quantise."""
+"""Find the dtypes of a graph's weights and outputs, and its operators that quantise."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from lora_export.graph.onnx_file import FLOAT_TYPES, GraphFile, byte_size
 
 _NAMES = {"FLOAT": "float32", "DOUBLE": "float64", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
 _DEFAULT = "float32"
-# Operators whose weights are whole numbers: what they lose can't be told from a dtype.
+# Operators whose weights are integers: their loss does not follow from a dtype.
 _QUANTISED = ("MatMulNBits", "GatherBlockQuantized", "QuantizeLinear", "DequantizeLinear", "DynamicQuantize")
-# Scalars and norms stay in float32 in many half precision graphs.
+# In many half precision graphs, scalars and norms stay in float32.
 _SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class StoredTypes:
-    """What a graph stores.
+    """The stored types of a graph.
 
     Attributes:
         outputs: Dtype of its first float output.
@@ -32,13 +32,13 @@ class StoredTypes:
 
     @property
     def mostly(self) -> str | None:
-        """The dtype that most of the weights are stored in; None where none is most."""
+        """The dtype of more than half of the weights, by bytes; None without one."""
         total = sum(self.weights.values())
         return next((name for name, size in self.weights.items() if size > _SHARE * total), None)
 
 
 def stored_types(graph: GraphFile) -> StoredTypes:
-    """Read them off a graph."""
+    """Return the stored types of a graph."""
     weights: Counter[str] = Counter()
     for value in graph.initializers():
         tensor = value.const_value

@@ -1,1 +1,1 @@
-"""Whether files are still what was written: every file of a set by its full hash."""
+"""Check whether files are unchanged since they were written, every file of a set by its full hash."""

@@ -16,13 +16,13 @@ from lora_export.storage.sums.full import file_digest
 from lora_export.storage.sums.seal import find_seal
 
 State = Literal["ok", "sampled", "unhashed", "not described", "changed", "missing", "outside"]
-# What decides where several things are said of one file, the strongest first.
+# The states by strength: of several findings on one file, the first in this order decides.
 _STRENGTH: tuple[State, ...] = (
     *("outside", "missing", "changed"),
     *("ok", "sampled", "unhashed", "not described"),
 )
 BROKEN: frozenset[State] = frozenset({"changed", "missing", "outside"})
-# What a program would load or run: none of it may be there without a word about it.
+# Files that a program would load or run: each of them must be described.
 _LOADED = {
     *(".onnx", ".data", ".onnx_adapter", ".safetensors", ".engine", ".plan"),
     *(".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".so", ".py", ".sh"),
@@ -34,14 +34,14 @@ PathLike = str | os.PathLike[str]
 
 @dataclass
 class FileState:
-    """What is known of one file.
+    """State of one file.
 
     Attributes:
         path: The file.
-        state: The strongest of what was found.
-        by: The files that describe it; its own name where it has a seal.
-        details: Seen versus wanted, or why it could not be compared.
-        matters: That nothing describes it is no small thing: a program would load it.
+        state: The strongest finding.
+        by: Names of the files that describe it; its own name if it has a seal.
+        details: Seen versus wanted, or the reason why it could not be compared.
+        matters: Whether it must be described, because a program would load it.
     """
 
     path: Path
@@ -51,7 +51,7 @@ class FileState:
     matters: bool = False
 
     def add(self, state: State, by: str, detail: str = "") -> None:
-        """Take in one more thing that was found."""
+        """Add a finding."""
         stronger = _STRENGTH.index(state) < _STRENGTH.index(self.state)
         if stronger:
             self.state = state
@@ -64,16 +64,16 @@ class FileState:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was found.
+    """Result of a check.
 
     Attributes:
-        files: Every file that was looked at, by path.
+        files: All files that were checked, by path.
     """
 
     files: tuple[FileState, ...]
 
     def failures(self, allow_sampled: bool = False) -> list[FileState]:
-        """Return the files that are not, or can't be known to be, what was written."""
+        """Return the files that have changed, or may have."""
         allowed = {"ok"} | ({"sampled", "unhashed"} if allow_sampled else set())
         return [
             found
@@ -103,34 +103,34 @@ def verify(
     """Check graphs, folders, engines, converted adapters, manifests and kits by full hashes.
 
     Args:
-        paths: Files, with all of the set that they belong to, and folders, with all that is in them.
-        progress: Called with the number of bytes just read.
+        paths: Files, which are checked with the whole set that they belong to, and folders, with all files.
+        progress: Function called with the number of bytes just read.
 
     Raises:
-        LoraExportError: A path does not exist, or nothing there says what it was written as.
+        LoraExportError: A path does not exist, or has no hash to check.
     """
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     check = _Check(progress or (lambda _bytes: None))
     bare = []
     for path in map(Path, given):
         if not (path.is_file() or path.is_dir()):
-            raise LoraExportError(f"there is no file or folder at {path}", "check the path")
+            raise LoraExportError(f"no file or folder at {path}", "check the path")
         before = check.compared
         check.look_at_all(_files(path))
         if check.compared == before:
             bare.append(str(path))
     if bare:
         raise LoraExportError(
-            "nothing says what was written here: no hash was found to check",
-            "give what lora-export wrote (a graph, its folder, an engine with its record, a converted "
-            "adapter, a kit); of a single file copied elsewhere, give the whole set",
+            "no hash was found to check",
+            "give an output of lora-export (a graph, its folder, an engine with its record, a converted "
+            "adapter, a kit); for a single file copied elsewhere, give the whole set",
             bare,
         )
     return VerifyReport(tuple(sorted(check.states.values(), key=lambda found: str(found.path))))
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """Yield the files of a folder, but for hidden ones, or a file and those beside it that describe it."""
+    """Yield the files of a folder except hidden ones, or a file and those beside it that describe it."""
     if not path.is_dir():
         yield path
         for beside in sorted(path.parent.iterdir()):
@@ -153,7 +153,7 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def _may_name(beside: Path, name: str) -> bool:
-    """Whether a file describes another, or may have before it was damaged."""
+    """Return whether a file describes another one, or may have before it was damaged."""
     description = description_of(beside)
     if description is None:
         return False
@@ -161,18 +161,18 @@ def _may_name(beside: Path, name: str) -> bool:
         return True
     seal = find_seal(beside)
     is_broken = seal is not None and seal.seen(beside) != seal.digest
-    # Other graphs beside it have files of their own.
+    # Other graphs beside it describe only files of their own.
     return beside.suffix != ".onnx" and (is_broken or bool(description.problems))
 
 
 @dataclass
 class _Check:
-    """Files looked at so far, by where they lead.
+    """The files that were checked so far.
 
     Attributes:
-        progress: Called with the number of bytes just read.
-        states: What was found, by real path.
-        compared: How many hashes were compared.
+        progress: Function called with the number of bytes just read.
+        states: States of the files, by real path.
+        compared: Number of compared hashes.
     """
 
     progress: Callable[[int], None]
@@ -183,14 +183,14 @@ class _Check:
     _named: list[Path] = field(default_factory=list)
 
     def look_at_all(self, paths: Iterable[Path]) -> None:
-        """Look at files, and at those that they describe and that describe others in turn."""
+        """Check files and the files that they describe, which may describe others in turn."""
         for path in paths:
             self._look_at(path)
         while self._named:
             self._look_at(self._named.pop())
 
     def _look_at(self, path: Path) -> None:
-        """Compare a file with its own seal, and what it describes with what it says."""
+        """Compare a file with its own seal, and the files that it describes with their descriptions."""
         if (real := os.path.realpath(path)) in self._seen:
             return
         self._seen.add(real)
@@ -201,11 +201,11 @@ class _Check:
             self.compared += 1
             found = seal.seen(path)
             self.progress(path.stat().st_size)
-            wanted = seal.digest or "a hash, and the place of it is damaged"
+            wanted = seal.digest or "a hash, but its place is damaged"
             detail = "" if found == seal.digest else f"{seal.algorithm} {found}, wanted {wanted}"
             state.add("changed" if detail else "ok", path.name, detail)
             is_broken = bool(detail)
-        # A damaged graph says nothing that is worth the reading of it; a list may still tell what is there.
+        # A damaged graph is not read; a damaged list may still tell which files there are.
         description = None if is_broken and path.suffix == ".onnx" else description_of(path)
         if description is None:
             return
@@ -213,9 +213,9 @@ class _Check:
             self.compared += 1
             state.add("changed", path.name, problem)
         if description.is_unsealed:
-            state.add("changed", path.name, "it has no hash of its own, with which it was written")
+            state.add("changed", path.name, "the hash of its own that it was written with is missing")
         elif path.name == SUMS:
-            state.add("ok", path.name)  # every character of it is compared with something
+            state.add("ok", path.name)  # all of its characters are compared with something
         elif seal is None and description.claims:
             state.add("unhashed", path.name, _EARLIER)
         for claim in description.claims:
@@ -225,7 +225,9 @@ class _Check:
             if place not in {claim.place for claim in description.claims}:
                 used = self._state(path.parent / place)
                 used.matters = True
-                used.add("not described", path.name, "its weights lie there, and it does not say as what")
+                used.add(
+                    "not described", path.name, "it holds weights of this graph, which has no hash of it"
+                )
 
     def _state(self, path: Path) -> FileState:
         shown = Path(os.path.normpath(path))
@@ -234,16 +236,16 @@ class _Check:
     def _compare(self, claim: Claim, by: Path) -> None:
         path = by.parent / claim.place
         if place_problem(by, claim.place):
-            # Not joined: a claim may not speak of a file elsewhere, whatever lies there.
+            # Not joined: a claim may not be about a file elsewhere.
             key = f"{by}\0{claim.place}"
             outside = self.states.setdefault(key, FileState(Path(f"{by}: {claim.place}")))
-            outside.add("outside", by.name, "a set's files lie in its folder, without links out of it")
+            outside.add("outside", by.name, "a set's files must be in its folder, without links out of it")
             return
         state = self._state(path)
         try:
             size = path.stat().st_size if path.is_file() else None
             if size is None:
-                state.add("missing", by.name, "there is no file")
+                state.add("missing", by.name, "it does not exist")
             elif claim.size_bytes is not None and size != claim.size_bytes:
                 self.compared += 1
                 state.add("changed", by.name, f"{size} bytes, wanted {claim.size_bytes}")
@@ -279,7 +281,7 @@ class _Check:
         return self._digests[key]
 
     def _compare_identity(self, description: Description, by: Path) -> None:
-        """Compare what an earlier version's merge says of its graph and data together."""
+        """Compare the common identity of graph and data in the manifest of an earlier version's merge."""
         paths = [by.parent / claim.place for claim in description.claims]
         inside = not any(place_problem(by, claim.place) for claim in description.claims)
         if not description.identity or not inside or not all(path.is_file() for path in paths):
@@ -289,4 +291,4 @@ class _Check:
         if found != description.identity:
             detail = f"identity {found}, wanted {description.identity}"
             for path in paths:
-                self._state(path).add("changed", by.name, f"of all files of {by.name} together: {detail}")
+                self._state(path).add("changed", by.name, f"all files of {by.name} together: {detail}")

@@ -1,8 +1,8 @@
-"""What the files of a set say of one another, read from each kind of file that we write.
+"""Read the claims of a set's files about each other, from each kind of file that we write.
 
-A manifest, an engine's record, the config of an Edge-LLM folder and a demo's report list ``files``; a graph
-names its data in its metadata; a kit has ``SHA256SUMS``. All of it is a stranger's word: places are looked up
-in the folder alone, and nothing is believed but what a hash confirms.
+A manifest, an engine record, the config of an Edge-LLM folder and a demo's report list ``files``; a graph
+names its data in its metadata; a kit has ``SHA256SUMS``. None of it is trusted: files are looked up only in
+the folder, and a claim counts only if a hash confirms it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _SUM = re.compile(r"([0-9a-f]{64})  ([^\n]+)")
 
 @dataclass(frozen=True)
 class Claim:
-    """What one file says that another is.
+    """A claim of one file about another.
 
     Attributes:
-        place: Of the other, seen from the folder of the first.
-        blake3: Of all of it; empty where it is not said.
-        sha256: Of all or of a sample of it (`manifest.is_sampled`); empty where it is not said.
-        whole: ``sha256`` is of all of it, however large it is.
-        size_bytes: Its size, where it is said.
+        place: Path of the other file from the folder of the first.
+        blake3: Hash of the whole file; empty if not stated.
+        sha256: Hash of the whole file or of a sample (`manifest.is_sampled`); empty if not stated.
+        whole: Whether ``sha256`` is of the whole file, whatever its size.
+        size_bytes: Its size, if stated.
     """
 
     place: str
@@ -47,14 +47,14 @@ class Claim:
 
 @dataclass(frozen=True)
 class Description:
-    """What a file says of others.
+    """The claims of a file about others.
 
     Attributes:
-        claims: One for each of them.
-        uses: Places that it reads without saying what lies there.
-        problems: What is wrong with the description itself.
-        is_unsealed: It describes others as only a sealed file does, and has no seal.
-        identity: Of all claims together (`manifest.identity_of`), where only that is said.
+        claims: A claim for each of the other files.
+        uses: Paths of files that it reads but has no hash of.
+        problems: Problems of the description itself.
+        is_unsealed: Whether it describes others as only a sealed file does, but has no seal.
+        identity: Identity of all claimed files together (`manifest.identity_of`), if only that is stated.
     """
 
     claims: tuple[Claim, ...] = ()
@@ -66,14 +66,14 @@ class Description:
 
 @dataclass(frozen=True)
 class _Listing:
-    """What is read of a manifest, of a record and of a report."""
+    """The fields that are read from a manifest, an engine record or a report."""
 
     files: Mapping[str, FileHash] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Outputs:
-    """What a merge's manifest of an earlier version says of its outputs."""
+    """The outputs in the manifest of an earlier version's merge."""
 
     graph: str = ""
     data: str = ""
@@ -89,7 +89,7 @@ class _Earlier:
 
 
 def description_of(path: Path) -> Description | None:
-    """Return what a file says of others; None where it is of no kind that does.
+    """Return the claims of a file about others; None if it is of a kind that has none.
 
     Args:
         path: A regular file.
@@ -112,7 +112,7 @@ def _sums(path: Path) -> Description:
     found = [(line, _SUM.fullmatch(line)) for line in lines[:-1]]
     problems = [f"line {number + 1} is not a hash and a name" for number, (_, m) in enumerate(found) if not m]
     if lines[-1]:
-        problems.append("its last line has no end")
+        problems.append("its last line does not end with a line break")
     claims = tuple(Claim(match[2], sha256=match[1], whole=True) for _, match in found if match)
     return Description(claims, problems=tuple(problems))
 
@@ -146,7 +146,7 @@ def _claim(place: str, entry: FileHash) -> Claim:
 
 
 def _earlier_record(path: Path) -> Description:
-    """Return what an engine's record of an earlier version says: the engine's hash, nothing of itself."""
+    """Return the claims of an earlier version's engine record: the engine's hash, but not its own."""
     try:
         record = EngineRecord.read(path)
     except BackendError as error:
@@ -156,7 +156,7 @@ def _earlier_record(path: Path) -> Description:
 
 
 def _earlier_manifest(data: dict[str, object]) -> Description:
-    """Return what a manifest of an earlier version says: which files there are, of a merge their identity."""
+    """Return the claims of an earlier version's manifest: its files and, for a merge, their identity."""
     try:
         outputs = from_plain(_Earlier, data, known_only=False).outputs
     except FieldError as error:

@@ -1,1 +1,1 @@
-"""Bytes of weights: how values are stored."""
+"""Store weights: values, files, hashes and commits."""

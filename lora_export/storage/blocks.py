@@ -1,4 +1,4 @@
-"""Merge a stored matrix block by block: widen, add the patches, round once, measure what rounding cost.
+"""Merge a stored matrix block by block: widen, add the patches, round once, measure the loss by rounding.
 
 A block is a range of whole rows of about `BLOCK` elements, small enough that its few buffers stay in the
 processor's second-level cache, and large enough that Python's share of the time is small.
@@ -21,7 +21,7 @@ from lora_export.storage.rounding import Mode, Sample
 BLOCK = 1 << 18
 # Rows longer than this are cut into pieces of BLOCK elements.
 WIDE = 1 << 20
-# A patch that covers more blocks than this is measured on about this many, evenly spaced.
+# A patch that covers more blocks than this is measured on about this many blocks, evenly spaced.
 SAMPLED_BLOCKS = 4
 
 
@@ -32,13 +32,13 @@ class MergePiece:
     Attributes:
         name: The tensor's name, for messages.
         source: File that holds it, row-major; or an array of its values.
-        offset: Where it starts in the file, in bytes (of no meaning for an array).
-        at: Where it goes in the output, in bytes.
-        shape: ``(rows, cols)``; tensors of more axes are seen as a matrix, vectors as ``(1, n)``.
-        dtype_in: How it is stored: float32, float64, float16, bfloat16 or another ml_dtypes float.
-        dtype_out: How to write it.
-        patches: What to change; the dtype of the sum is float32, or float64 if either dtype is.
-            (ml_dtypes rounds float64 to float32 on the way to bfloat16.)
+        offset: Its place in the file, in bytes (ignored for an array).
+        at: Its place in the output, in bytes.
+        shape: ``(rows, cols)``; tensors of more axes are viewed as a matrix, vectors as ``(1, n)``.
+        dtype_in: Stored dtype: float32, float64, float16, bfloat16 or another ml_dtypes float.
+        dtype_out: Dtype to write.
+        patches: Changes; the dtype of the sum is float32, or float64 if either dtype is.
+            (ml_dtypes rounds float64 to float32 before bfloat16.)
     """
 
     name: str
@@ -52,7 +52,7 @@ class MergePiece:
 
     @property
     def length(self) -> int:
-        """Bytes in the output."""
+        """Size in the output, in bytes."""
         return self.shape[0] * self.shape[1] * self.dtype_out.itemsize
 
 
@@ -92,7 +92,7 @@ class Buffers:
         self._held: dict[str, Array] = {}
 
     def take(self, name: str, dtype: np.dtype[Any], size: int) -> Array:
-        """Return an uninitialised array ``(size,)``; the same memory each time for one name."""
+        """Return an uninitialised array ``(size,)``; one name gets the same memory each time."""
         held = self._held.get(name)
         if held is None or held.nbytes < size * dtype.itemsize:
             held = self._held[name] = np.empty(size * dtype.itemsize, np.uint8)
@@ -101,11 +101,11 @@ class Buffers:
 
 @dataclass
 class Findings:
-    """What the blocks of one thread showed.
+    """Measurements from the blocks of one thread.
 
     Attributes:
         samples: Measured rounding.
-        bad_base: Tensor name → number of NaN or infinite values that the base holds already.
+        bad_base: Tensor name → number of NaN or infinite values that the base already has.
         overflow: ``(label, tensor name, dtype)`` → number of values that became NaN or infinite.
     """
 
@@ -118,14 +118,14 @@ Region = tuple[slice, slice]
 
 
 class Matrix:
-    """A `MergePiece` made ready: factors in the dtype of the sum, replacements first, DoRA last."""
+    """A `MergePiece` prepared for merging: factors in the dtype of the sum, replacements first, DoRA last."""
 
     def __init__(self, piece: MergePiece, rounding: Mode) -> None:
         self.piece = piece
         wide = np.dtype(np.float64) in (piece.dtype_in, piece.dtype_out)
         self.compute: np.dtype[Any] = np.dtype(np.float64 if wide else np.float32)
         self.patches = [self._prepared(patch) for patch in sorted(join(piece.patches), key=_order)]
-        # Where rectangles overlap, one product is not the whole change; it is then found by difference.
+        # If rectangles overlap, one product is not the whole change, which is then found by difference.
         self._alone = [
             patch.left is not None
             and patch.magnitude is None
@@ -154,7 +154,7 @@ class Matrix:
 
     @property
     def needs_norms(self) -> bool:
-        """Whether some DoRA norm spans several blocks, so that `measure_norms` must come first."""
+        """Whether some DoRA norm spans several blocks, so that `measure_norms` must be called first."""
         rows_are_cut = self.piece.shape[1] > WIDE
         return any(p.magnitude is not None and (p.magnitude_axis == 1 or rows_are_cut) for p in self.patches)
 
@@ -184,10 +184,10 @@ class Matrix:
         """Return the block's new values ``(size,)`` in the output's dtype; valid until the next call.
 
         Args:
-            stored: The block as the file holds it, ``(size,)`` of ``dtype_in``.
-            block: Which part of the matrix.
-            buffers: The calling thread's.
-            findings: The calling thread's; gets what this block showed.
+            stored: The block as stored, ``(size,)`` of ``dtype_in``.
+            block: The block's place in the matrix.
+            buffers: Buffers of the calling thread.
+            findings: Findings of the calling thread, to which this block's are added.
         """
         grid = self._widened(stored, block, buffers)
         product = buffers.take("product", self.compute, block.size).reshape(grid.shape)
@@ -200,7 +200,7 @@ class Matrix:
         flat = grid.reshape(-1)
         out = buffers.take("out", self.piece.dtype_out, block.size)
         out[...] = flat
-        # If the sum of squares is below max², no element can exceed max; otherwise look closer.
+        # If the sum of squares is below max², no element can exceed max; otherwise each is inspected.
         if not float(np.dot(flat, flat)) < self._safe_square:
             self._inspect(stored, out, block, findings)
         measured = [i for i in range(len(self.patches)) if self._is_measured(self.patches[i], block)]
@@ -231,12 +231,12 @@ class Matrix:
             np.multiply(grid[region], grid[region], out=product[region])
             norms = np.sqrt(product[region].sum(axis=1))
         magnitude = patch.magnitude[along]
-        # A channel that a folded batch norm multiplies by 0 has no norm and no magnitude: it stays 0.
+        # A channel that a folded batch norm multiplies by 0 has norm 0 and magnitude 0, and stays 0.
         factor = np.divide(magnitude, norms, out=np.zeros_like(norms), where=(norms != 0) | (magnitude != 0))
         grid[region] *= factor[:, None] if patch.magnitude_axis == 0 else factor[None, :]
 
     def _is_measured(self, patch: Patch, block: Block) -> bool:
-        """Whether this block is one of the evenly spaced ones on which ``patch`` is measured."""
+        """Return whether this block is one of the evenly spaced ones on which ``patch`` is measured."""
         if self._rounding == "off" or _region(patch, block) is None:
             return False
         if self._rounding == "exact" or block.width < self.piece.shape[1]:
@@ -285,7 +285,7 @@ class Matrix:
             )
 
     def _inspect(self, stored: Array, out: Array, block: Block, findings: Findings) -> None:
-        """Count NaN and infinities, apart for those that the base brought along."""
+        """Count NaN and infinities, separately for those that the base already had."""
         name, dtype = self.piece.name, self.piece.dtype_out.name
         bad_before = ~np.isfinite(stored.astype(self.compute))
         bad = ~np.isfinite(out.astype(self.compute)) & ~bad_before

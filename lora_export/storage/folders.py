@@ -1,4 +1,4 @@
-"""Folders that are replaced as a whole: only one of ours, and only where nothing else lies in it."""
+"""Replace folders as a whole: only our own ones, and only if they hold no other files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _SHOWN = 8
 
 
 def listed_files(record: Path, key: str = "") -> set[str]:
-    """Return what a record of ours says is in its folder, with itself; nothing where it is no record of ours.
+    """Return the files that our record lists, with the record itself; none if it is not a record of ours.
 
     Args:
         record: A JSON file that lists ``files``.
-        key: Where in it the record is.
+        key: Key of the record in it.
     """
     try:
         found = read_json(record)
@@ -31,25 +31,25 @@ def listed_files(record: Path, key: str = "") -> set[str]:
 
 
 def refuse_strangers(folder: Path, listed: Collection[str], what: str) -> None:
-    """Raise `OutputError` where replacing a folder would remove what no run of ours has put there.
+    """Raise `OutputError` if replacing a folder would remove files that we have not written.
 
     Args:
-        folder: What is to be replaced; it may be absent or empty.
+        folder: Folder to be replaced; it may be absent or empty.
         listed: The files that its own record lists.
-        what: What we write there: "kit".
+        what: Name of what we write there: "kit".
     """
     if not os.path.lexists(folder):
         return
     if folder.is_symlink() or not folder.is_dir():
-        raise OutputError(f"{folder} is no folder of a {what}", "choose another name")
+        raise OutputError(f"{folder} is not a folder of a {what}", "choose another name")
     others = sorted(set(_places(folder)) - set(listed) - {NAME})
     if not others:
         return
     more = [f"… and {len(others) - _SHOWN} more"] if len(others) > _SHOWN else []
-    holds = "holds other files than those that its record lists" if listed else f"is no {what} that we wrote"
+    holds = "holds files that its record does not list" if listed else f"is not a {what} that we wrote"
     raise OutputError(
         f"{folder} {holds}: it is not replaced, even with --force",
-        "move these away, or choose another name",
+        "move these files away, or choose another name",
         [*others[:_SHOWN], *more],
     )
 

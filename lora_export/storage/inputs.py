@@ -1,4 +1,4 @@
-"""The files that a result is made from: the same from the first look at them to the last, or no result.
+"""Make sure that the files that a result is made from stay the same from the first look at them to the last.
 
 A base is read several times by its path: its header, its hash, its weights. A commit of another run may
 replace it in between, and the result would be of two models under the hash of one. So whoever opens an input
@@ -21,11 +21,11 @@ from lora_export.errors import InputChangedError
 
 @dataclass(frozen=True)
 class FileState:
-    """What tells a file from one that has taken its place, and from itself after somebody has written to it.
+    """State of a file, which differs after it has been replaced or written to.
 
     Attributes:
         path: Its absolute path, links not followed.
-        device: The file system; -1 where there is no such file.
+        device: The file system; -1 if the file does not exist.
         inode: Its number there.
         size_bytes: Its size.
         modified_ns: When it was written to.
@@ -61,7 +61,7 @@ class FileState:
         return f"{self.path}: written to ({self.size_bytes} bytes then, {now.size_bytes} now)"
 
     def is_of(self, other: FileState) -> bool:
-        """Whether both are states of one file."""
+        """Return whether both are states of one file."""
         return (self.device, self.inode) == (other.device, other.inode)
 
 
@@ -88,7 +88,7 @@ def same_inputs(at_end: bool = False) -> Iterator[Inputs]:
     """Return a block, or a decorator, within which inputs are noted for one result.
 
     Args:
-        at_end: There is no commit that looks at them: it is done when the block is. Such a block within
+        at_end: No commit looks at them: it is done when the block is. Such a block within
             another one is a part of it, as a session that a parity check opens.
 
     Raises:
@@ -139,7 +139,7 @@ def forget_inputs(written: Iterable[Path]) -> None:
 
 
 def refuse_changed_inputs() -> None:
-    """Raise `InputChangedError` where an input of this block has changed since it was noted."""
+    """Raise `InputChangedError` if an input of this block has changed since it was noted."""
     if (inputs := _INPUTS.get()) is not None:
         refuse_changed(inputs.states.values())
 
@@ -149,7 +149,7 @@ def refuse_changed(
     since: str = "while being read",
     hint: str = "nothing was written: run it again when nobody writes them",
 ) -> None:
-    """Raise `InputChangedError` naming every file whose state is another one now.
+    """Raise `InputChangedError` naming every file whose state has changed.
 
     Args:
         states: Of when they were first looked at.

@@ -1,6 +1,6 @@
-"""What was written, as data: inputs by hash, the plan, what rounding cost, versions. JSON, read and written.
+"""Read and write manifests: JSON with the inputs' hashes, the plan, the loss by rounding, and versions.
 
-Nothing in a manifest depends on the clock, the machine or absolute paths: same inputs, same bytes.
+Nothing in a manifest depends on the clock, the machine or absolute paths: equal inputs give equal bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lora_export.untrusted.fields import Count, FieldError, from_plain, seen
 
 FORMAT = 1
 _HINT = "give the OUT.lora.json of a merge"
-# Larger files are known by a sample: hashing 2.5 GB takes longer than merging it.
+# Larger files are identified by a sample: hashing 2.5 GB takes longer than merging it.
 _WHOLE_BYTES = 64 << 20
 _SAMPLES = 256
 _SAMPLE_BYTES = 64 << 10
@@ -37,11 +37,11 @@ class FileHash:
 
     Attributes:
         name: File name without folders.
-        size_bytes: Its size.
-        sha256: Of its content, or see ``sampled``.
-        sampled: The hash is over the size and 256 evenly spaced blocks of 64 KiB instead of the whole.
-        blake3: Of all of its content; empty where only its identity was asked for, and in files that earlier
-            versions wrote.
+        size_bytes: Size of the file.
+        sha256: Hash of its content, or of a sample (see ``sampled``).
+        sampled: Whether the hash covers only the size and 256 evenly spaced blocks of 64 KiB.
+        blake3: Hash of all of its content; empty if only its identity was needed, and in files of earlier
+            versions.
     """
 
     name: str
@@ -58,15 +58,14 @@ class Manifest:
     Attributes:
         mode: ``merge-onnx``, ``merge``, ``swap-onnx`` or ``bank-onnx``.
         base: The base model's files.
-        adapters: For each adapter: name, format, sha256, weight in the blend, scaling by module; and where it
-            is not the whole file `Adapter.part`.
+        adapters: For each adapter: name, format, sha256, weight in the blend, scaling by module; and
+            `Adapter.part` if it is not the whole file.
         plan: `Plan.as_dict`.
-        rounding: What rounding cost: total and by module.
-        outputs: The files written, by what they are.
-        versions: Packages that decide about the bytes written.
-        exposed: The record of a graph with exposed LoRA, see `exposed.ExposedGraph`.
-        files: All files that belong to what was written, but for the manifest itself, by their place from
-            its folder.
+        rounding: Loss by rounding: total and by module.
+        outputs: The written files, by kind.
+        versions: Versions of the packages that determine the bytes written.
+        exposed: LoRA record of a graph with exposed LoRA, see `exposed.ExposedGraph`.
+        files: All files of the output except the manifest itself, by their path from its folder.
     """
 
     mode: str
@@ -90,10 +89,10 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Read what `save` or `to_json` wrote.
+        """Read a manifest that `save` or `to_json` wrote.
 
         Raises:
-            GraphError: It is no manifest, or one of another format.
+            GraphError: It is not a manifest, is damaged, or has another format.
         """
         return cls._from_data(json_of(text, "the manifest", GraphError, _HINT))
 
@@ -102,7 +101,7 @@ class Manifest:
         """Read a manifest's file.
 
         Raises:
-            GraphError: It can't be read, or see `from_json`.
+            GraphError: It can't be read, or as in `from_json`.
         """
         return cls._from_data(read_json(path, GraphError, _HINT))
 
@@ -111,21 +110,21 @@ class Manifest:
         if isinstance(data, dict):
             data.pop(SEAL, None)
         if isinstance(data, dict) and "format" in data and data["format"] != FORMAT:
-            said = seen(data["format"])
-            raise GraphError(f"the manifest has format {said}, this version reads {FORMAT}", _HINT)
+            found = seen(data["format"])
+            raise GraphError(f"the manifest has format {found}, but this version reads {FORMAT}", _HINT)
         try:
             return from_plain(cls, data)
         except FieldError as error:
-            raise GraphError("not a lora-export manifest, or a damaged one", _HINT, error.problems) from error
+            raise GraphError("not a lora-export manifest, or damaged", _HINT, error.problems) from error
 
 
 def is_sampled(size_bytes: int) -> bool:
-    """Whether the identity of a file of this size is over a sample of it."""
+    """Return whether the identity of a file of this size covers only a sample of it."""
     return size_bytes > _WHOLE_BYTES
 
 
 def hash_file(path: Path) -> FileHash:
-    """Return a file's identity; above 64 MiB over a sample of it."""
+    """Return a file's identity, which covers only a sample above 64 MiB."""
     size = path.stat().st_size
     digest = hashlib.sha256()
     with open_regular(path) as file:
@@ -143,14 +142,15 @@ def hash_file(path: Path) -> FileHash:
 def hash_written(path: Path, name: str) -> FileHash:
     """Return the identity and the full hash of a file that was written.
 
-    A large file goes to the disk meanwhile: it has to before it gets its name, and both take as long.
+    A large file is flushed to the disk at the same time: it must be before it gets its name, and both take
+    equally long.
 
     Args:
-        path: Where it lies now.
-        name: Its own name.
+        path: Current path of the file.
+        name: The file's own name.
 
     Raises:
-        OSError: It can't be read, or the disk does not take it.
+        OSError: The file can't be read, or can't be flushed to the disk.
     """
     with ThreadPoolExecutor(1) as beside:
         flushed = beside.submit(sync_path, path) if is_sampled(path.stat().st_size) else None
@@ -167,14 +167,14 @@ def hash_content(name: str, content: bytes) -> FileHash:
 
 
 def hash_folder(folder: Path) -> dict[str, FileHash]:
-    """Return the full hashes of a folder's files, those below it too, by their place in it."""
+    """Return the full hashes of all files in a folder and below it, by their path in it."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     places = {path.relative_to(folder).as_posix(): path for path in files}
     return {place: hash_written(path, path.name) for place, path in places.items()}
 
 
 def identity_of(hashes: Iterable[FileHash]) -> str:
-    """Return one SHA-256 for a model of several files: of their hashes, whatever the files are called."""
+    """Return one SHA-256 for a model of several files: of their hashes, whatever the files' names are."""
     digest = hashlib.sha256()
     for entry in sorted(file.sha256 for file in hashes):
         digest.update(entry.encode())
@@ -182,12 +182,12 @@ def identity_of(hashes: Iterable[FileHash]) -> str:
 
 
 def identity_of_graph(graph: Path, data: Path) -> str:
-    """Return the identity of a graph and its own data file, which it may lack."""
+    """Return the identity of a graph and its own data file, if it has one."""
     return identity_of(hash_file(file) for file in (graph, data) if file.is_file())
 
 
 def adapter_entry(adapter: Adapter, weight: float) -> dict[str, Any]:
-    """Return what a manifest says of an adapter."""
+    """Return a manifest's entry for an adapter."""
     rows = {path: len(rows.indices) for path, rows in adapter.token_rows.items()}
     return {
         "name": adapter.name,

@@ -1,4 +1,4 @@
-"""Write outputs so that a killed process leaves the old files or the new ones, never some of each."""
+"""Write outputs so that a killed process leaves either the old files or the new ones, never a mixture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_export.storage.commit.steps import Staged, StuckError, discard, give_n
 from lora_export.storage.inputs import forget_inputs, refuse_changed_inputs
 
 _ANOTHER_NAME = "choose another name"
-# What callers above are reading; see `reading`.
+# Files that callers are reading; see `reading`.
 _READ_ABOVE: ContextVar[tuple[Path, ...]] = ContextVar("_READ_ABOVE", default=())
 
 
@@ -27,14 +27,14 @@ class OutputSet:
     """A group of files that appear together.
 
     Each file is written under a temporary name in its own folder. `commit` syncs them and gives them their
-    names in the order of their creation (`commit.steps`): the last one is what points at the others. An
-    interrupt during the renaming waits for its end; an error takes all of it back. Leaving the `with` block
-    without `commit` removes every temporary.
+    names in the order of their creation (`commit.steps`): the last one points to the others. An interrupt
+    during the renaming waits for its end; an error undoes all of it. Leaving the `with` block without
+    `commit` removes all temporary files.
 
     Args:
-        force: Replace files that exist already.
-        reads: The files that were read for it: none of them is ever replaced.
-        listed: The user is told of it when a later step of the same run fails; False for caches.
+        force: Replace existing files.
+        reads: The files that were read for it; none of them is ever replaced.
+        listed: Whether the user is told of it when a later step of the same run fails; False for caches.
     """
 
     def __init__(self, force: bool = False, reads: Iterable[Path] = (), *, listed: bool = True) -> None:
@@ -53,7 +53,7 @@ class OutputSet:
         self._close()
 
     def _close(self) -> None:
-        """Remove what was not committed, and let go of the leases."""
+        """Remove files that were not committed, and release the leases."""
         with Uninterrupted() as calm:
             if not self._is_stuck:  # else they are needed to put the folder in order
                 for entry in self._staged:
@@ -64,22 +64,22 @@ class OutputSet:
             self._staged.clear()
 
     def stage(self, target: Path, folder: bool = False, force: bool | None = None) -> Path:
-        """Return the temporary path under which ``target`` is to be written.
+        """Return the temporary path under which to write ``target``.
 
         Args:
-            target: What to write.
-            folder: It is a folder, and the caller has made sure that one of that name may be replaced.
-            force: As for the set, for this file alone.
+            target: The output.
+            folder: Whether it is a folder; the caller has made sure that one of that name may be replaced.
+            force: Like the set's ``force``, for this file alone.
 
         Raises:
-            OutputError: ``target`` exists and ``force`` is off, it is what was read, it is a folder where a
-                file is to be written or the other way round, or its folder can't be written.
+            OutputError: ``target`` exists and ``force`` is off, is an input, is a folder instead of a file or
+                the other way round, or its folder can't be written.
         """
         refuse_inputs([target], self._reads)
         force = self._force if force is None else force
         if target.name in ("", ".."):
             raise OutputError(
-                f"the output {target} can't be written under another name first: it has none of its own here",
+                f"the output {target} has no name of its own, so it can't get a temporary one",
                 f"give the folder's name: {target.resolve()}",
             )
         if target.parent not in {entry.target.parent for entry in self._staged}:
@@ -87,7 +87,7 @@ class OutputSet:
         if folder:
             refuse_existing([target], force)
             if target.is_file():
-                raise OutputError(f"{target} is a file, and a folder is to be written", _ANOTHER_NAME)
+                raise OutputError(f"{target} is a file, but the output is a folder", _ANOTHER_NAME)
         else:
             refuse_replacing([target], force)
         make_parent(target)
@@ -102,13 +102,13 @@ class OutputSet:
         """Sync every staged file and give each its own name.
 
         Args:
-            check: Raises where the output must not be replaced after all. Called while no other process can
-                give names in the folder.
+            check: Function that raises if the output must not be replaced after all. Called while no other
+                process can give names in the folder.
 
         Raises:
-            OutputError: A file can't be written or renamed, or another process has written it meanwhile and
-                ``force`` is off.
-            InputChangedError: A file that it was made from has changed, see `lora_export.storage.inputs`.
+            OutputError: A file can't be written or renamed, or another process has written it in the meantime
+                and ``force`` is off.
+            InputChangedError: An input has changed, see `lora_export.storage.inputs`.
         """
         if not self._staged:
             return
@@ -117,7 +117,7 @@ class OutputSet:
                 sync_tree(entry.path)
         folders = list(dict.fromkeys(entry.target.parent for entry in self._staged))
         with locked(folders):
-            # Another process may have been faster, and may have been killed between its renames.
+            # Another process may have been here, and may have been killed between its renames.
             for folder in folders:
                 tidy(folder, held=folders)
             refuse_inputs([entry.target for entry in self._staged], self._reads)
@@ -139,11 +139,11 @@ class OutputSet:
 
 
 def refuse_existing(targets: list[Path], force: bool) -> None:
-    """Raise `OutputError` naming every target that exists already, unless ``force``."""
+    """Raise `OutputError` naming every target that already exists, unless ``force`` is set."""
     if force:
         return
     existing = _existing(targets)
-    # What an ended run has left between two renames is finished or put back before it is judged.
+    # A set that an ended run left between two renames is finished or put back first.
     if existing:
         for folder in {target.parent for target in targets}:
             tidy(folder)
@@ -163,22 +163,24 @@ def _refuse(existing: list[str]) -> None:
 
 
 def refuse_replacing(files: list[Path], force: bool, reads: Iterable[Path] = ()) -> None:
-    """Raise `OutputError` for files that exist already, unless ``force``; for folders and inputs always."""
+    """Raise `OutputError` for files that already exist, unless ``force``; for folders and inputs always."""
     refuse_inputs(files, reads)
     folders = [str(file) for file in files if file.is_dir()]
     if folders:
-        raise OutputError("the output is a folder, and a file is to be written", _ANOTHER_NAME, folders)
+        raise OutputError(
+            "a folder of the output's name exists, but the output is a file", _ANOTHER_NAME, folders
+        )
     refuse_existing(files, force)
 
 
 def places_of(path: Path) -> set[Path]:
-    """Return where a file lies and where that leads: files of a Hugging Face cache are links to elsewhere."""
+    """Return a file's path and its target: files of a Hugging Face cache are links."""
     return {path.resolve(), path.parent.resolve() / path.name}
 
 
 @contextlib.contextmanager
 def reading(files: Iterable[Path]) -> Iterator[None]:
-    """Refuse to replace ``files`` in all that is written within the block: a recipe, while its steps run."""
+    """Refuse to replace ``files`` within the block, for example a recipe while its steps run."""
     token = _READ_ABOVE.set((*_READ_ABOVE.get(), *files))
     try:
         yield
@@ -187,7 +189,7 @@ def reading(files: Iterable[Path]) -> Iterator[None]:
 
 
 def refuse_inputs(targets: Iterable[Path], reads: Iterable[Path]) -> None:
-    """Raise `OutputError` where an output would replace what was read, whatever ``force`` says."""
+    """Raise `OutputError` if an output would replace a file that was read, with or without ``force``."""
     known = [*reads, *_READ_ABOVE.get()]
     both = [
         f"{target}" if path == target else f"{target} is {path}"
@@ -195,11 +197,11 @@ def refuse_inputs(targets: Iterable[Path], reads: Iterable[Path]) -> None:
         for path in replaced_inputs(target, known)[:1]
     ]
     if both:
-        raise OutputError("the output would replace what is read", _ANOTHER_NAME, both)
+        raise OutputError("the output would replace a file that is read", _ANOTHER_NAME, both)
 
 
 def replaced_inputs(target: Path, reads: Iterable[Path]) -> list[Path]:
-    """Return which files writing ``target`` would replace: itself under any name or link, or what lies in it.
+    """Return the files that writing ``target`` would replace: itself under any name or link, or files in it.
 
     Args:
         target: A file or folder to write.
@@ -216,7 +218,7 @@ def replaced_inputs(target: Path, reads: Iterable[Path]) -> list[Path]:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Return what hard links have in common."""
+    """Return an identity that hard links share."""
     try:
         status = path.stat()
     except OSError:
@@ -225,14 +227,14 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def make_parent(target: Path) -> None:
-    """Create the folder of ``target``; `OutputError` if that can't be done or it can't be written."""
+    """Create the folder of ``target``; raise `OutputError` if it can't be created or written."""
     check_parent(target)
     with output_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
 
 
 def check_parent(target: Path) -> None:
-    """Raise `OutputError` if ``target`` can't have its folder, or that can't be written; nothing is made."""
+    """Raise `OutputError` if the folder of ``target`` can't be created or written; nothing is created."""
     above = next((path for path in target.absolute().parents if path.exists()), Path())
     if not above.is_dir():
         raise OutputError(f"cannot write {target}: {above} is a file, not a folder", _ANOTHER_NAME)
@@ -250,7 +252,7 @@ def sync_tree(path: Path) -> None:
 
 @contextlib.contextmanager
 def output_errors(target: Path) -> Iterator[None]:
-    """Turn an `OSError` met while writing into an `OutputError` about ``target``."""
+    """Turn an `OSError` from writing into an `OutputError` about ``target``."""
     try:
         yield
     except OSError as error:

@@ -1,8 +1,8 @@
-"""What an adapter does to a stored tensor: low-rank rectangles, whatever its layout.
+"""Describe an adapter's change of a stored tensor: low-rank rectangles, whatever its layout.
 
-A stored tensor is seen as a matrix: its first axis are the rows, or for stacked experts the first two.
-A `Placement` says which rectangle of it holds (a part of) a module's canonical weight; a `Patch` is the
-change of that rectangle. Merging then knows nothing of layers, exporters or file formats.
+A stored tensor is viewed as a matrix: its first axis is the rows, or its first two for stacked experts.
+A `Placement` is the rectangle that holds (a part of) a module's canonical weight; a `Patch` is the change of
+that rectangle. Merging then needs no knowledge of layers, exporters or file formats.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from lora_export.adapter import Array, LoraModule
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Where rows of a canonical weight lie in a stored matrix.
+    """The place of rows of a canonical weight in a stored matrix.
 
     Attributes:
-        rows: Range of canonical rows that this tensor holds (a split weight holds some of them).
+        rows: Range of canonical rows that this tensor holds (only some for a split weight).
         row: First stored row of the rectangle.
         col: First stored column.
-        transposed: Stored as ``(in_dim, out_dim)``.
+        transposed: Whether it is stored as ``(in_dim, out_dim)``.
         row_scale: Factor per canonical row in ``rows`` that an exporter folded in (batch norm).
-        expert: Which of a parameter's stacked matrices.
-        shift: What an exporter added to each value.
+        expert: Index among a parameter's stacked matrices.
+        shift: Number that an exporter added to each value.
     """
 
     rows: tuple[int, int]
@@ -50,7 +50,7 @@ class Patch:
         left: ``(height, rank)``, scaling folded in.
         right: ``(rank, width)``.
         magnitude: One norm per stored row (``magnitude_axis`` 0) or per stored column (1).
-        values: ``(height, width)`` new values instead of a sum.
+        values: New values ``(height, width)`` instead of a sum.
     """
 
     label: str
@@ -68,13 +68,13 @@ class Patch:
 def patch_from(
     module: LoraModule, placement: Placement, weight: float = 1.0, dtype: type[np.floating] = np.float32
 ) -> Patch:
-    """Return the change that ``module`` makes where ``placement`` says its weight is stored.
+    """Return the change that ``module`` makes to its weight at ``placement``.
 
     Args:
         module: The trained factors.
         placement: The rectangle.
         weight: Factor on the delta, for blends of adapters.
-        dtype: float32, or float64 where the base is float64.
+        dtype: float32, or float64 if the base is float64.
     """
     left, right = module.factors(placement.expert, dtype)
     start, stop = placement.rows
@@ -87,7 +87,7 @@ def patch_from(
     if placement.row_scale is not None:
         left = left * placement.row_scale.astype(dtype)[:, None]
         if magnitude is not None and axis == 0:
-            # Row i holds s_i * W_i: its norm is |s_i| times the norm that the magnitude speaks of.
+            # Row i holds s_i * W_i: its norm is |s_i| times the norm that the magnitude is for.
             magnitude = magnitude * np.abs(placement.row_scale.astype(dtype))
     if placement.transposed:
         left, right, axis = np.ascontiguousarray(right.T), np.ascontiguousarray(left.T), 1 - axis

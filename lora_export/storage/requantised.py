@@ -17,16 +17,16 @@ from lora_export.storage.scales import dequantise, requantise
 
 @dataclass(frozen=True, eq=False)
 class RequantisedPiece:
-    """A weight of codes and its scales; which of the two lie in the file that is written.
+    """A weight of codes and scales, of which one or both go into the written file.
 
     Attributes:
         name: The weight's name, for messages.
-        read: Reads the base's codes and scales.
-        grid: How many elements share a scale, along each axis.
-        shape: The codes as a matrix.
-        patches: What to change.
-        codes_at: Where the codes go, in bytes; None: into another file.
-        scales_at: Where the scales go.
+        read: Function that reads the base's codes and scales.
+        grid: Number of elements that share a scale, along each axis.
+        shape: Shape of the codes as a matrix.
+        patches: Changes.
+        codes_at: Place of the codes in the file, in bytes; None if they go into another file.
+        scales_at: Place of the scales in the file, in bytes; None if they go into another file.
     """
 
     name: str
@@ -38,7 +38,7 @@ class RequantisedPiece:
     scales_at: int | None
 
     def parts(self) -> list[tuple[str, str, int]]:
-        """Return what `rounding.collect` wants of each patch; nothing where only scales are written."""
+        """Return the entries of each patch for `rounding.collect`; none if only scales are written."""
         if self.codes_at is None:
             return []
         return [(patch.label, self.name, patch.height * patch.width) for patch in self._matrix(None).patches]
@@ -52,8 +52,8 @@ class RequantisedPiece:
         """Merge, quantise and write; return the number of bytes written.
 
         Args:
-            write: Writes bytes at an offset of the file.
-            findings: Gets what rounding cost, and values that are not finite.
+            write: Function that writes bytes at an offset of the file.
+            findings: Findings to which the loss by rounding and values that are not finite are added.
         """
         codes, scales = self.read()
         before = dequantise(codes, scales, self.grid)

@@ -1,7 +1,7 @@
-"""What rounding a merged weight to its stored type cost: how much of the adapter's change survived.
+"""Measure the loss by rounding a merged weight to its stored type: how much of the adapter's change survived.
 
-A bfloat16 weight has 8 significant bits. Where a trained change is smaller than half a step of the stored
-number, it is rounded away, and the merged model is nearer to the base than the adapter wanted.
+A bfloat16 weight has 8 significant bits. A trained change that is smaller than half a step of the stored
+number is rounded away, and the merged model is then closer to the base than it should be.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 Mode = Literal["sample", "exact", "off"]
 
-# Above these the merge warns. Rounding to bfloat16 costs 0.17 % of ‖W‖ whatever the adapter (a step of
-# 2**-8, evenly spread), so a quarter of ‖ΔW‖ is reached where the change is below 0.7 % of the weights.
-# For float16 that is below 0.08 %. How much a task suffers depends on the task: the noise is random and
-# averages out over a layer's inputs, so these mark "measure it", not "broken".
+# Above these the merge warns. Rounding to bfloat16 costs 0.17 % of ‖W‖ for any adapter (a step of 2**-8,
+# evenly spread), so a quarter of ‖ΔW‖ is reached if the change is below 0.7 % of the weights. For float16
+# that is below 0.08 %. How much a task suffers depends on the task: the noise is random and averages out over
+# a layer's inputs, so these mean "measure it", not "broken".
 WARN_RELATIVE = 0.25
 WARN_LOST = 0.25
 
@@ -35,16 +35,16 @@ class Sample:
 
 @dataclass
 class Rounding:
-    """What rounding did to one module's change, with W the exact sum W0 + ΔW in float32 or float64.
+    """The loss of one module's change by rounding, with W the exact sum W0 + ΔW in float32 or float64.
 
     Attributes:
         label: Module path.
         elements: Number of weights in the module's rectangles.
-        measured: How many of them were looked at; fewer than ``elements`` where blocks were sampled.
-        error_squared: ‖round(W) − W‖² over the measured ones.
-        delta_squared: ‖ΔW‖² over the measured ones.
-        changed: Measured weights with ΔW ≠ 0.
-        lost: Those of them that came out equal to W0.
+        measured: Number of measured weights; less than ``elements`` if blocks were sampled.
+        error_squared: ‖round(W) − W‖² over the measured weights.
+        delta_squared: ‖ΔW‖² over the measured weights.
+        changed: Number of measured weights with ΔW ≠ 0.
+        lost: Number of changed weights that are equal to W0 after rounding.
         tensors: Names of the tensors that hold the module's weights.
     """
 
@@ -59,7 +59,7 @@ class Rounding:
 
     @property
     def relative(self) -> float:
-        """‖round(W) − W‖ / ‖ΔW‖; 0 where nothing changed."""
+        """‖round(W) − W‖ / ‖ΔW‖; 0 if nothing changed."""
         return math.sqrt(self.error_squared / self.delta_squared) if self.delta_squared else 0.0
 
     @property
@@ -73,7 +73,7 @@ class Rounding:
         return self.measured / self.elements if self.elements else 1.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures for a manifest, rounded to what they are worth."""
+        """Return the figures for a manifest, rounded to their meaningful digits."""
         return {
             "relative_error": float(f"{self.relative:.4g}"),
             "lost_share": float(f"{self.lost_share:.4g}"),
@@ -83,7 +83,7 @@ class Rounding:
 
 
 def collect(parts: Iterable[tuple[str, str, int]], samples: Iterable[Sample]) -> dict[str, Rounding]:
-    """Add up blocks to modules; the result does not depend on the order in which threads finished.
+    """Add up blocks by module; the result does not depend on the order in which threads finished.
 
     Args:
         parts: ``(label, tensor name, number of weights)`` of every patch, in file order.
@@ -137,7 +137,7 @@ def total_of(roundings: Iterable[Rounding]) -> Rounding:
 
 
 def rounding_dict(roundings: Mapping[str, Rounding]) -> dict[str, Any]:
-    """Return the report as plain data, the total and each module."""
+    """Return the figures of the total and of each module as plain data."""
     return {
         "total": total_of(roundings.values()).as_dict(),
         "modules": {label: rounding.as_dict() for label, rounding in roundings.items()},

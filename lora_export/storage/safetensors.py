@@ -1,9 +1,9 @@
-"""The header of a ``.safetensors`` file, read and checked once for adapters and base models, without torch.
+"""Read and check the header of a ``.safetensors`` file, for adapters and base models, without torch.
 
 Layout (https://github.com/huggingface/safetensors, "Format"): eight bytes little endian with the header's
 length, a JSON object name → ``{"dtype", "shape", "data_offsets": [start, stop]}`` (plus ``__metadata__``,
-text → text), then the values, row-major, offsets counted from the header's end, with no byte between two
-tensors or behind the last.
+text → text), then the values, row-major, offsets counted from the header's end, without any byte between two
+tensors or after the last.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 # A header above this is a damaged length field, not a header (the reference reader has the same limit).
 _MAX_HEADER_BYTES = 100_000_000
-# Read, a header takes thirty times its size: of a large one the values must be the larger part, as they are
-# in every file that somebody trained.
+# A header in memory takes thirty times its size: beside a large one, the values must be the larger part, as
+# in every trained file.
 _SMALL_HEADER_BYTES, _HEADER_SHARE = 1 << 20, 5
-# Beyond these numpy fails, also for a tensor without values; no file comes near them.
+# Beyond these numpy fails, even for a tensor without values; real files are far below.
 _MAX_COUNT, _MAX_AXES = 2**56, 32
 
 
 class HeaderError(ValueError):
-    """A file breaks rules of the format; its reader makes an error of ours of it.
+    """Error for a file that breaks rules of the format; its reader turns it into one of ours.
 
     Attributes:
         problems: One sentence for each broken rule, without the file's name.
@@ -70,13 +70,13 @@ class HeaderEntry:
 
 @dataclass(frozen=True)
 class FileHeader:
-    """A header that keeps every rule.
+    """A valid header.
 
     Attributes:
         content: The JSON object, in its own order and with ``__metadata__``.
-        data_start: Where the values start: behind the header.
+        data_start: Offset of the values, after the header, in bytes.
         size: The file's size in bytes.
-        entries: The tensors by their place in the file.
+        entries: The tensors in the order of their places in the file.
     """
 
     content: Mapping[str, Any]
@@ -86,19 +86,19 @@ class FileHeader:
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """The file's metadata; empty where there is none."""
+        """The file's metadata; empty without any."""
         return self.content.get(METADATA) or {}
 
 
 def read_file_header(path: Path, known_dtypes: bool = False) -> FileHeader:
-    """Read and check the header alone; no values are touched.
+    """Read and check only the header; no values are read.
 
     Args:
         path: The file.
         known_dtypes: Refuse tensors whose dtype is not in `DTYPES`, which can only be copied.
 
     Raises:
-        HeaderError: With everything that is wrong.
+        HeaderError: The header breaks rules; all problems are listed.
         OSError: The file can't be read.
     """
     note_inputs([path])
@@ -107,7 +107,7 @@ def read_file_header(path: Path, known_dtypes: bool = False) -> FileHeader:
     problems: list[str] = []
     content = _parsed(raw)
     if not _is_metadata(content.get(METADATA)):
-        problems.append(f"its {METADATA} is not a JSON object of texts")
+        problems.append(f"its {METADATA} is not a JSON object of strings")
     described = {name: value for name, value in content.items() if name != METADATA}
     found = [_entry(name, value, data_start, known_dtypes, problems) for name, value in described.items()]
     entries = sorted((e for e in found if e is not None), key=lambda entry: (entry.start, entry.stop))
@@ -118,7 +118,7 @@ def read_file_header(path: Path, known_dtypes: bool = False) -> FileHeader:
 
 
 def header_bytes(content: Mapping[str, Any]) -> bytes:
-    """Return the start of a file: length and header, padded so that the values lie on 8 bytes."""
+    """Return the start of a file: length and header, padded so that the values are aligned to 8 bytes."""
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     # The format pads with spaces.
     text += b" " * (-len(text) % 8)
@@ -131,16 +131,16 @@ def _read(path: Path) -> tuple[bytes, int]:
         size = os.fstat(file.fileno()).st_size
         first = file.read(8)
         if len(first) < 8:
-            raise HeaderError([f"truncated: it holds {size} bytes, and a header needs at least 8"])
+            raise HeaderError([f"truncated: it has {size} bytes, but a header needs at least 8"])
         length = int.from_bytes(first, "little")
         if 8 + length > size:
-            raise HeaderError([f"truncated: its header claims {length} bytes, and the file holds {size}"])
+            raise HeaderError([f"truncated: its header claims {length} bytes, but the file has {size}"])
         if length > max(_SMALL_HEADER_BYTES, size // _HEADER_SHARE):
             raise HeaderError(
                 [f"its header claims {length} of the file's {size} bytes: more than tensors' names need"]
             )
         if length > _MAX_HEADER_BYTES:
-            raise HeaderError([f"its header claims {length} bytes, and {_MAX_HEADER_BYTES} is the most"])
+            raise HeaderError([f"its header claims {length} bytes, but the limit is {_MAX_HEADER_BYTES}"])
         return file.read(length), size
 
 
@@ -164,7 +164,7 @@ def _is_metadata(value: Any) -> bool:
 def _entry(
     name: str, value: Any, data_start: int, known_dtypes: bool, problems: list[str]
 ) -> HeaderEntry | None:
-    """Check one tensor; None where it has no place that others could be compared with."""
+    """Check one tensor and return its entry; None if it has no valid place in the file."""
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         problems.append(f"'{name}' has no dtype, shape or data_offsets")
         return None
@@ -178,20 +178,22 @@ def _entry(
     elif len(shape) > _MAX_AXES or math.prod(n or 1 for n in shape) > _MAX_COUNT:
         problems.append(f"'{name}' has the shape {shape}: more than any array holds")
     else:
-        # How many bits a value of another dtype has is not ours to know.
+        # The size of values of other dtypes is unknown here.
         wanted = math.prod(shape) * DTYPES[code].itemsize if code in DTYPES else max(end - begin, 0)
         if end - begin != wanted:
-            problems.append(f"'{name}' {code} {shape} needs {wanted} bytes, data_offsets give {end - begin}")
+            problems.append(
+                f"'{name}' {code} {shape} needs {wanted} bytes, but data_offsets give {end - begin}"
+            )
     return HeaderEntry(name, str(code), tuple(shape), data_start + begin, data_start + max(begin, end))
 
 
 def _are_counts(value: Any) -> bool:
-    # By exact type: to Python, true is a number as well.
+    # By exact type, because Python's booleans are numbers as well.
     return isinstance(value, list) and all(type(n) is int and 0 <= n <= _MAX_COUNT for n in value)
 
 
 def _place_problems(entries: list[HeaderEntry], data_start: int, size: int, complete: bool) -> list[str]:
-    """Return what is wrong with the tensors' places; which bytes belong to none is known of all only."""
+    """Return problems of the tensors' places; unused bytes are reported only if all places are known."""
     problems = []
     expected = data_start
     for entry in entries:
@@ -202,7 +204,7 @@ def _place_problems(entries: list[HeaderEntry], data_start: int, size: int, comp
         expected = max(expected, entry.stop)
     outside = [entry for entry in entries if entry.stop > size]
     if outside:
-        # One sentence: a download that broke off would fill pages.
+        # One line, because an interrupted download would fill pages.
         others = f", as do {len(outside) - 1} more tensors" if len(outside) > 1 else ""
         first = outside[0]
         problems.append(f"truncated: '{first.name}' ends at byte {first.stop}, the file at {size}{others}")

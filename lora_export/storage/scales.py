@@ -1,13 +1,13 @@
-"""Weights stored as codes of eight bits with a scale for each block of them: value = code · scale.
+"""Quantise weights that are stored as eight-bit codes with a scale for each block: value = code · scale.
 
 A block is the whole tensor, a row, a rectangle (DeepSeek-V3's 128 × 128, arXiv:2412.19437, 3.3), or any other
-grid. Codes are float8 or int8. What was changed is quantised again by the rule that the tensor itself shows:
+grid. Codes are float8 or int8. Changed blocks are quantised again by the rule that the tensor itself shows:
 
-- the largest code of each block is the largest there is: scale = max|value| / that code;
-- so for scales that are powers of two (``ue8m0``): the next power of two above it;
-- otherwise the scale was chosen by something else: it stays, unless a value no longer fits.
+- the largest code of each block is the largest of the type: scale = max|value| / that code;
+- the same with scales that are powers of two (``ue8m0``): the next power of two above it;
+- otherwise the scale was chosen by another rule: it stays, unless a value no longer fits.
 
-Blocks that nothing changed keep their codes and their scale, bit for bit.
+Unchanged blocks keep their codes and their scale, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import numpy as np
 
 from lora_export.adapter import Array
 
-# Largest code of each type, and the least that the largest code of a tensor has where a scale was fitted to
-# it: float8_e4m3fnuz ends at 240, and some tools leave room below the end.
+# Largest code of each type, and the lower limit of a tensor's largest code if its scale was fitted to it:
+# float8_e4m3fnuz ends at 240, and some tools leave room below the end.
 _LARGEST: dict[np.dtype[Any], tuple[float, float]] = {
     np.dtype(ml_dtypes.float8_e4m3fn): (448.0, 240.0),
     np.dtype(ml_dtypes.float8_e5m2): (57344.0, 28672.0),
@@ -36,12 +36,12 @@ _USUAL_BLOCK = 128
 def grid_of(
     shape: Sequence[int], scales: Sequence[int], blocks: Sequence[int] = ()
 ) -> tuple[int, ...] | None:
-    """Return how many elements along each axis share a scale, or None where the shapes don't tell.
+    """Return how many elements along each axis share a scale, or None if the shapes are ambiguous.
 
     Args:
         shape: The weight's shape.
         scales: The shape of its scales.
-        blocks: Sizes of blocks along the last axes, where a config says them.
+        blocks: Sizes of blocks along the last axes, if a config states them.
     """
     if not scales or all(size == 1 for size in scales):
         return tuple(shape)
@@ -78,8 +78,8 @@ def requantise(
     """Return new codes and new scales, in the types and shapes of the old ones.
 
     Args:
-        values: What is to be stored, float32, in the shape of ``codes``.
-        before: What was stored: ``dequantise(codes, scales, grid)``.
+        values: New values, float32, in the shape of ``codes``.
+        before: Old values: ``dequantise(codes, scales, grid)``.
         codes: The old codes.
         scales: The old scales.
         grid: Elements that share a scale, along each axis.
@@ -141,10 +141,10 @@ def _reduced(operation: Callable[..., Any], values: Array, grid: Sequence[int]) 
 
 
 def looks_scaled(codes: Array) -> bool:
-    """Whether float8 values reach so near to the end of their type as only codes with a scale do."""
+    """Return whether float8 values are so close to the end of their type that they must be scaled codes."""
     largest = _LARGEST.get(codes.dtype)
     if largest is None or not codes.size:
         return False
-    # By the bits without the sign: these types are ordered like whole numbers.
+    # By the bits without the sign: these types are ordered like integers.
     top = np.uint8(codes.view(np.uint8).reshape(-1).__and__(np.uint8(0x7F)).max())
     return float(np.array([top], np.uint8).view(codes.dtype)[0]) >= largest[1]

@@ -1,9 +1,9 @@
 """Write one file of any size from pieces: bytes that are copied in the kernel, and matrices that are merged.
 
 Two threads take small jobs in file order; each reads, computes and writes its block through a few reusable
-buffers, so that memory stays at some tens of megabytes whatever the size of the model. numpy's loops
-release Python's lock, so the threads do run side by side. A block's result depends on nothing but its
-input: the same pieces give the same bytes.
+buffers, so that memory stays at some tens of megabytes for any size of the model. numpy's loops release
+Python's lock, so the threads do run in parallel. A block's result depends only on its input: equal pieces
+give equal bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lora_export.storage.workers import run_in_threads
 __all__ = ["BytesPiece", "CopyPiece", "MergePiece", "Piece", "RequantisedPiece", "Rounding", "write_pieces"]
 
 COPY_BYTES = 16 << 20
-# The kernel can't copy between these files itself: we read and write instead.
+# Errors with which the kernel can't copy between two files itself: we read and write instead.
 _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EBADF}
 _NO_FALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV}
 
@@ -43,7 +43,7 @@ class CopyPiece:
         source: The file.
         offset: First byte of the range.
         length: Number of bytes.
-        at: Where the range goes in the output, in bytes.
+        at: Its place in the output, in bytes.
     """
 
     source: Path
@@ -58,7 +58,7 @@ class BytesPiece:
 
     Attributes:
         data: The bytes.
-        at: Where they go in the output.
+        at: Their place in the output, in bytes.
     """
 
     data: bytes | memoryview
@@ -91,15 +91,15 @@ def write_pieces(
     Args:
         path: The file to create or truncate.
         size: Its size in bytes.
-        pieces: What it is made of; taken one by one, so a generator need not hold them all.
+        pieces: The pieces; taken one by one, so that a generator need not hold them all.
         threads: Number of workers.
-        progress: Called with the number of bytes just written, one call at a time.
+        progress: Function called with the number of bytes just written, one call at a time.
         rounding: ``sample`` measures large matrices on evenly spaced blocks, ``exact`` on all.
-        nonfinite: Where given, values that are or became NaN or infinite are described here, for a
-            caller that writes several files and then raises; otherwise this function raises.
+        nonfinite: If given, list to which values that are or became NaN or infinite are added, for a caller
+            that writes several files and then raises; otherwise this function raises.
 
     Returns:
-        What rounding cost, `Patch.label` → figures, in file order.
+        `Patch.label` → the loss by rounding, in file order.
 
     Raises:
         CheckpointError: A source can't be read or is too short; or a value of a patched tensor, or of
@@ -127,7 +127,7 @@ def nonfinite_error(problems: list[str]) -> CheckpointError:
     return CheckpointError(
         f"{len(problems)} tensors would hold values that are not finite; nothing was replaced",
         "beyond float16's 65504: write bfloat16 or float32 (merge --dtype, or a graph of that type); "
-        "NaN in the base: take a sound copy of it",
+        "NaN in the base: use an undamaged copy of it",
         problems,
     )
 
@@ -187,7 +187,7 @@ class _Writer:
             raise self._error
 
     def problems(self) -> list[str]:
-        """Return one line for each tensor with values that are not finite."""
+        """Return a line for each tensor with values that are not finite."""
         base: dict[str, int] = {}
         overflow: dict[tuple[str, str, str], int] = {}
         for found in self.findings:
@@ -203,7 +203,7 @@ class _Writer:
 
     def _work(self, jobs: Iterator[Callable[[Buffers, Findings], int]], findings: Findings) -> None:
         buffers = Buffers()
-        # Overflow is looked for in every block; numpy's own warnings would only add noise.
+        # Every block is checked for overflow; numpy's own warnings would only add noise.
         with np.errstate(all="ignore"):
             while True:
                 with self._lock:
@@ -220,7 +220,7 @@ class _Writer:
         self._error = self._error or error
 
     def _refuse_stopped(self) -> None:
-        """End a job that goes over many blocks; the error is the one that has stopped us."""
+        """End a job over many blocks with the error that has stopped the writer."""
         if self._error is not None:
             raise self._error
 
@@ -301,7 +301,7 @@ class _Writer:
                 opened = os.open(path, os.O_RDONLY)
             except OSError as error:
                 raise _unreadable(path, error) from error
-            # Two workers may open the same file at once: the second handle goes back.
+            # Two workers may open the same file at once: the second handle is closed.
             handle = self._sources.setdefault(path, opened)
             if handle != opened:
                 os.close(opened)

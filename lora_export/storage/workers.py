@@ -1,8 +1,8 @@
-"""Threads that share files: whoever started them goes on when all have ended, and not before.
+"""Run threads that share files, and return only after all of them have ended.
 
-`threading.Thread.join` does not promise that: an exception that breaks into it (Ctrl-C) makes Python 3.11
-and 3.12 take the thread for ended while it runs. Files would be closed under it, and their numbers be those
-of other files of the program when it writes next.
+`threading.Thread.join` does not guarantee that: an exception that interrupts it (Ctrl-C) makes Python 3.11
+and 3.12 treat the thread as ended while it runs. Its files would be closed, and their descriptors could
+belong to other files of the program when it writes again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
-# The wake-up of a thread that has ended may be lost to an exception: its entry is looked for this often.
+# An exception may swallow the wake-up of a thread that has ended: the list is checked this often.
 _LOOK_S = 1.0
 
 
@@ -23,12 +23,12 @@ def run_in_threads(works: Sequence[Callable[[], None]], stop: Callable[[BaseExce
     """Do each piece of work in a thread of its own; return when all of them have ended, whatever happens.
 
     Args:
-        works: What to do.
-        stop: Called with what a piece of work, or a signal's handler meanwhile, has raised: it lets all of
-            them end soon, and keeps the exception for the caller. It must not wait for anything.
+        works: Functions to call.
+        stop: Function called with an exception from a piece of work or, in the meantime, from a signal's
+            handler: it makes all of them end soon, and keeps the exception for the caller. It must not wait.
 
     Raises:
-        BaseException: What a signal's handler has raised, after all have ended.
+        BaseException: An exception from a signal's handler, after all threads have ended.
     """
     ended: list[int] = []
     wake: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -59,13 +59,13 @@ def run_in_threads(works: Sequence[Callable[[], None]], stop: Callable[[BaseExce
 
 
 class HeldSignals:
-    """A block that no signal's handler breaks into: what one raises comes when the block is done.
+    """A block that holds back exceptions of signals' handlers until its end.
 
-    Handlers run as soon as ever, so that a program's own that raises nothing is not delayed. They run in the
-    main thread alone: in another one there is nothing to hold.
+    Handlers run as usual, so that a program's own handler that raises nothing is not delayed. They run only
+    in the main thread: in another thread there is nothing to hold back.
 
     Args:
-        told: Called with each exception at the time that it is raised.
+        told: Function called with each exception at the time that it is raised.
     """
 
     def __init__(self, told: Callable[[BaseException], None]) -> None:
@@ -83,7 +83,7 @@ class HeldSignals:
                     if callable(handler):
                         self._handlers[number] = handler
                         signal.signal(number, self._handle)
-            except BaseException:  # one that was not held yet
+            except BaseException:  # from a handler that was not held yet
                 self._let_go()
                 raise
         return self
@@ -101,7 +101,7 @@ class HeldSignals:
             try:
                 signal.signal(waiting[-1], self._handlers[waiting[-1]])
                 waiting.pop()
-            except BaseException as error:  # of a handler that is in its place again
+            except BaseException as error:  # from a handler that was already restored
                 self._raised = self._raised or error
         self._is_held = False
 

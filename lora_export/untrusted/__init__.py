@@ -1,1 +1,1 @@
-"""What strangers wrote: read within bounds, checked field by field, and shown as nothing but text."""
+"""Read files from strangers within limits, check them field by field, and show their text safely."""

@@ -1,10 +1,10 @@
-"""Zip archives (``.npz``, torch's ``.pt``) whose entries are not larger than the archive can hold.
+"""Check zip archives (``.npz``, torch's ``.pt``) before they are unpacked.
 
-A few kilobytes of deflated zeros unpack to gigabytes, and entries may lie on top of each other. What
-unpacking takes is in the archive's directory: it is compared with the file before anything is read.
+A few kilobytes of deflated zeros unpack to gigabytes, and entries may overlap. The archive's directory states
+the unpacked sizes: they are compared with the file before anything is read.
 
-Two readers of one file may also see two archives: one of them begins at the end of the file, the other at its
-start; one tells capitals from small letters. `layout_problems` finds what leaves room for that.
+Two readers of one file may also see two archives: one begins at the end of the file, the other at its start;
+one distinguishes upper and lower case. `layout_problems` finds archives that allow that.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import IO
 
 from lora_export.untrusted.shown import shown
 
-# What a reader may take beside ten times the file: the entries themselves get less.
+# A reader may take ten times the file and some more: the entries themselves get less.
 SMALL_BYTES, FACTOR = 32 << 20, 8
-# What a zip begins with, and its last records (PKWARE's APPNOTE.TXT 4.3.7, 4.3.14 to 4.3.16): signature, size
-# or disk numbers, entries, the directory's bytes and offset.
+# The first bytes of a zip, and its last records (PKWARE's APPNOTE.TXT 4.3.7, 4.3.14 to 4.3.16): signature,
+# size or disk numbers, entries, the directory's bytes and offset.
 START = b"PK\x03\x04"
 _END, _LOCATOR, _END_64 = struct.Struct("<4s4H2IH"), struct.Struct("<4sIQI"), struct.Struct("<4sQ2H2I4Q")
 _FULL_64 = 44
@@ -40,18 +40,18 @@ def archive_entries(path: Path | IO[bytes]) -> tuple[zipfile.ZipInfo, ...]:
 
 
 def archive_problems(size: int, entries: Sequence[zipfile.ZipInfo]) -> list[str]:
-    """Return what speaks against unpacking an archive.
+    """Return the reasons against unpacking an archive.
 
     Args:
-        size: Bytes of the archive's file.
+        size: Size of the archive's file in bytes.
         entries: See `archive_entries`.
     """
     unpacked = sum(entry.file_size for entry in entries)
     problems = []
     if unpacked > too_much(size):
         problems.append(
-            f"its {len(entries)} entries unpack to {unpacked} bytes, the file holds {size}; "
-            f"{too_much(size)} is the most that is unpacked"
+            f"its {len(entries)} entries unpack to {unpacked} bytes, but the file has {size}; "
+            f"at most {too_much(size)} are unpacked"
         )
     if len({entry.filename for entry in entries}) < len(entries):
         problems.append("it has several entries of one name")
@@ -59,27 +59,27 @@ def archive_problems(size: int, entries: Sequence[zipfile.ZipInfo]) -> list[str]
 
 
 def layout_problems(file: IO[bytes], size: int, entries: Sequence[zipfile.ZipInfo]) -> list[str]:
-    """Return what two readers of an archive may read as two archives.
+    """Return the problems of an archive that two readers may read as two different ones.
 
-    A file is one archive where it begins with an entry and ends with the directory and its last records, and
-    where all entries lie in one folder and differ by more than capitals.
+    A file is one archive if it begins with an entry and ends with the directory and its last records, and if
+    all entries lie in one folder and differ by more than upper and lower case.
 
     Args:
         file: The archive.
-        size: Its bytes.
+        size: Its size in bytes.
         entries: See `archive_entries`.
     """
     problems = []
     if not _is_one_archive(file, size, entries):
-        problems.append("something lies before or behind its zip archive")
+        problems.append("it has bytes before or after its zip archive")
     names = Counter(entry.filename.lower() for entry in entries)
     if several := [name for name, count in names.items() if count > 1]:
         problems.append(
-            f"it has {names[several[0]]} entries '{shown(several[0], _NAME)}', capitals and small letters "
+            f"it has {names[several[0]]} entries '{shown(several[0], _NAME)}', upper and lower case "
             "taken as equal"
         )
     if cut := [entry for entry in entries if entry.filename != entry.orig_filename]:
-        problems.append(f"the name of an entry has a part behind its end: '{shown(cut[0].filename, _NAME)}'")
+        problems.append(f"the name of an entry has a part after its end: '{shown(cut[0].filename, _NAME)}'")
     folders = {entry.filename.partition("/")[0] for entry in entries}
     if len(folders) > 1 or not all("/" in entry.filename for entry in entries):
         listed = ", ".join(f"'{shown(folder, _NAME)}'" for folder in sorted(folders)[:_SHOWN])
@@ -88,7 +88,7 @@ def layout_problems(file: IO[bytes], size: int, entries: Sequence[zipfile.ZipInf
 
 
 def _is_one_archive(file: IO[bytes], size: int, entries: Sequence[zipfile.ZipInfo]) -> bool:
-    """Whether nothing is before the first entry, and nothing behind or between directory and last records."""
+    """Return whether a file is only entries, directory and last records, without other bytes at the ends."""
     _, disk, first_disk, here, count, length, offset, comment = _END.unpack(_tail(file, size, 0, _END))
     end = size - _END.size
     locator = _LOCATOR.unpack(_tail(file, size, _END.size, _LOCATOR))
@@ -111,12 +111,12 @@ def _is_one_archive(file: IO[bytes], size: int, entries: Sequence[zipfile.ZipInf
     )
 
 
-def _tail(file: IO[bytes], size: int, behind: int, record: struct.Struct) -> bytes:
-    """Return a record at the end of a file, with some bytes behind it; zeros where the file is too short."""
-    file.seek(max(size - behind - record.size, 0))
+def _tail(file: IO[bytes], size: int, after: int, record: struct.Struct) -> bytes:
+    """Return a record near the end of a file, before ``after`` bytes; zeros if the file is too short."""
+    file.seek(max(size - after - record.size, 0))
     return file.read(record.size).ljust(record.size, b"\0")
 
 
 def too_much(size: int) -> int:
-    """Return how many bytes of values a file of some size may stand for at most."""
+    """Return the largest number of bytes of values that a file of this size may unpack to."""
     return FACTOR * size + SMALL_BYTES

@@ -1,8 +1,8 @@
-"""Values that a stranger's nodes compute: how many they make is known before they make them.
+"""Compute values of a stranger's nodes, with a limit that is checked before they are computed.
 
-An Expand of one number to 10¹² is forty bytes of a file. onnx's reference implementation computes whatever
-it is told; here only operators run of which the size of the result follows from their inputs, and all results
-together have a limit.
+An Expand of one number to 10¹² takes forty bytes of a file. onnx's reference implementation computes any
+node; here only operators run whose size of the result follows from their inputs, and all results together
+have a limit.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     import onnx
 
 Values = NDArray[Any]
-# Elements of all values that are computed on the way to one, and of all that they are computed from.
+# Limit of elements of all intermediate values for one result, and of all constants.
 MAX_ELEMENTS = 1 << 20
 _STRING = 8
 
-# The result is as large as the inputs broadcast together.
+# Operators whose result is as large as the inputs broadcast together.
 _BROADCAST = """
 Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean
 Min Mod Mul Or Pow PRelu Sub Sum Where Xor
 """
-# The result is not larger than the largest input; of several results, each.
+# Operators whose results are each not larger than the largest input.
 _NOT_LARGER = """
 Abs Acos ArgMax ArgMin Asin Atan BitwiseNot Cast CastLike Ceil Celu Clip Compress Cos Cosh CumSum Det
 Dropout Elu Erf Exp EyeLike Flatten Floor GatherElements HardSigmoid HardSwish Hardmax Identity IsInf IsNaN
@@ -39,18 +39,18 @@ ThresholdedRelu TopK Transpose Trilu Unique Unsqueeze
 
 
 class UncomputedError(Exception):
-    """A value can't be computed, or is too large."""
+    """Error for a value that can't be computed, or is too large."""
 
 
 def computed(graph: onnx.GraphProto, version: int) -> Values:
     """Return the first output of a graph without inputs.
 
     Args:
-        graph: Its nodes, and what they read.
-        version: Of the operators.
+        graph: Graph with its nodes and constants.
+        version: Opset.
 
     Raises:
-        UncomputedError: It can't be computed, or what is computed on the way is too large.
+        UncomputedError: It can't be computed, or intermediate values are too large.
     """
     from onnx import helper
     from onnx.reference import ReferenceEvaluator
@@ -69,19 +69,19 @@ def computed(graph: onnx.GraphProto, version: int) -> Values:
         return np.asarray(values[graph.output[0].name])
     except UncomputedError:
         raise
-    except Exception as error:  # it raises many kinds, and what it can't compute stays unknown
+    except Exception as error:  # onnx raises many kinds; a value that it can't compute stays unknown
         raise UncomputedError(str(error)) from error
 
 
 def elements(node: onnx.NodeProto, inputs: Sequence[Values | None]) -> int:
-    """Return how many elements each result of a node has at most.
+    """Return the largest number of elements of each result of a node.
 
     Args:
         node: Any node.
-        inputs: Its inputs' values; None where it has none.
+        inputs: Values of its inputs; None for an absent one.
 
     Raises:
-        UncomputedError: Nothing tells it.
+        UncomputedError: The number is unknown.
     """
     attributes = {attribute.name: attribute for attribute in node.attribute}
     rule = _RULES.get(node.op_type)
@@ -105,7 +105,7 @@ def _broadcast(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
 
 
 def _ranked(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
-    """Of Shape and NonZero: a number for each axis of each element."""
+    """Return the limit for Shape and NonZero: a number for each axis of each element."""
     return (inputs[0].ndim + 1) * (inputs[0].size + 1)
 
 
@@ -114,7 +114,7 @@ def _concat(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
 
 
 def _constant(_inputs: Sequence[Values], attributes: Mapping[str, Any]) -> int:
-    """Of the kinds whose values are in the file."""
+    """Return the number of elements of a Constant whose values are in the file."""
     for name, attribute in attributes.items():
         if name == "value":
             return math.prod(attribute.t.dims)
@@ -144,8 +144,8 @@ def _pad(inputs: Sequence[Values], attributes: Mapping[str, Any]) -> int:
     if "pads" in attributes or len(inputs) > 3:
         raise UncomputedError("Pad of another form")
     shape, added = inputs[0].shape, [abs(size) for size in _sizes(inputs[1])]
-    before, behind = added[: len(shape)], added[len(shape) :]
-    return math.prod(map(sum, zip(shape, before, behind, strict=True)))
+    before, after = added[: len(shape)], added[len(shape) :]
+    return math.prod(map(sum, zip(shape, before, after, strict=True)))
 
 
 def _one_hot(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
@@ -153,7 +153,7 @@ def _one_hot(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
 
 
 def _gather(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
-    """Of Gather and GatherND: for each index at most all of the data along the other axes."""
+    """Return the limit for Gather and GatherND: for each index, all of the data along the other axes."""
     data, indices = inputs
     return indices.size * (_room(data) // max(min(data.shape, default=1), 1))
 

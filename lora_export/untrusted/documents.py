@@ -1,14 +1,14 @@
-"""The one reader of JSON and YAML: files, metadata of files, and lines of other processes.
+"""Read JSON and YAML: files, metadata of files, and lines from other processes.
 
-What it holds a document to, before anybody looks at what it says:
+All documents are read here, and are checked before anything else uses them:
 
-1. It is UTF-8 and, where it is JSON, holds no half of a surrogate pair.
-2. It is not larger than what is read here ever is, and what it would take in memory stays below ten times its
-   size and 50 MB: ``[[],[],…`` takes thirty times its size.
-3. It is not nested deeper than `MAX_DEPTH`: whoever walks it later may do so by recursion.
-4. No object has a key twice: the last would silently win.
-5. Where numbers are computed with, they are finite. Configs of transformers hold ``Infinity`` and ``NaN``
-   legally (``time_step_limit``), so this rule is the caller's choice.
+1. It is UTF-8 and, if it is JSON, has no half of a surrogate pair.
+2. Its size is limited, and it would take less memory than ten times its size and 50 MB: ``[[],[],…`` takes
+   thirty times its size.
+3. It is not nested deeper than `MAX_DEPTH`: later code may walk it by recursion.
+4. No object has a key twice: the last one would silently win.
+5. Numbers that are computed with are finite. Configs of transformers may hold ``Infinity`` and ``NaN``
+   (``time_step_limit``), so this rule is the caller's choice.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 MAX_DEPTH = 64
 MAX_BYTES = 64 << 20
-# A recipe of thousands of steps has less; YAML's reader needs a second for each 100 kB.
+# A recipe of thousands of steps is smaller; YAML's reader needs a second for each 100 kB.
 MAX_YAML_BYTES, MAX_YAML_NODES = 512 << 10, 50_000
-# What CPython takes for one value of each kind, at least: an empty list, a small dict, a short text, a number
+# Least memory of one value of each kind in CPython: an empty list, a small dict, a short string, a number
 # with its place in a list.
 _LIST_BYTES, _DICT_BYTES, _TEXT_BYTES, _NUMBER_BYTES = 80, 240, 60, 40
 _SMALL_PEAK, _PEAK_FACTOR = 50 << 20, 10
@@ -41,7 +41,7 @@ _LISTED = 20
 
 
 class DocumentError(ValueError):
-    """A document breaks rules of its format.
+    """Error for a document that breaks rules.
 
     Attributes:
         problems: One sentence for each broken rule, without the file's name.
@@ -55,19 +55,19 @@ class DocumentError(ValueError):
 def parse_json(
     text: str | bytes, *, finite: bool = False, surrogates: bool = False, max_bytes: int = MAX_BYTES
 ) -> Any:
-    """Return what a JSON document says.
+    """Return the value of a JSON document.
 
     Args:
         text: The document.
-        finite: Refuse NaN and infinities: somebody computes with the numbers.
-        surrogates: Allow halves of surrogate pairs, by which we write paths that are not UTF-8.
-        max_bytes: The largest document that is read.
+        finite: Refuse NaN and infinities, for numbers that are computed with.
+        surrogates: Allow halves of surrogate pairs, with which we write paths that are not UTF-8.
+        max_bytes: Size of the largest document that is read.
 
     Raises:
         DocumentError: It breaks a rule of this module.
     """
     if len(text) > max_bytes:
-        raise DocumentError([f"it holds {len(text)} bytes, and {max_bytes} is the most that is read"])
+        raise DocumentError([f"it has {len(text)} bytes, but at most {max_bytes} are read"])
     if isinstance(text, bytes):
         text = _decoded(text)
     _refuse_costly(text)
@@ -92,13 +92,13 @@ def parse_json(
     except ValueError as error:
         raise DocumentError([str(error)]) from error
     if twice:
-        raise DocumentError([f"'{shown(name)}' is there twice" for name in list(twice)[:_LISTED]])
+        raise DocumentError([f"the key '{shown(name)}' occurs twice" for name in list(twice)[:_LISTED]])
     _refuse_deep(value)
     if not surrogates and "\\u" in text:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise DocumentError([f"it holds half of a surrogate pair: {shown(error)}"]) from error
+            raise DocumentError([f"it has half of a surrogate pair: {shown(error)}"]) from error
     return value
 
 
@@ -110,17 +110,17 @@ def read_json(
     finite: bool = False,
     surrogates: bool = False,
 ) -> Any:
-    """Return what a JSON file says.
+    """Return the value of a JSON file.
 
     Args:
         path: The file.
-        error: What to raise.
-        hint: How to mend a damaged file.
+        error: Class of the error to raise.
+        hint: How to fix a damaged file.
         finite: See `parse_json`.
         surrogates: See `parse_json`.
 
     Raises:
-        LoraExportError: The file can't be read, or breaks a rule of this module; of the class ``error``.
+        LoraExportError: The file can't be read, or breaks a rule of this module (of the class ``error``).
     """
     raw = _bytes_of(path, MAX_BYTES, error)
     return json_of(raw, str(path), error, hint, finite=finite, surrogates=surrogates)
@@ -135,18 +135,18 @@ def json_of(
     finite: bool = False,
     surrogates: bool = False,
 ) -> Any:
-    """Return what a JSON text says; see `read_json`.
+    """Return the value of a JSON text; see `read_json`.
 
     Args:
         text: The document.
         where: Its place, for the error.
-        error: What to raise.
-        hint: How to mend a damaged document.
+        error: Class of the error to raise.
+        hint: How to fix a damaged document.
         finite: See `parse_json`.
         surrogates: See `parse_json`.
 
     Raises:
-        LoraExportError: It breaks a rule of this module; of the class ``error``.
+        LoraExportError: It breaks a rule of this module (of the class ``error``).
     """
     try:
         return parse_json(text, finite=finite, surrogates=surrogates)
@@ -157,15 +157,15 @@ def json_of(
 
 
 def compose_yaml(path: Path, error: type[LoraExportError], what: str) -> yaml.Node | None:
-    """Return the nodes of a YAML file, which know their lines; None for an empty file.
+    """Return the nodes of a YAML file, with their lines; None for an empty file.
 
     Args:
         path: The file.
-        error: What to raise.
-        what: What the file is, for the error.
+        error: Class of the error to raise.
+        what: Kind of the file, for the error.
 
     Raises:
-        LoraExportError: The file can't be read, or breaks a rule of this module; of the class ``error``.
+        LoraExportError: The file can't be read, or breaks a rule of this module (of the class ``error``).
     """
     import yaml
 
@@ -181,16 +181,16 @@ def compose_yaml(path: Path, error: type[LoraExportError], what: str) -> yaml.No
             f"correct the {what}",
         ) from found
     except (yaml.YAMLError, ValueError) as found:
-        said = " ".join(str(found).split())
-        raise error(f"{path} is not YAML: {said}", "correct the syntax at that place") from found
+        reason = " ".join(str(found).split())
+        raise error(f"{path} is not YAML: {reason}", "correct the syntax at that place") from found
     return root
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file to read, and nothing else that has a name: a pipe would be waited for, for ever.
+    """Open a regular file to read; opening a pipe, for example, could wait for ever.
 
     Raises:
-        OSError: It can't be opened, or is no regular file.
+        OSError: It can't be opened, or is not a regular file.
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
@@ -203,7 +203,7 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def _bytes_of(path: Path, most: int, error: type[LoraExportError], what: str = "") -> bytes:
-    """Return a file's content, of which no more is read than ``most``."""
+    """Return a file's content; raise if it has more than ``most`` bytes."""
     name = f"the {what} {path}" if what else str(path)
     try:
         with open_regular(path) as file:
@@ -213,7 +213,7 @@ def _bytes_of(path: Path, most: int, error: type[LoraExportError], what: str = "
         raise error(f"cannot read {name}: {found.strerror or found}", hint) from found
     if len(raw) > most:
         raise error(
-            f"{path} holds more than {most} bytes, the most that is read here", "check that it is this file"
+            f"{path} has more than {most} bytes, the limit for such a file", "check that it is the right file"
         )
     return raw
 
@@ -226,7 +226,7 @@ def _decoded(raw: bytes) -> str:
 
 
 def _refuse_costly(text: str) -> None:
-    """Keep rule 2: every value begins with one of these, and in a text they are counted too often at most."""
+    """Keep rule 2 by an upper estimate: every value begins with one of these characters."""
     if len(text) <= _SMALL_PEAK // 32:
         return
     cost = (
@@ -242,7 +242,7 @@ def _refuse_costly(text: str) -> None:
 
 
 def _refuse_deep(value: Any) -> None:
-    """Keep rule 3, level by level: recursion is what is to be avoided."""
+    """Keep rule 3, level by level, without recursion."""
     level, depth = [value] if isinstance(value, dict | list) else [], 0
     while level:
         depth += 1
@@ -257,7 +257,7 @@ def _refuse_deep(value: Any) -> None:
 
 
 def _refuse_many(root: yaml.Node | None) -> None:
-    """Keep rules 2 and 3: an alias of an alias of … stands for more nodes than any machine holds."""
+    """Keep rules 2 and 3: aliases of aliases can mean more nodes than any memory holds."""
     import yaml
 
     level, depth, count = [root] if root is not None else [], 0, 0
@@ -272,16 +272,16 @@ def _refuse_many(root: yaml.Node | None) -> None:
             elif isinstance(node, yaml.SequenceNode):
                 inner += node.value
             if count + len(inner) > MAX_YAML_NODES:
-                raise DocumentError([f"with its aliases it holds more than {MAX_YAML_NODES} values"])
+                raise DocumentError([f"with its aliases it has more than {MAX_YAML_NODES} values"])
         count, level = count + len(inner), inner
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _finite_float(text: str) -> float:
     value = float(text)
     if value in (float("inf"), float("-inf")):
-        raise ValueError(f"{text} is more than a float holds")
+        raise ValueError(f"{text} is too large for a float")
     return value

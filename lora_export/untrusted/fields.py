@@ -1,9 +1,9 @@
-"""Plain data (of JSON) to a dataclass, every field checked against its annotation; all problems at once.
+"""Turn plain data (from JSON) into a dataclass, with every field checked against its annotation.
 
-``Record(**data)`` checks the names and nothing else: a text for a number fails, if at all, far from the file
-that is wrong. Known are the annotations that our records have: dataclasses, ``tuple``, ``list``, ``Mapping``,
-``Literal``, unions, plain types, ``Any``; `Count` and `Size` for numbers with a lower bound, `Number` for one
-that may be NaN or infinite; `Matches` for texts, `Keys` for mappings.
+``Record(**data)`` checks only the names: a string for a number fails, if at all, far from the wrong file.
+Known annotations are those of our records: dataclasses, ``tuple``, ``list``, ``Mapping``, ``Literal``,
+unions, plain types, ``Any``; `Count` and `Size` for numbers with a lower bound, `Number` for one that may be
+NaN or infinite; `Matches` for texts, `Keys` for mappings. All problems are reported at once.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from lora_export.untrusted.shown import shown
 
 T = TypeVar("T")
 _SEEN = 60
-# Problems that are collected: a damaged file can break a rule once for every entry.
+# Collected problems: a damaged file can break a rule once for every entry.
 _MOST = 1000
-# What sizes and numbers of bytes are held in, here and in what reads our records.
+# The largest size or number of bytes, here and in readers of our records.
 _LARGEST = 2**63 - 1
 
 
@@ -37,7 +37,7 @@ class AtLeast:
 
 @dataclass(frozen=True)
 class Axes:
-    """How many entries a list has, at least and at most, in an annotation."""
+    """Least and largest number of entries of a list, in an annotation."""
 
     least: int
     most: int
@@ -81,10 +81,10 @@ Size = Annotated[int, AtLeast(1)]
 
 
 class FieldError(ValueError):
-    """Data does not fit a record.
+    """Error for data that does not fit a record.
 
     Attributes:
-        problems: One line for each field: its path, what was seen, what is wanted.
+        problems: A line for each field: its path, the value seen and the one wanted.
     """
 
     def __init__(self, problems: list[str]) -> None:
@@ -93,16 +93,16 @@ class FieldError(ValueError):
 
 
 def from_plain(cls: type[T], data: object, known_only: bool = True, complete: bool = False) -> T:
-    """Return a dataclass made of plain data.
+    """Return a dataclass made from plain data.
 
     Args:
         cls: The dataclass.
-        data: What was read.
-        known_only: Refuse fields that the dataclass has not.
+        data: The data.
+        known_only: Refuse fields that the dataclass does not have.
         complete: Refuse data without a field, also one that has a default, unless it is a `Later` one.
 
     Raises:
-        FieldError: With everything that does not fit.
+        FieldError: The data does not fit; all problems are listed.
     """
     made = _Checker(known_only, complete).checked(cls, data, "")
     assert isinstance(made, cls)
@@ -119,7 +119,7 @@ class _EnoughError(Exception):
 
 
 class _Checker:
-    """Turns values into what annotations say, and collects every problem, up to `_MOST`."""
+    """Turn values into the types of annotations, and collect problems, up to `_MOST`."""
 
     def __init__(self, known_only: bool, complete: bool = False) -> None:
         self.problems: list[str] = []
@@ -135,7 +135,7 @@ class _Checker:
         return made
 
     def value(self, wanted: Any, data: object, where: str) -> Any:
-        """Return a value of an annotation's type; anything after a problem."""
+        """Return a value of an annotation's type; after a problem, the result has no meaning."""
         origin, arguments = get_origin(wanted), get_args(wanted)
         if wanted is Any or wanted is object:
             return data
@@ -146,7 +146,7 @@ class _Checker:
         if origin in (Union, UnionType):
             return self._union(arguments, data, where)
         if origin is Literal:
-            # By type as well: to Python, 1 is True.
+            # By type as well, because Python's 1 equals True.
             if not any(type(data) is type(word) and data == word for word in arguments):
                 self._complain(where, data, f"one of {', '.join(map(str, arguments))}")
             return data
@@ -263,7 +263,7 @@ class _Checker:
         return {key: self.value(wanted, one, f"{where}['{shown(key, _SEEN)}']") for key, one in data.items()}
 
     def _plain(self, wanted: type, data: object, where: str) -> object:
-        # By exact type: to Python, true is a number as well.
+        # By exact type, because Python's booleans are numbers as well.
         fits = type(data) is wanted or (wanted is float and type(data) is int)
         if not fits:
             self._complain(where, data, _PLAIN[wanted])
@@ -285,7 +285,7 @@ class _Checker:
 
 
 _PLAIN: dict[Any, str] = {
-    str: "a text",
+    str: "a string",
     int: "an integer",
     float: "a number",
     bool: "true or false",
@@ -296,7 +296,7 @@ _PLAIN: dict[Any, str] = {
 
 
 def seen(data: object) -> str:
-    """Return what a value is, in a few characters."""
+    """Return a short text for a value."""
     if isinstance(data, dict | list | tuple):
         return f"an {'object' if isinstance(data, dict) else 'array'} of {len(data)}"
     if isinstance(data, set | frozenset | bytes | bytearray):

@@ -1,14 +1,14 @@
-"""A graph of a stranger, held to what everybody who reads it takes for granted.
+"""Check that a stranger's graph has the properties that all its readers rely on.
 
-1. A constant has an element type, sizes that are not negative, and as many values as its shape says; not more
-   axes or elements than an array can have.
-2. A node has the inputs and outputs that its operator needs, and its attributes are of the operator's types.
-   Outside of functions none refers to a function's attribute, and an element type is one that ONNX has.
-3. Functions do not call themselves, and with every call replaced by its body the graph stays a graph: twenty
+1. A constant has an element type, sizes that are not negative, and as many values as its shape needs; it has
+   no more axes or elements than an array can have.
+2. A node has the inputs and outputs that its operator needs, and attributes of the operator's types. Outside
+   of functions, no attribute refers to a function's, and element types are ONNX's.
+3. Functions do not call themselves, and the graph does not become too large with them inlined: twenty
    functions that each call the next one twice are a million nodes.
 
-ONNX Runtime refuses such graphs as well (https://github.com/onnx/onnx ``onnx/checker.cc``); here each is
-named, before anything is computed from it. Values that lie in other files are their reader's to check.
+ONNX Runtime refuses such graphs as well (https://github.com/onnx/onnx ``onnx/checker.cc``); here each problem
+is named before anything is computed from the graph. Values in other files are checked by their reader.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import onnx_ir as ir
 from lora_export.untrusted.shown import shown
 
 MAX_NODES = 2_000_000
-# Of numpy's arrays (NPY_MAXDIMS); more elements can't be counted, also where one of the sizes is 0.
+# Limits of numpy's arrays (NPY_MAXDIMS) and of counting elements, which also apply if one size is 0.
 _MAX_AXES, _MAX_ELEMENTS = 64, 2**63 - 1
 # Attributes that hold an element type.
 _TYPES = ("to", "dtype", "output_dtype")
 _NAME = 120
-# Of ONNX Runtime's own operators, for which the onnx package has no schemas: what is read here.
+# Attributes that we read of ONNX Runtime's own operators, for which the onnx package has no schemas.
 _KINDS = {
     **dict.fromkeys(
         (
@@ -53,7 +53,7 @@ _KINDS = {
 
 
 def graph_problems(model: ir.Model) -> Iterator[str]:
-    """Yield what is wrong with a model outside of its functions (rules 1 and 2)."""
+    """Yield the problems of a model outside of its functions (rules 1 and 2)."""
     for graph in (model.graph, *model.graph.subgraphs()):
         for value in graph.initializers.values():
             if value.const_value is not None:
@@ -64,7 +64,7 @@ def graph_problems(model: ir.Model) -> Iterator[str]:
 
 
 def function_problems(model: ir.Model) -> list[str]:
-    """Return what speaks against replacing calls of functions by their bodies (rule 3)."""
+    """Return the problems of inlining functions (rule 3)."""
     counts: dict[Any, int] = {}
     problems: list[str] = []
 
@@ -109,7 +109,7 @@ def _tensor_problems(tensor: ir.TensorProtocol, name: str) -> Iterator[str]:
         is_text = dtype == ir.DataType.STRING
         bits = 0 if is_text else dtype.bitwidth
     except (TypeError, ValueError) as error:
-        yield f"{name}: no element type that ONNX has ({shown(error, _NAME)})"
+        yield f"{name}: its element type is not one of ONNX's ({shown(error, _NAME)})"
         return
     sizes = [int(size) for size in tensor.shape.numpy()]
     if len(sizes) > _MAX_AXES:
@@ -119,15 +119,15 @@ def _tensor_problems(tensor: ir.TensorProtocol, name: str) -> Iterator[str]:
     elif any(size < 0 for size in sizes):
         yield f"{name}: shape {sizes}, wanted sizes of 0 or more"
     elif isinstance(tensor, ir.ExternalTensor) and is_text:
-        yield f"{name}: texts can't lie in another file"
+        yield f"{name}: strings can't be in another file"
     elif isinstance(tensor, ir.serde.TensorProtoTensor) and not is_text:
         held, needed = _held_bytes(tensor.raw, dtype, bits), math.ceil(math.prod(sizes) * bits / 8)
         if held != needed:
-            yield f"{name}: holds {held} bytes, its shape {sizes} of {dtype.name} needs {needed}"
+            yield f"{name}: holds {held} bytes, but its shape {sizes} of {dtype.name} needs {needed}"
 
 
 def _held_bytes(proto: Any, dtype: ir.DataType, bits: int) -> int:
-    """Return how many bytes of values a tensor in the graph's own file has (``onnx.proto``, TensorProto)."""
+    """Return the bytes of values of a tensor in the graph's own file (``onnx.proto``, TensorProto)."""
     if proto.HasField("raw_data"):
         return len(proto.raw_data)
     field = _FIELD.get(dtype, "int32_data")
@@ -135,7 +135,7 @@ def _held_bytes(proto: Any, dtype: ir.DataType, bits: int) -> int:
     count = 0 if others else len(getattr(proto, field))
     if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
         return count * bits // 16
-    # Of values below a byte one number holds those of a whole byte.
+    # For types below a byte, one number holds the values of a whole byte.
     return count if bits < 8 else count * bits // 8
 
 
@@ -153,12 +153,12 @@ def _broken(node: ir.Node, schema: _Schema | None) -> Iterator[str]:
             yield f"the attribute {shown(attribute.name, _NAME)} has no type"
         elif attribute.is_ref():
             name = shown(attribute.name, _NAME)
-            yield f"the attribute {name} refers to a function's, outside of functions"
+            yield f"the attribute {name} refers to a function's attribute, outside of functions"
         elif kind and attribute.type.name != kind:
             name = shown(attribute.name, _NAME)
             yield f"the attribute {name} is of type {attribute.type.name}, wanted {kind}"
         elif kind == "INT" and attribute.name in _TYPES and not _is_type(attribute.value):
-            yield f"the attribute {attribute.name} is {attribute.value}, wanted an element type that ONNX has"
+            yield f"the attribute {attribute.name} is {attribute.value}, wanted an element type of ONNX"
         elif attribute.type == ir.AttributeType.TENSOR:
             yield from _tensor_problems(attribute.value, shown(attribute.name, _NAME))
     if schema is None:
@@ -180,7 +180,7 @@ def _is_type(number: int) -> bool:
 
 
 class _Schema:
-    """What an operator of a version needs."""
+    """Inputs, outputs and attributes that a version of an operator needs."""
 
     def __init__(self, schema: Any) -> None:
         from onnx.defs import OpSchema
@@ -198,7 +198,7 @@ def _schema(domain: str, op_type: str, version: int) -> _Schema | None:
 
     try:
         found = defs.get_schema(op_type, version, domain) if version > 0 else defs.get_schema(op_type, domain)
-    # An operator that the onnx package does not know, at this version or at all.
+    # The onnx package does not know the operator, at this version or at all.
     except Exception:
         return None
     return _Schema(found)

@@ -1,14 +1,14 @@
-"""An ONNX file of a stranger as protobuf has it: what readers would understand differently, or not at all.
+"""Check the protobuf of a stranger's ONNX file for content that readers read differently, or not at all.
 
-1. Nothing has two meanings: two initializers, outputs, attributes, functions or metadata entries under one
+1. Nothing has two meanings: two initializers, outputs, attributes, functions or metadata entries with one
    name. ONNX Runtime takes the first of them, onnx_ir the last.
-2. Nothing is there that onnx_ir reads past: sparse tensors, constants without a name.
-3. What a node reads exists: in its graph, or in one around it; in a function in that alone. No value is
-   computed from itself.
-4. All texts are UTF-8: protobuf gives others as bytes, which no reader takes for names.
-5. No function is called like an operator: a runtime computes the operator, whatever the function says.
+2. Nothing exists that onnx_ir ignores: sparse tensors, constants without a name.
+3. Values that a node reads exist: in its graph, or in one around it; for a function, in that alone. No value
+   is computed from itself.
+4. All texts are UTF-8: protobuf returns others as bytes, which no reader takes for names.
+5. No function has the name of an operator: a runtime computes the operator instead of the function.
 
-Looked at before onnx_ir makes a graph of it, in one pass, without reading values.
+All of it is checked before onnx_ir makes a graph from the file, in one pass, without reading values.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _NAME = 120
 _MOST = 100
 _TEXTS_OF_A_TENSOR = ("name", "doc_string", "external_data", "metadata_props")
 _ONNX = ("", "ai.onnx")
-# Where ONNX and ONNX Runtime keep operators of their own, but for ``com.microsoft``: functions there say what
-# an operator does, and it is the operator that counts (`lora_export.graph.read_model`).
+# Domains of ONNX's and ONNX Runtime's own operators, except ``com.microsoft``: functions there define what an
+# operator does, and the operator counts (`lora_export.graph.read_model`).
 _RUNTIMES = ("ai.onnx", "com.microsoft.", "com.ms.", "org.pytorch.aten")
 
 
 def proto_problems(proto: onnx.ModelProto) -> Iterator[str]:
-    """Yield what is wrong with a model, by the rules above."""
+    """Yield the problems of a model, by the rules above."""
     if problems := list(islice(_not_utf8(proto), _MOST)):
-        yield from problems  # what compares names wants texts
+        yield from problems  # the comparison of names needs texts
         return
     yield from _entries(proto.metadata_props, "the metadata")
     opsets = [(_domain(entry.domain), entry.version) for entry in proto.opset_import]
@@ -94,7 +94,7 @@ def _is_known(domain: str, name: str) -> bool:
 def _graph(graph: onnx.GraphProto, around: list[set[str]]) -> Iterator[str]:
     where = "the graph" if not around else f"the subgraph {_text(graph.name)}"
     for sparse in graph.sparse_initializer:
-        yield f"{_text(sparse.values.name)}: a sparse tensor, which is not read; store it as a dense one"
+        yield f"{_text(sparse.values.name)}: a sparse tensor, which is not supported; store it as a dense one"
     for tensor in graph.initializer:
         yield from _tensor(tensor)
         if not tensor.name:
@@ -114,24 +114,24 @@ def _graph(graph: onnx.GraphProto, around: list[set[str]]) -> Iterator[str]:
     known = {name for node in graph.node for name in node.output}.union(inputs, constants)
     for value in graph.output:
         if value.name not in known:
-            yield f"{_text(value.name)}: an output of {where}, made by none of its nodes"
+            yield f"{_text(value.name)}: an output of {where}, but no node computes it"
 
 
 def _nodes(
     nodes: Iterable[onnx.NodeProto], given: set[str], around: list[set[str]], where: str
 ) -> Iterator[str]:
-    """Yield what is wrong with the nodes of one graph or function.
+    """Yield the problems of the nodes of one graph or function.
 
     Args:
-        nodes: Of the graph.
+        nodes: Nodes of the graph.
         given: Names of its inputs and constants.
-        around: Names that each graph around it has.
+        around: Names in each graph around it.
         where: The graph, for messages.
     """
     nodes = list(nodes)
     made = [name for node in nodes for name in node.output if name]
     yield from (
-        f"{_text(name)}: computed by two nodes of {where}, or given to it as well"
+        f"{_text(name)}: computed by two nodes of {where}, or also one of its inputs or constants"
         for name in _twice([*given, *made])
     )
     inside = given.union(made)
@@ -144,7 +144,7 @@ def _nodes(
             yield from _graph(graph, scopes)
             names |= _read_outside(graph)
         yield from (
-            f"{_text(name)}: read by a node of {where} ({_text(node.op_type)}), made by none"
+            f"{_text(name)}: read by a node of {where} ({_text(node.op_type)}), but no node computes it"
             for name in sorted(names)
             if not any(name in scope for scope in scopes)
         )
@@ -160,7 +160,7 @@ def _node(node: onnx.NodeProto) -> Iterator[str]:
     yield from _entries(node.metadata_props, where)
     for attribute in node.attribute:
         if attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
-            yield f"{where}: a sparse tensor, which is not read; store it as a dense one"
+            yield f"{where}: a sparse tensor, which is not supported; store it as a dense one"
         for tensor in (attribute.t, *attribute.tensors) if attribute.HasField("t") else attribute.tensors:
             yield from _tensor(tensor)
 
@@ -175,11 +175,11 @@ def _entries(entries: Iterable[Any], where: str) -> Iterator[str]:
 
 
 def _twice_unlike(pairs: Collection[tuple[str, Any]], where: str, kind: str) -> Iterator[str]:
-    """Yield the keys that have two values; one that says the same twice has one meaning."""
+    """Yield the keys that have two different values; a key with one value twice has one meaning."""
     first: dict[str, Any] = {}
     for key, value in pairs:
         if first.setdefault(key, value) != value:
-            yield f"{where}: the {kind} {_text(key)} is there twice, with two values"
+            yield f"{where}: the {kind} {_text(key)} occurs twice, with two values"
 
 
 def _twice(names: Iterable[Any]) -> list[Any]:
@@ -194,7 +194,7 @@ def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
 
 
 def _read_outside(graph: onnx.GraphProto) -> set[str]:
-    """Return what a subgraph reads of the graphs around it."""
+    """Return the names that a subgraph reads from the graphs around it."""
     own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
     own.update(name for node in graph.node for name in node.output)
     read = {value.name for value in graph.output if value.name}
@@ -206,7 +206,7 @@ def _read_outside(graph: onnx.GraphProto) -> set[str]:
 
 
 def _in_cycle(nodes: list[onnx.NodeProto], reads: list[set[str]], given: set[str]) -> str:
-    """Return a value that can't be computed before itself, or an empty text."""
+    """Return a value that depends on itself, or ""."""
     maker = {name: number for number, node in enumerate(nodes) for name in node.output if name not in given}
     readers: list[list[int]] = [[] for _ in nodes]
     waiting = []

@@ -1,8 +1,8 @@
-r"""Text of strangers (names of tensors, nodes and files) on its way to a terminal, a log or a page.
+r"""Escape strangers' text (names of tensors, nodes and files) for a terminal, a log or a page.
 
-A name may hold anything: escape sequences that colour, move or rename a terminal, a line break with a faked
-``Error:`` behind it, marks that turn the direction of writing, ``::error::`` that a CI service obeys. All of
-it is written out (``\x1b``, ``\n``, ``\u202e``), so that a reader sees what is there. JSON is not shown: it
+A name may hold anything: escape sequences that colour, move or rename a terminal, a line break and a faked
+``Error:``, marks that change the direction of writing, ``::error::`` that a CI service obeys. All of these
+are written out (``\x1b``, ``\n``, ``\u202e``), so that a reader sees them. JSON is not escaped here: it
 stays exact, with escapes of its own.
 """
 
@@ -12,25 +12,25 @@ import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
-# A line of a terminal or a log. A name of a megabyte says no more than its beginning and its end.
+# Limit of a line of a terminal or a log: the start and the end of a long name are enough.
 MAX_LINE = 2000
-# A cell of a table: all rows are as wide as the widest.
+# Limit of a cell of a table: all rows are as wide as the widest.
 MAX_CELL = 300
-# Problems, notes and warnings that are printed one below the other.
+# Limit of problems, notes and warnings in a list.
 MAX_LISTED = 100
-# Subjects of one and the same problem that are still listed one by one, and those named of more.
+# Largest number of subjects of one problem that are listed one by one; of more, the first are named.
 MAX_ALIKE, _NAMED = 8, 3
-# What CI services take for a command: GitHub's at the beginning of a line and its older form anywhere
+# Commands of CI services: GitHub's at the beginning of a line and its older form anywhere
 # (github.com/actions/runner ``ActionCommand.cs``), Azure's (``##vso[``).
 _FIRST, _ANYWHERE = re.compile(r"^(\s*):(?=:)"), re.compile(r"#(?=#(?:\w+)?\[)")
 
 
 def printable(text: object, most: int = MAX_LINE) -> str:
-    r"""Return a text in which all that a terminal or XML would act on is written out: ``\x1b``, ``\n``.
+    r"""Return a text in which characters that a terminal or XML would act on are escaped: ``\x1b``, ``\n``.
 
     Args:
-        text: What is to be shown.
-        most: Number of characters that are left, about; what is longer is cut in the middle.
+        text: The text.
+        most: Approximate limit of characters; a longer text is cut in the middle.
     """
     line = str(text)
     if len(line) > most:
@@ -44,7 +44,7 @@ def printable(text: object, most: int = MAX_LINE) -> str:
 
 
 def shown(text: object, most: int = MAX_LINE) -> str:
-    """Return a text as one line of a terminal or a log: `printable`, and no command to a CI service."""
+    """Return a text as one line of a terminal or a log: `printable`, without commands to a CI service."""
     line = printable(text, most)
     if "::" in line:
         line = _FIRST.sub(r"\1\\x3a", line)
@@ -54,22 +54,22 @@ def shown(text: object, most: int = MAX_LINE) -> str:
 
 
 def safe(text: object, most: int = MAX_LINE) -> str:
-    """Return a text that is nothing but text in HTML, in a quoted attribute and in SVG."""
+    """Return a text that is only text in HTML, in a quoted attribute and in SVG."""
     return escape(printable(text, most), quote=True)
 
 
 def shown_lines(lines: Iterable[object], most: int = MAX_LINE) -> list[str]:
-    """Return lines of a report, each as `shown` returns it; their number is their maker's choice."""
+    """Return lines of a report, each escaped by `shown`; the caller limits their number."""
     return [shown(line, most) for line in lines]
 
 
 def limited(lines: Sequence[str], what: str = "", most: int = MAX_LISTED) -> list[str]:
-    """Return the first lines of a list, and how many more there are.
+    """Return the first lines of a list, and a line with the number of the others.
 
     Args:
-        lines: All of them.
-        what: What they are, in the plural.
-        most: How many are left.
+        lines: All lines.
+        what: Name of the entries, in the plural.
+        most: Number of lines to keep.
     """
     left = len(lines) - most
     if left <= 0:
@@ -78,10 +78,10 @@ def limited(lines: Sequence[str], what: str = "", most: int = MAX_LISTED) -> lis
 
 
 def together(problems: Sequence[str]) -> list[str]:
-    """Return problems with those that many subjects share in one line, at the place of the first.
+    """Return problems with a problem of many subjects in one line, at the place of the first.
 
     Args:
-        problems: Each ``subject  reason``, with two spaces, or any other text.
+        problems: Texts ``subject  reason`` with two spaces, or any other text.
     """
     subjects: dict[str, list[str]] = {}
     for problem in problems:
@@ -100,6 +100,6 @@ def together(problems: Sequence[str]) -> list[str]:
 
 
 def error_lines(message: str, problems: Sequence[str] = (), hint: str = "") -> list[str]:
-    """Return an error as it is printed: the message, some of its problems, the hint."""
+    """Return the lines of an error: the message, the first of its problems, the hint."""
     lines = [shown(message), *(f"  {shown(problem)}" for problem in limited(together(problems)))]
     return [*lines, f"hint: {shown(hint)}"] if hint else lines

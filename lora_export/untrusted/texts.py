@@ -1,6 +1,7 @@
-"""A flat list of texts as Python writes it, ``['', 'model', "it's"]``: what exporters put into metadata.
+"""Read a flat list of strings as Python writes it, ``['', 'model', "it's"]``, from exporters' metadata.
 
-Not parsed as Python: a syntax tree takes a hundred times what is parsed, and deep ones end the interpreter.
+It is not parsed as Python: a syntax tree takes a hundred times the memory, and deep ones crash the
+interpreter.
 """
 
 from __future__ import annotations
@@ -8,18 +9,18 @@ from __future__ import annotations
 import ast
 import re
 
-# A module's path, and those of a pack of weights, are some hundred characters.
+# A module's path, and the paths of a pack of weights, are some hundred characters long.
 MAX_LENGTH = 1 << 16
 _ITEM = re.compile(r"""\s*('(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")\s*(,|$)""")
 _BRACKETS = {"[": "]", "(": ")", "{": "}"}
 
 
 def listed_texts(text: str | None, brackets: str = "[") -> list[str]:
-    """Return the texts of a list; none where it is something else, or longer than `MAX_LENGTH`.
+    """Return the strings of a list; none if it is something else, or longer than `MAX_LENGTH`.
 
     Args:
-        text: What was read.
-        brackets: The opening ones of what counts: ``[`` a list, ``(`` a tuple, ``{`` a set.
+        text: The list as text.
+        brackets: Accepted opening brackets: ``[`` for a list, ``(`` for a tuple, ``{`` for a set.
     """
     if text is None or len(text) > MAX_LENGTH:
         return []
@@ -32,7 +33,7 @@ def listed_texts(text: str | None, brackets: str = "[") -> list[str]:
         if match is None:
             return []
         try:
-            # One literal: for its escapes.
+            # A single literal is evaluated, for its escapes.
             found.append(str(ast.literal_eval(match[1])))
         except (SyntaxError, ValueError):
             return []

@@ -78,7 +78,7 @@ def test_reads_every_dtype_and_shape(tmp_path):
         (raw({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, bytes(12)), "overlaps"),
         (raw({"a": entry([1], 4, 8)}, bytes(8)), "belong to no tensor"),
         (raw({"a": entry([1], 0, 4)}, bytes(8)), "belong to no tensor"),
-        (raw(b'{"a": {}, "a": {}}'), "'a' is there twice"),
+        (raw(b'{"a": {}, "a": {}}'), "the key 'a' occurs twice"),
     ],
 )
 def test_damaged_files(tmp_path, content, says):

@@ -204,7 +204,7 @@ def test_a_file_converted_for_another_base_is_refused(config):
 def test_values_computed_from_a_base_hold_for_no_other(module, config):
     graph = swap(place("q", 6, 5), dora=True)
     error = refused(converted(module, **config), graph, any_base=True)
-    assert "they hold for no other base" in error.problems[1]
+    assert "they are valid only for that base" in error.problems[1]
     assert "any-base" not in error.hint
     here = bind(converted(module, **config | {"base_sha256": BASE}), graph, any_base=True)
     assert here.only_this_base

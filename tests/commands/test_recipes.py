@@ -111,7 +111,7 @@ def test_an_argument_is_never_read_as_an_option(tmp_path: Path, capsys: pytest.C
     with pytest.raises(SystemExit) as stop:
         main(["run", str(tmp_path / "r.yaml")])
     assert stop.value.code == 1
-    assert "there is no adapter at --help" in capsys.readouterr().err
+    assert "no adapter at --help" in capsys.readouterr().err
 
 
 def test_flags_are_added_once_and_where_they_are_known(tmp_path: Path) -> None:

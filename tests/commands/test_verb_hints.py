@@ -517,7 +517,7 @@ def test_shapes_that_were_given_are_not_asked_for(given, wanted, files, capsys):
 def test_an_engine_for_several_gpus_is_not_proposed_as_one_more_option(files, capsys):
     words = ("--target", "sm89", "-o", files / "out", "--dry-run", "--hardware-compatible", "--together")
     said = refused(capsys, "build-engine", files / "base.onnx", *words)
-    assert "hint: leave these options out" in said
+    assert "hint: omit these options" in said
 
 
 @pytest.mark.parametrize("kit", [(), ("--kit",)])

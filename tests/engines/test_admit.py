@@ -129,7 +129,7 @@ def test_a_convolution_needs_its_rank(tmp_path):
     options = {"adapter": tiny.adapter("conv"), "checkpoint": checkpoint}
     swap_onnx(base, path, **options)
     error = refused(path)
-    assert "module conv: TensorRT builds no convolution" in error.problems[0]
+    assert "module conv: TensorRT can't build a convolution" in error.problems[0]
     assert "--flavour tensorrt --adapter" in error.hint
     assert not any("default" in problem for problem in error.problems)
     swap_onnx(base, path, flavour="tensorrt", force=True, **options)
@@ -242,7 +242,10 @@ def test_operators_that_mean_the_same(operator, inputs, arguments, attributes, t
     assert not admitted.notes
     if INSTALLED:
         assert not rtx_compiler.refusal(path)
-    assert "has none that means the same" in refused(path, backend="tensorrt").problems[0]
+    assert (
+        "ONNX Runtime's own operator, which TensorRT does not have"
+        in refused(path, backend="tensorrt").problems[0]
+    )
 
 
 FOREIGN = {
@@ -252,15 +255,20 @@ FOREIGN = {
         "com.microsoft.Attention<num_heads=4, q_num_heads=4, kv_num_heads=4>(x, k, v)",
         f", {ROWS}k, {ROWS}v",
         True,
-        "none that means the same",
+        "ONNX Runtime's own operator, which TensorRT-RTX does not have",
     ),
     "ORT's RotaryEmbedding": (
         "com.microsoft.RotaryEmbedding<num_heads=4>(x, p, c, c)",
         ", int64[b,s] p, float16[128,8] c",
         True,
-        "none that means the same",
+        "ONNX Runtime's own operator, which TensorRT-RTX does not have",
     ),
-    "fused": ("com.microsoft.FastGelu(x)", "", False, "none that means the same"),
+    "fused": (
+        "com.microsoft.FastGelu(x)",
+        "",
+        False,
+        "ONNX Runtime's own operator, which TensorRT-RTX does not have",
+    ),
     "unknown": ("Relux(x)", "", False, "has no such operator"),
     "absent": ("Det(x)", "", False, "has no such operator"),
 }
@@ -408,13 +416,13 @@ def test_inputs_that_are_no_tensors(tmp_path):
     text = "g (seq(float[b,4]) x, int64 i) => (float[b,4] y) { [n] y = SequenceAt(x, i) }"
     first, second = refused(model(text, folder=tmp_path)).problems
     assert first == "node 'n' (SequenceAt): TensorRT-RTX has no such operator"
-    assert second == "input 'x': TensorRT-RTX takes tensors only"
+    assert second == "input 'x': TensorRT-RTX takes only tensors"
 
 
 def test_one_of_several_targets_is_too_old(tmp_path):
     error = refused(weight_of(D.FLOAT8E4M3FN, tmp_path), "7.5", "8.9", "8.6")
     assert error.problems[0] == (
-        "constant 'w': float8e4m3fn needs compute capability 8.9, a target has 7.5, 8.6"
+        "constant 'w': float8e4m3fn needs compute capability 8.9, but a target has 7.5, 8.6"
     )
 
 
@@ -462,8 +470,8 @@ def test_a_quantised_bias_and_a_computed_zero_point(tmp_path):
     )
     error = refused(path)
     assert error.problems == (
-        "node 'd' (DequantizeLinear): TensorRT-RTX dequantises no int32",
-        "node 'e' (DequantizeLinear): its zero point is computed, TensorRT-RTX needs a constant",
+        "node 'd' (DequantizeLinear): TensorRT-RTX can't dequantise int32",
+        "node 'e' (DequantizeLinear): its zero point is computed, but TensorRT-RTX needs a constant",
     )
     assert "'QuantizeBias': False" in error.hint
 

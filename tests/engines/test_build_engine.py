@@ -87,7 +87,7 @@ def report_record(exposed):
 
 
 def test_one_engine_for_every_gpu(tmp_path):
-    model = product(tmp_path / "m.onnx", dtype=TensorProto.FLOAT16)  # Turing multiplies no float32
+    model = product(tmp_path / "m.onnx", dtype=TensorProto.FLOAT16)  # Turing can't multiply float32
     one = build_engine(model, "sm89", tmp_path / "one").engines[0]
     report = build_engine(model, "all", tmp_path / "all", together=True)
     (engine,) = report.engines
@@ -290,7 +290,7 @@ def test_bf16_on_turing(tmp_path):
         ({"targets": ["orin-nano-8gb"]}, "--kit"),
         ({"targets": "sm89", "backend": "tensorrt"}, "this machine has no NVIDIA GPU"),
         ({"targets": "sm87", "backend": "tensorrt-rtx"}, "TensorRT-RTX builds for 7.5"),
-        ({"targets": "sm89", "backend": "openvino"}, "there is no backend"),
+        ({"targets": "sm89", "backend": "openvino"}, "the backend 'openvino' is unknown"),
         ({"targets": ["sm89", "orin-nano-8gb"], "together": True}, "--together"),
         ({"targets": "sm89", "options": BuildOptions(version_compatible=True)}, "version_compatible"),
         ({"targets": "sm89", "options": BuildOptions(hardware_compatible=True)}, "--together"),
@@ -299,7 +299,7 @@ def test_bf16_on_turing(tmp_path):
         ({"targets": "sm89", "options": BuildOptions(workspace_bytes=0)}, "wanted at least 1"),
         ({"targets": "sm89", "adapters": -1}, "wanted 0 or more"),
         ({"targets": "sm89", "shapes": {"batch": "3:2:1"}}, "out of order"),
-        ({"targets": "sm89", "shapes": {"y": "1"}}, "no input or dimension"),
+        ({"targets": "sm89", "shapes": {"y": "1"}}, "the graph has no such input or dimension"),
     ],
 )
 def test_what_cannot_be_built(options, said, tmp_path, monkeypatch):
@@ -340,7 +340,7 @@ def test_a_compiler_that_cannot_be_loaded(tmp_path):
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
     )
     assert done.returncode == 1
-    assert "installed and can't be loaded" in done.stderr
+    assert "installed but can't be loaded" in done.stderr
     assert "pip install" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -123,7 +123,7 @@ def test_the_log_of_a_build_that_failed_is_replaced(tmp_path):
 
 @pytest.mark.parametrize("name", ["a/b", "../m", "/m", "a\nb", "."])
 def test_a_name_is_no_folder(name, tmp_path):
-    with pytest.raises(BackendError, match="is no beginning of a file's name"):
+    with pytest.raises(BackendError, match="can't begin a file's name"):
         build_engine(product(tmp_path / "m.onnx"), "sm89", tmp_path / "out", name=name)
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
 
@@ -138,5 +138,5 @@ def test_an_engine_of_many_gpus_is_called_by_their_compute_capabilities(tmp_path
 
 
 def test_timings_where_nothing_is_measured(tmp_path):
-    with pytest.raises(BackendError, match="measures nothing"):
+    with pytest.raises(BackendError, match="measures no timings"):
         build_engine(product(tmp_path / "m.onnx"), "sm89", tmp_path / "out", timing_cache=tmp_path / "t")

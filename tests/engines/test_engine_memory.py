@@ -407,8 +407,8 @@ def test_it_is_tight():
 def test_it_does_not_fit():
     verdict, text = fit(ENGINE, 14.1)
     assert verdict == "no"
-    assert "14.2 GiB needed with 1 adapter of rank 64 at batch 4, sequence 512, 14.1 GiB there" in text
-    assert "with --weight-streaming, 6.2 GiB and some weights would do" in text
+    assert "14.2 GiB needed with 1 adapter of rank 64 at batch 4, sequence 512, 14.1 GiB available" in text
+    assert "with --weight-streaming, 6.2 GiB and some weights are enough" in text
     assert fit(ENGINE, 5)[0] == "no"
     assert "--weight-streaming" not in fit(ENGINE, 5)[1]
 
@@ -428,7 +428,7 @@ def test_too_many_adapters():
 def test_weights_may_be_streamed():
     verdict, text = fit(ENGINE, 12, weight_streaming=True)
     assert verdict == "tight"
-    assert "with --weight-streaming only" in text
+    assert "only with --weight-streaming" in text
     assert fit(ENGINE, 6, weight_streaming=True)[0] == "no"
     # To the same memory there is no point.
     verdict, text = fit(ENGINE, 16, weight_streaming=True, shared_memory=True)
@@ -439,8 +439,8 @@ def test_weights_may_be_streamed():
 def test_shared_memory_is_shared():
     verdict, text = fit(ENGINE, 16, shared_memory=True)
     assert verdict == "no"
-    assert "12.0 GiB there" in text
-    assert "the CPU uses the same memory: 75% of it count" in text
+    assert "12.0 GiB available" in text
+    assert "the CPU uses the same memory: 75% of it counts" in text
     assert fit(ENGINE, 24, shared_memory=True)[0] == "fits"
 
 

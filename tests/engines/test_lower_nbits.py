@@ -139,7 +139,7 @@ def test_of_turing(tmp_path):
     """4-bit codes exist from compute capability 8.0 on, 8-bit ones on Turing too, products in float16."""
     error = refused(one(Weight(dtype=np.float16), tmp_path, kind="float16"), "7.5", "8.9")
     assert error.problems == (
-        "node 'n' (com.microsoft.MatMulNBits): int4 needs compute capability 8.0, a target has 7.5",
+        "node 'n' (com.microsoft.MatMulNBits): int4 needs compute capability 8.0, but a target has 7.5",
     )
     assert "8 bits" in error.hint
     out, _ = lowered(one(Weight(8, dtype=np.float16), tmp_path, kind="float16"), "7.5", "8.9")
@@ -254,10 +254,14 @@ def with_input(dtype):
 REFUSED = {
     "asymmetric": ({}, asymmetric, "asymmetric (its zero points are not all 8)"),
     "2 bits": ({"bits": 2}, lambda w: {}, "it has 2 bits"),
-    "blocks": ({"block": 256, "k": 256}, lambda w: {}, "its block size 256 is none of 16, 32, 64, 128"),
+    "blocks": (
+        {"block": 256, "k": 256},
+        lambda w: {},
+        "its block size is 256, wanted one of 16, 32, 64, 128",
+    ),
     "order": ({}, lambda w: {"arguments": ",, o", "weights": {"o": np.arange(K, dtype=np.int32)}}, "(g_idx)"),
     "prepacked": ({}, lambda w: {"attributes": ", weight_prepacked=1"}, "packed for one processor"),
-    "attribute": ({}, lambda w: {"attributes": ", mystery=1"}, "the attribute mystery"),
+    "attribute": ({}, lambda w: {"attributes": ", mystery=1"}, "the unknown attribute mystery"),
     "scales": ({}, lambda w: {"weights": {"s": np.ones(3, np.float32)}}, "its scales are float (3,)"),
     "weight": (
         {},
@@ -295,7 +299,7 @@ def test_more_than_a_protobuf_holds(tmp_path, monkeypatch):
     monkeypatch.setattr(lower_nbits, "LIMIT_BYTES", N * K // 2)
     lowered(path)
     monkeypatch.setattr(lower_nbits, "LIMIT_BYTES", N * K // 2 - 1)
-    assert f"its weights are {N * K // 2} bytes" in refused(path).problems[0]
+    assert f"its weights take {N * K // 2} bytes" in refused(path).problems[0]
 
 
 # --- whole models, and their opset -------------------------------------------------------------------
@@ -388,12 +392,12 @@ def test_raising_the_opset_keeps_everything_else(tmp_path):
 
 
 OLD = {
-    "Resize": (10, "float[1,1,4,4] i", "o = Resize(i, f)", "older than 13"),
+    "Resize": (10, "float[1,1,4,4] i", "o = Resize(i, f)", "it is older than 13"),
     "GroupNormalization": (
         18,
         "float[1,4,2,2] i, float[2] k",
         "o = GroupNormalization<num_groups=2>(i, k, k)",
-        "GroupNormalization is another operator",
+        "GroupNormalization means something else there",
     ),
 }
 

@@ -85,7 +85,7 @@ def test_loralib_convolution_is_refused(tmp_path: Path) -> None:
     file = loralib_file(tmp_path, {"conv.lora_A": values(6, 12), "conv.lora_B": values(15, 6), "r": 2})
     with pytest.raises(
         AdapterError,
-        match=r"rank 2 is stated, but the factors have rank 6 \(a multiple is loralib's ConvLoRA",
+        match=r"rank 2 is stated, but the factors have rank 6 \(a multiple means loralib's ConvLoRA",
     ):
         load_adapter(file, alpha=4)
 
@@ -176,7 +176,7 @@ def test_kohya_one_component(tmp_path: Path) -> None:
     file = write(tmp_path / "style.safetensors", kohya())
     adapter = load_adapter(file, component="text_encoder")
     assert [module.path for module in adapter.modules.values()] == ["text_model_layers_0_q_proj"]
-    assert adapter.notes == ("2 modules of other components were left aside",)
+    assert adapter.notes == ("2 modules of other components were ignored",)
     with pytest.raises(AdapterError, match=r"(?s)no component 'vae'.*text_encoder, unet"):
         load_adapter(file, component="vae")
 
@@ -199,7 +199,7 @@ def test_kohya_dora_scale_for_each_output(tmp_path: Path) -> None:
         ("lora_unet_x.lokr_w1", "LoKr"),
         ("lora_unet_x.oft_blocks", "OFT"),
         ("lora_unet_x.diff", "a full-weight difference"),
-        ("lora_unet_x.other", "not a name that kohya's files have"),
+        ("lora_unet_x.other", "not a tensor name of kohya's files"),
     ],
 )
 def test_kohya_refuses_lycoris_by_name(name: str, what: str, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_kohya_refuses_lycoris_by_name(name: str, what: str, tmp_path: Path) -> 
 
 def test_kohya_cannot_be_written_as_peft(tmp_path: Path) -> None:
     adapter = load_adapter(write(tmp_path / "a.safetensors", kohya()))
-    with pytest.raises(AdapterError, match="have lost the dots"):
+    with pytest.raises(AdapterError, match="kohya's files have no dots"):
         save_adapter(adapter, tmp_path / "out")
 
 
@@ -280,7 +280,7 @@ def test_unknown_names_list_what_was_seen_and_what_is_expected(tmp_path: Path) -
     with pytest.raises(AdapterError) as caught:
         load_adapter(write(tmp_path / "a.safetensors", {"a.weight": values(2, 2), "b.weight": values(2)}))
     text = str(caught.value)
-    assert "is in no adapter format that we know" in text
+    assert "is not in a known adapter format" in text
     assert "seen: a.weight, b.weight" in text
     assert all(f"{name} expects " in text for name in FORMATS)
 
@@ -293,7 +293,7 @@ def test_ambiguous_names_ask_for_the_format(tmp_path: Path) -> None:
         load_adapter(file, alpha=2)
     with pytest.raises(AdapterError, match=r"n\.A\.weight: neither a LoRA factor"):
         load_adapter(file, alpha=2, format="loralib")
-    with pytest.raises(AdapterError, match="there is no format 'gguf'"):
+    with pytest.raises(AdapterError, match="the format 'gguf' is unknown"):
         load_adapter(file, format="gguf")
 
 
@@ -304,7 +304,7 @@ def test_component_of_a_file_that_serves_one_model_is_a_path(tmp_path: Path) -> 
     assert part.scope == "one"
     assert [module.path for module in part.modules.values()] == ["one.layer.0.q"]
     assert set(part.tensor_names) == {name for name in tensors if name.startswith("one.")}
-    assert "left aside, not below 'one'" in part.notes[-1]
+    assert "ignored, not below 'one'" in part.notes[-1]
     # Not a part of the adapter's paths: perhaps of the base's, which is known when it is placed.
     whole = load_adapter(file, alpha=2, component="unet")
     assert (whole.scope, len(whole.tensor_names)) == ("unet", len(tensors))

@@ -185,13 +185,13 @@ def test_names_without_metadata_are_never_guessed(tmp_path):
     path, tensors = written(tmp_path, "safetensors")
     raw = tmp_path / "raw.safetensors"
     save_file({name: np.ascontiguousarray(values) for name, values in tensors.items()}, raw)
-    with pytest.raises(AdapterError, match=r"(?s)don't tell alpha.*converted if it was converted"):
+    with pytest.raises(AdapterError, match=r"(?s)doesn't state alpha.*converted if it was converted"):
         load_adapter(raw)
     told = load_adapter(raw, format="converted")
     np.testing.assert_array_equal(
         told.modules["model.q.weight"].lora_a, load_adapter(path).modules["model.q.weight"].lora_a
     )
-    assert "that can't be checked" in told.notes[0]
+    assert "so this can't be checked" in told.notes[0]
 
 
 def test_peft_files_are_not_taken_for_converted_ones(tmp_path):
@@ -218,7 +218,7 @@ def test_options_that_a_converted_file_has_no_use_for(tmp_path):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"x.lora_A.weight": None}, "x: lora_A is missing (there is x.lora_B.weight, x.lora_scale.weight)"),
+        ({"x.lora_A.weight": None}, "x: lora_A is missing (found: x.lora_B.weight, x.lora_scale.weight)"),
         ({"x.bias": random(3)}, "x.bias: not <module>.lora_A.weight (in_dim, rank), .lora_B.weight"),
         ({"x.lora_B.weight": random(3, 4)}, "x: lora_A (2, 5) and lora_B (4, 3) have no common rank"),
         ({"x.lora_A.weight": np.full((5, 2), np.nan, np.float32)}, "x lora_a: 10 of 10 values are NaN"),
@@ -280,7 +280,7 @@ def test_files_of_other_tools_bind_and_say_that_their_base_is_unknown(tmp_path):
     file.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(v) for name, v in tensors.items()})
     file.export_adapter(str(path))
     read = load_adapter(path)
-    assert "which base it was converted for" in read.notes[0]
+    assert "doesn't state the base it was converted for" in read.notes[0]
     assert bind_adapter(read, graph(), where="g").tensors.keys() == tensors.keys()
 
 
@@ -309,7 +309,7 @@ def test_damaged_onnx_adapter_files(tmp_path):
     odd = ort.AdapterFormat()
     odd.set_parameters({"x.lora_A.weight": ort.OrtValue.ortvalue_from_numpy(np.ones((2, 2), np.int64))})
     odd.export_adapter(str(cut))
-    with pytest.raises(AdapterError, match="tensors that are no floats"):
+    with pytest.raises(AdapterError, match="tensors that are not floating-point"):
         load_adapter(cut)
 
 

@@ -43,14 +43,14 @@ WRONG: dict[str, tuple[dict[str, np.ndarray], str]] = {
         {**GOOD, "base_model.model.m.lora_magnitude_vector": values(4)},
         r"magnitude \(4,\), wanted 3 values",
     ),
-    "twice": ({**GOOD, "m.lora_A.weight": GOOD[A]}, "m: lora_a is there twice"),
+    "twice": ({**GOOD, "m.lora_A.weight": GOOD[A]}, "m: lora_a exists twice"),
     "two biases": (
         {**GOOD, "base_model.model.n.bias": values(3), "n.base_layer.bias": values(3)},
         r"a second, different value of n\.bias",
     ),
     "another tuner's tensor": (
         {**GOOD, "base_model.model.m.lora_diag": values(2)},
-        "m.lora_diag: not a tensor that a LoRA adapter has",
+        "m.lora_diag: not a tensor of a LoRA adapter",
     ),
 }
 
@@ -79,7 +79,7 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
     ("config", "message"),
     [
         ("{not json", "can't be read as JSON"),
-        ("[1, 2]", "is JSON but no adapter config"),
+        ("[1, 2]", "is JSON but not an adapter config"),
         ('{"architectures": ["Llama"]}', "it has no 'peft_type'"),
     ],
 )
@@ -104,18 +104,18 @@ def test_options_that_contradict_the_config(tmp_path: Path) -> None:
 
 
 def test_missing_things(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="there is no adapter at"):
+    with pytest.raises(AdapterError, match=r"no adapter at .*: it does not exist"):
         load_adapter(tmp_path / "nothing")
     with pytest.raises(AdapterError, match=r"hf download owner/name --local-dir name"):
         load_adapter("owner/name")
-    with pytest.raises(AdapterError, match=r"holds 0 weights files and no adapter_config\.json"):
+    with pytest.raises(AdapterError, match=r"holds 0 weights files but no adapter_config\.json"):
         load_adapter(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(AdapterError, match="is a model, not an adapter"):
         load_adapter(tmp_path)
     (tmp_path / "one").mkdir()
     (tmp_path / "one/adapter_config.json").write_text("{}")
-    with pytest.raises(AdapterError, match="holds adapters in its subfolders"):
+    with pytest.raises(AdapterError, match="holds no adapter itself, only in its subfolders"):
         load_adapter(tmp_path)
     with pytest.raises(AdapterError, match="but no adapter_model"):
         load_adapter(tmp_path / "one")
@@ -134,8 +134,8 @@ def test_damaged_safetensors(tmp_path: Path) -> None:
     file = write(tmp_path / "a.safetensors", GOOD)
     whole = file.read_bytes()
     for content, message in (
-        (b"", "it holds 0 bytes"),
-        (whole[:4], "it holds 4 bytes"),
+        (b"", "it has 0 bytes"),
+        (whole[:4], "it has 4 bytes"),
         (whole[:60], "its header claims"),
         (whole[:-3], "ends at byte"),
         (struct.pack("<Q", 2**60) + whole[8:], "its header claims"),
@@ -268,7 +268,7 @@ def test_config_and_tensors_contradict(
 def test_a_header_with_a_name_twice_or_odd_metadata(tmp_path: Path) -> None:
     entry = '{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
     for text, message in (
-        (f'{{"a": {entry}, "a": {entry}}}', "'a' is there twice"),
+        (f'{{"a": {entry}, "a": {entry}}}', "the key 'a' occurs twice"),
         ('{"__metadata__": [1]}', "its __metadata__ is not a JSON object"),
     ):
         file = tmp_path / "a.safetensors"

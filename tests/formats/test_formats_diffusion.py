@@ -272,7 +272,7 @@ def test_alpha_for_some_modules_only_is_refused(tmp_path: Path) -> None:
     """Diffusers gives the others the most frequent alpha, ComfyUI scaling 1."""
     first, *_ = _attention(_make("flux"))
     file = _flux_file(tmp_path, {}, **{f"transformer.{first}.alpha": torch.tensor(2.0)})
-    with pytest.raises(AdapterError, match=r"has no \.alpha while other modules have.*give --alpha"):
+    with pytest.raises(AdapterError, match=r"has no \.alpha, but other modules have one.*give --alpha"):
         load_adapter(file)
     scalings = {m.path: m.scaling for m in load_adapter(file, alpha=16).modules.values()}
     assert scalings.pop(first) == 0.5
@@ -280,10 +280,10 @@ def test_alpha_for_some_modules_only_is_refused(tmp_path: Path) -> None:
 
 
 def test_rslora_without_alpha_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="rsLoRA is stated, but no alpha; give --alpha"):
+    with pytest.raises(AdapterError, match="rsLoRA is stated, but not alpha; give --alpha"):
         load_adapter(_flux_file(tmp_path, {}), rslora=True)
     file = _flux_file(tmp_path, {"use_rslora": "true"})
-    with pytest.raises(AdapterError, match="rsLoRA is stated, but no alpha; give --alpha"):
+    with pytest.raises(AdapterError, match="rsLoRA is stated, but not alpha; give --alpha"):
         load_adapter(file)
     assert {module.scaling for module in load_adapter(file, alpha=6).modules.values()} == {3.0}
 
@@ -314,7 +314,7 @@ LANGUAGE = [
 def test_other_models_names_never_get_a_scaling_of_one(path: str, tmp_path: Path) -> None:
     tensors = {f"{path}.lora_A.weight": torch.randn(2, 4), f"{path}.lora_B.weight": torch.randn(6, 2)}
     save_file(tensors, tmp_path / "l.safetensors")
-    with pytest.raises(AdapterError, match=r"don't tell alpha") as caught:
+    with pytest.raises(AdapterError, match=r"doesn't state alpha") as caught:
         load_adapter(tmp_path / "l.safetensors")
     assert "--alpha" in str(caught.value.hint)
     (module,) = load_adapter(tmp_path / "l.safetensors", alpha=6).modules.values()

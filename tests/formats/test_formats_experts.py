@@ -86,7 +86,7 @@ def test_axis_by_version(
     np.testing.assert_allclose(changes(adapter), wanted.numpy(), rtol=1e-12)
     # Only where no shape proves it.
     assert bool(notes) == (version is None and rows == cols)
-    assert ("names no peft_version" in " ".join(adapter.notes)) == (version is None)
+    assert ("the config has no peft_version" in " ".join(adapter.notes)) == (version is None)
 
 
 @pytest.mark.parametrize("version", [None, "0.18.1", "0.19.0", "0.21.2", "0.19.1.dev0@abc", "nonsense"])
@@ -165,9 +165,9 @@ def test_mixed_layouts_are_not_written(tmp_path: Path) -> None:
     (module,) = adapter.modules.values()
     other = dataclasses.replace(module, path="layers.1.experts", turned=False, layout="class")
     mixed = dataclasses.replace(adapter, modules={module.key: module, other.key: other})
-    with pytest.raises(AdapterError, match="can't be said in PEFT's format") as raised:
+    with pytest.raises(AdapterError, match="can't be saved in PEFT's format") as raised:
         save_adapter(mixed, tmp_path / "again")
-    assert "lie as no PEFT version has them" in str(raised.value.problems)
+    assert "have a layout of no PEFT version" in str(raised.value.problems)
 
 
 @pytest.mark.parametrize(

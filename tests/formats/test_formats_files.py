@@ -104,7 +104,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     ),
     "the index names a missing tensor": (
         lambda folder: _edit_index(folder, None, x=_first(folder).name),
-        r"x: the index names adapter_model-00001-of-\d+\.safetensors, found in no shard",
+        r"x: in adapter_model-00001-of-\d+\.safetensors by the index, found in no shard",
     ),
     "a tensor beside the index": (
         lambda folder: _edit_index(folder, None, **{next(iter(load_file(_first(folder)))): None}),

@@ -169,7 +169,7 @@ def test_a_lightning_checkpoint_with_the_whole_model(compiled: bool, tmp_path: P
     torch.save(content, tmp_path / "last.ckpt")
     adapter = load_adapter(tmp_path / "last.ckpt")
     assert adapter.format == "peft"
-    assert any("weights of the base too" in note for note in adapter.notes)
+    assert any("weights of the base (….base_layer.weight)" in note for note in adapter.notes)
     assert worst_error(
         merge(parameters(build("bert")), adapter), parameters(model.merge_and_unload())
     ) < 2e-6  # fmt: skip
@@ -194,7 +194,7 @@ def test_a_graphs_transposed_factors_name_no_adapter(tmp_path: Path) -> None:
     """onnxruntime-genai's names: read only when told, for nothing in the file says that it is transposed."""
     tensors = {f"model.layers.0.attn.q_proj.lora_{s}.MatMul.weight": torch.ones(2, 2) for s in "AB"}
     save_file(tensors, tmp_path / "x.safetensors")
-    with pytest.raises(AdapterError, match="in no adapter format that we know"):
+    with pytest.raises(AdapterError, match="is not in a known adapter format"):
         load_adapter(tmp_path / "x.safetensors", alpha=2)
 
 

@@ -234,7 +234,7 @@ def test_a_lone_file_needs_alpha_and_reads_the_rank_off_lora_a(tmp_path: Path) -
     before, theirs = saved_and_merged(CASES["rank_pattern"], tmp_path / "a", torch.float32)
     lone = tmp_path / "lone.safetensors"
     (tmp_path / "a/adapter_model.safetensors").rename(lone)
-    with pytest.raises(AdapterError, match="don't tell alpha"):
+    with pytest.raises(AdapterError, match="doesn't state alpha"):
         load_adapter(lone)
     adapter = load_adapter(lone, alpha=6)
     assert adapter.name == "lone"
@@ -254,19 +254,19 @@ def test_half_precision_factors_keep_their_dtype(dtype: torch.dtype, tmp_path: P
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "aLoRA": ({"alora_invocation_tokens": [1, 2]}, "aLoRA acts only behind its invocation tokens"),
-    "layer_replication": ({"layer_replication": [[0, 2], [1, 2]]}, "layers were replicated"),
+    "aLoRA": ({"alora_invocation_tokens": [1, 2]}, "aLoRA acts only after its invocation tokens"),
+    "layer_replication": ({"layer_replication": [[0, 2], [1, 2]]}, "a model with replicated layers"),
     "qalora": ({"use_qalora": True}, "QALoRA"),
     "arrow": ({"arrow_config": {"top_k": 3}}, "Arrow routes between adapters"),
     "kasa": ({"kasa_config": {"beta": 1e-4}}, "KaSA truncates the base weights"),
     "megatron": ({"megatron_config": {"x": 1}}, "Megatron's parallel layers"),
-    "tokens": ({"trainable_token_indices": [3]}, "the file holds no token_adapter.trainable_tokens_delta"),
+    "tokens": ({"trainable_token_indices": [3]}, "the file has no token_adapter.trainable_tokens_delta"),
     "old enable_lora": ({"enable_lora": [True, False]}, "MergedLinear of PEFT 0.2"),
     **{
         f"init {init}": ({"init_lora_weights": init}, f"'{init}' changed the base weights.*path_initial")
         for init in ("pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "loftq")
     },
-    "unknown key": ({"use_hyper": 3}, "config use_hyper: 3 under a key that we don't know"),
+    "unknown key": ({"use_hyper": 3}, "config use_hyper: 3; the key is unknown"),
     "r 0": ({"r": 0}, "config r: 0, wanted a whole number above 0"),
     "alpha negative": ({"lora_alpha": -4}, "config lora_alpha: -4, wanted a number above 0"),
     "alpha missing": ({"lora_alpha": None}, "config lora_alpha: None, wanted a number"),
@@ -365,7 +365,7 @@ def test_unknown_nesting_of_parameters_is_refused(tmp_path: Path) -> None:
 def test_nested_pairs_without_target_parameters_are_refused(tmp_path: Path) -> None:
     saved_and_merged(CASES["target_parameters"], tmp_path, torch.float32)
     _edit_config(tmp_path, {"target_parameters": None})
-    with pytest.raises(AdapterError, match="2 nested LoRA pairs, and target_parameters names 0"):
+    with pytest.raises(AdapterError, match="2 nested LoRA pairs, but target_parameters lists 0"):
         load_adapter(tmp_path)
 
 
@@ -393,7 +393,7 @@ def test_what_pefts_config_cannot_say_is_refused_by_name(tmp_path: Path) -> None
     with pytest.raises(AdapterError) as caught:
         save_adapter(replace(adapter, modules=mixed, flattened=True), tmp_path / "b")
     text = "\n".join(caught.value.problems)
-    assert all(word in text for word in ("components text_encoder, unet", "DoRA magnitude", "lost the dots"))
+    assert all(word in text for word in ("components text_encoder, unet", "DoRA magnitude", "have no dots"))
     assert not (tmp_path / "b").exists()
 
 
@@ -447,7 +447,7 @@ def test_tied_embeddings_say_that_their_change_counts_once(tmp_path: Path) -> No
 def test_a_missing_module_to_save_is_noted(tmp_path: Path) -> None:
     adapt(make(Layers), **QK).save_pretrained(tmp_path)
     _edit_config(tmp_path, {"modules_to_save": ["classifier"]})
-    assert any("the file holds none" in note for note in load_adapter(tmp_path).notes)
+    assert any("but the file has none" in note for note in load_adapter(tmp_path).notes)
 
 
 def test_alpha_patterns_that_overlap_are_noted(tmp_path: Path) -> None:

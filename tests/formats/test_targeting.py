@@ -108,7 +108,7 @@ def test_a_pattern_that_stops_peft_is_refused(key, value, pattern, tmp_path):
         peft.PeftModel.from_pretrained(tiny.build("llama"), given)
     with pytest.raises(AdapterError) as caught:
         load_adapter(given)
-    assert any(f"{key} {pattern!r}: no regular expression" in problem for problem in caught.value.problems)
+    assert any(f"{key} {pattern!r}: not a regular expression" in problem for problem in caught.value.problems)
 
 
 def test_keys_of_a_pattern_that_contradict_each_other_are_said(tmp_path):
@@ -141,7 +141,7 @@ def test_layers_that_a_file_lacks_are_said_as_peft_says_them(arch, tmp_path):
     report = merge_checkpoint(tiny.checkpoint(arch), given, tmp_path / "merged")
     graph = merge_onnx(tiny.base_onnx(arch, "dynamo_noopt"), given, tmp_path / "m" / "o.onnx", dry_run=True)
     for plan in (report.plan, graph.plan):
-        assert any(f"means {len(missing)} more modules of this base" in note for note in plan.notes)
+        assert any(f"targets {len(missing)} more modules of this base" in note for note in plan.notes)
 
 
 @pytest.mark.parametrize("arch", ["llama", "bert"])

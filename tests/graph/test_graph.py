@@ -119,7 +119,7 @@ def test_length_unlike_the_shape(base):
     relocate(base, length=100)
     found = problems(base)
     assert len(found) == 2
-    assert "says 100 bytes" in found[0]
+    assert "states 100 bytes" in found[0]
     assert str(64 * 32 * 4) in found[0]
 
 

@@ -288,12 +288,12 @@ def test_an_existing_output_is_kept_unless_told(tmp_path):
         convert_adapter(given, model, out, format=format, force=True)
         assert load_adapter(out).modules.keys() == {"q.weight"}
     (tmp_path / "edge" / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match="holds other files"):
+    with pytest.raises(OutputError, match="holds files that its record does not list"):
         convert_adapter(given, model, tmp_path / "edge", format="edge-llm", force=True)
     assert (tmp_path / "edge" / "notes.txt").read_text() == "mine"
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(OutputError, match="no converted adapter that we wrote"):
+    with pytest.raises(OutputError, match="is not a converted adapter that we wrote"):
         convert_adapter(given, model, tmp_path / "theirs", format="edge-llm", force=True)
 
 
@@ -307,7 +307,7 @@ def test_a_folder_to_which_something_came_meanwhile_is_not_replaced(tmp_path, mo
         own(outputs, *check)
 
     monkeypatch.setattr(OutputSet, "commit", late)
-    with pytest.raises(OutputError, match="holds other files"):
+    with pytest.raises(OutputError, match="holds files that its record does not list"):
         convert_adapter(given, model, out, format="edge-llm", force=True)
     assert (out / "notes.txt").read_text() == "mine"
 
@@ -342,7 +342,7 @@ def test_a_full_disk_is_an_output_error_and_leaves_nothing(tmp_path):
 def test_the_output_never_replaces_the_adapter_that_is_read(tmp_path):
     model = small(tmp_path)
     out = convert_adapter(adapter_of(linear("q", 6, 5)), model, tmp_path / "a.safetensors").output
-    with pytest.raises(OutputError, match="would replace what is read"):
+    with pytest.raises(OutputError, match="would replace a file that is read"):
         convert_adapter(out, model, out, force=True)
 
 
@@ -395,7 +395,7 @@ def test_a_replaced_parameter_is_converted_for_its_base_alone(tmp_path, name):
     for number, file in enumerate((first, convert_adapter(first, here, tmp_path / name).output)):
         with pytest.raises(AdapterError) as caught:
             convert_adapter(file, other, tmp_path / f"{number}-{name}", any_base=True)
-        assert "they hold for no other base" in caught.value.problems[1]
+        assert "they are valid only for that base" in caught.value.problems[1]
 
 
 def test_a_rank_above_the_graphs_is_refused(tmp_path):
@@ -416,7 +416,7 @@ def test_modules_without_a_place_are_refused_or_left_out(tmp_path):
 
 def test_graphs_that_take_no_adapter(tmp_path):
     given = adapter_of(linear("q", 6, 5))
-    with pytest.raises(GraphError, match="has no exposed LoRA that we know of"):
+    with pytest.raises(GraphError, match="has no exposed LoRA: its metadata lack"):
         convert_adapter(given, tiny.base_onnx("llama", "dynamo"), tmp_path / "a.safetensors")
     module = ExposedModule("q", "linear", 5, 6, "float32", (Member("q", 0, 6, ranks=(2,)),))
     bank = ExposedGraph("bank", "base.onnx", BASE, (module,), 2, slots=(Slot("one"),))
@@ -441,7 +441,7 @@ def test_lora_inputs_that_are_not_understood(tmp_path):
     ("module", "kind", "reason"),
     [
         (linear("lm_head", 6, 5), "linear", "has no LoRA inputs for lm_head"),
-        (conv("q", 6, 5, 3), "conv", "linear modules only"),
+        (conv("q", 6, 5, 3), "conv", "adapts only linear modules"),
     ],
 )
 def test_edge_llm_takes_linear_modules_but_lm_head(tmp_path, module, kind, reason):
@@ -534,7 +534,7 @@ def test_reading_options_have_names_of_their_own(tmp_path):
     save_file({"q.lora_A.weight": random(5, 2), "q.lora_B.weight": random(2, 6)}, file)
     unknown = command("convert-adapter", file, "--for", model, "-o", out)
     assert unknown.returncode == 1
-    assert "don't tell alpha" in unknown.stderr
+    assert "doesn't state alpha" in unknown.stderr
     assert "--from-format" in unknown.stderr
     told = command("convert-adapter", file, "--for", model, "-o", out, "--from-format", "converted")
     assert told.returncode == 0, told.stderr

@@ -466,7 +466,7 @@ def test_output_rules(tmp_path):
     out = tmp_path / "out"
     for target, force in itertools.product((base, base.parent), (False, True)):
         error = refused(OutputError, base, adapter, target, force=force)
-        assert "would replace what is read" in error.message
+        assert "would replace a file that is read" in error.message
     assert "lies in the base" in refused(OutputError, base, adapter, base / "merged").message
     assert "dtype" in refused(OutputError, base, adapter, out, dtype="int8").message
     (tmp_path / "thesis").mkdir()

@@ -252,7 +252,7 @@ def test_output_that_would_replace_the_base(capsys, base, adapter, tmp_path):
     arguments = ["merge-onnx", "--base", copy / "model.onnx", "--adapter", adapter, "--force"]
     capsys.readouterr()
     assert _run([*map(str, arguments), "-o", str(copy / "model.onnx")], False) == 1
-    assert "would replace what is read" in capsys.readouterr().err
+    assert "would replace a file that is read" in capsys.readouterr().err
     assert before == {path.name: path.read_bytes() for path in copy.iterdir()}
 
 

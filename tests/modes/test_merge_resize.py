@@ -301,7 +301,7 @@ def test_the_config_names_rows_that_the_file_lacks(tmp_path):
     trained(base_of(kind, config(), tmp_path / "base"), tmp_path / "adapter", trainable_token_indices=[1, 2])
     file = tmp_path / "adapter/adapter_model.safetensors"
     save_file({n: v for n, v in load_file(file).items() if "token_adapter" not in n}, file)
-    with pytest.raises(AdapterError, match="the file holds no token_adapter"):
+    with pytest.raises(AdapterError, match="the file has no token_adapter"):
         load_adapter(tmp_path / "adapter")
 
 

@@ -228,7 +228,7 @@ def test_a_kit_to_which_something_was_added_is_not_replaced(late, tmp_path, monk
         monkeypatch.setattr(OutputSet, "commit", build)
     else:
         build()
-    with pytest.raises(OutputError, match="other files") as caught:
+    with pytest.raises(OutputError, match="files that its record does not list") as caught:
         write_kits(model, wish, tmp_path / "kits", force=True)
     assert caught.value.problems == (engine.name,)
     assert engine.read_bytes() == b"built for an hour"
@@ -244,12 +244,12 @@ def test_a_folder_that_is_no_kit_is_not_replaced(tmp_path):
     (kit / "thesis.txt").write_text("mine")
     for sums in ("", f"{'0' * 64}  thesis.txt\n"):
         (kit / "SHA256SUMS").write_text(sums)
-        with pytest.raises(OutputError, match="no kit that we wrote"):
+        with pytest.raises(OutputError, match="is not a kit that we wrote"):
             write_kits(model, wish, tmp_path / "kits", force=True)
     shutil.rmtree(kit)
     (tmp_path / "elsewhere").mkdir()
     kit.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OutputError, match="no folder of a kit"):
+    with pytest.raises(OutputError, match="is not a folder of a kit"):
         write_kits(model, wish, tmp_path / "kits", force=True)
 
 
@@ -471,5 +471,5 @@ def test_trtexec_is_used_where_both_are(kit, tmp_path):
 
 
 def test_a_kit_for_a_compiler_that_never_builds_for_it_is_refused(tmp_path):
-    with pytest.raises(BackendError, match="leave out --backend tensorrt-rtx"):
+    with pytest.raises(BackendError, match="omit --backend tensorrt-rtx"):
         write_kits(product(tmp_path / "m.onnx"), Wish(["orin-nano-8gb"], backend="tensorrt-rtx"), tmp_path)

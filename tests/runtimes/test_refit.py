@@ -275,10 +275,10 @@ def test_the_runtime_cache_is_none_of_what_is_read(machine, tmp_path):
     onnx = base(tmp_path)
     engine = engine_of(onnx, options=REFIT)
     for file in (engine, onnx):
-        with pytest.raises(OutputError, match="would replace what is read"):
+        with pytest.raises(OutputError, match="would replace a file that is read"):
             MergedEngine(engine, onnx, runtime_cache=file)
     given = tmp_path / "adapter.safetensors"
     save_file({"p.lora_A.weight": P[:2, :4].copy(), "p.lora_B.weight": P[:, :2].copy()}, given)
     opened = MergedEngine(engine, onnx, runtime_cache=given)
-    with pytest.raises(OutputError, match="would replace what is read"):
+    with pytest.raises(OutputError, match="would replace a file that is read"):
         opened.switch(load_adapter(given, alpha=2))

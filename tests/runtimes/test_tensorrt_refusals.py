@@ -234,14 +234,14 @@ def test_the_runtime_cache_is_none_of_what_is_read(machine, tmp_path):
     link.hardlink_to(onnx)
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     for file in (engine, record_path(engine), onnx, link):
-        with pytest.raises(OutputError, match="would replace what is read"):
+        with pytest.raises(OutputError, match="would replace a file that is read"):
             AdapterSession(engine, source=onnx, runtime_cache=file)
     with AdapterSession(engine, runtime_cache=tmp_path / "new" / ".." / "other.cache") as session:
         session.load_adapter("a", adapter, alpha=2)
     link.unlink()
     link.hardlink_to(adapter)
     session = AdapterSession(engine, runtime_cache=link)
-    with pytest.raises(OutputError, match="would replace what is read"):
+    with pytest.raises(OutputError, match="would replace a file that is read"):
         session.load_adapter("a", adapter, alpha=2)
     assert all(path.read_bytes() == data for path, data in before.items() if path != link)
 

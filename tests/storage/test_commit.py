@@ -76,7 +76,7 @@ def test_from_one_call_on_everything_fails(verb, fault, tmp_path, monkeypatch, c
         assert "Traceback" not in said, where
         for name in {place.split("/")[0] for place in found} - {place.split("/")[0] for place in new}:
             assert name in said, f"{name}, {where}"
-        if "could not be named back" in said:
+        if "could not be renamed back" in said:
             stuck += 1
             assert "nothing was replaced" not in said, where
         elif code and "written and complete" not in said:
@@ -183,7 +183,7 @@ def test_another_process_puts_in_order_what_this_one_could_not(tmp_path, monkeyp
         own(*names)
 
     monkeypatch.setattr(steps, "_move", move)
-    with pytest.raises(steps.StuckError, match="could not be named back"):
+    with pytest.raises(steps.StuckError, match="could not be renamed back"):
         write(tmp_path, "new")
     command = [
         sys.executable,
@@ -439,9 +439,9 @@ def test_what_lies_in_the_locks_place_is_not_followed_nor_waited_for(what, tmp_p
 
     monkeypatch.setattr(os, "open", not_ours)
     with in_seconds(10):
-        with pytest.raises(OutputError, match="is no regular file"):
+        with pytest.raises(OutputError, match="is not a regular file"):
             write(out, "new")
-        with pytest.warns(UserWarning, match="is no regular file"):
+        with pytest.warns(UserWarning, match="is not a regular file"):
             assert not tidy(out)
     assert [path.name for path in out.iterdir()] == [lock.NAME]
     assert (tmp_path / "victim").read_text() == "mine"
@@ -526,8 +526,8 @@ def test_only_what_certainly_has_ended_is_removed(tmp_path):
             assert tidy(tmp_path)
         assert names_in(tmp_path) == kept
     texts = [str(one.message) for one in told]
-    assert any("removed 4.0 MB that ended runs have left in" in text for text in texts)
-    (unknown,) = [text for text in texts if "left alone in" in text]
+    assert any("removed 4.0 MB that ended runs had left in" in text for text in texts)
+    (unknown,) = [text for text in texts if "not touched in" in text]
     assert other.name in unknown
     assert "and 1 more" in unknown
     with pytest.warns(UserWarning, match="removed .*: running"):
@@ -566,7 +566,7 @@ def test_another_kernels_files_are_left_alone_and_told_of(boot, tmp_path, monkey
             own.write_text(boot)
         lease._kernel.cache_clear()
         left = names_in(out)
-        with pytest.warns(UserWarning, match="whether the run that wrote this has ended can't be told here"):
+        with pytest.warns(UserWarning, match="it is unknown whether the run that wrote this has ended"):
             assert not tidy(out)
         assert names_in(out) == left
     finally:
@@ -581,7 +581,7 @@ def test_temporary_folders_of_ended_processes(tmp_path, monkeypatch, capsys):
         (left / "deep" / "graph.onnx").write_bytes(b"x" * 3000)
         assert cli._run(["inspect", str(tmp_path / "none" / "x")], False) == 1
         assert (
-            f"removed 3.0 kB that ended runs have left in {tmp_path}: {left.name}" in capsys.readouterr().err
+            f"removed 3.0 kB that ended runs had left in {tmp_path}: {left.name}" in capsys.readouterr().err
         )
         assert [path for path in tmp_path.iterdir() if path.suffix != ".lease"] == [mine]
     assert not list(tmp_path.iterdir())
@@ -630,7 +630,7 @@ def test_a_finished_set_does_not_replace_what_came_later(tmp_path):
     assert killed_after(1, *(tmp_path / name for name in NAMES))  # the mark
     (tmp_path / "m.onnx").write_text("later")
     left = files(tmp_path)
-    with pytest.warns(UserWarning, match=r"m\.onnx exists by now, so nothing was touched"):
+    with pytest.warns(UserWarning, match=r"m\.onnx exists now, so nothing was touched"):
         assert not tidy(tmp_path)
     assert files(tmp_path) == left
 
@@ -716,7 +716,7 @@ def test_a_set_of_which_one_folder_is_not_there_is_left_alone(replaces, tmp_path
     folders[0].rename(tmp_path / "elsewhere")
     for _ in range(2):
         left = files(folders[1])
-        what = "name it back if p is missing" if replaces else "left alone in"
+        what = "rename it back if p is missing" if replaces else "not touched in"
         with pytest.warns(UserWarning, match=what):
             assert not tidy(folders[1])
         assert files(folders[1]) == left

@@ -119,7 +119,7 @@ def test_a_converted_adapter_over_what_is_read(name, tmp_path, capsys):
         onnx.save(model, graph, save_as_external_data=True, location=path.name, size_threshold=1024)
     before = path.read_bytes()
     code = call("convert-adapter", adapter, "--for", graph, "-o", path, "--force")
-    assert "would replace what is read" in refused(capsys, code, path, path, before)
+    assert "would replace a file that is read" in refused(capsys, code, path, path, before)
 
 
 @pytest.mark.parametrize("verb", ["merge-onnx", "swap-onnx", "bank-onnx"])
@@ -180,7 +180,7 @@ def test_what_a_timing_cache_may_not_be(tmp_path, monkeypatch):
 
     product(tmp_path / "p.onnx")
     monkeypatch.setattr(build, "_check_timings", lambda _: None)
-    with pytest.raises(OutputError, match="would replace what is read"):
+    with pytest.raises(OutputError, match="would replace a file that is read"):
         build.build_engine(
             tmp_path / "p.onnx", "sm89", tmp_path, timing_cache=tmp_path / "p.onnx", dry_run=True
         )
@@ -207,7 +207,7 @@ def test_a_folder_with_an_input_in_it(tmp_path, capsys):
     (merged / "lora.json").write_text(json.dumps(manifest))
     capsys.readouterr()
     assert call("merge", "--base", checkpoint(tmp_path), *words, "--force") == 1
-    assert "would replace what is read" in capsys.readouterr().err
+    assert "would replace a file that is read" in capsys.readouterr().err
     assert weights.exists()
 
 
@@ -236,7 +236,7 @@ def test_a_recipe_that_a_step_would_write_over(tmp_path, capsys):
 def test_an_adapter_saved_over_itself(tmp_path):
     save_adapter(session_graphs.both(1), tmp_path / "a")
     before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
-    with pytest.raises(OutputError, match="would replace what is read"):
+    with pytest.raises(OutputError, match="would replace a file that is read"):
         save_adapter(load_adapter(tmp_path / "a"), tmp_path / "a", force=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
     save_adapter(session_graphs.both(2), tmp_path / "a", force=True)  # which was not read from there
@@ -248,7 +248,7 @@ def test_an_output_that_becomes_an_input_meanwhile(tmp_path):
     with OutputSet(True, [read]) as outputs:
         outputs.stage(tmp_path / "out").write_text("new")
         os.link(read, tmp_path / "out")
-        with pytest.raises(OutputError, match="would replace what is read"):
+        with pytest.raises(OutputError, match="would replace a file that is read"):
             outputs.commit()
     assert replaced_inputs(tmp_path / "out", [read]) == [read]
     assert not replaced_inputs(tmp_path / "other", [read])

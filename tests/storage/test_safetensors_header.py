@@ -57,9 +57,9 @@ def test_what_a_good_header_gives(tmp_path: Path) -> None:
 def test_all_problems_are_listed(tmp_path: Path) -> None:
     content = {"__metadata__": {"k": 1}, "a": {}, "b": entry([3], 0, 4), "c": entry([1], 2, 6)}
     assert problems_of(tmp_path, raw(content, bytes(4))) == [
-        "its __metadata__ is not a JSON object of texts",
+        "its __metadata__ is not a JSON object of strings",
         "'a' has no dtype, shape or data_offsets",
-        "'b' F32 [3] needs 12 bytes, data_offsets give 4",
+        "'b' F32 [3] needs 12 bytes, but data_offsets give 4",
         "'c' overlaps the tensor before it",
         f"truncated: 'c' ends at byte {len(raw(content)) + 6}, the file at {len(raw(content)) + 4}",
     ]

@@ -132,7 +132,7 @@ def test_no_more_than_the_limit_is_read(tmp_path: Path) -> None:
     path = tmp_path / "large.json"
     with path.open("wb") as file:
         file.truncate(MAX_BYTES * 4)
-    with pytest.raises(LoraExportError, match="the most that is read"):
+    with pytest.raises(LoraExportError, match="the limit for such a file"):
         read_json(path)
 
 
@@ -153,7 +153,7 @@ def test_yaml_is_composed_as_pyyaml_does(content: str, tmp_path: Path) -> None:
         ("a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{f'*a{i - 1},' * 9}]\n" for i in range(1, 9)), "more than"),
         ("a: b: c", "is not YAML"),
         ("a: \x00", "is not YAML"),
-        ("# " + "x" * (600 << 10), "the most that is read"),
+        ("# " + "x" * (600 << 10), "the limit for such a file"),
     ],
 )  # fmt: skip
 def test_damaged_yaml(content: str, says: str, tmp_path: Path) -> None:

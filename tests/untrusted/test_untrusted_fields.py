@@ -133,7 +133,7 @@ def test_good_data_is_the_record() -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"name": 3}, "name: 3, wanted a text"),
+        ({"name": 3}, "name: 3, wanted a string"),
         ({"inner": [{"start": "x"}]}, 'inner[0].start: "x", wanted an integer'),
         ({"inner": [{"start": 0}, {"start": -1}]}, "inner[1].start: -1, wanted 0 or more"),
         ({"inner": [{"start": True}]}, "inner[0].start: true, wanted an integer"),
@@ -150,7 +150,7 @@ def test_good_data_is_the_record() -> None:
         ({"share": 10**400}, "share: a number of 1329 bits, wanted a finite number"),
         ({"sizes": [1, 2, 3, 4]}, "sizes: an array of 4, wanted 0 to 3 entries"),
         ({"sizes": [0]}, "sizes[0]: 0, wanted 1 or more"),
-        ({"either": 1.5}, "either: 1.5, wanted an integer or a text"),
+        ({"either": 1.5}, "either: 1.5, wanted an integer or a string"),
         ({"on": 1}, "on: 1, wanted true or false"),
         ({"more": {"k\n": [{"start": None}]}}, "more['k\\n'][0].start: null, wanted an integer"),
         ({"more": []}, "more: an array of 0, wanted an object"),

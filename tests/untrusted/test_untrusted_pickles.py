@@ -56,7 +56,7 @@ def renamed(entries: list[tuple[str, bytes]], old: str, new: str) -> list[tuple[
 # What torch loads is not what another reader finds.
 TWO_READERS: dict[str, tuple[Callable[[], bytes], str]] = {
     "an archive behind the old layout": (
-        lambda: saved(GOOD, new_layout=False) + saved(GOOD), "lies behind its beginning",
+        lambda: saved(GOOD, new_layout=False) + saved(GOOD), "follows after its beginning",
     ),
     "capitals": (
         lambda: zipped(
@@ -79,9 +79,12 @@ TWO_READERS: dict[str, tuple[Callable[[], bytes], str]] = {
         ),
         "several entries of one name",
     ),
-    "an archive behind an archive": (lambda: saved(LARGE) + saved(GOOD), "before or behind"),
-    "a comment": (lambda: zipped(entries_of(GOOD), b"x" * 22), "before or behind"),
-    "an archive in a comment": (lambda: zipped(entries_of(GOOD), zipped(entries_of(LARGE))), "behind"),
+    "an archive behind an archive": (lambda: saved(LARGE) + saved(GOOD), "before or after"),
+    "a comment": (lambda: zipped(entries_of(GOOD), b"x" * 22), "before or after"),
+    "an archive in a comment": (
+        lambda: zipped(entries_of(GOOD), zipped(entries_of(LARGE))),
+        "before or after",
+    ),
 }  # fmt: skip
 
 

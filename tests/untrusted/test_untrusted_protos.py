@@ -99,12 +99,12 @@ CASES = {
     ),
     "two locations": (
         changed(doubled_entry),
-        "external data of 'q.weight': the entry 'location' is there twice",
+        "external data of 'q.weight': the entry 'location' occurs twice",
     ),
-    "two metadata": (changed(doubled_metadata), "the metadata: the entry 'lora_export.model' is there twice"),
+    "two metadata": (changed(doubled_metadata), "the metadata: the entry 'lora_export.model' occurs twice"),
     "two metadata of a node": (
         changed(lambda m: doubled_metadata(m.graph.node[0])),
-        "'/q/MatMul'.*there twice",
+        "'/q/MatMul'.*occurs twice",
     ),
     "two versions": (model(opsets=(("", 20), ("ai.onnx", 11))), "versions .* twice"),
     "a value made twice": (model([PRODUCT, END, END]), "'y': computed by two nodes"),
@@ -134,7 +134,7 @@ CASES = {
         in_branch(lambda branch: branch.node.append(helper.make_node("Relu", ["nope"], ["k"]))),
         "'nope': read by a node of the subgraph 'branch'",
     ),
-    "an undefined output": (model([PRODUCT]), "'y': an output of the graph, made by none"),
+    "an undefined output": (model([PRODUCT]), "'y': an output of the graph, but no node computes it"),
     "a cycle": (
         model(
             [
@@ -152,7 +152,7 @@ CASES = {
     ),
     "a function of another version": (
         model(called("F"), None, [function("F", body="Softmax", opset=11)]),
-        "functions can't be put in place of their calls",
+        "its functions can't be inlined",
     ),
     "huge sizes": (model(constants=[constant(), tensor([2**62] * 400, raw_data=b"\0" * 4)]), "k: 400 axes"),
     "huge and external": (
@@ -165,7 +165,7 @@ CASES = {
     "a reference to a number": (with_reference("Cast", "to", 2), "to refers to a function's"),
     "values in another type's field": (
         model(constants=[constant(), tensor([2], int64_data=[1, 2])]),
-        "k: holds 0 bytes, its shape .* of FLOAT needs 8",
+        "k: holds 0 bytes, but its shape .* of FLOAT needs 8",
     ),
     "values in two fields": (
         model(constants=[constant(), tensor([2], float_data=[1, 2], int32_data=[1, 2])]),
@@ -173,7 +173,7 @@ CASES = {
     ),
     "a branch that gives what is around it": (
         in_branch(lambda branch: setattr(branch.output[0], "name", "h")),
-        "'h': an output of the subgraph 'branch', made by none",
+        "'h': an output of the subgraph 'branch', but no node computes it",
     ),
     "a cast to no type": (
         model([helper.make_node("Cast", ["x"], ["c"], to=999), PRODUCT, END]),

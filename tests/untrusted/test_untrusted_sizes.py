@@ -241,7 +241,7 @@ def test_no_tensor_holds_more_than_its_storage(count: int, new_layout: bool, tmp
         path.write_bytes(changed)
     with pytest.raises(AdapterError) as caught:
         read_checkpoint(path)
-    assert f"needs {count} values, its storage" in str(caught.value)
+    assert f"needs {count} values, but its storage" in str(caught.value)
 
 
 @pytest.mark.parametrize(

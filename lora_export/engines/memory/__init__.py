@@ -1,1 +1,1 @@
-"""How much memory an engine takes, told before it is built."""
+"""Estimate the memory of an engine before it is built."""

@@ -1,13 +1,13 @@
-"""How much memory a compiled graph's intermediate values take, told from the graph and their largest sizes.
+"""Estimate the memory of a compiled graph's intermediate values from the graph and their largest sizes.
 
-The rules were read off the kernels that TensorRT-RTX 1.7 lists when it builds (verbosity ``DETAILED``) and
-the activation memory that it states, which does not depend on the GPU.
+The rules were derived from the kernels that TensorRT-RTX 1.7 lists when it builds (verbosity ``DETAILED``)
+and the activation memory that it states, which does not depend on the GPU.
 
-1. A product (MatMul, Gemm, Conv) is a kernel of its own: what it reads and writes lies in memory. All else
-   between two products becomes one kernel, and what passes within a kernel has no memory.
-2. What a kernel makes and a later one reads, past a product (a residual), lies in memory as well, and until
-   the last kernel that reads it.
-3. Attention in 16 bits is one kernel from q·kᵀ to ·v: scores have no memory. In float32 they have it.
+1. A product (MatMul, Gemm, Conv) is a kernel of its own: what it reads and writes lies in memory. Everything
+   else between two products becomes one kernel, and values inside a kernel take no memory.
+2. A value that one kernel makes and one behind a product reads (a residual) also lies in memory, until the
+   last kernel that reads it.
+3. Attention in 16 bits is one kernel from q·kᵀ to ·v: scores take no memory. In float32 they do.
 4. Inputs and outputs of the graph are the caller's memory. But an output that a product makes is copied from
    memory of the engine's own if it has an odd number of columns (it is padded), or if the compiler works in
    the order [sequence, batch]. It does so when there is more than one of each, and only the output projection
@@ -15,9 +15,9 @@ the activation memory that it states, which does not depend on the GPU.
 5. Each product has `WORKSPACE_BYTES` to add partial sums in, and products that nothing orders may run at
    once, each with its own. Products of one activation with several constants become one.
 
-What is not told: copies that the compiler makes to pad or to reorder (too little by up to a fifth); its
-fusions of a product with a bias behind it, and that products which may run at once often don't (too much, by
-up to 4 times for small models, where workspaces are nearly all of it).
+Not covered: copies that the compiler makes to pad or to reorder (the estimate is up to a fifth too low); its
+fusions of a product with the bias after it, and that products which may run at once often don't (the estimate
+is up to 4 times too high for small models, where workspaces are nearly all of it).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import onnx_ir as ir
 from lora_export.engines.memory.largest import Sized
 from lora_export.graph.onnx_file import GraphFile
 
-# Per product at a time, whatever its shape; read off graphs of one MatMul.
+# Bytes per running product, whatever its shape; measured with graphs of one MatMul.
 WORKSPACE_BYTES = 8_192_000
 
 _PRODUCTS = frozenset(
@@ -40,20 +40,20 @@ _PRODUCTS = frozenset(
         *("Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "DeformConv"),
     }
 )
-# Kernels of their own that are no products.
+# Kernels of their own other than products.
 _OWN_KERNELS = frozenset({"LSTM", "GRU", "RNN", "TopK", "NonZero", "NonMaxSuppression", "Loop", "Scan", "If"})
-# The same memory under another shape.
+# Operators whose output is the same memory with another shape.
 _RENAMES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What the intermediate values of a graph take.
+    """Memory of the intermediate values of a graph.
 
     Attributes:
-        bytes: At the moment when they take most, workspaces included.
-        unknown: Values that lie in memory and whose size is not known; they are not in ``bytes``.
+        bytes: Peak in bytes, workspaces included.
+        unknown: Names of values in memory whose size is unknown; they are not in ``bytes``.
     """
 
     bytes: int
@@ -61,11 +61,11 @@ class Activations:
 
 
 def peak_activations(graph: GraphFile, values: Mapping[str, Sized]) -> Activations:
-    """Return what a graph's intermediate values take at most.
+    """Return the peak memory of a graph's intermediate values.
 
     Args:
         graph: The graph.
-        values: Sizes of what its nodes compute, by name.
+        values: Sizes of the values that its nodes compute, by name.
     """
     kernels = _Kernels(graph, values)
     lives = list(kernels.lives())
@@ -73,7 +73,7 @@ def peak_activations(graph: GraphFile, values: Mapping[str, Sized]) -> Activatio
     return Activations(_peak(lives) + WORKSPACE_BYTES * kernels.workspaces(), unknown)
 
 
-# A value's maker with its inputs, or its readers with what they make.
+# The node that makes a value with its inputs, or the nodes that read it with their outputs.
 _Step = Callable[[ir.Value], Iterator[tuple[ir.Node, Iterable[ir.Value | None]]]]
 
 
@@ -93,7 +93,7 @@ def _is_kernel(node: ir.Node) -> bool:
 
 
 def _memory(value: ir.Value) -> ir.Value:
-    """Return the value whose memory this one has."""
+    """Return the value whose memory this one shares."""
     maker = value.producer()
     while maker is not None and maker.op_type in _RENAMES and (renamed := maker.inputs[0]) is not None:
         value, maker = renamed, renamed.producer()
@@ -101,7 +101,7 @@ def _memory(value: ir.Value) -> ir.Value:
 
 
 def _only_read_by_product(node: ir.Node) -> bool:
-    """Whether what a node makes goes, in another order or shape, to one product and nowhere else."""
+    """Return whether a node's output goes, in whatever order or shape, to one product and nowhere else."""
     while len(readers := list(node.outputs[0].consumers())) == 1:
         node = readers[0]
         if node.op_type in _PRODUCTS:
@@ -116,9 +116,9 @@ class _Attention:
     """One attention.
 
     Attributes:
-        scores: From the product that makes them to the product that reads them.
-        readers: That product.
-        fused: It is one kernel.
+        scores: Values from the product that makes the scores to the product that reads them.
+        readers: The products that read them.
+        fused: Whether it is one kernel.
     """
 
     scores: frozenset[ir.Value]
@@ -128,7 +128,7 @@ class _Attention:
 
 @dataclass(frozen=True)
 class _Life:
-    """From the node that makes a value to the last that reads it, by position."""
+    """The positions of the node that makes a value and of the last one that reads it."""
 
     name: str
     bytes: int | None
@@ -149,9 +149,9 @@ def _peak(lives: Iterable[_Life]) -> int:
 
 
 class _Kernels:
-    """A graph as the kernels that the compiler makes of it.
+    """A graph as the kernels that the compiler makes from it.
 
-    A node's level is how many products are on the longest way to it: what has the same level can be in one
+    A node's level is the number of products on the longest path to it: nodes of one level can be in one
     kernel.
     """
 
@@ -159,7 +159,7 @@ class _Kernels:
         self._nodes = list(graph.model.graph.all_nodes())
         self._position = {node: number for number, node in enumerate(self._nodes)}
         self._values = values
-        # What only renames an output is written where the output is.
+        # A value that only renames an output is written where the output is.
         self._outputs = {_memory(value): value for value in graph.graph.outputs}
         self._outputs |= {value: value for value in graph.graph.outputs}
         self._constants = self._find_constants(graph)
@@ -167,10 +167,10 @@ class _Kernels:
         self._attentions = [found for node in self._nodes if (found := self._attention(node)) is not None]
         self._inside = {value for found in self._attentions if found.fused for value in found.scores}
 
-    # --- what is what ---
+    # --- constants and levels ---
 
     def _find_constants(self, graph: GraphFile) -> set[ir.Value]:
-        """Return weights and what is computed from nothing else: the compiler computes that once."""
+        """Return weights and values computed from them alone, which the compiler computes once."""
         constants = set(graph.initializers())
         for node in self._nodes:
             inputs = [value for value in node.inputs if value is not None]
@@ -196,16 +196,16 @@ class _Kernels:
     # --- attention ---
 
     def _attention(self, softmax: ir.Node) -> _Attention | None:
-        """Return the attention that a softmax is in: products before and behind it, one shape between."""
+        """Return the attention that a softmax is in: products before and after it, one shape in between."""
         if softmax.op_type != "Softmax" or softmax.inputs[0] is None:
             return None
         before, makers = self._of_one_shape(softmax.inputs[0], _backwards)
-        behind, readers = self._of_one_shape(softmax.outputs[0], _forwards)
+        after, readers = self._of_one_shape(softmax.outputs[0], _forwards)
         if not makers or not readers:
             return None
         scores = [self._sized(value) for maker in makers for value in maker.outputs]
         half = all(sized is not None and sized.dtype in _HALF for sized in scores)
-        return _Attention(frozenset(before | behind), tuple(readers), half)
+        return _Attention(frozenset(before | after), tuple(readers), half)
 
     def _of_one_shape(self, start: ir.Value, step: _Step) -> tuple[set[ir.Value], list[ir.Node]]:
         """Follow values of one shape from a value on; return them and the products at the end."""
@@ -224,13 +224,13 @@ class _Kernels:
         return seen, products
 
     def _moves_order(self) -> bool:
-        """Whether nothing but one product reads the merged heads of an attention (rule 4)."""
+        """Return whether only one product reads the merged heads of an attention (rule 4)."""
         return any(_only_read_by_product(node) for found in self._attentions for node in found.readers)
 
     # --- memory ---
 
     def lives(self) -> Iterator[_Life]:
-        """Yield when there is which memory."""
+        """Yield the lifetime of each piece of memory."""
         stored = self._find_stored()
         ends = self._find_ends(stored)
         groups: dict[ir.Value, list[ir.Value]] = defaultdict(list)
@@ -274,7 +274,7 @@ class _Kernels:
         return sized.shape[-1] % 2 == 1 or (order_moves and len(rows) > 1)
 
     def _find_ends(self, stored: Iterable[ir.Value]) -> dict[ir.Value, int]:
-        """Return the position of the last kernel that reads each value: a kernel ends with what it stores."""
+        """Return the position of the last kernel that reads each value; a kernel ends where it stores one."""
         kept = set(stored)
         ends: dict[ir.Value, int] = {}
         for node in reversed(self._nodes):
@@ -297,7 +297,7 @@ class _Kernels:
             if node.op_type not in _PRODUCTS or not inputs:
                 continue
             memory, level = _memory(inputs[0]), self._levels[node]
-            # One product with all constants; a product with what varies stands for itself.
+            # Products of one activation with constants are one; a product of two activations counts alone.
             key = (memory, level) if len(inputs) == 1 else (node,)
             _, _, last = spans.get(key, (memory, level, latest[node]))
             spans[key] = (memory, level, min(last, latest[node]))
@@ -308,7 +308,7 @@ class _Kernels:
         return max((len(memories) for memories in running.values()), default=0)
 
     def _find_latest(self) -> dict[ir.Node, int]:
-        """Return the last level at which each node can run without holding another one up."""
+        """Return the last level at which each node can run without delaying another one."""
         top = max(self._levels.values(), default=0)
         latest: dict[ir.Node, int] = {}
         for node in reversed(self._nodes):

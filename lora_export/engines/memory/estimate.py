@@ -1,8 +1,8 @@
-"""What an engine will take on a GPU, told before it is built, and whether that fits.
+"""Estimate the memory of an engine on a GPU before it is built, and check whether it fits.
 
 Weights are exact to a percent: an engine holds each constant once, however many GPUs and profiles it is for.
-Activations are an estimate: see `activations`. What the compiler itself says after building is in the
-engine's record (`EngineRecord.memory`).
+Activations are an estimate: see `activations`. The figures that the compiler itself states after building are
+in the engine record (`EngineRecord.memory`).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _MIB, _GIB = 2**20, 2**30
 # An empty CUDA context takes 518 MiB (measured: H100, driver 580; smaller GPUs need less). The rest is for
 # the runtime and the engine's kernels, of which SmolLM2-135M with LoRA on all linears brings 51 MB.
 OVERHEAD_BYTES = 640 * _MIB
-# Where the CPU has the same memory, the system and the application live in it too.
+# If the CPU shares the memory, the system and the application need some of it.
 SHARED_SHARE = 0.75
-# Above this share, the difference between what a GPU carries and what a program gets (ECC, the driver, a
-# desktop: 1 to 8 %) and the estimate's own error can make it fail.
+# Above this share, the difference between a GPU's memory and what a program gets (ECC, the driver, a desktop:
+# 1 to 8 %) and the estimate's own error can make it fail.
 TIGHT_SHARE = 0.9
 # past_key_values.0.key, past_key_values_0_key, present.0.value …; past_sequence_length has fewer dimensions.
 _CACHE, _CACHE_DIMS = re.compile(r"^(past|present)[._]"), 3
@@ -38,20 +38,20 @@ _CACHE, _CACHE_DIMS = re.compile(r"^(past|present)[._]"), 3
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What an engine takes at the largest shapes of its profiles, in bytes.
+    """Memory of an engine at the largest shapes of its profiles, in bytes.
 
     Attributes:
         weights_bytes: All constants as the engine stores them; a bank's resident adapters are among them.
         activations_bytes: Intermediate values and workspaces.
         kv_cache_bytes: Keys and values, past and present.
         io_bytes: Other inputs and outputs, without an adapter's.
-        adapter_bytes: One adapter of the largest rank; 0 where adapters are no inputs, and in a bank.
+        adapter_bytes: One adapter of the largest rank; 0 if adapters are not inputs, and in a bank.
         overhead_bytes: CUDA's context and the runtime.
-        unknown: Names of values whose size can't be told; they are not counted.
+        unknown: Names of values of unknown size; they are not counted.
         rank: The largest rank; 0 without LoRA.
-        slots: How many adapters a bank has room for.
+        slots: Number of adapters that a bank has room for.
         sizes: Largest size of each dimension that the graph's inputs name, without LoRA's ranks.
-        profiles: How many profiles these are of.
+        profiles: Number of profiles that were counted.
     """
 
     weights_bytes: int
@@ -67,12 +67,12 @@ class MemoryEstimate:
     profiles: int = 1
 
     def total_bytes(self, adapters: int) -> int:
-        """Return what the engine takes with so many adapters on the device beside it."""
+        """Return the memory of the engine together with this many adapters on the device."""
         fixed = self.weights_bytes + self.activations_bytes + self.kv_cache_bytes + self.io_bytes
         return fixed + self.overhead_bytes + adapters * self.adapter_bytes
 
     def most_adapters(self, available_bytes: int) -> int:
-        """Return how many adapters of the largest rank fit into so much memory."""
+        """Return how many adapters of the largest rank fit into this much memory."""
         left = available_bytes - self.total_bytes(0)
         if left < 0:
             return 0
@@ -82,7 +82,7 @@ class MemoryEstimate:
         """Return the sizes for people: `` at batch 4, sequence 512``."""
         if not self.sizes:
             return ""
-        # Of several profiles, each part is that of the one that needs most.
+        # With several profiles, each part is from the one that needs most.
         where = " at " if self.profiles == 1 else " at the largest of all profiles: "
         return where + ", ".join(f"{name} {size}" for name, size in self.sizes)
 
@@ -99,12 +99,12 @@ class MemoryEstimate:
         lines = ["estimated: " + ", ".join(f"{name} {as_size(size)}" for name, size in parts.items() if size)]
         if self.unknown:
             names = ", ".join(self.unknown[:3]) + (" …" if len(self.unknown) > 3 else "")
-            lines.append(f"not counted, their size can't be told: {len(self.unknown)} values ({names})")
+            lines.append(f"not counted, because their size is unknown: {len(self.unknown)} values ({names})")
         return lines
 
 
 def as_size(size: int) -> str:
-    """Return bytes for people."""
+    """Return a number of bytes as text for people."""
     return f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{size / _MIB:.1f} MiB"
 
 
@@ -117,12 +117,12 @@ def estimate_memory(
     profiles: Sequence[Profile],
     bindings: Mapping[str, int] | None = None,
 ) -> MemoryEstimate:
-    """Return what an engine of a graph will take. No weights are read, and the graph stays as it is.
+    """Return the memory that an engine of a graph will take. No weights are read, the graph is unchanged.
 
     Args:
-        graph: As the compiler will get it.
+        graph: Graph as the compiler will get it.
         exposed: Its LoRA record.
-        profiles: Which shapes the engine takes; for each part, the one that needs most counts.
+        profiles: Shapes that the engine takes; for each part, the profile that needs most counts.
         bindings: Sizes of dimensions that no input names.
     """
     parts = [
@@ -191,7 +191,7 @@ def _weights_bytes(graph: GraphFile) -> int:
 
 
 def _stored_bytes(value: ir.Value) -> int:
-    """Return what the engine stores of a constant: nothing if it is not read, its cast if that is all."""
+    """Return the bytes that the engine stores of a constant: 0 if unread, its cast if only Casts read it."""
     tensor, readers = value.const_value, list(value.consumers())
     assert tensor is not None
     size = byte_size(tensor)
@@ -200,13 +200,13 @@ def _stored_bytes(value: ir.Value) -> int:
     if all(reader.op_type == "Cast" for reader in readers):
         widths = [ir.DataType(reader.attributes.get_int("to", tensor.dtype)).bitwidth for reader in readers]
         return size * max(widths) // tensor.dtype.bitwidth
-    # A lookup reads it as it is, a product padded to even sizes (GPT-2's 50257 tokens): that is two copies.
+    # A lookup reads it unchanged, a product padded to even sizes (GPT-2's 50257 tokens): two copies.
     looked_up = {reader.op_type == "Gather" for reader in readers}
     return size * len(looked_up) if any(dim % 2 for dim in shape_of(tensor)) else size
 
 
 def _rank(exposed: ExposedGraph | None, dims: Mapping[str, int]) -> int:
-    """Return the largest rank: a pack's tensors have the ranks of all its members."""
+    """Return the largest rank of one module: a pack's tensors have the ranks of all its members."""
     modules = exposed.modules if exposed else ()
     return max(
         (dims.get(module.rank_symbol, module.rank) // len(module.members) for module in modules), default=0
@@ -214,7 +214,7 @@ def _rank(exposed: ExposedGraph | None, dims: Mapping[str, int]) -> int:
 
 
 def _named_sizes(profiles: Iterable[Mapping[str, int]]) -> tuple[tuple[str, int], ...]:
-    """Return what people know: expressions and LoRA's ranks, which have a module's path, are left out."""
+    """Return the sizes that users know, without expressions and LoRA's ranks (named by a module's path)."""
     sizes: dict[str, int] = {}
     for dims in profiles:
         for name, size in dims.items():
@@ -229,30 +229,30 @@ def _named_sizes(profiles: Iterable[Mapping[str, int]]) -> tuple[tuple[str, int]
 def check_fit(
     estimate: MemoryEstimate, target: Target, adapters: int, *, weight_streaming: bool = False
 ) -> tuple[Verdict, list[str]]:
-    """Return whether an engine fits on a GPU, with so many adapters beside it, and lines that say why.
+    """Return whether an engine fits on a GPU together with this many adapters, and lines with the reasons.
 
     ``fits``; ``tight``: above 90 % of the memory, or only with weights streamed from the host; ``no``;
     ``unknown``: the GPU's memory is not known, or the sizes of some values are not.
 
     Args:
-        estimate: What it takes.
+        estimate: Memory of the engine.
         target: The GPU.
-        adapters: How many adapters of the largest rank have to be on it; at least one is counted.
-        weight_streaming: The weights may stay in host memory.
+        adapters: Number of adapters of the largest rank that have to be on it; at least one is counted.
+        weight_streaming: Allow the weights to stay in host memory.
     """
     usable = _usable(target)
     if usable is None:
-        reason = f"its memory is not known; {_needed(estimate, adapters)}{estimate.at()}"
+        reason = f"its memory is unknown; {_needed(estimate, adapters)}{estimate.at()}"
         return "unknown", [f"{target.name}: {reason}", *estimate.lines()]
     if estimate.total_bytes(max(adapters, 1)) > usable or not _takes(estimate, adapters):
-        # Host memory is no other memory where the two are shared.
+        # Streaming from the host saves nothing if host and GPU share their memory.
         streamable = not target.shared_memory and _streamed(estimate, adapters) <= usable
         verdict, reason = _too_large(estimate, usable, adapters, weight_streaming, streamable)
     else:
         verdict, reason = _small_enough(estimate, usable, adapters)
     lines = [f"{target.name}: {reason}", *estimate.lines()]
     if target.shared_memory:
-        lines.append(f"the CPU uses the same memory: {SHARED_SHARE:.0%} of it count")
+        lines.append(f"the CPU uses the same memory: {SHARED_SHARE:.0%} of it counts")
     return verdict, lines
 
 
@@ -263,7 +263,7 @@ def _usable(target: Target) -> int | None:
 
 
 def _takes(estimate: MemoryEstimate, adapters: int) -> bool:
-    """Whether there is a place for so many adapters, whatever the memory."""
+    """Return whether the engine can take this many adapters, whatever the memory."""
     return bool(estimate.adapter_bytes) or adapters <= max(estimate.slots, 1)
 
 
@@ -280,7 +280,7 @@ def _small_enough(estimate: MemoryEstimate, usable: int, adapters: int) -> tuple
         held = f": {_count(estimate.slots)} in the engine"
     where = f"{as_size(usable)}{held}{estimate.at()}"
     if estimate.unknown:
-        return "unknown", f"may fit in {where}, if what can't be told is small"
+        return "unknown", f"may fit in {where}, if the values of unknown size are small"
     if needed > TIGHT_SHARE * usable:
         return "tight", f"only just fits in {where} ({as_size(needed)} needed)"
     return "fits", f"fits in {where}"
@@ -291,15 +291,15 @@ def _too_large(
 ) -> tuple[Verdict, str]:
     if not _takes(estimate, adapters):
         held = f"is a bank of {estimate.slots}" if estimate.slots else "has no LoRA inputs"
-        return "no", f"no place for {_count(adapters)}: the graph {held}"
-    what = f"{_needed(estimate, adapters)}{estimate.at()}, {as_size(usable)} there"
+        return "no", f"no room for {_count(adapters)}: the graph {held}"
+    what = f"{_needed(estimate, adapters)}{estimate.at()}, {as_size(usable)} available"
     if streaming and streamable:
-        return "tight", f"fits with --weight-streaming only, at a cost in speed: {what}"
+        return "tight", f"fits only with --weight-streaming, at a cost in speed: {what}"
     most = estimate.most_adapters(usable)
     hint = f"; {_count(most)} would fit" if most else ""
     if streamable:
         hint += (
-            f"; with --weight-streaming, {as_size(_streamed(estimate, adapters))} and some weights would do"
+            f"; with --weight-streaming, {as_size(_streamed(estimate, adapters))} and some weights are enough"
         )
     return "no", f"does not fit: {what}{hint}"
 

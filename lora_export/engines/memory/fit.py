@@ -1,4 +1,4 @@
-"""Whether an engine fits on the GPUs that it is for; asked before it is built."""
+"""Check whether an engine fits on the GPUs that it is for, before it is built."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lora_export.machines.targets import Target
 
 @dataclass(frozen=True)
 class Fit:
-    """An engine on one GPU.
+    """How an engine fits on one GPU.
 
     Attributes:
         target: The GPU.
         verdict: ``fits``, ``tight``, ``no`` or ``unknown``.
-        lines: For people.
-        estimate: Before building.
+        lines: The reasons, for people.
+        estimate: Estimate of the engine's memory.
     """
 
     target: Target
@@ -47,14 +47,14 @@ def check_fits(
 
     Args:
         admitted: The graph.
-        profiles: Which shapes the engine takes.
+        profiles: Shapes that the engine takes.
         targets: The GPUs.
-        adapters: How many adapters have to fit beside it.
-        options: With weight streaming, weights may stay in host memory.
-        ignore_memory: Don't refuse what doesn't fit.
+        adapters: Number of adapters that have to fit with it.
+        options: Options of the compiler; with weight streaming, weights may stay in host memory.
+        ignore_memory: Don't refuse an engine that doesn't fit.
 
     Raises:
-        BackendError: It doesn't fit on some of them.
+        BackendError: The engine doesn't fit on some of them.
     """
     estimate = estimate_memory(admitted.graph, admitted.exposed, profiles)
     fits = {}
@@ -78,7 +78,7 @@ def _how_to_fit(
     estimate: MemoryEstimate,
     targets: Sequence[Target],
 ) -> str:
-    """Return what would need less memory, of what this graph has and was not asked for already."""
+    """Return the options that would need less memory and that this graph and request leave open."""
     ways = []
     if any(shapes[0] != shapes[2] for profile in profiles for shapes in profile.shapes.values()):
         ways.append("a smaller --shape")

@@ -1,9 +1,9 @@
-"""The sizes of a graph's values when its inputs are as large as a profile lets them be.
+"""Find the sizes of a graph's values when its inputs are as large as a profile allows.
 
-Most shapes are in the graph, in names and expressions that the inputs give sizes to. The rest is inferred by
-onnx from inputs of these sizes. Older exporters compute shapes in the graph (Shape, Gather, Range …) further
-than onnx follows: what has become constant with the inputs' sizes is folded, and onnx infers again. Weights
-are not read.
+Most shapes are in the graph, as names and expressions that the inputs give sizes to. onnx infers the rest
+from inputs of these sizes. Older exporters compute shapes in the graph (Shape, Gather, Range …) in ways that
+onnx does not follow: values that are constant for these sizes are folded, and onnx infers again. Weights are
+not read.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ _INDEX_NAMES = """
 Shape Gather Unsqueeze Squeeze Concat Slice Range Reshape Identity Cast
 Add Sub Mul Div Mod Min Max Neg Equal Where ConstantOfShape Constant
 """
-# What exporters compute shapes with.
+# Operators that exporters compute shapes with.
 _INDEX_OPERATORS = frozenset(_INDEX_NAMES.split())
-# Sizes above which onnx is not to propagate values: it would make arrays of them.
+# Above this size onnx must not propagate values: it would make arrays of them.
 _MAX_PROPAGATED = 1 << 20
 # A shape has a few elements, and a chain of such operators is a few layers of inference deep.
 _MAX_ELEMENTS, _MAX_ROUNDS = 64, 8
-# What one node may make of such constants: a choice of some from some.
+# Limit of elements that one node may make from such constants (a Gather of all from all).
 _MAX_COMPUTED = _MAX_ELEMENTS**2
 
 
 @dataclass(frozen=True)
 class Sized:
-    """What a value is at its largest."""
+    """Type and largest shape of a value."""
 
     dtype: ir.DataType
     shape: Shape
 
     @property
     def bytes(self) -> int:
-        """Bytes of its elements; 4-bit types are packed."""
+        """Size of its elements in bytes; 4-bit types are packed."""
         return math.ceil(math.prod(self.shape) * self.dtype.bitwidth / 8)
 
 
 def input_shapes(graph: GraphFile, profile: Profile) -> dict[str, Shape]:
-    """Return each input's largest shape; constants, and inputs of sizes that nothing tells, are left out."""
+    """Return each input's largest shape; constants, and inputs of unknown size, are left out."""
     found = {}
     for value in graph.graph.inputs:
         name = str(value.name)
@@ -79,7 +79,7 @@ def dimensions(graph: GraphFile, inputs: Mapping[str, Shape]) -> dict[str, int]:
 def largest_values(
     graph: GraphFile, inputs: Mapping[str, Shape], dims: Mapping[str, int]
 ) -> dict[str, Sized]:
-    """Return the graph's inputs and what its nodes compute, by name; what can't be told is missing.
+    """Return the sizes of the graph's inputs and of its nodes' outputs, by name; unknown ones are missing.
 
     Args:
         graph: The graph; it is not changed.
@@ -101,7 +101,7 @@ def largest_values(
 
 
 def _made(model: ir.Model) -> Iterator[ir.Value]:
-    """Yield what the nodes compute; what is absent has no name."""
+    """Yield the nodes' outputs; one without a name is absent."""
     for node in model.graph.all_nodes():
         yield from (value for value in node.outputs if value.name)
 
@@ -114,11 +114,11 @@ def _evaluated(shape: ir.Shape | None, dims: Mapping[str, int]) -> Shape | None:
     return tuple(known) if len(known) == len(sizes) else None
 
 
-# --- what the graph does not tell ---------------------------------------------------------------------
+# --- shapes that are not in the graph ------------------------------------------------------------------
 
 
 def _inferred(model: ir.Model, known: Mapping[str, Sized]) -> dict[str, Sized]:
-    """Return what is known and what onnx infers from it."""
+    """Return the known sizes and those that onnx infers from them."""
     copy = _without_weights(model)
     folded: dict[str, Sized] = {}
     found: dict[str, Sized] = {}
@@ -132,10 +132,10 @@ def _inferred(model: ir.Model, known: Mapping[str, Sized]) -> dict[str, Sized]:
 
 
 def _without_weights(model: ir.Model) -> ir.Model:
-    """Return a copy in which what no shape is computed from is an input: onnx serialises what it works on."""
+    """Return a copy with large constants as inputs: onnx serialises the model that it works on."""
     copy = model.clone()
     for node in copy.graph.all_nodes():
-        # Where exporters keep their traces: most of what would be serialised.
+        # Exporters keep their traces here, most of what would be serialised.
         node.metadata_props.clear()
     for value in list(copy.graph.initializers.values()):
         tensor = value.const_value
@@ -153,7 +153,7 @@ def _without_weights(model: ir.Model) -> ir.Model:
 
 
 def _set(model: ir.Model, known: Mapping[str, Sized]) -> None:
-    """Let a model tell what is known, and no other shape: a wrong one stops onnx."""
+    """Set the known types and shapes in a model, and remove all other shapes: a wrong one stops onnx."""
     for value in (*model.graph.inputs, *_made(model)):
         sized = known.get(str(value.name))
         if sized is not None:
@@ -167,14 +167,14 @@ def _infer(model: ir.Model) -> dict[str, Sized]:
     vectors = [sized.shape[0] for sized in found.values() if len(sized.shape) == 1]
     shapes = (value.shape or () for value in model.graph.inputs)
     sizes = [size for shape in shapes for size in shape if isinstance(size, int)]
-    # onnx's propagation of values would fill the memory with them.
+    # onnx's propagation of values would fill the memory.
     if max((*vectors, *sizes), default=0) > _MAX_PROPAGATED:
         return found
     return _inferred_by_onnx(model, True)
 
 
 def _inferred_by_onnx(model: ir.Model, data_prop: bool) -> dict[str, Sized]:
-    # onnx_ir's pass is this call, and prints a traceback where onnx finds two shapes for one value.
+    # onnx_ir's pass makes the same call, but prints a traceback if onnx finds two shapes for one value.
     from onnx import shape_inference
 
     try:
@@ -191,7 +191,7 @@ def _inferred_by_onnx(model: ir.Model, data_prop: bool) -> dict[str, Sized]:
 
 
 def _told(graph: onnx.GraphProto) -> Iterator[onnx.ValueInfoProto]:
-    """Yield what onnx says of the values of a graph and of the graphs in it."""
+    """Yield onnx's value infos of a graph and of the graphs in it."""
     yield from (*graph.value_info, *graph.output)
     for node in graph.node:
         for attribute in node.attribute:
@@ -200,11 +200,11 @@ def _told(graph: onnx.GraphProto) -> Iterator[onnx.ValueInfoProto]:
 
 
 def _fold_indices(model: ir.Model, folded: dict[str, Sized]) -> bool:
-    """Turn what is computed from shapes alone into constants; return whether anything was.
+    """Turn values that are computed from shapes alone into constants; return whether there were any.
 
     Args:
-        model: Is changed.
-        folded: What was folded; added to.
+        model: The model, which is changed.
+        folded: Folded values, which are added to.
     """
     before = len(folded)
     for node in list(model.graph):
@@ -225,7 +225,7 @@ def _fold_indices(model: ir.Model, folded: dict[str, Sized]) -> bool:
 
 
 def _index(node: ir.Node, opset: int) -> Array | None:
-    """Return the value of a node whose inputs are small constants, or shapes that are known; else None."""
+    """Return the value of a node whose inputs are small constants or known shapes; else None."""
     if node.op_type == "Shape":
         shape = _evaluated(node.inputs[0].shape, {}) if node.inputs[0] is not None else None
         start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", None)
@@ -238,19 +238,19 @@ def _index(node: ir.Node, opset: int) -> Array | None:
         count = elements(proto, inputs)
         if count <= _MAX_COMPUTED:
             return _run(proto, inputs, opset)
-        # Positions of a whole sequence: how many they are is all that a shape needs.
+        # Positions of a whole sequence: a shape needs only their number.
         return (
             np.broadcast_to(inputs[0], (count,))
             if node.op_type == "Range" and inputs[0] is not None
             else None
         )
-    except Exception:  # onnx and numpy raise many kinds, and what can't be computed stays unknown
+    except Exception:  # onnx and numpy raise many kinds; a value that can't be computed stays unknown
         return None
 
 
 def _small(value: ir.Value) -> Array | None:
     tensor = value.const_value
-    # Weights are in other files; what a shape is computed from never is.
+    # Weights may be in other files; the constants that shapes are computed from never are.
     if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.size > _MAX_ELEMENTS:
         return None
     array: Array = tensor.numpy()
@@ -258,7 +258,7 @@ def _small(value: ir.Value) -> Array | None:
 
 
 def _run(node: onnx.NodeProto, inputs: Sequence[Array | None], opset: int) -> Array | None:
-    # onnx_ir runs nothing.
+    # onnx_ir can't evaluate nodes.
     from onnx import helper
     from onnx.reference import ReferenceEvaluator
 

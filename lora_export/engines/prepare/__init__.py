@@ -1,1 +1,1 @@
-"""What a graph goes through before a TensorRT parser sees it."""
+"""Prepare a graph for a TensorRT parser: check it, and change what the parser would misread."""

@@ -1,7 +1,7 @@
-"""Which types of numbers an engine can have, and on which GPUs.
+"""Check the types of numbers that an engine can have, and the GPUs that have them.
 
 Measured with TensorRT-RTX 1.7.1 (`tests/engines/test_admit.py` builds each row again). It compiles for all
-targets together, so one GPU that lacks a type is enough for no engine at all.
+targets together, so that no engine can be built if one GPU lacks a type.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TAKEN = frozenset(
         *NEEDS,
     }
 )
-# They exist between QuantizeLinear and DequantizeLinear and as constants, not as inputs and not by Cast.
+# Types that exist between QuantizeLinear and DequantizeLinear and as constants, not as inputs or from Cast.
 _WEIGHTS_ONLY = frozenset({_T.INT4, _T.FLOAT8E4M3FN, _T.FLOAT4E2M1})
 _DTYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
 _PRODUCTS = frozenset({"MatMul", "Gemm", "MatMulNBits"})
@@ -44,7 +44,7 @@ def capability(text: str) -> Capability:
 
 
 def dtype_problems(graph: GraphFile, capabilities: Sequence[str], backend: str) -> Iterator[Problem]:
-    """Yield the inputs, constants and nodes whose type the compiler or one of the GPUs has not."""
+    """Yield the inputs, constants and nodes whose type the compiler or one of the GPUs lacks."""
     places = _places(graph)
     for dtype, found in places.items():
         if dtype not in TAKEN:
@@ -58,7 +58,7 @@ def dtype_problems(graph: GraphFile, capabilities: Sequence[str], backend: str) 
 
 
 def lacks(dtype: ir.DataType, capabilities: Sequence[str]) -> str:
-    """Return which of the targets lack a type, as a sentence; "" if none does."""
+    """Return a sentence on the targets that lack a type; "" if all have it."""
     least = NEEDS.get(dtype)
     if least is None:
         return ""
@@ -66,30 +66,30 @@ def lacks(dtype: ir.DataType, capabilities: Sequence[str]) -> str:
     if not older:
         return ""
     needed = ".".join(map(str, least))
-    return f"{dtype.name.lower()} needs compute capability {needed}, a target has {', '.join(older)}"
+    return f"{dtype.name.lower()} needs compute capability {needed}, but a target has {', '.join(older)}"
 
 
 def _hint(dtype: ir.DataType) -> str:
     if dtype not in TAKEN:
         return "quantise symmetrically with int4" if dtype is _T.UINT4 else "export it with another type"
     if dtype is _T.BFLOAT16:
-        return "make the graph in float16, or leave older GPUs out of the targets"
-    return "leave older GPUs out of the targets, or build them from another graph"
+        return "make the graph in float16, or omit older GPUs from the targets"
+    return "omit older GPUs from the targets, or build for them from another graph"
 
 
 def dtype_notes(graph: GraphFile) -> Iterator[str]:
-    """Yield what the compiler changes by itself: float64 is float32 in an engine."""
+    """Yield notes on changes that the compiler makes by itself: float64 becomes float32."""
     places = _places(graph).get(_T.DOUBLE, [])
     ports = [
         str(value.name) for value in (*graph.graph.inputs, *graph.graph.outputs) if value.dtype is _T.DOUBLE
     ]
     if places:
         takes = f"; the engine takes and gives float32 for {', '.join(ports)}" if ports else ""
-        yield f"float64 is computed in float32, TensorRT has none ({len(places)} places){takes}"
+        yield f"float64 is computed in float32, because TensorRT has no float64 ({len(places)} places){takes}"
 
 
 def _places(graph: GraphFile) -> dict[ir.DataType, list[str | ir.Node]]:
-    """Return for each type where the graph says that it is: inputs, constants, nodes."""
+    """Return type → the inputs, constants and nodes of the graph that have it."""
     found: dict[ir.DataType, list[str | ir.Node]] = defaultdict(list)
     for value in graph.graph.inputs:
         dtype = value.dtype
@@ -111,7 +111,7 @@ def _texts(places: Sequence[str | ir.Node]) -> list[str]:
 
 
 def _types_of(node: ir.Node) -> Iterator[ir.DataType]:
-    # What other domains mean by these attributes is theirs.
+    # In other domains, these attributes may mean something else.
     for name in _DTYPE_ATTRIBUTES if node.domain in ("", "ai.onnx") else ():
         attribute = node.attributes.get(name)
         if attribute is not None and attribute.type == ir.AttributeType.INT and not attribute.is_ref():
@@ -123,11 +123,11 @@ def _types_of(node: ir.Node) -> Iterator[ir.DataType]:
 
 
 def _exposed_weights(graph: GraphFile, backend: str) -> Iterator[Problem]:
-    """Types of weights where no weights are, and inputs that are no tensors."""
+    """Yield inputs and casts with types that only weights can have, and inputs that are not tensors."""
     hint = "export it with another type"
     for value in graph.graph.inputs:
         if isinstance(value.type, (ir.SequenceType, ir.OptionalType)):
-            reason = f"{TITLES[backend]} takes tensors only"
+            reason = f"{TITLES[backend]} takes only tensors"
             yield from of_places([f"input {value.name!r}"], reason, "export a graph whose inputs are tensors")
         elif value.dtype in _WEIGHTS_ONLY and not value.is_initializer():
             reason = f"{TITLES[backend]} has {value.dtype.name.lower()} for weights, not for inputs"
@@ -145,7 +145,7 @@ def _exposed_weights(graph: GraphFile, backend: str) -> Iterator[Problem]:
 
 
 def _turing_products(graph: GraphFile, capabilities: Sequence[str]) -> Iterator[Problem]:
-    """TensorRT-RTX has no float32 product for compute capability 7.5 (convolutions it has)."""
+    """Yield float32 products: TensorRT-RTX has none for compute capability 7.5 (but it has convolutions)."""
     if not any(capability(text) == _TURING for text in capabilities):
         return
     nodes = [
@@ -154,5 +154,5 @@ def _turing_products(graph: GraphFile, capabilities: Sequence[str]) -> Iterator[
         if node.op_type in _PRODUCTS
         and any(v is not None and v.dtype in (_T.FLOAT, _T.DOUBLE) for v in (*node.inputs, *node.outputs))
     ]
-    reason = "TensorRT-RTX multiplies no float32 matrices on compute capability 7.5"
-    yield from of_nodes(nodes, reason, "make the graph in float16, or leave GPUs of 7.5 out of the targets")
+    reason = "TensorRT-RTX can't multiply float32 matrices on compute capability 7.5"
+    yield from of_nodes(nodes, reason, "make the graph in float16, or omit GPUs of 7.5 from the targets")

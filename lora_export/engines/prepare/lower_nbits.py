@@ -1,7 +1,7 @@
 """Write ONNX Runtime's MatMulNBits as DequantizeLinear and MatMul, which TensorRT has. Nothing is rounded.
 
-Only symmetric weights: TensorRT dequantises without zero points. The product itself is another kernel's: ONNX
-Runtime may round the activations to 8 bits (``accuracy_level`` 4), an engine keeps them as they are.
+Only symmetric weights can be written: TensorRT dequantises without zero points. Another kernel computes the
+product: ONNX Runtime may round the activations to 8 bits (``accuracy_level`` 4), an engine does not.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from lora_export.graph.onnx_file import GraphFile, shape_of
 from lora_export.sites.node_text import module_of
 
 _CONTRIB = "com.microsoft"
-# DequantizeLinear has blocks and 4-bit codes since.
+# DequantizeLinear has blocks and 4-bit codes since this opset.
 _OPSET = 21
-# The new weights travel inside the protobuf, which ends at 2 GB.
+# The new weights lie inside the protobuf, which holds at most 2 GB.
 LIMIT_BYTES = 1_500_000_000
 _HINT = "quantise it again: MatMulNBits with 4 or 8 bits, symmetric, blocks of 16, 32, 64 or 128"
 # From this level on ONNX Runtime rounds activations to 8 bits.
@@ -44,23 +44,23 @@ def nbits_problems(graph: GraphFile, capabilities: Sequence[str]) -> Iterator[Pr
         total += 0 if weight.constants() in seen else weight.nbytes
         seen.add(weight.constants())
         if lacking := lacks(weight.code_dtype, capabilities):
-            found[lacking, "leave older GPUs out of the targets, or use 8 bits"].append(node)
+            found[lacking, "omit older GPUs from the targets, or use 8 bits"].append(node)
     for (reason, hint), nodes in found.items():
         yield from of_nodes(nodes, reason, hint)
     if total > LIMIT_BYTES:
         yield Problem(
-            f"{OPERATOR}: its weights are {total} bytes for DequantizeLinear, a graph holds {LIMIT_BYTES}",
-            "write DequantizeLinear in place of MatMulNBits when quantising",
+            f"{OPERATOR}: its weights take {total} bytes for DequantizeLinear, a graph holds {LIMIT_BYTES}",
+            "quantise again with DequantizeLinear in place of MatMulNBits",
         )
 
 
 def lower_nbits(graph: GraphFile) -> tuple[list[str], list[Problem]]:
-    """Replace every MatMulNBits, after `nbits_problems` has found none; return notes and problems."""
+    """Replace every MatMulNBits after `nbits_problems` has found no problem; return notes and problems."""
     if not any(True for _ in _nodes(graph)):
         return [], []
     before = opset_of(graph.model)
-    if trouble := raise_opset(graph, _OPSET):
-        return [], [Problem(trouble, f"export with opset {_OPSET} or newer")]
+    if problem := raise_opset(graph, _OPSET):
+        return [], [Problem(problem, f"export with opset {_OPSET} or newer")]
     notes = [f"opset {before} was raised to {_OPSET}"] if before < _OPSET else []
     writer = _Lowering(graph)
     weights = [writer.lower(node) for node in list(_nodes(graph))]
@@ -83,7 +83,7 @@ def _nodes(graph: GraphFile) -> Iterator[ir.Node]:
 
 
 class _Lowering:
-    """Replaces nodes, and makes a weight that several of them share once."""
+    """Replace nodes; a weight that several of them share is made once."""
 
     def __init__(self, graph: GraphFile) -> None:
         self._write = NodeWriter(model_names(graph.model))
@@ -192,7 +192,7 @@ def _register(node: ir.Node, tensor: ir.TensorProtocol) -> ir.Value:
 
 
 def _drop_unused(values: Sequence[ir.Value]) -> None:
-    """Remove constants that nothing reads any more: they would be carried into the compiler."""
+    """Remove constants that nothing reads any more: the compiler would still get them."""
     for value in values:
         if value.uses() or value.is_graph_output() or value.is_graph_input():
             continue

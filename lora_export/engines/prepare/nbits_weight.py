@@ -1,9 +1,9 @@
-"""ONNX Runtime's MatMulNBits read: its packed weight, and the same weight as DequantizeLinear wants it.
+"""Read the packed weight of ONNX Runtime's MatMulNBits, and repack it for DequantizeLinear.
 
 MatMulNBits holds W ``(N, K)`` row by row in blocks along K: ``(N, K/block, block·bits/8)`` bytes, the first
 of two 4-bit codes in the lower half, and w = (code − 2^(bits−1)) · scale. DequantizeLinear, as NVIDIA's
 tools write it, holds the transpose ``(K, N)`` in blocks along axis 0, with signed codes and w = code · scale.
-A scale belongs to the same numbers in both, so that nothing is rounded on the way.
+A scale belongs to the same numbers in both, so that nothing is rounded.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _A, _B, _SCALE, _ZERO, _ORDER, _BIAS = range(6)
 
 @dataclass(frozen=True, eq=False)
 class NbitsWeight:
-    """What a MatMulNBits says.
+    """The attributes and weight of a MatMulNBits.
 
     Attributes:
         node: The node.
-        k: Inputs.
-        n: Outputs.
+        k: Number of inputs.
+        n: Number of outputs.
         bits: 4 or 8.
         block: Codes along K that share a scale.
         accuracy_level: How ONNX Runtime may round activations; 0: as it likes.
@@ -46,7 +46,7 @@ class NbitsWeight:
 
     @property
     def blocks(self) -> int:
-        """Blocks along K; the last one may be padded."""
+        """Number of blocks along K; the last one may be padded."""
         return math.ceil(self.k / self.block)
 
     @property
@@ -56,54 +56,54 @@ class NbitsWeight:
 
     @property
     def dtype(self) -> ir.DataType:
-        """Of scales, activations and result."""
+        """Type of scales, activations and result."""
         return _tensor(self.node, _SCALE).dtype
 
     @property
     def code_dtype(self) -> ir.DataType:
-        """Of DequantizeLinear's codes."""
+        """Type of DequantizeLinear's codes."""
         return ir.DataType.INT4 if self.bits == 4 else ir.DataType.INT8
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the codes."""
+        """Size of the codes in bytes."""
         return self.n * self.padded * self.bits // 8
 
     @property
     def bias(self) -> ir.Value | None:
-        """Is added to the product."""
+        """Value that is added to the product, if there is one."""
         return _input(self.node, _BIAS)
 
     def constants(self) -> tuple[int, int]:
-        """What the weight is made of, to know another node's that is the same."""
+        """Return ids of the weight's codes and scales, which show whether nodes share a weight."""
         return id(_input(self.node, _B)), id(_input(self.node, _SCALE))
 
     def codes(self) -> Array:
-        """Codes as ``(K, N)`` in memory's order, int8, or uint8 with two signed 4-bit codes in each byte."""
+        """Return the codes ``(K, N)`` in C order: int8, or uint8 with two signed 4-bit codes in each byte."""
         packed = _tensor(self.node, _B).numpy().reshape(self.n, -1)
         if self.bits == 8:
             return np.ascontiguousarray(packed.T ^ np.uint8(0x80)).view(np.int8)
-        # In two's complement, code − 8 is the code with its highest bit turned.
+        # In two's complement, code − 8 is the code with its highest bit flipped.
         return _transposed_nibbles(packed) ^ np.uint8(0x88)
 
     def scales(self) -> Array:
-        """Scales as ``(blocks, N)``."""
+        """Return the scales ``(blocks, N)``."""
         return np.ascontiguousarray(_tensor(self.node, _SCALE).numpy().reshape(self.n, self.blocks).T)
 
     def signs(self) -> Array | None:
-        """Signs of the scales ``(blocks, N)``, where TensorRT wants the scales positive: with 8 bits.
+        """Return the signs of the scales ``(blocks, N)`` for 8 bits, where TensorRT needs positive scales.
 
-        ONNX Runtime's quantiser gives about half of the blocks a negative scale. (Turning their codes instead
-        is not exact: −128 has no counterpart.)
+        Return None for 4 bits, or if all scales are positive. ONNX Runtime's quantiser gives about half of
+        the blocks a negative scale. (Negating their codes instead is not exact: −128 has no counterpart.)
         """
         signs = np.sign(self.scales())
         return None if self.bits == 4 or np.all(signs == 1) else signs
 
 
 def _transposed_nibbles(packed: Array) -> Array:
-    """Transpose ``(N, K)`` 4-bit codes, two in a byte along K, to ``(K, N)``, two in a byte along memory.
+    """Transpose ``(N, K)`` 4-bit codes, two in a byte along K, to ``(K, N)``, two in a byte in C order.
 
-    Codes stay packed in pairs, so that a large weight is not blown up to a byte for each.
+    Codes stay packed in pairs, so that a large weight does not take a byte for each code.
     """
     n, half = packed.shape
     if n % 2:
@@ -117,10 +117,10 @@ def _transposed_nibbles(packed: Array) -> Array:
 
 
 def read_nbits(node: ir.Node) -> NbitsWeight | str:
-    """Return what a MatMulNBits says, or why it can't be said with DequantizeLinear."""
+    """Return the weight of a MatMulNBits, or the reason why DequantizeLinear can't express it."""
     unknown = sorted(set(node.attributes) - _KNOWN)
     if unknown:
-        return f"it has the attribute {', '.join(unknown)}, whose meaning we don't know"
+        return f"it has the unknown attribute {', '.join(unknown)}"
     k, n, bits = (
         node.attributes.get_int(name, default) for name, default in (("K", 0), ("N", 0), ("bits", 4))
     )
@@ -133,36 +133,36 @@ def read_nbits(node: ir.Node) -> NbitsWeight | str:
         node.attributes.get_int("accuracy_level", 0),
     )
     if bits not in (4, 8):
-        return f"it has {bits} bits, DequantizeLinear has 4 or 8"
+        return f"it has {bits} bits, but DequantizeLinear has 4 or 8"
     if weight.block not in _BLOCKS:
-        return f"its block size {weight.block} is none of {', '.join(map(str, _BLOCKS))}"
+        return f"its block size is {weight.block}, wanted one of {', '.join(map(str, _BLOCKS))}"
     if node.attributes.get_int("weight_prepacked", 0):
         return "its weight is packed for one processor (weight_prepacked)"
     if _input(node, _ORDER) is not None:
         return "its columns are in another order (g_idx)"
-    return _constant_trouble(weight) or weight
+    return _constant_problem(weight) or weight
 
 
-def _constant_trouble(weight: NbitsWeight) -> str:
-    """Return what is wrong with the constants of a MatMulNBits, or ""."""
+def _constant_problem(weight: NbitsWeight) -> str:
+    """Return the problem of the constants of a MatMulNBits, or ""."""
     values = [_input(weight.node, index) for index in (_B, _SCALE)]
     if any(value is None or value.const_value is None or value.is_graph_input() for value in values):
-        return "its weight or its scales are computed, they have to be constants"
+        return "its weight or its scales are computed, but must be constants"
     codes, scales = _tensor(weight.node, _B), _tensor(weight.node, _SCALE)
     if codes.dtype is not ir.DataType.UINT8 or codes.size != weight.nbytes or not weight.nbytes:
-        return f"its weight is {codes.dtype.name.lower()} {tuple(codes.shape)}, K and N say another size"
+        return f"its weight is {codes.dtype.name.lower()} {tuple(codes.shape)}, K and N need another size"
     if scales.dtype not in _SCALES or scales.size != weight.n * weight.blocks:
-        return f"its scales are {scales.dtype.name.lower()} {tuple(scales.shape)}, K and N say another size"
-    return _zero_trouble(weight)
+        return f"its scales are {scales.dtype.name.lower()} {tuple(scales.shape)}, K and N need another size"
+    return _zero_problem(weight)
 
 
-def _zero_trouble(weight: NbitsWeight) -> str:
-    """Return why the zero points are not those of a symmetric weight, or ""."""
+def _zero_problem(weight: NbitsWeight) -> str:
+    """Return the reason why the zero points are not those of a symmetric weight, or ""."""
     zero = _input(weight.node, _ZERO)
     if zero is None:
         return ""
     if zero.const_value is None:
-        return "its zero points are computed, they have to be constants"
+        return "its zero points are computed, but must be constants"
     values = zero.const_value.numpy()
     if values.dtype == np.uint8:
         values = values.reshape(weight.n, -1)
@@ -171,9 +171,7 @@ def _zero_trouble(weight: NbitsWeight) -> str:
         values = values[:, : weight.blocks]
     middle = 1 << (weight.bits - 1)
     if np.any(values.astype(np.float32) != middle):
-        return (
-            f"asymmetric (its zero points are not all {middle}), TensorRT dequantises symmetric weights only"
-        )
+        return f"asymmetric (its zero points are not all {middle}), but TensorRT needs symmetric weights"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Which operators a TensorRT parser has, and which it would take for another one of the same name.
+"""Check the operators: which ones a TensorRT parser has, and which ones it would mistake for others.
 
 A parser looks at an operator's name and not at its domain: ``com.microsoft.Attention`` is read as ONNX's own
 ``Attention``, whose inputs mean something else. So nodes of other domains are refused unless they are known
@@ -25,18 +25,18 @@ OptionalGetElement OptionalHasElement QLinearConv QLinearMatMul RegexFullMatch S
 SequenceEmpty SequenceErase SequenceInsert SequenceLength SequenceMap SoftmaxCrossEntropyLoss SplitToSequence
 StringConcat StringNormalizer StringSplit SwiGLU TfIdfVectorizer Unique
 """
-# Operators of ONNX that the parser has no importer for.
+# Operators of ONNX that the parser can't import.
 ABSENT = frozenset(_ABSENT_NAMES.split())
 # ONNX Runtime's own operators that TensorRT-RTX reads as ONNX Runtime means them: their layers in the network
-# were compared with the definitions. The classic parser could not be asked.
+# were compared with the definitions. The classic parser could not be tried.
 _SAME_NAMES = """
 Gelu MultiHeadAttention SimplifiedLayerNormalization SkipSimplifiedLayerNormalization
 QuantizeLinear DequantizeLinear
 """
 _SAME_MEANING = {"tensorrt-rtx": frozenset(_SAME_NAMES.split()), "tensorrt": frozenset()}
-# ONNX Runtime writes this one into ONNX's own domain.
+# ONNX Runtime writes this operator into ONNX's own domain.
 _STRAY = "SimplifiedLayerNormalization"
-# How ONNX Runtime's quantised operators begin.
+# First parts of the names of ONNX Runtime's quantised operators.
 _QUANTISED = (
     "MatMulBnb4",
     "GatherBlockQuantized",
@@ -60,12 +60,12 @@ _HINTS = {
 
 
 def operator_problems(graph: GraphFile, backend: str, lowered: frozenset[str]) -> Iterator[Problem]:
-    """Yield the nodes whose operator the parser has not, or would misread.
+    """Yield the nodes whose operator the parser lacks, or would misread.
 
     Args:
         graph: The graph, functions inlined.
         backend: ``tensorrt-rtx`` or ``tensorrt``.
-        lowered: Operators of ONNX Runtime that are dealt with elsewhere.
+        lowered: Operators of ONNX Runtime that are handled elsewhere.
     """
     found: dict[tuple[str, str], list[ir.Node]] = defaultdict(list)
     for node in graph.model.graph.all_nodes():
@@ -84,7 +84,7 @@ def _is_taken(node: ir.Node, backend: str) -> bool:
 
 
 def _is_known(operator: str, backend: str) -> bool:
-    """Whether ONNX has an operator of that name, or ONNX Runtime has put one there."""
+    """Return whether ONNX has an operator of that name, or ONNX Runtime has put one there."""
     import onnx
 
     return bool(onnx.defs.has(operator)) or (operator == _STRAY and operator in _SAME_MEANING[backend])
@@ -94,7 +94,7 @@ def _reason(domain: str, backend: str) -> str:
     if domain in _ONNX:
         return f"{TITLES[backend]} has no such operator"
     if domain == _CONTRIB:
-        return f"ONNX Runtime's own operator, {TITLES[backend]} has none that means the same"
+        return f"ONNX Runtime's own operator, which {TITLES[backend]} does not have"
     return f"operator of the domain {domain!r}, which {TITLES[backend]} does not know"
 
 

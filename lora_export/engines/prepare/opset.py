@@ -1,8 +1,8 @@
-"""Raise a graph to a newer set of operators, by ONNX's own converter, with everything else as it was.
+"""Raise a graph to a newer opset with ONNX's own converter, and keep everything else.
 
 Writing a larger number into the file is not enough: ReduceMean has its axes as an attribute before opset 18
-and as an input since. The converter knows such changes, but forgets metadata (to which module a node
-belongs): a copy without weights is converted, and what it forgot is put back by name.
+and as an input since. The converter knows such changes, but drops metadata (which module a node belongs to).
+So a copy without weights is converted, and what the converter dropped is put back by name.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from lora_export.graph.onnx_file import GraphFile, shape_of
 
 # Smaller constants (axes, shapes) stay: the converter reads some.
 _SMALL_BYTES = 1024
-# The converter leaves Resize of opset 10 as it is, which has other coordinates since 11. Of the operators
-# that changed between 13 and 21 it overlooks one: GroupNormalization, whose scale is each channel's since 21.
+# The converter does not change Resize of opset 10, which has other coordinates since 11. Of the operators
+# that changed between 13 and 21 it overlooks one: GroupNormalization, whose scale is per channel since 21.
 _OLDEST = 13
 _OVERLOOKED = "GroupNormalization"
-# The first file format that has 4-bit integers.
+# The first IR version that has 4-bit integers.
 _INT4_FORMAT = 10
 
 
 def raise_opset(graph: GraphFile, version: int) -> str:
-    """Give a graph at least this version of ONNX's operators; return why it can't be, or ""."""
+    """Raise a graph to at least this opset; return the reason why that is impossible, or ""."""
     if opset_of(graph.model) >= version:
         graph.model.ir_version = max(graph.model.ir_version, _INT4_FORMAT)
         return ""
-    if trouble := _misread(graph, version):
-        return trouble
+    if problem := _misread(graph, version):
+        return problem
     try:
         converted = _converted(graph.model, version)
     except Exception as error:  # the converter raises RuntimeError, ValueError, onnx.checker's own …
@@ -39,17 +39,17 @@ def raise_opset(graph: GraphFile, version: int) -> str:
 
 
 def _misread(graph: GraphFile, version: int) -> str:
-    """Return which operator the converter would change without a word, or ""."""
+    """Return the reason why the converter would silently change the graph's meaning, or ""."""
     opset = opset_of(graph.model)
     if opset < _OLDEST:
-        return f"opset {opset} can't be raised to {version}: older than {_OLDEST}"
+        return f"opset {opset} can't be raised to {version}: it is older than {_OLDEST}"
     if any(node.op_type == _OVERLOOKED and node.domain == "" for node in graph.model.graph.all_nodes()):
-        return f"opset {opset} can't be raised to {version}: {_OVERLOOKED} is another operator then"
+        return f"opset {opset} can't be raised to {version}: {_OVERLOOKED} means something else there"
     return ""
 
 
 def opset_of(model: ir.Model) -> int:
-    """Return the version of ONNX's own operators."""
+    """Return the opset of ONNX's own domain."""
     return max(model.opset_imports.get("", 0), model.opset_imports.get("ai.onnx", 0))
 
 
@@ -86,7 +86,7 @@ def _converted(model: ir.Model, version: int) -> ir.Model:
 
 
 def _in_order(old: ir.Model, new: ir.Model) -> list[str]:
-    """Return the new model's initializers, those of the old one first, as it had them."""
+    """Return the names of the new model's initializers, those of the old one first, in its order."""
     return [
         *old.graph.initializers,
         *(name for name in new.graph.initializers if name not in old.graph.initializers),
@@ -99,7 +99,7 @@ def _is_held_back(value: ir.Value) -> bool:
 
 
 def _put_back(old: ir.Model, new: ir.Model) -> None:
-    """Copy what the converter drops: metadata of the model, of nodes and of values, and values' types."""
+    """Copy what the converter drops: metadata of the model, nodes and values, and the values' types."""
     new.metadata_props.update(old.metadata_props)
     new.graph.metadata_props.update(old.graph.metadata_props)
     new.graph.doc_string, new.doc_string = old.graph.doc_string, old.doc_string

@@ -1,4 +1,4 @@
-"""Inputs with a default become what they mean: LoRA tensors plain inputs, anything else is asked about.
+"""Turn inputs with a default into what they mean: LoRA tensors into plain inputs, weights into constants.
 
 A TensorRT parser takes an input with an initializer of the same name for a constant. A graph of the flavour
 ``ort``, whose LoRA tensors have empty defaults, would be built without an error: as the base.
@@ -22,12 +22,12 @@ _FREE_INITIALIZERS = 4
 
 @dataclass(frozen=True, eq=False)
 class PlainInputs:
-    """What became of a graph's inputs.
+    """The result of `make_plain`.
 
     Attributes:
-        exposed: The LoRA record, of the flavour ``tensorrt``.
-        notes: What was changed.
-        problems: What can't be changed without asking.
+        exposed: LoRA record, of the flavour ``tensorrt``.
+        notes: Changes that were made.
+        problems: Inputs that only the user can decide about, and LoRA tensors that don't fit the LoRA record.
     """
 
     exposed: ExposedGraph | None
@@ -36,7 +36,7 @@ class PlainInputs:
 
 
 def make_plain(graph: GraphFile) -> PlainInputs:
-    """Drop the defaults of LoRA tensors and the weights from a legacy graph's inputs.
+    """Drop the defaults of LoRA tensors, and drop weights from the inputs of a graph in an old file format.
 
     Raises:
         GraphError: The LoRA record is damaged.
@@ -57,7 +57,7 @@ def make_plain(graph: GraphFile) -> PlainInputs:
 
 
 def _for_tensorrt(record: ExposedGraph) -> ExposedGraph:
-    """The record as it is of the engine: plain inputs, and float32 for float64, which TensorRT has not."""
+    """Return the LoRA record of the engine: plain inputs, and float32 for float64, which TensorRT lacks."""
     modules = tuple(
         replace(module, dtype="float32") if module.dtype == "float64" else module for module in record.modules
     )
@@ -65,7 +65,7 @@ def _for_tensorrt(record: ExposedGraph) -> ExposedGraph:
 
 
 def _exposed_inputs(record: ExposedGraph) -> list[str]:
-    """Names of the inputs that the record speaks of."""
+    """Return the names of the inputs that the LoRA record lists."""
     return [*[WEIGHTS_INPUT] * (record.mode == "bank"), *record.input_names()]
 
 
@@ -74,14 +74,14 @@ def _record_problems(graph: GraphFile, record: ExposedGraph) -> Iterator[Problem
     missing = [f"input {name!r}" for name in _exposed_inputs(record) if name not in inputs]
     yield from of_places(
         missing,
-        "the graph's LoRA record names it, the graph has it no more",
+        "the graph's LoRA record names it, but the graph does not have it",
         "make the graph again with swap-onnx or bank-onnx; a tool has changed it since",
     )
     shapes = {name: None if value.shape is None else value.shape.dims for name, value in inputs.items()}
     sizes = size_problems(record, shapes)
     yield from of_places(
         sizes,
-        "the graph's LoRA record says other sizes",
+        "the graph's LoRA record has other sizes",
         "make the graph again with swap-onnx or bank-onnx; a tool has changed it since",
     )
     if missing or sizes or not record.input_names():
@@ -93,8 +93,8 @@ def _record_problems(graph: GraphFile, record: ExposedGraph) -> Iterator[Problem
     ]
     yield from of_places(
         dynamic,
-        "TensorRT builds no convolution whose number of channels, the rank, is open",
-        "make it with swap-onnx --flavour tensorrt --adapter ADAPTER, which fixes the rank",
+        "TensorRT can't build a convolution with an open number of channels (the rank)",
+        "make the graph with swap-onnx --flavour tensorrt --adapter ADAPTER, which fixes the rank",
     )
 
 
@@ -104,7 +104,7 @@ def _has_sizes(inputs: dict[str, ir.Value], module: ExposedModule) -> bool:
 
 
 def _drop_defaults(graph: GraphFile, record: ExposedGraph) -> list[str]:
-    """Make the LoRA tensors plain inputs; return what to say."""
+    """Make the LoRA tensors plain inputs; return notes."""
     defaults = [name for name in _exposed_inputs(record) if name in graph.graph.initializers]
     for name in defaults:
         value = graph.graph.initializers.pop(name)
@@ -120,17 +120,15 @@ def _drop_defaults(graph: GraphFile, record: ExposedGraph) -> list[str]:
             f"the adapters that were the bank's defaults are not in the engine: load {slots} into it"
         )
     if record.mode == "bank" and _share_batch(graph, record):
-        notes.append(
-            f"{WEIGHTS_INPUT} has the batch's own dimension now, in place of a check that it has its rows"
-        )
+        notes.append(f"{WEIGHTS_INPUT} has the batch's own dimension now, which replaces a check of its rows")
     return notes
 
 
 def _share_batch(graph: GraphFile, record: ExposedGraph) -> bool:
-    """Give a bank's weights the batch's symbol, which TensorRT holds to be equal, for the node that compares.
+    """Replace the node that compares a bank's rows with the batch by a shared symbol, which TensorRT checks.
 
     Returns:
-        Whether there was such a node.
+        True if there was such a node.
     """
     inputs = {str(value.name): value for value in graph.graph.inputs}
     weights, batch = inputs[WEIGHTS_INPUT], inputs.get(record.batch_input)
@@ -147,7 +145,10 @@ def _share_batch(graph: GraphFile, record: ExposedGraph) -> bool:
 
 
 def _other_defaults(graph: GraphFile, ours: frozenset[str]) -> tuple[list[str], list[Problem]]:
-    """Deal with inputs that have an initializer and are no LoRA of ours: a weight, or something to be fed?"""
+    """Make inputs with an initializer constants, or refuse them if they may be meant to be fed.
+
+    Our own LoRA tensors are left out.
+    """
     both = [value for value in graph.graph.inputs if value.is_initializer() and value.name not in ours]
     if graph.model.ir_version >= _FREE_INITIALIZERS:
         return [], list(_refused(both, "TensorRT would build its default in as a constant"))

@@ -1,8 +1,8 @@
-"""What a graph goes through before TensorRT's parser sees it: what must be changed, and what is refused.
+"""Prepare a graph for TensorRT's parser: change what must be changed, and refuse what can't be built.
 
-The parser has the last word on everything. What is here is where it would build something else than the
-graph says (inputs with a default, operators of the same name, unsigned quantisation), where its message tells
-nothing (types), and what can be said in other operators (`lower_nbits`). No compiler has to be installed.
+The parser decides about everything else. The checks here are for graphs that it would misread (inputs with a
+default, operators of the same name, unsigned quantisation), for those where its message does not help
+(types), and for operators that others can express (`lower_nbits`). No compiler has to be installed.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from lora_export.graph.onnx_file import GraphFile
 
 @dataclass(frozen=True, eq=False)
 class Admitted:
-    """A graph that the compiler can be given.
+    """A graph that is ready for the compiler.
 
     Attributes:
-        graph: As the compiler gets it; ``path`` is still the file, which external data is relative to.
-        exposed: The LoRA record, of the flavour ``tensorrt``.
-        notes: What was changed, and what the compiler will change, one line each.
+        graph: Graph as the compiler gets it; ``path`` is still the file, which external data is relative to.
+        exposed: LoRA record, of the flavour ``tensorrt``.
+        notes: Changes that were made, and those that the compiler will make, one line each.
     """
 
     graph: GraphFile
@@ -40,16 +40,15 @@ class Admitted:
 
 
 def admit(graph: GraphFile, targets: Mapping[str, Sequence[str]]) -> Admitted:
-    """Make a graph fit for a TensorRT parser, or for both.
+    """Prepare a graph for one TensorRT parser, or for both.
 
     Args:
         graph: Fresh from `load_graph`; it is changed.
-        targets: Compiler (``tensorrt-rtx``, ``tensorrt``) → compute capabilities that it is asked for:
-            ``8.9`` …
+        targets: Compiler (``tensorrt-rtx``, ``tensorrt``) → compute capabilities to build for: ``8.9`` …
 
     Raises:
-        EngineBuildError: It can't be: all that stands in the way, by node, and how to mend it.
-        GraphError: Its LoRA record is damaged.
+        EngineBuildError: The graph can't be built; lists all problems, by node, and how to fix each.
+        GraphError: The graph's LoRA record is damaged.
     """
     name = graph.path.name
     inputs = make_plain(graph)
@@ -73,7 +72,7 @@ def admit(graph: GraphFile, targets: Mapping[str, Sequence[str]]) -> Admitted:
 
 
 def _port_problems(graph: GraphFile) -> Iterator[Problem]:
-    """Inputs that the engine would not have as they are, and outputs under names that it would not have."""
+    """Yield inputs without a shape, and outputs that the engine would not have under their names."""
     silent = [
         f"input {value.name!r}"
         for value in graph.graph.inputs
@@ -81,8 +80,8 @@ def _port_problems(graph: GraphFile) -> Iterator[Problem]:
     ]
     yield from of_places(
         silent,
-        "the graph tells no shape for it, TensorRT would take it for a single number",
-        "export it with shapes; names such as 'batch' for sizes that vary",
+        "it has no shape in the graph, TensorRT would take it for a single number",
+        "export it with shapes, with names such as 'batch' for sizes that vary",
     )
     inputs = {id(value) for value in graph.graph.inputs}
     passed = [f"output {value.name!r}" for value in graph.graph.outputs if id(value) in inputs]

@@ -1,4 +1,4 @@
-"""What stands between a graph and an engine: lines for the user, all of them, and how to mend each."""
+"""Problems that keep a graph from becoming an engine: all lines for the user, and how to fix each."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import onnx_ir as ir
 from lora_export.errors import EngineBuildError
 from lora_export.sites.node_text import node_text
 
-# How the user calls the compilers.
+# The compilers' names for users.
 TITLES = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
-# A model has the same trouble in each of its layers: more examples tell nothing new.
+# A model has the same problem in each of its layers: more examples would not help.
 _EXAMPLES = 3
 
 
@@ -21,8 +21,8 @@ class Problem:
     """One thing that keeps a graph from being built.
 
     Attributes:
-        text: Where it is, and what.
-        hint: How to mend it; the same sentence where the same mends several.
+        text: The place and the problem.
+        hint: How to fix it; the same sentence for problems with the same fix.
     """
 
     text: str
@@ -30,12 +30,12 @@ class Problem:
 
 
 def of_nodes(nodes: Sequence[ir.Node], reason: str, hint: str = "") -> Iterator[Problem]:
-    """Yield a line for each of the first nodes with the same trouble, and the number of the others."""
+    """Yield a line for each of the first nodes with the same problem, and the number of the rest."""
     return of_places([node_text(node) for node in nodes], reason, hint)
 
 
 def of_places(places: Sequence[str], reason: str, hint: str = "") -> Iterator[Problem]:
-    """Yield a line for each of the first places with the same trouble, and the number of the others."""
+    """Yield a line for each of the first places with the same problem, and the number of the rest."""
     shown = len(places) if len(places) == _EXAMPLES + 1 else _EXAMPLES
     for place in places[:shown]:
         yield Problem(f"{place}: {reason}", hint)

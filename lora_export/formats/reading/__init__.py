@@ -1,1 +1,1 @@
-"""What the formats of adapters have in common: files, pairs, configs."""
+"""The common parts of the adapter formats: files, pairs, configs."""

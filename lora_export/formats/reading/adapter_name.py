@@ -1,7 +1,7 @@
-"""The name of an adapter inside of PEFT's tensor names: ``….lora_A.default.weight``.
+"""Remove the adapter's name from PEFT's tensor names: ``….lora_A.default.weight``.
 
-``save_pretrained`` leaves the name out; a state dict taken from the model itself has it, and has one for each
-adapter that was loaded. Only one of them can be read: which one was meant is not in the file.
+``save_pretrained`` leaves the name out; a state dict taken from the model itself has it, with one for each
+adapter that was loaded. Only a file with one adapter can be read: a file does not tell which one is meant.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ _NAMED = re.compile(
     r"^(?P<path>.+\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|trainable_tokens_delta))"
     r"(?:\.(?P<name>(?!(?:weight|bias|MatMul)(?:\.|$))[^.]+))?(?P<leaf>\.weight|\.bias)?$"
 )
-# (MatMul is no adapter: onnxruntime-genai puts it there, into graphs whose factors are transposed.)
-# Here a leaf must follow: without one, lora_A is loralib's own parameter.
+# (MatMul is not an adapter: onnxruntime-genai adds it, in graphs whose factors are transposed.)
+# After these a leaf must follow: without one, lora_A is loralib's own parameter.
 _LEAF_NEEDED = re.compile(r"\.lora_[AB]$")
 _SAVED = ".modules_to_save."
 
@@ -23,10 +23,10 @@ def strip_adapter_name(paths: Mapping[str, str]) -> tuple[dict[str, str], list[s
     """Remove the adapter's name from the paths of one file.
 
     Args:
-        paths: Tensor name → path, wrappers removed.
+        paths: Tensor name → path without wrappers.
 
     Returns:
-        The same with paths as ``save_pretrained`` writes them, and the problem of several names.
+        The same with paths as ``save_pretrained`` writes them, and a problem if there are several names.
     """
     matches = {
         name: match
@@ -46,7 +46,7 @@ def strip_adapter_name(paths: Mapping[str, str]) -> tuple[dict[str, str], list[s
         name: f"{match['path']}{match['leaf'] or ''}" if (match := matches.get(name)) else path
         for name, path in paths.items()
     }
-    # A module to save is a copy for each adapter, under the same name.
+    # A module to save has a copy for each adapter, under the adapter's name.
     for name, path in made.items():
         for candidate in filter(None, (own, "default")):
             if f"{_SAVED}{candidate}." in path:

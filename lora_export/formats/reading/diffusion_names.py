@@ -1,8 +1,8 @@
-"""Which names only a diffusion model has, and which part of a pipeline a name belongs to.
+"""Recognise the names of diffusion models, and the part of a pipeline that a name belongs to.
 
 diffusers puts the component in front (``unet.``, ``transformer.``, ``text_encoder_2.``); ai-toolkit,
-diffusion-pipe and ComfyUI call the denoiser ``diffusion_model.`` whatever it is. All of their readers take
-scaling 1 where a file says nothing, so it matters that no language model's names pass for these.
+diffusion-pipe and ComfyUI call every denoiser ``diffusion_model.``. All of their readers use scaling 1 if a
+file states nothing, so a language model's names must not be mistaken for these.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ COMPONENT = re.compile(
 )
 _DENOISER = re.compile(r"^(?:model\.)?diffusion_model\.")
 _UNET = re.compile(r"^(?:input|middle|output|down|mid|up)_blocks?\.")
-# Language models that hold their layers in a submodule called `transformer` too: GPT-2, Falcon, DistilBERT,
-# XLNet, XLM, ChatGLM, MPT, DBRX, CLIP's text tower; of `transformer.layers` all but what diffusers has there.
+# Language models that also hold their layers in a submodule called `transformer`: GPT-2, Falcon, DistilBERT,
+# XLNet, XLM, ChatGLM, MPT, DBRX, CLIP's text tower; in `transformer.layers`, all names that diffusers lacks.
 _LANGUAGE = re.compile(
     r"^transformer\.(?:(?:h|layer|encoder|wte|wpe|word_embeddings?|attentions|ffns|resblocks)\."
     r"|blocks\.\d+\.(?:attn\.(?:Wqkv|out_proj)|ffn\.(?:up_proj|down_proj|experts|router)|norm_attn_norm)\."
@@ -29,7 +29,7 @@ _BLOCKS = re.compile(
     r"(?:^|\.)(?:(?:down|up|single|double|joint|input|output|transformer|single_transformer)_blocks"
     r"|(?:mid|middle)_block)\."
 )
-# Wan's blocks have no name of their own: known by what is in them, in its own spelling and in diffusers'.
+# Wan's blocks have an ordinary name: they are known by their modules, in its own spelling and in diffusers'.
 _WAN = re.compile(
     r"^blocks\.\d+\.(?:(?:self|cross)_attn\.(?:[qkvo]|[kv]_img)|attn[12]\.to_\w+|ffn\.(?:0|2|net))\."
 )
@@ -43,12 +43,12 @@ _XLABS = re.compile(r"^(?P<block>(?P<kind>double|single)_blocks\.\d+)\.processor
 def xlabs_path(path: str, stream: str) -> str | None:
     """Return Black Forest Labs' name of a module that an XLabs adapter of FLUX.1 changes; None for others.
 
-    Source: https://github.com/XLabs-AI/x-flux ``src/flux/modules/layers.py``. Of a single block's fused
-    ``linear1``, ``qkv`` is what comes before the MLP's rows.
+    Source: https://github.com/XLabs-AI/x-flux ``src/flux/modules/layers.py``. In a single block's fused
+    ``linear1``, ``qkv`` are the rows before the MLP's.
 
     Args:
         path: The name up to ``_lora``.
-        stream: What follows: ``1`` (image) or ``2`` (text) in a double block, else nothing.
+        stream: The number after it: ``1`` (image) or ``2`` (text) in a double block, else "".
     """
     match = _XLABS.match(path)
     if match is None or (match["kind"] == "double") != bool(stream):
@@ -59,7 +59,7 @@ def xlabs_path(path: str, stream: str) -> str | None:
 
 
 def strip_denoiser(path: str) -> tuple[str | None, str]:
-    """Return ``unet`` or ``transformer`` and the path behind ``diffusion_model.``; None without that."""
+    """Return ``unet`` or ``transformer`` and the path after ``diffusion_model.``; None without that."""
     match = _DENOISER.match(path)
     if not match:
         return None, path
@@ -68,11 +68,11 @@ def strip_denoiser(path: str) -> tuple[str | None, str]:
 
 
 class Components:
-    """Splits the paths of one file into component and module.
+    """Split the paths of one file into component and module.
 
     Args:
-        paths: All paths of the file: whether its ``transformer.`` is a pipeline's or a language model's own
-            is the same for all of them.
+        paths: All paths of the file; together they show whether ``transformer.`` is a pipeline's or a
+            language model's own.
     """
 
     def __init__(self, paths: Collection[str]) -> None:
@@ -82,7 +82,7 @@ class Components:
         )
 
     def split(self, path: str) -> tuple[str | None, str]:
-        """Return the component in front of a path, or None, and the path behind it."""
+        """Return the component in front of a path, or None, and the rest of the path."""
         denoiser, rest = strip_denoiser(path)
         if denoiser:
             return denoiser, rest
@@ -93,14 +93,14 @@ class Components:
 
 
 def follows_diffusers(paths: Collection[str], metadata: Mapping[str, str]) -> bool:
-    """Whether names in PEFT's spelling are to be read by diffusers' rules.
+    """Return whether diffusers' rules apply to names in PEFT's spelling.
 
-    Signs are a component in front, diffusers' own metadata, ``.alpha`` tensors (PEFT writes none), and names
-    that only diffusion models have; none of it holds for names behind ``base_model.model.``.
+    The signs are a component in front, diffusers' own metadata, ``.alpha`` tensors (PEFT writes none), and
+    names that only diffusion models have; none of them counts for names after ``base_model.model.``.
 
     Args:
-        paths: All paths of a file, wrappers removed.
-        metadata: Of its header.
+        paths: All paths of a file, without wrappers.
+        metadata: The file's metadata.
     """
     lora = [path for path in paths if ".lora_A." in path or ".lora_B." in path]
     if not lora or any(path.startswith(PREFIX) for path in lora):

@@ -1,7 +1,7 @@
-"""What a file says of LoRA on a module's own parameters (PEFT's ``target_parameters``).
+"""Read LoRA on a module's own parameters (PEFT's ``target_parameters``).
 
 PEFT, ``tuners/lora/layer.py``, ``ParamWrapper``. A parameter of two dimensions changes by ``B·A`` in every
-version. Of stacked experts ``(experts, rows, cols)`` lora_A acts on one of the two axes:
+version. For stacked experts ``(experts, rows, cols)``, lora_A acts on one of the two axes:
 
 ============================= ==================== ==========================
 written by PEFT               a module that is     any other module
@@ -12,14 +12,14 @@ before 0.19.0                 rows                 rows
 0.19.1 and later              rows                 cols
 ============================= ==================== ==========================
 
-``is_transposed`` is an attribute of the module, which the file doesn't say; nor does it say the version
-before 0.18. Where the matrices are not square their shape proves which axis it is
+``is_transposed`` is an attribute of the module, which the file doesn't record; before 0.18, it doesn't
+record the version either. If the matrices are not square, their shape proves the axis
 (`lora_export.sites.experts`).
 
 Nested wrappers: ``BaseTuner._inject_parameters`` wraps the targeted parameters of a module one around the
 other in the order in which the module registered them: the last is the outermost and owns
 ``<module>.lora_A.weight``, the one inside it ``<module>.base_layer.lora_A.weight``, and so on. The file keeps
-the nesting and the set of names, not the order, so that is known here for the modules that exist.
+the nesting and the set of names, but not the order, so the order for the known modules is listed here.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _VERSION = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?(\.?\w*)")
 
 
 def layout_of(version: Any) -> tuple[bool, Layout]:
-    """Return whether factors of stacked experts lie turned, and what else decides it, by PEFT's version.
+    """Return whether factors of stacked experts are turned, and how sure that is, for a PEFT version.
 
     Args:
-        version: ``peft_version`` of the config; None where it has none.
+        version: ``peft_version`` of the config; None if it has none.
     """
     if version is None:
         return True, "known"
@@ -49,7 +49,7 @@ def layout_of(version: Any) -> tuple[bool, Layout]:
     if match is None:
         return False, "unknown"
     release = (int(match[1]), int(match[2]), int(match[3] or 0))
-    # A development version is what comes before a release, at an unknown day.
+    # A development version is from an unknown day before the release.
     if match[4] and (0, 18, 0) < release <= (0, 19, 1):
         return False, "unknown"
     if release < (0, 19, 0):
@@ -58,16 +58,16 @@ def layout_of(version: Any) -> tuple[bool, Layout]:
 
 
 def parameters_of(path: str, targets: Sequence[str], levels: int) -> list[str]:
-    """Return the names of the parameters of module ``path`` that ``targets`` mean.
+    """Return the names of the parameters of a module that ``targets`` mean.
 
     PEFT matches ``<module>.<parameter>`` against a target as a whole, or by its end from a dot on. A target
-    without a module means every module that has such a parameter, which the file doesn't tell: it counts
-    unless those with this module's name are as many as its nested pairs.
+    without a module means every module that has such a parameter, which the file doesn't show: it counts
+    unless the targets with this module's name are as many as its nested pairs.
 
     Args:
-        path: The module.
+        path: Path of the module.
         targets: The config's ``target_parameters``.
-        levels: How many nested pairs the file has for it.
+        levels: Number of nested pairs that the file has for it.
     """
     bare, named = [], []
     for target in dict.fromkeys(targets):
@@ -81,10 +81,10 @@ def parameters_of(path: str, targets: Sequence[str], levels: int) -> list[str]:
 
 
 def is_target_module(path: str, config: Mapping[str, Any]) -> bool:
-    """Whether the config's ``target_modules`` mean a module: PEFT then wraps it, and none of its parameters.
+    """Return whether the config's ``target_modules`` mean a module, which PEFT then wraps as a whole.
 
     The rule is that of PEFT's ``check_target_module_exists``: a list holds ends of paths, from a dot on, and
-    a text is a regular expression for the whole path.
+    a string is a regular expression for the whole path.
     """
     return _listed(path, config, "target_modules") and not _listed(path, config, "exclude_modules")
 
@@ -105,14 +105,14 @@ def nesting(path: str, names: Sequence[str], levels: int, problems: list[str]) -
     """Return the parameter of each level, outermost first.
 
     Args:
-        path: The module.
+        path: Path of the module.
         names: Its targeted parameters.
-        levels: How many nested pairs the file has for it.
-        problems: Gets a line where file and config disagree, or the order can't be known.
+        levels: Number of nested pairs that the file has for it.
+        problems: List to add to if file and config disagree, or the order is unknown.
     """
     if len(names) != levels:
         problems.append(
-            f"{path}: the file has {levels} nested LoRA pairs, and target_parameters names "
+            f"{path}: the file has {levels} nested LoRA pairs, but target_parameters lists "
             f"{len(names)} of its parameters ({', '.join(names) or 'none'})"
         )
         return []
@@ -122,7 +122,7 @@ def nesting(path: str, names: Sequence[str], levels: int, problems: list[str]) -
     if unknown:
         problems.append(
             f"{path}: target_parameters {', '.join(names)} are nested in the order in which the module "
-            f"registered them, which the file doesn't say and we don't know for {', '.join(unknown)}; "
+            f"registered them, which is unknown for {', '.join(unknown)}; "
             "save one adapter for each parameter"
         )
         return []

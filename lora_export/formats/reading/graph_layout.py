@@ -1,7 +1,7 @@
-"""Tensors that lie as a graph takes them, read as an adapter: what the converted formats have in common.
+"""Read tensors in a graph's layout as an adapter: the common part of the converted formats.
 
 ``<module>.lora_A.weight`` ``(in_dim, rank)``, ``.lora_B.weight`` ``(rank, out_dim)`` with the scaling in it,
-``.lora_B.bias`` and ``.lora_scale.weight`` ``(out_dim,)``; of a convolution as in PyTorch. See
+``.lora_B.bias`` and ``.lora_scale.weight`` ``(out_dim,)``; for a convolution as in PyTorch. See
 `lora_export.graph.exposed`.
 """
 
@@ -27,26 +27,26 @@ _NAME = re.compile(
     r"\.(?P<leaf>weight|(?<=B\.)bias)$"
 )
 _PARTS = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_scale": "scale"}
-_FOLDED = "is folded into the file's lora_B already; leave the option away"
+_FOLDED = "is already folded into the file's lora_B; omit the option"
 EXPECTS = "<module>.lora_A.weight (in_dim, rank), .lora_B.weight (rank, out_dim)"
 
 
 def has_names(tensors: Mapping[str, Array]) -> bool:
-    """Whether tensors are named as a graph's LoRA inputs are."""
+    """Return whether tensors have the names of a graph's LoRA inputs."""
     return any(_NAME.match(name) for name in tensors)
 
 
 def read_converted(source: Source, options: Options, format: str, config: Mapping[str, Any]) -> Adapter:
-    """Make an adapter of tensors in a graph's layout; scaling is 1, the factors are views.
+    """Make an adapter from tensors in a graph's layout; the scaling is 1, the factors are views.
 
     Args:
         source: The file.
-        options: What the user states; alpha has no place here.
+        options: The user's options; alpha and rslora are refused.
         format: Key of the format that reads it.
-        config: What the file says of itself, with ``kinds`` as JSON where not all modules are linear.
+        config: The file's metadata, with ``kinds`` as JSON if not all modules are linear.
 
     Raises:
-        AdapterError: A list of all that is wrong.
+        AdapterError: The file breaks rules; all problems are listed.
     """
     table = PartsTable()
     for key, value in (("alpha", options.alpha), ("rslora", options.rslora)):
@@ -74,7 +74,7 @@ def read_converted(source: Source, options: Options, format: str, config: Mappin
     raise_problems(source, table.problems, "convert the original adapter again")
     notes = []
     if not config.get("base_sha256") and not config.get("base_version"):
-        notes.append("the file doesn't say which base it was converted for: that can't be checked")
+        notes.append("the file doesn't state the base it was converted for, so this can't be checked")
     made = adapter_of(source, format, table, modules, {LAYOUT_KEY: LAYOUT, **config}, notes)
     return replace(made, base_model=config.get("base") or None)
 
@@ -87,7 +87,7 @@ def _add(table: PartsTable, path: str, part: str, name: str, values: Array, kind
 
 
 def _join_cuts(parts: Parts) -> None:
-    """Put the tensors together that the B of a pack was cut into, ``.lora_B.0.weight`` and the next."""
+    """Join the tensors ``.lora_B.0.weight``, ``.lora_B.1.weight`` … that the B of a pack was cut into."""
     cuts = sorted((int(part.partition(".")[2]), part) for part in parts.tensors if part.startswith("lora_b."))
     if cuts and [number for number, _ in cuts] == list(range(len(cuts))):
         values = [parts.tensors.pop(part) for _, part in cuts]
@@ -108,7 +108,7 @@ def _kinds(config: Mapping[str, Any], problems: list[str]) -> dict[str, str]:
 
 
 def _with_scale(module: LoraModule, scale: Array | None, problems: list[str]) -> LoraModule:
-    # Ones change nothing: the module has no DoRA.
+    # Without DoRA, all scales are 1.
     if scale is None or (scale == 1).all():
         return module
     problems += value_problems([(f"{module.path} lora_scale", scale)])

@@ -1,8 +1,8 @@
-"""Which keys of ``rank_pattern`` or ``alpha_pattern`` fit a module: found without trying them all.
+"""Find the keys of ``rank_pattern`` or ``alpha_pattern`` that fit a module without trying them all.
 
-Training that gives each module a rank of its own (EVA, AdaLoRA) writes a key for each, and there may be
-twenty thousand modules, in a mixture of experts. Nearly all keys are paths, in which a dot stands for any
-letter: keys of one length, with their dots in the same places, are looked up together.
+Training that gives each module a rank of its own (EVA, AdaLoRA) writes a key for each, and a mixture of
+experts may have twenty thousand modules. Nearly all keys are paths, in which a dot stands for any character:
+keys of one length, with their dots in the same positions, are looked up together.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from collections.abc import Iterable
 
 from lora_export.formats.reading.patterns import count, fullmatch, match
 
-# Letters that mean themselves, dots that mean any letter, and dots that mean dots.
+# Characters that mean themselves, dots that mean any character, and escaped dots.
 _PLAIN = re.compile(r"(?:[A-Za-z0-9_-]|\\?\.)+")
 _PIECE = re.compile(r"\\\.|.")
-# Stands for "any letter" in what is looked up.
+# Stands for any character in a looked-up key.
 _ANY = "\0"
 
 
 class KeyIndex:
-    """Finds keys by a module's path, under PEFT's rule: a key matches an end of it, from a dot on.
+    """Find keys by a module's path, under PEFT's rule: a key matches an end of it, from a dot on.
 
     Args:
-        name: Of the keys in the config.
-        keys: Regular expressions; what is none fits nothing.
-        whole: They have to match all of a path.
+        name: Name of the keys in the config.
+        keys: Regular expressions; an invalid one fits nothing.
+        whole: Whether a key has to match the whole path.
     """
 
     def __init__(self, name: str, keys: Iterable[str], *, whole: bool = False) -> None:
         self._name, self._keys, self._whole = name, list(keys), whole
         self._others: list[int] = []
-        # The length, and places of the dots that mean any letter → the key without them → numbers.
+        # Length and positions of the dots that mean any character → key without them → numbers.
         self._plain: dict[tuple[int, tuple[int, ...]], dict[str, list[int]]] = defaultdict(dict)
         for number, key in enumerate(self._keys):
             if not _PLAIN.fullmatch(key):
@@ -46,9 +46,9 @@ class KeyIndex:
         """Return the numbers of the keys that fit a path, in their order.
 
         Raises:
-            AdapterError: They take too long to match.
+            AdapterError: The keys take too long to match.
         """
-        # No dot stands for the end of a line, and $ stands before one.
+        # A dot does not match a line end, and $ matches before one.
         if "\n" in path or _ANY in path:
             return [number for number in range(len(self._keys)) if self._fits(number, path)]
         if self._plain:

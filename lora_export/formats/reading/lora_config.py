@@ -1,8 +1,8 @@
-"""What PEFT's ``LoraConfig`` means for weights: which keys matter, which don't, which we refuse.
+"""Read PEFT's ``LoraConfig``: which keys matter for weights, which don't, which are refused.
 
 Source: PEFT 0.21, ``tuners/lora/config.py`` (the keys) and ``tuners/lora/model.py`` (pattern matching).
-Every key is accounted for: one that we don't know and that isn't off is refused, because it may change
-what the tensors mean.
+Every key is accounted for: an unknown one that is not off is refused, because it may change the meaning of
+the tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lora_export.formats.reading.key_index import KeyIndex
 from lora_export.formats.reading.patterns import check, remembered
 from lora_export.formats.reading.source import Options
 
-# Change how the tensors are made or trained, not what they mean once saved.
+# These change how the tensors are made or trained, not what they mean once saved.
 _HARMLESS = frozenset(
     {
         "auto_mapping",
@@ -62,20 +62,20 @@ _READ = frozenset(
         "use_rslora",
     }
 )
-# The adapter acts on some tokens only: no merge can say it.
+# The adapter acts only on some tokens, which a merged weight can't do.
 ALORA = "alora_invocation_tokens"
 _REFUSED = {
-    ALORA: "aLoRA acts only behind its invocation tokens, which no merged or exported "
-    "weight can do; serve it with PEFT or vLLM",
+    ALORA: "aLoRA acts only after its invocation tokens, which a merged or exported "
+    "weight can't do; serve it with PEFT or vLLM",
     "arrow_config": "Arrow routes between adapters for each token; export the task adapters one by one",
     "enable_lora": "a MergedLinear of PEFT 0.2; load it with that version and save it per projection",
     "kasa_config": "KaSA truncates the base weights themselves; merge it with PEFT's merge_and_unload",
-    "layer_replication": "the adapter belongs to a model whose layers were replicated; save that model as a "
+    "layer_replication": "the adapter belongs to a model with replicated layers; save that model as a "
     "base of its own and train or rename the adapter for it",
     "megatron_config": "Megatron's parallel layers may hold a shard of a factor; gather and save without it",
     "use_qalora": "QALoRA's lora_A works on pooled inputs of a GPTQ base; PEFT itself can't merge it",
 }  # fmt: skip
-# Initialisations that change the base weights: what was saved counts from the changed base.
+# Initialisations that change the base weights: the saved tensors are relative to the changed base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
@@ -83,12 +83,12 @@ def pattern_values(config: Mapping[str, Any], name: str, path: str) -> list[Any]
     """Return the values of all keys that match ``path`` under PEFT's rule; the first one counts.
 
     Args:
-        config: PEFT's.
+        config: PEFT's config.
         name: ``rank_pattern`` or ``alpha_pattern``.
-        path: Of a module.
+        path: Path of a module.
 
-    The rule (``peft.utils.other.get_pattern_key``): a key matches as a regular expression the end of the
-    path, from a dot on; where none does, a key that is the path itself.
+    The rule (``peft.utils.other.get_pattern_key``): a key matches the end of the path, from a dot on, as a
+    regular expression; if none does, a key that is the path itself matches.
     """
     pattern = config.get(name)
     if not isinstance(pattern, Mapping):
@@ -105,11 +105,11 @@ class LoraRules:
 
     Args:
         config: The JSON object.
-        options: What the user states besides; it may not contradict the config.
+        options: The user's options; they may not contradict the config.
 
     Attributes:
-        problems: One line for each key that is refused or makes no sense.
-        notes: What a user should know about keys that were left aside.
+        problems: A line for each key that is refused or invalid.
+        notes: Notes on keys that were ignored.
     """
 
     def __init__(self, config: Mapping[str, Any], options: Options) -> None:
@@ -123,10 +123,12 @@ class LoraRules:
         self._check_numbers(options)
         self._check_keys()
         if options.rslora is not None and options.rslora != self.rslora:
-            self.problems.append(f"use_rslora: the config says {self.rslora}, the option {options.rslora}")
+            self.problems.append(
+                f"use_rslora: the config says {self.rslora}, the option {options.rslora}; omit the option"
+            )
 
     def alpha(self, path: str) -> float | None:
-        """Alpha of a module; None where the config has no usable number (already a problem)."""
+        """Return alpha of a module; None if the config has no usable number (already a problem)."""
         found = pattern_values(self._config, "alpha_pattern", path)
         value: Any = found[0] if found else self._config.get("lora_alpha")
         if any(other != value for other in found):
@@ -138,7 +140,7 @@ class LoraRules:
         return None if _number_problem(value) else float(value)
 
     def rank(self, path: str) -> int | None:
-        """Rank of a module; None where the config has no usable number (already a problem)."""
+        """Return the rank of a module; None if the config has no usable number (already a problem)."""
         found = pattern_values(self._config, "rank_pattern", path)
         value: Any = found[0] if found else self._config.get("r")
         return None if _number_problem(value, whole=True) else int(value)
@@ -150,7 +152,7 @@ class LoraRules:
                 self.problems.append(f"config {key}: {problem}")
             elif option is not None and option != value:
                 self.problems.append(
-                    f"{key}: the config says {value:g}, the option {option:g}; leave it away"
+                    f"{key}: the config says {value:g}, the option {option:g}; omit the option"
                 )
         for key in ("rank_pattern", "alpha_pattern"):
             pattern = self._config.get(key)
@@ -163,7 +165,7 @@ class LoraRules:
         for kind, what, keys in (
             (Mapping, "an object", ("rank_pattern", "alpha_pattern", "use_bdlora")),
             (list, "a list", ("target_parameters",)),
-            (list | str, "a list or a text", ("target_modules", "exclude_modules", "modules_to_save")),
+            (list | str, "a list or a string", ("target_modules", "exclude_modules", "modules_to_save")),
             (bool, "true or false", ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias")),
         ):
             for key in keys:
@@ -179,22 +181,21 @@ class LoraRules:
                 self.problems.append(f"config {key}: {_REFUSED[key]}")
             elif key not in _HARMLESS | _READ | _REFUSED.keys() and value:
                 self.problems.append(
-                    f"config {key}: {value!r} under a key that we don't know may change what the tensors mean"
+                    f"config {key}: {value!r}; the key is unknown and may change the meaning of the tensors"
                 )
         init = str(self._config.get("init_lora_weights", "")).lower()
         if init.startswith(_CHANGES_BASE):
             self.problems.append(
-                f"config init_lora_weights: '{init}' changed the base weights, and the tensors count from "
-                "there; save again with save_pretrained(…, path_initial_model_for_weight_conversion=INITIAL) "
-                "(not for loftq: merge into its own base), or, where the base given here is the changed one, "
+                f"config init_lora_weights: '{init}' changed the base weights, and the tensors are relative "
+                "to them; save again with "
+                "save_pretrained(…, path_initial_model_for_weight_conversion=INITIAL) (not for loftq: merge "
+                "into its own base), or, if the base given here is the changed one, "
                 "set init_lora_weights to true in the config"
             )
         if self._config.get("velora_config"):
-            self.notes.append("VeLoRA changes the backward pass only: read as plain LoRA")
+            self.notes.append("VeLoRA changes only the backward pass: read as plain LoRA")
         if self._config.get("monteclora_config"):
-            self.notes.append(
-                "Monteclora's sampling is left away, as PEFT does in a merge: read as plain LoRA"
-            )
+            self.notes.append("Monteclora's sampling is omitted, as in PEFT's merge: read as plain LoRA")
         if self._config.get("ensure_weight_tying"):
             self.notes.append(
                 "trained with tied embeddings: both ends carry the same change of one weight; it counts once"
@@ -202,16 +203,16 @@ class LoraRules:
 
 
 def _pattern_problem(key: str, pattern: str) -> str:
-    """Return why PEFT would stop at a key of a pattern, or an empty string."""
+    """Return the reason why PEFT would fail at a key of a pattern, or ""."""
     try:
         check(key, rf"(.*\.)?({pattern})$")
     except re.error as error:
-        return f"no regular expression ({error}), which is what PEFT reads it as; for any name write .*"
+        return f"not a regular expression ({error}), which PEFT reads it as; for any name write .*"
     return ""
 
 
 def _number_problem(value: Any, whole: bool = False) -> str:
-    """Return what is wrong with a rank or an alpha, or an empty string."""
+    """Return the problem of a rank or an alpha, or ""."""
     wanted = "a whole number" if whole else "a number"
     if isinstance(value, bool) or not isinstance(value, int | float) or (whole and value % 1):
         return f"{value!r}, wanted {wanted}"

@@ -1,4 +1,4 @@
-"""onnxruntime's ``.onnx_adapter`` file: names and tensors, two version numbers; by its own reader."""
+"""Read and write onnxruntime's ``.onnx_adapter`` file (named tensors, two versions) with its own code."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lora_export.formats.provenance import ONLY_THIS_BASE_KEY
 from lora_export.storage.sums.seal import UNSEALED, seal_file
 
 SUFFIX = ".onnx_adapter"
-# The adapter version of files that we write: in these the model's version is a part of the base's identity.
-# The second is that of files with values computed from that base's, see `Provenance.only_this_base`.
+# Adapter versions of our files, in which the model's version is a part of the base's identity. The second one
+# is for files with values computed from that base's, see `Provenance.only_this_base`.
 OURS, OURS_ONLY_THIS_BASE = 0x4C45, 0x4C46
 # onnx.TensorProto.DataType
 _DTYPES: dict[int, np.dtype[Any]] = {
@@ -35,7 +35,7 @@ def read_ort_file(path: Path) -> tuple[dict[str, Array], dict[str, int]]:
     """Return the file's tensors by name, and its ``adapter_version`` and ``model_version``.
 
     Raises:
-        AdapterError: It is damaged, or has a tensor that is no float.
+        AdapterError: It is damaged, or has a tensor that is not floating-point.
         BackendUnavailable: onnxruntime is not installed.
     """
     file = _onnxruntime("read").AdapterFormat
@@ -48,8 +48,10 @@ def read_ort_file(path: Path) -> tuple[dict[str, Array], dict[str, int]]:
     parameters = adapter.get_parameters()
     odd = [f"{name}: {v.data_type()}" for name, v in parameters.items() if v.element_type() not in _DTYPES]
     if odd:
-        raise AdapterError(f"{path} has tensors that are no floats", "convert the adapter again", sorted(odd))
-    # In the order of the names: the file's own is a hash table's.
+        raise AdapterError(
+            f"{path} has tensors that are not floating-point", "convert the adapter again", sorted(odd)
+        )
+    # In the order of the names: the file's own order is a hash table's.
     tensors = {name: _array(parameters[name]) for name in sorted(parameters)}
     versions = {
         "adapter_version": adapter.get_adapter_version(),
@@ -59,7 +61,7 @@ def read_ort_file(path: Path) -> tuple[dict[str, Array], dict[str, int]]:
 
 
 def config_of(versions: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a file's two numbers say, as `Adapter.config` keeps it."""
+    """Return the meaning of a file's two versions, as `Adapter.config` keeps it."""
     config = {key: versions[key] for key in ("adapter_version", "model_version") if key in versions}
     if config.get("adapter_version") in (OURS, OURS_ONLY_THIS_BASE):
         config["base_version"] = config["model_version"]
@@ -70,12 +72,12 @@ def config_of(versions: Mapping[str, Any]) -> dict[str, Any]:
 def write_ort_file(
     path: Path, tensors: Mapping[str, Array], model_version: int, only_this_base: bool
 ) -> None:
-    """Write ``tensors`` in the order of their names, and a seal behind the tables of the format.
+    """Write ``tensors`` in the order of their names, and a seal after the tables of the format.
 
     Args:
         path: The file.
         tensors: Name → float32, float16, float64 or bfloat16 values.
-        model_version: Of the base, see `lora_export.formats.provenance.base_version`.
+        model_version: Version of the base, see `lora_export.formats.provenance.base_version`.
         only_this_base: See `lora_export.formats.provenance.Provenance`.
 
     Raises:
@@ -109,7 +111,7 @@ def _value(maker: Any, values: Array) -> Any:
 
 
 def _array(value: Any) -> Array:
-    # Not value.numpy(): it knows no bfloat16, and the file's bytes need not lie on the dtype's boundaries.
+    # Not value.numpy(): it lacks bfloat16, and the file's bytes need not be aligned to the dtype.
     raw = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
     return np.frombuffer(raw, _DTYPES[value.element_type()]).reshape(value.shape())
 

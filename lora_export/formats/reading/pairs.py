@@ -1,6 +1,6 @@
-"""From loose tensors to `LoraModule`s: collect the parts of each module, then check them all.
+"""Build `LoraModule`s from loose tensors: collect the parts of each module, then check them all.
 
-Every format names its tensors in its own way; what makes a pair right is the same everywhere, and is here.
+Every format names its tensors in its own way; the rules for a valid pair are the same, and are here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_LISTED = 40
 
 @dataclass
 class Parts:
-    """The tensors found for one module, and what its file says of it."""
+    """The tensors found for one module, and the file's facts on it."""
 
     path: str
     component: str | None = None
@@ -41,7 +41,7 @@ class Parts:
 
     @property
     def label(self) -> str:
-        """How to speak of it in an error."""
+        """Name of the module in messages."""
         path = f"{self.component}/{self.path}" if self.component else self.path
         return path if self.parameter == "weight" else f"{path}.{self.parameter}"
 
@@ -50,8 +50,8 @@ class PartsTable:
     """All modules of a file, in its order.
 
     Attributes:
-        problems: One line for each thing wrong so far.
-        aside: Names of tensors that are left out on purpose.
+        problems: A line for each problem so far.
+        aside: Names of tensors that are ignored on purpose.
     """
 
     def __init__(self) -> None:
@@ -60,36 +60,36 @@ class PartsTable:
         self.aside: list[str] = []
 
     def add(self, path: str, part: str, name: str, values: Array, component: str | None = None) -> Parts:
-        """Put the tensor ``name`` down as ``part`` (``lora_a``, ``lora_b``, …) of the module ``path``."""
+        """Add the tensor ``name`` as ``part`` (``lora_a``, ``lora_b``, …) of the module ``path``."""
         row = self.rows.setdefault((component, path), Parts(path, component))
         if part in row.tensors:
-            self.problems.append(f"{row.label}: {part} is there twice, as {row.names[-1]} and as {name}")
+            self.problems.append(f"{row.label}: {part} exists twice, as {row.names[-1]} and as {name}")
         row.tensors[part] = values
         row.names.append(name)
         return row
 
     def unknown(self, names: Sequence[str], why: str) -> None:
-        """Put tensors down that no rule of the format accounts for."""
+        """Add a problem for each tensor that no rule of the format accounts for."""
         self.problems.extend(f"{name}: {why}" for name in names)
 
 
 class Room:
-    """What a file's tensors may take once blocks and stacks are laid out in full, with zeros between them.
+    """Limit of the memory for a file's blocks and stacks that are laid out in full, with zeros in between.
 
     Args:
-        tensors: As they are stored.
+        tensors: The file's tensors as they are stored.
     """
 
     def __init__(self, tensors: Mapping[str, Array]) -> None:
         self._left = too_much(sum(values.nbytes for values in tensors.values()))
 
     def take(self, stored: Array, times: int, label: str, problems: list[str]) -> bool:
-        """Whether there is room for a tensor laid out at so many times its size; a problem where not."""
+        """Return whether a tensor may be laid out at this many times its size; add a problem if not."""
         wanted = stored.nbytes * times
         if wanted > self._left:
             problems.append(
-                f"{label} {stored.shape}, laid out in full, takes {wanted} bytes: {times} times what is "
-                f"stored, and the whole file has room for {self._left} more"
+                f"{label} {stored.shape}, laid out in full, takes {wanted} bytes: {times} times its stored "
+                f"size, but only {self._left} more bytes are allowed for the file"
             )
             return False
         self._left -= wanted
@@ -97,24 +97,24 @@ class Room:
 
 
 def number(values: Array) -> float:
-    """Return the one value of a tensor such as kohya's ``alpha``; NaN where it holds several."""
+    """Return the one value of a tensor such as kohya's ``alpha``; NaN if it does not hold exactly one."""
     return float(values.astype("float64").reshape(-1)[0]) if values.size == 1 else math.nan
 
 
 def build_module(parts: Parts, alpha: float | None, rslora: bool, problems: list[str]) -> LoraModule | None:
-    """Check one module's parts and make it; problems go into the list, and None comes back.
+    """Check one module's parts and make the module; None if there are problems, which are added.
 
     Args:
-        parts: Its tensors; ``parts.rank`` is what config or user state, compared with the tensors.
-        alpha: Numerator of the scaling; None where a problem about it is in the list already.
-        rslora: Divide by √rank.
-        problems: Gets one line for each thing wrong.
+        parts: The module's tensors; ``parts.rank`` is the config's or user's, and is compared with them.
+        alpha: Numerator of the scaling; None if a problem about it has already been added.
+        rslora: Whether to divide by √rank.
+        problems: List to add problems to.
     """
     before = len(problems)
     lora_a, lora_b = parts.tensors.get("lora_a"), parts.tensors.get("lora_b")
     if lora_a is None or lora_b is None:
         missing = " and ".join(n for n, v in (("lora_A", lora_a), ("lora_B", lora_b)) if v is None)
-        problems.append(f"{parts.label}: {missing} is missing (there is {', '.join(parts.names)})")
+        problems.append(f"{parts.label}: {missing} is missing (found: {', '.join(parts.names)})")
         return None
     problems += value_problems((f"{parts.label} {part}", values) for part, values in parts.tensors.items())
     kind, rank, experts, groups = _measure(parts, lora_a, lora_b, problems)
@@ -146,7 +146,7 @@ def build_module(parts: Parts, alpha: float | None, rslora: bool, problems: list
 
 
 def _measure(parts: Parts, lora_a: Array, lora_b: Array, problems: list[str]) -> tuple[Kind, int, int, int]:
-    """Return kind, rank, experts and groups as the shapes tell them, compared with the stated rank.
+    """Return kind, rank, experts and groups by the shapes, after comparing them with the stated rank.
 
     A grouped convolution's ``lora_B`` is ``(out, rank / groups, 1, …)``; stacked experts have ``rank`` rows
     of ``lora_A`` each (PEFT ``tuners/lora/layer.py``, ``_ConvNd`` and ``ParamWrapper``).
@@ -177,7 +177,7 @@ def _shape_problem(parts: Parts, lora_a: Array, lora_b: Array) -> str:
 
 
 def check_options(options: Options) -> None:
-    """Refuse options that can't be right, all at once.
+    """Refuse invalid options, all at once.
 
     Raises:
         AdapterError: alpha or rank is not above 0.
@@ -188,11 +188,13 @@ def check_options(options: Options) -> None:
         if value is not None and not (math.isfinite(value) and value > 0)
     ]
     if problems:
-        raise AdapterError("the options don't make a scaling", "give the values used in training", problems)
+        raise AdapterError(
+            "the options are not a valid scaling", "give the values used in training", problems
+        )
 
 
 def raise_problems(source: Source, problems: Sequence[str], hint: str) -> None:
-    """Raise one `AdapterError` with every problem, if there is one."""
+    """Raise one `AdapterError` with all problems, if there are any."""
     if not problems:
         return
     unique = list(dict.fromkeys(problems))
@@ -204,25 +206,25 @@ def raise_problems(source: Source, problems: Sequence[str], hint: str) -> None:
 
 
 def select_component(source: Source, table: PartsTable, component: str | None) -> tuple[str, ...]:
-    """Keep only the rows of ``component``, and return a note that says what was left aside.
+    """Keep only the rows of ``component``, and return a note on the ignored ones.
 
-    In a file for one model it may be a submodel's path, which `scope.part_of` follows.
+    In a file for one model, ``component`` may be a submodel's path, which `scope.part_of` handles.
 
     Raises:
-        AdapterError: The file is for several models, and not for this one.
+        AdapterError: The file is for several models, but not for this one.
     """
     if component is None:
         return ()
-    there = {key[0] for key in table.rows}
+    known = {key[0] for key in table.rows}
     name = component.partition(":")[0]
-    if name not in there and len(there) < 2:
+    if name not in known and len(known) < 2:
         return ()
-    if name not in there:
-        raise unknown_component(source.name, name, there)
+    if name not in known:
+        raise unknown_component(source.name, name, known)
     aside = [key for key in table.rows if key[0] != name]
     for key in aside:
         table.aside += table.rows.pop(key).names
-    return (f"{len(aside)} modules of other components were left aside",) if aside else ()
+    return (f"{len(aside)} modules of other components were ignored",) if aside else ()
 
 
 def adapter_of(
@@ -233,15 +235,15 @@ def adapter_of(
     config: Mapping[str, Any],
     notes: Sequence[str] = (),
 ) -> Adapter:
-    """Make an adapter of what every format says alike; `dataclasses.replace` sets the rest.
+    """Make an adapter with the fields that all formats share; `dataclasses.replace` sets the rest.
 
     Args:
         source: The file.
         format: Key of the format that read it.
-        table: What became of the file's tensors.
-        modules: Made of the table.
+        table: The file's tensors, sorted.
+        modules: Modules made from the table.
         config: The format's own configuration.
-        notes: What to say behind the source's own notes.
+        notes: Notes after the source's own ones.
     """
     aside = frozenset(table.aside)
     return Adapter(
@@ -250,7 +252,7 @@ def adapter_of(
         format=format,
         modules=modules,
         config=config,
-        # Of the file, not of the modules: a plan that speaks of each of them has lost none.
+        # All names of the file, not of the modules: a plan can then be checked for lost tensors.
         tensor_names=tuple(name for name in source.tensors if name not in aside),
         sha256=source.sha256,
         notes=(*source.notes, *notes),

@@ -1,8 +1,8 @@
-"""Keys of ``rank_pattern`` and ``alpha_pattern`` that fit a file's modules but for how their paths begin.
+"""Find keys of ``rank_pattern`` and ``alpha_pattern`` that would fit a module if its path began differently.
 
-PEFT matches a key against the module's path in the model that was trained. Where a file's names begin in
-another way (saved from an inner model, or without the outer one's name), a key that is anchored or is a whole
-path fits nothing, and its module would get the general rank or alpha without a word.
+PEFT matches a key against the module's path in the model that was trained. If a file's names begin
+differently (saved from an inner model, or without the outer one's name), a key that is anchored or is a whole
+path fits nothing, and its module would silently get the general rank or alpha.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 from lora_export.formats.reading.key_index import KeyIndex
 
 KEYS = ("rank_pattern", "alpha_pattern")
-# A literal name at the beginning of a key, as far as its dot.
+# A literal name at the beginning of a key, with its dot.
 _FIRST_NAME = re.compile(r"\^?(?:[A-Za-z_]\w*)(?:\\\.|\.)(?![*+?{])")
 _MOST_NAMES = 64
 
 
 def misplaced_keys(config: Mapping[str, Any], paths: Collection[str]) -> Iterator[str]:
-    """Yield a line for each key that fits none of a file's modules, and would with another beginning.
+    """Yield a line for each key that fits none of a file's modules, but would with another beginning.
 
     Args:
-        config: PEFT's, without wrappers in its patterns.
-        paths: What the keys are matched against: of each module of the file.
+        config: PEFT's config, without wrappers in its patterns.
+        paths: Paths of the file's modules, which the keys are matched against.
 
     Raises:
         AdapterError: The keys take too long to match.
@@ -39,13 +39,13 @@ def misplaced_keys(config: Mapping[str, Any], paths: Collection[str]) -> Iterato
         for key in left:
             if key in meant:
                 yield (
-                    f"config {kind} {key!r}: fits no module as the file calls them; it would fit "
-                    f"{meant[key]} with another beginning: write it as that path begins"
+                    f"config {kind} {key!r}: fits no module name of the file; it would fit {meant[key]} "
+                    "with another beginning: begin it like that path"
                 )
 
 
 def _meant(kind: str, keys: Sequence[str], paths: Collection[str]) -> dict[str, str]:
-    """Return the first path that each key fits if one of the two loses some of its first names."""
+    """Return the first path that each key fits after the key or the path loses some of its first names."""
     index, meant, known = KeyIndex(kind, keys), dict[str, str](), set(keys)
     shorter = [(key, short) for key in keys for short in _shorter(key)]
     whole = KeyIndex(kind, (short.removesuffix("$") for _, short in shorter), whole=True)
@@ -63,7 +63,7 @@ def _meant(kind: str, keys: Sequence[str], paths: Collection[str]) -> dict[str, 
 
 
 def _shorter(key: str) -> Iterator[str]:
-    """Yield a key without its first names."""
+    """Yield a key without its first name, without its first two, and so on."""
     for _ in range(_MOST_NAMES):
         if not (found := _FIRST_NAME.match(key)):
             return

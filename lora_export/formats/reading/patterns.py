@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 @dataclass
 class _Budget:
-    """What is left for a reading.
+    """The budget that is left for a reading.
 
     Attributes:
         where: What is read.
@@ -54,7 +54,7 @@ class _Budget:
         granted_s: Seconds that came on top.
         matches: Number of them; of long texts each is several.
         compiled: Patterns, ready to match.
-        remembered: What was made of objects, with these.
+        remembered: Objects and what was made from them, by the object's id.
     """
 
     where: str
@@ -66,7 +66,7 @@ class _Budget:
 
     @property
     def limit(self) -> str:
-        """What all patterns together were given, for messages."""
+        """Limit of all patterns together, for messages."""
         return f"{round(LIMIT_S + self.granted_s, 1):g} s"
 
     def spend(self, seconds: float, grant_s: float) -> bool:
@@ -108,7 +108,7 @@ def match(key: str, pattern: str, text: str) -> Any:
         text: What to match.
 
     Raises:
-        re.error: It is no regular expression.
+        re.error: The pattern is not a regular expression.
         AdapterError: It takes too long.
     """
     return _run("match", key, pattern, text)
@@ -131,14 +131,14 @@ def remembered(owner: object, make: Callable[[], T]) -> T:
 
 
 def check(key: str, pattern: str) -> None:
-    """Raise `re.error` for what is no regular expression.
+    """Raise `re.error` if a pattern is not a regular expression.
 
     Args:
         key: Of the config, for messages.
         pattern: A stranger's.
 
     Raises:
-        re.error: It is none.
+        re.error: The pattern is not a regular expression.
         AdapterError: All patterns together take too long to compile.
     """
     with _compiling(_budget(), key, pattern):

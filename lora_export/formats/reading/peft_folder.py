@@ -1,7 +1,7 @@
 """Write an adapter as the folder that PEFT's ``from_pretrained`` reads.
 
 The inverse of `lora_export.formats.peft`: ranks and alphas become ``r``, ``lora_alpha`` and patterns with one
-anchored key for each module that differs. What PEFT's config can't say is refused by name.
+anchored key for each module that differs. Anything that PEFT's config can't express is refused by name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lora_export.formats.reading.whole_copies import reach_of
 from lora_export.storage.outputs import OutputSet, output_errors, refuse_replacing
 
 _PREFIX = "base_model.model."
-# One for each way in which stacked experts' factors may lie.
+# One version for each layout of stacked experts' factors.
 _VERSIONS = ("0.18.1", "0.19.0", "0.19.1", "0.19.1.dev0")
 _SETTLED = "settled for one base"
 
@@ -35,7 +35,7 @@ def write_folder(adapter: Adapter, folder: Path, force: bool) -> Path:
     problems = _problems(adapter)
     if problems:
         raise AdapterError(
-            f"adapter '{adapter.name}' can't be said in PEFT's format",
+            f"adapter '{adapter.name}' can't be saved in PEFT's format",
             "export it in parts, or merge it",
             problems,
         )
@@ -55,7 +55,7 @@ def _problems(adapter: Adapter) -> list[str]:
     modules = list(adapter.modules.values())
     problems = [] if modules else ["it has no LoRA modules"]
     problems += [
-        f"{module.path}: mlx-lm's change of an embedding is that of a tied head, too, and PEFT's is not"
+        f"{module.path}: mlx-lm's change of an embedding also applies to a tied head, but PEFT's does not"
         for module in modules
         if module.everywhere
     ]
@@ -66,11 +66,11 @@ def _problems(adapter: Adapter) -> list[str]:
             f"components {', '.join(components)}: one PEFT folder serves one model; load one of them"
         )
     if adapter.flattened:
-        problems.append(
-            "flattened names: kohya's files have lost the dots, and PEFT needs the modules' real paths"
-        )
+        problems.append("flattened names: kohya's files have no dots, but PEFT needs the modules' real paths")
     if any(module.scale is not None for module in modules):
-        problems.append("DoRA's factors, computed for a graph: PEFT keeps the magnitude; save the original")
+        problems.append(
+            "DoRA's factors were computed for a graph, but PEFT keeps the magnitude; save the original"
+        )
     for label, having in (
         ("a DoRA magnitude", [m for m in modules if m.magnitude is not None]),
         ("a bias of lora_B", [m for m in modules if m.lora_bias is not None]),
@@ -78,21 +78,21 @@ def _problems(adapter: Adapter) -> list[str]:
         if having and len(having) < len(modules):
             without = next(m for m in modules if all(m is not other for other in having))
             problems.append(
-                f"{having[0].path} has {label} and {without.path} has none: PEFT's switch is for all modules"
+                f"{having[0].path} has {label}, but {without.path} has none: PEFT's switch is for all modules"
             )
     versions = {_version(module) for module in modules} - {None}
     if len(versions) > 1 or _SETTLED in versions:
         problems.append(
-            "stacked experts whose factors lie as no PEFT version has them; write what was loaded"
+            "the factors of stacked experts have a layout of no PEFT version; save the adapter as loaded"
         )
     for path, names in _parameters(modules).items():
         if len(names) > 1 and any(name not in REGISTERED for name in names):
-            problems.append(f"{path}: how PEFT would nest the parameters {', '.join(names)} isn't known")
+            problems.append(f"{path}: the order in which PEFT nests {', '.join(names)} is unknown")
     return problems
 
 
 def _parameters(modules: Iterable[LoraModule]) -> dict[str, list[str]]:
-    """Module path → its changed parameters, in the order in which PEFT nests them, outermost first."""
+    """Return module path → its changed parameters, in the order in which PEFT nests them, outermost first."""
     found: dict[str, list[str]] = {}
     for module in modules:
         if module.kind == "parameter":
@@ -106,13 +106,13 @@ def _parameters(modules: Iterable[LoraModule]) -> dict[str, list[str]]:
 def _config(adapter: Adapter) -> dict[str, Any]:
     modules = list(adapter.modules.values())
     rslora = all(module.rslora for module in modules)
-    # Where only some use √rank, all are said with the plain rule: the same scaling, another alpha.
+    # If only some use √rank, all are written with the plain rule: the same scaling, another alpha.
     alphas = {m.key: m.alpha if rslora or not m.rslora else m.scaling * m.rank for m in modules}
     rank = Counter(module.rank for module in modules).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     biases = [name for name in adapter.extras if _is_bias(name, adapter.extras)]
     targeted = {module.path for module in modules}
-    # A copy that PEFT is to load over the base's own weight is no module to save.
+    # A copy that PEFT loads over the base's own weight is not a module to save.
     own = [name for name in adapter.extras if name not in biases and reach_of(adapter, name) != "all"]
     saved = {name.rpartition(".")[0] for name in own} - targeted
     return {
@@ -142,7 +142,7 @@ def _config(adapter: Adapter) -> dict[str, Any]:
 
 
 def _stated_version(adapter: Adapter) -> str | None:
-    """Return the PEFT version by which a reader knows how stacked experts' factors lie."""
+    """Return the PEFT version that tells a reader the layout of stacked experts' factors."""
     versions = {_version(module) for module in adapter.modules.values()} - {None}
     stated = adapter.config.get("peft_version") if adapter.format == "peft" else None
     if not versions:
@@ -153,7 +153,7 @@ def _stated_version(adapter: Adapter) -> str | None:
 
 
 def _version(module: LoraModule) -> str | None:
-    """Return a version that lays a module's factors as they are; None where all do it alike."""
+    """Return a version with the layout of a module's factors; None if all versions have it."""
     if module.experts == 1:
         return None
     laid = (module.turned, module.layout)
@@ -174,7 +174,7 @@ def _bases(names: Iterable[str]) -> set[str]:
 
 
 def _is_bias(name: str, extras: Mapping[str, Array]) -> bool:
-    """A lone bias was trained by ``bias=…``; beside a weight it belongs to a module to save."""
+    """Return whether ``bias=…`` trained a parameter: a bias that is saved without a weight."""
     module, _, leaf = name.rpartition(".")
     return leaf == "bias" and f"{module}.weight" not in extras
 
@@ -204,6 +204,6 @@ def _tensors(adapter: Adapter) -> dict[str, Array]:
         front = _PREFIX + (f"{inner}." if parent else "")
         tensors[front + leaf] = values
         if leaf == "running_mean":
-            # A batch norm's count of training steps: reading leaves it aside, PEFT won't load without it.
+            # A batch norm's count of training steps: reading ignores it, but PEFT won't load without it.
             tensors[f"{front}num_batches_tracked"] = np.zeros((), np.int64)
     return tensors

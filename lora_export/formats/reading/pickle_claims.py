@@ -1,9 +1,9 @@
-"""What a torch checkpoint claims, known before torch allocates anything for it.
+"""Check the claims of a torch checkpoint before torch allocates anything for it.
 
-What is walked is what torch reads. Of the two layouts it is a zip archive where the first bytes say so. Of a
-zip torch's own reader hands out the pickle, once `layout_problems` found that all readers see one archive: it
-looks names up in the first entry's folder, whatever their capitals, and knows nothing of bytes before an
-archive.
+The walk follows what torch reads. Of the two layouts, a file is a zip archive if its first bytes are those of
+one. For a zip, torch's own reader returns the pickle, once `layout_problems` has found that all readers see
+the same archive: torch looks names up in the first entry's folder, regardless of case, and ignores bytes
+before an archive.
 
 Sources: https://github.com/pytorch/pytorch ``torch/serialization.py`` (``_is_zipfile``, ``_save``,
 ``_legacy_save``), ``caffe2/serialize/inline_container.cc`` (``PyTorchStreamReader::init``, ``getRecordID``).
@@ -20,20 +20,20 @@ from lora_export.formats.reading.pickle_walker import LARGE, Refused, Storage, W
 from lora_export.untrusted.archives import START, archive_entries, archive_problems, layout_problems, too_much
 from lora_export.untrusted.fields import seen
 
-# An opcode of one byte makes an object of sixty: beside its storages a checkpoint's pickle is small.
+# One byte of opcode makes an object of sixty; compared to its storages, a checkpoint's pickle is small.
 _SMALL_PICKLE, _PICKLE_SHARE = 1 << 20, 8
 _PICKLE = "data.pkl"
 
 
 def claim_problems(file: IO[bytes]) -> list[str]:
-    """Return what a checkpoint claims and can't have.
+    """Return the claims of a checkpoint that can't be true.
 
     Args:
-        file: What `torch.load` is to read; it is left at its beginning.
+        file: The file for `torch.load`; its position is reset to the beginning.
 
     Raises:
         OSError: It can't be read.
-        Exception: It is damaged: whatever the zip's or the pickle's reader met.
+        Exception: It is damaged; whatever the zip's or the pickle's reader raised.
     """
     size = os.fstat(file.fileno()).st_size
     most = max(_SMALL_PICKLE, size // _PICKLE_SHARE)
@@ -54,10 +54,10 @@ def claim_problems(file: IO[bytes]) -> list[str]:
         file.seek(0)
     stored = sum(storage.count * storage.item_bytes for storage in walker.storages.values())
     if stored > size + _SMALL_PICKLE:
-        return [f"its storages are said to hold {stored} bytes, the file holds {size}"]
+        return [f"its storages claim {stored} bytes, but the file has {size}"]
     if walker.claimed > too_much(size):
         return [
-            f"its tensors are said to hold {walker.claimed} bytes, the file holds {size}: values are "
+            f"its tensors claim {walker.claimed} bytes, but the file has {size}: values are "
             "repeated (torch.Tensor.expand); save .contiguous() tensors"
         ]
     return []
@@ -72,24 +72,24 @@ def _walk_archive(file: IO[bytes], sizes: dict[str, int], most: int) -> Walker:
         raise Refused(f"it has no entry {seen(name)}, in which torch.save writes names and shapes")
     if sizes[name] > most:
         raise Refused(LARGE)
-    file.seek(0)  # It takes what is here for the beginning.
+    file.seek(0)  # torch takes the current position for the beginning
     walker = Walker(io.BytesIO(torch._C.PyTorchFileReader(file).get_record(_PICKLE)), most)
     walker.load()
     return walker
 
 
 def _refuse_second(file: IO[bytes]) -> None:
-    """Refuse a file of the old layout with an archive behind it, which other readers would read."""
+    """Refuse a file of the old layout with an archive after it, which other readers would read."""
     try:
         entries = archive_entries(file)
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
         return
     if entries:
-        raise Refused(f"a zip archive of {len(entries)} entries lies behind its beginning")
+        raise Refused(f"a zip archive of {len(entries)} entries follows after its beginning")
 
 
 def _walk_legacy(file: IO[bytes], most: int) -> Walker:
-    """Walk a file of before torch 1.6: magic number, version, the machine, the object, its storages' keys."""
+    """Walk a file from before torch 1.6: magic number, version, machine, object, keys of its storages."""
     storages: dict[str, Storage] = {}
     claimed = 0
     for _ in range(5):

@@ -1,7 +1,7 @@
-"""What a torch checkpoint's dictionaries and lists hold, each looked at once, before anybody walks them.
+"""Examine a torch checkpoint's dictionaries and lists, each once, before other code walks them.
 
-A pickle may name one dictionary twice in the next, thirty times over: a kilobyte is 2³⁰ of them to whoever
-walks it, and one that holds itself has no end. What is asked of every container is asked here, without
+A pickle may put one dictionary twice into the next, thirty times over: a kilobyte then means 2³⁰ of them for
+code that walks it, and one that holds itself has no end. All facts on containers are found here, without
 recursion.
 """
 
@@ -14,24 +14,24 @@ MAX_DEPTH = 64
 
 
 class TangledError(Exception):
-    """Containers hold themselves, or are nested too deeply."""
+    """Error for containers that hold themselves, or are nested too deeply."""
 
 
 class Contents:
-    """What containers hold, at any depth.
+    """Facts on the contents of containers, at any depth.
 
     Args:
-        content: Dictionaries, lists, tuples and sets of anything; it has to outlive this.
-        tensor_type: torch's.
+        content: Dictionaries, lists, tuples and sets of anything; it has to outlive this object.
+        tensor_type: torch's tensor type.
 
     Raises:
-        TangledError: They can't be walked.
+        TangledError: The containers can't be walked.
     """
 
     def __init__(self, content: Any, tensor_type: type) -> None:
         self._tensor_type = tensor_type
-        # By identity: how many levels; of dictionaries, whether tensors are in them or in dictionaries of
-        # theirs; of lists, whether all in them is plain.
+        # By identity: number of levels; dictionaries with tensors in them or in their dictionaries; lists
+        # with a value that is not plain.
         self._levels: dict[int, int] = {}
         self._with_tensors: set[int] = set()
         self._not_plain: set[int] = set()
@@ -39,11 +39,11 @@ class Contents:
             self._walk(content)
 
     def has_tensors(self, value: Any) -> bool:
-        """Whether a value is a dictionary that holds tensors, itself or in dictionaries of its own."""
+        """Return whether a value is a dictionary that holds tensors, itself or in dictionaries of its own."""
         return id(value) in self._with_tensors
 
     def is_plain(self, value: Any) -> bool:
-        """Whether a value is a number or a list of plain values: nothing that could hold a weight."""
+        """Return whether a value is a number or a list of plain values: nothing that could hold a weight."""
         if isinstance(value, (list, tuple, set)):
             return id(value) not in self._not_plain
         return isinstance(value, (bool, int, float))
@@ -67,7 +67,7 @@ class Contents:
                 raise TangledError(f"it is nested deeper than {MAX_DEPTH} levels")
 
     def _close(self, outer: Any) -> None:
-        """Note what a container holds whose own containers are known."""
+        """Record the facts on a container, once those on its own containers are known."""
         values = list(_values_of(outer))
         levels = 1 + max((self._levels[id(one)] for one in values if _is_container(one)), default=0)
         if levels > MAX_DEPTH:

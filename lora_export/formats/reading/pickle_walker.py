@@ -1,9 +1,9 @@
-"""A torch checkpoint's pickle, walked with nothing behind its names: what it claims, before torch makes it.
+"""Walk a torch checkpoint's pickle without making its objects, to learn its claims before torch loads it.
 
 A pickle can name one stored value a billion times (a tensor with stride 0), the same storage for a thousand
-tensors, more values than its storage has, or call what ``weights_only`` allows to be called with a size
-(``bytearray``, ``torch.Tensor``) or to blow texts up (``_codecs.encode`` to hex, again and again). Here no
-class is looked up and nothing is called. Whether the names are allowed at all is torch's question
+tensors, or more values than its storage has. It can call functions that ``weights_only`` allows, with a size
+(``bytearray``, ``torch.Tensor``) or to inflate strings (``_codecs.encode`` to hex, again and again). Here no
+class is looked up and nothing is called. torch itself decides which names are allowed
 (``torch._weights_only_unpickler``).
 
 Source: https://github.com/pytorch/pytorch ``torch/_utils.py`` (``_rebuild_tensor_v2``),
@@ -20,11 +20,11 @@ from typing import IO, Any, ClassVar
 
 from lora_export.untrusted.fields import seen
 
-# Of tuples of shared tuples, thirty levels are 2³⁰ values to whoever walks them, and a hash does.
+# Thirty levels of tuples of shared tuples are 2³⁰ values for code that walks them, as hashing does.
 _TUPLE_VALUES, _KEY_VALUES = 1 << 20, 64
-# A name may be shared as well, by a hundred thousand dictionaries.
+# A long key may be shared as well, by a hundred thousand dictionaries.
 _KEY_LETTERS = 4096
-# torch has no tensor of more dimensions, nor of longer ones.
+# Limits of torch's tensors: number of dimensions, and size of one.
 _MOST_DIMS, _LONGEST_DIM = 64, 1 << 63
 _SHOWN_DIMS = 8
 LARGE = "its pickle is larger than that of any checkpoint of this size"
@@ -37,12 +37,12 @@ _REBUILD = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_reb
 _ENCODINGS = ("latin1", "latin-1", "utf-8", "ascii")
 
 
-# What an opcode does where nothing else is said.
+# What an opcode does unless the walker overrides it.
 _AS_PICKLE: dict[int, Any] = dict(pickle._Unpickler.dispatch)
 
 
 class Refused(Exception):
-    """The pickle claims what it can't have."""
+    """Error for a pickle whose claims can't be true."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Storage:
 
     Attributes:
         key: The pickle's name for it.
-        count: Values.
-        item_bytes: Size of each.
+        count: Number of values.
+        item_bytes: Size of each value in bytes.
     """
 
     key: str
@@ -61,12 +61,12 @@ class Storage:
 
 
 class _Tuple(tuple[Any, ...]):
-    """A tuple that knows how many values whoever walks it meets."""
+    """A tuple that knows how many values a walk through it meets."""
 
     values: int
 
     def __new__(cls, items: Iterable[Any]) -> _Tuple:
-        """Make one of a pickle's values."""
+        """Make a tuple from a pickle's values."""
         made = super().__new__(cls, items)
         made.values = 1 + sum(item.values if isinstance(item, _Tuple) else 1 for item in made)
         if made.values > _TUPLE_VALUES:
@@ -75,7 +75,7 @@ class _Tuple(tuple[Any, ...]):
 
 
 class _Dict(dict[Any, Any]):
-    """An ``OrderedDict`` with nothing behind it."""
+    """Stand-in for ``OrderedDict``."""
 
     def __init__(self, pairs: Any = ()) -> None:
         if not isinstance(pairs, dict):
@@ -84,7 +84,7 @@ class _Dict(dict[Any, Any]):
 
 
 class _Inert:
-    """Anything else that a pickle names, makes or fills."""
+    """Stand-in for anything else that a pickle names, makes or fills."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -99,32 +99,32 @@ class _Inert:
         pass
 
     def append(self, value: Any) -> None:
-        """Take an element of a list."""
+        """Ignore an element of a list."""
 
     def extend(self, values: Any) -> None:
-        """Take elements of a list."""
+        """Ignore elements of a list."""
 
     def add(self, value: Any) -> None:
-        """Take an element of a set."""
+        """Ignore an element of a set."""
 
 
 @dataclass(frozen=True)
 class _Name:
-    """A name of a pickle; storages are called by it."""
+    """Name of a type of storage in a pickle."""
 
     name: str
 
 
-# The pure Python one: the C one allocates its memo by the largest number that a pickle says.
+# The pure Python unpickler: the C one allocates its memo by the largest number in a pickle.
 class Walker(pickle._Unpickler):
-    """Reads a pickle, and makes nothing of what it names.
+    """Read a pickle without making the objects that it names.
 
     Args:
-        file: At the pickle's beginning.
-        most: Bytes that are read of it.
+        file: File, at the pickle's beginning.
+        most: Limit of bytes to read.
 
     Attributes:
-        storages: What its tensors lie in, by key.
+        storages: Storages of its tensors, by key.
         claimed: Bytes of all its tensors together.
     """
 
@@ -134,7 +134,7 @@ class Walker(pickle._Unpickler):
         self.claimed = 0
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for a class or a function."""
+        """Return the stand-in for a class or a function."""
         if (module, name) == ("collections", "OrderedDict"):
             return _Dict
         if name in _REBUILD and module == "torch._utils":
@@ -154,31 +154,31 @@ class Walker(pickle._Unpickler):
         return _Inert
 
     def persistent_load(self, pid: Any) -> Storage:
-        """Return the storage that a tensor lies in: ``("storage", type, key, location, count[, view])``."""
+        """Return a tensor's storage, from ``("storage", type, key, location, count[, view])``."""
         if not isinstance(pid, tuple) or len(pid) < 5 or not isinstance(pid[1], _Name):
             raise pickle.UnpicklingError(f"a storage is described by {seen(pid)}")
         _, kind, key, _, count = pid[:5]
         if not isinstance(key, str):
             raise pickle.UnpicklingError(f"a storage has the key {seen(key)}")
         if type(count) is not int or count < 0:
-            raise Refused(f"a storage is said to have {seen(count)} values")
+            raise Refused(f"a storage claims {seen(count)} values")
         item_bytes = _ITEM_BYTES.get(kind.name.removesuffix("Storage"), 8)
         return self.storages.setdefault(key, Storage(key, count, item_bytes))
 
     def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> _Inert:
         if not isinstance(storage, Storage):
-            raise Refused("a tensor lies in no storage")
+            raise Refused("a tensor has no storage")
         if not (_are_dims(size) and _are_dims(stride)):
             raise Refused(f"a tensor has the shape {_dims(size)} and strides {_dims(stride)}")
         if len(size) != len(stride) or type(offset) is not int or offset < 0:
             raise Refused(f"a tensor of shape {_dims(size)} has no place in its storage")
         count = math.prod(size)
-        # Of an untyped storage the dtype is said elsewhere, and torch looks at the bounds.
+        # The dtype of an untyped storage is stated elsewhere; torch checks these bounds.
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if count else -1
         if last >= storage.count and storage.item_bytes > 1:
             raise Refused(
-                f"a tensor of shape {_dims(size)} and strides {_dims(stride)} needs {last + 1} values, its "
-                f"storage '{seen(storage.key)}' has {storage.count}"
+                f"a tensor of shape {_dims(size)} and strides {_dims(stride)} needs {last + 1} values, but "
+                f"its storage '{seen(storage.key)}' has {storage.count}"
             )
         self.claimed += count * storage.item_bytes
         return _Inert()
@@ -194,7 +194,7 @@ class Walker(pickle._Unpickler):
         _AS_PICKLE[opcode[0]](self)
 
     def _set_items(self, opcode: bytes, step: int) -> None:
-        """Fill a dict or a set, whose keys are quick to look up."""
+        """Fill a dict or a set, after checking that its keys are quick to hash."""
         _check_keys(self.stack[::step])  # type: ignore[attr-defined]
         self._as_pickle(opcode)
 
@@ -203,7 +203,7 @@ class Walker(pickle._Unpickler):
         self._as_pickle(pickle.SETITEM)
 
     def _build(self) -> None:
-        """Fill an object; a tensor is filled with its place in a storage, for which torch enlarges it."""
+        """Fill an object; for a tensor, check its place in a storage, since torch would enlarge it."""
         state = self.stack[-1]  # type: ignore[attr-defined]
         if isinstance(state, tuple) and state and isinstance(state[0], Storage):
             self._tensor(*state)
@@ -220,19 +220,19 @@ class Walker(pickle._Unpickler):
         pickle.ADDITEMS[0]: lambda self: self._set_items(pickle.ADDITEMS, 1),
         pickle.BUILD[0]: _build,
     }
-    # What torch refuses by itself, but Python allocates by what the file says.
+    # Opcodes that torch refuses itself, but for which Python allocates as much as the file states.
     dispatch.pop(pickle.BYTEARRAY8[0], None)
     dispatch.pop(pickle.FROZENSET[0], None)
 
 
 class _Limited:
-    """A file of which no more than so many bytes are read."""
+    """A file from which only a limited number of bytes can be read."""
 
     def __init__(self, file: IO[bytes], most: int) -> None:
         self._file, self._left = file, most
 
     def read(self, count: int) -> bytes:
-        """Return bytes."""
+        """Return up to ``count`` bytes."""
         return self._taken(self._file.read(max(min(count, self._left + 1), 0)))
 
     def readline(self) -> bytes:
@@ -290,7 +290,7 @@ def _are_dims(dims: Any) -> bool:
 
 
 def _dims(dims: Any) -> str:
-    """Return a shape, or what stands in its place, in a few characters."""
+    """Return a shape, or the value in its place, as a short text."""
     if not isinstance(dims, tuple):
         return seen(dims)
     more = [f"… ({len(dims)})"] if len(dims) > _SHOWN_DIMS else []

@@ -1,8 +1,8 @@
-"""Tensors of a torch checkpoint (``.bin``, ``.pt``, ``.pth``, ``.ckpt``), read without running its code.
+"""Read the tensors of a torch checkpoint (``.bin``, ``.pt``, ``.pth``, ``.ckpt``) without running its code.
 
-People save a bare state dict, or a dict that holds one beside alpha, rank and bookkeeping. Both become the
-same: tensors, and the few numbers that say how to scale them. A number counts only where its name or its
-place says that it is LoRA's: a training run's dictionaries are full of others called alpha, rank or scale.
+People save a bare state dict, or a dict that holds one beside alpha, rank and bookkeeping. Both are read as
+tensors and the few numbers that decide their scaling. A number counts only if its name or its place shows
+that it is LoRA's: a training run's dictionaries are full of others called alpha, rank or scale.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from lora_export.untrusted.shown import printable
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
-# Where a dict keeps its tensors. What lies beside the first ones may belong to the whole training run.
+# Keys of dicts with tensors. Values beside the first ones may belong to the whole training run.
 _GENERAL_NESTS = ("state_dict", "model_state_dict", "model", "weights", "module")
 _LORA_NESTS = ("lora_state_dict", "lora", "adapter")
-# Dictionaries without tensors that speak of LoRA alone.
+# Keys of dicts without tensors that are only about LoRA.
 _LORA_CONFIGS = ("lora_config", "lora_args", "lora_params", "lora_parameters", "peft_config",
                  "adapter_config", "lora", "peft", "adapter")  # fmt: skip
-# How the numbers that we need are spelt. These names say by themselves whose they are …
+# Spellings of the numbers that we need. These names are only LoRA's …
 _CLEAR = {
     "lora_alpha": "alpha",
     "lora_r": "rank", "lora_rank": "rank",
@@ -40,11 +40,11 @@ _CLEAR = {
     "rslora": "rslora", "use_rslora": "rslora",
     "enable_lora": "enable_lora",
 }  # fmt: skip
-# … and these do not: alpha may be mixup's or an optimizer's, rank a process's, scale a loss's.
+# … and these may be others: alpha may be mixup's or an optimizer's, rank a process's, scale a loss's.
 _PLAIN = {"alpha": "alpha", "r": "rank", "rank": "rank", "scaling": "scaling", "scale": "scaling"}
-# Settings that change what the factors mean, which these formats can't say.
+# Settings that change the meaning of the factors, which these formats can't express.
 _MEANINGFUL = ("use_dora", "dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication")
-# In names of what speaks of an adapter.
+# Words in names that are about an adapter.
 _OF_LORA = ("lora", "adapter", "target_modules", "base_model")
 _BOOKKEEPING = ("optim", "sched", "epoch", "step", "rng", "loss", "callbacks", "loops", "version", "metric",
                 "scaler", "amp_")  # fmt: skip
@@ -52,14 +52,14 @@ _BOOKKEEPING = ("optim", "sched", "epoch", "step", "rng", "loss", "callbacks", "
 
 @dataclass
 class Checkpoint:
-    """What a torch checkpoint holds.
+    """The contents of a torch checkpoint.
 
     Attributes:
         tensors: Name → values.
-        settings: Of ``alpha``, ``rank``, ``scaling``, ``rslora``, ``enable_lora`` what the file states.
+        settings: The file's ``alpha``, ``rank``, ``scaling``, ``rslora``, ``enable_lora``, as far as stated.
         ignored: Keys that are bookkeeping of a training run.
-        mentions: Numbers called alpha that may be LoRA's or not: where, value.
-        problems: Keys that we don't understand, or settings that contradict each other.
+        mentions: Places and values of numbers called alpha that may be LoRA's or not.
+        problems: Unknown keys, and settings that contradict each other.
     """
 
     tensors: dict[str, Array] = field(default_factory=dict)
@@ -74,7 +74,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         BackendUnavailable: torch is not installed.
-        AdapterError: The file is damaged, holds other objects than tensors and plain values, or is no dict.
+        AdapterError: The file is damaged, holds other objects than tensors and plain values, or is not a
+            dict.
     """
     try:
         import torch
@@ -84,11 +85,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
             "pip install 'lora-export[hf]', or save the adapter as .safetensors",
         ) from error
     try:
-        # The same open file: another one of this name may be there by the time that torch opens it.
+        # One open file for both: the name may mean another file by the time that torch opens it.
         with open_regular(path) as file:
             if problems := claim_problems(file):
                 raise AdapterError(
-                    f"{path} claims more than it holds, or is not what torch.save writes",
+                    f"{path} claims more than it holds, or was not written by torch.save",
                     "save the state dict alone, best as .safetensors",
                     problems,
                 )
@@ -97,7 +98,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise
     except OSError as error:
         raise AdapterError(f"cannot read {path}: {error}", "check the path and its permissions") from error
-    # torch raises whatever its zip reader or unpickler met: RuntimeError, EOFError, UnpicklingError, …
+    # torch raises many kinds of error from its zip reader or unpickler: RuntimeError, EOFError, …
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AdapterError(
@@ -115,12 +116,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
         contents = Contents(content, torch.Tensor)
     except TangledError as error:
         raise AdapterError(
-            f"{path} can't be walked: {error}", "save the state dict alone, best as .safetensors"
+            f"{path} can't be read: {error}", "save the state dict alone, best as .safetensors"
         ) from error
     _Collector(checkpoint, contents, torch.Tensor).collect(content, "")
     if checkpoint.problems:
         raise AdapterError(
-            f"{path} holds entries that are neither tensors nor settings we know",
+            f"{path} holds entries that are neither tensors nor known settings",
             "save only the LoRA tensors, alpha and r",
             checkpoint.problems,
         )
@@ -128,12 +129,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 class _Collector:
-    """Sorts what a checkpoint's dictionaries hold, each once in each of its roles.
+    """Sort the entries of a checkpoint's dictionaries, each dictionary once in each of its roles.
 
     Args:
-        into: Gets the entries.
-        contents: What the dictionaries hold.
-        tensor_type: torch's.
+        into: Checkpoint that the entries are added to.
+        contents: Facts on the contents of the dictionaries.
+        tensor_type: torch's tensor type.
     """
 
     def __init__(self, into: Checkpoint, contents: Contents, tensor_type: type) -> None:
@@ -145,17 +146,17 @@ class _Collector:
 
         Args:
             content: The dict.
-            where: Path of the dict, with a slash behind.
-            of_model: The dict is a model's state dict: what it calls alpha is a parameter of the model.
+            where: Path of the dict, with a slash at the end.
+            of_model: Whether the dict is a model's state dict, in which alpha is a parameter of the model.
         """
         if not self._is_new(content, "tensors", of_model):
             return
         into, tensor_type = self._into, self._tensor_type
-        of_lora = _speaks_of_lora(content, tensor_type)
+        of_lora = _is_about_lora(content, tensor_type)
         spellings = _CLEAR | _PLAIN if of_lora else _CLEAR
         for key, value in content.items():
             name = _path(where, key)
-            # A one-element tensor under such a key is the number; under "lora_unet….alpha" the key differs.
+            # A tensor of one element under such a key is the number; a key like "lora_unet….alpha" differs.
             one: Any = value
             is_number = isinstance(value, tensor_type) and one.numel() == 1 and not of_model
             number = one.item() if is_number else value
@@ -181,7 +182,7 @@ class _Collector:
                 into.problems.append(f"{name}: {type(value).__name__}")
 
     def _is_new(self, content: Mapping[Any, Any], role: str, meaning: bool) -> bool:
-        """Whether a dict was not yet sorted in a role; it may be there under several names."""
+        """Return whether a dict was not yet sorted in a role; it may occur under several names."""
         count = len(self._done)
         self._done.add((id(content), role, meaning))
         return len(self._done) > count
@@ -191,12 +192,12 @@ class _Collector:
             self._into.problems.append(f"{name}: a second tensor of this name")
         try:
             self._into.tensors[key] = _array(tensor)
-        # A sparse, quantised or meta tensor: torch says so in one of these.
+        # torch raises one of these for a sparse, quantised or meta tensor.
         except (RuntimeError, TypeError, NotImplementedError) as error:
             self._into.problems.append(f"{name}: {str(error).splitlines()[0]}")
 
     def _collect_settings(self, content: Mapping[Any, Any], where: str, of_lora: bool) -> None:
-        """Take LoRA's numbers from a dict without tensors; everything else in it is the training's."""
+        """Take LoRA's numbers from a dict without tensors; everything else in it belongs to the training."""
         if not self._is_new(content, "settings", of_lora):
             return
         into, spellings = self._into, _CLEAR | _PLAIN if of_lora else _CLEAR
@@ -214,15 +215,15 @@ class _Collector:
 
 
 def _path(where: str, key: Any) -> str:
-    """Return where an entry is, without the middle of what is too long: keys may be shared and long."""
+    """Return the place of an entry, shortened in the middle: keys may be shared and long."""
     return printable(f"{where}{str(key)[:_LONGEST_PATH]}", _LONGEST_PATH)
 
 
-def _speaks_of_lora(content: Mapping[Any, Any], tensor_type: type) -> bool:
-    """Whether numbers in this dict that don't say whose they are can only be LoRA's.
+def _is_about_lora(content: Mapping[Any, Any], tensor_type: type) -> bool:
+    """Return whether numbers in this dict with an ambiguous name can only be LoRA's.
 
-    They are where the tensors themselves lie, and beside a dict of tensors where all else in it is LoRA's as
-    well: beside anything of a training run (an ``ema``, its settings, a name) they may be anybody's.
+    They are if the dict itself holds tensors, or a dict of tensors and otherwise only entries of LoRA: beside
+    anything of a training run (an ``ema``, its settings, a name) they may mean something else.
     """
     if any(isinstance(value, tensor_type) for value in content.values()):
         return True
@@ -251,7 +252,7 @@ def _mention(into: Checkpoint, key: str, value: Any, name: str) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value is a number that a float holds; to Python, true is one as well."""
+    """Return whether a value is a number that a float holds; Python's booleans don't count."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return abs(value) <= _LARGEST and math.isfinite(value)
@@ -285,7 +286,7 @@ def _set(into: Checkpoint, key: str, value: Any, name: str) -> None:
 def _array(tensor: Any) -> Array:
     tensor = tensor.detach().cpu().contiguous()
     kind = str(tensor.dtype)
-    # numpy has no bfloat16 or float8: take the bits over under ml_dtypes' names.
+    # numpy has no bfloat16 or float8: the bits are kept under ml_dtypes' types.
     for torch_name, bits, dtype in (
         ("torch.bfloat16", "int16", ml_dtypes.bfloat16),
         ("torch.float8_e4m3fn", "int8", ml_dtypes.float8_e4m3fn),

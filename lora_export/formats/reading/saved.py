@@ -1,8 +1,8 @@
-"""Whole parameters that an adapter replaces (``modules_to_save``, ``bias``), as changes of the base's.
+"""Write whole parameters of an adapter (``modules_to_save``, ``bias``) as changes of the base's.
 
 A head W that replaces W0 is W0 + ΔW, and ΔW is a product of rank min(out, in): one factor is ΔW itself, the
-other the identity. So a graph with exposed LoRA takes a classifier's head as it takes any adapter, with as
-many ranks as there are labels.
+other the identity. So a graph with exposed LoRA takes a classifier's head like any adapter, with the number
+of labels as the rank.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_export.adapter import Array, Kind, LoraModule
 
-# Above this the two factors cost more than the whole matrix is worth beside the base.
+# Above this rank the two factors cost too much compared with the base.
 LARGEST_RANK = 256
 
 
@@ -23,9 +23,9 @@ def change_of(path: str, kind: Kind, new: Array, old: Array, tensor_names: tuple
     Args:
         path: Module path.
         kind: ``linear``, or ``embedding`` for ``(num_embeddings, dim)``.
-        new: What the adapter has.
-        old: What the base has.
-        tensor_names: The adapter's tensors behind it.
+        new: The adapter's values.
+        old: The base's values.
+        tensor_names: Names of the adapter's tensors that it comes from.
     """
     difference = (new.astype(np.float64) - old.astype(np.float64)).astype(np.float32)
     if kind == "embedding":

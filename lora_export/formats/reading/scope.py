@@ -1,4 +1,4 @@
-"""The part of an adapter that the user says belongs to the base: one of its models, or all below a path."""
+"""Select the part of an adapter that belongs to the base: one of its models, or everything below a path."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from dataclasses import replace
 from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError
 
-# What to do where a hint's option does not fit all of several adapters.
+# Hint for several adapters that need different values of an option.
 SHARED = (
-    "an option holds for every --adapter: merge one after the other, each with its own options and the "
-    "result as the base of the next; or load each in Python (load_adapter) and give these"
+    "an option applies to every --adapter: merge one after the other, each with its own options and the "
+    "result as the base of the next; or load each in Python (load_adapter) and pass the results"
 )
 
 
 def part_of(adapter: Adapter, component: str) -> Adapter:
-    """Return the part of an adapter that is named.
+    """Return the named part of an adapter.
 
     Args:
-        adapter: Any.
+        adapter: Any adapter.
         component: ``unet``, ``text_encoder``, … of an adapter for several models; else a submodel's path; or
             both, ``text_encoder:clip.text_model``.
 
     Raises:
-        AdapterError: The adapter is for several models, and not for this one.
+        AdapterError: The adapter is for several models, but not for this one.
     """
     name, _, path = component.partition(":")
     components = {module.component for module in adapter.modules.values()}
@@ -39,11 +39,11 @@ def part_of(adapter: Adapter, component: str) -> Adapter:
 
 
 def how_to_part(adapter: Adapter, parameters: Collection[str]) -> str:
-    """Return what to do about modules of an adapter that have one place in the base.
+    """Return a hint for modules of an adapter that change the same parameter of the base.
 
     Args:
         adapter: The adapter.
-        parameters: What has a place that something else has as well, as the plan calls it.
+        parameters: Parameters of modules that share a place with another one, as the plan names them.
     """
     doubled = [m for m in adapter.modules.values() if f"{m.path}.{m.parameter}" in parameters]
     components = sorted({module.component for module in doubled if module.component})
@@ -52,9 +52,9 @@ def how_to_part(adapter: Adapter, parameters: Collection[str]) -> str:
     return "save the adapter without one of the modules that have the same place"
 
 
-def unknown_component(adapter: str, name: str, there: Iterable[str | None]) -> AdapterError:
+def unknown_component(adapter: str, name: str, existing: Iterable[str | None]) -> AdapterError:
     """Return the error for a model that an adapter's file does not serve."""
-    known = sorted(component for component in there if component)
+    known = sorted(component for component in existing if component)
     return AdapterError(
         f"adapter '{adapter}' has no component '{name}'",
         f"give --component with the one of {', '.join(known)} that the base is"
@@ -64,13 +64,13 @@ def unknown_component(adapter: str, name: str, there: Iterable[str | None]) -> A
 
 
 def within(adapter: Adapter, scope: str) -> Adapter:
-    """Return an adapter with a scope, and where some of its paths are below it, with those alone.
+    """Return an adapter with a scope; if some of its paths are below the scope, only those are kept.
 
-    Where none are, the path is the base's own for the part that the adapter is for; whether the base has it
-    is known when the adapter is placed (`lora_export.sites.naming.renaming`).
+    If none are, the scope is the base's own path of the part that the adapter is for; whether the base has it
+    is found when the adapter's sites are (`lora_export.sites.naming.renaming`).
 
     Args:
-        adapter: Of a file without components.
+        adapter: Adapter from a file without components.
         scope: Path of a submodel, ``model.encoder``.
     """
     below = f"{scope}_".replace(".", "_") if adapter.flattened else f"{scope}."
@@ -85,12 +85,12 @@ def within(adapter: Adapter, scope: str) -> Adapter:
 
 
 def share(one: str | None, other: str | None, flattened: bool) -> bool:
-    """Whether two parts of one file (`Adapter.part`) have something in common.
+    """Return whether two parts of one file (`Adapter.part`) have something in common.
 
     Args:
         one: A part; None for the whole file.
-        other: Another.
-        flattened: The file's paths have underscores for dots.
+        other: Another part; None for the whole file.
+        flattened: Whether the file's paths have underscores for dots.
     """
     if one is None or other is None:
         return True
@@ -105,13 +105,13 @@ def _is_within(path: str, outer: str, flattened: bool) -> bool:
 
 
 def _only(adapter: Adapter, modules: Iterable[str], others: Iterable[str], why: str) -> Adapter:
-    """Return an adapter with some of its changes; a note says how many were left aside.
+    """Return an adapter with some of its changes, and a note on the number of ignored ones.
 
     Args:
-        adapter: All of them.
+        adapter: The whole adapter.
         modules: Keys of the modules to keep.
         others: Paths of the whole parameters and of the embeddings with single rows to keep.
-        why: Why the rest is left aside.
+        why: Reason why the rest is ignored, for the note.
     """
     kept, whole = set(modules), set(others)
     aside = [module for key, module in adapter.modules.items() if key not in kept]
@@ -119,7 +119,7 @@ def _only(adapter: Adapter, modules: Iterable[str], others: Iterable[str], why: 
     lost |= {adapter.extra_tensors.get(path, path) for path in adapter.extras if path not in whole}
     lost |= {rows.tensor_name for path, rows in adapter.token_rows.items() if path not in whole}
     count = len(aside) + len(adapter.extras) + len(adapter.token_rows) - len(whole)
-    note = (f"left aside, {why}: {count} of the adapter's modules and parameters",) if count else ()
+    note = (f"ignored, {why}: {count} of the adapter's modules and parameters",) if count else ()
     return replace(
         adapter,
         modules={key: module for key, module in adapter.modules.items() if key in kept},

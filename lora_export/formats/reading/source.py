@@ -1,4 +1,4 @@
-"""What a format gets to read: one weights file, the config beside it, and what the user stated."""
+"""Open an adapter's files for a format: weights, the config beside them, and the user's options."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ __all__ = [
     "Source",
     "open_source",
 ]
-# How commands call the choice of a format; convert-adapter's --format is that of its output.
+# The option for the adapter's format; convert-adapter's --format is its output's.
 FORMAT_OPTION = "--format (convert-adapter: --from-format)"
 _MAX_LISTED = 40
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user states where the file is silent.
+    """The user's options for facts that a file doesn't state.
 
     Attributes:
         alpha: Numerator of the scaling.
         rank: Rank of one product.
-        rslora: Divide by √rank.
-        component: Read only this part of a file that serves several models.
+        rslora: Whether to divide by √rank.
+        component: The part to read of a file for several models.
     """
 
     alpha: float | None = None
@@ -66,18 +66,18 @@ class Source:
     """An adapter file that has been opened.
 
     Attributes:
-        path: What the user gave.
-        file: The weights file; of several shards the first.
+        path: Path that the user gave.
+        file: The weights file; the first of several shards.
         name: The folder's or the file's name.
         tensors: Name → values.
-        metadata: Of a ``.safetensors`` file.
-        settings: Of a torch checkpoint: ``alpha``, ``rank``, ``scaling``, ``rslora``, ``enable_lora``; of an
-            ``.onnx_adapter`` its versions.
-        mentions: Of a torch checkpoint: numbers called alpha that may be LoRA's or not (where, value).
-        config: ``adapter_config.json``, if there is one that belongs to the file: PEFT's, or mlx-lm's.
-        sha256: Of the weights file, see `Adapter.sha256`.
-        notes: What was left aside while opening it.
-        states: Of the weights files, as they were read.
+        metadata: Metadata of a ``.safetensors`` file.
+        settings: ``alpha``, ``rank``, ``scaling``, ``rslora``, ``enable_lora`` of a torch checkpoint; the
+            versions of an ``.onnx_adapter``.
+        mentions: Places and values of a torch checkpoint's numbers called alpha that may be LoRA's or not.
+        config: ``adapter_config.json``, PEFT's or mlx-lm's, if one belongs to the file.
+        sha256: Hash of the weights file, see `Adapter.sha256`.
+        notes: Notes on what was ignored.
+        states: States of the weights files when they were read.
     """
 
     path: Path
@@ -99,21 +99,21 @@ class Source:
 
     @property
     def paths(self) -> Mapping[str, str]:
-        """Tensor's name → the same without wrappers and without the adapter's name; what formats match."""
+        """Tensor's name → the path that formats match: without wrappers and without the adapter's name."""
         return self._read_names[0]
 
     def entries(self) -> Iterator[tuple[str, str, Array]]:
         """Yield ``(name, path, values)`` of every tensor.
 
         Raises:
-            AdapterError: See `check_names`.
+            AdapterError: As in `check_names`.
         """
         self.check_names()
         for name, path in self.paths.items():
             yield name, path, self.tensors[name]
 
     def check_names(self) -> None:
-        """Raise if the names say nothing for sure: whatever else is wrong then would only follow from it.
+        """Refuse ambiguous names: all other problems would only follow from them.
 
         Raises:
             AdapterError: Two tensors have one path, or the file holds several models or several adapters.
@@ -141,9 +141,9 @@ class Format:
 
     Attributes:
         expects: The tensor names that it reads, for the error that lists the formats.
-        recognises: Whether a source is of this format.
-        read: Make the adapter; raises `AdapterError` with every problem found.
-        certain: What `recognises` looks at leaves no doubt (who wrote the file): nobody else is asked.
+        recognises: Function that returns whether a source is of this format.
+        read: Function that makes the adapter; it raises `AdapterError` with all problems.
+        certain: Whether `recognises` leaves no doubt (it knows who wrote the file): no other is tried then.
     """
 
     expects: str
@@ -156,7 +156,7 @@ def open_source(path: Path, name: str | None = None) -> Source:
     """Find the weights files at ``path`` (a folder or a file), open them, and read the config beside them.
 
     Raises:
-        AdapterError: Nothing is there, no weights file or more than one is, or one of the files is damaged.
+        AdapterError: There is nothing, no weights file or more than one, or one of the files is damaged.
     """
     found = find_weights(path)
     opened = [_open_file(path, file) for file in found.files]
@@ -166,7 +166,7 @@ def open_source(path: Path, name: str | None = None) -> Source:
     config = read_config(found.config) if found.config is not None else None
     notes = [*(note for one in opened for note in one.notes), *found.notes]
     if config is not None and is_mlx_name(file.name) and "peft_type" in config:
-        notes.append(f"{found.config} was not used: it is PEFT's, and {file.name} is mlx-lm's")
+        notes.append(f"{found.config} was not used: it is PEFT's, but {file.name} is mlx-lm's")
         config = None
     own_name = (
         file.parent.resolve().name if file.name in (*WEIGHT_NAMES, EDGE_LLM_NAME, MLX_NAME) else file.stem
@@ -187,7 +187,7 @@ def open_source(path: Path, name: str | None = None) -> Source:
 
 
 def _open_file(path: Path, file: Path) -> Source:
-    """Read one weights file; what it holds and its hash are of one state of it."""
+    """Read one weights file; its contents and its hash are from the same state of the file."""
     before = FileState.of(file)
     note_inputs([file])
     metadata: dict[str, str] = {}
@@ -200,16 +200,16 @@ def _open_file(path: Path, file: Path) -> Source:
         checkpoint = read_checkpoint(file)
         tensors, settings, mentions = checkpoint.tensors, checkpoint.settings, tuple(checkpoint.mentions)
         if checkpoint.ignored:
-            notes = (f"left aside, the training's own: {', '.join(checkpoint.ignored)}",)
+            notes = (f"ignored, bookkeeping of the training: {', '.join(checkpoint.ignored)}",)
     elif file.suffix == ORT_SUFFIX:
         tensors, versions = read_ort_file(file)
         settings = dict(versions)
     else:
         raise AdapterError(
-            f"{file} is no adapter: its name ends in {file.suffix or 'nothing'!r}",
+            f"{file} is not an adapter file: its name ends in {file.suffix or 'nothing'!r}",
             f"give a PEFT folder, or a file ending in .safetensors, {', '.join(SUFFIXES)}, {ORT_SUFFIX}",
         )
-    # All bytes, also of a converted file: values may change under a header that stays as it is.
+    # The hash of all bytes, also for a converted file: values may change under an unchanged header.
     sha256 = file_sha256(file)
     refuse_changed([before])
     return Source(
@@ -230,7 +230,7 @@ def _joined(found: WeightsFiles, shards: list[Source]) -> dict[str, Array]:
     """Return the tensors of all shards.
 
     Raises:
-        AdapterError: A name is in two shards, or the index says otherwise.
+        AdapterError: A name is in two shards, or the index disagrees with the shards.
     """
     tensors: dict[str, Array] = {}
     owner: dict[str, str] = {}
@@ -243,7 +243,7 @@ def _joined(found: WeightsFiles, shards: list[Source]) -> dict[str, Array]:
             tensors[name] = values
     for name, where in (found.index or {}).items():
         if owner.get(name) != where:
-            problems.append(f"{name}: the index names {where}, found in {owner.get(name, 'no shard')}")
+            problems.append(f"{name}: in {where} by the index, found in {owner.get(name, 'no shard')}")
     if found.index is not None:
         problems += [f"{name}: in {owner[name]}, but not in the index" for name in owner.keys() - found.index]
     if problems:
@@ -272,6 +272,6 @@ def read_config(path: Path) -> dict[str, Any]:
         if "peft_type" not in config and ("lora_parameters" in config or "fine_tune_type" in config):
             return config
     raise AdapterError(
-        f"{path} is JSON but no adapter config: it has no 'peft_type' (nor mlx-lm's 'lora_parameters')",
+        f"{path} is JSON but not an adapter config: it has no 'peft_type' (nor mlx-lm's 'lora_parameters')",
         "give the folder that PEFT's save_pretrained or mlx_lm.lora wrote, not the base model's",
     )

@@ -1,9 +1,9 @@
-"""What a file says of its scaling beside the tensors: a torch checkpoint's numbers, a header's metadata.
+"""Find the scaling that a file states beside its tensors: a torch checkpoint's numbers, a header's metadata.
 
 Metadata are text → text. Trainers write alpha and rank as plain keys (``lora_alpha``, ``alpha``,
-``network_alpha``; sd-scripts ``ss_network_alpha``, ``ss_network_dim``) or behind the component
-(SimpleTuner: ``transformer.lora_alpha``, ``transformer.r``). Few programs read them; scaling 1 in their place
-is wrong by alpha / rank.
+``network_alpha``; sd-scripts ``ss_network_alpha``, ``ss_network_dim``) or after the component
+(SimpleTuner: ``transformer.lora_alpha``, ``transformer.r``). Few programs read them, but scaling 1 in their
+place is wrong by alpha / rank.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _RSLORA = ("use_rslora", "rslora")
 
 @dataclass(frozen=True)
 class Stated:
-    """What file and user together say of the scaling.
+    """The scaling that file and user together state.
 
     Attributes:
-        alpha: Numerator; None where neither says it.
+        alpha: Numerator; None if neither states it.
         rank: Rank of every module.
-        scaling: The whole factor, where a file says that instead.
-        rslora: Divide by √rank.
-        notes: Where the numbers come from, if not from the user.
+        scaling: The whole factor, if a file states that instead.
+        rslora: Whether to divide by √rank.
+        notes: Notes on the origin of the numbers, if it is not the user.
     """
 
     alpha: float | None = None
@@ -39,7 +39,7 @@ class Stated:
     notes: tuple[str, ...] = ()
 
     def alpha_of(self, rows: int | None) -> float | None:
-        """Return alpha of a module with ``rows`` rows in ``lora_A``; None where nothing tells it."""
+        """Return alpha of a module with ``rows`` rows in ``lora_A``; None if it is unknown."""
         if self.alpha is not None or self.scaling is None or rows is None:
             return self.alpha
         return self.scaling * (math.sqrt(rows) if self.rslora else rows)
@@ -53,15 +53,15 @@ def stated_of(
     ranks: Collection[int] = (),
     of_diffusion: bool = False,
 ) -> Stated:
-    """Return what is stated for the modules of ``component``.
+    """Return the stated scaling for the modules of ``component``.
 
     Args:
         source: The file.
-        options: What the user states; it may not contradict the file.
-        problems: Gets a line for each contradiction.
-        component: Part of a file that serves several models.
-        ranks: Ranks that the tensors have: metadata of which none is true are of another file.
-        of_diffusion: A diffusion tool wrote the file: ``alpha`` in its metadata is LoRA's.
+        options: The user's options; they may not contradict the file.
+        problems: List to add contradictions to.
+        component: Part of a file for several models.
+        ranks: Ranks of the tensors; metadata with another rank belong to another file.
+        of_diffusion: Whether a diffusion tool wrote the file: ``alpha`` in its metadata is then LoRA's.
     """
     settings = source.settings
     alpha, rank, scaling = (settings.get(key) for key in ("alpha", "rank", "scaling"))
@@ -69,7 +69,7 @@ def stated_of(
     notes = []
     if alpha is None and scaling is None:
         found = _Metadata(source.metadata, component, set(ranks), of_diffusion)
-        # Metadata speak of the file as a trainer wrote it, maybe of its parents: the user knows better.
+        # Metadata describe the file as a trainer wrote it, maybe its parents: the user knows better.
         alpha, note = found.alpha(options.alpha, problems)
         notes += [note] if note else []
         rslora = rslora or found.first(_RSLORA)[0].lower() in ("true", "1")
@@ -85,24 +85,24 @@ def stated_of(
 
 
 def check_alpha_tensors(alphas: Collection[float | None], options: Options, problems: list[str]) -> None:
-    """Add a problem where every module has an ``.alpha`` tensor and the user states another number.
+    """Add a problem if every module has an ``.alpha`` tensor and the user states another number.
 
     Args:
-        alphas: Of each module what its tensor says; None without one, and then the option is for those.
-        options: What the user states.
-        problems: Gets a line.
+        alphas: Value of each module's tensor; None without one, and then the option is for those modules.
+        options: The user's options.
+        problems: List to add the problem to.
     """
     stated = sorted({alpha for alpha in alphas if alpha is not None})
     if options.alpha is None or None in alphas or stated in ([], [options.alpha]):
         return
-    said = ", ".join(f"{alpha:g}" for alpha in stated[:4]) + (", …" if len(stated) > 4 else "")
+    shown = ", ".join(f"{alpha:g}" for alpha in stated[:4]) + (", …" if len(stated) > 4 else "")
     problems.append(
-        f"alpha: the file's .alpha tensors say {said}, the option {options.alpha:g}; omit the option"
+        f"alpha: the file's .alpha tensors say {shown}, the option {options.alpha:g}; omit the option"
     )
 
 
 def where_to_look(source: Source) -> str:
-    """Return, for the refusal of a file without alpha, the numbers in it that may be LoRA's."""
+    """Return a text, for the refusal of a file without alpha, on a number in it that may be LoRA's."""
     bare = _number(source.metadata.get(_BARE_ALPHA, ""))
     for where, value in (*source.mentions, *([("the metadata's alpha", bare)] if bare else [])):
         return f" ({where} is {value:g}: if that is LoRA's, give --alpha {value:g})"
@@ -110,7 +110,7 @@ def where_to_look(source: Source) -> str:
 
 
 def _check(stated: Stated, options: Options, ranks: Collection[int], problems: list[str]) -> None:
-    """Add a problem where the file contradicts the user or itself."""
+    """Add a problem if the file contradicts the user or itself."""
     if options.alpha is not None and stated.alpha != options.alpha:
         problems.append(
             f"alpha: the file says {stated.alpha:g}, the option {options.alpha:g}; omit the option"
@@ -128,7 +128,7 @@ def _check(stated: Stated, options: Options, ranks: Collection[int], problems: l
 
 
 class _Metadata:
-    """What a header's metadata say for one component of a file."""
+    """A header's metadata, for one component of a file."""
 
     def __init__(
         self, metadata: Mapping[str, str], component: str | None, ranks: set[int], of_diffusion: bool
@@ -139,26 +139,26 @@ class _Metadata:
         self._of_diffusion = of_diffusion
 
     def first(self, keys: Iterable[str]) -> tuple[str, str]:
-        """Return the text of the first of the keys that is there, and the key as it is written."""
+        """Return the text of the first key that exists, and the key as it is written."""
         for key in (f"{front}{key}" for front in self._fronts for key in keys):
             if key in self._metadata:
                 return self._metadata[key], key
         return "", ""
 
     def alpha(self, option: float | None, problems: list[str]) -> tuple[float | None, str]:
-        """Return alpha and a note of its origin; None where there is none, or it is another file's."""
+        """Return alpha and a note on its origin; None if there is none, or it contradicts the file."""
         text, rank_key = self.first(_RANKS)
         rank = _number(text)
         numbers = self._numbers(known=self._of_diffusion or rank in self._ranks)
         if not numbers:
             return None, ""
-        said = ", ".join(f"{key} {value:g}" for key, value in numbers.items())
+        listed = ", ".join(f"{key} {value:g}" for key, value in numbers.items())
         if option is not None:
             differs = set(numbers.values()) != {option}
-            return option, f"alpha {option:g} as given; the file's metadata say {said}" if differs else ""
+            return option, f"alpha {option:g} as given; the file's metadata say {listed}" if differs else ""
         where, alpha = next(iter(numbers.items()))
         if len(set(numbers.values())) > 1:
-            problems.append(f"alpha: the metadata contradict themselves ({said}); give --alpha")
+            problems.append(f"alpha: the metadata contradict themselves ({listed}); give --alpha")
         elif self._ranks and rank is not None and rank not in self._ranks:
             shown = ", ".join(map(str, sorted(self._ranks)))
             problems.append(
@@ -170,7 +170,7 @@ class _Metadata:
         return None, ""
 
     def _numbers(self, known: bool) -> dict[str, float]:
-        """Return each key and its number; ``alpha`` alone counts where it is known to be LoRA's."""
+        """Return each key and its number; plain ``alpha`` counts only if it is known to be LoRA's."""
         numbers = {}
         for key in (*_ALPHAS, *([_BARE_ALPHA] if known else [])):
             text, where = self.first((key,))

@@ -1,4 +1,4 @@
-"""Which modules a PEFT config says that it changes.
+"""Find the modules that a PEFT config targets, and those among them that a file lacks.
 
 The rule is PEFT's (``peft.tuners.tuners_utils.check_target_module_exists``): a module is a target if its path
 matches ``target_modules`` (a regular expression for the whole path, or a list of ends), ``exclude_modules``
@@ -16,7 +16,7 @@ from lora_export.errors import AdapterError
 from lora_export.formats.reading.patterns import fullmatch, match, within
 from lora_export.formats.reading.whole_copies import is_below, saved_names
 
-# The keys that say it.
+# The keys with these rules.
 RULES = ("target_modules", "exclude_modules", "layers_to_transform")
 _WEIGHT = ".weight"
 _NUMBERS = re.compile(r"\.\d+(?=\.|$)")
@@ -25,11 +25,11 @@ _EXAMPLES = 2
 
 
 def is_targeted(config: Mapping[str, Any], path: str) -> bool:
-    """Whether PEFT would make a LoRA layer at ``path``; True where the config doesn't tell.
+    """Return whether PEFT would make a LoRA layer at ``path``; True if the config doesn't decide it.
 
     Args:
-        config: PEFT's.
-        path: Of a module, in the base.
+        config: PEFT's config.
+        path: Path of a module in the base.
     """
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     if excluded and _matches("exclude_modules", excluded, path):
@@ -45,33 +45,33 @@ def is_targeted(config: Mapping[str, Any], path: str) -> bool:
 
 
 def untouched(config: Mapping[str, Any], paths: Collection[str], known: Iterable[str]) -> list[str]:
-    """Return modules like an adapter's that its config means, and for which it has nothing.
+    """Return modules like the adapter's, in other layers, that its config targets but the file lacks.
 
-    A file that was saved by one process of several, or for a shorter model, has some layers only. PEFT warns
-    of them ("Found missing adapter keys").
+    A file saved by one of several processes, or for a shorter model, has only some layers. PEFT warns about
+    them ("Found missing adapter keys").
 
     Args:
-        config: PEFT's.
-        paths: The adapter's modules.
+        config: PEFT's config.
+        paths: Paths of the adapter's modules.
         known: The base's parameters.
     """
     held = {_NUMBERS.sub(".#", path) for path in paths}
     modules = {name.removesuffix(_WEIGHT) for name in known if name.endswith(_WEIGHT)}
     if not modules.issuperset(paths):
-        return []  # The base has other names for them: which layers are meant can't be told.
+        return []  # The base has other names for them, so the targeted layers are unknown.
     alike = (path for path in modules.difference(paths) if _NUMBERS.sub(".#", path) in held)
     return sorted(path for path in alike if is_targeted(config, path))
 
 
 def unsaved(config: Mapping[str, Any], held: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Return the names of ``modules_to_save`` that a base has modules of, and a file nothing.
+    """Return the names in ``modules_to_save`` that the base has modules for, but the file has no tensors.
 
-    PEFT stops at such a file. A name that no module of the base has is none: PEFT itself adds ``classifier``
-    and ``score`` for every classifier.
+    PEFT refuses such a file. A name that the base has no module for doesn't count: PEFT itself adds
+    ``classifier`` and ``score`` for every classifier.
 
     Args:
-        config: PEFT's.
-        held: All that the file changes, as parameter paths.
+        config: PEFT's config.
+        held: Paths of all parameters that the file changes.
         known: The base's parameters.
     """
     names = saved_names(config)
@@ -83,7 +83,7 @@ def unsaved(config: Mapping[str, Any], held: Iterable[str], known: Iterable[str]
 
 
 def refuse_unsaved(adapter: Adapter, known: Collection[str]) -> None:
-    """Raise `AdapterError` where the base's own untrained module would be left in place of a trained one.
+    """Raise `AdapterError` if the base's own untrained module would stay in place of a trained one.
 
     Args:
         adapter: The adapter.
@@ -98,15 +98,15 @@ def refuse_unsaved(adapter: Adapter, known: Collection[str]) -> None:
     ]
     if missing := unsaved(adapter.config, held, known):
         raise AdapterError(
-            f"adapter '{adapter.name}' lacks what its config says was trained whole (modules_to_save)",
-            "save it again with all of its tensors (DeepSpeed and FSDP have to gather them first); where it "
-            "was not trained, take the name out of modules_to_save in adapter_config.json",
-            [f"{name}: the base has it, and the file holds nothing of it" for name in missing],
+            f"adapter '{adapter.name}' lacks modules that its config lists in modules_to_save",
+            "save it again with all of its tensors (DeepSpeed and FSDP have to gather them first); if a "
+            "module was not trained, remove its name from modules_to_save in adapter_config.json",
+            [f"{name}: the base has it, but the file has no tensor of it" for name in missing],
         )
 
 
 def half_saved(adapter: Adapter, known: Collection[str]) -> list[str]:
-    """Say for which of the base's modules a PEFT file has nothing although its config means them.
+    """Return a note on modules of the base that a PEFT file's config targets but the file lacks.
 
     Args:
         adapter: The adapter.
@@ -120,8 +120,8 @@ def half_saved(adapter: Adapter, known: Collection[str]) -> list[str]:
     if not left:
         return []
     return [
-        f"its config means {len(left)} more modules of this base ({', '.join(left[:_EXAMPLES])}"
-        f"{', …' if len(left) > _EXAMPLES else ''}), for which the file has no tensors: they stay as they are"
+        f"its config targets {len(left)} more modules of this base ({', '.join(left[:_EXAMPLES])}"
+        f"{', …' if len(left) > _EXAMPLES else ''}), but the file has no tensors for them: they don't change"
     ]
 
 
@@ -136,7 +136,7 @@ def _matches(key: str, wanted: Any, path: str) -> bool:
 
 
 def _layer_of(path: str, pattern: Any) -> int | None:
-    """Return the number behind one of the patterns, by default behind any name."""
+    """Return the number after one of the patterns, by default after any name."""
     patterns = [pattern] if isinstance(pattern, str) else pattern if isinstance(pattern, list) else []
     for name in patterns or [r"[^.]*"]:
         try:
@@ -144,7 +144,7 @@ def _layer_of(path: str, pattern: Any) -> int | None:
         except re.error:
             continue
         if found:
-            # A group of the pattern's own comes first, and PEFT takes it.
+            # If the pattern has a group, that is the first one, and PEFT uses it.
             number = found.group(1)
             return int(number) if number and number.isdecimal() else None
     return None

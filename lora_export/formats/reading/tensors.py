@@ -1,4 +1,4 @@
-"""Tensors of a ``.safetensors`` file without torch: header, values, checks, writing."""
+"""Read, check and write the tensors of a ``.safetensors`` file without torch."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header alone; no values are touched.
+    """Read and check only the header; no values are read.
 
     Raises:
         AdapterError: The file can't be read, breaks a rule of the format, or has a dtype that numpy lacks.
@@ -78,8 +78,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     """Return the file's tensors, memory-mapped and read-only, and its metadata.
 
     Raises:
-        AdapterError: See `read_header`.
-        InputChangedError: Another file has taken its place between header and values.
+        AdapterError: As in `read_header`.
+        InputChangedError: The file was replaced between reading its header and its values.
     """
     before = FileState.of(path)
     header = read_header(path)
@@ -96,10 +96,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
-    """Write ``tensors`` in the order of their names; the same tensors give the same bytes.
+    """Write ``tensors`` in the order of their names; equal tensors give equal bytes.
 
     Raises:
-        AdapterError: A dtype that the format has no code for.
+        AdapterError: The format has no code for a dtype.
         OSError: The file can't be written.
     """
     header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
@@ -130,7 +130,7 @@ def file_sha256(path: Path) -> str:
 
 
 def value_problems(tensors: Iterable[tuple[str, Array]]) -> list[str]:
-    """Return one line for each trained tensor that is no float, has no values, or holds NaN or infinity."""
+    """Return a line for each trained tensor that is not floating-point, is empty, or has NaN or infinity."""
     problems = []
     for name, array in tensors:
         if array.dtype not in _FLOATS:
@@ -144,7 +144,7 @@ def value_problems(tensors: Iterable[tuple[str, Array]]) -> list[str]:
 
 def _not_finite(array: Array) -> int:
     if array.dtype == ml_dtypes.bfloat16:
-        # By the exponent's bits: widening bf16 first would cost two copies.
+        # Found by the exponent's bits: widening bfloat16 first would cost two copies.
         bits = array.reshape(-1).view(np.uint16)
         return int(np.count_nonzero((bits & 0x7F80) == 0x7F80))
     values = array.astype(np.float32) if array.dtype.itemsize == 1 else array

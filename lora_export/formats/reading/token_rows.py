@@ -1,4 +1,4 @@
-"""Single rows of an embedding that an adapter replaces: PEFT's ``trainable_token_indices``.
+"""Read single rows of an embedding that an adapter replaces: PEFT's ``trainable_token_indices``.
 
 Source: PEFT 0.21, ``tuners/trainable_tokens/layer.py`` (the "delta" holds the new rows themselves) and
 ``utils/other.py`` (a list of indices is the input embedding's; an object has one list for each module name).
@@ -18,7 +18,7 @@ _ROWS = re.compile(r"^(?P<path>.+)\.token_adapter\.trainable_tokens_delta(\.defa
 
 
 def is_rows(path: str) -> bool:
-    """Whether a tensor's path, without PEFT's prefix, is one of single rows."""
+    """Return whether a path, without PEFT's prefix, is that of a tensor of single rows."""
     return _ROWS.match(path) is not None
 
 
@@ -30,20 +30,20 @@ def read_rows(
     Args:
         tensors: Path without PEFT's prefix → the tensor's name and values.
         config: The adapter's config.
-        problems: Gets one line for each tensor that can't be used.
+        problems: List to add a line to for each tensor that can't be used.
     """
     given = config.get(KEY)
     if given and not tensors:
-        problems.append(f"config {KEY}: the file holds no token_adapter.trainable_tokens_delta")
+        problems.append(f"config {KEY}: the file has no token_adapter.trainable_tokens_delta")
     found: dict[str, TokenRows] = {}
     for path, (name, values) in tensors.items():
         match = _ROWS.match(path)
         assert match is not None
         indices = _indices(given, match["path"])
         if indices is None or len(set(indices)) != len(indices):
-            problems.append(f"{name}: the config's {KEY} {given!r} doesn't say which rows these are")
+            problems.append(f"{name}: the config's {KEY} {given!r} doesn't state the indices of these rows")
         elif values.ndim != 2 or len(values) != len(indices):
-            problems.append(f"{name}: shape {values.shape}, and the config names {len(indices)} rows")
+            problems.append(f"{name}: shape {values.shape}, but the config lists {len(indices)} rows")
         else:
             problems += value_problems([(name, values)])
             found[f"{match['path']}.weight"] = TokenRows(indices, values, name)
@@ -53,7 +53,7 @@ def read_rows(
 def _indices(given: Any, path: str) -> tuple[int, ...] | None:
     if isinstance(given, Mapping):
         fitting = [value for key, value in given.items() if f".{path}".endswith(f".{key}")]
-        # PEFT writes rows of what is tied along, and the config has only the embedding's list.
+        # PEFT also writes the rows of tied modules, but the config has only the embedding's list.
         alike = [value for value in given.values() if value == next(iter(given.values()))]
         fitting = fitting or alike[:1] * (len(alike) == len(given))
         given = fitting[0] if len(fitting) == 1 else None

@@ -1,8 +1,8 @@
-"""Which files of a folder are an adapter's weights, and which config belongs to them.
+"""Find the weights files of an adapter in a folder, and the config that belongs to them.
 
-A folder holds one adapter. What lies in it is known by name: PEFT's, diffusers', mlx-lm's and Edge-LLM's
-weights, in one file or in shards; what a training run keeps to go on. Any other weights file is an error that
-names it: LLaVA's ``non_lora_trainables.bin`` is as much of the adapter as the LoRA beside it.
+A folder holds one adapter. Its files are known by name: the weights of PEFT, diffusers, mlx-lm and Edge-LLM,
+in one file or in shards, and the files that a training run needs to resume. Any other weights file is an
+error that names it: LLaVA's ``non_lora_trainables.bin`` belongs to the adapter like the LoRA beside it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _KNOWN = (*WEIGHT_NAMES, *_DIFFUSERS_NAMES, EDGE_LLM_NAME, MLX_NAME)
 _SHARD = re.compile(
     r"^(?P<stem>adapter_model|pytorch_lora_weights)-(?P<number>\d{5})-of-(?P<count>\d{5})\.\w+$"
 )
-# mlx-lm saves these along the way, and the last one once more under the adapter's own name.
+# mlx-lm saves these during training, and the last one again under the adapter's own name.
 _MLX_STEP = re.compile(r"^\d+_adapters\.safetensors$")
-# What Trainer, Accelerate, DeepSpeed and diffusers' scripts keep to go on with a training.
+# Files from which Trainer, Accelerate, DeepSpeed and diffusers' scripts resume a training.
 _TRAINING = re.compile(
     r"^(training_args|optimi[sz]er|scheduler|lr_scheduler|scaler|rng_state|random_states|sampler|dl_state"
     r"|trainer_state|custom_checkpoint)[\w.-]*\.(bin|pt|pth|pkl|safetensors)$"
@@ -38,13 +38,13 @@ _TRAINING = re.compile(
 
 @dataclass(frozen=True)
 class WeightsFiles:
-    """The files that make one adapter.
+    """The files of one adapter.
 
     Attributes:
         files: The weights file, or all shards in their order.
-        index: Tensor's name → shard, as the index beside the shards has it; None without one.
-        config: ``adapter_config.json``, if there is one that belongs to these files.
-        notes: What lies beside them and was left aside.
+        index: Tensor's name → shard, from the index beside the shards; None without one.
+        config: ``adapter_config.json``, if one belongs to these files.
+        notes: Notes on files beside them that were ignored.
     """
 
     files: tuple[Path, ...]
@@ -57,7 +57,7 @@ def find_weights(path: Path) -> WeightsFiles:
     """Return the files of the adapter at ``path``, a folder or a file.
 
     Raises:
-        AdapterError: Nothing is there, no weights file, more than one, or not all shards.
+        AdapterError: There is nothing, no weights file, more than one, or not all shards.
     """
     if path.is_file():
         return _one_file(path)
@@ -67,7 +67,7 @@ def find_weights(path: Path) -> WeightsFiles:
             hint = (
                 f"check the path; for a model on the Hub, first: hf download {path} --local-dir {path.name}"
             )
-        raise AdapterError(f"there is no adapter at {path}", hint)
+        raise AdapterError(f"no adapter at {path}: it does not exist", hint)
     if not path.is_dir():
         raise AdapterError(f"{path} is neither a file nor a folder", "give a PEFT folder or a weights file")
     names = sorted(child.name for child in path.iterdir() if child.suffix in _suffixes() and child.is_file())
@@ -81,36 +81,36 @@ def find_weights(path: Path) -> WeightsFiles:
     if others := [name for name in left if name not in own]:
         raise AdapterError(
             f"{path} holds several weights files: {own[0] if len(own) == 1 else f'{len(own)} shards'} and "
-            f"{_listed(others)}, which is not read with it",
-            f"give the file that you mean, such as {path / own[0]}, or move the others out of the folder",
+            f"{_listed(others)}, but only one adapter is read",
+            f"give one file, such as {path / own[0]}, or move the others out of the folder",
         )
-    notes = (f"left aside, earlier steps of the training: {', '.join(steps)}",) if steps else ()
+    notes = (f"ignored, earlier steps of the training: {', '.join(steps)}",) if steps else ()
     if shards:
         return _all_shards(path, shards)
     return WeightsFiles((path / own[0],), None, _config_of(path / own[0]), notes)
 
 
 def files_of(source: str | Path) -> list[Path]:
-    """Return every file that reading the adapter at ``source`` reads; none where nothing is there."""
+    """Return all files that reading the adapter at ``source`` reads; none if nothing is there."""
     path = Path(source)
     try:
         found = find_weights(path)
     except AdapterError:  # made in memory, or moved since
         return [path] if path.exists() else []
     folder = found.files[0].parent
-    # Also a config that was not used: it is the adapter's.
+    # Including a config that was not used: it still belongs to the adapter.
     beside = [folder / CONFIG_NAME, *folder.glob("*.index.json")]
     return [*found.files, *(file for file in beside if file.is_file())]
 
 
 def is_peft_name(name: str) -> bool:
-    """Whether PEFT's config applies to a file of this name."""
+    """Return whether PEFT's config applies to a file of this name."""
     shard = _SHARD.match(name)
     return name in WEIGHT_NAMES or (shard is not None and shard["stem"] == "adapter_model")
 
 
 def is_mlx_name(name: str) -> bool:
-    """Whether mlx-lm's config applies to a file of this name."""
+    """Return whether mlx-lm's config applies to a file of this name."""
     return name == MLX_NAME or bool(_MLX_STEP.match(name))
 
 
@@ -128,8 +128,8 @@ def _one_file(path: Path) -> WeightsFiles:
     notes: tuple[str, ...] = ()
     if config is None and beside.is_file() and path.name not in (*_DIFFUSERS_NAMES, EDGE_LLM_NAME):
         notes = (
-            f"{beside} was not used: it belongs to {WEIGHT_NAMES[0]} of its folder, not to {path.name}; "
-            "rename the file if it is this one's",
+            f"{beside} was not used: it belongs to {WEIGHT_NAMES[0]} in its folder, not to {path.name}; "
+            f"if it belongs to {path.name}, rename that file",
         )
     return WeightsFiles((path,), None, config, notes)
 
@@ -141,7 +141,7 @@ def _config_of(file: Path) -> Path | None:
 
 
 def _all_shards(folder: Path, names: Sequence[str]) -> WeightsFiles:
-    """Return the shards in ``folder``, complete by their own names and by the index beside them."""
+    """Return the shards in ``folder``, checked for completeness by their names and by the index."""
     matches = [match for name in names if (match := _SHARD.match(name))]
     kinds = {(match["stem"], match["count"], Path(match.string).suffix) for match in matches}
     if len(kinds) > 1:
@@ -178,27 +178,27 @@ def _read_index(path: Path) -> dict[str, str] | None:
 
 def _only_candidate(path: Path, found: Sequence[str]) -> WeightsFiles:
     if (path / CONFIG_NAME).is_file():
-        beside = f"; {_listed(found)} is none of them" if found else ""
+        others = f" (found: {_listed(found)})" if found else ""
         raise AdapterError(
-            f"{path} has {CONFIG_NAME} but no {' or '.join((*WEIGHT_NAMES, MLX_NAME))}{beside}",
-            "save or download the weights too, or give the file itself with what it needs, such as --alpha",
+            f"{path} has {CONFIG_NAME} but no {' or '.join((*WEIGHT_NAMES, MLX_NAME))}{others}",
+            "save or download the weights too, or give the file itself with its options, such as --alpha",
         )
     nested = sorted(child.parent.name for child in path.glob(f"*/{CONFIG_NAME}"))
     if nested:
         raise AdapterError(
-            f"{path} holds adapters in its subfolders, none itself",
+            f"{path} holds no adapter itself, only in its subfolders",
             "give one of these",
             [str(path / child) for child in nested],
         )
     if (path / "config.json").is_file():
         raise AdapterError(
-            f"{path} is a model, not an adapter: it has config.json and no {CONFIG_NAME}",
+            f"{path} is a model, not an adapter: it has config.json but no {CONFIG_NAME}",
             "give the adapter's folder, not its base model's",
         )
     if len(found) == 1:
         return WeightsFiles((path / found[0],))
     raise AdapterError(
-        f"{path} holds {len(found)} weights files and no {CONFIG_NAME}",
+        f"{path} holds {len(found)} weights files but no {CONFIG_NAME}",
         "give one of the files" if found else "give the folder that PEFT's save_pretrained wrote",
         list(found),
     )

@@ -1,11 +1,11 @@
-"""Names that training tools put around a model, and what the module is called without them.
+"""Remove the names that training tools put around a model.
 
 A wrapper keeps the wrapped module as a submodule, and a state dict that was taken from outside carries that
 submodule's name: ``torch.compile`` (``_orig_mod``), FSDP (``_fsdp_wrapped_module``), activation
 checkpointing (``_checkpoint_wrapped_module``), Lightning Fabric (``_forward_module``), DataParallel and
 DeepSpeed (``module``), Opacus (``_module``), and whatever attribute holds a PEFT model in a LightningModule
-or in TRL's model with a value head. They are removed before a name is looked at, so that a config's patterns
-meet the paths that PEFT matched them against.
+or in TRL's model with a value head. They are removed before a name is read, so that a config's patterns meet
+the paths that PEFT matched them against.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PREFIX = "base_model.model."
-# Private names of the tools: no model of its own has a submodule called so.
+# Private names of the tools, which no model uses for a submodule of its own.
 _PRIVATE = (
     "_orig_mod",
     "_fsdp_wrapped_module",
@@ -38,8 +38,8 @@ class Unwrapped:
     """Names without wrappers.
 
     Attributes:
-        paths: Name → the same without wrappers, in the order of the names.
-        problems: One line for each name that can't be told from another any more.
+        paths: Name → name without wrappers, in the order of the names.
+        problems: A line for each name that equals another one without wrappers.
     """
 
     paths: Mapping[str, str]
@@ -47,10 +47,10 @@ class Unwrapped:
 
 
 def strip_wrappers(path: str) -> str:
-    """Return a dotted path without the wrappers that a single path tells for sure.
+    """Return a dotted path without the wrappers that are certain from this path alone.
 
-    These are the tools' private names wherever they stand, ``module`` in front of ``base_model.model``, and
-    all but one of several ``base_model.model``. An ordinary submodule called ``module`` stays.
+    These are the tools' private names anywhere, ``module`` in front of ``base_model.model``, and all but one
+    of several ``base_model.model``. An ordinary submodule called ``module`` stays.
     """
     left = ".".join(part for part in path.split(".") if part not in _PRIVATE)
     return _DOUBLED.sub(PREFIX, left) or path
@@ -65,25 +65,25 @@ def unwrap(names: Iterable[str]) -> Unwrapped:
     """Remove every wrapper from the names of one file.
 
     Rules, in this order:
-    1. What `strip_wrappers` removes.
-    2. An attribute in front of ``base_model.model`` where all of the file's PEFT names have the same one.
+    1. Remove the wrappers that `strip_wrappers` removes.
+    2. Remove an attribute in front of ``base_model.model`` if all of the file's PEFT names have the same one.
     3. Two names that become one are a problem.
 
-    A ``module`` that stands elsewhere may be DataParallel's or the model's own: that shows when the paths are
-    looked up in a base, not here.
+    A ``module`` elsewhere may be DataParallel's or the model's own: that shows when the paths are looked up
+    in a base, not here.
     """
-    paths = {name: strip_wrappers(name) for name in names}
-    problems = _strip_attribute(paths)
+    paths = {name: strip_wrappers(name) for name in names}  # rule 1
+    problems = _strip_attribute(paths)  # rule 2
     owners: dict[str, str] = {}
     for name, path in paths.items():
         first = owners.setdefault(path, name)
-        if first != name:
+        if first != name:  # rule 3
             problems.append(f"{name}: the same as {first} once the names of wrappers are removed ({path})")
     return Unwrapped(paths, tuple(problems))
 
 
 def unwrap_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a PEFT config whose patterns and names carry no private wrapper names either."""
+    """Return a PEFT config whose patterns and names are free of the tools' private names, too."""
     made = dict(config)
     for key in _PATTERNS:
         if isinstance(pattern := config.get(key), Mapping):
@@ -95,7 +95,7 @@ def unwrap_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _strip_attribute(paths: dict[str, str]) -> list[str]:
-    """Remove what stands in front of ``base_model.model``, in place; return what is in doubt then."""
+    """Remove the attribute in front of ``base_model.model``, in place; return problems."""
     outer = {name: match[1] for name, path in paths.items() if (match := _OUTER.match(path))}
     fronts = sorted(set(outer.values()))
     if len(fronts) > 1:
@@ -105,7 +105,7 @@ def _strip_attribute(paths: dict[str, str]) -> list[str]:
         paths[name] = strip_wrappers(paths[name][len(front) :])
     if fronts in ([], [""]):
         return []
-    # Beside the PEFT model: a head of the holder's own may well have the name of a module inside of it.
+    # Names beside the PEFT model: a head of the outer model may have the name of a module inside of it.
     return [
         f"{name}: not part of the PEFT model, whose names begin with {fronts[0]}{PREFIX}; save without it"
         for name in paths

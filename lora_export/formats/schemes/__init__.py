@@ -1,7 +1,7 @@
-"""Other names for the modules of a family of models: name → ``module:attribute``, imported when asked for.
+"""Translate other names for a family's modules: scheme → ``module:attribute``, imported when it is used.
 
-Trainers name modules as the code does in which they train (Stability's, Black Forest Labs', …). Where the
-base is a diffusers (or newer transformers) model, such an adapter is translated before it is placed. A new
+Trainers name modules like the code that they train with (Stability's, Black Forest Labs', …). If the base is
+a diffusers (or newer transformers) model, such an adapter is translated before its sites are found. A new
 scheme is one module with one `Scheme`, and one line here.
 """
 
@@ -45,21 +45,21 @@ ARCHITECTURE = "modelspec.architecture"
 def translate(
     adapter: Adapter, known: Collection[str], *, others: Callable[[], Iterable[str]] | None = None
 ) -> tuple[Adapter, tuple[str, ...]] | None:
-    """Give an adapter the base's own names, where it has those of another scheme.
+    """Give an adapter the base's own names, if it has those of another scheme.
 
     Args:
         adapter: The adapter.
-        known: Dotted parameter paths of the base, possibly behind an outer prefix.
-        others: Where ``known`` is only what a graph exposes: returns the names of its other parameters, as
-            far as it has names, which tell how its blocks are built.
+        known: Dotted parameter paths of the base, possibly with an outer prefix.
+        others: If ``known`` is only what a graph exposes: function that returns the names of its other
+            parameters, as far as it has names; they show how its blocks are built.
 
     Returns:
-        The adapter with dotted paths, each module split or reordered as the base stores it, and notes on
-        what was done. None where no scheme applies: the names fit as they are, or fit none.
+        The adapter with dotted paths, each module split or reordered as the base stores it, and notes. None
+        if no scheme applies: the names fit already, or fit no scheme.
 
     Raises:
-        AdapterError: A scheme applies, and something can't be translated by it; everything is listed. Or
-            the file says that it is for another family.
+        AdapterError: A scheme applies but can't translate something, which is listed; or the file states
+            another family.
     """
     from lora_export.formats.schemes.applying import apply_scheme
     from lora_export.formats.schemes.known import KnownModules
@@ -75,7 +75,7 @@ def translate(
     ]
     if not found:
         return None
-    # The base tells the rest; where schemes tie then, they say the same.
+    # The base decides between the others; if schemes still tie, they have the same result.
     best = min(found, key=lambda made: (len(made.missing), -made.found))
     _refuse(best, adapter, complete=others is None)
     note = f"adapter '{adapter.name}': names of {best.scheme.name} converted to the base's"
@@ -89,16 +89,16 @@ def fitted(
     *,
     others: Callable[[], Iterable[str]] | None = None,
 ) -> Adapter:
-    """Return the adapter with the base's names: translated if a scheme applies, else as it is.
+    """Return the adapter with the base's names: translated if a scheme applies, else unchanged.
 
     Args:
         adapter: See `translate`.
         known: See `translate`.
-        notes: Gets what reading the adapter had to say, and what was done.
+        notes: List to add the adapter's notes and those of the translation to.
         others: See `translate`.
 
     Raises:
-        AdapterError: A module that its config says was trained whole is not in the file; or see `translate`.
+        AdapterError: The file lacks a module that was trained whole by its config; or as in `translate`.
     """
     refuse_unsaved(adapter, known)
     notes += [f"adapter '{adapter.name}': {note}" for note in (*adapter.notes, *half_saved(adapter, known))]
@@ -106,14 +106,14 @@ def fitted(
     if found is None:
         return adapter
     notes += found[1]
-    # A scope speaks of the adapter's own paths, which are the base's now.
+    # A scope is for the adapter's own paths, which are now the base's.
     return replace(found[0], scope=None)
 
 
 def _likeliest(schemes: list[Scheme], adapter: Adapter) -> list[Scheme]:
-    """Return those that leave least of an adapter's names unexplained: relatives share some of them.
+    """Return the schemes that leave the fewest of an adapter's names unexplained: relatives share some names.
 
-    Schemes of other components speak of other modules, and are not compared.
+    Schemes of other components name other modules, and are not compared.
     """
     from lora_export.formats.schemes.rules import unexplained
 
@@ -126,25 +126,25 @@ def _likeliest(schemes: list[Scheme], adapter: Adapter) -> list[Scheme]:
 
 
 def _refuse(made: Translation, adapter: Adapter, complete: bool) -> None:
-    """Raise `AdapterError` for what can't be cut, and for gaps that make all other counterparts doubtful."""
+    """Raise `AdapterError` for modules that can't be cut, and for gaps that leave all others in doubt."""
     if made.problems:
         raise AdapterError(
             f"adapter '{adapter.name}' has names of {made.scheme.name} that can't be converted to the base's",
-            "give --component where the file serves several models, and the base that it was trained on",
+            "give --component if the file is for several models, and the base that it was trained on",
             _listed(made.problems),
         )
     if not (made.missing and made.scheme.structural and complete):
         return
     raise AdapterError(
-        f"adapter '{adapter.name}' has names of {made.scheme.name}, and {len(made.missing)} of its modules "
-        "have no counterpart in the base: its blocks are built in another way",
+        f"adapter '{adapter.name}' has names of {made.scheme.name}, but {len(made.missing)} of its modules "
+        "have no counterpart in the base: its blocks are built differently",
         "give the base that the adapter was trained on (SDXL, SD 1.5 and SD 2 differ)",
         _listed(made.missing),
     )
 
 
 def _refuse_family(scheme: Scheme, adapter: Adapter, known: KnownModules) -> None:
-    """Raise `AdapterError` where a file says that it is for another family whose blocks are alike."""
+    """Raise `AdapterError` if a file states another family with the same names of blocks."""
     from lora_export.formats.schemes.rules import TableScheme
 
     if not isinstance(scheme, TableScheme):
@@ -156,8 +156,8 @@ def _refuse_family(scheme: Scheme, adapter: Adapter, known: KnownModules) -> Non
         return
     raise AdapterError(
         f"adapter '{adapter.name}' was trained on {trained}, by its {ARCHITECTURE} "
-        f"({adapter.config[ARCHITECTURE]!r}), and the base is {base[0]}: only their names are alike",
-        f"give the base that it was trained on; if it is meant for {base[0]}, correct the file's metadata",
+        f"({adapter.config[ARCHITECTURE]!r}), but the base is {base[0]}: only their names are the same",
+        f"give the base that it was trained on; if it is for {base[0]}, correct the file's metadata",
     )
 
 

@@ -1,9 +1,9 @@
-"""One scheme applied to one adapter: each module becomes its counterparts, and none is lost on the way.
+"""Apply a scheme to an adapter: each module becomes its counterparts, and none is lost.
 
 Rules:
 
-1. A base that knows one of the scheme's own names uses the scheme itself: nothing is translated.
-2. One outer prefix of the base holds for all counterparts; placing puts it in front, not the scheme.
+1. A base that has one of the scheme's own names uses the scheme itself: nothing is translated.
+2. One outer prefix of the base applies to all counterparts; the search for sites adds it, not the scheme.
 3. A module whose counterpart is missing gets a name that no base has, so that the plan refuses it.
 4. Two modules never become one.
 """
@@ -22,14 +22,14 @@ from lora_export.formats.schemes.rules import Counterpart, Scheme, inner
 
 @dataclass
 class Translation:
-    """What a scheme makes of an adapter.
+    """The translation of an adapter by a scheme.
 
     Attributes:
         scheme: The scheme.
-        adapter: The result.
+        adapter: The translated adapter.
         found: Number of counterparts that the base has.
-        missing: The adapter's paths that have none, each with the counterpart that the base lacks, if any.
-        problems: What can't be cut, or collides.
+        missing: The adapter's paths without one, each with the counterpart that the base lacks, if any.
+        problems: Modules that can't be cut, or that collide.
     """
 
     scheme: Scheme
@@ -40,7 +40,7 @@ class Translation:
 
 
 def apply_scheme(scheme: Scheme, adapter: Adapter, known: KnownModules) -> Translation | None:
-    """Return the translation, or None where the base isn't the scheme's, or has the scheme's own names.
+    """Return the translation, or None if the base isn't of the scheme's family, or has the scheme's names.
 
     Args:
         scheme: A scheme that recognises the adapter.
@@ -48,7 +48,7 @@ def apply_scheme(scheme: Scheme, adapter: Adapter, known: KnownModules) -> Trans
         known: The base's modules.
 
     Raises:
-        AdapterError: The base's structure can't be told from its names.
+        AdapterError: The base's structure is not clear from its names.
     """
     lookup = scheme.lookup(known)
     mine = [m.path for m in adapter.modules.values() if m.component in scheme.components]
@@ -65,7 +65,7 @@ def apply_scheme(scheme: Scheme, adapter: Adapter, known: KnownModules) -> Trans
 
 
 def _outer_prefix(targets: Mapping[str, Sequence[Counterpart]], known: KnownModules) -> str | None:
-    """Return the prefix under which most counterparts are known (rule 2), or None where none is."""
+    """Return the prefix under which most counterparts are known (rule 2), or None if none is known."""
     votes: Counter[str] = Counter()
     for found in targets.values():
         for target in found:
@@ -74,7 +74,7 @@ def _outer_prefix(targets: Mapping[str, Sequence[Counterpart]], known: KnownModu
 
 
 class _Translator:
-    """Makes the new modules and whole parameters."""
+    """Make the new modules and whole parameters."""
 
     def __init__(
         self,
@@ -86,13 +86,13 @@ class _Translator:
         self._result, self._known, self._prefix, self._targets = result, known, prefix, targets
 
     def run(self, adapter: Adapter) -> Translation:
-        """Return the result."""
+        """Return the translation."""
         modules: dict[str, LoraModule] = {}
         owners: dict[str, LoraModule] = {}
         for module in adapter.modules.values():
             for new in self._modules_of(module):
                 place = f"{new.path}.{new.parameter}"
-                first = owners.setdefault(place, module)
+                first = owners.setdefault(place, module)  # rule 4
                 if first is not module and {first.path, module.path} & self._targets.keys():
                     self._result.problems.append(f"{module.key} and {first.key} are both the base's {place}")
                 modules[new.key] = new
@@ -141,7 +141,7 @@ class _Translator:
         return parts
 
     def _path(self, path: str, target: Counterpart) -> str:
-        """Return a counterpart's path as the base spells it; rule 3 where the base has none."""
+        """Return a counterpart's path in the base's spelling, or a name that no base has (rule 3)."""
         found = self._known.find(target.path).get(self._prefix)
         if found is None:
             self._result.missing.append(f"{path}  the base has no {target.path}")
@@ -151,7 +151,7 @@ class _Translator:
         return found
 
     def _left(self, module: LoraModule) -> LoraModule:
-        """Return a module that the scheme does not name, as the base spells it if it is known as it is."""
+        """Return a module that the scheme does not name, in the base's spelling if the base has it."""
         path = self._known.find(inner(module.path)).get(self._prefix)
         if path is not None:
             return replace(module, path=path)

@@ -1,7 +1,7 @@
-"""CLIP's and SigLIP's towers as transformers 4 names them (``text_model.…``) → transformers 5, without it.
+"""Translate transformers 4's names of CLIP's and SigLIP's towers (``text_model.…``) to transformers 5's.
 
-The towers' layers have the same names where transformers 5 has saved them: only a base that is a text (or
-vision) model by its embeddings' names takes the text (or vision) model's adapters.
+transformers 5 omits the tower's name, so that the layers of both towers have the same names: only a base that
+is a text (or vision) model by its embeddings' names takes the text (or vision) model's adapters.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class _Tower:
     Attributes:
         name: See `Scheme`.
         components: See `Scheme`.
-        outer: What transformers 5 leaves out.
+        outer: Part of the names that transformers 5 omits.
         own: A module that only this tower has.
-        other: One that only the other has.
+        other: A module that only the other tower has.
         structural: See `Scheme`.
     """
 
@@ -37,16 +37,16 @@ class _Tower:
     structural: bool = False
 
     def recognises(self, adapter: Adapter) -> bool:
-        """Whether every path begins with the tower's name."""
+        """Return whether every path begins with the tower's name."""
         paths = paths_of(self, adapter)
         return bool(paths) and all(path.startswith(f"{self.outer}_") for path in paths)
 
     def explains(self, path: str) -> bool:
-        """Whether the path begins with the tower's name."""
+        """Return whether the path begins with the tower's name."""
         return flatten(path).startswith(f"{self.outer}_")
 
     def lookup(self, known: KnownModules) -> Lookup:
-        """Return a function that takes the tower's name off, where the base is that tower."""
+        """Return a function that removes the tower's name, if the base is that tower."""
         is_tower = known.has(self.own) and not known.has(self.other)
 
         def find(path: str) -> Sequence[Counterpart]:

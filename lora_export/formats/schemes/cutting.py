@@ -1,4 +1,4 @@
-"""Rows of a module's output cut out or put in another order: exact, and nothing else of it changes."""
+"""Cut rows out of a module's output, or reorder them: exactly, and without any other change."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def take_rows(values: Array, spans: Spans) -> Array:
 
 
 def cut_module(module: LoraModule, path: str, spans: Spans) -> LoraModule:
-    """Return the module that makes the output rows ``spans`` of another, under its own path.
+    """Return a module with the output rows ``spans`` of another, under a path of its own.
 
-    Row i of ΔW is row i of lora_B times lora_A; DoRA's norm, its factor and the bias are one value for each
-    row. lora_A, rank and alpha stay, and so does the scaling.
+    Row i of ΔW is row i of lora_B times lora_A; DoRA's norm, its factor and the bias have one value for each
+    row. lora_A, rank and alpha don't change, and so neither does the scaling.
 
     Args:
         module: A linear module, or a convolution of one group.
         path: The new path.
-        spans: Which rows, in their new order.
+        spans: Ranges of rows, in their new order.
     """
 
     def vector(values: Array | None) -> Array | None:

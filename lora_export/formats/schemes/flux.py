@@ -1,8 +1,8 @@
-"""Black Forest Labs' names of FLUX.1 → diffusers' FluxTransformer2DModel.
+"""Translate Black Forest Labs' names of FLUX.1 to diffusers' FluxTransformer2DModel.
 
 Source: https://github.com/black-forest-labs/flux ``model.py`` and diffusers ``loaders/single_file_utils.py``,
-``convert_flux_transformer_checkpoint_to_diffusers``. Chroma has the same blocks without modulation, which
-other layers make (``convert_chroma_transformer_checkpoint_to_diffusers``).
+``convert_flux_transformer_checkpoint_to_diffusers``. Chroma has the same blocks without modulation, which is
+in other layers (``convert_chroma_transformer_checkpoint_to_diffusers``).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SCHEME = TableScheme(
             *(f"{_SINGLE}.attn.to_{x}" for x in "qkv"), f"{_SINGLE}.proj_mlp"
         ),
         "single_blocks.{}.linear2": f"{_SINGLE}.proj_out",
-        # XLabs' adapters leave the MLP's rows of linear1 out (`lora_export.formats.reading.diffusion_names`).
+        # XLabs' adapters omit the MLP's rows of linear1 (`lora_export.formats.reading.diffusion_names`).
         "single_blocks.{}.qkv": thirds(*(f"{_SINGLE}.attn.to_{x}" for x in "qkv")),
         "single_blocks.{}.modulation.lin": f"{_SINGLE}.norm.linear",
         "distilled_guidance_layer.layers.{}.in_layer": "distilled_guidance_layer.layers.{}.linear_1",

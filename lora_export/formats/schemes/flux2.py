@@ -1,4 +1,4 @@
-"""Black Forest Labs' names of FLUX.2 → diffusers' Flux2Transformer2DModel.
+"""Translate Black Forest Labs' names of FLUX.2 to diffusers' Flux2Transformer2DModel.
 
 Source: diffusers ``loaders/single_file_utils.py``, ``convert_flux2_transformer_checkpoint_to_diffusers``.
 """

@@ -1,4 +1,4 @@
-"""Tencent's names of HunyuanVideo → diffusers' HunyuanVideoTransformer3DModel.
+"""Translate Tencent's names of HunyuanVideo to diffusers' HunyuanVideoTransformer3DModel.
 
 Source: diffusers ``loaders/single_file_utils.py``, ``convert_hunyuan_video_transformer_to_diffusers``.
 """

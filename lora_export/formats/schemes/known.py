@@ -1,4 +1,4 @@
-"""The module paths of a base, found with or without their dots and behind an outer prefix."""
+"""Find the module paths of a base, with or without their dots and after an outer prefix."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def _modules(parameters: Iterable[str]) -> set[str]:
 
 
 class KnownModules:
-    """Finds the modules of a base.
+    """Find the modules of a base.
 
     Args:
         parameters: Dotted parameter paths of the base.
-        others: Returns more of its parameters, which tell its structure but have no place for an adapter, as
-            far as they have names; None: those given are all.
+        others: Function that returns more of its parameters, as far as they have names, which show its
+            structure but take no adapter; None if ``parameters`` are all.
 
     Attributes:
         paths: Module paths.
-        is_complete: Those given are all: what is not among them, the base does not have.
+        is_complete: Whether ``parameters`` are all that the base has.
     """
 
     def __init__(self, parameters: Iterable[str], others: Callable[[], Iterable[str]] | None = None) -> None:
@@ -40,24 +40,24 @@ class KnownModules:
                 tail = ".".join(parts[start:])
                 self._tails[flatten(tail)][".".join(parts[:start])].append(tail)
                 if parts[start].isdigit():
-                    # A wrapper has no number: what is inside of a repeated block is no model of its own.
+                    # A wrapper has no number: the inside of a repeated block is not a model of its own.
                     break
 
     @cached_property
     def structure(self) -> set[str]:
-        """Paths of all modules, those without a place included."""
+        """Paths of all modules, those that take no adapter included."""
         return self.paths | _modules(self._others())
 
     def has(self, path: str) -> bool:
-        """Whether the base has a module behind some prefix, one without a place for an adapter included.
+        """Return whether the base has a module, after any prefix, even if it takes no adapter.
 
         Args:
-            path: Its dotted path.
+            path: Dotted path of the module.
         """
         return any(name == path or name.endswith(f".{path}") for name in self.structure)
 
     def find(self, path: str) -> Mapping[str, str]:
-        """Return outer prefix → dotted path behind it, for each prefix under which ``path`` is known.
+        """Return outer prefix → dotted path after it, for each prefix under which ``path`` is known.
 
         Args:
             path: A module path; dots and underscores count as the same.

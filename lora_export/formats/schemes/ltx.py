@@ -1,4 +1,4 @@
-"""Lightricks' names of LTX-Video and LTX-2 → diffusers' LTX transformers.
+"""Translate Lightricks' names of LTX-Video and LTX-2 to diffusers' LTX transformers.
 
 Source: diffusers ``loaders/single_file_utils.py``, ``convert_ltx_transformer_checkpoint_to_diffusers``, and
 ``loaders/lora_conversion_utils.py``, ``_convert_non_diffusers_ltx2_lora_to_diffusers``. Blocks have the same
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from lora_export.formats.schemes.rules import TableScheme
 
-# Modules that make a norm's shifts and scales from the time step, or from the prompt.
+# Modules that compute a norm's shifts and scales from the time step, or from the prompt.
 _ADAPTIVE = {
     "adaln_single": "time_embed",
     "audio_adaln_single": "audio_time_embed",

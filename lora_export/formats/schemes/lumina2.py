@@ -1,4 +1,4 @@
-"""Alpha-VLLM's names of Lumina-Image 2.0 → diffusers' Lumina2Transformer2DModel.
+"""Translate Alpha-VLLM's names of Lumina-Image 2.0 to diffusers' Lumina2Transformer2DModel.
 
 Source: diffusers ``loaders/single_file_utils.py``, ``convert_lumina2_to_diffusers``.
 """

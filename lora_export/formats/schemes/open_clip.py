@@ -1,8 +1,8 @@
-"""OpenCLIP's names of a text model → transformers' CLIPTextModel.
+"""Translate OpenCLIP's names of a text model to transformers' CLIPTextModel.
 
 Source: https://github.com/mlfoundations/open_clip ``transformer.py`` and diffusers
-``loaders/single_file_utils.py``, ``convert_open_clip_checkpoint``. A base with a vision tower as well has
-blocks of the same names twice, and is left alone.
+``loaders/single_file_utils.py``, ``convert_open_clip_checkpoint``. A base that also has a vision tower has
+blocks of the same names twice, and is not translated.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a naming scheme says of one module: its counterparts, and which rows of the output each has."""
+"""Describe a naming scheme: the counterparts of each module, and the rows of its output that each has."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lora_export.formats.schemes.known import KnownModules, flatten
 
 Spans = tuple[tuple[int, int], ...]
 # (out_dim, in_dim) of a module → the rows of its output that a counterpart has, in the counterpart's
-# order; empty where the sizes can't be cut in this way.
+# order; empty if these sizes can't be cut in this way.
 RowsOf = Callable[[int, int], Spans]
 
-# ComfyUI and ai-toolkit put the whole model behind one of these.
+# ComfyUI and ai-toolkit put one of these in front of the whole model.
 _OUTER = re.compile(r"^(?:model[._])?diffusion_model[._]")
 # Names of components; None: the file is for one model.
 Components = tuple[str | None, ...]
@@ -38,8 +38,8 @@ class Counterpart:
     """A module of the base that holds (some rows of) a module of the adapter.
 
     Attributes:
-        path: Its path; underscores may stand for dots, the base's own spelling is then looked up.
-        rows: Which rows.
+        path: Path; underscores may stand for dots, and the base's own spelling is then looked up.
+        rows: Function that returns the rows.
     """
 
     path: str
@@ -71,41 +71,41 @@ def attention_and_mlp(*paths: str) -> tuple[Counterpart, ...]:
     return tuple(Counterpart(path, part(number)) for number, path in enumerate(paths))
 
 
-# Path of one of the adapter's modules → its counterparts; none: not a name of the scheme.
+# Path of one of the adapter's modules → its counterparts; empty if it is not a name of the scheme.
 Lookup = Callable[[str], Sequence[Counterpart]]
 
 
 class Scheme(Protocol):
-    """A way to name the modules of a family of models that is not the base's own."""
+    """Names for the modules of a family of models that are not the base's own."""
 
     @property
     def name(self) -> str:
-        """What to call it."""
+        """Name for messages."""
         ...
 
     @property
     def components(self) -> Components:
-        """The components that it may name."""
+        """Components whose modules it may name."""
         ...
 
     @property
     def structural(self) -> bool:
-        """Whether counterparts depend on the base's structure, so that one that is missing spoils all."""
+        """Whether counterparts depend on the base's structure, so that a missing one makes all doubtful."""
         ...
 
     def recognises(self, adapter: Adapter) -> bool:
-        """Whether an adapter has names of this scheme, by its module paths alone."""
+        """Return whether an adapter has names of this scheme, judged only by its module paths."""
         ...
 
     def explains(self, path: str) -> bool:
-        """Whether a module's path is one of the scheme's names, whatever the base."""
+        """Return whether a module's path is one of the scheme's names, whatever the base."""
         ...
 
     def lookup(self, known: KnownModules) -> Lookup:
-        """Return what finds counterparts in a base.
+        """Return a function that finds counterparts in a base.
 
         Raises:
-            AdapterError: The base looks like the family, but its structure can't be told from its names.
+            AdapterError: The base looks like the family, but its structure is not clear from its names.
         """
         ...
 
@@ -120,7 +120,7 @@ def paths_of(scheme: Scheme, adapter: Adapter) -> list[str]:
 
 
 def unexplained(scheme: Scheme, adapter: Adapter) -> int:
-    """Return how many of the modules that a scheme may name have no name of it."""
+    """Return how many of the modules that a scheme may name have none of its names."""
     modules = [module for module in adapter.modules.values() if module.component in scheme.components]
     return sum(not scheme.explains(inner(module.path)) for module in modules)
 
@@ -136,18 +136,18 @@ def _pattern(source: str) -> re.Pattern[str]:
 
 @dataclass(frozen=True)
 class TableScheme:
-    """A scheme whose names are a table.
+    """A scheme that is a table of names.
 
     Attributes:
-        name: What to call it.
+        name: Name for messages.
         table: Path, with ``{}`` for a number → counterparts, or the path of the only one.
         mark: Pattern of a flattened path that only this scheme, or a close relative, has.
-        anchors: What tells the base's family from others that have blocks of the same names (and, as FLUX.1
-            and HunyuanVideo, of the same sizes): of each group, the base has one of the modules.
+        anchors: Groups of modules that distinguish the base's family from others with blocks of the same
+            names (and, as FLUX.1 and HunyuanVideo, sizes): the base has one module of each group.
         components: See `Scheme`.
-        rivals: What a base with blocks of the same names twice has.
-        families: Of models whose blocks have the same names and sizes: how trainers call each
-            (``modelspec.architecture``) → modules of which only its base has one.
+        rivals: Modules of a base that has blocks of the same names twice.
+        families: For models whose blocks have the same names and sizes: trainers' name of the family
+            (``modelspec.architecture``) → modules of which only a base of this family has one.
         structural: See `Scheme`.
     """
 
@@ -161,17 +161,17 @@ class TableScheme:
     structural: bool = field(default=False, init=False)
 
     def recognises(self, adapter: Adapter) -> bool:
-        """Whether some path has the mark."""
+        """Return whether some path has the mark."""
         mark = re.compile(self.mark)
         return any(mark.match(path) for path in paths_of(self, adapter))
 
     def explains(self, path: str) -> bool:
-        """Whether the table has the path."""
+        """Return whether the table has the path."""
         return bool(self._find(path))
 
     def lookup(self, known: KnownModules) -> Lookup:
-        """Return the table as a function, or one that finds nothing where the base is of another family."""
-        # A graph may have lost the names of what it does not expose.
+        """Return the table as a function, or one that finds nothing if the base is of another family."""
+        # A graph may have lost the names of parameters that it does not expose.
         if known.is_complete and not all(any(map(known.has, group)) for group in self.anchors):
             return lambda path: ()
         if any(map(known.has, self.rivals)):
@@ -192,7 +192,7 @@ class TableScheme:
     def _find(self, path: str) -> Sequence[Counterpart]:
         path = inner(path)
         for dotted, flat, targets in self._patterns:
-            # Dots tell HunyuanVideo's ``img_attn_qkv`` from FLUX.1's ``img_attn.qkv``.
+            # Dots distinguish HunyuanVideo's ``img_attn_qkv`` from FLUX.1's ``img_attn.qkv``.
             if match := (dotted if "." in path else flat).fullmatch(path):
                 return [Counterpart(target.path.format(*match.groups()), target.rows) for target in targets]
         return ()

@@ -1,4 +1,4 @@
-"""Stability's names of Stable Diffusion 3 and 3.5 → diffusers' SD3Transformer2DModel.
+"""Translate Stability's names of Stable Diffusion 3 and 3.5 to diffusers' SD3Transformer2DModel.
 
 Source: diffusers ``loaders/single_file_utils.py``, ``convert_sd3_transformer_checkpoint_to_diffusers``.
 """
@@ -11,7 +11,7 @@ _BLOCK, _EMBED = "transformer_blocks.{}", "time_text_embed"
 
 
 def _context_modulation(rows: int, cols: int) -> Spans:
-    """Return the rows of a context block's modulation: the last block has shift and scale only."""
+    """Return the rows of a context block's modulation: the last block has only shift and scale."""
     return swapped_halves(rows, cols) if rows == 2 * cols else whole(rows, cols)
 
 

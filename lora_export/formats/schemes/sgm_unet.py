@@ -1,7 +1,7 @@
-"""Stability's sgm (and CompVis' ldm) names of a UNet → diffusers' UNet2DConditionModel.
+"""Translate Stability's sgm (and CompVis' ldm) names of a UNet to diffusers' UNet2DConditionModel.
 
-sgm counts the layers of all blocks in one list, diffusers in blocks: which is which depends on how many
-layers a block has, and that is read off the base's names. Source: https://github.com/Stability-AI/generative-models
+sgm counts the layers of all blocks in one list, diffusers in each block: the mapping depends on the number of
+layers of a block, which the base's names show. Source: https://github.com/Stability-AI/generative-models
 ``sgm/modules/diffusionmodules/openaimodel.py`` and diffusers ``loaders/single_file_utils.py``,
 ``convert_ldm_unet_checkpoint``.
 """
@@ -48,7 +48,7 @@ _Seen = Mapping[tuple[str, str], Mapping[int, set[int]]]
 
 @dataclass(frozen=True)
 class _Layer:
-    """A place in sgm's list: a layer of a block, or the downsampler behind the block's layers."""
+    """An entry of sgm's list: a layer of a block, or the downsampler after the block's layers."""
 
     block: str
     layer: int
@@ -63,15 +63,15 @@ class _SgmUNet:
     structural: bool = True
 
     def recognises(self, adapter: Adapter) -> bool:
-        """Whether some path is one of an input, middle or output block."""
+        """Return whether some path is in an input, middle or output block."""
         return any(_MARK.match(path) for path in paths_of(self, adapter))
 
     def explains(self, path: str) -> bool:
-        """Whether the path is in a block, or one of those around them."""
+        """Return whether the path is in a block, or one of those around them."""
         return flatten(path) in _FIXED or _MARK.match(flatten(path)) is not None
 
     def lookup(self, known: KnownModules) -> Lookup:
-        """Return what finds counterparts by the base's own structure."""
+        """Return a function that finds counterparts by the base's own structure."""
         lists = _lists_of(known)
 
         def find(path: str) -> Sequence[Counterpart]:
@@ -88,7 +88,7 @@ class _SgmUNet:
 
 
 def _in_block(flat: str, lists: Mapping[str, Sequence[_Layer]]) -> str:
-    """Return the counterpart of a flattened path, or an empty text."""
+    """Return the counterpart of a flattened path, or ""."""
     if match := _MIDDLE.fullmatch(flat):
         index = int(match["index"])
         return _layer(f"mid_block.{'attentions' if index % 2 else 'resnets'}.{index // 2}", match["rest"])
@@ -100,7 +100,7 @@ def _in_block(flat: str, lists: Mapping[str, Sequence[_Layer]]) -> str:
     if layer.is_downsampler:
         return f"{layer.block}.downsamplers.0.conv" if (place, rest) == (0, "op") else ""
     if rest == "conv":
-        # Behind the last layer, and behind its attention if it has one.
+        # After the last layer, and after its attention if it has one.
         return f"{layer.block}.upsamplers.0.conv" if layer.is_last and place in (1, 2) else ""
     if place > 1:
         return ""
@@ -114,7 +114,7 @@ def _layer(module: str, rest: str) -> str:
 
 
 def _lists_of(known: KnownModules) -> Mapping[str, Sequence[_Layer]] | None:
-    """Return sgm's two lists for a base; None where it is no such UNet."""
+    """Return sgm's two lists for a base; None if it is not such a UNet."""
     by_prefix: dict[str, dict[tuple[str, str], dict[int, set[int]]]] = {}
     for path in known.structure:
         if match := _SEEN.match(path):
@@ -122,13 +122,13 @@ def _lists_of(known: KnownModules) -> Mapping[str, Sequence[_Layer]] | None:
             seen[match["side"], match["kind"]][int(match["block"])].add(int(match["layer"]))
     if not by_prefix:
         return None
-    # An exposed graph has the modules that it exposes under another prefix than its constants.
+    # A graph with exposed LoRA has its exposed modules under another prefix than its constants.
     whole = [seen for seen in by_prefix.values() if ("down", "resnets") in seen]
     found = [_lists(seen) for seen in whole or by_prefix.values()]
     if any(lists != found[0] for lists in found):
         where = ", ".join(sorted(prefix or "(none)" for prefix in by_prefix))
         raise AdapterError(
-            "the adapter has Stability's sgm names, and the base holds several UNets of different structure",
+            "the adapter has Stability's sgm names, but the base holds several UNets of different structure",
             "give the folder or the graph of one of them",
             [f"found under the prefixes: {where}"],
         )
@@ -174,7 +174,7 @@ def _depths(seen: _Seen) -> list[int]:
 
 
 def _depths_of_attention(seen: _Seen) -> list[int]:
-    """Return the layers of each block where only attentions are known, as in a graph that exposes them.
+    """Return the layers of each block if only attentions are known, as in a graph that exposes them.
 
     Every down block has the same number of layers, and every up block one more, in all published UNets.
     """
@@ -189,10 +189,10 @@ def _depths_of_attention(seen: _Seen) -> list[int]:
 
 def _unclear(problems: Sequence[str]) -> AdapterError:
     return AdapterError(
-        "the adapter has Stability's sgm names, which count the layers of a UNet, and the base's names don't "
-        "tell how many layers each of its blocks has",
-        "give the whole diffusers folder, as the base or as --checkpoint; a graph with exposed LoRA is to be "
-        "made with this adapter as --adapter",
+        "the adapter has Stability's sgm names, which count the layers of a UNet, but the base's names don't "
+        "show how many layers each of its blocks has",
+        "give the whole diffusers folder, as the base or as --checkpoint; make a graph with exposed LoRA "
+        "with this adapter as --adapter",
         problems,
     )
 

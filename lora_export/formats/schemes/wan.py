@@ -1,4 +1,4 @@
-"""Alibaba's names of Wan 2.1 and 2.2 → diffusers' WanTransformer3DModel and WanVACETransformer3DModel.
+"""Translate Alibaba's names of Wan 2.1 and 2.2 to diffusers' Wan(VACE)Transformer3DModel.
 
 Source: diffusers ``loaders/single_file_utils.py``, ``convert_wan_transformer_to_diffusers``.
 """

@@ -1,4 +1,4 @@
-"""Tongyi's fused names of Z-Image, as ComfyUI has them → diffusers' ZImageTransformer2DModel.
+"""Translate Tongyi's fused names of Z-Image, as in ComfyUI, to diffusers' ZImageTransformer2DModel.
 
 Source: diffusers ``loaders/single_file_utils.py``, ``convert_z_image_transformer_checkpoint_to_diffusers``.
 """
@@ -14,7 +14,7 @@ def _blocks() -> Iterator[tuple[str, str | Sequence[Counterpart]]]:
     for blocks in ("layers.{}", "noise_refiner.{}", "context_refiner.{}"):
         yield f"{blocks}.attention.qkv", thirds(*(f"{blocks}.attention.to_{x}" for x in "qkv"))
         yield f"{blocks}.attention.out", f"{blocks}.attention.to_out.0"
-        # The same in both, but other names in Lumina 2, which these blocks come from.
+        # Lumina 2, which these blocks come from, has other names for these in diffusers.
         for same in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0"):
             yield f"{blocks}.{same}", f"{blocks}.{same}"
 

@@ -1,1 +1,1 @@
-"""How a set of files gets its names: steps that can be taken back, a lock, and what ended runs have left."""
+"""Give a set of files its names: reversible steps, a lock, and the handling of files left by ended runs."""

@@ -1,13 +1,13 @@
-"""Whose temporary names are, and whether that process has ended.
+"""Find the process that owns temporary names, and whether it has ended.
 
-A process holds a lease in each folder that it writes into: a file that it keeps locked for as long as names
-of its set lie there. The kernel lets go of the lock when the process ends, however it ends, and answers alike
-in every container and namespace: a number of a process, and what /proc says of it, depend on who looks. Of
-another kernel's locks nothing is known: another machine's, or this one's before it was started again. What it
-holds is left alone.
+A process holds a lease in each folder that it writes into: a file that it keeps locked as long as names of
+its set exist there. The kernel releases the lock when the process ends, in whatever way, and answers the same
+in every container and namespace, while a process's number and its entry in /proc depend on the viewer. The
+locks of another kernel (another machine's, or this one's before a restart) are unknown, and files under them
+are not touched.
 
-The lease of the folder that was written into first is the set's; those in further folders point to it. It
-knows what the set is to become, and its renaming is the one step that decides for all folders (`steps.Mark`).
+The lease of the folder that was written into first is the set's; leases in other folders point to it. It
+records the set's entries, and its renaming is the one step that decides for all folders (`steps.Mark`).
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Owner(Enum):
-    """What is known of the process that holds a lease."""
+    """State of the process that holds a lease."""
 
     RUNS = "runs"
     ENDED = "ended"
-    UNKNOWN = "can't be told"
+    UNKNOWN = "unknown"
 
 
 def new_identity() -> str:
-    """Return what the names of a set have in common: kernel, process, and 48 bits that nobody else has."""
+    """Return the common part of a set's names: kernel, process, and 48 random bits."""
     return f"{_kernel()}-{os.getpid()}-{secrets.token_hex(6)}"
 
 
 def is_here(kernel: str) -> bool:
-    """Return whether a name was given under this kernel, whose locks can be asked for."""
+    """Return whether a name was given under this kernel, whose locks are known."""
     return kernel == _kernel() != _UNKNOWN_KERNEL
 
 
 @cache
 def _kernel() -> str:
-    """Return a hash that every start of every machine has for itself, and its containers have in common."""
+    """Return a hash that is unique to a start of a machine, and shared by its containers."""
     try:
         return hashlib.sha256(_BOOT.read_bytes().strip()).hexdigest()[:6]
     except OSError:  # hidden from this process
@@ -69,12 +69,12 @@ def _kernel() -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """One file or folder of a set, as the lease remembers it.
+    """One file or folder of a set, as the lease records it.
 
     Attributes:
-        staged: The names.
-        new: What tells the new file from others: `fingerprint`.
-        replaces: Whether there was an old one.
+        staged: Its names.
+        new: The new file's `fingerprint`.
+        replaces: Whether it replaces an old one.
     """
 
     staged: Staged
@@ -82,7 +82,7 @@ class Entry:
     replaces: bool
 
     def is_new(self, path: Path) -> bool:
-        """Return whether what lies at ``path`` is the set's new file."""
+        """Return whether the file at ``path`` is the set's new one."""
         with contextlib.suppress(OSError):
             return fingerprint(path) == self.new
         return False
@@ -90,12 +90,12 @@ class Entry:
 
 @dataclass
 class Record:
-    """What a lease says.
+    """The content of a lease.
 
     Attributes:
         first: Folder of the set's own lease, if this one only points to it.
-        folders: Those that the set lies in, beside that of the lease.
-        entries: Files that are to get their names; None before that began.
+        folders: The set's folders other than the lease's.
+        entries: Files that get their names; None before that has begun.
     """
 
     first: Path | None = None
@@ -104,7 +104,7 @@ class Record:
 
 
 def fingerprint(path: Path) -> tuple[int, ...]:
-    """Return the kind, the size of a file and the time of the last change, which stay when it is renamed."""
+    """Return kind, size and time of last change, which a renaming does not alter."""
     found = path.lstat()
     kind = stat.S_IFMT(found.st_mode)
     return kind, found.st_size if stat.S_ISREG(kind) else 0, found.st_mtime_ns
@@ -115,10 +115,10 @@ class Lease:
 
     Args:
         folder: The folder.
-        identity: The set's.
+        identity: Identity of the set.
 
     Attributes:
-        held_here: Identities of what this process writes.
+        held_here: Identities of the sets that this process writes.
     """
 
     held_here: ClassVar[set[str]] = set()
@@ -130,21 +130,21 @@ class Lease:
         self._grip: Grip | None = None
 
     def hold(self) -> None:
-        """Make it and keep it.
+        """Create the lease's file and lock it.
 
         Raises:
-            OSError: It can't be made.
+            OSError: The file can't be created.
         """
         self.held_here.add(self.identity)
         while self._grip is None:
             with Uninterrupted() as calm:
-                # Another user who could lock it would keep this process waiting.
+                # Mode 0o600: another user who could lock it would keep this process waiting.
                 self._grip = calm.insist(lambda: take(self.path, create=True, mode=0o600))
-            if self._grip is None:  # somebody has looked at it before it was locked, and removes it
+            if self._grip is None:  # another process saw it before it was locked, and removes it
                 time.sleep(PAUSE_S)
 
     def owner(self) -> Owner:
-        """Look whether its holder has ended; if so, it is held from then on."""
+        """Return the state of the lease's holder; if that has ended, this process holds the lease now."""
         for path in self._places:
             if not os.path.lexists(path):
                 continue
@@ -164,34 +164,34 @@ class Lease:
         return Owner.UNKNOWN
 
     def release(self, calm: Uninterrupted, remove: bool) -> None:
-        """Let go of what this process held.
+        """Release the lease that this process held.
 
         Args:
-            calm: The block that is not interrupted.
-            remove: Remove it; else whoever comes next finishes or takes back what it says.
+            calm: The uninterrupted block.
+            remove: Remove the file; else the next process finishes or takes back the set by it.
         """
         if remove:
             self.remove(calm)
         else:
             for path in filter(os.path.lexists, self._places):
-                tell(f"{path} stays: by it, the next command that names a file of its folder tidies up")
+                tell(f"{path} stays: with it, the next command that writes into its folder tidies up")
         self.let_go()
         self.held_here.discard(self.identity)
 
     def remove(self, calm: Uninterrupted) -> None:
-        """Remove the file, under both of its names."""
+        """Remove the lease's file, under both of its names."""
         for path in self._places:
             discard(path, calm)
 
     def let_go(self) -> None:
-        """Unlock it."""
+        """Unlock the lease's file."""
         if self._grip is not None:
             self._grip.let_go()
             self._grip = None
 
     @property
     def exists(self) -> bool:
-        """Whether there is a file under one of its names."""
+        """Whether the lease's file exists under one of its names."""
         return any(map(os.path.lexists, self._places))
 
     @property
@@ -199,15 +199,15 @@ class Lease:
         return self.mark.destination, self.path
 
     def points_to(self, first: Path) -> None:
-        """Let it say that the set's own lease is in the folder ``first``."""
+        """Record that the set's own lease is in the folder ``first``."""
         self._append({"first": self._relative(first)})
 
     def covers(self, folder: Path) -> None:
-        """Let it say that the set lies in a further folder."""
+        """Record that the set also has files in ``folder``."""
         self._append({"folder": self._relative(folder)})
 
     def remember(self, staged: Sequence[Staged]) -> None:
-        """Let it say what the set is to become, before anything is renamed."""
+        """Record the set's entries, before anything is renamed."""
         entries = [
             {
                 "target": os.path.join(self._relative(entry.target.parent), entry.target.name),  # noqa: PTH118
@@ -219,7 +219,7 @@ class Lease:
         self._append({"entries": entries})
 
     def read(self) -> Record:
-        """Return what it says; a line that a killed process has not written to its end says nothing."""
+        """Return the content; a line that a killed process has not completed is ignored."""
         assert self._grip is not None
         record = Record()
         size = os.fstat(self._grip.handle).st_size
@@ -251,11 +251,11 @@ class Lease:
         os.fsync(self._grip.handle)
 
     def _relative(self, folder: Path) -> str:
-        # Volumes lie elsewhere in another container.
+        # Relative, because volumes have other paths in another container.
         return os.path.relpath(folder.resolve(), self.folder.resolve())
 
 
 def staged_as(target: Path, identity: str) -> Staged:
-    """Return the names under which a file is written, and what it replaces is kept."""
+    """Return the temporary names of a file and of the old one that it replaces."""
     name = f"{target.name}.tmp-{identity}"
     return Staged(target.with_name(name), target, target.with_name(name + RETIRED))

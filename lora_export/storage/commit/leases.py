@@ -1,4 +1,4 @@
-"""The leases of one set: its own in the folder that was written into first, and those that point to it."""
+"""Hold the leases of a set: its own, in the folder that was written into first, and those pointing to it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lora_export.storage.commit.steps import Mark, Staged
 
 
 class Leases:
-    """What says, in each folder of a set, that its process runs, and what the set is to become."""
+    """The leases in all folders of a set, which show that its process runs, and record the set's entries."""
 
     def __init__(self) -> None:
         self._all: list[Lease] = []
 
     @property
     def first(self) -> Lease:
-        """The set's own."""
+        """The set's own lease."""
         return self._all[0]
 
     @property
@@ -26,10 +26,10 @@ class Leases:
         return self.first.mark
 
     def staged(self, target: Path) -> Staged:
-        """Return the names of a file to be written; its folder has a lease from then on.
+        """Return the names of a file to be written, and make sure that its folder has a lease.
 
         Raises:
-            OSError: No lease can be made there.
+            OSError: A lease can't be made there.
         """
         identity = self.first.identity if self._all else new_identity()
         if not any(lease.folder.samefile(target.parent) for lease in self._all):
@@ -39,7 +39,7 @@ class Leases:
     def _add(self, lease: Lease) -> None:
         if self._all:
             self.first.covers(lease.folder)
-        # Known before it is made, so that it is removed wherever an interrupt comes.
+        # Listed before it is made, so that it is removed whenever an interrupt comes.
         self._all.append(lease)
         try:
             lease.hold()
@@ -52,7 +52,7 @@ class Leases:
             raise
 
     def release(self, calm: Uninterrupted, remove: bool) -> None:
-        """Let go of all, the set's own last; those that are not removed let another process go on."""
+        """Release all leases, the set's own last; if they are not removed, another process can go on."""
         for lease in reversed(self._all):
             lease.release(calm, remove)
         self._all.clear()

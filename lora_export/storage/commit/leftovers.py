@@ -1,8 +1,8 @@
-"""Temporary names, and what is done about those whose process has ended.
+"""Remove, finish or take back the temporary files that ended processes have left.
 
-A killed process leaves files that it was writing: they go. Where it was killed while a set got its names,
-the set is finished or what it replaced is put back (`settling`). What belongs to a process that may still run
-(`lease`) is left alone, and where that can't be told, it is said.
+Files that a killed process was writing are removed. If it was killed while a set got its names, the set is
+finished or the old files are put back (`settling`). Files of a process that may still run (`lease`) are not
+touched, and if that is unknown, a note says so.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from lora_export.storage.inputs import forget_inputs
 
 _STAGED = re.compile(rf".+\.tmp-{IDENTITY}(?:{re.escape(RETIRED)})?", re.DOTALL)
 _SCRATCH = re.compile(rf"\.?lora-export-{IDENTITY}(?:{re.escape(LEASE)}|{re.escape(MARK)})?")
-# Of versions that wrote no machine into a name: whose it is can't be told.
+# Names of earlier versions, without a machine: their owner is unknown.
 _EARLIER = re.compile(rf".+\.tmp-[0-9]{{1,10}}-[0-9a-f]{{8}}(?:{re.escape(RETIRED)})?", re.DOTALL)
 _PATIENCE_S = 1.0
 
 
 @contextlib.contextmanager
 def scratch_folder(place: Path | None = None) -> Iterator[Path]:
-    """Make a folder, and remove it with all that is in it.
+    """Make a folder, and remove it with its content at the end of the block.
 
     Args:
-        place: Where: for what will be renamed, or is too large for the system's temporary folder, which None
-            stands for.
+        place: Folder to make it in, for files that will be renamed or are large; None: the system's temporary
+            folder.
     """
     hidden = "" if place is None else "."
     above = Path(tempfile.gettempdir()) if place is None else place
     lease = Lease(above, new_identity())
-    # Named before it is made, so that it is removed wherever an interrupt comes.
+    # Named before it is made, so that it is removed whenever an interrupt comes.
     folder = above / f"{hidden}lora-export-{lease.identity}"
     try:
         lease.hold()
         folder.mkdir(mode=0o700)
         yield folder
     finally:
-        # What was read there was this run's own, and goes with it.
+        # Files that were read there are this run's own, and are removed with the folder.
         forget_inputs([folder])
         with Uninterrupted() as calm:
             lease.release(calm, remove=discard(folder, calm))
@@ -57,11 +57,11 @@ def scratch_folder(place: Path | None = None) -> Iterator[Path]:
 
 @dataclass
 class _Sets:
-    """What bears temporary names in a folder, but for what this process writes itself.
+    """The temporary names in a folder, without those of this process.
 
     Attributes:
-        here: Names under this kernel, by the identity of their set.
-        elsewhere: Those of which nothing can be known.
+        here: Names given under this kernel, by the identity of their set.
+        elsewhere: Names of unknown owners.
     """
 
     here: dict[str, list[Path]] = field(default_factory=dict)
@@ -70,13 +70,13 @@ class _Sets:
 
 @dataclass
 class _Outcome:
-    """What came of looking through a folder.
+    """Result of tidying a folder.
 
     Attributes:
-        removed: Files that nobody needed.
-        size_bytes: Of these.
-        unknown: Names of which it can't be told whether their process has ended.
-        has_changed: Whether anything is otherwise than before.
+        removed: Files that were removed.
+        size_bytes: Their size.
+        unknown: Names whose process may or may not have ended.
+        has_changed: Whether anything was changed.
     """
 
     removed: list[Path] = field(default_factory=list)
@@ -86,14 +86,14 @@ class _Outcome:
 
 
 def tidy(folder: Path, held: Sequence[Path] = ()) -> bool:
-    """Remove, finish or put back what ended processes have left in a folder, and tell of it.
+    """Remove, finish or take back the files that ended processes have left in a folder, with notes.
 
     Args:
-        folder: Any; one that can't be read or written is left alone.
+        folder: Any folder; one that can't be read or written is not touched.
         held: Folders whose locks the caller holds.
 
     Returns:
-        Whether anything is otherwise than before.
+        Whether anything was changed.
     """
     found = _found(folder)
     outcome = _Outcome(unknown=found.elsewhere)
@@ -102,19 +102,19 @@ def tidy(folder: Path, held: Sequence[Path] = ()) -> bool:
             with locked([folder], _PATIENCE_S, held), Uninterrupted() as calm:
                 for identity in _found(folder).here:  # another process may have been here first
                     _Settling(folder, identity, (*held, folder), outcome, calm).run()
-        except (BusyError, OSError):  # the next run comes by as well; or the folder is gone
+        except (BusyError, OSError):  # the next run tries again; or the folder is gone
             pass
         except OutputError as error:
             tell(error.message)
     if outcome.removed:
         tell(
-            f"removed {_size_text(outcome.size_bytes)} that ended runs have left in {folder}: "
+            f"removed {_size_text(outcome.size_bytes)} that ended runs had left in {folder}: "
             f"{names(outcome.removed)}"
         )
     if outcome.unknown:
         tell(
-            f"left alone in {folder}: {names(outcome.unknown)}; whether the run that wrote this has ended "
-            "can't be told here (another machine's or an earlier version's, or this one was started again): "
+            f"not touched in {folder}: {names(outcome.unknown)}; it is unknown whether the run that wrote "
+            "this has ended (another machine's or an earlier version's, or this machine was restarted): "
             f"remove it if no lora-export runs there{_kept(outcome.unknown)}"
         )
     return outcome.has_changed
@@ -122,7 +122,7 @@ def tidy(folder: Path, held: Sequence[Path] = ()) -> bool:
 
 @dataclass(frozen=True)
 class _Settling:
-    """One set of an ended process; the lock of ``folder`` is held."""
+    """Settle one set of an ended process; the lock of ``folder`` is held."""
 
     folder: Path
     identity: str
@@ -154,7 +154,7 @@ class _Settling:
             own.let_go()
 
     def _read(self, lease: Lease) -> Record | None:
-        """Return what a lease says if its holder has ended; from then on it is held."""
+        """Return the content of a lease if its holder has ended; this process holds the lease then."""
         owner = lease.owner()
         with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
             if owner is Owner.RUNS:
@@ -165,7 +165,7 @@ class _Settling:
         return None
 
     def _leave(self, own: Lease) -> None:
-        """Leave alone a set whose own lease is not to be found: its folder may not be mounted here."""
+        """Report a set whose own lease is missing as unknown: its folder may not be mounted here."""
         if left := self._names(self.folder):
             self.outcome.unknown += left
         else:
@@ -178,7 +178,7 @@ class _Settling:
             if record.entries and not settle(record.entries, is_marked, self.calm):
                 return
             left = [path for folder in folders for path in self._names(folder)]
-            if any(path.name.endswith(RETIRED) for path in left):  # no lease says what they are
+            if any(path.name.endswith(RETIRED) for path in left):  # no lease lists them
                 self.outcome.unknown += left
                 return
             self.outcome.has_changed = True
@@ -192,7 +192,7 @@ class _Settling:
         return [path for path in _found(folder).here.get(self.identity, ()) if not _is_lease(path)]
 
     def _give_up(self, path: Path) -> bool:
-        if not os.path.lexists(path):  # it has its name
+        if not os.path.lexists(path):  # it already has its own name
             return True
         size = _size(path)
         if is_gone := discard(path, self.calm):
@@ -216,7 +216,7 @@ def _found(folder: Path) -> _Sets:
 
 
 def _own_names(folder: Path) -> Iterator[str]:
-    """Yield what may be a temporary name and is this user's: in /tmp there are others'."""
+    """Yield names that may be temporary and whose files belong to this user: /tmp has others' files."""
     try:
         with os.scandir(folder) as entries:
             found = sorted(
@@ -235,12 +235,12 @@ def _is_lease(path: Path) -> bool:
 
 
 def _kept(unknown: Sequence[Path]) -> str:
-    """Return what to do about files that may be the only ones of their output."""
+    """Return a hint for files that may be the only ones left of their output."""
     old = next((path.name for path in unknown if path.name.endswith(RETIRED)), None)
     if old is None:
         return ""
     name = old.rpartition(".tmp-")[0]
-    return f"; what ends in {RETIRED} is what was to be replaced: name it back if {name} is missing"
+    return f"; a file ending in {RETIRED} is the old one: rename it back if {name} is missing"
 
 
 def _size(path: Path) -> int:

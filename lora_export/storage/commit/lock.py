@@ -1,7 +1,7 @@
-"""One writer at a time gives names to files of a folder.
+"""Lock a folder, so that one writer at a time gives names to its files.
 
-The lock is flock(2) on a hidden file: the kernel lets go of it when its process ends, however it ends. The
-file goes with the lock; one that a killed process has left is taken and removed by the next one.
+The lock is flock(2) on a hidden file: the kernel releases it when its process ends, in whatever way. The file
+is removed with the lock; the next process takes and removes one that a killed process has left.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _PATIENCE_S = 60.0
 
 
 class BusyError(OutputError):
-    """Another writer does not come to an end."""
+    """Error for another writer that does not finish."""
 
 
 @dataclass(frozen=True)
 class Grip:
-    """An open file.
+    """An open lock file.
 
     Attributes:
-        handle: Its descriptor.
-        locked: Whether it is locked; False where the file system has no locks (some network and user-space
+        handle: File descriptor.
+        locked: Whether it is locked; False if the file system has no locks (some network and user-space
             ones).
     """
 
@@ -43,7 +43,7 @@ class Grip:
     locked: bool
 
     def let_go(self) -> None:
-        """Close it, and unlock it thereby."""
+        """Close the file, which unlocks it."""
         os.close(self.handle)
 
 
@@ -53,16 +53,16 @@ def locked(
 ) -> Iterator[None]:
     """Hold the locks of folders.
 
-    Where a file system has no locks, nothing is held.
+    On a file system without locks, nothing is held.
 
     Args:
-        folders: In any order: they are taken in the same one by everybody.
-        patience_s: How long another writer is waited for.
-        held: Folders whose locks the caller holds already.
+        folders: The folders, in any order: all processes take them in the same one.
+        patience_s: Longest time to wait for another writer, in seconds.
+        held: Folders whose locks the caller already holds.
 
     Raises:
         BusyError: Another writer holds one for longer.
-        OutputError: What lies in a lock's place is no file.
+        OutputError: The lock's path is not a regular file.
     """
     mine = {_identity(folder) for folder in held}
     wanted = {_identity(folder): folder for folder in folders}
@@ -73,26 +73,26 @@ def locked(
             while not _taken(folder / NAME, stack):
                 if time.monotonic() > deadline:
                     raise BusyError(
-                        f"another process is writing into {folder} and does not come to an end "
+                        f"another process is writing into {folder} and does not finish "
                         "(nothing was replaced)",
-                        f"wait for it or end it, then run this again (it holds {folder / NAME})",
+                        f"wait for it or stop it, then run this again (it holds {folder / NAME})",
                     )
                 time.sleep(PAUSE_S)
         yield
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    """Return what is the same for all paths of a folder: one that is mounted twice has one lock."""
+    """Return an identity that all paths of a folder share: one that is mounted twice has one lock."""
     found = folder.stat()
     return found.st_dev, found.st_ino
 
 
 def _taken(path: Path, held: contextlib.ExitStack) -> bool:
-    """Take a lock if nobody has it, and let ``held`` release it; True too where there are none."""
+    """Take a lock if it is free, and make ``held`` release it; return True also if it can't be made."""
     with Uninterrupted() as calm:
         try:
             grip = calm.insist(lambda: take(path, create=True))
-        except OSError:  # it can't be made: what that means shows when files are written
+        except OSError:  # it can't be made: writing the files will show why
             return True
         if grip is not None:
             held.callback(_release, path, grip)
@@ -104,11 +104,11 @@ def take(path: Path, create: bool = False, mode: int = 0o666) -> Grip | None:
 
     Args:
         path: The file.
-        create: Make it where there is none.
-        mode: Who may open it then.
+        create: Create it if it is missing.
+        mode: Permissions of a created file.
 
     Returns:
-        None if another process holds it, or has removed it meanwhile.
+        The open file; None if another process holds it, or has removed it in the meantime.
 
     Raises:
         OSError: It can't be opened.
@@ -122,21 +122,21 @@ def take(path: Path, create: bool = False, mode: int = 0o666) -> Grip | None:
         return None
     except OSError:
         return Grip(handle, False)
-    if not _is_at(handle, path):  # its holder has removed it meanwhile
+    if not _is_at(handle, path):  # its holder has removed it in the meantime
         os.close(handle)
         return None
     return Grip(handle, True)
 
 
 def _open(path: Path, create: bool, mode: int) -> int:
-    # Without O_NONBLOCK, a pipe that somebody has put there would be waited for without end.
+    # Without O_NONBLOCK, opening a pipe that somebody has put there would wait for ever.
     flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         handle = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0) | flags, mode)
     except OSError:
         if path.is_symlink():
-            raise _no_file(path) from None
-        try:  # another user's file: it may be locked all the same
+            raise _not_a_file(path) from None
+        try:  # another user's file can be locked, too
             handle = os.open(path, os.O_RDONLY | flags)
         except OSError:
             handle = -1
@@ -144,14 +144,14 @@ def _open(path: Path, create: bool, mode: int) -> int:
             raise
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise _no_file(path)
+        raise _not_a_file(path)
     return handle
 
 
-def _no_file(path: Path) -> OutputError:
+def _not_a_file(path: Path) -> OutputError:
     return OutputError(
-        f"{path} is no regular file, so it can't be the lock under which files get their names",
-        "no lora-export has made it: remove it, or choose a folder that others can't write into",
+        f"{path} is not a regular file, so it can't be the lock of its folder",
+        "lora-export has not made it: remove it, or choose a folder that others can't write into",
     )
 
 
@@ -163,7 +163,7 @@ def _is_at(handle: int, path: Path) -> bool:
 
 
 def _release(path: Path, grip: Grip) -> None:
-    # Removed while it is held: whoever has it open sees that it is not at its place any more.
+    # Removed while it is held: a process that has it open sees that it has left its path.
     try:
         with Uninterrupted() as calm:
             discard(path, calm)

@@ -1,4 +1,4 @@
-"""Finish a set whose process was killed while it got its names, or put back what it was to replace."""
+"""Finish a set whose process was killed while the set got its names, or put back the old files."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _SHOWN = 3
 def settle(entries: Sequence[Entry], is_marked: bool, calm: Uninterrupted) -> bool:
     """Settle a set; the locks of its folders and its lease are held.
 
-    Forward only where the mark is there and every new file is; back where every old one is. What lies under a
-    name and is neither is somebody's: then nothing is touched.
+    It is finished only if the mark and every new file exist, and taken back if every old file exists. A file
+    that is neither is somebody else's: then nothing is touched.
 
     Args:
-        entries: What the lease remembers of the set.
-        is_marked: Whether the folders were to hold the new set.
-        calm: The block that is not interrupted.
+        entries: The set's entries, from the lease.
+        is_marked: Whether the mark exists: the folders were to hold the new set.
+        calm: The uninterrupted block.
 
     Returns:
-        Whether nothing of it is left but leases.
+        Whether only leases are left of the set.
     """
     forward = is_marked and all(map(_can_go_forward, entries))
     if not forward and not all(_can_go_back(entry, is_marked) for entry in entries):
@@ -37,13 +37,13 @@ def settle(entries: Sequence[Entry], is_marked: bool, calm: Uninterrupted) -> bo
         try:
             calm.insist(Move(path, target).do)
         except OSError as error:
-            tell(f"could not rename what an ended run has left in {path.parent}: {reason_of(error)}")
+            tell(f"could not rename files that an ended run had left in {path.parent}: {reason_of(error)}")
             return False
     if moves or forward:
         what = "finished" if forward else "put back"
         targets = [entry.staged.target for entry in entries]
-        tell(f"{what} {names(targets)} in {targets[0].parent}: the run was ended between two renames")
-    # What else there is goes with what other ended runs have left.
+        tell(f"{what} {names(targets)} in {targets[0].parent}: the run had ended between two renames")
+    # Other files are removed together with those of other ended runs.
     are_gone = [discard(entry.staged.retired, calm) for entry in entries] if forward else []
     return all(are_gone)
 
@@ -57,13 +57,13 @@ def _can_go_forward(entry: Entry) -> bool:
 def _can_go_back(entry: Entry, is_marked: bool) -> bool:
     has_old = os.path.lexists(entry.staged.retired)
     if os.path.lexists(entry.staged.target) and not entry.is_new(entry.staged.target):
-        # The old one, not taken away yet; after the mark somebody has made it.
+        # It is the old one, not renamed yet; after the mark, somebody else has made it.
         return not (has_old or is_marked)
     return has_old or not entry.replaces
 
 
 def _forward(entries: Sequence[Entry]) -> list[tuple[Path, Path]]:
-    """Return the renamings; as in `steps`, what points at the others comes last."""
+    """Return the renamings; as in `steps`, the file that points to the others comes last."""
     return [
         (entry.staged.path, entry.staged.target)
         for entry in entries
@@ -88,15 +88,15 @@ def _back(entries: Sequence[Entry]) -> list[tuple[Path, Path]]:
 def _tell_conflict(entries: Sequence[Entry]) -> None:
     left = [path for entry in entries for path in (entry.staged.path, entry.staged.retired)]
     taken = [entry.staged.target for entry in entries if os.path.lexists(entry.staged.target)]
-    now = f"{names(taken)} exists by now" if taken else "neither set is whole"
+    now = f"{names(taken)} exists now" if taken else "neither the old nor the new set is complete"
     tell(
         f"an ended run has left {names([path for path in left if os.path.lexists(path)])} in "
-        f"{entries[0].staged.target.parent}; {now}, so nothing was touched: keep one of both and remove the "
+        f"{entries[0].staged.target.parent}; {now}, so nothing was touched: keep one set and remove the "
         "other"
     )
 
 
 def names(paths: Sequence[Path]) -> str:
-    """Return the names of some files, and how many more there are."""
+    """Return the names of the first files, and the number of the others."""
     more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
     return ", ".join(path.name for path in paths[:_SHOWN]) + more

@@ -1,4 +1,4 @@
-"""Put interrupts off while files change their names."""
+"""Delay interrupts while files are renamed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Uninterrupted:
-    """A block that Ctrl-C, SIGTERM and SIGHUP do not break into: they come when it is done.
+    """A block in which Ctrl-C, SIGTERM and SIGHUP are delayed until its end.
 
-    Signals are handled in the main thread alone, so in another one there is nothing to put off.
+    Signals are handled only in the main thread, so in another thread there is nothing to delay.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Uninterrupted:
                     if handler not in (None, signal.SIG_IGN):
                         self._before[number] = handler
                         signal.signal(number, self._note)
-            except BaseException:  # a signal whose handler is not replaced yet
+            except BaseException:  # from a signal whose handler is not yet replaced
                 self._restore()
                 raise
         return self
@@ -48,7 +48,7 @@ class Uninterrupted:
             raise self._interrupt
 
     def insist(self, act: Callable[[], _Result]) -> _Result:
-        """Do something that may be done twice; do it again if an exception that is no error breaks it off."""
+        """Call a function that may be called twice; call it again if an interrupt stops it."""
         try:
             return act()
         except Exception:
@@ -58,7 +58,7 @@ class Uninterrupted:
             return act()
 
     def _restore(self) -> None:
-        """Put the handlers back; one that is back already may raise in between, and the others follow."""
+        """Put the handlers back, all of them even if one that is already back raises in between."""
         self._is_over = True
         try:
             while self._before:
@@ -70,7 +70,7 @@ class Uninterrupted:
                 self._restore()
 
     def _deliver(self) -> None:
-        """Raise what has arrived; a handler that raises does not keep the others from being called."""
+        """Raise the signals that have arrived, all of them even if a handler raises."""
         try:
             while self._arrived:
                 signal.raise_signal(self._arrived.pop(0))
@@ -83,7 +83,7 @@ class Uninterrupted:
             if number not in self._arrived:
                 self._arrived.append(number)
             return
-        # It comes while handlers are put back.
+        # The signal arrived while handlers were put back.
         handler = self._before.get(number, signal.getsignal(number))
         signal.signal(number, handler)
         if callable(handler):

@@ -1,15 +1,15 @@
-"""Give files that are complete their own names, in steps that can be taken back.
+"""Give complete files their own names, in reversible steps.
 
-1. The set's lease remembers what the set is to become.
-2. Every file that is to be replaced is renamed, the last of the set first: it is the one that points at the
-   others, so no reader meets it beside another run's data.
-3. The lease is renamed, one for all folders: from here on they are to hold the new set.
+1. The set's lease records the set's entries.
+2. Every file to be replaced is renamed, the last of the set first: it points to the others, so that no reader
+   finds it beside another run's data.
+3. The lease is renamed, one for all folders (the mark): from here on they are to hold the new set.
 4. Every new file gets its name, the last of the set last.
-5. What was replaced is removed, then the leases, the set's own last.
+5. The old files are removed, then the leases, the set's own last.
 
-A step that fails is taken back with all before it. A process that is killed leaves names and a lease from
-which `settling` goes on: with a mark forward, without it back. Nothing that lies under its own name is ever
-overwritten, but for a single file, whose renaming is one step of the file system.
+A step that fails is undone with all steps before it. A process that is killed leaves names and a lease, from
+which `settling` goes on: forward with the mark, back without it. A file under its own name is never
+overwritten, except by a single file, whose renaming is one step of the file system.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Staged:
     """One file or folder of a set.
 
     Attributes:
-        path: Where it was written.
+        path: Temporary name under which it was written.
         target: Its own name.
-        retired: Name of what it replaces.
+        retired: Temporary name of the old file that it replaces.
     """
 
     path: Path
@@ -46,49 +46,49 @@ class Staged:
 
 
 class Step(Protocol):
-    """Something that can be done, and undone, twice as well as once."""
+    """A step that can be done, and undone, once or twice with the same result."""
 
     def do(self) -> None:
-        """Do it."""
+        """Do the step."""
 
     def is_done(self) -> bool:
-        """Whether there is something to undo."""
+        """Return whether the step is done, so that it can be undone."""
 
     def undo(self) -> None:
-        """Leave the folder as if it had not been done."""
+        """Undo the step."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """A renaming to a name that is free.
+    """A renaming to a free name.
 
     Attributes:
-        source: The name now.
-        destination: The name wanted.
+        source: The current name.
+        destination: The new name.
     """
 
     source: Path
     destination: Path
 
     def do(self) -> None:
-        """Rename it."""
+        """Rename the file."""
         _move(self.source, self.destination)
 
     def is_done(self) -> bool:
-        """Whether it has the other name."""
+        """Return whether the file has the new name."""
         return os.path.lexists(self.destination) and not os.path.lexists(self.source)
 
     def undo(self) -> None:
-        """Rename it back."""
+        """Rename the file back."""
         _move(self.destination, self.source)
 
 
 @dataclass(frozen=True)
 class Mark(Move):
-    """The renaming that says: all of the set is complete, and what it replaces is out of the way."""
+    """The renaming that marks the set as complete and the old files as moved."""
 
     def do(self) -> None:
-        """Rename the lease, and let the disk know before anything follows."""
+        """Rename the lease, and flush that to the disk before anything else."""
         super().do()
         sync_path(self.destination.parent)
 
@@ -103,16 +103,16 @@ def _move(source: Path, destination: Path) -> None:
 
 
 def give_names(staged: Sequence[Staged], mark: Mark, remember: Callable[[], None], listed: bool) -> None:
-    """Do all but the removal of the leases; the locks of the folders are held.
+    """Do all steps except the removal of the leases; the locks of the folders are held.
 
     Args:
-        staged: The set, in order; all of it on the disk.
-        mark: Of the set's lease.
-        remember: Lets the lease know what the set is to become.
-        listed: Whether the run is told of it.
+        staged: The set, in order; all of it is on the disk.
+        mark: Mark of the set's lease.
+        remember: Function that records the set's entries in the lease.
+        listed: Whether to list the output for the run.
 
     Raises:
-        OutputError: A step failed. `StuckError`, where it could not be taken back: then ``staged`` is needed
+        OutputError: A step failed. `StuckError` if it could not be undone: the staged files are then needed
             to put the folder in order.
     """
     entry = staged[-1].target
@@ -133,13 +133,13 @@ def give_names(staged: Sequence[Staged], mark: Mark, remember: Callable[[], None
     if unsynced:
         raise OutputError(
             f"{entry} is written and complete, but the system does not confirm that it is on the disk",
-            "look at the disk's health, and compare the files before you rely on them",
+            "check the disk's health, and compare the files before you rely on them",
             unsynced,
         )
 
 
 class StuckError(OutputError):
-    """A step failed, and so did taking back those before it."""
+    """Error for a failed step whose predecessors could not be undone."""
 
 
 def _replace(single: Staged, calm: Uninterrupted) -> None:
@@ -149,7 +149,7 @@ def _replace(single: Staged, calm: Uninterrupted) -> None:
         try:
             single.path.replace(single.target)
         except OSError:
-            # Done all the same: a network file system has lost the answer, or this is the second try.
+            # It may be done nevertheless: a network file system lost the answer, or this is the second try.
             if os.path.lexists(single.path) or not os.path.samestat(single.target.lstat(), new):
                 raise
 
@@ -191,11 +191,11 @@ def _failed(target: Path, error: OSError) -> OutputError:
 
 
 def _stuck(staged: Sequence[Staged], mark: Mark, first: BaseException, second: OSError) -> StuckError:
-    """Say which file lies under which name."""
+    """Return the error that lists which file has which name."""
     if os.path.lexists(mark.destination):
-        problems = [f"{mark.destination} says that the new ones are complete"]
+        problems = [f"{mark.destination} records that the new files are complete"]
     else:
-        problems = [f"{mark.source} says what there was"]
+        problems = [f"{mark.source} records the old files"]
     for entry in staged:
         if os.path.lexists(entry.retired):
             problems.append(f"{entry.target}: the old one is {entry.retired.name}")
@@ -205,15 +205,15 @@ def _stuck(staged: Sequence[Staged], mark: Mark, first: BaseException, second: O
             problems.append(f"{entry.target} is the new one")
     reason = reason_of(first) if isinstance(first, OSError) else type(first).__name__
     return StuckError(
-        f"cannot write {staged[-1].target}: {reason}; and what had been renamed could not be named back: "
+        f"cannot write {staged[-1].target}: {reason}; and renamed files could not be renamed back: "
         f"{reason_of(second)}",
-        "nothing is lost: the next lora-export command that names a file of that folder puts it in order",
+        "nothing is lost: the next lora-export command that writes into that folder puts it in order",
         problems,
     )
 
 
 def reason_of(error: OSError) -> str:
-    """Return what the system said, with the file that it said it of."""
+    """Return the system's message with the file that it is about."""
     where = f" ({error.filename})" if error.filename else ""
     return f"{error.strerror or error}{where}"
 
@@ -223,7 +223,7 @@ def _folders(staged: Sequence[Staged]) -> list[Path]:
 
 
 def _try_each(acts: Sequence[tuple[Path, Callable[[Path], None]]], calm: Uninterrupted) -> list[str]:
-    """Do all; return what the system said of those that failed."""
+    """Do all acts; return the system's messages on those that failed."""
     problems = []
     for path, act in acts:
         try:
@@ -234,7 +234,7 @@ def _try_each(acts: Sequence[tuple[Path, Callable[[Path], None]]], calm: Uninter
 
 
 def discard(path: Path, calm: Uninterrupted) -> bool:
-    """Remove a file or a folder that nobody needs; return whether it is gone, and tell if it is not."""
+    """Remove a file or a folder that nothing needs; return whether it is gone, with a note if not."""
     if problems := _try_each([(path, _remove)], calm):
         tell(f"could not remove {problems[0]}; nothing needs it any more")
     return not problems
@@ -251,7 +251,7 @@ def _remove(path: Path) -> None:
 
 
 def sync_path(path: Path) -> None:
-    """Flush one file or folder entry to the disk."""
+    """Flush one file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

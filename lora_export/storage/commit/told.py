@@ -1,4 +1,4 @@
-"""What a run is told while it writes: notes at once, and a list of the outputs that have their names."""
+"""Pass a run its notes at once, and a list of the outputs that have their names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Run:
     """One run of the command line.
 
     Attributes:
-        note: Called with each note, once with those that say the same.
+        note: Function called with each note; equal notes are passed once.
     """
 
     note: Callable[[str], None]
@@ -24,7 +24,7 @@ class Run:
     _committed: list[Path] = field(default_factory=list)
 
     def written(self) -> list[Path]:
-        """Return the outputs that were given their names and are there."""
+        """Return the outputs that were given their names and still exist."""
         return [path for path in dict.fromkeys(self._committed) if os.path.lexists(path)]
 
 
@@ -33,7 +33,7 @@ _run: Run | None = None
 
 @contextlib.contextmanager
 def listening(note: Callable[[str], None]) -> Iterator[Run]:
-    """Let ``note`` and a `Run` hear what happens in the block; without it, notes are Python warnings."""
+    """Pass the block's notes to ``note``, its outputs to a `Run`; elsewhere, notes are Python warnings."""
     global _run
     before, _run = _run, Run(note)
     try:
@@ -43,12 +43,12 @@ def listening(note: Callable[[str], None]) -> Iterator[Run]:
 
 
 def tell(text: str) -> None:
-    """Tell the user something that is no error."""
+    """Pass the user a note."""
     if _run is None:
         try:
             warnings.warn(text, UserWarning, stacklevel=3)
         except UserWarning:
-            # Warnings are errors here: what is being put in order must not be broken off by a note.
+            # Warnings are errors here, but a note must not stop the tidying of files.
             logging.getLogger("lora_export").warning(text)
     elif text not in _run._noted:
         _run._noted.add(text)
@@ -56,6 +56,6 @@ def tell(text: str) -> None:
 
 
 def has_written(output: Path) -> None:
-    """Remember that an output has its name."""
+    """Record that an output has its name."""
     if _run is not None:
         _run._committed.append(output)

@@ -1,1 +1,1 @@
-"""Hashes over whole files, and files that hold their own."""
+"""Hash whole files, and write files that hold their own hash."""

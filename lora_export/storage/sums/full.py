@@ -1,4 +1,4 @@
-"""Hashes over all bytes of a file: BLAKE3 where we write, which takes two cores as well as one."""
+"""Hash all bytes of a file: with BLAKE3, which uses several cores, for files that we write."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from blake3 import blake3
 from lora_export.untrusted.documents import open_regular
 
 _BLOCK_BYTES = 4 << 20
-# A pool of threads is made for each hash: one for all is dead in a process that was forked afterwards, and
-# whoever waits for it waits forever. For less than this it costs more than it saves.
+# A pool of threads is made for each hash: a common one is dead in a process that is forked later, and waiting
+# for it would never end. Below this size a pool costs more than it saves.
 _ALONE_BYTES = 8 << 20
 _MOST_THREADS = 8
 
 
 class Hasher(Protocol):
-    """What takes bytes and has a digest."""
+    """An object that takes bytes and has a digest."""
 
     def update(self, data: memoryview | bytes, /) -> object:
         """Add bytes."""
@@ -30,20 +30,20 @@ class Hasher(Protocol):
 
 
 def full_hash(path: Path) -> str:
-    """Return the BLAKE3 of all of a file."""
+    """Return the BLAKE3 hash of a whole file."""
     return file_digest(path, "blake3")
 
 
 def file_digest(path: Path, algorithm: str, hole: range = range(0)) -> str:
-    """Return the digest of all of a file.
+    """Return the digest of a whole file.
 
     Args:
         path: The file.
         algorithm: ``blake3`` or ``sha256``.
-        hole: Bytes that count as the digit 0, whatever they are.
+        hole: Range of bytes that count as the digit 0.
     """
     digest = _hasher(algorithm, path.stat().st_size)
-    # Read, not mapped: mapped pages would count as this process's memory.
+    # The file is read, not mapped: mapped pages would count as this process's memory.
     for start, block in _blocks(path):
         first, last = max(hole.start, start), min(hole.stop, start + len(block))
         if first < last:
@@ -60,7 +60,7 @@ def _hasher(algorithm: str, size: int) -> Hasher:
 
 
 def _blocks(path: Path) -> Iterator[tuple[int, memoryview]]:
-    """Yield a file's blocks with their places, each in the same memory."""
+    """Yield a file's blocks with their offsets, each in the same memory."""
     start = 0
     with open_regular(path) as file:
         buffer = memoryview(bytearray(min(_BLOCK_BYTES, max(1, os.fstat(file.fileno()).st_size))))

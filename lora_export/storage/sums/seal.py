@@ -1,12 +1,12 @@
-"""Files that hold a hash of their own: one flipped bit shows, in the hash as elsewhere.
+"""Seal files with a hash of their own, so that one flipped bit shows, in the hash or elsewhere.
 
-A seal is `MARK` and 64 hexadecimal digits: the hash of the whole file, with zeros for these digits. It stands
-where it can be found without understanding the file, and so also in a damaged one:
+A seal is `MARK` and 64 hexadecimal digits: the hash of the whole file, with zeros for these digits. Its place
+can be found without parsing the file, and so also in a damaged one:
 
 - in JSON, as the first key;
 - in ``.safetensors``, as the first entry of the header's metadata;
-- at the very end of an ``.onnx`` (protobuf takes an entry of the metadata there as well) and of an
-  ``.onnx_adapter`` (whose reader looks at no byte behind its tables).
+- at the very end of an ``.onnx`` (protobuf allows an entry of the metadata there) and of an
+  ``.onnx_adapter`` (whose reader ignores bytes after its tables).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ KEY, SEAL = "lora_export.seal", "seal"
 _DIGITS = 64
 MARK = "lora-export:blake3-of-this-file:"
 UNSEALED = MARK + "0" * _DIGITS
-# An entry of ``metadata_props`` behind the rest of the protobuf: field 14, its key as field 1, its value
-# as field 2. Readers of protobuf take fields in any order.
+# An entry of ``metadata_props`` after the rest of the protobuf: field 14, its key as field 1, its value as
+# field 2. Readers of protobuf accept fields in any order.
 _PAIR = b"\x0a" + bytes([len(KEY)]) + KEY.encode() + b"\x12" + bytes([len(UNSEALED)]) + UNSEALED.encode()
 ONNX_ENTRY = b"\x72" + bytes([len(_PAIR)]) + _PAIR
 _SEAL = re.compile(rb"lora-export:(blake3|sha256)-of-this-file:([0-9a-f]{64})")
 _JSON_START = f'{{\n "{SEAL}": "'
-# Eight bytes of a length come first.
+# After the eight bytes of the header's length.
 _SAFETENSORS_START = 8 + len(f'{{"__metadata__":{{"{KEY}":"')
 # Characters of the mark that may differ in a damaged one.
 _DAMAGED = 4
@@ -44,8 +44,8 @@ class Seal:
 
     Attributes:
         algorithm: ``blake3`` or ``sha256``.
-        digest: What it says; empty where it is damaged itself.
-        start: Where its digits begin.
+        digest: The recorded hash; empty if the seal itself is damaged.
+        start: Offset of its digits in the file.
     """
 
     algorithm: str
@@ -53,7 +53,7 @@ class Seal:
     start: int
 
     def seen(self, path: Path) -> str:
-        """Return the hash of the file as it is now."""
+        """Return the current hash of the file."""
         return file_digest(path, self.algorithm, range(self.start, self.start + _DIGITS))
 
 
@@ -67,7 +67,7 @@ def sealed_json(text: str) -> bytes:
 
 
 def seal_file(path: Path) -> None:
-    """Write a file's hash into the seal that it was written with, `UNSEALED`."""
+    """Write a file's hash into the empty seal (`UNSEALED`) that it was written with."""
     found = find_seal(path)
     if found is None or found.digest != "0" * _DIGITS:
         raise InternalError(f"{path} was not written with a place for its seal")
@@ -86,7 +86,7 @@ def write_onnx(path: Path, content: bytes) -> None:
 
 
 def find_seal(path: Path) -> Seal | None:
-    """Return a file's seal, or None where it has none."""
+    """Return a file's seal, or None if it has none."""
     size = path.stat().st_size
     with open_regular(path) as file:
         for place in (size - len(UNSEALED), len(_JSON_START), _SAFETENSORS_START):
