@@ -15,7 +15,7 @@ import click
 
 from lora_export import __version__
 from lora_export.commands import COMMANDS
-from lora_export.commands.printing import guard_libraries, print_error, print_json_error, print_lines
+from lora_export.commands.printing import Answer, guard_libraries, print_error, print_json_error, print_lines
 from lora_export.commands.verb import write_verbs
 from lora_export.errors import InternalError, LoraExportError
 from lora_export.progress import spoken
@@ -145,9 +145,10 @@ def _folders(arguments: Sequence[str]) -> Iterator[Path]:
 
 
 def _outcome(arguments: list[str], debug: bool, run: Run) -> int:
+    answer = Answer(is_given="--json" not in arguments)
     try:
         _tidy([argument for argument in arguments if argument != "--debug"])
-        code: Any = root.main(args=arguments, prog_name="lora-export", standalone_mode=False)
+        code: Any = root.main(args=arguments, prog_name="lora-export", standalone_mode=False, obj=answer)
         return code if isinstance(code, int) else 0
     except click.exceptions.Abort:
         raise
@@ -160,7 +161,7 @@ def _outcome(arguments: list[str], debug: bool, run: Run) -> int:
             print_lines([f"Error: {text}"], err=True)
         else:
             spoken(error.show, err=True)
-        _answer(arguments, error, error.exit_code, error.format_message())
+        _answer(answer, error, error.exit_code, error.format_message())
         return error.exit_code
     except LoraExportError as error:
         if debug:
@@ -168,7 +169,7 @@ def _outcome(arguments: list[str], debug: bool, run: Run) -> int:
         print_error(error)
         if written := _written(run):
             print_lines([f"before that:{written[:-1]}"], err=True)
-        _answer(arguments, error, error.exit_code, error.message, error.problems, error.hint)
+        _answer(answer, error, error.exit_code, error.message, error.problems, error.hint)
         return error.exit_code
     except OSError as error:
         if debug:
@@ -176,7 +177,7 @@ def _outcome(arguments: list[str], debug: bool, run: Run) -> int:
         where = f" {error.filename}" if error.filename else ""
         message = f"the system refused to read or write{where}: {error.strerror or error}"
         print_lines([f"Error: {message}"], err=True)
-        _answer(arguments, error, LoraExportError.exit_code, message)
+        _answer(answer, error, LoraExportError.exit_code, message)
         return LoraExportError.exit_code
     except Exception as error:
         if debug:
@@ -184,19 +185,19 @@ def _outcome(arguments: list[str], debug: bool, run: Run) -> int:
         message = f"{type(error).__name__}: {error}"
         hint = f"this is a defect of lora-export; run again with --debug and report it at {ISSUES}"
         print_lines([f"Internal error: {message}", f"hint: {hint}"], err=True)
-        _answer(arguments, error, InternalError.exit_code, message, hint=hint)
+        _answer(answer, error, InternalError.exit_code, message, hint=hint)
         return InternalError.exit_code
 
 
 def _answer(
-    arguments: Sequence[str],
+    answer: Answer,
     error: Exception,
     code: int,
     message: str,
     problems: Sequence[str] = (),
     hint: str = "",
 ) -> None:
-    """Give a program that asked for JSON the error as JSON; stdout can't be written, and it has the code."""
-    if "--json" in arguments:
+    """Print the error as JSON for a program that asked for JSON; if stdout fails, it has the exit code."""
+    if not answer.is_given:
         with contextlib.suppress(OSError):
             print_json_error(type(error).__name__, code, message, problems, hint)

@@ -167,7 +167,9 @@ def _finish(
     """Write the reports, compare with the baseline, and return the exit code.
 
     A problem with one of them doesn't prevent the other, and an export that failed still gives exit code 3.
-    Where the export passed but its reports can't be written or it can't be compared, that decides.
+
+    Raises:
+        LoraExportError: The export passed, but its reports can't be written or it can't be compared.
     """
     from lora_export.reports.files import write_reports
     from lora_export.reports.parity import baseline as parity_baseline
@@ -190,7 +192,5 @@ def _finish(
     for problem in errors:
         print_error(problem)
     if last is not None:
-        # Not raised: the report is on stdout already, perhaps as JSON, and is the one answer there.
-        print_error(last)
-        return last.exit_code
+        raise last
     return ParityError.exit_code if failed else 0

@@ -12,6 +12,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -35,6 +36,17 @@ class _ShownRecord(logging.LogRecord):
     def getMessage(self) -> str:
         """Return the message with each line made safe to print."""
         return _shown(super().getMessage())
+
+
+@dataclass
+class Answer:
+    """The document that a program gets on stdout if it asked for JSON.
+
+    Attributes:
+        is_given: True if it was printed: an error after it is not another one.
+    """
+
+    is_given: bool = False
 
 
 def guard_libraries() -> None:
@@ -69,6 +81,9 @@ def print_warnings(lines: Iterable[str]) -> None:
 def print_json(text: str) -> None:
     """Print a JSON text to stdout, escaped for terminals, with the same data."""
     exact = _ACTING.sub(_escaped, text)
+    context = click.get_current_context(silent=True)
+    if context is not None and isinstance(context.obj, Answer):
+        context.obj.is_given = True
     spoken(lambda: click.echo(exact))
 
 

@@ -35,15 +35,8 @@ _OPTIONS = {
     "How an adapter is read": ("alpha", "rank", "rslora", "format", "from_format", "component"),
     "How a folder is captured": ("dtype", "kv_cache"),
     "What comes out": (
-        "output",
-        "name",
-        "reports",
-        "junit",
-        "html",
-        "plot",
-        "force",
-        "dry_run",
-        "share_base",
+        *("output", "name", "reports", "junit", "html", "plot"),
+        *("force", "dry_run", "share_base"),
     ),
     "What is printed": ("as_json", "quiet", "verbose", "modules", "help"),
 }

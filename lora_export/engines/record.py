@@ -170,11 +170,13 @@ class EngineRecord:
         """Write the record, sealed."""
         path.write_bytes(sealed_json(self.to_json()))
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
     def to_json(self) -> str:
         """Return the record as indented JSON with sorted keys, without a seal."""
-        data = asdict(replace(self, exposed=None))
-        data["exposed"] = json.loads(self.exposed.to_json()) if self.exposed else None
-        return json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        return json.dumps(self.as_dict(), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str) -> EngineRecord:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,12 +187,10 @@ def _lora_lines(exposed: ExposedGraph | None) -> list[str]:
 
 
 def _manifest(path: Path) -> Artefact:
-    import json
-
     from lora_export.storage.manifest import Manifest
 
     manifest = Manifest.read(path)
-    facts = json.loads(manifest.to_json())
+    facts = asdict(manifest)
     files = [f"{entry.name} ({size_text(entry.size_bytes)})" for entry in manifest.base]
     lines = [
         f"manifest  {path.name} of {manifest.mode}",
@@ -227,11 +225,9 @@ def _record(kind: str, record: Path) -> Artefact:
 
 
 def _of_record(kind: str, record: EngineRecord) -> Artefact:
-    import json
-
     from lora_export.reports.engine import record_lines
 
-    return Artefact(kind, json.loads(record.to_json()), tuple(record_lines(record)))
+    return Artefact(kind, record.as_dict(), tuple(record_lines(record)))
 
 
 def _kit(path: Path) -> Artefact:
