@@ -165,12 +165,10 @@ def test_damaged_yaml(content: str, says: str, tmp_path: Path) -> None:
 
 
 def test_nobody_reads_json_or_yaml_by_other_means() -> None:
-    """But for the kit's script, which runs without lora-export, and for what we have written ourselves."""
+    """But for the kit's script, which runs without lora-export."""
     own = {
         "untrusted/documents.py": {"loads", "compose"},
         "packages/kit/finish.py": {"loads"},
-        # Our own record on its way out.
-        "engines/record.py": {"loads"},
     }
     found: dict[str, set[str]] = {}
     for path in (ROOT / "lora_export").rglob("*.py"):
