@@ -10,6 +10,7 @@ import numpy as np
 
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import matrix_shape, shape_of, stored_matrix
+from lora_export.plan import Refusal
 from lora_export.sites.heads import heads_of
 from lora_export.sites.operators.quantized import SCALES
 from lora_export.sites.slot import DEQUANTIZE, Use
@@ -71,7 +72,7 @@ def stored_shape(target: Target, use: Use) -> tuple[int, int]:
     return matrix_shape(shape_of(use.root.const_value), stacked=target.experts > 1)
 
 
-def place(target: Target, use: Use, part: tuple[int, int] | None = None) -> tuple[Placement, ...] | str:
+def place(target: Target, use: Use, part: tuple[int, int] | None = None) -> tuple[Placement, ...] | Refusal:
     """Return where the target lies in the use's constant, or what does not fit.
 
     Args:
@@ -85,15 +86,16 @@ def place(target: Target, use: Use, part: tuple[int, int] | None = None) -> tupl
     rows, cols = target.matrix
     shape = shape_of(use.root.const_value)
     if len(target.shape) > 2 and shape != target.shape and not pointwise(target, use):
-        return f"the graph's weight is {shape}, the adapter's {target.shape}"
+        return Refusal("shape", f"the graph's weight is {shape}, the adapter's {target.shape}")
     stored = stored_shape(target, use)
     transposed = use.transposed and target.kind != "vector"
     height, width = (stored[1], stored[0]) if transposed else stored
     if width != cols or (height != rows and part is None):
-        return f"the graph's weight is {(height, width)}, the adapter's {target.matrix}"
+        return Refusal("shape", f"the graph's weight is {(height, width)}, the adapter's {target.matrix}")
     offset = 0 if part is None else _fused_offset(height, rows, *part, heads_of(use.node))
     if offset is None:
-        return f"the graph's fused weight has {height} rows, which {rows} rows at {part} do not fit"
+        reason = f"the graph's fused weight has {height} rows, which {rows} rows at {part} do not fit"
+        return Refusal("shape", reason)
     return (placement_at(offset, (0, rows), transposed),)
 
 
@@ -136,7 +138,7 @@ def fused_rows(height: int, count: int, heads: tuple[int, int] | None) -> list[i
     return None if odd else [heads[0] * size, heads[1] * size, heads[1] * size]
 
 
-def _place_experts(target: Target, shape: tuple[int, ...]) -> tuple[Placement, ...] | str:
+def _place_experts(target: Target, shape: tuple[int, ...]) -> tuple[Placement, ...] | Refusal:
     """Place stacked experts: exporters store them as the module holds them, or transposed; shapes tell.
 
     Square ones are placed as they are held, which holds only if values confirm it (`verify.check_content`).
@@ -144,7 +146,7 @@ def _place_experts(target: Target, shape: tuple[int, ...]) -> tuple[Placement, .
     rows, cols = target.shape
     direct, swapped = (target.experts, rows, cols), (target.experts, cols, rows)
     if shape not in (direct, swapped):
-        return f"the graph's weight is {shape}, the adapter's {direct} or {swapped}"
+        return Refusal("shape", f"the graph's weight is {shape}, the adapter's {direct} or {swapped}")
     return expert_placements(target, shape != direct)
 
 

@@ -24,7 +24,7 @@ from itertools import islice, zip_longest
 
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import GraphFile, release, shape_of
-from lora_export.plan import RefusalKind
+from lora_export.plan import Refusal, RefusalKind
 from lora_export.sites import fit, matrices
 from lora_export.sites.doubts import changed, readers, turned
 from lora_export.sites.doubts.answers import computed_answers
@@ -122,7 +122,7 @@ class Resolver:
         change = rename(named, self._known, flattened=flattened, scope=scope if here or not there else None)
         self._wanted = {name for name in change.names if name}
         named_so = [self._find(target, number, change) for number, target in enumerate(targets)]
-        found = [self._explained(item, change.hint) for item in self._by_content(named_so)]
+        found = [self._explained(item, change) for item in self._by_content(named_so)]
         misses = [miss for miss in found if isinstance(miss, Miss)]
         if misses and self.weight_of is not None and self.weight_of.is_foreign:
             misses = [replace(miss, is_foreign=True) for miss in misses]
@@ -200,7 +200,7 @@ class Resolver:
     def _weight(self, target: Target) -> Wanted | None:
         return self.weight_of(target) if self.weight_of else None
 
-    def _explained(self, found: Site | Miss, hint: str) -> Site | Miss:
+    def _explained(self, found: Site | Miss, change: Renaming) -> Site | Miss:
         """Say of what was not found what the graph has instead, and what the user may give."""
         if isinstance(found, Site) and (contained := branch_beside(found)):
             return Miss(found.target, f"the graph {contained}", "contained")
@@ -211,8 +211,9 @@ class Resolver:
                 return Miss(found.target, reason, "computed")
         if isinstance(found, Miss) and not found.reason:
             found = self._not_found(found)
-        if isinstance(found, Miss) and found.kind in ("not found", "nameless", "ambiguous"):
-            return replace(found, hint=found.hint or hint)
+        unnamed = isinstance(found, Miss) and found.kind in ("not found", "nameless", "ambiguous")
+        if isinstance(found, Miss) and unnamed and not found.hint:
+            return replace(found, hint=change.hint, tells_part=change.tells_part)
         return found
 
     def _not_found(self, lost: Miss) -> Miss:
@@ -299,15 +300,15 @@ class Resolver:
             if foreign:
                 return Miss(target, f"{foreign}; {self._remedy()}", "unproven")
         fits: list[tuple[Use, tuple[Placement, ...]]] = []
-        reason = ""
+        refusals: list[Refusal] = []
         for use in uses:
             placed = fit.place(target, use, part)
-            if isinstance(placed, str):
-                reason = reason or placed
+            if isinstance(placed, Refusal):
+                refusals.append(placed)
             else:
                 fits.append((use, placed))
         if not fits:
-            return Miss(target, f"shapes differ: {reason}", "shape")
+            return Miss(target, f"shapes differ: {refusals[0].detail}", refusals[0].kind)
         return fit.site_of(target, fits, evidence)
 
     def _refusal(self, use: Use) -> str:
@@ -331,16 +332,16 @@ class Resolver:
             doubts = [""] * len(doubts)
         first = next((doubt for doubt in doubts if doubt), "")
         if wanted is None:
-            if reason := unconfirmed(target):
-                return Miss(target, reason, "unproven")
+            if refusal := unconfirmed(target):
+                return Miss.of(target, refusal)
             return Miss(target, f"{first}; {self._remedy()}", "unproven") if first else site
-        if any(use.quantised for part in site.parts for use in part.uses):
+        if site.is_quantised:
             return self._verified_codes(site, wanted, first)
         parts = []
         for part, doubt in zip(site.parts, doubts, strict=True):
             checked = check_content(target, part, wanted, trusted=not doubt)
-            if isinstance(checked, str):
-                return Miss(target, f"{checked} (found by {site.evidence})", "values")
+            if isinstance(checked, Refusal):
+                return Miss(target, f"{checked.detail} (found by {site.evidence})", checked.kind)
             parts.append(checked)
         return replace(site, parts=tuple(parts), evidence=f"{site.evidence}; content agrees", proof="values")
 

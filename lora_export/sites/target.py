@@ -12,7 +12,7 @@ import onnx_ir as ir
 from lora_export.adapter import MERGE_ROWS, Adapter, Array, LoraModule, token_rows_problems
 from lora_export.errors import AdapterError
 from lora_export.formats.reading.whole_copies import reach_of
-from lora_export.plan import Proof, RefusalKind
+from lora_export.plan import Proof, Refusal, RefusalKind
 from lora_export.sites.naming.names import Named
 from lora_export.sites.naming.towers import Kinds
 from lora_export.sites.slot import Use
@@ -245,6 +245,11 @@ class Site:
     proof: Proof = "names"
     keys: tuple[str, ...] = ()
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether some of it is stored as codes of a quantiser."""
+        return any(use.quantised for part in self.parts for use in part.uses)
+
 
 @dataclass(frozen=True, eq=False)
 class Miss:
@@ -256,6 +261,7 @@ class Miss:
         kind: What to do about it hangs on this.
         hint: What would give the adapter one, where that is known.
         is_foreign: There is a checkpoint, and it stores nothing that the adapter changes.
+        tells_part: The hint says which part of the adapter or of the model to name (``--component``).
     """
 
     target: Target
@@ -263,3 +269,14 @@ class Miss:
     kind: RefusalKind
     hint: str = ""
     is_foreign: bool = False
+    tells_part: bool = False
+
+    @classmethod
+    def of(cls, target: Target, refusal: Refusal) -> Miss:
+        """Return a target with its refusal."""
+        return cls(target, refusal.detail, refusal.kind, refusal.hint)
+
+    @property
+    def refusal(self) -> Refusal:
+        """Why it has no place."""
+        return Refusal(self.kind, self.reason, self.hint)

@@ -39,7 +39,7 @@ from lora_export.base.ties.ties import Ties, find_ties, may_be_tied
 from lora_export.formats.reading.scope import SHARED
 from lora_export.formats.reading.whole_copies import Reach, reach_of
 from lora_export.formats.schemes import fitted
-from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, unaccounted
+from lora_export.plan import Plan, PlanRow, Refusal, unaccounted
 from lora_export.sites.experts import fit_matrix, fit_parameter, is_turned, unsettled
 from lora_export.sites.experts import settle as settle_layout
 from lora_export.sites.naming.names import Named
@@ -54,9 +54,9 @@ class NoPlace(Exception):
         refusal: The reason, with what to do to the base where that helps.
     """
 
-    def __init__(self, kind: RefusalKind, reason: str, hint: str = "") -> None:
-        super().__init__(reason)
-        self.refusal = Refusal(kind, reason, hint)
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.detail)
+        self.refusal = refusal
 
 
 def place_adapters(
@@ -231,9 +231,11 @@ class _Placer:
             may_grow = self._resize and name not in self._quantised.scaled
             if not (may_grow and grows(path, tensor.shape, values.shape)):
                 raise NoPlace(
-                    "shape",
-                    f"stored with shape {tensor.shape}, the adapter's values have {values.shape}",
-                    self._rows_hint(path, tensor.shape, values.shape),
+                    Refusal(
+                        "shape",
+                        f"stored with shape {tensor.shape}, the adapter's values have {values.shape}",
+                        self._rows_hint(path, tensor.shape, values.shape),
+                    )
                 )
             self._ledger.resized[name] = values.shape
         source = self._ledger.sources.get(name, name)
@@ -256,11 +258,14 @@ class _Placer:
         shape = self._ledger.tensor(name).shape
         if shape[1:] != rows.values.shape[1:]:
             raise NoPlace(
-                "shape", f"stored with shape {shape}, the adapter's rows have {rows.values.shape[1]} values"
+                Refusal(
+                    "shape",
+                    f"stored with shape {shape}, the adapter's rows have {rows.values.shape[1]} values",
+                )
             )
         if max(rows.indices) >= shape[0]:
             wanted = max(rows.indices) + 1
-            raise NoPlace("shape", f"row {wanted - 1} of {shape[0]}", resize_hint(wanted))
+            raise NoPlace(Refusal("shape", f"row {wanted - 1} of {shape[0]}", resize_hint(wanted)))
         if self._are_judged and self._holds_rows(name, rows):
             return [name], f"{len(rows.indices)} rows", UNCHANGED
         self._copied.append(
@@ -287,10 +292,10 @@ class _Placer:
             if problem.refusal.kind != "not found":
                 raise
             why = "lora_bias needs a bias to be added to, and the base has none here"
-            raise NoPlace("not found", why) from None
+            raise NoPlace(Refusal("not found", why)) from None
         if self._ledger.tensor(name).shape != bias.shape:
             shape = self._ledger.tensor(name).shape
-            raise NoPlace("shape", f"{name} has shape {shape}, lora_bias {bias.shape}")
+            raise NoPlace(Refusal("shape", f"{name} has shape {shape}, lora_bias {bias.shape}"))
 
         def make(dtype: type[Any]) -> Patch:
             row = bias.astype(dtype)[None, :] * dtype(weight * module.scaling)
@@ -304,19 +309,23 @@ class _Placer:
         """Add ΔW where the module's weight, or each part of it, is stored."""
         if module.groups > 1:
             raise NoPlace(
-                "branch only",
-                f"a convolution of {module.groups} groups can't be merged (PEFT refuses it, too)",
+                Refusal(
+                    "branch only",
+                    f"a convolution of {module.groups} groups can't be merged (PEFT refuses it, too)",
+                )
             )
         parts = self._parts(Named(f"{module.path}.{module.parameter}", "merge", module.component))
         rows, _ = module.matrix_shape
         experts = {part.expert for part in parts}
         if None not in experts and len(experts) != module.experts:
-            raise NoPlace("shape", f"the base has {len(experts)} experts, the adapter {module.experts}")
+            raise NoPlace(
+                Refusal("shape", f"the base has {len(experts)} experts, the adapter {module.experts}")
+            )
         layouts = []
         for part in parts:
             index, count = part.piece
             if rows % count:
-                raise NoPlace("shape", f"{rows} rows can't be cut into {count} equal tensors")
+                raise NoPlace(Refusal("shape", f"{rows} rows can't be cut into {count} equal tensors"))
             span = (rows // count * index, rows // count * (index + 1))
             placements, layout = self._fit(module, adapter, part, span)
             layouts.append(layout)
@@ -353,14 +362,18 @@ class _Placer:
             parameter = f"{module.path}.{module.parameter}"
             as_name = "" if tensor.name.endswith(parameter) else f" ({tensor.name})"
             raise NoPlace(
-                "shape",
-                f"stored with shape {tensor.shape}, the adapter fits {module.weight_shape}{as_name}",
-                self._rows_hint(parameter, shape, module.weight_shape),
+                Refusal(
+                    "shape",
+                    f"stored with shape {tensor.shape}, the adapter fits {module.weight_shape}{as_name}",
+                    self._rows_hint(parameter, shape, module.weight_shape),
+                )
             )
         config, flag = self._checkpoint.config, adapter.fan_in_fan_out
         transposed = turned and (not same or is_conv1d(config, module.path, flag))
         if part.transposed:
-            raise NoPlace("operator", f"{tensor.name} holds the transpose of it, by transformers' conversion")
+            raise NoPlace(
+                Refusal("operator", f"{tensor.name} holds the transpose of it, by transformers' conversion")
+            )
         return [Placement(span, 0, 0, transposed)], "transposed" if transposed else ""
 
     def _fit_parameter(
@@ -372,16 +385,16 @@ class _Placer:
         transformers transposes it in loading.
         """
         held = self._names.held(f"{module.path}.{module.parameter}")
-        if reason := unsettled(module, held):
-            raise NoPlace("unproven", reason)
+        if refusal := unsettled(module, held):
+            raise NoPlace(refusal)
         tensor, experts = self._ledger.tensor(part.tensor), module.experts
         if part.expert is not None:
             placed = fit_matrix((span[1] - span[0], module.weight_shape[1]), tensor.shape, part.transposed)
         else:
             turned = part.transposed or (held is not None and is_turned(tensor.shape, held.shape))
             placed = fit_parameter(module, tensor.shape, turned)
-        if isinstance(placed, str):
-            raise NoPlace("shape", placed)
+        if isinstance(placed, Refusal):
+            raise NoPlace(placed)
         layout = "transposed" if placed else ""
         if part.expert is not None or experts == 1:
             return [Placement(span, 0, 0, placed, expert=part.expert or 0)], layout
@@ -415,14 +428,16 @@ class _Placer:
         number = self._numbers[named]
         parameter = self._renaming.names[number] or named.key
         if packed := self._quantised.packed_at(parameter):
-            raise NoPlace("quantised", packed)
+            raise NoPlace(packed)
         if parts.kind == "ambiguous":
-            raise NoPlace("ambiguous", str(parts))
+            raise NoPlace(Refusal("ambiguous", str(parts)))
         flattened = self._is_flattened and self._renaming.names[number] is None
         tied = self._ties.absent(parameter, flattened) if self._may_be_tied(parameter) else None
         if tied is None:
             self._absent.append(named.key)
-            raise NoPlace("not found", str(parts), self._head_hint(named.key, whole) if whole else "")
+            raise NoPlace(
+                Refusal("not found", str(parts), self._head_hint(named.key, whole) if whole else "")
+            )
         tie, name = tied
         if name not in self._checkpoint.tensors:
             self._ledger.sources[name] = tie.source
@@ -433,16 +448,18 @@ class _Placer:
     def _check(self, parts: Sequence[Part]) -> None:
         """Refuse what can't be merged into."""
         for part in parts:
-            reason = self._quantised.refusal(part.tensor)
-            if reason:
-                raise NoPlace("quantised", reason)
+            if refusal := self._quantised.refusal(part.tensor):
+                raise NoPlace(refusal)
 
     def _single(self, named: Named, whole: tuple[int, ...] = ()) -> tuple[str, str]:
         parts = self._parts(named, whole)
         (first, *more) = parts
         if more or first.piece != (0, 1) or first.expert is not None or first.transposed:
             raise NoPlace(
-                "operator", f"the base stores it as {len(parts)} tensors: replacing it whole is not possible"
+                Refusal(
+                    "operator",
+                    f"the base stores it as {len(parts)} tensors: replacing it whole is not possible",
+                )
             )
         return parts[0].tensor, parts[0].reason
 

@@ -16,7 +16,7 @@ from lora_export.base.ties.ties import may_be_tied
 from lora_export.errors import SiteError
 from lora_export.formats.reading.scope import SHARED, how_to_part
 from lora_export.graph.onnx_file import GraphFile, shape_of
-from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, unaccounted
+from lora_export.plan import Plan, PlanRow, RefusalKind, unaccounted
 from lora_export.sites.doubts.changed import is_transposed_constant
 from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.naming.likeness import counterparts
@@ -139,7 +139,8 @@ def refuse(
     )
     if found is None:
         given += [SHARED] if shared and given else []
-        hints = [*_rows_hints(misses), *hints_of(kinds, verb, checked, bool(sites), given)]
+        told = any(miss.tells_part for miss in misses)
+        hints = [*_rows_hints(misses), *hints_of(kinds, verb, checked, bool(sites), given, told)]
         doubled = {miss.target.key for miss in misses if miss.kind == "double"}
         hints += [how_to_part(adapter, doubled)] if doubled else []
         message = f"{name} has {len(misses)} parameters with no place in {file} (of {total})"
@@ -288,7 +289,12 @@ def _rows_hints(misses: Sequence[Miss]) -> list[str]:
 
 
 def hints_of(
-    kinds: AbstractSet[RefusalKind], verb: Verb, checked: bool, some: bool, given: Sequence[str]
+    kinds: AbstractSet[RefusalKind],
+    verb: Verb,
+    checked: bool,
+    some: bool,
+    given: Sequence[str],
+    tells_part: bool = False,
 ) -> list[str]:
     """Say what to do: never what was given already, nor the command that is running.
 
@@ -298,13 +304,14 @@ def hints_of(
         checked: There is a checkpoint to compare values with.
         some: Other parameters have a place.
         given: Hints that are known to help.
+        tells_part: One of them says which part of the adapter, or of the model, to name.
     """
     hints = list(given)
     if "shape" in kinds:
         hints.append("give the base that the adapter was trained on")
     if not checked and ("unproven" in kinds or (kinds & _LOST and not given)):
         hints.append(_BY_VALUE)
-    elif not checked and kinds & _LOST and not any("--component" in hint for hint in given):
+    elif not checked and kinds & _LOST and not tells_part:
         # Other names of the same weights are no matter there.
         hints.insert(0, _BY_VALUE)
     if checked and "unproven" in kinds:
@@ -366,5 +373,5 @@ def placed_row(adapter: Adapter, site: Site, action: str = "") -> PlanRow:
 
 def refused_row(adapter: Adapter, miss: Miss) -> PlanRow:
     """Return the plan's row of a miss."""
-    target, refusal = miss.target, Refusal(miss.kind, miss.reason)
-    return PlanRow.refused(adapter.name, target.key, target.tensor_names, refusal)
+    target = miss.target
+    return PlanRow.refused(adapter.name, target.key, target.tensor_names, miss.refusal)

@@ -23,7 +23,7 @@ from lora_export.formats.reading.saved import with_bias
 from lora_export.graph.exposed import KEY, StoredRows
 from lora_export.graph.onnx_file import GraphFile, initializer_of
 from lora_export.modes.branches.calls import Branch, Call, branch_of
-from lora_export.plan import Plan, PlanRow
+from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind
 from lora_export.sites.bias import restore_biases
 from lora_export.sites.doubts.contained import adapter_names
 from lora_export.sites.resolve import Resolver
@@ -33,7 +33,7 @@ from lora_export.sites.values.verify import canonical_rows
 
 _NO_ADAPTER = "--target-modules"
 _REPLACED = "the adapter replaces this whole parameter, which has no low-rank branch"
-_WITH_WEIGHT = "it goes with its module's weight, which has no place"
+_WITH_WEIGHT = Refusal("merge only", "it goes with its module's weight, which has no place")
 # An activation is computed inside: a factor on the product can't come before it.
 _ACTIVATED = {"FusedConv", "FusedGemm"}
 
@@ -81,9 +81,9 @@ def place_branches(
     misses += without
     lost = {miss.target.path for miss in misses if miss.target.key.endswith(".weight")}
     for site in biases:
-        reason = _WITH_WEIGHT if site.target.path in lost else _add_bias(site, branches)
-        if reason:
-            misses.append(Miss(site.target, reason, "merge only"))
+        refusal = _WITH_WEIGHT if site.target.path in lost else _add_bias(site, branches)
+        if refusal:
+            misses.append(Miss.of(site.target, refusal))
         else:
             placed.append(site)
     shown = adapter or Adapter(_NO_ADAPTER, "", "", {})
@@ -143,10 +143,10 @@ def _branches_of(
     for site in sites:
         branch = branch_of(site, calls)
         if isinstance(branch, Branch) and dora:
-            branch = _with_factor(branch)
+            branch = _with_factor(branch, "integers" if site.is_quantised else "merge only")
             _name_weights(site)
-        if isinstance(branch, str):
-            misses.append(Miss(site.target, branch, "integers" if _is_quantised(site) else "merge only"))
+        if isinstance(branch, Refusal):
+            misses.append(Miss.of(site.target, branch))
         else:
             placed.append(site)
             branches.append(branch)
@@ -177,29 +177,26 @@ def refuse_contained(graph: GraphFile) -> None:
 
 
 def _unsuited_of(targets: Sequence[Target], dora: bool, bank: bool) -> list[Miss]:
-    return [
-        Miss(target, reason, "merge only" if target.experts > 1 or reason == EVERYWHERE else "dora")
-        for target in targets
-        if (reason := _unsuited(target, dora, bank))
-    ]
+    refusals = ((target, _unsuited(target, dora, bank)) for target in targets)
+    return [Miss.of(target, refusal) for target, refusal in refusals if refusal]
 
 
-def _unsuited(target: Target, dora: bool, bank: bool) -> str:
-    """Why a target can't be exposed as a low-rank branch, or an empty text."""
+def _unsuited(target: Target, dora: bool, bank: bool) -> Refusal | None:
+    """Return why a target can't be exposed as a low-rank branch; None where it can."""
     if target.experts > 1:
-        return "stacked experts are not exposed"
+        return Refusal("merge only", "stacked experts are not exposed")
     if target.module is not None and target.module.everywhere:
-        return EVERYWHERE
+        return Refusal("merge only", EVERYWHERE)
     if target.module is not None and _is_dora(target.module) and not dora:
-        return "DoRA has a factor on the whole product"
-    return ""
+        return Refusal("dora", "DoRA has a factor on the whole product")
+    return None
 
 
 def holds(site: Site) -> bool:
     """Whether the graph holds a replacement's values already: PEFT saves untrained embeddings too."""
     target = site.target
     assert target.values is not None
-    if _is_quantised(site):
+    if site.is_quantised:
         return False
     for part in site.parts:
         (placement,) = part.placements
@@ -211,36 +208,32 @@ def holds(site: Site) -> bool:
     return True
 
 
-def _is_quantised(site: Site) -> bool:
-    return any(use.quantised for part in site.parts for use in part.uses)
-
-
-def _add_bias(site: Site, branches: list[Branch]) -> str:
-    """Give a module's branch the change of its bias, or say why it can't have it."""
+def _add_bias(site: Site, branches: list[Branch]) -> Refusal | None:
+    """Give a module's branch the change of its bias, or return why it can't have it."""
     target = site.target
     number = next((n for n, branch in enumerate(branches) if branch.path == target.path), None)
     if not target.key.endswith(".bias") or number is None:
-        return _REPLACED
+        return Refusal("merge only", _REPLACED)
     branch = branches[number]
     assert target.values is not None
     assert branch.lora is not None
     if _is_dora(branch.lora):
-        return "its module has DoRA, whose factor would scale the bias as well"
+        return Refusal("merge only", "its module has DoRA, whose factor would scale the bias as well")
     lora, change, (part, *more) = branch.lora, np.asarray(target.values), site.parts
     start = part.placements[0].row
     held = held_of(part.uses[0])
     if target.action == "replace":
-        if isinstance(held, str):
-            return f"the adapter replaces it, and {held}"
+        if isinstance(held, Refusal):
+            return Refusal("merge only", f"the adapter replaces it, and {held.detail}")
         values = held.values[start : start + len(change)]
         if more or values.shape != change.shape:
-            return "its bias is stored in several parts"
+            return Refusal("merge only", "its bias is stored in several parts")
         change = change.astype(np.float64) - values.astype(np.float64)
         lora = with_bias(lora, change, target.tensor_names)
     # Codes that can't be read are no place for an adapter that replaces the bias.
-    stored = () if isinstance(held, str) else (StoredRows(held.name, (0, len(change)), row=start),)
+    stored = () if isinstance(held, Refusal) else (StoredRows(held.name, (0, len(change)), row=start),)
     branches[number] = replace(branch, lora=lora, bias=True, stored_bias=stored)
-    return ""
+    return None
 
 
 def _name_weights(site: Site) -> None:
@@ -255,15 +248,22 @@ def _is_dora(module: LoraModule) -> bool:
     return module.magnitude is not None or module.scale is not None
 
 
-def _with_factor(branch: Branch) -> Branch | str:
-    """The branch, if a factor on its product is possible, and DoRA's can be computed where it is needed."""
+def _with_factor(branch: Branch, kind: RefusalKind) -> Branch | Refusal:
+    """Return the branch if its product can have a factor, and DoRA's can be computed where it is needed.
+
+    Args:
+        branch: The branch.
+        kind: Of the refusal.
+    """
     if branch.lora is not None and branch.lora.magnitude is not None and not branch.stored:
-        return (
-            "DoRA's factor needs W0, which is quantised or rescaled here: merge it into the unquantised base"
+        return Refusal(
+            kind,
+            "DoRA's factor needs W0, which is quantised or rescaled here: merge it into the unquantised base",
         )
     operators = {piece.call.node.op_type for piece in branch.pieces} & _ACTIVATED
     if operators:
-        return f"{operators.pop()} applies its activation inside: DoRA's factor can't come before it"
+        reason = f"{operators.pop()} applies its activation inside: DoRA's factor can't come before it"
+        return Refusal(kind, reason)
     return branch
 
 

@@ -19,6 +19,7 @@ from lora_export.graph.onnx_file import FLOAT_TYPES, GraphFile
 from lora_export.modes.branches.calls import branch_of
 from lora_export.parity.localise.by_content import Nearest
 from lora_export.parity.localise.walk import Tap, Walker
+from lora_export.plan import Refusal
 from lora_export.sites import fit
 from lora_export.sites.doubts.readers import folded_into_conv, module_of
 from lora_export.sites.naming import names
@@ -31,7 +32,7 @@ from lora_export.storage.patch import Placement
 
 _NORMS = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
 _SKIP_NORMS = {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
-NOT_FOUND = "no node or weight of the graph names it"
+NOT_FOUND = Refusal("not found", "no node or weight of the graph names it")
 # Output of a skip norm that is the sum which it normalises.
 _SKIP_SUM = 3
 
@@ -76,7 +77,7 @@ class Probe:
 
 def find_probes(
     graph: GraphFile, modules: Sequence[ModuleShape], weight_of: Callable[[Target], Array | None]
-) -> tuple[list[Probe], dict[str, str]]:
+) -> tuple[list[Probe], dict[str, Refusal]]:
     """Find modules in a graph.
 
     Args:
@@ -85,7 +86,7 @@ def find_probes(
         weight_of: Looks up a module's weight in the PyTorch model, without any adapter.
 
     Returns:
-        The probes in the order of the computation, and for each module that has none the reason.
+        The probes in the order of the computation, and for each module that has none the refusal.
     """
     return _Search(graph, modules, weight_of).run()
 
@@ -114,8 +115,8 @@ class _Search:
             self._by_root[str(use.root.name)].append(use)
         self._weight_of = weight_of
 
-    def run(self) -> tuple[list[Probe], dict[str, str]]:
-        found: dict[str, Probe | str] = {}
+    def run(self) -> tuple[list[Probe], dict[str, Refusal]]:
+        found: dict[str, Probe | Refusal] = {}
         lost: list[Target] = []
         claimed: set[int] = set()
         for module in self._modules:
@@ -133,7 +134,7 @@ class _Search:
             site = nearest.find(target, self._weight_of(target))
             found[target.path] = self._probe_at(site) if site else NOT_FOUND
         probes = sorted((p for p in found.values() if isinstance(p, Probe)), key=lambda probe: probe.order)
-        return probes, {path: reason for path, reason in found.items() if isinstance(reason, str)}
+        return probes, {path: refusal for path, refusal in found.items() if isinstance(refusal, Refusal)}
 
     def _recorded(self, target: Target) -> Site | None:
         """The place that the record of exposed LoRA says; the names of a fused base are gone."""
@@ -160,19 +161,20 @@ class _Search:
             parts = []
             for use in groups[0]:
                 placed = fit.place(target, use, variant.part)
-                if not isinstance(placed, str):
+                if not isinstance(placed, Refusal):
                     parts.append(Part(use.root, (use,), placed))
             if parts:
                 return Site(target, tuple(parts), "names")
         return None
 
-    def _probe_at(self, site: Site) -> Probe | str:
+    def _probe_at(self, site: Site) -> Probe | Refusal:
         target = site.target
         for part in site.parts:
             if folded_into_conv(target, part):
-                return "the exporter has folded a norm into it: the graph has no value that is its output"
+                reason = "the exporter has folded a norm into it: the graph has no value that is its output"
+                return Refusal("computed", reason)
         branch = branch_of(site, {})
-        if isinstance(branch, str):
+        if isinstance(branch, Refusal):
             return branch
         # A module that is called several times is looked at in its first call.
         pieces = {piece.rows: piece for piece in reversed(branch.pieces)}
@@ -180,13 +182,13 @@ class _Search:
         for rows, piece in sorted(pieces.items()):
             node = piece.call.node
             if rows[0] != at or id(node) not in self._order:
-                return "it is computed in parts that are not all in the main graph"
+                return Refusal("operator", "it is computed in parts that are not all in the main graph")
             at = rows[1]
             order = max(order, self._order[id(node)])
             width = (piece.offset, piece.offset + rows[1] - rows[0])
             taps.append(self._walker.output(piece.call, *width, target.path))
         if at != branch.out_dim:
-            return "only a part of its outputs was found"
+            return Refusal("not found", "only a part of its outputs was found")
         x = next(iter(pieces.values())).call.x
         axes = [1 if kind == "conv" else -1 for kind in (branch.kind, target.kind)]
         return Probe(target.path, order, tuple(taps), Tap(x), *axes)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from lora_export.plan import Refusal
 from lora_export.sites import fit
 from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.naming.evidence import (
@@ -128,7 +129,7 @@ def nameless(target: Target, uses: Sequence[Use]) -> list[str]:
     """Return some constants of a target's shape that neither they nor their nodes give a module's name."""
     found: dict[str, None] = {}
     for use in uses:
-        if use.quantised or not fit.accepts(target, use) or isinstance(fit.place(target, use), str):
+        if use.quantised or not fit.accepts(target, use) or isinstance(fit.place(target, use), Refusal):
             continue
         name = weight_name(use)
         if (
