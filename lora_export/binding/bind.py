@@ -14,6 +14,7 @@ import numpy as np
 
 from lora_export.adapter import Adapter, Array, LoraModule
 from lora_export.base.history.in_graph import refuse_bound
+from lora_export.base.placing.hints import Situation, hints_of, remake
 from lora_export.binding.base_weights import WeightOf
 from lora_export.binding.cast import Caster, dtype_of, wide_of
 from lora_export.binding.dora import dora_factor, dora_problem
@@ -23,19 +24,9 @@ from lora_export.errors import AdapterError, SiteError
 from lora_export.formats.provenance import only_this_base, refuse_other_base
 from lora_export.formats.reading.scope import how_to_part
 from lora_export.graph.exposed import ExposedGraph, ExposedModule
-from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, unaccounted
+from lora_export.plan import Plan, PlanRow, Refusal, refuse, unaccounted
 
 _MAX_LISTED = 40
-_MERGE = "merge the adapter with merge-onnx"
-# What to do about a kind of refusal, in the order in which it is said.
-_HINTS: tuple[tuple[RefusalKind, str], ...] = (
-    ("not found", "check the base"),
-    ("shape", "give the base that the adapter was trained on"),
-    ("mixed", "give the adapter that it was converted from"),
-    ("slot rank", "make the bank with a larger --slot-rank (slot_rank=)"),
-    ("rank", "make the graph with a larger --max-rank (max_rank=)"),
-    ("merge only", _MERGE),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,29 +299,18 @@ def _raise_refused(
         raise SiteError(
             f"adapter '{adapter.name}' was made for another model, or for modules that {where} does not "
             f"expose: none of its {count} parameters has a place",
-            f"check the base; if it is the right one, {_remake(exposed)}",
+            f"check the base; if it is the right one, {remake(exposed.mode)}",
             lines,
         )
-    # Where a path is matched otherwise, its module may well be exposed.
-    hints = list(dict.fromkeys(found.hints))
-    hints += [_remake(exposed)] if "not exposed" in kinds and not found.hints else []
-    hints += [hint for kind, hint in _HINTS if kind in kinds]
     doubled = {row.parameter for row in refused if row.kind == "double"}
-    hints += [how_to_part(adapter, doubled)] if doubled else []
-    if "dora" in kinds:
-        swap = "make a graph with swap-onnx --dora and this adapter"
-        hints.append(f"{swap}, or {_MERGE}" if exposed.mode == "bank" else swap)
-    if found.pairings:
-        hints.append("convert-adapter --allow-unmatched (allow_unmatched=True) goes on without them")
-    raise SiteError(
-        f"adapter '{adapter.name}' has {len(refused)} parameters with no place in {where} (of {count})",
-        "; ".join(hints),
-        lines,
+    situation = Situation(
+        into="bank graph" if exposed.mode == "bank" else "swap graph",
+        some=bool(found.pairings),
+        given=found.hints,
+        parting=how_to_part(adapter, doubled) if doubled else "",
     )
-
-
-def _remake(exposed: ExposedGraph) -> str:
-    return f"make the graph again with this adapter ({exposed.mode}-onnx --adapter)"
+    hints = hints_of(kinds, situation)
+    refuse(f"adapter '{adapter.name}'", where, lines, hints, count=len(refused), total=count)
 
 
 def _listed(lines: Sequence[str]) -> list[str]:

@@ -9,21 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from lora_export.adapter import EVERYWHERE, Adapter, LoraModule
-from lora_export.base.placing.plan_rows import (
-    Verb,
-    hints_of,
-    placed_row,
-    refuse,
-    refuse_unaccounted,
-    refused_row,
-)
+from lora_export.base.placing.hints import Situation, Verb, hints_of
+from lora_export.base.placing.plan_rows import placed_row, refuse_misses, refuse_unaccounted, refused_row
 from lora_export.base.ties.copies import is_same
 from lora_export.errors import GraphError, SiteError
 from lora_export.formats.reading.saved import with_bias
 from lora_export.graph.exposed import KEY, StoredRows
 from lora_export.graph.onnx_file import GraphFile, initializer_of
 from lora_export.modes.branches.calls import Branch, Call, branch_of
-from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind
+from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, refuse
 from lora_export.sites.bias import restore_biases
 from lora_export.sites.doubts.contained import adapter_names
 from lora_export.sites.resolve import Resolver
@@ -90,7 +84,7 @@ def place_branches(
     if misses and not (allow_unmatched and branches):
         verb: Verb = "bank-onnx" if bank else "swap-onnx"
         checked = resolver.weight_of is not None
-        refuse(graph, shown, placed, misses, verb=verb, checked=checked, uses=resolver.uses)
+        refuse_misses(graph, shown, placed, misses, verb=verb, checked=checked, uses=resolver.uses)
     rows: list[PlanRow] = [placed_row(shown, site, "unchanged") for site in unchanged]
     rows += [placed_row(shown, site, "expose") for site in placed]
     rows += [refused_row(shown, miss) for miss in misses]
@@ -124,12 +118,14 @@ def refuse_unsuited(
         misses = _unsuited_of(targets, dora, bank)
         some = len(misses) < len(targets)
         if misses and not (allow_unmatched and some):
-            verb: Verb = "bank-onnx" if bank else "swap-onnx"
-            raise SiteError(
-                f"adapter {adapter.name!r} has {len(misses)} parameters with no place in a graph of "
-                f"{base.name} (of {len(targets)})",
-                "; ".join(hints_of({miss.kind for miss in misses}, verb, True, some, [])),
+            situation = Situation(into="bank-onnx" if bank else "swap-onnx", some=some)
+            refuse(
+                f"adapter {adapter.name!r}",
+                f"a graph of {base.name}",
                 [f"{miss.target.key}  {miss.reason}" for miss in misses],
+                hints_of({miss.kind for miss in misses}, situation),
+                count=len(misses),
+                total=len(targets),
             )
 
 

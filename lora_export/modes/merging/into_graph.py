@@ -21,7 +21,7 @@ from lora_export.base.history.in_graph import (
     refuse_merged_into,
 )
 from lora_export.base.open_base import drop_dead
-from lora_export.base.placing.plan_rows import placed_row, refuse, refuse_unaccounted, refused_row
+from lora_export.base.placing.plan_rows import placed_row, refuse_misses, refuse_unaccounted, refused_row
 from lora_export.base.ties.copies import Copied, are_judged, refuse_copies, refuse_overwriting, untrained_note
 from lora_export.base.ties.tied_ends import with_tied_ends
 from lora_export.errors import SiteError
@@ -95,7 +95,7 @@ def plan_changes(
         misses, notes = misses + torn, notes + tied
         if misses and not (allow_unmatched and sites):
             checked = weight_of is not None
-            refuse(
+            refuse_misses(
                 graph,
                 adapter,
                 sites,
