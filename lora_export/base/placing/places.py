@@ -17,6 +17,7 @@ Layouts that a stored weight can have against the module's canonical one:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -57,6 +58,23 @@ class NoPlace(Exception):
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal.detail)
         self.refusal = refusal
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """What has become of one parameter.
+
+    Attributes:
+        places: Names of the stored tensors.
+        layout: How the canonical weight lies there.
+        reason: What led there.
+        is_unchanged: The base holds the same values already.
+    """
+
+    places: list[str]
+    layout: str = ""
+    reason: str = ""
+    is_unchanged: bool = False
 
 
 def place_adapters(
@@ -184,12 +202,12 @@ class _Placer:
         parameter: str,
         tensors: tuple[str, ...],
         action: str,
-        act: Callable[[], tuple[list[str], str, str]],
+        act: Callable[[], _Settled],
     ) -> None:
-        """Add one row: ``act`` registers the change and returns places, layout and reason."""
+        """Add one row: ``act`` registers the change and returns where it is."""
         copies = len(self._copied)
         try:
-            places, layout, reason = act()
+            done = act()
         except NoPlace as problem:
             # Parts that were placed before the one that has no place.
             self._ledger.drop({len(self.rows)})
@@ -197,9 +215,17 @@ class _Placer:
             self._hints += [problem.refusal.hint] * bool(problem.refusal.hint)
             self.rows.append(PlanRow.refused(adapter.name, parameter, tensors, problem.refusal))
             return
-        action = "unchanged" if reason == UNCHANGED else action
-        shown = ", ".join(places[:2]) + (f", … ({len(places)})" if len(places) > 2 else "")
-        self.rows.append(PlanRow(adapter.name, parameter, tensors, action, shown, "", layout, reason))
+        shown = ", ".join(done.places[:2]) + (f", … ({len(done.places)})" if len(done.places) > 2 else "")
+        row = PlanRow(
+            adapter=adapter.name,
+            parameter=parameter,
+            tensors=tensors,
+            action="unchanged" if done.is_unchanged else action,
+            place=shown,
+            layout=done.layout,
+            reason=UNCHANGED if done.is_unchanged else done.reason,
+        )
+        self.rows.append(row)
 
     def finish(self, notes: Sequence[str]) -> Placed:
         """Settle what shares a weight with others, and return the whole."""
@@ -223,7 +249,7 @@ class _Placer:
 
     # What each kind of change does.
 
-    def replaced(self, path: str, values: Array, adapter: Adapter) -> tuple[list[str], str, str]:
+    def replaced(self, path: str, values: Array, adapter: Adapter) -> _Settled:
         """Put whole values in place of a parameter."""
         name, reason = self._single(Named(path, "replace"), values.shape)
         tensor = self._ledger.tensor(name)
@@ -241,7 +267,7 @@ class _Placer:
         source = self._ledger.sources.get(name, name)
         held = self._quantised.values(source) if source not in self._quantised.refused else None
         if held is not None and self._are_judged and is_same(values, held):
-            return [name], "", UNCHANGED
+            return _Settled([name], is_unchanged=True)
         if held is not None and (warning := untrained_note(adapter, path, values, held)):
             self._warnings.append(warning)
         self._copied.append(Copied(name, name, path, adapter.name, self._owner, self._weight, values))
@@ -250,9 +276,9 @@ class _Placer:
         if reach == "unknown" and held is not None and is_same(values, held):
             reach = "all"
         self._ledger.add(name, lambda _: replacement(path, matrix), reach, is_copy=True)
-        return [name], "", reason
+        return _Settled([name], reason=reason)
 
-    def rows_replaced(self, path: str, rows: TokenRows, adapter: Adapter) -> tuple[list[str], str, str]:
+    def rows_replaced(self, path: str, rows: TokenRows, adapter: Adapter) -> _Settled:
         """Put single rows in place of an embedding's, and of what is tied to it."""
         name, reason = self._single(Named(path, "replace rows"))
         shape = self._ledger.tensor(name).shape
@@ -267,13 +293,13 @@ class _Placer:
             wanted = max(rows.indices) + 1
             raise NoPlace(Refusal("shape", f"row {wanted - 1} of {shape[0]}", resize_hint(wanted)))
         if self._are_judged and self._holds_rows(name, rows):
-            return [name], f"{len(rows.indices)} rows", UNCHANGED
+            return _Settled([name], f"{len(rows.indices)} rows", is_unchanged=True)
         self._copied.append(
             Copied(name, name, path, adapter.name, self._owner, self._weight, row_count=len(rows.indices))
         )
         for first, values in rows.runs():
             self._ledger.add(name, partial(_replaced, path, values, first), "all")
-        return [name], f"{len(rows.indices)} rows", reason
+        return _Settled([name], f"{len(rows.indices)} rows", reason)
 
     def _holds_rows(self, name: str, rows: TokenRows) -> bool:
         """Whether the base has these rows already; one that can't be read has not."""
@@ -282,7 +308,7 @@ class _Placer:
             return False
         return is_same(rows.values, self._quantised.values(source)[list(rows.indices)])
 
-    def bias_added(self, module: LoraModule, adapter: Adapter, weight: float) -> tuple[list[str], str, str]:
+    def bias_added(self, module: LoraModule, adapter: Adapter, weight: float) -> _Settled:
         """Add the scaled bias of lora_B to the module's own bias."""
         assert module.lora_bias is not None
         path, bias = f"{module.path}.bias", module.lora_bias
@@ -303,9 +329,9 @@ class _Placer:
 
         self._ledger.add(name, make)
         self._copied.append(Copied(name, name, path, adapter.name, self._owner, weight))
-        return [name], "", reason
+        return _Settled([name], reason=reason)
 
-    def merged(self, module: LoraModule, adapter: Adapter, weight: float) -> tuple[list[str], str, str]:
+    def merged(self, module: LoraModule, adapter: Adapter, weight: float) -> _Settled:
         """Add ΔW where the module's weight, or each part of it, is stored."""
         if module.groups > 1:
             raise NoPlace(
@@ -343,7 +369,7 @@ class _Placer:
                     is_dora=module.magnitude is not None,
                 )
             )
-        return [part.tensor for part in parts], layouts[0], parts[0].reason
+        return _Settled([part.tensor for part in parts], layouts[0], parts[0].reason)
 
     def _fit(
         self, module: LoraModule, adapter: Adapter, part: Part, span: tuple[int, int]
