@@ -174,13 +174,16 @@ def place_split(target: Target, groups: list[list[Use]], evidence: str) -> Site 
         transposed = uses[0].transposed and target.kind != "vector"
         height, width = (stored[1], stored[0]) if transposed else stored
         if len(roots) > 1 or width != cols:
-            return Miss(target, f"shapes differ: a part of the split weight is {(height, width)}", "shape")
+            return Miss(
+                target, Refusal("shape", f"shapes differ: a part of the split weight is {(height, width)}")
+            )
         placement = placement_at(0, (start, start + height), transposed)
         parts.append(Part(uses[0].root, tuple(uses), (replace(placement, expert=expert),)))
         start += height
         if first == each - 1 and start != rows:
             return Miss(
-                target, f"shapes differ: the split weight has {start} rows, the adapter {rows}", "shape"
+                target,
+                Refusal("shape", f"shapes differ: the split weight has {start} rows, the adapter {rows}"),
             )
     return Site(target, tuple(parts), evidence)
 
@@ -194,13 +197,15 @@ def site_of(target: Target, fits: list[tuple[Use, tuple[Placement, ...]]], evide
         Part(group[0][0].root, tuple(use for use, _ in group), group[0][1]) for group in roots.values()
     )
     if any(use.transposed != group[0][0].transposed for group in roots.values() for use, _ in group):
-        return Miss(target, "ambiguous: its weight is read in both orientations", "ambiguous", BOTH_WAYS)
+        return Miss(
+            target, Refusal("ambiguous", "ambiguous: its weight is read in both orientations", BOTH_WAYS)
+        )
     if not _same_values(parts):
         where = ", ".join(str(part.root.name) for part in parts[:4])
         said = (
             f"{len(parts)} weights have its name and shape" if len(parts) > 1 else "its codes have two scales"
         )
-        return Miss(target, f"ambiguous: {said} ({where})", "ambiguous")
+        return Miss(target, Refusal("ambiguous", f"ambiguous: {said} ({where})"))
     return Site(target, parts, evidence)
 
 

@@ -257,26 +257,22 @@ class Miss:
 
     Attributes:
         target: What was looked for.
-        reason: Why it has no place.
-        kind: What to do about it hangs on this.
-        hint: What would give the adapter one, where that is known.
+        refusal: Why it has no place; its hint is what would give the adapter one, where that is known.
         is_foreign: There is a checkpoint, and it stores nothing that the adapter changes.
         tells_part: The hint says which part of the adapter or of the model to name (``--component``).
     """
 
     target: Target
-    reason: str
-    kind: RefusalKind
-    hint: str = ""
+    refusal: Refusal
     is_foreign: bool = False
     tells_part: bool = False
 
-    @classmethod
-    def of(cls, target: Target, refusal: Refusal) -> Miss:
-        """Return a target with its refusal."""
-        return cls(target, refusal.detail, refusal.kind, refusal.hint)
+    @property
+    def kind(self) -> RefusalKind:
+        """What to do about it hangs on this."""
+        return self.refusal.kind
 
     @property
-    def refusal(self) -> Refusal:
-        """Why it has no place."""
-        return Refusal(self.kind, self.reason, self.hint)
+    def reason(self) -> str:
+        """What was seen, and where."""
+        return self.refusal.detail

@@ -118,7 +118,7 @@ def refuse_misses(
     name = f"adapter {adapter.name!r}" if adapter.format else adapter.name
     lines = [f"{miss.target.key}  {miss.reason}" for miss in misses]
     kinds = {miss.kind for miss in misses}
-    given = list(dict.fromkeys(miss.hint for miss in misses if miss.hint))
+    given = list(dict.fromkeys(miss.refusal.hint for miss in misses if miss.refusal.hint))
     lost = not sites and kinds <= LOST and not given
     error = OtherValues if "values" in kinds else SiteError
     found = (

@@ -71,7 +71,7 @@ def with_tied_ends(
             made.append(site)  # Rule 1.
             continue
         if refusal := _problem(adapter, site, sites, ends, uses, tied):
-            misses.append(Miss.of(site.target, refusal))
+            misses.append(Miss(site.target, refusal))
             continue
         if ends := [use for use in ends if _key(use) not in taken]:  # Rule 2.
             # Of two copies with the same values the first stands for both at the other ends.

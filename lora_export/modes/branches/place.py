@@ -77,7 +77,7 @@ def place_branches(
     for site in biases:
         refusal = _WITH_WEIGHT if site.target.path in lost else _add_bias(site, branches)
         if refusal:
-            misses.append(Miss.of(site.target, refusal))
+            misses.append(Miss(site.target, refusal))
         else:
             placed.append(site)
     shown = adapter or Adapter(_NO_ADAPTER, "", "", {})
@@ -142,7 +142,7 @@ def _branches_of(
             branch = _with_factor(branch, "integers" if site.is_quantised else "merge only")
             _name_weights(site)
         if isinstance(branch, Refusal):
-            misses.append(Miss.of(site.target, branch))
+            misses.append(Miss(site.target, branch))
         else:
             placed.append(site)
             branches.append(branch)
@@ -174,7 +174,7 @@ def refuse_contained(graph: GraphFile) -> None:
 
 def _unsuited_of(targets: Sequence[Target], dora: bool, bank: bool) -> list[Miss]:
     refusals = ((target, _unsuited(target, dora, bank)) for target in targets)
-    return [Miss.of(target, refusal) for target, refusal in refusals if refusal]
+    return [Miss(target, refusal) for target, refusal in refusals if refusal]
 
 
 def _unsuited(target: Target, dora: bool, bank: bool) -> Refusal | None:
@@ -270,7 +270,7 @@ def _doubled(placed: list[Site], branches: list[Branch]) -> list[Miss]:
     for number in range(len(branches) - 1, -1, -1):
         if branches[number].path in seen:
             reason = "two targets have this path"
-            misses.append(Miss(placed[number].target, reason, "double"))
+            misses.append(Miss(placed[number].target, Refusal("double", reason)))
             del placed[number], branches[number]
         else:
             seen.add(branches[number].path)

@@ -29,7 +29,7 @@ from lora_export.formats.schemes import fitted
 from lora_export.graph.external_data import Change, merged_values
 from lora_export.graph.onnx_file import GraphFile
 from lora_export.modes.branches.place import holds, refuse_exposed
-from lora_export.plan import Plan, PlanRow
+from lora_export.plan import Plan, PlanRow, Refusal
 from lora_export.sites.bias import restore_biases
 from lora_export.sites.isolate import Isolator
 from lora_export.sites.resolve import Resolver
@@ -43,9 +43,10 @@ from lora_export.storage.rounding import WARN_RELATIVE
 
 # Share of ‖ΔW‖ that a weight's grid may cut off: less is a tenth of the effect, as in parity.
 _MOST_CUT = 0.1
-_GROUPED = (
+_GROUPED = Refusal(
+    "branch only",
     "a grouped convolution mixes the groups through lora_A and can't be merged (PEFT refuses it as well); "
-    "expose it with swap-onnx instead"
+    "expose it with swap-onnx instead",
 )
 
 
@@ -89,7 +90,7 @@ def plan_changes(
         sites, misses = restore_biases(sites, misses, resolver.weight_of)
         grouped = [site for site in sites if site.target.module and site.target.module.groups > 1]
         sites = [site for site in sites if site not in grouped]
-        misses += [Miss(site.target, _GROUPED, "branch only") for site in grouped]
+        misses += [Miss(site.target, _GROUPED) for site in grouped]
         warnings += [_untrained(adapter, site) for site in sites if _is_copy(site)]
         sites, torn, tied = with_tied_ends(adapter, sites, resolver.uses, resolver.weight_of)
         misses, notes = misses + torn, notes + tied
