@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from lora_export import __version__
 from lora_export.adapter import Adapter
 from lora_export.base.open_base import Base
+from lora_export.base.write_options import WriteOptions
 from lora_export.errors import GraphError
 from lora_export.graph.data_identity import mark_data
 from lora_export.graph.exposed import KEY, ExposedGraph
@@ -72,8 +73,7 @@ def write_exposed(
     base: Base,
     report: ExposeReport,
     adapters: Sequence[Adapter],
-    force: bool,
-    progress: Callable[[int], None] | None,
+    options: WriteOptions,
     beside: Mapping[str, bytes] | None = None,
 ) -> ExposeReport:
     """Write what ``report`` says, unless it is a dry run; return it with the sizes.
@@ -82,8 +82,7 @@ def write_exposed(
         base: The graph with its branches.
         report: Plan, record and paths.
         adapters: Those that it was made from.
-        force: Replace existing files.
-        progress: Called with the number of bytes just written.
+        options: The mode's.
         beside: Name → content of files that the caller writes beside the graph: the manifest lists them.
 
     Raises:
@@ -95,10 +94,18 @@ def write_exposed(
     if report.dry_run:
         return report
     base.graph.model.metadata_props[KEY] = report.exposed.to_json()
-    with output_errors(out), OutputSet(force, base.reads) as outputs:
+    with output_errors(out), OutputSet(options.force, base.reads) as outputs:
         staged = {name: outputs.stage(path) for name, path in paths.items()}
-        write_data(staged["data"], paths["data"].name, slots, size, {}, "sample", progress)
         name = paths["data"].name
+        write_data(
+            staged["data"],
+            name,
+            slots,
+            size=size,
+            changes={},
+            rounding="sample",
+            progress=options.progress,
+        )
         own = {name: hash_written(staged["data"], name)}
         own |= mark_data(base.graph.model, base.shared_places(out) | own)
         save_graph(base.graph.model, staged["graph"])

@@ -63,23 +63,17 @@ def place_branches(
         SiteError: Targets without a place; all are listed.
     """
     refuse_exposed(graph)
-    wanted = [target for target in targets if not _unsuited(target, dora, bank)]
+    wanted = [target for target in targets if not _unsuited(target, dora)]
     flattened, scope = (adapter.flattened, adapter.scope) if adapter else (False, None)
     sites, misses = resolver.resolve(wanted, flattened, scope)
     sites, misses = restore_biases(sites, misses, resolver.weight_of)
-    misses += _unsuited_of(targets, dora, bank)
+    misses += _unsuited_of(targets, dora)
     unchanged = [site for site in sites if site.target.action == "replace" and holds(site)]
     biases = [site for site in sites if site.target.kind == "vector" and site not in unchanged]
     weights = [site for site in sites if site not in unchanged and site not in biases]
     placed, branches, without = _branches_of(weights, calls, dora)
     misses += without
-    lost = {miss.target.path for miss in misses if miss.target.key.endswith(".weight")}
-    for site in biases:
-        refusal = _WITH_WEIGHT if site.target.path in lost else _add_bias(site, branches)
-        if refusal:
-            misses.append(Miss(site.target, refusal))
-        else:
-            placed.append(site)
+    misses += _add_biases(biases, placed, branches, misses)
     shown = adapter or Adapter(_NO_ADAPTER, "", "", {})
     if misses and not (allow_unmatched and branches):
         verb: Verb = "bank-onnx" if bank else "swap-onnx"
@@ -115,7 +109,7 @@ def refuse_unsuited(
     """
     for adapter in adapters:
         targets = targets_of(adapter)
-        misses = _unsuited_of(targets, dora, bank)
+        misses = _unsuited_of(targets, dora)
         some = len(misses) < len(targets)
         if misses and not (allow_unmatched and some):
             situation = Situation(into="bank-onnx" if bank else "swap-onnx", some=some)
@@ -172,12 +166,12 @@ def refuse_contained(graph: GraphFile) -> None:
         )
 
 
-def _unsuited_of(targets: Sequence[Target], dora: bool, bank: bool) -> list[Miss]:
-    refusals = ((target, _unsuited(target, dora, bank)) for target in targets)
+def _unsuited_of(targets: Sequence[Target], dora: bool) -> list[Miss]:
+    refusals = ((target, _unsuited(target, dora)) for target in targets)
     return [Miss(target, refusal) for target, refusal in refusals if refusal]
 
 
-def _unsuited(target: Target, dora: bool, bank: bool) -> Refusal | None:
+def _unsuited(target: Target, dora: bool) -> Refusal | None:
     """Return why a target can't be exposed as a low-rank branch; None where it can."""
     if target.experts > 1:
         return Refusal("merge only", "stacked experts are not exposed")
@@ -202,6 +196,28 @@ def holds(site: Site) -> bool:
         if placement.row_scale is not None or not is_same(wanted, canonical_rows(part, placement)):
             return False
     return True
+
+
+def _add_biases(
+    biases: Sequence[Site], placed: list[Site], branches: list[Branch], misses: Sequence[Miss]
+) -> list[Miss]:
+    """Add the changes of biases to their modules' branches; return those that have none.
+
+    Args:
+        biases: Where they are.
+        placed: Gets those that were added.
+        branches: Are replaced by those with a bias.
+        misses: What has no place: a bias goes with its module's weight.
+    """
+    lost = {miss.target.path for miss in misses if miss.target.key.endswith(".weight")}
+    without = []
+    for site in biases:
+        refusal = _WITH_WEIGHT if site.target.path in lost else _add_bias(site, branches)
+        if refusal:
+            without.append(Miss(site.target, refusal))
+        else:
+            placed.append(site)
+    return without
 
 
 def _add_bias(site: Site, branches: list[Branch]) -> Refusal | None:

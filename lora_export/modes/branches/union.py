@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from lora_export.adapter import Adapter, LoraModule
@@ -55,6 +56,11 @@ class Union:
     def branches(self) -> list[Branch]:
         """In the order in which they were asked for."""
         return list(self._by_place.values())
+
+    @property
+    def known(self) -> AbstractSet[str]:
+        """The parameters that the graph's names and its checkpoint tell."""
+        return self._resolver.known
 
     def add_adapters(self, adapters: Sequence[Adapter], base_sha256: str) -> None:
         """Place each adapter's modules.
