@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,6 +59,7 @@ class LoraModule:
     kind: Kind
     lora_a: Array
     lora_b: Array
+    _: KW_ONLY
     alpha: float
     rank: int
     rslora: bool = False
@@ -216,6 +217,7 @@ class Adapter:
     source: str
     format: str
     modules: Mapping[str, LoraModule]
+    _: KW_ONLY
     extras: Mapping[str, Array] = field(default_factory=dict)
     extra_tensors: Mapping[str, str] = field(default_factory=dict)
     token_rows: Mapping[str, TokenRows] = field(default_factory=dict)

@@ -72,7 +72,7 @@ class Refusal:
     hint: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlanRow:
     """What happens to one parameter that an adapter changes.
 
@@ -104,7 +104,14 @@ class PlanRow:
     @classmethod
     def refused(cls, adapter: str, parameter: str, tensors: Sequence[str], refusal: Refusal) -> PlanRow:
         """Make the row of something without a place."""
-        return cls(adapter, parameter, tuple(tensors), "refused", reason=refusal.detail, kind=refusal.kind)
+        return cls(
+            adapter=adapter,
+            parameter=parameter,
+            tensors=tuple(tensors),
+            action="refused",
+            reason=refusal.detail,
+            kind=refusal.kind,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from lora_export.base.checkpoint.weights import CheckpointWeights
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Base:
     """A base graph.
 
@@ -254,16 +254,24 @@ def _opened(
     if base.is_dir() and not checkpoint:
         opened = Checkpoint.open(base)
         shared = link_weights(graph, opened) if share else set()
-        return Base(graph, CheckpointWeights(opened), shared, files)
+        return Base(graph=graph, weight_of=CheckpointWeights(opened), shared_files=shared, files=files)
     if checkpoint:
         opened = Checkpoint.open(Path(checkpoint))
         if share and base.is_dir():
             shared = link_weights(graph, opened)
-        return Base(graph, _given_weights(opened), shared, files, Path(checkpoint))
+        return Base(
+            graph=graph,
+            weight_of=_given_weights(opened),
+            shared_files=shared,
+            files=files,
+            checkpoint=Path(checkpoint),
+        )
     if checkpoint is False:
-        return Base(graph, None, shared, files)
+        return Base(graph=graph, weight_of=None, shared_files=shared, files=files)
     found, folder, notes = _named_checkpoint(adapters, merged_in(graph.model.metadata_props))
-    return Base(graph, found, shared, files, folder, tuple(notes))
+    return Base(
+        graph=graph, weight_of=found, shared_files=shared, files=files, checkpoint=folder, notes=tuple(notes)
+    )
 
 
 def _given_weights(checkpoint: Checkpoint) -> CheckpointWeights:

@@ -29,7 +29,7 @@ from lora_export.plan import Plan, PlanRow, Refusal, refuse, unaccounted
 _MAX_LISTED = 40
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Binding:
     """An adapter as a swap graph takes it.
 
@@ -52,7 +52,7 @@ class Binding:
     only_this_base: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SlotBinding:
     """An adapter as one slot of a bank takes it.
 
@@ -118,7 +118,9 @@ def bind_adapter(
         blocks, offset = [], 0
         for pair in pairings:
             factors = caster.factors(pair.lora, dtype_of(module.dtype))
-            blocks += blocks_of_factors(module, pair.member, factors, offset, ranks[module.name])
+            blocks += blocks_of_factors(
+                module, pair.member, factors=factors, offset=offset, total=ranks[module.name]
+            )
             offset += pair.lora.rank
         tensors[module.lora_a], b = assemble(module, ranks[module.name], blocks)
         tensors |= cut_b(module, b)
@@ -127,9 +129,25 @@ def bind_adapter(
             tensors[module.lora_bias] = joined_bias(module, parts, caster)
         if any(pair.has_dora for pair in pairings):
             tensors[module.scale] = _scale(module, pairings, weight_of, caster)
-    plan = _finish(adapter, exposed, found, caster, where, allow_unmatched, warnings)
+    plan = _finish(
+        adapter,
+        exposed,
+        found=found,
+        caster=caster,
+        where=where,
+        allow_unmatched=allow_unmatched,
+        warnings=warnings,
+    )
     fixed = only_this_base(adapter) or any(pair.from_base or pair.has_dora for pair in found.pairings)
-    return Binding(adapter.name, tensors, ranks, plan, plan.notes, (*warnings, *caster.warnings()), fixed)
+    return Binding(
+        adapter=adapter.name,
+        tensors=tensors,
+        ranks=ranks,
+        plan=plan,
+        notes=plan.notes,
+        warnings=(*warnings, *caster.warnings()),
+        only_this_base=fixed,
+    )
 
 
 def slot_blocks(
@@ -163,9 +181,25 @@ def slot_blocks(
     loras = _slot_loras(found, adapter, slot)
     caster = Caster()
     blocks = blocks_of_slot(exposed, slot, loras, caster)
-    plan = _finish(adapter, exposed, found, caster, where, allow_unmatched, warnings)
+    plan = _finish(
+        adapter,
+        exposed,
+        found=found,
+        caster=caster,
+        where=where,
+        allow_unmatched=allow_unmatched,
+        warnings=warnings,
+    )
     ranks = {path: lora.rank for path, lora in loras.items()}
-    return SlotBinding(adapter.name, slot, blocks, ranks, plan, plan.notes, (*warnings, *caster.warnings()))
+    return SlotBinding(
+        adapter=adapter.name,
+        slot=slot,
+        blocks=blocks,
+        ranks=ranks,
+        plan=plan,
+        notes=plan.notes,
+        warnings=(*warnings, *caster.warnings()),
+    )
 
 
 def clear_slot(exposed: ExposedGraph, slot: int) -> tuple[Block, ...]:
@@ -267,7 +301,7 @@ def _finish(
     rows.sort(key=lambda row: min((order[name] for name in row.tensors if name in order), default=0))
     refused = [row for row in rows if row.action == "refused"]
     if refused and not (allow_unmatched and found.pairings):
-        _raise_refused(adapter, exposed, where, rows, found, caster.problems)
+        _raise_refused(adapter, exposed, where=where, rows=rows, found=found, more=caster.problems)
     if caster.problems:
         raise AdapterError(
             f"adapter '{adapter.name}' has values that can't be used with {where}",

@@ -27,7 +27,7 @@ _UNREAD = Refusal("merge only", "replaces the whole parameter, whose values in t
 _REPLACED = Refusal("merge only", "replaces the whole parameter, which the graph keeps as a constant")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Pairing:
     """A module of an adapter and its place.
 
@@ -60,10 +60,10 @@ class Pairing:
         lora, module = self.lora, self.module
         part = f"outputs {self.member.start}–{self.member.start + self.member.out_dim} of a pack"
         weight = PlanRow(
-            adapter,
-            f"{lora.path}.{lora.parameter}",
-            weight_tensors(lora),
-            "expose",
+            adapter=adapter,
+            parameter=f"{lora.path}.{lora.parameter}",
+            tensors=weight_tensors(lora),
+            action="expose",
             place=", ".join([module.lora_a, *(name for name, _, _ in module.b_parts)]),
             operator=module.kind,
             layout=part if self.member.out_dim < module.out_dim else "",
@@ -77,7 +77,7 @@ class Pairing:
         return [weight, bias]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Matches:
     """What `match_modules` found.
 
@@ -153,7 +153,7 @@ def match_modules(adapter: Adapter, exposed: ExposedGraph, where: str, weight_of
         if lora.lora_bias is not None and (reason := _no_bias(lora, place.module)):
             found.refuse(adapter.name, f"{lora.path}.bias", bias_tensors(lora), reason)
             lora = replace(lora, lora_bias=None, tensor_names=weight_tensors(lora))
-        found.pairings.append(Pairing(lora, place.module, place.member, place.how))
+        found.pairings.append(Pairing(lora=lora, module=place.module, member=place.member, how=place.how))
     _place_replaced(adapter, finder, found, weight_of)
     _drop_conflicts(adapter, found)
     return found
@@ -191,7 +191,7 @@ def split_pack(pairing: Pairing) -> list[Pairing] | Refusal:
             rslora=False,
             lora_bias=bias,
         )
-        parts.append(Pairing(part, module, member, pairing.how))
+        parts.append(Pairing(lora=part, module=module, member=member, how=pairing.how))
     return parts
 
 
@@ -304,9 +304,13 @@ def _place_replaced(adapter: Adapter, finder: Finder, found: Matches, weight_of:
         stored = member.stored_bias if leaf == "bias" else member.stored
         if weight_of is not None and holds(values, stored, key, weight_of):
             reason = "the base holds the same values"
-            found.unchanged.append(PlanRow(adapter.name, key, tensors, "unchanged", reason=reason))
+            found.unchanged.append(
+                PlanRow(
+                    adapter=adapter.name, parameter=key, tensors=tensors, action="unchanged", reason=reason
+                )
+            )
             continue
-        refusal = _replace_one(found, place, key, values, weight_of, tensors)
+        refusal = _replace_one(found, place, key=key, values=values, weight_of=weight_of, tensors=tensors)
         if refusal:
             found.refuse(adapter.name, key, tensors, refusal)
 
@@ -337,12 +341,14 @@ def _replace_one(
         return None
     if leaf != "weight" or index is not None:
         return _REPLACED
-    lora = _weight_change(path, place, values, weight_of, tensors)
+    lora = _weight_change(path, place, values=values, weight_of=weight_of, tensors=tensors)
     if isinstance(lora, Refusal):
         return lora
     refusal = _misfit(lora, place, converted=False)
     if refusal is None:
-        found.pairings.append(Pairing(lora, place.module, place.member, place.how, from_base=True))
+        found.pairings.append(
+            Pairing(lora=lora, module=place.module, member=place.member, how=place.how, from_base=True)
+        )
     return refusal
 
 
@@ -359,7 +365,9 @@ def _weight_change(
     if isinstance(old, Refusal):
         return old
     kind: Kind = "embedding" if module.kind == "embedding" else "linear"
-    return _as_exposed(change_of(path, kind, values.reshape(wanted), old, tensors), module)
+    return _as_exposed(
+        change_of(path, kind, new=values.reshape(wanted), old=old, tensor_names=tensors), module
+    )
 
 
 def _bias_change(

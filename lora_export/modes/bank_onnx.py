@@ -129,7 +129,7 @@ def bank_onnx(
         resolver = Resolver(opened.graph, opened.weight_of, branches=True)
         union = Union(opened.graph, resolver, allow_unmatched=allow_unmatched, bank=True)
         union.add_adapters(list(loaded.values()), opened.identity)
-        report = _fill(opened, union, loaded, form, base_name(base))
+        report = _fill(opened, union, adapters=loaded, form=form, base=base_name(base))
         report = replace(report, outputs=paths, dry_run=dry_run)
         return write_exposed(opened, report, list(loaded.values()), options)
 
@@ -179,12 +179,12 @@ def _fill(
     same_symbol = form.flavour == "tensorrt"
     gate = BankGate(graph, len(adapters), shapes_of(graph.model), form.batch_input, same_symbol=same_symbol)
     record = ExposedGraph(
-        "bank",
-        base,
-        opened.identity,
-        tuple(bundle.module for bundle in bundles),
-        max(rank for found in ranks.values() for rank in found),
-        form.flavour,
+        mode="bank",
+        base=base,
+        base_sha256=opened.identity,
+        modules=tuple(bundle.module for bundle in bundles),
+        max_rank=max(rank for found in ranks.values() for rank in found),
+        flavour=form.flavour,
         slots=tuple(Slot(name, adapter.sha256 or UNHASHED) for name, adapter in adapters.items()),
         resident=form.resident,
         batch_input=str(gate.batch_input.name),
@@ -192,12 +192,12 @@ def _fill(
         landmarks=landmarks(union.known),
     )
     caster = Caster()
-    tensors = _tensors(graph, record, union.loras, bundles, caster)
+    tensors = _tensors(graph, record, loras=union.loras, bundles=bundles, caster=caster)
     sums = BranchWriter(graph, gate, gemm=form.pack and form.flavour == "ort").write(bundles, tensors)
     gate.refuse()
     plan = union.plan([*notes, *gate.notes, *caster.notes()])
     plan = opened.verified(replace(plan, warnings=tuple(cut_off(sums))))
-    return ExposeReport(plan, record, warnings=tuple(caster.warnings()))
+    return ExposeReport(plan=plan, exposed=record, warnings=tuple(caster.warnings()))
 
 
 def _load(adapters: Mapping[str, PathLike | Adapter], component: str | None) -> dict[str, Adapter]:
@@ -284,7 +284,7 @@ def _tensors(
                 values[name] = add_initializer(graph, name, array)
             else:
                 default = array if record.flavour == "ort" else None
-                values[name] = add_input(graph, name, list(array.shape), dtype, default)
+                values[name] = add_input(graph, name, dims=list(array.shape), dtype=dtype, default=default)
         made[module.name] = Tensors(
             values[module.lora_a], tuple(values[name] for name in parts), bias=values.get(module.lora_bias)
         )

@@ -33,7 +33,7 @@ PathLike = str | os.PathLike[str]
 _EVERYWHERE = (".lora_A.weight", ".lora_B.weight")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ConvertReport:
     """What a conversion did, or with ``dry_run`` would do.
 
@@ -249,14 +249,14 @@ def _provenance(adapter: Adapter, exposed: ExposedGraph, binding: Binding) -> Pr
     # Of a file that was converted before: the adapter that it was made of.
     made_of = adapter.config if is_converted(adapter.config) else {}
     return Provenance(
-        str(made_of.get("adapter") or adapter.name),
-        str(made_of.get("adapter_sha256") or adapter.sha256),
-        exposed.base,
-        exposed.base_sha256,
-        binding.ranks,
-        {name: kind for name, kind in kinds.items() if name in binding.ranks},
-        binding.only_this_base,
-        __version__,
+        adapter=str(made_of.get("adapter") or adapter.name),
+        adapter_sha256=str(made_of.get("adapter_sha256") or adapter.sha256),
+        base=exposed.base,
+        base_sha256=exposed.base_sha256,
+        ranks=binding.ranks,
+        kinds={name: kind for name, kind in kinds.items() if name in binding.ranks},
+        only_this_base=binding.only_this_base,
+        version=__version__,
     )
 
 

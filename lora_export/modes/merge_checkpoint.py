@@ -72,7 +72,9 @@ def merge_checkpoint(
         OutputError: The folder exists, or can't be written.
     """
     loaded, factors = check_blend(adapters, weights, component)
-    merge = plan_merge(base, loaded, factors, dtype, allow_unmatched, resize)
+    merge = plan_merge(
+        base, loaded, factors=factors, dtype=dtype, allow_unmatched=allow_unmatched, resize=resize
+    )
     beside = lost_modules(loaded, merge.checkpoint.folder, refuse=not allow_unmatched)
     plan = replace(merge.placed.plan, notes=(*beside, *merge.placed.plan.notes))
     target = Path(output)
@@ -132,12 +134,12 @@ def _manifest(
     outputs |= history_of(merge.checkpoint.folder / MANIFEST).outputs()
     versions = package_versions(["lora-export", "numpy", "ml_dtypes"])
     return Manifest(
-        "merge",
-        base,
-        adapters,
-        report.plan.as_dict(),
-        rounding_dict(report.roundings),
-        outputs,
-        versions,
+        mode="merge",
+        base=base,
+        adapters=adapters,
+        plan=report.plan.as_dict(),
+        rounding=rounding_dict(report.roundings),
+        outputs=outputs,
+        versions=versions,
         files=hash_folder(folder),
     )

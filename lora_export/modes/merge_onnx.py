@@ -113,7 +113,13 @@ def merge_onnx(
     )
     folder = merging.in_folder()
     if folder and dry_run:
-        return MergeReport(folder.placed.plan, {}, output_paths(out), folder.size_bytes, dry_run=True)
+        return MergeReport(
+            plan=folder.placed.plan,
+            roundings={},
+            outputs=output_paths(out),
+            size_bytes=folder.size_bytes,
+            dry_run=True,
+        )
     return merging.run(folder)
 
 
@@ -151,7 +157,13 @@ class _Merging:
         rows = any(adapter.token_rows for adapter in self.adapters)
         if dtype == "float32" and not rows and not may_replace_ties(self.base, self.adapters):
             return None
-        return plan_merge(self.base, self.adapters, self.factors, dtype, self.options.allow_unmatched)
+        return plan_merge(
+            self.base,
+            self.adapters,
+            factors=self.factors,
+            dtype=dtype,
+            allow_unmatched=self.options.allow_unmatched,
+        )
 
     def run(self, folder: CheckpointMerge | None) -> MergeReport:
         """Open the base, change its constants and write it; of a dry run only the plan."""
@@ -162,7 +174,14 @@ class _Merging:
             refuse_other_bases(self.adapters, opened.identity)
             plan, changes = self._planned(opened, folder)
             slots, size, shared = plan_data(opened.graph, changes, self.out, opened.shared_files)
-            report = MergeReport(plan, {}, targets, size, shared, dry_run=self.options.dry_run)
+            report = MergeReport(
+                plan=plan,
+                roundings={},
+                outputs=targets,
+                size_bytes=size,
+                shared_bytes=shared,
+                dry_run=self.options.dry_run,
+            )
             if self.options.dry_run:
                 return report
             with output_errors(self.out), OutputSet(self.options.force, opened.reads) as outputs:
@@ -209,13 +228,13 @@ class _Merging:
         written |= {"identity": identity_of(own.values()), "shared_bytes": report.shared_bytes}
         pairs = zip(self.adapters, self.factors, strict=True)
         manifest = Manifest(
-            "merge-onnx",
-            list(opened.hashes.values()),
-            [adapter_entry(adapter, factor) for adapter, factor in pairs],
-            report.plan.as_dict(),
-            rounding_dict(report.roundings),
-            written | self.before.outputs(),
-            {"lora-export": __version__} | package_versions(["numpy", "ml_dtypes", "onnx-ir"]),
+            mode="merge-onnx",
+            base=list(opened.hashes.values()),
+            adapters=[adapter_entry(adapter, factor) for adapter, factor in pairs],
+            plan=report.plan.as_dict(),
+            rounding=rounding_dict(report.roundings),
+            outputs=written | self.before.outputs(),
+            versions={"lora-export": __version__} | package_versions(["numpy", "ml_dtypes", "onnx-ir"]),
             files={**read, **own},
         )
         manifest.save(staged["manifest"])

@@ -124,8 +124,8 @@ def swap_onnx(
     with open_base(base, out, made_of, options) as (opened, paths):
         union = _union(opened, made_of, wanted, dora=dora, allow_unmatched=allow_unmatched)
         plan, record = _expose_all(opened, union, form, base_name(base))
-        report = ExposeReport(plan, record, paths, dry_run=dry_run)
-        return write_exposed(opened, report, made_of, options, beside)
+        report = ExposeReport(plan=plan, exposed=record, outputs=paths, dry_run=dry_run)
+        return write_exposed(opened, report, adapters=made_of, options=options, beside=beside)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,13 +166,13 @@ def _expose_all(opened: Base, union: Union, form: _Form, base: str) -> tuple[Pla
         branches, notes = fuse_calls(graph, branches)
     bundles = [_fixed(bundle, branches, form.flavour) for bundle in bundles_of(branches, form.pack)]
     record = ExposedGraph(
-        "swap",
-        base,
-        opened.identity,
-        tuple(bundle.module for bundle in bundles),
-        _max_rank(form.max_rank, [branch.rank for branch in branches]),
-        form.flavour,
-        form.dora,
+        mode="swap",
+        base=base,
+        base_sha256=opened.identity,
+        modules=tuple(bundle.module for bundle in bundles),
+        max_rank=_max_rank(form.max_rank, [branch.rank for branch in branches]),
+        flavour=form.flavour,
+        dora=form.dora,
         merged=opened.merged,
         landmarks=landmarks(union.known),
     )
@@ -213,19 +213,28 @@ def _expose(graph: GraphFile, module: ExposedModule, record: ExposedGraph) -> Te
     """Add a module's tensors to the graph's inputs."""
     dtype = ir_type(module)
     convolution = module.kind == "conv"
-    a = _low_rank(graph, record, module, module.lora_a, module.a_shape(0), 0 if convolution else 1)
+    a = _low_rank(
+        graph,
+        record,
+        module=module,
+        name=module.lora_a,
+        shape=module.a_shape(0),
+        axis=0 if convolution else 1,
+    )
     b = []
     for name, start, stop in module.b_parts:
         shape = module.b_shape(0) if convolution else (0, stop - start)
-        b.append(_low_rank(graph, record, module, name, shape, 1 if convolution else 0))
+        b.append(
+            _low_rank(graph, record, module=module, name=name, shape=shape, axis=1 if convolution else 0)
+        )
     with_default = record.flavour == "ort"
     scale = bias = None
     if record.dora:
         ones = np.ones(module.out_dim) if with_default else None
-        scale = add_input(graph, module.scale, [module.out_dim], dtype, ones)
+        scale = add_input(graph, module.scale, dims=[module.out_dim], dtype=dtype, default=ones)
     if module.bias:
         zeros = np.zeros(module.out_dim) if with_default else None
-        bias = add_input(graph, module.lora_bias, [module.out_dim], dtype, zeros)
+        bias = add_input(graph, module.lora_bias, dims=[module.out_dim], dtype=dtype, default=zeros)
     return Tensors(a, tuple(b), scale, bias)
 
 
@@ -245,4 +254,6 @@ def _low_rank(
     dims = [rank if number == axis else size for number, size in enumerate(shape)]
     default = np.zeros([0 if isinstance(size, str) else size for size in dims])
     dtype = ir_type(module)
-    return add_input(graph, name, dims, dtype, default if record.flavour == "ort" else None)
+    return add_input(
+        graph, name, dims=dims, dtype=dtype, default=default if record.flavour == "ort" else None
+    )

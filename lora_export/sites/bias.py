@@ -59,11 +59,19 @@ def _restored(weight: Site, target: Target) -> Site | None:
         for reader in readers:
             for index, value in enumerate(reader.inputs):
                 if value is not None and value.name == _name(target):
-                    uses.append(Use(reader, Slot(index, "vector", parameter="bias"), value, (), False))
+                    uses.append(
+                        Use(
+                            node=reader,
+                            slot=Slot(index=index, kind="vector", parameter="bias"),
+                            root=value,
+                            chain=(),
+                            transposed=False,
+                        )
+                    )
     if not uses:
         return None
     part = Part(uses[0].root, tuple(uses), (placement_at(0, (0, target.shape[0]), False),))
-    return Site(target, (part,), _ADDED, "added")
+    return Site(target=target, parts=(part,), evidence=_ADDED, proof="added")
 
 
 def _name(target: Target) -> str:
@@ -128,10 +136,10 @@ def _add(weight: Site, target: Target) -> Site:
     uses = tuple(_wire(node, bias) for node in nodes)
     rows = (0, target.shape[0])
     return Site(
-        target,
-        (Part(bias, uses, (placement_at(0, rows, False),)),),
-        _ADDED,
-        "added",
+        target=target,
+        parts=(Part(bias, uses, (placement_at(0, rows, False),)),),
+        evidence=_ADDED,
+        proof="added",
     )
 
 
@@ -142,7 +150,13 @@ def _wire(node: ir.Node, bias: ir.Value) -> Use:
         if len(node.inputs) <= index:
             node.resize_inputs(index + 1)
         node.replace_input_with(index, bias)
-        return Use(node, Slot(index, "vector", parameter="bias"), bias, (), False)
+        return Use(
+            node=node,
+            slot=Slot(index=index, kind="vector", parameter="bias"),
+            root=bias,
+            chain=(),
+            transposed=False,
+        )
     product = node.outputs[0]
     total = ir.Value(name=f"{bias.name}.sum", shape=product.shape, type=product.type)
     readers = list(product.uses())
@@ -152,4 +166,6 @@ def _wire(node: ir.Node, bias: ir.Value) -> Use:
         reader.node.replace_input_with(reader.idx, total)
     if product.is_graph_output():
         take_over_output(product, total)
-    return Use(add, Slot(1, "vector", parameter="bias"), bias, (), False)
+    return Use(
+        node=add, slot=Slot(index=1, kind="vector", parameter="bias"), root=bias, chain=(), transposed=False
+    )

@@ -185,7 +185,7 @@ def place_split(target: Target, groups: list[list[Use]], evidence: str) -> Site 
                 target,
                 Refusal("shape", f"shapes differ: the split weight has {start} rows, the adapter {rows}"),
             )
-    return Site(target, tuple(parts), evidence)
+    return Site(target=target, parts=tuple(parts), evidence=evidence)
 
 
 def site_of(target: Target, fits: list[tuple[Use, tuple[Placement, ...]]], evidence: str) -> Site | Miss:
@@ -206,7 +206,7 @@ def site_of(target: Target, fits: list[tuple[Use, tuple[Placement, ...]]], evide
             f"{len(parts)} weights have its name and shape" if len(parts) > 1 else "its codes have two scales"
         )
         return Miss(target, Refusal("ambiguous", f"ambiguous: {said} ({where})"))
-    return Site(target, parts, evidence)
+    return Site(target=target, parts=parts, evidence=evidence)
 
 
 def _same_values(parts: Sequence[Part]) -> bool:

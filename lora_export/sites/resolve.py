@@ -246,7 +246,14 @@ class Resolver:
                     unread = unread or _unread(named)
                     continue
                 evidence = source + (f"; {variant.how}" if variant.how else "")
-                found = self._fit(target, path, groups, variant.part, evidence, wanted is not None)
+                found = self._fit(
+                    target,
+                    path,
+                    groups=groups,
+                    part=variant.part,
+                    evidence=evidence,
+                    verified=wanted is not None,
+                )
                 if isinstance(found, Site):
                     problem = readers.doubt(found, path, source, self.uses)
                     calls = readers.repeated_calls(found, path, source)
@@ -433,13 +440,17 @@ class Resolver:
                 own = [use for use, name in named if name not in self._wanted]
                 if own and tile(target, [part]):
                     end = replace(part, uses=tuple(own[:1]))
-                    return Site(target, (end,), "content", "values", (target.key,))
+                    return Site(
+                        target=target, parts=(end,), evidence="content", proof="values", keys=(target.key,)
+                    )
         if nodes > 1:
             reason = f"ambiguous: its values are read by {nodes} nodes and no name tells which"
             return Miss(target, Refusal("ambiguous", reason))
         # Rows that a constant holds for two parts of the target can't be changed for one of them.
         if tile(target, parts) and len(parts) == len(hits):
-            site = Site(target, tuple(parts), "content", "values", (target.key,))
+            site = Site(
+                target=target, parts=tuple(parts), evidence="content", proof="values", keys=(target.key,)
+            )
             problem = readers.doubt(site, target.path, "content", self.uses)
             return Miss(target, Refusal("ambiguous", problem)) if problem else site
         if parts:

@@ -35,7 +35,7 @@ LEFT = "the weight stands on the left (W @ x): no branch is known for it"
 SlotKind = Literal["linear", "conv", "embedding", "vector", "other"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Slot:
     """An input of a node that takes a weight.
 
@@ -58,7 +58,7 @@ class Slot:
     shape: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Use:
     """A weight's way into an operator.
 

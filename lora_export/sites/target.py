@@ -21,7 +21,7 @@ from lora_export.storage.patch import Placement
 TargetKind = Literal["linear", "conv", "embedding", "parameter", "vector", "any"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Target:
     """One parameter that an adapter changes.
 
@@ -178,11 +178,11 @@ def targets_of(adapter: Adapter) -> list[Target]:
     refuse_token_rows(adapter)
     targets = [
         Target(
-            key,
-            "vector" if values.ndim == 1 else "any",
-            values.shape,
-            "replace",
-            (adapter.extra_tensors.get(key, key),),
+            key=key,
+            kind="vector" if values.ndim == 1 else "any",
+            shape=values.shape,
+            action="replace",
+            tensor_names=(adapter.extra_tensors.get(key, key),),
             values=values,
             for_all_ends=reach_of(adapter, key) == "all",
         )
@@ -193,20 +193,27 @@ def targets_of(adapter: Adapter) -> list[Target]:
         names = tuple(name for name in module.tensor_names if name not in bias_names)
         targets.append(
             Target(
-                f"{module.path}.{module.parameter}",
-                module.kind,
-                _canonical_shape(module),
-                "merge",
-                names,
-                module.experts,
-                module,
+                key=f"{module.path}.{module.parameter}",
+                kind=module.kind,
+                shape=_canonical_shape(module),
+                action="merge",
+                tensor_names=names,
+                experts=module.experts,
+                module=module,
             )
         )
         if module.lora_bias is not None:
             bias = module.lora_bias.astype(np.float64) * module.scaling
             targets.append(
                 Target(
-                    f"{module.path}.bias", "vector", bias.shape, "add to bias", bias_names, 1, module, bias
+                    key=f"{module.path}.bias",
+                    kind="vector",
+                    shape=bias.shape,
+                    action="add to bias",
+                    tensor_names=bias_names,
+                    experts=1,
+                    module=module,
+                    values=bias,
                 )
             )
     return targets
@@ -227,7 +234,7 @@ class Part:
     placements: tuple[Placement, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Site:
     """Where a target lives in a graph.
 

@@ -53,13 +53,13 @@ def _vector_slots(node: ir.Node, taken: set[int]) -> Iterator[Slot]:
         if index in taken:
             continue
         if node.op_type in _VECTOR_PARAMETERS:
-            yield Slot(index, "vector", parameter=_VECTOR_PARAMETERS[node.op_type])
+            yield Slot(index=index, kind="vector", parameter=_VECTOR_PARAMETERS[node.op_type])
         elif node.op_type in NORMS and index in (1, 2):
-            yield Slot(index, "vector", parameter="weight" if index == 1 else "bias")
+            yield Slot(index=index, kind="vector", parameter="weight" if index == 1 else "bias")
         elif node.op_type in SKIP_NORMS and index in (2, 3):
-            yield Slot(index, "vector", parameter="weight" if index == 2 else "bias")
+            yield Slot(index=index, kind="vector", parameter="weight" if index == 2 else "bias")
         elif node.op_type not in PASSED | SHAPE_ONLY | DEQUANTIZE | QUANTIZE:
-            yield Slot(index, "other", parameter="")
+            yield Slot(index=index, kind="other", parameter="")
 
 
 def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
@@ -99,7 +99,16 @@ def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
         refusal = f"quantised weight ({node.op_type} of {dtype.name})"
         no_branch = f"{node.op_type} of {dtype.name} values: no branch is known for it"
     transposed, wrong = _orientation(slot, chain, len(shape))
-    return Use(node, slot, value, tuple(chain), transposed, refusal or wrong, no_branch or wrong, quantised)
+    return Use(
+        node=node,
+        slot=slot,
+        root=value,
+        chain=tuple(chain),
+        transposed=transposed,
+        refusal=refusal or wrong,
+        no_branch=no_branch or wrong,
+        quantised=quantised,
+    )
 
 
 def _orientation(slot: Slot, chain: list[ir.Node], rank: int) -> tuple[bool, str]:

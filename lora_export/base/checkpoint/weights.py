@@ -66,7 +66,12 @@ class CheckpointWeights:
         change = self._names.rename(named, flattened, scope)
         self.hints += [change.hint] if change.hint else []
         return AdapterWeights(
-            self._names, self._quantised, named, change.names, self._twins, lambda: self._ties
+            self._names,
+            self._quantised,
+            named=named,
+            names=change.names,
+            twins=self._twins,
+            ties_of=lambda: self._ties,
         )
 
     @cached_property

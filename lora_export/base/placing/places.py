@@ -104,18 +104,21 @@ def place_adapters(
         placer.begin(adapter, weight, shared)
         for path, values in adapter.extras.items():
             names: tuple[str, ...] = (adapter.extra_tensors.get(path, path),)
-            placer.place(adapter, path, names, "replace", partial(placer.replaced, path, values, adapter))
+            act = partial(placer.replaced, path, values, adapter)
+            placer.place(adapter, path, tensors=names, action="replace", act=act)
         for path, rows in adapter.token_rows.items():
             act = partial(placer.rows_replaced, path, rows, adapter)
-            placer.place(adapter, path, (rows.tensor_name,), "replace", act)
+            placer.place(adapter, path, tensors=(rows.tensor_name,), action="replace", act=act)
         for module in adapter.modules.values():
             biases = tuple(n for n in module.tensor_names if n.endswith("bias")) if _biased(module) else ()
             names = tuple(n for n in module.tensor_names if n not in biases)
             path = f"{module.path}.{module.parameter}"
-            placer.place(adapter, path, names, "merge", partial(placer.merged, module, adapter, weight))
+            act = partial(placer.merged, module, adapter, weight)
+            placer.place(adapter, path, tensors=names, action="merge", act=act)
             if _biased(module):
                 act = partial(placer.bias_added, module, adapter, weight)
-                placer.place(adapter, f"{module.path}.bias", biases, "add to bias", act)
+                bias = f"{module.path}.bias"
+                placer.place(adapter, bias, tensors=biases, action="add to bias", act=act)
         lost = unaccounted(adapter.tensor_names, placer.rows[start:])
         unruled = Refusal("operator", "no rule for it")
         placer.rows.extend(PlanRow.refused(adapter.name, name, (name,), unruled) for name in lost)
@@ -150,12 +153,12 @@ class _Placer:
         self._owner, self._weight = -1, 1.0
         self._names = Names(checkpoint)
         self._quantised, self._resize = quantised, resize
-        self._ledger = Ledger(checkpoint)
+        self._ledger = Ledger(checkpoint=checkpoint)
         self._stacked: set[str] = set()
         self._absent: list[str] = []
         self._hints: list[str] = []
         self._notes: list[str] = []
-        self._renaming = Renaming(())
+        self._renaming = Renaming(names=())
         self._numbers: dict[Named, int] = {}
         self._is_flattened = False
         self._trained: Mapping[str, Any] = {}
@@ -234,17 +237,17 @@ class _Placer:
         changes = {name: [c.make for c in changes] for name, changes in ledger.changes.items() if changes}
         said = [*notes, *self._notes, *settled.notes, *quantised_notes(self._quantised, changes)]
         return Placed(
-            self._quantised,
-            Plan(tuple(ledger.rows), tuple(said), tuple(self._warnings)),
-            changes,
-            self._stacked,
-            [Added(name, source) for name, source in settled.parted],
-            settled.untied,
-            self._absent,
-            ledger.resized,
-            settled.vocabulary,
-            tuple(dict.fromkeys([*self._hints, *ledger.hints])),
-            [*self._copied, *spread_copies(self._copied, settled.copies)],
+            quantised=self._quantised,
+            plan=Plan(tuple(ledger.rows), tuple(said), tuple(self._warnings)),
+            changes=changes,
+            stacked=self._stacked,
+            added=[Added(name, source) for name, source in settled.parted],
+            untied=settled.untied,
+            absent=self._absent,
+            resized=ledger.resized,
+            vocabulary=settled.vocabulary,
+            hints=tuple(dict.fromkeys([*self._hints, *ledger.hints])),
+            copied=[*self._copied, *spread_copies(self._copied, settled.copies)],
         )
 
     # What each kind of change does.
@@ -270,7 +273,17 @@ class _Placer:
             return _Settled([name], is_unchanged=True)
         if held is not None and (warning := untrained_note(adapter, path, values, held)):
             self._warnings.append(warning)
-        self._copied.append(Copied(name, name, path, adapter.name, self._owner, self._weight, values))
+        self._copied.append(
+            Copied(
+                place=name,
+                stored=name,
+                parameter=path,
+                adapter=adapter.name,
+                owner=self._owner,
+                weight=self._weight,
+                values=values,
+            )
+        )
         matrix = values.reshape(view_of(values.shape, name in self._stacked))
         reach = reach_of(adapter, path)
         if reach == "unknown" and held is not None and is_same(values, held):
@@ -295,7 +308,15 @@ class _Placer:
         if self._are_judged and self._holds_rows(name, rows):
             return _Settled([name], f"{len(rows.indices)} rows", is_unchanged=True)
         self._copied.append(
-            Copied(name, name, path, adapter.name, self._owner, self._weight, row_count=len(rows.indices))
+            Copied(
+                place=name,
+                stored=name,
+                parameter=path,
+                adapter=adapter.name,
+                owner=self._owner,
+                weight=self._weight,
+                row_count=len(rows.indices),
+            )
         )
         for first, values in rows.runs():
             self._ledger.add(name, partial(_replaced, path, values, first), "all")
@@ -325,10 +346,21 @@ class _Placer:
 
         def make(dtype: type[Any]) -> Patch:
             row = bias.astype(dtype)[None, :] * dtype(weight * module.scaling)
-            return Patch(path, 0, 0, 1, bias.size, left=np.ones((1, 1), dtype), right=row)
+            return Patch(
+                label=path, row=0, col=0, height=1, width=bias.size, left=np.ones((1, 1), dtype), right=row
+            )
 
         self._ledger.add(name, make)
-        self._copied.append(Copied(name, name, path, adapter.name, self._owner, weight))
+        self._copied.append(
+            Copied(
+                place=name,
+                stored=name,
+                parameter=path,
+                adapter=adapter.name,
+                owner=self._owner,
+                weight=weight,
+            )
+        )
         return _Settled([name], reason=reason)
 
     def merged(self, module: LoraModule, adapter: Adapter, weight: float) -> _Settled:
@@ -360,12 +392,12 @@ class _Placer:
                 self._ledger.add(part.tensor, partial(_make, module, placement, weight), reach)
             self._copied.append(
                 Copied(
-                    part.tensor,
-                    part.tensor,
-                    module.key,
-                    adapter.name,
-                    self._owner,
-                    weight,
+                    place=part.tensor,
+                    stored=part.tensor,
+                    parameter=module.key,
+                    adapter=adapter.name,
+                    owner=self._owner,
+                    weight=weight,
                     is_dora=module.magnitude is not None,
                 )
             )
@@ -467,8 +499,8 @@ class _Placer:
         tie, name = tied
         if name not in self._checkpoint.tensors:
             self._ledger.sources[name] = tie.source
-        part = Part(name, reason=f"tied to {tie.source}")
-        self._check([Part(tie.source)])
+        part = Part(tensor=name, reason=f"tied to {tie.source}")
+        self._check([Part(tensor=tie.source)])
         return (part,)
 
     def _check(self, parts: Sequence[Part]) -> None:

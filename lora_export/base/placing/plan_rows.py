@@ -122,9 +122,9 @@ def refuse_misses(
     lost = not sites and kinds <= LOST and not given
     error = OtherValues if "values" in kinds else SiteError
     found = (
-        _changed(graph, misses, adapter, name, total, checked)
-        or _quantised(file, misses, name, total, verb, uses, bool(sites))
-        or (_lost(file, misses, name, checked, uses) if lost else None)
+        _changed(graph, misses, adapter=adapter, name=name, total=total, checked=checked)
+        or _quantised(file, misses, name=name, total=total, verb=verb, uses=uses, some=bool(sites))
+        or (_lost(file, misses, name=name, checked=checked, uses=uses) if lost else None)
     )
     if found is not None:
         raise error(*found, lines)
@@ -300,14 +300,14 @@ def placed_row(adapter: Adapter, site: Site, action: str = "") -> PlanRow:
             words.append(f"plus {first.shift:g}")
         layouts.append(" ".join(words) or "as in PyTorch")
     return PlanRow(
-        adapter.name,
-        site.target.key,
-        site.target.tensor_names,
-        action or site.target.action,
-        ", ".join(str(part.root.name) for part in site.parts),
-        ", ".join(operators),
-        "; ".join(layouts),
-        site.evidence,
+        adapter=adapter.name,
+        parameter=site.target.key,
+        tensors=site.target.tensor_names,
+        action=action or site.target.action,
+        place=", ".join(str(part.root.name) for part in site.parts),
+        operator=", ".join(operators),
+        layout="; ".join(layouts),
+        reason=site.evidence,
         proof=site.proof,
     )
 

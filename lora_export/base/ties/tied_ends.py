@@ -70,7 +70,7 @@ def with_tied_ends(
         if not _is_copy(site) and any(_key(use) in changed for use in ends):
             made.append(site)  # Rule 1.
             continue
-        if refusal := _problem(adapter, site, sites, ends, uses, tied):
+        if refusal := _problem(adapter, site, sites=sites, ends=ends, uses=uses, tied=tied):
             misses.append(Miss(site.target, refusal))
             continue
         if ends := [use for use in ends if _key(use) not in taken]:  # Rule 2.

@@ -62,7 +62,7 @@ class Attacher:
         elif plain and node.op_type == "FusedConv":
             self._through_z(call, value, name)
         else:
-            self._behind(call, value, scale, name, ends)
+            self._behind(call, value, scale=scale, name=name, ends=ends)
 
     def _name(self, group: list[Added]) -> str:
         """Beginning of the names: what stands before ``.lora`` in the first branch's."""
@@ -157,7 +157,7 @@ class Attacher:
             self.sums.append(add.outputs[0])
             return
         for end in ends:
-            last = self._sum(call, value, scale, name, end.value)
+            last = self._sum(call, value, scale=scale, name=name, product=end.value)
             if scale is not None:
                 last = self._scaled(call, last, scale, name)
             for reader in end.readers:

@@ -58,7 +58,7 @@ class Piece:
     row_scale: Array | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Branch:
     """A module that gets a branch.
 
@@ -192,7 +192,7 @@ def _as_module(site: Site) -> Target | Refusal:
     assert target.values is not None
     like: ExposedKind = "embedding" if kind == "embedding" else "linear"
     new = np.asarray(target.values).reshape(target.matrix)
-    module = change_of(target.path, like, new, old, target.tensor_names)
+    module = change_of(target.path, like, new=new, old=old, tensor_names=target.tensor_names)
     return replace(target, kind=like, shape=target.matrix, module=module)
 
 
@@ -227,7 +227,13 @@ def _stored(parts: tuple[Part, ...], *, codes: bool) -> tuple[StoredRows, ...]:
         quantised = any(use.quantised for use in part.uses)
         if placement.row_scale is not None or name is None or (quantised and not codes):
             return ()
-        rows = StoredRows(name, placement.rows, placement.row, placement.col, placement.transposed)
+        rows = StoredRows(
+            weight=name,
+            rows=placement.rows,
+            row=placement.row,
+            col=placement.col,
+            transposed=placement.transposed,
+        )
         found.setdefault(placement.rows, rows)
     return tuple(found.values())
 

@@ -26,7 +26,7 @@ from lora_export.storage.outputs import OutputSet, output_errors
 _SHOWN = 6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExposeReport:
     """What exposing did, or with ``dry_run`` would do.
 
@@ -112,15 +112,15 @@ def write_exposed(
         own[out.name] = hash_written(staged["graph"], out.name)
         own |= {name: hash_content(name, content) for name, content in (beside or {}).items()}
         manifest = Manifest(
-            f"{report.exposed.mode}-onnx",
-            list(base.hashes.values()),
-            [adapter_entry(adapter, 1.0) for adapter in adapters],
-            report.plan.as_dict(),
-            {},
-            {name: path.name for name, path in paths.items()} | {"shared_bytes": shared},
-            {"lora-export": __version__} | package_versions(["numpy", "ml_dtypes", "onnx-ir"]),
-            asdict(report.exposed),
-            own,
+            mode=f"{report.exposed.mode}-onnx",
+            base=list(base.hashes.values()),
+            adapters=[adapter_entry(adapter, 1.0) for adapter in adapters],
+            plan=report.plan.as_dict(),
+            rounding={},
+            outputs={name: path.name for name, path in paths.items()} | {"shared_bytes": shared},
+            versions={"lora-export": __version__} | package_versions(["numpy", "ml_dtypes", "onnx-ir"]),
+            exposed=asdict(report.exposed),
+            files=own,
         )
         manifest.save(staged["manifest"])
         outputs.commit()

@@ -109,9 +109,9 @@ class Union:
         plan, branches = place_branches(
             self._graph,
             self._resolver,
-            adapter,
-            targets,
-            self._calls,
+            adapter=adapter,
+            targets=targets,
+            calls=self._calls,
             allow_unmatched=self._allow_unmatched,
             dora=self._dora,
             bank=self._bank,

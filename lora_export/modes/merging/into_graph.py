@@ -194,7 +194,16 @@ def _copied(owner: int, adapter: Adapter, factor: float, sites: Sequence[Site]) 
             dora = target.module is not None and target.module.magnitude is not None
             for use in part.uses:
                 place = (id(use), placement.row, placement.col)
-                yield Copied(place, stored, target.key, adapter.name, owner, factor, values, is_dora=dora)
+                yield Copied(
+                    place=place,
+                    stored=stored,
+                    parameter=target.key,
+                    adapter=adapter.name,
+                    owner=owner,
+                    weight=factor,
+                    values=values,
+                    is_dora=dora,
+                )
 
 
 def _untrained(adapter: Adapter, site: Site) -> str:
@@ -305,7 +314,15 @@ def _patch_of(target: Target, placement: Placement, factor: float, dtype: type[n
     # A vector is one column: its addend is the outer product with 1.
     one = np.ones((1, 1), dtype)
     height, width = values.shape
-    return Patch(target.key, placement.row, placement.col, height, width, values * dtype(factor), one)
+    return Patch(
+        label=target.key,
+        row=placement.row,
+        col=placement.col,
+        height=height,
+        width=width,
+        left=values * dtype(factor),
+        right=one,
+    )
 
 
 def mark_merged(

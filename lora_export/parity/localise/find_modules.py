@@ -145,7 +145,7 @@ class _Search:
                 return None
             placement = Placement(rows.rows, rows.row, rows.col, rows.transposed)
             parts.append(Part(uses[0].root, uses, (placement,)))
-        return Site(target, tuple(parts), "record") if parts else None
+        return Site(target=target, parts=tuple(parts), evidence="record") if parts else None
 
     def _by_name(self, target: Target) -> Site | None:
         for variant in names.variants(target.key):
@@ -164,7 +164,7 @@ class _Search:
                 if not isinstance(placed, Refusal):
                     parts.append(Part(use.root, (use,), placed))
             if parts:
-                return Site(target, tuple(parts), "names")
+                return Site(target=target, parts=tuple(parts), evidence="names")
         return None
 
     def _probe_at(self, site: Site) -> Probe | Refusal:
@@ -260,7 +260,9 @@ def _within(path: str, module: str) -> bool:
 def _target(module: ModuleShape) -> Target | None:
     if module.kind not in ("linear", "conv", "embedding"):
         return None
-    return Target(f"{module.path}.weight", module.kind, module.shape, "merge", ())
+    return Target(
+        key=f"{module.path}.weight", kind=module.kind, shape=module.shape, action="merge", tensor_names=()
+    )
 
 
 def _stored_of(graph: GraphFile) -> Mapping[str, Iterable[StoredRows]]:

@@ -61,7 +61,7 @@ class Problem:
 NOT_FOUND = Problem("not found")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Renaming:
     """What became of an adapter's names.
 
@@ -276,16 +276,16 @@ class _Renamer:
                 names.append(self._changed(named.key, change))
         has_doubles = self._refuse_doubles(names, problems)
         if not has_doubles and len(self._fits[change]) == len(self._deciding):
-            return Renaming(tuple(names), problems, change, doubt=self._doubt())
+            return Renaming(names=tuple(names), problems=problems, change=change, doubt=self._doubt())
         offers = self._offers(0 if has_doubles else len(self._fits[change]))
         text = f"say which of the file's models with {offers.text}" if has_doubles else ""
         text = text or f"{offers.text} takes the part that fits"
         hint = text if offers else ""
         return Renaming(
-            tuple(names),
-            problems,
-            change,
-            hint,
+            names=tuple(names),
+            problems=problems,
+            change=change,
+            hint=hint,
             tells_part=bool(offers),
             reach=offers.placed,
             doubt=self._doubt(),
@@ -347,7 +347,9 @@ class _Renamer:
         offers = self._offers()
         hint = f"say which with {offers.text}" if offers else ""
         names = (None,) * len(self._wanted)
-        return Renaming(names, problems, hint=hint, tells_part=bool(offers), reach=offers.placed)
+        return Renaming(
+            names=names, problems=problems, hint=hint, tells_part=bool(offers), reach=offers.placed
+        )
 
     def _refused(self) -> Renaming:
         """Say why no change counts, and what the user may give."""
@@ -393,7 +395,7 @@ class _Renamer:
     def _all(self, problem: Problem, hint: str, offers: Offers, tells_part: bool = False) -> Renaming:
         names, problems = (None,) * len(self._wanted), dict.fromkeys(range(len(self._wanted)), problem)
         told = tells_part or bool(offers)
-        return Renaming(names, problems, hint=hint, tells_part=told, reach=offers.placed)
+        return Renaming(names=names, problems=problems, hint=hint, tells_part=told, reach=offers.placed)
 
 
 def _called(named: Named) -> str:

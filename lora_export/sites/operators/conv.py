@@ -9,10 +9,10 @@ from lora_export.sites.slot import Slot
 
 def slots(node: ir.Node) -> list[Slot]:
     """Return weight and bias."""
-    return [Slot(1, "conv"), Slot(2, "vector", parameter="bias")]
+    return [Slot(index=1, kind="conv"), Slot(index=2, kind="vector", parameter="bias")]
 
 
 def refused_slots(node: ir.Node) -> list[Slot]:
     """Return the weight of an operator whose layout is not PyTorch's."""
     layout = f"{node.op_type} stores its weight in another layout"
-    return [Slot(1, "conv", refusal=layout, no_branch=layout)]
+    return [Slot(index=1, kind="conv", refusal=layout, no_branch=layout)]

@@ -9,4 +9,4 @@ from lora_export.sites.slot import Slot
 
 def slots(node: ir.Node) -> list[Slot]:
     """Return the table; a Gather along another axis is no embedding."""
-    return [Slot(0, "embedding")] if node.attributes.get_int("axis", 0) == 0 else []
+    return [Slot(index=0, kind="embedding")] if node.attributes.get_int("axis", 0) == 0 else []

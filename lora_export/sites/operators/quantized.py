@@ -39,9 +39,9 @@ def slots(node: ir.Node) -> list[Slot]:
     refusal = f"quantised weight ({node.op_type})"
     shape = (node.attributes.get_int("N", 0), node.attributes.get_int("K", 0))
     if node.op_type in _PACKED and all(shape):
-        return [Slot(1, kind, refusal=refusal, shape=shape)]
+        return [Slot(index=1, kind=kind, refusal=refusal, shape=shape)]
     if node.op_type in _DYNAMIC:
-        return [Slot(1, kind, transposed=True, refusal=refusal)]
+        return [Slot(index=1, kind=kind, transposed=True, refusal=refusal)]
     no_branch = f"{node.op_type}: no branch is known for it"
     index = _WEIGHT_INDEX.get(node.op_type, 1)
-    return [Slot(index, kind, transposed=True, refusal=refusal, no_branch=no_branch)]
+    return [Slot(index=index, kind=kind, transposed=True, refusal=refusal, no_branch=no_branch)]

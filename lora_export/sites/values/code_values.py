@@ -31,7 +31,7 @@ _RELATED = 0.5
 _SCALE, _ZERO, _ORDER = 2, 3, 4
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Codes:
     """A quantised matrix, as its operator multiplies with it.
 
@@ -111,7 +111,7 @@ def codes_of(use: Use) -> Codes | None:
         return None
     # Centred codes fit into 16 bits: of bytes, or fewer, and their zeros.
     centred = codes.astype(np.float32) - zero.astype(np.float32)
-    return Codes(centred, step, float(np.abs(centred).max(initial=0)))
+    return Codes(codes=centred, step=step, limit=float(np.abs(centred).max(initial=0)))
 
 
 def compare_codes(held: Codes, placement: Placement, wanted: Array) -> CodesMatch:
@@ -167,4 +167,11 @@ def _of_nbits(use: Use) -> Codes | None:
         zeros = zero.reshape(rows, -1)
         zeros = unpacked(zeros, bits) if zeros.dtype == np.uint8 else zeros
         zeros = zeros[:, :blocks].astype(np.float32)
-    return Codes(packed, scale.reshape(rows, blocks).astype(np.float32), 0.0, bits, zeros, block)
+    return Codes(
+        codes=packed,
+        step=scale.reshape(rows, blocks).astype(np.float32),
+        limit=0.0,
+        bits=bits,
+        zeros=zeros,
+        block=block,
+    )
