@@ -96,6 +96,23 @@ class LoraModule:
         return (self.lora_b.shape[0], self.lora_a.shape[1])
 
     @property
+    def has_dora(self) -> bool:
+        """Whether the module's product has a factor, to be computed or computed already."""
+        return self.magnitude is not None or self.scale is not None
+
+    @property
+    def bias_tensors(self) -> tuple[str, ...]:
+        """The file's tensors of the bias, which is a parameter of its own."""
+        if self.lora_bias is None:
+            return ()
+        return tuple(name for name in self.tensor_names if name.endswith("bias"))
+
+    @property
+    def weight_tensors(self) -> tuple[str, ...]:
+        """The file's tensors of the weight's change."""
+        return tuple(name for name in self.tensor_names if name not in self.bias_tensors)
+
+    @property
     def told_shape(self) -> tuple[int, ...] | None:
         """Shape that the base's parameter must have; None where the factors alone don't tell it."""
         is_told = self.kind != "parameter" and self.experts == 1 and self.groups == 1

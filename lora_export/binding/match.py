@@ -48,7 +48,7 @@ class Pairing:
     @property
     def has_dora(self) -> bool:
         """Whether the module's product has a factor."""
-        return _has_dora(self.lora)
+        return self.lora.has_dora
 
     @property
     def whole(self) -> bool:
@@ -62,7 +62,7 @@ class Pairing:
         weight = PlanRow(
             adapter=adapter,
             parameter=f"{lora.path}.{lora.parameter}",
-            tensors=weight_tensors(lora),
+            tensors=lora.weight_tensors,
             action="expose",
             place=", ".join([module.lora_a, *(name for name, _, _ in module.b_parts)]),
             operator=module.kind,
@@ -72,7 +72,7 @@ class Pairing:
         if lora.lora_bias is None:
             return [weight]
         bias = replace(
-            weight, parameter=f"{lora.path}.bias", tensors=bias_tensors(lora), place=module.lora_bias
+            weight, parameter=f"{lora.path}.bias", tensors=lora.bias_tensors, place=module.lora_bias
         )
         return [weight, bias]
 
@@ -100,18 +100,6 @@ class Matches:
         self.refused.append(PlanRow.refused(adapter, parameter, tensors, refusal))
         if refusal.hint and refusal.hint not in self.hints:
             self.hints.append(refusal.hint)
-
-
-def weight_tensors(lora: LoraModule) -> tuple[str, ...]:
-    """The file's tensors of a module without the bias, which is a parameter of its own."""
-    return tuple(name for name in lora.tensor_names if name not in bias_tensors(lora))
-
-
-def bias_tensors(lora: LoraModule) -> tuple[str, ...]:
-    """The file's tensors of a module's bias."""
-    if lora.lora_bias is None:
-        return ()
-    return tuple(name for name in lora.tensor_names if name.endswith("bias"))
 
 
 def match_modules(adapter: Adapter, exposed: ExposedGraph, where: str, weight_of: WeightOf | None) -> Matches:
@@ -151,8 +139,8 @@ def match_modules(adapter: Adapter, exposed: ExposedGraph, where: str, weight_of
             _refuse_module(adapter, lora, place, found)
             continue
         if lora.lora_bias is not None and (reason := _no_bias(lora, place.module)):
-            found.refuse(adapter.name, f"{lora.path}.bias", bias_tensors(lora), reason)
-            lora = replace(lora, lora_bias=None, tensor_names=weight_tensors(lora))
+            found.refuse(adapter.name, f"{lora.path}.bias", lora.bias_tensors, reason)
+            lora = replace(lora, lora_bias=None, tensor_names=lora.weight_tensors)
         found.pairings.append(Pairing(lora=lora, module=place.module, member=place.member, how=place.how))
     _place_replaced(adapter, finder, found, weight_of)
     _drop_conflicts(adapter, found)
@@ -195,10 +183,6 @@ def split_pack(pairing: Pairing) -> list[Pairing] | Refusal:
     return parts
 
 
-def _has_dora(lora: LoraModule) -> bool:
-    return lora.magnitude is not None or lora.scale is not None
-
-
 def _unsupported(lora: LoraModule, exposed: ExposedGraph) -> Refusal | None:
     """Why no graph of this kind can take a module; None where it can."""
     if lora.experts > 1:
@@ -207,7 +191,7 @@ def _unsupported(lora: LoraModule, exposed: ExposedGraph) -> Refusal | None:
         )
     if lora.everywhere:
         return Refusal("merge only", EVERYWHERE)
-    if not _has_dora(lora) or exposed.dora:
+    if not lora.has_dora or exposed.dora:
         return None
     return Refusal(
         "dora",
@@ -277,16 +261,16 @@ def _no_bias(lora: LoraModule, module: ExposedModule) -> Refusal | None:
     """Why the graph can't take a bias of the branch; None where it can."""
     if not module.bias:
         return Refusal("not exposed", "lora_bias: the graph has no tensor for a bias of lora_B")
-    if _has_dora(lora):
+    if lora.has_dora:
         reason = "lora_bias: its module has DoRA, whose factor would scale the bias as well"
         return Refusal("merge only", reason)
     return None
 
 
 def _refuse_module(adapter: Adapter, lora: LoraModule, refusal: Refusal, found: Matches) -> None:
-    parameters = [(f"{lora.path}.{lora.parameter}", weight_tensors(lora))]
+    parameters = [(f"{lora.path}.{lora.parameter}", lora.weight_tensors)]
     if lora.lora_bias is not None:
-        parameters.append((f"{lora.path}.bias", bias_tensors(lora)))
+        parameters.append((f"{lora.path}.bias", lora.bias_tensors))
     for key, tensors in parameters:
         found.refuse(adapter.name, key, tensors, refusal)
 

@@ -189,15 +189,13 @@ def targets_of(adapter: Adapter) -> list[Target]:
         for key, values in adapter.extras.items()
     ]
     for module in adapter.modules.values():
-        bias_names = tuple(name for name in module.tensor_names if name.endswith("bias"))
-        names = tuple(name for name in module.tensor_names if name not in bias_names)
         targets.append(
             Target(
                 key=f"{module.path}.{module.parameter}",
                 kind=module.kind,
                 shape=_canonical_shape(module),
                 action="merge",
-                tensor_names=names,
+                tensor_names=module.weight_tensors,
                 experts=module.experts,
                 module=module,
             )
@@ -210,8 +208,7 @@ def targets_of(adapter: Adapter) -> list[Target]:
                     kind="vector",
                     shape=bias.shape,
                     action="add to bias",
-                    tensor_names=bias_names,
-                    experts=1,
+                    tensor_names=module.bias_tensors,
                     module=module,
                     values=bias,
                 )

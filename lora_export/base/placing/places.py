@@ -110,15 +110,13 @@ def place_adapters(
             act = partial(placer.rows_replaced, path, rows, adapter)
             placer.place(adapter, path, tensors=(rows.tensor_name,), action="replace", act=act)
         for module in adapter.modules.values():
-            biases = tuple(n for n in module.tensor_names if n.endswith("bias")) if _biased(module) else ()
-            names = tuple(n for n in module.tensor_names if n not in biases)
             path = f"{module.path}.{module.parameter}"
             act = partial(placer.merged, module, adapter, weight)
-            placer.place(adapter, path, tensors=names, action="merge", act=act)
+            placer.place(adapter, path, tensors=module.weight_tensors, action="merge", act=act)
             if _biased(module):
                 act = partial(placer.bias_added, module, adapter, weight)
                 bias = f"{module.path}.bias"
-                placer.place(adapter, bias, tensors=biases, action="add to bias", act=act)
+                placer.place(adapter, bias, tensors=module.bias_tensors, action="add to bias", act=act)
         lost = unaccounted(adapter.tensor_names, placer.rows[start:])
         unruled = Refusal("operator", "no rule for it")
         placer.rows.extend(PlanRow.refused(adapter.name, name, (name,), unruled) for name in lost)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_export.adapter import EVERYWHERE, Adapter, LoraModule
+from lora_export.adapter import EVERYWHERE, Adapter
 from lora_export.base.placing.hints import Situation, Verb, hints_of
 from lora_export.base.placing.plan_rows import placed_row, refuse_misses, refuse_unaccounted, refused_row
 from lora_export.base.ties.copies import is_same
@@ -177,7 +177,7 @@ def _unsuited(target: Target, dora: bool) -> Refusal | None:
         return Refusal("merge only", "stacked experts are not exposed")
     if target.module is not None and target.module.everywhere:
         return Refusal("merge only", EVERYWHERE)
-    if target.module is not None and _is_dora(target.module) and not dora:
+    if target.module is not None and target.module.has_dora and not dora:
         return Refusal("dora", "DoRA has a factor on the whole product")
     return None
 
@@ -229,7 +229,7 @@ def _add_bias(site: Site, branches: list[Branch]) -> Refusal | None:
     branch = branches[number]
     assert target.values is not None
     assert branch.lora is not None
-    if _is_dora(branch.lora):
+    if branch.lora.has_dora:
         return Refusal("merge only", "its module has DoRA, whose factor would scale the bias as well")
     lora, change, (part, *more) = branch.lora, np.asarray(target.values), site.parts
     start = part.placements[0].row
@@ -254,10 +254,6 @@ def _name_weights(site: Site) -> None:
         maker = part.root.producer()
         if maker is not None and maker.graph is not None:
             initializer_of(part.root)
-
-
-def _is_dora(module: LoraModule) -> bool:
-    return module.magnitude is not None or module.scale is not None
 
 
 def _with_factor(branch: Branch, kind: RefusalKind) -> Branch | Refusal:
