@@ -29,7 +29,7 @@ from lora_export.graph.ort_names import free_names
 from lora_export.plan import Plan
 from lora_export.sites.target import BaseWeights
 from lora_export.storage.commit.leftovers import scratch_folder
-from lora_export.storage.manifest import FileHash, hash_file, identity_of
+from lora_export.storage.hashes import FileHash, hash_file, identity_of
 from lora_export.storage.outputs import refuse_inputs, refuse_replacing
 from lora_export.storage.sums.full import full_hash
 

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from lora_export.errors import GraphError
 from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member
 from lora_export.graph.onnx_file import GraphFile
-from lora_export.storage.manifest import hash_file, identity_of
+from lora_export.storage.hashes import hash_file, identity_of
 
 _NAME = re.compile(r"^(?P<path>.+)\.lora_(?P<part>[AB])(?P<genai>\.MatMul)?\.weight$")
 _DTYPES = {

@@ -6,7 +6,6 @@ known of it before that (what it takes, for which GPUs, from which graph it was 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Mapping
@@ -16,8 +15,8 @@ from typing import Annotated, Any
 
 from lora_export.errors import BackendError
 from lora_export.graph.exposed import ExposedGraph
+from lora_export.storage.hashes import FileHash
 from lora_export.storage.inputs import note_inputs
-from lora_export.storage.manifest import FileHash
 from lora_export.storage.sums.full import file_digest
 from lora_export.storage.sums.seal import SEAL, sealed_json
 from lora_export.untrusted.documents import json_of, read_json
@@ -307,9 +306,3 @@ def read_engine(engine: Path) -> EngineRecord:
             "copy both files again, or build the engine again",
         )
     return record
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of all of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

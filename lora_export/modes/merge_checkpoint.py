@@ -22,8 +22,9 @@ from lora_export.modes.merging.checkpoint_files import small_files, unmerged_not
 from lora_export.modes.merging.into_checkpoint import CheckpointMerge, plan_merge
 from lora_export.modes.merging.report import MergeReport
 from lora_export.storage.folders import listed_files, refuse_strangers
+from lora_export.storage.hashes import hash_file, hash_folder
 from lora_export.storage.inputs import same_inputs
-from lora_export.storage.manifest import Manifest, adapter_entry, hash_file, hash_folder
+from lora_export.storage.manifest import Manifest, adapter_entry
 from lora_export.storage.outputs import OutputSet, output_errors, refuse_inputs
 from lora_export.storage.rounding import Mode, rounding_dict
 

@@ -30,8 +30,9 @@ from lora_export.modes.merging.into_graph import mark_merged, plan_changes
 from lora_export.modes.merging.report import MergeReport
 from lora_export.plan import Plan
 from lora_export.storage.commit.leftovers import scratch_folder
+from lora_export.storage.hashes import hash_written, identity_of
 from lora_export.storage.inputs import same_inputs
-from lora_export.storage.manifest import Manifest, adapter_entry, hash_written, identity_of
+from lora_export.storage.manifest import Manifest, adapter_entry
 from lora_export.storage.outputs import OutputSet, output_errors, refuse_replacing
 from lora_export.storage.rounding import Mode, Rounding, rounding_dict
 

@@ -47,8 +47,8 @@ from lora_export.graph.captured import (
 )
 from lora_export.graph.data_identity import mark_data
 from lora_export.graph.onnx_file import save_graph
+from lora_export.storage.hashes import hash_written
 from lora_export.storage.inputs import note_inputs
-from lora_export.storage.manifest import hash_written
 
 if TYPE_CHECKING:
     import onnx_ir as ir

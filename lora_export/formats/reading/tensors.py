@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import mmap
 from collections.abc import Iterable, Mapping
@@ -120,12 +119,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, Array], metadata: Mappin
         file.write(start)
         for name in sorted(tensors):
             file.write(np.ascontiguousarray(tensors[name]).tobytes())
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def value_problems(tensors: Iterable[tuple[str, Array]]) -> list[str]:

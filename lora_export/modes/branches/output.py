@@ -20,7 +20,8 @@ from lora_export.graph.onnx_file import GraphFile, save_graph
 from lora_export.machines.packages import package_versions
 from lora_export.modes.branches.inputs import ir_type
 from lora_export.plan import Plan
-from lora_export.storage.manifest import Manifest, adapter_entry, hash_content, hash_written
+from lora_export.storage.hashes import hash_content, hash_written
+from lora_export.storage.manifest import Manifest, adapter_entry
 from lora_export.storage.outputs import OutputSet, output_errors
 
 _SHOWN = 6

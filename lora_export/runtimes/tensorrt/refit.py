@@ -34,8 +34,8 @@ from lora_export.modes.merging.into_graph import plan_changes
 from lora_export.runtimes.session_options import PathLike
 from lora_export.runtimes.tensorrt.engine import LoadedEngine, same_files
 from lora_export.runtimes.tensorrt.session import EngineSession
+from lora_export.storage.hashes import FileHash, identity_of
 from lora_export.storage.inputs import FileState, refuse_changed, same_inputs
-from lora_export.storage.manifest import FileHash, identity_of
 
 # numpy's and ml_dtypes' names of types → TensorRT's.
 _KINDS = ("FLOAT", "HALF", "BF16", "FP8", "INT8", "UINT8", "INT32", "INT64", "BOOL")
