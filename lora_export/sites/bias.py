@@ -12,13 +12,12 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.graph.onnx_file import FLOAT_TYPES, take_over_output
+from lora_export.sites import operator_of
 from lora_export.sites.fit import placement_at
 from lora_export.sites.slot import ROUNDED_OR_MOVED, Slot, Use, constant_behind
 from lora_export.sites.target import Miss, Part, Site, Stack, Target, WeightOf
 
 _ADDED = "added: the exporter dropped a bias of zeros"
-# Position of the bias among the inputs of operators that take one.
-_BIAS_INDEX = {"Gemm": 2, "Conv": 2}
 
 
 def restore_biases(
@@ -96,9 +95,11 @@ def _rows(part: Part) -> int:
 
 def _is_bare(node: ir.Node) -> bool:
     """Whether a node computes ``x @ W`` and nothing else: no bias, no factor."""
-    if node.domain != "" or node.op_type not in ("MatMul", *_BIAS_INDEX):
+    operator = operator_of(node.domain, node.op_type)
+    # ONNX Runtime's own operators compute more.
+    if operator is None or node.domain or not (operator.is_product or operator.bias is not None):
         return False
-    index = _BIAS_INDEX.get(node.op_type)
+    index = operator.bias
     has_bias = index is not None and len(node.inputs) > index and node.inputs[index] is not None
     alpha, beta = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
     return not has_bias and alpha == beta == 1.0 and not _gets_a_vector(node)
@@ -145,7 +146,8 @@ def _add(weight: Site, target: Target) -> Site:
 
 def _wire(node: ir.Node, bias: ir.Value) -> Use:
     """Let a node read the bias, or an Add behind a MatMul, which has no input for one."""
-    index = _BIAS_INDEX.get(node.op_type)
+    operator = operator_of(node.domain, node.op_type)
+    index = operator.bias if operator else None
     if index is not None:
         if len(node.inputs) <= index:
             node.resize_inputs(index + 1)

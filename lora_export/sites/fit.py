@@ -11,8 +11,8 @@ import numpy as np
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import matrix_shape, shape_of, stored_matrix
 from lora_export.plan import Refusal
+from lora_export.sites import operator_named
 from lora_export.sites.heads import heads_of
-from lora_export.sites.operators.quantized import SCALES
 from lora_export.sites.slot import DEQUANTIZE, Use
 from lora_export.sites.target import Miss, Part, Site, Target
 from lora_export.storage.patch import Placement
@@ -224,7 +224,8 @@ def _same_values(parts: Sequence[Part]) -> bool:
 def _scales(use: Use) -> list[Array]:
     """Return what the codes of a weight are read with, as far as it is constant."""
     values = [value for node in use.chain if node.op_type in DEQUANTIZE for value in node.inputs[1:]]
-    positions = SCALES.get(use.node.op_type, frozenset())
+    operator = operator_named(use.node.op_type)
+    positions = operator.code_inputs if operator else frozenset()
     values += [value for index, value in enumerate(use.node.inputs) if index in positions]
     return [
         np.asarray(value.const_value.numpy())

@@ -12,6 +12,7 @@ from lora_export.formats.reading.saved import LARGEST_RANK, change_of
 from lora_export.graph.exposed import ExposedKind, StoredRows, path_of
 from lora_export.graph.onnx_file import matrix_shape, shape_of
 from lora_export.plan import Refusal
+from lora_export.sites import operator_named
 from lora_export.sites.fit import stored_shape
 from lora_export.sites.slot import DEQUANTIZE, QUANTIZE, Use
 from lora_export.sites.target import Part, Site, Target
@@ -242,7 +243,8 @@ def _call_of(target: Target, use: Use) -> Call | Refusal:
     node = use.node
     if any(node.attributes.get_int(name, 0) for name in _TRANSPOSING):
         return _refused(f"{node.op_type} reads its activation transposed: no branch is known for it")
-    if node.op_type.startswith("MatMulInteger"):
+    operator = operator_named(node.op_type)
+    if operator and operator.takes_codes:
         return _integer_call(target, use)
     # Gather takes the table first; the others the activation.
     x = node.inputs[1] if target.kind == "embedding" else node.inputs[0]

@@ -18,6 +18,7 @@ from lora_export.graph.exposed import KEY, StoredRows
 from lora_export.graph.onnx_file import GraphFile, initializer_of
 from lora_export.modes.branches.calls import Branch, Call, branch_of
 from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, refuse
+from lora_export.sites import operator_named
 from lora_export.sites.bias import restore_biases
 from lora_export.sites.doubts.contained import adapter_names
 from lora_export.sites.resolve import Resolver
@@ -28,8 +29,6 @@ from lora_export.sites.values.verify import canonical_rows
 _NO_ADAPTER = "--target-modules"
 _REPLACED = "the adapter replaces this whole parameter, which has no low-rank branch"
 _WITH_WEIGHT = Refusal("merge only", "it goes with its module's weight, which has no place")
-# An activation is computed inside: a factor on the product can't come before it.
-_ACTIVATED = {"FusedConv", "FusedGemm"}
 
 
 def place_branches(
@@ -268,9 +267,10 @@ def _with_factor(branch: Branch, kind: RefusalKind) -> Branch | Refusal:
             kind,
             "DoRA's factor needs W0, which is quantised or rescaled here: merge it into the unquantised base",
         )
-    operators = {piece.call.node.op_type for piece in branch.pieces} & _ACTIVATED
-    if operators:
-        reason = f"{operators.pop()} applies its activation inside: DoRA's factor can't come before it"
+    operators = {piece.call.node.op_type for piece in branch.pieces}
+    activated = [name for name in operators if (known := operator_named(name)) and known.without_activation]
+    if activated:
+        reason = f"{activated.pop()} applies its activation inside: DoRA's factor can't come before it"
         return Refusal(kind, reason)
     return branch
 

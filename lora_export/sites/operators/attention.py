@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lora_export.sites.slot import Slot
+from lora_export.sites.slot import Operator, Slot
 
 
 def slots(node: ir.Node) -> list[Slot]:
@@ -14,3 +14,6 @@ def slots(node: ir.Node) -> list[Slot]:
         Slot(index=1, kind="linear", transposed=True, no_branch=inside),
         Slot(index=2, kind="vector", parameter="bias"),
     ]
+
+
+ATTENTION = Operator(slots=slots)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx_ir as ir
 
-from lora_export.sites.slot import LEFT, Slot
+from lora_export.sites.slot import LEFT, Operator, Slot
 
 
 def slots(node: ir.Node) -> list[Slot]:
@@ -28,3 +30,8 @@ def fused_slots(node: ir.Node) -> list[Slot]:
         Slot(index=1, kind="linear", transposed=True, no_branch=inside),
         Slot(index=2, kind="vector", parameter="bias"),
     ]
+
+
+GEMM = Operator(slots=slots, weight=1, bias=2, folds_norms=True)
+FUSED_GEMM = replace(GEMM, without_activation="Gemm")
+GEMM_FAST_GELU = Operator(slots=fused_slots, folds_norms=True)
