@@ -30,14 +30,8 @@ OPERATORS: dict[tuple[str, str], str] = {
     ("com.microsoft", "MatMulNBits"): "lora_export.sites.operators.quantized:MATMUL_NBITS",
     ("com.microsoft", "GatherBlockQuantized"): "lora_export.sites.operators.quantized:GATHER_BLOCKS",
     ("com.microsoft", "MatMulBnb4"): "lora_export.sites.operators.quantized:MATMUL_BNB4",
-    (
-        "com.microsoft",
-        "DynamicQuantizeMatMul",
-    ): "lora_export.sites.operators.quantized:DYNAMIC_MATMUL",
-    (
-        "com.microsoft",
-        "MatMulIntegerToFloat",
-    ): "lora_export.sites.operators.quantized:INTEGER_TO_FLOAT",
+    ("com.microsoft", "DynamicQuantizeMatMul"): "lora_export.sites.operators.quantized:DYNAMIC_MATMUL",
+    ("com.microsoft", "MatMulIntegerToFloat"): "lora_export.sites.operators.quantized:INTEGER_TO_FLOAT",
     ("com.microsoft", "QGemm"): "lora_export.sites.operators.quantized:QGEMM",
     ("com.microsoft", "QAttention"): "lora_export.sites.operators.quantized:QATTENTION",
     ("com.microsoft", "QMoE"): "lora_export.sites.operators.quantized:QMOE",
