@@ -1,4 +1,4 @@
-"""Run the tests behind what SECURITY.md and the README promise of files, and print a table.
+"""Run the tests behind what SECURITY.md and docs/guides/errors.md promise of files, and print a table.
 
 Run: python tools/reliability.py [--only WORD]
 A row is one pytest command. What it tried is what its tests recorded (``tried``: faults, kills, mutated

@@ -1,4 +1,4 @@
-"""The README's recipes: real models with LoRA merged, swappable and as a bank, compiled for every RTX GPU."""
+"""Recipes of engines: real models with LoRA merged, swappable and as a bank, compiled for every RTX GPU."""
 
 import json
 import shutil
