@@ -9,11 +9,13 @@ from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError
 from lora_export.formats import as_adapter
 
-One = str | os.PathLike[str] | Adapter
-Adapters = One | Sequence[One] | Mapping[str, One]
+AdapterLike = str | os.PathLike[str] | Adapter
+Adapters = AdapterLike | Sequence[AdapterLike] | Mapping[str, AdapterLike]
 
 
-def load_given(given: One | Sequence[One] | None, component: str | None = None) -> list[Adapter]:
+def load_given(
+    given: AdapterLike | Sequence[AdapterLike] | None, component: str | None = None
+) -> list[Adapter]:
     """Read one adapter or several; none for None.
 
     Args:

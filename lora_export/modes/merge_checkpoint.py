@@ -15,7 +15,7 @@ from lora_export.base.checkpoint.sentence_modules import lost_modules
 from lora_export.base.history.history import MANIFEST, history_of
 from lora_export.base.reads import files_read
 from lora_export.errors import OutputError
-from lora_export.formats.given import One
+from lora_export.formats.given import AdapterLike
 from lora_export.machines.packages import package_versions
 from lora_export.modes.merging.blend import check_blend
 from lora_export.modes.merging.checkpoint_files import small_files, unmerged_notes
@@ -32,7 +32,7 @@ from lora_export.storage.rounding import Mode, rounding_dict
 @same_inputs()
 def merge_checkpoint(
     base: str | Path,
-    adapters: One | Sequence[One],
+    adapters: AdapterLike | Sequence[AdapterLike],
     output: str | Path,
     *,
     weights: Sequence[float] | None = None,

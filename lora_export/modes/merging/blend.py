@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError
-from lora_export.formats.given import One, load_given
+from lora_export.formats.given import AdapterLike, load_given
 
 
 def check_blend(
-    adapters: One | Sequence[One],
+    adapters: AdapterLike | Sequence[AdapterLike],
     weights: Sequence[float] | None,
     component: str | None = None,
 ) -> tuple[list[Adapter], list[float]]:
