@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,6 +59,7 @@ class LoraModule:
     kind: Kind
     lora_a: Array
     lora_b: Array
+    _: KW_ONLY
     alpha: float
     rank: int
     rslora: bool = False
@@ -93,6 +94,23 @@ class LoraModule:
         if self.kind == "embedding" or self.turned:
             return (self.lora_a.shape[1], self.lora_b.shape[0])
         return (self.lora_b.shape[0], self.lora_a.shape[1])
+
+    @property
+    def has_dora(self) -> bool:
+        """Whether the module's product has a factor, to be computed or computed already."""
+        return self.magnitude is not None or self.scale is not None
+
+    @property
+    def bias_tensors(self) -> tuple[str, ...]:
+        """The file's tensors of the bias, which is a parameter of its own."""
+        if self.lora_bias is None:
+            return ()
+        return tuple(name for name in self.tensor_names if name.endswith("bias"))
+
+    @property
+    def weight_tensors(self) -> tuple[str, ...]:
+        """The file's tensors of the weight's change."""
+        return tuple(name for name in self.tensor_names if name not in self.bias_tensors)
 
     @property
     def told_shape(self) -> tuple[int, ...] | None:
@@ -216,6 +234,7 @@ class Adapter:
     source: str
     format: str
     modules: Mapping[str, LoraModule]
+    _: KW_ONLY
     extras: Mapping[str, Array] = field(default_factory=dict)
     extra_tensors: Mapping[str, str] = field(default_factory=dict)
     token_rows: Mapping[str, TokenRows] = field(default_factory=dict)

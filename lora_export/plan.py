@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
+from lora_export.errors import SiteError
 from lora_export.untrusted.shown import MAX_CELL, shown
 
 # Why something has no place; what to do about it hangs on this, never on the words of the reason.
@@ -71,7 +72,7 @@ class Refusal:
     hint: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlanRow:
     """What happens to one parameter that an adapter changes.
 
@@ -103,7 +104,14 @@ class PlanRow:
     @classmethod
     def refused(cls, adapter: str, parameter: str, tensors: Sequence[str], refusal: Refusal) -> PlanRow:
         """Make the row of something without a place."""
-        return cls(adapter, parameter, tuple(tensors), "refused", reason=refusal.detail, kind=refusal.kind)
+        return cls(
+            adapter=adapter,
+            parameter=parameter,
+            tensors=tuple(tensors),
+            action="refused",
+            reason=refusal.detail,
+            kind=refusal.kind,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -144,6 +152,31 @@ class Plan:
         head = ("parameter", "action", "place", "operator", "layout", "reason")
         table = [head, *(tuple(str(getattr(row, name)) for name in head) for row in self.rows)]
         return [*align(table), *self.notes]
+
+
+def refuse(
+    adapters: str,
+    place: str,
+    problems: Sequence[str],
+    hints: Iterable[str],
+    *,
+    count: int,
+    total: int,
+    error: type[SiteError] = SiteError,
+) -> NoReturn:
+    """Raise `SiteError` for what has no place: all of it, and what to do.
+
+    Args:
+        adapters: Who changes it, as a user knows them.
+        place: What they were to go into.
+        problems: A line for each, with its reason.
+        hints: What to do.
+        count: How many parameters have no place.
+        total: Of how many.
+        error: Class of the error.
+    """
+    message = f"{adapters} has {count} parameters with no place in {place} (of {total})"
+    raise error(message, "; ".join(dict.fromkeys(hint for hint in hints if hint)), problems)
 
 
 def align(table: Sequence[Sequence[str]]) -> list[str]:

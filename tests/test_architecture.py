@@ -118,6 +118,18 @@ def test_tensorrt_is_imported_in_engines_and_runtimes_only():
     assert not wrong
 
 
+def test_a_reason_is_a_value_and_no_text():
+    """What can't be done is a `Refusal`: callers tell it by its class, and hints hang on its kind."""
+    wrong = []
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.returns is not None:
+                kinds = set(ast.unparse(node.returns).split(" | "))
+                if "str" in kinds and kinds - {"str", "None"}:
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name} -> {' | '.join(kinds)}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_no_module_is_named_after_nothing():
     assert not [path for path in modules() if path.stem in ("utils", "helpers", "common", "misc")]
 

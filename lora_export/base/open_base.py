@@ -22,13 +22,14 @@ from lora_export.base.history.merged import refuse_merged
 from lora_export.base.pipeline import refuse_other_components
 from lora_export.base.placing.plan_rows import OtherValues, warned_of_computed, with_unverified
 from lora_export.base.reads import CheckpointChoice, files_read, holds_weights
+from lora_export.base.write_options import WriteOptions
 from lora_export.errors import CheckpointError, GraphError, OutputError, SiteError
 from lora_export.graph.onnx_file import GraphFile, load_graph
 from lora_export.graph.ort_names import free_names
 from lora_export.plan import Plan
 from lora_export.sites.target import BaseWeights
 from lora_export.storage.commit.leftovers import scratch_folder
-from lora_export.storage.manifest import FileHash, hash_file, identity_of
+from lora_export.storage.hashes import FileHash, hash_file, identity_of
 from lora_export.storage.outputs import refuse_inputs, refuse_replacing
 from lora_export.storage.sums.full import full_hash
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from lora_export.base.checkpoint.weights import CheckpointWeights
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Base:
     """A base graph.
 
@@ -119,14 +120,7 @@ def open_base(
     base: Path,
     out: Path,
     adapters: Collection[Adapter],
-    *,
-    checkpoint: CheckpointChoice,
-    share_base: bool,
-    force: bool,
-    dry_run: bool,
-    allow_unmatched: bool = False,
-    dtype: str | None = None,
-    kv_cache: bool = False,
+    options: WriteOptions,
     prepare: Callable[[Path], Path] | None = None,
 ) -> Iterator[tuple[Base, dict[str, Path]]]:
     """Load a graph, or capture a checkpoint folder; yield it with the files to write.
@@ -135,14 +129,7 @@ def open_base(
         base: An ONNX file or a Hugging Face folder.
         out: The graph to write.
         adapters: What is read besides: no output may replace it, and what they replace a folder may lack.
-        checkpoint: The folder that an ONNX file was exported from; None: the one that an adapter names as its
-            base, if it is on this machine; False: none.
-        share_base: Unchanged weights are to stay in the base's files.
-        force: Existing outputs may be replaced.
-        dry_run: Nothing will be written.
-        allow_unmatched: What has no place will be left out.
-        dtype: To capture a folder in; float32 if left out.
-        kv_cache: Capture it with its key-value cache.
+        options: The mode's.
         prepare: Makes the folder to capture in the base's place, in a temporary one.
 
     Raises:
@@ -155,42 +142,23 @@ def open_base(
         OutputError: An output exists or would replace what is read, or there is nothing to share.
     """
     paths = output_paths(out)
-    reads = files_read(base, adapters, checkpoint)
+    reads = files_read(base, adapters, options.checkpoint)
     refuse_inputs(paths.values(), reads)
-    if not dry_run:
-        refuse_replacing(list(paths.values()), force)
-    given = [Path(checkpoint)] if checkpoint else []
-    folders = [*given, base if base.is_dir() else base.parent]
-    said = refuse_other_components(adapters, folders)
-    # A graph has none of them; whoever puts the model together needs to know.
-    said += lost_modules(list(adapters), folders[0], refuse=False)
+    if not options.dry_run:
+        refuse_replacing(list(paths.values()), options.force)
+    said = _said_of_parts(base, adapters, options.checkpoint)
     # A capture is as large as the base: it goes where the output will have room, not to a small /tmp.
     place = out.parent if base.is_dir() and out.parent.is_dir() else None
     with scratch_folder(place) as scratch:
         if base.is_dir():
-            from lora_export.base.capture.capture import capture_checkpoint
-            from lora_export.base.checkpoint.checkpoint import read_config
-            from lora_export.base.placing.refuse import refuse_absent
-
-            config = read_config(base)
-            refuse_own_code(base, config)
-            said += code_notes(config)
-            refuse_absent(base, list(adapters), allow_unmatched)
-            source, captured = prepare(scratch) if prepare else base, scratch / "base.onnx"
-            capture_checkpoint(
-                source,
-                captured,
-                dtype=dtype or "float32",
-                kv_cache=kv_cache,
-                replaced=[] if prepare else [name for adapter in adapters for name in adapter.extras],
-            )
-            graph = load_graph(captured)
+            said += _refuse_folder(base, adapters, options)
+            graph = _captured(base, adapters, options, prepare, scratch=scratch)
         else:
             graph = load_graph(base)
             free_names(graph)
-            _refuse_capturing(base, dtype, kv_cache)
+            _refuse_capturing(base, options.dtype, options.kv_cache)
         refuse_merged_into(str(base), merged_in(graph.model.metadata_props), list(adapters))
-        opened = _opened(base, graph, adapters, checkpoint, share_base)
+        opened = _opened(base, graph, adapters, options.checkpoint, share=options.share_base)
         reads = [*reads, *opened.files]
         refuse_inputs(paths.values(), reads)
         opened = replace(opened, said=tuple(said), reads=tuple(reads))
@@ -200,6 +168,48 @@ def open_base(
             yield opened, paths
         except SiteError as error:
             raise _explained(error, opened) from error
+
+
+def _said_of_parts(base: Path, adapters: Collection[Adapter], checkpoint: CheckpointChoice) -> list[str]:
+    """Return what to say of adapters with parts for other models; refuse those for other models alone."""
+    given = [Path(checkpoint)] if checkpoint else []
+    folders = [*given, base if base.is_dir() else base.parent]
+    said = refuse_other_components(adapters, folders)
+    # A graph has none of them; whoever puts the model together needs to know.
+    return said + lost_modules(list(adapters), folders[0], refuse=False)
+
+
+def _refuse_folder(base: Path, adapters: Collection[Adapter], options: WriteOptions) -> tuple[str, ...]:
+    """Refuse a folder that can't be captured, or that the adapters are not for; return what to say of it."""
+    from lora_export.base.checkpoint.checkpoint import read_config
+    from lora_export.base.placing.refuse import refuse_absent
+
+    config = read_config(base)
+    refuse_own_code(base, config)
+    refuse_absent(base, list(adapters), options.allow_unmatched)
+    return code_notes(config)
+
+
+def _captured(
+    base: Path,
+    adapters: Collection[Adapter],
+    options: WriteOptions,
+    prepare: Callable[[Path], Path] | None,
+    *,
+    scratch: Path,
+) -> GraphFile:
+    """Capture a folder, or what ``prepare`` makes of it, into a temporary one."""
+    from lora_export.base.capture.capture import capture_checkpoint
+
+    captured = scratch / "base.onnx"
+    capture_checkpoint(
+        prepare(scratch) if prepare else base,
+        captured,
+        dtype=options.dtype or "float32",
+        kv_cache=options.kv_cache,
+        replaced=[] if prepare else [name for adapter in adapters for name in adapter.extras],
+    )
+    return load_graph(captured)
 
 
 def _explained(error: SiteError, base: Base) -> SiteError:
@@ -224,7 +234,12 @@ def _refuse_capturing(base: Path, dtype: str | None, kv_cache: bool) -> None:
 
 
 def _opened(
-    base: Path, graph: GraphFile, adapters: Collection[Adapter], checkpoint: CheckpointChoice, share: bool
+    base: Path,
+    graph: GraphFile,
+    adapters: Collection[Adapter],
+    checkpoint: CheckpointChoice,
+    *,
+    share: bool,
 ) -> Base:
     data_files = graph.data_files()
     if share and not data_files:
@@ -239,16 +254,24 @@ def _opened(
     if base.is_dir() and not checkpoint:
         opened = Checkpoint.open(base)
         shared = link_weights(graph, opened) if share else set()
-        return Base(graph, CheckpointWeights(opened), shared, files)
+        return Base(graph=graph, weight_of=CheckpointWeights(opened), shared_files=shared, files=files)
     if checkpoint:
         opened = Checkpoint.open(Path(checkpoint))
         if share and base.is_dir():
             shared = link_weights(graph, opened)
-        return Base(graph, _given_weights(opened), shared, files, Path(checkpoint))
+        return Base(
+            graph=graph,
+            weight_of=_given_weights(opened),
+            shared_files=shared,
+            files=files,
+            checkpoint=Path(checkpoint),
+        )
     if checkpoint is False:
-        return Base(graph, None, shared, files)
+        return Base(graph=graph, weight_of=None, shared_files=shared, files=files)
     found, folder, notes = _named_checkpoint(adapters, merged_in(graph.model.metadata_props))
-    return Base(graph, found, shared, files, folder, tuple(notes))
+    return Base(
+        graph=graph, weight_of=found, shared_files=shared, files=files, checkpoint=folder, notes=tuple(notes)
+    )
 
 
 def _given_weights(checkpoint: Checkpoint) -> CheckpointWeights:

@@ -75,7 +75,11 @@ def refuse_other_components(adapters: Iterable[Adapter], places: Sequence[Path])
             if not others:
                 continue
             if adapter.part is None and adapter.scope is None:
-                raise _shared(_other(adapter, place, own, named, others), adapters, set(named) - set(others))
+                raise _shared(
+                    _other(adapter, place, own=own, named=named, others=others),
+                    adapters,
+                    set(named) - set(others),
+                )
             notes.append(
                 f"adapter '{adapter.name}': its part {', '.join(others)} goes into the pipeline's {own}, as "
                 "--component says"

@@ -14,6 +14,7 @@ import numpy as np
 
 from lora_export.adapter import Adapter, Array, LoraModule
 from lora_export.base.history.in_graph import refuse_bound
+from lora_export.base.placing.hints import Situation, hints_of, remake
 from lora_export.binding.base_weights import WeightOf
 from lora_export.binding.cast import Caster, dtype_of, wide_of
 from lora_export.binding.dora import dora_factor, dora_problem
@@ -23,22 +24,12 @@ from lora_export.errors import AdapterError, SiteError
 from lora_export.formats.provenance import only_this_base, refuse_other_base
 from lora_export.formats.reading.scope import how_to_part
 from lora_export.graph.exposed import ExposedGraph, ExposedModule
-from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, unaccounted
+from lora_export.plan import Plan, PlanRow, Refusal, refuse, unaccounted
 
 _MAX_LISTED = 40
-_MERGE = "merge the adapter with merge-onnx"
-# What to do about a kind of refusal, in the order in which it is said.
-_HINTS: tuple[tuple[RefusalKind, str], ...] = (
-    ("not found", "check the base"),
-    ("shape", "give the base that the adapter was trained on"),
-    ("mixed", "give the adapter that it was converted from"),
-    ("slot rank", "make the bank with a larger --slot-rank (slot_rank=)"),
-    ("rank", "make the graph with a larger --max-rank (max_rank=)"),
-    ("merge only", _MERGE),
-)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Binding:
     """An adapter as a swap graph takes it.
 
@@ -61,7 +52,7 @@ class Binding:
     only_this_base: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SlotBinding:
     """An adapter as one slot of a bank takes it.
 
@@ -127,7 +118,9 @@ def bind_adapter(
         blocks, offset = [], 0
         for pair in pairings:
             factors = caster.factors(pair.lora, dtype_of(module.dtype))
-            blocks += blocks_of_factors(module, pair.member, factors, offset, ranks[module.name])
+            blocks += blocks_of_factors(
+                module, pair.member, factors=factors, offset=offset, total=ranks[module.name]
+            )
             offset += pair.lora.rank
         tensors[module.lora_a], b = assemble(module, ranks[module.name], blocks)
         tensors |= cut_b(module, b)
@@ -136,9 +129,25 @@ def bind_adapter(
             tensors[module.lora_bias] = joined_bias(module, parts, caster)
         if any(pair.has_dora for pair in pairings):
             tensors[module.scale] = _scale(module, pairings, weight_of, caster)
-    plan = _finish(adapter, exposed, found, caster, where, allow_unmatched, warnings)
+    plan = _finish(
+        adapter,
+        exposed,
+        found=found,
+        caster=caster,
+        where=where,
+        allow_unmatched=allow_unmatched,
+        warnings=warnings,
+    )
     fixed = only_this_base(adapter) or any(pair.from_base or pair.has_dora for pair in found.pairings)
-    return Binding(adapter.name, tensors, ranks, plan, plan.notes, (*warnings, *caster.warnings()), fixed)
+    return Binding(
+        adapter=adapter.name,
+        tensors=tensors,
+        ranks=ranks,
+        plan=plan,
+        notes=plan.notes,
+        warnings=(*warnings, *caster.warnings()),
+        only_this_base=fixed,
+    )
 
 
 def slot_blocks(
@@ -172,9 +181,25 @@ def slot_blocks(
     loras = _slot_loras(found, adapter, slot)
     caster = Caster()
     blocks = blocks_of_slot(exposed, slot, loras, caster)
-    plan = _finish(adapter, exposed, found, caster, where, allow_unmatched, warnings)
+    plan = _finish(
+        adapter,
+        exposed,
+        found=found,
+        caster=caster,
+        where=where,
+        allow_unmatched=allow_unmatched,
+        warnings=warnings,
+    )
     ranks = {path: lora.rank for path, lora in loras.items()}
-    return SlotBinding(adapter.name, slot, blocks, ranks, plan, plan.notes, (*warnings, *caster.warnings()))
+    return SlotBinding(
+        adapter=adapter.name,
+        slot=slot,
+        blocks=blocks,
+        ranks=ranks,
+        plan=plan,
+        notes=plan.notes,
+        warnings=(*warnings, *caster.warnings()),
+    )
 
 
 def clear_slot(exposed: ExposedGraph, slot: int) -> tuple[Block, ...]:
@@ -276,7 +301,7 @@ def _finish(
     rows.sort(key=lambda row: min((order[name] for name in row.tensors if name in order), default=0))
     refused = [row for row in rows if row.action == "refused"]
     if refused and not (allow_unmatched and found.pairings):
-        _raise_refused(adapter, exposed, where, rows, found, caster.problems)
+        _raise_refused(adapter, exposed, where=where, rows=rows, found=found, more=caster.problems)
     if caster.problems:
         raise AdapterError(
             f"adapter '{adapter.name}' has values that can't be used with {where}",
@@ -308,29 +333,18 @@ def _raise_refused(
         raise SiteError(
             f"adapter '{adapter.name}' was made for another model, or for modules that {where} does not "
             f"expose: none of its {count} parameters has a place",
-            f"check the base; if it is the right one, {_remake(exposed)}",
+            f"check the base; if it is the right one, {remake(exposed.mode)}",
             lines,
         )
-    # Where a path is matched otherwise, its module may well be exposed.
-    hints = list(dict.fromkeys(found.hints))
-    hints += [_remake(exposed)] if "not exposed" in kinds and not found.hints else []
-    hints += [hint for kind, hint in _HINTS if kind in kinds]
     doubled = {row.parameter for row in refused if row.kind == "double"}
-    hints += [how_to_part(adapter, doubled)] if doubled else []
-    if "dora" in kinds:
-        swap = "make a graph with swap-onnx --dora and this adapter"
-        hints.append(f"{swap}, or {_MERGE}" if exposed.mode == "bank" else swap)
-    if found.pairings:
-        hints.append("convert-adapter --allow-unmatched (allow_unmatched=True) goes on without them")
-    raise SiteError(
-        f"adapter '{adapter.name}' has {len(refused)} parameters with no place in {where} (of {count})",
-        "; ".join(hints),
-        lines,
+    situation = Situation(
+        into="bank graph" if exposed.mode == "bank" else "swap graph",
+        some=bool(found.pairings),
+        given=found.hints,
+        parting=how_to_part(adapter, doubled) if doubled else "",
     )
-
-
-def _remake(exposed: ExposedGraph) -> str:
-    return f"make the graph again with this adapter ({exposed.mode}-onnx --adapter)"
+    hints = hints_of(kinds, situation)
+    refuse(f"adapter '{adapter.name}'", where, lines, hints, count=len(refused), total=count)
 
 
 def _listed(lines: Sequence[str]) -> list[str]:

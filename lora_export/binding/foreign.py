@@ -16,7 +16,7 @@ import onnx_ir as ir
 from lora_export.errors import GraphError
 from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member
 from lora_export.graph.onnx_file import GraphFile
-from lora_export.storage.manifest import hash_file, identity_of
+from lora_export.storage.hashes import hash_file, identity_of
 
 _NAME = re.compile(r"^(?P<path>.+)\.lora_(?P<part>[AB])(?P<genai>\.MatMul)?\.weight$")
 _DTYPES = {
@@ -62,7 +62,12 @@ def foreign_lora(graph: GraphFile) -> ForeignGraph | None:
     if problems:
         raise GraphError(f"{graph.path} has LoRA inputs that we don't understand", _AGAIN, problems)
     record = ExposedGraph(
-        "swap", graph.path.name, identity_of([hash_file(graph.path)]), tuple(modules), _ANY_RANK, "tensorrt"
+        mode="swap",
+        base=graph.path.name,
+        base_sha256=identity_of([hash_file(graph.path)]),
+        modules=tuple(modules),
+        max_rank=_ANY_RANK,
+        flavour="tensorrt",
     )
     return ForeignGraph(record, bool(suffix))
 
@@ -86,5 +91,11 @@ def _module(
     in_dim, out_dim = int(str(dims[0])), int(str(dims[3]))
     rank = dims[1] if isinstance(dims[1], int) else 0
     return ExposedModule(
-        path, "linear", in_dim, out_dim, _DTYPES[a.dtype], (Member(path, 0, out_dim),), rank=rank
+        name=path,
+        kind="linear",
+        in_dim=in_dim,
+        out_dim=out_dim,
+        dtype=_DTYPES[a.dtype],
+        members=(Member(path, 0, out_dim),),
+        rank=rank,
     )

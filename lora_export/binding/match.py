@@ -27,7 +27,7 @@ _UNREAD = Refusal("merge only", "replaces the whole parameter, whose values in t
 _REPLACED = Refusal("merge only", "replaces the whole parameter, which the graph keeps as a constant")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Pairing:
     """A module of an adapter and its place.
 
@@ -48,7 +48,7 @@ class Pairing:
     @property
     def has_dora(self) -> bool:
         """Whether the module's product has a factor."""
-        return _has_dora(self.lora)
+        return self.lora.has_dora
 
     @property
     def whole(self) -> bool:
@@ -60,10 +60,10 @@ class Pairing:
         lora, module = self.lora, self.module
         part = f"outputs {self.member.start}–{self.member.start + self.member.out_dim} of a pack"
         weight = PlanRow(
-            adapter,
-            f"{lora.path}.{lora.parameter}",
-            weight_tensors(lora),
-            "expose",
+            adapter=adapter,
+            parameter=f"{lora.path}.{lora.parameter}",
+            tensors=lora.weight_tensors,
+            action="expose",
             place=", ".join([module.lora_a, *(name for name, _, _ in module.b_parts)]),
             operator=module.kind,
             layout=part if self.member.out_dim < module.out_dim else "",
@@ -72,12 +72,12 @@ class Pairing:
         if lora.lora_bias is None:
             return [weight]
         bias = replace(
-            weight, parameter=f"{lora.path}.bias", tensors=bias_tensors(lora), place=module.lora_bias
+            weight, parameter=f"{lora.path}.bias", tensors=lora.bias_tensors, place=module.lora_bias
         )
         return [weight, bias]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Matches:
     """What `match_modules` found.
 
@@ -100,18 +100,6 @@ class Matches:
         self.refused.append(PlanRow.refused(adapter, parameter, tensors, refusal))
         if refusal.hint and refusal.hint not in self.hints:
             self.hints.append(refusal.hint)
-
-
-def weight_tensors(lora: LoraModule) -> tuple[str, ...]:
-    """The file's tensors of a module without the bias, which is a parameter of its own."""
-    return tuple(name for name in lora.tensor_names if name not in bias_tensors(lora))
-
-
-def bias_tensors(lora: LoraModule) -> tuple[str, ...]:
-    """The file's tensors of a module's bias."""
-    if lora.lora_bias is None:
-        return ()
-    return tuple(name for name in lora.tensor_names if name.endswith("bias"))
 
 
 def match_modules(adapter: Adapter, exposed: ExposedGraph, where: str, weight_of: WeightOf | None) -> Matches:
@@ -151,9 +139,9 @@ def match_modules(adapter: Adapter, exposed: ExposedGraph, where: str, weight_of
             _refuse_module(adapter, lora, place, found)
             continue
         if lora.lora_bias is not None and (reason := _no_bias(lora, place.module)):
-            found.refuse(adapter.name, f"{lora.path}.bias", bias_tensors(lora), reason)
-            lora = replace(lora, lora_bias=None, tensor_names=weight_tensors(lora))
-        found.pairings.append(Pairing(lora, place.module, place.member, place.how))
+            found.refuse(adapter.name, f"{lora.path}.bias", lora.bias_tensors, reason)
+            lora = replace(lora, lora_bias=None, tensor_names=lora.weight_tensors)
+        found.pairings.append(Pairing(lora=lora, module=place.module, member=place.member, how=place.how))
     _place_replaced(adapter, finder, found, weight_of)
     _drop_conflicts(adapter, found)
     return found
@@ -191,12 +179,8 @@ def split_pack(pairing: Pairing) -> list[Pairing] | Refusal:
             rslora=False,
             lora_bias=bias,
         )
-        parts.append(Pairing(part, module, member, pairing.how))
+        parts.append(Pairing(lora=part, module=module, member=member, how=pairing.how))
     return parts
-
-
-def _has_dora(lora: LoraModule) -> bool:
-    return lora.magnitude is not None or lora.scale is not None
 
 
 def _unsupported(lora: LoraModule, exposed: ExposedGraph) -> Refusal | None:
@@ -207,7 +191,7 @@ def _unsupported(lora: LoraModule, exposed: ExposedGraph) -> Refusal | None:
         )
     if lora.everywhere:
         return Refusal("merge only", EVERYWHERE)
-    if not _has_dora(lora) or exposed.dora:
+    if not lora.has_dora or exposed.dora:
         return None
     return Refusal(
         "dora",
@@ -277,16 +261,16 @@ def _no_bias(lora: LoraModule, module: ExposedModule) -> Refusal | None:
     """Why the graph can't take a bias of the branch; None where it can."""
     if not module.bias:
         return Refusal("not exposed", "lora_bias: the graph has no tensor for a bias of lora_B")
-    if _has_dora(lora):
+    if lora.has_dora:
         reason = "lora_bias: its module has DoRA, whose factor would scale the bias as well"
         return Refusal("merge only", reason)
     return None
 
 
 def _refuse_module(adapter: Adapter, lora: LoraModule, refusal: Refusal, found: Matches) -> None:
-    parameters = [(f"{lora.path}.{lora.parameter}", weight_tensors(lora))]
+    parameters = [(f"{lora.path}.{lora.parameter}", lora.weight_tensors)]
     if lora.lora_bias is not None:
-        parameters.append((f"{lora.path}.bias", bias_tensors(lora)))
+        parameters.append((f"{lora.path}.bias", lora.bias_tensors))
     for key, tensors in parameters:
         found.refuse(adapter.name, key, tensors, refusal)
 
@@ -304,9 +288,13 @@ def _place_replaced(adapter: Adapter, finder: Finder, found: Matches, weight_of:
         stored = member.stored_bias if leaf == "bias" else member.stored
         if weight_of is not None and holds(values, stored, key, weight_of):
             reason = "the base holds the same values"
-            found.unchanged.append(PlanRow(adapter.name, key, tensors, "unchanged", reason=reason))
+            found.unchanged.append(
+                PlanRow(
+                    adapter=adapter.name, parameter=key, tensors=tensors, action="unchanged", reason=reason
+                )
+            )
             continue
-        refusal = _replace_one(found, place, key, values, weight_of, tensors)
+        refusal = _replace_one(found, place, key=key, values=values, weight_of=weight_of, tensors=tensors)
         if refusal:
             found.refuse(adapter.name, key, tensors, refusal)
 
@@ -337,12 +325,14 @@ def _replace_one(
         return None
     if leaf != "weight" or index is not None:
         return _REPLACED
-    lora = _weight_change(path, place, values, weight_of, tensors)
+    lora = _weight_change(path, place, values=values, weight_of=weight_of, tensors=tensors)
     if isinstance(lora, Refusal):
         return lora
     refusal = _misfit(lora, place, converted=False)
     if refusal is None:
-        found.pairings.append(Pairing(lora, place.module, place.member, place.how, from_base=True))
+        found.pairings.append(
+            Pairing(lora=lora, module=place.module, member=place.member, how=place.how, from_base=True)
+        )
     return refusal
 
 
@@ -359,7 +349,9 @@ def _weight_change(
     if isinstance(old, Refusal):
         return old
     kind: Kind = "embedding" if module.kind == "embedding" else "linear"
-    return _as_exposed(change_of(path, kind, values.reshape(wanted), old, tensors), module)
+    return _as_exposed(
+        change_of(path, kind, new=values.reshape(wanted), old=old, tensor_names=tensors), module
+    )
 
 
 def _bias_change(

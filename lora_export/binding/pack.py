@@ -115,6 +115,10 @@ def blocks_of_slot(
             alone, first = replace(module, out_dim=member.out_dim), replace(member, start=0)
             own = []
             if lora := loras.get(member.path):
-                own = blocks_of_factors(alone, first, caster.factors(lora, dtype_of(module.dtype)), 0, room)
-            blocks += blocks_of_factors(module, member, assemble(alone, room, own), start, total)
+                own = blocks_of_factors(
+                    alone, first, factors=caster.factors(lora, dtype_of(module.dtype)), offset=0, total=room
+                )
+            blocks += blocks_of_factors(
+                module, member, factors=assemble(alone, room, own), offset=start, total=total
+            )
     return tuple(blocks)

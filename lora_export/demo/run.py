@@ -19,7 +19,7 @@ from lora_export.demo.training import Trainer, require_packages, save_base, trai
 from lora_export.errors import OutputError
 from lora_export.modes.merge_onnx import merge_onnx
 from lora_export.progress import Say
-from lora_export.storage.manifest import hash_folder
+from lora_export.storage.hashes import hash_folder
 from lora_export.storage.outputs import OutputSet, make_parent, output_errors
 from lora_export.storage.sums.seal import sealed_json
 

@@ -16,22 +16,14 @@ from lora_export.engines.builder_process import Job
 from lora_export.engines.cache import EngineCache, default_folder, key_of
 from lora_export.engines.plan import BuildPlan, Group, Wish, engine_files, plan_build
 from lora_export.engines.profiles import ProfileRequest, shape_text
-from lora_export.engines.record import (
-    BuildOptions,
-    EngineRecord,
-    Port,
-    Profile,
-    platform_here,
-    record_path,
-    sha256_of,
-)
+from lora_export.engines.record import BuildOptions, EngineRecord, Port, Profile, platform_here, record_path
 from lora_export.engines.run_builder import run_worker
 from lora_export.engines.source import Serialized, port_of, serialize
 from lora_export.errors import BackendError, EngineBuildError, OutputError
 from lora_export.progress import Say
 from lora_export.storage.commit.leftovers import scratch_folder
+from lora_export.storage.hashes import hash_written, sha256_of
 from lora_export.storage.inputs import refuse_changed_inputs, same_inputs
-from lora_export.storage.manifest import hash_written
 from lora_export.storage.outputs import (
     OutputSet,
     check_parent,

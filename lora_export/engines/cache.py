@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_export.engines.record import sha256_of
 from lora_export.errors import LoraExportError, OutputError
+from lora_export.storage.hashes import sha256_of
 from lora_export.storage.outputs import OutputSet
 from lora_export.untrusted.documents import DocumentError, parse_json, read_json
 from lora_export.untrusted.fields import Count, FieldError, from_plain

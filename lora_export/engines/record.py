@@ -6,7 +6,6 @@ known before that (its inputs, its GPUs, the graph that it was made from) is in 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Mapping
@@ -16,11 +15,11 @@ from typing import Annotated, Any
 
 from lora_export.errors import BackendError
 from lora_export.graph.exposed import ExposedGraph
+from lora_export.storage.hashes import FileHash
 from lora_export.storage.inputs import note_inputs
-from lora_export.storage.manifest import FileHash
 from lora_export.storage.sums.full import file_digest
 from lora_export.storage.sums.seal import SEAL, sealed_json
-from lora_export.untrusted.documents import json_of, open_regular, read_json
+from lora_export.untrusted.documents import json_of, read_json
 from lora_export.untrusted.fields import AtLeast, Axes, Count, FieldError, from_plain, seen
 
 FORMAT = 1
@@ -309,9 +308,3 @@ def read_engine(engine: Path) -> EngineRecord:
             "copy both files again, or build the engine again",
         )
     return record
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a whole file."""
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,7 +13,7 @@ from lora_export.engines.cache import combined
 from lora_export.engines.record import EngineSource, Port
 from lora_export.graph.captured import Captured
 from lora_export.graph.onnx_file import GraphFile, proto_bytes
-from lora_export.storage.manifest import FileHash, hash_file
+from lora_export.storage.hashes import FileHash, hash_file
 
 
 def ports_of(graph: GraphFile) -> tuple[tuple[Port, ...], tuple[Port, ...]]:

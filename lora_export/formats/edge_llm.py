@@ -18,7 +18,7 @@ from lora_export.formats.reading.graph_layout import EXPECTS, has_names, read_co
 from lora_export.formats.reading.source import EDGE_LLM_NAME, Format, Options, Source
 from lora_export.formats.reading.tensors import write_safetensors
 from lora_export.storage.folders import listed_files
-from lora_export.storage.manifest import hash_written
+from lora_export.storage.hashes import hash_written
 from lora_export.storage.sums.seal import seal_file, sealed_json
 
 _CONFIG_NAME = "config.json"

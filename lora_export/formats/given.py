@@ -1,4 +1,4 @@
-"""Read the adapters of a check, by name."""
+"""Read adapters as a caller gives them: a path, an `Adapter`, several of them, or by name."""
 
 from __future__ import annotations
 
@@ -9,8 +9,25 @@ from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError
 from lora_export.formats import as_adapter
 
-One = str | os.PathLike[str] | Adapter
-Adapters = One | Sequence[One] | Mapping[str, One]
+AdapterLike = str | os.PathLike[str] | Adapter
+Adapters = AdapterLike | Sequence[AdapterLike] | Mapping[str, AdapterLike]
+
+
+def load_given(
+    given: AdapterLike | Sequence[AdapterLike] | None, component: str | None = None
+) -> list[Adapter]:
+    """Read one adapter or several; none for None.
+
+    Args:
+        given: What `load_adapter` reads, or `Adapter` values.
+        component: The part of each that belongs, see `load_adapter`.
+
+    Raises:
+        AdapterError: One can't be read.
+        InputChangedError: The files of an `Adapter` were written to since it was loaded.
+    """
+    listed = [given] if isinstance(given, str | os.PathLike | Adapter) else list(given or ())
+    return [as_adapter(one, component) for one in listed]
 
 
 def named_adapters(given: Adapters) -> dict[str, Adapter]:
@@ -21,10 +38,8 @@ def named_adapters(given: Adapters) -> dict[str, Adapter]:
     """
     if isinstance(given, Mapping):
         return {name: as_adapter(one) for name, one in given.items()}
-    listed = [given] if isinstance(given, str | os.PathLike | Adapter) else list(given)
     found: dict[str, Adapter] = {}
-    for one in listed:
-        adapter = as_adapter(one)
+    for adapter in load_given(given):
         if adapter.name in found:
             raise AdapterError(
                 f"two adapters are called '{adapter.name}'",

@@ -21,7 +21,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from lora_export.errors import GraphError
-from lora_export.storage.manifest import FileHash, hash_file
+from lora_export.storage.hashes import FileHash, hash_file
 from lora_export.untrusted.documents import json_of
 from lora_export.untrusted.fields import FieldError, from_plain
 

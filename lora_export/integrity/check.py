@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lora_export.errors import LoraExportError
 from lora_export.graph.data_identity import place_problem
 from lora_export.integrity.claims import SUMS, Claim, Description, description_of
-from lora_export.storage.manifest import hash_file, identity_of, is_sampled
+from lora_export.storage.hashes import hash_file, identity_of, is_sampled
 from lora_export.storage.sums.full import file_digest
 from lora_export.storage.sums.seal import find_seal
 

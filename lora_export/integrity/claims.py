@@ -16,7 +16,7 @@ from pathlib import Path
 from lora_export.engines.record import EngineRecord
 from lora_export.errors import BackendError, GraphError, LoraExportError
 from lora_export.graph.data_identity import external_tensors, read_identity
-from lora_export.storage.manifest import FileHash
+from lora_export.storage.hashes import FileHash
 from lora_export.storage.sums.seal import find_seal
 from lora_export.untrusted.documents import MAX_BYTES, open_regular, read_json
 from lora_export.untrusted.fields import FieldError, from_plain

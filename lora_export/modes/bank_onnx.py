@@ -11,14 +11,15 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from lora_export.adapter import Adapter, LoraModule
-from lora_export.base.open_base import open_base
+from lora_export.base.open_base import Base, open_base
 from lora_export.base.reads import CheckpointChoice
+from lora_export.base.write_options import WriteOptions
 from lora_export.binding.cast import Caster
 from lora_export.binding.pack import Block, assemble, blocks_of_slot, cut_b
 from lora_export.errors import AdapterError
@@ -104,55 +105,99 @@ def bank_onnx(
             "slots of constants have the ranks of their adapters", "give --resident inputs too"
         )
     loaded = _load(adapters, component)
-    if base.is_dir():
-        refuse_unsuited(list(loaded.values()), base, allow_unmatched=allow_unmatched, bank=True)
-        if not allow_unmatched:
-            modules = [module for adapter in loaded.values() for module in adapter.modules.values()]
-            _refuse_ranks([(module.path, module.rank, module.groups) for module in modules], slot_rank)
-    reading = open_base(
-        base,
-        out,
-        loaded.values(),
+    form = _Form(
+        resident=resident,
+        slot_rank=slot_rank,
+        flavour=flavour,
+        pack=pack or fuse_base,
+        fuse_base=fuse_base,
+        batch_input=batch_input,
+    )
+    options = WriteOptions(
         checkpoint=checkpoint,
-        share_base=share_base,
-        force=force,
-        dry_run=dry_run,
-        allow_unmatched=allow_unmatched,
         dtype=dtype,
         kv_cache=kv_cache,
+        share_base=share_base,
+        allow_unmatched=allow_unmatched,
+        force=force,
+        dry_run=dry_run,
+        progress=progress,
     )
-    with reading as (opened, paths):
+    if base.is_dir():
+        _refuse_before_capture(base, list(loaded.values()), slot_rank, allow_unmatched=allow_unmatched)
+    with open_base(base, out, loaded.values(), options) as (opened, paths):
         resolver = Resolver(opened.graph, opened.weight_of, branches=True)
         union = Union(opened.graph, resolver, allow_unmatched=allow_unmatched, bank=True)
         union.add_adapters(list(loaded.values()), opened.identity)
-        ranks = _ranks(union, len(loaded), slot_rank)
-        branches, notes = fuse_calls(opened.graph, union.branches) if fuse_base else (union.branches, [])
-        # Slots that are replaced are rectangles of one B.
-        packed, cut = pack or fuse_base, resident == "initializers"
-        bundles = [with_ranks(bundle, ranks) for bundle in bundles_of(branches, packed, cut)]
-        shapes = shapes_of(opened.graph.model)
-        gate = BankGate(opened.graph, len(loaded), shapes, batch_input, same_symbol=flavour == "tensorrt")
-        record = ExposedGraph(
-            "bank",
-            base_name(base),
-            opened.identity,
-            tuple(bundle.module for bundle in bundles),
-            max(rank for found in ranks.values() for rank in found),
-            flavour,
-            slots=tuple(Slot(name, adapter.sha256 or UNHASHED) for name, adapter in loaded.items()),
-            resident=resident,
-            batch_input=str(gate.batch_input.name),
-            merged=opened.merged,
-            landmarks=landmarks(resolver.known),
-        )
-        caster = Caster()
-        tensors = _tensors(opened.graph, record, union.loras, bundles, caster)
-        sums = BranchWriter(opened.graph, gate, gemm=packed and flavour == "ort").write(bundles, tensors)
-        gate.refuse()
-        plan = union.plan([*notes, *gate.notes, *caster.notes()])
-        plan = opened.verified(replace(plan, warnings=tuple(cut_off(sums))))
-        report = ExposeReport(plan, record, paths, dry_run=dry_run, warnings=tuple(caster.warnings()))
-        return write_exposed(opened, report, list(loaded.values()), force, progress)
+        report = _fill(opened, union, adapters=loaded, form=form, base=base_name(base))
+        report = replace(report, outputs=paths, dry_run=dry_run)
+        return write_exposed(opened, report, list(loaded.values()), options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Form:
+    """What a bank looks like.
+
+    Attributes:
+        resident: What the adapters' tensors are.
+        slot_rank: Rank that every slot has room for, if the user says one.
+        flavour: Who is to run it.
+        pack: One product for siblings.
+        fuse_base: The base's siblings are computed in one product, too.
+        batch_input: Name of the input that has the batch, if the user says one.
+    """
+
+    resident: Resident
+    slot_rank: int | None
+    flavour: Flavour
+    pack: bool
+    fuse_base: bool
+    batch_input: str | None
+
+
+def _refuse_before_capture(
+    base: Path, adapters: Sequence[Adapter], slot_rank: int | None, *, allow_unmatched: bool
+) -> None:
+    """Refuse adapters that no graph of a folder could hold: it need not be captured first."""
+    refuse_unsuited(adapters, base, allow_unmatched=allow_unmatched, bank=True)
+    if not allow_unmatched:
+        modules = [module for adapter in adapters for module in adapter.modules.values()]
+        _refuse_ranks([(module.path, module.rank, module.groups) for module in modules], slot_rank)
+
+
+def _fill(
+    opened: Base, union: Union, adapters: Mapping[str, Adapter], form: _Form, base: str
+) -> ExposeReport:
+    """Put all branches into the graph, with the adapters' tensors and the input that chooses them."""
+    graph, branches, notes = opened.graph, union.branches, list[str]()
+    ranks = _ranks(union, len(adapters), form.slot_rank)
+    if form.fuse_base:
+        branches, notes = fuse_calls(graph, branches)
+    # Slots that are replaced are rectangles of one B.
+    cut = form.resident == "initializers"
+    bundles = [with_ranks(bundle, ranks) for bundle in bundles_of(branches, form.pack, cut)]
+    same_symbol = form.flavour == "tensorrt"
+    gate = BankGate(graph, len(adapters), shapes_of(graph.model), form.batch_input, same_symbol=same_symbol)
+    record = ExposedGraph(
+        mode="bank",
+        base=base,
+        base_sha256=opened.identity,
+        modules=tuple(bundle.module for bundle in bundles),
+        max_rank=max(rank for found in ranks.values() for rank in found),
+        flavour=form.flavour,
+        slots=tuple(Slot(name, adapter.sha256 or UNHASHED) for name, adapter in adapters.items()),
+        resident=form.resident,
+        batch_input=str(gate.batch_input.name),
+        merged=opened.merged,
+        landmarks=landmarks(union.known),
+    )
+    caster = Caster()
+    tensors = _tensors(graph, record, loras=union.loras, bundles=bundles, caster=caster)
+    sums = BranchWriter(graph, gate, gemm=form.pack and form.flavour == "ort").write(bundles, tensors)
+    gate.refuse()
+    plan = union.plan([*notes, *gate.notes, *caster.notes()])
+    plan = opened.verified(replace(plan, warnings=tuple(cut_off(sums))))
+    return ExposeReport(plan=plan, exposed=record, warnings=tuple(caster.warnings()))
 
 
 def _load(adapters: Mapping[str, PathLike | Adapter], component: str | None) -> dict[str, Adapter]:
@@ -239,7 +284,7 @@ def _tensors(
                 values[name] = add_initializer(graph, name, array)
             else:
                 default = array if record.flavour == "ort" else None
-                values[name] = add_input(graph, name, list(array.shape), dtype, default)
+                values[name] = add_input(graph, name, dims=list(array.shape), dtype=dtype, default=default)
         made[module.name] = Tensors(
             values[module.lora_a], tuple(values[name] for name in parts), bias=values.get(module.lora_bias)
         )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lora_export import __version__
-from lora_export.adapter import Adapter, Array
+from lora_export.adapter import Adapter
 from lora_export.base.pipeline import refuse_other_components
 from lora_export.base.reads import files_read, graph_files
 from lora_export.binding.base_weights import GraphWeights
@@ -33,7 +33,7 @@ PathLike = str | os.PathLike[str]
 _EVERYWHERE = (".lora_A.weight", ".lora_B.weight")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ConvertReport:
     """What a conversion did, or with ``dry_run`` would do.
 
@@ -116,43 +116,69 @@ def convert_adapter(
     """
     target, file = Path(output), load_graph(graph)
     exposed, genai = _exposed(file)
-    format = _format_of(target, format, genai)
-    writer = writer_of(format)
-    _check_output(target, format, writer, file, genai)
+    form = _form_of(target, format, file, genai=genai)
     loaded = as_adapter(adapter, component)
     said = refuse_other_components([loaded], [file.path.parent])
     reads = [*graph_files(file), *files_read(file.path, [loaded])]
     refuse_inputs([target], reads)
     if not dry_run:
         refuse_existing([target], force)
-    typed = exposed
-    if writer.dtype:
-        typed = replace(exposed, modules=tuple(replace(m, dtype=writer.dtype) for m in exposed.modules))
     binding = bind_adapter(
         loaded,
-        typed,
+        form.typed(exposed),
         where=file.path.name,
         weight_of=GraphWeights(file.path, file),
         allow_unmatched=allow_unmatched,
         any_base=any_base,
     )
-    provenance = _provenance(loaded, exposed, binding)
-    _refuse_modules(binding, exposed, format, writer)
-    report = ConvertReport(
-        loaded.name,
-        file.path.name,
-        format,
-        target,
-        binding.plan,
-        binding.ranks,
-        sum(values.nbytes for values in binding.tensors.values()),
-        (*said, *binding.notes),
-        binding.warnings,
-        dry_run,
-    )
+    _refuse_modules(binding, exposed, form)
     if not dry_run:
-        _write(target, writer.write, binding.tensors, provenance, not writer.suffix, force, reads)
-    return report
+        form.write(target, binding, _provenance(loaded, exposed, binding), reads, force=force)
+    return ConvertReport(
+        adapter=loaded.name,
+        graph=file.path.name,
+        format=form.name,
+        output=target,
+        plan=binding.plan,
+        ranks=binding.ranks,
+        size_bytes=sum(values.nbytes for values in binding.tensors.values()),
+        notes=(*said, *binding.notes),
+        warnings=binding.warnings,
+        dry_run=dry_run,
+    )
+
+
+@dataclass(frozen=True)
+class _Form:
+    """The form in which an adapter is written.
+
+    Attributes:
+        name: Key of `WRITERS`.
+        writer: What it says of itself, and how it is written.
+    """
+
+    name: str
+    writer: Writer
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether several files are written."""
+        return not self.writer.suffix
+
+    def typed(self, exposed: ExposedGraph) -> ExposedGraph:
+        """Return a graph's record with the type that the form has for all tensors, if it has one."""
+        dtype = self.writer.dtype
+        if not dtype:
+            return exposed
+        return replace(exposed, modules=tuple(replace(module, dtype=dtype) for module in exposed.modules))
+
+    def write(
+        self, target: Path, binding: Binding, provenance: Provenance, reads: Sequence[Path], *, force: bool
+    ) -> None:
+        """Write the tensors of an adapter."""
+        with output_errors(target), OutputSet(force, reads) as outputs:
+            self.writer.write(outputs.stage(target, self.is_folder), binding.tensors, provenance)
+            outputs.commit((lambda: _check_folder(target)) if self.is_folder else None)
 
 
 def _exposed(file: GraphFile) -> tuple[ExposedGraph, bool]:
@@ -171,6 +197,14 @@ def _exposed(file: GraphFile) -> tuple[ExposedGraph, bool]:
     return exposed, False
 
 
+def _form_of(output: Path, format: str | None, file: GraphFile, *, genai: bool) -> _Form:
+    """Return the form to write; refuse one that doesn't fit the output or the graph."""
+    name = _format_of(output, format, genai)
+    form = _Form(name, writer_of(name))
+    _check_output(output, form, file, genai=genai)
+    return form
+
+
 def _format_of(output: Path, format: str | None, genai: bool) -> str:
     if format is not None:
         if format not in WRITERS:
@@ -186,20 +220,21 @@ def _format_of(output: Path, format: str | None, genai: bool) -> str:
     )
 
 
-def _check_output(output: Path, format: str, writer: Writer, file: GraphFile, genai: bool) -> None:
+def _check_output(output: Path, form: _Form, file: GraphFile, *, genai: bool) -> None:
+    writer = form.writer
     if writer.suffix and output.suffix != writer.suffix:
         raise OutputError(
-            f"the output {output} does not end in {writer.suffix}, which {format} files do",
+            f"the output {output} does not end in {writer.suffix}, which {form.name} files do",
             f"-o {output.with_suffix(writer.suffix)}",
         )
     if genai != writer.foreign:
         names = "onnxruntime-genai's own names" if genai else "the names of ONNX Runtime's adapters"
         better = "genai" if genai else "onnx_adapter (onnxruntime-genai takes it for this graph)"
         raise OutputError(
-            f"{file.path.name} has {names} for its LoRA inputs: a {format} file would not fit them",
+            f"{file.path.name} has {names} for its LoRA inputs: a {form.name} file would not fit them",
             f"--format {better}",
         )
-    if not writer.suffix:
+    if form.is_folder:
         _check_folder(output)
 
 
@@ -214,43 +249,30 @@ def _provenance(adapter: Adapter, exposed: ExposedGraph, binding: Binding) -> Pr
     # Of a file that was converted before: the adapter that it was made of.
     made_of = adapter.config if is_converted(adapter.config) else {}
     return Provenance(
-        str(made_of.get("adapter") or adapter.name),
-        str(made_of.get("adapter_sha256") or adapter.sha256),
-        exposed.base,
-        exposed.base_sha256,
-        binding.ranks,
-        {name: kind for name, kind in kinds.items() if name in binding.ranks},
-        binding.only_this_base,
-        __version__,
+        adapter=str(made_of.get("adapter") or adapter.name),
+        adapter_sha256=str(made_of.get("adapter_sha256") or adapter.sha256),
+        base=exposed.base,
+        base_sha256=exposed.base_sha256,
+        ranks=binding.ranks,
+        kinds={name: kind for name, kind in kinds.items() if name in binding.ranks},
+        only_this_base=binding.only_this_base,
+        version=__version__,
     )
 
 
-def _refuse_modules(binding: Binding, exposed: ExposedGraph, format: str, writer: Writer) -> None:
+def _refuse_modules(binding: Binding, exposed: ExposedGraph, form: _Form) -> None:
+    writer = form.writer
     problems = [
         f"{module.name}  {reason}"
         for module in exposed.modules
         if module.name in binding.ranks and (reason := writer.refusal(module.name, module.kind))
     ]
-    if not writer.suffix or writer.foreign:
+    if form.is_folder or writer.foreign:
         more = [name for name in binding.tensors if not name.endswith(_EVERYWHERE)]
         problems += [f"{name}  has no place in the format" for name in more]
     if problems:
         raise SiteError(
-            f"adapter '{binding.adapter}' can't be written as {format}",
+            f"adapter '{binding.adapter}' can't be written as {form.name}",
             "write it as safetensors or onnx_adapter, or train it without these modules",
             problems,
         )
-
-
-def _write(
-    target: Path,
-    write: Callable[[Path, Mapping[str, Array], Provenance], None],
-    tensors: Mapping[str, Array],
-    provenance: Provenance,
-    folder: bool,
-    force: bool,
-    reads: Sequence[Path],
-) -> None:
-    with output_errors(target), OutputSet(force, reads) as outputs:
-        write(outputs.stage(target, folder), tensors, provenance)
-        outputs.commit((lambda: _check_folder(target)) if folder else None)

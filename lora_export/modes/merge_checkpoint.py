@@ -9,23 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from lora_export.adapter import Adapter
 from lora_export.base.checkpoint.sentence_modules import lost_modules
 from lora_export.base.history.history import MANIFEST, history_of
 from lora_export.base.reads import files_read
 from lora_export.errors import OutputError
+from lora_export.formats.given import AdapterLike
 from lora_export.machines.packages import package_versions
-from lora_export.modes.merging.blend import AdapterLike, check_blend
+from lora_export.modes.merging.blend import check_blend
 from lora_export.modes.merging.checkpoint_files import small_files, unmerged_notes
 from lora_export.modes.merging.into_checkpoint import CheckpointMerge, plan_merge
 from lora_export.modes.merging.report import MergeReport
-from lora_export.plan import Plan
 from lora_export.storage.folders import listed_files, refuse_strangers
+from lora_export.storage.hashes import hash_file, hash_folder
 from lora_export.storage.inputs import same_inputs
-from lora_export.storage.manifest import Manifest, adapter_entry, hash_file, hash_folder
+from lora_export.storage.manifest import Manifest, adapter_entry
 from lora_export.storage.outputs import OutputSet, output_errors, refuse_inputs
-from lora_export.storage.rounding import Mode, Rounding, rounding_dict
+from lora_export.storage.rounding import Mode, rounding_dict
 
 
 @same_inputs()
@@ -72,7 +73,9 @@ def merge_checkpoint(
         OutputError: The folder exists, or can't be written.
     """
     loaded, factors = check_blend(adapters, weights, component)
-    merge = plan_merge(base, loaded, factors, dtype, allow_unmatched, resize)
+    merge = plan_merge(
+        base, loaded, factors=factors, dtype=dtype, allow_unmatched=allow_unmatched, resize=resize
+    )
     beside = lost_modules(loaded, merge.checkpoint.folder, refuse=not allow_unmatched)
     plan = replace(merge.placed.plan, notes=(*beside, *merge.placed.plan.notes))
     target, folder = Path(output), Path(base)
@@ -80,18 +83,25 @@ def merge_checkpoint(
     refuse_inputs([target], reads)
     _refuse_output(target, folder, force)
     small, left_out = small_files(merge.checkpoint, merge.placed.changes)
-    plan = replace(plan, notes=(*plan.notes, *unmerged_notes(merge.checkpoint, small)))
-    report = MergeReport(plan, {}, {"folder": target}, merge.size_bytes, 0, tuple(left_out), dry_run)
+    report = MergeReport(
+        plan=replace(plan, notes=(*plan.notes, *unmerged_notes(merge.checkpoint, small))),
+        outputs={"folder": target},
+        size_bytes=merge.size_bytes,
+        left_out=tuple(left_out),
+        dry_run=dry_run,
+    )
     if dry_run:
         return report
     with OutputSet(force, reads) as outputs:
         staged = outputs.stage(target, folder=True)
         with output_errors(target):
             roundings = merge.write(staged, small, rounding, progress)
-            _manifest(merge, plan, loaded, factors, roundings, staged).save(staged / MANIFEST)
+            report = replace(report, roundings=roundings)
+            described = [adapter_entry(*pair) for pair in zip(loaded, factors, strict=True)]
+            _manifest(merge, report, described, staged).save(staged / MANIFEST)
         # What is read is refused by the set itself, now once more.
         outputs.commit(lambda: _refuse_output(target, folder, force))
-    return replace(report, roundings=roundings)
+    return report
 
 
 def _refuse_output(target: Path, base: Path, force: bool) -> None:
@@ -114,27 +124,21 @@ def _refuse_output(target: Path, base: Path, force: bool) -> None:
 
 
 def _manifest(
-    merge: CheckpointMerge,
-    plan: Plan,
-    adapters: Sequence[Adapter],
-    weights: Sequence[float],
-    roundings: dict[str, Rounding],
-    folder: Path,
+    merge: CheckpointMerge, report: MergeReport, adapters: list[dict[str, Any]], folder: Path
 ) -> Manifest:
     """Return the record that lies beside the weights in ``folder``, without time or absolute paths."""
     base = [hash_file(shard.path) for shard in merge.checkpoint.shards]
-    described = [adapter_entry(adapter, weight) for adapter, weight in zip(adapters, weights, strict=True)]
     added = [added.name for added in merge.placed.added]
     outputs = {"dtype": merge.dtype or "as the base", "added": added}
     outputs |= history_of(merge.checkpoint.folder / MANIFEST).outputs()
     versions = package_versions(["lora-export", "numpy", "ml_dtypes"])
     return Manifest(
-        "merge",
-        base,
-        described,
-        plan.as_dict(),
-        rounding_dict(roundings),
-        outputs,
-        versions,
+        mode="merge",
+        base=base,
+        adapters=adapters,
+        plan=report.plan.as_dict(),
+        rounding=rounding_dict(report.roundings),
+        outputs=outputs,
+        versions=versions,
         files=hash_folder(folder),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,10 @@ from lora_export import __version__
 from lora_export.adapter import Adapter
 from lora_export.base.history.history import MANIFEST, History, history_of
 from lora_export.base.history.in_graph import CAPTURED_KEY, entries_before
-from lora_export.base.open_base import open_base, output_paths
+from lora_export.base.open_base import Base, open_base, output_paths
 from lora_export.base.reads import CheckpointChoice
 from lora_export.base.ties.copies import may_replace_ties
+from lora_export.base.write_options import WriteOptions
 from lora_export.graph.data_identity import mark_data
 from lora_export.graph.external_data import Change, plan_data, write_data
 from lora_export.graph.onnx_file import save_graph
@@ -27,9 +28,11 @@ from lora_export.modes.merging.checkpoint_files import small_files
 from lora_export.modes.merging.into_checkpoint import CheckpointMerge, plan_merge
 from lora_export.modes.merging.into_graph import mark_merged, plan_changes
 from lora_export.modes.merging.report import MergeReport
+from lora_export.plan import Plan
 from lora_export.storage.commit.leftovers import scratch_folder
+from lora_export.storage.hashes import hash_written, identity_of
 from lora_export.storage.inputs import same_inputs
-from lora_export.storage.manifest import FileHash, Manifest, adapter_entry, hash_written, identity_of
+from lora_export.storage.manifest import Manifest, adapter_entry
 from lora_export.storage.outputs import OutputSet, output_errors, refuse_replacing
 from lora_export.storage.rounding import Mode, Rounding, rounding_dict
 
@@ -91,62 +94,151 @@ def merge_onnx(
     """
     out, base = Path(output), Path(base)
     loaded, factors = check_blend(adapters, weights, component)
-    before = history_of(base / MANIFEST if base.is_dir() else base.with_suffix(".lora.json"))
-    roundings: dict[str, Rounding] = {}
-    merge = None
-    if base.is_dir() and (
-        dtype not in (None, "float32")
-        or any(adapter.token_rows for adapter in loaded)
-        or may_replace_ties(base, loaded)
-    ):
-        # A graph captured in this dtype holds rounded weights: the sum is made before, and rounded once.
-        # Single rows of an embedding have a place in the folder alone, and it knows what is tied.
-        merge = plan_merge(base, loaded, factors, dtype or "float32", allow_unmatched)
-        if dry_run:
-            return MergeReport(merge.placed.plan, {}, output_paths(out), merge.size_bytes, dry_run=True)
-    reading = open_base(
-        base,
-        out,
-        loaded,
-        checkpoint=checkpoint,
-        share_base=share_base,
-        force=force,
-        dry_run=dry_run,
-        allow_unmatched=allow_unmatched,
-        dtype=dtype,
-        kv_cache=kv_cache,
-        prepare=_merged_folder(merge, rounding, roundings) if merge else None,
+    merging = _Merging(
+        base=base,
+        out=out,
+        adapters=loaded,
+        factors=factors,
+        rounding=rounding,
+        before=history_of(base / MANIFEST if base.is_dir() else base.with_suffix(".lora.json")),
+        options=WriteOptions(
+            checkpoint=checkpoint,
+            dtype=dtype,
+            kv_cache=kv_cache,
+            share_base=share_base,
+            allow_unmatched=allow_unmatched,
+            force=force,
+            dry_run=dry_run,
+            progress=progress,
+        ),
     )
-    with reading as (opened, targets):
-        graph = opened.graph
-        refuse_other_bases(loaded, opened.identity)
-        changes: dict[ir.Value, Change] = {}
-        if merge:
-            plan = merge.placed.plan
-        else:
-            plan, changes = plan_changes(graph, loaded, factors, opened.weight_of, allow_unmatched)
-            plan = opened.verified(plan)
-        slots, size, shared = plan_data(graph, changes, out, opened.shared_files)
-        report = MergeReport(plan, {}, targets, size, shared, dry_run=dry_run)
-        if dry_run:
-            return report
-        with output_errors(out), OutputSet(force, opened.reads) as outputs:
-            staged = {name: outputs.stage(path) for name, path in targets.items()}
-            costs = write_data(staged["data"], targets["data"].name, slots, size, changes, rounding, progress)
-            report = replace(report, roundings=roundings | costs)
-            if base.is_dir() and (entries := entries_before(before)):
-                graph.model.metadata_props[CAPTURED_KEY] = entries
-            mark_merged(graph.model, loaded, factors, opened.identity)
-            name = targets["data"].name
-            own = {name: hash_written(staged["data"], name)}
-            shared_data = mark_data(graph.model, opened.shared_places(out) | own)
-            save_graph(graph.model, staged["graph"])
-            own[out.name] = hash_written(staged["graph"], out.name)
-            base_files = list(opened.hashes.values())
-            manifest = _manifest(report, base_files, loaded, factors, before, own, shared_data)
-            manifest.save(staged["manifest"])
-            outputs.commit()
-    return report
+    folder = merging.in_folder()
+    if folder and dry_run:
+        return MergeReport(
+            plan=folder.placed.plan,
+            roundings={},
+            outputs=output_paths(out),
+            size_bytes=folder.size_bytes,
+            dry_run=True,
+        )
+    return merging.run(folder)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Merging:
+    """One merge on its way.
+
+    Attributes:
+        base: The graph or folder.
+        out: The graph to write.
+        adapters: To be added up.
+        factors: One for each.
+        rounding: How rounding is measured.
+        before: What earlier merges have put into the base.
+        options: The mode's.
+    """
+
+    base: Path
+    out: Path
+    adapters: Sequence[Adapter]
+    factors: Sequence[float]
+    rounding: Mode
+    before: History
+    options: WriteOptions
+
+    def in_folder(self) -> CheckpointMerge | None:
+        """Return the merge into a folder's own tensors, where the graph captured from it has no place for it.
+
+        A graph captured in another dtype than float32 holds rounded weights: the sum is made before, and
+        rounded once. Single rows of an embedding have a place in the folder alone, and it knows what is tied.
+        """
+        if not self.base.is_dir():
+            return None
+        dtype = self.options.dtype or "float32"
+        rows = any(adapter.token_rows for adapter in self.adapters)
+        if dtype == "float32" and not rows and not may_replace_ties(self.base, self.adapters):
+            return None
+        return plan_merge(
+            self.base,
+            self.adapters,
+            factors=self.factors,
+            dtype=dtype,
+            allow_unmatched=self.options.allow_unmatched,
+        )
+
+    def run(self, folder: CheckpointMerge | None) -> MergeReport:
+        """Open the base, change its constants and write it; of a dry run only the plan."""
+        roundings: dict[str, Rounding] = {}
+        prepare = _merged_folder(folder, self.rounding, roundings) if folder else None
+        reading = open_base(self.base, self.out, self.adapters, self.options, prepare=prepare)
+        with reading as (opened, targets):
+            refuse_other_bases(self.adapters, opened.identity)
+            plan, changes = self._planned(opened, folder)
+            slots, size, shared = plan_data(opened.graph, changes, self.out, opened.shared_files)
+            report = MergeReport(
+                plan=plan,
+                roundings={},
+                outputs=targets,
+                size_bytes=size,
+                shared_bytes=shared,
+                dry_run=self.options.dry_run,
+            )
+            if self.options.dry_run:
+                return report
+            with output_errors(self.out), OutputSet(self.options.force, opened.reads) as outputs:
+                staged = {name: outputs.stage(path) for name, path in targets.items()}
+                costs = write_data(
+                    staged["data"],
+                    targets["data"].name,
+                    slots,
+                    size=size,
+                    changes=changes,
+                    rounding=self.rounding,
+                    progress=self.options.progress,
+                )
+                report = replace(report, roundings=roundings | costs)
+                self._write_graph(opened, report, staged)
+                outputs.commit()
+        return report
+
+    def _planned(self, opened: Base, folder: CheckpointMerge | None) -> tuple[Plan, dict[ir.Value, Change]]:
+        """Return the plan, and what is to change in each constant: nothing after a merge into the folder."""
+        if folder:
+            return folder.placed.plan, {}
+        plan, changes = plan_changes(
+            opened.graph,
+            self.adapters,
+            self.factors,
+            weight_of=opened.weight_of,
+            allow_unmatched=self.options.allow_unmatched,
+        )
+        return opened.verified(plan), changes
+
+    def _write_graph(self, opened: Base, report: MergeReport, staged: Mapping[str, Path]) -> None:
+        """Write the graph with its records, and the manifest, beside the data that is written."""
+        model = opened.graph.model
+        if self.base.is_dir() and (entries := entries_before(self.before)):
+            model.metadata_props[CAPTURED_KEY] = entries
+        mark_merged(model, self.adapters, self.factors, opened.identity)
+        name = report.outputs["data"].name
+        own = {name: hash_written(staged["data"], name)}
+        read = mark_data(model, opened.shared_places(self.out) | own)
+        save_graph(model, staged["graph"])
+        own[self.out.name] = hash_written(staged["graph"], self.out.name)
+        written: dict[str, Any] = {name: path.name for name, path in report.outputs.items()}
+        written |= {"identity": identity_of(own.values()), "shared_bytes": report.shared_bytes}
+        pairs = zip(self.adapters, self.factors, strict=True)
+        manifest = Manifest(
+            mode="merge-onnx",
+            base=list(opened.hashes.values()),
+            adapters=[adapter_entry(adapter, factor) for adapter, factor in pairs],
+            plan=report.plan.as_dict(),
+            rounding=rounding_dict(report.roundings),
+            outputs=written | self.before.outputs(),
+            versions={"lora-export": __version__} | package_versions(["numpy", "ml_dtypes", "onnx-ir"]),
+            files={**read, **own},
+        )
+        manifest.save(staged["manifest"])
 
 
 def _merged_folder(
@@ -164,30 +256,6 @@ def _merged_folder(
         return folder
 
     return prepare
-
-
-def _manifest(
-    report: MergeReport,
-    base: list[FileHash],
-    adapters: Sequence[Adapter],
-    factors: Sequence[float],
-    before: History,
-    own: Mapping[str, FileHash],
-    read: Mapping[str, FileHash],
-) -> Manifest:
-    """Return the record beside a graph: ``own`` files are what was written, it has weights in ``read``."""
-    written: dict[str, Any] = {name: path.name for name, path in report.outputs.items()}
-    identity = identity_of(own.values())
-    return Manifest(
-        "merge-onnx",
-        base,
-        [adapter_entry(adapter, factor) for adapter, factor in zip(adapters, factors, strict=True)],
-        report.plan.as_dict(),
-        rounding_dict(report.roundings),
-        written | {"identity": identity, "shared_bytes": report.shared_bytes} | before.outputs(),
-        {"lora-export": __version__} | package_versions(["numpy", "ml_dtypes", "onnx-ir"]),
-        files={**read, **own},
-    )
 
 
 def export_onnx(

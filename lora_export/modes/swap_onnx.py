@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from lora_export.adapter import Adapter
-from lora_export.base.open_base import open_base
+from lora_export.base.open_base import Base, open_base
 from lora_export.base.reads import CheckpointChoice
+from lora_export.base.write_options import WriteOptions
 from lora_export.errors import AdapterError
+from lora_export.formats.given import load_given
 from lora_export.graph.exposed import ExposedGraph, ExposedModule, Flavour
 from lora_export.graph.onnx_file import GraphFile
 from lora_export.modes.branches.bundles import Bundle, bundles_of
@@ -30,6 +32,7 @@ from lora_export.modes.branches.output import ExposeReport, base_name, write_exp
 from lora_export.modes.branches.place import refuse_unsuited
 from lora_export.modes.branches.union import Union
 from lora_export.modes.branches.write import BranchWriter, Tensors
+from lora_export.plan import Plan
 from lora_export.sites.listing import targets_named
 from lora_export.sites.naming.towers import landmarks
 from lora_export.sites.resolve import Resolver
@@ -98,58 +101,85 @@ def swap_onnx(
         SiteError: Modules have no place in the graph.
         OutputError: The output exists or can't be written.
     """
-    from lora_export.formats import as_adapter
-
     out, base = Path(output), Path(base)
     wanted = target_modules.split(",") if isinstance(target_modules, str) else list(target_modules)
-    given = [adapter] if isinstance(adapter, (str, os.PathLike, Adapter)) else list(adapter or ())
-    if not given and not any(wanted):
+    made_of = load_given(adapter, component)
+    if not made_of and not any(wanted):
         raise AdapterError("which modules are to be exposed?", "give an adapter, or target modules, or both")
-    made_of = [as_adapter(item, component) for item in given]
+    form = _Form(dora=dora, flavour=flavour, pack=pack or fuse_base, fuse_base=fuse_base, max_rank=max_rank)
+    options = WriteOptions(
+        checkpoint=checkpoint,
+        dtype=dtype,
+        kv_cache=kv_cache,
+        share_base=share_base,
+        allow_unmatched=allow_unmatched,
+        force=force,
+        dry_run=dry_run,
+        progress=progress,
+    )
     if base.is_dir():
         refuse_unsuited(made_of, base, allow_unmatched=allow_unmatched, dora=dora)
         if not allow_unmatched:
             _max_rank(max_rank, [module.rank for item in made_of for module in item.modules.values()])
-    reading = open_base(
-        base,
-        out,
-        made_of,
-        checkpoint=checkpoint,
-        share_base=share_base,
-        force=force,
-        dry_run=dry_run,
-        allow_unmatched=allow_unmatched,
-        dtype=dtype,
-        kv_cache=kv_cache,
+    with open_base(base, out, made_of, options) as (opened, paths):
+        union = _union(opened, made_of, wanted, dora=dora, allow_unmatched=allow_unmatched)
+        plan, record = _expose_all(opened, union, form, base_name(base))
+        report = ExposeReport(plan=plan, exposed=record, outputs=paths, dry_run=dry_run)
+        return write_exposed(opened, report, adapters=made_of, options=options, beside=beside)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Form:
+    """What the LoRA of a graph looks like.
+
+    Attributes:
+        dora: DoRA's factors are exposed too.
+        flavour: Who is to run it.
+        pack: One pair of tensors for siblings.
+        fuse_base: The base's siblings are computed in one product, too.
+        max_rank: As the user says it.
+    """
+
+    dora: bool
+    flavour: Flavour
+    pack: bool
+    fuse_base: bool
+    max_rank: int | None
+
+
+def _union(
+    opened: Base, adapters: Sequence[Adapter], wanted: Sequence[str], *, dora: bool, allow_unmatched: bool
+) -> Union:
+    """Place all that is to be exposed: the adapters' modules, and those of the names that are wanted."""
+    resolver = Resolver(opened.graph, opened.weight_of, branches=True)
+    union = Union(opened.graph, resolver, allow_unmatched=allow_unmatched, dora=dora)
+    union.add_adapters(adapters, opened.identity)
+    if any(wanted):
+        union.add_targets(targets_named(resolver, opened.graph, wanted, allow_unmatched))
+    return union
+
+
+def _expose_all(opened: Base, union: Union, form: _Form, base: str) -> tuple[Plan, ExposedGraph]:
+    """Put all branches into the graph, with tensors as inputs; return the plan and the graph's record."""
+    graph, branches, notes = opened.graph, union.branches, list[str]()
+    if form.fuse_base:
+        branches, notes = fuse_calls(graph, branches)
+    bundles = [_fixed(bundle, branches, form.flavour) for bundle in bundles_of(branches, form.pack)]
+    record = ExposedGraph(
+        mode="swap",
+        base=base,
+        base_sha256=opened.identity,
+        modules=tuple(bundle.module for bundle in bundles),
+        max_rank=_max_rank(form.max_rank, [branch.rank for branch in branches]),
+        flavour=form.flavour,
+        dora=form.dora,
+        merged=opened.merged,
+        landmarks=landmarks(union.known),
     )
-    with reading as (opened, paths):
-        resolver = Resolver(opened.graph, opened.weight_of, branches=True)
-        union = Union(opened.graph, resolver, allow_unmatched=allow_unmatched, dora=dora)
-        union.add_adapters(made_of, opened.identity)
-        if any(wanted):
-            union.add_targets(targets_named(resolver, opened.graph, wanted, allow_unmatched))
-        branches, notes = fuse_calls(opened.graph, union.branches) if fuse_base else (union.branches, [])
-        packed = pack or fuse_base
-        bundles = [_fixed(bundle, branches, flavour) for bundle in bundles_of(branches, packed)]
-        ranks = [branch.rank for branch in branches]
-        record = ExposedGraph(
-            "swap",
-            base_name(base),
-            opened.identity,
-            tuple(bundle.module for bundle in bundles),
-            _max_rank(max_rank, ranks),
-            flavour,
-            dora,
-            merged=opened.merged,
-            landmarks=landmarks(resolver.known),
-        )
-        plan = union.plan(notes)
-        plan = opened.verified(plan)
-        tensors = {bundle.module.name: _expose(opened.graph, bundle.module, record) for bundle in bundles}
-        sums = BranchWriter(opened.graph, gemm=packed and flavour == "ort").write(bundles, tensors)
-        plan = replace(plan, warnings=(*plan.warnings, *cut_off(sums)))
-        report = ExposeReport(plan, record, paths, dry_run=dry_run)
-        return write_exposed(opened, report, made_of, force, progress, beside)
+    plan = opened.verified(union.plan(notes))
+    tensors = {bundle.module.name: _expose(graph, bundle.module, record) for bundle in bundles}
+    sums = BranchWriter(graph, gemm=form.pack and form.flavour == "ort").write(bundles, tensors)
+    return replace(plan, warnings=(*plan.warnings, *cut_off(sums))), record
 
 
 def _max_rank(wanted: int | None, ranks: Sequence[int]) -> int:
@@ -183,19 +213,28 @@ def _expose(graph: GraphFile, module: ExposedModule, record: ExposedGraph) -> Te
     """Add a module's tensors to the graph's inputs."""
     dtype = ir_type(module)
     convolution = module.kind == "conv"
-    a = _low_rank(graph, record, module, module.lora_a, module.a_shape(0), 0 if convolution else 1)
+    a = _low_rank(
+        graph,
+        record,
+        module=module,
+        name=module.lora_a,
+        shape=module.a_shape(0),
+        axis=0 if convolution else 1,
+    )
     b = []
     for name, start, stop in module.b_parts:
         shape = module.b_shape(0) if convolution else (0, stop - start)
-        b.append(_low_rank(graph, record, module, name, shape, 1 if convolution else 0))
+        b.append(
+            _low_rank(graph, record, module=module, name=name, shape=shape, axis=1 if convolution else 0)
+        )
     with_default = record.flavour == "ort"
     scale = bias = None
     if record.dora:
         ones = np.ones(module.out_dim) if with_default else None
-        scale = add_input(graph, module.scale, [module.out_dim], dtype, ones)
+        scale = add_input(graph, module.scale, dims=[module.out_dim], dtype=dtype, default=ones)
     if module.bias:
         zeros = np.zeros(module.out_dim) if with_default else None
-        bias = add_input(graph, module.lora_bias, [module.out_dim], dtype, zeros)
+        bias = add_input(graph, module.lora_bias, dims=[module.out_dim], dtype=dtype, default=zeros)
     return Tensors(a, tuple(b), scale, bias)
 
 
@@ -215,4 +254,6 @@ def _low_rank(
     dims = [rank if number == axis else size for number, size in enumerate(shape)]
     default = np.zeros([0 if isinstance(size, str) else size for size in dims])
     dtype = ir_type(module)
-    return add_input(graph, name, dims, dtype, default if record.flavour == "ort" else None)
+    return add_input(
+        graph, name, dims=dims, dtype=dtype, default=default if record.flavour == "ort" else None
+    )

@@ -20,15 +20,15 @@ from typing import Any
 
 from lora_export.engines.plan import BuildPlan, Group, Wish, plan_build
 from lora_export.engines.profiles import ProfileRequest
-from lora_export.engines.record import EngineSource, Profile, sha256_of
+from lora_export.engines.record import EngineSource, Profile
 from lora_export.engines.source import serialize
 from lora_export.errors import BackendError
 from lora_export.graph.data_identity import mark_data
 from lora_export.graph.external_data import plan_data, write_data
 from lora_export.graph.onnx_file import save_graph
 from lora_export.storage.folders import refuse_strangers
+from lora_export.storage.hashes import hash_written, sha256_of
 from lora_export.storage.inputs import same_inputs
-from lora_export.storage.manifest import hash_written
 from lora_export.storage.outputs import OutputSet, check_parent, output_errors, refuse_existing, refuse_inputs
 from lora_export.untrusted.documents import open_regular
 

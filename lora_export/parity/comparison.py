@@ -128,7 +128,7 @@ class Comparison:
             f"{name}: candidate {actual[name].shape}, {side} {_shape(values, other)}"
             for side, values in (("reference", expected), ("reference without adapter", without))
             for name, other in self.pairs.items()
-            if values is not None and _shape(values, other) != actual[name].shape
+            if values is not None and _shape(values, other) != str(actual[name].shape)
         ]
         if different:
             raise BackendError(
@@ -245,5 +245,5 @@ def _is_number(values: Array) -> bool:
     return values.dtype.kind in "fiub" or values.dtype.name == "bfloat16"
 
 
-def _shape(outputs: Mapping[str, Array], name: str) -> tuple[int, ...] | str:
-    return outputs[name].shape if name in outputs else "has no such output"
+def _shape(outputs: Mapping[str, Array], name: str) -> str:
+    return str(outputs[name].shape) if name in outputs else "has no such output"

@@ -9,11 +9,12 @@ from typing import Literal
 
 import numpy as np
 
-from lora_export.engines.record import EngineRecord, is_engine, read_engine, sha256_of
+from lora_export.engines.record import EngineRecord, is_engine, read_engine
 from lora_export.errors import GraphError
 from lora_export.graph.captured import Captured
 from lora_export.graph.exposed import KEY, WEIGHTS_INPUT, ExposedGraph, exposed_of
 from lora_export.graph.onnx_file import GraphFile, load_graph
+from lora_export.storage.hashes import sha256_of
 from lora_export.storage.inputs import FileState, same_inputs
 
 Kind = Literal["graph", "engine"]

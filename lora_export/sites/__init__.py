@@ -1,34 +1,60 @@
 """Where a module lives in a graph: one file per operator that reads a weight.
 
-Each file has ``slots(node) -> list[Slot]``. Operators without a file can still hold vectors (biases, norms)
-and parameters that are found by their own name.
+Each file has a record of all that is known of its operator (`sites.slot.Operator`). Operators without a file
+can still hold vectors (biases, norms) and parameters that are found by their own name.
 """
 
 from __future__ import annotations
 
-# (domain, operator) → "module:function", imported when a graph has such a node.
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lora_export.sites.slot import Operator
+
+# (domain, operator) → "module:record", imported when a graph has such a node.
 OPERATORS: dict[tuple[str, str], str] = {
-    ("", "MatMul"): "lora_export.sites.operators.matmul:slots",
-    ("com.microsoft", "FusedMatMul"): "lora_export.sites.operators.matmul:slots",
-    ("", "Gemm"): "lora_export.sites.operators.gemm:slots",
-    ("com.microsoft", "GemmFastGelu"): "lora_export.sites.operators.gemm:fused_slots",
-    ("com.microsoft", "FusedGemm"): "lora_export.sites.operators.gemm:slots",
-    ("", "Conv"): "lora_export.sites.operators.conv:slots",
-    ("com.microsoft", "FusedConv"): "lora_export.sites.operators.conv:slots",
-    ("com.microsoft", "NhwcConv"): "lora_export.sites.operators.conv:refused_slots",
-    ("com.microsoft.nchwc", "Conv"): "lora_export.sites.operators.conv:refused_slots",
-    ("", "ConvTranspose"): "lora_export.sites.operators.conv:refused_slots",
-    ("", "Gather"): "lora_export.sites.operators.gather:slots",
-    ("com.microsoft", "Attention"): "lora_export.sites.operators.attention:slots",
-    ("com.microsoft", "MatMulNBits"): "lora_export.sites.operators.quantized:slots",
-    ("com.microsoft", "GatherBlockQuantized"): "lora_export.sites.operators.quantized:slots",
-    ("com.microsoft", "MatMulBnb4"): "lora_export.sites.operators.quantized:slots",
-    ("com.microsoft", "DynamicQuantizeMatMul"): "lora_export.sites.operators.quantized:slots",
-    ("com.microsoft", "MatMulIntegerToFloat"): "lora_export.sites.operators.quantized:slots",
-    ("com.microsoft", "QGemm"): "lora_export.sites.operators.quantized:slots",
-    ("com.microsoft", "QAttention"): "lora_export.sites.operators.quantized:slots",
-    ("", "MatMulInteger"): "lora_export.sites.operators.quantized:slots",
-    ("", "QLinearMatMul"): "lora_export.sites.operators.quantized:slots",
-    ("", "QLinearConv"): "lora_export.sites.operators.quantized:slots",
-    ("", "ConvInteger"): "lora_export.sites.operators.quantized:slots",
+    ("", "MatMul"): "lora_export.sites.operators.matmul:MATMUL",
+    ("com.microsoft", "FusedMatMul"): "lora_export.sites.operators.matmul:MATMUL",
+    ("", "Gemm"): "lora_export.sites.operators.gemm:GEMM",
+    ("com.microsoft", "GemmFastGelu"): "lora_export.sites.operators.gemm:GEMM_FAST_GELU",
+    ("com.microsoft", "FusedGemm"): "lora_export.sites.operators.gemm:FUSED_GEMM",
+    ("", "Conv"): "lora_export.sites.operators.conv:CONV",
+    ("com.microsoft", "FusedConv"): "lora_export.sites.operators.conv:FUSED_CONV",
+    ("com.microsoft", "NhwcConv"): "lora_export.sites.operators.conv:OTHER_LAYOUT",
+    ("com.microsoft.nchwc", "Conv"): "lora_export.sites.operators.conv:OTHER_LAYOUT",
+    ("", "ConvTranspose"): "lora_export.sites.operators.conv:OTHER_LAYOUT",
+    ("", "Gather"): "lora_export.sites.operators.gather:GATHER",
+    ("com.microsoft", "Attention"): "lora_export.sites.operators.attention:ATTENTION",
+    ("com.microsoft", "MatMulNBits"): "lora_export.sites.operators.quantized:MATMUL_NBITS",
+    ("com.microsoft", "GatherBlockQuantized"): "lora_export.sites.operators.quantized:GATHER_BLOCKS",
+    ("com.microsoft", "MatMulBnb4"): "lora_export.sites.operators.quantized:MATMUL_BNB4",
+    ("com.microsoft", "DynamicQuantizeMatMul"): "lora_export.sites.operators.quantized:DYNAMIC_MATMUL",
+    ("com.microsoft", "MatMulIntegerToFloat"): "lora_export.sites.operators.quantized:INTEGER_TO_FLOAT",
+    ("com.microsoft", "QGemm"): "lora_export.sites.operators.quantized:QGEMM",
+    ("com.microsoft", "QAttention"): "lora_export.sites.operators.quantized:QATTENTION",
+    ("com.microsoft", "QMoE"): "lora_export.sites.operators.quantized:QMOE",
+    ("", "MatMulInteger"): "lora_export.sites.operators.quantized:MATMUL_INTEGER",
+    ("", "QLinearMatMul"): "lora_export.sites.operators.quantized:QLINEAR_MATMUL",
+    ("", "QLinearConv"): "lora_export.sites.operators.quantized:QLINEAR_CONV",
+    ("", "ConvInteger"): "lora_export.sites.operators.quantized:CONV_INTEGER",
 }
+
+
+@cache
+def operator_of(domain: str, op_type: str) -> Operator | None:
+    """Return what is known of an operator; None where it reads no weight that we know."""
+    target = OPERATORS.get((domain, op_type))
+    if target is None:
+        return None
+    module, _, name = target.partition(":")
+    found: Operator = getattr(import_module(module), name)
+    return found
+
+
+@cache
+def operator_named(op_type: str) -> Operator | None:
+    """Return what is known of an operator of this name, in whatever domain a tool has put it."""
+    domains = [domain for domain, name in OPERATORS if name == op_type]
+    return operator_of(domains[0], op_type) if domains else None

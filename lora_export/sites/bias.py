@@ -12,13 +12,12 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.graph.onnx_file import FLOAT_TYPES, take_over_output
+from lora_export.sites import operator_of
 from lora_export.sites.fit import placement_at
 from lora_export.sites.slot import ROUNDED_OR_MOVED, Slot, Use, constant_behind
 from lora_export.sites.target import Miss, Part, Site, Stack, Target, WeightOf
 
 _ADDED = "added: the exporter dropped a bias of zeros"
-# Position of the bias among the inputs of operators that take one.
-_BIAS_INDEX = {"Gemm": 2, "Conv": 2}
 
 
 def restore_biases(
@@ -59,11 +58,19 @@ def _restored(weight: Site, target: Target) -> Site | None:
         for reader in readers:
             for index, value in enumerate(reader.inputs):
                 if value is not None and value.name == _name(target):
-                    uses.append(Use(reader, Slot(index, "vector", parameter="bias"), value, (), False))
+                    uses.append(
+                        Use(
+                            node=reader,
+                            slot=Slot(index=index, kind="vector", parameter="bias"),
+                            root=value,
+                            chain=(),
+                            transposed=False,
+                        )
+                    )
     if not uses:
         return None
     part = Part(uses[0].root, tuple(uses), (placement_at(0, (0, target.shape[0]), False),))
-    return Site(target, (part,), _ADDED, "added")
+    return Site(target=target, parts=(part,), evidence=_ADDED, proof="added")
 
 
 def _name(target: Target) -> str:
@@ -88,9 +95,11 @@ def _rows(part: Part) -> int:
 
 def _is_bare(node: ir.Node) -> bool:
     """Whether a node computes ``x @ W`` and nothing else: no bias, no factor."""
-    if node.domain != "" or node.op_type not in ("MatMul", *_BIAS_INDEX):
+    operator = operator_of(node.domain, node.op_type)
+    # ONNX Runtime's own operators compute more.
+    if operator is None or node.domain or not (operator.is_product or operator.bias is not None):
         return False
-    index = _BIAS_INDEX.get(node.op_type)
+    index = operator.bias
     has_bias = index is not None and len(node.inputs) > index and node.inputs[index] is not None
     alpha, beta = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
     return not has_bias and alpha == beta == 1.0 and not _gets_a_vector(node)
@@ -128,21 +137,28 @@ def _add(weight: Site, target: Target) -> Site:
     uses = tuple(_wire(node, bias) for node in nodes)
     rows = (0, target.shape[0])
     return Site(
-        target,
-        (Part(bias, uses, (placement_at(0, rows, False),)),),
-        _ADDED,
-        "added",
+        target=target,
+        parts=(Part(bias, uses, (placement_at(0, rows, False),)),),
+        evidence=_ADDED,
+        proof="added",
     )
 
 
 def _wire(node: ir.Node, bias: ir.Value) -> Use:
     """Let a node read the bias, or an Add behind a MatMul, which has no input for one."""
-    index = _BIAS_INDEX.get(node.op_type)
+    operator = operator_of(node.domain, node.op_type)
+    index = operator.bias if operator else None
     if index is not None:
         if len(node.inputs) <= index:
             node.resize_inputs(index + 1)
         node.replace_input_with(index, bias)
-        return Use(node, Slot(index, "vector", parameter="bias"), bias, (), False)
+        return Use(
+            node=node,
+            slot=Slot(index=index, kind="vector", parameter="bias"),
+            root=bias,
+            chain=(),
+            transposed=False,
+        )
     product = node.outputs[0]
     total = ir.Value(name=f"{bias.name}.sum", shape=product.shape, type=product.type)
     readers = list(product.uses())
@@ -152,4 +168,6 @@ def _wire(node: ir.Node, bias: ir.Value) -> Use:
         reader.node.replace_input_with(reader.idx, total)
     if product.is_graph_output():
         take_over_output(product, total)
-    return Use(add, Slot(1, "vector", parameter="bias"), bias, (), False)
+    return Use(
+        node=add, slot=Slot(index=1, kind="vector", parameter="bias"), root=bias, chain=(), transposed=False
+    )

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from lora_export.adapter import Adapter, LoraModule
+from lora_export.plan import Refusal
 
 UNKNOWN = (
     "the experts' matrices are square {shape}, and whether the module holds them transposed can't be known "
@@ -70,17 +71,17 @@ def settle(adapter: Adapter, held: Callable[[str], Held | None]) -> tuple[Adapte
     return replace(adapter, modules={**adapter.modules, **changed}), tuple(notes[:1])
 
 
-def unsettled(module: LoraModule, held: Held | None) -> str:
-    """Why a module of square experts can't be placed, or an empty text."""
+def unsettled(module: LoraModule, held: Held | None) -> Refusal | None:
+    """Return why a module of square experts can't be placed; None where it can."""
     rows, cols = module.weight_shape[:2]
     if module.experts == 1 or module.layout == "known" or rows != cols:
-        return ""
+        return None
     why = "its class is not known"
     if module.layout == "unknown":
         why = "the config's peft_version is a development version between 0.18 and 0.19.1"
     elif held is None:
         why = "the base has no such parameter"
-    return UNKNOWN.format(shape=(module.experts, rows, cols), why=why)
+    return Refusal("unproven", UNKNOWN.format(shape=(module.experts, rows, cols), why=why))
 
 
 def is_turned(stored: tuple[int, ...], held: tuple[int, ...]) -> bool:
@@ -88,7 +89,7 @@ def is_turned(stored: tuple[int, ...], held: tuple[int, ...]) -> bool:
     return stored != held and len(stored) >= 2 and (*stored[:-2], stored[-1], stored[-2]) == held
 
 
-def fit_parameter(module: LoraModule, shape: tuple[int, ...], turned: bool) -> bool | str:
+def fit_parameter(module: LoraModule, shape: tuple[int, ...], turned: bool) -> bool | Refusal:
     """Return whether a parameter's change lies transposed in a tensor, or why it has no place there.
 
     Args:
@@ -99,23 +100,27 @@ def fit_parameter(module: LoraModule, shape: tuple[int, ...], turned: bool) -> b
     matrix = module.matrix_shape
     if module.experts > 1 or len(shape) == 3:
         if len(shape) != 3 or shape[0] != module.experts:
-            return f"stored with shape {shape}, the adapter fits {module.experts} × {matrix}"
+            return Refusal(
+                "shape", f"stored with shape {shape}, the adapter fits {module.experts} × {matrix}"
+            )
         shape = shape[1:]
     if len(shape) != 2:
-        return (
+        return Refusal(
+            "shape",
             f"stored with shape {shape}: LoRA on a parameter itself needs one of 2 dimensions, or of 3 "
-            f"(experts); the adapter fits {matrix}"
+            f"(experts); the adapter fits {matrix}",
         )
     if module.experts > 1 and module.layout != "known" and shape == matrix[::-1]:
         return True
     return fit_matrix(matrix, shape, turned)
 
 
-def fit_matrix(matrix: tuple[int, int], shape: tuple[int, ...], turned: bool) -> bool | str:
+def fit_matrix(matrix: tuple[int, int], shape: tuple[int, ...], turned: bool) -> bool | Refusal:
     """Return ``turned`` where a matrix has that shape, or what differs."""
     if shape == (matrix[::-1] if turned else matrix):
         return turned
-    return f"stored with shape {shape}, the adapter fits {matrix}" + (", transposed" if turned else "")
+    way = ", transposed" if turned else ""
+    return Refusal("shape", f"stored with shape {shape}, the adapter fits {matrix}{way}")
 
 
 def _proof(module: LoraModule, held: Held | None) -> bool | None:

@@ -10,8 +10,9 @@ import numpy as np
 
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import matrix_shape, shape_of, stored_matrix
+from lora_export.plan import Refusal
+from lora_export.sites import operator_named
 from lora_export.sites.heads import heads_of
-from lora_export.sites.operators.quantized import SCALES
 from lora_export.sites.slot import DEQUANTIZE, Use
 from lora_export.sites.target import Miss, Part, Site, Target
 from lora_export.storage.patch import Placement
@@ -71,7 +72,7 @@ def stored_shape(target: Target, use: Use) -> tuple[int, int]:
     return matrix_shape(shape_of(use.root.const_value), stacked=target.experts > 1)
 
 
-def place(target: Target, use: Use, part: tuple[int, int] | None = None) -> tuple[Placement, ...] | str:
+def place(target: Target, use: Use, part: tuple[int, int] | None = None) -> tuple[Placement, ...] | Refusal:
     """Return where the target lies in the use's constant, or what does not fit.
 
     Args:
@@ -85,15 +86,16 @@ def place(target: Target, use: Use, part: tuple[int, int] | None = None) -> tupl
     rows, cols = target.matrix
     shape = shape_of(use.root.const_value)
     if len(target.shape) > 2 and shape != target.shape and not pointwise(target, use):
-        return f"the graph's weight is {shape}, the adapter's {target.shape}"
+        return Refusal("shape", f"the graph's weight is {shape}, the adapter's {target.shape}")
     stored = stored_shape(target, use)
     transposed = use.transposed and target.kind != "vector"
     height, width = (stored[1], stored[0]) if transposed else stored
     if width != cols or (height != rows and part is None):
-        return f"the graph's weight is {(height, width)}, the adapter's {target.matrix}"
+        return Refusal("shape", f"the graph's weight is {(height, width)}, the adapter's {target.matrix}")
     offset = 0 if part is None else _fused_offset(height, rows, *part, heads_of(use.node))
     if offset is None:
-        return f"the graph's fused weight has {height} rows, which {rows} rows at {part} do not fit"
+        reason = f"the graph's fused weight has {height} rows, which {rows} rows at {part} do not fit"
+        return Refusal("shape", reason)
     return (placement_at(offset, (0, rows), transposed),)
 
 
@@ -136,7 +138,7 @@ def fused_rows(height: int, count: int, heads: tuple[int, int] | None) -> list[i
     return None if odd else [heads[0] * size, heads[1] * size, heads[1] * size]
 
 
-def _place_experts(target: Target, shape: tuple[int, ...]) -> tuple[Placement, ...] | str:
+def _place_experts(target: Target, shape: tuple[int, ...]) -> tuple[Placement, ...] | Refusal:
     """Place stacked experts: exporters store them as the module holds them, or transposed; shapes tell.
 
     Square ones are placed as they are held, which holds only if values confirm it (`verify.check_content`).
@@ -144,7 +146,7 @@ def _place_experts(target: Target, shape: tuple[int, ...]) -> tuple[Placement, .
     rows, cols = target.shape
     direct, swapped = (target.experts, rows, cols), (target.experts, cols, rows)
     if shape not in (direct, swapped):
-        return f"the graph's weight is {shape}, the adapter's {direct} or {swapped}"
+        return Refusal("shape", f"the graph's weight is {shape}, the adapter's {direct} or {swapped}")
     return expert_placements(target, shape != direct)
 
 
@@ -172,15 +174,18 @@ def place_split(target: Target, groups: list[list[Use]], evidence: str) -> Site 
         transposed = uses[0].transposed and target.kind != "vector"
         height, width = (stored[1], stored[0]) if transposed else stored
         if len(roots) > 1 or width != cols:
-            return Miss(target, f"shapes differ: a part of the split weight is {(height, width)}", "shape")
+            return Miss(
+                target, Refusal("shape", f"shapes differ: a part of the split weight is {(height, width)}")
+            )
         placement = placement_at(0, (start, start + height), transposed)
         parts.append(Part(uses[0].root, tuple(uses), (replace(placement, expert=expert),)))
         start += height
         if first == each - 1 and start != rows:
             return Miss(
-                target, f"shapes differ: the split weight has {start} rows, the adapter {rows}", "shape"
+                target,
+                Refusal("shape", f"shapes differ: the split weight has {start} rows, the adapter {rows}"),
             )
-    return Site(target, tuple(parts), evidence)
+    return Site(target=target, parts=tuple(parts), evidence=evidence)
 
 
 def site_of(target: Target, fits: list[tuple[Use, tuple[Placement, ...]]], evidence: str) -> Site | Miss:
@@ -192,14 +197,16 @@ def site_of(target: Target, fits: list[tuple[Use, tuple[Placement, ...]]], evide
         Part(group[0][0].root, tuple(use for use, _ in group), group[0][1]) for group in roots.values()
     )
     if any(use.transposed != group[0][0].transposed for group in roots.values() for use, _ in group):
-        return Miss(target, "ambiguous: its weight is read in both orientations", "ambiguous", BOTH_WAYS)
+        return Miss(
+            target, Refusal("ambiguous", "ambiguous: its weight is read in both orientations", BOTH_WAYS)
+        )
     if not _same_values(parts):
         where = ", ".join(str(part.root.name) for part in parts[:4])
         said = (
             f"{len(parts)} weights have its name and shape" if len(parts) > 1 else "its codes have two scales"
         )
-        return Miss(target, f"ambiguous: {said} ({where})", "ambiguous")
-    return Site(target, parts, evidence)
+        return Miss(target, Refusal("ambiguous", f"ambiguous: {said} ({where})"))
+    return Site(target=target, parts=parts, evidence=evidence)
 
 
 def _same_values(parts: Sequence[Part]) -> bool:
@@ -217,7 +224,8 @@ def _same_values(parts: Sequence[Part]) -> bool:
 def _scales(use: Use) -> list[Array]:
     """Return what the codes of a weight are read with, as far as it is constant."""
     values = [value for node in use.chain if node.op_type in DEQUANTIZE for value in node.inputs[1:]]
-    positions = SCALES.get(use.node.op_type, frozenset())
+    operator = operator_named(use.node.op_type)
+    positions = operator.code_inputs if operator else frozenset()
     values += [value for index, value in enumerate(use.node.inputs) if index in positions]
     return [
         np.asarray(value.const_value.numpy())

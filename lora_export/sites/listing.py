@@ -112,7 +112,7 @@ def _modules(resolver: Resolver) -> Iterator[Target]:
             continue
         seen.add(key)
         shape = _canonical_shape(use)
-        yield Target(key, kind, shape, "merge", ())
+        yield Target(key=key, kind=kind, shape=shape, action="merge", tensor_names=())
         yield from _fused_parts(key, use, shape)
 
 
@@ -120,7 +120,9 @@ def _canonical_shape(use: Use) -> tuple[int, ...]:
     assert use.root.const_value is not None
     if use.slot.kind == "conv":
         return shape_of(use.root.const_value)
-    rows, cols = fit.stored_shape(Target("", "linear", (), "merge", ()), use)
+    rows, cols = fit.stored_shape(
+        Target(key="", kind="linear", shape=(), action="merge", tensor_names=()), use
+    )
     return (cols, rows) if use.transposed else (rows, cols)
 
 
@@ -129,4 +131,4 @@ def _fused_parts(key: str, use: Use, shape: tuple[int, ...]) -> Iterator[Target]
     rows = fit.fused_rows(shape[0], len(parts), heads_of(use.node)) if parts else None
     if rows:
         for part, count in zip(parts, rows, strict=True):
-            yield Target(part, "linear", (count, shape[1]), "merge", ())
+            yield Target(key=part, kind="linear", shape=(count, shape[1]), action="merge", tensor_names=())

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lora_export.adapter import Array, LoraModule
+from lora_export.plan import Refusal
 from lora_export.sites.naming.evidence import computed_from, folded_from, scope_class, scope_path
 from lora_export.sites.target import Miss, Site, Target
 from lora_export.sites.values import content
@@ -97,7 +98,7 @@ def find_matrix(target: Target, wanted: Array | None, find: Find) -> Site | Miss
     if not fitting:
         # The more is known, the later a search fails: a place that doesn't fit says more than none.
         told = [miss for miss in misses if miss.kind not in ("not found", "nameless")] or misses
-        return replace(told[0], target=target) if told else Miss(target, "", "not found")
+        return replace(told[0], target=target) if told else Miss(target, Refusal("not found", ""))
     return _choose(target, wanted, fitting)
 
 
@@ -105,7 +106,9 @@ def _choose(target: Target, wanted: Array | None, fitting: Sequence[tuple[Form, 
     """Apply rules 1 to 5 to the forms that have a place."""
     if len({frozenset(id(part.root) for part in site.parts) for _, site in fitting}) > 1:
         names = sorted({str(part.root.name) for _, site in fitting for part in site.parts})
-        return Miss(target, f"ambiguous: {len(names)} weights fit ({', '.join(names[:4])})", "ambiguous")
+        return Miss(
+            target, Refusal("ambiguous", f"ambiguous: {len(names)} weights fit ({', '.join(names[:4])})")
+        )
     rows, cols = target.matrix
     quantised = any(use.quantised for _, site in fitting for part in site.parts for use in part.uses)
     if wanted is not None and not quantised:
@@ -119,7 +122,7 @@ def _choose(target: Target, wanted: Array | None, fitting: Sequence[tuple[Form, 
         ]
     if len(fitting) == 1:
         return fitting[0][1]
-    return Miss(target, _SQUARE.format(shape=target.shape), "unproven")
+    return Miss(target, Refusal("unproven", _SQUARE.format(shape=target.shape)))
 
 
 def _agrees(form: Form, site: Site, wanted: Array) -> bool:

@@ -24,7 +24,7 @@ from itertools import islice, zip_longest
 
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import GraphFile, release, shape_of
-from lora_export.plan import RefusalKind
+from lora_export.plan import Refusal, RefusalKind
 from lora_export.sites import fit, matrices
 from lora_export.sites.doubts import changed, readers, turned
 from lora_export.sites.doubts.answers import computed_answers
@@ -122,7 +122,7 @@ class Resolver:
         change = rename(named, self._known, flattened=flattened, scope=scope if here or not there else None)
         self._wanted = {name for name in change.names if name}
         named_so = [self._find(target, number, change) for number, target in enumerate(targets)]
-        found = [self._explained(item, change.hint) for item in self._by_content(named_so)]
+        found = [self._explained(item, change) for item in self._by_content(named_so)]
         misses = [miss for miss in found if isinstance(miss, Miss)]
         if misses and self.weight_of is not None and self.weight_of.is_foreign:
             misses = [replace(miss, is_foreign=True) for miss in misses]
@@ -142,18 +142,18 @@ class Resolver:
         modules = {name.rpartition(".")[0] for name in (*parameters, *self._evidence[SCOPE])}
         targets = {id(site.target): site.target for site in sites}
         lost = {
-            key: Miss(targets[key], why, "partly computed")
+            key: Miss(targets[key], Refusal("partly computed", why))
             for key, why in computed_answers(sites, self.uses, self._base).items()
         }
         for key, why in other_calls(sites, self.uses, self._computed, modules).items():
-            lost[key] = Miss(targets[key], f"ambiguous: {why}", "ambiguous", REMEDY)
+            lost[key] = Miss(targets[key], Refusal("ambiguous", f"ambiguous: {why}", REMEDY))
         for key, why in turned.other_orientations(sites, self.uses, parameters).items():
-            lost[key] = Miss(targets[key], f"ambiguous: {why}", "ambiguous", fit.BOTH_WAYS)
+            lost[key] = Miss(targets[key], Refusal("ambiguous", f"ambiguous: {why}", fit.BOTH_WAYS))
         copies = dict(copies_with_biases(sites, self.uses, self._evidence))
         if self.weight_of is not None:
             copies |= joined_copies(sites, self.uses, self._evidence, self.weight_of)
         for key, (why, hint) in copies.items():
-            lost[key] = Miss(targets[key], f"ambiguous: {why}", "ambiguous", hint)
+            lost[key] = Miss(targets[key], Refusal("ambiguous", f"ambiguous: {why}", hint))
         return lost
 
     def _dotted(self, targets: Sequence[Target], change: Renaming) -> dict[int, str]:
@@ -176,7 +176,7 @@ class Resolver:
 
     def _find(self, target: Target, number: int, change: Renaming) -> Site | Miss:
         name, problem = change.names[number], change.problems.get(number, NOT_FOUND)
-        lost = Miss(target, str(problem) if problem.detail else "", problem.kind)
+        lost = Miss(target, Refusal(problem.kind, str(problem) if problem.detail else ""))
         if matrices.is_matrix(target):
             held = self._weight(target)
             assert not isinstance(held, Stack)
@@ -200,19 +200,21 @@ class Resolver:
     def _weight(self, target: Target) -> Wanted | None:
         return self.weight_of(target) if self.weight_of else None
 
-    def _explained(self, found: Site | Miss, hint: str) -> Site | Miss:
+    def _explained(self, found: Site | Miss, change: Renaming) -> Site | Miss:
         """Say of what was not found what the graph has instead, and what the user may give."""
         if isinstance(found, Site) and (contained := branch_beside(found)):
-            return Miss(found.target, f"the graph {contained}", "contained")
+            return Miss(found.target, Refusal("contained", f"the graph {contained}"))
         if isinstance(found, Miss) and found.kind == "not found" and found.target.kind != "vector":
             constant = computed_result(found.target.key, self._constants)
             if constant:
                 reason = f"not found: the exporter has computed what the module gives into {constant!r}"
-                return Miss(found.target, reason, "computed")
+                return Miss(found.target, Refusal("computed", reason))
         if isinstance(found, Miss) and not found.reason:
             found = self._not_found(found)
-        if isinstance(found, Miss) and found.kind in ("not found", "nameless", "ambiguous"):
-            return replace(found, hint=found.hint or hint)
+        unnamed = isinstance(found, Miss) and found.kind in ("not found", "nameless", "ambiguous")
+        if isinstance(found, Miss) and unnamed and not found.refusal.hint:
+            refusal = replace(found.refusal, hint=change.hint)
+            return replace(found, refusal=refusal, tells_part=change.tells_part)
         return found
 
     def _not_found(self, lost: Miss) -> Miss:
@@ -225,11 +227,12 @@ class Resolver:
                 f"not found: the graph's {', '.join(map(repr, nameless))} may hold it and have no module's "
                 f"name; {self._remedy()}"
             )
-            return replace(lost, reason=reason, kind="nameless")
+            return replace(lost, refusal=Refusal("nameless", reason))
         if near:
-            return replace(lost, reason=f"not found; the graph has {', '.join(near)}")
-        reason = "not found: nothing in the graph names it (pruned by the exporter, or names are gone)"
-        return replace(lost, reason=reason)
+            reason = f"not found; the graph has {', '.join(near)}"
+        else:
+            reason = "not found: nothing in the graph names it (pruned by the exporter, or names are gone)"
+        return replace(lost, refusal=replace(lost.refusal, detail=reason))
 
     def _by_name(self, target: Target, key: str, wanted: Wanted | None) -> Site | Miss:
         refused: Miss | None = None
@@ -243,16 +246,23 @@ class Resolver:
                     unread = unread or _unread(named)
                     continue
                 evidence = source + (f"; {variant.how}" if variant.how else "")
-                found = self._fit(target, path, groups, variant.part, evidence, wanted is not None)
+                found = self._fit(
+                    target,
+                    path,
+                    groups=groups,
+                    part=variant.part,
+                    evidence=evidence,
+                    verified=wanted is not None,
+                )
                 if isinstance(found, Site):
                     problem = readers.doubt(found, path, source, self.uses)
                     calls = readers.repeated_calls(found, path, source)
                     found = replace(found, evidence=found.evidence + calls, keys=variant.keys)
                     if problem:
-                        return Miss(target, problem, "ambiguous")
+                        return Miss(target, Refusal("ambiguous", problem))
                     return self._verified(found, wanted, source, variant.keys)
                 refused = refused or found
-        return refused or Miss(target, unread, "operator" if unread else "not found")
+        return refused or Miss(target, Refusal("operator" if unread else "not found", unread))
 
     def _candidates(self, target: Target, path: str, source: str, uses: Sequence[Use]) -> list[Use]:
         fitting = [use for use in uses if fit.accepts(target, use)]
@@ -282,13 +292,15 @@ class Resolver:
     ) -> Site | Miss:
         if refused := next((use for group in groups for use in group if self._refusal(use)), None):
             tail = "" if self._branches else ": it can't be merged into"
-            return Miss(target, f"{self._refusal(refused)}{tail}", _kind_of(refused))
+            return Miss(target, Refusal(_kind_of(refused), f"{self._refusal(refused)}{tail}"))
         if len(groups) > 1 and target.experts > 1 and not verified:
             return Miss(
                 target,
-                "the graph has each expert's weights on their own, and only values tell how they were taken "
-                "from the stack; give --checkpoint to compare them",
-                "unproven",
+                Refusal(
+                    "unproven",
+                    "the graph has each expert's weights on their own, and only values tell how they were "
+                    "taken from the stack; give --checkpoint to compare them",
+                ),
             )
         if len(groups) > 1:
             return fit.place_split(target, groups, evidence)
@@ -297,17 +309,17 @@ class Resolver:
             # Rule 2.
             foreign = readers.foreign_reader(path, uses)
             if foreign:
-                return Miss(target, f"{foreign}; {self._remedy()}", "unproven")
+                return Miss(target, Refusal("unproven", f"{foreign}; {self._remedy()}"))
         fits: list[tuple[Use, tuple[Placement, ...]]] = []
-        reason = ""
+        refusals: list[Refusal] = []
         for use in uses:
             placed = fit.place(target, use, part)
-            if isinstance(placed, str):
-                reason = reason or placed
+            if isinstance(placed, Refusal):
+                refusals.append(placed)
             else:
                 fits.append((use, placed))
         if not fits:
-            return Miss(target, f"shapes differ: {reason}", "shape")
+            return Miss(target, Refusal(refusals[0].kind, f"shapes differ: {refusals[0].detail}"))
         return fit.site_of(target, fits, evidence)
 
     def _refusal(self, use: Use) -> str:
@@ -331,16 +343,16 @@ class Resolver:
             doubts = [""] * len(doubts)
         first = next((doubt for doubt in doubts if doubt), "")
         if wanted is None:
-            if reason := unconfirmed(target):
-                return Miss(target, reason, "unproven")
-            return Miss(target, f"{first}; {self._remedy()}", "unproven") if first else site
-        if any(use.quantised for part in site.parts for use in part.uses):
+            if refusal := unconfirmed(target):
+                return Miss(target, refusal)
+            return Miss(target, Refusal("unproven", f"{first}; {self._remedy()}")) if first else site
+        if site.is_quantised:
             return self._verified_codes(site, wanted, first)
         parts = []
         for part, doubt in zip(site.parts, doubts, strict=True):
             checked = check_content(target, part, wanted, trusted=not doubt)
-            if isinstance(checked, str):
-                return Miss(target, f"{checked} (found by {site.evidence})", "values")
+            if isinstance(checked, Refusal):
+                return Miss(target, Refusal(checked.kind, f"{checked.detail} (found by {site.evidence})"))
             parts.append(checked)
         return replace(site, parts=tuple(parts), evidence=f"{site.evidence}; content agrees", proof="values")
 
@@ -354,15 +366,15 @@ class Resolver:
         if any(not match.related for match in read):
             least = min(match.cosine for match in read)
             reason = f"{differs}, as far as its codes tell (least cosine {least:.3f})"
-            return Miss(site.target, f"{reason} (found by {site.evidence})", "values")
+            return Miss(site.target, Refusal("values", f"{reason} (found by {site.evidence})"))
         if all(match.within for match in read) and len(read) == len(compared):
             evidence = f"{site.evidence}; content agrees within the quantiser's steps"
             return replace(site, evidence=evidence, proof="values")
         if doubt and read:
-            return Miss(site.target, f"{doubt}; {differs}", "values")
+            return Miss(site.target, Refusal("values", f"{doubt}; {differs}"))
         if doubt:
             reason = "it is quantised, so its values can't be compared"
-            return Miss(site.target, f"{doubt}; {reason}", "unproven")
+            return Miss(site.target, Refusal("unproven", f"{doubt}; {reason}"))
         # Quantisers that don't round to the nearest code may be further away.
         if len(read) == len(compared):
             evidence = f"{site.evidence}; content is near, as a quantiser leaves it"
@@ -420,7 +432,7 @@ class Resolver:
         nodes = max((len(part.uses) for part in parts), default=0)
         if any(use.transposed != part.uses[0].transposed for part in parts for use in part.uses):
             reason = "ambiguous: its weight is read in both orientations"
-            return Miss(target, reason, "ambiguous", fit.BOTH_WAYS)
+            return Miss(target, Refusal("ambiguous", reason, fit.BOTH_WAYS))
         if parts and target.for_all_ends and self.weight_of and self.weight_of.is_tied(target):
             # Any end of the tie that has no copy of its own will do: `tied_ends` gives it to the others.
             for part in parts:
@@ -428,22 +440,26 @@ class Resolver:
                 own = [use for use, name in named if name not in self._wanted]
                 if own and tile(target, [part]):
                     end = replace(part, uses=tuple(own[:1]))
-                    return Site(target, (end,), "content", "values", (target.key,))
+                    return Site(
+                        target=target, parts=(end,), evidence="content", proof="values", keys=(target.key,)
+                    )
         if nodes > 1:
             reason = f"ambiguous: its values are read by {nodes} nodes and no name tells which"
-            return Miss(target, reason, "ambiguous")
+            return Miss(target, Refusal("ambiguous", reason))
         # Rows that a constant holds for two parts of the target can't be changed for one of them.
         if tile(target, parts) and len(parts) == len(hits):
-            site = Site(target, tuple(parts), "content", "values", (target.key,))
+            site = Site(
+                target=target, parts=tuple(parts), evidence="content", proof="values", keys=(target.key,)
+            )
             problem = readers.doubt(site, target.path, "content", self.uses)
-            return Miss(target, problem, "ambiguous") if problem else site
+            return Miss(target, Refusal("ambiguous", problem)) if problem else site
         if parts:
             where = ", ".join(str(part.root.name) for part in parts[:4])
             reason = f"ambiguous: its values are found in {len(parts)} places ({where})"
-            return Miss(target, reason, "ambiguous")
+            return Miss(target, Refusal("ambiguous", reason))
         if miss.reason:
             return miss
-        return Miss(target, "not found: no weight of the graph holds its values", "not found")
+        return Miss(target, Refusal("not found", "not found: no weight of the graph holds its values"))
 
 
 def _kind_of(use: Use) -> RefusalKind:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,7 +36,7 @@ LEFT = "the weight stands on the left (W @ x): no branch is known for it"
 SlotKind = Literal["linear", "conv", "embedding", "vector", "other"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Slot:
     """An input of a node that takes a weight.
 
@@ -58,7 +59,39 @@ class Slot:
     shape: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """What is known of an operator that reads a weight.
+
+    Attributes:
+        slots: Returns the inputs of a node that take one.
+        weight: Position of the weight, where the operator is a whole layer of floats as PyTorch has it.
+        bias: Position of the bias that it adds to its own product, where it adds one.
+        is_product: It is ``x @ W`` and nothing else.
+        is_convolution: It is a convolution of floats.
+        folds_norms: Tools fold the batch norm behind it into its weight.
+        without_activation: Name of the operator that computes the same before the activation inside.
+        code_inputs: Positions of scales, zero points and orders of codes: they say what codes stand for and
+            are no parameters.
+        takes_codes: Its activation is 8-bit codes, which another node makes.
+        weight_scale: Position of the scale of an 8-bit weight; None: it is in a product further on.
+        weight_zero: Position of the zero point of an 8-bit weight.
+    """
+
+    slots: Callable[[ir.Node], list[Slot]]
+    weight: int | None = None
+    bias: int | None = None
+    is_product: bool = False
+    is_convolution: bool = False
+    folds_norms: bool = False
+    without_activation: str = ""
+    code_inputs: frozenset[int] = frozenset()
+    takes_codes: bool = False
+    weight_scale: int | None = None
+    weight_zero: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Use:
     """A weight's way into an operator.
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from lora_export.adapter import MERGE_ROWS, Adapter, Array, LoraModule, token_rows_problems
 from lora_export.errors import AdapterError
 from lora_export.formats.reading.whole_copies import reach_of
-from lora_export.plan import Proof, RefusalKind
+from lora_export.plan import Proof, Refusal, RefusalKind
 from lora_export.sites.naming.names import Named
 from lora_export.sites.naming.towers import Kinds
 from lora_export.sites.slot import Use
@@ -21,7 +21,7 @@ from lora_export.storage.patch import Placement
 TargetKind = Literal["linear", "conv", "embedding", "parameter", "vector", "any"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Target:
     """One parameter that an adapter changes.
 
@@ -178,35 +178,39 @@ def targets_of(adapter: Adapter) -> list[Target]:
     refuse_token_rows(adapter)
     targets = [
         Target(
-            key,
-            "vector" if values.ndim == 1 else "any",
-            values.shape,
-            "replace",
-            (adapter.extra_tensors.get(key, key),),
+            key=key,
+            kind="vector" if values.ndim == 1 else "any",
+            shape=values.shape,
+            action="replace",
+            tensor_names=(adapter.extra_tensors.get(key, key),),
             values=values,
             for_all_ends=reach_of(adapter, key) == "all",
         )
         for key, values in adapter.extras.items()
     ]
     for module in adapter.modules.values():
-        bias_names = tuple(name for name in module.tensor_names if name.endswith("bias"))
-        names = tuple(name for name in module.tensor_names if name not in bias_names)
         targets.append(
             Target(
-                f"{module.path}.{module.parameter}",
-                module.kind,
-                _canonical_shape(module),
-                "merge",
-                names,
-                module.experts,
-                module,
+                key=f"{module.path}.{module.parameter}",
+                kind=module.kind,
+                shape=_canonical_shape(module),
+                action="merge",
+                tensor_names=module.weight_tensors,
+                experts=module.experts,
+                module=module,
             )
         )
         if module.lora_bias is not None:
             bias = module.lora_bias.astype(np.float64) * module.scaling
             targets.append(
                 Target(
-                    f"{module.path}.bias", "vector", bias.shape, "add to bias", bias_names, 1, module, bias
+                    key=f"{module.path}.bias",
+                    kind="vector",
+                    shape=bias.shape,
+                    action="add to bias",
+                    tensor_names=module.bias_tensors,
+                    module=module,
+                    values=bias,
                 )
             )
     return targets
@@ -227,7 +231,7 @@ class Part:
     placements: tuple[Placement, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Site:
     """Where a target lives in a graph.
 
@@ -245,6 +249,11 @@ class Site:
     proof: Proof = "names"
     keys: tuple[str, ...] = ()
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether some of it is stored as codes of a quantiser."""
+        return any(use.quantised for part in self.parts for use in part.uses)
+
 
 @dataclass(frozen=True, eq=False)
 class Miss:
@@ -252,14 +261,22 @@ class Miss:
 
     Attributes:
         target: What was looked for.
-        reason: Why it has no place.
-        kind: What to do about it hangs on this.
-        hint: What would give the adapter one, where that is known.
+        refusal: Why it has no place; its hint is what would give the adapter one, where that is known.
         is_foreign: There is a checkpoint, and it stores nothing that the adapter changes.
+        tells_part: The hint says which part of the adapter or of the model to name (``--component``).
     """
 
     target: Target
-    reason: str
-    kind: RefusalKind
-    hint: str = ""
+    refusal: Refusal
     is_foreign: bool = False
+    tells_part: bool = False
+
+    @property
+    def kind(self) -> RefusalKind:
+        """What to do about it hangs on this."""
+        return self.refusal.kind
+
+    @property
+    def reason(self) -> str:
+        """What was seen, and where."""
+        return self.refusal.detail

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cache
-from importlib import import_module
+from collections.abc import Iterator
 
 import onnx_ir as ir
 
 from lora_export.graph.onnx_file import FLOAT_TYPES, GraphFile, shape_of
-from lora_export.sites import OPERATORS
-from lora_export.sites.operators.quantized import SCALES
+from lora_export.sites import operator_named, operator_of
 from lora_export.sites.slot import DEQUANTIZE, NORMS, PASSED, QUANTIZE, SHAPE_ONLY, SKIP_NORMS, Slot, Use
 from lora_export.sites.values.ranges import is_fixed
 
 # What else a vector may feed, so that biases and norms (modules_to_save, bias="all") have a place.
 _VECTOR_PARAMETERS = {"Add": "bias", "Mul": "weight"}
-
-
-@cache
-def _operator(domain: str, op_type: str) -> Callable[[ir.Node], list[Slot]] | None:
-    target = OPERATORS.get((domain, op_type))
-    if target is None:
-        return None
-    module, _, name = target.partition(":")
-    found: Callable[[ir.Node], list[Slot]] = getattr(import_module(module), name)
-    return found
 
 
 def find_uses(graph: GraphFile) -> list[Use]:
@@ -38,10 +25,10 @@ def find_uses(graph: GraphFile) -> list[Use]:
 
 
 def _uses_of(node: ir.Node) -> Iterator[Use]:
-    operator = _operator(node.domain, node.op_type)
-    slots = operator(node) if operator else []
+    operator, named = operator_of(node.domain, node.op_type), operator_named(node.op_type)
+    slots = operator.slots(node) if operator else []
     # What codes stand for is a part of their weight, no weight of its own.
-    taken = {slot.index for slot in slots} | SCALES.get(node.op_type, frozenset())
+    taken = {slot.index for slot in slots} | (named.code_inputs if named else frozenset())
     for slot in [*slots, *_vector_slots(node, taken)]:
         value = node.inputs[slot.index] if slot.index < len(node.inputs) else None
         if value is not None and (use := _trace(node, slot, value)) is not None:
@@ -53,13 +40,13 @@ def _vector_slots(node: ir.Node, taken: set[int]) -> Iterator[Slot]:
         if index in taken:
             continue
         if node.op_type in _VECTOR_PARAMETERS:
-            yield Slot(index, "vector", parameter=_VECTOR_PARAMETERS[node.op_type])
+            yield Slot(index=index, kind="vector", parameter=_VECTOR_PARAMETERS[node.op_type])
         elif node.op_type in NORMS and index in (1, 2):
-            yield Slot(index, "vector", parameter="weight" if index == 1 else "bias")
+            yield Slot(index=index, kind="vector", parameter="weight" if index == 1 else "bias")
         elif node.op_type in SKIP_NORMS and index in (2, 3):
-            yield Slot(index, "vector", parameter="weight" if index == 2 else "bias")
+            yield Slot(index=index, kind="vector", parameter="weight" if index == 2 else "bias")
         elif node.op_type not in PASSED | SHAPE_ONLY | DEQUANTIZE | QUANTIZE:
-            yield Slot(index, "other", parameter="")
+            yield Slot(index=index, kind="other", parameter="")
 
 
 def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
@@ -99,7 +86,16 @@ def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
         refusal = f"quantised weight ({node.op_type} of {dtype.name})"
         no_branch = f"{node.op_type} of {dtype.name} values: no branch is known for it"
     transposed, wrong = _orientation(slot, chain, len(shape))
-    return Use(node, slot, value, tuple(chain), transposed, refusal or wrong, no_branch or wrong, quantised)
+    return Use(
+        node=node,
+        slot=slot,
+        root=value,
+        chain=tuple(chain),
+        transposed=transposed,
+        refusal=refusal or wrong,
+        no_branch=no_branch or wrong,
+        quantised=quantised,
+    )
 
 
 def _orientation(slot: Slot, chain: list[ir.Node], rank: int) -> tuple[bool, str]:

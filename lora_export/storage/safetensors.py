@@ -67,6 +67,16 @@ class HeaderEntry:
     start: int
     stop: int
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Numpy's dtype; KeyError where numpy has none."""
+        return DTYPES[self.code]
+
+    @property
+    def count(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
 
 @dataclass(frozen=True)
 class FileHeader:
@@ -83,6 +93,12 @@ class FileHeader:
     data_start: int
     size: int
     entries: tuple[HeaderEntry, ...]
+
+    @property
+    def named(self) -> dict[str, HeaderEntry]:
+        """Name → tensor in the header's own order, in which a tool named them."""
+        by_name = {entry.name: entry for entry in self.entries}
+        return {name: by_name[name] for name in self.content if name in by_name}
 
     @property
     def metadata(self) -> Mapping[str, str]:

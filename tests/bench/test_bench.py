@@ -24,8 +24,8 @@ from lora_export.bench import load_probe
 from lora_export.bench.result import Row, Table
 from lora_export.bench.statistics import Latency
 from lora_export.bench.workloads import Workload
-from lora_export.engines.record import sha256_of
 from lora_export.reports.bench.to_text import report_lines
+from lora_export.storage.hashes import sha256_of
 
 machine = engine_files.machine
 

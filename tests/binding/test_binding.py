@@ -29,7 +29,13 @@ def test_linear_and_embedding_compute_the_scaled_delta():
 @pytest.mark.parametrize("groups", [1, 2])
 def test_conv_computes_what_pytorch_computes(groups):
     module = LoraModule(
-        "c", "conv", random(4, 6, 3, 2), random(8, 4 // groups, 1, 1, seed=1), 6.0, 4, groups=groups
+        "c",
+        "conv",
+        random(4, 6, 3, 2),
+        random(8, 4 // groups, 1, 1, seed=1),
+        alpha=6.0,
+        rank=4,
+        groups=groups,
     )
     where = ExposedModule(
         "c", "conv", 6, 8, "float32", (Member("c", 0, 8),), kernel=(3, 2), groups=groups, rank=6
@@ -50,7 +56,7 @@ def test_conv_computes_what_pytorch_computes(groups):
 
 def test_a_scaling_of_one_copies_nothing():
     a, b = random(5, 2), random(2, 6)
-    module = LoraModule("q", "linear", a.T, b.T, 2.0, 2)
+    module = LoraModule("q", "linear", a.T, b.T, alpha=2.0, rank=2)
     bound = bind(adapter(module), swap(place("q", 6, 5)))
     assert np.shares_memory(bound.tensors["q.lora_A.weight"], a)
     assert np.shares_memory(bound.tensors["q.lora_B.weight"], b)

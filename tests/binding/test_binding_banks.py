@@ -86,8 +86,8 @@ def test_a_converted_pack_goes_into_a_bank_member_by_member():
         "linear",
         bound.tensors["l.qkv_proj.lora_A.weight"].T,
         bound.tensors["l.qkv_proj.lora_B.weight"].T,
-        3.0,
-        3,
+        alpha=3.0,
+        rank=3,
     )
     graph = bank()
     expected = filled(graph, adapter(q, v), None)
@@ -102,9 +102,11 @@ def test_a_converted_pack_goes_back_into_its_swap_graph_as_it_is():
     q, v = wide("l.q_proj", 6, 2, 1), wide("l.v_proj", 3, 1, 5)
     bound = bind(adapter(q, v), swap(pack()))
     a, b = (bound.tensors[f"l.qkv_proj.lora_{part}.weight"] for part in "AB")
-    again = bind(converted(LoraModule("l.qkv_proj", "linear", a.T, b.T, 3.0, 3)), swap(pack(), max_rank=1))
+    again = bind(
+        converted(LoraModule("l.qkv_proj", "linear", a.T, b.T, alpha=3.0, rank=3)), swap(pack(), max_rank=1)
+    )
     assert np.shares_memory(again.tensors["l.qkv_proj.lora_A.weight"], a)
-    plain = Adapter("p", "p", "peft", {"x": LoraModule("l.qkv_proj", "linear", a.T, b.T, 3.0, 3)})
+    plain = Adapter("p", "p", "peft", {"x": LoraModule("l.qkv_proj", "linear", a.T, b.T, alpha=3.0, rank=3)})
     with pytest.raises(SiteError, match="no LoRA tensors"):
         bind(plain, swap(pack()))
 
@@ -121,7 +123,7 @@ def test_a_slot_has_its_own_row_of_biases():
     assert (bias[0] == 77.0).all()
     bound = bind(adapter(v), swap(pack(bias=True)))
     a, b, whole = (bound.tensors[f"l.qkv_proj.lora_{part}"] for part in ("A.weight", "B.weight", "B.bias"))
-    zero = LoraModule("l.qkv_proj", "linear", a.T, 0 * b.T, 1.0, 1, lora_bias=whole)
+    zero = LoraModule("l.qkv_proj", "linear", a.T, 0 * b.T, alpha=1.0, rank=1, lora_bias=whole)
     for block in blocks(converted(zero), graph, 1):
         if block.tensor == "l.qkv_proj.lora_B.bias":
             np.testing.assert_allclose(block.values, bias[1:], rtol=1e-6)
@@ -135,7 +137,15 @@ def test_slots_of_a_grouped_convolution_share_each_group():
     module = ExposedModule("c", "conv", 6, 8, "float32", (member,), kernel=(3,), groups=groups)
     graph = replace(swap(module, slots=(Slot("one"), Slot("two"))), mode="bank")
     loras = [
-        LoraModule("c", "conv", random(r, 6, 3, seed=r), random(8, r // groups, 1, seed=9), 1.0, r, groups=2)
+        LoraModule(
+            "c",
+            "conv",
+            random(r, 6, 3, seed=r),
+            random(8, r // groups, 1, seed=9),
+            alpha=1.0,
+            rank=r,
+            groups=2,
+        )
         for r in (2, 2)
     ]
     a, b = filled(graph, adapter(loras[0]), adapter(loras[1]))

@@ -88,7 +88,9 @@ def dora_layer(base):
     a, b = (a, b) if is_table else (a.weight, b.weight)
     kind = "embedding" if is_table else "conv" if a.ndim > 2 else "linear"
     magnitude = layer.lora_magnitude_vector["default"].weight.detach().numpy().reshape(-1)
-    module = LoraModule("m", kind, a.detach().numpy(), b.detach().numpy(), 3.0, 2, magnitude=magnitude)
+    module = LoraModule(
+        "m", kind, a.detach().numpy(), b.detach().numpy(), alpha=3.0, rank=2, magnitude=magnitude
+    )
     return layer.eval(), module
 
 

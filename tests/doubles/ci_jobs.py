@@ -23,7 +23,7 @@ import onnx
 import yaml
 from onnx import numpy_helper
 
-from lora_export.storage.manifest import identity_of_graph
+from lora_export.storage.hashes import identity_of_graph
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "ci"
 # What GitHub runs for `shell: bash`, and what GitLab sets in the shell that gets all of a job's lines.

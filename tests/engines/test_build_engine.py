@@ -16,10 +16,11 @@ from onnx import TensorProto, helper
 
 from lora_export import build_engine, swap_onnx
 from lora_export.engines.profiles import ProfileRequest
-from lora_export.engines.record import BuildOptions, read_engine, sha256_of
+from lora_export.engines.record import BuildOptions, read_engine
 from lora_export.errors import BackendError, BackendUnavailable, EngineBuildError, GraphError, OutputError
 from lora_export.graph import data_identity
 from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES
+from lora_export.storage.hashes import sha256_of
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed")
 

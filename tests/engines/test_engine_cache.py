@@ -10,8 +10,8 @@ import faults
 import pytest
 
 from lora_export.engines.cache import EngineCache, default_folder, key_of
-from lora_export.engines.record import sha256_of
 from lora_export.storage.commit.lease import new_identity
+from lora_export.storage.hashes import sha256_of
 
 KEYS = [key_of({"number": number}) for number in range(4)]
 K = KEYS[0]

@@ -10,12 +10,13 @@ from onnx import TensorProto, helper
 from small_graphs import Huge
 
 from lora_export import build_engine
-from lora_export.engines.record import read_engine, sha256_of
+from lora_export.engines.record import read_engine
 from lora_export.engines.run_builder import run_worker
 from lora_export.engines.source import serialize
 from lora_export.errors import BackendError, GraphError, InputChangedError
 from lora_export.graph.onnx_file import load_graph
 from lora_export.machines.targets import targets_of
+from lora_export.storage.hashes import sha256_of
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed")
 

@@ -11,8 +11,9 @@ import onnx
 import pytest
 from safetensors import safe_open
 
-from lora_export.engines.record import EngineRecord, read_engine, sha256_of
+from lora_export.engines.record import EngineRecord, read_engine
 from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES
+from lora_export.storage.hashes import sha256_of
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed")
 ROOT = Path(__file__).resolve().parents[2]

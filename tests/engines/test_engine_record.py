@@ -7,14 +7,9 @@ import pytest
 from engine_files import RECORD
 
 from lora_export.cli import main
-from lora_export.engines.record import (
-    EngineRecord,
-    is_engine,
-    read_engine,
-    record_path,
-    sha256_of,
-)
+from lora_export.engines.record import EngineRecord, is_engine, read_engine, record_path
 from lora_export.errors import BackendError
+from lora_export.storage.hashes import sha256_of
 
 
 @pytest.fixture

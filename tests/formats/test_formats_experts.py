@@ -119,7 +119,7 @@ def test_square_and_unknown_stays_unsettled(
     adapter, _ = settle(load_adapter(tmp_path), {UP: held}.get)
     (module,) = adapter.modules.values()
     assert module.layout != "known"
-    assert reason in unsettled(module, held)
+    assert reason in unsettled(module, held).detail
 
 
 class Square(torch.nn.Module):

@@ -78,7 +78,7 @@ def test_our_safetensors_are_the_reference_readers_safetensors(
     tensors = {name: np.asarray(value, np.float32) for name, value in tensors.items()}
     write_safetensors(file, tensors, {"format": "pt"})
     theirs, ours = load_file(file), read_safetensors(file)[0]
-    assert theirs.keys() == ours.keys() == read_header(file).entries.keys() == tensors.keys()
+    assert theirs.keys() == ours.keys() == read_header(file).named.keys() == tensors.keys()
     for name, wanted in tensors.items():
         np.testing.assert_array_equal(theirs[name], wanted)
         np.testing.assert_array_equal(ours[name], wanted)

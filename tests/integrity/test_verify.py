@@ -31,7 +31,7 @@ from lora_export.demo.run import save_report
 from lora_export.engines.plan import Wish
 from lora_export.modes.capture_onnx import capture_onnx
 from lora_export.packages.build_kit import write_kits
-from lora_export.storage.manifest import hash_file
+from lora_export.storage.hashes import hash_file
 from lora_export.storage.sums.full import full_hash
 from lora_export.storage.sums.seal import find_seal, sealed_json
 

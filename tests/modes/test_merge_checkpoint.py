@@ -56,7 +56,7 @@ def linear(path, out_dim, in_dim, rank=2, seed=0, scale=0.05, **more):
     a = (rng.standard_normal((rank, in_dim)) * scale).astype(np.float32)
     b = (rng.standard_normal((out_dim, rank)) * scale).astype(np.float32)
     names = (f"{path}.lora_A.weight", f"{path}.lora_B.weight")
-    return LoraModule(path, "linear", a, b, 4.0, rank, tensor_names=names, **more)
+    return LoraModule(path, "linear", a, b, alpha=4.0, rank=rank, tensor_names=names, **more)
 
 
 def adapter_of(*modules, name="task", **more):

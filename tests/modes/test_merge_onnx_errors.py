@@ -370,7 +370,7 @@ def big_adapter(folder, layers, rows, cols):
         a, b = rng.normal(size=(8, rows)), rng.normal(size=(cols, 8))
         names = (f"{path}.a", f"{path}.b")
         module = LoraModule(
-            path, "linear", a.astype(np.float32), b.astype(np.float32), 8, 8, tensor_names=names
+            path, "linear", a.astype(np.float32), b.astype(np.float32), alpha=8, rank=8, tensor_names=names
         )
         modules[module.key] = module
     names = tuple(name for module in modules.values() for name in module.tensor_names)

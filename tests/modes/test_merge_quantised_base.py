@@ -355,7 +355,7 @@ def test_other_formats_are_refused_by_name(tmp_path, says):
 
 def looked_up(base):
     """Return what a graph's weight is compared with."""
-    target = Target(f"{PATH}.weight", "linear", (40, 48), "merge", ())
+    target = Target(key=f"{PATH}.weight", kind="linear", shape=(40, 48), action="merge", tensor_names=())
     weights = CheckpointWeights(Checkpoint.open(base))
     return weights.for_adapter([target.named], flattened=False, scope=None)(target)
 

@@ -369,7 +369,7 @@ def test_a_base_without_a_model_type_is_not_asked_about(tmp_path):
 @pytest.mark.parametrize("stored", ["decoder.head.0.weight", "model.decoder.head.0.weight"])
 def test_a_parameters_own_path_outdoes_another_that_ends_like_it(stored, flattened):
     """Detectors tie their heads to the decoder's, of which they are the end."""
-    tie = Tie({stored: stored, "head.0.weight": "head.0.weight"}, stored)
+    tie = Tie(tensors={stored: stored, "head.0.weight": "head.0.weight"}, source=stored)
     assert Ties((tie,)).absent("head_0.weight" if flattened else "head.0.weight", flattened) == (
         tie,
         "head.0.weight",

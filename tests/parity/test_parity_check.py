@@ -45,7 +45,7 @@ from lora_export.parity.judge.limits import FACTOR, STEP
 from lora_export.parity.result import ParityReport
 from lora_export.reports.parity.baseline import compare
 from lora_export.reports.parity.to_json import report_json
-from lora_export.storage.manifest import identity_of_graph
+from lora_export.storage.hashes import identity_of_graph
 
 machine = engine_files.machine
 

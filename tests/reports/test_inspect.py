@@ -30,7 +30,7 @@ def adapter(tmp_path: Path) -> Path:
 
     modules = {m.key: m for m in (module("layers.0.q", 6, 4, 2), module("layers.0.k<b>", 6, 4, 3))}
     extras = {"score.weight": np.ones((3, 6), np.float32)}
-    made = Adapter("sql", "", "peft", modules, extras, base_model="org/base")
+    made = Adapter("sql", "", "peft", modules, extras=extras, base_model="org/base")
     return save_adapter(made, tmp_path / "sql")
 
 

@@ -130,7 +130,9 @@ def test_a_switch_that_fails_while_it_writes(machine, engine):
 
 
 def test_an_adapter_that_does_not_fit_changes_nothing(machine, engine):
-    stranger = adapter(LoraModule("r", "linear", random(2, 4, seed=1), random(5, 2, seed=2), 3.0, 2))
+    stranger = adapter(
+        LoraModule("r", "linear", random(2, 4, seed=1), random(5, 2, seed=2), alpha=3.0, rank=2)
+    )
     with pytest.raises(SiteError, match="names its modules in another way"):
         engine.switch(stranger)
     with pytest.raises(AdapterError):
@@ -161,7 +163,9 @@ def tied(tmp_path):
 
 
 def of_one(seed):
-    module = LoraModule("one", "linear", random(2, 4, seed=seed), random(4, 2, seed=seed + 50), 3.0, 2)
+    module = LoraModule(
+        "one", "linear", random(2, 4, seed=seed), random(4, 2, seed=seed + 50), alpha=3.0, rank=2
+    )
     return dataclasses.replace(adapter(module), name=f"one{seed}", sha256=f"{seed}")
 
 

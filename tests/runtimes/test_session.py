@@ -272,8 +272,8 @@ def test_what_was_converted_is_said(session):
         "linear",
         random(2, 4, seed=1).astype(np.float16),
         random(5, 2, seed=2).astype(np.float16),
-        3.0,
-        2,
+        alpha=3.0,
+        rank=2,
     )
     notes = session.load_adapter("half", adapter(half))
     assert any("float16 to float32" in note for note in notes)
@@ -361,7 +361,7 @@ def test_unload_forgets(session):
 
 
 def test_an_adapter_without_a_place_is_refused_and_not_kept(session):
-    stranger = LoraModule("r", "linear", random(2, 4, seed=1), random(5, 2, seed=2), 3.0, 2)
+    stranger = LoraModule("r", "linear", random(2, 4, seed=1), random(5, 2, seed=2), alpha=3.0, rank=2)
     mixed = adapter(linear("p", 5), stranger)
     with pytest.raises(SiteError, match="no place"):
         session.load_adapter("mixed", mixed)

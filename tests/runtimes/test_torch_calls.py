@@ -72,7 +72,9 @@ def test_an_expert_of_an_older_transformers():
     """It was a Linear of its own; now it is some rows of a stacked parameter."""
     rng = np.random.default_rng(0)
     path = "model.layers.0.mlp.experts.2.up_proj"
-    lora = LoraModule(path, "linear", rng.standard_normal((4, 64)) / 8, rng.standard_normal((24, 4)), 6.0, 4)
+    lora = LoraModule(
+        path, "linear", rng.standard_normal((4, 64)) / 8, rng.standard_normal((24, 4)), alpha=6.0, rank=4
+    )
     adapter = Adapter("old", "", "peft", {lora.key: lora})
     model = build("qwen2_moe").double()
     model.set_experts_implementation("eager")

@@ -316,7 +316,7 @@ def test_the_base_is_as_before_when_a_run_fails(feature, monkeypatch):
 
 def linear(path, out_dim, in_dim, **more):
     a, b = np.ones((2, in_dim), np.float32), np.ones((out_dim, 2), np.float32)
-    return LoraModule(path, "linear", a, b, 4.0, 2, **more)
+    return LoraModule(path, "linear", a, b, alpha=4.0, rank=2, **more)
 
 
 def adapter_of(*modules, **more):
@@ -358,9 +358,11 @@ def test_groups_and_experts_have_to_fit():
     grouped.conv = nn.Conv1d(6, 8, 3, groups=2)
     grouped.experts = Experts()
     factors = np.ones((4, 6, 3), np.float32), np.ones((8, 4, 1), np.float32)
-    conv = LoraModule("conv", "conv", *factors, 4.0, 4)
+    conv = LoraModule("conv", "conv", *factors, alpha=4.0, rank=4)
     three = np.ones((2 * 2, 8), np.float32), np.ones((10, 2 * 2), np.float32)
-    experts = LoraModule("experts", "parameter", *three, 4.0, 2, parameter="gate_up_proj", experts=2)
+    experts = LoraModule(
+        "experts", "parameter", *three, alpha=4.0, rank=2, parameter="gate_up_proj", experts=2
+    )
     with pytest.raises(AdapterError) as caught:
         TorchReference.of_module(grouped, {"a": adapter_of(conv, experts)})
     assert "2 groups" in caught.value.problems[0]

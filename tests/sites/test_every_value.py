@@ -110,7 +110,7 @@ def test_one_value_of_a_bias(tmp_path: Path) -> None:
 def stack_adapter() -> Adapter:
     """Return LoRA on the experts' own parameter, as PEFT 0.19 and later write it."""
     a, b = random(EXPERTS * 2, 8, seed=3), random(12, 2 * EXPERTS, seed=4)
-    module = LoraModule("moe", "parameter", a, b, 4.0, 2, parameter="up_proj", experts=EXPERTS)
+    module = LoraModule("moe", "parameter", a, b, alpha=4.0, rank=2, parameter="up_proj", experts=EXPERTS)
     return adapter(module)
 
 

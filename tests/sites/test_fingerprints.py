@@ -18,7 +18,7 @@ WIDTH = 96
 
 
 def target(name, rows):
-    return Target(f"{name}.weight", "linear", (rows, WIDTH), "merge", ())
+    return Target(key=f"{name}.weight", kind="linear", shape=(rows, WIDTH), action="merge", tensor_names=())
 
 
 def dead_columns(*shape, seed):

@@ -346,7 +346,7 @@ def test_rounded_once_into_the_stored_type(name, tmp_path):
     a, b = (
         torch.tensor(m).to(torch.bfloat16).float().numpy() for m in (module.lora_a[:1], module.lora_b[:, :1])
     )
-    module = type(module)("fc", "linear", a, b, 2.0, 1)
+    module = type(module)("fc", "linear", a, b, alpha=2.0, rank=1)
     merge_onnx(base, adapter(module), tmp_path / "m.onnx")
     work = torch.float64 if name == "float64" else torch.float32
     wanted = (stored.to(work) + torch.tensor(delta(module).T).to(work)).to(torch_type)

@@ -63,7 +63,7 @@ def replaced(path, value):
 
 def lora(value=0.01):
     a, b = np.full((1, 64), value, np.float32), np.full((64, 1), value, np.float32)
-    return adapter_of(LoraModule("q", "linear", a, b, 1.0, 1))
+    return adapter_of(LoraModule("q", "linear", a, b, alpha=1.0, rank=1))
 
 
 def test_a_checkpoint_replaced_while_it_is_merged(tmp_path):

@@ -23,7 +23,8 @@ from lora_export.graph.captured import DIMS_KEY, MODEL_KEY, Captured
 from lora_export.graph.data_identity import KEY as DATA_KEY
 from lora_export.graph.data_identity import DataIdentity, refuse_changed_data
 from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member, StoredRows
-from lora_export.storage.manifest import FileHash, Manifest
+from lora_export.storage.hashes import FileHash
+from lora_export.storage.manifest import Manifest
 from lora_export.untrusted.fields import (
     Axes,
     Count,

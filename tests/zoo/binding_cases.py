@@ -58,5 +58,5 @@ def bank(ranks=((2, 4), (3, 0), (1, 2)), dtype="float32"):
 
 def wide(path, out_dim, rank, seed):
     return LoraModule(
-        path, "linear", random(rank, 5, seed=seed), random(out_dim, rank, seed=seed + 1), 3.0, rank
+        path, "linear", random(rank, 5, seed=seed), random(out_dim, rank, seed=seed + 1), alpha=3.0, rank=rank
     )

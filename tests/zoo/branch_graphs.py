@@ -34,7 +34,7 @@ Answer = Callable[[dict[str, LoraModule]], Sequence[np.ndarray]]
 def lora(path: str, out_dim: int, in_dim: int, rank: int = 2, seed: int = 1, **more: Any) -> LoraModule:
     """Return a linear module whose delta is about as large as a weight of `random`."""
     a, b = random(rank, in_dim, seed=seed), random(out_dim, rank, seed=seed + 50)
-    return LoraModule(path, "linear", a, b, 0.8 * rank, rank, **more)
+    return LoraModule(path, "linear", a, b, alpha=0.8 * rank, rank=rank, **more)
 
 
 def conv_lora(
@@ -43,12 +43,12 @@ def conv_lora(
     a = random(rank, in_dim, *kernel, seed=seed)
     share = rank // more.get("groups", 1)
     b = random(out_dim, share, *(1 for _ in kernel), seed=seed + 50)
-    return LoraModule(path, "conv", a, b, 0.8 * rank, rank, **more)
+    return LoraModule(path, "conv", a, b, alpha=0.8 * rank, rank=rank, **more)
 
 
 def table_lora(path: str, count: int, dim: int, rank: int = 2, seed: int = 1, **more: Any) -> LoraModule:
     a, b = random(rank, count, seed=seed), random(dim, rank, seed=seed + 50)
-    return LoraModule(path, "embedding", a, b, 0.8 * rank, rank, **more)
+    return LoraModule(path, "embedding", a, b, alpha=0.8 * rank, rank=rank, **more)
 
 
 def magnitude(size: int, seed: int = 5) -> np.ndarray:

@@ -18,20 +18,12 @@ import recording_trt
 from recording_cuda import RecordingCuda
 
 from lora_export.engines import BACKENDS, compiler_of
-from lora_export.engines.record import (
-    BuildOptions,
-    EngineRecord,
-    EngineSource,
-    Port,
-    Profile,
-    record_path,
-    sha256_of,
-)
+from lora_export.engines.record import BuildOptions, EngineRecord, EngineSource, Port, Profile, record_path
 from lora_export.engines.source import ports_of, serialize
 from lora_export.graph.exposed import KEY, ExposedGraph, ExposedModule, Member, Slot
 from lora_export.graph.onnx_file import load_graph
 from lora_export.runtimes.tensorrt.cuda import CudaDevice
-from lora_export.storage.manifest import FileHash
+from lora_export.storage.hashes import FileHash, sha256_of
 
 RANKS, OTHERS = (1, 4, 8), (1, 2, 16)
 

@@ -134,9 +134,9 @@ def _adapter(
             "linear",
             a.astype(np.float32),
             b.astype(np.float32),
-            alpha,
-            rank,
-            rslora,
+            alpha=alpha,
+            rank=rank,
+            rslora=rslora,
             tensor_names=names,
         )
         modules[module.key] = module

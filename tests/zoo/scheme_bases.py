@@ -93,7 +93,9 @@ def dotted(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]], prefix: str = "d
     for path, (a, b) in pairs.items():
         names = tuple(f"{prefix}{path}.{part}" for part in ("lora_A.weight", "lora_B.weight", "alpha"))
         kind = "conv" if a.ndim > 2 else "linear"
-        module = LoraModule(f"{prefix}{path}", kind, a.numpy(), b.numpy(), ALPHA, RANK, tensor_names=names)
+        module = LoraModule(
+            f"{prefix}{path}", kind, a.numpy(), b.numpy(), alpha=ALPHA, rank=RANK, tensor_names=names
+        )
         modules[module.key] = module
     names = tuple(name for module in modules.values() for name in module.tensor_names)
     return Adapter("style", "style.safetensors", "plain", modules, tensor_names=names)

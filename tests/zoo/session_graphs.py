@@ -42,7 +42,12 @@ def swap(folder: Path, name: str = "swap.onnx", **options: Any) -> Path:
 def linear(path: str, seed: int, rank: int = 2) -> LoraModule:
     out_dim, in_dim = {"p": P, "q": Q}[path].shape
     return LoraModule(
-        path, "linear", random(rank, in_dim, seed=seed), random(out_dim, rank, seed=seed + 50), 3.0, rank
+        path,
+        "linear",
+        random(rank, in_dim, seed=seed),
+        random(out_dim, rank, seed=seed + 50),
+        alpha=3.0,
+        rank=rank,
     )
 
 

@@ -91,21 +91,31 @@ def save(model: ir.Model, folder: Path, name: str = "base.onnx") -> Path:
 def linear(path: str, out_dim: int, in_dim: int, seed: int = 1, **more: Any) -> LoraModule:
     """Return a module of rank 2 and scaling 1.5 whose delta is as large as the weights."""
     return LoraModule(
-        path, "linear", random(2, in_dim, seed=seed), random(out_dim, 2, seed=seed + 50), 3.0, 2, **more
+        path,
+        "linear",
+        random(2, in_dim, seed=seed),
+        random(out_dim, 2, seed=seed + 50),
+        alpha=3.0,
+        rank=2,
+        **more,
     )
 
 
 def conv(path: str, out_dim: int, in_dim: int, *kernel: int, **more: Any) -> LoraModule:
     lora_b = random(out_dim, 2, *([1] * len(kernel)), seed=52)
-    return LoraModule(path, "conv", random(2, in_dim, *kernel, seed=2), lora_b, 3.0, 2, **more)
+    return LoraModule(path, "conv", random(2, in_dim, *kernel, seed=2), lora_b, alpha=3.0, rank=2, **more)
 
 
 def embedding(path: str, count: int, dim: int, **more: Any) -> LoraModule:
-    return LoraModule(path, "embedding", random(2, count, seed=3), random(dim, 2, seed=53), 3.0, 2, **more)
+    return LoraModule(
+        path, "embedding", random(2, count, seed=3), random(dim, 2, seed=53), alpha=3.0, rank=2, **more
+    )
 
 
 def adapter(*modules: LoraModule, extras: dict[str, np.ndarray] | None = None, **more: Any) -> Adapter:
-    return Adapter("tiny", "tiny", "peft", {module.key: module for module in modules}, extras or {}, **more)
+    return Adapter(
+        "tiny", "tiny", "peft", {module.key: module for module in modules}, extras=extras or {}, **more
+    )
 
 
 def delta(module: LoraModule) -> np.ndarray:

@@ -48,8 +48,8 @@ from lora_export.graph.captured import (
 )
 from lora_export.graph.data_identity import mark_data
 from lora_export.graph.onnx_file import save_graph
+from lora_export.storage.hashes import hash_written
 from lora_export.storage.inputs import note_inputs
-from lora_export.storage.manifest import hash_written
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -108,7 +108,14 @@ def capture_checkpoint(
     opset = _BFLOAT16_OPSET if dtype == "bfloat16" else None
     if kv_cache:
         made = with_cache(model, inputs, outputs, str(path))
-        graph = export_module(model, made.inputs, made.shapes, made.output_names, made.input_names, opset)
+        graph = export_module(
+            model,
+            made.inputs,
+            dynamic_shapes=made.shapes,
+            output_names=made.output_names,
+            input_names=made.input_names,
+            opset=opset,
+        )
         name_total(graph)
     else:
         shapes = {name: _dynamic(name) for name in inputs}
@@ -282,7 +289,13 @@ def _describe(model: Any, outputs: Mapping[str, Any], dtype: str, kv_cache: bool
     dims = [SEQUENCE]
     dims += [DECODER_SEQUENCE] * (kind == "encoder-decoder") + [PAST_SEQUENCE, TOTAL_SEQUENCE] * kv_cache
     largest = dict.fromkeys(dims, longest) if longest else {}
-    return Captured(kind, kv_cache, dtype, getattr(config, "vocab_size", None), largest)
+    return Captured(
+        kind=kind,
+        kv_cache=kv_cache,
+        dtype=dtype,
+        vocab_size=getattr(config, "vocab_size", None),
+        largest=largest,
+    )
 
 
 def longest_of(model: Any, config: Any) -> int | None:

@@ -29,7 +29,7 @@ _OTHER_FORMATS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StoredTensor:
     """One tensor of a checkpoint.
 
@@ -50,7 +50,7 @@ class StoredTensor:
     length: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shard:
     """One safetensors file.
 
@@ -69,7 +69,7 @@ class Shard:
     tensors: tuple[StoredTensor, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A folder's weights.
 
@@ -118,7 +118,9 @@ class Checkpoint:
                 f"the checkpoint {folder} is damaged or incomplete", "download or save it again", problems
             )
         notes = (*found.notes, *code_notes(config))
-        return cls(folder, config, tuple(shards), tensors, index, notes)
+        return cls(
+            folder=folder, config=config, shards=tuple(shards), tensors=tensors, index=index, notes=notes
+        )
 
     @property
     def diffusers_class(self) -> str:
@@ -142,7 +144,7 @@ class Checkpoint:
         if tensor.length == 0:
             return np.zeros(tensor.shape, dtype)
         try:
-            raw = np.memmap(tensor.file, np.uint8, "r", tensor.offset, (tensor.length,))
+            raw = np.memmap(tensor.file, np.uint8, "r", offset=tensor.offset, shape=(tensor.length,))
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{tensor.file} can't be read where '{name}' lies, at bytes {tensor.offset} to "
@@ -244,8 +246,15 @@ def _read_shard(path: Path, problems: list[str]) -> Shard | None:
     except HeaderError as error:
         problems += [f"{path.name}: {problem}" for problem in error.problems]
         return None
-    tensors = [StoredTensor(e.name, path, e.code, e.shape, e.start, e.stop - e.start) for e in found.entries]
-    return Shard(path, found.size, found.data_start, found.content, tuple(tensors))
+    tensors = [
+        StoredTensor(
+            name=e.name, file=path, code=e.code, shape=e.shape, offset=e.start, length=e.stop - e.start
+        )
+        for e in found.entries
+    ]
+    return Shard(
+        path=path, size=found.size, data_start=found.data_start, header=found.content, tensors=tuple(tensors)
+    )
 
 
 def _joined(shards: list[Shard], problems: list[str]) -> dict[str, StoredTensor]:

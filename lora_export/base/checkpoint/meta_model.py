@@ -103,7 +103,11 @@ class LoadedNames:
         from transformers.core_model_loading import rename_source_key
 
         name, pattern = rename_source_key(
-            stored, self._renamings, self._converters, self._model.base_model_prefix, self._meta
+            stored,
+            self._renamings,
+            self._converters,
+            base_model_prefix=self._model.base_model_prefix,
+            meta_state_dict=self._meta,
         )
         return name, pattern, None if pattern is None else self._owner[pattern]
 

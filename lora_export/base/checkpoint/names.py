@@ -26,7 +26,7 @@ NO_TENSOR = "no tensor of that name"
 _NO_TRANSFORMERS = "transformers' table of renamed modules could not be asked: pip install 'lora-export[hf]'"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Part:
     """A stored tensor that holds a parameter, or some rows of it.
 
@@ -191,7 +191,7 @@ def _unwrapped(names: Iterable[str]) -> dict[str, tuple[Part, ...]]:
     """Return the parts by their paths without wrappers; of two that become one, both keep their names."""
     plain = {name: strip_wrappers(name) for name in names}
     count = Counter(plain.values())
-    return {path if count[path] == 1 else name: (Part(name),) for name, path in plain.items()}
+    return {path if count[path] == 1 else name: (Part(tensor=name),) for name, path in plain.items()}
 
 
 def _reason(problem: Problem, asked: str) -> Problem:
@@ -206,7 +206,7 @@ def _by_transformers(checkpoint: Checkpoint, model: Any) -> Iterator[tuple[str, 
     found: dict[str, list[Part]] = {}
     for stored in checkpoint.tensors:
         target, pattern, converter = renaming.loaded(stored)
-        part = Part(stored, reason="transformers' renaming")
+        part = Part(tensor=stored, reason="transformers' renaming")
         if pattern is not None:
             stacked = _stacked(stored, pattern, converter)
             if stacked is None:
@@ -226,7 +226,7 @@ def _stacked(stored: str, pattern: str, converter: Any) -> Part | None:
         (turn,) = converter.operations
         # ``check_dims``: as its shape wants it, which is told by who places it.
         always = (turn.dim0, turn.dim1) in ((0, 1), (1, 2)) and not turn.check_dims
-        return Part(stored, reason="transformers' renaming", transposed=True) if always else None
+        return Part(tensor=stored, reason="transformers' renaming", transposed=True) if always else None
     if operations not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
         return None
     numbers = [int(word) for word in stored.split(".") if word.isdigit()]
@@ -235,4 +235,4 @@ def _stacked(stored: str, pattern: str, converter: Any) -> Part | None:
     sources = list(converter.source_patterns)
     # The expert's number is the last one of the name: ``layers.3.mlp.experts.17.up_proj.weight``.
     piece = (sources.index(pattern), len(sources))
-    return Part(stored, numbers[-1], piece, "transformers' stacking of experts")
+    return Part(tensor=stored, expert=numbers[-1], piece=piece, reason="transformers' stacking of experts")

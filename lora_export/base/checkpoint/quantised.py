@@ -17,6 +17,7 @@ from lora_export.adapter import Array
 from lora_export.base.checkpoint.checkpoint import Checkpoint, StoredTensor
 from lora_export.base.checkpoint.packed import packed
 from lora_export.errors import CheckpointError
+from lora_export.plan import Refusal
 from lora_export.storage.safetensors import FLOATS
 from lora_export.storage.scales import dequantise, grid_of, looks_scaled
 
@@ -65,32 +66,35 @@ class Quantised:
 
     checkpoint: Checkpoint
     scaled: Mapping[str, Scaled] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, Refusal] = field(default_factory=dict)
     packed: Mapping[str, str] = field(default_factory=dict)
 
-    def refusal(self, tensor: str) -> str:
-        """Return why a stored weight can't be merged into, or an empty string."""
+    def refusal(self, tensor: str) -> Refusal | None:
+        """Return why a stored weight can't be merged into; None where it can."""
         if tensor in self.scaled:
-            return ""
-        known = self.refused.get(tensor) or self.packed.get(tensor)
-        if known:
-            return f"{_QUANTISED} ({known})"
+            return None
+        if tensor in self.refused:
+            return Refusal("quantised", f"{_QUANTISED} ({self.refused[tensor].detail})")
+        if tensor in self.packed:
+            return Refusal("quantised", f"{_QUANTISED} ({self.packed[tensor]})")
         stored = self.checkpoint.tensors[tensor]
         if stored.code not in FLOATS:
-            return f"{tensor} is stored as {stored.code}: a quantised weight can't be merged into"
+            reason = f"{tensor} is stored as {stored.code}: a quantised weight can't be merged into"
+            return Refusal("quantised", reason)
         if stored.code in _CODES and looks_scaled(self.checkpoint.read(tensor)):
-            return (
+            return Refusal(
+                "quantised",
                 f"{_QUANTISED} ({tensor} is {stored.code} up to its end, as codes with a scale are, "
-                "but no scale lies beside it)"
+                "but no scale lies beside it)",
             )
-        return ""
+        return None
 
-    def packed_at(self, parameter: str) -> str:
-        """Return the reason of a parameter that is only stored packed, or an empty string."""
+    def packed_at(self, parameter: str) -> Refusal | None:
+        """Return the refusal of a parameter that is only stored packed; None for others."""
         for name, kind in self.packed.items():
             if f".{name}".endswith(f".{parameter}") or f".{parameter}".endswith(f".{name}"):
-                return f"{_QUANTISED} ({kind})"
-        return ""
+                return Refusal("quantised", f"{_QUANTISED} ({kind})")
+        return None
 
     def read(self, tensor: str) -> tuple[Array, Array]:
         """Return codes and scales of a weight in `scaled`."""
@@ -105,9 +109,9 @@ class Quantised:
         """
         if tensor in self.scaled:
             return dequantise(*self.read(tensor), self.scaled[tensor].grid)
-        if tensor in self.refused or tensor in self.packed:
+        if (tensor in self.refused or tensor in self.packed) and (refusal := self.refusal(tensor)):
             raise CheckpointError(
-                f"{self.checkpoint.folder}: {tensor} is {self.refusal(tensor)}: its values can't be compared",
+                f"{self.checkpoint.folder}: {tensor} is {refusal.detail}: its values can't be compared",
                 "give the unquantised folder with --checkpoint, or --no-checkpoint (checkpoint=False)",
             )
         return self.checkpoint.read(tensor)
@@ -116,9 +120,9 @@ class Quantised:
     def closed(self) -> dict[str, str]:
         """Weights whose values can't be told, and why."""
         tensors = self.checkpoint.tensors
-        found = {n: why for n, why in self.refused.items() if tensors[n].code not in _FLOAT_SCALES}
+        found = {n: why.detail for n, why in self.refused.items() if tensors[n].code not in _FLOAT_SCALES}
         bare = [n for n, tensor in tensors.items() if tensor.code in _CODES and tensor.code in FLOATS]
-        found |= {name: reason for name in bare if (reason := self.refusal(name))}
+        found |= {name: refusal.detail for name in bare if (refusal := self.refusal(name))}
         return {**self.packed, **found}
 
     @property
@@ -143,7 +147,7 @@ def find_quantised(checkpoint: Checkpoint) -> Quantised:
     for name in tensors:
         beside.setdefault(name.rpartition(".")[0], []).append(name)
     scaled: dict[str, Scaled] = {}
-    refused: dict[str, str] = {}
+    refused: dict[str, Refusal] = {}
     for name, tensor in tensors.items():
         if name in kinds or len(tensor.shape) < 2:
             continue
@@ -154,33 +158,36 @@ def find_quantised(checkpoint: Checkpoint) -> Quantised:
         found = _judged(tensor, scales, [tensors[n] for n in near], blocks)
         if isinstance(found, Scaled):
             scaled[name] = found
-        elif found:
+        elif found is not None:
             refused[name] = found
     return Quantised(checkpoint, scaled, refused, kinds)
 
 
 def _judged(
     tensor: StoredTensor, scales: list[StoredTensor], near: list[StoredTensor], blocks: tuple[int, ...]
-) -> Scaled | str:
-    """Return what a weight is: codes with scales, something not understood, or an empty string."""
+) -> Scaled | Refusal | None:
+    """Return what a weight is: codes with scales, something not understood, or plain values (None)."""
     if tensor.code not in _CODES:
         if tensor.code in FLOATS:
-            return f"{scales[0].name} lies beside {tensor.code} values, which need no scale"
-        return f"{tensor.code} with {scales[0].name}"
+            reason = f"{scales[0].name} lies beside {tensor.code} values, which need no scale"
+            return Refusal("quantised", reason)
+        return Refusal("quantised", f"{tensor.code} with {scales[0].name}")
     of_weight = [other for other in near if other is not tensor and _is_of_weight(other.name, tensor.name)]
     unknown = [other.name for other in of_weight if other not in scales]
     if not scales:
-        return f"{tensor.code} with {', '.join(unknown)}" if unknown else ""
+        return Refusal("quantised", f"{tensor.code} with {', '.join(unknown)}") if unknown else None
     if len(scales) > 1 or unknown:
-        return f"{tensor.code} with {', '.join([*(s.name for s in scales), *unknown])}"
+        listed = ", ".join([*(s.name for s in scales), *unknown])
+        return Refusal("quantised", f"{tensor.code} with {listed}")
     scale = scales[0]
     if scale.code not in _FLOAT_SCALES:
-        return f"{tensor.code} with {scale.name} of type {scale.code}"
+        return Refusal("quantised", f"{tensor.code} with {scale.name} of type {scale.code}")
     grid = grid_of(tensor.shape, scale.shape, blocks)
     if grid is None:
-        return (
+        return Refusal(
+            "quantised",
             f"{tensor.code} of shape {tensor.shape} with {scale.name} of shape {scale.shape}: how many "
-            "values share a scale can't be told"
+            "values share a scale can't be told",
         )
     inputs = tuple(o.name for o in near if _OF_INPUTS.search(o.name.rpartition(".")[2]) and o not in scales)
     return Scaled(tensor, scale, grid, inputs)

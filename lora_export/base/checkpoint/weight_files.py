@@ -32,7 +32,7 @@ _EXTRA = {"jev": ("head.safetensors", "readout.safetensors")}
 _INDEX = re.compile(r"(?P<stem>.+)\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WeightFiles:
     """One set of weights.
 
@@ -122,7 +122,12 @@ def find_weights(folder: Path, is_diffusers: bool, config: Mapping[str, Any]) ->
         if (named := config.get(_KEY)) is not None:
             chosen = [found for found in sets if found.name == named]
             # A file that an index names is no set, and an adapter's is none of a base.
-            return _noted(chosen[0] if chosen else WeightFiles(named, "", "", None, (named,)), sets)
+            return _noted(
+                chosen[0]
+                if chosen
+                else WeightFiles(name=named, stem="", variant="", index=None, files=(named,)),
+                sets,
+            )
     stems = _STEMS[::-1] if is_diffusers else _STEMS
     for stem in stems:
         own = [found for found in sets if found.stem == stem]
@@ -170,13 +175,15 @@ def _sets(folder: Path) -> list[WeightFiles]:
             files = ()  # said if it is chosen
         indexed.update(files)
         stem = match["stem"] if match["stem"] in _STEMS else ""
-        found.append(WeightFiles(index.name, stem, match["variant"] or "", index, files))
+        found.append(
+            WeightFiles(name=index.name, stem=stem, variant=match["variant"] or "", index=index, files=files)
+        )
     for file in sorted(folder.glob("*.safetensors")):
         if file.name in indexed or file.name.startswith("adapter"):
             continue
         match = _SINGLE.fullmatch(file.name)
         stem, variant = (match["stem"], match["variant"] or "") if match else ("", "")
-        found.append(WeightFiles(file.name, stem, variant, None, (file.name,)))
+        found.append(WeightFiles(name=file.name, stem=stem, variant=variant, index=None, files=(file.name,)))
     return found
 
 

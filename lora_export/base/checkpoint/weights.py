@@ -66,7 +66,12 @@ class CheckpointWeights:
         change = self._names.rename(named, flattened, scope)
         self.hints += [change.hint] if change.hint else []
         return AdapterWeights(
-            self._names, self._quantised, named, change.names, self._twins, lambda: self._ties
+            self._names,
+            self._quantised,
+            named=named,
+            names=change.names,
+            twins=self._twins,
+            ties_of=lambda: self._ties,
         )
 
     @cached_property
@@ -140,11 +145,11 @@ class AdapterWeights:
         """
         name = self._by_named.get(target.named)
         parts = self._table.parts(name) if name else ()
-        packed = "" if parts else self._quantised.packed_at(name or target.key)
+        packed = None if parts else self._quantised.packed_at(name or target.key)
         if packed:
             folder = self._quantised.checkpoint.folder
             raise CheckpointError(
-                f"{folder}: {target.key} is {packed}: its values can't be compared",
+                f"{folder}: {target.key} is {packed.detail}: its values can't be compared",
                 "give the unquantised folder with --checkpoint, or --no-checkpoint (checkpoint=False)",
             )
         if not parts:

@@ -26,7 +26,7 @@ class Added:
     source: str
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Placed:
     """The plan for a checkpoint.
 

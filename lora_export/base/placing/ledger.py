@@ -12,7 +12,7 @@ from lora_export.formats.reading.whole_copies import Reach
 from lora_export.plan import PlanRow, Refusal
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Ledger:
     """Changes of stored tensors.
 
@@ -41,7 +41,14 @@ class Ledger:
 
     def add(self, name: str, make: MakePatch, reach: Reach = "one", is_copy: bool = False) -> None:
         """Add a change that belongs to the plan's next row; what it is, see `Change`."""
-        change = Change(make, len(self.rows), self._adapter, self._is_tied, reach, is_copy)
+        change = Change(
+            make=make,
+            row=len(self.rows),
+            adapter=self._adapter,
+            is_tied=self._is_tied,
+            reach=reach,
+            is_copy=is_copy,
+        )
         self.changes.setdefault(name, []).append(change)
 
     def tensor(self, name: str) -> StoredTensor:

@@ -17,6 +17,7 @@ Layouts that a stored weight can have against the module's canonical one:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -39,7 +40,7 @@ from lora_export.base.ties.ties import Ties, find_ties, may_be_tied
 from lora_export.formats.reading.scope import SHARED
 from lora_export.formats.reading.whole_copies import Reach, reach_of
 from lora_export.formats.schemes import fitted
-from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, unaccounted
+from lora_export.plan import Plan, PlanRow, Refusal, unaccounted
 from lora_export.sites.experts import fit_matrix, fit_parameter, is_turned, unsettled
 from lora_export.sites.experts import settle as settle_layout
 from lora_export.sites.naming.names import Named
@@ -54,9 +55,26 @@ class NoPlace(Exception):
         refusal: The reason, with what to do to the base where that helps.
     """
 
-    def __init__(self, kind: RefusalKind, reason: str, hint: str = "") -> None:
-        super().__init__(reason)
-        self.refusal = Refusal(kind, reason, hint)
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.detail)
+        self.refusal = refusal
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """What has become of one parameter.
+
+    Attributes:
+        places: Names of the stored tensors.
+        layout: How the canonical weight lies there.
+        reason: What led there.
+        is_unchanged: The base holds the same values already.
+    """
+
+    places: list[str]
+    layout: str = ""
+    reason: str = ""
+    is_unchanged: bool = False
 
 
 def place_adapters(
@@ -86,18 +104,19 @@ def place_adapters(
         placer.begin(adapter, weight, shared)
         for path, values in adapter.extras.items():
             names: tuple[str, ...] = (adapter.extra_tensors.get(path, path),)
-            placer.place(adapter, path, names, "replace", partial(placer.replaced, path, values, adapter))
+            act = partial(placer.replaced, path, values, adapter)
+            placer.place(adapter, path, tensors=names, action="replace", act=act)
         for path, rows in adapter.token_rows.items():
             act = partial(placer.rows_replaced, path, rows, adapter)
-            placer.place(adapter, path, (rows.tensor_name,), "replace", act)
+            placer.place(adapter, path, tensors=(rows.tensor_name,), action="replace", act=act)
         for module in adapter.modules.values():
-            biases = tuple(n for n in module.tensor_names if n.endswith("bias")) if _biased(module) else ()
-            names = tuple(n for n in module.tensor_names if n not in biases)
             path = f"{module.path}.{module.parameter}"
-            placer.place(adapter, path, names, "merge", partial(placer.merged, module, adapter, weight))
+            act = partial(placer.merged, module, adapter, weight)
+            placer.place(adapter, path, tensors=module.weight_tensors, action="merge", act=act)
             if _biased(module):
                 act = partial(placer.bias_added, module, adapter, weight)
-                placer.place(adapter, f"{module.path}.bias", biases, "add to bias", act)
+                bias = f"{module.path}.bias"
+                placer.place(adapter, bias, tensors=module.bias_tensors, action="add to bias", act=act)
         lost = unaccounted(adapter.tensor_names, placer.rows[start:])
         unruled = Refusal("operator", "no rule for it")
         placer.rows.extend(PlanRow.refused(adapter.name, name, (name,), unruled) for name in lost)
@@ -132,12 +151,12 @@ class _Placer:
         self._owner, self._weight = -1, 1.0
         self._names = Names(checkpoint)
         self._quantised, self._resize = quantised, resize
-        self._ledger = Ledger(checkpoint)
+        self._ledger = Ledger(checkpoint=checkpoint)
         self._stacked: set[str] = set()
         self._absent: list[str] = []
         self._hints: list[str] = []
         self._notes: list[str] = []
-        self._renaming = Renaming(())
+        self._renaming = Renaming(names=())
         self._numbers: dict[Named, int] = {}
         self._is_flattened = False
         self._trained: Mapping[str, Any] = {}
@@ -184,12 +203,12 @@ class _Placer:
         parameter: str,
         tensors: tuple[str, ...],
         action: str,
-        act: Callable[[], tuple[list[str], str, str]],
+        act: Callable[[], _Settled],
     ) -> None:
-        """Add one row: ``act`` registers the change and returns places, layout and reason."""
+        """Add one row: ``act`` registers the change and returns where it is."""
         copies = len(self._copied)
         try:
-            places, layout, reason = act()
+            done = act()
         except NoPlace as problem:
             # Parts that were placed before the one that has no place.
             self._ledger.drop({len(self.rows)})
@@ -197,9 +216,17 @@ class _Placer:
             self._hints += [problem.refusal.hint] * bool(problem.refusal.hint)
             self.rows.append(PlanRow.refused(adapter.name, parameter, tensors, problem.refusal))
             return
-        action = "unchanged" if reason == UNCHANGED else action
-        shown = ", ".join(places[:2]) + (f", … ({len(places)})" if len(places) > 2 else "")
-        self.rows.append(PlanRow(adapter.name, parameter, tensors, action, shown, "", layout, reason))
+        shown = ", ".join(done.places[:2]) + (f", … ({len(done.places)})" if len(done.places) > 2 else "")
+        row = PlanRow(
+            adapter=adapter.name,
+            parameter=parameter,
+            tensors=tensors,
+            action="unchanged" if done.is_unchanged else action,
+            place=shown,
+            layout=done.layout,
+            reason=UNCHANGED if done.is_unchanged else done.reason,
+        )
+        self.rows.append(row)
 
     def finish(self, notes: Sequence[str]) -> Placed:
         """Settle what shares a weight with others, and return the whole."""
@@ -208,22 +235,22 @@ class _Placer:
         changes = {name: [c.make for c in changes] for name, changes in ledger.changes.items() if changes}
         said = [*notes, *self._notes, *settled.notes, *quantised_notes(self._quantised, changes)]
         return Placed(
-            self._quantised,
-            Plan(tuple(ledger.rows), tuple(said), tuple(self._warnings)),
-            changes,
-            self._stacked,
-            [Added(name, source) for name, source in settled.parted],
-            settled.untied,
-            self._absent,
-            ledger.resized,
-            settled.vocabulary,
-            tuple(dict.fromkeys([*self._hints, *ledger.hints])),
-            [*self._copied, *spread_copies(self._copied, settled.copies)],
+            quantised=self._quantised,
+            plan=Plan(tuple(ledger.rows), tuple(said), tuple(self._warnings)),
+            changes=changes,
+            stacked=self._stacked,
+            added=[Added(name, source) for name, source in settled.parted],
+            untied=settled.untied,
+            absent=self._absent,
+            resized=ledger.resized,
+            vocabulary=settled.vocabulary,
+            hints=tuple(dict.fromkeys([*self._hints, *ledger.hints])),
+            copied=[*self._copied, *spread_copies(self._copied, settled.copies)],
         )
 
     # What each kind of change does.
 
-    def replaced(self, path: str, values: Array, adapter: Adapter) -> tuple[list[str], str, str]:
+    def replaced(self, path: str, values: Array, adapter: Adapter) -> _Settled:
         """Put whole values in place of a parameter."""
         name, reason = self._single(Named(path, "replace"), values.shape)
         tensor = self._ledger.tensor(name)
@@ -231,44 +258,67 @@ class _Placer:
             may_grow = self._resize and name not in self._quantised.scaled
             if not (may_grow and grows(path, tensor.shape, values.shape)):
                 raise NoPlace(
-                    "shape",
-                    f"stored with shape {tensor.shape}, the adapter's values have {values.shape}",
-                    self._rows_hint(path, tensor.shape, values.shape),
+                    Refusal(
+                        "shape",
+                        f"stored with shape {tensor.shape}, the adapter's values have {values.shape}",
+                        self._rows_hint(path, tensor.shape, values.shape),
+                    )
                 )
             self._ledger.resized[name] = values.shape
         source = self._ledger.sources.get(name, name)
         held = self._quantised.values(source) if source not in self._quantised.refused else None
         if held is not None and self._are_judged and is_same(values, held):
-            return [name], "", UNCHANGED
+            return _Settled([name], is_unchanged=True)
         if held is not None and (warning := untrained_note(adapter, path, values, held)):
             self._warnings.append(warning)
-        self._copied.append(Copied(name, name, path, adapter.name, self._owner, self._weight, values))
+        self._copied.append(
+            Copied(
+                place=name,
+                stored=name,
+                parameter=path,
+                adapter=adapter.name,
+                owner=self._owner,
+                weight=self._weight,
+                values=values,
+            )
+        )
         matrix = values.reshape(view_of(values.shape, name in self._stacked))
         reach = reach_of(adapter, path)
         if reach == "unknown" and held is not None and is_same(values, held):
             reach = "all"
         self._ledger.add(name, lambda _: replacement(path, matrix), reach, is_copy=True)
-        return [name], "", reason
+        return _Settled([name], reason=reason)
 
-    def rows_replaced(self, path: str, rows: TokenRows, adapter: Adapter) -> tuple[list[str], str, str]:
+    def rows_replaced(self, path: str, rows: TokenRows, adapter: Adapter) -> _Settled:
         """Put single rows in place of an embedding's, and of what is tied to it."""
         name, reason = self._single(Named(path, "replace rows"))
         shape = self._ledger.tensor(name).shape
         if shape[1:] != rows.values.shape[1:]:
             raise NoPlace(
-                "shape", f"stored with shape {shape}, the adapter's rows have {rows.values.shape[1]} values"
+                Refusal(
+                    "shape",
+                    f"stored with shape {shape}, the adapter's rows have {rows.values.shape[1]} values",
+                )
             )
         if max(rows.indices) >= shape[0]:
             wanted = max(rows.indices) + 1
-            raise NoPlace("shape", f"row {wanted - 1} of {shape[0]}", resize_hint(wanted))
+            raise NoPlace(Refusal("shape", f"row {wanted - 1} of {shape[0]}", resize_hint(wanted)))
         if self._are_judged and self._holds_rows(name, rows):
-            return [name], f"{len(rows.indices)} rows", UNCHANGED
+            return _Settled([name], f"{len(rows.indices)} rows", is_unchanged=True)
         self._copied.append(
-            Copied(name, name, path, adapter.name, self._owner, self._weight, row_count=len(rows.indices))
+            Copied(
+                place=name,
+                stored=name,
+                parameter=path,
+                adapter=adapter.name,
+                owner=self._owner,
+                weight=self._weight,
+                row_count=len(rows.indices),
+            )
         )
         for first, values in rows.runs():
             self._ledger.add(name, partial(_replaced, path, values, first), "all")
-        return [name], f"{len(rows.indices)} rows", reason
+        return _Settled([name], f"{len(rows.indices)} rows", reason)
 
     def _holds_rows(self, name: str, rows: TokenRows) -> bool:
         """Whether the base has these rows already; one that can't be read has not."""
@@ -277,7 +327,7 @@ class _Placer:
             return False
         return is_same(rows.values, self._quantised.values(source)[list(rows.indices)])
 
-    def bias_added(self, module: LoraModule, adapter: Adapter, weight: float) -> tuple[list[str], str, str]:
+    def bias_added(self, module: LoraModule, adapter: Adapter, weight: float) -> _Settled:
         """Add the scaled bias of lora_B to the module's own bias."""
         assert module.lora_bias is not None
         path, bias = f"{module.path}.bias", module.lora_bias
@@ -287,36 +337,51 @@ class _Placer:
             if problem.refusal.kind != "not found":
                 raise
             why = "lora_bias needs a bias to be added to, and the base has none here"
-            raise NoPlace("not found", why) from None
+            raise NoPlace(Refusal("not found", why)) from None
         if self._ledger.tensor(name).shape != bias.shape:
             shape = self._ledger.tensor(name).shape
-            raise NoPlace("shape", f"{name} has shape {shape}, lora_bias {bias.shape}")
+            raise NoPlace(Refusal("shape", f"{name} has shape {shape}, lora_bias {bias.shape}"))
 
         def make(dtype: type[Any]) -> Patch:
             row = bias.astype(dtype)[None, :] * dtype(weight * module.scaling)
-            return Patch(path, 0, 0, 1, bias.size, left=np.ones((1, 1), dtype), right=row)
+            return Patch(
+                label=path, row=0, col=0, height=1, width=bias.size, left=np.ones((1, 1), dtype), right=row
+            )
 
         self._ledger.add(name, make)
-        self._copied.append(Copied(name, name, path, adapter.name, self._owner, weight))
-        return [name], "", reason
+        self._copied.append(
+            Copied(
+                place=name,
+                stored=name,
+                parameter=path,
+                adapter=adapter.name,
+                owner=self._owner,
+                weight=weight,
+            )
+        )
+        return _Settled([name], reason=reason)
 
-    def merged(self, module: LoraModule, adapter: Adapter, weight: float) -> tuple[list[str], str, str]:
+    def merged(self, module: LoraModule, adapter: Adapter, weight: float) -> _Settled:
         """Add ΔW where the module's weight, or each part of it, is stored."""
         if module.groups > 1:
             raise NoPlace(
-                "branch only",
-                f"a convolution of {module.groups} groups can't be merged (PEFT refuses it, too)",
+                Refusal(
+                    "branch only",
+                    f"a convolution of {module.groups} groups can't be merged (PEFT refuses it, too)",
+                )
             )
         parts = self._parts(Named(f"{module.path}.{module.parameter}", "merge", module.component))
         rows, _ = module.matrix_shape
         experts = {part.expert for part in parts}
         if None not in experts and len(experts) != module.experts:
-            raise NoPlace("shape", f"the base has {len(experts)} experts, the adapter {module.experts}")
+            raise NoPlace(
+                Refusal("shape", f"the base has {len(experts)} experts, the adapter {module.experts}")
+            )
         layouts = []
         for part in parts:
             index, count = part.piece
             if rows % count:
-                raise NoPlace("shape", f"{rows} rows can't be cut into {count} equal tensors")
+                raise NoPlace(Refusal("shape", f"{rows} rows can't be cut into {count} equal tensors"))
             span = (rows // count * index, rows // count * (index + 1))
             placements, layout = self._fit(module, adapter, part, span)
             layouts.append(layout)
@@ -325,16 +390,16 @@ class _Placer:
                 self._ledger.add(part.tensor, partial(_make, module, placement, weight), reach)
             self._copied.append(
                 Copied(
-                    part.tensor,
-                    part.tensor,
-                    module.key,
-                    adapter.name,
-                    self._owner,
-                    weight,
+                    place=part.tensor,
+                    stored=part.tensor,
+                    parameter=module.key,
+                    adapter=adapter.name,
+                    owner=self._owner,
+                    weight=weight,
                     is_dora=module.magnitude is not None,
                 )
             )
-        return [part.tensor for part in parts], layouts[0], parts[0].reason
+        return _Settled([part.tensor for part in parts], layouts[0], parts[0].reason)
 
     def _fit(
         self, module: LoraModule, adapter: Adapter, part: Part, span: tuple[int, int]
@@ -353,14 +418,18 @@ class _Placer:
             parameter = f"{module.path}.{module.parameter}"
             as_name = "" if tensor.name.endswith(parameter) else f" ({tensor.name})"
             raise NoPlace(
-                "shape",
-                f"stored with shape {tensor.shape}, the adapter fits {module.weight_shape}{as_name}",
-                self._rows_hint(parameter, shape, module.weight_shape),
+                Refusal(
+                    "shape",
+                    f"stored with shape {tensor.shape}, the adapter fits {module.weight_shape}{as_name}",
+                    self._rows_hint(parameter, shape, module.weight_shape),
+                )
             )
         config, flag = self._checkpoint.config, adapter.fan_in_fan_out
         transposed = turned and (not same or is_conv1d(config, module.path, flag))
         if part.transposed:
-            raise NoPlace("operator", f"{tensor.name} holds the transpose of it, by transformers' conversion")
+            raise NoPlace(
+                Refusal("operator", f"{tensor.name} holds the transpose of it, by transformers' conversion")
+            )
         return [Placement(span, 0, 0, transposed)], "transposed" if transposed else ""
 
     def _fit_parameter(
@@ -372,16 +441,16 @@ class _Placer:
         transformers transposes it in loading.
         """
         held = self._names.held(f"{module.path}.{module.parameter}")
-        if reason := unsettled(module, held):
-            raise NoPlace("unproven", reason)
+        if refusal := unsettled(module, held):
+            raise NoPlace(refusal)
         tensor, experts = self._ledger.tensor(part.tensor), module.experts
         if part.expert is not None:
             placed = fit_matrix((span[1] - span[0], module.weight_shape[1]), tensor.shape, part.transposed)
         else:
             turned = part.transposed or (held is not None and is_turned(tensor.shape, held.shape))
             placed = fit_parameter(module, tensor.shape, turned)
-        if isinstance(placed, str):
-            raise NoPlace("shape", placed)
+        if isinstance(placed, Refusal):
+            raise NoPlace(placed)
         layout = "transposed" if placed else ""
         if part.expert is not None or experts == 1:
             return [Placement(span, 0, 0, placed, expert=part.expert or 0)], layout
@@ -415,34 +484,38 @@ class _Placer:
         number = self._numbers[named]
         parameter = self._renaming.names[number] or named.key
         if packed := self._quantised.packed_at(parameter):
-            raise NoPlace("quantised", packed)
+            raise NoPlace(packed)
         if parts.kind == "ambiguous":
-            raise NoPlace("ambiguous", str(parts))
+            raise NoPlace(Refusal("ambiguous", str(parts)))
         flattened = self._is_flattened and self._renaming.names[number] is None
         tied = self._ties.absent(parameter, flattened) if self._may_be_tied(parameter) else None
         if tied is None:
             self._absent.append(named.key)
-            raise NoPlace("not found", str(parts), self._head_hint(named.key, whole) if whole else "")
+            raise NoPlace(
+                Refusal("not found", str(parts), self._head_hint(named.key, whole) if whole else "")
+            )
         tie, name = tied
         if name not in self._checkpoint.tensors:
             self._ledger.sources[name] = tie.source
-        part = Part(name, reason=f"tied to {tie.source}")
-        self._check([Part(tie.source)])
+        part = Part(tensor=name, reason=f"tied to {tie.source}")
+        self._check([Part(tensor=tie.source)])
         return (part,)
 
     def _check(self, parts: Sequence[Part]) -> None:
         """Refuse what can't be merged into."""
         for part in parts:
-            reason = self._quantised.refusal(part.tensor)
-            if reason:
-                raise NoPlace("quantised", reason)
+            if refusal := self._quantised.refusal(part.tensor):
+                raise NoPlace(refusal)
 
     def _single(self, named: Named, whole: tuple[int, ...] = ()) -> tuple[str, str]:
         parts = self._parts(named, whole)
         (first, *more) = parts
         if more or first.piece != (0, 1) or first.expert is not None or first.transposed:
             raise NoPlace(
-                "operator", f"the base stores it as {len(parts)} tensors: replacing it whole is not possible"
+                Refusal(
+                    "operator",
+                    f"the base stores it as {len(parts)} tensors: replacing it whole is not possible",
+                )
             )
         return parts[0].tensor, parts[0].reason
 

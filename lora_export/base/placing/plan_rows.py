@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import NoReturn
 
 import onnx_ir as ir
 
 from lora_export.adapter import Adapter
 from lora_export.base.checkpoint.vocabulary import head_hint
+from lora_export.base.placing.hints import BY_VALUE, LOST, Situation, Verb, hints_of
 from lora_export.base.ties.ties import may_be_tied
 from lora_export.errors import SiteError
 from lora_export.formats.reading.scope import SHARED, how_to_part
 from lora_export.graph.onnx_file import GraphFile, shape_of
-from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, unaccounted
+from lora_export.plan import Plan, PlanRow, refuse, unaccounted
 from lora_export.sites.doubts.changed import is_transposed_constant
 from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.naming.likeness import counterparts
@@ -24,10 +24,6 @@ from lora_export.sites.slot import Use
 from lora_export.sites.target import Miss, Site
 
 _EXAMPLES = 4
-# Nothing led to a place.
-_LOST: AbstractSet[RefusalKind] = {"not found", "nameless"}
-Verb = Literal["merge-onnx", "swap-onnx", "bank-onnx"]
-_BY_VALUE = "give --checkpoint BASE_DIR to match by value"
 _COMPARE = "give --checkpoint BASE_DIR: its values may explain the constants"
 _QUANTISED = (
     "keep the adapter beside the quantised weights (lora-export swap-onnx), or merge into the "
@@ -40,14 +36,6 @@ _INTEGERS = (
 _COPIES = (
     "merge into the unquantised graph and quantise the result; or quantise that graph without these modules "
     "(nodes_to_exclude=[...]) and give that"
-)
-_AGAIN = (
-    "export the graph again with torch.onnx.export(..., dynamo=True, optimize=False), which keeps names, "
-    "computes nothing in advance and has one constant for all calls of a module"
-)
-_MERGE_FIRST = (
-    "where that is how it was made (torch.cond drops names), merge into the checkpoint (lora-export merge) "
-    "and export the result"
 )
 _CONTRIB = "com.microsoft"
 # Domains of operators that ONNX Runtime's optimiser makes for a machine, and how their layout is called.
@@ -102,7 +90,7 @@ def warned_of_computed(plan: Plan) -> Plan:
     return replace(plan, warnings=(*plan.warnings, warning))
 
 
-def refuse(
+def refuse_misses(
     graph: GraphFile,
     adapter: Adapter,
     sites: Sequence[Site],
@@ -112,7 +100,7 @@ def refuse(
     checked: bool,
     uses: Sequence[Use],
     shared: bool = False,
-) -> None:
+) -> NoReturn:
     """Raise `SiteError` with a reason for each miss.
 
     Args:
@@ -130,21 +118,27 @@ def refuse(
     name = f"adapter {adapter.name!r}" if adapter.format else adapter.name
     lines = [f"{miss.target.key}  {miss.reason}" for miss in misses]
     kinds = {miss.kind for miss in misses}
-    given = list(dict.fromkeys(miss.hint for miss in misses if miss.hint))
-    lost = not sites and kinds <= _LOST and not given
+    given = list(dict.fromkeys(miss.refusal.hint for miss in misses if miss.refusal.hint))
+    lost = not sites and kinds <= LOST and not given
+    error = OtherValues if "values" in kinds else SiteError
     found = (
-        _changed(graph, misses, adapter, name, total, checked)
-        or _quantised(file, misses, name, total, verb, uses, bool(sites))
-        or (_lost(file, misses, name, checked, uses) if lost else None)
+        _changed(graph, misses, adapter=adapter, name=name, total=total, checked=checked)
+        or _quantised(file, misses, name=name, total=total, verb=verb, uses=uses, some=bool(sites))
+        or (_lost(file, misses, name=name, checked=checked, uses=uses) if lost else None)
     )
-    if found is None:
-        given += [SHARED] if shared and given else []
-        hints = [*_rows_hints(misses), *hints_of(kinds, verb, checked, bool(sites), given)]
-        doubled = {miss.target.key for miss in misses if miss.kind == "double"}
-        hints += [how_to_part(adapter, doubled)] if doubled else []
-        message = f"{name} has {len(misses)} parameters with no place in {file} (of {total})"
-        found = message, "; ".join(dict.fromkeys(hints))
-    raise (OtherValues if "values" in kinds else SiteError)(*found, lines)
+    if found is not None:
+        raise error(*found, lines)
+    doubled = {miss.target.key for miss in misses if miss.kind == "double"}
+    situation = Situation(
+        into=verb,
+        checked=checked,
+        some=bool(sites),
+        given=[*given, SHARED] if shared and given else given,
+        tells_part=any(miss.tells_part for miss in misses),
+        parting=how_to_part(adapter, doubled) if doubled else "",
+    )
+    hints = [*_rows_hints(misses), *hints_of(kinds, situation)]
+    refuse(name, file, lines, hints, count=len(misses), total=total, error=error)
 
 
 def _changed(
@@ -171,7 +165,7 @@ def _changed(
             "give the folder that the graph was exported from"
             + (f", or another part than {adapter.scope} with --component" if adapter.scope else ""),
         )
-    if (arranged := _arranged(graph)) and kinds & {*_LOST, "operator"}:
+    if (arranged := _arranged(graph)) and kinds & {*LOST, "operator"}:
         return (
             f"{file} was optimised by ONNX Runtime for one machine ({arranged}), which stores weights in a "
             f"layout of its own: {name} has {len(misses)} parameters with no place in it (of {total})",
@@ -188,7 +182,7 @@ def _quantised(
     merging = verb == "merge-onnx"
     codes = [use for use in uses if use.quantised and (merging or use.no_branch)]
     kinds = {miss.kind for miss in misses}
-    lost = kinds <= _LOST
+    lost = kinds <= LOST
     if not kinds & {"quantised", "integers"} and not (lost and not some and codes):
         return None
     hint = _QUANTISED
@@ -221,12 +215,12 @@ def _lost(
         return (
             f"{file} does not say where its weights belong: none of the {total} parameters of {name} is "
             "named in it",
-            f"{_BY_VALUE}, or the graph as its exporter wrote it",
+            f"{BY_VALUE}, or the graph as its exporter wrote it",
         )
     # The values of codes are not the checkpoint's.
     codes = any(use.quantised for use in uses)
     nameless = "export it with names (torch.onnx.export(..., optimize=False)) and quantise that"
-    values = nameless if codes else _BY_VALUE
+    values = nameless if codes else BY_VALUE
     wanted = {miss.target.key: miss.target.shape for miss in misses if miss.target.module is not None}
     pairs = counterparts(wanted, _matrices(uses))
     if pairs:
@@ -282,55 +276,9 @@ def _rows_hints(misses: Sequence[Miss]) -> list[str]:
         key, shape = miss.target.key, miss.target.shape
         if miss.target.action == "replace" and miss.kind == "shape" and may_be_tied(key):
             hints.append(f"for new tokens or labels: give the base {shape[0]} rows before it is exported")
-        elif miss.target.action == "replace" and miss.kind in _LOST:
+        elif miss.target.action == "replace" and miss.kind in LOST:
             hints.append(head_hint(key, shape, of_graph=True))
     return [hint for hint in dict.fromkeys(hints) if hint]
-
-
-def hints_of(
-    kinds: AbstractSet[RefusalKind], verb: Verb, checked: bool, some: bool, given: Sequence[str]
-) -> list[str]:
-    """Say what to do: never what was given already, nor the command that is running.
-
-    Args:
-        kinds: Of all refusals.
-        verb: The command that wants places.
-        checked: There is a checkpoint to compare values with.
-        some: Other parameters have a place.
-        given: Hints that are known to help.
-    """
-    hints = list(given)
-    if "shape" in kinds:
-        hints.append("give the base that the adapter was trained on")
-    if not checked and ("unproven" in kinds or (kinds & _LOST and not given)):
-        hints.append(_BY_VALUE)
-    elif not checked and kinds & _LOST and not any("--component" in hint for hint in given):
-        # Other names of the same weights are no matter there.
-        hints.insert(0, _BY_VALUE)
-    if checked and "unproven" in kinds:
-        hints.append("give the graph as its exporter wrote it, or a checkpoint that stores these parameters")
-    if checked and "not found" in kinds and not given:
-        hints.append("export the graph again with these modules in it")
-    if "ambiguous" in kinds and not given:
-        hints.append(_AGAIN if checked else f"{_AGAIN}, and give --checkpoint BASE_DIR")
-        if verb == "merge-onnx":
-            hints.append(_MERGE_FIRST)
-    if "computed" in kinds:
-        hints.append(_AGAIN)
-    if "dora" in kinds:
-        merge = "merge the adapter with merge-onnx"
-        hints.append(
-            f"give --dora, or {merge}" if verb == "swap-onnx" else f"see swap-onnx --dora, or {merge}"
-        )
-    if "merge only" in kinds:
-        hints.append("merge the adapter with merge-onnx")
-    if "branch only" in kinds:
-        hints.append("keep the adapter beside the weights with swap-onnx")
-    if "operator" in kinds:
-        hints.append("export the graph with plain MatMul, Gemm or Conv nodes for these modules")
-    if some:
-        hints.append("--allow-unmatched (allow_unmatched=True) goes on without them")
-    return hints
 
 
 def placed_row(adapter: Adapter, site: Site, action: str = "") -> PlanRow:
@@ -352,19 +300,19 @@ def placed_row(adapter: Adapter, site: Site, action: str = "") -> PlanRow:
             words.append(f"plus {first.shift:g}")
         layouts.append(" ".join(words) or "as in PyTorch")
     return PlanRow(
-        adapter.name,
-        site.target.key,
-        site.target.tensor_names,
-        action or site.target.action,
-        ", ".join(str(part.root.name) for part in site.parts),
-        ", ".join(operators),
-        "; ".join(layouts),
-        site.evidence,
+        adapter=adapter.name,
+        parameter=site.target.key,
+        tensors=site.target.tensor_names,
+        action=action or site.target.action,
+        place=", ".join(str(part.root.name) for part in site.parts),
+        operator=", ".join(operators),
+        layout="; ".join(layouts),
+        reason=site.evidence,
         proof=site.proof,
     )
 
 
 def refused_row(adapter: Adapter, miss: Miss) -> PlanRow:
     """Return the plan's row of a miss."""
-    target, refusal = miss.target, Refusal(miss.kind, miss.reason)
-    return PlanRow.refused(adapter.name, target.key, target.tensor_names, refusal)
+    target = miss.target
+    return PlanRow.refused(adapter.name, target.key, target.tensor_names, miss.refusal)

@@ -12,10 +12,11 @@ from lora_export.base.checkpoint.quantised import HINT, find_quantised
 from lora_export.base.history.history import MANIFEST
 from lora_export.base.history.merged import refuse_contained, refuse_merged
 from lora_export.base.placing.changes import Placed
+from lora_export.base.placing.hints import Situation, hints_of
 from lora_export.base.placing.places import place_adapters
 from lora_export.base.ties.copies import refuse_overwriting
 from lora_export.errors import AdapterError, SiteError
-from lora_export.plan import Plan
+from lora_export.plan import Plan, refuse
 from lora_export.sites.naming.likeness import counterparts, side_by_side
 
 _EXAMPLES = 4
@@ -77,19 +78,16 @@ def refuse_unplaced(
             HINT,
             lines,
         )
-    if "branch only" in kinds:
-        hints.append(
-            "export the base to ONNX and keep the adapter beside its weights (lora-export swap-onnx)"
-        )
-    if kinds & {"not found", "shape"} and not hints:
-        hints.append(_trained_on(checkpoint, adapters))
-    if len(refused) < len(rows):
-        hints.append("--allow-unmatched merges the others and leaves these out")
-    raise SiteError(
-        f"adapter {names} has {len(refused)} parameters with no place in {checkpoint.folder} "
-        f"(of {len(rows)})",
-        "; ".join(dict.fromkeys(hint for hint in hints if hint)),
+    if kinds & {"not found", "shape"} and "branch only" not in kinds and not hints:
+        hints = [_trained_on(checkpoint, adapters)]
+    situation = Situation(into="folder", some=len(refused) < len(rows), given=hints)
+    refuse(
+        f"adapter {names}",
+        str(checkpoint.folder),
         lines,
+        hints_of(kinds, situation),
+        count=len(refused),
+        total=len(rows),
     )
 
 

@@ -13,7 +13,7 @@ from lora_export.base.ties.ties import FLAG, TOGETHER, Tie, Ties
 from lora_export.plan import Refusal
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Settled:
     """What became of tied and of resized weights.
 
@@ -52,7 +52,7 @@ def settle(
     growing = set(ledger.resized)
     if growing:
         _settle_rows(ledger, result)
-    _settle_ties(ledger, ties, touched, quantised, result)
+    _settle_ties(ledger, ties, touched=touched, quantised=quantised, result=result)
     if result.vocabulary and set(ledger.resized) != growing:
         # The config has one number of tokens for all: with the rest grown, no model could be built.
         why = f"{', '.join(sorted(growing - set(ledger.resized)))} can't be given more rows"

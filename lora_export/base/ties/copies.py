@@ -40,7 +40,7 @@ UNCHANGED = "the base holds the same values"
 _ROWS = 4096
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Copied:
     """One adapter's change of one parameter.
 

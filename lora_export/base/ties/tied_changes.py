@@ -30,7 +30,7 @@ _UNTIED = "give the base that the adapter was trained on, which has a weight for
 MakePatch = Callable[[type[Any]], Patch]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Change:
     """A patch of one stored tensor, made when it is written.
 

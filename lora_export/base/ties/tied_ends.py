@@ -27,6 +27,7 @@ from lora_export.adapter import Adapter, Array
 from lora_export.base.ties.copies import is_same
 from lora_export.formats.reading.whole_copies import Reach, reach_of
 from lora_export.graph.onnx_file import release
+from lora_export.plan import Refusal
 from lora_export.sites import fit
 from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.isolate import readers_of
@@ -69,9 +70,8 @@ def with_tied_ends(
         if not _is_copy(site) and any(_key(use) in changed for use in ends):
             made.append(site)  # Rule 1.
             continue
-        reason, hint = _problem(adapter, site, sites, ends, uses, tied)
-        if reason:
-            misses.append(Miss(site.target, reason, "tied", hint))
+        if refusal := _problem(adapter, site, sites=sites, ends=ends, uses=uses, tied=tied):
+            misses.append(Miss(site.target, refusal))
             continue
         if ends := [use for use in ends if _key(use) not in taken]:  # Rule 2.
             # Of two copies with the same values the first stands for both at the other ends.
@@ -157,8 +157,8 @@ def _problem(
     ends: Sequence[Use],
     uses: Sequence[Use],
     tied: bool | None,
-) -> tuple[str, str]:
-    """Return why a copy has no certain place, and what to do; empty texts where it has one.
+) -> Refusal | None:
+    """Return why a copy has no certain place, and what to do; None where it has one.
 
     Args:
         adapter: The adapter.
@@ -178,30 +178,26 @@ def _problem(
     ]
     if rivals:  # Rule 6.
         listed = ", ".join(rivals)
-        return (
-            f"its weight is that of {listed}, too, and the adapter has copies with other values for each",
-            _BASE,
-        )
+        reason = f"its weight is that of {listed}, too, and the adapter has copies with other values for each"
+        return Refusal("tied", reason, _BASE)
     ends = [use for use in ends if _key(use) not in copies]
     if ends and _reach(adapter, site) == "unknown":
-        return (
-            f"{root.name!r} is other modules' too, and no config says whether the copy is of all of them",
-            _CONFIG,
-        )
-    closed = [use for use in ends if use.refusal or use.quantised or isinstance(fit.place(target, use), str)]
+        reason = f"{root.name!r} is other modules' too, and no config says whether the copy is of all of them"
+        return Refusal("tied", reason, _CONFIG)
+    closed = [
+        use for use in ends if use.refusal or use.quantised or isinstance(fit.place(target, use), Refusal)
+    ]
     hidden = set(readers_of(root)) - {_key(use) for use in uses}
     if hidden or closed:  # Rule 5.
         what = closed[0].node.op_type if closed else "a node that is not understood"
         does = "the copy replaces" if _is_copy(site) else "the adapter changes"
-        return f"{does} all that is tied to it, and {what} reads the weight as well", _AGAIN
+        return Refusal("tied", f"{does} all that is tied to it, and {what} reads the weight as well", _AGAIN)
     others = sorted({str(use.root.name) for use in ends if use.root is not root})
     if tied is None and others:  # Rule 4.
         listed = ", ".join(map(repr, others))
-        return (
-            f"{listed} holds the same values, and no name tells whether it is tied and changed, too",
-            _CHECKPOINT,
-        )
-    return "", ""
+        reason = f"{listed} holds the same values, and no name tells whether it is tied and changed, too"
+        return Refusal("tied", reason, _CHECKPOINT)
+    return None
 
 
 def _are_equal(one: Target, other: Target) -> bool:
@@ -224,6 +220,6 @@ def _parts(site: Site, ends: Sequence[Use], sites: Sequence[Site]) -> tuple[Part
     made = []
     for (root, _), found in groups.items():
         placed = first.placements if root == id(first.root) else fit.place(site.target, found[0])
-        assert not isinstance(placed, str)
+        assert not isinstance(placed, Refusal)
         made.append(Part(found[0].root, tuple(found), placed))
     return tuple(made)

@@ -40,7 +40,7 @@ TOGETHER = (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Tie:
     """Some parameters that are one weight.
 
@@ -181,7 +181,7 @@ def _by_transformers(checkpoint: Checkpoint) -> Ties:
         as_loaded = all(held.get(name, name) == name for name in names)
         tensors = {n: held.get(n) or (n if as_loaded else renaming.stored(n)) for n in names}
         one = {name: tensor for name, tensor in tensors.items() if tensor not in apart}
-        ties.append(Tie(one, stored[0], refusal, apart=tuple(apart)))
+        ties.append(Tie(tensors=one, source=stored[0], refusal=refusal, apart=tuple(apart)))
     return Ties(tuple(ties))
 
 
@@ -270,7 +270,7 @@ def _by_names(checkpoint: Checkpoint, problem: str, is_unknown: bool = False) ->
     head = heads[0] if heads else _HEAD_OF.get(str(config.get("model_type")), "lm_head.weight")
     note = f"tied weights were judged by their names: {problem}" if problem else ""
     one = {name: name for name in [*embeddings, head] if name not in apart}
-    return Ties((Tie(one, embeddings[0], refusal, hint, apart),), note)
+    return Ties((Tie(tensors=one, source=embeddings[0], refusal=refusal, hint=hint, apart=apart),), note)
 
 
 def _unsure(checkpoint: Checkpoint) -> Iterator[str]:
@@ -295,7 +295,12 @@ def _unknown(checkpoint: Checkpoint, problem: str) -> Ties:
     hint = f"save the base with {FLAG}=False and each weight for itself"
     return Ties(
         tuple(
-            Tie({name: name, f"what may be tied to {name}": f"what may be tied to {name}"}, name, why, hint)
+            Tie(
+                tensors={name: name, f"what may be tied to {name}": f"what may be tied to {name}"},
+                source=name,
+                refusal=why,
+                hint=hint,
+            )
             for name, tensor in checkpoint.tensors.items()
             if len(tensor.shape) == 2 and may_be_tied(name) and (not rows or tensor.shape[0] in rows)
         )

@@ -19,6 +19,7 @@ from lora_export.engines.prepare.opset import opset_of, raise_opset
 from lora_export.engines.prepare.problem import Problem, of_nodes
 from lora_export.graph.nodes import NodeWriter, model_names
 from lora_export.graph.onnx_file import GraphFile, shape_of
+from lora_export.plan import Refusal
 from lora_export.sites.node_text import module_of
 
 _CONTRIB = "com.microsoft"
@@ -26,7 +27,6 @@ _CONTRIB = "com.microsoft"
 _OPSET = 21
 # The new weights lie inside the protobuf, which holds at most 2 GB.
 LIMIT_BYTES = 1_500_000_000
-_HINT = "quantise it again: MatMulNBits with 4 or 8 bits, symmetric, blocks of 16, 32, 64 or 128"
 # From this level on ONNX Runtime rounds activations to 8 bits.
 _ROUNDED = 4
 
@@ -38,8 +38,8 @@ def nbits_problems(graph: GraphFile, capabilities: Sequence[str]) -> Iterator[Pr
     seen: set[tuple[int, int]] = set()
     for node in _nodes(graph):
         weight = read_nbits(node)
-        if isinstance(weight, str):
-            found[weight, _HINT].append(node)
+        if isinstance(weight, Refusal):
+            found[weight.detail, weight.hint].append(node)
             continue
         total += 0 if weight.constants() in seen else weight.nbytes
         seen.add(weight.constants())

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.adapter import Array
+from lora_export.plan import Refusal
 
 OPERATOR = "MatMulNBits"
 _KNOWN = frozenset({"K", "N", "bits", "block_size", "accuracy_level", "weight_prepacked"})
@@ -22,6 +23,7 @@ _BLOCKS = (16, 32, 64, 128)
 _SCALES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 # Inputs by position.
 _A, _B, _SCALE, _ZERO, _ORDER, _BIAS = range(6)
+_HINT = "quantise it again: MatMulNBits with 4 or 8 bits, symmetric, blocks of 16, 32, 64 or 128"
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,53 +118,59 @@ def _transposed_nibbles(packed: Array) -> Array:
     return out.reshape(-1)
 
 
-def read_nbits(node: ir.Node) -> NbitsWeight | str:
+def read_nbits(node: ir.Node) -> NbitsWeight | Refusal:
     """Return the weight of a MatMulNBits, or the reason why DequantizeLinear can't express it."""
     unknown = sorted(set(node.attributes) - _KNOWN)
     if unknown:
-        return f"it has the unknown attribute {', '.join(unknown)}"
+        return _refused(f"it has the unknown attribute {', '.join(unknown)}")
     k, n, bits = (
         node.attributes.get_int(name, default) for name, default in (("K", 0), ("N", 0), ("bits", 4))
     )
     weight = NbitsWeight(
-        node,
-        k,
-        n,
-        bits,
-        node.attributes.get_int("block_size", 0),
-        node.attributes.get_int("accuracy_level", 0),
+        node=node,
+        k=k,
+        n=n,
+        bits=bits,
+        block=node.attributes.get_int("block_size", 0),
+        accuracy_level=node.attributes.get_int("accuracy_level", 0),
     )
     if bits not in (4, 8):
-        return f"it has {bits} bits, but DequantizeLinear has 4 or 8"
+        return _refused(f"it has {bits} bits, but DequantizeLinear has 4 or 8")
     if weight.block not in _BLOCKS:
-        return f"its block size is {weight.block}, wanted one of {', '.join(map(str, _BLOCKS))}"
+        return _refused(f"its block size is {weight.block}, wanted one of {', '.join(map(str, _BLOCKS))}")
     if node.attributes.get_int("weight_prepacked", 0):
-        return "its weight is packed for one processor (weight_prepacked)"
+        return _refused("its weight is packed for one processor (weight_prepacked)")
     if _input(node, _ORDER) is not None:
-        return "its columns are in another order (g_idx)"
+        return _refused("its columns are in another order (g_idx)")
     return _constant_problem(weight) or weight
 
 
-def _constant_problem(weight: NbitsWeight) -> str:
-    """Return the problem of the constants of a MatMulNBits, or ""."""
+def _refused(reason: str) -> Refusal:
+    return Refusal("operator", reason, _HINT)
+
+
+def _constant_problem(weight: NbitsWeight) -> Refusal | None:
+    """Return the problem of the constants of a MatMulNBits, or None."""
     values = [_input(weight.node, index) for index in (_B, _SCALE)]
     if any(value is None or value.const_value is None or value.is_graph_input() for value in values):
-        return "its weight or its scales are computed, but must be constants"
+        return _refused("its weight or its scales are computed, but must be constants")
     codes, scales = _tensor(weight.node, _B), _tensor(weight.node, _SCALE)
     if codes.dtype is not ir.DataType.UINT8 or codes.size != weight.nbytes or not weight.nbytes:
-        return f"its weight is {codes.dtype.name.lower()} {tuple(codes.shape)}, K and N need another size"
+        seen = f"{codes.dtype.name.lower()} {tuple(codes.shape)}"
+        return _refused(f"its weight is {seen}, K and N need another size")
     if scales.dtype not in _SCALES or scales.size != weight.n * weight.blocks:
-        return f"its scales are {scales.dtype.name.lower()} {tuple(scales.shape)}, K and N need another size"
+        seen = f"{scales.dtype.name.lower()} {tuple(scales.shape)}"
+        return _refused(f"its scales are {seen}, K and N need another size")
     return _zero_problem(weight)
 
 
-def _zero_problem(weight: NbitsWeight) -> str:
-    """Return the reason why the zero points are not those of a symmetric weight, or ""."""
+def _zero_problem(weight: NbitsWeight) -> Refusal | None:
+    """Return the reason why the zero points are not those of a symmetric weight, or None."""
     zero = _input(weight.node, _ZERO)
     if zero is None:
-        return ""
+        return None
     if zero.const_value is None:
-        return "its zero points are computed, but must be constants"
+        return _refused("its zero points are computed, but must be constants")
     values = zero.const_value.numpy()
     if values.dtype == np.uint8:
         values = values.reshape(weight.n, -1)
@@ -171,8 +179,10 @@ def _zero_problem(weight: NbitsWeight) -> str:
         values = values[:, : weight.blocks]
     middle = 1 << (weight.bits - 1)
     if np.any(values.astype(np.float32) != middle):
-        return f"asymmetric (its zero points are not all {middle}), but TensorRT needs symmetric weights"
-    return ""
+        return _refused(
+            f"asymmetric (its zero points are not all {middle}), but TensorRT needs symmetric weights"
+        )
+    return None
 
 
 def _input(node: ir.Node, index: int) -> ir.Value | None:

@@ -38,8 +38,8 @@ def change_of(path: str, kind: Kind, new: Array, old: Array, tensor_names: tuple
         kind,
         a.astype(np.float32),
         b.astype(np.float32),
-        float(rank),
-        rank,
+        alpha=float(rank),
+        rank=rank,
         tensor_names=tensor_names,
     )
 

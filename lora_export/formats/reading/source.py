@@ -15,7 +15,7 @@ from lora_export.formats.reading.adapter_name import strip_adapter_name
 from lora_export.formats.reading.ort_file import SUFFIX as ORT_SUFFIX
 from lora_export.formats.reading.ort_file import read_ort_file
 from lora_export.formats.reading.pickles import SUFFIXES, read_checkpoint
-from lora_export.formats.reading.tensors import file_sha256, read_safetensors
+from lora_export.formats.reading.tensors import read_safetensors
 from lora_export.formats.reading.weights_files import (
     CONFIG_NAME,
     EDGE_LLM_NAME,
@@ -26,6 +26,7 @@ from lora_export.formats.reading.weights_files import (
     is_mlx_name,
 )
 from lora_export.formats.reading.wrappers import unwrap
+from lora_export.storage.hashes import sha256_of
 from lora_export.storage.inputs import FileState, note_inputs, refuse_changed
 from lora_export.untrusted.documents import read_json
 
@@ -210,7 +211,7 @@ def _open_file(path: Path, file: Path) -> Source:
             f"give a PEFT folder, or a file ending in .safetensors, {', '.join(SUFFIXES)}, {ORT_SUFFIX}",
         )
     # The hash of all bytes, also for a converted file: values may change under an unchanged header.
-    sha256 = file_sha256(file)
+    sha256 = sha256_of(file)
     refuse_changed([before])
     return Source(
         path=path,

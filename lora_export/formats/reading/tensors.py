@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 import mmap
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from lora_export.storage.safetensors import (
     DTYPES,
     FLOATS,
     METADATA,
+    FileHeader,
     HeaderError,
     header_bytes,
     read_file_header,
@@ -30,37 +28,14 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _FLOATS = frozenset(FLOATS.values())
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor as the header describes it; ``start`` and ``stop`` are byte offsets in the file."""
-
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def parameters(self) -> int:
-        """Number of values."""
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Header:
-    """The header of a ``.safetensors`` file."""
-
-    entries: Mapping[str, Entry]
-    metadata: Mapping[str, str]
-
-
-def read_header(path: Path) -> Header:
+def read_header(path: Path) -> FileHeader:
     """Read and check only the header; no values are read.
 
     Raises:
         AdapterError: The file can't be read, breaks a rule of the format, or has a dtype that numpy lacks.
     """
     try:
-        found = read_file_header(path, known_dtypes=True)
+        return read_file_header(path, known_dtypes=True)
     except OSError as error:
         raise AdapterError(
             f"cannot read {path}: {error.strerror}", "check the path and its permissions"
@@ -69,9 +44,6 @@ def read_header(path: Path) -> Header:
         raise AdapterError(
             f"{path} is not a complete .safetensors file", "download or save it again", error.problems
         ) from error
-    made = {e.name: Entry(DTYPES[e.code], e.shape, e.start, e.stop) for e in found.entries}
-    # In the header's order: an adapter's modules come in the order in which its tool named them.
-    return Header({name: made[name] for name in found.content if name in made}, found.metadata)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
@@ -86,11 +58,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     with open_regular(path) as file:
         view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     refuse_changed([before])
+    # In the header's order: an adapter's modules come in the order in which its tool named them.
     tensors = {
-        name: np.frombuffer(view, entry.dtype, entry.parameters, entry.start).reshape(entry.shape)
-        if entry.parameters
+        name: np.frombuffer(view, entry.dtype, entry.count, entry.start).reshape(entry.shape)
+        if entry.count
         else np.empty(entry.shape, entry.dtype)
-        for name, entry in header.entries.items()
+        for name, entry in header.named.items()
     }
     return tensors, dict(header.metadata)
 
@@ -121,12 +94,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, Array], metadata: Mappin
         file.write(start)
         for name in sorted(tensors):
             file.write(np.ascontiguousarray(tensors[name]).tobytes())
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hex."""
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def value_problems(tensors: Iterable[tuple[str, Array]]) -> list[str]:

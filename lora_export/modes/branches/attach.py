@@ -14,9 +14,7 @@ from lora_export.graph.nodes import NodeWriter
 from lora_export.graph.onnx_file import take_over_output
 from lora_export.modes.branches.calls import Call, Piece
 from lora_export.modes.branches.ends import End, ends_of
-
-# Position of the bias among the inputs of operators that add one.
-_BIAS_INDEX = {"Gemm": 2, "Conv": 2, "MatMulNBits": 5, "DynamicQuantizeMatMul": 4, "MatMulIntegerToFloat": 6}
+from lora_export.sites import operator_named
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +60,7 @@ class Attacher:
         elif plain and node.op_type == "FusedConv":
             self._through_z(call, value, name)
         else:
-            self._behind(call, value, scale, name, ends)
+            self._behind(call, value, scale=scale, name=name, ends=ends)
 
     def _name(self, group: list[Added]) -> str:
         """Beginning of the names: what stands before ``.lora`` in the first branch's."""
@@ -157,7 +155,7 @@ class Attacher:
             self.sums.append(add.outputs[0])
             return
         for end in ends:
-            last = self._sum(call, value, scale, name, end.value)
+            last = self._sum(call, value, scale=scale, name=name, product=end.value)
             if scale is not None:
                 last = self._scaled(call, last, scale, name)
             for reader in end.readers:
@@ -207,9 +205,10 @@ class Attacher:
     def _scaled(self, call: Call, total: ir.Value, scale: ir.Value, name: str) -> ir.Value:
         """``(y + c + u)·g + (c − c·g)``: the bias c inside y is not scaled; exact for g = 1."""
         node, dtype = call.node, call.dtype
-        convolution = node.op_type in ("Conv", "FusedConv")
-        index = _BIAS_INDEX.get(node.op_type, len(node.inputs))
-        bias = node.inputs[index] if len(node.inputs) > index else None
+        operator = operator_named(node.op_type)
+        convolution = operator is not None and operator.is_convolution
+        index = operator.bias if operator else None
+        bias = node.inputs[index] if index is not None and len(node.inputs) > index else None
         rest: ir.Value | None = None
         if bias is not None:
             bias = self._times(call, bias, node.attributes.get_float("beta", 1.0), f"{name}.lora.beta")

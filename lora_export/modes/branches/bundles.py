@@ -58,7 +58,15 @@ def pack_key(branch: Branch) -> object:
 
 
 def _single(branch: Branch) -> Bundle:
-    member = Member(branch.path, 0, branch.out_dim, (), branch.stored, branch.stored_bias, branch.held_turned)
+    member = Member(
+        path=branch.path,
+        start=0,
+        out_dim=branch.out_dim,
+        ranks=(),
+        stored=branch.stored,
+        stored_bias=branch.stored_bias,
+        held_turned=branch.held_turned,
+    )
     return Bundle(_module(branch.path, [branch], [member], branch.out_dim), branch.pieces)
 
 
@@ -76,13 +84,13 @@ def _packed(group: list[Branch], everything: Iterable[Branch], cut: bool) -> Bun
             total += call.width
     members = [
         Member(
-            branch.path,
-            starts[id(branch.pieces[0].call)] + branch.pieces[0].offset,
-            branch.out_dim,
-            (),
-            branch.stored,
-            branch.stored_bias,
-            branch.held_turned,
+            path=branch.path,
+            start=starts[id(branch.pieces[0].call)] + branch.pieces[0].offset,
+            out_dim=branch.out_dim,
+            ranks=(),
+            stored=branch.stored,
+            stored_bias=branch.stored_bias,
+            held_turned=branch.held_turned,
         )
         for branch in group
     ]
@@ -110,14 +118,14 @@ def _pack_name(members: Sequence[Member], taken: set[str]) -> str:
 def _module(name: str, group: Sequence[Branch], members: Sequence[Member], out_dim: int) -> ExposedModule:
     first = group[0]
     return ExposedModule(
-        name,
-        first.kind,
-        first.in_dim,
-        out_dim,
-        _common_dtype([piece.call.dtype for branch in group for piece in branch.pieces]).numpy().name,
-        tuple(members),
-        first.kernel,
-        first.groups,
+        name=name,
+        kind=first.kind,
+        in_dim=first.in_dim,
+        out_dim=out_dim,
+        dtype=_common_dtype([piece.call.dtype for branch in group for piece in branch.pieces]).numpy().name,
+        members=tuple(members),
+        kernel=first.kernel,
+        groups=first.groups,
         bias=any(branch.bias for branch in group),
     )
 

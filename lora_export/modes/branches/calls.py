@@ -11,6 +11,8 @@ from lora_export.adapter import Array, LoraModule
 from lora_export.formats.reading.saved import LARGEST_RANK, change_of
 from lora_export.graph.exposed import ExposedKind, StoredRows, path_of
 from lora_export.graph.onnx_file import matrix_shape, shape_of
+from lora_export.plan import Refusal
+from lora_export.sites import operator_named
 from lora_export.sites.fit import stored_shape
 from lora_export.sites.slot import DEQUANTIZE, QUANTIZE, Use
 from lora_export.sites.target import Part, Site, Target
@@ -57,7 +59,7 @@ class Piece:
     row_scale: Array | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Branch:
     """A module that gets a branch.
 
@@ -95,18 +97,24 @@ class Branch:
         return self.lora.rank if self.lora else 0
 
 
-def branch_of(site: Site, calls: dict[int, Call]) -> Branch | str:
-    """Return the branch beside a site, or why there can be none.
+def branch_of(site: Site, calls: dict[int, Call]) -> Branch | Refusal:
+    """Return the branch beside a site, or why there can be none: "merge only", or "integers" beside codes.
 
     Args:
         site: Where the module's weight is.
         calls: Node → its call; several modules share the call of a fused weight.
     """
+    made = _branch_of(site, calls)
+    # A merge is no way out where there are codes.
+    return replace(made, kind="integers") if isinstance(made, Refusal) and site.is_quantised else made
+
+
+def _branch_of(site: Site, calls: dict[int, Call]) -> Branch | Refusal:
     target = _as_module(site)
-    if isinstance(target, str):
+    if isinstance(target, Refusal):
         return target
     form = _form(target, site)
-    if isinstance(form, str):
+    if isinstance(form, Refusal):
         return form
     kind, kernel = form
     pieces: list[Piece] = []
@@ -117,34 +125,38 @@ def branch_of(site: Site, calls: dict[int, Call]) -> Branch | str:
         for use in part.uses:
             if id(use.node) not in calls:
                 call = _call_of(target, use)
-                if isinstance(call, str):
+                if isinstance(call, Refusal):
                     return call
                 calls[id(use.node)] = call
             pieces.append(Piece(calls[id(use.node)], rows, offset, placement.row_scale))
     out_dim, in_dim = target.shape[:2] if target.kind != "embedding" else target.shape[:2][::-1]
     module, groups = target.module, site.parts[0].uses[0].node.attributes.get_int("group", 1)
     if module is not None and module.groups != groups:
-        return f"lora_B has {module.groups} groups, the graph's convolution {groups}"
+        return _refused(f"lora_B has {module.groups} groups, the graph's convolution {groups}")
     if kind == "conv" and any((piece.rows, piece.call.width) != ((0, out_dim), out_dim) for piece in pieces):
-        return "it is a part of a convolution's outputs: no branch is known for it"
+        return _refused("it is a part of a convolution's outputs: no branch is known for it")
     if module is not None and module.is_pointwise:
         module = module.with_kernel(len(kernel))
     return Branch(
         # PEFT's name is that of the module, whose weight it is; another matrix of it needs its own.
-        target.path if target.held_turned is None else path_of(target.key),
-        kind,
-        in_dim * groups,
-        out_dim,
-        tuple(pieces),
-        kernel,
-        groups,
-        module,
-        _stored(site.parts, codes=site.target.action == "replace"),
+        path=target.path if target.held_turned is None else path_of(target.key),
+        kind=kind,
+        in_dim=in_dim * groups,
+        out_dim=out_dim,
+        pieces=tuple(pieces),
+        kernel=kernel,
+        groups=groups,
+        lora=module,
+        stored=_stored(site.parts, codes=site.target.action == "replace"),
         held_turned=target.held_turned,
     )
 
 
-def _form(target: Target, site: Site) -> tuple[ExposedKind, tuple[int, ...]] | str:
+def _refused(reason: str) -> Refusal:
+    return Refusal("merge only", reason)
+
+
+def _form(target: Target, site: Site) -> tuple[ExposedKind, tuple[int, ...]] | Refusal:
     """What the graph makes of a module, and the kernel: a Linear may be a convolution, or the other way."""
     kernels: set[tuple[int, ...] | None] = set()
     for use in (use for part in site.parts for use in part.uses):
@@ -153,7 +165,7 @@ def _form(target: Target, site: Site) -> tuple[ExposedKind, tuple[int, ...]] | s
         kernels.add(shape_of(tensor)[2:] if use.slot.kind == "conv" else None)
     kernel, *others = kernels
     if others:
-        return (
+        return _refused(
             "it is a Linear in one place of the graph and a convolution in another: no branch is known for it"
         )
     if kernel is None:
@@ -161,7 +173,7 @@ def _form(target: Target, site: Site) -> tuple[ExposedKind, tuple[int, ...]] | s
     return "conv", kernel
 
 
-def _as_module(site: Site) -> Target | str:
+def _as_module(site: Site) -> Target | Refusal:
     """The target as a low-rank change: a whole matrix that replaces one becomes the difference to it."""
     target = site.target
     if target.action == "merge" and target.kind in _KINDS:
@@ -169,32 +181,34 @@ def _as_module(site: Site) -> Target | str:
     kind = site.parts[0].uses[0].slot.kind
     pointwise = all(size == 1 for size in target.shape[2:])
     if target.kind != "any" or kind not in _KINDS or len(target.shape) < 2 or not pointwise:
-        return f"the adapter changes a {target.kind} that no branch goes beside; merge it instead"
+        return _refused(f"the adapter changes a {target.kind} that no branch goes beside; merge it instead")
     if (rank := min(target.matrix)) > LARGEST_RANK:
-        return (
+        return _refused(
             f"the adapter replaces this whole matrix {target.shape}, as a change of rank {rank}: more than "
             f"{LARGEST_RANK}; merge it instead"
         )
     old = _values(site)
-    if isinstance(old, str):
+    if isinstance(old, Refusal):
         return old
     assert target.values is not None
     like: ExposedKind = "embedding" if kind == "embedding" else "linear"
     new = np.asarray(target.values).reshape(target.matrix)
-    module = change_of(target.path, like, new, old, target.tensor_names)
+    module = change_of(target.path, like, new=new, old=old, tensor_names=target.tensor_names)
     return replace(target, kind=like, shape=target.matrix, module=module)
 
 
-def _values(site: Site) -> Array | str:
+def _values(site: Site) -> Array | Refusal:
     """The base's values of a whole canonical matrix."""
     values = np.zeros(site.target.matrix, np.float32)
     for part in site.parts:
         (placement,) = part.placements
         if placement.row_scale is not None:
-            return "the adapter replaces it, and the base's values are not in the graph as they are; merge it"
+            return _refused(
+                "the adapter replaces it, and the base's values are not in the graph as they are; merge it"
+            )
         held = held_of(part.uses[0])
-        if isinstance(held, str):
-            return f"the adapter replaces it, and {held}"
+        if isinstance(held, Refusal):
+            return _refused(f"the adapter replaces it, and {held.detail}")
         matrix = held.values.reshape(matrix_shape(held.values.shape))
         values[slice(*placement.rows)] = rectangle(matrix, placement)
     return values
@@ -214,40 +228,50 @@ def _stored(parts: tuple[Part, ...], *, codes: bool) -> tuple[StoredRows, ...]:
         quantised = any(use.quantised for use in part.uses)
         if placement.row_scale is not None or name is None or (quantised and not codes):
             return ()
-        rows = StoredRows(name, placement.rows, placement.row, placement.col, placement.transposed)
+        rows = StoredRows(
+            weight=name,
+            rows=placement.rows,
+            row=placement.row,
+            col=placement.col,
+            transposed=placement.transposed,
+        )
         found.setdefault(placement.rows, rows)
     return tuple(found.values())
 
 
-def _call_of(target: Target, use: Use) -> Call | str:
+def _call_of(target: Target, use: Use) -> Call | Refusal:
     node = use.node
     if any(node.attributes.get_int(name, 0) for name in _TRANSPOSING):
-        return f"{node.op_type} reads its activation transposed: no branch is known for it"
-    if node.op_type.startswith("MatMulInteger"):
+        return _refused(f"{node.op_type} reads its activation transposed: no branch is known for it")
+    operator = operator_named(node.op_type)
+    if operator and operator.takes_codes:
         return _integer_call(target, use)
     # Gather takes the table first; the others the activation.
     x = node.inputs[1] if target.kind == "embedding" else node.inputs[0]
     if x is None:
-        return f"{node.op_type} has no activation"
+        return _refused(f"{node.op_type} has no activation")
     dtype = use.operand_type
     if dtype is None:
-        return f"the type that {node.op_type} computes in can't be told"
+        return _refused(f"the type that {node.op_type} computes in can't be told")
     return Call(node, _unquantised(x), _width(target, use), dtype)
 
 
-def _integer_call(target: Target, use: Use) -> Call | str:
+def _integer_call(target: Target, use: Use) -> Call | Refusal:
     """Integers, quantised dynamically: x is before its quantiser, the float product behind Cast and Mul."""
     quantiser = use.node.inputs[0].producer() if use.node.inputs[0] is not None else None
     last = use.node
     for operator in ("Cast", "Mul") if last.op_type == "MatMulInteger" else ():
         readers = [usage.node for usage in last.outputs[0].uses()]
         if len(readers) != 1 or readers[0].op_type != operator:
-            return "MatMulInteger without the Cast and Mul of dynamic quantisation: no branch is known for it"
+            return _refused(
+                "MatMulInteger without the Cast and Mul of dynamic quantisation: no branch is known for it"
+            )
         (last,) = readers
     if last is not use.node and not _scales(last, quantiser):
-        return "MatMulInteger whose Mul is not by both scales at once: no branch is known for it"
+        return _refused("MatMulInteger whose Mul is not by both scales at once: no branch is known for it")
     if quantiser is None or quantiser.op_type != "DynamicQuantizeLinear" or quantiser.inputs[0] is None:
-        return f"{use.node.op_type} whose activation no DynamicQuantizeLinear makes: no branch is known"
+        maker = "whose activation no DynamicQuantizeLinear makes"
+        return _refused(f"{use.node.op_type} {maker}: no branch is known")
     return Call(last, quantiser.inputs[0], _width(target, use), ir.DataType.FLOAT)
 
 

@@ -78,9 +78,9 @@ def _fuse(write: NodeWriter, group: Sequence[Branch]) -> list[Branch]:
     parts = write.split(
         anchor,
         product,
-        [call.width for call in calls],
-        [f"{name}.{number}" for number in range(len(calls))],
-        calls[0].dtype,
+        sizes=[call.width for call in calls],
+        names=[f"{name}.{number}" for number in range(len(calls))],
+        dtype=calls[0].dtype,
     )
     for node, part in zip(nodes, parts, strict=True):
         _replace(node, part)

@@ -84,7 +84,17 @@ class BankGate:
         assert dtype is not None
         expanded = self._expand(ranks, dtype)
         name = f"{module.name}.lora.chosen"
-        return self._combine(write, anchor, "Mul", module, down, expanded, len(ranks), x, name)
+        return self._combine(
+            write,
+            anchor,
+            operator="Mul",
+            module=module,
+            value=down,
+            of_row=expanded,
+            count=len(ranks),
+            x=x,
+            name=name,
+        )
 
     def add_bias(
         self,
@@ -104,7 +114,9 @@ class BankGate:
         assert dtype is not None
         name = f"{module.name}.lora.bias"
         mixed = write.add(self.first, "MatMul", [self._typed(dtype), bias], f"{name}_of_row", dtype=dtype)
-        return self._combine(write, anchor, "Add", module, up, mixed, width, x, name)
+        return self._combine(
+            write, anchor, operator="Add", module=module, value=up, of_row=mixed, count=width, x=x, name=name
+        )
 
     def _combine(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from lora_export import __version__
 from lora_export.adapter import Adapter
 from lora_export.base.open_base import Base
+from lora_export.base.write_options import WriteOptions
 from lora_export.errors import GraphError
 from lora_export.graph.data_identity import mark_data
 from lora_export.graph.exposed import KEY, ExposedGraph
@@ -19,13 +20,14 @@ from lora_export.graph.onnx_file import GraphFile, save_graph
 from lora_export.machines.packages import package_versions
 from lora_export.modes.branches.inputs import ir_type
 from lora_export.plan import Plan
-from lora_export.storage.manifest import Manifest, adapter_entry, hash_content, hash_written
+from lora_export.storage.hashes import hash_content, hash_written
+from lora_export.storage.manifest import Manifest, adapter_entry
 from lora_export.storage.outputs import OutputSet, output_errors
 
 _SHOWN = 6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExposeReport:
     """What exposing did, or with ``dry_run`` would do.
 
@@ -72,8 +74,7 @@ def write_exposed(
     base: Base,
     report: ExposeReport,
     adapters: Sequence[Adapter],
-    force: bool,
-    progress: Callable[[int], None] | None,
+    options: WriteOptions,
     beside: Mapping[str, bytes] | None = None,
 ) -> ExposeReport:
     """Write what ``report`` says, unless it is a dry run; return it with the sizes.
@@ -82,8 +83,7 @@ def write_exposed(
         base: The graph with its branches.
         report: Plan, record and paths.
         adapters: Those that it was made from.
-        force: Replace existing files.
-        progress: Called with the number of bytes just written.
+        options: The mode's.
         beside: Name → content of files that the caller writes beside the graph: the manifest lists them.
 
     Raises:
@@ -95,25 +95,33 @@ def write_exposed(
     if report.dry_run:
         return report
     base.graph.model.metadata_props[KEY] = report.exposed.to_json()
-    with output_errors(out), OutputSet(force, base.reads) as outputs:
+    with output_errors(out), OutputSet(options.force, base.reads) as outputs:
         staged = {name: outputs.stage(path) for name, path in paths.items()}
-        write_data(staged["data"], paths["data"].name, slots, size, {}, "sample", progress)
         name = paths["data"].name
+        write_data(
+            staged["data"],
+            name,
+            slots,
+            size=size,
+            changes={},
+            rounding="sample",
+            progress=options.progress,
+        )
         own = {name: hash_written(staged["data"], name)}
         own |= mark_data(base.graph.model, base.shared_places(out) | own)
         save_graph(base.graph.model, staged["graph"])
         own[out.name] = hash_written(staged["graph"], out.name)
         own |= {name: hash_content(name, content) for name, content in (beside or {}).items()}
         manifest = Manifest(
-            f"{report.exposed.mode}-onnx",
-            list(base.hashes.values()),
-            [adapter_entry(adapter, 1.0) for adapter in adapters],
-            report.plan.as_dict(),
-            {},
-            {name: path.name for name, path in paths.items()} | {"shared_bytes": shared},
-            {"lora-export": __version__} | package_versions(["numpy", "ml_dtypes", "onnx-ir"]),
-            asdict(report.exposed),
-            own,
+            mode=f"{report.exposed.mode}-onnx",
+            base=list(base.hashes.values()),
+            adapters=[adapter_entry(adapter, 1.0) for adapter in adapters],
+            plan=report.plan.as_dict(),
+            rounding={},
+            outputs={name: path.name for name, path in paths.items()} | {"shared_bytes": shared},
+            versions={"lora-export": __version__} | package_versions(["numpy", "ml_dtypes", "onnx-ir"]),
+            exposed=asdict(report.exposed),
+            files=own,
         )
         manifest.save(staged["manifest"])
         outputs.commit()

@@ -8,22 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_export.adapter import EVERYWHERE, Adapter, LoraModule
-from lora_export.base.placing.plan_rows import (
-    Verb,
-    hints_of,
-    placed_row,
-    refuse,
-    refuse_unaccounted,
-    refused_row,
-)
+from lora_export.adapter import EVERYWHERE, Adapter
+from lora_export.base.placing.hints import Situation, Verb, hints_of
+from lora_export.base.placing.plan_rows import placed_row, refuse_misses, refuse_unaccounted, refused_row
 from lora_export.base.ties.copies import is_same
 from lora_export.errors import GraphError, SiteError
 from lora_export.formats.reading.saved import with_bias
 from lora_export.graph.exposed import KEY, StoredRows
 from lora_export.graph.onnx_file import GraphFile, initializer_of
 from lora_export.modes.branches.calls import Branch, Call, branch_of
-from lora_export.plan import Plan, PlanRow
+from lora_export.plan import Plan, PlanRow, Refusal, RefusalKind, refuse
+from lora_export.sites import operator_named
 from lora_export.sites.bias import restore_biases
 from lora_export.sites.doubts.contained import adapter_names
 from lora_export.sites.resolve import Resolver
@@ -33,9 +28,7 @@ from lora_export.sites.values.verify import canonical_rows
 
 _NO_ADAPTER = "--target-modules"
 _REPLACED = "the adapter replaces this whole parameter, which has no low-rank branch"
-_WITH_WEIGHT = "it goes with its module's weight, which has no place"
-# An activation is computed inside: a factor on the product can't come before it.
-_ACTIVATED = {"FusedConv", "FusedGemm"}
+_WITH_WEIGHT = Refusal("merge only", "it goes with its module's weight, which has no place")
 
 
 def place_branches(
@@ -69,28 +62,22 @@ def place_branches(
         SiteError: Targets without a place; all are listed.
     """
     refuse_exposed(graph)
-    wanted = [target for target in targets if not _unsuited(target, dora, bank)]
+    wanted = [target for target in targets if not _unsuited(target, dora)]
     flattened, scope = (adapter.flattened, adapter.scope) if adapter else (False, None)
     sites, misses = resolver.resolve(wanted, flattened, scope)
     sites, misses = restore_biases(sites, misses, resolver.weight_of)
-    misses += _unsuited_of(targets, dora, bank)
+    misses += _unsuited_of(targets, dora)
     unchanged = [site for site in sites if site.target.action == "replace" and holds(site)]
     biases = [site for site in sites if site.target.kind == "vector" and site not in unchanged]
     weights = [site for site in sites if site not in unchanged and site not in biases]
     placed, branches, without = _branches_of(weights, calls, dora)
     misses += without
-    lost = {miss.target.path for miss in misses if miss.target.key.endswith(".weight")}
-    for site in biases:
-        reason = _WITH_WEIGHT if site.target.path in lost else _add_bias(site, branches)
-        if reason:
-            misses.append(Miss(site.target, reason, "merge only"))
-        else:
-            placed.append(site)
+    misses += _add_biases(biases, placed, branches, misses)
     shown = adapter or Adapter(_NO_ADAPTER, "", "", {})
     if misses and not (allow_unmatched and branches):
         verb: Verb = "bank-onnx" if bank else "swap-onnx"
         checked = resolver.weight_of is not None
-        refuse(graph, shown, placed, misses, verb=verb, checked=checked, uses=resolver.uses)
+        refuse_misses(graph, shown, placed, misses, verb=verb, checked=checked, uses=resolver.uses)
     rows: list[PlanRow] = [placed_row(shown, site, "unchanged") for site in unchanged]
     rows += [placed_row(shown, site, "expose") for site in placed]
     rows += [refused_row(shown, miss) for miss in misses]
@@ -121,15 +108,17 @@ def refuse_unsuited(
     """
     for adapter in adapters:
         targets = targets_of(adapter)
-        misses = _unsuited_of(targets, dora, bank)
+        misses = _unsuited_of(targets, dora)
         some = len(misses) < len(targets)
         if misses and not (allow_unmatched and some):
-            verb: Verb = "bank-onnx" if bank else "swap-onnx"
-            raise SiteError(
-                f"adapter {adapter.name!r} has {len(misses)} parameters with no place in a graph of "
-                f"{base.name} (of {len(targets)})",
-                "; ".join(hints_of({miss.kind for miss in misses}, verb, True, some, [])),
+            situation = Situation(into="bank-onnx" if bank else "swap-onnx", some=some)
+            refuse(
+                f"adapter {adapter.name!r}",
+                f"a graph of {base.name}",
                 [f"{miss.target.key}  {miss.reason}" for miss in misses],
+                hints_of({miss.kind for miss in misses}, situation),
+                count=len(misses),
+                total=len(targets),
             )
 
 
@@ -143,10 +132,10 @@ def _branches_of(
     for site in sites:
         branch = branch_of(site, calls)
         if isinstance(branch, Branch) and dora:
-            branch = _with_factor(branch)
+            branch = _with_factor(branch, "integers" if site.is_quantised else "merge only")
             _name_weights(site)
-        if isinstance(branch, str):
-            misses.append(Miss(site.target, branch, "integers" if _is_quantised(site) else "merge only"))
+        if isinstance(branch, Refusal):
+            misses.append(Miss(site.target, branch))
         else:
             placed.append(site)
             branches.append(branch)
@@ -176,30 +165,27 @@ def refuse_contained(graph: GraphFile) -> None:
         )
 
 
-def _unsuited_of(targets: Sequence[Target], dora: bool, bank: bool) -> list[Miss]:
-    return [
-        Miss(target, reason, "merge only" if target.experts > 1 or reason == EVERYWHERE else "dora")
-        for target in targets
-        if (reason := _unsuited(target, dora, bank))
-    ]
+def _unsuited_of(targets: Sequence[Target], dora: bool) -> list[Miss]:
+    refusals = ((target, _unsuited(target, dora)) for target in targets)
+    return [Miss(target, refusal) for target, refusal in refusals if refusal]
 
 
-def _unsuited(target: Target, dora: bool, bank: bool) -> str:
-    """Why a target can't be exposed as a low-rank branch, or an empty text."""
+def _unsuited(target: Target, dora: bool) -> Refusal | None:
+    """Return why a target can't be exposed as a low-rank branch; None where it can."""
     if target.experts > 1:
-        return "stacked experts are not exposed"
+        return Refusal("merge only", "stacked experts are not exposed")
     if target.module is not None and target.module.everywhere:
-        return EVERYWHERE
-    if target.module is not None and _is_dora(target.module) and not dora:
-        return "DoRA has a factor on the whole product"
-    return ""
+        return Refusal("merge only", EVERYWHERE)
+    if target.module is not None and target.module.has_dora and not dora:
+        return Refusal("dora", "DoRA has a factor on the whole product")
+    return None
 
 
 def holds(site: Site) -> bool:
     """Whether the graph holds a replacement's values already: PEFT saves untrained embeddings too."""
     target = site.target
     assert target.values is not None
-    if _is_quantised(site):
+    if site.is_quantised:
         return False
     for part in site.parts:
         (placement,) = part.placements
@@ -211,36 +197,54 @@ def holds(site: Site) -> bool:
     return True
 
 
-def _is_quantised(site: Site) -> bool:
-    return any(use.quantised for part in site.parts for use in part.uses)
+def _add_biases(
+    biases: Sequence[Site], placed: list[Site], branches: list[Branch], misses: Sequence[Miss]
+) -> list[Miss]:
+    """Add the changes of biases to their modules' branches; return those that have none.
+
+    Args:
+        biases: Where they are.
+        placed: Gets those that were added.
+        branches: Are replaced by those with a bias.
+        misses: What has no place: a bias goes with its module's weight.
+    """
+    lost = {miss.target.path for miss in misses if miss.target.key.endswith(".weight")}
+    without = []
+    for site in biases:
+        refusal = _WITH_WEIGHT if site.target.path in lost else _add_bias(site, branches)
+        if refusal:
+            without.append(Miss(site.target, refusal))
+        else:
+            placed.append(site)
+    return without
 
 
-def _add_bias(site: Site, branches: list[Branch]) -> str:
-    """Give a module's branch the change of its bias, or say why it can't have it."""
+def _add_bias(site: Site, branches: list[Branch]) -> Refusal | None:
+    """Give a module's branch the change of its bias, or return why it can't have it."""
     target = site.target
     number = next((n for n, branch in enumerate(branches) if branch.path == target.path), None)
     if not target.key.endswith(".bias") or number is None:
-        return _REPLACED
+        return Refusal("merge only", _REPLACED)
     branch = branches[number]
     assert target.values is not None
     assert branch.lora is not None
-    if _is_dora(branch.lora):
-        return "its module has DoRA, whose factor would scale the bias as well"
+    if branch.lora.has_dora:
+        return Refusal("merge only", "its module has DoRA, whose factor would scale the bias as well")
     lora, change, (part, *more) = branch.lora, np.asarray(target.values), site.parts
     start = part.placements[0].row
     held = held_of(part.uses[0])
     if target.action == "replace":
-        if isinstance(held, str):
-            return f"the adapter replaces it, and {held}"
+        if isinstance(held, Refusal):
+            return Refusal("merge only", f"the adapter replaces it, and {held.detail}")
         values = held.values[start : start + len(change)]
         if more or values.shape != change.shape:
-            return "its bias is stored in several parts"
+            return Refusal("merge only", "its bias is stored in several parts")
         change = change.astype(np.float64) - values.astype(np.float64)
         lora = with_bias(lora, change, target.tensor_names)
     # Codes that can't be read are no place for an adapter that replaces the bias.
-    stored = () if isinstance(held, str) else (StoredRows(held.name, (0, len(change)), row=start),)
+    stored = () if isinstance(held, Refusal) else (StoredRows(held.name, (0, len(change)), row=start),)
     branches[number] = replace(branch, lora=lora, bias=True, stored_bias=stored)
-    return ""
+    return None
 
 
 def _name_weights(site: Site) -> None:
@@ -251,19 +255,23 @@ def _name_weights(site: Site) -> None:
             initializer_of(part.root)
 
 
-def _is_dora(module: LoraModule) -> bool:
-    return module.magnitude is not None or module.scale is not None
+def _with_factor(branch: Branch, kind: RefusalKind) -> Branch | Refusal:
+    """Return the branch if its product can have a factor, and DoRA's can be computed where it is needed.
 
-
-def _with_factor(branch: Branch) -> Branch | str:
-    """The branch, if a factor on its product is possible, and DoRA's can be computed where it is needed."""
+    Args:
+        branch: The branch.
+        kind: Of the refusal.
+    """
     if branch.lora is not None and branch.lora.magnitude is not None and not branch.stored:
-        return (
-            "DoRA's factor needs W0, which is quantised or rescaled here: merge it into the unquantised base"
+        return Refusal(
+            kind,
+            "DoRA's factor needs W0, which is quantised or rescaled here: merge it into the unquantised base",
         )
-    operators = {piece.call.node.op_type for piece in branch.pieces} & _ACTIVATED
-    if operators:
-        return f"{operators.pop()} applies its activation inside: DoRA's factor can't come before it"
+    operators = {piece.call.node.op_type for piece in branch.pieces}
+    activated = [name for name in operators if (known := operator_named(name)) and known.without_activation]
+    if activated:
+        reason = f"{activated.pop()} applies its activation inside: DoRA's factor can't come before it"
+        return Refusal(kind, reason)
     return branch
 
 
@@ -274,7 +282,7 @@ def _doubled(placed: list[Site], branches: list[Branch]) -> list[Miss]:
     for number in range(len(branches) - 1, -1, -1):
         if branches[number].path in seen:
             reason = "two targets have this path"
-            misses.append(Miss(placed[number].target, reason, "double"))
+            misses.append(Miss(placed[number].target, Refusal("double", reason)))
             del placed[number], branches[number]
         else:
             seen.add(branches[number].path)

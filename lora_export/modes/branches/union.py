@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from lora_export.adapter import Adapter, LoraModule
@@ -56,6 +57,11 @@ class Union:
         """In the order in which they were asked for."""
         return list(self._by_place.values())
 
+    @property
+    def known(self) -> AbstractSet[str]:
+        """The parameters that the graph's names and its checkpoint tell."""
+        return self._resolver.known
+
     def add_adapters(self, adapters: Sequence[Adapter], base_sha256: str) -> None:
         """Place each adapter's modules.
 
@@ -103,9 +109,9 @@ class Union:
         plan, branches = place_branches(
             self._graph,
             self._resolver,
-            adapter,
-            targets,
-            self._calls,
+            adapter=adapter,
+            targets=targets,
+            calls=self._calls,
             allow_unmatched=self._allow_unmatched,
             dora=self._dora,
             bank=self._bank,

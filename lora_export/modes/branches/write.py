@@ -122,10 +122,17 @@ class BranchWriter:
             whole = sum(stop - start for start, stop in {piece.rows for piece in pieces})
             gaps = whole != bundle.module.out_dim or any(id(piece.call) in partly for piece in pieces)
             if len(pieces) > 1 and not gaps and not bundle.module.cuts:
-                yield from self._split(anchor, bundle.module, down, pieces, tensors)
+                yield from self._split(anchor, bundle.module, down=down, pieces=pieces, tensors=tensors)
                 continue
             for piece in pieces:
-                yield self._one(anchor, bundle.module, down, piece, tensors, id(piece.call) in partly)
+                yield self._one(
+                    anchor,
+                    bundle.module,
+                    down=down,
+                    piece=piece,
+                    tensors=tensors,
+                    partly=id(piece.call) in partly,
+                )
 
     def _typed(self, module: ExposedModule, tensors: Tensors, dtype: ir.DataType) -> Tensors:
         """Rule 4: the tensors in the type of some of a module's calls."""
@@ -159,26 +166,31 @@ class BranchWriter:
             down = self._write.add(anchor, "Conv", [call.x, a], name, dtype=dtype, attributes=attributes)
         else:
             down = self._write.add(anchor, "MatMul", [call.x, a], name, dtype=dtype)
-        return self._gate.choose(self._write, anchor, module, down, call.x) if self._gate else down
+        if self._gate is None:
+            return down
+        return self._gate.choose(self._write, anchor, module=module, down=down, x=call.x)
 
     def _split(
         self, anchor: ir.Node, module: ExposedModule, down: ir.Value, pieces: list[Piece], tensors: Tensors
     ) -> Iterable[Added]:
         """One up-projection, cut into the pieces' rows; a module called twice with one x needs no cut."""
         dtype = pieces[0].call.dtype
-        up = self._up(anchor, module, down, tensors.b[0], dtype)
-        up = self._with_bias(anchor, module, up, tensors.bias, module.out_dim, pieces[0].call)
+        up = self._up(anchor, module, down=down, b=tensors.b[0], dtype=dtype)
+        up = self._with_bias(
+            anchor, module, up=up, bias=tensors.bias, width=module.out_dim, call=pieces[0].call
+        )
         ranges = sorted({piece.rows for piece in pieces})
         if ranges == [(0, module.out_dim)]:
             parts, scales = {ranges[0]: up}, {ranges[0]: tensors.scale}
         else:
             sizes = [stop - start for start, stop in ranges]
             names = [f"{module.name}.lora.up.{number}" for number in range(len(ranges))]
-            parts = dict(zip(ranges, self._write.split(anchor, up, sizes, names, dtype), strict=True))
+            cut = self._write.split(anchor, up, sizes=sizes, names=names, dtype=dtype)
+            parts = dict(zip(ranges, cut, strict=True))
             scales = dict.fromkeys(ranges)
             if tensors.scale is not None:
                 names = [f"{module.name}.lora.scale.{number}" for number in range(len(ranges))]
-                cut = self._write.split(anchor, tensors.scale, sizes, names, dtype)
+                cut = self._write.split(anchor, tensors.scale, sizes=sizes, names=names, dtype=dtype)
                 scales = dict(zip(ranges, cut, strict=True))
         for piece in pieces:
             yield Added(piece, self._rescaled(anchor, module, parts[piece.rows], piece), scales[piece.rows])
@@ -200,18 +212,30 @@ class BranchWriter:
             if module.cuts:
                 b = tensors.b[[first for _, first, _ in module.b_parts].index(start)]
             else:
-                b = self._slice(anchor, b, start, stop, f"{module.name}.lora.rows", dtype, axis=1)
+                b = self._slice(
+                    anchor, b, start=start, stop=stop, name=f"{module.name}.lora.rows", dtype=dtype, axis=1
+                )
             if scale is not None:
-                scale = self._slice(anchor, scale, start, stop, f"{module.name}.lora.scale", dtype, axis=0)
+                scale = self._slice(
+                    anchor,
+                    scale,
+                    start=start,
+                    stop=stop,
+                    name=f"{module.name}.lora.scale",
+                    dtype=dtype,
+                    axis=0,
+                )
             if bias is not None:
-                bias = self._slice(front, bias, start, stop, f"{module.name}.lora.bias", dtype, axis=-1)
+                bias = self._slice(
+                    front, bias, start=start, stop=stop, name=f"{module.name}.lora.bias", dtype=dtype, axis=-1
+                )
         if partly:
             b = self._padded(anchor, module, b, piece, axes=2)
             if bias is not None:
                 bias = self._padded(front, module, bias, piece, axes=2 if self._gate else 1)
-        up = self._up(anchor, module, down, b, dtype)
+        up = self._up(anchor, module, down=down, b=b, dtype=dtype)
         width = piece.call.width if partly else stop - start
-        up = self._with_bias(anchor, module, up, bias, width, piece.call)
+        up = self._with_bias(anchor, module, up=up, bias=bias, width=width, call=piece.call)
         return Added(piece, self._rescaled(anchor, module, up, piece), scale)
 
     def _padded(
@@ -237,7 +261,9 @@ class BranchWriter:
         if bias is None:
             return up
         if self._gate:
-            return self._gate.add_bias(self._write, anchor, module, up, bias, width, call.x)
+            return self._gate.add_bias(
+                self._write, anchor, module=module, up=up, bias=bias, width=width, x=call.x
+            )
         if module.kind == "conv":
             bias = column(self._write, call, bias, f"{module.name}.lora.bias_column")
         return self._write.add(anchor, "Add", [up, bias], f"{module.name}.lora.bias", dtype=call.dtype)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 
 from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError
-
-AdapterLike = str | os.PathLike[str] | Adapter
+from lora_export.formats.given import AdapterLike, load_given
 
 
 def check_blend(
@@ -34,12 +32,9 @@ def check_blend(
             in a blend (they are not sums), DoRA converted for a graph. Whole copies of parameters need the
             base to be judged (`lora_export.base.ties.copies`).
     """
-    from lora_export.formats import as_adapter
-
-    given = [adapters] if isinstance(adapters, (str, os.PathLike, Adapter)) else list(adapters)
-    if not given:
+    loaded = load_given(adapters, component)
+    if not loaded:
         raise AdapterError("no adapter given", "give at least one adapter")
-    loaded = [as_adapter(item, component) for item in given]
     factors = [1.0] * len(loaded) if not weights else [float(weight) for weight in weights]
     if len(factors) != len(loaded):
         raise AdapterError(

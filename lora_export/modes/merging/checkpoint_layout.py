@@ -17,7 +17,7 @@ from lora_export.storage.stream import BytesPiece, CopyPiece, MergePiece, Piece,
 from lora_export.untrusted.documents import open_regular
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Slot:
     """A tensor of the output.
 
@@ -77,14 +77,17 @@ def layout_of(shard: Shard, placed: Placed, code: str | None) -> Layout:
     if same and all(c == t.code for c, (_, t) in zip(codes, wanted, strict=True)):
         with open_regular(shard.path) as file:
             header = file.read(shard.data_start)
-        slots = [Slot(name, t, t.code, t.shape, t.offset, t.length) for name, t in wanted]
+        slots = [
+            Slot(name=name, tensor=t, code=t.code, shape=t.shape, at=t.offset, length=t.length)
+            for name, t in wanted
+        ]
         return Layout(header, tuple(slots), shard.size)
     at, slots = 0, []
     for (name, tensor), new in zip(wanted + added, codes, strict=True):
         shape = placed.resized.get(name, tensor.shape)
         same = new == tensor.code and shape == tensor.shape
         length = tensor.length if same else math.prod(shape) * DTYPES[new].itemsize
-        slots.append(Slot(name, tensor, new, shape, at, length))
+        slots.append(Slot(name=name, tensor=tensor, code=new, shape=shape, at=at, length=length))
         at += length
     header = _header(shard, slots)
     moved = tuple(replace(slot, at=slot.at + len(header)) for slot in slots)
@@ -125,14 +128,14 @@ def _merged(slot: Slot, placed: Placed) -> MergePiece:
     stored = FLOATS[slot.tensor.code] if values is None else values.dtype
     wide: type[Any] = np.float64 if np.dtype(np.float64) in (stored, out) else np.float32
     return MergePiece(
-        slot.name,
-        slot.tensor.file if values is None else values,
-        slot.tensor.offset,
-        slot.at,
-        view_of(slot.shape, slot.name in placed.stacked),
-        stored,
-        out,
-        [make(wide) for make in placed.changes.get(slot.name, [])],
+        name=slot.name,
+        source=slot.tensor.file if values is None else values,
+        offset=slot.tensor.offset,
+        at=slot.at,
+        shape=view_of(slot.shape, slot.name in placed.stacked),
+        dtype_in=stored,
+        dtype_out=out,
+        patches=[make(wide) for make in placed.changes.get(slot.name, [])],
     )
 
 
@@ -147,13 +150,13 @@ def _requantised(layout: Layout, placed: Placed) -> dict[str, RequantisedPiece |
         if scales is not None:
             found[scales.name] = None
         found[name if codes is not None else scaled.scales.name] = RequantisedPiece(
-            name,
-            partial(placed.quantised.read, name),
-            scaled.grid,
-            view_of(scaled.codes.shape, name in placed.stacked),
-            [make(np.float32) for make in placed.changes[name]],
-            None if codes is None else codes.at,
-            None if scales is None else scales.at,
+            name=name,
+            read=partial(placed.quantised.read, name),
+            grid=scaled.grid,
+            shape=view_of(scaled.codes.shape, name in placed.stacked),
+            patches=[make(np.float32) for make in placed.changes[name]],
+            codes_at=None if codes is None else codes.at,
+            scales_at=None if scales is None else scales.at,
         )
     return found
 

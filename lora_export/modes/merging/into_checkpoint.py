@@ -82,7 +82,7 @@ class CheckpointMerge:
         kept = [path for path in small if not (dequantised and says_quantised(path))]
         copy_small_files(self.checkpoint.folder, kept, folder)
         write_index(self.checkpoint, self.layouts, folder)
-        write_config(self.checkpoint, folder, self.placed, self.dtype, dequantised)
+        write_config(self.checkpoint, folder, placed=self.placed, dtype=self.dtype, dequantised=dequantised)
         return roundings
 
 
@@ -118,7 +118,7 @@ def plan_merge(
     quantised = find_quantised(checkpoint)
     notes = [*checkpoint.notes, *refuse_other_components(adapters, [checkpoint.folder])]
     refuse_merged(checkpoint.folder, adapters)
-    placed = place_adapters(checkpoint, adapters, factors, quantised, resize)
+    placed = place_adapters(checkpoint, adapters, weights=factors, quantised=quantised, resize=resize)
     refuse_unplaced(checkpoint, adapters, placed, allow_unmatched)
     refuse_copies(placed.copied, adapters)
     refuse_overwriting(placed.copied, checkpoint.folder / MANIFEST, adapters)

@@ -21,7 +21,7 @@ from lora_export.base.history.in_graph import (
     refuse_merged_into,
 )
 from lora_export.base.open_base import drop_dead
-from lora_export.base.placing.plan_rows import placed_row, refuse, refuse_unaccounted, refused_row
+from lora_export.base.placing.plan_rows import placed_row, refuse_misses, refuse_unaccounted, refused_row
 from lora_export.base.ties.copies import Copied, are_judged, refuse_copies, refuse_overwriting, untrained_note
 from lora_export.base.ties.tied_ends import with_tied_ends
 from lora_export.errors import SiteError
@@ -29,7 +29,7 @@ from lora_export.formats.schemes import fitted
 from lora_export.graph.external_data import Change, merged_values
 from lora_export.graph.onnx_file import GraphFile
 from lora_export.modes.branches.place import holds, refuse_exposed
-from lora_export.plan import Plan, PlanRow
+from lora_export.plan import Plan, PlanRow, Refusal
 from lora_export.sites.bias import restore_biases
 from lora_export.sites.isolate import Isolator
 from lora_export.sites.resolve import Resolver
@@ -43,9 +43,10 @@ from lora_export.storage.rounding import WARN_RELATIVE
 
 # Share of ‖ΔW‖ that a weight's grid may cut off: less is a tenth of the effect, as in parity.
 _MOST_CUT = 0.1
-_GROUPED = (
+_GROUPED = Refusal(
+    "branch only",
     "a grouped convolution mixes the groups through lora_A and can't be merged (PEFT refuses it as well); "
-    "expose it with swap-onnx instead"
+    "expose it with swap-onnx instead",
 )
 
 
@@ -75,50 +76,100 @@ def plan_changes(
     """
     refuse_exposed(graph)
     refuse_merged_into(str(graph.path), merged_in(graph.model.metadata_props), adapters)
-    resolver, isolator = Resolver(graph, weight_of), Isolator()
-    found: list[tuple[Adapter, float, list[Site]]] = []
-    rows: list[PlanRow] = []
-    notes: list[str] = []
-    warnings: list[str] = []
     manifest = graph.path.with_suffix(".lora.json")
-    judged = are_judged(factors, manifest)
+    search = _Search(
+        graph,
+        weight_of,
+        allow_unmatched=allow_unmatched,
+        judged=are_judged(factors, manifest),
+        shared=len(adapters) > 1,
+    )
+    found: list[tuple[Adapter, float, list[Site]]] = []
     for given, factor in zip(adapters, factors, strict=True):
-        adapter, assumed = _settled(fitted(given, resolver.known, notes), weight_of)
-        notes += assumed
-        sites, misses = resolver.resolve(targets_of(adapter), adapter.flattened, adapter.scope)
-        sites, misses = restore_biases(sites, misses, resolver.weight_of)
-        grouped = [site for site in sites if site.target.module and site.target.module.groups > 1]
-        sites = [site for site in sites if site not in grouped]
-        misses += [Miss(site.target, _GROUPED, "branch only") for site in grouped]
-        warnings += [_untrained(adapter, site) for site in sites if _is_copy(site)]
-        sites, torn, tied = with_tied_ends(adapter, sites, resolver.uses, resolver.weight_of)
-        misses, notes = misses + torn, notes + tied
-        if misses and not (allow_unmatched and sites):
-            checked = weight_of is not None
-            refuse(
-                graph,
-                adapter,
-                sites,
-                misses,
-                verb="merge-onnx",
-                checked=checked,
-                uses=resolver.uses,
-                shared=len(adapters) > 1,
-            )
-        unchanged = [site for site in sites if judged and _is_copy(site) and holds(site)]
-        rows += [placed_row(adapter, site, "unchanged") for site in unchanged]
-        sites = [site for site in sites if site not in unchanged]
-        rows += [placed_row(adapter, site) for site in sites]
-        rows += [refused_row(adapter, miss) for miss in misses]
-        refuse_unaccounted(adapter, rows)
+        adapter, sites = search.place(given)
         found.append((adapter, factor, sites))
+    isolator = Isolator()
     copied = [change for number, item in enumerate(found) for change in _copied(number, *item)]
     refuse_copies(copied, adapters)
     refuse_overwriting(copied, manifest, adapters)
     changes, rounded = _changes(found, isolator)
-    warnings += [*_kept_by_grids(graph, rounded, changes), *cut_off(_results(found))]
+    warnings = [*search.warnings, *_kept_by_grids(graph, rounded, changes), *cut_off(_results(found))]
     drop_dead(graph)
-    return Plan(tuple(rows), (*notes, *isolator.notes), tuple(filter(None, warnings))), changes
+    notes = (*search.notes, *isolator.notes)
+    return Plan(tuple(search.rows), notes, tuple(filter(None, warnings))), changes
+
+
+class _Search:
+    """Finds the places of one adapter after the other in the constants of a graph.
+
+    Args:
+        graph: The base.
+        weight_of: The checkpoint's weights, where there is one.
+        allow_unmatched: Leave out what has no place, instead of refusing.
+        judged: Copies of what the base holds already count as unchanged.
+        shared: The command's options hold for other adapters as well.
+
+    Attributes:
+        rows: What the plan says of them.
+        notes: What a user may want to know.
+        warnings: What a user should not miss, and empty texts.
+    """
+
+    def __init__(
+        self,
+        graph: GraphFile,
+        weight_of: BaseWeights | None,
+        *,
+        allow_unmatched: bool,
+        judged: bool,
+        shared: bool,
+    ) -> None:
+        self._graph, self._weight_of, self._resolver = graph, weight_of, Resolver(graph, weight_of)
+        self._allow_unmatched, self._judged, self._shared = allow_unmatched, judged, shared
+        self.rows: list[PlanRow] = []
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+
+    def place(self, given: Adapter) -> tuple[Adapter, list[Site]]:
+        """Return an adapter as this base has it, and the sites that change.
+
+        Raises:
+            SiteError: Some of it has no place in the graph; all of it is listed.
+        """
+        adapter, assumed = _settled(fitted(given, self._resolver.known, self.notes), self._weight_of)
+        self.notes += assumed
+        sites, misses = self._found(adapter)
+        if misses and not (self._allow_unmatched and sites):
+            refuse_misses(
+                self._graph,
+                adapter,
+                sites,
+                misses,
+                verb="merge-onnx",
+                checked=self._weight_of is not None,
+                uses=self._resolver.uses,
+                shared=self._shared,
+            )
+        unchanged = [site for site in sites if self._judged and _is_copy(site) and holds(site)]
+        changed = [site for site in sites if site not in unchanged]
+        self.rows += [placed_row(adapter, site, "unchanged") for site in unchanged]
+        self.rows += [placed_row(adapter, site) for site in changed]
+        self.rows += [refused_row(adapter, miss) for miss in misses]
+        refuse_unaccounted(adapter, self.rows)
+        return adapter, changed
+
+    def _found(self, adapter: Adapter) -> tuple[list[Site], list[Miss]]:
+        """Return what has a place that can be merged into, tied ends included, and what has none."""
+        resolver = self._resolver
+        sites, misses = resolver.resolve(targets_of(adapter), adapter.flattened, adapter.scope)
+        sites, misses = restore_biases(sites, misses, resolver.weight_of)
+        grouped = [site for site in sites if site.target.module and site.target.module.groups > 1]
+        sites = [site for site in sites if site not in grouped]
+        misses += [Miss(site.target, _GROUPED) for site in grouped]
+        self.warnings += [_untrained(adapter, site) for site in sites if _is_copy(site)]
+        sites, torn, tied = with_tied_ends(adapter, sites, resolver.uses, resolver.weight_of)
+        self.notes += tied
+        return sites, misses + torn
 
 
 def _is_copy(site: Site) -> bool:
@@ -143,7 +194,16 @@ def _copied(owner: int, adapter: Adapter, factor: float, sites: Sequence[Site]) 
             dora = target.module is not None and target.module.magnitude is not None
             for use in part.uses:
                 place = (id(use), placement.row, placement.col)
-                yield Copied(place, stored, target.key, adapter.name, owner, factor, values, is_dora=dora)
+                yield Copied(
+                    place=place,
+                    stored=stored,
+                    parameter=target.key,
+                    adapter=adapter.name,
+                    owner=owner,
+                    weight=factor,
+                    values=values,
+                    is_dora=dora,
+                )
 
 
 def _untrained(adapter: Adapter, site: Site) -> str:
@@ -254,7 +314,15 @@ def _patch_of(target: Target, placement: Placement, factor: float, dtype: type[n
     # A vector is one column: its addend is the outer product with 1.
     one = np.ones((1, 1), dtype)
     height, width = values.shape
-    return Patch(target.key, placement.row, placement.col, height, width, values * dtype(factor), one)
+    return Patch(
+        label=target.key,
+        row=placement.row,
+        col=placement.col,
+        height=height,
+        width=width,
+        left=values * dtype(factor),
+        right=one,
+    )
 
 
 def mark_merged(

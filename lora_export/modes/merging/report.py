@@ -11,7 +11,7 @@ from lora_export.plan import Plan
 from lora_export.storage.rounding import Rounding, rounding_dict, total_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MergeReport:
     """What a merge did, or with ``dry_run`` would do.
 

@@ -157,7 +157,8 @@ class Coverage:
             if module in known:
                 self.tables[module] = Table(module, np.zeros(shape.shape[0], np.bool_))
             else:
-                self.unknown[module] = missing.get(module, "its indices are not seen in the graph")
+                refusal = missing.get(module)
+                self.unknown[module] = refusal.detail if refusal else "its indices are not seen in the graph"
 
     def _count_in_the_graph(self, feed: Feed) -> None:
         assert self._graph is not None

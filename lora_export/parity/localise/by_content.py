@@ -49,7 +49,7 @@ class Nearest:
             if found is not None and found[0] > best:
                 best = found[0]
                 placement = fit.placement_at(found[1], (0, target.matrix[0]), use.transposed)
-                site = Site(target, (Part(use.root, (use,), (placement,)),), "content")
+                site = Site(target=target, parts=(Part(use.root, (use,), (placement,)),), evidence="content")
         return site
 
 

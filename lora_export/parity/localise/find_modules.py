@@ -19,6 +19,7 @@ from lora_export.graph.onnx_file import FLOAT_TYPES, GraphFile
 from lora_export.modes.branches.calls import branch_of
 from lora_export.parity.localise.by_content import Nearest
 from lora_export.parity.localise.walk import Tap, Walker
+from lora_export.plan import Refusal
 from lora_export.sites import fit
 from lora_export.sites.doubts.readers import folded_into_conv, module_of
 from lora_export.sites.naming import names
@@ -31,7 +32,7 @@ from lora_export.storage.patch import Placement
 
 _NORMS = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
 _SKIP_NORMS = {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
-NOT_FOUND = "no node or weight of the graph names it"
+NOT_FOUND = Refusal("not found", "no node or weight of the graph names it")
 # Number of a skip norm's output that is its input sum.
 _SKIP_SUM = 3
 
@@ -77,7 +78,7 @@ class Probe:
 
 def find_probes(
     graph: GraphFile, modules: Sequence[ModuleShape], weight_of: Callable[[Target], Array | None]
-) -> tuple[list[Probe], dict[str, str]]:
+) -> tuple[list[Probe], dict[str, Refusal]]:
     """Find modules in a graph.
 
     Args:
@@ -86,7 +87,7 @@ def find_probes(
         weight_of: Function that returns a module's weight in the PyTorch model, without any adapter.
 
     Returns:
-        The probes in the order of computation, and for each module without a probe the reason.
+        The probes in the order of computation, and for each module without a probe the refusal.
     """
     return _Search(graph, modules, weight_of).run()
 
@@ -115,8 +116,8 @@ class _Search:
             self._by_root[str(use.root.name)].append(use)
         self._weight_of = weight_of
 
-    def run(self) -> tuple[list[Probe], dict[str, str]]:
-        found: dict[str, Probe | str] = {}
+    def run(self) -> tuple[list[Probe], dict[str, Refusal]]:
+        found: dict[str, Probe | Refusal] = {}
         lost: list[Target] = []
         claimed: set[int] = set()
         for module in self._modules:
@@ -134,7 +135,7 @@ class _Search:
             site = nearest.find(target, self._weight_of(target))
             found[target.path] = self._probe_at(site) if site else NOT_FOUND
         probes = sorted((p for p in found.values() if isinstance(p, Probe)), key=lambda probe: probe.order)
-        return probes, {path: reason for path, reason in found.items() if isinstance(reason, str)}
+        return probes, {path: refusal for path, refusal in found.items() if isinstance(refusal, Refusal)}
 
     def _recorded(self, target: Target) -> Site | None:
         """Return the site by the LoRA record, or None; a fused base has lost its names."""
@@ -145,7 +146,7 @@ class _Search:
                 return None
             placement = Placement(rows.rows, rows.row, rows.col, rows.transposed)
             parts.append(Part(uses[0].root, uses, (placement,)))
-        return Site(target, tuple(parts), "record") if parts else None
+        return Site(target=target, parts=tuple(parts), evidence="record") if parts else None
 
     def _by_name(self, target: Target) -> Site | None:
         for variant in names.variants(target.key):
@@ -161,19 +162,20 @@ class _Search:
             parts = []
             for use in groups[0]:
                 placed = fit.place(target, use, variant.part)
-                if not isinstance(placed, str):
+                if not isinstance(placed, Refusal):
                     parts.append(Part(use.root, (use,), placed))
             if parts:
-                return Site(target, tuple(parts), "names")
+                return Site(target=target, parts=tuple(parts), evidence="names")
         return None
 
-    def _probe_at(self, site: Site) -> Probe | str:
+    def _probe_at(self, site: Site) -> Probe | Refusal:
         target = site.target
         for part in site.parts:
             if folded_into_conv(target, part):
-                return "the exporter has folded a norm into it: the graph doesn't contain its output"
+                reason = "the exporter has folded a norm into it: the graph doesn't contain its output"
+                return Refusal("computed", reason)
         branch = branch_of(site, {})
-        if isinstance(branch, str):
+        if isinstance(branch, Refusal):
             return branch
         # A module that is called several times is examined in its first call.
         pieces = {piece.rows: piece for piece in reversed(branch.pieces)}
@@ -181,13 +183,13 @@ class _Search:
         for rows, piece in sorted(pieces.items()):
             node = piece.call.node
             if rows[0] != at or id(node) not in self._order:
-                return "it is computed in parts that are not all in the main graph"
+                return Refusal("operator", "it is computed in parts that are not all in the main graph")
             at = rows[1]
             order = max(order, self._order[id(node)])
             width = (piece.offset, piece.offset + rows[1] - rows[0])
             taps.append(self._walker.output(piece.call, *width, target.path))
         if at != branch.out_dim:
-            return "only a part of its outputs was found"
+            return Refusal("not found", "only a part of its outputs was found")
         x = next(iter(pieces.values())).call.x
         axes = [1 if kind == "conv" else -1 for kind in (branch.kind, target.kind)]
         return Probe(target.path, order, tuple(taps), Tap(x), *axes)
@@ -259,7 +261,9 @@ def _within(path: str, module: str) -> bool:
 def _target(module: ModuleShape) -> Target | None:
     if module.kind not in ("linear", "conv", "embedding"):
         return None
-    return Target(f"{module.path}.weight", module.kind, module.shape, "merge", ())
+    return Target(
+        key=f"{module.path}.weight", kind=module.kind, shape=module.shape, action="merge", tensor_names=()
+    )
 
 
 def _stored_of(graph: GraphFile) -> Mapping[str, Iterable[StoredRows]]:

@@ -25,6 +25,7 @@ from lora_export.parity.localise.run_inside import run_with_outputs
 from lora_export.parity.localise.torch_modules import bare_output, modules_of, weight_in
 from lora_export.parity.localise.walk import shown
 from lora_export.parity.result import BASE, Localisation, State, state_name
+from lora_export.plan import Refusal
 from lora_export.runtimes.ort.device import Provider
 from lora_export.runtimes.torch.reference import TorchReference
 
@@ -93,8 +94,8 @@ def localise(sources: Sources, most: int = MOST) -> Localisation:
 
 
 def _once(
-    probes: Sequence[Probe], missing: Mapping[str, str], modules: Sequence[ModuleShape]
-) -> tuple[list[Probe], dict[str, str]]:
+    probes: Sequence[Probe], missing: Mapping[str, Refusal], modules: Sequence[ModuleShape]
+) -> tuple[list[Probe], dict[str, Refusal]]:
     """Return one probe for each module, of its first name, and the modules missing under all their names."""
     identity = {module.path: module.identity for module in modules}
     kept: dict[int, Probe] = {}
@@ -124,7 +125,7 @@ class _Search:
     sources: Sources
     graph: GraphFile
     probes: Sequence[Probe]
-    lost: dict[str, str]
+    lost: dict[str, Refusal]
     most: int
     seen: dict[int, Measured] = field(default_factory=dict)
     unlike: list[int] = field(default_factory=list)
@@ -216,7 +217,7 @@ class _Search:
         notes += [
             *_listed("not found in the graph", [path for path, why in self.lost.items() if why == NOT_FOUND]),
             *_listed("of another size in the graph", unlike),
-            *(f"{path}: {why}" for path, why in self.lost.items() if why != NOT_FOUND),
+            *(f"{path}: {why.detail}" for path, why in self.lost.items() if why != NOT_FOUND),
         ]
         looked = len(self.seen) + len(self.unlike)
         return Localisation(

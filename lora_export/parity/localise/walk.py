@@ -13,15 +13,14 @@ from lora_export.adapter import Array
 from lora_export.graph.nodes import NodeWriter, model_names
 from lora_export.graph.onnx_file import GraphFile
 from lora_export.modes.branches.calls import Call
+from lora_export.sites import operator_named
 from lora_export.sites.slot import PASSED, SHAPE_ONLY
 
 # Names of the nodes that `branches.attach` adds after a product.
 _ATTACHED = re.compile(r"\.lora\.(sum|scaled|biased)(\.\d+)?\.\w+$")
 _BY_GEMM = re.compile(r"\.lora\.(base|up)(\.\d+)?\.(Flatten|Gemm)$")
 _BIAS_SUM = re.compile(r"\.lora\.(bias|joined)(\.\d+)?\.Add$")
-# Input number of the bias in operators that add one to their own product …
-_OWN_BIAS = {"Gemm": 2, "Conv": 2, "MatMulNBits": 5, "DynamicQuantizeMatMul": 4, "MatMulIntegerToFloat": 6}
-# … and in operators that add one to their input, and then compute more.
+# Input number of the bias in operators that add one to their input, and then compute more.
 _FUSED_BIAS = {
     "BiasGelu": 1,
     "FastGelu": 1,
@@ -29,7 +28,6 @@ _FUSED_BIAS = {
     "SkipSimplifiedLayerNormalization": 3,
     "SkipLayerNormalization": 4,
 }
-_ACTIVATED = {"FusedGemm": "Gemm", "FusedConv": "Conv"}
 _STEPS = 8
 
 
@@ -79,11 +77,12 @@ class Walker:
     def _product(self, call: Call, path: str) -> tuple[ir.Value, bool]:
         """Return the product, and True if it contains a bias already."""
         node = call.node
-        if node.op_type == "Attention" or node.op_type in _ACTIVATED:
+        operator = operator_named(node.op_type)
+        if node.op_type == "Attention" or (operator and operator.without_activation):
             if id(node) not in self._opened:
                 self._opened[id(node)] = self._open(call, path)
             return self._opened[id(node)]
-        index = _OWN_BIAS.get(node.op_type)
+        index = operator.bias if operator else None
         has_bias = index is not None and len(node.inputs) > index and node.inputs[index] is not None
         return node.outputs[0], has_bias
 
@@ -99,8 +98,11 @@ class Walker:
                 for key, attribute in node.attributes.items()
                 if not key.startswith("activation")
             }
-            operator = _ACTIVATED[node.op_type]
-            value = self._write.add(node, operator, node.inputs[:3], name, dtype=call.dtype, attributes=keep)
+            known = operator_named(node.op_type)
+            assert known is not None
+            value = self._write.add(
+                node, known.without_activation, node.inputs[:3], name, dtype=call.dtype, attributes=keep
+            )
             bias = node.inputs[3] if len(node.inputs) > 3 else None
         if bias is not None:
             value = self._write.add(node, "Add", [value, bias], f"{name}.sum", dtype=call.dtype)

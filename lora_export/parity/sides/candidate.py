@@ -25,7 +25,7 @@ from lora_export.runtimes.ort.device import DeviceMemory, Provider, host_value
 from lora_export.runtimes.ort.open import open_session
 from lora_export.runtimes.session import AdapterSession
 from lora_export.runtimes.tensorrt.session import EngineSession
-from lora_export.storage.manifest import hash_file, identity_of
+from lora_export.storage.hashes import hash_file, identity_of
 
 
 @dataclass(frozen=True)

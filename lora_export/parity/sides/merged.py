@@ -13,7 +13,8 @@ from lora_export.adapter import Adapter
 from lora_export.errors import AdapterError, GraphError
 from lora_export.parity.judge.limits import Rounding
 from lora_export.parity.result import BASE, State
-from lora_export.storage.manifest import Manifest, identity_of_graph
+from lora_export.storage.hashes import identity_of_graph
+from lora_export.storage.manifest import Manifest
 from lora_export.untrusted.documents import open_regular
 
 _SUFFIX = ".lora.json"

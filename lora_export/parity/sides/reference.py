@@ -22,7 +22,7 @@ from lora_export.parity.result import BASE, State, state_name
 from lora_export.parity.sides.candidate import Candidate, describe, open_candidate
 from lora_export.runtimes.ort.device import Provider
 from lora_export.runtimes.torch.reference import TorchReference
-from lora_export.storage.manifest import hash_file, identity_of
+from lora_export.storage.hashes import hash_file, identity_of
 
 
 class Reference(Protocol):

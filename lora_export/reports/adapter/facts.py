@@ -162,7 +162,7 @@ def _module_report(module: LoraModule) -> ModuleReport:
         alpha=module.alpha,
         scaling=module.scaling,
         rslora=module.rslora,
-        dora=_is_dora(module),
+        dora=module.has_dora,
         bias=module.lora_bias is not None,
         experts=module.experts,
         groups=module.groups,
@@ -181,13 +181,9 @@ def _module_report(module: LoraModule) -> ModuleReport:
     )
 
 
-def _is_dora(module: LoraModule) -> bool:
-    return module.magnitude is not None or module.scale is not None
-
-
 def _tuner(adapter: Adapter) -> str:
     kinds = Counter(
-        ("DoRA" if _is_dora(module) else "LoRA") + (" (rsLoRA scaling)" if module.rslora else "")
+        ("DoRA" if module.has_dora else "LoRA") + (" (rsLoRA scaling)" if module.rslora else "")
         for module in adapter.modules.values()
     )
     if len(kinds) < 2:

@@ -21,7 +21,7 @@ from lora_export.errors import BackendError, BackendUnavailable
 from lora_export.graph.onnx_file import load_graph
 from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES
 from lora_export.runtimes.tensorrt.cuda import CudaDevice
-from lora_export.storage.manifest import FileHash, identity_of
+from lora_export.storage.hashes import FileHash, identity_of
 
 _KEPT_ERRORS = 40
 _NAMES = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}

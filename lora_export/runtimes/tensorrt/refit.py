@@ -35,8 +35,8 @@ from lora_export.modes.merging.into_graph import plan_changes
 from lora_export.runtimes.session_options import PathLike
 from lora_export.runtimes.tensorrt.engine import LoadedEngine, same_files
 from lora_export.runtimes.tensorrt.session import EngineSession
+from lora_export.storage.hashes import FileHash, identity_of
 from lora_export.storage.inputs import FileState, refuse_changed, same_inputs
-from lora_export.storage.manifest import FileHash, identity_of
 from lora_export.storage.outputs import refuse_inputs
 
 # numpy's and ml_dtypes' names of types → TensorRT's.

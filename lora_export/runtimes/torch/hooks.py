@@ -19,6 +19,7 @@ from lora_export.base.checkpoint.names import Part
 from lora_export.errors import AdapterError
 from lora_export.formats.reading.whole_copies import reach_of
 from lora_export.formats.schemes import fitted
+from lora_export.plan import Refusal
 from lora_export.runtimes.torch.places import NoPlace, Owner, Places
 from lora_export.runtimes.torch.products import Hook, changed, hook_of, tensor_of
 from lora_export.sites.experts import Held, settle
@@ -77,8 +78,8 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
         parameter: str, action: str = "merge", component: str | None = None
     ) -> tuple[str, Owner, Part | None]:
         found = finder.find(parameter, action, component)
-        if isinstance(found, str):
-            raise NoPlace(found)
+        if isinstance(found, Refusal):
+            raise NoPlace(found.detail)
         name, part = found
         path, _, leaf = name.rpartition(".")
         return path, Owner(model.get_submodule(path), leaf), part

@@ -17,6 +17,7 @@ from lora_export.adapter import Adapter
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.names import Names, Part
 from lora_export.errors import LoraExportError
+from lora_export.plan import Refusal
 from lora_export.sites.naming.known_names import KnownNames
 from lora_export.sites.naming.names import Named
 from lora_export.sites.naming.renaming import Renaming, rename
@@ -130,7 +131,7 @@ class Finder:
 
     def find(
         self, parameter: str, action: str = "merge", component: str | None = None
-    ) -> tuple[str, Part | None] | str:
+    ) -> tuple[str, Part | None] | Refusal:
         """Return the model's name of a parameter, or the reason why there is none.
 
         With the name comes a `Part` if the path means only one expert, or some rows, of that parameter.
@@ -147,6 +148,6 @@ class Finder:
             whole = part.expert is None and part.piece == (0, 1)
             return name, None if whole else part
         if problem and problem.kind == "ambiguous":
-            return str(problem)
+            return Refusal(problem.kind, str(problem))
         hint = f"; {self._own.hint}" if self._own.hint else ""
-        return f"the model has no parameter of that name{hint}"
+        return Refusal("not found", f"the model has no parameter of that name{hint}")

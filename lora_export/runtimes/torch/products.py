@@ -279,8 +279,8 @@ def _parameter_turned(lora: LoraModule, seen: tuple[int, ...], part: Part | None
     """Return False if a module's own parameter fits: PEFT changes it untransposed. Else raise `NoPlace`."""
     rows, cols = lora.matrix_shape
     rows = rows if part is None else rows // part.piece[1]
-    if reason := unsettled(lora, Held(seen, None)):
-        raise NoPlace(reason)
+    if refusal := unsettled(lora, Held(seen, None)):
+        raise NoPlace(refusal.detail)
     if seen != (rows, cols):
         raise NoPlace(f"the model holds matrices {seen}, the adapter fits {(rows, cols)}")
     return False

@@ -18,7 +18,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from lora_export.sites import fit
+from lora_export.plan import Refusal
+from lora_export.sites import fit, operator_named
 from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.naming.evidence import (
     FOLDED,
@@ -31,8 +32,6 @@ from lora_export.sites.naming.evidence import (
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Part, Target
 
-_FOLDING = {"Conv", "FusedConv", "NhwcConv", "ConvTranspose", "Gemm", "FusedGemm", "GemmFastGelu"}
-_PRODUCTS = {"MatMul", "FusedMatMul"}
 _RULE = "pkg.onnxscript.rewriter.rule_name"
 # Another module's parameter: exporters keep one of two that are tied or equal.
 _PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)+")
@@ -95,9 +94,10 @@ def _nameless_product(use: Use) -> str:
     """Return what may hide in the constant of a product that says no module; empty for other nodes."""
     if module_of(use.node) is not None:
         return ""
-    if use.node.op_type in _FOLDING:
+    operator = operator_named(use.node.op_type)
+    if operator and operator.folds_norms:
         return "a folded batch norm"
-    return "a factor or another order of the values" if use.node.op_type in _PRODUCTS else ""
+    return "a factor or another order of the values" if operator and operator.is_product else ""
 
 
 def _is_own_name(target: Target, use: Use, key: str) -> bool:
@@ -128,7 +128,7 @@ def nameless(target: Target, uses: Sequence[Use]) -> list[str]:
     """Return some constants of a target's shape that neither they nor their nodes give a module's name."""
     found: dict[str, None] = {}
     for use in uses:
-        if use.quantised or not fit.accepts(target, use) or isinstance(fit.place(target, use), str):
+        if use.quantised or not fit.accepts(target, use) or isinstance(fit.place(target, use), Refusal):
             continue
         name = weight_name(use)
         if (

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+from lora_export.plan import Refusal
 from lora_export.sites.target import Miss, Site, Target
 from lora_export.storage.patch import Placement
 
@@ -19,7 +20,7 @@ def without_conflicts(sites: Sequence[Site], misses: Sequence[Miss]) -> tuple[li
     """Return the sites that are alone in their places, and of the others why they are lost."""
     alone, lost = _equal_copies_once(sites, misses)
     clashes = _clashes(alone)
-    lost += [Miss(site.target, clashes[id(site)], "double") for site in alone if id(site) in clashes]
+    lost += [Miss(site.target, Refusal("double", clashes[id(site)])) for site in alone if id(site) in clashes]
     return [site for site in alone if id(site) not in clashes], lost
 
 

@@ -11,13 +11,13 @@ from collections.abc import Collection, Iterator
 import onnx_ir as ir
 
 from lora_export.graph.onnx_file import GraphFile
+from lora_export.sites import operator_named
 from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.naming.adapter_layers import adapters_among
 from lora_export.sites.naming.evidence import folded_names, scope_path
 from lora_export.sites.slot import constant_behind
 from lora_export.sites.target import Site
 
-_PRODUCTS = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "Gather"}
 _VIEWS = {"Reshape", "Identity", "Cast", "Flatten", "Squeeze", "Unsqueeze"}
 _SCALED = _VIEWS | {"Mul", "Div", "Transpose", "Dropout"}
 _SUMMED = _VIEWS | {"Add"}
@@ -88,9 +88,9 @@ def _addends(node: ir.Node) -> Iterator[ir.Value]:
 def _product(value: ir.Value | None) -> ir.Node | None:
     """Return the product of an activation and a constant that a value is, but for factors."""
     while value is not None and (maker := value.producer()) is not None:
-        if maker.op_type in _PRODUCTS:
-            weight = maker.inputs[0 if maker.op_type == "Gather" else 1]
-            return maker if constant_behind(weight) is not None else None
+        operator = operator_named(maker.op_type)
+        if operator and operator.weight is not None:
+            return maker if constant_behind(maker.inputs[operator.weight]) is not None else None
         value = _through(value, _SCALED)
         if value is not None and value.producer() is maker:
             return None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from lora_export.sites import operator_named
 from lora_export.sites.naming.evidence import (
     FOLDED,
     NODE_NAME,
@@ -17,8 +18,6 @@ from lora_export.sites.naming.evidence import (
 )
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Part, Site, Target
-
-_CONVOLUTIONS = {"Conv", "FusedConv", "NhwcConv", "ConvTranspose"}
 
 
 def module_of(node: ir.Node) -> str | None:
@@ -118,7 +117,8 @@ def folded_into_conv(target: Target, part: Part) -> bool:
 
     Exporters either give the result a name of its own, or keep the name and say that the norm reads it.
     """
-    if not any(use.node.op_type in _CONVOLUTIONS for use in part.uses):
+    operators = [operator_named(use.node.op_type) for use in part.uses]
+    if not any(operator and operator.is_convolution for operator in operators):
         return False
     # A quantiser's suffix says nothing of a norm.
     name, parameter = weight_path(str(part.root.name)), target.key.rpartition(".")[2]

@@ -65,7 +65,7 @@ NOT_FOUND = Problem("not found")
 _TOO_MANY = Problem("ambiguous", "the ends of its names are the ends of too many of the base's")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Renaming:
     """What became of an adapter's names.
 
@@ -74,6 +74,7 @@ class Renaming:
         problems: Number of a parameter → why it has no name in the base.
         change: The change that was made.
         hint: What the user may give to place the adapter, or the part of it that belongs; it was tried.
+        tells_part: The hint is about which part to name (``--component``).
         reach: How many parameters are placed where the user does so.
         doubt: What speaks against the part that the user named.
     """
@@ -82,6 +83,7 @@ class Renaming:
     problems: dict[int, Problem] = field(default_factory=dict)
     change: Prefix = NO_CHANGE
     hint: str = ""
+    tells_part: bool = False
     reach: int = 0
     doubt: str = ""
 
@@ -380,12 +382,20 @@ class _Renamer:
         has_doubles = self._refuse_doubles(names, problems)
         count = self._count(change)
         if not has_doubles and count == len(self._deciding):
-            return Renaming(tuple(names), problems, change, doubt=self._doubt())
+            return Renaming(names=tuple(names), problems=problems, change=change, doubt=self._doubt())
         offers = self._offers(0 if has_doubles else count)
         text = f"say which of the file's models with {offers.text}" if has_doubles else ""
         text = text or f"{offers.text} takes the part that fits"
         hint = text if offers else ""
-        return Renaming(tuple(names), problems, change, hint, offers.placed, self._doubt())
+        return Renaming(
+            names=tuple(names),
+            problems=problems,
+            change=change,
+            hint=hint,
+            tells_part=bool(offers),
+            reach=offers.placed,
+            doubt=self._doubt(),
+        )
 
     def _doubt(self) -> str:
         kind = self._known.other_kind(self._given) if self._given else ""
@@ -463,7 +473,13 @@ class _Renamer:
             problems[number] = Problem("ambiguous", f"may be {listed}") if fitting else NOT_FOUND
         offers = self._offers()
         hint = f"say which with {offers.text}" if offers else ""
-        return Renaming((None,) * len(self._wanted), problems, hint=hint, reach=offers.placed)
+        return Renaming(
+            names=(None,) * len(self._wanted),
+            problems=problems,
+            hint=hint,
+            tells_part=bool(offers),
+            reach=offers.placed,
+        )
 
     def _refused(self) -> Renaming:
         """Say why no change counts, and what the user may give."""
@@ -477,7 +493,7 @@ class _Renamer:
             )
             without = "give this adapter without --component"
             hint = f"give {offers.text}, or {without}" if offers else without
-            return self._all(problem, hint, offers)
+            return self._all(problem, hint, offers, tells_part=True)
         if offers.others and not offers:
             problem = Problem("not found", "what would fit is of another kind of model")
             return self._all(problem, self._of_others(offers), offers)
@@ -509,9 +525,10 @@ class _Renamer:
             f"{listed}; give the base of that part"
         )
 
-    def _all(self, problem: Problem, hint: str, offers: Offers) -> Renaming:
-        problems = dict.fromkeys(range(len(self._wanted)), problem)
-        return Renaming((None,) * len(self._wanted), problems, hint=hint, reach=offers.placed)
+    def _all(self, problem: Problem, hint: str, offers: Offers, tells_part: bool = False) -> Renaming:
+        names, problems = (None,) * len(self._wanted), dict.fromkeys(range(len(self._wanted)), problem)
+        told = tells_part or bool(offers)
+        return Renaming(names=names, problems=problems, hint=hint, tells_part=told, reach=offers.placed)
 
 
 def _called(named: Named) -> str:

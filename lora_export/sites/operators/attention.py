@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lora_export.sites.slot import Slot
+from lora_export.sites.slot import Operator, Slot
 
 
 def slots(node: ir.Node) -> list[Slot]:
     """Return the fused weight and the fused bias (ONNX Runtime ``ContribOperators.md``)."""
     inside = "com.microsoft.Attention projects and attends in one operator: nothing can be added in between"
     return [
-        Slot(1, "linear", transposed=True, no_branch=inside),
-        Slot(2, "vector", parameter="bias"),
+        Slot(index=1, kind="linear", transposed=True, no_branch=inside),
+        Slot(index=2, kind="vector", parameter="bias"),
     ]
+
+
+ATTENTION = Operator(slots=slots)

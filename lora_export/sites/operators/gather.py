@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lora_export.sites.slot import Slot
+from lora_export.sites.slot import Operator, Slot
 
 
 def slots(node: ir.Node) -> list[Slot]:
     """Return the table; a Gather along another axis is no embedding."""
-    return [Slot(0, "embedding")] if node.attributes.get_int("axis", 0) == 0 else []
+    return [Slot(index=0, kind="embedding")] if node.attributes.get_int("axis", 0) == 0 else []
+
+
+GATHER = Operator(slots=slots, weight=0)

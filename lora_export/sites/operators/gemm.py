@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx_ir as ir
 
-from lora_export.sites.slot import LEFT, Slot
+from lora_export.sites.slot import LEFT, Operator, Slot
 
 
 def slots(node: ir.Node) -> list[Slot]:
@@ -15,13 +17,21 @@ def slots(node: ir.Node) -> list[Slot]:
     beta = node.attributes.get_float("beta", 1.0)
     refusal = "" if beta == 1.0 else f"Gemm with beta={beta}: the bias operand is not the module's bias"
     return [
-        Slot(1, "linear", transposed=not trans_b),
-        Slot(0, "linear", transposed=bool(trans_a), no_branch=LEFT),
-        Slot(2, "vector", parameter="bias", refusal=refusal),
+        Slot(index=1, kind="linear", transposed=not trans_b),
+        Slot(index=0, kind="linear", transposed=bool(trans_a), no_branch=LEFT),
+        Slot(index=2, kind="vector", parameter="bias", refusal=refusal),
     ]
 
 
 def fused_slots(node: ir.Node) -> list[Slot]:
     """Return the operands of GemmFastGelu, which takes ``(in_dim, out_dim)`` and has no attributes."""
     inside = "GemmFastGelu applies its activation inside: nothing can be added before it"
-    return [Slot(1, "linear", transposed=True, no_branch=inside), Slot(2, "vector", parameter="bias")]
+    return [
+        Slot(index=1, kind="linear", transposed=True, no_branch=inside),
+        Slot(index=2, kind="vector", parameter="bias"),
+    ]
+
+
+GEMM = Operator(slots=slots, weight=1, bias=2, folds_norms=True)
+FUSED_GEMM = replace(GEMM, without_activation="Gemm")
+GEMM_FAST_GELU = Operator(slots=fused_slots, folds_norms=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lora_export.sites.slot import LEFT, Slot
+from lora_export.sites.slot import LEFT, Operator, Slot
 
 
 def slots(node: ir.Node) -> list[Slot]:
@@ -19,6 +19,9 @@ def slots(node: ir.Node) -> list[Slot]:
     if node.attributes.get_int("transBatchA", 0) or node.attributes.get_int("transBatchB", 0):
         refusal = "FusedMatMul with transBatchA/transBatchB is not understood"
     return [
-        Slot(1, "linear", transposed=not trans_b, refusal=refusal, no_branch=refusal),
-        Slot(0, "linear", transposed=bool(trans_a), refusal=refusal, no_branch=refusal or LEFT),
+        Slot(index=1, kind="linear", transposed=not trans_b, refusal=refusal, no_branch=refusal),
+        Slot(index=0, kind="linear", transposed=bool(trans_a), refusal=refusal, no_branch=refusal or LEFT),
     ]
+
+
+MATMUL = Operator(slots=slots, weight=1, is_product=True)

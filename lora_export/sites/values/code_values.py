@@ -11,17 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora_export.adapter import Array
+from lora_export.sites import operator_named
 from lora_export.sites.slot import Use
 from lora_export.sites.values.codes import NBITS_WIDTHS, constant_of, has_input, unpacked
 from lora_export.sites.values.grid import dequantiser, per_value
 from lora_export.storage.patch import Placement
 
-# Operator of integers → position of the weight's scale (None: it is in a product further on), of its zero.
-_INTEGERS: dict[str, tuple[int | None, int]] = {
-    "MatMulInteger": (None, 3),
-    "DynamicQuantizeMatMul": (2, 3),
-    "MatMulIntegerToFloat": (3, 5),
-}
 _NBITS = "MatMulNBits"
 # Values that are compared at a time.
 _BLOCK = 1 << 20
@@ -31,7 +26,7 @@ _RELATED = 0.5
 _SCALE, _ZERO, _ORDER = 2, 3, 4
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Codes:
     """A quantised matrix, as its operator multiplies with it.
 
@@ -92,15 +87,15 @@ def codes_of(use: Use) -> Codes | None:
         return _of_nbits(use)
     stored = np.asarray(use.root.const_value.numpy())
     codes = stored.reshape(len(stored), -1)
-    first = dequantiser(use)
+    first, operator = dequantiser(use), operator_named(use.node.op_type)
     if first is not None:
         step: Array | None
         step, zero = (
             np.broadcast_to(per_value(first, index, stored.shape), stored.shape).reshape(codes.shape)
             for index in (1, 2)
         )
-    elif not use.chain and use.node.op_type in _INTEGERS:
-        where, at = _INTEGERS[use.node.op_type]
+    elif not use.chain and operator and operator.weight_zero is not None:
+        where, at = operator.weight_scale, operator.weight_zero
         found = [None if index is None else constant_of(use.node, index) for index in (where, at)]
         if (where is not None and found[0] is None) or (found[1] is None and has_input(use.node, at)):
             return None
@@ -113,7 +108,7 @@ def codes_of(use: Use) -> Codes | None:
         return None
     # Centred codes fit into 16 bits: of bytes, or fewer, and their zeros.
     centred = codes.astype(np.float32) - zero.astype(np.float32)
-    return Codes(centred, step, float(np.abs(centred).max(initial=0)))
+    return Codes(codes=centred, step=step, limit=float(np.abs(centred).max(initial=0)))
 
 
 def _fits(values: Array, shape: tuple[int, ...]) -> bool:
@@ -178,4 +173,11 @@ def _of_nbits(use: Use) -> Codes | None:
         zeros = zero.reshape(rows, -1)
         zeros = unpacked(zeros, bits) if zeros.dtype == np.uint8 else zeros
         zeros = zeros[:, :blocks].astype(np.float32)
-    return Codes(packed, scale.reshape(rows, blocks).astype(np.float32), 0.0, bits, zeros, block)
+    return Codes(
+        codes=packed,
+        step=scale.reshape(rows, blocks).astype(np.float32),
+        limit=0.0,
+        bits=bits,
+        zeros=zeros,
+        block=block,
+    )

@@ -7,11 +7,10 @@ import onnx_ir as ir
 
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import shape_of, stored_matrix
+from lora_export.sites import operator_named
 from lora_export.sites.slot import Use
 from lora_export.sites.values.grid import held_by_codes
 
-# ONNX Runtime's ``ContribOperators.md``: operators on 8-bit codes → position of the weight's zero point.
-_ZERO_POINT = {"MatMulInteger": 3, "DynamicQuantizeMatMul": 3, "MatMulIntegerToFloat": 5}
 NBITS_WIDTHS = (2, 4, 8)
 
 
@@ -42,9 +41,10 @@ def rows_of(use: Use, rows: Array) -> Array | None:
         return _nbits_rows(use.node, rows)
     if (held := held_by_codes(use)) is not None:
         return _picked(held[0].reshape(len(held[0]), -1), use.transposed, rows)
-    if use.node.op_type in _ZERO_POINT:
+    operator = operator_named(use.node.op_type)
+    if operator and operator.weight_zero is not None:
         codes = _picked(stored_matrix(use.root.const_value), use.transposed, rows)
-        zero = constant_of(use.node, _ZERO_POINT[use.node.op_type])
+        zero = constant_of(use.node, operator.weight_zero)
         if zero is None:
             return codes
         return codes - (zero.ravel()[rows][:, None] if zero.size > 1 else float(zero.ravel()[0]))

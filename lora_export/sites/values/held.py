@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import FLOAT_TYPES
+from lora_export.plan import Refusal
 from lora_export.sites.slot import QUANTIZE, Use
 from lora_export.sites.values.code_values import CodesMatch
 from lora_export.sites.values.grid import (
@@ -41,7 +42,7 @@ class Held:
     name: str
 
 
-def held_of(use: Use) -> Held | str:
+def held_of(use: Use) -> Held | Refusal:
     """Return what a use's constant stands for, or why its codes can't be read."""
     tensor, name = use.root.const_value, name_of_floats(use)
     assert tensor is not None
@@ -51,7 +52,10 @@ def held_of(use: Use) -> Held | str:
     values = None if node is None else floats_of(node)
     if name is None or values is None:
         way = ", ".join(other.op_type for other in (*use.chain, use.node))
-        return f"the graph stores codes of it ({tensor.dtype.name}, read by {way}) whose values can't be told"
+        reason = (
+            f"the graph stores codes of it ({tensor.dtype.name}, read by {way}) whose values can't be told"
+        )
+        return Refusal("quantised", reason)
     return Held(values, name)
 
 

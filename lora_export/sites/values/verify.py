@@ -9,6 +9,7 @@ import numpy as np
 
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import matrix_shape, release, shape_of, stored_matrix
+from lora_export.plan import Refusal
 from lora_export.sites import fit
 from lora_export.sites.experts import unsettled
 from lora_export.sites.slot import NORMS, SKIP_NORMS, Use
@@ -28,7 +29,7 @@ _ROUNDED = 1e-5
 _RELATED = 0.5
 
 
-def check_content(target: Target, part: Part, wanted: Wanted, trusted: bool = False) -> Part | str:
+def check_content(target: Target, part: Part, wanted: Wanted, trusted: bool = False) -> Part | Refusal:
     """Compare every value of a part with the checkpoint's weight.
 
     Args:
@@ -38,7 +39,7 @@ def check_content(target: Target, part: Part, wanted: Wanted, trusted: bool = Fa
         trusted: The constant's name is an exporter's own: zeros of a vector are its own, too.
 
     Returns:
-        The part, with the factors of rescaled rows; or what differs.
+        The part, with the factors of rescaled rows; or what differs, of kind ``values``.
     """
     if isinstance(wanted, Stack):
         return _check_experts(target, part, wanted)
@@ -56,9 +57,10 @@ def check_content(target: Target, part: Part, wanted: Wanted, trusted: bool = Fa
         return replace(part, placements=(replace(placement, row_scale=scale),))
     # Rows of another weight point elsewhere.
     columns = _column_factor(stored, rows, step) if match.cosine > _RELATED else ""
-    return (
+    return Refusal(
+        "values",
         f"the weight {part.root.name!r} does not hold the checkpoint's values (relative difference "
-        f"{match.difference:.2g}, least cosine {match.cosine:.3f}{columns})"
+        f"{match.difference:.2g}, least cosine {match.cosine:.3f}{columns})",
     )
 
 
@@ -141,24 +143,25 @@ def orientations(target: Target, wanted: Array) -> list[Array]:
     return [matrix, matrix.T] if square else [matrix]
 
 
-def _check_whole(target: Target, part: Part, wanted: Array, trusted: bool) -> Part | str:
+def _check_whole(target: Target, part: Part, wanted: Array, trusted: bool) -> Part | Refusal:
     assert part.root.const_value is not None
     start, stop = part.placements[0].rows
     row = part.placements[0].row
     stored = np.asarray(part.root.const_value.numpy())[row : row + stop - start]
     wanted = wanted[start:stop]
     if wanted.shape != stored.shape:
-        return _differs(part)
+        return Refusal("values", _differs(part))
     # One row: a value that is nearly zero counts as one of the vector's.
     if _holds(stored[None], wanted[None]):
         if trusted or np.all(wanted):
             return part
-        return (
+        reason = (
             f"the vector {part.root.name!r} has zeros: what a folded norm or factor made of it can't be known"
         )
+        return Refusal("values", reason)
     if _is_norm(target, part) and _holds(stored[None], wanted[None], NORM_SHIFT):
         return replace(part, placements=(replace(part.placements[0], shift=NORM_SHIFT),))
-    return _differs(part)
+    return Refusal("values", _differs(part))
 
 
 def _is_norm(target: Target, part: Part) -> bool:
@@ -174,7 +177,7 @@ def _differs(part: Part) -> str:
     return f"the {kind} {part.root.name!r} does not hold the checkpoint's values"
 
 
-def _check_experts(target: Target, part: Part, wanted: Stack) -> Part | str:
+def _check_experts(target: Target, part: Part, wanted: Stack) -> Part | Refusal:
     """Compare every matrix of a stack; values tell which way round square ones lie.
 
     Args:
@@ -183,8 +186,8 @@ def _check_experts(target: Target, part: Part, wanted: Stack) -> Part | str:
         wanted: The checkpoint's.
     """
     module = target.module
-    if module is not None and (reason := unsettled(module, None)):
-        return reason
+    if module is not None and (refusal := unsettled(module, None)):
+        return replace(refusal, kind="values")
     assert part.root.const_value is not None
     stored = np.asarray(part.root.const_value.numpy())
     if stored.ndim == 2:
@@ -195,22 +198,23 @@ def _check_experts(target: Target, part: Part, wanted: Stack) -> Part | str:
         alike = {turned for turned in alike if _holds(stored[expert], held.T if turned else held)}
         release(part.root)
         if not alike:
-            return f"{_differs(part)} of expert {expert}"
+            return Refusal("values", f"{_differs(part)} of expert {expert}")
     if len(alike) > 1:
-        return f"ambiguous: the experts in {part.root.name!r} are symmetric, their orientation can't be known"
+        reason = f"the experts in {part.root.name!r} are symmetric, their orientation can't be known"
+        return Refusal("values", f"ambiguous: {reason}")
     # Layouts that no shape settles are refused above: what is square lies as the module holds it.
     turned = wanted.matrix(0).shape != target.shape
     return replace(part, placements=fit.expert_placements(target, (True in alike) != turned))
 
 
-def _check_expert(target: Target, part: Part, wanted: Stack) -> Part | str:
+def _check_expert(target: Target, part: Part, wanted: Stack) -> Part | Refusal:
     """Compare some rows of one expert."""
     (placement,) = part.placements
     held = wanted.matrix(placement.expert)
     rows = (held if held.shape == target.shape else held.T)[slice(*placement.rows)]
     if _holds(canonical_rows(part, placement), rows):
         return part
-    return f"{_differs(part)} of expert {placement.expert}"
+    return Refusal("values", f"{_differs(part)} of expert {placement.expert}")
 
 
 def _holds(stored: Array, wanted: Array, shift: float = 0.0) -> bool:
@@ -221,14 +225,15 @@ def _holds(stored: Array, wanted: Array, shift: float = 0.0) -> bool:
     return worst <= content.EXACT or worst <= content.step(stored, wanted)
 
 
-def unconfirmed(target: Target) -> str:
-    """Why experts can't be placed by their names and shapes alone, or an empty text."""
+def unconfirmed(target: Target) -> Refusal | None:
+    """Return why experts can't be placed by their names and shapes alone; None where they can."""
     square = target.experts > 1 and target.shape[0] == target.shape[1]
     if not square:
-        return ""
-    return (
+        return None
+    return Refusal(
+        "unproven",
         f"the experts' matrices are square {(target.experts, *target.shape)}: whether they are stored "
-        "transposed can't be known from their shape; give --checkpoint to compare the values"
+        "transposed can't be known from their shape; give --checkpoint to compare the values",
     )
 
 
@@ -245,10 +250,10 @@ def search(target: Target, use: Use, wanted: Wanted, offsets: Sequence[int]) -> 
     assert use.root.const_value is not None
     if target.experts > 1:
         placed = fit.place(target, use)
-        if isinstance(placed, str):
+        if isinstance(placed, Refusal):
             return
         checked = check_content(target, Part(use.root, (use,), placed), wanted)
-        if not isinstance(checked, str):
+        if not isinstance(checked, Refusal):
             yield checked
         return
     transposed = use.transposed and target.kind != "vector"
@@ -262,7 +267,7 @@ def search(target: Target, use: Use, wanted: Wanted, offsets: Sequence[int]) -> 
         covered = (0, rows) if fused else (offset, offset + height)
         placement = fit.placement_at(offset if fused else 0, covered, transposed)
         checked = check_content(target, Part(use.root, (use,), (placement,)), wanted)
-        if not isinstance(checked, str):
+        if not isinstance(checked, Refusal):
             yield checked
 
 

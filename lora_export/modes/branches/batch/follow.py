@@ -74,7 +74,7 @@ class BatchRows:
         self._unknown: dict[int, str] = {}
         self._either: dict[int, str] = {}
         for value in graph.inputs:
-            self._rows[id(value)] = Rows(0) if value is batch_input else self._entry(value)
+            self._rows[id(value)] = Rows(axis=0) if value is batch_input else self._entry(value)
             if self._rows[id(value)] is None and self._axes_of_batch(value) > 1:
                 self._either[id(value)] = str(value.name)
         self._run(graph)
@@ -84,12 +84,12 @@ class BatchRows:
         dims = list(value.shape) if value.shape is not None else [ir.SymbolicDim(None)]
         if isinstance(self._batch, int):
             # Another axis of that size may be the batch's, or a length.
-            found = Rows(0) if dims and dims[0] == self._batch else SAME
-            several = self._batch > 1 and self._batch in dims[found == Rows(0) :]
+            found = Rows(axis=0) if dims and dims[0] == self._batch else SAME
+            several = self._batch > 1 and self._batch in dims[found == Rows(axis=0) :]
             return None if several else found
         named = [axis for axis, size in enumerate(dims) if str(size) == str(self._batch) and _is_named(size)]
         if len(named) == 1:
-            return Rows(named[0])
+            return Rows(axis=named[0])
         return SAME if not named and all(isinstance(size, int) for size in dims[:1]) else None
 
     def _axes_of_batch(self, value: ir.Value) -> int:
@@ -252,7 +252,7 @@ class BatchRows:
         outside = all(rows.outermost for rows in found)
         if not outside and any(rows.outermost and not rows.alone for rows in found):
             return None
-        return Rows(places.pop(), outside, all(rows.alone for rows in found))
+        return Rows(axis=places.pop(), outermost=outside, alone=all(rows.alone for rows in found))
 
     def _transposed(self, node: ir.Node, rows: Rows) -> Rows | None:
         rank = self.rank(node.inputs[0])
@@ -356,14 +356,14 @@ class BatchRows:
             return next(iter(carriers)) if len(carriers) == 1 else None
         # Rule 4: behind one another, so that each row is there several times; else behind something else.
         several = sum(rows != SAME for rows in inputs) > 1
-        return Rows(axis, outermost=False, alone=False) if several else moved_by(node)
+        return Rows(axis=axis, outermost=False, alone=False) if several else moved_by(node)
 
     def _flattened(self, node: ir.Node, rows: Rows) -> Rows | None:
         axis = self._from_front(node.attributes.get_int("axis", 1), node.inputs[0])
         if axis is None or rows.axis is None:
             return None
         begin = 0 if rows.axis < axis else axis
-        return Rows(int(begin > 0), rows.outermost and rows.axis == begin, alone=False)
+        return Rows(axis=int(begin > 0), outermost=rows.outermost and rows.axis == begin, alone=False)
 
     def _reshaped(self, node: ir.Node, rows: Rows) -> Rows | None:
         source, target = node.inputs[0], node.inputs[1]
@@ -381,10 +381,11 @@ class BatchRows:
         before = [self.size(source, axis) for axis in range(rows.axis)]
         batch = self._batch if isinstance(self._batch, int) else None
         found = reshaped(before, rows.outermost, sizes, batch)
-        if found is not None and found[2]:
-            return Rows(*found)
+        known = None if found is None else Rows(axis=found[0], outermost=found[1], alone=found[2])
+        if known is not None and known.alone:
+            return known
         # With an axis left open: whether the rows are alone along it, numbers tell.
-        return rows_reshaped(self, node, rows) or (None if found is None else Rows(*found))
+        return rows_reshaped(self, node, rows) or known
 
     def _axes(self, node: ir.Node) -> list[int] | None:
         if len(node.inputs) > 1:

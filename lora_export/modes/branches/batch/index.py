@@ -86,14 +86,14 @@ class Probe:
         """
         from onnx import helper
 
-        part = _Part(self)
+        part = _Part(probe=self)
         part.add(value)
         graph = helper.make_graph(
             [ir.to_proto(node) for node in part.nodes],
             "index",
             [],
             [helper.make_tensor_value_info(str(value.name), 0, None)],
-            [ir.to_proto(ir.tensor(array, name=name)) for name, array in part.known.items()],
+            initializer=[ir.to_proto(ir.tensor(array, name=name)) for name, array in part.known.items()],
         )
         try:
             return values_of(graph, _opset(value))
@@ -101,7 +101,7 @@ class Probe:
             raise _UnknownError from error
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Part:
     """The nodes that compute a value, and what they read."""
 
@@ -318,7 +318,7 @@ def _counted(numbers: Numbers, batch: int) -> Rows:
             rows = np.repeat(_rows(batch), size // batch)
             shape = [size if place == axis else 1 for place in range(numbers.ndim)]
             if np.array_equal(numbers, np.broadcast_to(rows.reshape(shape), numbers.shape)):
-                return Rows(axis, alone=size == batch)
+                return Rows(axis=axis, alone=size == batch)
     return SAME
 
 

@@ -37,7 +37,7 @@ def _gather(flow: Flow, node: ir.Node, inputs: Sequence[Rows | None]) -> Rows | 
     if axis is None or data is None or data.axis is None:
         return None if axis is None or data is None or index is None else _shifted(index, axis)
     if data.axis == axis:
-        return _by_index(flow, node, data, index, axis, lambda numbers: numbers)
+        return _by_index(flow, node, data=data, index=index, before=axis, part=lambda numbers: numbers)
     count = flow.rank(node.inputs[1])
     if index != SAME:
         return None
@@ -59,7 +59,13 @@ def _gather_nd(flow: Flow, node: ir.Node, inputs: Sequence[Rows | None]) -> Rows
         return None
     component = data.axis - shared
     if component < chosen:
-        return None if shared else _by_index(flow, node, data, index, 0, lambda all_: all_[..., component])
+        return (
+            None
+            if shared
+            else _by_index(
+                flow, node, data=data, index=index, before=0, part=lambda all_: all_[..., component]
+            )
+        )
     return replace(data, axis=count - 1 + component - chosen) if index == SAME else None
 
 
@@ -71,7 +77,7 @@ def _gather_elements(flow: Flow, node: ir.Node, inputs: Sequence[Rows | None]) -
     if data.axis is None:
         return index
     if data.axis == axis:
-        return _by_index(flow, node, data, index, 0, lambda numbers: numbers)
+        return _by_index(flow, node, data=data, index=index, before=0, part=lambda numbers: numbers)
     whole = index == SAME and same_size(flow, _value(node.inputs[1]), _value(node.inputs[0]), data.axis)
     return data if whole or (index is not None and index.axis == data.axis) else None
 
@@ -109,7 +115,7 @@ def _scatter_nd(flow: Flow, node: ir.Node, inputs: Sequence[Rows | None]) -> Row
     for component in range(chosen) if data.axis is None else (data.axis,):
         found = rows_of_index(flow, _value(node.inputs[1]), _component(component))
         if found is not None and found.axis == place and found.alone:
-            return Rows(component)
+            return Rows(axis=component)
         unknown = unknown or found is None
     return None if unknown else moved_by(node)
 
@@ -248,7 +254,7 @@ def tiled(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
     times = repeats[rows.axis]
     if not isinstance(times, int):
         return None
-    return rows if times == 1 else Rows(rows.axis, outermost=False, alone=False)
+    return rows if times == 1 else Rows(axis=rows.axis, outermost=False, alone=False)
 
 
 def resized(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
@@ -265,7 +271,7 @@ def resized(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
     given = next((value for value in reversed(node.inputs[1:]) if value is not None), None)
     if given is None:
         return None
-    keeps = keeps_size(flow, given, at[0], data, rows.axis)
+    keeps = keeps_size(flow, given, place=at[0], data=data, axis=rows.axis)
     return None if keeps is None else rows if keeps else moved_by(node)
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from lora_export.modes.branches.batch.sizes import Size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rows:
     """Where the batch's rows lie in a value.
 
@@ -37,17 +37,17 @@ class Rows:
         return self.axis == 0 and self.outermost
 
 
-SAME = Rows(None)
+SAME = Rows(axis=None)
 
 
 def moved_by(node: ir.Node) -> Rows:
     """Return the place of rows that a node takes apart, or doesn't leave in their order."""
-    return Rows(None, moved=name_of(node))
+    return Rows(axis=None, moved=name_of(node))
 
 
 def summed_by(node: ir.Node) -> Rows:
     """Return the place of rows of which a node makes one value."""
-    return Rows(None, summed=name_of(node))
+    return Rows(axis=None, summed=name_of(node))
 
 
 def name_of(node: ir.Node) -> str:
