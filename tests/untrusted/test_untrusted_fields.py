@@ -93,7 +93,7 @@ def test_numbers_texts_and_keys_are_read() -> None:
         ({"maybe": "x"}, 'maybe: "x", wanted a number, nan, inf or -inf'),
         ({"code": "fag"}, 'code: "fag", wanted letters from a to f'),
         ({"code": "a\n"}, 'code: "a\\n", wanted letters from a to f'),
-        ({"code": 3}, "code: 3, wanted a text"),
+        ({"code": 3}, "code: 3, wanted a string"),
         ({"about": []}, "about: an array of 0, wanted an object"),
         ({"about": {"path": "x"}}, "about.n: is missing"),
         ({"about": {"path": "x", "n": -1}}, "about.n: -1, wanted 0 or more"),
@@ -276,6 +276,6 @@ def test_the_problems_of_a_file_have_an_end() -> None:
         with pytest.raises(FieldError) as caught:
             from_plain(Outer, many)
         assert len(caught.value.problems) == 1000
-    with pytest.raises(FieldError, match="name: 3, wanted a text") as caught:
+    with pytest.raises(FieldError, match="name: 3, wanted a string") as caught:
         from_plain(Outer, {"name": 3, "inner": [{"start": "x"}] * 5})
     assert len(caught.value.problems) == 6

@@ -6,7 +6,7 @@ from itertools import accumulate
 
 from lora_export.reports.adapter.facts import AdapterReport, ModuleReport
 from lora_export.reports.adapter.to_text import HEADINGS, WORDS, closing_lines, heading_lines, rows
-from lora_export.reports.markup import Markup, element
+from lora_export.reports.markup import Markup, element, joined
 from lora_export.reports.page import lines, page, table
 from lora_export.reports.svg import Axis, curve, drawing
 
@@ -25,11 +25,11 @@ def report_html(report: AdapterReport) -> str:
     )
 
 
-def _curve(row: ModuleReport) -> Markup | str:
+def _curve(row: ModuleReport) -> Markup:
     """Return the share of ‖ΔW‖² in the first k directions as a small line drawing."""
     held = [0.0, *accumulate(value * value for value in row.singular_values)]
     if not held[-1]:
-        return "no change"
+        return joined(["no change"])
     x, y = Axis(0, len(held) - 1, 0, _WIDTH), Axis(0, held[-1], _HEIGHT, 0)
     words = f"{row.module}: 90 % in {row.effective_rank_90} of {len(held) - 1} directions"
     line = curve("error", [(x.at(k), y.at(energy)) for k, energy in enumerate(held)])
