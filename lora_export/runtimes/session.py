@@ -277,7 +277,7 @@ class AdapterSession:
     ) -> dict[str, Array]:
         """Return what a run of a graph would feed beside the feeds: LoRA's inputs, a bank's weights.
 
-        Those that the graph's own defaults stand for are left out.
+        Those that the graph's own defaults stand for are left out. The arrays are the caller's own.
 
         Args:
             feeds: As for `run`.
@@ -294,7 +294,8 @@ class AdapterSession:
             )
         checked = self._model.check_feeds(feeds)
         with self._adapters.use(checked, adapter, adapters) as (resident, fed):
-            bound = {name: self._model.memory.read(value) for name, value in resident.tensors.items()}
+            # Copies: later runs read the tensors themselves, and on the CPU `read` gives their memory.
+            bound = {name: self._model.memory.read(value).copy() for name, value in resident.tensors.items()}
         return bound | {name: value for name, value in fed if name not in feeds}
 
     def _run(

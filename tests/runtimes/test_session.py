@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from session_graphs import SHIFT, P, Q, base, both, feeds, linear, swap, wanted
+from session_graphs import SHIFT, P, Q, bank, base, both, feeds, fitting, linear, swap, wanted
 from small_graphs import adapter, conv, delta, error, graph, random, run, save
 
 from lora_export import (
@@ -505,3 +505,49 @@ def test_lora_inputs_are_what_a_client_has_to_feed(tmp_path, flavour, name):
     assert not set(inputs) & set(given)
     answer = session.run(given, adapter=name)["y"]
     assert np.array_equal(client(path).run(["y"], given | inputs)[0], answer)
+
+
+# --- what is handed out is the caller's ----------------------------------------------------------------
+
+
+def everything_handed_out(session, given, **who):
+    yield from session.lora_inputs(given, **who).values()
+    yield from session.run(given, **who).values()
+    yield from (value.numpy() for value in session.run_on_device(given, outputs=["y"], **who).values())
+
+
+def overwrite(arrays):
+    """Write sevens into arrays; return how many could be written to."""
+    writable = [values for values in arrays if values.flags.writeable]
+    for values in writable:
+        values[...] = 7
+    return len(writable)
+
+
+@pytest.mark.parametrize("flavour", ["ort", "tensorrt"])
+@pytest.mark.parametrize("name", [None, "a", "b"])
+def test_writing_into_what_a_swap_session_hands_out_changes_no_answer(tmp_path, flavour, name):
+    session = open_session(swap(tmp_path, flavour=flavour))
+    session.load_adapter("a", A)
+    session.load_adapter("b", B)
+    given = feeds()
+    before = {who: session.run(given, adapter=who)["y"].copy() for who in (None, "a", "b")}
+    assert overwrite(everything_handed_out(session, given, adapter=name))
+    session.adapters.clear()
+    session.on_device.clear()
+    for who, y in before.items():
+        assert np.array_equal(session.run(given, adapter=who)["y"], y)
+
+
+@pytest.mark.parametrize("tensors", ["constants", "defaults", "inputs"])
+def test_writing_into_what_a_bank_hands_out_changes_no_answer(tmp_path, tensors):
+    filled = [] if tensors == "inputs" else [fitting(1, 0), fitting(2, 1)]
+    session = AdapterSession(bank(tmp_path, tensors, *filled), threads=1)
+    if tensors != "constants":
+        session.load_adapter("emotion", fitting(5, 0), slot="emotion", replace=True)
+    given, rows = feeds(2), np.array([[0.5, 0, 0], [1, 0, 0]], np.float32)
+    before, base_before = session.run(given, adapters=rows)["y"].copy(), session.run(given)["y"].copy()
+    assert overwrite(everything_handed_out(session, given, adapters=rows))
+    assert rows[0, 0] == 0.5, "the request's own array was written to"
+    assert np.array_equal(session.run(given, adapters=rows)["y"], before)
+    assert np.array_equal(session.run(given)["y"], base_before)
