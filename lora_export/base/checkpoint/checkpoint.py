@@ -18,7 +18,7 @@ from lora_export.base.checkpoint.own_code import code_notes
 from lora_export.base.checkpoint.sentence_modules import transformer_folder
 from lora_export.base.checkpoint.weight_files import find_weights, read_object
 from lora_export.errors import CheckpointError
-from lora_export.storage.inputs import note_inputs
+from lora_export.storage.inputs import note_inputs, refuse_changed_inputs
 from lora_export.storage.safetensors import DTYPES, HeaderError, read_file_header
 
 _OTHER_FORMATS = {
@@ -129,7 +129,8 @@ class Checkpoint:
         """Return a tensor's values as a read-only view of the mapped file.
 
         Raises:
-            CheckpointError: There is no such tensor, or numpy has no dtype for it.
+            CheckpointError: There is no such tensor, numpy has no dtype for it, or the file is shorter now.
+            InputChangedError: The file was replaced or written to since it was opened.
         """
         tensor = self.tensors.get(name)
         if tensor is None:
@@ -141,7 +142,14 @@ class Checkpoint:
         dtype = DTYPES[tensor.code]
         if tensor.length == 0:
             return np.zeros(tensor.shape, dtype)
-        raw = np.memmap(tensor.file, np.uint8, "r", tensor.offset, (tensor.length,))
+        try:
+            raw = np.memmap(tensor.file, np.uint8, "r", tensor.offset, (tensor.length,))
+        except (OSError, ValueError) as error:
+            refuse_changed_inputs()
+            raise CheckpointError(
+                f"cannot read '{name}' in {tensor.file}: {getattr(error, 'strerror', None) or error}",
+                "check the file, or download or save it again",
+            ) from error
         return raw.view(np.ndarray).view(dtype).reshape(tensor.shape)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
-import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,24 +74,47 @@ def read_header(path: Path) -> Header:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """Return the file's tensors, memory-mapped and read-only, and its metadata.
+    """Return the file's tensors, read-only, and its metadata.
+
+    The values are read, not mapped: whoever saves an adapter in place makes its file shorter first, and a map
+    of what is not there any more ends the process (SIGBUS) when it is looked at.
 
     Raises:
         AdapterError: See `read_header`.
-        InputChangedError: Another file has taken its place between header and values.
+        InputChangedError: It was replaced or written to between header and values.
     """
     before = FileState.of(path)
     header = read_header(path)
-    with path.open("rb") as file:
-        view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        with path.open("rb", buffering=0) as file:
+            tensors = {name: _read_entry(file, entry) for name, entry in header.entries.items()}
+    except (OSError, _ShortError) as error:
+        refuse_changed([before])
+        raise AdapterError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or error}",
+            "check the disk, or download or save the file again",
+        ) from error
     refuse_changed([before])
-    tensors = {
-        name: np.frombuffer(view, entry.dtype, entry.parameters, entry.start).reshape(entry.shape)
-        if entry.parameters
-        else np.empty(entry.shape, entry.dtype)
-        for name, entry in header.entries.items()
-    }
     return tensors, dict(header.metadata)
+
+
+class _ShortError(Exception):
+    """A file ends before what its header describes."""
+
+
+def _read_entry(file: io.FileIO, entry: Entry) -> Array:
+    raw: Array = np.empty(entry.stop - entry.start, np.uint8)
+    view, done = raw.data, 0
+    file.seek(entry.start)
+    while done < len(raw):
+        step = file.readinto(view[done:])
+        if not step:
+            raise _ShortError(
+                f"it ends at byte {entry.start + done}, within the values that its header names"
+            )
+        done += step
+    raw.flags.writeable = False
+    return raw.view(entry.dtype).reshape(entry.shape)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
