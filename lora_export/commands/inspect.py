@@ -13,7 +13,7 @@ import click
 from lora_export.commands.options import adapter_options, load_adapters
 from lora_export.commands.printing import print_json, print_lines
 from lora_export.commands.verb import Verb
-from lora_export.progress import spoken
+from lora_export.progress import is_terminal, spoken
 from lora_export.reports import ADAPTER_PLOTS
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def inspect(
         _draw(report, plot, force, _files_read(loaded, base))
     if as_json:
         print_json(json.dumps(report.to_json(), indent=2))
-    elif sys.stdout.isatty():
+    elif is_terminal(sys.stdout):
         spoken(lambda: print_table(report, modules))
     else:
         print_lines(plain_lines(report, modules))

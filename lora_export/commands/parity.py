@@ -14,6 +14,7 @@ from lora_export.commands.options import adapter_options, named_adapters, whole_
 from lora_export.commands.printing import print_error, print_json, print_lines
 from lora_export.commands.verb import Verb
 from lora_export.errors import LoraExportError, ParityError
+from lora_export.progress import is_terminal, stage_progress
 
 if TYPE_CHECKING:
     from lora_export.parity.result import ParityReport
@@ -115,7 +116,6 @@ def parity(
       lora-export parity --reference hf-folder --adapter a --adapter b --candidate swap.onnx --junit p.xml
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
     from lora_export.parity.check import check_parity
-    from lora_export.progress import stage_progress
     from lora_export.reports.parity.files import Inputs, check_outputs
     from lora_export.reports.parity.to_json import read_report
 
@@ -146,7 +146,7 @@ def _print(found: ParityReport, as_json: bool, quiet: bool) -> None:
     if as_json:
         print_json(report_json(found))
         return
-    text = lines(found, cut=sys.stdout.isatty())
+    text = lines(found, cut=is_terminal(sys.stdout))
     # A note says what a gate did not look at: quiet or not, that has to be seen.
     print_lines([*note_lines(found), text[-1]] if quiet and found.passed else text)
 
