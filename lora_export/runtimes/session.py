@@ -231,6 +231,8 @@ class AdapterSession:
         Raises:
             AdapterError: Unknown adapters, or entries that don't fit the batch.
             BackendError: Feeds that don't fit the model, or the runtime failed.
+            InputChangedError: A graph's data file was written to in place since it was opened (looked at once
+                a second: ONNX Runtime maps it). One that was replaced by renaming changes nothing.
         """
         return self._run(self._model.run, feeds, adapter, adapters, outputs)
 
