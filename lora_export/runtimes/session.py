@@ -11,10 +11,11 @@ from typing import Any
 from lora_export.adapter import Adapter, Array
 from lora_export.base.pipeline import refuse_other_components
 from lora_export.errors import AdapterError, BackendError
-from lora_export.formats import as_adapter, load_adapter
+from lora_export.formats import load_adapter
 from lora_export.graph.exposed import ExposedGraph
 from lora_export.runtimes.bank_slots import BankSlots, Rows
 from lora_export.runtimes.feeds import DeviceValue, Feeds
+from lora_export.runtimes.held_adapter import HeldAdapter
 from lora_export.runtimes.opening import open_model
 from lora_export.runtimes.ort.device import OrtValue, Provider
 from lora_export.runtimes.ort.model import OrtModel
@@ -171,7 +172,8 @@ class AdapterSession:
         Args:
             name: What `run` calls it.
             source: Any file or folder that `lora_export.load_adapter` reads, one that was converted for this
-                graph, or an `Adapter`.
+                graph, or an `Adapter`, whose arrays must not be written to while the name is known: after an
+                eviction they are read again, and refused if they were.
             alpha: See `lora_export.load_adapter`.
             rslora: See there.
             format: See there.
@@ -194,7 +196,8 @@ class AdapterSession:
             raise AdapterError(f"an adapter's name is {name!r}", "give a text that is not empty")
         stated = {"alpha": alpha, "rslora": rslora, "format": format, "component": component}
         options = {key: value for key, value in stated.items() if value is not None}
-        read = partial(_read, source, name, options, self._model.path.parent)
+        held = HeldAdapter(source, name) if isinstance(source, Adapter) else Path(source)
+        read = partial(_read, held, name, options, self._model.path.parent)
         return self._adapters.load(
             name, read, slot, allow_unmatched=allow_unmatched, any_base=any_base, replace=replace
         )
@@ -315,9 +318,9 @@ class AdapterSession:
         return dict(zip(names, values, strict=True))
 
 
-def _read(source: PathLike | Adapter, name: str, options: Mapping[str, Any], folder: Path) -> Adapter:
-    if not isinstance(source, Adapter):
-        loaded = load_adapter(Path(source), **options)
+def _read(source: Path | HeldAdapter, name: str, options: Mapping[str, Any], folder: Path) -> Adapter:
+    if isinstance(source, Path):
+        loaded = load_adapter(source, **options)
         refuse_other_components([loaded], [folder])
         return loaded
     if options:
@@ -325,4 +328,4 @@ def _read(source: PathLike | Adapter, name: str, options: Mapping[str, Any], fol
             f"adapter '{name}' is an Adapter, which says its own {', '.join(options)}",
             "omit these, or give the file",
         )
-    return as_adapter(source)
+    return source.read()

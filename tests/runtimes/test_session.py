@@ -551,3 +551,39 @@ def test_writing_into_what_a_bank_hands_out_changes_no_answer(tmp_path, tensors)
     assert rows[0, 0] == 0.5, "the request's own array was written to"
     assert np.array_equal(session.run(given, adapters=rows)["y"], before)
     assert np.array_equal(session.run(given)["y"], base_before)
+
+
+# --- an `Adapter` whose arrays the caller writes to ------------------------------------------------------
+
+
+def held(part):
+    """Return an adapter, and an array that its answer depends on."""
+    p, q = linear("p", 61), linear("q", 62)
+    ones = np.ones(len(q.lora_b), np.float32)
+    if part == "magnitude":
+        q = dataclasses.replace(q, magnitude=ones)
+    elif part == "lora_bias":
+        q = dataclasses.replace(q, lora_bias=ones)
+    given = dataclasses.replace(adapter(p, q), name="held", sha256="says nothing of the arrays")
+    return given, getattr(given.modules["q.weight"], part)
+
+
+@pytest.mark.parametrize("part", ["lora_a", "lora_b", "magnitude", "lora_bias"])
+def test_an_evicted_adapter_whose_arrays_were_written_to_is_refused(part, tmp_path):
+    given, array = held(part)
+    swap_onnx(base(tmp_path), tmp_path / "swap.onnx", adapter=given, max_rank=8, dora=part == "magnitude")
+    session, inputs = open_session(tmp_path / "swap.onnx", max_adapters=1), feeds()
+    session.load_adapter("held", given)
+    answer = session.run(inputs, "held")["y"]
+    session.load_adapter("other", A)
+    assert np.array_equal(session.run(inputs, "held")["y"], answer), "evicted, and nothing was written to"
+    session.run(inputs, "other")
+    kept, array.flat[-1] = array.flat[-1], 9
+    assert session.on_device == ["other"]
+    with pytest.raises(AdapterError, match="arrays were written to since"):
+        session.run(inputs, "held")
+    array.flat[-1] = kept
+    assert np.array_equal(session.run(inputs, "held")["y"], answer)
+    array.flat[-1] = 9
+    session.load_adapter("held", given, replace=True)
+    assert not np.array_equal(session.run(inputs, "held")["y"], answer)
