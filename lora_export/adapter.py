@@ -227,7 +227,7 @@ class Adapter:
         tensor_names: Every tensor of the file; each belongs to a module or to ``extras``.
         sha256: Of all of the weights file.
         notes: What a user should know: said by `inspect` and kept in manifests.
-        states: Of its weights files as they were loaded: values may be mapped, see `storage.inputs`.
+        states: Of its weights files as they were loaded, see `storage.inputs`.
     """
 
     name: str

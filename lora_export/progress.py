@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from lora_export.untrusted.shown import shown
 
@@ -26,7 +26,7 @@ def byte_progress(label: str, quiet: bool = False) -> Iterator[Advance | None]:
     """Yield a function to call with each number of bytes written, or None when quiet."""
     if quiet:
         yield None
-    elif sys.stderr.isatty():
+    elif is_terminal(sys.stderr):
         with _Bar(label) as bar:
             yield bar.advance
     else:
@@ -91,7 +91,7 @@ def stage_progress(quiet: bool = False) -> Iterator[Say | None]:
     """
     if quiet:
         yield None
-    elif sys.stderr.isatty():
+    elif is_terminal(sys.stderr):
         yield from _stage_bar()
     else:
         yield _stage_lines()
@@ -124,7 +124,14 @@ def _stage_lines() -> Say:
     return show
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a stream of `sys` is a terminal; it is None where the process was started without it."""
+    return stream is not None and not stream.closed and stream.isatty()
+
+
 def _to_stderr(line: str) -> None:
+    if sys.stderr is None:  # `print` would take stdout for it
+        return
     spoken(lambda: print(shown(line), file=sys.stderr, flush=True), err=True)
 
 

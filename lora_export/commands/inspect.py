@@ -12,7 +12,7 @@ import click
 from lora_export.commands.options import adapter_options, load_adapters, report_option
 from lora_export.commands.printing import print_json, print_lines
 from lora_export.commands.verb import Verb
-from lora_export.progress import spoken
+from lora_export.progress import is_terminal, spoken
 from lora_export.reports import PICTURES
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def inspect(
             print_lines([f"wrote {path}"], err=True)
     if as_json:
         print_json(report_json(report).rstrip("\n"))
-    elif sys.stdout.isatty():
+    elif is_terminal(sys.stdout):
         spoken(lambda: print_table(report, modules))
     else:
         print_lines(plain_lines(report, modules))

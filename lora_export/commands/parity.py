@@ -14,6 +14,7 @@ from lora_export.commands.options import adapter_options, named_adapters, report
 from lora_export.commands.printing import print_error, print_json, print_lines
 from lora_export.commands.verb import Verb
 from lora_export.errors import LoraExportError, ParityError
+from lora_export.progress import is_terminal, stage_progress
 
 if TYPE_CHECKING:
     from lora_export.parity.result import ParityReport
@@ -120,7 +121,6 @@ def parity(
       lora-export parity --reference hf-folder --adapter a --adapter b --candidate swap.onnx --report p.xml
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
     from lora_export.parity.check import check_parity
-    from lora_export.progress import stage_progress
     from lora_export.reports.files import asked_for
     from lora_export.reports.parity.files import Inputs, check_outputs
     from lora_export.reports.parity.to_json import read_report
@@ -152,7 +152,7 @@ def _print(found: ParityReport, as_json: bool, quiet: bool) -> None:
     if as_json:
         print_json(report_json(found))
         return
-    text = lines(found, cut=sys.stdout.isatty())
+    text = lines(found, cut=is_terminal(sys.stdout))
     # Notes name what the gate did not check: they must be seen even with --quiet.
     print_lines([*note_lines(found), text[-1]] if quiet and found.passed else text)
 

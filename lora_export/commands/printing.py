@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Sequence
@@ -51,8 +53,30 @@ class Answer:
 
 def guard_libraries() -> None:
     """Make the log records and warnings of libraries safe to print, whoever prints them."""
+    _open_streams()
     logging.setLogRecordFactory(_ShownRecord)
     warnings.formatwarning = _formatted_warning
+
+
+def _open_streams() -> None:
+    """Let standard streams that the process was started without (``2>&-``, services) lead nowhere.
+
+    Otherwise the next file that is opened takes the number of one, an output perhaps: what a library in C
+    logs to stderr would be written into it.
+    """
+    closed = {n: name for n, name in enumerate(("stdin", "stdout", "stderr")) if getattr(sys, name) is None}
+    for number in closed:
+        handle = os.open(os.devnull, os.O_RDWR)
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(handle, number)
+        if handle != number:
+            os.close(handle)
+        os.set_inheritable(number, True)  # as those are that a process is started with
+    # Only now: a file that is opened before takes one of the numbers itself.
+    for number, name in closed.items():
+        setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115, PTH123
 
 
 def _formatted_warning(

@@ -274,6 +274,8 @@ def _build_one(work: _Work, engine: BuiltEngine) -> BuiltEngine:
         forces = {"log": True}
         staged = {kind: outputs.stage(path, force=forces.get(kind)) for kind, path in files.items()}
         known = None if work.verbose else work.cache.take(key, staged["engine"], staged["log"])
+        if known is not None and _port_problems(work.plan, known):  # somebody else's entry, under this key
+            known = None
         built = known or _compile(work, engine.group, staged, failed_log)
         if known is None:
             refuse_changed_inputs()
@@ -346,6 +348,16 @@ def _keep_log(staged: Path, log: Path, reads: Sequence[Path]) -> None:
 
 def _check_ports(plan: BuildPlan, built: Mapping[str, Any], log: Path) -> None:
     """Refuse an engine whose inputs or outputs differ from the graph's (one may become a constant)."""
+    if problems := _port_problems(plan, built):
+        raise EngineBuildError(
+            f"the engine built from {plan.admitted.graph.path} does not have the graph's inputs and outputs",
+            f"the builder's own messages are in {log}",
+            problems,
+        )
+
+
+def _port_problems(plan: BuildPlan, built: Mapping[str, Any]) -> list[str]:
+    """Return the differences between an engine's inputs and outputs and the graph's."""
     problems = []
     for kind, ports in (("inputs", plan.inputs), ("outputs", _outputs(plan, built))):
         actual = {port["name"]: port for port in built[kind]}
@@ -362,12 +374,7 @@ def _check_ports(plan: BuildPlan, built: Mapping[str, Any], log: Path) -> None:
                     f"{port.name}: {found['shape']} in the engine, {list(port.dims)} in the graph"
                 )
         problems += [f"{name}: in the engine, but not in the graph" for name in actual]
-    if problems:
-        raise EngineBuildError(
-            f"the engine built from {plan.admitted.graph.path} does not have the graph's inputs and outputs",
-            f"the builder's own messages are in {log}",
-            problems,
-        )
+    return problems
 
 
 def _outputs(plan: BuildPlan, built: Mapping[str, Any]) -> tuple[Port, ...]:

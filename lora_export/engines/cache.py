@@ -18,16 +18,18 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_export.engines.record import EngineShape
 from lora_export.errors import LoraExportError, OutputError
 from lora_export.storage.hashes import sha256_of
 from lora_export.storage.outputs import OutputSet
-from lora_export.untrusted.documents import DocumentError, parse_json, read_json
+from lora_export.untrusted.documents import MAX_BYTES, DocumentError, open_regular, parse_json, read_json
 from lora_export.untrusted.fields import Count, FieldError, from_plain
 
 DEFAULT_MAX_BYTES = 20 << 30
@@ -47,11 +49,28 @@ def default_folder() -> Path:
 
 
 @dataclass(frozen=True)
+class _BuiltPort:
+    """An input or output, as the builder said it."""
+
+    name: str
+    dtype: str
+    shape: EngineShape
+
+
+@dataclass(frozen=True)
 class _Built:
-    """The fields of ``built.json`` that show whether the engine is the one that was built."""
+    """The fields of ``built.json``: which engine it is about, and all that is later read of it.
+
+    Anybody may have written it: the folder may be shared, and an entry may be older than this version.
+    """
 
     size_bytes: Count
     sha256: str
+    build_s: float
+    peak_build_bytes: Count
+    memory: Mapping[str, Count]
+    inputs: tuple[_BuiltPort, ...]
+    outputs: tuple[_BuiltPort, ...]
 
 
 @dataclass(frozen=True)
@@ -84,17 +103,18 @@ class EngineCache:
     def find(self, key: str) -> Cached | None:
         """Return the engine of a key, or None.
 
-        A damaged one is removed. One that can't be read is not damaged: too many open files, or a server
-        that does not answer, are over in a moment.
+        One that is damaged, or that no cache has written, is removed. One that can't be read is not damaged:
+        too many open files, or a server that does not answer, are over in a moment.
         """
         place = self.folder / key
         try:
-            built = parse_json((place / _BUILT).read_bytes())
-            engine, known = place / _ENGINE, from_plain(_Built, built, known_only=False)
-            if engine.stat().st_size == known.size_bytes and self.sha256(engine) == known.sha256:
-                with contextlib.suppress(OSError):  # a read-only cache works as well
-                    os.utime(place)
-                return Cached(engine, place / _LOG, built)
+            if _has_own_files(place):
+                built = parse_json(_content(place / _BUILT))
+                engine, known = place / _ENGINE, from_plain(_Built, built, known_only=False)
+                if engine.stat().st_size == known.size_bytes and self.sha256(engine) == known.sha256:
+                    with contextlib.suppress(OSError):  # a read-only cache works as well
+                        os.utime(place)
+                    return Cached(engine, place / _LOG, built)
         except OSError:
             return None
         except (DocumentError, FieldError):
@@ -117,11 +137,13 @@ class EngineCache:
         """
         place = self.folder / key
         try:
-            before = (place / _BUILT).read_bytes()
+            if not _has_own_files(place):
+                return None
+            before = _content(place / _BUILT)
             shutil.copyfile(place / _ENGINE, engine)
             shutil.copyfile(place / _LOG, log)
             found = self.find(key)
-            return found.built if found and (place / _BUILT).read_bytes() == before else None
+            return found.built if found and _content(place / _BUILT) == before else None
         except OSError:
             return None
 
@@ -155,7 +177,7 @@ class EngineCache:
         known = self._hashes()
         state = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
         entry = known.get(name)
-        if isinstance(entry, list) and entry[1:] == state:
+        if isinstance(entry, list) and entry[1:] == state and _KEY.fullmatch(str(entry[0])):
             return str(entry[0])
         digest = sha256_of(path)
         # Copying and unpacking set the first of these times back.
@@ -194,6 +216,20 @@ class EngineCache:
                 return
             total -= size
             shutil.rmtree(place, ignore_errors=True)
+
+
+def _has_own_files(place: Path) -> bool:
+    """Whether an entry's files are such as a cache writes: reading a pipe would never end, a link leads away.
+
+    Raises:
+        OSError: One can't be looked at.
+    """
+    return all(stat.S_ISREG((place / name).lstat().st_mode) for name in (_ENGINE, _LOG, _BUILT))
+
+
+def _content(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read(MAX_BYTES + 1)  # more than is read as a document
 
 
 def _is_entry(place: Path) -> bool:

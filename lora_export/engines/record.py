@@ -31,6 +31,8 @@ _AGAIN = "build the engine again with lora-export build-engine"
 # TensorRT's own limit (``Dims::MAX_DIMS``).
 _AXES = Axes(0, 8)
 Shape = Annotated[tuple[Count, ...], _AXES]
+# -1 where a size varies.
+EngineShape = Annotated[tuple[Annotated[int, AtLeast(-1)], ...], _AXES]
 # One tensor's smallest, usual and largest shape.
 ShapeRange = tuple[Shape, Shape, Shape]
 
@@ -57,7 +59,7 @@ class Port:
 
     name: str
     dtype: str
-    shape: Annotated[tuple[Annotated[int, AtLeast(-1)], ...], _AXES]
+    shape: EngineShape
     dims: Annotated[tuple[int | str, ...], _AXES] = ()
 
 

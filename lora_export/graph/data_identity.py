@@ -10,18 +10,22 @@ a hash of its layout, and does not apply to any other.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from lora_export.errors import GraphError
 from lora_export.storage.hashes import FileHash, hash_file
+from lora_export.storage.inputs import refuse_changed_inputs
 from lora_export.untrusted.documents import json_of
 from lora_export.untrusted.fields import FieldError, from_plain
 
@@ -92,6 +96,32 @@ class DataTensor(ir.ExternalTensor):
     def path(self) -> str:
         """The data file, which ``location`` names from the graph's folder."""
         return self._path
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """Return the values, memory-mapped.
+
+        Raises:
+            GraphError: The file is gone, or shorter than it was when the graph was read.
+            InputChangedError: It was replaced or written to since.
+        """
+        with self._read():
+            return super().numpy()
+
+    def tobytes(self) -> bytes:
+        """Return the bytes of the values; see `numpy`."""
+        with self._read():
+            return super().tobytes()
+
+    @contextlib.contextmanager
+    def _read(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            refuse_changed_inputs()
+            raise GraphError(
+                f"cannot read {self.name} in {self._path}: {getattr(error, 'strerror', None) or error}",
+                "put the data files that belong to the graph into its folder again",
+            ) from error
 
 
 def layout_of(tensors: Iterable[tuple[str, ir.ExternalTensor]]) -> str:

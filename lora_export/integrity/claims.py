@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lora_export.engines.record import EngineRecord
 from lora_export.errors import BackendError, GraphError, LoraExportError
+from lora_export.formats.reading.weights_files import EDGE_LLM_NAME
 from lora_export.graph.data_identity import external_tensors, read_identity
 from lora_export.storage.hashes import FileHash
 from lora_export.storage.sums.seal import find_seal
@@ -23,6 +24,8 @@ from lora_export.untrusted.fields import FieldError, from_plain
 
 SUMS = "SHA256SUMS"
 MANIFEST_SUFFIX, MANIFEST_NAME = ".lora.json", "lora.json"
+# Of a folder for TensorRT-Edge-LLM: it lists the weights, and they can't be loaded without it.
+_EDGE_LLM_CONFIG = "config.json"
 _SUM = re.compile(r"([0-9a-f]{64})  ([^\n]+)")
 
 
@@ -100,6 +103,8 @@ def description_of(path: Path) -> Description | None:
         return _json(path)
     if path.suffix == ".onnx":
         return _graph(path)
+    if path.name == EDGE_LLM_NAME and find_seal(path) is not None:
+        return Description((Claim(_EDGE_LLM_CONFIG),))
     return None
 
 
@@ -122,6 +127,8 @@ def _json(path: Path) -> Description | None:
     named = path.name == MANIFEST_NAME or path.name.endswith(MANIFEST_SUFFIX)
     of_engine = path.with_suffix(".engine").is_file()
     if not (sealed or named or of_engine):
+        if path.name == _EDGE_LLM_CONFIG and _is_ours(path.parent / EDGE_LLM_NAME):
+            return Description(problems=(f"it is not the config that {EDGE_LLM_NAME} was written with",))
         return None
     try:
         data = read_json(path)
@@ -139,6 +146,10 @@ def _json(path: Path) -> Description | None:
         return Description(problems=error.problems, is_unsealed=not sealed)
     claims = [_claim(place, entry) for place, entry in listed.items()]
     return Description(tuple(claims), is_unsealed=not sealed)
+
+
+def _is_ours(weights: Path) -> bool:
+    return weights.is_file() and find_seal(weights) is not None
 
 
 def _claim(place: str, entry: FileHash) -> Claim:

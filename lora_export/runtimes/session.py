@@ -11,11 +11,12 @@ from typing import Any
 from lora_export.adapter import Adapter, Array
 from lora_export.base.pipeline import refuse_other_components
 from lora_export.errors import AdapterError, BackendError
-from lora_export.formats import as_adapter, load_adapter
+from lora_export.formats import load_adapter
 from lora_export.formats.reading.weights_files import files_of
 from lora_export.graph.exposed import ExposedGraph
 from lora_export.runtimes.bank_slots import BankSlots, Rows
 from lora_export.runtimes.feeds import DeviceValue, Feeds
+from lora_export.runtimes.held_adapter import HeldAdapter
 from lora_export.runtimes.opening import open_model
 from lora_export.runtimes.ort.device import OrtValue, Provider
 from lora_export.runtimes.ort.model import OrtModel
@@ -175,7 +176,8 @@ class AdapterSession:
         Args:
             name: The adapter's name in `run`.
             source: Any file or folder that `lora_export.load_adapter` reads, a file that was converted for
-                this graph, or an `Adapter`.
+                this graph, or an `Adapter`, whose arrays must not be written to while the name is known:
+                after an eviction they are read again, and refused if they were.
             alpha: As for `lora_export.load_adapter`.
             rslora: As for `lora_export.load_adapter`.
             format: As for `lora_export.load_adapter`.
@@ -199,7 +201,8 @@ class AdapterSession:
             raise AdapterError(f"an adapter's name is {name!r}", "give a text that is not empty")
         stated = {"alpha": alpha, "rslora": rslora, "format": format, "component": component}
         options = {key: value for key, value in stated.items() if value is not None}
-        read = partial(_read, source, name, options, self._model.path.parent, self._writes)
+        held = HeldAdapter(source, name) if isinstance(source, Adapter) else Path(source)
+        read = partial(_read, held, name, options, self._model.path.parent, self._writes)
         return self._adapters.load(
             name, read, slot, allow_unmatched=allow_unmatched, any_base=any_base, replace=replace
         )
@@ -236,6 +239,8 @@ class AdapterSession:
         Raises:
             AdapterError: Unknown adapters, or entries that don't fit the batch.
             BackendError: Feeds that don't fit the model, or the runtime failed.
+            InputChangedError: A graph's data file was written to in place since it was opened (looked at once
+                a second: ONNX Runtime maps it). One that was replaced by renaming changes nothing.
         """
         return self._run(self._model.run, feeds, adapter, adapters, outputs)
 
@@ -282,7 +287,7 @@ class AdapterSession:
     ) -> dict[str, Array]:
         """Return the further inputs of a run of a graph: LoRA's inputs, a bank's weights.
 
-        Inputs for which the graph's defaults are used are left out.
+        Inputs for which the graph's defaults are used are left out. The arrays are the caller's own.
 
         Args:
             feeds: As for `run`.
@@ -299,7 +304,8 @@ class AdapterSession:
             )
         checked = self._model.check_feeds(feeds)
         with self._adapters.use(checked, adapter, adapters) as (resident, fed):
-            bound = {name: self._model.memory.read(value) for name, value in resident.tensors.items()}
+            # Copies: later runs read the tensors themselves, and on the CPU `read` gives their memory.
+            bound = {name: self._model.memory.read(value).copy() for name, value in resident.tensors.items()}
         return bound | {name: value for name, value in fed if name not in feeds}
 
     def _run(
@@ -318,18 +324,18 @@ class AdapterSession:
 
 
 def _read(
-    source: PathLike | Adapter, name: str, options: Mapping[str, Any], folder: Path, writes: Sequence[Path]
+    source: Path | HeldAdapter, name: str, options: Mapping[str, Any], folder: Path, writes: Sequence[Path]
 ) -> Adapter:
-    if isinstance(source, Adapter):
+    if isinstance(source, Path):
+        loaded = load_adapter(source, **options)
+        refuse_other_components([loaded], [folder])
+    else:
         if options:
             raise AdapterError(
                 f"adapter '{name}' is an Adapter, which states its own {', '.join(options)}",
                 "omit these, or give the file",
             )
-        loaded = as_adapter(source)
-    else:
-        loaded = load_adapter(Path(source), **options)
-        refuse_other_components([loaded], [folder])
+        loaded = source.read()
     if writes:
         refuse_inputs(writes, files_of(loaded.source))
     return loaded

@@ -8,7 +8,9 @@ import time
 
 import faults
 import pytest
+from engine_graphs import product
 
+from lora_export import build_engine
 from lora_export.engines.cache import EngineCache, default_folder, key_of
 from lora_export.storage.commit.lease import new_identity
 from lora_export.storage.hashes import sha256_of
@@ -22,10 +24,20 @@ def cache(tmp_path):
     return EngineCache(tmp_path / "cache")
 
 
+PORT = {"name": "x", "dtype": "FLOAT", "shape": [-1, 4]}
+SAID = {
+    "build_s": 1.5,
+    "peak_build_bytes": 100,
+    "memory": {"weights_bytes": 7},
+    "inputs": [PORT],
+    "outputs": [PORT | {"name": "y"}],
+}
+
+
 def engine(tmp_path, name="e", data=b"engine"):
     path = tmp_path / name
     path.write_bytes(data)
-    return path, {"size_bytes": len(data), "sha256": sha256_of(path)}
+    return path, {**SAID, "size_bytes": len(data), "sha256": sha256_of(path)}
 
 
 def keep(cache, key, path, built):
@@ -110,7 +122,86 @@ def test_a_damaged_entry_is_forgotten(cache, tmp_path, name, how):
     assert cache.find(K).built == built
 
 
-@pytest.mark.parametrize("what", ["sha256_of", "Path.read_bytes"])
+# Field → what it may not be, beside missing.
+WRONG = {
+    "build_s": ["y", None, float("nan"), [1.5]],
+    "peak_build_bytes": ["y", 1.5, -1, True],
+    "memory": [[], {"weights_bytes": "y"}, {"weights_bytes": -1}],
+    "inputs": [{}, [[]], [{"name": "x"}], [PORT | {"dtype": 1}], [PORT | {"shape": [-2]}]],
+    "outputs": ["y", [PORT | {"name": None}], [PORT | {"shape": 4}], [PORT | {"shape": [1] * 99}]],
+    "size_bytes": ["6", -6, None],
+    "sha256": [1, None, ["a"], "0" * 64],
+}
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_an_entry_with_other_fields_is_none_of_ours(field, cache, tmp_path):
+    path, built = engine(tmp_path)
+    rest = {key: value for key, value in built.items() if key != field}
+    for said in [rest, *({**rest, field: value} for value in WRONG[field])]:
+        keep(cache, K, path, said)
+        assert cache.take(K, tmp_path / "e2", tmp_path / "log2") is None, said
+        assert cache.find(K) is None, said
+    keep(cache, K, path, built)
+    assert cache.take(K, tmp_path / "e2", tmp_path / "log2") == built
+
+
+@pytest.mark.parametrize("what", ["pipe", "link", "folder"])
+@pytest.mark.parametrize("name", ["engine", "log", "built.json"])
+def test_an_entry_of_other_things_than_files_is_not_read(name, what, cache, tmp_path):
+    """A pipe would be waited for without end; where a link leads, is not the cache's to copy."""
+    path, built = engine(tmp_path)
+    keep(cache, K, path, built)
+    file, elsewhere = tmp_path / "cache" / K / name, tmp_path / "elsewhere"
+    elsewhere.write_bytes(file.read_bytes())
+    file.unlink()
+    {"pipe": os.mkfifo, "link": lambda place: place.symlink_to(elsewhere), "folder": os.mkdir}[what](file)
+    assert cache.take(K, tmp_path / "e2", tmp_path / "log2") is None
+    assert cache.find(K) is None
+    assert elsewhere.exists()
+    keep(cache, K, path, built)
+    assert cache.find(K).built == built
+
+
+@pytest.mark.parametrize("entry", [["y"], ["0" * 63], [None], [{}]])
+def test_hashes_that_are_none_are_not_believed(entry, cache, tmp_path, settled):
+    path, _ = engine(tmp_path)
+    wanted = cache.sha256(path)
+    hashes = tmp_path / "cache" / "hashes.json"
+    (name, known), = json.loads(hashes.read_text()).items()  # fmt: skip
+    hashes.write_text(json.dumps({name: [*entry, *known[1:]]}))
+    assert cache.sha256(path) == wanted
+
+
+def test_hashes_in_a_pipe_are_not_waited_for(cache, tmp_path, settled):
+    path, built = engine(tmp_path)
+    (tmp_path / "cache").mkdir()
+    os.mkfifo(tmp_path / "cache" / "hashes.json")
+    assert cache.sha256(path) == built["sha256"]
+
+
+@pytest.mark.parametrize("change", ["another name", "one axis fewer", "none"])
+def test_an_entry_with_other_ports_than_the_graphs_is_built_again(change, tmp_path):
+    graph = product(tmp_path / "p.onnx")
+    first = build_engine(graph, "sm89", tmp_path / "one", cache=tmp_path / "cache").engines[0]
+    (file,) = (tmp_path / "cache").glob("*/built.json")
+    said = json.loads(file.read_text())
+    port = said["outputs"][0]
+    changed = {
+        "another name": [port | {"name": "z"}],
+        "one axis fewer": [port | {"shape": port["shape"][1:]}],
+        "none": [],
+    }
+    file.write_text(json.dumps(said | {"outputs": changed[change]}))
+    again = build_engine(graph, "sm89", tmp_path / "two", cache=tmp_path / "cache").engines[0]
+    assert not again.cached
+    assert again.record.outputs == first.record.outputs
+    third = build_engine(graph, "sm89", tmp_path / "three", cache=tmp_path / "cache").engines[0]
+    assert third.cached
+    assert third.record.outputs == first.record.outputs
+
+
+@pytest.mark.parametrize("what", ["sha256_of", "open_regular"])
 def test_an_entry_that_cannot_be_read_at_the_moment_is_kept(what, cache, tmp_path, monkeypatch):
     path, built = engine(tmp_path)
     keep(cache, K, path, built)

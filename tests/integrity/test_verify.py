@@ -27,7 +27,7 @@ from lora_export import (
     verify,
 )
 from lora_export.cli import main as command_line
-from lora_export.demo.run import save_report
+from lora_export.demo.run import REPORT, save_report
 from lora_export.engines.plan import Wish
 from lora_export.modes.capture_onnx import capture_onnx
 from lora_export.packages.build_kit import write_kits
@@ -265,6 +265,39 @@ def test_a_missing_file(one_set):
         found.path.unlink()
         assert is_found(folder, found.path)
         found.path.write_bytes(kept)
+
+
+# What tools and hands do to a text, and what a full disk leaves: each way → content from content.
+DAMAGES = {
+    "emptied": lambda content: b"",
+    "its first bytes lost": lambda content: content[100:],
+    "a space before it": lambda content: b" " + content,
+    "an empty object": lambda content: b"{}",
+    "another object": lambda content: b'{"r": 4, "lora_alpha": 999}',
+    "its seal left out": lambda content: b"{" + content.partition(b",")[2],
+    "half of it": lambda content: content[: len(content) // 2],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_description(one_set, damage):
+    folder, path = one_set
+    for file in files_of(folder):
+        if file.suffix == ".json":
+            kept = file.read_bytes()
+            file.write_bytes(DAMAGES[damage](kept))
+            for given in (folder, path):
+                # Nothing tells whose a demo.json was: what it described is undescribed then.
+                assert is_found(given, file) or (file.name == REPORT and verify(given).failures()), file.name
+            file.write_bytes(kept)
+
+
+@pytest.mark.parametrize("given", ["folder", "weights"])
+def test_weights_for_edge_llm_without_their_config(given, written, tmp_path):
+    shutil.copytree(written("edge-llm")[1], tmp_path / "edge")
+    (tmp_path / "edge" / "config.json").unlink()
+    path = tmp_path / "edge" if given == "folder" else next((tmp_path / "edge").iterdir())
+    assert is_found(path, tmp_path / "edge" / "config.json")
 
 
 @pytest.mark.parametrize("kind", ["merged", "swapped", "banked"])

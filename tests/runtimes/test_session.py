@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from session_graphs import BASE, SHIFT, P, Q, base, both, feeds, linear, swap, wanted
+from session_graphs import BASE, SHIFT, P, Q, bank, base, both, feeds, fitting, linear, swap, wanted
 from small_graphs import adapter, conv, delta, error, graph, random, run, save
 
 from lora_export import (
@@ -520,3 +520,85 @@ def test_lora_inputs_are_what_a_client_has_to_feed(tmp_path, flavour, name):
     assert not set(inputs) & set(given)
     answer = session.run(given, adapter=name)["y"]
     assert np.array_equal(client(path).run(["y"], given | inputs)[0], answer)
+
+
+# --- what is handed out is the caller's ----------------------------------------------------------------
+
+
+def everything_handed_out(session, given, **who):
+    yield from session.lora_inputs(given, **who).values()
+    yield from session.run(given, **who).values()
+    yield from (value.numpy() for value in session.run_on_device(given, outputs=["y"], **who).values())
+
+
+def overwrite(arrays):
+    """Write sevens into arrays; return how many could be written to."""
+    writable = [values for values in arrays if values.flags.writeable]
+    for values in writable:
+        values[...] = 7
+    return len(writable)
+
+
+@pytest.mark.parametrize("flavour", ["ort", "tensorrt"])
+@pytest.mark.parametrize("name", [None, "a", "b"])
+def test_writing_into_what_a_swap_session_hands_out_changes_no_answer(tmp_path, flavour, name):
+    session = open_session(swap(tmp_path, flavour=flavour))
+    session.load_adapter("a", A)
+    session.load_adapter("b", B)
+    given = feeds()
+    before = {who: session.run(given, adapter=who)["y"].copy() for who in (None, "a", "b")}
+    assert overwrite(everything_handed_out(session, given, adapter=name))
+    session.adapters.clear()
+    session.on_device.clear()
+    for who, y in before.items():
+        assert np.array_equal(session.run(given, adapter=who)["y"], y)
+
+
+@pytest.mark.parametrize("tensors", ["constants", "defaults", "inputs"])
+def test_writing_into_what_a_bank_hands_out_changes_no_answer(tmp_path, tensors):
+    filled = [] if tensors == "inputs" else [fitting(1, 0), fitting(2, 1)]
+    session = AdapterSession(bank(tmp_path, tensors, *filled), threads=1)
+    if tensors != "constants":
+        session.load_adapter("emotion", fitting(5, 0), slot="emotion", replace=True)
+    given, rows = feeds(2), np.array([[0.5, 0, 0], [1, 0, 0]], np.float32)
+    before, base_before = session.run(given, adapters=rows)["y"].copy(), session.run(given)["y"].copy()
+    assert overwrite(everything_handed_out(session, given, adapters=rows))
+    assert rows[0, 0] == 0.5, "the request's own array was written to"
+    assert np.array_equal(session.run(given, adapters=rows)["y"], before)
+    assert np.array_equal(session.run(given)["y"], base_before)
+
+
+# --- an `Adapter` whose arrays the caller writes to ------------------------------------------------------
+
+
+def held(part):
+    """Return an adapter, and an array that its answer depends on."""
+    p, q = linear("p", 61), linear("q", 62)
+    ones = np.ones(len(q.lora_b), np.float32)
+    if part == "magnitude":
+        q = dataclasses.replace(q, magnitude=ones)
+    elif part == "lora_bias":
+        q = dataclasses.replace(q, lora_bias=ones)
+    given = dataclasses.replace(adapter(p, q), name="held", sha256="says nothing of the arrays")
+    return given, getattr(given.modules["q.weight"], part)
+
+
+@pytest.mark.parametrize("part", ["lora_a", "lora_b", "magnitude", "lora_bias"])
+def test_an_evicted_adapter_whose_arrays_were_written_to_is_refused(part, tmp_path):
+    given, array = held(part)
+    swap_onnx(base(tmp_path), tmp_path / "swap.onnx", adapter=given, max_rank=8, dora=part == "magnitude")
+    session, inputs = open_session(tmp_path / "swap.onnx", max_adapters=1), feeds()
+    session.load_adapter("held", given)
+    answer = session.run(inputs, "held")["y"]
+    session.load_adapter("other", A)
+    assert np.array_equal(session.run(inputs, "held")["y"], answer), "evicted, and nothing was written to"
+    session.run(inputs, "other")
+    kept, array.flat[-1] = array.flat[-1], 9
+    assert session.on_device == ["other"]
+    with pytest.raises(AdapterError, match="arrays were written to since"):
+        session.run(inputs, "held")
+    array.flat[-1] = kept
+    assert np.array_equal(session.run(inputs, "held")["y"], answer)
+    array.flat[-1] = 9
+    session.load_adapter("held", given, replace=True)
+    assert not np.array_equal(session.run(inputs, "held")["y"], answer)

@@ -18,7 +18,7 @@ from lora_export.base.checkpoint.own_code import code_notes
 from lora_export.base.checkpoint.sentence_modules import transformer_folder
 from lora_export.base.checkpoint.weight_files import find_weights, read_object
 from lora_export.errors import CheckpointError
-from lora_export.storage.inputs import note_inputs
+from lora_export.storage.inputs import note_inputs, refuse_changed_inputs
 from lora_export.storage.safetensors import DTYPES, HeaderError, read_file_header
 
 _OTHER_FORMATS = {
@@ -132,6 +132,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: There is no such tensor, numpy has no dtype for it, or its file was cut short.
+            InputChangedError: The file was replaced or written to since it was opened.
         """
         tensor = self.tensors.get(name)
         if tensor is None:
@@ -146,9 +147,10 @@ class Checkpoint:
         try:
             raw = np.memmap(tensor.file, np.uint8, "r", offset=tensor.offset, shape=(tensor.length,))
         except (OSError, ValueError) as error:
+            refuse_changed_inputs()
             raise CheckpointError(
                 f"{tensor.file} can't be read where '{name}' lies, at bytes {tensor.offset} to "
-                f"{tensor.offset + tensor.length}: {error}",
+                f"{tensor.offset + tensor.length}: {getattr(error, 'strerror', None) or error}",
                 "run it again when nobody writes the base",
             ) from error
         return raw.view(np.ndarray).view(dtype).reshape(tensor.shape)

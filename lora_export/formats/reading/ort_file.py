@@ -88,7 +88,9 @@ def write_ort_file(
     adapter = ort.AdapterFormat()
     adapter.set_adapter_version(OURS_ONLY_THIS_BASE if only_this_base else OURS)
     adapter.set_model_version(model_version)
-    adapter.set_parameters({name: _value(ort.OrtValue, tensors[name]) for name in sorted(tensors)})
+    # Kept until they are written: onnxruntime takes the arrays' own memory, and does not keep them.
+    arrays = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
+    adapter.set_parameters({name: _value(ort.OrtValue, values) for name, values in arrays.items()})
     try:
         adapter.export_adapter(str(path))
     except RuntimeError as error:
@@ -104,7 +106,6 @@ def _reason(error: RuntimeError) -> str:
 
 
 def _value(maker: Any, values: Array) -> Any:
-    values = np.ascontiguousarray(values)
     if values.dtype == ml_dtypes.bfloat16:
         return maker.ortvalue_from_numpy_with_onnx_type(values.view(np.uint16), _BFLOAT16)
     return maker.ortvalue_from_numpy(values)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +17,7 @@ from lora_export.storage.safetensors import (
     FLOATS,
     METADATA,
     FileHeader,
+    HeaderEntry,
     HeaderError,
     header_bytes,
     read_file_header,
@@ -47,25 +47,48 @@ def read_header(path: Path) -> FileHeader:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """Return the file's tensors, memory-mapped and read-only, and its metadata.
+    """Return the file's tensors, read-only, and its metadata.
+
+    The values are read, not mapped: whoever saves an adapter in place makes its file shorter first, and a map
+    of what is not there any more ends the process (SIGBUS) when it is looked at.
 
     Raises:
         AdapterError: As in `read_header`.
-        InputChangedError: The file was replaced between reading its header and its values.
+        InputChangedError: The file was replaced or written to between reading its header and its values.
     """
     before = FileState.of(path)
     header = read_header(path)
-    with open_regular(path) as file:
-        view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        with open_regular(path) as file:
+            # In the header's order: an adapter's modules come in the order in which its tool named them.
+            tensors = {name: _read_entry(file, entry) for name, entry in header.named.items()}
+    except (OSError, _ShortError) as error:
+        refuse_changed([before])
+        raise AdapterError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or error}",
+            "check the disk, or download or save the file again",
+        ) from error
     refuse_changed([before])
-    # In the header's order: an adapter's modules come in the order in which its tool named them.
-    tensors = {
-        name: np.frombuffer(view, entry.dtype, entry.count, entry.start).reshape(entry.shape)
-        if entry.count
-        else np.empty(entry.shape, entry.dtype)
-        for name, entry in header.named.items()
-    }
     return tensors, dict(header.metadata)
+
+
+class _ShortError(Exception):
+    """A file ends before what its header describes."""
+
+
+def _read_entry(file: BinaryIO, entry: HeaderEntry) -> Array:
+    raw: Array = np.empty(entry.stop - entry.start, np.uint8)
+    view, done = raw.data, 0
+    file.seek(entry.start)
+    while done < len(raw):
+        step = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not step:
+            raise _ShortError(
+                f"it ends at byte {entry.start + done}, within the values that its header names"
+            )
+        done += step
+    raw.flags.writeable = False
+    return raw.view(entry.dtype).reshape(entry.shape)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:

@@ -17,6 +17,7 @@ from lora_export.graph.exposed_inputs import size_problems
 from lora_export.runtimes.feeds import Feeds, check_feeds, choose_outputs
 from lora_export.runtimes.ort.cuda_graphs import CudaGraphs
 from lora_export.runtimes.ort.device import DTYPES, DeviceMemory, OrtValue, Provider, host_value
+from lora_export.runtimes.ort.mapped import MappedFiles
 from lora_export.runtimes.ort.open import open_session
 from lora_export.runtimes.ort.resident import Resident
 from lora_export.storage.inputs import same_inputs
@@ -78,6 +79,9 @@ class OrtModel:
         with same_inputs(at_end=True) as inputs:
             self.session = open_session(path, self.memory, threads, cuda_graphs > 0, session_options)
             self._files = tuple(inputs.states.values())
+        # The graph itself is read; and on a GPU the weights are copies.
+        data = [state for state in self._files if state.path != path.absolute()]
+        self._mapped = MappedFiles(data if provider == "cpu" else ())
         self.graphs = CudaGraphs(self.session, self.memory, cuda_graphs) if cuda_graphs else None
         self.record = exposed_of(self.session.get_modelmeta().custom_metadata_map, str(path))
         ports = {
@@ -134,7 +138,9 @@ class OrtModel:
 
         Raises:
             BackendError: ONNX Runtime refused the inputs or failed.
+            InputChangedError: Its data were written to in place since it was opened.
         """
+        self._mapped.refuse_written()
         try:
             if self.graphs:
                 return self.graphs.run(resident, feeds, outputs)
@@ -147,7 +153,9 @@ class OrtModel:
 
         Raises:
             BackendError: As for `run`, or the session replays CUDA graphs, which overwrite their outputs.
+            InputChangedError: As for `run`.
         """
+        self._mapped.refuse_written()
         if self.graphs:
             raise BackendError(
                 "the outputs of a CUDA graph are overwritten by the next run and can't be returned",
