@@ -125,7 +125,7 @@ def _stage_lines() -> Say:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether a stream of `sys` is a terminal; it is None where the process was started without it."""
+    """Return True if a stream of `sys` is a terminal; it is None if the process was started without it."""
     return stream is not None and not stream.closed and stream.isatty()
 
 

@@ -1,4 +1,4 @@
-"""An `Adapter` of the caller's that a session reads again: its arrays may have been written to meanwhile."""
+"""Hold an `Adapter` of the caller that a session reads again: its arrays may have been changed meanwhile."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class HeldAdapter:
 
     Args:
         adapter: The adapter.
-        name: What requests call it.
+        name: The adapter's name in requests.
     """
 
     def __init__(self, adapter: Adapter, name: str) -> None:
@@ -32,7 +32,7 @@ class HeldAdapter:
 
         Raises:
             AdapterError: Its values are not those of the first call.
-            InputChangedError: It was loaded from a file that was written to since.
+            InputChangedError: The adapter was loaded from a file that was written to since.
         """
         found = _hash_of(self._adapter)
         if self._known not in ("", found):
