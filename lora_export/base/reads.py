@@ -1,4 +1,8 @@
-"""Which files are read of a base, its checkpoint and the adapters: no output may be one of them."""
+"""Which files are read of a base, its checkpoint and the adapters: no output may be one of them.
+
+That is known before anything is read. What was read in fact, and in which state, `lora_export.storage.inputs`
+keeps: there it is about changes by others.
+"""
 
 from __future__ import annotations
 

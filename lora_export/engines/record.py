@@ -20,7 +20,7 @@ from lora_export.storage.inputs import note_inputs
 from lora_export.storage.manifest import FileHash
 from lora_export.storage.sums.full import file_digest
 from lora_export.storage.sums.seal import SEAL, sealed_json
-from lora_export.untrusted.documents import json_of, read_json
+from lora_export.untrusted.documents import json_of, open_regular, read_json
 from lora_export.untrusted.fields import AtLeast, Axes, Count, FieldError, from_plain, seen
 
 FORMAT = 1
@@ -311,5 +311,5 @@ def read_engine(engine: Path) -> EngineRecord:
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of all of a file."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from lora_export.errors import GraphError
+from lora_export.untrusted.documents import open_regular
 from lora_export.untrusted.graphs import function_problems, graph_problems
 from lora_export.untrusted.protos import proto_problems
 from lora_export.untrusted.shown import limited, shown
@@ -98,7 +99,7 @@ def _refuse_other_formats(file: Path) -> None:
             f"{file} holds weights, not a graph",
             "give an .onnx file, or where a checkpoint is taken as well, the folder that it is in",
         )
-    with file.open("rb") as opened:
+    with open_regular(file) as opened:
         start = opened.read(8)
     if start[4:] == b"ORTM" or file.suffix == ".ort":
         raise GraphError(

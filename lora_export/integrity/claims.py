@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from pathlib import Path
 
 from lora_export.engines.record import EngineRecord
@@ -17,7 +18,7 @@ from lora_export.errors import BackendError, GraphError, LoraExportError
 from lora_export.graph.data_identity import external_tensors, read_identity
 from lora_export.storage.manifest import FileHash
 from lora_export.storage.sums.seal import find_seal
-from lora_export.untrusted.documents import MAX_BYTES, read_json
+from lora_export.untrusted.documents import MAX_BYTES, open_regular, read_json
 from lora_export.untrusted.fields import FieldError, from_plain
 
 SUMS = "SHA256SUMS"
@@ -105,7 +106,8 @@ def description_of(path: Path) -> Description | None:
 def _sums(path: Path) -> Description:
     if path.stat().st_size > MAX_BYTES:
         return Description(problems=(f"it is larger than {MAX_BYTES} bytes",))
-    text = path.read_text(encoding="utf-8", errors="replace")
+    with TextIOWrapper(open_regular(path), encoding="utf-8", errors="replace") as file:
+        text = file.read()
     lines = text.split("\n")
     found = [(line, _SUM.fullmatch(line)) for line in lines[:-1]]
     problems = [f"line {number + 1} is not a hash and a name" for number, (_, m) in enumerate(found) if not m]

@@ -75,34 +75,32 @@ def merge_checkpoint(
     merge = plan_merge(base, loaded, factors, dtype, allow_unmatched, resize)
     beside = lost_modules(loaded, merge.checkpoint.folder, refuse=not allow_unmatched)
     plan = replace(merge.placed.plan, notes=(*beside, *merge.placed.plan.notes))
-    target = Path(output)
-    inputs = [Path(base), *(Path(a.source) for a in loaded)]
-    reads = files_read(Path(base), loaded)
-    _refuse_output(target, inputs, force)
+    target, folder = Path(output), Path(base)
+    reads = files_read(folder, loaded)
     refuse_inputs([target], reads)
+    _refuse_output(target, folder, force)
     small, left_out = small_files(merge.checkpoint, merge.placed.changes)
     plan = replace(plan, notes=(*plan.notes, *unmerged_notes(merge.checkpoint, small)))
     report = MergeReport(plan, {}, {"folder": target}, merge.size_bytes, 0, tuple(left_out), dry_run)
     if dry_run:
         return report
     with OutputSet(force, reads) as outputs:
-        folder = outputs.stage(target, folder=True)
+        staged = outputs.stage(target, folder=True)
         with output_errors(target):
-            roundings = merge.write(folder, small, rounding, progress)
-            _manifest(merge, plan, loaded, factors, roundings, folder).save(folder / MANIFEST)
-        outputs.commit(lambda: _refuse_output(target, inputs, force))
+            roundings = merge.write(staged, small, rounding, progress)
+            _manifest(merge, plan, loaded, factors, roundings, staged).save(staged / MANIFEST)
+        # What is read is refused by the set itself, now once more.
+        outputs.commit(lambda: _refuse_output(target, folder, force))
     return replace(report, roundings=roundings)
 
 
-def _refuse_output(target: Path, inputs: list[Path], force: bool) -> None:
-    """Refuse to replace what is no model, and to write over what is read: ``inputs``, the base first."""
-    resolved = target.resolve()
-    for number, source in enumerate(inputs):
-        place = source.resolve()
-        # Replacing the output would remove an input; an output inside the base would be copied into itself.
-        inside_base = number == 0 and place in resolved.parents
-        if place == resolved or resolved in place.parents or inside_base:
-            raise OutputError(f"the output {target} and the input {source} overlap", "choose another folder")
+def _refuse_output(target: Path, base: Path, force: bool) -> None:
+    """Refuse to write into the base, and to replace what is no model; `refuse_inputs` is for what is read."""
+    if base.resolve() in target.resolve().parents:
+        raise OutputError(
+            f"the output {target} lies in the base {base}, and would be copied into itself",
+            "choose another folder",
+        )
     if not target.exists() or not force:
         return
     # A folder goes as a whole: only one that an earlier merge wrote, never a model that somebody trained.

@@ -29,6 +29,7 @@ from lora_export.storage.folders import refuse_strangers
 from lora_export.storage.inputs import same_inputs
 from lora_export.storage.manifest import hash_written
 from lora_export.storage.outputs import OutputSet, check_parent, output_errors, refuse_existing, refuse_inputs
+from lora_export.untrusted.documents import open_regular
 
 PathLike = str | os.PathLike[str]
 _MIB = 1 << 20
@@ -117,7 +118,8 @@ def _check_kit(path: Path) -> None:
         refuse_strangers(path, (), "kit")
         return
     try:
-        lines = (path / _SUMS).read_text(encoding="utf-8").splitlines()
+        with open_regular(path / _SUMS) as file:
+            lines = file.read().decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         lines = []
     listed = {line[64:].removeprefix("  ") for line in lines if line[64:66] == "  "}

@@ -12,6 +12,7 @@ from lora_export.adapter import Adapter, Array
 from lora_export.base.pipeline import refuse_other_components
 from lora_export.errors import AdapterError, BackendError
 from lora_export.formats import as_adapter, load_adapter
+from lora_export.formats.reading.weights_files import files_of
 from lora_export.graph.exposed import ExposedGraph
 from lora_export.runtimes.bank_slots import BankSlots, Rows
 from lora_export.runtimes.feeds import DeviceValue, Feeds
@@ -20,6 +21,7 @@ from lora_export.runtimes.ort.device import OrtValue, Provider
 from lora_export.runtimes.ort.model import OrtModel
 from lora_export.runtimes.session_options import PathLike, SessionOptions
 from lora_export.runtimes.swap_adapters import SwapAdapters
+from lora_export.storage.outputs import refuse_inputs
 
 
 class AdapterSession:
@@ -107,6 +109,7 @@ class AdapterSession:
             source,
         )
         self._model = open_model(Path(model), options)
+        self._writes = [] if runtime_cache is None else [Path(runtime_cache)]
         self._adapters = (
             BankSlots(self._model)
             if self._model.record.mode == "bank"
@@ -189,12 +192,13 @@ class AdapterSession:
             AdapterError: The name is taken, the file can't be read or used, is for another component of a
                 pipeline than the graph's folder, or exceeds the byte budget.
             SiteError: Something of the adapter has no place in the graph.
+            OutputError: The runtime cache would be written over the adapter.
         """
         if not isinstance(name, str) or not name:
             raise AdapterError(f"an adapter's name is {name!r}", "give a text that is not empty")
         stated = {"alpha": alpha, "rslora": rslora, "format": format, "component": component}
         options = {key: value for key, value in stated.items() if value is not None}
-        read = partial(_read, source, name, options, self._model.path.parent)
+        read = partial(_read, source, name, options, self._model.path.parent, self._writes)
         return self._adapters.load(
             name, read, slot, allow_unmatched=allow_unmatched, any_base=any_base, replace=replace
         )
@@ -312,14 +316,19 @@ class AdapterSession:
         return dict(zip(names, values, strict=True))
 
 
-def _read(source: PathLike | Adapter, name: str, options: Mapping[str, Any], folder: Path) -> Adapter:
-    if not isinstance(source, Adapter):
+def _read(
+    source: PathLike | Adapter, name: str, options: Mapping[str, Any], folder: Path, writes: Sequence[Path]
+) -> Adapter:
+    if isinstance(source, Adapter):
+        if options:
+            raise AdapterError(
+                f"adapter '{name}' is an Adapter, which says its own {', '.join(options)}",
+                "omit these, or give the file",
+            )
+        loaded = as_adapter(source)
+    else:
         loaded = load_adapter(Path(source), **options)
         refuse_other_components([loaded], [folder])
-        return loaded
-    if options:
-        raise AdapterError(
-            f"adapter '{name}' is an Adapter, which says its own {', '.join(options)}",
-            "omit these, or give the file",
-        )
-    return as_adapter(source)
+    if writes:
+        refuse_inputs(writes, files_of(loaded.source))
+    return loaded

@@ -20,7 +20,7 @@ from lora_export.errors import GraphError
 from lora_export.storage.commit.steps import sync_path
 from lora_export.storage.sums.full import full_hash
 from lora_export.storage.sums.seal import SEAL, sealed_json
-from lora_export.untrusted.documents import json_of, read_json
+from lora_export.untrusted.documents import json_of, open_regular, read_json
 from lora_export.untrusted.fields import Count, FieldError, from_plain, seen
 
 FORMAT = 1
@@ -128,7 +128,7 @@ def hash_file(path: Path) -> FileHash:
     """Return a file's identity; above 64 MiB over a sample of it."""
     size = path.stat().st_size
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if not is_sampled(size):
             while block := file.read(1 << 20):
                 digest.update(block)

@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from lora_export.storage.inputs import note_inputs
-from lora_export.untrusted.documents import DocumentError, parse_json
+from lora_export.untrusted.documents import DocumentError, open_regular, parse_json
 
 METADATA = "__metadata__"
 FLOATS: dict[str, np.dtype[Any]] = {
@@ -127,7 +127,7 @@ def header_bytes(content: Mapping[str, Any]) -> bytes:
 
 def _read(path: Path) -> tuple[bytes, int]:
     """Return the header's text and the file's size."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         first = file.read(8)
         if len(first) < 8:

@@ -19,8 +19,9 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterable
+from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lora_export.errors import LoraExportError
 from lora_export.untrusted.shown import shown
@@ -185,7 +186,7 @@ def compose_yaml(path: Path, error: type[LoraExportError], what: str) -> yaml.No
     return root
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a file to read, and nothing else that has a name: a pipe would be waited for, for ever.
 
     Raises:

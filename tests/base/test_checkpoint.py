@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, build
 
+from lora_export.base.capture.capture import load_model
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.names import Names
 from lora_export.base.ties.ties import tied_head
@@ -258,3 +260,34 @@ def test_every_parameter_of_every_architecture_is_found(arch):
 )
 def test_tied_head(config, tied):
     assert tied_head(config) == tied
+
+
+def test_a_file_that_was_cut_short_since_it_was_opened(tmp_path):
+    save_file({"a": torch.zeros(8), "b": torch.ones(8)}, tmp_path / "model.safetensors")
+    opened = Checkpoint.open(tmp_path)
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.truncate(opened.tensors["b"].offset + 4)
+    assert not opened.read("a").any()
+    with pytest.raises(CheckpointError, match="can't be read where 'b' lies"):
+        opened.read("b")
+
+
+@pytest.mark.parametrize("size", ["vocab_size", "hidden_size", "intermediate_size"])
+def test_a_model_that_is_much_larger_than_its_weights(size, tmp_path, monkeypatch):
+    """What the weights lack would be made up before anybody looks; refused before anything is loaded."""
+    shutil.copytree(tiny.checkpoint("llama"), tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    left = {name: values for name, values in weights.items() if 100 not in values.shape}
+    assert len(left) == len(weights) - 2
+    save_file(left, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {size: 10**9}))
+
+    def never(*arguments, **options):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.from_pretrained", never)
+    with pytest.raises(CheckpointError, match="describes a model of") as caught:
+        load_model(tmp_path, "float32")
+    assert any("values" in problem for problem in caught.value.problems)
+    assert caught.value.hint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -463,8 +464,10 @@ def test_overflow_names_modules_of_all_shards(tmp_path):
 def test_output_rules(tmp_path):
     base, adapter = small_base(tmp_path / "base"), adapter_of(UP)
     out = tmp_path / "out"
-    assert "overlap" in refused(OutputError, base, adapter, base, force=True).message
-    assert "overlap" in refused(OutputError, base, adapter, base / "merged").message
+    for target, force in itertools.product((base, base.parent), (False, True)):
+        error = refused(OutputError, base, adapter, target, force=force)
+        assert "would replace what is read" in error.message
+    assert "lies in the base" in refused(OutputError, base, adapter, base / "merged").message
     assert "dtype" in refused(OutputError, base, adapter, out, dtype="int8").message
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.tex").write_text("x")

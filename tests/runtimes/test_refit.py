@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from engine_files import engine_of, rewrite_record
+from safetensors.numpy import save_file
 from session_graphs import P, base, both, feeds, linear, wanted
 from small_graphs import adapter, delta, error, graph, random, run, save
 
@@ -21,7 +22,9 @@ from lora_export import (
     InputChangedError,
     LoraModule,
     MergedEngine,
+    OutputError,
     SiteError,
+    load_adapter,
     merge_onnx,
     save_adapter,
 )
@@ -266,3 +269,16 @@ def test_a_weight_of_another_size(machine, tmp_path):
     with pytest.raises(BackendError) as refused:
         MergedEngine(swapped, onnx).switch(adapter(linear("p", 3)))
     assert refused.value.problems == ("p.weight: float32 × 20, the engine has FLOAT × 28",)
+
+
+def test_the_runtime_cache_is_none_of_what_is_read(machine, tmp_path):
+    onnx = base(tmp_path)
+    engine = engine_of(onnx, options=REFIT)
+    for file in (engine, onnx):
+        with pytest.raises(OutputError, match="would replace what is read"):
+            MergedEngine(engine, onnx, runtime_cache=file)
+    given = tmp_path / "adapter.safetensors"
+    save_file({"p.lora_A.weight": P[:2, :4].copy(), "p.lora_B.weight": P[:, :2].copy()}, given)
+    opened = MergedEngine(engine, onnx, runtime_cache=given)
+    with pytest.raises(OutputError, match="would replace what is read"):
+        opened.switch(load_adapter(given, alpha=2))

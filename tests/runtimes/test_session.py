@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from session_graphs import SHIFT, P, Q, base, both, feeds, linear, swap, wanted
+from session_graphs import BASE, SHIFT, P, Q, base, both, feeds, linear, swap, wanted
 from small_graphs import adapter, conv, delta, error, graph, random, run, save
 
 from lora_export import (
@@ -142,6 +142,21 @@ def test_feeds_may_be_tensors_or_strided(session):
     strided = np.asfortranarray(inputs["x"])
     assert not strided.flags.c_contiguous
     assert np.array_equal(session.run({**inputs, "x": strided}, "a")["y"], y)
+
+
+def test_an_input_with_a_default_may_be_fed(tmp_path):
+    """An initializer of the same name; what one request feeds is not the next one's default."""
+    weights = {"p.weight": P.T.copy(), "q.weight": Q.T.copy(), "shift": SHIFT}
+    save(graph(BASE, weights), tmp_path)
+    x, other = feeds()["x"], 7 * SHIFT
+    with AdapterSession(swap(tmp_path)) as session:
+        session.load_adapter("a", both(1))
+        for name, given in (("a", both(1)), (None, None)):
+            for shift in (other, None, ort.OrtValue.ortvalue_from_numpy(other), None):
+                fed = {"x": x} if shift is None else {"x": x, "shift": shift}
+                values = {"x": x, "shift": SHIFT if shift is None else other}
+                got = session.run(fed, adapter=name)["y"]
+                assert np.abs(got - wanted(given, values)).max() < 1e-5
 
 
 def test_bfloat16_feeds(tmp_path):

@@ -5,12 +5,13 @@ import sys
 import engine_files
 import pytest
 from engine_files import engine_of, rewrite_record
-from session_graphs import feeds, swap
+from safetensors.numpy import save_file
+from session_graphs import P, Q, feeds, swap
 
 import lora_export.engines.record as records
 from lora_export import AdapterSession, BackendError, BackendUnavailable, OutputError
 from lora_export.engines import compiler_of
-from lora_export.engines.record import BuildOptions
+from lora_export.engines.record import BuildOptions, record_path
 from lora_export.runtimes.tensorrt import engine as tensorrt_engine
 from lora_export.runtimes.tensorrt.engine import gpu_compute_capability
 
@@ -222,6 +223,27 @@ def test_the_runtime_cache_is_read_and_written(machine, tmp_path):
         AdapterSession(engine).save_runtime_cache()
     classic = swap_engine(tmp_path / "classic", backend="tensorrt")
     assert "classic TensorRT, which has no runtime cache" in refusal(classic, runtime_cache=file).message
+
+
+def test_the_runtime_cache_is_none_of_what_is_read(machine, tmp_path):
+    onnx = swap(tmp_path, flavour="tensorrt")
+    engine = engine_of(onnx)
+    adapter = tmp_path / "adapter.safetensors"
+    save_file({"p.lora_A.weight": P[:2, :4].copy(), "p.lora_B.weight": Q.T[:, :2].copy()}, adapter)
+    link = tmp_path / "kernels.cache"
+    link.hardlink_to(onnx)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for file in (engine, record_path(engine), onnx, link):
+        with pytest.raises(OutputError, match="would replace what is read"):
+            AdapterSession(engine, source=onnx, runtime_cache=file)
+    with AdapterSession(engine, runtime_cache=tmp_path / "new" / ".." / "other.cache") as session:
+        session.load_adapter("a", adapter, alpha=2)
+    link.unlink()
+    link.hardlink_to(adapter)
+    session = AdapterSession(engine, runtime_cache=link)
+    with pytest.raises(OutputError, match="would replace what is read"):
+        session.load_adapter("a", adapter, alpha=2)
+    assert all(path.read_bytes() == data for path, data in before.items() if path != link)
 
 
 def test_a_cache_is_written_whole_or_not_at_all(machine, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """One change of names for a whole adapter, the same in checkpoints, graphs and exposed graphs."""
 
 import copy
+import sys
 
 import numpy as np
 import onnxruntime as ort
@@ -172,6 +173,52 @@ def test_the_part_that_fits_under_its_own_path_is_named():
     found = renamed(layers("model.encoder.", "model.decoder."), layers("model.decoder."))
     assert found.names[2:] == tuple(layers("model.decoder."))
     assert "--component model.decoder takes the part that fits" in found.hint
+
+
+def calls(function):
+    """Return how many functions are called on the way, those of C included."""
+    count = 0
+
+    def counting(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(counting)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("flattened", [False, True], ids=["dotted", "flattened"])
+@pytest.mark.parametrize("front", ["", "q"], ids=["bare", "prefixed"])
+def test_a_prefix_for_each_layer_costs_no_more_than_its_names(front, flattened):
+    """As many changes fit as there are layers, none of them more than one; more than the parts tried."""
+
+    def work(count):
+        prefixes = [f"{front}{n}." if front else "" for n in range(count)]
+        keys = [f"{prefix}layers.{n}.q.weight" for n, prefix in enumerate(prefixes)]
+        if flattened:
+            keys = [key.removesuffix(".weight").replace(".", "_") + ".weight" for key in keys]
+        return calls(
+            lambda: renamed(keys, [f"p{n}.layers.{n}.q.weight" for n in range(count)], flattened=flattened)
+        )
+
+    few, many = work(300), work(600)
+    assert many < 2.5 * few
+
+
+def test_names_alike_in_too_many_places_are_refused():
+    count = 400
+    found = renamed([f"a{n}.proj.weight" for n in range(count)], [f"b{n}.proj.weight" for n in range(count)])
+    assert set(found.names) == {None}
+    assert "too many" in found.problems[0].detail
+    assert found.hint
+    # Under their own paths they are no question.
+    same = [f"a{n}.proj.weight" for n in range(count)]
+    assert calls(lambda: renamed(same, same)) < 200 * count
+    assert renamed(same, same).names == tuple(same)
 
 
 def test_an_unknown_scope_is_refused():

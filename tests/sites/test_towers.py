@@ -19,7 +19,7 @@ from torch import nn
 
 from lora_export.cli import _run
 from lora_export.runtimes.session import AdapterSession
-from lora_export.sites.naming.towers import kinds_of_class, other_kind
+from lora_export.sites.naming.towers import kinds_of_class, other_kind, telling_components
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = {**SIZES, "vocab_size": 40, "max_position_embeddings": 16, "eos_token_id": 39}
@@ -246,8 +246,10 @@ def test_kinds_of_a_class(config, kinds):
 
 
 def test_a_part_that_the_base_has_inside_is_its_own():
-    vision = frozenset({"vision"})
-    assert other_kind("text_model", vision, ["encoder.layers.0.fc1.weight"]) == "text"
-    assert other_kind("clip_text_model", vision, ["encoder.layers.0.fc1.weight"]) == "text"
-    assert other_kind("text_model", vision, ["clip.text_model.layers.0.fc1.weight"]) == ""
-    assert other_kind("decoder", vision, ["encoder.layers.0.fc1.weight"]) == ""
+    def other(part, name):
+        return other_kind(part, frozenset({"vision"}), telling_components([name]))
+
+    assert other("text_model", "encoder.layers.0.fc1.weight") == "text"
+    assert other("clip_text_model", "encoder.layers.0.fc1.weight") == "text"
+    assert other("text_model", "clip.text_model.layers.0.fc1.weight") == ""
+    assert other("decoder", "encoder.layers.0.fc1.weight") == ""

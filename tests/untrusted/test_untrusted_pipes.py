@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from lora_export.engines.record import sha256_of
 from lora_export.errors import LoraExportError
 from lora_export.formats.reading.pickles import read_checkpoint
+from lora_export.formats.reading.tensors import file_sha256, read_safetensors
+from lora_export.graph.read_model import read_model
+from lora_export.integrity.claims import description_of
+from lora_export.packages.build_kit import _check_kit
+from lora_export.parity.sides.merged import _manifest
+from lora_export.storage.manifest import hash_file
+from lora_export.storage.safetensors import read_file_header
+from lora_export.storage.sums.full import file_digest
+from lora_export.storage.sums.seal import find_seal
 from lora_export.untrusted.documents import compose_yaml, open_regular, read_json
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
@@ -42,6 +53,49 @@ def test_a_pipe_is_no_file(read, pipe: Path) -> None:
     with pytest.raises(LoraExportError, match="it is not a regular file") as caught:
         read(pipe)
     assert caught.value.hint
+
+
+def manifest_beside(path: Path) -> None:
+    """Read the manifest of a graph, as parity does; what is wrong with it is a note."""
+    path.rename(path.with_suffix(".lora.json"))
+    notes: list[str] = []
+    assert _manifest(path.with_suffix(".onnx"), notes) is None
+    raise OSError(*notes)
+
+
+def kit_in(path: Path) -> None:
+    """Replace a kit whose list of files is a pipe."""
+    (path.parent / "kit").mkdir()
+    path.rename(path.parent / "kit/SHA256SUMS")
+    _check_kit(path.parent / "kit")
+
+
+def sums(path: Path) -> None:
+    path.rename(path.parent / "SHA256SUMS")
+    description_of(path.parent / "SHA256SUMS")
+
+
+READERS = [
+    hash_file,
+    lambda path: file_digest(path, "sha256"),
+    find_seal,
+    sha256_of,
+    file_sha256,
+    read_file_header,
+    read_safetensors,
+    read_model,
+    manifest_beside,
+    kit_in,
+    sums,
+]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_no_reader_of_files_waits_for_a_pipe(read, pipe: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises((LoraExportError, OSError)):
+        read(pipe)
+    assert time.monotonic() - started < 4
 
 
 def test_files_and_links_to_them_are_opened(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from lora_export.base.checkpoint.links import refuse_links
 from lora_export.base.checkpoint.own_code import model_class, never_asked, refuse_own_code
 from lora_export.base.checkpoint.quantised import refuse_bare_codes
 from lora_export.base.checkpoint.weight_files import refuse_chosen_elsewhere
+from lora_export.base.checkpoint.widths import refuse_wide
 from lora_export.base.history.history import MANIFEST, history_of
 from lora_export.base.history.in_graph import CAPTURED_KEY, entries_before
 from lora_export.errors import CheckpointError, OutputError
@@ -191,7 +192,9 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
             config = transformers.AutoConfig.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
             )
-            model, loading = _model_class(config, path).from_pretrained(
+            kind = _model_class(config, path)
+            refuse_wide(path, kind, config)
+            model, loading = kind.from_pretrained(
                 path,
                 dtype=getattr(torch, dtype),
                 local_files_only=True,

@@ -129,7 +129,7 @@ class Checkpoint:
         """Return a tensor's values as a read-only view of the mapped file.
 
         Raises:
-            CheckpointError: There is no such tensor, or numpy has no dtype for it.
+            CheckpointError: There is no such tensor, numpy has no dtype for it, or its file was cut short.
         """
         tensor = self.tensors.get(name)
         if tensor is None:
@@ -141,7 +141,14 @@ class Checkpoint:
         dtype = DTYPES[tensor.code]
         if tensor.length == 0:
             return np.zeros(tensor.shape, dtype)
-        raw = np.memmap(tensor.file, np.uint8, "r", tensor.offset, (tensor.length,))
+        try:
+            raw = np.memmap(tensor.file, np.uint8, "r", tensor.offset, (tensor.length,))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{tensor.file} can't be read where '{name}' lies, at bytes {tensor.offset} to "
+                f"{tensor.offset + tensor.length}: {error}",
+                "run it again when nobody writes the base",
+            ) from error
         return raw.view(np.ndarray).view(dtype).reshape(tensor.shape)
 
 

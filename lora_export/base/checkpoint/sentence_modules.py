@@ -122,7 +122,7 @@ def _difference(mine: Path, theirs: Path) -> str:
         if file.suffix not in _COMPARED:
             continue
         other = theirs / file.relative_to(mine)
-        if not other.exists():
+        if not other.is_file():
             return f"the base has no {other}"
         if not _is_equal(file, other):
             what = "settings" if file.suffix == ".json" else "weights"

@@ -24,9 +24,10 @@ from typing import Any, Literal, TypeVar
 from lora_export.errors import AdapterError
 
 # For all patterns of one reading together, in seconds of this thread; and what each match and each pattern is
-# granted besides, of which the usual one takes a tenth, and a third; in total no more than so much.
+# granted besides, of which the usual one takes a tenth, and a third; in total no
+# more than so much: a reading's patterns take three seconds, and what is counted around them, at most.
 LIMIT_S = 1.0
-_GRANT_S, _COMPILE_GRANT_S, _MOST_GRANTED_S = 20e-6, 500e-6, 4.0
+_GRANT_S, _COMPILE_GRANT_S, _MOST_GRANTED_S = 20e-6, 500e-6, 2.0
 # A microsecond each, or more for a long text; and some kilobytes each.
 _MOST_MATCHES, _LONG_TEXT = 5_000_000, 1000
 _MOST_PATTERNS = 10_000
@@ -62,6 +63,11 @@ class _Budget:
     matches: int = _MOST_MATCHES
     compiled: dict[str, tuple[bool, Any]] = field(default_factory=dict)
     remembered: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+
+    @property
+    def limit(self) -> str:
+        """What all patterns together were given, for messages."""
+        return f"{round(LIMIT_S + self.granted_s, 1):g} s"
 
     def spend(self, seconds: float, grant_s: float) -> bool:
         """Take what something cost, less what it is granted; return whether anything is left."""
@@ -156,7 +162,7 @@ def _compiling(budget: _Budget, key: str, pattern: str) -> Iterator[None]:
     started = time.thread_time()
     yield
     if not budget.spend(time.thread_time() - started, _COMPILE_GRANT_S):
-        raise _refusal(budget, key, pattern, f"and those before it take more than {LIMIT_S:g} s to compile")
+        raise _refusal(budget, key, pattern, f"and those before it take more than {budget.limit} to compile")
 
 
 def _ready(budget: _Budget, key: str, pattern: str) -> tuple[bool, Any]:
@@ -176,16 +182,21 @@ def _ready(budget: _Budget, key: str, pattern: str) -> tuple[bool, Any]:
 def _run(method: Literal["match", "fullmatch"], key: str, pattern: str, text: str) -> Any:
     budget = _budget()
     limited, compiled = _ready(budget, key, pattern)
-    _count(budget, key, pattern, text)
-    if not limited:
-        return getattr(compiled, method)(text)
     started = time.thread_time()
+    _count(budget, key, pattern, text)
+    # Among millions, what needs no limit takes its time as well.
+    given = {"timeout": max(budget.left_s, _GRANT_S)} if limited else {}
     try:
-        found = getattr(compiled, method)(text, timeout=max(budget.left_s, _GRANT_S))
+        found = getattr(compiled, method)(text, **given)
     except TimeoutError:
         budget.left_s, found = 0.0, None
     if not budget.spend(time.thread_time() - started, _GRANT_S):
-        raise _refusal(budget, key, pattern, f"takes more than {LIMIT_S:g} s to match modules' paths")
+        raise _refusal(
+            budget,
+            key,
+            pattern,
+            f"takes more than {budget.limit}, with those before it, to match modules' paths",
+        )
     return found
 
 

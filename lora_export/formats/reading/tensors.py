@@ -24,6 +24,7 @@ from lora_export.storage.safetensors import (
     header_bytes,
     read_file_header,
 )
+from lora_export.untrusted.documents import open_regular
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _FLOATS = frozenset(FLOATS.values())
@@ -82,7 +83,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     """
     before = FileState.of(path)
     header = read_header(path)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     refuse_changed([before])
     tensors = {
@@ -124,7 +125,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Array], metadata: Mappin
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

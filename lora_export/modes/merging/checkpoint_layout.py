@@ -14,6 +14,7 @@ from lora_export.base.checkpoint.checkpoint import Shard, StoredTensor
 from lora_export.base.placing.changes import Placed, view_of
 from lora_export.storage.safetensors import DTYPES, FLOATS, METADATA, header_bytes
 from lora_export.storage.stream import BytesPiece, CopyPiece, MergePiece, Piece, RequantisedPiece
+from lora_export.untrusted.documents import open_regular
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def layout_of(shard: Shard, placed: Placed, code: str | None) -> Layout:
     resized = any(name in placed.resized for name, _ in wanted)
     same = len(wanted) == len(shard.tensors) and not added and not resized
     if same and all(c == t.code for c, (_, t) in zip(codes, wanted, strict=True)):
-        header = shard.path.open("rb").read(shard.data_start)
+        with open_regular(shard.path) as file:
+            header = file.read(shard.data_start)
         slots = [Slot(name, t, t.code, t.shape, t.offset, t.length) for name, t in wanted]
         return Layout(header, tuple(slots), shard.size)
     at, slots = 0, []

@@ -14,6 +14,7 @@ from lora_export.errors import AdapterError, GraphError
 from lora_export.parity.judge.limits import Rounding
 from lora_export.parity.result import BASE, State
 from lora_export.storage.manifest import Manifest, identity_of_graph
+from lora_export.untrusted.documents import open_regular
 
 _SUFFIX = ".lora.json"
 
@@ -138,7 +139,8 @@ def _manifest(graph: Path, notes: list[str]) -> Manifest | None:
     if not os.path.lexists(beside):
         return None
     try:
-        return Manifest.from_json(beside.read_text(encoding="utf-8"))
+        with open_regular(beside) as file:
+            return Manifest.from_json(file.read().decode("utf-8"))
     # It is a help, not the candidate: what it would have said is measured anyway.
     except GraphError as error:
         notes.append(_aside(graph, "; ".join((error.message, *error.problems[:1]))))

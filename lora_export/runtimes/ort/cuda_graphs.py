@@ -29,7 +29,7 @@ import numpy as np
 from lora_export.adapter import Array
 from lora_export.runtimes.feeds import Feeds
 from lora_export.runtimes.ort.device import DeviceMemory, OrtValue
-from lora_export.runtimes.ort.resident import Resident, bind_feeds
+from lora_export.runtimes.ort.resident import Resident
 
 T = TypeVar("T")
 _NO_CAPTURE = -1
@@ -95,7 +95,7 @@ class CudaGraphs:
 
     def _eager(self, resident: Resident, feeds: Feeds, outputs: Sequence[str]) -> list[OrtValue]:
         binding = resident.new_binding()
-        bind_feeds(binding, feeds)
+        resident.bind_feeds(binding, feeds)
         for name in outputs:
             binding.bind_output(name, self._memory.kind, self._memory.device_id)
         self._session.run_with_iobinding(binding, _run_options(_NO_CAPTURE))

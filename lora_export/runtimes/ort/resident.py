@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lora_export.runtimes.feeds import Feeds
-from lora_export.runtimes.ort.device import OrtValue, Provider
+from lora_export.runtimes.ort.device import OrtValue, Provider, host_value
 
 # Bindings kept per set of tensors: as many threads can use one adapter at once without binding anew.
 _IDLE_BINDINGS = 16
@@ -30,6 +30,7 @@ class Resident:
     def __init__(self, session: Any, tensors: Mapping[str, OrtValue]) -> None:
         self.tensors = dict(tensors)
         self._session = session
+        self._defaults = frozenset(port.name for port in session.get_overridable_initializers())
         self._idle: deque[Any] = deque(maxlen=_IDLE_BINDINGS)
 
     def run(
@@ -40,12 +41,14 @@ class Resident:
             binding = self._idle.pop()
         except IndexError:
             binding = self.new_binding()
-        bind_feeds(binding, feeds)
+        self.bind_feeds(binding, feeds)
         for name in outputs:
             binding.bind_output(name, device, device_id)
         # Never with RunOptions.add_active_adapter: ONNX Runtime ignores it beside an I/O binding.
         self._session.run_with_iobinding(binding)
         values: list[OrtValue] = binding.get_outputs()
+        if not self._defaults.isdisjoint(name for name, _ in feeds):
+            return values  # The next run may want the default: a binding gives none back.
         # A kept binding must not keep a request's feeds and results alive.
         binding.clear_binding_outputs()
         for name, _ in feeds:
@@ -60,11 +63,13 @@ class Resident:
             binding.bind_ortvalue_input(name, value)
         return binding
 
-
-def bind_feeds(binding: Any, feeds: Feeds) -> None:
-    """Bind a run's inputs: arrays are used where they are (CPU) or copied (CUDA), tensors are bound."""
-    for name, value in feeds:
-        if isinstance(value, np.ndarray):
-            binding.bind_cpu_input(name, value)
-        else:
-            binding.bind_ortvalue_input(name, value)
+    def bind_feeds(self, binding: Any, feeds: Feeds) -> None:
+        """Bind a run's inputs: arrays are used where they are (CPU) or copied (CUDA), tensors are bound."""
+        for name, value in feeds:
+            if not isinstance(value, np.ndarray):
+                binding.bind_ortvalue_input(name, value)
+            elif name in self._defaults:
+                # ONNX Runtime looks arrays' names up among the inputs without a default only.
+                binding.bind_ortvalue_input(name, host_value(value))
+            else:
+                binding.bind_cpu_input(name, value)

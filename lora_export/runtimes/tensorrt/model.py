@@ -14,10 +14,12 @@ from typing import TypeVar
 import numpy as np
 
 from lora_export.adapter import Array
+from lora_export.base.reads import graph_files
 from lora_export.binding.base_weights import GraphWeights, WeightOf
 from lora_export.engines.record import EngineRecord, Port, read_engine, record_path
 from lora_export.errors import AdapterError, BackendError, GraphError
 from lora_export.graph.exposed import WEIGHTS_INPUT, ExposedGraph
+from lora_export.graph.onnx_file import load_graph
 from lora_export.runtimes.feeds import Feeds, check_feeds, choose_outputs
 from lora_export.runtimes.session_options import EngineOptions
 from lora_export.runtimes.tensorrt.context import shapes_of
@@ -26,6 +28,7 @@ from lora_export.runtimes.tensorrt.engine import LoadedEngine, check_source, loa
 from lora_export.runtimes.tensorrt.runner import EngineRunner
 from lora_export.runtimes.tensorrt.tensors import EngineTensors, put_together
 from lora_export.storage.inputs import same_inputs
+from lora_export.storage.outputs import refuse_inputs
 
 T = TypeVar("T")
 
@@ -77,6 +80,7 @@ class EngineModel:
         Raises:
             BackendUnavailable: TensorRT or cuda-bindings is not installed.
             BackendError: It can't run here; every reason is listed.
+            OutputError: The runtime cache would be written over the engine, its record or its source.
         """
         if record.options.strip_weights and not refits:
             raise BackendError(
@@ -85,6 +89,9 @@ class EngineModel:
             )
         if options.source is not None:
             check_source(path, record, Path(options.source))
+        if options.runtime_cache is not None:
+            graph = [] if options.source is None else graph_files(load_graph(Path(options.source)))
+            refuse_inputs([Path(options.runtime_cache)], [path, record_path(path), *graph])
         loaded = load_engine(path, record, options.device_id)
         self.path, self.engine_record = path, record
         self.inputs = {port.name: EngineInput(port) for port in record.inputs}

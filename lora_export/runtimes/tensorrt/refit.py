@@ -26,6 +26,7 @@ from lora_export.engines.backend import DTYPES
 from lora_export.engines.record import EngineRecord, read_engine, record_path
 from lora_export.engines.source import graph_hashes
 from lora_export.errors import BackendError, GraphError
+from lora_export.formats.reading.weights_files import files_of
 from lora_export.graph.external_data import merged_values
 from lora_export.graph.onnx_file import GraphFile, load_graph
 from lora_export.modes.branches.union import refuse_other_bases
@@ -36,6 +37,7 @@ from lora_export.runtimes.tensorrt.engine import LoadedEngine, same_files
 from lora_export.runtimes.tensorrt.session import EngineSession
 from lora_export.storage.inputs import FileState, refuse_changed, same_inputs
 from lora_export.storage.manifest import FileHash, identity_of
+from lora_export.storage.outputs import refuse_inputs
 
 # numpy's and ml_dtypes' names of types → TensorRT's.
 _KINDS = ("FLOAT", "HALF", "BF16", "FP8", "INT8", "UINT8", "INT32", "INT64", "BOOL")
@@ -87,6 +89,7 @@ class MergedEngine(EngineSession):
             BackendUnavailable: TensorRT or cuda-bindings is not installed.
             BackendError: The engine can't be refitted, was built from another graph, or can't run here.
             GraphError: The graph can't be read.
+            OutputError: The runtime cache would be written over what is read.
         """
         opened = [FileState.of(path) for path in (Path(engine), record_path(Path(engine)))]
         record = read_engine(Path(engine))
@@ -98,6 +101,11 @@ class MergedEngine(EngineSession):
             self._hashes = graph_hashes(load_graph(self._source))
             self._files = tuple(inputs.states.values())
         own = [] if merged is None else check_blend(merged, None)[0]
+        cache = options.get("runtime_cache")
+        self._writes = [] if cache is None else [Path(cache)]
+        refuse_inputs(self._writes, [state.path for state in self._files])
+        for given in own:
+            refuse_inputs(self._writes, files_of(given.source))
         _check_origin(record, self._hashes, own)
         self._switching = threading.Lock()
         self._adapter: str | None = ", ".join(given.name for given in own) or None
@@ -136,6 +144,8 @@ class MergedEngine(EngineSession):
         """
         with self._switching:
             loaded = None if adapter is None else check_blend(adapter, None)[0][0]
+            if loaded is not None:
+                refuse_inputs(self._writes, files_of(loaded.source))
             base, values, notes = ({}, {}, ()) if loaded is None else self._plan(loaded)
             touched = self._touched | base
             self._model.alone(lambda engine: self._write(engine, touched, values))

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 
-from lora_export.sites.naming.names import Prefix, flatten, per_expert, variants
-from lora_export.sites.naming.towers import Kinds, kinds_of_names, merged_kinds, other_kind
+from lora_export.sites.naming.names import Prefix, common_form, flatten, per_expert, variants
+from lora_export.sites.naming.towers import (
+    Kinds,
+    kinds_of_names,
+    merged_kinds,
+    other_kind,
+    telling_components,
+)
 
 # Names of submodels that stand beside others of their kind.
 _SUBMODEL = re.compile(
@@ -39,7 +46,10 @@ _OUTER = frozenset(_OUTER_NAMES.split())
 _FLAT_OUTER = re.compile(rf"(?:{'|'.join(_OUTER)})(?:_(?:{'|'.join(_OUTER)}))*")
 
 # Of stacked experts, each of which a graph has on its own: how many tell that they are there.
-_EXPERTS = 2
+EXPERTS = 2
+# Changes of prefix for one adapter, and the pairs of names alike that they are found by: what is more is no
+# naming. A tenth of a millisecond, and some microseconds each.
+_MOST_CHANGES, _MOST_PAIRS = 2**16, 2**19
 
 
 class KnownNames:
@@ -59,11 +69,16 @@ class KnownNames:
     ) -> None:
         self.names = frozenset(names)
         self._shape_of, self._stated = shape_of, kinds
+        self._submodels_below: dict[str, frozenset[str]] = {}
 
     @cached_property
     def kinds(self) -> Kinds:
         """What kind of model the base is, as far as that is known."""
         return merged_kinds(self._stated(), kinds_of_names(self.names))
+
+    @cached_property
+    def _telling(self) -> frozenset[str]:
+        return telling_components(self.names)
 
     @cached_property
     def _children(self) -> dict[str, set[str]]:
@@ -91,11 +106,34 @@ class KnownNames:
                 tails[flatten(".".join(parts[end:]))].add(".".join(parts[:end]))
         return tails
 
+    @cached_property
+    def _sorted(self) -> list[str]:
+        return sorted(self.names)
+
+    @cached_property
+    def _sorted_forms(self) -> list[str]:
+        return sorted(map(common_form, self.names))
+
+    @cached_property
+    def _outermost(self) -> tuple[str, ...]:
+        """The first and the last path of the numbered blocks, or where there are none of all."""
+        # By dots alone: exporters number constants without a name (``val_12``).
+        blocks = [name for name in self.names if any(map(str.isdigit, name.split(".")))] or self.names
+        return (min(blocks), max(blocks)) if blocks else ()
+
+    @cached_property
+    def _by_end(self) -> dict[str, list[str]]:
+        """Last component of a path that has parameters under it → such paths."""
+        ends: dict[str, list[str]] = defaultdict(list)
+        for path in self._children:
+            ends[path.rpartition(".")[2]].append(path)
+        return ends
+
     def has(self, key: str) -> bool:
         """Whether the base has a parameter under this path, or under another name of a builder for it."""
         if key in self.names:
             return True
-        named = (*variants(key), *per_expert(key, _EXPERTS))
+        named = (*variants(key), *per_expert(key, EXPERTS))
         return any(all(name in self.names for name in variant.keys) for variant in named)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
@@ -104,54 +142,95 @@ class KnownNames:
 
     def under(self, scope: str) -> list[str]:
         """Return the paths that end in ``scope`` and have parameters under them."""
-        return sorted(path for path in self._children if path == scope or path.endswith(f".{scope}"))
+        paths = self._by_end.get(scope.rpartition(".")[2], ())
+        return sorted(path for path in paths if path == scope or path.endswith(f".{scope}"))
+
+    def count_below(self, path: str, flattened: bool) -> int:
+        """Return how many parameters `tails_below` returns."""
+        return len(self._span(path, flattened)[1]) if path else len(self.names)
+
+    def tails_below(self, path: str, flattened: bool) -> Iterator[str]:
+        """Yield what the paths of the parameters below a path have behind it; all are below none.
+
+        Args:
+            path: The path.
+            flattened: Whether the base's paths stay as they are; else they are in `common_form`.
+        """
+        names, span = self._span(path, flattened)
+        start = len(path if flattened else common_form(path)) + 1 if path else 0
+        return (names[number][start:] for number in span)
+
+    def _span(self, path: str, flattened: bool) -> tuple[list[str], range]:
+        names = self._sorted if flattened else self._sorted_forms
+        path = path if flattened else common_form(path)
+        ends = (f"{path}.", f"{path}/") if path else ("",)
+        first, *last = (bisect_left(names, end) for end in ends)
+        return names, range(first, *last or [len(names)])
 
     def other_kind(self, part: str) -> str:
         """Return which kind of model a part's path denotes that the base is not; "" where it may be it."""
-        return other_kind(part, self.kinds, self.names)
+        return other_kind(part, self.kinds, self._telling)
 
     def is_inside(self, path: str) -> bool:
         """Whether all of the base's numbered blocks, or where it has none all of it, lie under one path."""
-        # By dots alone: exporters number constants without a name (``val_12``).
-        blocks = [name for name in self.names if any(map(str.isdigit, name.split(".")))] or self.names
-        return all(name.startswith(f"{path}.") for name in blocks)
+        # All between the two in alphabetical order begin as they do.
+        return all(name.startswith(f"{path}.") for name in self._outermost)
 
     def has_rivals(self, path: str) -> bool:
         """Whether a submodel on the way down a path has another submodel beside it."""
         parts = path.split(".")
         for end, part in enumerate(parts):
-            beside = self._children[".".join(parts[:end])] - {part}
-            if is_submodel(part) and any(map(is_submodel, beside)):
+            if is_submodel(part) and self._submodels(".".join(parts[:end])) - {part}:
                 return True
         return False
 
-    def changes(self, keys: Iterable[str]) -> set[Prefix]:
-        """Return the changes under which one of some dotted paths is a parameter's; no index comes off."""
+    def _submodels(self, path: str) -> frozenset[str]:
+        """Return the submodels right below a path."""
+        if path not in self._submodels_below:
+            self._submodels_below[path] = frozenset(filter(is_submodel, self._children.get(path, ())))
+        return self._submodels_below[path]
+
+    def changes(self, keys: Iterable[str]) -> set[Prefix] | None:
+        """Return the changes under which one of some dotted paths is a parameter's; no index comes off.
+
+        None where there are more than an adapter's and its base's can be.
+        """
         by_rest: dict[str, list[str]] = defaultdict(list)
         for key in keys:
             for variant in variants(key):
                 for name in variant.keys:
                     by_rest[_behind_first_index(name)].append(name)
         found: set[Prefix] = set()
+        pairs = 0
         for known in self.names:
             theirs = known.split(".")
             for start in range(len(theirs) - 1):
-                for name in by_rest.get(".".join(theirs[start:]), ()):
+                alike = by_rest.get(".".join(theirs[start:]), ())
+                pairs += len(alike)
+                if pairs > _MOST_PAIRS or len(found) > _MOST_CHANGES:
+                    return None
+                for name in alike:
                     parts = name.split(".")
                     same = _common_end(parts, theirs)
                     found.add(Prefix(".".join(parts[:-same]), ".".join(theirs[:-same])))
         return found
 
-    def flat_changes(self, keys: Iterable[str]) -> set[Prefix]:
+    def flat_changes(self, keys: Iterable[str]) -> set[Prefix] | None:
         """Return the same for flattened paths; the text that comes off has underscores."""
         found: set[Prefix] = set()
+        pairs = 0
         for key in keys:
-            text = flatten(key)
+            text, before = flatten(key), -1
             for at in [-1, *(match.start() for match in re.finditer("_", text))]:
                 strip, rest = text[: max(at, 0)], text[at + 1 :]
-                if has_index(strip):
+                if strip[before + 1 :].isdigit():
                     break
-                found.update(Prefix(strip, add) for add in self._by_flat_tail.get(rest, ()))
+                before = at
+                fronts = self._by_flat_tail.get(rest, ())
+                pairs += len(fronts)
+                if pairs > _MOST_PAIRS or len(found) > _MOST_CHANGES:
+                    return None
+                found.update(Prefix(strip, add) for add in fronts)
                 if rest in self._by_flat:
                     found.add(Prefix(strip))
         return found

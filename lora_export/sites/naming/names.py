@@ -84,6 +84,14 @@ def variants(key: str) -> Iterator[Variant]:
                 yield Variant(keys, how=f"split into {', '.join(parts)}; {how}".rstrip("; "))
 
 
+def common_form(key: str) -> str:
+    """Return a path with one name for the parts that builders rename: the same for all renamed variants."""
+    parts = key.split(".")
+    for old, new in _RENAMED:
+        parts = [new if part == old else part for part in parts]
+    return ".".join(parts)
+
+
 def per_expert(key: str, experts: int) -> Iterator[Variant]:
     """Yield the names of stacked matrices where a graph has each expert's on its own."""
     stack, _, parameter = key.rpartition(".")

@@ -92,11 +92,7 @@ def offers_of(
             below = [one for one in wanted if _is_below(one.key, part, flattened)]
             names = place(below or wanted, part)
             placed, is_whole = _outcome(below or wanted, known, names)
-            fitting = {
-                one.key
-                for one, name in zip(below or wanted, names, strict=True)
-                if name is not None and known.has(name)
-            }
+            fitting = {one.key for one, name in zip(below or wanted, names, strict=True) if name is not None}
             if (below or is_whole) and not _tears(wanted, fitting):
                 found[front + part] = placed, is_whole
                 kinds[front + part] = known.other_kind(part)
@@ -158,7 +154,7 @@ def _outcome(wanted: Sequence[Named], known: KnownNames, names: Sequence[str | N
     low_rank, placed = _low_rank(wanted), 0
     for number in low_rank:
         name = names[number]
-        if name is None or not known.has(name):
+        if name is None:
             continue
         mine, theirs = wanted[number].shape, known.shape(name)
         if mine is not None and theirs is not None and matrix_of(mine) != matrix_of(theirs):

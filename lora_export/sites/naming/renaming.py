@@ -21,11 +21,14 @@ compared with the paths that the base knows. Rules:
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
+from lora_export.sites.naming.fits import Below, Fits
 from lora_export.sites.naming.known_names import (
     KnownNames,
     has_index,
@@ -59,6 +62,7 @@ class Problem:
 
 
 NOT_FOUND = Problem("not found")
+_TOO_MANY = Problem("ambiguous", "the ends of its names are the ends of too many of the base's")
 
 
 @dataclass(frozen=True)
@@ -117,9 +121,11 @@ def is_below(wanted: Sequence[Named], scope: str, flattened: bool) -> bool:
 
 def likeliest_change(keys: Sequence[str], known: KnownNames) -> Prefix:
     """Return the change under which most paths are known: to look for something, not to place anything."""
+    fits = Fits(keys, known, flattened=False)
+    own = Below(((keys[number], number) for number in fits.own), ".")
     counts = {
-        change: sum(known.has(change.apply(key) or key) for key in keys)
-        for change in sorted({NO_CHANGE, *known.changes(keys)}, key=str)
+        change: len(fits.under(change)) + len(own.numbers) - own.count(change.strip)
+        for change in sorted({NO_CHANGE, *(known.changes(keys) or ())}, key=str)
     }
     most = max(counts.values())
     best = [change for change, count in counts.items() if count == most]
@@ -130,42 +136,112 @@ class _Renamer:
     def __init__(
         self, wanted: Sequence[Named], known: KnownNames, flattened: bool, scope: str | None
     ) -> None:
-        self._wanted, self._known, self._flattened, self._given = wanted, known, flattened, scope
+        self._wanted, self._known, self._flattened = wanted, known, flattened
         # Tried for a hint: needs none of its own.
         self._is_first = True
         self._mark = "_" if flattened else "."
-        self._scope = flatten(scope) if scope and flattened else scope
-        low_rank = [n for n, named in enumerate(wanted) if named.action == "merge"]
-        self._fits: dict[Prefix, frozenset[int]] = {}
-        for self._deciding in (low_rank, list(range(len(wanted)))):
-            keys = [wanted[number].key for number in self._deciding]
-            changes = known.flat_changes(keys) if flattened else known.changes(keys)
-            self._fits = {change: self._fitting(change) for change in sorted({NO_CHANGE, *changes}, key=str)}
-            if any(self._fits.values()):
-                break
+        self._fits = Fits([named.key for named in wanted], known, flattened)
+        self._low_rank = [n for n, named in enumerate(wanted) if named.action == "merge"]
+        # What is known under its own path, and by rule 1 may stand beside what a change is for.
+        heads = {n: names for n, names in self._fits.own.items() if not has_index(wanted[n].key)}
+        texts = {n: flatten(wanted[n].key) if flattened else wanted[n].key for n in heads}
+        self._heads = Below(((text, n) for n, text in texts.items()), self._mark)
+        self._deciding_heads = Below(
+            ((text, n) for n, text in texts.items() if n in self._deciding), self._mark
+        )
+        self._lost_heads: dict[str, frozenset[int]] = {}
+        self._belong(scope)
+
+    def _belong(self, scope: str | None) -> None:
+        """Take what the user says belongs."""
+        self._given = scope
+        self._scope = flatten(scope) if scope and self._flattened else scope
         # Rule 7: is the scope a part of the adapter's paths, or of the base's?
-        self._is_adapters = scope is not None and is_below(wanted, scope, flattened)
+        self._is_adapters = scope is not None and is_below(self._wanted, scope, self._flattened)
         # Flattened, a name may begin as the scope does and still be the base's part's (``decoder_embed``).
-        self._bases = known.under(scope) if scope and (flattened or not self._is_adapters) else []
+        self._bases = self._known.under(scope) if scope and (self._flattened or not self._is_adapters) else []
+
+    @cached_property
+    def _deciding(self) -> frozenset[int]:
+        """The low-rank changes; where none of them fits under any change, all parameters."""
+        low_rank = frozenset(self._low_rank)
+        is_known = not low_rank.isdisjoint(self._fits.own) or any(
+            not low_rank.isdisjoint(self._under(change)) for change in self._low_rank_changes or ()
+        )
+        return low_rank if is_known else frozenset(range(len(self._wanted)))
+
+    @cached_property
+    def _changes(self) -> dict[Prefix, int] | None:
+        """Each change → how many parameters fit; None where there are too many."""
+        if len(self._deciding) == len(self._low_rank):
+            changes = self._low_rank_changes
+        else:
+            changes = self._changes_of(sorted(self._deciding))
+        return None if changes is None else {change: self._count(change) for change in changes}
+
+    @cached_property
+    def _low_rank_changes(self) -> list[Prefix] | None:
+        return self._changes_of(self._low_rank)
+
+    def _changes_of(self, numbers: Sequence[int]) -> list[Prefix] | None:
+        keys = [self._wanted[number].key for number in numbers]
+        found = self._known.flat_changes(keys) if self._flattened else self._known.changes(keys)
+        return None if found is None else sorted({NO_CHANGE, *found}, key=str)
 
     def run(self) -> Renaming:
         """Choose the change and apply it."""
+        if self._may_stay and self._deciding and self._deciding <= self._fits.own.keys():
+            return self._applied(NO_CHANGE)
+        if self._changes is None:
+            return self._all(
+                _TOO_MANY, "give the adapter's tensors the names of the base's modules", Offers()
+            )
         chosen = self._chosen()
         if len(chosen) == 1:
             return self._applied(chosen[0])
-        rivals = [] if chosen or self._scope else self._distinct(self._whole(self._fits))
+        rivals = [] if chosen or self._scope else self._distinct(self._whole(self._changes))
         if len(chosen or rivals) > 1:
             return self._ambiguous(chosen or rivals)
         return self._refused()
 
     # Which change.
 
-    def _fitting(self, change: Prefix) -> frozenset[int]:
-        return frozenset(n for n in self._deciding if self._names(self._wanted[n].key, change))
+    def _under(self, change: Prefix) -> dict[int, list[str]]:
+        """Return what fits of the parameters that a change is for, with the base's paths for each."""
+        found = self._fits.under(change)
+        if not (change.strip and change.add):
+            return found
+        # Rule 3: of two lists of modules nothing but an index would be the same.
+        start = len(change.strip) + 1
+        return {
+            n: names
+            for n, names in found.items()
+            if not self._wanted[n].key[start:].rpartition(".")[0].isdigit()
+        }
+
+    def _count(self, change: Prefix) -> int:
+        """Return how many of the deciding parameters fit."""
+        heads = self._deciding_heads
+        beside = len(heads.numbers) - heads.count(change.strip)
+        return len(self._deciding.intersection(self._under(change))) + beside
+
+    @property
+    def _may_stay(self) -> bool:
+        """Whether the change that changes nothing may count."""
+        return self._scope is None or self._is_adapters
 
     def _chosen(self) -> list[Prefix]:
         """Return the change that counts; several where they tie, none where none counts."""
-        allowed = [change for change in self._fits if self._fits[change] and self._is_allowed(change)]
+        counts = self._changes or {}
+        tried = counts
+        if self._scope is not None and not self._is_adapters:
+            # Rule 7: no other is allowed.
+            tried = {
+                change: counts[change]
+                for change in (Prefix(add=path) for path in self._bases)
+                if change in counts
+            }
+        allowed = [change for change, count in tried.items() if count and self._is_allowed(change)]
         if whole := self._whole(allowed):
             return self._distinct(whole)
         # Rule 2; a wrapper around the base, or a part that the user names, may lack something.
@@ -176,21 +252,32 @@ class _Renamer:
             or self._scope is not None
             or (self._is_whole_below(change) if change.strip else self._known.is_inside(change.add))
         ]
-        most = max((len(self._fits[change]) for change in parts), default=0)
-        return self._distinct([change for change in parts if len(self._fits[change]) == most])
+        most = max((counts[change] for change in parts), default=0)
+        return self._distinct([change for change in parts if counts[change] == most])
 
     def _whole(self, changes: Iterable[Prefix]) -> list[Prefix]:
-        return [change for change in changes if len(self._fits[change]) == len(self._deciding)]
+        counts = self._changes or {}
+        return [change for change in changes if counts[change] == len(self._deciding)]
 
     def _distinct(self, changes: Sequence[Prefix]) -> list[Prefix]:
         """Return the change that changes nothing if it is there, else one of each that differ in effect."""
         if NO_CHANGE in changes:
             return [NO_CHANGE]
-        found: dict[tuple[tuple[str, ...], ...], Prefix] = {}
+        found: dict[object, Prefix] = {}
         for change in sorted(changes, key=lambda change: len(change.strip) + len(change.add)):
-            effect = tuple(tuple(self._names(named.key, change)) for named in self._wanted)
-            found.setdefault(effect, change)
+            found.setdefault(self._effect(change), change)
         return list(found.values())
+
+    def _effect(self, change: Prefix) -> object:
+        """Return what tells a change's effect: the names that it gives, and the heads that lose theirs."""
+        under, own = self._under(change), self._fits.own
+        if change.strip not in self._lost_heads:
+            span = self._heads.span(change.strip)
+            self._lost_heads[change.strip] = frozenset(self._heads.numbers[span])
+        lost = self._lost_heads[change.strip]
+        kept = {n for n, names in under.items() if n in lost and names == own[n]}
+        given = frozenset((n, tuple(names)) for n, names in under.items() if n not in kept)
+        return given, lost - kept if kept else lost
 
     def _is_allowed(self, change: Prefix) -> bool:
         if change.add in self._bases and not change.strip:
@@ -221,19 +308,41 @@ class _Renamer:
         if submodels_of(change.add) or self._known.has_rivals(change.add):
             return False
         # Beside others, a module is told by the blocks that it is in.
-        keys = (self._wanted[number].key for number in self._fits[change])
+        keys = (self._wanted[n].key for n in self._under(change) if n in self._deciding)
         return any(has_index(key[len(change.strip) :]) for key in keys)
 
     def _is_whole_below(self, change: Prefix) -> bool:
         """Whether all below the prefix fits, and no other part of the adapter looks like that part."""
-        below = {n for n in self._deciding if self._is_below(self._wanted[n].key, change.strip)}
-        if not below <= self._fits[change]:
+        paths, mark = self._deciding_paths, self._mark
+        span = paths.span(change.strip)
+        if not self._under(change).keys() >= set(paths.numbers[span]):
             return False
-        rests = {self._wanted[n].key[len(change.strip) + 1 :] for n in below}
-        others = [self._wanted[n].key for n in self._deciding if n not in below]
-        return not any(
-            has_index(rest) and key.endswith(f"{self._mark}{rest}") for key in others for rest in rests
-        )
+        for number in paths.numbers[span]:
+            rest = self._wanted[number].key[len(change.strip) + 1 :]
+            first, last = self._ends.get(f"{mark}{rest}", (span.start, span.start))
+            if has_index(rest) and (first < span.start or last >= span.stop):
+                return False
+        return True
+
+    @cached_property
+    def _deciding_paths(self) -> Below:
+        return Below(((self._wanted[n].key, n) for n in self._deciding), self._mark)
+
+    @cached_property
+    def _ends(self) -> dict[str, tuple[int, int]]:
+        """End of a deciding path, from a mark on → the first and the last place of such in their order."""
+        found: dict[str, tuple[int, int]] = {}
+        for place, number in enumerate(self._deciding_paths.numbers):
+            key = self._wanted[number].key
+            for start in (at for at, letter in enumerate(key) if letter == self._mark):
+                found[key[start:]] = found.get(key[start:], (place, place))[0], place
+        return found
+
+    def _paths_above(self, number: int) -> list[str]:
+        """Return what may come off a parameter's path, none of it included."""
+        key = self._wanted[number].key
+        text = flatten(key) if self._flattened else key
+        return ["", *(text[:at] for at, letter in enumerate(text) if letter == self._mark and at)]
 
     def _flat(self, path: str) -> str:
         return flatten(path) if self._flattened else path
@@ -243,17 +352,12 @@ class _Renamer:
 
     # What comes of it.
 
-    def _names(self, key: str, change: Prefix) -> list[str]:
-        """Return the base's paths that a key may mean under a change; none where it does not fit."""
-        if change.strip and change.add and key[len(change.strip) + 1 :].rpartition(".")[0].isdigit():
-            return []  # Rule 3: of two lists of modules nothing but an index would be the same.
-        if self._flattened:
-            beside = change.strip and not self._is_below(key, change.strip) and has_index(key)
-            return [] if beside else self._known.unflatten(key, change)
-        if change.strip and not self._is_below(key, change.strip) and has_index(key):
-            return []  # Rule 1: only a head may stand beside what the change is for.
-        name = self._changed(key, change)
-        return [name] if self._known.has(name) else []
+    def _names(self, change: Prefix) -> dict[int, list[str]]:
+        """Return the parameters that fit under a change, with the base's paths that each may mean."""
+        # Rule 1: only a head may stand beside what the change is for.
+        span, own = self._heads.span(change.strip), self._fits.own
+        beside = self._heads.numbers[: span.start] + self._heads.numbers[span.stop :]
+        return {n: own[n] for n in beside} | self._under(change)
 
     def _changed(self, key: str, change: Prefix) -> str:
         """Apply a change; a path that has not the prefix that comes off stays as it is."""
@@ -262,8 +366,9 @@ class _Renamer:
     def _applied(self, change: Prefix) -> Renaming:
         names: list[str | None] = []
         problems: dict[int, Problem] = {}
+        found = self._names(change)
         for number, named in enumerate(self._wanted):
-            fitting = self._names(named.key, change)
+            fitting = found.get(number, [])
             if len(fitting) > 1:
                 problems[number] = Problem("ambiguous", f"may be {', '.join(fitting[:_SHOWN])}")
             elif not fitting and self._flattened:
@@ -273,9 +378,10 @@ class _Renamer:
             else:
                 names.append(self._changed(named.key, change))
         has_doubles = self._refuse_doubles(names, problems)
-        if not has_doubles and len(self._fits[change]) == len(self._deciding):
+        count = self._count(change)
+        if not has_doubles and count == len(self._deciding):
             return Renaming(tuple(names), problems, change, doubt=self._doubt())
-        offers = self._offers(0 if has_doubles else len(self._fits[change]))
+        offers = self._offers(0 if has_doubles else count)
         text = f"say which of the file's models with {offers.text}" if has_doubles else ""
         text = text or f"{offers.text} takes the part that fits"
         hint = text if offers else ""
@@ -309,11 +415,11 @@ class _Renamer:
         """Return what would place the adapter, or a part of it, if the user named it."""
         if not self._is_first:
             return Offers()
-        ordered = sorted(self._fits, key=lambda change: len(self._fits[change]), reverse=True)
+        counts = self._changes or {}
         return offers_of(
             self._wanted,
             self._known,
-            [change for change in ordered if self._fits[change]],
+            sorted(filter(counts.get, counts), key=lambda change: counts[change], reverse=True),
             flattened=self._flattened,
             given=self._given,
             least=least,
@@ -321,17 +427,38 @@ class _Renamer:
         )
 
     def _tried(self, wanted: Sequence[Named], scope: str | None) -> Sequence[str | None]:
-        """Return the names that some of the adapter gets where the user says the scope."""
-        again = _Renamer(wanted, self._known, self._flattened, scope)
+        """Return the base's paths that some of the adapter gets where the user says the scope."""
+        if len(wanted) == len(self._wanted):
+            again = copy(self)  # What fits is the same.
+            again._belong(scope)
+        else:
+            again = _Renamer(wanted, self._known, self._flattened, scope)
         again._is_first = False
-        found = again.run()
-        return [None if n in found.problems else name for n, name in enumerate(found.names)]
+        return again._placed(again.run())
+
+    def _placed(self, found: Renaming) -> Sequence[str | None]:
+        """Return the names of the parameters that the base has under them."""
+        change, own = found.change, set(self._fits.own)
+        if not self._flattened:
+            own -= set(self._fits.below.numbers[self._fits.below.span(change.strip)])
+        known = own.union(self._fits.under(change))
+        return [
+            name if n in known and n not in found.problems else None for n, name in enumerate(found.names)
+        ]
 
     def _ambiguous(self, chosen: Sequence[Prefix]) -> Renaming:
         """Rule 5."""
+        names: dict[int, set[str]] = defaultdict(set)
+        for change in chosen if self._is_first else ():
+            for number, fitting in self._under(change).items():
+                names[number].update(fitting)
+        strips = Counter(change.strip for change in chosen)
+        for number in self._heads.numbers:
+            if sum(strips[path] for path in self._paths_above(number)) < len(chosen):
+                names[number].update(self._fits.own[number])
         problems = {}
-        for number, named in enumerate(self._wanted):
-            fitting = sorted({name for change in chosen for name in self._names(named.key, change)})
+        for number in range(len(self._wanted)):
+            fitting = sorted(names[number])
             listed = ", ".join(fitting[:_SHOWN]) + (", …" if len(fitting) > _SHOWN else "")
             problems[number] = Problem("ambiguous", f"may be {listed}") if fitting else NOT_FOUND
         offers = self._offers()
@@ -340,6 +467,8 @@ class _Renamer:
 
     def _refused(self) -> Renaming:
         """Say why no change counts, and what the user may give."""
+        if not self._is_first:
+            return self._all(NOT_FOUND, "", Offers())
         offers, count = self._offers(), len(self._deciding)
         part = f"if that is the part that belongs, give {offers.text}" if offers else ""
         if self._scope is not None and not self._is_adapters and not self._bases:
@@ -352,14 +481,15 @@ class _Renamer:
         if offers.others and not offers:
             problem = Problem("not found", "what would fit is of another kind of model")
             return self._all(problem, self._of_others(offers), offers)
-        most = max(map(len, self._fits.values()))
+        counts = self._changes or {}
+        most = max(counts.values())
         if not most:
             return self._all(NOT_FOUND, part, offers)
-        likeliest = [change for change, fits in self._fits.items() if len(fits) == most]
+        likeliest = [change for change, fits in counts.items() if fits == most]
         own = [change for change in likeliest if not self._known.other_kind(change.strip)]
-        best = [said(change) for change in own or likeliest]
+        best = [said(change) for change in (own or likeliest)[:2]]
         if not offers:
-            found = " or ".join(best[:2])
+            found = " or ".join(best)
             hint = (
                 f"check the base: {most} of {count} parameters would fit with {found}, which is not its "
                 "outer name; if they are meant, rename the adapter's tensors"

@@ -71,20 +71,26 @@ def merged_kinds(surer: Kinds, other: Kinds) -> Kinds:
     return frozenset().union(*parts)
 
 
-def other_kind(part: str, kinds: Kinds, names: Iterable[str]) -> str:
+def telling_components(names: Iterable[str]) -> frozenset[str]:
+    """Return the components of the paths of a base's modules that denote a kind of model."""
+    inside = {component for name in names for component in name.split(".")[:-1]}
+    return frozenset(filter(_of_path, inside))
+
+
+def other_kind(part: str, kinds: Kinds, inside: Iterable[str]) -> str:
     """Return which kind of model a part's path denotes that a base is not; "" where it may be the base.
 
     Args:
         part: Path of a submodel, dotted or flattened.
         kinds: The base's.
-        names: The base's parameters.
+        inside: What `telling_components` returns for the base's parameters.
     """
-    inside = {component for name in names for component in name.split(".")[:-1]}
     text = f"_{flatten(part)}_"
     for group in _GROUPS:
         mine, own = _of_path(part) & group, kinds & group
-        held = any(f"_{name}_" in text and _of_path(name) & group for name in inside)
-        if mine and own and not mine & own and not held:
+        if not mine or not own or mine & own:
+            continue
+        if not any(f"_{name}_" in text and _of_path(name) & group for name in inside):
             return min(mine)
     return ""
 

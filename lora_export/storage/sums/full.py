@@ -10,6 +10,8 @@ from typing import Protocol
 
 from blake3 import blake3
 
+from lora_export.untrusted.documents import open_regular
+
 _BLOCK_BYTES = 4 << 20
 # A pool of threads is made for each hash: one for all is dead in a process that was forked afterwards, and
 # whoever waits for it waits forever. For less than this it costs more than it saves.
@@ -60,7 +62,7 @@ def _hasher(algorithm: str, size: int) -> Hasher:
 def _blocks(path: Path) -> Iterator[tuple[int, memoryview]]:
     """Yield a file's blocks with their places, each in the same memory."""
     start = 0
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         buffer = memoryview(bytearray(min(_BLOCK_BYTES, max(1, os.fstat(file.fileno()).st_size))))
         while count := file.readinto(buffer):
             yield start, buffer[:count]

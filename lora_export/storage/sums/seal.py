@@ -19,6 +19,7 @@ from blake3 import blake3
 
 from lora_export.errors import InternalError
 from lora_export.storage.sums.full import file_digest
+from lora_export.untrusted.documents import open_regular
 
 # The key of the entry in a header's or a graph's metadata, and in JSON.
 KEY, SEAL = "lora_export.seal", "seal"
@@ -87,7 +88,7 @@ def write_onnx(path: Path, content: bytes) -> None:
 def find_seal(path: Path) -> Seal | None:
     """Return a file's seal, or None where it has none."""
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for place in (size - len(UNSEALED), len(_JSON_START), _SAFETENSORS_START):
             if place < 0:
                 continue
