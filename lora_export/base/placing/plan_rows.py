@@ -45,6 +45,10 @@ _AGAIN = (
     "export the graph again with torch.onnx.export(..., dynamo=True, optimize=False), which keeps names, "
     "computes nothing in advance and has one constant for all calls of a module"
 )
+_USED = (
+    "give the graph as its exporter wrote it: a tool may have put another product in the place of these "
+    "modules, or removed the output that depends on them"
+)
 _MERGE_FIRST = (
     "where that is how it was made (torch.cond drops names), merge into the checkpoint (lora-export merge) "
     "and export the result"
@@ -317,6 +321,8 @@ def hints_of(
             hints.append(_MERGE_FIRST)
     if "computed" in kinds:
         hints.append(_AGAIN)
+    if "unused" in kinds:
+        hints.append(_USED)
     if "dora" in kinds:
         merge = "merge the adapter with merge-onnx"
         hints.append(
