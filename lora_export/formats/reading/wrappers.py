@@ -82,15 +82,35 @@ def unwrap(names: Iterable[str]) -> Unwrapped:
     return Unwrapped(paths, tuple(problems))
 
 
-def unwrap_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a PEFT config whose patterns and names carry no private wrapper names either."""
+def unwrap_config(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Return a PEFT config whose patterns and names carry no private wrapper names either.
+
+    Args:
+        config: PEFT's.
+        problems: Gets a line for each two keys of a pattern that become one and say different numbers, unless
+            the first fits the module's path with wrappers and without: PEFT takes the first that fits.
+    """
     made = dict(config)
     for key in _PATTERNS:
         if isinstance(pattern := config.get(key), Mapping):
-            made[key] = {_IN_PATTERN.sub("", str(name)): value for name, value in pattern.items()}
+            made[key] = _unwrap_pattern(key, pattern, problems)
     for key in _LISTS:
         if isinstance(listed := config.get(key), list):
             made[key] = [_IN_PATTERN.sub("", one) if isinstance(one, str) else one for one in listed]
+    return made
+
+
+def _unwrap_pattern(key: str, pattern: Mapping[Any, Any], problems: list[str]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    owners: dict[str, str] = {}
+    for name, value in pattern.items():
+        plain = _IN_PATTERN.sub("", str(name))
+        first = owners.setdefault(plain, str(name))
+        if made.setdefault(plain, value) != value and first != plain:
+            problems.append(
+                f"config {key}: {first!r} says {made[plain]!r} and {str(name)!r} {value!r}, and they are one "
+                "once the names of wrappers are removed; keep the one that the training used"
+            )
     return made
 
 
