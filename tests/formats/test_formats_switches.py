@@ -13,6 +13,7 @@ from format_cases import flux, peft_folder, values, write
 
 from lora_export.errors import AdapterError
 from lora_export.formats import load_adapter
+from lora_export.formats.reading.wrappers import MOST_WORDS
 
 NUMBERS = {"r": 2, "lora_alpha": 8}
 
@@ -127,3 +128,19 @@ def test_an_embeddings_factors_with_a_bias_are_no_pair(tmp_path: Path) -> None:
     with pytest.raises(AdapterError) as caught:
         load_adapter(peft_folder(tmp_path, tensors, config))
     assert "an embedding's" in str(caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base_model.model." + "a." * MOST_WORDS + "q.lora_A.weight",
+        "lora_unet_" + "a_" * MOST_WORDS + "q.lora_down.weight",
+        "transformer." + "a/" * MOST_WORDS + "q.lora.down.weight",
+    ],
+)
+def test_names_of_too_many_words_are_refused(name: str, tmp_path: Path) -> None:
+    up = name.replace("lora_A", "lora_B").replace("down", "up")
+    file = write(tmp_path / "a.safetensors", {name: values(2, 4), up: values(6, 2)})
+    with pytest.raises(AdapterError, match=f"2 tensors with names of more than {MOST_WORDS} words") as caught:
+        load_adapter(file, alpha=2)
+    assert all(len(line) < 100 for line in caught.value.problems)

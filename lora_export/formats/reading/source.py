@@ -25,7 +25,7 @@ from lora_export.formats.reading.weights_files import (
     find_weights,
     is_mlx_name,
 )
-from lora_export.formats.reading.wrappers import unwrap
+from lora_export.formats.reading.wrappers import MOST_WORDS, is_too_deep, unwrap
 from lora_export.storage.inputs import FileState, note_inputs, refuse_changed
 from lora_export.untrusted.documents import read_json
 
@@ -42,6 +42,8 @@ __all__ = [
 # How commands call the choice of a format; convert-adapter's --format is that of its output.
 FORMAT_OPTION = "--format (convert-adapter: --from-format)"
 _MAX_LISTED = 40
+# Characters of a name that is too long.
+_SHOWN = 80
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,20 @@ class Source:
     sha256: str = ""
     notes: tuple[str, ...] = ()
     states: tuple[FileState, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse names that would keep what compares them busy.
+
+        Raises:
+            AdapterError: A name has more than `MOST_WORDS` words.
+        """
+        if deep := [name for name in self.tensors if is_too_deep(name)]:
+            raise AdapterError(
+                f"adapter '{self.name}' has {len(deep)} tensors with names of more than {MOST_WORDS} words "
+                f"({self.file})",
+                "save the adapter with the names of its modules",
+                [f"{name[:_SHOWN]}…" for name in deep[:_MAX_LISTED]],
+            )
 
     @property
     def peft_config(self) -> Mapping[str, Any] | None:

@@ -29,6 +29,9 @@ _DOUBLED = re.compile(rf"^(?:{_FRONT}*{re.escape(PREFIX)})+")
 _OUTER = re.compile(rf"^((?:.+?\.)?){re.escape(PREFIX)}")
 _IN_PATTERN = re.compile(rf"(?:{'|'.join(_PRIVATE)})\\?\.")
 _FLAT = re.compile(rf"(?:(?<=_)|^)(?:{'|'.join(_PRIVATE)})_")
+# Words of a parameter's path: real ones have twenty, and what compares paths takes the square of it.
+MOST_WORDS = 128
+_SEPARATOR = re.compile(r"[._/]")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _LISTS = ("target_parameters", "modules_to_save", "target_modules")
 
@@ -54,6 +57,11 @@ def strip_wrappers(path: str) -> str:
     """
     left = ".".join(part for part in path.split(".") if part not in _PRIVATE)
     return _DOUBLED.sub(PREFIX, left) or path
+
+
+def is_too_deep(path: str) -> bool:
+    """Whether a path, dotted or flattened, has more words than any parameter's."""
+    return len(path) > MOST_WORDS and sum(1 for _ in _SEPARATOR.finditer(path)) >= MOST_WORDS
 
 
 def strip_flat_wrappers(path: str) -> str:
