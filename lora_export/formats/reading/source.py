@@ -28,6 +28,7 @@ from lora_export.formats.reading.weights_files import (
 from lora_export.formats.reading.wrappers import MOST_WORDS, is_too_deep, unwrap
 from lora_export.storage.inputs import FileState, note_inputs, refuse_changed
 from lora_export.untrusted.documents import read_json
+from lora_export.untrusted.texts import is_utf8
 
 __all__ = [
     "CONFIG_NAME",
@@ -95,11 +96,13 @@ class Source:
     states: tuple[FileState, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse names that would keep what compares them busy.
+        """Refuse names that no output could say, or that would keep what compares them busy.
 
         Raises:
-            AdapterError: A name has more than `MOST_WORDS` words.
+            AdapterError: The adapter's name is not UTF-8, or a tensor's has more than `MOST_WORDS` words.
         """
+        if not is_utf8(self.name):
+            raise AdapterError(f"the name of the adapter {self.path} is not UTF-8", "rename it")
         if deep := [name for name in self.tensors if is_too_deep(name)]:
             raise AdapterError(
                 f"adapter '{self.name}' has {len(deep)} tensors with names of more than {MOST_WORDS} words "
