@@ -22,6 +22,8 @@ RefusalKind = Literal[
     "unproven",
     # They are not the checkpoint's.
     "values",
+    # No output of the graph depends on it.
+    "unused",
     # An adapter's branch stands beside it already.
     "contained",
     # Stored as codes of a quantiser: a branch may go beside, nothing can be merged.

@@ -32,6 +32,7 @@ from lora_export.storage.commit.leftovers import scratch_folder
 from lora_export.storage.hashes import FileHash, hash_file, identity_of
 from lora_export.storage.outputs import refuse_inputs, refuse_replacing
 from lora_export.storage.sums.full import full_hash
+from lora_export.untrusted.texts import is_utf8
 
 if TYPE_CHECKING:
     from lora_export.base.checkpoint.checkpoint import Checkpoint
@@ -142,6 +143,9 @@ def open_base(
         OutputError: An output exists or would replace what is read, or there is nothing to share.
     """
     paths = output_paths(out)
+    if not is_utf8(base.absolute().name):
+        # What is written names what it was made from.
+        raise GraphError(f"the name of the base {base} is not UTF-8", "rename it")
     reads = files_read(base, adapters, options.checkpoint)
     refuse_inputs(paths.values(), reads)
     if not options.dry_run:
@@ -340,11 +344,9 @@ def output_paths(out: Path) -> dict[str, Path]:
     Raises:
         OutputError: The name does not end in ``.onnx``, or can't be written into a graph.
     """
-    try:
-        out.name.encode()
-    except UnicodeEncodeError:
+    if not is_utf8(out.name):
         # onnx.proto: strings are UTF-8, and the graph names its data file.
-        raise OutputError(f"the name of the output {out} is not UTF-8", "choose another name") from None
+        raise OutputError(f"the name of the output {out} is not UTF-8", "choose another name")
     if out.suffix != ".onnx":
         raise OutputError(f"the output {out} does not end in .onnx", f"-o {out / 'model.onnx'}")
     return {

@@ -7,7 +7,7 @@ in a bank. Nothing is bound where something of the adapter has no place, unless 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,6 +83,7 @@ def bind_adapter(
     weight_of: WeightOf | None = None,
     allow_unmatched: bool = False,
     any_base: bool = False,
+    unused: Set[str] = frozenset(),
 ) -> Binding:
     """Make the tensors that turn a swap graph into the adapted model.
 
@@ -96,6 +97,7 @@ def bind_adapter(
             saved along is the base's own.
         allow_unmatched: Go on without what has no place, unless that is everything.
         any_base: Go on with a file converted for another base, unless its values were computed from that one.
+        unused: `ExposedModule.name` of those whose tensors no output of the graph depends on.
 
     Raises:
         SiteError: Something of the adapter has no place; everything wrong is listed.
@@ -105,6 +107,7 @@ def bind_adapter(
     refuse_bound(adapter, exposed.merged, where)
     warnings = refuse_other_base(adapter, exposed.base_sha256, where, any_base)
     found = match_modules(adapter, exposed, where, weight_of)
+    _refuse_unused(found, adapter, unused)
     _refuse_ranks(found, adapter, exposed)
     _refuse_dora(found, adapter, weight_of)
     caster = Caster()
@@ -214,6 +217,19 @@ def _refuse(found: Matches, adapter: Adapter, reasons: Mapping[int, Refusal]) ->
             for row in pair.rows(adapter.name):
                 found.refuse(row.adapter, row.parameter, row.tensors, reason)
     found.pairings = [pair for pair in found.pairings if id(pair) not in reasons]
+
+
+def _refuse_unused(found: Matches, adapter: Adapter, unused: Set[str]) -> None:
+    reason = "the graph never uses it: no output depends on {}"
+    _refuse(
+        found,
+        adapter,
+        {
+            id(pair): Refusal("unused", reason.format(pair.module.lora_a))
+            for pair in found.pairings
+            if pair.module.name in unused
+        },
+    )
 
 
 def _refuse_ranks(found: Matches, adapter: Adapter, exposed: ExposedGraph) -> None:

@@ -14,10 +14,10 @@ rank for each module, whether or not the ranks are equal (``utils/peft_utils.py`
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lora_export.adapter import Adapter
+from lora_export.adapter import Adapter, LoraModule
 from lora_export.errors import AdapterError
 from lora_export.formats.reading.diffusion_names import (
     COMPONENT,
@@ -26,7 +26,7 @@ from lora_export.formats.reading.diffusion_names import (
     follows_diffusers,
     xlabs_path,
 )
-from lora_export.formats.reading.lora_config import LoraRules
+from lora_export.formats.reading.lora_config import PEFT_ONLY, LoraRules, check_switches
 from lora_export.formats.reading.pairs import (
     Parts,
     PartsTable,
@@ -37,7 +37,7 @@ from lora_export.formats.reading.pairs import (
     select_component,
 )
 from lora_export.formats.reading.source import Format, Options, Source
-from lora_export.formats.reading.stated import Stated, check_alpha_tensors, stated_of
+from lora_export.formats.reading.stated import Stated, check_alpha_tensors, check_claims, stated_of
 from lora_export.untrusted.documents import json_of
 
 _LORA = re.compile(
@@ -79,7 +79,7 @@ def read(source: Source, options: Options) -> Adapter:
         table.add(module_path, part, name, values, component)
     notes = select_component(source, table, options.component)
     configs = _configs(source)
-    rules = {key: LoraRules(config, options) for key, config in configs.items()}
+    rules = {key: LoraRules(config, options, PEFT_ONLY) for key, config in configs.items()}
     for one in rules.values():
         table.problems += one.problems
     scalings = _Scalings(source, options, table)
@@ -89,6 +89,8 @@ def read(source: Source, options: Options) -> Adapter:
         module = build_module(parts, alpha, rslora, table.problems)
         if module:
             modules[module.key] = module
+    _check_configs(modules.values(), configs, table.problems)
+    check_claims(source, modules.values(), table.problems)
     raise_problems(source, table.problems, "fix the listed problems; a file holds LoRA pairs and alpha")
     shown = {str(key): dict(config) for key, config in configs.items()}
     return adapter_of(source, "diffusers", table, modules, shown, (*notes, *scalings.notes))
@@ -135,6 +137,19 @@ def _configs(source: Source) -> dict[str | None, Mapping[str, Any]]:
         component, name = (match[1], key[match.end() :]) if match else (None, key)
         configs.setdefault(component, {})[name] = value
     return dict(configs)
+
+
+def _check_configs(
+    modules: Iterable[LoraModule], configs: Mapping[str | None, Mapping[str, Any]], problems: list[str]
+) -> None:
+    """Each component's switches hold for its modules, as `LoraRules` do."""
+    owned: dict[str | None, list[LoraModule]] = {}
+    for module in modules:
+        owner = module.component if module.component in configs else None
+        owned.setdefault(owner, []).append(module)
+    for owner, theirs in owned.items():
+        if owner in configs:
+            check_switches(theirs, configs[owner], problems, f"the metadata {METADATA_KEY}'s")
 
 
 class _Scalings:

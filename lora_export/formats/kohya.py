@@ -24,7 +24,7 @@ from lora_export.formats.reading.pairs import (
     select_component,
 )
 from lora_export.formats.reading.source import Format, Options, Source
-from lora_export.formats.reading.stated import Stated, check_alpha_tensors, stated_of
+from lora_export.formats.reading.stated import Stated, check_alpha_tensors, check_claims, stated_of
 from lora_export.formats.reading.wrappers import strip_flat_wrappers
 
 _PARTS = {
@@ -84,6 +84,7 @@ def read(source: Source, options: Options) -> Adapter:
         module = build_module(parts, alpha, rslora, table.problems)
         if module:
             modules[module.key] = module
+    check_claims(source, modules.values(), table.problems)
     raise_problems(source, table.problems, "fix the listed problems; other LyCORIS algorithms can't be read")
     return replace(
         adapter_of(source, "kohya", table, modules, dict(source.metadata), (*notes, *stated.notes)),

@@ -22,7 +22,7 @@ from lora_export.adapter import Adapter, Array, LoraModule
 from lora_export.errors import AdapterError
 from lora_export.formats.reading.diffusion_names import follows_diffusers, strip_denoiser
 from lora_export.formats.reading.experts import is_target_module, layout_of, nesting, parameters_of
-from lora_export.formats.reading.lora_config import ALORA, LoraRules, pattern_values
+from lora_export.formats.reading.lora_config import ALORA, LoraRules, check_switches, pattern_values
 from lora_export.formats.reading.pairs import (
     Parts,
     PartsTable,
@@ -34,7 +34,7 @@ from lora_export.formats.reading.pairs import (
 )
 from lora_export.formats.reading.pattern_keys import misplaced_keys
 from lora_export.formats.reading.source import CONFIG_NAME, FORMAT_OPTION, Format, Options, Source
-from lora_export.formats.reading.stated import stated_of, where_to_look
+from lora_export.formats.reading.stated import check_claims, stated_of, where_to_look
 from lora_export.formats.reading.targeting import is_targeted
 from lora_export.formats.reading.tensors import value_problems
 from lora_export.formats.reading.token_rows import is_rows, read_rows
@@ -89,7 +89,7 @@ def read(source: Source, options: Options) -> Adapter:
         config = _config_from(source, options, table.problems, notes)
     _refuse_other_tuners(source, config)
     # A config may name modules of the wrapped model; the paths here have no wrappers any more.
-    unwrapped = unwrap_config(config)
+    unwrapped = unwrap_config(config, table.problems)
     rules = LoraRules(unwrapped, options)
     table.problems += rules.problems
     inside = {name: path.removeprefix(PREFIX) for name, path in source.paths.items()}
@@ -107,7 +107,9 @@ def read(source: Source, options: Options) -> Adapter:
         table.problems.append("the file has no LoRA tensors")
     _check_experts(modules, table.problems)
     if source.peft_config is not None:
-        _check_switches(modules, config, table.problems)
+        check_switches(modules.values(), config, table.problems)
+    else:
+        check_claims(source, modules.values(), table.problems)
     table.problems += value_problems((n, v) for n, v in extras.items() if v.dtype.kind not in "iub")
     merge = "" if config.get(ALORA) else ", or merge with PEFT's merge_and_unload"
     raise_problems(source, table.problems, f"fix the listed problems{merge}")
@@ -239,6 +241,7 @@ def _sort_tensors(source: Source, table: PartsTable) -> tuple[dict[str, Array], 
     """Sort the tensors into modules' parts, whole parameters (with their tensors' names) and ignored ones."""
     extras: dict[str, Array] = {}
     names: dict[str, str] = {}
+    are_of_embedding: dict[int, bool] = {}
     for name, unwrapped, values in source.entries():
         # diffusion-pipe puts ComfyUI's name for the denoiser in front, but its config has PEFT's own paths.
         component, path = strip_denoiser(unwrapped.removeprefix(PREFIX))
@@ -246,8 +249,13 @@ def _sort_tensors(source: Source, table: PartsTable) -> tuple[dict[str, Array], 
         part = _part(match) if match else None
         if match and part:
             row = table.add(match["path"], part, name, values, component)
-            if "embedding" in match["part"]:
+            is_embedding = "embedding" in match["part"]
+            if is_embedding:
                 row.kind = "embedding"
+            if part != "magnitude" and are_of_embedding.setdefault(id(row), is_embedding) != is_embedding:
+                table.problems.append(
+                    f"{row.label}: {' and '.join(row.names)} are an embedding's and another layer's: no pair"
+                )
         elif _ASIDE.search(path):
             table.aside.append(name)
         elif is_rows(path):
@@ -314,25 +322,6 @@ def _name_parameters(table: PartsTable, rules: LoraRules, config: Mapping[str, A
         rows.sort(key=lambda parts: parts.path.count(".base_layer"))
         for parts, name in zip(rows, nesting(path, names, len(rows), table.problems), strict=False):
             parts.path, parts.kind, parts.parameter = path, "parameter", name
-
-
-def _check_switches(
-    modules: Mapping[str, LoraModule], config: Mapping[str, Any], problems: list[str]
-) -> None:
-    """Check that magnitudes and biases agree with the config's switches.
-
-    PEFT loads one only if its switch is on, and initialises one that is missing.
-    """
-    for switch, attribute, kinds in (
-        ("use_dora", "magnitude", ("linear", "conv", "embedding")),
-        ("lora_bias", "lora_bias", ("linear", "conv")),
-    ):
-        for module in modules.values():
-            has_it = getattr(module, attribute) is not None
-            if has_it and not config.get(switch):
-                problems.append(f"{module.path}: has a {attribute}, but the config's {switch} is off")
-            elif config.get(switch) is True and not has_it and module.kind in kinds:
-                problems.append(f"{module.path}: has no {attribute}, but the config's {switch} is on")
 
 
 def _check_experts(modules: Mapping[str, LoraModule], problems: list[str]) -> None:

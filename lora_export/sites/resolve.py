@@ -12,7 +12,9 @@ the same for renamed, fused and split modules, then content. Rules:
 6. No two targets of an adapter have the same place (`conflicts`).
 7. No other constant stands for another call of the module (`copies.other_calls`, `answers`), none is read
    in the other orientation (`turned`), and none is a copy's as well (`joined`).
-8. What is not found is a `Miss` with its reason; nothing is guessed.
+8. An output of the graph depends on what reads a weight (`graph.reach`): a place that no output depends on
+   is none.
+9. What is not found is a `Miss` with its reason; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from lora_export.sites.doubts.conflicts import without_conflicts
 from lora_export.sites.doubts.contained import branch_beside
 from lora_export.sites.doubts.copies import REMEDY, computed_parameters, computed_result, other_calls
 from lora_export.sites.doubts.joined import copies_with_biases, joined_copies
+from lora_export.sites.doubts.unused import is_read, reach_of, unused, unused_sites
 from lora_export.sites.naming import names
 from lora_export.sites.naming.evidence import FOLDED, NODE_NAME, SCOPE, SOURCES, WEIGHT_NAME, collect
 from lora_export.sites.naming.known_names import KnownNames
@@ -71,9 +74,13 @@ class Resolver:
     def __init__(
         self, graph: GraphFile, weight_of: BaseWeights | None = None, *, branches: bool = False
     ) -> None:
-        self.uses = find_uses(graph)
-        self._evidence = collect(self.uses)
-        keys = (key for table in self._evidence.values() for key in table)
+        self._graph = graph
+        uses = find_uses(graph)
+        self._reach = reach_of(graph, uses)
+        self.uses = [use for use in uses if is_read(self._reach, use)]
+        self._named = collect(uses)
+        self._evidence = self._named if len(self.uses) == len(uses) else collect(self.uses)
+        keys = (key for table in self._named.values() for key in table)
         self._known = KnownNames(keys, self._shape, self._kinds)
         self._constants = list(graph.initializers())
         self._computed = computed_parameters(self._constants)
@@ -87,7 +94,7 @@ class Resolver:
 
     def _shape(self, key: str) -> tuple[int, ...] | None:
         """Return the shape of the constants that are a parameter by the graph's names, where they agree."""
-        uses = [use for table in self._evidence.values() for use in table.get(key, ())]
+        uses = [use for table in self._named.values() for use in table.get(key, ())]
         stored = {
             shape_of(use.root.const_value)
             for use in uses
@@ -132,14 +139,16 @@ class Resolver:
             dotted = self._dotted(targets, change)
             placed = [replace(s, target=replace(s.target, key=dotted[id(s.target)])) for s in placed]
         sites, misses = without_conflicts(placed, misses)
-        lost = self._other_calls(sites)
+        unread = unused_sites(self._graph, self._reach, sites)
+        sites = [site for site in sites if id(site.target) not in unread]
+        lost = {**unread, **self._other_calls(sites)}
         return [site for site in sites if id(site.target) not in lost], [*misses, *lost.values()]
 
     def _other_calls(self, sites: Sequence[Site]) -> dict[int, Miss]:
         """Rule 7: return identity of a target → why it is lost."""
-        parameters = {*self._evidence[WEIGHT_NAME], *self._evidence[FOLDED]}
+        parameters = {*self._named[WEIGHT_NAME], *self._named[FOLDED]}
         parameters |= self._base.parameters if self._base else set()
-        modules = {name.rpartition(".")[0] for name in (*parameters, *self._evidence[SCOPE])}
+        modules = {name.rpartition(".")[0] for name in (*parameters, *self._named[SCOPE])}
         targets = {id(site.target): site.target for site in sites}
         lost = {
             key: Miss(targets[key], Refusal("partly computed", why))
@@ -237,6 +246,7 @@ class Resolver:
     def _by_name(self, target: Target, key: str, wanted: Wanted | None) -> Site | Miss:
         refused: Miss | None = None
         unread = ""
+        dead: list[Use] = []
         for variant in (*names.variants(key), *names.per_expert(key, target.experts)):
             path = variant.keys[0].rpartition(".")[0]
             for source in SOURCES:
@@ -244,6 +254,10 @@ class Resolver:
                 groups = [self._candidates(target, path, source, uses) for uses in named]
                 if not all(groups):
                     unread = unread or _unread(named)
+                    every = [use for name in variant.keys for use in self._named[source].get(name, ())]
+                    dead += [
+                        use for use in every if not is_read(self._reach, use) and fit.accepts(target, use)
+                    ]
                     continue
                 evidence = source + (f"; {variant.how}" if variant.how else "")
                 found = self._fit(
@@ -262,6 +276,8 @@ class Resolver:
                         return Miss(target, Refusal("ambiguous", problem))
                     return self._verified(found, wanted, source, variant.keys)
                 refused = refused or found
+        if refused is None and dead:
+            return unused(target, dead[0])
         return refused or Miss(target, Refusal("operator" if unread else "not found", unread))
 
     def _candidates(self, target: Target, path: str, source: str, uses: Sequence[Use]) -> list[Use]:

@@ -39,3 +39,12 @@ def listed_texts(text: str | None, brackets: str = "[") -> list[str]:
             return []
         at = match.end()
     return found
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a file's name can be written into a text; Python keeps odd bytes of it as lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

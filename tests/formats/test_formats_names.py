@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import get_pattern_key
 from peft_models import Layers, Moe, adapt, make, merge, parameters, worst_error
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, build
@@ -378,3 +379,31 @@ def test_wrappers_in_every_format(spelling: str, tmp_path: Path) -> None:
     assert (adapter.format, module.path.replace("_", ".")) == (spelling, "x.y")
     left_factor, right_factor = module.factors(dtype=np.float64)
     np.testing.assert_allclose(left_factor @ right_factor, (b.double() @ a.double()).numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("key", ["alpha_pattern", "rank_pattern"])
+@pytest.mark.parametrize(
+    "names",
+    [("_orig_mod.a.q", "a.q"), ("a._orig_mod.q", r"_fsdp_wrapped_module\.a.q")],
+)
+def test_keys_that_become_one_are_no_guess(key: str, names: tuple[str, str], tmp_path: Path) -> None:
+    """PEFT matches them with the path that the module has in the model, with wrappers or without."""
+    save_file(_pair(f"{PREFIX}a.q"), tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**config, key: {names[0]: 2, names[1]: 12}}))
+    with pytest.raises(AdapterError) as caught:
+        load_adapter(tmp_path)
+    assert any(f"config {key}" in line and "they are one" in line for line in caught.value.problems)
+    file.write_text(json.dumps({**config, key: {names[0]: 2, names[1]: 2}}))
+    assert len(load_adapter(tmp_path).modules) == 1
+
+
+@pytest.mark.parametrize("path", ["a.q", "_orig_mod.a.q"])
+def test_a_key_that_fits_with_wrappers_and_without_counts_first(path: str, tmp_path: Path) -> None:
+    save_file(_pair(f"{PREFIX}{path}"), tmp_path / "adapter_model.safetensors")
+    pattern = {"q": 3, "_orig_mod.q": 12, r"_orig_mod\.q": 13}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "alpha_pattern": pattern}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (module,) = load_adapter(tmp_path).modules.values()
+    assert module.alpha == pattern[get_pattern_key(pattern, path)]

@@ -224,6 +224,17 @@ PIECES = st.one_of(
         ["(?#[{e})", "(?:a)", "(?=a)", "(?!a)", "(?<=a)", "(?<!a)", "(?>a)", "(?P<n>a)", "(?i:A)", "(?a)"]
     ),
     st.sampled_from(
+        [
+            r"\N{LATIN SMALL LETTER A}",
+            r"\N{FULL STOP}",
+            r"[\N{RIGHT SQUARE BRACKET}b]",
+            r"\N",
+            r"\N{no}",
+            r"[_\N{HYPHEN-MINUS}1]",
+            r"\\N{1}",
+        ]
+    ),
+    st.sampled_from(
         ["{2}", "{1,2}", "{,2}", "{0,}", "*", "+", "?", "*?", "+?", "??", "*+", "|", "(", ")", r"(a|b)"]
     ),
 )
@@ -265,3 +276,20 @@ def test_a_layers_pattern_with_a_group_of_its_own(pattern):
     config = {"target_modules": ["q"], "layers_to_transform": [0], "layers_pattern": pattern}
     assert not is_targeted(config, "model.layers.0.q")
     assert is_targeted(config | {"layers_pattern": "layers"}, "model.layers.0.q")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path"),
+    [
+        (r"\N{LATIN SMALL LETTER Q}", "a.q"),
+        (r"\N{LATIN SMALL LETTER Q}{2}", "a.qq"),
+        (r"(\N{LATIN SMALL LETTER Q}|k)+", "a.kq"),
+        (r"[\N{RIGHT SQUARE BRACKET}\N{LATIN SMALL LETTER K}]+", "a.k]"),
+        (r"[a\N{HYPHEN-MINUS}z]+", "a-z"),
+        (r"a\N{FULL STOP}q?", "axq"),
+        (r"\\N{2}", r"\NN"),
+    ],
+)
+def test_a_character_by_its_name(pattern, path):
+    expected = bool(re.match(rf"(.*\.)?({pattern})$", path))
+    assert bool(pattern_values({"alpha_pattern": {pattern: 4}}, "alpha_pattern", path)) == expected

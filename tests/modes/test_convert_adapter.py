@@ -102,6 +102,7 @@ def small(folder, record=None, **more):
             if value is None:
                 value = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT))
                 model.graph.inputs.append(value)
+                model.graph.outputs.append(value)
             if "dims" not in given:
                 value.shape = ir.Shape(sizes)
     return save(model, folder, "swap.onnx")

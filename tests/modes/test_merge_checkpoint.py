@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -619,3 +620,25 @@ def test_bfloat16_agrees_with_peft_in_place(tmp_path):
 def test_paths_may_be_given(tmp_path):
     report = merge_checkpoint(str(small_base(tmp_path / "base")), [adapter_of(UP)], Path(tmp_path / "out"))
     assert report.as_dict()["plan"]["rows"][0]["place"] == "model.up.weight"
+
+
+@pytest.mark.parametrize(
+    ("stored", "kernel"), [((6, 4), (2,)), ((6, 4), (2, 2)), ((6, 4, 1), (2,)), ((6, 4, 1, 1), (1, 4))]
+)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_kernel_that_is_not_of_ones_has_no_place_in_a_linear(tmp_path, stored, kernel, rows):
+    """Flattened it has as many columns as the weight."""
+    size = int(np.prod(kernel))
+    a = np.ones((rows, 4 // size, *kernel), np.float32)
+    b = np.ones((6, rows, *(1 for _ in kernel)), np.float32)
+    names = ("model.mix.lora_A.weight", "model.mix.lora_B.weight")
+    conv = LoraModule("model.mix", "conv", a, b, 4.0, rows, tensor_names=names)
+    base = small_base(tmp_path / "base", **{"model.mix.weight": torch.ones(stored)})
+    with pytest.raises(SiteError) as caught:
+        merge_checkpoint(base, adapter_of(conv), tmp_path / "out")
+    assert f"stored with shape {stored}" in str(caught.value.problems)
+    ones = (1,) * len(kernel)
+    a, b = np.ones((rows, 4, *ones), np.float32), np.ones((6, rows, *ones), np.float32)
+    merge_checkpoint(base, adapter_of(dataclasses.replace(conv, lora_a=a, lora_b=b)), tmp_path / "pointwise")
+    merged = load_file(tmp_path / "pointwise" / "model.safetensors")["model.mix.weight"]
+    np.testing.assert_array_equal(merged, np.full(stored, 1 + conv.scaling * rows))

@@ -367,3 +367,19 @@ def test_groups_and_experts_have_to_fit():
         TorchReference.of_module(grouped, {"a": adapter_of(conv, experts)})
     assert "2 groups" in caught.value.problems[0]
     assert "3 experts, the adapter 2" in caught.value.problems[1]
+
+
+@pytest.mark.parametrize("kernel", [(2,), (2, 2), (1, 4)])
+def test_a_kernel_that_is_not_of_ones_has_no_place_in_a_linear(kernel):
+    """Flattened it has as many columns as the weight, of a Linear and of any other module's matrix."""
+    model = nn.Module()
+    model.head = nn.Linear(4, 6)
+    model.table = nn.Module()
+    model.table.weight = nn.Parameter(torch.ones(6, 4))
+    a = np.ones((2, 4 // int(np.prod(kernel)), *kernel), np.float32)
+    b = np.ones((6, 2, *(1 for _ in kernel)), np.float32)
+    modules = [LoraModule(path, "conv", a, b, 4.0, 2) for path in ("head", "table")]
+    with pytest.raises(AdapterError) as caught:
+        TorchReference.of_module(model, {"a": adapter_of(*modules)})
+    assert len(caught.value.problems) == 2
+    assert all("(6, 4), the adapter fits (6," in problem for problem in caught.value.problems)

@@ -2,6 +2,8 @@
 
 import copy
 import sys
+import time
+import tracemalloc
 
 import numpy as np
 import onnxruntime as ort
@@ -14,6 +16,7 @@ from torch import nn
 
 from lora_export import SiteError, export_onnx, load_adapter
 from lora_export.cli import _run
+from lora_export.formats.reading.wrappers import MOST_WORDS
 from lora_export.sites.naming.known_names import KnownNames
 from lora_export.sites.naming.names import Named, Prefix
 from lora_export.sites.naming.renaming import rename
@@ -645,3 +648,27 @@ def test_an_index_alone_is_no_name(scope, flattened):
     found = renamed(keys, ["embeds.0.weight", "embeds.1.weight"], scope=scope, flattened=flattened)
     assert found.names == (None,) or found.problems
     assert not found.hint.startswith("say which")
+
+
+@pytest.mark.parametrize("separator", [".", "_"])
+@pytest.mark.parametrize("flattened", [True, False])
+def test_a_name_of_ten_thousand_words_keeps_nothing_busy(separator, flattened):
+    """Whoever compares paths takes the square of their words: what is deeper than any model is no path."""
+    deep = separator.join(["b"] * 10_000) + ".q.weight"
+    tracemalloc.start()
+    started = time.process_time()
+    known = KnownNames([deep, "a.q.weight", "c.q.weight"])
+    change = rename([Named("c_q.weight" if flattened else "c.q.weight")], known, flattened=flattened)
+    assert time.process_time() - started < 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50 * len(deep)
+    assert known.names == {"a.q.weight", "c.q.weight"}
+    assert change.names[0] == "c.q.weight"
+
+
+def test_a_name_as_deep_as_allowed_is_found():
+    path = ".".join(f"m{n}" for n in range(MOST_WORDS - 1))
+    known = KnownNames([f"{path}.weight", f"more.{path}.weight"])
+    assert known.names == {f"{path}.weight"}
+    assert rename([Named(f"{path}.weight")], known).names == (f"{path}.weight",)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Adapter
+from lora_export.base.checkpoint.links import link_problems
 from lora_export.errors import AdapterError, CheckpointError, LoraExportError
 from lora_export.formats.reading.tensors import read_safetensors
 from lora_export.untrusted.documents import read_json
@@ -110,17 +111,33 @@ def _differing(folder: Path, root: Path) -> Iterator[tuple[str, str]]:
     for path, kind in _modules(folder):
         if not path or (folder / path / "adapter_config.json").exists():
             continue
+        _refuse_linked(folder, path)
         if kind not in (other for _, other in theirs):
             yield path, f"the base has no module {kind}"
         elif why := _difference(folder / path, root / path):
             yield path, why
 
 
+def _refuse_linked(folder: Path, path: str) -> None:
+    """Raise `AdapterError` where a module's folder, or a folder on the way there, is a link.
+
+    What it leads to is no part of the adapter: it could be all of a disk, and its names would be printed.
+    """
+    for place in (folder / path, *(folder / path).parents):
+        if place == folder:
+            return
+        if place.is_symlink():
+            raise AdapterError(
+                f"{folder / _LIST} names the module {path!r}, and {place} is a link",
+                "put the module's folder itself there, or remove the link",
+            )
+
+
 def _difference(mine: Path, theirs: Path) -> str:
     """Return in what two folders of a module differ, or an empty text."""
-    for file in sorted(path for path in mine.rglob("*") if path.is_file()):
-        if file.suffix not in _COMPARED:
-            continue
+    for file in sorted(path for path in mine.rglob("*") if path.is_file() and path.suffix in _COMPARED):
+        if problems := link_problems(mine, [file]):
+            return f"it can't be compared: {problems[0]}"
         other = theirs / file.relative_to(mine)
         if not other.is_file():
             return f"the base has no {other}"

@@ -23,6 +23,10 @@ _AGAIN = (
     "export the graph again with torch.onnx.export(..., dynamo=True, optimize=False), which keeps names, "
     "computes nothing in advance and has one constant for all calls of a module"
 )
+_USED = (
+    "give the graph as its exporter wrote it: a tool may have put another product in the place of these "
+    "modules, or removed the output that depends on them"
+)
 _MERGE_FIRST = (
     "where that is how it was made (torch.cond drops names), merge into the checkpoint (lora-export merge) "
     "and export the result"
@@ -112,6 +116,8 @@ _HINTS = (
     ),
     _Hint(kind="ambiguous", into={"merge-onnx"}, text=_MERGE_FIRST, is_guess=True),
     _Hint(kind="computed", into=_GRAPH, text=_AGAIN),
+    _Hint(kind="unused", into=_GRAPH, text=_USED),
+    _Hint(kind="unused", into=_EXPOSED, text="give the graph as swap-onnx wrote it"),
     _Hint(kind="dora", into={"swap-onnx"}, text=f"give --dora, or {_MERGE}"),
     _Hint(kind="dora", into=_GRAPH - {"swap-onnx"}, text=f"see swap-onnx --dora, or {_MERGE}"),
     _Hint(kind="merge only", into=_GRAPH | _EXPOSED, text=_MERGE),

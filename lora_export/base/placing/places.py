@@ -411,7 +411,7 @@ class _Placer:
         wanted = (span[1] - span[0], module.matrix_shape[1])
         shape = tensor.shape
         # kohya and diffusers write a 1×1 convolution's factors as a Linear's, and the other way round.
-        plain = len(shape) >= 2 and all(size == 1 for size in shape[2:])
+        plain = len(shape) >= 2 and all(size == 1 for size in (*shape[2:], *module.weight_shape[2:]))
         same = shape == module.weight_shape or (plain and shape[:2] == wanted)
         turned = module.kind == "linear" and shape == wanted[::-1]
         if not same and not turned:

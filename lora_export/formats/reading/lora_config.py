@@ -8,9 +8,10 @@ the tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
+from lora_export.adapter import LoraModule
 from lora_export.formats.reading.key_index import KeyIndex
 from lora_export.formats.reading.patterns import check, remembered
 from lora_export.formats.reading.source import Options
@@ -62,6 +63,8 @@ _READ = frozenset(
         "use_rslora",
     }
 )
+# Settings that only PEFT has: a file of another format has no place for what comes with them.
+PEFT_ONLY = frozenset({"target_parameters", "trainable_token_indices", "use_bdlora"})
 # The adapter acts only on some tokens, which a merged weight can't do.
 ALORA = "alora_invocation_tokens"
 _REFUSED = {
@@ -106,14 +109,16 @@ class LoraRules:
     Args:
         config: The JSON object.
         options: The user's options; they may not contradict the config.
+        unread: Keys that have no meaning in the file's format.
 
     Attributes:
         problems: A line for each key that is refused or invalid.
         notes: Notes on keys that were ignored.
     """
 
-    def __init__(self, config: Mapping[str, Any], options: Options) -> None:
+    def __init__(self, config: Mapping[str, Any], options: Options, unread: Set[str] = frozenset()) -> None:
         self._config = config
+        self._unread = unread
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.rslora = bool(config.get("use_rslora"))
@@ -179,6 +184,11 @@ class LoraRules:
         for key, value in self._config.items():
             if key in _REFUSED and value:
                 self.problems.append(f"config {key}: {_REFUSED[key]}")
+            elif key in self._unread and value:
+                self.problems.append(
+                    f"config {key}: {value!r} is read in an adapter folder of PEFT's only; save it with "
+                    "save_pretrained"
+                )
             elif key not in _HARMLESS | _READ | _REFUSED.keys() and value:
                 self.problems.append(
                     f"config {key}: {value!r}; the key is unknown and may change the meaning of the tensors"
@@ -200,6 +210,32 @@ class LoraRules:
             self.notes.append(
                 "trained with tied embeddings: both ends carry the same change of one weight; it counts once"
             )
+
+
+def check_switches(
+    modules: Iterable[LoraModule], config: Mapping[str, Any], problems: list[str], where: str = "the config's"
+) -> None:
+    """Add a problem where tensors and switches disagree.
+
+    PEFT loads a magnitude or a bias only where its switch is on, and starts anew where it is missing.
+
+    Args:
+        modules: Those that the config is for.
+        config: Of PEFT, or what says as much.
+        problems: Gets a line for each.
+        where: What the switches belong to, for messages.
+    """
+    modules = list(modules)
+    for switch, attribute, kinds in (
+        ("use_dora", "magnitude", ("linear", "conv", "embedding")),
+        ("lora_bias", "lora_bias", ("linear", "conv")),
+    ):
+        for module in modules:
+            there = getattr(module, attribute) is not None
+            if there and not config.get(switch):
+                problems.append(f"{module.path}: has a {attribute}, but {where} {switch} is off")
+            elif config.get(switch) is True and not there and module.kind in kinds:
+                problems.append(f"{module.path}: has no {attribute}, but {where} {switch} is on")
 
 
 def _pattern_problem(key: str, pattern: str) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ _LONGEST = 100_000
 _BRANCHING = frozenset("*+?{|")
 _ESCAPED = re.compile(r"\\.", re.DOTALL)
 _REPEAT = re.compile(r"\{(?:\d+(?:,\d*)?|,\d*)\}")
+_NAMED = re.compile(r"\\(?:N\{([^}]*)\}|.)", re.DOTALL)
 _COMMENT = re.compile(r"\(\?#[^)]*\)")
 _VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
 _SHOWN = 80
@@ -250,6 +252,8 @@ def _compiled(pattern: str) -> tuple[bool, Any]:
 
 def _for_regex(pattern: str) -> str:
     """Return a pattern that ``regex`` reads as ``re`` reads the given one."""
+    # A character by its name has braces that are no repeat.
+    pattern = _NAMED.sub(_character, pattern)
     made, at = [], 0
     while at < len(pattern):
         letter, token = pattern[at], pattern[at]
@@ -270,6 +274,11 @@ def _for_regex(pattern: str) -> str:
         made.append(token)
         at += len(token)
     return "".join(made)
+
+
+def _character(found: re.Match[str]) -> str:
+    """Return an escaped letter as it is, or the one that its name in braces stands for."""
+    return re.escape(unicodedata.lookup(found[1])) if found[1] else found[0]
 
 
 def _set_end(pattern: str, start: int) -> int:

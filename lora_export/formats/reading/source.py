@@ -25,10 +25,11 @@ from lora_export.formats.reading.weights_files import (
     find_weights,
     is_mlx_name,
 )
-from lora_export.formats.reading.wrappers import unwrap
+from lora_export.formats.reading.wrappers import MOST_WORDS, is_too_deep, unwrap
 from lora_export.storage.hashes import sha256_of
 from lora_export.storage.inputs import FileState, note_inputs, refuse_changed
 from lora_export.untrusted.documents import read_json
+from lora_export.untrusted.texts import is_utf8
 
 __all__ = [
     "CONFIG_NAME",
@@ -43,6 +44,8 @@ __all__ = [
 # The option for the adapter's format; convert-adapter's --format is its output's.
 FORMAT_OPTION = "--format (convert-adapter: --from-format)"
 _MAX_LISTED = 40
+# Characters of a name that is too long.
+_SHOWN = 80
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,22 @@ class Source:
     sha256: str = ""
     notes: tuple[str, ...] = ()
     states: tuple[FileState, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse names that no output could say, or that would keep what compares them busy.
+
+        Raises:
+            AdapterError: The adapter's name is not UTF-8, or a tensor's has more than `MOST_WORDS` words.
+        """
+        if not is_utf8(self.name):
+            raise AdapterError(f"the name of the adapter {self.path} is not UTF-8", "rename it")
+        if deep := [name for name in self.tensors if is_too_deep(name)]:
+            raise AdapterError(
+                f"adapter '{self.name}' has {len(deep)} tensors with names of more than {MOST_WORDS} words "
+                f"({self.file})",
+                "save the adapter with the names of its modules",
+                [f"{name[:_SHOWN]}…" for name in deep[:_MAX_LISTED]],
+            )
 
     @property
     def peft_config(self) -> Mapping[str, Any] | None:

@@ -12,12 +12,19 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from lora_export.adapter import LoraModule
+from lora_export.errors import AdapterError
 from lora_export.formats.reading.source import Options, Source
+from lora_export.untrusted.documents import json_of
 
 _ALPHAS = ("lora_alpha", "network_alpha", "ss_network_alpha")
 _BARE_ALPHA = "alpha"
 _RANKS = ("lora_rank", "lora_r", "r", "rank", "network_dim", "ss_network_dim")
 _RSLORA = ("use_rslora", "rslora")
+# LyCORIS calls it ``dora_wd``; sd-scripts put a trainer's arguments there as one JSON object.
+_DORA = ("use_dora", "dora", "dora_wd")
+_ARGUMENTS = "ss_network_args"
+_ON = ("true", "1")
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ def stated_of(
         # Metadata describe the file as a trainer wrote it, maybe its parents: the user knows better.
         alpha, note = found.alpha(options.alpha, problems)
         notes += [note] if note else []
-        rslora = rslora or found.first(_RSLORA)[0].lower() in ("true", "1")
+        rslora = rslora or found.first(_RSLORA)[0].lower() in _ON
     stated = Stated(
         alpha=options.alpha if alpha is None else alpha,
         rank=options.rank or rank,
@@ -99,6 +106,36 @@ def check_alpha_tensors(alphas: Collection[float | None], options: Options, prob
     problems.append(
         f"alpha: the file's .alpha tensors say {shown}, the option {options.alpha:g}; omit the option"
     )
+
+
+def check_claims(source: Source, modules: Iterable[LoraModule], problems: list[str]) -> None:
+    """Add a problem for each module without a magnitude where the metadata say that it was trained as DoRA.
+
+    Read as plain LoRA it would be another change of the weight.
+
+    Args:
+        source: The file.
+        modules: Made of its tensors.
+        problems: Gets the lines.
+    """
+    stated = _arguments(source)
+    for module in modules:
+        if module.magnitude is not None:
+            continue
+        for where, metadata in (("the metadata's", source.metadata), (f"{_ARGUMENTS}'", stated)):
+            text, key = _Metadata(metadata, module.component, set(), of_diffusion=True).first(_DORA)
+            if text.lower() in _ON:
+                problems.append(f"{module.path}: has no magnitude, but {where} {key} is on (DoRA)")
+                break
+
+
+def _arguments(source: Source) -> dict[str, str]:
+    """Return the arguments that a trainer was given; nothing where they are no JSON object."""
+    try:
+        given = json_of(source.metadata.get(_ARGUMENTS, ""), _ARGUMENTS, AdapterError)
+    except AdapterError:
+        return {}
+    return {key: str(value) for key, value in given.items()} if isinstance(given, dict) else {}
 
 
 def where_to_look(source: Source) -> str:

@@ -24,7 +24,7 @@ _LOADED, _OWN = ".base_layer.", f".{KEY}."
 
 def saved_names(config: Mapping[str, Any]) -> list[str]:
     """Return the names of the modules that were trained whole, by a PEFT config."""
-    names = unwrap_config(config).get(KEY) or ()
+    names = unwrap_config(config, []).get(KEY) or ()
     return [names] if isinstance(names, str) else [name for name in names if isinstance(name, str)]
 
 

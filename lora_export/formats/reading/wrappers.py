@@ -29,6 +29,9 @@ _DOUBLED = re.compile(rf"^(?:{_FRONT}*{re.escape(PREFIX)})+")
 _OUTER = re.compile(rf"^((?:.+?\.)?){re.escape(PREFIX)}")
 _IN_PATTERN = re.compile(rf"(?:{'|'.join(_PRIVATE)})\\?\.")
 _FLAT = re.compile(rf"(?:(?<=_)|^)(?:{'|'.join(_PRIVATE)})_")
+# Words of a parameter's path: real ones have twenty, and what compares paths takes the square of it.
+MOST_WORDS = 128
+_SEPARATOR = re.compile(r"[._/]")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _LISTS = ("target_parameters", "modules_to_save", "target_modules")
 
@@ -54,6 +57,11 @@ def strip_wrappers(path: str) -> str:
     """
     left = ".".join(part for part in path.split(".") if part not in _PRIVATE)
     return _DOUBLED.sub(PREFIX, left) or path
+
+
+def is_too_deep(path: str) -> bool:
+    """Whether a path, dotted or flattened, has more words than any parameter's."""
+    return len(path) > MOST_WORDS and sum(1 for _ in _SEPARATOR.finditer(path)) >= MOST_WORDS
 
 
 def strip_flat_wrappers(path: str) -> str:
@@ -82,15 +90,35 @@ def unwrap(names: Iterable[str]) -> Unwrapped:
     return Unwrapped(paths, tuple(problems))
 
 
-def unwrap_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a PEFT config whose patterns and names are free of the tools' private names, too."""
+def unwrap_config(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Return a PEFT config whose patterns and names are free of the tools' private names, too.
+
+    Args:
+        config: The config.
+        problems: Gets a line for each two keys of a pattern that become one and have different numbers,
+            unless the first fits the module's path with wrappers and without: PEFT takes the first that fits.
+    """
     made = dict(config)
     for key in _PATTERNS:
         if isinstance(pattern := config.get(key), Mapping):
-            made[key] = {_IN_PATTERN.sub("", str(name)): value for name, value in pattern.items()}
+            made[key] = _unwrap_pattern(key, pattern, problems)
     for key in _LISTS:
         if isinstance(listed := config.get(key), list):
             made[key] = [_IN_PATTERN.sub("", one) if isinstance(one, str) else one for one in listed]
+    return made
+
+
+def _unwrap_pattern(key: str, pattern: Mapping[Any, Any], problems: list[str]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    owners: dict[str, str] = {}
+    for name, value in pattern.items():
+        plain = _IN_PATTERN.sub("", str(name))
+        first = owners.setdefault(plain, str(name))
+        if made.setdefault(plain, value) != value and first != plain:
+            problems.append(
+                f"config {key}: {first!r} says {made[plain]!r} and {str(name)!r} {value!r}, and they are one "
+                "once the names of wrappers are removed; keep the one that the training used"
+            )
     return made
 
 

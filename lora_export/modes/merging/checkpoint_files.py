@@ -17,9 +17,11 @@ from lora_export.base.checkpoint.weight_files import is_index, read_object
 from lora_export.base.history.history import MANIFEST
 from lora_export.base.placing.changes import Placed
 from lora_export.base.ties.ties import untied_config
+from lora_export.errors import CheckpointError
 from lora_export.modes.merging.checkpoint_layout import Layout
 from lora_export.storage.inputs import note_inputs
 from lora_export.storage.safetensors import read_file_header
+from lora_export.untrusted.texts import is_utf8
 
 # Weights in other formats: left out, or the output would hold the unmerged model beside the merged one.
 _OTHER_WEIGHTS = {
@@ -40,7 +42,7 @@ def small_files(checkpoint: Checkpoint, changed: Container[str]) -> tuple[list[P
         changed: Names of the tensors that the merge changes.
 
     Raises:
-        CheckpointError: A file to copy is a link out of the folder, or no file.
+        CheckpointError: A file to copy is a link out of the folder, or no file, or its name is not UTF-8.
     """
     shards = {shard.path for shard in checkpoint.shards}
     written = {*shards, checkpoint.folder / MANIFEST}
@@ -59,6 +61,12 @@ def small_files(checkpoint: Checkpoint, changed: Container[str]) -> tuple[list[P
             left_out.append(str(relative))
         else:
             small.append(relative)
+    if nameless := [repr(str(path)) for path in small if not is_utf8(str(path))]:
+        raise CheckpointError(
+            f"{checkpoint.folder} has {len(nameless)} files whose names are not UTF-8",
+            "rename or remove them",
+            nameless,
+        )
     refuse_links(checkpoint.folder, [checkpoint.folder / path for path in small])
     note_inputs(checkpoint.folder / path for path in small)
     return small, left_out

@@ -86,7 +86,7 @@ def _linear(lora: LoraModule, owner: Owner, transposed: bool) -> Hook:
 
     weight = owner.get()
     seen = tuple(weight.shape[::-1]) if transposed else tuple(weight.shape)
-    _check(lora, ("linear", "conv"), seen, lora.matrix_shape, owner)
+    _check(lora, ("linear", "conv"), seen, _plain_shape(lora), owner)
     # kohya and diffusers write a Linear's factors as those of a 1×1 convolution, and vice versa.
     a = tensor_of(lora.lora_a).to(weight.dtype).flatten(1)
     b = tensor_of(lora.lora_b).to(weight.dtype).flatten(1)
@@ -95,6 +95,12 @@ def _linear(lora: LoraModule, owner: Owner, transposed: bool) -> Hook:
         return F.linear(F.linear(x.to(a.dtype), a), b)
 
     return _adding(product, lora, owner, -1, transposed)
+
+
+def _plain_shape(lora: LoraModule) -> tuple[int, ...]:
+    """Return the shape of the weight, without the axes of a kernel of ones."""
+    shape = lora.weight_shape
+    return shape[:2] if all(size == 1 for size in shape[2:]) else shape
 
 
 def _convolution(lora: LoraModule, owner: Owner) -> Hook:
@@ -268,7 +274,8 @@ def _orientation(lora: LoraModule, owner: Owner, part: Part | None) -> bool:
     seen = tuple(_target(values, lora, part, 0).shape)
     if lora.kind == "parameter":
         return _parameter_turned(lora, seen, part)
-    fits = seen == lora.weight_shape or (seen[:2] == lora.matrix_shape and set(seen[2:]) <= {1})
+    is_plain = all(size == 1 for size in seen[2:])
+    fits = seen == lora.weight_shape or (is_plain and seen[:2] == _plain_shape(lora))
     turned = len(seen) == 2 and seen[::-1] == lora.matrix_shape
     if not fits and not turned:
         raise NoPlace(f"the model has a weight {seen}, the adapter fits {lora.weight_shape}")

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
-from lora_export.formats.reading.wrappers import strip_wrappers
+from lora_export.formats.reading.wrappers import is_too_deep, strip_wrappers
 from lora_export.sites.naming.names import fused_of
 from lora_export.sites.slot import Use
 from lora_export.untrusted.texts import listed_texts
@@ -48,7 +48,8 @@ def collect(uses: Sequence[Use]) -> dict[str, dict[str, list[Use]]]:
     found: dict[str, dict[str, list[Use]]] = {source: defaultdict(list) for source in SOURCES}
     for use in uses:
         for source, key in _keys(use):
-            found[source][key].append(use)
+            if not is_too_deep(key):
+                found[source][key].append(use)
     _add_repeated_calls(found)
     return {source: dict(table) for source, table in found.items()}
 

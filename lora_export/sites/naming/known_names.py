@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 
+from lora_export.formats.reading.wrappers import is_too_deep
 from lora_export.sites.naming.names import Prefix, common_form, flatten, per_expert, variants
 from lora_export.sites.naming.towers import (
     Kinds,
@@ -56,7 +57,7 @@ class KnownNames:
     """The parameter paths of a base, ready to be compared with.
 
     Args:
-        names: Dotted paths, wrappers taken off.
+        names: Dotted paths, wrappers taken off; what is deeper than any parameter's path is none.
         shape_of: Looks up the shape of one, where it is known.
         kinds: Returns what else than the names says of the kind of model that the base is, see `towers`.
     """
@@ -67,7 +68,7 @@ class KnownNames:
         shape_of: Callable[[str], tuple[int, ...] | None] = lambda _: None,
         kinds: Callable[[], Kinds] = frozenset,
     ) -> None:
-        self.names = frozenset(names)
+        self.names = frozenset(name for name in names if not is_too_deep(name))
         self._shape_of, self._stated = shape_of, kinds
         self._submodels_below: dict[str, frozenset[str]] = {}
 

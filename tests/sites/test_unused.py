@@ -1,0 +1,209 @@
+"""A module that no output of the graph depends on is refused by name, whatever else gives the answer."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from safetensors.numpy import save_file
+from small_graphs import adapter, delta, error, graph, linear, random, refusals, run, save
+
+from lora_export import SiteError, bank_onnx, convert_adapter, merge_onnx, swap_onnx
+from lora_export.graph.reach import Reach
+
+SIZE = 8
+X = random(SIZE, SIZE, seed=9)
+W = random(SIZE, SIZE, seed=4)
+UNUSED = "the graph never uses it"
+
+
+# How the result of ``q`` is lost: ``z`` does not depend on it.
+LOST = {
+    "nothing reads it": "z = Identity (x)",
+    "only its shape": "s = Shape (d) z = Expand (x, s)",
+    "times a zero": "o = Constant <value_float = 0.0> () z = Mul (d, o)",
+    "times zeros": "z = Mul (zeros, d)",
+    "times computed zeros": "s = Shape (x) o = ConstantOfShape (s) p = Neg (o) z = Mul (p, d)",
+    "a matrix of zeros": "z = MatMul (d, zeros)",
+    "a matrix of zeros that is turned": "t = Transpose <perm = [1, 0]> (zeros) z = MatMul (d, t)",
+    "Gemm of zeros": "z = Gemm (d, zeros, row)",
+    "Gemm times no alpha": "z = Gemm <alpha = 0.0> (d, val_1, row)",
+    "Gemm times no beta": "z = Gemm <beta = 0.0> (x, val_1, d)",
+    "a norm times zeros": "z = LayerNormalization (d, nought, row)",
+    "minus itself": "e = Sub (d, d) z = Add (e, x)",
+    "never chosen": "z = Where (no, d, x)",
+    "the branch that is never run": (
+        "z = If (no) "
+        "<then_branch = t () => (float[B,8] a) {a = Identity (d)}, "
+        "else_branch = e () => (float[B,8] a2) {a2 = Identity (x)}>"
+    ),
+    "a result of an If that nothing reads": (
+        "i = ReduceSum <keepdims = 0> (x) b = Cast <to = 9> (i) u, z = If (b) "
+        "<then_branch = t () => (float[B,8] a, float[B,8] k) {a = Identity (d) k = Identity (x)}, "
+        "else_branch = e () => (float[B,8] a2, float[B,8] k2) {a2 = Identity (d) k2 = Neg (x)}>"
+    ),
+    "a state of a Loop that nothing reads": (
+        "m = Constant <value_int = 2> () yes = Constant <value_int = 1> () b = Cast <to = 9> (yes) "
+        "u, z = Loop (m, b, d, x) <body = l (int64 i, bool c, float[B,8] p, float[B,8] r) => "
+        "(bool c2, float[B,8] p2, float[B,8] r2) {c2 = Identity (c) p2 = Neg (p) r2 = Neg (r)}>"
+    ),
+    "a Loop without an iteration": (
+        "m = Constant <value_int = 0> () yes = Constant <value_int = 1> () b = Cast <to = 9> (yes) "
+        "z = Loop (m, b, x) <body = l (int64 i, bool c, float[B,8] p) => (bool c2, float[B,8] p2) "
+        "{c2 = Identity (c) p2 = Add (p, d)}>"
+    ),
+}
+# How it reaches the output all the same.
+USED = {
+    "a factor that is not zero throughout": "z = Mul (d, val_2)",
+    "what a zero is added to": "z = Add (d, zeros)",
+    "a state of a Loop that crosses over": (
+        "m = Constant <value_int = 3> () yes = Constant <value_int = 1> () b = Cast <to = 9> (yes) "
+        "u, z = Loop (m, b, d, x) <body = l (int64 i, bool c, float[B,8] p, float[B,8] r) => "
+        "(bool c2, float[B,8] p2, float[B,8] r2) {c2 = Identity (c) p2 = Neg (p) r2 = Add (r, p)}>"
+    ),
+    "a branch that may be run": (
+        "i = ReduceSum <keepdims = 0> (x) b = Cast <to = 9> (i) z = If (b) "
+        "<then_branch = t () => (float[B,8] a) {a = Identity (d)}, "
+        "else_branch = e () => (float[B,8] a2) {a2 = Neg (d)}>"
+    ),
+    "a Scan": (
+        "u, v = Scan <num_scan_inputs = 1, body = l (float[8] p, float[8] r) => (float[8] p2, float[8] r2) "
+        "{p2 = Add (p, r) r2 = Neg (p)}> (row, d) z = Add (x, u)"
+    ),
+}
+
+
+def model_of(lines, q=W, **more):
+    """Return a graph whose module ``q`` gives ``d``, while a nameless product has a part in ``y``."""
+    late = np.eye(SIZE, dtype=np.float32)
+    late[0, 0] = 0
+    weights = {"q.weight": q.T.copy(), "val_1": W.T + np.float32(0.5), "val_2": late, **more}
+    weights |= {"zeros": np.zeros((SIZE, SIZE), np.float32), "nought": np.zeros(SIZE, np.float32)}
+    weights |= {"row": random(SIZE, seed=5), "no": np.array(False)}
+    text = f"d = MatMul (x, q_weight) n = MatMul (x, val_1) {lines} y = Add (n, z)"
+    return graph(f"g (float[B,8] x) => (float[B,8] y) {{ {text} }}", weights)
+
+
+def swap(base, given, out):
+    swap_onnx(base, out, adapter=given)
+
+
+def bank(base, given, out):
+    bank_onnx(base, {"one": given}, out)
+
+
+@pytest.mark.parametrize("lines", LOST.values(), ids=LOST)
+def test_a_module_that_no_output_depends_on(lines, tmp_path):
+    base = save(model_of(lines), tmp_path)
+    given = adapter(linear("q", SIZE, SIZE))
+    changed = save(model_of(lines, W + delta(given.modules["q.weight"]).astype(np.float32)), tmp_path / "c")
+    # Only then it is right to refuse.
+    np.testing.assert_array_equal(run(base, x=X)[0], run(changed, x=X)[0])
+    (reason,) = refusals(base, given, tmp_path).values()
+    assert reason.startswith(UNUSED)
+    for make in (swap, bank):
+        with pytest.raises(SiteError) as caught:
+            make(base, given, tmp_path / "out.onnx")
+        assert UNUSED in str(caught.value.problems)
+    assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize("lines", USED.values(), ids=USED)
+def test_a_module_that_reaches_an_output_in_a_roundabout_way(lines, tmp_path):
+    base = save(model_of(lines), tmp_path)
+    given = adapter(linear("q", SIZE, SIZE))
+    merge_onnx(base, given, tmp_path / "m.onnx")
+    changed = save(model_of(lines, W + delta(given.modules["q.weight"]).astype(np.float32)), tmp_path / "c")
+    wanted = run(changed, x=X)[0]
+    assert error(run(base, x=X)[0], wanted) > 1e-2
+    assert error(run(tmp_path / "m.onnx", x=X)[0], wanted) < 1e-5
+
+
+@pytest.mark.parametrize("unread", [True, False])
+def test_a_function_that_leaves_its_input_unread(unread, tmp_path):
+    lines = "{ b = Identity (x2) }" if unread else "{ b = Add (a, x2) }"
+    text = (
+        "g (float[B,8] x) => (float[B,8] y) { d = MatMul (x, q_weight) y = own.left (d, x) } "
+        f'<opset_import: ["" : 20], domain: "own"> left (a, x2) => (b) {lines}'
+    )
+    head = '<ir_version: 10, opset_import: ["" : 20, "own" : 1]>'
+    base = save(graph(text, {"q.weight": W.T.copy()}, head=head), tmp_path)
+    given = adapter(linear("q", SIZE, SIZE))
+    if unread:
+        assert next(iter(refusals(base, given, tmp_path).values())).startswith(UNUSED)
+    else:
+        merge_onnx(base, given, tmp_path / "m.onnx")
+        assert error(run(tmp_path / "m.onnx", x=X)[0], run(base, x=X)[0]) > 1e-2
+
+
+def test_an_unused_call_beside_one_that_is_used(tmp_path):
+    """Both have the module's name, and constants of their own: the one that gives the output changes."""
+    text = "g (float[B,8] x) => (float[B,8] y) { d = MatMul (x, old) y = MatMul (x, q_weight) }"
+    made = graph(text, {"q.weight": W.T.copy(), "old": W.T + np.float32(1)}, named=False)
+    for node, name in zip(made.graph, ("/q/MatMul_1", "/q/MatMul"), strict=True):
+        node.name = name
+    base, given = save(made, tmp_path), adapter(linear("q", SIZE, SIZE))
+    merge_onnx(base, given, tmp_path / "m.onnx")
+    wanted = X.astype(np.float64) @ (W + delta(given.modules["q.weight"])).T
+    assert error(run(tmp_path / "m.onnx", x=X)[0], wanted) < 1e-5
+
+
+def test_a_checkpoint_leads_to_the_product_that_is_used(tmp_path):
+    """The named product is read by nobody; the nameless one holds the checkpoint's values."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    save_file({"q.weight": W}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "x"}')
+    text = "g (float[B,8] x) => (float[B,8] y) { d = MatMul (x, q_weight) y = MatMul (x, val_1) }"
+    base = save(graph(text, {"q.weight": W.T.copy(), "val_1": W.T.copy()}), tmp_path)
+    given = adapter(linear("q", SIZE, SIZE))
+    merge_onnx(base, given, tmp_path / "m.onnx", checkpoint=folder)
+    wanted = X.astype(np.float64) @ (W + delta(given.modules["q.weight"])).T
+    assert error(run(tmp_path / "m.onnx", x=X)[0], wanted) < 1e-5
+    permuted = save(graph(text, {"q.weight": W.T.copy(), "val_1": W.T[:, ::-1].copy()}), tmp_path / "p")
+    assert next(iter(refusals(permuted, given, tmp_path, checkpoint=folder).values())).startswith(UNUSED)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_zeros_that_the_adapter_changes_as_well(both, tmp_path):
+    """A module behind a weight that is zero has an effect where the adapter changes that weight too."""
+    text = "g (float[B,8] x) => (float[B,8] y) { d = MatMul (x, q_weight) y = MatMul (d, out_weight) }"
+    zeros = np.zeros((SIZE, SIZE), np.float32)
+    base = save(graph(text, {"q.weight": W.T.copy(), "out.weight": zeros}), tmp_path)
+    modules = [linear("q", SIZE, SIZE), linear("out", SIZE, SIZE, seed=7)]
+    if not both:
+        assert next(iter(refusals(base, adapter(modules[0]), tmp_path).values())).startswith(UNUSED)
+        return
+    merge_onnx(base, adapter(*modules), tmp_path / "m.onnx")
+    wanted = X.astype(np.float64) @ (W + delta(modules[0])).T @ delta(modules[1]).T
+    assert error(run(tmp_path / "m.onnx", x=X)[0], wanted) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["q.lora_A.weight", "q.lora_A.MatMul.weight"])
+def test_lora_inputs_that_no_output_depends_on(name, tmp_path):
+    """A graph that somebody has changed since, whose product with the adapter is read by nobody."""
+    given = adapter(linear("q", SIZE, SIZE))
+    base = save(model_of("z = Identity (d)"), tmp_path)
+    swap(base, given, tmp_path / "swap.onnx")
+    convert_adapter(given, tmp_path / "swap.onnx", tmp_path / "a.onnx_adapter")
+    model = ir.load(tmp_path / "swap.onnx")
+    node = next(node for node in model.graph if node.op_type == "Identity")
+    product = next(node for node in model.graph if node.name == "/q/MatMul")
+    node.replace_input_with(0, product.outputs[0])
+    if "MatMul" in name:
+        model.metadata_props.clear()
+        for value in model.graph.inputs:
+            if ".lora_" in str(value.name):
+                model.graph.initializers.pop(value.name, None)
+                value.name = str(value.name).replace(".weight", ".MatMul.weight")
+    ir.save(model, tmp_path / "lost.onnx")
+    with pytest.raises(SiteError) as caught:
+        convert_adapter(given, tmp_path / "lost.onnx", tmp_path / "b.onnx_adapter")
+    assert UNUSED in str(caught.value.problems)
+
+
+def test_each_node_is_walked_once():
+    """Every value of a ladder is read twice: a walk along all ways would not end."""
+    steps = " ".join(f"v{n + 1} = Add (v{n}, v{n})" for n in range(60))
+    model = graph(f"g (float[B,8] x) => (float[B,8] y) {{ v0 = Identity (x) {steps} y = Neg (v60) }}", {})
+    reach = Reach(model.graph)
+    assert all(reach.reads(node, 0) for node in model.graph)
