@@ -6,7 +6,7 @@ import contextlib
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -126,22 +126,13 @@ def _written(run: Run) -> str:
 
 
 def _tidy(arguments: Sequence[str]) -> None:
-    """Put in order what ended runs have left where this one reads and writes."""
+    """Put in order what ended runs have left among the temporary files; `Verb` does it where outputs go."""
     from lora_export.storage.commit.leftovers import tidy
 
     # The doctor has this in its report.
     if arguments and not {"--help", "-h", "--version", "--dry-run", "doctor"} & set(arguments):
-        for folder in dict.fromkeys(_folders(arguments)):
-            tidy(folder)
-
-
-def _folders(arguments: Sequence[str]) -> Iterator[Path]:
-    with contextlib.suppress(OSError):  # there is none, or no room in it
-        yield Path(tempfile.gettempdir())
-    for argument in arguments[1:]:
-        named = Path(argument.partition("=")[2] if argument.startswith("-") else argument)
-        with contextlib.suppress(OSError, ValueError):  # no path, or none that can be looked at
-            yield from (folder for folder in (named, named.parent) if folder.is_dir())
+        with contextlib.suppress(OSError):  # there is none, or no room in it
+            tidy(Path(tempfile.gettempdir()))
 
 
 def _outcome(arguments: list[str], debug: bool, run: Run) -> int:

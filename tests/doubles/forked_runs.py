@@ -69,10 +69,10 @@ def _killed_at(top: Path, verb: str, fault: str, number: int, old: Files, new: F
 
 
 def _come_by(place: Path) -> tuple[str, Files]:
-    """Run a verb that names a file of the folder, and can't do anything with it."""
+    """Run a verb that would write into the folder, and finds nothing to read."""
     tempfile.tempdir = str(place / "tmp")
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        cli._run(["inspect", str(place / "out" / "nothing")], False)
+        cli._run(["inspect", str(place / "nothing"), "--plot", str(place / "out" / "nothing.html")], False)
     return said.getvalue(), faults.snapshot(place / "out")
 
 
