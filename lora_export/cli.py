@@ -151,14 +151,14 @@ def _outcome(arguments: list[str], debug: bool, run: Run) -> int:
             print_lines([f"Error: {text}"], err=True)
         else:
             spoken(error.show, err=True)
+        _say_written(run)
         _answer(arguments, error, error.exit_code, error.format_message())
         return error.exit_code
     except LoraExportError as error:
         if debug:
             raise
         print_error(error)
-        if written := _written(run):
-            print_lines([f"before that:{written[:-1]}"], err=True)
+        _say_written(run)
         _answer(arguments, error, error.exit_code, error.message, error.problems, error.hint)
         return error.exit_code
     except OSError as error:
@@ -167,6 +167,7 @@ def _outcome(arguments: list[str], debug: bool, run: Run) -> int:
         where = f" {error.filename}" if error.filename else ""
         message = f"the system refused to read or write{where}: {error.strerror or error}"
         print_lines([f"Error: {message}"], err=True)
+        _say_written(run)
         _answer(arguments, error, LoraExportError.exit_code, message)
         return LoraExportError.exit_code
     except Exception as error:
@@ -175,8 +176,15 @@ def _outcome(arguments: list[str], debug: bool, run: Run) -> int:
         message = f"{type(error).__name__}: {error}"
         hint = f"this is a defect of lora-export; run again with --debug and report it at {ISSUES}"
         print_lines([f"Internal error: {message}", f"hint: {hint}"], err=True)
+        _say_written(run)
         _answer(arguments, error, InternalError.exit_code, message, hint=hint)
         return InternalError.exit_code
+
+
+def _say_written(run: Run) -> None:
+    """Say which outputs an error came after, whatever error it is: they are there, and complete."""
+    if written := _written(run):
+        print_lines([f"before that:{written[:-1]}"], err=True)
 
 
 def _answer(
