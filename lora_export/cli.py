@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +25,9 @@ from lora_export.storage.commit.told import Run, listening
 from lora_export.untrusted.shown import shown
 
 _NOTHING = "Aborted: nothing was replaced."
+# For so long after a signal a further one does not break into what the first one began: its end.
+_ENDING_S = 5.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ISSUES = "https://github.com/lora-export/lora-export/issues"
 
 
@@ -65,7 +70,15 @@ def main(arguments: list[str] | None = None) -> None:
         code = _guarded(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:  # before the run listens to it, or after its end
         print_lines(["Aborted."], err=True)
+    if code >= 128:
+        # Python gives signals their own effect back before it has ended: one more would change the exit code.
+        atexit.register(_ignore_signals)
     sys.exit(code)
+
+
+def _ignore_signals() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _guarded(arguments: list[str]) -> int:
@@ -73,12 +86,36 @@ def _guarded(arguments: list[str]) -> int:
     # Accept --debug behind the verb as well: that is where people add it after a failure.
     arguments = ["--debug", *(a for a in arguments if a != "--debug")] if debug else arguments
     guard_libraries()
+    ending = _Ending()
     # As Ctrl-C does: what was begun is put away, and builders are ended.
     with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, _terminate)
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it, and so it stays
-            signal.signal(signal.SIGHUP, _terminate)
+        signal.signal(signal.SIGTERM, ending)
+        # nohup ignores SIGHUP and a shell's background SIGINT, and so it stays.
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, ending)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, ending)
     return _run(arguments, debug)
+
+
+class _Ending:
+    """A handler of signals: the first one ends the run, and those that follow let it end.
+
+    On the way out files are removed and names are given back. A second Ctrl-C that breaks into the first
+    lines of that would leave them. Where the way out is a long one, it can be tried again.
+    """
+
+    def __init__(self) -> None:
+        self._began_s: float | None = None
+
+    def __call__(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if self._began_s is not None and now - self._began_s < _ENDING_S:
+            return
+        self._began_s = now
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        _terminate(number, frame)
 
 
 def _terminate(number: int, _frame: object) -> None:
@@ -92,7 +129,10 @@ class _Terminated(SystemExit):
 def _run(arguments: list[str], debug: bool) -> int:
     with listening(_note) as run:
         try:
-            return _outcome(arguments, debug, run)
+            try:
+                return _outcome(arguments, debug, run)
+            finally:
+                run.put_away()
         except (click.exceptions.Abort, KeyboardInterrupt) as error:
             _interrupted(error, run)
             return 130
@@ -107,6 +147,7 @@ def _note(text: str) -> None:
 
 def _interrupted(error: BaseException, run: Run) -> None:
     """Say what an interrupt has left, which is what lies on the disk."""
+    run.put_away()  # it may have come just before the same call
     before: BaseException | None = error
     while before is not None:
         if isinstance(before, LoraExportError):  # it came while this error was dealt with

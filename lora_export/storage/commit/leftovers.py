@@ -16,6 +16,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from lora_export.errors import OutputError
@@ -33,7 +34,7 @@ from lora_export.storage.commit.lock import NAME, BusyError, locked
 from lora_export.storage.commit.settling import is_settled, names, settle
 from lora_export.storage.commit.signals import Uninterrupted
 from lora_export.storage.commit.steps import MARK, RETIRED, discard
-from lora_export.storage.commit.told import tell
+from lora_export.storage.commit.told import has_begun, has_ended, tell
 from lora_export.storage.inputs import forget_inputs
 
 _STAGED = re.compile(rf".+\.tmp-{IDENTITY}(?:{re.escape(RETIRED)})?", re.DOTALL)
@@ -56,15 +57,25 @@ def scratch_folder(place: Path | None = None) -> Iterator[Path]:
     lease = Lease(above, new_identity())
     # Named before it is made, so that it is removed wherever an interrupt comes.
     folder = above / f"{hidden}lora-export-{lease.identity}"
+    close = partial(_put_away, lease, folder)
+    has_begun(close)
     try:
-        lease.hold()
-        folder.mkdir(mode=0o700)
-        yield folder
+        try:
+            lease.hold()
+            folder.mkdir(mode=0o700)
+            yield folder
+        finally:
+            close()
     finally:
-        # What was read there was this run's own, and goes with it.
-        forget_inputs([folder])
-        with Uninterrupted() as calm:
-            lease.release(calm, remove=discard(folder, calm))
+        close()  # an interrupt may have broken into the first lines of the same call
+        has_ended(close)
+
+
+def _put_away(lease: Lease, folder: Path) -> None:
+    # What was read there was this run's own, and goes with it.
+    forget_inputs([folder])
+    with Uninterrupted() as calm:
+        lease.release(calm, remove=discard(folder, calm))
 
 
 @dataclass
