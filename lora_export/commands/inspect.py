@@ -15,6 +15,7 @@ from lora_export.commands.printing import print_json, print_lines
 from lora_export.commands.verb import Verb
 from lora_export.progress import spoken
 from lora_export.reports import ADAPTER_PLOTS
+from lora_export.storage.inputs import same_inputs
 
 if TYPE_CHECKING:
     from lora_export.adapter import Adapter
@@ -78,8 +79,9 @@ def inspect(
 
     if plot is not None and plot.suffix[1:] not in ADAPTER_PLOTS:
         raise click.BadParameter(f"{plot} doesn't end in .{', .'.join(ADAPTER_PLOTS)}", param_hint="--plot")
-    (loaded,) = load_adapters([adapter], options)
-    report = inspect_adapter(loaded, base)
+    with same_inputs(at_end=True):
+        (loaded,) = load_adapters([adapter], options)
+        report = inspect_adapter(loaded, base)
     if plot is not None:
         _draw(report, plot, force, _files_read(loaded, base))
     if as_json:

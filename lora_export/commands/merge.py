@@ -10,6 +10,7 @@ import click
 
 from lora_export.commands.options import load_adapters, merge_options, print_merge
 from lora_export.commands.verb import Verb
+from lora_export.storage.inputs import same_inputs
 
 _FINER = "--dtype float32 keeps it all, float16 is 8 times finer than bfloat16; or serve the adapter unmerged"
 # Written out, as the module that knows them imports numpy: --help has to be quick.
@@ -27,6 +28,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 )
 @click.option("--force", is_flag=True, help="Replace the output folder if an earlier merge wrote it.")
 @merge_options
+@same_inputs(command=True)
 def merge(
     base: Path, adapters: tuple[Path, ...], output: Path, as_json: bool, quiet: bool, **options: Any
 ) -> None:

@@ -70,6 +70,7 @@ def load_adapter(
         AdapterError: The file is missing, damaged, of no known format, or breaks rules; all are listed.
         BackendUnavailable: A torch checkpoint or an ``.onnx_adapter``, and torch or onnxruntime is not
             installed.
+        InputChangedError: A file of it has changed while it was read.
     """
     from lora_export.formats.reading.pairs import check_options
     from lora_export.formats.reading.patterns import within

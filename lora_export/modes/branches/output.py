@@ -19,6 +19,7 @@ from lora_export.graph.onnx_file import GraphFile, save_graph
 from lora_export.machines.packages import package_versions
 from lora_export.modes.branches.inputs import ir_type
 from lora_export.plan import Plan
+from lora_export.storage.beside import stage_beside
 from lora_export.storage.manifest import Manifest, adapter_entry, hash_content, hash_written
 from lora_export.storage.outputs import OutputSet, output_errors
 
@@ -84,7 +85,7 @@ def write_exposed(
         adapters: Those that it was made from.
         force: Replace existing files.
         progress: Called with the number of bytes just written.
-        beside: Name → content of files that the caller writes beside the graph: the manifest lists them.
+        beside: Name → content of files that belong beside the graph: they are a part of the set.
 
     Raises:
         OutputError: A file exists or can't be written.
@@ -96,6 +97,9 @@ def write_exposed(
         return report
     base.graph.model.metadata_props[KEY] = report.exposed.to_json()
     with output_errors(out), OutputSet(force, base.reads) as outputs:
+        # First, as the graph is the one that comes last.
+        others = {out.parent / name: content for name, content in (beside or {}).items()}
+        check = stage_beside(outputs, others, force)
         staged = {name: outputs.stage(path) for name, path in paths.items()}
         write_data(staged["data"], paths["data"].name, slots, size, {}, "sample", progress)
         name = paths["data"].name
@@ -116,7 +120,7 @@ def write_exposed(
             own,
         )
         manifest.save(staged["manifest"])
-        outputs.commit()
+        outputs.commit(check)
     return report
 
 
