@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ from lora_export.storage.commit.told import Run, listening
 from lora_export.untrusted.shown import shown
 
 _NOTHING = "Aborted: nothing was replaced."
+# For so long after a signal a further one does not break into what the first one began: its end.
+_ENDING_S = 5.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ISSUES = "https://github.com/lora-export/lora-export/issues"
 
 
@@ -65,7 +70,15 @@ def main(arguments: list[str] | None = None) -> None:
         code = _guarded(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:  # before the run listens to it, or after its end
         print_lines(["Aborted."], err=True)
+    if code >= 128:
+        # Python gives signals their own effect back before it has ended: one more would change the exit code.
+        atexit.register(_ignore_signals)
     sys.exit(code)
+
+
+def _ignore_signals() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _guarded(arguments: list[str]) -> int:
@@ -73,12 +86,36 @@ def _guarded(arguments: list[str]) -> int:
     # Accept --debug behind the verb as well: that is where people add it after a failure.
     arguments = ["--debug", *(a for a in arguments if a != "--debug")] if debug else arguments
     guard_libraries()
+    ending = _Ending()
     # Do what Ctrl-C does: unfinished output is removed, and running builders are ended.
     with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, _terminate)
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # under nohup it stays ignored
-            signal.signal(signal.SIGHUP, _terminate)
+        signal.signal(signal.SIGTERM, ending)
+        # nohup ignores SIGHUP and a shell's background SIGINT, and so it stays.
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, ending)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, ending)
     return _run(arguments, debug)
+
+
+class _Ending:
+    """A handler of signals: the first one ends the run, and those that follow let it end.
+
+    On the way out files are removed and names are given back. A second Ctrl-C that breaks into the first
+    lines of that would leave them. Where the way out is a long one, it can be tried again.
+    """
+
+    def __init__(self) -> None:
+        self._began_s: float | None = None
+
+    def __call__(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if self._began_s is not None and now - self._began_s < _ENDING_S:
+            return
+        self._began_s = now
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        _terminate(number, frame)
 
 
 def _terminate(number: int, _frame: object) -> None:
@@ -92,7 +129,10 @@ class _Terminated(SystemExit):
 def _run(arguments: list[str], debug: bool) -> int:
     with listening(_note) as run:
         try:
-            return _outcome(arguments, debug, run)
+            try:
+                return _outcome(arguments, debug, run)
+            finally:
+                run.put_away()
         except (click.exceptions.Abort, KeyboardInterrupt) as error:
             _interrupted(error, run)
             return 130
@@ -107,6 +147,7 @@ def _note(text: str) -> None:
 
 def _interrupted(error: BaseException, run: Run) -> None:
     """Print which outputs were complete on the disk when the run was interrupted."""
+    run.put_away()  # the interrupt may have come just before the same call
     before: BaseException | None = error
     while before is not None:
         if isinstance(before, LoraExportError):  # the interrupt came while this error was handled
@@ -126,22 +167,13 @@ def _written(run: Run) -> str:
 
 
 def _tidy(arguments: Sequence[str]) -> None:
-    """Remove what runs that ended early left in the folders that this run reads and writes."""
+    """Remove what runs that ended early left among the temporary files; `Verb` does it where outputs go."""
     from lora_export.storage.commit.leftovers import tidy
 
     # The doctor tidies on its own, and reports it.
     if arguments and not {"--help", "-h", "--version", "--dry-run", "doctor"} & set(arguments):
-        for folder in dict.fromkeys(_folders(arguments)):
-            tidy(folder)
-
-
-def _folders(arguments: Sequence[str]) -> Iterator[Path]:
-    with contextlib.suppress(OSError):  # the folder is missing or full
-        yield Path(tempfile.gettempdir())
-    for argument in arguments[1:]:
-        named = Path(argument.partition("=")[2] if argument.startswith("-") else argument)
-        with contextlib.suppress(OSError, ValueError):  # not a path, or one that can't be looked at
-            yield from (folder for folder in (named, named.parent) if folder.is_dir())
+        with contextlib.suppress(OSError):  # the folder is missing or full
+            tidy(Path(tempfile.gettempdir()))
 
 
 def _outcome(arguments: list[str], debug: bool, run: Run) -> int:
@@ -161,14 +193,14 @@ def _outcome(arguments: list[str], debug: bool, run: Run) -> int:
             print_lines([f"Error: {text}"], err=True)
         else:
             spoken(error.show, err=True)
+        _say_written(run)
         _answer(answer, error, error.exit_code, error.format_message())
         return error.exit_code
     except LoraExportError as error:
         if debug:
             raise
         print_error(error)
-        if written := _written(run):
-            print_lines([f"before that:{written[:-1]}"], err=True)
+        _say_written(run)
         _answer(answer, error, error.exit_code, error.message, error.problems, error.hint)
         return error.exit_code
     except OSError as error:
@@ -177,6 +209,7 @@ def _outcome(arguments: list[str], debug: bool, run: Run) -> int:
         where = f" {error.filename}" if error.filename else ""
         message = f"the system refused to read or write{where}: {error.strerror or error}"
         print_lines([f"Error: {message}"], err=True)
+        _say_written(run)
         _answer(answer, error, LoraExportError.exit_code, message)
         return LoraExportError.exit_code
     except Exception as error:
@@ -185,8 +218,15 @@ def _outcome(arguments: list[str], debug: bool, run: Run) -> int:
         message = f"{type(error).__name__}: {error}"
         hint = f"this is a defect of lora-export; run again with --debug and report it at {ISSUES}"
         print_lines([f"Internal error: {message}", f"hint: {hint}"], err=True)
+        _say_written(run)
         _answer(answer, error, InternalError.exit_code, message, hint=hint)
         return InternalError.exit_code
+
+
+def _say_written(run: Run) -> None:
+    """Say which outputs an error came after, whatever error it is: they are there, and complete."""
+    if written := _written(run):
+        print_lines([f"before that:{written[:-1]}"], err=True)
 
 
 def _answer(

@@ -9,6 +9,7 @@ import click
 
 from lora_export.commands.options import adapter_options, expose_options, load_adapters, run_expose
 from lora_export.commands.verb import Verb
+from lora_export.storage.inputs import same_inputs
 
 
 @click.command(
@@ -36,6 +37,7 @@ from lora_export.commands.verb import Verb
 )
 @expose_options
 @adapter_options
+@same_inputs(command=True)
 def bank_onnx(base: Path, output: Path, adapters: tuple[str, ...], **options: Any) -> None:
     """Write a graph of the base with all adapters in it and an input that chooses one for each row.
 

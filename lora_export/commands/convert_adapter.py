@@ -13,6 +13,7 @@ from lora_export.commands.options import load_adapters, reading_options
 from lora_export.commands.printing import print_json, print_lines, print_warnings
 from lora_export.commands.verb import Verb
 from lora_export.formats import WRITERS
+from lora_export.storage.inputs import same_inputs
 from lora_export.untrusted.shown import limited
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--quiet", is_flag=True, help="Print no summary; only warnings.")
 @reading_options
+@same_inputs(command=True)
 def convert_adapter(adapter: Path, output: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Write ADAPTER as tensors for the LoRA inputs of a graph: checked, in its layout, scaling folded in.
 

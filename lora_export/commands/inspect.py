@@ -14,6 +14,7 @@ from lora_export.commands.printing import print_json, print_lines
 from lora_export.commands.verb import Verb
 from lora_export.progress import is_terminal, spoken
 from lora_export.reports import PICTURES
+from lora_export.storage.inputs import same_inputs
 
 if TYPE_CHECKING:
     from lora_export.adapter import Adapter
@@ -91,8 +92,9 @@ def inspect(
     files = asked_for("adapter", reports, plot=(plot, plot.suffix[1:] if plot is not None else ""))
     if problems := [why for file in files if (why := ending_problem("adapter", file))]:
         raise click.UsageError("; ".join(problems))
-    (loaded,) = load_adapters([adapter], options)
-    report = inspect_adapter(loaded, base)
+    with same_inputs(at_end=True):
+        (loaded,) = load_adapters([adapter], options)
+        report = inspect_adapter(loaded, base)
     if files:
         for path in write_reports("adapter", report, files, force, _files_read(loaded, base)):
             print_lines([f"wrote {path}"], err=True)

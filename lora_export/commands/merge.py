@@ -10,6 +10,7 @@ import click
 
 from lora_export.commands.options import load_adapters, merge_options, print_merge
 from lora_export.commands.verb import Verb
+from lora_export.storage.inputs import same_inputs
 
 _FINER = (
     "--dtype float32 keeps all of it, float16 is 8 times finer than bfloat16; or serve the adapter unmerged"
@@ -29,6 +30,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 )
 @click.option("--force", is_flag=True, help="Replace the output folder if an earlier merge wrote it.")
 @merge_options
+@same_inputs(command=True)
 def merge(
     base: Path, adapters: tuple[Path, ...], output: Path, as_json: bool, quiet: bool, **options: Any
 ) -> None:

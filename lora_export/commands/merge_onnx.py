@@ -18,6 +18,7 @@ from lora_export.commands.options import (
 )
 from lora_export.commands.printing import print_lines
 from lora_export.commands.verb import Verb
+from lora_export.storage.inputs import same_inputs
 
 _PATH = click.Path(path_type=Path)
 
@@ -34,6 +35,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--share-base", is_flag=True, help="Leave unchanged weights in the base's data files.")
 @click.option("--force", is_flag=True, help="Replace existing output files.")
 @merge_options
+@same_inputs(command=True)
 def merge_onnx(
     base: Path, adapters: tuple[Path, ...], output: Path, as_json: bool, quiet: bool, **options: Any
 ) -> None:

@@ -176,7 +176,7 @@ def run_expose(
     options: dict[str, Any],
     companions: bool,
 ) -> None:
-    """Run a mode and print its result.
+    """Run a mode and print its result; within the verb's block of `same_inputs`.
 
     Args:
         mode: `swap_onnx` or `bank_onnx`.
@@ -204,8 +204,6 @@ def run_expose(
         options["beside"] = beside.files
     with byte_progress(f"writing {output}", quiet or dry_run) as progress:
         report = mode(base, *arguments, output, progress=progress, **options)
-    if beside and not dry_run:
-        beside.write(report.reads)
     if as_json:
         print_json(report_json(report))
     elif dry_run:

@@ -15,6 +15,7 @@ from lora_export.commands.printing import print_error, print_json, print_lines
 from lora_export.commands.verb import Verb
 from lora_export.errors import LoraExportError, ParityError
 from lora_export.progress import is_terminal, stage_progress
+from lora_export.storage.inputs import same_inputs
 
 if TYPE_CHECKING:
     from lora_export.parity.result import ParityReport
@@ -129,10 +130,10 @@ def parity(
     read = Inputs(candidate, reference, options["base"], options["feeds"], baseline, _adapter_paths(adapters))
     check_outputs(outputs, force, read)
     old = read_report(baseline) if baseline is not None else None
-    given = named_adapters(adapters, options)
     options["localise"] = not options.pop("no_localise")
     options |= {"batches": options.pop("batch"), "sequences": options.pop("sequence")}
-    with stage_progress(quiet) as progress:
+    with stage_progress(quiet) as progress, same_inputs(command=True):
+        given = named_adapters(adapters, options)
         found = check_parity(reference, candidate, given, progress=progress, **options)
     # The verdict is printed first, so that a problem with a report or a baseline can't lose the run.
     _print(found, as_json, quiet)

@@ -9,6 +9,7 @@ import click
 
 from lora_export.commands.options import adapter_options, expose_options, load_adapters, run_expose
 from lora_export.commands.verb import Verb
+from lora_export.storage.inputs import same_inputs
 
 
 @click.command(
@@ -34,6 +35,7 @@ from lora_export.commands.verb import Verb
 @click.option("--dora", is_flag=True, help="Also expose DoRA's factor.")
 @expose_options
 @adapter_options
+@same_inputs(command=True)
 def swap_onnx(
     base: Path, output: Path, adapters: tuple[Path, ...], target_modules: tuple[str, ...], **options: Any
 ) -> None:

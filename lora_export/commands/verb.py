@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import click
 
@@ -41,6 +43,8 @@ _OPTIONS = {
     "What is printed": ("as_json", "quiet", "verbose", "modules", "help"),
 }
 _OTHERS = "More"
+# Options that name what is written, by their Python names.
+_WRITTEN = ("output", "report", "junit", "html", "plot")
 # A verb with fewer options is read at one glance.
 _FEW = 9
 
@@ -49,7 +53,12 @@ class Verb(click.Command):
     """A verb whose options are listed under headings, and which says what comes next."""
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run the verb; after a success, print the next useful command."""
+        """Run the verb; after a success, print the next useful command.
+
+        Before it, what ended runs have left is put in order where the verb writes, and said where it reads.
+        """
+        if not ctx.params.get("dry_run"):
+            _put_in_order(ctx)
         code: object = super().invoke(ctx)
         if not code:
             print_next(ctx)
@@ -72,6 +81,36 @@ class Verb(click.Command):
             if found := [record for name, record in rows.items() if name in names]:
                 with formatter.section(heading):
                     formatter.write_dl(found)
+
+
+def _put_in_order(ctx: click.Context) -> None:
+    from lora_export.storage.commit.leftovers import mention, tidy
+
+    written = _folders_of(ctx.params.get(name) for name in _WRITTEN)
+    for folder in written.values():
+        tidy(folder)
+    read = _folders_of(value for name, value in ctx.params.items() if name not in _WRITTEN)
+    for place, folder in read.items():
+        if place not in written:
+            mention(folder)
+
+
+def _folders_of(values: Iterable[object]) -> dict[Path, Path]:
+    """Return the folders of paths among the values of options, and paths that are some, by their place."""
+    folders: dict[Path, Path] = {}
+    for path in (path for value in values for path in _paths_in(value)):
+        with contextlib.suppress(OSError, ValueError):  # no path, or none that can be looked at
+            folders |= {folder.resolve(): folder for folder in (path, path.parent) if folder.is_dir()}
+    return folders
+
+
+def _paths_in(value: object) -> Iterator[Path]:
+    if isinstance(value, Path):
+        yield value
+    elif isinstance(value, tuple):
+        yield from (one for one in value if isinstance(one, Path))
+        # Slots of a bank are NAME=PATH.
+        yield from (Path(one.partition("=")[2]) for one in value if isinstance(one, str) and "=" in one)
 
 
 def write_verbs(group: click.Group, ctx: click.Context, formatter: click.HelpFormatter) -> None:

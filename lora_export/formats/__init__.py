@@ -70,6 +70,7 @@ def load_adapter(
         AdapterError: The file is missing, damaged, of an unknown format, or breaks rules; all are listed.
         BackendUnavailable: The file is a torch checkpoint or an ``.onnx_adapter``, but torch or onnxruntime
             is not installed.
+        InputChangedError: A file of the adapter changed while it was read.
     """
     from lora_export.formats.reading.pairs import check_options
     from lora_export.formats.reading.patterns import within

@@ -90,7 +90,8 @@ def swap_onnx(
         force: Replace existing output files.
         dry_run: Make the plan and write nothing.
         progress: Called with the number of bytes just written.
-        beside: Name → content of files that you write beside the graph: the manifest lists them too.
+        beside: Name → content of files that belong beside the graph: written with it, all or none. Those that
+            are there already stay.
 
     Returns:
         The plan, the record and the files.

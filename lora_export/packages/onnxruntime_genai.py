@@ -15,7 +15,9 @@ from typing import Any
 
 from lora_export.base.checkpoint.links import link_problems
 from lora_export.errors import PackageError
-from lora_export.storage.outputs import OutputSet, output_errors, refuse_replacing
+from lora_export.storage.beside import without_equal
+from lora_export.storage.inputs import note_inputs
+from lora_export.storage.outputs import refuse_replacing
 from lora_export.untrusted.documents import read_json
 
 CONFIG = "genai_config.json"
@@ -29,7 +31,8 @@ class Companions:
     """Files to write beside a graph.
 
     Attributes:
-        files: Name → content; the config last, because without it onnxruntime-genai refuses the folder.
+        files: Name → content; the config last, because without it onnxruntime-genai refuses the folder. They
+            are one set with the graph.
         output: The graph that they belong to.
         notes: Notes for the user.
         force: Replace files that differ.
@@ -40,30 +43,14 @@ class Companions:
     notes: tuple[str, ...] = ()
     force: bool = False
 
-    def write(self, reads: Iterable[Path] = ()) -> None:
-        """Write the missing files; all of them or, if that fails, none.
+    def check(self, reads: Iterable[Path] = ()) -> None:
+        """Raise `OutputError` naming every file that would not be replaced.
 
         Args:
             reads: Files that were read; none of them is replaced, even with ``force``.
-
-        Raises:
-            OutputError: A file with the same name and other content exists or was read, or the folder can't
-                be written.
         """
-        with output_errors(self.output.parent), OutputSet(self.force, reads) as outputs:
-            for path, content in self._missing():
-                outputs.stage(path).write_bytes(content)
-            outputs.commit()
-
-    def check(self, reads: Iterable[Path] = ()) -> None:
-        """Raise `OutputError` naming every file that `write` would refuse to replace."""
-        refuse_replacing([path for path, _ in self._missing()], self.force, reads)
-
-    def _missing(self) -> Iterator[tuple[Path, bytes]]:
-        for name, content in self.files.items():
-            path = self.output.parent / name
-            if not (path.is_file() and path.read_bytes() == content):
-                yield path, content
+        files = {self.output.parent / name: content for name, content in self.files.items()}
+        refuse_replacing(list(without_equal(files)), self.force, reads)
 
 
 def companions_of(base: Path, output: Path, force: bool = False) -> Companions:
@@ -83,6 +70,7 @@ def companions_of(base: Path, output: Path, force: bool = False) -> Companions:
     config_path = base.parent / CONFIG
     if base.is_dir() or not config_path.is_file():
         return nothing
+    note_inputs([config_path])
     config = _read(config_path)
     named = list(_graphs(config))
     if base.name not in named:
@@ -102,6 +90,7 @@ def companions_of(base: Path, output: Path, force: bool = False) -> Companions:
             "put the files themselves into the folder in place of the links, or remove the links",
             problems,
         )
+    note_inputs(beside)
     files = {path.name: path.read_bytes() for path in beside}
     del files[CONFIG]
     files[CONFIG] = config_path.read_bytes() if output.name == base.name else _renamed(config, base, output)

@@ -5,6 +5,10 @@ replace it in between, and the result would be of two models under the hash of o
 notes its state (`note_inputs`) within a block of `same_inputs`; all that were noted are looked at once more
 before anything gets its name (`OutputSet.commit`), or before a verdict is given. Only
 states are compared: nothing is read for it.
+
+An input of several files (the shards, index and config of an adapter; a graph and its tokenizer) is of one
+state: that of all is taken before the first of them is read, and looked at when the last one was. A command
+that reads some of its inputs before it calls a mode has a block around both (``command=True``).
 """
 
 from __future__ import annotations
@@ -71,9 +75,18 @@ class Inputs:
 
     Attributes:
         states: By path, each as it was when it was first noted.
+        is_command: They are those of a command, of which results are a part.
+        command: Those of the command that this result is a part of.
     """
 
     states: dict[Path, FileState] = field(default_factory=dict)
+    is_command: bool = False
+    command: Inputs | None = None
+
+    @property
+    def all(self) -> list[FileState]:
+        """The states of what this result is made from, those of its command among them."""
+        return [*self.states.values(), *(self.command.states.values() if self.command else ())]
 
     def note(self, state: FileState) -> None:
         """Keep a file's state, unless an earlier one is known."""
@@ -84,23 +97,27 @@ _INPUTS: ContextVar[Inputs | None] = ContextVar("inputs", default=None)
 
 
 @contextlib.contextmanager
-def same_inputs(at_end: bool = False) -> Iterator[Inputs]:
+def same_inputs(at_end: bool = False, command: bool = False) -> Iterator[Inputs]:
     """Return a block, or a decorator, within which inputs are noted for one result.
 
     Args:
         at_end: No commit looks at them: it is done when the block is. Such a block within
             another one is a part of it, as a session that a parity check opens.
+        command: The block of a command: what is noted in it counts for every result within it.
 
     Raises:
         InputChangedError: With ``at_end``, an input has changed.
     """
     outer = _INPUTS.get()
-    inputs = outer if outer is not None and at_end else Inputs()
+    if outer is not None and at_end:
+        inputs = outer
+    else:
+        inputs = Inputs(is_command=command, command=outer if outer and outer.is_command else None)
     token = _INPUTS.set(inputs)
     try:
         yield inputs
         if at_end:
-            refuse_changed(inputs.states.values())
+            refuse_changed(inputs.all)
     finally:
         _INPUTS.reset(token)
 
@@ -134,14 +151,15 @@ def forget_inputs(written: Iterable[Path]) -> None:
     """Take files, or all below folders, for inputs no longer: this very run has replaced them."""
     if (inputs := _INPUTS.get()) is not None:
         for place in (path.absolute() for path in written):
-            for path in [path for path in inputs.states if place in (path, *path.parents)]:
-                del inputs.states[path]
+            for states in (inputs.states, inputs.command.states if inputs.command else {}):
+                for path in [path for path in states if place in (path, *path.parents)]:
+                    del states[path]
 
 
 def refuse_changed_inputs() -> None:
     """Raise `InputChangedError` if an input of this block has changed since it was noted."""
     if (inputs := _INPUTS.get()) is not None:
-        refuse_changed(inputs.states.values())
+        refuse_changed(inputs.all)
 
 
 def refuse_changed(

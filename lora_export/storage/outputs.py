@@ -16,6 +16,7 @@ from lora_export.storage.commit.leftovers import tidy
 from lora_export.storage.commit.lock import locked
 from lora_export.storage.commit.signals import Uninterrupted
 from lora_export.storage.commit.steps import Staged, StuckError, discard, give_names, sync_path
+from lora_export.storage.commit.told import has_begun, has_ended
 from lora_export.storage.inputs import forget_inputs, refuse_changed_inputs
 
 _ANOTHER_NAME = "choose another name"
@@ -45,12 +46,16 @@ class OutputSet:
         self._is_stuck = False
 
     def __enter__(self) -> OutputSet:
+        has_begun(self._close)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close()
+        try:
+            self._close()
+        finally:
+            self._close()  # an interrupt may have broken into the first lines of the same call
 
     def _close(self) -> None:
         """Remove files that were not committed, and release the leases."""
@@ -62,6 +67,7 @@ class OutputSet:
             is_left = self._is_stuck or any(map(os.path.lexists, names))
             self._leases.release(calm, remove=not is_left)
             self._staged.clear()
+        has_ended(self._close)
 
     def stage(self, target: Path, folder: bool = False, force: bool | None = None) -> Path:
         """Return the temporary path under which to write ``target``.

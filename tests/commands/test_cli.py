@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import output_cases
@@ -11,6 +12,7 @@ import pytest
 from lora_export import LoraExportError, ParityError, cli
 from lora_export.cli import _run, root
 from lora_export.commands import COMMANDS
+from lora_export.storage.outputs import OutputSet
 
 
 def call(*arguments):
@@ -146,3 +148,42 @@ def test_an_interrupt_before_the_run_is_no_traceback(monkeypatch, capsys):
         cli.main(["inspect", "x"])
     assert ended.value.code == 130
     assert capsys.readouterr().err == "Aborted.\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        LoraExportError("rule"),
+        OSError(28, "No space left on device"),
+        BrokenPipeError(32, "Broken pipe"),
+        click.UsageError("a later step of a recipe"),
+        KeyError("x"),
+        MemoryError(),
+        KeyboardInterrupt(),
+        cli._Terminated(143),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_was_written_is_said_whatever_comes_after(error, monkeypatch, capsys, tmp_path):
+    def write_and_fail(*_, **__):
+        with OutputSet() as outputs:
+            outputs.stage(tmp_path / "m.onnx").write_text("new")
+            outputs.commit()
+        raise error
+
+    monkeypatch.setattr(root, "main", write_and_fail)
+    assert _run(["merge"], False) != 0
+    assert f"complete and in place: {tmp_path / 'm.onnx'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["merge", "merge-onnx", "swap-onnx", "bank-onnx", "convert-adapter"])
+def test_a_full_disk_behind_stdout(verb, tmp_path):
+    """The result can't be printed: it is there all the same, and that is said."""
+    (tmp_path / "out").mkdir()
+    arguments = output_cases.CASES[verb].arguments(tmp_path, tmp_path / "out")
+    command = [sys.executable, "-c", "from lora_export.cli import main; main()", *map(str, arguments)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "before that: complete and in place: " in done.stderr

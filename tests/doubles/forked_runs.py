@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -69,10 +70,10 @@ def _killed_at(top: Path, verb: str, fault: str, number: int, old: Files, new: F
 
 
 def _come_by(place: Path) -> tuple[str, Files]:
-    """Run a verb that names a file of the folder, and can't do anything with it."""
+    """Run a verb that would write into the folder, and finds nothing to read."""
     tempfile.tempdir = str(place / "tmp")
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        cli._run(["inspect", str(place / "out" / "nothing")], False)
+        cli._run(["inspect", str(place / "nothing"), "--plot", str(place / "out" / "nothing.html")], False)
     return said.getvalue(), faults.snapshot(place / "out")
 
 
@@ -90,26 +91,36 @@ def _states(case: output_cases.Case, files: Files, old: Files, new: Files) -> li
 
 
 def races(top: Path) -> None:
-    """Let two processes write one output, both with --force or both without."""
-    graph, first = output_cases.inputs(top)
-    second = top / "other"
-    small_adapter(second, 0.5)
-    wanted = {}
-    for name, adapter in (("first", first), ("second", second)):
-        _merge(graph, adapter, top / name)
-        wanted[name] = faults.snapshot(top / name)
-    for number in range(RACES):
-        _print(_one_race(graph, (first, second), top / "races" / str(number), wanted, force=bool(number % 2)))
+    """Let two processes write one output, both with --force or both without; from all that they read two."""
+    words = {}
+    for name, value in (("first", 0.01), ("second", 0.5)):
+        place = top / name
+        place.mkdir()
+        graph, adapter = output_cases.inputs(place)
+        if name == "second":
+            shutil.rmtree(adapter)
+            small_adapter(adapter, value)
+        for verb in ("merge-onnx", "swap-onnx"):
+            words[verb, name] = [str(word) for word in output_cases.CASES[verb].arguments(place, top)[:-1]]
+        # Each base has a tokenizer of its own, as models of one name have.
+        graph.with_name("tokenizer.json").write_text(json.dumps({"of": name}))
+    for verb in ("merge-onnx", "swap-onnx"):
+        wanted = {}
+        for name in ("first", "second"):
+            _write(words[verb, name], top / verb / name)
+            wanted[name] = faults.snapshot(top / verb / name)
+        both = (words[verb, "first"], words[verb, "second"])
+        for number in range(RACES):
+            found = _one_race(both, top / verb / "races" / str(number), wanted, force=bool(number % 2))
+            _print({"verb": verb, **found})
 
 
 def _one_race(
-    graph: Path, adapters: tuple[Path, Path], out: Path, wanted: dict[str, Files], force: bool
+    both: tuple[list[str], list[str]], out: Path, wanted: dict[str, Files], force: bool
 ) -> dict[str, Any]:
     out.mkdir(parents=True)
     ready, go = os.pipe()
-    children = [
-        _fork(partial(_race, graph, adapter, out, ["--force"] * force, ready, go)) for adapter in adapters
-    ]
+    children = [_fork(partial(_race, words, out, ["--force"] * force, ready, go)) for words in both]
     os.close(go)
     os.close(ready)
     codes = list(map(_ended, children))
@@ -119,8 +130,8 @@ def _one_race(
     return {"force": force, "codes": codes, "whose": whose, "names": list(found), "said": said}
 
 
-def _race(graph: Path, adapter: Path, out: Path, force: list[str], ready: int, go: int) -> int:
-    """Merge; both processes ask for the lock at the same moment, as near as it goes."""
+def _race(words: list[str], out: Path, force: list[str], ready: int, go: int) -> int:
+    """Run a verb; both processes ask for the lock at the same moment, as near as it goes."""
 
     @contextlib.contextmanager
     def at_once(folders: Any) -> Any:
@@ -131,15 +142,14 @@ def _race(graph: Path, adapter: Path, out: Path, force: list[str], ready: int, g
 
     lora_export.storage.outputs.locked = at_once
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        code = _merge(graph, adapter, out, *force)
+        code = _write(words, out, *force)
     if code:
         (out / "said").write_text(said.getvalue())
     return code
 
 
-def _merge(graph: Path, adapter: Path, out: Path, *more: str) -> int:
-    arguments = ["merge-onnx", "--base", graph, "--adapter", adapter, "-o", out / "m.onnx", "--quiet", *more]
-    return cli._run([str(argument) for argument in arguments], False)
+def _write(words: list[str], out: Path, *more: str) -> int:
+    return cli._run([*words, str(out / "m.onnx"), "--quiet", *more], False)
 
 
 def _fork(act: Callable[[], int]) -> int:

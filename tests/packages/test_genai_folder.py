@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from lora_export.errors import OutputError, PackageError
-from lora_export.packages.onnxruntime_genai import CONFIG, companions_of
+from lora_export.packages.onnxruntime_genai import CONFIG, Companions, companions_of
+from lora_export.storage.beside import stage_beside
+from lora_export.storage.outputs import OutputSet
 
 CONFIG_DATA = {"model": {"decoder": {"filename": "model.onnx", "head_size": 16}, "type": "llama"}}
 TOKENIZER = ["chat_template.jinja", "merges.txt", "tokenizer.json", "tokenizer.model"]
@@ -31,10 +33,17 @@ def write_config(folder: Path, data: Any) -> None:
     (folder / CONFIG).write_text(json.dumps(data, indent=4))
 
 
+def write(companions: Companions) -> None:
+    """Write them as a mode does, as a part of its set."""
+    files = {companions.output.parent / name: content for name, content in companions.files.items()}
+    with OutputSet(companions.force) as outputs:
+        outputs.commit(stage_beside(outputs, files, companions.force))
+
+
 def test_tokenizer_and_config_go_and_nothing_else(base: Path, tmp_path: Path) -> None:
     companions = companions_of(base, tmp_path / "out" / "model.onnx")
     companions.check()
-    companions.write()
+    write(companions)
     assert not companions.notes
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*TOKENIZER, CONFIG}
     for name in (*TOKENIZER, CONFIG):
@@ -44,17 +53,17 @@ def test_tokenizer_and_config_go_and_nothing_else(base: Path, tmp_path: Path) ->
 
 
 def test_the_config_names_the_new_graph(base: Path, tmp_path: Path) -> None:
-    companions_of(base, tmp_path / "out" / "lora.onnx").write()
+    write(companions_of(base, tmp_path / "out" / "lora.onnx"))
     got = json.loads((tmp_path / "out" / CONFIG).read_text())
     assert got == {"model": {"decoder": {"filename": "lora.onnx", "head_size": 16}, "type": "llama"}}
 
 
 def test_a_second_graph_beside_the_first_finds_its_files(base: Path, tmp_path: Path) -> None:
-    companions_of(base, tmp_path / "out" / "model.onnx").write()
+    write(companions_of(base, tmp_path / "out" / "model.onnx"))
     again = companions_of(base, tmp_path / "out" / "model.onnx")
     again.check()
     before = (tmp_path / "out" / "tokenizer.json").stat().st_ino
-    again.write()
+    write(again)
     assert (tmp_path / "out" / "tokenizer.json").stat().st_ino == before
 
 
@@ -66,9 +75,9 @@ def test_every_other_file_of_that_name_is_named(base: Path, tmp_path: Path) -> N
         companions_of(base, tmp_path / "out" / "model.onnx").check()
     assert set(caught.value.problems) == {str(tmp_path / "out" / name) for name in ("tokenizer.json", CONFIG)}
     with pytest.raises(OutputError):
-        companions_of(base, tmp_path / "out" / "model.onnx").write()
+        write(companions_of(base, tmp_path / "out" / "model.onnx"))
     assert (tmp_path / "out" / CONFIG).read_text() == "another model's"
-    companions_of(base, tmp_path / "out" / "model.onnx", force=True).write()
+    write(companions_of(base, tmp_path / "out" / "model.onnx", force=True))
     assert json.loads((tmp_path / "out" / CONFIG).read_text()) == CONFIG_DATA
 
 
@@ -95,7 +104,7 @@ def test_a_base_that_no_config_runs_needs_nothing(base: Path, tmp_path: Path, co
     companions = companions_of(base, tmp_path / "out" / "model.onnx")
     assert not companions.files
     assert not companions.notes
-    companions.write()
+    write(companions)
     assert not (tmp_path / "out").exists()
 
 
@@ -104,3 +113,25 @@ def test_a_damaged_config_is_refused(base: Path, tmp_path: Path, content: bytes)
     (base.parent / CONFIG).write_bytes(content)
     with pytest.raises(PackageError, match=f"{CONFIG} can.t be read as JSON"):
         companions_of(base, tmp_path / "out" / "model.onnx")
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("content", ["mine", "theirs"])
+def test_another_writer_between_staging_and_commit(content, force, is_there, tmp_path):
+    """What both write is either equal, or all of it is of the one that came last, or one of them fails."""
+    file, graph = tmp_path / "tokenizer.json", tmp_path / "model.onnx"
+    if is_there:
+        file.write_text("mine")
+    with OutputSet(force) as outputs:
+        check = stage_beside(outputs, {file: b"mine"}, force)
+        outputs.stage(graph).write_text("graph")
+        file.write_text(content)
+        if content == "mine" or (force and not is_there):
+            outputs.commit(check)
+            assert file.read_text() == "mine"
+        else:
+            with pytest.raises(OutputError, match="another process has written other files"):
+                outputs.commit(check)
+            assert file.read_text() == "theirs"
+            assert not graph.exists()

@@ -191,6 +191,8 @@ def test_another_process_puts_in_order_what_this_one_could_not(tmp_path, monkeyp
         "from lora_export.cli import main; main()",
         "inspect",
         tmp_path / "m.onnx",
+        "--plot",
+        tmp_path / "p.html",
     ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert "note: put back m" in done.stderr
@@ -282,7 +284,7 @@ def test_a_signal_from_outside(number, call, at, renaming, tmp_path, capsys):
         said = process.stderr.read()
     if number == signal.SIGKILL:
         assert process.returncode == -number
-        cli._run(["inspect", str(out / "nothing")], False)
+        cli._run(["inspect", str(out / "nothing"), "--plot", str(out / "nothing.html")], False)
         told = capsys.readouterr().err
         if not renaming:
             assert "note: removed " in told

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
+from importlib import import_module
 
 import numpy as np
 import onnx
 import pytest
 from half_graphs import small_adapter
 from onnx import helper, numpy_helper
+from output_cases import CASES
 from small_graphs import adapter as adapter_of
 
 import lora_export
-from lora_export import InputChangedError, LoraModule
+from lora_export import InputChangedError, LoraModule, cli
 from lora_export.formats.reading import tensors
 from lora_export.formats.reading.tensors import write_safetensors
+from lora_export.packages import onnxruntime_genai
 from lora_export.storage.commit.leftovers import scratch_folder
 from lora_export.storage.inputs import FileState, note_inputs, refuse_changed_inputs, same_inputs
 from lora_export.storage.outputs import OutputSet
@@ -251,3 +256,135 @@ def test_what_was_read_in_a_scratch_folder_of_ours_is_no_input():
             (folder / "probes.onnx").write_bytes(b"x")
             note_inputs([folder / "probes.onnx"])
         refuse_changed_inputs()
+
+
+def shards(folder, value, alpha=4):
+    """Write an adapter of two shards with their index and config: B of the second, A of the first."""
+    folder.mkdir()
+    names = {f"base_model.model.fc.lora_{half}.weight": half for half in "AB"}
+    files = {name: f"adapter_model-0000{n}-of-00002.safetensors" for n, name in enumerate(names, 1)}
+    for name, half in names.items():
+        values = np.full((4, 64) if half == "A" else (64, 4), value, np.float32)
+        write_safetensors(folder / files[name], {name: values}, {})
+    index = {"metadata": {"of": value}, "weight_map": files}
+    (folder / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": alpha, "target_modules": ["fc"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def peft(folder, value, alpha=4):
+    """Write weights and config, as save_pretrained does."""
+    shards(folder, value, alpha)
+    a, b = (tensors.read_safetensors(path)[0] for path in sorted(folder.glob("*.safetensors")))
+    for path in [*folder.glob("*-of-*"), folder / "adapter_model.safetensors.index.json"]:
+        path.unlink()
+    values = {name: np.array(value) for name, value in {**a, **b}.items()}
+    write_safetensors(folder / "adapter_model.safetensors", values, {})
+    return folder
+
+
+HOOKED = """
+import os, sys
+live, new, backwards, at, *rest = sys.argv[1:]
+names = sorted(os.listdir(new), reverse=backwards == "True")
+seen = 0
+def hook(event, given):
+    global seen
+    if event in ("open", "os.listdir", "os.scandir") and str(given[0]).startswith(live):
+        if int(at) <= seen and names:
+            os.replace(os.path.join(new, name := names.pop(0)), os.path.join(live, name))
+        seen += 1
+sys.addaudithook(hook)
+import lora_export
+found = lora_export.load_adapter(live)
+(module,) = found.modules.values()
+print(float(module.lora_a.flat[0]), float(module.lora_b.flat[0]), module.alpha)
+seen = -1 if seen <= int(at) else seen
+print(seen)
+"""
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("make", [shards, peft])
+def test_an_adapter_replaced_file_by_file_while_it_is_loaded(make, backwards, tmp_path):
+    """At every file that is opened, and one more at each that follows: it is one of both, or refused."""
+    at, seen = 0, set()
+    while True:
+        place = tmp_path / str(at)
+        place.mkdir()
+        live, new = make(place / "live", 0.25, 4), make(place / "new", 0.5, 400)
+        given = [str(live), str(new), str(backwards), str(at)]
+        done = subprocess.run(
+            [sys.executable, "-c", HOOKED, *given], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            assert "InputChangedError" in done.stderr, f"{at}: {done.stderr}"
+            seen.add("refused")
+        else:
+            values, number = done.stdout.splitlines()
+            assert values in ("0.25 0.25 4.0", "0.5 0.5 400.0"), at
+            seen.add(values)
+            if number == "-1":
+                break
+        at += 1
+    assert {"0.25 0.25 4.0", "0.5 0.5 400.0"} <= seen
+    assert at >= 4
+
+
+@pytest.mark.parametrize("verb", ["merge", "merge-onnx", "swap-onnx", "bank-onnx", "convert-adapter"])
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_replaced_after_a_command_has_loaded_it(name, verb, tmp_path, monkeypatch, capsys):
+    """Half of what a download brings came before the command read it, the other half while it went on."""
+    (tmp_path / "out").mkdir()
+    arguments = [str(word) for word in CASES[verb].arguments(tmp_path, tmp_path / "out")]
+    module = import_module(f"lora_export.commands.{verb.replace('-', '_')}")
+    own = module.load_adapters
+
+    def load_adapters(*given):
+        loaded = own(*given)
+        file = tmp_path / "adapter" / name
+        (tmp_path / "next").write_bytes(file.read_bytes())
+        (tmp_path / "next").replace(file)
+        return loaded
+
+    monkeypatch.setattr(module, "load_adapters", load_adapters)
+    assert cli._run(arguments, False) == 1
+    assert f"{tmp_path / 'adapter' / name}: replaced by another file" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+    monkeypatch.undo()
+    assert cli._run(arguments, False) == 0
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "genai_config.json"])
+def test_what_lies_beside_the_base_replaced_after_it_was_read(name, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").mkdir()
+    arguments = [str(word) for word in CASES["swap-onnx"].arguments(tmp_path, tmp_path / "out")]
+    own = onnxruntime_genai.companions_of
+
+    def companions_of(*given):
+        found = own(*given)
+        file = tmp_path / "g" / name
+        (tmp_path / "next").write_bytes(file.read_bytes())
+        (tmp_path / "next").replace(file)
+        return found
+
+    monkeypatch.setattr(onnxruntime_genai, "companions_of", companions_of)
+    assert cli._run(arguments, False) == 1
+    assert f"{tmp_path / 'g' / name}: replaced by another file" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_what_a_command_replaces_itself_is_no_change(tmp_path):
+    """Also where it was noted for the command, and not for the result."""
+    file = tmp_path / "f"
+    file.write_text("old")
+    with same_inputs(command=True):
+        note_inputs([file])
+        with same_inputs(), OutputSet(force=True) as outputs:
+            outputs.stage(file).write_text("new")
+            outputs.commit()
+        with same_inputs():
+            refuse_changed_inputs()
+            file.write_text("another size")
+            refuse_changed_inputs()

@@ -118,7 +118,7 @@ def demonstrate(folder, out):
 CASES = {
     "merge": Case(merge),
     "merge-onnx": Case(merge_onnx),
-    "swap-onnx": Case(swap_onnx, (("m.",), ("genai_config.json", "tokenizer.json"))),
+    "swap-onnx": Case(swap_onnx),
     "bank-onnx": Case(bank_onnx),
     "convert-adapter": Case(convert_adapter),
     "convert-adapter to a folder": Case(convert_to_a_folder),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lora_export.adapter import Adapter, Array
-from lora_export.errors import AdapterError
+from lora_export.errors import AdapterError, InputChangedError
 from lora_export.formats.reading.adapter_name import strip_adapter_name
 from lora_export.formats.reading.ort_file import SUFFIX as ORT_SUFFIX
 from lora_export.formats.reading.ort_file import read_ort_file
@@ -27,7 +28,7 @@ from lora_export.formats.reading.weights_files import (
 )
 from lora_export.formats.reading.wrappers import MOST_WORDS, is_too_deep, unwrap
 from lora_export.storage.hashes import sha256_of
-from lora_export.storage.inputs import FileState, note_inputs, refuse_changed
+from lora_export.storage.inputs import FileState, note_states, refuse_changed, same_inputs
 from lora_export.untrusted.documents import read_json
 from lora_export.untrusted.texts import is_utf8
 
@@ -46,6 +47,7 @@ FORMAT_OPTION = "--format (convert-adapter: --from-format)"
 _MAX_LISTED = 40
 # Characters of a name that is too long.
 _SHOWN = 80
+_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -177,12 +179,41 @@ def open_source(path: Path, name: str | None = None) -> Source:
 
     Raises:
         AdapterError: There is nothing, no weights file or more than one, or one of the files is damaged.
+        InputChangedError: A file of the adapter changed while it was read, each time that it was tried.
     """
+    # A download or a copy renames one file after the other: it is done with all of them soon.
+    for _ in range(_TRIES - 1):
+        with contextlib.suppress(InputChangedError):
+            return _open_once(path, name)
+    return _open_once(path, name)
+
+
+def _open_once(path: Path, name: str | None) -> Source:
+    """Open all files of an adapter in one state of them."""
+    # Looked for twice: all that is read has its state taken before the first of it is.
+    states = tuple(map(FileState.of, find_weights(path).places))
+    try:
+        with same_inputs():  # what is noted in a try that fails is none
+            source = _open_files(path, name, states)
+    except AdapterError:  # of files that do not belong together, perhaps
+        refuse_changed(states)
+        raise
+    refuse_changed(states)
+    note_states(states)
+    return source
+
+
+def _open_files(path: Path, name: str | None, states: Sequence[FileState]) -> Source:
     found = find_weights(path)
+    if (now := {place.absolute() for place in found.places}) != (then := {state.path for state in states}):
+        raise InputChangedError(
+            f"the files of the adapter at {path} have changed while being read",
+            "run it again when nobody writes them",
+            sorted(map(str, now ^ then)),
+        )
     opened = [_open_file(path, file) for file in found.files]
     first = opened[0]
     file = first.file
-    note_inputs([found.config] if found.config is not None else [])
     config = read_config(found.config) if found.config is not None else None
     notes = [*(note for one in opened for note in one.notes), *found.notes]
     if config is not None and is_mlx_name(file.name) and "peft_type" in config:
@@ -209,7 +240,6 @@ def open_source(path: Path, name: str | None = None) -> Source:
 def _open_file(path: Path, file: Path) -> Source:
     """Read one weights file; its contents and its hash are from the same state of the file."""
     before = FileState.of(file)
-    note_inputs([file])
     metadata: dict[str, str] = {}
     settings: dict[str, Any] = {}
     mentions: tuple[tuple[str, float], ...] = ()

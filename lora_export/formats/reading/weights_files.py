@@ -52,6 +52,16 @@ class WeightsFiles:
     config: Path | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """Every place whose file, or lack of one, decides what the adapter is."""
+        first = self.files[0]
+        has_config = is_peft_name(first.name) or is_mlx_name(first.name)
+        shard = _SHARD.match(first.name)
+        beside = [CONFIG_NAME] if has_config else []
+        beside += [_index_name(shard["stem"], first.suffix)] if shard else []
+        return (*self.files, *(first.with_name(name) for name in beside))
+
 
 def find_weights(path: Path) -> WeightsFiles:
     """Return the files of the adapter at ``path``, a folder or a file.
@@ -150,7 +160,7 @@ def _all_shards(folder: Path, names: Sequence[str]) -> WeightsFiles:
         )
     ((stem, count, suffix),) = kinds
     wanted = [f"{stem}-{number:05d}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
-    index = _read_index(folder / f"{stem}{suffix}.index.json")
+    index = _read_index(folder / _index_name(stem, suffix))
     wanted += sorted(set((index or {}).values()) - set(wanted))
     if missing := [name for name in wanted if name not in names]:
         raise AdapterError(
@@ -161,6 +171,10 @@ def _all_shards(folder: Path, names: Sequence[str]) -> WeightsFiles:
             f"{folder} has shards outside of 1–{int(count)}", "move them out of the folder", extra
         )
     return WeightsFiles(tuple(folder / name for name in wanted), index, _config_of(folder / wanted[0]))
+
+
+def _index_name(stem: str, suffix: str) -> str:
+    return f"{stem}{suffix}.index.json"
 
 
 def _read_index(path: Path) -> dict[str, str] | None:

@@ -20,6 +20,7 @@ from lora_export.graph.onnx_file import GraphFile, save_graph
 from lora_export.machines.packages import package_versions
 from lora_export.modes.branches.inputs import ir_type
 from lora_export.plan import Plan
+from lora_export.storage.beside import stage_beside
 from lora_export.storage.hashes import hash_content, hash_written
 from lora_export.storage.manifest import Manifest, adapter_entry
 from lora_export.storage.outputs import OutputSet, output_errors
@@ -84,7 +85,7 @@ def write_exposed(
         report: Plan, record and paths.
         adapters: Those that it was made from.
         options: The mode's.
-        beside: Name → content of files that the caller writes beside the graph: the manifest lists them.
+        beside: Name → content of files that belong beside the graph: they are a part of the set.
 
     Raises:
         OutputError: A file exists or can't be written.
@@ -96,6 +97,9 @@ def write_exposed(
         return report
     base.graph.model.metadata_props[KEY] = report.exposed.to_json()
     with output_errors(out), OutputSet(options.force, base.reads) as outputs:
+        # First, as the graph is the one that comes last.
+        others = {out.parent / name: content for name, content in (beside or {}).items()}
+        check = stage_beside(outputs, others, options.force)
         staged = {name: outputs.stage(path) for name, path in paths.items()}
         name = paths["data"].name
         write_data(
@@ -124,7 +128,7 @@ def write_exposed(
             files=own,
         )
         manifest.save(staged["manifest"])
-        outputs.commit()
+        outputs.commit(check)
     return report
 
 

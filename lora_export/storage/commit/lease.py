@@ -8,6 +8,12 @@ are not touched.
 
 The lease of the folder that was written into first is the set's; leases in other folders point to it. It
 records the set's entries, and its renaming is the one step that decides for all folders (`steps.Mark`).
+
+A lease is a file like any other: it may have come with a stranger's folder. So its content is held to rules:
+
+1. It is this user's, and has the fields of a lease.
+2. Its entries lie in its own folder, or in one that it says it covers.
+3. A folder counts as covered only if a lease of the same set lies there that says so too (`leftovers`).
 """
 
 from __future__ import annotations
@@ -31,7 +37,8 @@ from lora_export.storage.commit.lock import PAUSE_S, Grip, take
 from lora_export.storage.commit.signals import Uninterrupted
 from lora_export.storage.commit.steps import MARK, RETIRED, Mark, Staged, discard
 from lora_export.storage.commit.told import tell
-from lora_export.untrusted.documents import parse_json
+from lora_export.untrusted.documents import MAX_BYTES, parse_json
+from lora_export.untrusted.fields import from_plain
 
 # Groups of an identity within a name.
 IDENTITY = r"(?P<identity>(?P<kernel>[0-9a-f]{6})-[0-9]{1,10}-[0-9a-f]{12})"
@@ -103,6 +110,24 @@ class Record:
     entries: list[Entry] | None = None
 
 
+@dataclass(frozen=True)
+class _SaidEntry:
+    """An `Entry` as a line has it."""
+
+    target: str
+    new: tuple[int, int, int]
+    replaces: bool
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line of a lease."""
+
+    first: str | None = None
+    folder: str | None = None
+    entries: tuple[_SaidEntry, ...] | None = None
+
+
 def fingerprint(path: Path) -> tuple[int, ...]:
     """Return kind, size and time of last change, which a renaming does not alter."""
     found = path.lstat()
@@ -156,7 +181,8 @@ class Lease:
                 return Owner.UNKNOWN
             if grip is None:
                 return Owner.RUNS
-            if not grip.locked:
+            # Rule 1: another user may put a file of this name into a folder that all write into.
+            if not grip.locked or os.fstat(grip.handle).st_uid != os.geteuid():
                 grip.let_go()
                 return Owner.UNKNOWN
             self._grip = grip
@@ -219,28 +245,43 @@ class Lease:
         self._append({"entries": entries})
 
     def read(self) -> Record:
-        """Return the content; a line that a killed process has not completed is ignored."""
+        """Return the content; a line that a killed process has not completed is ignored.
+
+        Raises:
+            ValueError: The content is not that of a lease of ours.
+        """
         assert self._grip is not None
-        record = Record()
+        record, covered = Record(), {os.curdir}
         size = os.fstat(self._grip.handle).st_size
+        if size > MAX_BYTES:
+            raise ValueError(f"{self.path} holds {size} bytes")
         for line in os.pread(self._grip.handle, size, 0).splitlines(keepends=True):
             if not line.endswith(b"\n"):
                 break
-            data: dict[str, Any] = parse_json(line)
-            if "first" in data:
-                record.first = self.folder / data["first"]
-            if "folder" in data:
-                record.folders.append(self.folder / data["folder"])
-            if "entries" in data:
-                record.entries = [
-                    Entry(
-                        staged_as(self.folder / entry["target"], self.identity),
-                        tuple(entry["new"]),
-                        entry["replaces"],
-                    )
-                    for entry in data["entries"]
-                ]
+            said = from_plain(_Line, parse_json(line, surrogates=True))
+            if said.first is not None:
+                record.first = self._named(said.first)
+            if said.folder is not None:
+                record.folders.append(self._named(said.folder))
+                covered.add(said.folder)
+            if said.entries is not None:
+                record.entries = [self._entry(entry, covered) for entry in said.entries]
         return record
+
+    def _named(self, place: str) -> Path:
+        if not place or "\0" in place or Path(place).is_absolute():
+            raise ValueError(f"{self.path} names {place!r}, which is no place from its folder")
+        return self.folder / place
+
+    def _entry(self, said: _SaidEntry, covered: set[str]) -> Entry:
+        """Keep rule 2."""
+        place, name = os.path.split(said.target)
+        target = self._named(said.target)
+        # One folder has two paths where it is mounted twice.
+        is_covered = place in covered or is_same(target.parent, self.folder)
+        if name in ("", os.curdir, os.pardir) or not is_covered:
+            raise ValueError(f"{self.path} speaks of {said.target!r}, and does not cover its folder")
+        return Entry(staged_as(target, self.identity), said.new, said.replaces)
 
     def _append(self, data: dict[str, Any]) -> None:
         assert self._grip is not None
@@ -253,6 +294,13 @@ class Lease:
     def _relative(self, folder: Path) -> str:
         # Relative, because volumes have other paths in another container.
         return os.path.relpath(folder.resolve(), self.folder.resolve())
+
+
+def is_same(folder: Path, other: Path) -> bool:
+    """Return whether both are there and are one folder."""
+    with contextlib.suppress(OSError):
+        return folder.samefile(other)
+    return False
 
 
 def staged_as(target: Path, identity: str) -> Staged:

@@ -3,6 +3,9 @@
 Files that a killed process was writing are removed. If it was killed while a set got its names, the set is
 finished or the old files are put back (`settling`). Files of a process that may still run (`lease`) are not
 touched, and if that is unknown, a note says so.
+
+All this happens in folders that are written into. One that is only read may be a stranger's, and so may the
+leases in it: nothing there is touched, a note is printed (`mention`).
 """
 
 from __future__ import annotations
@@ -13,15 +16,25 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from lora_export.errors import OutputError
-from lora_export.storage.commit.lease import IDENTITY, LEASE, Lease, Owner, Record, is_here, new_identity
+from lora_export.storage.commit.lease import (
+    IDENTITY,
+    LEASE,
+    Lease,
+    Owner,
+    Record,
+    is_here,
+    is_same,
+    new_identity,
+)
 from lora_export.storage.commit.lock import NAME, BusyError, locked
-from lora_export.storage.commit.settling import names, settle
+from lora_export.storage.commit.settling import is_settled, names, settle
 from lora_export.storage.commit.signals import Uninterrupted
 from lora_export.storage.commit.steps import MARK, RETIRED, discard
-from lora_export.storage.commit.told import tell
+from lora_export.storage.commit.told import has_begun, has_ended, tell
 from lora_export.storage.inputs import forget_inputs
 
 _STAGED = re.compile(rf".+\.tmp-{IDENTITY}(?:{re.escape(RETIRED)})?", re.DOTALL)
@@ -44,15 +57,25 @@ def scratch_folder(place: Path | None = None) -> Iterator[Path]:
     lease = Lease(above, new_identity())
     # Named before it is made, so that it is removed whenever an interrupt comes.
     folder = above / f"{hidden}lora-export-{lease.identity}"
+    close = partial(_put_away, lease, folder)
+    has_begun(close)
     try:
-        lease.hold()
-        folder.mkdir(mode=0o700)
-        yield folder
+        try:
+            lease.hold()
+            folder.mkdir(mode=0o700)
+            yield folder
+        finally:
+            close()
     finally:
-        # Files that were read there are this run's own, and are removed with the folder.
-        forget_inputs([folder])
-        with Uninterrupted() as calm:
-            lease.release(calm, remove=discard(folder, calm))
+        close()  # an interrupt may have broken into the first lines of the same call
+        has_ended(close)
+
+
+def _put_away(lease: Lease, folder: Path) -> None:
+    # Files that were read there are this run's own, and are removed with the folder.
+    forget_inputs([folder])
+    with Uninterrupted() as calm:
+        lease.release(calm, remove=discard(folder, calm))
 
 
 @dataclass
@@ -111,13 +134,44 @@ def tidy(folder: Path, held: Sequence[Path] = ()) -> bool:
             f"removed {_size_text(outcome.size_bytes)} that ended runs had left in {folder}: "
             f"{names(outcome.removed)}"
         )
-    if outcome.unknown:
-        tell(
-            f"not touched in {folder}: {names(outcome.unknown)}; it is unknown whether the run that wrote "
-            "this has ended (another machine's or an earlier version's, or this machine was restarted): "
-            f"remove it if no lora-export runs there{_kept(outcome.unknown)}"
-        )
+    _tell_unknown(folder, outcome.unknown)
     return outcome.has_changed
+
+
+def mention(folder: Path) -> None:
+    """Tell of what ended processes have left in a folder that is only read; nothing there is touched."""
+    found = _found(folder)
+    ended, unknown = [], list(found.elsewhere)
+    for identity, paths in found.here.items():
+        lease = Lease(folder, identity)
+        try:
+            owner = lease.owner()
+        finally:
+            lease.let_go()
+        left = [path for path in paths if not _is_lease(path)]
+        if owner is Owner.ENDED:
+            ended += left
+        elif owner is Owner.UNKNOWN:
+            unknown += left
+    if ended:
+        tell(
+            f"an ended run has left {names(ended)} in {folder}: what it was writing is finished, put back or "
+            "removed by the next command that writes there, or by `lora-export doctor` in that folder"
+        )
+    _tell_unknown(folder, unknown)
+
+
+def _tell_unknown(folder: Path, unknown: Sequence[Path]) -> None:
+    if unknown:
+        tell(
+            f"not touched in {folder}: {names(unknown)}; it is unknown whether the run that wrote "
+            "this has ended (another machine's or an earlier version's, or this machine was restarted): "
+            f"remove it if no lora-export runs there{_kept(unknown)}"
+        )
+
+
+class _OthersError(Exception):
+    """Another process settles the set."""
 
 
 @dataclass(frozen=True)
@@ -133,36 +187,35 @@ class _Settling:
     def run(self) -> None:
         """Settle the set by the one lease that decides for all its folders."""
         own = Lease(self.folder, self.identity)
-        try:
-            record = self._read(own)
+        with contextlib.ExitStack() as stack, contextlib.suppress(_OthersError):
+            record = self._read(own, stack)
             if record is None:
-                return
-            if record.first is None:
-                self._settle([own], record)
-                return
-            if not Lease(record.first, self.identity).exists:
+                self._say_unknown()
+            elif record.first is None:
+                self._settle([own], record, stack)
+            elif not (first := Lease(record.first, self.identity)).exists:
                 self._leave(own)
-                return
-            with locked([record.first], _PATIENCE_S, self.held):
-                first = Lease(record.first, self.identity)
-                try:
-                    if (decided := self._read(first)) is not None:
-                        self._settle([own, first], decided)
-                finally:
-                    first.let_go()
-        finally:
-            own.let_go()
+            elif (decided := self._read(first, stack)) is None or not _covers(decided, self.folder):
+                self._say_unknown()
+            else:
+                self._settle([own, first], decided, stack)
 
-    def _read(self, lease: Lease) -> Record | None:
-        """Return the content of a lease if its holder has ended; this process holds the lease then."""
+    def _read(self, lease: Lease, stack: contextlib.ExitStack) -> Record | None:
+        """Return the content of a lease if its holder has ended; it is held until ``stack`` ends.
+
+        Raises:
+            _OthersError: Its holder runs.
+        """
         owner = lease.owner()
-        with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
-            if owner is Owner.RUNS:
-                return None
-            if owner is Owner.ENDED:
-                return lease.read()
-        self.outcome.unknown += self._names(self.folder)
+        stack.callback(lease.let_go)
+        if owner is Owner.RUNS:
+            raise _OthersError
+        with contextlib.suppress(ValueError, OSError):
+            return lease.read() if owner is Owner.ENDED else None
         return None
+
+    def _say_unknown(self) -> None:
+        self.outcome.unknown += self._names(self.folder)
 
     def _leave(self, own: Lease) -> None:
         """Report a set whose own lease is missing as unknown: its folder may not be mounted here."""
@@ -171,11 +224,19 @@ class _Settling:
         else:
             own.remove(self.calm)
 
-    def _settle(self, leases: list[Lease], record: Record) -> None:
-        folders = [folder for folder in (leases[-1].folder, *record.folders) if folder.is_dir()]
-        with locked(folders, _PATIENCE_S, (*self.held, leases[-1].folder)):
-            is_marked = os.path.lexists(leases[-1].mark.destination)
-            if record.entries and not settle(record.entries, is_marked, self.calm):
+    def _settle(self, leases: list[Lease], record: Record, stack: contextlib.ExitStack) -> None:
+        first = leases[-1]
+        others = [lease for folder in record.folders if (lease := self._other(folder, leases, stack))]
+        folders = [first.folder, *(lease.folder for lease in others)]
+        with locked(folders, _PATIENCE_S, self.held):
+            is_marked = os.path.lexists(first.mark.destination)
+            entries = [entry for entry in record.entries or () if _lies_in(entry.staged.target, folders)]
+            # Rule 3 of `lease`: where no lease agrees, nothing is touched.
+            rest = [entry for entry in record.entries or () if entry not in entries]
+            if not all(is_settled(entry, is_marked) for entry in rest):
+                self._say_unknown()
+                return
+            if entries and not settle(entries, is_marked, self.calm):
                 return
             left = [path for folder in folders for path in self._names(folder)]
             if any(path.name.endswith(RETIRED) for path in left):  # no lease lists them
@@ -184,9 +245,20 @@ class _Settling:
             self.outcome.has_changed = True
             are_gone = [self._give_up(path) for path in left]
             if all(are_gone):
-                others = [Lease(folder, self.identity) for folder in folders]
-                for lease in (*reversed(others), leases[-1]):
+                for lease in (*reversed(others), first):
                     lease.remove(self.calm)
+
+    def _other(self, folder: Path, leases: list[Lease], stack: contextlib.ExitStack) -> Lease | None:
+        """Return the lease of a further folder of the set, held, if there is one that points to the set's."""
+        for lease in leases[:-1]:
+            if is_same(lease.folder, folder):
+                return lease
+        lease = Lease(folder, self.identity)
+        if not lease.exists:
+            return None
+        record = self._read(lease, stack)
+        points = record is not None and record.first is not None and is_same(record.first, leases[-1].folder)
+        return lease if points else None
 
     def _names(self, folder: Path) -> list[Path]:
         return [path for path in _found(folder).here.get(self.identity, ()) if not _is_lease(path)]
@@ -199,6 +271,15 @@ class _Settling:
             self.outcome.size_bytes += size
             self.outcome.removed.append(path)
         return is_gone
+
+
+def _covers(record: Record, folder: Path) -> bool:
+    """Return whether a lease is a set's own, and says that it lies in a folder too."""
+    return record.first is None and any(is_same(one, folder) for one in record.folders)
+
+
+def _lies_in(path: Path, folders: Sequence[Path]) -> bool:
+    return any(is_same(path.parent, folder) for folder in folders)
 
 
 def _found(folder: Path) -> _Sets:

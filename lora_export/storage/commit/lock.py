@@ -13,11 +13,13 @@ import stat
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lora_export.errors import OutputError
 from lora_export.storage.commit.signals import Uninterrupted
 from lora_export.storage.commit.steps import discard
+from lora_export.storage.commit.told import has_begun, has_ended
 
 NAME = ".lora-export.lock"
 PAUSE_S = 0.01
@@ -95,7 +97,11 @@ def _taken(path: Path, held: contextlib.ExitStack) -> bool:
         except OSError:  # it can't be made: writing the files will show why
             return True
         if grip is not None:
-            held.callback(_release, path, grip)
+            close = partial(_release, path, [grip])
+            has_begun(close)
+            held.callback(has_ended, close)
+            for _ in range(2):  # an interrupt may break into the first lines of one of them
+                held.callback(close)
         return grip is not None
 
 
@@ -162,10 +168,9 @@ def _is_at(handle: int, path: Path) -> bool:
         return False
 
 
-def _release(path: Path, grip: Grip) -> None:
+def _release(path: Path, grips: list[Grip]) -> None:
     # Removed while it is held: a process that has it open sees that it has left its path.
-    try:
-        with Uninterrupted() as calm:
+    with Uninterrupted() as calm:
+        if grips:
             discard(path, calm)
-    finally:
-        grip.let_go()
+            grips.pop().let_go()

@@ -48,6 +48,14 @@ def settle(entries: Sequence[Entry], is_marked: bool, calm: Uninterrupted) -> bo
     return all(are_gone)
 
 
+def is_settled(entry: Entry, is_marked: bool) -> bool:
+    """Return whether nothing is to be done about an entry, whichever way its set goes."""
+    if any(map(os.path.lexists, (entry.staged.path, entry.staged.retired))):
+        return False
+    is_new = entry.is_new(entry.staged.target)
+    return is_new if is_marked else not is_new and _can_go_back(entry, is_marked)
+
+
 def _can_go_forward(entry: Entry) -> bool:
     if os.path.lexists(entry.staged.target):
         return entry.is_new(entry.staged.target)

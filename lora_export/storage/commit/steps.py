@@ -207,7 +207,8 @@ def _stuck(staged: Sequence[Staged], mark: Mark, first: BaseException, second: O
     return StuckError(
         f"cannot write {staged[-1].target}: {reason}; and renamed files could not be renamed back: "
         f"{reason_of(second)}",
-        "nothing is lost: the next lora-export command that writes into that folder puts it in order",
+        "nothing is lost: the next lora-export command that writes into that folder puts it in order, and so "
+        "does `lora-export doctor` in it",
         problems,
     )
 

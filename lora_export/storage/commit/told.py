@@ -1,4 +1,4 @@
-"""Pass a run its notes at once, and a list of the outputs that have their names."""
+"""Keep what a run has written: notes at once, outputs that have their names, and what is still open."""
 
 from __future__ import annotations
 
@@ -22,10 +22,16 @@ class Run:
     note: Callable[[str], None]
     _noted: set[str] = field(default_factory=set)
     _committed: list[Path] = field(default_factory=list)
+    _begun: dict[Callable[[], None], None] = field(default_factory=dict)
 
     def written(self) -> list[Path]:
         """Return the outputs that were given their names and still exist."""
         return [path for path in dict.fromkeys(self._committed) if os.path.lexists(path)]
+
+    def put_away(self) -> None:
+        """Close what is still open: an interrupt may come before the first line of what closes it."""
+        for close in reversed(list(self._begun)):
+            close()
 
 
 _run: Run | None = None
@@ -53,6 +59,18 @@ def tell(text: str) -> None:
     elif text not in _run._noted:
         _run._noted.add(text)
         _run.note(text)
+
+
+def has_begun(close: Callable[[], None]) -> None:
+    """Remember how to put away what is begun now; it may be called twice."""
+    if _run is not None:
+        _run._begun[close] = None
+
+
+def has_ended(close: Callable[[], None]) -> None:
+    """Forget what is put away."""
+    if _run is not None:
+        _run._begun.pop(close, None)
 
 
 def has_written(output: Path) -> None:

@@ -1,0 +1,142 @@
+"""Ctrl-C at every line of what puts things away, and once more while the first is dealt with."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from lora_export import cli
+from lora_export.storage.commit.leftovers import scratch_folder
+from lora_export.storage.outputs import OutputSet
+
+NAMES = ("m.onnx.data", "m.onnx")
+# What begins, commits and puts away; and what calls it at the end of a block.
+TRACED = (str(Path(cli.__file__).with_name("storage")), contextlib.__file__)
+
+
+class Tracer:
+    """Counts functions that begin and lines that are reached, and sends a signal at one of them."""
+
+    def __init__(self, at: int, number: int, counts: bool) -> None:
+        self.seen, self._at, self._number, self.counts = 0, at, number, counts
+
+    def __call__(self, frame, event, _):
+        # What is raised where Python closes a generator that nobody reads on is dropped by Python itself.
+        if not frame.f_code.co_filename.startswith(TRACED) or frame.f_code.co_name == "<genexpr>":
+            return None
+        if self.counts and event in ("call", "line"):
+            self.seen += 1
+            if self.seen - 1 == self._at:
+                signal.raise_signal(self._number)
+        return self
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(cli, "_tidy", lambda _: None)
+    before = {number: signal.getsignal(number) for number in cli._SIGNALS}
+    yield tmp_path
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def run_once(place, monkeypatch, tracer, interrupted):
+    """Let a run write a set with a scratch folder; ``interrupted``: it gets a signal in its middle."""
+
+    def verb(*_, **__):
+        sys.settrace(tracer)
+        try:
+            with scratch_folder() as scratch, OutputSet(force=True) as outputs:
+                (scratch / "x").write_text("x")
+                for name in NAMES:
+                    outputs.stage(place / "out" / name).write_text("new")
+                if interrupted:
+                    tracer.counts = True
+                    signal.raise_signal(signal.SIGINT)
+                outputs.commit()
+        finally:
+            sys.settrace(None)
+
+    for name in NAMES:
+        (place / "out" / name).write_text("old")
+    monkeypatch.setattr(cli.root, "main", verb)
+    handler = cli._Ending()
+    for number in cli._SIGNALS:
+        signal.signal(number, handler)
+    return cli._run(["merge"], False)
+
+
+@pytest.mark.parametrize(
+    ("interrupted", "number"),
+    [(False, signal.SIGINT), (True, signal.SIGTERM)],
+    ids=["the first", "the second"],
+)
+def test_a_signal_at_every_line(interrupted, number, place, monkeypatch, capsys, record_property):
+    at = 0
+    while True:
+        capsys.readouterr()
+        tracer = Tracer(at, number, not interrupted)
+        code = run_once(place, monkeypatch, tracer, interrupted)
+        said = capsys.readouterr().err
+        if tracer.seen <= at:
+            break
+        where = f"{at}\n{said}"
+        texts = {path.name: path.read_text() for path in (place / "out").iterdir()}
+        assert texts in (dict.fromkeys(NAMES, "old"), dict.fromkeys(NAMES, "new")), where
+        assert not list((place / "tmp").iterdir()), where
+        # What follows a first one changes nothing: not the exit code either.
+        assert code == (130 if interrupted else 128 + number), where
+        is_new = texts["m.onnx"] == "new"
+        assert ("complete and in place" in said) == is_new, where
+        assert ("nothing was replaced" in said) != is_new, where
+        assert "Traceback" not in said, where
+        at += 1
+    record_property("tried", at)
+    assert code == (130 if interrupted else 0)
+    assert at > 300
+
+
+def test_one_that_waits_without_end_can_be_ended_again(place, monkeypatch):
+    handler, now = cli._Ending(), time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with pytest.raises(KeyboardInterrupt):
+        handler(signal.SIGINT, None)
+    handler(signal.SIGTERM, None)
+    now += cli._ENDING_S + 1
+    with pytest.raises(SystemExit):
+        handler(signal.SIGTERM, None)
+
+
+ENDING = """
+import atexit, os, signal, sys, time
+from lora_export import cli
+def verb(*_, **__):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+class Late:
+    def __del__(self, kill=os.kill, process=os.getpid(), number=int(sys.argv[1])):
+        kill(process, number)
+cli.root.main = verb
+late = Late()
+atexit.register(os.kill, os.getpid(), int(sys.argv[1]))
+cli.main(["merge"])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_after_the_end_does_not_change_the_exit_code(number):
+    """Python puts its own handlers back before it has ended."""
+    command = [sys.executable, "-c", ENDING, str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr.strip() == "Aborted: nothing was replaced."
