@@ -136,6 +136,7 @@ def test_a_graph_is_told_by_its_names(case, tmp_path, capsys):
         assert offered == [part]
         assert _run(command(verb, tmp_path, "whole", "--component", part), False) == 0
     # The swap graph is the last one that was written.
+    capsys.readouterr()  # where the command that comes next is printed, with its --component
     convert = ["convert-adapter", str(tmp_path / "whole"), "--for", str(tmp_path / "out.onnx")]
     convert += ["-o", str(tmp_path / "a.safetensors")]
     assert _run(convert, False) == 1
