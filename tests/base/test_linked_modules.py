@@ -24,7 +24,7 @@ def folder(path, module="1_Dense"):
 
 def given(path) -> Adapter:
     made = adapter(linear("q", 4, 4))
-    return Adapter(made.name, str(path), made.format, made.modules, {})
+    return Adapter(made.name, str(path), made.format, made.modules)
 
 
 @pytest.fixture
