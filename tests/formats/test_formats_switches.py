@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from format_cases import flux, peft_folder, values, write
 
+from lora_export.adapter import Adapter, LoraModule
 from lora_export.errors import AdapterError
-from lora_export.formats import load_adapter
+from lora_export.formats import load_adapter, save_adapter
 from lora_export.formats.reading.wrappers import MOST_WORDS
 
 NUMBERS = {"r": 2, "lora_alpha": 8}
@@ -128,6 +129,16 @@ def test_an_embeddings_factors_with_a_bias_are_no_pair(tmp_path: Path) -> None:
     with pytest.raises(AdapterError) as caught:
         load_adapter(peft_folder(tmp_path, tensors, config))
     assert "an embedding's" in str(caught.value.problems)
+
+
+def test_an_embeddings_bias_is_not_written(tmp_path: Path) -> None:
+    """PEFT refuses to train one, and so could not load it."""
+    module = LoraModule("m", "embedding", values(2, 4), values(4, 2), alpha=4, rank=2, lora_bias=values(4))
+    made = Adapter("x", "x", "peft", {module.key: module})
+    with pytest.raises(AdapterError, match="can't be saved in PEFT's format") as caught:
+        save_adapter(made, tmp_path / "a")
+    assert "no bias of lora_B for an embedding" in str(caught.value.problems)
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize(

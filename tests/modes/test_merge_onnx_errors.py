@@ -141,7 +141,7 @@ def test_adapter_for_another_architecture(capsys, adapter, out):
     # A line for all of them; JSON and Python have each.
     assert re.search(r"(model\.layers\.\S+\.weight, ){2}\S+ and 11 more  not found: ", said)
     with pytest.raises(SiteError) as caught:
-        merge_onnx(tiny.base_onnx("gpt2", "torchscript"), adapter, out / "m.onnx")
+        merge_onnx(tiny.base_onnx("gpt2", "torchscript"), adapter, out / "other.onnx")
     assert sum("not found" in problem for problem in caught.value.problems) == 14
     # --allow-unmatched does not turn "nothing matches" into the base under an adapter's name.
     refused(capsys, tiny.base_onnx("gpt2", "torchscript"), adapter, out, "--allow-unmatched")

@@ -59,6 +59,11 @@ def _problems(adapter: Adapter) -> list[str]:
         for module in modules
         if module.everywhere
     ]
+    problems += [
+        f"{module.path}: PEFT has no bias of lora_B for an embedding"
+        for module in modules
+        if module.kind == "embedding" and module.lora_bias is not None
+    ]
     problems += [f"{path}: {problem}; {MERGE_ROWS}" for path, problem in token_rows_problems(adapter)]
     components = sorted({module.component for module in modules if module.component})
     if len(components) > 1:
