@@ -632,7 +632,7 @@ def test_a_kernel_that_is_not_of_ones_has_no_place_in_a_linear(tmp_path, stored,
     a = np.ones((rows, 4 // size, *kernel), np.float32)
     b = np.ones((6, rows, *(1 for _ in kernel)), np.float32)
     names = ("model.mix.lora_A.weight", "model.mix.lora_B.weight")
-    conv = LoraModule("model.mix", "conv", a, b, 4.0, rows, tensor_names=names)
+    conv = LoraModule("model.mix", "conv", a, b, alpha=4.0, rank=rows, tensor_names=names)
     base = small_base(tmp_path / "base", **{"model.mix.weight": torch.ones(stored)})
     with pytest.raises(SiteError) as caught:
         merge_checkpoint(base, adapter_of(conv), tmp_path / "out")

@@ -414,7 +414,7 @@ def test_no_space_at_any_step_leaves_the_old_files(capsys, base, adapter, out, m
 
     import lora_export.modes.merge_onnx as mode
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(mode, step, full)
@@ -429,11 +429,11 @@ def test_a_folder_is_never_replaced_by_a_file(capsys, base, adapter, tmp_path):
     arguments = ["merge-onnx", "--base", base, "--adapter", adapter, "-o", folder, "--force"]
     capsys.readouterr()
     assert _run([str(argument) for argument in arguments], False) == 1
-    assert "the output is a folder" in capsys.readouterr().err
+    assert "a folder of the output's name exists, but the output is a file" in capsys.readouterr().err
     plot = tmp_path / "plot.html"
     folder.rename(plot)
     assert _run(["inspect", str(adapter), "--plot", str(plot), "--force"], False) == 1
-    assert "the output is a folder" in capsys.readouterr().err
+    assert "a folder of the output's name exists, but the output is a file" in capsys.readouterr().err
     assert (plot / "thesis.txt").read_text() == "years"
 
 

@@ -20,6 +20,18 @@ PACKED = {"patterns", "dora", "lora_bias"}
 WITH_NORMS = {"gpt2", "bert", "vit", "conv"}
 
 
+def check_base(arch, graph, base):
+    """Without an adapter a graph is its base: bit for bit, where ONNX Runtime fuses both alike."""
+    feeds = tiny.feeds(arch, base)
+    if arch == "conv":  # a norm is folded into a convolution, but not behind a branch
+        got, wanted = exposed.run_swapped(arch, graph, None), tiny.run(base, feeds)
+        assert tiny.relative_error(got, wanted) < 1e-6
+        with tiny.unoptimised():
+            assert np.array_equal(exposed.run_swapped(arch, graph, None), tiny.run(base, feeds))
+    else:
+        assert np.array_equal(exposed.run_swapped(arch, graph, None), tiny.run(base, feeds))
+
+
 def refused(arch, exporter, feature):
     """What PEFT can train here and a graph with exposed LoRA can't take: it says so and writes nothing."""
     return (
@@ -59,7 +71,7 @@ def test_swap_agrees_with_peft(arch, exporter, feature, how, tmp_path):
     # The oracle can tell: the base without the adapter is far off.
     assert tiny.relative_error(tiny.base_reference(arch), tiny.reference(arch, adapter)) > 1e3 * TOLERANCE
     base = tiny.base_onnx(arch, exporter)
-    assert np.array_equal(exposed.run_swapped(arch, graph, None), tiny.run(base, tiny.feeds(arch, base)))
+    check_base(arch, graph, base)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +97,7 @@ def test_fused_weights_without_names_are_found_by_content(arch, pack, tmp_path):
     got = exposed.run_swapped(arch, graph, adapter)
     assert tiny.relative_error(got, tiny.reference(arch, adapter, merged=False)) < TOLERANCE
     base = tiny.base_onnx(arch, "ort_fusions")
-    assert np.array_equal(exposed.run_swapped(arch, graph, None), tiny.run(base, tiny.feeds(arch, base)))
+    check_base(arch, graph, base)
 
 
 @group("llama")

@@ -378,7 +378,7 @@ def test_a_kernel_that_is_not_of_ones_has_no_place_in_a_linear(kernel):
     model.table.weight = nn.Parameter(torch.ones(6, 4))
     a = np.ones((2, 4 // int(np.prod(kernel)), *kernel), np.float32)
     b = np.ones((6, 2, *(1 for _ in kernel)), np.float32)
-    modules = [LoraModule(path, "conv", a, b, 4.0, 2) for path in ("head", "table")]
+    modules = [LoraModule(path, "conv", a, b, alpha=4.0, rank=2) for path in ("head", "table")]
     with pytest.raises(AdapterError) as caught:
         TorchReference.of_module(model, {"a": adapter_of(*modules)})
     assert len(caught.value.problems) == 2

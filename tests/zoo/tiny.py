@@ -268,9 +268,28 @@ def run(onnx_path: Path, inputs: dict[str, Array]) -> Array:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
+    if _UNOPTIMISED:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(str(onnx_path), options, providers=["CPUExecutionProvider"])
     first = session.get_outputs()[0].name
     return np.asarray(session.run([first], inputs)[0])
+
+
+_UNOPTIMISED: list[bool] = []
+
+
+@contextlib.contextmanager
+def unoptimised() -> Iterator[None]:
+    """Let `run` compute node by node what the graph says.
+
+    What ONNX Runtime folds into a convolution (a norm behind it), and the layout that it chooses, depend on
+    what is beside it, and their last bits on the processor.
+    """
+    _UNOPTIMISED.append(True)
+    try:
+        yield
+    finally:
+        _UNOPTIMISED.pop()
 
 
 # --- exporters ---------------------------------------------------------------------------------------
