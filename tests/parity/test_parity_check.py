@@ -127,7 +127,8 @@ def test_the_figures_are_those_of_peft_in_float64(dtype, tmp_path):
     assert row.own_relative is not None
     assert STEP[dtype] / 16 < row.own_relative < 16 * STEP[dtype]
     (limit,) = [v.limit for v in of(report, "error") if v.name == "relative error"]
-    assert limit >= FACTOR * row.own_relative
+    # Both are sums of the same squares, rounded in another order.
+    assert limit >= FACTOR * row.own_relative * (1 - 1e-12)
     assert [feed["shapes"] for feed in report.feeds] == [
         {name: list(array.shape) for name, array in values.items()}
     ]
@@ -332,7 +333,7 @@ def test_a_cache_without_sizes_can_not_begin_empty(tmp_path):
 
     candidate = broken.base("llama", kv_cache=True)
     reference = broken.edited(candidate, tmp_path / "heads.onnx", unnamed)
-    with pytest.raises(BackendError, match="does not say how many heads"):
+    with pytest.raises(BackendError, match="does not state how many heads"):
         check_parity(candidate, reference, generate=3)
 
 
