@@ -32,7 +32,7 @@ ROWS = [
     ("two writers of one output do not mix", "tests/storage/test_forked_runs.py -k writers", "races"),
     (
         "locks, leftovers and signals are told from others'",
-        "tests/storage/test_commit.py",
+        "tests/storage/test_commit.py tests/storage/test_leases.py tests/commands/test_signals.py",
         "cases",
     ),
     (
@@ -139,9 +139,9 @@ def main() -> None:
     """Run all rows, or those whose promise or command holds a word."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", default="", help="a word of the promise or the command")
-    parser.add_argument("--junit", type=Path, help="the report of pytest --junitxml over all tests")
+    parser.add_argument("--junit", type=Path, action="append", help="a report of pytest --junitxml; repeat")
     given = parser.parse_args()
-    all_cases = [] if given.junit is None else list(ElementTree.parse(given.junit).iter("testcase"))
+    all_cases = [case for file in given.junit or () for case in ElementTree.parse(file).iter("testcase")]
     failed = 0
     print("| promise | `pytest` … | tried | failed | s |", "|---|---|---|---|---|", sep="\n")
     for promise, arguments, unit in ROWS:
