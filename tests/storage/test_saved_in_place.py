@@ -84,8 +84,15 @@ def test_a_file_cut_or_written_again_between_header_and_values(name, share, tmp_
         return found
 
     monkeypatch.setattr(reading, "read_header", read_header)
-    with pytest.raises(InputChangedError, match="changed while being read"):
-        read(path)
+    if name.startswith("feeds"):
+        with pytest.raises(InputChangedError, match="changed while being read"):
+            read(path)
+    elif share == 1:  # an adapter is read again, and then nothing has changed
+        for key, values in read(path).items():
+            np.testing.assert_array_equal(values, FACTORS[key])
+    else:
+        with pytest.raises(AdapterError, match="is not a complete .safetensors file"):
+            read(path)
 
 
 @pytest.mark.parametrize("suffix", [*SUFFIXES, ".bin", ".ckpt"])
@@ -149,5 +156,5 @@ def test_a_base_cut_before_its_values_are_looked_at(kind, size, tmp_path):
     shutil.rmtree(tmp_path / "noted")
     data, values = opened(kind, tmp_path / "alone")
     cut(data)
-    with pytest.raises((CheckpointError, GraphError), match=f"cannot read .*{data.name}"):
+    with pytest.raises((CheckpointError, GraphError), match=rf"{data.name}.* can't be read|cannot read .*{data.name}"):
         values()
