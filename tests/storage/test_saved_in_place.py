@@ -91,7 +91,7 @@ def test_a_file_cut_or_written_again_between_header_and_values(name, share, tmp_
         for key, values in read(path).items():
             np.testing.assert_array_equal(values, FACTORS[key])
     else:
-        with pytest.raises(AdapterError, match="is not a complete .safetensors file"):
+        with pytest.raises(AdapterError, match=r"is not a complete \.safetensors file"):
             read(path)
 
 
@@ -156,5 +156,6 @@ def test_a_base_cut_before_its_values_are_looked_at(kind, size, tmp_path):
     shutil.rmtree(tmp_path / "noted")
     data, values = opened(kind, tmp_path / "alone")
     cut(data)
-    with pytest.raises((CheckpointError, GraphError), match=rf"{data.name}.* can't be read|cannot read .*{data.name}"):
+    with pytest.raises((CheckpointError, GraphError), match="can't be read|cannot read") as caught:
         values()
+    assert data.name in str(caught.value)
