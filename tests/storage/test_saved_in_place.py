@@ -156,6 +156,6 @@ def test_a_base_cut_before_its_values_are_looked_at(kind, size, tmp_path):
     shutil.rmtree(tmp_path / "noted")
     data, values = opened(kind, tmp_path / "alone")
     cut(data)
-    with pytest.raises((CheckpointError, GraphError), match="can't be read|cannot read") as caught:
+    with pytest.raises((CheckpointError, GraphError), match=r"can't be read|cannot read") as caught:
         values()
     assert data.name in str(caught.value)
