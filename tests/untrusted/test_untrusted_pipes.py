@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from lora_export.engines.record import sha256_of
 from lora_export.errors import LoraExportError
 from lora_export.formats.reading.pickles import read_checkpoint
-from lora_export.formats.reading.tensors import file_sha256, read_safetensors
+from lora_export.formats.reading.tensors import read_safetensors
 from lora_export.graph.read_model import read_model
 from lora_export.integrity.claims import description_of
 from lora_export.packages.build_kit import _check_kit
 from lora_export.parity.sides.merged import _manifest
-from lora_export.storage.manifest import hash_file
+from lora_export.storage.hashes import hash_file, sha256_of
 from lora_export.storage.safetensors import read_file_header
 from lora_export.storage.sums.full import file_digest
 from lora_export.storage.sums.seal import find_seal
@@ -80,7 +79,6 @@ READERS = [
     lambda path: file_digest(path, "sha256"),
     find_seal,
     sha256_of,
-    file_sha256,
     read_file_header,
     read_safetensors,
     read_model,
