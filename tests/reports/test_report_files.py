@@ -27,7 +27,7 @@ from lora_export.reports.markdown import text
 from lora_export.reports.markup import Markup, element
 from lora_export.untrusted.shown import printable
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CASES = [(kind, ending) for kind, known in REPORTS.items() for ending in known]
 
 
