@@ -13,14 +13,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lora_export.errors import BackendUnavailable, GraphError
+from lora_export.errors import BackendUnavailable, GraphError, install_line
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
 _TRACES = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node", "pkg.torch.onnx.class_hierarchy")
-_INSTALL = "pip install 'lora-export[hf]'"
+_INSTALL = install_line("hf")
 
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
