@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_export.errors import BackendUnavailable, GraphError, install_line
+from lora_export.progress import tell_stage
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -77,6 +78,7 @@ def export_module(
     import torch
 
     keyword = isinstance(example_inputs, Mapping)
+    tell_stage(f"tracing {type(module).__name__}")
     with quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
@@ -98,6 +100,8 @@ def export_module(
             ) from error
         assert program is not None
         model: ir.Model = program.model
+    tell_stage(f"simplifying the graph of {type(module).__name__}")
+    with quiet(), torch.no_grad():
         _optimize(model)
     _drop_traces(model)
     return model
