@@ -116,7 +116,7 @@ def verify(
         if not (path.is_file() or path.is_dir()):
             raise LoraExportError(f"no file or folder at {path}", "check the path")
         before = check.compared
-        check.look_at_all(_files(path))
+        check.look_at_all(_files(path), path)
         if check.compared == before:
             bare.append(str(path))
     if bare:
@@ -134,7 +134,7 @@ def _files(path: Path) -> Iterator[Path]:
     if not path.is_dir():
         yield path
         for beside in sorted(path.parent.iterdir()):
-            if beside != path and beside.is_file() and _may_name(beside, path.name):
+            if beside != path and beside.is_file() and _may_name(beside, path):
                 yield beside
         return
     count = 0
@@ -152,12 +152,12 @@ def _files(path: Path) -> Iterator[Path]:
             yield file
 
 
-def _may_name(beside: Path, name: str) -> bool:
+def _may_name(beside: Path, path: Path) -> bool:
     """Return whether a file describes another one, or may have before it was damaged."""
-    description = description_of(beside)
+    description = description_of(beside, path)
     if description is None:
         return False
-    if any(claim.place == name for claim in description.claims):
+    if any(claim.place == path.name for claim in description.claims):
         return True
     seal = find_seal(beside)
     is_broken = seal is not None and seal.seen(beside) != seal.digest
@@ -179,21 +179,27 @@ class _Check:
     states: dict[str, FileState] = field(default_factory=dict)
     compared: int = 0
     _digests: dict[tuple[str, str], str] = field(default_factory=dict)
-    _seen: set[str] = field(default_factory=set)
+    _seen: set[tuple[str, str]] = field(default_factory=set)
     _named: list[Path] = field(default_factory=list)
 
-    def look_at_all(self, paths: Iterable[Path]) -> None:
-        """Check files and the files that they describe, which may describe others in turn."""
-        for path in paths:
-            self._look_at(path)
-        while self._named:
-            self._look_at(self._named.pop())
+    def look_at_all(self, paths: Iterable[Path], given: Path) -> None:
+        """Check files and the files that they describe, which may describe others in turn.
 
-    def _look_at(self, path: Path) -> None:
+        Args:
+            paths: The files.
+            given: The folder or file that the user named.
+        """
+        for path in paths:
+            self._look_at(path, given)
+        while self._named:
+            self._look_at(self._named.pop(), given)
+
+    def _look_at(self, path: Path, given: Path) -> None:
         """Compare a file with its own seal, and the files that it describes with their descriptions."""
-        if (real := os.path.realpath(path)) in self._seen:
+        # By its name, too: what a file says of others is known by that, and a link may have another one.
+        if (known := (os.path.realpath(path), path.name)) in self._seen:
             return
-        self._seen.add(real)
+        self._seen.add(known)
         state = self._state(path)
         state.matters |= path.suffix in _LOADED
         seal, is_broken = find_seal(path), False
@@ -206,7 +212,7 @@ class _Check:
             state.add("changed" if detail else "ok", path.name, detail)
             is_broken = bool(detail)
         # A damaged graph is not read; a damaged list may still tell which files there are.
-        description = None if is_broken and path.suffix == ".onnx" else description_of(path)
+        description = None if is_broken and path.suffix == ".onnx" else description_of(path, given)
         if description is None:
             return
         for problem in description.problems:

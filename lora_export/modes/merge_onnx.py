@@ -100,7 +100,9 @@ def merge_onnx(
         adapters=loaded,
         factors=factors,
         rounding=rounding,
-        before=history_of(base / MANIFEST if base.is_dir() else base.with_suffix(".lora.json")),
+        before=history_of(base / MANIFEST)
+        if base.is_dir()
+        else history_of(base.with_suffix(".lora.json"), base),
         options=WriteOptions(
             checkpoint=checkpoint,
             dtype=dtype,

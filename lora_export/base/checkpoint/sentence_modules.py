@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Adapter
-from lora_export.base.checkpoint.links import link_problems
 from lora_export.errors import AdapterError, CheckpointError, LoraExportError
 from lora_export.formats.reading.tensors import read_safetensors
 from lora_export.untrusted.documents import read_json
+from lora_export.untrusted.links import link_problems, refuse_link
 
 _LIST = "modules.json"
 _COMPARED = (".json", ".safetensors", ".bin", ".pt", ".pth")
@@ -85,8 +85,9 @@ def _modules(folder: Path) -> list[tuple[str, str]]:
     """Return path and class of the modules in ``modules.json``; none where there is no such file.
 
     Raises:
-        CheckpointError: A path leads out of the folder.
+        CheckpointError: A path leads out of the folder, or the file is a link out of it.
     """
+    refuse_link(folder / _LIST, folder, CheckpointError)
     try:
         entries = read_json(folder / _LIST)
         # A class's package has been moved.

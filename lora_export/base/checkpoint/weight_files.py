@@ -152,12 +152,12 @@ def find_weights(folder: Path, is_diffusers: bool, config: Mapping[str, Any]) ->
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
+    """Read a JSON file of a checkpoint's folder that holds an object.
 
     Raises:
         CheckpointError: It can't be read, or holds something else.
     """
-    value = read_json(path, CheckpointError, "download or save it again")
+    value = read_json(path, CheckpointError, "download or save it again", given=path.parent)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {type(value).__name__}, not an object", "save it again")
     return value
