@@ -200,5 +200,7 @@ def _graph(path: Path) -> Description:
     claims = [
         Claim(place, identity.blake3.get(place, ""), sha256) for place, sha256 in identity.files.items()
     ]
+    if identity.manifest:
+        claims.append(Claim(identity.manifest))
     unsealed = bool(identity.blake3) and find_seal(path) is None
     return Description(tuple(claims), tuple(sorted(used)), is_unsealed=unsealed)

@@ -224,7 +224,8 @@ class _Merging:
         mark_merged(model, self.adapters, self.factors, opened.identity)
         name = report.outputs["data"].name
         own = {name: hash_written(staged["data"], name)}
-        read = mark_data(model, opened.shared_places(self.out) | own)
+        manifest_name = report.outputs["manifest"].name
+        read = mark_data(model, opened.shared_places(self.out) | own, manifest_name)
         save_graph(model, staged["graph"])
         own[self.out.name] = hash_written(staged["graph"], self.out.name)
         written: dict[str, Any] = {name: path.name for name, path in report.outputs.items()}
