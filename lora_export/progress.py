@@ -58,7 +58,9 @@ class _Bar:
         from rich.progress import FileSizeColumn, Progress, SpinnerColumn, TransferSpeedColumn
 
         columns = (SpinnerColumn(), _text(), FileSizeColumn(), TransferSpeedColumn())
-        progress = self._stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
+        progress = self._stack.enter_context(
+            Progress(*columns, console=Console(stderr=True, emoji=False), transient=True)
+        )
         task = progress.add_task(self._label, total=None)
         return lambda count: progress.advance(task, count)
 
@@ -107,7 +109,7 @@ def _stage_bar() -> Iterator[Say]:
         TimeElapsedColumn(),
         _text(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True, emoji=False), transient=True) as bar:
         task = bar.add_task("", total=1.0)
         yield lambda what, share: bar.update(task, description=shown(what), completed=share)
 
