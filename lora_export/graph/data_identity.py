@@ -28,6 +28,7 @@ from lora_export.storage.hashes import FileHash, hash_file
 from lora_export.storage.inputs import refuse_changed_inputs
 from lora_export.untrusted.documents import json_of
 from lora_export.untrusted.fields import FieldError, from_plain
+from lora_export.untrusted.places import is_file
 
 KEY = "lora_export.data"
 _AGAIN = "copy the graph again from where it was made, or make it again"
@@ -215,7 +216,7 @@ def refuse_changed_data(metadata: Mapping[str, str], path: Path, layout: Callabl
     changed = [
         f"{file}: sha256 {found}, but the graph was written with {sha256}"
         for place, sha256 in identity.files.items()
-        if (file := path.parent / place).is_file() and (found := hash_file(file).sha256) != sha256
+        if is_file(file := path.parent / place) and (found := hash_file(file).sha256) != sha256
     ]
     if changed and layout() == identity.layout:
         raise GraphError(

@@ -14,6 +14,7 @@ from lora_export.integrity.claims import SUMS, Claim, Description, description_o
 from lora_export.storage.hashes import hash_file, identity_of, is_sampled
 from lora_export.storage.sums.full import file_digest
 from lora_export.storage.sums.seal import find_seal
+from lora_export.untrusted.places import is_file
 
 State = Literal["ok", "sampled", "unhashed", "not described", "changed", "missing", "outside"]
 # The states by strength: of several findings on one file, the first in this order decides.
@@ -228,28 +229,23 @@ class _Check:
             self._compare(claim, path)
         self._compare_identity(description, path)
         for place in description.uses:
-            if place not in {claim.place for claim in description.claims}:
-                used = self._state(path.parent / place)
-                used.matters = True
-                used.add(
-                    "not described", path.name, "it holds weights of this graph, which has no hash of it"
-                )
+            if place in {claim.place for claim in description.claims} or self._is_outside(place, path):
+                continue
+            used = self._state(path.parent / place)
+            used.matters = True
+            used.add("not described", path.name, "it holds weights of this graph, which has no hash of it")
 
     def _state(self, path: Path) -> FileState:
         shown = Path(os.path.normpath(path))
         return self.states.setdefault(os.path.realpath(path), FileState(shown))
 
     def _compare(self, claim: Claim, by: Path) -> None:
-        path = by.parent / claim.place
-        if place_problem(by, claim.place):
-            # Not joined: a claim may not be about a file elsewhere.
-            key = f"{by}\0{claim.place}"
-            outside = self.states.setdefault(key, FileState(Path(f"{by}: {claim.place}")))
-            outside.add("outside", by.name, "a set's files must be in its folder, without links out of it")
+        if self._is_outside(claim.place, by):
             return
+        path = by.parent / claim.place
         state = self._state(path)
         try:
-            size = path.stat().st_size if path.is_file() else None
+            size = path.stat().st_size if is_file(path) else None
             if size is None:
                 state.add("missing", by.name, "it does not exist")
             elif claim.size_bytes is not None and size != claim.size_bytes:
@@ -260,6 +256,16 @@ class _Check:
                 self._named.append(path)
         except OSError as error:
             state.add("missing", by.name, f"it can't be read: {error.strerror or error}")
+
+    def _is_outside(self, place: str, by: Path) -> bool:
+        """Return whether a place that a file names is out of its folder, after adding that finding."""
+        if not place_problem(by, place):
+            return False
+        # Not joined: a claim may not be about a file elsewhere.
+        key = f"{by}\0{place}"
+        outside = self.states.setdefault(key, FileState(Path(f"{by}: {place}")))
+        outside.add("outside", by.name, "a set's files must be in its folder, without links out of it")
+        return True
 
     def _compare_hash(self, claim: Claim, path: Path, size: int, state: FileState, by: Path) -> None:
         if not (claim.blake3 or claim.sha256):
@@ -290,7 +296,7 @@ class _Check:
         """Compare the common identity of graph and data in the manifest of an earlier version's merge."""
         paths = [by.parent / claim.place for claim in description.claims]
         inside = not any(place_problem(by, claim.place) for claim in description.claims)
-        if not description.identity or not inside or not all(path.is_file() for path in paths):
+        if not description.identity or not inside or not all(map(is_file, paths)):
             return
         self.compared += 1
         found = identity_of(map(hash_file, paths))

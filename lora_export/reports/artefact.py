@@ -241,6 +241,7 @@ def _kit(path: Path) -> Artefact:
 def _genai(path: Path, given: Path) -> Artefact:
     from lora_export.errors import PackageError
     from lora_export.untrusted.documents import read_json
+    from lora_export.untrusted.places import is_file
 
     hint = "have onnxruntime-genai's builder write it again"
     config = read_json(path / _GENAI, PackageError, hint, given=given)
@@ -257,7 +258,7 @@ def _genai(path: Path, given: Path) -> Artefact:
     ]
     for name, part in parts.items():
         file = path / str(part["filename"])
-        there = "" if file.is_file() else ", which is missing"
+        there = "" if is_file(file) else ", which is missing"
         lines.append(f"{name:<9} {part['filename']}{there}")
     lines += [f"adapter   {name}" for name in adapters]
     return Artefact("genai folder", facts, tuple(lines))

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lora_export.errors import LoraExportError
+from lora_export.untrusted.places import is_file, is_folder, is_link
 
 _SNAPSHOTS, _BLOBS = "snapshots", "blobs"
 _HINT = "put the files themselves into the folder in place of the links, or remove the links"
@@ -28,7 +29,7 @@ def refuse_links(folder: Path, paths: Iterable[Path], error: type[LoraExportErro
     Raises:
         LoraExportError: There are such links (of the class ``error``).
     """
-    found = (path for path in dict.fromkeys(paths) if path.is_symlink() or path.exists())
+    found = (path for path in dict.fromkeys(paths) if os.path.lexists(path))
     if problems := link_problems(folder, found):
         raise error(
             f"{len(problems)} files of {folder} would be read from somewhere else, or can't be",
@@ -70,13 +71,13 @@ def link_problems(folder: Path, paths: Iterable[Path]) -> list[str]:
     problems = []
     for path in paths:
         real, name = os.path.realpath(path), path.relative_to(folder)
-        if path.is_symlink() and path.is_dir():
+        if is_link(path) and is_folder(path):
             problems.append(f"{name} is a link to the folder {real}")
         elif not _lies_in(real, allowed):
             problems.append(f"{name} is a link out of the folder, to {real}")
         elif not path.exists():
             problems.append(f"{name} is a link to {real}, where nothing is")
-        elif not path.is_file():
+        elif not is_file(path):
             problems.append(f"{name} is not a file")
     return problems
 

@@ -22,6 +22,7 @@ from typing import Any
 from lora_export.errors import CheckpointError
 from lora_export.untrusted.documents import read_json
 from lora_export.untrusted.fields import seen
+from lora_export.untrusted.places import is_file
 
 _STEMS = ("model", "diffusion_pytorch_model")
 _SINGLE = re.compile(rf"(?P<stem>{'|'.join(_STEMS)})(?:\.(?P<variant>[^.]+))?\.safetensors")
@@ -101,7 +102,7 @@ def _named(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _is_plain(folder: Path, name: str) -> bool:
     ends = name.endswith((".safetensors", ".safetensors.index.json"))
-    return ends and Path(name).name == name and "\0" not in name and (folder / name).is_file()
+    return ends and Path(name).name == name and "\0" not in name and is_file(folder / name)
 
 
 def find_weights(folder: Path, is_diffusers: bool, config: Mapping[str, Any]) -> WeightFiles | None:
