@@ -140,7 +140,7 @@ def _console() -> Console:
     """Return a terminal that stays the same while an exporter's prints are held back."""
     from rich.console import Console
 
-    return Console(file=sys.stderr)
+    return Console(file=sys.stderr, emoji=False)
 
 
 def _text() -> TextColumn:

@@ -100,7 +100,9 @@ def merge_onnx(
         adapters=loaded,
         factors=factors,
         rounding=rounding,
-        before=history_of(base / MANIFEST if base.is_dir() else base.with_suffix(".lora.json")),
+        before=history_of(base / MANIFEST)
+        if base.is_dir()
+        else history_of(base.with_suffix(".lora.json"), base),
         options=WriteOptions(
             checkpoint=checkpoint,
             dtype=dtype,
@@ -222,7 +224,8 @@ class _Merging:
         mark_merged(model, self.adapters, self.factors, opened.identity)
         name = report.outputs["data"].name
         own = {name: hash_written(staged["data"], name)}
-        read = mark_data(model, opened.shared_places(self.out) | own)
+        manifest_name = report.outputs["manifest"].name
+        read = mark_data(model, opened.shared_places(self.out) | own, manifest_name)
         save_graph(model, staged["graph"])
         own[self.out.name] = hash_written(staged["graph"], self.out.name)
         written: dict[str, Any] = {name: path.name for name, path in report.outputs.items()}

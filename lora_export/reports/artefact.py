@@ -60,13 +60,13 @@ def read_artefact(path: Path) -> Artefact | None:
             return None
         if (path / _RECORD).is_file() and (path / "build.sh").is_file():
             return _kit(path)
-        return _genai(path) if (path / _GENAI).is_file() else None
+        return _genai(path, path) if (path / _GENAI).is_file() else None
     readers: dict[str, Callable[[Path], Artefact]] = {".onnx": _graph, _MANIFEST: _manifest}
     for ending, read in readers.items():
         if path.name.endswith(ending):
             return read(path)
     if path.name == _GENAI:
-        return _genai(path.parent)
+        return _genai(path.parent, path)
     if is_engine(path):
         return _engine(path)
     return _json(path) if path.suffix == ".json" else None
@@ -80,7 +80,7 @@ def _json(path: Path) -> Artefact | None:
 
     data = read_json(path, GraphError, "give a file that lora-export wrote, or an adapter")
     if isinstance(data, dict) and data.get("kind") == KIND:
-        return _record("engine", path)
+        return _record("engine", path, path)
     return _manifest(path) if isinstance(data, dict) and {"mode", "plan", "base"} <= data.keys() else None
 
 
@@ -218,10 +218,10 @@ def _engine(path: Path) -> Artefact:
     return _of_record("engine", read_engine(path))
 
 
-def _record(kind: str, record: Path) -> Artefact:
+def _record(kind: str, record: Path, given: Path) -> Artefact:
     from lora_export.engines.record import EngineRecord
 
-    return _of_record(kind, EngineRecord.read(record))
+    return _of_record(kind, EngineRecord.read(record, given))
 
 
 def _of_record(kind: str, record: EngineRecord) -> Artefact:
@@ -231,18 +231,20 @@ def _of_record(kind: str, record: EngineRecord) -> Artefact:
 
 
 def _kit(path: Path) -> Artefact:
-    kit = _record("kit", path / _RECORD)
+    kit = _record("kit", path / _RECORD, path)
     how = f"kit       not built yet: copy the folder to the device, then: sh {path.name}/build.sh"
     built = sorted(file.name for file in path.glob("*.engine"))
     first = f"kit       built here: {', '.join(built)}" if built else how
     return Artefact("kit", {"record": kit.facts, "built": built}, (first, *kit.lines))
 
 
-def _genai(path: Path) -> Artefact:
+def _genai(path: Path, given: Path) -> Artefact:
     from lora_export.errors import PackageError
     from lora_export.untrusted.documents import read_json
+    from lora_export.untrusted.places import is_file
 
-    config = read_json(path / _GENAI, PackageError, "have onnxruntime-genai's builder write it again")
+    hint = "have onnxruntime-genai's builder write it again"
+    config = read_json(path / _GENAI, PackageError, hint, given=given)
     model = config.get("model") if isinstance(config, dict) else None
     if not isinstance(model, dict):
         raise PackageError(f"{path / _GENAI} has no 'model' that is an object", "give the folder of a model")
@@ -256,7 +258,7 @@ def _genai(path: Path) -> Artefact:
     ]
     for name, part in parts.items():
         file = path / str(part["filename"])
-        there = "" if file.is_file() else ", which is missing"
+        there = "" if is_file(file) else ", which is missing"
         lines.append(f"{name:<9} {part['filename']}{there}")
     lines += [f"adapter   {name}" for name in adapters]
     return Artefact("genai folder", facts, tuple(lines))

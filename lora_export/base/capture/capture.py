@@ -28,7 +28,6 @@ from lora_export.base.checkpoint.checkpoint import (
     read_config,
 )
 from lora_export.base.checkpoint.layer_counts import refuse_many_layers
-from lora_export.base.checkpoint.links import refuse_links
 from lora_export.base.checkpoint.own_code import model_class, never_asked, refuse_own_code
 from lora_export.base.checkpoint.quantised import refuse_bare_codes
 from lora_export.base.checkpoint.weight_files import refuse_chosen_elsewhere
@@ -51,6 +50,7 @@ from lora_export.graph.onnx_file import save_graph
 from lora_export.progress import tell_stage
 from lora_export.storage.hashes import hash_written
 from lora_export.storage.inputs import note_inputs
+from lora_export.untrusted.links import refuse_links
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -190,7 +190,11 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
     if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
         raise CheckpointError(f"{path} is an adapter, not a base model", "give the folder of its base model")
     _refuse_diffusers(path)
-    refuse_links(path, [found for kind in ("json", "safetensors", "bin") for found in path.glob(f"*.{kind}")])
+    refuse_links(
+        path,
+        [found for kind in ("json", "safetensors", "bin") for found in path.glob(f"*.{kind}")],
+        CheckpointError,
+    )
     written = read_config(path)
     refuse_own_code(path, written)
     refuse_chosen_elsewhere(path, written)

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Array
-from lora_export.base.checkpoint.links import refuse_links
 from lora_export.base.checkpoint.own_code import code_notes
 from lora_export.base.checkpoint.sentence_modules import transformer_folder
 from lora_export.base.checkpoint.weight_files import find_weights, read_object
 from lora_export.errors import CheckpointError
 from lora_export.storage.inputs import note_inputs, refuse_changed_inputs
 from lora_export.storage.safetensors import DTYPES, HeaderError, read_file_header
+from lora_export.untrusted.links import refuse_links
 
 _OTHER_FORMATS = {
     "pytorch_model.bin": "PyTorch pickles",
@@ -105,7 +105,9 @@ class Checkpoint:
         found = find_weights(folder, is_diffusers=_diffusers_class(config) != "", config=config)
         if found is None:
             raise _no_safetensors(folder)
-        refuse_links(folder, [folder / name for name in ("config.json", found.name, *found.files)])
+        refuse_links(
+            folder, [folder / name for name in ("config.json", found.name, *found.files)], CheckpointError
+        )
         index, problems = found.index, list[str]()
         shards = [
             shard for name in found.files if (shard := _read_shard(folder / name, problems)) is not None

@@ -22,6 +22,7 @@ from lora_export.sites.naming.known_names import KnownNames
 from lora_export.sites.naming.names import Named
 from lora_export.sites.naming.renaming import NOT_FOUND, Problem, Renaming, rename
 from lora_export.sites.naming.towers import Kinds, kinds_of_class
+from lora_export.untrusted.numbers import whole_number
 
 NO_TENSOR = "no tensor of that name"
 _NO_TRANSFORMERS = f"transformers' table of renamed modules could not be asked: {install_line('hf')}"
@@ -230,7 +231,7 @@ def _stacked(stored: str, pattern: str, converter: Any) -> Part | None:
         return Part(tensor=stored, reason="transformers' renaming", transposed=True) if always else None
     if operations not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
         return None
-    numbers = [int(word) for word in stored.split(".") if word.isdigit()]
+    numbers = [number for word in stored.split(".") if (number := whole_number(word)) is not None]
     if pattern.count("*") != 1 or not numbers:
         return None
     sources = list(converter.source_patterns)

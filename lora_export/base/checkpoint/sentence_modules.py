@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Adapter
-from lora_export.base.checkpoint.links import link_problems
 from lora_export.errors import AdapterError, CheckpointError, LoraExportError
 from lora_export.formats.reading.tensors import read_safetensors
 from lora_export.untrusted.documents import read_json
+from lora_export.untrusted.links import link_problems, refuse_link
+from lora_export.untrusted.places import is_file, is_link, is_possible
 
 _LIST = "modules.json"
 _COMPARED = (".json", ".safetensors", ".bin", ".pt", ".pth")
@@ -85,8 +86,9 @@ def _modules(folder: Path) -> list[tuple[str, str]]:
     """Return path and class of the modules in ``modules.json``; none where there is no such file.
 
     Raises:
-        CheckpointError: A path leads out of the folder.
+        CheckpointError: A path leads out of the folder, or the file is a link out of it.
     """
+    refuse_link(folder / _LIST, folder, CheckpointError)
     try:
         entries = read_json(folder / _LIST)
         # A class's package has been moved.
@@ -94,11 +96,13 @@ def _modules(folder: Path) -> list[tuple[str, str]]:
     except (LoraExportError, TypeError, KeyError):
         return []
     outside = [
-        path for path, _ in found if Path(path).is_absolute() or {"..", "\0"} & {*Path(path).parts, *path}
+        path
+        for path, _ in found
+        if Path(path).is_absolute() or ".." in Path(path).parts or not is_possible(folder / path)
     ]
     if outside:
         raise CheckpointError(
-            f"{folder / _LIST} names modules outside of its folder",
+            f"{folder / _LIST} names modules outside of its folder, or by names that no folder has",
             "put the modules' folders beside it, and correct their paths",
             [repr(path) for path in outside],
         )
@@ -109,7 +113,7 @@ def _differing(folder: Path, root: Path) -> Iterator[tuple[str, str]]:
     """Yield the modules of an adapter's folder that a base has not, or not so, each with the difference."""
     theirs = _modules(root)
     for path, kind in _modules(folder):
-        if not path or (folder / path / "adapter_config.json").exists():
+        if not path or is_file(folder / path / "adapter_config.json"):
             continue
         _refuse_linked(folder, path)
         if kind not in (other for _, other in theirs):
@@ -126,7 +130,7 @@ def _refuse_linked(folder: Path, path: str) -> None:
     for place in (folder / path, *(folder / path).parents):
         if place == folder:
             return
-        if place.is_symlink():
+        if is_link(place):
             raise AdapterError(
                 f"{folder / _LIST} names the module {path!r}, and {place} is a link",
                 "put the module's folder itself there, or remove the link",
@@ -139,7 +143,7 @@ def _difference(mine: Path, theirs: Path) -> str:
         if problems := link_problems(mine, [file]):
             return f"it can't be compared: {problems[0]}"
         other = theirs / file.relative_to(mine)
-        if not other.is_file():
+        if not is_file(other):
             return f"the base has no {other}"
         if not _is_equal(file, other):
             what = "settings" if file.suffix == ".json" else "weights"

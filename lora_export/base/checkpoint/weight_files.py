@@ -22,6 +22,7 @@ from typing import Any
 from lora_export.errors import CheckpointError
 from lora_export.untrusted.documents import read_json
 from lora_export.untrusted.fields import seen
+from lora_export.untrusted.places import is_file
 
 _STEMS = ("model", "diffusion_pytorch_model")
 _SINGLE = re.compile(rf"(?P<stem>{'|'.join(_STEMS)})(?:\.(?P<variant>[^.]+))?\.safetensors")
@@ -101,7 +102,7 @@ def _named(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _is_plain(folder: Path, name: str) -> bool:
     ends = name.endswith((".safetensors", ".safetensors.index.json"))
-    return ends and Path(name).name == name and "\0" not in name and (folder / name).is_file()
+    return ends and Path(name).name == name and "\0" not in name and is_file(folder / name)
 
 
 def find_weights(folder: Path, is_diffusers: bool, config: Mapping[str, Any]) -> WeightFiles | None:
@@ -152,12 +153,12 @@ def find_weights(folder: Path, is_diffusers: bool, config: Mapping[str, Any]) ->
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
+    """Read a JSON file of a checkpoint's folder that holds an object.
 
     Raises:
         CheckpointError: It can't be read, or holds something else.
     """
-    value = read_json(path, CheckpointError, "download or save it again")
+    value = read_json(path, CheckpointError, "download or save it again", given=path.parent)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {type(value).__name__}, not an object", "save it again")
     return value

@@ -95,7 +95,7 @@ class History:
         return {EARLIER: {"adapters": self.adapters, "changed": self.changed}} if self.changed else {}
 
 
-def history_of(manifest: Path) -> History:
+def history_of(manifest: Path, graph: Path | None = None) -> History:
     """Return what a manifest tells; nothing where there is none.
 
     One that can't be read is not taken for none: a second merge of an adapter, and a copy over what an
@@ -103,16 +103,21 @@ def history_of(manifest: Path) -> History:
 
     Args:
         manifest: ``lora.json`` of a merged folder, ``OUT.lora.json`` of a merged graph.
+        graph: The merged graph, which may be a link.
 
     Raises:
-        CheckpointError: It is damaged, or not a manifest.
+        CheckpointError: It is damaged, not a manifest, or a link out of its folder.
     """
     # Also where there is none: one that comes is of another base.
     note_inputs([manifest])
     if not os.path.lexists(manifest):
         return History()
     try:
-        record = from_plain(_Record, read_json(manifest, CheckpointError, _HINT), known_only=False)
+        record = from_plain(
+            _Record,
+            read_json(manifest, CheckpointError, _HINT, given=graph or manifest.parent),
+            known_only=False,
+        )
         before = record.outputs.get(EARLIER)
         earlier = _Earlier() if not before else from_plain(_Earlier, before)
     except FieldError as error:

@@ -112,7 +112,7 @@ def write_exposed(
             progress=options.progress,
         )
         own = {name: hash_written(staged["data"], name)}
-        own |= mark_data(base.graph.model, base.shared_places(out) | own)
+        own |= mark_data(base.graph.model, base.shared_places(out) | own, paths["manifest"].name)
         save_graph(base.graph.model, staged["graph"])
         own[out.name] = hash_written(staged["graph"], out.name)
         own |= {name: hash_content(name, content) for name, content in (beside or {}).items()}

@@ -9,7 +9,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from lora_export.base.checkpoint.checkpoint import Checkpoint
-from lora_export.base.checkpoint.links import refuse_links
 from lora_export.base.checkpoint.quantised import dequantised_config
 from lora_export.base.checkpoint.sentence_modules import module_paths
 from lora_export.base.checkpoint.vocabulary import resized_config
@@ -21,6 +20,7 @@ from lora_export.errors import CheckpointError
 from lora_export.modes.merging.checkpoint_layout import Layout
 from lora_export.storage.inputs import note_inputs
 from lora_export.storage.safetensors import read_file_header
+from lora_export.untrusted.links import refuse_links
 from lora_export.untrusted.texts import is_utf8
 
 # Weights in other formats: left out, or the output would hold the unmerged model beside the merged one.
@@ -67,7 +67,7 @@ def small_files(checkpoint: Checkpoint, changed: Container[str]) -> tuple[list[P
             "rename or remove them",
             nameless,
         )
-    refuse_links(checkpoint.folder, [checkpoint.folder / path for path in small])
+    refuse_links(checkpoint.folder, [checkpoint.folder / path for path in small], CheckpointError)
     note_inputs(checkpoint.folder / path for path in small)
     return small, left_out
 

@@ -153,8 +153,8 @@ def print_table(report: AdapterReport, modules: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    # No markup: a name may hold brackets.
-    console = Console(highlight=False, markup=False)
+    # No markup, no emoji: a name may hold brackets, or a word between colons.
+    console = Console(highlight=False, markup=False, emoji=False)
     for line in heading_lines(report):
         console.print(shown(line))
     if is_long(report) and not modules:
