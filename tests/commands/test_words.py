@@ -13,8 +13,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "lora_export"
 DONE = (
-    *("__init__", "bench", "cli", "commands", "demo", "doctor", "errors", "machines", "packages", "parity"),
-    *("progress", "runtimes"),
+    *("__init__", "bench", "binding", "cli", "commands", "demo", "doctor", "errors", "machines", "packages"),
+    *("parity", "progress", "runtimes"),
 )
 
 # Pattern → what to write instead.
