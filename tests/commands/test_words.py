@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "lora_export"
 DONE = (
     *("__init__", "bench", "binding", "cli", "commands", "demo", "doctor", "errors", "machines", "packages"),
-    *("parity", "progress", "runtimes"),
+    *("parity", "progress", "reports", "runtimes"),
 )
 
 # Pattern → what to write instead.
