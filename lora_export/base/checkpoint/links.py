@@ -1,7 +1,8 @@
-"""Links in a folder that somebody else made: what is read or copied from it must lie in it.
+"""Check links in a folder that somebody else made: files that are read or copied from it must be in it.
 
 A link to a private file would be copied as that file, or merged into, and published with the output. Hugging
-Face's cache is made of links: ``models--x/snapshots/COMMIT/config.json`` leads to ``models--x/blobs/HASH``.
+Face's cache has links everywhere: ``models--x/snapshots/COMMIT/config.json`` leads to
+``models--x/blobs/HASH``.
 """
 
 from __future__ import annotations
@@ -16,27 +17,27 @@ _SNAPSHOTS, _BLOBS = "snapshots", "blobs"
 
 
 def refuse_links(folder: Path, paths: Iterable[Path]) -> None:
-    """Raise `CheckpointError` where files of a checkpoint, weights too, are links out of its folder.
+    """Raise `CheckpointError` if files of a checkpoint, weights included, are links out of its folder.
 
     Args:
         folder: The folder.
-        paths: Of files in it; those that are missing are not looked at.
+        paths: Paths of files in it; missing ones are ignored.
     """
     found = (path for path in dict.fromkeys(paths) if path.is_symlink() or path.exists())
     if problems := link_problems(folder, found):
         raise CheckpointError(
             f"{len(problems)} files of {folder} would be read from somewhere else, or can't be",
-            "put the files themselves into the folder in place of the links, or remove the links",
+            "put the files themselves into the folder instead of the links, or remove the links",
             problems,
         )
 
 
 def link_problems(folder: Path, paths: Iterable[Path]) -> list[str]:
-    """Return which of a folder's files can't be copied from it, each with the reason.
+    """Return the files of a folder that can't be copied from it, each with the reason.
 
     Args:
         folder: The folder.
-        paths: Of files in it, or below it.
+        paths: Paths of files in it, or below it.
     """
     allowed = [os.path.realpath(folder), *_blobs(folder)]
     problems = []
@@ -54,7 +55,7 @@ def link_problems(folder: Path, paths: Iterable[Path]) -> list[str]:
 
 
 def _blobs(folder: Path) -> Iterator[str]:
-    """Yield where the files of a snapshot in Hugging Face's cache lie."""
+    """Yield the folders that hold the files of a snapshot in Hugging Face's cache."""
     real = Path(os.path.realpath(folder))
     for place in (real, *real.parents):
         if place.parent.name == _SNAPSHOTS:
