@@ -328,7 +328,9 @@ FOREIGN = {
         f"{Q}weight": (40, 48, INT8), f"{Q}weight_scale": (40, 1, F32),
         f"{Q}weight_zero_point": (40, 1, INT8),
     },
-    "can't be told": {f"{Q}weight": (40, 48, E4M3), f"{Q}weight_scale": (7, 5, torch.float32)},
+    "how many values share a scale is unknown": {
+        f"{Q}weight": (40, 48, E4M3), f"{Q}weight_scale": (7, 5, torch.float32),
+    },
     "is beside BF16": {f"{Q}weight": (40, 48, torch.bfloat16), f"{Q}weight_scale": (40, 1, torch.float32)},
     "stored as I8": {f"{Q}weight": (40, 48, INT8)},
 }  # fmt: skip

@@ -107,7 +107,7 @@ def _shape(use: Use) -> tuple[int, ...]:
 
 
 def _is_multiple(use: Use, size: int) -> bool:
-    """Rule 2."""
+    """Return True if a constant has a multiple of ``size`` values (rule 2)."""
     count = math.prod(_shape(use))
     return count > 0 and count % size == 0
 

@@ -104,7 +104,7 @@ def other_calls(
 
 
 def _computed(site: Site, computed: Mapping[str, Sequence[ir.Value]]) -> str:
-    """Rule 1."""
+    """Apply rule 1; return the reason, or an empty string."""
     mine = {id(part.root) for part in site.parts}
     for key in site.keys:
         for constant in computed.get(key, ()):
@@ -117,7 +117,7 @@ def _computed(site: Site, computed: Mapping[str, Sequence[ir.Value]]) -> str:
 
 
 def _named(site: Site, rest: Sequence[Use], modules: Set[str]) -> str:
-    """Rule 2."""
+    """Apply rule 2; return the reason, or an empty string."""
     if len(site.keys) != 1 or site.target.held_turned is not None or site.target.experts > 1:
         return ""
     path, _, leaf = site.keys[0].rpartition(".")

@@ -99,7 +99,7 @@ def _dtype(site: Site) -> Any:
 
 
 def _has_place(own: str, other: str, site: Site, evidence: Evidence) -> bool:
-    """Rule 1."""
+    """Return True if names give another parameter a site of its own (rule 1)."""
     mine = {id(use) for part in site.parts for use in part.uses}
     for key in _in_graph(own, other, site.keys):
         for variant in (*names.variants(key), *names.per_expert(key, site.target.experts)):

@@ -69,7 +69,7 @@ def _is_product(site: Site) -> bool:
 
 
 def _turned_reader(site: Site, readers: Mapping[int, Sequence[Use]]) -> Use | None:
-    """Rule 1."""
+    """Apply rule 1; return the use, or None."""
     for part in site.parts:
         for use in readers.get(id(part.root), ()):
             if use.transposed != part.uses[0].transposed:
@@ -88,7 +88,7 @@ def _is_beside(module: str | None, path: str) -> bool:
 def _turned_copy(
     site: Site, copies: Sequence[Use], parameters: Set[str], crossings: Callable[[Use], Array | None]
 ) -> Use | None:
-    """Rule 2."""
+    """Apply rule 2; return the use, or None."""
     part = site.parts[0]
     mine = part.uses[0]
     for use in copies:

@@ -295,7 +295,7 @@ class _Renamer:
         return is_flat_outer(path) if self._flattened else is_outer(path)
 
     def _may_add(self, change: Prefix) -> bool:
-        """Rule 4."""
+        """Return True if the prefix may be added (rule 4)."""
         if has_index(change.add):
             # The index is that of a Sequential around the whole base.
             return not change.strip and self._known.is_inside(change.add)
@@ -457,7 +457,7 @@ class _Renamer:
         ]
 
     def _ambiguous(self, chosen: Sequence[Prefix]) -> Renaming:
-        """Rule 5."""
+        """Return a renaming with the names that several changes give (rule 5)."""
         names: dict[int, set[str]] = defaultdict(set)
         for change in chosen if self._is_first else ():
             for number, fitting in self._under(change).items():
