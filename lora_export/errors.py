@@ -102,3 +102,11 @@ class InternalError(Exception):
     """A rule of our own code was broken: a defect to report."""
 
     exit_code = 4
+
+
+def install_line(extra: str) -> str:
+    """Return the command that installs what an extra needs.
+
+    Where the package came from doesn't matter: pip takes the one that is installed and adds what it lacks.
+    """
+    return f"pip install 'lora-export[{extra}]'"

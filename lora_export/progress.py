@@ -7,11 +7,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TextIO
+from contextvars import ContextVar
+from functools import partial
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from lora_export.untrusted.shown import shown
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import TextColumn
 
 Advance = Callable[[int], None]
@@ -21,46 +24,123 @@ Say = Callable[[str, float], None]
 _LINE_SECONDS = 10.0
 
 
-@contextlib.contextmanager
-def byte_progress(label: str, quiet: bool = False) -> Iterator[Advance | None]:
-    """Yield a function to call with each number of bytes written, or None when quiet."""
-    if quiet:
-        yield None
-    elif is_terminal(sys.stderr):
-        with _Bar(label) as bar:
-            yield bar.advance
-    else:
-        yield _lines(label)
+class _Display(Protocol):
+    """Display of the work of a verb that writes."""
 
+    def stage(self, what: str, share: float | None) -> None:
+        """Show what is done before anything is written."""
 
-class _Bar:
-    """A line on the terminal that appears with the first byte: planning may take longer than writing."""
-
-    def __init__(self, label: str) -> None:
-        self._label = shown(label)
-        self._stack = contextlib.ExitStack()
-        self._add: Advance | None = None
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
+    def expect(self, size: int) -> None:
+        """Set the number of bytes that will be written."""
 
     def advance(self, count: int) -> None:
         """Count bytes written."""
-        if self._add is None:
-            self._add = self._open()
-        self._add(count)
 
-    def _open(self) -> Advance:
-        from rich.console import Console
-        from rich.progress import FileSizeColumn, Progress, SpinnerColumn, TransferSpeedColumn
 
-        columns = (SpinnerColumn(), _text(), FileSizeColumn(), TransferSpeedColumn())
-        progress = self._stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
-        task = progress.add_task(self._label, total=None)
-        return lambda count: progress.advance(task, count)
+# The display of the verb that runs, for code that does its work far below.
+_SHOWN: ContextVar[_Display | None] = ContextVar("_SHOWN", default=None)
+
+
+def tell_stage(what: str, share: float | None = None) -> None:
+    """Show what is done now, if a verb has a display, with the share that is done; None if unknown."""
+    if (display := _SHOWN.get()) is not None:
+        display.stage(what, share)
+
+
+def tell_size(size: int) -> None:
+    """Show how many bytes will be written, if a verb has a display."""
+    if (display := _SHOWN.get()) is not None:
+        display.expect(size)
+
+
+@contextlib.contextmanager
+def byte_progress(label: str, quiet: bool = False) -> Iterator[Advance | None]:
+    """Yield a function to call with each number of bytes written, or None when quiet.
+
+    What is told meanwhile by `tell_stage` and `tell_size` is shown as well.
+    """
+    if quiet:
+        yield None
+        return
+    with contextlib.ExitStack() as stack:
+        display = _Bar(label, stack) if is_terminal(sys.stderr) else _Lines(label)
+        token = _SHOWN.set(display)
+        stack.callback(_SHOWN.reset, token)
+        yield display.advance
+
+
+class _Bar:
+    """A line on the terminal that appears with the first stage or byte."""
+
+    def __init__(self, label: str, stack: contextlib.ExitStack) -> None:
+        self._label, self._stack = shown(label), stack
+        self._size: int | None = None
+        self._written = 0
+        self._update: Callable[..., None] | None = None
+
+    def stage(self, what: str, share: float | None) -> None:
+        """Show a pulse where nobody knows the share."""
+        total = None if share is None else 1.0
+        self._show(shown(what), total, share or 0.0, "" if share is None else f"{share:.0%}")
+
+    def expect(self, size: int) -> None:
+        self._size = size
+
+    def advance(self, count: int) -> None:
+        self._written += count
+        self._show(self._label, self._size, self._written, _amount(self._written, self._size))
+
+    def _show(self, what: str, total: float | None, done: float, amount: str) -> None:
+        if self._update is None:
+            self._update = self._open()
+        self._update(description=what, total=total, completed=done, amount=amount)
+
+    def _open(self) -> Callable[..., None]:
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        amount = TextColumn("{task.fields[amount]}", markup=False)
+        columns = (SpinnerColumn(), BarColumn(bar_width=30), TimeElapsedColumn(), _text(), amount)
+        progress = self._stack.enter_context(Progress(*columns, console=_console(), transient=True))
+        return partial(progress.update, progress.add_task("", total=None, amount=""))
+
+
+class _Lines:
+    """Lines of a log: a stage of unknown length at once, everything else every few seconds."""
+
+    def __init__(self, label: str) -> None:
+        self._label, self._written = label, 0
+        self._size: int | None = None
+        self._said, self._last = "", time.monotonic()
+
+    def stage(self, what: str, share: float | None) -> None:
+        if share is not None:
+            self._now_and_then(f"{what}: {share:.0%}")
+        elif what != self._said:
+            self._said = what
+            _to_stderr(what)
+
+    def expect(self, size: int) -> None:
+        self._size = size
+
+    def advance(self, count: int) -> None:
+        self._written += count
+        self._now_and_then(f"{self._label}: {_amount(self._written, self._size)}")
+
+    def _now_and_then(self, line: str) -> None:
+        if time.monotonic() - self._last >= _LINE_SECONDS:
+            self._last = time.monotonic()
+            _to_stderr(line)
+
+
+def _amount(written: int, size: int | None) -> str:
+    return f"{written / 1e9:.1f} GB" if size is None else f"{written / 1e9:.1f} of {size / 1e9:.1f} GB"
+
+
+def _console() -> Console:
+    """Return a terminal that stays the same while an exporter's prints are held back."""
+    from rich.console import Console
+
+    return Console(file=sys.stderr)
 
 
 def _text() -> TextColumn:
@@ -68,19 +148,6 @@ def _text() -> TextColumn:
     from rich.progress import TextColumn
 
     return TextColumn("{task.description}", markup=False)
-
-
-def _lines(label: str) -> Advance:
-    done, last = 0, time.monotonic()
-
-    def advance(count: int) -> None:
-        nonlocal done, last
-        done += count
-        if time.monotonic() - last >= _LINE_SECONDS:
-            last = time.monotonic()
-            _to_stderr(f"{label}: {done / 1e9:.1f} GB")
-
-    return advance
 
 
 @contextlib.contextmanager
@@ -98,7 +165,6 @@ def stage_progress(quiet: bool = False) -> Iterator[Say | None]:
 
 
 def _stage_bar() -> Iterator[Say]:
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TimeElapsedColumn
 
     columns = (
@@ -107,7 +173,7 @@ def _stage_bar() -> Iterator[Say]:
         TimeElapsedColumn(),
         _text(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=_console(), transient=True) as bar:
         task = bar.add_task("", total=1.0)
         yield lambda what, share: bar.update(task, description=shown(what), completed=share)
 

@@ -14,7 +14,7 @@ from lora_export.bench.opened import Opening
 from lora_export.bench.outputs import overlap_problems
 from lora_export.bench.sizes import choose_sizes
 from lora_export.bench.workloads import Workload, has_cache, has_sequence, plan_workloads, shape_problems
-from lora_export.errors import LoraExportError
+from lora_export.errors import LoraExportError, install_line
 from lora_export.runtimes.model_file import BenchModel, label_models, read_model
 
 # More threads than any machine has cores are a typing mistake, and ONNX Runtime would start them all.
@@ -157,7 +157,7 @@ def _provider_problems(opening: Opening, models: Sequence[BenchModel]) -> list[s
         return []
     if importlib.util.find_spec("onnxruntime") is None:
         extra = "gpu" if opening.provider == "cuda" else "cpu"
-        return [f"graphs need onnxruntime, which is not installed (pip install 'lora-export[{extra}]')"]
+        return [f"graphs need onnxruntime, which is not installed ({install_line(extra)})"]
     if opening.provider == "cpu":
         return []
     import onnxruntime as ort
@@ -166,7 +166,7 @@ def _provider_problems(opening: Opening, models: Sequence[BenchModel]) -> list[s
         return []
     return [
         f"--provider cuda: this onnxruntime ({ort.__version__}) has no CUDA provider "
-        "(pip uninstall onnxruntime; pip install 'lora-export[gpu]')"
+        f"(pip uninstall onnxruntime; {install_line('gpu')})"
     ]
 
 

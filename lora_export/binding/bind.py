@@ -162,6 +162,7 @@ def slot_blocks(
     weight_of: WeightOf | None = None,
     allow_unmatched: bool = False,
     any_base: bool = False,
+    unused: Set[str] = frozenset(),
 ) -> SlotBinding:
     """Make the rectangles of a bank's tensors that an adapter fills in one slot.
 
@@ -173,6 +174,7 @@ def slot_blocks(
         weight_of: See `bind_adapter`.
         allow_unmatched: Leave out parameters that have no site, unless none has one.
         any_base: See `bind_adapter`.
+        unused: See `bind_adapter`.
 
     Raises:
         SiteError: See `bind_adapter`; also where the slot's rank is too small.
@@ -181,6 +183,7 @@ def slot_blocks(
     refuse_bound(adapter, exposed.merged, where)
     warnings = refuse_other_base(adapter, exposed.base_sha256, where, any_base)
     found = match_modules(adapter, exposed, where, weight_of)
+    _refuse_unused(found, adapter, unused)
     loras = _slot_loras(found, adapter, slot)
     caster = Caster()
     blocks = blocks_of_slot(exposed, slot, loras, caster)

@@ -47,12 +47,12 @@ def capture_onnx(
     from lora_export.base.checkpoint.checkpoint import read_config
     from lora_export.base.checkpoint.own_code import code_notes
     from lora_export.modes import capture_onnx as mode
+    from lora_export.progress import byte_progress
     from lora_export.reports.merge import size_text
 
     started = time.monotonic()
-    if not quiet:
-        print_lines([f"capturing {checkpoint} (seconds for a small model, minutes for 1B)"], err=True)
-    graph, data = mode.capture_onnx(checkpoint, output, dtype=dtype, kv_cache=kv_cache, force=force)
+    with byte_progress(f"writing {output}", quiet):
+        graph, data = mode.capture_onnx(checkpoint, output, dtype=dtype, kv_cache=kv_cache, force=force)
     if not quiet:
         size = size_text(data.stat().st_size)
         print_lines([f"captured {checkpoint} in {time.monotonic() - started:.1f} s: {size} of weights"])

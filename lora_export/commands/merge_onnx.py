@@ -54,10 +54,6 @@ def merge_onnx(
     read_checkpoint_options(options)
     loaded = load_adapters(adapters, options)
     started = time.monotonic()
-    if base.is_dir() and not quiet:
-        print_lines(
-            [f"capturing {base} with torch.onnx (seconds for a small model, minutes for 1B) …"], err=True
-        )
     with byte_progress(f"writing {output}", quiet or options["dry_run"]) as progress:
         report = mode.merge_onnx(base, loaded, output, progress=progress, **options)
     finer = "a float32 or float16 base keeps more of it; so does serving the adapter unmerged"

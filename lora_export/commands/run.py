@@ -21,17 +21,20 @@ from lora_export.commands.verb import Verb
 def run(context: click.Context, recipe: Path, force: bool, dry_run: bool, quiet: bool) -> None:
     """Run the steps of RECIPE in their order; stop at the first that fails.
 
-    The whole file is checked before the first step. Paths in it are relative to the current directory.
+    RECIPE is a YAML file, or the name of a recipe that comes with lora-export (demo-minilm). The whole
+    recipe is checked before the first step. Paths in it are relative to the current directory.
 
     \b
     Example:
       lora-export run recipes/demo-minilm.yaml --dry-run
+      lora-export run demo-minilm --dry-run
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
+    from lora_export.commands.own_recipes import find_recipe
     from lora_export.commands.recipe import load_recipe
     from lora_export.errors import LoraExportError
     from lora_export.storage.outputs import reading
 
-    root = context.find_root()
+    root, recipe = context.find_root(), find_recipe(recipe)
     group = root.command
     assert isinstance(group, click.Group)
     loaded = load_recipe(recipe, group.list_commands(root), lambda verb: group.get_command(root, verb))

@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_export.adapter import Array
 from lora_export.demo.training import silence
-from lora_export.errors import BackendError, InternalError
+from lora_export.errors import BackendError, InternalError, install_line
 
 Precision = Literal["fp32", "int4"]
 # The builder's default on a CPU, 4, also rounds the activations to int8, which PyTorch can't do the same way;
@@ -45,7 +45,7 @@ def build_base(checkpoint: Path, folder: Path, precision: Precision, cache: Path
     except Exception as error:
         raise BackendError(
             f"onnxruntime-genai's model builder failed: {type(error).__name__}: {error}",
-            "pip install 'lora-export[genai]' for a version that is known to work",
+            f"{install_line('genai')} for a version that is known to work",
         ) from error
     return folder / "model.onnx"
 

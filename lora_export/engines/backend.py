@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.engines.record import BuildOptions
-from lora_export.errors import BackendUnavailable
+from lora_export.errors import BackendUnavailable, install_line
 from lora_export.machines.local_gpus import Gpu, local_gpus
 
 # The packages have no types; a test checks the names that we use against their bindings.
@@ -63,7 +63,7 @@ class Compiler(ABC):
                 f"{self.name} is not installed"
                 if missing
                 else f"{self.name} is installed but can't be loaded: {error}",
-                f"pip install 'lora-export[{self.extra}]'",
+                install_line(self.extra),
             ) from error
 
     def version(self) -> str:
@@ -77,7 +77,7 @@ class Compiler(ABC):
                 return version(distribution)
             except PackageNotFoundError:
                 continue
-        raise BackendUnavailable(f"{self.name} is not installed", f"pip install 'lora-export[{self.extra}]'")
+        raise BackendUnavailable(f"{self.name} is not installed", install_line(self.extra))
 
     @abstractmethod
     def target_problem(self, compute_capability: str) -> str | None:

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from lora_export.adapter import Array
 from lora_export.errors import OutputError
 from lora_export.graph.onnx_file import GraphFile, Source, byte_size, matrix_shape, shape_of, source_of
+from lora_export.progress import tell_size
 from lora_export.storage.commit.leftovers import scratch_folder
 from lora_export.storage.patch import Patch
 from lora_export.storage.rounding import Mode, Rounding
@@ -105,6 +106,7 @@ def write_data(
         The loss by rounding, by module.
     """
     pieces = (_piece(slot, changes.get(slot.value)) for slot in slots)
+    tell_size(size)
     costs = write_pieces(staged, size, pieces, rounding=rounding, progress=progress)
     for slot in slots:
         assert slot.value.const_value is not None

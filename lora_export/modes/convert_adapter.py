@@ -21,7 +21,7 @@ from lora_export.formats.edge_llm import own_files
 from lora_export.formats.provenance import Provenance, Writer, is_converted
 from lora_export.graph.exposed import KEY, ExposedGraph, exposed_of
 from lora_export.graph.onnx_file import GraphFile, load_graph
-from lora_export.graph.reach import Reach
+from lora_export.graph.unused_inputs import unused_modules
 from lora_export.modes.branches.output import refuse_lost_inputs
 from lora_export.modes.branches.place import refuse_contained
 from lora_export.plan import Plan
@@ -131,7 +131,7 @@ def convert_adapter(
         weight_of=GraphWeights(file.path, file),
         allow_unmatched=allow_unmatched,
         any_base=any_base,
-        unused=_unused(file, exposed, genai),
+        unused=unused_modules(file.graph, exposed, genai=genai),
     )
     _refuse_modules(binding, exposed, form)
     if not dry_run:
@@ -205,18 +205,6 @@ def _form_of(output: Path, format: str | None, file: GraphFile, *, genai: bool) 
     form = _Form(name, writer_of(name))
     _check_output(output, form, file, genai=genai)
     return form
-
-
-def _unused(file: GraphFile, exposed: ExposedGraph, genai: bool) -> frozenset[str]:
-    """Return the names of modules whose tensors no output of the graph depends on."""
-    reach, inputs = Reach(file.graph), {str(value.name): value for value in file.graph.inputs}
-    end = ".MatMul.weight" if genai else ".weight"
-    return frozenset(
-        module.name
-        for module in exposed.modules
-        for name in (module.lora_a, *(name for name, _, _ in module.b_parts))
-        if not reach.depends_on(inputs[name.removesuffix(".weight") + end])
-    )
 
 
 def _format_of(output: Path, format: str | None, genai: bool) -> str:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from io import BytesIO
 from typing import Any
 
-from lora_export.errors import BackendUnavailable
+from lora_export.errors import BackendUnavailable, install_line
 
 COLOUR, REFERENCE = "#4c72b0", "#777777"
 
@@ -17,7 +17,7 @@ def check_matplotlib() -> None:
     if find_spec("matplotlib") is None:
         raise BackendUnavailable(
             "a .png or .svg picture needs matplotlib, which is not installed",
-            "pip install 'lora-export[plot]', or choose a name that ends in .html, which needs no package",
+            f"{install_line('plot')}, or choose a name that ends in .html, which needs no package",
         )
 
 

@@ -19,16 +19,19 @@ from lora_export.adapter import Adapter, Array
 from lora_export.binding.bind import clear_slot, slot_blocks
 from lora_export.binding.cast import dtype_of
 from lora_export.binding.pack import Block
-from lora_export.errors import AdapterError
+from lora_export.errors import AdapterError, GraphError
 from lora_export.graph.exposed import WEIGHTS_INPUT
 from lora_export.runtimes.adapter_cache import did_you_mean, unknown_adapter
 from lora_export.runtimes.feeds import Feeds
 from lora_export.runtimes.model import Model, R
 from lora_export.storage.inputs import refuse_changed_inputs, same_inputs
+from lora_export.untrusted.shown import limited
 
 # A request's entry for one row: an adapter, None, or several adapters with their weights.
 Row = str | None | Mapping[str, float]
 Rows = Sequence[Row] | Array
+# Largest number of modules that are listed.
+_SHOWN = 5
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -59,6 +62,13 @@ class BankSlots(Generic[R]):
         self._host: dict[str, Array] = {}
         # Plain inputs have no default: such a bank is empty until adapters are loaded.
         filled = [slot for slot in self._record.slots if slot.adapter and not self._plain]
+        if filled and model.unused:
+            raise GraphError(
+                f"{model.path}: no output depends on {len(model.unused)} modules of the bank's adapters "
+                f"(of {len(self._record.modules)})",
+                "a tool has changed the graph since it was written; make it again with bank-onnx",
+                limited(sorted(model.unused), most=_SHOWN),
+            )
         numbers = {slot.name: number for number, slot in enumerate(self._record.slots)}
         self.state = BankState(
             {slot.name: numbers[slot.name] for slot in filled},
@@ -175,6 +185,7 @@ class BankSlots(Generic[R]):
                     weight_of=self._model.weight_of,
                     allow_unmatched=allow_unmatched,
                     any_base=any_base,
+                    unused=self._model.unused,
                 )
                 kept = {known: at for known, at in self.state.slots.items() if at != number}
                 refuse_changed_inputs()

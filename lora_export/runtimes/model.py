@@ -31,6 +31,10 @@ class Model(Protocol[R]):
         """LoRA's inputs by name."""
 
     @property
+    def unused(self) -> frozenset[str]:
+        """`ExposedModule.name` of those whose tensors change no output."""
+
+    @property
     def weight_of(self) -> WeightOf:
         """The base's weights by name, for adapters whose tensors are computed from them."""
 

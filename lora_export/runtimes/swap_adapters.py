@@ -125,6 +125,7 @@ class SwapAdapters(Generic[R]):
             weight_of=self._model.weight_of,
             allow_unmatched=allow_unmatched,
             any_base=any_base,
+            unused=self._model.unused,
         )
         tensors, notes = self._model.fitted(binding.tensors, f"adapter '{adapter.name}'")
 

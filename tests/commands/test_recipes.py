@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import click
 import pytest
 
 from lora_export.cli import main
+from lora_export.commands.own_recipes import find_recipe, own_recipes
 from lora_export.commands.recipe import load_recipe
 from lora_export.errors import OutputError, RecipeError
 
@@ -61,6 +63,52 @@ def test_our_recipes_explain_themselves(path: Path) -> None:
 
 def test_there_are_recipes() -> None:
     assert RECIPES
+
+
+def test_a_wheel_has_the_recipes(tmp_path: Path) -> None:
+    """Built and installed, far from the checkout: the package's files, and the recipes by their names."""
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(site)]
+    subprocess.run([*install, str(wheel)], check=True, capture_output=True)
+    kept = {path.relative_to(ROOT) for path in (ROOT / "lora_export").rglob("*") if path.is_file()}
+    assert {path for path in kept if path.suffix != ".pyc"} <= {
+        path.relative_to(site) for path in site.rglob("*")
+    }
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    found = [
+        subprocess.run(
+            [sys.executable, "-m", "lora_export", "run", given, "--dry-run"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for given in (RECIPES[0].stem, str(RECIPES[0]))
+    ]
+    assert found[0] == found[1] != ""
+    inside = site / "lora_export" / "recipes"
+    assert {path.name for path in inside.glob("*.yaml")} == {path.name for path in RECIPES}
+    said = "import lora_export, pathlib; print(pathlib.Path(lora_export.__file__).parent)"
+    where = [sys.executable, "-c", said]
+    printed = subprocess.check_output(where, cwd=tmp_path, env=environment, text=True)
+    assert printed.strip() == str(site / "lora_export")
+
+
+def test_recipes_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(own_recipes()) == [path.stem for path in RECIPES]
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe(Path("demo-minilm")) == ROOT / "recipes" / "demo-minilm.yaml"
+    for given in ("demo-minilm.yaml", "here/demo-minilm"):
+        assert find_recipe(Path(given)) == Path(given)
+    (tmp_path / "demo-minilm").write_text("")
+    assert find_recipe(Path("demo-minilm")) == Path("demo-minilm")
+    with pytest.raises(RecipeError, match="no recipe of this name") as refused:
+        find_recipe(Path("demo-minilmm"))
+    assert refused.value.hint.startswith("did you mean demo-minilm? those that come with it: bench-smollm2,")
 
 
 @pytest.mark.slow

@@ -6,7 +6,15 @@ import pytest
 from safetensors.numpy import save_file
 from small_graphs import adapter, delta, error, graph, linear, random, refusals, run, save
 
-from lora_export import SiteError, bank_onnx, convert_adapter, merge_onnx, swap_onnx
+from lora_export import (
+    AdapterSession,
+    GraphError,
+    SiteError,
+    bank_onnx,
+    convert_adapter,
+    merge_onnx,
+    swap_onnx,
+)
 from lora_export.graph.reach import Reach
 
 SIZE = 8
@@ -199,6 +207,122 @@ def test_lora_inputs_that_no_output_depends_on(name, tmp_path):
     with pytest.raises(SiteError) as caught:
         convert_adapter(given, tmp_path / "lost.onnx", tmp_path / "b.onnx_adapter")
     assert UNUSED in str(caught.value.problems)
+
+
+# How the three parts of ``d``, q, k and v of eight columns each, are taken apart.
+APART = {
+    "Split": "q, k, v = Split <axis = -1> (d, sizes)",
+    "Split by a counted axis": "q, k, v = Split <axis = 1> (d, sizes)",
+    "Split into equal parts": "q, k, v = Split <axis = -1, num_outputs = 3> (d)",
+    "a bias, a cast and Split": (
+        "b = Add (d, bias) c = Cast <to = 11> (b) e = Cast <to = 1> (c) "
+        "q, k, v = Split <axis = -1> (e, sizes)"
+    ),
+    "Slice": ("q = Slice (d, n0, n8, one) k = Slice (d, n8, n16, one) v = Slice (d, n16, most, one)"),
+    "axes and Gather": (
+        "r = Reshape (d, three) q = Gather <axis = 1> (r, s0) k = Gather <axis = 1> (r, s1) "
+        "v = Gather <axis = 1> (r, s2)"
+    ),
+    "axes turned and Split": (
+        "r = Reshape (d, three) t = Transpose <perm = [1, 0, 2]> (r) "
+        "q3, k3, v3 = Split <axis = 0, num_outputs = 3> (t) "
+        "q = Squeeze (q3, n0) k = Squeeze (k3, n0) v = Squeeze (v3, n0)"
+    ),
+    "the rest by Slice": "kv = Slice (d, n8, most, one) q = Slice (d, n0, n8, one) "
+    "k, v = Split <axis = -1, num_outputs = 2> (kv)",
+}
+SIZES = {
+    **{f"n{number}": np.array([number]) for number in (0, 8, 16)},
+    **{f"s{number}": np.array(number) for number in (0, 1, 2)},
+    "most": np.array([2**63 - 1]),
+    "one": np.array([1]),
+    "sizes": np.array([SIZE] * 3),
+    "three": np.array([SIZE, 3, SIZE]),
+}
+
+
+def packed(apart, made_of, weight, **more):
+    """Return a graph of a packed weight, whose output is made of the parts and of a nameless product."""
+    text = f"d = MatMul (x, packed_weight) n = MatMul (x, val_1) {apart} y = Sum ({made_of}, n)"
+    weights = {"packed.weight": weight.T.copy(), "val_1": W.T + np.float32(0.5), **SIZES}
+    weights |= {"bias": random(3 * SIZE, seed=5), **more}
+    made = graph(f"g (float[8,8] x) => (float[8,8] y) {{ {text} }}", weights)
+    made.graph.node(0).inputs[1].name = "qkv_proj.weight"
+    made.graph.node(0).name = "/qkv_proj/MatMul"
+    return made
+
+
+@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("apart", APART.values(), ids=APART)
+def test_a_part_of_a_packed_weight_that_no_output_depends_on(apart, part, tmp_path):
+    weight = random(3 * SIZE, SIZE, seed=6)
+    names = ["q", "k", "v"]
+    base = save(packed(apart, ", ".join(n for n in names if n != names[part]), weight), tmp_path)
+    for number, name in enumerate(names):
+        given = adapter(linear(f"{name}_proj", SIZE, SIZE))
+        changed = weight.copy()
+        changed[number * SIZE : (number + 1) * SIZE] += delta(given.modules[f"{name}_proj.weight"])
+        wanted = run(save(packed(apart, ", ".join({*names} - {names[part]}), changed), tmp_path / "c"), x=X)[
+            0
+        ]
+        if number == part:
+            assert error(wanted, run(base, x=X)[0]) < 1e-6
+            (reason,) = refusals(base, given, tmp_path).values()
+            assert reason.startswith(UNUSED)
+            for make in (swap, bank):
+                with pytest.raises(SiteError) as caught:
+                    make(base, given, tmp_path / "out.onnx")
+                assert UNUSED in str(caught.value.problems)
+        else:
+            merge_onnx(base, given, tmp_path / "m.onnx", force=True)
+            assert error(wanted, run(base, x=X)[0]) > 1e-2
+            assert error(run(tmp_path / "m.onnx", x=X)[0], wanted) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "reader", ["r = ReduceSum <keepdims = 1> (d, one)", "r = Slice (d, n0, most, one, step)"]
+)
+def test_columns_that_are_read_in_another_way(reader, tmp_path):
+    """A part of the product that nothing takes is used all the same, by what reads all of it."""
+    weight, step = random(3 * SIZE, SIZE, seed=6), np.array([3])
+    base = save(
+        packed(f"q, k, v = Split <axis = -1> (d, sizes) {reader}", "k, v, r", weight, step=step), tmp_path
+    )
+    given = adapter(linear("q_proj", SIZE, SIZE))
+    merge_onnx(base, given, tmp_path / "m.onnx")
+    weight[:SIZE] += delta(given.modules["q_proj.weight"])
+    product = X.astype(np.float64) @ weight.T
+    more = product.sum(1, keepdims=True) if "Reduce" in reader else product[:, ::3]
+    wanted = product[:, SIZE : 2 * SIZE] + product[:, 2 * SIZE :] + more + X @ (W + np.float32(0.5)).T
+    assert error(run(base, x=X)[0], wanted) > 1e-2
+    assert error(run(tmp_path / "m.onnx", x=X)[0], wanted) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["swap", "bank", "bank of constants"])
+def test_a_session_of_a_graph_that_has_lost_a_module(mode, tmp_path):
+    """Somebody has changed the graph since: no output depends on the adapter's product."""
+    given = adapter(linear("q", SIZE, SIZE))
+    base = save(model_of("z = Identity (d)"), tmp_path)
+    made = tmp_path / "made.onnx"
+    if mode == "swap":
+        swap_onnx(base, made, adapter=given)
+    else:
+        bank_onnx(base, {"one": given}, made, resident="inputs" if mode == "bank" else "initializers")
+    model = ir.load(made)
+    node = next(node for node in model.graph if node.op_type == "Identity")
+    node.replace_input_with(0, next(node for node in model.graph if node.name == "/q/MatMul").outputs[0])
+    ir.save(model, tmp_path / "lost.onnx")
+    if mode == "swap":
+        session = AdapterSession(tmp_path / "lost.onnx")
+        with pytest.raises(SiteError) as caught:
+            session.load_adapter("one", given)
+        assert UNUSED in str(caught.value.problems)
+        AdapterSession(made).load_adapter("one", given)
+    else:
+        with pytest.raises(GraphError) as lost:
+            AdapterSession(tmp_path / "lost.onnx")
+        assert "no output depends on 1 modules" in str(lost.value)
+        assert AdapterSession(made).adapters == ["one"]
 
 
 def test_each_node_is_walked_once():

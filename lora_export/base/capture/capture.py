@@ -48,6 +48,7 @@ from lora_export.graph.captured import (
 )
 from lora_export.graph.data_identity import mark_data
 from lora_export.graph.onnx_file import save_graph
+from lora_export.progress import tell_stage
 from lora_export.storage.hashes import hash_written
 from lora_export.storage.inputs import note_inputs
 
@@ -98,6 +99,7 @@ def capture_checkpoint(
         raise OutputError(f"there is no dtype {dtype!r} to capture in", f"one of: {', '.join(DTYPES)}")
     require("torch", "transformers", "onnxscript")
     path = Path(folder)
+    tell_stage(f"capturing {path} (seconds for a small model, minutes for 1B): loading the model")
     model, _ = load_model(path, dtype, replaced)
     _batch_experts(model)
     inputs = example_inputs(model, path)
@@ -155,6 +157,7 @@ def capture_module(
 def _save(graph: ir.Model, output: Path) -> Path:
     from onnx_ir.external_data import unload_from_model
 
+    tell_stage("writing the graph as it was traced")
     data = output.parent / f"{output.name}.data"
     graph = unload_from_model(graph, output.parent, data.name, size_threshold_bytes=_INLINE_BYTES)
     if data.is_file():

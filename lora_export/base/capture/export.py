@@ -13,14 +13,15 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lora_export.errors import BackendUnavailable, GraphError
+from lora_export.errors import BackendUnavailable, GraphError, install_line
+from lora_export.progress import tell_stage
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
 _TRACES = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node", "pkg.torch.onnx.class_hierarchy")
-_INSTALL = "pip install 'lora-export[hf]'"
+_INSTALL = install_line("hf")
 
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
@@ -77,6 +78,7 @@ def export_module(
     import torch
 
     keyword = isinstance(example_inputs, Mapping)
+    tell_stage(f"tracing {type(module).__name__}")
     with quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
@@ -98,6 +100,8 @@ def export_module(
             ) from error
         assert program is not None
         model: ir.Model = program.model
+    tell_stage(f"simplifying the graph of {type(module).__name__}")
+    with quiet(), torch.no_grad():
         _optimize(model)
     _drop_traces(model)
     return model

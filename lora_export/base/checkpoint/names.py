@@ -15,6 +15,7 @@ from typing import Any
 
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.meta_model import LoadedNames, build_model
+from lora_export.errors import install_line
 from lora_export.formats.reading.wrappers import strip_wrappers
 from lora_export.sites.experts import Held
 from lora_export.sites.naming.known_names import KnownNames
@@ -23,7 +24,7 @@ from lora_export.sites.naming.renaming import NOT_FOUND, Problem, Renaming, rena
 from lora_export.sites.naming.towers import Kinds, kinds_of_class
 
 NO_TENSOR = "no tensor of that name"
-_NO_TRANSFORMERS = "transformers' table of renamed modules could not be asked: pip install 'lora-export[hf]'"
+_NO_TRANSFORMERS = f"transformers' table of renamed modules could not be asked: {install_line('hf')}"
 
 
 @dataclass(frozen=True, kw_only=True)

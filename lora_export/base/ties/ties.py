@@ -22,6 +22,7 @@ import numpy as np
 
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.meta_model import LoadedNames, build_model, model_names
+from lora_export.errors import install_line
 
 FLAG = "tie_word_embeddings"
 _HEADS = {"lm_head", "embed_out", "output_projection"}
@@ -122,7 +123,7 @@ def find_ties(checkpoint: Checkpoint) -> Ties:
     try:
         return _by_transformers(checkpoint)
     except ImportError:
-        return _by_names(checkpoint, "transformers is not installed (pip install 'lora-export[hf]')")
+        return _by_names(checkpoint, f"transformers is not installed ({install_line('hf')})")
     except Exception as error:  # a model that this transformers can't build
         first = str(error).partition("\n")[0]
         why = f"transformers can't build the model ({type(error).__name__}: {first})"

@@ -15,6 +15,7 @@ from lora_export.engines.prepare.problem import Problem, of_places
 from lora_export.graph.exposed import KEY, WEIGHTS_INPUT, ExposedGraph, ExposedModule, exposed_of
 from lora_export.graph.exposed_inputs import size_problems
 from lora_export.graph.onnx_file import GraphFile, shape_of
+from lora_export.graph.unused_inputs import unused_modules
 
 # From this version on an input with an initializer is a choice; before, weights had to be inputs as well.
 _FREE_INITIALIZERS = 4
@@ -84,7 +85,14 @@ def _record_problems(graph: GraphFile, record: ExposedGraph) -> Iterator[Problem
         "the graph's LoRA record has other sizes",
         "make the graph again with swap-onnx or bank-onnx; a tool has changed it since",
     )
-    if missing or sizes or not record.input_names():
+    if missing or sizes:
+        return
+    yield from of_places(
+        [f"module {name}" for name in sorted(unused_modules(graph.graph, record))],
+        "no output depends on its LoRA tensors",
+        "make the graph again with swap-onnx or bank-onnx; a tool has changed it since",
+    )
+    if not record.input_names():
         return
     dynamic = [
         f"module {module.name}"

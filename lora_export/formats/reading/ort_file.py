@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from lora_export.adapter import Array
-from lora_export.errors import AdapterError, BackendUnavailable
+from lora_export.errors import AdapterError, BackendUnavailable, install_line
 from lora_export.formats.provenance import ONLY_THIS_BASE_KEY
 from lora_export.storage.sums.seal import UNSEALED, seal_file
 
@@ -122,5 +122,5 @@ def _onnxruntime(what: str) -> Any:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
         raise BackendUnavailable(
-            f"onnxruntime is needed to {what} {SUFFIX} files: {error}", "pip install 'lora-export[cpu]'"
+            f"onnxruntime is needed to {what} {SUFFIX} files: {error}", install_line("cpu")
         ) from error

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from lora_export.adapter import Array
-from lora_export.errors import AdapterError, BackendUnavailable
+from lora_export.errors import AdapterError, BackendUnavailable, install_line
 from lora_export.formats.reading.pickle_claims import claim_problems
 from lora_export.formats.reading.pickle_contents import Contents, TangledError
 from lora_export.untrusted.documents import open_regular
@@ -82,7 +82,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except ImportError as error:
         raise BackendUnavailable(
             f"reading {path.name} needs torch, which is not installed",
-            "pip install 'lora-export[hf]', or save the adapter as .safetensors",
+            f"{install_line('hf')}, or save the adapter as .safetensors",
         ) from error
     try:
         # One open file for both: the name may mean another file by the time that torch opens it.

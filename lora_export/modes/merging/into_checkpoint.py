@@ -28,6 +28,7 @@ from lora_export.modes.merging.checkpoint_files import (
     write_index,
 )
 from lora_export.modes.merging.checkpoint_layout import Layout, layout_of, pieces_of
+from lora_export.progress import tell_size
 from lora_export.storage.rounding import Mode, Rounding, update
 from lora_export.storage.stream import nonfinite_error, write_pieces
 
@@ -77,6 +78,7 @@ class CheckpointMerge:
         """
         folder.mkdir()
         _refuse_small_disk(folder, self.size_bytes)
+        tell_size(self.size_bytes)
         roundings = _write_shards(self, folder, rounding, progress)
         dequantised = self.dtype is not None and bool(self.placed.quantised.scaled)
         kept = [path for path in small if not (dequantised and says_quantised(path))]

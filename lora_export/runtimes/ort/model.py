@@ -14,6 +14,8 @@ from lora_export.binding.base_weights import GraphWeights, WeightOf
 from lora_export.errors import BackendError, GraphError
 from lora_export.graph.exposed import WEIGHTS_INPUT, ExposedGraph, exposed_of
 from lora_export.graph.exposed_inputs import size_problems
+from lora_export.graph.onnx_file import load_graph
+from lora_export.graph.unused_inputs import unused_modules
 from lora_export.runtimes.feeds import Feeds, check_feeds, choose_outputs
 from lora_export.runtimes.ort.cuda_graphs import CudaGraphs
 from lora_export.runtimes.ort.device import DTYPES, DeviceMemory, OrtValue, Provider, host_value
@@ -58,6 +60,7 @@ class OrtModel:
         memory: Memory of the device.
         graphs: Captured CUDA graphs; None if runs are not captured.
         record: The graph's LoRA record.
+        unused: `ExposedModule.name` of those whose tensors change no output.
         inputs: Inputs that a request feeds, by name: all except LoRA's.
         lora: LoRA's inputs by name.
         outputs: Names of the outputs in the graph's order.
@@ -78,11 +81,15 @@ class OrtModel:
         self.memory = DeviceMemory(provider, device_id)
         with same_inputs(at_end=True) as inputs:
             self.session = open_session(path, self.memory, threads, cuda_graphs > 0, session_options)
+            self._open_record(path)
             self._files = tuple(inputs.states.values())
         # The graph itself is read; and on a GPU the weights are copies.
         data = [state for state in self._files if state.path != path.absolute()]
         self._mapped = MappedFiles(data if provider == "cpu" else ())
         self.graphs = CudaGraphs(self.session, self.memory, cuda_graphs) if cuda_graphs else None
+
+    def _open_record(self, path: Path) -> None:
+        """Read what the graph says of its LoRA tensors, and compare it with the graph."""
         self.record = exposed_of(self.session.get_modelmeta().custom_metadata_map, str(path))
         ports = {
             port.name: Port(port.name, port.type, tuple(port.shape), required)
@@ -97,6 +104,7 @@ class OrtModel:
         self.inputs = {name: port for name, port in ports.items() if name not in self.lora}
         self.outputs = [output.name for output in self.session.get_outputs()]
         _check_record(self.record, ports, path)
+        self.unused = unused_modules(load_graph(path).graph, self.record)
 
     @property
     def weight_of(self) -> WeightOf:

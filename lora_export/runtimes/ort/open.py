@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lora_export.errors import BackendError, BackendUnavailable
+from lora_export.errors import BackendError, BackendUnavailable, install_line
 from lora_export.graph.data_identity import external_tensors, layout_of, read_identity, refuse_changed_data
 from lora_export.graph.onnx_file import load_graph
 from lora_export.runtimes.ort.device import DeviceMemory
@@ -49,14 +49,14 @@ def open_session(
     except ImportError as error:
         extra = "gpu" if provider == "cuda" else "cpu"
         raise BackendUnavailable(
-            "running a graph needs onnxruntime, which is not installed", f"pip install 'lora-export[{extra}]'"
+            "running a graph needs onnxruntime, which is not installed", install_line(extra)
         ) from error
     providers: list[Any] = ["CPUExecutionProvider"]
     if provider == "cuda":
         if _CUDA not in ort.get_available_providers():
             raise BackendUnavailable(
                 f"this onnxruntime ({ort.__version__}) has no CUDA provider",
-                "pip uninstall onnxruntime; pip install 'lora-export[gpu]'",
+                f"pip uninstall onnxruntime; {install_line('gpu')}",
             )
         ort.preload_dlls()  # CUDA's libraries, if pip installed them
         # The provider's default for float32 products is TF32, which keeps 10 bits of each factor.

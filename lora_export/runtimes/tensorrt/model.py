@@ -185,6 +185,11 @@ class TensorRTModel(EngineModel):
         self._source = None if options.source is None else Path(options.source)
 
     @property
+    def unused(self) -> frozenset[str]:
+        """None: ``build-engine`` refuses a graph that leaves a module unused."""
+        return frozenset()
+
+    @property
     def weight_of(self) -> WeightOf:
         """The base's weights, read from the graph that the engine was built from."""
         return self._no_weights if self._source is None else GraphWeights(self._source, opened=self._files)

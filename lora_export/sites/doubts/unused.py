@@ -1,17 +1,29 @@
 """Tell that a graph never uses a module: no output depends on what reads its weight (`graph.reach`).
 
 The name of a node that nothing reads proves nothing: another product, of other values, may give the output.
+Where a weight is packed with others, the module's own columns of the product are what counts
+(`graph.columns`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lora_export.graph.onnx_file import GraphFile
+from lora_export.graph.columns import Columns, depend_on_columns, rank_of
+from lora_export.graph.onnx_file import GraphFile, shape_of
 from lora_export.graph.reach import Reach
 from lora_export.plan import Refusal
-from lora_export.sites.slot import Use
-from lora_export.sites.target import Miss, Site, Target
+from lora_export.sites.fit import stored_shape
+from lora_export.sites.slot import LEFT, Use
+from lora_export.sites.target import Miss, Part, Site, Target
+from lora_export.storage.patch import Placement
+
+# Products of which each row of the weight gives a column, and what adds a bias to them.
+_CONVOLUTIONS = frozenset({"Conv", "FusedConv", "ConvInteger", "QLinearConv"})
+_COLUMNS = _CONVOLUTIONS | {
+    *("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "GemmFastGelu", "Add", "MatMulNBits", "MatMulBnb4"),
+    *("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm"),
+}
 
 
 def reach_of(graph: GraphFile, uses: Sequence[Use]) -> Reach:
@@ -33,15 +45,39 @@ def unused_sites(graph: GraphFile, reach: Reach, sites: Sequence[Site]) -> Mappi
         sites: Where the weights of an adapter were found.
     """
     changed = {id(part.root) for site in sites for part in site.parts}
-    if reach.zero_changeable <= changed:
-        return {}
-    as_it_is = Reach(graph.graph, changed)
+    as_it_is = reach if reach.zero_changeable <= changed else Reach(graph.graph, changed)
     lost = {}
     for site in sites:
         uses = [use for part in site.parts for use in part.uses]
-        if not any(is_read(as_it_is, use) for use in uses):
+        if not any(_is_used(as_it_is, site.target, part) for part in site.parts):
             lost[id(site.target)] = unused(site.target, uses[0])
     return lost
+
+
+def _is_used(reach: Reach, target: Target, part: Part) -> bool:
+    """Whether an output depends on what a target changes of one constant."""
+    for use in part.uses:
+        if is_read(reach, use):
+            own = [_columns(target, use, placement) for placement in part.placements]
+            if any(columns is None or depend_on_columns(reach, columns) for columns in own):
+                return True
+    return False
+
+
+def _columns(target: Target, use: Use, placement: Placement) -> Columns | None:
+    """Return the columns of a product that a placement gives; None: all, or not known."""
+    if use.node.op_type not in _COLUMNS or use.no_branch == LEFT or target.experts > 1:
+        return None
+    assert use.root.const_value is not None
+    size = stored_shape(target, use)[1 if placement.transposed else 0]
+    start = placement.col if placement.transposed else placement.row
+    stop = start + placement.rows[1] - placement.rows[0]
+    if stop - start >= size:
+        return None
+    axis = 1 - len(shape_of(use.root.const_value)) if use.node.op_type in _CONVOLUTIONS else -1
+    ranks = [rank_of(value) for value in use.node.inputs if value is not None]
+    rank = None if None in ranks else max(rank for rank in ranks if rank is not None)
+    return Columns(use.node.outputs[0], axis, size, start, stop, rank)
 
 
 def unused(target: Target, use: Use) -> Miss:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import count
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +19,7 @@ import onnx_ir as ir
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import matrix_shape, release, shape_of, stored_matrix
 from lora_export.machines.blas import one_blas_thread
+from lora_export.progress import tell_stage
 from lora_export.sites import fit
 from lora_export.sites.slot import Use
 from lora_export.sites.target import Target
@@ -116,10 +118,15 @@ def find_places(
         view = _View(mine[0].root, transposed, tuple(mine))
         if view.shape[1] in wanted:
             views[view.shape[1]].append(view)
+    every, seen = sum(map(len, views.values())), count()
+
+    def tell() -> None:
+        tell_stage("looking for the adapter's weights by their values", next(seen) / every)
+
     # With so few columns a second thread costs more than it saves.
     with one_blas_thread():
         for width, group in wanted.items():
-            _search(group, views[width])
+            _search(group, views[width], tell)
     return {
         id(item.target): {key: sorted(offsets) for key, offsets in item.found.items()}
         for group in wanted.values()
@@ -127,12 +134,13 @@ def find_places(
     }
 
 
-def _search(group: Sequence[_Wanted], views: Sequence[_View]) -> None:
+def _search(group: Sequence[_Wanted], views: Sequence[_View], tell: Callable[[], None]) -> None:
     """Fill in ``found`` for targets of one width."""
     around: dict[int, list[tuple[_View, _Probe]]] = defaultdict(list)
     kinds = [_kind(item.target) for item in group]
     samples = dict(zip(kinds, (item.target for item in group), strict=True))
     for view in views:
+        tell()
         height, matrix = view.shape[0], view.matrix
         accepted = {k for k, one in samples.items() if any(fit.accepts(one, use) for use in view.uses)}
         fitting = [item for item, kind in zip(group, kinds, strict=True) if kind in accepted]
