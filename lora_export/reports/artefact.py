@@ -1,4 +1,4 @@
-"""What a graph, a manifest, an engine's record, a kit or a folder of onnxruntime-genai's says of itself."""
+"""Describe a graph, a manifest, an engine, a kit or a folder for onnxruntime-genai by its own metadata."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from lora_export.graph.exposed import ExposedGraph
     from lora_export.graph.onnx_file import GraphFile
 
-# Kinds of operators, inputs and slots that are named; what there are more of is counted.
+# Number of operators, inputs and slots that are named; the others are counted.
 _NAMED = 8
 _MANIFEST, _RECORD, _GENAI = ".lora.json", "record.json", "genai_config.json"
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """What one file or folder is.
+    """Description of one file or folder.
 
     Attributes:
         kind: ``graph``, ``manifest``, ``engine``, ``kit`` or ``genai folder``.
-        facts: Plain data, as `inspect --json` prints it; of an engine its record.
-        lines: The same for a reader.
+        facts: Plain data, as `inspect --json` prints it; for an engine, its record.
+        lines: The facts as text.
     """
 
     kind: str
@@ -46,12 +46,12 @@ class Artefact:
 
 
 def read_artefact(path: Path) -> Artefact | None:
-    """Read what is not an adapter by its name and content; None for what may be one.
+    """Describe a file or folder that is not an adapter by its name and content; return None if it may be one.
 
     Raises:
         GraphError: A graph or a manifest is damaged.
-        BackendError: An engine's record is.
-        PackageError: A folder's genai_config.json is.
+        BackendError: An engine's record is damaged.
+        PackageError: A folder's genai_config.json is damaged.
     """
     from lora_export.engines.record import is_engine
 
@@ -73,7 +73,7 @@ def read_artefact(path: Path) -> Artefact | None:
 
 
 def _json(path: Path) -> Artefact | None:
-    """Tell an engine's record and a folder's manifest from other JSON, by what is in it."""
+    """Describe an engine's record or a folder's manifest; return None for other JSON."""
     from lora_export.engines.record import KIND
     from lora_export.errors import GraphError
     from lora_export.untrusted.documents import read_json
@@ -145,7 +145,7 @@ def _port(value: ir.Value) -> dict[str, Any]:
 
 
 def _ports(graph: GraphFile, exposed: ExposedGraph | None) -> list[dict[str, Any]]:
-    """Return the inputs that a request feeds: LoRA's are in the LoRA record."""
+    """Return the inputs that a request feeds, without LoRA's, which are in the LoRA record."""
     lora = set(exposed.input_names()) if exposed else set()
     held = lora | set(graph.graph.initializers)
     return [_port(value) for value in graph.graph.inputs if str(value.name) not in held]
@@ -179,8 +179,8 @@ def _lora_lines(exposed: ExposedGraph | None) -> list[str]:
         return ["LoRA      none exposed (a base or merged model)"]
     from lora_export.reports.engine import exposed_lines
 
-    said = exposed_lines(exposed)[0].removeprefix("LoRA: ")
-    return [f"LoRA      {said}, over {exposed.base}"]
+    text = exposed_lines(exposed)[0].removeprefix("LoRA: ")
+    return [f"LoRA      {text}, over {exposed.base}"]
 
 
 # --- manifests, engines, kits, folders ---------------------------------------------------------------

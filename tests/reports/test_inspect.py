@@ -78,7 +78,7 @@ def test_a_converted_file_says_what_it_was_made_of_and_for(
     run(tmp_path / "c.safetensors")
     lines = capsys.readouterr().out.splitlines()
     assert "converted for base.onnx" in lines
-    assert f"made of   sql, sha256 {'ab' * 32}" in lines
+    assert f"made from sql, sha256 {'ab' * 32}" in lines
     assert "size      22 parameters, 88 B, 1 modules" in lines
     assert "biases    of a.q" in lines
     run(tmp_path / "c.safetensors", "--json")

@@ -1,4 +1,4 @@
-"""A benchmark as a PNG or SVG picture, with matplotlib."""
+"""Draw a benchmark as a PNG or SVG picture, with matplotlib."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from lora_export.bench.result import BenchReport, Table
 from lora_export.reports.picture import COLOUR, REFERENCE, picture
 from lora_export.untrusted.shown import shown
 
-# A disturbed machine has p95 far above the medians, which would be too short to compare.
+# On a disturbed machine p95 is far above the medians, whose bars would be too short to compare.
 _CUT = 3.0
-# Characters of a name beside a bar, and of a line above all plots.
+# Number of characters of a name beside a bar, and of a line above all plots.
 _LABEL, _LINE = 80, 160
 
 
 def report_png(report: BenchReport) -> bytes:
-    """Return a row for each workload: times (median, middle half, p95) and ratios with their intervals."""
+    """Return a PNG of times (median, middle half, p95) and ratios with intervals, a row for each workload."""
     return _picture(report, "png")
 
 
 def report_svg(report: BenchReport) -> bytes:
-    """Return the same as SVG."""
+    """Return the picture of `report_png` as SVG."""
     return _picture(report, "svg")
 
 
