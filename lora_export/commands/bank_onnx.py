@@ -61,4 +61,4 @@ def bank_onnx(base: Path, output: Path, adapters: tuple[str, ...], **options: An
         raise click.BadParameter(f"two slots are called {', '.join(sorted(twice))}", param_hint="--adapter")
     loaded = load_adapters([Path(path) for _, _, path in named], options)
     slots = {name: adapter for (name, _, _), adapter in zip(named, loaded, strict=True)}
-    run_expose(mode.bank_onnx, base, output, (slots,), options, companions=False)
+    run_expose(mode.bank_onnx, base, output=output, arguments=(slots,), options=options, companions=False)

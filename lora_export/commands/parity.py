@@ -127,7 +127,14 @@ def parity(
     from lora_export.reports.parity.to_json import read_report
 
     outputs = asked_for("parity", reports, junit=(junit, "xml"), html=(html, "html"))
-    read = Inputs(candidate, reference, options["base"], options["feeds"], baseline, _adapter_paths(adapters))
+    read = Inputs(
+        candidate=candidate,
+        reference=reference,
+        base=options["base"],
+        feeds=options["feeds"],
+        baseline=baseline,
+        adapters=_adapter_paths(adapters),
+    )
     check_outputs(outputs, force, read)
     old = read_report(baseline) if baseline is not None else None
     options["localise"] = not options.pop("no_localise")
@@ -137,7 +144,7 @@ def parity(
         found = check_parity(reference, candidate, given, progress=progress, **options)
     # The verdict is printed first, so that a problem with a report or a baseline can't lose the run.
     _print(found, as_json, quiet)
-    return _finish(found, outputs, old, force, read.files())
+    return _finish(found, outputs, old=old, force=force, reads=read.files())
 
 
 def _adapter_paths(entries: tuple[str, ...]) -> tuple[Path, ...]:
@@ -178,7 +185,7 @@ def _finish(
     errors: list[LoraExportError] = []
     worse = False
     try:
-        write_reports("parity", found, outputs, force, reads)
+        write_reports("parity", found, files=outputs, force=force, reads=reads)
     except LoraExportError as error:
         errors.append(error)
     try:

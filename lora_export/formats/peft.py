@@ -132,7 +132,7 @@ def read(source: Source, options: Options) -> Adapter:
     if table.aside:
         notes.append(f"ignored, needed only in training: {', '.join(table.aside)}")
     return replace(
-        adapter_of(source, "peft", table, modules, config, notes),
+        adapter_of(source, "peft", table=table, modules=modules, config=config, notes=notes),
         extras=extras,
         extra_tensors=extra_tensors,
         token_rows=token_rows,
@@ -248,7 +248,7 @@ def _sort_tensors(source: Source, table: PartsTable) -> tuple[dict[str, Array], 
         match = _LORA.match(path)
         part = _part(match) if match else None
         if match and part:
-            row = table.add(match["path"], part, name, values, component)
+            row = table.add(match["path"], part, name=name, values=values, component=component)
             is_embedding = "embedding" in match["part"]
             if is_embedding:
                 row.kind = "embedding"

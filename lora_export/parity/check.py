@@ -105,20 +105,30 @@ def check_parity(
         known_dtype(reference_dtype, ("float64", "float32")),
     )
     progress("opening both sides", 0.0)
-    sides = open_sides(Path(reference), Path(candidate), given, weights, base, provider, options)
+    sides = open_sides(
+        Path(reference),
+        Path(candidate),
+        adapters=given,
+        weights=weights,
+        base=base,
+        provider=provider,
+        options=options,
+    )
     about = sides.candidate.about
     if generate:
         if sides.reference.about["kind"] == "saved":
             raise BackendError("saved outputs can't continue from new tokens", "omit --generate")
-        check_decoder(about.ports, about.outputs, about.path.name, generate, about.captured)
-    runs = _feeds(sides, feeds, batches, sequences, seed, samples)
+        check_decoder(
+            about.ports, about.outputs, where=about.path.name, count=generate, captured=about.captured
+        )
+    runs = _feeds(sides, feeds, batches=batches, sequences=sequences, seed=seed, samples=samples)
     comparison = Comparison(
-        sides.candidate,
-        sides.reference,
-        sides.own,
-        states_of(sides),
-        laws_of.Laws(sides.candidate, options.tolerance_pair),
-        options.tolerance_pair,
+        candidate=sides.candidate,
+        reference=sides.reference,
+        own=sides.own,
+        states=states_of(sides),
+        laws=laws_of.Laws(candidate=sides.candidate, tolerance=options.tolerance_pair),
+        tolerance=options.tolerance_pair,
     )
     coverage = Coverage.of(sides)
     for number, feed in enumerate(runs):
@@ -149,8 +159,8 @@ def check_parity(
         progress("searching where the error begins", 0.97)
         where = _localise(sides, comparison, runs, verdicts)
     return ParityReport(
-        sides.reference.about,
-        {
+        reference=sides.reference.about,
+        candidate={
             "path": str(about.path),
             "mode": "merged" if about.mode == "plain" and sides.blend else about.mode,
             "runtime": about.runtime,
@@ -158,19 +168,19 @@ def check_parity(
             "dtype": sides.dtype,
             "sha256": about.sha256,
         },
-        tuple(_about_adapter(name, adapter) for name, adapter in given.items()),
-        tuple(_about_feed(feed, from_file=feeds is not None) for feed in runs),
-        str(options.tolerance),
-        tuple(verdicts),
-        tuple(comparison.metrics()),
-        where,
-        tuple(generated),
-        tuple(comparison.scatter),
-        tuple(
+        adapters=tuple(_about_adapter(name, adapter) for name, adapter in given.items()),
+        feeds=tuple(_about_feed(feed, from_file=feeds is not None) for feed in runs),
+        tolerance=str(options.tolerance),
+        verdicts=tuple(verdicts),
+        metrics=tuple(comparison.metrics()),
+        localisation=where,
+        generated=tuple(generated),
+        scatter=tuple(comparison.scatter),
+        notes=tuple(
             dict.fromkeys([*sides.notes, *sides.candidate.notes, *comparison.said, *comparison.laws.notes])
         ),
-        environment(about.runtime, about.provider),
-        time.monotonic() - started,
+        environment=environment(about.runtime, about.provider),
+        seconds=time.monotonic() - started,
     )
 
 
@@ -200,7 +210,15 @@ def _feeds(
         raise BackendError(
             "saved outputs belong to inputs that only the user knows", "give --feeds FILE as well"
         )
-    made = make_feeds(about.ports, about.captured, batches, sequences, seed, samples, vocabulary_of(sides))
+    made = make_feeds(
+        about.ports,
+        about.captured,
+        batches=batches,
+        sequences=sequences,
+        seed=seed,
+        samples=samples,
+        vocab_size=vocabulary_of(sides),
+    )
     reference = sides.reference
     if isinstance(reference, CheckpointReference) and about.caches and reference.has(BASE):
         made = with_real_pasts(made, lambda values: reference.run(values, BASE), seed)
@@ -228,7 +246,9 @@ def _generate(
             return sides.candidate.run(values, (state,))
 
         for prompt in prompts:
-            found.append(generate(reference, candidate, ports, prompt, count, state, tie))
+            found.append(
+                generate(reference, candidate, ports=ports, prompt=prompt, count=count, state=state, tie=tie)
+            )
     return found, token_verdicts(found, count, ties)
 
 
@@ -242,22 +262,24 @@ def _localise(
     state = next((state for state in states if state_name(state) in failed), states[-1])
     if not isinstance(reference, CheckpointReference):
         return Localisation(
-            state_name(state), "", note="the error can be localised only if the reference is a checkpoint"
+            state=state_name(state),
+            module="",
+            note="the error can be localised only if the reference is a checkpoint",
         )
     feed = comparison.telling_feed(state, feeds)
     about = sides.candidate.about
     rows = (state,) * feed.batch
     sources = Sources(
-        reference.model,
-        reference.model.module,
-        sides.own,
-        about.path,
-        about.provider,
-        feed.values,
-        sides.candidate.lora_inputs(feed.values, rows) if about.path.suffix == ".onnx" else {},
-        state,
-        sides.dtype,
-        laws_of.masks_of(feed),
+        reference=reference.model,
+        model=reference.model.module,
+        own=sides.own,
+        candidate=about.path,
+        provider=about.provider,
+        values=feed.values,
+        tensors=sides.candidate.lora_inputs(feed.values, rows) if about.path.suffix == ".onnx" else {},
+        state=state,
+        dtype=sides.dtype,
+        masks=laws_of.masks_of(feed),
     )
     return localise_error(sources)
 

@@ -57,7 +57,7 @@ class HeaderError(ValueError):
         super().__init__("; ".join(self.problems))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class HeaderEntry:
     """One tensor; ``start`` and ``stop`` are byte offsets in the file, ``code`` the format's dtype word."""
 
@@ -125,7 +125,10 @@ def read_file_header(path: Path, known_dtypes: bool = False) -> FileHeader:
     if not _is_metadata(content.get(METADATA)):
         problems.append(f"its {METADATA} is not a JSON object of strings")
     described = {name: value for name, value in content.items() if name != METADATA}
-    found = [_entry(name, value, data_start, known_dtypes, problems) for name, value in described.items()]
+    found = [
+        _entry(name, value, data_start=data_start, known_dtypes=known_dtypes, problems=problems)
+        for name, value in described.items()
+    ]
     entries = sorted((e for e in found if e is not None), key=lambda entry: (entry.start, entry.stop))
     problems += _place_problems(entries, data_start, size, complete=len(entries) == len(found))
     if problems:
@@ -200,7 +203,13 @@ def _entry(
             problems.append(
                 f"'{name}' {code} {shape} needs {wanted} bytes, but data_offsets give {end - begin}"
             )
-    return HeaderEntry(name, str(code), tuple(shape), data_start + begin, data_start + max(begin, end))
+    return HeaderEntry(
+        name=name,
+        code=str(code),
+        shape=tuple(shape),
+        start=data_start + begin,
+        stop=data_start + max(begin, end),
+    )
 
 
 def _are_counts(value: Any) -> bool:

@@ -32,7 +32,7 @@ PathLike = str | os.PathLike[str]
 _DTYPES = tuple(STEP)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Sides:
     """Both sides, opened.
 
@@ -144,7 +144,12 @@ def open_sides(
     high = options.reference_dtype or ("float64" if STEP[dtype] <= STEP["float32"] else "float32")
     opened = open_candidate(about, adapters)
     opened_reference = open_reference(
-        reference, adapters, high, blend, Path(base) if base is not None else None, provider or "cpu"
+        reference,
+        adapters,
+        dtype=high,
+        blend=blend,
+        base=Path(base) if base is not None else None,
+        provider=provider or "cpu",
     )
     if base is not None and not adapters:
         raise BackendError(
@@ -162,7 +167,15 @@ def open_sides(
     claims += dtype_notes(about) if options.dtype is None else []
     reference_dtype = str(opened_reference.about["dtype"])
     notes = [*code, *merged.notes, *claims, *_of_dtypes(about, dtype, reference, reference_dtype)]
-    return Sides(opened, opened_reference, own, dtype, merged, blend, notes)
+    return Sides(
+        candidate=opened,
+        reference=opened_reference,
+        own=own,
+        dtype=dtype,
+        merged=merged,
+        blend=blend,
+        notes=notes,
+    )
 
 
 def _merged(about: About, adapters: Mapping[str, Adapter], weights: Sequence[float]) -> Merged:

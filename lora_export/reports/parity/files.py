@@ -21,7 +21,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".data")
 _CONFIGS = (_ADAPTER_CONFIG, "config.json")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Inputs:
     """What a check reads: no report may replace it.
 
