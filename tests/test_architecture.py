@@ -163,6 +163,21 @@ def test_calls_of_more_than_four_arguments_name_them():
     assert not wrong, "\n".join(wrong)
 
 
+def test_functions_are_read_at_a_glance():
+    """At most sixty lines, without the docstring."""
+    wrong = []
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            lines = node.end_lineno - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+            if lines > 60:
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has {lines} lines")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_no_module_is_named_after_nothing():
     assert not [path for path in modules() if path.stem in ("utils", "helpers", "common", "misc")]
 
