@@ -6,7 +6,7 @@ Outputs are judged in groups (all layers of a cache are one), each by its worst 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from lora_export.parity.judge.limits import (
@@ -84,7 +84,8 @@ class Judge:
                 verdicts += self._errors(state, group, members, worst_own.get(group))
             if state != BASE:
                 verdicts += self.effects(state, outputs)
-        return _one_moves(verdicts)
+        still = {state_name(state) for state, outputs in tallies.items() if _moves_nothing(outputs)}
+        return _one_moves(verdicts, still)
 
     def _errors(
         self, state: State, group: str, members: Mapping[str, Tally], worst_own: float | None
@@ -183,10 +184,10 @@ class Judge:
         judged = {output: tally for output, tally in outputs.items() if tally.moved}
         if not judged:
             return [_unproven(name, "", _UNKNOWN)]
-        moving = {output: tally for output, tally in judged.items() if tally.moved_squared > 0}
-        if not moving:
+        if _moves_nothing(outputs):
             # Without finite values nothing can be told, and they have failed already.
             return [_unproven(name, "", _NOTHING_MOVES)] if usable_members(judged) else []
+        moving = {output: tally for output, tally in judged.items() if tally.moved_squared > 0}
         # The model's main outputs; a cache only if nothing else changes.
         main = {output: tally for output, tally in moving.items() if group_of(output) == output} or moving
         verdicts = []
@@ -239,18 +240,30 @@ class Judge:
         return verdicts
 
 
-def _one_moves(verdicts: list[Verdict]) -> list[Verdict]:
+def _moves_nothing(outputs: Mapping[str, Tally]) -> bool:
+    """Return whether the reference, as far as it was run without the adapter, is the same with it."""
+    judged = [tally for tally in outputs.values() if tally.moved]
+    return bool(judged) and not any(tally.moved_squared > 0 for tally in judged)
+
+
+def _one_moves(verdicts: list[Verdict], still: Set[str]) -> list[Verdict]:
     """Return the verdicts, in which adapters without effect fail if no adapter has an effect.
 
     If another adapter changes the outputs, they are reported and pass. If the reference can't be run without
     the adapter, no effect can be required.
+
+    Args:
+        verdicts: All verdicts.
+        still: Names of the states whose adapters have no effect.
     """
     effects = [verdict for verdict in verdicts if verdict.kind == "effect"]
     if any(verdict.counted for verdict in effects):
         return verdicts
     why = f"{_NOTHING_MOVES}: nothing shows that any adapter is applied"
     return [
-        replace(verdict, passed=False, why=why) if verdict.why == _NOTHING_MOVES else verdict
+        replace(verdict, passed=False, why=why)
+        if verdict.kind == "effect" and verdict.state in still
+        else verdict
         for verdict in verdicts
     ]
 
