@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_export.commands.named_path import split_named
 from lora_export.commands.options import report_option, whole_numbers, whole_numbers_from_0
 from lora_export.commands.printing import print_json, print_lines
 from lora_export.commands.verb import Verb
@@ -137,9 +138,10 @@ def _wish(model: Path, options: dict[str, Any]) -> Wish:
     from lora_export.bench.opened import Opening
     from lora_export.bench.plan import Wish
 
+    named = map(split_named, options["adapters"])
     return Wish(
         models=(model, *options["against"]),
-        adapters=tuple(map(AdapterChoice.parse, options["adapters"])),
+        adapters=tuple(AdapterChoice(name, None if path is None else Path(path)) for name, path in named),
         batches=_each_once(options["batches"]),
         sequences=None if options["sequences"] is None else _each_once(options["sequences"]),
         pasts=_each_once(options["pasts"] or ()),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_export.commands.named_path import split_named
 from lora_export.commands.options import adapter_options, named_adapters, report_option, whole_numbers
 from lora_export.commands.printing import print_error, print_json, print_lines
 from lora_export.commands.verb import Verb
@@ -149,7 +150,7 @@ def parity(
 
 def _adapter_paths(entries: tuple[str, ...]) -> tuple[Path, ...]:
     """Return every path that ``[NAME=]PATH`` can mean: a path may have a "=" in it."""
-    parts = [part for entry in entries for part in (entry, entry.partition("=")[2]) if part]
+    parts = [part for entry in entries for part in (entry, split_named(entry)[1]) if part]
     return tuple(map(Path, parts))
 
 
