@@ -19,7 +19,7 @@ from lora_export.base.checkpoint.sentence_modules import transformer_folder
 from lora_export.base.checkpoint.weight_files import find_weights, read_object
 from lora_export.errors import CheckpointError
 from lora_export.storage.inputs import note_inputs, refuse_changed_inputs
-from lora_export.storage.safetensors import DTYPES, HeaderError, read_file_header
+from lora_export.storage.safetensors import DTYPES, FileHeader, HeaderError, StoredTensor, read_file_header
 
 _OTHER_FORMATS = {
     "pytorch_model.bin": "PyTorch pickles",
@@ -30,53 +30,13 @@ _OTHER_FORMATS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredTensor:
-    """One tensor of a checkpoint.
-
-    Attributes:
-        name: Its name in the file.
-        file: The file that holds it.
-        code: The format's word for the dtype, such as ``BF16``.
-        shape: Its shape.
-        offset: Where it starts, in bytes from the start of the file.
-        length: Its size in bytes.
-    """
-
-    name: str
-    file: Path
-    code: str
-    shape: tuple[int, ...]
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """One safetensors file.
-
-    Attributes:
-        path: The file.
-        size: Its size in bytes.
-        data_start: Where the tensors start: behind the header.
-        header: The header, in its own order.
-        tensors: The tensors by their place in the file.
-    """
-
-    path: Path
-    size: int
-    data_start: int
-    header: Mapping[str, Any]
-    tensors: tuple[StoredTensor, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A folder's weights.
 
     Attributes:
         folder: The folder.
         config: Its config.json; empty where there is none.
-        shards: The safetensors files, in the order of their names.
+        shards: The safetensors files' headers, in the order of their names.
         tensors: Tensor name → where it is, over all shards.
         index: The index file of a sharded checkpoint, or None.
         notes: Which sets of weights were left aside, and which code.
@@ -84,7 +44,7 @@ class Checkpoint:
 
     folder: Path
     config: Mapping[str, Any]
-    shards: tuple[Shard, ...]
+    shards: tuple[FileHeader, ...]
     tensors: Mapping[str, StoredTensor]
     index: Path | None
     notes: tuple[str, ...] = ()
@@ -150,7 +110,7 @@ class Checkpoint:
             refuse_changed_inputs()
             raise CheckpointError(
                 f"{tensor.file} can't be read where '{name}' lies, at bytes {tensor.offset} to "
-                f"{tensor.offset + tensor.length}: {getattr(error, 'strerror', None) or error}",
+                f"{tensor.end}: {getattr(error, 'strerror', None) or error}",
                 "run it again when nobody writes the base",
             ) from error
         return raw.view(np.ndarray).view(dtype).reshape(tensor.shape)
@@ -238,28 +198,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_shard(path: Path, problems: list[str]) -> Shard | None:
-    """Return a file's layout, or None after adding to ``problems``."""
+def _read_shard(path: Path, problems: list[str]) -> FileHeader | None:
+    """Return a file's header, or None after adding to ``problems``."""
     try:
-        found = read_file_header(path)
+        return read_file_header(path)
     except OSError as error:
         problems.append(f"{path.name}: {error.strerror or error}")
-        return None
     except HeaderError as error:
         problems += [f"{path.name}: {problem}" for problem in error.problems]
-        return None
-    tensors = [
-        StoredTensor(
-            name=e.name, file=path, code=e.code, shape=e.shape, offset=e.start, length=e.stop - e.start
-        )
-        for e in found.entries
-    ]
-    return Shard(
-        path=path, size=found.size, data_start=found.data_start, header=found.content, tensors=tuple(tensors)
-    )
+    return None
 
 
-def _joined(shards: list[Shard], problems: list[str]) -> dict[str, StoredTensor]:
+def _joined(shards: list[FileHeader], problems: list[str]) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         for tensor in shard.tensors:
