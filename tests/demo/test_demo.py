@@ -186,14 +186,14 @@ def test_the_text_says_what_was_wrong() -> None:
     predictions = (Prediction("a", "joy", "joy"), Prediction("b", "joy", "fear"))
     wanted = np.array([[2.0, 0.0], [0.0, 1.0]])
     got = DemoReport(
-        Path("out"),
-        (TaskResult("emotion", ("joy", "fear"), 1, 2),),
-        "emotion",
-        predictions,
-        Parity.between(wanted[:, ::-1], wanted),
-        False,
-        (StorageRow("full", ((3, 2_000_000),), (("x",),)),),
-        1.0,
+        output=Path("out"),
+        tasks=(TaskResult("emotion", ("joy", "fear"), 1, 2),),
+        merged="emotion",
+        predictions=predictions,
+        parity=Parity.between(wanted[:, ::-1], wanted),
+        shared_is_equal=False,
+        storage=(StorageRow("full", ((3, 2_000_000),), (("x",),)),),
+        seconds=1.0,
     )
     text = "\n".join(demo_lines(got))
     assert "1/2 right (50%; chance 50%)" in text
