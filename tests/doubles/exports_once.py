@@ -41,6 +41,22 @@ _HERE = str(Path(__file__).resolve().parents[1])
 Export = Callable[..., Any]
 
 
+def share_exports(folder: Path, put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Let torch's exporter run once for the same module in all processes that share a folder.
+
+    Args:
+        folder: What was exported.
+        put: Puts a value in the place of an attribute.
+    """
+    from torch.onnx._internal.exporter import _registration
+
+    folder.mkdir(exist_ok=True)
+    put(torch.onnx, "export", exported_once(torch.onnx.export, folder))
+    # Each export parses the source of all of onnxscript's operators again: a tenth of its time here.
+    operators = _registration.onnxscript_apis
+    put(operators, "get_torchlib_ops", functools.cache(operators.get_torchlib_ops))
+
+
 def exported_once(export: Export, folder: Path) -> Export:
     """Return `torch.onnx.export`, which exports what is not yet in ``folder``."""
 
