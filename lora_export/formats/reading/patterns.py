@@ -69,7 +69,7 @@ class _Budget:
     """
 
     where: str
-    left_s: float = LIMIT_S
+    left_s: float = field(default_factory=lambda: LIMIT_S)
     granted_s: float = 0.0
     matches: int = _MOST_MATCHES
     compiled: dict[str, tuple[bool, Any]] = field(default_factory=dict)
