@@ -6,7 +6,8 @@ code, its settings, every value of its parameters and buffers, the inputs, the o
 does itself (what it asks for, its own passes, what it writes) runs in every test.
 
 An export that is not optimised copies parameters as they are. Modules that differ in their values alone share
-one, and each gets its own values, if what the exporter made of the first one's says that it did so.
+one, and each gets its own values, if what the exporter made of the first one's says that it did so. One that
+is optimised is made of that, as torch makes it: tracing and translating take most of the time.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import inspect
 import json
 import os
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,27 +74,9 @@ def exported_once(export: Export, folder: Path) -> Export:
         known = isinstance(model, torch.nn.Module) and not isinstance(model, torch.jit.ScriptModule)
         if not (known and options.get("dynamo", True) and options.keys() <= _OPTIONS):
             return export(model, args, f, **options)
-        given = {name: value for name, value in options.items() if name not in ("external_data", "verbose")}
-        kept = folder / key_of(model, args, given, values=options.get("optimize", True))
-        with locked(kept.with_suffix(".lock")):
-            if not kept.exists():
-                program = export(model, args, **options)
-                made = kept.with_suffix(".new")
-                made.mkdir()
-                names = _copied(program.model, model)
-                (made / "parameters.json").write_text(json.dumps(names))
-                ir.save(program.model, made / "model.onnx", external_data="model.data")
-                made.rename(kept)
-        # The same for the first and for all others.
-        program = torch.onnx.ONNXProgram(ir.load(kept / "model.onnx"), None)
-        if not options.get("optimize", True):
-            names = json.loads((kept / "parameters.json").read_text())
-            if names is None:
-                return export(model, args, f, **options)
-            parameters = dict(model.named_parameters(remove_duplicate=False))
-            for name in names:
-                value = ir.tensor_adapters.TorchTensor(parameters[name].detach().clone(), name)
-                program.model.graph.initializers[name].const_value = value
+        program = (
+            optimised(model, args, options) if options.get("optimize", True) else raw(model, args, options)
+        )
         if f is not None:
             program.save(
                 f,
@@ -103,7 +86,54 @@ def exported_once(export: Export, folder: Path) -> Export:
             )
         return program
 
+    def raw(model: Any, args: Any, options: dict[str, Any]) -> torch.onnx.ONNXProgram:
+        options = options | {"optimize": False}
+        kept = folder / key_of(model, args, _given(options), values=False)
+        with locked(kept.with_suffix(".lock")):
+            if not kept.exists():
+                program = export(model, args, **options)
+                names = _copied(program.model, model)
+                _keep(program, kept, names)
+                if names is None:
+                    return program
+        names = json.loads((kept / "parameters.json").read_text())
+        if names is None:
+            return export(model, args, **options)
+        # The same for the first and for all others.
+        program = _kept(kept)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name in names:
+            value = ir.tensor_adapters.TorchTensor(parameters[name].detach().clone(), name)
+            program.model.graph.initializers[name].const_value = value
+        return program
+
+    def optimised(model: Any, args: Any, options: dict[str, Any]) -> torch.onnx.ONNXProgram:
+        kept = folder / key_of(model, args, _given(options))
+        with locked(kept.with_suffix(".lock")):
+            if not kept.exists():
+                program = raw(model, args, options)
+                program.optimize()
+                _keep(program, kept)
+        return _kept(kept)
+
     return once
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in ("external_data", "verbose")}
+
+
+def _keep(program: torch.onnx.ONNXProgram, folder: Path, names: Sequence[str] | None = None) -> None:
+    """Save a program, and which initializers may be given other values: parameters under their own names."""
+    made = folder.with_suffix(".new")
+    made.mkdir()
+    (made / "parameters.json").write_text(json.dumps(names))
+    ir.save(program.model, made / "model.onnx", external_data="model.data")
+    made.rename(folder)
+
+
+def _kept(folder: Path) -> torch.onnx.ONNXProgram:
+    return torch.onnx.ONNXProgram(ir.load(folder / "model.onnx"), None)
 
 
 def _copied(graph: ir.Model, model: torch.nn.Module) -> list[str] | None:
