@@ -69,7 +69,10 @@ def test_what_exporters_write(text, wanted):
         *("9**9**9", "2**(-1)", "2**16**16", "sequence**(1/2)", "2**60*2**60", "(" * 500 + ")" * 500),
         *("+".join(["1"] * 20000), "Mod(1)", "Max()"),
         # The smaller number is 32, but on the way there are fractions of hundreds and of 10⁵ digits.
-        *("Min(sequence, sequence + ((2/3)**16)**16)", "Min(sequence, sequence + ((((2/3)**16)**16)**16)**16)"),
+        *(
+            "Min(sequence, sequence + ((2/3)**16)**16)",
+            "Min(sequence, sequence + ((((2/3)**16)**16)**16)**16)",
+        ),
         "Min(sequence, sequence - ((1/2)**16)**16)",
     ],
 )
