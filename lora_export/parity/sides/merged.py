@@ -104,7 +104,7 @@ def _entries(manifest: Manifest | None, graph: Path, notes: list[str]) -> list[M
             }
             for entry in (manifest.adapters if manifest is not None else ())
         ]
-    except (TypeError, ValueError, KeyError, AttributeError):
+    except (TypeError, ValueError, OverflowError, KeyError, AttributeError):
         notes.append(_ignored(graph, "its adapter entries are damaged"))
         return []
 
@@ -163,6 +163,6 @@ def _is_of(manifest: Manifest, graph: Path) -> bool:
 def _rounding(manifest: Manifest | None, graph: Path) -> Rounding | None:
     try:
         relative = float(manifest.rounding["total"]["relative_error"]) if manifest is not None else 0.0
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, OverflowError, KeyError):
         return None
     return Rounding(relative, graph.with_suffix(_SUFFIX).name) if 0 < relative < math.inf else None
