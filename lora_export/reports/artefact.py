@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -131,7 +132,8 @@ def _graph(path: Path) -> Artefact:
         lines += limited(align(rows), kind, _NAMED + 1)
     manifest = path.with_name(f"{path.stem}{_MANIFEST}")
     if manifest.is_file():
-        lines.append(f"manifest  {manifest.name}: lora-export inspect {manifest}")
+        words = ["lora-export", "inspect", str(manifest)]
+        lines.append(f"manifest  {manifest.name}: {shlex.join(words)}")
     return Artefact("graph", facts, tuple(lines))
 
 
@@ -248,8 +250,10 @@ def _of_record(kind: str, record: EngineRecord) -> Artefact:
 
 
 def _kit(path: Path) -> Artefact:
+    from lora_export.reports.engine import build_line
+
     kit = _record("kit", path / _RECORD, path)
-    how = f"kit       not built yet: copy the folder to the device, then: sh {path.name}/build.sh"
+    how = f"kit       not built yet: copy the folder to the device, then: {build_line(path)}"
     built = sorted(file.name for file in path.glob("*.engine"))
     first = f"kit       built here: {', '.join(built)}" if built else how
     return Artefact("kit", {"record": kit.facts, "built": built}, (first, *kit.lines))

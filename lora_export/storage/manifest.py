@@ -52,8 +52,14 @@ class Manifest:
     format: int = FORMAT
 
     def save(self, path: Path) -> None:
-        """Write the manifest, sealed."""
-        path.write_bytes(sealed_json(self.to_json()))
+        """Write the manifest, sealed.
+
+        Raises:
+            GraphError: It could not be read again.
+        """
+        text = self.to_json()
+        Manifest.from_json(text)
+        path.write_bytes(sealed_json(text))
 
     def to_json(self) -> str:
         """Return the manifest as indented JSON with sorted keys, without a seal."""
