@@ -26,7 +26,7 @@ class AtLeast(click.IntRange):
 
 
 def _not_too_large(
-    kind: click.ParamType, number: int, parameter: click.Parameter | None, context: click.Context | None
+    kind: click.ParamType[Any], number: int, parameter: click.Parameter | None, context: click.Context | None
 ) -> int:
     if abs(number) > LARGEST:
         kind.fail(f"it has more than 64 bits; the largest is {LARGEST}", parameter, context)

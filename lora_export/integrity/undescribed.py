@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 
 from lora_export.errors import LoraExportError
@@ -31,6 +30,19 @@ _LOADED = {
     *(".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".gguf", ".npz", ".npy", ".h5"),
     *(".so", ".dll", ".dylib", ".py", ".pyc", ".pyd", ".sh", ".cubin", ".ptx"),
 }
+# Keys of the reports of parity and bench (`ParityReport.as_dict`, `BenchReport.as_dict`); the largest file.
+_PARITY = frozenset(
+    {
+        *("adapters", "candidate", "environment", "feeds", "format", "generated", "localisation"),
+        *("metrics", "notes", "passed", "reference", "scatter", "seconds", "tolerance", "verdicts"),
+    }
+)
+_BENCH = frozenset(
+    {
+        *("adapters", "confidence", "environment", "format", "kind", "load_average", "method", "models"),
+        *("notes", "settings", "stopped_by", "swapping", "tables", "timed", "was_busy"),
+    }
+)
 _MOST_REPORT_BYTES = 16 << 20
 
 
@@ -73,17 +85,10 @@ def _is_hidden(file: Path, folder: Path) -> bool:
 
 def _is_report(file: Path) -> bool:
     """Return whether a JSON file is a report of parity or bench: it has their keys and no others."""
-    from lora_export.bench.result import KIND, BenchReport
-    from lora_export.parity.result import ParityReport
-
     try:
         if file.stat().st_size > _MOST_REPORT_BYTES:
             return False
         data = read_json(file, surrogates=True)
     except (LoraExportError, OSError):
         return False
-    keys = set(data) if isinstance(data, dict) else set()
-    parity = {"passed", *(one.name for one in fields(ParityReport))}
-    head = {"kind", "format", "confidence", "stopped_by", "was_busy"}
-    bench = head | {one.name for one in fields(BenchReport)}
-    return keys == parity or (keys == bench and data["kind"] == KIND)
+    return isinstance(data, dict) and data.keys() in (_PARITY, _BENCH)

@@ -58,7 +58,7 @@ class _UnknownError(Exception):
 
 @dataclass
 class Work:
-    """What was computed of one graph, and how much still may be.
+    """Values that were computed of one graph, and the work that is left.
 
     Attributes:
         budget: Work that is left for the values of its indices.

@@ -67,7 +67,7 @@ class Flow(Protocol):
 
     @property
     def work(self) -> Work:
-        """What was computed of the graph."""
+        """Return the values that were computed of the graph, and the work that is left."""
 
     def of(self, value: ir.Value | None) -> Rows | None:
         """Return the position of the rows; None if it is unknown."""
