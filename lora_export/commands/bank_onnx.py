@@ -10,6 +10,7 @@ import click
 from lora_export.commands.named_path import split_named
 from lora_export.commands.options import adapter_options, expose_options, load_adapters, run_expose
 from lora_export.commands.verb import Verb
+from lora_export.commands.whole import Whole
 from lora_export.storage.inputs import same_inputs
 
 
@@ -31,7 +32,9 @@ from lora_export.storage.inputs import same_inputs
     show_default=True,
     help="Adapters as constants, or as inputs, whose slots can be replaced while the graph runs.",
 )
-@click.option("--slot-rank", type=int, help="With --resident inputs: the largest rank that a slot can hold.")
+@click.option(
+    "--slot-rank", type=Whole(), help="With --resident inputs: the largest rank that a slot can hold."
+)
 @click.option(
     "--batch-input",
     help="Input whose first axis is the batch; by default the first one with a free first axis.",

@@ -13,6 +13,7 @@ from lora_export.commands.named_path import split_named
 from lora_export.commands.options import report_option, whole_numbers, whole_numbers_from_0
 from lora_export.commands.printing import print_json, print_lines
 from lora_export.commands.verb import Verb
+from lora_export.commands.whole import Whole
 
 if TYPE_CHECKING:
     from lora_export.bench.plan import Wish
@@ -57,7 +58,9 @@ _PATH = click.Path(path_type=Path)
     help="Where graphs run; engines always run on a GPU.",
 )
 @click.option(
-    "--threads", type=int, help="ONNX Runtime's threads within one operator; by default one for each core."
+    "--threads",
+    type=Whole(),
+    help="ONNX Runtime's threads within one operator; by default one for each core.",
 )
 @click.option("--cuda-graph", is_flag=True, help="Replay runs as CUDA graphs.")
 @click.option(
@@ -76,7 +79,7 @@ _PATH = click.Path(path_type=Path)
     "share of the value.",
 )
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Seed of the feeds and of the models' order."
+    "--seed", type=Whole(), default=0, show_default=True, help="Seed of the feeds and of the models' order."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @report_option("bench")

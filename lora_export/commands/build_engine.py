@@ -11,6 +11,7 @@ import click
 
 from lora_export.commands.printing import print_json, print_lines, print_warnings
 from lora_export.commands.verb import Verb
+from lora_export.commands.whole import AtLeast
 
 if TYPE_CHECKING:
     from lora_export.engines.build import BuildReport
@@ -69,12 +70,10 @@ _MIB = 1 << 20
     type=click.IntRange(0, 5),
     help="How long the builder searches: 0 (short) to 5 (long).",
 )
-@click.option(
-    "--workspace", type=click.IntRange(1), metavar="MIB", help="Limit of the builder's scratch memory."
-)
+@click.option("--workspace", type=AtLeast(1), metavar="MIB", help="Limit of the builder's scratch memory.")
 @click.option(
     "--adapters",
-    type=click.IntRange(0),
+    type=AtLeast(0),
     default=1,
     help="How many adapters must fit into the target's memory.",
 )

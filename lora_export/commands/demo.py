@@ -10,6 +10,7 @@ import click
 
 from lora_export.commands.printing import print_json, print_lines
 from lora_export.commands.verb import Verb
+from lora_export.commands.whole import Whole
 
 
 @click.command(
@@ -36,7 +37,7 @@ from lora_export.commands.verb import Verb
     metavar="FOLDER",
     help="Train nothing: generate from FOLDER with onnxruntime-genai and compare with SmolLM2 in PyTorch.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
+@click.option("--seed", type=Whole(), default=0, show_default=True, help="Seed of everything random.")
 @click.option("--force", is_flag=True, help="Replace the folder of an earlier demo.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--quiet", is_flag=True, help="Print no progress and no summary.")

@@ -10,6 +10,7 @@ import click
 
 from lora_export.commands.named_path import split_named
 from lora_export.commands.printing import print_json, print_lines, print_warnings
+from lora_export.commands.whole import LARGEST, Whole
 from lora_export.errors import AdapterError
 from lora_export.formats import FORMATS, load_adapter
 from lora_export.graph.captured import DTYPES
@@ -28,7 +29,11 @@ _STATED = ("alpha", "rank", "rslora")
 def _adapter_options(format_flag: str) -> list[Callable[[Command], Command]]:
     return [
         click.option("--alpha", type=float, help="Numerator of the scaling, if the file doesn't state it."),
-        click.option("--rank", type=int, help="Rank of the adapter; it is checked against the tensors."),
+        click.option(
+            "--rank",
+            type=Whole(),
+            help="Rank of the adapter; it is checked against the tensors.",
+        ),
         click.option("--rslora", is_flag=True, default=None, help="The scaling is alpha / √rank."),
         click.option(
             format_flag,
@@ -304,6 +309,8 @@ def _at_least(least: int, value: str, example: str) -> tuple[int, ...]:
         raise click.BadParameter(f"{value!r} is not a list of whole numbers such as {example}") from None
     if min(numbers) < least:
         raise click.BadParameter(f"{value!r} has numbers below {least}")
+    if max(numbers) > LARGEST:
+        raise click.BadParameter(f"a number is larger than {LARGEST}")
     return numbers
 
 

@@ -14,6 +14,7 @@ from lora_export.commands.named_path import split_named
 from lora_export.commands.options import adapter_options, named_adapters, report_option, whole_numbers
 from lora_export.commands.printing import print_error, print_json, print_lines
 from lora_export.commands.verb import Verb
+from lora_export.commands.whole import AtLeast
 from lora_export.errors import LoraExportError, ParityError
 from lora_export.progress import is_terminal, stage_progress
 from lora_export.storage.inputs import same_inputs
@@ -66,12 +67,8 @@ def _finite(_context: click.Context, _parameter: click.Parameter, values: tuple[
 )
 @click.option("--batch", callback=whole_numbers, help="Batch sizes of generated inputs: 1,4.")
 @click.option("--sequence", callback=whole_numbers, help="Lengths of generated inputs: 1,16,128.")
-@click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of generated inputs."
-)
-@click.option(
-    "--samples", type=click.IntRange(1), default=8, show_default=True, help="How many inputs to generate."
-)
+@click.option("--seed", type=AtLeast(0), default=0, show_default=True, help="Seed of generated inputs.")
+@click.option("--samples", type=AtLeast(1), default=8, show_default=True, help="How many inputs to generate.")
 @click.option(
     "--tolerance",
     default="auto",
@@ -79,7 +76,7 @@ def _finite(_context: click.Context, _parameter: click.Parameter, values: tuple[
     metavar="auto|RTOL,ATOL",
     help="auto: derived from the error of PyTorch itself in the candidate's dtype.",
 )
-@click.option("--generate", type=click.IntRange(0), default=0, help="Also compare this many greedy tokens.")
+@click.option("--generate", type=AtLeast(0), default=0, help="Also compare this many greedy tokens.")
 @click.option(
     "--dtype",
     type=click.Choice(["float64", "float32", "float16", "bfloat16"]),

@@ -35,6 +35,9 @@ _FURTHER = {
 }
 # A recipe that runs recipes could run itself.
 RUN_VERB = "run"
+# Problems that are collected, and letters of a wrong word that are compared with the right ones: finding a
+# likely one takes time.
+_MOST_PROBLEMS, _MOST_LETTERS = 100, 100
 CommandOf = Callable[[str], click.Command | None]
 
 
@@ -105,7 +108,11 @@ def load_recipe(path: Path, verbs: Sequence[str], command_of: CommandOf) -> Reci
         RecipeError: The file can't be read, or breaks a rule; all problems are listed.
     """
     reader = _Reader([verb for verb in verbs if verb != RUN_VERB], command_of)
-    recipe = reader.read(_root(path))
+    recipe, root = None, _root(path)
+    try:
+        recipe = reader.read(root)
+    except _EnoughError:
+        reader.problems.append("… and maybe others: the rest was not read")
     if reader.problems:
         count = len(reader.problems)
         raise RecipeError(
@@ -123,6 +130,10 @@ def _root(path: Path) -> yaml.Node:
     if not isinstance(root, yaml.MappingNode):
         raise RecipeError(f"{path} is not a recipe", f"give a mapping with the keys {', '.join(KEYS)}")
     return root
+
+
+class _EnoughError(Exception):
+    """There are so many problems that further ones say nothing more."""
 
 
 class _Reader:
@@ -194,6 +205,9 @@ class _Reader:
             if not isinstance(single, str):
                 self._complain(node, f"{where} takes {'values' if many else 'a value'}, got {_shown(node)}")
                 continue
+            if "\0" in single:
+                self._complain(node, f"{where} has a NUL character, which no argument can have")
+                continue
             try:
                 parameter.type.convert(single, parameter, None)
             except click.BadParameter as error:
@@ -209,9 +223,8 @@ class _Reader:
         for key_node, value in node.value:
             key = str(key_node.value)
             if key not in known:
-                near = difflib.get_close_matches(key.replace("_", "-"), known, 1)
-                guess = f"; did you mean {near[0]!r}?" if near else f" (there are: {', '.join(known)})"
-                self._complain(key_node, f"{where}: unknown {kind} {key!r}{guess}")
+                guess = _guess(key.replace("_", "-"), known)
+                self._complain(key_node, f"{where}: unknown {kind} {_cut(key)!r}{guess}")
             elif key in found:
                 # YAML's own loader would silently keep the last.
                 self._complain(key_node, f"{where}: {kind} {key!r} is given twice")
@@ -232,9 +245,7 @@ class _Reader:
         names, known = self._texts(node, "needs"), _packages()
         for item, name in zip(node.value if names else (), names, strict=True):
             if name and name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                guess = f"; did you mean {near[0]!r}?" if near else f" (there are: {', '.join(known)})"
-                self._complain(item, f"needs: unknown package {name!r}{guess}")
+                self._complain(item, f"needs: unknown package {_cut(name)!r}{_guess(name, list(known))}")
         return names
 
     def _text(self, node: yaml.Node, where: str) -> str:
@@ -246,6 +257,17 @@ class _Reader:
 
     def _complain(self, node: yaml.Node, problem: str) -> None:
         self.problems.append(f"line {node.start_mark.line + 1}: {problem}")
+        if len(self.problems) >= _MOST_PROBLEMS:
+            raise _EnoughError
+
+
+def _guess(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(_cut(word), known, 1)
+    return f"; did you mean {near[0]!r}?" if near else f" (there are: {', '.join(known)})"
+
+
+def _cut(word: str) -> str:
+    return word if len(word) <= _MOST_LETTERS else f"{word[:_MOST_LETTERS]}…"
 
 
 def _packages() -> dict[str, str]:

@@ -9,6 +9,7 @@ import click
 
 from lora_export.commands.options import adapter_options, expose_options, load_adapters, run_expose
 from lora_export.commands.verb import Verb
+from lora_export.commands.whole import Whole
 from lora_export.storage.inputs import same_inputs
 
 
@@ -29,7 +30,7 @@ from lora_export.storage.inputs import same_inputs
 )
 @click.option(
     "--max-rank",
-    type=int,
+    type=Whole(),
     help="Largest rank of an adapter; by default 64, or --adapter's if that is larger.",
 )
 @click.option("--dora", is_flag=True, help="Also expose DoRA's factor.")

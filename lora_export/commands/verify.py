@@ -31,8 +31,8 @@ def verify(paths: tuple[Path, ...], as_json: bool, quiet: bool, allow_sampled: b
     described.
 
     The exit code is 0 if at least one file was checked, all described files are right by a hash of the whole
-    file, and nothing else lies there that a program would load (weights, graphs, engines, scripts). Files
-    that earlier versions hashed in part, or not at all, need --allow-sampled.
+    file, and nothing else lies there that a program may load: anything but texts, pictures, logs and our
+    reports. With --allow-sampled, files that earlier versions hashed in part, or not at all, pass as well.
 
     A hash shows that nothing was damaged, not who wrote it: whoever can change the files can change the
     hashes.

@@ -41,9 +41,9 @@ _FIT_HINT = "change --shape or --profile as listed"
 _PROFILE_HINT = "give --profile 'NAME KEY=MIN:OPT:MAX …' (--profile 'decode batch=1:1:8')"
 # Limit of names in a message: a decoder has an input for each layer's cache.
 _LISTED = 10
-_SIZE = re.compile(r"^\d+$")
+_SIZE = re.compile(r"^[0-9]+\Z")
 # TensorRT-RTX 1.7.1 refuses 2**31 but silently builds 2**40: it keeps 32 bits of a size.
-_MAX_SIZE = 2**31 - 1
+_MAX_SIZE, _MAX_DIGITS = 2**31 - 1, 10
 
 
 @dataclass(frozen=True)
@@ -330,6 +330,8 @@ class _Maker:
         if any(len(part) != dims for part in sizes):
             self.problems.append(f"{key}={text}: it has {dims} dimension{'s' if dims > 1 else ''}")
             return None
+        # Python does not read numbers of any length.
+        sizes = [[size.lstrip("0")[: _MAX_DIGITS + 1] or "0" for size in part] for part in sizes]
         ranges = tuple(Range(*(int(part[axis]) for part in sizes)) for axis in range(dims))
         wrong = [*_out_of_order(ranges), *_too_large(ranges)]
         self.problems += [f"{key}={text}: {problem}" for problem in wrong]

@@ -169,7 +169,10 @@ class EngineRecord:
 
     def save(self, path: Path) -> None:
         """Write the record, sealed."""
-        path.write_bytes(sealed_json(self.to_json()))
+        text = self.to_json()
+        # Nothing is written that our own readers refuse.
+        EngineRecord.from_json(text, str(path))
+        path.write_bytes(sealed_json(text))
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

@@ -15,8 +15,9 @@ from fractions import Fraction
 
 Number = int | Fraction
 
-# Sizes above this are refused: expressions come from files, and a power has no bound.
-_MAX_SIZE, _MAX_EXPONENT = 2**63, 16
+# Bits of a numerator and of a denominator. More are refused, since expressions come from files: the value of
+# ``((2/3)**16)**16`` is small, but every further power makes its fraction sixteen times as long.
+_MAX_BITS, _MAX_EXPONENT = 63, 16
 # Limit of characters in an expression: its syntax tree takes some hundred times as much memory.
 _MAX_LENGTH = 4096
 
@@ -72,7 +73,8 @@ def _value(node: ast.expr, sizes: Mapping[str, int]) -> Number:
             value = _FUNCTIONS[name](*(_value(argument, sizes) for argument in arguments))
         case _:
             raise ValueError(f"{type(node).__name__} is not allowed in a dimension")
-    if not -_MAX_SIZE < value < _MAX_SIZE:
+    # Of operands within this limit, no operation makes more than _MAX_EXPONENT times as many bits.
+    if max(value.numerator.bit_length(), value.denominator.bit_length()) > _MAX_BITS:
         raise ValueError("the dimension is too large")
     return value
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from lora_export.errors import LoraExportError
 from lora_export.graph.data_identity import place_problem
 from lora_export.integrity.claims import SUMS, Claim, Description, description_of
+from lora_export.integrity.undescribed import files_in, matters
 from lora_export.storage.hashes import hash_file, identity_of, is_sampled
 from lora_export.storage.sums.full import file_digest
 from lora_export.storage.sums.seal import find_seal
@@ -23,11 +24,6 @@ _STRENGTH: tuple[State, ...] = (
     *("ok", "sampled", "unhashed", "not described"),
 )
 BROKEN: frozenset[State] = frozenset({"changed", "missing", "outside"})
-# Files that a program would load or run: each of them must be described.
-_LOADED = {
-    *(".onnx", ".data", ".onnx_adapter", ".safetensors", ".engine", ".plan"),
-    *(".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".so", ".py", ".sh"),
-}
 _EARLIER = "no full hash: an earlier version wrote it"
 _MOST_FILES = 100_000
 PathLike = str | os.PathLike[str]
@@ -42,7 +38,7 @@ class FileState:
         state: The strongest finding.
         by: Names of the files that describe it; its own name if it has a seal.
         details: Seen versus wanted, or the reason why it could not be compared.
-        matters: Whether it must be described, because a program would load it.
+        matters: Whether it must be described, because a program may load it.
     """
 
     path: Path
@@ -130,27 +126,18 @@ def verify(
     return VerifyReport(tuple(sorted(check.states.values(), key=lambda found: str(found.path))))
 
 
-def _files(path: Path) -> Iterator[Path]:
-    """Yield the files of a folder except hidden ones, or a file and those beside it that describe it."""
+def _files(path: Path) -> Iterator[tuple[Path, str]]:
+    """Yield the files of a folder (`files_in`), or a file and those beside it that describe it."""
     if not path.is_dir():
-        yield path
+        yield path, ""
         for beside in sorted(path.parent.iterdir()):
             if beside != path and beside.is_file() and _may_name(beside, path):
-                yield beside
+                yield beside, ""
         return
-    count = 0
-    for folder, folders, names in os.walk(path):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            file = Path(folder, name)
-            if name.startswith(".") or not file.is_file():
-                continue
-            count += 1
-            if count > _MOST_FILES:
-                raise LoraExportError(
-                    f"{path} holds more than {_MOST_FILES} files", "give the folder of one set"
-                )
-            yield file
+    for count, found in enumerate(files_in(path), 1):
+        if count > _MOST_FILES:
+            raise LoraExportError(f"{path} holds more than {_MOST_FILES} files", "give the folder of one set")
+        yield found
 
 
 def _may_name(beside: Path, path: Path) -> bool:
@@ -183,15 +170,18 @@ class _Check:
     _seen: set[tuple[str, str]] = field(default_factory=set)
     _named: list[Path] = field(default_factory=list)
 
-    def look_at_all(self, paths: Iterable[Path], given: Path) -> None:
+    def look_at_all(self, paths: Iterable[tuple[Path, str]], given: Path) -> None:
         """Check files and the files that they describe, which may describe others in turn.
 
         Args:
-            paths: The files.
+            paths: The files, each with the reason why it can't be looked at, if there is one.
             given: The folder or file that the user named.
         """
-        for path in paths:
-            self._look_at(path, given)
+        for path, odd in paths:
+            if odd:
+                self.states[f"{path}\0"] = FileState(path, details=[odd], matters=True)
+            else:
+                self._look_at(path, given)
         while self._named:
             self._look_at(self._named.pop(), given)
 
@@ -202,7 +192,7 @@ class _Check:
             return
         self._seen.add(known)
         state = self._state(path)
-        state.matters |= path.suffix in _LOADED
+        state.matters |= matters(path, given if given.is_dir() else path.parent)
         seal, is_broken = find_seal(path), False
         if seal is not None:
             self.compared += 1

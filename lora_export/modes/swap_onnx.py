@@ -41,6 +41,8 @@ from lora_export.storage.inputs import same_inputs
 
 PathLike = str | os.PathLike[str]
 DEFAULT_MAX_RANK = 64
+# The longest axis that TensorRT takes; each of the ranks up to it is one.
+MAX_SIZE = 2**31 - 1
 
 
 @same_inputs()
@@ -185,6 +187,11 @@ def _max_rank(wanted: int | None, ranks: Sequence[int]) -> int:
             if wanted >= 1
             else f"max_rank is {wanted}; a rank is at least 1",
             f"give --max-rank {max(largest, 1)} or more",
+        )
+    if wanted > MAX_SIZE:
+        raise AdapterError(
+            f"max_rank is {wanted}, but no axis is longer than {MAX_SIZE}",
+            "give the rank of your largest adapter",
         )
     return wanted
 

@@ -30,7 +30,7 @@ from lora_export.storage.folders import refuse_strangers
 from lora_export.storage.hashes import hash_written, sha256_of
 from lora_export.storage.inputs import same_inputs
 from lora_export.storage.outputs import OutputSet, check_parent, output_errors, refuse_existing, refuse_inputs
-from lora_export.untrusted.documents import open_regular
+from lora_export.untrusted.documents import MAX_BYTES, open_regular
 
 PathLike = str | os.PathLike[str]
 _MIB = 1 << 20
@@ -126,7 +126,7 @@ def _check_kit(path: Path) -> None:
         return
     try:
         with open_regular(path / _SUMS) as file:
-            lines = file.read().decode("utf-8").splitlines()
+            lines = file.read(MAX_BYTES).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         lines = []
     listed = {line[64:].removeprefix("  ") for line in lines if line[64:66] == "  "}

@@ -17,13 +17,16 @@ from lora_export.errors import PackageError
 from lora_export.storage.beside import without_equal
 from lora_export.storage.inputs import note_inputs
 from lora_export.storage.outputs import refuse_replacing
-from lora_export.untrusted.documents import read_json
+from lora_export.untrusted.documents import open_regular, read_json
 from lora_export.untrusted.links import link_problems
 
 CONFIG = "genai_config.json"
 # Files that hold tokenizers, chat templates and processors.
 _SUFFIXES = {".json", ".jinja", ".model", ".tiktoken", ".txt"}
 _MANIFEST = ".lora.json"
+# The largest file that is copied, some times as large as any tokenizer's, and all of them: they are held in
+# memory until the whole set is written.
+_MOST_BYTES, _MOST_TOGETHER = 128 << 20, 256 << 20
 
 
 @dataclass(frozen=True)
@@ -90,13 +93,41 @@ def companions_of(base: Path, output: Path, force: bool = False) -> Companions:
             "put the files themselves into the folder in place of the links, or remove the links",
             problems,
         )
+    sizes = {path: path.stat().st_size for path in beside}
+    large = [path for path, size in sizes.items() if size > _MOST_BYTES]
+    notes = [
+        f"{path} is not copied: it has {sizes[path]} bytes, more than a tokenizer's file ({_MOST_BYTES})"
+        for path in large
+    ]
+    beside = [path for path in beside if path not in large]
     note_inputs(beside)
-    files = {path.name: path.read_bytes() for path in beside}
-    del files[CONFIG]
-    files[CONFIG] = config_path.read_bytes() if output.name == base.name else _renamed(config, base, output)
+    files = {path.name: content for path, content in _contents(beside)}
+    own = files.pop(CONFIG)
+    files[CONFIG] = own if output.name == base.name else _renamed(config, base, output)
     others = sorted(set(named) - {base.name})
-    notes = (f"{CONFIG} also names {', '.join(others)}: copy them from {base.parent}",) if others else ()
-    return Companions(files, output, notes, force)
+    notes += [f"{CONFIG} also names {', '.join(others)}: copy them from {base.parent}"] * bool(others)
+    return Companions(files, output, tuple(notes), force)
+
+
+def _contents(paths: Iterable[Path]) -> Iterator[tuple[Path, bytes]]:
+    left = _MOST_TOGETHER
+    for path in paths:
+        try:
+            with open_regular(path) as file:
+                content = file.read(left + 1)
+        except OSError as error:
+            reason = error.strerror or error
+            raise PackageError(
+                f"cannot read {path}: {reason}", "check the path and its permissions"
+            ) from error
+        left -= len(content)
+        if left < 0:
+            raise PackageError(
+                f"the files beside the base, of which onnxruntime-genai reads a tokenizer, have more than "
+                f"{_MOST_TOGETHER} bytes",
+                f"move those that are not a tokenizer's, such as {path.name}, out of {path.parent}",
+            )
+        yield path, content
 
 
 def _read(path: Path, base: Path) -> Any:

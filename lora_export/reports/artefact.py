@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -127,21 +128,39 @@ def _graph(path: Path) -> Artefact:
     lines += _lora_lines(exposed)
     for kind in ("inputs", "outputs"):
         rows = [(kind, "dtype", "shape")]
-        rows += [
-            (port["name"], port["dtype"], f"[{', '.join(map(str, port['dims']))}]") for port in facts[kind]
-        ]
+        rows += [(port["name"], port["dtype"], _dims(port["dims"])) for port in facts[kind]]
         lines += limited(align(rows), kind, _NAMED + 1)
     manifest = path.with_name(f"{path.stem}{_MANIFEST}")
     if manifest.is_file():
-        lines.append(f"manifest  {manifest.name}: lora-export inspect {manifest}")
+        words = ["lora-export", "inspect", str(manifest)]
+        lines.append(f"manifest  {manifest.name}: {shlex.join(words)}")
     return Artefact("graph", facts, tuple(lines))
 
 
 def _port(value: ir.Value) -> dict[str, Any]:
-    dtype = "unknown" if value.dtype is None else np.dtype(value.dtype.numpy()).name
     shape = () if value.shape is None else value.shape
     dims = [dim if isinstance(dim, int) else dim.value or "?" for dim in shape]
-    return {"name": str(value.name), "dtype": dtype, "dims": None if value.shape is None else dims}
+    dims_known = None if value.shape is None else dims
+    return {"name": str(value.name), "dtype": _type_text(value.type), "dims": dims_known}
+
+
+def _type_text(kind: ir.TypeProtocol | None) -> str:
+    """Return a tensor's dtype as numpy names it; of another type also what it is: ``sequence of float32``."""
+    import onnx_ir as ir
+
+    words = []
+    while isinstance(kind, ir.SequenceType | ir.OptionalType):
+        words.append("sequence of" if isinstance(kind, ir.SequenceType) else "optional")
+        kind = kind.elem_type
+    if isinstance(kind, ir.SparseTensorType):
+        words.append("sparse")
+    dtype = None if kind is None else kind.dtype
+    if dtype in (None, ir.DataType.UNDEFINED):
+        name = "unknown"
+    else:
+        # numpy has no dtype of texts of any length.
+        name = "string" if dtype == ir.DataType.STRING else np.dtype(dtype.numpy()).name
+    return " ".join([*words, name])
 
 
 def _ports(graph: GraphFile, exposed: ExposedGraph | None) -> list[dict[str, Any]]:
@@ -198,7 +217,7 @@ def _manifest(path: Path) -> Artefact:
     ]
     lines += [f"adapter   {_adapter(entry)}" for entry in manifest.adapters]
     rows = manifest.plan.get("rows", [])
-    actions = Counter(str(row.get("action")) for row in rows if isinstance(row, dict))
+    actions = Counter(str(row.get("action")) for row in rows)
     if actions:
         lines.append("plan      " + ", ".join(f"{count} {action}" for action, count in actions.most_common()))
     lines += [f"file      {name} ({size_text(entry.size_bytes)})" for name, entry in manifest.files.items()]
@@ -231,8 +250,10 @@ def _of_record(kind: str, record: EngineRecord) -> Artefact:
 
 
 def _kit(path: Path) -> Artefact:
+    from lora_export.reports.engine import build_line
+
     kit = _record("kit", path / _RECORD, path)
-    how = f"kit       not built yet: copy the folder to the device, then: sh {path.name}/build.sh"
+    how = f"kit       not built yet: copy the folder to the device, then: {build_line(path)}"
     built = sorted(file.name for file in path.glob("*.engine"))
     first = f"kit       built here: {', '.join(built)}" if built else how
     return Artefact("kit", {"record": kit.facts, "built": built}, (first, *kit.lines))

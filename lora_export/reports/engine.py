@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_export.plan import align
@@ -84,8 +86,15 @@ def kit_lines(report: KitReport) -> list[str]:
         lines.append(f"note: --force would be needed, there is already: {', '.join(existing)}")
     verb = "would write" if report.dry_run else "wrote"
     for path in report.kits:
-        lines.append(f"{verb} {path} (copy it to the device, then: sh {path.name}/build.sh)")
+        lines.append(f"{verb} {path} (copy it to the device, then: {build_line(path)})")
     return lines
+
+
+def build_line(kit: Path) -> str:
+    """Return the command that builds a kit, from the folder that it lies in on the device."""
+    # A name that begins with a dash would be read as an option.
+    folder = f"./{kit.name}" if kit.name.startswith("-") else kit.name
+    return shlex.join(["sh", f"{folder}/build.sh"])
 
 
 def profile_lines(profiles: Sequence[Profile]) -> list[str]:

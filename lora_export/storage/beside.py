@@ -52,4 +52,5 @@ def stage_beside(outputs: OutputSet, files: Mapping[Path, bytes], force: bool) -
 
 
 def _is_equal(path: Path, content: bytes) -> bool:
-    return path.is_file() and path.read_bytes() == content
+    # By size first: what lies there may be of any size.
+    return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content

@@ -9,17 +9,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from lora_export.adapter import Adapter
 from lora_export.errors import GraphError
 from lora_export.storage.hashes import FileHash
 from lora_export.storage.sums.seal import SEAL, sealed_json
 from lora_export.untrusted.documents import json_of, read_json
-from lora_export.untrusted.fields import FieldError, from_plain, seen
+from lora_export.untrusted.fields import FieldError, Keys, from_plain, seen
 
 FORMAT = 1
 _HINT = "give the OUT.lora.json of a merge"
+_PLAN = Keys({}, {"rows": list[dict[str, Any]], "notes": list[str], "warnings": list[str]})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Manifest:
     mode: str
     base: list[FileHash]
     adapters: list[dict[str, Any]]
-    plan: dict[str, Any]
+    plan: Annotated[dict[str, Any], _PLAN]
     rounding: dict[str, Any]
     outputs: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -51,8 +52,14 @@ class Manifest:
     format: int = FORMAT
 
     def save(self, path: Path) -> None:
-        """Write the manifest, sealed."""
-        path.write_bytes(sealed_json(self.to_json()))
+        """Write the manifest, sealed.
+
+        Raises:
+            GraphError: It could not be read again.
+        """
+        text = self.to_json()
+        Manifest.from_json(text)
+        path.write_bytes(sealed_json(text))
 
     def to_json(self) -> str:
         """Return the manifest as indented JSON with sorted keys, without a seal."""

@@ -3,17 +3,20 @@
 A few kilobytes of deflated zeros unpack to gigabytes, and entries may overlap. The archive's directory states
 the unpacked sizes: they are compared with the file before anything is read.
 
+Some tens of bytes make an entry, and `zipfile` makes an object of each: they are counted before it opens a
+file.
+
 Two readers of one file may also see two archives: one begins at the end of the file, the other at its start;
 one distinguishes upper and lower case. `layout_problems` finds archives that allow that.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import IO
 
 from lora_export.untrusted.shown import shown
@@ -25,18 +28,75 @@ SMALL_BYTES, FACTOR = 32 << 20, 8
 START = b"PK\x03\x04"
 _END, _LOCATOR, _END_64 = struct.Struct("<4s4H2IH"), struct.Struct("<4sIQI"), struct.Struct("<4sQ2H2I4Q")
 _FULL_64 = 44
+# More than any model has tensors, and as many as the first form of the format allows.
+MAX_ENTRIES = 1 << 16
+# An entry in the directory: signature, lengths of its name, extra field and comment; and the signatures of
+# the last records.
+_ENTRY = struct.Struct("<4s24x3H12x")
+_DIRECTORY, _LAST, _LOCATOR_64, _LAST_64 = b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
+# The longest comment after the last record, and one byte, as zipfile looks for it.
+_COMMENT = 1 << 16
 _NAME, _SHOWN = 100, 4
 
 
-def archive_entries(path: Path | IO[bytes]) -> tuple[zipfile.ZipInfo, ...]:
+class CrowdedError(zipfile.BadZipFile):
+    """Error for an archive with more than `MAX_ENTRIES` entries."""
+
+
+def open_archive(file: IO[bytes]) -> zipfile.ZipFile:
+    """Open a zip archive that has no more than `MAX_ENTRIES` entries.
+
+    Raises:
+        OSError: It can't be read.
+        zipfile.BadZipFile: It is damaged; a `CrowdedError` if it has more entries.
+    """
+    if _has_many(file):
+        raise CrowdedError(f"it has more than {MAX_ENTRIES} entries, the limit for an archive")
+    return zipfile.ZipFile(file)
+
+
+def archive_entries(file: IO[bytes]) -> tuple[zipfile.ZipInfo, ...]:
     """Return the entries of a zip archive.
 
     Raises:
         OSError: It can't be read.
-        zipfile.BadZipFile: It is damaged.
+        zipfile.BadZipFile: It is damaged; a `CrowdedError` if it has more than `MAX_ENTRIES` entries.
     """
-    with zipfile.ZipFile(path) as archive:
+    with open_archive(file) as archive:
         return tuple(archive.infolist())
+
+
+def _has_many(file: IO[bytes]) -> bool:
+    """Return whether there are more than `MAX_ENTRIES` entries where `zipfile` would read the directory.
+
+    It reads all bytes that the last record states, whatever number of entries that states.
+    """
+    size = file.seek(0, os.SEEK_END)
+    start = max(size - _END.size - _COMMENT, 0)
+    file.seek(start)
+    last = file.read(_END.size + _COMMENT)
+    # Without a comment the record is at the very end, else where its signature is last.
+    at = len(last) - _END.size
+    if at < 0 or last[at : at + len(_LAST)] != _LAST or last[-2:] != b"\0\0":
+        at = last.rfind(_LAST)
+    if at < 0 or at + _END.size > len(last):
+        return False
+    length, after = _END.unpack_from(last, at)[5], size - start - at
+    if _LOCATOR.unpack(_tail(file, size, after, _LOCATOR))[0] == _LOCATOR_64:
+        large = _END_64.unpack(_tail(file, size, after + _LOCATOR.size, _END_64))
+        if large[0] == _LAST_64:
+            length, after = large[8], after + _LOCATOR.size + _END_64.size
+    place, end = size - after - length, size - after
+    for _ in range(MAX_ENTRIES + 1):
+        if not 0 <= place < end:
+            return False
+        file.seek(place)
+        head = file.read(_ENTRY.size).ljust(_ENTRY.size, b"\0")
+        signature, *lengths = _ENTRY.unpack(head)
+        if signature != _DIRECTORY:
+            return False
+        place += _ENTRY.size + sum(lengths)
+    return True
 
 
 def archive_problems(size: int, entries: Sequence[zipfile.ZipInfo]) -> list[str]:
@@ -92,10 +152,10 @@ def _is_one_archive(file: IO[bytes], size: int, entries: Sequence[zipfile.ZipInf
     _, disk, first_disk, here, count, length, offset, comment = _END.unpack(_tail(file, size, 0, _END))
     end = size - _END.size
     locator = _LOCATOR.unpack(_tail(file, size, _END.size, _LOCATOR))
-    if locator[0] == b"PK\x06\x07":
+    if locator[0] == _LOCATOR_64:
         end -= _LOCATOR.size + _END_64.size
         large = _END_64.unpack(_tail(file, size, _END.size + _LOCATOR.size, _END_64))
-        if large[:2] != (b"PK\x06\x06", _FULL_64) or locator[1:] != (0, end, 1):
+        if large[:2] != (_LAST_64, _FULL_64) or locator[1:] != (0, end, 1):
             return False
         for small, most, full in zip(
             (here, count, length, offset), (0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF), large[6:], strict=True

@@ -1,8 +1,8 @@
 """Compute values of a stranger's nodes, with a limit that is checked before they are computed.
 
-An Expand of one number to 10¹² takes forty bytes of a file. onnx's reference implementation computes any
-node; here only operators run whose size of the result follows from their inputs, and all results together
-have a limit.
+An Expand of one number to 10¹² takes forty bytes of a file, and so does a Max that reads one constant a
+thousand times. onnx's reference implementation computes any node; here only operators run whose work follows
+from their inputs, and all work for one result, and for all results of a file, has a limit.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 Values = NDArray[Any]
 # Limit of elements of all intermediate values for one result, and of all constants.
 MAX_ELEMENTS = 1 << 20
+# Limit of all work for one file, in elements, and what running one node costs however small its values are.
+MAX_WORK, NODE_WORK = 1 << 24, 1 << 7
 _STRING = 8
 
-# Operators whose result is as large as the inputs broadcast together.
+# Operators whose result is as large as the inputs broadcast together; they combine it with each input.
 _BROADCAST = """
 Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean
 Min Mod Mul Or Pow PRelu Sub Sum Where Xor
@@ -42,29 +44,56 @@ class UncomputedError(Exception):
     """Error for a value that can't be computed, or is too large."""
 
 
-def computed(graph: onnx.GraphProto, version: int) -> Values:
+class Budget:
+    """Work that may still be done for one file.
+
+    Attributes:
+        left: Elements that may still be read or made.
+    """
+
+    def __init__(self, most: int = MAX_WORK) -> None:
+        self.left = most
+
+    def spend(self, work: int) -> None:
+        """Take work from the budget, before it is done.
+
+        Raises:
+            UncomputedError: There is not as much left.
+        """
+        self.left -= work
+        if self.left < 0:
+            raise UncomputedError("the file's nodes compute more than is computed of one file")
+
+
+def computed(graph: onnx.GraphProto, version: int, budget: Budget | None = None) -> Values:
     """Return the first output of a graph without inputs.
 
     Args:
         graph: Graph with its nodes and constants.
         version: Opset.
+        budget: What is left for the file that the graph is from; None if this is all of it.
 
     Raises:
-        UncomputedError: It can't be computed, or intermediate values are too large.
+        UncomputedError: It can't be computed, or takes too much work.
     """
     from onnx import helper
     from onnx.reference import ReferenceEvaluator
 
-    left = MAX_ELEMENTS - sum(math.prod(tensor.dims) for tensor in graph.initializer)
+    budget = budget or Budget()
+    constants = sum(math.prod(tensor.dims) for tensor in graph.initializer)
+    budget.spend(constants + NODE_WORK * len(graph.node))
+    left = MAX_ELEMENTS - constants
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)])
     try:
         evaluator = ReferenceEvaluator(model)
         values: dict[str, Any] = {"": None, **evaluator.rt_inits_}
         for node in evaluator.rt_nodes_:
             inputs = [values[name] for name in node.input]
-            left -= elements(node.onnx_node, inputs)
+            work = elements(node.onnx_node, inputs)
+            left -= work
             if left < 0:
                 raise UncomputedError(f"more than {MAX_ELEMENTS} elements")
+            budget.spend(work)
             values.update(zip(node.output, node.run(*inputs), strict=False))
         return np.asarray(values[graph.output[0].name])
     except UncomputedError:
@@ -74,7 +103,9 @@ def computed(graph: onnx.GraphProto, version: int) -> Values:
 
 
 def elements(node: onnx.NodeProto, inputs: Sequence[Values | None]) -> int:
-    """Return the largest number of elements of each result of a node.
+    """Return the work of a node: the largest number of elements of a result, for each time one is made.
+
+    A Max of a hundred inputs makes a result of each two.
 
     Args:
         node: Any node.
@@ -88,7 +119,8 @@ def elements(node: onnx.NodeProto, inputs: Sequence[Values | None]) -> int:
     is_text = node.op_type == "Cast" and "to" in attributes and attributes["to"].i == _STRING
     if rule is None or node.domain not in ("", "ai.onnx") or is_text:
         raise UncomputedError(node.op_type)
-    return rule([np.asarray(0) if value is None else value for value in inputs], attributes)
+    work = rule([np.asarray(0) if value is None else value for value in inputs], attributes)
+    return work + len(node.input) + len(node.output)
 
 
 def _largest(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
@@ -101,7 +133,11 @@ def _room(value: Values) -> int:
 
 
 def _broadcast(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
-    return math.prod(np.broadcast_shapes(*(value.shape for value in inputs)))
+    # numpy broadcasts no more than some tens of shapes at once.
+    shape: tuple[int, ...] = ()
+    for value in inputs:
+        shape = np.broadcast_shapes(shape, value.shape)
+    return math.prod(shape) * len(inputs)
 
 
 def _ranked(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
@@ -135,7 +171,8 @@ def _tile(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
     return inputs[0].size * math.prod(_sizes(inputs[1]))
 
 
-def _range(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
+def range_length(inputs: Sequence[Values], _attributes: Mapping[str, Any] | None = None) -> int:
+    """Return the number of elements that a Range makes of its start, limit and step."""
     start, limit, step = (float(value.reshape(())) for value in inputs)
     return max(math.ceil((limit - start) / step), 0)
 
@@ -162,7 +199,8 @@ def _product(inputs: Sequence[Values], _attributes: Mapping[str, Any]) -> int:
     one, two = inputs
     left = one.shape if one.ndim > 1 else (1, *one.shape)
     right = two.shape if two.ndim > 1 else (*two.shape, 1)
-    return math.prod((*np.broadcast_shapes(left[:-2], right[:-2]), left[-2], right[-1]))
+    # Each element of the result is a sum over the axis that the product is over.
+    return math.prod((*np.broadcast_shapes(left[:-2], right[:-2]), left[-2], right[-1], max(right[-2], 1)))
 
 
 def _sizes(value: Values) -> list[int]:
@@ -182,7 +220,7 @@ _RULES: dict[str, Callable[[Sequence[Values], Mapping[str, Any]], int]] = {
     "NonZero": _ranked,
     "OneHot": _one_hot,
     "Pad": _pad,
-    "Range": _range,
+    "Range": range_length,
     "Shape": _ranked,
     "Split": _largest,
     "Tile": _tile,

@@ -2,19 +2,22 @@
 
 All documents are read here, and are checked before anything else uses them:
 
-1. It is UTF-8 and, if it is JSON, has no half of a surrogate pair.
+1. It is UTF-8 and has no half of a surrogate pair.
 2. Its size is limited, and it would take less memory than ten times its size and 50 MB: ``[[],[],…`` takes
    thirty times its size.
 3. It is not nested deeper than `MAX_DEPTH`: later code may walk it by recursion.
 4. No object has a key twice: the last one would silently win.
 5. Numbers that are computed with are finite. Configs of transformers may hold ``Infinity`` and ``NaN``
    (``time_step_limit``), so this rule is the caller's choice.
+6. No integer of a JSON document is too large for a float: later code may turn it into one. (Tokenizers'
+   configs hold 10³⁰, more than 64 bits.)
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import stat
 from collections import Counter
@@ -39,6 +42,8 @@ MAX_YAML_BYTES, MAX_YAML_NODES = 512 << 10, 50_000
 _LIST_BYTES, _DICT_BYTES, _TEXT_BYTES, _NUMBER_BYTES = 80, 240, 60, 40
 _SMALL_PEAK, _PEAK_FACTOR = 50 << 20, 10
 _LISTED = 20
+# Integers with as many digits fit into a float, and need no further look.
+_SHORT = 300
 
 
 class DocumentError(ValueError):
@@ -87,6 +92,7 @@ def parse_json(
             object_pairs_hook=once,
             parse_constant=_no_number if finite else None,
             parse_float=_finite_float if finite else None,
+            parse_int=_whole,
         )
     except RecursionError as error:
         raise DocumentError([f"it is nested deeper than {MAX_DEPTH} levels"]) from error
@@ -263,10 +269,10 @@ def _refuse_deep(value: Any) -> None:
 
 
 def _refuse_many(root: yaml.Node | None) -> None:
-    """Keep rules 2 and 3: aliases of aliases can mean more nodes than any memory holds."""
+    """Keep rules 1 to 3: aliases of aliases can mean more nodes than any memory holds."""
     import yaml
 
-    level, depth, count = [root] if root is not None else [], 0, 0
+    level, depth, count, whole = [root] if root is not None else [], 0, 0, set[int]()
     while level:
         depth += 1
         if depth > MAX_DEPTH:
@@ -277,13 +283,33 @@ def _refuse_many(root: yaml.Node | None) -> None:
                 inner += [one for pair in node.value for one in pair]
             elif isinstance(node, yaml.SequenceNode):
                 inner += node.value
+            elif id(node) not in whole:
+                # Once, as aliases may mean one long text many times.
+                whole.add(id(node))
+                _refuse_half(node)
             if count + len(inner) > MAX_YAML_NODES:
                 raise DocumentError([f"with its aliases it has more than {MAX_YAML_NODES} values"])
         count, level = count + len(inner), inner
 
 
+def _refuse_half(node: yaml.Node) -> None:
+    """Keep rule 1 for a text that YAML's escapes made."""
+    try:
+        str(node.value).encode()
+    except UnicodeEncodeError as error:
+        line = node.start_mark.line + 1
+        raise DocumentError([f"line {line}: it has half of a surrogate pair: {shown(error)}"]) from error
+
+
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _whole(text: str) -> int:
+    """Keep rule 6."""
+    if len(text) > _SHORT and math.isinf(float(text)):
+        raise ValueError(f"an integer of {len(text)} digits is too large for a float")
+    return int(text)
 
 
 def _finite_float(text: str) -> float:

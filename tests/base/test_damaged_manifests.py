@@ -101,3 +101,6 @@ def test_parity_says_that_it_leaves_a_damaged_manifest_aside(tmp_path: Path) -> 
         manifest.write_bytes(spoilt.encode(errors="surrogateescape"))
         assert "merged.lora.json: " in notes()
         assert "its weights and rounding are ignored" in notes()
+    with manifest.open("wb") as file:
+        file.truncate(1 << 41)  # it takes no room on the disk
+    assert "its weights and rounding are ignored" in notes()

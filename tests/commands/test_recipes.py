@@ -13,7 +13,8 @@ import click
 import demos
 import pytest
 
-from lora_export.cli import main
+from lora_export.cli import _run, main
+from lora_export.commands import recipe
 from lora_export.commands.own_recipes import find_recipe, own_recipes
 from lora_export.commands.recipe import load_recipe
 from lora_export.errors import OutputError, RecipeError
@@ -325,3 +326,48 @@ def test_the_exit_code_of_a_step_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(SystemExit) as stop:
         main(["run", str(write(tmp_path, "[]", "x"))])
     assert stop.value.code == 3
+
+
+STEP = "name: a\ndescription: b\nneeds: []\nsteps:\n- inspect: {adapter: %s}\n"
+
+
+@pytest.mark.parametrize("word", [r'"ck\0x"', r'"\ud800"', r'"a\udfffb"', r'["ck\0"]'])
+def test_words_that_no_command_line_can_hold_are_refused(word, tmp_path, capsys):
+    path = tmp_path / "r.yaml"
+    path.write_text(STEP % word)
+    for flags in ([], ["--dry-run"]):
+        assert _run(["run", str(path), *flags], False) == 1
+        assert "line 5" in capsys.readouterr().err
+
+
+def test_a_step_with_any_other_character_is_read(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(STEP % '"é\\U0001f600\\e x"')
+    assert _run(["run", str(path), "--dry-run"], False) == 0
+
+
+@pytest.mark.parametrize("place", ["keys", "options", "needs", "one long key"])
+def test_of_many_problems_the_first_are_listed(place, tmp_path, monkeypatch):
+    """A likely word is looked for a hundred times at most, and not for a word of any length."""
+    words = [f"reports{number:x}" for number in range(3000)]
+    text = {
+        "keys": "".join(f"{word}: 1\n" for word in words),
+        "options": STEP % "x" + "- merge:\n" + "".join(f"    {word}: 1\n" for word in words),
+        "needs": f"name: a\ndescription: b\nneeds: [{', '.join(words)}]\nsteps: []\n",
+        "one long key": "? " + "a" * 400_000 + "\n: 1\n",
+    }[place]
+    path, looked = tmp_path / "r.yaml", []
+    path.write_text(text)
+    real = recipe.difflib.get_close_matches
+
+    def close(word, *rest):
+        looked.append(len(word))
+        return real(word, *rest)
+
+    monkeypatch.setattr(recipe.difflib, "get_close_matches", close)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, ["inspect", "merge"], lambda _verb: blend)
+    assert 0 < len(caught.value.problems) <= 101
+    assert 0 < len(looked) <= 100
+    assert max(looked) <= 101
+    assert max(map(len, caught.value.problems)) < 1000

@@ -68,6 +68,12 @@ def test_what_exporters_write(text, wanted):
         *("sequence if 1 else 2", "__import__('os')", "sequence.bit_length()", "Max(x=1)", "abs", "[1][0]"),
         *("9**9**9", "2**(-1)", "2**16**16", "sequence**(1/2)", "2**60*2**60", "(" * 500 + ")" * 500),
         *("+".join(["1"] * 20000), "Mod(1)", "Max()"),
+        # The smaller number is 32, but on the way there are fractions of hundreds and of 10⁵ digits.
+        *(
+            "Min(sequence, sequence + ((2/3)**16)**16)",
+            "Min(sequence, sequence + ((((2/3)**16)**16)**16)**16)",
+        ),
+        "Min(sequence, sequence - ((1/2)**16)**16)",
     ],
 )
 def test_what_is_no_size(text):

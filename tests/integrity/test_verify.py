@@ -13,8 +13,10 @@ import onnx_ir as ir
 import pytest
 import small_graphs as small
 import tiny
+from bench_runs import measured
 from blake3 import blake3
 from engine_graphs import product
+from parity_reports import good
 
 from lora_export import (
     LoraExportError,
@@ -565,3 +567,64 @@ def test_the_seal_of_what_a_graph_is_made_from_is_not_taken_over(written, tmp_pa
     assert seal.digest != find_seal(path).digest
     assert (tmp_path / "m.onnx").read_bytes().count(b"-of-this-file:") == 1
     assert not verify(tmp_path / "m.onnx").failures()
+
+
+@pytest.fixture
+def plain_set(written, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(written("merged")[0], folder)
+    return folder
+
+
+LOADED = """
+model.ort x.ONNX lib.so.1 w.onnx_data evil.pkl e.pyc evil.dll build.SH kernel.cubin t.h5 Vocab.TXT merges.txt
+pytorch_model.bin.index.json config.json chat_template.jinja tokenizer.json model.unheard no_ending .hid.onnx
+.hid/evil.onnx .hid/deep/Evil.PT sub/anything tokenizer.model
+"""
+SHOWN = """
+README.md notes.TXT figure.png chart.svg parity.html build.log LICENSE junit.xml .gitignore .git/config
+.DS_Store .cache/huggingface/x.metadata sub/README.md
+"""
+
+
+@pytest.mark.parametrize("name", LOADED.split())
+def test_what_may_be_loaded_must_be_described(name, plain_set):
+    file = plain_set / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"x")
+    assert [found.path for found in verify(plain_set).failures()] == [file]
+
+
+def test_what_is_only_shown_need_not_be(plain_set):
+    for name in SHOWN.split():
+        (plain_set / name).parent.mkdir(parents=True, exist_ok=True)
+        (plain_set / name).write_bytes(b"x")
+    assert not verify(plain_set).failures()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has neither")
+@pytest.mark.parametrize("kind", ["folder", "loop", "nothing", "pipe"])
+def test_what_can_not_be_looked_at_is_named(kind, plain_set, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "evil.onnx").write_bytes(b"x")
+    odd = plain_set / "model.safetensors"
+    if kind == "pipe":
+        os.mkfifo(odd)
+    else:
+        odd.symlink_to({"folder": tmp_path / "other", "loop": plain_set, "nothing": tmp_path / "none"}[kind])
+    (found,) = verify(plain_set).failures()
+    assert found.path == odd
+    assert found.state == "not described"
+    assert found.details
+
+
+def test_our_reports_may_lie_beside_a_set(plain_set, capsys):
+    """A report has its keys and no others: a config that pretends to be one still matters."""
+    reports = {"bench": measured(capsys, plain_set / "m.onnx"), "parity": good().as_dict()}
+    for name, report in reports.items():
+        file = plain_set / f"{name}.json"
+        file.write_text(json.dumps(report))
+        assert not verify(plain_set).failures()
+        file.write_text(json.dumps({**report, "model_type": "llama"}))
+        assert [found.path for found in verify(plain_set).failures()] == [file]
+        file.unlink()

@@ -11,6 +11,7 @@ import transformers
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
+from lora_export.base.checkpoint import sentence_modules
 from lora_export.cli import _run
 
 st = pytest.importorskip("sentence_transformers")
@@ -154,3 +155,16 @@ def test_the_older_layout_names_its_folder(trained, capsys):
     shutil.rmtree(old / "0_Transformer")
     shutil.move(path / "out", old / "0_Transformer")
     check(old, expected)
+
+
+def test_files_of_any_size_are_compared(tmp_path):
+    """Of other sizes they differ, and nothing is read; two that are equal are so piece by piece."""
+    large, small, equal = (tmp_path / f"{name}.bin" for name in ("large", "small", "equal"))
+    with large.open("wb") as file:
+        file.truncate(1 << 41)  # it takes no room on the disk
+    small.write_bytes(b"x" * 100_000)
+    equal.write_bytes(b"x" * 100_000)
+    assert not sentence_modules._is_equal(large, small)
+    assert sentence_modules._is_equal(small, equal)
+    equal.write_bytes(b"x" * 99_999 + b"y")
+    assert not sentence_modules._is_equal(small, equal)

@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from engine_graphs import graph_of, value
@@ -15,7 +16,8 @@ from lora_export.engines.plan import Wish
 from lora_export.engines.profiles import ProfileRequest
 from lora_export.engines.record import read_engine
 from lora_export.errors import BackendError
-from lora_export.packages.build_kit import fill, write_kits
+from lora_export.packages.build_kit import KitReport, fill, write_kits
+from lora_export.reports.engine import kit_lines
 
 # Records what it was called with, each call a line.
 RECORDER = """#!{python}
@@ -171,3 +173,19 @@ def test_what_a_value_holds_is_no_key(first):
     values = {"A": shlex.quote(first), "B": shlex.quote("b'@A@")}
     filled = fill("@A@ @B@ @c@ a@b", values)
     assert shlex.split(filled) == [first, "b'@A@", "@c@", "a@b"]
+
+
+@pytest.mark.parametrize("name", ["$(touch pwn) x;y", "-rf", "it's", "plain"])
+def test_the_command_to_copy_is_one_command(name):
+    """A shell reads the printed words as the folder's name and nothing else."""
+    path = Path("kits") / f"{name}.kit"
+    line = kit_lines(KitReport((path,), (), ()))[-1]
+    command = line.partition("then: ")[2].removesuffix(")")
+    shell, script = shlex.split(command)
+    assert shell == "sh"
+    assert not script.startswith("-")
+    assert Path(script) == Path(path.name) / "build.sh"
+    printed = subprocess.run(
+        ["bash", "-c", f'sh() {{ printf "%s\\0" "$@"; }}; {command}'], capture_output=True, check=True
+    )
+    assert printed.stdout.decode().split("\0")[:-1] == [script]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lora_export.errors import OutputError, PackageError
+from lora_export.packages import onnxruntime_genai
 from lora_export.packages.onnxruntime_genai import CONFIG, Companions, companions_of
 from lora_export.storage.beside import stage_beside
 from lora_export.storage.outputs import OutputSet
@@ -135,3 +136,38 @@ def test_another_writer_between_staging_and_commit(content, force, is_there, tmp
                 outputs.commit(check)
             assert file.read_text() == "theirs"
             assert not graph.exists()
+
+
+def sparse(path: Path, size: int) -> None:
+    """Make a file of a size that takes no room on the disk."""
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
+def test_a_large_file_beside_the_base_is_not_read(base: Path, tmp_path: Path) -> None:
+    large = base.with_name("notes.txt")
+    sparse(large, 1 << 41)
+    companions = companions_of(base, tmp_path / "out" / "model.onnx")
+    assert set(companions.files) == {*TOKENIZER, CONFIG}
+    assert [str(large) in note and str(1 << 41) in note for note in companions.notes] == [True]
+
+
+def test_files_beside_the_base_have_a_limit_together(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = sum((base.parent / name).stat().st_size for name in (*TOKENIZER, CONFIG))
+    for more, fits in ((0, True), (-1, False)):
+        monkeypatch.setattr(onnxruntime_genai, "_MOST_TOGETHER", held + more)
+        if fits:
+            assert set(companions_of(base, tmp_path / "o" / "m.onnx").files) == {*TOKENIZER, CONFIG}
+            continue
+        with pytest.raises(PackageError, match=str(held - 1)):
+            companions_of(base, tmp_path / "o" / "m.onnx")
+
+
+def test_a_large_file_that_is_there_is_not_compared(base: Path, tmp_path: Path) -> None:
+    companions = companions_of(base, tmp_path / "out" / "model.onnx")
+    (tmp_path / "out").mkdir()
+    sparse(tmp_path / "out" / "tokenizer.json", 1 << 41)
+    with pytest.raises(OutputError, match=r"tokenizer\.json"):
+        companions.check()

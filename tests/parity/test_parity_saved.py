@@ -26,8 +26,9 @@ from parity_cases import (
     swapped,
 )
 from session_graphs import P, Q, both
-from small_graphs import graph, save
+from small_graphs import graph, random, save
 
+from lora_export import bank_onnx, swap_onnx
 from lora_export.errors import BackendError
 from lora_export.parity.check import check_parity
 from lora_export.parity.judge.limits import STEP, STEPS
@@ -174,3 +175,21 @@ def test_a_base_tells_nothing_without_an_adapter(tmp_path):
 def test_a_weight_that_is_no_number(weight, tmp_path):
     with pytest.raises(BackendError, match="weights are"):
         check_parity(base(tmp_path), merged(tmp_path, A), {"a": A}, weights=[weight])
+
+
+def test_a_bank_whose_first_input_all_rows_share(tmp_path):
+    """Each row of the reference gets its adapter: how many there are, the shared input does not tell."""
+    text = TEXT.replace("(float[batch,4] x)", "(float[2] factor, float[batch,4] x)")
+    scaled = "s = ReduceSum<keepdims = 0>(factor)  u = Mul(t, s)  y = MatMul(u, q_weight)"
+    text = text.replace("y = MatMul(t, q_weight)", scaled)
+    save(graph(text, {"p.weight": P.T.copy(), "q.weight": Q.T.copy()}), tmp_path, "base.onnx")
+    given = {"a": A, "b": B}
+    swap_onnx(tmp_path / "base.onnx", tmp_path / "swap.onnx", target_modules=["p", "q"], max_rank=8)
+    bank_onnx(tmp_path / "base.onnx", given, tmp_path / "bank.onnx", batch_input="x")
+    feed = saved(tmp_path / "shared.npz", {"factor": np.float32([0.25, 0.75]), "x": random(5, 4, seed=3)})
+    for reference, candidate in (("bank", "swap"), ("swap", "bank")):
+        report = check_parity(
+            tmp_path / f"{reference}.onnx", tmp_path / f"{candidate}.onnx", given, feeds=feed
+        )
+        assert_passes(report)
+        assert proven(report) == {"a", "b"}

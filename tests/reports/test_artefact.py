@@ -14,8 +14,10 @@ import tiny
 from lora_export import bank_onnx, capture_onnx, load_adapter, merge_onnx, swap_onnx
 from lora_export.cli import _run
 from lora_export.engines.record import record_path
+from lora_export.errors import GraphError
 from lora_export.reports.adapter.facts import inspect_adapter
 from lora_export.reports.adapter.to_text import MAX_MODULES, plain_lines
+from lora_export.storage.manifest import Manifest
 
 
 def said(capsys, *arguments):
@@ -156,3 +158,45 @@ def test_many_modules_are_summed_up(tmp_path, monkeypatch):
     for module in report.modules:
         assert module.module not in "\n".join(lines)
         assert module.module in "\n".join(plain_lines(report, modules=True))
+
+
+def test_ports_without_a_shape_and_of_other_types(tmp_path, capsys):
+    float32 = onnx.TensorProto.FLOAT
+    tensor = onnx.helper.make_tensor_type_proto(float32, ["n"])
+    types = {
+        "plain": (tensor, "float32", ["n"]),
+        "unshaped": (onnx.helper.make_tensor_type_proto(float32, None), "float32", None),
+        "text": (onnx.helper.make_tensor_type_proto(onnx.TensorProto.STRING, [2]), "string", [2]),
+        "list": (onnx.helper.make_sequence_type_proto(tensor), "sequence of float32", ["n"]),
+        "maybe": (onnx.helper.make_optional_type_proto(tensor), "optional float32", ["n"]),
+        "both": (
+            onnx.helper.make_optional_type_proto(onnx.helper.make_sequence_type_proto(tensor)),
+            "optional sequence of float32",
+            ["n"],
+        ),
+    }
+    inputs = [onnx.helper.make_value_info(name, kind) for name, (kind, *_) in types.items()]
+    nodes = [onnx.helper.make_node("Identity", [name], [f"{name}_out"]) for name in types]
+    outputs = [onnx.helper.make_value_info(f"{name}_out", kind) for name, (kind, *_) in types.items()]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", inputs, outputs), ir_version=10)
+    onnx.save(model, tmp_path / "m.onnx")
+    found, text = facts(capsys, tmp_path / "m.onnx"), said(capsys, tmp_path / "m.onnx")
+    for ports, ending in ((found["inputs"], ""), (found["outputs"], "_out")):
+        seen = {port["name"]: (port["dtype"], port["dims"]) for port in ports}
+        assert seen == {f"{name}{ending}": tuple(wanted) for name, (_, *wanted) in types.items()}
+    rows = {line.split()[0]: line for line in text.splitlines()}
+    assert "unknown" in rows["unshaped"]
+    assert "optional sequence of float32" in rows["both"]
+
+
+@pytest.mark.parametrize("rows", [5, None, "x", [5], [None], {}])
+def test_a_manifest_with_other_rows_is_refused(rows, tmp_path):
+    manifest = {"mode": "merge-onnx", "base": [], "adapters": [], "rounding": {}, "plan": {"rows": []}}
+    path = tmp_path / "m.lora.json"
+    path.write_text(json.dumps(manifest))
+    assert _run(["inspect", str(path)], False) == 0
+    path.write_text(json.dumps({**manifest, "plan": {"rows": rows}}))
+    with pytest.raises(GraphError) as caught:
+        Manifest.read(path)
+    assert "plan.rows" in caught.value.problems[0]
+    assert _run(["inspect", str(path)], False) == 1

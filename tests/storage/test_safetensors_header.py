@@ -78,7 +78,7 @@ def test_a_broken_off_file_is_one_sentence(tmp_path: Path) -> None:
         ({"a": entry([True], 0, 4)}, "not counts"),
         ({"a": entry([1.0], 0, 4)}, "not counts"),
         ({"a": entry([1], 0, "4")}, "not counts"),
-        ({"a": entry([10**4000], 0, 4)}, "not counts"),
+        ({"a": entry([10**300], 0, 4)}, "not counts"),
         ({"a": {**entry([1], 0, 4), "data_offsets": [0, 4, 4]}}, "not counts"),
         ({"a": entry([0, 2**56, 2**56], 0, 0), "b": entry([1], 0, 4)}, "more than any array holds"),
         ({"a": entry([1] * 99, 0, 4)}, "more than any array holds"),

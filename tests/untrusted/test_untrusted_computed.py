@@ -8,13 +8,25 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import peaks
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import save_file
 
-from lora_export.untrusted.computed import UncomputedError, computed, elements
+from lora_export.engines.memory import largest
+from lora_export.modes.branches.batch import index
+from lora_export.modes.branches.batch.follow import BatchRows
+from lora_export.modes.branches.batch.rows import Rows
+from lora_export.untrusted.computed import (
+    MAX_ELEMENTS,
+    MAX_WORK,
+    Budget,
+    UncomputedError,
+    computed,
+    elements,
+)
 
 # As many as would be seen in a peak, and do no harm where a bound is missing.
 MANY, SIDE = 10**8, 10**4
@@ -156,3 +168,90 @@ def test_what_is_large_or_not_known_is_not_computed(name: str) -> None:
     model.graph.output[0].CopyFrom(helper.make_tensor_value_info("v", TensorProto.INT64, None))
     with pytest.raises(UncomputedError):
         computed(model.graph, 18)
+
+
+@pytest.mark.parametrize("operator", ["Max", "Sum"])
+def test_a_constant_that_is_read_many_times_is_work_each_time(operator: str) -> None:
+    size, times = 1 << 12, 1 << 9  # each of them is small, but not all combinations of two
+    read = ", ".join(["c"] * times)
+    model = onnx.parser.parse_model(
+        f'<opset_import: ["" : 18], ir_version: 10> g () => (float v) {{ v = {operator}({read}) }}'
+    )
+    array = np.ones(size, np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(array, "c"))
+    assert elements(model.graph.node[0], [array] * times) >= size * times > MAX_ELEMENTS > size + times
+    with pytest.raises(UncomputedError):
+        computed(model.graph, 18)
+
+
+PICK = """<opset_import: ["" : 18], ir_version: 10> g (float[n,8] x) => (float[m,8] y) {{
+    sizes = Shape(x)  batch = Gather<axis = 0>(sizes, zero)  rows = Range(zero, batch, one)
+    {picks}
+    y = Concat<axis = 1>({picked})
+}}"""
+
+
+def rows_of(picks: list[str], width: int = 0) -> tuple[BatchRows, list[ir.Value | None]]:
+    """Return the rows of a graph with picks, and the values that were picked."""
+    text = PICK.format(picks=" ".join(picks), picked=", ".join(f"p{number}" for number in range(len(picks))))
+    proto = onnx.parser.parse_model(text)
+    constants = {"zero": 0, "one": 1, "wide": np.zeros((width, 1))}
+    for name, value in constants.items():
+        proto.graph.initializer.append(numpy_helper.from_array(np.asarray(value, np.int64), name))
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    shapes = {id(value): value.shape for value in values if value.shape is not None}
+    entry = model.graph.inputs[0]
+    flow = BatchRows(model.graph, shapes, entry.shape[0], entry)
+    return flow, [value for value in values if value.name.startswith("p")]
+
+
+def test_an_index_is_computed_once_for_each_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(index, "values_of", lambda *given: calls.append(0) or computed(*given))
+    rows_of(["p0 = Gather<axis = 0>(x, rows)"])
+    wanted = len(calls)
+    assert wanted > 0
+    many, picked = rows_of([f"p{number} = Gather<axis = 0>(x, rows)" for number in range(30)])
+    assert len(calls) == 2 * wanted
+    assert [many.of(value) for value in picked] == [Rows(axis=0)] * 30
+
+
+def test_all_indices_of_a_graph_have_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each index reads a constant of its own width; the oracle counts what was really made."""
+    width, made = 1 << 16, []
+
+    def counted(graph: onnx.GraphProto, version: int, budget: Budget) -> np.ndarray:
+        found = computed(graph, version, budget)
+        made.append(width)
+        return found
+
+    monkeypatch.setattr(index, "values_of", counted)
+    count = 60
+    picks = [
+        f"w{n} = Add(rows, wide) s{n} = ReduceMax<keepdims = 0>(w{n}) p{n} = Gather<axis = 0>(x, s{n})"
+        for n in range(count)
+    ]
+    flow, picked = rows_of(picks, width)
+    found = [flow.of(value) for value in picked]
+    assert 0 < sum(made) <= MAX_WORK < width * count * 8
+    assert found[-1] is None
+
+
+def test_nodes_that_compute_shapes_have_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    count, most = 40, 10
+    nodes = [f"v{n} = Add(v{n - 1}, v{n - 1})" for n in range(1, count)]
+    text = f"g (float[2,8] x) => (float[a,b] y) {{ v0 = Shape(x) {' '.join(nodes)} y = Expand(x, v1) }}"
+    model = ir.from_proto(onnx.helper.make_model(onnx.parser.parse_graph(text), ir_version=10))
+    run, runs = largest._run, []
+    monkeypatch.setattr(largest, "_run", lambda *given: runs.append(0) or run(*given))
+
+    def folded(budget: Budget) -> int:
+        runs.clear()
+        copy = model.clone()
+        copy.graph.inputs[0].shape = ir.Shape([2, 8])
+        largest._fold_indices(copy, {}, budget)
+        return len(runs)
+
+    assert folded(Budget()) == count - 1
+    assert 0 < folded(Budget(most * largest._RUN_WORK)) <= most

@@ -42,6 +42,8 @@ DAMAGED = {
     "twice": b'{"a": 1, "b": {"c": 1, "c": 2}}',
     "not UTF-8": b'{"a": "\xff"}',
     "half a pair": b'{"a": "\\ud800"}',
+    "too large for a float": b'{"a": %d}' % 10**309,
+    "too small for a float": b'{"a": [%d]}' % -(10**400),
     "a number of 5000 digits": b"[" + b"9" * 5000 + b"]",
 }
 
@@ -179,3 +181,9 @@ def test_nobody_reads_json_or_yaml_by_other_means() -> None:
                 if reads_json or reads_yaml:
                     found.setdefault(str(path.relative_to(ROOT / "lora_export")), set()).add(node.attr)
     assert found == own
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**64), 10**30, 10**299, 10**300, 10**308, int(1.7e308)])
+def test_integers_that_a_float_holds_are_read_exactly(number: int) -> None:
+    assert parse_json(json.dumps({"a": [number]})) == {"a": [number]}
+    assert abs(float(number)) > 0

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 # A few kinds of everything that JSON holds, legal and not.
 VALUES: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 3, 1.5, -0.0, 2**31, 2**63, 10**30, float("inf"), float("nan"), "", "x",
-    "q",
+    None, True, False, 0, 1, -1, 2, 3, 1.5, -0.0, 2**31, 2**63, 10**30, 10**400, float("inf"), float("nan"),
+    "", "x", "q",
         "(a+)+$", "[", "\x1b[31m", "é" * 50, [], {}, [[]], [None], [1, 2], ["q", 3], {"q": "x"}, {"q": -1},
     {"": 0}, {"q": {"q": []}}, [{}], "../../etc", "none", "all", "all-linear", 64, 4, 8,
 ]  # fmt: skip

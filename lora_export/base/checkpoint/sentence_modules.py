@@ -8,6 +8,7 @@ the adapter, so changes of other modules would be lost.
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,8 @@ def _difference(mine: Path, theirs: Path) -> str:
 
 
 def _is_equal(file: Path, other: Path) -> bool:
-    if file.read_bytes() == other.read_bytes():
+    # By size and then piece by piece: they may be of any size.
+    if filecmp.cmp(file, other, shallow=False):
         return True
     try:
         if file.suffix == ".json":

@@ -20,7 +20,7 @@ from lora_export.adapter import Array
 from lora_export.engines.record import Profile
 from lora_export.graph.expressions import evaluate
 from lora_export.graph.onnx_file import GraphFile, initializer_of, shape_of
-from lora_export.untrusted.computed import elements
+from lora_export.untrusted.computed import NODE_WORK, Budget, UncomputedError, elements, range_length
 
 if TYPE_CHECKING:
     import onnx
@@ -38,8 +38,8 @@ _MAX_PROPAGATED = 1 << 20
 _COMPUTED = (ir.DataType.INT64, ir.DataType.INT32)
 # A shape has a few elements, and a chain of such operators is a few layers of inference deep.
 _MAX_ELEMENTS, _MAX_ROUNDS = 64, 8
-# Limit of elements that one node may make from such constants (a Gather of all from all).
-_MAX_COMPUTED = _MAX_ELEMENTS**2
+# Limit of work of one node with such constants (a Gather of all from all), and the work of running any node.
+_MAX_COMPUTED, _RUN_WORK = _MAX_ELEMENTS**2, 4 * NODE_WORK
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,12 @@ def _inferred(model: ir.Model, known: Mapping[str, Sized]) -> dict[str, Sized]:
     copy = _without_weights(model)
     folded: dict[str, Sized] = {}
     found: dict[str, Sized] = {}
+    budget = Budget()
     for _ in range(_MAX_ROUNDS):
         _set(copy, found | dict(known))
         found |= _infer(copy)
         missing = any(value.name not in found for value in _made(copy))
-        if not missing or not _fold_indices(copy, folded):
+        if not missing or not _fold_indices(copy, folded, budget):
             break
     return found | folded | dict(known)
 
@@ -201,12 +202,13 @@ def _told(graph: onnx.GraphProto) -> Iterator[onnx.ValueInfoProto]:
                 yield from _told(attribute.g)
 
 
-def _fold_indices(model: ir.Model, folded: dict[str, Sized]) -> bool:
+def _fold_indices(model: ir.Model, folded: dict[str, Sized], budget: Budget) -> bool:
     """Turn values that are computed from shapes alone into constants; return whether there were any.
 
     Args:
         model: The model, which is changed.
         folded: Folded values, which are added to.
+        budget: Work that is left for the model.
     """
     before = len(folded)
     for node in list(model.graph):
@@ -215,7 +217,10 @@ def _fold_indices(model: ir.Model, folded: dict[str, Sized]) -> bool:
             continue
         if output.const_value is not None or output.name in folded:
             continue
-        array = _index(node, model.opset_imports.get("", 1))
+        try:
+            array = _index(node, model.opset_imports.get("", 1), budget)
+        except UncomputedError:
+            break
         if array is None:
             continue
         folded[str(output.name)] = sized = Sized(ir.DataType.from_numpy(array.dtype), array.shape)
@@ -226,8 +231,12 @@ def _fold_indices(model: ir.Model, folded: dict[str, Sized]) -> bool:
     return len(folded) > before
 
 
-def _index(node: ir.Node, opset: int) -> Array | None:
-    """Return the value of a node whose inputs are small constants or known shapes; else None."""
+def _index(node: ir.Node, opset: int, budget: Budget) -> Array | None:
+    """Return the value of a node whose inputs are small constants or known shapes; else None.
+
+    Raises:
+        UncomputedError: There is no work left for it.
+    """
     if node.op_type == "Shape":
         shape = _evaluated(node.inputs[0].shape, {}) if node.inputs[0] is not None else None
         start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", None)
@@ -236,16 +245,17 @@ def _index(node: ir.Node, opset: int) -> Array | None:
     if any(value is not None and array is None for value, array in zip(node.inputs, inputs, strict=True)):
         return None
     proto = ir.to_proto(node)
+    budget.spend(_RUN_WORK)
     try:
-        count = elements(proto, inputs)
-        if count <= _MAX_COMPUTED:
-            return _run(proto, inputs, opset)
-        # Positions of a whole sequence: a shape needs only their number.
-        return (
-            np.broadcast_to(inputs[0], (count,))
-            if node.op_type == "Range" and inputs[0] is not None
-            else None
-        )
+        work = elements(proto, inputs)
+        if work > _MAX_COMPUTED:
+            # Positions of a whole sequence: a shape needs only their number.
+            given = [value for value in inputs if value is not None]
+            is_range = node.op_type == "Range"
+            return np.broadcast_to(given[0], (range_length(given),)) if is_range else None
+        # With what is left at most, as a node's own errors leave its value unknown.
+        budget.spend(min(work, budget.left))
+        return _run(proto, inputs, opset)
     except Exception:  # onnx and numpy raise many kinds; a value that can't be computed stays unknown
         return None
 

@@ -17,7 +17,14 @@ import zipfile
 from typing import IO
 
 from lora_export.formats.reading.pickle_walker import LARGE, Refused, Storage, Walker
-from lora_export.untrusted.archives import START, archive_entries, archive_problems, layout_problems, too_much
+from lora_export.untrusted.archives import (
+    START,
+    CrowdedError,
+    archive_entries,
+    archive_problems,
+    layout_problems,
+    too_much,
+)
 from lora_export.untrusted.fields import seen
 
 # One byte of opcode makes an object of sixty; compared to its storages, a checkpoint's pickle is small.
@@ -82,6 +89,8 @@ def _refuse_second(file: IO[bytes]) -> None:
     """Refuse a file of the old layout with an archive after it, which other readers would read."""
     try:
         entries = archive_entries(file)
+    except CrowdedError as error:
+        raise Refused(f"a zip archive follows after its beginning: {error}") from error
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
         return
     if entries:

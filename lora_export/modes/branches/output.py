@@ -95,7 +95,10 @@ def write_exposed(
     report = replace(report, size_bytes=size, shared_bytes=shared, reads=base.reads)
     if report.dry_run:
         return report
-    base.graph.model.metadata_props[KEY] = report.exposed.to_json()
+    text = report.exposed.to_json()
+    # Nothing is written that our own readers refuse.
+    ExposedGraph.from_json(text)
+    base.graph.model.metadata_props[KEY] = text
     with output_errors(out), OutputSet(options.force, base.reads) as outputs:
         # The manifest comes before the graph, which is written last.
         others = {out.parent / name: content for name, content in (beside or {}).items()}

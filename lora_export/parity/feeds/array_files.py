@@ -16,11 +16,14 @@ import numpy as np
 from lora_export.adapter import Array
 from lora_export.errors import AdapterError, BackendError
 from lora_export.formats.reading.tensors import read_safetensors
-from lora_export.untrusted.archives import archive_entries, archive_problems
+from lora_export.untrusted.archives import CrowdedError, archive_problems, open_archive
+from lora_export.untrusted.documents import open_regular
 
 SUFFIXES = (".npz", ".safetensors")
 _AGAIN = "save it again with numpy.savez(file, **arrays) or safetensors"
 _ENDING = ".npy"
+# Damaged arrays that are named; the rest of such a file is not read.
+_MOST_PROBLEMS = 20
 # Version 3 is only for arrays of records, whose fields have names.
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -45,11 +48,11 @@ def read_arrays(path: Path) -> dict[str, Array]:
     arrays: dict[str, Array] = {}
     problems = []
     try:
-        entries = archive_entries(path)
-        if found := archive_problems(path.stat().st_size, entries):
-            hint = "save it with numpy.savez(file, **arrays), not compressed, or as .safetensors"
-            raise BackendError(f"{path} claims more than it holds", hint, found)
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as file, open_archive(file) as archive:
+            entries = archive.infolist()
+            if found := archive_problems(path.stat().st_size, entries):
+                hint = "save it with numpy.savez(file, **arrays), not compressed, or as .safetensors"
+                raise BackendError(f"{path} claims more than it holds", hint, found)
             for entry in entries:
                 name = entry.filename.removesuffix(_ENDING)
                 try:
@@ -59,6 +62,9 @@ def read_arrays(path: Path) -> dict[str, Array]:
                         arrays[name] = _array(member, entry.file_size)
                 except Exception as error:  # a damaged member: zipfile, zlib and numpy raise many kinds
                     problems.append(f"{name}: {type(error).__name__}: {error}")
+                    if len(problems) == _MOST_PROBLEMS:
+                        problems.append("… and maybe others: the rest was not read")
+                        break
     except BackendError:
         raise
     except Exception as error:  # the same for a damaged file
@@ -86,6 +92,8 @@ def _array(member: IO[bytes], size: int) -> Array:
 
 
 def _trouble(path: Path, error: Exception) -> str:
+    if isinstance(error, CrowdedError):
+        return str(error)
     if not isinstance(error, OSError) and not zipfile.is_zipfile(path):
         return "it is not a zip archive, which numpy.savez writes"
     return f"{type(error).__name__}: {error}"

@@ -15,7 +15,7 @@ from lora_export.parity.judge.limits import Rounding
 from lora_export.parity.result import BASE, State
 from lora_export.storage.hashes import identity_of_graph
 from lora_export.storage.manifest import Manifest
-from lora_export.untrusted.documents import open_regular
+from lora_export.untrusted.documents import MAX_BYTES, open_regular
 from lora_export.untrusted.links import leads_out
 
 _SUFFIX = ".lora.json"
@@ -104,7 +104,7 @@ def _entries(manifest: Manifest | None, graph: Path, notes: list[str]) -> list[M
             }
             for entry in (manifest.adapters if manifest is not None else ())
         ]
-    except (TypeError, ValueError, KeyError, AttributeError):
+    except (TypeError, ValueError, OverflowError, KeyError, AttributeError):
         notes.append(_ignored(graph, "its adapter entries are damaged"))
         return []
 
@@ -145,7 +145,8 @@ def _manifest(graph: Path, notes: list[str]) -> Manifest | None:
         return None
     try:
         with open_regular(beside) as file:
-            return Manifest.from_json(file.read().decode("utf-8"))
+            # One byte more than is read of any document is an error there.
+            return Manifest.from_json(file.read(MAX_BYTES + 1).decode("utf-8"))
     # The manifest is optional: what it would have stated is measured anyway.
     except GraphError as error:
         notes.append(_ignored(graph, "; ".join((error.message, *error.problems[:1]))))
@@ -163,6 +164,6 @@ def _is_of(manifest: Manifest, graph: Path) -> bool:
 def _rounding(manifest: Manifest | None, graph: Path) -> Rounding | None:
     try:
         relative = float(manifest.rounding["total"]["relative_error"]) if manifest is not None else 0.0
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, OverflowError, KeyError):
         return None
     return Rounding(relative, graph.with_suffix(_SUFFIX).name) if 0 < relative < math.inf else None

@@ -18,6 +18,7 @@ from lora_export.adapter import Adapter, Array
 from lora_export.base.checkpoint.checkpoint import no_folder
 from lora_export.errors import BackendError
 from lora_export.parity.feeds.array_files import SUFFIXES, read_arrays
+from lora_export.parity.feeds.feed import Feed, shared_inputs
 from lora_export.parity.result import BASE, State, state_name
 from lora_export.parity.sides.candidate import Candidate, describe, open_candidate
 from lora_export.runtimes.ort.device import Provider
@@ -86,8 +87,8 @@ class GraphReference:
     def run(self, values: Mapping[str, Array], state: State) -> dict[str, Array]:
         """Return all outputs by name."""
         chosen = self.base if state == BASE and self.base is not None else self.graph
-        batch = len(next(iter(values.values())))
-        return chosen.run(values, (state,) * batch)
+        rows = Feed("", values, shared_inputs(chosen.about.ports)).batch
+        return chosen.run(values, (state,) * rows)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from lora_export.modes.branches.batch.index import rows_reshaped
+from lora_export.modes.branches.batch.index import Work, rows_reshaped
 from lora_export.modes.branches.batch.picks import ALONG, PICKS
 from lora_export.modes.branches.batch.rows import SAME, Rows, from_front, moved_by, name_of, summed_by
 from lora_export.modes.branches.batch.sizes import BATCH, OTHER, TIMES, Size, numbers_of, reshaped, sizes_of
@@ -70,6 +70,7 @@ class BatchRows:
         self, graph: ir.Graph, shapes: Mapping[int, ir.Shape], batch: object, batch_input: ir.Value
     ) -> None:
         self._shapes, self._batch = shapes, batch
+        self.work = Work()
         self._rows: dict[int, Rows | None] = {}
         self._unknown: dict[int, str] = {}
         self._either: dict[int, str] = {}

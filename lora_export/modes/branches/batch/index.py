@@ -5,6 +5,9 @@ Values that depend only on sizes are computed as the graph does; values that dep
 length) are filled in with several kinds of numbers: if they have a part in the row's number, the results
 differ. Numbers with which the index leads out of its data are not such as the model gets (no mask is all
 zeros).
+
+A graph may compute from one vector as often as it likes: each value is computed once for each probe, and all
+of a graph's values within one budget (`Work`). What does not fit into it stays unknown.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_export.modes.branches.batch.rows import SAME, Flow, Rows
-from lora_export.untrusted.computed import MAX_ELEMENTS, UncomputedError
+from lora_export.untrusted.computed import MAX_ELEMENTS, NODE_WORK, Budget, UncomputedError
 from lora_export.untrusted.computed import computed as values_of
 
 Numbers = NDArray[np.int64]
@@ -33,8 +36,11 @@ _ARITHMETIC = {
 # Opset assumed for an If's body, which has none of its own.
 _OPSET = 18
 _MAX_NODES = 300
-# Largest number of elements of a value whose rows are numbered, to see where a Reshape puts them.
-_MAX_NUMBERED = 1 << 24
+# Largest number of elements of a value whose rows are numbered, to see where a Reshape puts them, and of all
+# such values of a graph; layers repeat the same sizes, which are numbered once.
+_MAX_NUMBERED, _MAX_ALL_NUMBERED = 1 << 24, 1 << 30
+# Number of Reshapes after each other whose sizes are followed.
+_MAX_CHAIN = 100
 # Sizes to compute with if they have no number: the batch's, and that of any other axis.
 _PROBES = ((3, 7), (5, 11))
 # Numbers to fill in: one number; or along the last axis a one followed by zeros, and only ones if that axis
@@ -48,6 +54,23 @@ _ENOUGH = 2
 
 class _UnknownError(Exception):
     """Error for a number that can't be computed."""
+
+
+@dataclass
+class Work:
+    """Values that were computed of one graph, and the work that is left.
+
+    Attributes:
+        budget: Work that is left for the values of its indices.
+        numbered: Work that is left for the rows of its Reshapes.
+        values: Computed values, None for those that can't be, by id and probe; ids of values of a graph stay.
+        reshaped: Positions of rows after a Reshape, by sizes before and after, position before and batch.
+    """
+
+    budget: Budget = field(default_factory=Budget)
+    numbered: Budget = field(default_factory=lambda: Budget(_MAX_ALL_NUMBERED))
+    values: dict[tuple[int, int, int, Fill], Numbers | None] = field(default_factory=dict)
+    reshaped: dict[tuple[tuple[int, ...], tuple[int, ...], int, int], Rows] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,10 +108,32 @@ class Probe:
         Raises:
             _UnknownError: The value can't be computed.
         """
+        work = self.flow.work
+        key = (id(value), self.batch, self.other, self.fill)
+        try:
+            if key not in work.values:
+                # Until it is known, it is not.
+                work.values[key] = None
+                work.values[key] = self._computed(value, work.budget)
+            numbers = work.values[key]
+            # Who asks for a value reads it.
+            work.budget.spend(NODE_WORK if numbers is None else numbers.size)
+        except UncomputedError as error:
+            raise _UnknownError from error
+        if numbers is None:
+            raise _UnknownError
+        return numbers
+
+    def _computed(self, value: ir.Value, budget: Budget) -> Numbers | None:
         from onnx import helper
 
         part = _Part(probe=self)
-        part.add(value)
+        try:
+            part.add(value)
+        except _UnknownError:
+            return None
+        finally:
+            budget.spend(NODE_WORK * (len(part.seen) + 1) + part.size)
         graph = helper.make_graph(
             [ir.to_proto(node) for node in part.nodes],
             "index",
@@ -96,10 +141,7 @@ class Probe:
             [helper.make_tensor_value_info(str(value.name), 0, None)],
             initializer=[ir.to_proto(ir.tensor(array, name=name)) for name, array in part.known.items()],
         )
-        try:
-            return values_of(graph, _opset(value))
-        except UncomputedError as error:
-            raise _UnknownError from error
+        return values_of(graph, _opset(value), budget)
 
 
 @dataclass(kw_only=True)
@@ -223,12 +265,25 @@ def rows_reshaped(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
             before, after = shape_of(probe, source), shape_of(probe, target)
         except _UnknownError:
             return None
-        if math.prod(before) > _MAX_NUMBERED:
-            return None
-        numbers = np.repeat(_rows(probe.batch), before[rows.axis] // probe.batch)
-        numbers = numbers.reshape([-1 if axis == rows.axis else 1 for axis in range(len(before))])
-        found.add(_counted(np.broadcast_to(numbers, before).reshape(after), probe.batch))
+        key = (before, after, rows.axis, probe.batch)
+        if key not in flow.work.reshaped:
+            size = math.prod(before)
+            try:
+                flow.work.numbered.spend(size)
+            except UncomputedError:
+                return None
+            if size > _MAX_NUMBERED:
+                return None
+            flow.work.reshaped[key] = _renumbered(*key)
+        found.add(flow.work.reshaped[key])
     return found.pop() if len(found) == 1 and SAME not in found else None
+
+
+def _renumbered(before: tuple[int, ...], after: tuple[int, ...], place: int, batch: int) -> Rows:
+    """Return where rows along an axis are after a Reshape."""
+    numbers = np.repeat(_rows(batch), before[place] // batch)
+    numbers = numbers.reshape([-1 if axis == place else 1 for axis in range(len(before))])
+    return _counted(np.broadcast_to(numbers, before).reshape(after), batch)
 
 
 def same_size(flow: Flow, one: ir.Value, two: ir.Value, axis: int) -> bool:
@@ -266,7 +321,7 @@ def computed(flow: Flow, value: ir.Value) -> list[int] | None:
     return list(found.pop()) if len(found) == 1 else None
 
 
-def shape_of(probe: Probe, value: ir.Value) -> tuple[int, ...]:
+def shape_of(probe: Probe, value: ir.Value, depth: int = 0) -> tuple[int, ...]:
     """Return a value's shape; if it was flattened or reshaped, as its node computes it.
 
     Raises:
@@ -274,7 +329,9 @@ def shape_of(probe: Probe, value: ir.Value) -> tuple[int, ...]:
     """
     node, rank = value.producer(), probe.flow.rank(value)
     if node is not None and node.op_type in ("Flatten", "Reshape") and node.inputs[0] is not None:
-        before = shape_of(probe, node.inputs[0])
+        if depth > _MAX_CHAIN:
+            raise _UnknownError
+        before = shape_of(probe, node.inputs[0], depth + 1)
         if node.op_type == "Flatten":
             axis = node.attributes.get_int("axis", 1)
             return math.prod(before[:axis]), math.prod(before[axis:])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import onnx_ir as ir
 
 from lora_export.modes.branches.batch.sizes import Size
+
+if TYPE_CHECKING:
+    from lora_export.modes.branches.batch.index import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,10 @@ class Flow(Protocol):
     @property
     def batch(self) -> object:
         """Size of the batch: a number or a symbol."""
+
+    @property
+    def work(self) -> Work:
+        """Return the values that were computed of the graph, and the work that is left."""
 
     def of(self, value: ir.Value | None) -> Rows | None:
         """Return the position of the rows; None if it is unknown."""

@@ -113,15 +113,19 @@ class _Vectors:
 
 
 def numbers_of(value: ir.Value | None) -> list[int] | None:
-    """Return the numbers of a constant, whatever its axes; None if a value isn't constant."""
+    """Return the numbers of a small constant, whatever its axes; None for other values."""
     node = None if value is None else value.producer()
-    # Not recursive, because a chain may be as long as the graph.
-    while value is not None and value.const_value is None and node is not None:
+    # Many nodes may ask for the numbers at the end of one long chain, or in one large constant.
+    for _ in range(_MAX_DEPTH):
+        if value is None or value.const_value is not None or node is None:
+            break
         if node.op_type not in (*_PASSED, "Reshape"):
             break
         value = node.inputs[0] if node.inputs else None
         node = None if value is None else value.producer()
     if value is None:
+        return None
+    if value.const_value is not None and value.const_value.size > _MAX_LENGTH:
         return None
     if value.const_value is not None:
         return [int(number) for number in np.asarray(value.const_value.numpy()).reshape(-1)]
