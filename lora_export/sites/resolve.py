@@ -12,7 +12,8 @@ the same for renamed, fused and split modules, then content. Rules:
 6. No two targets of an adapter have the same site (`conflicts`).
 7. No other constant stands for another call of the module (`copies.other_calls`, `answers`), none is read
    in the other orientation (`turned`), and none is a copy's as well (`joined`).
-8. An output of the graph depends on a reader of the weight (`graph.reach`); else there is no site.
+8. An output of the graph depends on a reader of the weight (`graph.reach`); else there is no site. A call on
+   zeros is one of the readers, because the module's bias has an effect there.
 9. A target that is not found is a `Miss` with its reason; nothing is guessed.
 """
 
@@ -33,7 +34,7 @@ from lora_export.sites.doubts.conflicts import without_conflicts
 from lora_export.sites.doubts.contained import branch_beside
 from lora_export.sites.doubts.copies import REMEDY, computed_parameters, computed_result, other_calls
 from lora_export.sites.doubts.joined import copies_with_biases, joined_copies
-from lora_export.sites.doubts.unused import is_read, reach_of, unused, unused_sites
+from lora_export.sites.doubts.unused import is_read, is_read_with_bias, reach_of, unused, unused_sites
 from lora_export.sites.naming import names
 from lora_export.sites.naming.evidence import FOLDED, NODE_NAME, SCOPE, SOURCES, WEIGHT_NAME, collect
 from lora_export.sites.naming.known_names import KnownNames
@@ -76,7 +77,7 @@ class Resolver:
         self._graph = graph
         uses = find_uses(graph)
         self._reach = reach_of(graph, uses)
-        self.uses = [use for use in uses if is_read(self._reach, use)]
+        self.uses = [use for use in uses if is_read_with_bias(self._reach, use)]
         self._named = collect(uses)
         self._evidence = self._named if len(self.uses) == len(uses) else collect(self.uses)
         keys = (key for table in self._named.values() for key in table)
