@@ -20,7 +20,12 @@ from lora_export.base.history.history import MANIFEST, history_of
 from lora_export.base.history.in_graph import merged_in, not_in, refuse_merged_into
 from lora_export.base.history.merged import refuse_merged
 from lora_export.base.pipeline import refuse_other_components
-from lora_export.base.placing.plan_rows import OtherValues, warned_of_computed, with_unverified
+from lora_export.base.placing.plan_rows import (
+    OtherValues,
+    warned_of_computed,
+    warned_of_convolutions,
+    with_unverified,
+)
 from lora_export.base.reads import CheckpointChoice, files_read, holds_weights
 from lora_export.base.write_options import WriteOptions
 from lora_export.errors import CheckpointError, GraphError, OutputError, SiteError
@@ -95,7 +100,7 @@ class Base:
         Raises:
             SiteError: The folder that the user gave confirms no site at all.
         """
-        plan = replace(plan, notes=(*self.plan_notes, *plan.notes))
+        plan = warned_of_convolutions(replace(plan, notes=(*self.plan_notes, *plan.notes)))
         if self.checkpoint is None:
             return warned_of_computed(replace(plan, notes=(*plan.notes, *self.notes)))
         try:

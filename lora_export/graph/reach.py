@@ -98,6 +98,33 @@ class Reach:
         """Whether an output depends on a value."""
         return id(value) in self._followed
 
+    def sums_zeros(self, node: ir.Node) -> bool:
+        """Whether an output depends on a sum of a product and more, where the product is zero by its input.
+
+        So it would depend on a bias that is added to this product.
+        """
+        if node.domain not in _DEFAULT or not node.inputs or not self._is_zero(node.inputs[0]):
+            return False
+        if node.op_type in _WITH_ADDEND and id(node) in self._nodes:
+            return True
+        return node.op_type in _PRODUCTS | _WITH_ADDEND and self._is_zero_read(node.outputs[0])
+
+    def _is_zero_read(self, value: ir.Value) -> bool:
+        """Whether an output depends on a node that reads zeros, perhaps moved."""
+        pending, seen = [value], {id(value)}
+        while pending:
+            value = pending.pop()
+            if value.is_graph_output() or any(self.reads(node, index) for node, index in value.uses()):
+                return True
+            moved = (
+                node.outputs[0] for node, index in value.uses() if node.op_type in _KEEPING and not index
+            )
+            for other in moved:
+                if id(other) not in seen:
+                    seen.add(id(other))
+                    pending.append(other)
+        return False
+
     def _find_zeros(self, graph: ir.Graph) -> None:
         for node in graph:
             graphs = list(_subgraphs(node))

@@ -11,8 +11,10 @@ the same for renamed, fused and split modules, then content. Rules:
 5. Every reader of a weight is the module's, or known to be another's (`readers.doubt`).
 6. No two targets of an adapter have the same site (`conflicts`).
 7. No other constant stands for another call of the module (`copies.other_calls`, `answers`), none is read
-   in the other orientation (`turned`), and none is a copy's as well (`joined`).
-8. An output of the graph depends on a reader of the weight (`graph.reach`); else there is no site.
+   in the other orientation (`turned`), none is a copy's as well (`joined`), and its product is the module's
+   (`inside`).
+8. An output of the graph depends on a reader of the weight (`graph.reach`); else there is no site. A call on
+   zeros is one of the readers, because the module's bias has an effect there.
 9. A target that is not found is a `Miss` with its reason; nothing is guessed.
 """
 
@@ -32,8 +34,9 @@ from lora_export.sites.doubts.answers import computed_answers
 from lora_export.sites.doubts.conflicts import without_conflicts
 from lora_export.sites.doubts.contained import branch_beside
 from lora_export.sites.doubts.copies import REMEDY, computed_parameters, computed_result, other_calls
+from lora_export.sites.doubts.inside import marked, more_than_product
 from lora_export.sites.doubts.joined import copies_with_biases, joined_copies
-from lora_export.sites.doubts.unused import is_read, reach_of, unused, unused_sites
+from lora_export.sites.doubts.unused import is_read, is_read_with_bias, reach_of, unused, unused_sites
 from lora_export.sites.naming import names
 from lora_export.sites.naming.evidence import FOLDED, NODE_NAME, SCOPE, SOURCES, WEIGHT_NAME, collect
 from lora_export.sites.naming.known_names import KnownNames
@@ -76,7 +79,7 @@ class Resolver:
         self._graph = graph
         uses = find_uses(graph)
         self._reach = reach_of(graph, uses)
-        self.uses = [use for use in uses if is_read(self._reach, use)]
+        self.uses = [use for use in uses if is_read_with_bias(self._reach, use)]
         self._named = collect(uses)
         self._evidence = self._named if len(self.uses) == len(uses) else collect(self.uses)
         keys = (key for table in self._named.values() for key in table)
@@ -141,7 +144,7 @@ class Resolver:
         unread = unused_sites(self._graph, self._reach, sites)
         sites = [site for site in sites if id(site.target) not in unread]
         lost = {**unread, **self._other_calls(sites)}
-        return [site for site in sites if id(site.target) not in lost], [*misses, *lost.values()]
+        return [marked(site) for site in sites if id(site.target) not in lost], [*misses, *lost.values()]
 
     def _other_calls(self, sites: Sequence[Site]) -> dict[int, Miss]:
         """Apply rule 7; return identity of a target → its miss."""
@@ -160,7 +163,7 @@ class Resolver:
         copies = dict(copies_with_biases(sites, self.uses, self._evidence))
         if self.weight_of is not None:
             copies |= joined_copies(sites, self.uses, self._evidence, self.weight_of)
-        for key, (why, hint) in copies.items():
+        for key, (why, hint) in {**more_than_product(sites, self._base), **copies}.items():
             lost[key] = Miss(targets[key], Refusal("ambiguous", f"ambiguous: {why}", hint))
         return lost
 

@@ -18,6 +18,7 @@ from lora_export.formats.reading.scope import SHARED, how_to_part
 from lora_export.graph.onnx_file import GraphFile, shape_of
 from lora_export.plan import Plan, PlanRow, refuse, unaccounted
 from lora_export.sites.doubts.changed import is_transposed_constant
+from lora_export.sites.doubts.inside import TRAINED_OTHERWISE
 from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.naming.likeness import counterparts
 from lora_export.sites.slot import Use
@@ -86,6 +87,19 @@ def warned_of_computed(plan: Plan) -> Plan:
         f"torch.onnx (TorchScript) computed {len(names)} of the weights ({listed}): a factor that the model "
         "has on a weight would be in them, and only their nodes' names say whose they are; give --checkpoint "
         "BASE_DIR to compare the values"
+    )
+    return replace(plan, warnings=(*plan.warnings, warning))
+
+
+def warned_of_convolutions(plan: Plan) -> Plan:
+    """Warn of convolutions whose adapters trainers compute in another way than they merge them."""
+    named = [row.parameter for row in plan.placed if TRAINED_OTHERWISE in row.reason]
+    if not named:
+        return plan
+    listed = ", ".join(named[:_EXAMPLES]) + (", …" if len(named) > _EXAMPLES else "")
+    warning = (
+        f"PEFT, diffusers and kohya train LoRA of {len(named)} convolutions ({listed}) without their "
+        "dilation or padding mode: the result is what merging in PEFT gives, and not what was trained"
     )
     return replace(plan, warnings=(*plan.warnings, warning))
 

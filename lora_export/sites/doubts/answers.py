@@ -7,9 +7,13 @@ answer was computed from, so a constant is a suspect if
 
 1. neither its name nor the exporter's metadata says that it is a parameter; without a checkpoint, only if its
    name is that of a node's output (``/encoder/layer.0/attention/self/Transpose_6_output_0``);
-2. it has as many values as some calls of the module give, split into heads and repeated as they may be;
+2. it has as many values as some calls of the module give, split into heads and repeated as they may be; with
+   one axis as many as one call gives, and no layer adds it to its own product;
 3. it is neither a mask nor a table of sines; and
 4. the checkpoint has no parameter with its values: moved, picked, or times a factor.
+
+Values of a parameter that the adapter changes explain nothing: they are an answer (`picked`), whatever rules
+1, 3 and 4 say.
 """
 
 from __future__ import annotations
@@ -17,26 +21,23 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import FLOAT_TYPES, release, shape_of
+from lora_export.sites import operator_named
 from lora_export.sites.doubts.changed import is_path
+from lora_export.sites.doubts.picked import NUMBERED, picked_rows
 from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.naming.evidence import folded_names, path_in, weight_name, weight_path
-from lora_export.sites.slot import Use
+from lora_export.sites.slot import NORMS, Use
 from lora_export.sites.target import BaseWeights, Site
-from lora_export.sites.values.moved import moved_parameters
+from lora_export.sites.values.moved import FEW, moved_parameters
 
 # TorchScript's name for the output of a node that computes something.
 _OUTPUT = re.compile(r"/(?:[^/]+/)*(?!Constant)[^/]+_output_\d+")
-# Its name for a value that it computed itself, never a product of matrices (`constant_fold.cpp` of torch's
-# passes/onnx lists the operators).
-_FOLDED = re.compile(r"onnx::\w+_\d+")
-# Largest number of different values in a mask.
-_FEW = 4
 # Least number of positions in a table of sines, and largest deviation from its rule by rounding.
 _POSITIONS, _SINES = 4, 5e-3
 # Number of values along each axis that are read first, by the number of dimensions.
@@ -57,23 +58,27 @@ def computed_answers(
     for site in sites:
         outputs[_outputs(site)].append(site)
     mine = {id(part.root) for site in sites for part in site.parts}
-    suspects: dict[int, Use] = {}
+    computed: dict[int, Use] = {}
     for use in uses:
-        if id(use.root) not in mine and id(use.root) not in suspects and _is_suspect(use, outputs, base):
-            suspects[id(use.root)] = use
+        if id(use.root) not in mine and id(use.root) not in computed and _is_computed(use, outputs):
+            computed[id(use.root)] = use
+    found = {id(site.target): _reason(use) for site, use in picked_rows(sites, computed, base)}
+    suspects = {key: use for key, use in computed.items() if _is_suspect(use, outputs, base)}
     if base is not None:
         explained = moved_parameters([use.root for use in suspects.values()], base) if suspects else set()
         suspects = {key: use for key, use in suspects.items() if key not in explained}
-    found: dict[int, str] = {}
     for size, owners in outputs.items():
         able = [use for use in suspects.values() if _is_multiple(use, size)]
         for site in owners if able else ():
-            near = max(able, key=lambda use: _nearness(use, site))
-            found[id(site.target)] = (
-                f"the constant {near.root.name!r} {list(_shape(near))}, which {near.node.op_type} reads, was "
-                "computed from the model's weights and may be a call of this module: it would stay the base's"
-            )
+            found.setdefault(id(site.target), _reason(max(able, key=lambda use: _nearness(use, site))))
     return found
+
+
+def _reason(use: Use) -> str:
+    return (
+        f"the constant {use.root.name!r} {list(_shape(use))}, which {use.node.op_type} reads, was "
+        "computed from the model's weights and may be a call of this module: it would stay the base's"
+    )
 
 
 def _outputs(site: Site) -> int:
@@ -81,22 +86,27 @@ def _outputs(site: Site) -> int:
     return cols if site.target.kind == "embedding" else rows
 
 
-def _is_suspect(use: Use, outputs: Iterable[int], base: BaseWeights | None) -> bool:
+def _is_computed(use: Use, outputs: Iterable[int]) -> bool:
+    """Return True if a use's constant may be an answer of any module, by its name and its size."""
+    tensor = use.root.const_value
+    if tensor is None or tensor.dtype not in FLOAT_TYPES or use.quantised:
+        return False
+    return not is_path(weight_path(weight_name(use))) and any(_is_multiple(use, size) for size in outputs)
+
+
+def _is_suspect(use: Use, outputs: Collection[int], base: BaseWeights | None) -> bool:
     """Return True if rules 1 to 3 make a use's constant a suspect."""
     root, name = use.root, weight_name(use)
-    tensor = root.const_value
-    if tensor is None or tensor.dtype not in FLOAT_TYPES or use.quantised or use.slot.kind == "conv":
+    if _OUTPUT.fullmatch(name) is None and base is None:
         return False
-    answer = _OUTPUT.fullmatch(name) is not None
-    if not answer and (base is None or len(_shape(use)) < 2):
+    if NUMBERED.fullmatch(name) or folded_names(root) or (base is None and _is_lookup(name, use)):
         return False
-    if is_path(weight_path(name)) or _FOLDED.fullmatch(name) or folded_names(root):
+    if max(_shape(use)) == math.prod(_shape(use)) and (
+        math.prod(_shape(use)) not in outputs or use.node.op_type in NORMS or operator_named(use.node.op_type)
+    ):
         return False
-    if not any(_is_multiple(use, size) for size in outputs):
-        return False
-    if base is None and _is_lookup(name, use):
-        return False
-    told = _is_plain(np.asarray(tensor.numpy()))
+    assert root.const_value is not None
+    told = _is_plain(np.asarray(root.const_value.numpy()))
     release(root)
     return not told
 
@@ -122,8 +132,8 @@ def _is_plain(values: Array) -> bool:
     # A corner comes first: it decides for most constants, and a table of embeddings in float64 takes
     # gigabytes.
     corner = values[(slice(_CORNER[min(values.ndim, len(_CORNER) - 1)]),) * values.ndim]
-    if len(np.unique(corner)) <= _FEW:
-        return len(np.unique(values)) <= _FEW
+    if len(np.unique(corner)) <= FEW:
+        return len(np.unique(values)) <= FEW
     exact = np.asarray(corner, np.float64)
     if not np.isfinite(exact).all():
         return False

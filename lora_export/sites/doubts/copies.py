@@ -106,14 +106,26 @@ def other_calls(
 def _computed(site: Site, computed: Mapping[str, Sequence[ir.Value]]) -> str:
     """Apply rule 1; return the reason, or an empty string."""
     mine = {id(part.root) for part in site.parts}
-    for key in site.keys:
-        for constant in computed.get(key, ()):
+    for key in _names_of(site, computed):
+        for constant in computed[key]:
             if id(constant) not in mine:
                 return (
                     f"the exporter has computed a call of the module into {constant.name!r}, which would "
                     "stay the base's"
                 )
     return ""
+
+
+def _names_of(site: Site, computed: Mapping[str, Sequence[ir.Value]]) -> list[str]:
+    """Return the names of ``computed`` that may be a site's.
+
+    The keys of a site that was found by values are the adapter's; the graph's own may have a wrapper's
+    prefix, or lack one.
+    """
+    named = {weight_path(str(part.root.name)) for part in site.parts} & computed.keys()
+    if site.evidence != "content" or named:
+        return [key for key in computed if key in named or key in site.keys]
+    return [name for name in computed if any(_is_end(name, key) for key in site.keys)]
 
 
 def _named(site: Site, rest: Sequence[Use], modules: Set[str]) -> str:

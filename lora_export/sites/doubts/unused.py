@@ -36,6 +36,15 @@ def is_read(reach: Reach, use: Use) -> bool:
     return reach.reads(use.node, use.slot.index)
 
 
+def is_read_with_bias(reach: Reach, use: Use) -> bool:
+    """Whether an output depends on a use of a weight, or on the bias that an adapter may add to its product.
+
+    The first step of an unrolled recurrent network multiplies zeros: the weight has no effect there, its
+    module's bias has.
+    """
+    return is_read(reach, use) or (use.slot.kind in ("linear", "conv") and reach.sums_zeros(use.node))
+
+
 def unused_sites(graph: GraphFile, reach: Reach, sites: Sequence[Site]) -> Mapping[int, Miss]:
     """Return identity of a target → why it is lost, where a weight that the sites don't change is zero.
 

@@ -1,5 +1,8 @@
 """Find constants that are a checkpoint's parameters, moved: transposed, packed, picked rows, times a factor.
 
+A constant with one axis may also be a function of each value of a parameter (1 + w, exp w), which keeps their
+order; so does no answer of more than a few values by chance.
+
 This explains a constant; it doesn't find sites. So one vector of it that is a parameter's row is enough: a
 computed answer has none.
 """
@@ -22,6 +25,10 @@ from lora_export.sites.target import BaseWeights
 _SAME = 0.9999
 # Fewer values may be alike by chance.
 _SHORTEST = 8
+# Number of a vector's largest values that are compared first.
+_FIRST = 16
+# Largest number of different values of a mask, or of a vector that tells nothing.
+FEW = 4
 # Largest number of values of a table of which all are compared with a constant's.
 _SMALL = 1 << 20
 # Number of values that are read at a time.
@@ -45,17 +52,55 @@ def moved_parameters(constants: Iterable[ir.Value], base: BaseWeights) -> set[in
 
 
 def _vectors(value: ir.Value) -> list[Array]:
-    """Return a constant's first vector along each of its axes, of length 1."""
+    """Return a constant's first vector along each of its axes, and its first kernel, of length 1."""
     assert value.const_value is not None
     values = np.asarray(value.const_value.numpy())
-    made = []
-    for axis in range(values.ndim):
-        vector = _copied(value, np.moveaxis(values, axis, -1)[(0,) * (values.ndim - 1)])
-        length = np.linalg.norm(vector)
-        if len(vector) >= _SHORTEST and length > 0:
-            made.append(vector / length)
+    firsts = [np.moveaxis(values, axis, -1)[(0,) * (values.ndim - 1)] for axis in range(values.ndim)]
+    if values.ndim > 2:
+        firsts.append(values[0].reshape(-1))
+    made = [_unit(_copied(value, vector)) for vector in firsts]
     release(value)
-    return made
+    return [vector for vector in made if vector is not None]
+
+
+def _unit(vector: Array) -> Array | None:
+    length = np.linalg.norm(vector)
+    return vector / length if len(vector) >= _SHORTEST and length > 0 else None
+
+
+def lines_of(value: ir.Value) -> list[Array]:
+    """Return some vectors of a constant, of length 1: three along its last axis, the first along the others.
+
+    One with a few different values only (a mask) is left out.
+    """
+    assert value.const_value is not None
+    values = np.asarray(value.const_value.numpy())
+    rows = values.reshape(-1, values.shape[-1])
+    lines = [rows[at] for at in sorted({0, len(rows) // 2, len(rows) - 1})] if rows.size else []
+    lines += [np.moveaxis(values, axis, -1)[(0,) * (values.ndim - 1)] for axis in range(values.ndim - 1)]
+    made = [_unit(_copied(value, line)) for line in lines if line.size]
+    release(value)
+    return [line for line in made if line is not None and len(np.unique(line)) > FEW]
+
+
+def has_row(rows: Array, vector: Array) -> bool:
+    """Return True if a vector of length 1 has the direction of a row; of each row a few values come first."""
+    first = np.argsort(-np.abs(vector), kind="stable")[:_FIRST]
+    part = vector[first]
+    head = np.asarray(rows[:, first], np.float32)
+    lengths = np.linalg.norm(head, axis=1) * np.linalg.norm(part)
+    near = np.flatnonzero((np.abs(head @ part) >= _SAME * lengths) & (lengths > 0))
+    return bool(len(near)) and _holds(rows[near], vector)
+
+
+def same_order(values: Array, vector: Array) -> bool:
+    """Return True if a vector rises, or falls, wherever a parameter's values do."""
+    if values.size != vector.size or len(np.unique(values)) <= FEW:
+        return False
+    steps = np.diff(np.asarray(values, np.float32).reshape(-1)[np.argsort(vector, kind="stable")])
+    # Values that rounding has made equal have no order.
+    least = 1e-3 * float(np.abs(steps).sum())
+    return bool((steps >= -least).all() or (steps <= least).all())
 
 
 def _copied(value: ir.Value, line: Array) -> Array:
@@ -78,11 +123,14 @@ def _with_row(values: Array, vectors: Mapping[int, list[Array]], every: bool) ->
     """
     if not values.size or not values.ndim:
         return set()
-    rows = values.reshape(-1, values.shape[-1])[: None if every else 1]
+    forms = [values.reshape(-1, values.shape[-1])[: None if every else 1]]
+    if values.ndim > 2:
+        forms.append(values.reshape(len(values), -1)[: None if every else 1])
     return {
         key
         for key, mine in vectors.items()
-        if any(len(vector) == rows.shape[1] and _holds(rows, vector) for vector in mine)
+        if any(len(vector) == rows.shape[1] and _holds(rows, vector) for vector in mine for rows in forms)
+        or (len(mine) == 1 and same_order(values, mine[0]))
     }
 
 

@@ -1,0 +1,193 @@
+"""Modules that do more with a product than add a bias: what PEFT computes beside them, or a refusal."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from changed_graphs import EXPORTERS, MODES, TOOLS, error, outcome, saved
+from torch import nn
+
+from lora_export import SiteError, bank_onnx, merge_onnx
+
+D = 8
+
+
+class Functional(nn.Module):
+    """The module's weight beside the module, on the same input: no adapter changes that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.out = nn.Linear(D, D), nn.Linear(D, 4)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.proj(x)) + F.linear(x, self.proj.weight))
+
+
+class FunctionalOutput(Functional):
+    """The product without the bias is an output's, moved."""
+
+    def forward(self, x):
+        return torch.cat([torch.tanh(self.proj(x)), F.linear(x, self.proj.weight).flip(-1)], -1)
+
+
+class Residual(Functional):
+    """Two readers of the module's answer are none of its product."""
+
+    def forward(self, x):
+        y = self.proj(x)
+        return self.out(torch.tanh(y) * y + x)
+
+
+class TimesLinear(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight) * 0.25
+
+
+class OverLinear(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 4.0
+
+
+class TimesConv(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) * 0.25
+
+
+class Around(nn.Module):
+    """A model with something adapted, ``proj``, of a kind that is given."""
+
+    def __init__(self, proj: nn.Module) -> None:
+        super().__init__()
+        self.proj = proj
+
+    def forward(self, x):
+        return torch.tanh(self.proj(x)) * 3.0
+
+
+class Apart(Around):
+    """A factor of the model's own, behind the module."""
+
+    def forward(self, x):
+        return self.proj(x) * 0.25
+
+
+FUNCTIONAL = [
+    (Functional, "dynamo", "none"),
+    (Functional, "dynamo-noopt", "ort-basic"),
+    (Functional, "torchscript", "onnxsim"),
+    (FunctionalOutput, "dynamo", "none"),
+    (FunctionalOutput, "dynamo-noopt", "ort-basic"),
+]
+FACTORS = {
+    "times": lambda: TimesLinear(D, D, bias=False),
+    "over": lambda: OverLinear(D, D),
+    "convolution": lambda: TimesConv(D, 4, 3),
+}
+PADDED = {
+    "circular": lambda: nn.Conv2d(D, 4, 3, padding=1, padding_mode="circular"),
+    "reflect": lambda: nn.Conv2d(D, 4, 3, padding=1, padding_mode="reflect"),
+    "dilated": lambda: nn.Conv2d(D, 4, 3, padding="same", dilation=2),
+}
+PLAIN = {
+    "zeros": lambda: nn.Conv2d(D, 4, 3, padding=1),
+    "a layer of its own": lambda: nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(D, 4, 3)),
+    "pointwise": lambda: nn.Conv2d(D, 4, 1, dilation=2),
+}
+
+
+def exported(model, x, exporter, tool, folder, targets=("proj",)):
+    """Save a graph, its checkpoint and an adapter; return what PEFT answers."""
+    wanted = saved(model, x, folder, targets)
+    EXPORTERS[exporter](model, x, folder / "raw.onnx")
+    TOOLS[tool](folder / "raw.onnx", folder / "graph.onnx")
+    return wanted
+
+
+@pytest.mark.parametrize(("kind", "exporter", "tool"), FUNCTIONAL)
+def test_a_product_that_is_read_without_its_bias(kind, exporter, tool, tmp_path):
+    torch.manual_seed(0)
+    model, x = kind().eval(), torch.randn(2, 3, D)
+    wanted = exported(model, x, exporter, tool, tmp_path)
+    for mode in MODES:
+        for checkpoint in (tmp_path / "base", False):
+            graph, adapter, out = (tmp_path / name for name in ("graph.onnx", "adapter", "out.onnx"))
+            got = outcome(mode, graph, adapter, x.numpy(), out, checkpoint=checkpoint)
+            if isinstance(got, SiteError):
+                assert not checkpoint or "its bias" in str(got) or "ambiguous" in str(got), got
+                assert not out.exists()
+            else:
+                # The exporter has kept the two products apart.
+                assert error(got, wanted) < 1e-5, (mode, checkpoint)
+
+
+def test_the_exporter_joins_products(tmp_path):
+    """What the test above must have seen."""
+    torch.manual_seed(0)
+    exported(Functional().eval(), torch.randn(2, 3, D), "dynamo", "none", tmp_path)
+    with pytest.raises(SiteError, match="has 1 parameters") as caught:
+        merge_onnx(tmp_path / "graph.onnx", tmp_path / "adapter", tmp_path / "out.onnx", checkpoint=False)
+    assert "read without its bias (by Add)" in str(caught.value)
+    assert "optimize=False" in caught.value.hint
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "dynamo-noopt", "torchscript"])
+@pytest.mark.parametrize("factor", FACTORS.values(), ids=FACTORS)
+def test_a_number_in_the_module_is_refused(factor, exporter, tmp_path):
+    torch.manual_seed(0)
+    model, x = Around(factor()).eval(), torch.randn(2, D, D, D)
+    exported(model, x, exporter, "none", tmp_path)
+    graph, adapter, out = (tmp_path / name for name in ("graph.onnx", "adapter", "out.onnx"))
+    for mode in MODES:
+        got = outcome(mode, graph, adapter, x.numpy(), out, checkpoint=False)
+        assert isinstance(got, SiteError)
+        assert "multiplies its product by a number" in str(got)
+    with pytest.raises(SiteError, match="has 1 parameters"):
+        bank_onnx(graph, {"one": adapter}, out)
+    assert not out.exists()
+
+
+def test_the_hint_leads_to_what_was_trained(tmp_path):
+    """A plain layer with the number in its weight."""
+    torch.manual_seed(0)
+    module = TimesLinear(D, D, bias=False)
+    model, x = Around(module).eval(), torch.randn(2, 3, D)
+    wanted = saved(model, x, tmp_path)
+    plain = nn.Linear(D, D, bias=False)
+    plain.weight.data = module.weight.data * 0.25
+    graph, adapter, out = (tmp_path / name for name in ("graph.onnx", "adapter", "out.onnx"))
+    EXPORTERS["dynamo"](Around(plain).eval(), x, graph)
+    assert error(outcome("merge", graph, adapter, x.numpy(), out, checkpoint=False), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "dynamo-noopt", "torchscript"])
+@pytest.mark.parametrize("model", [Residual, lambda: Apart(nn.Linear(D, D))])
+def test_what_lies_outside_of_the_module_is_no_obstacle(model, exporter, tmp_path):
+    torch.manual_seed(0)
+    model, x = model().eval(), torch.randn(2, 3, D)
+    wanted = exported(model, x, exporter, "none", tmp_path)
+    graph, adapter, out = (tmp_path / name for name in ("graph.onnx", "adapter", "out.onnx"))
+    for mode in MODES:
+        got = outcome(mode, graph, adapter, x.numpy(), out, checkpoint=False)
+        assert not isinstance(got, SiteError), got
+        assert error(got, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize("name", [*PADDED, *PLAIN])
+def test_a_convolution_that_trainers_compute_otherwise(name, exporter, tmp_path):
+    """The warning comes where PEFT's merge and its branch differ, and only there."""
+    if (name, exporter) == ("dilated", "torchscript"):
+        pytest.skip("ONNX Runtime does not run dilation with automatic padding")
+    torch.manual_seed(0)
+    make = {**PADDED, **PLAIN}[name]
+    target = "1" if name == "a layer of its own" else "proj"
+    model, x = Around(make()).eval(), torch.randn(2, D, 7, 7)
+    trained = exported(copy.deepcopy(model), x, exporter, "none", tmp_path, (target,))
+    graph, adapter, out = (tmp_path / part for part in ("graph.onnx", "adapter", "out.onnx"))
+    got = outcome("merge", graph, adapter, x.numpy(), out, checkpoint=False)
+    assert not isinstance(got, SiteError), got
+    report = merge_onnx(graph, adapter, out, checkpoint=False, force=True)
+    warned = any("padding mode" in warning for warning in report.plan.warnings)
+    assert warned == (error(got, trained) > 1e-3)
+    assert warned == (name in PADDED)
