@@ -12,6 +12,7 @@ import fcntl
 import functools
 import hashlib
 import inspect
+import json
 import os
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -56,10 +57,15 @@ def exported_once(export: Export, folder: Path) -> Export:
                 program = export(model, args, **options)
                 made = kept.with_suffix(".new")
                 made.mkdir()
+                without = [_with_zeros(v) for v in program.model.graph.initializers.values() if _is_meta(v)]
+                (made / "without.json").write_text(json.dumps(without))
                 ir.save(program.model, made / "model.onnx", external_data="model.data")
                 made.rename(kept)
         # The same for the first and for all others.
-        program = torch.onnx.ONNXProgram(ir.load(kept / "model.onnx"), None)
+        loaded = ir.load(kept / "model.onnx")
+        for name in json.loads((kept / "without.json").read_text()):
+            loaded.graph.initializers[name].const_value = None
+        program = torch.onnx.ONNXProgram(loaded, None)
         if f is not None:
             program.save(
                 f,
@@ -70,6 +76,18 @@ def exported_once(export: Export, folder: Path) -> Export:
         return program
 
     return once
+
+
+def _is_meta(value: ir.Value) -> bool:
+    raw = getattr(value.const_value, "raw", None)
+    return isinstance(raw, torch.Tensor) and raw.device.type == "meta"
+
+
+def _with_zeros(value: ir.Value) -> str:
+    """Give a weight without values zeros, so that it can be saved; return its name."""
+    raw = value.const_value.raw
+    value.const_value = ir.tensor(torch.zeros(raw.shape, dtype=raw.dtype), name=value.name)
+    return str(value.name)
 
 
 class locked:
@@ -122,7 +140,9 @@ def _of_module(model: torch.nn.Module) -> Iterator[str | bytes]:
 def _plain(value: Any, depth: int = 0) -> Iterator[str | bytes]:
     """Yield what a value holds: data, settings, functions; of other objects the class and their settings."""
     if isinstance(value, torch.Tensor):
-        yield f"{value.dtype} {tuple(value.shape)} {value.requires_grad}"
+        yield f"{value.dtype} {tuple(value.shape)} {value.requires_grad} {value.device}"
+        if value.device.type == "meta":
+            return
         yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     elif isinstance(value, str | int | float | bool | bytes | type(None) | torch.dtype | torch.device):
         yield repr(value)
