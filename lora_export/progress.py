@@ -25,30 +25,30 @@ _LINE_SECONDS = 10.0
 
 
 class _Display(Protocol):
-    """What shows the work of a verb that writes."""
+    """Display of the work of a verb that writes."""
 
     def stage(self, what: str, share: float | None) -> None:
         """Show what is done before anything is written."""
 
     def expect(self, size: int) -> None:
-        """Take note of how many bytes are going to be written."""
+        """Set the number of bytes that will be written."""
 
     def advance(self, count: int) -> None:
         """Count bytes written."""
 
 
-# The display of the verb that runs, for those who do its work far below.
+# The display of the verb that runs, for code that does its work far below.
 _SHOWN: ContextVar[_Display | None] = ContextVar("_SHOWN", default=None)
 
 
 def tell_stage(what: str, share: float | None = None) -> None:
-    """Say what is done now, if a verb shows it, and which share of it is done; None: nobody knows."""
+    """Show what is done now, if a verb has a display, with the share that is done; None if unknown."""
     if (display := _SHOWN.get()) is not None:
         display.stage(what, share)
 
 
 def tell_size(size: int) -> None:
-    """Say how many bytes are going to be written, if a verb shows it."""
+    """Show how many bytes will be written, if a verb has a display."""
     if (display := _SHOWN.get()) is not None:
         display.expect(size)
 
@@ -140,7 +140,7 @@ def _console() -> Console:
     """Return a terminal that stays the same while an exporter's prints are held back."""
     from rich.console import Console
 
-    return Console(file=sys.stderr)
+    return Console(file=sys.stderr, emoji=False)
 
 
 def _text() -> TextColumn:

@@ -1,1 +1,1 @@
-"""What an adapter goes into: facts about a base that its tensors' names and shapes alone don't tell."""
+"""Read bases, into which adapters go: also what the names and shapes of their tensors don't tell."""

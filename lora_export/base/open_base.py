@@ -1,6 +1,6 @@
-"""The base graph of a mode: loaded or captured, with what its weights may be compared with and shared with.
+"""Open the base graph of a mode: load or capture it, with weights to compare with and files to share.
 
-Also the names of what is written for it: a graph, its data, a manifest.
+Also name the files that are written for it: a graph, its data, a manifest.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Base:
-    """A base graph.
+    """Base graph.
 
     Attributes:
         graph: The graph.
-        weight_of: The checkpoint's weights, where there is one.
+        weight_of: The checkpoint's weights, if there is one.
         shared_files: Data files in which unchanged weights may stay.
-        files: What it was read from.
+        files: Files that it was read from.
         checkpoint: The folder that an ONNX file's weights are compared with.
-        notes: Where that folder was found, or why there is none.
-        said: What else the plan has to say of the adapters and this base.
-        reads: All files that were read, of the adapters and the checkpoint too: no output may be one of them.
+        notes: Notes on that folder: its origin, or the reason why there is none.
+        plan_notes: Further notes for the plan on the adapters and this base.
+        reads: All files that were read, with those of adapters and checkpoint; no output may be one of them.
     """
 
     graph: GraphFile
@@ -60,23 +60,23 @@ class Base:
     files: list[Path]
     checkpoint: Path | None = None
     notes: tuple[str, ...] = ()
-    said: tuple[str, ...] = ()
+    plan_notes: tuple[str, ...] = ()
     reads: tuple[Path, ...] = ()
 
     @cached_property
     def hashes(self) -> dict[Path, FileHash]:
-        """Each file's identity; read once, as a base is large."""
+        """Hash of each file; computed once, because a base is large."""
         return {path: hash_file(path) for path in self.files}
 
     @property
     def identity(self) -> str:
-        """One SHA-256 for the base as a whole."""
+        """SHA-256 of the base as a whole."""
         return identity_of(self.hashes.values())
 
     def shared_places(self, out: Path) -> dict[str, FileHash]:
-        """Return what the files are in which weights may stay, by their place from the folder of ``out``.
+        """Return the hashes of the files in which weights may stay, by their path from the folder of ``out``.
 
-        With full hashes: they are read whole, which a graph that is only looked at never is.
+        The hashes are full ones, for which the files are read whole; a graph that is only inspected never is.
         """
         folder = out.parent.resolve()
         return {
@@ -86,16 +86,16 @@ class Base:
 
     @property
     def merged(self) -> str:
-        """What merges have put into it, see `base.in_graph`."""
+        """Entries of the adapters that merges have put into it, see `history.in_graph`."""
         return merged_in(self.graph.model.metadata_props)
 
     def verified(self, plan: Plan) -> Plan:
-        """Return a plan that says what was compared with the checkpoint, and what was not.
+        """Return the plan with notes on what was compared with the checkpoint, and what was not.
 
         Raises:
-            SiteError: The folder that the user gave confirms no place at all.
+            SiteError: The folder that the user gave confirms no site at all.
         """
-        plan = replace(plan, notes=(*self.said, *plan.notes))
+        plan = replace(plan, notes=(*self.plan_notes, *plan.notes))
         if self.checkpoint is None:
             return warned_of_computed(replace(plan, notes=(*plan.notes, *self.notes)))
         try:
@@ -111,7 +111,7 @@ class Base:
                 ) from error
             if not self.notes:
                 raise
-            # The folder was not the user's choice, and names led to every place.
+            # The folder was not the user's choice, and names led to every site.
             return replace(plan, notes=(*plan.notes, f"values were not compared: {error.message}"))
         return replace(plan, notes=(*plan.notes, *self.notes))
 
@@ -124,38 +124,39 @@ def open_base(
     options: WriteOptions,
     prepare: Callable[[Path], Path] | None = None,
 ) -> Iterator[tuple[Base, dict[str, Path]]]:
-    """Load a graph, or capture a checkpoint folder; yield it with the files to write.
+    """Load a graph, or capture a checkpoint folder, and yield it with the files to write.
 
     Args:
         base: An ONNX file or a Hugging Face folder.
         out: The graph to write.
-        adapters: What is read besides: no output may replace it, and what they replace a folder may lack.
-        options: The mode's.
-        prepare: Makes the folder to capture in the base's place, in a temporary one.
+        adapters: The adapters: no output may replace them, and a folder may lack parameters that they
+            replace.
+        options: Options of the mode.
+        prepare: Function that makes the folder to capture instead of the base, in a temporary folder.
 
     Raises:
-        GraphError: The graph can't be read, has an adapter merged into it already, or is to be captured in a
-            dtype or with a cache.
+        GraphError: The graph can't be read, has an adapter merged into it already, or options for a capture
+            are given.
         CheckpointError: The folder can't be read or captured.
-        AdapterError: An adapter is not for the folder, seen before the capture, by names alone; or it was
-            merged into the folder or the checkpoint already.
-        SiteError: Some of an adapter is not in the folder.
-        OutputError: An output exists or would replace what is read, or there is nothing to share.
+        AdapterError: An adapter is not for the folder, by names before the capture; or it was merged into the
+            folder or the checkpoint already.
+        SiteError: Some targets of an adapter have no site in the folder.
+        OutputError: An output exists or would replace a file that is read, or there is nothing to share.
     """
     paths = output_paths(out)
     if not is_utf8(base.absolute().name):
-        # What is written names what it was made from.
+        # Outputs hold the base's name.
         raise GraphError(f"the name of the base {base} is not UTF-8", "rename it")
     reads = files_read(base, adapters, options.checkpoint)
     refuse_inputs(paths.values(), reads)
     if not options.dry_run:
         refuse_replacing(list(paths.values()), options.force)
-    said = _said_of_parts(base, adapters, options.checkpoint)
-    # A capture is as large as the base: it goes where the output will have room, not to a small /tmp.
+    notes = _notes_on_parts(base, adapters, options.checkpoint)
+    # A capture is as large as the base, so it goes beside the output, not to a small /tmp.
     place = out.parent if base.is_dir() and out.parent.is_dir() else None
     with scratch_folder(place) as scratch:
         if base.is_dir():
-            said += _refuse_folder(base, adapters, options)
+            notes += _refuse_folder(base, adapters, options)
             graph = _captured(base, adapters, options, prepare, scratch=scratch)
         else:
             graph = load_graph(base)
@@ -165,7 +166,7 @@ def open_base(
         opened = _opened(base, graph, adapters, options.checkpoint, share=options.share_base)
         reads = [*reads, *opened.files]
         refuse_inputs(paths.values(), reads)
-        opened = replace(opened, said=tuple(said), reads=tuple(reads))
+        opened = replace(opened, plan_notes=tuple(notes), reads=tuple(reads))
         if opened.checkpoint is not None:
             refuse_merged(opened.checkpoint, list(adapters))
         try:
@@ -174,17 +175,17 @@ def open_base(
             raise _explained(error, opened) from error
 
 
-def _said_of_parts(base: Path, adapters: Collection[Adapter], checkpoint: CheckpointChoice) -> list[str]:
-    """Return what to say of adapters with parts for other models; refuse those for other models alone."""
+def _notes_on_parts(base: Path, adapters: Collection[Adapter], checkpoint: CheckpointChoice) -> list[str]:
+    """Return notes on adapters with parts for other models; refuse those for other models only."""
     given = [Path(checkpoint)] if checkpoint else []
     folders = [*given, base if base.is_dir() else base.parent]
-    said = refuse_other_components(adapters, folders)
-    # A graph has none of them; whoever puts the model together needs to know.
-    return said + lost_modules(list(adapters), folders[0], refuse=False)
+    notes = refuse_other_components(adapters, folders)
+    # A graph has none of these parts, which people who assemble the model need to know.
+    return notes + lost_modules(list(adapters), folders[0], refuse=False)
 
 
 def _refuse_folder(base: Path, adapters: Collection[Adapter], options: WriteOptions) -> tuple[str, ...]:
-    """Refuse a folder that can't be captured, or that the adapters are not for; return what to say of it."""
+    """Refuse a folder that can't be captured, or that the adapters are not for; return notes on it."""
     from lora_export.base.checkpoint.checkpoint import read_config
     from lora_export.base.placing.refuse import refuse_absent
 
@@ -217,7 +218,7 @@ def _captured(
 
 
 def _explained(error: SiteError, base: Base) -> SiteError:
-    """Say where the folder came from that a graph's values differ from."""
+    """Add to an error the origin of the folder that a graph's values differ from."""
     if not base.notes or not isinstance(error, OtherValues):
         return error
     return SiteError(
@@ -233,7 +234,7 @@ def _refuse_capturing(base: Path, dtype: str | None, kv_cache: bool) -> None:
     if given:
         raise GraphError(
             f"{base} is a graph already: {' and '.join(given)} can't change its dtype and cache",
-            f"give the checkpoint folder that it comes from as --base, or leave out {' and '.join(given)}",
+            f"give the checkpoint folder that it comes from as --base, or omit {' and '.join(given)}",
         )
 
 
@@ -249,7 +250,7 @@ def _opened(
     if share and not data_files:
         raise OutputError(
             f"{base} has no weights in files of their own: nothing can be shared",
-            "leave out --share-base, or save the base with external data first",
+            "omit --share-base, or save the base with external data first",
         )
     from lora_export.base.checkpoint.checkpoint import Checkpoint
     from lora_export.base.checkpoint.weights import CheckpointWeights, link_weights
@@ -282,7 +283,7 @@ def _given_weights(checkpoint: Checkpoint) -> CheckpointWeights:
     """Return the weights of the folder that the user gave.
 
     Raises:
-        CheckpointError: It is quantised in a way that is not understood.
+        CheckpointError: The folder is quantised in a way that is not understood.
     """
     from lora_export.base.checkpoint.weights import CheckpointWeights
 
@@ -300,14 +301,14 @@ def _given_weights(checkpoint: Checkpoint) -> CheckpointWeights:
 def _named_checkpoint(
     adapters: Collection[Adapter], merged: str
 ) -> tuple[CheckpointWeights | None, Path | None, list[str]]:
-    """Return the weights of the local folder that adapters name as their base, and what to say of it.
+    """Return the weights of the local folder that adapters name as their base, the folder, and notes.
 
-    A folder that is quantised was trained on (QLoRA), but a graph is of the unquantised model: its values
-    are near the folder's, and not the same. Neither are those of a graph that merges have changed since.
+    A quantised folder was trained on (QLoRA), but a graph has the unquantised model, whose values are near
+    the folder's, but not the same. The values of a graph that merges have changed differ, too.
 
     Args:
-        adapters: What may name a folder.
-        merged: What merges have put into the graph.
+        adapters: Adapters that may name a folder.
+        merged: Entries of the adapters that merges have put into the graph.
     """
     from lora_export.base.checkpoint.checkpoint import Checkpoint
     from lora_export.base.checkpoint.weights import CheckpointWeights
@@ -339,10 +340,10 @@ def _named_checkpoint(
 
 
 def output_paths(out: Path) -> dict[str, Path]:
-    """Return the files that belong to an output graph, the graph last: it appears when the rest is there.
+    """Return the files of an output graph, the graph last, so that it appears when the others are there.
 
     Raises:
-        OutputError: The name does not end in ``.onnx``, or can't be written into a graph.
+        OutputError: The output's name does not end in ``.onnx``, or can't be written into a graph.
     """
     if not is_utf8(out.name):
         # onnx.proto: strings are UTF-8, and the graph names its data file.
@@ -357,7 +358,7 @@ def output_paths(out: Path) -> dict[str, Path]:
 
 
 def drop_dead(graph: GraphFile) -> None:
-    """Remove constants that nothing reads after copies took over."""
+    """Remove constants that nothing reads any more because copies replace them."""
     for owner in graph.graphs():
         inputs = {id(value) for value in owner.inputs}
         for name, value in list(owner.initializers.items()):

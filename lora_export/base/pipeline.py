@@ -1,16 +1,16 @@
-"""Which part of a pipeline a base is, and which part an adapter's file names: the two have to be the same.
+"""Refuse adapters whose file names another part of a pipeline than the base is.
 
-Parts of a pipeline may be built alike (Wan 2.2's transformers, SDXL's text encoders), so that the adapter
-of one has a place for everything in the other. Which one a base is, its folder's name says: with
-``model_index.json`` beside it or, of names that diffusers' pipelines have, alone.
+Parts of a pipeline may be built alike (Wan 2.2's transformers, SDXL's text encoders), so that the adapter of
+one finds a site for each target in the other. The folder's name tells which part a base is: with
+``model_index.json`` in the folder above or, for names that diffusers' pipelines have, without it.
 
 Rules:
 
 1. A component that the file names is the base's own, or the adapter is refused.
-2. ``diffusion_model.`` and kohya's ``lora_unet_`` are what trainers call any denoiser.
-3. Where the base's component is not known, the first of a kind (``transformer``, ``text_encoder``) is taken
-   for it, and a further one (``transformer_2``) only where the user says so.
-4. The user's ``--component`` decides; a note says where it speaks against the folder's name.
+2. ``diffusion_model.`` and kohya's ``lora_unet_`` are trainers' names for any denoiser.
+3. If the base's component is unknown, the first of a kind (``transformer``, ``text_encoder``) is assumed, and
+   a further one (``transformer_2``) only if the user says so.
+4. The user's ``--component`` decides; a note says if it contradicts the folder's name.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lora_export.untrusted.documents import read_json
 _SHOWN = 4
 _INDEX = "model_index.json"
 _FURTHER = re.compile(r"\w+_[2-9]|te[2-9]")
-# Rule 2.
+# Names of denoisers (rule 2).
 _ANY_DENOISER = re.compile(r"(?:^|\.)diffusion_model[._]|^lora_unet_")
 _NO_DENOISER = re.compile(
     r"\w*encoder\w*|\w*vae\w*|controlnet\w*|safety_checker|text_conditioner|tokenizer\w*"
@@ -39,10 +39,10 @@ _SAME = {"llm_adapter": "text_conditioner"}
 
 
 def component_of(folder: Path) -> str | None:
-    """Return the component of a pipeline that a folder holds; None where its name doesn't tell.
+    """Return the component of a pipeline that a folder holds; None if its name doesn't tell.
 
     Args:
-        folder: Of a checkpoint, or the one that a graph lies in.
+        folder: Folder of a checkpoint, or that of a graph.
     """
     # A link may have another name than the folder, and either may be the pipeline's.
     for place in dict.fromkeys((folder.absolute(), folder.resolve())):
@@ -52,17 +52,17 @@ def component_of(folder: Path) -> str | None:
 
 
 def refuse_other_components(adapters: Iterable[Adapter], places: Sequence[Path]) -> list[str]:
-    """Refuse adapters of which a part is for another component than a base is.
+    """Refuse adapters with a part for another component than a base is.
 
     Args:
-        adapters: What will be placed in the base.
-        places: Folders that may say which component it is, the surest first.
+        adapters: Adapters for the base.
+        places: Folders whose names may tell the base's component, the surest first.
 
     Returns:
-        A note for each adapter that goes on against the base's name, as the user says.
+        A note for each adapter that is accepted against the base's name, as the user says.
 
     Raises:
-        AdapterError: Of the first adapter that is not for the base.
+        AdapterError: An adapter is not for the base; the first one is reported.
     """
     notes: list[str] = []
     adapters = list(adapters)
@@ -90,7 +90,7 @@ def refuse_other_components(adapters: Iterable[Adapter], places: Sequence[Path])
 
 
 def _shared(error: AdapterError, adapters: Sequence[Adapter], parts: Collection[str]) -> AdapterError:
-    """Return an error that says what to do where ``--component`` does not fit all of several adapters."""
+    """Return an error with a hint in case ``--component`` does not fit all of several adapters."""
     if all(set(parts) <= set(_named(adapter)) for adapter in adapters):
         return error
     return AdapterError(error.message, f"{error.hint}; {SHARED}", error.problems)
@@ -106,7 +106,7 @@ def _named(adapter: Adapter) -> dict[str, list[LoraModule]]:
 
 
 def _components(pipeline: Path) -> Collection[str]:
-    """Return the components of a pipeline's folder; none where it isn't one."""
+    """Return the components of a pipeline's folder; none if it isn't one."""
     try:
         index = read_json(pipeline / _INDEX)
     except LoraExportError:
@@ -116,7 +116,7 @@ def _components(pipeline: Path) -> Collection[str]:
 
 
 def _is_own(name: str, own: str, modules: Sequence[LoraModule], pipeline: Collection[str]) -> bool:
-    """Whether a component that a file names is the base's (rules 1 and 2)."""
+    """Return True if a component that a file names is the base's (rules 1 and 2)."""
     if _SAME.get(name, name) == own:
         return True
     tensors = [tensor for module in modules for tensor in module.tensor_names]
@@ -150,7 +150,7 @@ def _other(
 
 
 def _unknown(adapter: Adapter, places: Sequence[Path], named: Collection[str]) -> AdapterError:
-    """Return the error for a further component and a base whose component is not known (rule 3)."""
+    """Return the error for a further component and a base whose component is unknown (rule 3)."""
     further = [name for name in named if _FURTHER.fullmatch(name)]
     where = f" {places[0]}" if places else ""
     fitting = [name for name in named if places and _may_hold(places[0], name)]
@@ -169,12 +169,12 @@ def _unknown(adapter: Adapter, places: Sequence[Path], named: Collection[str]) -
 
 
 def _kind(name: str) -> frozenset[str]:
-    """Return what kind of model a component's name denotes."""
+    """Return the kinds of model that a component's name denotes."""
     return kinds_of_words(name.split("_")) if _NO_DENOISER.fullmatch(name) else frozenset({"denoiser"})
 
 
 def _may_hold(folder: Path, name: str) -> bool:
-    """Whether a folder may hold a component, by the class that its config names."""
+    """Return True if a folder may hold a component, by the class that its config names."""
     try:
         config = read_json(folder / "config.json")
     except LoraExportError:

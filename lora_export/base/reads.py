@@ -1,7 +1,7 @@
-"""Which files are read of a base, its checkpoint and the adapters: no output may be one of them.
+"""List the files that are read of a base, its checkpoint and the adapters; no output may be one of them.
 
-That is known before anything is read. What was read in fact, and in which state, `lora_export.storage.inputs`
-keeps: there it is about changes by others.
+The list is known before anything is read. `lora_export.storage.inputs` remembers the files that were in fact
+read, and their state, to notice changes by others.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from lora_export.formats.reading.weights_files import files_of
 if TYPE_CHECKING:
     from lora_export.graph.onnx_file import GraphFile
 
-# A folder; None: the one that an adapter names as its base, where it is on this machine; False: none.
+# A folder; None: the one that an adapter names as its base, if it is on this machine; False: none.
 CheckpointChoice = str | os.PathLike[str] | Literal[False] | None
-# Of a model's folder; graphs, their data and manifests lie there as outputs.
+# Endings of files of a model's folder, in which graphs, their data and manifests may be outputs.
 _SUFFIXES = {".bin", ".jinja", ".json", ".model", ".pt", ".pth", ".py", ".safetensors", ".tiktoken", ".txt"}
 _MANIFEST = ".lora.json"
-# What says of the folder above which part of a model this is.
+# Files in the folder above that tell which part of a model this is.
 _ABOVE = ("model_index.json", "modules.json")
 
 
 def files_read(base: Path, adapters: Collection[Adapter], checkpoint: CheckpointChoice = False) -> list[Path]:
-    """Return what a verb reads, but for a graph's data files, which `graph_files` knows.
+    """Return the files that a verb reads, except a graph's data files, which `graph_files` returns.
 
     Args:
         base: A graph's file, or a model's folder.
-        adapters: What is merged or exposed.
-        checkpoint: What values are compared with.
+        adapters: Adapters that are merged or exposed.
+        checkpoint: Folder with the values to compare with.
     """
     folder = base if base.is_dir() else base.parent
     found = folder_files(base) if base.is_dir() else [base, base.with_suffix(_MANIFEST)]
@@ -58,17 +58,17 @@ def graph_files(graph: GraphFile) -> list[Path]:
 
 
 def folder_files(folder: Path) -> list[Path]:
-    """Return what is read of a model's folder: weights, configs, what tokenizers are kept in, code."""
+    """Return the files that are read of a model's folder: weights, configs, tokenizers, code."""
     try:
         beside = [path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file()]
-    except OSError:  # said when it is opened
+    except OSError:  # reported when it is opened
         return []
     own = [path for path in sorted(beside) if not path.name.endswith(_MANIFEST)]
     return [*own, *_module_files(folder)]
 
 
 def holds_weights(folder: Path) -> bool:
-    """Whether a folder is there and has weights: a name of the hub is a path as well."""
+    """Return True if a folder exists and has weights: a name on the hub looks like a path."""
     try:
         return folder.is_dir() and any(folder.glob("*.safetensors"))
     except OSError:  # a text that is too long to be a path, or a folder that may not be read
@@ -79,6 +79,6 @@ def _module_files(folder: Path) -> list[Path]:
     """Return the files of sentence-transformers' further modules."""
     try:
         places = module_paths(folder)
-    except CheckpointError:  # said where they are compared
+    except CheckpointError:  # reported when they are compared
         return []
     return [path for place in places for path in sorted((folder / place).glob("*")) if path.is_file()]

@@ -1,4 +1,4 @@
-"""What every mode may be told of the base that it reads and of the files that it writes."""
+"""Define the options of all modes on the base that they read and the files that they write."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from lora_export.base.reads import CheckpointChoice
 
 @dataclass(frozen=True, kw_only=True)
 class WriteOptions:
-    """The options that all modes which write a graph have in common.
+    """Options of all modes that write a graph.
 
     Attributes:
-        checkpoint: The folder that an ONNX file was exported from; None: the one that an adapter names as its
-            base, if it is on this machine; False: none.
-        dtype: To capture a folder in; float32 if left out.
+        checkpoint: Folder that an ONNX file was exported from; None for the one that an adapter names as its
+            base, if it is on this machine; False for none.
+        dtype: Dtype in which a folder is captured; float32 if None.
         kv_cache: Capture a decoder with its key-value cache.
-        share_base: Unchanged weights stay in the base's files.
-        allow_unmatched: What has no place is left out.
-        force: Existing outputs may be replaced.
-        dry_run: Nothing is written.
-        progress: Called with the number of bytes just written.
+        share_base: Leave unchanged weights in the base's files.
+        allow_unmatched: Leave out parameters that have no site.
+        force: Replace existing outputs.
+        dry_run: Write nothing.
+        progress: Function that is called with the number of bytes just written.
     """
 
     checkpoint: CheckpointChoice = None

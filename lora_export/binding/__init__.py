@@ -1,1 +1,1 @@
-"""An adapter, turned into the tensors of a graph with exposed LoRA."""
+"""Turn an adapter into the tensors of a graph with exposed LoRA."""

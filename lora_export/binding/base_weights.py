@@ -1,4 +1,4 @@
-"""W0 of a graph with exposed LoRA, read where the record says that it lies; a block of rows at a time."""
+"""Read W0 of a graph with exposed LoRA from where the LoRA record says, a block of rows at a time."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from lora_export.graph.onnx_file import FLOAT_TYPES, GraphFile, load_graph
 from lora_export.sites.values.held import floats_by_name, floats_of
 from lora_export.storage.inputs import FileState, refuse_changed
 
-# Name of an initializer → its values, perhaps memory-mapped; KeyError where the graph has none.
+# Name of an initializer → its values, perhaps memory-mapped; KeyError if the graph has none of this name.
 WeightOf = Callable[[str], Array]
-# Elements that are looked at together: 4 MB in float32.
+# Elements that are compared together: 4 MB in float32.
 _BLOCK = 1 << 20
 
 
 class GraphWeights:
-    """A graph's constants by name, quantised ones as the floats that their codes stand for.
+    """Constants of a graph by name, quantised ones as the floats that their codes stand for.
 
-    The file is opened when the first is asked for.
+    The file is opened for the first constant that is read.
 
     Args:
         path: The ONNX file.
-        graph: The file's graph, where it is open already.
-        opened: The files of the session that the constants are for, as they were when it was opened.
+        graph: The file's graph, if it is open already.
+        opened: Files of the session that the constants are for, as they were when it was opened.
     """
 
     def __init__(
@@ -43,15 +43,15 @@ class GraphWeights:
         """Return a constant's values, memory-mapped where they are external.
 
         Raises:
-            InputChangedError: A file is not the one that the session has opened.
-            KeyError: There is no such constant, or it is codes whose values can't be told.
+            InputChangedError: A file has changed since the session opened it.
+            KeyError: The graph lacks the constant, or has codes for it whose values are unknown.
         """
         tensor = self._opened().get(name)
         if tensor is not None and tensor.dtype in FLOAT_TYPES:
             values: Array | None = np.asarray(tensor.numpy())
         else:
             values = floats_of(self._dequantisers[name])
-        self._refuse_changed()  # they are mapped now
+        self._refuse_changed()  # the values are mapped now
         if values is None:
             raise KeyError(name)
         return values
@@ -74,7 +74,7 @@ class GraphWeights:
 
 
 def _constants(graph: GraphFile) -> Iterator[tuple[str, ir.TensorProtocol]]:
-    """Yield those of the main graph and of subgraphs, also of Constant nodes."""
+    """Yield the constants of the main graph and of subgraphs, Constant nodes included."""
     nodes = (node for node in graph.graph.all_nodes() if node.op_type == "Constant")
     for value in (*graph.initializers(), *(node.outputs[0] for node in nodes)):
         if value.const_value is not None:
@@ -87,7 +87,7 @@ def stored_blocks(
     """Yield (first row, rows of the canonical matrix ``(height, cols)``), in the stored dtype.
 
     Raises:
-        ValueError: The graph's constant isn't as large as the record says.
+        ValueError: The graph's constant isn't as large as the LoRA record says.
     """
     height = max(1, _BLOCK // cols)
     for part in stored:
@@ -106,7 +106,7 @@ def stored_blocks(
 
 
 def read_stored(stored: Sequence[StoredRows], shape: tuple[int, int], weight_of: WeightOf) -> Array:
-    """Return a canonical matrix in float64; rows that nothing is stored of are NaN."""
+    """Return a canonical matrix in float64; rows that are not stored are NaN."""
     values = np.full(shape, np.nan)
     for row, block in stored_blocks(stored, shape[1], weight_of):
         values[row : row + len(block)] = block
@@ -114,12 +114,12 @@ def read_stored(stored: Sequence[StoredRows], shape: tuple[int, int], weight_of:
 
 
 def holds(values: Array, stored: Sequence[StoredRows], name: str, weight_of: WeightOf) -> bool:
-    """Whether the graph's weight has these very values, once they are rounded to its dtype.
+    """Return True if the graph's weight equals the values, rounded to its dtype.
 
     Args:
         values: A whole canonical parameter.
-        stored: Where the record says that it lies.
-        name: Its path: the name to look for where the record doesn't speak of it.
+        stored: Its stored rows by the LoRA record.
+        name: Its path: the name to look for if the LoRA record doesn't name the parameter.
         weight_of: The graph's constants.
     """
     try:
@@ -133,12 +133,12 @@ def holds(values: Array, stored: Sequence[StoredRows], name: str, weight_of: Wei
                 return False
         return seen == len(matrix)
     except (KeyError, ValueError):
-        # No weight of that name, or one of another size.
+        # The graph has no weight of that name, or one of another size.
         return False
 
 
 def has_constant(name: str, weight_of: WeightOf) -> bool:
-    """Whether the graph has a constant of this name."""
+    """Return True if the graph has a constant of this name."""
     try:
         weight_of(name)
     except KeyError:

@@ -1,7 +1,7 @@
-"""Bind an adapter to a graph with exposed LoRA: every tensor placed, checked, scaled and in its layout.
+"""Bind an adapter to a graph with exposed LoRA: find each tensor's site, check, scale and lay out its values.
 
 `bind_adapter` makes the tensors of one adapter for a swap graph, `slot_blocks` the rectangles that it fills
-in a bank. Nothing is bound where something of the adapter has no place, unless the user allows it.
+in a bank. If a parameter of the adapter has no site, nothing is bound, unless the user allows it.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _MAX_LISTED = 40
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Binding:
-    """An adapter as a swap graph takes it.
+    """Tensors of an adapter as a swap graph takes them.
 
     Attributes:
-        adapter: Its name.
+        adapter: The adapter's name.
         tensors: Graph input → values, in the graph's layout and dtype, C-contiguous; perhaps read-only.
         ranks: `ExposedModule.name` → rank of its tensors, padding included.
         plan: A row for each parameter of the adapter.
-        notes: What was converted, padded, assumed or left out.
-        warnings: Those of the notes that a user should not miss.
-        only_this_base: Some values were computed from the base's, see `Provenance`.
+        notes: Conversions, padding, assumptions and omissions.
+        warnings: The notes that a user should not miss.
+        only_this_base: True if some values were computed from the base's, see `Provenance`.
     """
 
     adapter: str
@@ -54,16 +54,16 @@ class Binding:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SlotBinding:
-    """An adapter as one slot of a bank takes it.
+    """Tensors of an adapter as one slot of a bank takes them.
 
     Attributes:
-        adapter: Its name.
+        adapter: The adapter's name.
         slot: Number of the slot.
-        blocks: All that the slot owns, zeros included: written, they leave nothing of its last adapter.
+        blocks: All rectangles of the slot, zeros included: once written, nothing of its last adapter remains.
         ranks: `Member.path` → the adapter's rank.
         plan: A row for each parameter of the adapter.
-        notes: What was converted, padded, assumed or left out.
-        warnings: Those of the notes that a user should not miss.
+        notes: Conversions, padding, assumptions and omissions.
+        warnings: The notes that a user should not miss.
     """
 
     adapter: str
@@ -87,22 +87,22 @@ def bind_adapter(
 ) -> Binding:
     """Make the tensors that turn a swap graph into the adapted model.
 
-    Modules that the adapter leaves alone get no tensors.
+    Modules that the adapter doesn't change get no tensors.
 
     Args:
-        adapter: What to bind.
-        exposed: The graph's record.
+        adapter: The adapter to bind.
+        exposed: The graph's LoRA record.
         where: The graph's file, for messages.
         weight_of: Name of an initializer → its values: needed for DoRA, and to see that a whole parameter
-            saved along is the base's own.
-        allow_unmatched: Go on without what has no place, unless that is everything.
-        any_base: Go on with a file converted for another base, unless its values were computed from that one.
-        unused: `ExposedModule.name` of those whose tensors no output of the graph depends on.
+            in the adapter's file is the base's own.
+        allow_unmatched: Leave out parameters that have no site, unless none has one.
+        any_base: Accept a file converted for another base, unless its values were computed from that base.
+        unused: `ExposedModule.name` of modules whose tensors no output of the graph depends on.
 
     Raises:
-        SiteError: Something of the adapter has no place; everything wrong is listed.
-        AdapterError: Values are NaN, infinite or too large for the graph's dtype, or another base; or it is
-            merged into the graph's weights already.
+        SiteError: Parameters of the adapter have no site; all are listed.
+        AdapterError: Values are NaN, infinite or too large for the graph's dtype; the adapter is for another
+            base, or is merged into the graph's weights already.
     """
     refuse_bound(adapter, exposed.merged, where)
     warnings = refuse_other_base(adapter, exposed.base_sha256, where, any_base)
@@ -167,12 +167,12 @@ def slot_blocks(
     """Make the rectangles of a bank's tensors that an adapter fills in one slot.
 
     Args:
-        adapter: What to bind.
-        exposed: The graph's record, of a bank.
+        adapter: The adapter to bind.
+        exposed: The LoRA record of a bank.
         slot: Number of the slot.
         where: The graph's file, for messages.
         weight_of: See `bind_adapter`.
-        allow_unmatched: Go on without what has no place, unless that is everything.
+        allow_unmatched: Leave out parameters that have no site, unless none has one.
         any_base: See `bind_adapter`.
         unused: See `bind_adapter`.
 
@@ -214,7 +214,7 @@ def clear_slot(exposed: ExposedGraph, slot: int) -> tuple[Block, ...]:
 
 
 def _refuse(found: Matches, adapter: Adapter, reasons: Mapping[int, Refusal]) -> None:
-    """Move pairings to the refused ones; ``reasons`` are by identity."""
+    """Move pairings to the refusals; ``reasons`` is keyed by identity."""
     for pair in found.pairings:
         if reason := reasons.get(id(pair)):
             for row in pair.rows(adapter.name):
@@ -256,7 +256,7 @@ def _refuse_dora(found: Matches, adapter: Adapter, weight_of: WeightOf | None) -
 
 
 def _slot_loras(found: Matches, adapter: Adapter, slot: int) -> dict[str, LoraModule]:
-    """Return `Member.path` → factors of what fits into the slot; the rest is refused."""
+    """Return `Member.path` → factors of the modules that fit into the slot; refuse the others."""
     reasons: dict[int, Refusal] = {}
     loras: dict[str, LoraModule] = {}
     for pair in found.pairings:
@@ -286,7 +286,7 @@ def _by_module(pairings: Iterable[Pairing]) -> list[tuple[ExposedModule, list[Pa
 def _scale(
     module: ExposedModule, pairings: Sequence[Pairing], weight_of: WeightOf | None, caster: Caster
 ) -> Array:
-    """Return DoRA's factor of every output of a pack: 1 where the adapter has none."""
+    """Return DoRA's factor of every output of a pack: 1 for members without DoRA."""
     dtype = dtype_of(module.dtype)
     scale = np.ones(module.out_dim, dtype)
     for pair in pairings:
@@ -313,7 +313,7 @@ def _finish(
     allow_unmatched: bool,
     warnings: Sequence[str],
 ) -> Plan:
-    """Raise everything that is wrong at once, or return the plan with its notes, ``warnings`` first."""
+    """Raise one error with all problems, or return the plan with its notes, ``warnings`` first."""
     placed = [row for pair in found.pairings for row in pair.rows(adapter.name)]
     rows = [*placed, *found.unchanged, *found.refused]
     order = {name: place for place, name in enumerate(adapter.tensor_names)}
@@ -324,12 +324,12 @@ def _finish(
     if caster.problems:
         raise AdapterError(
             f"adapter '{adapter.name}' has values that can't be used with {where}",
-            "train or save it again with finite values; a float32 or bfloat16 graph takes larger ones",
+            "train or save it again with finite values; a float32 or bfloat16 graph takes larger values",
             _listed(caster.problems),
         )
     lost = unaccounted(adapter.tensor_names, rows)
     if lost:
-        raise SiteError(f"adapter '{adapter.name}' has tensors that the plan does not speak of", "", lost)
+        raise SiteError(f"adapter '{adapter.name}' has tensors that are missing from the plan", "", lost)
     notes = [*warnings, *found.notes, *caster.notes()]
     if refused:
         left = ", ".join(row.parameter for row in refused[:4]) + (", …" if len(refused) > 4 else "")

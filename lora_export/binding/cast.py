@@ -1,4 +1,4 @@
-"""An adapter's factors in a graph's dtype: scaling folded in, rounded once, nothing lost in silence."""
+"""Convert an adapter's factors to a graph's dtype: fold in the scaling, round once, report each loss."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lora_export.adapter import Array, LoraModule
 from lora_export.formats.reading.tensors import value_problems
 from lora_export.storage.rounding import WARN_LOST, WARN_RELATIVE, Rounding
 
-# Beyond what rounding costs (0.2 % in bfloat16): values too small for the dtype.
+# More than rounding costs (0.2 % in bfloat16): values too small for the dtype.
 _EXPLAINED = 0.01
-# Tensors with the greatest loss that are named.
+# Number of tensors that a note names, those with the greatest loss.
 _WORST = 3
 _EXPONENT = {np.dtype(np.float16): 0x7C00, np.dtype(ml_dtypes.bfloat16): 0x7F80}
 
@@ -31,7 +31,7 @@ def wide_of(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
 
 
 class Caster:
-    """Converts, and remembers.
+    """Converter to a graph's dtype that remembers problems, conversions and losses.
 
     Attributes:
         problems: One line for each tensor with values that can't be used.
@@ -104,7 +104,7 @@ class Caster:
             self.losses.append(cost)
 
     def notes(self) -> list[str]:
-        """Return what was converted and what that cost, in words."""
+        """Return the conversions and their cost, in words."""
         converted = [
             f"converted from {source} to {target} ({count} module{'s' if count > 1 else ''})"
             for (source, target), count in sorted(self.converted.items())
@@ -112,19 +112,19 @@ class Caster:
         return converted + [_loss_text(self.losses)] * bool(self.losses)
 
     def warnings(self) -> list[str]:
-        """Return those of the notes that a user should not miss."""
+        """Return the notes that a user should not miss."""
         much = any(cost.relative > WARN_RELATIVE or cost.lost_share > WARN_LOST for cost in self.losses)
         return [_loss_text(self.losses)] * much
 
 
 def _loss_text(losses: Sequence[Rounding]) -> str:
     worst = sorted(losses, key=lambda cost: (-cost.relative, -cost.lost_share, cost.label))[:_WORST]
-    said = [
+    listed = [
         f"{cost.label} (error {cost.relative:.2%}, {cost.lost_share:.2%} of its values became 0)"
         for cost in worst
     ]
     more = f" and {len(losses) - len(worst)} more" if len(losses) > len(worst) else ""
-    return f"values too small for the graph's dtype: {', '.join(said)}{more}"
+    return f"values too small for the graph's dtype: {', '.join(listed)}{more}"
 
 
 def _largest(values: Array) -> float:
@@ -132,15 +132,15 @@ def _largest(values: Array) -> float:
 
 
 def _finite(values: Array) -> bool:
-    """Whether no value is NaN or infinite; empty arrays count as not finite, like `value_problems` says."""
+    """Return True if no value is NaN or infinite; an empty array is not finite, as in `value_problems`."""
     if not values.size:
         return False
     if values.dtype in _EXPONENT:
-        # By the exponent's bits: widening would cost a copy.
+        # Look at the exponent's bits, because widening would cost a copy.
         mask = _EXPONENT[values.dtype]
         bits = values.view(np.uint16)
         return not bool(((bits & mask) == mask).any())
-    # One pass without a mask: a sum with NaN or infinity in it is never finite.
+    # A sum needs one pass and no mask, and is never finite if a value is NaN or infinite.
     with np.errstate(over="ignore", invalid="ignore"):
         total = values.sum()
     return bool(np.isfinite(total)) or bool(np.isfinite(values).all())

@@ -1,4 +1,4 @@
-"""DoRA's factor m / ‖W0 + ΔW‖, one number for each output, from W0 as a graph stores it.
+"""Compute DoRA's factor m / ‖W0 + ΔW‖, one number for each output, from W0 as a graph stores it.
 
 Weight-Decomposed Low-Rank Adaptation, arXiv:2402.09353, equation 5; the norm as PEFT takes it
 (``tuners/lora/dora.py``): of a linear's row, of an embedding's column, of a convolution's filter.
@@ -17,11 +17,11 @@ from lora_export.plan import Refusal
 
 
 def dora_problem(member: Member, weight_of: WeightOf | None) -> Refusal | None:
-    """Return why a module's factor can't be computed; None where it can."""
+    """Return the reason why a module's factor can't be computed; None if it can."""
     if weight_of is None:
         return Refusal(
             "unproven",
-            "DoRA's factor needs the base's weights, and only the graph's record is at hand",
+            "DoRA's factor needs the base's weights, and only the graph's LoRA record is available",
             "convert the adapter with convert-adapter first",
         )
     if not member.stored:
@@ -39,12 +39,12 @@ def dora_factor(lora: LoraModule, member: Member, weight_of: WeightOf, wide: typ
 
     Args:
         lora: A module with a magnitude.
-        member: Its place in the base; ``stored`` says where the canonical weight's rows lie.
+        member: The module of the base; ``stored`` lists where the canonical weight's rows are.
         weight_of: Name of an initializer → its values; may be memory-mapped.
         wide: float32 or float64; W0 + ΔW is computed in it, its squares are summed in float64.
 
     Raises:
-        ValueError: What is stored isn't the whole weight.
+        ValueError: Some rows of the weight are not stored.
     """
     assert lora.magnitude is not None
     rows, cols = lora.matrix_shape

@@ -1,8 +1,8 @@
-"""LoRA inputs that other tools gave a graph, as a record: read from their names and shapes.
+"""Make a LoRA record for a graph that another tool gave LoRA inputs, from their names and shapes.
 
 ``<module>.lora_A.weight`` and ``.lora_B.weight`` are TensorRT-Edge-LLM's and Olive's, with ``.MatMul`` before
-``.weight`` they are onnxruntime-genai's. Such a graph doesn't say what base it was made of; its own identity
-stands for it.
+``.weight`` they are onnxruntime-genai's. Such a graph doesn't say which base it was made from; its own
+identity stands for the base's.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ _DTYPES = {
     ir.DataType.BFLOAT16: "bfloat16",
     ir.DataType.DOUBLE: "float64",
 }
-# Where no dimension says how large a rank may be.
+# Largest rank, if no dimension limits it.
 _ANY_RANK = 1 << 16
 _AGAIN = "make the graph with swap-onnx from the base"
 
 
 @dataclass(frozen=True)
 class ForeignGraph:
-    """What was read from the names; ``genai``: they are those of onnxruntime-genai's model builder."""
+    """LoRA record from names; ``genai``: the names are those of onnxruntime-genai's model builder."""
 
     exposed: ExposedGraph
     genai: bool
 
 
 def foreign_lora(graph: GraphFile) -> ForeignGraph | None:
-    """Return the record of a graph that another tool gave LoRA inputs, or None if it has none.
+    """Return the LoRA record of a graph that another tool gave LoRA inputs, or None if it has none.
 
     Raises:
-        GraphError: There are LoRA tensors that can't be fed or understood; all are listed.
+        GraphError: The graph has LoRA tensors that can't be fed or understood; all are listed.
     """
     inputs = {str(value.name): value for value in graph.graph.inputs}
     constants = {name for name in map(str, graph.graph.initializers) if _NAME.match(name)} - inputs.keys()

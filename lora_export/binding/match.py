@@ -1,6 +1,6 @@
-"""Pair what an adapter changes with the tensors of a graph with exposed LoRA, and check that it fits there.
+"""Pair the targets of an adapter with the tensors of a graph with exposed LoRA, and check that they fit.
 
-A whole parameter that the adapter replaces fits where the graph has tensors for its module: as the change
+A whole parameter that the adapter replaces fits if the graph has tensors for its module: they take the change
 from the base's values, which are read from the graph.
 """
 
@@ -29,14 +29,14 @@ _REPLACED = Refusal("merge only", "replaces the whole parameter, which the graph
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pairing:
-    """A module of an adapter and its place.
+    """Module of an adapter and its site.
 
     Attributes:
         lora: The trained factors.
         module: The pair of tensors of the graph.
         member: The module of the base; for a whole pack one that stands for all of them.
-        how: What was assumed about names, for the plan.
-        from_base: It is, or has, the change from the base's own values to a whole parameter.
+        how: Assumptions about names, for the plan.
+        from_base: True if it has the change from the base's values to a whole parameter.
     """
 
     lora: LoraModule
@@ -47,16 +47,16 @@ class Pairing:
 
     @property
     def has_dora(self) -> bool:
-        """Whether the module's product has a factor."""
+        """True if the module's product has a factor."""
         return self.lora.has_dora
 
     @property
     def whole(self) -> bool:
-        """Whether the factors are those of a pack of several modules."""
+        """True if the factors are those of a pack of several modules."""
         return self.member not in self.module.members
 
     def rows(self, adapter: str) -> list[PlanRow]:
-        """Return what the plan says of its weight, and of its bias if it has one."""
+        """Return the plan's rows for its weight, and for its bias if it has one."""
         lora, module = self.lora, self.module
         part = f"outputs {self.member.start}–{self.member.start + self.member.out_dim} of a pack"
         weight = PlanRow(
@@ -79,14 +79,14 @@ class Pairing:
 
 @dataclass(kw_only=True)
 class Matches:
-    """What `match_modules` found.
+    """Result of `match_modules`.
 
     Attributes:
-        pairings: Modules with a place.
+        pairings: Modules with a site.
         unchanged: Whole parameters that the base holds already.
-        refused: What has no place, with the reason.
-        notes: What was assumed.
-        hints: What would give something without a place one, where more is known than its kind tells.
+        refused: Plan rows of parameters without a site, with the reason.
+        notes: Assumptions.
+        hints: Hints for parameters without a site that are more exact than those of the refusal's kind.
     """
 
     pairings: list[Pairing] = field(default_factory=list)
@@ -96,18 +96,18 @@ class Matches:
     hints: list[str] = field(default_factory=list)
 
     def refuse(self, adapter: str, parameter: str, tensors: Sequence[str], refusal: Refusal) -> None:
-        """Add something without a place."""
+        """Add a parameter without a site."""
         self.refused.append(PlanRow.refused(adapter, parameter, tensors, refusal))
         if refusal.hint and refusal.hint not in self.hints:
             self.hints.append(refusal.hint)
 
 
 def match_modules(adapter: Adapter, exposed: ExposedGraph, where: str, weight_of: WeightOf | None) -> Matches:
-    """Pair what an adapter changes with a graph's modules; everything without a place gets its reason.
+    """Pair the targets of an adapter with a graph's modules; each target without a site gets a reason.
 
     Args:
-        adapter: What to place.
-        exposed: The graph's record.
+        adapter: The adapter to match.
+        exposed: The graph's LoRA record.
         where: The graph's file, for reasons.
         weight_of: The graph's constants; without them every whole parameter is refused.
     """
@@ -148,10 +148,9 @@ def match_modules(adapter: Adapter, exposed: ExposedGraph, where: str, weight_of
 
 
 def split_pack(pairing: Pairing) -> list[Pairing] | Refusal:
-    """Cut a whole pack's factors into its members'; a refusal where that can't be done.
+    """Cut a whole pack's factors into its members'; return a refusal if that is impossible.
 
-    Each rank's column of B must lie within one member: a column that is all zeros changes nothing and is
-    left away.
+    Each rank's column of B must lie within one member; a column of zeros changes nothing and is omitted.
     """
     lora, module = pairing.lora, pairing.module
     used = np.stack([
@@ -166,7 +165,7 @@ def split_pack(pairing: Pairing) -> list[Pairing] | Refusal:
         bias = None if lora.lora_bias is None else lora.lora_bias[rows]
         if not columns.any() and (bias is None or not bias.any()):
             continue
-        # A bias alone: some column that is zero here carries it.
+        # Only a bias is left: a column that is zero here carries it.
         columns = columns if columns.any() else np.arange(len(columns)) == 0
         rank = int(columns.sum())
         part = replace(
@@ -184,7 +183,7 @@ def split_pack(pairing: Pairing) -> list[Pairing] | Refusal:
 
 
 def _unsupported(lora: LoraModule, exposed: ExposedGraph) -> Refusal | None:
-    """Why no graph of this kind can take a module; None where it can."""
+    """Return the reason why no graph of this kind can take a module; None if one can."""
     if lora.experts > 1:
         return Refusal(
             "merge only", f"stacked experts ({lora.experts}) have no tensors of their own in the graph"
@@ -202,15 +201,15 @@ def _unsupported(lora: LoraModule, exposed: ExposedGraph) -> Refusal | None:
 
 
 def _as_exposed(lora: LoraModule, module: ExposedModule) -> LoraModule:
-    """The factors in the graph's form: a Linear may be a convolution of ones, and the other way round."""
+    """Return the factors in the graph's form: a Linear may be a 1×1 convolution there, or the reverse."""
     ones = module.kind in ("linear", "conv") and all(size == 1 for size in module.kernel)
     return lora.with_kernel(len(module.kernel)) if ones and module.groups == 1 and lora.is_pointwise else lora
 
 
 def _as_used(lora: LoraModule, place: Place) -> LoraModule | Refusal:
-    """Return the change of a module's own matrix as the graph uses it, or why that is not known.
+    """Return the change of a module's own matrix as the graph uses it, or the reason why that is unknown.
 
-    A shape that is not square tells; else what the graph's record says, or a weight that kept its name.
+    A shape that is not square tells it; else the LoRA record, or a weight that kept its name.
     """
     module, member = place.module, place.member
     if module.kind == "conv":
@@ -226,21 +225,21 @@ def _as_used(lora: LoraModule, place: Place) -> LoraModule | Refusal:
     if turned is None:
         return Refusal(
             "not exposed",
-            f"the matrix is square {lora.matrix_shape}, and the graph's record doesn't say whether the "
+            f"the matrix is square {lora.matrix_shape}, and the graph's LoRA record doesn't say whether the "
             "module holds its transpose",
         )
     return embedding_of(lora, turned) if module.kind == "embedding" else linear_of(lora, turned)
 
 
 def _kept_turned(lora: LoraModule, member: Member) -> bool | None:
-    """Whether the graph stores the matrix under its own name, that is, as the module holds it, turned."""
+    """Return True if the graph keeps the matrix's own name: as the module holds it, turned for a product."""
     name = f"{lora.path}.{lora.parameter}"
     named = [rows for rows in member.stored if rows.weight == name or name.endswith(f".{rows.weight}")]
     return named[0].transposed if named and len(named) == len(member.stored) else None
 
 
 def _misfit(lora: LoraModule, place: Place, converted: bool) -> Refusal | None:
-    """Why the factors don't fit their place; None where they do."""
+    """Return the reason why the factors don't fit their site; None if they do."""
     module = place.module
     kind = lora.kind
     # A converted file without metadata doesn't tell an embedding from a linear; their layouts are alike.
@@ -258,7 +257,7 @@ def _misfit(lora: LoraModule, place: Place, converted: bool) -> Refusal | None:
 
 
 def _no_bias(lora: LoraModule, module: ExposedModule) -> Refusal | None:
-    """Why the graph can't take a bias of the branch; None where it can."""
+    """Return the reason why the graph can't take a bias of the branch; None if it can."""
     if not module.bias:
         return Refusal("not exposed", "lora_bias: the graph has no tensor for a bias of lora_B")
     if lora.has_dora:
@@ -276,9 +275,9 @@ def _refuse_module(adapter: Adapter, lora: LoraModule, refusal: Refusal, found: 
 
 
 def _place_replaced(adapter: Adapter, finder: Finder, found: Matches, weight_of: WeightOf | None) -> None:
-    """Place whole parameters; weights first, as a bias needs its module's pairing.
+    """Pair whole parameters; weights first, because a bias needs its module's pairing.
 
-    PEFT saves whole embeddings along with LoRA on them; those that weren't trained change nothing.
+    PEFT saves whole embeddings together with LoRA on them; untrained ones change nothing.
     """
     for key, values in sorted(adapter.extras.items(), key=lambda extra: extra[0].endswith(".bias")):
         path, _, leaf = key.rpartition(".")
@@ -307,7 +306,7 @@ def _replace_one(
     weight_of: WeightOf | None,
     tensors: tuple[str, ...],
 ) -> Refusal | None:
-    """Add a whole parameter to the pairings, or return why that can't be done."""
+    """Add a whole parameter to the pairings, or return the reason why that is impossible."""
     path, _, leaf = key.rpartition(".")
     index = next((n for n, pair in enumerate(found.pairings) if pair.lora.path == path), None)
     if isinstance(place, Refusal):
@@ -369,7 +368,7 @@ def _bias_change(
 
 
 def _values_of(stored: Sequence[StoredRows], shape: tuple[int, int], weight_of: WeightOf) -> Array | Refusal:
-    """Return the base's values of a parameter, or that they can't be told."""
+    """Return the base's values of a parameter, or a refusal if they are unknown."""
     try:
         return read_stored(stored, shape, weight_of)
     except KeyError:
@@ -377,7 +376,7 @@ def _values_of(stored: Sequence[StoredRows], shape: tuple[int, int], weight_of: 
 
 
 def _drop_conflicts(adapter: Adapter, found: Matches) -> None:
-    """Two modules of one adapter in one place can't both be right."""
+    """Refuse modules of one adapter that have the same site: they can't both be right."""
     taken = Counter((pair.module.name, pair.member.path) for pair in found.pairings)
     whole = {pair.module.name for pair in found.pairings if pair.whole}
     kept = []

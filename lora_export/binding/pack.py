@@ -1,4 +1,4 @@
-"""Where the factors of modules lie in the tensors of a pack or of a bank.
+"""Compute the positions of modules' factors in the tensors of a pack or of a bank.
 
 A pack holds its members' A side by side and their B on the diagonal; a bank the same of every slot, member
 after member. Of a grouped convolution the rank's channels belong to groups, group after group, and each group
@@ -19,12 +19,12 @@ from lora_export.graph.exposed import ExposedGraph, ExposedModule, Member
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A rectangle of a graph's tensor and what belongs there.
+    """Rectangle of a graph's tensor and its values.
 
     Attributes:
         tensor: Name of A or B.
         index: One slice for each axis.
-        values: Of that rectangle's shape, in the tensor's dtype.
+        values: Values of the rectangle's shape, in the tensor's dtype.
     """
 
     tensor: str
@@ -35,7 +35,7 @@ class Block:
 def blocks_of_factors(
     module: ExposedModule, member: Member, factors: tuple[Array, Array], offset: int, total: int
 ) -> list[Block]:
-    """Return where a member's factors lie in tensors of rank ``total``, their columns from ``offset`` on."""
+    """Return a member's factors as blocks of tensors of rank ``total``, with columns from ``offset`` on."""
     a, b = factors
     outputs = slice(member.start, member.start + member.out_dim)
     if module.kind != "conv":
@@ -71,7 +71,7 @@ def assemble(module: ExposedModule, rank: int, blocks: Sequence[Block]) -> tuple
 
 
 def joined_bias(module: ExposedModule, parts: Sequence[tuple[Member, LoraModule]], caster: Caster) -> Array:
-    """Return the bias of a pair's product, ``(out_dim,)``: zeros where a member has none."""
+    """Return the bias of a pair's product, ``(out_dim,)``: zeros for members without a bias."""
     dtype = dtype_of(module.dtype)
     bias = np.zeros(module.out_dim, dtype)
     for member, lora in parts:
@@ -95,10 +95,10 @@ def blocks_of_slot(
     """Return every rectangle that a slot of a bank owns.
 
     Args:
-        exposed: The bank's record.
+        exposed: The bank's LoRA record.
         slot: Number of the slot.
-        loras: `Member.path` → factors; zeros where there are none, and where their rank ends.
-        caster: Gets what was converted and what can't be.
+        loras: `Member.path` → factors; zeros for members without any, and beyond their rank.
+        caster: Converter, which remembers conversions and problems.
     """
     blocks: list[Block] = []
     for module in exposed.modules:

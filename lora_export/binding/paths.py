@@ -1,7 +1,7 @@
-"""Where a module of an adapter stands in a graph with exposed LoRA, by its path.
+"""Find the site of an adapter's module in a graph with exposed LoRA by its path.
 
-As it is, else with one change of prefix for the whole adapter, with ``self_attn`` called ``attn``, or with
-kohya's underscores. A file that was converted already may name a whole pack as well.
+The path is tried as it is, then with one change of prefix for the whole adapter, with ``self_attn`` called
+``attn``, and with kohya's underscores. A file that was converted already may also name a whole pack.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _WEIGHT = ".weight"
 
 @dataclass(frozen=True)
 class Place:
-    """A module's place.
+    """Site of a module.
 
     Attributes:
         module: The pair of tensors.
         member: The module of the base; for a whole pack one that stands for all of them.
-        how: What was assumed about names, for the plan.
+        how: Assumptions about names, for the plan.
     """
 
     module: ExposedModule
@@ -38,17 +38,17 @@ class Place:
 
 
 class Finder:
-    """Finds places by path.
+    """Finder of sites by path.
 
     Args:
-        adapter: Whose paths they are.
-        exposed: The graph's record.
+        adapter: The adapter that the paths are from.
+        exposed: The graph's LoRA record.
         where: The graph's file, for reasons.
-        others: Returns the names of the graph's constants, which tell what kind of model it is.
+        others: Function that returns the names of the graph's constants, which tell the kind of model.
 
     Attributes:
-        notes: What was assumed for all paths.
-        hint: What would give paths without a place one, where that is known.
+        notes: Assumptions for all paths.
+        hint: Hint for paths without a site, or an empty text.
     """
 
     def __init__(
@@ -77,17 +77,17 @@ class Finder:
         self.hint = self._renaming.hint
 
     def find(self, path: str, component: str | None = None) -> Place | Refusal:
-        """Return the place of a module, or why it has none."""
+        """Return the site of a module, or the reason why it has none."""
         number = self._numbers[_named(path, component)]
         key, problem = self._renaming.names[number], self._renaming.problems.get(number, NOT_FOUND)
         if key is None:
             is_lost = problem.kind == "not found"
             return self._not_found(path) if is_lost else Refusal(problem.kind, str(problem))
-        said = [self._renaming.note] if self._renaming.note else []
-        said += ["path without its dots"] if self._flattened else []
+        notes = [self._renaming.note] if self._renaming.note else []
+        notes += ["path without its dots"] if self._flattened else []
         for variant in names.variants(key):
             if variant.part is None and len(variant.keys) == 1 and variant.keys[0] in self._places:
-                how = [*said, variant.how] if variant.how else said
+                how = [*notes, variant.how] if variant.how else notes
                 return Place(*self._places[variant.keys[0]], "; ".join(how))
         return self._not_found(path)
 
@@ -103,7 +103,7 @@ class Finder:
 
 
 def _places(exposed: ExposedGraph, packs: bool) -> Mapping[str, tuple[ExposedModule, Member]]:
-    """Parameter path in the base → where its change goes."""
+    """Map parameter paths in the base to the module and member that take their change."""
     places = {}
     if packs:
         for module in exposed.modules:

@@ -88,7 +88,7 @@ class Expected:
             )
         again = "run the demo and swap-onnx again"
         try:
-            return from_plain(cls, read_json(path, PackageError, again))
+            return from_plain(cls, read_json(path, PackageError, again, given=folder))
         except FieldError as error:
             raise PackageError(f"{path} is damaged", again, error.problems) from error
 

@@ -193,13 +193,17 @@ class EngineRecord:
         return cls._from_data(json_of(text, where, BackendError, _AGAIN), where)
 
     @classmethod
-    def read(cls, path: Path) -> EngineRecord:
+    def read(cls, path: Path, given: Path | None = None) -> EngineRecord:
         """Read a record's file.
+
+        Args:
+            path: The file.
+            given: What the user named, if the record was only looked for beside or in it; see `read_json`.
 
         Raises:
             BackendError: It can't be read, or as in `from_json`.
         """
-        return cls._from_data(read_json(path, BackendError, _AGAIN), str(path))
+        return cls._from_data(read_json(path, BackendError, _AGAIN, given=given), str(path))
 
     @classmethod
     def _from_data(cls, data: Any, where: str) -> EngineRecord:
@@ -293,7 +297,7 @@ def read_engine(engine: Path) -> EngineRecord:
             f"{engine} has no record beside it ({beside.name})",
             "keep the two files together; lora-export reads engines that lora-export build-engine wrote",
         )
-    record = EngineRecord.read(beside)
+    record = EngineRecord.read(beside, engine)
     size = engine.stat().st_size
     if size != record.size_bytes:
         raise BackendError(

@@ -28,6 +28,7 @@ from lora_export.storage.hashes import FileHash, hash_file
 from lora_export.storage.inputs import refuse_changed_inputs
 from lora_export.untrusted.documents import json_of
 from lora_export.untrusted.fields import FieldError, from_plain
+from lora_export.untrusted.places import is_file
 
 KEY = "lora_export.data"
 _AGAIN = "copy the graph again from where it was made, or make it again"
@@ -35,17 +36,20 @@ _AGAIN = "copy the graph again from where it was made, or make it again"
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """The data files that a graph was written with.
+    """The files that a graph was written with.
 
     Attributes:
         layout: SHA-256 of the name, file, offset and length of every weight.
         files: Identity of each file (`manifest.FileHash`), by its path from the graph's folder.
         blake3: Full hashes of the same files; empty in graphs of earlier versions.
+        manifest: Name of the manifest that was written beside the graph: without it, only the graph would
+            tell that files are missing. Empty if there was none.
     """
 
     layout: str
     files: Mapping[str, str]
     blake3: Mapping[str, str] = field(default_factory=dict)
+    manifest: str = ""
 
 
 def place_problem(path: Path, location: str) -> str:
@@ -141,12 +145,13 @@ def external_tensors(model: ir.Model) -> list[tuple[str, ir.ExternalTensor]]:
     ]
 
 
-def mark_data(model: ir.Model, files: Mapping[str, FileHash]) -> dict[str, FileHash]:
-    """Write the identity of a model's data files into its metadata.
+def mark_data(model: ir.Model, files: Mapping[str, FileHash], manifest: str = "") -> dict[str, FileHash]:
+    """Write the identity of a model's data files into its metadata, with the name of its manifest.
 
     Args:
         model: The model; its constants already refer to the files.
         files: Files with full hashes, by their path from the graph's folder.
+        manifest: See `DataIdentity`.
 
     Returns:
         The files that a constant refers to.
@@ -155,11 +160,12 @@ def mark_data(model: ir.Model, files: Mapping[str, FileHash]) -> dict[str, FileH
     used = {str(held.location) for _, held in tensors}
     known = {place: entry for place, entry in files.items() if place in used}
     model.metadata_props.pop(KEY, None)
-    if known:
+    if known or manifest:
         identity = DataIdentity(
             layout_of(tensors),
             {place: entry.sha256 for place, entry in known.items()},
             {place: entry.blake3 for place, entry in known.items()},
+            manifest,
         )
         model.metadata_props[KEY] = json.dumps(asdict(identity), sort_keys=True)
     return known
@@ -210,7 +216,7 @@ def refuse_changed_data(metadata: Mapping[str, str], path: Path, layout: Callabl
     changed = [
         f"{file}: sha256 {found}, but the graph was written with {sha256}"
         for place, sha256 in identity.files.items()
-        if (file := path.parent / place).is_file() and (found := hash_file(file).sha256) != sha256
+        if is_file(file := path.parent / place) and (found := hash_file(file).sha256) != sha256
     ]
     if changed and layout() == identity.layout:
         raise GraphError(

@@ -30,6 +30,7 @@ from lora_export.graph.read_model import inlined, read_model
 from lora_export.graph.scale_shapes import scale_problems
 from lora_export.storage.inputs import note_inputs
 from lora_export.storage.sums import seal
+from lora_export.untrusted.places import is_file
 from lora_export.untrusted.shown import limited
 
 # Limit of named tensors whose data is missing: usually it is all tensors of a file.
@@ -197,7 +198,7 @@ def _external_problems(value: ir.Value, file: Path) -> Iterator[str]:
         yield f"{value.name}: {problem}"
         return
     path = Path(tensor.path)
-    if not path.is_file():
+    if not is_file(path):
         yield f"{value.name}: external data file {location!r} does not exist"
         return
     needed, offset = byte_size(tensor), tensor.offset or 0

@@ -14,6 +14,7 @@ from lora_export.integrity.claims import SUMS, Claim, Description, description_o
 from lora_export.storage.hashes import hash_file, identity_of, is_sampled
 from lora_export.storage.sums.full import file_digest
 from lora_export.storage.sums.seal import find_seal
+from lora_export.untrusted.places import is_file
 
 State = Literal["ok", "sampled", "unhashed", "not described", "changed", "missing", "outside"]
 # The states by strength: of several findings on one file, the first in this order decides.
@@ -116,7 +117,7 @@ def verify(
         if not (path.is_file() or path.is_dir()):
             raise LoraExportError(f"no file or folder at {path}", "check the path")
         before = check.compared
-        check.look_at_all(_files(path))
+        check.look_at_all(_files(path), path)
         if check.compared == before:
             bare.append(str(path))
     if bare:
@@ -134,7 +135,7 @@ def _files(path: Path) -> Iterator[Path]:
     if not path.is_dir():
         yield path
         for beside in sorted(path.parent.iterdir()):
-            if beside != path and beside.is_file() and _may_name(beside, path.name):
+            if beside != path and beside.is_file() and _may_name(beside, path):
                 yield beside
         return
     count = 0
@@ -152,12 +153,12 @@ def _files(path: Path) -> Iterator[Path]:
             yield file
 
 
-def _may_name(beside: Path, name: str) -> bool:
+def _may_name(beside: Path, path: Path) -> bool:
     """Return whether a file describes another one, or may have before it was damaged."""
-    description = description_of(beside)
+    description = description_of(beside, path)
     if description is None:
         return False
-    if any(claim.place == name for claim in description.claims):
+    if any(claim.place == path.name for claim in description.claims):
         return True
     seal = find_seal(beside)
     is_broken = seal is not None and seal.seen(beside) != seal.digest
@@ -179,21 +180,27 @@ class _Check:
     states: dict[str, FileState] = field(default_factory=dict)
     compared: int = 0
     _digests: dict[tuple[str, str], str] = field(default_factory=dict)
-    _seen: set[str] = field(default_factory=set)
+    _seen: set[tuple[str, str]] = field(default_factory=set)
     _named: list[Path] = field(default_factory=list)
 
-    def look_at_all(self, paths: Iterable[Path]) -> None:
-        """Check files and the files that they describe, which may describe others in turn."""
-        for path in paths:
-            self._look_at(path)
-        while self._named:
-            self._look_at(self._named.pop())
+    def look_at_all(self, paths: Iterable[Path], given: Path) -> None:
+        """Check files and the files that they describe, which may describe others in turn.
 
-    def _look_at(self, path: Path) -> None:
+        Args:
+            paths: The files.
+            given: The folder or file that the user named.
+        """
+        for path in paths:
+            self._look_at(path, given)
+        while self._named:
+            self._look_at(self._named.pop(), given)
+
+    def _look_at(self, path: Path, given: Path) -> None:
         """Compare a file with its own seal, and the files that it describes with their descriptions."""
-        if (real := os.path.realpath(path)) in self._seen:
+        # By its name, too: what a file says of others is known by that, and a link may have another one.
+        if (known := (os.path.realpath(path), path.name)) in self._seen:
             return
-        self._seen.add(real)
+        self._seen.add(known)
         state = self._state(path)
         state.matters |= path.suffix in _LOADED
         seal, is_broken = find_seal(path), False
@@ -206,7 +213,7 @@ class _Check:
             state.add("changed" if detail else "ok", path.name, detail)
             is_broken = bool(detail)
         # A damaged graph is not read; a damaged list may still tell which files there are.
-        description = None if is_broken and path.suffix == ".onnx" else description_of(path)
+        description = None if is_broken and path.suffix == ".onnx" else description_of(path, given)
         if description is None:
             return
         for problem in description.problems:
@@ -222,28 +229,23 @@ class _Check:
             self._compare(claim, path)
         self._compare_identity(description, path)
         for place in description.uses:
-            if place not in {claim.place for claim in description.claims}:
-                used = self._state(path.parent / place)
-                used.matters = True
-                used.add(
-                    "not described", path.name, "it holds weights of this graph, which has no hash of it"
-                )
+            if place in {claim.place for claim in description.claims} or self._is_outside(place, path):
+                continue
+            used = self._state(path.parent / place)
+            used.matters = True
+            used.add("not described", path.name, "it holds weights of this graph, which has no hash of it")
 
     def _state(self, path: Path) -> FileState:
         shown = Path(os.path.normpath(path))
         return self.states.setdefault(os.path.realpath(path), FileState(shown))
 
     def _compare(self, claim: Claim, by: Path) -> None:
-        path = by.parent / claim.place
-        if place_problem(by, claim.place):
-            # Not joined: a claim may not be about a file elsewhere.
-            key = f"{by}\0{claim.place}"
-            outside = self.states.setdefault(key, FileState(Path(f"{by}: {claim.place}")))
-            outside.add("outside", by.name, "a set's files must be in its folder, without links out of it")
+        if self._is_outside(claim.place, by):
             return
+        path = by.parent / claim.place
         state = self._state(path)
         try:
-            size = path.stat().st_size if path.is_file() else None
+            size = path.stat().st_size if is_file(path) else None
             if size is None:
                 state.add("missing", by.name, "it does not exist")
             elif claim.size_bytes is not None and size != claim.size_bytes:
@@ -254,6 +256,16 @@ class _Check:
                 self._named.append(path)
         except OSError as error:
             state.add("missing", by.name, f"it can't be read: {error.strerror or error}")
+
+    def _is_outside(self, place: str, by: Path) -> bool:
+        """Return whether a place that a file names is out of its folder, after adding that finding."""
+        if not place_problem(by, place):
+            return False
+        # Not joined: a claim may not be about a file elsewhere.
+        key = f"{by}\0{place}"
+        outside = self.states.setdefault(key, FileState(Path(f"{by}: {place}")))
+        outside.add("outside", by.name, "a set's files must be in its folder, without links out of it")
+        return True
 
     def _compare_hash(self, claim: Claim, path: Path, size: int, state: FileState, by: Path) -> None:
         if not (claim.blake3 or claim.sha256):
@@ -284,7 +296,7 @@ class _Check:
         """Compare the common identity of graph and data in the manifest of an earlier version's merge."""
         paths = [by.parent / claim.place for claim in description.claims]
         inside = not any(place_problem(by, claim.place) for claim in description.claims)
-        if not description.identity or not inside or not all(path.is_file() for path in paths):
+        if not description.identity or not inside or not all(map(is_file, paths)):
             return
         self.compared += 1
         found = identity_of(map(hash_file, paths))

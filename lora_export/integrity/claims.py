@@ -21,6 +21,7 @@ from lora_export.storage.hashes import FileHash
 from lora_export.storage.sums.seal import find_seal
 from lora_export.untrusted.documents import MAX_BYTES, open_regular, read_json
 from lora_export.untrusted.fields import FieldError, from_plain
+from lora_export.untrusted.links import leads_out
 
 SUMS = "SHA256SUMS"
 MANIFEST_SUFFIX, MANIFEST_NAME = ".lora.json", "lora.json"
@@ -91,16 +92,19 @@ class _Earlier:
     outputs: _Outputs
 
 
-def description_of(path: Path) -> Description | None:
+def description_of(path: Path, given: Path) -> Description | None:
     """Return the claims of a file about others; None if it is of a kind that has none.
 
     Args:
         path: A regular file.
+        given: The folder or file that the user named, out of which no list of files may lead.
     """
-    if path.name == SUMS:
-        return _sums(path)
-    if path.suffix == ".json":
-        return _json(path)
+    if path.name == SUMS or (path.suffix == ".json" and _may_list(path)):
+        if problem := leads_out(path, given):
+            return Description(problems=(f"it {problem}",))
+        return _sums(path) if path.name == SUMS else _json(path)
+    if path.name == _EDGE_LLM_CONFIG and _is_ours(path.parent / EDGE_LLM_NAME):
+        return Description(problems=(f"it is not the config that {EDGE_LLM_NAME} was written with",))
     if path.suffix == ".onnx":
         return _graph(path)
     if path.name == EDGE_LLM_NAME and find_seal(path) is not None:
@@ -122,14 +126,17 @@ def _sums(path: Path) -> Description:
     return Description(claims, problems=tuple(problems))
 
 
-def _json(path: Path) -> Description | None:
+def _may_list(path: Path) -> bool:
+    """Return whether a JSON file is a list of files by its seal, its name, or the engine beside it."""
+    return find_seal(path) is not None or _is_manifest(path) or path.with_suffix(".engine").is_file()
+
+
+def _is_manifest(path: Path) -> bool:
+    return path.name == MANIFEST_NAME or path.name.endswith(MANIFEST_SUFFIX)
+
+
+def _json(path: Path) -> Description:
     sealed = find_seal(path) is not None
-    named = path.name == MANIFEST_NAME or path.name.endswith(MANIFEST_SUFFIX)
-    of_engine = path.with_suffix(".engine").is_file()
-    if not (sealed or named or of_engine):
-        if path.name == _EDGE_LLM_CONFIG and _is_ours(path.parent / EDGE_LLM_NAME):
-            return Description(problems=(f"it is not the config that {EDGE_LLM_NAME} was written with",))
-        return None
     try:
         data = read_json(path)
     except LoraExportError as error:
@@ -139,7 +146,7 @@ def _json(path: Path) -> Description | None:
     # A folder of TensorRT-Edge-LLM has its config's own keys at the top.
     ours = data["lora_export"] if isinstance(data.get("lora_export"), dict) else data
     if not sealed and "files" not in ours:
-        return _earlier_manifest(data) if named else _earlier_record(path)
+        return _earlier_manifest(data) if _is_manifest(path) else _earlier_record(path)
     try:
         listed = from_plain(_Listing, ours, known_only=False).files
     except FieldError as error:
@@ -193,5 +200,7 @@ def _graph(path: Path) -> Description:
     claims = [
         Claim(place, identity.blake3.get(place, ""), sha256) for place, sha256 in identity.files.items()
     ]
+    if identity.manifest:
+        claims.append(Claim(identity.manifest))
     unsealed = bool(identity.blake3) and find_seal(path) is None
     return Description(tuple(claims), tuple(sorted(used)), is_unsealed=unsealed)

@@ -1,1 +1,1 @@
-"""What is written: one file for each verb that makes a graph, a checkpoint or an adapter."""
+"""Write graphs, checkpoints and adapters: one file for each verb."""

@@ -1,8 +1,8 @@
-"""N adapters resident in one ONNX graph, chosen for each row of the batch.
+"""Make N adapters resident in one ONNX graph, chosen for each row of the batch.
 
-One more input, ``lora.adapter_weights`` ``[batch, n_slots]``: a one-hot row chooses an adapter, zeros are
-the base, other values blend. Two dense products a module, ``((x·A_all) · weights)·B_all``, with all A side by
-side: mixed ranks need no padding, and nothing but standard operators is used.
+The graph gets an input ``lora.adapter_weights`` ``[batch, n_slots]``: a one-hot row chooses an adapter, zeros
+are the base, other values blend. A module has two dense products, ``((x·A_all) · weights)·B_all``, with all A
+side by side, so that mixed ranks need no padding and standard operators are enough.
 """
 
 from __future__ import annotations
@@ -68,35 +68,35 @@ def bank_onnx(
 
     Args:
         base: An ONNX file from any exporter, or a Hugging Face checkpoint folder, which is then captured.
-        adapters: Slot's name → what `load_adapter` reads, or an `Adapter`.
+        adapters: Slot's name → path for `load_adapter`, or an `Adapter`.
         output: The ``.onnx`` file to write.
         component: The part of the adapters that belongs to the base: ``unet``, ``text_encoder``, … of files
             that serve several models, else the path of a submodel, ``model.encoder``.
         resident: ``initializers``: the adapters are constants; ``inputs``: their tensors are inputs, with the
             adapters as defaults, so that slots can be replaced while it runs.
-        slot_rank: With ``inputs``, the rank that each slot has room for in every module; that of its adapter
-            if left out.
+        slot_rank: With ``inputs``, the rank that each slot has room for in every module; by default that of
+            its adapter.
         flavour: With ``inputs``, ``ort`` gives them defaults and ``tensorrt`` makes them plain inputs.
         pack: One product for siblings that read the same activation.
         fuse_base: Also compute q, k and v of the base in one product; see `swap_onnx`.
         batch_input: Name of the input whose first axis is the batch; the first input with a free one.
-        checkpoint: The folder that ``base`` was exported from: matches by name are verified by content. None:
-            the one that an adapter names as its base, where it is on this machine; False: names alone.
-        dtype: Of a captured folder: ``float32`` (if left out), ``float16`` or ``bfloat16``.
+        checkpoint: Folder that ``base`` was exported from: matches by name are verified by content. None: the
+            one that an adapter names as its base, if it is on this machine; False: names alone.
+        dtype: Dtype of a captured folder: ``float32`` (the default), ``float16`` or ``bfloat16``.
         kv_cache: Capture a decoder with its key-value cache as inputs and outputs.
         share_base: Leave the weights in the base's own data files.
-        allow_unmatched: Go on without what has no place.
+        allow_unmatched: Leave out parameters that have no site.
         force: Replace existing output files.
         dry_run: Make the plan and write nothing.
-        progress: Called with the number of bytes just written.
+        progress: Function that is called with the number of bytes just written.
 
     Returns:
-        The plan, the record and the files.
+        The plan, the LoRA record and the files.
 
     Raises:
         AdapterError: An adapter can't be read, or holds values that are not finite; a name is not usable.
         GraphError: The base can't be read, or has exposed LoRA already.
-        SiteError: Modules have no place in the graph, or rows that are not the batch's.
+        SiteError: Modules have no site in the graph, or rows that are not the batch's.
         OutputError: The output exists or can't be written.
     """
     out, base = Path(output), Path(base)
@@ -136,15 +136,15 @@ def bank_onnx(
 
 @dataclass(frozen=True, kw_only=True)
 class _Form:
-    """What a bank looks like.
+    """Form of a bank.
 
     Attributes:
-        resident: What the adapters' tensors are.
-        slot_rank: Rank that every slot has room for, if the user says one.
-        flavour: Who is to run it.
+        resident: Kind of the adapters' tensors: ``initializers`` or ``inputs``.
+        slot_rank: Rank that every slot has room for, if the user gives one.
+        flavour: Runtime that it is for.
         pack: One product for siblings.
         fuse_base: The base's siblings are computed in one product, too.
-        batch_input: Name of the input that has the batch, if the user says one.
+        batch_input: Name of the input with the batch, if the user gives one.
     """
 
     resident: Resident
@@ -158,7 +158,7 @@ class _Form:
 def _refuse_before_capture(
     base: Path, adapters: Sequence[Adapter], slot_rank: int | None, *, allow_unmatched: bool
 ) -> None:
-    """Refuse adapters that no graph of a folder could hold: it need not be captured first."""
+    """Refuse adapters that no graph of a folder could hold, before it is captured."""
     refuse_unsuited(adapters, base, allow_unmatched=allow_unmatched, bank=True)
     if not allow_unmatched:
         modules = [module for adapter in adapters for module in adapter.modules.values()]
@@ -173,7 +173,7 @@ def _fill(
     ranks = _ranks(union, len(adapters), form.slot_rank)
     if form.fuse_base:
         branches, notes = fuse_calls(graph, branches)
-    # Slots that are replaced are rectangles of one B.
+    # Slots that can be replaced are rectangles of one B.
     cut = form.resident == "initializers"
     bundles = [with_ranks(bundle, ranks) for bundle in bundles_of(branches, form.pack, cut)]
     same_symbol = form.flavour == "tensorrt"
@@ -216,12 +216,12 @@ def _load(adapters: Mapping[str, PathLike | Adapter], component: str | None) -> 
 
 
 def _ranks(union: Union, slots: int, room: int | None) -> dict[str, tuple[int, ...]]:
-    """Return module's path → the rank of each slot.
+    """Return path of a module → rank of each slot.
 
     Args:
         union: The branches and each slot's factors.
         slots: Number of slots.
-        room: Rank that every slot is to have, if it is not that of its adapter.
+        room: Rank of every slot, if it is not that of its adapter.
     """
     found, largest = {}, []
     for branch in union.branches:
@@ -233,7 +233,7 @@ def _ranks(union: Union, slots: int, room: int | None) -> dict[str, tuple[int, .
 
 
 def _refuse_ranks(modules: Sequence[tuple[str, int, int]], room: int | None) -> None:
-    """Raise `AdapterError` where slots of a rank are too small for modules, given as path, rank, groups."""
+    """Raise `AdapterError` if slots of a rank are too small for modules, given as path, rank, groups."""
     if room is None:
         return
     problems = [
@@ -259,7 +259,7 @@ def _tensors(
     bundles: Sequence[Bundle],
     caster: Caster,
 ) -> dict[str, Tensors]:
-    """Make each module's A_all and B_all; NaN is refused, it would reach rows that don't use its slot."""
+    """Make each module's A_all and B_all; refuse NaN, which would reach rows that don't use its slot."""
     blocks: dict[str, list[Block]] = defaultdict(list)
     for slot, mine in enumerate(loras):
         for block in blocks_of_slot(record, slot, mine, caster):

@@ -1,4 +1,4 @@
-"""Write the base graph of a checkpoint: what merge, swap and bank graphs can then be made from, and share."""
+"""Write the base graph of a checkpoint, from which merge, swap and bank graphs can then be made."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def capture_onnx(
     """Write a Hugging Face checkpoint as ``output`` and ``output.data``.
 
     Args:
-        checkpoint: What ``save_pretrained`` wrote.
+        checkpoint: Folder that ``save_pretrained`` wrote.
         output: The ``.onnx`` file to write.
-        dtype: Of weights, inputs and outputs: ``float32``, ``float16`` or ``bfloat16``.
-        kv_cache: For decoders: keys and values of past tokens are inputs and outputs.
+        dtype: Dtype of weights, inputs and outputs: ``float32``, ``float16`` or ``bfloat16``.
+        kv_cache: Make keys and values of past tokens inputs and outputs; for decoders.
         force: Replace existing output files.
 
     Returns:
         The graph and its data.
 
     Raises:
-        LoraExportError: As `capture.capture_checkpoint`; `OutputError` where a file exists or the name does
-            not end in ``.onnx``.
+        LoraExportError: As `capture.capture_checkpoint`; `OutputError` if a file exists or the name does not
+            end in ``.onnx``.
     """
     graph = Path(output)
     data = output_paths(graph)["data"]
@@ -48,7 +48,7 @@ def capture_onnx(
     with (
         output_errors(graph),
         OutputSet(force, reads) as outputs,
-        # Beside the output, so that gigabytes are renamed and not copied.
+        # The folder is beside the output, so that gigabytes are renamed and not copied.
         scratch_folder(graph.parent) as scratch,
     ):
         made = capture_checkpoint(checkpoint, scratch / graph.name, dtype=dtype, kv_cache=kv_cache)

@@ -1,4 +1,4 @@
-"""Convert an adapter for one graph with exposed LoRA: checked against it, and in the layout of its inputs."""
+"""Convert an adapter for one graph with exposed LoRA: check it against the graph, use its inputs' layout."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ from lora_export.storage.inputs import same_inputs
 from lora_export.storage.outputs import OutputSet, output_errors, refuse_existing, refuse_inputs
 
 PathLike = str | os.PathLike[str]
-# What other runtimes know: no factors, biases, or packs whose B is cut.
+# Features that other runtimes lack: factors, biases, and packs whose B is cut.
 _EVERYWHERE = (".lora_A.weight", ".lora_B.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertReport:
-    """What a conversion did, or with ``dry_run`` would do.
+    """Result of a conversion, or with ``dry_run`` the result that it would have.
 
     Attributes:
-        adapter: Its name.
+        adapter: Name of the adapter.
         graph: File name of the graph that it is for.
-        format: Key of `WRITERS`.
-        output: What was (or would be) written.
+        format: Format, a key of `WRITERS`.
+        output: File or folder that was (or would be) written.
         plan: A row for each parameter of the adapter.
         ranks: Name of a pair of tensors → its rank.
-        size_bytes: Of the tensors.
-        notes: What was converted, padded, assumed or left out.
-        warnings: Those of the notes that a user should not miss.
-        dry_run: Nothing was written.
+        size_bytes: Size of the tensors.
+        notes: Conversions, padding, assumptions and omissions.
+        warnings: The notes that a user should not miss.
+        dry_run: True if nothing was written.
     """
 
     adapter: str
@@ -94,14 +94,14 @@ def convert_adapter(
     """Write an adapter as the tensors that a graph takes, scaling folded in.
 
     Args:
-        adapter: What `load_adapter` reads, or an `Adapter`.
+        adapter: Path for `load_adapter`, or an `Adapter`.
         graph: The ``.onnx`` file that it is for: of `swap_onnx`, or one that another tool gave LoRA inputs.
         output: File (or for ``edge-llm`` folder) to write.
-        format: A key of `WRITERS`; by default what the output's suffix says.
+        format: Format, a key of `WRITERS`; by default that of the output's suffix.
         component: The part of the adapter that belongs to the graph, see `load_adapter`.
-        allow_unmatched: Go on without what has no place in the graph.
-        any_base: Go on with a file that was converted for another base, unless its values were computed from
-            that one: DoRA's factors, changes that make whole parameters.
+        allow_unmatched: Leave out parameters that have no site in the graph.
+        any_base: Accept a file that was converted for another base, unless its values were computed from that
+            base: DoRA's factors, changes that make whole parameters.
         force: Replace an existing output.
         dry_run: Check and plan, and write nothing.
 
@@ -113,13 +113,13 @@ def convert_adapter(
         BackendUnavailable: The format needs onnxruntime, and it is not installed.
         GraphError: The graph can't be read, has no exposed LoRA, or is a bank.
         OutputError: The output exists, can't be written, or its name doesn't fit the format.
-        SiteError: Something of the adapter has no place in the graph; everything is listed.
+        SiteError: Parameters of the adapter have no site in the graph; all are listed.
     """
     target, file = Path(output), load_graph(graph)
     exposed, genai = _exposed(file)
     form = _form_of(target, format, file, genai=genai)
     loaded = as_adapter(adapter, component)
-    said = refuse_other_components([loaded], [file.path.parent])
+    notes = refuse_other_components([loaded], [file.path.parent])
     reads = [*graph_files(file), *files_read(file.path, [loaded])]
     refuse_inputs([target], reads)
     if not dry_run:
@@ -144,7 +144,7 @@ def convert_adapter(
         plan=binding.plan,
         ranks=binding.ranks,
         size_bytes=sum(values.nbytes for values in binding.tensors.values()),
-        notes=(*said, *binding.notes),
+        notes=(*notes, *binding.notes),
         warnings=binding.warnings,
         dry_run=dry_run,
     )
@@ -152,11 +152,11 @@ def convert_adapter(
 
 @dataclass(frozen=True)
 class _Form:
-    """The form in which an adapter is written.
+    """Form in which an adapter is written.
 
     Attributes:
-        name: Key of `WRITERS`.
-        writer: What it says of itself, and how it is written.
+        name: Name of the form, a key of `WRITERS`.
+        writer: Facts of the form, and the function that writes it.
     """
 
     name: str
@@ -164,11 +164,11 @@ class _Form:
 
     @property
     def is_folder(self) -> bool:
-        """Whether several files are written."""
+        """True if several files are written."""
         return not self.writer.suffix
 
     def typed(self, exposed: ExposedGraph) -> ExposedGraph:
-        """Return a graph's record with the type that the form has for all tensors, if it has one."""
+        """Return a LoRA record with the dtype that the form has for all tensors, if it has one."""
         dtype = self.writer.dtype
         if not dtype:
             return exposed
@@ -184,7 +184,7 @@ class _Form:
 
 
 def _exposed(file: GraphFile) -> tuple[ExposedGraph, bool]:
-    """Return the graph's record, and whether its tensors have onnxruntime-genai's own names."""
+    """Return the graph's LoRA record, and True if its tensors have onnxruntime-genai's own names."""
     if KEY not in file.model.metadata_props:
         if found := foreign_lora(file):
             return found.exposed, found.genai
@@ -241,14 +241,14 @@ def _check_output(output: Path, form: _Form, file: GraphFile, *, genai: bool) ->
 
 
 def _check_folder(output: Path) -> None:
-    """Refuse to replace a folder with more in it than an earlier conversion has written."""
+    """Refuse to replace a folder that holds more than an earlier conversion has written."""
     if output.is_dir():
         refuse_strangers(output, own_files(output), "converted adapter")
 
 
 def _provenance(adapter: Adapter, exposed: ExposedGraph, binding: Binding) -> Provenance:
     kinds = {module.name: module.kind for module in exposed.modules if module.kind != "linear"}
-    # Of a file that was converted before: the adapter that it was made of.
+    # For a file that was converted before, this is the adapter that it was made from.
     made_of = adapter.config if is_converted(adapter.config) else {}
     return Provenance(
         adapter=str(made_of.get("adapter") or adapter.name),

@@ -1,7 +1,7 @@
 """Merge adapters into a Hugging Face folder: W0 + Σ wᵢ·ΔWᵢ, streamed from shard to shard.
 
-Everything but the changed weights stays as it was: the shards, the order of their tensors, the headers'
-metadata, config, tokenizer and other small files. The output folder appears as a whole or not at all.
+All but the changed weights stays as it was: the shards, the order of their tensors, the headers' metadata,
+config, tokenizer and other small files. The output folder appears as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -47,29 +47,29 @@ def merge_checkpoint(
 ) -> MergeReport:
     """Write ``base`` with adapters merged into it to the folder ``output``.
 
-    Sums are made in float32 (float64 where the base is) and rounded once to the type they are stored in.
+    Sums are computed in float32 (float64 if the base's are) and rounded once to the dtype they are stored in.
 
     Args:
         base: Folder with config.json and safetensors.
         adapters: Paths or `Adapter` values.
         output: The folder to create.
-        weights: One factor for each adapter's ΔW; 1 if left out.
+        weights: Factor of each adapter's ΔW; 1 by default.
         component: The part of the adapters that belongs to the base: ``unet``, ``text_encoder``, … of files
             that serve several models, else the path of a submodel, ``model.encoder``.
-        dtype: ``float32``, ``float16`` or ``bfloat16`` for all float tensors; as they are if left out.
-        allow_unmatched: Leave out what has no place in the base, instead of refusing.
-        resize: Where an adapter holds a whole embedding and head with more rows, for new tokens: give the
-            base these rows.
-        force: Replace ``output``, if an earlier merge wrote all that is in it.
+        dtype: ``float32``, ``float16`` or ``bfloat16`` for all float tensors; by default their own.
+        allow_unmatched: Leave out parameters that have no site in the base.
+        resize: Give the base rows for new tokens, if an adapter holds a whole embedding and head with more
+            rows.
+        force: Replace ``output``, if an earlier merge wrote all of it.
         dry_run: Only make the plan.
         rounding: ``sample`` measures large weights on evenly spaced blocks, ``exact`` on every element.
-        progress: Called with the number of bytes just written.
+        progress: Function that is called with the number of bytes just written.
 
     Raises:
         AdapterError: An adapter can't be read or blended, is for another architecture, or was trained with
-            further modules (sentence-transformers) that the base has not.
-        CheckpointError: The base is damaged, quantised, or a sum is beyond what the dtype can hold.
-        SiteError: Some of the adapter has no place in the base; all of it is listed.
+            further modules (sentence-transformers) that the base lacks.
+        CheckpointError: The base is damaged, quantised, or a sum is too large for the dtype.
+        SiteError: Parameters of an adapter have no site in the base; all are listed.
         OutputError: The folder exists, or can't be written.
     """
     loaded, factors = check_blend(adapters, weights, component)
@@ -99,21 +99,22 @@ def merge_checkpoint(
             report = replace(report, roundings=roundings)
             described = [adapter_entry(*pair) for pair in zip(loaded, factors, strict=True)]
             _manifest(merge, report, described, staged).save(staged / MANIFEST)
-        # What is read is refused by the set itself, now once more.
+        # The set itself refuses files that are read, now once more.
         outputs.commit(lambda: _refuse_output(target, folder, force))
     return report
 
 
 def _refuse_output(target: Path, base: Path, force: bool) -> None:
-    """Refuse to write into the base, and to replace what is no model; `refuse_inputs` is for what is read."""
+    """Refuse to write into the base, and to replace a folder that is not a merged model."""
     if base.resolve() in target.resolve().parents:
         raise OutputError(
-            f"the output {target} lies in the base {base}, and would be copied into itself",
+            f"the output {target} is in the base {base}, and would be copied into itself",
             "choose another folder",
         )
     if not target.exists() or not force:
         return
-    # A folder goes as a whole: only one that an earlier merge wrote, never a model that somebody trained.
+    # A folder is removed as a whole: only one that an earlier merge wrote, never a model that somebody
+    # trained.
     ours = target.is_dir() and (not any(target.iterdir()) or (target / MANIFEST).exists())
     if not ours:
         raise OutputError(
@@ -126,7 +127,7 @@ def _refuse_output(target: Path, base: Path, force: bool) -> None:
 def _manifest(
     merge: CheckpointMerge, report: MergeReport, adapters: list[dict[str, Any]], folder: Path
 ) -> Manifest:
-    """Return the record that lies beside the weights in ``folder``, without time or absolute paths."""
+    """Return the manifest beside the weights in ``folder``, without time or absolute paths."""
     base = [hash_file(shard.path) for shard in merge.checkpoint.shards]
     added = [added.name for added in merge.placed.added]
     outputs = {"dtype": merge.dtype or "as the base", "added": added}

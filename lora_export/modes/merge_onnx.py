@@ -64,24 +64,24 @@ def merge_onnx(
 
     Args:
         base: An ONNX file from any exporter, or a Hugging Face checkpoint folder, which is then captured.
-        adapters: What `load_adapter` reads, or `Adapter` values; one or several.
+        adapters: Paths for `load_adapter`, or `Adapter` values; one or several.
         output: The ``.onnx`` file to write.
-        checkpoint: The folder of the checkpoint that ``base`` was exported from. Weights are then found, and
-            every match by name is verified, by content. None: the folder that an adapter names as its base,
-            where it is on this machine; False: names alone.
-        weights: Factor on each adapter's delta; 1 by default.
+        checkpoint: Folder of the checkpoint that ``base`` was exported from. Weights are then found by
+            content, and every match by name is verified. None: the folder that an adapter names as its base,
+            if it is on this machine; False: names alone.
+        weights: Factor of each adapter's ΔW; 1 by default.
         component: The part of the adapters that belongs to the base: ``unet``, ``text_encoder``, … of files
             that serve several models, else the path of a submodel, ``model.encoder``.
-        dtype: Of a captured folder: ``float32`` (if left out), ``float16`` or ``bfloat16``, to which the sum,
-            made in float32, is rounded once.
+        dtype: Dtype of a captured folder: ``float32`` (the default), ``float16`` or ``bfloat16``, to which
+            the sum, computed in float32, is rounded once.
         kv_cache: Capture a decoder with its key-value cache as inputs and outputs.
         share_base: Leave unchanged weights in the base's own data files; the output's data file holds
             only what the adapters changed.
-        allow_unmatched: Go on without the tensors that have no place; the manifest says which.
+        allow_unmatched: Leave out tensors that have no site; the manifest lists them.
         force: Replace existing output files.
         dry_run: Make the plan and write nothing.
         rounding: Measure rounding on a sample of large weights, or ``exact`` on every element.
-        progress: Called with the number of bytes just written.
+        progress: Function that is called with the number of bytes just written.
 
     Returns:
         The plan, the rounding report and the files.
@@ -89,7 +89,7 @@ def merge_onnx(
     Raises:
         AdapterError: An adapter can't be read or used.
         GraphError: The base can't be read.
-        SiteError: Tensors of an adapter have no place in the graph, or none has.
+        SiteError: Tensors of an adapter have no site in the graph, or none has.
         OutputError: The output exists or can't be written.
     """
     out, base = Path(output), Path(base)
@@ -100,7 +100,9 @@ def merge_onnx(
         adapters=loaded,
         factors=factors,
         rounding=rounding,
-        before=history_of(base / MANIFEST if base.is_dir() else base.with_suffix(".lora.json")),
+        before=history_of(base / MANIFEST)
+        if base.is_dir()
+        else history_of(base.with_suffix(".lora.json"), base),
         options=WriteOptions(
             checkpoint=checkpoint,
             dtype=dtype,
@@ -126,16 +128,16 @@ def merge_onnx(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Merging:
-    """One merge on its way.
+    """Merge into a graph.
 
     Attributes:
         base: The graph or folder.
         out: The graph to write.
-        adapters: To be added up.
-        factors: One for each.
-        rounding: How rounding is measured.
-        before: What earlier merges have put into the base.
-        options: The mode's.
+        adapters: Adapters to add.
+        factors: Factor of each adapter.
+        rounding: Measurement of rounding.
+        before: Adapters that earlier merges have put into the base.
+        options: Options of the mode.
     """
 
     base: Path
@@ -147,10 +149,10 @@ class _Merging:
     options: WriteOptions
 
     def in_folder(self) -> CheckpointMerge | None:
-        """Return the merge into a folder's own tensors, where the graph captured from it has no place for it.
+        """Return the merge into a folder's own tensors, if the graph captured from it has no site for it.
 
-        A graph captured in another dtype than float32 holds rounded weights: the sum is made before, and
-        rounded once. Single rows of an embedding have a place in the folder alone, and it knows what is tied.
+        A graph captured in another dtype than float32 holds rounded weights, so the sum is computed before,
+        and rounded once. Single rows of an embedding have a site only in the folder, which also has the ties.
         """
         if not self.base.is_dir():
             return None
@@ -167,7 +169,7 @@ class _Merging:
         )
 
     def run(self, folder: CheckpointMerge | None) -> MergeReport:
-        """Open the base, change its constants and write it; of a dry run only the plan."""
+        """Open the base, change its constants and write it; in a dry run only make the plan."""
         roundings: dict[str, Rounding] = {}
         prepare = _merged_folder(folder, self.rounding, roundings) if folder else None
         reading = open_base(self.base, self.out, self.adapters, self.options, prepare=prepare)
@@ -202,7 +204,7 @@ class _Merging:
         return report
 
     def _planned(self, opened: Base, folder: CheckpointMerge | None) -> tuple[Plan, dict[ir.Value, Change]]:
-        """Return the plan, and what is to change in each constant: nothing after a merge into the folder."""
+        """Return the plan, and the changes of each constant, which are none after a merge into the folder."""
         if folder:
             return folder.placed.plan, {}
         plan, changes = plan_changes(
@@ -215,14 +217,15 @@ class _Merging:
         return opened.verified(plan), changes
 
     def _write_graph(self, opened: Base, report: MergeReport, staged: Mapping[str, Path]) -> None:
-        """Write the graph with its records, and the manifest, beside the data that is written."""
+        """Write the graph with its metadata, and the manifest, beside the written data."""
         model = opened.graph.model
         if self.base.is_dir() and (entries := entries_before(self.before)):
             model.metadata_props[CAPTURED_KEY] = entries
         mark_merged(model, self.adapters, self.factors, opened.identity)
         name = report.outputs["data"].name
         own = {name: hash_written(staged["data"], name)}
-        read = mark_data(model, opened.shared_places(self.out) | own)
+        manifest_name = report.outputs["manifest"].name
+        read = mark_data(model, opened.shared_places(self.out) | own, manifest_name)
         save_graph(model, staged["graph"])
         own[self.out.name] = hash_written(staged["graph"], self.out.name)
         written: dict[str, Any] = {name: path.name for name, path in report.outputs.items()}
@@ -244,7 +247,7 @@ class _Merging:
 def _merged_folder(
     merge: CheckpointMerge, rounding: Mode, roundings: dict[str, Rounding]
 ) -> Callable[[Path], Path]:
-    """Return what writes a merged folder to capture into a temporary one; it fills ``roundings``."""
+    """Return a function that writes a merged folder to capture, and fills ``roundings``."""
     configs = [
         path for path in small_files(merge.checkpoint, merge.placed.changes)[0] if path.suffix == ".json"
     ]
@@ -281,17 +284,17 @@ def export_onnx(
         example_inputs: Positional or keyword inputs to trace with.
         output: The ``.onnx`` file to write.
         dynamic_shapes: As for `torch.export.export`.
-        weights: Factor on each adapter's delta.
+        weights: Factor of each adapter's ΔW.
         component: As for `merge_onnx`.
-        allow_unmatched: Go on without the tensors that have no place.
+        allow_unmatched: Leave out tensors that have no site.
         force: Replace existing output files.
         rounding: As for `merge_onnx`.
 
     Returns:
-        As `merge_onnx`.
+        The result of `merge_onnx`.
 
     Raises:
-        LoraExportError: As `merge_onnx`; `GraphError` where torch.onnx can't export the module.
+        LoraExportError: As `merge_onnx`; `GraphError` if torch.onnx can't export the module.
     """
     from lora_export.base.capture.capture import capture_module
 

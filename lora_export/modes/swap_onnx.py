@@ -1,9 +1,9 @@
-"""Expose LoRA in an ONNX graph: y = W0 x + (x·A)·B beside each target, with A and B as inputs of the graph.
+"""Expose LoRA in an ONNX graph: y = W0 x + (x·A)·B for each target, with A and B as inputs of the graph.
 
-One copy of W0 serves many adapters, which are changed while it runs. Two flavours from one code path: ``ort``
-gives each LoRA tensor an empty default (an initializer of rank 0 of the same name), so that the graph without
-an adapter is the base, bit for bit; ``tensorrt`` makes them plain inputs, because a TensorRT parser takes an
-input with an initializer for a constant and would build the base.
+One copy of W0 serves many adapters, which can be changed between runs. One code path makes two flavours:
+``ort`` gives each LoRA tensor an empty default (an initializer of rank 0 of the same name), so that the graph
+without an adapter is the base, bit for bit; ``tensorrt`` makes them plain inputs, because a TensorRT parser
+takes an input with an initializer for a constant and would build the base.
 """
 
 from __future__ import annotations
@@ -71,35 +71,36 @@ def swap_onnx(
     Args:
         base: An ONNX file from any exporter, or a Hugging Face checkpoint folder, which is then captured.
         output: The ``.onnx`` file to write.
-        adapter: Expose what this one changes, or these together; others of the same modules fit as well.
-        target_modules: And the modules whose path is, or ends in, one of these (PEFT's ``target_modules``).
+        adapter: Adapter, or adapters, whose targets are exposed; others of the same modules fit as well.
+        target_modules: Names of further modules to expose, whose path is, or ends in, one of these (PEFT's
+            ``target_modules``).
         component: The part of the adapters that belongs to the base: ``unet``, ``text_encoder``, … of files
             that serve several models, else the path of a submodel, ``model.encoder``.
         max_rank: Largest rank that an adapter may have; 64, or the adapter's if that is larger.
         flavour: ``ort`` or ``tensorrt``, see above.
         dora: Expose DoRA's factor too.
         pack: One pair of tensors for siblings that read the same activation (q, k, v; gate, up).
-        fuse_base: Also compute q, k and v of the base in one product, where they are separate: faster on a
-            GPU, at the cost of a second copy of these weights with ``share_base``. Implies ``pack``.
-        checkpoint: The folder that ``base`` was exported from: matches by name are verified by content. None:
-            the one that an adapter names as its base, where it is on this machine; False: names alone.
-        dtype: Of a captured folder: ``float32`` (if left out), ``float16`` or ``bfloat16``.
+        fuse_base: Also compute q, k and v of the base in one product, if they are separate: faster on a GPU,
+            at the cost of a second copy of these weights with ``share_base``. Implies ``pack``.
+        checkpoint: Folder that ``base`` was exported from: matches by name are verified by content. None: the
+            one that an adapter names as its base, if it is on this machine; False: names alone.
+        dtype: Dtype of a captured folder: ``float32`` (the default), ``float16`` or ``bfloat16``.
         kv_cache: Capture a decoder with its key-value cache as inputs and outputs.
         share_base: Leave the weights in the base's own data files.
-        allow_unmatched: Go on without modules that have no place.
+        allow_unmatched: Leave out modules that have no site.
         force: Replace existing output files.
         dry_run: Make the plan and write nothing.
-        progress: Called with the number of bytes just written.
-        beside: Name → content of files that belong beside the graph: written with it, all or none. Those that
-            are there already stay.
+        progress: Function that is called with the number of bytes just written.
+        beside: Name → content of files that belong beside the graph: written with it, all or none. Existing
+            ones stay.
 
     Returns:
-        The plan, the record and the files.
+        The plan, the LoRA record and the files.
 
     Raises:
         AdapterError: The adapter can't be read or used, or none and no ``target_modules`` are given.
         GraphError: The base can't be read, or has exposed LoRA already.
-        SiteError: Modules have no place in the graph.
+        SiteError: Modules have no site in the graph.
         OutputError: The output exists or can't be written.
     """
     out, base = Path(output), Path(base)
@@ -131,14 +132,14 @@ def swap_onnx(
 
 @dataclass(frozen=True, kw_only=True)
 class _Form:
-    """What the LoRA of a graph looks like.
+    """Form of the LoRA in a graph.
 
     Attributes:
-        dora: DoRA's factors are exposed too.
-        flavour: Who is to run it.
+        dora: Expose DoRA's factors too.
+        flavour: Runtime that it is for.
         pack: One pair of tensors for siblings.
-        fuse_base: The base's siblings are computed in one product, too.
-        max_rank: As the user says it.
+        fuse_base: Compute the base's siblings in one product, too.
+        max_rank: Largest rank, if the user gives one.
     """
 
     dora: bool
@@ -151,7 +152,7 @@ class _Form:
 def _union(
     opened: Base, adapters: Sequence[Adapter], wanted: Sequence[str], *, dora: bool, allow_unmatched: bool
 ) -> Union:
-    """Place all that is to be exposed: the adapters' modules, and those of the names that are wanted."""
+    """Find the sites of the adapters' modules, and of those with the names in ``target_modules``."""
     resolver = Resolver(opened.graph, opened.weight_of, branches=True)
     union = Union(opened.graph, resolver, allow_unmatched=allow_unmatched, dora=dora)
     union.add_adapters(adapters, opened.identity)
@@ -161,7 +162,7 @@ def _union(
 
 
 def _expose_all(opened: Base, union: Union, form: _Form, base: str) -> tuple[Plan, ExposedGraph]:
-    """Put all branches into the graph, with tensors as inputs; return the plan and the graph's record."""
+    """Put all branches into the graph, with tensors as inputs; return the plan and the LoRA record."""
     graph, branches, notes = opened.graph, union.branches, list[str]()
     if form.fuse_base:
         branches, notes = fuse_calls(graph, branches)
@@ -198,7 +199,7 @@ def _max_rank(wanted: int | None, ranks: Sequence[int]) -> int:
 
 
 def _fixed(bundle: Bundle, branches: Sequence[Branch], flavour: Flavour) -> Bundle:
-    """Fix the rank of a convolution for TensorRT, which builds none with a dynamic number of channels."""
+    """Fix the rank of a convolution for TensorRT, which can't have a dynamic number of channels."""
     if flavour == "ort" or bundle.module.kind != "conv":
         return bundle
     rank = next(branch.rank for branch in branches if branch.path == bundle.module.name)
@@ -247,7 +248,7 @@ def _low_rank(
     shape: Sequence[int],
     axis: int,
 ) -> ir.Value:
-    """Add A or (a part of) B, whose rank lies along ``axis``: a symbol, and 0 in the default."""
+    """Add A or (a part of) B, with the rank along ``axis``: a symbol, and 0 in the default."""
     # B of a grouped convolution has rank/groups channels.
     groups = module.groups if name != module.lora_a else 1
     symbol = module.rank_symbol if groups == 1 else f"{module.rank_symbol}/{groups}"

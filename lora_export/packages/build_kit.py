@@ -2,8 +2,8 @@
 
 It holds the graph prepared for the compiler, a shell script with every flag, checksums, and the engine record
 without the fields that only the device knows. If lora-export is installed on the device, the script uses it;
-otherwise it calls TensorRT's own ``trtexec`` and completes the record with ``finish.py``, which needs the
-standard library only.
+otherwise it calls TensorRT's own ``trtexec``. ``begin.py`` then names and locks the temporary files, and
+``finish.py`` completes the record; both need the standard library only.
 """
 
 from __future__ import annotations
@@ -151,8 +151,9 @@ def _write(plan: BuildPlan, group: Group, source: EngineSource, folder: Path) ->
         for value, tensor in kept.items():  # the next kit is written from the same graph
             value.const_value = tensor
     record.save(folder / "record.json")
-    template = (files("lora_export.packages") / _TEMPLATES / "finish.py").read_text(encoding="utf-8")
-    (folder / "finish.py").write_text(template, encoding="utf-8")
+    for name in ("begin.py", "finish.py"):
+        shipped = (files("lora_export.packages") / _TEMPLATES / name).read_text(encoding="utf-8")
+        (folder / name).write_text(shipped, encoding="utf-8")
     (folder / "build.sh").write_text(_script(plan, group, record.name), encoding="utf-8")
     (folder / "build.sh").chmod(0o755)
     listed = sorted(path for path in folder.iterdir())

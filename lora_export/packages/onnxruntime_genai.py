@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_export.base.checkpoint.links import link_problems
 from lora_export.errors import PackageError
 from lora_export.storage.beside import without_equal
 from lora_export.storage.inputs import note_inputs
 from lora_export.storage.outputs import refuse_replacing
 from lora_export.untrusted.documents import read_json
+from lora_export.untrusted.links import link_problems
 
 CONFIG = "genai_config.json"
 # Files that hold tokenizers, chat templates and processors.
@@ -71,7 +71,7 @@ def companions_of(base: Path, output: Path, force: bool = False) -> Companions:
     if base.is_dir() or not config_path.is_file():
         return nothing
     note_inputs([config_path])
-    config = _read(config_path)
+    config = _read(config_path, base)
     named = list(_graphs(config))
     if base.name not in named:
         return nothing
@@ -99,9 +99,9 @@ def companions_of(base: Path, output: Path, force: bool = False) -> Companions:
     return Companions(files, output, notes, force)
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, base: Path) -> Any:
     hint = "correct the file, or move it away if the output is not for onnxruntime-genai"
-    return read_json(path, PackageError, hint)
+    return read_json(path, PackageError, hint, given=base)
 
 
 def _graphs(config: Any) -> Iterator[str]:

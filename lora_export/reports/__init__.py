@@ -1,8 +1,8 @@
-"""Results as text, pictures and pages.
+"""Show results as text, pictures and pages.
 
-`REPORTS` is what can be written to a file: kind of result → ending of the file → ``module:attribute``,
-imported when it is asked for. Each takes the result and returns what the file holds, text or bytes. A new
-form of report is a module and a line here.
+`REPORTS` lists what can be written to a file: kind of result → ending of the file → ``module:attribute``,
+imported when a report is requested. Each function takes the result and returns the file's content, text or
+bytes. A new form of report is a module and a line here.
 """
 
 _PARITY, _BENCH, _ADAPTER = (f"lora_export.reports.{kind}" for kind in ("parity", "bench", "adapter"))
@@ -35,5 +35,5 @@ REPORTS: dict[str, dict[str, str]] = {
         "svg": f"{_ADAPTER}.to_figure:report_svg",
     },
 }
-# What needs matplotlib.
+# Endings whose reports need matplotlib.
 PICTURES = ("png", "svg")

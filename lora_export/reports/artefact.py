@@ -1,4 +1,4 @@
-"""What a graph, a manifest, an engine's record, a kit or a folder of onnxruntime-genai's says of itself."""
+"""Describe a graph, a manifest, an engine, a kit or a folder for onnxruntime-genai by its own metadata."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from lora_export.graph.exposed import ExposedGraph
     from lora_export.graph.onnx_file import GraphFile
 
-# Kinds of operators, inputs and slots that are named; what there are more of is counted.
+# Number of operators, inputs and slots that are named; the others are counted.
 _NAMED = 8
 _MANIFEST, _RECORD, _GENAI = ".lora.json", "record.json", "genai_config.json"
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """What one file or folder is.
+    """Description of one file or folder.
 
     Attributes:
         kind: ``graph``, ``manifest``, ``engine``, ``kit`` or ``genai folder``.
-        facts: Plain data, as `inspect --json` prints it; of an engine its record.
-        lines: The same for a reader.
+        facts: Plain data, as `inspect --json` prints it; for an engine, its record.
+        lines: The facts as text.
     """
 
     kind: str
@@ -46,12 +46,12 @@ class Artefact:
 
 
 def read_artefact(path: Path) -> Artefact | None:
-    """Read what is not an adapter by its name and content; None for what may be one.
+    """Describe a file or folder that is not an adapter by its name and content; return None if it may be one.
 
     Raises:
         GraphError: A graph or a manifest is damaged.
-        BackendError: An engine's record is.
-        PackageError: A folder's genai_config.json is.
+        BackendError: An engine's record is damaged.
+        PackageError: A folder's genai_config.json is damaged.
     """
     from lora_export.engines.record import is_engine
 
@@ -60,27 +60,27 @@ def read_artefact(path: Path) -> Artefact | None:
             return None
         if (path / _RECORD).is_file() and (path / "build.sh").is_file():
             return _kit(path)
-        return _genai(path) if (path / _GENAI).is_file() else None
+        return _genai(path, path) if (path / _GENAI).is_file() else None
     readers: dict[str, Callable[[Path], Artefact]] = {".onnx": _graph, _MANIFEST: _manifest}
     for ending, read in readers.items():
         if path.name.endswith(ending):
             return read(path)
     if path.name == _GENAI:
-        return _genai(path.parent)
+        return _genai(path.parent, path)
     if is_engine(path):
         return _engine(path)
     return _json(path) if path.suffix == ".json" else None
 
 
 def _json(path: Path) -> Artefact | None:
-    """Tell an engine's record and a folder's manifest from other JSON, by what is in it."""
+    """Describe an engine's record or a folder's manifest; return None for other JSON."""
     from lora_export.engines.record import KIND
     from lora_export.errors import GraphError
     from lora_export.untrusted.documents import read_json
 
     data = read_json(path, GraphError, "give a file that lora-export wrote, or an adapter")
     if isinstance(data, dict) and data.get("kind") == KIND:
-        return _record("engine", path)
+        return _record("engine", path, path)
     return _manifest(path) if isinstance(data, dict) and {"mode", "plan", "base"} <= data.keys() else None
 
 
@@ -145,7 +145,7 @@ def _port(value: ir.Value) -> dict[str, Any]:
 
 
 def _ports(graph: GraphFile, exposed: ExposedGraph | None) -> list[dict[str, Any]]:
-    """Return the inputs that a request feeds: LoRA's are in the LoRA record."""
+    """Return the inputs that a request feeds, without LoRA's, which are in the LoRA record."""
     lora = set(exposed.input_names()) if exposed else set()
     held = lora | set(graph.graph.initializers)
     return [_port(value) for value in graph.graph.inputs if str(value.name) not in held]
@@ -179,8 +179,8 @@ def _lora_lines(exposed: ExposedGraph | None) -> list[str]:
         return ["LoRA      none exposed (a base or merged model)"]
     from lora_export.reports.engine import exposed_lines
 
-    said = exposed_lines(exposed)[0].removeprefix("LoRA: ")
-    return [f"LoRA      {said}, over {exposed.base}"]
+    text = exposed_lines(exposed)[0].removeprefix("LoRA: ")
+    return [f"LoRA      {text}, over {exposed.base}"]
 
 
 # --- manifests, engines, kits, folders ---------------------------------------------------------------
@@ -218,10 +218,10 @@ def _engine(path: Path) -> Artefact:
     return _of_record("engine", read_engine(path))
 
 
-def _record(kind: str, record: Path) -> Artefact:
+def _record(kind: str, record: Path, given: Path) -> Artefact:
     from lora_export.engines.record import EngineRecord
 
-    return _of_record(kind, EngineRecord.read(record))
+    return _of_record(kind, EngineRecord.read(record, given))
 
 
 def _of_record(kind: str, record: EngineRecord) -> Artefact:
@@ -231,18 +231,20 @@ def _of_record(kind: str, record: EngineRecord) -> Artefact:
 
 
 def _kit(path: Path) -> Artefact:
-    kit = _record("kit", path / _RECORD)
+    kit = _record("kit", path / _RECORD, path)
     how = f"kit       not built yet: copy the folder to the device, then: sh {path.name}/build.sh"
     built = sorted(file.name for file in path.glob("*.engine"))
     first = f"kit       built here: {', '.join(built)}" if built else how
     return Artefact("kit", {"record": kit.facts, "built": built}, (first, *kit.lines))
 
 
-def _genai(path: Path) -> Artefact:
+def _genai(path: Path, given: Path) -> Artefact:
     from lora_export.errors import PackageError
     from lora_export.untrusted.documents import read_json
+    from lora_export.untrusted.places import is_file
 
-    config = read_json(path / _GENAI, PackageError, "have onnxruntime-genai's builder write it again")
+    hint = "have onnxruntime-genai's builder write it again"
+    config = read_json(path / _GENAI, PackageError, hint, given=given)
     model = config.get("model") if isinstance(config, dict) else None
     if not isinstance(model, dict):
         raise PackageError(f"{path / _GENAI} has no 'model' that is an object", "give the folder of a model")
@@ -256,7 +258,7 @@ def _genai(path: Path) -> Artefact:
     ]
     for name, part in parts.items():
         file = path / str(part["filename"])
-        there = "" if file.is_file() else ", which is missing"
+        there = "" if is_file(file) else ", which is missing"
         lines.append(f"{name:<9} {part['filename']}{there}")
     lines += [f"adapter   {name}" for name in adapters]
     return Artefact("genai folder", facts, tuple(lines))

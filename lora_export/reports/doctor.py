@@ -1,4 +1,4 @@
-"""A `DoctorReport` as text."""
+"""Write a `DoctorReport` as text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHOWN_PROVIDERS = {"CUDAExecutionProvider": "CUDA", "CPUExecutionProvider": "CP
 
 
 def doctor_lines(report: DoctorReport) -> list[str]:
-    """Return what a user reads."""
+    """Return the lines that a user reads."""
     lines = [f"lora-export {report.version}, Python {report.python}, {report.platform}", "", "GPUs"]
     lines += (
         [f"  {line}" for line in align([_gpu(gpu) for gpu in report.gpus.gpus])] if report.gpus.gpus else []
@@ -68,4 +68,4 @@ def _capability(capability: Capability) -> Iterator[str]:
     yield f"  {'yes' if capability.works else 'no ':3}  {capability.title}"
     yield f"         {capability.reason}"
     if capability.fix:
-        yield f"         mend it: {capability.fix}"
+        yield f"         fix it: {capability.fix}"

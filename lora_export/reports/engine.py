@@ -1,4 +1,4 @@
-"""Engines as text: what was built, what it takes, whether it fits."""
+"""Write engines as text: the built files, their profiles and memory, and whether they fit the GPU."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from lora_export.packages.build_kit import KitReport
 
 _LORA = ".lora_"
-# Inputs that a table names one by one; more of them (a cache's layers) are summed up.
+# Number of inputs that a table names one by one; the others (a cache's layers) are summed up.
 _LISTED = 8
 
 
 def build_lines(report: BuildReport, seconds: float) -> list[str]:
-    """Return what a user reads after building, or what a dry run prints."""
+    """Return the lines that a user reads after building, or that a dry run prints."""
     lines = [_engine_line(engine) for engine in report.engines]
     lines += fit_lines(report.groups)
     lines += profile_lines(report.profiles)
@@ -50,19 +50,19 @@ def _engine_line(engine: BuiltEngine) -> str:
 
 
 def fit_lines(groups: Iterable[Group]) -> Iterator[str]:
-    """Yield how an engine fits into the memory of its GPUs; what is the same for several of them once."""
+    """Yield lines on how an engine fits into the memory of its GPUs; GPUs with equal lines share them."""
     fits = [fit for group in groups for fit in group.fits]
     together: dict[str, list[str]] = {}
     for fit in fits:
         # "rtx-4090: fits in …"
         together.setdefault(fit.lines[0].partition(": ")[2], []).append(fit.target.name)
-    for said, names in together.items():
-        yield f"{', '.join(names)}: {said}"
+    for text, names in together.items():
+        yield f"{', '.join(names)}: {text}"
     yield from dict.fromkeys(line for fit in fits for line in fit.lines[1:])
 
 
 def warning_lines(report: BuildReport | KitReport) -> Iterator[str]:
-    """Yield what a user should not miss, also with ``--quiet``."""
+    """Yield the warnings that are printed even with ``--quiet``."""
     for group in report.groups:
         for fit in group.fits:
             if fit.verdict in ("tight", "no"):
@@ -70,13 +70,13 @@ def warning_lines(report: BuildReport | KitReport) -> Iterator[str]:
 
 
 def uncached_lines(report: BuildReport) -> Iterator[str]:
-    """Yield why engines will be built again the next time, each reason once."""
+    """Yield the reasons why engines will be built again the next time, each once."""
     reasons = dict.fromkeys(engine.not_kept for engine in report.engines if engine.not_kept)
     yield from (f"warning: not kept for the next time: {reason}" for reason in reasons)
 
 
 def kit_lines(report: KitReport) -> list[str]:
-    """Return what a user reads after kits were written."""
+    """Return the lines that a user reads after kits were written."""
     lines = [*fit_lines(report.groups), *profile_lines(report.profiles)]
     lines += [f"note: {note}" for note in report.notes]
     existing = [str(path) for path in report.kits if report.dry_run and path.exists()]
@@ -89,7 +89,7 @@ def kit_lines(report: KitReport) -> list[str]:
 
 
 def profile_lines(profiles: Sequence[Profile]) -> list[str]:
-    """Return which shapes an engine takes, LoRA's inputs summed up."""
+    """Return the shapes that an engine takes, LoRA's inputs summed up."""
     lines: list[str] = []
     for profile in profiles:
         rows = [("profile " + profile.name, "smallest", "usual", "largest")]
@@ -110,7 +110,7 @@ def _row(name: str, shapes: ShapeRange) -> tuple[str, str, str, str]:
 
 
 def _ranks(shapes: Iterable[ShapeRange]) -> tuple[str, str, str] | None:
-    """Return the ranges of the sizes that vary."""
+    """Return the ranges of the sizes that vary; None if no size varies."""
     varying = [
         sizes
         for low, usual, high in shapes
@@ -125,7 +125,7 @@ def _ranks(shapes: Iterable[ShapeRange]) -> tuple[str, str, str] | None:
 
 
 def record_lines(record: EngineRecord) -> list[str]:
-    """Return what `inspect` prints of an engine."""
+    """Return the lines that `inspect` prints for an engine."""
     options = {name: value for name, value in vars(record.options).items() if value not in (False, None)}
     lines = [
         f"{record.name}: {record.backend} {record.builder_version}, {size_text(record.size_bytes)}",
@@ -134,7 +134,7 @@ def record_lines(record: EngineRecord) -> list[str]:
         f"from {record.source.name} (sha256 {record.source.sha256[:16]}…)",
         "options: " + (", ".join(f"{name}={value}" for name, value in options.items()) or "none"),
     ]
-    # A build kit's trtexec says neither, or not all.
+    # The trtexec of a build kit reports neither, or not all.
     if record.memory:
         sizes = ", ".join(f"{name} {size_text(size)}" for name, size in sorted(record.memory.items()))
         lines.append(f"memory, as the builder says: {sizes}")
@@ -147,7 +147,7 @@ def record_lines(record: EngineRecord) -> list[str]:
 
 
 def exposed_lines(exposed: ExposedGraph | None) -> list[str]:
-    """Return the one line that says which LoRA an engine or a graph takes."""
+    """Return one line with the LoRA that an engine or a graph takes."""
     if exposed is None:
         return ["LoRA: none exposed (a base or merged model)"]
     modules = sum(len(module.members) for module in exposed.modules)

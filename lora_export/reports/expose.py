@@ -1,4 +1,4 @@
-"""What exposing LoRA did, as text."""
+"""Write the result of exposing LoRA as text."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _SHOWN = 4
 
 
 def expose_summary_lines(report: ExposeReport, seconds: float) -> list[str]:
-    """Return the lines that a user reads afterwards."""
+    """Return the lines that a user reads after exposing."""
     record = report.exposed
     kinds = Counter(module.kind for module in record.modules)
     members = sum(len(module.members) for module in record.modules)
-    said = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     packed = f" in {len(record.modules)} packs" if members > len(record.modules) else ""
     shared = f", {size_text(report.shared_bytes)} shared with the base" if report.shared_bytes else ""
     lines = [
-        f"exposed {members} modules{packed} ({said}) in {seconds:.1f} s: "
+        f"exposed {members} modules{packed} ({counted}) in {seconds:.1f} s: "
         f"{size_text(report.size_bytes)} of weights written{shared}"
     ]
     if record.mode == "bank":
@@ -35,7 +35,7 @@ def expose_summary_lines(report: ExposeReport, seconds: float) -> list[str]:
 
 
 def expose_warning_lines(report: ExposeReport) -> Iterator[str]:
-    """Yield what a user should not miss, also with ``--quiet``."""
+    """Yield the warnings that are printed even with ``--quiet``."""
     for row in report.plan.refused:
         yield f"warning: left out: {row.parameter}: {row.reason}"
     for warning in (*report.plan.warnings, *report.warnings):

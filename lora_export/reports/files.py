@@ -1,4 +1,4 @@
-"""The reports of a result as files: which were asked for, what is wrong with that, and writing them."""
+"""Collect the reports that options request, check their paths and write them as files."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lora_export.storage.outputs import OutputSet, output_errors
 
 @dataclass(frozen=True)
 class ReportFile:
-    """A report that was asked for.
+    """Report that an option requests.
 
     Attributes:
         option: Option that the user typed: ``--report``, ``--html``.
         path: File to write.
-        ending: Key of `REPORTS` that says what it is; "" where the file's name doesn't tell.
+        ending: Key of `REPORTS`; "" if the file's name has no such ending.
     """
 
     option: str
@@ -36,11 +36,11 @@ def endings(kind: str) -> str:
 
 
 def asked_for(kind: str, reports: Sequence[Path], **named: tuple[Path | None, str]) -> list[ReportFile]:
-    """Return the reports that options ask for.
+    """Return the reports that options request.
 
     Args:
-        kind: Of the result, a key of `REPORTS`.
-        reports: Paths of ``--report``: the ending says what each is.
+        kind: Kind of the result, a key of `REPORTS`.
+        reports: Paths of ``--report``; the ending decides the form of each.
         named: Option without its dashes → its path, None if it was not given, and its ending.
     """
     known = REPORTS[kind]
@@ -54,21 +54,21 @@ def asked_for(kind: str, reports: Sequence[Path], **named: tuple[Path | None, st
 
 
 def ending_problem(kind: str, file: ReportFile) -> str:
-    """Return what is wrong with the ending of a report's name; "" where nothing is."""
+    """Return the problem of a report's ending; "" if it has none."""
     if file.ending:
         return ""
     seen = f"ends in {file.path.suffix}" if file.path.suffix else "has no ending"
-    return f"{file} {seen}, which is no report: wanted {endings(kind)}"
+    return f"{file} {seen}, which is not a report: wanted {endings(kind)}"
 
 
 def content(kind: str, report: Any, ending: str) -> bytes:
-    """Return what a report's file holds.
+    """Return the content of a report's file.
 
     Raises:
-        BackendUnavailable: A picture, and matplotlib is not installed.
+        BackendUnavailable: The report is a picture, and matplotlib is not installed.
     """
     module, _, attribute = REPORTS[kind][ending].partition(":")
-    # Names that are no UTF-8 hold lone surrogates, which a file can't: they become escapes.
+    # Names that are not UTF-8 hold lone surrogates, which a file can't hold: they become escapes.
     made: str | bytes = getattr(import_module(module), attribute)(report)
     return made.encode("utf-8", "backslashreplace") if isinstance(made, str) else made
 
@@ -76,18 +76,18 @@ def content(kind: str, report: Any, ending: str) -> bytes:
 def write_reports(
     kind: str, report: Any, files: Sequence[ReportFile], force: bool = False, reads: Iterable[Path] = ()
 ) -> list[Path]:
-    """Write the reports that were asked for; all of them appear, or none.
+    """Write the requested reports; all of them appear, or none.
 
     Args:
-        kind: Of the result, a key of `REPORTS`.
+        kind: Kind of the result, a key of `REPORTS`.
         report: The result.
-        files: What to write.
+        files: Reports to write.
         force: Replace files that exist.
-        reads: What was read, never to be replaced.
+        reads: Files that were read and must not be replaced.
 
     Raises:
-        BackendUnavailable: A picture, and matplotlib is not installed.
-        OutputError: One exists already or can't be written.
+        BackendUnavailable: The report is a picture, and matplotlib is not installed.
+        OutputError: A file exists already or can't be written.
     """
     with OutputSet(force, reads) as group:
         for file in files:

@@ -1,4 +1,4 @@
-"""Markdown for summaries of CI jobs and pull requests: what is put into it stays text."""
+"""Write Markdown for summaries of CI jobs and pull requests; texts put into it stay text."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Iterable, Sequence
 
 from lora_export.untrusted.shown import MAX_CELL, printable, shown
 
-# What begins a construct of GitHub's or GitLab's Markdown within a line: emphasis, code, links (bare ones
-# too), HTML, cells, mentions, formulas.
+# Characters that begin a construct of GitHub's or GitLab's Markdown within a line: emphasis, code, links
+# (bare ones too), HTML, cells, mentions, formulas.
 _ACTING = re.compile(r"[\\`*_\[\]<>|~&@:$#]|(?<=www)\.")
 
 
 def text(line: object) -> str:
-    """Return a text that is nothing but text in Markdown."""
+    """Escape a text so that Markdown shows it unchanged."""
     return _ACTING.sub(r"\\\g<0>", printable(line))
 
 
 def table(rows: Sequence[Sequence[object]], words: int) -> list[str]:
-    """Return the lines of a table and an empty one; nothing where there are no rows but its heading.
+    """Return the lines of a table and an empty line; nothing if the heading is its only row.
 
     Args:
         rows: Cells, the heading first.
-        words: How many columns, from the left, are words; the others are numbers.
+        words: Number of columns, from the left, that are words; the others are numbers.
     """
     if len(rows) < 2:
         return []
@@ -32,13 +32,13 @@ def table(rows: Sequence[Sequence[object]], words: int) -> list[str]:
 
 
 def section(title: str, lines: Sequence[str]) -> list[str]:
-    """Return lines below a heading; nothing where there are none."""
+    """Return lines below a heading; nothing if there are no lines."""
     return [f"## {text(title)}", "", *lines] if lines else []
 
 
 def block(lines: Iterable[str]) -> list[str]:
-    """Return lines as they would be printed, in a block of code, and an empty one."""
+    """Return lines as they would be printed, in a block of code, and an empty line."""
     kept = [printable(line) for line in lines]
-    # A fence ends at one that is as long: it is made longer than any in the lines.
+    # A fence ends at one of equal length, so it is longer than any in the lines.
     fence = "`" * max([3, *(len(run) + 1 for line in kept for run in re.findall("`+", line))])
     return [fence + "text", *kept, fence, ""] if kept else []

@@ -1,6 +1,6 @@
-"""HTML and SVG made of elements: whatever is put into one is text, unless an element made it.
+"""Build HTML and SVG from elements: content is text unless an element made it.
 
-It is the one place where reports escape, so that no name of a tensor, node or file can become markup.
+Reports escape only here, so that no name of a tensor, node or file can become markup.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Markup(str):
     __slots__ = ()
 
 
-# A break in the page's source: as a text it would be written out.
+# A break in the page's source; as text it would be written out.
 LINE_END = Markup("\n")
 
 
@@ -25,9 +25,9 @@ def element(name: str, *content: object, **attributes: object) -> Markup:
 
     Args:
         name: Name of the tag.
-        content: What is in it: `Markup` as it is, anything else as text.
-        attributes: ``class_`` stands for ``class``, ``text_anchor`` for ``text-anchor``. Floats get one digit
-            behind the point; attributes that are None are left out.
+        content: Parts of the element: `Markup` as it is, anything else as text.
+        attributes: ``class_`` stands for ``class``, ``text_anchor`` for ``text-anchor``. Floats get one
+            decimal; attributes that are None are left out.
     """
     given = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{_text(value)}"'
@@ -38,7 +38,7 @@ def element(name: str, *content: object, **attributes: object) -> Markup:
 
 
 def joined(parts: Iterable[object]) -> Markup:
-    """Return parts one after the other."""
+    """Join parts without anything between them."""
     return Markup("".join(map(_text, parts)))
 
 

@@ -1,4 +1,4 @@
-"""A merge's result as text: what went where, what rounding cost, and what to do about it."""
+"""Write the result of a merge as text: changed parameters, the cost of rounding, and help against it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_export.untrusted.shown import limited
 if TYPE_CHECKING:
     from lora_export.modes.branches.output import ExposeReport
 
-# The modules with the greatest loss are named; the manifest has them all.
+# Number of modules that are named, those with the greatest loss; the manifest has them all.
 _WORST = 3
 
 
@@ -24,7 +24,7 @@ def report_json(report: MergeReport | ExposeReport) -> str:
 
 
 def plan_lines(report: MergeReport | ExposeReport) -> list[str]:
-    """Return what a dry run prints."""
+    """Return the lines that a dry run prints."""
     lines = [*report.plan.lines(), f"dry run: {size_text(report.size_bytes)} of weights would be written"]
     existing = [str(path) for path in report.outputs.values() if path.exists()]
     if existing:
@@ -58,7 +58,7 @@ def _rounding_lines(costs: Mapping[str, Rounding]) -> list[str]:
 
 
 def size_text(count: int) -> str:
-    """Return a number of bytes for people."""
+    """Return a number of bytes in the largest unit that fits."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.1f} {unit}"
@@ -66,11 +66,11 @@ def size_text(count: int) -> str:
 
 
 def warning_lines(report: MergeReport, help_for_rounding: str) -> Iterator[str]:
-    """Yield what a user should not miss, also with ``--quiet``.
+    """Yield the warnings that are printed even with ``--quiet``.
 
     Args:
         report: The merge.
-        help_for_rounding: What keeps more of an adapter than the type that was written.
+        help_for_rounding: Hint on how to keep more of an adapter than the written type does.
     """
     for row in report.plan.refused:
         yield f"warning: left out: {row.parameter}: {row.reason}"

@@ -1,4 +1,4 @@
-"""The frame of every HTML report: one page that needs no network, no script and no other file."""
+"""Frame every HTML report: one page that needs no network, no script and no other file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from lora_export.reports.markup import LINE_END, Markup, element, joined
 
-# Nothing that a page like this could be made to load is allowed to load.
+# The page may load nothing, even if a name in it slipped through as markup.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1d1d1f; --soft: #63636b; --line: #e3e3e8;
@@ -81,7 +81,7 @@ def page(title: str, *body: Markup) -> str:
 
     Args:
         title: Text of the browser's tab.
-        body: The sections.
+        body: Sections of the page.
     """
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -93,22 +93,22 @@ def page(title: str, *body: Markup) -> str:
 
 
 def section(title: str, *body: Markup) -> Markup:
-    """Return a section with its heading; nothing where its body is nothing."""
+    """Return a section with its heading; nothing if its body is empty."""
     whole = joined(body)
     return element("section", element("h2", title), whole) if whole else Markup()
 
 
-def folded(said: str, body: Markup) -> Markup:
-    """Return a part that opens when its summary is clicked; nothing where it is nothing."""
-    return element("details", element("summary", said), body) if body else Markup()
+def folded(summary: str, body: Markup) -> Markup:
+    """Return a part that opens when its summary is clicked; nothing if its body is empty."""
+    return element("details", element("summary", summary), body) if body else Markup()
 
 
 def table(rows: Sequence[Sequence[object]], words: int, marks: Sequence[str] = ()) -> Markup:
-    """Return a table; nothing where there are no rows but its heading.
+    """Return a table; nothing if the heading is its only row.
 
     Args:
         rows: Cells, the heading first.
-        words: How many columns, from the left, are words; the others are numbers.
+        words: Number of columns, from the left, that are words; the others are numbers.
         marks: Class of each row of ``rows``.
     """
     if len(rows) < 2:
@@ -124,13 +124,13 @@ def table(rows: Sequence[Sequence[object]], words: int, marks: Sequence[str] = (
 
 
 def grid(head: Iterable[Markup], bodies: Iterable[Markup]) -> Markup:
-    """Return a table of ready cells, which scrolls where a screen is narrower."""
+    """Return a table of ready cells, which scrolls on a narrower screen."""
     whole = element("table", element("thead", element("tr", *head)), *bodies)
     return element("div", whole, class_="wide")
 
 
 def lines(text: Iterable[str]) -> Markup:
-    """Return lines as they would be printed; nothing where there are none."""
-    # Each is a text of its own: what is too long is cut line by line.
+    """Return lines as they would be printed; nothing if there are no lines."""
+    # Each line is a text of its own, so that long ones are cut line by line.
     kept = [part for line in text for part in (line, LINE_END)]
     return element("pre", *kept[:-1]) if kept else Markup()

@@ -1,4 +1,4 @@
-"""What matplotlib is used for: two plots side by side, once or several times, as a PNG or SVG file."""
+"""Draw pairs of plots side by side, one or several, as a PNG or SVG file with matplotlib."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_matplotlib() -> None:
     if find_spec("matplotlib") is None:
         raise BackendUnavailable(
             "a .png or .svg picture needs matplotlib, which is not installed",
-            f"{install_line('plot')}, or choose a name that ends in .html, which needs nothing more",
+            f"{install_line('plot')}, or choose a name that ends in .html, which needs no package",
         )
 
 
@@ -26,9 +26,9 @@ def picture(file_format: str, rows: int, height: float, draw: Callable[[Any, Any
 
     Args:
         file_format: ``png`` or ``svg``.
-        rows: How many pairs of plots, one below the other.
-        height: In inches; the width is 12.
-        draw: Called with matplotlib's figure and its axes, ``(rows, 2)``.
+        rows: Number of pairs of plots, one below the other.
+        height: Height in inches; the width is 12.
+        draw: Function that gets matplotlib's figure and its axes, ``(rows, 2)``.
 
     Raises:
         BackendUnavailable: matplotlib is not installed.
@@ -37,7 +37,7 @@ def picture(file_format: str, rows: int, height: float, draw: Callable[[Any, Any
     import matplotlib
 
     matplotlib.use("agg")
-    # Fixed ids and no date; a name with a dollar is no formula.
+    # Ids are fixed and there is no date; a name with a dollar is not a formula.
     with matplotlib.rc_context({"svg.hashsalt": "lora-export", "text.parse_math": False}):
         from matplotlib import pyplot
 

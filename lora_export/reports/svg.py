@@ -1,4 +1,4 @@
-"""What all plots of pages are made of: axes, points, lines, bars and a frame, as SVG.
+"""Draw the parts of all plots in pages as SVG: axes, points, lines, bars and a frame.
 
 Colours are classes of the page's CSS (`lora_export.reports.page`). Points have a ``title``, which browsers
 show under the mouse.
@@ -14,20 +14,20 @@ from lora_export.reports.markup import Markup, element, joined
 
 LEFT, RIGHT, TOP, BOTTOM = 62.0, 14.0, 14.0, 46.0
 _TICKS = 7
-# Between these, powers of ten and differences are numbers that a float holds.
+# Between these limits a float can hold powers of ten and differences.
 _SMALLEST, LARGEST = -300, 1e300
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: values to pixels.
+    """Axis, which turns values into pixels.
 
     Attributes:
-        low: Smallest value, or its logarithm where ``log``.
-        high: Largest value, the same.
+        low: Smallest value; if ``log``, its logarithm.
+        high: Largest value; if ``log``, its logarithm.
         start: Pixel of ``low``.
         end: Pixel of ``high``.
-        log: Whether the axis is logarithmic.
+        log: True if the axis is logarithmic.
     """
 
     low: float
@@ -37,7 +37,7 @@ class Axis:
     log: bool = False
 
     def at(self, value: float) -> float:
-        """Return the pixel of a finite value; what lies outside, and zero on a log axis, is at the end."""
+        """Return the pixel of a finite value; values outside, and zero on a log axis, are at the end."""
         place = (math.log10(value) if value > 0 else self.low) if self.log else value
         part = (min(max(place, self.low), self.high) - self.low) / (self.high - self.low)
         return self.start + part * (self.end - self.start)
@@ -56,12 +56,12 @@ class Axis:
         ]
 
     def label(self, value: float) -> str:
-        """Return what a tick is called."""
+        """Return the label of a tick."""
         return f"1e{round(math.log10(value))}" if self.log else f"{value:.6g}"
 
 
 def log_axis(values: Iterable[float], start: float, end: float) -> Axis | None:
-    """Return an axis of whole powers of ten around all that have a logarithm; None where none has."""
+    """Return an axis of whole powers of ten around all values with a logarithm; None if none has one."""
     powers = [math.log10(value) for value in values if 0 < value <= LARGEST]
     if not powers:
         return None
@@ -70,32 +70,32 @@ def log_axis(values: Iterable[float], start: float, end: float) -> Axis | None:
 
 
 def linear_axis(values: Sequence[float], start: float, end: float) -> Axis:
-    """Return an axis around values, of which there is one at least, with a little air."""
+    """Return an axis around one or more values, with a small margin."""
     low, high = min(values), max(values)
     air = 0.04 * (high - low) or 0.1 * abs(high) or 1.0
     return Axis(low - air, high + air, start, end)
 
 
-def frame(width: float, height: float, x: Axis | None, y: Axis, x_said: str, y_said: str) -> list[Markup]:
-    """Return grid, labels of the ticks and names of the axes; without ``x`` no vertical ones."""
+def frame(width: float, height: float, x: Axis | None, y: Axis, x_name: str, y_name: str) -> list[Markup]:
+    """Return grid, labels of the ticks and names of the axes; without ``x`` no vertical grid."""
     right, bottom = width - RIGHT, height - BOTTOM
     parts = [element("rect", class_="frame", x=LEFT, y=TOP, width=right - LEFT, height=bottom - TOP)]
     for value in y.ticks():
         at = y.at(value)
         parts += [segment("grid", LEFT, at, right, at), label(LEFT - 6, at + 4, y.label(value), "end")]
-    for at, said in [(x.at(value), x.label(value)) for value in x.ticks()] if x is not None else []:
-        parts += [segment("grid", at, TOP, at, bottom), label(at, bottom + 16, said, "middle")]
-    parts.append(label((LEFT + right) / 2, height - 8, x_said, "middle", "axis"))
+    for at, text in [(x.at(value), x.label(value)) for value in x.ticks()] if x is not None else []:
+        parts += [segment("grid", at, TOP, at, bottom), label(at, bottom + 16, text, "middle")]
+    parts.append(label((LEFT + right) / 2, height - 8, x_name, "middle", "axis"))
     middle = (TOP + bottom) / 2
-    parts.append(label(14.0, middle, y_said, "middle", "axis", turned=f"rotate(-90 14 {middle:.1f})"))
+    parts.append(label(14.0, middle, y_name, "middle", "axis", turned=f"rotate(-90 14 {middle:.1f})"))
     return parts
 
 
 def label(
-    x: float, y: float, said: str, anchor: str = "start", kind: str = "tick", turned: str | None = None
+    x: float, y: float, text: str, anchor: str = "start", kind: str = "tick", turned: str | None = None
 ) -> Markup:
     """Return a text of the picture."""
-    return element("text", said, class_=kind, x=float(x), y=float(y), text_anchor=anchor, transform=turned)
+    return element("text", text, class_=kind, x=float(x), y=float(y), text_anchor=anchor, transform=turned)
 
 
 def segment(kind: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
@@ -103,21 +103,21 @@ def segment(kind: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
     return element("line", class_=kind, x1=float(x1), y1=float(y1), x2=float(x2), y2=float(y2))
 
 
-def bar(kind: str, x: float, y: float, width: float, height: float, said: str) -> Markup:
-    """Return a filled rectangle that says what it is."""
+def bar(kind: str, x: float, y: float, width: float, height: float, title: str) -> Markup:
+    """Return a filled rectangle with a title."""
     place = {"x": float(x), "y": float(y), "width": float(width), "height": float(height)}
-    return element("rect", element("title", said), class_=kind, **place)
+    return element("rect", element("title", title), class_=kind, **place)
 
 
-def dot(x: float, y: float, kind: str, said: str, radius: float = 4.0) -> Markup:
-    """Return a round point that says what it is."""
-    return element("circle", element("title", said), class_=kind, cx=float(x), cy=float(y), r=radius)
+def dot(x: float, y: float, kind: str, title: str, radius: float = 4.0) -> Markup:
+    """Return a round point with a title."""
+    return element("circle", element("title", title), class_=kind, cx=float(x), cy=float(y), r=radius)
 
 
-def cross(x: float, y: float, kind: str, said: str) -> Markup:
-    """Return a point in the form of a ×, so that not only its colour tells it from others."""
+def cross(x: float, y: float, kind: str, title: str) -> Markup:
+    """Return a point in the form of a ×, so that it differs from others not only by its colour."""
     strokes = "".join(f"M{x - 5:.1f} {y + way * 5:.1f}L{x + 5:.1f} {y - way * 5:.1f}" for way in (-1, 1))
-    return element("path", element("title", said), class_=f"{kind} cross", d=Markup(strokes))
+    return element("path", element("title", title), class_=f"{kind} cross", d=Markup(strokes))
 
 
 def curve(kind: str, points: Iterable[tuple[float, float] | None]) -> Markup:
@@ -133,7 +133,7 @@ def curve(kind: str, points: Iterable[tuple[float, float] | None]) -> Markup:
 
 
 def points(kind: str, places: Iterable[tuple[float, float]]) -> Markup:
-    """Return round points without words; one path for all, as thousands of elements make a page slow."""
+    """Return round points without titles, as one path: thousands of elements would make a page slow."""
     return element("path", class_=kind, d=Markup("".join(f"M{x:.1f} {y:.1f}h0" for x, y in places)))
 
 
@@ -143,10 +143,10 @@ def drawing(
     """Return a picture.
 
     Args:
-        width: Size in the picture's own unit; the page scales it.
-        height: The same.
-        words: What it shows, for who can't see it.
-        parts: What is drawn, the first at the back.
+        width: Width in the picture's own unit; the page scales it.
+        height: Height in the same unit.
+        words: Description for people who can't see the picture.
+        parts: Elements of the picture, the first at the back.
         kind: Class of the page's CSS.
     """
     size = f"0 0 {width:g} {height:g}"
@@ -159,14 +159,14 @@ def figure(
     """Return a picture with its caption.
 
     Args:
-        width: Size in the picture's own unit; the page scales it.
-        height: The same.
-        words: What it shows, for who can't see it.
-        parts: What is drawn, the first at the back.
-        caption: What stands below.
-        missing: How many points had no place.
+        width: Width in the picture's own unit; the page scales it.
+        height: Height in the same unit.
+        words: Description for people who can't see the picture.
+        parts: Elements of the picture, the first at the back.
+        caption: Text below the picture.
+        missing: Number of points that are not drawn.
     """
-    left_out = f" Not drawn, because no finite number: {missing}." if missing else ""
+    left_out = f" Not drawn, because not finite: {missing}." if missing else ""
     return element(
         "figure",
         drawing(width, height, words + left_out, parts),

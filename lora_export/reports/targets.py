@@ -1,4 +1,4 @@
-"""GPUs as a table."""
+"""Write GPUs as a table."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from lora_export.plan import align
 
 _HEADINGS = ("target", "GPU", "compute", "memory", "bandwidth", "precisions", "compilers")
 _GIB = 2**30
-# What every GPU multiplies says nothing about one.
+# Types that every GPU multiplies don't distinguish one.
 _SHOWN_PRECISIONS = tuple(name for name in PRECISIONS if name not in ("fp32", "tf32"))
 
 
 def target_lines(targets: Sequence[Target]) -> list[str]:
-    """Return a table, and what its columns don't say."""
+    """Return a table and its legend."""
     lines = align([_HEADINGS, *(_row(target) for target in targets)])
     if any(target.shared_memory for target in targets):
         lines.append("*: shared with the CPU")
@@ -22,7 +22,7 @@ def target_lines(targets: Sequence[Target]) -> list[str]:
 
 
 def hint_lines(targets: Sequence[Target]) -> list[str]:
-    """Return how to build for them."""
+    """Return lines on how to build for the GPUs."""
     rtx = next((target for target in targets if "tensorrt-rtx" in target.compilers), None)
     classic = next((target for target in targets if target.compilers == ("tensorrt",)), None)
     lines = []

@@ -1,4 +1,4 @@
-"""What `lora-export verify` found, as text."""
+"""Write the result of `lora-export verify` as text."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _WORDS = {
 
 
 def file_lines(report: VerifyReport, quiet: bool = False) -> list[str]:
-    """Return a line for each file, what is wrong first.
+    """Return a line for each file, wrong files first.
 
     Args:
-        report: What was found.
-        quiet: Only what is not right.
+        report: Result of the check.
+        quiet: Return only the lines of files that are not right.
     """
     rows = sorted(report.files, key=lambda found: found.state not in BROKEN)
     lines = [_line(found) for found in rows if not quiet or found.state != "ok"]
@@ -25,7 +25,7 @@ def file_lines(report: VerifyReport, quiet: bool = False) -> list[str]:
 
 
 def last_line(report: VerifyReport) -> str:
-    """Return what a set that passed is told."""
+    """Return the last line for a set of files that passed."""
     states = [found.state for found in report.files]
     kinds = [f"{states.count('ok')} right by full hash"]
     kinds += [f"{states.count(kind)} {_WORDS[kind]}" for kind in ("sampled", "unhashed") if kind in states]
@@ -35,12 +35,12 @@ def last_line(report: VerifyReport) -> str:
 
 
 def problem_line(found: FileState) -> str:
-    """Return what is wrong with a file, for an error."""
+    """Return the problem of a file, for an error."""
     return "; ".join([f"{found.path}: {_WORDS.get(found.state, found.state)}", *found.details])
 
 
 def _line(found: FileState) -> str:
     by = [name for name in found.by if name != found.path.name]
     what = _WORDS.get(found.state, found.state)
-    said = [*([f"by {', '.join(by)}"] if by else []), *found.details]
-    return f"{what:<13} {found.path}" + (f"  ({'; '.join(said)})" if said else "")
+    details = [*([f"by {', '.join(by)}"] if by else []), *found.details]
+    return f"{what:<13} {found.path}" + (f"  ({'; '.join(details)})" if details else "")

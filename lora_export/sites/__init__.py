@@ -1,7 +1,7 @@
-"""Where a module lives in a graph: one file per operator that reads a weight.
+"""Find the sites of modules in a graph: one file per operator that reads a weight.
 
-Each file has a record of all that is known of its operator (`sites.slot.Operator`). Operators without a file
-can still hold vectors (biases, norms) and parameters that are found by their own name.
+Each file has a record of all facts of its operator (`sites.slot.Operator`). Operators without a file can
+still hold vectors (biases, norms) and parameters that are found by their own name.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ OPERATORS: dict[tuple[str, str], str] = {
 
 @cache
 def operator_of(domain: str, op_type: str) -> Operator | None:
-    """Return what is known of an operator; None where it reads no weight that we know."""
+    """Return the facts of an operator; None if it reads no weight that we know."""
     target = OPERATORS.get((domain, op_type))
     if target is None:
         return None
@@ -55,6 +55,6 @@ def operator_of(domain: str, op_type: str) -> Operator | None:
 
 @cache
 def operator_named(op_type: str) -> Operator | None:
-    """Return what is known of an operator of this name, in whatever domain a tool has put it."""
+    """Return the facts of an operator of this name, whatever domain a tool has put it in."""
     domains = [domain for domain, name in OPERATORS if name == op_type]
     return operator_of(domains[0], op_type) if domains else None

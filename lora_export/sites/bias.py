@@ -1,7 +1,7 @@
 """Give a module back the bias of zeros that an exporter dropped, so that an adapter can set it.
 
-onnxscript's optimiser removes a bias whose values are all zero: that of every freshly made classifier head,
-which ``modules_to_save`` then trains.
+onnxscript's optimiser removes a bias whose values are all zero, for example that of every new classifier
+head, which ``modules_to_save`` then trains.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _ADDED = "added: the exporter dropped a bias of zeros"
 def restore_biases(
     sites: Sequence[Site], misses: Sequence[Miss], weight_of: WeightOf | None
 ) -> tuple[list[Site], list[Miss]]:
-    """Add a bias of zeros where one is missing and the module's weight is found; return sites and misses.
+    """Add a missing bias of zeros if the module's weight is found; return sites and misses.
 
     The weight's operator has to compute this module alone, unscaled, with no vector added to its result; and
-    where the checkpoint is at hand its bias has to be zero.
+    the bias in the checkpoint, if one is given, has to be zero.
     """
     weights = {site.target.key: site for site in sites}
     added: list[Site] = []
@@ -51,7 +51,7 @@ def restore_biases(
 
 
 def _restored(weight: Site, target: Target) -> Site | None:
-    """The bias that an earlier adapter, or an earlier merge, was given."""
+    """Return the site of a bias that was added for an earlier adapter or merge."""
     uses = []
     for node in (use.node for part in weight.parts for use in part.uses):
         readers = [node, *(usage.node for usage in node.outputs[0].uses() if usage.node.op_type == "Add")]
@@ -81,7 +81,7 @@ def _can_add(weight: Site, target: Target) -> bool:
     if len(weight.parts) != 1 or weight.target.matrix[0] != target.shape[0]:
         return False
     (part,) = weight.parts
-    # Rescaled rows: a norm was folded in, and its factor would be the bias's as well.
+    # If rows are rescaled, a norm was folded in, and its factor would apply to the bias as well.
     whole = all(p.row == p.col == 0 and p.row_scale is None for p in part.placements)
     whole = whole and part.uses[0].operand_type in FLOAT_TYPES
     return whole and all(_is_bare(use.node) for use in part.uses) and _rows(part) == target.shape[0]
@@ -94,7 +94,7 @@ def _rows(part: Part) -> int:
 
 
 def _is_bare(node: ir.Node) -> bool:
-    """Whether a node computes ``x @ W`` and nothing else: no bias, no factor."""
+    """Return True if a node computes ``x @ W`` and nothing else: no bias, no factor."""
     operator = operator_of(node.domain, node.op_type)
     # ONNX Runtime's own operators compute more.
     if operator is None or node.domain or not (operator.is_product or operator.bias is not None):
@@ -106,14 +106,14 @@ def _is_bare(node: ir.Node) -> bool:
 
 
 def _gets_a_vector(node: ir.Node) -> bool:
-    """Whether what reads the product, rounded or cast, also reads a constant vector: that may be the bias."""
+    """Return True if a reader of the product, rounded or cast, also reads a vector, which may be the bias."""
     others = (constant_behind(value) for reader in _readers(node.outputs[0]) for value in reader.inputs)
     tensors = [other.const_value for other in others if other is not None]
     return any(tensor is not None and len(tensor.shape) == 1 for tensor in tensors)
 
 
 def _readers(product: ir.Value) -> Iterator[ir.Node]:
-    """Yield what computes with a product, behind nodes that round or cast it."""
+    """Yield the nodes that compute with a product, after nodes that round or cast it."""
     for usage in product.uses():
         if usage.node.op_type in ROUNDED_OR_MOVED:
             yield from _readers(usage.node.outputs[0])
@@ -123,7 +123,7 @@ def _readers(product: ir.Value) -> Iterator[ir.Node]:
 
 def _add(weight: Site, target: Target) -> Site:
     (part,) = weight.parts
-    # What is stored may be codes, or cast on its way.
+    # The constant may hold codes, or be cast on its way.
     dtype = part.uses[0].operand_type
     assert dtype is not None
     zeros = ir.tensor(np.zeros(target.shape, dtype.numpy()), name=_name(target))
@@ -145,7 +145,7 @@ def _add(weight: Site, target: Target) -> Site:
 
 
 def _wire(node: ir.Node, bias: ir.Value) -> Use:
-    """Let a node read the bias, or an Add behind a MatMul, which has no input for one."""
+    """Let a node read the bias; after a MatMul, which has no input for one, let an Add read it."""
     operator = operator_of(node.domain, node.op_type)
     index = operator.bias if operator else None
     if index is not None:

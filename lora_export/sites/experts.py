@@ -1,11 +1,11 @@
-"""Settle which axis of its stacked experts an adapter's factors act on, now that the base is known.
+"""Settle on which axis of its stacked experts an adapter's factors act, once the base is known.
 
 Rules, for the parameters of one module (PEFT wraps them all alike):
 
-1. Shapes are proof: where one parameter's matrices are not square, the factors fit in one way only.
-2. Else the file's PEFT version says it, alone or together with the module's ``is_transposed``
+1. Shapes are proof: if one parameter's matrices are not square, the factors fit in one way only.
+2. Else the file's PEFT version decides, alone or together with the module's ``is_transposed``
    (`lora_export.formats.reading.experts` has the table).
-3. Else it is not known, and the module stays as it was: who places it refuses it.
+3. Else the axis is unknown; the module stays as it was, and is refused when its site is looked for.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ UNKNOWN = (
 
 @dataclass(frozen=True)
 class Held:
-    """How a module holds a parameter in memory.
+    """Layout of a parameter in the module's memory.
 
     Attributes:
-        shape: Its shape.
-        is_transposed: The module's attribute, False where it has none; None: its class is not known.
+        shape: Shape of the parameter.
+        is_transposed: The module's attribute, False if it has none; None if its class is unknown.
     """
 
     shape: tuple[int, ...]
@@ -38,11 +38,12 @@ class Held:
 
 
 def settle(adapter: Adapter, held: Callable[[str], Held | None]) -> tuple[Adapter, tuple[str, ...]]:
-    """Return the adapter with all that can be known of its experts' layout, and notes on what it assumed.
+    """Return the adapter with its experts' layout as far as it is known, and notes on assumptions.
 
     Args:
-        adapter: What a file says.
-        held: Looks up a parameter by its path; None where the base has none of this name.
+        adapter: The adapter as its file describes it.
+        held: Function that looks up a parameter by its path; it returns None if the base has none of this
+            name.
     """
     groups: dict[str, list[LoraModule]] = defaultdict(list)
     for module in adapter.modules.values():
@@ -55,24 +56,24 @@ def settle(adapter: Adapter, held: Callable[[str], Held | None]) -> tuple[Adapte
         proofs = {key: _proof(adapter.modules[key], place) for key, place in places.items()}
         shared = _agreed(proofs.values())
         for module in modules:
-            said = _said(module, places[module.key])
+            by_version = _by_version(module, places[module.key])
             proof = proofs[module.key]
-            turned = proof if proof is not None else shared if shared is not None else said
+            turned = proof if proof is not None else shared if shared is not None else by_version
             if turned is None:
                 continue
             changed[module.key] = replace(module, turned=turned, layout="known")
-            if said is not None and said != turned:
+            if by_version is not None and by_version != turned:
                 notes.append(_contradiction(adapter, module))
             elif proof is None and shared is None and adapter.config.get("peft_version") is None:
                 notes.append(_assumption(adapter, module))
     if not changed:
         return adapter, ()
-    # One says it for all layers.
+    # One note is enough for all layers.
     return replace(adapter, modules={**adapter.modules, **changed}), tuple(notes[:1])
 
 
 def unsettled(module: LoraModule, held: Held | None) -> Refusal | None:
-    """Return why a module of square experts can't be placed; None where it can."""
+    """Return the reason why a module of square experts has no site; None if it may have one."""
     rows, cols = module.weight_shape[:2]
     if module.experts == 1 or module.layout == "known" or rows != cols:
         return None
@@ -85,17 +86,17 @@ def unsettled(module: LoraModule, held: Held | None) -> Refusal | None:
 
 
 def is_turned(stored: tuple[int, ...], held: tuple[int, ...]) -> bool:
-    """Whether a tensor is stored as the transpose (of its last two axes) of what the module holds."""
+    """Return True if a tensor is stored as the transpose (of its last two axes) of what the module holds."""
     return stored != held and len(stored) >= 2 and (*stored[:-2], stored[-1], stored[-2]) == held
 
 
 def fit_parameter(module: LoraModule, shape: tuple[int, ...], turned: bool) -> bool | Refusal:
-    """Return whether a parameter's change lies transposed in a tensor, or why it has no place there.
+    """Return True if a parameter's change is transposed in a tensor, or the reason why it doesn't fit.
 
     Args:
-        module: The change of a ``parameter``.
-        shape: Of the stored tensor, all experts in it.
-        turned: The tensor holds the transpose of what the module holds.
+        module: Change of a ``parameter``.
+        shape: Shape of the stored tensor with all experts.
+        turned: True if the tensor holds the transpose of what the module holds.
     """
     matrix = module.matrix_shape
     if module.experts > 1 or len(shape) == 3:
@@ -116,7 +117,7 @@ def fit_parameter(module: LoraModule, shape: tuple[int, ...], turned: bool) -> b
 
 
 def fit_matrix(matrix: tuple[int, int], shape: tuple[int, ...], turned: bool) -> bool | Refusal:
-    """Return ``turned`` where a matrix has that shape, or what differs."""
+    """Return ``turned`` if a matrix has that shape, or a refusal with the difference."""
     if shape == (matrix[::-1] if turned else matrix):
         return turned
     way = ", transposed" if turned else ""
@@ -124,7 +125,7 @@ def fit_matrix(matrix: tuple[int, int], shape: tuple[int, ...], turned: bool) ->
 
 
 def _proof(module: LoraModule, held: Held | None) -> bool | None:
-    """Whether the factors lie turned, as far as the parameter's shape proves it."""
+    """Return True if by the parameter's shape the factors are transposed; None if it doesn't tell."""
     sizes = (module.lora_b.shape[0], module.lora_a.shape[1])
     if held is None or sizes[0] == sizes[1] or len(held.shape) != 3:
         return None
@@ -136,8 +137,8 @@ def _agreed(proofs: Iterable[bool | None]) -> bool | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _said(module: LoraModule, held: Held | None) -> bool | None:
-    """Whether the factors lie turned, by the file's PEFT version and the module's class."""
+def _by_version(module: LoraModule, held: Held | None) -> bool | None:
+    """Return True if the factors are transposed by the file's PEFT version and the module's class."""
     if module.layout == "known":
         return module.turned
     if module.layout == "unknown" or held is None or held.is_transposed is None:

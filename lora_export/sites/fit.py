@@ -1,4 +1,4 @@
-"""Does a target fit into a stored tensor, and where?"""
+"""Fit targets into stored tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_export.sites.slot import DEQUANTIZE, Use
 from lora_export.sites.target import Miss, Part, Site, Target
 from lora_export.storage.patch import Placement
 
-# What changes a weight for all that a model does with it.
+# Remedy that changes a weight for all of its uses.
 BOTH_WAYS = (
     "merge the adapter into the checkpoint (lora-export merge) and export the result: that changes the "
     "weight in both orientations"
@@ -25,7 +25,7 @@ BOTH_WAYS = (
 
 
 def accepts(target: Target, use: Use) -> bool:
-    """Whether a use is of the kind that the target's module makes."""
+    """Return True if a use is of the kind that the target's module has."""
     assert use.root.const_value is not None
     rank, kind = len(use.root.const_value.shape), use.slot.kind
     if pointwise(target, use):
@@ -35,7 +35,7 @@ def accepts(target: Target, use: Use) -> bool:
     if target.kind == "parameter" and target.experts > 1:
         return (rank == 3 and kind != "vector") or (rank == 2 and kind == "linear")
     if target.kind == "parameter":
-        # Ways in which a matrix is a module's weight are tried on their own (`matrices.forms_of`).
+        # The forms in which a matrix is a module's weight are tried one by one (`matrices.forms_of`).
         return rank == len(target.shape) and kind == "other"
     if target.kind == "any":
         # Packed codes of a matrix may have any rank.
@@ -45,9 +45,9 @@ def accepts(target: Target, use: Use) -> bool:
 
 
 def pointwise(target: Target, use: Use) -> bool:
-    """Whether a Linear and a convolution of ones are the two forms of one module.
+    """Return True if target and use are a Linear and a 1×1 convolution, the two forms of one module.
 
-    Tools write a Linear as a convolution (for NPUs) and the other way round, or give a kernel another axis.
+    Tools write a Linear as a convolution (for NPUs) or the reverse, or give a kernel another axis.
     """
     assert use.root.const_value is not None
     if target.kind not in ("linear", "conv", "any") or use.slot.kind not in ("linear", "conv"):
@@ -65,7 +65,7 @@ def pointwise(target: Target, use: Use) -> bool:
 
 
 def stored_shape(target: Target, use: Use) -> tuple[int, int]:
-    """Shape of the stored tensor as a matrix, for a packed one the shape that it stands for."""
+    """Return the shape of the stored tensor as a matrix; for a packed one, the shape that it stands for."""
     assert use.root.const_value is not None
     if use.slot.shape is not None:
         return use.slot.shape
@@ -73,7 +73,7 @@ def stored_shape(target: Target, use: Use) -> tuple[int, int]:
 
 
 def place(target: Target, use: Use, part: tuple[int, int] | None = None) -> tuple[Placement, ...] | Refusal:
-    """Return where the target lies in the use's constant, or what does not fit.
+    """Return the target's placements in the use's constant, or a refusal with the reason why it doesn't fit.
 
     Args:
         target: The parameter.
@@ -107,15 +107,15 @@ def placement_at(offset: int, rows: tuple[int, int], transposed: bool) -> Placem
 def _fused_offset(
     height: int, rows: int, position: int, count: int, heads: tuple[int, int] | None
 ) -> int | None:
-    """First row of a part: halves are equal; of q, k, v the last two are equal (grouped-query attention).
+    """Return the first row of a part: halves are equal, as are k and v of q, k, v (grouped-query attention).
 
     Args:
-        height: Rows of the fused weight.
-        rows: Rows of the part.
-        position: Which part.
-        count: How many there are.
-        heads: Query heads and key-value heads, where the graph says so: else q has as many as k, or a
-            multiple.
+        height: Number of rows of the fused weight.
+        rows: Number of rows of the part.
+        position: Position of the part.
+        count: Number of parts.
+        heads: Numbers of query heads and key-value heads, if the graph has them; else q has as many as k, or
+            a multiple.
     """
     if count == 2:
         return position * rows if height == 2 * rows else None
@@ -129,7 +129,7 @@ def _fused_offset(
 
 
 def fused_rows(height: int, count: int, heads: tuple[int, int] | None) -> list[int] | None:
-    """Return the rows of each part of a fused weight, or None where the graph doesn't say."""
+    """Return the number of rows of each part of a fused weight, or None if the graph doesn't tell."""
     if count == 2:
         return [height // 2] * 2 if height % 2 == 0 else None
     if heads is None:
@@ -139,9 +139,9 @@ def fused_rows(height: int, count: int, heads: tuple[int, int] | None) -> list[i
 
 
 def _place_experts(target: Target, shape: tuple[int, ...]) -> tuple[Placement, ...] | Refusal:
-    """Place stacked experts: exporters store them as the module holds them, or transposed; shapes tell.
+    """Return the placements of stacked experts, which exporters store as they are or transposed, by shape.
 
-    Square ones are placed as they are held, which holds only if values confirm it (`verify.check_content`).
+    Square ones are taken as the module holds them, which values have to confirm (`verify.check_content`).
     """
     rows, cols = target.shape
     direct, swapped = (target.experts, rows, cols), (target.experts, cols, rows)
@@ -151,7 +151,7 @@ def _place_experts(target: Target, shape: tuple[int, ...]) -> tuple[Placement, .
 
 
 def expert_placements(target: Target, transposed: bool) -> tuple[Placement, ...]:
-    """Return where each expert lies in a stacked constant, whose first two axes are its rows."""
+    """Return each expert's placement in a stacked constant, whose first two axes are its rows."""
     rows, cols = target.shape
     height = cols if transposed else rows
     return tuple(
@@ -161,7 +161,7 @@ def expert_placements(target: Target, transposed: bool) -> tuple[Placement, ...]
 
 
 def place_split(target: Target, groups: list[list[Use]], evidence: str) -> Site | Miss:
-    """Fit a module that the exporter split along its rows into several weights; of experts, each one's."""
+    """Fit a module that the exporter split along its rows into several weights, or experts into their own."""
     parts, start = [], 0
     rows, cols = target.matrix
     each = len(groups) // target.experts
@@ -189,7 +189,7 @@ def place_split(target: Target, groups: list[list[Use]], evidence: str) -> Site 
 
 
 def site_of(target: Target, fits: list[tuple[Use, tuple[Placement, ...]]], evidence: str) -> Site | Miss:
-    """Rule 3: one constant, or several with the same bytes (an exporter folds a shared weight once a use)."""
+    """Return the site if there is one constant, or several with the same bytes (rule 3 of `resolve`)."""
     roots: dict[int, list[tuple[Use, tuple[Placement, ...]]]] = {}
     for use, placed in fits:
         roots.setdefault(id(use.root), []).append((use, placed))
@@ -202,15 +202,15 @@ def site_of(target: Target, fits: list[tuple[Use, tuple[Placement, ...]]], evide
         )
     if not _same_values(parts):
         where = ", ".join(str(part.root.name) for part in parts[:4])
-        said = (
+        found = (
             f"{len(parts)} weights have its name and shape" if len(parts) > 1 else "its codes have two scales"
         )
-        return Miss(target, Refusal("ambiguous", f"ambiguous: {said} ({where})"))
+        return Miss(target, Refusal("ambiguous", f"ambiguous: {found} ({where})"))
     return Site(target=target, parts=parts, evidence=evidence)
 
 
 def _same_values(parts: Sequence[Part]) -> bool:
-    """Whether constants have the same bytes, and their uses, where those are codes, the same scales."""
+    """Return True if constants have the same bytes and, if those are codes, their uses the same scales."""
     first = parts[0].root.const_value
     assert first is not None
     for part in parts[1:]:
@@ -222,7 +222,7 @@ def _same_values(parts: Sequence[Part]) -> bool:
 
 
 def _scales(use: Use) -> list[Array]:
-    """Return what the codes of a weight are read with, as far as it is constant."""
+    """Return the constant scales and zero points of a weight's codes."""
     values = [value for node in use.chain if node.op_type in DEQUANTIZE for value in node.inputs[1:]]
     operator = operator_named(use.node.op_type)
     positions = operator.code_inputs if operator else frozenset()

@@ -1,11 +1,11 @@
-"""How many query and key-value heads the attention behind a fused weight has, as the graph says it."""
+"""Read from a graph how many query and key-value heads the attention after a fused weight has."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
 _ATTENTION = {"GroupQueryAttention", "MultiHeadAttention", "Attention"}
-# Bias, split, rotary embedding and norms of q and k lie between the projection and the attention.
+# Bias, split, rotary embedding and norms of q and k are between the projection and the attention.
 _STEPS = 8
 
 

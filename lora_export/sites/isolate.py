@@ -1,6 +1,6 @@
-"""Copy on write: give a module's uses of a shared constant a constant of their own.
+"""Give a module's uses of a shared constant a constant of their own (copy on write).
 
-Exporters merge weights of equal value, and models tie weights: a change for one module must not reach
+Exporters merge weights of equal values, and models tie weights; a change for one module must not reach
 another.
 """
 
@@ -17,12 +17,12 @@ from lora_export.sites.target import Part
 
 
 class Isolator:
-    """Hands out the constant that a part's patches go to, copying shared ones once."""
+    """Source of the constant that a part's patches go to; it copies shared ones once."""
 
     def __init__(self) -> None:
         self._owners: dict[tuple[int, frozenset[tuple[int, int]]], ir.Value] = {}
         self._owned: dict[tuple[int, int], frozenset[tuple[int, int]]] = {}
-        # A Constant node is replaced once; later parts still speak of its old output.
+        # A Constant node is replaced once; later parts still refer to its old output.
         self._roots: dict[int, tuple[ir.Value, ir.Value]] = {}
         self.notes: list[str] = []
 
@@ -30,8 +30,8 @@ class Isolator:
         """Return an initializer that only the part's uses read; its values are those of ``part.root``.
 
         Args:
-            part: Where a target lives.
-            path: Module path, the beginning of the new names.
+            part: Constant that holds a target, and its uses.
+            path: Path of the module, the beginning of the new names.
             parameter: ``weight`` or ``bias``, the end of the new names.
 
         Raises:
@@ -82,7 +82,7 @@ def readers_of(value: ir.Value) -> Iterator[tuple[int, int]]:
 
 
 def _free_name(root: ir.Value, name: str) -> str:
-    """Return ``name``, numbered where the graph has it already (merged before, or in two constants)."""
+    """Return ``name``, with a number if the graph has it already (merged before, or in two constants)."""
     graph, number, free = root.graph, 1, name
     assert graph is not None
     while free in graph.initializers:

@@ -1,4 +1,4 @@
-"""Targets by module name, for graphs that are made before there is an adapter."""
+"""List targets by module name, for graphs that are made before there is an adapter."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ def targets_named(
 ) -> list[Target]:
     """Return a target for each module whose path is, or ends in, one of the wanted names.
 
-    PEFT's rule for ``target_modules``; ``all-linear`` means every linear module but ``lm_head``. ``q_proj``
-    also means the part of a ``qkv_proj`` that builders fuse.
+    This is PEFT's rule for ``target_modules``; ``all-linear`` means every linear module but ``lm_head``.
+    ``q_proj`` also means the part of a ``qkv_proj`` that builders fuse.
 
     Args:
         resolver: The graph's weights.
         graph: The graph.
-        wanted: Names.
-        allow_unmatched: ``all-linear`` may leave out matrices that have no name.
+        wanted: Names of modules.
+        allow_unmatched: Let ``all-linear`` leave out matrices that have no name.
 
     Raises:
-        SiteError: A name that no module of the graph has, or matrices without a name for ``all-linear``.
+        SiteError: No module of the graph has one of the names, or ``all-linear`` meets matrices without a
+            name.
     """
     known = list(_modules(resolver))
     if ALL_LINEAR in wanted:
@@ -67,7 +68,7 @@ def targets_named(
 
 
 def _refuse_nameless(resolver: Resolver, graph: GraphFile) -> None:
-    """All of something can't be meant where some of it has lost its name."""
+    """Refuse ``all-linear`` for a graph in which some matrices have lost their names."""
     named = {id(use.node) for use, key in resolver.named_uses() if key.endswith(".weight")}
     nameless = [
         f"{use.node.op_type} {use.node.name or ''} of {use.root.name}"
@@ -85,7 +86,7 @@ def _refuse_nameless(resolver: Resolver, graph: GraphFile) -> None:
 
 
 def _refuse_fused(graph: GraphFile, known: Sequence[Target]) -> None:
-    """A fused weight may be one module (Phi-3) or a builder's work: an adapter is for one or the other."""
+    """Refuse fused weights: each may be one module (Phi-3) or fused by a builder, and adapters differ."""
     keys = {target.key for target in known}
     fused = [target.path for target in known if keys & set(names.parts_of(target.key))]
     if fused:
@@ -104,7 +105,7 @@ def _means(name: str, target: Target) -> bool:
 
 
 def _modules(resolver: Resolver) -> Iterator[Target]:
-    """Yield every module that a branch could go beside, by the most trusted name of each of its uses."""
+    """Yield every module that can get a branch, by the most trusted name of each of its uses."""
     seen: set[str] = set()
     for use, key in resolver.named_uses():
         kind = _KINDS.get(use.slot.kind)

@@ -1,14 +1,15 @@
-"""A module's own matrix that an adapter changes (PEFT's ``target_parameters``): what a graph makes of it.
+"""Find a module's own matrix that an adapter changes (PEFT's ``target_parameters``) in a graph.
 
 PEFT adds ``B·A`` to the matrix as the module holds it, whatever the module does with it: ``x @ W``, or
-``x @ Wᵀ`` as `nn.Linear`, or a look-up of rows. A graph shows the operator, but its constant may be it
-or its transpose. So each way of use is tried (`forms_of`), and the one that agrees is taken:
+``x @ Wᵀ`` as `nn.Linear`, or a look-up of rows. A graph shows the operator, but its constant may be the
+matrix or its transpose. So each form is tried (`forms_of`), and the one that agrees is taken:
 
 1. A shape that is not square fits in one way only.
 2. Else the checkpoint's values tell.
 3. Else the node may say that it is an `nn.Linear`'s, which uses its weight as ``x @ Wᵀ``.
-4. Else a constant that has the parameter's own name, and was not computed, is the matrix as it is held.
-5. Else it is not known.
+4. Else a constant that has the parameter's own name, and was not computed, is the matrix as the module holds
+   it.
+5. Else it is unknown.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ _SQUARE = (
     "give --checkpoint to compare the values"
 )
 _LINEAR = "torch.nn.modules.linear.Linear"
-# Finds a target, given its values in the checkpoint.
+# Function that finds a target, given its values in the checkpoint.
 Find = Callable[[Target, Array | None], Site | Miss]
 
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """One way in which a graph may use a matrix.
+    """Form in which a graph may use a matrix.
 
     Attributes:
-        target: The change as a module of that kind has it.
-        turned: Its canonical weight is the transpose of the matrix that the module holds.
+        target: The change as that of a module of the form's kind.
+        turned: True if the canonical weight is the transpose of the matrix that the module holds.
     """
 
     target: Target
@@ -48,12 +49,12 @@ class Form:
 
 
 def is_matrix(target: Target) -> bool:
-    """Whether a target is a module's own matrix, of which the graph has to show the use."""
+    """Return True if a target is a module's own matrix, whose use only the graph shows."""
     return target.kind == "parameter" and target.experts == 1 and target.module is not None
 
 
 def forms_of(target: Target) -> Iterator[Form]:
-    """Yield the ways in which a graph may use the matrix of `is_matrix`'s target."""
+    """Yield the forms in which a graph may use the matrix of a target, see `is_matrix`."""
     module = target.module
     assert module is not None
     for turned in (False, True):
@@ -66,8 +67,8 @@ def linear_of(module: LoraModule, turned: bool) -> LoraModule:
     """Return the change of a matrix as that of an `nn.Linear`.
 
     Args:
-        module: The change of a module's own matrix.
-        turned: The matrix is used as ``x @ W``: `nn.Linear` would hold its transpose.
+        module: Change of a module's own matrix.
+        turned: True if the matrix is used as ``x @ W``, so that `nn.Linear` would hold its transpose.
     """
     a, b = (module.lora_b.T, module.lora_a.T) if turned else (module.lora_a, module.lora_b)
     return replace(module, kind="linear", lora_a=np.ascontiguousarray(a), lora_b=np.ascontiguousarray(b))
@@ -79,12 +80,12 @@ def embedding_of(module: LoraModule, turned: bool) -> LoraModule:
 
 
 def find_matrix(target: Target, wanted: Array | None, find: Find) -> Site | Miss:
-    """Return where a module's own matrix is, as a target of the kind that the graph makes of it.
+    """Return the site of a module's own matrix, with a target of the kind that the graph uses it as.
 
     Args:
-        target: See `is_matrix`.
+        target: Target for which `is_matrix` is True.
         wanted: The checkpoint's values, as the module holds them.
-        find: Finds a target of a certain kind.
+        find: Function that finds a target of a certain kind.
     """
     fitting: list[tuple[Form, Site]] = []
     misses: list[Miss] = []
@@ -96,14 +97,14 @@ def find_matrix(target: Target, wanted: Array | None, find: Find) -> Site | Miss
         elif found.reason:
             misses.append(found)
     if not fitting:
-        # The more is known, the later a search fails: a place that doesn't fit says more than none.
+        # A miss of a later step tells more: a site that doesn't fit says more than no site.
         told = [miss for miss in misses if miss.kind not in ("not found", "nameless")] or misses
         return replace(told[0], target=target) if told else Miss(target, Refusal("not found", ""))
     return _choose(target, wanted, fitting)
 
 
 def _choose(target: Target, wanted: Array | None, fitting: Sequence[tuple[Form, Site]]) -> Site | Miss:
-    """Apply rules 1 to 5 to the forms that have a place."""
+    """Apply rules 1 to 5 to the forms that have a site."""
     if len({frozenset(id(part.root) for part in site.parts) for _, site in fitting}) > 1:
         names = sorted({str(part.root.name) for _, site in fitting for part in site.parts})
         return Miss(
@@ -126,7 +127,7 @@ def _choose(target: Target, wanted: Array | None, fitting: Sequence[tuple[Form, 
 
 
 def _agrees(form: Form, site: Site, wanted: Array) -> bool:
-    """Whether the values in a site are the form's (rule 2)."""
+    """Return True if the values in a site are the form's (rule 2)."""
     canonical = wanted.T if form.turned else wanted
     for part in site.parts:
         (placement,) = part.placements
@@ -139,7 +140,7 @@ def _agrees(form: Form, site: Site, wanted: Array) -> bool:
 
 
 def _is_linear(target: Target, site: Site) -> bool:
-    """Whether all nodes say that they are the module's, and that it is an `nn.Linear` (rule 3)."""
+    """Return True if by all nodes' metadata the module is an `nn.Linear` (rule 3)."""
     nodes = [use.node for part in site.parts for use in part.uses]
     paths = {scope_path(node) for node in nodes}
     named = {path for path in paths if path and (path == target.path or path.endswith(f".{target.path}"))}
@@ -147,7 +148,7 @@ def _is_linear(target: Target, site: Site) -> bool:
 
 
 def _is_raw(target: Target, site: Site) -> bool:
-    """Whether the constants have the parameter's own name and were not computed (rule 4)."""
+    """Return True if the constants have the parameter's own name and were not computed (rule 4)."""
     for part in site.parts:
         name = str(part.root.name)
         named = name == target.key or name.endswith(f".{target.key}") or target.key.endswith(f".{name}")

@@ -1,20 +1,19 @@
-"""Bring each target of an adapter to its place in a graph.
+"""Find the site of each target of an adapter in a graph.
 
 The order of evidence (each is described in `evidence`): scope, node name, folded-from, weight name, then
 the same for renamed, fused and split modules, then content. Rules:
 
 1. One change of names holds for the whole adapter (`renaming`).
-2. A weight's name is believed only where the node that reads it does not name another module, and where an
-   exporter is known to give it (`changed.doubt_of`).
+2. A weight's name is believed only if the node that reads it does not name another module, and if an exporter
+   is known to give it (`changed.doubt_of`).
 3. More than one constant for a target is an ambiguity, unless their bytes are the same.
-4. Where the checkpoint is at hand, every match by name must also match by content.
+4. With a checkpoint, every match by name must also match by content.
 5. Every reader of a weight is the module's, or known to be another's (`readers.doubt`).
-6. No two targets of an adapter have the same place (`conflicts`).
+6. No two targets of an adapter have the same site (`conflicts`).
 7. No other constant stands for another call of the module (`copies.other_calls`, `answers`), none is read
    in the other orientation (`turned`), and none is a copy's as well (`joined`).
-8. An output of the graph depends on what reads a weight (`graph.reach`): a place that no output depends on
-   is none.
-9. What is not found is a `Miss` with its reason; nothing is guessed.
+8. An output of the graph depends on a reader of the weight (`graph.reach`); else there is no site.
+9. A target that is not found is a `Miss` with its reason; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -55,20 +54,20 @@ from lora_export.sites.values.verify import (
 )
 from lora_export.storage.patch import Placement
 
-# Part of the evidence where a checkpoint is at hand and the graph's weight is quantised.
+# Part of the evidence if there is a checkpoint and the graph's weight is quantised.
 _NOT_COMPARED = "quantised, its values are not compared"
 
 
 class Resolver:
-    """The weights of one graph, ready to be asked for targets.
+    """Weights of one graph, in which targets are found.
 
     Args:
         graph: The graph.
-        weight_of: The base checkpoint's weights; enables content.
-        branches: Places are wanted beside the weights, not in them: quantised weights have such places too.
+        weight_of: The base checkpoint's weights; they make matches by content possible.
+        branches: True for sites beside the weights, not in them: quantised weights have such sites too.
 
     Attributes:
-        weight_of: Looks up a target of the adapter that was resolved last in the checkpoint.
+        weight_of: Look-up in the checkpoint for targets of the adapter that was resolved last.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class Resolver:
         return self._base.kinds if self._base else frozenset()
 
     def _shape(self, key: str) -> tuple[int, ...] | None:
-        """Return the shape of the constants that are a parameter by the graph's names, where they agree."""
+        """Return the shape of the constants that are a parameter by the graph's names, if they agree."""
         uses = [use for table in self._named.values() for use in table.get(key, ())]
         stored = {
             shape_of(use.root.const_value)
@@ -104,7 +103,7 @@ class Resolver:
 
     @property
     def known(self) -> frozenset[str]:
-        """Parameter paths that the graph's names tell, and those of the checkpoint at hand."""
+        """Parameter paths in the graph's names and in the checkpoint."""
         return self._known.names | (self._base.parameters if self._base else frozenset())
 
     def resolve(
@@ -113,15 +112,15 @@ class Resolver:
         """Return a site or a miss for each target of one adapter.
 
         Args:
-            targets: What to find.
-            flattened: Their paths have underscores for dots.
-            scope: The part of the adapter, or of the graph, that belongs (`renaming`, rule 7).
+            targets: Targets to find.
+            flattened: True if their paths have underscores for dots.
+            scope: Part of the adapter, or of the graph, that belongs (`renaming`, rule 7).
         """
         named = [target.named for target in targets]
-        # A part's path may be the graph's or the checkpoint's alone: the other of them is that part.
+        # If only the graph or only the checkpoint has a part's path, the other is that part.
         is_anywhere = scope is None or is_below(named, scope, flattened)
         here = is_anywhere or bool(self._known.under(scope or ""))
-        # Of this adapter: its names in the checkpoint are another matter than its names in the graph.
+        # The look-up is for this adapter, whose names in the checkpoint differ from those in the graph.
         self.weight_of = self._base.for_adapter(named, flattened, scope) if self._base else None
         there = self.weight_of is not None and any(self.weight_of.names)
         if self._base and here and not is_anywhere and not there:
@@ -145,7 +144,7 @@ class Resolver:
         return [site for site in sites if id(site.target) not in lost], [*misses, *lost.values()]
 
     def _other_calls(self, sites: Sequence[Site]) -> dict[int, Miss]:
-        """Rule 7: return identity of a target → why it is lost."""
+        """Apply rule 7; return identity of a target → its miss."""
         parameters = {*self._named[WEIGHT_NAME], *self._named[FOLDED]}
         parameters |= self._base.parameters if self._base else set()
         modules = {name.rpartition(".")[0] for name in (*parameters, *self._named[SCOPE])}
@@ -166,7 +165,7 @@ class Resolver:
         return lost
 
     def _dotted(self, targets: Sequence[Target], change: Renaming) -> dict[int, str]:
-        """Return each target's path with its dots: the graph's, else the checkpoint's."""
+        """Return each target's path with its dots: the graph's path, else the checkpoint's."""
         stored = self.weight_of.names if self.weight_of else change.names
         return {
             id(target): own or other or target.key
@@ -174,7 +173,7 @@ class Resolver:
         }
 
     def named_uses(self) -> Iterator[tuple[Use, str]]:
-        """Yield each use that has a name, with the one to be believed; of repeated calls the first one's."""
+        """Yield each use that has a name, with its most trusted one; for repeated calls that of the first."""
         best: dict[int, str] = {}
         for source in reversed(SOURCES):
             for key, uses in sorted(self._evidence[source].items(), key=lambda item: len(item[1])):
@@ -210,7 +209,7 @@ class Resolver:
         return self.weight_of(target) if self.weight_of else None
 
     def _explained(self, found: Site | Miss, change: Renaming) -> Site | Miss:
-        """Say of what was not found what the graph has instead, and what the user may give."""
+        """Add to a miss what the graph has instead, and a hint."""
         if isinstance(found, Site) and (contained := branch_beside(found)):
             return Miss(found.target, Refusal("contained", f"the graph {contained}"))
         if isinstance(found, Miss) and found.kind == "not found" and found.target.kind != "vector":
@@ -283,7 +282,7 @@ class Resolver:
     def _candidates(self, target: Target, path: str, source: str, uses: Sequence[Use]) -> list[Use]:
         fitting = [use for use in uses if fit.accepts(target, use)]
         if target.held_turned is not None and source in (SCOPE, NODE_NAME):
-            # A node's module may have several matrices of its own: the node doesn't say which one it reads.
+            # A node's module may have several matrices of its own; the node doesn't say which one it reads.
             leaf = target.key.rpartition(".")[2]
             fitting = [use for use in fitting if not readers.reads_another(use, path, leaf)]
         if source != NODE_NAME:
@@ -291,7 +290,7 @@ class Resolver:
         return [use for use in fitting if not self._is_module(target, path, readers.module_of(use.node))]
 
     def _is_module(self, target: Target, path: str, other: str | None) -> bool:
-        """Whether ``sh_1``, taken for the second call of ``sh``, is known to be a module."""
+        """Return True if ``sh_1``, taken for the second call of ``sh``, is known to be a module."""
         if other is None or other == path:
             return False
         key = f"{other}.{target.key.rpartition('.')[2]}"
@@ -342,7 +341,7 @@ class Resolver:
         return use.no_branch if self._branches else use.refusal
 
     def _verified(self, site: Site, wanted: Wanted | None, source: str, keys: tuple[str, ...]) -> Site | Miss:
-        """Rule 4, and rescaled rows: a name alone can't tell that values were computed from the module's."""
+        """Apply rule 4, and find rescaled rows: a name alone can't tell that values were computed."""
         target = site.target
         named = keys if len(keys) == len(site.parts) else keys[:1] * len(site.parts)
         doubts = [
@@ -355,7 +354,7 @@ class Resolver:
             )
             doubts = [doubt or also for doubt, also in zip_longest(doubts, foreign, fillvalue="")]
         if len(keys) == 1 and not all(doubts):
-            # Rule 3: all of them hold the bytes of the one whose name is believed.
+            # Rule 3: all of them hold the same bytes as the one whose name is believed.
             doubts = [""] * len(doubts)
         first = next((doubt for doubt in doubts if doubt), "")
         if wanted is None:
@@ -373,7 +372,7 @@ class Resolver:
         return replace(site, parts=tuple(parts), evidence=f"{site.evidence}; content agrees", proof="values")
 
     def _verified_codes(self, site: Site, wanted: Wanted, doubt: str) -> Site | Miss:
-        """Rule 4 for quantised weights, as far as their codes can be read."""
+        """Apply rule 4 to quantised weights, as far as their codes can be read."""
         compared = [check_codes(site.target, part, wanted) for part in site.parts]
         read = [match for match in compared if match is not None]
         names = ", ".join(repr(part.root.name) for part in site.parts)
@@ -391,7 +390,7 @@ class Resolver:
         if doubt:
             reason = "it is quantised, so its values can't be compared"
             return Miss(site.target, Refusal("unproven", f"{doubt}; {reason}"))
-        # Quantisers that don't round to the nearest code may be further away.
+        # With quantisers that don't round to the nearest code, values may be further away.
         if len(read) == len(compared):
             evidence = f"{site.evidence}; content is near, as a quantiser leaves it"
             return replace(site, evidence=evidence, proof="values")
@@ -403,7 +402,7 @@ class Resolver:
         return "give --checkpoint to compare the values"
 
     def _by_content(self, found: Sequence[Site | Miss]) -> list[Site | Miss]:
-        """Look for the values of what no name led to, all in one pass over the graph's constants."""
+        """Find targets that no name led to by their values, all in one pass over the graph's constants."""
         lost = [item.target for item in found if isinstance(item, Miss)]
         lost = [t for t in lost if not matrices.is_matrix(t) and self._weight(t) is not None]
         uses = [use for use in self.uses if not use.quantised and not self._refusal(use)] if lost else []
@@ -426,7 +425,7 @@ class Resolver:
     def _searched(
         self, miss: Miss, wanted: Wanted, uses: Sequence[Use], places: Places | None
     ) -> Site | Miss:
-        """Return where a target's values are, of the places where they may be (None: anywhere)."""
+        """Return the site with a target's values, among possible places (None: anywhere), or a miss."""
         target = miss.target
         hits: dict[int, list[Part]] = {}
         roots = None if places is None else {root for root, _ in places}
@@ -440,7 +439,7 @@ class Resolver:
                 continue
             if id(use.root) in hits:
                 hits[id(use.root)] = [replace(part, uses=(*part.uses, use)) for part in hits[id(use.root)]]
-            # Twice in one constant is an ambiguity: no more than that has to be known.
+            # Two places in one constant are an ambiguity; more need not be searched.
             elif parts := list(islice(search(target, use, wanted, offsets), 2)):
                 hits[id(use.root)] = parts
             release(use.root)
@@ -450,7 +449,7 @@ class Resolver:
             reason = "ambiguous: its weight is read in both orientations"
             return Miss(target, Refusal("ambiguous", reason, fit.BOTH_WAYS))
         if parts and target.for_all_ends and self.weight_of and self.weight_of.is_tied(target):
-            # Any end of the tie that has no copy of its own will do: `tied_ends` gives it to the others.
+            # Any end of the tie without its own copy will do: `tied_ends` gives the change to the others.
             for part in parts:
                 named = ((use, f"{readers.module_of(use.node)}.weight") for use in part.uses)
                 own = [use for use, name in named if name not in self._wanted]
@@ -479,7 +478,7 @@ class Resolver:
 
 
 def _kind_of(use: Use) -> RefusalKind:
-    """What kind of refusal a use's own is."""
+    """Return the kind of a use's own refusal."""
     if use.quantised:
         return "integers" if use.no_branch else "quantised"
     if use.refusal and use.no_branch:
@@ -492,7 +491,7 @@ def _first_row(part: Part) -> tuple[int, int]:
 
 
 def _unread(named: Sequence[Sequence[Use]]) -> str:
-    """Why weights of the right name have no use that a module of the target's kind makes."""
+    """Return the reason why no use of weights with the right name is of the target's kind."""
     operators = sorted({use.node.op_type for uses in named for use in uses})
     if not operators:
         return ""

@@ -1,4 +1,4 @@
-"""The words that operator files and the resolver share."""
+"""Define the terms that operator files and the resolver share."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Literal
 
 import onnx_ir as ir
 
-# Nodes that read a weight's shape alone: no values reach them.
+# Nodes that read only a weight's shape: no values reach them.
 SHAPE_ONLY = frozenset({"Shape", "Size"})
 # Nodes that a weight may pass on its way into an operator.
 PASSED = frozenset({"Transpose", "Cast", "CastLike", "Identity"})
-# Nodes behind which a quantised weight is a float matrix.
+# Nodes after which a quantised weight is a float matrix.
 DEQUANTIZE = frozenset({"DequantizeLinear", "DequantizeLinearBlock", "TRT_FP8DequantizeLinear"})
-# Nodes that round to a grid (ModelOpt's own for float8 as well): with one of `DEQUANTIZE` behind it, a float
+# Nodes that round to a grid (ModelOpt's own for float8 as well): with one of `DEQUANTIZE` after it, a float
 # weight stays a float weight.
 QUANTIZE = frozenset({"QuantizeLinear", "TRT_FP8QuantizeLinear"})
-# Nodes behind which a value is the same one, rounded, cast or moved.
+# Nodes after which a value is the same one, rounded, cast or moved.
 ROUNDED_OR_MOVED = PASSED | DEQUANTIZE | QUANTIZE
 # Norms, whose weight and bias are vectors, and those that add another input before.
 NORMS = frozenset(
@@ -31,23 +31,23 @@ NORMS = frozenset(
     }
 )
 SKIP_NORMS = frozenset({"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"})
-# A branch is x·A·B: for W·x it would be another one.
+# A branch is x·A·B; W·x would need another one.
 LEFT = "the weight stands on the left (W @ x): no branch is known for it"
 SlotKind = Literal["linear", "conv", "embedding", "vector", "other"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """An input of a node that takes a weight.
+    """Input of a node that takes a weight.
 
     Attributes:
         index: Position among the node's inputs.
-        kind: What module such a weight belongs to.
-        transposed: The operand is the transpose of PyTorch's canonical weight.
-        parameter: Name of the module's parameter that it is: ``weight`` or ``bias``.
-        refusal: Why nothing can be merged into it, if so.
-        no_branch: Why no branch can be added beside it, if so.
-        shape: The operand's logical ``(out_dim, in_dim)``, where it is stored packed.
+        kind: Kind of module that such a weight belongs to.
+        transposed: True if the operand is the transpose of PyTorch's canonical weight.
+        parameter: Name of the module's parameter: ``weight`` or ``bias``.
+        refusal: Reason why nothing can be merged into it, or "".
+        no_branch: Reason why no branch can be added beside it, or "".
+        shape: Logical ``(out_dim, in_dim)`` of an operand that is stored packed.
     """
 
     index: int
@@ -61,20 +61,20 @@ class Slot:
 
 @dataclass(frozen=True, kw_only=True)
 class Operator:
-    """What is known of an operator that reads a weight.
+    """Facts of an operator that reads a weight.
 
     Attributes:
-        slots: Returns the inputs of a node that take one.
-        weight: Position of the weight, where the operator is a whole layer of floats as PyTorch has it.
-        bias: Position of the bias that it adds to its own product, where it adds one.
-        is_product: It is ``x @ W`` and nothing else.
-        is_convolution: It is a convolution of floats.
-        folds_norms: Tools fold the batch norm behind it into its weight.
-        without_activation: Name of the operator that computes the same before the activation inside.
-        code_inputs: Positions of scales, zero points and orders of codes: they say what codes stand for and
-            are no parameters.
-        takes_codes: Its activation is 8-bit codes, which another node makes.
-        weight_scale: Position of the scale of an 8-bit weight; None: it is in a product further on.
+        slots: Function that returns the inputs of a node that take a weight.
+        weight: Position of the weight, if the operator is a whole layer of floats as PyTorch has it.
+        bias: Position of the bias that it adds to its own product, if it adds one.
+        is_product: True for ``x @ W`` and nothing else.
+        is_convolution: True for a convolution of floats.
+        folds_norms: True if tools fold the batch norm after it into its weight.
+        without_activation: Name of the operator that computes the same without the activation inside.
+        code_inputs: Positions of scales, zero points and orders of codes, which define the values of codes
+            and are not parameters.
+        takes_codes: True if its activation is 8-bit codes, which another node makes.
+        weight_scale: Position of the scale of an 8-bit weight; None if the scale is in a later product.
         weight_zero: Position of the zero point of an 8-bit weight.
     """
 
@@ -93,17 +93,18 @@ class Operator:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Use:
-    """A weight's way into an operator.
+    """Way of a weight into an operator.
 
     Attributes:
         node: The operator.
-        slot: Which input, and how the operator reads it.
+        slot: The operator's input.
         root: The constant at the start of the way.
         chain: Nodes between ``root`` and ``node`` (Transpose, Cast, Identity …), from the root on.
-        transposed: ``root`` as stored is the transpose of the canonical weight.
-        refusal: Why nothing can be merged here, if so.
-        no_branch: Why no branch can be added here, if so.
-        quantised: The constant holds no floats, so that its values can't be compared with a checkpoint's.
+        transposed: True if ``root`` as stored is the transpose of the canonical weight.
+        refusal: Reason why nothing can be merged here, or "".
+        no_branch: Reason why no branch can be added here, or "".
+        quantised: True if the constant holds no floats, so that its values can't be compared with a
+            checkpoint's.
     """
 
     node: ir.Node
@@ -117,7 +118,7 @@ class Use:
 
     @property
     def operand_type(self) -> ir.DataType | None:
-        """The float type that reaches the operator, behind Cast and DequantizeLinear; None: not known."""
+        """Float type that reaches the operator, after Cast and DequantizeLinear; None if unknown."""
         if self.slot.shape is not None:
             # Packed weights come with scales, in the type of the activation.
             scales = self.node.inputs[2]
@@ -135,7 +136,7 @@ class Use:
 
 
 def constant_behind(value: ir.Value | None) -> ir.Value | None:
-    """Return the constant that a value is, perhaps rounded, cast or moved; None where it is computed."""
+    """Return the constant that a value is, perhaps rounded, cast or moved; None if it is computed."""
     while value is not None and value.const_value is None and (maker := value.producer()) is not None:
         if maker.op_type not in ROUNDED_OR_MOVED:
             return None

@@ -1,4 +1,4 @@
-"""What is to be found in a graph: the parameters that an adapter changes."""
+"""Define targets, the parameters that an adapter changes, and their sites in a graph."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ TargetKind = Literal["linear", "conv", "embedding", "parameter", "vector", "any"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Target:
-    """One parameter that an adapter changes.
+    """Parameter that an adapter changes.
 
     Attributes:
         key: Parameter path, ``model.layers.0.mlp.up_proj.weight``.
-        kind: What holds it; ``any`` for a whole matrix that replaces one, whose module is not known.
+        kind: Kind of module that holds it; ``any`` for a whole replaced matrix, whose module is unknown.
         shape: Canonical shape (of one expert).
         experts: Number of stacked matrices.
         action: ``merge``, ``replace`` or ``add to bias``.
-        tensor_names: The adapter's tensors behind it.
-        module: The low-rank change, for ``merge``.
-        values: The new values, or for ``add to bias`` the values to add.
-        held_turned: Of a module's own matrix: whether the canonical weight is the transpose of what the
-            module holds (``x @ W``); None: it is a module's weight as PEFT knows modules.
-        for_all_ends: It replaces all that shares the parameter's weight, see `formats.whole_copies`.
+        tensor_names: Names of the adapter's tensors for it.
+        module: Low-rank change, for ``merge``.
+        values: New values, or for ``add to bias`` the values to add.
+        held_turned: For a module's own matrix, True if the canonical weight is the transpose of what the
+            module holds (``x @ W``); None for the weight of a module as PEFT knows modules.
+        for_all_ends: True if it replaces all parameters that share the weight, see `formats.whole_copies`.
     """
 
     key: str
@@ -57,7 +57,7 @@ class Target:
 
     @property
     def named(self) -> Named:
-        """What the renaming of an adapter's parameters has to know of it."""
+        """The parameter, for the renaming of an adapter's parameters."""
         if self.module is None or self.action != "merge":
             return Named(self.key, self.action, self.module.component if self.module else None)
         return Named(self.key, self.action, self.module.component, self.module.told_shape)
@@ -73,68 +73,68 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """The checkpoint's matrices of stacked experts: all at once may be gigabytes.
+    """Matrices of stacked experts in the checkpoint, one at a time: all at once may be gigabytes.
 
     Attributes:
-        matrix: Returns one expert's, as the module holds it.
+        matrix: Function that returns one expert's matrix, as the module holds it.
     """
 
     matrix: Callable[[int], Array]
 
 
-# The checkpoint's values of a target.
+# A target's values in the checkpoint.
 Wanted = Array | Stack
 
 
 class WeightOf(Protocol):
-    """Looks up the parameters of one adapter in the base checkpoint.
+    """Look-up of one adapter's parameters in the base checkpoint.
 
     Attributes:
-        names: For each parameter that it was made for, the checkpoint's path, or None.
+        names: The checkpoint's path for each parameter that it was made for, or None.
     """
 
     names: tuple[str | None, ...]
 
     @property
     def is_foreign(self) -> bool:
-        """Whether the checkpoint stores none of the parameters, so that the adapter is for another model."""
+        """True if the checkpoint stores none of the parameters, so that the adapter is for another model."""
         ...
 
     def __call__(self, target: Target) -> Wanted | None:
-        """Return the canonical weight, of stacked experts each one's, or None where there is none."""
+        """Return the canonical weight, for stacked experts each one's, or None if there is none."""
         ...
 
     def alike(self, target: Target, dtype: Any) -> tuple[str, list[str]]:
-        """Return where a target is stored, and what else has its shape and its values at some places.
+        """Return the name of a target's tensor, and those of others with its shape and some equal values.
 
         Args:
-            target: What to look up; an empty text stands for what is not stored as one tensor.
-            dtype: What values are rounded to before they are compared.
+            target: Target to look up; its name is "" if it is not stored as one tensor.
+            dtype: Dtype to which values are rounded before they are compared.
         """
         ...
 
     def copies(self, target: Target, names: Sequence[str], dtype: Any, table: bool) -> tuple[str, list[str]]:
-        """Return the model's names of a target, and of its copies among what is `alike`.
+        """Return the model's name of a target, and those of its copies among the tensors from `alike`.
 
         Args:
-            target: What was looked up.
-            names: What is alike.
+            target: Target that was looked up.
+            names: Names of the tensors from `alike`.
             dtype: See `alike`.
-            table: The target's rows are looked up; else it is multiplied with.
+            table: True if the target's rows are looked up, False if it is multiplied with.
         """
         ...
 
     def is_tied(self, target: Target) -> bool:
-        """Whether the checkpoint's model ties a parameter to others."""
+        """Return True if the checkpoint's model ties a parameter to others."""
         ...
 
 
 class BaseWeights(Protocol):
-    """The base checkpoint of a graph.
+    """Base checkpoint of a graph.
 
     Attributes:
         parameters: Names of the stored tensors.
-        hints: What would give adapters that were looked up a place in the checkpoint.
+        hints: Hints for adapters that were looked up and have no site in the checkpoint.
     """
 
     parameters: frozenset[str]
@@ -142,38 +142,38 @@ class BaseWeights(Protocol):
 
     @property
     def kinds(self) -> Kinds:
-        """What kind of model it is, see `towers`."""
+        """Kinds of model that it is, see `towers`."""
         ...
 
     def for_adapter(self, named: Sequence[Named], flattened: bool, scope: str | None) -> WeightOf:
-        """Return what looks up one adapter's parameters, whose names are turned into the checkpoint's."""
+        """Return a look-up of one adapter's parameters, with their names turned into the checkpoint's."""
         ...
 
     def settled(self, adapter: Adapter) -> tuple[Adapter, tuple[str, ...]]:
-        """Return the adapter with the layout of its experts as this base has it, and notes on that."""
+        """Return the adapter with the layout of this base's experts, and notes on that."""
         ...
 
     def stored(self) -> Iterator[Array]:
-        """Yield the values of each tensor whose values can be told."""
+        """Yield the values of each tensor that can be read."""
         ...
 
     def stores(self, key: str) -> bool:
-        """Whether the checkpoint has a parameter that this path of a graph may be, its outer names aside."""
+        """Return True if the checkpoint has a parameter for a graph's path, up to outer names."""
         ...
 
 
 def refuse_token_rows(adapter: Adapter) -> None:
-    """Raise `AdapterError` for an adapter that replaces single rows: a graph has no place for them."""
+    """Raise `AdapterError` for an adapter that replaces single rows, which have no site in a graph."""
     if problems := token_rows_problems(adapter):
         lines = [f"{path}: {problem}" for path, problem in problems]
         raise AdapterError(f"adapter '{adapter.name}' can't go into a graph", MERGE_ROWS, lines)
 
 
 def targets_of(adapter: Adapter) -> list[Target]:
-    """Return what an adapter changes, whole replacements first: a delta comes on top of them.
+    """Return the targets of an adapter, whole replacements first, because a delta comes on top of them.
 
     Raises:
-        AdapterError: It replaces single rows, which no place in a graph is made for.
+        AdapterError: The adapter replaces single rows, which have no site in a graph.
     """
     refuse_token_rows(adapter)
     targets = [
@@ -217,14 +217,14 @@ def targets_of(adapter: Adapter) -> list[Target]:
 
 
 def _canonical_shape(module: LoraModule) -> tuple[int, ...]:
-    """Shape of the weight; of a grouped convolution lora_A has all input channels, the weight a group's."""
+    """Return the weight's shape; in grouped convolutions lora_A has all input channels, it a group's."""
     out_dim, in_dim, *kernel = module.weight_shape
     return out_dim, in_dim // module.groups, *kernel
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A constant that holds (a part of) a target, the uses of it that are the target's, and where it lies."""
+    """Constant that holds a target or a part of it, with the target's uses and placements."""
 
     root: ir.Value
     uses: tuple[Use, ...]
@@ -233,14 +233,14 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Site:
-    """Where a target lives in a graph.
+    """Site of a target in a graph.
 
     Attributes:
-        target: What was looked for.
-        parts: One for most modules, several where the graph has split a weight or repeats it.
-        evidence: What led there, for the plan.
-        proof: How sure that is.
-        keys: Parameter paths that it has in the graph: several where the graph has split it.
+        target: The target.
+        parts: One for most modules, several if the graph has split a weight or repeats it.
+        evidence: Evidence for the site, for the plan.
+        proof: Strength of the evidence.
+        keys: Parameter paths that the target has in the graph; several if the graph has split it.
     """
 
     target: Target
@@ -251,19 +251,19 @@ class Site:
 
     @property
     def is_quantised(self) -> bool:
-        """Whether some of it is stored as codes of a quantiser."""
+        """True if some of the target is stored as codes of a quantiser."""
         return any(use.quantised for part in self.parts for use in part.uses)
 
 
 @dataclass(frozen=True, eq=False)
 class Miss:
-    """A target without a place, and why.
+    """Target without a site, with the reason.
 
     Attributes:
-        target: What was looked for.
-        refusal: Why it has no place; its hint is what would give the adapter one, where that is known.
-        is_foreign: There is a checkpoint, and it stores nothing that the adapter changes.
-        tells_part: The hint says which part of the adapter or of the model to name (``--component``).
+        target: The target.
+        refusal: Reason, with a hint on how to give the adapter a site, if one is known.
+        is_foreign: True if there is a checkpoint that stores no target of the adapter.
+        tells_part: True if the hint names a part of the adapter or of the model to choose (``--component``).
     """
 
     target: Target
@@ -273,10 +273,10 @@ class Miss:
 
     @property
     def kind(self) -> RefusalKind:
-        """What to do about it hangs on this."""
+        """Kind of the refusal, on which general hints depend."""
         return self.refusal.kind
 
     @property
     def reason(self) -> str:
-        """What was seen, and where."""
+        """Details of the refusal."""
         return self.refusal.detail

@@ -11,15 +11,15 @@ from lora_export.sites import operator_named, operator_of
 from lora_export.sites.slot import DEQUANTIZE, NORMS, PASSED, QUANTIZE, SHAPE_ONLY, SKIP_NORMS, Slot, Use
 from lora_export.sites.values.ranges import is_fixed
 
-# What else a vector may feed, so that biases and norms (modules_to_save, bias="all") have a place.
+# Other operators that a vector may feed, so that biases and norms (modules_to_save, bias="all") have a site.
 _VECTOR_PARAMETERS = {"Add": "bias", "Mul": "weight"}
 
 
 def find_uses(graph: GraphFile) -> list[Use]:
     """Return every use of a constant as a weight, in graph order.
 
-    A quantised weight's use, or one through a Transpose that is not a matrix's, has a ``refusal``. Another
-    node that changes the values (Reshape, Mul …) is the reader itself, an ``other`` use.
+    The use of a quantised weight, or one through a Transpose of more than a matrix, has a ``refusal``.
+    Another node that changes the values (Reshape, Mul …) is the reader itself, an ``other`` use.
     """
     return [use for node in graph.graph.all_nodes() for use in _uses_of(node)]
 
@@ -27,7 +27,7 @@ def find_uses(graph: GraphFile) -> list[Use]:
 def _uses_of(node: ir.Node) -> Iterator[Use]:
     operator, named = operator_of(node.domain, node.op_type), operator_named(node.op_type)
     slots = operator.slots(node) if operator else []
-    # What codes stand for is a part of their weight, no weight of its own.
+    # Scales and zero points are a part of their weight, not weights of their own.
     taken = {slot.index for slot in slots} | (named.code_inputs if named else frozenset())
     for slot in [*slots, *_vector_slots(node, taken)]:
         value = node.inputs[slot.index] if slot.index < len(node.inputs) else None
@@ -50,7 +50,7 @@ def _vector_slots(node: ir.Node, taken: set[int]) -> Iterator[Slot]:
 
 
 def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
-    """Walk from an operand back to the constant that it comes from, if it does."""
+    """Walk from an operand back to the constant that it comes from; return None if there is none."""
     chain: list[ir.Node] = []
     refusal, quantised = slot.refusal, slot.shape is not None
     codes = bool(slot.refusal)
@@ -61,7 +61,7 @@ def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
         if maker.op_type in DEQUANTIZE:
             codes = True
         elif maker.op_type in QUANTIZE and codes:
-            # Rounded in the graph: what is stored is the float weight.
+            # The graph rounds the weight; the stored one is a float.
             codes = False
             if not is_fixed(maker):
                 refusal = refusal or f"{maker.op_type} whose scale the graph computes"
@@ -99,7 +99,7 @@ def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
 
 
 def _orientation(slot: Slot, chain: list[ir.Node], rank: int) -> tuple[bool, str]:
-    """Whether the constant is the transpose of the canonical weight, and what its Transposes do besides."""
+    """Return True if the constant is the canonical weight's transpose, and the problem of its Transposes."""
     transposed, wrong = slot.transposed, ""
     for node in chain:
         if node.op_type != "Transpose":

@@ -14,6 +14,7 @@ from lora_export.storage.commit.steps import sync_path
 from lora_export.storage.sums.full import file_digest, full_hash
 from lora_export.untrusted.documents import open_regular
 from lora_export.untrusted.fields import Count
+from lora_export.untrusted.places import is_file
 
 # Larger files are identified by a sample: hashing 2.5 GB takes longer than merging it.
 _WHOLE_BYTES = 64 << 20
@@ -111,4 +112,4 @@ def identity_of(hashes: Iterable[FileHash]) -> str:
 
 def identity_of_graph(graph: Path, data: Path) -> str:
     """Return the identity of a graph and its own data file, which it may lack."""
-    return identity_of(hash_file(file) for file in (graph, data) if file.is_file())
+    return identity_of(hash_file(file) for file in (graph, data) if is_file(file))

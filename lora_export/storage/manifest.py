@@ -68,13 +68,17 @@ class Manifest:
         return cls._from_data(json_of(text, "the manifest", GraphError, _HINT))
 
     @classmethod
-    def read(cls, path: Path) -> Manifest:
+    def read(cls, path: Path, given: Path | None = None) -> Manifest:
         """Read a manifest's file.
+
+        Args:
+            path: The file.
+            given: What the user named, if the manifest was only looked for beside it; see `read_json`.
 
         Raises:
             GraphError: It can't be read, or as in `from_json`.
         """
-        return cls._from_data(read_json(path, GraphError, _HINT))
+        return cls._from_data(read_json(path, GraphError, _HINT, given=given))
 
     @classmethod
     def _from_data(cls, data: Any) -> Manifest:

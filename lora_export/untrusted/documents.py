@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lora_export.errors import LoraExportError
+from lora_export.untrusted.links import refuse_link
 from lora_export.untrusted.shown import shown
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def read_json(
     error: type[LoraExportError] = LoraExportError,
     hint: str = "save or download it again",
     *,
+    given: Path | None = None,
     finite: bool = False,
     surrogates: bool = False,
 ) -> Any:
@@ -116,12 +118,16 @@ def read_json(
         path: The file.
         error: Class of the error to raise.
         hint: How to fix a damaged file.
+        given: What the user named, if the file was only looked for beside or in it: a link out of that
+            folder is refused (`refuse_link`). None where the file itself was named, or is ours.
         finite: See `parse_json`.
         surrogates: See `parse_json`.
 
     Raises:
         LoraExportError: The file can't be read, or breaks a rule of this module (of the class ``error``).
     """
+    if given is not None:
+        refuse_link(path, given, error)
     raw = _bytes_of(path, MAX_BYTES, error)
     return json_of(raw, str(path), error, hint, finite=finite, surrogates=surrogates)
 

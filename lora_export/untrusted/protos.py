@@ -7,6 +7,7 @@
    is computed from itself.
 4. All texts are UTF-8: protobuf returns others as bytes, which no reader takes for names.
 5. No function has the name of an operator: a runtime computes the operator instead of the function.
+6. Places in other files are plain digits: ``1_0`` is ten to Python and one to ONNX Runtime.
 
 All of it is checked before onnx_ir makes a graph from the file, in one pass, without reading values.
 """
@@ -18,6 +19,7 @@ from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from lora_export.untrusted.numbers import whole_number
 from lora_export.untrusted.shown import shown
 
 if TYPE_CHECKING:
@@ -166,7 +168,11 @@ def _node(node: onnx.NodeProto) -> Iterator[str]:
 
 
 def _tensor(tensor: onnx.TensorProto) -> Iterator[str]:
-    yield from _entries(tensor.external_data, f"the external data of {_text(tensor.name)}")
+    where = f"the external data of {_text(tensor.name)}"
+    yield from _entries(tensor.external_data, where)
+    for entry in tensor.external_data:
+        if entry.key in ("offset", "length") and whole_number(entry.value) is None:  # rule 6
+            yield f"{where}: the {entry.key} is {_text(entry.value)}, wanted a number in digits"
     yield from _entries(tensor.metadata_props, _text(tensor.name))
 
 

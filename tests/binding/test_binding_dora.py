@@ -169,7 +169,7 @@ def test_modules_without_dora_get_no_factor():
 def test_dora_needs_the_bases_weights():
     module = linear("q", 6, 5, magnitude=random(6))
     graph = swap(place("q", 6, 5), dora=True)
-    assert "only the graph's record is at hand" in refused(adapter(module), graph).problems[0]
+    assert "only the graph's LoRA record is available" in refused(adapter(module), graph).problems[0]
     quantised = refused(adapter(module), graph, weight_of={}.__getitem__)
     assert "quantised" in quantised.problems[0]
     short = swap(place("q", 6, 5, stored=(StoredRows("w", (0, 4)),)), dora=True)

@@ -178,7 +178,7 @@ def test_a_slot_says_what_was_lost_as_well():
 
 def test_every_tensor_of_the_file_is_accounted_for():
     module = linear("q", 6, 5, tensor_names=("q.A", "q.B"))
-    with pytest.raises(SiteError, match="the plan does not speak of"):
+    with pytest.raises(SiteError, match="missing from the plan"):
         bind(adapter(module, tensor_names=("q.A", "q.B", "q.C")), swap(place("q", 6, 5)))
 
 

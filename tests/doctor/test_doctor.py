@@ -332,7 +332,7 @@ def test_the_report_as_text(driver):
     assert "broken: boom" in text
     assert "yes  run engines of TensorRT-RTX" in text
     assert "no   build engines with classic TensorRT" in text
-    assert "mend it: pip install --force-reinstall tensorrt" in text
+    assert "fix it: pip install --force-reinstall tensorrt" in text
 
 
 def test_the_command_on_this_machine(driver, packages):

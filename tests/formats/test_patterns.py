@@ -1,15 +1,18 @@
 """Patterns of an adapter's config: matched as by PEFT, and none keeps a verb busy."""
 
 import contextlib
+import itertools
 import json
 import re
+import secrets
 import shutil
 import time
+import warnings
 
 import pytest
 import tiny
 from exposed_models import group
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from lora_export import load_adapter, swap_onnx
@@ -17,7 +20,7 @@ from lora_export.cli import _run
 from lora_export.errors import AdapterError
 from lora_export.formats.reading import patterns
 from lora_export.formats.reading.lora_config import pattern_values
-from lora_export.formats.reading.patterns import LIMIT_S, fullmatch, match, within
+from lora_export.formats.reading.patterns import LIMIT_S, check, fullmatch, match, within
 from lora_export.formats.reading.targeting import is_targeted
 
 # Each doubles or squares its work with every letter of a long name, for `re` and for `regex`.
@@ -268,6 +271,59 @@ def test_what_is_nested_too_deeply(pattern):
 def test_what_no_limit_can_hold(pattern):
     with pytest.raises(AdapterError, match="rank_pattern"):
         match("rank_pattern", pattern, "a")
+
+
+GROUPS = st.recursive(
+    st.sampled_from(["a", "b", "q", r"\1", r"\2", "(?P<n>b)", "(?P=n)", "(?(2)a|q)", "(?(1)b)"]),
+    lambda inner: st.one_of(
+        st.lists(inner, min_size=2, max_size=3).map("".join),
+        st.tuples(inner, inner).map("|".join),
+        inner.map("({})".format),
+        st.tuples(inner, st.sampled_from(["*", "+", "?", "*?", "{1,2}"])).map(
+            lambda two: "({}){}".format(*two)
+        ),
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(pattern=GROUPS, text=st.text("abq", max_size=5))
+@example(pattern="((a)|b(?(2)a|q))*", text="aba")
+@example(pattern="(?:(a)|b(?(1)a|q))+", text="aba")
+def test_groups_that_a_pattern_refers_to(pattern, text):
+    """As `re`, or refused where a group is repeated: the two packages differ there."""
+    try:
+        expected = re.fullmatch(pattern, text)
+    except re.error:
+        assume(False)
+    if re.search(r"\\\d|\(\?\(|P=", pattern) and re.search(r"\)[*+{]", pattern):
+        with pytest.raises(AdapterError, match="refers to a group"):
+            fullmatch("rank_pattern", pattern, text)
+    else:
+        assert bool(fullmatch("rank_pattern", pattern, text)) == bool(expected)
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(a)\1", r"(?P<n>a|b)(?P=n)", r"(a)?(?(1)b|q)", r"(\))\1*", "(a)[)*]\\1+"]
+)
+def test_references_without_a_repeated_group_are_matched(pattern):
+    for text in map("".join, itertools.product("ab)q*", repeat=3)):
+        for own in (text[:2], text):
+            assert bool(fullmatch("k", pattern, own)) == bool(re.fullmatch(pattern, own))
+
+
+@pytest.mark.parametrize("pattern", ["[[a]b", "[a&&b]", "[+--]", "[a~~b]c*", "[[a]b]*", "[a||b]+"])
+def test_compilers_warn_nobody(pattern):
+    text = f"({pattern})q{secrets.token_hex(4)}"  # in no cache
+    with pytest.warns(FutureWarning):
+        re.compile(text)
+    re.purge()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        match("rank_pattern", text, "a")
+        check("rank_pattern", f"{text}x")
+    assert not said
 
 
 @pytest.mark.parametrize("pattern", ["(lay)ers", "(x)?layers", r"(\d)layers"])

@@ -267,6 +267,21 @@ def test_a_missing_file(one_set):
         found.path.write_bytes(kept)
 
 
+def test_no_file_of_a_set_is_lost_unseen(one_set):
+    """Also those that describe the others: the rest is a set no more, whichever of it is given."""
+    folder, path = one_set
+    for file in files_of(folder):
+        kept = file.read_bytes()
+        file.unlink()
+        for given in (folder, path):
+            try:
+                found = [*verify(given).failures()]
+            except LoraExportError as error:
+                found = [error.message]
+            assert found, f"{file.name} of {given.name}"
+        file.write_bytes(kept)
+
+
 # What tools and hands do to a text, and what a full disk leaves: each way → content from content.
 DAMAGES = {
     "emptied": lambda content: b"",

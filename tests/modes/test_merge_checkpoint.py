@@ -468,7 +468,7 @@ def test_output_rules(tmp_path):
     for target, force in itertools.product((base, base.parent), (False, True)):
         error = refused(OutputError, base, adapter, target, force=force)
         assert "would replace a file that is read" in error.message
-    assert "lies in the base" in refused(OutputError, base, adapter, base / "merged").message
+    assert "is in the base" in refused(OutputError, base, adapter, base / "merged").message
     assert "dtype" in refused(OutputError, base, adapter, out, dtype="int8").message
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.tex").write_text("x")

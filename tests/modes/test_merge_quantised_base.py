@@ -278,7 +278,7 @@ def test_codes_whose_scale_is_missing_are_refused(tmp_path):
     codes, _ = quantise(torch.randn(40, 48).double(), E4M3, (40, 48))
     save(tmp_path / "base", {f"{PATH}.weight": codes})
     adapter(tmp_path / "ad", (40, 48))
-    with pytest.raises(SiteError, match="no scale lies beside it"):
+    with pytest.raises(SiteError, match="there is no scale for it"):
         merge_checkpoint(tmp_path / "base", tmp_path / "ad", tmp_path / "out")
     file = tmp_path / "base/model.safetensors"
     save_file(load_file(file) | {"model.other.weight": torch.zeros(40, 48)}, file)
@@ -328,8 +328,10 @@ FOREIGN = {
         f"{Q}weight": (40, 48, INT8), f"{Q}weight_scale": (40, 1, F32),
         f"{Q}weight_zero_point": (40, 1, INT8),
     },
-    "can't be told": {f"{Q}weight": (40, 48, E4M3), f"{Q}weight_scale": (7, 5, torch.float32)},
-    "lies beside BF16": {f"{Q}weight": (40, 48, torch.bfloat16), f"{Q}weight_scale": (40, 1, torch.float32)},
+    "how many values share a scale is unknown": {
+        f"{Q}weight": (40, 48, E4M3), f"{Q}weight_scale": (7, 5, torch.float32),
+    },
+    "is beside BF16": {f"{Q}weight": (40, 48, torch.bfloat16), f"{Q}weight_scale": (40, 1, torch.float32)},
     "stored as I8": {f"{Q}weight": (40, 48, INT8)},
 }  # fmt: skip
 

@@ -1,12 +1,15 @@
 """A build kit is complete, its script is a shell's, and what it writes on the device is what we read."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import faults
@@ -24,6 +27,9 @@ from lora_export.engines.profiles import ProfileRequest
 from lora_export.engines.record import BuildOptions, read_engine
 from lora_export.errors import BackendError, EngineBuildError, OutputError
 from lora_export.packages.build_kit import write_kits
+from lora_export.storage.commit.lease import new_identity
+from lora_export.storage.commit.leftovers import tidy
+from lora_export.storage.commit.told import listening
 from lora_export.storage.outputs import OutputSet
 
 # Stands for trtexec: writes what it was asked to, and says its version.
@@ -473,3 +479,93 @@ def test_trtexec_is_used_where_both_are(kit, tmp_path):
 def test_a_kit_for_a_compiler_that_never_builds_for_it_is_refused(tmp_path):
     with pytest.raises(BackendError, match="omit --backend tensorrt-rtx"):
         write_kits(product(tmp_path / "m.onnx"), Wish(["orin-nano-8gb"], backend="tensorrt-rtx"), tmp_path)
+
+
+# Writes a part of an engine, says so, and goes on until it is killed.
+ENDLESS = """#!{python}
+import os, sys, time
+flags = dict(flag.partition("=")[::2] for flag in sys.argv[1:])
+open(flags["--saveEngine"], "wb").write(b"x" * 1000)
+with open({began!r} + ".tmp", "w") as file:
+    file.write(str(os.getpid()))
+os.rename({began!r} + ".tmp", {began!r})
+time.sleep(600)
+"""
+
+
+def is_running(pid):
+    with contextlib.suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
+@pytest.mark.parametrize("ends", ["both", "shell", "none"])
+@pytest.mark.parametrize("by", ["kit", "lora-export"])
+def test_what_a_killed_run_leaves_is_removed(by, ends, small_kit, tmp_path):
+    """By the next run of a kit or of lora-export there, once all of the killed one's processes have ended."""
+    tool, out, began = tmp_path / "endless", tmp_path / "out", tmp_path / "began"
+    tool.write_text(ENDLESS.format(python=sys.executable, began=str(began)))
+    tool.chmod(0o755)
+    out.mkdir()
+    env = {"PATH": "/usr/bin:/bin", "TRTEXEC": str(tool)}
+    run = subprocess.Popen(["sh", str(small_kit / "build.sh"), str(out)], env=env, start_new_session=True)
+    while not began.exists():
+        assert run.poll() is None
+        time.sleep(0.01)
+    left = set(out.iterdir())
+    (folder,) = (path for path in left if path.is_dir())
+    assert (folder / "engine").stat().st_size == 1000
+    assert {path.stat().st_mode & 0o077 for path in left} == {0}
+    try:
+        if ends == "both":
+            os.killpg(run.pid, signal.SIGKILL)
+            while is_running(int(began.read_text())):
+                time.sleep(0.01)
+        elif ends == "shell":
+            run.kill()
+        if ends != "none":
+            run.wait()
+        if by == "kit":
+            done = shell(small_kit, fake_tool(tmp_path / "bin"), out)
+            assert done.returncode == 0
+            told = done.stderr
+        else:
+            said = []
+            with listening(said.append):
+                tidy(out)
+            told = "".join(said)
+        if ends == "both":
+            assert not left & set(out.iterdir())
+            assert folder.name in told
+        else:
+            assert left <= set(out.iterdir())
+            assert (folder / "engine").exists()
+            assert not told
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+
+
+def test_a_kit_leaves_what_lora_export_has_to_settle(small_kit, tmp_path):
+    """A killed set of lora-export's has files beside its lease, or a lease that tells what was renamed."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for word in (b"", b'{"folder": "x"}\n'):
+        identity = new_identity()
+        (out / f".lora-export-{identity}.lease").write_bytes(word)
+        (out / f".lora-export-{identity}").mkdir()
+        if not word:
+            (out / f"m.onnx.tmp-{identity}").touch()
+    left = set(out.iterdir())
+    assert shell(small_kit, fake_tool(tmp_path / "bin"), out).returncode == 0
+    assert left <= set(out.iterdir())
+
+
+def test_the_folder_of_an_earlier_kit_is_told_of(tmp_path):
+    (tmp_path / ".lora-export-kit.aB3xyZ").mkdir()
+    said = []
+    with listening(said.append):
+        tidy(tmp_path)
+    assert ".lora-export-kit.aB3xyZ" in said[0]
+    assert (tmp_path / ".lora-export-kit.aB3xyZ").exists()

@@ -78,7 +78,7 @@ def test_a_converted_file_says_what_it_was_made_of_and_for(
     run(tmp_path / "c.safetensors")
     lines = capsys.readouterr().out.splitlines()
     assert "converted for base.onnx" in lines
-    assert f"made of   sql, sha256 {'ab' * 32}" in lines
+    assert f"made from sql, sha256 {'ab' * 32}" in lines
     assert "size      22 parameters, 88 B, 1 modules" in lines
     assert "biases    of a.q" in lines
     run(tmp_path / "c.safetensors", "--json")
@@ -104,6 +104,31 @@ def test_a_table_on_a_terminal(
     text = capsys.readouterr().out
     assert "layers.0.q" in text
     assert "linear 6×4" in text
+
+
+@pytest.mark.parametrize("count", [1, 50])
+def test_a_terminal_shows_names_letter_by_letter(
+    count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where stdout is no terminal; rich would make a face of each ``:smile:``."""
+    tensors = {
+        f"base_model.model.layers.{i}.:smile:q.lora_{end}.weight": np.ones(shape, np.float32)
+        for i in range(count)
+        for end, shape in {"A": (1, 4), "B": (4, 1)}.items()
+    }
+    folder = tmp_path / "an :adult: adapter"
+    folder.mkdir()
+    write_safetensors(folder / "adapter_model.safetensors", tensors, {})
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": [":smile:q"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "a/:boom:"}))
+    monkeypatch.setenv("COLUMNS", "200")
+    said = []
+    for is_terminal in (False, True):
+        monkeypatch.setattr("sys.stdout.isatty", lambda is_so=is_terminal: is_so, raising=False)
+        run(folder)
+        said.append(capsys.readouterr().out)
+    for word in (":smile:", ":adult:", ":boom:"):
+        assert said[1].count(word) == said[0].count(word) > 0
 
 
 def test_a_narrow_terminal_drops_columns_and_keeps_names_whole(

@@ -227,13 +227,13 @@ def test_what_is_no_number_is_counted_not_drawn():
     odd = (math.nan, math.inf, -math.inf, 1.0, 2.0)
     html = value_scatter(Scatter("json", "logits", odd, (1.0, 1.0, 1.0, 1.0, math.nan)))
     assert "1 value;" in html
-    assert html.count("no finite number: 4") == 2  # the caption, and the words for who can't see
+    assert html.count("not finite: 4") == 2  # the caption, and the words for who can't see
     assert value_scatter(Scatter("json", "logits", (math.nan,), (1.0,))) == ""
     rows = tuple(
         ModuleRow(f"layers.{i}.proj", value, value, math.nan, math.nan) for i, value in enumerate(odd)
     )
     html = error_by_module(Localisation("json", "layers.1.proj", rows))
-    assert "no finite number: 3" in html
+    assert "not finite: 3" in html
     assert len(titled(svgs(html)[0])) == 2
     assert error_by_module(Localisation("json", "", rows[:1])) == ""
 
@@ -249,7 +249,7 @@ def test_effects_without_a_place_are_counted():
     )
     html = error_against_effect(replace(report, metrics=odd))
     assert len(titled(svgs(html)[0])) == 2
-    assert "no finite number" in html
+    assert "not finite" in html
     assert error_against_effect(replace(report, metrics=odd[:2])) == ""
 
 

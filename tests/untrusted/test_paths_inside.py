@@ -13,11 +13,11 @@ from exposed_models import group
 from onnx import TensorProto, helper
 from safetensors.numpy import load_file
 
-from lora_export.base.checkpoint.links import link_problems
 from lora_export.cli import _run
 from lora_export.errors import CheckpointError, GraphError
 from lora_export.graph.data_identity import KEY, place_problem
 from lora_export.graph.onnx_file import load_graph
+from lora_export.untrusted.links import link_problems
 
 SECRET = np.ones((4, 4), np.float32)
 

@@ -56,7 +56,7 @@ def _genai(path: Path) -> Any:
 
 
 READERS = {
-    "an adapter's config": read_config,
+    "an adapter's config": lambda path: read_config(path, path.parent),
     "a checkpoint's config": read_object,
     "a manifest": lambda path: Manifest.from_json(path.read_bytes()),
     "a graph's LoRA record": lambda path: ExposedGraph.from_json(path.read_bytes()),

@@ -71,7 +71,7 @@ def kit_in(path: Path) -> None:
 
 def sums(path: Path) -> None:
     path.rename(path.parent / "SHA256SUMS")
-    description_of(path.parent / "SHA256SUMS")
+    description_of(path.parent / "SHA256SUMS", path.parent)
 
 
 READERS = [

@@ -199,6 +199,35 @@ def same_twice(proto):
             owner.metadata_props.add(key="k", value="1")
 
 
+NUMBERS = ["0", "00", "1_0", "0_0", "+0", " 0", "0 ", "0\n", "-0", "٠", "０", "²", "0x0", "0.0", "", "9" * 19]
+
+
+@pytest.mark.parametrize("key", ["offset", "length"])
+@pytest.mark.parametrize("place", ["initializer", "Constant"])
+@pytest.mark.parametrize("text", NUMBERS)
+def test_places_in_other_files_are_plain_digits(text, place, key, tmp_path):
+    """Python reads most of these texts as a number, and C++ a part of some."""
+    held = TensorProto(name="q.weight", data_type=1, dims=[8, 8], data_location=TensorProto.EXTERNAL)
+    plain = {"location": "w.bin", "offset": "0", "length": str(W.nbytes)}
+    value = text if key == "offset" else text.replace("0", plain["length"], 1)
+    for name, said in (plain | {key: value}).items():
+        held.external_data.add(key=name, value=said)
+    node = helper.make_node("Constant", [], ["q.weight"])
+    node.attribute.add(name="value", type=onnx.AttributeProto.TENSOR).t.CopyFrom(held)
+    in_node = place == "Constant"
+    proto = model([node, PRODUCT, END], [constant("other")]) if in_node else model([PRODUCT, END], [held])
+    path = tmp_path / "m.onnx"
+    path.write_bytes(proto.SerializeToString())
+    W.tofile(tmp_path / "w.bin")
+    if value.isascii() and value.isdigit() and int(value) == int(plain[key]):
+        assert np.array_equal(load_graph(path).graph.initializers["q.weight"].const_value.numpy(), W)
+        return
+    with pytest.raises(GraphError) as caught:
+        load_graph(path)
+    if not re.fullmatch("[0-9]{1,18}", value):
+        assert any(f"the {key} is '" in problem for problem in caught.value.problems)
+
+
 VALID = {
     "nodes in another order": model([END, PRODUCT]),
     "the same entry twice": changed(same_twice),

@@ -270,6 +270,47 @@ def test_progress_on_a_terminal(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert "\x07" not in stream.getvalue()
 
 
+EMOJI = ":smile:.:boom:"
+
+
+@pytest.mark.parametrize("stage", [True, False])
+def test_progress_writes_words_between_colons(stage: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    from lora_export import progress
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(progress.sys, "stderr", stream)
+    if stage:
+        with progress.stage_progress() as say:
+            assert say is not None
+            say(EMOJI, 0.5)
+    else:
+        with progress.byte_progress(EMOJI) as add:
+            assert add is not None
+            add(10)
+    assert EMOJI in stream.getvalue()
+
+
+def test_no_console_makes_pictures_of_words() -> None:
+    """By default, rich's prints ``:smile:`` as a face: a name would be shown as another."""
+    calls = [
+        (path, node)
+        for path in (ROOT / "lora_export").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "Console"
+    ]
+    assert calls
+    assert not [
+        f"{path.name}:{node.lineno}" for path, node in calls if "emoji=False" not in ast.unparse(node)
+    ]
+
+
 def test_verbs_print_through_one_module() -> None:
     """No verb writes to the terminal by other means."""
     wrong = []

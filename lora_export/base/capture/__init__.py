@@ -1,1 +1,1 @@
-"""A checkpoint folder or a model in memory, captured as a graph."""
+"""Capture a checkpoint folder or a model in memory as a graph."""

@@ -1,4 +1,4 @@
-"""A decoder with its key-value cache as plain inputs and outputs, under the names that servers expect.
+"""Give a decoder its key-value cache as plain inputs and outputs, under the names that servers expect.
 
 ========================================== ==============================================
 ``input_ids``, ``position_ids``            ``[batch, sequence]``
@@ -8,8 +8,8 @@
 ``present.N.key``, ``….value``             ``[batch, kv_heads, total_sequence, head_dim]``
 ========================================== ==============================================
 
-These are the names of optimum and onnxruntime-genai. Every layer keeps all tokens: what a layer with a
-sliding window must not see is masked, as it is without a cache.
+These are the names of optimum and onnxruntime-genai. Every layer keeps all tokens; those that a layer with a
+sliding window must not see are masked, as without a cache.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
 
 @dataclass(frozen=True)
 class CachedDecoder:
-    """What `capture_export.export_module` takes for a decoder with a cache.
+    """Arguments of `export.export_module` for a decoder with a cache.
 
     Attributes:
         inputs: Example inputs by parameter.
-        shapes: Their dynamic dimensions.
-        input_names: Of the graph.
-        output_names: Of the graph.
+        shapes: Dynamic dimensions of the inputs.
+        input_names: Names of the graph's inputs.
+        output_names: Names of the graph's outputs.
     """
 
     inputs: dict[str, Any]
@@ -53,10 +53,10 @@ def with_cache(
     """Make a model read and return its cache as a flat list of tensors.
 
     Args:
-        model: A transformers model; its ``forward`` is replaced. A module around it would do as well, but
-            each weight of the graph would have another name than in the checkpoint.
-        inputs: What it was run with.
-        outputs: What it returned; the cache in it shows the layers' shapes.
+        model: A transformers model; its ``forward`` is replaced. With a module around it instead, each weight
+            of the graph would have another name than in the checkpoint.
+        inputs: Inputs that it was run with.
+        outputs: Its outputs; the cache in them shows the layers' shapes.
         where: The folder, for messages.
 
     Raises:
@@ -126,7 +126,7 @@ def _replace_forward(model: Any, names: list[str]) -> None:
         input_ids: Any, attention_mask: Any, position_ids: Any = None, past: Any = ()
     ) -> tuple[torch.Tensor, ...]:
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        # Without the config: with it, layers with a sliding window would forget.
+        # The config is left out: with it, layers with a sliding window would forget tokens.
         result = forward(
             **{name: given[name] for name in names}, past_key_values=DynamicCache(past), use_cache=True
         )

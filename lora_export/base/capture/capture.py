@@ -31,7 +31,6 @@ from lora_export.base.checkpoint.checkpoint import (
     read_config,
 )
 from lora_export.base.checkpoint.layer_counts import refuse_many_layers
-from lora_export.base.checkpoint.links import refuse_links
 from lora_export.base.checkpoint.own_code import model_class, never_asked, refuse_own_code
 from lora_export.base.checkpoint.quantised import refuse_bare_codes
 from lora_export.base.checkpoint.weight_files import refuse_chosen_elsewhere
@@ -54,12 +53,13 @@ from lora_export.graph.onnx_file import save_graph
 from lora_export.progress import tell_stage
 from lora_export.storage.hashes import hash_written
 from lora_export.storage.inputs import note_inputs
+from lora_export.untrusted.links import refuse_links
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-# The first in which Conv and pooling take bfloat16.
+# The first opset in which Conv and pooling take bfloat16.
 _BFLOAT16_OPSET = 22
 # Smaller constants stay in the protobuf.
 _INLINE_BYTES = 256
@@ -81,22 +81,22 @@ def capture_checkpoint(
     The model class is the one named in the config's ``architectures``.
 
     Args:
-        folder: What ``save_pretrained`` wrote.
+        folder: Folder that ``save_pretrained`` wrote.
         output: The ``.onnx`` file to write; its data goes beside it.
-        dtype: One of `DTYPES`: of weights, inputs and outputs (but ids). The graph computes as the model
-            does in PyTorch in that dtype: what transformers computes in float32 even then stays so.
+        dtype: Dtype of weights, inputs and outputs (except ids), one of `DTYPES`. The graph computes as the
+            model does in PyTorch in that dtype; what transformers always computes in float32 stays float32.
         kv_cache: For decoders: keys and values of past tokens are inputs and outputs, see `capture_cache`.
-        replaced: Parameters that are replaced afterwards: the checkpoint may lack them.
+        replaced: Parameters that are replaced afterwards; the checkpoint may lack them.
 
     Returns:
         ``output``.
 
     Raises:
         BackendUnavailable: torch, transformers or onnxscript is missing.
-        CheckpointError: The folder can't be loaded or lacks weights, its kind of input is not known, it has
-            no cache, or weights don't fit into the dtype.
+        CheckpointError: The folder can't be loaded or lacks weights, its kind of input is unknown, it has no
+            cache, or weights don't fit into the dtype.
         GraphError: torch.onnx can't export the model.
-        OutputError: There is no such dtype.
+        OutputError: The dtype is unknown.
     """
     if dtype not in DTYPES:
         raise OutputError(f"there is no dtype {dtype!r} to capture in", f"one of: {', '.join(DTYPES)}")
@@ -185,7 +185,7 @@ def capture_module(
     """Write the graph of a module.
 
     Args:
-        module: In the mode (eval, dtype) in which it is to be captured.
+        module: Module in the mode (eval, dtype) in which it is captured.
         example_inputs: Positional or keyword inputs.
         output: The ``.onnx`` file to write; its data goes beside it.
         dynamic_shapes: As for `torch.export.export`.
@@ -215,12 +215,12 @@ def _save(graph: ir.Model, output: Path) -> Path:
 
 
 def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[Any, tuple[str, ...]]:
-    """Return a checkpoint's model as transformers loads it, in eval mode, and what it had to make up.
+    """Return a checkpoint's model as transformers loads it, in eval mode, and the parameters that it made up.
 
     Args:
-        path: What ``save_pretrained`` wrote.
-        dtype: Of the weights: one of `DTYPES`, or ``float64``.
-        replaced: Parameters that are replaced afterwards: the checkpoint may lack them.
+        path: Folder that ``save_pretrained`` wrote.
+        dtype: Dtype of the weights, one of `DTYPES`, or ``float64``.
+        replaced: Parameters that are replaced afterwards; the checkpoint may lack them.
 
     Returns:
         The model, and the names of parameters that the checkpoint lacks: their values are random.
@@ -270,13 +270,17 @@ def _look_at(path: Path) -> _Loading:
     """
     import transformers
 
-    if not path.is_dir():  # else transformers asks a hub for a model of that name
+    if not path.is_dir():  # else transformers would ask a hub for a model of that name
         raise no_folder(path)
     note_inputs(model_files(path))
     if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
         raise CheckpointError(f"{path} is an adapter, not a base model", "give the folder of its base model")
     _refuse_diffusers(path)
-    refuse_links(path, [found for kind in ("json", "safetensors", "bin") for found in path.glob(f"*.{kind}")])
+    refuse_links(
+        path,
+        [found for kind in ("json", "safetensors", "bin") for found in path.glob(f"*.{kind}")],
+        CheckpointError,
+    )
     written = read_config(path)
     refuse_own_code(path, written)
     refuse_chosen_elsewhere(path, written)
@@ -305,9 +309,9 @@ def _cant_load(path: Path, error: Exception) -> CheckpointError:
 
 
 def _refuse_diffusers(path: Path) -> None:
-    """Refuse a pipeline of diffusers, or one of its models, by that name."""
+    """Refuse a pipeline of diffusers, or one of its models, with a message that says so."""
     if (path / "model_index.json").exists():
-        Checkpoint.open(path)  # a pipeline: it says so
+        Checkpoint.open(path)  # raises for a pipeline
     if kind := diffusers_class(path):
         raise CheckpointError(
             f"{path} holds a model of diffusers ({kind}): only models of transformers are captured",
@@ -316,18 +320,18 @@ def _refuse_diffusers(path: Path) -> None:
 
 
 def _refuse_adapter_beside(path: Path) -> None:
-    """Refuse an adapter in the model's folder: transformers applies it where PEFT is installed."""
+    """Refuse an adapter in the model's folder, because transformers applies it if PEFT is installed."""
     if (path / "config.json").exists() and (path / "adapter_config.json").exists():
         raise CheckpointError(
             f"{path} holds an adapter beside the model (adapter_config.json): transformers would apply it "
-            "where PEFT is installed",
+            "if PEFT is installed",
             "move adapter_config.json and the adapter's weights to a folder of their own, and give that as "
             "the adapter",
         )
 
 
 def _refuse_missing(keys: Collection[str], path: Path, replaced: Collection[str]) -> None:
-    """Refuse a checkpoint without some of the model's weights: transformers has made them up."""
+    """Refuse a checkpoint that lacks some of the model's weights, which transformers has made up."""
     given = [f".{name}" for name in replaced]
     missing = sorted(
         key for key in keys if not any(f".{key}".endswith(name) or name.endswith(f".{key}") for name in given)
@@ -341,7 +345,7 @@ def _refuse_missing(keys: Collection[str], path: Path, replaced: Collection[str]
 
 
 def _refuse_infinite(model: Any, path: Path, dtype: str) -> None:
-    """Refuse weights beyond what the dtype holds: transformers has made them infinite without a word."""
+    """Refuse weights too large for the dtype, which transformers has made infinite without a warning."""
     if dtype in ("float32", "float64"):
         return
     found = {name: values for name, values in model.named_parameters() if not values.isfinite().all()}
@@ -356,7 +360,7 @@ def _refuse_lost(lost: Mapping[str, bool], path: Path, dtype: str) -> None:
     spoilt = [name for name, is_nan in lost.items() if is_nan]
     if spoilt:
         raise CheckpointError(
-            f"{len(spoilt)} weights of {path} are NaN, in whatever dtype", "save the checkpoint again", spoilt
+            f"{len(spoilt)} weights of {path} are NaN in every dtype", "save the checkpoint again", spoilt
         )
     larger = "bfloat16 or float32" if dtype == "float16" else "float32"
     raise CheckpointError(
@@ -387,17 +391,17 @@ def _describe(model: Any, outputs: Mapping[str, Any], dtype: str, kv_cache: bool
 
 
 def longest_of(model: Any, config: Any) -> int | None:
-    """Return how many positions a model of transformers has; None where its config doesn't say it.
+    """Return the number of positions of a transformers model; None if its config doesn't tell.
 
     Args:
         model: The module.
-        config: Of its text.
+        config: Config of its text model.
     """
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
     for name, module in model.named_modules():
-        # RoBERTa and its like begin to count behind the padding token's id.
+        # RoBERTa and similar models begin to count after the padding token's id.
         padding = getattr(module, "padding_idx", None)
         if name.endswith("position_embeddings") and padding is not None and module.num_embeddings == limit:
             return limit - int(padding) - 1
@@ -419,10 +423,10 @@ def _model_class(config: Any, path: Path) -> Any:
 
 
 def _batch_experts(model: Any) -> None:
-    """Have a mixture of experts multiply with each token's own experts, which ONNX has operators for.
+    """Make a mixture of experts multiply with each token's own experts, for which ONNX has operators.
 
     transformers 5's default groups the tokens by expert (``torch._grouped_mm``), and its loop over the
-    experts depends on the values: neither can be exported. The sums are the same ones.
+    experts depends on the values; neither can be exported. The sums are the same.
     """
     if hasattr(model, "set_experts_implementation"):
         with quiet():
@@ -442,7 +446,7 @@ def example_inputs(model: Any, path: Path) -> dict[str, Any]:
         path: Its folder, for messages.
 
     Raises:
-        CheckpointError: Its kind of input is not known.
+        CheckpointError: The model's kind of input is unknown.
     """
     import torch
 
@@ -452,13 +456,13 @@ def example_inputs(model: Any, path: Path) -> dict[str, Any]:
         size = getattr(config, "image_size", None)
         if size is None:
             raise CheckpointError(
-                f"{path}/config.json says no image_size, which the graph is made for", _EXPORT_YOURSELF
+                f"{path}/config.json has no image_size, which the graph needs", _EXPORT_YOURSELF
             )
         size = size if isinstance(size, int) else max(size)
         return {"pixel_values": torch.zeros(2, config.num_channels, size, size, dtype=model.dtype)}
     if model.main_input_name != "input_ids":
         raise CheckpointError(
-            f"{path}: don't know example inputs for a model that reads {model.main_input_name!r}",
+            f"{path}: no example inputs are known for a model that reads {model.main_input_name!r}",
             _EXPORT_YOURSELF,
         )
     inputs = {"input_ids": torch.ones(2, 7, dtype=torch.int64)}

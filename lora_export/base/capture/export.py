@@ -1,4 +1,4 @@
-"""One module through torch.onnx's dynamo exporter, in silence, with the weights left as they are.
+"""Export one module with torch.onnx's dynamo exporter, silently, with the weights as they are.
 
 Weights keep their own names and orientation (a Transpose stays in the graph): ONNX Runtime folds it when it
 loads, and untouched weights can then stay in the checkpoint's own ``.safetensors``.
@@ -28,10 +28,10 @@ Inputs = tuple[Any, ...] | Mapping[str, Any]
 
 
 def run_module(module: torch.nn.Module, example_inputs: Inputs) -> Any:
-    """Return what a module returns.
+    """Return the outputs of a module.
 
     Raises:
-        GraphError: It fails.
+        GraphError: The module fails.
     """
     import torch
 
@@ -91,11 +91,11 @@ def trace_module(
     """Return the graph of a module as torch.onnx writes it.
 
     Args:
-        module: In the mode (eval, dtype) in which it is to be captured.
+        module: Module in the mode (eval, dtype) in which it is captured.
         example_inputs: Positional or keyword inputs.
         dynamic_shapes: As for `torch.export.export`.
         output_names: Names of the graph's outputs, or None for the exporter's own.
-        input_names: Names of the graph's inputs; as the parameters of ``forward`` if left out.
+        input_names: Names of the graph's inputs; by default those of the parameters of ``forward``.
         opset: Version of ONNX's operators; the exporter's own choice if left out.
 
     Raises:
@@ -119,7 +119,7 @@ def trace_module(
                 opset_version=opset,
                 verbose=False,
             )
-        except Exception as error:  # the exporter raises its own and torch.export's many kinds
+        except Exception as error:  # the exporter raises its own errors and many kinds of torch.export
             raise GraphError(
                 f"torch.onnx can't export {type(module).__name__}: {first_line(error)}",
                 f"export the model yourself and go on with that .onnx{_what_may_help(module)}",
@@ -131,7 +131,7 @@ def trace_module(
 
 
 def _what_may_help(module: torch.nn.Module) -> str:
-    """Return what to load a model of transformers with, of what it was not loaded with."""
+    """Return options that may help when a transformers model is loaded with them, as a part of a hint."""
     model = next((part for part in module.modules() if hasattr(part, "get_experts_implementation")), None)
     found = []
     if model is not None and "grouped_mm" in model.get_experts_implementation().values():
@@ -144,7 +144,7 @@ def _what_may_help(module: torch.nn.Module) -> str:
 def simplify(model: ir.Model) -> None:
     """Fold constants and take out shape arithmetic, but leave weights as they are; each node for itself.
 
-    onnxscript's own `optimize` would also fold batch norms into weights, and one of its rules looks at all
+    onnxscript's own `optimize` would also fold batch norms into weights, and one of its rules visits all
     nodes for each node: 20 of 23 seconds for a decoder of 30 layers, in which it never finds anything.
     """
     from onnx_ir.passes import Sequential, common
@@ -152,7 +152,7 @@ def simplify(model: ir.Model) -> None:
     from onnxscript.rewriter.rules import common as rules
 
     def should_fold(node: ir.Node) -> bool | None:
-        # A folded Transpose or Cast would be a second copy of a weight under a name of its own.
+        # A folded Transpose or Cast would be a second copy of a weight under another name.
         weights = any(v is not None and v.is_initializer() and len(v.shape or ()) > 1 for v in node.inputs)
         return False if weights else None
 
@@ -186,10 +186,10 @@ def share(model: ir.Model, weights: Collection[str]) -> None:
 
 
 def _deduplicate(model: ir.Model, weights: Collection[str]) -> None:
-    """Have one of equal constants, but each parameter for itself.
+    """Keep one of equal constants, but each parameter.
 
-    Two modules with equal weights (zeros of a fresh head, a copy that is going to be trained) would have one,
-    and then one node where they read the same input: no change of one of them alone would be possible.
+    Two modules with equal weights (zeros of a new head, a copy that will be trained) would otherwise share
+    one weight, and one node if they read the same input; then neither could be changed alone.
     """
     from onnx_ir.passes import common
 
@@ -217,14 +217,14 @@ def require(*names: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return of which kind an error is and how its message begins."""
+    """Return an error's kind and the first line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back the exporters' progress prints, log lines and warnings: none is for our user."""
+    """Suppress the exporters' progress prints, log lines and warnings, none of which is for our user."""
     previous = logging.root.manager.disable
     logging.disable(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

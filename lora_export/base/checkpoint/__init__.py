@@ -1,1 +1,1 @@
-"""A folder of weights and what its config, names and tensors say."""
+"""Read a folder of weights: its config, names and tensors."""

@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder: where each tensor lies in which safetensors file, without torch.
+"""Open the weights of a Hugging Face folder: each tensor's file and offset, without torch.
 
 Only headers are read, and checked by `lora_export.storage.safetensors` before anything is written.
 """
@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Array
-from lora_export.base.checkpoint.links import refuse_links
 from lora_export.base.checkpoint.own_code import code_notes
 from lora_export.base.checkpoint.sentence_modules import transformer_folder
 from lora_export.base.checkpoint.weight_files import find_weights, read_object
 from lora_export.errors import CheckpointError
 from lora_export.storage.inputs import note_inputs, refuse_changed_inputs
 from lora_export.storage.safetensors import DTYPES, HeaderError, read_file_header
+from lora_export.untrusted.links import refuse_links
 
 _OTHER_FORMATS = {
     "pytorch_model.bin": "PyTorch pickles",
@@ -31,15 +31,15 @@ _OTHER_FORMATS = {
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """One tensor of a checkpoint.
+    """Tensor of a checkpoint.
 
     Attributes:
-        name: Its name in the file.
+        name: Name in the file.
         file: The file that holds it.
-        code: The format's word for the dtype, such as ``BF16``.
-        shape: Its shape.
-        offset: Where it starts, in bytes from the start of the file.
-        length: Its size in bytes.
+        code: The format's code of the dtype, such as ``BF16``.
+        shape: Shape of the tensor.
+        offset: Position in the file, in bytes.
+        length: Size in bytes.
     """
 
     name: str
@@ -52,14 +52,14 @@ class StoredTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One safetensors file.
+    """Safetensors file.
 
     Attributes:
         path: The file.
-        size: Its size in bytes.
-        data_start: Where the tensors start: behind the header.
+        size: Size of the file in bytes.
+        data_start: Position of the first tensor, after the header, in bytes.
         header: The header, in its own order.
-        tensors: The tensors by their place in the file.
+        tensors: The tensors by their position in the file.
     """
 
     path: Path
@@ -71,15 +71,15 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A folder's weights.
+    """Weights of a folder.
 
     Attributes:
         folder: The folder.
-        config: Its config.json; empty where there is none.
+        config: Its config.json; empty if there is none.
         shards: The safetensors files, in the order of their names.
-        tensors: Tensor name → where it is, over all shards.
+        tensors: Tensor name → tensor, over all shards.
         index: The index file of a sharded checkpoint, or None.
-        notes: Which sets of weights were left aside, and which code.
+        notes: Notes on other sets of weights, and on code that is not run.
     """
 
     folder: Path
@@ -105,7 +105,9 @@ class Checkpoint:
         found = find_weights(folder, is_diffusers=_diffusers_class(config) != "", config=config)
         if found is None:
             raise _no_safetensors(folder)
-        refuse_links(folder, [folder / name for name in ("config.json", found.name, *found.files)])
+        refuse_links(
+            folder, [folder / name for name in ("config.json", found.name, *found.files)], CheckpointError
+        )
         index, problems = found.index, list[str]()
         shards = [
             shard for name in found.files if (shard := _read_shard(folder / name, problems)) is not None
@@ -124,14 +126,14 @@ class Checkpoint:
 
     @property
     def diffusers_class(self) -> str:
-        """Class of a model of diffusers, which transformers doesn't know; empty for others."""
+        """Class of a diffusers model, which transformers doesn't know; empty for others."""
         return _diffusers_class(self.config)
 
     def read(self, name: str) -> Array:
         """Return a tensor's values as a read-only view of the mapped file.
 
         Raises:
-            CheckpointError: There is no such tensor, numpy has no dtype for it, or its file was cut short.
+            CheckpointError: The tensor doesn't exist, numpy has no dtype for it, or its file was cut short.
             InputChangedError: The file was replaced or written to since it was opened.
         """
         tensor = self.tensors.get(name)
@@ -157,20 +159,20 @@ class Checkpoint:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Return the files of a folder that say what its model is: weights, indexes and configs."""
+    """Return the files of a folder that define its model: weights, indexes and configs."""
     kinds = ("*.safetensors", "*.bin", "*config.json", "*.index*.json")
     return [path for kind in kinds for path in folder.glob(kind)]
 
 
 def no_folder(path: Path) -> CheckpointError:
-    """Return the error where a checkpoint's folder is wanted and none is."""
+    """Return the error for a path that should be a checkpoint's folder and is not."""
     if path.suffix == ".onnx" and path.is_file():
         hint = "give the checkpoint folder that it was exported from"
         return CheckpointError(f"{path} is a graph already, not a folder of a checkpoint", hint)
     hint = "give a local folder with config.json and model.safetensors"
     if path.is_file():
         return CheckpointError(f"{path} is a file, not a folder of a checkpoint", hint)
-    # An absolute path is no name on a hub, nor is one of three parts.
+    # An absolute path is not a name on a hub, and neither is one of three parts.
     if len(path.parts) == 2 and not path.is_absolute():
         hint = f"check the path; for a model on the Hub, first: hf download {path} --local-dir {path.name}"
     return CheckpointError(f"no folder at {path}", hint)
@@ -213,19 +215,19 @@ def _no_safetensors(folder: Path) -> CheckpointError:
 
 
 def diffusers_class(folder: Path) -> str:
-    """Return the class of the model of diffusers in a folder, its weights there or not; "" for others.
+    """Return the class of the diffusers model in a folder, with or without its weights; "" for others.
 
     Raises:
-        CheckpointError: Its config can't be read.
+        CheckpointError: The config can't be read.
     """
     return _diffusers_class(read_config(folder))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return a folder's config.json; an empty dict where it has none.
+    """Return a folder's config.json; an empty dict if it has none.
 
     Raises:
-        CheckpointError: It can't be read.
+        CheckpointError: The file can't be read.
     """
     file = folder / "config.json"
     config = read_object(file) if file.exists() else {}

@@ -1,4 +1,4 @@
-"""What the names of a config's models tell: where transformers defines them, and which of them use Conv1D."""
+"""Derive from the models in a config where transformers defines them, and which of them use Conv1D."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def model_types(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def is_conv1d(config: Mapping[str, Any], path: str, fan_in_fan_out: bool) -> bool:
-    """Whether a module of a model is a Conv1D, where the shape of its weight doesn't tell.
+    """Return True if a module is a Conv1D, in case the shape of its weight doesn't tell.
 
     Args:
         config: The base's config.
-        path: The module's path.
-        fan_in_fan_out: What the adapter's config says. PEFT writes what was true of the module that it
-            replaced last, and corrects it for each module by its class (``tuners/lora/model.py``): it
-            decides only where the class is not known.
+        path: Path of the module.
+        fan_in_fan_out: Value in the adapter's config. PEFT writes the value of the module that it replaced
+            last, and corrects it for each module by its class (``tuners/lora/model.py``); it decides only if
+            the class is unknown.
     """
     kinds = list(model_types(config))
     if not CONV1D_FAMILIES.isdisjoint(kinds):
@@ -49,7 +49,7 @@ def source_folder(kind: str) -> Path | None:
         return None
     places = (spec.submodule_search_locations or []) if spec else []
     parts = kind.replace("-", "_").split("_")
-    # A part's type is its model's with a word more: ``gemma3_text``.
+    # A part's type is its model's with one more word: ``gemma3_text``.
     names = ["_".join(parts[:count]) for count in range(len(parts), 0, -1)]
     folders = (Path(place) / "models" / name for place in places for name in names if name)
     return next((folder for folder in folders if folder.is_dir()), None)

@@ -1,4 +1,4 @@
-"""The classes with which transformers puts a head of a name and size on a base, tried on its meta device."""
+"""Find the classes with which transformers puts a head of a name and size on a base, tried on meta device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.meta_model import quiet_config
 
-# What ends the names of transformers' classes that put a head of labels on a model.
+# Endings of the names of transformers' classes that put a head of labels on a model.
 _ENDS = ("Classification", "QuestionAnswering", "MultipleChoice")
 # PEFT's task types: https://huggingface.co/docs/peft ``TaskType``.
 _TASKS = {
@@ -25,12 +25,12 @@ def head_classes(
 
     Args:
         checkpoint: The base.
-        path: The parameter, ``classifier.weight``.
-        shape: Its shape: a row for each label.
+        path: Path of the parameter, ``classifier.weight``.
+        shape: Shape of the parameter: a row for each label.
         trained: The adapter's config, which may name the class or the task that it was trained for.
 
     Returns:
-        Those that do; none where transformers can't say.
+        Their names; none if transformers can't tell.
     """
     try:
         found = dict(_fitting(checkpoint, path, shape))

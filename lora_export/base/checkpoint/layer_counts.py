@@ -1,4 +1,4 @@
-"""How many layers a config asks for: transformers builds all of them before it looks at the weights."""
+"""Limit the layers that a config asks for: transformers builds all of them before it looks at the weights."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _COUNTS = re.compile(r"(?:.*_)?(?:layers?|experts|blocks|depths?)")
 
 
 def refuse_many_layers(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` where a config, or a part of it, asks for more layers than any model has.
+    """Raise `CheckpointError` if a config, or a part of it, asks for more layers than any model has.
 
     Args:
-        folder: Of the checkpoint, for messages.
+        folder: Folder of the checkpoint, for messages.
         config: Its config.json.
     """
     problems = [f"{place}: {seen(count)}, wanted at most {MOST}" for place, count in _counts(config)]
     if problems:
         raise CheckpointError(
             f"{folder}/config.json asks for more layers than any model has",
-            "download it again, or write the number of layers that the weights are of",
+            "download it again, or write the number of layers that the weights have",
             problems,
         )
 

@@ -1,4 +1,4 @@
-"""The model of a checkpoint as transformers builds it, on torch's meta device: structure without memory."""
+"""Build the model of a checkpoint with transformers on torch's meta device: structure without memory."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def build_model(checkpoint: Checkpoint, changed: Mapping[str, Any] | None = None
 
     Args:
         checkpoint: The base.
-        changed: A config to take instead of the checkpoint's.
+        changed: Config to use instead of the checkpoint's.
 
     Raises:
-        CheckpointError: That would run code of the checkpoint's own.
-        ImportError: There is no torch or no transformers.
-        Exception: transformers knows no such model, or can't build it.
+        CheckpointError: Building would run code of the checkpoint's own.
+        ImportError: torch or transformers is missing.
+        Exception: transformers doesn't know the model, or can't build it.
     """
     import torch
     import transformers
@@ -42,9 +42,9 @@ def build_model(checkpoint: Checkpoint, changed: Mapping[str, Any] | None = None
 def quiet_config(
     checkpoint: Checkpoint, changed: Mapping[str, Any] | None = None, **more: Any
 ) -> Iterator[Any]:
-    """Yield transformers' config of a checkpoint; while it is in use, transformers says errors only.
+    """Yield transformers' config of a checkpoint; while it is in use, transformers logs only errors.
 
-    It never asks whether to run a checkpoint's own code.
+    transformers never asks whether to run a checkpoint's own code.
 
     Args:
         checkpoint: The base.
@@ -55,7 +55,7 @@ def quiet_config(
 
     refuse_many_layers(checkpoint.folder, checkpoint.config)
     verbosity = transformers.logging.get_verbosity()
-    # Its remarks about the config are for those who run the model.
+    # transformers' remarks about the config are for people who run the model.
     transformers.logging.set_verbosity_error()
     try:
         with _folder_of(checkpoint, changed) as folder, never_asked():
@@ -68,7 +68,7 @@ def quiet_config(
 
 @contextlib.contextmanager
 def _folder_of(checkpoint: Checkpoint, changed: Mapping[str, Any] | None) -> Iterator[Path]:
-    """Yield a folder to read the config from: what it says is judged as it will be when it is loaded."""
+    """Yield a folder to read the config from, so that it is judged as it will be when it is loaded."""
     if changed is None:
         yield checkpoint.folder
         return
@@ -78,13 +78,13 @@ def _folder_of(checkpoint: Checkpoint, changed: Mapping[str, Any] | None) -> Ite
 
 
 class LoadedNames:
-    """How transformers renames stored tensors when it loads them.
+    """Names that transformers gives to stored tensors when it loads them.
 
     Source: transformers 5, ``conversion_mapping.get_model_conversion_mapping`` and
     ``core_model_loading.rename_source_key``.
 
     Args:
-        model: What `build_model` returned.
+        model: Result of `build_model`.
     """
 
     def __init__(self, model: Any) -> None:
@@ -99,7 +99,7 @@ class LoadedNames:
         self._owner = {p: converter for converter in self._converters for p in converter.source_patterns}
 
     def loaded(self, stored: str) -> tuple[str, str | None, Any]:
-        """Return the model's name of a stored tensor, with the pattern and converter that would change it."""
+        """Return a stored tensor's name in the model, with the pattern and converter that would change it."""
         from transformers.core_model_loading import rename_source_key
 
         name, pattern = rename_source_key(

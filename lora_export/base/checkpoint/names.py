@@ -1,6 +1,6 @@
-"""Which stored tensors hold a parameter of a model: by name, else by the renaming that transformers knows.
+"""Find the stored tensors that hold a parameter of a model: by name, else by transformers' renaming.
 
-An adapter speaks of modules as they were named in memory; a file may use other names. Three differences
+An adapter has the modules' names in memory; a file may use other names. Three differences
 occur: a prefix (``bert.encoder…`` against ``encoder…``), names of an older transformers (5.x renames modules
 and writes the old names), and experts that are stacked in memory but stored one by one.
 """
@@ -22,6 +22,7 @@ from lora_export.sites.naming.known_names import KnownNames
 from lora_export.sites.naming.names import Named
 from lora_export.sites.naming.renaming import NOT_FOUND, Problem, Renaming, rename
 from lora_export.sites.naming.towers import Kinds, kinds_of_class
+from lora_export.untrusted.numbers import whole_number
 
 NO_TENSOR = "no tensor of that name"
 _NO_TRANSFORMERS = f"transformers' table of renamed modules could not be asked: {install_line('hf')}"
@@ -29,14 +30,14 @@ _NO_TRANSFORMERS = f"transformers' table of renamed modules could not be asked: 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A stored tensor that holds a parameter, or some rows of it.
+    """Stored tensor that holds a parameter, or some rows of it.
 
     Attributes:
         tensor: The stored tensor's name.
-        expert: Which of the parameter's stacked matrices; None: all of them, or it is not stacked.
+        expert: Number of the stacked matrix; None for all of them, or if the parameter is not stacked.
         piece: ``(index, count)``: the tensor is the index-th of count that are concatenated along the rows.
-        reason: What led here.
-        transposed: The module holds the transpose of the (last two axes of the) tensor.
+        reason: Evidence, for the plan.
+        transposed: True if the module holds the transpose of the (last two axes of the) tensor.
     """
 
     tensor: str
@@ -47,7 +48,7 @@ class Part:
 
 
 class Names:
-    """Finds parameters in a checkpoint; iterating yields the paths of what it stores.
+    """Finder of parameters in a checkpoint; iterating yields the paths of those that it stores.
 
     Args:
         checkpoint: The base.
@@ -65,12 +66,12 @@ class Names:
     def rename(self, named: Sequence[Named], flattened: bool = False, scope: str | None = None) -> Renaming:
         """Return the path of each parameter of one adapter, for `parts`.
 
-        The names of the file are tried first, then those that transformers gives to what is in it.
+        The names of the file are tried first, then those that transformers gives to its tensors.
 
         Args:
-            named: All that the adapter changes: one change of names holds for it.
-            flattened: The paths' dots are underscores (kohya's files).
-            scope: The part that belongs, as the user says it.
+            named: All parameters of the adapter: one change of names holds for it.
+            flattened: True if the paths' dots are underscores (kohya's files).
+            scope: Part that belongs, as the user names it.
         """
         found = rename(named, self._known, flattened=flattened, scope=scope)
         missing = self._missing(named, found, self._stored)
@@ -93,15 +94,15 @@ class Names:
 
     @property
     def kinds(self) -> Kinds:
-        """What kind of model the checkpoint is, as far as its config and its names say."""
+        """Kinds of model that the checkpoint is, as far as its config and its names tell."""
         return self._known.kinds
 
     def parts(self, name: str) -> tuple[Part, ...]:
-        """Return where a parameter of `rename`'s path is stored; nothing where it is not."""
+        """Return the tensors that hold a parameter, by its path from `rename`; none if it is not stored."""
         return self._stored.get(name) or (self._renamed[0].get(name, ()) if self._is_renamed else ())
 
     def find(self, parameter: str) -> tuple[Part, ...]:
-        """Return where one parameter is stored; nothing where it is not, or where several may be meant."""
+        """Return the tensors that hold one parameter; none if it is not stored, or several may be meant."""
         found = self.rename([Named(parameter)])
         (name,) = found.names
         return self.parts(name) if name and not found.problems else ()
@@ -123,14 +124,14 @@ class Names:
 
     @property
     def _is_renamed(self) -> bool:
-        """Whether transformers was asked: it imports torch."""
+        """True if transformers was asked, which imports torch."""
         return "_renamed" in self.__dict__
 
     def held(self, parameter: str) -> Held | None:
-        """Return how the model's own module holds a parameter in memory, as transformers builds it.
+        """Return the layout of a parameter in the model's own module, as transformers builds it.
 
-        Without transformers, or for a model that it doesn't know, as the parameter is stored. None where
-        there is no such parameter, or several that differ.
+        Without transformers, or for a model that it doesn't know, the layout is the stored one. None if no
+        parameter has this path, or several that differ.
         """
         if parameter not in self._held:
             self._held[parameter] = self._look_up(parameter)
@@ -139,7 +140,7 @@ class Names:
     def _look_up(self, parameter: str) -> Held | None:
         shapes = self._shapes
         names: list[str] = [parameter] if parameter in shapes else []
-        # Other components may stand in front, in both: what counts is that all that may be meant are alike.
+        # Other components may be in front, in both paths; all parameters that may be meant have to be alike.
         for tail in () if names else (parameter, *_tails(parameter)):
             names = names or [name for name in shapes if name == tail or name.endswith(f".{tail}")]
         found = set()
@@ -160,7 +161,7 @@ class Names:
 
     @cached_property
     def _model(self) -> tuple[Any, str]:
-        """The model without its values, or why there is none; asked only when needed: it imports torch."""
+        """Model without values, or the reason why there is none; built only if needed: it imports torch."""
         if self._checkpoint.diffusers_class:
             return None, ""  # diffusers stores parameters under the names that they have in memory
         try:
@@ -172,7 +173,7 @@ class Names:
 
     @cached_property
     def _renamed(self) -> tuple[dict[str, tuple[Part, ...]], str]:
-        """The renaming of transformers, asked only when a name was not found."""
+        """Transformers' renaming, asked for only if a name was not found."""
         model, problem = self._model
         if model is None:
             return {}, problem
@@ -183,20 +184,20 @@ class Names:
 
 
 def _tails(name: str) -> Iterator[str]:
-    """Yield ``b.c`` for ``a.b.c``: what is left with fewer components in front, but for a bare name."""
+    """Yield a path with fewer and fewer components in front, such as ``b.c`` for ``a.b.c``; no bare name."""
     parts = name.split(".")
     return (".".join(parts[start:]) for start in range(1, len(parts) - 1))
 
 
 def _unwrapped(names: Iterable[str]) -> dict[str, tuple[Part, ...]]:
-    """Return the parts by their paths without wrappers; of two that become one, both keep their names."""
+    """Return the parts by their paths without wrappers; two that would become one keep their names."""
     plain = {name: strip_wrappers(name) for name in names}
     count = Counter(plain.values())
     return {path if count[path] == 1 else name: (Part(tensor=name),) for name, path in plain.items()}
 
 
 def _reason(problem: Problem, asked: str) -> Problem:
-    """Return why a parameter is not stored, and where transformers could not be asked, why."""
+    """Add to a problem the reason why transformers could not be asked."""
     detail = problem.detail or NO_TENSOR
     return replace(problem, detail=f"{detail} ({asked})" if asked else detail)
 
@@ -221,18 +222,18 @@ def loaded_parts(checkpoint: Checkpoint, model: Any) -> dict[str, tuple[Part, ..
 
 
 def _stacked(stored: str, pattern: str, converter: Any) -> Part | None:
-    """Return which rows of which expert a tensor becomes; None for a conversion that we can't follow."""
+    """Return the part, with expert and rows, that a tensor becomes; None for an unknown conversion."""
     operations = [
         (type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations
     ]
     if operations == [("Transpose", None)]:
         (turn,) = converter.operations
-        # ``check_dims``: as its shape wants it, which is told by who places it.
+        # ``check_dims``: the orientation depends on the shape, which is decided later.
         always = (turn.dim0, turn.dim1) in ((0, 1), (1, 2)) and not turn.check_dims
         return Part(tensor=stored, reason="transformers' renaming", transposed=True) if always else None
     if operations not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
         return None
-    numbers = [int(word) for word in stored.split(".") if word.isdigit()]
+    numbers = [number for word in stored.split(".") if (number := whole_number(word)) is not None]
     if pattern.count("*") != 1 or not numbers:
         return None
     sources = list(converter.source_patterns)

@@ -1,10 +1,10 @@
-"""Python code that a checkpoint names as its own: it is never run, and nobody is asked whether it should be.
+"""Refuse Python code that a checkpoint names as its own: it is never run, and nobody is asked to allow it.
 
 A config's ``auto_map`` names classes in files of the folder, or of another repository, and transformers
-imports them where ``trust_remote_code`` says so. Where nothing says so it asks on the terminal, and a ``y``
-on stdin is a yes (``dynamic_module_utils.resolve_trust_remote_code``, transformers 5). Every call of ours
-says no; calls that transformers makes itself (for a part of a composite model) say nothing, so there is
-`never_asked`.
+imports them if ``trust_remote_code`` is true. If it is not given, transformers asks on the terminal, and a
+``y`` on stdin is a yes (``dynamic_module_utils.resolve_trust_remote_code``, transformers 5). Every call of
+ours gives False; calls that transformers makes itself (for a part of a composite model) don't give it, so
+there is `never_asked`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lora_export.errors import CheckpointError
 from lora_export.machines.held import Held
 
 _KEY = "auto_map"
-# What names a kernel: of the hub where it has a "/" (transformers ``integrations/hub_kernels.py``).
+# Keys that name a kernel, one of the hub if it has a "/" (transformers ``integrations/hub_kernels.py``).
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation")
 _SHOWN = 3
 
@@ -30,7 +30,7 @@ def named_code(config: Mapping[str, Any]) -> list[str]:
 
 
 def code_notes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what a user should know of a config that names code of its own; nothing for others."""
+    """Return a note on a config that names code of its own; none for others."""
     named = named_code(config)
     if not named:
         return ()
@@ -38,10 +38,10 @@ def code_notes(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def why_not_built(config: Mapping[str, Any]) -> str:
-    """Return why transformers can't build a model without running a stranger's code, or an empty text.
+    """Return the reason why transformers can't build a model without running foreign code, or "".
 
     Raises:
-        ImportError: There is no transformers.
+        ImportError: transformers is missing.
     """
     kernels = [name for level in _levels(config) for key in _KERNELS for name in _texts(level.get(key))]
     if fetched := [name for name in kernels if "/" in name]:
@@ -55,7 +55,7 @@ def why_not_built(config: Mapping[str, Any]) -> str:
     known = transformers.CONFIG_MAPPING
     for level in (level for level in _levels(config) if level.get(_KEY)):
         kind = level.get("model_type")
-        # A part without a type is read by its owner's class, not by the table.
+        # A part without a type is read by its owner's class, not through the table.
         if (kind is not None or level is config) and not (isinstance(kind, str) and kind in known):
             return f"{start}transformers {transformers.__version__} has no model_type {kind!r}"
     names = config.get("architectures") or []
@@ -65,11 +65,11 @@ def why_not_built(config: Mapping[str, Any]) -> str:
 
 
 def refuse_own_code(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` where transformers can't build a model without running a stranger's code."""
+    """Raise `CheckpointError` if transformers can't build a model without running foreign code."""
     try:
         why = why_not_built(config)
     except ImportError:
-        return  # Who loads it says what is missing.
+        return  # Loading it says what is missing.
     if why:
         raise CheckpointError(
             f"{folder} can't be loaded: {why}",
@@ -79,10 +79,10 @@ def refuse_own_code(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def model_class(name: str) -> Any:
-    """Return the model class of transformers that has a name; None where it has none.
+    """Return transformers' model class of a name; None if it has none.
 
     Raises:
-        ImportError: It has one, and a package that the class needs is missing.
+        ImportError: A package that the class needs is missing.
     """
     import transformers
 
@@ -91,13 +91,13 @@ def model_class(name: str) -> Any:
         return None
     if issubclass(kind, transformers.PreTrainedModel):
         return kind
-    # A class that stands for one whose package is missing says so here; others (AutoModel) are no model's.
+    # A stand-in for a class whose package is missing raises here; others (AutoModel) are not a model's.
     kind._from_config  # type: ignore[attr-defined]  # noqa: B018
     return None
 
 
 def _ask_no_more() -> Callable[[], None]:
-    """Set transformers' time limit for an answer to 0, with which it does not ask."""
+    """Set transformers' time limit for an answer to 0, so that it does not ask."""
     from transformers import dynamic_module_utils as asking
 
     before, asking.TIME_OUT_REMOTE_CODE = asking.TIME_OUT_REMOTE_CODE, 0
@@ -117,7 +117,7 @@ def never_asked() -> contextlib.AbstractContextManager[None]:
 
 
 def _levels(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield a config and all mappings in it, the outermost first; a stranger chose the depth."""
+    """Yield a config and all mappings in it, the outermost first; not recursive: its depth is untrusted."""
     waiting: list[Any] = [config]
     while waiting:
         level = waiting.pop()

@@ -1,4 +1,4 @@
-"""Names of tensors by which quantised weights are recognised, and what their formats are called.
+"""Recognise packed quantised weights by the names of their tensors, and name their formats.
 
 The names are those that the formats' own tools write: GPTQ and AWQ (AutoGPTQ, GPTQModel, AutoAWQ),
 bitsandbytes (``functional.QuantState.as_dict``), compressed-tensors, MXFP4 (gpt-oss), ModelOpt, HQQ, AQLM,
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
-# Format → tensors beside a module's other ones, all of which are there. The first that fits counts.
+# Format → tensors that a module has all of. The first format that fits counts.
 _BESIDE: Mapping[str, tuple[str, ...]] = {
     "GPTQ": ("qweight", "qzeros", "g_idx"),
     "AWQ": ("qweight", "qzeros"),
@@ -26,7 +26,7 @@ _BESIDE: Mapping[str, tuple[str, ...]] = {
     "torchao": ("_weight_qdata",),
     "EETQ": ("weight_scales",),
 }
-# Shown with the format: what else of it lies there.
+# Further tensors of a format, shown with it if they are there.
 _MORE = re.compile(
     r"^(scales|weight_scale|weight_zero_point|weight_shape|weight_global_scale|weight\.quant_map"
     r"|weight\.quant_state\..*|weight\.nested_.*|weight_format|qzeros|g_idx|weight\._scale|_weight_scale)$"
@@ -55,7 +55,7 @@ def packed(names: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Return the module and what follows; ``weight.absmax`` is one word."""
+    """Return the module and the rest of a name; ``weight.absmax`` is one word."""
     module, dot, leaf = name.partition(".weight.")
     if dot:
         return module, f"weight.{leaf}"

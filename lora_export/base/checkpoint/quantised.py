@@ -1,8 +1,8 @@
-"""Which of a checkpoint's weights are quantised: by the tensors beside them, and by its config.
+"""Find the quantised weights of a checkpoint by the tensors beside them, and by its config.
 
-Codes of eight bits with scales are understood (`lora_export.storage.scales`); everything else is refused for
-the parameters it concerns, by the name of its format. A weight beside them that is stored as a plain float is
-merged into as ever: attention beside MXFP4 experts.
+Codes of eight bits with scales are understood (`lora_export.storage.scales`). Parameters in other formats are
+refused, with the format's name. A weight beside them that is stored as plain floats is merged into as usual:
+attention beside MXFP4 experts.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from lora_export.storage.scales import dequantise, grid_of, looks_scaled
 _QUANTISED = "stored quantised"
 HINT = "merge into the unquantised base and quantise the result, or keep the adapter apart"
 CONFIG_KEYS = ("quantization_config", "compression_config")
-# Methods whose tensors say themselves what is quantised and how.
+# Methods whose tensors tell by themselves what is quantised and how.
 _BY_TENSORS = {"fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "mxfp4"}
 _CODES = {"F8_E4M3", "F8_E5M2", "I8"}
 _FLOAT_SCALES = {"F64", "F32", "F16", "BF16"}
-# A scale of the layer's inputs: it stays as it is.
+# Scales of the layer's inputs, which stay as they are.
 _OF_INPUTS = re.compile(r"(^|_)(input|activation|act)(_|$)|^scale_(input|output)$|^(output|k|v|q)_scale$")
 _OF_WEIGHT = re.compile(r"scale|zero|absmax|quant|codebook", re.IGNORECASE)
 _SHOWN = 4
-# ComfyUI's marks of a file with scaled weights.
+# ComfyUI's marks in a file with scaled weights.
 _MARKS = {"scaled_fp8", "comfy_quant"}
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """A weight of codes and scales.
+    """Weight of codes and scales.
 
     Attributes:
         codes: The stored codes.
-        scales: Their scales.
-        grid: How many elements share a scale, along each axis.
+        scales: Scales of the codes.
+        grid: Number of elements along each axis that share a scale.
         inputs: Names of fixed scales of the layer's inputs.
     """
 
@@ -55,12 +55,12 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Quantised:
-    """A checkpoint's quantised weights.
+    """Quantised weights of a checkpoint.
 
     Attributes:
         checkpoint: The checkpoint.
-        scaled: Weight's name → codes and scales that are understood.
-        refused: Name of a stored weight → why it is not.
+        scaled: Name of a weight → codes and scales that are understood.
+        refused: Name of a stored weight → reason why it is not understood.
         packed: Parameter that is not stored as a tensor of its own → format and its tensors.
     """
 
@@ -70,7 +70,7 @@ class Quantised:
     packed: Mapping[str, str] = field(default_factory=dict)
 
     def refusal(self, tensor: str) -> Refusal | None:
-        """Return why a stored weight can't be merged into; None where it can."""
+        """Return the reason why a stored weight can't be merged into; None if it can."""
         if tensor in self.scaled:
             return None
         if tensor in self.refused:
@@ -85,7 +85,7 @@ class Quantised:
             return Refusal(
                 "quantised",
                 f"{_QUANTISED} ({tensor} is {stored.code} up to its end, as codes with a scale are, "
-                "but no scale lies beside it)",
+                "but there is no scale for it)",
             )
         return None
 
@@ -97,15 +97,15 @@ class Quantised:
         return None
 
     def read(self, tensor: str) -> tuple[Array, Array]:
-        """Return codes and scales of a weight in `scaled`."""
+        """Return codes and scales of a weight in ``scaled``."""
         scaled = self.scaled[tensor]
         return self.checkpoint.read(scaled.codes.name), self.checkpoint.read(scaled.scales.name)
 
     def values(self, tensor: str) -> Array:
-        """Return the values that a stored tensor stands for; those of `scaled` in float32.
+        """Return the values that a stored tensor stands for; those of ``scaled`` in float32.
 
         Raises:
-            CheckpointError: It is quantised in a way that is not understood.
+            CheckpointError: The tensor is quantised in a way that is not understood.
         """
         if tensor in self.scaled:
             return dequantise(*self.read(tensor), self.scaled[tensor].grid)
@@ -118,7 +118,7 @@ class Quantised:
 
     @property
     def closed(self) -> dict[str, str]:
-        """Weights whose values can't be told, and why."""
+        """Weights whose values are unknown, with the reason."""
         tensors = self.checkpoint.tensors
         found = {n: why.detail for n, why in self.refused.items() if tensors[n].code not in _FLOAT_SCALES}
         bare = [n for n, tensor in tensors.items() if tensor.code in _CODES and tensor.code in FLOATS]
@@ -127,17 +127,17 @@ class Quantised:
 
     @property
     def beside(self) -> set[str]:
-        """Names of all tensors that mean nothing without the codes: scales and marks."""
+        """Names of all tensors that have no meaning without the codes: scales and marks."""
         found = {scaled.scales.name for scaled in self.scaled.values()}
         found |= {name for scaled in self.scaled.values() for name in scaled.inputs}
         return found | {n for n in self.checkpoint.tensors if n.rpartition(".")[2] in _MARKS}
 
 
 def find_quantised(checkpoint: Checkpoint) -> Quantised:
-    """Look at all tensors' names and shapes.
+    """Find quantised weights by the names and shapes of all tensors.
 
     Raises:
-        CheckpointError: The config says a method that the tensors alone don't explain.
+        CheckpointError: The config names a method that the tensors alone don't explain.
     """
     tensors = checkpoint.tensors
     kinds = dict(packed(tensors))
@@ -166,10 +166,10 @@ def find_quantised(checkpoint: Checkpoint) -> Quantised:
 def _judged(
     tensor: StoredTensor, scales: list[StoredTensor], near: list[StoredTensor], blocks: tuple[int, ...]
 ) -> Scaled | Refusal | None:
-    """Return what a weight is: codes with scales, something not understood, or plain values (None)."""
+    """Return codes with scales, a refusal for what is not understood, or None for plain values."""
     if tensor.code not in _CODES:
         if tensor.code in FLOATS:
-            reason = f"{scales[0].name} lies beside {tensor.code} values, which need no scale"
+            reason = f"{scales[0].name} is beside {tensor.code} values, which need no scale"
             return Refusal("quantised", reason)
         return Refusal("quantised", f"{tensor.code} with {scales[0].name}")
     of_weight = [other for other in near if other is not tensor and _is_of_weight(other.name, tensor.name)]
@@ -187,7 +187,7 @@ def _judged(
         return Refusal(
             "quantised",
             f"{tensor.code} of shape {tensor.shape} with {scale.name} of shape {scale.shape}: how many "
-            "values share a scale can't be told",
+            "values share a scale is unknown",
         )
     inputs = tuple(o.name for o in near if _OF_INPUTS.search(o.name.rpartition(".")[2]) and o not in scales)
     return Scaled(tensor, scale, grid, inputs)
@@ -203,11 +203,11 @@ def _scale_names(name: str) -> Iterator[str]:
 
 
 def _is_of_weight(name: str, weight: str) -> bool:
-    """Whether a tensor beside a weight may say what its codes mean."""
+    """Return True if a tensor beside a weight may define the values of its codes."""
     leaf, own = name.rpartition(".")[2], weight.rpartition(".")[2]
     if _OF_INPUTS.search(leaf) or leaf in _MARKS or not _OF_WEIGHT.search(leaf):
         return False
-    # Beside ``gate_up_proj`` lies also what belongs to ``down_proj``.
+    # Tensors of ``down_proj`` are beside ``gate_up_proj`` as well.
     return own == "weight" or leaf.startswith(own)
 
 
@@ -242,14 +242,14 @@ def _refuse_methods(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> None:
 
 
 def refuse_bare_codes(folder: Path) -> None:
-    """Refuse a folder of codes with scales whose config doesn't say so: loading it takes codes for values.
+    """Refuse a folder of codes with scales whose config doesn't say so: loading would take codes for values.
 
     Raises:
-        CheckpointError: It is one.
+        CheckpointError: The folder is one.
     """
     try:
         checkpoint = Checkpoint.open(folder)
-    except CheckpointError:  # no safetensors: who loads it says what is wrong with it
+    except CheckpointError:  # without safetensors; loading it says what is wrong
         return
     if any(True for _ in _methods(checkpoint.config)):
         return
@@ -265,19 +265,19 @@ def refuse_bare_codes(folder: Path) -> None:
 
 
 def dequantised_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config without what it says of quantisation, at all levels."""
+    """Return the config without its entries on quantisation, at all levels."""
     kept = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
     return {k: dequantised_config(v) if isinstance(v, dict) else v for k, v in kept.items()}
 
 
 def quantised_notes(quantised: Quantised, changed: Collection[str]) -> Iterator[str]:
-    """Yield what a user should know where some of the changed tensors are float8 or int8."""
+    """Yield notes on changed tensors that are float8 or int8."""
     scaled = [quantised.scaled[name] for name in sorted(changed) if name in quantised.scaled]
     if scaled:
         kinds = ", ".join(sorted({one.codes.code for one in scaled}))
         yield (
             f"{len(scaled)} of the changed weights are {kinds} codes with scales ({scaled[0].scales.name} "
-            "…): summed in float32, and quantised again by the same rule where no --dtype is given"
+            "…): summed in float32, and quantised again by the same rule unless --dtype is given"
         )
     fixed = [one for one in scaled if one.inputs]
     if fixed:

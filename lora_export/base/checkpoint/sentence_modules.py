@@ -1,9 +1,9 @@
-"""The further modules of a sentence-transformers model: an adapter's folder may hold trained ones.
+"""Compare the further modules of a sentence-transformers model: an adapter's folder may hold trained ones.
 
 `SentenceTransformer.save` writes ``modules.json`` with the folder of each module (source:
-https://github.com/UKPLab/sentence-transformers ``SentenceTransformer.py``). Of a model with an adapter the
-transformer's folder has the adapter alone, and the others (``2_Dense``) are whole. A merge reads the adapter:
-what has changed beside it would be lost.
+https://github.com/UKPLab/sentence-transformers ``SentenceTransformer.py``). In a model with an adapter, the
+transformer's folder has only the adapter, and the other modules (``2_Dense``) are whole. A merge reads only
+the adapter, so changes of other modules would be lost.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 
 from lora_export.adapter import Adapter
-from lora_export.base.checkpoint.links import link_problems
 from lora_export.errors import AdapterError, CheckpointError, LoraExportError
 from lora_export.formats.reading.tensors import read_safetensors
 from lora_export.untrusted.documents import read_json
+from lora_export.untrusted.links import link_problems, refuse_link
+from lora_export.untrusted.places import is_file, is_link, is_possible
 
 _LIST = "modules.json"
 _COMPARED = (".json", ".safetensors", ".bin", ".pt", ".pth")
-# In front of each of the older switches.
+# Beginning of each of the older switches.
 _MODE = "pooling_mode_"
 
 
@@ -36,17 +37,17 @@ def transformer_folder(folder: Path) -> Path | None:
 
 
 def module_paths(folder: Path) -> list[str]:
-    """Return the subfolders of a model's modules; none where it isn't sentence-transformers'."""
+    """Return the subfolders of a model's modules; none if it isn't sentence-transformers'."""
     return [path for path, _ in _modules(folder) if path]
 
 
 def lost_modules(adapters: Sequence[Adapter], base: Path, *, refuse: bool) -> list[str]:
-    """Say which modules that were trained beside adapters a base has not, or not so.
+    """Return notes on modules that were trained beside adapters and that the base lacks or has differently.
 
     Args:
-        adapters: What is to be merged.
+        adapters: The adapters to merge.
         base: The folder of the base's transformer.
-        refuse: Do not go on without them.
+        refuse: Raise an error instead of leaving them out.
 
     Returns:
         A note for each adapter with such modules.
@@ -66,12 +67,12 @@ def lost_modules(adapters: Sequence[Adapter], base: Path, *, refuse: bool) -> li
             raise AdapterError(
                 f"adapter '{adapter.name}' was trained in a sentence-transformers model whose further "
                 f"modules are not those of {root}: they are not in the adapter's file, and would be lost",
-                f"copy {copied} into a copy of {root} and merge into that; or go on without with "
+                f"copy {copied} into a copy of {root} and merge into that; or leave them out with "
                 "--allow-unmatched",
                 [f"{folder / name}: {why}" for name, why in lost.items()],
             )
         listed = "; ".join(f"{folder / name} ({why})" for name, why in lost.items())
-        notes.append(f"adapter '{adapter.name}': not taken along from its folder: {listed}")
+        notes.append(f"adapter '{adapter.name}': left out from its folder: {listed}")
     return notes
 
 
@@ -82,23 +83,26 @@ def _root(place: Path) -> Path:
 
 
 def _modules(folder: Path) -> list[tuple[str, str]]:
-    """Return path and class of the modules in ``modules.json``; none where there is no such file.
+    """Return path and class of the modules in ``modules.json``; none if there is no such file.
 
     Raises:
-        CheckpointError: A path leads out of the folder.
+        CheckpointError: A path leads out of the folder, or the file is a link out of it.
     """
+    refuse_link(folder / _LIST, folder, CheckpointError)
     try:
         entries = read_json(folder / _LIST)
-        # A class's package has been moved.
+        # The classes have moved to other packages.
         found = [(str(entry["path"]), str(entry["type"]).rpartition(".")[2]) for entry in entries]
     except (LoraExportError, TypeError, KeyError):
         return []
     outside = [
-        path for path, _ in found if Path(path).is_absolute() or {"..", "\0"} & {*Path(path).parts, *path}
+        path
+        for path, _ in found
+        if Path(path).is_absolute() or ".." in Path(path).parts or not is_possible(folder / path)
     ]
     if outside:
         raise CheckpointError(
-            f"{folder / _LIST} names modules outside of its folder",
+            f"{folder / _LIST} names modules outside of its folder, or by names that no folder has",
             "put the modules' folders beside it, and correct their paths",
             [repr(path) for path in outside],
         )
@@ -106,10 +110,10 @@ def _modules(folder: Path) -> list[tuple[str, str]]:
 
 
 def _differing(folder: Path, root: Path) -> Iterator[tuple[str, str]]:
-    """Yield the modules of an adapter's folder that a base has not, or not so, each with the difference."""
+    """Yield the modules of an adapter's folder that a base lacks or has differently, with the difference."""
     theirs = _modules(root)
     for path, kind in _modules(folder):
-        if not path or (folder / path / "adapter_config.json").exists():
+        if not path or is_file(folder / path / "adapter_config.json"):
             continue
         _refuse_linked(folder, path)
         if kind not in (other for _, other in theirs):
@@ -119,14 +123,14 @@ def _differing(folder: Path, root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _refuse_linked(folder: Path, path: str) -> None:
-    """Raise `AdapterError` where a module's folder, or a folder on the way there, is a link.
+    """Raise `AdapterError` if a module's folder, or a folder on the way there, is a link.
 
-    What it leads to is no part of the adapter: it could be all of a disk, and its names would be printed.
+    Its target is not a part of the adapter: it could be a whole disk, and names in it would be printed.
     """
     for place in (folder / path, *(folder / path).parents):
         if place == folder:
             return
-        if place.is_symlink():
+        if is_link(place):
             raise AdapterError(
                 f"{folder / _LIST} names the module {path!r}, and {place} is a link",
                 "put the module's folder itself there, or remove the link",
@@ -134,12 +138,12 @@ def _refuse_linked(folder: Path, path: str) -> None:
 
 
 def _difference(mine: Path, theirs: Path) -> str:
-    """Return in what two folders of a module differ, or an empty text."""
+    """Return the difference of two folders of a module, or an empty text."""
     for file in sorted(path for path in mine.rglob("*") if path.is_file() and path.suffix in _COMPARED):
         if problems := link_problems(mine, [file]):
             return f"it can't be compared: {problems[0]}"
         other = theirs / file.relative_to(mine)
-        if not other.is_file():
+        if not is_file(other):
             return f"the base has no {other}"
         if not _is_equal(file, other):
             what = "settings" if file.suffix == ".json" else "weights"
@@ -163,10 +167,10 @@ def _is_equal(file: Path, other: Path) -> bool:
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a module's settings; of versions that know more or fewer, only those of both are compared."""
+    """Return a module's settings; of versions with more or fewer, only those of both are compared."""
     modes = config.get("pooling_mode", [])
     modes = modes.split("+") if isinstance(modes, str) else modes
-    # Before version 6 a switch for each mode: ``pooling_mode_cls_token``, ``pooling_mode_mean_tokens``.
+    # Before version 6 each mode had a switch: ``pooling_mode_cls_token``, ``pooling_mode_mean_tokens``.
     switches = {key: value for key, value in config.items() if key.startswith(_MODE)}
     modes = [*modes, *(key for key, value in switches.items() if value)] or ["mean"] * bool(switches)
     plain = {key: value for key, value in config.items() if not key.startswith("pooling_mode")}

@@ -1,8 +1,8 @@
-"""A base whose embedding and head get more rows: new tokens that an adapter brings along.
+"""Give a base's embedding and head more rows, for new tokens of an adapter.
 
-transformers' `resize_token_embeddings` gives the input embedding, the output head and whatever else has a row
-for each token as many rows as asked for, and changes ``vocab_size``. Here the adapter holds the new matrices
-whole; what it doesn't hold can't be made up.
+transformers' `resize_token_embeddings` gives the input embedding, the output head and other tensors with a
+row for each token the requested number of rows, and changes ``vocab_size``. Here the adapter holds the new
+matrices whole; rows that it doesn't hold can't be made up.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lora_export.base.checkpoint.meta_model import LoadedNames, build_model, mod
 from lora_export.base.ties.ties import may_be_tied
 
 _KEY = "vocab_size"
-# Heads for a task, by their modules' names; of the last, the rows are no labels.
+# Heads for a task, by their modules' names; the rows of the last are not labels.
 _HEADS = {"score", "classifier", "qa_outputs", "out_proj", "dense"}
 _INNER = "dense"
 
@@ -27,7 +27,7 @@ def resized_config(config: Mapping[str, Any], old: int, new: int) -> dict[str, A
 
 
 def why_not_resized(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Return why tensors can't get other shapes, or an empty string.
+    """Return the reason why tensors can't get other shapes, or an empty string.
 
     Args:
         checkpoint: The base.
@@ -56,7 +56,7 @@ def why_not_resized(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]
 
 
 def _expected(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that a config's model wants, as far as transformers can say."""
+    """Return the shapes that a config's model needs, as far as transformers can tell."""
     if "model_type" not in config:
         return {}
     try:
@@ -69,13 +69,13 @@ def _expected(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, tu
 
 
 def grows(path: str, shape: tuple[int, ...], seen: tuple[int, ...]) -> bool:
-    """Whether an adapter's whole parameter has more rows than the base's, as for new tokens."""
+    """Return True if an adapter's whole parameter has more rows than the base's, as for new tokens."""
     same = len(shape) == len(seen) > 0 and shape[1:] == seen[1:]
     return same and seen[0] > shape[0] and _leaf(path) not in _HEADS and may_be_tied(path)
 
 
 def resize_hint(rows: int) -> str:
-    """Return how to give a base more rows."""
+    """Return a hint on how to give a base more rows."""
     return f"resize the base to {rows} rows (model.resize_token_embeddings({rows}), then save_pretrained)"
 
 
@@ -86,14 +86,14 @@ def rows_hint(
     seen: tuple[int, ...],
     may_resize: bool,
 ) -> str:
-    """Return what to do to a base that has more or fewer rows than an adapter; empty where it is not that.
+    """Return a hint for a base with more or fewer rows than an adapter; empty for other differences.
 
     Args:
         config: The base's config.
         path: The parameter.
-        shape: What is stored.
-        seen: What the adapter has.
-        may_resize: ``--resize`` can be given, and was not.
+        shape: Stored shape.
+        seen: The adapter's shape.
+        may_resize: True if ``--resize`` can be given, and was not.
     """
     if not may_be_tied(path) or not shape or shape[1:] != seen[1:]:
         return ""
@@ -107,23 +107,23 @@ def rows_hint(
         return ""
     if seen[0] < shape[0]:
         return f"take the base from before its vocabulary grew: the adapter knows {seen[0]} tokens"
-    rows = ", or give --resize, which takes the rows from the adapter where it holds them whole"
+    rows = ", or give --resize, which takes the rows from the adapter if it holds them whole"
     return f"the adapter was trained with new tokens: {resize_hint(seen[0])}{rows if may_resize else ''}"
 
 
 def is_head(path: str) -> bool:
-    """Whether a parameter is, by its name, of a head for a task."""
+    """Return True if a parameter is, by its name, of a head for a task."""
     return _leaf(path) in _HEADS and may_be_tied(path)
 
 
 def head_hint(path: str, shape: tuple[int, ...], classes: Sequence[str] = (), *, of_graph: bool) -> str:
-    """Return what to do to a base without a head that an adapter brings whole; empty where it is not that.
+    """Return a hint for a base without a head that an adapter holds whole; empty for other parameters.
 
     Args:
         path: The parameter.
-        shape: Its shape.
-        classes: Classes of transformers that put such a head on the base, where that is known.
-        of_graph: The base is a graph.
+        shape: Shape of the parameter.
+        classes: Classes of transformers that put such a head on the base, if known.
+        of_graph: True if the base is a graph.
     """
     if not is_head(path):
         return ""

@@ -1,10 +1,10 @@
-"""Which of a folder's safetensors files are the model: transformers' and diffusers' rule.
+"""Choose the safetensors files of a folder that are the model, by transformers' and diffusers' rule.
 
 A folder of the hub may hold several sets of weights: copies in another dtype, called variants
 (``model.fp16.safetensors``, ``model.safetensors.index.fp16.json``), and the files of other programs
-(Mistral's ``consolidated``). Loaded is the set without a variant under the library's own name, unless
-transformers takes another one (`refuse_chosen_elsewhere`): a config's ``transformers_weights`` names one, and
-the parts of a distributed checkpoint come before all others.
+(Mistral's ``consolidated``). The set without a variant under the library's own name is loaded, unless
+transformers takes another one (`refuse_chosen_elsewhere`): a config's ``transformers_weights`` may name one,
+and the parts of a distributed checkpoint come before all others.
 
 Source: https://github.com/huggingface/transformers ``modeling_utils.py`` (``_add_variant``,
 ``_get_resolved_checkpoint_files``) and ``distributed/checkpoint.py``, and diffusers
@@ -22,6 +22,7 @@ from typing import Any
 from lora_export.errors import CheckpointError
 from lora_export.untrusted.documents import read_json
 from lora_export.untrusted.fields import seen
+from lora_export.untrusted.places import is_file
 
 _STEMS = ("model", "diffusion_pytorch_model")
 _SINGLE = re.compile(rf"(?P<stem>{'|'.join(_STEMS)})(?:\.(?P<variant>[^.]+))?\.safetensors")
@@ -34,15 +35,15 @@ _INDEX = re.compile(r"(?P<stem>.+)\.safetensors\.index(?:\.(?P<variant>[^.]+))?\
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFiles:
-    """One set of weights.
+    """Set of weights.
 
     Attributes:
-        name: The file that stands for it: its index, or the only file.
-        stem: What its names begin with, if it is one of the libraries' own.
+        name: Name of the set's index, or of its only file.
+        stem: Beginning of its names, if it is one of the libraries' own.
         variant: The variant's name; empty without one.
         index: The index of several files.
-        files: Their names.
-        notes: Which other sets there are.
+        files: Names of the files.
+        notes: Notes on other sets.
     """
 
     name: str
@@ -54,21 +55,21 @@ class WeightFiles:
 
 
 def is_index(name: str) -> bool:
-    """Whether a file's name is that of an index of safetensors files."""
+    """Return True if a file's name is that of an index of safetensors files."""
     return _INDEX.fullmatch(name) is not None
 
 
 def refuse_chosen_elsewhere(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` where transformers would load other weights than those of the usual names.
+    """Raise `CheckpointError` if transformers would load other weights than those of the usual names.
 
     Args:
-        folder: Of a checkpoint of transformers.
+        folder: Folder of a transformers checkpoint.
         config: Its config.json.
     """
     problems = [
         f"config.json: {place}: {seen(name)}"
         for place, name in _named(config)
-        # A name of the folder's own is followed; of a part's config nothing tells whether it is read.
+        # A name in the folder's own config is followed; whether a part's config is read is unknown.
         if place != _KEY or not (isinstance(name, str) and _is_plain(folder, name))
     ]
     if folder.is_dir():
@@ -84,13 +85,13 @@ def refuse_chosen_elsewhere(folder: Path, config: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"transformers would load other weights of {folder} than those of the usual names",
             "load the model with transformers and save it again with save_pretrained, or name one file (or "
-            f"index) that lies in the folder itself with {_KEY}",
+            f"index) in the folder itself with {_KEY}",
             problems,
         )
 
 
 def _named(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield place and value of each ``transformers_weights``, of parts' configs as well; null is none."""
+    """Yield place and value of each ``transformers_weights``, also in parts' configs, apart from null."""
     levels: list[tuple[str, Mapping[str, Any]]] = [("", config)]
     while levels:
         place, level = levels.pop()
@@ -101,15 +102,15 @@ def _named(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _is_plain(folder: Path, name: str) -> bool:
     ends = name.endswith((".safetensors", ".safetensors.index.json"))
-    return ends and Path(name).name == name and "\0" not in name and (folder / name).is_file()
+    return ends and Path(name).name == name and "\0" not in name and is_file(folder / name)
 
 
 def find_weights(folder: Path, is_diffusers: bool, config: Mapping[str, Any]) -> WeightFiles | None:
-    """Return the model's weights in a folder; None where it holds no safetensors.
+    """Return the model's weights in a folder; None if it holds no safetensors.
 
     Args:
-        folder: Of a checkpoint.
-        is_diffusers: Its config is diffusers', which has a name of its own for weights.
+        folder: Folder of a checkpoint.
+        is_diffusers: True if its config is diffusers', which has a name of its own for weights.
         config: Its config.json.
 
     Raises:
@@ -121,7 +122,7 @@ def find_weights(folder: Path, is_diffusers: bool, config: Mapping[str, Any]) ->
         refuse_chosen_elsewhere(folder, config)
         if (named := config.get(_KEY)) is not None:
             chosen = [found for found in sets if found.name == named]
-            # A file that an index names is no set, and an adapter's is none of a base.
+            # A file that an index names is not a set, and an adapter's file is not a base's set.
             return _noted(
                 chosen[0]
                 if chosen
@@ -146,18 +147,18 @@ def find_weights(folder: Path, is_diffusers: bool, config: Mapping[str, Any]) ->
         raise CheckpointError(f"{folder} holds several sets of weights", "keep one of them", indexes)
     raise CheckpointError(
         f"{folder} holds {len(sets)} safetensors files and no index that says which belong together",
-        "download model.safetensors.index.json as well, or save the base again",
+        "download model.safetensors.index.json too, or save the base again",
         [found.name for found in sets],
     )
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
+    """Read a JSON file of a checkpoint's folder that holds an object.
 
     Raises:
-        CheckpointError: It can't be read, or holds something else.
+        CheckpointError: The file can't be read, or holds something else.
     """
-    value = read_json(path, CheckpointError, "download or save it again")
+    value = read_json(path, CheckpointError, "download or save it again", given=path.parent)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {type(value).__name__}, not an object", "save it again")
     return value
@@ -172,7 +173,7 @@ def _sets(folder: Path) -> list[WeightFiles]:
         try:
             files = _indexed(index)
         except CheckpointError:
-            files = ()  # said if it is chosen
+            files = ()  # an error if it is chosen
         indexed.update(files)
         stem = match["stem"] if match["stem"] in _STEMS else ""
         found.append(
@@ -203,11 +204,11 @@ def _indexed(index: Path) -> tuple[str, ...]:
 
 
 def _noted(chosen: WeightFiles, sets: Sequence[WeightFiles]) -> WeightFiles:
-    """Return a set with a note on the others; files that are none are listed by the merge."""
+    """Return a set with a note on the others; the merge lists files that are in no set."""
     files = _indexed(chosen.index) if chosen.index else chosen.files
     others = [found.name for found in sets if found is not chosen and (found.stem or found.index)]
     note = (
-        f"the base's weights are {chosen.name}, as transformers and diffusers load them; left aside: "
+        f"the base's weights are {chosen.name}, as transformers and diffusers load them; not used: "
         f"{', '.join(others)}"
     )
     return replace(chosen, files=files, notes=(note,) if others else ())

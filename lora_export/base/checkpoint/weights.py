@@ -1,4 +1,4 @@
-"""The canonical weight of a target, as the base checkpoint stores it: what content is compared with."""
+"""Look up the canonical weights of targets in a base checkpoint, for comparison with a graph's values."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from lora_export.sites.target import Stack, Target, Wanted
 
 
 class CheckpointWeights:
-    """The weights of a checkpoint, for targets of a graph.
+    """Weights of a checkpoint, for targets of a graph.
 
     Args:
         checkpoint: The folder that the graph was exported from.
 
     Attributes:
         parameters: Names of the stored tensors.
-        hints: What would give adapters that were looked up a place in the checkpoint.
+        hints: Hints for adapters that were looked up and have no site in the checkpoint.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -46,22 +46,22 @@ class CheckpointWeights:
 
     @property
     def quantised_as(self) -> str:
-        """How some of its weights are quantised; "" where none is."""
+        """Format of its quantised weights; "" if there are none."""
         scaled = {one.codes.code for one in self._quantised.scaled.values()}
         return ", ".join(sorted({*scaled, *self._quantised.closed.values()}))
 
     @property
     def kinds(self) -> Kinds:
-        """What kind of model it is."""
+        """Kinds of model that it is."""
         return self._names.kinds
 
     def for_adapter(self, named: Sequence[Named], flattened: bool, scope: str | None) -> AdapterWeights:
-        """Return what looks up the parameters of one adapter.
+        """Return a look-up of one adapter's parameters.
 
         Args:
-            named: All of them: one change of names holds for the whole adapter.
-            flattened: Their paths have underscores for dots.
-            scope: The part that belongs, as the user says it.
+            named: All of its parameters: one change of names holds for the whole adapter.
+            flattened: True if their paths have underscores for dots.
+            scope: Part that belongs, as the user names it.
         """
         change = self._names.rename(named, flattened, scope)
         self.hints += [change.hint] if change.hint else []
@@ -79,35 +79,35 @@ class CheckpointWeights:
         return find_ties(self._checkpoint)
 
     def settled(self, adapter: Adapter) -> tuple[Adapter, tuple[str, ...]]:
-        """Return the adapter with the layout of its experts as this base has it, and notes on that."""
+        """Return the adapter with the layout of this base's experts, and notes on that."""
         return settle(adapter, self._names.held)
 
     def stored(self) -> Iterator[Array]:
-        """Yield the values of each tensor whose values can be told."""
+        """Yield the values of each tensor that can be read."""
         for name in self._checkpoint.tensors:
             if not self._quantised.refusal(name):
                 yield self._quantised.values(name)
 
     def stores(self, key: str) -> bool:
-        """Whether the checkpoint has a parameter that this path of a graph may be, its outer names aside."""
+        """Return True if the checkpoint has a parameter for a graph's path, up to outer names."""
         return any(
             key == name or key.endswith(f".{name}") or name.endswith(f".{key}") for name in self._names
         )
 
 
 class AdapterWeights:
-    """Looks up one adapter's targets; call it with a target.
+    """Look-up of one adapter's targets; call it with a target.
 
     Args:
         table: The checkpoint's names.
-        quantised: Its values, those that codes stand for included.
+        quantised: The checkpoint's values, including those that codes stand for.
         named: The adapter's parameters.
         names: The checkpoint's path for each of them, or None.
-        twins: Its parameters of equal values.
-        ties_of: Finds what the checkpoint's model ties; called if that matters.
+        twins: The checkpoint's parameters of equal values.
+        ties_of: Function that finds the ties of the checkpoint's model; called only if needed.
 
     Attributes:
-        names: As given.
+        names: The checkpoint's path for each parameter, or None.
     """
 
     def __init__(
@@ -125,23 +125,23 @@ class AdapterWeights:
 
     @property
     def is_foreign(self) -> bool:
-        """Whether the checkpoint stores none of the parameters, so that the adapter is for another model."""
+        """True if the checkpoint stores none of the parameters, so that the adapter is for another model."""
         return not any(name and self._stores(name) for name in self.names)
 
     def _stores(self, name: str) -> bool:
         return bool(self._table.parts(name) or self._quantised.packed_at(name))
 
     def __call__(self, target: Target) -> Wanted | None:
-        """Return values in the target's canonical shape, or None; of stacked experts, each one's.
+        """Return values in the target's canonical shape, for stacked experts each one's, or None.
 
         Codes with scales are returned as the values that they stand for.
 
-        None where the checkpoint doesn't store it (a tied head) or in another shape. Conv1D's ``(in_dim,
+        None if the checkpoint doesn't store it (a tied head), or in another shape. Conv1D's ``(in_dim,
         out_dim)`` is returned transposed; a square one can't be told from Linear's by its shape, so that a
         comparison has to try both orientations. A module's own parameter is returned as the module holds it.
 
         Raises:
-            CheckpointError: The checkpoint stores it quantised in a way that is not understood.
+            CheckpointError: The weight is quantised in a way that is not understood.
         """
         name = self._by_named.get(target.named)
         parts = self._table.parts(name) if name else ()
@@ -167,7 +167,7 @@ class AdapterWeights:
         if len(values) == target.shape[0] and values.size == np.prod(target.shape[:2]) == np.prod(
             target.shape
         ):
-            # A Linear and a convolution with a kernel of ones.
+            # A Linear and a 1×1 convolution.
             same = values.shape[1:2] == target.shape[1:2]
             if same and values.ndim != len(target.shape):
                 return values.reshape(target.shape)
@@ -176,12 +176,12 @@ class AdapterWeights:
         return None
 
     def alike(self, target: Target, dtype: Any) -> tuple[str, list[str]]:
-        """Return where a target is stored, and what else has its shape and its values at some places."""
+        """Return the name of a target's tensor, and those of others with its shape and some equal values."""
         tensor = self._tensor(target)
         return tensor, self._twins.alike(tensor, dtype) if tensor else []
 
     def copies(self, target: Target, names: Sequence[str], dtype: Any, table: bool) -> tuple[str, list[str]]:
-        """Return the model's names of a target, and of its copies among what is `alike`."""
+        """Return the model's name of a target, and those of its copies among the tensors from `alike`."""
         return self._twins.copies(self._tensor(target), names, dtype, table)
 
     def _tensor(self, target: Target) -> str:
@@ -192,14 +192,14 @@ class AdapterWeights:
         return parts[0].tensor if whole and not self._quantised.refusal(parts[0].tensor) else ""
 
     def is_tied(self, target: Target) -> bool:
-        """Whether the checkpoint's model ties a parameter to others."""
+        """Return True if the checkpoint's model ties a parameter to others."""
         ties, name = self._ties_of(), self._by_named.get(target.named) or target.key
         parts = self._table.parts(name)
         tie = ties.of(parts[0].tensor) if parts else next(iter(ties.absent(name) or ()), None)
         return isinstance(tie, Tie) and len(tie.tensors) > 1
 
     def _experts(self, target: Target, parts: Sequence[Part]) -> Stack | None:
-        """Return each expert's matrix, put together where it is stored in pieces."""
+        """Return each expert's matrix, joined if it is stored in pieces."""
         if len(parts) == 1 and parts[0].expert is None:
             return self._stacked(target, parts[0])
         pieces: dict[int | None, list[str]] = {}
@@ -218,7 +218,7 @@ class AdapterWeights:
             return None
         held = self._table.held(target.key)
         turned = part.transposed or (held is not None and is_turned(shape, held.shape))
-        # Codes are dequantised as a whole; a mapped file is opened anew, so that what was read can go.
+        # Codes are dequantised as a whole; a mapped file is opened again, so that read pages can be released.
         whole = self._quantised.values(part.tensor) if part.tensor in self._quantised.scaled else None
 
         def matrix(expert: int) -> Array:
@@ -229,9 +229,9 @@ class AdapterWeights:
 
 
 def link_weights(graph: GraphFile, checkpoint: Checkpoint) -> set[Path]:
-    """Let each constant that the checkpoint stores byte for byte refer to the ``.safetensors`` file instead.
+    """Let each constant that the checkpoint stores byte for byte refer to the ``.safetensors`` file.
 
-    ONNX external data may lie at any offset of any file in the model's folder, also inside a checkpoint.
+    ONNX external data may be at any offset of any file in the model's folder, also inside a checkpoint.
 
     Returns:
         The checkpoint files that are referred to.
@@ -259,6 +259,6 @@ def link_weights(graph: GraphFile, checkpoint: Checkpoint) -> set[Path]:
     if not files:
         raise OutputError(
             f"no weight of the graph can stay in {checkpoint.folder}, whose dtype is another",
-            "give --dtype as the checkpoint has it, or leave out --share-base",
+            "give the checkpoint's --dtype, or omit --share-base",
         )
     return files

@@ -1,4 +1,4 @@
-"""How large the model of a config is beside its weights: what they lack, transformers makes up in memory."""
+"""Compare the size of a config's model with its weights: transformers makes up missing ones in memory."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 
 from lora_export.errors import CheckpointError
 
-# Weights of two bits each, and of what has no weights (positions, masks) or is in the adapter 64 MB.
+# Weights have at least two bits each; 64 MB are for values without weights (positions, masks, the adapter's).
 _PER_BYTE, _BESIDE = 4, 16 << 20
 _SHOWN = 4
 
 
 def refuse_wide(folder: Path, kind: Any, config: Any) -> None:
-    """Raise `CheckpointError` where a config describes a model many times larger than its weights.
+    """Raise `CheckpointError` if a config describes a model many times larger than its weights.
 
     Args:
         folder: Of the checkpoint.
-        kind: Class of transformers that it is loaded with.
-        config: transformers' config.
+        kind: Class of transformers with which it is loaded.
+        config: The config as transformers reads it.
     """
     import torch
 
     try:
         with torch.device("meta"):
             model = kind(deepcopy(config))
-    except Exception:  # loading it says so, or can do without
+    except Exception:  # loading it says so, or works without
         return
     values = {name: value.numel() for name, value in (*model.named_parameters(), *model.named_buffers())}
     files = [path for suffix in ("safetensors", "bin", "pt") for path in folder.glob(f"*.{suffix}")]
@@ -34,7 +34,7 @@ def refuse_wide(folder: Path, kind: Any, config: Any) -> None:
     if (count := sum(values.values())) > _PER_BYTE * stored + _BESIDE:
         largest = sorted(values, key=values.__getitem__, reverse=True)[:_SHOWN]
         raise CheckpointError(
-            f"{folder}/config.json describes a model of {count} values, and its weights are {stored} bytes",
-            "download it again, or write the sizes that the weights are of",
+            f"{folder}/config.json describes a model of {count} values, but its weights are {stored} bytes",
+            "download it again, or write the sizes that the weights have",
             [f"{name}: {values[name]} values" for name in largest],
         )

@@ -1,1 +1,1 @@
-"""What earlier merges have put into a base."""
+"""Read which adapters earlier merges have put into a base."""

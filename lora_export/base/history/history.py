@@ -1,4 +1,4 @@
-"""What earlier merges have put into a base, by the manifest that the last of them has written beside it."""
+"""Read which adapters are merged into a base from the manifest that the last merge has written beside it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lora_export.storage.inputs import note_inputs
 from lora_export.untrusted.documents import read_json
 from lora_export.untrusted.fields import FieldError, from_plain
 
-# Beside the weights of a merged folder.
+# Name of the manifest beside the weights of a merged folder.
 MANIFEST = "lora.json"
-# Of a manifest's outputs: what had been merged before.
+# Key of a manifest's outputs for earlier merges.
 EARLIER = "earlier"
 _HINT = (
     "it says what is merged into the base already: restore it from where the base came from; remove it only "
@@ -28,7 +28,7 @@ _HINT = (
 
 @dataclass(frozen=True)
 class _Merged:
-    """An adapter of a manifest."""
+    """Adapter of a manifest."""
 
     name: str
     sha256: str
@@ -37,7 +37,7 @@ class _Merged:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of a manifest's plan."""
+    """Row of a manifest's plan."""
 
     adapter: str
     parameter: str
@@ -52,7 +52,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Earlier:
-    """What had been merged before; the first manifests had an adapter's name alone."""
+    """Earlier merges of a manifest; the first manifests had only an adapter's name."""
 
     adapters: Mapping[str, str | Mapping[str, str]] = field(default_factory=dict)
     changed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class _Earlier:
 
 @dataclass(frozen=True)
 class _Record:
-    """What is read of a manifest here."""
+    """Parts of a manifest that are read here."""
 
     adapters: tuple[_Merged, ...]
     outputs: Mapping[str, Any]
@@ -69,11 +69,11 @@ class _Record:
 
 @dataclass(frozen=True)
 class History:
-    """All merges that led to a base.
+    """Merges that led to a base.
 
     Attributes:
-        adapters: SHA-256 of an adapter's file → what of it was merged (`Adapter.part`; an empty text for all
-            of it), each with the adapter's name.
+        adapters: SHA-256 of an adapter's file → its merged parts (`Adapter.part`; an empty text for all of
+            it), each with the adapter's name.
         changed: Stored weight, and each parameter in it (`part_of`) → the adapters that changed it.
     """
 
@@ -81,7 +81,7 @@ class History:
     changed: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def merged(self, adapter: Adapter) -> str:
-        """Say which part of an adapter's file is in the base already; an empty text where none is."""
+        """Return a text on the parts of an adapter's file that are in the base already; "" if none is."""
         before = self.adapters.get(adapter.sha256, {}) if adapter.sha256 else {}
         found = [
             f"'{name}'" + (f", its part {part.removeprefix(':')}" if part else "")
@@ -91,28 +91,33 @@ class History:
         return f"{adapter.name} (as {'; '.join(found)})" if found else ""
 
     def outputs(self) -> dict[str, Any]:
-        """Return what the next manifest says of it in its outputs; nothing of a base without a history."""
+        """Return the history as outputs of the next manifest; empty for a base without a history."""
         return {EARLIER: {"adapters": self.adapters, "changed": self.changed}} if self.changed else {}
 
 
-def history_of(manifest: Path) -> History:
-    """Return what a manifest tells; nothing where there is none.
+def history_of(manifest: Path, graph: Path | None = None) -> History:
+    """Return the history in a manifest; an empty one if there is no manifest.
 
-    One that can't be read is not taken for none: a second merge of an adapter, and a copy over what an
-    earlier merge has changed, would go unseen.
+    A manifest that can't be read is an error: otherwise a second merge of an adapter, or a copy over an
+    earlier merge's changes, would not be noticed.
 
     Args:
         manifest: ``lora.json`` of a merged folder, ``OUT.lora.json`` of a merged graph.
+        graph: Path of the merged graph, which may be a link.
 
     Raises:
-        CheckpointError: It is damaged, or not a manifest.
+        CheckpointError: The file is damaged, not a manifest, or a link out of its folder.
     """
-    # Also where there is none: one that comes is of another base.
+    # Also if there is no manifest: one that appears later belongs to another base.
     note_inputs([manifest])
     if not os.path.lexists(manifest):
         return History()
     try:
-        record = from_plain(_Record, read_json(manifest, CheckpointError, _HINT), known_only=False)
+        record = from_plain(
+            _Record,
+            read_json(manifest, CheckpointError, _HINT, given=graph or manifest.parent),
+            known_only=False,
+        )
         before = record.outputs.get(EARLIER)
         earlier = _Earlier() if not before else from_plain(_Earlier, before)
     except FieldError as error:
@@ -132,10 +137,10 @@ def history_of(manifest: Path) -> History:
 
 
 def _parts(merged: str | Mapping[str, str]) -> dict[str, str]:
-    """Return an entry of an earlier manifest; the first manifests had the name alone, and knew no parts."""
+    """Return parts and names in an earlier manifest's entry; the first manifests had names without parts."""
     return {"": merged} if isinstance(merged, str) else dict(merged)
 
 
 def part_of(stored: str, parameter: str) -> str:
-    """Return how a parameter is called that is some rows of a stored weight."""
+    """Return the name of a parameter that is some rows of a stored weight."""
     return f"{stored} of {parameter}"

@@ -1,7 +1,7 @@
-"""What merges have put into a graph, as entries of its own metadata: by this file's merges, and before them.
+"""Read and write the adapters that merges have put into a graph, as entries of its own metadata.
 
 Entries are ``NAME sha256=… weight=… part=…``, one for each adapter, joined by ``; ``. A graph with exposed
-LoRA has them in its record, so that an adapter that is in its weights isn't put on a second time.
+LoRA has them in its LoRA record, so that an adapter in its weights isn't applied a second time.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from lora_export.formats.reading.scope import share
 
 MERGED_KEY = "lora_export.merged"
 MERGED_BASE_KEY = "lora_export.merged_base"
-# What had been merged into the folder that a graph was captured from.
+# Key for adapters merged into the folder that a graph was captured from.
 CAPTURED_KEY = "lora_export.merged_before_capture"
 _UNKNOWN_WEIGHT = "?"
 _SEPARATOR = "; "
 _HASH = re.compile(r" sha256=(\S*) weight=")
-# An adapter's factor, and what may follow it.
+# An adapter's factor, and the text that may follow it.
 _PART = re.compile(r"[^;\s]+ part=([^;\s]+)")
 
 
 def entries_of(adapters: Sequence[Adapter], factors: Sequence[float]) -> str:
-    """Return what is said of adapters that are merged, with their factors."""
+    """Return the entries of merged adapters, with their factors."""
     return _SEPARATOR.join(
         _entry(adapter.name, adapter.sha256, str(factor), adapter.part)
         for adapter, factor in zip(adapters, factors, strict=True)
@@ -35,7 +35,7 @@ def entries_of(adapters: Sequence[Adapter], factors: Sequence[float]) -> str:
 
 
 def entries_before(history: History) -> str:
-    """Return what is said of adapters that a folder's manifest tells of."""
+    """Return the entries of the adapters in a folder's manifest."""
     return _SEPARATOR.join(
         _entry(name, sha256, _UNKNOWN_WEIGHT, part or None)
         for sha256, parts in history.adapters.items()
@@ -44,7 +44,7 @@ def entries_before(history: History) -> str:
 
 
 def joined(*entries: str) -> str:
-    """Return several texts of entries as one."""
+    """Join texts of entries."""
     return _SEPARATOR.join(filter(None, entries))
 
 
@@ -54,13 +54,13 @@ def merged_in(metadata: Mapping[str, str]) -> str:
 
 
 def merged_parts(merged: str, sha256: str) -> list[str | None]:
-    """Return which parts of an adapter's file are in a graph (`Adapter.part`), None for all of it.
+    """Return the parts of an adapter's file that are in a graph (`Adapter.part`), None for all of it.
 
     Args:
-        merged: Entries.
-        sha256: Of the file.
+        merged: The graph's entries.
+        sha256: Hash of the file.
     """
-    # An adapter's name is the user's: it may hold anything, but hardly this.
+    # An adapter's name may hold anything, but hardly this.
     _, *entries = merged.split(f" sha256={sha256} weight=") if sha256 else [""]
     return [found and found[1] for found in map(_PART.match, entries)]
 
@@ -69,14 +69,14 @@ def not_in(merged: str, history: History) -> list[str]:
     """Return the names of adapters that are in a graph and, by its manifest, not in a folder.
 
     Args:
-        merged: Entries of the graph.
-        history: Of the folder.
+        merged: The graph's entries.
+        history: History of the folder.
     """
     return [f"'{name}'" for name, sha256 in adapters_in(merged) if sha256 not in history.adapters]
 
 
 def adapters_in(merged: str) -> Iterator[tuple[str, str]]:
-    """Yield name and hash of each entry: a name begins at the first separator behind the entry before."""
+    """Yield name and hash of each entry; a name begins at the first separator after the previous entry."""
     end = 0
     for found in _HASH.finditer(merged):
         separator = merged.find(_SEPARATOR, end, found.start()) if end else -len(_SEPARATOR)
@@ -91,11 +91,11 @@ def refuse_merged_into(where: str, merged: str, adapters: Sequence[Adapter]) -> 
 
     Args:
         where: The graph's file.
-        merged: Its entries.
-        adapters: What is to be merged into it, or put beside its weights; also converted ones.
+        merged: The graph's entries.
+        adapters: Adapters to merge into it, or to put beside its weights, converted ones included.
 
     Raises:
-        GraphError: Some of them are, or parts of their files are.
+        GraphError: Some of the adapters, or parts of their files, are in it.
     """
     again = [adapter.name for adapter in adapters if _is_in(merged, adapter)]
     if again:
@@ -107,16 +107,16 @@ def refuse_merged_into(where: str, merged: str, adapters: Sequence[Adapter]) -> 
 
 
 def refuse_bound(adapter: Adapter, merged: str, where: str) -> None:
-    """Refuse an adapter that is in the weights of the graph which it is to be bound to.
+    """Refuse to bind an adapter to a graph that has it in its weights.
 
     Raises:
-        AdapterError: It is.
+        AdapterError: The adapter is in them.
     """
     if _is_in(merged, adapter):
         raise AdapterError(
             f"adapter '{adapter.name}' is merged into the weights of {where} already: it would act twice",
-            "leave it out: the graph without an adapter is the base with it; or make the graph from the base "
-            "that nothing was merged into",
+            "omit it, because the graph without an adapter is the base with it; or make the graph from the "
+            "base into which nothing was merged",
         )
 
 

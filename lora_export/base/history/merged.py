@@ -1,4 +1,4 @@
-"""Refuse a base that has an adapter in it: the same one merged already, or another one's layers."""
+"""Refuse a base that contains an adapter: the same one merged already, or another one's layers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lora_export.sites.naming.adapter_layers import adapters_among
 
 
 def refuse_contained(checkpoint: Checkpoint) -> None:
-    """Refuse a base that was saved with an adapter's layers in it: another would be added to that one.
+    """Refuse a base that was saved with an adapter's layers: another adapter would be added to that one.
 
     Raises:
-        CheckpointError: Its tensors have names that only such layers have.
+        CheckpointError: Tensors of the base have names that only such layers have.
     """
     names = adapters_among(checkpoint.tensors)
     if names:
@@ -35,10 +35,10 @@ def refuse_merged(base: Path, adapters: Sequence[Adapter]) -> None:
 
     Args:
         base: A checkpoint's folder.
-        adapters: What is to be merged.
+        adapters: The adapters to merge.
 
     Raises:
-        AdapterError: Some of them are, or parts of their files are.
+        AdapterError: Some of the adapters, or parts of their files, are in it.
     """
     history = history_of(base / MANIFEST)
     twice = [found for adapter in adapters if (found := history.merged(adapter))]

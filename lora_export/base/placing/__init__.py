@@ -1,1 +1,1 @@
-"""Where an adapter's changes are in a checkpoint, and the plan's rows."""
+"""Find an adapter's sites in a checkpoint, and write the plan's rows."""

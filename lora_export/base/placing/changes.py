@@ -1,4 +1,4 @@
-"""The plan for a checkpoint: which of its tensors change, and how."""
+"""Hold the plan for a checkpoint: its changed tensors and their patches."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lora_export.plan import Plan
 
 @dataclass(frozen=True)
 class Added:
-    """A tensor that the output has and the base has not: a head that was tied.
+    """Tensor that the output has and the base lacks: a head that was tied.
 
     Attributes:
-        name: Its name.
+        name: Name of the tensor.
         source: The stored tensor that it starts from.
     """
 
@@ -28,20 +28,20 @@ class Added:
 
 @dataclass(kw_only=True)
 class Placed:
-    """The plan for a checkpoint.
+    """Plan for a checkpoint.
 
     Attributes:
         quantised: The base's quantised weights.
-        plan: What happens to each parameter.
+        plan: Rows and notes on each parameter.
         changes: Name of a stored or added tensor → its patches, in the order given, made on demand.
         stacked: Names of tensors whose first two axes are rows (stacked experts).
-        added: Heads that are no longer tied.
-        untied: The config says that head and embedding are tied, and the output's has to say no.
-        absent: Parameters without a place because the base has no such name.
+        added: Heads that were tied and become tensors of their own.
+        untied: True if the config ties head and embedding, and the output's config must not.
+        absent: Parameters without a site because the base has no such name.
         resized: Name of a stored or added tensor → its new shape, with rows for new tokens.
-        vocabulary: How many tokens the base has, and the output.
-        hints: What to do to the base for parameters without a place.
-        copied: Whole copies that adapters put in, and what is added beside them.
+        vocabulary: Numbers of tokens of the base and of the output; None if they are equal.
+        hints: Hints on the base for parameters without a site.
+        copied: Whole copies that adapters put in, and changes that are added beside them.
     """
 
     quantised: Quantised
@@ -58,7 +58,7 @@ class Placed:
 
 
 def view_of(shape: tuple[int, ...], stacked: bool) -> tuple[int, int]:
-    """Return a shape as a matrix: the first axis are the rows, of stacked experts the first two.
+    """Return a shape as a matrix: the first axis is the rows, with stacked experts the first two.
 
     A vector or a scalar is one row.
     """

@@ -1,4 +1,4 @@
-"""What to do about refusals: one table of hints by kind, for all that an adapter may go into."""
+"""Choose hints for refusals from one table by kind, for everything that an adapter may go into."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Literal
 
 from lora_export.plan import RefusalKind
 
-# Command that wants places in a graph's weights or beside them.
+# Command that needs sites in a graph's weights or beside them.
 Verb = Literal["merge-onnx", "swap-onnx", "bank-onnx"]
-# A folder, a graph by the command that wants places in it, or a graph that has LoRA inputs or slots already.
+# A folder, a graph by the command that needs sites in it, or a graph that has LoRA inputs or slots already.
 Into = Literal["folder", Verb, "swap graph", "bank graph"]
 
-# Nothing led to a place.
+# Kinds of refusal for which nothing led to a site.
 LOST: AbstractSet[RefusalKind] = {"not found", "nameless"}
 BY_VALUE = "give --checkpoint BASE_DIR to match by value"
 _GRAPH: AbstractSet[Into] = {"merge-onnx", "swap-onnx", "bank-onnx"}
@@ -24,11 +24,11 @@ _AGAIN = (
     "computes nothing in advance and has one constant for all calls of a module"
 )
 _USED = (
-    "give the graph as its exporter wrote it: a tool may have put another product in the place of these "
+    "give the graph as its exporter wrote it: a tool may have put another product in place of these "
     "modules, or removed the output that depends on them"
 )
 _MERGE_FIRST = (
-    "where that is how it was made (torch.cond drops names), merge into the checkpoint (lora-export merge) "
+    "if that is how it was made (torch.cond drops names), merge into the checkpoint (lora-export merge) "
     "and export the result"
 )
 _MERGE = "merge the adapter with merge-onnx"
@@ -39,15 +39,15 @@ _TRAINED = "give the base that the adapter was trained on"
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """What hints depend on beside the kinds of the refusals: never what was given already is asked for.
+    """Facts on which hints depend besides the kinds of the refusals, so that no hint asks for what was given.
 
     Attributes:
-        into: What the adapter is to go into.
-        checked: There is a checkpoint to compare values with.
-        some: Other parameters have a place.
+        into: Kind of base that the adapter goes into.
+        checked: True if there is a checkpoint to compare values with.
+        some: True if other parameters have a site.
         given: Hints that are known to help.
-        tells_part: One of them says which part of the adapter, or of the model, to name.
-        parting: What to do about two parameters in one place.
+        tells_part: True if one of them names the part of the adapter, or of the model, to choose.
+        parting: Hint for two parameters with one site.
     """
 
     into: Into
@@ -60,14 +60,14 @@ class Situation:
 
 @dataclass(frozen=True, kw_only=True)
 class _Hint:
-    """What to do about one kind of refusal.
+    """Hint for one kind of refusal.
 
     Attributes:
-        kind: The kind.
-        into: Where it is said.
+        kind: Kind of refusal.
+        into: Kinds of base for which it is given.
         text: The hint; ``{mode}`` stands for the mode of the graph, ``{parting}`` for the situation's.
-        checked: It is said with a checkpoint, or without one; None: with both.
-        is_guess: It is said only where nothing is known to help.
+        checked: True if it needs a checkpoint, False if it needs none; None for both.
+        is_guess: True if it is given only when no hint is known to help.
     """
 
     kind: RefusalKind
@@ -77,13 +77,13 @@ class _Hint:
     is_guess: bool = False
 
 
-# In the order in which they are said.
+# Hints in the order in which they are given.
 _HINTS = (
     _Hint(
         kind="not exposed",
         into=_EXPOSED,
         text=_REMAKE,
-        is_guess=True,  # Where a path is matched otherwise, its module may well be exposed.
+        is_guess=True,  # If a path is matched otherwise, its module may well be exposed.
     ),
     _Hint(kind="not found", into=_EXPOSED, text="check the base"),
     _Hint(kind="shape", into=_GRAPH | _EXPOSED, text=_TRAINED),
@@ -139,7 +139,7 @@ _HINTS = (
 
 
 def hints_of(kinds: AbstractSet[RefusalKind | None], situation: Situation) -> list[str]:
-    """Return what to do about refusals of some kinds, each hint once."""
+    """Return the hints for refusals of some kinds, each once."""
     into, checked, given = situation.into, situation.checked, situation.given
     values = {"mode": into.partition(" ")[0], "parting": situation.parting}
     hints = [
@@ -153,7 +153,7 @@ def hints_of(kinds: AbstractSet[RefusalKind | None], situation: Situation) -> li
             and not (hint.is_guess and given)
         ),
     ]
-    # Other names of the same weights are no matter to values.
+    # Other names of the same weights don't matter to values.
     by_value = into in _GRAPH and not checked and bool(kinds & LOST)
     if by_value and given and not situation.tells_part and "unproven" not in kinds:
         hints.insert(0, BY_VALUE)
@@ -165,7 +165,7 @@ def hints_of(kinds: AbstractSet[RefusalKind | None], situation: Situation) -> li
 
 
 def remake(mode: str) -> str:
-    """Return how a graph gets LoRA inputs for the modules of an adapter."""
+    """Return a hint on how a graph gets LoRA inputs for the modules of an adapter."""
     return _REMAKE.format(mode=mode)
 
 

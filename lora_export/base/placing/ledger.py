@@ -1,4 +1,4 @@
-"""What a merge is going to change, and the rows of the plan that it belongs to: taken back together."""
+"""Record the changes of a merge with their rows of the plan, so that both are withdrawn together."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Ledger:
         changes: Name of a stored tensor, or of one that would be stored, → its changes.
         sources: Name of a tensor that the file does not hold → the stored one whose values it has.
         resized: Name of a tensor → its new shape, with more rows.
-        hints: What to do about what was refused.
+        hints: Hints for refused parameters.
     """
 
     checkpoint: Checkpoint
@@ -35,12 +35,12 @@ class Ledger:
     _is_tied: bool = False
 
     def begin(self, adapter: Adapter) -> None:
-        """Say whose changes come next."""
+        """Set the adapter of the changes that follow."""
         self._adapter += 1
         self._is_tied = bool(adapter.config.get("ensure_weight_tying"))
 
     def add(self, name: str, make: MakePatch, reach: Reach = "one", is_copy: bool = False) -> None:
-        """Add a change that belongs to the plan's next row; what it is, see `Change`."""
+        """Add a change that belongs to the plan's next row; see `Change` for the arguments."""
         change = Change(
             make=make,
             row=len(self.rows),
@@ -52,18 +52,18 @@ class Ledger:
         self.changes.setdefault(name, []).append(change)
 
     def tensor(self, name: str) -> StoredTensor:
-        """Return a tensor as it will be stored, before any change: its name and its shape."""
+        """Return a tensor with its name and shape as it will be stored, before any change."""
         tensor = self.checkpoint.tensors[self.sources.get(name, name)]
         return replace(tensor, name=name, shape=self.resized.get(name, tensor.shape))
 
     def drop(self, rows: Iterable[int]) -> None:
-        """Take back all changes of some rows."""
+        """Withdraw all changes of some rows."""
         gone = set(rows)
         for name, changes in self.changes.items():
             self.changes[name] = [change for change in changes if change.row not in gone]
 
     def refuse(self, names: Iterable[str], refusal: Refusal) -> None:
-        """Refuse every row of the plan that changes one of some tensors, with all that it would change."""
+        """Refuse every row of the plan that changes one of some tensors, with all of its changes."""
         names = list(names)
         gone = {change.row for name in names for change in self.changes.get(name, ())}
         for row in gone:

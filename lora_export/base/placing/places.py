@@ -1,17 +1,17 @@
-"""Where an adapter's changes lie in a checkpoint: the plan, and patches that are made when they are written.
+"""Find an adapter's sites in a checkpoint: make the plan, and patches that are computed when written.
 
-Layouts that a stored weight can have against the module's canonical one:
+A stored weight can have one of these layouts, compared with the module's canonical one:
 
 - as it is (`nn.Linear`, convolutions, embeddings);
-- transposed: GPT-2's Conv1D stores ``(in_dim, out_dim)``. Shapes tell, and the model's family for
-  square ones (`lora_export.base.checkpoint.families`);
+- transposed: GPT-2's Conv1D stores ``(in_dim, out_dim)``. Shapes tell, and for square ones the model's
+  family (`lora_export.base.checkpoint.families`);
 - experts stacked in one tensor, or one tensor for each expert and half;
 - as codes with scales (`lora_export.base.checkpoint.quantised`);
 - not at all: an output head that is tied to the input embedding. PEFT's `merge_and_unload` adds the head's
   change to the one shared parameter, so that the embedding changes as well, which the trained adapter
   never did (PEFT warns of it). Here the head becomes a tensor of its own and the config says
-  ``tie_word_embeddings: false``; so too when the embedding is changed, for the sake of the head
-  (`lora_export.base.ties.tied_changes`).
+  ``tie_word_embeddings: false``; the same happens if only the embedding is changed, so that the head stays as
+  it is (`lora_export.base.ties.tied_changes`).
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from lora_export.storage.patch import Patch, Placement, patch_from, replacement
 
 
 class NoPlace(Exception):
-    """Why a parameter can't be placed; caught here and written into the plan.
+    """Exception for a parameter without a site; it is caught here and written into the plan.
 
     Attributes:
-        refusal: The reason, with what to do to the base where that helps.
+        refusal: Reason, with a hint on the base if one helps.
     """
 
     def __init__(self, refusal: Refusal) -> None:
@@ -62,13 +62,13 @@ class NoPlace(Exception):
 
 @dataclass(frozen=True)
 class _Settled:
-    """What has become of one parameter.
+    """Result for one parameter.
 
     Attributes:
         places: Names of the stored tensors.
-        layout: How the canonical weight lies there.
-        reason: What led there.
-        is_unchanged: The base holds the same values already.
+        layout: Layout of the canonical weight in them.
+        reason: Evidence for the site.
+        is_unchanged: True if the base holds the same values already.
     """
 
     places: list[str]
@@ -85,15 +85,15 @@ def place_adapters(
     resize: bool | None = None,
     shared: bool | None = None,
 ) -> Placed:
-    """Find every change of some adapters in a checkpoint; what has no place is ``refused`` in the plan.
+    """Find the sites of adapters in a checkpoint; parameters without one are ``refused`` in the plan.
 
     Args:
         checkpoint: The base.
-        adapters: What to merge.
-        weights: A factor for each adapter's ΔW.
+        adapters: Adapters to merge.
+        weights: Factor of each adapter's ΔW.
         quantised: The base's quantised weights.
-        resize: Give the base the rows for new tokens that an adapter holds; None: there is no such option.
-        shared: The command's options hold for others as well; by default, if there are several adapters.
+        resize: Give the base the rows for new tokens that an adapter holds; None if there is no such option.
+        shared: True if the command's options hold for other adapters too; by default, if there are several.
     """
     shared = len(adapters) > 1 if shared is None else shared
     judged = are_judged(weights, checkpoint.folder / MANIFEST)
@@ -124,7 +124,7 @@ def place_adapters(
 
 
 def named_of(adapter: Adapter) -> list[Named]:
-    """Return all that an adapter changes, by its own paths."""
+    """Return all parameters that an adapter changes, by its own paths."""
     named = [Named(path, "replace", shape=values.shape) for path, values in adapter.extras.items()]
     named += [Named(path, "replace rows") for path in adapter.token_rows]
     for module in adapter.modules.values():
@@ -140,7 +140,7 @@ def _biased(module: LoraModule) -> bool:
 
 
 class _Placer:
-    """Collects rows and changes of all adapters over one checkpoint."""
+    """Collector of the plan's rows and changes of all adapters for one checkpoint."""
 
     def __init__(
         self, checkpoint: Checkpoint, quantised: Quantised, resize: bool | None, judged: bool
@@ -163,7 +163,7 @@ class _Placer:
 
     @property
     def rows(self) -> list[PlanRow]:
-        """The plan so far."""
+        """Rows of the plan so far."""
         return self._ledger.rows
 
     @cached_property
@@ -178,7 +178,7 @@ class _Placer:
         return may_be_tied(name) or self._layers_may_be_tied
 
     def begin(self, adapter: Adapter, weight: float, shared: bool) -> None:
-        """Find the base's names for all that one adapter changes: one change of names holds for it."""
+        """Find the base's names for one adapter's parameters: one change of names holds for all."""
         self._ledger.begin(adapter)
         self._owner, self._weight = self._owner + 1, weight
         self._is_flattened, self._trained = adapter.flattened, adapter.config
@@ -192,7 +192,7 @@ class _Placer:
             self._hints += [f"for '{adapter.name}': {hint}", SHARED] if shared else [hint]
 
     def settled(self, adapter: Adapter) -> Adapter:
-        """Return the adapter with the layout of its experts as this base has it."""
+        """Return the adapter with the layout of this base's experts."""
         adapter, notes = settle_layout(adapter, self._names.held)
         self._notes += notes
         return adapter
@@ -205,12 +205,12 @@ class _Placer:
         action: str,
         act: Callable[[], _Settled],
     ) -> None:
-        """Add one row: ``act`` registers the change and returns where it is."""
+        """Add one row of the plan; ``act`` registers the change and returns its site."""
         copies = len(self._copied)
         try:
             done = act()
         except NoPlace as problem:
-            # Parts that were placed before the one that has no place.
+            # Withdraw parts that were registered before the one without a site.
             self._ledger.drop({len(self.rows)})
             del self._copied[copies:]
             self._hints += [problem.refusal.hint] * bool(problem.refusal.hint)
@@ -229,14 +229,14 @@ class _Placer:
         self.rows.append(row)
 
     def finish(self, notes: Sequence[str]) -> Placed:
-        """Settle what shares a weight with others, and return the whole."""
+        """Settle tied and resized weights, and return the plan with its changes."""
         ledger = self._ledger
         settled = settle(ledger, self._may_be_tied, lambda: self._ties, self._quantised)
         changes = {name: [c.make for c in changes] for name, changes in ledger.changes.items() if changes}
-        said = [*notes, *self._notes, *settled.notes, *quantised_notes(self._quantised, changes)]
+        notes = [*notes, *self._notes, *settled.notes, *quantised_notes(self._quantised, changes)]
         return Placed(
             quantised=self._quantised,
-            plan=Plan(tuple(ledger.rows), tuple(said), tuple(self._warnings)),
+            plan=Plan(tuple(ledger.rows), tuple(notes), tuple(self._warnings)),
             changes=changes,
             stacked=self._stacked,
             added=[Added(name, source) for name, source in settled.parted],
@@ -248,10 +248,10 @@ class _Placer:
             copied=[*self._copied, *spread_copies(self._copied, settled.copies)],
         )
 
-    # What each kind of change does.
+    # --- one method for each kind of change
 
     def replaced(self, path: str, values: Array, adapter: Adapter) -> _Settled:
-        """Put whole values in place of a parameter."""
+        """Replace a parameter by whole values."""
         name, reason = self._single(Named(path, "replace"), values.shape)
         tensor = self._ledger.tensor(name)
         if tensor.shape != values.shape:
@@ -290,7 +290,7 @@ class _Placer:
         return _Settled([name], reason=reason)
 
     def rows_replaced(self, path: str, rows: TokenRows, adapter: Adapter) -> _Settled:
-        """Put single rows in place of an embedding's, and of what is tied to it."""
+        """Replace single rows of an embedding, and of weights that are tied to it."""
         name, reason = self._single(Named(path, "replace rows"))
         shape = self._ledger.tensor(name).shape
         if shape[1:] != rows.values.shape[1:]:
@@ -321,7 +321,7 @@ class _Placer:
         return _Settled([name], f"{len(rows.indices)} rows", reason)
 
     def _holds_rows(self, name: str, rows: TokenRows) -> bool:
-        """Whether the base has these rows already; one that can't be read has not."""
+        """Return True if the base has these rows already; False if it can't be read."""
         source = self._ledger.sources.get(name, name)
         if name in self._ledger.resized or source in self._quantised.refused:
             return False
@@ -362,7 +362,7 @@ class _Placer:
         return _Settled([name], reason=reason)
 
     def merged(self, module: LoraModule, adapter: Adapter, weight: float) -> _Settled:
-        """Add ΔW where the module's weight, or each part of it, is stored."""
+        """Add ΔW to the stored weight of the module, or to each part of it."""
         if module.groups > 1:
             raise NoPlace(
                 Refusal(
@@ -404,13 +404,13 @@ class _Placer:
     def _fit(
         self, module: LoraModule, adapter: Adapter, part: Part, span: tuple[int, int]
     ) -> tuple[list[Placement], str]:
-        """Return where canonical rows ``span`` lie in a stored tensor; NoPlace if shapes don't allow it."""
+        """Return the placements of canonical rows ``span`` in a stored tensor; raise NoPlace if none fits."""
         if module.kind == "parameter":
             return self._fit_parameter(module, part, span)
         tensor = self._ledger.tensor(part.tensor)
         wanted = (span[1] - span[0], module.matrix_shape[1])
         shape = tensor.shape
-        # kohya and diffusers write a 1×1 convolution's factors as a Linear's, and the other way round.
+        # kohya and diffusers write a 1×1 convolution's factors as a Linear's, or the reverse.
         plain = len(shape) >= 2 and all(size == 1 for size in (*shape[2:], *module.weight_shape[2:]))
         same = shape == module.weight_shape or (plain and shape[:2] == wanted)
         turned = module.kind == "linear" and shape == wanted[::-1]
@@ -435,10 +435,10 @@ class _Placer:
     def _fit_parameter(
         self, module: LoraModule, part: Part, span: tuple[int, int]
     ) -> tuple[list[Placement], str]:
-        """Return where a module's own parameter, or some experts of one, lie in a stored tensor.
+        """Return the placements of a module's own parameter, or of some experts of one, in a stored tensor.
 
-        PEFT adds to such a parameter as the module holds it, which is how it is stored, but where
-        transformers transposes it in loading.
+        PEFT adds to such a parameter as the module holds it. It is stored in the same way, unless
+        transformers transposes it when it loads it.
         """
         held = self._names.held(f"{module.path}.{module.parameter}")
         if refusal := unsettled(module, held):
@@ -468,10 +468,10 @@ class _Placer:
         classes = head_classes(self._checkpoint, path, shape, self._trained)
         return head_hint(path, shape, classes, of_graph=False)
 
-    # Names.
+    # --- names
 
     def _find(self, named: Named) -> tuple[Part, ...] | Problem:
-        """Return where a parameter of the adapter is stored, or why that is not known."""
+        """Return the tensors that hold an adapter's parameter, or the reason why they are unknown."""
         number = self._numbers[named]
         name, problem = self._renaming.names[number], self._renaming.problems.get(number)
         return (self._names.parts(name) if name and not problem else ()) or problem or NOT_FOUND
@@ -502,7 +502,7 @@ class _Placer:
         return (part,)
 
     def _check(self, parts: Sequence[Part]) -> None:
-        """Refuse what can't be merged into."""
+        """Refuse tensors that can't be merged into."""
         for part in parts:
             if refusal := self._quantised.refusal(part.tensor):
                 raise NoPlace(refusal)

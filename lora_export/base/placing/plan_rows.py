@@ -1,4 +1,4 @@
-"""Place adapters in a graph: rows of the plan, and one error that lists all that has no place."""
+"""Write the rows of a plan for a graph, and one error that lists all targets without a site."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ _COPIES = (
     "(nodes_to_exclude=[...]) and give that"
 )
 _CONTRIB = "com.microsoft"
-# Domains of operators that ONNX Runtime's optimiser makes for a machine, and how their layout is called.
+# Domains of operators that ONNX Runtime's optimiser makes for a machine, with the names of their layouts.
 _ARRANGED = {"com.microsoft.nchwc": "NCHWc ", "com.ms.internal.nhwc": "NHWC ", _CONTRIB: ""}
 
 
 class OtherValues(SiteError):
-    """Places that names led to hold other values than the checkpoint."""
+    """Error for sites that were found by name and hold other values than the checkpoint."""
 
 
 def refuse_unaccounted(adapter: Adapter, rows: Sequence[PlanRow]) -> None:
-    """Raise `SiteError` where the plan does not speak of some of an adapter's tensors."""
+    """Raise `SiteError` if some of an adapter's tensors are missing from the plan."""
     lost = unaccounted(adapter.tensor_names, rows)
     if lost:
-        raise SiteError(f"adapter {adapter.name!r} has tensors that the plan does not speak of", "", lost)
+        raise SiteError(f"adapter {adapter.name!r} has tensors that are missing from the plan", "", lost)
 
 
 def with_unverified(plan: Plan, checkpoint: Path) -> Plan:
-    """Say which places the checkpoint could not confirm; raise `SiteError` where it confirms none."""
-    # What was added to the graph has no values that could be another module's.
+    """Add notes on sites that the checkpoint could not confirm; raise `SiteError` if it confirms none."""
+    # Weights that were added to the graph have no values that could be another module's.
     silent = [row for row in plan.placed if row.proof == "names"]
     if silent and not any(row.proof == "values" for row in plan.placed):
         raise SiteError(
@@ -71,7 +71,7 @@ def with_unverified(plan: Plan, checkpoint: Path) -> Plan:
 
 
 def warned_of_computed(plan: Plan) -> Plan:
-    """Say which places have a module's name on the node alone, where the exporter computed the constant."""
+    """Warn of sites with a module's name only on the node, whose constant the exporter computed."""
     names = [
         name
         for row in plan.placed
@@ -106,15 +106,15 @@ def refuse_misses(
     Args:
         graph: The graph.
         adapter: The adapter.
-        sites: What was placed.
-        misses: What was not.
-        verb: The command that wants places.
-        checked: There is a checkpoint to compare values with.
-        uses: All weights of the graph.
-        shared: The command's options hold for other adapters as well.
+        sites: Sites that were found.
+        misses: Targets without a site.
+        verb: The command that needs sites.
+        checked: True if there is a checkpoint to compare values with.
+        uses: All uses of weights in the graph.
+        shared: True if the command's options hold for other adapters too.
     """
     total, file = len(sites) + len(misses), graph.path.name
-    # Without a format it is no file but what the user typed.
+    # Without a format the adapter is not a file but names that the user typed.
     name = f"adapter {adapter.name!r}" if adapter.format else adapter.name
     lines = [f"{miss.target.key}  {miss.reason}" for miss in misses]
     kinds = {miss.kind for miss in misses}
@@ -144,7 +144,7 @@ def refuse_misses(
 def _changed(
     graph: GraphFile, misses: Sequence[Miss], adapter: Adapter, name: str, total: int, checked: bool
 ) -> tuple[str, str] | None:
-    """Return message and hint where the graph is another than its exporter wrote."""
+    """Return message and hint for a graph that differs from what its exporter wrote."""
     file, kinds = graph.path.name, {miss.kind for miss in misses}
     if contained := sum(miss.kind == "contained" for miss in misses):
         return (
@@ -178,7 +178,7 @@ def _changed(
 def _quantised(
     file: str, misses: Sequence[Miss], name: str, total: int, verb: Verb, uses: Sequence[Use], some: bool
 ) -> tuple[str, str] | None:
-    """Return message and hint where weights are quantised: the misses' own, or some of a nameless graph."""
+    """Return message and hint for quantised weights: the misses' own, or some of a graph without names."""
     merging = verb == "merge-onnx"
     codes = [use for use in uses if use.quantised and (merging or use.no_branch)]
     kinds = {miss.kind for miss in misses}
@@ -190,7 +190,7 @@ def _quantised(
         hint = _INTEGERS + ("use swap-onnx" if merging else "give that")
     codes_of = [miss.target for miss in misses if miss.kind == "integers"]
     if not merging and codes_of and all(target.action == "replace" for target in codes_of):
-        # Beside these codes LoRA has a branch: what has none is a whole copy of them.
+        # Beside these codes LoRA can have a branch; only whole copies of them can't.
         hint = _COPIES
     return (
         f"{file} has quantised weights{_operators(codes)}: {name} can't be "
@@ -202,7 +202,7 @@ def _quantised(
 def _lost(
     file: str, misses: Sequence[Miss], name: str, checked: bool, uses: Sequence[Use]
 ) -> tuple[str, str]:
-    """Return message and hint where nothing of an adapter is found."""
+    """Return message and hint for an adapter of which nothing was found."""
     total = len(misses)
     is_foreign = checked and all(miss.is_foreign for miss in misses)
     if checked and not is_foreign:
@@ -253,7 +253,7 @@ def _matrices(uses: Sequence[Use]) -> dict[str, tuple[int, ...]]:
 
 
 def _arranged(graph: GraphFile) -> str:
-    """Name ONNX Runtime's operators whose weights lie in blocks of channels, or channels last."""
+    """List ONNX Runtime's operators that store weights in blocks of channels, or channels last."""
     nodes = (node for node in graph.graph.all_nodes() if node.domain in _ARRANGED)
     found = {f"{_ARRANGED[node.domain]}{node.op_type}" for node in nodes if _is_arranged(node)}
     return ", ".join(sorted(found))
@@ -264,13 +264,13 @@ def _is_arranged(node: ir.Node) -> bool:
 
 
 def _operators(uses: Sequence[Use]) -> str:
-    """Return ``" (MatMulInteger)"`` where weights are quantised, whatever their names; else ""."""
+    """Return ``" (MatMulInteger)"``, the operators of quantised weights, whatever their names; else ""."""
     found = {use.node.op_type for use in uses}
     return f" ({', '.join(sorted(found))})" if found else ""
 
 
 def _rows_hints(misses: Sequence[Miss]) -> list[str]:
-    """Return what to do to a base that lacks rows for new tokens, or the head, that an adapter brings."""
+    """Return hints for a base that lacks rows for new tokens, or the head, that an adapter has."""
     hints = []
     for miss in misses:
         key, shape = miss.target.key, miss.target.shape

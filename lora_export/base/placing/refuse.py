@@ -1,4 +1,4 @@
-"""Refuse adapters that have no place in a checkpoint, or not all of one, and say what to do."""
+"""Refuse adapters whose targets have no sites in a checkpoint, or only some of them, with hints."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _EXAMPLES = 4
 
 
 def refuse_absent(base: Path, adapters: Sequence[Adapter], allow_unmatched: bool) -> None:
-    """Refuse adapters whose low-rank changes are of parameters that a folder does not have, by names alone.
+    """Refuse adapters whose low-rank changes are of parameters that a folder lacks, by names alone.
 
-    A capture takes a minute; a wrong adapter is known in a second.
+    A capture takes a minute; a wrong adapter is found in a second.
 
     Args:
         base: Folder with config.json and safetensors.
-        adapters: What will be placed in the graph that is captured from it.
-        allow_unmatched: What has no place will be left out.
+        adapters: Adapters for the graph that is captured from it.
+        allow_unmatched: Parameters without a site will be left out.
 
     Raises:
-        AdapterError: An adapter is for another architecture, or was merged into the base already, or holds
-            copies of what an earlier merge has changed.
+        AdapterError: An adapter is for another architecture, was merged into the base already, or holds
+            copies of parameters that an earlier merge has changed.
         CheckpointError: The base is damaged.
-        SiteError: Some of an adapter has no place in the base; all of it is listed.
+        SiteError: Some parameters of an adapter have no site in the base; all are listed.
     """
     if not adapters:
         return
@@ -58,7 +58,7 @@ def refuse_absent(base: Path, adapters: Sequence[Adapter], allow_unmatched: bool
 def refuse_unplaced(
     checkpoint: Checkpoint, adapters: Sequence[Adapter], placed: Placed, allow_unmatched: bool
 ) -> None:
-    """Raise what a plan's refused rows amount to: another model's adapter, a quantised base, or a list."""
+    """Raise the error for a plan's refused rows: another model's adapter, a quantised base, or a list."""
     refused, rows = placed.plan.refused, placed.plan.rows
     names = ", ".join(f"'{adapter.name}'" for adapter in adapters)
     if not rows:
@@ -94,7 +94,7 @@ def refuse_unplaced(
 def _foreign(
     checkpoint: Checkpoint, adapters: Sequence[Adapter], hints: Sequence[str], total: int
 ) -> AdapterError:
-    """Return the error for adapters none of whose names is known: another naming, or another model."""
+    """Return the error for adapters of which no name is known: another naming, or another model."""
     names = ", ".join(f"'{adapter.name}'" for adapter in adapters)
     wanted = {
         f"{module.path}.{module.parameter}": module.weight_shape
@@ -102,7 +102,7 @@ def _foreign(
         for module in adapter.modules.values()
     }
     stored = {tensor.name: tensor.shape for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1}
-    # With a part to name, which of the base's names are meant is no guess any more.
+    # If the hint names a part, the base's names that are meant are known, so that no guess is shown.
     alike = [] if hints else counterparts(wanted, stored)
     seen = side_by_side(alike) or [
         *(f"the adapter has {name}" for name in list(wanted)[:_EXAMPLES]),
@@ -124,7 +124,7 @@ def _foreign(
 
 
 def _trained_on(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> str:
-    """Return which base to give; never the one that was given."""
+    """Return a hint on the base to give, never the one that was given."""
     names = {adapter.base_model for adapter in adapters if adapter.base_model}
     others = sorted(name for name in names if Path(name).absolute() != checkpoint.folder.absolute())
     if names and not others:

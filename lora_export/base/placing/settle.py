@@ -1,4 +1,4 @@
-"""After all adapters are placed: what shares a weight stays one or is parted, what grows grows together."""
+"""Settle, after all sites are found, which tied weights stay one, and which tensors grow together."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lora_export.plan import Refusal
 
 @dataclass(kw_only=True)
 class Settled:
-    """What became of tied and of resized weights.
+    """Result for tied and for resized weights.
 
     Attributes:
         parted: ``(name, source)`` of tensors that are stored from now on.
-        untied: The config's switch goes off.
-        vocabulary: How many tokens the base has, and the output; None: as many.
-        notes: What a user should know.
-        copies: Whole copies that replace what is tied to their parameter: ``(adapter, from, to)``.
+        untied: True if the config's switch goes off.
+        vocabulary: Numbers of tokens of the base and of the output; None if they are equal.
+        notes: Notes for the user.
+        copies: Whole copies that replace weights tied to their parameter: ``(adapter, from, to)``.
     """
 
     parted: list[tuple[str, str]] = field(default_factory=list)
@@ -35,12 +35,12 @@ class Settled:
 def settle(
     ledger: Ledger, may_be_tied: Callable[[str], bool], ties_of: Callable[[], Ties], quantised: Quantised
 ) -> Settled:
-    """Go over a ledger's changes; what can't be done is refused in it.
+    """Settle a ledger's changes, and refuse those that are impossible in it.
 
     Args:
         ledger: All changes.
-        may_be_tied: Whether a tensor could share its weight.
-        ties_of: Finds what is tied; called only if a changed tensor may be.
+        may_be_tied: Function that returns True if a tensor could share its weight.
+        ties_of: Function that finds the ties; called only if a changed tensor may be tied.
         quantised: The base's quantised weights.
     """
     result = Settled()
@@ -54,7 +54,7 @@ def settle(
         _settle_rows(ledger, result)
     _settle_ties(ledger, ties, touched=touched, quantised=quantised, result=result)
     if result.vocabulary and set(ledger.resized) != growing:
-        # The config has one number of tokens for all: with the rest grown, no model could be built.
+        # The config has one number of tokens for all, so with only some grown no model could be built.
         why = f"{', '.join(sorted(growing - set(ledger.resized)))} can't be given more rows"
         ledger.refuse(list(ledger.resized), Refusal("shape", f"{why}, and all have to have as many"))
         result.vocabulary = None
@@ -77,7 +77,7 @@ def _settle_ties(
     for tie in touched:
         _note(ledger, tie, bool(parted), result)
     if parted:
-        # The config's switch is one for all of them, also for those that change alike or not at all.
+        # The config has one switch for all ties, also for those that change alike or not at all.
         result.untied = True
         pairs = [(name, tie.source) for tie in ties.ties for name in tie.tensors.values()]
         result.parted = [(name, source) for name, source in pairs if name not in ledger.checkpoint.tensors]
@@ -86,7 +86,7 @@ def _settle_ties(
 
 
 def _spread(ledger: Ledger, tie: Tie) -> list[tuple[int, str, str]]:
-    """Give each parameter of a tie its changes in the ledger; return the whole copies that came so."""
+    """Give each parameter of a tie its changes in the ledger; return the whole copies among them."""
     found = spread(tie, ledger.changes)
     if found.refusal:
         ledger.refuse(found.changes, found.refusal)
@@ -106,7 +106,7 @@ def _change_alike(ledger: Ledger, tie: Tie) -> bool:
 
 
 def _part(ledger: Ledger, tie: Tie, ties: Ties, quantised: Quantised) -> bool:
-    """Whether the parameters of a tie can have values of their own; refuse their changes if not."""
+    """Return True if the parameters of a tie can have values of their own; refuse their changes if not."""
     names = list(tie.tensors.values())
     stored = ledger.checkpoint.tensors
     rows = {name: ledger.resized.get(name, stored[tie.source].shape)[0] for name in names}
@@ -126,7 +126,7 @@ def _part(ledger: Ledger, tie: Tie, ties: Ties, quantised: Quantised) -> bool:
 
 
 def _note(ledger: Ledger, tie: Tie, untied: bool, result: Settled) -> None:
-    """Say what becomes of a changed tie; one that stays one weight has the changes of what is stored."""
+    """Add notes on a changed tie; a tie that stays one weight has the changes of the stored tensor."""
     first, *others = tie.tensors.values()
     if not any(ledger.changes.get(name) for name in (first, *others)):
         return

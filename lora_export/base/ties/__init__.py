@@ -1,1 +1,1 @@
-"""Parameters that share one weight, and the changes that reach them."""
+"""Find parameters that share one weight, and the changes that reach them."""

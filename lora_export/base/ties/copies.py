@@ -1,17 +1,17 @@
-"""Whole copies of parameters that adapters store: which are changes, and which of several would win.
+"""Judge whole copies of parameters in adapters: which are changes, and which of several would win.
 
-A copy in an adapter's file is a trained one (``modules_to_save``, ``bias``), or PEFT's of an embedding that
-training left alone (``save_embedding_layers``). PEFT loads either over the base's values. It refuses to add
-up adapters that hold two copies (`LoraModel.add_weighted_adapter`), and of stored embeddings takes the one
-that was loaded last. Rules here:
+A copy in an adapter's file is a trained one (``modules_to_save``, ``bias``), or PEFT's copy of an embedding
+that training did not change (``save_embedding_layers``). PEFT loads either over the base's values. It refuses
+to add adapters that hold two copies (`LoraModel.add_weighted_adapter`), and of stored embeddings takes the
+one that was loaded last. Rules here:
 
 1. A copy that has the base's values changes nothing.
-2. Of two other copies of one parameter none wins, unless they are equal.
+2. Of two other copies of one parameter neither wins, unless they are equal.
 3. A copy is not a sum: its adapter has weight 1, unless every adapter of the blend holds the same copy.
 4. No adapter changes a parameter in which another one puts its own copy: it was trained on another weight.
-5. A base that an earlier merge has written counts as a blend with what was merged, but for an adapter that
-   was trained on it: neither copies, nor single rows, nor DoRA, whose magnitude is of the weight that it was
-   trained on, come over what was merged there.
+5. A base that an earlier merge has written counts as a blend with what was merged, unless an adapter was
+   trained on it: neither copies, nor single rows, nor DoRA, whose magnitude is that of the weight that it was
+   trained on, may replace merged changes.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ _HINT = (
     "merge one of them alone, or train the second on the merged base; PEFT stores whole embeddings and heads "
     "beside LoRA on them unless it is told save_embedding_layers=False"
 )
-# Reason of a copy that is no change.
+# Reason for a copy that is not a change.
 UNCHANGED = "the base holds the same values"
 _ROWS = 4096
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Copied:
-    """One adapter's change of one parameter.
+    """Change of one parameter by one adapter.
 
     Attributes:
-        place: What is the same for two adapters that change the same weight.
-        stored: The stored weight, as a manifest names it; of a part of one, with the parameter.
-        parameter: Its path.
-        adapter: The adapter's name, which another one may have as well.
-        owner: Its position in the blend.
-        weight: Its factor in the blend.
-        values: The copy; None for what is added to the weight.
-        row_count: How many single rows it replaces.
-        is_dora: It scales the weight to a length of its own.
+        place: Key that is equal for two adapters that change the same weight.
+        stored: Name of the stored weight in a manifest; for a part of one, with the parameter.
+        parameter: Path of the parameter.
+        adapter: Name of the adapter, which another one may have as well.
+        owner: Position of the adapter in the blend.
+        weight: Factor of the adapter in the blend.
+        values: The copy; None for a change that is added to the weight.
+        row_count: Number of single rows that it replaces.
+        is_dora: True if it scales the weight to a length of its own.
     """
 
     place: Hashable
@@ -68,7 +68,7 @@ class Copied:
 
     @property
     def overwrites(self) -> str:
-        """What it would do to other changes of the weight; empty for a sum."""
+        """Its effect on other changes of the weight, as a part of a message; empty for a sum."""
         if self.values is not None:
             return "holds a whole copy of it, which would replace what"
         if self.row_count:
@@ -81,20 +81,20 @@ class Copied:
 
 
 def are_judged(weights: Sequence[float], manifest: Path) -> bool:
-    """Whether copies have to be compared with the base: a lone adapter of weight 1 simply puts its own in.
+    """Return True if copies have to be compared with the base, unlike those of a single adapter of weight 1.
 
     Args:
-        weights: One for each adapter.
-        manifest: What an earlier merge has written beside the base, if one has.
+        weights: Factor of each adapter.
+        manifest: Manifest that an earlier merge may have written beside the base.
     """
     return list(weights) != [1.0] or manifest.exists()
 
 
 def spread_copies(changes: Sequence[Copied], spread: Iterable[tuple[int, str, str]]) -> list[Copied]:
-    """Return the copies that replace what is tied to their parameters, as copies of those.
+    """Return the copies that replace weights tied to their parameters, as copies of those.
 
     Args:
-        changes: What adapters change.
+        changes: Changes of adapters.
         spread: ``(owner, from, to)``, names of stored weights.
     """
     copies = {(one.owner, one.stored): one for one in changes if one.values is not None}
@@ -106,10 +106,10 @@ def spread_copies(changes: Sequence[Copied], spread: Iterable[tuple[int, str, st
 
 
 def refuse_copies(changes: Sequence[Copied], adapters: Sequence[Adapter]) -> None:
-    """Raise `AdapterError` where a blend's copies break rules 2 to 4; copies of rule 1 are not among them.
+    """Raise `AdapterError` if a blend's copies break rules 2 to 4; copies of rule 1 are not among them.
 
     Args:
-        changes: All of them.
+        changes: All changes of the blend.
         adapters: The adapters of the blend.
     """
     places: dict[Hashable, list[Copied]] = defaultdict(list)
@@ -121,11 +121,11 @@ def refuse_copies(changes: Sequence[Copied], adapters: Sequence[Adapter]) -> Non
 
 
 def refuse_overwriting(changes: Sequence[Copied], manifest: Path, adapters: Sequence[Adapter]) -> None:
-    """Raise `AdapterError` where a change is no sum with what an earlier merge put into the base (rule 5).
+    """Raise `AdapterError` if a change can't be added to what an earlier merge put into the base (rule 5).
 
     Args:
-        changes: What the adapters change.
-        manifest: What an earlier merge has written beside the base, if one has.
+        changes: Changes of the adapters.
+        manifest: Manifest that an earlier merge may have written beside the base.
         adapters: The adapters.
     """
     own = {n for n, adapter in enumerate(adapters) if _is_folder(adapter.base_model, manifest.parent)}
@@ -152,7 +152,7 @@ def refuse_overwriting(changes: Sequence[Copied], manifest: Path, adapters: Sequ
 
 
 def _is_folder(base_model: str | None, folder: Path) -> bool:
-    """Whether an adapter names a folder as the base that it was trained on."""
+    """Return True if an adapter names a folder as the base that it was trained on."""
     try:
         return bool(base_model) and Path(str(base_model)).resolve() == folder.resolve()
     except (OSError, ValueError):
@@ -160,11 +160,11 @@ def _is_folder(base_model: str | None, folder: Path) -> bool:
 
 
 def may_replace_ties(base: Path, adapters: Sequence[Adapter]) -> bool:
-    """Whether an adapter has a copy, or LoRA, that is of a weight which a folder's model may tie.
+    """Return True if an adapter has a copy, or LoRA, of a weight that a folder's model may tie.
 
     Args:
         base: Folder with config.json and safetensors.
-        adapters: Any.
+        adapters: The adapters.
     """
     copies = [path for one in adapters for path in one.extras if reach_of(one, path) != "one"]
     copies += [module.key for one in adapters for module in one.modules.values() if module.everywhere]
@@ -176,17 +176,17 @@ def may_replace_ties(base: Path, adapters: Sequence[Adapter]) -> bool:
 
 
 def is_same(copy: Array, stored: Array) -> bool:
-    """Whether a copy has a weight's values, in the coarser one of the two types (rule 1)."""
+    """Return True if a copy has a weight's values, in the coarser one of the two types (rule 1)."""
     return copy.shape == stored.shape and not any(_differing(copy, stored))
 
 
 def differing_rows(copy: Array, stored: Array) -> int:
-    """Return how many rows of a copy are not a weight's; rows that only one of them has don't count."""
+    """Return the number of rows of a copy that differ from a weight's; rows that only one has don't count."""
     return sum(_differing(copy, stored))
 
 
 def _differing(copy: Array, stored: Array) -> Iterator[int]:
-    """Yield how many rows differ, some thousand rows at a time."""
+    """Yield numbers of rows that differ, some thousand rows at a time."""
     rows = min(len(copy), len(stored))
     for start in range(0, rows, _ROWS):
         one, other = (
@@ -199,7 +199,7 @@ def _differing(copy: Array, stored: Array) -> Iterator[int]:
 
 
 def untrained_note(adapter: Adapter, parameter: str, copy: Array, stored: Array) -> str:
-    """Return a warning where a copy that training left alone differs from the base, else an empty string."""
+    """Return a warning if a copy that training did not change differs from the base, else ""."""
     is_stored = parameter.endswith(".weight") and reach_of(adapter, parameter) != "one"
     if not is_stored or copy.shape[1:] != stored.shape[1:]:
         return ""
@@ -210,7 +210,7 @@ def untrained_note(adapter: Adapter, parameter: str, copy: Array, stored: Array)
         return (
             f"{parameter}: '{adapter.name}' holds a whole copy of it that no modules_to_save names, as a "
             f"file of a whole model does, and {count} of {len(stored)} rows differ from this base: the copy "
-            "replaces them; give the base that it was trained on, or save the adapter's own tensors alone"
+            "replaces them; give the base that it was trained on, or save only the adapter's own tensors"
         )
     return (
         f"{parameter}: '{adapter.name}' stores a copy of it that its training did not change (PEFT's "
@@ -221,7 +221,7 @@ def untrained_note(adapter: Adapter, parameter: str, copy: Array, stored: Array)
 
 
 def _problem(found: Sequence[Copied], count: int) -> str:
-    """Return which rule the changes of one place break, or an empty string."""
+    """Return the problem with the changes of one weight, by the rule that they break, or an empty string."""
     copies = [change for change in found if change.values is not None]
     if not copies:
         return ""

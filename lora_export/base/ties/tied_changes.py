@@ -1,15 +1,15 @@
-"""Changes of parameters that share a weight: which of them stay one, and which have to be parted.
+"""Spread changes over parameters that share a weight, and tell which of them have to be parted.
 
 A trained adapter changes the modules that its file names, and no other that shares a weight with them. PEFT
-writes both ends where it trained them as one (``ensure_weight_tying``), except for
+writes both ends if it trained them as one (``ensure_weight_tying``), except for
 
 - single token rows, which stand for everything that is tied to the embedding
   (``other.set_additional_trainable_modules``, PEFT 0.21);
 - mlx-lm's embeddings, whose change is that of the one weight, in a file that has none for the head; and
 - copies of no module of their own, which it loads into the one weight (`formats.reading.whole_copies`).
 
-What another adapter of a blend does is its own affair. In the end, parameters whose changes are equal are
-still one weight.
+Each adapter of a blend is judged by itself. In the end, parameters whose changes are equal are still one
+weight.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ MakePatch = Callable[[type[Any]], Patch]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Change:
-    """A patch of one stored tensor, made when it is written.
+    """Patch of one stored tensor, computed when it is written.
 
     Attributes:
-        make: Makes it in float32 or float64.
+        make: Function that computes it in float32 or float64.
         row: The plan's row that it belongs to.
-        adapter: Which of the blend's adapters it comes from.
-        is_tied: Its adapter says that both ends were trained as one: they have to be equal.
-        reach: ``all``: it stands for everything that shares the weight, unless the adapter has another for
-            that.
-        is_copy: It is a whole copy: all else of its adapter is a change of that.
+        adapter: Number of its adapter in the blend.
+        is_tied: True if by its adapter both ends were trained as one, so that they have to be equal.
+        reach: ``all`` if it stands for everything that shares the weight, unless the adapter has another
+            change for that.
+        is_copy: True for a whole copy, to which all other changes of its adapter are added.
     """
 
     make: MakePatch
@@ -53,23 +53,23 @@ class Change:
 
     @property
     def is_for_all(self) -> bool:
-        """Whether it is no copy and stands for the whole tie: single token rows, mlx-lm's embedding."""
+        """True if it isn't a copy and stands for the whole tie: single token rows, mlx-lm's embedding."""
         return self.reach == "all" and not self.is_copy
 
     @property
     def order(self) -> tuple[int, int]:
-        """Where it comes: PEFT puts rows over a copy, and LoRA on both."""
+        """Position among its adapter's changes: PEFT puts rows over a copy, and LoRA on both."""
         return self.adapter, 0 if self.is_copy else 1 if self.is_for_all else 2
 
 
 @dataclass
 class Spread:
-    """The changes of a tie's parameters, with those that stand for several of them.
+    """Changes of a tie's parameters, with those that stand for several of them.
 
     Attributes:
-        changes: Tensor → its changes, for all of the tie's and those held apart.
-        copies: Whole copies that came so: ``(adapter, from, to)``.
-        refusal: What contradicts itself, if anything does.
+        changes: Tensor → its changes, for all tensors of the tie and those held apart.
+        copies: Whole copies that were spread: ``(adapter, from, to)``.
+        refusal: Reason if changes contradict each other, else None.
     """
 
     changes: dict[str, list[Change]]
@@ -102,7 +102,7 @@ def spread(tie: Tie, changes: Mapping[str, Sequence[Change]]) -> Spread:
                     )
                     result.refusal = Refusal("tied", reason)
             elif shared and not any(map(_replaces, trained)):
-                # LoRA on both of them is that of a model without the tie.
+                # LoRA on both of them comes from a model without the tie.
                 _add(result, tensor, [one for one in shared if not trained or _replaces(one)])
     return result
 
@@ -144,7 +144,7 @@ def _replaces(change: Change) -> bool:
 
 
 def alike(one: Sequence[Change], two: Sequence[Change]) -> bool:
-    """Whether two tensors of equal values are equal after these changes as well."""
+    """Return True if two tensors of equal values are equal after these changes as well."""
     if len(one) != len(two):
         return False
     pairs = zip(one, two, strict=True)

@@ -1,19 +1,19 @@
 """Give a change of a tied weight to every module of a graph that has that weight.
 
-It is a copy that PEFT loads into the weight, or LoRA that mlx-lm adds wherever the weight is used.
+The change is a copy that PEFT loads into the weight, or LoRA that mlx-lm adds wherever the weight is used.
 
-A graph has a tied weight once, read by a Gather and a product, or once for each module, where its exporter
-has computed the transpose. It does not say that they are tied: equal values do, and the checkpoint at hand.
+A graph has a tied weight once, read by a Gather and a product, or once for each module, if its exporter has
+computed the transpose. It does not say that they are tied; equal values and the checkpoint do.
 Rules:
 
-1. A copy of a module of its own (``modules_to_save``), or with the values that the graph has, concerns no
-   other. So does LoRA where the adapter has LoRA for another reader, too: its base ties nothing.
-2. A module that the adapter has a copy of its own for is no matter of another copy.
+1. A copy for one module (``modules_to_save``), or with the graph's own values, concerns no other module.
+   Neither does LoRA if the adapter has LoRA for another reader, too: its base ties nothing.
+2. A module for which the adapter has a copy of its own is not changed by another copy.
 3. The checkpoint's model says whether the weight is tied.
-4. Without one, readers of the very constant are taken for tied; another constant of its values may be a
-   weight of its own, and the copy has no place that is certain.
-5. A reader that can't be merged into, or is not understood, can't be left as it is either.
-6. Two copies with other values are not of one weight.
+4. Without a checkpoint, readers of the same constant are taken for tied; another constant with its values may
+   be a weight of its own, so that the copy has no certain site.
+5. A reader that can't be merged into, or is not understood, is refused, because it can't stay as it is.
+6. Two copies with different values are not of one weight.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lora_export.sites.values.verify import canonical_rows
 from lora_export.storage.patch import Placement
 
 _MATRICES = ("linear", "embedding")
-# Rows that another constant is known by, before all of it is compared; and the least cosine of a code's rows.
+# Number of rows by which another constant is recognised before all of it is compared; least cosine for codes.
 _ROWS, _ALIKE = 8, 0.9
 _CHECKPOINT = "give --checkpoint BASE_DIR: the model says what is tied"
 _BASE = "give --checkpoint BASE_DIR if the base ties nothing; else the base that the adapter was trained on"
@@ -49,13 +49,13 @@ _CONFIG = "put the adapter's adapter_config.json beside its file"
 def with_tied_ends(
     adapter: Adapter, sites: Sequence[Site], uses: Sequence[Use], weight_of: WeightOf | None
 ) -> tuple[list[Site], list[Miss], list[str]]:
-    """Return sites with all places of their copies, those that are lost, and notes.
+    """Return sites with all ends of their copies, misses, and notes.
 
     Args:
-        adapter: Whose sites they are.
-        sites: Where its targets were found.
+        adapter: The adapter.
+        sites: Sites of its targets.
         uses: All uses in the graph.
-        weight_of: The checkpoint's weights for this adapter, where there is one.
+        weight_of: The checkpoint's weights for this adapter, if there is one.
     """
     made, misses, notes = [], [], []
     taken = {_key(use) for site in sites if _is_copy(site) for use in _uses_of(site)}
@@ -89,7 +89,7 @@ def with_tied_ends(
 
 
 def _reach(adapter: Adapter, site: Site) -> Reach:
-    """Return which readers of its weight a site's change is of."""
+    """Return the readers of its weight that a site's change is for."""
     if _is_copy(site):
         return reach_of(adapter, site.target.key)
     return "all" if site.target.module is not None and site.target.module.everywhere else "one"
@@ -108,7 +108,7 @@ def _key(use: Use) -> tuple[int, int]:
 
 
 def _changes_whole(site: Site) -> bool:
-    """Whether a site is one constant of plain values, a matrix, and the change has others."""
+    """Return True if a site is one constant of plain values, a matrix, and the change has others."""
     (part, *more), target = site.parts, site.target
     (placement, *others) = part.placements
     if more or others or len(target.shape) != 2 or any(use.quantised for use in part.uses):
@@ -137,7 +137,7 @@ def _ends(site: Site, uses: Iterable[Use]) -> list[Use]:
 
 
 def _holds(use: Use, mine: Array, picked: Array, rows: Array) -> bool:
-    """Whether a constant has a weight's values, or codes for them."""
+    """Return True if a constant has a weight's values, or codes for them."""
     other = rows_of(use, picked)
     if other is None:
         return False
@@ -158,15 +158,15 @@ def _problem(
     uses: Sequence[Use],
     tied: bool | None,
 ) -> Refusal | None:
-    """Return why a copy has no certain place, and what to do; None where it has one.
+    """Return the reason why a copy has no certain site, with a hint; None if it has one.
 
     Args:
         adapter: The adapter.
-        site: Where the copy is found.
-        sites: All of the adapter's.
-        ends: What else reads the weight.
+        site: Site of the copy.
+        sites: All sites of the adapter.
+        ends: Other uses of the weight.
         uses: All uses in the graph.
-        tied: What the checkpoint says; None: there is none.
+        tied: True if the checkpoint's model ties the weight; None if there is no checkpoint.
     """
     root, target = site.parts[0].root, site.target
     copies = {_key(use): other.target for other in sites if _is_copy(other) for use in _uses_of(other)}
@@ -205,7 +205,7 @@ def _are_equal(one: Target, other: Target) -> bool:
 
 
 def _parts(site: Site, ends: Sequence[Use], sites: Sequence[Site]) -> tuple[Part, ...]:
-    """Return the site's part and those of the ends; what else changes with the part goes with it."""
+    """Return the site's part and those of the ends; other uses that change with a part belong to it."""
     (first,) = site.parts
     owners = {
         _key(use): frozenset(map(_key, _uses_of(other)))

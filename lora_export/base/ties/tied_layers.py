@@ -1,4 +1,4 @@
-"""Whether a model's class ties weights of numbered layers, as Zamba's shared blocks: read off its source.
+"""Read from its source whether a model's class ties weights of numbered layers, as Zamba's shared blocks.
 
 Asking the class itself imports torch and takes seconds, and nearly no class ties any: parsing the one file of
 transformers that defines it takes some hundredths of a second.
@@ -15,14 +15,14 @@ from typing import Any
 from lora_export.base.checkpoint.families import model_types, source_folder
 
 _TABLE = "_tied_weights_keys"
-# A parameter's path in which no module is numbered.
+# Matches a parameter's path in which no module is numbered.
 _PLAIN = re.compile(r"([A-Za-z_]\w*\.)*[A-Za-z_]\w*")
 
 
 def may_tie_layers(config: Mapping[str, Any]) -> bool:
-    """Whether the source of one of a config's models ties more than parameters of plain names.
+    """Return True if the source of one of a config's models ties more than parameters of plain names.
 
-    False where transformers, or the model's file in it, is not there: then nobody can be asked either.
+    False if transformers, or the model's file in it, is missing, so that it can't be asked either.
     """
     folders = dict.fromkeys(source_folder(kind) for kind in model_types(config))
     return any(_ties_others(file) for folder in folders if folder for file in folder.glob("modeling_*.py"))
@@ -38,7 +38,7 @@ def _ties_others(file: Path) -> bool:
 
 
 def _is_other(node: ast.AST) -> bool:
-    """Whether code makes the table while it runs, or gives it a name with a number or a pattern."""
+    """Return True if code makes the table while it runs, or gives it a name with a number or a pattern."""
     if isinstance(node, ast.FunctionDef):
         return node.name == _TABLE
     if isinstance(node, ast.Attribute):
@@ -57,5 +57,5 @@ def _is_other(node: ast.AST) -> bool:
         SyntaxError,
         RecursionError,
         MemoryError,
-    ):  # put together, or no table of names
+    ):  # computed, or not a table of names
         return True

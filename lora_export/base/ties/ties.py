@@ -1,4 +1,4 @@
-"""Parameters of a base that share one weight, such as an output head that is tied to the input embedding.
+"""Find parameters of a base that share one weight, such as an output head tied to the input embedding.
 
 transformers knows them: ``_tied_weights_keys`` of the model's class and of its submodels, as far as the
 config switches them on. Whether they can be parted is tried on the class as well: with
@@ -32,9 +32,9 @@ _EMBEDDINGS = {
 }
 # Classes with an output head over the vocabulary, by a part of their name.
 _LANGUAGE_MODELS = ("LM", "PreTraining", "ConditionalGeneration")
-# At once: tensors of other values differ in the first.
+# Number of bytes compared at a time: tensors with different values differ in the first.
 _COMPARED_BYTES = 1 << 20
-# What can be done about weights that have to stay one.
+# Hint for weights that have to stay one.
 TOGETHER = (
     "train the adapter with ensure_weight_tying=True, or export the base to ONNX and keep the adapter beside "
     "its weights (lora-export swap-onnx)"
@@ -43,15 +43,15 @@ TOGETHER = (
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tie:
-    """Some parameters that are one weight.
+    """Parameters that are one weight.
 
     Attributes:
         tensors: The model's name of each → its tensor in the file, or the name that it would get there. The
             first is the one that the others follow: the input embedding.
-        source: The stored tensor whose values they have.
-        refusal: Why they can't be given values of their own; empty if they can.
-        hint: What to do to the base, where that helps.
-        apart: Tensors that the class ties to them, and that the file holds with other values.
+        source: The stored tensor with their values.
+        refusal: Reason why they can't be given values of their own; empty if they can.
+        hint: Hint on the base, if one helps.
+        apart: Tensors that the class ties to them, but that the file holds with other values.
     """
 
     tensors: Mapping[str, str]
@@ -63,11 +63,11 @@ class Tie:
 
 @dataclass(frozen=True)
 class Ties:
-    """All ties of a base.
+    """Ties of a base.
 
     Attributes:
         ties: The ties.
-        note: What a user should know about how they were found.
+        note: Note for the user on how they were found.
     """
 
     ties: tuple[Tie, ...] = ()
@@ -91,7 +91,7 @@ class Ties:
         """
         names = {_flat(name) if flattened else name: (tie, name) for tie in self.ties for name in tie.tensors}
         if parameter in names:
-            # Another may end like it: a head that is tied to one of the decoder's.
+            # Another name may end like it: that of a head which is tied to one of the decoder's.
             tie, name = names[parameter]
             return tie, tie.tensors[name]
         found = {tie.tensors[name]: tie for own, (tie, name) in names.items() if _same(own, parameter)}
@@ -102,22 +102,22 @@ class Ties:
 
 
 def may_be_tied(name: str) -> bool:
-    """Whether a parameter could share its weight: not one of a numbered layer, unless it embeds something."""
+    """Return True if a parameter could share its weight: not in a numbered layer, unless it embeds."""
     return "embed" in name or not any(part.isdigit() for part in name.split("."))
 
 
 def is_head(tensor: str) -> bool:
-    """Whether a tensor's name is an output head's."""
+    """Return True if a tensor's name is an output head's."""
     return _leaf(tensor) in _HEADS
 
 
 def is_table(tensor: str) -> bool:
-    """Whether a tensor's name is an input embedding's."""
+    """Return True if a tensor's name is an input embedding's."""
     return _leaf(tensor) in _EMBEDDINGS
 
 
 def find_ties(checkpoint: Checkpoint) -> Ties:
-    """Return what is tied in a checkpoint's model; asking transformers takes some seconds."""
+    """Return the ties of a checkpoint's model; asking transformers takes some seconds."""
     if "model_type" not in checkpoint.config:
         return _by_names(checkpoint, "")
     try:
@@ -125,8 +125,8 @@ def find_ties(checkpoint: Checkpoint) -> Ties:
     except ImportError:
         return _by_names(checkpoint, f"transformers is not installed ({install_line('hf')})")
     except Exception as error:  # a model that this transformers can't build
-        said = str(error).partition("\n")[0]
-        why = f"transformers can't build the model ({type(error).__name__}: {said})"
+        first = str(error).partition("\n")[0]
+        why = f"transformers can't build the model ({type(error).__name__}: {first})"
         return _by_names(checkpoint, why, is_unknown=True)
 
 
@@ -140,9 +140,9 @@ def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tied_head(config: Mapping[str, Any]) -> bool:
-    """Whether the config says that the output head shares the input embedding's weight.
+    """Return True if the config says that the output head shares the input embedding's weight.
 
-    transformers takes True for a causal model where the key is missing.
+    transformers assumes True for a causal model if the key is missing.
     """
     nested = config.get("text_config")
     for level in (config, nested if isinstance(nested, dict) else {}):
@@ -153,7 +153,7 @@ def tied_head(config: Mapping[str, Any]) -> bool:
 
 
 def _says_tied(config: Mapping[str, Any]) -> bool:
-    """Whether the config itself has the switch, on."""
+    """Return True if the config itself has the switch, on."""
     nested = config.get("text_config")
     return any(level.get(FLAG) is True for level in (config, nested if isinstance(nested, dict) else {}))
 
@@ -164,7 +164,7 @@ def _by_transformers(checkpoint: Checkpoint) -> Ties:
     groups: dict[str, list[str]] = {}
     for name in follows:
         first = name
-        # No chain is longer than the table: a circle ends as well.
+        # No chain is longer than the table, so that a circle ends as well.
         for _ in follows:
             first = follows.get(first, first)
         groups.setdefault(first, [first]).append(name)
@@ -187,9 +187,9 @@ def _by_transformers(checkpoint: Checkpoint) -> Ties:
 
 
 def _hold_one(checkpoint: Checkpoint, one: str, two: str) -> bool:
-    """Whether two stored tensors are equal: transformers does not tie those that differ.
+    """Return True if two stored tensors are equal: transformers does not tie tensors that differ.
 
-    So FLAN-T5's head, whose config says ``tie_word_embeddings: false`` to a class that always ties.
+    An example is FLAN-T5's head: its class always ties, its config says ``tie_word_embeddings: false``.
     Source: ``PreTrainedModel.tie_weights``, transformers 5.
     """
     a, b = checkpoint.tensors[one], checkpoint.tensors[two]
@@ -202,7 +202,7 @@ def _hold_one(checkpoint: Checkpoint, one: str, two: str) -> bool:
 
 
 def _why_together(checkpoint: Checkpoint, model: Any) -> str:
-    """Return why this model's tied weights can't be parted by its config, or an empty string."""
+    """Return the reason why the config can't part this model's tied weights, or an empty string."""
     kind = type(model).__name__
     other = build_model(checkpoint, untied_config(checkpoint.config))
     if other.get_expanded_tied_weights_keys(all_submodels=True):
@@ -213,13 +213,13 @@ def _why_together(checkpoint: Checkpoint, model: Any) -> str:
         return f"{FLAG} changes {', '.join(changed)} of a {kind} as well"
     readers = sorted({type(module).__name__ for module in model.modules() if _reads_flag(type(module))})
     if readers:
-        return f"{readers[0]} computes something else where {FLAG} is false"
+        return f"{readers[0]} computes something else if {FLAG} is false"
     return ""
 
 
 def _without_flag(value: Any) -> Any:
     if isinstance(value, dict):
-        # With an underscore: where it was read from, which transformers wrote it.
+        # Keys with an underscore tell where it was read from, and which transformers wrote it.
         kept = {key for key in value if key != FLAG and not str(key).startswith("_")}
         return {key: _without_flag(value[key]) for key in kept if key != "transformers_version"}
     return value
@@ -235,12 +235,12 @@ def _reads_flag(kind: type) -> bool:
 
 
 def _by_names(checkpoint: Checkpoint, problem: str, is_unknown: bool = False) -> Ties:
-    """Judge by the names of heads and embeddings, for models that transformers can't be asked about.
+    """Return the ties by the names of heads and embeddings, for models that transformers doesn't know.
 
     Args:
         checkpoint: The base.
-        problem: Why transformers isn't asked.
-        is_unknown: It was asked, and knows no such model: the class's name says nothing either.
+        problem: Reason why transformers isn't asked.
+        is_unknown: True if it was asked and doesn't know the model, so that the class's name tells nothing.
     """
     config = checkpoint.config
     kinds = [str(kind) for kind in config.get("architectures") or []]
@@ -258,9 +258,9 @@ def _by_names(checkpoint: Checkpoint, problem: str, is_unknown: bool = False) ->
     known = len(embeddings) == 1 and _leaf(embeddings[0]) in _EMBEDDINGS
     apart = tuple(head for head in heads if known and not _hold_one(checkpoint, embeddings[0], head))
     if apart and not _says_tied(config):
-        # The class decides where the key is missing, and it has decided.
+        # If the key is missing, the class decides, and it has decided.
         return Ties()
-    # Others do more where tied: T5 scales its output then, BERT has a transform and a bias before it.
+    # Other tied models do more: T5 scales its output, BERT has a transform and a bias before it.
     plain = any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
     refusal = hint = ""
     if not plain or not known:
@@ -285,8 +285,8 @@ def _unsure(checkpoint: Checkpoint) -> Iterator[str]:
 def _unknown(checkpoint: Checkpoint, problem: str) -> Ties:
     """Return each matrix that may share its weight as a tie of its own, which can't be changed.
 
-    Only where the config itself says that something is tied: with nothing known of the model, that may be any
-    table of as many rows as a vocabulary.
+    The config itself has to say that something is tied. With nothing known of the model, that may be any
+    table with as many rows as a vocabulary.
     """
     config = checkpoint.config
     if config.get(FLAG) is not True:

@@ -1,7 +1,7 @@
-"""Parameters of a base that hold equal values and are not one: copies of a network, cloned heads.
+"""Find parameters of a base that hold equal values and are not one: copies of a network, cloned heads.
 
-Names that stand for one parameter are none: tied ones, those that transformers loads into the same parameter,
-and those that it doesn't load at all.
+Names of one parameter are not such: tied ones, those that transformers loads into the same parameter, and
+those that it doesn't load at all.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from lora_export.base.checkpoint.quantised import Quantised
 from lora_export.base.ties.ties import is_head, is_table
 from lora_export.storage.safetensors import DTYPES
 
-# Values by which tensors are compared first: so many, from each of these places on.
+# Number of values from each of these positions by which tensors are compared first.
 _LENGTH, _STARTS = 32, (1 / 3, 2 / 3)
-# Values that are compared at a time.
+# Number of values that are compared at a time.
 _BLOCK = 1 << 20
 
 
 class Twins:
-    """Finds equal parameters of a checkpoint.
+    """Finder of equal parameters in a checkpoint.
 
     Args:
-        quantised: The checkpoint's values, those that codes stand for included.
+        quantised: The checkpoint's values, including those that codes stand for.
     """
 
     def __init__(self, quantised: Quantised) -> None:
@@ -39,15 +39,15 @@ class Twins:
         for name, tensor in self._checkpoint.tensors.items():
             if len(tensor.shape) > 1 and tensor.length and tensor.code in DTYPES:
                 self._shapes[tensor.shape].append(name)
-        # Shape and dtype → each tensor's name → those with its values at some places.
+        # Shape and dtype → each tensor's name → names of those with its values at some positions.
         self._groups: dict[tuple[Any, ...], dict[str, list[str]]] = {}
 
     def alike(self, tensor: str, dtype: Any) -> list[str]:
-        """Return the other matrices of the same shape that have the same values at some places.
+        """Return the other matrices of the same shape that have the same values at some positions.
 
         Args:
             tensor: A stored tensor.
-            dtype: What values are rounded to before they are compared.
+            dtype: Dtype to which values are rounded before they are compared.
         """
         shape = self._checkpoint.tensors[tensor].shape
         names, key = self._shapes.get(shape, []), (shape, np.dtype(dtype))
@@ -58,7 +58,7 @@ class Twins:
         return [name for name in self._groups[key][tensor] if name != tensor]
 
     def _grouped(self, names: Sequence[str], dtype: Any) -> dict[str, list[str]]:
-        """Return for each of some tensors those that have its values at some places: of codes, codes."""
+        """Return for each tensor those with its values, or for codes its codes, at some positions."""
         groups: dict[bytes, list[str]] = defaultdict(list)
         with contextlib.ExitStack() as stack:
             files = {self._checkpoint.tensors[name].file for name in names}
@@ -66,7 +66,7 @@ class Twins:
             for name in names:
                 tensor = self._checkpoint.tensors[name]
                 stored = np.dtype(DTYPES[tensor.code])
-                # Of one file, a view for each tensor costs more than to read a few bytes of it.
+                # Reading a few bytes of each tensor costs less than a view for each tensor of a file.
                 count = tensor.length // stored.itemsize
                 runs = []
                 for share in _STARTS:
@@ -80,15 +80,15 @@ class Twins:
         return {name: group for group in groups.values() for name in group}
 
     def copies(self, tensor: str, names: Sequence[str], dtype: Any, table: bool) -> tuple[str, list[str]]:
-        """Return the model's names of a tensor and of those that are parameters of their own and its copies.
+        """Return the model's name of a tensor, and those of its copies that are parameters of their own.
 
         Args:
             tensor: A stored tensor.
-            names: Others, of `alike`.
+            names: Other tensors, from `alike`.
             dtype: See `alike`.
-            table: Rows of the tensor are looked up; else it is multiplied with.
+            table: True if rows of the tensor are looked up, False if it is multiplied with.
         """
-        # No look-up is a product: a head that is tied to a table, as code of a model's own may tie it.
+        # A look-up and a product are not copies: a head may be tied to a table by code of the model's own.
         others = [name for name in names if not (is_head(name) if table else is_table(name))]
         own, loaded = self._loaded(tensor, others)
         kept = [name for stored, name in loaded if self._are_equal(tensor, stored, dtype)]
@@ -103,14 +103,14 @@ class Twins:
         names = {name: renaming.loaded(name)[0] for name in (tensor, *others)}
         own = names[tensor]
         if own not in owners:
-            # It is another model's checkpoint than its config says.
+            # The checkpoint is for another model than its config says.
             return tensor, found
         told = [(name, names[name]) for name in others]
         return own, [pair for pair in told if pair[1] in owners and owners[pair[1]] != owners[own]]
 
     @cached_property
     def _model(self) -> tuple[LoadedNames, dict[str, int]] | None:
-        """How transformers names what it loads, and its parameters with what each one shares with others."""
+        """Names that transformers gives when it loads, and its parameters with a number for shared ones."""
         if "model_type" not in self._checkpoint.config:
             return None
         try:
@@ -137,7 +137,7 @@ class Twins:
 
 
 def _owners(model: Any) -> dict[str, int]:
-    """Return each parameter of a model with a number that those which are one have in common."""
+    """Return each parameter of a model with a number that is equal for parameters that are one."""
     owners = {name: id(value) for name, value in model.named_parameters(remove_duplicate=False)}
     follows = model.get_expanded_tied_weights_keys(all_submodels=True)
     # No chain of ties is longer than the table.

@@ -35,6 +35,7 @@ Add Sub Mul Div Mod Min Max Neg Equal Where ConstantOfShape Constant
 _INDEX_OPERATORS = frozenset(_INDEX_NAMES.split())
 # Above this size onnx must not propagate values: it would make arrays of them.
 _MAX_PROPAGATED = 1 << 20
+_COMPUTED = (ir.DataType.INT64, ir.DataType.INT32)
 # A shape has a few elements, and a chain of such operators is a few layers of inference deep.
 _MAX_ELEMENTS, _MAX_ROUNDS = 64, 8
 # Limit of elements that one node may make from such constants (a Gather of all from all).
@@ -167,8 +168,9 @@ def _infer(model: ir.Model) -> dict[str, Sized]:
     vectors = [sized.shape[0] for sized in found.values() if len(sized.shape) == 1]
     shapes = (value.shape or () for value in model.graph.inputs)
     sizes = [size for shape in shapes for size in shape if isinstance(size, int)]
-    # onnx's propagation of values would fill the memory.
-    if max((*vectors, *sizes), default=0) > _MAX_PROPAGATED:
+    made = [sized.shape[0] for sized in found.values() if len(sized.shape) == 1 and sized.dtype in _COMPUTED]
+    # onnx's propagation of values would fill the memory, by one vector or by all that nodes make.
+    if max((*vectors, *sizes, sum(made)), default=0) > _MAX_PROPAGATED:
         return found
     return _inferred_by_onnx(model, True)
 

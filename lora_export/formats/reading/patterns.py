@@ -6,7 +6,9 @@ busy for ever: ``(a|aa)+$`` doubles its work with each letter. So:
 1. ``re`` says whether a pattern is one, and a pattern that can't branch is matched by ``re``.
 2. All others are matched by the package ``regex``, which has a time limit and the same syntax: what it reads
    in another way than ``re`` (``{e<=1}``, ``[[:alpha:]]``) is escaped first.
-3. What `within` reads has one budget for all of its patterns: for the time of compiling and matching them,
+3. A pattern that repeats a group and refers to one is refused: what a group of an earlier round, or of one
+   that was given up, holds in ``re`` it does not always hold in ``regex`` (``((a)|b(?(2)a|q))*``).
+4. What `within` reads has one budget for all of its patterns: for the time of compiling and matching them,
    for their number and for that of matches.
 """
 
@@ -14,8 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 import time
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -41,8 +45,13 @@ _ESCAPED = re.compile(r"\\.", re.DOTALL)
 _REPEAT = re.compile(r"\{(?:\d+(?:,\d*)?|,\d*)\}")
 _NAMED = re.compile(r"\\(?:N\{([^}]*)\}|.)", re.DOTALL)
 _COMMENT = re.compile(r"\(\?#[^)]*\)")
+_REFERENCE = re.compile(r"\\[1-9]|\(\?(?:\(|P=)")
+# ``?`` is no repeat: PEFT puts ``(.*\.)?`` before each key.
+_GROUP_REPEAT = re.compile(r"\)(?:[*+]|\{\d*,?\d*\})")
 _VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
 _SHOWN = 80
+# What silences warnings is the whole process's.
+_QUIET = threading.Lock()
 T = TypeVar("T")
 
 
@@ -144,14 +153,24 @@ def check(key: str, pattern: str) -> None:
         AdapterError: All patterns together take too long to compile.
     """
     with _compiling(_budget(), key, pattern):
-        _check(pattern)
+        _checked(pattern)
 
 
-def _check(pattern: str) -> None:
+def _checked(pattern: str) -> re.Pattern[str]:
+    """Return a pattern compiled by ``re``; raise `re.error` if it is none."""
     try:
-        re.compile(pattern)
+        with _without_warnings():
+            return re.compile(pattern)
     except (RecursionError, OverflowError) as error:
         raise re.error(str(error), pattern) from error
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Ignore what compilers say of sets such as ``[[a]``: it names our lines, and nothing to do."""
+    with _QUIET, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _budget() -> _Budget:
@@ -235,9 +254,9 @@ def _refusal(budget: _Budget, key: str, pattern: str, why: str) -> AdapterError:
 @lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> tuple[bool, Any]:
     """Return whether a pattern's matches need a limit, and the pattern compiled."""
-    _check(pattern)
+    checked = _checked(pattern)
     if _BRANCHING.isdisjoint(_ESCAPED.sub("", pattern).removeprefix("(.*)?")):
-        return False, re.compile(pattern)
+        return False, checked
     if len(pattern) > _LONGEST:
         raise _UnlimitedError(f"has {len(pattern)} letters, more than {_LONGEST}")
     if _VERBOSE.search(pattern):
@@ -245,18 +264,26 @@ def _compiled(pattern: str) -> tuple[bool, Any]:
     import regex
 
     try:
-        return True, regex.compile(_for_regex(pattern), regex.V0)
+        with _without_warnings():
+            return True, regex.compile(_for_regex(pattern), regex.V0)
     except (regex.error, RecursionError, OverflowError) as error:
         raise _UnlimitedError(f"can't be matched in a limited time ({error})") from error
 
 
 def _for_regex(pattern: str) -> str:
-    """Return a pattern that ``regex`` reads as ``re`` reads the given one."""
+    """Return a pattern that ``regex`` reads as ``re`` reads the given one.
+
+    Raises:
+        _UnlimitedError: It breaks rule 3.
+    """
     # A character by its name has braces that are no repeat.
     pattern = _NAMED.sub(_character, pattern)
     made, at = [], 0
+    refers = repeats = False
     while at < len(pattern):
         letter, token = pattern[at], pattern[at]
+        refers |= _REFERENCE.match(pattern, at) is not None
+        repeats |= _GROUP_REPEAT.match(pattern, at) is not None
         if letter == "\\":
             token = pattern[at : at + 2]
         elif letter == "[":
@@ -273,6 +300,8 @@ def _for_regex(pattern: str) -> str:
             continue
         made.append(token)
         at += len(token)
+    if refers and repeats:
+        raise _UnlimitedError("refers to a group and repeats one, which can't be matched in a limited time")
     return "".join(made)
 
 

@@ -30,6 +30,7 @@ from lora_export.formats.reading.wrappers import MOST_WORDS, is_too_deep, unwrap
 from lora_export.storage.hashes import sha256_of
 from lora_export.storage.inputs import FileState, note_states, refuse_changed, same_inputs
 from lora_export.untrusted.documents import read_json
+from lora_export.untrusted.links import refuse_links
 from lora_export.untrusted.texts import is_utf8
 
 __all__ = [
@@ -211,10 +212,12 @@ def _open_files(path: Path, name: str | None, states: Sequence[FileState]) -> So
             "run it again when nobody writes them",
             sorted(map(str, now ^ then)),
         )
+    if path.is_dir():
+        refuse_links(path, found.files, AdapterError)
     opened = [_open_file(path, file) for file in found.files]
     first = opened[0]
     file = first.file
-    config = read_config(found.config) if found.config is not None else None
+    config = read_config(found.config, path) if found.config is not None else None
     notes = [*(note for one in opened for note in one.notes), *found.notes]
     if config is not None and is_mlx_name(file.name) and "peft_type" in config:
         notes.append(f"{found.config} was not used: it is PEFT's, but {file.name} is mlx-lm's")
@@ -309,13 +312,18 @@ def _joined_sha256(shards: list[Source]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, given: Path) -> dict[str, Any]:
     """Read an ``adapter_config.json``, PEFT's or mlx-lm's.
 
+    Args:
+        path: The file.
+        given: The folder or weights file that the user named.
+
     Raises:
-        AdapterError: It is not JSON, or not an object with ``peft_type`` or mlx-lm's keys.
+        AdapterError: It is not JSON, not an object with ``peft_type`` or mlx-lm's keys, or a link out of the
+            folder.
     """
-    config = read_json(path, AdapterError, "save the adapter again")
+    config = read_json(path, AdapterError, "save the adapter again", given=given)
     if isinstance(config, dict):
         if isinstance(config.get("peft_type"), str):
             return config

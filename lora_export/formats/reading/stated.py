@@ -16,6 +16,7 @@ from lora_export.adapter import LoraModule
 from lora_export.errors import AdapterError
 from lora_export.formats.reading.source import Options, Source
 from lora_export.untrusted.documents import json_of
+from lora_export.untrusted.numbers import decimal_number
 
 _ALPHAS = ("lora_alpha", "network_alpha", "ss_network_alpha")
 _BARE_ALPHA = "alpha"
@@ -218,8 +219,5 @@ class _Metadata:
 
 def _number(text: str) -> float | None:
     """Return a number above 0; None for anything else (sd-scripts write "Dynamic" and "None")."""
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) and value > 0 else None
+    value = decimal_number(text)
+    return value if value is not None and 0 < value < math.inf else None

@@ -180,7 +180,7 @@ def _index_name(stem: str, suffix: str) -> str:
 def _read_index(path: Path) -> dict[str, str] | None:
     if not path.is_file():
         return None
-    content = read_json(path, AdapterError, "save the adapter again")
+    content = read_json(path, AdapterError, "save the adapter again", given=path.parent)
     index = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
         raise AdapterError(

@@ -19,12 +19,12 @@ from lora_export.sites import operator_named
 
 @dataclass(frozen=True, eq=False)
 class Added:
-    """A branch's product, ready to be added.
+    """Product of a branch, ready to be added.
 
     Attributes:
-        piece: Where it goes.
+        piece: Piece of the module's outputs that it is for.
         value: The product.
-        scale: DoRA's factor for it.
+        scale: DoRA's factor of the outputs, or None.
     """
 
     piece: Piece
@@ -33,10 +33,10 @@ class Added:
 
 
 class Attacher:
-    """Adds products to the results of calls.
+    """Writer of sums of calls' results and branches' products.
 
     Args:
-        write: Adds the nodes.
+        write: Writer of nodes.
         gemm: See `write.BranchWriter`.
 
     Attributes:
@@ -63,11 +63,11 @@ class Attacher:
             self._behind(call, value, scale=scale, name=name, ends=ends)
 
     def _name(self, group: list[Added]) -> str:
-        """Beginning of the names: what stands before ``.lora`` in the first branch's."""
+        """Return the beginning of the names: the text before ``.lora`` in the first branch's."""
         return str(group[0].value.name).partition(".lora.")[0]
 
     def _combined(self, call: Call, group: list[Added], name: str) -> ir.Value:
-        """One value of the call's width: pieces side by side, or padded ones added up."""
+        """Return one value of the call's width: pieces side by side, or the sum of padded ones."""
         value, rest = group[0].value, group[1:]
         if not rest:
             return value
@@ -83,7 +83,7 @@ class Attacher:
         return value
 
     def _combined_scale(self, call: Call, group: list[Added], name: str) -> ir.Value | None:
-        """DoRA's factors in the call's width, ones where no module is."""
+        """Return DoRA's factors in the call's width, with ones where there is no module."""
         if group[0].scale is None:
             return None
         inputs: list[ir.Value] = []
@@ -106,7 +106,7 @@ class Attacher:
         return [self._write.constant(call.node, np.ones(count, call.dtype.numpy()), f"{name}.lora.ones")]
 
     def _through_c(self, call: Call, value: ir.Value, name: str) -> None:
-        """A Gemm adds C itself: rule 1 at no cost, also where an activation is fused into it."""
+        """Add a value through a Gemm's C: rule 1 at no cost, also with an activation fused into the Gemm."""
         node = call.node
         alpha, beta = (node.attributes.get_float(key, 1.0) for key in ("alpha", "beta"))
         bias = node.inputs[2] if len(node.inputs) > 2 else None
@@ -127,7 +127,7 @@ class Attacher:
         return self._write.add(call.node, "Mul", [value, constant], name, dtype=call.dtype)
 
     def _through_z(self, call: Call, value: ir.Value, name: str) -> None:
-        """FusedConv adds Z before its activation (ONNX Runtime ``ContribOperators.md``)."""
+        """Add a value through FusedConv's Z, before its activation (ONNX Runtime ``ContribOperators.md``)."""
         node = call.node
         if len(node.inputs) < 4:
             node.resize_inputs(4)
@@ -141,7 +141,7 @@ class Attacher:
     def _behind(
         self, call: Call, value: ir.Value, scale: ir.Value | None, name: str, ends: Sequence[End]
     ) -> None:
-        """Add nodes behind the call: the sum, with DoRA ``(y + u)·g``, from which its bias is left out."""
+        """Add nodes after the call: the sum, or with DoRA ``(y + u)·g``, which doesn't scale the bias."""
         node, product = call.node, call.node.outputs[0]
         alone = [end.value for end in ends] == [product]
         value = self._times(call, value, node.attributes.get_float("alpha", 1.0), f"{name}.lora.alpha")
@@ -167,7 +167,7 @@ class Attacher:
     def _sum(
         self, call: Call, value: ir.Value, scale: ir.Value | None, name: str, product: ir.Value
     ) -> ir.Value:
-        """``y + d·B``: as an Add of two products, or as a Gemm of d and B with C = y."""
+        """Return ``y + d·B``: as an Add of two products, or as a Gemm of d and B with C = y."""
         node, dtype, anchor = call.node, call.dtype, product.producer()
         assert anchor is not None
         up = value.producer()
@@ -203,7 +203,7 @@ class Attacher:
         return add("Reshape", [total, sizes], "sum", shape=_result_shape(call))
 
     def _scaled(self, call: Call, total: ir.Value, scale: ir.Value, name: str) -> ir.Value:
-        """``(y + c + u)·g + (c − c·g)``: the bias c inside y is not scaled; exact for g = 1."""
+        """Return ``(y + c + u)·g + (c − c·g)``: the bias c inside y is not scaled; exact for g = 1."""
         node, dtype = call.node, call.dtype
         operator = operator_named(node.op_type)
         convolution = operator is not None and operator.is_convolution
@@ -232,14 +232,14 @@ class Attacher:
 
 
 def column(write: NodeWriter, call: Call, vector: ir.Value, name: str) -> ir.Value:
-    """Shape ``(out_dim,)`` so that it lies along a convolution's channels."""
+    """Reshape ``(out_dim,)`` so that it is along a convolution's channels."""
     shape = np.array([-1, *(1 for _ in range(_rank(call.node.inputs[1]) - 2))], np.int64)
     target = write.constant(call.node, shape, f"{name}.shape")
     return write.add(call.node, "Reshape", [vector, target], name, dtype=call.dtype)
 
 
 def _rank(kernel: ir.Value | None) -> int:
-    """Number of axes of a weight, perhaps behind nodes that say nothing of its shape (DequantizeLinear)."""
+    """Return the number of axes of a weight, perhaps after nodes without a shape (DequantizeLinear)."""
     while kernel is not None:
         known = kernel.shape if kernel.const_value is None else kernel.const_value.shape
         if known is not None:
@@ -250,10 +250,10 @@ def _rank(kernel: ir.Value | None) -> int:
 
 
 def _bias_behind(call: Call) -> tuple[ir.Node, int] | None:
-    """The Add of a bias that ONNX Runtime makes a Gemm of together with a MatMul, and the bias's position.
+    """Return the Add of a bias that ONNX Runtime joins with a MatMul into a Gemm, and the bias's position.
 
-    It does so for matrices (MatMulAddFusion), and sums the bias first. The branch then goes into the bias, so
-    that a Gemm is made of the same sums.
+    ONNX Runtime does so for matrices (MatMulAddFusion), and sums the bias first. The branch then goes into
+    the bias, so that the Gemm makes the same sums.
     """
     node, shape = call.node, call.x.shape
     usages = list(node.outputs[0].uses())
@@ -269,7 +269,7 @@ def _bias_behind(call: Call) -> tuple[ir.Node, int] | None:
 
 
 def _result_shape(call: Call) -> ir.Shape | None:
-    """Shape of a MatMul's result: what a Reshape to it would not tell ONNX Runtime, whose fusions ask."""
+    """Return the shape of a MatMul's result, which ONNX Runtime's fusions need and a Reshape doesn't tell."""
     x, product = call.x.shape, call.node.outputs[0].shape
     if product is not None or x is None:
         return product

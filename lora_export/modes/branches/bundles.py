@@ -1,8 +1,8 @@
-"""Which modules share a pair of LoRA tensors: each its own, or siblings that read the same activation packed.
+"""Group modules that share a pair of LoRA tensors: each alone, or siblings of one activation as a pack.
 
-A pack computes one down- and one up-projection for q, k and v (or gate and up): three kernels in place of
-nine on a GPU. Its B is block-diagonal, so that the arithmetic grows a little; its tensors are made by
-`convert-adapter` from the same adapters.
+A pack computes one down- and one up-projection for q, k and v (or gate and up): three kernels instead of nine
+on a GPU. Its B is block-diagonal, which adds a little arithmetic; `convert-adapter` makes its tensors from
+the same adapters.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _PACKS = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): 
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """A pair of LoRA tensors, and where the rows of its product go.
+    """Pair of LoRA tensors, and the pieces of outputs that its product is added to.
 
     Attributes:
-        module: What the graph's record says of it.
-        pieces: Where its outputs are computed.
+        module: Its entry in the LoRA record.
+        pieces: Pieces of its outputs.
     """
 
     module: ExposedModule
@@ -36,9 +36,9 @@ def bundles_of(branches: Sequence[Branch], pack: bool, cut: bool = True) -> list
     """Return a bundle for each branch, or for each set of siblings, in the order of the branches.
 
     Args:
-        branches: What gets a branch.
-        pack: Siblings share a pair of tensors.
-        cut: A pack's B is a tensor for each call, so that no result needs to be split.
+        branches: The branches.
+        pack: Let siblings share a pair of tensors.
+        cut: Make a pack's B a tensor for each call, so that no result needs to be split.
     """
     groups: dict[object, list[Branch]] = defaultdict(list)
     for branch in branches:
@@ -49,7 +49,7 @@ def bundles_of(branches: Sequence[Branch], pack: bool, cut: bool = True) -> list
 
 
 def pack_key(branch: Branch) -> object:
-    """Siblings have the same key: linears that read one activation, each in one call, unscaled."""
+    """Return a key that is equal for siblings: linears of one activation, each in one call, unscaled."""
     (first, *more) = branch.pieces
     plain = branch.kind == "linear" and not more and first.row_scale is None
     if not plain or first.rows != (0, branch.out_dim):
@@ -71,7 +71,7 @@ def _single(branch: Branch) -> Bundle:
 
 
 def _packed(group: list[Branch], everything: Iterable[Branch], cut: bool) -> Bundle:
-    """Lay the calls side by side, each in its full width: gaps in a fused weight become zeros of B."""
+    """Return a pack with its calls side by side, each in its full width: gaps become zeros of B."""
     group = sorted(group, key=place_in_pack)
     starts: dict[int, int] = {}
     pieces: list[Piece] = []
@@ -102,7 +102,7 @@ def _packed(group: list[Branch], everything: Iterable[Branch], cut: bool) -> Bun
 
 
 def place_in_pack(branch: Branch) -> int:
-    """Q before k before v, whatever the order in the adapter's file."""
+    """Return the position of a branch in its pack: q before k before v, whatever the order in the file."""
     leaf = branch.path.rpartition(".")[2]
     return next((names.index(leaf) for names in _PACKS if leaf in names), 0)
 
@@ -131,14 +131,14 @@ def _module(name: str, group: Sequence[Branch], members: Sequence[Member], out_d
 
 
 def _common_dtype(dtypes: Sequence[ir.DataType]) -> ir.DataType:
-    """Return the type that holds a module's tensors for all its calls; a tool may leave one in float32."""
+    """Return the dtype of a module's tensors for all its calls; a tool may leave one call in float32."""
     if len(set(dtypes)) == 1:
         return dtypes[0]
     return ir.DataType.DOUBLE if ir.DataType.DOUBLE in dtypes else ir.DataType.FLOAT
 
 
 def partly_covered(bundles: Iterable[Bundle]) -> set[int]:
-    """Return the ids of calls that have outputs to which no branch adds anything."""
+    """Return the ids of calls with outputs that no branch covers."""
     pieces: dict[int, list[Piece]] = defaultdict(list)
     for bundle in bundles:
         for piece in bundle.pieces:
@@ -147,6 +147,6 @@ def partly_covered(bundles: Iterable[Bundle]) -> set[int]:
 
 
 def with_ranks(bundle: Bundle, ranks: dict[str, tuple[int, ...]]) -> Bundle:
-    """Return the bundle of a bank: ``ranks`` are those of each slot, by module path."""
+    """Return the bundle for a bank; ``ranks`` holds the rank of each slot, by module path."""
     members = tuple(replace(member, ranks=ranks[member.path]) for member in bundle.module.members)
     return replace(bundle, module=replace(bundle.module, members=members))

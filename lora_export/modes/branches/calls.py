@@ -1,4 +1,4 @@
-"""What a node with a weight computes: the activation a branch reads, the width and type of its result."""
+"""Describe what a node with a weight computes: the activation for a branch, the result's width and dtype."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _KINDS: dict[str, ExposedKind] = {"linear": "linear", "conv": "conv", "embedding
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A node that computes one or several modules' products.
+    """Node that computes the products of one or several modules.
 
     Attributes:
         node: The operator.
-        x: The activation; for an embedding the indices.
-        width: Outputs of the node, along its last axis (a convolution's second).
-        dtype: Type of activation and result.
+        x: The activation; for an embedding, the indices.
+        width: Number of the node's outputs, along its last axis (a convolution's second).
+        dtype: Dtype of activation and result.
     """
 
     node: ir.Node
@@ -44,13 +44,13 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Some of a module's outputs in the result of a call.
+    """Range of a module's outputs in the result of a call.
 
     Attributes:
         call: The call.
         rows: Range of the module's outputs.
-        offset: Where it begins in the call's result.
-        row_scale: Factor per output in ``rows`` that an exporter folded into the weight.
+        offset: Its first output in the call's result.
+        row_scale: Factor of each output in ``rows`` that an exporter folded into the weight.
     """
 
     call: Call
@@ -61,20 +61,20 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Branch:
-    """A module that gets a branch.
+    """Module that gets a branch.
 
     Attributes:
         path: Module path; the beginning of every name that is added.
-        kind: What the module is.
-        in_dim: Inputs: features, channels, or the rows of an embedding.
-        out_dim: Outputs.
-        pieces: Where its outputs are computed: one, or more where its weight is split or it is called again.
-        kernel: Of a convolution.
-        groups: Of the convolution that B is.
-        lora: The factors of the adapter that asked for it, if one did.
-        stored: Where its weight lies; empty where that is no help (quantised, rescaled).
-        bias: The branch has a bias too.
-        stored_bias: Where the module's own bias lies.
+        kind: Kind of the module.
+        in_dim: Number of inputs: features, channels, or the rows of an embedding.
+        out_dim: Number of outputs.
+        pieces: Pieces of its outputs: one, or more if its weight is split or it is called again.
+        kernel: Kernel of a convolution.
+        groups: Groups of the convolution that B is.
+        lora: Factors of the adapter that asked for it, if one did.
+        stored: Stored rows of its weight; empty if they don't help (quantised, rescaled).
+        bias: True if the branch has a bias too.
+        stored_bias: Stored rows of the module's own bias.
         held_turned: See `Target`.
     """
 
@@ -93,19 +93,19 @@ class Branch:
 
     @property
     def rank(self) -> int:
-        """Of the adapter that asked for it, 0 if none did."""
+        """Rank of the adapter that asked for it, 0 if none did."""
         return self.lora.rank if self.lora else 0
 
 
 def branch_of(site: Site, calls: dict[int, Call]) -> Branch | Refusal:
-    """Return the branch beside a site, or why there can be none: "merge only", or "integers" beside codes.
+    """Return the branch beside a site, or the refusal: of kind "merge only", or "integers" beside codes.
 
     Args:
-        site: Where the module's weight is.
+        site: Site of the module's weight.
         calls: Node → its call; several modules share the call of a fused weight.
     """
     made = _branch_of(site, calls)
-    # A merge is no way out where there are codes.
+    # With codes, a merge is not possible either.
     return replace(made, kind="integers") if isinstance(made, Refusal) and site.is_quantised else made
 
 
@@ -138,7 +138,7 @@ def _branch_of(site: Site, calls: dict[int, Call]) -> Branch | Refusal:
     if module is not None and module.is_pointwise:
         module = module.with_kernel(len(kernel))
     return Branch(
-        # PEFT's name is that of the module, whose weight it is; another matrix of it needs its own.
+        # PEFT's name is the module's, so it is its weight's; another matrix of it needs a name of its own.
         path=target.path if target.held_turned is None else path_of(target.key),
         kind=kind,
         in_dim=in_dim * groups,
@@ -157,7 +157,7 @@ def _refused(reason: str) -> Refusal:
 
 
 def _form(target: Target, site: Site) -> tuple[ExposedKind, tuple[int, ...]] | Refusal:
-    """What the graph makes of a module, and the kernel: a Linear may be a convolution, or the other way."""
+    """Return the kind and kernel of a module in the graph: a Linear may be a convolution, or the reverse."""
     kernels: set[tuple[int, ...] | None] = set()
     for use in (use for part in site.parts for use in part.uses):
         tensor = use.root.const_value
@@ -174,7 +174,7 @@ def _form(target: Target, site: Site) -> tuple[ExposedKind, tuple[int, ...]] | R
 
 
 def _as_module(site: Site) -> Target | Refusal:
-    """The target as a low-rank change: a whole matrix that replaces one becomes the difference to it."""
+    """Return the target as a low-rank change: a whole replaced matrix becomes a difference to the base's."""
     target = site.target
     if target.action == "merge" and target.kind in _KINDS:
         return target
@@ -198,7 +198,7 @@ def _as_module(site: Site) -> Target | Refusal:
 
 
 def _values(site: Site) -> Array | Refusal:
-    """The base's values of a whole canonical matrix."""
+    """Return the base's values of a whole canonical matrix."""
     values = np.zeros(site.target.matrix, np.float32)
     for part in site.parts:
         (placement,) = part.placements
@@ -215,11 +215,12 @@ def _values(site: Site) -> Array | Refusal:
 
 
 def _stored(parts: tuple[Part, ...], *, codes: bool) -> tuple[StoredRows, ...]:
-    """Where W0 lies; the same rows in a second constant (an exporter repeats shared weights) are left out.
+    """Return the stored rows of W0, without those in a second constant (exporters repeat shared weights).
 
     Args:
-        parts: Where it was found.
-        codes: What a quantiser left of it counts: the adapter replaces what the graph computes with.
+        parts: Parts in which it was found.
+        codes: Accept codes of a quantiser, because the adapter replaces the values that the graph computes
+            with.
     """
     found: dict[tuple[int, int], StoredRows] = {}
     for part in parts:
@@ -246,18 +247,18 @@ def _call_of(target: Target, use: Use) -> Call | Refusal:
     operator = operator_named(node.op_type)
     if operator and operator.takes_codes:
         return _integer_call(target, use)
-    # Gather takes the table first; the others the activation.
+    # Gather takes the table first; the others take the activation first.
     x = node.inputs[1] if target.kind == "embedding" else node.inputs[0]
     if x is None:
         return _refused(f"{node.op_type} has no activation")
     dtype = use.operand_type
     if dtype is None:
-        return _refused(f"the type that {node.op_type} computes in can't be told")
+        return _refused(f"the dtype that {node.op_type} computes in is unknown")
     return Call(node, _unquantised(x), _width(target, use), dtype)
 
 
 def _integer_call(target: Target, use: Use) -> Call | Refusal:
-    """Integers, quantised dynamically: x is before its quantiser, the float product behind Cast and Mul."""
+    """Return the call of dynamically quantised integers: x before its quantiser, the product after Mul."""
     quantiser = use.node.inputs[0].producer() if use.node.inputs[0] is not None else None
     last = use.node
     for operator in ("Cast", "Mul") if last.op_type == "MatMulInteger" else ():
@@ -276,7 +277,7 @@ def _integer_call(target: Target, use: Use) -> Call | Refusal:
 
 
 def _scales(last: ir.Node, quantiser: ir.Node | None) -> bool:
-    """Whether a Mul turns integers into the product: by the activation's scale times the weight's."""
+    """Return True if a Mul turns integers into the product: by the activation's scale times the weight's."""
     factors = [value.producer() for value in last.inputs if value is not None]
     scale = quantiser.outputs[1] if quantiser is not None and len(quantiser.outputs) > 1 else None
     return any(node is not None and node.op_type == "Mul" and scale in node.inputs for node in factors)
@@ -290,9 +291,9 @@ def _width(target: Target, use: Use) -> int:
 
 
 def _unquantised(x: ir.Value) -> ir.Value:
-    """The activation before a pair of QuantizeLinear and DequantizeLinear: the branch loses nothing by it.
+    """Return the activation before QuantizeLinear and DequantizeLinear, so that the branch loses nothing.
 
-    Unless the pair's range also does the work of an activation that the quantiser dropped.
+    If the pair's range also does the work of an activation that the quantiser dropped, it is kept.
     """
     maker = x.producer()
     if maker is not None and maker.op_type in DEQUANTIZE and maker.inputs[0] is not None:
@@ -305,7 +306,7 @@ def _unquantised(x: ir.Value) -> ir.Value:
 
 
 def tiled(call: Call, pieces: list[Piece]) -> bool:
-    """Whether pieces cover all outputs of a call, without gap or overlap."""
+    """Return True if pieces cover all outputs of a call, without gap or overlap."""
     at = 0
     for piece in sorted(pieces, key=lambda piece: piece.offset):
         if piece.offset != at:

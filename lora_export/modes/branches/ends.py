@@ -1,8 +1,8 @@
-"""Where a branch is added to the product of a quantised module: behind the rounding, where that is possible.
+"""Find where a branch is added to the product of a quantised module: after the rounding, if possible.
 
 A statically quantised graph rounds every product to a range that was measured without an adapter, and cuts
-off what lies beyond it. Measured on a two-layer network whose adapter is as large as the base: 9–13 % of the
-effect is left where the branch is added before the QuantizeLinear.
+off values beyond it. Measured on a two-layer network whose adapter is as large as the base: 9–13 % of the
+effect is left if the branch is added before the QuantizeLinear.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class _Reader(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class End:
-    """A value that is the product, up to rounding and the module's own bias.
+    """Value that is the product, up to rounding and the module's own bias.
 
     Attributes:
         value: The value.
-        readers: Those of its readers that are to read the sum.
-        is_output: It is an output of the graph, which is to be the sum.
+        readers: Readers of the value that will read the sum.
+        is_output: True if it is an output of the graph, which becomes the sum.
     """
 
     value: ir.Value
@@ -37,12 +37,12 @@ class End:
 
 
 def ends_of(product: ir.Value, dtype: ir.DataType, *, past_bias: bool) -> list[End]:
-    """Return where the readers of a product are to read the sum.
+    """Return the values whose readers will read the sum instead of a product.
 
     Args:
         product: The result of a call.
-        dtype: Its type.
-        past_bias: What is added is not scaled afterwards, so that it may come after the bias as well.
+        dtype: Dtype of the result.
+        past_bias: The branch is not scaled afterwards, so that it may come after the bias as well.
     """
     inner: list[_Reader] = []
     ends: list[End] = []
@@ -50,7 +50,7 @@ def ends_of(product: ir.Value, dtype: ir.DataType, *, past_bias: bool) -> list[E
         behind = _behind_rounding(usage, dtype)
         if not behind and past_bias:
             behind = _behind_bias(usage, dtype)
-            # Without a quantiser behind it the bias stays last, see `write`.
+            # Without a quantiser after it the bias stays last, see `write`.
             if behind and all(end.value is behind[0] for end in ends_of(behind[0], dtype, past_bias=True)):
                 behind = []
         if not behind:
@@ -63,7 +63,7 @@ def ends_of(product: ir.Value, dtype: ir.DataType, *, past_bias: bool) -> list[E
 
 
 def _behind_rounding(usage: _Reader, dtype: ir.DataType) -> list[ir.Value]:
-    """Return the floats behind a quantiser whose range is fixed, or nothing where the sum can't go there."""
+    """Return the floats after a quantiser whose range is fixed, or nothing if the sum can't go there."""
     node = usage.node
     if usage.idx != 0 or not is_fixed(node) or may_hold_activation(node):
         return []

@@ -1,7 +1,7 @@
 """Compute siblings of the base in one product: x·[Wq|Wk|Wv], then Split.
 
-With a pack of LoRA beside it q, k and v take five kernels instead of twelve. Only where results are narrow,
-because Split copies them: for gate and up of a long sequence that costs more than kernels save.
+With a pack of LoRA beside it q, k and v take five kernels instead of twelve. Only narrow results are fused,
+because Split copies them: for gate and up of a long sequence that costs more than fewer kernels save.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def fuse_calls(graph: GraphFile, branches: Sequence[Branch]) -> tuple[list[Branc
 
     Args:
         graph: The graph.
-        branches: Those that would share a pack.
+        branches: Branches that would share a pack.
     """
     groups: dict[object, list[Branch]] = defaultdict(list)
     for branch in branches:
@@ -54,14 +54,14 @@ def _can_fuse(group: Sequence[Branch]) -> bool:
 
 
 def _is_plain(branch: Branch) -> bool:
-    """Whether a call is a MatMul that alone reads a stored ``(in_dim, out_dim)`` float matrix."""
+    """Return True if a call is a MatMul that alone reads a stored ``(in_dim, out_dim)`` float matrix."""
     call = branch.pieces[0].call
     weight = call.node.inputs[1]
     if call.node.op_type != "MatMul" or call.node.domain or weight is None or weight.const_value is None:
         return False
     tensor = weight.const_value
     alone = weight.producer() is None and len(list(readers_of(weight))) == 1
-    # x may be a value before a quantiser: then the product reads something else.
+    # x may be a value before a quantiser; then the product reads another one.
     return alone and call.node.inputs[0] is call.x and tensor.dtype == call.dtype and len(tensor.shape) == 2
 
 

@@ -1,9 +1,9 @@
-"""What a bank puts between the two products: each row of the batch lets through the ranks of its adapters.
+"""Gate the two products of a bank: each row of the batch lets through the ranks of its adapters.
 
-``d · e`` with d = x·A_all ``(…, Σ ranks)`` and e the row's `adapter_weights`, each repeated over its slot's
-ranks: Gather along the slots, so that no slot's weight reaches another's ranks. e is computed once for each
-sequence of ranks that modules have, usually one for the whole graph. Values of a slot that no row uses are
-multiplied by 0: they must be finite (NaN is refused), and x·A must not overflow.
+The gate is ``d · e`` with d = x·A_all ``(…, Σ ranks)`` and e the row's `adapter_weights`, each repeated over
+its slot's ranks: a Gather along the slots, so that no slot's weight reaches another's ranks. e is computed
+once for each sequence of ranks that modules have, usually once for the whole graph. Values of a slot that no
+row uses are multiplied by 0: they must be finite (NaN is refused), and x·A must not overflow.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _INSTEAD = "train the adapters without this module, or change them between runs 
 
 
 class BankGate:
-    """Adds the input `WEIGHTS_INPUT` ``[batch, n_slots]`` and multiplies ranks by it.
+    """Gate that adds the input `WEIGHTS_INPUT` ``[batch, n_slots]`` and multiplies ranks by it.
 
     Args:
         graph: The graph.
         slots: Number of slots.
-        shapes: Id of a value → its shape, where it is known.
-        batch_input: Name of the input whose first axis is the batch; the first input with a free one if
-            left out.
-        same_symbol: The weights' first axis has the batch's symbol, which TensorRT holds to be equal; else
-            (ONNX Runtime compares none) a node does.
+        shapes: Id of a value → its shape, if known.
+        batch_input: Name of the input whose first axis is the batch; by default the first input with a free
+            one.
+        same_symbol: Give the weights' first axis the batch's symbol, for which TensorRT checks that the sizes
+            are equal; else a node checks it, because ONNX Runtime doesn't.
 
     Raises:
-        SiteError: There is no such input.
+        SiteError: The graph has no such input.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class BankGate:
         same_symbol: bool = False,
     ) -> None:
         self._shapes = shapes
-        # Module → the node behind which its rows are not followed, if there is one.
+        # Module → node after which its rows are not followed, if there is one.
         self._unverified: dict[str, str] = {}
         self._inputs = [value for value in graph.graph.inputs if value.shape]
-        # Module → why its rows would get another row's adapter, and what to do.
+        # Module → reason why its rows would get another row's adapter, and a hint.
         self._misplaced: dict[str, tuple[str, str]] = {}
         self.batch_input = _batch_input(graph, batch_input)
         assert self.batch_input.shape is not None
@@ -108,7 +108,7 @@ class BankGate:
     ) -> ir.Value:
         """Return ``up`` plus each row's own mixture of the slots' biases ``[n_slots, width]``.
 
-        The mixture is made at the beginning of the graph, and so must the bias be.
+        The mixture is computed at the beginning of the graph, so the bias has to be there, too.
         """
         dtype = up.dtype
         assert dtype is not None
@@ -130,7 +130,7 @@ class BankGate:
         x: ir.Value,
         name: str,
     ) -> ir.Value:
-        """Combine a value with what each row of the batch has: ``of_row`` is ``[batch, count]``."""
+        """Combine a value with ``of_row`` ``[batch, count]``, which has entries for each row of the batch."""
         dtype, shape = value.dtype, self._shapes.get(id(x))
         assert dtype is not None
         rows = self._flow.of(x)
@@ -139,7 +139,7 @@ class BankGate:
         self._refuse_either(module, x)
         known = shape is not None and self._has_batch_in_front(shape, module)
         self._refuse_misplaced(rows, module, x)
-        # Without rows, those of a batch in front are equal: none can have another's place.
+        # If the value has no rows, those of a batch in front are equal, so that none can be another's.
         if rows is None or rows.doubt:
             self._unverified.setdefault(module.name, rows.doubt if rows else self._flow.unknown(x))
         elif not (rows.in_front or (known and rows.axis is None)):
@@ -152,7 +152,7 @@ class BankGate:
             axes = len(shape) + 1 if module.kind == "embedding" else len(shape)
             shaped = self._shape(of_row, f"{axes} before", [0, *(1 for _ in range(axes - 2)), count])
             return write.add(anchor, operator, [value, shaped], name, dtype=dtype)
-        # An activation (batch · sequence, in_dim), or of unknown shape: the batch is outermost.
+        # For an activation (batch · sequence, in_dim), or one of unknown shape, the batch is outermost.
         shaped = self._shape(of_row, "3 before", [0, 1, count])
         cut = write.add(anchor, "Reshape", [value, self._rows(count)], f"{name}.rows", dtype=dtype)
         combined = write.add(anchor, operator, [cut, shaped], f"{name}.of_rows", dtype=dtype)
@@ -163,7 +163,7 @@ class BankGate:
         """Raise `SiteError` for all modules whose rows would get another row's adapter.
 
         Raises:
-            SiteError: There are some; all are listed.
+            SiteError: There are such modules; all are listed.
         """
         if self._misplaced:
             raise SiteError(
@@ -175,7 +175,7 @@ class BankGate:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What could not be verified: to be said, because a row would silently get another row's adapter."""
+        """Notes on what could not be verified, because a row would silently get another row's adapter."""
         if not self._unverified:
             return ()
         names = list(self._unverified)
@@ -190,7 +190,7 @@ class BankGate:
     # --- once in the graph --------------------------------------------------------------------------
 
     def _check(self) -> ir.Value:
-        """Give the weights the batch's number of rows: a Split into that many fails where they have another.
+        """Check that the weights have the batch's number of rows: a Split into that many fails if not.
 
         (Not a Reshape: ONNX Runtime's ReshapeFusion would put -1 for the batch.)
         """
@@ -226,7 +226,7 @@ class BankGate:
         return self._expanded[key]
 
     def _typed(self, dtype: ir.DataType) -> ir.Value:
-        """The weights in the type that a module computes in."""
+        """Return the weights in the dtype that a module computes in."""
         if dtype not in self._cast:
             self._cast[dtype] = self._write.add(
                 self.first,
@@ -239,7 +239,7 @@ class BankGate:
         return self._cast[dtype]
 
     def _shape(self, expanded: ir.Value, kind: str, dims: list[int]) -> ir.Value:
-        """Reshape the expanded weights so that they lie along the activation's axes."""
+        """Reshape the expanded weights so that they are along the activation's axes."""
         key = id(expanded), kind
         if key not in self._shaped:
             shape = self._write.constant(self.first, np.array(dims, np.int64), "lora.axes")
@@ -250,7 +250,7 @@ class BankGate:
         return self._shaped[key]
 
     def _rows(self, total: int) -> ir.Value:
-        """The shape ``(batch, -1, Σ ranks)``."""
+        """Return the shape ``(batch, -1, Σ ranks)``."""
         if total not in self._sizes:
             write, first = self._write, self.first
             rest = write.constant(first, np.array([-1, total], np.int64), "lora.rows")
@@ -267,7 +267,7 @@ class BankGate:
     # --- does the activation have the batch in front? -----------------------------------------------
 
     def _refuse_moved(self, rows: Rows, module: ExposedModule, x: ir.Value) -> None:
-        """Let `refuse` refuse a module whose rows are not the batch's, each in its place."""
+        """Let `refuse` refuse a module whose rows are not the batch's in their order."""
         batch = f"the rows of the batch (of {self.batch_input.name})"
         if rows.moved:
             reason = (
@@ -283,7 +283,7 @@ class BankGate:
         self._misplaced.setdefault(module.name, (reason, f"{hint}: {_INSTEAD}"))
 
     def _refuse_either(self, module: ExposedModule, x: ir.Value) -> None:
-        """Let `refuse` refuse a module that hangs on an input with several axes of the batch's size alone."""
+        """Let `refuse` refuse a module that depends only on an input with several axes of the batch size."""
         if name := self._flow.either(x):
             reason = (
                 f"{module.name}: its activation {x.name} is computed from the input {name} alone, which has "
@@ -305,10 +305,10 @@ class BankGate:
         self._misplaced.setdefault(module.name, (reason, f"the batch is not outermost: {_INSTEAD}"))
 
     def _has_batch_in_front(self, shape: ir.Shape, module: ExposedModule) -> bool:
-        """Whether the activation is known to have the batch in front; `refuse` if it is known not to.
+        """Return True if the activation is known to have the batch in front; `refuse` if it is known not to.
 
-        In between are products (``batch*sequence``) and symbols that exporters make up. Two axes without a
-        name are equal only in a shape that can't be flattened: those with further axes.
+        It is unknown for products (``batch*sequence``) and symbols that exporters make up. Two axes without a
+        name are equal only in a shape that can't be flattened: one with further axes.
         """
         if not len(shape):
             reason = f"{module.name}: its activation is one number for the whole batch"
@@ -327,7 +327,7 @@ class BankGate:
         return False
 
     def _other_batch(self, first: ir.SymbolicDim | int) -> str:
-        """Return what to do about an activation whose first axis is not the batch's."""
+        """Return a hint for an activation whose first axis is not the batch's."""
         others = [str(value.name) for value in self._inputs if value.shape and value.shape[0] == first]
         if others and first != self.batch:
             return f"if that is the batch, give --batch-input {' or '.join(others)}"
@@ -342,7 +342,7 @@ class BankGate:
 
 
 def _slots_of_ranks(module: ExposedModule) -> tuple[int, ...]:
-    """The slot of each rank; of a grouped convolution, group after group (see `packing`)."""
+    """Return the slot of each rank; in a grouped convolution, group after group (see `binding.pack`)."""
     return tuple(
         slot
         for _ in range(module.groups)
@@ -367,7 +367,7 @@ def _batch_input(graph: GraphFile, name: str | None) -> ir.Value:
 
 
 def _most_certain(first: ir.Value, inputs: list[ir.Value]) -> ir.Value:
-    """Return an input of the same batch in which no other axis has its size: there the first is it."""
+    """Return an input of the same batch in which no other axis has its size, so that the first is certain."""
     assert first.shape is not None
     batch = first.shape[0]
     for value in [first, *inputs]:

@@ -1,4 +1,4 @@
-"""Write a graph with exposed LoRA: the graph with its record, the base's weights, the manifest."""
+"""Write a graph with exposed LoRA: the graph with its LoRA record, the base's weights, the manifest."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _SHOWN = 6
 
 @dataclass(frozen=True, kw_only=True)
 class ExposeReport:
-    """What exposing did, or with ``dry_run`` would do.
+    """Result of exposing LoRA, or with ``dry_run`` the result that it would have.
 
     Attributes:
-        plan: Every target and where its branch goes.
-        exposed: The graph's record.
-        outputs: What was (or would be) written: ``graph``, ``data``, ``manifest``.
-        size_bytes: Size of the weights written.
-        shared_bytes: Weights that stay in the base's files.
-        dry_run: Nothing was written.
-        warnings: What a user should not miss.
-        reads: The files that were read.
+        plan: Every target and the site of its branch.
+        exposed: The graph's LoRA record.
+        outputs: Files that were (or would be) written: ``graph``, ``data``, ``manifest``.
+        size_bytes: Size of the written weights.
+        shared_bytes: Size of the weights that stay in the base's files.
+        dry_run: True if nothing was written.
+        warnings: Warnings that a user should not miss.
+        reads: Files that were read.
     """
 
     plan: Plan
@@ -66,8 +66,8 @@ class ExposeReport:
 
 
 def base_name(base: Path) -> str:
-    """What a record calls the base: its file or folder name."""
-    # Not what a link leads to: files in Hugging Face's cache are called by their hashes.
+    """Return the name of the base in a LoRA record: its file or folder name."""
+    # The name of a link's target is not used: files in Hugging Face's cache are called by their hashes.
     return base.absolute().name if base.is_file() else base.resolve().name
 
 
@@ -78,14 +78,14 @@ def write_exposed(
     options: WriteOptions,
     beside: Mapping[str, bytes] | None = None,
 ) -> ExposeReport:
-    """Write what ``report`` says, unless it is a dry run; return it with the sizes.
+    """Write the graph of a report, unless it is a dry run; return the report with the sizes.
 
     Args:
         base: The graph with its branches.
-        report: Plan, record and paths.
-        adapters: Those that it was made from.
-        options: The mode's.
-        beside: Name → content of files that belong beside the graph: they are a part of the set.
+        report: Report with plan, LoRA record and paths.
+        adapters: Adapters that the graph was made from.
+        options: Options of the mode.
+        beside: Name → content of files that belong beside the graph and are a part of the set.
 
     Raises:
         OutputError: A file exists or can't be written.
@@ -97,7 +97,7 @@ def write_exposed(
         return report
     base.graph.model.metadata_props[KEY] = report.exposed.to_json()
     with output_errors(out), OutputSet(options.force, base.reads) as outputs:
-        # First, as the graph is the one that comes last.
+        # The manifest comes before the graph, which is written last.
         others = {out.parent / name: content for name, content in (beside or {}).items()}
         check = stage_beside(outputs, others, options.force)
         staged = {name: outputs.stage(path) for name, path in paths.items()}
@@ -112,7 +112,7 @@ def write_exposed(
             progress=options.progress,
         )
         own = {name: hash_written(staged["data"], name)}
-        own |= mark_data(base.graph.model, base.shared_places(out) | own)
+        own |= mark_data(base.graph.model, base.shared_places(out) | own, paths["manifest"].name)
         save_graph(base.graph.model, staged["graph"])
         own[out.name] = hash_written(staged["graph"], out.name)
         own |= {name: hash_content(name, content) for name, content in (beside or {}).items()}
@@ -133,13 +133,13 @@ def write_exposed(
 
 
 def refuse_lost_inputs(exposed: ExposedGraph, graph: GraphFile) -> None:
-    """Raise `GraphError` where a graph's inputs are no longer those that its record speaks of.
+    """Raise `GraphError` if a graph's inputs differ from those in its LoRA record.
 
-    Simplifiers and quantisers take an input that has a default for a constant, float16 converters change its
-    type.
+    Simplifiers and quantisers take an input that has a default for a constant; float16 converters change its
+    dtype.
 
     Args:
-        exposed: The graph's record.
+        exposed: The graph's LoRA record.
         graph: The graph.
     """
     inputs = {str(value.name): value.dtype for value in graph.graph.inputs}
@@ -150,14 +150,14 @@ def refuse_lost_inputs(exposed: ExposedGraph, graph: GraphFile) -> None:
             if name not in inputs:
                 lost.append(f"{name}: not an input any more")
             elif inputs[name] != dtype:
-                changed.append(f"{name}: {inputs[name]}, the record says {dtype}")
+                changed.append(f"{name}: {inputs[name]}, the LoRA record says {dtype}")
     shapes = {
         str(value.name): None if value.shape is None else value.shape.dims for value in graph.graph.inputs
     }
     sizes = [] if lost or changed else size_problems(exposed, shapes)
     if sizes:
         raise GraphError(
-            f"{graph.path}: {len(sizes)} LoRA inputs have other sizes than the graph's record says",
+            f"{graph.path}: {len(sizes)} LoRA inputs have other sizes than the graph's LoRA record says",
             "make it again with swap-onnx or bank-onnx; a tool has changed it since",
             sizes[:_SHOWN],
         )

@@ -1,4 +1,4 @@
-"""From what an adapter changes to the branches of a graph; what gets none is listed with its reason."""
+"""Find the branches of a graph for an adapter's targets; list targets without one with the reason."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ def place_branches(
 
     Args:
         graph: The graph.
-        resolver: Its weights, with ``branches``.
-        adapter: Whose targets they are, if anybody's.
-        targets: What is to get a branch.
+        resolver: Resolver of the graph's weights, with ``branches``.
+        adapter: Adapter that owns the targets; None for --target-modules.
+        targets: Targets that need a branch.
         calls: Node → its call; several adapters share them.
-        allow_unmatched: Leave out what has no place.
-        dora: There will be factors as well.
-        bank: It is for a bank.
+        allow_unmatched: Leave out targets that have no site.
+        dora: True if factors will be exposed as well.
+        bank: True for a bank.
 
     Returns:
         The plan and the branches, in the targets' order.
 
     Raises:
         GraphError: The graph has exposed LoRA already.
-        SiteError: Targets without a place; all are listed.
+        SiteError: Targets have no site; all are listed.
     """
     refuse_exposed(graph)
     wanted = [target for target in targets if not _unsuited(target, dora)]
@@ -93,18 +93,18 @@ def place_branches(
 def refuse_unsuited(
     adapters: Sequence[Adapter], base: Path, *, allow_unmatched: bool, dora: bool = False, bank: bool = False
 ) -> None:
-    """Refuse adapters for what no graph could be given a branch for: a folder need not be captured first.
+    """Refuse targets for which no graph could have a branch, before a folder is captured.
 
     Args:
-        adapters: Whose changes are to be exposed.
+        adapters: Adapters to expose.
         base: The folder.
-        allow_unmatched: Leave out what has no place.
-        dora: There will be factors as well.
-        bank: It is for a bank.
+        allow_unmatched: Leave out targets that have no site.
+        dora: True if factors will be exposed as well.
+        bank: True for a bank.
 
     Raises:
         AdapterError: An adapter replaces single rows.
-        SiteError: Some of an adapter can't be exposed; all of it is listed.
+        SiteError: Some targets of an adapter can't be exposed; all are listed.
     """
     for adapter in adapters:
         targets = targets_of(adapter)
@@ -125,7 +125,7 @@ def refuse_unsuited(
 def _branches_of(
     sites: Sequence[Site], calls: dict[int, Call], dora: bool
 ) -> tuple[list[Site], list[Branch], list[Miss]]:
-    """Return the sites that get a branch, their branches, and the others with their reasons."""
+    """Return the sites that get a branch, their branches, and misses for the others."""
     placed: list[Site] = []
     branches: list[Branch] = []
     misses: list[Miss] = []
@@ -148,13 +148,13 @@ def refuse_exposed(graph: GraphFile) -> None:
     inputs = [str(value.name) for value in graph.graph.inputs if ".lora_" in str(value.name)]
     if inputs or KEY in graph.model.metadata_props:
         raise GraphError(
-            f"{graph.path} has exposed LoRA already", "give the base that it was made of", inputs[:4]
+            f"{graph.path} has exposed LoRA already", "give the base that it was made from", inputs[:4]
         )
     refuse_contained(graph)
 
 
 def refuse_contained(graph: GraphFile) -> None:
-    """Raise `GraphError` for a graph with an adapter's layers in it, their values constants."""
+    """Raise `GraphError` for a graph that contains an adapter's layers, as constants."""
     names = adapter_names(graph)
     if names:
         raise GraphError(
@@ -171,7 +171,7 @@ def _unsuited_of(targets: Sequence[Target], dora: bool) -> list[Miss]:
 
 
 def _unsuited(target: Target, dora: bool) -> Refusal | None:
-    """Return why a target can't be exposed as a low-rank branch; None where it can."""
+    """Return the reason why a target can't be exposed as a low-rank branch; None if it can."""
     if target.experts > 1:
         return Refusal("merge only", "stacked experts are not exposed")
     if target.module is not None and target.module.everywhere:
@@ -182,7 +182,7 @@ def _unsuited(target: Target, dora: bool) -> Refusal | None:
 
 
 def holds(site: Site) -> bool:
-    """Whether the graph holds a replacement's values already: PEFT saves untrained embeddings too."""
+    """Return True if the graph holds a replacement's values already: PEFT saves untrained embeddings too."""
     target = site.target
     assert target.values is not None
     if site.is_quantised:
@@ -203,10 +203,10 @@ def _add_biases(
     """Add the changes of biases to their modules' branches; return those that have none.
 
     Args:
-        biases: Where they are.
-        placed: Gets those that were added.
-        branches: Are replaced by those with a bias.
-        misses: What has no place: a bias goes with its module's weight.
+        biases: Sites of the biases.
+        placed: List to which the added sites are appended.
+        branches: List in which branches are replaced by those with a bias.
+        misses: Targets without a site: a bias goes with its module's weight.
     """
     lost = {miss.target.path for miss in misses if miss.target.key.endswith(".weight")}
     without = []
@@ -220,7 +220,7 @@ def _add_biases(
 
 
 def _add_bias(site: Site, branches: list[Branch]) -> Refusal | None:
-    """Give a module's branch the change of its bias, or return why it can't have it."""
+    """Give a module's branch the change of its bias, or return the reason why it can't have it."""
     target = site.target
     number = next((n for n, branch in enumerate(branches) if branch.path == target.path), None)
     if not target.key.endswith(".bias") or number is None:
@@ -241,14 +241,14 @@ def _add_bias(site: Site, branches: list[Branch]) -> Refusal | None:
             return Refusal("merge only", "its bias is stored in several parts")
         change = change.astype(np.float64) - values.astype(np.float64)
         lora = with_bias(lora, change, target.tensor_names)
-    # Codes that can't be read are no place for an adapter that replaces the bias.
+    # Codes that can't be read are not a site for an adapter that replaces the bias.
     stored = () if isinstance(held, Refusal) else (StoredRows(held.name, (0, len(change)), row=start),)
     branches[number] = replace(branch, lora=lora, bias=True, stored_bias=stored)
     return None
 
 
 def _name_weights(site: Site) -> None:
-    """Make initializers of Constant nodes: DoRA's factor is computed from W0, looked up by its name."""
+    """Turn Constant nodes into initializers: DoRA's factor is computed from W0, which is found by name."""
     for part in site.parts:
         maker = part.root.producer()
         if maker is not None and maker.graph is not None:
@@ -256,11 +256,11 @@ def _name_weights(site: Site) -> None:
 
 
 def _with_factor(branch: Branch, kind: RefusalKind) -> Branch | Refusal:
-    """Return the branch if its product can have a factor, and DoRA's can be computed where it is needed.
+    """Return the branch if its product can have a factor and, if needed, DoRA's can be computed.
 
     Args:
         branch: The branch.
-        kind: Of the refusal.
+        kind: Kind of the refusal.
     """
     if branch.lora is not None and branch.lora.magnitude is not None and not branch.stored:
         return Refusal(
@@ -276,7 +276,7 @@ def _with_factor(branch: Branch, kind: RefusalKind) -> Branch | Refusal:
 
 
 def _doubled(placed: list[Site], branches: list[Branch]) -> list[Miss]:
-    """Take out modules whose path two targets have: their tensors would have one name."""
+    """Remove modules whose path two targets have, because their tensors would have one name."""
     seen: set[str] = set()
     misses = []
     for number in range(len(branches) - 1, -1, -1):

@@ -1,4 +1,4 @@
-"""The branches of several adapters: one for each place, whatever the adapters call it."""
+"""Collect the branches of several adapters: one for each site, whatever the adapters call it."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _Places = frozenset[tuple[int, int, tuple[int, int]]]
 
 
 class Union:
-    """Collects branches.
+    """Collector of branches.
 
     Args:
         graph: The graph.
-        resolver: Its weights, with ``branches``.
-        allow_unmatched: Leave out what has no place.
-        dora: There will be factors as well.
-        bank: It is for a bank.
+        resolver: Resolver of the graph's weights, with ``branches``.
+        allow_unmatched: Leave out targets that have no site.
+        dora: True if factors will be exposed as well.
+        bank: True for a bank.
 
     Attributes:
-        loras: For each adapter, path of a branch → its factors.
+        loras: Path of a branch → its factors, for each adapter.
     """
 
     def __init__(
@@ -54,23 +54,23 @@ class Union:
 
     @property
     def branches(self) -> list[Branch]:
-        """In the order in which they were asked for."""
+        """Branches in the order in which they were asked for."""
         return list(self._by_place.values())
 
     @property
     def known(self) -> AbstractSet[str]:
-        """The parameters that the graph's names and its checkpoint tell."""
+        """Parameters in the graph's names and in its checkpoint."""
         return self._resolver.known
 
     def add_adapters(self, adapters: Sequence[Adapter], base_sha256: str) -> None:
-        """Place each adapter's modules.
+        """Find the sites of each adapter's modules.
 
         Args:
             adapters: The adapters.
-            base_sha256: Identity of the base, which converted files have to be for.
+            base_sha256: Hash of the base, which converted files have to match.
 
         Raises:
-            SiteError: Some have no place for something; that of all of them is listed.
+            SiteError: Targets of some adapters have no site; all are listed.
             AdapterError: A converted file is for another base.
         """
         refuse_other_bases(adapters, base_sha256)
@@ -94,12 +94,12 @@ class Union:
             )
 
     def add_targets(self, targets: Sequence[Target]) -> None:
-        """Place modules that no adapter names."""
+        """Find the sites of modules that no adapter names."""
         for branch in self._place(None, targets):
             self._known(branch)
 
     def plan(self, notes: Sequence[str] = ()) -> Plan:
-        """Return the rows of all, with further notes."""
+        """Return the plan with the rows of all, and further notes."""
         return Plan(
             tuple(row for plan in self._plans for row in plan.rows),
             (*self._notes, *(note for plan in self._plans for note in plan.notes), *notes),
@@ -120,14 +120,14 @@ class Union:
         return branches
 
     def _known(self, branch: Branch) -> str:
-        """Return the path under which the place of a branch is known."""
+        """Return the path under which the site of a branch is known."""
         places = frozenset((id(piece.call), piece.offset, piece.rows) for piece in branch.pieces)
         known = self._by_place.setdefault(places, branch)
         if branch.bias and not known.bias:
-            # One adapter changes the bias: the others leave it as it is.
+            # Only one adapter changes the bias; the others leave it as it is.
             known = replace(known, bias=True, stored_bias=branch.stored_bias)
         if branch.stored and not known.stored:
-            # The others don't ask for the values of codes.
+            # The others don't need the values of codes.
             known = replace(known, stored=branch.stored)
         if known.held_turned is None and branch.held_turned is not None:
             known = replace(known, held_turned=branch.held_turned)
@@ -147,6 +147,6 @@ def refuse_other_bases(adapters: Sequence[Adapter], base_sha256: str) -> None:
     if problems:
         raise AdapterError(
             "adapters were converted for another base",
-            "give the adapters that they were made of",
+            "give the adapters that they were made from",
             problems,
         )

@@ -2,11 +2,11 @@
 
 Rules:
 
-1. The branch is added before the bias, so that ONNX Runtime's fusions of bias and what follows stay as in the
-   base, and the base's bits with them. A Gemm gets it through its C, a FusedConv through its Z.
-2. A graph whose branches are all zero computes the base's bits: what is added is ``+ 0`` and ``· 1``.
+1. The branch is added before the bias, so that ONNX Runtime's fusions of the bias and later nodes stay as in
+   the base, and with them the base's bits. A Gemm gets it through its C, a FusedConv through its Z.
+2. A graph whose branches are all zero computes the base's bits: it adds ``+ 0`` and ``· 1``.
 3. Names begin with the module's path and ``.lora``; those of the base stay as they were.
-4. A branch computes in the type of its call; tensors of a module whose calls differ are cast for each type.
+4. A branch computes in the dtype of its call; tensors of a module whose calls differ are cast for each dtype.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from lora_export.modes.branches.calls import Call, Piece
 from lora_export.modes.branches.gate import BankGate
 from lora_export.modes.branches.inputs import ir_type
 
-# Split, Squeeze and Unsqueeze take their numbers as inputs from here on.
+# The first opset in which Split, Squeeze and Unsqueeze take their numbers as inputs.
 MIN_OPSET = 13
-# From here on initializers are defaults that a run may override.
+# The first IR version in which initializers are defaults that a run may override.
 MIN_IR_VERSION = 4
 _CONV_ATTRIBUTES = ("auto_pad", "dilations", "pads", "strides")
 
 
 @dataclass(frozen=True, eq=False)
 class Tensors:
-    """The values that a bundle's branch reads.
+    """Values that a bundle's branch reads.
 
     Attributes:
         a: Down-projection.
-        b: Up-projection, in the parts that `ExposedModule.b_parts` says.
+        b: Up-projection, in the parts of `ExposedModule.b_parts`.
         scale: DoRA's factor ``(out_dim,)``.
         bias: Added to the product ``(out_dim,)``, in a bank ``(n_slots, out_dim)``.
     """
@@ -53,13 +53,13 @@ class Tensors:
 
 
 class BranchWriter:
-    """Adds the branches of bundles to a graph.
+    """Writer of bundles' branches into a graph.
 
     Args:
         graph: The graph.
-        gate: What a bank does between the two products.
-        gemm: Add a MatMul's result by a Gemm's C instead of an Add: a kernel and a pass over the result less
-            on a GPU, more nodes that cost nothing there.
+        gate: Gate of a bank between the two products.
+        gemm: Add a MatMul's result by a Gemm's C instead of an Add, which saves a kernel and a pass over the
+            result on a GPU, with more nodes that cost nothing there.
 
     Raises:
         GraphError: The graph's opset or IR version is too old.
@@ -81,7 +81,7 @@ class BranchWriter:
         self._write = NodeWriter(model_names(graph.model))
         self._gate = gate
         self._gemm = gemm
-        # What is read from here on may stand before it: the tensors are inputs or constants of the graph.
+        # Nodes may be added before this one, because the tensors are inputs or constants of the graph.
         self._first = next(iter(graph.graph))
         self._cast: dict[tuple[str, ir.DataType], Tensors] = {}
         self._order = {id(node): number for number, node in enumerate(graph.graph.all_nodes())}
@@ -90,8 +90,8 @@ class BranchWriter:
         """Add every bundle's products, then let each call's readers read the sum.
 
         Args:
-            bundles: What to add.
-            tensors: By `ExposedModule.name`.
+            bundles: Bundles to add.
+            tensors: Tensors by `ExposedModule.name`.
 
         Returns:
             The sums.
@@ -109,7 +109,7 @@ class BranchWriter:
     def _products(self, bundle: Bundle, tensors: Tensors, partly: set[int]) -> Iterable[Added]:
         """Yield a product for each piece; pieces that read the same activation share the first one.
 
-        But not across graphs: what one branch of an If computes, the other can't read.
+        They don't share it across graphs: one branch of an If can't read the values of the other.
         """
         by_x: dict[tuple[int, int, ir.DataType], list[Piece]] = defaultdict(list)
         for piece in bundle.pieces:
@@ -135,7 +135,7 @@ class BranchWriter:
                 )
 
     def _typed(self, module: ExposedModule, tensors: Tensors, dtype: ir.DataType) -> Tensors:
-        """Rule 4: the tensors in the type of some of a module's calls."""
+        """Return the tensors in the dtype of some of a module's calls (rule 4)."""
         if dtype == ir_type(module):
             return tensors
         key = module.name, dtype
@@ -173,7 +173,7 @@ class BranchWriter:
     def _split(
         self, anchor: ir.Node, module: ExposedModule, down: ir.Value, pieces: list[Piece], tensors: Tensors
     ) -> Iterable[Added]:
-        """One up-projection, cut into the pieces' rows; a module called twice with one x needs no cut."""
+        """Return one up-projection cut into the pieces' rows; two calls with one x need no cut."""
         dtype = pieces[0].call.dtype
         up = self._up(anchor, module, down=down, b=tensors.b[0], dtype=dtype)
         up = self._with_bias(
@@ -204,7 +204,7 @@ class BranchWriter:
         tensors: Tensors,
         partly: bool,
     ) -> Added:
-        """The up-projection of one piece; where its call has gaps, in the call's width, with B padded."""
+        """Return the up-projection of one piece; if its call has gaps, in the call's width with B padded."""
         start, stop = piece.rows
         b, scale, bias, dtype = tensors.b[0], tensors.scale, tensors.bias, piece.call.dtype
         front = self._gate.first if self._gate else anchor
@@ -241,7 +241,7 @@ class BranchWriter:
     def _padded(
         self, anchor: ir.Node, module: ExposedModule, value: ir.Value, piece: Piece, axes: int
     ) -> ir.Value:
-        """Put zeros before and behind along the last axis, up to the call's width."""
+        """Pad the last axis with zeros on both sides to the call's width."""
         before, (start, stop) = piece.offset, piece.rows
         zeros = [0] * (axes - 1)
         pads = np.array([*zeros, before, *zeros, piece.call.width - before - (stop - start)], np.int64)
@@ -294,7 +294,7 @@ class BranchWriter:
         )
 
     def _rescaled(self, anchor: ir.Node, module: ExposedModule, value: ir.Value, piece: Piece) -> ir.Value:
-        """Multiply by what the exporter folded into the weight's rows."""
+        """Multiply by the factor that the exporter folded into the weight's rows."""
         if piece.row_scale is None:
             return value
         dtype = piece.call.dtype

@@ -1,4 +1,4 @@
-"""Several adapters at once: which can be blended, and with which weights."""
+"""Check that several adapters can be blended, and with their weights."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ def check_blend(
     weights: Sequence[float] | None,
     component: str | None = None,
 ) -> tuple[list[Adapter], list[float]]:
-    """Load what is given as paths and check that the adapters can be merged together.
+    """Load adapters that are given as paths, and check that they can be merged together.
 
     The blend is ``W0 + Σ wᵢ·ΔWᵢ`` (PEFT's ``add_weighted_adapter`` with ``combination_type="cat"``).
 
     Args:
         adapters: Paths or `Adapter` values.
-        weights: A factor for each.
-        component: The part of each that belongs, see `load_adapter`.
+        weights: Factor of each adapter.
+        component: Part of each adapter that belongs, see `load_adapter`.
 
     Returns:
         The adapters and one weight for each.
 
     Raises:
-        AdapterError: Fewer or more weights than adapters, a weight that is no number, DoRA or replaced rows
-            in a blend (they are not sums), DoRA converted for a graph. Whole copies of parameters need the
-            base to be judged (`lora_export.base.ties.copies`).
+        AdapterError: There are fewer or more weights than adapters, a weight is not finite, or adapters have
+            DoRA or replaced rows in a blend (they are not sums), or DoRA converted for a graph. Whole copies
+            of parameters are judged with the base (`lora_export.base.ties.copies`).
     """
     loaded = load_given(adapters, component)
     if not loaded:
@@ -48,7 +48,7 @@ def check_blend(
         if computed:
             problems.append(
                 f"{adapter.name}: DoRA, converted for a graph ({len(computed)} modules): "
-                "its factors hold for the exposed tensors only; give the adapter that it was made of"
+                "its factors hold for the exposed tensors only; give the adapter that it was made from"
             )
         dora = [module.path for module in adapter.modules.values() if module.magnitude is not None]
         if dora and not plain:

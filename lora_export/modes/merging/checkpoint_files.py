@@ -1,4 +1,4 @@
-"""The files of a merged folder beside its weights: copies, the index, and what the config has to say anew."""
+"""Write the files of a merged folder beside its weights: copies, the index, and a changed config."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from lora_export.base.checkpoint.checkpoint import Checkpoint
-from lora_export.base.checkpoint.links import refuse_links
 from lora_export.base.checkpoint.quantised import dequantised_config
 from lora_export.base.checkpoint.sentence_modules import module_paths
 from lora_export.base.checkpoint.vocabulary import resized_config
@@ -21,9 +20,11 @@ from lora_export.errors import CheckpointError
 from lora_export.modes.merging.checkpoint_layout import Layout
 from lora_export.storage.inputs import note_inputs
 from lora_export.storage.safetensors import read_file_header
+from lora_export.untrusted.links import refuse_links
 from lora_export.untrusted.texts import is_utf8
 
-# Weights in other formats: left out, or the output would hold the unmerged model beside the merged one.
+# Weights in other formats are left out, because the output would hold the unmerged model beside the merged
+# one.
 _OTHER_WEIGHTS = {
     *(".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".tflite"),
     *(".onnx", ".onnx_data", ".data", ".safetensors"),
@@ -42,7 +43,7 @@ def small_files(checkpoint: Checkpoint, changed: Container[str]) -> tuple[list[P
         changed: Names of the tensors that the merge changes.
 
     Raises:
-        CheckpointError: A file to copy is a link out of the folder, or no file, or its name is not UTF-8.
+        CheckpointError: A file to copy is a link out of the folder, or not a file, or its name is not UTF-8.
     """
     shards = {shard.path for shard in checkpoint.shards}
     written = {*shards, checkpoint.folder / MANIFEST}
@@ -67,13 +68,13 @@ def small_files(checkpoint: Checkpoint, changed: Container[str]) -> tuple[list[P
             "rename or remove them",
             nameless,
         )
-    refuse_links(checkpoint.folder, [checkpoint.folder / path for path in small])
+    refuse_links(checkpoint.folder, [checkpoint.folder / path for path in small], CheckpointError)
     note_inputs(checkpoint.folder / path for path in small)
     return small, left_out
 
 
 def unmerged_notes(checkpoint: Checkpoint, small: Sequence[Path]) -> tuple[str, ...]:
-    """Return a note on weights in subfolders that are copied as they are; modules of the model are none."""
+    """Return a note on weights in subfolders that are copied as they are, modules of the model excepted."""
     modules = [Path(path) for path in module_paths(checkpoint.folder)]
     nested = [
         str(path)
@@ -86,14 +87,14 @@ def unmerged_notes(checkpoint: Checkpoint, small: Sequence[Path]) -> tuple[str, 
 
 
 def _is_language(path: Path, changed: Container[str]) -> bool:
-    """Whether a file holds a language's weights, none of which the merge changes."""
+    """Return True if a file holds a language's weights, none of which the merge changes."""
     if not fnmatch(path.name, _LANGUAGE):
         return False
     return not any(entry.name in changed for entry in read_file_header(path).entries)
 
 
 def _is_index(path: Path, checkpoint: Checkpoint) -> bool:
-    """Whether a file is the index of weights that are not written."""
+    """Return True if a file is the index of weights that are not written."""
     others = path.name.endswith((".bin.index.json", ".h5.index.json")) or is_index(path.name)
     nested = path.parent != checkpoint.folder
     return others and path != checkpoint.index and not (nested and is_index(path.name))
@@ -111,7 +112,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def says_quantised(path: Path) -> bool:
-    """Whether a file beside the weights says how they are quantised (ModelOpt, GPTQ and AWQ tools)."""
+    """Return True if a file beside the weights describes their quantisation (ModelOpt, GPTQ, AWQ tools)."""
     return path.name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
@@ -123,7 +124,7 @@ def copy_small_files(base: Path, files: list[Path], folder: Path) -> None:
 
 
 def write_index(checkpoint: Checkpoint, layouts: Sequence[Layout], folder: Path) -> None:
-    """Write the index anew where sizes or names changed; otherwise its copy stays."""
+    """Write the index again if sizes or names changed; otherwise its copy stays."""
     if checkpoint.index is None:
         return
     index = read_object(checkpoint.index)
@@ -142,7 +143,7 @@ def write_index(checkpoint: Checkpoint, layouts: Sequence[Layout], folder: Path)
 def write_config(
     checkpoint: Checkpoint, folder: Path, placed: Placed, dtype: str | None, dequantised: bool
 ) -> None:
-    """Change what the config says of dtype, tied embeddings, quantisation and vocabulary, if that changed."""
+    """Change the config's entries on dtype, tied embeddings, quantisation and vocabulary, if they changed."""
     changed = dtype is not None or placed.untied or dequantised or placed.vocabulary is not None
     if not checkpoint.config or not changed:
         return

@@ -1,4 +1,4 @@
-"""The layout of a shard that is written: tensors and order as before, another dtype or one tensor more."""
+"""Lay out a shard that is written: tensors and order as before, another dtype or one tensor more."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lora_export.untrusted.documents import open_regular
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """A tensor of the output.
+    """Tensor of the output.
 
     Attributes:
-        name: Its name there.
+        name: Name in the output.
         tensor: The stored tensor that it comes from.
-        code: Its dtype there.
-        shape: Its shape there.
-        at: Where it starts, in bytes from the start of the output file.
-        length: Its size there.
+        code: Code of the dtype in the output.
+        shape: Shape in the output.
+        at: Position in the output file, in bytes.
+        length: Size in the output, in bytes.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Layout:
-    """One file of the output: its header's bytes and its tensors, in file order."""
+    """File of the output: its header's bytes and its tensors, in file order."""
 
     header: bytes
     slots: tuple[Slot, ...]
@@ -48,21 +48,21 @@ class Layout:
 
     @cached_property
     def by_name(self) -> dict[str, Slot]:
-        """The tensors by their names."""
+        """Tensors by their names."""
         return {slot.name: slot for slot in self.slots}
 
 
 def layout_of(shard: Shard, placed: Placed, code: str | None) -> Layout:
-    """Lay a shard out again.
+    """Return the layout of a shard in the output.
 
-    The header is written anew only if it has to say something new; the metadata and the order of names and
-    data stay. An added tensor goes behind the others of the shard that holds its source. With another dtype
-    codes with scales become plain values, and the scales are left out.
+    The header is written again only if it has to change; the metadata and the order of names and data stay.
+    An added tensor comes after the others of the shard that holds its source. With another dtype, codes with
+    scales become plain values, and the scales are left out.
 
     Args:
         shard: The base's file.
         placed: The plan.
-        code: Dtype of every float tensor, or None to leave each as it is.
+        code: Code of the dtype of every float tensor, or None to leave each as it is.
     """
     dropped = placed.quantised.beside if code else set()
     wanted = [(tensor.name, tensor) for tensor in shard.tensors if tensor.name not in dropped]
@@ -95,7 +95,7 @@ def layout_of(shard: Shard, placed: Placed, code: str | None) -> Layout:
 
 
 def pieces_of(layout: Layout, placed: Placed) -> Iterator[Piece]:
-    """Yield what the file is made of; runs of untouched tensors become one copy, patches are made late."""
+    """Yield the pieces of the file; runs of unchanged tensors become one copy, patches are computed late."""
     yield BytesPiece(layout.header, 0)
     run: CopyPiece | None = None
     requantised = _requantised(layout, placed)
@@ -119,11 +119,11 @@ def pieces_of(layout: Layout, placed: Placed) -> Iterator[Piece]:
 
 
 def _merged(slot: Slot, placed: Placed) -> MergePiece:
-    """Return the piece of a tensor that is changed, or written in another dtype."""
+    """Return the piece for a tensor that is changed, or written in another dtype."""
     out = FLOATS[slot.code]
     values = placed.quantised.values(slot.name) if slot.name in placed.quantised.scaled else None
     if slot.name in placed.resized:
-        # All of it is replaced by the adapter's.
+        # The adapter's values replace all of it.
         values = np.broadcast_to(np.zeros(1, FLOATS[slot.tensor.code]), slot.shape)
     stored = FLOATS[slot.tensor.code] if values is None else values.dtype
     wide: type[Any] = np.float64 if np.dtype(np.float64) in (stored, out) else np.float32
@@ -140,7 +140,7 @@ def _merged(slot: Slot, placed: Placed) -> MergePiece:
 
 
 def _requantised(layout: Layout, placed: Placed) -> dict[str, RequantisedPiece | None]:
-    """Return what is written for codes that change and for their scales; None: with the other of the two."""
+    """Return the pieces for changed codes and their scales; None for a tensor written with the other one."""
     found: dict[str, RequantisedPiece | None] = {}
     for name, scaled in placed.quantised.scaled.items():
         codes, scales = layout.by_name.get(name), layout.by_name.get(scaled.scales.name)

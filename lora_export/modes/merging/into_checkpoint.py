@@ -1,6 +1,6 @@
-"""Adapters placed in a checkpoint's tensors, and the folder that comes of it, streamed from shard to shard.
+"""Merge adapters into a checkpoint's tensors, and write the folder, streamed from shard to shard.
 
-Sums are made in float32 (float64 where the base is) and rounded once to the type they are stored in.
+Sums are computed in float32 (float64 if the base's are) and rounded once to the dtype they are stored in.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _EXAMPLES = 4
 
 @dataclass(frozen=True, eq=False)
 class CheckpointMerge:
-    """What is to be written.
+    """Merge into a checkpoint that can be written.
 
     Attributes:
         checkpoint: The base.
-        placed: Where each tensor of the adapters goes.
+        placed: The plan, with the patches of each stored tensor.
         layouts: The output's files, one for each shard.
-        dtype: Of all float tensors, or None to leave each as it is.
+        dtype: Dtype of all float tensors, or None to leave each as it is.
     """
 
     checkpoint: Checkpoint
@@ -54,7 +54,7 @@ class CheckpointMerge:
 
     @property
     def size_bytes(self) -> int:
-        """Size of the weights."""
+        """Size of the weights in bytes."""
         return sum(layout.size for layout in self.layouts)
 
     def write(
@@ -63,16 +63,16 @@ class CheckpointMerge:
         """Create a folder and write weights, index and config.
 
         Args:
-            folder: What to create.
+            folder: Folder to create.
             small: Files to copy from the base, relative to it.
             rounding: ``sample`` measures large weights on evenly spaced blocks, ``exact`` on every element.
-            progress: Called with the number of bytes just written.
+            progress: Function that is called with the number of bytes just written.
 
         Returns:
-            What rounding cost, by module.
+            The cost of rounding, by module.
 
         Raises:
-            CheckpointError: A sum is beyond what the dtype can hold.
+            CheckpointError: A sum is too large for the dtype.
             OutputError: The disk is too small, or a file can't be written.
             OSError: The folder can't be written.
         """
@@ -96,22 +96,22 @@ def plan_merge(
     allow_unmatched: bool,
     resize: bool | None = None,
 ) -> CheckpointMerge:
-    """Place adapters in a folder's tensors; nothing is written.
+    """Find the sites of adapters in a folder's tensors, and write nothing.
 
     Args:
         base: Folder with config.json and safetensors.
-        adapters: To be added up.
-        factors: One for each.
-        dtype: A key of `DTYPES` for all float tensors; as they are if left out.
-        allow_unmatched: Leave out what has no place in the base, instead of refusing.
-        resize: Give the base the rows for new tokens that an adapter holds; None: there is no such option.
+        adapters: Adapters to add.
+        factors: Factor of each adapter.
+        dtype: Dtype of all float tensors, a key of `DTYPES`; None to leave each as it is.
+        allow_unmatched: Leave out parameters that have no site in the base.
+        resize: Give the base the rows for new tokens that an adapter holds; None if there is no such option.
 
     Raises:
         AdapterError: An adapter is for another architecture, or in the base already, or holds whole copies
             that are not the only change of a parameter.
         CheckpointError: The base is damaged or quantised.
-        OutputError: There is no such dtype.
-        SiteError: Some of the adapters has no place in the base; all of it is listed.
+        OutputError: The dtype is unknown.
+        SiteError: Parameters of the adapters have no site in the base; all are listed.
     """
     if dtype is not None and dtype not in DTYPES:
         raise OutputError(f"there is no output dtype '{dtype}'", f"one of: {', '.join(DTYPES)}")
@@ -134,13 +134,13 @@ def plan_merge(
 
 
 def _refuse_dequantising(quantised: Quantised, dtype: str) -> None:
-    """Refuse to write one dtype where some weights are quantised in ways that are not understood."""
+    """Refuse to write one dtype if some weights are quantised in ways that are not understood."""
     unknown = quantised.closed
     if unknown:
         lines = [f"{name}   {kind}" for name, kind in unknown.items()]
         raise CheckpointError(
             f"{quantised.checkpoint.folder} has {len(unknown)} quantised weights that can't be made {dtype}",
-            "leave --dtype out, or take the unquantised base",
+            "omit --dtype, or take the unquantised base",
             [*lines[:_EXAMPLES], *["…"] * (len(lines) > _EXAMPLES)],
         )
 

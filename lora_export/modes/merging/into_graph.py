@@ -1,4 +1,4 @@
-"""Adapters placed in the constants of a graph: which constants change, and the patches for each."""
+"""Find the sites of adapters in the constants of a graph, and the patches for each constant."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from lora_export.sites.values.verify import canonical_rows
 from lora_export.storage.patch import Patch, Placement, join, patch_from, replacement
 from lora_export.storage.rounding import WARN_RELATIVE
 
-# Share of ‖ΔW‖ that a weight's grid may cut off: less is a tenth of the effect, as in parity.
+# Largest share of ‖ΔW‖ that a weight's grid may cut off: a tenth of the effect, as in parity.
 _MOST_CUT = 0.1
 _GROUPED = Refusal(
     "branch only",
@@ -60,19 +60,19 @@ def plan_changes(
     """Resolve every target of every adapter, then give each its constant and its patches.
 
     Args:
-        graph: The base; a constant that others read too gets a copy of its own.
-        adapters: To be added up.
-        factors: One for each.
-        weight_of: The checkpoint's weights, where there is one.
-        allow_unmatched: Leave out what has no place, instead of refusing.
+        graph: The base; a target in a constant that others read too gets a copy of its own.
+        adapters: Adapters to add.
+        factors: Factor of each adapter.
+        weight_of: The checkpoint's weights, if there is one.
+        allow_unmatched: Leave out parameters that have no site.
 
     Returns:
-        The plan, and what is to change in each constant.
+        The plan, and the change of each constant.
 
     Raises:
         AdapterError: A whole copy that an adapter holds is not the only change of its parameter.
         GraphError: The graph has exposed LoRA, or one of the adapters merged into it.
-        SiteError: Some of the adapters has no place in the graph; all of it is listed.
+        SiteError: Parameters of the adapters have no site in the graph; all are listed.
     """
     refuse_exposed(graph)
     refuse_merged_into(str(graph.path), merged_in(graph.model.metadata_props), adapters)
@@ -100,19 +100,19 @@ def plan_changes(
 
 
 class _Search:
-    """Finds the places of one adapter after the other in the constants of a graph.
+    """Search for the sites of one adapter after the other in the constants of a graph.
 
     Args:
         graph: The base.
-        weight_of: The checkpoint's weights, where there is one.
-        allow_unmatched: Leave out what has no place, instead of refusing.
-        judged: Copies of what the base holds already count as unchanged.
-        shared: The command's options hold for other adapters as well.
+        weight_of: The checkpoint's weights, if there is one.
+        allow_unmatched: Leave out parameters that have no site.
+        judged: Count copies with the base's values as unchanged.
+        shared: True if the command's options hold for other adapters too.
 
     Attributes:
-        rows: What the plan says of them.
-        notes: What a user may want to know.
-        warnings: What a user should not miss, and empty texts.
+        rows: Rows of the plan.
+        notes: Notes for the user.
+        warnings: Warnings that a user should not miss, and empty texts.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class _Search:
         """Return an adapter as this base has it, and the sites that change.
 
         Raises:
-            SiteError: Some of it has no place in the graph; all of it is listed.
+            SiteError: Parameters of the adapter have no site in the graph; all are listed.
         """
         adapter, assumed = _settled(fitted(given, self._resolver.known, self.notes), self._weight_of)
         self.notes += assumed
@@ -159,7 +159,7 @@ class _Search:
         return adapter, changed
 
     def _found(self, adapter: Adapter) -> tuple[list[Site], list[Miss]]:
-        """Return what has a place that can be merged into, tied ends included, and what has none."""
+        """Return the sites that can be merged into, tied ends included, and the misses."""
         resolver = self._resolver
         sites, misses = resolver.resolve(targets_of(adapter), adapter.flattened, adapter.scope)
         sites, misses = restore_biases(sites, misses, resolver.weight_of)
@@ -177,9 +177,9 @@ def _is_copy(site: Site) -> bool:
 
 
 def _copied(owner: int, adapter: Adapter, factor: float, sites: Sequence[Site]) -> Iterator[Copied]:
-    """Yield what an adapter changes, a constant (or some rows of one) for one reader each.
+    """Yield the changes of an adapter, each of a constant (or some rows of one) for one reader.
 
-    An exporter has one constant for biases of several modules that are zero: it is not one place.
+    An exporter has one constant for biases of several modules that are zero, which is not one site.
     """
     for site in sites:
         target = site.target
@@ -207,7 +207,7 @@ def _copied(owner: int, adapter: Adapter, factor: float, sites: Sequence[Site]) 
 
 
 def _untrained(adapter: Adapter, site: Site) -> str:
-    """Return a warning where a copy that training left alone differs from the graph, else an empty string."""
+    """Return a warning if a copy that training did not change differs from the graph, else ""."""
     target, (first, *more) = site.target, site.parts
     (placement,) = first.placements
     if more or placement.row_scale is not None or target.values is None or len(target.shape) < 2:
@@ -217,12 +217,12 @@ def _untrained(adapter: Adapter, site: Site) -> str:
 
 
 def _settled(adapter: Adapter, weights: BaseWeights | None) -> tuple[Adapter, tuple[str, ...]]:
-    """Return the adapter with its experts' layout as the checkpoint's modules have it, where there is one."""
+    """Return the adapter with the experts' layout of the checkpoint's modules, if there is a checkpoint."""
     return weights.settled(adapter) if weights else (adapter, ())
 
 
 def _results(found: list[tuple[Adapter, float, list[Site]]]) -> list[ir.Value]:
-    """Return what is computed from the changed parameters."""
+    """Return the values that are computed from the changed parameters."""
     uses = [use for _, _, sites in found for site in sites for part in site.parts for use in part.uses]
     return [use.node.outputs[0] for use in uses]
 
@@ -233,7 +233,7 @@ def _kept_by_grids(
     """Return a warning for each weight that the graph rounds to a grid which loses much of the change.
 
     Raises:
-        SiteError: A grid's range cuts off so much that the result would not be the adapter.
+        SiteError: A grid's range cuts off so much that the adapter would be lost.
     """
     refused, warnings = [], []
     for value, uses in rounded.items():
@@ -242,7 +242,7 @@ def _kept_by_grids(
         before, after = np.asarray(tensor.numpy()), merged_values(value, changes[value])
         loss = max((loss_of(use, before, after) for use in uses), key=lambda loss: loss.cut)
         line = (
-            f"{value.name}: {loss.beyond:.1%} of the changed values lie beyond the range of "
+            f"{value.name}: {loss.beyond:.1%} of the changed values are beyond the range of "
             f"{loss.node or 'its QuantizeLinear'}, which cuts off {loss.cut:.1%} of ‖ΔW‖"
         )
         if loss.cut > _MOST_CUT:
@@ -268,7 +268,7 @@ def _kept_by_grids(
 def _changes(
     found: list[tuple[Adapter, float, list[Site]]], isolator: Isolator
 ) -> tuple[dict[ir.Value, Change], dict[ir.Value, list[Use]]]:
-    """Return what changes in each constant, and the ways of those that the graph rounds."""
+    """Return the change of each constant, and the uses of those that the graph rounds."""
     wanted: dict[ir.Value, list[tuple[Target, Placement, float]]] = defaultdict(list)
     rounded: dict[ir.Value, list[Use]] = defaultdict(list)
     for _, factor, sites in found:
@@ -311,7 +311,7 @@ def _patch_of(target: Target, placement: Placement, factor: float, dtype: type[n
         values = np.ascontiguousarray(values.T)
     if target.action == "replace":
         return replacement(target.key, values, placement.row, placement.col)
-    # A vector is one column: its addend is the outer product with 1.
+    # A vector is one column, so that its addend is the outer product with 1.
     one = np.ones((1, 1), dtype)
     height, width = values.shape
     return Patch(
@@ -328,15 +328,15 @@ def _patch_of(target: Target, placement: Placement, factor: float, dtype: type[n
 def mark_merged(
     model: ir.Model, adapters: Sequence[Adapter], factors: Sequence[float], base_sha256: str
 ) -> None:
-    """Say in the graph itself what was merged, and into what.
+    """Write into the graph itself which adapters were merged, and into which base.
 
     A later merge of the same adapter is then refused, and an engine built from it can go back to the base.
 
     Args:
         model: The merged graph.
-        adapters: What was merged.
-        factors: One for each.
-        base_sha256: Identity of the base.
+        adapters: The merged adapters.
+        factors: Factor of each adapter.
+        base_sha256: Hash of the base.
     """
     before = model.metadata_props.get(MERGED_KEY, "")
     model.metadata_props[MERGED_KEY] = joined(before, entries_of(adapters, factors))

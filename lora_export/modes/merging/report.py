@@ -1,4 +1,4 @@
-"""What a merge did, whichever base it went into."""
+"""Hold the result of a merge, whichever base it went into."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lora_export.storage.rounding import Rounding, rounding_dict, total_of
 
 @dataclass(frozen=True, kw_only=True)
 class MergeReport:
-    """What a merge did, or with ``dry_run`` would do.
+    """Result of a merge, or with ``dry_run`` the result that it would have.
 
     Attributes:
-        plan: Every tensor of the adapters and where it went.
-        roundings: Module → what rounding cost; empty for a dry run.
-        outputs: What was (or would be) written: ``graph``, ``data``, ``manifest``, or ``folder``.
-        size_bytes: Size of the weights written.
-        shared_bytes: Weights that stay in the base's files.
+        plan: Every tensor of the adapters and its site.
+        roundings: Module → cost of rounding; empty for a dry run.
+        outputs: Files that were (or would be) written: ``graph``, ``data``, ``manifest``, or ``folder``.
+        size_bytes: Size of the written weights.
+        shared_bytes: Size of the weights that stay in the base's files.
         left_out: Files of the base that were not copied, because they hold unmerged weights.
-        dry_run: Nothing was written.
+        dry_run: True if nothing was written.
     """
 
     plan: Plan
@@ -35,7 +35,7 @@ class MergeReport:
 
     @property
     def total(self) -> Rounding:
-        """What rounding cost over all modules."""
+        """Cost of rounding over all modules."""
         return total_of(self.roundings.values())
 
     def as_dict(self) -> dict[str, Any]:

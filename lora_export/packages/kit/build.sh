@@ -40,11 +40,17 @@ if ! command -v python3 >/dev/null 2>&1; then
 fi
 
 engine=@ENGINE@
-# A folder of this run's own: another run may build into the same one.
-own=$(mktemp -d "$out/.lora-export-kit.XXXXXX")
-trap 'rm -rf -- "$own"' EXIT
+# A folder of this run's own: another run may build into the same one. Its name and its lock are those of
+# lora-export's own temporary files: what a killed run leaves is known to be left.
+own=$out/.lora-export-$(python3 "$kit/begin.py" "$out")
+lease=$own.lease
+trap 'rm -rf -- "$own"; rm -f -- "$lease"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
+(umask 077 && : >"$lease")
+exec 9>"$lease"
+python3 "$kit/begin.py" "$out" "$lease" 9 || exit 1
+mkdir -m 700 -- "$own"
 
 keep_log() {
   log="$out/${engine%.engine}.log"

@@ -16,6 +16,7 @@ from lora_export.parity.result import BASE, State
 from lora_export.storage.hashes import identity_of_graph
 from lora_export.storage.manifest import Manifest
 from lora_export.untrusted.documents import open_regular
+from lora_export.untrusted.links import leads_out
 
 _SUFFIX = ".lora.json"
 
@@ -138,6 +139,9 @@ def _span(scalings: Mapping[str, float]) -> str:
 def _manifest(graph: Path, notes: list[str]) -> Manifest | None:
     beside = graph.with_suffix(_SUFFIX)
     if not os.path.lexists(beside):
+        return None
+    if problem := leads_out(beside, graph):
+        notes.append(_ignored(graph, f"it {problem}"))
         return None
     try:
         with open_regular(beside) as file:

@@ -1,1 +1,1 @@
-"""What `inspect` shows of an adapter."""
+"""Measure and show an adapter, for `inspect`."""

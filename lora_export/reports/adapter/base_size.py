@@ -1,4 +1,4 @@
-"""How large a base model is, from headers and file sizes: no weight is read."""
+"""Measure the size of a base model from headers and file sizes, without reading weights."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lora_export.errors import CheckpointError
 
 @dataclass(frozen=True)
 class BaseSize:
-    """Size of a base model.
+    """Size of a base.
 
     Attributes:
-        path: What was measured.
-        parameters: Stored values (tied weights once); None where the files don't tell without reading them.
-        size_bytes: Of the weights.
+        path: File or folder of the base.
+        parameters: Number of stored values (tied weights once); None if only reading the weights would tell.
+        size_bytes: Size of the weights in bytes.
     """
 
     path: str
@@ -29,8 +29,8 @@ def base_size(path: Path) -> BaseSize:
     """Measure a Hugging Face checkpoint folder or an ONNX file with its external data.
 
     Raises:
-        CheckpointError: Nothing is there, or a folder that is damaged or without weights.
-        GraphError: A damaged ONNX file, or one without its external data.
+        CheckpointError: The path doesn't exist, or its folder is damaged or has no weights.
+        GraphError: The ONNX file is damaged or lacks its external data.
     """
     if path.is_file() and path.suffix == ".onnx":
         return _onnx_size(path)

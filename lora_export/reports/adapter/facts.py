@@ -1,4 +1,4 @@
-"""What `lora-export inspect` found: an adapter in numbers, as data."""
+"""Measure an adapter for `lora-export inspect`: an adapter in numbers, as data."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ PARTS = ("lora_a", "lora_b", "magnitude", "scale", "lora_bias")
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One module. Norms and singular values are those of ΔW, scaling included, of all experts together.
+    """Facts of one module. Norms and singular values are those of ΔW, scaling included, all experts together.
 
     Attributes:
-        bias: The module's bias changes too.
-        effective_rank_90: Directions that hold 90 % of ‖ΔW‖².
+        bias: True if the module's bias changes too.
+        effective_rank_90: Number of directions that hold 90 % of ‖ΔW‖².
         entropy_rank: exp of the entropy of the normalised singular values.
     """
 
@@ -53,7 +53,7 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class ExtraReport:
-    """One whole parameter that the adapter replaces."""
+    """Whole parameter that the adapter replaces."""
 
     parameter: str
     shape: tuple[int, ...]
@@ -64,16 +64,16 @@ class ExtraReport:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """An adapter in numbers.
+    """Adapter in numbers.
 
     Attributes:
         tuner: LoRA, rsLoRA, DoRA, or a mixture.
-        base_model: What the file says that it was trained on, or converted for.
-        converted: It was converted for a graph.
-        made_of: Then, the adapter that it was made of, as far as the file says it.
-        made_of_sha256: Of that adapter's file.
-        parameters: Trained values, replaced parameters included.
-        size_bytes: Of these values.
+        base_model: Base that it was trained on, or converted for, by its file.
+        converted: True if it was converted for a graph.
+        made_of: Name of the adapter that a converted one was made from, if the file has it.
+        made_of_sha256: Hash of that adapter's file.
+        parameters: Number of trained values, replaced parameters included.
+        size_bytes: Size of these values in bytes.
         base: Size of the base model, if one was given.
     """
 
@@ -95,12 +95,12 @@ class AdapterReport:
 
     @property
     def parameter_share(self) -> float | None:
-        """Trained values over the base's values."""
+        """Ratio of trained values to the base's values."""
         return self.parameters / self.base.parameters if self.base and self.base.parameters else None
 
     @property
     def size_share(self) -> float | None:
-        """The adapter's bytes over the base's."""
+        """Ratio of the adapter's bytes to the base's."""
         return self.size_bytes / self.base.size_bytes if self.base and self.base.size_bytes else None
 
     def to_json(self) -> dict[str, Any]:
@@ -116,14 +116,14 @@ def inspect_adapter(adapter: Adapter, base: Path | None = None) -> AdapterReport
     """Measure an adapter.
 
     Args:
-        adapter: What to measure.
+        adapter: The adapter to measure.
         base: Folder of a Hugging Face checkpoint, or an ONNX file; only its size is read.
 
     Raises:
-        CheckpointError: ``base`` is no checkpoint folder.
+        CheckpointError: ``base`` is not a checkpoint folder.
         GraphError: ``base`` is a damaged ONNX file.
     """
-    # Hundreds of tiny decompositions: threads would wait for each other (seconds on a busy machine).
+    # In hundreds of tiny decompositions threads would wait for each other (seconds on a busy machine).
     with one_blas_thread():
         modules = tuple(_module_report(module) for module in adapter.modules.values())
     extras = tuple(

@@ -1,4 +1,4 @@
-"""How much of a change of weights its first directions hold: ΔW's singular values, from the factors alone.
+"""Compute ΔW's singular values from the factors alone: the share of the change in its first directions.
 
 With ``left = Q_l R_l`` and ``right.T = Q_r R_r`` the singular values of ``left @ right`` are those of
 ``R_l @ R_r.T``, a ``(rank, rank)`` matrix: two thin QR decompositions and one small SVD, in float64. The full
@@ -17,7 +17,7 @@ from lora_export.adapter import Array, LoraModule
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """The spectrum of one module's change, of all its experts together.
+    """Spectrum of one module's change, all experts together.
 
     For DoRA it is that of the low-rank part: the magnitude's share depends on the base.
 
@@ -34,7 +34,7 @@ class Spectrum:
 
     @property
     def spectral_norm(self) -> float:
-        """The largest singular value."""
+        """Largest singular value."""
         return float(self.singular_values[0]) if self.singular_values.size else 0.0
 
     def effective_rank(self, share: float = 0.9) -> int:
@@ -42,7 +42,7 @@ class Spectrum:
         cumulated = np.cumsum(self.singular_values**2)
         if not cumulated.size or cumulated[-1] == 0.0:
             return 0
-        # Rounding may leave the last sum a hair below the total: there are no more directions.
+        # Rounding may leave the last sum slightly below the total, but there are no more directions.
         wanted = share * cumulated[-1] * (1 - 1e-12)
         return min(int(np.searchsorted(cumulated, wanted)) + 1, cumulated.size)
 
@@ -60,7 +60,7 @@ def spectrum(module: LoraModule) -> Spectrum:
     """Return the spectrum of the change that ``module`` makes, scaling included.
 
     Args:
-        module: Its factors; a grouped convolution is taken as the dense matrix it acts as.
+        module: Module with its factors; a grouped convolution counts as the dense matrix that it acts as.
     """
     found = [_singular_values(left, right) for left, right in _products(module)]
     return Spectrum(np.sort(np.concatenate(found))[::-1])
@@ -69,7 +69,7 @@ def spectrum(module: LoraModule) -> Spectrum:
 def _products(module: LoraModule) -> list[tuple[Array, Array]]:
     if module.groups == 1:
         return [module.factors(expert, np.float64) for expert in range(module.experts)]
-    # Group g of the outputs sees group g of the ranks alone: rows of blocks, each with its own A.
+    # Group g of the outputs depends only on group g of the ranks: rows of blocks, each with its own A.
     left, right = module.factors(0, np.float64)
     rows, rank = left.shape[0] // module.groups, right.shape[0] // module.groups
     blocks = np.zeros((left.shape[0], right.shape[0]))

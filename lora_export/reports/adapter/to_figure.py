@@ -1,4 +1,4 @@
-"""An adapter's spectra as a PNG or SVG picture, with matplotlib."""
+"""Draw an adapter's spectra as a PNG or SVG picture, with matplotlib."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from lora_export.reports.adapter.to_text import label
 from lora_export.reports.picture import COLOUR, REFERENCE, picture
 from lora_export.untrusted.shown import shown
 
-# Characters of a name beside a bar.
+# Number of characters of a name beside a bar.
 _LABEL = 80
 _SHOWN = 60
 
 
 def report_png(report: AdapterReport) -> bytes:
-    """Return for every module the energy that the first k directions hold, and the largest ‖ΔW‖."""
+    """Return a PNG of the energy in the first k directions of every module, and of the largest ‖ΔW‖."""
     return _picture(report, "png")
 
 
 def report_svg(report: AdapterReport) -> bytes:
-    """Return the same as SVG."""
+    """Return the picture of `report_png` as SVG."""
     return _picture(report, "svg")
 
 

@@ -1,4 +1,4 @@
-"""An adapter's report as one HTML page: the table of `inspect` with each module's energy curve."""
+"""Write an adapter's report as one HTML page: the table of `inspect` with each module's energy curve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter's report as JSON, singular values included."""
+"""Write an adapter's report as JSON, singular values included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter's report as Markdown."""
+"""Write an adapter's report as Markdown."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lora_export.reports.markdown import block, section, table, text
 
 
 def report_markdown(report: AdapterReport) -> str:
-    """Return what the adapter is, and the table of `lora-export inspect`."""
+    """Return the adapter's facts and the table of `lora-export inspect`."""
     parts = [
         f"# {text(report.name)}",
         "",

@@ -1,4 +1,4 @@
-"""An `AdapterReport` as text: a table on a terminal, aligned columns elsewhere."""
+"""Write an `AdapterReport` as text: a table on a terminal, aligned columns elsewhere."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from lora_export.untrusted.shown import MAX_CELL, limited, shown, shown_lines
 
 HEADINGS = ("module", "weight", "rank", "alpha", "scaling", "dtype", "‖ΔW‖", "σ₁", "90 %", "99 %")
 KIND_HEADINGS = ("modules", "number", "weight", "rank", "scaling", "dtype", "‖ΔW‖")
-# More are listed by their kinds, unless each is asked for.
+# Larger numbers of modules are listed by their kinds, unless --modules asks for each.
 MAX_MODULES = 40
-WORDS = 2  # how many columns, from the left, are words
+WORDS = 2  # number of columns, from the left, that are words
 _DROPPED = ("dtype", "σ₁", "alpha", "99 %", "weight")  # in this order, on a narrow terminal
 
 
 def label(row: ModuleReport) -> str:
-    """Return a module's name, with its component where the file serves several models."""
+    """Return a module's name, with its component if the file serves several models."""
     return f"{row.component}/{row.module}" if row.component else row.module
 
 
 def heading_lines(report: AdapterReport) -> list[str]:
-    """Return the lines above the table: what it is and how large."""
+    """Return the lines above the table: the adapter's kind, origin and size."""
     lines = [
         f"adapter   {report.name}",
         f"format    {report.format}, {report.tuner}",
         f"sha256    {report.sha256}",
     ]
     if report.base_model:
-        said = "converted for" if report.converted else "trained   on"
-        lines.append(f"{said} {report.base_model}")
+        relation = "converted for" if report.converted else "trained   on"
+        lines.append(f"{relation} {report.base_model}")
     if report.made_of:
-        lines.append(f"made of   {report.made_of}, sha256 {report.made_of_sha256 or 'unknown'}")
+        lines.append(f"made from {report.made_of}, sha256 {report.made_of_sha256 or 'unknown'}")
     size = (
         f"{report.parameters:,} parameters, {human_bytes(report.size_bytes)}, {len(report.modules)} modules"
     )
@@ -71,12 +71,12 @@ def rows(report: AdapterReport) -> list[tuple[str, ...]]:
 
 
 def is_long(report: AdapterReport) -> bool:
-    """Whether a reader sees kinds of modules first."""
+    """Return True if the report lists kinds of modules instead of modules."""
     return len(report.modules) > MAX_MODULES
 
 
 def kind_rows(report: AdapterReport) -> list[tuple[str, ...]]:
-    """Return a row for modules of one name, layout, rank and scaling: how many, and ‖ΔW‖ of them together."""
+    """Return a row for all modules of one name, layout, rank and scaling: their number and joint ‖ΔW‖."""
     kinds: dict[tuple[str, ...], list[float]] = {}
     for row in report.modules:
         name = (
@@ -101,7 +101,7 @@ def _kinds(report: AdapterReport) -> list[str]:
 
 
 def closing_lines(report: AdapterReport) -> list[str]:
-    """Return the lines below the table: replaced parameters, what the columns mean, notes."""
+    """Return the lines below the table: replaced parameters, meaning of the columns, notes."""
     lines = [
         f"replaces  {extra.parameter} {'×'.join(map(str, extra.shape)) or 'scalar'} {extra.dtype}"
         for extra in report.extras
@@ -126,7 +126,7 @@ def plain_lines(report: AdapterReport, modules: bool = False) -> list[str]:
 
     Args:
         report: The report.
-        modules: List every module, however many there are.
+        modules: List every module, regardless of their number.
     """
     if is_long(report) and not modules:
         return [*heading_lines(report), "", *_kinds(report), *closing_lines(report)]
@@ -144,7 +144,7 @@ def plain_lines(report: AdapterReport, modules: bool = False) -> list[str]:
 
 
 def report_text(report: AdapterReport) -> str:
-    """Return the lines as a file has them: what a terminal would act on is written out."""
+    """Return the lines for a file, with control characters written out."""
     return "\n".join(shown_lines(plain_lines(report, modules=True))) + "\n"
 
 
@@ -153,8 +153,8 @@ def print_table(report: AdapterReport, modules: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    # No markup: a name may hold brackets.
-    console = Console(highlight=False, markup=False)
+    # Without markup and emoji, because a name may hold brackets, or a word between colons.
+    console = Console(highlight=False, markup=False, emoji=False)
     for line in heading_lines(report):
         console.print(shown(line))
     if is_long(report) and not modules:
@@ -176,7 +176,7 @@ def print_table(report: AdapterReport, modules: bool = False) -> None:
 
 
 def _columns_that_fit(cells: list[tuple[str, ...]], width: int) -> list[int]:
-    """Return the columns for a terminal: all, or where that would fold the names, fewer."""
+    """Return the columns for a terminal: all, or fewer if all would fold the names."""
     shown = list(range(len(HEADINGS)))
     for heading in _DROPPED:
         if sum(max(len(row[i]) for row in cells) + 2 for i in shown) <= width + 2:

@@ -1,1 +1,1 @@
-"""What `bench` shows."""
+"""Show the results of `bench`."""

@@ -1,26 +1,27 @@
-"""A benchmark as a PNG or SVG picture, with matplotlib."""
+"""Draw a benchmark as a PNG or SVG picture, with matplotlib."""
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from lora_export.bench.result import BenchReport, Table
 from lora_export.reports.picture import COLOUR, REFERENCE, picture
 from lora_export.untrusted.shown import shown
 
-# A disturbed machine has p95 far above the medians, which would be too short to compare.
+# On a disturbed machine p95 is far above the medians, whose bars would be too short to compare.
 _CUT = 3.0
-# Characters of a name beside a bar.
-_LABEL = 80
+# Number of characters of a name beside a bar, and of a line above all plots.
+_LABEL, _LINE = 80, 160
 
 
 def report_png(report: BenchReport) -> bytes:
-    """Return a row for each workload: times (median, middle half, p95) and ratios with their intervals."""
+    """Return a PNG of times (median, middle half, p95) and ratios with intervals, a row for each workload."""
     return _picture(report, "png")
 
 
 def report_svg(report: BenchReport) -> bytes:
-    """Return the same as SVG."""
+    """Return the picture of `report_png` as SVG."""
     return _picture(report, "svg")
 
 
@@ -29,7 +30,9 @@ def _picture(report: BenchReport, file_format: str) -> bytes:
         for table, (times, ratios) in zip(report.tables, axes, strict=True):
             _draw_times(times, table)
             _draw_ratios(ratios, table)
-        figure.suptitle(f"{report.environment.cpu}; {report.timed}", fontsize=9, wrap=True)
+        # Not wrapped by matplotlib: for that, it reads dollars as formulas wherever that is switched off.
+        title = textwrap.fill(shown(f"{report.environment.cpu}; {report.timed}"), _LINE)
+        figure.suptitle(title, fontsize=9)
 
     height = sum(0.35 * len(table.rows) + 0.9 for table in report.tables) + 0.6
     return picture(file_format, len(report.tables), height, draw)
@@ -44,7 +47,7 @@ def _draw_times(axes: Any, table: Table) -> None:
     axes.set_yticks(places, [shown(row.contender, _LABEL) for row in table.rows], fontsize=8)
     axes.set_ylim(len(table.rows) - 0.4, -0.6)
     axes.set_xlim(0, 1.05 * min(max(latency.p95_ms for latency in found), _CUT * max(medians)))
-    axes.set_title(f"{table.workload.label}: ms, median and p95", fontsize=9)
+    axes.set_title(f"{shown(table.workload.label, _LABEL)}: ms, median and p95", fontsize=9)
 
 
 def _draw_ratios(axes: Any, table: Table) -> None:
@@ -63,4 +66,5 @@ def _draw_ratios(axes: Any, table: Table) -> None:
             )
     axes.set_yticks([])
     axes.set_ylim(len(table.rows) - 0.4, -0.6)
-    axes.set_title(f"time compared with {table.rows[0].contender}, 95 % interval", fontsize=9)
+    first = shown(table.rows[0].contender, _LABEL)
+    axes.set_title(f"time compared with {first}, 95 % interval", fontsize=9)

@@ -1,4 +1,4 @@
-"""A benchmark as one HTML page: charts, tables, the machine."""
+"""Write a benchmark as one HTML page: charts, tables, the machine."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lora_export.reports.markup import Markup, element
 from lora_export.reports.page import lines, page, section, table
 from lora_export.reports.svg import Axis, bar, dot, drawing, label, segment
 
-# A chart: names, bars, then the ratios on a scale of their own; in pixels.
+# Columns of a chart, in pixels: names, bars, then the ratios on a scale of their own.
 _NAMES, _BARS, _GAP, _RATIOS, _LINE = 300, 330, 90, 330, 24
-# A disturbed machine has p95 far above the medians, which would be too short to compare: it is cut there.
+# On a disturbed machine p95 is far above the medians, whose bars would be too short to compare: it is cut.
 _CUT = 3.0
 _WIDTH = _NAMES + _BARS + _GAP + _RATIOS + 20
 _WHY = {"narrow": "narrow intervals", "time": "the time budget"}
 
 
 def report_html(report: BenchReport) -> str:
-    """Return the page: charts and tables of `lora-export bench`, loading, machine."""
+    """Return the page with charts and tables of `lora-export bench`, loading and the machine."""
     title = f"lora-export bench: {', '.join(model.label for model in report.models)}"
     hashes = [
         (f"{model.label}: {name}", sha256) for model in report.models for name, sha256 in model.sha256.items()
@@ -80,11 +80,11 @@ def _chart(table: Table) -> Markup:
     ]
     for place, row in enumerate(table.rows, 1):
         middle = place * _LINE + _LINE / 2
-        said = f"{row.latency.median_ms:.3f} ms"
+        time = f"{row.latency.median_ms:.3f} ms"
         median, reach = times.at(row.latency.median_ms), times.at(row.latency.p95_ms)
         parts += [
             label(_NAMES - 8, middle + 4, row.contender, "end"),
-            bar("bar", _NAMES, place * _LINE + 4, median - _NAMES, _LINE - 8, said),
+            bar("bar", _NAMES, place * _LINE + 4, median - _NAMES, _LINE - 8, time),
             segment("reach", median, middle, reach, middle),
             label(reach + 6, middle + 4, f"{row.latency.median_ms:.3g}"),
         ]

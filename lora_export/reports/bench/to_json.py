@@ -1,4 +1,4 @@
-"""A benchmark as JSON: everything that was measured, every unit in its key's name."""
+"""Write a benchmark as JSON: all measurements, with units in the keys' names."""
 
 from __future__ import annotations
 

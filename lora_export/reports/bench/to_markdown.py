@@ -1,4 +1,4 @@
-"""A benchmark as Markdown."""
+"""Write a benchmark as Markdown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_export.reports.markdown import block, section, table, text
 
 
 def report_markdown(report: BenchReport) -> str:
-    """Return times, what opening costs, what adapters cost, and the machine."""
+    """Return times, the costs of opening and of adapters, and the machine."""
     opening = [*table([MODEL_HEADINGS, *model_rows(report)], 1), *block(filter(None, adapter_lines(report)))]
     parts = [
         f"# {text('lora-export bench: ' + ', '.join(model.label for model in report.models))}",

@@ -1,4 +1,4 @@
-"""A benchmark as text: one row for each contender and workload, then loading, memory, adapters, machine."""
+"""Write a benchmark as text: a row for each contender and workload, loading, memory, adapters, machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HEADINGS = (
     "ratio [95 % interval]",
 )
 MODEL_HEADINGS = ("model", "files", "opened in s", "again", "memory opened", "after runs", "peak", "GPU")
-# How many columns of `HEADINGS`, from the left, are words; the others are numbers.
+# Number of columns of `HEADINGS`, from the left, that are words; the others are numbers.
 WORDS = 3
 _NONE = "–"
 
@@ -41,12 +41,12 @@ def report_lines(report: BenchReport) -> list[str]:
 
 
 def report_text(report: BenchReport) -> str:
-    """Return the lines as a file has them: what a terminal would act on is written out."""
+    """Return the lines for a file, with control characters written out."""
     return "\n".join(shown_lines(report_lines(report))) + "\n"
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """Return what ``--dry-run`` prints."""
+    """Return the lines that ``--dry-run`` prints."""
     wish, count = plan.wish, len(plan.contenders)
     lines = [
         f"{model.label}: {' '.join(filter(None, [model.mode, model.kind]))}, "
@@ -54,7 +54,7 @@ def plan_lines(plan: Plan) -> list[str]:
         for model in plan.models
     ]
     works = [work.label for work in plan.workloads]
-    # A contender alone has no ratio: it is its own time that is to be known.
+    # A contender alone has no ratio, so the measurement ends by its own time's interval.
     known = "its time's interval" if count == 1 else "the ratio's interval"
     known = "every ratio's interval" if count > 2 else known
     lines += [
@@ -79,7 +79,7 @@ def model_rows(report: BenchReport) -> list[tuple[str, ...]]:
 
 
 def adapter_lines(report: BenchReport) -> list[str]:
-    """Return what adapters cost."""
+    """Return the costs of adapters."""
     lines = [
         f"adapter {loading.adapter} into {loading.model}: ready in {_ms(loading.median_ms)} ms "
         f"(median of {loading.loadings})"
@@ -94,7 +94,7 @@ def adapter_lines(report: BenchReport) -> list[str]:
 
 
 def closing_lines(report: BenchReport) -> list[str]:
-    """Return what ended the measurement, what the numbers mean, the machine, and notes."""
+    """Return the end of the measurement, the meaning of the numbers, the machine, and notes."""
     machine, settings = report.environment, report.settings
     packages = ", ".join(f"{name} {version}" for name, version in machine.packages.items())
     quota = f", {machine.cpu_quota:g} of them by quota" if machine.cpu_quota else ""
@@ -114,7 +114,7 @@ def closing_lines(report: BenchReport) -> list[str]:
         f"load      {before} before, {after} after (1, 5, 15 minutes)",
     ]
     problems = [(model.label, model.loaded.problem) for model in report.models if model.loaded.problem]
-    lines += [f"note: {label}: opening it alone was not measured: {said}" for label, said in problems]
+    lines += [f"note: {label}: opening it alone was not measured: {problem}" for label, problem in problems]
     whose = {model.loaded.gpu_whose for model in report.models} - {""}
     lines += [f"note: GPU memory is {text}, CUDA's own included" for text in sorted(whose)]
     if report.was_busy:
@@ -137,7 +137,7 @@ def aligned(table: Sequence[Sequence[str]], left: int) -> list[str]:
 
 
 def ratio_text(ratio: Interval | None) -> str:
-    """Return ``1.052 [1.046, 1.058]``; a dash for none."""
+    """Return ``1.052 [1.046, 1.058]``; a dash for None."""
     return f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]" if ratio else _NONE
 
 
@@ -173,7 +173,7 @@ def _bytes(*sizes: int | None) -> Iterator[str]:
 
 
 def _ms(value: float) -> str:
-    """Return three significant digits at least, and no more than a microsecond's."""
+    """Return a time with at least three significant digits, but none below a microsecond."""
     return f"{value:.3f}" if value < 10 else f"{value:.2f}" if value < 100 else f"{value:.1f}"
 
 

@@ -1,1 +1,1 @@
-"""What `parity` shows, writes and asserts."""
+"""Show, write and assert the results of `parity`."""

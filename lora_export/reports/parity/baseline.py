@@ -1,13 +1,13 @@
-"""Two parity reports, before and now: what became worse by more than the noise between machines.
+"""Compare two parity reports, before and now: list what became worse by more than the noise between machines.
 
 The limits of a check say whether an export is right; a baseline says whether it is still as good as before.
-Two machines (or two versions of a runtime) sum in other orders and fuse other operations, so numbers move:
+Two machines (or two versions of a runtime) sum in other orders and fuse other operations, so numbers differ:
 
 - The error of a float network differs by up to about 2 between machines: that is the usual ``factor``.
 - Below a floor of the coarser dtype all is noise. One operation errs by at most the unit roundoff u (2⁻²⁴
   for float32); over some tens of layers such errors add up like a random walk: a relative error of √16·u.
 - KL is quadratic in the error δ of the logits, ½·Var(δ): its factor is ``factor``². With logits of the
-  size of 10 its floor is ½·(10·4u)².
+  size of 10, its floor is ½·(10·4u)².
 - top-1 differs where two logits are nearer than their error, 10·4u. With three positions in ten that have
   such a pair within 1, a share of 0.3·10·4u = 12u is noise, and one position more, since it can't be divided.
 """
@@ -33,7 +33,7 @@ _NEAR_PAIRS = 0.3
 
 @dataclass(frozen=True)
 class Floors:
-    """What is noise whatever it was before, for one pair of dtypes.
+    """Largest values that are noise, whatever they were before, for one pair of dtypes.
 
     Attributes:
         relative: Relative error.
@@ -48,18 +48,18 @@ class Floors:
 
 @dataclass(frozen=True)
 class Regression:
-    """One thing that is worse than in the baseline.
+    """Check or metric that is worse than in the baseline.
 
     Attributes:
         kind: ``verdict`` (passed and fails now), ``metric`` (worse by more than noise), ``vanished`` (not
             checked now), ``void`` (proved something and proves nothing now).
-        name: What was checked or measured.
+        name: Name of the check or metric.
         state: Name of the state.
         output: Name of the output, or "".
         before: The value in the baseline.
-        now: The value now; NaN where there is none.
-        limit: Largest value (of ``top1``: smallest) that is no regression; NaN where there is none.
-        why: Why this is one.
+        now: The value now; NaN if there is none.
+        limit: Largest value (of ``top1``: smallest) that is not a regression; NaN if there is none.
+        why: Reason why it is a regression.
     """
 
     kind: Literal["verdict", "metric", "vanished", "void"]
@@ -73,22 +73,23 @@ class Regression:
 
 
 def floors(*dtypes: str) -> Floors:
-    """Return the noise of a comparison between these dtypes, the coarsest's; an unknown one is float32."""
+    """Return the noise of a comparison between dtypes: the coarsest's; unknown dtypes count as float32."""
     roundoff = max(_ROUNDOFF.get(dtype, _ROUNDOFF["float32"]) for dtype in dtypes)
     relative = _LAYERS * roundoff
     return Floors(relative, kl=0.5 * (_LOGITS * relative) ** 2, top1=_NEAR_PAIRS * _LOGITS * relative)
 
 
 def compare(old: ParityReport, new: ParityReport, factor: float = FACTOR) -> list[Regression]:
-    """Return what is worse in a report than in its baseline; nothing where it is as good.
+    """Return what is worse in a report than in its baseline; an empty list if it is as good.
 
     Args:
         old: The baseline.
-        new: The report of now.
+        new: The report now.
         factor: How many times larger an error may be.
 
     Raises:
-        LoraExportError: The baseline proves nothing, or the two are not of the same check; with all reasons.
+        LoraExportError: The baseline proves nothing, or the reports are of different checks; all reasons are
+            listed.
     """
     if not (math.isfinite(factor) and factor >= 1):
         raise LoraExportError(
@@ -106,7 +107,7 @@ def compare(old: ParityReport, new: ParityReport, factor: float = FACTOR) -> lis
 
 
 def lines(regressions: Sequence[Regression]) -> list[str]:
-    """Return what a user reads of a comparison; the last line is its verdict."""
+    """Return the lines that a user reads after a comparison; the last one is the verdict."""
     text: list[str] = []
     for row in regressions:
         what = ", ".join(printable(part) for part in (row.name, row.state, row.output) if part)
@@ -119,7 +120,7 @@ def lines(regressions: Sequence[Regression]) -> list[str]:
 
 
 def _incomparable(old: ParityReport, new: ParityReport) -> Iterator[str]:
-    """Yield every reason why two reports are not of the same check."""
+    """Yield the reasons why two reports are not of the same check."""
     if not any(row.counted and row.passed for row in old.verdicts):
         yield "the baseline is empty: no check in it passed and proved something"
     for side, before, now, keys in (
@@ -129,7 +130,7 @@ def _incomparable(old: ParityReport, new: ParityReport) -> Iterator[str]:
         for key in keys:
             yield from _differs(f"{side}'s {key}", before.get(key), now.get(key))
     if not (old.reference.get("sha256") and new.reference.get("sha256")):
-        # Without a hash, the folder's own name: what lies above differs from machine to machine.
+        # Without a hash only the folder's own name counts: its parents differ from machine to machine.
         names = [report.reference["path"].rstrip("/").rpartition("/")[2] for report in (old, new)]
         yield from _differs("reference's name", *names)
     adapters = [{row["name"]: row for row in report.adapters} for report in (old, new)]
@@ -137,14 +138,14 @@ def _incomparable(old: ParityReport, new: ParityReport) -> Iterator[str]:
     for name in sorted(adapters[0].keys() & adapters[1].keys()):
         for key in ("sha256", "modules", "scaling"):
             yield from _differs(f"adapter {name!r}: {key}", adapters[0][name][key], adapters[1][name][key])
-    # A wider tolerance lets pass what failed before.
+    # With a wider tolerance checks pass that failed before.
     yield from _differs("tolerance", old.tolerance, new.tolerance)
     if reason := _feeds_differ(old.feeds, new.feeds):
         yield reason
 
 
 def _differs(what: str, before: Any, now: Any) -> Iterator[str]:
-    # A hash that one side lacks says nothing about the other's.
+    # A hash that one side lacks can't be compared.
     if before != now and not (what.endswith("sha256") and not (before and now)):
         yield f"the {what}: {printable(before)} in the baseline, {printable(now)} now"
 
@@ -164,7 +165,7 @@ def _feeds_differ(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, A
 
 
 def _feed_differs(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    # Only feeds from a file have a hash, and reports of older versions have none.
+    # Only feeds from a file have a hash, and reports of older versions lack it.
     hashes = old.get("sha256"), new.get("sha256")
     return old["shapes"] != new["shapes"] or (all(hashes) and hashes[0] != hashes[1])
 
@@ -174,32 +175,32 @@ def _verdict_regressions(old: Sequence[Verdict], new: Sequence[Verdict]) -> Iter
     for (kind, name, state, output), rows in before.items():
         current = now.get((kind, name, state, output), [])
         value, seen = _worst(rows), _worst(current)
-        said = (name, state, output, value, seen)
+        fields = (name, state, output, value, seen)
         if len(current) < len(rows):
             why = (
                 f"checked {len(rows)} times before, {len(current)} now"
                 if current
                 else "is not checked any more"
             )
-            yield Regression("vanished", *said, math.nan, why)
+            yield Regression("vanished", *fields, math.nan, why)
             continue
         failed = [row for row in current if not row.passed]
         if failed and all(row.passed for row in rows):
-            yield Regression("verdict", *said, failed[0].limit, f"passed, fails now: {failed[0].why}")
+            yield Regression("verdict", *fields, failed[0].limit, f"passed, fails now: {failed[0].why}")
         elif any(row.counted for row in rows) and not any(row.counted for row in current):
-            yield Regression("void", *said, math.nan, "proved something before, proves nothing now")
+            yield Regression("void", *fields, math.nan, "proved something before, proves nothing now")
     for (kind, name, state, output), rows in now.items():
         if (kind, name, state, output) not in before and not all(row.passed for row in rows):
-            said = (name, state, output, math.nan, _worst(rows))
-            yield Regression("verdict", *said, rows[0].limit, "a check that is new, and fails")
+            fields = (name, state, output, math.nan, _worst(rows))
+            yield Regression("verdict", *fields, rows[0].limit, "a check that is new, and fails")
 
 
 def _token_regressions(old: Sequence[Generated], new: Sequence[Generated]) -> Iterator[Regression]:
-    """Yield the states of which more tokens were compared before than are asked for now."""
-    # A run that met no difference has as many tokens as were asked for. Where each met one (a tie), it can't
-    # be told how many that were, and a tie is no regression.
+    """Yield the states for which fewer tokens are requested now than were compared before."""
+    # A run without a difference has as many tokens as were requested. If each run has one (a tie), that
+    # number is unknown, and a tie is not a regression.
     asked = max((run.equal for run in new if run.equal == len(run.reference)), default=None)
-    states = {run.state for run in new}  # of the others the verdict is gone, which is said once
+    states = {run.state for run in new}  # a missing state's verdicts are reported above
     compared: dict[str, int] = {}
     for run in old:
         compared[run.state] = max(compared.get(run.state, 0), len(run.reference))
@@ -217,7 +218,7 @@ def _by_check(rows: Sequence[Verdict]) -> dict[tuple[str, str, str, str], list[V
 
 
 def _worst(rows: Sequence[Verdict]) -> float:
-    """Return the largest value; NaN is worse than any, and stands for no value."""
+    """Return the largest value; NaN is worse than any number, and stands for no value."""
     values = [row.value for row in rows]
     return math.nan if not values or any(map(math.isnan, values)) else max(values)
 
@@ -227,29 +228,29 @@ def _metric_regressions(old: ParityReport, new: ParityReport, factor: float) -> 
     current = {(row.state, row.output): row for row in new.metrics}
     for row in old.metrics:
         now = current.get((row.state, row.output))
-        # Reports of older versions don't say how many positions were compared.
+        # Reports of older versions lack the number of positions.
         positions = (now.positions if now is not None else 0) or _positions(new.feeds)
         one = 1 / positions if positions else 0.0
         for name, before in _measured(row).items():
-            said = (name, row.state, row.output, before)
+            fields = (name, row.state, row.output, before)
             value = None if now is None else getattr(now, name)
             if value is None:
-                yield Regression("vanished", *said, math.nan, math.nan, "is not measured any more")
+                yield Regression("vanished", *fields, math.nan, math.nan, "is not measured any more")
                 continue
             limit, why = _limit(name, before, factor, noise, one)
-            # Written so that NaN is worse.
+            # The negation makes NaN worse.
             if not (value >= limit if name == "top1" else value <= limit):
-                yield Regression("metric", *said, value, limit, why)
+                yield Regression("metric", *fields, value, limit, why)
 
 
 def _measured(row: OutputMetrics) -> dict[str, float]:
-    """Return the numbers of a baseline that can become worse; what was no number then can't."""
+    """Return the numbers of a baseline that can become worse, so without NaN and infinity."""
     values = {"relative": row.relative, "kl": row.kl, "top1": row.top1}
     return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
 def _limit(name: str, before: float, factor: float, noise: Floors, one: float) -> tuple[float, str]:
-    """Return the worst value that is no regression, and why."""
+    """Return the worst value that is not a regression, and its reason."""
     if name == "relative":
         floor = noise.relative
         return factor * max(
@@ -265,5 +266,5 @@ def _limit(name: str, before: float, factor: float, noise: Floors, one: float) -
 
 
 def _positions(feeds: Sequence[Mapping[str, Any]]) -> int:
-    """Return how many positions the feeds have logits for, padding too; 0 where they are no tokens."""
+    """Return the number of positions that have logits, padding included; 0 if the feeds are not tokens."""
     return sum(math.prod(row["shapes"].get("input_ids", [0])) for row in feeds)

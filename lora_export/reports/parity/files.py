@@ -1,4 +1,4 @@
-"""Which files the reports of a parity check may not be written to."""
+"""Refuse paths to which the reports of a parity check must not be written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_export.graph.onnx_file import load_graph
 from lora_export.reports.files import ReportFile, ending_problem
 from lora_export.storage.outputs import places_of, replaced_inputs
 
-# What lies beside a graph or an engine under its stem.
+# Endings of files beside a graph or an engine that share its stem.
 _BESIDE = {".onnx": (".lora.json",), ".engine": (".lora.json", ".json", ".log")}
 _ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".data")
@@ -23,7 +23,7 @@ _CONFIGS = (_ADAPTER_CONFIG, "config.json")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a check reads: no report may replace it.
+    """Files that a check reads, which no report may replace.
 
     Attributes:
         candidate: Graph or engine.
@@ -51,11 +51,12 @@ class Inputs:
 
 
 def check_outputs(outputs: Sequence[ReportFile], force: bool, inputs: Inputs) -> None:
-    """Refuse what could not be written, before anything is run.
+    """Refuse reports that could not be written, before anything is run.
 
     Raises:
-        OutputError: Two reports have one path, the ending of one says nothing, one would replace what the
-            check reads, lies in a folder that can't be written, or exists without ``force``; all of them.
+        OutputError: Two reports have one path, or a report has an unknown ending, would replace a file that
+            the check reads, is in a folder that can't be written, or exists without ``force``. All problems
+            are listed.
     """
     problems: list[str] = []
     hints: set[str] = set()
@@ -80,7 +81,7 @@ def check_outputs(outputs: Sequence[ReportFile], force: bool, inputs: Inputs) ->
 
 
 def _refused(path: Path, inputs: Inputs) -> str:
-    """Return why a report can't have this path, "" if it can."""
+    """Return the reason why a report can't have this path; "" if it can."""
     if path.is_dir():
         return " is a folder"
     if any(parent.is_file() for parent in path.parents):
@@ -95,7 +96,7 @@ def _refused(path: Path, inputs: Inputs) -> str:
 
 
 def _read_as(path: Path, inputs: Inputs) -> Iterator[str]:
-    """Yield what the file at a path is to the check."""
+    """Yield the roles in which the check reads the file at a path."""
     places = places_of(path)
     named = {
         "the baseline": inputs.baseline,
@@ -110,8 +111,8 @@ def _read_as(path: Path, inputs: Inputs) -> Iterator[str]:
         if places & places_of(file):
             yield f"{name} itself"
         elif file.is_dir():
-            # A new file there replaces nothing. Of what lies deeper, a model reads configs and weights; a
-            # report of ours may well lie there.
+            # A new file there replaces nothing. In deeper folders a model reads only configs and weights, so
+            # a report may be there.
             inside = [place for place in places if file.resolve() in place.parents]
             if _there(path) and any(
                 place.parent == file.resolve() or place.name in _CONFIGS or place.suffix in _WEIGHTS
@@ -122,12 +123,12 @@ def _read_as(path: Path, inputs: Inputs) -> Iterator[str]:
             yield f"a file of {name}, {file}, or would be taken for one"
         elif file.suffix == ".onnx" and _there(path) and places & _data_of(file):
             yield f"data of {name}, {file}"
-    # Hard links, too.
+    # This finds hard links too.
     yield from (f"{file}, which the check reads" for file in replaced_inputs(path, inputs.files()))
 
 
 def _goes_with(path: Path, file: Path, name: str) -> bool:
-    """Whether a path is that of an adapter's config, or of a graph's external data, manifest or record."""
+    """Return True if a path names an adapter's config, or a graph's external data, manifest or record."""
     if path.parent != file.parent:
         return False
     if name == "the adapter":
@@ -143,7 +144,7 @@ def _data_of(graph: Path) -> set[Path]:
         return set()
     try:
         return {place for file in load_graph(graph).data_files() for place in places_of(file)}
-    except LoraExportError:  # said when it is opened
+    except LoraExportError:  # reported when it is opened
         return set()
 
 

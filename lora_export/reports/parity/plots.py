@@ -1,6 +1,6 @@
-"""The plots of a `ParityReport` as inline SVG: error by module, error against effect, values against values.
+"""Plot a `ParityReport` as inline SVG: error by module, error against effect, values against values.
 
-A number that has no place (NaN, infinite) is not drawn, and the caption counts it.
+NaN and infinite values are not drawn, but counted in the caption.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LAYERS_NAMED = 24
 class _Line(NamedTuple):
     field: str
     kind: str
-    said: str
+    title: str
 
 
 _LINES = (
@@ -51,7 +51,7 @@ _LINES = (
 
 
 def error_by_module(found: Localisation) -> Markup:
-    """Return the error along the computation, module by module; "" where there is nothing to draw."""
+    """Return a plot of the error along the computation, module by module; "" if there is nothing to draw."""
     width, height = 1000.0, 340.0
     rows = found.rows
     values = [getattr(row, line.field) for row in rows for line in _LINES]
@@ -71,7 +71,7 @@ def error_by_module(found: Localisation) -> Markup:
     where = f"begins at {found.module}" if found.module else "jumps nowhere"
     words = f"Relative error of {plural(len(rows), 'module')} in the order of the computation; it {where}."
     legend = [
-        element("span", element("i", class_=line.kind), line.said, " ", class_="key")
+        element("span", element("i", class_=line.kind), line.title, " ", class_="key")
         for line in reversed(_LINES)
     ]
     missing = sum(not math.isfinite(row.error_out) for row in rows)
@@ -80,18 +80,18 @@ def error_by_module(found: Localisation) -> Markup:
 
 
 def error_against_effect(report: ParityReport) -> Markup:
-    """Return error against effect of every state and output; "" where no adapter has an effect.
+    """Return a plot of error against effect for every state and output; "" if no adapter has an effect.
 
-    On the diagonal the error is as large as the effect: there lies an adapter that is not applied.
+    On the diagonal the error is as large as the effect, as for an adapter that is not applied.
     """
     size = 480.0
     rows = [row for row in report.metrics if row.effect is not None]
     drawn = [(row, row.effect) for row in rows if row.effect and _has_place(row.effect, row.relative)]
     x = log_axis((effect for _, effect in drawn), LEFT, size - RIGHT)
-    # Not of the applied share, which is no slope here.
+    # Without the applied share, which is not a slope here.
     judged = [v for v in report.verdicts if (v.kind, v.name) == ("effect", "error / effect")]
     limits = {v.limit for v in judged if 0 < v.limit < LARGEST}
-    # The diagonal and the limit are to be seen, whatever the errors are.
+    # The diagonal and the limit are visible, whatever the errors are.
     ends = [effect * times for _, effect in drawn for times in (1.0, min(limits, default=1.0))]
     y = log_axis([*(row.relative for row, _ in drawn), *ends], size - BOTTOM, TOP)
     if x is None or y is None:
@@ -99,14 +99,14 @@ def error_against_effect(report: ParityReport) -> Markup:
     parts = frame(size, size, x, y, "effect of the adapter", "error")
     parts += _ratio(x, y, 1.0, "diagonal", "error = effect: not applied")
     if limits:
-        said = "limit" if len(limits) == 1 else "strictest limit"
-        parts += _ratio(x, y, min(limits), "limit", f"{said}: {number(min(limits))} × effect")
+        name = "limit" if len(limits) == 1 else "strictest limit"
+        parts += _ratio(x, y, min(limits), "limit", f"{name}: {number(min(limits))} × effect")
     failed = {(verdict.state, verdict.output) for verdict in report.failed}
     for row, effect in sorted(drawn, key=lambda pair: _key(pair[0]) in failed):
         bad = _key(row) in failed
-        said = f"{row.state}, {row.output}: error {number(row.relative)}, effect {number(effect)}"
+        title = f"{row.state}, {row.output}: error {number(row.relative)}, effect {number(effect)}"
         draw, kind = (cross, "bad") if bad else (dot, "error")
-        parts.append(draw(x.at(effect), y.at(row.relative), kind, said + (", FAILED" if bad else "")))
+        parts.append(draw(x.at(effect), y.at(row.relative), kind, title + (", FAILED" if bad else "")))
     count = sum(_key(row) in failed for row, _ in drawn)
     words = f"Error against effect of {plural(len(drawn), 'output')}, {count} of them failed."
     caption = "Error against effect: a point for each adapter and output; those that failed are a ×."
@@ -114,7 +114,7 @@ def error_against_effect(report: ParityReport) -> Markup:
 
 
 def value_scatter(found: Scatter) -> Markup:
-    """Return values of one output, reference against candidate; "" where none is finite."""
+    """Return a plot of one output's values, reference against candidate; "" if none is finite."""
     size = 480.0
     pairs = list(zip(found.reference, found.candidate, strict=False))
     drawn = [pair for pair in pairs if all(abs(value) <= LARGEST for value in pair)]
@@ -147,31 +147,31 @@ def _line(found: Localisation, line: _Line, x: Axis, y: Axis) -> Iterator[Markup
     for row, value, point in zip(found.rows, values, places, strict=True):
         if point is None:
             continue
-        said = f"{row.module}: {line.said} {number(value)}"
+        title = f"{row.module}: {line.title} {number(value)}"
         if line.field != "error_out":
-            yield dot(*point, line.kind, said, 2.0)
+            yield dot(*point, line.kind, title, 2.0)
         elif row.jumped or row.module == found.module:
-            yield cross(*point, "bad", f"{said}, of its input {number(row.error_in)}; it jumps here")
+            yield cross(*point, "bad", f"{title}, of its input {number(row.error_in)}; it jumps here")
         else:
-            yield dot(*point, line.kind, f"{said}, of its input {number(row.error_in)}", 3.5)
+            yield dot(*point, line.kind, f"{title}, of its input {number(row.error_in)}", 3.5)
 
 
 def _layers(found: Localisation, x: Axis, bottom: float) -> Iterator[Markup]:
-    """Yield where each layer begins, with its number, or every n-th where there are many."""
+    """Yield a line and the number at the beginning of each layer, or of every n-th if there are many."""
     starts: list[tuple[int, str]] = []
     for i, row in enumerate(found.rows):
         layer = _LAYER.search(row.module)
         if layer is not None and (not starts or starts[-1][1] != layer[1]):
             starts.append((i, layer[1]))
     step = max(1, math.ceil(len(starts) / _LAYERS_NAMED))
-    for i, said in starts[::step]:
+    for i, number_of_layer in starts[::step]:
         at = x.at(i - 0.5)
         yield segment("grid", at, TOP, at, bottom)
-        yield label(at + 3, bottom + 16, said)
+        yield label(at + 3, bottom + 16, number_of_layer)
 
 
 def _culprit(found: Localisation, x: Axis, bottom: float) -> Iterator[Markup]:
-    """Yield a line and the name at the module where the error begins."""
+    """Yield a line and the module's name where the error begins."""
     for i, row in enumerate(found.rows):
         if row.module == found.module:
             at, right = x.at(i), i > len(found.rows) / 2
@@ -181,17 +181,17 @@ def _culprit(found: Localisation, x: Axis, bottom: float) -> Iterator[Markup]:
             )
 
 
-def _ratio(x: Axis, y: Axis, ratio: float, kind: str, said: str) -> Iterator[Markup]:
+def _ratio(x: Axis, y: Axis, ratio: float, kind: str, text: str) -> Iterator[Markup]:
     """Yield the line error = ratio × effect within the plot, and its name at the upper end."""
     shift = math.log10(ratio)
     low, high = max(x.low, y.low - shift), min(x.high, y.high - shift)
     if low < high:
         ends = [(_pixel(x, power), _pixel(y, power + shift)) for power in (low, high)]
         yield segment(kind, *ends[0], *ends[1])
-        # Left of where the line is at the text's height, so that it does not run through the text.
+        # The text is left of the line at its own height, so that the line does not run through it.
         (left, bottom), (right, top) = ends
         height = 14
-        yield label(right - height * (right - left) / (bottom - top) - 8, top + height, said, "end", kind)
+        yield label(right - height * (right - left) / (bottom - top) - 8, top + height, text, "end", kind)
 
 
 def _pixel(axis: Axis, power: float) -> float:

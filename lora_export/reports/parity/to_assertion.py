@@ -1,4 +1,4 @@
-"""The parity check for a user's own tests: what differs is an `AssertionError` with the whole report."""
+"""Check parity in a user's own tests: a difference raises an `AssertionError` with the whole report."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from lora_export.reports.parity.to_text import lines
 def assert_parity(
     reference: PathLike, candidate: PathLike, adapters: Adapters = (), **options: Any
 ) -> ParityReport:
-    """Compare an exported model with what it was exported from, and fail the test where it differs.
+    """Compare an exported model with the model that it was exported from, and fail the test if it differs.
 
     Args:
-        reference: As of `check_parity`.
-        candidate: As of `check_parity`.
-        adapters: As of `check_parity`.
+        reference: Reference, as for `check_parity`.
+        candidate: Candidate, as for `check_parity`.
+        adapters: Adapters, as for `check_parity`.
         **options: The keyword arguments of `check_parity`: ``tolerance``, ``generate``, ``feeds``, ….
 
     Returns:
         The report; it has passed.
 
     Raises:
-        AssertionError: Something differs, or nothing was proven. Its text is what `lora-export parity`
+        AssertionError: Something differs, or nothing was proven. Its text is that which `lora-export parity`
             prints.
-        LoraExportError: The two could not be compared, as of `check_parity`.
+        LoraExportError: The two could not be compared, as for `check_parity`.
     """
-    __tracebackhide__ = True  # pytest shows the line of the test that called
+    __tracebackhide__ = True  # pytest shows the calling line of the test
     report = check_parity(reference, candidate, adapters, **options)
     if not report.passed:
-        # pytest's summary shows a message's first line: the sentence.
+        # The sentence comes first, because pytest's summary shows a message's first line.
         raise AssertionError("\n".join(lines(report)))
     return report

@@ -1,4 +1,4 @@
-"""A `ParityReport` as one HTML page that needs no network, no script and no other file."""
+"""Write a `ParityReport` as one HTML page that needs no network, no script and no other file."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _SCATTERS = 12
 
 
 def report_html(report: ParityReport) -> str:
-    """Return the page: the verdict, what failed and where it begins, plots, and every number."""
-    big, _, said = sentence(report).partition(": ")
+    """Return the page: the verdict, the failures and where the error begins, plots, and all numbers."""
+    big, _, rest = sentence(report).partition(": ")
     _, _, count = verdict_line(report).partition(": ")
     head = [element(*entry) for label, value in facts(report) for entry in (("dt", label), ("dd", value))]
     return page(
@@ -38,7 +38,7 @@ def report_html(report: ParityReport) -> str:
         element(
             "header",
             element("h1", big),
-            element("p", said),
+            element("p", rest),
             element("p", count, class_="count"),
             class_="passed" if report.passed else "failed",
         ),
@@ -93,20 +93,22 @@ def _verdict(verdict: Verdict) -> Markup:
 
 
 def _bar(verdict: Verdict) -> Markup:
-    """Return how much of its limit a value uses, as a bar."""
+    """Return the share of its limit that a value uses, as a bar."""
     used = share(verdict)
     if not verdict.limit < math.inf:
         return Markup()
-    said = "beyond" if used == math.inf else f"{used:.0%}" if used <= 1 else f"{number(used)} ×"
-    return joined([element("span", element("i", style=f"width:{min(used, 1):.0%}"), class_="bar"), said])
+    percent = "beyond" if used == math.inf else f"{used:.0%}" if used <= 1 else f"{number(used)} ×"
+    return joined([element("span", element("i", style=f"width:{min(used, 1):.0%}"), class_="bar"), percent])
 
 
 def _localisation(found: Localisation) -> Markup:
     """Return the plot and the table of modules."""
-    said = [f"Looked at with: {found.state}."]
+    sentences = [f"Run with: {found.state}."]
     if found.of:
-        said.append(f"{found.looked_at} of {plural(found.of, 'module')} were run with their outputs exposed.")
-    said += [found.note] if found.note else []
+        sentences.append(
+            f"{found.looked_at} of {plural(found.of, 'module')} were run with their outputs exposed."
+        )
+    sentences += [found.note] if found.note else []
     rows: list[tuple[str, ...]] = [("module", "error in", "error out", "PyTorch’s own", "effect", "")]
     marks = [""]
     for row in found.rows:
@@ -115,7 +117,7 @@ def _localisation(found: Localisation) -> Markup:
         numbers = (number(value) for value in (row.error_in, row.error_out, row.own_out, row.effect))
         rows.append((row.module, *numbers, "begins here" if begins else ("jumps" if row.jumped else "")))
     modules = folded("the modules as a table", table(rows, words=1, marks=marks))
-    return joined([element("p", " ".join(said)), error_by_module(found), modules])
+    return joined([element("p", " ".join(sentences)), error_by_module(found), modules])
 
 
 def _plots(report: ParityReport) -> Markup:

@@ -1,7 +1,7 @@
-"""A `ParityReport` as JUnit XML: one suite for each state, one case for each verdict.
+"""Write a `ParityReport` as JUnit XML: one suite for each state, one case for each verdict.
 
 GitHub's test reporters and GitLab read it. Neither knows "proves nothing", so such a verdict is skipped,
-and a check that proved nothing at all gets a case of its own that fails: no report is green by being empty.
+and a check that proved nothing at all gets a case of its own that fails, so that no empty report is green.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from lora_export.untrusted.shown import printable
 
 
 def junit_xml(report: ParityReport) -> str:
-    r"""Return the document; the same report gives the same text.
+    r"""Return the XML document; the same report gives the same text.
 
-    Names may hold anything: what XML 1.0 can't hold is written out (``\x00``). No case has a time of
-    its own, because verdicts share their runs; the time of the whole check is the root's.
+    Characters of names that XML 1.0 can't hold are written out (``\x00``). No case has a time of its own,
+    because verdicts share their runs; the root has the time of the whole check.
     """
     verdicts = list(report.verdicts)
     if not report.passed and not report.failed:
@@ -51,7 +51,7 @@ def _suite(
     properties = SubElement(suite, "properties")
     for label, value in facts(report):
         SubElement(properties, "property", name=label, value=value)
-    # What is wrong with a state is one thing, whichever verdicts show it.
+    # All failures of a state have one cause, so one message.
     failed = [verdict for verdict in verdicts if not verdict.passed]
     message = failure_sentence(report, failed) if report.failed and failed else sentence(report)
     for verdict in verdicts:
@@ -66,9 +66,9 @@ def _suite(
         suite.set(key, str(count))
     suite.set("time", "0.000")
     metrics = metric_rows(row for row in report.metrics if row.state == state)
-    # JUnit's schema has no place for text but in a suite, so each has the notes.
-    if said := [*note_lines(report), *(align(metrics) if len(metrics) > 1 else [])]:
-        SubElement(suite, "system-out").text = "\n".join(said)
+    # JUnit's schema allows text only in a suite, so each suite has the notes.
+    if output := [*note_lines(report), *(align(metrics) if len(metrics) > 1 else [])]:
+        SubElement(suite, "system-out").text = "\n".join(output)
     return suite
 
 
@@ -76,7 +76,7 @@ def _case(report: ParityReport, verdict: Verdict, message: str, used: set[tuple[
     classname = f"parity.{printable(verdict.state).replace('.', '_')}"
     plain = printable(f"{verdict.name} [{verdict.output}]" if verdict.output else verdict.name)
     name, count = plain, 1
-    # GitLab takes two cases of one name for the same one.
+    # GitLab takes two cases of one name for one case.
     while (classname, name) in used:
         count += 1
         name = f"{plain} #{count}"
@@ -91,14 +91,14 @@ def _case(report: ParityReport, verdict: Verdict, message: str, used: set[tuple[
 
 
 def _failure_lines(report: ParityReport, verdict: Verdict) -> list[str]:
-    said = [
+    facts = [
         ("check", verdict.name),
         ("state", verdict.state),
         ("output", verdict.output),
         ("found", relation(verdict)),
         ("why", verdict.why),
     ]
-    text = align([(label, printable(value)) for label, value in said if value])
+    text = align([(label, printable(value)) for label, value in facts if value])
     if report.localisation is not None:
         text += ["", *localisation_lines(report.localisation)]
     return text

@@ -1,4 +1,4 @@
-"""A `ParityReport` as Markdown: the verdict, what failed and where it begins, then what passed."""
+"""Write a `ParityReport` as Markdown: verdict, failures, where the error begins, then passed checks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _HEADINGS = ("", "check", "state", "output", "value and limit", "why")
 
 def report_markdown(report: ParityReport) -> str:
     """Return the summary of a check."""
-    big, _, said = sentence(report).partition(": ")
+    big, _, rest = sentence(report).partition(": ")
     _, _, count = verdict_line(report).partition(": ")
     found = report.localisation
     passed = [verdict for verdict in report.verdicts if verdict.passed]
     parts = [
         f"# {big}",
         "",
-        text(said),
+        text(rest),
         "",
         text(count),
         "",

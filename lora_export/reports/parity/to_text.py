@@ -1,4 +1,4 @@
-"""A `ParityReport` as text: what was checked, what failed with its limit, where the error begins."""
+"""Write a `ParityReport` as text: the checks, the failures with their limits, where the error begins."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from lora_export.reports.parity.words import (
 from lora_export.untrusted.shown import printable
 
 WIDTH = 110
-# Modules shown on each side of the one where the error begins; a report in a file has them all.
+# Number of modules shown on each side of the one where the error begins; a report in a file has all.
 _AROUND = 6
-# On a terminal the reason of what passed is cut at the line's end, but keeps this much; that of a failure is
-# never cut.
+# On a terminal the reason of a passed check is cut at the line's end, but keeps this many characters; that of
+# a failure is never cut.
 _WHY = 24
 
 
 def lines(report: ParityReport, cut: bool = False) -> list[str]:
-    """Return what a user reads after a check: first a sentence for everybody, last the count of checks.
+    """Return the lines that a user reads after a check: first a plain sentence, last the number of checks.
 
     Args:
-        report: What was found.
-        cut: Cut reasons of what passed, so that only names that a user chose (modules, outputs, paths) make
-            a line longer than ``WIDTH``: for a terminal. In the log of a job the rest would be lost.
+        report: Result of the check.
+        cut: Cut the reasons of passed checks, so that only names that a user chose (modules, outputs, paths)
+            make a line longer than ``WIDTH``. Only for a terminal: in a job's log the rest would be lost.
     """
-    said = sentence(report)
-    text = [*(_wrapped(said) if cut else [said]), "", *head_lines(report)]
+    first = sentence(report)
+    text = [*(_wrapped(first) if cut else [first]), "", *head_lines(report)]
     for state, verdicts in by_state(report.verdicts).items():
         text += ["", *_state_lines(state, verdicts, cut)]
     for title, table in (
@@ -54,30 +54,30 @@ def lines(report: ParityReport, cut: bool = False) -> list[str]:
 
 
 def report_text(report: ParityReport) -> str:
-    """Return the lines as a file has them."""
+    """Return the lines for a file."""
     return "\n".join(lines(report)) + "\n"
 
 
 def head_lines(report: ParityReport) -> list[str]:
-    """Return what was compared with what, on which feeds."""
+    """Return the lines that name reference, candidate, adapters and feeds."""
     rows = facts(report)
     width = max(len(label) for label, _ in rows) + 2
     return [line for label, value in rows for line in _wrapped(label.ljust(width) + value, hang=width)]
 
 
 def note_lines(report: ParityReport) -> list[str]:
-    """Return what a user should know that is no verdict."""
+    """Return the notes, wrapped."""
     return [line for note in report.notes for line in _wrapped(f"note: {printable(note)}", hang=6)]
 
 
 def localisation_lines(found: Localisation) -> list[str]:
-    """Return the table of modules; those far from where the error begins are only counted."""
+    """Return the table of modules; those far from the beginning of the error are only counted."""
     state = printable(found.state)
     text: list[str] = []
     if found.module:
-        text.append(f"{printable(found.module)} (looked at with: {state})")
+        text.append(f"{printable(found.module)} (run with: {state})")
     elif found.rows:
-        text.append(f"no module's error jumps (looked at with: {state})")
+        text.append(f"no module's error jumps (run with: {state})")
     if shown := _shown_rows(found):
         heading = ("", "module", "error in", "error out", "PyTorch", "effect")
         text += align([heading, *(_module_cells(row, found) for row in shown)])
@@ -96,7 +96,7 @@ def _module_cells(row: ModuleRow, found: Localisation) -> tuple[str, ...]:
 
 
 def _shown_rows(found: Localisation) -> list[ModuleRow]:
-    """Return the rows near the module where the error begins, or the first ones, and others that jumped."""
+    """Return the rows near the module where the error begins, or the first rows, and others that jumped."""
     begins = next((i for i, row in enumerate(found.rows) if row.module == found.module), _AROUND)
     near = range(begins - _AROUND, begins + _AROUND + 1)
     jumped = [i for i, row in enumerate(found.rows) if row.jumped and i not in near][:_AROUND]
@@ -104,7 +104,7 @@ def _shown_rows(found: Localisation) -> list[ModuleRow]:
 
 
 def _state_lines(state: str, verdicts: Sequence[Verdict], cut: bool) -> list[str]:
-    """Return what passed, one row for each thing that was checked, then each failure with its reason."""
+    """Return a row for each kind of check that passed, then each failure with its reason."""
     groups: dict[tuple[str, str], list[Verdict]] = {}
     for verdict in verdicts:
         if verdict.passed:
@@ -119,7 +119,7 @@ def _state_lines(state: str, verdicts: Sequence[Verdict], cut: bool) -> list[str
 
 
 def _passed_lines(groups: Sequence[Sequence[Verdict]], cut: bool) -> list[str]:
-    """Return for each group of verdicts, checked in the same way, the one nearest to its limit."""
+    """Return a row for each group of verdicts of one check: the verdict nearest to its limit."""
     rows, reasons = [], []
     for group in groups:
         worst = max(group, key=share)
@@ -138,10 +138,10 @@ def _passed_lines(groups: Sequence[Sequence[Verdict]], cut: bool) -> list[str]:
 
 
 def _failed_lines(verdict: Verdict) -> list[str]:
-    said = [printable(verdict.name), printable(verdict.output), relation(verdict)]
-    said += [] if verdict.counted else ["(proves nothing)"]
+    cells = [printable(verdict.name), printable(verdict.output), relation(verdict)]
+    cells += [] if verdict.counted else ["(proves nothing)"]
     reason = _wrapped(printable(verdict.why), indent=8) if verdict.why else []
-    return [f"  FAIL  {'  '.join(filter(None, said))}", *reason]
+    return [f"  FAIL  {'  '.join(filter(None, cells))}", *reason]
 
 
 def _section(title: str, body: Sequence[str]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The words and numbers that every report of a `ParityReport` says in the same way."""
+"""Format the words and numbers that every report of a `ParityReport` shares."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _FEEDS = 6
 
 
 def verdict_line(report: ParityReport) -> str:
-    """Return the verdict on everything in one line: ``PASSED: 48 checks``."""
+    """Return the verdict of the whole check in one line: ``PASSED: 48 checks``."""
     failed = len(report.failed)
-    # What proves nothing is no check that passed.
+    # A verdict that proves nothing is not a passed check.
     checks = sum(verdict.counted or not verdict.passed for verdict in report.verdicts)
     empty = len(report.verdicts) - checks
     also = f"; {empty} more prove{'s' if empty == 1 else ''} nothing" if empty else ""
@@ -29,7 +29,7 @@ def verdict_line(report: ParityReport) -> str:
 
 
 def facts(report: ParityReport) -> list[tuple[str, str]]:
-    """Return what was compared with what as (label, text)."""
+    """Return reference, candidate, adapters, feeds and tolerance as (label, text)."""
     reference, candidate = report.reference, report.candidate
     what = _texts(candidate, ("mode", "runtime", "provider", "dtype"))
     if sha := _short(candidate.get("sha256")):
@@ -46,7 +46,7 @@ def facts(report: ParityReport) -> list[tuple[str, str]]:
 
 
 def by_state(verdicts: Iterable[Verdict]) -> dict[str, list[Verdict]]:
-    """Return the verdicts of each state, in the order in which states and verdicts came."""
+    """Return the verdicts of each state, in their order."""
     grouped: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
         grouped.setdefault(verdict.state, []).append(verdict)
@@ -54,7 +54,7 @@ def by_state(verdicts: Iterable[Verdict]) -> dict[str, list[Verdict]]:
 
 
 def mark(verdict: Verdict) -> str:
-    """Return ``ok``, ``FAIL``, or ``void`` for what passed and proves nothing."""
+    """Return ``ok``, ``FAIL``, or ``void`` for a passed verdict that proves nothing."""
     if not verdict.passed:
         return "FAIL"
     return "ok" if verdict.counted else "void"
@@ -70,7 +70,7 @@ def number(value: float | None) -> str:
         return "inf" if value > 0 else "-inf"
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))  # a count
-    # Small and large ones with two digits: more says nothing about an error.
+    # Small and large numbers get two digits, which are enough for an error.
     return f"{value:.1e}" if value and not 1e-2 <= abs(value) < 1e3 else f"{value:.3g}"
 
 
@@ -79,14 +79,14 @@ def relation(verdict: Verdict) -> str:
     value, limit = number(verdict.value), number(verdict.limit)
     if verdict.limit == math.inf:
         return f"{value}, no limit"
-    # A verdict may rest on more than the two numbers; then no sign is put between them.
+    # A verdict may rest on more than these two numbers; then there is no sign between them.
     if math.isnan(verdict.value) or verdict.passed != (verdict.value <= verdict.limit):
         return f"{value}, limit {limit}"
     return f"{value} {'≤' if verdict.passed else '>'} {limit}"
 
 
 def share(verdict: Verdict) -> float:
-    """Return how much of its limit a value uses: 1 at it, 0 without one, Inf where it can't be told."""
+    """Return the share of its limit that a value uses: 1 at the limit, 0 without one, infinite if unknown."""
     value, limit = verdict.value, verdict.limit
     if math.isnan(value) or math.isnan(limit):
         return math.inf
@@ -119,7 +119,7 @@ def metric_rows(metrics: Iterable[OutputMetrics]) -> list[tuple[str, ...]]:
 
 
 def logit_rows(metrics: Iterable[OutputMetrics]) -> list[tuple[str, ...]]:
-    """Return the table of what only logits have, with its heading; the heading alone where there are none."""
+    """Return the table of metrics that only logits have, with its heading; only that without logits."""
     rows: list[tuple[str, ...]] = [("state", "output", "KL in nats", "top-1 equal", "top-5 equal")]
     for row in metrics:
         if row.kl is None and row.top1 is None and row.top5 is None:
@@ -134,15 +134,17 @@ def generated_rows(generated: Iterable[Generated]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("state", "prompt", "equal", "first difference")]
     for run in generated:
         total = max(len(run.reference), len(run.candidate))
-        said = ""
+        difference = ""
         if run.equal < total:
             wanted, seen = (
                 str(tokens[run.equal]) if run.equal < len(tokens) else "the end"
                 for tokens in (run.reference, run.candidate)
             )
-            said = f"token {run.equal + 1}: reference {wanted}, candidate {seen}"
-            said += ", a tie of the reference" if run.tie else ""
-        rows.append((printable(run.state), plural(len(run.prompt), "token"), f"{run.equal} of {total}", said))
+            difference = f"token {run.equal + 1}: reference {wanted}, candidate {seen}"
+            difference += ", a tie of the reference" if run.tie else ""
+        rows.append(
+            (printable(run.state), plural(len(run.prompt), "token"), f"{run.equal} of {total}", difference)
+        )
     return rows
 
 
@@ -150,9 +152,9 @@ def _percent(part: float | None) -> str:
     return f"{part:.2%}" if part is not None and math.isfinite(part) else number(part)
 
 
-def _described(path: Any, said: list[str]) -> str:
+def _described(path: Any, details: list[str]) -> str:
     name = printable(path or "unnamed")
-    return f"{name} ({', '.join(said)})" if said else name
+    return f"{name} ({', '.join(details)})" if details else name
 
 
 def _texts(mapping: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
@@ -164,12 +166,12 @@ def _short(sha: object) -> str:
 
 
 def _adapter(adapter: Mapping[str, Any]) -> str:
-    said: list[str] = []
+    details: list[str] = []
     if sha := _short(adapter.get("sha256")):
-        said.append(f"sha256 {sha}")
+        details.append(f"sha256 {sha}")
     if adapter.get("modules") is not None:
-        said.append(plural(int(adapter["modules"]), "module"))
+        details.append(plural(int(adapter["modules"]), "module"))
     if scaling := adapter.get("scaling"):
         low, high = min(scaling), max(scaling)
-        said.append(f"scaling {low:g}" if low == high else f"scaling {low:g} to {high:g}")
-    return _described(adapter.get("name"), said)
+        details.append(f"scaling {low:g}" if low == high else f"scaling {low:g} to {high:g}")
+    return _described(adapter.get("name"), details)

@@ -1,1 +1,1 @@
-"""What speaks against a place that was found."""
+"""Look for evidence against a site that was found."""

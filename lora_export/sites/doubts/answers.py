@@ -1,14 +1,14 @@
 """Tell that a tool may have computed a call of a module, and put the answer into the graph as a constant.
 
 Optimisers (onnxsim, onnxslim, ONNX Runtime) compute every node whose inputs are constants. A module that is
-called on its input and on a table of the model's (DeBERTa's positions) then has its weight in the graph for
-one call and an answer for the other; the answer would stay as it is. Nothing in the graph says what an answer
-was computed from, so a constant is a suspect where
+called on its input and on a table of the model (DeBERTa's positions) then has its weight in the graph for one
+call and an answer for the other; an adapter would not change the answer. Nothing in the graph tells what an
+answer was computed from, so a constant is a suspect if
 
-1. neither its name nor the exporter's metadata says that it is a parameter; without a checkpoint, where its
+1. neither its name nor the exporter's metadata says that it is a parameter; without a checkpoint, only if its
    name is that of a node's output (``/encoder/layer.0/attention/self/Transpose_6_output_0``);
 2. it has as many values as some calls of the module give, split into heads and repeated as they may be;
-3. it is no mask and no table of sines; and
+3. it is neither a mask nor a table of sines; and
 4. the checkpoint has no parameter with its values: moved, picked, or times a factor.
 """
 
@@ -32,24 +32,24 @@ from lora_export.sites.values.moved import moved_parameters
 
 # TorchScript's name for the output of a node that computes something.
 _OUTPUT = re.compile(r"/(?:[^/]+/)*(?!Constant)[^/]+_output_\d+")
-# Its name for what it computed itself, which is never a product of matrices (`constant_fold.cpp` of torch's
+# Its name for a value that it computed itself, never a product of matrices (`constant_fold.cpp` of torch's
 # passes/onnx lists the operators).
 _FOLDED = re.compile(r"onnx::\w+_\d+")
-# A mask has two values, or three.
+# Largest number of different values in a mask.
 _FEW = 4
-# Positions that a table of sines has at least, and what its rule leaves of it by rounding.
+# Least number of positions in a table of sines, and largest deviation from its rule by rounding.
 _POSITIONS, _SINES = 4, 5e-3
-# How far along each axis a constant of as many dimensions is read to tell that.
+# Number of values along each axis that are read first, by the number of dimensions.
 _CORNER = (1, 65536, 256, 64, 16)
 
 
 def computed_answers(
     sites: Sequence[Site], uses: Sequence[Use], base: BaseWeights | None
 ) -> Mapping[int, str]:
-    """Return identity of a target → why a constant may be an answer of its module.
+    """Return identity of a target → reason why a constant may be an answer of its module.
 
     Args:
-        sites: Where the weights of an adapter were found.
+        sites: Sites of an adapter's targets.
         uses: All uses of constants in the graph.
         base: The checkpoint, whose parameters explain constants.
     """
@@ -82,7 +82,7 @@ def _outputs(site: Site) -> int:
 
 
 def _is_suspect(use: Use, outputs: Iterable[int], base: BaseWeights | None) -> bool:
-    """Rules 1 to 3."""
+    """Return True if rules 1 to 3 make a use's constant a suspect."""
     root, name = use.root, weight_name(use)
     tensor = root.const_value
     if tensor is None or tensor.dtype not in FLOAT_TYPES or use.quantised or use.slot.kind == "conv":
@@ -107,19 +107,20 @@ def _shape(use: Use) -> tuple[int, ...]:
 
 
 def _is_multiple(use: Use, size: int) -> bool:
-    """Rule 2."""
+    """Return True if a constant has a multiple of ``size`` values (rule 2)."""
     count = math.prod(_shape(use))
     return count > 0 and count % size == 0
 
 
 def _is_lookup(name: str, use: Use) -> bool:
-    """Whether the name says that rows were picked from a table, by a module of its own."""
+    """Return True if the name says that rows were picked from a table, by a module of its own."""
     return name.rpartition("/")[2].startswith("Gather") and module_of(use.node) != path_in(name)
 
 
 def _is_plain(values: Array) -> bool:
-    """Rule 3: whether the values are no weights' doing."""
-    # A corner first: most constants are told from it, and a table of embeddings in float64 takes gigabytes.
+    """Return True if the values can't come from weights (rule 3)."""
+    # A corner comes first: it decides for most constants, and a table of embeddings in float64 takes
+    # gigabytes.
     corner = values[(slice(_CORNER[min(values.ndim, len(_CORNER) - 1)]),) * values.ndim]
     if len(np.unique(corner)) <= _FEW:
         return len(np.unique(values)) <= _FEW
@@ -132,9 +133,9 @@ def _is_plain(values: Array) -> bool:
 
 
 def _are_sines(values: Array) -> bool:
-    """Whether each column is ``a·sin(f·p + b)``: its neighbours' sum is ``2·cos(f)`` times itself.
+    """Return True if each column is ``a·sin(f·p + b)``: its neighbours' sum is ``2·cos(f)`` times itself.
 
-    The row of the padding token is set to zeros (M2M100, XGLM): it is no position.
+    The row of the padding token is set to zeros (M2M100, XGLM), because it is not a position.
     """
     if len(values) < _POSITIONS:
         return False

@@ -1,14 +1,14 @@
 """Tell whether a constant is a module's parameter as an exporter writes it, or may have been changed since.
 
 Tools that optimise graphs multiply factors and norms into a constant and keep the module's name, on the node
-or in the constant's new name. So a place is believed by name only where
+or in the constant's new name. So a site is believed by name only if
 
-1. the constant has the parameter's own path, alone or with what an exporter is known to append, or is said to
-   be that parameter transposed (``folded_from``, ``onnx::MatMul_12``); and
-2. the product that reads it says what module it is, by metadata or by a path in its name, as every exporter
-   known here writes one of the two: into a Gemm's or a convolution's constant exporters fold a batch norm
-   without a new name, and tools that smooth or permute a MatMul's constant keep its name;
-   and it is not the weight of a norm in a graph of onnxruntime-genai's builder, which adds 1 to some.
+1. the constant has the parameter's own path, alone or with a suffix that an exporter is known to append, or
+   by its name is that parameter transposed (``folded_from``, ``onnx::MatMul_12``); and
+2. the product that reads it names its module, by metadata or by a path in its name. Every exporter known here
+   writes one of the two. Without them, exporters may have folded a batch norm into a Gemm's or a
+   convolution's constant without a new name, and tools that smooth or permute a MatMul's constant keep its
+   name; and it is not the weight of a norm in a graph of onnxruntime-genai's builder, which adds 1 to some.
 
 Everything else is a doubt, which the checkpoint's values can settle.
 """
@@ -33,14 +33,14 @@ from lora_export.sites.slot import Use
 from lora_export.sites.target import Part, Target
 
 _RULE = "pkg.onnxscript.rewriter.rule_name"
-# Another module's parameter: exporters keep one of two that are tied or equal.
+# Evidence from another module's parameter: exporters keep one of two that are tied or equal.
 _PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)+")
-# The TorchScript exporter's name for a parameter that it transposed, which only a MatMul needs.
+# Name that the TorchScript exporter gives to a parameter that it transposed, which only a MatMul needs.
 _TRANSPOSED = re.compile(r"onnx::MatMul_\d+")
 # onnxruntime-genai's builder (``models/builders/base.py``: ``layernorm_attrs["add_offset"]``).
 _GENAI_NORM = re.compile(r"norm/(Skip)?LayerNorm(/|$)")
 _QUANTISED = re.compile(r"(_DQ)?(_Q\d\w*|_Bnb4|_quantized)$")
-# Names that tools are known to give, and what they do to the values.
+# Names that tools are known to give, and what the tools did to the values.
 _TOOLS = (
     (
         re.compile(r"Conv(Bn|Mul|Add)Fusion_|MatMulBn\w*_"),
@@ -55,16 +55,16 @@ _TOOLS = (
 
 
 def is_path(path: str) -> bool:
-    """Whether a text is a path of modules, with dots, and no tool is known to have made it."""
+    """Return True if a text is a path of modules, with dots, and no tool is known to have made it."""
     return _PATH.fullmatch(path) is not None and not any(tool.search(path) for tool, _ in _TOOLS)
 
 
 def doubt_of(target: Target, part: Part, source: str, key: str) -> str:
-    """Return why a constant may hold other values than a parameter, or an empty string.
+    """Return the reason why a constant may hold other values than a parameter, or an empty string.
 
     Args:
         target: The parameter.
-        part: Where it was found by name.
+        part: Constant in which it was found by name.
         source: Kind of evidence.
         key: The parameter's path in the graph.
     """
@@ -91,7 +91,7 @@ def doubt_of(target: Target, part: Part, source: str, key: str) -> str:
 
 
 def _nameless_product(use: Use) -> str:
-    """Return what may hide in the constant of a product that says no module; empty for other nodes."""
+    """Return what may be hidden in the constant of a product that names no module; empty for other nodes."""
     if module_of(use.node) is not None:
         return ""
     operator = operator_named(use.node.op_type)
@@ -112,9 +112,9 @@ def _is_own_name(target: Target, use: Use, key: str) -> bool:
 
 
 def is_transposed_constant(name: str) -> bool:
-    """Whether a constant is one that the TorchScript exporter made of a Linear's weight for a MatMul.
+    """Return True if the TorchScript exporter made a constant from a Linear's weight for a MatMul.
 
-    It computes whatever constants allow: a factor that the model puts on the weight lies in it as well.
+    It computes all that depends on constants only, so a factor of the model on the weight is in it as well.
     """
     return _TRANSPOSED.fullmatch(_QUANTISED.sub("", name)) is not None
 
@@ -125,7 +125,7 @@ def _what(name: str) -> str:
 
 
 def nameless(target: Target, uses: Sequence[Use]) -> list[str]:
-    """Return some constants of a target's shape that neither they nor their nodes give a module's name."""
+    """Return some constants of a target's shape for which neither they nor their nodes name a module."""
     found: dict[str, None] = {}
     for use in uses:
         if use.quantised or not fit.accepts(target, use) or isinstance(fit.place(target, use), Refusal):

@@ -1,7 +1,7 @@
-"""No two targets of an adapter have one place, but for whole copies of one parameter that say the same.
+"""Refuse targets of an adapter that have the same site, except equal whole copies of one parameter.
 
 A parameter that a model has under two names (``cls.predictions.bias`` and ``cls.predictions.decoder.bias`` of
-BERT) lies under both in the file of a trainer that stores whole modules, and only once in a graph.
+BERT) is under both in the file of a trainer that stores whole modules, and only once in a graph.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lora_export.storage.patch import Placement
 
 
 def without_conflicts(sites: Sequence[Site], misses: Sequence[Miss]) -> tuple[list[Site], list[Miss]]:
-    """Return the sites that are alone in their places, and of the others why they are lost."""
+    """Return the sites that no other target has, and for the others misses with the reason."""
     alone, lost = _equal_copies_once(sites, misses)
     clashes = _clashes(alone)
     lost += [Miss(site.target, Refusal("double", clashes[id(site)])) for site in alone if id(site) in clashes]
@@ -25,7 +25,7 @@ def without_conflicts(sites: Sequence[Site], misses: Sequence[Miss]) -> tuple[li
 
 
 def _clashes(sites: Iterable[Site]) -> dict[int, str]:
-    """Return identity of a site → which other one changes the same values."""
+    """Return identity of a site → reason that names another site with the same values."""
     places: dict[tuple[str, int, int], list[tuple[int, int, Site]]] = defaultdict(list)
     for site in sites:
         for part in site.parts:
@@ -43,7 +43,7 @@ def _clashes(sites: Iterable[Site]) -> dict[int, str]:
 
 
 def _equal_copies_once(sites: Sequence[Site], misses: Sequence[Miss]) -> tuple[list[Site], list[Miss]]:
-    """Let the first of equal copies of one parameter stand for the others, found there or not at all."""
+    """Let the first of equal copies of one parameter stand for those at the same site or without one."""
     kept: dict[object, Site] = {}
     for site in sites:
         place: object = _where(site) if site.target.action == "replace" else id(site)
@@ -67,10 +67,10 @@ def _with_copy(site: Site, copy: Target) -> Site:
 
 
 def _is_copy(miss: Miss, placed: Target) -> bool:
-    """Whether a whole copy that is nowhere in the graph is of a parameter that has its place there.
+    """Return True if a whole copy that was not found is of a parameter that was.
 
-    A module has the parameter of a module below it under its own name as well, and random values that are
-    equal to the bit are no coincidence. Those of a constant are.
+    A module may have the parameter of a module below it under its own name as well. Random values that are
+    equal to the bit prove it; constant ones don't.
     """
     if miss.kind not in ("not found", "nameless") or not miss.target.action == placed.action == "replace":
         return False
@@ -83,7 +83,7 @@ def _is_copy(miss: Miss, placed: Target) -> bool:
 
 
 def _where(site: Site) -> tuple[object, ...]:
-    """Return what two targets have in common that change the same values for the same readers."""
+    """Return a key that is equal for targets that change the same values for the same readers."""
     return tuple((*map(id, part.uses), *map(_span, part.placements)) for part in site.parts)
 
 

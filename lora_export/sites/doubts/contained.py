@@ -1,7 +1,7 @@
-"""Tell that a graph contains an adapter: an adapter's layers, or its product, stand beside the weights.
+"""Tell whether a graph contains an adapter already: an adapter's layers, or its product, beside the weights.
 
-PEFT puts ``lora_A``, ``lora_B`` and ``base_layer`` in a layer's place, so an export of a model whose adapter
-is not merged has them in its names. Adding an adapter to such a graph would count it twice.
+PEFT replaces a layer by ``lora_A``, ``lora_B`` and ``base_layer``, so an export of a model whose adapter is
+not merged has them in its names. An adapter added to such a graph would count twice.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from lora_export.sites.target import Site
 _VIEWS = {"Reshape", "Identity", "Cast", "Flatten", "Squeeze", "Unsqueeze"}
 _SCALED = _VIEWS | {"Mul", "Div", "Transpose", "Dropout"}
 _SUMMED = _VIEWS | {"Add"}
-# A bias and a change of shape may lie between the two products and their sum.
+# A bias and a change of shape may be between the two products and their sum.
 _STEPS = 4
 
 
 def adapter_names(graph: GraphFile) -> list[str]:
-    """Return some of the names in a graph that only an adapter's layers have, or nothing."""
+    """Return some of the names in a graph that only an adapter's layers have, or an empty list."""
     return adapters_among(_names(graph))
 
 
@@ -47,10 +47,10 @@ def _node_names(node: ir.Node) -> Iterator[str]:
 
 
 def branch_beside(site: Site) -> str:
-    """Say where a product of two constants is added to a module's own product, or return an empty string.
+    """Return a reason if a product of two constants is added to a module's own product, or an empty string.
 
-    That is an adapter's branch, whose names are gone or were never an adapter's, unless the nodes say that it
-    is another module's.
+    Such a product is an adapter's branch without an adapter's names, unless the nodes say that it belongs to
+    another module.
     """
     for use in (use for part in site.parts for use in part.uses):
         x = _through(use.node.inputs[1 if site.target.kind == "embedding" else 0], _VIEWS)
@@ -70,7 +70,7 @@ def branch_beside(site: Site) -> str:
 
 
 def _addends(node: ir.Node) -> Iterator[ir.Value]:
-    """Yield what is added to a node's product before anything else is done with it."""
+    """Yield the values that are added to a node's product before anything else is done with it."""
     if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
         yield node.inputs[2]
     front = [node.outputs[0]]
@@ -86,7 +86,7 @@ def _addends(node: ir.Node) -> Iterator[ir.Value]:
 
 
 def _product(value: ir.Value | None) -> ir.Node | None:
-    """Return the product of an activation and a constant that a value is, but for factors."""
+    """Return the product of an activation and a constant that makes a value, apart from factors, or None."""
     while value is not None and (maker := value.producer()) is not None:
         operator = operator_named(maker.op_type)
         if operator and operator.weight is not None:

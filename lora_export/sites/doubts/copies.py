@@ -1,13 +1,13 @@
-"""Tell that a module's weight is in a graph once more, for another call of the module.
+"""Tell whether a module's weight is in a graph once more, for another call of the module.
 
 A module that is called twice has one weight in PyTorch. In a graph it may have several: a Linear that is
-called on a matrix and on a batch of them becomes a Gemm with the weight and a MatMul with a transposed copy;
-tools fold a factor or a norm into one call's weight, pack it with others (Attention), or quantise it. To
-change one of them would change part of the module. A constant is another call's where
+called on a matrix and on a batch of matrices becomes a Gemm with the weight and a MatMul with a transposed
+copy; tools fold a factor or a norm into one call's weight, pack it with others (Attention), or quantise it.
+Changing only one of them would change the module for some calls. A constant belongs to another call if
 
 1. the exporter says that it was computed from the weight;
 2. its own name or its node's is the module's, and it has the weight's shape; or
-3. no name says whose it is, and it holds the weight's values: as they are, times a factor for each row,
+3. no name tells its module, and it holds the weight's values: as they are, times a factor for each row,
    among others, or as a quantiser's codes.
 """
 
@@ -32,18 +32,18 @@ from lora_export.sites.values.codes import canonical_shape, rows_of
 from lora_export.sites.values.fingerprints import find_places
 from lora_export.sites.values.verify import canonical_rows, search
 
-# What makes all calls of a module share its weight.
+# Remedy that makes all calls of a module share its weight.
 REMEDY = (
     "give the graph as torch.onnx.export(..., dynamo=True, optimize=False) writes it, and run simplifiers "
     "and other tools on what is written here"
 )
 _CALL = re.compile(r"_\d+(?=\.|$)")
-# What simplifiers call the result of a node that they have computed.
+# Name that simplifiers give to the result of a node that they have computed.
 _OUTPUT = "_output_0"
-# A parameter's path in a constant's name, with what ONNX Runtime puts around it.
+# A parameter's path in a constant's name, with the text that ONNX Runtime puts around it.
 _PARAMETER = re.compile(r"(?:(?:Conv|MatMul)\w*?_[WB]_)?((?:[A-Za-z0-9_]\w*\.)+(?:weight|bias))(?![A-Za-z])")
 _WEIGHTS = ("linear", "conv", "embedding")
-# Rows that a quantised weight is known again by, and their least cosine: that of 4-bit codes is 0.99.
+# Number of rows by which a quantised weight is recognised, and their least cosine; 4-bit codes have 0.99.
 _ROWS, _ALIKE = 8, 0.9
 
 
@@ -57,7 +57,7 @@ def computed_parameters(constants: Iterable[ir.Value]) -> Mapping[str, Sequence[
 
 
 def computed_result(key: str, constants: Iterable[ir.Value]) -> str:
-    """Return the name of a constant that was computed from a parameter, what its module gives, or ""."""
+    """Return the name of a constant that is the computed result of a parameter's module, or ""."""
     module = key.rpartition(".")[0]
     for constant in constants:
         name = str(constant.name)
@@ -69,7 +69,7 @@ def computed_result(key: str, constants: Iterable[ir.Value]) -> str:
 
 
 def _is_end(one: str, other: str) -> bool:
-    """Whether one of two paths ends in the other."""
+    """Return True if one of two paths ends in the other."""
     return bool(one and other) and (f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}"))
 
 
@@ -79,12 +79,12 @@ def other_calls(
     computed: Mapping[str, Sequence[ir.Value]],
     modules: Set[str],
 ) -> Mapping[int, str]:
-    """Return identity of a target → which other constant stands for a call of its module.
+    """Return identity of a target → reason that names another constant for a call of its module.
 
     Args:
-        sites: Where the weights of an adapter were found.
+        sites: Sites of an adapter's targets.
         uses: All uses in the graph.
-        computed: Of `computed_parameters`.
+        computed: Result of `computed_parameters`.
         modules: Paths that are known to be modules of their own, not numbered calls of others.
     """
     mine = {id(part.root) for site in sites for part in site.parts}
@@ -104,7 +104,7 @@ def other_calls(
 
 
 def _computed(site: Site, computed: Mapping[str, Sequence[ir.Value]]) -> str:
-    """Rule 1."""
+    """Apply rule 1; return the reason, or an empty string."""
     mine = {id(part.root) for part in site.parts}
     for key in site.keys:
         for constant in computed.get(key, ()):
@@ -117,7 +117,7 @@ def _computed(site: Site, computed: Mapping[str, Sequence[ir.Value]]) -> str:
 
 
 def _named(site: Site, rest: Sequence[Use], modules: Set[str]) -> str:
-    """Rule 2."""
+    """Apply rule 2; return the reason, or an empty string."""
     if len(site.keys) != 1 or site.target.held_turned is not None or site.target.experts > 1:
         return ""
     path, _, leaf = site.keys[0].rpartition(".")
@@ -125,27 +125,27 @@ def _named(site: Site, rest: Sequence[Use], modules: Set[str]) -> str:
     calls = {call if call in modules else _CALL.sub("", call) for call in calls}
     tables = {use.slot.kind == "embedding" for part in site.parts for use in part.uses}
     for use in rest:
-        # A table and a matrix of the same values are two modules that are tied.
+        # A table and a matrix of the same values are two tied modules.
         if canonical_shape(use) != site.target.matrix or (use.slot.kind == "embedding") not in tables:
             continue
         module = module_of(use.node)
         is_call = not module or _CALL.sub("", module) in calls
         if named := named_parameters(use):
-            # Exporters keep one name for modules whose weights are equal: the node tells whose it is.
+            # Exporters keep one name for modules whose weights are equal, so the node tells the module.
             own = site.keys[0] in named and (is_call or f"{path}.".startswith(f"{module}."))
         else:
             own = module == path and not reads_another(use, path, leaf)
             if not own and module and module not in modules and is_call:
                 # ``fc_1`` may be a second call of ``fc``, or a module of that name.
                 own = holds_rows(site, use) is not False
-        # What was found by its values outvotes a name.
+        # A site that was found by values outvotes a name.
         if own and (site.evidence != "content" or holds_rows(site, use) is not False):
             return _in_the_graph_again(use)
     return ""
 
 
 def _copied(sites: Sequence[Site], uses: Sequence[Use]) -> Mapping[int, str]:
-    """Rule 3, for floats."""
+    """Apply rule 3 to floats; return identity of a target → reason."""
     if not uses:
         return {}
     weights = {id(site.target): _weight(site) for site in sites if site.evidence != "content"}
@@ -157,7 +157,7 @@ def _copied(sites: Sequence[Site], uses: Sequence[Use]) -> Mapping[int, str]:
     for key, site in sought.items():
         for use in uses:
             offsets = places.get(key, {}).get((id(use.root), use.transposed), ())
-            # All zeros tell nothing: freshly made layers are alike.
+            # Zeros tell nothing, because all new layers have them.
             if offsets and np.any(held[key][0]) and any(search(site.target, use, held[key][0], offsets)):
                 found[key] = _in_the_graph_again(use)
                 break
@@ -167,7 +167,7 @@ def _copied(sites: Sequence[Site], uses: Sequence[Use]) -> Mapping[int, str]:
 
 
 def _weight(site: Site) -> list[Array]:
-    """Return the stored weight of a site in canonical orientation, or nothing where it is quantised."""
+    """Return the stored weight of a site in canonical orientation, or an empty list if it is quantised."""
     if any(use.quantised for part in site.parts for use in part.uses):
         return []
     rows = [(placement.rows, part, placement) for part in site.parts for placement in part.placements]
@@ -180,9 +180,9 @@ def _weight(site: Site) -> list[Array]:
 
 
 def _quantised(sites: Sequence[Site], nameless: Sequence[Use]) -> Mapping[int, str]:
-    """Rule 3, where the site or the other constant holds codes."""
+    """Apply rule 3 if the site or the other constant holds codes; return identity of a target → reason."""
     found = {}
-    # Each constant's are read once, however many sites have its shape.
+    # Rows of each constant are read once, however many sites have its shape.
     rows = cache(_sampled)
     for site in sites:
         (first, *_) = site.parts[0].uses
@@ -199,17 +199,17 @@ def _quantised(sites: Sequence[Site], nameless: Sequence[Use]) -> Mapping[int, s
 
 
 def _sampled(use: Use) -> Array | None:
-    """Return some rows of a weight, evenly spaced; None where they can't be read."""
+    """Return some rows of a weight, evenly spaced; None if they can't be read."""
     return rows_of(use, np.unique(np.linspace(0, canonical_shape(use)[0] - 1, _ROWS).astype(int)))
 
 
 def holds_rows(site: Site, other: Use, sampled: Callable[[Use], Array | None] = _sampled) -> bool | None:
-    """Whether some rows of a constant are the site's, up to a factor each; None where that can't be read.
+    """Return True if some rows of a constant are the site's, up to a factor each; None if they can't be read.
 
     Args:
         site: The site.
         other: A use of the constant, which has the shape of the site's weight.
-        sampled: Reads the rows.
+        sampled: Function that reads the rows.
     """
     use = site.parts[0].uses[0]
     if canonical_shape(use) != site.target.matrix:
@@ -225,12 +225,12 @@ def _are_alike(one: Array, other: Array) -> bool:
 
 
 def is_nameless(use: Use) -> bool:
-    """Whether neither a constant's name nor its node says what it belongs to."""
+    """Return True if neither a constant's name nor its node names a module."""
     return not named_parameters(use) and not module_of(use.node)
 
 
 def named_parameters(use: Use) -> list[str]:
-    """Return the parameters that a constant's name says it is made of."""
+    """Return the parameters in a constant's name."""
     names = (weight_path(name) for name in (weight_name(use), *folded_from(use.root)))
     return [match[1] for name in names if (match := _PARAMETER.match(name))]
 

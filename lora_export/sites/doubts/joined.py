@@ -1,15 +1,15 @@
-"""Tell that a tool may have joined a module with a copy of it: two modules of the checkpoint, one place.
+"""Tell whether a tool may have joined a module with a copy of it: two modules of the checkpoint, one site.
 
 Copies of a network (policy and reference, online and target network) and cloned heads hold equal values
 until they are trained. Optimisers join two calls of equal weights on one input into one node that feeds both,
-and to change its weight for one of the copies would change the other. The graph is then that of a model which
+and changing its weight for one of the copies would change the other. The graph is then that of a model which
 calls one module and uses its answer twice. The checkpoint tells them apart: it has another parameter with the
-target's values, and the graph has no place of its own for it. Such a place is
+target's values, and the graph has no site of its own for it. Such a site is
 
-1. a use of a matrix, not the target's, that names say is the other parameter's; or
-2. one that no name says of whose it is, with the same values.
+1. a use of a matrix, not the target's, that belongs to the other parameter by its name; or
+2. one without a module's name, with the same values.
 
-That the copy keeps a place for one call and lost it for another is not seen. Without a checkpoint one thing
+A copy that has a site for one call and lost it for another is not noticed. Without a checkpoint one thing
 shows:
 
 3. The copies' biases differ: each is added to the one product, and one is of a module that has no weight.
@@ -42,12 +42,12 @@ Evidence = Mapping[str, Mapping[str, Sequence[Use]]]
 def joined_copies(
     sites: Sequence[Site], uses: Sequence[Use], evidence: Evidence, weight_of: WeightOf
 ) -> Mapping[int, tuple[str, str]]:
-    """Return identity of a target → why its place may be a copy's as well, and what to do.
+    """Return identity of a target → reason why its site may be a copy's as well, and a hint.
 
     Args:
-        sites: Where the weights of an adapter were found.
+        sites: Sites of an adapter's targets.
         uses: All uses in the graph.
-        evidence: Of `evidence.collect`.
+        evidence: Result of `evidence.collect`.
         weight_of: The checkpoint.
     """
     found: dict[int, tuple[str, str]] = {}
@@ -70,7 +70,7 @@ def joined_copies(
 def copies_with_biases(
     sites: Sequence[Site], uses: Sequence[Use], evidence: Evidence
 ) -> Mapping[int, tuple[str, str]]:
-    """Return identity of a target → why its product is a copy's as well (rule 3), and what to do."""
+    """Return identity of a target → reason why its product is a copy's as well (rule 3), and a hint."""
     biases = [use for use in uses if use.node.op_type == "Add" and use.slot.kind == "vector"]
     found: dict[int, tuple[str, str]] = {}
     for site in sites:
@@ -93,13 +93,13 @@ def copies_with_biases(
 
 
 def _dtype(site: Site) -> Any:
-    """Return what the checkpoint's values were rounded to in the graph."""
+    """Return the dtype to which the checkpoint's values were rounded in the graph."""
     tensor = site.parts[0].root.const_value
     return tensor.dtype.numpy() if tensor is not None and tensor.dtype in FLOAT_TYPES else np.float32
 
 
 def _has_place(own: str, other: str, site: Site, evidence: Evidence) -> bool:
-    """Rule 1."""
+    """Return True if names give another parameter a site of its own (rule 1)."""
     mine = {id(use) for part in site.parts for use in part.uses}
     for key in _in_graph(own, other, site.keys):
         for variant in (*names.variants(key), *names.per_expert(key, site.target.experts)):
@@ -112,7 +112,7 @@ def _has_place(own: str, other: str, site: Site, evidence: Evidence) -> bool:
 
 
 def _in_graph(own: str, other: str, keys: Sequence[str]) -> Iterator[str]:
-    """Yield what a parameter of the checkpoint may be called in the graph, by what the target is called."""
+    """Yield names that a parameter of the checkpoint may have in the graph, by the target's names."""
     yield other
     for key in keys:
         if key.endswith(f".{own}"):
@@ -123,7 +123,7 @@ def _in_graph(own: str, other: str, keys: Sequence[str]) -> Iterator[str]:
 
 
 def _named(key: str, evidence: Evidence) -> Iterator[Use]:
-    """Yield the uses of matrices that names say are a parameter's; the node's outvote the constant's."""
+    """Yield the uses of matrices that belong to a parameter by name; the node's outvotes the constant's."""
     path = key.rpartition(".")[0]
     for source, table in evidence.items():
         for use in table.get(key, ()):
@@ -135,7 +135,7 @@ def _named(key: str, evidence: Evidence) -> Iterator[Use]:
 
 
 def _nameless_places(site: Site, uses: Sequence[Use], enough: int) -> int:
-    """Rule 2: return how many there are, up to a number that is enough."""
+    """Count the uses of rule 2, up to ``enough``."""
     mine = {id(use) for part in site.parts for use in part.uses}
     count = 0
     for use in uses:

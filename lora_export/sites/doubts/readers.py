@@ -1,4 +1,4 @@
-"""Who reads a weight: what tells one module's uses of a constant from another's."""
+"""Distinguish the readers of a weight: one module's uses of a constant from another's."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from lora_export.sites.target import Part, Site, Target
 
 
 def module_of(node: ir.Node) -> str | None:
-    """Module path of a node by its metadata or its name; None where the exporter left neither."""
+    """Return the module path of a node by its metadata or its name; None if the exporter left neither."""
     path = scope_path(node)
     return node_path(node) if path is None else path
 
 
 def reads_another(use: Use, path: str, parameter: str) -> bool:
-    """Whether the constant's own name says that it is another parameter of module ``path``."""
+    """Return True if the constant's own name says that it is another parameter of module ``path``."""
     for name in (str(use.root.name), *folded_from(use.root)):
         module, _, leaf = weight_path(name).rpartition(".")
         if leaf != parameter and (module == path or (module and path.endswith(f".{module}"))):
@@ -36,7 +36,7 @@ def reads_another(use: Use, path: str, parameter: str) -> bool:
 
 
 def foreign_reader(path: str, uses: Sequence[Use]) -> str:
-    """Why a weight with the right name may hold other values, or an empty string."""
+    """Return the reason why a weight with the right name may hold other values, or an empty string."""
     for use in uses:
         reader = module_of(use.node)
         if reader and not is_related(reader, path):
@@ -48,7 +48,7 @@ def foreign_reader(path: str, uses: Sequence[Use]) -> str:
 
 
 def is_related(reader: str, path: str) -> bool:
-    """Whether a node of module ``reader`` may read ``path``'s weight: itself, or a module around it."""
+    """Return True if a node of module ``reader`` may read ``path``'s weight: it is ``path`` or around it."""
     reader_parts, parts = reader.split("."), path.split(".")
     while parts:
         if reader_parts[-len(parts) :] == parts:
@@ -58,10 +58,10 @@ def is_related(reader: str, path: str) -> bool:
 
 
 def doubt(site: Site, path: str, source: str, uses: Sequence[Use]) -> str:
-    """Why it is not sure which readers of a constant are the module's, or an empty string.
+    """Return the reason why it is not certain which readers of a constant are the module's, or "".
 
     Args:
-        site: What was found.
+        site: Site that was found.
         path: The module's path in the graph.
         source: Kind of evidence.
         uses: All uses in the graph.
@@ -74,7 +74,7 @@ def doubt(site: Site, path: str, source: str, uses: Sequence[Use]) -> str:
 
 
 def repeated_calls(site: Site, path: str, source: str) -> str:
-    """Say which nodes of other names were taken for further calls of the module."""
+    """Return a note on the nodes of other names that were taken for further calls of the module, or ""."""
     if source != NODE_NAME:
         return ""
     modules = {module_of(use.node) for part in site.parts for use in part.uses}
@@ -83,7 +83,7 @@ def repeated_calls(site: Site, path: str, source: str) -> str:
 
 
 def _unclear(part: Part, source: str) -> str:
-    """A weight's name does not tell which of its readers is the module: exporters merge equal weights."""
+    """Return a reason if a weight found by name has several readers: exporters merge equal weights."""
     nodes = {id(use.node): use.node for use in part.uses}.values()
     if len(nodes) < 2 or source not in (FOLDED, WEIGHT_NAME):
         return ""
@@ -98,14 +98,14 @@ def _unclear(part: Part, source: str) -> str:
 
 
 def _stranger(part: Part, path: str, uses: Sequence[Use]) -> str:
-    """A reader that may be the module's own, not understood: it would keep the old values."""
+    """Return a reason if another reader may be the module's own: it would keep the old values."""
     mine = {(id(use.node), use.slot.index) for use in part.uses}
     kinds = {use.slot.kind for use in part.uses}
     for use in uses:
         if use.root is not part.root or (id(use.node), use.slot.index) in mine:
             continue
         module = module_of(use.node)
-        # A tied weight: one reader is a table, the other a matrix, so they are different modules.
+        # If one reader is a table and the other a matrix, they are different modules with a tied weight.
         tied = {*kinds, use.slot.kind} == {"embedding", "linear"} and not use.refusal
         if module == path or (module is None and not tied):
             return f"is also read by {use.node.op_type}, which can't be told from the module's own use"
@@ -113,14 +113,15 @@ def _stranger(part: Part, path: str, uses: Sequence[Use]) -> str:
 
 
 def folded_into_conv(target: Target, part: Part) -> bool:
-    """Whether a convolution's weight or bias was computed by the exporter: a batch norm may be in it.
+    """Return True if a convolution's weight or bias was computed by the exporter: a batch norm may be in it.
 
-    Exporters either give the result a name of its own, or keep the name and say that the norm reads it.
+    Exporters either give the result a name of its own, or keep the name, and metadata names the norm as
+    reader.
     """
     operators = [operator_named(use.node.op_type) for use in part.uses]
     if not any(operator and operator.is_convolution for operator in operators):
         return False
-    # A quantiser's suffix says nothing of a norm.
+    # A quantiser's suffix tells nothing about a norm.
     name, parameter = weight_path(str(part.root.name)), target.key.rpartition(".")[2]
     return not name.endswith(f".{parameter}") or any(
         scope_path(use.node) not in (None, name.removesuffix(f".{parameter}")) for use in part.uses

@@ -1,14 +1,14 @@
-"""Tell that a graph has a module's weight in the other orientation as well: the model computes x @ W, too.
+"""Tell whether a graph has a module's weight in the other orientation as well: the model computes x @ W, too.
 
 A Linear computes ``x @ Wᵀ``. A model that multiplies with the same weight from the other side (tied
 autoencoders, attractor networks) has it in a graph twice: as one constant that is read in both orientations,
-or, where an exporter or a tool has computed the transpose, as two. To change one of them would change half of
-what the model does with the weight. Such a product is another use of the weight where
+or, if an exporter or a tool has computed the transpose, as two. Changing only one of them would change half
+of the weight's uses. Such a product is another use of the weight if
 
 1. it reads the constant that is the module's, in the other orientation, unless both are modules of other
    names than the constant (a tool merges equal weights under one name); or
 2. it reads a constant with the transpose of the weight's values, as they are, times a factor for each row, or
-   as a quantiser's codes, which is no other parameter: neither its own name nor its node's module says so.
+   as a quantiser's codes, and neither its own name nor its node's module says that it is another parameter.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from lora_export.sites.target import Part, Site
 from lora_export.sites.values.codes import canonical_shape, rows_of
 from lora_export.sites.values.content import COSINE
 
-# Rows and columns at whose crossings two matrices are compared first, and the least cosine of rows of codes.
+# Number of rows and columns at whose crossings matrices are compared first; least cosine of rows of codes.
 _LINES, _ALIKE = 8, 0.9
 
 
 def other_orientations(sites: Sequence[Site], uses: Sequence[Use], parameters: Set[str]) -> Mapping[int, str]:
-    """Return identity of a target → which product reads its weight in the other orientation.
+    """Return identity of a target → reason that names a product with its weight in the other orientation.
 
     Args:
-        sites: Where the weights of an adapter were found.
+        sites: Sites of an adapter's targets.
         uses: All uses in the graph.
-        parameters: Paths of parameters: by the names of constants, and the checkpoint's.
+        parameters: Paths of parameters, from the names of constants and from the checkpoint.
     """
     products: dict[tuple[int, int], list[Use]] = defaultdict(list)
     readers: dict[int, list[Use]] = defaultdict(list)
@@ -69,7 +69,7 @@ def _is_product(site: Site) -> bool:
 
 
 def _turned_reader(site: Site, readers: Mapping[int, Sequence[Use]]) -> Use | None:
-    """Rule 1."""
+    """Apply rule 1; return the use, or None."""
     for part in site.parts:
         for use in readers.get(id(part.root), ()):
             if use.transposed != part.uses[0].transposed:
@@ -81,14 +81,14 @@ def _turned_reader(site: Site, readers: Mapping[int, Sequence[Use]]) -> Use | No
 
 
 def _is_beside(module: str | None, path: str) -> bool:
-    """Whether a module is another one, and none around ``path``."""
+    """Return True if a module is another one than ``path``, and not around it."""
     return bool(module) and module != path and not f".{path}.".count(f".{module}.")
 
 
 def _turned_copy(
     site: Site, copies: Sequence[Use], parameters: Set[str], crossings: Callable[[Use], Array | None]
 ) -> Use | None:
-    """Rule 2."""
+    """Apply rule 2; return the use, or None."""
     part = site.parts[0]
     mine = part.uses[0]
     for use in copies:
@@ -109,7 +109,7 @@ def _least(one: Use, other: Use) -> float:
 
 
 def _is_module(use: Use, part: Part, keys: Sequence[str], parameters: Set[str]) -> bool:
-    """Whether the node that reads a constant says that it is another module, which has a weight."""
+    """Return True if the node that reads a constant belongs to another module, which has a weight."""
     module = module_of(use.node)
     if not module or module in {module_of(mine.node) for mine in part.uses}:
         return False
@@ -118,7 +118,7 @@ def _is_module(use: Use, part: Part, keys: Sequence[str], parameters: Set[str]) 
 
 
 def _is_end(one: str, other: str) -> bool:
-    """Whether one of two paths ends in the other."""
+    """Return True if one of two paths ends in the other."""
     return f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}")
 
 
@@ -127,7 +127,7 @@ def _lines(count: int) -> Array:
 
 
 def _crossings(use: Use) -> Array | None:
-    """Return the values of a canonical weight where some rows cross some columns."""
+    """Return the values of a canonical weight at the crossings of some rows and columns."""
     assert use.root.const_value is not None
     rows, cols = (_lines(count) for count in canonical_shape(use))
     if use.quantised:
@@ -140,7 +140,7 @@ def _crossings(use: Use) -> Array | None:
 
 
 def _hold_transposes(one: Use, other: Use) -> bool:
-    """Whether some whole rows of a weight are another's columns, up to a factor each."""
+    """Return True if some whole rows of a weight are another's columns, up to a factor each."""
     rows = _lines(canonical_shape(one)[0])
     mine, theirs = rows_of(one, rows), _columns_of(other, rows)
     for use in (one, other):
@@ -158,7 +158,7 @@ def _columns_of(use: Use, columns: Array) -> Array | None:
 
 
 def _are_transposes(one: Array | None, other: Array | None, least: float) -> bool:
-    """Whether the rows of a matrix are another's columns; equal numbers tell nothing."""
+    """Return True if the rows of a matrix are another's columns; equal numbers tell nothing."""
     if one is None or other is None or np.ptp(one) == 0:
         return False
     turned = other.T

@@ -1,1 +1,1 @@
-"""Names of parameters: what they tell, and how they are changed."""
+"""Read and change the names of parameters."""

@@ -1,4 +1,4 @@
-"""Names that only an adapter's layers have: PEFT's, and those of diffusers and kohya."""
+"""Recognise names that only an adapter's layers have: those of PEFT, diffusers and kohya."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable
 
 # A graph's names have dots or slashes between them.
 _LAYER = re.compile(r"(?:^|[./])lora_(?:[ABE]|embedding_[AB]|magnitude_vector|layer|down|up)(?=[./]|$)")
-# The wrapped layer: all that is left in a TorchScript export, or where the adapter was merged inside of it.
-# Of other models it has a parent's name only where it is a block with layers of its own (DLA's).
+# The wrapped layer is all that is left in a TorchScript export, or if the adapter was merged inside of it. In
+# other models a layer of this name is a block with layers of its own (DLA's).
 _WRAPPED = re.compile(r"[./]base_layer(?:\.(?:weight|bias)\w*|/[^./]+)?$")
 _SHOWN = 4
 
 
 def adapters_among(names: Iterable[str]) -> list[str]:
-    """Return some of the names that only an adapter's layers have, or nothing."""
+    """Return some of the names that only an adapter's layers have, or an empty list."""
     found = dict.fromkeys(name for name in names if _LAYER.search(name) or _WRAPPED.search(name))
     return list(found)[:_SHOWN]

@@ -1,13 +1,13 @@
-"""What a graph says about where its weights came from: parameter paths, by kind of evidence.
+"""Collect from a graph the parameter paths of its weights, by kind of evidence.
 
-In the order in which they are to be believed:
+The kinds, the most trusted first:
 
 1. ``scope``: node metadata ``pkg.torch.onnx.name_scopes`` (torch.onnx, dynamo) or
    ``pkg.onnxscript.name_scopes`` (onnxscript's modules, from which mobius builds): the module that called.
 2. ``node name``: ``/model/layers.0/self_attn/q_proj/MatMul`` (TorchScript exporter, genai's builder).
 3. ``folded from``: initializer metadata of onnxscript's optimiser.
-4. ``weight name``: the initializer's own name. Last, because exporters merge weights of equal value under one
-   name, and because a weight keeps its name when a batch norm has been folded into it.
+4. ``weight name``: the initializer's own name. It is the last, because exporters merge weights of equal
+   values under one name, and because a weight keeps its name when a batch norm has been folded into it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 _MODULES = "pkg.onnxscript.name_scopes"
 _CLASSES = "pkg.torch.onnx.class_hierarchy"
 _FOLDED = "pkg.onnxscript.optimizer.folded_from"
-# What builders append to a parameter's name, e.g. `….q_proj.MatMul.weight_Q4`.
+# Suffixes that builders append to a parameter's name, e.g. `….q_proj.MatMul.weight_Q4`.
 _WEIGHT_SUFFIX = re.compile(
     r"(?:\.(?:MatMul|Gemm|Add|LayerNorm))?\.(weight|bias)(?:_DQ)?(?:_Q4|_Q8|_Bnb4|_quantized)?$"
 )
@@ -38,7 +38,7 @@ _WEIGHT_SUFFIX = re.compile(
 _FOLDED_TRANSPOSE = re.compile(r"(?<=\.weight)_t$")
 _PACK = re.compile(r"(.+)__axis_(-?\d+)__concat(?:_t)?")
 _NEXT_OF_PACK = re.compile(r"(?<=\.weight)__|(?<=\.bias)__|(?<=\.weight_t)__")
-# What ONNX Runtime appends to the name of a node that it has fused, e.g. `/fc/MatMul/MatMulAddFusion`.
+# Suffix that ONNX Runtime appends to the name of a node that it has fused, e.g. `/fc/MatMul/MatMulAddFusion`.
 _FUSION = re.compile(r"(/\w*Fusion/?)+$")
 _CALL = re.compile(r"_\d+$")
 
@@ -70,7 +70,7 @@ def _keys(use: Use) -> Iterator[tuple[str, str]]:
 
 
 def weight_name(use: Use) -> str:
-    """Name of the weight; the TorchScript exporter writes ``b.bias = Identity(a.bias)`` for equal values."""
+    """Return the weight's name; TorchScript writes ``b.bias = Identity(a.bias)`` for equal values."""
     for node in reversed(use.chain):
         name = str(node.outputs[0].name)
         if node.op_type == "Identity" and _WEIGHT_SUFFIX.search(name):
@@ -83,7 +83,7 @@ def _join(path: str, parameter: str) -> str:
 
 
 def scope_path(node: ir.Node) -> str | None:
-    """Module path of a node from its metadata.
+    """Return the module path of a node from its metadata.
 
     torch.onnx lists the paths of the modules around it, and last the operator; onnxscript the names of
     modules that make up one path, the first of them empty.
@@ -95,7 +95,7 @@ def scope_path(node: ir.Node) -> str | None:
 
 
 def scope_class(node: ir.Node) -> str | None:
-    """Class of the module of a node by torch.onnx's metadata: ``torch.nn.modules.linear.Linear``."""
+    """Return the class of a node's module by torch.onnx's metadata: ``torch.nn.modules.linear.Linear``."""
     classes = _listed(node, _CLASSES)
     return classes[-2] if len(classes) >= 2 else None
 
@@ -105,12 +105,12 @@ def _listed(node: ir.Node, key: str) -> list[str]:
 
 
 def node_path(node: ir.Node) -> str | None:
-    """Module path from a node name such as ``/seq/seq.0/MatMul``, where ``seq.0`` stands inside ``seq``."""
+    """Return the module path in a node name such as ``/seq/seq.0/MatMul``, where ``seq.0`` is in ``seq``."""
     return path_in(node.name or "")
 
 
 def path_in(name: str) -> str | None:
-    """Module path in a name of the TorchScript exporter's, of a node or of what it gives."""
+    """Return the module path in a name by the TorchScript exporter, of a node or of its output."""
     name = _FUSION.sub("", name)
     if not name.startswith("/"):
         return None
@@ -124,26 +124,26 @@ def path_in(name: str) -> str | None:
 
 
 def folded_from(value: ir.Value) -> list[str]:
-    """Name of the initializer that onnxscript's optimiser folded into this one, if it is one alone."""
+    """Return the initializer that onnxscript's optimiser folded into this one, if it is only one."""
     names = folded_names(value)
     return names if len(names) == 1 else []
 
 
 def computed_from(value: ir.Value) -> list[str]:
-    """Names of all that went into a folded constant, where that is more than one: it is none of them."""
+    """Return the initializers of a folded constant if they are several, so that it is none of them."""
     names = folded_names(value)
     return names if len(names) > 1 else []
 
 
 def folded_names(value: ir.Value) -> list[str]:
-    """Names of the initializers that onnxscript's optimiser computed this one from."""
+    """Return the names of the initializers from which onnxscript's optimiser computed this one."""
     tensor = value.const_value
     text = value.metadata_props.get(_FOLDED) or (tensor.metadata_props.get(_FOLDED) if tensor else None)
     return listed_texts(text, "[({")
 
 
 def weight_path(name: str) -> str:
-    """Parameter path in a weight's name, with a builder's suffixes taken off; of a pack, the fused one's."""
+    """Return the parameter path in a weight's name without builders' suffixes; for packs the fused one's."""
     packed = _packed(name)
     if packed is not None:
         return packed
@@ -153,13 +153,13 @@ def weight_path(name: str) -> str:
 
 
 def _packed(name: str) -> str | None:
-    """Parameter path that a constant of concatenated weights stands for, or None."""
+    """Return the parameter path that a constant of concatenated weights stands for, or None."""
     match = _PACK.fullmatch(name)
     if match is None:
         return None
     parts, axis = _NEXT_OF_PACK.split(match[1]), int(match[2])
     plain = [_FOLDED_TRANSPOSE.sub("", part) for part in parts]
-    # Along the outputs: the rows of weights as they are, the columns of transposed ones.
+    # The axis is that of the outputs: rows of weights as they are, columns of transposed ones.
     transposed = {part != other for part, other in zip(parts, plain, strict=True)}
     if transposed != {axis != 0} or axis not in (0, 1, -1):
         return None
@@ -169,8 +169,8 @@ def _packed(name: str) -> str | None:
 def _add_repeated_calls(found: Mapping[str, dict[str, list[Use]]]) -> None:
     """Add the uses of ``sh_1.weight`` to ``sh.weight``: the TorchScript exporter numbers repeated calls.
 
-    Only where both read the same constant, and no parameter is named ``sh_1.…``: a module may really be
-    called so.
+    Both have to read the same constant, and no parameter may be named ``sh_1.…``, because a module may really
+    be called so.
     """
     table, named = found[NODE_NAME], {key.rpartition(".")[0] for key in found[WEIGHT_NAME]}
     for key in list(table):

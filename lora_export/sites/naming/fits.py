@@ -1,8 +1,8 @@
-"""Which of an adapter's parameters a base knows under each change of prefix, without trying each on each.
+"""Find an adapter's parameters that a base has under each change of prefix, without trying each on each.
 
 A base whose modules all have prefixes of their own has as many changes as modules. So a change is not tried
-on each parameter, but on those below what comes off, or on those that the base has below what comes in front:
-whichever are fewer.
+on each parameter, but on those below the prefix that is removed, or on those that the base has below the
+prefix that is added, whichever are fewer.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from lora_export.sites.naming.names import Prefix, common_form, flatten, per_exp
 
 
 class Below:
-    """Numbered paths, ready to be looked up by what they are below of.
+    """Numbered paths, which can be looked up by the paths above them.
 
     Args:
-        paths: Path and number of each.
-        mark: What separates components: a dot or, flattened, an underscore.
+        paths: Paths with their numbers.
+        mark: Separator of components: a dot or, flattened, an underscore.
     """
 
     def __init__(self, paths: Iterable[tuple[str, int]], mark: str) -> None:
@@ -30,28 +30,28 @@ class Below:
         self.numbers = [number for _, number in ordered]
 
     def span(self, path: str) -> slice:
-        """Return which of `numbers` are below a path; all are below none."""
+        """Return the slice of `numbers` that are below a path; all are below the empty path."""
         if not path:
             return slice(0, len(self.numbers))
         ends = path + self._mark, path + chr(ord(self._mark) + 1)
         return slice(*(bisect_left(self._paths, end) for end in ends))
 
     def count(self, path: str) -> int:
-        """Return how many are below a path."""
+        """Return the number of paths below a path."""
         span = self.span(path)
         return int(span.stop - span.start)
 
 
 class Fits:
-    """An adapter's parameters and a base's, compared.
+    """Comparison of an adapter's parameters with a base's.
 
     Args:
         keys: The adapter's paths; numbered in this order.
-        known: The base's.
-        flattened: The adapter's paths have underscores for dots.
+        known: The base's paths.
+        flattened: True if the adapter's paths have underscores for dots.
 
     Attributes:
-        below: Number of each path, by what it is below of.
+        below: The adapter's paths with their numbers, by the paths above them.
     """
 
     def __init__(self, keys: Sequence[str], known: KnownNames, flattened: bool) -> None:
@@ -62,11 +62,11 @@ class Fits:
 
     @cached_property
     def own(self) -> dict[int, list[str]]:
-        """The parameters that the base knows under their own paths, with the base's paths for them."""
+        """Parameters that the base has under their own paths, with the base's paths for them."""
         return self.under(Prefix())
 
     def under(self, change: Prefix) -> dict[int, list[str]]:
-        """Return the parameters below what comes off that the base knows then, with its paths for them."""
+        """Return the parameters below the removed prefix that the base has then, with its paths for them."""
         if change not in self._found:
             span = self.below.span(change.strip)
             few = self._known.count_below(change.add, self._flattened)
@@ -82,19 +82,19 @@ class Fits:
         return [name] if name is not None and self._known.has(name) else []
 
     def _likely(self, change: Prefix) -> set[int]:
-        """Return the parameters below what comes off that may be one of those that the base has below."""
+        """Return the parameters below the removed prefix that the base may have below the added one."""
         tails = self._known.tails_below(change.add, self._flattened)
         if self._flattened:
             front = f"{change.strip}_" if change.strip else ""
             return {number for tail in tails for number in self._by_form.get(front + flatten(tail), ())}
         front = f"{common_form(change.strip)}." if change.strip else ""
         numbers = {number for tail in tails for number in self._by_form.get(front + tail, ())}
-        # Of a parameter alone, what comes in front tells the module.
+        # For a parameter without a module, the added prefix is the module.
         return numbers.union(self._by_parent.get(change.strip, ()))
 
     @cached_property
     def _by_form(self) -> dict[str, list[int]]:
-        """All names under which a base may have a parameter, as `common_form` writes them → its number."""
+        """Names under which a base may have a parameter, as `common_form` writes them → its number."""
         found: dict[str, list[int]] = defaultdict(list)
         for number, key in enumerate(self._keys):
             if self._flattened:

@@ -1,4 +1,4 @@
-"""The parameter paths of a base, ready to be compared with an adapter's; what a path component may denote."""
+"""Look up parameter paths of a base for comparison with an adapter's, and the meaning of path components."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_export.sites.naming.towers import (
     telling_components,
 )
 
-# Names of submodels that stand beside others of their kind.
+# Names of submodels that are beside others of their kind.
 _SUBMODEL = re.compile(
     r"(?:\w*_)?(?:encoder|decoder|tower|unet|vae|prior|controlnet|generator|discriminator|teacher|student"
     r"|actor|critic|policy|reward|draft|ema)(?:_?\d+)?"
@@ -28,7 +28,7 @@ _SUBMODEL = re.compile(
     r"|visual|vision|\w+_[2-9]"
 )
 # Names of a whole model inside a class with a head, or inside a wrapper: transformers' ``base_model_prefix``
-# of its model classes (5.23), but for those that are one of several submodels, and what wrappers are called.
+# of its model classes (5.23), except those that are one of several submodels, and names of wrappers.
 _OUTER_NAMES = """
     aimv2 albert align audio_spectrogram_transformer auto_model backbone base base_model beit bert bert_model
     biogpt bit blip bridgetower bros canine clap clip clvp convbert convnext convnextv2 cpmant cvt dac
@@ -46,20 +46,20 @@ _OUTER_NAMES = """
 _OUTER = frozenset(_OUTER_NAMES.split())
 _FLAT_OUTER = re.compile(rf"(?:{'|'.join(_OUTER)})(?:_(?:{'|'.join(_OUTER)}))*")
 
-# Of stacked experts, each of which a graph has on its own: how many tell that they are there.
+# Number of experts, each with its own weights in the graph, that prove a stack of experts.
 EXPERTS = 2
-# Changes of prefix for one adapter, and the pairs of names alike that they are found by: what is more is no
-# naming. A tenth of a millisecond, and some microseconds each.
+# Largest numbers of changes of prefix for one adapter, and of pairs of similar names by which they are found;
+# more are not a naming. A change costs a tenth of a millisecond, a pair some microseconds.
 _MOST_CHANGES, _MOST_PAIRS = 2**16, 2**19
 
 
 class KnownNames:
-    """The parameter paths of a base, ready to be compared with.
+    """Parameter paths of a base, prepared for comparison.
 
     Args:
-        names: Dotted paths, wrappers taken off; what is deeper than any parameter's path is none.
-        shape_of: Looks up the shape of one, where it is known.
-        kinds: Returns what else than the names says of the kind of model that the base is, see `towers`.
+        names: Dotted paths without wrappers; those deeper than any parameter's path are ignored.
+        shape_of: Function that looks up the shape of a path; it returns None if that is unknown.
+        kinds: Function that returns the base's kinds of model by other evidence than names, see `towers`.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class KnownNames:
 
     @cached_property
     def kinds(self) -> Kinds:
-        """What kind of model the base is, as far as that is known."""
+        """Kinds of model that the base is, as far as known."""
         return merged_kinds(self._stated(), kinds_of_names(self.names))
 
     @cached_property
@@ -99,7 +99,7 @@ class KnownNames:
 
     @cached_property
     def _by_flat_tail(self) -> dict[str, set[str]]:
-        """Flattened end of a path → what stands in front of it."""
+        """Flattened end of a path → the texts in front of it."""
         tails: dict[str, set[str]] = defaultdict(set)
         for name in self.names:
             parts = name.split(".")
@@ -117,8 +117,8 @@ class KnownNames:
 
     @cached_property
     def _outermost(self) -> tuple[str, ...]:
-        """The first and the last path of the numbered blocks, or where there are none of all."""
-        # By dots alone: exporters number constants without a name (``val_12``).
+        """First and last path of the numbered blocks, or of all paths if there are no blocks."""
+        # Only dots count, because exporters number constants without a name (``val_12``).
         blocks = [name for name in self.names if any(map(str.isdigit, name.split(".")))] or self.names
         return (min(blocks), max(blocks)) if blocks else ()
 
@@ -131,14 +131,14 @@ class KnownNames:
         return ends
 
     def has(self, key: str) -> bool:
-        """Whether the base has a parameter under this path, or under another name of a builder for it."""
+        """Return True if the base has a parameter under this path, or under a builder's name for it."""
         if key in self.names:
             return True
         named = (*variants(key), *per_expert(key, EXPERTS))
         return any(all(name in self.names for name in variant.keys) for variant in named)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Return the shape of a parameter under this very path; None where that is not known."""
+        """Return the shape of a parameter under this very path; None if it is unknown."""
         return self._shape_of(name) if name in self.names else None
 
     def under(self, scope: str) -> list[str]:
@@ -147,15 +147,15 @@ class KnownNames:
         return sorted(path for path in paths if path == scope or path.endswith(f".{scope}"))
 
     def count_below(self, path: str, flattened: bool) -> int:
-        """Return how many parameters `tails_below` returns."""
+        """Return the number of parameters that `tails_below` yields."""
         return len(self._span(path, flattened)[1]) if path else len(self.names)
 
     def tails_below(self, path: str, flattened: bool) -> Iterator[str]:
-        """Yield what the paths of the parameters below a path have behind it; all are below none.
+        """Yield the rest of the path of each parameter below a path; all are below the empty path.
 
         Args:
             path: The path.
-            flattened: Whether the base's paths stay as they are; else they are in `common_form`.
+            flattened: True if the base's paths stay as they are; else they are in `common_form`.
         """
         names, span = self._span(path, flattened)
         start = len(path if flattened else common_form(path)) + 1 if path else 0
@@ -169,16 +169,16 @@ class KnownNames:
         return names, range(first, *last or [len(names)])
 
     def other_kind(self, part: str) -> str:
-        """Return which kind of model a part's path denotes that the base is not; "" where it may be it."""
+        """Return the kind of model that a part's path denotes and the base isn't; "" if it may be that."""
         return other_kind(part, self.kinds, self._telling)
 
     def is_inside(self, path: str) -> bool:
-        """Whether all of the base's numbered blocks, or where it has none all of it, lie under one path."""
-        # All between the two in alphabetical order begin as they do.
+        """Return True if all of the base's numbered blocks, or without blocks all paths, are below a path."""
+        # All paths between the two in alphabetical order begin as they do.
         return all(name.startswith(f"{path}.") for name in self._outermost)
 
     def has_rivals(self, path: str) -> bool:
-        """Whether a submodel on the way down a path has another submodel beside it."""
+        """Return True if a submodel on the way down a path has another submodel beside it."""
         parts = path.split(".")
         for end, part in enumerate(parts):
             if is_submodel(part) and self._submodels(".".join(parts[:end])) - {part}:
@@ -192,9 +192,9 @@ class KnownNames:
         return self._submodels_below[path]
 
     def changes(self, keys: Iterable[str]) -> set[Prefix] | None:
-        """Return the changes under which one of some dotted paths is a parameter's; no index comes off.
+        """Return the changes under which one of some dotted paths is a parameter's; no index is removed.
 
-        None where there are more than an adapter's and its base's can be.
+        None if there are more than an adapter and its base can have.
         """
         by_rest: dict[str, list[str]] = defaultdict(list)
         for key in keys:
@@ -217,7 +217,7 @@ class KnownNames:
         return found
 
     def flat_changes(self, keys: Iterable[str]) -> set[Prefix] | None:
-        """Return the same for flattened paths; the text that comes off has underscores."""
+        """Return the changes for flattened paths; the removed text has underscores."""
         found: set[Prefix] = set()
         pairs = 0
         for key in keys:
@@ -250,40 +250,40 @@ class KnownNames:
 
 
 def is_submodel(name: str) -> bool:
-    """Whether a path component denotes one of several models, by its name."""
+    """Return True if a path component denotes one of several models, by its name."""
     return _SUBMODEL.fullmatch(name) is not None
 
 
 def is_outer(path: str) -> bool:
-    """Whether a path is only names that a whole model has inside a class with a head, or inside a wrapper.
+    """Return True if a path has only names of a whole model inside a class with a head, or inside a wrapper.
 
     A language model is called ``language_model`` inside a vision–language model, or ``text_model`` inside
     ``model`` (Idefics 3, SmolVLM; CLIP's text model has no ``model`` around it).
     """
     parts = path.split(".")
-    # A Sequential around the whole model (SentenceTransformer's ``0.auto_model``).
+    # A Sequential may be around the whole model (SentenceTransformer's ``0.auto_model``).
     parts = parts[1:] if parts[0].isdigit() and len(parts) > 1 else parts
     return all(part in _OUTER or _is_language(before, part) for before, part in pairwise(["", *parts]))
 
 
 def is_flat_outer(text: str) -> bool:
-    """Whether flattened text is only such names."""
+    """Return True if a flattened path has only names as of `is_outer`."""
     return _FLAT_OUTER.fullmatch(text) is not None
 
 
 def has_language_model(path: str) -> bool:
-    """Whether a path leads into the language model of a vision–language model."""
+    """Return True if a path leads into the language model of a vision–language model."""
     return any(_is_language(before, part) for before, part in pairwise(["", *path.split(".")]))
 
 
 def submodels_of(path: str) -> list[str]:
-    """Return the submodels on the way down a path, but for the language model of a vision–language model."""
+    """Return the submodels on the way down a path, except the language model of a vision–language model."""
     pairs = pairwise(["", *path.split(".")])
     return [part for before, part in pairs if is_submodel(part) and not _is_language(before, part)]
 
 
 def has_submodel(text: str) -> bool:
-    """Whether some of the words of a flattened path are the name of a submodel."""
+    """Return True if some of the words of a flattened path are the name of a submodel."""
     words = text.split("_")
     spans = (words[start:end] for end in range(1, len(words) + 1) for start in range(end))
     return any(is_submodel("_".join(span)) for span in spans)
@@ -294,12 +294,12 @@ def _is_language(before: str, part: str) -> bool:
 
 
 def has_index(name: str) -> bool:
-    """Whether a path, dotted or flattened, goes through a numbered block."""
+    """Return True if a path, dotted or flattened, goes through a numbered block."""
     return any(part.isdigit() for part in re.split(r"[._]", name))
 
 
 def _behind_first_index(name: str) -> str:
-    """Return a path from its first index on, but for one in front; without any, from the module itself on."""
+    """Return a path from its first index on, not counting a leading one; without any, from its module on."""
     parts = name.split(".")
     start = next((at for at, part in enumerate(parts) if at and part.isdigit()), len(parts) - 2)
     return ".".join(parts[max(0, min(start, len(parts) - 2)) :])

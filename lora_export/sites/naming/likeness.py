@@ -1,7 +1,7 @@
-"""Tell a naming that differs from another architecture: by the shapes of the matrices.
+"""Tell a different naming from a different architecture by the shapes of the matrices.
 
-An adapter none of whose names is known may still be for the base: then the base has matrices of all its
-shapes, at least as many of each.
+An adapter of which no name is known may still be for the base: then the base has matrices of all its shapes,
+at least as many of each.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 
 
 def counterparts(wanted: Mapping[str, Shape], base: Mapping[str, Shape]) -> list[tuple[str, str]]:
-    """Return examples of an adapter's names with the base's that they may mean; none for another model.
+    """Return examples of an adapter's names with the base's that they may mean; none if the model is another.
 
     Args:
         wanted: Parameter path of the adapter → shape of the weight.
@@ -39,12 +39,12 @@ def counterparts(wanted: Mapping[str, Shape], base: Mapping[str, Shape]) -> list
 
 
 def matrix_of(shape: Shape) -> Shape:
-    """A shape whatever way round it is stored, 1×1 kernels aside."""
+    """Return a shape in an order that doesn't depend on the orientation, without 1×1 kernels."""
     return tuple(sorted(size for size in shape if size != 1))
 
 
 def _similarity(one: str, other: str) -> tuple[int, float]:
-    """Indices that agree count first: layer 3's counterpart is in layer 3."""
+    """Return a key for the likeness of names; equal indices count most: layer 3's match is in layer 3."""
     same = sum((Counter(_indices(one)) & Counter(_indices(other))).values())
     return same, difflib.SequenceMatcher(None, one, other).ratio()
 
@@ -54,5 +54,5 @@ def _indices(name: str) -> Iterable[str]:
 
 
 def side_by_side(pairs: Iterable[tuple[str, str]]) -> list[str]:
-    """Return the examples as lines."""
+    """Return the examples of `counterparts` as lines."""
     return [f"the adapter has {one}, the base may mean it by {other}" for one, other in pairs]

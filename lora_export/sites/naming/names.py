@@ -1,4 +1,4 @@
-"""Other names for a parameter path: with another prefix, of renamed, fused and split modules, flattened."""
+"""List other names of a parameter path: other prefixes, renamed, fused and split modules, flattened paths."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 
 # Builders rename a part of the path (onnxruntime-genai ``models/builders/base.py``: attn).
 _RENAMED = (("self_attn", "attn"), ("self_attention", "attn"))
-# Modules that builders fuse into one weight, in the order in which they lie in it.
+# Modules that builders fuse into one weight, in their order in it.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 @dataclass(frozen=True)
 class Named:
-    """A parameter that an adapter changes, by its own path.
+    """Parameter that an adapter changes, by its own path.
 
     Attributes:
-        key: Parameter path, ``model.layers.0.mlp.up_proj.weight``; flattened, only its last dot is one.
-        action: What happens to it: two with the same action must not become one.
-        component: Which model of a file that serves several.
-        shape: Of the parameter in the base, as far as the adapter tells it: only hints depend on it.
+        key: Parameter path, ``model.layers.0.mlp.up_proj.weight``; a flattened one keeps only its last dot.
+        action: Action on the parameter: two with the same action must not become one.
+        component: Model that it is for, if a file serves several.
+        shape: Shape of the parameter in the base, as far as the adapter tells; only hints depend on it.
     """
 
     key: str
@@ -30,12 +30,12 @@ class Named:
 
 @dataclass(frozen=True)
 class Variant:
-    """Another name under which (a part of) a module may stand in the graph.
+    """Other name under which a module, or a part of it, may be in the graph.
 
     Attributes:
-        keys: Parameter paths in the graph; more than one where the module was split, in order.
+        keys: Parameter paths in the graph; if the module was split, several in their order.
         part: ``(position, count)`` of the module inside a fused weight.
-        how: What was assumed, for the plan.
+        how: Assumptions, for the plan.
     """
 
     keys: tuple[str, ...]
@@ -45,13 +45,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Prefix:
-    """How an adapter's paths become the graph's: ``strip`` goes off the front, then ``add`` comes there."""
+    """Change from an adapter's paths to the graph's: prefix ``strip`` is removed, then ``add`` is added."""
 
     strip: str = ""
     add: str = ""
 
     def apply(self, key: str) -> str | None:
-        """Return the graph's path, or None where ``key`` has not the prefix to strip."""
+        """Return the graph's path, or None if ``key`` lacks the prefix to strip."""
         if self.strip:
             if not key.startswith(self.strip + "."):
                 return None
@@ -60,7 +60,7 @@ class Prefix:
 
 
 def variants(key: str) -> Iterator[Variant]:
-    """Yield the names under which a parameter path may stand in a graph, the plainest first."""
+    """Yield the names under which a parameter path may be in a graph, the plainest first."""
     renamed = [(key, "")]
     for old, new in _RENAMED:
         if f".{old}." in key:
@@ -85,7 +85,7 @@ def variants(key: str) -> Iterator[Variant]:
 
 
 def common_form(key: str) -> str:
-    """Return a path with one name for the parts that builders rename: the same for all renamed variants."""
+    """Return a path with one name for each part that builders rename, the same for all renamed variants."""
     parts = key.split(".")
     for old, new in _RENAMED:
         parts = [new if part == old else part for part in parts]
@@ -93,7 +93,7 @@ def common_form(key: str) -> str:
 
 
 def per_expert(key: str, experts: int) -> Iterator[Variant]:
-    """Yield the names of stacked matrices where a graph has each expert's on its own."""
+    """Yield the names of stacked matrices in a graph that has each expert's on its own."""
     stack, _, parameter = key.rpartition(".")
     if experts > 1 and stack:
         parts = _FUSED.get(parameter, (parameter,))
@@ -102,7 +102,7 @@ def per_expert(key: str, experts: int) -> Iterator[Variant]:
 
 
 def parts_of(key: str) -> list[str]:
-    """Return the parameters that a builder's fused one stands for, or nothing."""
+    """Return the parameters that a builder's fused one stands for, or an empty list."""
     module, _, parameter = key.rpartition(".")
     parent, _, leaf = module.rpartition(".")
     stem = f"{parent}." if parent else ""
@@ -110,7 +110,7 @@ def parts_of(key: str) -> list[str]:
 
 
 def fused_of(keys: Sequence[str]) -> str | None:
-    """Return the parameter that these make up one after the other; None where they are no known pack."""
+    """Return the fused parameter that parameters make up in order; None if they are not a known pack."""
     stems = {tuple(key.split(".")[:-2]) for key in keys}
     parameters = {key.rpartition(".")[2] for key in keys}
     leaves = tuple(key.split(".")[-2] if "." in key else "" for key in keys)
@@ -121,5 +121,5 @@ def fused_of(keys: Sequence[str]) -> str | None:
 
 
 def flatten(key: str) -> str:
-    """Return a path with its dots as underscores: how kohya's files write it."""
+    """Return a path with its dots as underscores, as kohya's files write it."""
     return key.replace(".", "_")

@@ -1,7 +1,7 @@
-"""What a user may give as ``--component`` so that a part of an adapter is placed; tried before it is offered.
+"""Find values of ``--component`` with which a part of an adapter gets sites; each was tried when offered.
 
-A part is the path of a submodel, as the adapter's names or as the base's have it; or one of the models that a
-file serves; of an adapter that was made for such a one, both (``text_encoder:clip.text_model``).
+A part is the path of a submodel in the adapter's or the base's names; or one of the models that a file
+serves; or both, if the adapter was made for such a model (``text_encoder:clip.text_model``).
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from lora_export.sites.naming.likeness import matrix_of
 from lora_export.sites.naming.names import Named, Prefix, flatten
 
 _SHOWN = 4
-# A path down to its last number that is not a module of its own: `to_out.0` is one.
+# Matches a path down to its last number that is not a module of its own, as `to_out.0` is.
 _BLOCK = re.compile(r"(.*[._]\d+)[._](?!weight$|bias$)")
-# Parts that are tried, each at the cost of placing the adapter, and how many are enough to name.
+# Number of parts that are tried, each at the cost of renaming the adapter, and number of finds that end this.
 _TRIED = 256
 _ENOUGH = 24
 
 
-# The adapter's parameters below a part, and the part or None → for each the base's path, or None.
+# Function of the adapter's parameters below a part, and the part or None → the base's path or None for each.
 Try = Callable[[Sequence[Named], str | None], Sequence[str | None]]
 
 
 @dataclass(frozen=True)
 class Offers:
-    """Parts that would be placed.
+    """Parts of an adapter that would get sites.
 
     Attributes:
-        options: What may stand behind ``--component``; empty where nothing would be placed.
-        placed: How many of the adapter's low-rank changes the first of them places.
-        is_whole: All of a part would be placed; else the rest needs ``--allow-unmatched``.
-        others: Parts that would be placed as well, and are of another kind than the base → the kind.
+        options: Values for ``--component``; empty if nothing would get a site.
+        placed: Number of the adapter's low-rank changes that get sites with the first option.
+        is_whole: True if all of a part would get sites; else the rest needs ``--allow-unmatched``.
+        others: Parts of another kind than the base that would get sites too → the kind.
     """
 
     options: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class Offers:
 
     @property
     def text(self) -> str:
-        """The options as a user types them."""
+        """Options as a user types them."""
         listed = " or ".join(f"--component {option}" for option in self.options[:_SHOWN])
         listed += " or others" if len(self.options) > _SHOWN else ""
         return listed if self.is_whole else f"{listed} together with --allow-unmatched"
@@ -65,16 +65,16 @@ def offers_of(
     least: int,
     place: Try,
 ) -> Offers:
-    """Return the parts that place most of an adapter.
+    """Return the parts with which most of an adapter gets sites.
 
     Args:
-        wanted: What the adapter changes.
+        wanted: The adapter's parameters.
         known: The base's paths.
-        changes: Changes of prefix under which some of it is known, those of most first.
-        flattened: The adapter's paths have underscores for dots.
-        given: What the user gave already: it is not offered again.
-        least: How many are placed without any: what places fewer is not offered.
-        place: Names the adapter's parameters below a part.
+        changes: Changes of prefix under which the base has some of them, those with most first.
+        flattened: True if the adapter's paths have underscores for dots.
+        given: Value that the user gave already; it is not offered again.
+        least: Number of changes with sites without any option; options with fewer are not offered.
+        place: Function that returns the base's paths for the adapter's parameters below a part.
     """
     components = sorted({one.component for one in wanted if one.component})
     found: dict[str, tuple[int, bool]] = {}
@@ -135,7 +135,7 @@ def _is_below(key: str, part: str, flattened: bool) -> bool:
 
 
 def _tears(wanted: Sequence[Named], fitting: AbstractSet[str]) -> bool:
-    """Whether what fits leaves others of the same numbered block behind: it is no part of a model then."""
+    """Return True if only some parameters of a numbered block fit, so that they are not a part of a model."""
     low_rank = [wanted[number].key for number in _low_rank(wanted)]
     torn = {_block(key) for key in low_rank if key in fitting} & {
         _block(key) for key in low_rank if key not in fitting
@@ -144,13 +144,13 @@ def _tears(wanted: Sequence[Named], fitting: AbstractSet[str]) -> bool:
 
 
 def _block(key: str) -> str:
-    """Return the path of the innermost numbered block that a parameter is in; empty where it is in none."""
+    """Return the path of the innermost numbered block that a parameter is in, or ""."""
     match = _BLOCK.match(key)
     return match[1] if match else ""
 
 
 def _outcome(wanted: Sequence[Named], known: KnownNames, names: Sequence[str | None]) -> tuple[int, bool]:
-    """Return how many low-rank changes are placed, and whether all are; none where a shape is against it."""
+    """Return the number of low-rank changes with sites, and True if all have one; 0 if a shape disagrees."""
     low_rank, placed = _low_rank(wanted), 0
     for number in low_rank:
         name = names[number]
@@ -164,7 +164,7 @@ def _outcome(wanted: Sequence[Named], known: KnownNames, names: Sequence[str | N
 
 
 def _low_rank(wanted: Sequence[Named]) -> list[int]:
-    """Return the numbers of the low-rank changes, or where there are none, of all."""
+    """Return the numbers of the low-rank changes, or of all changes if none is low-rank."""
     return [n for n, one in enumerate(wanted) if one.action == "merge"] or list(range(len(wanted)))
 
 
@@ -172,12 +172,12 @@ def _best(found: dict[str, tuple[int, bool]], least: int, total: int, mark: str)
     found = {part: (n, whole) for part, (n, whole) in found.items() if n > least or (whole and n == least)}
     is_whole = any(whole for _, whole in found.values())
     kept = {part: placed for part, (placed, whole) in found.items() if placed and whole == is_whole}
-    # The shortest that says it.
+    # Of parts with the same effect, the shortest is kept.
     short = [
         part
         for part, placed in kept.items()
         if not any(part.startswith(f"{other}{mark}") and kept[other] >= placed for other in kept)
     ]
-    # What places all of the adapter says more than a part of it that would be placed as well.
+    # An option for all of the adapter says more than one for a part of it.
     options = [part for part in short if kept[part] == total] or short
     return Offers(tuple(sorted(options)), max(map(kept.__getitem__, options), default=0), is_whole)

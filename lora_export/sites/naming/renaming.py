@@ -1,21 +1,21 @@
-"""One change of names that turns an adapter's parameter paths into a base's: the only rule for it.
+"""Turn an adapter's parameter paths into a base's by one change of names; no other code does so.
 
-Whatever an adapter is placed in (a checkpoint, a graph or its LoRA inputs, a PyTorch model), its paths are
-compared with the paths that the base knows. Rules:
+Whatever an adapter goes into (a checkpoint, a graph or its LoRA inputs, a PyTorch model), its paths are
+compared with the paths that the base has. Rules:
 
-1. One change holds for the whole adapter: a prefix comes off, another comes in front; what has not the prefix
-   stays as it is, and may only be a head outside of the numbered blocks.
+1. One change holds for the whole adapter: a prefix is removed, another is added; paths without the removed
+   prefix stay as they are, and may only be heads outside of the numbered blocks.
 2. The change counts only if everything of the adapter under it fits.
-3. What comes off is an outer name (`known_names.is_outer`): never an index, never the name of one of several
-   submodels (``encoder``, ``vision_model``, ``transformer_2``), and no name that is not known, which may be
-   such a name: an adapter's decoder would become the encoder.
-4. What comes in front is the base's outer name: not that of one of several submodels, but for the language
-   model of a vision–language model.
+3. The removed prefix is an outer name (`known_names.is_outer`): never an index, never the name of one of
+   several submodels (``encoder``, ``vision_model``, ``transformer_2``), and never an unknown name, which may
+   be such a name: an adapter's decoder would become the encoder.
+4. The added prefix is the base's outer name: not that of one of several submodels, except the language model
+   of a vision–language model.
 5. Several changes that fit are an ambiguity.
 6. Two parameters of one adapter never become the same one.
-7. A *scope* that the user names (``model.encoder``) is the part that belongs: it may come off or in front
-   whatever it is called, and what is missing under it is the user's to allow. It never becomes the language
-   model of a base that has other parts, but for a scope that is one.
+7. A *scope* that the user names (``model.encoder``) is the part that belongs: it may be removed or added
+   whatever its name, and the user may allow what is missing under it. It never becomes the language model of
+   a base that has other parts, unless the scope is one.
 8. Flattened paths (kohya's underscores) get their dots from the base's paths, at path components only.
 """
 
@@ -47,11 +47,11 @@ NO_CHANGE = Prefix()
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a parameter has no name in the base.
+    """Reason why a parameter has no name in the base.
 
     Attributes:
-        kind: The base has none, or several that may be meant.
-        detail: What was seen; empty where the names alone tell nothing.
+        kind: ``not found`` if the base has no name, ``ambiguous`` if it has several.
+        detail: Details; empty if the names alone tell nothing.
     """
 
     kind: Literal["not found", "ambiguous"]
@@ -67,16 +67,16 @@ _TOO_MANY = Problem("ambiguous", "the ends of its names are the ends of too many
 
 @dataclass(frozen=True, kw_only=True)
 class Renaming:
-    """What became of an adapter's names.
+    """Result of renaming an adapter's parameters.
 
     Attributes:
-        names: For each parameter the base's path for it (perhaps one that the base lacks), or None.
-        problems: Number of a parameter → why it has no name in the base.
+        names: The base's path for each parameter (perhaps one that the base lacks), or None.
+        problems: Number of a parameter → reason why it has no name in the base.
         change: The change that was made.
-        hint: What the user may give to place the adapter, or the part of it that belongs; it was tried.
-        tells_part: The hint is about which part to name (``--component``).
-        reach: How many parameters are placed where the user does so.
-        doubt: What speaks against the part that the user named.
+        hint: Hint on options with which the adapter, or the part that belongs, gets sites; it was tried.
+        tells_part: True if the hint names a part to choose (``--component``).
+        reach: Number of parameters that get sites if the user follows the hint.
+        doubt: Evidence against the part that the user named.
     """
 
     names: tuple[str | None, ...]
@@ -89,11 +89,11 @@ class Renaming:
 
     @property
     def note(self) -> str:
-        """What was changed, for the plan; empty where nothing was."""
-        return f"{said(self.change)}{self.doubt}" if self.change != NO_CHANGE else ""
+        """Change in words, for the plan; empty if nothing was changed."""
+        return f"{change_text(self.change)}{self.doubt}" if self.change != NO_CHANGE else ""
 
 
-def said(change: Prefix) -> str:
+def change_text(change: Prefix) -> str:
     """Return a change in words."""
     strip = f"'{change.strip}.' taken off" if change.strip else ""
     add = f"'{change.add}.' put in front" if change.add else ""
@@ -108,21 +108,21 @@ def rename(
     Args:
         wanted: The adapter's parameters. Its low-rank changes decide; biases and whole parameters, which an
             exporter may drop, follow them.
-        known: The base's.
-        flattened: The adapter's paths have underscores for dots.
-        scope: The part that belongs, as the user says it (rule 7).
+        known: The base's paths.
+        flattened: True if the adapter's paths have underscores for dots.
+        scope: Part that belongs, as the user names it (rule 7).
     """
     return _Renamer(wanted, known, flattened, scope).run()
 
 
 def is_below(wanted: Sequence[Named], scope: str, flattened: bool) -> bool:
-    """Whether all of an adapter's paths are below a part that the user names (rule 7)."""
+    """Return True if all of an adapter's paths are below a part that the user names (rule 7)."""
     front = f"{flatten(scope)}_" if flattened else f"{scope}."
     return all(named.key.startswith(front) for named in wanted)
 
 
 def likeliest_change(keys: Sequence[str], known: KnownNames) -> Prefix:
-    """Return the change under which most paths are known: to look for something, not to place anything."""
+    """Return the change under which the base has most paths, for a search, not to find sites."""
     fits = Fits(keys, known, flattened=False)
     own = Below(((keys[number], number) for number in fits.own), ".")
     counts = {
@@ -139,12 +139,12 @@ class _Renamer:
         self, wanted: Sequence[Named], known: KnownNames, flattened: bool, scope: str | None
     ) -> None:
         self._wanted, self._known, self._flattened = wanted, known, flattened
-        # Tried for a hint: needs none of its own.
+        # A renaming that is tried for a hint needs no hint of its own.
         self._is_first = True
         self._mark = "_" if flattened else "."
         self._fits = Fits([named.key for named in wanted], known, flattened)
         self._low_rank = [n for n, named in enumerate(wanted) if named.action == "merge"]
-        # What is known under its own path, and by rule 1 may stand beside what a change is for.
+        # Parameters that the base has under their own paths may be beside those of a change (rule 1).
         heads = {n: names for n, names in self._fits.own.items() if not has_index(wanted[n].key)}
         texts = {n: flatten(wanted[n].key) if flattened else wanted[n].key for n in heads}
         self._heads = Below(((text, n) for n, text in texts.items()), self._mark)
@@ -155,17 +155,17 @@ class _Renamer:
         self._belong(scope)
 
     def _belong(self, scope: str | None) -> None:
-        """Take what the user says belongs."""
+        """Keep only the part that belongs, as the user names it."""
         self._given = scope
         self._scope = flatten(scope) if scope and self._flattened else scope
         # Rule 7: is the scope a part of the adapter's paths, or of the base's?
         self._is_adapters = scope is not None and is_below(self._wanted, scope, self._flattened)
-        # Flattened, a name may begin as the scope does and still be the base's part's (``decoder_embed``).
+        # A flattened name may begin like the scope and still be one of the base's part (``decoder_embed``).
         self._bases = self._known.under(scope) if scope and (self._flattened or not self._is_adapters) else []
 
     @cached_property
     def _deciding(self) -> frozenset[int]:
-        """The low-rank changes; where none of them fits under any change, all parameters."""
+        """Low-rank changes; if none of them fits under any change, all parameters."""
         low_rank = frozenset(self._low_rank)
         is_known = not low_rank.isdisjoint(self._fits.own) or any(
             not low_rank.isdisjoint(self._under(change)) for change in self._low_rank_changes or ()
@@ -174,7 +174,7 @@ class _Renamer:
 
     @cached_property
     def _changes(self) -> dict[Prefix, int] | None:
-        """Each change → how many parameters fit; None where there are too many."""
+        """Each change → number of parameters that fit; None if there are too many changes."""
         if len(self._deciding) == len(self._low_rank):
             changes = self._low_rank_changes
         else:
@@ -206,14 +206,14 @@ class _Renamer:
             return self._ambiguous(chosen or rivals)
         return self._refused()
 
-    # Which change.
+    # --- choose a change
 
     def _under(self, change: Prefix) -> dict[int, list[str]]:
-        """Return what fits of the parameters that a change is for, with the base's paths for each."""
+        """Return the parameters that a change is for and that fit, with the base's paths for each."""
         found = self._fits.under(change)
         if not (change.strip and change.add):
             return found
-        # Rule 3: of two lists of modules nothing but an index would be the same.
+        # Rule 3: two lists of modules would have only an index in common.
         start = len(change.strip) + 1
         return {
             n: names
@@ -222,18 +222,18 @@ class _Renamer:
         }
 
     def _count(self, change: Prefix) -> int:
-        """Return how many of the deciding parameters fit."""
+        """Return the number of deciding parameters that fit."""
         heads = self._deciding_heads
         beside = len(heads.numbers) - heads.count(change.strip)
         return len(self._deciding.intersection(self._under(change))) + beside
 
     @property
     def _may_stay(self) -> bool:
-        """Whether the change that changes nothing may count."""
+        """True if the change that changes nothing may count."""
         return self._scope is None or self._is_adapters
 
     def _chosen(self) -> list[Prefix]:
-        """Return the change that counts; several where they tie, none where none counts."""
+        """Return the change that counts; several if they tie, none if none counts."""
         counts = self._changes or {}
         tried = counts
         if self._scope is not None and not self._is_adapters:
@@ -246,7 +246,7 @@ class _Renamer:
         allowed = [change for change, count in tried.items() if count and self._is_allowed(change)]
         if whole := self._whole(allowed):
             return self._distinct(whole)
-        # Rule 2; a wrapper around the base, or a part that the user names, may lack something.
+        # Rule 2; a wrapper around the base, or a part that the user names, may lack parameters.
         parts = [
             change
             for change in allowed
@@ -262,7 +262,7 @@ class _Renamer:
         return [change for change in changes if counts[change] == len(self._deciding)]
 
     def _distinct(self, changes: Sequence[Prefix]) -> list[Prefix]:
-        """Return the change that changes nothing if it is there, else one of each that differ in effect."""
+        """Return the change that changes nothing if it is there, else one change of each effect."""
         if NO_CHANGE in changes:
             return [NO_CHANGE]
         found: dict[object, Prefix] = {}
@@ -271,7 +271,7 @@ class _Renamer:
         return list(found.values())
 
     def _effect(self, change: Prefix) -> object:
-        """Return what tells a change's effect: the names that it gives, and the heads that lose theirs."""
+        """Return a key of a change's effect: the names that it gives, and the heads that lose theirs."""
         under, own = self._under(change), self._fits.own
         if change.strip not in self._lost_heads:
             span = self._heads.span(change.strip)
@@ -295,12 +295,12 @@ class _Renamer:
         return is_flat_outer(path) if self._flattened else is_outer(path)
 
     def _may_add(self, change: Prefix) -> bool:
-        """Rule 4."""
+        """Return True if the prefix may be added (rule 4)."""
         if has_index(change.add):
-            # Of a Sequential around the whole base.
+            # The index is that of a Sequential around the whole base.
             return not change.strip and self._known.is_inside(change.add)
         if change.strip and submodels_of(change.add):
-            # Of a part that the user names, an inner name comes off (vision_tower.vision_model).
+            # In a part that the user names, an inner name may be removed (vision_tower.vision_model).
             return self._scope is not None and self._is_below(change.strip, self._flat(change.add))
         if self._known.is_inside(change.add):
             return True
@@ -309,12 +309,12 @@ class _Renamer:
             return not (has_submodel(change.strip) if self._flattened else submodels_of(change.strip))
         if submodels_of(change.add) or self._known.has_rivals(change.add):
             return False
-        # Beside others, a module is told by the blocks that it is in.
+        # A module beside others is identified by the blocks that it is in.
         keys = (self._wanted[n].key for n in self._under(change) if n in self._deciding)
         return any(has_index(key[len(change.strip) :]) for key in keys)
 
     def _is_whole_below(self, change: Prefix) -> bool:
-        """Whether all below the prefix fits, and no other part of the adapter looks like that part."""
+        """Return True if all below the prefix fits, and no other part of the adapter looks like that part."""
         paths, mark = self._deciding_paths, self._mark
         span = paths.span(change.strip)
         if not self._under(change).keys() >= set(paths.numbers[span]):
@@ -332,7 +332,7 @@ class _Renamer:
 
     @cached_property
     def _ends(self) -> dict[str, tuple[int, int]]:
-        """End of a deciding path, from a mark on → the first and the last place of such in their order."""
+        """End of a deciding path, from a mark on → first and last position of such paths in their order."""
         found: dict[str, tuple[int, int]] = {}
         for place, number in enumerate(self._deciding_paths.numbers):
             key = self._wanted[number].key
@@ -341,7 +341,7 @@ class _Renamer:
         return found
 
     def _paths_above(self, number: int) -> list[str]:
-        """Return what may come off a parameter's path, none of it included."""
+        """Return the prefixes that may be removed from a parameter's path, the empty one included."""
         key = self._wanted[number].key
         text = flatten(key) if self._flattened else key
         return ["", *(text[:at] for at, letter in enumerate(text) if letter == self._mark and at)]
@@ -352,17 +352,17 @@ class _Renamer:
     def _is_below(self, key: str, path: str) -> bool:
         return key.startswith(f"{path}{self._mark}")
 
-    # What comes of it.
+    # --- apply a change
 
     def _names(self, change: Prefix) -> dict[int, list[str]]:
         """Return the parameters that fit under a change, with the base's paths that each may mean."""
-        # Rule 1: only a head may stand beside what the change is for.
+        # Rule 1: only a head may be beside the parameters that the change is for.
         span, own = self._heads.span(change.strip), self._fits.own
         beside = self._heads.numbers[: span.start] + self._heads.numbers[span.stop :]
         return {n: own[n] for n in beside} | self._under(change)
 
     def _changed(self, key: str, change: Prefix) -> str:
-        """Apply a change; a path that has not the prefix that comes off stays as it is."""
+        """Apply a change; a path without the removed prefix stays as it is."""
         return change.apply(key) or key
 
     def _applied(self, change: Prefix) -> Renaming:
@@ -405,7 +405,7 @@ class _Renamer:
         )
 
     def _refuse_doubles(self, names: list[str | None], problems: dict[int, Problem]) -> bool:
-        """Rule 6; return whether there are any."""
+        """Refuse parameters that become the same one (rule 6); return True if there are any."""
         owners: dict[tuple[str, str], list[int]] = defaultdict(list)
         for number, (name, named) in enumerate(zip(names, self._wanted, strict=True)):
             if name is not None:
@@ -419,10 +419,10 @@ class _Renamer:
                 names[number] = None
         return bool(doubles)
 
-    # What to say where nothing counts.
+    # --- explain why no change counts
 
     def _offers(self, least: int = 0) -> Offers:
-        """Return what would place the adapter, or a part of it, if the user named it."""
+        """Return the options with which the adapter, or a part of it, gets sites."""
         if not self._is_first:
             return Offers()
         counts = self._changes or {}
@@ -437,9 +437,9 @@ class _Renamer:
         )
 
     def _tried(self, wanted: Sequence[Named], scope: str | None) -> Sequence[str | None]:
-        """Return the base's paths that some of the adapter gets where the user says the scope."""
+        """Return the base's paths that some of the adapter's parameters get under a scope."""
         if len(wanted) == len(self._wanted):
-            again = copy(self)  # What fits is the same.
+            again = copy(self)  # The parameters that fit are the same.
             again._belong(scope)
         else:
             again = _Renamer(wanted, self._known, self._flattened, scope)
@@ -457,7 +457,7 @@ class _Renamer:
         ]
 
     def _ambiguous(self, chosen: Sequence[Prefix]) -> Renaming:
-        """Rule 5."""
+        """Return a renaming with the names that several changes give (rule 5)."""
         names: dict[int, set[str]] = defaultdict(set)
         for change in chosen if self._is_first else ():
             for number, fitting in self._under(change).items():
@@ -482,7 +482,7 @@ class _Renamer:
         )
 
     def _refused(self) -> Renaming:
-        """Say why no change counts, and what the user may give."""
+        """Return a renaming with the reason why no change counts, and a hint."""
         if not self._is_first:
             return self._all(NOT_FOUND, "", Offers())
         offers, count = self._offers(), len(self._deciding)
@@ -503,7 +503,7 @@ class _Renamer:
             return self._all(NOT_FOUND, part, offers)
         likeliest = [change for change, fits in counts.items() if fits == most]
         own = [change for change in likeliest if not self._known.other_kind(change.strip)]
-        best = [said(change) for change in (own or likeliest)[:2]]
+        best = [change_text(change) for change in (own or likeliest)[:2]]
         if not offers:
             found = " or ".join(best)
             hint = (
@@ -517,7 +517,7 @@ class _Renamer:
         return self._all(problem, f"{offers.placed} of {count} parameters fit elsewhere: {part}", offers)
 
     def _of_others(self, offers: Offers) -> str:
-        """Say that all that would be placed belongs to another kind of model than the base."""
+        """Return a hint that all parts with sites belong to another kind of model than the base."""
         own = " and ".join(sorted(self._known.kinds)) or "another"
         listed = ", ".join(f"{part} ({kind})" for part, kind in offers.others[:_SHOWN])
         return (

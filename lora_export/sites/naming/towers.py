@@ -1,12 +1,12 @@
-"""Which of several models that are built alike a base is: text, vision or audio; encoder or decoder.
+"""Tell which of several similar models a base is: text, vision or audio; encoder or decoder.
 
-Their blocks may have the same names and sizes (CLIP's towers), so that an adapter of one has a place for
-everything in the other. What tells them apart, the surest first:
+Their blocks may have the same names and sizes (CLIP's towers), so that an adapter of one finds a site for
+each target in the other. The evidence, the surest first:
 
 1. The class that a config names, and its model type (``CLIPVisionModel``, ``clip_vision_model``).
 2. Modules that only such a model has: an embedding of tokens, of patches; attention to an encoder.
 
-A base that has a part of the name inside is no part itself: it may hold others beside it.
+A base that has a part of such a name inside is not such a part itself: it may hold others beside it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _WORDS = {
     "encoder": "encoder",
     "decoder": "decoder",
 }
-# A model is one of each group, or holds several.
+# A model is one kind of each group, or holds several.
 _GROUPS = (
     frozenset({"text", "vision", "audio"}),
     frozenset({"encoder", "decoder"}),
@@ -38,7 +38,7 @@ _MODULES = {
     "audio": re.compile(r"(?:^|\.)feature_(?:extractor\.conv_layers|projection)\."),
     "decoder": re.compile(r"(?:^|\.)(?:encoder_attn|cross_?attn|cross_?attention|EncDecAttention)\."),
 }
-# The rest of a class's name is a task: "ForImageClassification" says nothing of a CLIPModel.
+# The rest of a class's name is a task: "ForImageClassification" tells nothing about a CLIPModel.
 _TASK = re.compile(r"For[A-Z].*")
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
@@ -46,27 +46,27 @@ Kinds = frozenset[str]
 
 
 def kinds_of_class(config: Mapping[str, Any]) -> Kinds:
-    """Return what a config says of its model; empty where it says nothing."""
+    """Return the kinds of a model by its config; empty if the config doesn't tell."""
     names = [str(name) for name in config.get("architectures") or ()]
     words = [word for name in names for word in _WORD.findall(_TASK.sub("", name))]
     return kinds_of_words([*words, *_WORD.findall(str(config.get("model_type", "")))])
 
 
 def kinds_of_names(names: Iterable[str]) -> Kinds:
-    """Return what the names of a base's parameters say of it."""
+    """Return the kinds of a base by the names of its parameters."""
     listed = list(names)
     return frozenset(kind for kind, pattern in _MODULES.items() if any(map(pattern.search, listed)))
 
 
 def landmarks(names: Iterable[str]) -> tuple[str, ...]:
-    """Return some of a base's names that tell its kind: one of each kind that there is."""
+    """Return some of a base's names that tell its kinds: one for each kind."""
     listed = sorted(names)
     found = (next(filter(pattern.search, listed), None) for pattern in _MODULES.values())
     return tuple(name for name in found if name is not None)
 
 
 def merged_kinds(surer: Kinds, other: Kinds) -> Kinds:
-    """Return what two sources say together: in each group the surer one's, where it says something."""
+    """Return the kinds by two sources: in each group the surer source's, unless it has none."""
     parts = ((surer & group) or (other & group) for group in _GROUPS)
     return frozenset().union(*parts)
 
@@ -78,12 +78,12 @@ def telling_components(names: Iterable[str]) -> frozenset[str]:
 
 
 def other_kind(part: str, kinds: Kinds, inside: Iterable[str]) -> str:
-    """Return which kind of model a part's path denotes that a base is not; "" where it may be the base.
+    """Return the kind of model that a part's path denotes and a base is not; "" if it may be the base.
 
     Args:
         part: Path of a submodel, dotted or flattened.
-        kinds: The base's.
-        inside: What `telling_components` returns for the base's parameters.
+        kinds: Kinds of the base.
+        inside: Result of `telling_components` for the base's parameters.
     """
     text = f"_{flatten(part)}_"
     for group in _GROUPS:
@@ -100,5 +100,5 @@ def _of_path(path: str) -> Kinds:
 
 
 def kinds_of_words(words: Iterable[str]) -> Kinds:
-    """Return what some words of a name denote."""
+    """Return the kinds that words of a name denote."""
     return frozenset(_WORDS[word.lower()] for word in words if word.lower() in _WORDS)

@@ -1,1 +1,1 @@
-"""One file per operator that reads a weight."""
+"""Describe operators that read a weight, one in each file."""

@@ -1,4 +1,4 @@
-"""com.microsoft.Attention: one operand ``(in_dim, q + k + v)`` for three projections, one bias for all."""
+"""Describe com.microsoft.Attention: one operand ``(in_dim, q + k + v)`` for three projections, one bias."""
 
 from __future__ import annotations
 

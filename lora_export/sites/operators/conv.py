@@ -1,4 +1,4 @@
-"""Conv and FusedConv: the operand is PyTorch's own ``(out_dim, in_dim/groups, *kernel)``."""
+"""Describe Conv and FusedConv: the operand is PyTorch's own ``(out_dim, in_dim/groups, *kernel)``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gather along axis 0: an embedding ``(num_embeddings, dim)``, or the selection of experts."""
+"""Describe Gather along axis 0: an embedding ``(num_embeddings, dim)``, or the selection of experts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lora_export.sites.slot import Operator, Slot
 
 
 def slots(node: ir.Node) -> list[Slot]:
-    """Return the table; a Gather along another axis is no embedding."""
+    """Return the table; a Gather along another axis is not an embedding."""
     return [Slot(index=0, kind="embedding")] if node.attributes.get_int("axis", 0) == 0 else []
 
 

@@ -1,4 +1,4 @@
-"""Gemm and its fused forms: ``y = alpha * x @ W + beta * c``; a merge into W leaves alpha and beta alone."""
+"""Describe Gemm and its fused forms: ``y = alpha * x @ W + beta * c``; merging into W keeps both factors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def slots(node: ir.Node) -> list[Slot]:
     """Return both matrix operands and the bias."""
     trans_b = node.attributes.get_int("transB", 0)
     trans_a = node.attributes.get_int("transA", 0)
-    # beta is not 1 only where an exporter folded a factor in: the operand is then not the module's bias.
+    # Beta differs from 1 only if an exporter folded a factor in; then the operand is not the module's bias.
     beta = node.attributes.get_float("beta", 1.0)
     refusal = "" if beta == 1.0 else f"Gemm with beta={beta}: the bias operand is not the module's bias"
     return [

@@ -1,4 +1,4 @@
-"""MatMul and com.microsoft.FusedMatMul: ``y = x @ W``, so the operand is ``(in_dim, out_dim)``.
+"""Describe MatMul and com.microsoft.FusedMatMul: ``y = x @ W``, so the operand is ``(in_dim, out_dim)``.
 
 FusedMatMul (ONNX Runtime ``ContribOperators.md``) adds transA/transB, and a factor alpha on the product,
 which a merge into W leaves as it is.
@@ -12,7 +12,7 @@ from lora_export.sites.slot import LEFT, Operator, Slot
 
 
 def slots(node: ir.Node) -> list[Slot]:
-    """Return both operands: an exporter may also write ``W @ x`` for a weight on the left."""
+    """Return both operands, because an exporter may also write ``W @ x`` with the weight on the left."""
     trans_b = node.attributes.get_int("transB", 0)
     trans_a = node.attributes.get_int("transA", 0)
     refusal = ""

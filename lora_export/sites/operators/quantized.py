@@ -1,4 +1,4 @@
-"""Operators with quantised weights: no merge goes into them, a branch beside those that take floats."""
+"""Describe operators with quantised weights: no merge goes into them; those with floats can get a branch."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import onnx_ir as ir
 
 from lora_export.sites.slot import Operator, Slot, SlotKind
 
-# Position of the weight among the inputs, where it is not 1.
+# Position of the weight among the inputs, if it is not 1.
 _WEIGHT_INDEX = {"QLinearMatMul": 3, "QLinearConv": 3, "QGemm": 3, "GatherBlockQuantized": 0}
-# Activations and result are floats, and the attributes N and K tell the weight's shape.
+# Operators whose activations and result are floats, and whose attributes N and K give the weight's shape.
 _PACKED = {"MatMulNBits", "MatMulBnb4"}
-# The weight is an integer matrix (in_dim, out_dim); the activation is quantised inside or just before.
+# Operators with an integer matrix (in_dim, out_dim); the activation is quantised inside or just before.
 _DYNAMIC = {"DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
-# Positions of scales, zero points and orders of codes: they say what the codes of a weight or of an
-# activation stand for and are no parameters (ONNX ``Operators.md``, ONNX Runtime
-# ``docs/ContribOperators.md``).
+# Positions of scales, zero points and orders of codes: they define the values of codes of a weight or of an
+# activation and are not parameters (ONNX ``Operators.md``, ONNX Runtime ``docs/ContribOperators.md``).
 SCALES: dict[str, frozenset[int]] = {
     "MatMulNBits": frozenset({2, 3, 4}),
     "MatMulBnb4": frozenset({2}),
@@ -48,7 +47,7 @@ def slots(node: ir.Node) -> list[Slot]:
 
 
 def _none(node: ir.Node) -> list[Slot]:
-    """Return no slots: its experts are not followed."""
+    """Return no slots, because the operator's experts are not followed."""
     return []
 
 

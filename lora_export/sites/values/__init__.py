@@ -1,1 +1,1 @@
-"""Weights found and held against values."""
+"""Find weights by their values, and compare them with a checkpoint's."""

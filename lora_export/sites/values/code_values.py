@@ -1,4 +1,4 @@
-"""Codes of quantised weights, read as the values that they stand for, some rows at a time.
+"""Read codes of quantised weights as the values that they stand for, some rows at a time.
 
 Sources: ONNX ``Operators.md`` (DequantizeLinear, MatMulInteger), ONNX Runtime ``docs/ContribOperators.md``
 (MatMulNBits, DynamicQuantizeMatMul, MatMulIntegerToFloat).
@@ -18,7 +18,7 @@ from lora_export.sites.values.grid import dequantiser, per_value
 from lora_export.storage.patch import Placement
 
 _NBITS = "MatMulNBits"
-# Values that are compared at a time.
+# Number of values that are compared at a time.
 _BLOCK = 1 << 20
 # Least cosine of rows that a quantiser may have turned.
 _RELATED = 0.5
@@ -28,15 +28,15 @@ _SCALE, _ZERO, _ORDER = 2, 3, 4
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Codes:
-    """A quantised matrix, as its operator multiplies with it.
+    """Quantised matrix, as its operator multiplies with it.
 
     Attributes:
-        codes: Less their zeros, ``(rows, cols)``; or packed, see ``bits``.
-        step: Between two codes, broadcast to each value; None where the graph has it elsewhere.
-        limit: The largest code: values beyond it are cut off.
-        bits: Of a packed code; 0: not packed.
-        zeros: Of packed codes, ``(rows, blocks)``.
-        block: Columns of packed codes that share a scale.
+        codes: Codes less their zero points, ``(rows, cols)``; or packed, see ``bits``.
+        step: Difference between two codes, broadcast to each value; None if the graph has it elsewhere.
+        limit: Largest code; values beyond it are cut off.
+        bits: Bits of a packed code; 0 if the codes are not packed.
+        zeros: Zero points of packed codes, ``(rows, blocks)``.
+        block: Number of columns of packed codes that share a scale.
     """
 
     codes: Array
@@ -47,7 +47,7 @@ class Codes:
     block: int = 0
 
     def rows(self, start: int, stop: int) -> tuple[Array, Array | None, Array]:
-        """Return some rows' values (without ``step``, codes), steps, and which codes are the outermost."""
+        """Return some rows' values (without ``step``, codes), steps, and a mask of the outermost codes."""
         if not self.bits:
             codes = np.asarray(self.codes[start:stop], np.float32)
             step = None if self.step is None else np.asarray(self.step[start:stop], np.float32)
@@ -63,11 +63,11 @@ class Codes:
 
 @dataclass(frozen=True)
 class CodesMatch:
-    """How well quantised values are a checkpoint's.
+    """Agreement of quantised values with a checkpoint's.
 
     Attributes:
-        within: Each of them is one step of the quantiser away at most.
-        cosine: The least of the rows: a quantiser turns none of them far.
+        within: True if each value is at most one step of the quantiser away.
+        cosine: Least cosine of the rows: a quantiser turns none of them far.
     """
 
     within: bool
@@ -75,12 +75,12 @@ class CodesMatch:
 
     @property
     def related(self) -> bool:
-        """Whether each row points where the checkpoint's does, as far as a quantiser lets it."""
+        """True if each row points in the checkpoint's direction, as far as a quantiser keeps it."""
         return self.within or self.cosine >= _RELATED
 
 
 def codes_of(use: Use) -> Codes | None:
-    """Return what a constant of codes stands for; None where it is held in a way that is not known."""
+    """Return the codes of a use's constant; None if their layout is unknown."""
     if use.root.const_value is None:
         return None
     if use.node.op_type == _NBITS:
@@ -106,13 +106,13 @@ def codes_of(use: Use) -> Codes | None:
         zero = np.broadcast_to(own.reshape(-1), codes.shape)
     else:
         return None
-    # Centred codes fit into 16 bits: of bytes, or fewer, and their zeros.
+    # Codes of at most 8 bits, less their zero points, fit into 16 bits.
     centred = codes.astype(np.float32) - zero.astype(np.float32)
     return Codes(codes=centred, step=step, limit=float(np.abs(centred).max(initial=0)))
 
 
 def _fits(values: Array, shape: tuple[int, ...]) -> bool:
-    """Whether there is one for the whole matrix, or one for each column."""
+    """Return True if there is one value for the whole matrix, or one for each column."""
     return values.size == 1 or (values.size == shape[-1] == values.shape[-1])
 
 
@@ -134,14 +134,14 @@ def compare_codes(held: Codes, placement: Placement, wanted: Array) -> CodesMatc
         assert outermost is not None
         other = np.asarray(matrix[start:stop], np.float32)
         if within and steps is not None:
-            # Beyond the outermost code values are cut off: they are nearer to zero than what they stand for.
+            # Values beyond the outermost code are cut off: the code is nearer to zero than the value.
             cut = outermost & (np.abs(other) > np.abs(values))
             within = bool(((np.abs(values - other) <= np.abs(steps)) | cut).all())
         rows = slice(None) if placement.transposed else slice(start, stop)
         for number, (one, two) in enumerate(((values, other), (values, values), (other, other))):
             sums[number, rows] += (one * two).sum(axis=axis, dtype=np.float64)
     lengths = np.sqrt(sums[1] * sums[2])
-    # Rows of zeros point nowhere.
+    # Rows of zeros have no direction.
     cosines = np.where(lengths > 0, sums[0] / np.maximum(lengths, 1e-300), (sums[1] == sums[2]) * 1.0)
     return CodesMatch(within, float(cosines.min(initial=1.0)))
 

@@ -1,4 +1,4 @@
-"""Read some rows of a weight, also where a quantiser has stored codes for it: enough to know it again."""
+"""Read some rows of a weight, also of one that is stored as codes: enough to recognise it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def canonical_shape(use: Use) -> tuple[int, int]:
 
 
 def rows_of(use: Use, rows: Array) -> Array | None:
-    """Return rows of the canonical weight, each up to a factor; None where its codes can't be read.
+    """Return rows of the canonical weight, each up to a factor; None if its codes can't be read.
 
     Args:
-        use: What reads the weight.
-        rows: Which rows.
+        use: Use of the weight.
+        rows: Numbers of the rows.
 
     Returns:
         ``(rows, in_dim)``, float64.
@@ -56,7 +56,7 @@ def _picked(matrix: Array, transposed: bool, rows: Array) -> Array:
 
 
 def _nbits_rows(node: ir.Node, rows: Array) -> Array | None:
-    """Rows of a MatMulNBits: ``(N, K/block, block·bits/8)`` bytes, the lowest bits of a byte first."""
+    """Return rows of a MatMulNBits: ``(N, K/block, block·bits/8)`` bytes, the lowest bits of a byte first."""
     bits, block = node.attributes.get_int("bits", 4), node.attributes.get_int("block_size", 0)
     packed, scales = constant_of(node, 1), constant_of(node, 2)
     outputs, inputs = node.attributes.get_int("N", 0), node.attributes.get_int("K", 0)
@@ -78,18 +78,18 @@ def _nbits_rows(node: ir.Node, rows: Array) -> Array | None:
 
 
 def unpacked(packed: Array, bits: int) -> Array:
-    """Return the codes in rows of bytes, the lowest bits first, as float64."""
+    """Return the codes in rows of bytes, the lowest bits of a byte first, as float64."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     codes = (packed.view(np.uint8)[..., None] >> shifts) & np.uint8((1 << bits) - 1)
     return codes.reshape(len(packed), -1).astype(np.float64)
 
 
 def has_input(node: ir.Node, index: int) -> bool:
-    """Whether a node has an optional input."""
+    """Return True if a node has an optional input."""
     return index < len(node.inputs) and node.inputs[index] is not None
 
 
 def constant_of(node: ir.Node, index: int) -> Array | None:
-    """Return the values of a node's input, None where it has none or computes it."""
+    """Return the values of a node's input; None if the node lacks it or the graph computes it."""
     value = node.inputs[index] if has_input(node, index) else None
     return None if value is None or value.const_value is None else np.asarray(value.const_value.numpy())

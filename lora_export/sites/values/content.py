@@ -1,8 +1,8 @@
-"""Find and verify weights by their values, for graphs whose names are gone and for names that lie.
+"""Find and verify weights by their values, for graphs without names and with wrong ones.
 
-The values to compare with come from the checkpoint that the graph was made of. Everything here works on
-views of stored constants (memory-mapped where external). A few rows may tell that two matrices differ; that
-they are the same, only every value tells.
+The values to compare with come from the checkpoint that the graph was made from. Everything here works on
+views of stored constants (memory-mapped if external). A few rows may prove that two matrices differ; only all
+values prove that they are the same.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from lora_export.adapter import Array
 
 # A value in another float type differs by rounding (bf16: 2⁻⁹ relative); another value by about 1.4.
 SAME = 1e-2
-# Below this, float16 has few values left, and converters to it lift what is smaller to it.
+# Below this value float16 has few values left, and converters to float16 raise smaller values to it.
 _LEAST = 1e-7
-# Less than this is the arithmetic of the types in use: no factor is looked for. Norms that do nothing but
+# Smaller differences come from the arithmetic of the dtypes, so that no factor is looked for. Norms that only
 # add 1e-5 to a variance of 1 change more.
 EXACT = 1e-6
-# Directions: a row of a folded batch norm is the checkpoint's row times a factor, so its cosine is ±1.
+# Least cosine of two rows: with a folded batch norm, a row is the checkpoint's times a factor (cosine ±1).
 COSINE = 0.999
-# Float types that weights were perhaps rounded to on the way, and their relative rounding.
+# Float types to which weights may have been rounded on the way, and their relative rounding.
 _COARSE: tuple[tuple[Any, float], ...] = ((ml_dtypes.bfloat16, 2**-8), (np.float16, 2**-11))
 _PROBES = 8
-# Values that are compared at a time.
+# Number of values that are compared at a time.
 _BLOCK = 1 << 20
-# Rows and columns where a transposed matrix is read across its rows: few enough pages for a processor.
+# Rows and columns of a block of a transposed matrix that is read across its rows: few pages for a processor.
 _TILE = 256
 
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """How well stored values are a checkpoint's.
+    """Agreement of stored values with a checkpoint's.
 
     Attributes:
         cosine: Smallest absolute cosine of the compared rows.
         difference: ‖stored − wanted‖ / ‖wanted‖ over the compared rows.
-        worst: The largest difference of one value, see `worst_values`.
-        row_scale: Factor per canonical row, where the rows are multiples of the checkpoint's.
+        worst: Largest difference of one value, see `worst_values`.
+        row_scale: Factor of each canonical row, if the rows are multiples of the checkpoint's.
     """
 
     cosine: float
@@ -52,19 +52,19 @@ class Match:
 
     @property
     def same(self) -> bool:
-        """Each stored value is the checkpoint's, up to rounding."""
+        """True if each stored value is the checkpoint's, up to rounding."""
         return self.worst <= SAME
 
     @property
     def scaled(self) -> bool:
-        """The stored rows are the checkpoint's times a factor each, and not all factors are 1."""
+        """True if the stored rows are the checkpoint's times a factor each, and not all factors are 1."""
         return self.difference > EXACT and self.cosine >= COSINE and self.row_scale is not None
 
 
 def compare(stored: Array, wanted: Array) -> Match:
     """Compare every value of two matrices of the same shape, rows of the canonical weight.
 
-    Where they are not equal, a few evenly spaced rows come first: if those point elsewhere, it is another
+    If they are not equal, a few evenly spaced rows come first: if their directions differ, it is another
     weight.
 
     Args:
@@ -75,7 +75,7 @@ def compare(stored: Array, wanted: Array) -> Match:
         return Match(1.0, 0.0, 0.0)
     picks = np.unique(np.linspace(0, len(wanted) - 1, 4 * _PROBES).astype(int))
     match = _compare_rows(stored[picks], wanted[picks])
-    # Channels that a batch norm has set to zero point nowhere.
+    # Channels that a batch norm has set to zero have no direction.
     if match.cosine < COSINE and np.any(stored[picks]):
         return match
     return _compare_rows(stored, wanted)
@@ -86,8 +86,8 @@ def worst_values(stored: Array, wanted: Array, least: float = 0.0) -> Array:
 
     Args:
         stored: Some rows.
-        wanted: The same rows, in float64.
-        least: What a value may be off in any case.
+        wanted: The same rows of the checkpoint, in float64.
+        least: Difference that is allowed in any case.
     """
     size = np.abs(wanted)
     size += np.sqrt(np.mean(wanted**2, axis=1, keepdims=True))
@@ -101,7 +101,7 @@ def step(*values: Array) -> float:
 
 
 def _fits(values: Array, dtype: Any) -> bool:
-    """Whether each value is one of a coarser float type."""
+    """Return True if each value is one of a coarser float type."""
     with np.errstate(over="ignore"):
         return all(
             np.array_equal(block.astype(dtype).astype(np.float32), block)
@@ -111,15 +111,16 @@ def _fits(values: Array, dtype: Any) -> bool:
 
 
 def least_of(stored: Array) -> float:
-    """Return what a value of this type may be off, however small it is."""
+    """Return the difference that is allowed for values of this dtype, however small they are."""
     return _LEAST if stored.dtype == np.float16 else 0.0
 
 
 def _is_rounded(stored: Array, wanted: Array) -> bool:
-    """Whether the stored values are the checkpoint's to the last bit, in the graph's dtype."""
+    """Return True if the stored values are the checkpoint's to the last bit, in the graph's dtype."""
     if stored.strides[0] < stored.strides[1]:
         stored, wanted = stored.T, wanted.T
-    # As integers: numpy compares float16 value by value, and moves bfloat16 so, many times slower.
+    # Integers are compared, because numpy compares float16 and moves bfloat16 value by value, which is many
+    # times slower.
     bits, given = np.dtype(f"u{stored.dtype.itemsize}"), np.dtype(f"u{wanted.dtype.itemsize}")
     wanted_bits = wanted.view(given)
     tiles = (
@@ -136,7 +137,7 @@ def _is_rounded(stored: Array, wanted: Array) -> bool:
 
 
 def _blocks(matrix: Array) -> Iterator[slice]:
-    """Yield a few rows at a time: a whole table of embeddings would take gigabytes in float64."""
+    """Yield slices of a few rows: a whole table of embeddings would take gigabytes in float64."""
     step = max(1, _BLOCK // max(1, matrix.shape[1]))
     return (slice(start, start + step) for start in range(0, len(matrix), step))
 
@@ -144,9 +145,9 @@ def _blocks(matrix: Array) -> Iterator[slice]:
 def _compare_rows(stored: Array, wanted: Array) -> Match:
     squares, stored_squares, products, differences, worst = _row_sums(stored, wanted)
     norms, stored_norms = np.sqrt(squares), np.sqrt(stored_squares)
-    # A row that is zero on both sides agrees; its factor can't be known and does not matter for the base.
+    # A row that is zero on both sides agrees; its factor is unknown and does not matter for the base.
     both_zero = (norms == 0) & (stored_norms == 0)
-    # A stored row of zeros is the checkpoint's times 0, as long as other rows are there to show a factor.
+    # A stored row of zeros is the checkpoint's times 0, if other rows show a factor.
     agree = both_zero | ((stored_norms == 0) & bool(stored_norms.any()))
     cosines = np.where(agree, 1.0, np.abs(products) / np.maximum(norms * stored_norms, 1e-300))
     total = float(np.sqrt(squares.sum()))
@@ -156,7 +157,7 @@ def _compare_rows(stored: Array, wanted: Array) -> Match:
 
 
 def blocks(*matrices: Array) -> Iterator[tuple[Array, ...]]:
-    """Yield the same few rows of each matrix in float64."""
+    """Yield the same few rows of each matrix at a time, in float64."""
     return (tuple(_f64(matrix[rows]) for matrix in matrices) for rows in _blocks(matrices[0]))
 
 
@@ -173,7 +174,7 @@ def _row_sums(stored: Array, wanted: Array) -> tuple[Array, ...]:
 
 
 def find_rows(stored: Array, wanted: Array) -> list[int]:
-    """Return at which rows of ``stored`` (canonical orientation) the rows of ``wanted`` may begin.
+    """Return the rows of ``stored`` (canonical orientation) at which the rows of ``wanted`` may begin.
 
     Args:
         stored: ``(height, cols)``, at least as high as ``wanted``.
@@ -184,7 +185,7 @@ def find_rows(stored: Array, wanted: Array) -> list[int]:
     """
     rows = len(wanted)
     whole = len(stored) == rows
-    # Of equal heights, a row that a batch norm has not set to zero.
+    # For equal heights, take a row that a batch norm has not set to zero.
     probe = next((i for i in range(rows) if np.any(wanted[i]) and (not whole or np.any(stored[i]))), None)
     if probe is None:
         return []

@@ -1,8 +1,8 @@
-"""Find where weights may lie by their values, for all of them in one pass over a graph's constants.
+"""Find possible sites of weights by their values, for all weights in one pass over a graph's constants.
 
-Comparing each weight with each constant would read every constant once a weight: minutes. A fingerprint, a
-row's values at a few columns, tells two rows apart as well; where fingerprints agree, and only there, the
-values themselves are compared (`verify.check_content`), so that nothing is decided here.
+Comparing each weight with each constant would read every constant once for each weight, which takes minutes.
+A fingerprint, a row's values at a few columns, distinguishes two rows as well. Only where fingerprints agree,
+the values are compared (`verify.check_content`), so that nothing is decided here.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from lora_export.sites.slot import Use
 from lora_export.sites.target import Target
 from lora_export.sites.values import content
 
-# Columns of a fingerprint. Two rows of random weights agree by chance once in 10²² pairs.
+# Number of columns of a fingerprint. Two rows of random weights agree by chance once in 10²² pairs.
 _COLUMNS = 32
-# Least cosine of two fingerprints that may be one row's: below `content.COSINE`, as the rounding errors of
-# a few values don't average out.
+# Least cosine of two fingerprints of one row: below `content.COSINE`, because the rounding errors of a few
+# values don't average out.
 _ALIKE = 0.98
-# Rows of a weight that are looked for; one may be zero in the graph, where a batch norm's factor is.
+# Number of rows of a weight that are looked for; one may be zero in the graph if a batch norm's factor is.
 _ROWS = 4
-# A row's mean square at the fingerprint's columns against that of all: below, they say too little of it.
+# Least ratio of a row's mean square at the fingerprint's columns to that of all, so that they tell enough.
 _TELLING = 0.25
-# Values of a product that are made at a time: what a processor's cache holds.
+# Number of values of a product that are computed at a time, which fit a processor's cache.
 _BLOCK = 1 << 18
 # (identity of the constant, stored transposed) → offsets of a weight's rows in it, or of it in the weight's.
 Places = Mapping[tuple[int, bool], Sequence[int]]
@@ -42,7 +42,7 @@ Places = Mapping[tuple[int, bool], Sequence[int]]
 
 @dataclass(frozen=True, eq=False)
 class _View:
-    """A constant in one orientation, whose rows are outputs, and what reads it so."""
+    """Constant in one orientation, whose rows are outputs, and its uses in this orientation."""
 
     root: ir.Value
     transposed: bool
@@ -67,11 +67,11 @@ class _View:
 
 @dataclass(frozen=True, eq=False)
 class _Probe:
-    """Some rows of a matrix, by which it is looked for.
+    """Some rows of a matrix by which it is looked for.
 
     Attributes:
-        height: Rows of the whole matrix.
-        rows: Which rows, ``(count,)``; none where no row's fingerprint tells enough of it.
+        height: Number of rows of the whole matrix.
+        rows: Numbers of the rows, ``(count,)``; empty if no row's fingerprint tells enough.
         prints: Their fingerprints, ``(count, columns)``.
     """
 
@@ -82,7 +82,7 @@ class _Probe:
 
 @dataclass(eq=False)
 class _Wanted:
-    """A target of one width that is looked for, with a probe for each orientation that it may have."""
+    """Target that is looked for, with a probe for each orientation that it may have."""
 
     target: Target
     matrices: Callable[[], Sequence[Array]]
@@ -93,13 +93,13 @@ class _Wanted:
 def find_places(
     uses: Sequence[Use], targets: Sequence[Target], matrices: Callable[[Target], Sequence[Array]]
 ) -> dict[int, Places]:
-    """Return where each target's values may lie.
+    """Return the places where each target's values may be.
 
     Args:
-        uses: The graph's constants that may be the targets'.
+        uses: Uses of the graph's constants that may be the targets'.
         targets: Linears, convolutions and tables.
-        matrices: The canonical matrix of a target, in each orientation that it may have; called more than
-            once, so that not all of them are held.
+        matrices: Function that returns a target's canonical matrix in each orientation that it may have; it
+            is called more than once, so that not all matrices are held.
 
     Returns:
         Identity of the target → its places.
@@ -118,12 +118,12 @@ def find_places(
         view = _View(mine[0].root, transposed, tuple(mine))
         if view.shape[1] in wanted:
             views[view.shape[1]].append(view)
-    # With so few columns, a second thread costs more than it brings.
     every, seen = sum(map(len, views.values())), count()
 
     def tell() -> None:
         tell_stage("looking for the adapter's weights by their values", next(seen) / every)
 
+    # With so few columns a second thread costs more than it saves.
     with one_blas_thread():
         for width, group in wanted.items():
             _search(group, views[width], tell)
@@ -135,7 +135,7 @@ def find_places(
 
 
 def _search(group: Sequence[_Wanted], views: Sequence[_View], tell: Callable[[], None]) -> None:
-    """Fill in ``found`` of targets of one width."""
+    """Fill in ``found`` for targets of one width."""
     around: dict[int, list[tuple[_View, _Probe]]] = defaultdict(list)
     kinds = [_kind(item.target) for item in group]
     samples = dict(zip(kinds, (item.target for item in group), strict=True))
@@ -160,7 +160,7 @@ def _search(group: Sequence[_Wanted], views: Sequence[_View], tell: Callable[[],
 
 
 def _kind(target: Target) -> tuple[object, ...]:
-    """Return what decides which uses a target accepts."""
+    """Return a key that is equal for targets that accept the same uses."""
     return target.kind, target.shape, target.module.groups if target.module else 1
 
 
@@ -178,7 +178,7 @@ def _find_inside(view: _View, matrix: Array, group: Sequence[_Wanted]) -> None:
 
 
 def _find_around(item: _Wanted, shorter: Sequence[tuple[_View, _Probe]]) -> None:
-    """Look for constants that are some rows of a target: an exporter may have split it."""
+    """Look for constants that are some rows of a target, which an exporter may have split."""
     telling = [(view, probe) for view, probe in shorter if len(probe.rows)]
     for matrix in item.matrices():
         if telling:
@@ -197,13 +197,13 @@ def _hits(prints: Array, probes: Sequence[_Probe]) -> set[tuple[int, int]]:
     found = {(equal[at], 0) for at in _equal_hits(prints, [probes[number] for number in equal])}
     if not smaller:
         return found
-    # Of a part, two rows: how many are looked for is what a search costs.
+    # For a part two rows are enough: the cost of a search is their number.
     rows = np.concatenate([probes[number].rows[:2] for number in smaller])
     numbers = np.repeat(smaller, [len(probes[number].rows[:2]) for number in smaller])
     heights = np.array([probe.height for probe in probes])[numbers]
     sought = np.concatenate([probes[number].prints[:2] for number in smaller]).T
     step = max(1, _BLOCK // len(rows))
-    # One buffer for all products: to allocate each anew costs more than to make it.
+    # One buffer serves all products: allocating one costs more than computing it.
     buffer = np.empty((min(step, len(prints)), len(rows)), np.float32)
     for start in range(0, len(prints), step):
         block = prints[start : start + step]
@@ -218,21 +218,21 @@ def _hits(prints: Array, probes: Sequence[_Probe]) -> set[tuple[int, int]]:
 
 
 def _equal_hits(prints: Array, probes: Sequence[_Probe]) -> list[int]:
-    """Return the numbers of the probes of matrices of the same height that may be the one."""
+    """Return the numbers of the probes whose matrices have the same height and may be the same."""
     if not probes:
         return []
     rows = np.concatenate([probe.rows for probe in probes])
     owners = np.repeat(np.arange(len(probes)), [len(probe.rows) for probe in probes])
     mine, theirs = prints[rows], np.concatenate([probe.prints for probe in probes])
     alike = np.abs(np.einsum("ij,ij->i", mine, theirs)) >= _ALIKE
-    # Channels that a batch norm set to zero say nothing.
+    # Channels that a batch norm set to zero tell nothing.
     telling = np.bincount(owners[mine.any(axis=1)], minlength=len(probes)) > 0
     hits = np.bincount(owners[alike], minlength=len(probes)) > 0
     return [int(number) for number in np.flatnonzero(hits | ~telling)]
 
 
 def _probe(matrix: Array) -> _Probe:
-    """Choose rows whose fingerprints tell the most of them."""
+    """Choose the rows whose fingerprints tell the most."""
     height = len(matrix)
     rows = np.unique(np.linspace(0, height - 1, 4 * _ROWS).astype(int))
     values = np.asarray(matrix[rows], dtype=np.float32)
@@ -246,7 +246,7 @@ def _probe(matrix: Array) -> _Probe:
 
 @cache
 def _columns(width: int) -> Array:
-    """Columns of the fingerprints of rows of this width: not evenly spaced, as weights have heads."""
+    """Return the columns of the fingerprints for a width: not evenly spaced, because weights have heads."""
     if width <= _COLUMNS:
         return np.arange(width)
     return np.sort(np.random.default_rng(width).choice(width, _COLUMNS, replace=False))

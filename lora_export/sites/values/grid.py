@@ -1,4 +1,4 @@
-"""Float weights behind QuantizeLinear and DequantizeLinear: what their grid keeps of a change.
+"""Measure how much of a change the grid of QuantizeLinear and DequantizeLinear after a float weight keeps.
 
 Quantisation-aware training and ModelOpt leave the weight a float and round it in the graph. A merge adds to
 the float; the grid, calibrated for the base's weight, stays as it is: values beyond its range are cut off.
@@ -18,10 +18,10 @@ from lora_export.sites.values.ranges import code_range, code_type
 
 @dataclass(frozen=True)
 class Loss:
-    """What a grid loses of a change ΔW.
+    """Loss of a change ΔW by a grid.
 
     Attributes:
-        beyond: Share of the changed values that lie beyond the grid's range, and did not before.
+        beyond: Share of the changed values that are beyond the grid's range, but were not before.
         cut: ‖W − W within the range‖ / ‖ΔW‖, less what the base itself lost so.
         error: ‖grid(W0 + ΔW) − grid(W0) − ΔW‖ / ‖ΔW‖, rounding included.
         node: Name of the QuantizeLinear.
@@ -39,12 +39,12 @@ def quantisers(use: Use) -> list[ir.Node]:
 
 
 def loss_of(use: Use, before: Array, after: Array) -> Loss:
-    """Return what the grid on a weight's way loses of its change.
+    """Return the loss of a weight's change by the grid on its way.
 
     Args:
         use: The way, with one of `quantisers` on it.
         before: The stored values.
-        after: The merged ones, of the same shape.
+        after: The merged values, of the same shape.
     """
     (node, *_) = quantisers(use)
     for passed in use.chain[: use.chain.index(node)]:
@@ -72,7 +72,7 @@ def held_by_codes(use: Use) -> tuple[Array, Array] | None:
         use: A use of the constant.
 
     Returns:
-        Two arrays of the constant's shape, in float64; None where no DequantizeLinear reads it, or one whose
+        Two arrays of the constant's shape, in float64; None if no DequantizeLinear reads it, or one whose
         scale the graph computes.
     """
     node = dequantiser(use)
@@ -86,17 +86,17 @@ def dequantiser(use: Use) -> ir.Node | None:
 
 
 def is_dequantiser(node: ir.Node) -> bool:
-    """Whether a node is a DequantizeLinear whose scale and zero point are constants."""
+    """Return True if a node is a DequantizeLinear whose scale and zero point are constants."""
     return node.op_type == "DequantizeLinear" and all(
         value is None or value.const_value is not None for value in node.inputs[1:]
     )
 
 
 def values_and_steps(node: ir.Node) -> tuple[Array, Array] | None:
-    """Return what a DequantizeLinear gives, and the step between two codes at each value, in float64.
+    """Return the output of a DequantizeLinear, and the step between two codes at each value, in float64.
 
     Returns:
-        None where the codes are no constant.
+        None if the codes are not constant.
     """
     value = without_identity(node.inputs[0])
     if value is None or value.const_value is None:
@@ -107,7 +107,7 @@ def values_and_steps(node: ir.Node) -> tuple[Array, Array] | None:
 
 
 def without_identity(value: ir.Value | None) -> ir.Value | None:
-    """Return what a value is behind nodes that do nothing."""
+    """Return the value in front of nodes that do nothing."""
     while value is not None and (maker := value.producer()) is not None and maker.op_type == "Identity":
         value = maker.inputs[0]
     return value
@@ -132,7 +132,7 @@ def per_value(node: ir.Node, index: int, shape: tuple[int, ...]) -> Array:
 
 
 def _rounded(node: ir.Node, values: Array, step: Array, zero: Array) -> Array:
-    """Return the values that DequantizeLinear gives back, of values within the range."""
+    """Return values within the range as DequantizeLinear returns them, rounded to the grid."""
     dtype, codes = code_type(node).numpy(), values / step
     integer = code_type(node).is_integer()
     rounded: Array = np.rint(codes) if integer else codes.astype(np.float32).astype(dtype).astype(np.float64)

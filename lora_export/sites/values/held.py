@@ -1,7 +1,7 @@
-"""What a constant of a graph stands for: its own values, or what a quantiser's codes of it do.
+"""Read the values that a constant of a graph stands for: its own, or those of a quantiser's codes.
 
-ONNX Runtime's static quantisation stores biases as int32 codes (of Gemm and Conv) or as 8-bit ones (behind a
-MatMul), each behind a DequantizeLinear: the codes are no values of the bias.
+ONNX Runtime's static quantisation stores biases as int32 codes (of Gemm and Conv) or as 8-bit ones (after a
+MatMul), each with a DequantizeLinear: the codes are not the bias's values.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from lora_export.sites.values.grid import (
     without_identity,
 )
 
-# What float32 leaves of a code times its scale.
+# Relative error of a code times its scale in float32.
 _ROUNDED = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """A parameter as the graph computes with it.
+    """Parameter as the graph computes with it.
 
     Attributes:
         values: Floats, in the constant's shape.
-        name: The value of the graph that is those floats: the constant, or what dequantises it.
+        name: Name of the graph's value with these floats: the constant, or the output that dequantises it.
     """
 
     values: Array
@@ -43,7 +43,7 @@ class Held:
 
 
 def held_of(use: Use) -> Held | Refusal:
-    """Return what a use's constant stands for, or why its codes can't be read."""
+    """Return the values that a use's constant stands for, or the reason why its codes can't be read."""
     tensor, name = use.root.const_value, name_of_floats(use)
     assert tensor is not None
     if name is not None and not use.quantised:
@@ -60,7 +60,7 @@ def held_of(use: Use) -> Held | Refusal:
 
 
 def name_of_floats(use: Use) -> str | None:
-    """Return the name of the graph's value that is a use's constant as floats; None where there is none."""
+    """Return the name of the graph's value that is a use's constant as floats; None if there is none."""
     if not use.quantised:
         return str(use.root.name)
     node = dequantiser(use)
@@ -70,15 +70,15 @@ def name_of_floats(use: Use) -> str | None:
 
 
 def compare_vector(use: Use, start: int, wanted: Array) -> CodesMatch | None:
-    """Compare what the codes of a vector stand for with a checkpoint's values.
+    """Compare the values of a vector's codes with a checkpoint's.
 
     Args:
         use: A use of the constant.
-        start: Where the checkpoint's vector begins in it.
-        wanted: The checkpoint's.
+        start: Position in it at which the checkpoint's vector begins.
+        wanted: The checkpoint's values.
 
     Returns:
-        None where the codes can't be read.
+        None if the codes can't be read.
     """
     held = held_by_codes(use)
     if held is None:
@@ -87,17 +87,17 @@ def compare_vector(use: Use, start: int, wanted: Array) -> CodesMatch | None:
     if values.shape != wanted.shape:
         return None
     other = wanted.astype(np.float64)
-    # A code that is as large as its type can be may stand for a value beyond it.
+    # A code that is the largest of its type may stand for a value beyond it.
     cut = (np.abs(values) >= np.abs(values).max(initial=0)) & (np.abs(other) > np.abs(values))
     within = (np.abs(values - other) <= np.abs(step) + _ROUNDED * np.abs(other)) | cut
     length = float(np.linalg.norm(values) * np.linalg.norm(other))
-    # A vector of zeros points nowhere.
+    # A vector of zeros has no direction.
     cosine = float(values @ other) / length if length else float(not values.any() and not other.any())
     return CodesMatch(bool(within.all()), cosine)
 
 
 def floats_of(node: ir.Node) -> Array | None:
-    """Return what a DequantizeLinear gives in the type that it gives; None where that is no constant."""
+    """Return the output of a DequantizeLinear in its own dtype; None if it is not constant."""
     scale = node.inputs[1]
     if not is_dequantiser(node) or scale is None or scale.const_value is None:
         return None
@@ -106,13 +106,13 @@ def floats_of(node: ir.Node) -> Array | None:
 
 
 def floats_by_name(nodes: Iterable[ir.Node]) -> dict[str, ir.Node]:
-    """Return name of a value → the DequantizeLinear that makes floats of constant codes.
+    """Return name of a value → the DequantizeLinear that turns constant codes into floats.
 
     Args:
-        nodes: Of a graph.
+        nodes: Nodes of a graph.
 
     Returns:
-        By the name of what each of them gives, and by that of its codes where no other node reads those.
+        Nodes by the name of their output, and by that of their codes if no other node reads those.
     """
     found: dict[str, ir.Node] = {}
     for node in nodes:

@@ -1,7 +1,7 @@
-"""Tell which constants are a checkpoint's parameters, moved: transposed, packed, picked rows, times a factor.
+"""Find constants that are a checkpoint's parameters, moved: transposed, packed, picked rows, times a factor.
 
-This explains a constant; it doesn't find a place for anything. So one vector of it that is a parameter's row
-is enough: a computed answer has none.
+This explains a constant; it doesn't find sites. So one vector of it that is a parameter's row is enough: a
+computed answer has none.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from lora_export.adapter import Array
 from lora_export.graph.onnx_file import release
 from lora_export.sites.target import BaseWeights
 
-# Cosine of two vectors that are one, rounded to another float type or times a factor.
+# Least cosine of two vectors that are equal up to rounding to another float type or a factor.
 _SAME = 0.9999
 # Fewer values may be alike by chance.
 _SHORTEST = 8
-# Tables small enough that all of their values are held against a constant's.
+# Largest number of values of a table of which all are compared with a constant's.
 _SMALL = 1 << 20
-# Values that are read at a time.
+# Number of values that are read at a time.
 _BLOCK = 1 << 20
-# Bytes of a mapped file that are read before they are given back.
+# Number of bytes of a mapped file that are read before they are released.
 _MAPPED_BYTES = 64 << 20
 _HALVES = {np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)}
 
@@ -59,7 +59,7 @@ def _vectors(value: ir.Value) -> list[Array]:
 
 
 def _copied(value: ir.Value, line: Array) -> Array:
-    """Return a line of a constant in float32; read in pieces: across its rows, each value has a page."""
+    """Return a line of a constant in float32, read in pieces: across rows each value is in another page."""
     step = max(1, _MAPPED_BYTES // max(1, *line.strides))
     pieces = []
     for start in range(0, len(line), step):
@@ -69,12 +69,12 @@ def _copied(value: ir.Value, line: Array) -> Array:
 
 
 def _with_row(values: Array, vectors: Mapping[int, list[Array]], every: bool) -> set[int]:
-    """Return the constants with a vector that is a row of a parameter.
+    """Return the identities of constants with a vector that is a row of a parameter.
 
     Args:
-        values: The parameter.
+        values: Values of the parameter.
         vectors: Identity of a constant → its vectors.
-        every: Look at all rows; otherwise at the first one, which tells of whole parameters.
+        every: Compare all rows; otherwise only the first, which is enough for whole parameters.
     """
     if not values.size or not values.ndim:
         return set()
@@ -97,9 +97,9 @@ def _holds(rows: Array, vector: Array) -> bool:
 
 
 def _picked(constants: Iterable[ir.Value], base: BaseWeights) -> set[int]:
-    """Return those that have no values but those of one small parameter: entries picked from a table.
+    """Return the constants that have only values of one small parameter: entries picked from a table.
 
-    So few values fit into half a float that a subset is no evidence there: it must be all of them.
+    A 16-bit float has so few values that a subset is not evidence: it must be all of them.
     """
     left: dict[int, Array] = {}
     for value in constants:

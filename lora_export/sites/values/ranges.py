@@ -1,4 +1,4 @@
-"""Ranges that were fixed when a graph was quantised: a QuantizeLinear cuts off what lies beyond its own.
+"""Find ranges that were fixed when a graph was quantised: a QuantizeLinear cuts off values beyond its range.
 
 Static quantisation and quantisation-aware training write the scale as a constant, measured without adapters.
 """
@@ -14,16 +14,16 @@ import onnx_ir as ir
 
 from lora_export.sites.slot import QUANTIZE
 
-# Quantisers drop a Relu or Clip and let the range do its work; its name stays on the value that is quantised.
+# Quantisers drop a Relu or Clip whose work the range does; its name stays on the quantised value.
 _ACTIVATION = re.compile(r"relu|clip|hardtanh", re.IGNORECASE)
-# What they compute needs no dropped activation to begin at 0.
+# Operators whose result begins at 0 without a dropped activation.
 _WITHOUT_SIGN = {"Relu", "Clip", "Sigmoid", "HardSigmoid", "Softmax", "Softplus", "Abs", "Exp", "Sqrt"}
 _UNSIGNED_BYTE = ir.DataType.UINT8
 _SHOWN = 3
 
 
 def is_fixed(node: ir.Node) -> bool:
-    """Whether a node quantises with a scale and a zero point that don't depend on what it quantises."""
+    """Return True if a node quantises with a scale and a zero point that don't depend on its input."""
     return node.op_type in QUANTIZE and all(
         value is None or value.const_value is not None for value in node.inputs[1:]
     )
@@ -54,9 +54,9 @@ def code_range(dtype: ir.DataType) -> tuple[float, float]:
 
 
 def may_hold_activation(node: ir.Node) -> bool:
-    """Whether a quantiser's range may stand for a Relu or Clip that was dropped: it then begins or ends at 0.
+    """Return True if a quantiser's range may replace a dropped Relu or Clip: it begins or ends at 0.
 
-    What is added behind such a range would not pass the activation.
+    A value that is added after such a range would not pass the activation.
     """
     source = node.inputs[0]
     name = str(source.name).rpartition("/")[2] if source is not None else ""
@@ -72,10 +72,10 @@ def may_hold_activation(node: ir.Node) -> bool:
 
 
 def cut_off(values: Sequence[ir.Value]) -> list[str]:
-    """Return a warning where quantisers with fixed ranges may cut off what an adapter does; else nothing.
+    """Return a warning if quantisers with fixed ranges may cut off an adapter's effect; else an empty list.
 
     Args:
-        values: The first values that are others with an adapter than without.
+        values: The first values that differ with an adapter.
     """
     found = [node for node in _reached(values) if is_fixed(node)]
     if not found:
@@ -97,7 +97,7 @@ def _called(node: ir.Node) -> str:
 
 
 def _range_text(node: ir.Node) -> str:
-    """Range of one scale for all; of several nothing is said."""
+    """Return the range of a scale for all values; "" for several scales."""
     scale = node.inputs[1].const_value if node.inputs[1] is not None else None
     if scale is None or scale.size != 1:
         return ""

@@ -1,4 +1,4 @@
-"""Hold what was found by name against the checkpoint's values, and find weights by their values alone."""
+"""Compare weights that were found by name with the checkpoint's values, and find weights by their values."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lora_export.sites.values.code_values import CodesMatch, codes_of, compare_c
 from lora_export.sites.values.held import compare_vector
 from lora_export.storage.patch import Placement
 
-# What builders add to the weights of norms that compute x·(1 + w), Gemma's and Nemotron's.
+# Numbers that builders add to the weights of norms that compute x·(1 + w), Gemma's and Nemotron's.
 NORM_SHIFT = 1.0
 # Kinds whose rows are output channels: a factor on each can be followed (also through DoRA's norms).
 _SCALABLE = ("conv", "linear")
-# What is left of float32 values after a factor that a tool multiplied them with is taken out again.
+# Relative error of float32 values after a tool's factor on them is divided out again.
 _ROUNDED = 1e-5
-# Cosine of rows that a factor on each column may have turned.
+# Least cosine of rows that a factor on each column may have turned.
 _RELATED = 0.5
 
 
@@ -34,12 +34,12 @@ def check_content(target: Target, part: Part, wanted: Wanted, trusted: bool = Fa
 
     Args:
         target: The parameter.
-        part: Where it was found.
+        part: Part in which it was found.
         wanted: The checkpoint's values.
-        trusted: The constant's name is an exporter's own: zeros of a vector are its own, too.
+        trusted: True if the constant's name is an exporter's own, so that zeros of a vector are its own, too.
 
     Returns:
-        The part, with the factors of rescaled rows; or what differs, of kind ``values``.
+        The part, with the factors of rescaled rows; or a refusal of kind ``values`` with the difference.
     """
     if isinstance(wanted, Stack):
         return _check_experts(target, part, wanted)
@@ -55,7 +55,7 @@ def check_content(target: Target, part: Part, wanted: Wanted, trusted: bool = Fa
     scale = match.row_scale if match.scaled and target.kind in _SCALABLE else None
     if scale is not None and _explains(stored, rows, scale[:, None], step):
         return replace(part, placements=(replace(placement, row_scale=scale),))
-    # Rows of another weight point elsewhere.
+    # Rows of another weight have other directions.
     columns = _column_factor(stored, rows, step) if match.cosine > _RELATED else ""
     return Refusal(
         "values",
@@ -65,7 +65,7 @@ def check_content(target: Target, part: Part, wanted: Wanted, trusted: bool = Fa
 
 
 def _explains(stored: Array, wanted: Array, factor: Array, step: float) -> bool:
-    """Whether ``wanted · factor``, one for each row or for each column, is what is stored, up to rounding."""
+    """Return True if ``wanted · factor``, one for each row or column, equals ``stored`` up to rounding."""
     factors, least = np.broadcast_to(factor, wanted.shape), content.least_of(stored)
     return all(
         bool((content.worst_values(one, other * times, least) <= max(_ROUNDED, step)).all())
@@ -74,7 +74,7 @@ def _explains(stored: Array, wanted: Array, factor: Array, step: float) -> bool:
 
 
 def _column_factor(stored: Array, wanted: Array, step: float) -> str:
-    """Say where the columns are multiples: a factor on the module's input, which can't be followed."""
+    """Return a text if the columns are multiples: a factor on the module's input, which can't be followed."""
     products = np.zeros(wanted.shape[1])
     squares = np.zeros(wanted.shape[1])
     for one, other in content.blocks(stored, wanted):
@@ -89,7 +89,7 @@ def _column_factor(stored: Array, wanted: Array, step: float) -> str:
 
 
 def _best(stored: Array, wanted: Sequence[Array]) -> tuple[content.Match, Array]:
-    """Return how well values match, and which: another orientation is tried where the first differs."""
+    """Return the match and the values of the first orientation that agrees, or of the best one."""
     first, *others = wanted
     match = content.compare(stored, first)
     if others and not match.same:
@@ -103,8 +103,8 @@ def check_codes(target: Target, part: Part, wanted: Wanted) -> CodesMatch | None
     """Compare every value that a quantised constant stands for with the checkpoint's.
 
     Returns:
-        The better one of a square matrix' two orientations; None where the codes can't be read, or stand
-        for an expert's values.
+        The match of a square matrix's better orientation; None if the codes can't be read, or are an
+        expert's.
     """
     if isinstance(wanted, Stack):
         return None
@@ -137,7 +137,7 @@ def rectangle(matrix: Array, placement: Placement) -> Array:
 
 
 def orientations(target: Target, wanted: Array) -> list[Array]:
-    """Return the checkpoint's matrix; a square one also transposed: it may be a Conv1D's."""
+    """Return the checkpoint's matrix, and a square one also transposed, because it may be a Conv1D's."""
     matrix = wanted.reshape(target.matrix)
     square = target.kind in ("linear", "any") and wanted.ndim == 2 and matrix.shape[0] == matrix.shape[1]
     return [matrix, matrix.T] if square else [matrix]
@@ -151,12 +151,12 @@ def _check_whole(target: Target, part: Part, wanted: Array, trusted: bool) -> Pa
     wanted = wanted[start:stop]
     if wanted.shape != stored.shape:
         return Refusal("values", _differs(part))
-    # One row: a value that is nearly zero counts as one of the vector's.
+    # As one row, so that a value near zero is compared with the whole vector.
     if _holds(stored[None], wanted[None]):
         if trusted or np.all(wanted):
             return part
         reason = (
-            f"the vector {part.root.name!r} has zeros: what a folded norm or factor made of it can't be known"
+            f"the vector {part.root.name!r} has zeros: what a folded norm or factor did to it can't be known"
         )
         return Refusal("values", reason)
     if _is_norm(target, part) and _holds(stored[None], wanted[None], NORM_SHIFT):
@@ -165,7 +165,7 @@ def _check_whole(target: Target, part: Part, wanted: Array, trusted: bool) -> Pa
 
 
 def _is_norm(target: Target, part: Part) -> bool:
-    """Whether a vector is only read as the weight of norms."""
+    """Return True if a vector is only read as the weight of norms."""
     norms = NORMS | SKIP_NORMS
     return target.key.endswith(".weight") and all(use.node.op_type in norms for use in part.uses)
 
@@ -178,12 +178,12 @@ def _differs(part: Part) -> str:
 
 
 def _check_experts(target: Target, part: Part, wanted: Stack) -> Part | Refusal:
-    """Compare every matrix of a stack; values tell which way round square ones lie.
+    """Compare every matrix of a stack; for square ones the values tell the orientation.
 
     Args:
-        target: The stack.
-        part: A constant of ``(experts, …, …)``, or of some rows of one expert.
-        wanted: The checkpoint's.
+        target: Target with a stack of experts.
+        part: Part with a constant of ``(experts, …, …)``, or of some rows of one expert.
+        wanted: The checkpoint's values.
     """
     module = target.module
     if module is not None and (refusal := unsettled(module, None)):
@@ -202,7 +202,7 @@ def _check_experts(target: Target, part: Part, wanted: Stack) -> Part | Refusal:
     if len(alike) > 1:
         reason = f"the experts in {part.root.name!r} are symmetric, their orientation can't be known"
         return Refusal("values", f"ambiguous: {reason}")
-    # Layouts that no shape settles are refused above: what is square lies as the module holds it.
+    # Layouts that shapes don't settle are refused above, so square ones are as the module holds them.
     turned = wanted.matrix(0).shape != target.shape
     return replace(part, placements=fit.expert_placements(target, (True in alike) != turned))
 
@@ -218,7 +218,7 @@ def _check_expert(target: Target, part: Part, wanted: Stack) -> Part | Refusal:
 
 
 def _holds(stored: Array, wanted: Array, shift: float = 0.0) -> bool:
-    """Whether a matrix is the checkpoint's plus a number, up to rounding."""
+    """Return True if a matrix is the checkpoint's plus a number, up to rounding."""
     if stored.shape != wanted.shape:
         return False
     worst = content.compare(stored, wanted.astype(np.float32) + np.float32(shift) if shift else wanted).worst
@@ -226,7 +226,7 @@ def _holds(stored: Array, wanted: Array, shift: float = 0.0) -> bool:
 
 
 def unconfirmed(target: Target) -> Refusal | None:
-    """Return why experts can't be placed by their names and shapes alone; None where they can."""
+    """Return the reason why names and shapes alone can't give experts a site; None if they can."""
     square = target.experts > 1 and target.shape[0] == target.shape[1]
     if not square:
         return None
@@ -238,14 +238,14 @@ def unconfirmed(target: Target) -> Refusal | None:
 
 
 def search(target: Target, use: Use, wanted: Wanted, offsets: Sequence[int]) -> Iterator[Part]:
-    """Yield where a use's constant holds the target's values: all of it, some rows of it, or some of them.
+    """Yield the parts of a use's constant that hold the target's values: all, some rows, or some of them.
 
     Args:
-        target: What to look for.
+        target: Target to look for.
         use: A use of a constant.
         wanted: The target's values in the checkpoint.
-        offsets: Where their rows may begin in the constant, or the constant's in them: of what is stacked or
-            a vector, nothing needs to be known.
+        offsets: Rows at which the values may begin in the constant, or the constant in them; not needed for
+            stacks and vectors.
     """
     assert use.root.const_value is not None
     if target.experts > 1:
@@ -272,7 +272,7 @@ def search(target: Target, use: Use, wanted: Wanted, offsets: Sequence[int]) -> 
 
 
 def tile(target: Target, parts: Sequence[Part]) -> bool:
-    """Whether the parts are the whole target: one of them, or rows that follow each other."""
+    """Return True if the parts are the whole target: one of them, or rows that follow each other."""
     row = 0
     for part in parts:
         start, stop = part.placements[0].rows

@@ -39,8 +39,10 @@ from lora_export.storage.inputs import forget_inputs
 
 _STAGED = re.compile(rf".+\.tmp-{IDENTITY}(?:{re.escape(RETIRED)})?", re.DOTALL)
 _SCRATCH = re.compile(rf"\.?lora-export-{IDENTITY}(?:{re.escape(LEASE)}|{re.escape(MARK)})?")
-# Names of earlier versions, without a machine: their owner is unknown.
-_EARLIER = re.compile(rf".+\.tmp-[0-9]{{1,10}}-[0-9a-f]{{8}}(?:{re.escape(RETIRED)})?", re.DOTALL)
+# Names of earlier versions and their kits, without a machine: their owner is unknown.
+_EARLIER = re.compile(
+    rf".+\.tmp-[0-9]{{1,10}}-[0-9a-f]{{8}}(?:{re.escape(RETIRED)})?|\.lora-export-kit\.\w{{6}}", re.DOTALL
+)
 _PATIENCE_S = 1.0
 
 

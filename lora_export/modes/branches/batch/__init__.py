@@ -1,1 +1,1 @@
-"""Where the batch's rows lie in a graph's values."""
+"""Follow the batch's rows through a graph's values."""

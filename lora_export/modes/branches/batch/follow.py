@@ -1,16 +1,16 @@
-"""Where the rows of the batch lie in each value of a graph, followed from the inputs node by node.
+"""Follow the rows of the batch from the inputs of a graph, node by node, through each value.
 
 Rules:
 
 1. An input whose first axis is the batch's has its rows along it; constants and sizes are the same for all.
-   Of another input with several axes of the batch's size no axis is believed (`BatchRows.either`).
-2. A node that is the same for all rows when its inputs are, whatever it computes.
-3. An operator without a rule leaves it unknown: then nothing is concluded, neither that a place is right nor
-   that it is wrong.
-4. What joins two values along the batch, or flattens (sequence, batch), puts something else outside of the
+   In another input with several axes of the batch's size, no axis is believed (`BatchRows.either`).
+2. A node's result is the same for all rows if its inputs are, whatever it computes.
+3. After an operator without a rule, the rows are unknown: then nothing is concluded, neither that a site is
+   right nor that it is wrong.
+4. Nodes that join two values along the batch, or flatten (sequence, batch), put something else outside of the
    rows: a bank that takes them for outermost would give rows another row's adapter.
-5. What takes rows apart (a slice of the batch), takes them by index (`batch_picks`) or multiplies them by a
-   matrix may put them into another order: nothing behind it has the batch's rows again, put back or not.
+5. Nodes that take rows apart (a slice of the batch), take them by index (`picks`) or multiply them by a
+   matrix may put them into another order: no value after them has the batch's rows again, put back or not.
 6. A sum over the batch is the same for all rows; combined with rows it leaves them where they are.
 """
 
@@ -34,16 +34,16 @@ _UNARY = {
     *("RMSNormalization", "Reciprocal", "Relu", "RotaryEmbedding", "Round", "Selu", "SequenceAt", "Sigmoid"),
     *("Sign", "SimplifiedLayerNormalization", "Sin", "Softplus", "Softsign", "Sqrt", "Tanh", "Trilu"),
 }
-# Along another axis than the batch's they leave rows apart.
+# Operators that keep rows apart along another axis than the batch's.
 _SCORES = {"Softmax", "LogSoftmax", "Hardmax", "TopK", "CumSum"}
-# What they compute depends on sizes and types alone.
+# Operators whose result depends only on sizes and dtypes.
 _SIZES = {"Shape", "Size", "Constant", "ConstantOfShape", "EyeLike", "SequenceLength"}
 _ELEMENTWISE = {
     *("Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Mean", "Min"),
     *("Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "Where", "Xor", "SkipLayerNormalization"),
     "SkipSimplifiedLayerNormalization",
 }
-# The batch is the first axis of what they read, by their definition.
+# Operators that by their definition read the batch as the first axis.
 _IMAGES = {
     *("Conv", "ConvTranspose", "FusedConv", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"),
     *("DepthToSpace", "SpaceToDepth", "EmbedLayerNormalization"),
@@ -57,13 +57,13 @@ _DOMAINS = ("", "ai.onnx", "com.microsoft")
 
 
 class BatchRows:
-    """Follows the batch's rows through a graph; its nodes are those at the time.
+    """Positions of the batch's rows in a graph, with the nodes that it has when this is made.
 
     Args:
         graph: The graph.
-        shapes: Id of a value → its shape, where it is known.
+        shapes: Id of a value → its shape, if known.
         batch: Size of the batch: a number or a symbol.
-        batch_input: The input whose first axis it is.
+        batch_input: The input whose first axis is the batch.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class BatchRows:
         self._run(graph)
 
     def _entry(self, value: ir.Value) -> Rows | None:
-        """Rule 1 for another input; unknown where its first axis has another name, or none."""
+        """Apply rule 1 to another input; its rows are unknown if its first axis has another name, or none."""
         dims = list(value.shape) if value.shape is not None else [ir.SymbolicDim(None)]
         if isinstance(self._batch, int):
             # Another axis of that size may be the batch's, or a length.
@@ -93,33 +93,33 @@ class BatchRows:
         return SAME if not named and all(isinstance(size, int) for size in dims[:1]) else None
 
     def _axes_of_batch(self, value: ir.Value) -> int:
-        """Return how many axes of an input have the batch's size, or its name."""
+        """Return the number of axes of an input with the batch's size, or its name."""
         return sum(size == self._batch and not _is_nameless(size) for size in value.shape or ())
 
     def either(self, value: ir.Value) -> str:
         """Return the input with several axes of the batch's size, if a value is computed from that alone.
 
-        Which of them is the batch no node tells then; an empty text for all other values.
+        Then no node tells which of them is the batch. Other values give an empty text.
         """
         return self._either.get(id(value), "")
 
     def of(self, value: ir.Value | None) -> Rows | None:
-        """Return where the rows are; None where that is unknown."""
+        """Return the position of the rows; None if it is unknown."""
         if value is None or value.const_value is not None:
             return SAME
         return self._rows.get(id(value))
 
     @property
     def batch(self) -> object:
-        """The size of the batch: a number or a symbol."""
+        """Size of the batch: a number or a symbol."""
         return self._batch
 
     def unknown(self, value: ir.Value) -> str:
-        """Return the node, or the input, behind which rows are not followed."""
+        """Return the node, or the input, after which rows are not followed."""
         return self._unknown.get(id(value), f"input {value.name}")
 
     def rank(self, value: ir.Value | None) -> int | None:
-        """Return the number of a value's axes, where it is known."""
+        """Return the number of a value's axes, or None if it is unknown."""
         if value is None:
             return None
         shape = self._shapes.get(id(value))
@@ -128,7 +128,7 @@ class BatchRows:
         return None if shape is None else len(shape)
 
     def size(self, value: ir.Value, axis: int) -> Size:
-        """Return what the size of an axis has to do with the batch."""
+        """Return the size of an axis in relation to the batch."""
         rows, shape = self.of(value), self._shapes.get(id(value))
         axis = axis + len(shape) if axis < 0 and shape is not None else axis
         first = shape[axis] if shape is not None and 0 <= axis < len(shape) else None
@@ -154,7 +154,7 @@ class BatchRows:
             if rows is not None and rows.axis is not None:
                 rows = self._doubted(node, rows)
             for number, output in enumerate(node.outputs):
-                # Its scale and zero point are of the whole batch.
+                # Scale and zero point are those of the whole batch.
                 whole = number and node.op_type == "DynamicQuantizeLinear" and rows is not None
                 self._rows[id(output)] = summed_by(node) if whole and rows != SAME else rows
                 if either:
@@ -170,7 +170,7 @@ class BatchRows:
         return found[0] if found and all(found) else ""
 
     def _doubted(self, node: ir.Node, rows: Rows) -> Rows:
-        """Add the doubt about what is combined with rows, or of it."""
+        """Add a doubt if an unknown value is combined with rows, or the doubt of a value that is."""
         read = [(value, self.of(value)) for value in node.inputs if value is not None]
         doubts = (self.unknown(value) if known is None else known.doubt for value, known in read)
         return replace(rows, doubt=next(filter(None, doubts), ""))
@@ -225,7 +225,7 @@ class BatchRows:
     # --- axes stay where they are, or move ------------------------------------------------------------
 
     def _aligned(self, pairs: Iterable[tuple[ir.Value | None, Rows | None]], rank: int | None) -> Rows | None:
-        """Broadcasting aligns the last axes."""
+        """Return the rows of values that are broadcast, which aligns the last axes."""
         pairs = list(pairs)
         carriers = [(value, rows) for value, rows in pairs if rows is not None and rows != SAME]
         ranks = [self.rank(value) for value, _ in pairs if value is not None]
@@ -237,7 +237,7 @@ class BatchRows:
         for value, rows in carriers:
             own = self.rank(value)
             if own is None or rank is None:
-                # Nothing that is added to it can have more axes: a vector, or its like.
+                # A value that is added to it can't have more axes: it is a vector or similar.
                 others = [self.rank(other) for other, _ in pairs if other is not value]
                 small = all(other is not None and other < 2 for other in others)
                 if not (small or len(carriers) == len(pairs)):
@@ -279,7 +279,7 @@ class BatchRows:
         return replace(rows, axis=rows.axis - sum(axis is not None and axis < rows.axis for axis in gone))
 
     def _scored(self, node: ir.Node, rows: Rows) -> Rows | None:
-        """Probabilities, the largest ones and running sums; along the batch (rule 5) they mix its rows."""
+        """Return the rows of probabilities, maxima, running sums; along the batch they mix rows (rule 5)."""
         axes = [node.attributes.get_int("axis", -1)] if node.op_type != "CumSum" else self._axes(node)
         axis = self._from_front(axes[0], node.inputs[0]) if axes else None
         return None if axis is None else moved_by(node) if axis == rows.axis else rows
@@ -313,7 +313,7 @@ class BatchRows:
     # --- products -------------------------------------------------------------------------------------
 
     def _product(self, node: ir.Node, inputs: list[Rows | None]) -> Rows | None:
-        """Axes before the last two are aligned; rows of the first and columns of the second stay."""
+        """Return a product's rows: front axes are aligned, the first's rows and the second's columns stay."""
         left, right = node.inputs[0], node.inputs[1]
         first, second, rank, other = inputs[0], inputs[1], self.rank(left), self.rank(right)
         turned = [node.attributes.get_int(f"trans{name}", 0) for name in ("A", "B", "BatchA", "BatchB")]
@@ -331,7 +331,7 @@ class BatchRows:
         if rank is None or other is None:
             return None
         if first.axis == rank - 1 or second.axis == max(other - 2, 0):
-            # Rule 5: a sum over rows, of a permutation's matrix another row.
+            # Rule 5: the result is a sum over rows; with a permutation's matrix it is another row.
             return moved_by(node)
         if second == SAME:
             return replace(first, axis=(first.axis or 0) + max(other - rank, 0))
@@ -354,7 +354,7 @@ class BatchRows:
         (place,) = {rows.axis for rows in carriers if rows}
         if place != axis:
             return next(iter(carriers)) if len(carriers) == 1 else None
-        # Rule 4: behind one another, so that each row is there several times; else behind something else.
+        # Rule 4: rows come after each other, so that each is there several times, or after something else.
         several = sum(rows != SAME for rows in inputs) > 1
         return Rows(axis=axis, outermost=False, alone=False) if several else moved_by(node)
 
@@ -384,7 +384,7 @@ class BatchRows:
         known = None if found is None else Rows(axis=found[0], outermost=found[1], alone=found[2])
         if known is not None and known.alone:
             return known
-        # With an axis left open: whether the rows are alone along it, numbers tell.
+        # If an axis is left open, numbers tell whether the rows are alone along it.
         return rows_reshaped(self, node, rows) or known
 
     def _axes(self, node: ir.Node) -> list[int] | None:
@@ -397,7 +397,7 @@ class BatchRows:
 
 
 def _turned(rows: Rows, rank: int) -> Rows:
-    """Return the place of rows where the last two axes are exchanged."""
+    """Return the position of rows after the last two axes are exchanged."""
     if rows.axis is None or rows.axis < rank - 2:
         return rows
     return replace(rows, axis=2 * rank - 3 - rows.axis)

@@ -1,9 +1,10 @@
-"""Whether an index counts the batch's rows: computed for two sizes of the batch, and not read off its nodes.
+"""Tell whether an index counts the batch's rows, by computing it for two sizes of the batch.
 
 Exporters write ``x[arange(batch), length]`` and the reads of attention masks as a Gather of computed numbers.
-What depends on sizes alone is computed as the graph does; what depends on the model's inputs (the length) is
-filled in with several kinds of numbers: where it has a part in the row's number, the results differ. Numbers
-with which the index leads out of what it reads are none that the model gets (no mask is all zeros).
+Values that depend only on sizes are computed as the graph does; values that depend on the model's inputs (the
+length) are filled in with several kinds of numbers: if they have a part in the row's number, the results
+differ. Numbers with which the index leads out of its data are not such as the model gets (no mask is all
+zeros).
 """
 
 from __future__ import annotations
@@ -23,41 +24,41 @@ from lora_export.untrusted.computed import MAX_ELEMENTS, UncomputedError
 from lora_export.untrusted.computed import computed as values_of
 
 Numbers = NDArray[np.int64]
-# What an index is computed with; behind any other operator that reads an input is a number to fill in.
+# Operators with which an index is computed; numbers are filled in after others that read an input.
 _ARITHMETIC = {
     *("Add", "Cast", "CastLike", "Concat", "Div", "Equal", "Expand", "Flatten", "GreaterOrEqual"),
     *("Identity", "Less", "Max", "Min", "Mod", "Mul", "Neg", "Reshape", "Slice", "Squeeze", "Sub"),
     *("Tile", "Transpose", "Unsqueeze", "Where"),
 }
-# Of a body of an If, which has none of its own.
+# Opset assumed for an If's body, which has none of its own.
 _OPSET = 18
 _MAX_NODES = 300
-# Of a value whose rows are numbered, to see where a Reshape puts them.
+# Largest number of elements of a value whose rows are numbered, to see where a Reshape puts them.
 _MAX_NUMBERED = 1 << 24
-# Sizes to compute with where they have no number: the batch's, and that of any other axis.
+# Sizes to compute with if they have no number: the batch's, and that of any other axis.
 _PROBES = ((3, 7), (5, 11))
-# What to fill in: one number; or ones in the first place of the last axis and zeros behind it, of what has
-# nothing else than rows along it ones.
+# Numbers to fill in: one number; or along the last axis a one followed by zeros, and only ones if that axis
+# holds nothing but rows.
 Fill = Literal[0, 1, 2, "first"]
 _FILLS: tuple[Fill, ...] = (0, 1)
 _MORE_FILLS: tuple[Fill, ...] = (*_FILLS, 2, "first")
-# So many of them must lead to one place.
+# Number of fills that must lead to the same position.
 _ENOUGH = 2
 
 
 class _UnknownError(Exception):
-    """A number can't be computed."""
+    """Error for a number that can't be computed."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Computes values of a graph for given sizes.
+    """Computation of a graph's values for given sizes.
 
     Attributes:
-        flow: What is known of the graph.
-        batch: The size of the batch.
-        other: The size of other axes without a number.
-        fill: What values have that depend on the graph's inputs, see `Fill`.
+        flow: Facts about the graph's values.
+        batch: Size of the batch.
+        other: Size of other axes without a number.
+        fill: Numbers of values that depend on the graph's inputs, see `Fill`.
     """
 
     flow: Flow
@@ -69,7 +70,7 @@ class Probe:
         """Return the size of an axis.
 
         Raises:
-            _UnknownError: It has none.
+            _UnknownError: The axis has none.
         """
         size = self.flow.size(value, axis)
         if isinstance(size, int):
@@ -79,10 +80,10 @@ class Probe:
         return {"batch": self.batch, "times": self.batch * self.other, "other": self.other}[size]
 
     def compute(self, value: ir.Value) -> Numbers:
-        """Return a value.
+        """Return the numbers of a value.
 
         Raises:
-            _UnknownError: It can't be computed.
+            _UnknownError: The value can't be computed.
         """
         from onnx import helper
 
@@ -103,7 +104,7 @@ class Probe:
 
 @dataclass(kw_only=True)
 class _Part:
-    """The nodes that compute a value, and what they read."""
+    """Nodes that compute a value, and the values that they read."""
 
     probe: Probe
     nodes: list[ir.Node] = field(default_factory=list)
@@ -112,7 +113,7 @@ class _Part:
     size: int = 0
 
     def add(self, value: ir.Value) -> None:
-        """Add what computes a value."""
+        """Add the nodes that compute a value."""
         node = value.producer()
         if str(value.name) in self.known or (node is not None and id(node) in self.seen):
             return
@@ -133,7 +134,7 @@ class _Part:
             self.known[str(value.name)] = self._filled(value)
 
     def _admit(self, size: int) -> None:
-        """Count what is read; a stranger's shape is no reason to fill the memory."""
+        """Count the elements that are read; an untrusted shape must not fill the memory."""
         self.size += size
         if self.size > MAX_ELEMENTS:
             raise _UnknownError
@@ -147,7 +148,7 @@ class _Part:
         return not bodies and all(self.probe.flow.of(read) == SAME for read in node.inputs)
 
     def _has_sizes(self, node: ir.Node) -> bool:
-        """Whether a Shape's sizes are known; else it is computed with what it reads."""
+        """Return True if a Shape's sizes are known; else it is computed from its input."""
         flow, source = self.probe.flow, node.inputs[0]
         rank = flow.rank(source)
         if flow.of(source) != SAME:
@@ -155,7 +156,7 @@ class _Part:
                 raise _UnknownError
             return True
         assert source is not None
-        # Of what has no rows, an axis without a number may still have the batch's size.
+        # In a value without rows, an axis without a number may still have the batch's size.
         numbers = [flow.size(source, axis) for axis in range(rank or 0)]
         return rank is not None and all(isinstance(number, int) for number in numbers)
 
@@ -184,16 +185,17 @@ class _Part:
 def rows_of_index(
     flow: Flow, index: ir.Value, number: Callable[[Probe, Numbers], Numbers | None]
 ) -> Rows | None:
-    """Return where the rows lie of which an index has the numbers, in their order: 0, 1, 2, ….
+    """Return the position of the rows whose numbers an index has in their order: 0, 1, 2, ….
 
     Args:
-        flow: What is known of the graph.
+        flow: Facts about the graph's values.
         index: The index.
-        number: Makes the numbers of rows of the index's values; None where these lead out of what it reads.
+        number: Function that turns the index's values into numbers of rows; None if they lead out of its
+            data.
 
     Returns:
-        The place; `SAME` where the index takes them in another order, or not all of them. None where the
-        index can't be computed.
+        The position; `SAME` if the index takes them in another order, or not all of them. None if the index
+        can't be computed.
     """
     found: set[Rows] = set()
     told: Counter[tuple[int, int]] = Counter()
@@ -211,7 +213,7 @@ def rows_of_index(
 
 
 def rows_reshaped(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
-    """Return where a Reshape puts rows, by the numbers of rows of a value with its sizes; None if unknown."""
+    """Return where a Reshape puts rows, by numbering the rows of a value of its sizes; None if unknown."""
     source, target = node.inputs[0], node.outputs[0]
     if source is None or rows.axis is None or not rows.outermost:
         return None
@@ -230,7 +232,7 @@ def rows_reshaped(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
 
 
 def same_size(flow: Flow, one: ir.Value, two: ir.Value, axis: int) -> bool:
-    """Whether two values, of which the first depends on sizes alone, are known to be of one size along it."""
+    """Return True if two values are known to have one size along an axis; the first depends only on sizes."""
     try:
         return all(
             probe.compute(one).shape[axis : axis + 1] == shape_of(probe, two)[axis : axis + 1]
@@ -241,7 +243,7 @@ def same_size(flow: Flow, one: ir.Value, two: ir.Value, axis: int) -> bool:
 
 
 def keeps_size(flow: Flow, given: ir.Value, place: int, data: ir.Value, axis: int) -> bool | None:
-    """Return whether an axis keeps its size by a vector of sizes, or of factors; None if that is unknown."""
+    """Return True if an axis keeps its size by a vector of sizes, or of factors; None if that is unknown."""
     kept = []
     for probe in _probes(flow):
         try:
@@ -253,7 +255,7 @@ def keeps_size(flow: Flow, given: ir.Value, place: int, data: ir.Value, axis: in
 
 
 def computed(flow: Flow, value: ir.Value) -> list[int] | None:
-    """Return the numbers of a vector that depends on no size and on no input; None for another."""
+    """Return the numbers of a vector that depends on no size and on no input; None for other vectors."""
     found: set[tuple[int, ...]] = set()
     for probe in _probes(flow):
         try:
@@ -265,10 +267,10 @@ def computed(flow: Flow, value: ir.Value) -> list[int] | None:
 
 
 def shape_of(probe: Probe, value: ir.Value) -> tuple[int, ...]:
-    """Return a value's shape, of one that was flattened or reshaped as its node computes it.
+    """Return a value's shape; if it was flattened or reshaped, as its node computes it.
 
     Raises:
-        _UnknownError: It can't be computed.
+        _UnknownError: The shape can't be computed.
     """
     node, rank = value.producer(), probe.flow.rank(value)
     if node is not None and node.op_type in ("Flatten", "Reshape") and node.inputs[0] is not None:
@@ -299,7 +301,7 @@ def _reshaped(shape: Sequence[int], target: Sequence[int]) -> tuple[int, ...]:
 
 
 def _rows(batch: int) -> NDArray[np.unsignedinteger]:
-    """Return the rows' numbers in the smallest type: as many as a value has elements are made of them."""
+    """Return the rows' numbers in the smallest dtype, because all elements of a value get one."""
     numbers: NDArray[np.unsignedinteger] = np.arange(batch, dtype=np.min_scalar_type(batch))
     return numbers
 

@@ -1,12 +1,12 @@
-"""Operators that pick or place elements by index: which of them leave the batch's rows in their order.
+"""Follow rows through operators that pick or place elements by index: some keep the batch's rows in order.
 
 Rules:
 
 1. Along another axis than the batch's, rows stay what they are, each with the same picks or with its own.
-2. Along the batch's, rows stay in their order where the index counts them (`batch_index`), else they have
-   moved; an index that can't be computed leaves it unknown.
+2. Along the batch's, rows stay in their order if the index counts them (`index`), else they have moved; with
+   an index that can't be computed this is unknown.
 3. Slice, Split, Compress and Pad along the batch's axis move them, unless they leave all of it as it is.
-4. Tile and Resize along it put several versions of the rows behind one another, or others between them.
+4. Tile and Resize along it put several versions of the rows after each other, or others between them.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _scatter_nd(flow: Flow, node: ir.Node, inputs: Sequence[Rows | None]) -> Row
     carriers = [rows for rows in (data, index, updates) if rows.axis is not None]
     place = updates.axis if updates.axis is not None else index.axis
     if place is None:
-        # The same is written into fixed places.
+        # The same values are written into fixed places.
         return data
     if place >= count - 1:
         axis = chosen + place - (count - 1)
@@ -123,7 +123,7 @@ def _scatter_nd(flow: Flow, node: ir.Node, inputs: Sequence[Rows | None]) -> Row
 def _by_index(
     flow: Flow, node: ir.Node, data: Rows, index: Rows | None, before: int, part: Callable[[Numbers], Numbers]
 ) -> Rows | None:
-    """Rule 2: the numbers of rows are a part of an index, or in it where their axis has more in it."""
+    """Apply rule 2: the numbers of rows are a part of an index, or in it if their axis holds more."""
     source, assumed = _value(node.inputs[0]), data.axis or 0
     if index is None:
         return None
@@ -149,12 +149,12 @@ def _shifted(index: Rows, axis: int) -> Rows:
 
 
 def _components(flow: Flow, index: ir.Value | None) -> int | None:
-    """Return how many axes an index of a GatherND or ScatterND chooses along."""
+    """Return the number of axes along which an index of a GatherND or ScatterND chooses."""
     rank = flow.rank(index)
     size = None if rank is None or index is None else flow.size(index, rank - 1)
     if isinstance(size, int):
         return size
-    # A Concat of single numbers, where the shape is unknown.
+    # If the shape is unknown, a Concat of single numbers tells.
     node = None if index is None else index.producer()
     return len(node.inputs) if node is not None and node.op_type == "Concat" else None
 
@@ -172,7 +172,7 @@ def _value(value: ir.Value | None) -> ir.Value:
 
 
 def sliced(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
-    """Return where the rows are behind a Slice."""
+    """Return the position of the rows after a Slice."""
     data = node.inputs[0]
     if len(node.inputs) > 3 and node.inputs[3] is not None:
         found = numbers_of(node.inputs[3])
@@ -198,7 +198,7 @@ def sliced(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
 
 
 def split(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
-    """Return where the rows are behind a Split, or one into a sequence."""
+    """Return the position of the rows after a Split, or one into a sequence."""
     axis = from_front(flow, node.attributes.get_int("axis", 0), node.inputs[0])
     if axis is None:
         return None
@@ -209,7 +209,7 @@ def split(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
 
 
 def compressed(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
-    """Return where the rows are behind a Compress."""
+    """Return the position of the rows after a Compress."""
     if "axis" not in node.attributes:
         return moved_by(node)
     axis = from_front(flow, node.attributes["axis"].as_int(), node.inputs[0])
@@ -217,7 +217,7 @@ def compressed(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
 
 
 def reversed_(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
-    """Return where the rows are behind a ReverseSequence."""
+    """Return the position of the rows after a ReverseSequence."""
     batch, time = node.attributes.get_int("batch_axis", 1), node.attributes.get_int("time_axis", 0)
     lengths = flow.of(node.inputs[1])
     if time == rows.axis:
@@ -226,14 +226,14 @@ def reversed_(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
 
 
 def padded(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
-    """Return where the rows are behind a Pad."""
+    """Return the position of the rows after a Pad."""
     pads = sizes_of(node.inputs[1], flow.size)
     rank = flow.rank(node.inputs[0])
     axes: list[int] | None = None if rank is None else list(range(rank))
     if len(node.inputs) > 3 and node.inputs[3] is not None:
         axes = numbers_of(node.inputs[3])
     if pads is None or None in pads:
-        # Exporters turn the order of torch's pads around by operators.
+        # Exporters reverse the order of torch's pads with operators.
         pads = list(computed(flow, _value(node.inputs[1])) or ()) or None
     if pads is None or axes is None or len(pads) != 2 * len(axes):
         return None
@@ -247,7 +247,7 @@ def padded(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
 
 
 def tiled(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
-    """Return where the rows are behind a Tile."""
+    """Return the position of the rows after a Tile."""
     repeats = sizes_of(node.inputs[1], flow.size)
     if repeats is None or rows.axis is None or rows.axis >= len(repeats):
         return None
@@ -258,7 +258,7 @@ def tiled(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
 
 
 def resized(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
-    """Return where the rows are behind a Resize or Upsample."""
+    """Return the position of the rows after a Resize or Upsample."""
     data = _value(node.inputs[0])
     if rows.axis is None or flow.rank(data) is None:
         return None
@@ -267,7 +267,7 @@ def resized(flow: Flow, node: ir.Node, rows: Rows) -> Rows | None:
     at = _at([from_front(flow, axis, data) for axis in axes], rows.axis)
     if not at:
         return rows
-    # X, roi, scales, sizes; of an Upsample X and scales.
+    # Inputs are X, roi, scales, sizes; those of an Upsample X and scales.
     given = next((value for value in reversed(node.inputs[1:]) if value is not None), None)
     if given is None:
         return None

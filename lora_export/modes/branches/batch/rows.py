@@ -1,4 +1,4 @@
-"""Where the rows of the batch lie in one value of a graph, and what rules ask for (see `batch_rows`)."""
+"""Describe the position of the batch's rows in one value of a graph, and what rules need (see `follow`)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from lora_export.modes.branches.batch.sizes import Size
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Where the batch's rows lie in a value.
+    """Position of the batch's rows in a value.
 
     Attributes:
-        axis: The axis; None: the value has no rows.
-        outermost: Nothing else is outside of them along that axis.
-        alone: There is nothing else along that axis.
-        moved: The node behind which they are not known to be all of the batch's in its order; nothing else is
+        axis: The axis; None if the value has no rows.
+        outermost: True if nothing else is outside of them along that axis.
+        alone: True if there is nothing else along that axis.
+        moved: The node after which they are not known to be all of the batch's in its order; nothing else is
             known then.
-        summed: The node that made one value of all rows, which are the same for all since then.
+        summed: The node that made one value from all rows, which is the same for all of them.
         doubt: A node that is not followed, whose result was combined with rows that are here.
     """
 
@@ -33,7 +33,7 @@ class Rows:
 
     @property
     def in_front(self) -> bool:
-        """Whether the first axis is the batch, or the batch and something inside of it."""
+        """True if the first axis is the batch, or the batch and something inside of it."""
         return self.axis == 0 and self.outermost
 
 
@@ -41,12 +41,12 @@ SAME = Rows(axis=None)
 
 
 def moved_by(node: ir.Node) -> Rows:
-    """Return the place of rows that a node takes apart, or doesn't leave in their order."""
+    """Return the position of rows that a node takes apart, or doesn't leave in their order."""
     return Rows(axis=None, moved=name_of(node))
 
 
 def summed_by(node: ir.Node) -> Rows:
-    """Return the place of rows of which a node makes one value."""
+    """Return the position of rows from which a node makes one value."""
     return Rows(axis=None, summed=name_of(node))
 
 
@@ -56,24 +56,24 @@ def name_of(node: ir.Node) -> str:
 
 
 class Flow(Protocol):
-    """What is known of a graph's values so far."""
+    """Facts about a graph's values that are known so far."""
 
     @property
     def batch(self) -> object:
-        """The size of the batch: a number or a symbol."""
+        """Size of the batch: a number or a symbol."""
 
     def of(self, value: ir.Value | None) -> Rows | None:
-        """Return where the rows are; None where that is unknown."""
+        """Return the position of the rows; None if it is unknown."""
 
     def rank(self, value: ir.Value | None) -> int | None:
-        """Return the number of a value's axes, where it is known."""
+        """Return the number of a value's axes, or None if it is unknown."""
 
     def size(self, value: ir.Value, axis: int) -> Size:
-        """Return what the size of an axis has to do with the batch."""
+        """Return the size of an axis in relation to the batch."""
 
 
 def from_front(flow: Flow, axis: int, value: ir.Value | None) -> int | None:
-    """Return an axis counted from the front; None where it is counted from the back of an unknown rank."""
+    """Return an axis counted from the front; None if it is counted from the back of an unknown rank."""
     if axis >= 0:
         return axis
     rank = flow.rank(value)

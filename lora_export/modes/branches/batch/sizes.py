@@ -1,4 +1,4 @@
-"""What sizes have to do with the batch: the target of a Reshape, traced to the axes that it is made of."""
+"""Relate sizes to the batch: trace the target of a Reshape to the axes whose sizes it is computed from."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ import onnx_ir as ir
 BATCH: Literal["batch"] = "batch"
 TIMES: Literal["times"] = "times"
 OTHER: Literal["other"] = "other"
-# A number (0 and -1 as a Reshape means them), the batch's size, a multiple of it, a size that has nothing to
-# do with it, or None: unknown.
+# A number (0 and -1 as a Reshape means them), the batch's size, a multiple of it, a size that is unrelated to
+# it, or None if it is unknown.
 Size = int | Literal["batch", "times", "other"] | None
 SizeOf = Callable[[ir.Value, int], Size]
 _PASSED = {"Cast", "Identity", "Unsqueeze", "Squeeze"}
 _MANY_AXES = 16
-# Entries of a vector of sizes, and how much it is computed from: an array has at most 64 axes.
+# Limits of a vector of sizes: its length, and the depth and values that it is computed from (64 axes at
+# most).
 _MAX_LENGTH, _MAX_DEPTH, _MAX_VALUES = 256, 100, 2000
 _MAX_SIZE = 2**63 - 1
 _ARITHMETIC = {"Add", "Div", "Mod", "Mul", "Sub"}
 
 
 def sizes_of(value: ir.Value | None, size_of: SizeOf) -> list[Size] | None:
-    """Return the numbers of a small vector, or of a scalar; None where their count is unknown.
+    """Return the numbers of a small vector, or of a scalar; None if their count is unknown.
 
     Args:
         value: The vector.
-        size_of: Says what the size of a value's axis is.
+        size_of: Function that returns the size of a value's axis.
     """
     return _Vectors(size_of).of(value)
 
 
 class _Vectors:
-    """Reads vectors of sizes, each once: a graph may add a vector to itself as often as it likes.
+    """Reader of vectors of sizes, each once: a graph may add a vector to itself any number of times.
 
-    What is longer than a shape, or computed from more than exporters compute one from, is unknown.
+    A vector that is longer than a shape, or computed from more than exporters compute one from, is unknown.
     """
 
     def __init__(self, size_of: SizeOf) -> None:
@@ -66,7 +67,7 @@ class _Vectors:
         if node is None or node.domain not in ("", "ai.onnx"):
             return None
         if node.op_type in _PASSED:
-            # What is unsqueezed to be joined with others is a scalar.
+            # A value that is unsqueezed to be joined with others is a scalar.
             return self.of(node.inputs[0]) or ([None] if node.op_type == "Unsqueeze" else None)
         if node.op_type == "Reshape":
             inner = self.of(node.inputs[0])
@@ -86,7 +87,7 @@ class _Vectors:
         return None
 
     def _chosen(self, node: ir.Node) -> list[Size] | None:
-        """One or some numbers of a vector, mostly of a Shape."""
+        """Return one or some numbers of a vector, mostly of a Shape."""
         lost: list[Size] | None = [None] if node.op_type == "Gather" else None
         vector = node.inputs[0]
         bounds = [numbers_of(part) for part in node.inputs[1:]]
@@ -107,14 +108,14 @@ class _Vectors:
             return [self._size_of(maker.inputs[0], start)]
         if not 0 <= start < end < _MANY_AXES:
             return lost
-        # Of an activation whose rank is unknown.
+        # The Shape is that of an activation whose rank is unknown.
         return [self._size_of(maker.inputs[0], axis) for axis in range(start, end)]
 
 
 def numbers_of(value: ir.Value | None) -> list[int] | None:
-    """Return the numbers of a constant, whatever its axes; None where it is none."""
+    """Return the numbers of a constant, whatever its axes; None if a value isn't constant."""
     node = None if value is None else value.producer()
-    # Not by calling itself: a chain may be as long as the graph.
+    # Not recursive, because a chain may be as long as the graph.
     while value is not None and value.const_value is None and node is not None:
         if node.op_type not in (*_PASSED, "Reshape"):
             break
@@ -167,7 +168,7 @@ def reshaped(
 
     Args:
         before: Sizes of the axes before that of the rows.
-        outermost: The rows are outermost along their own.
+        outermost: True if the rows are outermost along their own axis.
         sizes: The result's sizes.
         batch: The batch's size, if it is a number.
     """
@@ -189,7 +190,7 @@ def reshaped(
         # (sequence · batch) cut into (sequence, batch), or still one axis.
         return (axis, True, True) if alone and ahead else (axis, False, False) if not ahead else None
     if outside and not ahead:
-        # Rule 4 of `batch_rows`: an axis before that of the rows has gone into theirs, or it was cut wrongly.
+        # Rule 4 of `follow`: an axis before that of the rows has gone into theirs, or it was cut wrongly.
         return None if alone else (axis, False, False)
     return (axis, True, alone) if outside and (alone or len(outside) == len(ahead)) else None
 
@@ -197,7 +198,7 @@ def reshaped(
 def _counted(
     before: Sequence[int], outermost: bool, sizes: Sequence[Size], batch: int
 ) -> tuple[int, bool, bool] | None:
-    """The same where all sizes are numbers."""
+    """Return the result of `reshaped` if all sizes are numbers."""
     outside, ahead = int(np.prod(before, dtype=np.int64)), 1
     for axis, size in enumerate(sizes):
         assert isinstance(size, int)

@@ -1,0 +1,81 @@
+"""Name and lock the temporary files of one run of a kit as lora-export does, and remove those of ended runs.
+
+Usage: python3 begin.py OUT             removes what ended runs have left in OUT, and prints a new identity
+       python3 begin.py OUT LEASE FILE  locks the open FILE (its number), which is at LEASE
+The shell keeps FILE open as long as it runs, and so does what it calls: the kernel tells by the lock whether
+all of them have ended. lora-export finds and removes what they left by the same names and lock.
+Needs nothing but Python's standard library, 3.8 or newer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import sys
+from pathlib import Path
+from typing import Optional
+
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+IDENTITY = r"[0-9a-f]{6}-[0-9]{1,10}-[0-9a-f]{12}"
+
+
+def kernel() -> str:
+    """Return a hash that is unique to a start of a machine: the locks of another start tell nothing."""
+    try:
+        return hashlib.sha256(BOOT.read_bytes().strip()).hexdigest()[:6]
+    except OSError:  # hidden from this process
+        return "0" * 6
+
+
+def take(handle: int, lease: Path) -> Optional[bool]:  # noqa: UP045
+    """Lock an open file; return False if another process holds or has removed it, None without locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # this file system has no locks
+        return None
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(str(lease)))
+    except OSError:
+        return False
+
+
+def remove_left(out: Path) -> None:
+    """Remove the folders that ended runs have left, with their leases."""
+    for lease in out.glob(f".lora-export-{kernel()}-*.lease"):
+        own = lease.with_suffix("")
+        identity = re.fullmatch(rf"\.lora-export-({IDENTITY})", own.name)
+        # Of a set of lora-export's own files, only lora-export knows what is to be done.
+        if identity and all(path in (lease, own) for path in out.glob(f"*{identity.group(1)}*")):
+            with contextlib.suppress(OSError):
+                remove(lease, own)
+
+
+def remove(lease: Path, own: Path) -> None:
+    """Remove a folder and its lease if this user's run that held it has ended."""
+    if not own.is_dir() or own.is_symlink():
+        return  # a lease without its folder is one that is just being locked
+    handle = os.open(str(lease), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        found = os.fstat(handle)
+        if found.st_uid != os.geteuid() or found.st_size or not take(handle, lease):
+            return
+        shutil.rmtree(str(own))
+        lease.unlink()
+        print(f"removed {own}, which an ended run had left", file=sys.stderr)
+    finally:
+        os.close(handle)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        remove_left(Path(sys.argv[1]))
+        print(f"{kernel()}-{os.getpid()}-{secrets.token_hex(6)}")
+    elif take(int(sys.argv[3]), Path(sys.argv[2])) is False:
+        sys.exit(f"Error: another run has removed {sys.argv[2]}: run it again")

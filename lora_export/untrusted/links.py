@@ -1,0 +1,94 @@
+"""Links in a folder that somebody else made: what is read or copied from it must lie in it.
+
+A link to a private file would be copied as that file, or merged into, and published with the output; of a
+config, values would be named in messages. A file that the user named may be a link. Hugging Face's cache is
+made of links: ``models--x/snapshots/COMMIT/config.json`` leads to ``models--x/blobs/HASH``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from lora_export.errors import LoraExportError
+from lora_export.untrusted.places import is_file, is_folder, is_link
+
+_SNAPSHOTS, _BLOBS = "snapshots", "blobs"
+_HINT = "put the files themselves into the folder in place of the links, or remove the links"
+
+
+def refuse_links(folder: Path, paths: Iterable[Path], error: type[LoraExportError]) -> None:
+    """Refuse files of a checkpoint or an adapter, weights too, that are links out of its folder.
+
+    Args:
+        folder: The folder.
+        paths: Of files in it; those that are missing are not looked at.
+        error: Class of the error to raise.
+
+    Raises:
+        LoraExportError: There are such links (of the class ``error``).
+    """
+    found = (path for path in dict.fromkeys(paths) if os.path.lexists(path))
+    if problems := link_problems(folder, found):
+        raise error(
+            f"{len(problems)} files of {folder} would be read from somewhere else, or can't be",
+            _HINT,
+            problems,
+        )
+
+
+def refuse_link(path: Path, given: Path, error: type[LoraExportError]) -> None:
+    """Raise an error of the class ``error`` where `leads_out` says that a file may not be read."""
+    if problem := leads_out(path, given):
+        raise error(f"{path} {problem}", _HINT)
+
+
+def leads_out(path: Path, given: Path) -> str:
+    """Return what is wrong with a file that we looked for: it is a link out of the folder; or "".
+
+    Args:
+        path: The file.
+        given: The folder or file that the user named. A file may be a link itself; what belongs to it may
+            lie beside either of its two places.
+    """
+    folder = given if given.is_dir() else given.parent
+    allowed = [os.path.realpath(folder), *_blobs(folder)]
+    if folder is not given:
+        allowed.append(os.path.dirname(os.path.realpath(given)))  # noqa: PTH120
+    real = os.path.realpath(path)
+    return "" if _lies_in(real, allowed) else f"is a link out of the folder, to {real}"
+
+
+def link_problems(folder: Path, paths: Iterable[Path]) -> list[str]:
+    """Return which of a folder's files can't be copied from it, each with the reason.
+
+    Args:
+        folder: The folder.
+        paths: Of files in it, or below it.
+    """
+    allowed = [os.path.realpath(folder), *_blobs(folder)]
+    problems = []
+    for path in paths:
+        real, name = os.path.realpath(path), path.relative_to(folder)
+        if is_link(path) and is_folder(path):
+            problems.append(f"{name} is a link to the folder {real}")
+        elif not _lies_in(real, allowed):
+            problems.append(f"{name} is a link out of the folder, to {real}")
+        elif not path.exists():
+            problems.append(f"{name} is a link to {real}, where nothing is")
+        elif not is_file(path):
+            problems.append(f"{name} is not a file")
+    return problems
+
+
+def _lies_in(real: str, allowed: Iterable[str]) -> bool:
+    return any(os.path.commonpath([place, real]) == place for place in allowed)
+
+
+def _blobs(folder: Path) -> Iterator[str]:
+    """Yield where the files of a snapshot in Hugging Face's cache lie."""
+    real = Path(os.path.realpath(folder))
+    for place in (real, *real.parents):
+        if place.parent.name == _SNAPSHOTS:
+            yield str(place.parent.parent / _BLOBS)
