@@ -201,7 +201,14 @@ def _outcome(arguments: list[str], debug: bool, run: Run) -> int:
             raise
         print_error(error)
         _say_written(run)
-        _answer(answer, error, error.exit_code, error.message, error.problems, error.hint)
+        _answer(
+            answer,
+            error,
+            code=error.exit_code,
+            message=error.message,
+            problems=error.problems,
+            hint=error.hint,
+        )
         return error.exit_code
     except OSError as error:
         if debug:
@@ -240,4 +247,4 @@ def _answer(
     """Print the error as JSON for a program that asked for JSON; if stdout fails, it has the exit code."""
     if not answer.is_given:
         with contextlib.suppress(OSError):
-            print_json_error(type(error).__name__, code, message, problems, hint)
+            print_json_error(type(error).__name__, code, message=message, problems=problems, hint=hint)

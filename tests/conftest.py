@@ -16,6 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# What torch keeps of the operators that it traces costs tiny models more than it saves.
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 # Where pytest keeps what failed tests wrote is not in the folders that go at the end.
 os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
 TEMPORARY = tempfile.mkdtemp(prefix="lora-export-tests-")
@@ -42,13 +44,10 @@ SHARED = os.environ["LORA_EXPORT_TESTS_SHARED"]
 @pytest.fixture(autouse=True, scope="session")
 def exports_are_shared() -> Iterator[None]:
     """Let torch's exporter run once for the same module: see `exports_once`."""
-    import torch.onnx
-    from exports_once import exported_once
+    from exports_once import share_exports
 
-    folder = Path(SHARED) / "exports"
-    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.onnx, "export", exported_once(torch.onnx.export, folder))
+        share_exports(Path(SHARED) / "exports", patch.setattr)
         yield
 
 

@@ -30,6 +30,9 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
+# Calls that pass on however many arguments there are: children of an element, arguments of a CUDA function.
+TAKES_ANY_NUMBER = {"element", "page", "call"}
+
 
 def modules():
     return sorted(PACKAGE.rglob("*.py"))
@@ -127,6 +130,51 @@ def test_a_reason_is_a_value_and_no_text():
                 kinds = set(ast.unparse(node.returns).split(" | "))
                 if "str" in kinds and kinds - {"str", "None"}:
                     wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name} -> {' | '.join(kinds)}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_dataclasses_of_more_than_four_fields_are_keyword_only():
+    """Those of `LoraModule` and `Adapter` take their first fields by place, the others all by name."""
+    wrong = []
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            made = [ast.unparse(one) for one in getattr(node, "decorator_list", ())]
+            dataclass = next((one for one in made if one.startswith("dataclass")), None)
+            if dataclass is None:
+                continue
+            kinds = [ast.unparse(item.annotation) for item in node.body if isinstance(item, ast.AnnAssign)]
+            fields = [kind for kind in kinds if not kind.startswith("ClassVar")]
+            if "KW_ONLY" in fields:
+                fields = fields[: fields.index("KW_ONLY")]
+            if len(fields) > 4 and "kw_only=True" not in dataclass:
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has {len(fields)} fields")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_calls_of_more_than_four_arguments_name_them():
+    wrong = []
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or len(node.args) <= 4:
+                continue
+            callee = ast.unparse(node.func)
+            if callee.rpartition(".")[2] not in TAKES_ANY_NUMBER:
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {callee}: {len(node.args)} by place")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_functions_are_read_at_a_glance():
+    """At most sixty lines, without the docstring."""
+    wrong = []
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            lines = node.end_lineno - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+            if lines > 60:
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has {lines} lines")
     assert not wrong, "\n".join(wrong)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from lora_export.base.reads import CheckpointChoice
 
@@ -32,3 +33,8 @@ class WriteOptions:
     force: bool = False
     dry_run: bool = False
     progress: Callable[[int], None] | None = None
+
+    @classmethod
+    def among(cls, arguments: Mapping[str, Any]) -> WriteOptions:
+        """Return the options from the ``locals()`` of a mode, which has arguments of the same names."""
+        return cls(**{option.name: arguments[option.name] for option in fields(cls)})

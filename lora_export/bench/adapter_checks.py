@@ -70,7 +70,7 @@ def _file_problems(
         if model.exposed is None or not model.takes_files:
             continue
         try:
-            _bind(loaded, adapter.name, before, model, model.exposed)
+            _bind(loaded, adapter.name, before=before, model=model, exposed=model.exposed)
         except LoraExportError as error:
             yield f"--adapter {adapter.name}: {_nested(error)}{_converted(adapter, error, models)}"
 

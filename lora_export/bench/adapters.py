@@ -40,7 +40,7 @@ class AdapterLoading:
     loadings: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Swapping:
     """Cost of running with another adapter than the run before, when both are on the device.
 
@@ -134,7 +134,15 @@ def measure_swapping(
     interval = mean_interval(added)
     assert interval is not None  # there are at least _MIN_BLOCKS
     same_ms, other_ms = (statistics.median(itertools.chain.from_iterable(kind)) for kind in (same, other))
-    return Swapping(model, workload, len(runs), same_ms, other_ms, interval, per_block * len(same))
+    return Swapping(
+        model=model,
+        workload=workload,
+        adapters=len(runs),
+        same_ms=same_ms,
+        other_ms=other_ms,
+        added_ms=interval,
+        cycles=per_block * len(same),
+    )
 
 
 def _timed_ms(run: Run, clock: Clock) -> float:

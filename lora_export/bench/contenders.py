@@ -23,12 +23,6 @@ class AdapterChoice:
     name: str
     path: Path | None = None
 
-    @classmethod
-    def parse(cls, text: str) -> AdapterChoice:
-        """Read ``NAME=PATH`` or ``NAME``; name and path may be empty."""
-        name, equals, path = text.partition("=")
-        return cls(name, Path(path) if equals else None)
-
 
 @dataclass(frozen=True)
 class Contender:

@@ -32,7 +32,7 @@ _OPENINGS_S = 20.0
 _TIMEOUT_S = 1800
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """Task of the process.
 
@@ -51,7 +51,7 @@ class Job:
     seed: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Loaded:
     """Cost of opening a model.
 
@@ -127,16 +127,16 @@ def probe(job: Job) -> Loaded:
     same = gpu_before and gpu_opened and gpu_before[1] == gpu_opened[1]
     own_before = gpu_before[0] if gpu_before and same else 0
     return Loaded(
-        first_s,
-        statistics.median(again) if again else None,
-        1 + len(again),
-        _grown(opened.resident_bytes, before.resident_bytes),
-        _grown(opened.file_bytes, before.file_bytes),
-        _grown(ran.resident_bytes, before.resident_bytes),
-        _grown(ran.peak_bytes, before.resident_bytes or before.peak_bytes),
-        gpu_opened[0] - own_before if gpu_opened else None,
-        gpu_ran[0] - own_before if gpu_ran else None,
-        gpu_opened[1] if gpu_opened else "",
+        first_s=first_s,
+        again_s=statistics.median(again) if again else None,
+        openings=1 + len(again),
+        loaded_bytes=_grown(opened.resident_bytes, before.resident_bytes),
+        loaded_file_bytes=_grown(opened.file_bytes, before.file_bytes),
+        running_bytes=_grown(ran.resident_bytes, before.resident_bytes),
+        peak_bytes=_grown(ran.peak_bytes, before.resident_bytes or before.peak_bytes),
+        gpu_loaded_bytes=gpu_opened[0] - own_before if gpu_opened else None,
+        gpu_running_bytes=gpu_ran[0] - own_before if gpu_ran else None,
+        gpu_whose=gpu_opened[1] if gpu_opened else "",
     )
 
 

@@ -105,7 +105,11 @@ class _Graph:
     def __init__(self, model: BenchModel, opening: Opening) -> None:
         self._memory = DeviceMemory(opening.provider)
         session = open_session(
-            model.path, self._memory, opening.threads, opening.cuda_graph, _session_options()
+            model.path,
+            self._memory,
+            threads=opening.threads,
+            cuda_graph=opening.cuda_graph,
+            session_options=_session_options(),
         )
         self._graphs = CudaGraphs(session, self._memory, _MAX_CUDA_GRAPHS) if opening.cuda_graph else None
         self._resident = Resident(session, {})

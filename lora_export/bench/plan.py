@@ -21,7 +21,7 @@ from lora_export.runtimes.model_file import BenchModel, label_models, read_model
 _MOST_THREADS = 4096
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Wish:
     """The user's request.
 
@@ -48,7 +48,7 @@ class Wish:
     seed: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The checked plan of a benchmark.
 
@@ -102,7 +102,13 @@ def plan_bench(wish: Wish, already: Sequence[str] = (), outputs: Mapping[str, Pa
     if problems:
         raise _refused(problems)
     contenders = plan_contenders(models, wish.adapters)
-    return Plan(wish, tuple(models), contenders, workloads, (*_notes(wish, models), *smaller))
+    return Plan(
+        wish=wish,
+        models=tuple(models),
+        contenders=contenders,
+        workloads=workloads,
+        notes=(*_notes(wish, models), *smaller),
+    )
 
 
 def _refused(problems: Sequence[str]) -> LoraExportError:

@@ -19,7 +19,7 @@ KIND = "lora_export.bench"
 _BUSY_SHARE = 0.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One contender with one workload.
 
@@ -64,7 +64,7 @@ class Table:
         return " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelFacts:
     """Facts on one model.
 
@@ -89,7 +89,7 @@ class ModelFacts:
     loaded: Loaded
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BenchReport:
     """Everything that was measured.
 

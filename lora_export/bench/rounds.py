@@ -40,7 +40,7 @@ MIN_ROUNDS = 10
 _LOOK_AGAIN = 1.1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rounds:
     """Measured times.
 
@@ -115,7 +115,13 @@ def measure(
                 stopped_by = "narrow" if _known(blocks, narrow) else None
             if stopped_by is None and spent >= seconds:
                 stopped_by = "time"
-    return Rounds(tuple(map(tuple, times)), tuple(map(tuple, blocks)), counted, spent, stopped_by)
+    return Rounds(
+        times_s=tuple(map(tuple, times)),
+        blocks_s=tuple(map(tuple, blocks)),
+        runs_per_block=counted,
+        seconds=spent,
+        stopped_by=stopped_by,
+    )
 
 
 def _warm_up(run: Run, clock: Clock) -> float:

@@ -75,18 +75,18 @@ def run_bench(
             model, it is that runtime's error.
     """
     wish = Wish(
-        (Path(model), *map(Path, against)),
-        tuple(
+        models=(Path(model), *map(Path, against)),
+        adapters=tuple(
             AdapterChoice(name, None if path is None else Path(path))
             for name, path in (adapters or {}).items()
         ),
-        tuple(batches),
-        None if sequences is None else tuple(sequences),
-        tuple(pasts),
-        Opening(provider, threads, cuda_graph),
-        seconds,
-        narrow,
-        seed,
+        batches=tuple(batches),
+        sequences=None if sequences is None else tuple(sequences),
+        pasts=tuple(pasts),
+        opening=Opening(provider, threads, cuda_graph),
+        seconds=seconds,
+        narrow=narrow,
+        seed=seed,
     )
     return carry_out(plan_bench(wish), progress)
 
@@ -112,20 +112,27 @@ def carry_out(plan: Plan, progress: Say | None = None) -> BenchReport:
     devices = [plan.wish.opening.device_of(model) for model in plan.models]
     facts = tuple(
         ModelFacts(
-            model.label, str(model.path), model.kind, model.mode, device, model.size_bytes, sha256, costs
+            label=model.label,
+            file=str(model.path),
+            kind=model.kind,
+            mode=model.mode,
+            device=device,
+            size_bytes=model.size_bytes,
+            sha256=sha256,
+            loaded=costs,
         )
         for model, device, sha256, costs in zip(plan.models, devices, hashes, loaded, strict=True)
     )
     return BenchReport(
-        facts,
-        tuple(tables),
-        tuple(loadings),
-        tuple(swapping),
-        read_environment("cuda" in devices),
-        (before, load_average()),
-        _settings(plan.wish),
-        plan.wish.opening.timed(),
-        plan.notes,
+        models=facts,
+        tables=tuple(tables),
+        adapters=tuple(loadings),
+        swapping=tuple(swapping),
+        environment=read_environment("cuda" in devices),
+        load_average=(before, load_average()),
+        settings=_settings(plan.wish),
+        timed=plan.wish.opening.timed(),
+        notes=plan.notes,
     )
 
 
@@ -151,11 +158,11 @@ def _probe_all(plan: Plan, progress: Say) -> list[Loaded]:
         share = _HASHED + (_PROBED - _HASHED) * number / len(plan.models)
         progress(f"opening {model.label} alone", share)
         job = Job(
-            _contender_of(plan, number),
-            plan.wish.opening,
-            plan.adapters_for(model),
-            plan.workloads,
-            plan.wish.seed,
+            contender=_contender_of(plan, number),
+            opening=plan.wish.opening,
+            adapters=plan.adapters_for(model),
+            workloads=plan.workloads,
+            seed=plan.wish.seed,
         )
         found.append(measure_loading(job))
     return found
@@ -205,11 +212,15 @@ def _trial_runs(plan: Plan, sessions: Sequence[Opened]) -> dict[Workload, list[R
 
 
 def _runner(
-    plan: Plan, sessions: Sequence[Opened], contender: Contender, workload: Workload, *adapter: str
+    plan: Plan,
+    sessions: Sequence[Opened],
+    contender: Contender,
+    workload: Workload,
+    adapter: str | None = None,
 ) -> Run:
     number = next(n for n, model in enumerate(plan.models) if model is contender.model)
     feeds = make_feeds(contender.model, workload, plan.wish.seed)
-    choice = {"adapter": adapter[0]} if adapter else contender.choice(workload.batch)
+    choice = contender.choice(workload.batch) if adapter is None else {"adapter": adapter}
     return sessions[number].runner(feeds, choice)
 
 
@@ -236,13 +247,13 @@ def _time_all(plan: Plan, runs: Mapping[Workload, list[Run]], progress: Say) -> 
             seconds=left / waiting,
             narrow=plan.wish.narrow,
             seed=plan.wish.seed + number,
-            tick=functools.partial(_tick, progress, workload.label, start, span),
+            tick=functools.partial(_tick, progress, workload.label, start=start, span=span),
         )
         left = max(left - rounds.seconds, 0.0)
         yield _table(plan, workload, rounds)
 
 
-def _tick(progress: Say, what: str, start: float, span: float, share: float) -> None:
+def _tick(progress: Say, what: str, share: float, start: float, span: float) -> None:
     progress(what, start + span * share)
 
 
@@ -254,7 +265,16 @@ def _table(plan: Plan, workload: Workload, rounds: Rounds) -> Table:
         tokens = workload.tokens * per_s if workload.sequence else None
         ratio = rounds.ratio(number) if number else None
         runs = rounds.runs_per_block[number]
-        rows.append(Row(contender.label, runs, latency, workload.batch * per_s, tokens, ratio))
+        rows.append(
+            Row(
+                contender=contender.label,
+                runs_per_block=runs,
+                latency=latency,
+                rows_per_s=workload.batch * per_s,
+                tokens_per_s=tokens,
+                ratio=ratio,
+            )
+        )
     return Table(workload, rounds.count, rounds.stopped_by, tuple(rows))
 
 
@@ -266,6 +286,6 @@ def _swap_all(plan: Plan, sessions: Sequence[Opened]) -> Iterator[Swapping]:
         if model.mode != "swap" or len(names) < 2:
             continue
         contender = Contender(model.label, model)
-        runs = [_runner(plan, sessions, contender, workload, name) for name in names]
+        runs = [_runner(plan, sessions, contender, workload, adapter=name) for name in names]
         seconds = min(plan.wish.seconds * _SWAPPING_SHARE, _SWAPPING_S)
         yield measure_swapping(model.label, workload, runs, seconds)

@@ -55,7 +55,7 @@ class Interval:
         return (self.high - self.low) / abs(self.value) if self.value else math.inf
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Latency:
     """Summary of the times of runs.
 
@@ -78,7 +78,13 @@ def summarise(times_s: Sequence[float]) -> Latency:
     """Return the summary of single times in seconds; at least one is needed."""
     times = np.asarray(times_s, np.float64) * 1e3
     lower, median, upper, p95 = np.percentile(times, [25, 50, 75, 95])
-    return Latency(len(times), float(median), float(p95), float(upper - lower), float(times.min()))
+    return Latency(
+        count=len(times),
+        median_ms=float(median),
+        p95_ms=float(p95),
+        iqr_ms=float(upper - lower),
+        min_ms=float(times.min()),
+    )
 
 
 def ratio_interval(times_s: Times, reference_s: Times) -> Interval | None:

@@ -162,7 +162,7 @@ def make_feeds(model: BenchModel, workload: Workload, seed: int) -> dict[str, Ar
             sizes[role] if role else int(str(dim))
             for dim, role in zip(port.dims, _roles(port, symbols), strict=True)
         )
-        feeds[port.name] = _values(port, shape, workload, model.vocab_size, seed)
+        feeds[port.name] = _values(port, shape, work=workload, vocabulary=model.vocab_size, seed=seed)
     return feeds
 
 

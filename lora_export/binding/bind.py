@@ -118,20 +118,7 @@ def bind_adapter(
         if module.rank > rank:
             found.notes.append(f"{module.name}: rank {rank}, padded with zeros to the graph's {module.rank}")
         ranks[module.name] = module.rank or rank
-        blocks, offset = [], 0
-        for pair in pairings:
-            factors = caster.factors(pair.lora, dtype_of(module.dtype))
-            blocks += blocks_of_factors(
-                module, pair.member, factors=factors, offset=offset, total=ranks[module.name]
-            )
-            offset += pair.lora.rank
-        tensors[module.lora_a], b = assemble(module, ranks[module.name], blocks)
-        tensors |= cut_b(module, b)
-        if module.bias:
-            parts = [(pair.member, pair.lora) for pair in pairings]
-            tensors[module.lora_bias] = joined_bias(module, parts, caster)
-        if any(pair.has_dora for pair in pairings):
-            tensors[module.scale] = _scale(module, pairings, weight_of, caster)
+        tensors |= _tensors(module, pairings, ranks[module.name], weight_of=weight_of, caster=caster)
     plan = _finish(
         adapter,
         exposed,
@@ -281,6 +268,29 @@ def _by_module(pairings: Iterable[Pairing]) -> list[tuple[ExposedModule, list[Pa
     for pair in pairings:
         groups[pair.module.name].append(pair)
     return [(group[0].module, sorted(group, key=lambda pair: pair.member.start)) for group in groups.values()]
+
+
+def _tensors(
+    module: ExposedModule,
+    pairings: Sequence[Pairing],
+    rank: int,
+    weight_of: WeightOf | None,
+    caster: Caster,
+) -> dict[str, Array]:
+    """Make the tensors of a module or pack, with ``rank`` as their rank."""
+    blocks, offset = [], 0
+    for pair in pairings:
+        factors = caster.factors(pair.lora, dtype_of(module.dtype))
+        blocks += blocks_of_factors(module, pair.member, factors=factors, offset=offset, total=rank)
+        offset += pair.lora.rank
+    a, b = assemble(module, rank, blocks)
+    tensors = {module.lora_a: a} | cut_b(module, b)
+    if module.bias:
+        parts = [(pair.member, pair.lora) for pair in pairings]
+        tensors[module.lora_bias] = joined_bias(module, parts, caster)
+    if any(pair.has_dora for pair in pairings):
+        tensors[module.scale] = _scale(module, pairings, weight_of, caster)
+    return tensors
 
 
 def _scale(

@@ -92,7 +92,7 @@ class Caster:
         wanted, got = exact.astype(np.float64), made.astype(np.float64)
         changed = wanted != 0
         cost = Rounding(
-            label,
+            label=label,
             elements=wanted.size,
             measured=wanted.size,
             error_squared=float(np.square(got - wanted).sum()),

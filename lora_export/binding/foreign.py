@@ -96,6 +96,6 @@ def _module(
         in_dim=in_dim,
         out_dim=out_dim,
         dtype=_DTYPES[a.dtype],
-        members=(Member(path, 0, out_dim),),
+        members=(Member(path=path, start=0, out_dim=out_dim),),
         rank=rank,
     )

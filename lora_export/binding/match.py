@@ -283,7 +283,7 @@ def _place_replaced(adapter: Adapter, finder: Finder, found: Matches, weight_of:
         path, _, leaf = key.rpartition(".")
         tensors = (adapter.extra_tensors.get(key, key),)
         place = finder.find(path)
-        member = place.member if isinstance(place, Place) else Member(path, 0, 0)
+        member = place.member if isinstance(place, Place) else Member(path=path, start=0, out_dim=0)
         stored = member.stored_bias if leaf == "bias" else member.stored
         if weight_of is not None and holds(values, stored, key, weight_of):
             reason = "the base holds the same values"

@@ -107,7 +107,10 @@ def _places(exposed: ExposedGraph, packs: bool) -> Mapping[str, tuple[ExposedMod
     places = {}
     if packs:
         for module in exposed.modules:
-            places[module.name + _WEIGHT] = (module, Member(module.name, 0, module.out_dim))
+            places[module.name + _WEIGHT] = (
+                module,
+                Member(path=module.name, start=0, out_dim=module.out_dim),
+            )
     return places | {member.path + _WEIGHT: (module, member) for module, member in exposed.members()}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from lora_export.commands.named_path import split_named
 from lora_export.commands.options import adapter_options, expose_options, load_adapters, run_expose
 from lora_export.commands.verb import Verb
 from lora_export.storage.inputs import same_inputs
@@ -50,15 +51,16 @@ def bank_onnx(base: Path, output: Path, adapters: tuple[str, ...], **options: An
     """  # noqa: D301 - click's mark for "don't rewrap" is the character itself
     from lora_export.modes import bank_onnx as mode
 
-    named = [entry.partition("=") for entry in adapters]
-    wrong = [
-        entry for entry, (name, equals, path) in zip(adapters, named, strict=True) if not (name and path)
-    ]
-    if wrong:
-        raise click.BadParameter(f"{wrong[0]!r} is not NAME=PATH", param_hint="--adapter")
-    twice = {name for name, _, _ in named if [n for n, _, _ in named].count(name) > 1}
+    named: list[tuple[str, str]] = []
+    for entry in adapters:
+        name, path = split_named(entry)
+        if not name or not path:
+            raise click.BadParameter(f"{entry!r} is not NAME=PATH", param_hint="--adapter")
+        named.append((name, path))
+    names = [name for name, _ in named]
+    twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise click.BadParameter(f"two slots are called {', '.join(sorted(twice))}", param_hint="--adapter")
-    loaded = load_adapters([Path(path) for _, _, path in named], options)
-    slots = {name: adapter for (name, _, _), adapter in zip(named, loaded, strict=True)}
-    run_expose(mode.bank_onnx, base, output, (slots,), options, companions=False)
+    loaded = load_adapters([Path(path) for _, path in named], options)
+    slots = dict(zip(names, loaded, strict=True))
+    run_expose(mode.bank_onnx, base, output=output, arguments=(slots,), options=options, companions=False)

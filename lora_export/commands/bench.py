@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_export.commands.named_path import split_named
 from lora_export.commands.options import report_option, whole_numbers, whole_numbers_from_0
 from lora_export.commands.printing import print_json, print_lines
 from lora_export.commands.verb import Verb
@@ -126,7 +127,7 @@ def bench(model: Path, as_json: bool, force: bool, dry_run: bool, quiet: bool, *
     else:
         print_lines(report_lines(report))
     reads = files_read(plan.wish.models, plan.models, plan.wish.adapters)
-    for path in write_reports("bench", report, files, force, reads):
+    for path in write_reports("bench", report, files=files, force=force, reads=reads):
         if not quiet:
             print_lines([f"wrote {path}"], err=True)
 
@@ -137,16 +138,17 @@ def _wish(model: Path, options: dict[str, Any]) -> Wish:
     from lora_export.bench.opened import Opening
     from lora_export.bench.plan import Wish
 
+    named = map(split_named, options["adapters"])
     return Wish(
-        (model, *options["against"]),
-        tuple(map(AdapterChoice.parse, options["adapters"])),
-        _each_once(options["batches"]),
-        None if options["sequences"] is None else _each_once(options["sequences"]),
-        _each_once(options["pasts"] or ()),
-        Opening(options["provider"], options["threads"], options["cuda_graph"]),
-        options["seconds"],
-        options["narrow"],
-        options["seed"],
+        models=(model, *options["against"]),
+        adapters=tuple(AdapterChoice(name, None if path is None else Path(path)) for name, path in named),
+        batches=_each_once(options["batches"]),
+        sequences=None if options["sequences"] is None else _each_once(options["sequences"]),
+        pasts=_each_once(options["pasts"] or ()),
+        opening=Opening(options["provider"], options["threads"], options["cuda_graph"]),
+        seconds=options["seconds"],
+        narrow=options["narrow"],
+        seed=options["seed"],
     )
 
 

@@ -68,7 +68,7 @@ def demo(
         _refuse_given(context, "model", "output", "seed")
         _check(check, as_json, quiet)
         return
-    lines, report = _run(model, output, seed, force, quiet)
+    lines, report = _run(model, output, seed=seed, force=force, quiet=quiet)
     if as_json:
         print_json(json.dumps(report, indent=2))
     elif not quiet:

@@ -96,7 +96,9 @@ def inspect(
         (loaded,) = load_adapters([adapter], options)
         report = inspect_adapter(loaded, base)
     if files:
-        for path in write_reports("adapter", report, files, force, _files_read(loaded, base)):
+        for path in write_reports(
+            "adapter", report, files=files, force=force, reads=_files_read(loaded, base)
+        ):
             print_lines([f"wrote {path}"], err=True)
     if as_json:
         print_json(report_json(report).rstrip("\n"))

@@ -51,4 +51,4 @@ def merge(
     started = time.monotonic()
     with byte_progress(f"writing {output}", quiet or options["dry_run"]) as progress:
         report = merge_checkpoint(base, loaded, output, progress=progress, **options)
-    print_merge(report, time.monotonic() - started, as_json, quiet, _FINER)
+    print_merge(report, time.monotonic() - started, as_json=as_json, quiet=quiet, finer=_FINER)

@@ -57,7 +57,7 @@ def merge_onnx(
     with byte_progress(f"writing {output}", quiet or options["dry_run"]) as progress:
         report = mode.merge_onnx(base, loaded, output, progress=progress, **options)
     finer = "a float32 or float16 base keeps more of it; so does serving the adapter unmerged"
-    print_merge(report, time.monotonic() - started, as_json, quiet, finer)
+    print_merge(report, time.monotonic() - started, as_json=as_json, quiet=quiet, finer=finer)
     compared = any(row.proof == "values" for row in report.plan.placed)
     if options["checkpoint"] is None and not (compared or base.is_dir() or as_json or quiet):
         print_lines(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from lora_export.commands.named_path import split_named
 from lora_export.commands.printing import print_json, print_lines, print_warnings
 from lora_export.errors import AdapterError
 from lora_export.formats import FORMATS, load_adapter
@@ -308,11 +309,10 @@ def _at_least(least: int, value: str, example: str) -> tuple[int, ...]:
 
 def named_adapters(entries: Sequence[str], options: dict[str, Any]) -> dict[str, Adapter]:
     """Load each ``[NAME=]PATH`` with the options of `adapter_options`, which are removed from ``options``."""
-    parts = [entry.partition("=") for entry in entries]
     # A path may have a "=" in it.
     named = [
         (name, path) if path and not Path(entry).exists() else ("", entry)
-        for entry, (name, _, path) in zip(entries, parts, strict=True)
+        for entry, (name, path) in zip(entries, map(split_named, entries), strict=True)
     ]
     loaded = load_adapters([Path(path) for _, path in named], options)
     found: dict[str, Adapter] = {}

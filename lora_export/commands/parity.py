@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_export.commands.named_path import split_named
 from lora_export.commands.options import adapter_options, named_adapters, report_option, whole_numbers
 from lora_export.commands.printing import print_error, print_json, print_lines
 from lora_export.commands.verb import Verb
@@ -127,7 +128,14 @@ def parity(
     from lora_export.reports.parity.to_json import read_report
 
     outputs = asked_for("parity", reports, junit=(junit, "xml"), html=(html, "html"))
-    read = Inputs(candidate, reference, options["base"], options["feeds"], baseline, _adapter_paths(adapters))
+    read = Inputs(
+        candidate=candidate,
+        reference=reference,
+        base=options["base"],
+        feeds=options["feeds"],
+        baseline=baseline,
+        adapters=_adapter_paths(adapters),
+    )
     check_outputs(outputs, force, read)
     old = read_report(baseline) if baseline is not None else None
     options["localise"] = not options.pop("no_localise")
@@ -137,12 +145,12 @@ def parity(
         found = check_parity(reference, candidate, given, progress=progress, **options)
     # The verdict is printed first, so that a problem with a report or a baseline can't lose the run.
     _print(found, as_json, quiet)
-    return _finish(found, outputs, old, force, read.files())
+    return _finish(found, outputs, old=old, force=force, reads=read.files())
 
 
 def _adapter_paths(entries: tuple[str, ...]) -> tuple[Path, ...]:
     """Return every path that ``[NAME=]PATH`` can mean: a path may have a "=" in it."""
-    parts = [part for entry in entries for part in (entry, entry.partition("=")[2]) if part]
+    parts = [part for entry in entries for part in (entry, split_named(entry)[1]) if part]
     return tuple(map(Path, parts))
 
 
@@ -178,7 +186,7 @@ def _finish(
     errors: list[LoraExportError] = []
     worse = False
     try:
-        write_reports("parity", found, outputs, force, reads)
+        write_reports("parity", found, files=outputs, force=force, reads=reads)
     except LoraExportError as error:
         errors.append(error)
     try:

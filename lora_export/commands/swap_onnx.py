@@ -56,4 +56,11 @@ def swap_onnx(
     if not adapters and not names:
         raise click.UsageError("no modules to expose: give --adapter or --target-modules")
     options |= {"adapter": load_adapters(adapters, options), "target_modules": names}
-    run_expose(mode.swap_onnx, base, output, (), options, companions=options["flavour"] == "ort")
+    run_expose(
+        mode.swap_onnx,
+        base,
+        output=output,
+        arguments=(),
+        options=options,
+        companions=options["flavour"] == "ort",
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from lora_export.commands.named_path import split_named
 from lora_export.commands.next_step import print_next
 
 # Which verb comes after which, as long as a terminal is wide.
@@ -110,7 +111,8 @@ def _paths_in(value: object) -> Iterator[Path]:
     elif isinstance(value, tuple):
         yield from (one for one in value if isinstance(one, Path))
         # Slots of a bank are NAME=PATH.
-        yield from (Path(one.partition("=")[2]) for one in value if isinstance(one, str) and "=" in one)
+        named = [split_named(one)[1] for one in value if isinstance(one, str)]
+        yield from (Path(path) for path in named if path is not None)
 
 
 def write_verbs(group: click.Group, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -36,12 +36,19 @@ def build_base(checkpoint: Path, folder: Path, precision: Precision, cache: Path
     """
     from onnxruntime_genai.models import builder
 
-    source, target = str(checkpoint), str(folder)
+    place = {
+        "model_name": None,
+        "input_path": str(checkpoint),
+        "output_dir": str(folder),
+        "precision": precision,
+        "execution_provider": "cpu",
+        "cache_dir": str(cache),
+    }
     extra = ["hf_remote=false", *(_EXACT if precision == "int4" else [])]
     try:
         with silence():
-            options = builder.parse_extra_options(None, source, target, precision, "cpu", str(cache), extra)
-            builder.create_model(None, source, target, precision, "cpu", str(cache), **options)
+            options = builder.parse_extra_options(**place, extra_options=extra)
+            builder.create_model(**place, **options)
     except Exception as error:
         raise BackendError(
             f"onnxruntime-genai's model builder failed: {type(error).__name__}: {error}",

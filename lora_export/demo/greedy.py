@@ -159,7 +159,10 @@ def serve(folder: Path) -> Served:
         for name in names:
             adapters.load(str(folder / f"{name}{ADAPTER_SUFFIX}"), name)
         answers = tuple(
-            Greedy(row.adapter, tuple(_generate(og, model, adapters, row.adapter, expected)))
+            Greedy(
+                row.adapter,
+                tuple(_generate(og, model, adapters=adapters, adapter=row.adapter, expected=expected)),
+            )
             for row in expected.generated
         )
         texts = tuple(

@@ -79,7 +79,7 @@ class StorageRow:
         return sum(count * size for count, size in self.parts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DemoReport:
     """Everything the demo prints.
 

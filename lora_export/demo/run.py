@@ -140,14 +140,14 @@ def _report(trainer: Trainer, tasks: tuple[Task, ...], folder: Path, merged: Tas
         for example, index in zip(merged.held_out, own.argmax(-1), strict=True)
     )
     return DemoReport(
-        folder,
-        tuple(results),
-        merged.name,
-        predictions,
-        Parity.between(own, logits[merged.name]),
-        bool(np.array_equal(own, shared)),
-        _storage(folder, tasks, merged),
-        0.0,
+        output=folder,
+        tasks=tuple(results),
+        merged=merged.name,
+        predictions=predictions,
+        parity=Parity.between(own, logits[merged.name]),
+        shared_is_equal=bool(np.array_equal(own, shared)),
+        storage=_storage(folder, tasks, merged),
+        seconds=0.0,
     )
 
 

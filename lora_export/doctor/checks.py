@@ -16,7 +16,7 @@ _RUNNER = "cuda.bindings"
 _ALL_RTX = ", ".join(RTX_COMPUTE_CAPABILITIES)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Capability:
     """Something that lora-export does, and whether it works on this machine.
 
@@ -79,7 +79,18 @@ def capabilities(machine: Machine) -> tuple[Capability, ...]:
 
 
 def _merge(machine: Machine) -> Capability:
-    return Capability("merge", "merge adapters, expose LoRA in ONNX graphs", True, "needs no other package")
+    return Capability(
+        name="merge",
+        title="merge adapters, expose LoRA in ONNX graphs",
+        works=True,
+        reason="needs no other package",
+    )
+
+
+def _blocked(name: str, title: str, blocked: tuple[str, str]) -> Capability:
+    """Return what does not work, from the answer of `Machine.blocked`."""
+    reason, fix = blocked
+    return Capability(name=name, title=title, works=False, reason=reason, fix=fix)
 
 
 def _packages_only(
@@ -89,9 +100,9 @@ def _packages_only(
 
     def check(machine: Machine) -> Capability:
         if blocked := machine.blocked(packages, extra):
-            return Capability(name, title, False, *blocked)
+            return _blocked(name, title, blocked)
         have = ", ".join(f"{pip_name(used)} {machine.packages[used].version}" for used in packages)
-        return Capability(name, title, True, have)
+        return Capability(name=name, title=title, works=True, reason=have)
 
     return check
 
@@ -99,30 +110,35 @@ def _packages_only(
 def _run_cuda(machine: Machine) -> Capability:
     name, title = "run-cuda", "run graphs on a GPU (ONNX Runtime, CUDA)"
     if not machine.gpus.gpus:
-        return Capability(name, title, False, machine.gpus.problem)
+        return Capability(name=name, title=title, works=False, reason=machine.gpus.problem)
     if blocked := machine.blocked(["onnxruntime"], "gpu"):
-        return Capability(name, title, False, *blocked)
+        return _blocked(name, title, blocked)
     package = machine.packages["onnxruntime"]
     if _CUDA_PROVIDER in package.details.get("providers", ()):
-        return Capability(name, title, True, f"onnxruntime {package.version} with {_CUDA_PROVIDER}")
+        return Capability(
+            name=name, title=title, works=True, reason=f"onnxruntime {package.version} with {_CUDA_PROVIDER}"
+        )
     # Both wheels install a module `onnxruntime`: the old one must be removed first.
     return Capability(
-        name,
-        title,
-        False,
-        f"onnxruntime {package.version} has no {_CUDA_PROVIDER}",
-        f"pip uninstall onnxruntime && {install_line('gpu')}",
+        name=name,
+        title=title,
+        works=False,
+        reason=f"onnxruntime {package.version} has no {_CUDA_PROVIDER}",
+        fix=f"pip uninstall onnxruntime && {install_line('gpu')}",
     )
 
 
 def _build_rtx(machine: Machine) -> Capability:
     name, title = "build-tensorrt-rtx", "build engines with TensorRT-RTX"
     if blocked := machine.blocked(["tensorrt_rtx"], "rtx"):
-        return Capability(name, title, False, *blocked)
+        return _blocked(name, title, blocked)
     package = machine.packages["tensorrt_rtx"]
     targets = ", ".join(package.details.get("compute_capabilities", ()))
     return Capability(
-        name, title, True, f"tensorrt-rtx {package.version}, for compute capabilities {targets}; needs no GPU"
+        name=name,
+        title=title,
+        works=True,
+        reason=f"tensorrt-rtx {package.version}, for compute capabilities {targets}; needs no GPU",
     )
 
 
@@ -130,39 +146,48 @@ def _run_rtx(machine: Machine) -> Capability:
     name, title = "run-tensorrt-rtx", "run engines of TensorRT-RTX"
     gpus = machine.gpus.gpus
     if not gpus:
-        return Capability(name, title, False, machine.gpus.problem)
+        return Capability(name=name, title=title, works=False, reason=machine.gpus.problem)
     supported = [gpu for gpu in gpus if gpu.compute_capability in RTX_COMPUTE_CAPABILITIES]
     if not supported:
         here = ", ".join(f"{gpu.name} has {gpu.compute_capability or 'an unknown one'}" for gpu in gpus)
         return Capability(
-            name,
-            title,
-            False,
-            f"TensorRT-RTX runs on compute capabilities {_ALL_RTX}; {here}: use classic TensorRT here",
+            name=name,
+            title=title,
+            works=False,
+            reason=f"TensorRT-RTX runs on compute capabilities {_ALL_RTX}; {here}: use classic TensorRT here",
         )
     if blocked := machine.blocked(["tensorrt_rtx", _RUNNER], "rtx"):
-        return Capability(name, title, False, *blocked)
-    return Capability(name, title, True, f"on {_listed(supported)}")
+        return _blocked(name, title, blocked)
+    return Capability(name=name, title=title, works=True, reason=f"on {_listed(supported)}")
 
 
 def _build_tensorrt(machine: Machine) -> Capability:
     name, title = "build-tensorrt", "build engines with classic TensorRT"
-    return _on_this_gpu(machine, name, title, "for this machine's {}", ["tensorrt"])
+    return _on_this_gpu(machine, name, title=title, works="for this machine's {}", packages=["tensorrt"])
 
 
 def _run_tensorrt(machine: Machine) -> Capability:
     name, title = "run-tensorrt", "run engines of classic TensorRT"
-    return _on_this_gpu(machine, name, title, "on {}, those that were built for it", ["tensorrt", _RUNNER])
+    return _on_this_gpu(
+        machine,
+        name,
+        title=title,
+        works="on {}, those that were built for it",
+        packages=["tensorrt", _RUNNER],
+    )
 
 
 def _on_this_gpu(machine: Machine, name: str, title: str, works: str, packages: Sequence[str]) -> Capability:
     if not machine.gpus.gpus:
         return Capability(
-            name, title, False, f"classic TensorRT builds and runs on the GPU itself: {machine.gpus.problem}"
+            name=name,
+            title=title,
+            works=False,
+            reason=f"classic TensorRT builds and runs on the GPU itself: {machine.gpus.problem}",
         )
     if blocked := machine.blocked(packages, "tensorrt"):
-        return Capability(name, title, False, *blocked)
-    return Capability(name, title, True, works.format(_listed(machine.gpus.gpus)))
+        return _blocked(name, title, blocked)
+    return Capability(name=name, title=title, works=True, reason=works.format(_listed(machine.gpus.gpus)))
 
 
 def _listed(gpus: Sequence[Gpu]) -> str:

@@ -26,7 +26,7 @@ from lora_export.storage.commit.told import listening
 _TIMEOUT_S = 240
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DoctorReport:
     """Everything that `lora-export doctor` reports.
 
@@ -95,7 +95,7 @@ def probe_packages(names: Sequence[str] = tuple(PACKAGES)) -> tuple[Package, ...
         found.update({result.name: result for result in results})
         # The process ended before any import: no package can be examined.
         guilty = [importing] if importing else [name for name in left if death and name not in found]
-        found.update({name: Package(name, "broken", reason=death) for name in guilty})
+        found.update({name: Package(name=name, status="broken", reason=death) for name in guilty})
     return tuple(found[name] for name in names)
 
 

@@ -35,7 +35,7 @@ from lora_export.storage.outputs import (
 PathLike = str | os.PathLike[str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BuiltEngine:
     """One engine that was (or would be) written.
 
@@ -102,7 +102,7 @@ class BuildReport:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Work:
     """A plan, and the settings to carry it out."""
 
@@ -174,15 +174,15 @@ def build_engine(
     names = [targets] if isinstance(targets, str) else list(targets)
     typed = {key: shape_text(sizes) for key, sizes in (shapes or {}).items()}
     wish = Wish(
-        names,
-        backend,
-        options or BuildOptions(),
-        typed,
-        profiles,
-        together,
-        adapters,
-        ignore_memory,
-        name,
+        targets=names,
+        backend=backend,
+        options=options or BuildOptions(),
+        shapes=typed,
+        profiles=profiles,
+        together=together,
+        adapters=adapters,
+        ignore_memory=ignore_memory,
+        name=name,
     )
     return carry_out(
         model,
@@ -214,7 +214,7 @@ def carry_out(
     plan = plan_build(model, wish)
     if timing_cache is not None:
         _check_timings([group.compiler for group in plan.groups])
-    engines = [BuiltEngine(plan.engine_path(Path(output), group), group) for group in plan.groups]
+    engines = [BuiltEngine(path=plan.engine_path(Path(output), group), group=group) for group in plan.groups]
     report = BuildReport(tuple(engines), plan.profiles, (*plan.admitted.notes, *plan.notes), dry_run)
     check_parent(engines[0].path)
     written = [file for engine in engines for file in engine_files(engine.path).values()]
@@ -231,14 +231,14 @@ def carry_out(
         with output_errors(scratch):
             (scratch / "graph.onnx").write_bytes(serialized.data)
         work = _Work(
-            plan,
-            serialized,
-            scratch,
-            store,
-            str(timing_cache or ""),
-            verbose,
-            force,
-            progress or (lambda _what, _share: None),
+            plan=plan,
+            serialized=serialized,
+            scratch=scratch,
+            cache=store,
+            timings=str(timing_cache or ""),
+            verbose=verbose,
+            force=force,
+            progress=progress or (lambda _what, _share: None),
         )
         return replace(report, engines=tuple(_build_one(work, engine) for engine in engines))
 
@@ -309,17 +309,17 @@ def _key(work: _Work, group: Group) -> str:
 def _compile(work: _Work, group: Group, staged: Mapping[str, Path], log: Path) -> dict[str, Any]:
     graph = work.plan.admitted.graph
     job = Job(
-        group.compiler.name,
-        str(work.scratch / "graph.onnx"),
+        backend=group.compiler.name,
+        graph=str(work.scratch / "graph.onnx"),
         # Not resolved: if the file is a link, its data lies beside the link, for us as for other tools.
-        str(graph.path.absolute()),
-        str(staged["engine"].resolve()),
-        str(staged["log"].resolve()),
-        group.compute_capabilities,
-        work.plan.options,
-        work.plan.profiles,
-        work.timings,
-        work.verbose,
+        model=str(graph.path.absolute()),
+        engine=str(staged["engine"].resolve()),
+        log=str(staged["log"].resolve()),
+        compute_capabilities=group.compute_capabilities,
+        options=work.plan.options,
+        profiles=work.plan.profiles,
+        timings=work.timings,
+        verbose=work.verbose,
     )
 
     def progress(_phase: str, share: float) -> None:
@@ -327,7 +327,7 @@ def _compile(work: _Work, group: Group, staged: Mapping[str, Path], log: Path) -
         work.progress(f"building for {group.label}", share)
 
     try:
-        built = run_worker(job, graph, work.scratch, log, progress)
+        built = run_worker(job, graph, scratch=work.scratch, kept_log=log, progress=progress)
         _check_ports(work.plan, built, log)
     except EngineBuildError as error:
         try:

@@ -33,7 +33,7 @@ _MEMORY = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """One build.
 
@@ -204,7 +204,7 @@ def _build(compiler: Compiler, trt: TensorRT, job: Job, messages: _Messages, pro
     config = builder.create_builder_config()
     config.progress_monitor = monitor = _monitor(trt, progress)
     compiler.configure(trt, config, job.options, job.compute_capabilities)
-    _add_profiles(trt, builder, config, network, job)
+    _add_profiles(trt, builder, config=config, network=network, job=job)
     if job.timings:
         compiler.read_timings(config, Path(job.timings))
     started = time.monotonic()
@@ -257,7 +257,7 @@ def run(job: Job) -> int:
             try:
                 with Path(job.log).open("w", encoding="utf-8") as log:
                     messages = _Messages(trt, log, job.verbose)
-                    built = _build(compiler, trt, job, messages, send)
+                    built = _build(compiler, trt, job=job, messages=messages, progress=send)
             except OSError as error:  # for example a full disk: such an error does not name the file
                 send({"failed": {"stage": "write", "errno": error.errno, "text": reason_of(error)}})
                 return 1

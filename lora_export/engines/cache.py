@@ -57,7 +57,7 @@ class _BuiltPort:
     shape: EngineShape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Built:
     """The fields of ``built.json``: which engine it is about, and all that is later read of it.
 

@@ -28,7 +28,7 @@ ALL = "all"
 _NAMED = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Wish:
     """A build request: what the user asked for, in the words of `build.build_engine`.
 
@@ -83,7 +83,7 @@ class Group:
         return tuple(dict.fromkeys(target.compute_capability for target in self.targets))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BuildPlan:
     """Everything that is known before a compiler runs.
 
@@ -175,21 +175,26 @@ def plan_build(model: PathLike, wish: Wish, *, here: bool = True) -> BuildPlan:
     profiles = make_profiles(inputs, admitted.exposed, largest, requests)
     targets = [target for group in groups for target in group.targets]
     fits = check_fits(
-        admitted, profiles, targets, wish.adapters, wish.options, ignore_memory=wish.ignore_memory
+        admitted,
+        profiles,
+        targets=targets,
+        adapters=wish.adapters,
+        options=wish.options,
+        ignore_memory=wish.ignore_memory,
     )
     return BuildPlan(
-        name,
-        tuple(
+        name=name,
+        groups=tuple(
             Group(group.targets, group.compiler, tuple(fits[target.name] for target in group.targets))
             for group in groups
         ),
-        admitted,
-        inputs,
-        outputs,
-        profiles,
-        wish.options,
-        tuple(_beyond(inputs, profiles, largest)),
-        reads,
+        admitted=admitted,
+        inputs=inputs,
+        outputs=outputs,
+        profiles=profiles,
+        options=wish.options,
+        notes=tuple(_beyond(inputs, profiles, largest)),
+        reads=reads,
     )
 
 

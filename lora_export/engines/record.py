@@ -76,7 +76,7 @@ class Profile:
     shapes: Mapping[str, ShapeRange]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BuildOptions:
     """Options of the compiler. All of them are part of the cache's key.
 
@@ -116,7 +116,7 @@ class EngineSource:
     files: tuple[FileHash, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EngineRecord:
     """The record of one engine.
 

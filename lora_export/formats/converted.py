@@ -37,7 +37,7 @@ def write(path: Path, tensors: Mapping[str, Array], provenance: Provenance) -> N
     seal_file(path)
 
 
-WRITER = Writer(".safetensors", write)
+WRITER = Writer(suffix=".safetensors", write=write)
 FORMAT = Format(
     expects=f"{EXPECTS}, and lora-export's metadata",
     recognises=recognises,

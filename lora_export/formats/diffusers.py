@@ -76,7 +76,7 @@ def read(source: Source, options: Options) -> Adapter:
         if module_path is None:
             table.unknown([name], "not a tensor name of diffusers' or XLabs' LoRA files")
             continue
-        table.add(module_path, part, name, values, component)
+        table.add(module_path, part, name=name, values=values, component=component)
     notes = select_component(source, table, options.component)
     configs = _configs(source)
     rules = {key: LoraRules(config, options, PEFT_ONLY) for key, config in configs.items()}
@@ -93,7 +93,9 @@ def read(source: Source, options: Options) -> Adapter:
     check_claims(source, modules.values(), table.problems)
     raise_problems(source, table.problems, "fix the listed problems; a file holds LoRA pairs and alpha")
     shown = {str(key): dict(config) for key, config in configs.items()}
-    return adapter_of(source, "diffusers", table, modules, shown, (*notes, *scalings.notes))
+    return adapter_of(
+        source, "diffusers", table=table, modules=modules, config=shown, notes=(*notes, *scalings.notes)
+    )
 
 
 def _part(match: re.Match[str]) -> str | None:
@@ -210,7 +212,12 @@ class _Scalings:
             rows = [row for row in self._rows if row.component == component]
             ranks = [row.rows for row in rows if row.rows is not None]
             stated = stated_of(
-                self._source, self._options, self._problems, component, ranks, of_diffusion=True
+                self._source,
+                self._options,
+                problems=self._problems,
+                component=component,
+                ranks=ranks,
+                of_diffusion=True,
             )
             self._stated[component] = stated
             front = f"{component}: " if component else ""

@@ -75,7 +75,7 @@ def _refusal(name: str, kind: str) -> str:
     return f"TensorRT-Edge-LLM has no LoRA inputs for {', '.join(sorted(outside))}" if outside else ""
 
 
-WRITER = Writer("", write, dtype="float16", refusal=_refusal)
+WRITER = Writer(suffix="", write=write, dtype="float16", refusal=_refusal)
 FORMAT = Format(
     expects=f"{EXPECTS} in a file called {EDGE_LLM_NAME}",
     recognises=recognises,

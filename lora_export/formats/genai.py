@@ -45,7 +45,7 @@ def _refusal(name: str, kind: str) -> str:
     return "" if kind == "linear" else f"the builder makes LoRA only for linear modules, this is {kind}"
 
 
-WRITER = Writer(SUFFIX, write, refusal=_refusal, foreign=True)
+WRITER = Writer(suffix=SUFFIX, write=write, refusal=_refusal, foreign=True)
 FORMAT = Format(
     expects=f"<module>.lora_A.MatMul.weight and .lora_B.MatMul.weight in a file ending in {SUFFIX}",
     recognises=recognises,

@@ -71,7 +71,7 @@ def read(source: Source, options: Options) -> Adapter:
             table.unknown([name], _refusal(path))
             continue
         component, module_path = _split(match["path"], components, is_bare)
-        table.add(module_path, _PARTS[match["part"]], name, values, component)
+        table.add(module_path, _PARTS[match["part"]], name=name, values=values, component=component)
     notes = select_component(source, table, options.component)
     modules = {}
     own = [number(row.tensors["alpha"]) if "alpha" in row.tensors else None for row in table.rows.values()]
@@ -87,7 +87,14 @@ def read(source: Source, options: Options) -> Adapter:
     check_claims(source, modules.values(), table.problems)
     raise_problems(source, table.problems, "fix the listed problems; other LyCORIS algorithms can't be read")
     return replace(
-        adapter_of(source, "kohya", table, modules, dict(source.metadata), (*notes, *stated.notes)),
+        adapter_of(
+            source,
+            "kohya",
+            table=table,
+            modules=modules,
+            config=dict(source.metadata),
+            notes=(*notes, *stated.notes),
+        ),
         flattened=all("." not in module.path for module in modules.values()),
         base_model=source.metadata.get("ss_sd_model_name"),
     )

@@ -79,7 +79,13 @@ def read(source: Source, options: Options) -> Adapter:
     for parts in table.rows.values():
         parts.kind = "embedding" if parts.path.rpartition(".")[2] in _EMBEDDINGS else None
         parts.rank = stated.rank
-        factor = _unstack(parts, source.settings.get("enable_lora"), stated.rslora, room, table.problems)
+        factor = _unstack(
+            parts,
+            source.settings.get("enable_lora"),
+            rslora=stated.rslora,
+            room=room,
+            problems=table.problems,
+        )
         alpha = stated.alpha_of(parts.rows)
         if stated.alpha is not None:
             alpha = stated.alpha * factor
@@ -91,7 +97,14 @@ def read(source: Source, options: Options) -> Adapter:
     )
     tables = [module.path for module in modules.values() if module.kind == "embedding"]
     notes = [f"{path}: {_TABLE}" for path in tables]
-    made = adapter_of(source, "loralib", table, modules, dict(source.settings), (*stated.notes, *notes))
+    made = adapter_of(
+        source,
+        "loralib",
+        table=table,
+        modules=modules,
+        config=dict(source.settings),
+        notes=(*stated.notes, *notes),
+    )
     named = {path: name for name, path in source.paths.items() if path in extras and path != name}
     return replace(made, extras=extras, extra_tensors=named)
 

@@ -70,7 +70,7 @@ def read(source: Source, options: Options) -> Adapter:
         if module:
             modules[module.key] = replace(module, everywhere=module.kind == "embedding")
     raise_problems(source, table.problems, "fix the listed problems, or fuse with mlx_lm.fuse")
-    return adapter_of(source, "mlx", table, modules, dict(config))
+    return adapter_of(source, "mlx", table=table, modules=modules, config=dict(config))
 
 
 def _settings(

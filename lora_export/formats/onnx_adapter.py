@@ -38,7 +38,7 @@ def write(path: Path, tensors: Mapping[str, Array], provenance: Provenance) -> N
     write_ort_file(path, tensors, base_version(provenance.base_sha256), provenance.only_this_base)
 
 
-WRITER = Writer(SUFFIX, write)
+WRITER = Writer(suffix=SUFFIX, write=write)
 FORMAT = Format(
     expects=f"{EXPECTS}, in a file ending in {SUFFIX}",
     recognises=recognises,

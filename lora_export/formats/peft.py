@@ -12,7 +12,7 @@ base's ``….weight``): **first the replacement, then the low-rank change on top
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -116,23 +116,13 @@ def read(source: Source, options: Options) -> Adapter:
     notes += rules.notes
     if source.peft_config is not None:
         notes += _left_out_by_config(modules, unwrapped)
-    if config.get("peft_version") is None and any(module.experts > 1 for module in modules.values()):
-        notes.append(
-            "the config has no peft_version: lora_A of stacked experts is taken to act on their first "
-            "axis, as PEFT before 0.18 wrote it, unless the base's shapes show otherwise"
-        )
-    if config.get("modules_to_save") and not extras:
-        notes.append(f"the config lists modules_to_save {config['modules_to_save']}, but the file has none")
-    if copies := _base_copies([source.paths[name] for name in extra_tensors.values()], table):
-        notes.append(
-            f"the file also holds {copies} weights of the base (….base_layer.weight): they replace those of "
-            "the given base, and the low-rank change is added to them"
-        )
+    notes += _notes_on_experts(modules, config)
+    notes += _notes_on_extras([source.paths[name] for name in extra_tensors.values()], table, config)
     notes += [f"{path}: {len(row.indices)} single rows are replaced" for path, row in token_rows.items()]
     if table.aside:
         notes.append(f"ignored, needed only in training: {', '.join(table.aside)}")
     return replace(
-        adapter_of(source, "peft", table, modules, config, notes),
+        adapter_of(source, "peft", table=table, modules=modules, config=config, notes=notes),
         extras=extras,
         extra_tensors=extra_tensors,
         token_rows=token_rows,
@@ -155,6 +145,28 @@ def _left_out_by_config(modules: Mapping[str, LoraModule], config: Mapping[str, 
         f"the config's {', '.join(keys)} leave out {len(left)} of the file's {len(paths)} modules ({shown}), "
         "which PEFT would not load; they are read anyway"
     ]
+
+
+def _notes_on_experts(modules: Mapping[str, LoraModule], config: Mapping[str, Any]) -> list[str]:
+    if config.get("peft_version") is not None or all(module.experts <= 1 for module in modules.values()):
+        return []
+    return [
+        "the config has no peft_version: lora_A of stacked experts is taken to act on their first axis, as "
+        "PEFT before 0.18 wrote it, unless the base's shapes show otherwise"
+    ]
+
+
+def _notes_on_extras(paths: Sequence[str], table: PartsTable, config: Mapping[str, Any]) -> list[str]:
+    """Return notes on whole parameters, of which these are the paths in the file."""
+    notes = []
+    if config.get("modules_to_save") and not paths:
+        notes.append(f"the config lists modules_to_save {config['modules_to_save']}, but the file has none")
+    if copies := _base_copies(paths, table):
+        notes.append(
+            f"the file also holds {copies} weights of the base (….base_layer.weight): they replace those of "
+            "the given base, and the low-rank change is added to them"
+        )
+    return notes
 
 
 def _pattern_path(parts: Parts) -> str:
@@ -248,7 +260,7 @@ def _sort_tensors(source: Source, table: PartsTable) -> tuple[dict[str, Array], 
         match = _LORA.match(path)
         part = _part(match) if match else None
         if match and part:
-            row = table.add(match["path"], part, name, values, component)
+            row = table.add(match["path"], part, name=name, values=values, component=component)
             is_embedding = "embedding" in match["part"]
             if is_embedding:
                 row.kind = "embedding"

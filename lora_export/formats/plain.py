@@ -47,7 +47,9 @@ def read(source: Source, options: Options) -> Adapter:
     raise_problems(
         source, table.problems, "fix the listed problems; the file holds A.weight, B.weight, alpha"
     )
-    return adapter_of(source, "plain", table, modules, dict(source.settings), stated.notes)
+    return adapter_of(
+        source, "plain", table=table, modules=modules, config=dict(source.settings), notes=stated.notes
+    )
 
 
 FORMAT = Format(

@@ -23,7 +23,7 @@ ONLY_THIS_BASE_KEY = "only_this_base"
 _BASE_VERSION_BITS = 31
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Provenance:
     """The origin of a converted adapter, and the base that it belongs to.
 
@@ -69,7 +69,7 @@ class Provenance:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Writer:
     """The writer of a format for converted tensors: an entry of `lora_export.formats.WRITERS`.
 

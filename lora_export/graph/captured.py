@@ -33,7 +33,7 @@ class _Dim:
     max: Size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Captured:
     """The record of a captured graph.
 

@@ -140,7 +140,8 @@ def _reshape(node: ir.Node, part: Columns) -> list[Columns] | None:
         if inner * dim == part.size:
             if part.start % inner or part.stop % inner:
                 return None
-            return [Columns(result, -back, dim, part.start // inner, part.stop // inner, len(dims))]
+            start, stop = part.start // inner, part.stop // inner
+            return [Columns(result, -back, size=dim, start=start, stop=stop, rank=len(dims))]
         inner *= dim
     return None
 

@@ -48,7 +48,7 @@ def path_of(parameter: str) -> str:
     return parameter.removesuffix(".weight")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StoredRows:
     """The place of rows of a module's W0 in the graph, from which DoRA's norm is computed.
 
@@ -67,7 +67,7 @@ class StoredRows:
     transposed: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Member:
     """One module of the base model that a pair of tensors changes.
 
@@ -91,7 +91,7 @@ class Member:
     held_turned: bool | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExposedModule:
     """A pair of LoRA tensors of a graph and its modules: one, or siblings packed into one product.
 
@@ -185,7 +185,7 @@ class Slot:
     adapter: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExposedGraph:
     """The LoRA record of a graph.
 

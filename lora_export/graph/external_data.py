@@ -145,7 +145,14 @@ def _piece(slot: _Slot, change: Change | None) -> Piece:
     else:
         where = source.path
     return MergePiece(
-        str(slot.value.name), where, source.offset, slot.at, shape, dtype, dtype, change.patches()
+        name=str(slot.value.name),
+        source=where,
+        offset=source.offset,
+        at=slot.at,
+        shape=shape,
+        dtype_in=dtype,
+        dtype_out=dtype,
+        patches=change.patches(),
     )
 
 

@@ -33,7 +33,7 @@ _MOST_FILES = 100_000
 PathLike = str | os.PathLike[str]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FileState:
     """State of one file.
 
@@ -111,7 +111,7 @@ def verify(
         LoraExportError: A path does not exist, or has no hash to check.
     """
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    check = _Check(progress or (lambda _bytes: None))
+    check = _Check(progress=progress or (lambda _bytes: None))
     bare = []
     for path in map(Path, given):
         if not (path.is_file() or path.is_dir()):
@@ -166,7 +166,7 @@ def _may_name(beside: Path, path: Path) -> bool:
     return beside.suffix != ".onnx" and (is_broken or bool(description.problems))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Check:
     """The files that were checked so far.
 
@@ -237,7 +237,7 @@ class _Check:
 
     def _state(self, path: Path) -> FileState:
         shown = Path(os.path.normpath(path))
-        return self.states.setdefault(os.path.realpath(path), FileState(shown))
+        return self.states.setdefault(os.path.realpath(path), FileState(path=shown))
 
     def _compare(self, claim: Claim, by: Path) -> None:
         if self._is_outside(claim.place, by):
@@ -252,7 +252,7 @@ class _Check:
                 self.compared += 1
                 state.add("changed", by.name, f"{size} bytes, wanted {claim.size_bytes}")
             else:
-                self._compare_hash(claim, path, size, state, by)
+                self._compare_hash(claim, path, size=size, state=state, by=by)
                 self._named.append(path)
         except OSError as error:
             state.add("missing", by.name, f"it can't be read: {error.strerror or error}")
@@ -263,7 +263,7 @@ class _Check:
             return False
         # Not joined: a claim may not be about a file elsewhere.
         key = f"{by}\0{place}"
-        outside = self.states.setdefault(key, FileState(Path(f"{by}: {place}")))
+        outside = self.states.setdefault(key, FileState(path=Path(f"{by}: {place}")))
         outside.add("outside", by.name, "a set's files must be in its folder, without links out of it")
         return True
 

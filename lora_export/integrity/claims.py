@@ -30,7 +30,7 @@ _EDGE_LLM_CONFIG = "config.json"
 _SUM = re.compile(r"([0-9a-f]{64})  ([^\n]+)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Claim:
     """A claim of one file about another.
 
@@ -49,7 +49,7 @@ class Claim:
     size_bytes: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Description:
     """The claims of a file about others.
 
@@ -108,7 +108,7 @@ def description_of(path: Path, given: Path) -> Description | None:
     if path.suffix == ".onnx":
         return _graph(path)
     if path.name == EDGE_LLM_NAME and find_seal(path) is not None:
-        return Description((Claim(_EDGE_LLM_CONFIG),))
+        return Description(claims=(Claim(place=_EDGE_LLM_CONFIG),))
     return None
 
 
@@ -122,8 +122,8 @@ def _sums(path: Path) -> Description:
     problems = [f"line {number + 1} is not a hash and a name" for number, (_, m) in enumerate(found) if not m]
     if lines[-1]:
         problems.append("its last line does not end with a line break")
-    claims = tuple(Claim(match[2], sha256=match[1], whole=True) for _, match in found if match)
-    return Description(claims, problems=tuple(problems))
+    claims = tuple(Claim(place=match[2], sha256=match[1], whole=True) for _, match in found if match)
+    return Description(claims=claims, problems=tuple(problems))
 
 
 def _may_list(path: Path) -> bool:
@@ -152,7 +152,7 @@ def _json(path: Path) -> Description:
     except FieldError as error:
         return Description(problems=error.problems, is_unsealed=not sealed)
     claims = [_claim(place, entry) for place, entry in listed.items()]
-    return Description(tuple(claims), is_unsealed=not sealed)
+    return Description(claims=tuple(claims), is_unsealed=not sealed)
 
 
 def _is_ours(weights: Path) -> bool:
@@ -160,7 +160,13 @@ def _is_ours(weights: Path) -> bool:
 
 
 def _claim(place: str, entry: FileHash) -> Claim:
-    return Claim(place, entry.blake3, entry.sha256, not entry.sampled, entry.size_bytes)
+    return Claim(
+        place=place,
+        blake3=entry.blake3,
+        sha256=entry.sha256,
+        whole=not entry.sampled,
+        size_bytes=entry.size_bytes,
+    )
 
 
 def _earlier_record(path: Path) -> Description:
@@ -169,8 +175,8 @@ def _earlier_record(path: Path) -> Description:
         record = EngineRecord.read(path)
     except BackendError as error:
         return Description(problems=error.problems or (error.message,))
-    claim = Claim(record.name, sha256=record.sha256, whole=True, size_bytes=record.size_bytes)
-    return Description((claim,))
+    claim = Claim(place=record.name, sha256=record.sha256, whole=True, size_bytes=record.size_bytes)
+    return Description(claims=(claim,))
 
 
 def _earlier_manifest(data: dict[str, object]) -> Description:
@@ -180,7 +186,7 @@ def _earlier_manifest(data: dict[str, object]) -> Description:
     except FieldError as error:
         return Description(problems=error.problems)
     places = [place for place in (outputs.graph, outputs.data) if place]
-    return Description(tuple(map(Claim, places)), identity=outputs.identity)
+    return Description(claims=tuple(Claim(place=place) for place in places), identity=outputs.identity)
 
 
 def _graph(path: Path) -> Description:
@@ -198,9 +204,10 @@ def _graph(path: Path) -> Description:
     if identity is None:
         return Description(uses=tuple(sorted(used)))
     claims = [
-        Claim(place, identity.blake3.get(place, ""), sha256) for place, sha256 in identity.files.items()
+        Claim(place=place, blake3=identity.blake3.get(place, ""), sha256=sha256)
+        for place, sha256 in identity.files.items()
     ]
     if identity.manifest:
-        claims.append(Claim(identity.manifest))
+        claims.append(Claim(place=identity.manifest))
     unsealed = bool(identity.blake3) and find_seal(path) is None
-    return Description(tuple(claims), tuple(sorted(used)), is_unsealed=unsealed)
+    return Description(claims=tuple(claims), uses=tuple(sorted(used)), is_unsealed=unsealed)

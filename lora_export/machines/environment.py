@@ -19,7 +19,7 @@ _PACKAGES = (
 _CPU = Path("/sys/devices/system/cpu")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Environment:
     """Everything apart from the models that measured times depend on.
 

@@ -23,7 +23,7 @@ Status = Literal["ok", "missing", "broken"]
 _REASON_LENGTH = 300
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Package:
     """Result of importing a package.
 
@@ -94,15 +94,21 @@ _DETAILS: dict[str, Callable[[Any], dict[str, Any]]] = {
 def probe(name: str) -> Package:
     """Import a package and return the result; an error becomes the reason."""
     if not _is_installed(name):
-        return Package(name, "missing")
+        return Package(name=name, status="missing")
     distribution, number = _installed(name)
     try:
         module = import_module(name)
         details = _DETAILS[name](module) if name in _DETAILS else {}
     except (Exception, SystemExit) as error:
-        return Package(name, "broken", number, distribution, _short(f"{type(error).__name__}: {error}"))
+        return Package(
+            name=name,
+            status="broken",
+            version=number,
+            distribution=distribution,
+            reason=_short(f"{type(error).__name__}: {error}"),
+        )
     number = number or str(getattr(module, "__version__", ""))
-    return Package(name, "ok", number, distribution, details=details)
+    return Package(name=name, status="ok", version=number, distribution=distribution, details=details)
 
 
 def _is_installed(name: str) -> bool:

@@ -28,7 +28,7 @@ _OPTIONAL_WORDS = re.compile(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """A GPU, or all GPUs of one compute capability.
 

@@ -100,10 +100,7 @@ def bank_onnx(
         OutputError: The output exists or can't be written.
     """
     out, base = Path(output), Path(base)
-    if slot_rank is not None and resident != "inputs":
-        raise AdapterError(
-            "slots of constants have the ranks of their adapters", "give --resident inputs too"
-        )
+    _refuse_room(slot_rank, resident)
     loaded = _load(adapters, component)
     form = _Form(
         resident=resident,
@@ -113,16 +110,7 @@ def bank_onnx(
         fuse_base=fuse_base,
         batch_input=batch_input,
     )
-    options = WriteOptions(
-        checkpoint=checkpoint,
-        dtype=dtype,
-        kv_cache=kv_cache,
-        share_base=share_base,
-        allow_unmatched=allow_unmatched,
-        force=force,
-        dry_run=dry_run,
-        progress=progress,
-    )
+    options = WriteOptions.among(locals())
     if base.is_dir():
         _refuse_before_capture(base, list(loaded.values()), slot_rank, allow_unmatched=allow_unmatched)
     with open_base(base, out, loaded.values(), options) as (opened, paths):
@@ -153,6 +141,13 @@ class _Form:
     pack: bool
     fuse_base: bool
     batch_input: str | None
+
+
+def _refuse_room(slot_rank: int | None, resident: Resident) -> None:
+    if slot_rank is not None and resident != "inputs":
+        raise AdapterError(
+            "slots of constants have the ranks of their adapters", "give --resident inputs too"
+        )
 
 
 def _refuse_before_capture(

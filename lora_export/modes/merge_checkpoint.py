@@ -92,12 +92,11 @@ def merge_checkpoint(
     )
     if dry_run:
         return report
+    described = [adapter_entry(*pair) for pair in zip(loaded, factors, strict=True)]
     with OutputSet(force, reads) as outputs:
         staged = outputs.stage(target, folder=True)
         with output_errors(target):
-            roundings = merge.write(staged, small, rounding, progress)
-            report = replace(report, roundings=roundings)
-            described = [adapter_entry(*pair) for pair in zip(loaded, factors, strict=True)]
+            report = replace(report, roundings=merge.write(staged, small, rounding, progress))
             _manifest(merge, report, described, staged).save(staged / MANIFEST)
         # The set itself refuses files that are read, now once more.
         outputs.commit(lambda: _refuse_output(target, folder, force))

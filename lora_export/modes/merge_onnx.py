@@ -103,27 +103,9 @@ def merge_onnx(
         before=history_of(base / MANIFEST)
         if base.is_dir()
         else history_of(base.with_suffix(".lora.json"), base),
-        options=WriteOptions(
-            checkpoint=checkpoint,
-            dtype=dtype,
-            kv_cache=kv_cache,
-            share_base=share_base,
-            allow_unmatched=allow_unmatched,
-            force=force,
-            dry_run=dry_run,
-            progress=progress,
-        ),
+        options=WriteOptions.among(locals()),
     )
-    folder = merging.in_folder()
-    if folder and dry_run:
-        return MergeReport(
-            plan=folder.placed.plan,
-            roundings={},
-            outputs=output_paths(out),
-            size_bytes=folder.size_bytes,
-            dry_run=True,
-        )
-    return merging.run(folder)
+    return merging.run()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -148,7 +130,7 @@ class _Merging:
     before: History
     options: WriteOptions
 
-    def in_folder(self) -> CheckpointMerge | None:
+    def _in_folder(self) -> CheckpointMerge | None:
         """Return the merge into a folder's own tensors, if the graph captured from it has no site for it.
 
         A graph captured in another dtype than float32 holds rounded weights, so the sum is computed before,
@@ -168,8 +150,17 @@ class _Merging:
             allow_unmatched=self.options.allow_unmatched,
         )
 
-    def run(self, folder: CheckpointMerge | None) -> MergeReport:
+    def run(self) -> MergeReport:
         """Open the base, change its constants and write it; in a dry run only make the plan."""
+        folder = self._in_folder()
+        if folder and self.options.dry_run:
+            return MergeReport(
+                plan=folder.placed.plan,
+                roundings={},
+                outputs=output_paths(self.out),
+                size_bytes=folder.size_bytes,
+                dry_run=True,
+            )
         roundings: dict[str, Rounding] = {}
         prepare = _merged_folder(folder, self.rounding, roundings) if folder else None
         reading = open_base(self.base, self.out, self.adapters, self.options, prepare=prepare)

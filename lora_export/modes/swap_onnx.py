@@ -109,16 +109,7 @@ def swap_onnx(
     if not made_of and not any(wanted):
         raise AdapterError("which modules are to be exposed?", "give an adapter, or target modules, or both")
     form = _Form(dora=dora, flavour=flavour, pack=pack or fuse_base, fuse_base=fuse_base, max_rank=max_rank)
-    options = WriteOptions(
-        checkpoint=checkpoint,
-        dtype=dtype,
-        kv_cache=kv_cache,
-        share_base=share_base,
-        allow_unmatched=allow_unmatched,
-        force=force,
-        dry_run=dry_run,
-        progress=progress,
-    )
+    options = WriteOptions.among(locals())
     if base.is_dir():
         refuse_unsuited(made_of, base, allow_unmatched=allow_unmatched, dora=dora)
         if not allow_unmatched:

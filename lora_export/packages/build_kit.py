@@ -43,7 +43,7 @@ _KEY = re.compile("@([A-Z]+)@")
 _SPLIT = frozenset(",'*\0")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class KitReport:
     """Result of `write_kits`, or its plan.
 
@@ -98,7 +98,13 @@ def write_kits(
     plan = plan_build(model, wish, here=False)
     _check_inputs(plan.profiles)
     kits = tuple(Path(output) / f"{plan.name}.{group.label}.kit" for group in plan.groups)
-    report = KitReport(kits, plan.groups, plan.profiles, (*plan.admitted.notes, *plan.notes), dry_run)
+    report = KitReport(
+        kits=kits,
+        groups=plan.groups,
+        profiles=plan.profiles,
+        notes=(*plan.admitted.notes, *plan.notes),
+        dry_run=dry_run,
+    )
     check_parent(kits[0])
     refuse_inputs(kits, plan.reads)
     if not dry_run:
@@ -144,7 +150,7 @@ def _write(plan: BuildPlan, group: Group, source: EngineSource, folder: Path) ->
     kept = {value: value.const_value for value in graph.initializers()}
     try:
         slots, size, _ = plan_data(graph, {}, onnx, frozenset())
-        write_data(data, data.name, slots, size, {}, "sample", None)
+        write_data(data, data.name, slots=slots, size=size, changes={}, rounding="sample", progress=None)
         mark_data(graph.model, {data.name: hash_written(data, data.name)})
         save_graph(graph.model, onnx)
     finally:

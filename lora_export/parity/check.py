@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_export.adapter import Adapter, Array
@@ -28,10 +28,8 @@ from lora_export.parity.sides.reference import CheckpointReference
 from lora_export.parity.sides.sides import (
     Options,
     Sides,
-    known_dtype,
     open_sides,
     states_of,
-    tolerance_of,
     vocabulary_of,
 )
 from lora_export.parity.tokens import check_decoder, generate, prompts_of, token_verdicts
@@ -99,100 +97,85 @@ def check_parity(
     started = time.monotonic()
     progress = progress or (lambda _what, _share: None)
     given = named_adapters(adapters)
-    options = Options(
-        tolerance_of(tolerance),
-        known_dtype(dtype),
-        known_dtype(reference_dtype, ("float64", "float32")),
-    )
+    options = Options.read(tolerance, dtype, reference_dtype)
     progress("opening both sides", 0.0)
-    sides = open_sides(Path(reference), Path(candidate), given, weights, base, provider, options)
-    about = sides.candidate.about
-    if generate:
-        if sides.reference.about["kind"] == "saved":
-            raise BackendError("saved outputs can't continue from new tokens", "omit --generate")
-        check_decoder(about.ports, about.outputs, about.path.name, generate, about.captured)
-    runs = _feeds(sides, feeds, batches, sequences, seed, samples)
-    comparison = Comparison(
-        sides.candidate,
-        sides.reference,
-        sides.own,
-        states_of(sides),
-        laws_of.Laws(sides.candidate, options.tolerance_pair),
-        options.tolerance_pair,
+    sides = open_sides(
+        Path(reference),
+        Path(candidate),
+        adapters=given,
+        weights=weights,
+        base=base,
+        provider=provider,
+        options=options,
     )
-    coverage = Coverage.of(sides)
-    for number, feed in enumerate(runs):
-        progress(f"feed {number + 1} of {len(runs)}: {feed.label}", number / (len(runs) + 1))
-        with coverage.watch(feed):
-            comparison.add(feed)
-    if feeds is None and sequences is None:
-        progress("rows of embeddings that no input reads", 0.9)
-        sides.notes += FurtherFeeds(sides, coverage, batches, seed).add_to(comparison, runs)
-    sides.notes += coverage.notes("more: --samples, --sequence" if feeds is None else "more: --feeds")
-    if not any(table.is_vocabulary for table in coverage.tables.values()):
-        sides.notes += ids_left(runs, about.ports, vocabulary_of(sides))
-    judge = Judge(sides.dtype, options.tolerance, sides.merged.rounding)
-    verdicts = [*judge.judge(comparison.tallies), *comparison.coverage(), *comparison.laws.judge(judge)]
-    if (rounding := sides.merged.rounding) and any(limit.is_bounded for limit in judge.limits.values()):
-        sides.notes.append(
-            f"{rounding.source} says that rounding cost {rounding.relative:.2g} of what was merged: no more "
-            f"is believed than weights in {rounding.dtype} can lose"
-        )
-    generated: list[Generated] = []
-    if generate:
-        progress("generating", 0.95)
-        generated, more = _generate(sides, comparison, runs, generate)
-        verdicts += more
+    _refuse_generating(sides, generate)
+    choice = _FeedChoice(file=feeds, batches=batches, sequences=sequences, seed=seed, samples=samples)
+    runs = _feeds(sides, choice)
+    comparison = _compare(sides, runs, choice=choice, options=options, progress=progress)
+    verdicts = _judge(sides, comparison, options)
+    generated, more = _generate(sides, comparison, runs, count=generate, progress=progress)
+    verdicts += more
     where = None
-    # A missing effect or a missing output can't be traced to a module.
-    if localise and any(not verdict.passed and not math.isinf(verdict.limit) for verdict in verdicts):
-        progress("searching where the error begins", 0.97)
-        where = _localise(sides, comparison, runs, verdicts)
+    if localise:
+        where = _localise(sides, comparison, runs, verdicts=verdicts, progress=progress)
     return ParityReport(
-        sides.reference.about,
-        {
-            "path": str(about.path),
-            "mode": "merged" if about.mode == "plain" and sides.blend else about.mode,
-            "runtime": about.runtime,
-            "provider": about.provider,
-            "dtype": sides.dtype,
-            "sha256": about.sha256,
-        },
-        tuple(_about_adapter(name, adapter) for name, adapter in given.items()),
-        tuple(_about_feed(feed, from_file=feeds is not None) for feed in runs),
-        str(options.tolerance),
-        tuple(verdicts),
-        tuple(comparison.metrics()),
-        where,
-        tuple(generated),
-        tuple(comparison.scatter),
-        tuple(
-            dict.fromkeys([*sides.notes, *sides.candidate.notes, *comparison.said, *comparison.laws.notes])
-        ),
-        environment(about.runtime, about.provider),
-        time.monotonic() - started,
+        reference=sides.reference.about,
+        candidate=_about_candidate(sides),
+        adapters=tuple(_about_adapter(name, adapter) for name, adapter in given.items()),
+        feeds=tuple(_about_feed(feed, from_file=feeds is not None) for feed in runs),
+        tolerance=str(options.tolerance),
+        verdicts=tuple(verdicts),
+        metrics=tuple(comparison.metrics()),
+        localisation=where,
+        generated=tuple(generated),
+        scatter=tuple(comparison.scatter),
+        notes=_notes(sides, comparison),
+        environment=environment(sides.candidate.about.runtime, sides.candidate.about.provider),
+        seconds=time.monotonic() - started,
     )
 
 
-def _feeds(
-    sides: Sides,
-    file: PathLike | None,
-    batches: Sequence[int] | None,
-    sequences: Sequence[int] | None,
-    seed: int,
-    samples: int,
-) -> list[Feed]:
+@dataclass(frozen=True, kw_only=True)
+class _FeedChoice:
+    """The user's choice of feeds.
+
+    Attributes:
+        file: File of inputs; None: feeds are made.
+        batches: Batch sizes of made feeds, or None.
+        sequences: Lengths of made feeds, or None.
+        seed: Seed of made feeds.
+        samples: Number of feeds to make.
+    """
+
+    file: PathLike | None
+    batches: Sequence[int] | None
+    sequences: Sequence[int] | None
+    seed: int
+    samples: int
+
+
+def _refuse_generating(sides: Sides, count: int) -> None:
+    """Raise `BackendError` if greedy tokens were asked for, and can't be compared."""
+    if not count:
+        return
     about = sides.candidate.about
-    if file is not None:
-        if batches or sequences:
+    if sides.reference.about["kind"] == "saved":
+        raise BackendError("saved outputs can't continue from new tokens", "omit --generate")
+    check_decoder(about.ports, about.outputs, where=about.path.name, count=count, captured=about.captured)
+
+
+def _feeds(sides: Sides, choice: _FeedChoice) -> list[Feed]:
+    about = sides.candidate.about
+    if choice.file is not None:
+        if choice.batches or choice.sequences:
             raise BackendError(
                 "sizes apply to made inputs; the inputs of a file have sizes of their own",
                 "omit --batch and --sequence, or omit --feeds",
             )
-        found = read_feeds(Path(file), about.ports, about.captured, vocabulary_of(sides))
+        found = read_feeds(Path(choice.file), about.ports, about.captured, vocabulary_of(sides))
         if sides.reference.about["kind"] == "saved" and len(found) > 1:
             raise BackendError(
-                f"{file} holds {len(found)} feeds, but saved outputs belong to one feed",
+                f"{choice.file} holds {len(found)} feeds, but saved outputs belong to one feed",
                 "give a file with the one feed that the outputs were saved from",
             )
         return found
@@ -200,17 +183,68 @@ def _feeds(
         raise BackendError(
             "saved outputs belong to inputs that only the user knows", "give --feeds FILE as well"
         )
-    made = make_feeds(about.ports, about.captured, batches, sequences, seed, samples, vocabulary_of(sides))
-    reference = sides.reference
+    made = make_feeds(
+        about.ports,
+        about.captured,
+        batches=choice.batches,
+        sequences=choice.sequences,
+        seed=choice.seed,
+        samples=choice.samples,
+        vocab_size=vocabulary_of(sides),
+    )
+    reference, seed = sides.reference, choice.seed
     if isinstance(reference, CheckpointReference) and about.caches and reference.has(BASE):
         made = with_real_pasts(made, lambda values: reference.run(values, BASE), seed)
     # Reports with different seeds are about different feeds.
     return [replace(feed, label=f"{feed.label}; seed {seed}") for feed in made] if seed else made
 
 
+def _compare(
+    sides: Sides, runs: list[Feed], choice: _FeedChoice, options: Options, progress: Say
+) -> Comparison:
+    """Run both sides on all feeds; ``runs`` gets those that were found to be needed besides."""
+    comparison = Comparison(
+        candidate=sides.candidate,
+        reference=sides.reference,
+        own=sides.own,
+        states=states_of(sides),
+        laws=laws_of.Laws(candidate=sides.candidate, tolerance=options.tolerance_pair),
+        tolerance=options.tolerance_pair,
+    )
+    coverage = Coverage.of(sides)
+    for number, feed in enumerate(runs):
+        progress(f"feed {number + 1} of {len(runs)}: {feed.label}", number / (len(runs) + 1))
+        with coverage.watch(feed):
+            comparison.add(feed)
+    if choice.file is None and choice.sequences is None:
+        progress("rows of embeddings that no input reads", 0.9)
+        sides.notes += FurtherFeeds(sides, coverage, choice.batches, choice.seed).add_to(comparison, runs)
+    more = "more: --samples, --sequence" if choice.file is None else "more: --feeds"
+    sides.notes += coverage.notes(more)
+    if not any(table.is_vocabulary for table in coverage.tables.values()):
+        sides.notes += ids_left(runs, sides.candidate.about.ports, vocabulary_of(sides))
+    return comparison
+
+
+def _judge(sides: Sides, comparison: Comparison, options: Options) -> list[Verdict]:
+    """Return the verdicts on all that was compared."""
+    judge = Judge(sides.dtype, options.tolerance, sides.merged.rounding)
+    verdicts = [*judge.judge(comparison.tallies), *comparison.coverage(), *comparison.laws.judge(judge)]
+    if (rounding := sides.merged.rounding) and any(limit.is_bounded for limit in judge.limits.values()):
+        sides.notes.append(
+            f"{rounding.source} says that rounding cost {rounding.relative:.2g} of what was merged: no more "
+            f"is believed than weights in {rounding.dtype} can lose"
+        )
+    return verdicts
+
+
 def _generate(
-    sides: Sides, comparison: Comparison, feeds: Sequence[Feed], count: int
+    sides: Sides, comparison: Comparison, feeds: Sequence[Feed], count: int, progress: Say
 ) -> tuple[list[Generated], list[Verdict]]:
+    """Compare ``count`` greedy tokens in every state; none if that is 0."""
+    if not count:
+        return [], []
+    progress("generating", 0.95)
     found, ties = [], {}
     ports = sides.candidate.about.ports
     prompts = prompts_of(feeds, _PROMPTS)
@@ -228,38 +262,63 @@ def _generate(
             return sides.candidate.run(values, (state,))
 
         for prompt in prompts:
-            found.append(generate(reference, candidate, ports, prompt, count, state, tie))
+            found.append(
+                generate(reference, candidate, ports=ports, prompt=prompt, count=count, state=state, tie=tie)
+            )
     return found, token_verdicts(found, count, ties)
 
 
 def _localise(
-    sides: Sides, comparison: Comparison, feeds: Sequence[Feed], verdicts: Sequence[Verdict]
+    sides: Sides, comparison: Comparison, feeds: Sequence[Feed], verdicts: Sequence[Verdict], progress: Say
 ) -> Localisation | None:
-    """Localise the error of the first failed state, on the feed that shows it best."""
+    """Localise the error of the first failed state, on the feed that shows it best; None without an error."""
+    # A missing effect or a missing output can't be traced to a module.
+    if all(verdict.passed or math.isinf(verdict.limit) for verdict in verdicts):
+        return None
+    progress("searching where the error begins", 0.97)
     reference = sides.reference
     failed = [verdict.state for verdict in verdicts if not verdict.passed]
     states = sides.candidate.states(sides.blend)
     state = next((state for state in states if state_name(state) in failed), states[-1])
     if not isinstance(reference, CheckpointReference):
         return Localisation(
-            state_name(state), "", note="the error can be localised only if the reference is a checkpoint"
+            state=state_name(state),
+            module="",
+            note="the error can be localised only if the reference is a checkpoint",
         )
     feed = comparison.telling_feed(state, feeds)
     about = sides.candidate.about
     rows = (state,) * feed.batch
     sources = Sources(
-        reference.model,
-        reference.model.module,
-        sides.own,
-        about.path,
-        about.provider,
-        feed.values,
-        sides.candidate.lora_inputs(feed.values, rows) if about.path.suffix == ".onnx" else {},
-        state,
-        sides.dtype,
-        laws_of.masks_of(feed),
+        reference=reference.model,
+        model=reference.model.module,
+        own=sides.own,
+        candidate=about.path,
+        provider=about.provider,
+        values=feed.values,
+        tensors=sides.candidate.lora_inputs(feed.values, rows) if about.path.suffix == ".onnx" else {},
+        state=state,
+        dtype=sides.dtype,
+        masks=laws_of.masks_of(feed),
     )
     return localise_error(sources)
+
+
+def _notes(sides: Sides, comparison: Comparison) -> tuple[str, ...]:
+    notes = [*sides.notes, *sides.candidate.notes, *comparison.said, *comparison.laws.notes]
+    return tuple(dict.fromkeys(notes))
+
+
+def _about_candidate(sides: Sides) -> Mapping[str, object]:
+    about = sides.candidate.about
+    return {
+        "path": str(about.path),
+        "mode": "merged" if about.mode == "plain" and sides.blend else about.mode,
+        "runtime": about.runtime,
+        "provider": about.provider,
+        "dtype": sides.dtype,
+        "sha256": about.sha256,
+    }
 
 
 def _about_feed(feed: Feed, from_file: bool) -> Mapping[str, object]:

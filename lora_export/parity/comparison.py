@@ -25,7 +25,7 @@ _POINTS = 400
 _FAR = 4.0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Comparison:
     """The comparison so far.
 
@@ -82,7 +82,16 @@ class Comparison:
             own, tied = self._run_own(feed, state, choices)
             self._check(expected, actual, without)
             compared = None if state == BASE else without
-            self._tally(state, feed, expected, actual, own, tied, compared, actual_without)
+            self._tally(
+                state,
+                feed,
+                expected=expected,
+                actual=actual,
+                own=own,
+                tied=tied,
+                without=compared,
+                actual_without=actual_without,
+            )
             if state == BASE:
                 without, actual_without = expected, actual
             answers[state] = Answer(expected, actual, own, tied)
@@ -150,17 +159,19 @@ class Comparison:
     ) -> None:
         into = self.tallies.setdefault(state, {})
         for name, other in self.pairs.items():
-            tally = into.setdefault(name, Tally(is_logits(other), self.tolerance))
+            tally = into.setdefault(name, Tally(logits=is_logits(other), tolerance=self.tolerance))
             tally.add(
                 expected[other],
                 actual[name],
-                None if own is None else own[other],
-                None if without is None else without[other],
-                None if actual_without is None else actual_without[name],
-                masks_of(feed, other),
-                None if tied is None else tied[other],
+                own=None if own is None else own[other],
+                without=None if without is None else without[other],
+                got_without=None if actual_without is None else actual_without[name],
+                masks=masks_of(feed, other),
+                tied=None if tied is None else tied[other],
             )
-            self._note_worst(state, tally, expected[other], actual[name], masks_of(feed, other))
+            self._note_worst(
+                state, tally, expected=expected[other], actual=actual[name], masks=masks_of(feed, other)
+            )
             largest = float(np.abs(expected[other]).max(initial=0.0))
             self._largest[state, name] = max(self._largest.get((state, name), 0.0), largest)
         main = next((name for name in self.pairs if group_of(name) == name), None)
@@ -172,7 +183,7 @@ class Comparison:
     ) -> None:
         """Record a feed's own error, so that an error which only one feed shows is localised on that feed."""
         alone = Tally()
-        alone.add(expected, actual, None, None, None, masks)
+        alone.add(expected, actual, own=None, without=None, got_without=None, masks=masks)
         lost = alone.got.infinite or alone.infinite
         error = math.inf if lost else alone.relative(alone.got)
         known = self._errors.setdefault(state, {})
@@ -193,14 +204,35 @@ class Comparison:
             why = f"the candidate has no '{name}', which the reference returns: it was not compared"
             lost = is_logits(name)  # pooled or hidden states may be missing, but not the logits
             verdicts.append(
-                Verdict("error", "not compared", ANY, name, math.nan, math.inf, not lost, why, counted=lost)
+                Verdict(
+                    kind="error",
+                    name="not compared",
+                    state=ANY,
+                    output=name,
+                    value=math.nan,
+                    limit=math.inf,
+                    passed=not lost,
+                    why=why,
+                    counted=lost,
+                )
             )
         for state, outputs in self.tallies.items():
             empty = [name for name, tally in outputs.items() if not tally.positions]
             if empty:
                 why = f"no position of {', '.join(empty)} was compared: all of them are padding"
                 where = state_name(state)
-                verdicts.append(Verdict("error", "not compared", where, "", math.nan, math.inf, False, why))
+                verdicts.append(
+                    Verdict(
+                        kind="error",
+                        name="not compared",
+                        state=where,
+                        output="",
+                        value=math.nan,
+                        limit=math.inf,
+                        passed=False,
+                        why=why,
+                    )
+                )
         return verdicts
 
     def _scatter(self, state: State, name: str, expected: Array, actual: Array) -> None:

@@ -61,7 +61,7 @@ def masks_of(feed: Feed, output: str | None = None) -> list[Array]:
     return [mask for mask in (current, every) if mask is not None and mask.ndim == 2]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Laws:
     """The laws' tallies over all feeds.
 
@@ -116,20 +116,22 @@ class Laws:
                 name: np.stack([answers[state].wanted[pairs[name]][row] for row, state in enumerate(rows)])
                 for name in names
             }
-            self._add(self.mixed, feed, names, expected, actual)
-            self._add_applied(feed, answers, {name: pairs[name] for name in names}, rows, actual)
+            self._add(self.mixed, feed, names=names, expected=expected, actual=actual)
+            self._add_applied(
+                feed, answers, pairs={name: pairs[name] for name in names}, rows=rows, actual=actual
+            )
         self.seen |= set(rows)
         order = list(reversed(range(feed.batch)))
         turned = self.candidate.run(rows_of(feed, order).values, [rows[row] for row in order])
         back = {name: turned[name][order] for name in names}
-        self._add(self.permuted, feed, names, actual, back)
+        self._add(self.permuted, feed, names=names, expected=actual, actual=back)
         if not self._takes_rows(feed):
             return
         one = self._turn % feed.batch
         only = rows_of(feed, [one])
         lone = self.candidate.run(only.values, rows[one : one + 1])
         kept = {name: actual[name][one : one + 1] for name in names}
-        self._add(self.alone, only, names, kept, lone)
+        self._add(self.alone, only, names=names, expected=kept, actual=lone)
 
     @staticmethod
     def _has_rows(feed: Feed) -> bool:
@@ -191,8 +193,15 @@ class Laws:
         actual: Mapping[str, Array],
     ) -> None:
         for name in names:
-            tally = into.setdefault(name, Tally(is_logits(name), self.tolerance))
-            tally.add(expected[name], actual[name], None, None, None, masks_of(feed, name))
+            tally = into.setdefault(name, Tally(logits=is_logits(name), tolerance=self.tolerance))
+            tally.add(
+                expected[name],
+                actual[name],
+                own=None,
+                without=None,
+                got_without=None,
+                masks=masks_of(feed, name),
+            )
 
     def _add_applied(
         self, feed: Feed, answers: Answers, pairs: Mapping[str, str], rows: Sequence[State], actual: Outputs
@@ -203,19 +212,19 @@ class Laws:
         base = answers[BASE]
         for row, state in enumerate(rows):
             if state == BASE:
-                self._add_without(feed, answers, list(pairs), row, rows, actual)
+                self._add_without(feed, answers, names=list(pairs), row=row, rows=rows, actual=actual)
                 continue
             answer, at = answers[state], slice(row, row + 1)
             tallies = self.applied.setdefault(state, {})
             for name, other in pairs.items():
-                tallies.setdefault(name, Tally(is_logits(name), self.tolerance)).add(
+                tallies.setdefault(name, Tally(logits=is_logits(name), tolerance=self.tolerance)).add(
                     answer.wanted[other][at],
                     actual[name][at],
-                    None if answer.own is None else answer.own[other][at],
-                    base.wanted[other][at],
-                    base.got[name][at],
-                    masks_of(rows_of(feed, [row]), name),
-                    None if answer.tied is None else answer.tied[other][at],
+                    own=None if answer.own is None else answer.own[other][at],
+                    without=base.wanted[other][at],
+                    got_without=base.got[name][at],
+                    masks=masks_of(rows_of(feed, [row]), name),
+                    tied=None if answer.tied is None else answer.tied[other][at],
                 )
 
     def _add_without(
@@ -236,13 +245,13 @@ class Laws:
             return
         at, tallies = slice(row, row + 1), self.applied.setdefault(BASE, {})
         for name in names:
-            tallies.setdefault(name, Tally(is_logits(name), self.tolerance)).add(
+            tallies.setdefault(name, Tally(logits=is_logits(name), tolerance=self.tolerance)).add(
                 answers[BASE].got[name][at],
                 actual[name][at],
-                None,
-                answers[other].got[name][at],
-                None,
-                masks_of(rows_of(feed, [row]), name),
+                own=None,
+                without=answers[other].got[name][at],
+                got_without=None,
+                masks=masks_of(rows_of(feed, [row]), name),
             )
 
     def judge(self, judge: Judge) -> list[Verdict]:
@@ -264,7 +273,7 @@ class Laws:
             for group, members in groups(found).items():
                 norm = math.sqrt(sum(tally.wanted_squared for tally in members.values()))
                 limit = largest_limit(judge.limits, states, group).over(norm)
-                verdicts += judge.errors(label, group, members, limit, name)
+                verdicts += judge.errors(label, group, members=members, limit=limit, kind=name)
         return verdicts
 
     def _judge_applied(self, judge: Judge) -> list[Verdict]:
@@ -297,11 +306,30 @@ class Laws:
 
         worst = max(self.again, key=beyond)
         value, largest = self.again[worst], limit(*worst)
-        return Verdict("law", "A→B→A", state_name(worst[0]), "", value, largest, value <= largest, why)
+        return Verdict(
+            kind="law",
+            name="A→B→A",
+            state=state_name(worst[0]),
+            output="",
+            value=value,
+            limit=largest,
+            passed=value <= largest,
+            why=why,
+        )
 
 
 def _uncounted(state: str, why: str) -> Verdict:
-    return Verdict("law", "mixed batch", state, "", math.nan, math.inf, True, why, counted=False)
+    return Verdict(
+        kind="law",
+        name="mixed batch",
+        state=state,
+        output="",
+        value=math.nan,
+        limit=math.inf,
+        passed=True,
+        why=why,
+        counted=False,
+    )
 
 
 def _is_telling(tally: Tally, dtype: str) -> bool:

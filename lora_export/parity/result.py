@@ -69,7 +69,7 @@ def state_name(state: State) -> str:
     return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in state)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """Result of one check.
 
@@ -97,7 +97,7 @@ class Verdict:
     counted: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OutputMetrics:
     """Distance of one output of the candidate from the reference's, over all feeds of a state.
 
@@ -138,7 +138,7 @@ class OutputMetrics:
     applied: Annotated[Number | None, Later()] = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModuleRow:
     """One target module in the table of where the error begins.
 
@@ -159,7 +159,7 @@ class ModuleRow:
     jumped: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Localisation:
     """The module at which the error begins.
 
@@ -190,7 +190,7 @@ class Scatter:
     candidate: tuple[Number, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Generated:
     """Greedy tokens of one prompt.
 
@@ -211,7 +211,7 @@ class Generated:
     tie: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ParityReport:
     """Result of a parity check.
 

@@ -155,11 +155,22 @@ def generate(
             equal = len(chosen[0]) - 1
             near = finite and gap <= tie
             return Generated(
-                state_name(state), tuple(prompt), tuple(chosen[0]), tuple(chosen[1]), equal, near
+                state=state_name(state),
+                prompt=tuple(prompt),
+                reference=tuple(chosen[0]),
+                candidate=tuple(chosen[1]),
+                equal=equal,
+                tie=near,
             )
         for stream in streams:
             stream.push(tokens[0])
-    return Generated(state_name(state), tuple(prompt), tuple(chosen[0]), tuple(chosen[1]), count)
+    return Generated(
+        state=state_name(state),
+        prompt=tuple(prompt),
+        reference=tuple(chosen[0]),
+        candidate=tuple(chosen[1]),
+        equal=count,
+    )
 
 
 def token_verdicts(found: Sequence[Generated], count: int, tie: Mapping[str, float]) -> list[Verdict]:
@@ -185,7 +196,15 @@ def token_verdicts(found: Sequence[Generated], count: int, tie: Mapping[str, flo
         counted = bool(wrong) or any(entry.equal for entry in own)
         verdicts.append(
             Verdict(
-                "tokens", "greedy tokens", state, "logits", float(len(wrong)), 0.0, not wrong, why, counted
+                kind="tokens",
+                name="greedy tokens",
+                state=state,
+                output="logits",
+                value=float(len(wrong)),
+                limit=0.0,
+                passed=not wrong,
+                why=why,
+                counted=counted,
             )
         )
     return verdicts

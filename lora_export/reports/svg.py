@@ -18,7 +18,7 @@ _TICKS = 7
 _SMALLEST, LARGEST = -300, 1e300
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Axis:
     """Axis, which turns values into pixels.
 
@@ -66,14 +66,14 @@ def log_axis(values: Iterable[float], start: float, end: float) -> Axis | None:
     if not powers:
         return None
     low = max(math.floor(min(powers)), _SMALLEST)
-    return Axis(low, max(math.ceil(max(powers)), low + 1), start, end, log=True)
+    return Axis(low=low, high=max(math.ceil(max(powers)), low + 1), start=start, end=end, log=True)
 
 
 def linear_axis(values: Sequence[float], start: float, end: float) -> Axis:
     """Return an axis around one or more values, with a small margin."""
     low, high = min(values), max(values)
     air = 0.04 * (high - low) or 0.1 * abs(high) or 1.0
-    return Axis(low - air, high + air, start, end)
+    return Axis(low=low - air, high=high + air, start=start, end=end)
 
 
 def frame(width: float, height: float, x: Axis | None, y: Axis, x_name: str, y_name: str) -> list[Markup]:
@@ -82,12 +82,14 @@ def frame(width: float, height: float, x: Axis | None, y: Axis, x_name: str, y_n
     parts = [element("rect", class_="frame", x=LEFT, y=TOP, width=right - LEFT, height=bottom - TOP)]
     for value in y.ticks():
         at = y.at(value)
-        parts += [segment("grid", LEFT, at, right, at), label(LEFT - 6, at + 4, y.label(value), "end")]
+        parts += [segment("grid", (LEFT, at), (right, at)), label(LEFT - 6, at + 4, y.label(value), "end")]
     for at, text in [(x.at(value), x.label(value)) for value in x.ticks()] if x is not None else []:
-        parts += [segment("grid", at, TOP, at, bottom), label(at, bottom + 16, text, "middle")]
-    parts.append(label((LEFT + right) / 2, height - 8, x_name, "middle", "axis"))
+        parts += [segment("grid", (at, TOP), (at, bottom)), label(at, bottom + 16, text, "middle")]
+    parts.append(label((LEFT + right) / 2, height - 8, x_name, anchor="middle", kind="axis"))
     middle = (TOP + bottom) / 2
-    parts.append(label(14.0, middle, y_name, "middle", "axis", turned=f"rotate(-90 14 {middle:.1f})"))
+    parts.append(
+        label(14.0, middle, y_name, anchor="middle", kind="axis", turned=f"rotate(-90 14 {middle:.1f})")
+    )
     return parts
 
 
@@ -98,8 +100,9 @@ def label(
     return element("text", text, class_=kind, x=float(x), y=float(y), text_anchor=anchor, transform=turned)
 
 
-def segment(kind: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
+def segment(kind: str, start: tuple[float, float], end: tuple[float, float]) -> Markup:
     """Return a straight line."""
+    (x1, y1), (x2, y2) = start, end
     return element("line", class_=kind, x1=float(x1), y1=float(y1), x2=float(x2), y2=float(y2))
 
 

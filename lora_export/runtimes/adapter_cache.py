@@ -31,7 +31,7 @@ class Prepared(Generic[T]):
     place: Callable[[], T]
 
 
-@dataclass(eq=False)
+@dataclass(kw_only=True, eq=False)
 class _Entry(Generic[T]):
     """One name: how to load its adapter, and the value while that is on the device. Compared by identity."""
 
@@ -102,7 +102,7 @@ class AdapterCache(Generic[T]):
         Raises:
             AdapterError: The name is taken, or the adapter alone is larger than the budget.
         """
-        entry = _Entry(name, load)
+        entry = _Entry(name=name, load=load)
         self._admit(entry, prepared)
         with self._lock:
             old = self._entries.get(name)

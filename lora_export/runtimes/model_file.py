@@ -35,7 +35,7 @@ class Input:
     dims: tuple[int | str | None, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BenchModel:
     """A model in a benchmark.
 
@@ -141,14 +141,14 @@ def _of_graph(path: Path, graph: GraphFile) -> BenchModel:
         )
     captured = Captured.from_metadata(metadata)
     return BenchModel(
-        path,
-        path.name,
-        "graph",
-        tuple(inputs),
-        exposed,
-        captured.largest if captured else {},
-        captured.vocab_size if captured else None,
-        (path, *sorted(graph.data_files())),
+        path=path,
+        label=path.name,
+        kind="graph",
+        inputs=tuple(inputs),
+        exposed=exposed,
+        largest=captured.largest if captured else {},
+        vocab_size=captured.vocab_size if captured else None,
+        files=(path, *sorted(graph.data_files())),
     )
 
 
@@ -157,16 +157,16 @@ def _of_engine(path: Path, record: EngineRecord) -> BenchModel:
     lora = {*exposed.input_names(), WEIGHTS_INPUT} if exposed else set()
     captured = Captured.from_metadata(record.metadata)
     return BenchModel(
-        path,
-        path.name,
-        "engine",
-        tuple(
+        path=path,
+        label=path.name,
+        kind="engine",
+        inputs=tuple(
             Input(port.name, port.dtype, tuple(port.dims or port.shape))
             for port in record.inputs
             if port.name not in lora
         ),
-        exposed,
-        captured.largest if captured else {},
-        captured.vocab_size if captured else None,
-        (path,),
+        exposed=exposed,
+        largest=captured.largest if captured else {},
+        vocab_size=captured.vocab_size if captured else None,
+        files=(path,),
     )

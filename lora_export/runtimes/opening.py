@@ -25,8 +25,8 @@ def open_model(path: Path, options: SessionOptions) -> Model[Any]:
     return OrtModel(
         path,
         options.for_graph(path),
-        options.threads,
-        options.cuda_graphs,
-        options.session_options,
-        options.device_id,
+        threads=options.threads,
+        cuda_graphs=options.cuda_graphs,
+        session_options=options.session_options,
+        device_id=options.device_id,
     )

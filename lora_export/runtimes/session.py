@@ -97,18 +97,18 @@ class AdapterSession:
             GraphError: The graph is missing, or its metadata (the engine record) contain no LoRA record.
         """
         options = SessionOptions(
-            provider,
-            max_adapters,
-            max_bytes,
-            threads,
-            cuda_graph,
-            max_cuda_graphs,
-            session_options,
-            device_id,
-            profile,
-            runtime_cache,
-            weight_streaming_budget_bytes,
-            source,
+            provider=provider,
+            max_adapters=max_adapters,
+            max_bytes=max_bytes,
+            threads=threads,
+            cuda_graph=cuda_graph,
+            max_cuda_graphs=max_cuda_graphs,
+            session_options=session_options,
+            device_id=device_id,
+            profile=profile,
+            runtime_cache=runtime_cache,
+            weight_streaming_budget_bytes=weight_streaming_budget_bytes,
+            source=source,
         )
         self._model = open_model(Path(model), options)
         self._writes = [] if runtime_cache is None else [Path(runtime_cache)]
@@ -202,7 +202,9 @@ class AdapterSession:
         stated = {"alpha": alpha, "rslora": rslora, "format": format, "component": component}
         options = {key: value for key, value in stated.items() if value is not None}
         held = HeldAdapter(source, name) if isinstance(source, Adapter) else Path(source)
-        read = partial(_read, held, name, options, self._model.path.parent, self._writes)
+        read = partial(
+            _read, held, name, options=options, folder=self._model.path.parent, writes=self._writes
+        )
         return self._adapters.load(
             name, read, slot, allow_unmatched=allow_unmatched, any_base=any_base, replace=replace
         )
@@ -242,7 +244,7 @@ class AdapterSession:
             InputChangedError: A graph's data file was written to in place since it was opened (looked at once
                 a second: ONNX Runtime maps it). One that was replaced by renaming changes nothing.
         """
-        return self._run(self._model.run, feeds, adapter, adapters, outputs)
+        return self._run(self._model.run, feeds, adapter=adapter, adapters=adapters, outputs=outputs)
 
     def run_on_device(
         self,
@@ -257,7 +259,9 @@ class AdapterSession:
         They are of type `onnxruntime.OrtValue`, for an engine `runtimes.tensorrt.cuda.DeviceTensor`; both
         have ``numpy()``.
         """
-        return self._run(self._model.run_on_device, feeds, adapter, adapters, outputs)
+        return self._run(
+            self._model.run_on_device, feeds, adapter=adapter, adapters=adapters, outputs=outputs
+        )
 
     def run_ortvalues(
         self,

@@ -15,7 +15,7 @@ _ENGINE_ALONE = ("profile", "runtime_cache", "weight_streaming_budget_bytes", "s
 _GRAPH_ALONE = ("threads", "session_options")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """Options for running an engine.
 
@@ -38,7 +38,7 @@ class EngineOptions:
     cuda_graphs: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SessionOptions:
     """Options of `AdapterSession`, which explains them."""
 
@@ -72,12 +72,12 @@ class SessionOptions:
         problems += self._strange(_GRAPH_ALONE, f"for ONNX Runtime only, and {path.name} is an engine")
         _raise(problems)
         return EngineOptions(
-            self.profile,
-            self.runtime_cache,
-            self.weight_streaming_budget_bytes,
-            self.source,
-            self.device_id,
-            self.cuda_graphs,
+            profile=self.profile,
+            runtime_cache=self.runtime_cache,
+            weight_streaming_budget_bytes=self.weight_streaming_budget_bytes,
+            source=self.source,
+            device_id=self.device_id,
+            cuda_graphs=self.cuda_graphs,
         )
 
     def for_graph(self, path: Path) -> Provider:

@@ -101,7 +101,9 @@ def place(target: Target, use: Use, part: tuple[int, int] | None = None) -> tupl
 
 def placement_at(offset: int, rows: tuple[int, int], transposed: bool) -> Placement:
     """Return the placement of canonical ``rows`` that start at ``offset`` along the stored output axis."""
-    return Placement(rows, 0 if transposed else offset, offset if transposed else 0, transposed)
+    return Placement(
+        rows=rows, row=0 if transposed else offset, col=offset if transposed else 0, transposed=transposed
+    )
 
 
 def _fused_offset(
@@ -155,7 +157,7 @@ def expert_placements(target: Target, transposed: bool) -> tuple[Placement, ...]
     rows, cols = target.shape
     height = cols if transposed else rows
     return tuple(
-        Placement((0, rows), row=expert * height, transposed=transposed, expert=expert)
+        Placement(rows=(0, rows), row=expert * height, transposed=transposed, expert=expert)
         for expert in range(target.experts)
     )
 

@@ -25,7 +25,7 @@ WIDE = 1 << 20
 SAMPLED_BLOCKS = 4
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class MergePiece:
     """A stored matrix that is written with patches, in another dtype, or both.
 
@@ -141,11 +141,11 @@ class Matrix:
         if patch.left is None or patch.right is None:
             return patch
         return Patch(
-            patch.label,
-            patch.row,
-            patch.col,
-            patch.height,
-            patch.width,
+            label=patch.label,
+            row=patch.row,
+            col=patch.col,
+            height=patch.height,
+            width=patch.width,
             left=np.ascontiguousarray(patch.left, self.compute),
             right=np.ascontiguousarray(patch.right, self.compute),
             magnitude=None if patch.magnitude is None else np.asarray(patch.magnitude, self.compute),
@@ -173,7 +173,7 @@ class Matrix:
                 region = _region(patch, block)
                 if region is None:
                     continue
-                self._add(patch, grid, product, block, region)
+                self._add(patch, grid, product=product, block=block, region=region)
                 if i in squares:
                     np.multiply(grid[region], grid[region], out=product[region])
                     along = _within(patch, block, region)[patch.magnitude_axis]
@@ -194,9 +194,9 @@ class Matrix:
         for i, patch in enumerate(self.patches):
             region = _region(patch, block)
             if region is not None:
-                self._add(patch, grid, product, block, region)
+                self._add(patch, grid, product=product, block=block, region=region)
                 if patch.magnitude is not None:
-                    self._scale(i, patch, grid, product, block, region)
+                    self._scale(i, patch, grid=grid, product=product, block=block, region=region)
         flat = grid.reshape(-1)
         out = buffers.take("out", self.piece.dtype_out, block.size)
         out[...] = flat
@@ -205,7 +205,16 @@ class Matrix:
             self._inspect(stored, out, block, findings)
         measured = [i for i in range(len(self.patches)) if self._is_measured(self.patches[i], block)]
         if measured:
-            self._measure(measured, stored, grid, product, out, block, buffers, findings)
+            self._measure(
+                measured,
+                stored,
+                grid=grid,
+                product=product,
+                out=out,
+                block=block,
+                buffers=buffers,
+                findings=findings,
+            )
         return out
 
     def _widened(self, stored: Array, block: Block, buffers: Buffers) -> Array:
@@ -275,12 +284,12 @@ class Matrix:
             flat = delta.reshape(-1)
             findings.samples.append(
                 Sample(
-                    patch.label,
-                    flat.size,
-                    float(np.dot(error, error)),
-                    float(np.dot(flat, flat)),
-                    int(np.count_nonzero(changed)),
-                    int(lost),
+                    label=patch.label,
+                    measured=flat.size,
+                    error_squared=float(np.dot(error, error)),
+                    delta_squared=float(np.dot(flat, flat)),
+                    changed=int(np.count_nonzero(changed)),
+                    lost=int(lost),
                 )
             )
 

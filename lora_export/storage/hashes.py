@@ -22,7 +22,7 @@ _SAMPLES = 256
 _SAMPLE_BYTES = 64 << 10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FileHash:
     """A file's identity.
 
@@ -65,7 +65,7 @@ def hash_file(path: Path) -> FileHash:
             for number in range(_SAMPLES):
                 file.seek((size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
-    return FileHash(path.name, size, digest.hexdigest(), is_sampled(size))
+    return FileHash(name=path.name, size_bytes=size, sha256=digest.hexdigest(), sampled=is_sampled(size))
 
 
 def hash_written(path: Path, name: str) -> FileHash:
@@ -92,7 +92,7 @@ def hash_written(path: Path, name: str) -> FileHash:
 def hash_content(name: str, content: bytes) -> FileHash:
     """Return the full hashes of a file that is still to be written."""
     sha256 = hashlib.sha256(content).hexdigest()
-    return FileHash(name, len(content), sha256, blake3=blake3(content).hexdigest())
+    return FileHash(name=name, size_bytes=len(content), sha256=sha256, blake3=blake3(content).hexdigest())
 
 
 def hash_folder(folder: Path) -> dict[str, FileHash]:

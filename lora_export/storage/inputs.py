@@ -23,7 +23,7 @@ from pathlib import Path
 from lora_export.errors import InputChangedError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FileState:
     """State of a file, which differs after it has been replaced or written to.
 
@@ -48,8 +48,14 @@ class FileState:
         try:
             found = os.stat(absolute)  # noqa: PTH116
         except OSError:
-            return cls(absolute, -1, 0, 0, 0)
-        return cls(absolute, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+            return cls(path=absolute, device=-1, inode=0, size_bytes=0, modified_ns=0)
+        return cls(
+            path=absolute,
+            device=found.st_dev,
+            inode=found.st_ino,
+            size_bytes=found.st_size,
+            modified_ns=found.st_mtime_ns,
+        )
 
     def change(self) -> str:
         """Return what has become of the file since, or an empty text."""

@@ -22,7 +22,7 @@ FORMAT = 1
 _HINT = "give the OUT.lora.json of a merge"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The record beside a written model, ``OUT.lora.json``.
 

@@ -8,14 +8,14 @@ that rectangle. Merging then needs no knowledge of layers, exporters or file for
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lora_export.adapter import Array, LoraModule
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Placement:
     """The place of rows of a canonical weight in a stored matrix.
 
@@ -38,7 +38,7 @@ class Placement:
     shift: float = 0.0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Patch:
     """The change of the rectangle ``[row : row + height, col : col + width]`` of a stored matrix.
 
@@ -107,7 +107,7 @@ def patch_from(
 def replacement(label: str, values: Array, row: int = 0, col: int = 0) -> Patch:
     """Return the patch that puts the matrix ``values`` at ``(row, col)``."""
     matrix = values if values.ndim == 2 else values.reshape(values.shape[0], -1)
-    return Patch(label, row, col, matrix.shape[0], matrix.shape[1], values=matrix)
+    return Patch(label=label, row=row, col=col, height=matrix.shape[0], width=matrix.shape[1], values=matrix)
 
 
 def join(patches: Sequence[Patch]) -> list[Patch]:
@@ -124,9 +124,8 @@ def join(patches: Sequence[Patch]) -> list[Patch]:
             first = joined[key]
             assert first.left is not None
             assert first.right is not None
-            joined[key] = Patch(
-                first.label,
-                *key,
+            joined[key] = replace(
+                first,
                 left=np.hstack([first.left, patch.left]),
                 right=np.vstack([first.right, patch.right]),
             )

@@ -15,7 +15,7 @@ from lora_export.storage.rounding import Sample
 from lora_export.storage.scales import dequantise, requantise
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RequantisedPiece:
     """A weight of codes and scales, of which one or both go into the written file.
 
@@ -46,7 +46,19 @@ class RequantisedPiece:
     def _matrix(self, values: Array | None) -> Matrix:
         source = np.empty(0, np.float32) if values is None else values
         kind = np.dtype(np.float32)
-        return Matrix(MergePiece(self.name, source, 0, 0, self.shape, kind, kind, list(self.patches)), "off")
+        return Matrix(
+            MergePiece(
+                name=self.name,
+                source=source,
+                offset=0,
+                at=0,
+                shape=self.shape,
+                dtype_in=kind,
+                dtype_out=kind,
+                patches=list(self.patches),
+            ),
+            "off",
+        )
 
     def write(self, write: Callable[[memoryview, int], int], findings: Findings) -> int:
         """Merge, quantise and write; return the number of bytes written.
@@ -59,7 +71,9 @@ class RequantisedPiece:
         before = dequantise(codes, scales, self.grid)
         matrix = self._matrix(before)
         values = _merged(matrix, before.reshape(self.shape), findings)
-        made, new = requantise(values.reshape(codes.shape), before, codes, scales, self.grid)
+        made, new = requantise(
+            values.reshape(codes.shape), before, codes=codes, scales=scales, grid=self.grid
+        )
         written = 0
         if self.codes_at is not None:
             stored = dequantise(made, new, self.grid).reshape(self.shape)
@@ -98,12 +112,12 @@ def _measured(patches: Sequence[Patch], before: Array, exact: Array, stored: Arr
         changed = delta != 0
         samples.append(
             Sample(
-                patch.label,
-                delta.size,
-                float(np.dot(error, error)),
-                float(np.square(delta).sum()),
-                int(np.count_nonzero(changed)),
-                int(np.count_nonzero(changed & (stored[region] == before[region]))),
+                label=patch.label,
+                measured=delta.size,
+                error_squared=float(np.dot(error, error)),
+                delta_squared=float(np.square(delta).sum()),
+                changed=int(np.count_nonzero(changed)),
+                lost=int(np.count_nonzero(changed & (stored[region] == before[region]))),
             )
         )
     return samples

@@ -21,7 +21,7 @@ WARN_RELATIVE = 0.25
 WARN_LOST = 0.25
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sample:
     """The figures of one block and one patch; see `Rounding` for the meaning."""
 
@@ -33,7 +33,7 @@ class Sample:
     lost: int
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Rounding:
     """The loss of one module's change by rounding, with W the exact sum W0 + ΔW in float32 or float64.
 
@@ -91,7 +91,7 @@ def collect(parts: Iterable[tuple[str, str, int]], samples: Iterable[Sample]) ->
     """
     found: dict[str, Rounding] = {}
     for label, tensor, elements in parts:
-        rounding = found.setdefault(label, Rounding(label))
+        rounding = found.setdefault(label, Rounding(label=label))
         rounding.elements += elements
         if tensor not in rounding.tensors:
             rounding.tensors.append(tensor)
@@ -112,7 +112,7 @@ def collect(parts: Iterable[tuple[str, str, int]], samples: Iterable[Sample]) ->
 def update(total: dict[str, Rounding], more: dict[str, Rounding]) -> None:
     """Add the figures of another file to ``total``, module by module."""
     for label, rounding in more.items():
-        known = total.setdefault(label, Rounding(label))
+        known = total.setdefault(label, Rounding(label=label))
         known.elements += rounding.elements
         known.measured += rounding.measured
         known.error_squared += rounding.error_squared
@@ -124,7 +124,7 @@ def update(total: dict[str, Rounding], more: dict[str, Rounding]) -> None:
 
 def total_of(roundings: Iterable[Rounding]) -> Rounding:
     """Return the figures of all modules together, each sampled one extrapolated to all its weights."""
-    total = Rounding("total")
+    total = Rounding(label="total")
     for rounding in roundings:
         scale = rounding.elements / rounding.measured if rounding.measured else 0.0
         total.elements += rounding.elements

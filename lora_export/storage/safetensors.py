@@ -57,47 +57,59 @@ class HeaderError(ValueError):
         super().__init__("; ".join(self.problems))
 
 
-@dataclass(frozen=True, slots=True)
-class HeaderEntry:
-    """One tensor; ``start`` and ``stop`` are byte offsets in the file, ``code`` the format's dtype word."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTensor:
+    """One tensor of a file.
+
+    Attributes:
+        name: Its name.
+        file: The file.
+        code: The format's word for the dtype, such as ``BF16``.
+        shape: Its shape.
+        offset: Where it starts, in bytes from the start of the file.
+        length: Its size in bytes.
+    """
 
     name: str
+    file: Path
     code: str
     shape: tuple[int, ...]
-    start: int
-    stop: int
+    offset: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """Where it ends, in bytes from the start of the file."""
+        return self.offset + self.length
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Numpy's dtype; KeyError where numpy has none."""
         return DTYPES[self.code]
 
-    @property
-    def count(self) -> int:
-        """Number of values."""
-        return math.prod(self.shape)
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FileHeader:
     """A valid header.
 
     Attributes:
-        content: The JSON object, in its own order and with ``__metadata__``.
-        data_start: Offset of the values, after the header, in bytes.
+        path: The file.
         size: The file's size in bytes.
-        entries: The tensors in the order of their places in the file.
+        data_start: Offset of the values, after the header, in bytes.
+        content: The JSON object, in its own order and with ``__metadata__``.
+        tensors: The tensors in the order of their places in the file.
     """
 
-    content: Mapping[str, Any]
-    data_start: int
+    path: Path
     size: int
-    entries: tuple[HeaderEntry, ...]
+    data_start: int
+    content: Mapping[str, Any]
+    tensors: tuple[StoredTensor, ...]
 
     @property
-    def named(self) -> dict[str, HeaderEntry]:
+    def named(self) -> dict[str, StoredTensor]:
         """Name → tensor in the header's own order, in which a tool named them."""
-        by_name = {entry.name: entry for entry in self.entries}
+        by_name = {tensor.name: tensor for tensor in self.tensors}
         return {name: by_name[name] for name in self.content if name in by_name}
 
     @property
@@ -125,12 +137,15 @@ def read_file_header(path: Path, known_dtypes: bool = False) -> FileHeader:
     if not _is_metadata(content.get(METADATA)):
         problems.append(f"its {METADATA} is not a JSON object of strings")
     described = {name: value for name, value in content.items() if name != METADATA}
-    found = [_entry(name, value, data_start, known_dtypes, problems) for name, value in described.items()]
-    entries = sorted((e for e in found if e is not None), key=lambda entry: (entry.start, entry.stop))
-    problems += _place_problems(entries, data_start, size, complete=len(entries) == len(found))
+    found = [
+        _tensor(path, name, value=value, data_start=data_start, known_dtypes=known_dtypes, problems=problems)
+        for name, value in described.items()
+    ]
+    tensors = sorted((one for one in found if one is not None), key=lambda one: (one.offset, one.end))
+    problems += _place_problems(tensors, data_start, size, complete=len(tensors) == len(found))
     if problems:
         raise HeaderError(problems)
-    return FileHeader(content, data_start, size, tuple(entries))
+    return FileHeader(path=path, size=size, data_start=data_start, content=content, tensors=tuple(tensors))
 
 
 def header_bytes(content: Mapping[str, Any]) -> bytes:
@@ -177,10 +192,10 @@ def _is_metadata(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and all(isinstance(v, str) for v in value.values()))
 
 
-def _entry(
-    name: str, value: Any, data_start: int, known_dtypes: bool, problems: list[str]
-) -> HeaderEntry | None:
-    """Check one tensor and return its entry; None if it has no valid place in the file."""
+def _tensor(
+    path: Path, name: str, value: Any, data_start: int, known_dtypes: bool, problems: list[str]
+) -> StoredTensor | None:
+    """Check and return one tensor; None if it has no valid place in the file."""
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         problems.append(f"'{name}' has no dtype, shape or data_offsets")
         return None
@@ -200,7 +215,14 @@ def _entry(
             problems.append(
                 f"'{name}' {code} {shape} needs {wanted} bytes, but data_offsets give {end - begin}"
             )
-    return HeaderEntry(name, str(code), tuple(shape), data_start + begin, data_start + max(begin, end))
+    return StoredTensor(
+        name=name,
+        file=path,
+        code=str(code),
+        shape=tuple(shape),
+        offset=data_start + begin,
+        length=max(end - begin, 0),
+    )
 
 
 def _are_counts(value: Any) -> bool:
@@ -208,22 +230,22 @@ def _are_counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n <= _MAX_COUNT for n in value)
 
 
-def _place_problems(entries: list[HeaderEntry], data_start: int, size: int, complete: bool) -> list[str]:
+def _place_problems(tensors: list[StoredTensor], data_start: int, size: int, complete: bool) -> list[str]:
     """Return problems of the tensors' places; unused bytes are reported only if all places are known."""
     problems = []
     expected = data_start
-    for entry in entries:
-        if entry.start < expected:
-            problems.append(f"'{entry.name}' overlaps the tensor before it")
-        elif entry.start > expected and complete:
-            problems.append(f"{entry.start - expected} bytes before '{entry.name}' belong to no tensor")
-        expected = max(expected, entry.stop)
-    outside = [entry for entry in entries if entry.stop > size]
+    for tensor in tensors:
+        if tensor.offset < expected:
+            problems.append(f"'{tensor.name}' overlaps the tensor before it")
+        elif tensor.offset > expected and complete:
+            problems.append(f"{tensor.offset - expected} bytes before '{tensor.name}' belong to no tensor")
+        expected = max(expected, tensor.end)
+    outside = [tensor for tensor in tensors if tensor.end > size]
     if outside:
         # One line, because an interrupted download would fill pages.
         others = f", as do {len(outside) - 1} more tensors" if len(outside) > 1 else ""
         first = outside[0]
-        problems.append(f"truncated: '{first.name}' ends at byte {first.stop}, the file at {size}{others}")
+        problems.append(f"truncated: '{first.name}' ends at byte {first.end}, the file at {size}{others}")
     elif complete and expected < size:
         problems.append(f"{size - expected} bytes at the end belong to no tensor")
     return problems

@@ -108,7 +108,7 @@ def write_pieces(
     """
     handle = _create(path, size)
     try:
-        writer = _Writer(handle, size, pieces, progress, rounding)
+        writer = _Writer(handle, size, pieces=pieces, progress=progress, rounding=rounding)
         with output_errors(path), one_blas_thread():
             writer.run(threads)
     finally:
@@ -278,7 +278,9 @@ class _Writer:
         while self._kernel_copies and done < length:
             here, there = piece.offset + start + done, piece.at + start + done
             try:
-                step = os.copy_file_range(source, self._handle, length - done, here, there)
+                step = os.copy_file_range(
+                    source, self._handle, length - done, offset_src=here, offset_dst=there
+                )
             except OSError as error:
                 if error.errno not in _NO_KERNEL_COPY:
                     raise

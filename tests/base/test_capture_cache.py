@@ -153,7 +153,9 @@ def test_verbs_capture_a_folder_with_its_cache_and_keep_its_record(tmp_path, cap
         assert error(graph.run((5, 1, 3), more), wanted) < TOLERANCE
         metadata = graph.session.get_modelmeta().custom_metadata_map
         sizes = dict.fromkeys(("sequence", "past_sequence", "total_sequence"), 64)
-        assert Captured.from_metadata(metadata) == Captured("decoder", True, "float32", tiny.VOCAB, sizes)
+        assert Captured.from_metadata(metadata) == Captured(
+            kind="decoder", kv_cache=True, dtype="float32", vocab_size=tiny.VOCAB, largest=sizes
+        )
 
 
 def small(kind, **more):
@@ -276,14 +278,16 @@ def test_the_record_of_other_kinds(arch, tmp_path):
     assert (
         found
         == {
-            "t5": Captured("encoder-decoder", False, "float32", tiny.VOCAB),
-            "vit": Captured("vision", False, "float32"),
+            "t5": Captured(kind="encoder-decoder", kv_cache=False, dtype="float32", vocab_size=tiny.VOCAB),
+            "vit": Captured(kind="vision", kv_cache=False, dtype="float32"),
         }[arch]
     )
 
 
 def test_a_damaged_record_is_refused_and_none_is_none():
-    record = Captured("decoder", True, "bfloat16", 100, {"sequence": 64})
+    record = Captured(
+        kind="decoder", kv_cache=True, dtype="bfloat16", vocab_size=100, largest={"sequence": 64}
+    )
     metadata = record.to_metadata()
     assert Captured.from_metadata(metadata) == record
     assert Captured.from_metadata({}) is None

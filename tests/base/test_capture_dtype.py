@@ -172,7 +172,9 @@ def test_verbs_capture_a_folder_in_float16_and_keep_its_record(arch, tmp_path, c
             inputs[WEIGHTS_INPUT] = np.ones((2, 1), np.float32)
         assert tiny.relative_error(tiny.run(output, inputs), truth) < limit
         found = Captured.from_metadata(load_graph(output).model.metadata_props)
-        assert found == Captured("decoder", False, "float16", tiny.VOCAB, {"sequence": 64})
+        assert found == Captured(
+            kind="decoder", kv_cache=False, dtype="float16", vocab_size=tiny.VOCAB, largest={"sequence": 64}
+        )
     manifest = json.loads((tmp_path / "merge-onnx.lora.json").read_text())
     assert manifest["mode"] == "merge-onnx"
     assert {entry["name"] for entry in manifest["base"]} == {"config.json", "model.safetensors"}

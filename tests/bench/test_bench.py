@@ -160,8 +160,15 @@ def test_a_row_of_a_bank_has_its_adapter():
     from lora_export.graph.exposed import ExposedGraph, Slot
     from lora_export.runtimes.model_file import BenchModel
 
-    record = ExposedGraph("bank", "b", "", (), 8, slots=(Slot("x", "1"), Slot("y", "2"), Slot("free")))
-    model = BenchModel(Path("b.onnx"), "b.onnx", "graph", (), record)
+    record = ExposedGraph(
+        mode="bank",
+        base="b",
+        base_sha256="",
+        modules=(),
+        max_rank=8,
+        slots=(Slot("x", "1"), Slot("y", "2"), Slot("free")),
+    )
+    model = BenchModel(path=Path("b.onnx"), label="b.onnx", kind="graph", inputs=(), exposed=record)
     assert model.slots == ("x", "y")
     assert Contender("b", model, model.slots).choice(4) == {"adapters": ["x", "y", None, "x"]}
 
@@ -264,8 +271,18 @@ def test_a_report_beside_the_model_is_fine(tmp_path, capsys):
 
 
 def test_runs_in_a_block_are_said_for_each_contender_in_the_page():
-    latency = Latency(1, 1.0, 1.0, 0.0, 1.0)
-    rows = [Row(str(count), count, latency, 1.0, None, None) for count in (7, 1, 3)]
+    latency = Latency(count=1, median_ms=1.0, p95_ms=1.0, iqr_ms=0.0, min_ms=1.0)
+    rows = [
+        Row(
+            contender=str(count),
+            runs_per_block=count,
+            latency=latency,
+            rows_per_s=1.0,
+            tokens_per_s=None,
+            ratio=None,
+        )
+        for count in (7, 1, 3)
+    ]
     assert Table(Workload("run", 1, 0), 4, "time", tuple(rows)).runs_per_block == "1 to 7"
     assert Table(Workload("run", 1, 0), 4, "time", tuple(rows[:1])).runs_per_block == "7"
 

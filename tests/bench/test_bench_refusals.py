@@ -211,7 +211,9 @@ def decoder_of(most, folder):
         {},
     )
     dims = dict.fromkeys(("sequence", "past_sequence", "total_sequence"), most)
-    made.metadata_props.update(Captured("decoder", True, "float32", 50, dims).to_metadata())
+    made.metadata_props.update(
+        Captured(kind="decoder", kv_cache=True, dtype="float32", vocab_size=50, largest=dims).to_metadata()
+    )
     return save(made, folder)
 
 

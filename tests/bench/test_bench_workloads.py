@@ -13,7 +13,13 @@ from lora_export.runtimes.model_file import BenchModel, Input, label_models
 
 
 def model(*inputs, **more):
-    return BenchModel(Path("m.onnx"), "m.onnx", "graph", tuple(Input(*entry) for entry in inputs), **more)
+    return BenchModel(
+        path=Path("m.onnx"),
+        label="m.onnx",
+        kind="graph",
+        inputs=tuple(Input(*entry) for entry in inputs),
+        **more,
+    )
 
 
 def decoder(
@@ -122,7 +128,11 @@ def test_problems_name_input_and_size():
     ]
     small = decoder()
     small = BenchModel(
-        small.path, small.label, "graph", small.inputs, largest={"sequence": 10, "total_sequence": 12}
+        path=small.path,
+        label=small.label,
+        kind="graph",
+        inputs=small.inputs,
+        largest={"sequence": 10, "total_sequence": 12},
     )
     assert list(shape_problems(small, Workload("prefill", 1, 11))) == [
         "input_ids: the model has positions for a sequence of 10, not 11: give --sequence 10 or less",
@@ -173,7 +183,7 @@ def test_a_model_without_a_cache_has_no_past():
 
 def test_labels_tell_models_apart(tmp_path):
     paths = [tmp_path / "a" / "model.onnx", tmp_path / "b" / "model.onnx", tmp_path / "b" / "other.onnx"]
-    made = [BenchModel(path, path.name, "graph", ()) for path in (*paths, paths[0])]
+    made = [BenchModel(path=path, label=path.name, kind="graph", inputs=()) for path in (*paths, paths[0])]
     assert [entry.label for entry in label_models(made)] == [
         "a/model.onnx",
         "b/model.onnx",

@@ -17,7 +17,14 @@ from lora_export.graph.exposed import ExposedModule, Member, StoredRows
 
 def test_linear_and_embedding_compute_the_scaled_delta():
     q, e = linear("a.q", 6, 5), embedding("a.e", 7, 3)
-    table = ExposedModule("a.e", "embedding", 7, 3, "float32", (Member("a.e", 0, 3),))
+    table = ExposedModule(
+        name="a.e",
+        kind="embedding",
+        in_dim=7,
+        out_dim=3,
+        dtype="float32",
+        members=(Member(path="a.e", start=0, out_dim=3),),
+    )
     bound = bind(adapter(q, e), swap(place("a.q", 6, 5), table))
     np.testing.assert_allclose(product(bound, "a.q"), delta(q).T, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(product(bound, "a.e"), delta(e), rtol=1e-5, atol=1e-6)
@@ -38,7 +45,15 @@ def test_conv_computes_what_pytorch_computes(groups):
         groups=groups,
     )
     where = ExposedModule(
-        "c", "conv", 6, 8, "float32", (Member("c", 0, 8),), kernel=(3, 2), groups=groups, rank=6
+        name="c",
+        kind="conv",
+        in_dim=6,
+        out_dim=8,
+        dtype="float32",
+        members=(Member(path="c", start=0, out_dim=8),),
+        kernel=(3, 2),
+        groups=groups,
+        rank=6,
     )
     bound = bind(adapter(module), swap(where))
     x = torch.from_numpy(random(2, 6, 9, 9, seed=2)).double()
@@ -171,4 +186,4 @@ def test_a_bias_of_lora_b_is_scaled_into_its_tensor():
 
 def _stored_members(graph):
     first, *rest = graph.modules[0].members
-    return (replace(first, stored=(StoredRows("w", (0, 6)),)), *rest)
+    return (replace(first, stored=(StoredRows(weight="w", rows=(0, 6)),)), *rest)

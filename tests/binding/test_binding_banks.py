@@ -133,8 +133,17 @@ def test_a_slot_has_its_own_row_of_biases():
 
 def test_slots_of_a_grouped_convolution_share_each_group():
     groups, ranks = 2, (4, 2)
-    member = Member("c", 0, 8, ranks=ranks)
-    module = ExposedModule("c", "conv", 6, 8, "float32", (member,), kernel=(3,), groups=groups)
+    member = Member(path="c", start=0, out_dim=8, ranks=ranks)
+    module = ExposedModule(
+        name="c",
+        kind="conv",
+        in_dim=6,
+        out_dim=8,
+        dtype="float32",
+        members=(member,),
+        kernel=(3,),
+        groups=groups,
+    )
     graph = replace(swap(module, slots=(Slot("one"), Slot("two"))), mode="bank")
     loras = [
         LoraModule(

@@ -14,8 +14,10 @@ from lora_export.graph.exposed import ExposedModule, Member, StoredRows
 
 def test_a_whole_parameter_that_the_base_holds_already_is_unchanged():
     table = random(7, 3, seed=9)
-    member = Member("e", 0, 3, stored=(StoredRows("val_3", (0, 7)),))
-    graph = swap(ExposedModule("e", "embedding", 7, 3, "float32", (member,)))
+    member = Member(path="e", start=0, out_dim=3, stored=(StoredRows(weight="val_3", rows=(0, 7)),))
+    graph = swap(
+        ExposedModule(name="e", kind="embedding", in_dim=7, out_dim=3, dtype="float32", members=(member,))
+    )
     weights = {"val_3": table, "head.weight": random(4, 3)}
     given = adapter(embedding("e", 7, 3), extras={"e.weight": table.copy(), "head.weight": random(4, 3)})
     bound = bind(given, graph, weight_of=weights.__getitem__)
@@ -28,8 +30,17 @@ def test_a_whole_parameter_that_the_base_holds_already_is_unchanged():
 
 def head(bias=True):
     """Return a graph with a classifier's head in it, and its weights."""
-    member = Member("head", 0, 3, (), (StoredRows("w", (0, 3), transposed=True),), (StoredRows("b", (0, 3)),))
-    module = ExposedModule("head", "linear", 5, 3, "float32", (member,), bias=bias)
+    member = Member(
+        path="head",
+        start=0,
+        out_dim=3,
+        ranks=(),
+        stored=(StoredRows(weight="w", rows=(0, 3), transposed=True),),
+        stored_bias=(StoredRows(weight="b", rows=(0, 3)),),
+    )
+    module = ExposedModule(
+        name="head", kind="linear", in_dim=5, out_dim=3, dtype="float32", members=(member,), bias=bias
+    )
     return swap(place("q", 6, 5), module), {"w": random(5, 3, seed=20), "b": random(3, seed=21)}
 
 
@@ -100,10 +111,16 @@ def test_doras_factor_gives_pefts_forward_linear(layout):
     w0 = layer.base_layer.weight.detach().numpy()
     fused = np.vstack([random(4, 5), w0, random(2, 5)])
     stored, weights = {
-        "as in PyTorch": ((StoredRows("w", (0, 6)),), {"w": w0}),
-        "transposed": ((StoredRows("w", (0, 6), transposed=True),), {"w": w0.T}),
-        "split": ((StoredRows("u", (0, 2)), StoredRows("v", (2, 6), row=1)), {"u": w0, "v": w0[1:]}),
-        "inside a fused weight": ((StoredRows("f", (0, 6), col=4, transposed=True),), {"f": fused.T}),
+        "as in PyTorch": ((StoredRows(weight="w", rows=(0, 6)),), {"w": w0}),
+        "transposed": ((StoredRows(weight="w", rows=(0, 6), transposed=True),), {"w": w0.T}),
+        "split": (
+            (StoredRows(weight="u", rows=(0, 2)), StoredRows(weight="v", rows=(2, 6), row=1)),
+            {"u": w0, "v": w0[1:]},
+        ),
+        "inside a fused weight": (
+            (StoredRows(weight="f", rows=(0, 6), col=4, transposed=True),),
+            {"f": fused.T},
+        ),
     }[layout]
     graph = swap(place("m", 6, 5, stored=stored), dora=True)
     bound = bind(adapter(module), graph, weight_of=weights.__getitem__)
@@ -117,8 +134,13 @@ def test_doras_factor_gives_pefts_forward_linear(layout):
 def test_doras_factor_gives_pefts_forward_conv():
     layer, module = dora_layer(torch.nn.Conv2d(3, 6, (3, 2), bias=False))
     w0 = layer.base_layer.weight.detach()
-    member = Member("m", 0, 6, stored=(StoredRows("w", (0, 6)),))
-    graph = swap(ExposedModule("m", "conv", 3, 6, "float32", (member,), kernel=(3, 2)), dora=True)
+    member = Member(path="m", start=0, out_dim=6, stored=(StoredRows(weight="w", rows=(0, 6)),))
+    graph = swap(
+        ExposedModule(
+            name="m", kind="conv", in_dim=3, out_dim=6, dtype="float32", members=(member,), kernel=(3, 2)
+        ),
+        dora=True,
+    )
     bound = bind(adapter(module), graph, weight_of={"w": w0.numpy()}.__getitem__)
     a, b, scale = (torch.from_numpy(bound.tensors[f"m.lora_{part}.weight"]) for part in ("A", "B", "scale"))
     x = torch.randn(2, 3, 7, 7)
@@ -130,8 +152,11 @@ def test_doras_factor_gives_pefts_forward_conv():
 def test_doras_factor_gives_pefts_forward_embedding():
     layer, module = dora_layer(torch.nn.Embedding(7, 3))
     w0 = layer.base_layer.weight.detach().numpy()
-    member = Member("m", 0, 3, stored=(StoredRows("w", (0, 7)),))
-    graph = swap(ExposedModule("m", "embedding", 7, 3, "float32", (member,)), dora=True)
+    member = Member(path="m", start=0, out_dim=3, stored=(StoredRows(weight="w", rows=(0, 7)),))
+    graph = swap(
+        ExposedModule(name="m", kind="embedding", in_dim=7, out_dim=3, dtype="float32", members=(member,)),
+        dora=True,
+    )
     bound = bind(adapter(module), graph, weight_of={"w": w0}.__getitem__)
     ids = np.array([0, 6, 3])
     branch = bound.tensors["m.lora_A.weight"][ids] @ bound.tensors["m.lora_B.weight"]
@@ -147,7 +172,7 @@ def test_members_of_a_pack_without_dora_get_ones():
     q = linear("l.q_proj", 6, 5, magnitude=np.abs(random(6, seed=5)))
     v = linear("l.v_proj", 3, 5, seed=7)
     module = pack()
-    first = replace(module.members[0], stored=(StoredRows("w", (0, 6)),))
+    first = replace(module.members[0], stored=(StoredRows(weight="w", rows=(0, 6)),))
     graph = swap(replace(module, members=(first, *module.members[1:])), dora=True)
     scale = bind(adapter(q, v), graph, weight_of={"w": w0}.__getitem__).tensors[
         "l.qkv_proj.lora_scale.weight"
@@ -158,7 +183,7 @@ def test_members_of_a_pack_without_dora_get_ones():
 
 
 def test_modules_without_dora_get_no_factor():
-    graph = swap(place("q", 6, 5), place("v", 6, 5, stored=(StoredRows("w", (0, 6)),)), dora=True)
+    graph = swap(place("q", 6, 5), place("v", 6, 5, stored=(StoredRows(weight="w", rows=(0, 6)),)), dora=True)
     given = adapter(linear("q", 6, 5), linear("v", 6, 5, magnitude=random(6)))
     bound = bind(given, graph, weight_of={"w": random(6, 5, seed=4)}.__getitem__)
     assert {name for name in bound.tensors if "scale" in name} == {"v.lora_scale.weight"}
@@ -172,10 +197,10 @@ def test_dora_needs_the_bases_weights():
     assert "only the graph's LoRA record is available" in refused(adapter(module), graph).problems[0]
     quantised = refused(adapter(module), graph, weight_of={}.__getitem__)
     assert "quantised" in quantised.problems[0]
-    short = swap(place("q", 6, 5, stored=(StoredRows("w", (0, 4)),)), dora=True)
+    short = swap(place("q", 6, 5, stored=(StoredRows(weight="w", rows=(0, 4)),)), dora=True)
     error = refused(adapter(module), short, weight_of={"w": random(6, 5)}.__getitem__)
     assert error.problems == ("q: the graph holds 4 of the 6 rows of W0",)
-    cut = swap(place("q", 6, 5, stored=(StoredRows("w", (0, 6)),)), dora=True)
+    cut = swap(place("q", 6, 5, stored=(StoredRows(weight="w", rows=(0, 6)),)), dora=True)
     error = refused(adapter(module), cut, weight_of={"w": random(5, 5)}.__getitem__)
     assert error.problems == ("q: w (5, 5) has no rows 0–6 of 5 columns",)
 
@@ -184,7 +209,9 @@ def test_dora_needs_the_bases_weights():
 def test_a_large_w0_is_read_in_blocks_and_gives_the_same_factor(monkeypatch, transposed):
     w0 = random(50, 40, seed=4)
     module = linear("q", 50, 40, magnitude=np.abs(random(50, seed=5)))
-    graph = swap(place("q", 50, 40, stored=(StoredRows("w", (0, 50), transposed=transposed),)), dora=True)
+    graph = swap(
+        place("q", 50, 40, stored=(StoredRows(weight="w", rows=(0, 50), transposed=transposed),)), dora=True
+    )
     monkeypatch.setattr("lora_export.binding.base_weights._BLOCK", 7 * 40)
     weights = {"w": w0.T if transposed else w0}
     scale = bind(adapter(module), graph, weight_of=weights.__getitem__).tensors["q.lora_scale.weight"]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import click
+import demos
 import pytest
 
 from lora_export.cli import main
@@ -112,17 +114,16 @@ def test_recipes_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("minilm")
 def test_the_demo_recipe_runs_where_it_is_called(tmp_path: Path) -> None:
     from lora_export.demo.report import Parity
     from lora_export.demo.run import run_graph
     from lora_export.demo.sentences import load_tasks
     from lora_export.demo.training import Trainer
 
-    command = [sys.executable, "-c", "from lora_export.cli import main; main()"]
-    arguments = ["run", str(ROOT / "recipes" / "demo-minilm.yaml"), "--quiet"]
-    done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "lora-export-recipe"
+    recipe, folder = demos.after_the_demo("demo-minilm", "minilm", tmp_path)
+    shutil.copytree(demos.minilm()[0], folder)
+    demos.run_recipe(recipe)
     trainer, tasks = Trainer(folder / "base", 0), {task.name: task for task in load_tasks()}
     for name in ("topic", "question"):
         examples = tasks[name].held_out

@@ -479,7 +479,7 @@ class Wide(nn.Module):
 def test_weights_are_to_be_streamed_where_that_helps(layers, tmp_path, monkeypatch):
     with tiny.quiet():
         torch.onnx.export(Wide(layers), (torch.randn(2, 512),), tmp_path / "m.onnx", dynamo=False)
-    plan = plan_build(tmp_path / "m.onnx", Wish(["rtx-4090"]))
+    plan = plan_build(tmp_path / "m.onnx", Wish(targets=["rtx-4090"]))
     estimate = plan.groups[0].fits[0].estimate
     from dataclasses import replace
 

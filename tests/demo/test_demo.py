@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import demos
 import numpy as np
 import pytest
 
@@ -17,15 +17,13 @@ from lora_export.demo.questions import load_lesson
 from lora_export.demo.report import DemoReport, Parity, Prediction, StorageRow, TaskResult, demo_lines
 from lora_export.demo.sentences import load_tasks
 
+of_the_demo = pytest.mark.xdist_group("minilm")
 TASKS = ("emotion", "topic", "question")
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    folder = tmp_path_factory.mktemp("demo") / "out"
-    command = [sys.executable, "-c", "from lora_export.cli import main; main()"]
-    arguments = ["demo", "--output", str(folder), "--json"]
-    return folder, subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+def demo() -> tuple[Path, subprocess.CompletedProcess[str]]:
+    return demos.minilm()
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +33,7 @@ def report(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> dict[str, Any
     return found
 
 
+@of_the_demo
 @pytest.mark.slow
 def test_every_adapter_is_clearly_above_chance(report: dict[str, Any]) -> None:
     assert tuple(task["name"] for task in report["tasks"]) == TASKS
@@ -43,6 +42,7 @@ def test_every_adapter_is_clearly_above_chance(report: dict[str, Any]) -> None:
         assert task["accuracy"] == task["correct"] / task["total"]
 
 
+@of_the_demo
 @pytest.mark.slow
 def test_the_merged_graph_agrees_with_pytorch(report: dict[str, Any]) -> None:
     assert report["parity"]["relative_l2"] <= 1e-5
@@ -53,6 +53,7 @@ def test_the_merged_graph_agrees_with_pytorch(report: dict[str, Any]) -> None:
     assert right == report["tasks"][0]["correct"]
 
 
+@of_the_demo
 @pytest.mark.slow
 def test_the_storage_table_adds_up_to_the_files(
     demo: tuple[Path, subprocess.CompletedProcess[str]], report: dict[str, Any]
@@ -68,9 +69,10 @@ def test_the_storage_table_adds_up_to_the_files(
     assert full > shared > adapters
 
 
+@of_the_demo
 @pytest.mark.slow
 def test_the_folder_is_complete_and_can_be_moved(
-    demo: tuple[Path, subprocess.CompletedProcess[str]], report: dict[str, Any], tmp_path: Path
+    demo: tuple[Path, subprocess.CompletedProcess[str]], report: dict[str, Any]
 ) -> None:
     folder, done = demo
     written = json.loads((folder / "demo.json").read_text())
@@ -82,7 +84,7 @@ def test_the_folder_is_complete_and_can_be_moved(
     # No terminal: one line for each stage, and nothing of the libraries.
     assert all(line.startswith("[") for line in done.stderr.splitlines()), done.stderr
 
-    moved = folder.rename(tmp_path / "moved")
+    moved = folder.rename(folder.with_name("moved"))
     try:
         ids = {name: np.ones((1, 3), np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
         full, shared = (run.run_graph(moved / name, ids) for name in ("emotion.onnx", "emotion-shared.onnx"))
@@ -186,14 +188,14 @@ def test_the_text_says_what_was_wrong() -> None:
     predictions = (Prediction("a", "joy", "joy"), Prediction("b", "joy", "fear"))
     wanted = np.array([[2.0, 0.0], [0.0, 1.0]])
     got = DemoReport(
-        Path("out"),
-        (TaskResult("emotion", ("joy", "fear"), 1, 2),),
-        "emotion",
-        predictions,
-        Parity.between(wanted[:, ::-1], wanted),
-        False,
-        (StorageRow("full", ((3, 2_000_000),), (("x",),)),),
-        1.0,
+        output=Path("out"),
+        tasks=(TaskResult("emotion", ("joy", "fear"), 1, 2),),
+        merged="emotion",
+        predictions=predictions,
+        parity=Parity.between(wanted[:, ::-1], wanted),
+        shared_is_equal=False,
+        storage=(StorageRow("full", ((3, 2_000_000),), (("x",),)),),
+        seconds=1.0,
     )
     text = "\n".join(demo_lines(got))
     assert "1/2 right (50%; chance 50%)" in text

@@ -61,9 +61,9 @@ def machine(gpus=(), **statuses):
     }
     found = {
         name: Package(
-            name,
-            statuses.get(name.replace(".", "_"), "ok"),
-            "1.0",
+            name=name,
+            status=statuses.get(name.replace(".", "_"), "ok"),
+            version="1.0",
             reason="boom",
             details=details.get(name, {}),
         )
@@ -215,7 +215,7 @@ def test_onnxruntime_without_cuda_has_to_go_first(driver):
     driver(RTX_4090)
     on = machine(local_gpus().gpus)
     on.packages["onnxruntime"] = Package(
-        "onnxruntime", "ok", "1.0", details={"providers": ["CPUExecutionProvider"]}
+        name="onnxruntime", status="ok", version="1.0", details={"providers": ["CPUExecutionProvider"]}
     )
     found = by_name(on)["run-cuda"]
     assert not found.works
@@ -312,9 +312,9 @@ def test_the_probe_says_what_it_is_and_loads_nothing():
 
 
 def test_a_line_that_was_cut_off_names_no_package():
-    whole = Package("torch", "ok", "2").to_json()
+    whole = Package(name="torch", status="ok", version="2").to_json()
     assert read_lines(f'{whole}\n{{"importing": "peft"}}\n{{"name": "pe') == (
-        [Package("torch", "ok", "2")],
+        [Package(name="torch", status="ok", version="2")],
         "peft",
     )
 
@@ -323,7 +323,12 @@ def test_the_report_as_text(driver):
     driver(f"{H100}\nNVIDIA GB10, 12.1, [N/A], 580.95.05")
     on = machine(local_gpus().gpus, tensorrt="broken", peft="missing")
     report = doctor.DoctorReport(
-        "0", "3.11", "Linux x86_64", on.gpus, tuple(on.packages.values()), capabilities(on)
+        version="0",
+        python="3.11",
+        platform="Linux x86_64",
+        gpus=on.gpus,
+        packages=tuple(on.packages.values()),
+        capabilities=capabilities(on),
     )
     text = "\n".join(doctor_lines(report))
     assert "NVIDIA H100 80GB HBM3  compute capability 9.0   79.6 GiB" in text

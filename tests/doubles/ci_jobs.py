@@ -20,6 +20,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import onnx
+import preloaded
 import yaml
 from onnx import numpy_helper
 
@@ -35,7 +36,7 @@ _CONDITIONS: Mapping[str, Callable[[bool, str], bool]] = {
     f"github.ref == '{MAIN}'": lambda failed, ref: not failed and ref == MAIN,
 }
 _STAND_IN = """#!{python}
-import os, subprocess, sys
+import os, sys
 arguments = sys.argv[1:]
 {body}
 """
@@ -44,13 +45,12 @@ assert arguments[:3] == ["-m", "pip", "install"], arguments
 open({log!r}, "a").write("\\n".join(arguments[3:]) + "\\n")
 """
 _OURS = """
-command = [{python!r}, "-c", "from lora_export.cli import main; main()"]
-if arguments[0] != "merge-onnx":
-    os.execv(command[0], command + arguments)
-arguments = [{exchange!r}.get(word, word) for word in arguments]
-code = subprocess.call(command + arguments)
-if code == 0 and {scale!r} != 1:
-    sys.path.insert(0, {tests!r})
+sys.path.insert(0, {tests!r})
+import preloaded
+if arguments[0] == "merge-onnx":
+    arguments = [{exchange!r}.get(word, word) for word in arguments]
+code = preloaded.asked({address!r}, arguments, os.getcwd(), os.environ)
+if code == 0 and arguments[0] == "merge-onnx" and {scale!r} != 1:
     import ci_jobs
     ci_jobs.scale_logits({scale!r}, arguments[arguments.index("--output") + 1])
 sys.exit(code)
@@ -127,7 +127,7 @@ class Machine:
         bodies = {
             "python": _PIP.format(log=str(self.tools / "pip.log")),
             "lora-export": _OURS.format(
-                python=sys.executable,
+                address=preloaded.process(),
                 exchange=dict(self.exchange),
                 scale=self.scale,
                 tests=str(Path(__file__).parent),

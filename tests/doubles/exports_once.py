@@ -4,6 +4,9 @@ Most of the time that the tests take is torch tracing the same tiny models. What
 folder that the workers share, under a hash of everything that it depends on: the module's classes and their
 code, its settings, every value of its parameters and buffers, the inputs, the options. All that lora-export
 does itself (what it asks for, its own passes, what it writes) runs in every test.
+
+An export that is not optimised copies parameters as they are. Modules that differ in their values alone share
+one, and each gets its own values, if what the exporter made of the first one's says that it did so.
 """
 
 from __future__ import annotations
@@ -38,8 +41,28 @@ _OPTIONS = frozenset(
         *("dynamic_shapes", "optimize", "export_params", "keep_initializers_as_inputs"),
     }
 )
+# What is no larger may be equal to a parameter by chance.
+_CONSTANT_BYTES = 16
+# Where a module was loaded from.
+_PLACES = ("name_or_path", "_name_or_path")
 _HERE = str(Path(__file__).resolve().parents[1])
 Export = Callable[..., Any]
+
+
+def share_exports(folder: Path, put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Let torch's exporter run once for the same module in all processes that share a folder.
+
+    Args:
+        folder: What was exported.
+        put: Puts a value in the place of an attribute.
+    """
+    from torch.onnx._internal.exporter import _registration
+
+    folder.mkdir(exist_ok=True)
+    put(torch.onnx, "export", exported_once(torch.onnx.export, folder))
+    # Each export parses the source of all of onnxscript's operators again: a tenth of its time here.
+    operators = _registration.onnxscript_apis
+    put(operators, "get_torchlib_ops", functools.cache(operators.get_torchlib_ops))
 
 
 def exported_once(export: Export, folder: Path) -> Export:
@@ -51,21 +74,27 @@ def exported_once(export: Export, folder: Path) -> Export:
         if not (known and options.get("dynamo", True) and options.keys() <= _OPTIONS):
             return export(model, args, f, **options)
         given = {name: value for name, value in options.items() if name not in ("external_data", "verbose")}
-        kept = folder / key_of(model, args, given)
+        kept = folder / key_of(model, args, given, values=options.get("optimize", True))
         with locked(kept.with_suffix(".lock")):
             if not kept.exists():
                 program = export(model, args, **options)
                 made = kept.with_suffix(".new")
                 made.mkdir()
-                without = [_with_zeros(v) for v in program.model.graph.initializers.values() if _is_meta(v)]
-                (made / "without.json").write_text(json.dumps(without))
+                names = _without_values(program.model) or _copied(program.model, model)
+                (made / "parameters.json").write_text(json.dumps(names))
                 ir.save(program.model, made / "model.onnx", external_data="model.data")
                 made.rename(kept)
         # The same for the first and for all others.
-        loaded = ir.load(kept / "model.onnx")
-        for name in json.loads((kept / "without.json").read_text()):
-            loaded.graph.initializers[name].const_value = None
-        program = torch.onnx.ONNXProgram(loaded, None)
+        program = torch.onnx.ONNXProgram(ir.load(kept / "model.onnx"), None)
+        if not options.get("optimize", True):
+            names = json.loads((kept / "parameters.json").read_text())
+            if names is None:
+                return export(model, args, f, **options)
+            parameters = dict(model.named_parameters(remove_duplicate=False))
+            parameters |= dict(model.named_buffers(remove_duplicate=False))
+            for name in names:
+                value = ir.tensor_adapters.TorchTensor(parameters[name].detach().clone(), name)
+                program.model.graph.initializers[name].const_value = value
         if f is not None:
             program.save(
                 f,
@@ -78,16 +107,29 @@ def exported_once(export: Export, folder: Path) -> Export:
     return once
 
 
-def _is_meta(value: ir.Value) -> bool:
-    raw = getattr(value.const_value, "raw", None)
-    return isinstance(raw, torch.Tensor) and raw.device.type == "meta"
+def _without_values(graph: ir.Model) -> list[str]:
+    """Give what has no values (a model on the meta device) zeros, so that it can be saved; return its names."""
+    names = []
+    for name, value in graph.graph.initializers.items():
+        raw = getattr(value.const_value, "raw", None)
+        if isinstance(raw, torch.Tensor) and raw.device.type == "meta":
+            value.const_value = ir.tensor(torch.zeros(raw.shape, dtype=raw.dtype), name=name)
+            names.append(name)
+    return names
 
 
-def _with_zeros(value: ir.Value) -> str:
-    """Give a weight without values zeros, so that it can be saved; return its name."""
-    raw = value.const_value.raw
-    value.const_value = ir.tensor(torch.zeros(raw.shape, dtype=raw.dtype), name=value.name)
-    return str(value.name)
+def _copied(graph: ir.Model, model: torch.nn.Module) -> list[str] | None:
+    """Return the initializers that are parameters under their own names; None if others may come from one."""
+    parameters = {
+        name: parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    held = {name: value.const_value.tobytes() for name, value in graph.graph.initializers.items()}
+    names = [name for name in held if name in parameters]
+    others = {held[name] for name in held.keys() - names if len(held[name]) > _CONSTANT_BYTES}
+    if any(held[name] != parameters[name] for name in names) or others & set(parameters.values()):
+        return None
+    return names
 
 
 class locked:
@@ -104,16 +146,16 @@ class locked:
         os.close(self._handle)
 
 
-def key_of(model: torch.nn.Module, args: Any, options: Mapping[str, Any]) -> str:
-    """Return a hash of what an export depends on."""
+def key_of(model: torch.nn.Module, args: Any, options: Mapping[str, Any], values: bool = True) -> str:
+    """Return a hash of what an export depends on; the values of parameters are left out if asked."""
     digest = hashlib.sha256()
-    for part in (*_of_module(model), *_plain((args, dict(options)))):
+    for part in (*_of_module(model, values), *_plain((args, dict(options)))):
         digest.update(part if isinstance(part, bytes) else part.encode())
         digest.update(b"\0")
     return digest.hexdigest()
 
 
-def _of_module(model: torch.nn.Module) -> Iterator[str | bytes]:
+def _of_module(model: torch.nn.Module, values: bool) -> Iterator[str | bytes]:
     for name, module in model.named_modules(remove_duplicate=False):
         kind = type(module)
         yield f"{name} {kind.__module__}.{kind.__qualname__} {module.training}"
@@ -124,7 +166,7 @@ def _of_module(model: torch.nn.Module) -> Iterator[str | bytes]:
             if attribute.endswith("_hooks"):
                 for hook in value.values():
                     yield from _code(hook)
-            elif attribute not in ("_parameters", "_buffers", "_modules"):
+            elif attribute not in ("_parameters", "_buffers", "_modules", *_PLACES):
                 yield attribute
                 yield from _plain(value)
     shared: dict[int, int] = {}
@@ -134,7 +176,10 @@ def _of_module(model: torch.nn.Module) -> Iterator[str | bytes]:
     ]
     for name, tensor in tensors:
         yield f"{name} {shared.setdefault(id(tensor), len(shared))}"
-        yield from _plain(tensor)
+        if values or not isinstance(tensor, torch.nn.Parameter):
+            yield from _plain(tensor)
+        else:
+            yield f"{tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad} {tensor.stride()}"
 
 
 def _plain(value: Any, depth: int = 0) -> Iterator[str | bytes]:
@@ -170,16 +215,22 @@ def _settings(value: Any, depth: int) -> Iterator[str | bytes]:
     if depth > 6:
         return
     if hasattr(value, "to_json_string"):  # a config of transformers, and what it keeps to itself
-        yield value.to_json_string(use_diff=False)
+        yield repr(json.loads(value.to_json_string(use_diff=False), object_pairs_hook=_placeless))
         yield repr(getattr(value, "_attn_implementation", None))
         yield repr(getattr(value, "_experts_implementation", None))
     elif isinstance(getattr(value, "__dict__", None), dict):
         for name, inner in sorted(vars(value).items()):
+            if name in _PLACES:
+                continue
             yield name
             yield from _plain(inner, depth + 1)
     else:
         text = repr(value)
         yield "" if " at 0x" in text else text
+
+
+def _placeless(pairs: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    return [pair for pair in pairs if pair[0] not in _PLACES]
 
 
 def _code(function: Any, depth: int = 0) -> Iterator[str | bytes]:

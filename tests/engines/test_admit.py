@@ -160,8 +160,17 @@ def test_a_float64_module_is_float32_in_the_engine(tmp_path):
     found = load_graph(path)
     for value in list(found.graph.inputs)[1:]:
         value.name = str(value.name).replace("_lora_", ".lora_").replace("_weight", ".weight")
-    module = ExposedModule("w", "linear", 4, 3, "float64", (Member("w", 0, 3),))
-    found.model.metadata_props[KEY] = ExposedGraph("swap", "b", "0", (module,), 8, "tensorrt").to_json()
+    module = ExposedModule(
+        name="w",
+        kind="linear",
+        in_dim=4,
+        out_dim=3,
+        dtype="float64",
+        members=(Member(path="w", start=0, out_dim=3),),
+    )
+    found.model.metadata_props[KEY] = ExposedGraph(
+        mode="swap", base="b", base_sha256="0", modules=(module,), max_rank=8, flavour="tensorrt"
+    ).to_json()
     admitted = admit(found, {"tensorrt-rtx": ["8.9"]})
     assert admitted.exposed is not None
     assert admitted.exposed.modules[0].dtype == "float32"

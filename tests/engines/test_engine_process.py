@@ -109,8 +109,14 @@ def test_the_builder_tells_of_a_full_disk(kind, tmp_path):
     graph = load_graph(product(tmp_path / "m.onnx"))
     shapes = {"x": ((1, 4), (1, 4), (2, 4))}
     job = Job(
-        *("tensorrt-rtx", str(tmp_path / "m.onnx"), str(tmp_path / "m.onnx")),
-        *(str(tmp_path / "engine"), str(tmp_path / "log"), ("8.9",), BuildOptions(), (Profile("p", shapes),)),
+        backend="tensorrt-rtx",
+        graph=str(tmp_path / "m.onnx"),
+        model=str(tmp_path / "m.onnx"),
+        engine=str(tmp_path / "engine"),
+        log=str(tmp_path / "log"),
+        compute_capabilities=("8.9",),
+        options=BuildOptions(),
+        profiles=(Profile("p", shapes),),
         verbose=True,
     )
     job = replace(job, **{kind: "/dev/full"})
@@ -137,8 +143,16 @@ def test_a_process_that_is_forked_meanwhile_is_not_waited_for(text, error, packa
             super().__init__(*arguments, **options)
 
     monkeypatch.setattr(subprocess, "Popen", Forking)
-    paths = [str(tmp_path / name) for name in ("m.onnx", "m.onnx", "engine", "log")]
-    job = Job("tensorrt-rtx", *paths, ("8.9",), BuildOptions(), ())
+    job = Job(
+        backend="tensorrt-rtx",
+        graph=str(tmp_path / "m.onnx"),
+        model=str(tmp_path / "m.onnx"),
+        engine=str(tmp_path / "engine"),
+        log=str(tmp_path / "log"),
+        compute_capabilities=("8.9",),
+        options=BuildOptions(),
+        profiles=(),
+    )
     started = time.monotonic()
     try:
         with pytest.raises(error):

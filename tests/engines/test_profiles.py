@@ -22,9 +22,18 @@ CACHED = [
 
 
 def lora(name="layer.q", members=1, groups=1):
-    paths = tuple(Member(f"{name}.{n}", 0, 8) for n in range(members))
-    module = ExposedModule(name, "linear", 16, 8, "float16", paths, groups=groups)
-    record = ExposedGraph("swap", "base.onnx", "0" * 64, (module,), max_rank=16, flavour="tensorrt")
+    paths = tuple(Member(path=f"{name}.{n}", start=0, out_dim=8) for n in range(members))
+    module = ExposedModule(
+        name=name, kind="linear", in_dim=16, out_dim=8, dtype="float16", members=paths, groups=groups
+    )
+    record = ExposedGraph(
+        mode="swap",
+        base="base.onnx",
+        base_sha256="0" * 64,
+        modules=(module,),
+        max_rank=16,
+        flavour="tensorrt",
+    )
     rank = module.rank_symbol
     b_rank = rank if groups == 1 else f"{rank}/{groups}"
     return record, [port(module.lora_a, 16, rank), port(module.lora_b, b_rank, 8)]

@@ -29,9 +29,19 @@ SHAPES = {"model.q": (2, 2), "model.up": (6, 5)}
 
 def graph(dtype="float32", dora=False):
     modules = [
-        ExposedModule(path, "linear", i, o, dtype, (Member(path, 0, o),)) for path, (o, i) in SHAPES.items()
+        ExposedModule(
+            name=path,
+            kind="linear",
+            in_dim=i,
+            out_dim=o,
+            dtype=dtype,
+            members=(Member(path=path, start=0, out_dim=o),),
+        )
+        for path, (o, i) in SHAPES.items()
     ]
-    return ExposedGraph("swap", "base.onnx", BASE, tuple(modules), 8, dora=dora)
+    return ExposedGraph(
+        mode="swap", base="base.onnx", base_sha256=BASE, modules=tuple(modules), max_rank=8, dora=dora
+    )
 
 
 def adapter():
@@ -39,7 +49,15 @@ def adapter():
 
 
 def provenance(ranks, **more):
-    return Provenance("tiny", "cd" * 32, "base.onnx", BASE, ranks, version="0.1.0", **more)
+    return Provenance(
+        adapter="tiny",
+        adapter_sha256="cd" * 32,
+        base="base.onnx",
+        base_sha256=BASE,
+        ranks=ranks,
+        version="0.1.0",
+        **more,
+    )
 
 
 def written(folder, format, dtype="float32"):
@@ -88,7 +106,9 @@ def test_the_same_tensors_give_the_same_bytes(tmp_path, format):
 @pytest.mark.parametrize("format", list(WRITERS))
 def test_a_wrong_base_shows_in_every_format(tmp_path, format):
     read = load_adapter(written(tmp_path, format)[0])
-    other = ExposedGraph("swap", "other.onnx", "ef" * 32, graph().modules, 8)
+    other = ExposedGraph(
+        mode="swap", base="other.onnx", base_sha256="ef" * 32, modules=graph().modules, max_rank=8
+    )
     with pytest.raises(AdapterError, match="made for another base"):
         bind_adapter(read, other, where="g")
     assert not read.notes
@@ -167,9 +187,20 @@ def test_factors_of_ones_are_none(tmp_path):
     np.testing.assert_array_equal(read.modules["b.weight"].scale, tensors["b.lora_scale.weight"])
     assert set(read.tensor_names) == tensors.keys()
     # The plan speaks of the factor that was left away as well.
-    module = ExposedModule("a", "linear", 5, 4, "float32", (Member("a", 0, 4),))
-    other = replace(module, name="b", members=(Member("b", 0, 4),))
-    bound = bind_adapter(read, ExposedGraph("swap", "b", BASE, (module, other), 8, dora=True), where="g")
+    module = ExposedModule(
+        name="a",
+        kind="linear",
+        in_dim=5,
+        out_dim=4,
+        dtype="float32",
+        members=(Member(path="a", start=0, out_dim=4),),
+    )
+    other = replace(module, name="b", members=(Member(path="b", start=0, out_dim=4),))
+    bound = bind_adapter(
+        read,
+        ExposedGraph(mode="swap", base="b", base_sha256=BASE, modules=(module, other), max_rank=8, dora=True),
+        where="g",
+    )
     assert "b.lora_scale.weight" in bound.tensors
     assert "a.lora_scale.weight" not in bound.tensors
 
@@ -287,7 +318,20 @@ def test_files_of_other_tools_bind_and_say_that_their_base_is_unknown(tmp_path):
 def test_an_embedding_binds_though_the_format_does_not_tell_its_kind(tmp_path):
     module = embedding("e", 7, 3)
     exposed = ExposedGraph(
-        "swap", "b", BASE, (ExposedModule("e", "embedding", 7, 3, "float32", (Member("e", 0, 3),)),), 8
+        mode="swap",
+        base="b",
+        base_sha256=BASE,
+        modules=(
+            ExposedModule(
+                name="e",
+                kind="embedding",
+                in_dim=7,
+                out_dim=3,
+                dtype="float32",
+                members=(Member(path="e", start=0, out_dim=3),),
+            ),
+        ),
+        max_rank=8,
     )
     tensors = bind_adapter(adapter_of(module), exposed, where="g").tensors
     path = tmp_path / "e.onnx_adapter"

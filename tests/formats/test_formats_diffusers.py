@@ -55,7 +55,7 @@ def check(adapter, wanted, flattened=False):
     assert len(modules) > 20
     for path, module in modules.items():
         rows = (0, module.matrix_shape[0])
-        patch = patch_from(module, Placement(rows), dtype=np.float64)
+        patch = patch_from(module, Placement(rows=rows), dtype=np.float64)
         got = (patch.left @ patch.right).reshape(module.weight_shape)
         assert np.linalg.norm(got - names[path]) <= 2e-6 * np.linalg.norm(names[path]), path
 

@@ -63,9 +63,15 @@ CASES = [
 ]
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Give all patterns of a reading a tenth of their time: these take for ever, whatever they get."""
+    monkeypatch.setattr(patterns, "LIMIT_S", LIMIT_S / 10)
+
+
 @group("llama")
 @pytest.mark.parametrize(("name", "key"), CASES)
-def test_what_takes_too_long_is_refused_with_its_file(name, key, tmp_path):
+def test_what_takes_too_long_is_refused_with_its_file(name, key, quick, tmp_path):
     folder = config_with(tmp_path / "a", **keyed(key, SLOW[name]))
     started = time.process_time()
     with pytest.raises(AdapterError, match="takes more than") as caught:
@@ -74,7 +80,7 @@ def test_what_takes_too_long_is_refused_with_its_file(name, key, tmp_path):
     assert key in caught.value.message
     assert f"{SLOW[name]!r}"[1:-1] in caught.value.message
     assert caught.value.hint
-    assert time.process_time() - started < 4
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize("name", SLOW)
@@ -185,7 +191,7 @@ def test_keys_are_found_as_peft_finds_them(keys, path):
 
 @group("llama")
 @pytest.mark.parametrize("key", ["rank_pattern", "target_modules"])
-def test_each_verb_ends(key, tmp_path, capsys):
+def test_each_verb_ends(key, quick, tmp_path, capsys):
     adapter = config_with(tmp_path / "a", **keyed(key, SLOW["words"]))
     base, graph = tiny.checkpoint("llama"), tiny.base_onnx("llama", "dynamo")
     given = ["--adapter", adapter]
@@ -203,11 +209,11 @@ def test_each_verb_ends(key, tmp_path, capsys):
     for verb in verbs:
         started = time.process_time()
         assert _run([str(word) for word in verb], False) == 1, verb
-        assert time.process_time() - started < 5, verb
+        assert time.process_time() - started < 4, verb
         error = capsys.readouterr().err
         assert str(adapter) in error
         assert key in error
-        assert "takes more than 1 s" in error
+        assert "takes more than 0.1 s" in error
 
 
 # --- the meaning is that of re -----------------------------------------------------------------------

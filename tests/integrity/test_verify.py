@@ -133,7 +133,7 @@ def engine(base, folder):
 
 
 def kit(base, folder):
-    (path,) = write_kits(product(folder.parent / "k.onnx"), Wish(["orin-nano-8gb"]), folder).kits
+    (path,) = write_kits(product(folder.parent / "k.onnx"), Wish(targets=["orin-nano-8gb"]), folder).kits
     return path
 
 

@@ -92,8 +92,17 @@ def small(folder, record=None, **more):
     for value in model.graph.inputs:
         value.name = value.name.replace("_", ".", 1).replace("_weight", ".weight")
     if record is None:
-        module = ExposedModule("q", "linear", 5, 6, "float32", (Member("q", 0, 6),))
-        record = ExposedGraph("swap", "base.onnx", BASE, (module,), **({"max_rank": 8} | more))
+        module = ExposedModule(
+            name="q",
+            kind="linear",
+            in_dim=5,
+            out_dim=6,
+            dtype="float32",
+            members=(Member(path="q", start=0, out_dim=6),),
+        )
+        record = ExposedGraph(
+            mode="swap", base="base.onnx", base_sha256=BASE, modules=(module,), **({"max_rank": 8} | more)
+        )
     if record:
         model.metadata_props[KEY] = record.to_json()
         inputs = {value.name: value for value in model.graph.inputs}
@@ -367,8 +376,18 @@ def test_outputs_that_do_not_fit_their_format(tmp_path, name, format, reason):
 
 
 def test_an_adapter_for_another_base_is_refused_by_hash(tmp_path):
-    module = ExposedModule("q", "linear", 5, 6, "float32", (Member("q", 0, 6),))
-    other = small(tmp_path / "other", ExposedGraph("swap", "other.onnx", "cd" * 32, (module,), 8))
+    module = ExposedModule(
+        name="q",
+        kind="linear",
+        in_dim=5,
+        out_dim=6,
+        dtype="float32",
+        members=(Member(path="q", start=0, out_dim=6),),
+    )
+    other = small(
+        tmp_path / "other",
+        ExposedGraph(mode="swap", base="other.onnx", base_sha256="cd" * 32, modules=(module,), max_rank=8),
+    )
     for name in ("a.safetensors", "a.onnx_adapter"):
         file = convert_adapter(adapter_of(linear("q", 6, 5)), small(tmp_path), tmp_path / name).output
         with pytest.raises(AdapterError, match="made for another base"):
@@ -385,9 +404,19 @@ def test_a_replaced_parameter_is_converted_for_its_base_alone(tmp_path, name):
     """A change from one base's values, added to another base's, is nobody's parameter."""
 
     def graph_of(base_sha256):
-        stored = (StoredRows("q.weight", (0, 6), transposed=True),)
-        module = ExposedModule("q", "linear", 5, 6, "float32", (Member("q", 0, 6, (), stored),))
-        return small(tmp_path / base_sha256[:2], ExposedGraph("swap", "b.onnx", base_sha256, (module,), 8))
+        stored = (StoredRows(weight="q.weight", rows=(0, 6), transposed=True),)
+        module = ExposedModule(
+            name="q",
+            kind="linear",
+            in_dim=5,
+            out_dim=6,
+            dtype="float32",
+            members=(Member(path="q", start=0, out_dim=6, ranks=(), stored=stored),),
+        )
+        return small(
+            tmp_path / base_sha256[:2],
+            ExposedGraph(mode="swap", base="b.onnx", base_sha256=base_sha256, modules=(module,), max_rank=8),
+        )
 
     here, other = graph_of(BASE), graph_of("cd" * 32)
     given = adapter_of(extras={"q.weight": random(6, 5, seed=4)})
@@ -419,8 +448,17 @@ def test_graphs_that_take_no_adapter(tmp_path):
     given = adapter_of(linear("q", 6, 5))
     with pytest.raises(GraphError, match="has no exposed LoRA: its metadata lack"):
         convert_adapter(given, tiny.base_onnx("llama", "dynamo"), tmp_path / "a.safetensors")
-    module = ExposedModule("q", "linear", 5, 6, "float32", (Member("q", 0, 6, ranks=(2,)),))
-    bank = ExposedGraph("bank", "base.onnx", BASE, (module,), 2, slots=(Slot("one"),))
+    module = ExposedModule(
+        name="q",
+        kind="linear",
+        in_dim=5,
+        out_dim=6,
+        dtype="float32",
+        members=(Member(path="q", start=0, out_dim=6, ranks=(2,)),),
+    )
+    bank = ExposedGraph(
+        mode="bank", base="base.onnx", base_sha256=BASE, modules=(module,), max_rank=2, slots=(Slot("one"),)
+    )
     with pytest.raises(GraphError, match="is a bank"):
         convert_adapter(given, small(tmp_path, bank), tmp_path / "a.safetensors")
 
@@ -447,16 +485,34 @@ def test_lora_inputs_that_are_not_understood(tmp_path):
 )
 def test_edge_llm_takes_linear_modules_but_lm_head(tmp_path, module, kind, reason):
     place = ExposedModule(
-        module.path, kind, 5, 6, "float32", (Member(module.path, 0, 6),), module.lora_a.shape[2:]
+        name=module.path,
+        kind=kind,
+        in_dim=5,
+        out_dim=6,
+        dtype="float32",
+        members=(Member(path=module.path, start=0, out_dim=6),),
+        kernel=module.lora_a.shape[2:],
     )
-    model = small(tmp_path, ExposedGraph("swap", "base.onnx", BASE, (place,), 8))
+    model = small(
+        tmp_path, ExposedGraph(mode="swap", base="base.onnx", base_sha256=BASE, modules=(place,), max_rank=8)
+    )
     with pytest.raises(SiteError, match=reason):
         convert_adapter(adapter_of(module), model, tmp_path / "edge", format="edge-llm")
 
 
 def test_edge_llm_and_genai_have_no_place_for_a_bias(tmp_path):
-    place = ExposedModule("q", "linear", 5, 6, "float32", (Member("q", 0, 6),), bias=True)
-    model = small(tmp_path, ExposedGraph("swap", "base.onnx", BASE, (place,), 8))
+    place = ExposedModule(
+        name="q",
+        kind="linear",
+        in_dim=5,
+        out_dim=6,
+        dtype="float32",
+        members=(Member(path="q", start=0, out_dim=6),),
+        bias=True,
+    )
+    model = small(
+        tmp_path, ExposedGraph(mode="swap", base="base.onnx", base_sha256=BASE, modules=(place,), max_rank=8)
+    )
     given = adapter_of(linear("q", 6, 5, lora_bias=random(6)))
     with pytest.raises(SiteError, match=r"q\.lora_B\.bias  has no place in the format"):
         convert_adapter(given, model, tmp_path / "edge", format="edge-llm")
@@ -513,8 +569,18 @@ def test_the_command_line(swaps, tmp_path):
 
 
 def test_another_base_is_warned_of_and_force_is_for_the_output_alone(tmp_path):
-    module = ExposedModule("q", "linear", 5, 6, "float32", (Member("q", 0, 6),))
-    other = small(tmp_path / "other", ExposedGraph("swap", "other.onnx", "cd" * 32, (module,), 8))
+    module = ExposedModule(
+        name="q",
+        kind="linear",
+        in_dim=5,
+        out_dim=6,
+        dtype="float32",
+        members=(Member(path="q", start=0, out_dim=6),),
+    )
+    other = small(
+        tmp_path / "other",
+        ExposedGraph(mode="swap", base="other.onnx", base_sha256="cd" * 32, modules=(module,), max_rank=8),
+    )
     file = convert_adapter(adapter_of(linear("q", 6, 5)), small(tmp_path), tmp_path / "a.safetensors").output
     arguments = ("convert-adapter", file, "--for", other, "-o", tmp_path / "b.safetensors", "--force")
     refused = command(*arguments)

@@ -83,7 +83,7 @@ def shell(kit, env, *arguments):
 @pytest.fixture
 def kit(tmp_path):
     swap_onnx(tiny.base_onnx("llama", "dynamo"), tmp_path / "m.onnx", adapter=tiny.adapter("llama"))
-    wish = Wish(["orin-nano-8gb"], shapes=SMALL, options=BuildOptions(workspace_bytes=5 << 20))
+    wish = Wish(targets=["orin-nano-8gb"], shapes=SMALL, options=BuildOptions(workspace_bytes=5 << 20))
     (path,) = write_kits(tmp_path / "m.onnx", wish, tmp_path / "kits").kits
     moved = tmp_path / "on the device"  # nothing in it knows where it was made
     shutil.move(path, moved)
@@ -184,9 +184,18 @@ def test_without_a_compiler_it_says_what_to_do(kit, tmp_path):
 
 
 def test_several_profiles_and_every_flag(tmp_path):
-    options = BuildOptions(True, True, True, True, True, True, 3, 1)
+    options = BuildOptions(
+        tf32=True,
+        weight_streaming=True,
+        refit=True,
+        strip_weights=True,
+        version_compatible=True,
+        hardware_compatible=True,
+        optimization_level=3,
+        workspace_bytes=1,
+    )
     requests = [ProfileRequest("a", {"batch": "1"}), ProfileRequest("b", {"batch": "2:3:4"})]
-    wish = Wish(["jetson-thor"], options=options, profiles=requests, name="my model")
+    wish = Wish(targets=["jetson-thor"], options=options, profiles=requests, name="my model")
     (path,) = write_kits(product(tmp_path / "m.onnx"), wish, tmp_path).kits
     text = (path / "build.sh").read_text()
     for flag in (
@@ -220,7 +229,7 @@ def test_the_command_writes_it(tmp_path, capsys):
 @pytest.mark.parametrize("late", [False, True])
 def test_a_kit_to_which_something_was_added_is_not_replaced(late, tmp_path, monkeypatch):
     """``sh build.sh`` in it builds the engine into it."""
-    model, wish = product(tmp_path / "m.onnx"), Wish(["orin-nano-8gb"])
+    model, wish = product(tmp_path / "m.onnx"), Wish(targets=["orin-nano-8gb"])
     (kit,) = write_kits(model, wish, tmp_path / "kits").kits
     write_kits(model, wish, tmp_path / "kits", force=True)
     engine, own = kit / "m.orin-nano-8gb.engine", OutputSet.commit
@@ -241,7 +250,7 @@ def test_a_kit_to_which_something_was_added_is_not_replaced(late, tmp_path, monk
 
 
 def test_a_folder_that_is_no_kit_is_not_replaced(tmp_path):
-    model, wish = product(tmp_path / "m.onnx"), Wish(["orin-nano-8gb"])
+    model, wish = product(tmp_path / "m.onnx"), Wish(targets=["orin-nano-8gb"])
     (kit,) = write_kits(model, wish, tmp_path / "kits", dry_run=True).kits
     kit.mkdir(parents=True)
     write_kits(model, wish, tmp_path / "kits", force=True)  # an empty one may go
@@ -261,14 +270,14 @@ def test_a_folder_that_is_no_kit_is_not_replaced(tmp_path):
 
 def test_one_graph_serves_several_kits(tmp_path):
     model = product(tmp_path / "m.onnx")
-    report = write_kits(model, Wish(["orin-nano-8gb", "h100-sxm"]), tmp_path / "kits")
+    report = write_kits(model, Wish(targets=["orin-nano-8gb", "h100-sxm"]), tmp_path / "kits")
     assert len(report.kits) == 2
     for path in report.kits:
         onnx.checker.check_model(str(path / "m.onnx"))
     with pytest.raises(OutputError):
-        write_kits(model, Wish(["orin-nano-8gb"]), tmp_path / "kits")
+        write_kits(model, Wish(targets=["orin-nano-8gb"]), tmp_path / "kits")
     with pytest.raises(OutputError, match="exists already"):
-        write_kits(model, Wish(["rtx-4090", "orin-nano-8gb"]), tmp_path / "kits")
+        write_kits(model, Wish(targets=["rtx-4090", "orin-nano-8gb"]), tmp_path / "kits")
     assert not (tmp_path / "kits" / "m.rtx-4090.kit").exists(), "nothing is written when one is refused"
 
 
@@ -279,7 +288,7 @@ NAMES = ["x y", "x:0", "a=b", 'x"y', "/x", "é"]
 def test_inputs_of_any_name(name, tmp_path):
     node = helper.make_node("Relu", [name], ["y"])
     model = graph_of(tmp_path / "m.onnx", [node], [value(name, ["batch", 4])], [value("y", ["batch", 4])])
-    (kit,) = write_kits(model, Wish(["orin-nano-8gb"], name="modèle d'essai"), tmp_path / "kits").kits
+    (kit,) = write_kits(model, Wish(targets=["orin-nano-8gb"], name="modèle d'essai"), tmp_path / "kits").kits
     done = shell(kit, fake_tool(tmp_path / "bin"), tmp_path / "out")
     assert done.returncode == 0, done.stderr
     flags = json.loads((tmp_path / "bin" / "seen.json").read_text())
@@ -293,13 +302,13 @@ def test_names_that_trtexec_splits_are_refused(name, tmp_path):
     node = helper.make_node("Relu", [name], ["y"])
     model = graph_of(tmp_path / "m.onnx", [node], [value(name, ["batch", 4])], [value("y", ["batch", 4])])
     with pytest.raises(BackendError, match="trtexec can't be told") as caught:
-        write_kits(model, Wish(["orin-nano-8gb"]), tmp_path / "kits")
+        write_kits(model, Wish(targets=["orin-nano-8gb"]), tmp_path / "kits")
     assert caught.value.problems == (name,)
 
 
 def test_one_engine_for_several_gpus_of_tensorrt_rtx(tmp_path):
     """The tool is told for which, and lora-export to build one."""
-    wish = Wish(["rtx-4090", "rtx-5090"], together=True)
+    wish = Wish(targets=["rtx-4090", "rtx-5090"], together=True)
     (kit,) = write_kits(product(tmp_path / "m.onnx"), wish, tmp_path / "kits").kits
     assert "--together" in (kit / "build.sh").read_text()
     done = shell(kit, fake_tool(tmp_path / "bin", name="tensorrt_rtx"), tmp_path / "out")
@@ -319,16 +328,18 @@ def test_each_compiler_has_its_say(tmp_path):
     onnx.save(model, tmp_path / "m.onnx")
     for names in (["rtx-4090", "orin-nano-8gb"], ["orin-nano-8gb", "rtx-4090"]):
         with pytest.raises(EngineBuildError, match="can't be built by TensorRT as it is"):
-            write_kits(tmp_path / "m.onnx", Wish(names), tmp_path / "kits")
+            write_kits(tmp_path / "m.onnx", Wish(targets=names), tmp_path / "kits")
     # Turing multiplies no float32 with TensorRT-RTX; a T4 with the classic one does.
     model = product(tmp_path / "p.onnx")
-    assert write_kits(model, Wish(["rtx-4090", "t4"]), tmp_path / "kits", dry_run=True).kits
+    assert write_kits(model, Wish(targets=["rtx-4090", "t4"]), tmp_path / "kits", dry_run=True).kits
     with pytest.raises(EngineBuildError, match=r"7\.5"):
-        write_kits(model, Wish(["orin-nano-8gb", "sm75"]), tmp_path / "kits")
+        write_kits(model, Wish(targets=["orin-nano-8gb", "sm75"]), tmp_path / "kits")
 
 
 def test_a_graph_without_varying_sizes(tmp_path):
-    (kit,) = write_kits(product(tmp_path / "m.onnx", (2, 4)), Wish(["orin-nano-8gb"]), tmp_path / "kits").kits
+    (kit,) = write_kits(
+        product(tmp_path / "m.onnx", (2, 4)), Wish(targets=["orin-nano-8gb"]), tmp_path / "kits"
+    ).kits
     assert "--profile" not in (kit / "build.sh").read_text()
     done = shell(kit, fake_tool(tmp_path / "bin"), tmp_path / "out")
     assert done.returncode == 0, done.stderr
@@ -337,7 +348,7 @@ def test_a_graph_without_varying_sizes(tmp_path):
 
 @pytest.fixture
 def small_kit(tmp_path):
-    (kit,) = write_kits(product(tmp_path / "m.onnx"), Wish(["orin-nano-8gb"]), tmp_path / "kits").kits
+    (kit,) = write_kits(product(tmp_path / "m.onnx"), Wish(targets=["orin-nano-8gb"]), tmp_path / "kits").kits
     return kit
 
 
@@ -478,7 +489,9 @@ def test_trtexec_is_used_where_both_are(kit, tmp_path):
 
 def test_a_kit_for_a_compiler_that_never_builds_for_it_is_refused(tmp_path):
     with pytest.raises(BackendError, match="omit --backend tensorrt-rtx"):
-        write_kits(product(tmp_path / "m.onnx"), Wish(["orin-nano-8gb"], backend="tensorrt-rtx"), tmp_path)
+        write_kits(
+            product(tmp_path / "m.onnx"), Wish(targets=["orin-nano-8gb"], backend="tensorrt-rtx"), tmp_path
+        )
 
 
 # Writes a part of an engine, says so, and goes on until it is killed.

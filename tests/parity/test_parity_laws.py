@@ -48,7 +48,15 @@ class Good(Candidate):
 
     def __init__(self, mode: str = "swap", provider: str = "cpu", ports: Sequence[InputPort] = PORTS) -> None:
         types = StoredTypes("float32", {}, ())
-        about = About(Path("m.onnx"), mode, "onnxruntime", provider, tuple(ports), ("logits",), types)
+        about = About(
+            path=Path("m.onnx"),
+            mode=mode,
+            runtime="onnxruntime",
+            provider=provider,
+            ports=tuple(ports),
+            outputs=("logits",),
+            types=types,
+        )
         super().__init__(about, {})
         self.asked: list[State] = []
 
@@ -100,8 +108,10 @@ def checked(
 ) -> tuple[list[Verdict], Laws]:
     """Run a candidate on all feeds; return the laws' verdicts."""
     pair = None if tolerance is None else (tolerance.rtol, tolerance.atol)
-    laws = Laws(candidate, pair)
-    comparison = Comparison(candidate, Truth(), None, list(states), laws, pair)
+    laws = Laws(candidate=candidate, tolerance=pair)
+    comparison = Comparison(
+        candidate=candidate, reference=Truth(), own=None, states=list(states), laws=laws, tolerance=pair
+    )
     for one in feeds:
         comparison.add(one)
     judge = Judge("float32", tolerance or Tolerance())
@@ -202,8 +212,10 @@ def test_on_a_gpu_each_output_has_its_own_limit():
             return {"logits": logits, "rough": logits}
 
     candidate = SmallBeside(provider="cuda")
-    laws = Laws(candidate)
-    comparison = Comparison(candidate, Both(), Both2(), [BASE, A, B], laws)
+    laws = Laws(candidate=candidate)
+    comparison = Comparison(
+        candidate=candidate, reference=Both(), own=Both2(), states=[BASE, A, B], laws=laws
+    )
     for one in FEEDS:
         comparison.add(one)
     judge = Judge("float32")
@@ -381,8 +393,8 @@ def test_an_output_without_rows_is_left_to_the_comparison():
             return {**super().run(values, state), "scale": np.array([1.0, 2, 3])}
 
     candidate = WithCounter("bank")
-    laws = Laws(candidate)
-    comparison = Comparison(candidate, Both(), None, [BASE, A], laws)
+    laws = Laws(candidate=candidate)
+    comparison = Comparison(candidate=candidate, reference=Both(), own=None, states=[BASE, A], laws=laws)
     for one in (feed(4), feed(2, 1)):
         comparison.add(one)
     judge = Judge("float32")
@@ -452,8 +464,10 @@ class Faint(Truth):
 
 
 def test_rows_in_which_rounding_drowns_the_effect_prove_nothing():
-    laws = Laws(Good("bank"))
-    comparison = Comparison(Good("bank"), Truth(), Faint(), [BASE, A, B], laws)
+    laws = Laws(candidate=Good("bank"))
+    comparison = Comparison(
+        candidate=Good("bank"), reference=Truth(), own=Faint(), states=[BASE, A, B], laws=laws
+    )
     for one in FEEDS:
         comparison.add(one)
     judge = Judge("float16")

@@ -148,9 +148,9 @@ def test_layers_are_pooled_as_one_vector():
 
 def test_rows_in_different_states_have_the_largest_limit_of_these():
     limits = {
-        (BASE, "logits"): Limit(1, 9, "one", "nine"),
-        (STATE, "logits"): Limit(2, 8, "two", "eight"),
-        (state_of("b"), "logits"): Limit(5, 50, "five", "fifty"),
+        (BASE, "logits"): Limit(relative=1, worst=9, why="one", why_worst="nine"),
+        (STATE, "logits"): Limit(relative=2, worst=8, why="two", why_worst="eight"),
+        (state_of("b"), "logits"): Limit(relative=5, worst=50, why="five", why_worst="fifty"),
     }
     found = largest_limit(limits, [BASE, STATE], "logits")
     assert (found.relative, found.worst) == (2, 9)

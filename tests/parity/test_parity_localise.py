@@ -71,7 +71,15 @@ def sources(arch: str, graph: Path, feature: str = "plain", **changes: Any) -> S
     wide, feeds = reference(arch, feature, "float64"), tiny.feeds(arch, graph)
     masks = [values for name, values in feeds.items() if name == "attention_mask"]
     made = Sources(
-        wide, wide.module, reference(arch, feature, "float32"), graph, "cpu", feeds, {}, STATE, masks=masks
+        reference=wide,
+        model=wide.module,
+        own=reference(arch, feature, "float32"),
+        candidate=graph,
+        provider="cpu",
+        values=feeds,
+        tensors={},
+        state=STATE,
+        masks=masks,
     )
     return dataclasses.replace(made, **changes)
 
@@ -421,7 +429,13 @@ def made_up(seed: int, effect: float, noise: float, missing: float) -> Measured:
     wanted = base + effect * change
     own, got = (wanted + noise * part for part in lost)
     got = got - missing * effect * change
-    runs = Runs({"m": (base, wanted)}, {"m": (base, base)}, {"m": (base, own)}, {"m": base}, "float16")
+    runs = Runs(
+        right={"m": (base, wanted)},
+        without={"m": (base, base)},
+        own={"m": (base, own)},
+        bare={"m": base},
+        dtype="float16",
+    )
     found = runs.measure("m", base, got, -1)
     assert found is not None
     return found
@@ -447,10 +461,12 @@ def test_padded_positions_do_not_count():
     got[mask == 0] = np.nan
     for shape in ((2, 4, 8), (8, 8)):
         taken = {"m": (wanted.reshape(shape), wanted.reshape(shape))}
-        found = Runs(taken, taken, {}, {}, "float32", [mask]).measure("m", got, got, -1)
+        found = Runs(right=taken, without=taken, own={}, bare={}, dtype="float32", masks=[mask]).measure(
+            "m", got, got, -1
+        )
         assert found is not None
         assert (found.row.error_in, found.row.error_out, found.off, found.off_in) == (0, 0, False, False)
-        blind = Runs(taken, taken, {}, {}, "float32").measure("m", got, got, -1)
+        blind = Runs(right=taken, without=taken, own={}, bare={}, dtype="float32").measure("m", got, got, -1)
         assert blind is not None
         assert blind.off
         assert blind.off_in
@@ -460,7 +476,7 @@ def test_of_several_calls_the_first_one_is_compared():
     first, second = np.ones((2, 3)), np.full((2, 3), 5.0)
     joined = np.concatenate([first, second])
     taken = {"m": (joined, joined), "ragged": (joined.reshape(-1), joined.reshape(-1))}
-    runs = Runs(taken, taken, {}, {}, "float32")
+    runs = Runs(right=taken, without=taken, own={}, bare={}, dtype="float32")
     for name in taken:
         found = runs.measure(name, first, first, -1)
         assert found is not None

@@ -36,7 +36,10 @@ QUICK: dict[str, Any] = {"samples": 2, "batches": (2,), "sequences": (5,), "loca
 
 
 def verdict(kind: Any, name: str, state: str = "sql", output: str = "logits", **changes: Any) -> Verdict:
-    return dataclasses.replace(Verdict(kind, name, state, output, 0.5, 0.05, False), **changes)
+    return dataclasses.replace(
+        Verdict(kind=kind, name=name, state=state, output=output, value=0.5, limit=0.05, passed=False),
+        **changes,
+    )
 
 
 def report(
@@ -48,9 +51,18 @@ def report(
 ) -> ParityReport:
     """A report of one adapter, with a scaling of 4, in which only these verdicts failed."""
     row = OutputMetrics(
-        "sql", "logits", 0.0, 0.0, relative=0.1, worst_position=0.1, cosine=1.0, own_relative=own, effect=0.2,
-        error_over_effect=error, applied=applied,
-    )  # fmt: skip
+        state="sql",
+        output="logits",
+        max_abs=0.0,
+        mean_abs=0.0,
+        relative=0.1,
+        worst_position=0.1,
+        cosine=1.0,
+        own_relative=own,
+        effect=0.2,
+        error_over_effect=error,
+        applied=applied,
+    )
     fields = {
         "verdicts": (verdict("finite", "finite", output="", passed=True), *failed),
         "metrics": (row,),
@@ -66,7 +78,7 @@ SCALING = (
     "FAILED: the export does 49 % of what the adapter should; its scaling looks like 2 instead of 4 (alpha "
     "changed after the export?). Export again."
 )
-BEGINS = Localisation("sql", "layers.7.v_proj")
+BEGINS = Localisation(state="sql", module="layers.7.v_proj")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +155,9 @@ BEGINS = Localisation("sql", "layers.7.v_proj")
         (
             report(
                 verdict("tokens", "greedy tokens"),
-                generated=(Generated("sql", (1,), (2, 3, 4), (2, 3, 5), 2),),
+                generated=(
+                    Generated(state="sql", prompt=(1,), reference=(2, 3, 4), candidate=(2, 3, 5), equal=2),
+                ),
             ),
             "writes another text than the reference, from token 3 on",
         ),
@@ -206,7 +220,8 @@ def test_hostile_names_make_one_harmless_line() -> None:
         assert sentence(found).isprintable()
         assert all(line.isprintable() for line in str(found).splitlines())
     long = report(
-        verdict("error", "relative error", output="x" * 5000), localisation=Localisation("sql", "y" * 5000)
+        verdict("error", "relative error", output="x" * 5000),
+        localisation=Localisation(state="sql", module="y" * 5000),
     )
     assert len(sentence(long)) < 500
 

@@ -73,7 +73,9 @@ def test_a_converted_file_says_what_it_was_made_of_and_for(
         "a.q.lora_B.weight": np.ones((2, 4), np.float32),
         "a.q.lora_B.bias": np.ones(4, np.float32),
     }
-    provenance = Provenance("sql", "ab" * 32, "base.onnx", "cd" * 32, {"a.q": 2})
+    provenance = Provenance(
+        adapter="sql", adapter_sha256="ab" * 32, base="base.onnx", base_sha256="cd" * 32, ranks={"a.q": 2}
+    )
     writer_of("safetensors").write(tmp_path / "c.safetensors", tensors, provenance)
     run(tmp_path / "c.safetensors")
     lines = capsys.readouterr().out.splitlines()

@@ -138,7 +138,14 @@ def with_tokens(report, *runs):
     return replace(
         report,
         generated=tuple(
-            Generated("json", (1, i), tuple(range(n)), (*range(equal), *[99] * (n - equal)), equal, True)
+            Generated(
+                state="json",
+                prompt=(1, i),
+                reference=tuple(range(n)),
+                candidate=(*range(equal), *[99] * (n - equal)),
+                equal=equal,
+                tie=True,
+            )
             for i, (n, equal) in enumerate(runs)
         ),
     )

@@ -230,12 +230,15 @@ def test_what_is_no_number_is_counted_not_drawn():
     assert html.count("not finite: 4") == 2  # the caption, and the words for who can't see
     assert value_scatter(Scatter("json", "logits", (math.nan,), (1.0,))) == ""
     rows = tuple(
-        ModuleRow(f"layers.{i}.proj", value, value, math.nan, math.nan) for i, value in enumerate(odd)
+        ModuleRow(
+            module=f"layers.{i}.proj", error_in=value, error_out=value, own_out=math.nan, effect=math.nan
+        )
+        for i, value in enumerate(odd)
     )
-    html = error_by_module(Localisation("json", "layers.1.proj", rows))
+    html = error_by_module(Localisation(state="json", module="layers.1.proj", rows=rows))
     assert "not finite: 3" in html
     assert len(titled(svgs(html)[0])) == 2
-    assert error_by_module(Localisation("json", "", rows[:1])) == ""
+    assert error_by_module(Localisation(state="json", module="", rows=rows[:1])) == ""
 
 
 def test_effects_without_a_place_are_counted():

@@ -115,7 +115,15 @@ def test_last_line_is_the_verdict():
 @pytest.mark.parametrize(("passed", "sign"), [(True, "void"), (False, "FAIL")])
 def test_what_proves_nothing_says_so(passed, sign):
     verdict = Verdict(
-        "effect", "error / effect", "zero", "logits", math.nan, math.inf, passed, "B is 0", False
+        kind="effect",
+        name="error / effect",
+        state="zero",
+        output="logits",
+        value=math.nan,
+        limit=math.inf,
+        passed=passed,
+        why="B is 0",
+        counted=False,
     )
     text = parity_text.lines(parity_reports.good(verdicts=(*parity_reports.good().verdicts, verdict)))
     at = text.index("zero")
@@ -133,9 +141,17 @@ def test_text_marks_where_the_error_begins():
 @pytest.mark.parametrize("begins", [0, 100, 199])
 def test_a_long_table_of_modules_is_cut_around_the_culprit(begins):
     rows = tuple(
-        ModuleRow(f"layers.{i}.proj", 1e-4, 1e-4, 1e-4, 0.1, jumped=i in (begins, 50)) for i in range(200)
+        ModuleRow(
+            module=f"layers.{i}.proj",
+            error_in=1e-4,
+            error_out=1e-4,
+            own_out=1e-4,
+            effect=0.1,
+            jumped=i in (begins, 50),
+        )
+        for i in range(200)
     )
-    found = Localisation("json", rows[begins].module, rows, 9, 200)
+    found = Localisation(state="json", module=rows[begins].module, rows=rows, looked_at=9, of=200)
     text = parity_text.localisation_lines(found)
     shown = re.findall(r"layers\.(\d+)\.proj  ", "\n".join(text[1:]))
     assert {str(begins), "50"} <= set(shown)
@@ -144,7 +160,9 @@ def test_a_long_table_of_modules_is_cut_around_the_culprit(begins):
 
 
 def test_no_module_found_is_said():
-    lines = parity_text.localisation_lines(Localisation("json", "", (), note="the graph has no names"))
+    lines = parity_text.localisation_lines(
+        Localisation(state="json", module="", rows=(), note="the graph has no names")
+    )
     assert [line.strip() for line in lines] == ["the graph has no names"]
 
 
@@ -158,7 +176,9 @@ def test_numbers_keep_what_matters():
 
 def test_share_is_worst_where_nothing_can_be_told():
     def of(value, limit):
-        return share(Verdict("error", "", "", "", value, limit, True))
+        return share(
+            Verdict(kind="error", name="", state="", output="", value=value, limit=limit, passed=True)
+        )
 
     assert of(1.0, 4.0) == 0.25
     assert of(0.0, 0.0) == of(9.0, math.inf) == 0.0
@@ -176,7 +196,10 @@ def test_share_is_worst_where_nothing_can_be_told():
     ],
 )
 def test_relation_says_nothing_false(value, limit, passed, said):
-    assert relation(Verdict("error", "", "", "", value, limit, passed)) == said
+    assert (
+        relation(Verdict(kind="error", name="", state="", output="", value=value, limit=limit, passed=passed))
+        == said
+    )
 
 
 # JSON
@@ -719,7 +742,7 @@ def test_a_report_never_replaces_a_graphs_data_whatever_its_name(tmp_path):
     onnx.save(
         model, tmp_path / "m.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0
     )
-    inputs = Inputs(tmp_path / "m.onnx", tmp_path / "hf")
+    inputs = Inputs(candidate=tmp_path / "m.onnx", reference=tmp_path / "hf")
     with pytest.raises(OutputError) as found:
         check_outputs([ReportFile("--html", tmp_path / "weights.bin", "html")], True, inputs)
     assert "data of the candidate" in found.value.problems[0]

@@ -231,7 +231,9 @@ def test_a_peft_folder_and_converted_files(session, tmp_path):
     assert np.array_equal(session.run(inputs, "peft")["y"], y)
     record = session.record
     binding = bind_adapter(A, record, where="swap.onnx")
-    provenance = Provenance("a", "", record.base, record.base_sha256, binding.ranks)
+    provenance = Provenance(
+        adapter="a", adapter_sha256="", base=record.base, base_sha256=record.base_sha256, ranks=binding.ranks
+    )
     for kind in ("safetensors", "onnx_adapter"):
         path = tmp_path / f"converted.{kind}"
         writer_of(kind).write(path, binding.tensors, provenance)
@@ -243,7 +245,9 @@ def test_a_file_converted_for_another_base_is_refused_unless_allowed(session, tm
     binding = bind_adapter(A, session.record, where="swap.onnx")
     path = tmp_path / "other.safetensors"
     writer_of("safetensors").write(
-        path, binding.tensors, Provenance("a", "", "o.onnx", "f" * 64, binding.ranks)
+        path,
+        binding.tensors,
+        Provenance(adapter="a", adapter_sha256="", base="o.onnx", base_sha256="f" * 64, ranks=binding.ranks),
     )
     with pytest.raises(AdapterError, match="another base"):
         session.load_adapter("other", path)

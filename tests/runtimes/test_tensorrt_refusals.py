@@ -129,7 +129,7 @@ def test_the_real_tensorrt_rtx_says_that_there_is_no_gpu(tmp_path, monkeypatch):
     with pytest.raises(BackendError, match="says that this engine is not valid here") as refused:
         tensorrt_engine.load_engine(engine, records.read_engine(engine))
     assert "CUDA driver version is insufficient" in refused.value.problems[0]
-    monkeypatch.setattr(tensorrt_engine, "_check_validity", lambda *arguments: None)
+    monkeypatch.setattr(tensorrt_engine, "_check_validity", lambda *_, **__: None)
     with pytest.raises(BackendError, match="could not open it") as refused:
         tensorrt_engine.load_engine(engine, records.read_engine(engine))
     assert any("Serialization" in problem for problem in refused.value.problems)

@@ -50,7 +50,16 @@ def quick(monkeypatch, tmp_path, timed):
         (folder / "adapters").mkdir()
         (folder / "adapters" / "a.safetensors").write_bytes(b"adapter")
 
-    report = DemoReport(Path(), (), "a", (), Parity(0.0, 0.0, 1.0), True, (), 0.0)
+    report = DemoReport(
+        output=Path(),
+        tasks=(),
+        merged="a",
+        predictions=(),
+        parity=Parity(0.0, 0.0, 1.0),
+        shared_is_equal=True,
+        storage=(),
+        seconds=0.0,
+    )
     monkeypatch.setattr("lora_export.modes.capture_onnx.capture_checkpoint", capture)
     monkeypatch.setattr("lora_export.engines.build.run_worker", build)
     monkeypatch.setattr("lora_export.parity.check.check_parity", lambda *_, **__: parity_reports.good())

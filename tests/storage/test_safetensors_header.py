@@ -50,8 +50,8 @@ def test_what_a_good_header_gives(tmp_path: Path) -> None:
     assert found.metadata == {"k": "ü"}
     assert (found.data_start, found.size) == (len(start), len(start) + 12)
     assert len(start) % 8 == 0
-    assert [e.name for e in found.entries] == ["a", "e", "b"]
-    assert (found.entries[2].start, found.entries[2].stop) == (len(start) + 4, len(start) + 12)
+    assert [one.name for one in found.tensors] == ["a", "e", "b"]
+    assert (found.tensors[2].offset, found.tensors[2].end) == (len(start) + 4, len(start) + 12)
 
 
 def test_all_problems_are_listed(tmp_path: Path) -> None:
@@ -185,4 +185,4 @@ def test_the_reference_reader_has_the_same_opinion(
         with pytest.raises(HeaderError):
             read_file_header(file, known_dtypes=True)
     else:
-        assert {e.name for e in read_file_header(file, known_dtypes=True).entries} == set(header)
+        assert {one.name for one in read_file_header(file, known_dtypes=True).tensors} == set(header)

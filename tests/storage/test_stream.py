@@ -33,7 +33,9 @@ def low_rank(row, col, height, width, rank=4, seed=1, scale=0.05, **more):
     rng = np.random.default_rng(seed)
     left = (rng.standard_normal((height, rank)) * scale).astype(np.float32)
     right = (rng.standard_normal((rank, width)) * scale).astype(np.float32)
-    return Patch(f"m{seed}", row, col, height, width, left=left, right=right, **more)
+    return Patch(
+        label=f"m{seed}", row=row, col=col, height=height, width=width, left=left, right=right, **more
+    )
 
 
 def merged(tmp_path, matrix, patches, dtype_out, **options):
@@ -42,7 +44,16 @@ def merged(tmp_path, matrix, patches, dtype_out, **options):
     source.write_bytes(b"header." + matrix.tobytes())
     out = tmp_path / "out.bin"
     size = 7 + matrix.size * dtype_out.itemsize
-    piece = MergePiece("w", source, 7, 7, matrix.shape, matrix.dtype, dtype_out, patches)
+    piece = MergePiece(
+        name="w",
+        source=source,
+        offset=7,
+        at=7,
+        shape=matrix.shape,
+        dtype_in=matrix.dtype,
+        dtype_out=dtype_out,
+        patches=patches,
+    )
     report = write_pieces(out, size, [BytesPiece(b"HEADER.", 0), piece], **options)
     data = out.read_bytes()
     assert data[:7] == b"HEADER."
@@ -111,7 +122,7 @@ def test_replacement_comes_first_and_blends_add(tmp_path):
     patches = [
         low_rank(0, 0, 40, 30, seed=1),
         low_rank(0, 0, 40, 30, seed=2),
-        Patch("v", 0, 0, 40, 30, values=values),
+        Patch(label="v", row=0, col=0, height=40, width=30, values=values),
     ]
     result, _ = merged(tmp_path, matrix, patches, F32)
     expected = values + patches[0].left @ patches[0].right + patches[1].left @ patches[1].right
@@ -152,7 +163,22 @@ def test_rows_wider_than_a_block(tmp_path, monkeypatch):
 def test_source_may_be_an_array(tmp_path):
     matrix, patch = weights((6, 5), F16), low_rank(0, 0, 6, 5)
     out = tmp_path / "o"
-    write_pieces(out, 60, [MergePiece("w", matrix, 0, 0, (6, 5), F16, F16, [patch])])
+    write_pieces(
+        out,
+        60,
+        [
+            MergePiece(
+                name="w",
+                source=matrix,
+                offset=0,
+                at=0,
+                shape=(6, 5),
+                dtype_in=F16,
+                dtype_out=F16,
+                patches=[patch],
+            )
+        ],
+    )
     expected = (matrix.astype(F32) + patch.left @ patch.right).astype(F16)
     assert np.array_equal(np.frombuffer(out.read_bytes(), F16).reshape(6, 5), expected)
 
@@ -221,7 +247,7 @@ def test_copied_ranges(tmp_path, monkeypatch, fails_with):
     monkeypatch.setattr(stream, "COPY_BYTES", 1000)
     if fails_with:
 
-        def refuse(*_):
+        def refuse(*_, **__):
             raise OSError(fails_with, os.strerror(fails_with))
 
         monkeypatch.setattr(os, "copy_file_range", refuse)
@@ -240,12 +266,20 @@ def test_short_and_missing_sources(tmp_path):
         with pytest.raises(CheckpointError, match=says):
             write_pieces(tmp_path / "o", 11, [CopyPiece(tmp_path / name, 0, length, 0)])
     with pytest.raises(CheckpointError, match="ends before byte 10"):
-        write_pieces(tmp_path / "o", 12, [MergePiece("w", tmp_path / "s", 0, 0, (1, 3), F32, F32)])
+        write_pieces(
+            tmp_path / "o",
+            12,
+            [
+                MergePiece(
+                    name="w", source=tmp_path / "s", offset=0, at=0, shape=(1, 3), dtype_in=F32, dtype_out=F32
+                )
+            ],
+        )
 
 
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "copy_file_range"])
 def test_full_disk(tmp_path, monkeypatch, call):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, call, full)

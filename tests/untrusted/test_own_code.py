@@ -5,10 +5,9 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 import tiny
 import torch
@@ -45,15 +44,7 @@ def asked(tmp_path):
 
     def call(*arguments):
         env = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", "from lora_export.cli import main; main()", *map(str, arguments)],
-            input="y\n" * 50,
-            capture_output=True,
-            text=True,
-            check=False,
-            env=env,
-            timeout=600,
-        )
+        done = preloaded.run(arguments, env=env, input="y\n" * 50)
         assert "Traceback" not in done.stderr, done.stderr
         assert "[y/N]" not in done.stdout + done.stderr
         return done

@@ -170,15 +170,33 @@ def test_all_problems_come_at_once() -> None:
 
 
 SWAP = ExposedGraph(
-    "swap", "m.onnx", "0" * 64,
-    (ExposedModule("q", "linear", 8, 8, "float32", (Member("q", 0, 8, (), (StoredRows("W", (0, 8)),)),)),),
-    8,
-)  # fmt: skip
+    mode="swap",
+    base="m.onnx",
+    base_sha256="0" * 64,
+    modules=(
+        ExposedModule(
+            name="q",
+            kind="linear",
+            in_dim=8,
+            out_dim=8,
+            dtype="float32",
+            members=(
+                Member(path="q", start=0, out_dim=8, ranks=(), stored=(StoredRows(weight="W", rows=(0, 8)),)),
+            ),
+        ),
+    ),
+    max_rank=8,
+)
 MANIFEST = Manifest(
-    "merge-onnx", [FileHash("m.onnx", 3, "0" * 64)], [{"name": "a", "sha256": ""}],
-    {"rows": [], "notes": [], "warnings": []}, {"total": {}}, {"graph": "m.onnx"}, {"onnx": "1"},
-)  # fmt: skip
-CAPTURED = Captured("decoder", True, "float16", 100, {"sequence": 8})
+    mode="merge-onnx",
+    base=[FileHash(name="m.onnx", size_bytes=3, sha256="0" * 64)],
+    adapters=[{"name": "a", "sha256": ""}],
+    plan={"rows": [], "notes": [], "warnings": []},
+    rounding={"total": {}},
+    outputs={"graph": "m.onnx"},
+    versions={"onnx": "1"},
+)
+CAPTURED = Captured(kind="decoder", kv_cache=True, dtype="float16", vocab_size=100, largest={"sequence": 8})
 IDENTITY = DataIdentity("x", {"m.onnx.data": "0" * 64})
 EXPECTED = Expected(((1, 2),), (Greedy("", ((3,),)),))
 

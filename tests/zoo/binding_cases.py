@@ -14,13 +14,21 @@ BASE = "ab" * 32
 
 
 def swap(*modules, **more):
-    return ExposedGraph("swap", "base.onnx", BASE, modules, **({"max_rank": 8} | more))
+    return ExposedGraph(
+        mode="swap", base="base.onnx", base_sha256=BASE, modules=modules, **({"max_rank": 8} | more)
+    )
 
 
 def place(path, out_dim, in_dim, dtype="float32", **more):
     stored = more.pop("stored", ())
     return ExposedModule(
-        path, "linear", in_dim, out_dim, dtype, (Member(path, 0, out_dim, stored=stored),), **more
+        name=path,
+        kind="linear",
+        in_dim=in_dim,
+        out_dim=out_dim,
+        dtype=dtype,
+        members=(Member(path=path, start=0, out_dim=out_dim, stored=stored),),
+        **more,
     )
 
 
@@ -40,8 +48,14 @@ def refused(given, exposed, **options):
 
 
 def pack(dtype="float32", **more):
-    members = (Member("l.q_proj", 0, 6), Member("l.k_proj", 6, 3), Member("l.v_proj", 9, 3))
-    return ExposedModule("l.qkv_proj", "linear", 5, 12, dtype, members, **more)
+    members = (
+        Member(path="l.q_proj", start=0, out_dim=6),
+        Member(path="l.k_proj", start=6, out_dim=3),
+        Member(path="l.v_proj", start=9, out_dim=3),
+    )
+    return ExposedModule(
+        name="l.qkv_proj", kind="linear", in_dim=5, out_dim=12, dtype=dtype, members=members, **more
+    )
 
 
 def converted(module, **config):

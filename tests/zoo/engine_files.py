@@ -154,10 +154,25 @@ def rewrite_record(engine: Path, **fields: Any) -> None:
     record_path(engine).write_text(text, encoding="utf-8")
 
 
-MODULE = ExposedModule("l.q", "linear", 4, 6, "float16", (Member("l.q", 0, 6, ranks=(2,)),))
+MODULE = ExposedModule(
+    name="l.q",
+    kind="linear",
+    in_dim=4,
+    out_dim=6,
+    dtype="float16",
+    members=(Member(path="l.q", start=0, out_dim=6, ranks=(2,)),),
+)
 
 
-EXPOSED = ExposedGraph("bank", "b.onnx", "0" * 64, (MODULE,), 8, slots=(Slot("a", "1"),), batch_input="x")
+EXPOSED = ExposedGraph(
+    mode="bank",
+    base="b.onnx",
+    base_sha256="0" * 64,
+    modules=(MODULE,),
+    max_rank=8,
+    slots=(Slot("a", "1"),),
+    batch_input="x",
+)
 
 
 RECORD = EngineRecord(
@@ -173,7 +188,7 @@ RECORD = EngineRecord(
     inputs=(Port("x", "int64", (-1, 4), ("batch", 4)), Port("l.q.lora_A.weight", "float16", (4, 2), (4, 2))),
     outputs=(Port("y", "float16", (-1,), ("batch",)),),
     profiles=(Profile("default", {"x": ((1, 4), (2, 4), (3, 4))}),),
-    source=EngineSource("m.onnx", "f" * 64, (FileHash("m.onnx", 3, "a" * 64),)),
+    source=EngineSource("m.onnx", "f" * 64, (FileHash(name="m.onnx", size_bytes=3, sha256="a" * 64),)),
     exposed=EXPOSED,
     metadata={"lora_export.dims": "{}"},
     notes=("one",),

@@ -37,11 +37,17 @@ PAIR = [IDS, MASK, port("decoder_input_ids", ("batch", "decoder_sequence"))]
 
 
 DECODER = Captured(
-    "decoder", True, "float16", 50, {"sequence": 20, "past_sequence": 20, "total_sequence": 20}
+    kind="decoder",
+    kv_cache=True,
+    dtype="float16",
+    vocab_size=50,
+    largest={"sequence": 20, "past_sequence": 20, "total_sequence": 20},
 )
 
 
-PLAIN_RECORD = Captured("encoder", False, "float32", 50, {"sequence": 20})
+PLAIN_RECORD = Captured(
+    kind="encoder", kv_cache=False, dtype="float32", vocab_size=50, largest={"sequence": 20}
+)
 
 
 def refused(call, *words, count=None):

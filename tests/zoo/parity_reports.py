@@ -41,35 +41,90 @@ def good(seed: int = 0, **changes) -> ParityReport:
     verdicts, metrics = [], []
     for state in STATES:
         adapted = state != "no adapter"
-        verdicts.append(Verdict("finite", "finite", state, "all outputs", 0.0, 0.0, True, "no NaN, no Inf"))
+        verdicts.append(
+            Verdict(
+                kind="finite",
+                name="finite",
+                state=state,
+                output="all outputs",
+                value=0.0,
+                limit=0.0,
+                passed=True,
+                why="no NaN, no Inf",
+            )
+        )
         for output in OUTPUTS:
             relative = float(3e-4 * rng.lognormal(0, 0.4))
             own = float(4e-4 * rng.lognormal(0, 0.1))
             effect = float(0.15 * rng.lognormal(0, 0.6)) if adapted else None
             why = f"3 × {own:.1e}, what PyTorch loses in float16 on the same feeds"
-            verdicts.append(Verdict("error", "relative error", state, output, relative, 3 * own, True, why))
+            verdicts.append(
+                Verdict(
+                    kind="error",
+                    name="relative error",
+                    state=state,
+                    output=output,
+                    value=relative,
+                    limit=3 * own,
+                    passed=True,
+                    why=why,
+                )
+            )
             logits = {"kl": 2e-6, "top1": 1.0, "top5": 0.998} if output == "logits" else {}
             metrics.append(
                 OutputMetrics(
-                    state, output, 40 * relative, 3 * relative, relative, 2.5 * relative, 1 - relative**2 / 2,
-                    own, effect, relative / effect if effect else None, **logits,
+                    state=state,
+                    output=output,
+                    max_abs=40 * relative,
+                    mean_abs=3 * relative,
+                    relative=relative,
+                    worst_position=2.5 * relative,
+                    cosine=1 - relative**2 / 2,
+                    own_relative=own,
+                    effect=effect,
+                    error_over_effect=relative / effect if effect else None,
+                    **logits,
                 )
-            )  # fmt: skip
+            )
         if adapted:
             ratio = metrics[-len(OUTPUTS)].error_over_effect
             why = "an adapter that is not applied has 1"
-            verdicts.append(Verdict("effect", "error / effect", state, "logits", ratio, 0.1, True, why))
+            verdicts.append(
+                Verdict(
+                    kind="effect",
+                    name="error / effect",
+                    state=state,
+                    output="logits",
+                    value=ratio,
+                    limit=0.1,
+                    passed=True,
+                    why=why,
+                )
+            )
     for law in ("no adapter = base", "A→B→A", "permuted rows", "batch of one = row of a batch"):
         verdicts.append(
-            Verdict("law", law, "laws", "", 0.0, 1e-6, True, "bit for bit up to a kernel's order")
+            Verdict(
+                kind="law",
+                name=law,
+                state="laws",
+                output="",
+                value=0.0,
+                limit=1e-6,
+                passed=True,
+                why="bit for bit up to a kernel's order",
+            )
         )
     x = rng.normal(0, 4, 600)
     seen = x * (1 + rng.normal(0, 4e-4, 600))
     report = ParityReport(
         reference={"kind": "checkpoint", "path": "models/smollm2-135m", "dtype": "float32"},
         candidate={
-            "path": "out/model.onnx", "mode": "swap", "runtime": "onnxruntime 1.32.0", "provider": "cpu",
-            "dtype": "float16", "sha256": SHA["candidate"],
+            "path": "out/model.onnx",
+            "mode": "swap",
+            "runtime": "onnxruntime 1.32.0",
+            "provider": "cpu",
+            "dtype": "float16",
+            "sha256": SHA["candidate"],
         },
         adapters=tuple(
             {"name": name, "sha256": SHA[name], "modules": 30, "scaling": [0.5, 2.0]}
@@ -83,14 +138,18 @@ def good(seed: int = 0, **changes) -> ParityReport:
         tolerance="auto",
         verdicts=tuple(verdicts),
         metrics=tuple(metrics),
-        generated=(Generated("json", (1, 5, 9), (4, 8, 15, 16), (4, 8, 15, 16), 4),),
+        generated=(
+            Generated(
+                state="json", prompt=(1, 5, 9), reference=(4, 8, 15, 16), candidate=(4, 8, 15, 16), equal=4
+            ),
+        ),
         scatter=tuple(
             Scatter(state, "logits", tuple(x.tolist()), tuple(seen.tolist())) for state in STATES[:3]
         ),
         notes=("the reference ran in float32 on the CPU",),
         environment={"packages": {"onnxruntime": "1.32.0", "torch": "2.13.0"}, "gpus": ["H200"], "cores": 2},
         seconds=73.25,
-    )  # fmt: skip
+    )
     return replace(report, **changes)
 
 
@@ -116,16 +175,31 @@ def failed() -> ParityReport:
             error = 4e-2 if name == CULPRIT else error * float(rng.lognormal(0.03, 0.1))
             own = float(3e-4 * rng.lognormal(0, 0.1))
             effect = float(0.2 * rng.lognormal(0, 0.5))
-            rows.append(ModuleRow(name, before, error, own, effect, jumped=name == CULPRIT))
-    found = Localisation("pirate", CULPRIT, tuple(rows), looked_at=30, of=30, note="")
-    tokens = Generated("pirate", (1, 5, 9), (4, 8, 15, 16), (4, 8, 23, 42), 2)
+            rows.append(
+                ModuleRow(
+                    module=name,
+                    error_in=before,
+                    error_out=error,
+                    own_out=own,
+                    effect=effect,
+                    jumped=name == CULPRIT,
+                )
+            )
+    found = Localisation(state="pirate", module=CULPRIT, rows=tuple(rows), looked_at=30, of=30, note="")
+    tokens = Generated(
+        state="pirate", prompt=(1, 5, 9), reference=(4, 8, 15, 16), candidate=(4, 8, 23, 42), equal=2
+    )
     noise = rng.normal(1, 4.6e-2, 600)
     bad = tuple(np.multiply(report.scatter[2].reference, noise).tolist())
     scatter = (*report.scatter[:2], replace(report.scatter[2], candidate=bad))
     return replace(
-        report, verdicts=tuple(verdicts), metrics=tuple(metrics), localisation=found, scatter=scatter,
+        report,
+        verdicts=tuple(verdicts),
+        metrics=tuple(metrics),
+        localisation=found,
+        scatter=scatter,
         generated=(*report.generated, tokens),
-    )  # fmt: skip
+    )
 
 
 def named(text: str) -> ParityReport:
@@ -141,27 +215,71 @@ def hostile(texts: tuple[str, ...] = HOSTILE) -> ParityReport:
         for j, value in enumerate(odd):
             other = odd[(i + j) % len(odd)]
             passed, counted = (i + j) % 3 > 0, j % 2 > 0
-            verdicts.append(Verdict("error", text, text, text, value, other, passed, text, counted))
-            metrics.append(
-                OutputMetrics(text, f"{text}{j}", *[value] * 5, value, other, other, value, other, value)
+            verdicts.append(
+                Verdict(
+                    kind="error",
+                    name=text,
+                    state=text,
+                    output=text,
+                    value=value,
+                    limit=other,
+                    passed=passed,
+                    why=text,
+                    counted=counted,
+                )
             )
-            rows.append(ModuleRow(f"{text}.{j}.x", value, other, value, other, jumped=passed))
+            metrics.append(
+                OutputMetrics(
+                    state=text,
+                    output=f"{text}{j}",
+                    max_abs=value,
+                    mean_abs=value,
+                    relative=value,
+                    worst_position=value,
+                    cosine=value,
+                    own_relative=value,
+                    effect=other,
+                    error_over_effect=other,
+                    kl=value,
+                    top1=other,
+                    top5=value,
+                )
+            )
+            rows.append(
+                ModuleRow(
+                    module=f"{text}.{j}.x",
+                    error_in=value,
+                    error_out=other,
+                    own_out=value,
+                    effect=other,
+                    jumped=passed,
+                )
+            )
         scatter.append(Scatter(text, text, odd, odd[::-1]))
     return ParityReport(
         reference={"kind": "saved", "path": texts[4], "dtype": texts[0]},
         candidate={
-            "path": texts[7], "mode": "bank", "runtime": texts[1], "provider": texts[2],
-            "dtype": texts[3], "sha256": "",
+            "path": texts[7],
+            "mode": "bank",
+            "runtime": texts[1],
+            "provider": texts[2],
+            "dtype": texts[3],
+            "sha256": "",
         },
         adapters=tuple({"name": t, "sha256": "", "modules": 0, "scaling": [math.nan, 1.0]} for t in texts),
         feeds=tuple({"label": text, "shapes": {text: [1, 2]}} for text in texts),
         tolerance=texts[0],
         verdicts=tuple(verdicts),
         metrics=tuple(metrics),
-        localisation=Localisation(texts[0], rows[3].module, tuple(rows), 3, 9, texts[3]),
-        generated=tuple(Generated(text, (1,), (2, 3), (2,), 1, tie=True) for text in texts),
+        localisation=Localisation(
+            state=texts[0], module=rows[3].module, rows=tuple(rows), looked_at=3, of=9, note=texts[3]
+        ),
+        generated=tuple(
+            Generated(state=text, prompt=(1,), reference=(2, 3), candidate=(2,), equal=1, tie=True)
+            for text in texts
+        ),
         scatter=tuple(scatter),
         notes=texts,
         environment={text: text for text in texts},
         seconds=0.5,
-    )  # fmt: skip
+    )

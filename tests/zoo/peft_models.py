@@ -146,12 +146,12 @@ def _patched(stored: np.ndarray, module: LoraModule, fan_in_fan_out: bool) -> np
     if module.kind == "parameter" and stored.ndim == 3:
         transposed = stored.shape[1:] != module.weight_shape
         placements = [
-            Placement((0, rows), row=e * stored.shape[1], transposed=transposed, expert=e)
+            Placement(rows=(0, rows), row=e * stored.shape[1], transposed=transposed, expert=e)
             for e in range(module.experts)
         ]
         matrix = stored.reshape(-1, stored.shape[-1]).copy()
     else:
-        placements = [Placement((0, rows), transposed=fan_in_fan_out and module.kind == "linear")]
+        placements = [Placement(rows=(0, rows), transposed=fan_in_fan_out and module.kind == "linear")]
         matrix = stored.reshape(stored.shape[0], -1).copy()
     for placement in placements:
         _apply(matrix, patch_from(module, placement, dtype=stored.dtype.type))

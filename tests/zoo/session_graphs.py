@@ -104,14 +104,28 @@ def bank(folder: Path, tensors: str, *residents: Adapter, record: dict[str, Any]
             lora_b[own] = (module.lora_b * np.float32(module.scaling)).T
         lora |= {f"{path}.lora_A.weight": lora_a, f"{path}.lora_B.weight": lora_b}
         modules.append(
-            ExposedModule(path, "linear", in_dim, out_dim, "float32", (Member(path, 0, out_dim, ranks),))
+            ExposedModule(
+                name=path,
+                kind="linear",
+                in_dim=in_dim,
+                out_dim=out_dim,
+                dtype="float32",
+                members=(Member(path=path, start=0, out_dim=out_dim, ranks=ranks),),
+            )
         )
     fields = {
         "slots": tuple(Slot(n, f"sha{i}" if i < len(residents) else "") for i, n in enumerate(SLOTS)),
         "resident": "initializers" if tensors == "constants" else "inputs",
         "batch_input": "x",
     }
-    made = ExposedGraph("bank", "base.onnx", "", tuple(modules), 8, **{**fields, **(record or {})})
+    made = ExposedGraph(
+        mode="bank",
+        base="base.onnx",
+        base_sha256="",
+        modules=tuple(modules),
+        max_rank=8,
+        **{**fields, **(record or {})},
+    )
     return save(_bank_model(tensors, lora, made), folder, "bank.onnx")
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import tiny
 import torch
 import transformers
 from exports_once import exported_once, key_of
+from onnx.reference import ReferenceEvaluator
 
 from lora_export import capture_onnx
 
@@ -68,6 +72,86 @@ def test_what_differs_has_another_key():
     assert {what: key_of(*make()) for what, make in OTHERS.items()} == {
         what: key for what, key in keys.items() if what != "usual"
     }
+
+
+def test_without_values_only_parameters_are_left_out():
+    def key(module, x=X):
+        return key_of(module, (x,), {}, values=False)
+
+    class Kept(Scaled):
+        def __init__(self, by=1.0):
+            super().__init__()
+            self.register_buffer("kept", torch.full((4,), by))
+
+    assert key(Scaled()) == key(Scaled(seed=1)) != key_of(Scaled(), (X,), {})
+    assert key(Kept()) != key(Kept(2.0))
+    others = [
+        Scaled(by=3.0),
+        Scaled(kind="add"),
+        Scaled().eval(),
+        Scaled().half(),
+        Scaled().requires_grad_(False),
+    ]
+    assert len({key(module) for module in (Scaled(), *others)}) == 1 + len(others)
+    assert key(Scaled()) != key(Scaled(), X + 1)
+
+
+class Frozen(torch.nn.Module):
+    """A module with a parameter that no layer of torch owns."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.fc, self.by = torch.nn.Linear(4, 4), torch.nn.Parameter(torch.full((4, 4), by))
+
+    def forward(self, x):
+        return self.fc(x) @ self.by
+
+
+def test_each_has_its_own_values(tmp_path):
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append(options)
+        return torch.onnx.export.__wrapped__(*arguments, **options)
+
+    once = exported_once(counted, tmp_path)
+    for seed in range(3):
+        module = Scaled(seed=seed).eval()
+        for export in (once, torch.onnx.export.__wrapped__):
+            model = export(module, (X,), dynamo=True, optimize=False, verbose=False).model_proto
+            (got,) = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: X.numpy()})
+            np.testing.assert_allclose(got, module(X).detach().numpy(), rtol=1e-5)
+    assert len(calls) == 1
+
+
+def test_values_that_are_not_copied_are_not_shared(tmp_path):
+    """The exporter's stand-in writes a parameter as something else, or once more under another name."""
+    for change in (lambda value: value * 2, lambda value: value):
+        calls = []
+
+        def export(module, args, f=None, change=change, calls=calls, **options):
+            calls.append(module)
+            program = torch.onnx.export.__wrapped__(module, args, f, **options)
+            name = "by" if change(1) == 2 else "another"
+            held = ir.tensor(change(module.by.detach().numpy()), name=name)
+            program.model.graph.initializers[name] = ir.Value(name=name, const_value=held)
+            return program
+
+        once = exported_once(export, tmp_path / str(change(1)))
+        (tmp_path / str(change(1))).mkdir()
+        for by in (2.0, 3.0):
+            program = once(Frozen(by), (X,), dynamo=True, optimize=False, verbose=False)
+            held = program.model.graph.initializers["by" if change(1) == 2 else "another"].const_value
+            assert np.array_equal(held.numpy(), np.full((4, 4), change(by), np.float32))
+        assert len(calls) == 3
+
+
+def test_where_a_model_was_loaded_from_does_not_count(tmp_path):
+    shutil.copytree(tiny.checkpoint("llama"), tmp_path / "there")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    here, there = (load(folder) for folder in (tiny.checkpoint("llama"), tmp_path / "there"))
+    assert here.config._name_or_path != there.config._name_or_path
+    assert key_of(here, (), {}) == key_of(there, (), {})
 
 
 def test_attention_and_config_count():

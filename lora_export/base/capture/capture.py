@@ -135,10 +135,10 @@ def _traced(
             path,
             loading.kind,
             loading.config,
-            getattr(torch, dtype),
-            _attention(loading.config),
-            prepare,
-            opset,
+            dtype=getattr(torch, dtype),
+            attention=_attention(loading.config),
+            prepare=prepare,
+            opset=opset,
         )
         return graph, described[-1], weights
     except CheckpointError:
@@ -374,7 +374,7 @@ def _describe(model: Any, outputs: Mapping[str, Any], dtype: str, kv_cache: bool
     if getattr(model.config, "is_encoder_decoder", False):
         kind = "encoder-decoder"
     elif model.main_input_name == "pixel_values":
-        return Captured("vision", kv_cache, dtype)
+        return Captured(kind="vision", kv_cache=kv_cache, dtype=dtype)
     elif any(outputs.get(name) is not None for name in ("past_key_values", "cache_params")):
         kind = "decoder"
     longest = longest_of(model, config)

@@ -54,7 +54,8 @@ def _without_values(module: torch.nn.Module) -> contextlib.AbstractContextManage
     first = next(module.parameters(), None)
     if first is None or first.device.type != "meta":
         return contextlib.nullcontext()
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    mode: contextlib.AbstractContextManager[object] = FakeTensorMode(allow_non_fake_inputs=True)
+    return mode
 
 
 def tensor_names(outputs: Any) -> list[str] | None:

@@ -50,7 +50,7 @@ def build_outline(
     import torch
     from torch.overrides import TorchFunctionMode
 
-    class Empty(TorchFunctionMode):
+    class Empty(TorchFunctionMode):  # type: ignore[misc]
         """Makes what has no values yet, the weights, on the meta device."""
 
         def __torch_function__(

@@ -18,7 +18,7 @@ from lora_export.base.checkpoint.sentence_modules import transformer_folder
 from lora_export.base.checkpoint.weight_files import find_weights, read_object
 from lora_export.errors import CheckpointError
 from lora_export.storage.inputs import note_inputs, refuse_changed_inputs
-from lora_export.storage.safetensors import DTYPES, HeaderError, read_file_header
+from lora_export.storage.safetensors import DTYPES, FileHeader, HeaderError, StoredTensor, read_file_header
 from lora_export.untrusted.links import refuse_links
 
 _OTHER_FORMATS = {
@@ -30,53 +30,13 @@ _OTHER_FORMATS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredTensor:
-    """Tensor of a checkpoint.
-
-    Attributes:
-        name: Name in the file.
-        file: The file that holds it.
-        code: The format's code of the dtype, such as ``BF16``.
-        shape: Shape of the tensor.
-        offset: Position in the file, in bytes.
-        length: Size in bytes.
-    """
-
-    name: str
-    file: Path
-    code: str
-    shape: tuple[int, ...]
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """Safetensors file.
-
-    Attributes:
-        path: The file.
-        size: Size of the file in bytes.
-        data_start: Position of the first tensor, after the header, in bytes.
-        header: The header, in its own order.
-        tensors: The tensors by their position in the file.
-    """
-
-    path: Path
-    size: int
-    data_start: int
-    header: Mapping[str, Any]
-    tensors: tuple[StoredTensor, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """Weights of a folder.
 
     Attributes:
         folder: The folder.
         config: Its config.json; empty if there is none.
-        shards: The safetensors files, in the order of their names.
+        shards: The safetensors files' headers, in the order of their names.
         tensors: Tensor name → tensor, over all shards.
         index: The index file of a sharded checkpoint, or None.
         notes: Notes on other sets of weights, and on code that is not run.
@@ -84,7 +44,7 @@ class Checkpoint:
 
     folder: Path
     config: Mapping[str, Any]
-    shards: tuple[Shard, ...]
+    shards: tuple[FileHeader, ...]
     tensors: Mapping[str, StoredTensor]
     index: Path | None
     notes: tuple[str, ...] = ()
@@ -152,7 +112,7 @@ class Checkpoint:
             refuse_changed_inputs()
             raise CheckpointError(
                 f"{tensor.file} can't be read where '{name}' lies, at bytes {tensor.offset} to "
-                f"{tensor.offset + tensor.length}: {getattr(error, 'strerror', None) or error}",
+                f"{tensor.end}: {getattr(error, 'strerror', None) or error}",
                 "run it again when nobody writes the base",
             ) from error
         return raw.view(np.ndarray).view(dtype).reshape(tensor.shape)
@@ -240,28 +200,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_shard(path: Path, problems: list[str]) -> Shard | None:
-    """Return a file's layout, or None after adding to ``problems``."""
+def _read_shard(path: Path, problems: list[str]) -> FileHeader | None:
+    """Return a file's header, or None after adding to ``problems``."""
     try:
-        found = read_file_header(path)
+        return read_file_header(path)
     except OSError as error:
         problems.append(f"{path.name}: {error.strerror or error}")
-        return None
     except HeaderError as error:
         problems += [f"{path.name}: {problem}" for problem in error.problems]
-        return None
-    tensors = [
-        StoredTensor(
-            name=e.name, file=path, code=e.code, shape=e.shape, offset=e.start, length=e.stop - e.start
-        )
-        for e in found.entries
-    ]
-    return Shard(
-        path=path, size=found.size, data_start=found.data_start, header=found.content, tensors=tuple(tensors)
-    )
+    return None
 
 
-def _joined(shards: list[Shard], problems: list[str]) -> dict[str, StoredTensor]:
+def _joined(shards: list[FileHeader], problems: list[str]) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         for tensor in shard.tensors:

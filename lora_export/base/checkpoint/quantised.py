@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.adapter import Array
-from lora_export.base.checkpoint.checkpoint import Checkpoint, StoredTensor
+from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.packed import packed
 from lora_export.errors import CheckpointError
 from lora_export.plan import Refusal
-from lora_export.storage.safetensors import FLOATS
+from lora_export.storage.safetensors import FLOATS, StoredTensor
 from lora_export.storage.scales import dequantise, grid_of, looks_scaled
 
 _QUANTISED = "stored quantised"

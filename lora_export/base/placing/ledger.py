@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from lora_export.adapter import Adapter
-from lora_export.base.checkpoint.checkpoint import Checkpoint, StoredTensor
+from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.ties.tied_changes import Change, MakePatch
 from lora_export.formats.reading.whole_copies import Reach
 from lora_export.plan import PlanRow, Refusal
+from lora_export.storage.safetensors import StoredTensor
 
 
 @dataclass(kw_only=True)

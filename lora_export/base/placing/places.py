@@ -430,7 +430,7 @@ class _Placer:
             raise NoPlace(
                 Refusal("operator", f"{tensor.name} holds the transpose of it, by transformers' conversion")
             )
-        return [Placement(span, 0, 0, transposed)], "transposed" if transposed else ""
+        return [Placement(rows=span, row=0, col=0, transposed=transposed)], "transposed" if transposed else ""
 
     def _fit_parameter(
         self, module: LoraModule, part: Part, span: tuple[int, int]
@@ -453,10 +453,12 @@ class _Placer:
             raise NoPlace(placed)
         layout = "transposed" if placed else ""
         if part.expert is not None or experts == 1:
-            return [Placement(span, 0, 0, placed, expert=part.expert or 0)], layout
+            return [Placement(rows=span, row=0, col=0, transposed=placed, expert=part.expert or 0)], layout
         self._stacked.add(tensor.name)
         height = tensor.shape[1]
-        placements = [Placement(span, e * height, 0, placed, expert=e) for e in range(experts)]
+        placements = [
+            Placement(rows=span, row=e * height, col=0, transposed=placed, expert=e) for e in range(experts)
+        ]
         return placements, f"{experts} experts stacked" + (", transposed" if placed else "")
 
     def _rows_hint(self, path: str, shape: tuple[int, ...], seen: tuple[int, ...]) -> str:

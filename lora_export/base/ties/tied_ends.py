@@ -146,7 +146,7 @@ def _holds(use: Use, mine: Array, picked: Array, rows: Array) -> bool:
         return False
     if use.quantised:
         return True
-    placement = Placement((0, len(mine)), 0, 0, use.transposed)
+    placement = Placement(rows=(0, len(mine)), row=0, col=0, transposed=use.transposed)
     return is_same(canonical_rows(Part(use.root, (use,), (placement,)), placement), mine)
 
 

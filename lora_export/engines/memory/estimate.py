@@ -36,7 +36,7 @@ TIGHT_SHARE = 0.9
 _CACHE, _CACHE_DIMS = re.compile(r"^(past|present)[._]"), 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
     """Memory of an engine at the largest shapes of its profiles, in bytes.
 
@@ -142,7 +142,7 @@ def estimate_memory(
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Parts:
     activations: int
     cache: int
@@ -169,7 +169,7 @@ def _of_profile(
             continue
         part = "adapter" if value.name in lora else "cache" if _is_cache(str(value.name), sized) else "io"
         sizes[part] += sized.bytes
-    return _Parts(activations.bytes, **sizes, unknown=tuple(unknown), dims=dims)
+    return _Parts(activations=activations.bytes, **sizes, unknown=tuple(unknown), dims=dims)
 
 
 def _ports(graph: GraphFile) -> Iterator[ir.Value]:
@@ -247,7 +247,9 @@ def check_fit(
     if estimate.total_bytes(max(adapters, 1)) > usable or not _takes(estimate, adapters):
         # Streaming from the host saves nothing if host and GPU share their memory.
         streamable = not target.shared_memory and _streamed(estimate, adapters) <= usable
-        verdict, reason = _too_large(estimate, usable, adapters, weight_streaming, streamable)
+        verdict, reason = _too_large(
+            estimate, usable, adapters=adapters, streaming=weight_streaming, streamable=streamable
+        )
     else:
         verdict, reason = _small_enough(estimate, usable, adapters)
     lines = [f"{target.name}: {reason}", *estimate.lines()]

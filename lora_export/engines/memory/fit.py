@@ -65,7 +65,13 @@ def check_fits(
     if refused and not ignore_memory:
         raise BackendError(
             f"the engine would not fit into the memory of {', '.join(fit.target.name for fit in refused)}",
-            _how_to_fit(profiles, adapters, options, estimate, [fit.target for fit in refused]),
+            _how_to_fit(
+                profiles,
+                adapters,
+                options=options,
+                estimate=estimate,
+                targets=[fit.target for fit in refused],
+            ),
             [line for fit in refused for line in fit.lines],
         )
     return fits

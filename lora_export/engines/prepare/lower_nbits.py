@@ -108,7 +108,9 @@ class _Lowering:
         for made in new:
             made.metadata_props.update(node.metadata_props)
         constants = [value for value in node.inputs[1:] if value is not None]
-        ir.convenience.replace_nodes_and_values(owner, node, [node], new, [node.outputs[0]], [result])
+        ir.convenience.replace_nodes_and_values(
+            owner, node, old_nodes=[node], new_nodes=new, old_values=[node.outputs[0]], new_values=[result]
+        )
         _drop_unused(constants)
         return weight
 

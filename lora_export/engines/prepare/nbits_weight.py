@@ -26,7 +26,7 @@ _A, _B, _SCALE, _ZERO, _ORDER, _BIAS = range(6)
 _HINT = "quantise it again: MatMulNBits with 4 or 8 bits, symmetric, blocks of 16, 32, 64 or 128"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class NbitsWeight:
     """The attributes and weight of a MatMulNBits.
 

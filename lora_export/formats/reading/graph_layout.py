@@ -57,7 +57,7 @@ def read_converted(source: Source, options: Options, format: str, config: Mappin
         if match := _NAME.match(name):
             part = "lora_bias" if match["leaf"] == "bias" else _PARTS[match["part"].partition(".")[0]]
             part += f".{match['cut']}" if match["cut"] else ""
-            _add(table, match["path"], part, name, values, kinds)
+            _add(table, match["path"], part=part, name=name, values=values, kinds=kinds)
         else:
             table.unknown([name], f"not {EXPECTS}")
     modules = {}
@@ -75,7 +75,9 @@ def read_converted(source: Source, options: Options, format: str, config: Mappin
     notes = []
     if not config.get("base_sha256") and not config.get("base_version"):
         notes.append("the file doesn't state the base it was converted for, so this can't be checked")
-    made = adapter_of(source, format, table, modules, {LAYOUT_KEY: LAYOUT, **config}, notes)
+    made = adapter_of(
+        source, format, table=table, modules=modules, config={LAYOUT_KEY: LAYOUT, **config}, notes=notes
+    )
     return replace(made, base_model=config.get("base") or None)
 
 

@@ -20,7 +20,7 @@ from lora_export.untrusted.archives import too_much
 MAX_LISTED = 40
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Parts:
     """The tensors found for one module, and the file's facts on it."""
 
@@ -61,7 +61,7 @@ class PartsTable:
 
     def add(self, path: str, part: str, name: str, values: Array, component: str | None = None) -> Parts:
         """Add the tensor ``name`` as ``part`` (``lora_a``, ``lora_b``, …) of the module ``path``."""
-        row = self.rows.setdefault((component, path), Parts(path, component))
+        row = self.rows.setdefault((component, path), Parts(path=path, component=component))
         if part in row.tensors:
             self.problems.append(f"{row.label}: {part} exists twice, as {row.names[-1]} and as {name}")
         row.tensors[part] = values

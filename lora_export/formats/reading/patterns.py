@@ -55,7 +55,7 @@ _QUIET = threading.Lock()
 T = TypeVar("T")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Budget:
     """The budget that is left for a reading.
 
@@ -69,7 +69,7 @@ class _Budget:
     """
 
     where: str
-    left_s: float = LIMIT_S
+    left_s: float = field(default_factory=lambda: LIMIT_S)
     granted_s: float = 0.0
     matches: int = _MOST_MATCHES
     compiled: dict[str, tuple[bool, Any]] = field(default_factory=dict)
@@ -103,7 +103,7 @@ def within(where: str) -> Iterator[None]:
     Args:
         where: What brings the patterns, for messages: an adapter and its file.
     """
-    token = _BUDGET.set(_Budget(where))
+    token = _BUDGET.set(_Budget(where=where))
     try:
         yield
     finally:
@@ -174,7 +174,7 @@ def _without_warnings() -> Iterator[None]:
 
 
 def _budget() -> _Budget:
-    return _BUDGET.get() or _Budget("an adapter's config")
+    return _BUDGET.get() or _Budget(where="an adapter's config")
 
 
 @contextlib.contextmanager
@@ -233,7 +233,7 @@ def count(key: str, pattern: str, text: str, times: int) -> None:
     Raises:
         AdapterError: It is too often.
     """
-    _count(_budget(), key, pattern, text, times)
+    _count(_budget(), key, pattern=pattern, text=text, times=times)
 
 
 def _count(budget: _Budget, key: str, pattern: str, text: str, times: int = 1) -> None:

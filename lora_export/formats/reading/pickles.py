@@ -50,7 +50,7 @@ _BOOKKEEPING = ("optim", "sched", "epoch", "step", "rng", "loss", "callbacks", "
                 "scaler", "amp_")  # fmt: skip
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Checkpoint:
     """The contents of a torch checkpoint.
 

@@ -68,7 +68,7 @@ class Options:
     component: str | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Source:
     """An adapter file that has been opened.
 

@@ -28,7 +28,7 @@ _ARGUMENTS = "ss_network_args"
 _ON = ("true", "1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stated:
     """The scaling that file and user together state.
 

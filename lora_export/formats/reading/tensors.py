@@ -17,8 +17,8 @@ from lora_export.storage.safetensors import (
     FLOATS,
     METADATA,
     FileHeader,
-    HeaderEntry,
     HeaderError,
+    StoredTensor,
     header_bytes,
     read_file_header,
 )
@@ -61,7 +61,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     try:
         with open_regular(path) as file:
             # In the header's order: an adapter's modules come in the order in which its tool named them.
-            tensors = {name: _read_entry(file, entry) for name, entry in header.named.items()}
+            tensors = {name: _read_tensor(file, tensor) for name, tensor in header.named.items()}
     except (OSError, _ShortError) as error:
         refuse_changed([before])
         raise AdapterError(
@@ -76,19 +76,19 @@ class _ShortError(Exception):
     """A file ends before what its header describes."""
 
 
-def _read_entry(file: BinaryIO, entry: HeaderEntry) -> Array:
-    raw: Array = np.empty(entry.stop - entry.start, np.uint8)
+def _read_tensor(file: BinaryIO, tensor: StoredTensor) -> Array:
+    raw: Array = np.empty(tensor.length, np.uint8)
     view, done = raw.data, 0
-    file.seek(entry.start)
+    file.seek(tensor.offset)
     while done < len(raw):
         step = file.readinto(view[done:])  # type: ignore[attr-defined]
         if not step:
             raise _ShortError(
-                f"it ends at byte {entry.start + done}, within the values that its header names"
+                f"it ends at byte {tensor.offset + done}, within the values that its header names"
             )
         done += step
     raw.flags.writeable = False
-    return raw.view(entry.dtype).reshape(entry.shape)
+    return raw.view(tensor.dtype).reshape(tensor.shape)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:

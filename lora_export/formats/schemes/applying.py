@@ -20,7 +20,7 @@ from lora_export.formats.schemes.known import KnownModules, flatten
 from lora_export.formats.schemes.rules import Counterpart, Scheme, inner
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Translation:
     """The translation of an adapter by a scheme.
 
@@ -61,7 +61,7 @@ def apply_scheme(scheme: Scheme, adapter: Adapter, known: KnownModules) -> Trans
     prefix = _outer_prefix(targets, known)
     if prefix is None:
         return None
-    return _Translator(Translation(scheme, adapter), known, prefix, targets).run(adapter)
+    return _Translator(Translation(scheme=scheme, adapter=adapter), known, prefix, targets).run(adapter)
 
 
 def _outer_prefix(targets: Mapping[str, Sequence[Counterpart]], known: KnownModules) -> str | None:

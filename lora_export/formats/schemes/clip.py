@@ -16,7 +16,7 @@ from lora_export.formats.schemes.rules import Components, Counterpart, Lookup, p
 _TOKENS, _PATCHES = "embeddings.token_embedding", "embeddings.patch_embedding"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Tower:
     """One tower.
 
@@ -58,12 +58,16 @@ class _Tower:
 
 
 TEXT = _Tower(
-    "transformers 4's CLIP text model",
-    (None, "text_encoder", "text_encoder_2", "text_encoder_3"),
-    "text_model",
-    _TOKENS,
-    _PATCHES,
+    name="transformers 4's CLIP text model",
+    components=(None, "text_encoder", "text_encoder_2", "text_encoder_3"),
+    outer="text_model",
+    own=_TOKENS,
+    other=_PATCHES,
 )
 VISION = _Tower(
-    "transformers 4's CLIP vision model", (None, "image_encoder"), "vision_model", _PATCHES, _TOKENS
+    name="transformers 4's CLIP vision model",
+    components=(None, "image_encoder"),
+    outer="vision_model",
+    own=_PATCHES,
+    other=_TOKENS,
 )

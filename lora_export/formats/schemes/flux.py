@@ -19,8 +19,8 @@ _DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
 _EMBED = "time_text_embed"
 
 SCHEME = TableScheme(
-    "Black Forest Labs' FLUX.1",
-    {
+    name="Black Forest Labs' FLUX.1",
+    table={
         "double_blocks.{}.img_attn.qkv": thirds(*(f"{_DOUBLE}.attn.to_{x}" for x in "qkv")),
         "double_blocks.{}.txt_attn.qkv": thirds(*(f"{_DOUBLE}.attn.add_{x}_proj" for x in "qkv")),
         "double_blocks.{}.img_attn.proj": f"{_DOUBLE}.attn.to_out.0",

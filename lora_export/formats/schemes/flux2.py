@@ -11,8 +11,8 @@ _DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
 _EMBED = "time_guidance_embed"
 
 SCHEME = TableScheme(
-    "Black Forest Labs' FLUX.2",
-    {
+    name="Black Forest Labs' FLUX.2",
+    table={
         "double_blocks.{}.img_attn.qkv": thirds(*(f"{_DOUBLE}.attn.to_{x}" for x in "qkv")),
         "double_blocks.{}.txt_attn.qkv": thirds(*(f"{_DOUBLE}.attn.add_{x}_proj" for x in "qkv")),
         "double_blocks.{}.img_attn.proj": f"{_DOUBLE}.attn.to_out.0",

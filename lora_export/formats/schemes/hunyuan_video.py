@@ -21,8 +21,8 @@ _REFINER, _REFINED = (
 _EMBED = "time_text_embed"
 
 SCHEME = TableScheme(
-    "Tencent's HunyuanVideo",
-    {
+    name="Tencent's HunyuanVideo",
+    table={
         "double_blocks.{}.img_attn_qkv": thirds(*(f"{_DOUBLE}.attn.to_{x}" for x in "qkv")),
         "double_blocks.{}.txt_attn_qkv": thirds(*(f"{_DOUBLE}.attn.add_{x}_proj" for x in "qkv")),
         "double_blocks.{}.img_attn_proj": f"{_DOUBLE}.attn.to_out.0",

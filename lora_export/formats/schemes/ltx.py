@@ -23,8 +23,8 @@ _ADAPTIVE = {
 _INSIDE = ("emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2", "linear")
 
 SCHEME = TableScheme(
-    "Lightricks' LTX",
-    {
+    name="Lightricks' LTX",
+    table={
         "patchify_proj": "proj_in",
         "audio_patchify_proj": "audio_proj_in",
         **{f"{theirs}.{leaf}": f"{ours}.{leaf}" for theirs, ours in _ADAPTIVE.items() for leaf in _INSIDE},

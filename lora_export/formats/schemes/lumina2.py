@@ -37,8 +37,8 @@ def _blocks() -> Iterator[tuple[str, str | Sequence[Counterpart]]]:
 
 
 SCHEME = TableScheme(
-    "Alpha-VLLM's Lumina 2",
-    {
+    name="Alpha-VLLM's Lumina 2",
+    table={
         **dict(_blocks()),
         "t_embedder.mlp.0": f"{_EMBED}.timestep_embedder.linear_1",
         "t_embedder.mlp.2": f"{_EMBED}.timestep_embedder.linear_2",

@@ -12,8 +12,8 @@ from lora_export.formats.schemes.rules import TableScheme, thirds
 _BLOCK, _LAYER = "transformer.resblocks.{}", "encoder.layers.{}"
 
 SCHEME = TableScheme(
-    "OpenCLIP's text model",
-    {
+    name="OpenCLIP's text model",
+    table={
         f"{_BLOCK}.attn.in_proj": thirds(*(f"{_LAYER}.self_attn.{x}_proj" for x in "qkv")),
         f"{_BLOCK}.attn.out_proj": f"{_LAYER}.self_attn.out_proj",
         f"{_BLOCK}.mlp.c_fc": f"{_LAYER}.mlp.fc1",

@@ -134,7 +134,7 @@ def _pattern(source: str) -> re.Pattern[str]:
     return re.compile(re.escape(source).replace(r"\{\}", r"(\d+)"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TableScheme:
     """A scheme that is a table of names.
 

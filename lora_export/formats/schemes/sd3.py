@@ -16,8 +16,8 @@ def _context_modulation(rows: int, cols: int) -> Spans:
 
 
 SCHEME = TableScheme(
-    "Stability's Stable Diffusion 3",
-    {
+    name="Stability's Stable Diffusion 3",
+    table={
         "joint_blocks.{}.x_block.attn.qkv": thirds(*(f"{_BLOCK}.attn.to_{x}" for x in "qkv")),
         "joint_blocks.{}.x_block.attn2.qkv": thirds(*(f"{_BLOCK}.attn2.to_{x}" for x in "qkv")),
         "joint_blocks.{}.context_block.attn.qkv": thirds(*(f"{_BLOCK}.attn.add_{x}_proj" for x in "qkv")),

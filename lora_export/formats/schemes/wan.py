@@ -32,8 +32,8 @@ def _blocks() -> Iterator[tuple[str, str]]:
 
 
 SCHEME = TableScheme(
-    "Alibaba's Wan",
-    {
+    name="Alibaba's Wan",
+    table={
         **dict(_blocks()),
         "time_embedding.0": f"{_EMBED}.time_embedder.linear_1",
         "time_embedding.2": f"{_EMBED}.time_embedder.linear_2",

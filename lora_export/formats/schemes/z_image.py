@@ -20,8 +20,8 @@ def _blocks() -> Iterator[tuple[str, str | Sequence[Counterpart]]]:
 
 
 SCHEME = TableScheme(
-    "ComfyUI's Z-Image",
-    {
+    name="ComfyUI's Z-Image",
+    table={
         **dict(_blocks()),
         **{same: same for same in ("t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.1")},
         "x_embedder": "all_x_embedder.2-1",

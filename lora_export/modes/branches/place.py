@@ -242,7 +242,9 @@ def _add_bias(site: Site, branches: list[Branch]) -> Refusal | None:
         change = change.astype(np.float64) - values.astype(np.float64)
         lora = with_bias(lora, change, target.tensor_names)
     # Codes that can't be read are not a site for an adapter that replaces the bias.
-    stored = () if isinstance(held, Refusal) else (StoredRows(held.name, (0, len(change)), row=start),)
+    stored = (
+        () if isinstance(held, Refusal) else (StoredRows(weight=held.name, rows=(0, len(change)), row=start),)
+    )
     branches[number] = replace(branch, lora=lora, bias=True, stored_bias=stored)
     return None
 

@@ -90,7 +90,7 @@ def _is_language(path: Path, changed: Container[str]) -> bool:
     """Return True if a file holds a language's weights, none of which the merge changes."""
     if not fnmatch(path.name, _LANGUAGE):
         return False
-    return not any(entry.name in changed for entry in read_file_header(path).entries)
+    return not any(tensor.name in changed for tensor in read_file_header(path).tensors)
 
 
 def _is_index(path: Path, checkpoint: Checkpoint) -> bool:

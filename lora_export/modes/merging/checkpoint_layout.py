@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_export.base.checkpoint.checkpoint import Shard, StoredTensor
 from lora_export.base.placing.changes import Placed, view_of
-from lora_export.storage.safetensors import DTYPES, FLOATS, METADATA, header_bytes
+from lora_export.storage.safetensors import DTYPES, FLOATS, METADATA, FileHeader, StoredTensor, header_bytes
 from lora_export.storage.stream import BytesPiece, CopyPiece, MergePiece, Piece, RequantisedPiece
 from lora_export.untrusted.documents import open_regular
 
@@ -52,7 +51,7 @@ class Layout:
         return {slot.name: slot for slot in self.slots}
 
 
-def layout_of(shard: Shard, placed: Placed, code: str | None) -> Layout:
+def layout_of(shard: FileHeader, placed: Placed, code: str | None) -> Layout:
     """Return the layout of a shard in the output.
 
     The header is written again only if it has to change; the metadata and the order of names and data stay.
@@ -169,13 +168,13 @@ def _extended(run: CopyPiece | None, slot: Slot) -> tuple[CopyPiece, CopyPiece |
     return CopyPiece(tensor.file, tensor.offset, slot.length, slot.at), run
 
 
-def _header(shard: Shard, slots: list[Slot]) -> bytes:
+def _header(shard: FileHeader, slots: list[Slot]) -> bytes:
     by_name = {slot.name: slot for slot in slots}
-    order = [*shard.header, *(name for name in by_name if name not in shard.header)]
+    order = [*shard.content, *(name for name in by_name if name not in shard.content)]
     header: dict[str, Any] = {}
     for name in order:
         if name == METADATA:
-            header[name] = shard.header[name]
+            header[name] = shard.content[name]
             continue
         if name not in by_name:
             continue

@@ -28,7 +28,7 @@ from lora_export.runtimes.torch.lookups import record_lookups
 _RANGES = 3
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Table:
     """An embedding that an adapter changes.
 
@@ -69,7 +69,7 @@ class Table:
         self.read[rows] = True
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Coverage:
     """The tables, with the rows that were read so far.
 
@@ -88,10 +88,10 @@ class Coverage:
     @classmethod
     def of(cls, sides: Sides) -> Coverage:
         """Return a coverage with the tables that the adapters of a check change."""
-        made, reference = cls(sides), sides.reference
+        made, reference = cls(sides=sides), sides.reference
         if isinstance(reference, CheckpointReference):
             for path, owner in reference.model.changed_embeddings.items():
-                made.tables[path] = Table(path, np.zeros(len(owner.get()), np.bool_))
+                made.tables[path] = Table(path=path, read=np.zeros(len(owner.get()), np.bool_))
         else:
             made._look_into_the_graph()
         return made
@@ -155,7 +155,7 @@ class Coverage:
         known = {probe.module for probe in self._probes}
         for module, shape in shapes.items():
             if module in known:
-                self.tables[module] = Table(module, np.zeros(shape.shape[0], np.bool_))
+                self.tables[module] = Table(path=module, read=np.zeros(shape.shape[0], np.bool_))
             else:
                 refusal = missing.get(module)
                 self.unknown[module] = refusal.detail if refusal else "its indices are not seen in the graph"

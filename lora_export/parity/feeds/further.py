@@ -89,9 +89,9 @@ class FurtherFeeds:
             yield from make_feeds(
                 self._ports,
                 self._captured,
-                [batch],
-                [sequence],
-                self._seed,
+                batches=[batch],
+                sequences=[sequence],
+                seed=self._seed,
                 samples=1,
                 vocab_size=vocabulary_of(self._sides),
                 first=first,

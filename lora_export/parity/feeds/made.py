@@ -91,7 +91,14 @@ def make_feeds(
         hints = ["give values for all inputs: --feeds FILE.npz or FILE.safetensors"] * bool(unclear)
         hints += ["give sizes that the graph takes: --batch, --sequence, --samples, --seed"] * bool(wrong)
         raise BackendError("can't make feeds for the graph", "; ".join(hints), unclear + wrong)
-    maker = _Maker(ports, sizes, _vocabularies(ports, captured, vocab_size), seed, first, padded)
+    maker = _Maker(
+        ports,
+        sizes,
+        vocabularies=_vocabularies(ports, captured, vocab_size),
+        seed=seed,
+        first=first,
+        padded=padded,
+    )
     pairs = _pairs(rows, tokens)
     return [maker.feed(number, pairs, tokens) for number in range(samples)]
 
@@ -196,7 +203,9 @@ class _Maker:
         masks = {}
         for later, side in enumerate(LENGTHS):
             before = past if side == self._sizes.main else 0
-            masks[side] = self._mask(turn + place + later, side, batch, before, lengths[side])
+            masks[side] = self._mask(
+                turn + place + later, side, batch=batch, past=before, sequence=lengths[side]
+            )
         values = {port.name: self._values(port, lengths, masks) for port in self._ports}
         return Feed(self._label(number, lengths, masks), values, self._shared)
 

@@ -48,7 +48,7 @@ APPLIED_LIMIT = 0.05
 APPLIED_CEILING = 0.45
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Limit:
     """The limits of a group of outputs in one state.
 
@@ -179,7 +179,14 @@ def limit_of(
     most = max(WORST_CEILING, WORST_OVER * (worst_own or 0.0), WORST_OVER * ties[1])
     if worst > most:
         worst, why_worst = most, f"{why_worst}, but at most {most:.2g}: a position without values is off by 1"
-    return Limit(relative, worst, why, why_worst, ties=TIES_FACTOR * ties[0], is_bounded=is_bounded)
+    return Limit(
+        relative=relative,
+        worst=worst,
+        why=why,
+        why_worst=why_worst,
+        ties=TIES_FACTOR * ties[0],
+        is_bounded=is_bounded,
+    )
 
 
 def effect_limit(

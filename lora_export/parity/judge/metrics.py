@@ -65,7 +65,7 @@ def _infinite(rows: Doubles) -> int:
     return int(rows.size - np.isfinite(rows).sum())
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Distance:
     """The distance of one run from the reference.
 
@@ -101,7 +101,7 @@ class Distance:
     beyond: float = 0.0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Tally:
     """One output in one state, over all feeds so far.
 
@@ -171,13 +171,13 @@ class Tally:
         own_base = None if got_without is None else _positions(got_without, valid)
         if own_base is not None and _infinite(own_base):
             own_base = None  # the base state reports it
-        self._measure(self.got, exact, _positions(got, valid), base, own_base)
+        self._measure(self.got, exact, found=_positions(got, valid), base=base, found_base=own_base)
         if own is not None:
             self.own = self.own or Distance()
-            self._measure(self.own, exact, _positions(own, valid), base, None)
+            self._measure(self.own, exact, found=_positions(own, valid), base=base, found_base=None)
         if tied is not None:
             self.ties = self.ties or Distance()
-            self._measure(self.ties, exact, _positions(tied, valid), base, None)
+            self._measure(self.ties, exact, found=_positions(tied, valid), base=base, found_base=None)
 
     def _measure(
         self, into: Distance, exact: Doubles, found: Doubles, base: Doubles | None, found_base: Doubles | None
@@ -249,8 +249,8 @@ class Tally:
 
         has_effect = self.moved and self.moved_squared > 0
         return OutputMetrics(
-            state,
-            output,
+            state=state,
+            output=output,
             max_abs=shown(got.max_abs),
             mean_abs=shown(got.sum_abs / max(self.values, 1)),
             relative=shown(self.relative(got)),

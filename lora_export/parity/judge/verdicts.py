@@ -6,7 +6,7 @@ Outputs are judged in groups (all layers of a cache are one), each by its worst 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from lora_export.parity.judge.limits import (
@@ -84,7 +84,8 @@ class Judge:
                 verdicts += self._errors(state, group, members, worst_own.get(group))
             if state != BASE:
                 verdicts += self.effects(state, outputs)
-        return _one_moves(verdicts)
+        still = {state_name(state) for state, outputs in tallies.items() if _moves_nothing(outputs)}
+        return _one_moves(verdicts, still)
 
     def _errors(
         self, state: State, group: str, members: Mapping[str, Tally], worst_own: float | None
@@ -93,7 +94,14 @@ class Judge:
         norm = math.sqrt(sum(tally.wanted_squared for tally in counted)) or 1.0
         effect = math.sqrt(sum(tally.moved_squared for tally in counted)) / norm
         ties = pooled_ties(counted)
-        limit = limit_of(self.dtype, pooled_own(counted), worst_own, effect, self.rounding, ties)
+        limit = limit_of(
+            self.dtype,
+            pooled_own(counted),
+            worst_own=worst_own,
+            effect=effect,
+            rounding=self.rounding,
+            ties=ties,
+        )
         each = {
             name: FACTOR * tally.relative(tally.own) + TIES_FACTOR * tally.relative(tally.ties or Distance())
             for name, tally in members.items()
@@ -128,25 +136,47 @@ class Judge:
             passed = value <= largest
             where = f"; in {member}" if len(members) > 1 and not passed else ""
             return Verdict(
-                "law" if kind else "error", label + name, state, shown, value, largest, passed, why + where
+                kind="law" if kind else "error",
+                name=label + name,
+                state=state,
+                output=shown,
+                value=value,
+                limit=largest,
+                passed=passed,
+                why=why + where,
             )
 
         return [
             verdict(
                 "relative error",
                 relative[0],
-                relative[1].relative(relative[1].got),
-                allowed,
-                why,
+                value=relative[1].relative(relative[1].got),
+                largest=allowed,
+                why=why,
             ),
-            verdict("worst position", worst[0], worst[1].worst(worst[1].got), limit.worst, limit.why_worst),
+            verdict(
+                "worst position",
+                worst[0],
+                value=worst[1].worst(worst[1].got),
+                largest=limit.worst,
+                why=limit.why_worst,
+            ),
         ]
 
     def _within(self, state: str, group: str, members: Mapping[str, Tally], label: str) -> Verdict:
         value = max(tally.got.beyond for tally in members.values())
         why = f"largest |difference| / (atol + rtol × |reference|), as given: {self.tolerance}"
         name = f"{label}tolerance"
-        return Verdict("law" if label else "error", name, state, group, value, 1.0, value <= 1.0, why)
+        return Verdict(
+            kind="law" if label else "error",
+            name=name,
+            state=state,
+            output=group,
+            value=value,
+            limit=1.0,
+            passed=value <= 1.0,
+            why=why,
+        )
 
     def effects(self, state: State, outputs: Mapping[str, Tally]) -> list[Verdict]:
         """Return the verdicts on whether an adapter is applied."""
@@ -154,10 +184,10 @@ class Judge:
         judged = {output: tally for output, tally in outputs.items() if tally.moved}
         if not judged:
             return [_unproven(name, "", _UNKNOWN)]
-        moving = {output: tally for output, tally in judged.items() if tally.moved_squared > 0}
-        if not moving:
+        if _moves_nothing(outputs):
             # Without finite values nothing can be told, and they have failed already.
             return [_unproven(name, "", _NOTHING_MOVES)] if usable_members(judged) else []
+        moving = {output: tally for output, tally in judged.items() if tally.moved_squared > 0}
         # The model's main outputs; a cache only if nothing else changes.
         main = {output: tally for output, tally in moving.items() if group_of(output) == output} or moving
         verdicts = []
@@ -175,37 +205,81 @@ class Judge:
         applied = value <= limit
         if not applied:
             why = f"{tally.applied(tally.got):.3g} of the adapter's effect is there; {why}"
-        verdicts = [Verdict("effect", "adapter applied", state, output, value, limit, applied, why)]
+        verdicts = [
+            Verdict(
+                kind="effect",
+                name="adapter applied",
+                state=state,
+                output=output,
+                value=value,
+                limit=limit,
+                passed=applied,
+                why=why,
+            )
+        ]
         # A given tolerance allows for an error of the base, such as quantising, which the drift leaves out.
         value = (tally.error_over_effect if self.tolerance.auto else tally.drift_over_effect)(tally.got)
-        limit, why = effect_limit(self.dtype, ratio, tally.effect, self.rounding, ties)
+        limit, why = effect_limit(self.dtype, ratio, effect=tally.effect, rounding=self.rounding, ties=ties)
         if value > limit and ratio is not None and ratio > EFFECT_CEILING / 2:
             why = (
                 f"PyTorch itself in {self.dtype} is off by {ratio:.2g} of the effect ({tally.effect:.2g}): "
                 f"in this dtype it can't be shown that the adapter is applied; check a float32 export"
             )
-        verdicts.append(Verdict("effect", "error / effect", state, output, value, limit, value <= limit, why))
+        verdicts.append(
+            Verdict(
+                kind="effect",
+                name="error / effect",
+                state=state,
+                output=output,
+                value=value,
+                limit=limit,
+                passed=value <= limit,
+                why=why,
+            )
+        )
         return verdicts
 
 
-def _one_moves(verdicts: list[Verdict]) -> list[Verdict]:
+def _moves_nothing(outputs: Mapping[str, Tally]) -> bool:
+    """Return whether the reference, as far as it was run without the adapter, is the same with it."""
+    judged = [tally for tally in outputs.values() if tally.moved]
+    return bool(judged) and not any(tally.moved_squared > 0 for tally in judged)
+
+
+def _one_moves(verdicts: list[Verdict], still: Set[str]) -> list[Verdict]:
     """Return the verdicts, in which adapters without effect fail if no adapter has an effect.
 
     If another adapter changes the outputs, they are reported and pass. If the reference can't be run without
     the adapter, no effect can be required.
+
+    Args:
+        verdicts: All verdicts.
+        still: Names of the states whose adapters have no effect.
     """
     effects = [verdict for verdict in verdicts if verdict.kind == "effect"]
     if any(verdict.counted for verdict in effects):
         return verdicts
     why = f"{_NOTHING_MOVES}: nothing shows that any adapter is applied"
     return [
-        replace(verdict, passed=False, why=why) if verdict.why == _NOTHING_MOVES else verdict
+        replace(verdict, passed=False, why=why)
+        if verdict.kind == "effect" and verdict.state in still
+        else verdict
         for verdict in verdicts
     ]
 
 
 def _unproven(state: str, output: str, why: str) -> Verdict:
-    return Verdict("effect", "adapter applied", state, output, math.nan, math.inf, True, why, counted=False)
+    return Verdict(
+        kind="effect",
+        name="adapter applied",
+        state=state,
+        output=output,
+        value=math.nan,
+        limit=math.inf,
+        passed=True,
+        why=why,
+        counted=False,
+    )
 
 
 def usable_members(members: Mapping[str, Tally]) -> dict[str, Tally]:
@@ -243,7 +317,18 @@ def finite_verdicts(
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         why = "NaN or Inf in " + ", ".join(problems[:3]) + more
     name = f"{law}: finite" if law else "finite"
-    return [Verdict("finite", name, state_name(state), "", float(count), 0.0, not count, why)]
+    return [
+        Verdict(
+            kind="finite",
+            name=name,
+            state=state_name(state),
+            output="",
+            value=float(count),
+            limit=0.0,
+            passed=not count,
+            why=why,
+        )
+    ]
 
 
 def largest_limit(limits: Mapping[tuple[State, str], Limit], states: Iterable[State], group: str) -> Limit:
@@ -254,4 +339,12 @@ def largest_limit(limits: Mapping[tuple[State, str], Limit], states: Iterable[St
     each: dict[str, float] = {}
     for limit in found:
         each |= {output: max(value, each.get(output, 0.0)) for output, value in limit.each.items()}
-    return Limit(widest.relative, worst.worst, widest.why, worst.why_worst, each, widest.ties, widest.norm)
+    return Limit(
+        relative=widest.relative,
+        worst=worst.worst,
+        why=widest.why,
+        why_worst=worst.why_worst,
+        each=each,
+        ties=widest.ties,
+        norm=widest.norm,
+    )

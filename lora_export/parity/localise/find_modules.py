@@ -54,7 +54,7 @@ class ModuleShape:
     identity: int = 0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Probe:
     """A module in the graph.
 
@@ -144,7 +144,7 @@ class _Search:
             uses = tuple(use for use in self._by_root.get(rows.weight, ()) if fit.accepts(target, use))
             if not uses:
                 return None
-            placement = Placement(rows.rows, rows.row, rows.col, rows.transposed)
+            placement = Placement(rows=rows.rows, row=rows.row, col=rows.col, transposed=rows.transposed)
             parts.append(Part(uses[0].root, uses, (placement,)))
         return Site(target=target, parts=tuple(parts), evidence="record") if parts else None
 
@@ -191,8 +191,15 @@ class _Search:
         if at != branch.out_dim:
             return Refusal("not found", "only a part of its outputs was found")
         x = next(iter(pieces.values())).call.x
-        axes = [1 if kind == "conv" else -1 for kind in (branch.kind, target.kind)]
-        return Probe(target.path, order, tuple(taps), Tap(x), *axes)
+        axis, module_axis = (1 if kind == "conv" else -1 for kind in (branch.kind, target.kind))
+        return Probe(
+            module=target.path,
+            order=order,
+            y=tuple(taps),
+            x=Tap(x),
+            axis=axis,
+            module_axis=module_axis,
+        )
 
     def _norm(self, module: ModuleShape) -> Probe | None:
         for key in (f"{module.path}.bias", f"{module.path}.weight"):
@@ -201,7 +208,12 @@ class _Search:
                 nodes = [use.node for use in uses if use.slot.kind == "vector"]
                 if len(nodes) == 1 and id(nodes[0]) in self._order:
                     x = _normed(nodes[0]) or self._entering(module.path)
-                    return Probe(module.path, self._order[id(nodes[0])], (Tap(nodes[0].outputs[0]),), x)
+                    return Probe(
+                        module=module.path,
+                        order=self._order[id(nodes[0])],
+                        y=(Tap(nodes[0].outputs[0]),),
+                        x=x,
+                    )
         return None
 
     def _by_scope(self, path: str) -> Probe | None:
@@ -215,7 +227,7 @@ class _Search:
         if len(leaving) != 1:
             return None
         ((maker, value),) = leaving
-        return Probe(path, self._order[id(maker)], (Tap(value),), self._entering(path))
+        return Probe(module=path, order=self._order[id(maker)], y=(Tap(value),), x=self._entering(path))
 
     def _inside(self, path: str) -> list[ir.Node]:
         return [node for scope in self._scopes if _within(scope, path) for node in self._scopes[scope]]

@@ -37,7 +37,7 @@ MOST = 64
 _SHOWN = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sources:
     """Both sides and one feed to compare them on.
 
@@ -79,18 +79,22 @@ def localise(sources: Sources, most: int = MOST) -> Localisation:
     """
     name, file = state_name(sources.state), sources.candidate.name
     if sources.candidate.suffix != ".onnx":
-        return Localisation(name, "", note=f"{file} is an engine: nothing inside it can be seen")
+        return Localisation(state=name, module="", note=f"{file} is an engine: nothing inside it can be seen")
     try:
         graph, modules = load_graph(sources.candidate), modules_of(sources.model)
         found, missing = find_probes(graph, modules, lambda target: weight_in(sources.model, target))
         probes, lost = _once(found, missing, modules)
         if not probes:
-            return Localisation(name, "", note=f"no module of the model could be found in {file}")
-        return _Search(sources, graph, probes, lost, most).run()
+            return Localisation(
+                state=name, module="", note=f"no module of the model could be found in {file}"
+            )
+        return _Search(sources=sources, graph=graph, probes=probes, lost=lost, most=most).run()
     except LoraExportError as error:
-        return Localisation(name, "", note=f"could not look into {file}: {error.message}")
+        return Localisation(state=name, module="", note=f"could not look into {file}: {error.message}")
     except Exception as error:  # a defect of ours, or an unforeseen graph
-        return Localisation(name, "", note=f"could not look into {file}: {type(error).__name__}: {error}")
+        return Localisation(
+            state=name, module="", note=f"could not look into {file}: {type(error).__name__}: {error}"
+        )
 
 
 def _once(
@@ -108,7 +112,7 @@ def _once(
     return list(kept.values()), {path: missing[path] for path in lost.values()}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Search:
     """The search so far.
 
@@ -194,7 +198,9 @@ class _Search:
             _, own = sources.own.run_with_modules(sources.values, sources.state, paths)
         bare = {path: bare_output(sources.model, path, x) for path, (x, _) in high.items()}
         added = {path: values for path, values in bare.items() if values is not None}
-        return Runs(high, without, own, added, sources.dtype, sources.masks)
+        return Runs(
+            right=high, without=without, own=own, bare=added, dtype=sources.dtype, masks=sources.masks
+        )
 
     def _result(self, first: int | None) -> Localisation:
         module, notes = "", []
@@ -221,7 +227,12 @@ class _Search:
         ]
         looked = len(self.seen) + len(self.unlike)
         return Localisation(
-            state_name(self.sources.state), module, rows, looked, len(self.probes), "; ".join(notes)
+            state=state_name(self.sources.state),
+            module=module,
+            rows=rows,
+            looked_at=looked,
+            of=len(self.probes),
+            note="; ".join(notes),
         )
 
 

@@ -50,7 +50,7 @@ class Measured:
     off_in: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Runs:
     """PyTorch's runs, with inputs and outputs of the modules.
 
@@ -79,7 +79,7 @@ class Runs:
             y: Its output in the graph.
             axis: Axis of its channels.
         """
-        compared = self._compared(self.right, module, 1, y, axis)
+        compared = self._compared(self.right, module, side=1, actual=y, axis=axis)
         if compared is None:
             return None
         difference, expected = compared
@@ -87,11 +87,14 @@ class Runs:
         error_out, own_out, error_in, own_in = _relative(difference, expected), math.nan, math.nan, math.nan
         if module in self.own:
             own_out = _relative(self._values(self.own[module][1], y, axis) - expected, expected)
-        if x is not None and (entering := self._compared(self.right, module, 0, x, axis)) is not None:
+        if (
+            x is not None
+            and (entering := self._compared(self.right, module, side=0, actual=x, axis=axis)) is not None
+        ):
             error_in = _relative(*entering)
             if module in self.own:
                 own_in = _relative(self._values(self.own[module][0], x, axis) - entering[1], entering[1])
-        row = ModuleRow(module, error_in, error_out, own_out, effect)
+        row = ModuleRow(module=module, error_in=error_in, error_out=error_out, own_out=own_out, effect=effect)
         off = self._is_off(error_out, own_out)
         if not off and module in self.bare:
             off = _along(difference, expected - self._values(self.bare[module], y, axis))

@@ -28,7 +28,7 @@ from lora_export.runtimes.tensorrt.session import EngineSession
 from lora_export.storage.hashes import hash_file, identity_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class About:
     """Facts on a candidate that are known without running it.
 
@@ -287,16 +287,16 @@ def describe(path: Path, provider: Provider | None) -> About:
     record = exposed_of(metadata, str(path)) if KEY in metadata else None
     lora = {*record.input_names(), WEIGHTS_INPUT} if record else set()
     return About(
-        path,
-        record.mode if record else "plain",
-        "onnxruntime",
-        provider or "cpu",
-        tuple(ports_of_graph(path, lora)),
-        tuple(output.name or "" for output in graph.graph.outputs),
-        stored_types(graph),
-        Captured.from_metadata(metadata),
-        record,
-        _identity(graph),
+        path=path,
+        mode=record.mode if record else "plain",
+        runtime="onnxruntime",
+        provider=provider or "cpu",
+        ports=tuple(ports_of_graph(path, lora)),
+        outputs=tuple(output.name or "" for output in graph.graph.outputs),
+        types=stored_types(graph),
+        captured=Captured.from_metadata(metadata),
+        record=record,
+        sha256=_identity(graph),
     )
 
 
@@ -324,14 +324,14 @@ def _describe_engine(path: Path, engine: EngineRecord) -> About:
     floats = [port.dtype for port in engine.outputs if port.dtype in STEP]
     types = StoredTypes(floats[0] if floats else "float32", {}, ())
     return About(
-        path,
-        record.mode if record else "plain",
-        engine.backend,
-        "cuda",
-        ports,
-        tuple(port.name for port in engine.outputs),
-        types,
-        Captured.from_metadata(engine.metadata),
-        record,
-        engine.sha256,
+        path=path,
+        mode=record.mode if record else "plain",
+        runtime=engine.backend,
+        provider="cuda",
+        ports=ports,
+        outputs=tuple(port.name for port in engine.outputs),
+        types=types,
+        captured=Captured.from_metadata(engine.metadata),
+        record=record,
+        sha256=engine.sha256,
     )

@@ -32,7 +32,7 @@ PathLike = str | os.PathLike[str]
 _DTYPES = tuple(STEP)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Sides:
     """Both sides, opened.
 
@@ -68,6 +68,21 @@ class Options:
     tolerance: Tolerance
     dtype: str | None
     reference_dtype: str | None
+
+    @classmethod
+    def read(
+        cls, tolerance: str | tuple[float, float], dtype: str | None, reference_dtype: str | None
+    ) -> Options:
+        """Read the options as they are given to `check_parity`.
+
+        Raises:
+            BackendError: One of them is not known.
+        """
+        return cls(
+            tolerance_of(tolerance),
+            known_dtype(dtype),
+            known_dtype(reference_dtype, ("float64", "float32")),
+        )
 
     @property
     def tolerance_pair(self) -> tuple[float, float] | None:
@@ -124,27 +139,19 @@ def open_sides(
         LoraExportError: As for opening a graph, a checkpoint or an adapter.
     """
     about = describe(candidate, provider)
-    if reference.is_file() and reference.samefile(candidate):
-        raise BackendError(
-            f"{candidate.name} would be compared with itself",
-            "give what it was exported from: a checkpoint folder, another graph, or saved outputs",
-        )
+    _refuse_itself(candidate, reference)
     merged = _merged(about, adapters, weights)
-    if merged.rounding is not None:
-        stored = about.types.mostly or about.types.outputs
-        merged = replace(merged, rounding=replace(merged.rounding, dtype=stored))
-    blend = merged.state
     dtype = options.dtype or about.dtype
-    if about.types.quantised and options.tolerance.auto:
-        raise BackendError(
-            f"{candidate.name} is quantised, and no dtype tells how much that loses",
-            "give --tolerance rtol,atol",
-            about.types.quantised,
-        )
+    _refuse_unknown_losses(about, options.tolerance)
     high = options.reference_dtype or ("float64" if STEP[dtype] <= STEP["float32"] else "float32")
     opened = open_candidate(about, adapters)
     opened_reference = open_reference(
-        reference, adapters, high, blend, Path(base) if base is not None else None, provider or "cpu"
+        reference,
+        adapters,
+        dtype=high,
+        blend=merged.state,
+        base=Path(base) if base is not None else None,
+        provider=provider or "cpu",
     )
     if base is not None and not adapters:
         raise BackendError(
@@ -162,7 +169,32 @@ def open_sides(
     claims += dtype_notes(about) if options.dtype is None else []
     reference_dtype = str(opened_reference.about["dtype"])
     notes = [*code, *merged.notes, *claims, *_of_dtypes(about, dtype, reference, reference_dtype)]
-    return Sides(opened, opened_reference, own, dtype, merged, blend, notes)
+    return Sides(
+        candidate=opened,
+        reference=opened_reference,
+        own=own,
+        dtype=dtype,
+        merged=merged,
+        blend=merged.state,
+        notes=notes,
+    )
+
+
+def _refuse_itself(candidate: Path, reference: Path) -> None:
+    if reference.is_file() and reference.samefile(candidate):
+        raise BackendError(
+            f"{candidate.name} would be compared with itself",
+            "give what it was exported from: a checkpoint folder, another graph, or saved outputs",
+        )
+
+
+def _refuse_unknown_losses(about: About, tolerance: Tolerance) -> None:
+    if about.types.quantised and tolerance.auto:
+        raise BackendError(
+            f"{about.path.name} is quantised, and no dtype tells how much that loses",
+            "give --tolerance rtol,atol",
+            about.types.quantised,
+        )
 
 
 def _merged(about: About, adapters: Mapping[str, Adapter], weights: Sequence[float]) -> Merged:
@@ -170,7 +202,11 @@ def _merged(about: About, adapters: Mapping[str, Adapter], weights: Sequence[flo
     if wrong := [weight for weight in weights if not math.isfinite(weight)]:
         raise BackendError(f"weights are {', '.join(map(str, wrong))}", "give finite numbers")
     if about.mode == "plain":
-        return read_merged(about.path, adapters, weights)
+        merged = read_merged(about.path, adapters, weights)
+        if merged.rounding is None:
+            return merged
+        stored = about.types.mostly or about.types.outputs
+        return replace(merged, rounding=replace(merged.rounding, dtype=stored))
     if weights:
         raise BackendError(
             f"weights are for merged adapters, but {about.path.name} is a {about.mode} graph",

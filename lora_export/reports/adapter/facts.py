@@ -16,7 +16,7 @@ from lora_export.reports.adapter.spectrum import spectrum
 PARTS = ("lora_a", "lora_b", "magnitude", "scale", "lora_bias")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModuleReport:
     """Facts of one module. Norms and singular values are those of ΔW, scaling included, all experts together.
 
@@ -51,7 +51,7 @@ class ModuleReport:
     singular_values: tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExtraReport:
     """Whole parameter that the adapter replaces."""
 
@@ -62,7 +62,7 @@ class ExtraReport:
     size_bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdapterReport:
     """Adapter in numbers.
 
@@ -127,7 +127,13 @@ def inspect_adapter(adapter: Adapter, base: Path | None = None) -> AdapterReport
     with one_blas_thread():
         modules = tuple(_module_report(module) for module in adapter.modules.values())
     extras = tuple(
-        ExtraReport(name, values.shape, values.dtype.name, values.size, values.nbytes)
+        ExtraReport(
+            parameter=name,
+            shape=values.shape,
+            dtype=values.dtype.name,
+            parameters=values.size,
+            size_bytes=values.nbytes,
+        )
         for name, values in adapter.extras.items()
     )
     converted = is_converted(adapter.config)

@@ -30,7 +30,10 @@ def _curve(row: ModuleReport) -> Markup:
     held = [0.0, *accumulate(value * value for value in row.singular_values)]
     if not held[-1]:
         return joined(["no change"])
-    x, y = Axis(0, len(held) - 1, 0, _WIDTH), Axis(0, held[-1], _HEIGHT, 0)
+    x, y = (
+        Axis(low=0, high=len(held) - 1, start=0, end=_WIDTH),
+        Axis(low=0, high=held[-1], start=_HEIGHT, end=0),
+    )
     words = f"{row.module}: 90 % in {row.effective_rank_90} of {len(held) - 1} directions"
     line = curve("error", [(x.at(k), y.at(energy)) for k, energy in enumerate(held)])
-    return drawing(_WIDTH, _HEIGHT, words, [element("title", words), line], "small")
+    return drawing(_WIDTH, _HEIGHT, words=words, parts=[element("title", words), line], kind="small")

@@ -65,18 +65,18 @@ def _chart(table: Table) -> Markup:
     longest = min(max(row.latency.p95_ms for row in table.rows), _CUT * max(medians))
     ratios = [row.ratio for row in table.rows if row.ratio]
     left, height = _NAMES + _BARS + _GAP, _LINE * (len(table.rows) + 1)
-    times = Axis(0.0, longest, _NAMES, _NAMES + _BARS)
+    times = Axis(low=0.0, high=longest, start=_NAMES, end=_NAMES + _BARS)
     compared = Axis(
-        min([0.95, *(ratio.low for ratio in ratios)]),
-        max([1.05, *(ratio.high for ratio in ratios)]),
-        left,
-        left + _RATIOS,
+        low=min([0.95, *(ratio.low for ratio in ratios)]),
+        high=max([1.05, *(ratio.high for ratio in ratios)]),
+        start=left,
+        end=left + _RATIOS,
     )
     one = compared.at(1)
     parts = [
         label(_NAMES, 14, "ms: median, line to p95"),
         label(left, 14, f"ratio to {table.rows[0].contender}"),
-        segment("one", one, _LINE, one, height),
+        segment("one", (one, _LINE), (one, height)),
     ]
     for place, row in enumerate(table.rows, 1):
         middle = place * _LINE + _LINE / 2
@@ -84,14 +84,14 @@ def _chart(table: Table) -> Markup:
         median, reach = times.at(row.latency.median_ms), times.at(row.latency.p95_ms)
         parts += [
             label(_NAMES - 8, middle + 4, row.contender, "end"),
-            bar("bar", _NAMES, place * _LINE + 4, median - _NAMES, _LINE - 8, time),
-            segment("reach", median, middle, reach, middle),
+            bar("bar", _NAMES, place * _LINE + 4, width=median - _NAMES, height=_LINE - 8, title=time),
+            segment("reach", (median, middle), (reach, middle)),
             label(reach + 6, middle + 4, f"{row.latency.median_ms:.3g}"),
         ]
         if row.ratio:
             parts += [
-                segment("ratio", compared.at(row.ratio.low), middle, compared.at(row.ratio.high), middle),
-                dot(compared.at(row.ratio.value), middle, "ratio", ratio_text(row.ratio), 3.5),
+                segment("ratio", (compared.at(row.ratio.low), middle), (compared.at(row.ratio.high), middle)),
+                dot(compared.at(row.ratio.value), middle, "ratio", title=ratio_text(row.ratio), radius=3.5),
             ]
     words = f"{table.workload.label}: medians and ratios, as in the table below"
     return drawing(_WIDTH, height, words, parts)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from lora_export.errors import LoraExportError
@@ -46,7 +47,7 @@ class Floors:
     top1: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Regression:
     """Check or metric that is worse than in the baseline.
 
@@ -175,24 +176,33 @@ def _verdict_regressions(old: Sequence[Verdict], new: Sequence[Verdict]) -> Iter
     for (kind, name, state, output), rows in before.items():
         current = now.get((kind, name, state, output), [])
         value, seen = _worst(rows), _worst(current)
-        fields = (name, state, output, value, seen)
+        worse = partial(Regression, name=name, state=state, output=output, before=value, now=seen)
         if len(current) < len(rows):
             why = (
                 f"checked {len(rows)} times before, {len(current)} now"
                 if current
                 else "is not checked any more"
             )
-            yield Regression("vanished", *fields, math.nan, why)
+            yield worse(kind="vanished", limit=math.nan, why=why)
             continue
         failed = [row for row in current if not row.passed]
         if failed and all(row.passed for row in rows):
-            yield Regression("verdict", *fields, failed[0].limit, f"passed, fails now: {failed[0].why}")
+            why = f"passed, fails now: {failed[0].why}"
+            yield worse(kind="verdict", limit=failed[0].limit, why=why)
         elif any(row.counted for row in rows) and not any(row.counted for row in current):
-            yield Regression("void", *fields, math.nan, "proved something before, proves nothing now")
+            yield worse(kind="void", limit=math.nan, why="proved something before, proves nothing now")
     for (kind, name, state, output), rows in now.items():
         if (kind, name, state, output) not in before and not all(row.passed for row in rows):
-            fields = (name, state, output, math.nan, _worst(rows))
-            yield Regression("verdict", *fields, rows[0].limit, "a check that is new, and fails")
+            yield Regression(
+                kind="verdict",
+                name=name,
+                state=state,
+                output=output,
+                before=math.nan,
+                now=_worst(rows),
+                limit=rows[0].limit,
+                why="a check that is new, and fails",
+            )
 
 
 def _token_regressions(old: Sequence[Generated], new: Sequence[Generated]) -> Iterator[Regression]:
@@ -207,7 +217,16 @@ def _token_regressions(old: Sequence[Generated], new: Sequence[Generated]) -> It
     for state, before in compared.items():
         if asked is not None and state in states and asked < before:
             why = "fewer greedy tokens are asked for: --generate is smaller"
-            yield Regression("vanished", "greedy tokens", state, "logits", before, asked, math.nan, why)
+            yield Regression(
+                kind="vanished",
+                name="greedy tokens",
+                state=state,
+                output="logits",
+                before=before,
+                now=asked,
+                limit=math.nan,
+                why=why,
+            )
 
 
 def _by_check(rows: Sequence[Verdict]) -> dict[tuple[str, str, str, str], list[Verdict]]:
@@ -232,15 +251,16 @@ def _metric_regressions(old: ParityReport, new: ParityReport, factor: float) -> 
         positions = (now.positions if now is not None else 0) or _positions(new.feeds)
         one = 1 / positions if positions else 0.0
         for name, before in _measured(row).items():
-            fields = (name, row.state, row.output, before)
+            worse = partial(Regression, name=name, state=row.state, output=row.output, before=before)
             value = None if now is None else getattr(now, name)
             if value is None:
-                yield Regression("vanished", *fields, math.nan, math.nan, "is not measured any more")
+                why = "is not measured any more"
+                yield worse(kind="vanished", now=math.nan, limit=math.nan, why=why)
                 continue
-            limit, why = _limit(name, before, factor, noise, one)
+            limit, why = _limit(name, before, factor=factor, noise=noise, one=one)
             # The negation makes NaN worse.
             if not (value >= limit if name == "top1" else value <= limit):
-                yield Regression("metric", *fields, value, limit, why)
+                yield worse(kind="metric", now=value, limit=limit, why=why)
 
 
 def _measured(row: OutputMetrics) -> dict[str, float]:

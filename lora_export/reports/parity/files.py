@@ -21,7 +21,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".data")
 _CONFIGS = (_ADAPTER_CONFIG, "config.json")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Inputs:
     """Files that a check reads, which no report may replace.
 

@@ -58,10 +58,15 @@ def error_by_module(found: Localisation) -> Markup:
     y = log_axis(values, height - BOTTOM, TOP)
     if y is None:
         return Markup()
-    x = Axis(-0.5, len(rows) - 0.5, LEFT, width - RIGHT)
+    x = Axis(low=-0.5, high=len(rows) - 0.5, start=LEFT, end=width - RIGHT)
     parts = [
         *frame(
-            width, height, None, y, "layers and their modules, in the order of the computation", "relative"
+            width,
+            height,
+            x=None,
+            y=y,
+            x_name="layers and their modules, in the order of the computation",
+            y_name="relative",
         )
     ]
     parts += _layers(found, x, height - BOTTOM)
@@ -76,7 +81,7 @@ def error_by_module(found: Localisation) -> Markup:
     ]
     missing = sum(not math.isfinite(row.error_out) for row in rows)
     caption = joined([*legend, "One point for each module."])
-    return figure(width, height, words, parts, caption, missing)
+    return figure(width, height, words=words, parts=parts, caption=caption, missing=missing)
 
 
 def error_against_effect(report: ParityReport) -> Markup:
@@ -96,11 +101,12 @@ def error_against_effect(report: ParityReport) -> Markup:
     y = log_axis([*(row.relative for row, _ in drawn), *ends], size - BOTTOM, TOP)
     if x is None or y is None:
         return Markup()
-    parts = frame(size, size, x, y, "effect of the adapter", "error")
-    parts += _ratio(x, y, 1.0, "diagonal", "error = effect: not applied")
+    parts = frame(size, size, x=x, y=y, x_name="effect of the adapter", y_name="error")
+    parts += _ratio(x, y, ratio=1.0, kind="diagonal", text="error = effect: not applied")
     if limits:
         name = "limit" if len(limits) == 1 else "strictest limit"
-        parts += _ratio(x, y, min(limits), "limit", f"{name}: {number(min(limits))} × effect")
+        text = f"{name}: {number(min(limits))} × effect"
+        parts += _ratio(x, y, ratio=min(limits), kind="limit", text=text)
     failed = {(verdict.state, verdict.output) for verdict in report.failed}
     for row, effect in sorted(drawn, key=lambda pair: _key(pair[0]) in failed):
         bad = _key(row) in failed
@@ -110,7 +116,7 @@ def error_against_effect(report: ParityReport) -> Markup:
     count = sum(_key(row) in failed for row, _ in drawn)
     words = f"Error against effect of {plural(len(drawn), 'output')}, {count} of them failed."
     caption = "Error against effect: a point for each adapter and output; those that failed are a ×."
-    return figure(size, size, words, parts, caption, len(rows) - len(drawn))
+    return figure(size, size, words=words, parts=parts, caption=caption, missing=len(rows) - len(drawn))
 
 
 def value_scatter(found: Scatter) -> Markup:
@@ -122,13 +128,13 @@ def value_scatter(found: Scatter) -> Markup:
         return Markup()
     values = [value for pair in drawn for value in pair]
     x, y = linear_axis(values, LEFT, size - RIGHT), linear_axis(values, size - BOTTOM, TOP)
-    parts = frame(size, size, x, y, "reference", "candidate")
-    parts.append(segment("diagonal", x.at(x.low), y.at(y.low), x.at(x.high), y.at(y.high)))
+    parts = frame(size, size, x=x, y=y, x_name="reference", y_name="candidate")
+    parts.append(segment("diagonal", (x.at(x.low), y.at(y.low)), (x.at(x.high), y.at(y.high))))
     parts.append(points("points", ((x.at(wanted), y.at(seen)) for wanted, seen in drawn)))
     title = f"{found.state}, {found.output}"
     words = f"{title}: {plural(len(drawn), 'value')} of the candidate against the reference's."
     caption = f"{title}: {plural(len(drawn), 'value')}; on the line both are equal."
-    return figure(size, size, words, parts, caption, len(pairs) - len(drawn))
+    return figure(size, size, words=words, parts=parts, caption=caption, missing=len(pairs) - len(drawn))
 
 
 def _key(row: OutputMetrics) -> tuple[str, str]:
@@ -166,7 +172,7 @@ def _layers(found: Localisation, x: Axis, bottom: float) -> Iterator[Markup]:
     step = max(1, math.ceil(len(starts) / _LAYERS_NAMED))
     for i, number_of_layer in starts[::step]:
         at = x.at(i - 0.5)
-        yield segment("grid", at, TOP, at, bottom)
+        yield segment("grid", (at, TOP), (at, bottom))
         yield label(at + 3, bottom + 16, number_of_layer)
 
 
@@ -175,9 +181,13 @@ def _culprit(found: Localisation, x: Axis, bottom: float) -> Iterator[Markup]:
     for i, row in enumerate(found.rows):
         if row.module == found.module:
             at, right = x.at(i), i > len(found.rows) / 2
-            yield segment("culprit", at, TOP, at, bottom)
+            yield segment("culprit", (at, TOP), (at, bottom))
             yield label(
-                at + (-8 if right else 8), TOP + 16, row.module, "end" if right else "start", "culprit"
+                at + (-8 if right else 8),
+                TOP + 16,
+                row.module,
+                anchor="end" if right else "start",
+                kind="culprit",
             )
 
 
@@ -187,11 +197,13 @@ def _ratio(x: Axis, y: Axis, ratio: float, kind: str, text: str) -> Iterator[Mar
     low, high = max(x.low, y.low - shift), min(x.high, y.high - shift)
     if low < high:
         ends = [(_pixel(x, power), _pixel(y, power + shift)) for power in (low, high)]
-        yield segment(kind, *ends[0], *ends[1])
+        yield segment(kind, *ends)
         # The text is left of the line at its own height, so that the line does not run through it.
         (left, bottom), (right, top) = ends
         height = 14
-        yield label(right - height * (right - left) / (bottom - top) - 8, top + height, text, "end", kind)
+        yield label(
+            right - height * (right - left) / (bottom - top) - 8, top + height, text, anchor="end", kind=kind
+        )
 
 
 def _pixel(axis: Axis, power: float) -> float:

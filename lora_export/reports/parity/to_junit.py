@@ -40,7 +40,16 @@ def junit_xml(report: ParityReport) -> str:
 
 def _nothing_proven(report: ParityReport) -> Verdict:
     why = sentence(report)
-    return Verdict("law", "something was proven", "everything", "", math.nan, math.nan, passed=False, why=why)
+    return Verdict(
+        kind="law",
+        name="something was proven",
+        state="everything",
+        output="",
+        value=math.nan,
+        limit=math.nan,
+        passed=False,
+        why=why,
+    )
 
 
 def _suite(

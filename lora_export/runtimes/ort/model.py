@@ -80,7 +80,13 @@ class OrtModel:
         self.path = path
         self.memory = DeviceMemory(provider, device_id)
         with same_inputs(at_end=True) as inputs:
-            self.session = open_session(path, self.memory, threads, cuda_graphs > 0, session_options)
+            self.session = open_session(
+                path,
+                self.memory,
+                threads=threads,
+                cuda_graph=cuda_graphs > 0,
+                session_options=session_options,
+            )
             self._open_record(path)
             self._files = tuple(inputs.states.values())
         # The graph itself is read; and on a GPU the weights are copies.
@@ -125,7 +131,7 @@ class OrtModel:
         Raises:
             BackendError: Inputs missing, unknown or of another dtype; all of them are listed.
         """
-        check_feeds(self.path, feeds, self.inputs, self.lora, self._type_problem)
+        check_feeds(self.path, feeds, inputs=self.inputs, lora=self.lora, type_problem=self._type_problem)
         return [(name, _as_bound(value)) for name, value in feeds.items()]
 
     def fitted(self, tensors: Mapping[str, Array], adapter: str) -> tuple[Mapping[str, Array], list[str]]:

@@ -43,27 +43,10 @@ def open_session(
         InputChangedError: The files changed while they were read, so that graph and weights may not match.
     """
     note_inputs([path])
-    provider = memory.kind
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        extra = "gpu" if provider == "cuda" else "cpu"
-        raise BackendUnavailable(
-            "running a graph needs onnxruntime, which is not installed", install_line(extra)
-        ) from error
+    ort = _onnxruntime("gpu" if memory.kind == "cuda" else "cpu")
     providers: list[Any] = ["CPUExecutionProvider"]
-    if provider == "cuda":
-        if _CUDA not in ort.get_available_providers():
-            raise BackendUnavailable(
-                f"this onnxruntime ({ort.__version__}) has no CUDA provider",
-                f"pip uninstall onnxruntime; {install_line('gpu')}",
-            )
-        ort.preload_dlls()  # CUDA's libraries, if pip installed them
-        # The provider's default for float32 products is TF32, which keeps 10 bits of each factor.
-        chosen = {"use_tf32": "0"} | ({"enable_cuda_graph": "1"} if cuda_graph else {})
-        if memory.device_id:  # ONNX Runtime warns about the option even if it is 0
-            chosen["device_id"] = str(memory.device_id)
-        providers.insert(0, (_CUDA, chosen))
+    if memory.kind == "cuda":
+        providers.insert(0, (_CUDA, _cuda_options(ort, memory.device_id, cuda_graph)))
     options = session_options
     if options is None:
         options = ort.SessionOptions()
@@ -79,7 +62,7 @@ def open_session(
             if cuda_graph
             else "check the file, and the operators that this onnxruntime supports",
         ) from error
-    if provider == "cuda" and _CUDA not in session.get_providers():
+    if memory.kind == "cuda" and _CUDA not in session.get_providers():
         raise BackendUnavailable(
             "ONNX Runtime could not start its CUDA provider and fell back to the CPU",
             "install CUDA and cuDNN for it: pip install 'onnxruntime-gpu[cuda,cudnn]'",
@@ -91,3 +74,28 @@ def open_session(
     note_inputs(path.parent / place for place in (identity.files if identity else ()))
     refuse_changed_data(metadata, path, lambda: layout_of(external_tensors(load_graph(path).model)))
     return session
+
+
+def _onnxruntime(extra: str) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendUnavailable(
+            "running a graph needs onnxruntime, which is not installed", install_line(extra)
+        ) from error
+    return onnxruntime
+
+
+def _cuda_options(ort: Any, device_id: int, cuda_graph: bool) -> dict[str, str]:
+    """Load CUDA's libraries, and return the options of ONNX Runtime's CUDA provider."""
+    if _CUDA not in ort.get_available_providers():
+        raise BackendUnavailable(
+            f"this onnxruntime ({ort.__version__}) has no CUDA provider",
+            f"pip uninstall onnxruntime; {install_line('gpu')}",
+        )
+    ort.preload_dlls()  # if pip installed them
+    # The provider's default for float32 products is TF32, which keeps 10 bits of each factor.
+    chosen = {"use_tf32": "0"} | ({"enable_cuda_graph": "1"} if cuda_graph else {})
+    if device_id:  # ONNX Runtime warns about the option even if it is 0
+        chosen["device_id"] = str(device_id)
+    return chosen

@@ -115,15 +115,31 @@ class CudaDevice:
             values: The array; it has been read when this returns, as its memory is not page-locked.
             stream: Stream to queue the copy on.
         """
-        self._copy("to", address, values.ctypes.data, values.nbytes, "cudaMemcpyHostToDevice", stream)
+        self._copy(
+            "to",
+            address,
+            source=values.ctypes.data,
+            nbytes=values.nbytes,
+            kind="cudaMemcpyHostToDevice",
+            stream=stream,
+        )
 
     def download(self, values: Array, address: int, stream: Stream) -> None:
         """Queue a copy from the device into an array, which must be C-contiguous."""
-        self._copy("from", values.ctypes.data, address, values.nbytes, "cudaMemcpyDeviceToHost", stream)
+        self._copy(
+            "from",
+            values.ctypes.data,
+            source=address,
+            nbytes=values.nbytes,
+            kind="cudaMemcpyDeviceToHost",
+            stream=stream,
+        )
 
     def copy(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
         """Queue a copy within the device."""
-        self._copy("within", target, source, nbytes, "cudaMemcpyDeviceToDevice", stream)
+        self._copy(
+            "within", target, source=source, nbytes=nbytes, kind="cudaMemcpyDeviceToDevice", stream=stream
+        )
 
     def _copy(self, way: str, target: int, source: int, nbytes: int, kind: str, stream: Stream) -> None:
         if nbytes:

@@ -27,7 +27,7 @@ _KEPT_ERRORS = 40
 _NAMES = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LoadedEngine:
     """An engine on a GPU.
 
@@ -116,11 +116,13 @@ def load_engine(path: Path, record: EngineRecord, device_id: int = 0) -> LoadedE
         runtime.engine_host_code_allowed = True
     data = path.read_bytes()
     if record.backend == "tensorrt-rtx":
-        _check_validity(path, trt, runtime, data, log)
+        _check_validity(path, trt, runtime=runtime, data=data, log=log)
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         raise log.refused(path, "open it", "build it again on this machine, or for this GPU")
-    return LoadedEngine(path, record, trt, engine, runtime, log, device)
+    return LoadedEngine(
+        path=path, record=record, trt=trt, engine=engine, runtime=runtime, log=log, device=device
+    )
 
 
 def check_source(path: Path, record: EngineRecord, source: Path) -> None:

@@ -113,7 +113,9 @@ class EngineModel:
         Raises:
             BackendError: Inputs missing, unknown or of another dtype; all of them are listed.
         """
-        check_feeds(self.path, feeds, self.inputs, self._lora_names(), self._type_problem)
+        check_feeds(
+            self.path, feeds, inputs=self.inputs, lora=self._lora_names(), type_problem=self._type_problem
+        )
         return [(name, _as_copied(value)) for name, value in feeds.items()]
 
     def run(self, resident: EngineTensors | None, feeds: Feeds, outputs: Sequence[str]) -> list[Array]:
@@ -219,7 +221,7 @@ class TensorRTModel(EngineModel):
         shapes |= shapes_of(tensors.items())
         self._device.activate()
         fitting = self._runner.shapes.taking(shapes)
-        return put_together(self._device, list(self.lora), tensors, beside, fitting)
+        return put_together(self._device, list(self.lora), arrays=tensors, beside=beside, profiles=fitting)
 
     def _lora_names(self) -> Sequence[str]:
         return list(self.lora)

@@ -159,7 +159,9 @@ class MergedEngine(EngineSession):
         """Return W0 of the weights that an adapter changes, their new values, and notes."""
         graph = self._graph()
         refuse_other_bases([adapter], identity_of(self._hashes))
-        plan, changes = plan_changes(graph, [adapter], [1.0], self._weight_of, self._allow_unmatched)
+        plan, changes = plan_changes(
+            graph, [adapter], factors=[1.0], weight_of=self._weight_of, allow_unmatched=self._allow_unmatched
+        )
         base = {str(value.name): _tensor(value) for value in changes}
         merged = {str(value.name): merged_values(value, change) for value, change in changes.items()}
         return base, merged, plan.notes

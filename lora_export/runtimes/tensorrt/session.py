@@ -56,7 +56,12 @@ class EngineSession:
         """
         graphs = max_cuda_graphs if cuda_graph else 0
         options = EngineOptions(
-            profile, runtime_cache, weight_streaming_budget_bytes, None, device_id, graphs
+            profile=profile,
+            runtime_cache=runtime_cache,
+            weight_streaming_budget_bytes=weight_streaming_budget_bytes,
+            source=None,
+            device_id=device_id,
+            cuda_graphs=graphs,
         )
         self._model = open_engine(Path(engine), options, self._WRITES_WEIGHTS)
 

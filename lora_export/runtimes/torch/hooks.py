@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Branch:
     """One module of an adapter with its target in the model.
 
@@ -100,14 +100,18 @@ def bind(model: torch.nn.Module, adapter: Adapter, places: Places) -> tuple[Boun
         try:
             _, owner, part = locate(path, "replace")
             tensor = _replacement(owner, values, part)
-            copies |= dict.fromkeys(_replaced_by(adapter, path, owner, model, tensor, copies), tensor)
+            copies |= dict.fromkeys(
+                _replaced_by(adapter, path, owner=owner, model=model, tensor=tensor, copies=copies), tensor
+            )
         except NoPlace as problem:
             problems.append(f"{path}  {problem}")
     extras = [(owner, tensor) for owner, tensor in copies.items() if not torch.equal(owner.get(), tensor)]
     for lora in adapter.modules.values():
         try:
             where, owner, part = locate(f"{lora.path}.{lora.parameter}", "merge", lora.component)
-            branches.append(Branch(lora, where, owner, hook_of(lora, owner, part), part))
+            branches.append(
+                Branch(lora=lora, where=where, owner=owner, hook=hook_of(lora, owner, part), part=part)
+            )
             branches += _at_tied_heads(model, branches[-1], adapter)
         except NoPlace as problem:
             problems.append(f"{lora.path}  {problem}")
@@ -196,7 +200,7 @@ def _at_tied_heads(model: torch.nn.Module, branch: Branch, adapter: Adapter) -> 
         if path in {lora.path for lora in adapter.modules.values()}:
             return []
         lora = branch.lora.as_head(path)
-        made.append(Branch(lora, path, owner, hook_of(lora, owner, None)))
+        made.append(Branch(lora=lora, where=path, owner=owner, hook=hook_of(lora, owner, None)))
     return made
 
 

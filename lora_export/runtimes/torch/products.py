@@ -86,7 +86,7 @@ def _linear(lora: LoraModule, owner: Owner, transposed: bool) -> Hook:
 
     weight = owner.get()
     seen = tuple(weight.shape[::-1]) if transposed else tuple(weight.shape)
-    _check(lora, ("linear", "conv"), seen, _plain_shape(lora), owner)
+    _check(lora, ("linear", "conv"), seen=seen, fitting=_plain_shape(lora), owner=owner)
     # kohya and diffusers write a Linear's factors as those of a 1×1 convolution, and vice versa.
     a = tensor_of(lora.lora_a).to(weight.dtype).flatten(1)
     b = tensor_of(lora.lora_b).to(weight.dtype).flatten(1)
@@ -94,7 +94,7 @@ def _linear(lora: LoraModule, owner: Owner, transposed: bool) -> Hook:
     def product(x: torch.Tensor) -> torch.Tensor:
         return F.linear(F.linear(x.to(a.dtype), a), b)
 
-    return _adding(product, lora, owner, -1, transposed)
+    return _adding(product, lora, owner=owner, axis=-1, transposed=transposed)
 
 
 def _plain_shape(lora: LoraModule) -> tuple[int, ...]:
@@ -111,7 +111,7 @@ def _convolution(lora: LoraModule, owner: Owner) -> Hook:
     kernel = tuple(weight.shape[2:])
     shape = (lora.weight_shape[0], lora.lora_a.shape[1], *(lora.lora_a.shape[2:] or (1,) * len(kernel)))
     seen = (module.out_channels, module.in_channels, *kernel)
-    _check(lora, ("linear", "conv"), seen, shape, owner)
+    _check(lora, ("linear", "conv"), seen=seen, fitting=shape, owner=owner)
     if lora.groups not in (1, module.groups):
         raise NoPlace(f"the model's convolution has {module.groups} groups, the adapter's B {lora.groups}")
     if module.groups > 1 and lora.groups == 1:
@@ -129,17 +129,17 @@ def _convolution(lora: LoraModule, owner: Owner) -> Hook:
         if module.padding_mode != "zeros":
             x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
             padding = 0
-        down = convolve(x.to(a.dtype), a, None, module.stride, padding, module.dilation)
+        down = convolve(x.to(a.dtype), a, stride=module.stride, padding=padding, dilation=module.dilation)
         return convolve(down, b, groups=lora.groups)
 
-    return _adding(product, lora, owner, 1, False)
+    return _adding(product, lora, owner=owner, axis=1, transposed=False)
 
 
 def _embedding(lora: LoraModule, owner: Owner) -> Hook:
     import torch.nn.functional as F
 
     weight = owner.get()
-    _check(lora, ("embedding",), tuple(weight.shape), lora.weight_shape, owner)
+    _check(lora, ("embedding",), seen=tuple(weight.shape), fitting=lora.weight_shape, owner=owner)
     a = tensor_of(lora.lora_a).to(weight.dtype).T.contiguous()
     b = tensor_of(lora.lora_b).to(weight.dtype)
 
@@ -149,7 +149,7 @@ def _embedding(lora: LoraModule, owner: Owner) -> Hook:
         scale = getattr(owner.module, "embed_scale", None)
         return change if scale is None else change * scale
 
-    return _adding(product, lora, owner, -1, False)
+    return _adding(product, lora, owner=owner, axis=-1, transposed=False)
 
 
 def _check(

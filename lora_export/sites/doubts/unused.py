@@ -77,7 +77,7 @@ def _columns(target: Target, use: Use, placement: Placement) -> Columns | None:
     axis = 1 - len(shape_of(use.root.const_value)) if use.node.op_type in _CONVOLUTIONS else -1
     ranks = [rank_of(value) for value in use.node.inputs if value is not None]
     rank = None if None in ranks else max(rank for rank in ranks if rank is not None)
-    return Columns(use.node.outputs[0], axis, size, start, stop, rank)
+    return Columns(use.node.outputs[0], axis, size=size, start=start, stop=stop, rank=rank)
 
 
 def unused(target: Target, use: Use) -> Miss:

@@ -126,7 +126,9 @@ def tidy(folder: Path, held: Sequence[Path] = ()) -> bool:
         try:
             with locked([folder], _PATIENCE_S, held), Uninterrupted() as calm:
                 for identity in _found(folder).here:  # another process may have been here first
-                    _Settling(folder, identity, (*held, folder), outcome, calm).run()
+                    _Settling(
+                        folder=folder, identity=identity, held=(*held, folder), outcome=outcome, calm=calm
+                    ).run()
         except (BusyError, OSError):  # the next run tries again; or the folder is gone
             pass
         except OutputError as error:
@@ -176,7 +178,7 @@ class _OthersError(Exception):
     """Another process settles the set."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Settling:
     """Settle one set of an ended process; the lock of ``folder`` is held."""
 
