@@ -108,7 +108,7 @@ def exported_once(export: Export, folder: Path) -> Export:
 
 
 def _without_values(graph: ir.Model) -> list[str]:
-    """Give what has no values (a model on the meta device) zeros, so that it can be saved; return its names."""
+    """Give a module without values (on the meta device) zeros, so that it can be saved; return the names."""
     names = []
     for name, value in graph.graph.initializers.items():
         raw = getattr(value.const_value, "raw", None)
