@@ -26,14 +26,17 @@ class Stack:
     Attributes:
         path: Of their ModuleList, ``model.layers``.
         depth: How many there are.
-        chosen: Which of them are traced, in their order; the first is.
+        chosen: Which of them are traced, in their order: the first one, and of each kind behind it the first
+            and the last.
         template: Of each layer, the position in ``chosen`` of the one that it is like.
+        alike: Positions in ``chosen`` of two of one kind, whose nodes have to be the same.
     """
 
     path: str
     depth: int
     chosen: tuple[int, ...]
     template: tuple[int, ...]
+    alike: tuple[tuple[int, int], ...]
 
 
 def build_outline(
@@ -76,7 +79,7 @@ def find_stacks(model: torch.nn.Module, buffers: Mapping[str, torch.Tensor]) -> 
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{stack.path}.") for stack in found)
         if isinstance(module, torch.nn.ModuleList) and len(module) > 1 and not inside:
-            found.append(_stack(path, module, buffers))
+            found.append(_stack(path, module, model, buffers))
     return found
 
 
@@ -108,30 +111,41 @@ def _configs(model: Any) -> Iterator[Any]:
 
 def _cut_config(config: Any, stack: Stack) -> None:
     """Have a config speak of the chosen layers, where it speaks of each layer or of their number."""
-    for name, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == stack.depth:
-            setattr(config, name, [value[index] for index in stack.chosen])
+    for name, values in list(_of_each_layer(config, stack.depth)):
+        setattr(config, name, [values[index] for index in stack.chosen])
     for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
         if getattr(config, name, None) == stack.depth:
             setattr(config, name, len(stack.chosen))
 
 
-def _stack(path: str, layers: torch.nn.ModuleList, buffers: Mapping[str, torch.Tensor]) -> Stack:
+def _stack(path: str, layers: torch.nn.ModuleList, model: Any, buffers: Mapping[str, torch.Tensor]) -> Stack:
     facts = [_facts(f"{path}.{index}", layer, buffers) for index, layer in enumerate(layers)]
+    for config in _configs(model):
+        for name, values in _of_each_layer(config, len(layers)):
+            for fact, value in zip(facts, values, strict=True):
+                fact["", f"config.{name}"] = repr(value)
     # What counts the layers says nothing of their kind.
     counts = {key for key in facts[0] if all(fact.get(key) == index for index, fact in enumerate(facts))}
     kinds = [frozenset((key, value) for key, value in fact.items() if key not in counts) for fact in facts]
-    chosen = [0]
-    for index in range(1, len(kinds)):
-        if kinds[index] not in (kinds[known] for known in chosen[1:]):
-            chosen.append(index)
-    position = {kinds[index]: place for place, index in enumerate(chosen) if place}
+    ends: dict[frozenset[Any], list[int]] = {}
+    for index, kind in enumerate(kinds[1:], 1):
+        ends[kind] = [*ends.get(kind, [])[:1], index]
+    chosen = sorted({0, *(index for pair in ends.values() for index in pair)})
+    places = {kind: [chosen.index(index) for index in pair] for kind, pair in ends.items()}
     return Stack(
         path=path,
         depth=len(kinds),
         chosen=tuple(chosen),
-        template=(0, *(position[kind] for kind in kinds[1:])),
+        template=(0, *(places[kind][0] for kind in kinds[1:])),
+        alike=tuple((pair[0], pair[1]) for pair in places.values() if len(pair) == 2),
     )
+
+
+def _of_each_layer(config: Any, depth: int) -> Iterator[tuple[str, list[Any]]]:
+    """Yield the settings of a config that have an entry for each layer."""
+    for name, value in vars(config).items():
+        if isinstance(value, (list, tuple)) and len(value) == depth:
+            yield name, list(value)
 
 
 def _facts(path: str, layer: torch.nn.Module, buffers: Mapping[str, torch.Tensor]) -> dict[Any, Any]:

@@ -6,6 +6,8 @@ Rules, without which nothing is stamped:
    not (positions, masks, sizes) is computed once for all.
 2. From one layer to the next goes one value, the state; a layer reads nothing else of any other.
 3. A layer's results are its state and its part of the cache.
+4. The first and the last layer of a kind have the same nodes, constants included: code that asks for the
+   number of its layer would tell them apart.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import ast
 import re
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import onnx_ir as ir
 
 from lora_export.base.capture.outline import Stack
@@ -51,12 +54,14 @@ class _Layers:
         self._numbers = {id(value): number for value in values if (number := self._number(value)) is not None}
         self._caches = {id(value) for value in graph.inputs}
         self._results = {id(v) for v in graph.outputs if has_cache and _CACHE.match(str(v.name))}
-        self._nodes: list[list[ir.Node]] = [[] for _ in stack.chosen]
+        self.nodes: list[list[ir.Node]] = [[] for _ in stack.chosen]
         self._layer: dict[int, int] = {}
         self._sort_nodes()
-        self._states = [self._state_into(number) for number in range(1, len(stack.chosen))]
+        self.states = [self._state_into(number) for number in range(1, len(stack.chosen))]
         self._last = self._state_out()
         self._check_results()
+        for first, last in stack.alike:
+            _Comparison(self, first, last).check()
 
     def _sort_nodes(self) -> None:
         """Rule 1."""
@@ -71,9 +76,9 @@ class _Layers:
                 continue
             if any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()):
                 raise CannotStamp(f"{node.op_type} of layer {number} has a subgraph")
-            self._nodes[number].append(node)
+            self.nodes[number].append(node)
             self._layer[id(node)] = number
-        if not all(self._nodes):
+        if not all(self.nodes):
             raise CannotStamp("a layer has no nodes")
 
     def _scope(self, node: ir.Node) -> int | None:
@@ -102,7 +107,7 @@ class _Layers:
     def _state_into(self, number: int) -> ir.Value:
         """Rule 2."""
         states: dict[int, ir.Value] = {}
-        for node in self._nodes[number]:
+        for node in self.nodes[number]:
             for value in node.inputs:
                 producer = None if value is None else value.producer()
                 if value is None:
@@ -137,14 +142,14 @@ class _Layers:
 
     def _state_out(self) -> ir.Value:
         """Return what goes out of the last chosen layer."""
-        last = len(self._nodes) - 1
+        last = len(self.nodes) - 1
         found = {id(value): value for value in self._read_outside(last)}
         if len(found) != 1:
             raise CannotStamp(f"{len(found)} values go out of the last layer")
         return next(iter(found.values()))
 
     def _read_outside(self, number: int) -> Iterator[ir.Value]:
-        for node in self._nodes[number]:
+        for node in self.nodes[number]:
             for value in node.outputs:
                 cache = value.is_graph_output() and self._has_cache and _CACHE.match(str(value.name))
                 outside = any(self._layer.get(id(use.node)) != number for use in value.uses())
@@ -153,7 +158,7 @@ class _Layers:
 
     def _check_results(self) -> None:
         """Rule 3, of all but the last."""
-        for number, state in enumerate(self._states):
+        for number, state in enumerate(self.states):
             others = [value for value in self._read_outside(number) if value is not state]
             if number and others:
                 raise CannotStamp(f"layer {number} gives {others[0].name!r} as well")
@@ -163,19 +168,19 @@ class _Layers:
     def copy_all(self) -> None:
         """Write the layers behind the first anew, and drop those that they were copied from."""
         graph, stack = self._graph, self._stack
-        behind = [node for nodes in self._nodes[1:] for node in nodes]
-        templates = set(range(1, len(self._nodes)))
+        behind = [node for nodes in self.nodes[1:] for node in nodes]
+        templates = set(range(1, len(self.nodes)))
         for name, value in list(graph.initializers.items()):
             if self._number(value) in templates:
                 del graph.initializers[name]
         results = [self._kept(value, templates) for value in graph.outputs]
         inputs = [value for value in graph.inputs if self._number(value) not in templates]
-        ways_out = [*self._states[1:], self._last]
-        current, after, cache = self._states[0], behind[-1], list[ir.Value]()
+        ways_out = [*self.states[1:], self._last]
+        current, after, cache = self.states[0], behind[-1], list[ir.Value]()
         for index in range(1, stack.depth):
             number = stack.template[index]
-            copy = _Copy(self, number, index, self._states[number - 1], current)
-            for node in self._nodes[number]:
+            copy = _Copy(self, number, index, self.states[number - 1], current)
+            for node in self.nodes[number]:
                 made = copy.node(node)
                 graph.insert_after(after, made)
                 after = made
@@ -189,7 +194,7 @@ class _Layers:
         kept = [current if value is self._last else value for value in results if value is not None]
         graph.outputs[:] = [*kept, *sorted(cache, key=_order)]
         for use in list(self._last.uses()):
-            if self._layer.get(id(use.node)) != len(self._nodes) - 1:
+            if self._layer.get(id(use.node)) != len(self.nodes) - 1:
                 use.node.replace_input_with(use.idx, current)
         graph.remove(behind)
 
@@ -204,6 +209,10 @@ class _Layers:
     def _kept(self, value: ir.Value, templates: set[int]) -> ir.Value | None:
         found = _CACHE.match(str(value.name)) if self._has_cache else None
         return None if found and int(found[2]) in templates else value
+
+    def is_member(self, node: ir.Node) -> bool:
+        """Whether a node is a layer's."""
+        return id(node) in self._layer
 
     def is_cache(self, value: ir.Value) -> bool:
         """Whether a value is an input of the graph."""
@@ -228,6 +237,69 @@ class _Layers:
         if not self._has_cache:
             return text
         return re.sub(rf"\b(past_key_values|present)\.{number}\.", rf"\g<1>.{index}.", text)
+
+
+class _Comparison:
+    """Rule 4."""
+
+    def __init__(self, layers: _Layers, first: int, last: int) -> None:
+        self._layers, self._first, self._last = layers, first, last
+        states = layers.states
+        self._pairs = {id(states[first - 1]): states[last - 1]}
+
+    def check(self) -> None:
+        """Raise `CannotStamp` where two layers differ."""
+        one, other = self._layers.nodes[self._first], self._layers.nodes[self._last]
+        if len(one) != len(other):
+            raise CannotStamp(f"layers {self._first} and {self._last} have {len(one)} and {len(other)} nodes")
+        for mine, theirs in zip(one, other, strict=True):
+            if not self._are_same(mine, theirs):
+                raise CannotStamp(f"layers {self._first} and {self._last} differ: {mine.name}, {theirs.name}")
+
+    def _are_same(self, mine: ir.Node, theirs: ir.Node) -> bool:
+        if mine.op_identifier() != theirs.op_identifier() or len(mine.inputs) != len(theirs.inputs):
+            return False
+        if not _same_attributes(mine, theirs):
+            return False
+        if not all(self._is_same(*pair) for pair in zip(mine.inputs, theirs.inputs, strict=True)):
+            return False
+        self._pairs.update(zip(map(id, mine.outputs), theirs.outputs, strict=True))
+        return True
+
+    def _is_same(self, mine: ir.Value | None, theirs: ir.Value | None) -> bool:
+        if mine is theirs:
+            return True
+        if mine is None or theirs is None:
+            return False
+        if id(mine) in self._pairs:
+            return self._pairs[id(mine)] is theirs
+        if self._layers.is_own(mine, self._first):
+            renamed = self._layers.renamed(str(mine.name), self._first, self._last)
+            return renamed == theirs.name and mine.shape == theirs.shape
+        if mine.const_value is not None and theirs.const_value is not None:
+            return bool(np.array_equal(mine.const_value.numpy(), theirs.const_value.numpy()))
+        one, other = mine.producer(), theirs.producer()
+        if one is None or other is None or self._layers.is_member(one):
+            return False
+        # Sizes are computed in many ways, from the inputs.
+        if mine.dtype == theirs.dtype == ir.DataType.INT64:
+            return True
+        return mine.index() == theirs.index() and self._are_same(one, other)
+
+
+def _same_attributes(mine: ir.Node, theirs: ir.Node) -> bool:
+    if mine.attributes.keys() != theirs.attributes.keys():
+        return False
+    for name, one in mine.attributes.items():
+        other = theirs.attributes[name]
+        if one.type != other.type:
+            return False
+        if one.type == ir.AttributeType.TENSOR:
+            if not np.array_equal(one.as_tensor().numpy(), other.as_tensor().numpy()):
+                return False
+        elif one.value != other.value:
+            return False
+    return True
 
 
 class _Copy:
