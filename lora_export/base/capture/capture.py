@@ -10,7 +10,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_export.base.capture.attach import Weights
 from lora_export.base.capture.cache import name_total, with_cache
@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
+Trace = Literal["loaded", "outline"]
+TRACES: tuple[Trace, ...] = ("loaded", "outline")
 # The first opset in which Conv and pooling take bfloat16.
 _BFLOAT16_OPSET = 22
 # Smaller constants stay in the protobuf.
@@ -75,6 +77,7 @@ def capture_checkpoint(
     dtype: str = "float32",
     kv_cache: bool = False,
     replaced: Collection[str] = (),
+    trace: Trace = "loaded",
 ) -> Path:
     """Write the graph of a checkpoint folder, with dynamic batch and sequence axes.
 
@@ -87,6 +90,9 @@ def capture_checkpoint(
             model does in PyTorch in that dtype; what transformers always computes in float32 stays float32.
         kv_cache: For decoders: keys and values of past tokens are inputs and outputs, see `capture_cache`.
         replaced: Parameters that are replaced afterwards; the checkpoint may lack them.
+        trace: ``loaded``: the model with its weights is traced. ``outline``: the first and the last layer of
+            each kind are traced without weights and copied for the others; weights are read as they are
+            written, so that the model is never in memory. The graph computes the same.
 
     Returns:
         ``output``.
@@ -103,8 +109,21 @@ def capture_checkpoint(
     require("torch", "transformers", "onnxscript")
     path = Path(folder)
     tell_stage(f"capturing {path} (seconds for a small model, minutes for 1B)")
-    loading = _look_at(path)
-    graph, captured, weights = _traced(path, loading, dtype, kv_cache, replaced)
+    opset = _BFLOAT16_OPSET if dtype == "bfloat16" else None
+    weights: Weights | None = None
+    if trace == "outline":
+        graph, captured, weights = _in_outline(path, _look_at(path), dtype, kv_cache, opset)
+    else:
+        model, _ = load_model(path, dtype, replaced)
+        traced, captured = _prepare(model, path, dtype, kv_cache)
+        graph = export_module(
+            model,
+            traced.inputs,
+            traced.shapes,
+            traced.output_names,
+            input_names=traced.input_names,
+            opset=opset,
+        )
     if kv_cache:
         name_total(graph)
     graph.metadata_props.update(captured.to_metadata())
@@ -116,13 +135,16 @@ def capture_checkpoint(
     return output
 
 
-def _traced(
-    path: Path, loading: _Loading, dtype: str, kv_cache: bool, replaced: Collection[str]
-) -> tuple[ir.Model, Captured, Weights | None]:
-    """Return a checkpoint's graph, what is known of it, and the weights that are read when it is saved."""
+def _in_outline(
+    path: Path, loading: _Loading, dtype: str, kv_cache: bool, opset: int | None
+) -> tuple[ir.Model, Captured, Weights]:
+    """Return a checkpoint's graph, what it was captured from, and the weights, read when it is saved.
+
+    Raises:
+        CheckpointError: The model can't be traced without its weights.
+    """
     import torch
 
-    opset = _BFLOAT16_OPSET if dtype == "bfloat16" else None
     described: list[Captured] = []
 
     def prepare(model: Any) -> Traced:
@@ -140,15 +162,13 @@ def _traced(
             prepare=prepare,
             opset=opset,
         )
-        return graph, described[-1], weights
     except CheckpointError:
         raise
-    except Exception as error:  # of transformers, torch and onnxscript, which the loaded model may not raise
-        tell_stage(f"loading the model and tracing all of it: {first_line(error)}")
-    model, _ = load_model(path, dtype, replaced)
-    traced = prepare(model)
-    graph = export_module(model, traced.inputs, traced.shapes, traced.output_names, traced.input_names, opset)
-    return graph, described[-1], None
+    except Exception as error:  # also of transformers, torch and onnxscript, without values to work with
+        raise CheckpointError(
+            f"{path} can't be traced without its weights: {first_line(error)}", "give --trace loaded"
+        ) from error
+    return graph, described[-1], weights
 
 
 def _prepare(model: Any, path: Path, dtype: str, kv_cache: bool) -> tuple[Traced, Captured]:

@@ -136,7 +136,9 @@ def _stack(path: str, layers: torch.nn.ModuleList, model: Any, buffers: Mapping[
         path=path,
         depth=len(kinds),
         chosen=tuple(chosen),
-        template=(0, *(places[kind][0] for kind in kinds[1:])),
+        template=tuple(
+            chosen.index(index) if index in chosen else places[kind][0] for index, kind in enumerate(kinds)
+        ),
         alike=tuple((pair[0], pair[1]) for pair in places.values() if len(pair) == 2),
     )
 

@@ -83,7 +83,11 @@ class _Layers:
 
     def _scope(self, node: ir.Node) -> int | None:
         scopes = node.metadata_props.get(_SCOPES)
-        for scope in ast.literal_eval(scopes) if scopes else ():
+        if scopes is None:
+            # Made by a rule of the optimiser, from a node of the layer that its inputs are of.
+            producers = [value.producer() for value in node.inputs if value is not None]
+            return max((self._layer[id(p)] for p in producers if id(p) in self._layer), default=None)
+        for scope in ast.literal_eval(scopes):
             if found := self._within.fullmatch(scope):
                 return int(found[1])
         return None
