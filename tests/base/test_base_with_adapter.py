@@ -1,9 +1,12 @@
 """A base that holds an adapter: its layers, by name; or the same file, merged part by part."""
 
 import copy
+import functools
 import json
+import shutil
 
 import pytest
+import tiny
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -212,8 +215,10 @@ def test_a_graph_knows_the_part_of_a_file(kept, tmp_path):
     torch.testing.assert_close(torch.from_numpy(one), torch.from_numpy(two), rtol=1e-4, atol=1e-5)
 
 
-def two_adapters(make, folder):
-    """Save a base and two adapters; merge the first into the base's folder and into its graph."""
+@functools.cache
+def two_adapters(make):
+    """Save, once, a base and two adapters; merge the first into the base's folder and into its graph."""
+    folder = tiny.cache_folder() / f"two-adapters-{make.__name__}"
     torch.manual_seed(0)
     model, targets = make()
     model.save_pretrained(folder / "base")
@@ -221,17 +226,17 @@ def two_adapters(make, folder):
         random(model, targets).save_pretrained(folder / name)
     assert merge(folder / "base", folder / "a", folder / "merged") == 0
     merge_onnx(folder / "base", folder / "a", folder / "merged.onnx")
-    return folder / "a", folder / "b"
+    return folder
 
 
 @pytest.mark.parametrize("make", [opt, bert])
 @pytest.mark.parametrize("how", ["graph", "captured", "captured and its folder"])
 def test_an_adapter_in_the_weights_goes_beside_them_no_second_time(how, make, tmp_path):
-    inside, other = two_adapters(make, tmp_path)
-    base, checkpoint = tmp_path / "merged.onnx", False
+    made = two_adapters(make)
+    inside, other, base, checkpoint = made / "a", made / "b", made / "merged.onnx", False
     if how != "graph":
-        base, _ = capture_onnx(tmp_path / "merged", tmp_path / "captured.onnx")
-        checkpoint = tmp_path / "merged" if how != "captured" else False
+        base, _ = capture_onnx(made / "merged", tmp_path / "captured.onnx")
+        checkpoint = made / "merged" if how != "captured" else False
     for expose in (
         lambda adapter, out: swap_onnx(base, out, adapter=adapter, checkpoint=checkpoint),
         lambda adapter, out: bank_onnx(base, {"a": adapter}, out, checkpoint=checkpoint, resident="inputs"),
@@ -255,9 +260,10 @@ def test_an_adapter_in_the_weights_goes_beside_them_no_second_time(how, make, tm
 
 
 def test_a_converted_file_of_an_adapter_in_the_weights(tmp_path):
-    inside, _ = two_adapters(bert, tmp_path)
-    plain, _ = capture_onnx(tmp_path / "base", tmp_path / "plain.onnx")
-    for name, base in (("one", plain), ("two", tmp_path / "merged.onnx")):
+    made = two_adapters(bert)
+    inside = made / "a"
+    plain, _ = capture_onnx(made / "base", tmp_path / "plain.onnx")
+    for name, base in (("one", plain), ("two", made / "merged.onnx")):
         swap_onnx(base, tmp_path / f"{name}.onnx", target_modules=["query"], checkpoint=False)
     convert_adapter(
         inside, tmp_path / "one.onnx", tmp_path / "a.safetensors", component="encoder.layer.0.attention.self"
@@ -273,16 +279,17 @@ def test_a_converted_file_of_an_adapter_in_the_weights(tmp_path):
 @pytest.mark.parametrize("make", [opt, bert])
 @pytest.mark.parametrize("verb", ["merge", "swap"])
 def test_another_adapter_onto_a_merged_graph_is_not_compared_with_the_base_it_names(verb, make, tmp_path):
-    _, other = two_adapters(make, tmp_path)
+    made, other = two_adapters(make), tmp_path / "b"
+    shutil.copytree(made / "b", other)
     config = json.loads((other / "adapter_config.json").read_text())
     for folder, compared in (("base", False), ("merged", True)):
-        text = json.dumps(config | {"base_model_name_or_path": str(tmp_path / folder)})
+        text = json.dumps(config | {"base_model_name_or_path": str(made / folder)})
         (other / "adapter_config.json").write_text(text)
         out = tmp_path / f"{folder}-out.onnx"
         if verb == "merge":
-            report = merge_onnx(tmp_path / "merged.onnx", other, out)
+            report = merge_onnx(made / "merged.onnx", other, out)
         else:
-            report = swap_onnx(tmp_path / "merged.onnx", out, adapter=other)
+            report = swap_onnx(made / "merged.onnx", out, adapter=other)
         said = " ".join(report.plan.notes)
         assert ("values compared with" in said) == compared
         assert ("'a' merged into it" in said) != compared

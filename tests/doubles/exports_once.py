@@ -6,7 +6,8 @@ code, its settings, every value of its parameters and buffers, the inputs, the o
 does itself (what it asks for, its own passes, what it writes) runs in every test.
 
 An export that is not optimised copies parameters as they are. Modules that differ in their values alone share
-one, and each gets its own values, if what the exporter made of the first one's says that it did so.
+one, and each gets its own values, if what the exporter made of the first one's says that it did so. With
+``optimize``, the exporter's own optimiser is run on that, as the exporter does.
 """
 
 from __future__ import annotations
@@ -56,13 +57,32 @@ def share_exports(folder: Path, put: Callable[[Any, str, Any], None] = setattr) 
         folder: What was exported.
         put: Puts a value in the place of an attribute.
     """
-    from torch.onnx._internal.exporter import _registration
-
     folder.mkdir(exist_ok=True)
     put(torch.onnx, "export", exported_once(torch.onnx.export, folder))
-    # Each export parses the source of all of onnxscript's operators again: a tenth of its time here.
-    operators = _registration.onnxscript_apis
+    _remember_operators(put)
+
+
+def _remember_operators(put: Callable[[Any, str, Any], None]) -> None:
+    """Let the exporter learn once what each export learns again: a third of the time of a small one.
+
+    The source of onnxscript's operators, their signatures, and torch's operators that its dispatcher has.
+    """
+    from torch._export import utils
+    from torch.onnx._internal.exporter import _registration, _schemas
+
+    operators, materialize = _registration.onnxscript_apis, utils._materialize_cpp_cia_ops
+
+    @functools.lru_cache(maxsize=1)
+    def materialized(_: frozenset[str]) -> None:
+        materialize()
+
+    def materialize_new() -> None:
+        names = torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd")
+        materialized(frozenset(names))
+
     put(operators, "get_torchlib_ops", functools.cache(operators.get_torchlib_ops))
+    put(_schemas, "op_signature_from_function", functools.cache(_schemas.op_signature_from_function))
+    put(utils, "_materialize_cpp_cia_ops", materialize_new)
 
 
 def exported_once(export: Export, folder: Path) -> Export:
@@ -74,27 +94,26 @@ def exported_once(export: Export, folder: Path) -> Export:
         if not (known and options.get("dynamo", True) and options.keys() <= _OPTIONS):
             return export(model, args, f, **options)
         given = {name: value for name, value in options.items() if name not in ("external_data", "verbose")}
-        kept = folder / key_of(model, args, given, values=options.get("optimize", True))
-        with locked(kept.with_suffix(".lock")):
-            if not kept.exists():
-                program = export(model, args, **options)
-                made = kept.with_suffix(".new")
-                made.mkdir()
-                names = _without_values(program.model) or _copied(program.model, model)
-                (made / "parameters.json").write_text(json.dumps(names))
-                ir.save(program.model, made / "model.onnx", external_data="model.data")
-                made.rename(kept)
-        # The same for the first and for all others.
-        program = torch.onnx.ONNXProgram(ir.load(kept / "model.onnx"), None)
-        if not options.get("optimize", True):
-            names = json.loads((kept / "parameters.json").read_text())
+        plain = {"optimize": False}
+        own = folder / key_of(model, args, given)
+
+        def make() -> torch.onnx.ONNXProgram:
+            """Return what is shared with modules of this structure, with own values, optimised if asked."""
+            alike = folder / key_of(model, args, given | plain, values=False)
+            program = _kept(alike, model, lambda: export(model, args, **options | plain))
+            names = json.loads((alike / "parameters.json").read_text())
             if names is None:
-                return export(model, args, f, **options)
+                return export(model, args, **options)
             parameters = dict(model.named_parameters(remove_duplicate=False))
             parameters |= dict(model.named_buffers(remove_duplicate=False))
             for name in names:
                 value = ir.tensor_adapters.TorchTensor(parameters[name].detach().clone(), name)
                 program.model.graph.initializers[name].const_value = value
+            if options.get("optimize", True):
+                program.optimize()
+            return program
+
+        program = _kept(own, model, make) if options.get("optimize", True) else make()
         if f is not None:
             program.save(
                 f,
@@ -116,6 +135,21 @@ def _without_values(graph: ir.Model) -> list[str]:
             value.const_value = ir.tensor(torch.zeros(raw.shape, dtype=raw.dtype), name=name)
             names.append(name)
     return names
+
+
+def _kept(place: Path, model: torch.nn.Module, make: Callable[[], Any]) -> Any:
+    """Return what a folder keeps, made if it isn't there: the same for the first and for all others."""
+    with locked(place.with_suffix(".lock")):
+        if not place.exists():
+            program = make()
+            made = place.with_suffix(".new")
+            made.mkdir()
+            (made / "parameters.json").write_text(
+                json.dumps(_without_values(program.model) or _copied(program.model, model))
+            )
+            ir.save(program.model, made / "model.onnx", external_data="model.data")
+            made.rename(place)
+    return torch.onnx.ONNXProgram(ir.load(place / "model.onnx"), None)
 
 
 def _copied(graph: ir.Model, model: torch.nn.Module) -> list[str] | None:

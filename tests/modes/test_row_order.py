@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import tiny
@@ -248,9 +250,14 @@ class Resized(Pictures):
 KEPT = [Last, LastOfMask, Masked, Turned, Tables, Right, Repeated, Routed, Along, Resized]
 
 
-def exported(kind, exporter, folder):
+@functools.cache
+def built(kind):
     torch.manual_seed(0)
-    model, path, options = kind().eval(), folder / "base.onnx", EXPORTERS[exporter]
+    return kind().eval()
+
+
+def exported(kind, exporter, folder):
+    model, path, options = built(kind), folder / "base.onnx", EXPORTERS[exporter]
     names = [f"in{number}" for number in range(len(kind.inputs))]
     if exporter == "dynamo":
         options = options | {"dynamic_shapes": tuple({0: torch.export.Dim("rows")} for _ in names)}
@@ -261,12 +268,13 @@ def exported(kind, exporter, folder):
     return model, path, dict(zip(names, (value.numpy() for value in kind.inputs), strict=True))
 
 
-def adapted(model, kind, folder, alone=True):
-    """Save two adapters; return their folders and PEFT's answers of each row alone with each."""
-    found, answers = {}, []
+@functools.cache
+def adapted(kind, alone=True):
+    """Save two adapters once; return their folders and PEFT's answers of each row alone with each."""
+    found, answers, folder = {}, [], tiny.cache_folder() / "row-order" / kind.__qualname__
     for number, name in enumerate(("one", "two")):
         copy = kind().eval()
-        copy.load_state_dict(model.state_dict())
+        copy.load_state_dict(built(kind).state_dict())
         config = LoraConfig(r=2 + number, lora_alpha=4, target_modules=["a", "o"])
         peft = get_peft_model(copy, config).eval()
         generator = torch.Generator().manual_seed(number)
@@ -297,8 +305,8 @@ CASES += [(Flipped, "dynamo", {"pack": True}), (Permuted, "static", {"pack": Tru
     ("kind", "exporter", "more"), CASES, ids=lambda part: getattr(part, "__name__", None)
 )
 def test_rows_in_another_order_are_refused(kind, exporter, more, tmp_path):
-    model, base, _ = exported(kind, exporter, tmp_path)
-    given, _ = adapted(model, kind, tmp_path, alone=False)
+    _, base, _ = exported(kind, exporter, tmp_path)
+    given, _ = adapted(kind, alone=False)
     caught = refused(bank_onnx, base, given, checkpoint=False, **more)
     assert isinstance(caught, SiteError)
     assert "a: " in str(caught)
@@ -317,7 +325,7 @@ FOLLOWED.remove((Masked, "torchscript"))
 def test_rows_in_their_order_are_followed(kind, exporter, tmp_path):
     """Nothing is left to say, and each row is what PEFT computes of it alone with its adapter."""
     model, base, feeds = exported(kind, exporter, tmp_path)
-    given, answers = adapted(model, kind, tmp_path)
+    given, answers = adapted(kind)
     report = bank_onnx(base, given, tmp_path / "bank.onnx", checkpoint=False)
     assert not [note for note in report.plan.notes if "first axis" in note]
     (actual,) = run_bank(tmp_path / "bank.onnx", [[1, 0], [0, 1], [0, 0]], feeds)
@@ -357,8 +365,8 @@ class StateTurned(State):
 @pytest.mark.parametrize("kind", [State, StateFirst, StateTurned])
 def test_a_module_on_an_input_with_two_axes_of_the_batchs_size_is_refused(kind, exporter, tmp_path):
     """Which axis has the batch's rows nothing tells: each row would get another row's adapter."""
-    model, base, _ = exported(kind, exporter, tmp_path)
-    given, _ = adapted(model, kind, tmp_path, alone=False)
+    _, base, _ = exported(kind, exporter, tmp_path)
+    given, _ = adapted(kind, alone=False)
     caught = refused(bank_onnx, base, given, checkpoint=False)
     assert [problem.split(":")[0] for problem in caught.problems] == ["a"]
     assert "several axes of the batch's size (3, of " in caught.problems[0]
@@ -376,8 +384,8 @@ class Both(Net):
 
 @pytest.mark.parametrize("exporter", ["dynamo-static", "static"])
 def test_a_module_on_that_input_and_on_the_batchs_is_not_refused(exporter, tmp_path):
-    model, base, feeds = exported(Both, exporter, tmp_path)
-    given, answers = adapted(model, Both, tmp_path)
+    _, base, feeds = exported(Both, exporter, tmp_path)
+    given, answers = adapted(Both)
     bank_onnx(base, given, tmp_path / "bank.onnx", checkpoint=False)
     (actual,) = run_bank(tmp_path / "bank.onnx", [[1, 0], [0, 1], [0, 1]], feeds)
     assert tiny.relative_error(actual, np.stack([answers[0][0], answers[1][1], answers[1][2]])) <= 2e-6
@@ -394,8 +402,8 @@ class Square(Net):
 
 @pytest.mark.parametrize("exporter", ["dynamo-static", "static"])
 def test_a_square_batch_alone_is_followed(exporter, tmp_path):
-    model, base, feeds = exported(Square, exporter, tmp_path)
-    given, answers = adapted(model, Square, tmp_path)
+    _, base, feeds = exported(Square, exporter, tmp_path)
+    given, answers = adapted(Square)
     bank_onnx(base, given, tmp_path / "bank.onnx", checkpoint=False)
     (actual,) = run_bank(tmp_path / "bank.onnx", [[1, 0], [0, 1], [0, 1]], feeds)
     assert tiny.relative_error(actual, np.stack([answers[0][0], answers[1][1], answers[1][2]])) <= 2e-6

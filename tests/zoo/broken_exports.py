@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
+import pickle
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,6 +87,14 @@ def export(mode: str, graph: Path, adapters: Mapping[str, Adapter], folder: Path
         else:
             bank_onnx(graph, adapters, output)
     return output
+
+
+def exported(mode: str, graph: Path, adapters: Mapping[str, Adapter]) -> Path:
+    """Return an `export` of what `base` returns, made once for equal adapters; do not change it."""
+    content = pickle.dumps((mode, str(graph), list(adapters.items())))
+    folder = tiny.cache_folder() / "exports" / hashlib.sha256(content).hexdigest()
+    output = folder / f"{mode}.onnx"
+    return output if output.exists() else export(mode, graph, adapters, folder)
 
 
 # --- wrong adapters under the right one's name -------------------------------------------------------

@@ -203,6 +203,33 @@ def test_what_is_captured_is_the_same_with_and_without(kv_cache, tmp_path, monke
     assert renumbered(tmp_path / "first" / "m.onnx") == renumbered(tmp_path / "without" / "m.onnx")
 
 
+def test_what_is_optimised_is_the_same_with_and_without(tmp_path):
+    """Of the values of its own: norms are folded into convolutions."""
+    real, spec = torch.onnx.export.__wrapped__, tiny.ARCHITECTURES["conv"]
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append(options)
+        return real(*arguments, **options)
+
+    given = {"kwargs": spec.inputs(), "dynamic_shapes": spec.dynamic, "output_names": ["logits"]}
+    (tmp_path / "shared").mkdir()
+    once = exported_once(counted, tmp_path / "shared")
+    for factor in (1.0, 0.5):
+        model = tiny.build("conv")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(factor)
+        for name, export in (("first", once), ("again", once), ("without", real)):
+            with tiny.quiet():
+                (tmp_path / name).mkdir(exist_ok=True)
+                export(model, (), tmp_path / name / "m.onnx", **given, dynamo=True)
+        for file in ("m.onnx", "m.onnx.data"):
+            assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+        assert renumbered(tmp_path / "first" / "m.onnx") == renumbered(tmp_path / "without" / "m.onnx")
+    assert len(calls) == 1
+
+
 def test_failures_are_raised_each_time(tmp_path):
     def broken(*_, **__):
         raise RuntimeError("no")
