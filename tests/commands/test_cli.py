@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 import output_cases
+import preloaded
 import pytest
 
 from lora_export import LoraExportError, ParityError, cli
@@ -15,30 +16,32 @@ from lora_export.commands import COMMANDS
 from lora_export.storage.outputs import OutputSet
 
 
-def call(*arguments):
+def started(*arguments):
     command = [sys.executable, "-c", "from lora_export.cli import main; main()", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_no_argument_shows_help():
-    assert "merge-onnx" in call().stdout + call().stderr
+    done = started()
+    assert "merge-onnx" in done.stdout + done.stderr
 
 
-def test_usage_errors_are_2():
-    assert call("nothing").returncode == 2
-    assert "No such command 'nothing'" in call("nothing").stderr
-    assert call("merge-onnx").returncode == 2
-    assert call("merge-onnx", "--nothing").returncode == 2
+def test_usage_errors_are_2(capsys):
+    done = started("nothing")
+    assert done.returncode == 2
+    assert "No such command 'nothing'" in done.stderr
+    assert _run(["merge-onnx"], False) == 2
+    assert _run(["merge-onnx", "--nothing"], False) == 2
 
 
 @pytest.mark.parametrize("verb", list(COMMANDS))
-def test_every_verb_has_a_short_help_and_an_example(verb):
+def test_every_verb_has_a_short_help_and_an_example(verb, capsys):
     command = root.get_command(None, verb)
     assert command.short_help
-    done = call(verb, "--help")
-    assert done.returncode == 0
-    assert "Example" in done.stdout
-    assert f"lora-export {verb}" in done.stdout
+    assert _run([verb, "--help"], False) == 0
+    said = capsys.readouterr().out
+    assert "Example" in said
+    assert f"lora-export {verb}" in said
 
 
 @pytest.mark.parametrize(
@@ -69,10 +72,10 @@ def test_errors_become_exit_codes(monkeypatch, capsys, error, code, said):
 
 def test_debug_shows_the_traceback(tmp_path):
     for arguments in (["--debug", "inspect"], ["inspect", "--debug"]):
-        done = call(*arguments, str(tmp_path / "nothing"))
+        done = started(*arguments, str(tmp_path / "nothing"))
         assert done.returncode == 1
         assert "Traceback" in done.stderr
-    assert "Traceback" not in call("inspect", str(tmp_path / "nothing")).stderr
+    assert "Traceback" not in started("inspect", str(tmp_path / "nothing")).stderr
 
 
 def gone() -> int:
@@ -120,10 +123,11 @@ def test_a_graph_with_a_name_that_is_not_utf8(verb, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     arguments = output_cases.CASES[verb].arguments(tmp_path, out)
-    done = call(*map(str, arguments[:-1]), os.fsencode(out) + b"/caf\xe9.onnx")
+    name = os.fsdecode(b"caf\xe9")
+    done = preloaded.run([*arguments[:-1], out / f"{name}.onnx"])
     assert done.returncode == 1
     assert "is not UTF-8" in done.stderr
-    done = call(*map(str, output_cases.merge(tmp_path, out)[:-1]), os.fsencode(out) + b"/caf\xe9")
+    done = preloaded.run([*output_cases.merge(tmp_path, out)[:-1], out / name])
     assert done.returncode == 0
     assert [os.fsencode(path.name) for path in out.iterdir()] == [b"caf\xe9"]
 
@@ -181,9 +185,13 @@ def test_a_full_disk_behind_stdout(verb, tmp_path):
     """The result can't be printed: it is there all the same, and that is said."""
     (tmp_path / "out").mkdir()
     arguments = output_cases.CASES[verb].arguments(tmp_path, tmp_path / "out")
-    command = [sys.executable, "-c", "from lora_export.cli import main; main()", *map(str, arguments)]
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 1
-    assert "No space left on device" in done.stderr
-    assert "before that: complete and in place: " in done.stderr
+    words, settings = [str(argument) for argument in arguments], dict(os.environ)
+    with Path("/dev/full").open("w") as full, (tmp_path / "said").open("w+") as said:
+        streams = (os.open(os.devnull, os.O_RDONLY), full.fileno(), said.fileno())
+        code = preloaded.asked(preloaded.process(), words, str(tmp_path), settings, streams)
+        os.close(streams[0])
+        said.seek(0)
+        text = said.read()
+    assert code == 1
+    assert "No space left on device" in text
+    assert "before that: complete and in place: " in text

@@ -28,7 +28,7 @@ from lora_export import cli
 from lora_export.storage.commit.lock import locked
 
 VERBS = ("merge", "merge-onnx", "swap-onnx", "convert-adapter", "convert-adapter to a folder")
-RACES = 60
+RACES = 30
 Files = dict[str, bytes]
 
 

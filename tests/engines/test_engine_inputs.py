@@ -47,8 +47,8 @@ def test_weights_that_change_while_they_are_built_from(tmp_path, monkeypatch):
     model, _ = made("merge", "llama", tmp_path)
     data = tmp_path / "m.onnx.data"
 
-    def changing(*arguments):
-        built = run_worker(*arguments)
+    def changing(*arguments, **named):
+        built = run_worker(*arguments, **named)
         data.write_bytes(bytes([data.read_bytes()[0] ^ 1]) + data.read_bytes()[1:])
         return built
 

@@ -545,8 +545,14 @@ def compare(path: Path, *sizes: int) -> tuple[MemoryEstimate, dict[str, int]]:
     ("arch", "mode"),
     [
         pytest.param(arch, mode, marks=group(arch))
-        for arch in ("llama", "bert", "gpt2", "conv")
-        for mode in ("swap", "bank", "merged")
+        # Products and convolutions in every mode; an encoder and products of flattened rows in one each.
+        for arch, modes in {
+            "llama": ("swap", "bank", "merged"),
+            "conv": ("swap", "bank", "merged"),
+            "bert": ("swap",),
+            "gpt2": ("bank",),
+        }.items()
+        for mode in modes
     ],
 )
 def test_it_is_what_the_compiler_says(arch, mode, tmp_path):
@@ -564,7 +570,7 @@ def test_it_is_what_the_compiler_says(arch, mode, tmp_path):
 
 @functools.cache
 def decoder(kv_cache: bool) -> Path:
-    """Return a Llama of 49 M random weights in float16, and with LoRA inputs beside it (``swap.onnx``)."""
+    """Return a Llama of 39 M random weights in float16, and with LoRA inputs beside it (``swap.onnx``)."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -576,7 +582,7 @@ def decoder(kv_cache: bool) -> Path:
         vocab_size=32000,
         hidden_size=512,
         intermediate_size=1536,
-        num_hidden_layers=5,
+        num_hidden_layers=2,
         num_attention_heads=8,
         num_key_value_heads=4,
         tie_word_embeddings=False,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import exposed_models as exposed
@@ -96,6 +97,14 @@ EVERY = [
 ]
 
 
+@cache
+def written(mode: str, arch: str, exporter: str) -> list[Path]:
+    """Return a mode's graphs, written once for all laws; do not change them."""
+    folder = tiny.shared_folder() / "laws" / f"{mode}-{arch}-{exporter}"
+    return sorted(tiny._once(folder, lambda made: MODES[mode].write(arch, exporter, made)).glob("*.onnx"))
+
+
+@cache
 def float64_answer(arch: str, name: str | None) -> np.ndarray:
     """Oracle: PyTorch in float64 with W0 + scaling·B·A put into its weights, by the definition."""
     import torch
@@ -122,8 +131,8 @@ def float64_answer(arch: str, name: str | None) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("mode", "arch", "exporter"), EVERY)
-def test_an_adapter_adds_scaling_b_a_x(mode, arch, exporter, tmp_path):
-    graphs = MODES[mode].write(arch, exporter, tmp_path)
+def test_an_adapter_adds_scaling_b_a_x(mode, arch, exporter):
+    graphs = written(mode, arch, exporter)
     for name in FEATURES:
         got = MODES[mode].answer(arch, graphs, name)
         assert tiny.relative_error(got, float64_answer(arch, name)) < TOLERANCE
@@ -131,8 +140,8 @@ def test_an_adapter_adds_scaling_b_a_x(mode, arch, exporter, tmp_path):
 
 
 @pytest.mark.parametrize(("mode", "arch", "exporter"), EVERY)
-def test_without_an_adapter_it_is_the_base_and_a_b_a_gives_a_again(mode, arch, exporter, tmp_path):
-    graphs = MODES[mode].write(arch, exporter, tmp_path)
+def test_without_an_adapter_it_is_the_base_and_a_b_a_gives_a_again(mode, arch, exporter):
+    graphs = written(mode, arch, exporter)
     answers = [MODES[mode].answer(arch, graphs, name) for name in ("a", "b", "a")]
     assert np.array_equal(answers[0], answers[2])
     assert not np.array_equal(answers[0], answers[1])
@@ -157,12 +166,11 @@ def test_without_an_adapter_it_is_the_base_and_a_b_a_gives_a_again(mode, arch, e
 def test_same_input_same_bytes_and_every_tensor_in_the_plan(mode, arch, exporter, tmp_path):
     import json
 
-    for folder in ("one", "two"):
-        MODES[mode].write(arch, exporter, tmp_path / folder)
-    first = sorted((tmp_path / "one").iterdir())
+    MODES[mode].write(arch, exporter, tmp_path)
+    first = sorted(written(mode, arch, exporter)[0].parent.iterdir())
     assert len(first) >= 3
     for path in first:
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
     made_of = adapters(arch)
     for manifest in (path for path in first if path.name.endswith(".lora.json")):
         rows = json.loads(manifest.read_text())["plan"]["rows"]
@@ -176,9 +184,9 @@ def test_same_input_same_bytes_and_every_tensor_in_the_plan(mode, arch, exporter
 @pytest.mark.parametrize(
     ("arch", "exporter"), [pytest.param(*g, marks=pytest.mark.xdist_group(g[0])) for g in GRAPHS]
 )
-def test_a_banks_row_is_a_swap_with_that_rows_adapter(arch, exporter, pack, tmp_path):
-    bank = exposed.bank(arch, exporter, adapters(arch), tmp_path, pack=pack)
-    swap = exposed.swap(arch, exporter, adapters(arch)["a"], tmp_path, pack=pack)
+def test_a_banks_row_is_a_swap_with_that_rows_adapter(arch, exporter, pack):
+    suffix = "-pack" if pack else ""
+    (bank,), (swap,) = (written(f"{mode}{suffix}", arch, exporter) for mode in ("bank", "swap"))
     for rows in (["a", "b"], ["b", None]):
         got = exposed.run_bank(arch, bank, rows)
         for number, name in enumerate(rows):
@@ -189,9 +197,8 @@ def test_a_banks_row_is_a_swap_with_that_rows_adapter(arch, exporter, pack, tmp_
 @pytest.mark.parametrize(
     ("arch", "exporter"), [pytest.param(*g, marks=pytest.mark.xdist_group(g[0])) for g in GRAPHS]
 )
-def test_permuted_rows_give_permuted_outputs(arch, exporter, tmp_path):
-    swap = exposed.swap(arch, exporter, adapters(arch)["a"], tmp_path)
-    bank = exposed.bank(arch, exporter, adapters(arch), tmp_path)
+def test_permuted_rows_give_permuted_outputs(arch, exporter):
+    (bank,), (swap,) = (written(mode, arch, exporter) for mode in ("bank", "swap"))
     feeds = tiny.feeds(arch, swap)
     turned = {name: values[::-1].copy() for name, values in feeds.items()}
     lora = exposed.tensors(swap, adapters(arch)["a"])
@@ -211,7 +218,7 @@ def test_permuted_rows_give_permuted_outputs(arch, exporter, tmp_path):
 def test_a_converted_adapter_reads_back_as_the_same(arch, exporter, pack, suffix, tmp_path):
     """read(write(adapter)) = adapter, and the session takes either to the same bits."""
     source = adapters(arch)["b"]
-    graph = exposed.swap(arch, exporter, source, tmp_path, pack=pack)
+    (graph,) = written("swap-pack" if pack else "swap", arch, exporter)
     converted = tmp_path / f"b{suffix}"
     convert_adapter(source, graph, converted)
     direct, again = exposed.tensors(graph, source), exposed.tensors(graph, converted)

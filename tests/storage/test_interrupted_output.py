@@ -39,7 +39,7 @@ def quick(monkeypatch, tmp_path, timed):
         path.with_name(path.name + ".data").write_bytes(b"data")
         return path
 
-    def build(job, *_):
+    def build(job, *_, **__):
         Path(job.engine).write_bytes(b"engine")
         Path(job.log).write_text("log")
         ports = ({"name": name, "dtype": "FLOAT", "shape": [-1, 4]} for name in "xy")
@@ -81,10 +81,21 @@ def quick(monkeypatch, tmp_path, timed):
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize("fault", faults.FAULTS)
+# Errors go one way, signals another: those of a kind take turns, and others where there were files before.
+SIGNALS = ("SIGINT", "SIGTERM")
+KINDS = {
+    "Ctrl-C before": ("Ctrl-C before",),
+    "Ctrl-C after": ("Ctrl-C after",),
+    "a signal": SIGNALS,
+    "an error": faults.ERRORS,
+}
+assert {fault for kind in KINDS.values() for fault in kind} == set(faults.FAULTS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("replaces", [False, True], ids=["new", "replaced"])
 @pytest.mark.parametrize("verb", CASES)
-def test_every_call(verb, replaces, fault, folder, quick, tmp_path, capsys, record_property):
+def test_every_call(verb, replaces, kind, folder, quick, tmp_path, capsys, record_property):
     case = CASES[verb]
     force = ["--force"] if replaces else []
     assert run(case, folder, tmp_path / "good") == 0
@@ -97,6 +108,7 @@ def test_every_call(verb, replaces, fault, folder, quick, tmp_path, capsys, reco
         out.mkdir(parents=True)
         fill(out, old)
         capsys.readouterr()
+        fault = KINDS[kind][(number + replaces) % len(KINDS[kind])]
         injector = faults.Injector(tmp_path, fault, range(number, number + 1))
         with injector.armed():
             code = run(case, folder, out, *force)

@@ -181,6 +181,35 @@ def renumbered(path):
     return re.sub(r"\b(val|node_\w+?)_\d+", lambda name: f"{numbers.setdefault(name[0], len(numbers))}", text)
 
 
+class Folded(Frozen):
+    """A module with a product that the optimiser computes beforehand."""
+
+    def forward(self, x):
+        return self.fc(x).relu() @ (self.by.T * 2)
+
+
+def test_an_optimised_one_is_made_of_one_that_is_not(tmp_path):
+    real = torch.onnx.export.__wrapped__
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append(options)
+        return real(*arguments, **options)
+
+    (tmp_path / "shared").mkdir()
+    once = exported_once(counted, tmp_path / "shared")
+    given = {"dynamic_shapes": {"x": {0: DIM}}, "input_names": ["u"], "output_names": ["v"], "verbose": False}
+    for by in (2.0, 3.0):
+        torch.manual_seed(0)
+        module, places = Folded(by).eval(), [tmp_path / f"{by}-{name}.onnx" for name in ("ours", "torch's")]
+        for export, path in zip((once, real), places, strict=True):
+            export(module, (X,), path, dynamo=True, external_data=False, **given)
+        ours, others = map(renumbered, places)
+        assert ours == others
+    assert "Transpose" not in ours
+    assert [options["optimize"] for options in calls] == [False]
+
+
 @pytest.mark.parametrize("kv_cache", [False, True])
 def test_what_is_captured_is_the_same_with_and_without(kv_cache, tmp_path, monkeypatch):
     """For the first and for those that find it there byte for byte; without, but for numbers in names."""
