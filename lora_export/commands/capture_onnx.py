@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -28,10 +29,24 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--kv-cache", is_flag=True, help="Add the keys and values of past tokens as inputs and outputs."
 )
+@click.option(
+    "--trace",
+    type=click.Choice(["loaded", "outline"]),
+    default="loaded",
+    show_default=True,
+    help="How the graph is made: from the model with its weights, or from one layer of each kind without "
+    "weights, for models larger than memory.",
+)
 @click.option("--force", is_flag=True, help="Replace existing output files.")
 @click.option("--quiet", is_flag=True, help="Print no summary.")
 def capture_onnx(
-    checkpoint: Path, output: Path, dtype: str, kv_cache: bool, force: bool, quiet: bool
+    checkpoint: Path,
+    output: Path,
+    dtype: str,
+    kv_cache: bool,
+    trace: Literal["loaded", "outline"],
+    force: bool,
+    quiet: bool,
 ) -> None:
     """Write the graph of CHECKPOINT, a folder that save_pretrained wrote, as OUT.onnx and OUT.onnx.data.
 
@@ -52,7 +67,9 @@ def capture_onnx(
 
     started = time.monotonic()
     with byte_progress(f"writing {output}", quiet):
-        graph, data = mode.capture_onnx(checkpoint, output, dtype=dtype, kv_cache=kv_cache, force=force)
+        graph, data = mode.capture_onnx(
+            checkpoint, output, dtype=dtype, kv_cache=kv_cache, trace=trace, force=force
+        )
     if not quiet:
         size = size_text(data.stat().st_size)
         print_lines([f"captured {checkpoint} in {time.monotonic() - started:.1f} s: {size} of weights"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lora_export.base.capture.capture import capture_checkpoint
+from lora_export.base.capture.capture import Trace, capture_checkpoint
 from lora_export.base.open_base import output_paths
 from lora_export.base.reads import files_read
 from lora_export.storage.commit.leftovers import scratch_folder
@@ -22,6 +22,7 @@ def capture_onnx(
     *,
     dtype: str = "float32",
     kv_cache: bool = False,
+    trace: Trace = "loaded",
     force: bool = False,
 ) -> tuple[Path, Path]:
     """Write a Hugging Face checkpoint as ``output`` and ``output.data``.
@@ -31,6 +32,8 @@ def capture_onnx(
         output: The ``.onnx`` file to write.
         dtype: Dtype of weights, inputs and outputs: ``float32``, ``float16`` or ``bfloat16``.
         kv_cache: Make keys and values of past tokens inputs and outputs; for decoders.
+        trace: ``loaded`` traces the model with its weights; ``outline`` traces a layer of each kind without
+            weights, so that a model larger than memory can be captured.
         force: Replace existing output files.
 
     Returns:
@@ -51,7 +54,9 @@ def capture_onnx(
         # The folder is beside the output, so that gigabytes are renamed and not copied.
         scratch_folder(graph.parent) as scratch,
     ):
-        made = capture_checkpoint(checkpoint, scratch / graph.name, dtype=dtype, kv_cache=kv_cache)
+        made = capture_checkpoint(
+            checkpoint, scratch / graph.name, dtype=dtype, kv_cache=kv_cache, trace=trace
+        )
         made.with_name(data.name).replace(outputs.stage(data))
         made.replace(outputs.stage(graph))
         outputs.commit()

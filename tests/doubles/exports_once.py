@@ -105,6 +105,7 @@ def exported_once(export: Export, folder: Path) -> Export:
             if names is None:
                 return export(model, args, **options)
             parameters = dict(model.named_parameters(remove_duplicate=False))
+            parameters |= dict(model.named_buffers(remove_duplicate=False))
             for name in names:
                 value = ir.tensor_adapters.TorchTensor(parameters[name].detach().clone(), name)
                 program.model.graph.initializers[name].const_value = value
@@ -125,6 +126,17 @@ def exported_once(export: Export, folder: Path) -> Export:
     return once
 
 
+def _without_values(graph: ir.Model) -> list[str]:
+    """Give a module without values (on the meta device) zeros, so that it can be saved; return the names."""
+    names = []
+    for name, value in graph.graph.initializers.items():
+        raw = getattr(value.const_value, "raw", None)
+        if isinstance(raw, torch.Tensor) and raw.device.type == "meta":
+            value.const_value = ir.tensor(torch.zeros(raw.shape, dtype=raw.dtype), name=name)
+            names.append(name)
+    return names
+
+
 def _kept(place: Path, model: torch.nn.Module, make: Callable[[], Any]) -> Any:
     """Return what a folder keeps, made if it isn't there: the same for the first and for all others."""
     with locked(place.with_suffix(".lock")):
@@ -132,7 +144,9 @@ def _kept(place: Path, model: torch.nn.Module, make: Callable[[], Any]) -> Any:
             program = make()
             made = place.with_suffix(".new")
             made.mkdir()
-            (made / "parameters.json").write_text(json.dumps(_copied(program.model, model)))
+            (made / "parameters.json").write_text(
+                json.dumps(_without_values(program.model) or _copied(program.model, model))
+            )
             ir.save(program.model, made / "model.onnx", external_data="model.data")
             made.rename(place)
     return torch.onnx.ONNXProgram(ir.load(place / "model.onnx"), None)
@@ -205,7 +219,9 @@ def _of_module(model: torch.nn.Module, values: bool) -> Iterator[str | bytes]:
 def _plain(value: Any, depth: int = 0) -> Iterator[str | bytes]:
     """Yield what a value holds: data, settings, functions; of other objects the class and their settings."""
     if isinstance(value, torch.Tensor):
-        yield f"{value.dtype} {tuple(value.shape)} {value.requires_grad}"
+        yield f"{value.dtype} {tuple(value.shape)} {value.requires_grad} {value.device}"
+        if value.device.type == "meta":
+            return
         yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     elif isinstance(value, str | int | float | bool | bytes | type(None) | torch.dtype | torch.device):
         yield repr(value)

@@ -111,8 +111,10 @@ def _empty_past(
 
 
 def _zeros(state: torch.Tensor) -> torch.Tensor:
+    import torch
+
     batch, heads, _, size = state.shape
-    return state.new_zeros(batch, heads, _PAST, size)
+    return torch.zeros(batch, heads, _PAST, size, dtype=state.dtype, device=state.device)
 
 
 def _replace_forward(model: Any, names: list[str]) -> None:

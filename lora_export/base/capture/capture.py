@@ -8,9 +8,11 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from lora_export.base.capture.attach import Weights
 from lora_export.base.capture.cache import name_total, with_cache
 from lora_export.base.capture.export import (
     export_module,
@@ -20,6 +22,7 @@ from lora_export.base.capture.export import (
     run_module,
     tensor_names,
 )
+from lora_export.base.capture.without_weights import Traced, graph_without_weights
 from lora_export.base.checkpoint.checkpoint import (
     Checkpoint,
     diffusers_class,
@@ -56,6 +59,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
+Trace = Literal["loaded", "outline"]
+TRACES: tuple[Trace, ...] = ("loaded", "outline")
 # The first opset in which Conv and pooling take bfloat16.
 _BFLOAT16_OPSET = 22
 # Smaller constants stay in the protobuf.
@@ -72,6 +77,7 @@ def capture_checkpoint(
     dtype: str = "float32",
     kv_cache: bool = False,
     replaced: Collection[str] = (),
+    trace: Trace = "loaded",
 ) -> Path:
     """Write the graph of a checkpoint folder, with dynamic batch and sequence axes.
 
@@ -84,6 +90,9 @@ def capture_checkpoint(
             model does in PyTorch in that dtype; what transformers always computes in float32 stays float32.
         kv_cache: For decoders: keys and values of past tokens are inputs and outputs, see `capture_cache`.
         replaced: Parameters that are replaced afterwards; the checkpoint may lack them.
+        trace: ``loaded``: the model with its weights is traced. ``outline``: the first and the last layer of
+            each kind are traced without weights and copied for the others; weights are read as they are
+            written, so that the model is never in memory. The graph computes the same.
 
     Returns:
         ``output``.
@@ -99,33 +108,92 @@ def capture_checkpoint(
         raise OutputError(f"there is no dtype {dtype!r} to capture in", f"one of: {', '.join(DTYPES)}")
     require("torch", "transformers", "onnxscript")
     path = Path(folder)
-    tell_stage(f"capturing {path} (seconds for a small model, minutes for 1B): loading the model")
-    model, _ = load_model(path, dtype, replaced)
-    _batch_experts(model)
-    inputs = example_inputs(model, path)
-    model.config.use_cache = True
-    outputs = run_module(model, inputs)
-    model.config.use_cache = False
-    captured = _describe(model, outputs, dtype, kv_cache)
+    tell_stage(f"capturing {path} (seconds for a small model, minutes for 1B)")
     opset = _BFLOAT16_OPSET if dtype == "bfloat16" else None
-    if kv_cache:
-        made = with_cache(model, inputs, outputs, str(path))
+    weights: Weights | None = None
+    if trace == "outline":
+        graph, captured, weights = _in_outline(path, _look_at(path), dtype, kv_cache, opset)
+    else:
+        model, _ = load_model(path, dtype, replaced)
+        traced, captured = _prepare(model, path, dtype, kv_cache)
         graph = export_module(
             model,
-            made.inputs,
-            dynamic_shapes=made.shapes,
-            output_names=made.output_names,
-            input_names=made.input_names,
+            traced.inputs,
+            traced.shapes,
+            traced.output_names,
+            input_names=traced.input_names,
             opset=opset,
         )
+    if kv_cache:
         name_total(graph)
-    else:
-        shapes = {name: _dynamic(name) for name in inputs}
-        graph = export_module(model, inputs, shapes, tensor_names(outputs), opset=opset)
     graph.metadata_props.update(captured.to_metadata())
     if before := entries_before(history_of(path / MANIFEST)):
         graph.metadata_props[CAPTURED_KEY] = before
-    return _save(graph, output)
+    _save(graph, output)
+    if weights is not None:
+        _refuse_lost(weights.lost, path, dtype)
+    return output
+
+
+def _in_outline(
+    path: Path, loading: _Loading, dtype: str, kv_cache: bool, opset: int | None
+) -> tuple[ir.Model, Captured, Weights]:
+    """Return a checkpoint's graph, what it was captured from, and the weights, read when it is saved.
+
+    Raises:
+        CheckpointError: The model can't be traced without its weights.
+    """
+    import torch
+
+    described: list[Captured] = []
+
+    def prepare(model: Any) -> Traced:
+        traced, captured = _prepare(model, path, dtype, kv_cache)
+        described.append(captured)
+        return traced
+
+    try:
+        graph, weights = graph_without_weights(
+            path,
+            loading.kind,
+            loading.config,
+            dtype=getattr(torch, dtype),
+            attention=_attention(loading.config),
+            prepare=prepare,
+            opset=opset,
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:  # also of transformers, torch and onnxscript, without values to work with
+        raise CheckpointError(
+            f"{path} can't be traced without its weights: {first_line(error)}", "give --trace loaded"
+        ) from error
+    return graph, described[-1], weights
+
+
+def _prepare(model: Any, path: Path, dtype: str, kv_cache: bool) -> tuple[Traced, Captured]:
+    """Run a model on example inputs, and have it read and return its cache if that is wanted."""
+    import torch
+
+    _batch_experts(model)
+    with torch.device(model.device):
+        inputs = example_inputs(model, path)
+        model.config.use_cache = True
+        outputs = run_module(model, inputs)
+        model.config.use_cache = False
+        captured = _describe(model, outputs, dtype, kv_cache)
+        if not kv_cache:
+            shapes = {name: _dynamic(name) for name in inputs}
+            return Traced(inputs=inputs, shapes=shapes, output_names=tensor_names(outputs)), captured
+        made = with_cache(model, inputs, outputs, str(path))
+    traced = Traced(
+        inputs=made.inputs,
+        shapes=made.shapes,
+        output_names=made.output_names,
+        input_names=made.input_names,
+        has_cache=True,
+    )
+    return traced, captured
 
 
 def capture_module(
@@ -182,6 +250,44 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
             weights, or weights don't fit into the dtype.
     """
     import torch
+
+    loading = _look_at(path)
+    with quiet(), never_asked():
+        try:
+            model, lacks = loading.kind.from_pretrained(
+                path,
+                dtype=getattr(torch, dtype),
+                local_files_only=True,
+                trust_remote_code=False,
+                attn_implementation=_attention(loading.config),
+                output_loading_info=True,
+            )
+        except Exception as error:  # transformers, safetensors and torch raise many kinds
+            raise _cant_load(path, error) from error
+    _refuse_missing(lacks["missing_keys"], path, replaced)
+    _refuse_infinite(model, path, dtype)
+    return model.eval(), tuple(sorted(lacks["missing_keys"]))
+
+
+@dataclass(frozen=True)
+class _Loading:
+    """What transformers loads a folder as.
+
+    Attributes:
+        kind: The model's class.
+        config: Its config.
+    """
+
+    kind: Any
+    config: Any
+
+
+def _look_at(path: Path) -> _Loading:
+    """Return what a folder's model is, before anything of it is loaded.
+
+    Raises:
+        CheckpointError: It can't be loaded, or not without running code of its own.
+    """
     import transformers
 
     if not path.is_dir():  # else transformers would ask a hub for a model of that name
@@ -208,24 +314,18 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
             )
             kind = _model_class(config, path)
             refuse_wide(path, kind, config)
-            model, loading = kind.from_pretrained(
-                path,
-                dtype=getattr(torch, dtype),
-                local_files_only=True,
-                trust_remote_code=False,
-                attn_implementation=_attention(config),
-                output_loading_info=True,
-            )
         except CheckpointError:
             raise
-        except Exception as error:  # transformers, safetensors and torch raise many kinds
-            raise CheckpointError(
-                f"transformers can't load {path}: {first_line(error)}",
-                f"give the folder that save_pretrained wrote, or {_EXPORT_YOURSELF}",
-            ) from error
-    _refuse_missing(loading["missing_keys"], path, replaced)
-    _refuse_infinite(model, path, dtype)
-    return model.eval(), tuple(sorted(loading["missing_keys"]))
+        except Exception as error:  # transformers raises many kinds
+            raise _cant_load(path, error) from error
+    return _Loading(kind, config)
+
+
+def _cant_load(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"transformers can't load {path}: {first_line(error)}",
+        f"give the folder that save_pretrained wrote, or {_EXPORT_YOURSELF}",
+    )
 
 
 def _refuse_diffusers(path: Path) -> None:
@@ -268,11 +368,16 @@ def _refuse_infinite(model: Any, path: Path, dtype: str) -> None:
     """Refuse weights too large for the dtype, which transformers has made infinite without a warning."""
     if dtype in ("float32", "float64"):
         return
-    lost = {name: values for name, values in model.named_parameters() if not values.isfinite().all()}
+    found = {name: values for name, values in model.named_parameters() if not values.isfinite().all()}
+    # A conversion makes numbers infinite, never NaN.
+    _refuse_lost({name: bool(values.isnan().any()) for name, values in found.items()}, path, dtype)
+
+
+def _refuse_lost(lost: Mapping[str, bool], path: Path, dtype: str) -> None:
+    """Refuse weights that are not finite; ``lost``: name → whether some are NaN."""
     if not lost:
         return
-    # A conversion makes numbers infinite, but never NaN.
-    spoilt = [name for name, values in lost.items() if values.isnan().any()]
+    spoilt = [name for name, is_nan in lost.items() if is_nan]
     if spoilt:
         raise CheckpointError(
             f"{len(spoilt)} weights of {path} are NaN in every dtype", "save the checkpoint again", spoilt

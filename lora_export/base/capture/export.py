@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_export.errors import BackendUnavailable, GraphError, install_line
@@ -35,7 +35,7 @@ def run_module(module: torch.nn.Module, example_inputs: Inputs) -> Any:
     """
     import torch
 
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), _without_values(module):
         try:
             if isinstance(example_inputs, Mapping):
                 return module(**example_inputs)
@@ -45,6 +45,17 @@ def run_module(module: torch.nn.Module, example_inputs: Inputs) -> Any:
                 f"{type(module).__name__} fails on the example inputs: {first_line(error)}",
                 "export the model yourself and go on with that .onnx",
             ) from error
+
+
+def _without_values(module: torch.nn.Module) -> contextlib.AbstractContextManager[object]:
+    """Return what a module on the meta device runs in: as in a trace, no value is asked for."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    first = next(module.parameters(), None)
+    if first is None or first.device.type != "meta":
+        return contextlib.nullcontext()
+    mode: contextlib.AbstractContextManager[object] = FakeTensorMode(allow_non_fake_inputs=True)
+    return mode
 
 
 def tensor_names(outputs: Any) -> list[str] | None:
@@ -62,7 +73,23 @@ def export_module(
     input_names: Sequence[str] | None = None,
     opset: int | None = None,
 ) -> ir.Model:
-    """Return the graph of a module.
+    """Return the graph of a module, simplified; see `trace_module`."""
+    model = trace_module(module, example_inputs, dynamic_shapes, output_names, input_names, opset)
+    weights = set(model.graph.initializers)
+    simplify(model)
+    share(model, weights)
+    return model
+
+
+def trace_module(
+    module: torch.nn.Module,
+    example_inputs: Inputs,
+    dynamic_shapes: Any,
+    output_names: Sequence[str] | None,
+    input_names: Sequence[str] | None = None,
+    opset: int | None = None,
+) -> ir.Model:
+    """Return the graph of a module as torch.onnx writes it.
 
     Args:
         module: Module in the mode (eval, dtype) in which it is captured.
@@ -100,9 +127,6 @@ def export_module(
             ) from error
         assert program is not None
         model: ir.Model = program.model
-    tell_stage(f"simplifying the graph of {type(module).__name__}")
-    with quiet(), torch.no_grad():
-        _optimize(model)
     _drop_traces(model)
     return model
 
@@ -118,8 +142,8 @@ def _what_may_help(module: torch.nn.Module) -> str:
     return f"; loading it with {' or '.join(found)} may help" if found else ""
 
 
-def _optimize(model: ir.Model) -> None:
-    """Simplify the graph but leave weights as they are.
+def simplify(model: ir.Model) -> None:
+    """Fold constants and take out shape arithmetic, but leave weights as they are; each node for itself.
 
     onnxscript's own `optimize` would also fold batch norms into weights, and one of its rules visits all
     nodes for each node: 20 of 23 seconds for a decoder of 30 layers, in which it never finds anything.
@@ -140,14 +164,20 @@ def _optimize(model: ir.Model) -> None:
         *(rules.collapse_slice_rule, rules.collapse_slice2_rule),
     ]
     common.InlinePass()(model)
-    weights = dict(model.graph.initializers)
-    for _ in range(2):
-        optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=should_fold)
-        rewriter.rewrite(model, shapes)
+    with quiet():
+        for _ in range(2):
+            optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=should_fold)
+            rewriter.rewrite(model, shapes)
     Sequential(
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.LiftSubgraphInitializersToMainGraphPass(),
     )(model)
+
+
+def share(model: ir.Model, weights: Collection[str]) -> None:
+    """Have one of equal constants and of nodes that compute the same, but each weight for itself."""
+    from onnx_ir.passes import Sequential, common
+
     _deduplicate(model, weights)
     Sequential(
         common.CommonSubexpressionEliminationPass(),
@@ -156,7 +186,7 @@ def _optimize(model: ir.Model) -> None:
     )(model)
 
 
-def _deduplicate(model: ir.Model, weights: Mapping[str, ir.Value]) -> None:
+def _deduplicate(model: ir.Model, weights: Collection[str]) -> None:
     """Keep one of equal constants, but each parameter.
 
     Two modules with equal weights (zeros of a new head, a copy that will be trained) would otherwise share
@@ -164,7 +194,7 @@ def _deduplicate(model: ir.Model, weights: Mapping[str, ir.Value]) -> None:
     """
     from onnx_ir.passes import common
 
-    kept = {name: value for name, value in model.graph.initializers.items() if weights.get(name) is value}
+    kept = {name: value for name, value in model.graph.initializers.items() if name in weights}
     for name in kept:
         del model.graph.initializers[name]
     common.DeduplicateInitializersPass()(model)

@@ -178,7 +178,7 @@ class Names:
         if model is None:
             return {}, problem
         try:
-            return dict(_by_transformers(self._checkpoint, model)), ""
+            return loaded_parts(self._checkpoint, model), ""
         except Exception as error:  # a conversion that we don't know
             return {}, f"transformers' renaming can't be followed: {type(error).__name__}: {error}"
 
@@ -202,8 +202,8 @@ def _reason(problem: Problem, asked: str) -> Problem:
     return replace(problem, detail=f"{detail} ({asked})" if asked else detail)
 
 
-def _by_transformers(checkpoint: Checkpoint, model: Any) -> Iterator[tuple[str, tuple[Part, ...]]]:
-    """Yield the parameters of a model as transformers would load them from this checkpoint."""
+def loaded_parts(checkpoint: Checkpoint, model: Any) -> dict[str, tuple[Part, ...]]:
+    """Return the parameters of a model as transformers would load them from this checkpoint."""
     renaming = LoadedNames(model)
     found: dict[str, list[Part]] = {}
     for stored in checkpoint.tensors:
@@ -215,8 +215,10 @@ def _by_transformers(checkpoint: Checkpoint, model: Any) -> Iterator[tuple[str, 
                 continue
             part = stacked
         found.setdefault(target, []).append(part)
-    for target, parts in found.items():
-        yield target, tuple(sorted(parts, key=lambda part: (part.expert or 0, part.piece)))
+    return {
+        target: tuple(sorted(parts, key=lambda part: (part.expert or 0, part.piece)))
+        for target, parts in found.items()
+    }
 
 
 def _stacked(stored: str, pattern: str, converter: Any) -> Part | None:

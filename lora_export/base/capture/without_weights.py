@@ -1,0 +1,184 @@
+"""Capture a checkpoint folder without its weights in memory: traced in outline, stamped, weights attached.
+
+The graph is the one that tracing the loaded model gives, from the model's own code. Where this way can't be
+gone (`CannotStamp`, what transformers changes when it loads, a module that looks at values), the model is
+loaded and traced as a whole (`capture`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_export.base.capture.attach import Weights, shape_of_parts
+from lora_export.base.capture.export import quiet, share, simplify, trace_module
+from lora_export.base.capture.outline import Stack, build_outline, cut, find_stacks
+from lora_export.base.capture.stamp import CannotStamp, stamp
+from lora_export.base.checkpoint.checkpoint import Checkpoint
+from lora_export.base.checkpoint.names import Part, loaded_parts
+from lora_export.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+# Numbers that become each other by rounding.
+_CODES = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """What tracing a model in outline needs beside it.
+
+    Attributes:
+        inputs: Example inputs.
+        shapes: Their dynamic dimensions.
+        output_names: Of the graph.
+        input_names: Of the graph; None: as the parameters of ``forward``.
+        has_cache: Whether the cache is among them.
+    """
+
+    inputs: Mapping[str, Any]
+    shapes: Mapping[str, Any]
+    output_names: list[str] | None
+    input_names: list[str] | None = None
+    has_cache: bool = False
+
+
+# Runs a model on the meta device and says how it is traced.
+Prepare = Callable[[Any], Traced]
+
+
+def graph_without_weights(
+    path: Path,
+    kind: Any,
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    attention: str | None,
+    prepare: Prepare,
+    opset: int | None,
+) -> tuple[ir.Model, Weights]:
+    """Return the graph of a checkpoint's model, and its weights, which are read when it is saved.
+
+    Args:
+        path: The folder.
+        kind: The model's class.
+        config: Its config; the layers that are not traced are taken out of it.
+        dtype: Of the weights.
+        attention: Which implementation of it; None: transformers' choice.
+        prepare: Looks at the cut model.
+        opset: See `export.trace_module`.
+
+    Raises:
+        CannotStamp: The model has to be loaded.
+        Exception: So it has where transformers, torch or the checkpoint raise something else.
+    """
+    checkpoint = _open(path)
+    _refuse_what_loading_changes(kind, config, dtype)
+    with quiet():
+        model, buffers = build_outline(kind, copy.deepcopy(config), dtype, attention)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    parts = _stored(model, checkpoint, shapes)
+    stacks = find_stacks(model, buffers)
+    with quiet():
+        cut(model, stacks)
+        traced = prepare(model)
+    graph = trace_module(model, traced.inputs, traced.shapes, traced.output_names, traced.input_names, opset)
+    _strip(graph.graph, frozenset(model.state_dict()), _as_cut(buffers, stacks))
+    simplify(graph)
+    for stack in stacks:
+        stamp(graph.graph, stack, traced.has_cache)
+    lacking = {name for name, value in graph.graph.initializers.items() if value.const_value is None}
+    for name in lacking:
+        if shapes.get(name) != _shape(graph.graph.initializers[name]):
+            raise CannotStamp(f"{name} is not the model's")
+    share(graph, lacking)
+    weights = Weights(checkpoint, parts)
+    for name in lacking & set(graph.graph.initializers):
+        weights.attach(graph.graph.initializers[name], name)
+    return graph, weights
+
+
+def _open(path: Path) -> Checkpoint:
+    try:
+        return Checkpoint.open(path)
+    except CheckpointError as error:  # other files than safetensors, which transformers may read
+        raise CannotStamp(str(error)) from error
+
+
+def _refuse_what_loading_changes(kind: Any, config: Any, dtype: torch.dtype) -> None:
+    import torch
+
+    names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    if dtype != torch.float32 and any(getattr(kind, name, None) for name in names):
+        raise CannotStamp("parts of the model stay in float32")
+    if getattr(config, "quantization_config", None):
+        raise CannotStamp("its weights are quantised")
+
+
+def _stored(
+    model: Any, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[Part, ...]]:
+    """Return the stored tensors of each parameter and buffer that a checkpoint has to have.
+
+    Raises:
+        CannotStamp: One is missing, has another shape or a dtype that transformers converts in its own way.
+    """
+    found = loaded_parts(checkpoint, model)
+    ends: dict[int, list[str]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        ends.setdefault(id(value), []).append(name)
+    parts: dict[str, tuple[Part, ...]] = {}
+    for names in ends.values():
+        stored = {found[name] for name in names if name in found}
+        if len(stored) != 1:
+            raise CannotStamp(f"{names[0]} is stored {len(stored)} times")
+        parts |= dict.fromkeys(names, stored.pop())
+    for name, own in parts.items():
+        if shape_of_parts(checkpoint, own) != shapes[name]:
+            raise CannotStamp(f"{name} has another shape")
+        if any(checkpoint.tensors[part.tensor].code not in _CODES for part in own):
+            raise CannotStamp(f"{name} is stored in another kind of numbers")
+    return parts
+
+
+def _as_cut(buffers: Mapping[str, torch.Tensor], stacks: Sequence[Stack]) -> dict[str, torch.Tensor]:
+    """Return the values of buffers by their names in the cut model."""
+    kept = dict(buffers)
+    for stack in stacks:
+        start = f"{stack.path}."
+        inside = {name[len(start) :]: kept.pop(name) for name in buffers if name.startswith(start)}
+        for position, index in enumerate(stack.chosen):
+            for name, value in inside.items():
+                number, _, rest = name.partition(".")
+                if number == str(index):
+                    kept[f"{start}{position}.{rest}"] = value
+    return kept
+
+
+def _strip(graph: ir.Graph, stored: Collection[str], buffers: Mapping[str, torch.Tensor]) -> None:
+    """Take the weights, which have no values here, out of a graph, and put the buffers' values in."""
+    for name, value in graph.initializers.items():
+        constant = value.const_value
+        raw = getattr(constant, "raw", None)
+        if constant is not None and getattr(getattr(raw, "device", None), "type", "") != "meta":
+            continue
+        value.const_value = None
+        if name not in stored:
+            if name not in buffers:
+                raise CannotStamp(f"{name} is computed from what has no values")
+            value.const_value = _tensor(buffers[name], name)
+
+
+def _tensor(values: torch.Tensor, name: str) -> ir.TensorProtocol:
+    from onnx_ir.tensor_adapters import TorchTensor
+
+    return TorchTensor(values.detach().clone(), name=name)
+
+
+def _shape(value: ir.Value) -> tuple[object, ...]:
+    return () if value.shape is None else tuple(value.shape)

@@ -1,0 +1,244 @@
+"""Graphs traced in outline, without weights, are those of the loaded model; what can't be so is refused."""
+
+import collections
+import json
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from lora_export import CheckpointError
+from lora_export.base.capture import capture
+from lora_export.base.capture.outline import build_outline, find_stacks
+from lora_export.cli import root
+
+WIDE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 99}
+LLAMA = {**WIDE, "num_key_value_heads": 2, "max_position_embeddings": 64}
+T5 = {
+    "d_model": 32,
+    "d_ff": 48,
+    "d_kv": 8,
+    "num_heads": 4,
+    "num_layers": 5,
+    "vocab_size": 99,
+    "use_cache": False,
+}
+# Class, config, whether it has a cache.
+MODELS = {
+    "Llama": ("LlamaForCausalLM", "LlamaConfig", {**LLAMA, "num_hidden_layers": 5}, True),
+    "tied Qwen2": (
+        *("Qwen2ForCausalLM", "Qwen2Config"),
+        *({**LLAMA, "num_hidden_layers": 5, "tie_word_embeddings": True}, True),
+    ),
+    "two kinds of layers": (
+        *("Gemma3ForCausalLM", "Gemma3TextConfig"),
+        *({**LLAMA, "num_hidden_layers": 9, "head_dim": 8, "sliding_window": 3}, True),
+    ),
+    "GPT-2": (
+        *("GPT2LMHeadModel", "GPT2Config"),
+        *({"n_embd": 32, "n_layer": 5, "n_head": 4, "vocab_size": 99, "n_positions": 64}, True),
+    ),
+    "experts": (
+        *("Qwen2MoeForCausalLM", "Qwen2MoeConfig"),
+        *(
+            {**LLAMA, "num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2}
+            | {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 24},
+            False,
+        ),
+    ),
+    "BERT": ("BertForSequenceClassification", "BertConfig", {**WIDE, "num_hidden_layers": 5}, False),
+    "an encoder whose last layer is the output": (
+        *("BertModel", "BertConfig"),
+        *({**WIDE, "num_hidden_layers": 4}, False),
+    ),
+    "ViT": (
+        *("ViTForImageClassification", "ViTConfig"),
+        *({**WIDE, "num_hidden_layers": 5, "image_size": 16, "patch_size": 8}, False),
+    ),
+}
+
+
+def make(folder, kind, config, settings, dtype=torch.float32):
+    """Save a model whose every number counts."""
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(getattr(transformers, config)(**settings)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.2)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def both(folder, out, **options):
+    out.mkdir(exist_ok=True)
+    for trace in capture.TRACES:
+        capture.capture_checkpoint(folder, out / f"{trace}.onnx", trace=trace, **options)
+    return [out / f"{trace}.onnx" for trace in capture.TRACES]
+
+
+def answers(path):
+    """Run a graph as it is on rows of which one begins with padding."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session, rng = ort.InferenceSession(str(path), options), np.random.default_rng(1)
+    sizes = {"batch": 2, "sequence": 6, "past_sequence": 3, "total_sequence": 9, "decoder_sequence": 4}
+    feeds = {}
+    for port in session.get_inputs():
+        shape = [sizes.get(size, size) for size in port.shape]
+        if port.type != "tensor(int64)":
+            feeds[port.name] = rng.standard_normal(shape).astype(np.float32)
+            continue
+        feeds[port.name] = rng.integers(1, 90, shape)
+        if "mask" in port.name:
+            feeds[port.name] = np.ones(shape, np.int64)
+            feeds[port.name][1, :2] = 0
+        elif "token_type" in port.name:
+            feeds[port.name] = np.zeros(shape, np.int64)
+        elif "position" in port.name:
+            feeds[port.name] = np.tile(np.arange(3, 9), (2, 1))
+    names = [output.name for output in session.get_outputs()]
+    return [*feeds], names, dict(zip(names, session.run(None, feeds), strict=True))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_it_is_the_graph_of_the_loaded_model(name, cached, tmp_path):
+    *made_of, has_cache = MODELS[name]
+    if cached and not has_cache:
+        pytest.skip("no cache")
+    loaded, outline = both(make(tmp_path / "folder", *made_of), tmp_path / "out", kv_cache=cached)
+    (inputs, outputs, wanted), (own_inputs, own_outputs, got) = answers(loaded), answers(outline)
+    assert (inputs, outputs) == (own_inputs, own_outputs)
+    for key, values in wanted.items():
+        np.testing.assert_allclose(got[key], values, rtol=1e-5, atol=1e-5 * np.abs(values).max())
+    graphs = [ir.load(path).graph for path in (loaded, outline)]
+    products, own = (collections.Counter(node.op_type for node in graph) for graph in graphs)
+    assert own["MatMul"] == products["MatMul"]
+    # The exporter's names of modules, on which everything else stands.
+    scopes = [
+        {node.metadata_props.get("pkg.torch.onnx.name_scopes", "").rpartition(", ")[0] for node in graph}
+        for graph in graphs
+    ]
+    assert scopes[0] <= scopes[1] | {""}
+    weights = [{n for n in graph.initializers if n.endswith((".weight", ".bias"))} for graph in graphs]
+    assert weights[0] <= weights[1]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_are_cast_as_loading_casts_them(dtype, tmp_path):
+    folder = make(tmp_path / "folder", *MODELS["Llama"][:3])
+    loaded, outline = (ir.load(path).graph for path in both(folder, tmp_path / "out", dtype=dtype))
+    compared = 0
+    for name, value in loaded.initializers.items():
+        if name.endswith(".weight"):
+            own = outline.initializers[name].const_value
+            assert own.dtype == value.const_value.dtype
+            assert own.tobytes() == value.const_value.tobytes()
+            compared += 1
+    assert compared > 40
+
+
+def test_few_layers_are_traced(tmp_path):
+    """Of 9 layers of two kinds the first, and of each kind the first and the last behind it."""
+    kind, config, settings, _ = MODELS["two kinds of layers"]
+    made = getattr(transformers, config)(**settings)
+    model, buffers = build_outline(getattr(transformers, kind), made, torch.float32)
+    (stack,) = find_stacks(model, buffers)
+    kinds = made.layer_types
+    assert stack.depth == 9
+    assert stack.chosen[0] == 0
+    assert {kinds[index] for index in stack.chosen[1:]} == set(kinds)
+    assert all(kinds[stack.chosen[place]] == kinds[i] for i, place in enumerate(stack.template))
+    assert len(stack.chosen) < stack.depth
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+
+
+def capture_error(folder, tmp_path, **options):
+    with pytest.raises(CheckpointError) as caught:
+        capture.capture_checkpoint(folder, tmp_path / "m.onnx", trace="outline", **options)
+    assert caught.value.hint == "give --trace loaded"
+    return str(caught.value)
+
+
+def test_layers_that_ask_for_their_number(tmp_path):
+    """GPT-2 may divide by it: it is in the code that runs, not in the module."""
+    kind, config, settings, _ = MODELS["GPT-2"]
+    more = {"scale_attn_by_inverse_layer_idx": True, "attn_implementation": "eager"}
+    folder = make(tmp_path / "folder", kind, config, {**settings, **more})
+    loaded = tmp_path / "loaded.onnx"
+    capture.capture_checkpoint(folder, loaded)
+    try:
+        capture.capture_checkpoint(folder, tmp_path / "outline.onnx", trace="outline")
+    except CheckpointError as error:
+        assert "differ" in str(error)  # noqa: PT017 - refused, or right
+    else:
+        (_, _, wanted), (_, _, got) = answers(loaded), answers(tmp_path / "outline.onnx")
+        np.testing.assert_allclose(got["logits"], wanted["logits"], rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_that_is_missing(tmp_path):
+    folder = make(tmp_path / "folder", *MODELS["Llama"][:3])
+    stored = load_file(folder / "model.safetensors")
+    del stored["model.layers.3.mlp.up_proj.weight"]
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    assert "model.layers.3.mlp.up_proj.weight" in capture_error(folder, tmp_path)
+
+
+def test_a_model_of_which_parts_stay_in_float32(tmp_path):
+    folder = make(tmp_path / "folder", "T5ForConditionalGeneration", "T5Config", {**T5, "use_cache": False})
+    assert "float32" in capture_error(folder, tmp_path, dtype="float16")
+
+
+def test_weights_that_are_quantised(tmp_path):
+    folder = make(tmp_path / "folder", *MODELS["Llama"][:3])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq"}})
+    )
+    assert "quantised" in capture_error(folder, tmp_path)
+
+
+@pytest.mark.parametrize("spoilt", [np.inf, np.nan])
+def test_weights_that_are_not_finite(spoilt, tmp_path):
+    folder = make(tmp_path / "folder", *MODELS["Llama"][:3])
+    stored = load_file(folder / "model.safetensors")
+    stored["model.layers.3.mlp.up_proj.weight"][0, 0] = 1e30 if spoilt == np.inf else spoilt
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    said = []
+    for trace in capture.TRACES:
+        with pytest.raises(CheckpointError) as caught:
+            capture.capture_checkpoint(folder, tmp_path / "m.onnx", dtype="float16", trace=trace)
+        said.append((str(caught.value), caught.value.problems))
+    assert said[0] == said[1]
+
+
+def test_the_verb(tmp_path):
+    folder = make(tmp_path / "folder", *MODELS["Llama"][:3])
+    arguments = [
+        "capture-onnx",
+        str(folder),
+        "-o",
+        str(tmp_path / "m.onnx"),
+        "--kv-cache",
+        "--trace",
+        "outline",
+    ]
+    done = CliRunner().invoke(root, arguments)
+    assert not done.exit_code, done.output
+    model = getattr(transformers, MODELS["Llama"][0]).from_pretrained(folder)
+    ids = np.random.default_rng(0).integers(1, 90, (2, 6))
+    session = ort.InferenceSession(str(tmp_path / "m.onnx"))
+    feeds = {"input_ids": ids, "attention_mask": np.ones((2, 6), np.int64)}
+    feeds["position_ids"] = np.tile(np.arange(6), (2, 1))
+    for port in session.get_inputs():
+        if port.name.startswith("past"):
+            feeds[port.name] = np.zeros((2, port.shape[1], 0, port.shape[3]), np.float32)
+    with torch.no_grad():
+        wanted = model(torch.tensor(ids)).logits.numpy()
+    got = session.run(["logits"], feeds)[0]
+    assert np.abs(got - wanted).max() < 1e-5 * np.abs(wanted).max()
