@@ -179,7 +179,7 @@ class _Check:
         """
         for path, odd in paths:
             if odd:
-                self.states[f"{path}\0"] = FileState(path, details=[odd], matters=True)
+                self.states[f"{path}\0"] = FileState(path=path, details=[odd], matters=True)
             else:
                 self._look_at(path, given)
         while self._named:

@@ -17,11 +17,11 @@ _EXPONENTS = {ir.DataType.FLOAT16: 0x7C00, ir.DataType.BFLOAT16: 0x7F80}
 
 
 class Weights:
-    """What the parameters of a model are in a checkpoint.
+    """Values of a model's parameters, in a checkpoint.
 
     Args:
         checkpoint: The base.
-        parts: Parameter → the stored tensors that it is made of.
+        parts: Parameter → the stored tensors that hold it.
 
     Attributes:
         lost: Parameters that had values before and are not finite in the graph's dtype → whether they are
@@ -56,7 +56,7 @@ class Weights:
 
 
 def shape_of_parts(checkpoint: Checkpoint, parts: Sequence[Part]) -> tuple[int, ...]:
-    """Return the shape of a parameter that is made of stored tensors."""
+    """Return the shape of a parameter that is made from stored tensors."""
     shapes = [_turned_shape(checkpoint, part) for part in parts]
     if parts[0].expert is None:
         return shapes[0] if len(parts) == 1 else ()

@@ -112,7 +112,7 @@ def capture_checkpoint(
     opset = _BFLOAT16_OPSET if dtype == "bfloat16" else None
     weights: Weights | None = None
     if trace == "outline":
-        graph, captured, weights = _in_outline(path, _look_at(path), dtype, kv_cache, opset)
+        graph, captured, weights = _in_outline(path, _look_at(path), dtype, kv_cache=kv_cache, opset=opset)
     else:
         model, _ = load_model(path, dtype, replaced)
         traced, captured = _prepare(model, path, dtype, kv_cache)
@@ -271,7 +271,7 @@ def load_model(path: Path, dtype: str, replaced: Collection[str] = ()) -> tuple[
 
 @dataclass(frozen=True)
 class _Loading:
-    """What transformers loads a folder as.
+    """Class and config that transformers loads a folder with.
 
     Attributes:
         kind: The model's class.
@@ -283,10 +283,10 @@ class _Loading:
 
 
 def _look_at(path: Path) -> _Loading:
-    """Return what a folder's model is, before anything of it is loaded.
+    """Return the class and the config of a folder's model, before anything is loaded.
 
     Raises:
-        CheckpointError: It can't be loaded, or not without running code of its own.
+        CheckpointError: The folder can't be loaded, or not without running code of its own.
     """
     import transformers
 

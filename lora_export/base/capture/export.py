@@ -74,7 +74,9 @@ def export_module(
     opset: int | None = None,
 ) -> ir.Model:
     """Return the graph of a module, simplified; see `trace_module`."""
-    model = trace_module(module, example_inputs, dynamic_shapes, output_names, input_names, opset)
+    model = trace_module(
+        module, example_inputs, dynamic_shapes, output_names, input_names=input_names, opset=opset
+    )
     weights = set(model.graph.initializers)
     simplify(model)
     share(model, weights)

@@ -26,8 +26,8 @@ class Stack:
     Attributes:
         path: Of their ModuleList, ``model.layers``.
         depth: How many there are.
-        chosen: Which of them are traced, in their order: the first one, and of each kind behind it the first
-            and the last.
+        chosen: Numbers of the layers that are traced, in their order: the first layer, and of each kind
+            behind it the first and the last.
         template: Of each layer, the position in ``chosen`` of the one that it is like.
         alike: Positions in ``chosen`` of two of one kind, whose nodes have to be the same.
     """
@@ -48,7 +48,7 @@ def build_outline(
         kind: A class of transformers.
         config: Its config.
         dtype: Of the weights.
-        attention: Which implementation of it; None: transformers' choice.
+        attention: Implementation of attention; None: transformers' choice.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -110,7 +110,7 @@ def _configs(model: Any) -> Iterator[Any]:
 
 
 def _cut_config(config: Any, stack: Stack) -> None:
-    """Have a config speak of the chosen layers, where it speaks of each layer or of their number."""
+    """Change a config that has an entry for each layer, or their number, to the chosen layers."""
     for name, values in list(_of_each_layer(config, stack.depth)):
         setattr(config, name, [values[index] for index in stack.chosen])
     for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):

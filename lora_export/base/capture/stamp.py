@@ -35,7 +35,7 @@ def stamp(graph: ir.Graph, stack: Stack, has_cache: bool) -> None:
     Args:
         graph: Of the cut model, each node for itself: nothing shared by layers but what is made once.
         stack: The stack; the weights of layer ``n`` are named ``path.n.…``.
-        has_cache: Whether inputs ``past_key_values.n.…`` and outputs ``present.n.…`` are its layers'.
+        has_cache: True if inputs ``past_key_values.n.…`` and outputs ``present.n.…`` are its layers'.
 
     Raises:
         CannotStamp: A rule does not hold.
@@ -93,7 +93,7 @@ class _Layers:
         return None
 
     def _is_layers(self, value: ir.Value | None, node: ir.Node) -> bool:
-        """Whether a value is a layer's weight or its cache; of a cache the shape is everybody's."""
+        """Return whether a value is a layer's weight or its cache; of a cache the shape is everybody's."""
         if value is None or value.producer() is not None:
             return False
         if node.op_type == "Shape":
@@ -132,7 +132,7 @@ class _Layers:
         return next(iter(states.values()))
 
     def _depends(self, node: ir.Node) -> bool:
-        """Whether a node outside of all layers depends on one."""
+        """Return whether a node outside of all layers depends on one."""
         pending, seen = [node], set()
         while pending:
             node = pending.pop()
@@ -170,7 +170,7 @@ class _Layers:
                 raise CannotStamp(f"the state {state.name!r} is an output")
 
     def copy_all(self) -> None:
-        """Write the layers behind the first anew, and drop those that they were copied from."""
+        """Write the layers behind the first again, and drop those that they were copied from."""
         graph, stack = self._graph, self._stack
         behind = [node for nodes in self.nodes[1:] for node in nodes]
         templates = set(range(1, len(self.nodes)))
@@ -183,7 +183,7 @@ class _Layers:
         current, after, cache = self.states[0], behind[-1], list[ir.Value]()
         for index in range(1, stack.depth):
             number = stack.template[index]
-            copy = _Copy(self, number, index, self.states[number - 1], current)
+            copy = _Copy(self, number, index, state=self.states[number - 1], current=current)
             for node in self.nodes[number]:
                 made = copy.node(node)
                 graph.insert_after(after, made)
@@ -215,11 +215,11 @@ class _Layers:
         return None if found and int(found[2]) in templates else value
 
     def is_member(self, node: ir.Node) -> bool:
-        """Whether a node is a layer's."""
+        """Return whether a node is a layer's."""
         return id(node) in self._layer
 
     def is_cache(self, value: ir.Value) -> bool:
-        """Whether a value is an input of the graph."""
+        """Return whether a value is an input of the graph."""
         return id(value) in self._caches
 
     def register(self, value: ir.Value) -> None:
@@ -227,11 +227,11 @@ class _Layers:
         self._graph.initializers.add(value)
 
     def is_own(self, value: ir.Value, number: int) -> bool:
-        """Whether a value is a weight or a cache of a layer."""
+        """Return whether a value is a weight or a cache of a layer."""
         return value.producer() is None and self._numbers.get(id(value)) == number
 
     def is_result(self, value: ir.Value) -> bool:
-        """Whether a value is a layer's part of the cache that is an output."""
+        """Return whether a value is a layer's part of the cache that is an output."""
         return id(value) in self._results
 
     def renamed(self, text: str, number: int, index: int) -> str:

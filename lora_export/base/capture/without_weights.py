@@ -31,14 +31,14 @@ _CODES = frozenset({"F64", "F32", "F16", "BF16"})
 
 @dataclass(frozen=True, kw_only=True)
 class Traced:
-    """What tracing a model in outline needs beside it.
+    """Inputs, outputs and sizes with which a model is traced.
 
     Attributes:
         inputs: Example inputs.
         shapes: Their dynamic dimensions.
         output_names: Of the graph.
         input_names: Of the graph; None: as the parameters of ``forward``.
-        has_cache: Whether the cache is among them.
+        has_cache: True if the key-value cache is among them.
     """
 
     inputs: Mapping[str, Any]
@@ -69,7 +69,7 @@ def graph_without_weights(
         kind: The model's class.
         config: Its config; the layers that are not traced are taken out of it.
         dtype: Of the weights.
-        attention: Which implementation of it; None: transformers' choice.
+        attention: Implementation of attention; None: transformers' choice.
         prepare: Looks at the cut model.
         opset: See `export.trace_module`.
 
@@ -87,7 +87,9 @@ def graph_without_weights(
     with quiet():
         cut(model, stacks)
         traced = prepare(model)
-    graph = trace_module(model, traced.inputs, traced.shapes, traced.output_names, traced.input_names, opset)
+    graph = trace_module(
+        model, traced.inputs, traced.shapes, traced.output_names, input_names=traced.input_names, opset=opset
+    )
     _strip(graph.graph, frozenset(model.state_dict()), _as_cut(buffers, stacks))
     simplify(graph)
     for stack in stacks:
