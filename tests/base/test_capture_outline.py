@@ -181,6 +181,22 @@ def test_layers_that_ask_for_their_number(tmp_path):
         np.testing.assert_allclose(got["logits"], wanted["logits"], rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_computed_with_the_number_of_layers(tmp_path, monkeypatch):
+    """In code that runs, by a stand-in: a model that divides its result by it."""
+    kind, config, settings, _ = MODELS["BERT"]
+    forward = transformers.BertModel.forward
+
+    def divided(self, *args, **more):
+        result = forward(self, *args, **more)
+        result["pooler_output"] = result["pooler_output"] / self.config.num_hidden_layers
+        return result
+
+    monkeypatch.setattr(transformers.BertModel, "forward", divided)
+    loaded, outline = both(make(tmp_path / "folder", kind, config, settings), tmp_path / "out")
+    (_, _, wanted), (_, _, got) = answers(loaded), answers(outline)
+    np.testing.assert_allclose(got["logits"], wanted["logits"], rtol=1e-5, atol=1e-6)
+
+
 def test_a_weight_that_is_missing(tmp_path):
     folder = make(tmp_path / "folder", *MODELS["Llama"][:3])
     stored = load_file(folder / "model.safetensors")

@@ -7,7 +7,7 @@ graph is made as deep as the model is by `stamp`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Buffers up to so many bytes are compared by their values.
 _SMALL = 1 << 16
+# Settings of configs that say how many layers there are.
+_NUMBERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -83,10 +85,16 @@ def find_stacks(model: torch.nn.Module, buffers: Mapping[str, torch.Tensor]) -> 
     return found
 
 
-def cut(model: Any, stacks: list[Stack]) -> None:
-    """Leave of each stack the chosen layers only, in the model and in its config."""
+def cut(model: Any, stacks: list[Stack]) -> Callable[[], None]:
+    """Leave of each stack the chosen layers only, in the model and in its config.
+
+    Returns:
+        A function that gives the config its numbers of layers back: a cache is made for so many layers as the
+        config says, but what the model computes with that number is meant for all of them.
+    """
     import torch
 
+    numbers: list[tuple[Any, str, int]] = []
     for stack in stacks:
         owner, _, name = stack.path.rpartition(".")
         layers = model.get_submodule(stack.path)
@@ -97,7 +105,18 @@ def cut(model: Any, stacks: list[Stack]) -> None:
                     module.layer_idx = position
         setattr(model.get_submodule(owner), name, torch.nn.ModuleList(kept))
         for config in _configs(model):
-            _cut_config(config, stack)
+            for name, values in list(_of_each_layer(config, stack.depth)):
+                setattr(config, name, [values[index] for index in stack.chosen])
+            for name in _NUMBERS:
+                if vars(config).get(name) == stack.depth:
+                    numbers.append((config, name, stack.depth))
+                    setattr(config, name, len(stack.chosen))
+
+    def restore() -> None:
+        for config, name, number in numbers:
+            setattr(config, name, number)
+
+    return restore
 
 
 def _configs(model: Any) -> Iterator[Any]:
@@ -107,15 +126,6 @@ def _configs(model: Any) -> Iterator[Any]:
         if config is not None and id(config) not in seen:
             seen.add(id(config))
             yield config
-
-
-def _cut_config(config: Any, stack: Stack) -> None:
-    """Change a config that has an entry for each layer, or their number, to the chosen layers."""
-    for name, values in list(_of_each_layer(config, stack.depth)):
-        setattr(config, name, [values[index] for index in stack.chosen])
-    for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
-        if getattr(config, name, None) == stack.depth:
-            setattr(config, name, len(stack.chosen))
 
 
 def _stack(path: str, layers: torch.nn.ModuleList, model: Any, buffers: Mapping[str, torch.Tensor]) -> Stack:

@@ -85,8 +85,9 @@ def graph_without_weights(
     parts = _stored(model, checkpoint, shapes)
     stacks = find_stacks(model, buffers)
     with quiet():
-        cut(model, stacks)
+        restore = cut(model, stacks)
         traced = prepare(model)
+        restore()
     graph = trace_module(
         model, traced.inputs, traced.shapes, traced.output_names, input_names=traced.input_names, opset=opset
     )
