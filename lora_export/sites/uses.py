@@ -86,6 +86,7 @@ def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
         refusal = f"quantised weight ({node.op_type} of {dtype.name})"
         no_branch = f"{node.op_type} of {dtype.name} values: no branch is known for it"
     transposed, wrong = _orientation(slot, chain, len(shape))
+    wrong = wrong or _truncation(chain, dtype)
     return Use(
         node=node,
         slot=slot,
@@ -96,6 +97,16 @@ def _trace(node: ir.Node, slot: Slot, value: ir.Value) -> Use | None:
         no_branch=no_branch or wrong,
         quantised=quantised,
     )
+
+
+def _truncation(chain: list[ir.Node], dtype: ir.DataType) -> str:
+    """Return the problem of a Cast that makes a weight of floats whole numbers."""
+    if dtype in FLOAT_TYPES:
+        for node in chain:
+            to = ir.DataType(node.attributes.get_int("to", dtype)) if node.op_type == "Cast" else dtype
+            if to not in FLOAT_TYPES:
+                return f"the graph makes the weight whole numbers (Cast to {to.name})"
+    return ""
 
 
 def _orientation(slot: Slot, chain: list[ir.Node], rank: int) -> tuple[bool, str]:
