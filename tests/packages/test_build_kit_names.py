@@ -179,7 +179,7 @@ def test_what_a_value_holds_is_no_key(first):
 def test_the_command_to_copy_is_one_command(name):
     """A shell reads the printed words as the folder's name and nothing else."""
     path = Path("kits") / f"{name}.kit"
-    line = kit_lines(KitReport((path,), (), ()))[-1]
+    line = kit_lines(KitReport(kits=(path,), groups=(), profiles=()))[-1]
     command = line.partition("then: ")[2].removesuffix(")")
     shell, script = shlex.split(command)
     assert shell == "sh"

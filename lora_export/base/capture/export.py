@@ -78,6 +78,7 @@ def export_module(
         module, example_inputs, dynamic_shapes, output_names, input_names=input_names, opset=opset
     )
     weights = set(model.graph.initializers)
+    tell_stage(f"simplifying the graph of {type(module).__name__}")
     simplify(model)
     share(model, weights)
     return model

@@ -20,6 +20,7 @@ from lora_export.base.capture.stamp import CannotStamp, stamp
 from lora_export.base.checkpoint.checkpoint import Checkpoint
 from lora_export.base.checkpoint.names import Part, loaded_parts
 from lora_export.errors import CheckpointError
+from lora_export.progress import tell_stage
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -92,6 +93,7 @@ def graph_without_weights(
         model, traced.inputs, traced.shapes, traced.output_names, input_names=traced.input_names, opset=opset
     )
     _strip(graph.graph, frozenset(model.state_dict()), _as_cut(buffers, stacks))
+    tell_stage("simplifying and copying the layers")
     simplify(graph)
     for stack in stacks:
         stamp(graph.graph, stack, traced.has_cache)
