@@ -59,6 +59,10 @@ RefusalKind = Literal[
 Proof = Literal["names", "values", "codes", "added"]
 
 
+# Fields of a row that say what its other fields say in words.
+_NOT_WRITTEN = frozenset({"kind", "proof", "trained_otherwise"})
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Why something has no place.
@@ -90,6 +94,7 @@ class PlanRow:
         reason: What led to the place, or why there is none.
         kind: Of the refusal, where there is no place.
         proof: Of a place in a graph.
+        trained_otherwise: True if trainers compute the module in another way than they merge it.
     """
 
     adapter: str
@@ -102,6 +107,7 @@ class PlanRow:
     reason: str = ""
     kind: RefusalKind | None = None
     proof: Proof | None = None
+    trained_otherwise: bool = False
 
     @classmethod
     def refused(cls, adapter: str, parameter: str, tensors: Sequence[str], refusal: Refusal) -> PlanRow:
@@ -117,7 +123,7 @@ class PlanRow:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        return {key: value for key, value in asdict(self).items() if key not in ("kind", "proof")}
+        return {key: value for key, value in asdict(self).items() if key not in _NOT_WRITTEN}
 
 
 @dataclass(frozen=True)

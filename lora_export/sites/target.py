@@ -241,6 +241,7 @@ class Site:
         evidence: Evidence for the site, for the plan.
         proof: Strength of the evidence.
         keys: Parameter paths that the target has in the graph; several if the graph has split it.
+        trained_otherwise: True if trainers compute the module in another way than they merge it.
     """
 
     target: Target
@@ -248,6 +249,7 @@ class Site:
     evidence: str
     proof: Proof = "names"
     keys: tuple[str, ...] = ()
+    trained_otherwise: bool = False
 
     @property
     def is_quantised(self) -> bool:

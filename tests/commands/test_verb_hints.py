@@ -151,6 +151,9 @@ def test_every_extra_that_is_to_be_installed_exists():
         for found in re.findall(r"lora-export\[([a-z,]+)\]", text)
         for name in found.split(",")
     }
+    # The command itself is written in one place.
+    written = (path.read_text(encoding="utf-8") for path in modules())
+    named |= {name for text in written for name in re.findall(r"install_line\([\"']([a-z,]+)[\"']\)", text)}
     assert {"gpu", "genai", "plot"} <= named
     assert named <= set(extras)
 

@@ -18,7 +18,6 @@ from lora_export.formats.reading.scope import SHARED, how_to_part
 from lora_export.graph.onnx_file import GraphFile, shape_of
 from lora_export.plan import Plan, PlanRow, refuse, unaccounted
 from lora_export.sites.doubts.changed import is_transposed_constant
-from lora_export.sites.doubts.inside import TRAINED_OTHERWISE
 from lora_export.sites.doubts.readers import module_of
 from lora_export.sites.naming.likeness import counterparts
 from lora_export.sites.slot import Use
@@ -93,7 +92,7 @@ def warned_of_computed(plan: Plan) -> Plan:
 
 def warned_of_convolutions(plan: Plan) -> Plan:
     """Warn of convolutions whose adapters trainers compute in another way than they merge them."""
-    named = [row.parameter for row in plan.placed if TRAINED_OTHERWISE in row.reason]
+    named = [row.parameter for row in plan.placed if row.trained_otherwise]
     if not named:
         return plan
     listed = ", ".join(named[:_EXAMPLES]) + (", …" if len(named) > _EXAMPLES else "")
@@ -323,6 +322,7 @@ def placed_row(adapter: Adapter, site: Site, action: str = "") -> PlanRow:
         layout="; ".join(layouts),
         reason=site.evidence,
         proof=site.proof,
+        trained_otherwise=site.trained_otherwise,
     )
 
 

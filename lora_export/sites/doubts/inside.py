@@ -31,8 +31,6 @@ APART = (
 PLAIN = (
     "multiply the number into the module's weight (a plain layer computes the same), and export that model"
 )
-# Part of the evidence of a site of rule 3.
-TRAINED_OTHERWISE = "trained without its dilation or padding mode"
 _PRODUCTS = frozenset({"MatMul", "FusedMatMul", "Gemm", "Conv"})
 
 
@@ -111,7 +109,11 @@ def marked(site: Site) -> Site:
     if site.target.kind == "conv" and any(
         _trained_otherwise(use) for part in site.parts for use in part.uses
     ):
-        return replace(site, evidence=f"{site.evidence}; {TRAINED_OTHERWISE}")
+        return replace(
+            site,
+            evidence=f"{site.evidence}; trained without its dilation or padding mode",
+            trained_otherwise=True,
+        )
     return site
 
 
