@@ -49,6 +49,8 @@ def picked_rows(
     for site in sites if told else ():
         able = [use for use in told.values() if _may_hold(site, use, base)]
         for values in _values(site) if able else ():
+            if site.target.kind != "vector" and not _has_any(values, able, lines):
+                continue
             found = next((use for use in able if _holds(site, values, lines[id(use.root)])), None)
             if found is not None:
                 yield site, found
@@ -88,7 +90,14 @@ def _values(site: Site) -> Iterator[Array]:
             yield rows if _is_table(site) else rows.T
 
 
+def _has_any(values: Array, able: Sequence[Use], lines: Mapping[int, list[Array]]) -> bool:
+    """Return True if a vector of any constant has the direction of a row: mostly none has."""
+    fitting = [line for use in able for line in lines[id(use.root)] if len(line) == values.shape[1]]
+    return bool(fitting) and has_row(values, fitting)
+
+
 def _holds(site: Site, values: Array, lines: Iterable[Array]) -> bool:
     if site.target.kind == "vector":
         return any(same_order(values.reshape(-1), line) for line in lines if line.size == values.size)
-    return any(has_row(values, line) for line in lines if len(line) == values.shape[1])
+    fitting = [line for line in lines if len(line) == values.shape[1]]
+    return bool(fitting) and has_row(values, fitting)

@@ -9,7 +9,7 @@ computed answer has none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -25,8 +25,8 @@ from lora_export.sites.target import BaseWeights
 _SAME = 0.9999
 # Fewer values may be alike by chance.
 _SHORTEST = 8
-# Number of a vector's largest values that are compared first.
-_FIRST = 16
+# Number of columns that are compared first.
+_COLUMNS = 64
 # Largest number of different values of a mask, or of a vector that tells nothing.
 FEW = 4
 # Largest number of values of a table of which all are compared with a constant's.
@@ -83,14 +83,24 @@ def lines_of(value: ir.Value) -> list[Array]:
     return [line for line in made if line is not None and len(np.unique(line)) > FEW]
 
 
-def has_row(rows: Array, vector: Array) -> bool:
-    """Return True if a vector of length 1 has the direction of a row; of each row a few values come first."""
-    first = np.argsort(-np.abs(vector), kind="stable")[:_FIRST]
-    part = vector[first]
-    head = np.asarray(rows[:, first], np.float32)
-    lengths = np.linalg.norm(head, axis=1) * np.linalg.norm(part)
-    near = np.flatnonzero((np.abs(head @ part) >= _SAME * lengths) & (lengths > 0))
-    return bool(len(near)) and _holds(rows[near], vector)
+def has_row(rows: Array, vectors: Sequence[Array]) -> bool:
+    """Return True if one of vectors of length 1 has the direction of a row.
+
+    A few columns are compared first, the same ones for all vectors.
+    """
+    width = rows.shape[1]
+    columns = np.arange(0, width, max(1, width // _COLUMNS))
+    heads = np.stack([vector[columns] for vector in vectors])
+    sizes = np.linalg.norm(heads, axis=1)
+    own = np.asarray(rows[:, columns], np.float32)
+    lengths = np.linalg.norm(own, axis=1)
+    alike = np.abs(own @ heads.T) >= _SAME * np.outer(lengths, sizes)
+    for vector, near, size in zip(vectors, alike.T, sizes, strict=True):
+        # Where a vector is zero at all of the columns, they say nothing of it.
+        found = np.flatnonzero(near & (lengths > 0)) if size > 0 else np.arange(len(rows))
+        if len(found) and _holds(rows[found], vector):
+            return True
+    return False
 
 
 def same_order(values: Array, vector: Array) -> bool:
