@@ -76,9 +76,7 @@ def _behind(node: ir.Node, index: int, part: Columns) -> list[Columns] | None:
     if node.domain not in _DEFAULT:
         return None
     if node.op_type in _ELEMENTWISE:
-        ranks = [rank_of(value, part.rank if value is part.value else None) for value in node.inputs if value]
-        rank = None if None in ranks else max(rank for rank in ranks if rank is not None)
-        return [part._replace(value=node.outputs[0], rank=rank)]
+        return [part._replace(value=node.outputs[0], rank=largest_rank(node, part))]
     step = _STEPS.get(node.op_type)
     return step(node, part) if step is not None and index == 0 else None
 
@@ -165,13 +163,23 @@ def _is_own_axis(axis: int, part: Columns) -> bool | None:
     """Whether an operator's axis is the columns'; None: the value's number of axes is not known."""
     if axis < 0:
         return axis == part.axis
-    rank = rank_of(part.value, part.rank)
+    rank = _rank_of(part.value, part.rank)
     return None if rank is None else axis - rank == part.axis
 
 
-def rank_of(value: ir.Value | None, otherwise: int | None = None) -> int | None:
+def largest_rank(node: ir.Node, part: Columns | None = None) -> int | None:
+    """Return the largest number of axes of a node's inputs, of which one may be columns; None: not known."""
+    ranks = [
+        _rank_of(value, part.rank if part is not None and value is part.value else None)
+        for value in node.inputs
+        if value is not None
+    ]
+    return None if None in ranks else max(rank for rank in ranks if rank is not None)
+
+
+def _rank_of(value: ir.Value, otherwise: int | None) -> int | None:
     """Return a value's number of axes, where the graph says it."""
-    return otherwise if value is None or value.shape is None else len(value.shape)
+    return otherwise if value.shape is None else len(value.shape)
 
 
 def _has_input(node: ir.Node, index: int) -> bool:

@@ -13,7 +13,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lora_export.base.capture.export import export_module
+from lora_export.base.capture.export import trace_module
 from lora_export.errors import GraphError
 from lora_export.modes.merge_onnx import merge_onnx
 from lora_export.runtimes.torch.reference import TorchReference
@@ -84,7 +84,7 @@ def test_a_module_of_ones_own_is_told_what_helps(kind: str) -> None:
     mixture.config.use_cache = False
     ids = {"input_ids": torch.ones(2, 5, dtype=torch.int64)}
     with pytest.raises(GraphError, match="can't export") as caught:
-        export_module(mixture, ids, None, None)
+        trace_module(mixture, ids, None, None)
     assert "experts_implementation='batched_mm'" in caught.value.hint
     mixture.set_experts_implementation("batched_mm")
-    assert export_module(mixture, ids, None, None).graph.inputs
+    assert trace_module(mixture, ids, None, None).graph.inputs

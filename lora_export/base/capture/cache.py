@@ -32,7 +32,7 @@ _LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
 
 @dataclass(frozen=True)
 class CachedDecoder:
-    """Arguments of `export.export_module` for a decoder with a cache.
+    """Arguments of `export.trace_module` for a decoder with a cache.
 
     Attributes:
         inputs: Example inputs by parameter.

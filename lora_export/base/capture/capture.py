@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from lora_export.base.capture.attach import Weights
 from lora_export.base.capture.cache import name_total, with_cache
 from lora_export.base.capture.export import (
-    export_module,
+    finish,
     first_line,
     quiet,
     require,
     run_module,
     tensor_names,
+    trace_module,
 )
 from lora_export.base.capture.without_weights import Traced, graph_without_weights
 from lora_export.base.checkpoint.checkpoint import (
@@ -116,13 +117,15 @@ def capture_checkpoint(
     else:
         model, _ = load_model(path, dtype, replaced)
         traced, captured = _prepare(model, path, dtype, kv_cache)
-        graph = export_module(
-            model,
-            traced.inputs,
-            traced.shapes,
-            traced.output_names,
-            input_names=traced.input_names,
-            opset=opset,
+        graph = finish(
+            trace_module(
+                model,
+                traced.inputs,
+                traced.shapes,
+                traced.output_names,
+                input_names=traced.input_names,
+                opset=opset,
+            )
         )
     if kv_cache:
         name_total(graph)
@@ -219,7 +222,7 @@ def capture_module(
     """
     require("torch", "onnxscript")
     names = tensor_names(run_module(module, example_inputs))
-    return _save(export_module(module, example_inputs, dynamic_shapes, names), output)
+    return _save(finish(trace_module(module, example_inputs, dynamic_shapes, names)), output)
 
 
 def _save(graph: ir.Model, output: Path) -> Path:

@@ -65,25 +65,6 @@ def tensor_names(outputs: Any) -> list[str] | None:
     return [str(name) for name, value in outputs.items() if hasattr(value, "shape")]
 
 
-def export_module(
-    module: torch.nn.Module,
-    example_inputs: Inputs,
-    dynamic_shapes: Any,
-    output_names: Sequence[str] | None,
-    input_names: Sequence[str] | None = None,
-    opset: int | None = None,
-) -> ir.Model:
-    """Return the graph of a module, simplified; see `trace_module`."""
-    model = trace_module(
-        module, example_inputs, dynamic_shapes, output_names, input_names=input_names, opset=opset
-    )
-    weights = set(model.graph.initializers)
-    tell_stage(f"simplifying the graph of {type(module).__name__}")
-    simplify(model)
-    share(model, weights)
-    return model
-
-
 def trace_module(
     module: torch.nn.Module,
     example_inputs: Inputs,
@@ -175,6 +156,15 @@ def simplify(model: ir.Model) -> None:
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.LiftSubgraphInitializersToMainGraphPass(),
     )(model)
+
+
+def finish(model: ir.Model) -> ir.Model:
+    """Return the graph of a whole module, simplified, with one of what is computed twice."""
+    weights = set(model.graph.initializers)
+    tell_stage("simplifying the graph")
+    simplify(model)
+    share(model, weights)
+    return model
 
 
 def share(model: ir.Model, weights: Collection[str]) -> None:

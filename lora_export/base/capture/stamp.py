@@ -111,22 +111,17 @@ class _Layers:
     def _state_into(self, number: int) -> ir.Value:
         """Rule 2."""
         states: dict[int, ir.Value] = {}
-        for node in self.nodes[number]:
-            for value in node.inputs:
-                producer = None if value is None else value.producer()
-                if value is None:
-                    continue
-                if producer is None:
-                    if self._number(value) not in (None, number):
-                        raise CannotStamp(f"layer {number} reads {value.name!r}")
-                    continue
-                before = self._layer.get(id(producer))
-                if before is None and self._depends(producer):
-                    raise CannotStamp(f"layer {number} reads {value.name!r}, computed between layers")
-                if before is not None and before != number:
-                    if before != number - 1:
-                        raise CannotStamp(f"layer {number} reads {value.name!r} of layer {before}")
-                    states[id(value)] = value
+        for value in (value for node in self.nodes[number] for value in node.inputs if value is not None):
+            producer = value.producer()
+            before = None if producer is None else self._layer.get(id(producer))
+            if producer is None and self._number(value) not in (None, number):
+                raise CannotStamp(f"layer {number} reads {value.name!r}")
+            if producer is not None and before is None and self._depends(producer):
+                raise CannotStamp(f"layer {number} reads {value.name!r}, computed between layers")
+            if before not in (None, number, number - 1):
+                raise CannotStamp(f"layer {number} reads {value.name!r} of layer {before}")
+            if before == number - 1:
+                states[id(value)] = value
         if len(states) != 1:
             raise CannotStamp(f"{len(states)} values go into layer {number}")
         return next(iter(states.values()))

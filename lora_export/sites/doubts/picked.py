@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from lora_export.adapter import Array
 from lora_export.graph.onnx_file import release, shape_of
@@ -25,7 +25,7 @@ from lora_export.sites.naming.evidence import weight_name
 from lora_export.sites.slot import Use
 from lora_export.sites.target import BaseWeights, Site
 from lora_export.sites.values.codes import canonical_shape
-from lora_export.sites.values.moved import has_row, lines_of, same_order
+from lora_export.sites.values.moved import first_as_row, lines_of, same_order
 from lora_export.sites.values.verify import canonical_rows
 
 # TorchScript's name for a value that it computed itself, never a product of matrices (`constant_fold.cpp` of
@@ -49,9 +49,7 @@ def picked_rows(
     for site in sites if told else ():
         able = [use for use in told.values() if _may_hold(site, use, base)]
         for values in _values(site) if able else ():
-            if site.target.kind != "vector" and not _has_any(values, able, lines):
-                continue
-            found = next((use for use in able if _holds(site, values, lines[id(use.root)])), None)
+            found = _holder(site, values, [(use, line) for use in able for line in lines[id(use.root)]])
             if found is not None:
                 yield site, found
                 break
@@ -90,14 +88,11 @@ def _values(site: Site) -> Iterator[Array]:
             yield rows if _is_table(site) else rows.T
 
 
-def _has_any(values: Array, able: Sequence[Use], lines: Mapping[int, list[Array]]) -> bool:
-    """Return True if a vector of any constant has the direction of a row: mostly none has."""
-    fitting = [line for use in able for line in lines[id(use.root)] if len(line) == values.shape[1]]
-    return bool(fitting) and has_row(values, fitting)
-
-
-def _holds(site: Site, values: Array, lines: Iterable[Array]) -> bool:
+def _holder(site: Site, values: Array, lines: Sequence[tuple[Use, Array]]) -> Use | None:
+    """Return the first use whose constant has a line that is one of a site's vectors, or None."""
     if site.target.kind == "vector":
-        return any(same_order(values.reshape(-1), line) for line in lines if line.size == values.size)
-    fitting = [line for line in lines if len(line) == values.shape[1]]
-    return bool(fitting) and has_row(values, fitting)
+        own = values.reshape(-1)
+        return next((use for use, line in lines if len(line) == own.size and same_order(own, line)), None)
+    fitting = [(use, line) for use, line in lines if len(line) == values.shape[1]]
+    number = first_as_row(values, [line for _, line in fitting]) if fitting else None
+    return None if number is None else fitting[number][0]

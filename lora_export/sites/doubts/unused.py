@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lora_export.graph.columns import Columns, depend_on_columns, rank_of
+from lora_export.graph.columns import Columns, depend_on_columns, largest_rank
 from lora_export.graph.onnx_file import GraphFile, shape_of
 from lora_export.graph.reach import Reach
 from lora_export.plan import Refusal
@@ -27,17 +27,17 @@ _COLUMNS = _CONVOLUTIONS | {
 
 
 def reach_of(graph: GraphFile, uses: Sequence[Use]) -> Reach:
-    """Return what the graph's outputs depend on, where an adapter may change weights that are zero."""
+    """Return the dependencies of the graph's outputs, where an adapter may change weights that are zero."""
     return Reach(graph.graph, {id(use.root) for use in uses})
 
 
 def is_read(reach: Reach, use: Use) -> bool:
-    """Whether an output depends on a use of a weight."""
+    """Return whether an output depends on a use of a weight."""
     return reach.reads(use.node, use.slot.index)
 
 
 def is_read_with_bias(reach: Reach, use: Use) -> bool:
-    """Whether an output depends on a use of a weight, or on the bias that an adapter may add to its product.
+    """Return whether an output depends on a use of a weight, or on the bias that may be added to its product.
 
     The first step of an unrolled recurrent network multiplies zeros: the weight has no effect there, its
     module's bias has.
@@ -64,7 +64,7 @@ def unused_sites(graph: GraphFile, reach: Reach, sites: Sequence[Site]) -> Mappi
 
 
 def _is_used(reach: Reach, target: Target, part: Part) -> bool:
-    """Whether an output depends on what a target changes of one constant."""
+    """Return whether an output depends on what a target changes of one constant."""
     for use in part.uses:
         if is_read(reach, use):
             own = [_columns(target, use, placement) for placement in part.placements]
@@ -84,8 +84,7 @@ def _columns(target: Target, use: Use, placement: Placement) -> Columns | None:
     if stop - start >= size:
         return None
     axis = 1 - len(shape_of(use.root.const_value)) if use.node.op_type in _CONVOLUTIONS else -1
-    ranks = [rank_of(value) for value in use.node.inputs if value is not None]
-    rank = None if None in ranks else max(rank for rank in ranks if rank is not None)
+    rank = largest_rank(use.node)
     return Columns(use.node.outputs[0], axis, size=size, start=start, stop=stop, rank=rank)
 
 

@@ -83,8 +83,8 @@ def lines_of(value: ir.Value) -> list[Array]:
     return [line for line in made if line is not None and len(np.unique(line)) > FEW]
 
 
-def has_row(rows: Array, vectors: Sequence[Array]) -> bool:
-    """Return True if one of vectors of length 1 has the direction of a row.
+def first_as_row(rows: Array, vectors: Sequence[Array]) -> int | None:
+    """Return the number of the first of vectors of length 1 that has the direction of a row, or None.
 
     A few columns are compared first, the same ones for all vectors.
     """
@@ -95,12 +95,12 @@ def has_row(rows: Array, vectors: Sequence[Array]) -> bool:
     own = np.asarray(rows[:, columns], np.float32)
     lengths = np.linalg.norm(own, axis=1)
     alike = np.abs(own @ heads.T) >= _SAME * np.outer(lengths, sizes)
-    for vector, near, size in zip(vectors, alike.T, sizes, strict=True):
+    for number, (vector, near, size) in enumerate(zip(vectors, alike.T, sizes, strict=True)):
         # Where a vector is zero at all of the columns, they say nothing of it.
         found = np.flatnonzero(near & (lengths > 0)) if size > 0 else np.arange(len(rows))
         if len(found) and _holds(rows[found], vector):
-            return True
-    return False
+            return number
+    return None
 
 
 def same_order(values: Array, vector: Array) -> bool:
