@@ -51,7 +51,7 @@ def unused_sites(graph: GraphFile, reach: Reach, sites: Sequence[Site]) -> Mappi
     Args:
         graph: The graph.
         reach: Of `reach_of`.
-        sites: Where the weights of an adapter were found.
+        sites: Sites of the weights of an adapter.
     """
     changed = {id(part.root) for site in sites for part in site.parts}
     as_it_is = reach if reach.zero_changeable <= changed else Reach(graph.graph, changed)
